@@ -1,0 +1,116 @@
+"""Noise schedules and the conversions between x0, eps, velocity and VP-v: the one place where they meet.
+
+Convention: x_t = alpha(t) x0 + sigma(t) eps, t in [0, 1], 0 = data, 1 = noise; everything is computed in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gdmd.types import Prediction, Schedule
+
+
+def expand(value: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1] (as many ones as ``like`` has trailing dimensions)."""
+    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Timestep shift of the flow families (SD3, arXiv 2403.03206, eq. 23): t -> s t / (1 + (s - 1) t)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Rectified flow: alpha = 1 - t, sigma = t."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+
+@dataclass(frozen=True)
+class VpSchedule:
+    """Variance preserving (SD1.5, SDXL): "scaled_linear" betas over 1000 steps, t = t_1000 / 999.
+
+    Between two training steps the log-SNR is interpolated linearly, so that alpha^2 + sigma^2 = 1 everywhere.
+    """
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    train_steps: int = 1000
+
+    def _log_alpha_bar(self, device: torch.device) -> Tensor:
+        root = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.train_steps, dtype=torch.float64)
+        return torch.log1p(-(root**2)).cumsum(0).to(device)  # [T], log alpha^2 at t_1000 = 0 ... T-1
+
+    def _logit(self, t: Tensor) -> Tensor:
+        log_bar = self._log_alpha_bar(t.device)
+        logit = log_bar - torch.log(-torch.expm1(log_bar))  # log(alpha^2 / sigma^2)
+        place = t.to(torch.float64) * (self.train_steps - 1)
+        low = place.floor().clamp(0, self.train_steps - 2)
+        mix = place - low
+        low_index = low.to(torch.int64)
+        return torch.lerp(logit[low_index], logit[low_index + 1], mix)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(self._logit(t)).sqrt().to(t.dtype)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(-self._logit(t)).sqrt().to(t.dtype)
+
+
+def _coefficients(x_t: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    return expand(schedule.alpha(t), x_t), expand(schedule.sigma(t), x_t)
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least fp32: half precision is raised, float64 (tests) stays."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def from_x0(x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Prediction:
+    """eps = (x_t - alpha x0) / sigma. Undefined at t = 0."""
+    x0, x_t = widen(x0), widen(x_t)
+    alpha, sigma = _coefficients(x_t, t, schedule)
+    return Prediction(x0, (x_t - alpha * x0) / sigma)
+
+
+def from_eps(eps: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Prediction:
+    """x0 = (x_t - sigma eps) / alpha. Undefined where alpha = 0 (flow at t = 1)."""
+    eps, x_t = widen(eps), widen(x_t)
+    alpha, sigma = _coefficients(x_t, t, schedule)
+    return Prediction((x_t - sigma * eps) / alpha, eps)
+
+
+def from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Prediction:
+    """velocity = eps - x0. With x_t = alpha x0 + sigma eps: x0 = (x_t - sigma velocity) / (alpha + sigma)."""
+    velocity, x_t = widen(velocity), widen(x_t)
+    alpha, sigma = _coefficients(x_t, t, schedule)
+    x0 = (x_t - sigma * velocity) / (alpha + sigma)
+    return Prediction(x0, x0 + velocity)
+
+
+def from_v_vp(v_vp: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Prediction:
+    """VP v-prediction (arXiv 2202.00512): v_vp = alpha eps - sigma x0, for schedules with alpha^2 + sigma^2 = 1."""
+    v_vp, x_t = widen(v_vp), widen(x_t)
+    alpha, sigma = _coefficients(x_t, t, schedule)
+    return Prediction(alpha * x_t - sigma * v_vp, sigma * x_t + alpha * v_vp)
+
+
+def to_v_vp(prediction: Prediction, t: Tensor, schedule: Schedule) -> Tensor:
+    """The VP "v" of a prediction, alpha eps - sigma x0."""
+    alpha, sigma = _coefficients(prediction.x0, t, schedule)
+    return alpha * prediction.eps - sigma * prediction.x0
+
+
+def renoise(x0: Tensor, t: Tensor, eps: Tensor, schedule: Schedule) -> Tensor:
+    """x_t = alpha(t) x0 + sigma(t) eps. x0, eps [B, C, H, W]; t [B]; fp32 or wider."""
+    x0 = widen(x0)
+    alpha, sigma = _coefficients(x0, t, schedule)
+    return alpha * x0 + sigma * widen(eps)

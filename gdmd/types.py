@@ -1,0 +1,161 @@
+"""The nouns of the project and the Protocols through which the packages of level 2 meet.
+
+Legend of shapes: B samples of the global batch, b samples of one micro-batch, C H W the latent (or image) grid,
+L caption tokens, K objects of a scene, E targets of one group (eta of Algorithm 1, arXiv 2604.19009).
+Nothing here imports torch at run time: the file is read by ``--help``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Parameter
+
+    from gdmd.diffusion.rng import SampleRng
+
+Role = Literal["student", "fake"]
+"""The networks that are trained. The teacher is frozen and the old policy only follows the student."""
+
+Cond = Mapping[str, "Tensor"]
+"""What a denoiser is conditioned on: named tensors, each with the batch as first dimension."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One network answer in every parameterisation; build it with ``diffusion.schedule``.
+
+    x0 and eps have the shape of x_t, fp32. ``velocity`` is eps - x0 in every family (never the VP "v").
+    """
+
+    x0: Tensor  # [B, C, H, W]
+    eps: Tensor  # [B, C, H, W]
+
+    @property
+    def velocity(self) -> Tensor:
+        """eps - x0, the flow direction from data to noise."""
+        return self.eps - self.x0
+
+
+class Schedule(Protocol):
+    """x_t = alpha(t) x0 + sigma(t) eps with t in [0, 1], 0 = data, 1 = noise."""
+
+    def alpha(self, t: Tensor) -> Tensor: ...
+
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+
+class Denoiser(Protocol):
+    """A diffusion network seen as a solver S (arXiv 2604.19009): x_t [B,C,H,W], t [B] in [0,1] -> Prediction."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction: ...
+
+
+class Codec(Protocol):
+    """Latents <-> images. Images are [B, 3, H, W] in [0, 1]; decode does not clamp (the caller of a reward does)."""
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+
+class TextEncoder(Protocol):
+    """Captions -> conditioning; ``null`` is the unconditional input of classifier-free guidance."""
+
+    def encode(self, texts: Sequence[str]) -> Cond: ...
+
+    def null(self, count: int) -> Cond: ...
+
+
+class Reward(Protocol):
+    """A scorer of images: higher is better. NaN means "not scored" and is never replaced by a number."""
+
+    name: str
+    differentiable: bool
+
+    def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
+        """images [B, 3, H, W] in [0, 1] -> [B], fp32."""
+        ...
+
+
+class Roles(Protocol):
+    """The networks of one distillation, whatever their storage (full copies, or adapters on one trunk)."""
+
+    schedule: Schedule
+    student: Denoiser
+    fake: Denoiser
+    teacher: Denoiser
+    old: Denoiser
+
+    def parameters(self, role: Role) -> Mapping[str, Parameter]:
+        """The trainable parameters of a role by their stable name."""
+        ...
+
+    def follow(self, decay: float) -> None:
+        """Move the old policy: old <- decay old + (1 - decay) student. Only for methods with an EMA old policy."""
+        ...
+
+    def old_state(self) -> Mapping[str, Tensor]:
+        """Weights of the old policy by the student's parameter names; empty until ``follow`` was called."""
+        ...
+
+    def load_old_state(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The prompts of one outer iteration; position i belongs to sample i of every tensor of the step.
+
+    index: global position of each sample in the step's batch, the key of its random draws.
+    group: integer id, equal for samples of one prompt group (groups are never rebuilt from text).
+    """
+
+    index: Tensor  # [B] int64
+    text: tuple[str, ...]
+    group: Tensor  # [B] int64
+    cond: Cond
+    uncond: Cond
+    meta: tuple[Mapping[str, Any], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a loss function returns: one value per sample, and statistics that are logged as means over samples."""
+
+    per_sample: Tensor  # [b], fp32, with gradient
+    stats: Mapping[str, Tensor] = field(default_factory=dict)  # each [b], no gradient
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimiser step that a method asks of the loop.
+
+    ``batch`` is a dataclass (or mapping) of tensors with the sample as first dimension, so that the loop may cut
+    it into micro-batches; ``loss`` is deterministic and differentiable: every random draw is already in the batch.
+    """
+
+    role: Role
+    loss: Callable[[Any], Loss]
+    batch: Any
+
+
+class Method(Protocol):
+    """A distillation algorithm: a generator of updates. When it is resumed, the update it yielded has been applied."""
+
+    def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]: ...
+
+    def stats(self) -> Mapping[str, Tensor]:
+        """Statistics of the last iteration, 0-d or [B] tensors; the loop logs their means. Keys read place/name."""
+        ...
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Everything that must survive a restart, as tensors."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None: ...
