@@ -1,0 +1,47 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Only Python 3.11-3.13 and the package index are needed.
+PYTHON ?= python3
+VENV ?= .venv
+SHELL := /bin/sh
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# Two test processes with one thread each use two cores; more threads would fight for them.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST := $(BIN)/python -m pytest -q -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:  ## show this help
+	@echo "make TARGET   (PYTHON=$(PYTHON) VENV=$(VENV))"
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed  ## distil a four-step student on the Shapes lab and write a report (8 minutes on two cores)
+	$(BIN)/gdmd demo
+
+test: $(VENV)/.installed-dev  ## run all tests
+	$(ONE_THREAD) $(PYTEST)
+
+lint: $(VENV)/.installed-dev  ## ruff, format check, and mypy (strict on levels 0 to 2)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment and the caches (never a run)
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# Stamps: an install runs again only when the dependencies changed.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+	  "gdmd needs Python 3.11 to 3.13, $(PYTHON) is %d.%d: run make PYTHON=python3.12 (or 3.11, 3.13)" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.created
+	@echo "installing gdmd into $(VENV) (a minute or more, torch is large)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/.created
+	@echo "installing gdmd and the test tools into $(VENV) (a minute or more, torch is large)"
+	@$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.installed

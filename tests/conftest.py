@@ -1,0 +1,22 @@
+"""Every test runs on one thread and from the same seeds, so that it neither fights for cores nor depends on order."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start
+torch.set_num_threads(1)
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _same_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
