@@ -1,0 +1,83 @@
+"""YAML as ``yaml.safe_load`` reads it, except that a duplicate key or a value inside itself is an error with a line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
+from yaml.nodes import MappingNode, Node, ScalarNode
+
+
+class YamlError(ValueError):
+    """One line that says what is wrong with the text, and where."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader with three more errors: duplicate keys, self-containing values, unreadable scalars."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._unfinished: set[str] = set()
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs leave it out
+        anchor = event.anchor
+        if isinstance(event, yaml.AliasEvent) and anchor in self._unfinished:
+            raise ComposerError(None, None, f"the value *{anchor} contains itself", event.start_mark)
+        if isinstance(event, yaml.AliasEvent) or anchor is None:
+            return super().compose_node(parent, index)
+        self._unfinished.add(anchor)
+        node = super().compose_node(parent, index)
+        self._unfinished.discard(anchor)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first_line: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, ScalarNode):
+                continue
+            name = (key.tag, key.value)
+            if name in first_line:
+                problem = f"duplicate key {key.value!r} (first on line {first_line[name]}): keep one of the two"
+                raise ComposerError(None, None, problem, key.start_mark)
+            first_line[name] = key.start_mark.line + 1
+        return node
+
+    def construct_object(self, node: Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            problem = f"cannot read {str(node.value)[:60]!r} as {node.tag.rpartition(':')[2]} ({error})"
+            raise ConstructorError(None, None, problem, node.start_mark) from error
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of one YAML document (None for an empty text); ``YamlError`` says what is wrong on which line."""
+    try:
+        loader = _StrictLoader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        raise YamlError(_describe(error)) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlError(
+            f"line {line}: the character U+{int(error.character):04X} is not allowed in YAML; remove it"
+        ) from error
+    except yaml.YAMLError as error:
+        raise YamlError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise YamlError("values are nested too deeply to be read; make the nesting flatter") from error
+
+
+def _describe(error: yaml.MarkedYAMLError) -> str:
+    """line L, column C: what went wrong, while doing what."""
+    mark = error.problem_mark or error.context_mark
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    doing = f" ({error.context})" if error.context else ""
+    return " ".join(f"{place}{error.problem}{doing}".split())
