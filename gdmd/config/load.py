@@ -149,7 +149,8 @@ def _override_of(path: tuple[str, ...], paths: dict[tuple[str, ...], str], made:
     """The last override that set this path or something around it; if the path was ``made`` by it, something within."""
     around = [override for given, override in paths.items() if path[: len(given)] == given]
     within = [override for given, override in paths.items() if made and given[: len(path)] == path]
-    return (around or within or [None])[-1]
+    fitting = around or within
+    return fitting[-1] if fitting else None
 
 
 def _suggest(got: str, known: Sequence[str]) -> str:

@@ -23,9 +23,9 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs leave it out
-        anchor = event.anchor
+        anchor, mark = event.anchor, event.start_mark
         if isinstance(event, yaml.AliasEvent) and anchor in self._unfinished:
-            raise ComposerError(None, None, f"the value *{anchor} contains itself", event.start_mark)
+            raise ComposerError(None, None, f"the value *{anchor} contains itself", mark)
         if isinstance(event, yaml.AliasEvent) or anchor is None:
             return super().compose_node(parent, index)
         self._unfinished.add(anchor)

@@ -1,0 +1,131 @@
+"""House rules that a reader would otherwise have to check by eye; each check is shown a bad example too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from source_rules import (
+    MAX_FILE,
+    MAX_FUNCTION,
+    PACKAGE,
+    docstring_violations,
+    name_violations,
+    safety_violations,
+    size_violations,
+    sources,
+    weight_violations,
+)
+
+PRODUCT = sources("gdmd", "examples", "benchmarks")
+TESTS = sources("tests")
+DOCUMENTED = sources("gdmd/losses", "gdmd/diffusion")
+MEGABYTE = 1_000_000
+
+
+@pytest.mark.parametrize("path", PRODUCT)
+def test_files_and_functions_stay_short(path: str) -> None:
+    assert not size_violations(path, PRODUCT[path])
+
+
+@pytest.mark.parametrize("path", TESTS)
+def test_test_files_stay_short(path: str) -> None:
+    assert len(TESTS[path].splitlines()) <= MAX_FILE
+
+
+@pytest.mark.parametrize("path", PRODUCT)
+def test_no_variable_has_a_name_that_says_nothing(path: str) -> None:
+    assert not name_violations(path, PRODUCT[path])
+
+
+@pytest.mark.parametrize("path", PRODUCT)
+def test_nothing_is_pickled_and_no_nan_becomes_a_number(path: str) -> None:
+    assert not safety_violations(path, PRODUCT[path])
+
+
+@pytest.mark.parametrize("path", DOCUMENTED)
+def test_public_functions_of_the_mathematics_are_documented(path: str) -> None:
+    assert not docstring_violations(path, DOCUMENTED[path])
+
+
+def test_the_shipped_assets_weigh_at_most_12_megabytes() -> None:
+    assert not weight_violations(PACKAGE / "assets", 12 * MEGABYTE)
+
+
+def test_a_long_file_and_a_long_function_are_found() -> None:
+    def body(lines: int) -> str:
+        return "async def f():\n" + "    x = 1\n" * (lines - 1)
+
+    assert size_violations("x.py", "x = 1\n" * (MAX_FILE + 1)) == [f"x.py: {MAX_FILE + 1} lines, at most {MAX_FILE}"]
+    assert not size_violations("x.py", "x = 1\n" * MAX_FILE)
+    assert size_violations("x.py", body(MAX_FUNCTION + 1)) == ["x.py:1: f has 41 lines, at most 40"]
+    assert not size_violations("x.py", body(MAX_FUNCTION))
+    in_a_class = "class A:\n" + "\n".join("    " + line for line in body(MAX_FUNCTION + 1).splitlines())
+    assert size_violations("x.py", in_a_class)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pred = net(x)",
+        "a, out = f()",
+        "for sample in samples: pass",
+        "def f(data): pass",
+        "def f(*, res=1): pass",
+        "tmp: int = 3",
+        "class A:\n    output: int",
+        "with f() as out: pass",
+        "[data for data in x]",
+        "f = lambda out: 1",
+        "(res := 3)",
+    ],
+)
+def test_a_banned_name_is_found(line: str) -> None:
+    assert len(name_violations("x.py", line)) == 1
+
+
+def test_allowed_names_and_uses_of_foreign_attributes_are_not_banned() -> None:
+    assert not name_violations("x.py", "x0 = net.sample(data=weights.data)\ndef sample(): pass\nprediction = 1")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import joblib as j",
+        "torch.load('x')",
+        "from torch import load",
+        "torch.save(x, 'x')",
+        "f(weights_only=False)",
+        "np.load('x', allow_pickle=True)",
+        "torch.nan_to_num(x)",
+        "x.nan_to_num_(0)",
+        "from torch import nan_to_num",
+    ],
+)
+def test_pickle_and_nan_to_num_are_found(line: str) -> None:
+    assert safety_violations("x.py", line)
+
+
+def test_safe_loading_is_not_flagged() -> None:
+    safe = (
+        "from safetensors.torch import load_file\nload_file('x')\nf(weights_only=True)\nnp.load(p, allow_pickle=False)"
+    )
+    assert not safety_violations("x.py", safe)
+
+
+def test_a_public_function_without_a_docstring_is_found() -> None:
+    assert docstring_violations("x.py", "def loss(x): return x") == ["x.py:1: loss has no docstring"]
+    assert docstring_violations("x.py", "class Rng:\n    x = 1") == ["x.py:1: Rng has no docstring"]
+    assert not docstring_violations(
+        "x.py", "def _helper(x): return x\ndef loss(x):\n    'Mean.'\nclass _A:\n    def f(): 1"
+    )
+
+
+def test_a_heavy_folder_is_found(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    for name in ("a.safetensors", "inner/b.json", "unfinished.part"):
+        (tmp_path / name).write_bytes(bytes(60))
+    assert not weight_violations(tmp_path, 120)
+    assert weight_violations(tmp_path, 119) == [f"{tmp_path.name} weighs 120 bytes, at most 119"]
