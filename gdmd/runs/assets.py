@@ -1,0 +1,82 @@
+"""Weights as single safetensors files with their history in the header; the shipped ones lie in gdmd/assets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gdmd.runs.errors import RunError, writing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_KEY = "gdmd"  # the header of a safetensors file maps strings to strings; ours is one JSON object under this key
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Named tensors and what is known about them (command, seed, configuration, ...)."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+
+def asset_folder() -> Path:
+    """The folder of the shipped assets."""
+    return Path(str(resources.files("gdmd"))) / "assets"
+
+
+def asset_path(name: str) -> Path:
+    """Where the shipped asset ``name`` (such as "shapes_vae") lies."""
+    return asset_folder() / f"{name}.safetensors"
+
+
+def load_asset(path: Path | str) -> Asset:
+    """Read an asset onto the CPU. A missing or corrupt file is a RunError that says how to get it back."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise RunError(f"asset {path} is missing. Reinstall gdmd, or make it again with gdmd pretrain.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            header = file.metadata() or {}
+        metadata = json.loads(header.get(_KEY, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        cure = "Reinstall gdmd, or make it again with gdmd pretrain."
+        raise RunError(f"asset {path} is corrupt ({error}). {cure}") from error
+    return Asset(tensors, metadata)
+
+
+def save_asset(
+    path: Path | str,
+    tensors: Mapping[str, Tensor],
+    *,
+    command: Sequence[str] | str,
+    seed: int,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an asset atomically; ``command`` and ``seed`` say how to make it again."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    words = command if isinstance(command, str) else " ".join(command)
+    header = {_KEY: json.dumps({"command": words, "seed": seed, **(metadata or {})}, sort_keys=True)}
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    partial = path.with_name(f".{path.name}.partial")
+    with writing("the asset", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(plain, partial, metadata=header)
+            partial.replace(path)
+        except SafetensorError as error:
+            raise OSError(0, str(error)) from error
+        finally:
+            partial.unlink(missing_ok=True)
+    return path

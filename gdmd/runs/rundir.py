@@ -1,0 +1,261 @@
+"""A run folder, the public contract between training and everything that reads its results. No torch here.
+
+config.yaml      the resolved configuration
+run.json         versions, git commit, command, hash of the configuration, when started and resumed
+metrics.jsonl    one JSON object per logged step; "step" counts finished outer iterations; null = nothing scored
+tb/              the same numbers for TensorBoard
+grids/           step_000040.png: images from fixed noise
+checkpoints/     step_000040/: see ``runs.checkpoint``
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gdmd.runs.errors import RunError, writing
+
+PACKAGES = ("gdmd", "torch", "numpy", "pydantic", "safetensors")
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run folder. ``config`` is the resolved configuration as plain data."""
+
+    path: Path
+    config: Mapping[str, Any]
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tb"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def grid(self, step: int) -> Path:
+        """Where the grid of a step belongs."""
+        return self.path / "grids" / f"step_{step:06d}.png"
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl; it survives kill -9 from the moment this returns."""
+        row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in values.items()}
+        with writing("the metrics", self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after ``step`` (and a torn last line): the run goes on from there."""
+        if not self.metrics.exists():
+            return
+        rows = [line for line, row in _metric_lines(self.metrics) if row["step"] <= step]
+        write_atomic(self.metrics, "".join(line + "\n" for line in rows), "the metrics")
+
+    def note_resume(self, step: int) -> None:
+        """Write into run.json that the run was continued from ``step``, and with which versions."""
+        facts = read_facts(self.path)
+        resumed = [*facts.get("resumed", []), {"at": _now(), "step": step, "versions": versions()}]
+        write_atomic(self.path / "run.json", json.dumps(facts | {"resumed": resumed}, indent=2), "the run's facts")
+
+
+def create(path: Path, config: Mapping[str, Any], command: Sequence[str] | None = None) -> Run:
+    """Make a run folder for ``config`` (JSON-able), or start an interrupted one over that has no checkpoint yet.
+
+    Refused: a folder with other files, a run of another configuration (its keys are named), a run with checkpoints.
+    """
+    path = Path(path)
+    with writing("the run folder", path):
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file, not a folder. Choose another folder with --run.")
+        path.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(path, config)
+        for name in ("tb", "grids", "checkpoints"):
+            (path / name).mkdir(exist_ok=True)
+    facts = {
+        "command": list(sys.argv if command is None else command),
+        "config_sha256": config_hash(config),
+        "started": _now(),
+        "versions": versions(),
+        "commit": commit(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+    }
+    write_atomic(path / "run.json", json.dumps(facts, indent=2), "the run's facts")
+    write_atomic(path / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False), "the configuration")
+    run = Run(path, _plain(config))
+    run.rewind(-1)
+    return run
+
+
+def open_run(path: Path) -> Run:
+    """Open an existing run folder, to resume or to read it."""
+    path = Path(path)
+    if not (path / "config.yaml").is_file():
+        seen = "it does not exist" if not path.exists() else "it holds no config.yaml"
+        raise RunError(f"{path} is not a run folder: {seen}. Name a folder made by gdmd train.")
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"cannot read {path / 'config.yaml'}: {error}. Restore the file or start a new run.") from error
+    if not isinstance(config, dict):
+        raise RunError(f"{path / 'config.yaml'} holds no configuration. Restore the file or start a new run.")
+    return Run(path, config)
+
+
+def check_same_config(run: Run, config: Mapping[str, Any], allowed: Sequence[str] = ()) -> None:
+    """Raise a RunError that names the keys in which ``config`` differs from the run's own, except ``allowed``."""
+    keys = [key for key in differing(run.config, _plain(config)) if key.split(":")[0] not in allowed]
+    if keys:
+        raise RunError(
+            f"{run.path} holds a run of another configuration; it differs in {'; '.join(keys)} (there -> here). "
+            "Choose another folder with --run, or continue that run as it is with --resume."
+        )
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl in order; null becomes NaN, a torn last line is left out."""
+    file = Path(path) / "metrics.jsonl"
+    if not file.exists():
+        return []
+    rows = [row for _, row in _metric_lines(file)]
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The content of run.json."""
+    file = Path(path) / "run.json"
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {file}: {error}. Restore the file or start a new run.") from error
+    if not isinstance(facts, dict):
+        raise RunError(f"{file} holds no JSON object. Restore the file or start a new run.")
+    return facts
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """sha256 of the configuration as canonical JSON."""
+    return hashlib.sha256(json.dumps(_plain(config), sort_keys=True).encode()).hexdigest()
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The dotted keys whose values differ, as "loop.seed: 0 -> 1"; nothing stands for a key that one side lacks."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    keys = [key for key in (before | after) if before.get(key, _MISSING) != after.get(key, _MISSING)]
+    return [f"{key}: {before.get(key, 'nothing')} -> {after.get(key, 'nothing')}" for key in keys]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
+
+def commit() -> str | None:
+    """The git commit of this source tree ("+changes" when tracked files differ); None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None  # git is missing or refuses: a run without a known commit is still a run
+
+
+def write_atomic(path: Path, text: str, what: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old or the new content and never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(what, path):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _refuse_foreign(path: Path, config: Mapping[str, Any]) -> None:
+    if (path / "config.yaml").exists():
+        run = open_run(path)
+        check_same_config(run, config)
+        if any(run.checkpoints.glob("step_*")):
+            raise RunError(
+                f"{path} already holds this run, with checkpoints. Continue it with gdmd train --resume {path}, "
+                "or choose another folder with --run."
+            )
+        return
+    ours = {"tb", "grids", "checkpoints", "run.json"}  # a run that was killed while its folder was being made
+    others = sorted(
+        entry.name for entry in path.iterdir() if entry.name not in ours and not entry.name.endswith(".partial")
+    )
+    if others:
+        raise RunError(
+            f"{path} is not empty and is not a run folder (it holds {', '.join(others[:3])}). "
+            "Choose a new or empty folder with --run."
+        )
+
+
+def _metric_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, row) of each whole line; only the last line may be torn, anything else is damage."""
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RunError(f"cannot read {file}: {error}. Check its permissions.") from error
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn, or empty
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines) - 1:
+                return
+            raise RunError(f"{file}, line {number} is not a metrics row ({error}). Delete that line.") from error
+        yield line.decode(), row
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+        return
+    yield prefix, tree
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Through JSON and back: tuples become lists, so that a stored configuration equals the one it came from."""
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    return plain
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

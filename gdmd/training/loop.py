@@ -1,0 +1,274 @@
+"""The training loop: prompts by index, the method's updates, logs, grids and checkpoints. It knows no algorithm.
+
+Everything random is keyed by (seed, step, sample), so a checkpoint needs no generator state, and a resumed run is the
+uninterrupted one bit for bit (same machine, same number of threads).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gdmd.config.loop import LoopConfig
+from gdmd.diffusion.rng import SampleRng
+from gdmd.runs import checkpoint
+from gdmd.runs.errors import writing
+from gdmd.runs.rundir import Run
+from gdmd.training.optim import lr_factor
+from gdmd.training.state import NonFiniteError, RoleState, autocast_of, ema_weights, role_states
+from gdmd.training.stats import Means
+from gdmd.types import Method, PromptBatch, Role, Roles, Update
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Stream(Protocol):
+    """Prompts by step: a pure function of the step, so there is no iterator state to save."""
+
+    def at(self, step: int) -> PromptBatch: ...
+
+
+class Progress(Protocol):
+    """Who watches: ``training.progress`` shows a bar or plain lines, tests collect rows."""
+
+    def advance(self, step: int) -> None:
+        """``step`` outer iterations are finished."""
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """A line was logged."""
+
+    def note(self, message: str) -> None:
+        """Something the user should read once."""
+
+
+class Silent:
+    """Nobody watches."""
+
+    def advance(self, step: int) -> None:
+        return
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        return
+
+    def note(self, message: str) -> None:
+        return
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """grid(step, path): called with the EMA weights swapped in, writes an image to ``path``."""
+
+    progress: Progress = field(default_factory=Silent)
+    grid: Callable[[int, Path], None] | None = None
+
+
+WATCHED_BY_NOBODY = Hooks()
+
+
+@dataclass(frozen=True)
+class TrainEnd:
+    """How a run ended: finished iterations, the newest checkpoint, the signal that stopped it (None = completed)."""
+
+    step: int
+    checkpoint: Path
+    signal: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + signal: 130 after Ctrl-C, 143 after SIGTERM."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+def train(
+    method: Method, roles: Roles, stream: Stream, cfg: LoopConfig, run: Run, hooks: Hooks = WATCHED_BY_NOBODY
+) -> TrainEnd:
+    """Train to ``cfg.steps`` outer iterations, going on from the newest good checkpoint of ``run`` if it has one.
+
+    SIGINT and SIGTERM end it after the current iteration, with a checkpoint; a second one ends it at once.
+    Errors: RunError (disk), NonFiniteError (numbers); the last good checkpoint stands in both cases.
+    """
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    trainer = _Trainer(method, roles, cfg, run, hooks)
+    start = trainer.resume()
+    with _stop_signals() as stopped, _tensorboard(run, start) as board:
+        if start == 0:
+            trainer.grid(0)
+        step, saved = start, trainer.newest
+        for step in range(start + 1, cfg.steps + 1):  # step counts finished iterations from here on
+            trainer.iterate(step - 1, stream.at(step - 1))
+            last = step == cfg.steps or bool(stopped)
+            trainer.report(step, last, board)
+            if cfg.grid_every and (step % cfg.grid_every == 0 or step == cfg.steps):
+                trainer.grid(step)
+            if last or step % cfg.checkpoint_every == 0:
+                saved = trainer.save(step)
+            if last:
+                break
+        return TrainEnd(step, saved or trainer.save(step), stopped[0] if stopped else None)
+
+
+class _Trainer:
+    """The objects of one run, and what the loop does with them."""
+
+    def __init__(self, method: Method, roles: Roles, cfg: LoopConfig, run: Run, hooks: Hooks) -> None:
+        self.method, self.roles, self.cfg, self.run, self.hooks = method, roles, cfg, run, hooks
+        self.states: dict[Role, RoleState] = role_states(roles, cfg)
+        self.means = Means()
+        self.newest: Path | None = None
+        self._images, self._clock = 0, time.perf_counter()
+        device = next(iter(roles.parameters("student").values())).device.type
+        self._autocast = autocast_of(cfg, device)
+
+    def resume(self) -> int:
+        """Load the newest good checkpoint; returns the number of finished iterations."""
+        saved = checkpoint.load_newest(self.run.checkpoints)
+        step = saved.step if saved else 0
+        if saved:
+            for state in self.states.values():
+                state.load(saved.part, saved.state["roles"][state.role])
+            self.roles.load_old_state(saved.part("old"))
+            self.method.load(saved.part("method"))
+            checkpoint.set_aside_after(self.run.checkpoints, step)
+            self.newest = saved.path
+            self.run.note_resume(step)
+            for message in (*saved.messages, f"resumed from step {step} ({saved.path})"):
+                self.hooks.progress.note(message)
+        self.run.rewind(step)
+        self._clock = time.perf_counter()
+        return step
+
+    def iterate(self, step: int, prompts: PromptBatch) -> None:
+        """One outer iteration: apply every update the method asks for, in its order."""
+        rng = SampleRng(self.cfg.seed, step, prompts.index)
+        try:
+            for update in self._updates(step, prompts, rng):
+                self.means.add(self.states[update.role].apply(update, self._factor(step)))
+        except NonFiniteError as error:
+            raise self._explained(error, step, prompts) from error
+        self._check_skipped(step)
+        self.means.add(self.method.stats())
+        self._images += len(prompts)
+
+    def report(self, step: int, last: bool, board: SummaryWriter) -> None:
+        """Advance the progress; every ``log_every`` steps write a row of means to metrics.jsonl and TensorBoard."""
+        self.hooks.progress.advance(step)
+        if step % self.cfg.log_every and not last:
+            return
+        values = self.means.read()
+        seconds = time.perf_counter() - self._clock
+        values["speed/images_per_s"] = self._images / seconds
+        for role, state in self.states.items():
+            values[f"lr/{role}"] = state.optimizer.lr * self._factor(step - 1)
+            values[f"updates/{role}"] = state.updates
+            values[f"skipped/{role}"] = state.skipped
+        self._images, self._clock = 0, time.perf_counter()
+        self.run.log(step, values)
+        with writing("the TensorBoard log", self.run.tensorboard):
+            for key, value in values.items():
+                board.add_scalar(key, value, step)
+            board.flush()
+        self.hooks.progress.row(step, values)
+
+    def grid(self, step: int) -> None:
+        """Ask for the sample grid of this step, drawn with the EMA weights."""
+        if self.hooks.grid is None or not self.cfg.grid_every:
+            return
+        path = self.run.grid(step)
+        with writing("the sample grid", path), torch.no_grad(), ema_weights(self.states["student"]):
+            path.parent.mkdir(exist_ok=True)
+            self.hooks.grid(step, path)
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint of everything that is not a pure function of the configuration and the step."""
+        tensors: dict[str, Mapping[str, Tensor]] = {"old": self.roles.old_state(), "method": self.method.state()}
+        for state in self.states.values():
+            tensors |= state.tensors()
+        facts: dict[str, Any] = {"roles": {role: state.counters() for role, state in self.states.items()}}
+        self.newest = checkpoint.save(self.run.checkpoints, step, tensors, facts, self.cfg.keep_checkpoints)
+        return self.newest
+
+    def _updates(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
+        """The method's updates; its own network calls (roll-out, targets) run under the precision of the run."""
+        updates = iter(self.method.iteration(step, prompts, rng))
+        while True:
+            with self._autocast():
+                update = next(updates, None)
+            if update is None:
+                return
+            yield update
+
+    def _factor(self, step: int) -> float:
+        done = self.states["student"].updates
+        return lr_factor(self.cfg.lr_schedule, step / self.cfg.steps, done, self.cfg.warmup)
+
+    def _check_skipped(self, step: int) -> None:
+        skipped = sum(state.skipped for state in self.states.values())
+        if skipped > self.cfg.skip_limit:
+            raise ValueError(
+                f"step {step}: {skipped} updates of this run were skipped because they were not finite, more "
+                f"than loop.skip_limit = {self.cfg.skip_limit}. {self._stands()} Lower the learning rates, or raise it."
+            )
+
+    def _explained(self, error: NonFiniteError, step: int, prompts: PromptBatch) -> NonFiniteError:
+        index = prompts.index.tolist()
+        within = all(place < len(index) for place in error.positions)
+        where = f", sample(s) {[index[place] if within else place for place in error.positions[:8]]}"
+        message = (
+            f"step {step}{where if error.positions else ''}: {error}. The update was not applied. {self._stands()} "
+            "Lower loop.lr_student and loop.lr_fake, use precision fp32, or set loop.on_nonfinite = skip."
+        )
+        return NonFiniteError(message, error.role, error.positions)
+
+    def _stands(self) -> str:
+        return f"The last good checkpoint is {self.newest}." if self.newest else "There is no checkpoint yet."
+
+
+@contextmanager
+def _tensorboard(run: Run, start: int) -> Iterator[SummaryWriter]:
+    """A TensorBoard writer; what the log holds beyond the resumed step is hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with writing("the TensorBoard log", run.tensorboard):
+        board = SummaryWriter(str(run.tensorboard), purge_step=start + 1 if start else None)
+    try:
+        yield board
+    finally:
+        with writing("the TensorBoard log", run.tensorboard):
+            board.close()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that receives the first SIGINT or SIGTERM; the second one has its usual effect."""
+    stopped: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
+        yield stopped
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, on_signal)
+    try:
+        yield stopped
+    finally:
+        restore()
