@@ -28,7 +28,7 @@ def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Philox4x32-10: four counters (int64 tensors holding 32-bit values, broadcastable) -> four 32-bit words."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    c0, c1, c2, c3 = counter
     k0, k1 = key[0] & _MASK, key[1] & _MASK
     for _ in range(_ROUNDS):
         high0, low0 = _mul_hi_lo(_MUL[0], c0)

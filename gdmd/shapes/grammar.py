@@ -32,7 +32,21 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 PAD, NULL = 0, 1
-WORDS = ("<pad>", "<null>", "a", "and", "left", "right", "of", "above", "below", *NUMBERS[2:], *COLORS, *SHAPES, *PLURALS)
+WORDS = (
+    "<pad>",
+    "<null>",
+    "a",
+    "and",
+    "left",
+    "right",
+    "of",
+    "above",
+    "below",
+    *NUMBERS[2:],
+    *COLORS,
+    *SHAPES,
+    *PLURALS,
+)
 CAPTION_TOKENS = 8
 
 Split = Literal["train", "dev", "eval"]

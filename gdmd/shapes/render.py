@@ -85,7 +85,7 @@ class Scenes:
 
 
 def draw_scenes(rows: Tensor, generator: torch.Generator, world: World = WORLD32) -> Scenes:
-    """Random scenes that satisfy the captions ``rows`` ([B] of the world's catalogue); what they leave open is uniform."""
+    """Random scenes that satisfy the captions ``rows`` ([B] of the catalogue); what they leave open is uniform."""
     table = world.captions
     count = table.count[rows]  # [B, 2]
     slots = torch.arange(max(world.max_count, 2))[None]  # [1, K]
@@ -103,8 +103,10 @@ def draw_scenes(rows: Tensor, generator: torch.Generator, world: World = WORLD32
     return Scenes(shape, color, x, y, radius)
 
 
-def _place(radius: Tensor, present: Tensor, relation: Tensor, generator: torch.Generator, world: World) -> tuple[Tensor, Tensor]:
-    """Rejection: draw all centres of a scene at once until no two touch and the relation holds. Exact, hence uniform."""
+def _place(
+    radius: Tensor, present: Tensor, relation: Tensor, generator: torch.Generator, world: World
+) -> tuple[Tensor, Tensor]:
+    """Rejection: draw all centres of a scene at once until no two touch and the relation holds. Exactly uniform."""
     x, y = torch.zeros_like(radius), torch.zeros_like(radius)
     todo = torch.arange(len(radius))
     tries = 8
@@ -168,7 +170,7 @@ def coverage_maps(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor, size: int
     """
     centres = (torch.arange(size, device=x.device, dtype=x.dtype) + 0.5) / size
     order = torch.argsort(shape, stable=True)
-    pieces = []
+    pieces: list[Tensor] = []
     for index, share in enumerate(torch.bincount(shape, minlength=len(SHAPES)).tolist()):
         start = sum(p.shape[0] for p in pieces)
         own = order[start : start + share]

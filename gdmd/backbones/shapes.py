@@ -1,0 +1,106 @@
+"""The Shapes networks behind the Protocols: denoisers, codec and text encoder; roles as full copies."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gdmd.backbones.shapes_nets import LATENT_CHANNELS, ShapesDit, ShapesVae
+from gdmd.diffusion.schedule import FlowSchedule, from_velocity
+from gdmd.shapes.grammar import CAPTION_TOKENS, NULL, tokenize
+from gdmd.types import Cond, Prediction, Role
+
+LATENT_SHAPE = (LATENT_CHANNELS, 8, 8)
+
+
+class DitDenoiser:
+    """A ShapesDit as a Denoiser. ``bf16`` runs the network under autocast; the x0 arithmetic stays in fp32."""
+
+    def __init__(self, net: ShapesDit, *, bf16: bool = False) -> None:
+        self.net, self.bf16, self.schedule = net, bf16, FlowSchedule()
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
+            velocity = self.net(x_t, t, cond["tokens"])
+        return from_velocity(velocity, x_t, t, self.schedule)
+
+
+class ShapesRoles:
+    """Student, fake and old policy as full copies of the teacher."""
+
+    def __init__(self, teacher: ShapesDit, *, bf16: bool = False) -> None:
+        teacher = teacher.eval().requires_grad_(False)
+        self.schedule = FlowSchedule()
+        self._nets = {"student": _trainable(teacher), "fake": _trainable(teacher)}
+        self._old = copy.deepcopy(teacher)
+        self._follows = False
+        self.teacher = DitDenoiser(teacher, bf16=bf16)
+        self.student = DitDenoiser(self._nets["student"], bf16=bf16)
+        self.fake = DitDenoiser(self._nets["fake"], bf16=bf16)
+        self.old = DitDenoiser(self._old, bf16=bf16)
+
+    def parameters(self, role: Role) -> Mapping[str, Parameter]:
+        return dict(self._nets[role].named_parameters())
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        self._follows = True
+        for old, student in zip(self._old.parameters(), self._nets["student"].parameters(), strict=True):
+            old.lerp_(student, 1 - decay)
+
+    def old_state(self) -> Mapping[str, Tensor]:
+        return {k: p.detach() for k, p in self._old.named_parameters()} if self._follows else {}
+
+    def load_old_state(self, tensors: Mapping[str, Tensor]) -> None:
+        if tensors:
+            self._old.load_state_dict(dict(tensors), strict=False)
+            self._follows = True
+
+
+def _trainable(net: ShapesDit) -> ShapesDit:
+    return copy.deepcopy(net).requires_grad_(True)
+
+
+class ShapesCodec:
+    """The VAE as a Codec: latents [B, 8, h, w] <-> images [B, 3, 4h, 4w]."""
+
+    def __init__(self, vae: ShapesVae, *, bf16: bool = False) -> None:
+        self.vae, self.bf16 = vae.eval().requires_grad_(False), bf16
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.vae.decode(latents).float()
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.vae.encode(images).float()
+
+
+class ShapesTextEncoder:
+    """Captions -> word ids; the embedding is part of the network."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+
+    def encode(self, texts: Sequence[str]) -> Cond:
+        return {"tokens": torch.tensor([tokenize(text) for text in texts], device=self.device)}
+
+    def null(self, count: int) -> Cond:
+        return {"tokens": torch.full((count, CAPTION_TOKENS), NULL, device=self.device)}
+
+
+def load_dit(tensors: Mapping[str, Tensor]) -> ShapesDit:
+    """A ShapesDit with these weights (names as saved by ``gdmd pretrain teacher``)."""
+    net = ShapesDit()
+    net.load_state_dict({k: v.float() for k, v in tensors.items()})
+    return net
+
+
+def load_vae(tensors: Mapping[str, Tensor]) -> ShapesVae:
+    """A ShapesVae with these weights."""
+    net = ShapesVae()
+    net.load_state_dict({k: v.float() for k, v in tensors.items()})
+    return net

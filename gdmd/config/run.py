@@ -1,0 +1,70 @@
+"""A recipe: everything that one training run is, and what the comparison of two runs has to hold equal."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from gdmd.config.base import Config, Count
+from gdmd.config.loop import LoopConfig
+from gdmd.config.method import GdmdConfig, MethodConfig
+
+
+class ShapesModel(Config):
+    """The embedded Shapes world; the teacher and the VAE ship with the package unless paths are given."""
+
+    kind: Literal["shapes"] = "shapes"
+    teacher: str | None = Field(
+        default=None, description="safetensors file of another teacher; default: the shipped one."
+    )
+    vae: str | None = Field(default=None, description="safetensors file of another VAE; default: the shipped one.")
+
+
+class ShapesReward(Config):
+    """One reward of the Shapes world."""
+
+    kind: Literal["shapes_clip", "shapes_pref", "shapes_clip_heldout", "shapes_partial_credit"]
+    asset: str | None = Field(default=None, description="safetensors file of another scorer; default: the shipped one.")
+
+
+class PromptConfig(Config):
+    """Where prompts come from."""
+
+    file: str | None = Field(
+        default=None, description="txt (one caption a line) or jsonl ({'prompt': ...}); default: the training captions."
+    )
+
+
+class EvalConfig(Config):
+    """The evaluation at the end of a run and of ``gdmd eval``."""
+
+    per_task: Count = Field(default=50, description="Prompts per task of the fixed evaluation set.")
+    images: Count = Field(default=4, description="Images per prompt.")
+    seed: Annotated[int, Field(ge=0)] = Field(default=777, description="Seed of the evaluation noise.")
+    teacher_steps: Count = Field(default=50, description="ODE steps of the teacher's rows.")
+
+
+class RunConfig(Config):
+    """A recipe. ``gdmd train RECIPE a.b=c`` overrides any field by its path."""
+
+    name: str = Field(description="Name of the recipe, used for the run folder.")
+    about: str = Field(default="", description="What the recipe is for, in a sentence.")
+    model: ShapesModel = ShapesModel()
+    method: MethodConfig = Field(default_factory=GdmdConfig)
+    rewards: tuple[ShapesReward, ...] = Field(
+        default=(ShapesReward(kind="shapes_clip"), ShapesReward(kind="shapes_pref")),
+        description="Reward models that train the student; each is divided by its own Z, then they are averaged.",
+    )
+    prompts: PromptConfig = PromptConfig()
+    loop: LoopConfig = Field(description="Steps, batch, optimiser, checkpoints.")
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _rewarded(self) -> RunConfig:
+        if isinstance(self.method, GdmdConfig) and self.method.gamma > 0 and not self.rewards:
+            raise ValueError("method gdmd with gamma > 0 needs at least one reward under `rewards`")
+        names = [r.kind for r in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each reward may be listed once, got {names}")
+        return self

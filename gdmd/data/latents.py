@@ -1,0 +1,31 @@
+"""Real latents for methods that interpolate data and noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gdmd.diffusion.rng import SampleRng
+from gdmd.shapes.grammar import catalogue
+from gdmd.shapes.render import draw_scenes, render
+from gdmd.types import Codec, PromptBatch
+
+
+@dataclass(frozen=True)
+class RenderedLatents:
+    """Encoded renders of the prompts' captions, one scene per sample and step."""
+
+    codec: Codec
+
+    @torch.no_grad()
+    def __call__(self, prompts: PromptBatch, rng: SampleRng) -> Tensor:
+        """[B, C, H, W]; the scene of a sample depends on (seed, step, sample) only."""
+        table = catalogue()
+        images = []
+        words = rng.integer("scene", 2**31)
+        for text, word in zip(prompts.text, words.tolist(), strict=True):
+            generator = torch.Generator().manual_seed(word)
+            images.append(render(draw_scenes(torch.tensor([table.row(text)]), generator)))
+        return self.codec.encode(torch.cat(images).to(prompts.index.device))

@@ -1,0 +1,78 @@
+"""Prompts by index: the stream of a training run is a pure function of (seed, step), so it needs no saved state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from gdmd.diffusion.rng import SampleRng
+from gdmd.shapes.grammar import TASKS, catalogue
+from gdmd.types import PromptBatch, TextEncoder
+
+LONGEST_PROMPT = 4000
+"""Characters. Longer lines are a malformed file (a missing newline), not a prompt."""
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """txt: one prompt a line; jsonl: objects with "prompt". Empty lines are an error, as is any malformed line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"prompt file {path}: cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {path}: not UTF-8 at byte {error.start}; convert it to UTF-8") from error
+    lines = text.splitlines()
+    if not lines:
+        raise ValueError(f"prompt file {path}: is empty; it needs at least one prompt")
+    read = _json_line if path.suffix == ".jsonl" else _text_line
+    return tuple(read(path, number, line) for number, line in enumerate(lines, 1))
+
+
+def _text_line(path: Path, number: int, line: str) -> str:
+    if not line.strip():
+        raise ValueError(f"prompt file {path}, line {number}: empty line; remove it or write a prompt")
+    if len(line) > LONGEST_PROMPT:
+        raise ValueError(f"prompt file {path}, line {number}: {len(line)} characters; at most {LONGEST_PROMPT}")
+    return line.strip()
+
+
+def _json_line(path: Path, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"prompt file {path}, line {number}: not JSON ({error.msg} at column {error.colno})"
+        ) from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f'prompt file {path}, line {number}: expected {{"prompt": "..."}}, got {line[:60]!r}')
+    return _text_line(path, number, row["prompt"])
+
+
+class PromptStream:
+    """Batches of prompts drawn from a list, uniformly over its groups (tasks), then over the members of a group."""
+
+    def __init__(self, groups: list[list[str]], encoder: TextEncoder, batch_size: int, seed: int) -> None:
+        self.groups, self.encoder, self.batch_size, self.seed = groups, encoder, batch_size, seed
+
+    def at(self, step: int) -> PromptBatch:
+        index = torch.arange(self.batch_size)
+        rng = SampleRng(self.seed, step, index)
+        which = rng.integer("prompt_group", len(self.groups)).tolist()
+        place = rng.uniform("prompt").tolist()
+        chosen = [self.groups[g] for g in which]
+        texts = tuple(own[int(p * len(own))] for own, p in zip(chosen, place, strict=True))
+        return batch_of(texts, self.encoder, index)
+
+
+def batch_of(texts: tuple[str, ...], encoder: TextEncoder, index: torch.Tensor | None = None) -> PromptBatch:
+    """A PromptBatch in which every prompt is its own group."""
+    where = torch.arange(len(texts)) if index is None else index
+    return PromptBatch(where, texts, where, encoder.encode(texts), encoder.null(len(texts)))
+
+
+def training_captions() -> list[list[str]]:
+    """The training captions of the Shapes language, a list per task."""
+    table = catalogue()
+    return [[table.captions[row].text for row in table.rows("train", task).tolist()] for task in range(len(TASKS))]

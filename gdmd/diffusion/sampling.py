@@ -1,0 +1,76 @@
+"""Samplers: the teacher's ODE and the student's predict-and-re-noise. Both know nothing of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gdmd.diffusion.schedule import expand, renoise, widen
+from gdmd.types import Cond, Denoiser, Schedule
+
+NoiseAt = Callable[[int], Tensor]
+"""Fresh noise [B, C, H, W] for the i-th re-noising of a roll-out (i >= 1)."""
+
+
+def times(steps: int, shift: float = 1.0, device: torch.device | str = "cpu") -> Tensor:
+    """steps + 1 times from 1 (noise) to 0 (data), uniform before the shift. [steps + 1]"""
+    t = torch.linspace(1, 0, steps + 1, device=device)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@torch.no_grad()
+def ode_sample(denoiser: Denoiser, noise: Tensor, t: Tensor, cond: Cond, schedule: Schedule) -> Tensor:
+    """Deterministic sampling along ``t`` [N + 1] (1 -> 0): x_s = alpha(s) x0 + sigma(s) eps.
+
+    For the flow schedule this is Euler's method, for VP it is DDIM. noise [B, C, H, W] -> x0 [B, C, H, W].
+    """
+    x_t = widen(noise)
+    for now, following in zip(t[:-1], t[1:], strict=True):
+        here, there = now.expand(len(x_t)), following.expand(len(x_t))
+        prediction = denoiser(x_t, here, cond)
+        alpha, sigma = expand(schedule.alpha(there), x_t), expand(schedule.sigma(there), x_t)
+        x_t = alpha * prediction.x0 + sigma * prediction.eps
+    return x_t
+
+
+@torch.no_grad()
+def few_step_sample(
+    student: Denoiser, noise: Tensor, steps: Sequence[float], cond: Cond, noise_at: NoiseAt, schedule: Schedule
+) -> Tensor:
+    """The student's sampler: predict x0, re-noise to the next step with fresh noise. noise [B, C, H, W] -> x0."""
+    x_t, x0 = noise, noise
+    for i, t in enumerate(steps):
+        when = torch.full((len(noise),), t, device=noise.device)
+        if i:
+            x_t = renoise(x0, when, noise_at(i), schedule)
+        x0 = student(x_t, when, cond).x0
+    return x0
+
+
+@torch.no_grad()
+def backward_simulation(
+    student: Denoiser,
+    noise: Tensor,
+    steps: Sequence[float],
+    stop: Tensor,
+    cond: Cond,
+    noise_at: NoiseAt,
+    schedule: Schedule,
+) -> Tensor:
+    """The same roll-out stopped before step ``stop`` [B] (int64): x_tau at tau = steps[stop]. [B, C, H, W]
+
+    Sample i costs stop[i] forwards: finished samples leave the batch.
+    """
+    x_tau = noise.clone()
+    going = torch.arange(len(noise), device=noise.device)
+    for i in range(1, len(steps)):
+        going = going[stop[going] >= i]
+        if not len(going):
+            break
+        own = {name: value[going] for name, value in cond.items()}
+        before = torch.full((len(going),), steps[i - 1], device=noise.device)
+        x0 = student(x_tau[going], before, own).x0
+        x_tau[going] = renoise(x0, torch.full_like(before, steps[i]), noise_at(i)[going], schedule)
+    return x_tau

@@ -1,0 +1,59 @@
+"""Statistics over groups of scores: the running scale Z of a reward, and softmax weights of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class RunningScale:
+    """Z_k: bias-corrected EMA of the standard deviation of each reward, current batch included.
+
+    State: ``mean`` [R] the raw EMA and ``weight`` 0-d the mass it has seen (1 - decay^n); both are saved.
+    """
+
+    def __init__(self, rewards: int, decay: float = 0.99, device: torch.device | str = "cpu") -> None:
+        self.decay = decay
+        self.mean = torch.zeros(rewards, dtype=torch.float64, device=device)
+        self.weight = torch.zeros(rewards, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, scores: Tensor) -> Tensor:
+        """scores [R, ...] of the global batch and group, NaN = not scored. Returns Z [R], fp32.
+
+        A reward with fewer than two scored values leaves its Z as it was (0 if it never had one).
+        """
+        flat = scores.double().flatten(1)
+        seen = ~flat.isnan()
+        count = seen.sum(1)
+        mean = torch.where(seen, flat, 0).sum(1) / count.clamp_min(1)
+        square = torch.where(seen, (flat - mean[:, None]) ** 2, 0).sum(1) / (count - 1).clamp_min(1)
+        enough = count >= 2
+        self.mean = torch.where(enough, self.decay * self.mean + (1 - self.decay) * square.sqrt(), self.mean)
+        self.weight = torch.where(enough, self.decay * self.weight + (1 - self.decay), self.weight)
+        return self.value()
+
+    def value(self) -> Tensor:
+        """Z [R], fp32; 0 where nothing was seen."""
+        known = self.weight > 0
+        return torch.where(known, self.mean / torch.where(known, self.weight, 1), 0).float()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"mean": self.mean, "weight": self.weight}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.mean, self.weight = state["mean"].clone(), state["weight"].clone()
+
+
+def softmax_weights(advantage: Tensor, sharpness: float) -> Tensor:
+    """w = E softmax(sharpness x advantage) over the group, mean 1. advantage [E, B] -> [E, B].
+
+    A target that was not scored (NaN) has weight 1 - the plain DMD step - and the others share the rest.
+    """
+    scored = ~advantage.isnan()
+    logits = torch.where(scored, sharpness * advantage, -torch.inf)
+    count = scored.sum(0, keepdim=True)
+    safe = torch.where(count > 0, logits, 0)
+    return torch.where(scored, count * torch.softmax(safe, 0), 1.0)

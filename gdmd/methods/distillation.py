@@ -1,0 +1,140 @@
+"""What DMD and its descendants share: the roll-out, the fake's update and the DMD gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from gdmd.config.method import DistillationConfig
+from gdmd.diffusion.guidance import Pair, predict_pair
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import backward_simulation
+from gdmd.diffusion.schedule import renoise
+from gdmd.losses.denoising import denoising_loss, mean_square
+from gdmd.losses.dmd import normaliser
+from gdmd.types import Cond, Loss, PromptBatch, Roles
+
+
+class RealLatents(Protocol):
+    """Real latents [B, C, H, W] for the prompts of a step."""
+
+    def __call__(self, prompts: PromptBatch, rng: SampleRng) -> Tensor: ...
+
+
+AnyConfig = TypeVar("AnyConfig", bound=DistillationConfig)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One student output per prompt, without gradient."""
+
+    x_tau: Tensor  # [B, C, H, W]
+    tau: Tensor  # [B]
+    x0: Tensor  # [B, C, H, W], the student's prediction from x_tau: x_old of the snapshot policy
+    cond: Cond
+    uncond: Cond
+
+
+@dataclass(frozen=True)
+class FakeBatch:
+    x0: Tensor
+    x_t: Tensor
+    t: Tensor
+    eps: Tensor
+    cond: Cond
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The two scores at one re-noising of x0: a teacher pair and the fake's prediction."""
+
+    teacher: Pair
+    x0_fake: Tensor  # [B, C, H, W]
+
+    def raw_gradient(self, guidance: float) -> Tensor:
+        """x0_fake - x0_real."""
+        return self.x0_fake - self.teacher.at(guidance)
+
+
+@dataclass
+class Distillation(Generic[AnyConfig]):
+    """Base of the DMD family. Draws take ``rng`` and no gradient; losses are deterministic and differentiable."""
+
+    cfg: AnyConfig
+    roles: Roles
+    latent_shape: tuple[int, int, int]
+    native: Literal["eps", "velocity"]
+    real_latents: RealLatents | None = None
+    _stats: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def rollout(self, prompts: PromptBatch, rng: SampleRng) -> Rollout:
+        """x_tau by backward simulation or from real data, then x0 = S(G(x_tau, tau, c))."""
+        steps = torch.tensor(self.cfg.student_steps, device=rng.index.device)
+        stop = self._draw_steps(rng, len(steps))
+        noise = rng.normal("noise", self.latent_shape)
+        if self.cfg.student_input == "data":
+            assert self.real_latents is not None
+            x_tau = renoise(self.real_latents(prompts, rng), steps[stop], noise, self.roles.schedule)
+        else:
+            again = lambda i: rng.normal("rollout", self.latent_shape, i)  # noqa: E731
+            x_tau = backward_simulation(
+                self.roles.student, noise, self.cfg.student_steps, stop, prompts.cond, again, self.roles.schedule
+            )
+        x0 = self.roles.student(x_tau, steps[stop], prompts.cond).x0
+        self._stats = {"latent/mean": x0.mean(), "latent/std": x0.std()}
+        return Rollout(x_tau, steps[stop], x0, prompts.cond, prompts.uncond)
+
+    def _draw_steps(self, rng: SampleRng, steps: int) -> Tensor:
+        """[B] int64. Per sample, or one for all from sample number 0, which every rank can draw."""
+        if self.cfg.step_draw == "sample":
+            return rng.integer("tau", steps)
+        first = SampleRng(rng.seed, rng.step, torch.zeros_like(rng.index))
+        return first.integer("tau", steps)
+
+    @torch.no_grad()
+    def fake_batch(self, r: Rollout, rng: SampleRng, i: int) -> FakeBatch:
+        """The fake's own fresh t and eps on sg(x0)."""
+        t = rng.uniform("fake_t", i)
+        eps = rng.normal("fake_eps", self.latent_shape, i)
+        return FakeBatch(r.x0, renoise(r.x0, t, eps, self.roles.schedule), t, eps, r.cond)
+
+    def fake_loss(self, batch: FakeBatch) -> Loss:
+        """Denoising loss of the fake score on the student's samples, native or in x0 (eq. 2)."""
+        prediction = self.roles.fake(batch.x_t, batch.t, batch.cond)
+        kind = "x0" if self.cfg.fake_loss == "x0" else self.native
+        loss = denoising_loss(prediction, batch.x0, batch.eps, kind)
+        seen = loss.detach()
+        thirds = {f"fake_loss/t{k}": torch.where((batch.t * 3).long() == k, seen, torch.nan) for k in range(3)}
+        return Loss(loss, {"loss/fake": seen, **thirds})
+
+    @torch.no_grad()
+    def scores(self, r: Rollout, rng: SampleRng, i: int, *, both: bool) -> Scores:
+        """Both scores at draw i of (t, eps). ``both``: the teacher also answers without the caption."""
+        low, high = self.cfg.renoise_low, self.cfg.renoise_high
+        t = rng.uniform("renoise_t", i, low=low, high=high)
+        x_t = renoise(r.x0, t, rng.normal("renoise_eps", self.latent_shape, i), self.roles.schedule)
+        teacher = predict_pair(self.roles.teacher, x_t, t, r.cond, r.uncond, both=both)
+        return Scores(teacher, self.roles.fake(x_t, t, r.cond).x0)
+
+    def target(self, r: Rollout, scores: Scores, guidance: float) -> Tensor:
+        """x_tar = x0 - grad, with or without the normaliser n. [B, C, H, W]"""
+        x0_real = scores.teacher.at(guidance)
+        raw = scores.x0_fake - x0_real
+        self._stats["gap/real"] = (r.x0 - x0_real).abs().mean()
+        self._stats["gap/grad"] = mean_square(raw).sqrt().mean()
+        return r.x0 - (raw / normaliser(r.x0, x0_real) if self.cfg.normalise else raw)
+
+    def stats(self) -> Mapping[str, Tensor]:
+        return self._stats
+
+    def state(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"the checkpoint holds method state {sorted(state)}, but this method has none")

@@ -1,0 +1,190 @@
+"""GDMD (arXiv 2604.19009): DaGC collects DMD gradients, IGS scores their implicit targets, NaPO weighs the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gdmd.config.method import GdmdConfig
+from gdmd.diffusion.rng import SampleRng
+from gdmd.losses.dmd import dmd_loss
+from gdmd.losses.gdmd import napo_loss, optimality, step_weight
+from gdmd.losses.groups import RunningScale, softmax_weights
+from gdmd.methods.distillation import Distillation, Rollout
+from gdmd.methods.scoring import Scorer, mean_advantage
+from gdmd.types import Cond, Loss, PromptBatch, Update
+
+MEAN_DECAY = 0.99
+"""EMA of mean r for the constant control: the horizon of Z."""
+
+
+@dataclass
+class Group:
+    """What DaGC has collected: E draws x G guidance scales per sample."""
+
+    x_tar: list[Tensor] = field(default_factory=list)  # E x [B, G, C, H, W], regressed to
+    score: list[Tensor] = field(default_factory=list)  # E x [R, G, B], raw rewards of the scored targets
+
+
+@dataclass(frozen=True)
+class StudentBatch:
+    x_tau: Tensor
+    tau: Tensor
+    cond: Cond
+    x0_old: Tensor  # [B, C, H, W]
+    x_tar: Tensor  # [B, G, C, H, W]
+    r: Tensor  # [B, G], NaN = not scored
+    share: Tensor  # [B, G], softmax weights (1 with NaPO)
+
+
+class Gdmd(Distillation[GdmdConfig]):
+    """Algorithm 1 with the modes t, fake and all; gamma = 0 makes no score and is plain DMD."""
+
+    def attach(self, scorer: Scorer) -> Gdmd:
+        """Give the method its rewards; returns itself."""
+        self.scorer = scorer
+        self.scale = RunningScale(len(scorer.rewards), self.cfg.z_decay)
+        self.mean_r = torch.full((2,), 0.0, dtype=torch.float64)  # EMA of mean r, and the mass it has seen
+        self.student_updates = 0
+        return self
+
+    def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
+        """One outer iteration of Algorithm 1: eta fake updates and gradients, then eta student updates."""
+        r = self.rollout(prompts, rng)
+        x0_old = self._old_prediction(r)
+        group = Group()
+        for i in range(self.cfg.group_size):
+            yield Update("fake", self.fake_loss, self.fake_batch(r, rng, i))
+            if self.cfg.collection != "t":
+                self._collect(group, r, prompts, rng, i if self.cfg.collection == "all" else 0)
+        if self.cfg.collection == "t":
+            for i in range(self.cfg.group_size):
+                self._collect(group, r, prompts, rng, i)
+        optimal, share = self._weigh(group, r, prompts, rng)  # each [E, G, B]
+        for i in range(self.cfg.group_size):
+            x_tar, own, part = group.x_tar[i], optimal[i].T, share[i].T
+            yield Update("student", self.student_loss, StudentBatch(r.x_tau, r.tau, r.cond, x0_old, x_tar, own, part))
+            self._follow()
+
+    @torch.no_grad()
+    def _old_prediction(self, r: Rollout) -> Tensor:
+        if self.cfg.old_policy == "snapshot":
+            return r.x0
+        return self.roles.old(r.x_tau, r.tau, r.cond).x0
+
+    def _follow(self) -> None:
+        self.student_updates += 1
+        if self.cfg.old_policy == "ema":
+            self.roles.follow(min(1e-3 * self.student_updates, self.cfg.old_decay))
+
+    @torch.no_grad()
+    def _collect(self, group: Group, r: Rollout, prompts: PromptBatch, rng: SampleRng, i: int) -> None:
+        """DaGC: the targets of draw i, and the raw rewards of what is scored in their place."""
+        guidances = self.cfg.guidances
+        scores = self.scores(r, rng, i, both=any(g != 1 for g in guidances))
+        group.x_tar.append(torch.stack([self.target(r, scores, g) for g in guidances], 1))
+        if self.cfg.gamma == 0:
+            return
+        scored = []
+        for place, g in enumerate(guidances):
+            match self.cfg.score_target:
+                case "raw":
+                    shown = r.x0 - scores.raw_gradient(g)
+                case "normalised":
+                    shown = group.x_tar[-1][:, place]
+                case "real":
+                    shown = scores.teacher.at(g)
+            self._stats["latent/scored_std"] = shown.std()
+            scored.append(self.scorer(shown, prompts))
+        group.score.append(torch.stack(scored, 1))
+
+    @torch.no_grad()
+    def _weigh(self, group: Group, r: Rollout, prompts: PromptBatch, rng: SampleRng) -> tuple[Tensor, Tensor]:
+        """IGS: (r, softmax share), each [E, G, B]."""
+        ones = torch.ones(len(group.x_tar), group.x_tar[0].shape[1], len(prompts), device=r.x0.device)
+        if self.cfg.gamma == 0:
+            return 0.5 * ones, ones
+        target = torch.stack(group.score, 1)  # [R, E, G, B]
+        sample = self.scorer(r.x0, prompts)  # [R, B]
+        gain = target - sample[:, None, None]
+        z = self.scale.update(target if self.cfg.z_source == "reward" else gain)
+        advantage = mean_advantage(target, sample, z.to(target.device))  # [E, G, B]
+        optimal = optimality(advantage, torch.zeros_like(advantage), 1.0)
+        self._count(optimal, target, sample, gain)
+        if self.cfg.control == "shuffled":
+            advantage, optimal = self._shuffle(advantage, rng), self._shuffle(optimal, rng)
+        if self.cfg.control == "constant":
+            optimal = torch.full_like(optimal, self._running_mean(optimal))
+        if self.cfg.weighting == "napo":
+            return optimal, ones
+        flat = softmax_weights(advantage.flatten(0, 1), self.cfg.gamma)
+        return optimal, flat.reshape(ones.shape)
+
+    def _count(self, optimal: Tensor, target: Tensor, sample: Tensor, gain: Tensor) -> None:
+        """Statistics of the scores; unscored targets are left out of all but their own count."""
+        weight = step_weight(optimal, self.cfg.dmd_weight, self.cfg.gamma, self.cfg.beta)
+        scored = ~optimal.isnan()
+        self._stats |= {
+            "reward/sample": sample.nanmean(),
+            "reward/target": target.nanmean(),
+            "reward/gain": gain.nanmean(),
+            "weight/mean": weight.nanmean(),
+            "weight/r_mean": optimal.nanmean(),
+            "weight/r_std": torch.where(scored, optimal, optimal.nanmean()).std(),
+            "weight/share_below_half": ((optimal < 0.5) & scored).float().sum() / scored.float().sum(),
+            "weight/share_clipped": ((optimal <= 0) | (optimal >= 1)).float().mean(),
+            "reward/unscored": (~scored).float().mean(),
+        }
+        for k, reward in enumerate(self.scorer.rewards):
+            self._stats[f"reward/{reward.name}/sample"] = sample[k].nanmean()
+            self._stats[f"reward/{reward.name}/target"] = target[k].nanmean()
+        for k in range(10):
+            inside = (optimal >= k / 10) & ((optimal < (k + 1) / 10) | (k == 9))
+            self._stats[f"histogram/r_{k}"] = inside.float().mean()
+
+    def _shuffle(self, values: Tensor, rng: SampleRng) -> Tensor:
+        """One permutation of all E G B places, the same for every call of a step."""
+        keys = rng.uniform("shuffle", count=max(2, values[..., 0].numel()))[:, : values[..., 0].numel()]
+        return values.flatten()[keys.T.flatten().argsort()].reshape(values.shape)
+
+    def _running_mean(self, optimal: Tensor) -> float:
+        mean = optimal.nanmean().double().cpu()
+        fresh = torch.stack([mean, torch.ones_like(mean)])
+        self.mean_r = MEAN_DECAY * self.mean_r + (1 - MEAN_DECAY) * fresh
+        return float(self.mean_r[0] / self.mean_r[1])
+
+    def student_loss(self, batch: StudentBatch) -> Loss:
+        """L = lambda L_DMD + gamma L_RL, mean over the G targets of a draw; x0 by the current student."""
+        x0 = self.roles.student(batch.x_tau, batch.tau, batch.cond).x0
+        part = self._napo if self.cfg.weighting == "napo" else self._softmax
+        losses = [part(x0, batch, g) for g in range(batch.x_tar.shape[1])]
+        loss = torch.stack(losses).mean(0)
+        return Loss(loss, {"loss/student": loss.detach()})
+
+    def _napo(self, x0: Tensor, batch: StudentBatch, g: int) -> Tensor:
+        x_tar, r = batch.x_tar[:, g], batch.r[:, g]
+        distil = dmd_loss(x0, x_tar)
+        if self.cfg.control == "indicator":
+            return torch.where(r.isnan(), 1.0, (r > 0.5).float()) * distil
+        if self.cfg.gamma == 0:
+            return self.cfg.dmd_weight * distil
+        scored = ~r.isnan()
+        steer = napo_loss(x0, batch.x0_old, x_tar, torch.where(scored, r, 0.5), self.cfg.beta)
+        return self.cfg.dmd_weight * distil + self.cfg.gamma * torch.where(scored, steer, 0.0)
+
+    def _softmax(self, x0: Tensor, batch: StudentBatch, g: int) -> Tensor:
+        return self.cfg.dmd_weight * batch.share[:, g] * dmd_loss(x0, batch.x_tar[:, g])
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Z, the running mean of r, and the count of student updates (the old policy's clock)."""
+        counted = torch.tensor([self.student_updates], dtype=torch.int64)
+        scale = {f"scale.{k}": v for k, v in self.scale.state().items()}
+        return {**scale, "mean_r": self.mean_r, "student_updates": counted}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.scale.load({k.removeprefix("scale."): v for k, v in state.items() if k.startswith("scale.")})
+        self.mean_r = state["mean_r"].clone()
+        self.student_updates = int(state["student_updates"])

@@ -1,0 +1,49 @@
+"""IGS: scoring latents with a list of reward models through the decoder (arXiv 2604.19009, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gdmd.types import Codec, PromptBatch, Reward
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Latents -> one score per reward. No gradient passes through the decoder or a reward."""
+
+    codec: Codec
+    rewards: Sequence[Reward]
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, prompts: PromptBatch) -> Tensor:
+        """latents [B, C, H, W] -> raw scores [R, B], fp32, in each reward's own units; NaN = not scored.
+
+        The decoded picture is clipped to [0, 1], the range in which a reward is defined (what saving it would do).
+        """
+        images = self.codec.decode(latents).float().clamp(0, 1)
+        return torch.stack([self._one(reward, images, prompts) for reward in self.rewards])
+
+    @staticmethod
+    def _one(reward: Reward, images: Tensor, prompts: PromptBatch) -> Tensor:
+        scores = reward.score(images, prompts).float()
+        if scores.shape != (len(images),):
+            raise ValueError(
+                f"reward {reward.name!r} returned shape {list(scores.shape)} for {len(images)} images; "
+                "a reward returns one number per image"
+            )
+        return scores
+
+
+def mean_advantage(target: Tensor, sample: Tensor, scale: Tensor) -> Tensor:
+    """mean over rewards k of (R_k(target) - R_k(sample)) / Z_k, before the clip.
+
+    target [R, ..., B], sample [R, B], scale [R] -> [..., B]. Z_k = 0 contributes 0. A NaN of any reward stays NaN.
+    """
+    shape = (-1,) + (1,) * (target.ndim - 1)
+    z = scale.reshape(shape)
+    difference = target - sample.reshape(sample.shape[0], *(1,) * (target.ndim - 2), sample.shape[1])
+    return torch.where(z > 0, difference / torch.where(z > 0, z, 1), 0 * difference).mean(0)

@@ -1,0 +1,79 @@
+"""From a recipe to live objects: the only place where concrete classes meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gdmd.backbones.shapes import (
+    LATENT_SHAPE,
+    ShapesCodec,
+    ShapesRoles,
+    ShapesTextEncoder,
+    load_dit,
+    load_vae,
+)
+from gdmd.config.method import DmdConfig, GdmdConfig
+from gdmd.config.run import RunConfig, ShapesReward
+from gdmd.data.latents import RenderedLatents
+from gdmd.data.prompts import PromptStream, read_prompts, training_captions
+from gdmd.methods.dmd import Dmd
+from gdmd.methods.gdmd import Gdmd
+from gdmd.methods.scoring import Scorer
+from gdmd.rewards.shapes import PartialCredit, load_scorer
+from gdmd.runs.assets import asset_path, load_asset
+from gdmd.types import Method, Reward
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Everything a run is made of."""
+
+    roles: ShapesRoles
+    codec: ShapesCodec
+    encoder: ShapesTextEncoder
+    rewards: tuple[Reward, ...]
+    method: Method
+    stream: PromptStream
+    latent_shape: tuple[int, int, int] = LATENT_SHAPE
+
+
+def build(cfg: RunConfig) -> Lab:
+    """Load the networks, wrap them, and put the method of the recipe on top."""
+    bf16 = cfg.loop.precision == "bf16"
+    teacher = load_dit(_tensors(cfg.model.teacher, "shapes_teacher"))
+    codec = ShapesCodec(load_vae(_tensors(cfg.model.vae, "shapes_vae")), bf16=bf16)
+    roles, encoder = ShapesRoles(teacher, bf16=bf16), ShapesTextEncoder()
+    rewards = build_rewards(cfg.rewards)
+    groups = [list(read_prompts(Path(cfg.prompts.file)))] if cfg.prompts.file else training_captions()
+    stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed)
+    return Lab(roles, codec, encoder, rewards, _method(cfg, roles, codec, rewards), stream)
+
+
+def _tensors(given: str | None, name: str) -> dict[str, torch.Tensor]:
+    return load_asset(Path(given) if given else asset_path(name)).tensors
+
+
+def build_rewards(specs: Sequence[ShapesReward]) -> tuple[Reward, ...]:
+    """The reward models of a recipe, in its order."""
+    return tuple(_reward(spec) for spec in specs)
+
+
+def _reward(spec: ShapesReward) -> Reward:
+    match spec.kind:
+        case "shapes_partial_credit":
+            return PartialCredit()
+        case kind:
+            return load_scorer(kind, _tensors(spec.asset, kind))
+
+
+def _method(cfg: RunConfig, roles: ShapesRoles, codec: ShapesCodec, rewards: tuple[Reward, ...]) -> Method:
+    real = RenderedLatents(codec) if cfg.method.student_input == "data" else None
+    match cfg.method:
+        case DmdConfig() as own:
+            return Dmd(own, roles, LATENT_SHAPE, "velocity", real)
+        case GdmdConfig() as own:
+            return Gdmd(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards))
