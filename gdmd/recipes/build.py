@@ -23,7 +23,8 @@ from gdmd.data.prompts import PromptStream, read_prompts, training_captions
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.gdmd import Gdmd
 from gdmd.methods.scoring import Scorer
-from gdmd.rewards.shapes import PartialCredit, load_scorer
+from gdmd.rewards.checker import PartialCredit
+from gdmd.rewards.shapes import load_scorer
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.types import Method, Reward
 

@@ -1,0 +1,55 @@
+"""The shipped VAE and teacher can be made again: a few steps of each job, and an interrupted job equals a straight one."""
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdmd.backbones.shapes import load_dit, load_vae
+from gdmd.backbones.shapes_nets import ShapesVae
+from gdmd.runs.assets import load_asset
+from gdmd.training.pretrain import PretrainJob, fit, teacher_job, vae_job
+
+
+def _vae_job() -> PretrainJob:
+    return vae_job(steps=4, seed=3, batch=4)
+
+
+def _teacher_job() -> PretrainJob:
+    torch.manual_seed(0)
+    return teacher_job(ShapesVae().eval().requires_grad_(False), steps=4, seed=3, batch=4)
+
+
+@pytest.mark.parametrize(("make", "load"), [(_vae_job, load_vae), (_teacher_job, load_dit)], ids=["vae", "teacher"])
+def test_a_few_steps_make_a_loadable_asset_that_names_its_command_and_seed(make, load, tmp_path: Path) -> None:
+    losses = [loss for _, loss in fit(make(), tmp_path / "net.safetensors")]
+    asset = load_asset(tmp_path / "net.safetensors")
+    load(asset.tensors)
+    assert len(losses) == 4 and all(torch.isfinite(loss) for loss in losses)
+    assert asset.metadata["seed"] == 3 and "--steps 4 --seed 3" in asset.metadata["command"]
+
+
+@pytest.mark.parametrize("make", [_vae_job, _teacher_job], ids=["vae", "teacher"])
+def test_an_interrupted_job_continues_bit_for_bit(make, tmp_path: Path) -> None:
+    straight, broken = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    list(fit(make(), straight, save_every=1))
+    list(islice(fit(make(), broken, save_every=1), 3))  # stopped while step 2 is not saved yet
+    assert broken.with_suffix(".part").exists() and not broken.exists()
+    resumed = [step for step, _ in fit(make(), broken, resume=True, save_every=1)]
+    assert resumed[0] == 2
+    assert not broken.with_suffix(".part").exists()
+    for name, value in load_asset(straight).tensors.items():
+        assert torch.equal(value, load_asset(broken).tensors[name]), name
+
+
+def test_the_state_of_another_job_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "net.safetensors"
+    list(islice(fit(_vae_job(), target, save_every=1), 2))
+    with pytest.raises(ValueError, match="delete it or use its settings"):
+        list(fit(vae_job(steps=4, seed=4, batch=4), target, resume=True))
+
+
+def test_training_reduces_the_loss_of_the_vae(tmp_path: Path) -> None:
+    losses = [float(loss) for _, loss in fit(vae_job(steps=12, seed=0, batch=8), tmp_path / "net.safetensors")]
+    assert losses[-1] < 0.8 * losses[0]
