@@ -113,9 +113,10 @@ def open_run(path: Path) -> Run:
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunError(f"cannot read {path / 'config.yaml'}: {error}. Restore the file or start a new run.") from error
+        reason = " ".join(str(error).split())  # a YAML error has several lines
+        raise RunError(f"cannot read {path / 'config.yaml'}: {reason}. Restore it or start a new run.") from error
     if not isinstance(config, dict):
-        raise RunError(f"{path / 'config.yaml'} holds no configuration. Restore the file or start a new run.")
+        raise RunError(f"{path / 'config.yaml'} holds no configuration. Restore it or start a new run.")
     return Run(path, config)
 
 

@@ -1,0 +1,171 @@
+"""8 micro-batches == 1, and what an update may and may not do to a role."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from toy_training import ToyRoles, toy_config
+
+from gdmd.training.optim import RoleOptimizer
+from gdmd.training.state import NonFiniteError, RoleState, autocast_of, batch_size, ema_weights, role_states, split
+from gdmd.types import Loss, PromptBatch, Update
+
+
+@dataclass(frozen=True)
+class Inner:
+    target: Tensor  # [B, 3]
+
+
+@dataclass(frozen=True)
+class Batch:
+    x: Tensor  # [B, 3]
+    nested: dict[str, tuple[Inner, Tensor]]
+    prompts: PromptBatch
+    scale: Tensor  # 0-d, of all samples
+    name: str = "all"
+
+
+def make_batch(count: int) -> Batch:
+    generator = torch.Generator().manual_seed(5)
+    x, target = torch.randn(2, count, 3, generator=generator, dtype=torch.float64)
+    index = torch.arange(count)
+    prompts = PromptBatch(index, tuple(f"prompt {i}" for i in range(count)), index, {"c": x}, {"c": -x})
+    return Batch(x, {"inner": (Inner(target), index.double())}, prompts, torch.tensor(2.0).double())
+
+
+def make_state(micro_batch: int, **settings: object) -> RoleState:
+    parameters = {"w": Parameter(torch.eye(3, dtype=torch.float64))}
+    return RoleState("student", parameters, RoleOptimizer(parameters, 0.1, clip=1.0), None, micro_batch, **settings)
+
+
+def loss_of(state: RoleState):  # noqa: ANN201
+    def loss(batch: Batch) -> Loss:
+        inner, weight = batch.nested["inner"]
+        assert len(batch.x) == len(inner.target) == len(weight) == len(batch.prompts.text) == len(batch.prompts.index)
+        assert batch.prompts.text == tuple(f"prompt {i}" for i in batch.prompts.index.tolist())
+        error = batch.x @ state.parameters["w"] + batch.prompts.cond["c"] - inner.target
+        per_sample = batch.scale * (1 + weight) * error.square().mean(1)
+        return Loss(per_sample, {"place/index": weight, "place/size": error.detach().abs().mean(1)})
+
+    return loss
+
+
+def apply(micro_batch: int, count: int = 8) -> tuple[RoleState, dict[str, Tensor]]:
+    state = make_state(micro_batch)
+    stats: dict[str, Tensor] = {}
+    for _ in range(3):
+        stats = state.apply(Update("student", loss_of(state), make_batch(count)))
+    return state, stats
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 3])
+def test_micro_batches_give_the_same_weights_and_statistics_as_the_whole_batch(micro_batch: int) -> None:
+    whole, whole_stats = apply(0)
+    parts, parts_stats = apply(micro_batch)
+    assert torch.allclose(whole.parameters["w"], parts.parameters["w"], rtol=0, atol=1e-12)
+    assert whole_stats.keys() == parts_stats.keys() == {
+        "loss/student", "grad_norm/student", "place/index", "place/size"
+    }  # fmt: skip
+    for key, value in whole_stats.items():
+        assert value.shape == parts_stats[key].shape
+        assert torch.allclose(value, parts_stats[key], rtol=0, atol=1e-10)
+    assert parts_stats["place/index"].tolist() == list(range(8))
+
+
+def test_the_gradient_is_that_of_the_mean_over_samples() -> None:
+    state, batch = make_state(2), make_batch(8)
+    loss = loss_of(state)(batch).per_sample.mean()
+    expected = torch.autograd.grad(loss, state.parameters["w"])[0].norm()
+    stats = state.apply(Update("student", loss_of(state), batch))
+    assert torch.allclose(stats["grad_norm/student"], expected)
+
+
+def test_a_batch_is_cut_everywhere_and_put_together_again() -> None:
+    batch = make_batch(8)
+    parts = list(split(batch, 3))
+    assert [batch_size(part) for part in parts] == [3, 3, 2]
+    assert torch.equal(torch.cat([part.prompts.uncond["c"] for part in parts]), batch.prompts.uncond["c"])
+    assert sum((part.prompts.text for part in parts), ()) == batch.prompts.text
+    assert all(part.scale is batch.scale and part.name == "all" and part.prompts.meta == () for part in parts)
+
+
+def test_a_tensor_without_the_sample_dimension_is_a_programming_error() -> None:
+    with pytest.raises(AssertionError, match=r"a tensor \(5, 3\) in a batch of 8"):
+        list(split({"x": torch.zeros(8, 3), "y": torch.zeros(5, 3)}, 2))
+
+
+def test_gradients_that_another_loss_left_behind_do_not_count() -> None:
+    clean, dirty = make_state(0), make_state(0)
+    dirty.parameters["w"].grad = torch.full((3, 3), 100.0, dtype=torch.float64)
+    for state in (clean, dirty):
+        state.apply(Update("student", loss_of(state), make_batch(8)))
+    assert torch.equal(clean.parameters["w"], dirty.parameters["w"])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_loss_that_is_not_finite_never_reaches_weights_or_moments(bad: float, skip: bool) -> None:
+    state = make_state(2, skip_nonfinite=skip)
+    state.apply(Update("student", loss_of(state), make_batch(8)))
+    before = {key: value.clone() for part in state.tensors().values() for key, value in part.items()}
+    good = loss_of(state)
+
+    def poisoned(batch: Batch) -> Loss:
+        hit = torch.where(batch.prompts.index == 5, bad, 1.0)
+        return Loss(good(batch).per_sample * hit)
+
+    if skip:
+        assert state.apply(Update("student", poisoned, make_batch(8))) == {}
+    else:
+        with pytest.raises(NonFiniteError) as caught:
+            state.apply(Update("student", poisoned, make_batch(8)))
+        assert (caught.value.role, caught.value.positions) == ("student", (5,))
+    after = {key: value for part in state.tensors().values() for key, value in part.items()}
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert (state.updates, state.skipped) == (1, 1)
+
+
+def test_a_gradient_that_is_not_finite_is_caught_although_the_loss_is() -> None:
+    state = make_state(0)
+
+    def loss(batch: Batch) -> Loss:
+        return Loss((batch.x @ state.parameters["w"] * 0).abs().sum(1).sqrt())
+
+    with pytest.raises(NonFiniteError, match="gradient norm"):
+        state.apply(Update("student", loss, make_batch(4)))
+
+
+def test_ema_follows_each_student_update_and_the_fake_has_none() -> None:
+    states = role_states(ToyRoles(), toy_config(ema=0.5))
+    student, fake = states["student"], states["fake"]
+    assert fake.ema is None and student.ema is not None
+    name, weight = next(iter(student.parameters.items()))
+    start = weight.detach().clone()
+    student.apply(Update("student", lambda x: Loss((x @ weight.T).square().mean(1)), torch.ones(4, 6)))
+    assert torch.allclose(student.ema.shadow[name], (start + weight) / 2)
+    trained = weight.detach().clone()
+    with ema_weights(student):
+        assert torch.equal(weight, student.ema.shadow[name])
+    assert torch.equal(weight, trained)
+    with ema_weights(fake):
+        pass
+    assert role_states(ToyRoles(), toy_config(ema=0.0))["student"].ema is None
+
+
+def test_under_bf16_the_networks_are_half_precision_and_never_see_stale_weights() -> None:
+    autocast = autocast_of(toy_config(precision="bf16"), "cpu")
+    layer, x = torch.nn.Linear(6, 6), torch.ones(1, 6)
+    with autocast():
+        first = layer(x)
+        with torch.no_grad():
+            layer.weight.zero_()
+            layer.bias.zero_()
+        second = layer(x)
+        assert first.dtype == torch.bfloat16 and (x * 2).dtype == torch.float32
+    assert second.abs().max() == 0
+    with autocast_of(toy_config(), "cpu")():
+        assert layer(x).dtype == torch.float32

@@ -1,0 +1,203 @@
+"""The run folder: who may use it, what it records, and how its metrics survive a crash."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gdmd.config.loop import LoopConfig
+from gdmd.runs import rundir
+from gdmd.runs.errors import RunError
+
+CONFIG = {"method": {"gamma": 1.0, "modes": ("t", "fake")}, "loop": {"steps": 10, "seed": 0}}
+
+
+def test_a_new_run_folder_records_configuration_versions_and_command(tmp_path: Path) -> None:
+    run = rundir.create(tmp_path / "a" / "b", CONFIG, ["gdmd", "train", "shapes"])
+    assert rundir.open_run(run.path).config == {
+        "method": {"gamma": 1.0, "modes": ["t", "fake"]},
+        "loop": CONFIG["loop"],
+    }
+    facts = rundir.read_facts(run.path)
+    assert facts["command"] == ["gdmd", "train", "shapes"]
+    assert facts["config_sha256"] == rundir.config_hash(CONFIG)
+    assert {"python", "torch", "gdmd"} <= facts["versions"].keys()
+    assert {"started", "commit", "platform", "cpu_count"} <= facts.keys()
+    assert {entry.name for entry in run.path.iterdir()} == {"config.yaml", "run.json", "tb", "grids", "checkpoints"}
+
+
+def test_the_hash_depends_on_values_and_not_on_the_order_of_keys() -> None:
+    assert rundir.config_hash({"a": 1, "b": 2}) == rundir.config_hash({"b": 2, "a": 1})
+    assert rundir.config_hash({"a": 1, "b": 2}) != rundir.config_hash({"a": 1, "b": 3})
+
+
+def test_a_loop_configuration_equals_itself_after_the_round_trip_through_the_folder(tmp_path: Path) -> None:
+    cfg = LoopConfig(lr_student=3e-5)
+    run = rundir.create(tmp_path / "run", cfg.model_dump(mode="json"))
+    assert LoopConfig(**rundir.open_run(run.path).config) == cfg
+
+
+def test_a_folder_with_a_run_of_another_configuration_is_refused_with_the_differing_keys(tmp_path: Path) -> None:
+    rundir.create(tmp_path, CONFIG)
+    other = {"method": {"gamma": 0.5, "modes": ["t", "fake"]}, "loop": {"steps": 10, "seed": 0, "clip": 1}}
+    with pytest.raises(RunError) as caught:
+        rundir.create(tmp_path, other)
+    message = str(caught.value)
+    assert "method.gamma: 1.0 -> 0.5" in message and "loop.clip: nothing -> 1" in message and "--resume" in message
+    assert "modes" not in message and "seed" not in message
+    assert rundir.open_run(tmp_path).config["method"]["gamma"] == 1.0
+
+
+def test_resuming_allows_only_the_named_keys_to_differ(tmp_path: Path) -> None:
+    run = rundir.create(tmp_path, CONFIG)
+    longer = {"method": CONFIG["method"], "loop": {"steps": 20, "seed": 0}}
+    rundir.check_same_config(run, longer, allowed=["loop.steps"])
+    with pytest.raises(RunError, match=r"loop\.steps: 10 -> 20"):
+        rundir.check_same_config(run, longer)
+
+
+def test_the_same_run_starts_over_only_while_it_has_no_checkpoint(tmp_path: Path) -> None:
+    run = rundir.create(tmp_path, CONFIG)
+    run.log(1, {"loss/student": 1.0})
+    assert rundir.read_metrics(rundir.create(tmp_path, CONFIG).path) == []
+    (run.checkpoints / "step_000005").mkdir()
+    with pytest.raises(RunError, match="already holds this run.*--resume"):
+        rundir.create(tmp_path, CONFIG)
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match=r"not empty and is not a run folder.*thesis\.tex"):
+        rundir.create(tmp_path, CONFIG)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_left_by_a_kill_during_its_making_can_be_used(tmp_path: Path) -> None:
+    (tmp_path / "tb").mkdir()
+    (tmp_path / ".config.yaml.partial").write_text("half")
+    rundir.create(tmp_path, CONFIG)
+    assert rundir.open_run(tmp_path).config["loop"]["steps"] == 10
+
+
+def test_a_path_that_is_or_lies_below_a_file_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="is a file, not a folder"):
+        rundir.create(tmp_path / "file", CONFIG)
+    with pytest.raises(RunError, match=r"cannot write the run folder.*--run"):
+        rundir.create(tmp_path / "file" / "run", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "Free some disk space"), (errno.EACCES, "permissions"), (errno.EROFS, "read-only")],
+)
+def test_an_unwritable_place_or_full_disk_is_one_error_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(RunError, match=advice):
+            rundir.create(tmp_path / "run", CONFIG)
+    run = rundir.create(tmp_path / "run", CONFIG)
+    monkeypatch.setattr(rundir.os, "fsync", refuse)
+    with pytest.raises(RunError, match=advice):
+        run.note_resume(3)
+    assert "resumed" not in rundir.read_facts(run.path)
+    assert not list(run.path.glob(".*"))
+
+
+@pytest.mark.parametrize("content", ["", "just words", "a: [1", "\0"])
+def test_a_damaged_config_is_a_clear_error(tmp_path: Path, content: str) -> None:
+    rundir.create(tmp_path, CONFIG)
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(RunError, match=r"config\.yaml.*Restore it"):
+        rundir.open_run(tmp_path)
+
+
+def test_a_folder_that_is_no_run_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="it does not exist"):
+        rundir.open_run(tmp_path / "absent")
+    with pytest.raises(RunError, match=r"it holds no config\.yaml"):
+        rundir.open_run(tmp_path)
+
+
+def test_metrics_come_back_in_order_and_what_was_not_scored_is_nan(tmp_path: Path) -> None:
+    run = rundir.create(tmp_path, CONFIG)
+    run.log(1, {"loss/student": 0.5, "reward/sample": math.nan})
+    run.log(2, {"loss/student": 0.25, "reward/sample": 1.0})
+    assert '"reward/sample": null' in run.metrics.read_text()
+    first, second = rundir.read_metrics(run.path)
+    assert first["step"] == 1 and math.isnan(first["reward/sample"])
+    assert second == {"step": 2, "loss/student": 0.25, "reward/sample": 1.0}
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4}', "\0\0\0\n", '{"ste\n'])
+def test_a_torn_last_line_and_lines_beyond_the_resumed_step_are_dropped(tmp_path: Path, torn: str) -> None:
+    run = rundir.create(tmp_path, CONFIG)
+    for step in (1, 2, 3):
+        run.log(step, {"loss/student": float(step)})
+    with run.metrics.open("a") as file:
+        file.write(torn)
+    assert [row["step"] for row in rundir.read_metrics(run.path)] == [1, 2, 3]
+    run.rewind(2)
+    run.log(3, {"loss/student": 9.0})
+    assert [json.loads(line) for line in run.metrics.read_text().splitlines()][1:] == [
+        {"step": 2, "loss/student": 2.0},
+        {"step": 3, "loss/student": 9.0},
+    ]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
+    run = rundir.create(tmp_path, CONFIG)
+    run.metrics.write_text('{"step": 1}\nnot json\n{"step": 3}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2"):
+        rundir.read_metrics(run.path)
+
+
+def test_resuming_is_noted_with_its_step(tmp_path: Path) -> None:
+    run = rundir.create(tmp_path, CONFIG)
+    run.note_resume(5)
+    run.note_resume(8)
+    facts = rundir.read_facts(tmp_path)
+    assert [entry["step"] for entry in facts["resumed"]] == [5, 8] and "started" in facts
+
+
+def test_run_folders_are_read_and_checked_without_torch() -> None:
+    script = "import sys, gdmd.runs.rundir, gdmd.runs.assets, gdmd.runs.checkpoint; sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        ).returncode
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("micro_batch", 5, "micro_batch = 5 does not divide batch_size = 32"),
+        ("micro_batch", 64, "does not divide"),
+        ("ema", 1.0, "less than 1"),
+        ("betas", [0.9, 1.0], "less than 1"),
+        ("steps", 0, "greater than or equal to 1"),
+        ("lr_student", 0, "greater than 0"),
+        ("lr_schedule", "cos", "'constant', 'cosine' or 'linear'"),
+    ],
+)
+def test_a_loop_configuration_that_makes_no_sense_is_refused(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoopConfig(**{field: value})
+
+
+def test_every_loop_field_says_what_it_is() -> None:
+    assert [name for name, field in LoopConfig.model_fields.items() if not field.description] == []
