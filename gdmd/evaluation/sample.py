@@ -1,0 +1,150 @@
+"""Deterministic image generation: the noise of an image is keyed by (evaluation seed, image number).
+
+So image i is the same whatever the batch size (up to the rounding of the network), and two samplers with the same seed
+start image i from the same noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gdmd.diffusion.guidance import Guided
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import few_step_sample, ode_sample, times
+from gdmd.types import Codec, Denoiser, Roles, TextEncoder
+
+BATCH = 100
+"""Images per call, for every sampler: speeds are only comparable at one batch size."""
+WARM_UP = 8
+"""Images of the untimed first call."""
+
+
+class Lab(Protocol):
+    """What is needed to make images; ``recipes.build.Lab`` is one."""
+
+    @property
+    def roles(self) -> Roles: ...
+
+    @property
+    def codec(self) -> Codec: ...
+
+    @property
+    def encoder(self) -> TextEncoder: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]: ...
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way to make latents: latents(captions, draws of these images) -> x0 [B, C, H, W].
+
+    nfe: network forwards per image, a guided step counts two.
+    """
+
+    name: str
+    nfe: int
+    latents: Callable[[Sequence[str], SampleRng], Tensor]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Images of a list of captions and how fast they were made."""
+
+    latents: Tensor  # [N, C, H, W]
+    images: Tensor  # [N, 3, S, S] in [0, 1]
+    images_per_s: float  # the sampler alone, its noise included
+    images_per_s_decoded: float  # sampler and decoder
+
+
+def student_sampler(lab: Lab, denoiser: Denoiser, steps: Sequence[float], name: str = "student") -> Sampler:
+    """Predict x0, re-noise to the next of ``steps`` (times from 1 down): len(steps) NFE."""
+
+    def latents(texts: Sequence[str], rng: SampleRng) -> Tensor:
+        noise = rng.normal("eval_noise", lab.latent_shape)
+        again = lambda i: rng.normal("eval_rollout", lab.latent_shape, i)  # noqa: E731
+        return few_step_sample(denoiser, noise, steps, lab.encoder.encode(texts), again, lab.roles.schedule)
+
+    return Sampler(name, len(steps), latents)
+
+
+def teacher_sampler(lab: Lab, ode_steps: int, guidance: float, name: str = "teacher") -> Sampler:
+    """The teacher's deterministic ODE with classifier-free guidance: 2 NFE per step, 1 at guidance 1."""
+
+    def latents(texts: Sequence[str], rng: SampleRng) -> Tensor:
+        noise = rng.normal("eval_noise", lab.latent_shape)
+        guided = Guided(lab.roles.teacher, guidance, lab.encoder.null(len(texts)))
+        path = times(ode_steps, device=noise.device)
+        return ode_sample(guided, noise, path, lab.encoder.encode(texts), lab.roles.schedule)
+
+    return Sampler(name, ode_steps * (1 if guidance == 1.0 else 2), latents)
+
+
+def student_images(
+    lab: Lab, denoiser: Denoiser, texts: Sequence[str], seed: int, steps: Sequence[float], batch: int = BATCH
+) -> Tensor:
+    """Images [N, 3, S, S] in [0, 1] by the few-step sampler; ``steps`` are its times, 1 first."""
+    return images_of(student_sampler(lab, denoiser, steps), lab, texts, seed, batch)
+
+
+def teacher_images(
+    lab: Lab, texts: Sequence[str], seed: int, ode_steps: int, guidance: float, batch: int = BATCH
+) -> Tensor:
+    """Images [N, 3, S, S] in [0, 1] by the teacher's ODE."""
+    return images_of(teacher_sampler(lab, ode_steps, guidance), lab, texts, seed, batch)
+
+
+@torch.no_grad()
+def images_of(sampler: Sampler, lab: Lab, texts: Sequence[str], seed: int, batch: int = BATCH) -> Tensor:
+    """Image i of [N, 3, S, S] shows texts[i], from noise (seed, i); no timing."""
+    parts = [sampler.latents(own, rng) for own, rng in _batches(texts, seed, batch, _device(lab))]
+    return torch.cat([_decode(lab, part) for part in parts])
+
+
+@torch.no_grad()
+def generate(sampler: Sampler, lab: Lab, texts: Sequence[str], seed: int, batch: int = BATCH) -> Generation:
+    """The same images, timed: median over the batches of equal size, after an untimed call."""
+    device = _device(lab)
+    for own, rng in _batches(texts[:WARM_UP], seed, WARM_UP, device):
+        _decode(lab, sampler.latents(own, rng))
+    made, decoded, speeds = [], [], []
+    for own, rng in _batches(texts, seed, batch, device):
+        start = _now(device)
+        made.append(sampler.latents(own, rng))
+        middle = _now(device)
+        decoded.append(_decode(lab, made[-1]))
+        speeds.append((len(own), middle - start, _now(device) - start))
+    full = [entry for entry in speeds if entry[0] == speeds[0][0]]
+    alone, both = (torch.tensor([entry[k] / entry[0] for entry in full]).median().item() for k in (1, 2))
+    return Generation(torch.cat(made), torch.cat(decoded), 1 / alone, 1 / both)
+
+
+def _batches(
+    texts: Sequence[str], seed: int, batch: int, device: torch.device
+) -> Iterator[tuple[Sequence[str], SampleRng]]:
+    if not len(texts):
+        raise ValueError("there are no captions to make images of; give at least one")
+    for start in range(0, len(texts), batch):
+        own = texts[start : start + batch]
+        yield own, SampleRng(seed, 0, torch.arange(start, start + len(own), device=device))
+
+
+def _decode(lab: Lab, latents: Tensor) -> Tensor:
+    """As saved: clipped to [0, 1]."""
+    return lab.codec.decode(latents).float().clamp(0, 1)
+
+
+def _device(lab: Lab) -> torch.device:
+    return next(iter(lab.roles.parameters("student").values())).device
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

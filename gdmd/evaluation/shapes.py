@@ -1,0 +1,170 @@
+"""The evaluation of a sampler on the Shapes world: ShapesEval, reward models, fidelity, coverage, diversity, speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gdmd.config.run import EvalConfig
+from gdmd.data.prompts import batch_of
+from gdmd.evaluation.sample import Generation, Lab, Sampler, generate
+from gdmd.shapes.check import shapeseval, summarize
+from gdmd.shapes.detect import detect, from_scenes
+from gdmd.shapes.grammar import TASKS, Split, catalogue, fixed_rows
+from gdmd.shapes.measures import coverage, fidelity, frechet_distance, pairwise_distance
+from gdmd.shapes.render import WORLD32, Scenes, draw_scenes, render
+from gdmd.types import Reward, TextEncoder
+
+HELDOUT = "shapes_clip_heldout"
+"""The scorer whose image features measure diversity and the Fréchet distance; never used for training."""
+SCORED = 256
+"""Images per call of a scorer."""
+REPLICATES, LEVEL = 2000, 0.95
+
+
+class FeatureReward(Reward, Protocol):
+    """A reward whose image tower can be used on its own."""
+
+    def image_features(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one sampler reached on the fixed evaluation set; ``json`` is its public form.
+
+    interval: 95 % prompt-cluster bootstrap of the overall ShapesEval. frechet: against real renders of the same captions.
+    """
+
+    name: str
+    shapeseval: Mapping[str, float]  # overall and the six tasks
+    rewards: Mapping[str, float]  # mean score by name; NaN when nothing was scored
+    fidelity: float
+    coverage: float
+    diversity: float
+    frechet: float
+    nfe: int
+    images_per_s: float
+    images_per_s_decoded: float
+    interval: tuple[float, float]
+    texts: tuple[str, ...] = field(repr=False)
+    images: Tensor = field(repr=False)  # [N, 3, S, S]; image i shows texts[i]
+    correct: Tensor = field(repr=False)  # [N] bool
+
+    def json(self) -> dict[str, Any]:
+        """Plain data; a number that does not exist (no image to measure it on) is null."""
+        single = ("fidelity", "coverage", "diversity", "frechet", "nfe", "images_per_s", "images_per_s_decoded")
+        return {
+            "shapeseval": {name: _plain(value) for name, value in self.shapeseval.items()},
+            "rewards": {name: _plain(value) for name, value in self.rewards.items()},
+            **{name: _plain(getattr(self, name)) for name in single},
+            "interval": [_plain(value) for value in self.interval],
+            "images": len(self.images),
+        }
+
+
+def evaluate(
+    sampler: Sampler, lab: Lab, cfg: EvalConfig, scorers: Sequence[Reward], split: Split = "eval"
+) -> Evaluation:
+    """Make ``cfg.images`` images of each caption of the fixed set and measure them all.
+
+    scorers: must hold the held-out dual encoder, whose features are used; all of them are reported.
+    """
+    features = _features(scorers)
+    rows = fixed_rows(split, cfg.per_task).repeat_interleave(cfg.images)
+    texts = tuple(catalogue().captions[row].text for row in rows.tolist())
+    made = generate(sampler, lab, texts, cfg.seed)
+    images = made.images
+    _check_finite(images, sampler.name)
+    detections = detect(images)
+    correct = shapeseval(images, rows, detections=detections)
+    task = catalogue().task[rows]
+    reals = draw_scenes(rows, torch.Generator().manual_seed(cfg.seed))
+    seen = _in_batches(features, images)
+    return Evaluation(
+        name=sampler.name,
+        shapeseval=summarize(correct, task),
+        rewards={scorer.name: mean_score(scorer, images, texts, lab.encoder) for scorer in scorers},
+        fidelity=float(fidelity(images, detections).mean()),
+        coverage=_coverage(detections.scenes, correct, reals),
+        diversity=float(pairwise_distance(seen, rows)),
+        frechet=float(frechet_distance(seen, _in_batches(features, render(reals)))),
+        interval=bootstrap_interval(correct, task, texts, cfg.seed),
+        texts=texts,
+        images=images,
+        correct=correct,
+        **_cost(sampler, made),
+    )
+
+
+@torch.no_grad()
+def mean_score(scorer: Reward, images: Tensor, texts: Sequence[str], encoder: TextEncoder) -> float:
+    """Mean over the scored images, in batches; NaN ("not scored") is left out."""
+    parts = []
+    for start in range(0, len(images), SCORED):
+        prompts = batch_of(tuple(texts[start : start + SCORED]), encoder)
+        parts.append(scorer.score(images[start : start + SCORED], prompts).float())
+    return float(torch.cat(parts).nanmean())
+
+
+def bootstrap_interval(
+    correct: Tensor, task: Tensor, texts: Sequence[str], seed: int = 0, replicates: int = REPLICATES
+) -> tuple[float, float]:
+    """95 % interval of the mean of task means when prompts are drawn anew. correct [N] bool, task [N].
+
+    Images of one caption succeed or fail together, so whole captions are resampled, within their task.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    for index in task.unique().tolist():
+        mine = torch.nonzero(task == index)[:, 0].tolist()
+        order = {text: place for place, text in enumerate(dict.fromkeys(texts[i] for i in mine))}
+        cluster = torch.tensor([order[texts[i]] for i in mine])
+        size = torch.bincount(cluster, minlength=len(order)).double()
+        hits = torch.bincount(cluster, correct.cpu()[mine].double(), minlength=len(order))
+        drawn = torch.randint(len(order), (replicates, len(order)), generator=generator)
+        means.append(hits[drawn].sum(1) / size[drawn].sum(1))
+    overall = torch.stack(means).mean(0)
+    edges = overall.quantile(torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.double))
+    return float(edges[0]), float(edges[1])
+
+
+def _features(scorers: Sequence[Reward]) -> Callable[[Tensor], Tensor]:
+    for scorer in scorers:
+        if scorer.name == HELDOUT:
+            held: FeatureReward = scorer  # type: ignore[assignment]
+            return held.image_features
+    names = [scorer.name for scorer in scorers]
+    raise ValueError(f"the evaluation needs the scorer {HELDOUT} for its image features, got {names}; add it")
+
+
+@torch.no_grad()
+def _in_batches(features: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return torch.cat([features(part) for part in images.split(SCORED)])
+
+
+def _check_finite(images: Tensor, name: str) -> None:
+    bad = ~torch.isfinite(images).flatten(1).all(1)
+    if bad.any():
+        raise ValueError(
+            f"{int(bad.sum())} of {len(images)} images of {name!r} are not finite; the network has diverged: "
+            "evaluate an earlier checkpoint or train with lower learning rates"
+        )
+
+
+def _cost(sampler: Sampler, made: Generation) -> dict[str, Any]:
+    return {
+        "nfe": sampler.nfe,
+        "images_per_s": made.images_per_s,
+        "images_per_s_decoded": made.images_per_s_decoded,
+    }
+
+
+def _plain(value: float) -> float | int | None:
+    if isinstance(value, int):
+        return value
+    return float(value) if math.isfinite(value) else None

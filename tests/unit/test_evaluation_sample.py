@@ -1,0 +1,139 @@
+"""Image generation for evaluations: one image, one noise; speeds measured alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from gdmd.backbones.shapes import LATENT_SHAPE, ShapesCodec, ShapesRoles, ShapesTextEncoder
+from gdmd.backbones.shapes_nets import ShapesDit, ShapesVae
+from gdmd.evaluation.grids import draw_grid, same_noise_cells, write_grid
+from gdmd.evaluation.sample import (
+    Sampler,
+    generate,
+    images_of,
+    student_images,
+    student_sampler,
+    teacher_images,
+    teacher_sampler,
+)
+
+STEPS = (1.0, 0.75, 0.5, 0.25)
+TEXTS = ("a red circle", "two rings", "a blue square", "a cross", "three diamonds")
+
+
+@dataclass(frozen=True)
+class TinyLab:
+    roles: ShapesRoles
+    codec: ShapesCodec
+    encoder: ShapesTextEncoder
+    latent_shape: tuple[int, int, int] = LATENT_SHAPE
+
+
+@pytest.fixture(scope="module")
+def lab() -> TinyLab:
+    torch.manual_seed(3)
+    net = ShapesDit(width=16, depth=1, heads=2)
+    for weight in net.parameters():  # a fresh DiT answers 0 and hears no caption
+        nn.init.normal_(weight, std=0.2)
+    return TinyLab(ShapesRoles(net), ShapesCodec(ShapesVae(16)), ShapesTextEncoder())
+
+
+def test_an_image_is_the_same_whatever_the_batch_size(lab: TinyLab) -> None:
+    whole = student_images(lab, lab.roles.student, TEXTS, 1, STEPS)
+    assert torch.allclose(whole, student_images(lab, lab.roles.student, TEXTS, 1, STEPS, batch=2), atol=1e-5)
+    guided = teacher_images(lab, TEXTS, 1, 3, 5.0)
+    assert torch.allclose(guided, teacher_images(lab, TEXTS, 1, 3, 5.0, batch=3), atol=1e-5)
+
+
+def test_an_image_keeps_its_noise_when_other_captions_change(lab: TinyLab) -> None:
+    one = student_images(lab, lab.roles.student, TEXTS, 1, STEPS)
+    other = student_images(lab, lab.roles.student, ("a ring", *TEXTS[1:]), 1, STEPS)
+    assert torch.allclose(one[1:], other[1:], atol=1e-5)
+    assert not torch.allclose(one[0], other[0], atol=1e-3)
+
+
+def test_images_of_one_caption_and_of_two_seeds_differ(lab: TinyLab) -> None:
+    twice = student_images(lab, lab.roles.student, ("a ring", "a ring"), 1, STEPS)
+    assert not torch.allclose(twice[0], twice[1], atol=1e-3)
+    assert not torch.allclose(twice, student_images(lab, lab.roles.student, ("a ring", "a ring"), 2, STEPS), atol=1e-3)
+
+
+def test_teacher_and_student_start_from_the_same_noise(lab: TinyLab) -> None:
+    """With one step both predict x0 from the noise itself, and here they are the same network."""
+    student = student_images(lab, lab.roles.student, TEXTS, 4, (1.0,))
+    assert torch.allclose(student, teacher_images(lab, TEXTS, 4, 1, 1.0), atol=1e-5)
+
+
+def test_the_two_passes_of_guidance_are_counted(lab: TinyLab) -> None:
+    assert teacher_sampler(lab, 50, 5.0).nfe == 100
+    assert teacher_sampler(lab, 50, 1.0).nfe == 50
+    assert student_sampler(lab, lab.roles.student, STEPS).nfe == 4
+
+
+def test_images_are_pictures(lab: TinyLab) -> None:
+    images = student_images(lab, lab.roles.student, TEXTS, 1, STEPS)
+    assert images.shape == (5, 3, 32, 32)
+    assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
+    assert not images.requires_grad
+
+
+def test_the_first_call_is_not_timed_and_every_image_is_made_once(
+    lab: TinyLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake clock: the sampler takes 100 s on its first call and 2 s later; batches of 2 decode in no time."""
+    clock, calls = [0.0], []
+    monkeypatch.setattr("gdmd.evaluation.sample.time.perf_counter", lambda: clock[0])
+
+    def latents(texts: tuple[str, ...], rng: object) -> torch.Tensor:
+        clock[0] += 2.0 if calls else 100.0
+        calls.append(len(texts))
+        return torch.zeros(len(texts), *LATENT_SHAPE)
+
+    made = generate(Sampler("slow", 1, latents), lab, TEXTS, 0, batch=2)
+    assert calls[1:] == [2, 2, 1]
+    assert made.images_per_s == pytest.approx(1.0)
+    assert made.images_per_s_decoded == pytest.approx(1.0)
+    assert len(made.images) == len(made.latents) == 5
+
+
+def test_timed_images_are_the_untimed_ones(lab: TinyLab) -> None:
+    sampler = student_sampler(lab, lab.roles.student, STEPS)
+    assert torch.equal(generate(sampler, lab, TEXTS, 1).images, images_of(sampler, lab, TEXTS, 1))
+
+
+def test_no_captions_is_an_error(lab: TinyLab) -> None:
+    with pytest.raises(ValueError, match="no captions"):
+        images_of(student_sampler(lab, lab.roles.student, STEPS), lab, (), 1)
+
+
+def test_a_grid_shows_every_cell_enlarged_and_unchanged(tmp_path) -> None:
+    from PIL import Image
+
+    cells = torch.rand(2, 4, 3, 8, 8)
+    path = write_grid(tmp_path / "new" / "grid.png", cells, ["a ring", "two crosses"], ["teacher", "student"])
+    picture = torch.tensor(list(Image.open(path).convert("RGB").tobytes()), dtype=torch.uint8)
+    width, height = Image.open(path).size
+    picture = picture.view(height, width, 3)
+    wanted = (cells * 255).round().byte().repeat_interleave(3, -1).repeat_interleave(3, -2)
+    windows = picture.unfold(0, 24, 1).unfold(1, 24, 1)  # [H', W', 3, 24, 24]
+    for cell in wanted.flatten(0, 1):
+        assert (windows == cell).flatten(2).all(-1).sum() == 1
+
+
+def test_a_grid_of_another_shape_is_an_error() -> None:
+    with pytest.raises(ValueError, match="one caption per row"):
+        draw_grid(torch.rand(2, 4, 3, 8, 8), ["a ring"])
+    with pytest.raises(ValueError, match="equal spans"):
+        draw_grid(torch.rand(1, 4, 3, 8, 8), ["a ring"], ["a", "b", "c"])
+
+
+def test_a_comparison_puts_the_samplers_side_by_side_from_one_noise(lab: TinyLab) -> None:
+    samplers = [teacher_sampler(lab, 1, 1.0), student_sampler(lab, lab.roles.student, (1.0,))]
+    cells = same_noise_cells(samplers, lab, TEXTS[:3], 4, per_caption=2)
+    assert cells.shape == (3, 4, 3, 32, 32)
+    assert torch.allclose(cells[:, :2], cells[:, 2:], atol=1e-5)
+    assert torch.allclose(cells[1, 1], teacher_images(lab, [TEXTS[1]] * 4, 4, 1, 1.0)[3], atol=1e-5)
