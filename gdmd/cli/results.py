@@ -1,0 +1,103 @@
+"""``gdmd eval``, ``gdmd sample`` and ``gdmd report``: what is done with a finished (or running) run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gdmd.cli.common import Json, messages, print_json
+
+What = Annotated[
+    str,
+    typer.Argument(metavar="RUN|teacher|teacher-4", help="A run folder (its EMA student), or a row of the teacher."),
+]
+
+
+class Split(StrEnum):
+    """The prompt sets that are evaluated."""
+
+    eval = "eval"
+    dev = "dev"
+
+
+def eval_command(
+    what: What,
+    json: Json = False,
+    split: Annotated[Split, typer.Option(help="eval: the fixed set; dev: for choosing settings.")] = Split.eval,
+    per_task: Annotated[int | None, typer.Option(min=1, help="Prompts per task; default: the recipe's.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Images per prompt; default: the recipe's.")] = None,
+) -> None:
+    """Measure a student or the teacher: ShapesEval by task, rewards, fidelity, coverage, speed.
+
+    \b
+    Examples:
+      gdmd eval runs/shapes-seed0
+      gdmd eval teacher --json                  the teacher with guidance, 50 steps = 100 network calls
+      gdmd eval teacher-4 --per-task 10         the same in 4 steps
+      gdmd eval runs/shapes-seed0 --split dev --images 2
+    """
+    from gdmd.programs.folders import check_target
+
+    check_target(what)
+    from gdmd.programs.evaluate import measure_named
+
+    console = messages()
+    console.print(f"evaluating {what} on the {split.value} prompts", markup=False, highlight=False)
+    name, row, cfg = measure_named(what, split.value, per_task, images)
+    if json:
+        print_json(row)
+        return
+    from gdmd.programs.table import print_table
+
+    print_table({name: row}, [reward.kind for reward in cfg.rewards])
+
+
+def sample_command(
+    what: What,
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="A caption; give it again for more rows.")],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=4096, help="Images per caption.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .png to write.")] = Path("samples.png"),
+    scale: Annotated[int, typer.Option(min=1, max=32, help="Pixels of the file per pixel of an image.")] = 4,
+) -> None:
+    """Draw images from captions, one row of a PNG for each.
+
+    \b
+    Examples:
+      gdmd sample runs/shapes-seed0 --prompt "a red circle and a blue ring"
+      gdmd sample runs/shapes-seed0 -p "three squares" -p "a ring above a cross" -n 6 --seed 1 -o rows.png
+      gdmd sample teacher -p "a green diamond"
+    """
+    from gdmd.programs.folders import check_png, check_target
+
+    check_target(what)
+    check_png(out)
+    from gdmd.programs.sample import draw
+
+    seconds = draw(what, prompt, count, seed, out, scale)
+    messages().print(
+        f"{len(prompt) * count} images in {seconds:.2f} s -> {out}", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def report_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    fresh: Annotated[bool, typer.Option("--fresh", help="Evaluate again even where a result is stored.")] = False,
+) -> None:
+    """Write report.html of a run: curves, grids, ShapesEval, speed and the health monitor in one file.
+
+    \b
+    Examples:
+      gdmd report runs/shapes-seed0
+      gdmd report runs/shapes-seed0 --fresh
+    """
+    from gdmd.programs.folders import config_of
+
+    cfg = config_of(run)
+    from gdmd.programs.evaluate import report_of
+
+    path = report_of(cfg, run, fresh=fresh)
+    messages().print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,155 @@
+"""What ``gdmd demo`` does: DMD and GDMD distilled from the same teacher in one run, and all four rows measured in it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from gdmd.config.method import GdmdConfig
+from gdmd.config.run import RunConfig
+from gdmd.evaluation.grids import write_comparison
+from gdmd.evaluation.report import Provenance, read_rows, save_rows, write_report
+from gdmd.evaluation.sample import Sampler
+from gdmd.programs.evaluate import Row, grid_captions, load_ema, measure, student_row, teacher_row
+from gdmd.programs.train import go
+from gdmd.recipes.build import Lab, build
+from gdmd.runs import checkpoint
+from gdmd.runs.errors import writing
+from gdmd.runs.rundir import Run, check_same_config, create, open_run, read_facts, read_metrics
+
+METHODS = ("dmd", "gdmd")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The result: rows as in the table, and where the report lies. ``signal`` stopped it before the end."""
+
+    folder: Path
+    seconds: float
+    rows: Mapping[str, Row] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
+    report: Path | None = None
+    signal: int | None = None
+
+    def json(self) -> dict[str, Any]:
+        """What ``gdmd demo --json`` prints."""
+        return {
+            "run": str(self.folder),
+            "report": str(self.report),
+            "seconds": round(self.seconds, 1),
+            "trained_on": list(self.trained),
+            "rows": dict(self.rows),
+        }
+
+
+def plain_dmd(cfg: RunConfig) -> RunConfig:
+    """The control: the same recipe, and so the same student updates, with gamma 0 and no scored targets."""
+    tree = cfg.model_dump(mode="json")
+    tree["name"] = f"{cfg.name}_dmd"
+    tree["about"] = "Plain DMD with the budget of the GDMD row."
+    tree["method"] |= {"gamma": 0.0, "scored_guidances": [], "weighting": "napo", "control": "none"}
+    return RunConfig.model_validate(tree)
+
+
+def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
+    """Train both students and measure the four rows; what an earlier call finished in ``folder`` is not done again."""
+    if not isinstance(cfg.method, GdmdConfig):
+        raise ValueError(f"the demo compares GDMD with DMD, but recipe {cfg.name} has method.kind = {cfg.method.kind}")
+    began = time.perf_counter()
+    configs = {"dmd": plain_dmd(cfg), "gdmd": cfg}
+    labs = {name: build(own) for name, own in configs.items()}
+    runs = {name: _run(folder / name, own) for name, own in configs.items()}
+    stages = _Stages(folder, console)
+    for what in ("teacher", "teacher-4"):
+        stages.row(cfg, labs["gdmd"], teacher_row(cfg, labs["gdmd"], what))
+    samplers = [teacher_row(cfg, labs["gdmd"], what) for what in ("teacher", "teacher-4")]
+    for name in METHODS:
+        stages.say(f"training {name.upper()}: {cfg.loop.steps} iterations of {cfg.loop.batch_size}, from the teacher")
+        trained = go(configs[name], runs[name], labs[name], console, evaluation=False)
+        if trained.end.signal is not None:
+            again = f"gdmd demo --run {folder}"
+            console.print(f"stopped and saved; go on with: {again}", markup=False, highlight=False, soft_wrap=True)
+            return Demo(folder, time.perf_counter() - began, signal=trained.end.signal)
+        _load_newest(labs[name], runs[name])
+        samplers.append(student_row(cfg, labs[name], name.upper()))
+        stages.row(cfg, labs[name], samplers[-1], trained.end.step)
+    rows = {sampler.name: stages.rows[sampler.name] for sampler in samplers}
+    report = _report(cfg, folder, runs, samplers, rows, labs["gdmd"])
+    names = tuple(reward.kind for reward in cfg.rewards)
+    return Demo(folder, time.perf_counter() - began, rows, names, report)
+
+
+class _Stages:
+    """Tells what is being done and how long it took, and keeps the rows that are finished."""
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self.folder, self.console, self._number = folder, console, 0
+        self.rows: dict[str, Row] = dict(read_rows(folder))
+
+    def say(self, message: str) -> None:
+        self._number += 1
+        self.console.print(f"[{self._number}/6] {message}", markup=False, highlight=False)
+
+    def row(self, cfg: RunConfig, lab: Lab, sampler: Sampler, step: int = 0) -> None:
+        """Measure a sampler, unless this demo has measured the same before."""
+        images = 6 * cfg.eval.per_task * cfg.eval.images
+        self.say(f"measuring {sampler.name} ({sampler.nfe} network calls per image) on {images} images")
+        began, how = time.perf_counter(), "measured before"
+        if self.rows.get(sampler.name, {}).get("step", 0) != step or sampler.name not in self.rows:
+            with self.console.status(sampler.name):
+                self.rows[sampler.name] = measure(cfg, lab, sampler, step=step)
+            save_rows(self.folder, self.rows)
+            how = f"{time.perf_counter() - began:.0f} s"
+        overall = self.rows[sampler.name]["shapeseval"]["overall"]
+        self.console.print(f"      ShapesEval {overall:.3f} ({how})", markup=False, highlight=False)
+
+
+def _run(folder: Path, cfg: RunConfig) -> Run:
+    """The run folder of one method, new or to be continued; RunError where another configuration lies there."""
+    config = cfg.model_dump(mode="json")
+    if (folder / "config.yaml").exists():
+        run = open_run(folder)
+        check_same_config(run, config)
+        return run
+    return create(folder, config, sys.argv)
+
+
+def _load_newest(lab: Lab, run: Run) -> None:
+    saved = checkpoint.load_newest(run.checkpoints)
+    assert saved is not None, f"training left no checkpoint in {run.checkpoints}"
+    load_ema(lab, saved)
+
+
+def _report(
+    cfg: RunConfig, folder: Path, runs: Mapping[str, Run], samplers: list[Sampler], rows: Mapping[str, Row], lab: Lab
+) -> Path:
+    """report.html of the whole demo, with the four samplers side by side from the same noise."""
+    grid = folder / "comparison.png"
+    with writing("the comparison grid", grid):
+        write_comparison(grid, samplers, lab, grid_captions(), cfg.eval.seed)
+    facts = read_facts(runs["gdmd"].path)
+    return write_report(
+        folder,
+        "gdmd demo: four steps instead of a hundred calls",
+        rows,
+        grids={"The same noise through each sampler": grid.read_bytes()},
+        metrics={name.upper(): read_metrics(runs[name].path) for name in METHODS},
+        trained=[reward.kind for reward in cfg.rewards],
+        provenance=Provenance(
+            command=" ".join(facts["command"]),
+            commit=facts["commit"],
+            seed=cfg.loop.seed,
+            versions=facts["versions"],
+            machine=f"{facts['platform']}, {facts['cpu_count']} CPU cores",
+            started=facts["started"],
+            config=yaml.safe_dump(dict(runs["gdmd"].config), sort_keys=False),
+        ),
+        about=cfg.about,
+    )

@@ -1,0 +1,139 @@
+"""What ``gdmd eval`` and ``gdmd report`` do: a run's EMA student, or the teacher, on a fixed prompt set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gdmd.config.loop import LoopConfig
+from gdmd.config.run import RunConfig, ShapesReward
+from gdmd.evaluation.grids import write_comparison, write_grid
+from gdmd.evaluation.report import read_rows, report_run, save_rows
+from gdmd.evaluation.sample import Sampler, images_of, student_sampler, teacher_sampler
+from gdmd.evaluation.shapes import HELDOUT, evaluate
+from gdmd.programs.folders import TEACHERS, config_of
+from gdmd.recipes.build import Lab, build, build_rewards
+from gdmd.runs import checkpoint
+from gdmd.runs.errors import RunError, writing
+from gdmd.shapes.grammar import Split, catalogue, fixed_rows
+from gdmd.training.ema import load_named
+from gdmd.types import Reward
+
+FEW_STEPS = 4
+"""Steps of the teacher's plain few-step row."""
+GRID_COLUMNS = 6
+Row = Mapping[str, Any]
+"""``Evaluation.json()``, and for a student the "step" of its checkpoint."""
+
+
+def open_student(cfg: RunConfig, folder: Path) -> tuple[Lab, int]:
+    """The lab of a run with the EMA weights of its newest good checkpoint in the student, and that checkpoint's step."""
+    saved = checkpoint.load_newest(folder / "checkpoints")
+    if saved is None:
+        raise RunError(f"{folder} has no checkpoint yet. Train it first: gdmd train --resume {folder}.")
+    lab = build(cfg)
+    load_ema(lab, saved)
+    return lab, saved.step
+
+
+def load_ema(lab: Lab, saved: checkpoint.Checkpoint) -> None:
+    """Put the averaged student (the plain one of a run without EMA) into ``lab.roles.student``."""
+    load_named(lab.roles.parameters("student"), saved.part("ema") or saved.part("student"), "the student")
+
+
+def open_named(what: str) -> tuple[RunConfig, Lab, Sampler, int]:
+    """A run folder, "teacher" or "teacher-4" as something that makes images; and the step of the student (else 0)."""
+    if what in TEACHERS:
+        cfg = RunConfig(name="teacher", loop=LoopConfig())
+        lab = build(cfg)
+        return cfg, lab, teacher_row(cfg, lab, what), 0
+    cfg = config_of(Path(what))
+    lab, step = open_student(cfg, Path(what))
+    return cfg, lab, student_row(cfg, lab), step
+
+
+def teacher_row(cfg: RunConfig, lab: Lab, what: str) -> Sampler:
+    """The teacher with guidance: "teacher" in eval.teacher_steps steps, "teacher-4" in four."""
+    steps = cfg.eval.teacher_steps if what == "teacher" else FEW_STEPS
+    return teacher_sampler(lab, steps, cfg.method.guidance, f"teacher, {steps} steps")
+
+
+def student_row(cfg: RunConfig, lab: Lab, name: str = "") -> Sampler:
+    """The few-step student as it is now."""
+    steps = cfg.method.student_steps
+    return student_sampler(lab, lab.roles.student, steps, f"{name or cfg.method.kind.upper()}, {len(steps)} steps")
+
+
+def grid_captions(per_task: int = 2) -> tuple[str, ...]:
+    """The captions of the sample grids, from every task of the evaluation set."""
+    return tuple(catalogue().captions[row].text for row in fixed_rows("eval", per_task).tolist())
+
+
+def grid_hook(lab: Lab, cfg: RunConfig) -> Callable[[int, Path], None]:
+    """Draws the grid of a step: the same captions from the same noise every time."""
+    captions = grid_captions()
+    texts = [text for text in captions for _ in range(GRID_COLUMNS)]
+
+    def grid(step: int, path: Path) -> None:
+        cells = images_of(student_row(cfg, lab), lab, texts, cfg.eval.seed)
+        write_grid(path, cells.unflatten(0, (len(captions), GRID_COLUMNS)), captions)
+
+    return grid
+
+
+def scorers_of(cfg: RunConfig) -> tuple[Reward, ...]:
+    """The rewards of the recipe, then the shipped scorers that it does not train on; the held-out one is last."""
+    own = {spec.kind: spec for spec in cfg.rewards}
+    kinds = ("shapes_clip", "shapes_pref", HELDOUT)
+    return build_rewards([own.get(kind, ShapesReward(kind=kind)) for kind in kinds])
+
+
+def measure(cfg: RunConfig, lab: Lab, sampler: Sampler, split: Split = "eval", step: int = 0) -> Row:
+    """One row of a table: the sampler on the fixed prompt set of the recipe's size."""
+    row = evaluate(sampler, lab, cfg.eval, scorers_of(cfg), split).json()
+    return row | ({"step": step} if step else {})
+
+
+def measure_named(what: str, split: Split, per_task: int | None, images: int | None) -> tuple[str, Row, RunConfig]:
+    """``gdmd eval``: (name of the row, row, configuration) of a run's EMA student or of the teacher."""
+    cfg, lab, sampler, step = open_named(what)
+    given = {"per_task": per_task, "images": images}
+    own = cfg.eval.model_copy(update={key: value for key, value in given.items() if value is not None})
+    cfg = cfg.model_copy(update={"eval": own})
+    return sampler.name, measure(cfg, lab, sampler, split, step), cfg
+
+
+def finish_run(cfg: RunConfig, folder: Path, lab: Lab, step: int) -> tuple[Row, Path]:
+    """After training: measure the EMA student, compare it with the teacher from the same noise, write report.html."""
+    saved = checkpoint.load_newest(folder / "checkpoints")
+    assert saved is not None and saved.step == step, f"no checkpoint of step {step} in {folder}"
+    load_ema(lab, saved)
+    student = student_row(cfg, lab)
+    row = measure(cfg, lab, student, step=step)
+    save_rows(folder, dict(read_rows(folder)) | {student.name: row})
+    compare(folder, cfg, lab, (teacher_row(cfg, lab, "teacher"), student))
+    return row, report_run(folder)
+
+
+def compare(folder: Path, cfg: RunConfig, lab: Lab, samplers: tuple[Sampler, ...]) -> None:
+    """grids/comparison.png: the samplers side by side from the same noise."""
+    path = folder / "grids" / "comparison.png"
+    with writing("the comparison grid", path):
+        write_comparison(path, samplers, lab, grid_captions(), cfg.eval.seed)
+
+
+def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
+    """``gdmd report``: measure the teacher's two rows and the student where they are missing, then write the page."""
+    lab, step = open_student(cfg, folder)
+    rows = {} if fresh else dict(read_rows(folder))
+    student = student_row(cfg, lab)
+    if rows.get(student.name, {}).get("step") != step:
+        rows.pop(student.name, None)
+    samplers = (*(teacher_row(cfg, lab, what) for what in TEACHERS), student)
+    for sampler in samplers:
+        if sampler.name not in rows:
+            rows[sampler.name] = measure(cfg, lab, sampler, step=step if sampler is student else 0)
+    save_rows(folder, {sampler.name: rows[sampler.name] for sampler in samplers})
+    compare(folder, cfg, lab, samplers)
+    return report_run(folder)

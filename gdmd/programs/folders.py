@@ -1,0 +1,79 @@
+"""Where a run goes and what is in a run folder; without torch, so that a refused folder is reported at once."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from gdmd.config.load import load_config
+from gdmd.config.run import RunConfig
+from gdmd.recipes.read import read_recipe
+from gdmd.runs.errors import RunError, writing
+from gdmd.runs.rundir import Run, check_same_config, open_run, write_atomic
+
+MAY_CHANGE = ("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every", "loop.grid_every")
+"""What a resumed run may change: how long it goes on and what it writes, never what it computes."""
+TEACHERS = ("teacher", "teacher-4")
+"""What can be evaluated and sampled besides a run folder."""
+
+
+def new_folder(cfg: RunConfig, root: Path = Path("runs")) -> Path:
+    """runs/RECIPE-seedN, or with the time of day in its name where that one is taken."""
+    first = root / f"{cfg.name}-seed{cfg.loop.seed}"
+    return first if not first.exists() else root / f"{first.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def demo_folder(cfg: RunConfig, root: Path = Path("runs")) -> Path:
+    """runs/demo while that one is new or unfinished; a finished demo, or one of other settings, is left alone."""
+    first = root / "demo"
+    settings = first / "gdmd" / "config.yaml"
+    other = settings.exists() and open_run(settings.parent).config != cfg.model_dump(mode="json")
+    if other or (first / "report.html").exists():
+        return root / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    return first
+
+
+def config_of(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run folder. RunError for another folder, ConfigError for a damaged config.yaml."""
+    open_run(folder)
+    return load_config(RunConfig, Path(folder) / "config.yaml", overrides)
+
+
+def resumed(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[RunConfig, Run]:
+    """The run to continue and its configuration; a RunError names the keys that may not differ."""
+    run = open_run(folder)
+    cfg = read_recipe(recipe, overrides) if recipe else config_of(folder, overrides)
+    config = cfg.model_dump(mode="json")
+    check_same_config(run, config, MAY_CHANGE)
+    if config != run.config:
+        text = yaml.safe_dump(config, sort_keys=False)
+        write_atomic(run.path / "config.yaml", text, "the configuration")
+    return cfg, Run(run.path, config)
+
+
+def check_writable(path: Path, what: str) -> None:
+    """Raise a RunError now if the file ``path`` could not be written in the end; makes its folder."""
+    path = Path(path)
+    with writing(what, path):
+        if path.is_dir():
+            raise RunError(f"{path} is a folder; {what} needs the name of a file.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+            raise PermissionError(13, "Permission denied")
+
+
+def check_target(what: str) -> None:
+    """RunError unless ``what`` is a row of the teacher or a run folder."""
+    if what not in TEACHERS:
+        open_run(Path(what))
+
+
+def check_png(path: Path) -> None:
+    """ValueError for a file name that is no .png, RunError for a place that cannot be written."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out {path}: images are written as PNG; give a name that ends in .png")
+    check_writable(path, "the images")

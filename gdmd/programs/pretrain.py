@@ -1,0 +1,86 @@
+"""What ``gdmd pretrain`` does: make the VAE, the teacher or the scorers of the Shapes lab again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gdmd.backbones.shapes import load_vae
+from gdmd.rewards.shapes_nets import KINDS
+from gdmd.runs.assets import asset_path, load_asset
+from gdmd.training.pretrain import PretrainJob, fit, teacher_job, vae_job
+from gdmd.training.pretrain_scorers import ScorerConfig, pretrain_scorer
+
+LINES = 20
+"""Progress lines of a training without a terminal."""
+Shown = Callable[[int, float], None]
+
+
+def pretrain(
+    network: str,
+    steps: int | None,
+    seed: int | None,
+    folder: Path,
+    resume: bool,
+    kinds: Sequence[str],
+    console: Console,
+) -> Iterator[Path]:
+    """Make the asset(s) of ``network`` in ``folder`` and yield each path when it is written.
+
+    None takes the steps and the seed of the shipped asset. ``kinds`` picks scorers; empty = all.
+    """
+    given: dict[str, Any] = {key: value for key, value in (("steps", steps), ("seed", seed)) if value is not None}
+    match network:
+        case "vae":
+            yield _fitted(vae_job(**given), folder / "shapes_vae.safetensors", resume, console)
+        case "teacher":
+            own = folder / "shapes_vae.safetensors"
+            source = own if own.is_file() else asset_path("shapes_vae")
+            console.print(f"latents of {source}", markup=False, highlight=False, soft_wrap=True)
+            vae = load_vae(load_asset(source).tensors).eval().requires_grad_(False)
+            yield _fitted(teacher_job(vae, **given), folder / "shapes_teacher.safetensors", resume, console)
+        case _:
+            yield from _scorers(kinds, given, folder, resume, console)
+
+
+def _scorers(
+    kinds: Sequence[str], given: dict[str, Any], folder: Path, resume: bool, console: Console
+) -> Iterator[Path]:
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise ValueError(f"--kind {unknown[0]}: unknown scorer; the scorers are {', '.join(KINDS)}")
+    for kind in kinds or KINDS:
+        path = folder / f"{kind}.safetensors"
+        with _watched(kind, given.get("steps", ScorerConfig(kind).steps), console) as shown:
+            pretrain_scorer(kind, **given, out=path, resume=resume, progress=False, on_step=shown)
+        yield path
+
+
+def _fitted(job: PretrainJob, path: Path, resume: bool, console: Console) -> Path:
+    with _watched(job.name, job.steps, console) as shown:
+        for step, loss in fit(job, path, resume=resume, save_every=max(1, min(500, job.steps // 10))):
+            shown(step, loss.item())
+    return path
+
+
+@contextmanager
+def _watched(name: str, steps: int, console: Console) -> Iterator[Shown]:
+    """A callback (step, loss): a bar on a terminal, else some twenty lines."""
+    if not console.is_terminal:
+        every = max(1, steps // LINES)
+
+        def line(step: int, loss: float) -> None:
+            if (step + 1) % every == 0 or step + 1 == steps:
+                console.print(f"{name}: step {step + 1}/{steps}  loss {loss:.4f}", markup=False, highlight=False)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=console) as bar:
+        task = bar.add_task(name, total=steps, loss=float("nan"))
+        yield lambda step, loss: bar.update(task, completed=step + 1, loss=loss)

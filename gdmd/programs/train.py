@@ -1,0 +1,85 @@
+"""What ``gdmd train`` does: build the recipe, train it, evaluate the EMA student, write the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gdmd.config.run import RunConfig
+from gdmd.programs.evaluate import finish_run, grid_hook
+from gdmd.recipes.build import Lab, build
+from gdmd.runs.rundir import Run, create
+from gdmd.shapes.grammar import catalogue
+from gdmd.training.loop import Hooks, TrainEnd, train
+from gdmd.training.progress import progress_for
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished or interrupted training run left behind."""
+
+    run: Path
+    end: TrainEnd
+    steps: int
+    seconds: float
+    evaluation: Mapping[str, Any] | None = None
+    report: Path | None = None
+
+    def json(self) -> dict[str, Any]:
+        """What ``gdmd train --json`` prints."""
+        return {
+            "run": str(self.run),
+            "step": self.end.step,
+            "steps": self.steps,
+            "finished": self.end.signal is None,
+            "checkpoint": str(self.end.checkpoint),
+            "train_seconds": round(self.seconds, 2),
+            "report": str(self.report) if self.report else None,
+            "evaluation": self.evaluation,
+        }
+
+
+def start(cfg: RunConfig, folder: Path, console: Console, *, evaluation: bool, command: Sequence[str]) -> Trained:
+    """Train a recipe in a new folder. Everything that can be wrong with the input is found before it is made."""
+    lab = ready(cfg)
+    return go(cfg, create(folder, cfg.model_dump(mode="json"), command), lab, console, evaluation=evaluation)
+
+
+def ready(cfg: RunConfig) -> Lab:
+    """The live objects of a recipe, its prompts checked to the last line."""
+    check_prompts(cfg)
+    return build(cfg)
+
+
+def check_prompts(cfg: RunConfig) -> None:
+    """ValueError with file and line for a prompt that is no caption of the Shapes language."""
+    from gdmd.data.prompts import read_prompts
+
+    if cfg.prompts.file is None:
+        return
+    table = catalogue()
+    for number, text in enumerate(read_prompts(Path(cfg.prompts.file)), 1):
+        try:
+            table.row(text)
+        except ValueError as error:
+            raise ValueError(f"prompt file {cfg.prompts.file}, line {number}: {error}") from error
+
+
+def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool) -> Trained:
+    """Train ``run`` from where it stands to its last step; then evaluate and report unless it was interrupted."""
+    console.print(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name, markup=False, highlight=False)
+    console.print(f"run folder {run.path}", markup=False, highlight=False)
+    began = time.perf_counter()
+    with progress_for(cfg.loop.steps, console) as progress:
+        end = train(lab.method, lab.roles, lab.stream, cfg.loop, run, Hooks(progress, grid_hook(lab, cfg)))
+    trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began)
+    if end.signal is not None or not evaluation:
+        return trained
+    console.print("evaluating the EMA student on the fixed evaluation set", markup=False)
+    row, report = finish_run(cfg, run.path, lab, end.step)
+    return Trained(run.path, end, cfg.loop.steps, trained.seconds, row, report)
