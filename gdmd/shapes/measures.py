@@ -1,0 +1,181 @@
+"""Exact fidelity and diversity in the Shapes world, and the hard negatives that keep its checker honest."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gdmd.shapes.check import matched
+from gdmd.shapes.detect import Detections, from_scenes
+from gdmd.shapes.grammar import ANY, COLORS, INVERSE, SHAPES, TASKS
+from gdmd.shapes.render import BACKGROUND, WORLD32, Scenes, World, draw_scenes, render
+
+PLACES, SIZES, REPEATS, DATA_SEED = 4, 6, 16, 20260438
+"""Bins per axis of the place, bins of the size, scenes drawn per row for the data's side, and their seed."""
+SIDEWAYS = 0.3
+"""A relation counts as broken in a negative below this direction cosine (the checker asks for 0.5, data has 0.75)."""
+
+
+def fidelity(images: Tensor, found: Detections, world: World = WORLD32) -> Tensor:
+    """1 - |I - R|^2 / (|I - bg|^2 + |R - bg|^2), R the re-render of the detected scene. [B] in [0, 1]
+
+    0 where nothing was detected, and where picture and re-render are anti-correlated.
+    """
+    background = images.new_tensor(BACKGROUND)[:, None, None]
+    again = render(found.scenes, world)
+    energy = ((images - background).square() + (again - background).square()).sum((1, 2, 3))
+    score = 1 - (images - again).square().sum((1, 2, 3)) / energy.clamp_min(1e-12)
+    return torch.where(found.present.any(1), score.clamp_min(0), 0.0)
+
+
+def coverage(found: Detections, rows: Tensor, correct: Tensor, world: World = WORLD32) -> float:
+    """Mean over the attributes of ``coverage_by_attribute``; 0 where no picture is correct."""
+    scores = coverage_by_attribute(found, rows, correct, world)
+    return sum(scores.values()) / len(scores) if scores else 0.0
+
+
+def coverage_by_attribute(
+    found: Detections, rows: Tensor, correct: Tensor, world: World = WORLD32
+) -> dict[str, float]:
+    """1 - JSD (base 2) of color, place and size between the correct pictures' asked-for objects and data's.
+
+    rows, correct [B]. Data is drawn for the rows of the correct pictures. Colors count where the caption leaves them
+    free; an attribute that is free nowhere is left out.
+    """
+    own = rows[correct.to(rows.device)].cpu()
+    if not len(own):
+        return {}
+    mine = _histograms(_select(found, correct), own, world)
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    many = own.repeat(REPEATS)
+    theirs = _histograms(from_scenes(draw_scenes(many, generator, world)), many, world)
+    return {name: 1 - _jsd(mine[name], theirs[name]) for name in mine if mine[name].sum() > 0}
+
+
+def pairwise_distance(features: Tensor, group: Tensor) -> float:
+    """Mean 1 - cosine over the pairs within a group, then over groups of two or more; features [N, D], group [N]."""
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    _, index, size = group.unique(return_inverse=True, return_counts=True)
+    total = unit.new_zeros(len(size), unit.shape[1]).index_add_(0, index, unit)
+    pairs = (size * (size - 1)).double()
+    if not (pairs > 0).any():
+        raise ValueError("pairwise_distance got groups of one sample only; draw at least two pictures per prompt")
+    own = unit.new_zeros(len(size)).index_add_(0, index, unit.square().sum(1))
+    distance = 1 - (total.square().sum(1) - own)[pairs > 0] / pairs[pairs > 0]
+    return distance.mean().item()
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2) in float64; features [N, D] and [M, D]."""
+    if min(len(features_a), len(features_b)) < 2:
+        raise ValueError(f"frechet_distance needs two samples on each side, got {len(features_a)} and {len(features_b)}")
+    a, b = features_a.double(), features_b.double()
+    cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T  # covariances are >= 0 up to rounding
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return distance.item()
+
+
+def hard_negatives(rows: Tensor, generator: torch.Generator, world: World = WORLD32) -> tuple[Scenes, Tensor]:
+    """Scenes of a caption that differs from ``rows`` [B] in one attribute, count or relation, and that caption's row.
+
+    Every choice breaks the caption in truth: shapes become shapes the caption does not name, colors change only where
+    they are asked for, counts change only in counting, relations are inverted or turned by a right angle.
+    """
+    table = world.captions
+    task = table.task[rows]
+    shape, color, count = (c[rows].clone() for c in (table.shape, table.color, table.count))
+    relation = table.relation[rows].clone()
+    kind = torch.rand(len(rows), generator=generator)
+    side = torch.randint(2, rows.shape, generator=generator) * (count[:, 1] > 0)
+    colored, counting, placed = color[:, 0] != ANY, task == TASKS.index("counting"), relation != ANY
+    turn = placed & (kind < 0.7)
+    relation[turn] = _other_relation(relation[turn], generator)
+    change_count = counting & (kind < 0.7)
+    shift = torch.randint(1, world.max_count - 1, rows.shape, generator=generator)
+    count[:, 0] = torch.where(change_count, 2 + (count[:, 0] - 2 + shift) % (world.max_count - 1), count[:, 0])
+    paint = colored & (kind < 0.6)
+    _replace(color, side, paint, len(COLORS), generator)
+    _replace(shape, side, ~(turn | change_count | paint), len(SHAPES), generator)
+    other = _row_of(task, shape, color, count, relation, world)
+    return _broken(rows, other, generator, world), other
+
+
+def _replace(values: Tensor, side: Tensor, mine: Tensor, kinds: int, generator: torch.Generator) -> None:
+    """In the rows ``mine`` change one side of values [B, 2] to a kind that neither side has, in place."""
+    weight = torch.ones(len(values), kinds + 1)
+    weight.scatter_(1, torch.where(values == ANY, kinds, values), 0.0)
+    fresh = torch.multinomial(weight[:, :kinds], 1, generator=generator)[:, 0]
+    who = torch.nonzero(mine)[:, 0]
+    values[who, side[who]] = fresh[who]
+
+
+def _other_relation(relation: Tensor, generator: torch.Generator) -> Tensor:
+    """The inverse in half of the cases, else one of the two at a right angle."""
+    coin = torch.rand(len(relation), generator=generator) < 0.5
+    across = (1 - relation // 2) * 2 + torch.randint(2, relation.shape, generator=generator)
+    return torch.where(coin, torch.tensor(INVERSE)[relation], across)
+
+
+def _code(task: Tensor, shape: Tensor, color: Tensor, count: Tensor, relation: Tensor) -> Tensor:
+    columns = [task, *(shape + 1).unbind(1), *(color + 1).unbind(1), *count.unbind(1), relation + 1]
+    code = torch.zeros_like(task)
+    for column in columns:
+        code = code * 16 + column  # every column is below 16
+    return code
+
+
+def _row_of(task: Tensor, shape: Tensor, color: Tensor, count: Tensor, relation: Tensor, world: World) -> Tensor:
+    table = world.captions
+    codes, order = _code(table.task, table.shape, table.color, table.count, table.relation).sort()
+    wanted = _code(task, shape, color, count, relation)
+    row = order[torch.searchsorted(codes, wanted).clamp_max(len(codes) - 1)]
+    columns = (table.task[row], table.shape[row], table.color[row], table.count[row], table.relation[row])
+    assert torch.equal(_code(*columns), wanted), "a hard negative left the language"
+    return row
+
+
+def _broken(rows: Tensor, other: Tensor, generator: torch.Generator, world: World) -> Scenes:
+    """Scenes of ``other``; those at a right angle are drawn again until ``rows``' relation clearly fails."""
+    table = world.captions
+    scenes = draw_scenes(other, generator, world)
+    relation = table.relation[rows]
+    turned = (relation != ANY) & (table.shape[rows] == table.shape[other]).all(1)
+    while True:
+        dx, dy = scenes.x[:, 0] - scenes.x[:, 1], scenes.y[:, 0] - scenes.y[:, 1]
+        along = torch.stack([-dx, dx, -dy, dy]) / torch.hypot(dx, dy).clamp_min(1e-6)
+        cosine = along.gather(0, relation.clamp_min(0)[None])[0]
+        todo = torch.nonzero(turned & (cosine > SIDEWAYS))[:, 0]
+        if not len(todo):
+            return scenes
+        fresh = draw_scenes(other[todo], generator, world)
+        for name in Scenes.__dataclass_fields__:
+            getattr(scenes, name)[todo] = getattr(fresh, name)
+
+
+def _select(found: Detections, mine: Tensor) -> Detections:
+    mine = mine.to(found.shape.device)
+    return Detections(*(getattr(found, name)[mine] for name in Detections.__dataclass_fields__))
+
+
+def _histograms(found: Detections, rows: Tensor, world: World) -> dict[str, Tensor]:
+    """Counts of color [8], place [16] and size [6] of the asked-for objects; sizes outside data's go to the end bins."""
+    asked = matched(found, rows.to(found.shape.device), world)
+    free = asked & (world.captions.color[rows, 0] == ANY)[:, None].to(asked.device)
+    low, high = world.radius
+    column, line = ((p[asked] * PLACES).floor().clamp(0, PLACES - 1).long() for p in (found.x, found.y))
+    size = ((found.radius[asked] - low) / (high - low) * SIZES).floor().clamp(0, SIZES - 1).long()
+    bins = {"color": (found.color[free], len(COLORS)), "place": (line * PLACES + column, PLACES**2), "size": (size, SIZES)}
+    return {name: torch.bincount(index.cpu(), minlength=count).double() for name, (index, count) in bins.items()}
+
+
+def _jsd(p: Tensor, q: Tensor) -> float:
+    """Jensen-Shannon divergence in bits of two count vectors, in [0, 1]."""
+    p, q = p / p.sum(), q / q.sum()
+    middle = (p + q) / 2
+    nats = sum(torch.xlogy(side, side / middle.clamp_min(1e-300)).sum().item() / 2 for side in (p, q))
+    return min(max(nats / math.log(2), 0.0), 1.0)  # rounding only: the divergence is in [0, 1]
