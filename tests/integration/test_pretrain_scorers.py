@@ -1,0 +1,86 @@
+"""Re-making the scorers: each learns in a few steps, and a resumed run equals an uninterrupted one."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdmd.rewards.shapes import from_asset
+from gdmd.rewards.shapes_nets import KINDS, Kind
+from gdmd.runs.assets import load_asset
+from gdmd.training import pretrain_scorers
+from gdmd.training.pretrain_scorers import checkpoint_path, pretrain_scorer
+
+SMALL = {"batch": 4, "checkpoint_every": 2, "progress": False, "per_task": 4}
+
+
+class Stop(Exception):
+    """Stands for a kill in the middle of a run."""
+
+
+@pytest.fixture(autouse=True)
+def small_pools(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pretrain_scorers, "POOL", 2)
+    pretrain_scorers._pool.cache_clear()
+    yield
+    pretrain_scorers._pool.cache_clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scorer_is_remade_and_a_killed_and_resumed_run_gives_the_same_weights(kind: Kind, tmp_path: Path):
+    whole, parts = tmp_path / "whole" / f"{kind}.safetensors", tmp_path / "parts" / f"{kind}.safetensors"
+    pretrain_scorer(kind, 6, 5, whole, **SMALL)
+
+    def kill(step: int, loss: float) -> None:
+        if step == 4:  # the checkpoint before it holds 4 finished steps
+            raise Stop
+
+    with pytest.raises(Stop):
+        pretrain_scorer(kind, 6, 5, parts, on_step=kill, **SMALL)
+    assert checkpoint_path(parts).exists() and not parts.exists()
+    steps: list[int] = []
+    pretrain_scorer(kind, 6, 5, parts, resume=True, on_step=lambda step, loss: steps.append(step), **SMALL)
+    assert steps == [4, 5] and not checkpoint_path(parts).exists()
+    first, second = load_asset(whole).tensors, load_asset(parts).tensors
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert from_asset(parts).name == kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_steps_lower_the_loss(kind: Kind):
+    losses: list[float] = []
+    pretrain_scorer(kind, 60, 0, batch=8, progress=False, on_step=lambda step, loss: losses.append(loss))
+    assert sum(losses[-15:]) < sum(losses[:15])
+
+
+def test_the_weights_depend_on_the_seed():
+    a, b = (pretrain_scorer("shapes_clip_heldout", 1, seed, **SMALL) for seed in (0, 1))
+    assert not torch.equal(next(a.parameters()), next(b.parameters()))
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path):
+    asset = tmp_path / "shapes_clip_heldout.safetensors"
+
+    def kill(step: int, loss: float) -> None:
+        if step == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        pretrain_scorer("shapes_clip_heldout", 6, 5, asset, on_step=kill, **SMALL)
+    with pytest.raises(ValueError, match="was made with seed = 5, this run has 6"):
+        pretrain_scorer("shapes_clip_heldout", 6, 6, asset, resume=True, **SMALL)
+
+
+def test_a_scorer_never_learns_from_the_checker():
+    root = Path(pretrain_scorers.__file__).parents[1]
+    files = [*root.glob("training/*scorer*.py"), *root.glob("rewards/shapes*.py")]
+    assert len(files) >= 5
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            origin = getattr(node, "module", None) or ""
+            assert "gdmd.shapes.check" not in (origin, *names) and "gdmd.shapes.detect" not in (origin, *names), path
+            assert not (origin == "gdmd.shapes" and {"check", "detect"} & set(names)), path

@@ -1,0 +1,199 @@
+"""The Shapes scorers as rewards: differentiable, per sample, loud; and the material they learn from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdmd.rewards.shapes import ShapesClip, from_asset, image_features, load_scorer
+from gdmd.rewards.shapes_nets import KINDS, Kind, build_net
+from gdmd.shapes.grammar import ANY, SPLITS, TASKS, catalogue, draw_rows
+from gdmd.shapes.render import Scenes, draw_scenes, render
+from gdmd.training.scorer_data import (
+    DAMAGES,
+    Damage,
+    damaged,
+    draw_negatives,
+    draw_stock,
+    hard_negatives,
+    may_be_true,
+)
+from gdmd.types import PromptBatch
+
+ASSETS = Path(__file__).parents[2] / "gdmd" / "assets"
+TEXTS = ("a red circle", "two squares", "a ring above a cross", "a blue ring and a white diamond")
+
+
+def batch_of(texts: tuple[str, ...]) -> PromptBatch:
+    index = torch.arange(len(texts))
+    return PromptBatch(index, texts, index, {}, {})
+
+
+def pictures(texts: tuple[str, ...] = TEXTS, seed: int = 0) -> Tensor:
+    rows = torch.tensor([catalogue().row(text) for text in texts])
+    return render(draw_scenes(rows, torch.Generator().manual_seed(seed)))
+
+
+def untrained(kind: Kind):
+    return load_scorer(kind, build_net(kind, seed=3).state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_score_is_fp32_per_image_and_its_gradient_reaches_every_image_but_no_weight(kind: Kind):
+    scorer, images = untrained(kind), pictures().requires_grad_()
+    scores = scorer.score(images, batch_of(TEXTS))
+    assert scores.shape == (4,) and scores.dtype == torch.float32 and scorer.differentiable and scorer.name == kind
+    (grad,) = torch.autograd.grad(scores.sum(), images)
+    assert (grad.flatten(1).norm(dim=1) > 0).all()
+    assert not any(p.requires_grad for p in scorer.net.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_score_does_not_depend_on_the_other_samples_of_the_batch(kind: Kind):
+    scorer, images = untrained(kind), pictures()
+    together = scorer.score(images, batch_of(TEXTS))
+    alone = torch.cat([scorer.score(images[i : i + 1], batch_of(TEXTS[i : i + 1])) for i in range(4)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_score_stays_fp32_inside_the_callers_autocast(kind: Kind):
+    scorer, images = untrained(kind), pictures()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = scorer.score(images, batch_of(TEXTS))
+    assert torch.equal(inside, scorer.score(images, batch_of(TEXTS)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_image_is_an_error_that_names_its_position(kind: Kind):
+    images = pictures()
+    images[2, 0, 5, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"not finite at samples \[2\]"):
+        untrained(kind).score(images, batch_of(TEXTS))
+
+
+def test_images_of_another_size_and_too_few_prompts_and_foreign_words_are_user_errors():
+    scorer = untrained("shapes_clip")
+    with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\], got \[4, 3, 64, 64\]"):
+        scorer.score(torch.zeros(4, 3, 64, 64), batch_of(TEXTS))
+    with pytest.raises(ValueError, match="4 images for 3 prompts"):
+        scorer.score(pictures(), batch_of(TEXTS[:3]))
+    with pytest.raises(ValueError, match="unknown word 'dog'"):
+        scorer.score(pictures()[:1], batch_of(("a dog",)))
+
+
+def test_a_clip_score_is_the_cosine_of_its_features():
+    scorer = untrained("shapes_clip_heldout")
+    assert isinstance(scorer, ShapesClip)
+    features = scorer.image_features(pictures())
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(4))
+    assert scorer.score(pictures(), batch_of(TEXTS)).abs().max() <= 1
+
+
+def test_tensors_of_another_scorer_and_a_missing_file_are_user_errors(tmp_path: Path):
+    with pytest.raises(ValueError, match="these tensors are not a shapes_pref"):
+        load_scorer("shapes_pref", build_net("shapes_clip").state_dict())
+    with pytest.raises(ValueError, match="cannot be read"):
+        from_asset(tmp_path / "shapes_clip.safetensors")
+    (tmp_path / "shapes_clip.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="make it again with gdmd pretrain scorers"):
+        from_asset(tmp_path / "shapes_clip.safetensors")
+
+
+def test_hard_negatives_share_the_task_ask_for_something_else_and_keep_out_of_dev_and_eval():
+    table = catalogue()
+    near, count = hard_negatives("train")
+    train = torch.nonzero((table.split == SPLITS.index("train")) | (table.split == ANY))[:, 0]
+    assert (count[train] > 0).all()
+    for row in train.tolist():
+        for other in near[row, : count[row]].tolist():
+            assert table.task[other] == table.task[row] and table.captions[other].key != table.captions[row].key
+            assert table.split[other] in (ANY, SPLITS.index("train"))
+
+
+def test_training_material_holds_no_caption_of_dev_or_eval():
+    stock = draw_stock(256, torch.Generator().manual_seed(1))
+    split = catalogue().split[torch.cat([stock.rows, stock.near])]
+    assert set(split.tolist()) <= {ANY, SPLITS.index("train")}
+
+
+def test_what_may_be_true_of_a_scene_holds_for_its_caption_and_for_no_undirected_hard_negative():
+    generator = torch.Generator().manual_seed(2)
+    rows = draw_rows(300, generator)
+    scenes = draw_scenes(rows, generator)
+    assert may_be_true(scenes, rows).diagonal().all()
+    near = draw_negatives(rows, generator)
+    placed = catalogue().task[rows] == TASKS.index("position")  # "left of" and "above" may hold at once
+    assert not may_be_true(scenes, near).diagonal()[~placed].any()
+
+
+def test_a_more_generous_caption_may_be_true_of_a_more_specific_scene():
+    table = catalogue()
+    scene = Scenes(
+        *(torch.tensor([v]) for v in ([1, 0], [0, 5])),
+        *(torch.tensor([v]) for v in ([0.2, 0.8], [0.5, 0.5], [0.1, 0.1])),
+    )
+    true = ("a square", "a red square", "a square and a circle", "a circle right of a square")
+    false = ("a blue square", "two squares", "a square right of a circle", "a ring", "a square above a circle")
+    rows = torch.tensor([table.row(text) for text in true + false])
+    assert may_be_true(scene, rows)[0].tolist() == [True] * len(true) + [False] * len(false)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_grows_with_its_level_and_is_absent_at_level_zero(name: str):
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.tensor([catalogue().row("a red circle and a blue square")] * 6)
+    scenes, others = draw_scenes(rows, generator), draw_scenes(rows, generator)
+    kind = torch.full((6,), DAMAGES.index(name))
+    away = []
+    for level in (0.0, 0.3, 1.0):
+        damage = Damage(kind, torch.full((6,), level))
+        images = damaged(scenes, others, damage, torch.Generator().manual_seed(0))
+        away.append(float((images - render(scenes)).square().mean()))
+    assert away[0] < 1e-6
+    if name == "none":
+        assert away[2] == 0
+    else:
+        assert away[0] < away[1] < away[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_shipped_scorers_tell_the_truth_from_hard_negatives_on_combinations_never_trained_on(kind: Kind):
+    from gdmd.training.scorer_accuracy import measure
+
+    scorer = from_asset(ASSETS / f"{kind}.safetensors")
+    report = measure(scorer.net, per_task=40)
+    assert report["train"]["image"]["mean"] > 0.85
+    assert report["eval"]["image"]["mean"] > 0.8 and report["eval"]["caption"]["mean"] > 0.8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shipped_scorer_is_small_and_says_how_it_was_made(kind: Kind):
+    from gdmd.runs.assets import load_asset
+
+    path = ASSETS / f"{kind}.safetensors"
+    facts = load_asset(path).metadata
+    assert path.stat().st_size <= 1.5e6
+    assert facts["command"].startswith(f"gdmd pretrain scorers --kind {kind}") and facts["accuracy"]["eval"]
+
+
+def test_the_shipped_preference_is_about_one_for_true_renders_and_falls_with_damage():
+    scorer = from_asset(ASSETS / "shapes_pref.safetensors")
+    generator = torch.Generator().manual_seed(4)
+    rows = draw_rows(64, generator)
+    scenes, others = draw_scenes(rows, generator), draw_scenes(rows, generator)
+    prompts = batch_of(tuple(catalogue().captions[int(r)].text for r in rows))
+    means = []
+    for level in (0.0, 0.4, 0.8):
+        blur = Damage(torch.full((64,), DAMAGES.index("blur")), torch.full((64,), level))
+        means.append(float(scorer.score(damaged(scenes, others, blur, generator), prompts).mean()))
+    assert abs(means[0] - 1) < 0.3 and means[0] > means[1] + 0.1 > means[2] + 0.2
+
+
+def test_image_features_come_from_the_held_out_scorer_by_default():
+    own = from_asset(ASSETS / "shapes_clip_heldout.safetensors")
+    assert isinstance(own, ShapesClip)
+    assert torch.equal(image_features(pictures()), own.image_features(pictures()))
