@@ -27,6 +27,12 @@ from gdmd.training.progress import PlainProgress, progress_for, summary  # noqa:
 from gdmd.training.state import NonFiniteError  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These processes survive, so that nothing depends on fsync; on a slow disk it is most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 @dataclass
 class Watcher:
     steps: list[int] = field(default_factory=list)

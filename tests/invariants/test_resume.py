@@ -23,6 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMED = "speed/images_per_s"
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These processes survive, so that nothing depends on fsync; on a slow disk it is most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 def final_tensors(folder: Path) -> dict[str, Tensor]:
     saved = checkpoint.load_newest(folder / "checkpoints")
     assert saved is not None
