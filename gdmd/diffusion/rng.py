@@ -59,7 +59,7 @@ class SampleRng:
     def uniform(self, purpose: str, i: int = 0, count: int = 1, low: float = 0.0, high: float = 1.0) -> Tensor:
         """[B] (count 1) or [B, count], fp32, in the open interval (low, high)."""
         words = torch.stack(self._words(purpose, i, count), -1).flatten(1)[:, :count]
-        unit = ((words >> 8).float() + 0.5) * 2.0**-24
+        unit = ((words >> 9).float() + 0.5) * 2.0**-23  # 23 bits: with 24, + 0.5 would round up to 1 in fp32
         drawn = low + (high - low) * unit
         return drawn[:, 0] if count == 1 else drawn
 

@@ -25,7 +25,7 @@ class RunningScale:
 
         A reward with fewer than two scored values leaves its Z as it was (0 if it never had one).
         """
-        flat = scores.double().flatten(1)
+        flat = scores.to(self.mean.device).double().flatten(1)
         seen = ~flat.isnan()
         count = seen.sum(1)
         mean = torch.where(seen, flat, 0).sum(1) / count.clamp_min(1)

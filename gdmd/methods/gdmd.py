@@ -117,7 +117,7 @@ class Gdmd(Distillation[GdmdConfig]):
         if self.cfg.control == "shuffled":
             advantage, optimal = self._shuffle(advantage, rng), self._shuffle(optimal, rng)
         if self.cfg.control == "constant":
-            optimal = torch.full_like(optimal, self._running_mean(optimal))
+            optimal = torch.where(optimal.isnan(), optimal, self._running_mean(optimal))
         if self.cfg.weighting == "napo":
             return optimal, ones
         flat = softmax_weights(advantage.flatten(0, 1), self.cfg.gamma)
@@ -153,7 +153,8 @@ class Gdmd(Distillation[GdmdConfig]):
     def _running_mean(self, optimal: Tensor) -> float:
         mean = optimal.nanmean().double().cpu()
         fresh = torch.stack([mean, torch.ones_like(mean)])
-        self.mean_r = MEAN_DECAY * self.mean_r + (1 - MEAN_DECAY) * fresh
+        if not mean.isnan():  # nothing was scored in this step
+            self.mean_r = MEAN_DECAY * self.mean_r + (1 - MEAN_DECAY) * fresh
         return float(self.mean_r[0] / self.mean_r[1])
 
     def student_loss(self, batch: StudentBatch) -> Loss:
