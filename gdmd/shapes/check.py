@@ -21,7 +21,7 @@ SLACK, DIRECTION = 0.1, 0.5
 
 
 def shapeseval(images: Tensor | Detections, rows: Tensor, world: World = WORLD32) -> Tensor:
-    """Strict correctness, images [B, 3, S, S] (or what ``detect`` found in them), rows [B] of the catalogue -> [B] bool."""
+    """Strict correctness, images [B, 3, S, S] (or what ``detect`` found in them), catalogue rows [B] -> [B] bool."""
     found = _found(images, rows, world)
     table = world.captions
     rows = rows.to(found.shape.device)

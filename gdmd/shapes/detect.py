@@ -105,10 +105,15 @@ class Detections:
 def from_scenes(scenes: Scenes) -> Detections:
     """What a perfect detector would report: the scene itself with confidence 1 (at most SLOTS objects)."""
     missing = SLOTS - scenes.shape.shape[1]
-    shape, color = (F.pad(torch.where(scenes.present, t, ANY), (0, missing), value=ANY) for t in (scenes.shape, scenes.color))
+    shape, color = (
+        F.pad(torch.where(scenes.present, t, ANY), (0, missing), value=ANY) for t in (scenes.shape, scenes.color)
+    )
     here = shape != ANY
     x, y, radius = (F.pad(t, (0, missing)) * here for t in (scenes.x, scenes.y, scenes.radius))
-    fits = [F.one_hot(t.clamp_min(0), n) * here[..., None].to(x.dtype) for t, n in ((shape, len(SHAPES)), (color, len(COLORS)))]
+    fits = [
+        F.one_hot(t.clamp_min(0), n) * here[..., None].to(x.dtype)
+        for t, n in ((shape, len(SHAPES)), (color, len(COLORS)))
+    ]
     return _by_confidence(Detections(shape, color, x, y, radius, here.to(x.dtype), fits[0], fits[1]))
 
 
@@ -124,7 +129,9 @@ def detect(images: Tensor, world: World = WORLD32, keep: float = KEEP) -> Detect
     if not torch.isfinite(images).all():
         raise ValueError("detect got images with NaN or infinite values: the network that made them has diverged")
     if not len(images):
-        return _by_confidence(_detect_block(images.new_zeros(1, 3, world.size, world.size).float(), world, keep), slice(0))
+        return _by_confidence(
+            _detect_block(images.new_zeros(1, 3, world.size, world.size).float(), world, keep), slice(0)
+        )
     block = 256 if images.device.type == "cpu" else 4096  # about what the cache, or the device's memory, likes
     parts = [_detect_block(part, world, keep) for part in images.float().split(block)]
     return Detections(*(torch.cat([getattr(p, name) for p in parts]) for name in Detections.__dataclass_fields__))
@@ -157,7 +164,7 @@ def _paint(like: Tensor) -> Tensor:
 
 
 def _explained(contrast: Tensor, paint: Tensor) -> tuple[Tensor, Tensor]:
-    """Per color: alpha in [0, 1] and the explained energy |contrast|^2 - |contrast - alpha paint|^2; [n, 3, P] -> [n, 8, P] each."""
+    """Per color: alpha in [0, 1] and explained energy |contrast|^2 - |contrast - alpha paint|^2; [n, 3, P] -> [n, 8, P]."""
     power = paint.square().sum(1)[:, None]
     raw = torch.matmul(paint / power, contrast)
     alpha = raw.clamp(0, 1)
@@ -174,7 +181,7 @@ def _unmix(contrast: Tensor, paint: Tensor) -> tuple[Tensor, Tensor]:
 def _label(alpha: Tensor, color: Tensor) -> Tensor:
     """Connected components of one color (4 neighbours): the largest pixel number in it, from 1; 0 outside. [b, P]
 
-    Labels spread by the maximum over neighbours; then each pixel asks the pixel its label names, which doubles the reach.
+    Labels spread by the maximum over neighbours; then each pixel asks the pixel its label names: twice the reach.
     """
     count, size, _ = alpha.shape
     inside = alpha > INSIDE
@@ -302,7 +309,9 @@ def _best_shape(target: _Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rough = rough.view(count, kinds)
     leaders = rough.topk(REFINED, 1, largest=False).indices  # [N, 2]
     who = everyone.repeat_interleave(REFINED)
-    poses, residual = _refine(target[who], leaders.flatten(), first[who, leaders.flatten()], rough[who, leaders.flatten()])
+    poses, residual = _refine(
+        target[who], leaders.flatten(), first[who, leaders.flatten()], rough[who, leaders.flatten()]
+    )
     rough = rough.scatter(1, leaders, residual.view(count, REFINED))
     best = residual.view(count, REFINED).argmin(1)
     fit = (1 - rough / target.energy[:, None]).clamp(0, 1)

@@ -36,9 +36,7 @@ def coverage(found: Detections, rows: Tensor, correct: Tensor, world: World = WO
     return sum(scores.values()) / len(scores) if scores else 0.0
 
 
-def coverage_by_attribute(
-    found: Detections, rows: Tensor, correct: Tensor, world: World = WORLD32
-) -> dict[str, float]:
+def coverage_by_attribute(found: Detections, rows: Tensor, correct: Tensor, world: World = WORLD32) -> dict[str, float]:
     """1 - JSD (base 2) of color, place and size between the correct pictures' asked-for objects and data's.
 
     rows, correct [B]. Data is drawn for the rows of the correct pictures. Colors count where the caption leaves them
@@ -70,7 +68,7 @@ def pairwise_distance(features: Tensor, group: Tensor) -> float:
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2) in float64; features [N, D] and [M, D]."""
     if min(len(features_a), len(features_b)) < 2:
-        raise ValueError(f"frechet_distance needs two samples on each side, got {len(features_a)} and {len(features_b)}")
+        raise ValueError(f"frechet_distance needs two samples a side, got {len(features_a)} and {len(features_b)}")
     a, b = features_a.double(), features_b.double()
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
     values, vectors = torch.linalg.eigh(cov_a)
@@ -163,13 +161,17 @@ def _select(found: Detections, mine: Tensor) -> Detections:
 
 
 def _histograms(found: Detections, rows: Tensor, world: World) -> dict[str, Tensor]:
-    """Counts of color [8], place [16] and size [6] of the asked-for objects; sizes outside data's go to the end bins."""
+    """Counts of color [8], place [16] and size [6] of the asked-for objects; other sizes go to the end bins."""
     asked = matched(found, rows.to(found.shape.device), world)
     free = asked & (world.captions.color[rows, 0] == ANY)[:, None].to(asked.device)
     low, high = world.radius
     column, line = ((p[asked] * PLACES).floor().clamp(0, PLACES - 1).long() for p in (found.x, found.y))
     size = ((found.radius[asked] - low) / (high - low) * SIZES).floor().clamp(0, SIZES - 1).long()
-    bins = {"color": (found.color[free], len(COLORS)), "place": (line * PLACES + column, PLACES**2), "size": (size, SIZES)}
+    bins = {
+        "color": (found.color[free], len(COLORS)),
+        "place": (line * PLACES + column, PLACES**2),
+        "size": (size, SIZES),
+    }
     return {name: torch.bincount(index.cpu(), minlength=count).double() for name, (index, count) in bins.items()}
 
 
