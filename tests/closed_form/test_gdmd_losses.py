@@ -32,7 +32,9 @@ def wide(r: Tensor) -> Tensor:
     return r[:, None, None, None]
 
 
-def gradient(x0: Tensor, x_old: Tensor, x_tar: Tensor, r: Tensor, dmd_weight: float, gamma: float, beta: float) -> Tensor:
+def gradient(
+    x0: Tensor, x_old: Tensor, x_tar: Tensor, r: Tensor, dmd_weight: float, gamma: float, beta: float
+) -> Tensor:
     """d (lambda L_DMD + gamma L_RL) / d x0 per sample, by autograd."""
     x = x0.clone().requires_grad_()
     loss = dmd_weight * dmd_loss(x, x_tar) + gamma * napo_loss(x, x_old, x_tar, r, beta)

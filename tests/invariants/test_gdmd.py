@@ -40,6 +40,11 @@ def scored(method: Gdmd, roles: Any, step: int = 0) -> Tensor:
     return torch.stack([update.batch.r[:, 0] for update in updates(method, roles, step, "student")])
 
 
+def plain_dmd(roles: Any, batch: Any) -> Tensor:
+    """L_DMD per sample of a student batch with one target."""
+    return dmd_loss(roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar[:, 0])
+
+
 def test_gamma_zero_is_dmd_with_as_many_student_as_fake_updates() -> None:
     first, second = tiny_roles(), tiny_roles()
     plain = train(dmd(first, fake_updates=ETA, student_updates=ETA), first)
@@ -79,7 +84,7 @@ def test_the_first_update_of_each_sample_is_w_times_its_dmd_gradient() -> None:
     assert w.std() > 0.01
     for k in range(len(w)):
         own = Update("student", update.loss, cut(update.batch, k, k + 1))
-        plain = student_gradient(own, roles, lambda b: dmd_loss(roles.student(b.x_tau, b.tau, b.cond).x0, b.x_tar[:, 0]))
+        plain = student_gradient(own, roles, lambda batch: plain_dmd(roles, batch))
         torch.testing.assert_close(student_gradient(own, roles), w[k] * plain, rtol=1e-3, atol=1e-5)
 
 
@@ -89,7 +94,7 @@ def test_an_unscored_sample_takes_plain_dmd_steps_to_the_last_update() -> None:
     for update in updates(method, roles, role="student"):
         batch = update.batch
         assert batch.r[:, 0].isnan().tolist() == [False, False, True, False]
-        plain = dmd_loss(roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar[:, 0])
+        plain = plain_dmd(roles, batch)
         loss = update.loss(batch).per_sample
         assert loss[2] == plain[2] and (loss != plain)[[0, 1, 3]].all() and loss.isfinite().all()
         assert student_gradient(update, roles).isfinite().all()
@@ -100,9 +105,7 @@ def test_an_unscored_sample_takes_plain_dmd_steps_to_the_last_update() -> None:
 def test_no_scored_sample_at_all_is_plain_dmd(weighting: str) -> None:
     first, second = tiny_roles(), tiny_roles()
     silent = Toy(unscored=(0, 1, 2, 3))
-    assert same(
-        train(gdmd(first, silent, weighting=weighting), first), train(gdmd(second, gamma=0.0), second)
-    )
+    assert same(train(gdmd(first, silent, weighting=weighting), first), train(gdmd(second, gamma=0.0), second))
 
 
 @pytest.mark.parametrize("control", ["none", "shuffled", "indicator", "constant"])
@@ -248,7 +251,7 @@ def test_the_indicator_control_keeps_improving_targets_only_and_has_no_pull() ->
     method = gdmd(roles, Toy(unscored=(3,)), control="indicator")
     for update in updates(method, roles, role="student"):
         batch = update.batch
-        plain = dmd_loss(roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar[:, 0])
+        plain = plain_dmd(roles, batch)
         keep = torch.where(batch.r[:, 0].isnan(), True, batch.r[:, 0] > 0.5)
         assert torch.equal(update.loss(batch).per_sample, keep * plain)
 

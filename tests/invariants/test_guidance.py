@@ -1,0 +1,81 @@
+"""Guidance costs one batched teacher call, nothing at scale 1, and belongs to the teacher alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_roles import Call, first_student, gdmd, prompts, rng, tiny_roles, train, watch
+
+from gdmd.diffusion.guidance import Guided, predict_pair
+from gdmd.diffusion.sampling import ode_sample, times
+
+SIZE = 4
+
+
+def teacher_calls(**options: Any) -> list[Call]:
+    roles = tiny_roles()
+    diary = watch(roles)
+    first_student(gdmd(roles, group_size=2, **options), roles)
+    return [call for call in diary if call.name == "teacher"]
+
+
+def test_guidance_one_runs_no_unconditional_pass() -> None:
+    calls = teacher_calls(guidance=1.0)
+    assert [len(call.t) for call in calls] == [SIZE, SIZE]
+    assert all(torch.equal(call.cond["tokens"], prompts().cond["tokens"]) for call in calls)
+
+
+def test_another_guidance_runs_both_passes_in_one_call_at_the_same_x_t() -> None:
+    batch = prompts()
+    for call in teacher_calls(guidance=5.0):
+        assert torch.equal(call.cond["tokens"], torch.cat([batch.cond["tokens"], batch.uncond["tokens"]]))
+        assert torch.equal(call.x_t[:SIZE], call.x_t[SIZE:]) and torch.equal(call.t[:SIZE], call.t[SIZE:])
+
+
+@pytest.mark.parametrize(("guidances", "size"), [((1.0,), SIZE), ((1.0, 4.0), 2 * SIZE), ((0.0,), 2 * SIZE)])
+def test_scored_guidances_ask_for_the_second_pass_only_when_one_of_them_needs_it(guidances: Any, size: int) -> None:
+    assert [len(call.t) for call in teacher_calls(scored_guidances=guidances, guidance=7.0)] == [size, size]
+
+
+def test_student_fake_and_old_policy_are_never_guided() -> None:
+    roles = tiny_roles()
+    diary = watch(roles)
+    train(gdmd(roles, old_policy="ema", guidance=5.0), roles, 1)
+    others = [call for call in diary if call.name != "teacher"]
+    assert {call.name for call in others} == {"student", "fake", "old"}
+    own = prompts().cond["tokens"]
+    assert all(len(call.t) <= SIZE and (call.cond["tokens"][:, None] == own).all(2).any(1).all() for call in others)
+
+
+def test_a_pair_is_the_two_separate_answers() -> None:
+    roles, batch = tiny_roles(), prompts()
+    x_t, t = rng().normal("x", (8, 8, 8)), torch.full((SIZE,), 0.6)
+    pair = predict_pair(roles.teacher, x_t, t, batch.cond, batch.uncond)
+    torch.testing.assert_close(pair.x0_cond, roles.teacher(x_t, t, batch.cond).x0)
+    torch.testing.assert_close(pair.x0_uncond, roles.teacher(x_t, t, batch.uncond).x0)
+    alone = predict_pair(roles.teacher, x_t, t, batch.cond, batch.uncond, both=False)
+    assert alone.x0_uncond is None and (pair.x0_cond - pair.x0_uncond).abs().mean() > 1e-3
+
+
+def test_a_guided_sampler_at_scale_one_is_the_plain_sampler_at_half_the_cost() -> None:
+    batch, noise = prompts(), rng().normal("x", (8, 8, 8))
+    runs = []
+    for guidance in (None, 1.0, 2.0):
+        roles = tiny_roles()
+        diary = watch(roles)
+        denoiser = roles.teacher if guidance is None else Guided(roles.teacher, guidance, batch.uncond)
+        runs.append((ode_sample(denoiser, noise, times(3), batch.cond, roles.schedule), [len(c.t) for c in diary]))
+    assert torch.equal(runs[0][0], runs[1][0]) and runs[0][1] == runs[1][1] == [SIZE] * 3
+    assert not torch.equal(runs[0][0], runs[2][0]) and runs[2][1] == [2 * SIZE] * 3
+
+
+def test_guidance_reaches_the_targets_linearly() -> None:
+    def target(guidance: float) -> torch.Tensor:
+        roles = tiny_roles()
+        return first_student(gdmd(roles, guidance=guidance, normalise=False, group_size=1), roles).batch.x_tar
+
+    at = {guidance: target(guidance) for guidance in (0.0, 1.0, 3.0)}
+    torch.testing.assert_close(at[3.0] - at[0.0], 3 * (at[1.0] - at[0.0]), rtol=1e-3, atol=1e-4)
+    assert (at[1.0] - at[0.0]).abs().mean() > 1e-3

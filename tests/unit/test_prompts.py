@@ -1,0 +1,121 @@
+"""Prompt files say what is wrong with them, and the training stream is a function of (seed, step)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdmd.backbones.shapes import ShapesTextEncoder
+from gdmd.data.latents import RenderedLatents
+from gdmd.data.prompts import LONGEST_PROMPT, PromptStream, batch_of, read_prompts, training_captions
+from gdmd.diffusion.rng import SampleRng
+from gdmd.shapes.grammar import NULL, TASKS, catalogue
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def stream(seed: int = 0, batch: int = 16) -> PromptStream:
+    return PromptStream(training_captions(), ShapesTextEncoder(), batch, seed)
+
+
+def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.txt", "a red circle \r\n  zwei Ringe äöü\nlast without newline")
+    assert read_prompts(path) == ("a red circle", "zwei Ringe äöü", "last without newline")
+
+
+def test_a_jsonl_file_has_one_object_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", '{"prompt": "a ring", "tag": 3}\n{"prompt": "a cross"}\n')
+    assert read_prompts(path) == ("a ring", "a cross")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "", "is empty; it needs at least one prompt"),
+        ("p.jsonl", "", "is empty"),
+        ("p.txt", "a ring\n\na cross\n", "line 2: empty line"),
+        ("p.txt", "a ring\n   \t\n", "line 2: empty line"),
+        ("p.txt", "a " * 5000, f"line 1: 10000 characters; at most {LONGEST_PROMPT}"),
+        ("p.txt", b"a ring\n\xff\xfe broken", "not UTF-8 at byte 7; convert it"),
+        ("p.jsonl", '{"prompt": "a ring"}\n{"prompt": ', "line 2: not JSON"),
+        ("p.jsonl", '{"prompt": "a ring"}\n\n', "line 2: not JSON"),
+        ("p.jsonl", '{"text": "a ring"}', 'line 1: expected {"prompt": "..."}'),
+        ("p.jsonl", '{"prompt": 7}', "line 1: expected"),
+        ("p.jsonl", '["a ring"]', "line 1: expected"),
+        ("p.jsonl", '{"prompt": " "}', "line 1: empty line"),
+        ("p.jsonl", json.dumps({"prompt": "x" * 10_000}), "line 1: 10000 characters"),
+    ],
+)
+def test_a_bad_prompt_file_is_one_clear_error(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(ValueError) as caught:
+        read_prompts(path)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_missing_file_or_a_folder_is_one_clear_error(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.txt", tmp_path):
+        with pytest.raises(ValueError, match="cannot be read .*; check the path"):
+            read_prompts(path)
+
+
+def test_the_stream_is_a_pure_function_of_seed_and_step() -> None:
+    one, two = stream(), stream()
+    forward = [one.at(step) for step in range(5)]
+    backward = [two.at(step) for step in reversed(range(5))][::-1]
+    torch.manual_seed(123)
+    for a, b in zip(forward, backward, strict=True):
+        assert a.text == b.text and torch.equal(a.cond["tokens"], b.cond["tokens"])
+    assert forward[0].text != forward[1].text and stream(1).at(0).text != forward[0].text
+
+
+def test_a_larger_batch_begins_with_the_smaller_one() -> None:
+    assert stream(batch=32).at(3).text[:16] == stream(batch=16).at(3).text
+
+
+def test_the_stream_never_yields_a_held_out_caption_and_visits_every_task() -> None:
+    table = catalogue()
+    held_out = {c.text for c, split in zip(table.captions, table.split.tolist(), strict=True) if split > 0}
+    assert len(held_out) > 500
+    seen = [text for step in range(150) for text in stream(batch=64).at(step).text]
+    assert not held_out & set(seen)
+    tasks = torch.bincount(table.task[[table.row(text) for text in seen]], minlength=len(TASKS)).double()
+    assert ((tasks - len(seen) / 6) ** 2 / (len(seen) / 6)).sum() < 20.5  # chi-square, 5 degrees, p = 0.001
+
+
+def test_training_captions_are_the_train_split_of_every_task() -> None:
+    table, groups = catalogue(), training_captions()
+    assert len(groups) == len(TASKS) and all(groups)
+    for task, group in enumerate(groups):
+        rows = [table.row(text) for text in group]
+        assert (table.task[rows] == task).all() and (table.split[rows] <= 0).all()
+
+
+def test_a_batch_numbers_its_samples_and_groups_and_has_a_null_for_each() -> None:
+    batch = batch_of(("a ring", "a cross", "a ring"), ShapesTextEncoder())
+    assert batch.index.tolist() == batch.group.tolist() == [0, 1, 2] and len(batch) == 3
+    assert torch.equal(batch.cond["tokens"][0], batch.cond["tokens"][2])
+    assert (batch.uncond["tokens"] == NULL).all() and batch.uncond["tokens"].shape == batch.cond["tokens"].shape
+
+
+def test_real_latents_are_renders_of_the_caption_that_depend_on_the_sample_and_step_only() -> None:
+    class Pictures:
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            return images
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return latents
+
+    latents = RenderedLatents(Pictures())
+    batch = batch_of(("a red ring", "a blue ring", "a red ring"), ShapesTextEncoder())
+    images = latents(batch, SampleRng(0, 4, batch.index))
+    alone = batch_of(("a red ring",), ShapesTextEncoder(), torch.tensor([2]))
+    assert images.shape[:2] == (3, 3) and torch.equal(images[2:], latents(alone, SampleRng(0, 4, alone.index)))
+    assert not torch.equal(images[0], images[2])  # the free attributes differ
+    assert not torch.equal(images, latents(batch, SampleRng(0, 5, batch.index)))

@@ -1,0 +1,131 @@
+"""The student's roll-out: predict, re-noise with fresh noise, stop where each sample's tau says."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import backward_simulation, few_step_sample, ode_sample, times
+from gdmd.diffusion.schedule import FlowSchedule, VpSchedule, from_x0, renoise
+from gdmd.types import Cond, Prediction
+
+STEPS = (1.0, 0.75, 0.5, 0.25)
+SHAPE = (2, 3, 3)
+B = 7
+
+
+class Student:
+    """x0 depends on x_t, t and the caption of each sample; counts how many samples it has answered."""
+
+    def __init__(self) -> None:
+        self.forwards: list[Tensor] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        self.forwards.append(cond["who"])
+        x0 = torch.tanh(x_t * (1 + t[:, None, None, None])) + 0.1 * cond["who"][:, None, None, None]
+        return from_x0(x0, x_t, t, FlowSchedule())
+
+
+RNG = SampleRng(3, 5, torch.arange(B))
+WHO = {"who": torch.arange(B).float()}
+
+
+def noise_at(i: int) -> Tensor:
+    return RNG.normal("rollout", SHAPE, i)
+
+
+def naive(k: int, stop: int) -> Tensor:
+    """x_tau of one sample, step by step."""
+    own, student = SampleRng(3, 5, torch.tensor([k])), Student()
+    x_t = own.normal("noise", SHAPE)
+    for i in range(stop):
+        x0 = student(x_t, torch.tensor([STEPS[i]]), {"who": torch.tensor([float(k)])}).x0
+        x_t = renoise(x0, torch.tensor([STEPS[i + 1]]), own.normal("rollout", SHAPE, i + 1), FlowSchedule())
+    return x_t[0]
+
+
+def test_backward_simulation_equals_a_loop_per_sample_and_costs_stop_forwards_each() -> None:
+    stop, student = torch.tensor([0, 3, 1, 2, 3, 0, 2]), Student()
+    noise = RNG.normal("noise", SHAPE)
+    x_tau = backward_simulation(student, noise, STEPS, stop, WHO, noise_at, FlowSchedule())
+    for k in range(B):
+        torch.testing.assert_close(x_tau[k], naive(k, int(stop[k])))
+    spent = torch.bincount(torch.cat(student.forwards).long(), minlength=B)
+    assert torch.equal(spent, stop)
+
+
+def test_a_sample_that_stops_at_once_is_its_noise_and_the_noise_is_left_alone() -> None:
+    noise, student = RNG.normal("noise", SHAPE), Student()
+    before = noise.clone()
+    x_tau = backward_simulation(student, noise, STEPS, torch.zeros(B, dtype=torch.int64), WHO, noise_at, FlowSchedule())
+    assert torch.equal(x_tau, noise) and not student.forwards
+    backward_simulation(student, noise, STEPS, torch.full((B,), 3), WHO, noise_at, FlowSchedule())
+    assert torch.equal(noise, before)
+
+
+def test_the_roll_out_and_the_sampler_are_one_sampler() -> None:
+    noise, student = RNG.normal("noise", SHAPE), Student()
+    last = torch.full((B,), len(STEPS) - 1)
+    x_tau = backward_simulation(student, noise, STEPS, last, WHO, noise_at, FlowSchedule())
+    x0 = student(x_tau, torch.full((B,), STEPS[-1]), WHO).x0
+    torch.testing.assert_close(few_step_sample(Student(), noise, STEPS, WHO, noise_at, FlowSchedule()), x0)
+
+
+def test_few_steps_are_predictions_with_fresh_noise_between() -> None:
+    noise, student, asked = RNG.normal("noise", SHAPE), Student(), []
+
+    def asking(i: int) -> Tensor:
+        asked.append(i)
+        return noise_at(i)
+
+    x0 = few_step_sample(student, noise, STEPS, WHO, asking, FlowSchedule())
+    assert asked == [1, 2, 3] and len(student.forwards) == 4
+    x_t = naive(4, 3)[None]
+    wanted = Student()(x_t, torch.tensor([0.25]), {"who": torch.tensor([4.0])}).x0
+    torch.testing.assert_close(x0[4:5], wanted)
+
+
+def test_one_step_needs_no_second_noise() -> None:
+    def never(i: int) -> Tensor:
+        raise AssertionError(i)
+
+    noise = RNG.normal("noise", SHAPE)
+    x0 = few_step_sample(Student(), noise, (1.0,), WHO, never, FlowSchedule())
+    assert torch.equal(x0, Student()(noise, torch.ones(B), WHO).x0)
+
+
+def test_roll_outs_carry_no_gradient() -> None:
+    weight = torch.tensor(0.5, requires_grad=True)
+
+    def net(x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        return from_x0(weight * x_t, x_t, t, FlowSchedule())
+
+    noise = RNG.normal("noise", SHAPE)
+    stop = torch.full((B,), 2)
+    assert not backward_simulation(net, noise, STEPS, stop, WHO, noise_at, FlowSchedule()).requires_grad
+
+
+def test_times_run_from_noise_to_data_and_never_rise() -> None:
+    t = times(50, shift=3.0)
+    assert len(t) == 51 and t[0] == 1 and t[-1] == 0 and (t.diff() < 0).all()
+
+
+def test_an_ode_step_of_the_flow_is_euler() -> None:
+    x_t, t = RNG.normal("noise", SHAPE), torch.tensor([0.8, 0.5])
+    velocity = Student()(x_t, torch.full((B,), 0.8), WHO).velocity
+    torch.testing.assert_close(
+        ode_sample(Student(), x_t, t, WHO, FlowSchedule()), x_t + (0.5 - 0.8) * velocity, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_an_ode_step_of_vp_is_ddim() -> None:
+    schedule, x_t = VpSchedule(), RNG.normal("noise", SHAPE)
+
+    def net(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        return from_x0(torch.tanh(x), x, t, schedule)
+
+    here, there = torch.tensor([0.8]), torch.tensor([0.5])
+    eps = (x_t - schedule.alpha(here) * torch.tanh(x_t)) / schedule.sigma(here)
+    wanted = schedule.alpha(there) * torch.tanh(x_t) + schedule.sigma(there) * eps
+    torch.testing.assert_close(ode_sample(net, x_t, torch.cat([here, there]), {}, schedule), wanted)

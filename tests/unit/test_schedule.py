@@ -1,0 +1,55 @@
+"""Small promises of the schedules: shapes, dtypes, ends, and where a conversion has no answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gdmd.diffusion.schedule import FlowSchedule, VpSchedule, expand, from_eps, from_x0, renoise, shift_time
+from gdmd.types import Schedule
+
+SCHEDULES: list[Schedule] = [FlowSchedule(), VpSchedule()]
+
+
+def test_expand_adds_as_many_dimensions_as_the_other_tensor_has() -> None:
+    t = torch.arange(3.0)
+    assert expand(t, torch.zeros(3, 8, 4, 4)).shape == (3, 1, 1, 1)
+    assert expand(t, torch.zeros(3, 16)).shape == (3, 1)
+    assert expand(t, t).shape == (3,)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_schedule_keeps_shape_and_dtype(schedule: Schedule, dtype: torch.dtype) -> None:
+    t = torch.rand(4, 2, dtype=dtype)
+    for value in (schedule.alpha(t), schedule.sigma(t)):
+        assert value.shape == t.shape and value.dtype is dtype
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_runs_from_data_to_noise(schedule: Schedule) -> None:
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    alpha, sigma = schedule.alpha(ends), schedule.sigma(ends)
+    assert alpha[0] > 0.999 and sigma[0] < 0.03 and alpha[1] < 0.07 and sigma[1] > 0.997
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_time_belongs_to_the_sample(schedule: Schedule) -> None:
+    x0, eps = torch.randn(2, 3, 2, 2, 2)
+    t = torch.tensor([0.1, 0.5, 0.9])
+    whole = renoise(x0, t, eps, schedule)
+    for k in range(3):
+        torch.testing.assert_close(whole[k : k + 1], renoise(x0[k : k + 1], t[k : k + 1], eps[k : k + 1], schedule))
+
+
+def test_a_conversion_without_an_answer_is_not_hidden() -> None:
+    """eps at t = 0 and x0 at the flow's t = 1 do not exist; a made-up number would train on."""
+    x = torch.ones(1, 1, 1, 1)
+    assert not from_x0(2 * x, x, torch.zeros(1), FlowSchedule()).eps.isfinite().any()
+    assert not from_eps(2 * x, x, torch.ones(1), FlowSchedule()).x0.isfinite().any()
+
+
+def test_a_shift_of_one_changes_nothing_and_a_larger_one_moves_towards_noise() -> None:
+    t = torch.linspace(0, 1, 9)
+    assert torch.equal(shift_time(t, 1.0), t)
+    assert (shift_time(t, 3.0)[1:-1] > t[1:-1]).all()
