@@ -53,8 +53,8 @@ class SampleRng:
         block = torch.arange(-(-count // 4), device=self.index.device)  # [N/4]
         place = torch.full_like(block, self.step & _MASK)
         salt = torch.full_like(block, (zlib.crc32(purpose.encode()) + 0x9E3779B1 * i) & _MASK)
-        sample = self.index[:, None]
-        return philox((block[None], sample & _MASK, place[None], salt[None]), (self.seed & _MASK, self.seed >> 32))
+        who = self.index[:, None]
+        return philox((block[None], who & _MASK, place[None], salt[None]), (self.seed & _MASK, self.seed >> 32))
 
     def uniform(self, purpose: str, i: int = 0, count: int = 1, low: float = 0.0, high: float = 1.0) -> Tensor:
         """[B] (count 1) or [B, count], fp32, in the open interval (low, high)."""

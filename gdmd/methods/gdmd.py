@@ -107,13 +107,13 @@ class Gdmd(Distillation[GdmdConfig]):
         ones = torch.ones(len(group.x_tar), group.x_tar[0].shape[1], len(prompts), device=r.x0.device)
         if self.cfg.gamma == 0:
             return 0.5 * ones, ones
-        target = torch.stack(group.score, 1)  # [R, E, G, B]
-        sample = self.scorer(r.x0, prompts)  # [R, B]
-        gain = target - sample[:, None, None]
-        z = self.scale.update(target if self.cfg.z_source == "reward" else gain)
-        advantage = mean_advantage(target, sample, z.to(target.device))  # [E, G, B]
+        reward_target = torch.stack(group.score, 1)  # [R, E, G, B]
+        reward_sample = self.scorer(r.x0, prompts)  # [R, B]
+        gain = reward_target - reward_sample[:, None, None]
+        z = self.scale.update(reward_target if self.cfg.z_source == "reward" else gain)
+        advantage = mean_advantage(reward_target, reward_sample, z.to(reward_target.device))  # [E, G, B]
         optimal = optimality(advantage, torch.zeros_like(advantage), 1.0)
-        self._count(optimal, target, sample, gain)
+        self._count(optimal, reward_target, reward_sample, gain)
         if self.cfg.control == "shuffled":
             advantage, optimal = self._shuffle(advantage, rng), self._shuffle(optimal, rng)
         if self.cfg.control == "constant":
@@ -123,13 +123,13 @@ class Gdmd(Distillation[GdmdConfig]):
         flat = softmax_weights(advantage.flatten(0, 1), self.cfg.gamma)
         return optimal, flat.reshape(ones.shape)
 
-    def _count(self, optimal: Tensor, target: Tensor, sample: Tensor, gain: Tensor) -> None:
+    def _count(self, optimal: Tensor, reward_target: Tensor, reward_sample: Tensor, gain: Tensor) -> None:
         """Statistics of the scores; unscored targets are left out of all but their own count."""
         weight = step_weight(optimal, self.cfg.dmd_weight, self.cfg.gamma, self.cfg.beta)
         scored = ~optimal.isnan()
         self._stats |= {
-            "reward/sample": sample.nanmean(),
-            "reward/target": target.nanmean(),
+            "reward/sample": reward_sample.nanmean(),
+            "reward/target": reward_target.nanmean(),
             "reward/gain": gain.nanmean(),
             "weight/mean": weight.nanmean(),
             "weight/r_mean": optimal.nanmean(),
@@ -139,8 +139,8 @@ class Gdmd(Distillation[GdmdConfig]):
             "reward/unscored": (~scored).float().mean(),
         }
         for k, reward in enumerate(self.scorer.rewards):
-            self._stats[f"reward/{reward.name}/sample"] = sample[k].nanmean()
-            self._stats[f"reward/{reward.name}/target"] = target[k].nanmean()
+            self._stats[f"reward/{reward.name}/sample"] = reward_sample[k].nanmean()
+            self._stats[f"reward/{reward.name}/target"] = reward_target[k].nanmean()
         for k in range(10):
             inside = (optimal >= k / 10) & ((optimal < (k + 1) / 10) | (k == 9))
             self._stats[f"histogram/r_{k}"] = inside.float().mean()

@@ -38,12 +38,15 @@ class Scorer:
         return scores
 
 
-def mean_advantage(target: Tensor, sample: Tensor, scale: Tensor) -> Tensor:
-    """mean over rewards k of (R_k(target) - R_k(sample)) / Z_k, before the clip.
+def mean_advantage(reward_target: Tensor, reward_sample: Tensor, scale: Tensor) -> Tensor:
+    """mean over rewards k of (R_k(D(x_tar)) - R_k(D(x0))) / Z_k, before the clip.
 
-    target [R, ..., B], sample [R, B], scale [R] -> [..., B]. Z_k = 0 contributes 0. A NaN of any reward stays NaN.
+    reward_target [R, ..., B], reward_sample [R, B], scale [R] -> [..., B]. Z_k = 0 contributes 0; a NaN of any
+    reward stays NaN.
     """
-    shape = (-1,) + (1,) * (target.ndim - 1)
+    shape = (-1,) + (1,) * (reward_target.ndim - 1)
     z = scale.reshape(shape)
-    difference = target - sample.reshape(sample.shape[0], *(1,) * (target.ndim - 2), sample.shape[1])
+    difference = reward_target - reward_sample.reshape(
+        reward_sample.shape[0], *(1,) * (reward_target.ndim - 2), reward_sample.shape[1]
+    )
     return torch.where(z > 0, difference / torch.where(z > 0, z, 1), 0 * difference).mean(0)

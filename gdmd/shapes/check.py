@@ -2,7 +2,8 @@
 
 Strict: every requirement holds. Counting is exact and asks for more confidence. Colors are read from the most
 confident objects of the shape. A relation must hold for every pair of found objects, after 0.1 of both widths (heights)
-is taken off the offset. ``partial_credit`` is another score, smooth, for use as a reward: never report it as ShapesEval.
+is taken off the offset. ``partial_credit`` is another, smooth score, meant as a reward and never reported as
+ShapesEval.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def partial_credit(images: Tensor | Detections, rows: Tensor, world: World = WOR
 
 
 def summarize(correct: Tensor, task: Tensor) -> dict[str, float]:
-    """Means per task and ``overall``, their unweighted mean; correct [B], task [B]. Tasks without images are left out."""
+    """Means per task and ``overall``, their unweighted mean; correct, task [B]. Tasks without images are left out."""
     if correct.shape != task.shape or not len(task):
         got = f"{list(correct.shape)} and {list(task.shape)}"
         raise ValueError(f"summarize needs correct [B] and task [B] with B > 0, got {got}; pass one task per image")

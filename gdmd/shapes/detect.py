@@ -133,7 +133,7 @@ def detect(images: Tensor, world: World = WORLD32, keep: float = KEEP) -> Detect
             _detect_block(images.new_zeros(1, 3, world.size, world.size).float(), world, keep), slice(0)
         )
     block = 256 if images.device.type == "cpu" else 4096  # about what the cache, or the device's memory, likes
-    parts = [_detect_block(part, world, keep) for part in images.float().split(block)]
+    parts = [_detect_block(part, world, keep) for part in torch.split(images.float(), block)]
     return Detections(*(torch.cat([getattr(p, name) for p in parts]) for name in Detections.__dataclass_fields__))
 
 
@@ -164,7 +164,7 @@ def _paint(like: Tensor) -> Tensor:
 
 
 def _explained(contrast: Tensor, paint: Tensor) -> tuple[Tensor, Tensor]:
-    """Per color: alpha in [0, 1] and explained energy |contrast|^2 - |contrast - alpha paint|^2; [n, 3, P] -> [n, 8, P]."""
+    """Per color: alpha in [0, 1], its energy |contrast|^2 - |contrast - alpha paint|^2; [n, 3, P] -> [n, 8, P]."""
     power = paint.square().sum(1)[:, None]
     raw = torch.matmul(paint / power, contrast)
     alpha = raw.clamp(0, 1)
@@ -201,7 +201,7 @@ def _label(alpha: Tensor, color: Tensor) -> Tensor:
 
 
 def _compact(label: Tensor, alpha: Tensor, world: World) -> tuple[Tensor, Tensor]:
-    """Components by mass in SLOTS slots: slot of each pixel from 1, 0 outside [b, P] (cores grown), slots in use [b, M]."""
+    """Components by mass in SLOTS slots: slot of each pixel, from 1, 0 outside [b, P] (grown); slots in use [b, M]."""
     count, pixels = label.shape
     mass = alpha.new_zeros(count, pixels + 1).scatter_add_(1, label, alpha)
     mass[:, 0] = 0
@@ -278,8 +278,8 @@ class _Target:
     width: int
 
     def __getitem__(self, who: Tensor) -> _Target:
-        columns = (self.alpha, self.own, self.fair, self.power, self.lost, self.energy)
-        return _Target(*(c[who] for c in columns), width=self.width)
+        alpha, own, fair = self.alpha[who], self.own[who], self.fair[who]
+        return _Target(alpha, own, fair, self.power[who], self.lost[who], self.energy[who], self.width)
 
 
 def _fit(parts: _Parts, paint: Tensor, size: int) -> _Objects:

@@ -55,14 +55,14 @@ def coverage_by_attribute(found: Detections, rows: Tensor, correct: Tensor, worl
 def pairwise_distance(features: Tensor, group: Tensor) -> float:
     """Mean 1 - cosine over the pairs within a group, then over groups of two or more; features [N, D], group [N]."""
     unit = torch.nn.functional.normalize(features.double(), dim=1)
-    _, index, size = group.unique(return_inverse=True, return_counts=True)
+    _, index, size = torch.unique(group, return_inverse=True, return_counts=True)
     total = unit.new_zeros(len(size), unit.shape[1]).index_add_(0, index, unit)
     pairs = (size * (size - 1)).double()
     if not (pairs > 0).any():
         raise ValueError("pairwise_distance got groups of one sample only; draw at least two pictures per prompt")
     own = unit.new_zeros(len(size)).index_add_(0, index, unit.square().sum(1))
     distance = 1 - (total.square().sum(1) - own)[pairs > 0] / pairs[pairs > 0]
-    return distance.mean().item()
+    return float(distance.mean())
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
@@ -75,7 +75,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T  # covariances are >= 0 up to rounding
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-    return distance.item()
+    return float(distance)
 
 
 def hard_negatives(rows: Tensor, generator: torch.Generator, world: World = WORLD32) -> tuple[Scenes, Tensor]:

@@ -22,7 +22,7 @@ from gdmd.runs.assets import load_asset, save_asset
 from gdmd.shapes.grammar import NULL, catalogue, draw_rows
 from gdmd.shapes.render import draw_scenes, render
 
-KL_WEIGHT = 1e-4
+KL_WEIGHT = 3e-4
 """Small: the latents shall be smooth, not Gaussian (their scale is normalised afterwards)."""
 CAPTION_DROPOUT = 0.1
 
@@ -154,7 +154,7 @@ def vae_job(steps: int = 1300, seed: int = 1, batch: int = 128) -> PretrainJob:
     return PretrainJob("vae", vae, loss, finish, steps, seed, bf16=True)
 
 
-def teacher_job(vae: ShapesVae, steps: int = 3750, seed: int = 2, batch: int = 128) -> PretrainJob:
+def teacher_job(vae: ShapesVae, steps: int = 7500, seed: int = 2, batch: int = 64) -> PretrainJob:
     """Flow matching (velocity MSE) with logit-normal t (arXiv 2403.03206) and CAPTION_DROPOUT for guidance."""
     torch.manual_seed(seed)
     dit, schedule, tokens = ShapesDit(), FlowSchedule(), catalogue().tokens

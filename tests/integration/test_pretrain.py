@@ -1,4 +1,4 @@
-"""The shipped VAE and teacher can be made again: a few steps of each job, and an interrupted job equals a straight one."""
+"""The shipped VAE and teacher can be made again, and an interrupted job equals a straight one."""
 
 from itertools import islice
 from pathlib import Path
