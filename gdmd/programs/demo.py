@@ -1,4 +1,4 @@
-"""What ``gdmd demo`` does: DMD and GDMD distilled from the same teacher in one run, and all four rows measured in it."""
+"""What ``gdmd demo`` does: distil DMD and GDMD from the same teacher and measure all four rows, in one run."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 
 
 def open_student(cfg: RunConfig, folder: Path) -> tuple[Lab, int]:
-    """The lab of a run with the EMA weights of its newest good checkpoint in the student, and that checkpoint's step."""
+    """The lab of a run whose student holds the EMA weights of the newest good checkpoint, and that one's step."""
     saved = checkpoint.load_newest(folder / "checkpoints")
     if saved is None:
         raise RunError(f"{folder} has no checkpoint yet. Train it first: gdmd train --resume {folder}.")

@@ -14,7 +14,7 @@ from gdmd.backbones.shapes import load_vae
 from gdmd.rewards.shapes_nets import KINDS
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.training.pretrain import PretrainJob, fit, teacher_job, vae_job
-from gdmd.training.pretrain_scorers import ScorerConfig, pretrain_scorer
+from gdmd.training.pretrain_scorers import SHIPPED, pretrain_scorer
 
 LINES = 20
 """Progress lines of a training without a terminal."""
@@ -54,10 +54,13 @@ def _scorers(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise ValueError(f"--kind {unknown[0]}: unknown scorer; the scorers are {', '.join(KINDS)}")
-    for kind in kinds or KINDS:
+    for kind in KINDS:
+        if kinds and kind not in kinds:
+            continue
         path = folder / f"{kind}.safetensors"
-        with _watched(kind, given.get("steps", ScorerConfig(kind).steps), console) as shown:
-            pretrain_scorer(kind, **given, out=path, resume=resume, progress=False, on_step=shown)
+        steps, seed = (given.get(key, own) for key, own in zip(("steps", "seed"), SHIPPED[kind], strict=True))
+        with _watched(kind, steps, console) as shown:
+            pretrain_scorer(kind, steps, seed, path, resume=resume, progress=False, on_step=shown)
         yield path
 
 
