@@ -103,8 +103,8 @@ def _place(
     """Rejection: draw all centres of a scene at once until no two touch and the relation holds. Exactly uniform."""
     x, y = torch.zeros_like(radius), torch.zeros_like(radius)
     todo = torch.arange(len(radius))
-    tries = 8
     while len(todo):
+        tries = min(512, max(8, 4096 // len(todo)))  # few scenes left: more tries at once, fewer rounds
         r = radius[todo, None]  # [n, 1, K]
         edge = 1.15 * r + world.gap / 2
         unit = torch.rand(2, len(todo), tries, r.shape[-1], generator=generator)

@@ -162,8 +162,8 @@ def teacher_job(vae: ShapesVae, steps: int = 7500, seed: int = 2, batch: int = 6
     def loss(step: int) -> Tensor:
         images, rows = _batch(seed, step, batch)
         rng = SampleRng(seed, step, torch.arange(batch))
-        with torch.no_grad():
-            x0 = vae.encode(images)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            x0 = vae.encode(images).float()
         eps = rng.normal("eps", tuple(x0.shape[1:]))
         t = torch.sigmoid(rng.normal("t", (1,))[:, 0])
         keep = expand(rng.uniform("dropout") > CAPTION_DROPOUT, tokens[rows])
