@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,10 +21,10 @@ def print_table(
 ) -> None:
     """Print evaluations (name -> ``Evaluation.json()``); ``trained`` marks the rewards the students were trained on."""
     console = console or Console()
-    table = Table(title="Shapes lab, fixed evaluation set", title_justify="left", pad_edge=False)
-    table.add_column("")
+    table = Table(title="Shapes lab, fixed evaluation set", title_justify="left", pad_edge=False, box=box.SIMPLE)
+    table.add_column("", no_wrap=True, min_width=21)
     for name in rows:
-        table.add_column(name, justify="right", max_width=12)
+        table.add_column(name, justify="right", max_width=11)
     for section in _sections(rows, trained):
         for title, place, form in section:
             table.add_row(title, *(_cell(row, place, form) for row in rows.values()))
