@@ -95,7 +95,13 @@ def r_histogram(metrics: Metrics, title: str = "Optimality r over training") -> 
         edges = (steps[0] - span / max(len(steps) - 1, 1) / 2, steps[-1] + span / max(len(steps) - 1, 1) / 2)
         axes.grid(False)
         shown = axes.imshow(
-            shares, origin="lower", aspect="auto", extent=(*edges, 0, 1), cmap="viridis", interpolation="nearest", vmin=0
+            shares,
+            origin="lower",
+            aspect="auto",
+            extent=(*edges, 0, 1),
+            cmap="viridis",
+            interpolation="nearest",
+            vmin=0,
         )
         axes.axhline(0.5, color="white", linewidth=0.8, linestyle="--")
         axes.set(xlabel="outer iteration", ylabel="r", title=title)

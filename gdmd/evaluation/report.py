@@ -207,4 +207,6 @@ def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     text = resources.files("gdmd.evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(text)
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        text
+    )

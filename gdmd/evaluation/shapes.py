@@ -14,10 +14,10 @@ from gdmd.config.run import EvalConfig
 from gdmd.data.prompts import batch_of
 from gdmd.evaluation.sample import Generation, Lab, Sampler, generate
 from gdmd.shapes.check import shapeseval, summarize
-from gdmd.shapes.detect import detect, from_scenes
-from gdmd.shapes.grammar import TASKS, Split, catalogue, fixed_rows
+from gdmd.shapes.detect import detect
+from gdmd.shapes.grammar import Split, catalogue, fixed_rows
 from gdmd.shapes.measures import coverage, fidelity, frechet_distance, pairwise_distance
-from gdmd.shapes.render import WORLD32, Scenes, draw_scenes, render
+from gdmd.shapes.render import draw_scenes, render
 from gdmd.types import Reward, TextEncoder
 
 HELDOUT = "shapes_clip_heldout"
@@ -81,7 +81,7 @@ def evaluate(
     images = made.images
     _check_finite(images, sampler.name)
     detections = detect(images)
-    correct = shapeseval(images, rows, detections=detections)
+    correct = shapeseval(detections, rows)
     task = catalogue().task[rows]
     reals = draw_scenes(rows, torch.Generator().manual_seed(cfg.seed))
     seen = _in_batches(features, images)
@@ -90,7 +90,7 @@ def evaluate(
         shapeseval=summarize(correct, task),
         rewards={scorer.name: mean_score(scorer, images, texts, lab.encoder) for scorer in scorers},
         fidelity=float(fidelity(images, detections).mean()),
-        coverage=_coverage(detections.scenes, correct, reals),
+        coverage=coverage(detections, rows, correct),
         diversity=float(pairwise_distance(seen, rows)),
         frechet=float(frechet_distance(seen, _in_batches(features, render(reals)))),
         interval=bootstrap_interval(correct, task, texts, cfg.seed),

@@ -38,7 +38,15 @@ def row(overall: float, speed: float = 100.0) -> dict:
 
 
 def metrics(steps: int = 6) -> list[dict[str, float]]:
-    keys = ["loss/student", "loss/fake", "reward/sample", "reward/target", "reward/gain", "weight/mean", "weight/r_mean"]
+    keys = [
+        "loss/student",
+        "loss/fake",
+        "reward/sample",
+        "reward/target",
+        "reward/gain",
+        "weight/mean",
+        "weight/r_mean",
+    ]
     keys += ["weight/share_below_half", "weight/share_clipped", "latent/mean", "latent/std", "gap/real", "gap/grad"]
     keys += ["reward/shapes_clip/sample", "reward/shapes_clip/target", "speed/images_per_s"]
     keys += [f"fake_loss/t{k}" for k in range(3)] + [f"histogram/r_{k}" for k in range(10)]
