@@ -1,0 +1,157 @@
+"""Bad input is one clear error on stderr, exit code 2, no traceback, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_world import Finished, Gdmd, folder_state, make_assets
+
+from gdmd.cli.app import main
+
+
+@pytest.fixture
+def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gdmd:
+    """The program in an empty current folder, with untrained networks in place of the shipped ones."""
+    return Gdmd(main, make_assets(tmp_path / "assets"), tmp_path, monkeypatch, capsys)
+
+
+def refused(finished: Finished, *words: str) -> None:
+    """The assertions that every bad input shares."""
+    assert finished.code == 2, finished.err
+    assert finished.out == "", "stdout is for results"
+    errors = [line for line in finished.err.splitlines() if line.lower().startswith("error: ")]
+    assert len(errors) == 1, finished.err
+    assert "Traceback" not in finished.err
+    for word in words:
+        assert word in errors[0], f"{word!r} is not in {errors[0]!r}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "shapes_smok"], ["unknown recipe", "did you mean 'shapes_smoke'"]),
+        (["train", "shapes_smoke", "method.gama=1"], ["method.gama", "did you mean 'gamma'"]),
+        (["train", "shapes_smoke", "loop.steps=many"], ["loop.steps", "many"]),
+        (["train", "shapes_smoke", "loop.micro_batch=5"], ["micro_batch = 5", "does not divide batch_size = 16"]),
+        (["train", "shapes_smoke", "method.group_size=0"], ["method.group_size"]),
+        (["train", "missing.yaml"], ["missing.yaml", "no such file"]),
+        (["train"], ["no recipe was named"]),
+        (["recipes", "nosuch"], ["unknown recipe 'nosuch'"]),
+        (["train", "--resume", "nowhere"], ["nowhere", "not a run folder"]),
+        (["eval", "nowhere"], ["nowhere", "not a run folder"]),
+        (["report", "nowhere"], ["nowhere", "not a run folder"]),
+        (["sample", "nowhere", "-p", "a ring"], ["nowhere", "not a run folder"]),
+        (["sample", "teacher", "-p", "a ring", "-o", "images.jpg"], ["images.jpg", ".png"]),
+        (["sample", "teacher", "-p", "a dog"], ["unknown word 'dog'"]),
+        (["train", "shapes_smoke", "prompts.file=nothing.txt"], ["nothing.txt", "cannot be read"]),
+        (["train", "shapes_smoke", "model.teacher=gone.safetensors"], ["gone.safetensors", "missing"]),
+        (["pretrain", "vae", "--kind", "shapes_clip"], ["--kind"]),
+        (["pretrain", "scorers", "--kind", "clip"], ["unknown scorer", "shapes_clip"]),
+    ],
+)
+def test_wrong_words_are_refused_and_nothing_is_written(gdmd: Gdmd, arguments: list[str], words: list[str]) -> None:
+    refused(gdmd(*arguments), *words)
+    assert not list(gdmd.folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", b"", ["is empty"]),
+        ("gap.txt", b"a ring\n\na cross\n", ["line 2", "empty line"]),
+        ("latin.txt", b"a ring\n\xff\xfe\n", ["not UTF-8"]),
+        ("broken.jsonl", b'{"prompt": "a ring"}\n{"prompt": \n', ["line 2", "not JSON"]),
+        ("keys.jsonl", b'{"text": "a ring"}\n', ["line 1", '"prompt"']),
+        ("dog.txt", b"a ring\na red dog\n", ["line 2", "a red dog"]),
+    ],
+)
+def test_a_malformed_prompt_file_is_refused_with_its_line(
+    gdmd: Gdmd, name: str, content: bytes, words: list[str]
+) -> None:
+    (gdmd.folder / name).write_bytes(content)
+    refused(gdmd("train", "shapes_smoke", f"prompts.file={name}", "--run", "run"), name, *words)
+    assert not Path("run").exists()
+
+
+def test_a_corrupt_asset_is_refused_before_the_run_folder_is_made(gdmd: Gdmd) -> None:
+    Path("garbage.safetensors").write_bytes(os.urandom(1000))
+    finished = gdmd("train", "shapes_smoke", "model.teacher=garbage.safetensors", "--run", "run")
+    refused(finished, "garbage.safetensors", "corrupt")
+    assert not Path("run").exists()
+
+
+def test_an_asset_of_another_network_is_refused(gdmd: Gdmd) -> None:
+    vae = gdmd.assets / "shapes_vae.safetensors"
+    finished = gdmd("train", "shapes_smoke", f"model.teacher={vae}", "--run", "run")
+    refused(finished, "shapes_vae.safetensors")
+    assert not Path("run").exists()
+
+
+def test_the_run_folder_of_another_configuration_is_refused_and_kept(gdmd: Gdmd) -> None:
+    assert gdmd.train("--run", "run").code == 0
+    before = folder_state(Path("run"))
+    refused(gdmd.train("method.gamma=0.25", "--run", "run"), "method.gamma", "--run")
+    refused(gdmd("train", "--resume", "run", "method.gamma=0.25"), "method.gamma")
+    refused(gdmd.train("--run", "run"), "already holds this run", "--resume")
+    assert folder_state(Path("run")) == before
+
+
+@pytest.mark.parametrize("command", ["train --resume run", "eval run", "report run", "sample run -p ring"])
+def test_a_corrupt_checkpoint_is_refused_by_name(gdmd: Gdmd, command: str) -> None:
+    assert gdmd.train("loop.keep_checkpoints=1", "--run", "run").code == 0
+    for file in Path("run/checkpoints").glob("*/student.safetensors"):
+        file.write_bytes(b"not what was saved")
+    words = [word.replace("ring", "a ring") for word in command.split()]
+    refused(gdmd(*words), "student.safetensors", "damaged")
+
+
+def test_a_run_without_a_checkpoint_cannot_be_evaluated(gdmd: Gdmd) -> None:
+    assert gdmd.train("--run", "run").code == 0
+    for folder in Path("run/checkpoints").iterdir():
+        folder.rename(folder.with_name("x" + folder.name))
+    refused(gdmd("eval", "run"), "no checkpoint")
+
+
+def test_a_damaged_config_in_a_run_folder_is_refused(gdmd: Gdmd) -> None:
+    assert gdmd.train("--run", "run").code == 0
+    with Path("run/config.yaml").open("a") as file:
+        file.write("lop: 3\n")
+    refused(gdmd("eval", "run"), "config.yaml", "did you mean 'loop'")
+
+
+def test_a_folder_with_other_files_is_refused_and_kept(gdmd: Gdmd) -> None:
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("precious")
+    refused(gdmd.train("--run", "mine"), "mine", "thesis.txt")
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_where_the_run_folder_should_be_is_refused(gdmd: Gdmd) -> None:
+    Path("taken").write_text("precious")
+    refused(gdmd.train("--run", "taken"), "taken", "--run")
+    assert Path("taken").read_text() == "precious"
+
+
+def test_an_unwritable_folder_is_refused(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", _failing(errno.EACCES, Path.mkdir, "locked"))
+    refused(gdmd.train("--run", "locked/run"), "locked/run", "Permission denied", "--run")
+
+
+def test_a_full_disk_is_one_error_that_names_the_file(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "open", _failing(errno.ENOSPC, Path.open, "metrics.jsonl"))
+    refused(gdmd.train("--run", "run"), "metrics.jsonl", "No space left on device", "--run")
+
+
+def _failing(number: int, original: Callable[..., object], name: str) -> Callable[..., object]:
+    """``original`` that fails with an OSError for paths that contain ``name``."""
+
+    def fail(self: Path, *args: object, **kwargs: object) -> object:
+        if name in str(self):
+            raise OSError(number, os.strerror(number), str(self))
+        return original(self, *args, **kwargs)
+
+    return fail

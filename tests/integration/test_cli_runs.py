@@ -1,0 +1,207 @@
+"""The program from the first word to the report: train, stop, resume, evaluate, sample, compare, pretrain, examine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cli_world import TINY, Gdmd, make_assets
+
+from gdmd.cli.app import main
+from gdmd.runs import checkpoint
+from gdmd.runs.rundir import read_metrics
+from gdmd.shapes.grammar import TASKS
+
+COMMANDS = ("train", "demo", "eval", "sample", "report", "recipes", "doctor", "pretrain")
+EVALUATION = ("shapeseval", "rewards", "fidelity", "coverage", "nfe", "images_per_s")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gdmd:
+    """The program in an empty current folder, with untrained networks in place of the shipped ones."""
+    return Gdmd(main, make_assets(tmp_path / "assets"), tmp_path, monkeypatch, capsys)
+
+
+def sets(*overrides: str) -> list[str]:
+    """The overrides as --set options of the demo."""
+    return [word for override in overrides for word in ("--set", override)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_shows_examples(gdmd: Gdmd, command: str) -> None:
+    finished = gdmd(command, "--help")
+    assert finished.code == 0
+    assert f"gdmd {command}" in finished.out.split("Examples:")[1]
+
+
+def test_the_version_is_that_of_the_package(gdmd: Gdmd) -> None:
+    from gdmd import __version__
+
+    assert gdmd("--version").out == f"gdmd {__version__}\n"
+
+
+def test_recipes_are_listed_with_what_they_are_for(gdmd: Gdmd) -> None:
+    listed = json.loads(gdmd("recipes", "--json").out)
+    assert {"shapes", "shapes_demo", "shapes_smoke", "gdmd_paper"} <= listed.keys()
+    lines = gdmd("recipes").out.splitlines()
+    assert len(lines) == len(listed) and all(listed[line.split()[0]] in line for line in lines)
+
+
+def test_a_printed_recipe_can_be_trained_again(gdmd: Gdmd) -> None:
+    Path("mine.yaml").write_text(gdmd("recipes", "shapes_smoke", "method.gamma=0.5", *TINY).out)
+    finished = gdmd("train", "mine.yaml", "--no-eval", "--json")
+    assert finished.code == 0, finished.err
+    assert json.loads(finished.out)["run"] == "runs/shapes_smoke-seed0"
+    assert "gamma: 0.5" in Path("runs/shapes_smoke-seed0/config.yaml").read_text()
+
+
+def test_a_run_ends_with_an_evaluation_and_a_report(gdmd: Gdmd) -> None:
+    finished = gdmd("train", "shapes_smoke", *TINY, "loop.grid_every=1", "--run", "run", "--json")
+    assert finished.code == 0, finished.err
+    ended = json.loads(finished.out)
+    assert ended["step"] == 2 and ended["finished"] and Path(ended["checkpoint"]).is_dir()
+    assert set(ended["evaluation"]["shapeseval"]) == {"overall", *TASKS}
+    assert Path("run/report.html").read_text().count("data:image/png") >= 3
+    assert len(read_metrics(Path("run"))) == 2
+
+
+def test_a_second_run_of_a_recipe_goes_to_another_folder(gdmd: Gdmd) -> None:
+    folders = {json.loads(gdmd.train("--json").out)["run"] for _ in range(2)}
+    assert len(folders) == 2
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(gdmd: Gdmd) -> None:
+    assert gdmd.train("loop.steps=4", "--run", "whole").code == 0
+    assert gdmd.train("loop.steps=2", "--run", "parts").code == 0
+    finished = gdmd("train", "--resume", "parts", "loop.steps=4", "--no-eval", "--json")
+    assert finished.code == 0 and json.loads(finished.out)["step"] == 4, finished.err
+    whole, parts = (checkpoint.load_newest(Path(name) / "checkpoints") for name in ("whole", "parts"))
+    assert whole and parts and whole.tensors.keys() == parts.tensors.keys()
+    for part, tensors in whole.tensors.items():
+        assert all(torch.equal(value, parts.tensors[part][name]) for name, value in tensors.items()), part
+
+
+def test_eval_prints_one_json_object_with_the_promised_keys(gdmd: Gdmd) -> None:
+    assert gdmd.train("--run", "run").code == 0
+    finished = gdmd("eval", "run", "--json", "--split", "dev")
+    row = json.loads(finished.out)
+    assert set(EVALUATION) <= row.keys() and set(row["shapeseval"]) == {"overall", *TASKS}
+    assert set(row["rewards"]) == {"shapes_clip", "shapes_pref", "shapes_clip_heldout"}
+    assert row["nfe"] == 4 and row["images_per_s"] > 0
+
+
+def test_eval_measures_the_averaged_student_and_not_the_last_one(gdmd: Gdmd) -> None:
+    assert gdmd.train("--run", "run").code == 0
+    saved = checkpoint.load_newest(Path("run/checkpoints"))
+    from gdmd.programs.evaluate import open_named
+
+    assert saved
+    lab = open_named("run")[1]
+    for name, weight in lab.roles.parameters("student").items():
+        assert torch.equal(weight, saved.part("ema")[name])
+    assert any(not torch.equal(saved.part("ema")[name], value) for name, value in saved.part("student").items())
+
+
+@pytest.mark.parametrize(("what", "nfe"), [("teacher", 100), ("teacher-4", 8)])
+def test_the_rows_of_the_teacher_count_guided_steps_twice(gdmd: Gdmd, what: str, nfe: int) -> None:
+    finished = gdmd("eval", what, "--json", "--per-task", "1", "--images", "2")
+    assert json.loads(finished.out)["nfe"] == nfe
+
+
+def test_sample_draws_the_same_png_for_the_same_seed(gdmd: Gdmd) -> None:
+    words = ("sample", "teacher-4", "-p", "a red ring", "-p", "two squares", "-n", "3", "--scale", "2")
+    for name, seed in (("a.png", "1"), ("b.png", "1"), ("c.png", "2")):
+        assert gdmd(*words, "--seed", seed, "-o", name).code == 0
+    first, again, other = (Path(name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert first == again != other
+    width, height = struct.unpack(">II", first[16:24])
+    assert width > 3 * 64 and height > 2 * 64
+
+
+def test_report_measures_the_rows_that_are_missing(gdmd: Gdmd) -> None:
+    assert gdmd.train("--run", "run").code == 0
+    assert gdmd("report", "run").code == 0
+    rows = json.loads(Path("run/evaluation.json").read_text())
+    assert [row["nfe"] for row in rows.values()] == [2, 8, 4]
+    first = Path("run/evaluation.json").read_text()
+    assert gdmd("report", "run").code == 0
+    assert Path("run/evaluation.json").read_text() == first, "stored rows are not measured again"
+
+
+def test_the_demo_trains_both_students_and_measures_four_rows(gdmd: Gdmd) -> None:
+    words = ["demo", "--recipe", "shapes_smoke", *sets(*TINY), "--run", "demo", "--json"]
+    finished = gdmd(*words)
+    assert finished.code == 0, finished.err
+    ended = json.loads(finished.out)
+    assert [row["nfe"] for row in ended["rows"].values()] == [2, 8, 4, 4]
+    assert ended["trained_on"] == ["shapes_clip", "shapes_pref"]
+    assert "data:image/png" in Path("demo/report.html").read_text()
+    states = [checkpoint.load_newest(Path("demo") / name / "checkpoints") for name in ("dmd", "gdmd")]
+    updates = [state.state["roles"]["student"]["updates"] for state in states if state]
+    assert len(updates) == 2 and updates[0] == updates[1] > 0, "the control has the same student updates"
+    again = json.loads(gdmd(*words).out)
+    assert again["rows"] == ended["rows"], "a finished demo measures nothing again"
+
+
+def test_the_demo_prints_a_table_that_marks_the_trained_scores(gdmd: Gdmd) -> None:
+    finished = gdmd("demo", "--recipe", "shapes_smoke", *sets(*TINY), "--run", "demo")
+    assert finished.code == 0, finished.err
+    for words in ("shapes_clip *", "shapes_pref *", "shapes_clip_heldout ", "fidelity", "coverage", "NFE", "images/s"):
+        assert words in finished.out
+    assert "shapes_clip_heldout *" not in finished.out
+    assert "report.html" in finished.err
+
+
+@pytest.mark.parametrize("network", ["vae", "teacher", "scorers"])
+def test_pretrain_remakes_each_network_in_a_few_steps(gdmd: Gdmd, network: str) -> None:
+    extra = ["--kind", "shapes_clip"] if network == "scorers" else []
+    finished = gdmd("pretrain", network, "--steps", "2", "--out", "nets", *extra)
+    assert finished.code == 0, finished.err
+    name = "shapes_clip" if network == "scorers" else f"shapes_{network}"
+    assert f"nets/{name}.safetensors" in finished.err and "2/2" in finished.err
+    assert [path.name for path in Path("nets").iterdir()] == [f"{name}.safetensors"]
+
+
+def test_doctor_finds_a_damaged_asset(gdmd: Gdmd) -> None:
+    healthy = gdmd("doctor", "--json")
+    assert healthy.code == 0 and json.loads(healthy.out)["ok"], healthy.out
+    (gdmd.assets / "shapes_pref.safetensors").write_bytes(b"garbage")
+    finished = gdmd("doctor")
+    assert finished.code == 2 and "FAIL asset shapes_pref" in finished.out
+    assert "asset shapes_pref" in finished.err and "Traceback" not in finished.err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, number: int, code: int) -> None:
+    assets = make_assets(tmp_path / "assets")
+    own = [f"model.{name}={assets}/shapes_{name}.safetensors" for name in ("teacher", "vae")]
+    own += [f"rewards.{k}.asset={assets}/{name}.safetensors" for k, name in enumerate(("shapes_clip", "shapes_pref"))]
+    words = ["train", "shapes_smoke", *own, *TINY, "loop.steps=100000", "loop.checkpoint_every=100000", "--run", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gdmd", *words], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == code, said
+    assert "gdmd train --resume run" in said and "Traceback" not in said
+    assert checkpoint.load_newest(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_a_loss_that_is_not_finite_ends_with_exit_code_3(gdmd: Gdmd) -> None:
+    finished = gdmd.train("loop.lr_student=1e30", "loop.lr_fake=1e30", "method.gamma=0", "loop.steps=8", "--run", "run")
+    assert finished.code == 3, finished.err
+    assert "not finite" in finished.err and "Traceback" not in finished.err
