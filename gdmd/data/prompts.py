@@ -18,7 +18,7 @@ LONGEST_PROMPT = 4000
 def read_prompts(path: Path) -> tuple[str, ...]:
     """txt: one prompt a line; jsonl: objects with "prompt". Empty lines are an error, as is any malformed line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"prompt file {path}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
@@ -54,6 +54,8 @@ class PromptStream:
     """Batches of prompts drawn from a list, uniformly over its groups (tasks), then over the members of a group."""
 
     def __init__(self, groups: list[list[str]], encoder: TextEncoder, batch_size: int, seed: int) -> None:
+        if not groups or not all(groups):
+            raise ValueError("a prompt stream needs at least one prompt in every group")
         self.groups, self.encoder, self.batch_size, self.seed = groups, encoder, batch_size, seed
 
     def at(self, step: int) -> PromptBatch:
