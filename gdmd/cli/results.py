@@ -60,7 +60,7 @@ def sample_command(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="A caption; give it again for more rows.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=4096, help="Images per caption.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .png to write.")] = Path("samples.png"),
+    png: Annotated[Path, typer.Option("--out", "-o", help="The .png to write.")] = Path("samples.png"),
     scale: Annotated[int, typer.Option(min=1, max=32, help="Pixels of the file per pixel of an image.")] = 4,
 ) -> None:
     """Draw images from captions, one row of a PNG for each.
@@ -74,12 +74,12 @@ def sample_command(
     from gdmd.programs.folders import check_png, check_target
 
     check_target(what)
-    check_png(out)
+    check_png(png)
     from gdmd.programs.sample import draw
 
-    seconds = draw(what, prompt, count, seed, out, scale)
+    seconds = draw(what, prompt, count, seed, png, scale)
     messages().print(
-        f"{len(prompt) * count} images in {seconds:.2f} s -> {out}", markup=False, highlight=False, soft_wrap=True
+        f"{len(prompt) * count} images in {seconds:.2f} s -> {png}", markup=False, highlight=False, soft_wrap=True
     )
 
 
