@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from gdmd.backbones.shapes_nets import LATENT_CHANNELS, ShapesDit, ShapesVae
@@ -15,6 +16,7 @@ from gdmd.shapes.grammar import CAPTION_TOKENS, NULL, tokenize
 from gdmd.types import Cond, Prediction, Role
 
 LATENT_SHAPE = (LATENT_CHANNELS, 8, 8)
+AnyNet = TypeVar("AnyNet", bound=nn.Module)
 
 
 class DitDenoiser:
@@ -94,13 +96,19 @@ class ShapesTextEncoder:
 
 def load_dit(tensors: Mapping[str, Tensor]) -> ShapesDit:
     """A ShapesDit with these weights (names as saved by ``gdmd pretrain teacher``)."""
-    net = ShapesDit()
-    net.load_state_dict({k: v.float() for k, v in tensors.items()})
-    return net
+    return _filled(ShapesDit(), tensors, "teacher")
 
 
 def load_vae(tensors: Mapping[str, Tensor]) -> ShapesVae:
     """A ShapesVae with these weights."""
-    net = ShapesVae()
-    net.load_state_dict({k: v.float() for k, v in tensors.items()})
+    return _filled(ShapesVae(), tensors, "vae")
+
+
+def _filled(net: AnyNet, tensors: Mapping[str, Tensor], what: str) -> AnyNet:
+    try:
+        net.load_state_dict({k: v.float() for k, v in tensors.items()})
+    except RuntimeError as error:
+        raise ValueError(
+            f"these tensors are not a Shapes {what}: {error}. Give the file that `gdmd pretrain {what}` made."
+        ) from error
     return net

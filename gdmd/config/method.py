@@ -116,7 +116,9 @@ class GdmdConfig(DistillationConfig):
     @model_validator(mode="after")
     def _consistent(self) -> GdmdConfig:
         if self.control != "none" and self.gamma == 0:
-            raise ValueError(f"control {self.control!r} changes r, which gamma = 0 does not use; set gamma > 0 or no control")
+            raise ValueError(
+                f"control {self.control!r} changes r, which gamma = 0 does not use; set gamma > 0 or no control"
+            )
         if self.weighting == "softmax" and self.control in ("indicator", "constant"):
             raise ValueError(f"control {self.control!r} is defined for weighting 'napo'; use 'shuffled' or gamma=0")
         return self

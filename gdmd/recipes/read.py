@@ -22,13 +22,15 @@ def recipe_path(source: str) -> Path:
     """The file of a shipped recipe, or of a path ending in .yaml / .yml. ConfigError for neither."""
     if source.endswith((".yaml", ".yml")):
         if not Path(source).is_file():
-            raise ConfigError(f"recipe file {source}: there is no such file")
+            raise ConfigError([f"recipe file {source}: there is no such file"])
         return Path(source)
     if source in recipe_names():
         return FOLDER / f"{source}.yaml"
     near = difflib.get_close_matches(source, recipe_names(), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown recipe {source!r}: {hint}shipped are {', '.join(recipe_names())}; or give a .yaml file")
+    raise ConfigError(
+        [f"unknown recipe {source!r}: {hint}shipped are {', '.join(recipe_names())}; or give a .yaml file"]
+    )
 
 
 def read_recipe(source: str, overrides: Sequence[str] = ()) -> RunConfig:
