@@ -60,7 +60,7 @@ class PromptStream:
 
     def at(self, step: int) -> PromptBatch:
         index = torch.arange(self.batch_size)
-        rng = SampleRng(self.seed, step, index)
+        rng = SampleRng(self.seed, step, index)  # on the CPU: the draws are read by Python
         which = rng.integer("prompt_group", len(self.groups)).tolist()
         place = rng.uniform("prompt").tolist()
         chosen = [self.groups[g] for g in which]
@@ -70,8 +70,10 @@ class PromptStream:
 
 def batch_of(texts: tuple[str, ...], encoder: TextEncoder, index: torch.Tensor | None = None) -> PromptBatch:
     """A PromptBatch in which every prompt is its own group."""
+    cond = encoder.encode(texts)
     where = torch.arange(len(texts)) if index is None else index
-    return PromptBatch(where, texts, where, encoder.encode(texts), encoder.null(len(texts)))
+    where = where.to(next(iter(cond.values())).device)
+    return PromptBatch(where, texts, where, cond, encoder.null(len(texts)))
 
 
 def training_captions() -> list[list[str]]:

@@ -57,7 +57,7 @@ class Sampler:
 class Generation:
     """Images of a list of captions and how fast they were made."""
 
-    latents: Tensor  # [N, C, H, W]
+    latents: Tensor  # [N, C, H, W], on the CPU as the images are: the measures are small
     images: Tensor  # [N, 3, S, S] in [0, 1]
     images_per_s: float  # the sampler alone, its noise included
     images_per_s_decoded: float  # sampler and decoder
@@ -104,7 +104,7 @@ def teacher_images(
 def images_of(sampler: Sampler, lab: Lab, texts: Sequence[str], seed: int, batch: int = BATCH) -> Tensor:
     """Image i of [N, 3, S, S] shows texts[i], from noise (seed, i); no timing."""
     parts = [sampler.latents(own, rng) for own, rng in _batches(texts, seed, batch, _device(lab))]
-    return torch.cat([_decode(lab, part) for part in parts])
+    return torch.cat([_decode(lab, part) for part in parts]).cpu()
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def generate(sampler: Sampler, lab: Lab, texts: Sequence[str], seed: int, batch:
         speeds.append((len(own), middle - start, _now(device) - start))
     full = [entry for entry in speeds if entry[0] == speeds[0][0]]
     alone, both = (torch.tensor([entry[k] / entry[0] for entry in full]).median().item() for k in (1, 2))
-    return Generation(torch.cat(made), torch.cat(decoded), 1 / alone, 1 / both)
+    return Generation(torch.cat(made).cpu(), torch.cat(decoded).cpu(), 1 / alone, 1 / both)
 
 
 def _batches(

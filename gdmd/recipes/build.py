@@ -42,13 +42,14 @@ class Lab:
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
 
 
-def build(cfg: RunConfig) -> Lab:
-    """Load the networks, wrap them, and put the method of the recipe on top."""
+def build(cfg: RunConfig, device: str | None = None) -> Lab:
+    """Load the networks, wrap them, and put the method of the recipe on top; on the GPU where there is one."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = cfg.loop.precision == "bf16"
-    teacher = load_dit(_tensors(cfg.model.teacher, "shapes_teacher"))
-    codec = ShapesCodec(load_vae(_tensors(cfg.model.vae, "shapes_vae")), bf16=bf16)
-    roles, encoder = ShapesRoles(teacher, bf16=bf16), ShapesTextEncoder()
-    rewards = build_rewards(cfg.rewards)
+    teacher = load_dit(_tensors(cfg.model.teacher, "shapes_teacher")).to(device)
+    codec = ShapesCodec(load_vae(_tensors(cfg.model.vae, "shapes_vae")).to(device), bf16=bf16)
+    roles, encoder = ShapesRoles(teacher, bf16=bf16), ShapesTextEncoder(device)
+    rewards = build_rewards(cfg.rewards, device)
     groups = [list(read_prompts(Path(cfg.prompts.file)))] if cfg.prompts.file else training_captions()
     stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed)
     return Lab(roles, codec, encoder, rewards, _method(cfg, roles, codec, rewards), stream)
@@ -58,17 +59,17 @@ def _tensors(given: str | None, name: str) -> dict[str, torch.Tensor]:
     return load_asset(Path(given) if given else asset_path(name)).tensors
 
 
-def build_rewards(specs: Sequence[ShapesReward]) -> tuple[Reward, ...]:
+def build_rewards(specs: Sequence[ShapesReward], device: str = "cpu") -> tuple[Reward, ...]:
     """The reward models of a recipe, in its order."""
-    return tuple(_reward(spec) for spec in specs)
+    return tuple(_reward(spec, device) for spec in specs)
 
 
-def _reward(spec: ShapesReward) -> Reward:
+def _reward(spec: ShapesReward, device: str) -> Reward:
     match spec.kind:
         case "shapes_partial_credit":
             return PartialCredit()
         case kind:
-            return load_scorer(kind, _tensors(spec.asset, kind))
+            return load_scorer(kind, _tensors(spec.asset, kind)).to(device)
 
 
 def _method(cfg: RunConfig, roles: ShapesRoles, codec: ShapesCodec, rewards: tuple[Reward, ...]) -> Method:
