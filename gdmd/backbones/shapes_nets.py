@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from gdmd.shapes.grammar import CAPTION_TOKENS, WORDS
 
 LATENT_CHANNELS = 8
-FACTOR = 4
+LOCAL = 32
+"""Channels at full latent resolution around the transformer."""
 
 
 class ResBlock(nn.Module):
@@ -107,7 +108,8 @@ class Block(nn.Module):
 class ShapesDit(nn.Module):
     """velocity(x_t, t, tokens): latents [B, 8, h, w], t [B] in [0, 1], caption tokens [B, 8] -> eps - x0.
 
-    Image patches (2 x 2) and caption words share one sequence.
+    Image patches (2 x 2) and caption words share one sequence. Two convolutions before the patches and two after them
+    work at full latent resolution: an outline crosses patches, and attention alone needs far more data to join it.
     """
 
     frequencies: Tensor
@@ -116,31 +118,40 @@ class ShapesDit(nn.Module):
         super().__init__()
         self.grid = grid
         tokens = (grid // 2) ** 2
-        self.patch = nn.Linear(4 * LATENT_CHANNELS, width)
+        self.stem = nn.Sequential(_conv(LATENT_CHANNELS, LOCAL), nn.SiLU(), _conv(LOCAL, LOCAL))
+        self.patch = nn.Linear(4 * LOCAL, width)
         self.place = nn.Parameter(0.02 * torch.randn(tokens + CAPTION_TOKENS, width))
         self.words = nn.Embedding(len(WORDS), width)
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(1000.0), 32)), persistent=False)
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, 4 * LATENT_CHANNELS)
-        for layer in (self.modulation, self.head):
+        self.head = nn.Linear(width, 4 * LOCAL)
+        self.join = nn.Sequential(_conv(2 * LOCAL, 2 * LOCAL), nn.SiLU(), _conv(2 * LOCAL, LATENT_CHANNELS))
+        for layer in (self.modulation, self.join[2]):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def features(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, local: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of the image tokens after the last block [B, N, D], and the time embedding [B, D]."""
         angles = t[:, None] * self.frequencies
-        time = self.time(torch.cat([angles.sin(), angles.cos()], -1).to(x_t.dtype))
-        patches = F.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2)  # [B, N, 4C]
+        time = self.time(torch.cat([angles.sin(), angles.cos()], -1).to(local.dtype))
+        patches = F.pixel_unshuffle(local, 2).flatten(2).transpose(1, 2)  # [B, N, 4 LOCAL]
         x = torch.cat([self.patch(patches), self.words(tokens)], 1) + self.place
         for block in self.blocks:
             x = block(x, time)
         return x[:, : patches.shape[1]], time
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        x, time = self.features(x_t, t, tokens)
+        local = self.stem(x_t)  # [B, LOCAL, h, w]
+        x, time = self.features(local, t, tokens)
         shift, scale = self.modulation(time)[:, None].chunk(2, -1)
         patches = self.head(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
         side = self.grid // 2
-        return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), 2)
+        world = F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), 2)  # [B, LOCAL, h, w]
+        velocity: Tensor = self.join(torch.cat([local, world], 1))
+        return velocity
+
+
+def _conv(inside: int, outside: int) -> nn.Conv2d:
+    return nn.Conv2d(inside, outside, 3, padding=1)
