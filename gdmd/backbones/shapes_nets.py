@@ -127,8 +127,9 @@ class ShapesDit(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, 4 * LOCAL)
-        self.join = nn.Sequential(_conv(2 * LOCAL, 2 * LOCAL), nn.SiLU(), _conv(2 * LOCAL, LATENT_CHANNELS))
-        for layer in (self.modulation, self.join[2]):
+        last = _conv(2 * LOCAL, LATENT_CHANNELS)
+        self.join = nn.Sequential(_conv(2 * LOCAL, 2 * LOCAL), nn.SiLU(), last)
+        for layer in (self.modulation, last):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
