@@ -129,9 +129,8 @@ class ShapesDit(nn.Module):
         self.head = nn.Linear(width, 4 * LOCAL)
         last = _conv(2 * LOCAL, LATENT_CHANNELS)
         self.join = nn.Sequential(_conv(2 * LOCAL, 2 * LOCAL), nn.SiLU(), last)
-        for layer in (self.modulation, last):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for weights in (*self.modulation.parameters(), *last.parameters()):
+            nn.init.zeros_(weights)
 
     def features(self, local: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of the image tokens after the last block [B, N, D], and the time embedding [B, D]."""
