@@ -105,10 +105,13 @@ def load_vae(tensors: Mapping[str, Tensor]) -> ShapesVae:
 
 
 def _filled(net: AnyNet, tensors: Mapping[str, Tensor], what: str) -> AnyNet:
-    try:
-        net.load_state_dict({k: v.float() for k, v in tensors.items()})
-    except RuntimeError as error:
+    wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    if wanted != given:
+        wrong = sorted(name for name in wanted | given if wanted.get(name) != given.get(name))
         raise ValueError(
-            f"these tensors are not a Shapes {what}: {error}. Give the file that `gdmd pretrain {what}` made."
-        ) from error
+            f"these tensors are not a Shapes {what}: {len(wrong)} names or shapes differ, first {wrong[0]!r} "
+            f"(wanted {wanted.get(wrong[0])}, got {given.get(wrong[0])}). Give what `gdmd pretrain {what}` made."
+        )
+    net.load_state_dict({name: value.float() for name, value in tensors.items()})
     return net
