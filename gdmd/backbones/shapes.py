@@ -94,23 +94,23 @@ class ShapesTextEncoder:
         return {"tokens": torch.full((count, CAPTION_TOKENS), NULL, device=self.device)}
 
 
-def load_dit(tensors: Mapping[str, Tensor]) -> ShapesDit:
-    """A ShapesDit with these weights (names as saved by ``gdmd pretrain teacher``)."""
-    return _filled(ShapesDit(), tensors, "teacher")
+def load_dit(tensors: Mapping[str, Tensor], source: str = "the file") -> ShapesDit:
+    """A ShapesDit with these weights; ValueError, naming ``source``, when they are another network's."""
+    return _filled(ShapesDit(), tensors, "teacher", source)
 
 
-def load_vae(tensors: Mapping[str, Tensor]) -> ShapesVae:
-    """A ShapesVae with these weights."""
-    return _filled(ShapesVae(), tensors, "vae")
+def load_vae(tensors: Mapping[str, Tensor], source: str = "the file") -> ShapesVae:
+    """A ShapesVae with these weights; ValueError, naming ``source``, when they are another network's."""
+    return _filled(ShapesVae(), tensors, "vae", source)
 
 
-def _filled(net: AnyNet, tensors: Mapping[str, Tensor], what: str) -> AnyNet:
+def _filled(net: AnyNet, tensors: Mapping[str, Tensor], what: str, source: str) -> AnyNet:
     wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in tensors.items()}
     if wanted != given:
         wrong = sorted(name for name in wanted | given if wanted.get(name) != given.get(name))
         raise ValueError(
-            f"these tensors are not a Shapes {what}: {len(wrong)} names or shapes differ, first {wrong[0]!r} "
+            f"{source} holds no Shapes {what}: {len(wrong)} names or shapes differ, first {wrong[0]!r} "
             f"(wanted {wanted.get(wrong[0])}, got {given.get(wrong[0])}). Give what `gdmd pretrain {what}` made."
         )
     net.load_state_dict({name: value.float() for name, value in tensors.items()})

@@ -46,8 +46,8 @@ def build(cfg: RunConfig, device: str | None = None) -> Lab:
     """Load the networks, wrap them, and put the method of the recipe on top; on the GPU where there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = cfg.loop.precision == "bf16"
-    teacher = load_dit(_tensors(cfg.model.teacher, "shapes_teacher")).to(device)
-    codec = ShapesCodec(load_vae(_tensors(cfg.model.vae, "shapes_vae")).to(device), bf16=bf16)
+    teacher = load_dit(*_tensors(cfg.model.teacher, "shapes_teacher")).to(device)
+    codec = ShapesCodec(load_vae(*_tensors(cfg.model.vae, "shapes_vae")).to(device), bf16=bf16)
     roles, encoder = ShapesRoles(teacher, bf16=bf16), ShapesTextEncoder(device)
     rewards = build_rewards(cfg.rewards, device)
     groups = [list(read_prompts(Path(cfg.prompts.file)))] if cfg.prompts.file else training_captions()
@@ -55,8 +55,9 @@ def build(cfg: RunConfig, device: str | None = None) -> Lab:
     return Lab(roles, codec, encoder, rewards, _method(cfg, roles, codec, rewards), stream)
 
 
-def _tensors(given: str | None, name: str) -> dict[str, torch.Tensor]:
-    return load_asset(Path(given) if given else asset_path(name)).tensors
+def _tensors(given: str | None, name: str) -> tuple[dict[str, torch.Tensor], str]:
+    path = Path(given) if given else asset_path(name)
+    return load_asset(path).tensors, str(path)
 
 
 def build_rewards(specs: Sequence[ShapesReward], device: str = "cpu") -> tuple[Reward, ...]:
@@ -69,7 +70,7 @@ def _reward(spec: ShapesReward, device: str) -> Reward:
         case "shapes_partial_credit":
             return PartialCredit()
         case kind:
-            return load_scorer(kind, _tensors(spec.asset, kind)).to(device)
+            return load_scorer(kind, _tensors(spec.asset, kind)[0]).to(device)
 
 
 def _method(cfg: RunConfig, roles: ShapesRoles, codec: ShapesCodec, rewards: tuple[Reward, ...]) -> Method:
