@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,11 +65,13 @@ def measure(lab: Lab, cfg: RunConfig, repeats: int) -> dict[str, Any]:
         with recorded(lab) as seen:
             run_iteration(lab, cfg, step, prompts)
         calls = seen
-        alone = timed(lambda made=tuple(calls): _replay(made))
-        complete = timed(lambda s=step, p=prompts: run_iteration(lab, cfg, s, p))
-        if step:  # the first round warms up
-            whole.append(complete)
-            bare.append(alone)
+        turns: list[tuple[list[float], Callable[[], None]]] = [
+            (bare, partial(_replay, tuple(calls))),
+            (whole, partial(run_iteration, lab, cfg, step, prompts)),
+        ]
+        for times, work in turns if step % 2 else turns[::-1]:  # neither always goes first
+            times.append(timed(work))
+    whole, bare = whole[1:], bare[1:]  # the first round warms up
     return _summary(whole, bare, calls, cfg)
 
 
@@ -139,11 +142,11 @@ def _replay(calls: Sequence[Call]) -> None:
 
 def timed(work: Callable[[], None]) -> float:
     """Seconds, with the accelerator's queue emptied before and after."""
-    for_device = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    for_device()
+    settle = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    settle()
     start = time.perf_counter()
     work()
-    for_device()
+    settle()
     return time.perf_counter() - start
 
 

@@ -72,6 +72,7 @@ def radar(rows: Mapping[str, Mapping[str, Any]], title: str = "ShapesEval by tas
             axes.plot([*angles, angles[0]], [*values, values[0]], color=PALETTE[k % 8], label=name, linewidth=1.8)
             axes.fill(angles, values, color=PALETTE[k % 8], alpha=0.06)
         axes.set_xticks(angles, [task.replace("_", " ") for task in TASKS])
+        axes.tick_params(axis="x", pad=10)
         axes.set_ylim(0, 1)
         axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["", ".5", "", "1"])
         axes.set_theta_offset(math.pi / 2)
@@ -119,9 +120,10 @@ def bars(values: Mapping[str, float | None], title: str, unit: str) -> str:
         names = list(known)[::-1]
         drawn = axes.barh(names, [known[name] for name in names], color=PALETTE[0])
         axes.bar_label(drawn, [f"{known[name]:,.1f}" for name in names], padding=4, color=INK)
-        axes.set(xscale="log", title=title, xlabel=unit)
+        axes.set(xscale="log", title=title, xlabel=f"{unit} (logarithmic)")
         axes.margins(x=0.15)
-        axes.grid(axis="y", visible=False)
+        axes.grid(visible=False)
+        axes.tick_params(axis="x", which="both", bottom=False, labelbottom=False)  # the bars carry their numbers
         return _svg(figure, title)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gdmd.config.run import EvalConfig
 from gdmd.data.prompts import batch_of
-from gdmd.evaluation.sample import Generation, Lab, Sampler, generate
+from gdmd.evaluation.sample import Lab, Sampler, generate
 from gdmd.shapes.check import shapeseval, summarize
 from gdmd.shapes.detect import detect
 from gdmd.shapes.grammar import Split, catalogue, fixed_rows
@@ -82,8 +82,8 @@ def evaluate(
     _check_finite(images, sampler.name)
     detections = detect(images)
     correct = shapeseval(detections, rows)
-    task = catalogue().task[rows]
-    reals = draw_scenes(rows, torch.Generator().manual_seed(cfg.seed))
+    task = catalogue().task[rows].to(correct.device)
+    reals = render(draw_scenes(rows, torch.Generator().manual_seed(cfg.seed))).to(images.device)
     seen = _in_batches(features, images)
     return Evaluation(
         name=sampler.name,
@@ -91,13 +91,15 @@ def evaluate(
         rewards={scorer.name: mean_score(scorer, images, texts, lab.encoder) for scorer in scorers},
         fidelity=float(fidelity(images, detections).mean()),
         coverage=coverage(detections, rows, correct),
-        diversity=float(pairwise_distance(seen, rows)),
-        frechet=float(frechet_distance(seen, _in_batches(features, render(reals)))),
+        diversity=pairwise_distance(seen, rows) if len(rows.unique()) < len(rows) else math.nan,
+        frechet=frechet_distance(seen, _in_batches(features, reals)),
         interval=bootstrap_interval(correct, task, texts, cfg.seed),
         texts=texts,
         images=images,
         correct=correct,
-        **_cost(sampler, made),
+        nfe=sampler.nfe,
+        images_per_s=made.images_per_s,
+        images_per_s_decoded=made.images_per_s_decoded,
     )
 
 
@@ -154,14 +156,6 @@ def _check_finite(images: Tensor, name: str) -> None:
             f"{int(bad.sum())} of {len(images)} images of {name!r} are not finite; the network has diverged: "
             "evaluate an earlier checkpoint or train with lower learning rates"
         )
-
-
-def _cost(sampler: Sampler, made: Generation) -> dict[str, Any]:
-    return {
-        "nfe": sampler.nfe,
-        "images_per_s": made.images_per_s,
-        "images_per_s_decoded": made.images_per_s_decoded,
-    }
 
 
 def _plain(value: float) -> float | int | None:

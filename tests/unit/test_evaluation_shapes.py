@@ -1,0 +1,141 @@
+"""The evaluation on the Shapes world measures what the samplers made, and knows its uncertainty."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdmd.backbones.shapes import ShapesRoles, ShapesTextEncoder
+from gdmd.backbones.shapes_nets import ShapesDit
+from gdmd.config.run import EvalConfig
+from gdmd.diffusion.rng import SampleRng
+from gdmd.evaluation.sample import Sampler
+from gdmd.evaluation.shapes import bootstrap_interval, evaluate, mean_score
+from gdmd.rewards.shapes import ShapesClip
+from gdmd.rewards.shapes_nets import build_net
+from gdmd.shapes.grammar import TASKS, catalogue, fixed_rows
+from gdmd.shapes.render import draw_scenes, render
+from gdmd.types import PromptBatch
+
+CFG = EvalConfig(per_task=6, images=2, seed=5)
+HELDOUT = ShapesClip("shapes_clip_heldout", build_net("shapes_clip_heldout"))
+
+
+class NoCodec:
+    """Latents are the pictures themselves."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+
+@dataclass(frozen=True)
+class PixelLab:
+    roles: ShapesRoles
+    codec: NoCodec
+    encoder: ShapesTextEncoder
+    latent_shape: tuple[int, int, int] = (3, 32, 32)
+
+
+class HalfScored:
+    """1 on every second image, NaN on the others."""
+
+    name, differentiable = "half", False
+
+    def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
+        assert len(images) == len(prompts)
+        return torch.where(torch.arange(len(images)) % 2 == 0, 1.0, torch.nan)
+
+
+def pixel_lab() -> PixelLab:
+    return PixelLab(ShapesRoles(ShapesDit(width=16, depth=1, heads=2)), NoCodec(), ShapesTextEncoder())
+
+
+def truth(texts: tuple[str, ...], rng: SampleRng) -> Tensor:
+    """True renders of the captions."""
+    rows = torch.tensor([catalogue().row(text) for text in texts])
+    return render(draw_scenes(rows, torch.Generator().manual_seed(int(rng.index[0]))))
+
+
+def grey(texts: tuple[str, ...], rng: SampleRng) -> Tensor:
+    return torch.full((len(texts), 3, 32, 32), 0.1)
+
+
+def test_true_renders_reach_the_top_and_grey_the_bottom() -> None:
+    best = evaluate(Sampler("truth", 1, truth), pixel_lab(), CFG, [HELDOUT])
+    worst = evaluate(Sampler("grey", 1, grey), pixel_lab(), CFG, [HELDOUT])
+    assert best.shapeseval["overall"] > 0.97 and best.fidelity > 0.98 and best.interval[1] > 0.99
+    assert worst.shapeseval["overall"] == 0 and worst.fidelity == 0 and worst.interval == (0, 0)
+    assert best.coverage > worst.coverage and best.diversity > 10 * abs(worst.diversity)
+    assert best.frechet < worst.frechet
+
+
+def test_the_public_form_has_exactly_these_keys_and_is_strict_json() -> None:
+    made = evaluate(Sampler("truth", 4, truth), pixel_lab(), CFG, [HELDOUT, HalfScored()])
+    public = made.json()
+    assert set(public) == {
+        "shapeseval", "rewards", "fidelity", "coverage", "diversity", "frechet", "nfe",
+        "images_per_s", "images_per_s_decoded", "interval", "images",
+    }  # fmt: skip
+    assert list(public["shapeseval"]) == ["overall", *TASKS]
+    assert public["rewards"].keys() == {"shapes_clip_heldout", "half"}
+    assert public["images"] == 6 * 6 * 2 == len(made.images) == len(made.texts) == len(made.correct)
+    assert public["nfe"] == 4
+    json.dumps(public, allow_nan=False)
+
+
+def test_the_fixed_set_of_the_split_is_asked_for() -> None:
+    asked: list[str] = []
+
+    def note(texts: tuple[str, ...], rng: SampleRng) -> Tensor:
+        asked.extend(texts)
+        return grey(texts, rng)
+
+    for split in ("eval", "dev"):
+        asked.clear()
+        evaluate(Sampler("note", 1, note), pixel_lab(), CFG, [HELDOUT], split)
+        wanted = [catalogue().captions[row].text for row in fixed_rows(split, 6).tolist() for _ in range(2)]
+        assert asked[-72:] == wanted
+
+
+def test_unscored_images_are_left_out_of_the_mean() -> None:
+    images, texts = torch.zeros(600, 3, 4, 4), ["a ring"] * 600
+    assert mean_score(HalfScored(), images, texts, ShapesTextEncoder()) == 1
+
+
+def test_without_pairs_there_is_no_diversity() -> None:
+    made = evaluate(Sampler("truth", 1, truth), pixel_lab(), EvalConfig(per_task=5, images=1), [HELDOUT])
+    assert math.isnan(made.diversity) and made.json()["diversity"] is None
+
+
+def test_the_heldout_scorer_is_needed_and_broken_images_are_named() -> None:
+    with pytest.raises(ValueError, match="shapes_clip_heldout"):
+        evaluate(Sampler("grey", 1, grey), pixel_lab(), CFG, [HalfScored()])
+    broken = Sampler("sick", 1, lambda texts, rng: grey(texts, rng) * torch.nan)
+    with pytest.raises(ValueError, match="72 of 72 images of 'sick' are not finite"):
+        evaluate(broken, pixel_lab(), CFG, [HELDOUT])
+
+
+def test_the_interval_resamples_captions_not_images() -> None:
+    """Images that agree within a caption carry one vote together: 20 votes, not 2,000."""
+    votes = torch.rand(20) < 0.5
+    texts = [f"caption {k}" for k in range(20) for _ in range(100)]
+    low, high = bootstrap_interval(votes.repeat_interleave(100), torch.zeros(2000, dtype=torch.int64), texts)
+    p = float(votes.float().mean())
+    wanted = 2 * 1.96 * math.sqrt(p * (1 - p) / 20)
+    assert high - low == pytest.approx(wanted, rel=0.2)
+    assert low < p < high
+
+
+def test_the_interval_weighs_tasks_alike() -> None:
+    """A task that always succeeds and one that never does: 1/2, whatever their sizes."""
+    task = torch.tensor([0] * 90 + [1] * 10)
+    texts = [f"{int(t)}/{i // 2}" for i, t in enumerate(task)]
+    assert bootstrap_interval(task == 0, task, texts) == (0.5, 0.5)
