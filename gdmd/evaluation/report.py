@@ -139,20 +139,20 @@ def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _columns(rows: Mapping[str, Mapping[str, Any]], trained: Collection[str]) -> list[Column]:
-    """ShapesEval first, then what was trained on beside what was not, then costs."""
+    """ShapesEval and its costs first, then its tasks, then what was trained on beside what was not."""
     rewards = dict.fromkeys(name for row in rows.values() for name in row.get("rewards", {}))
     ordered = sorted(rewards, key=lambda name: name not in trained)
     return [
         Column("overall", ("shapeseval", "overall"), "unseen", 1),
+        Column("NFE", ("nfe",), "", 0, 0),
+        Column("images/s", ("images_per_s",), "", 1, 1),
+        Column("with decode", ("images_per_s_decoded",), "", 1, 1),
         *(Column(task.replace("_", " "), ("shapeseval", task), "unseen", 1, 2) for task in TASKS),
         *(Column(name, ("rewards", name), "trained" if name in trained else "unseen", 1) for name in ordered),
         Column("fidelity", ("fidelity",), "unseen", 1),
         Column("coverage", ("coverage",), "unseen", 1),
         Column("diversity", ("diversity",), "unseen"),
         Column("Fréchet", ("frechet",), "unseen", -1),
-        Column("NFE", ("nfe",), "", 0, 0),
-        Column("images/s", ("images_per_s",), "", 1, 1),
-        Column("with decode", ("images_per_s_decoded",), "", 1, 1),
     ]
 
 
