@@ -154,7 +154,7 @@ def vae_job(steps: int = 1300, seed: int = 1, batch: int = 128) -> PretrainJob:
     return PretrainJob("vae", vae, loss, finish, steps, seed, bf16=True)
 
 
-def teacher_job(vae: ShapesVae, steps: int = 7500, seed: int = 2, batch: int = 64) -> PretrainJob:
+def teacher_job(vae: ShapesVae, steps: int = 12000, seed: int = 2, batch: int = 64) -> PretrainJob:
     """Flow matching (velocity MSE) with logit-normal t (arXiv 2403.03206) and CAPTION_DROPOUT for guidance."""
     torch.manual_seed(seed)
     dit, schedule, tokens = ShapesDit(), FlowSchedule(), catalogue().tokens
