@@ -54,6 +54,20 @@ class Denoiser(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction: ...
 
 
+class FeatureDenoiser(Denoiser, Protocol):
+    """A denoiser whose trunk can be read, for a GAN head on it (DMD2, arXiv 2405.14867)."""
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Hidden states of the image tokens after the last block, [B, N, D]."""
+        ...
+
+
+class Critic(Protocol):
+    """A GAN head on the fake's features: x_t [B,C,H,W], t [B] in [0,1] -> logits [B], high = real."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
+
+
 class Codec(Protocol):
     """Latents <-> images. Images are [B, 3, H, W] in [0, 1]; decode does not clamp (the caller of a reward does)."""
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from gdmd.backbones.shapes_nets import LATENT_CHANNELS, ShapesDit, ShapesVae
+from gdmd.backbones.shapes_nets import LATENT_CHANNELS, GanHead, ShapesDit, ShapesVae
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.shapes.grammar import CAPTION_TOKENS, NULL, tokenize
-from gdmd.types import Cond, Prediction, Role
+from gdmd.types import Cond, Denoiser, FeatureDenoiser, Prediction, Role
 
 LATENT_SHAPE = (LATENT_CHANNELS, 8, 8)
 AnyNet = TypeVar("AnyNet", bound=nn.Module)
@@ -30,11 +30,34 @@ class DitDenoiser:
             velocity = self.net(x_t, t, cond["tokens"])
         return from_velocity(velocity, x_t, t, self.schedule)
 
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Hidden states of the image tokens after the last block, [B, N, D], fp32."""
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden, _ = self.net.features(self.net.stem(x_t), t, cond["tokens"])
+        return hidden.float()
+
+
+class FeatureCritic:
+    """A GAN head on the features of a denoiser, a Critic. The head computes in fp32."""
+
+    def __init__(self, trunk: FeatureDenoiser, head: GanHead) -> None:
+        self.trunk, self.head = trunk, head
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        features = self.trunk.features(x_t, t, cond)
+        with torch.autocast(x_t.device.type, enabled=False):
+            logits: Tensor = self.head(features)
+        return logits
+
 
 class ShapesRoles:
-    """Student, fake and old policy as full copies of the teacher."""
+    """Student, fake and old policy as full copies of the teacher.
 
-    def __init__(self, teacher: ShapesDit, *, bf16: bool = False) -> None:
+    ``head_seed`` makes a GAN head on the fake's features (``critic``), with weights from that seed; they are trained
+    with the fake, under the names "gan_head.*" of its parameters. Without it there is none, in memory or checkpoints.
+    """
+
+    def __init__(self, teacher: ShapesDit, *, bf16: bool = False, head_seed: int | None = None) -> None:
         teacher = teacher.eval().requires_grad_(False)
         self.schedule = FlowSchedule()
         self._nets = {"student": _trainable(teacher), "fake": _trainable(teacher)}
@@ -44,9 +67,25 @@ class ShapesRoles:
         self.student = DitDenoiser(self._nets["student"], bf16=bf16)
         self.fake = DitDenoiser(self._nets["fake"], bf16=bf16)
         self.old = DitDenoiser(self._old, bf16=bf16)
+        self.critic = None if head_seed is None else FeatureCritic(self.fake, _seeded_head(teacher, head_seed))
 
     def parameters(self, role: Role) -> Mapping[str, Parameter]:
-        return dict(self._nets[role].named_parameters())
+        own = dict(self._nets[role].named_parameters())
+        if role == "fake" and self.critic is not None:
+            own |= {f"gan_head.{name}": weights for name, weights in self.critic.head.named_parameters()}
+        return own
+
+    def blended_teacher(self, share: float) -> Denoiser:
+        """The teacher with the fake's displacement added: weights teacher + share (fake - teacher), no gradient.
+
+        What scaling one LoRA is for adapters (DynaDG, arXiv 2511.13649v4), for networks stored as full copies.
+        """
+        own, fake = self.teacher.net, self._nets["fake"]
+        blended = copy.deepcopy(own)
+        with torch.no_grad():
+            for mixed, other in zip(blended.parameters(), fake.parameters(), strict=True):
+                mixed.lerp_(other, share)
+        return DitDenoiser(blended, bf16=self.teacher.bf16)
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
@@ -61,6 +100,14 @@ class ShapesRoles:
         if tensors:
             self._old.load_state_dict(dict(tensors), strict=False)
             self._follows = True
+
+
+def _seeded_head(trunk: ShapesDit, seed: int) -> GanHead:
+    """A head for this trunk whose weights depend on the seed only; the global generator stays where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = GanHead(trunk.place.shape[1])
+    return head.to(trunk.place.device)
 
 
 def _trainable(net: ShapesDit) -> ShapesDit:

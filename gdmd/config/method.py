@@ -6,48 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gdmd.config.base import Config, Count, NonNegative, Positive, Probability
-
-
-class DistillationConfig(Config):
-    """What every method of the family shares: the roll-out, the re-noising and the two DMD losses."""
-
-    guidance: NonNegative = Field(
-        default=5.0,
-        description="Teacher's classifier-free guidance inside DMD; 1 makes no unconditional pass. "
-        "Shapes 5 (best of the teacher's own sweep); SD3-M 7, SDXL 8 (arXiv 2605.26108, 2405.14867).",
-    )
-    student_steps: tuple[Positive, ...] = Field(
-        default=(1.0, 0.75, 0.5, 0.25),
-        description="[I] Times of the student's steps, from noise: uniform before the family's shift.",
-    )
-    step_draw: Literal["sample", "batch"] = Field(
-        default="sample",
-        description="[I] tau is drawn per sample (cheap roll-outs) or once for the whole batch (large models).",
-    )
-    student_input: Literal["simulation", "data"] = Field(
-        default="simulation",
-        description="x_tau from the student's own roll-out (backward simulation, arXiv 2405.14867) or real latents.",
-    )
-    renoise_low: Probability = Field(default=0.02, description="Lowest t of the DMD gradient (DMD2 clamps to .02).")
-    renoise_high: Probability = Field(default=0.98, description="Highest t of the DMD gradient.")
-    fake_loss: Literal["native", "x0"] = Field(
-        default="native",
-        description="native = eps- or velocity-MSE (DMD2, DMDR); x0 = the paper's eq. 2, whose weight sits at late t.",
-    )
-    normalise: bool = Field(
-        default=True,
-        description="Divide the regressed gradient by DMD2's per-sample normaliser n; false keeps x0_fake - x0_real.",
-    )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> DistillationConfig:
-        steps = self.student_steps
-        if not steps or steps[0] > 1 or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
-            raise ValueError(f"student_steps must fall strictly from at most 1, got {list(steps)}")
-        if self.renoise_low >= self.renoise_high:
-            raise ValueError(f"renoise_low {self.renoise_low} must be below renoise_high {self.renoise_high}")
-        return self
+from gdmd.config.base import Count, NonNegative, NonNegativeCount, Positive, Probability
+from gdmd.config.distillation import DistillationConfig
+from gdmd.config.rivals import Dmd2Config
 
 
 class DmdConfig(DistillationConfig):
@@ -57,6 +18,20 @@ class DmdConfig(DistillationConfig):
     fake_updates: Count = Field(default=5, description="Fake updates per outer iteration (DMD2: 5 : 1).")
     student_updates: Count = Field(
         default=1, description="Student updates per iteration; the last so many fakes give one gradient each."
+    )
+
+    regression_weight: NonNegative = Field(
+        default=0.0,
+        description="Weight of DMD1's regression on teacher ODE pairs; 0 = none, as DMD2 (arXiv 2311.18828: .25, "
+        "with LPIPS where this is a mean square of latents).",
+    )
+    regression_steps: Count = Field(
+        default=50, description="Steps of the teacher's ODE for a pair, guided (50 NFE of PNDM, arXiv 2311.18828)."
+    )
+    regression_batches: NonNegativeCount = Field(
+        default=8,
+        description="[I] Batches of pairs that are solved once, kept and used in turn (arXiv 2311.18828 keeps all of "
+        "its pairs on disk); 0 = new pairs in every iteration.",
     )
 
     @model_validator(mode="after")
@@ -129,4 +104,4 @@ class GdmdConfig(DistillationConfig):
         return self.scored_guidances or (self.guidance,)
 
 
-MethodConfig = Annotated[DmdConfig | GdmdConfig, Field(discriminator="kind")]
+MethodConfig = Annotated[DmdConfig | Dmd2Config | GdmdConfig, Field(discriminator="kind")]

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from gdmd.config.method import DistillationConfig
+from gdmd.config.distillation import DistillationConfig
 from gdmd.diffusion.guidance import Pair, predict_pair
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import backward_simulation
 from gdmd.diffusion.schedule import renoise
 from gdmd.losses.denoising import denoising_loss, mean_square
 from gdmd.losses.dmd import normaliser
-from gdmd.types import Cond, Loss, PromptBatch, Roles
+from gdmd.types import Cond, Denoiser, Loss, PromptBatch, Roles
 
 
 class RealLatents(Protocol):
     """Real latents [B, C, H, W] for the prompts of a step."""
 
     def __call__(self, prompts: PromptBatch, rng: SampleRng) -> Tensor: ...
+
+
+@contextmanager
+def frozen(parameters: Iterable[Parameter]) -> Iterator[None]:
+    """Inside, the parameters ask for no gradient: what is computed through them differentiates its inputs only."""
+    asking = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 AnyConfig = TypeVar("AnyConfig", bound=DistillationConfig)
@@ -99,7 +114,7 @@ class Distillation(Generic[AnyConfig]):
     @torch.no_grad()
     def fake_batch(self, r: Rollout, rng: SampleRng, i: int) -> FakeBatch:
         """The fake's own fresh t and eps on sg(x0)."""
-        t = rng.uniform("fake_t", i)
+        t = self.fake_time(rng, i)
         eps = rng.normal("fake_eps", self.latent_shape, i)
         return FakeBatch(r.x0, renoise(r.x0, t, eps, self.roles.schedule), t, eps, r.cond)
 
@@ -115,11 +130,22 @@ class Distillation(Generic[AnyConfig]):
     @torch.no_grad()
     def scores(self, r: Rollout, rng: SampleRng, i: int, *, both: bool) -> Scores:
         """Both scores at draw i of (t, eps). ``both``: the teacher also answers without the caption."""
-        low, high = self.cfg.renoise_low, self.cfg.renoise_high
-        t = rng.uniform("renoise_t", i, low=low, high=high)
+        t = self.renoise_time(rng, i)
         x_t = renoise(r.x0, t, rng.normal("renoise_eps", self.latent_shape, i), self.roles.schedule)
-        teacher = predict_pair(self.roles.teacher, x_t, t, r.cond, r.uncond, both=both)
+        teacher = predict_pair(self.real_score(), x_t, t, r.cond, r.uncond, both=both)
         return Scores(teacher, self.roles.fake(x_t, t, r.cond).x0)
+
+    def fake_time(self, rng: SampleRng, i: int) -> Tensor:
+        """t of the fake's own training draw i, U(0, 1). [B]"""
+        return rng.uniform("fake_t", i)
+
+    def renoise_time(self, rng: SampleRng, i: int) -> Tensor:
+        """t of the DMD gradient's draw i, U(renoise_low, renoise_high). [B]"""
+        return rng.uniform("renoise_t", i, low=self.cfg.renoise_low, high=self.cfg.renoise_high)
+
+    def real_score(self) -> Denoiser:
+        """The network of the real score: the teacher."""
+        return self.roles.teacher
 
     def target(self, r: Rollout, scores: Scores, guidance: float) -> Tensor:
         """x_tar = x0 - grad, with or without the normaliser n. [B, C, H, W]"""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gdmd.config.method import DmdConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.dmd import dmd_loss
+from gdmd.losses.regression import regression_loss
 from gdmd.methods.distillation import Distillation
+from gdmd.methods.pairs import Pairs, TeacherPairs
 from gdmd.types import Cond, Loss, PromptBatch, Update
 
 
@@ -22,8 +25,19 @@ class StudentBatch:
     x_tar: Tensor
 
 
+@dataclass(frozen=True)
+class PairedBatch(StudentBatch):
+    pairs: Pairs
+
+
 class Dmd(Distillation[DmdConfig]):
     """fake_updates of the fake on one student output; the last student_updates of them give a gradient each."""
+
+    def __post_init__(self) -> None:
+        cfg = self.cfg
+        self.pairs = TeacherPairs(
+            self.roles, self.latent_shape, cfg.guidance, cfg.regression_steps, cfg.regression_batches
+        )
 
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
         """One outer iteration: fake updates, then one student update per collected gradient."""
@@ -35,6 +49,11 @@ class Dmd(Distillation[DmdConfig]):
             if i >= first:
                 scores = self.scores(r, rng, i, both=self.cfg.guidance != 1)
                 targets.append(self.target(r, scores, self.cfg.guidance))
+        if self.cfg.regression_weight > 0:
+            pairs = self.pairs.at(step, prompts, rng)
+            for x_tar in targets:
+                yield Update("student", self.paired_loss, PairedBatch(r.x_tau, r.tau, r.cond, x_tar, pairs))
+            return
         for x_tar in targets:
             yield Update("student", self.student_loss, StudentBatch(r.x_tau, r.tau, r.cond, x_tar))
 
@@ -43,3 +62,22 @@ class Dmd(Distillation[DmdConfig]):
         x0 = self.roles.student(batch.x_tau, batch.tau, batch.cond).x0
         loss = dmd_loss(x0, batch.x_tar)
         return Loss(loss, {"loss/student": loss.detach()})
+
+    def paired_loss(self, batch: PairedBatch) -> Loss:
+        """L_DMD + regression_weight || G(z, c) - y ||^2: the student's first step from the noise of a pair."""
+        distil = self.student_loss(batch).per_sample
+        first = torch.full_like(batch.tau, self.cfg.student_steps[0])
+        x0 = self.roles.student(batch.pairs.noise, first, batch.pairs.cond).x0
+        regress = regression_loss(x0, batch.pairs.x0_ode)
+        loss = distil + self.cfg.regression_weight * regress
+        return Loss(loss, {"loss/student": loss.detach(), "loss/regression": regress.detach()})
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The kept pairs of noise and ODE sample; nothing without regression."""
+        return {f"pairs.{name}": value for name, value in self.pairs.state().items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        super().load({name: value for name, value in state.items() if not name.startswith("pairs.")})
+        own = {name.removeprefix("pairs."): value for name, value in state.items() if name.startswith("pairs.")}
+        device = next(iter(self.roles.parameters("student").values())).device
+        self.pairs.load(own, device)

@@ -17,10 +17,12 @@ from gdmd.backbones.shapes import (
     load_vae,
 )
 from gdmd.config.method import DmdConfig, GdmdConfig
+from gdmd.config.rivals import Dmd2Config
 from gdmd.config.run import RunConfig, ShapesReward
 from gdmd.data.latents import RenderedLatents
 from gdmd.data.prompts import PromptStream, read_prompts, training_captions
 from gdmd.methods.dmd import Dmd
+from gdmd.methods.dmd2 import Dmd2
 from gdmd.methods.gdmd import Gdmd
 from gdmd.methods.scoring import Scorer
 from gdmd.rewards.checker import PartialCredit
@@ -48,7 +50,9 @@ def build(cfg: RunConfig, device: str | None = None) -> Lab:
     bf16 = cfg.loop.precision == "bf16"
     teacher = load_dit(*_tensors(cfg.model.teacher, "shapes_teacher")).to(device)
     codec = ShapesCodec(load_vae(*_tensors(cfg.model.vae, "shapes_vae")).to(device), bf16=bf16)
-    roles, encoder = ShapesRoles(teacher, bf16=bf16), ShapesTextEncoder(device)
+    judged = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
+    roles = ShapesRoles(teacher, bf16=bf16, head_seed=cfg.loop.seed if judged else None)
+    encoder = ShapesTextEncoder(device)
     rewards = build_rewards(cfg.rewards, device)
     groups = [list(read_prompts(Path(cfg.prompts.file)))] if cfg.prompts.file else training_captions()
     stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed)
@@ -74,9 +78,11 @@ def _reward(spec: ShapesReward, device: str) -> Reward:
 
 
 def _method(cfg: RunConfig, roles: ShapesRoles, codec: ShapesCodec, rewards: tuple[Reward, ...]) -> Method:
-    real = RenderedLatents(codec) if cfg.method.student_input == "data" else None
+    real = RenderedLatents(codec) if cfg.method.student_input == "data" or roles.critic else None
     match cfg.method:
         case DmdConfig() as own:
             return Dmd(own, roles, LATENT_SHAPE, "velocity", real)
+        case Dmd2Config() as own:
+            return Dmd2(own, roles, LATENT_SHAPE, "velocity", real).attach(roles.critic)
         case GdmdConfig() as own:
             return Gdmd(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards))

@@ -1,0 +1,50 @@
+"""What every distillation method has options for. Fields marked [I] are not given in arXiv 2604.19009."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from gdmd.config.base import Config, NonNegative, Positive, Probability
+
+
+class DistillationConfig(Config):
+    """What every method of the family shares: the roll-out, the re-noising and the two DMD losses."""
+
+    guidance: NonNegative = Field(
+        default=5.0,
+        description="Teacher's classifier-free guidance inside DMD; 1 makes no unconditional pass. "
+        "Shapes 5 (best of the teacher's own sweep); SD3-M 7, SDXL 8 (arXiv 2605.26108, 2405.14867).",
+    )
+    student_steps: tuple[Positive, ...] = Field(
+        default=(1.0, 0.75, 0.5, 0.25),
+        description="[I] Times of the student's steps, from noise: uniform before the family's shift.",
+    )
+    step_draw: Literal["sample", "batch"] = Field(
+        default="sample",
+        description="[I] tau is drawn per sample (cheap roll-outs) or once for the whole batch (large models).",
+    )
+    student_input: Literal["simulation", "data"] = Field(
+        default="simulation",
+        description="x_tau from the student's own roll-out (backward simulation, arXiv 2405.14867) or real latents.",
+    )
+    renoise_low: Probability = Field(default=0.02, description="Lowest t of the DMD gradient (DMD2 clamps to .02).")
+    renoise_high: Probability = Field(default=0.98, description="Highest t of the DMD gradient.")
+    fake_loss: Literal["native", "x0"] = Field(
+        default="native",
+        description="native = eps- or velocity-MSE (DMD2, DMDR); x0 = the paper's eq. 2, whose weight sits at late t.",
+    )
+    normalise: bool = Field(
+        default=True,
+        description="Divide the regressed gradient by DMD2's per-sample normaliser n; false keeps x0_fake - x0_real.",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DistillationConfig:
+        steps = self.student_steps
+        if not steps or steps[0] > 1 or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+            raise ValueError(f"student_steps must fall strictly from at most 1, got {list(steps)}")
+        if self.renoise_low >= self.renoise_high:
+            raise ValueError(f"renoise_low {self.renoise_low} must be below renoise_high {self.renoise_high}")
+        return self

@@ -1,0 +1,70 @@
+"""Pairs of noise and the teacher's ODE sample, for the regression term of DMD (arXiv 2311.18828, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gdmd.diffusion.guidance import Guided
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import ode_sample, times
+from gdmd.types import Cond, PromptBatch, Roles
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One batch of pairs."""
+
+    noise: Tensor  # [B, C, H, W]
+    x0_ode: Tensor  # [B, C, H, W], the teacher's guided ODE sample from this noise
+    cond: Cond
+
+
+@dataclass
+class TeacherPairs:
+    """Solves pairs from the step's prompts: new ones each time (batches = 0), or the first ``batches`` in turn.
+
+    Kept pairs are a part of the method's state, so that a resumed run goes on with the same ones.
+    """
+
+    roles: Roles
+    latent_shape: tuple[int, int, int]
+    guidance: float
+    steps: int
+    batches: int
+    kept: dict[int, Pairs] = field(default_factory=dict)
+
+    def at(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Pairs:
+        """The pairs of iteration ``step``."""
+        if not self.batches:
+            return self._solve(prompts, rng)
+        place = step % self.batches
+        if place not in self.kept:
+            self.kept[place] = self._solve(prompts, rng)
+        return self.kept[place]
+
+    @torch.no_grad()
+    def _solve(self, prompts: PromptBatch, rng: SampleRng) -> Pairs:
+        noise = rng.normal("pair_noise", self.latent_shape)
+        teacher = Guided(self.roles.teacher, self.guidance, prompts.uncond)
+        clock = times(self.steps, device=noise.device)
+        return Pairs(noise, ode_sample(teacher, noise, clock, prompts.cond, self.roles.schedule), prompts.cond)
+
+    def state(self) -> dict[str, Tensor]:
+        """Kept pairs as "PLACE.noise", "PLACE.x0_ode" and "PLACE.cond.NAME"."""
+        named: dict[str, Tensor] = {}
+        for place, pairs in self.kept.items():
+            named |= {f"{place}.noise": pairs.noise, f"{place}.x0_ode": pairs.x0_ode}
+            named |= {f"{place}.cond.{name}": value for name, value in pairs.cond.items()}
+        return named
+
+    def load(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Restore ``state()`` exactly."""
+        self.kept = {}
+        for place in sorted({int(name.partition(".")[0]) for name in state}):
+            own = {k.removeprefix(f"{place}."): v.to(device) for k, v in state.items() if k.startswith(f"{place}.")}
+            cond = {name.removeprefix("cond."): value for name, value in own.items() if name.startswith("cond.")}
+            self.kept[place] = Pairs(own["noise"], own["x0_ode"], cond)
