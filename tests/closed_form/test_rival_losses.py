@@ -1,0 +1,107 @@
+"""DMD2's GAN, DMD1's regression, DMDR's tilt and schedules against numbers computed by other means in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdmd.diffusion.annealing import annealed_shape, beta_quantile, cosine_anneal
+from gdmd.losses.gan import discriminator_loss, generator_loss
+from gdmd.losses.regression import regression_loss
+from gdmd.losses.tilt import reward_tilt
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_the_gan_losses_are_those_of_logistic_regression() -> None:
+    real, student = tensor(-2.0, 0.0, 1.5, 40.0), tensor(3.0, 0.0, -0.5, -40.0)
+    # -log s(real) - log(1 - s(student)) by hand: log1p(exp(.)), at 0 it is 2 log 2
+    wanted = [math.log1p(math.exp(2)) + math.log1p(math.exp(3)), 2 * math.log(2)]
+    wanted += [math.log1p(math.exp(-1.5)) + math.log1p(math.exp(-0.5)), 2 * math.exp(-40)]
+    torch.testing.assert_close(discriminator_loss(real, student), tensor(*wanted), rtol=1e-12, atol=0)
+    assert wanted[0] == pytest.approx(2.126928011042972 + 3.048587351573742, rel=1e-15)
+    torch.testing.assert_close(generator_loss(student)[:2], tensor(0.048587351573742, math.log(2)), rtol=1e-12, atol=0)
+
+
+def test_the_student_still_learns_where_the_head_is_sure_of_itself() -> None:
+    logit = tensor(-30.0, 0.0, 30.0).requires_grad_(True)
+    (grad,) = torch.autograd.grad(generator_loss(logit).sum(), logit)
+    torch.testing.assert_close(grad, tensor(-1.0, -0.5, 0.0), rtol=0, atol=1e-12)
+
+
+def test_the_regression_is_the_mean_square_to_the_ode_sample_per_sample() -> None:
+    x0 = torch.arange(24, dtype=torch.float64).reshape(2, 3, 2, 2).requires_grad_(True)
+    x0_ode = torch.zeros_like(x0).requires_grad_(True)
+    loss = regression_loss(x0, x0_ode)
+    torch.testing.assert_close(loss, tensor(506 / 12, 3818 / 12))  # sums of squares of 0..11 and 12..23
+    loss.sum().backward()
+    assert x0_ode.grad is None and x0.grad is not None
+    torch.testing.assert_close(x0.grad, 2 * x0.detach() / 12)
+
+
+def test_the_tilt_of_one_reward_is_the_exponential_of_its_share_of_the_batch_norm() -> None:
+    weight = reward_tilt(tensor(3.0, -4.0, 0.0)[None])  # ||r|| = 5
+    torch.testing.assert_close(weight, tensor(math.exp(0.6), math.exp(-0.8), 1.0), rtol=1e-14, atol=0)
+
+
+def test_the_tilt_of_several_rewards_is_their_mean_and_knows_no_units() -> None:
+    first, second = tensor(3.0, -4.0), tensor(0.0, 2.0)
+    wanted = tensor((math.exp(0.6) + 1) / 2, (math.exp(-0.8) + math.e) / 2)
+    torch.testing.assert_close(reward_tilt(torch.stack([first, second])), wanted, rtol=1e-14, atol=0)
+    torch.testing.assert_close(reward_tilt(torch.stack([100 * first, 0.01 * second])), wanted, rtol=1e-12, atol=0)
+
+
+def test_an_unscored_sample_a_reward_of_zero_and_strength_zero_are_not_tilted() -> None:
+    gone = reward_tilt(torch.stack([tensor(3.0, math.nan, 4.0), tensor(1.0, 1.0, 0.0)]))
+    wanted = tensor((math.exp(0.6) + math.exp(math.sqrt(0.5))) / 2, 1.0, (math.exp(0.8) + 1) / 2)
+    torch.testing.assert_close(gone, wanted, rtol=1e-14, atol=0)
+    assert reward_tilt(torch.zeros(2, 3)).tolist() == [1, 1, 1]
+    assert reward_tilt(torch.full((1, 3), math.nan)).tolist() == [1, 1, 1]
+    assert reward_tilt(tensor(3.0, -4.0)[None], 0.0).tolist() == [1, 1]
+
+
+def test_the_cosine_falls_from_one_to_zero_and_stays_there() -> None:
+    golden = [1.0, 0.853553390593274, 0.5, 0.146446609406726, 0.0, 0.0]
+    assert [cosine_anneal(step, 400) for step in (0, 100, 200, 300, 400, 10**6)] == pytest.approx(golden, abs=1e-15)
+    assert cosine_anneal(0, 0) == cosine_anneal(7, 0) == 0.0
+
+
+def test_the_beta_of_dynars_goes_from_its_shape_to_the_uniform() -> None:
+    assert annealed_shape(4.0, 1.5, 1.0) == (4.0, 1.5)
+    assert annealed_shape(4.0, 1.5, 0.5) == (2.5, 1.25)
+    assert annealed_shape(4.0, 1.5, 0.0) == (1.0, 1.0)
+
+
+def test_quantiles_of_the_beta_that_have_a_formula() -> None:
+    u = torch.linspace(0.001, 0.999, 301, dtype=torch.float64)
+    torch.testing.assert_close(beta_quantile(u, 4.0, 1.0), u ** (1 / 4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(beta_quantile(u, 1.0, 1.5), 1 - (1 - u) ** (1 / 1.5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(beta_quantile(u, 2.0, 2.0) ** 2 * (3 - 2 * beta_quantile(u, 2.0, 2.0)), u)
+
+
+def test_quantiles_of_the_papers_beta_invert_its_distribution_function() -> None:
+    # Beta(4, 1.5) with t = 1 - s^2: the density becomes (1 - s^2)^3 s^2, a polynomial with this integral from s to 1
+    def below(t: Tensor) -> Tensor:
+        def primitive(s: Tensor) -> Tensor:
+            return s**3 / 3 - 3 * s**5 / 5 + 3 * s**7 / 7 - s**9 / 9
+
+        one = torch.ones((), dtype=torch.float64)
+        return (primitive(one) - primitive((1 - t).sqrt())) / primitive(one)
+
+    u = torch.linspace(0.0005, 0.9995, 400, dtype=torch.float64)
+    torch.testing.assert_close(below(beta_quantile(u, 4.0, 1.5)), u, rtol=0, atol=1e-5)
+    assert beta_quantile(tensor(0.5), 4.0, 1.5).item() == pytest.approx(0.7561355609542169, abs=1e-5)
+
+
+def test_a_uniform_beta_returns_the_draw_itself_and_a_pole_is_refused() -> None:
+    u = torch.rand(50)
+    assert torch.equal(beta_quantile(u, 1.0, 1.0), u)
+    t = beta_quantile(torch.tensor([2.0**-24, 0.5, 1 - 2.0**-24]), 4.0, 1.5)
+    assert t.dtype == torch.float32 and ((t > 0) & (t <= 1)).all()
+    with pytest.raises(ValueError, match="a >= 1 and b >= 1"):
+        beta_quantile(u, 0.5, 1.0)
