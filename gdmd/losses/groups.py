@@ -1,8 +1,9 @@
-"""Statistics over groups of scores: the running scale Z of a reward, and softmax weights of a group."""
+"""Statistics over groups of scores: running scale Z of a reward, softmax weights and advantages of a group."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,3 +58,33 @@ def softmax_weights(advantage: Tensor, sharpness: float) -> Tensor:
     count = scored.sum(0, keepdim=True)
     safe = torch.where(count > 0, logits, 0)
     return torch.where(scored, count * torch.softmax(safe, 0), 1.0)
+
+
+@torch.no_grad()
+def group_advantage(reward: Tensor, group: Tensor, spread: Literal["global", "group"] = "global") -> Tensor:
+    """A = (R - mean_group) / std, the advantage of a sample over the others of its prompt. [B], [B] int64 -> [B]
+
+    The mean is over the scored samples of the group. std: "global" over the scored samples of the whole batch
+    (DiffusionNFT, arXiv 2509.16117, and Flow-GRPO's code), "group" over those of the group (GRPO, arXiv 2402.03300,
+    section 4.1.2). Both are population values, as in those codes; their 1e-4 beside std is left out, so that
+    R -> p R + q with p > 0 changes nothing, and std = 0 gives A = 0. NaN reward ("not scored"): A = NaN, counted
+    nowhere else. Computed in float64, returned in the reward's dtype. No gradient.
+    """
+    if spread not in ("global", "group"):
+        raise ValueError(f"spread must be 'global' or 'group', got {spread!r}")
+    scored = ~reward.isnan()
+    together = group[:, None] == group[None]  # [B, B]
+    mean = _mean(reward, together & scored)
+    own = together if spread == "group" else torch.ones_like(together)
+    centre = _mean(reward, own & scored)
+    variance = _mean((reward.double()[None] - centre[:, None]).square(), own & scored)
+    std = variance.sqrt()
+    seen = std > 1e-12 * centre.abs()  # below: the rounding of a constant reward
+    advantage = (reward.double() - mean) / torch.where(seen, std, 1)
+    return torch.where(scored, torch.where(seen, advantage, 0), torch.nan).to(reward.dtype)
+
+
+def _mean(values: Tensor, members: Tensor) -> Tensor:
+    """Mean of values [B] (or [B, B], a row per sample) over the members [B, B] of each row; 0 of none. [B], float64"""
+    kept = torch.where(members, values.double(), 0)
+    return kept.sum(1) / members.sum(1).clamp_min(1)
