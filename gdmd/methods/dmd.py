@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,8 +30,11 @@ class PairedBatch(StudentBatch):
     pairs: Pairs
 
 
+@dataclass
 class Dmd(Distillation[DmdConfig]):
     """fake_updates of the fake on one student output; the last student_updates of them give a gradient each."""
+
+    pairs: TeacherPairs = field(init=False)
 
     def __post_init__(self) -> None:
         cfg = self.cfg

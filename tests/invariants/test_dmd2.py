@@ -1,0 +1,230 @@
+"""DMD2 and DMD1's regression as algorithms: who learns from what, and what is left of them at weight 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_roles import cut as plain_cut
+from tiny_roles import distance, dmd, prompts, rng, same, tiny_roles, train, updates, watch, weights
+from torch import Tensor
+
+from gdmd.backbones.shapes import LATENT_SHAPE, ShapesRoles
+from gdmd.backbones.shapes_nets import ShapesDit
+from gdmd.config.rivals import Dmd2Config
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import ode_sample, times
+from gdmd.losses.dmd import dmd_loss
+from gdmd.losses.gan import discriminator_loss, generator_loss
+from gdmd.methods.dmd import PairedBatch
+from gdmd.methods.dmd2 import Dmd2
+from gdmd.training.state import cut
+from gdmd.types import PromptBatch, Update
+
+
+def real_latents(batch: PromptBatch, rng: SampleRng) -> Tensor:
+    """Stand-ins for encoded pictures."""
+    return 2 + rng.normal("real", LATENT_SHAPE)
+
+
+def judged_roles(seed: int = 0) -> ShapesRoles:
+    """The tiny roles, with a GAN head on the fake."""
+    plain = tiny_roles(seed)
+    roles = ShapesRoles(ShapesDit(width=32, depth=1), head_seed=5)
+    for role in ("student", "fake"):
+        own = roles.parameters(role)  # type: ignore[arg-type]
+        for name, values in plain.parameters(role).items():  # type: ignore[arg-type]
+            own[name].data.copy_(values.data)
+    roles.teacher.net.load_state_dict(plain.teacher.net.state_dict())
+    return roles
+
+
+def dmd2(roles: ShapesRoles, **options: Any) -> Dmd2:
+    method = Dmd2(Dmd2Config(**options), roles, LATENT_SHAPE, "velocity", real_latents)
+    return method.attach(roles.critic)
+
+
+def head(roles: ShapesRoles) -> dict[str, Tensor]:
+    assert roles.critic is not None
+    return dict(roles.critic.head.named_parameters())
+
+
+@pytest.mark.parametrize("fake_updates", [1, 5])
+def test_without_its_gan_it_is_dmd_at_the_same_ratio_bit_for_bit(fake_updates: int) -> None:
+    first, second, third = tiny_roles(), tiny_roles(), judged_roles()
+    plain = train(dmd(first, fake_updates=fake_updates), first)
+    assert same(train(dmd2(second, gan_weight=0.0, fake_updates=fake_updates), second), plain)
+    judged = train(dmd2(third, fake_updates=fake_updates, gan_weight=0.5, head_weight=0.5), third)
+    assert distance(plain, {name: judged[name] for name in plain}) > 1e-5
+
+
+def test_five_updates_of_the_fake_precede_one_of_the_student() -> None:
+    roles = judged_roles()
+    diary = watch(roles)
+    made = [(update.role, sum(call.name == "teacher" for call in diary)) for update in updates(dmd2(roles), roles)]
+    assert made == [("fake", 0)] * 5 + [("student", 1)]
+
+
+def test_the_head_and_the_trunk_of_the_fake_learn_from_the_gan_and_nobody_else_does() -> None:
+    roles = judged_roles()
+    update = next(updates(dmd2(roles, head_weight=1.0), roles))
+    frozen = [*roles.teacher.net.parameters(), *roles.parameters("student").values()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    trunk = roles.parameters("fake")["blocks.0.qkv.weight"]
+    batch, loss = update.batch, update.loss(update.batch)
+    denoise = loss.stats["loss/fake"]
+    torch.testing.assert_close(loss.per_sample.detach(), denoise + loss.stats["loss/head"])
+    loss.per_sample.mean().backward()
+    with_gan = trunk.grad.clone()  # type: ignore[union-attr]
+    assert all(weights.grad is not None and weights.grad.any() for weights in head(roles).values())
+    assert all(parameter.grad is None for parameter in frozen)
+    trunk.grad = None
+    dmd2(roles).fake_loss(batch).per_sample.mean().backward()
+    assert not torch.allclose(with_gan, trunk.grad)  # type: ignore[arg-type]
+
+
+def test_the_student_follows_a_frozen_head() -> None:
+    roles = judged_roles()
+    method = dmd2(roles, gan_weight=1.0)
+    update = next(updates(method, roles, role="student"))
+    batch = update.batch
+    update.loss(batch).per_sample.mean().backward()
+    others = [*roles.parameters("fake").values(), *roles.teacher.net.parameters()]
+    assert all(parameter.grad is None for parameter in others)
+    assert all(parameter.requires_grad for parameter in roles.parameters("fake").values())
+    x0 = roles.student(batch.x_tau, batch.tau, batch.cond).x0
+    t = batch.t[:, None, None, None]
+    assert roles.critic is not None
+    logit = roles.critic((1 - t) * x0 + t * batch.eps, batch.t, batch.cond)
+    wanted = dmd_loss(x0, batch.x_tar) + generator_loss(logit)
+    torch.testing.assert_close(update.loss(batch).per_sample, wanted, rtol=1e-5, atol=1e-6)
+    parameters = list(roles.parameters("student").values())
+    for parameter, grad in zip(parameters, torch.autograd.grad(wanted.mean(), parameters), strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_student_update_moves_the_logit_towards_real() -> None:
+    roles = judged_roles()
+    method = dmd2(roles, gan_weight=1.0)
+    update = next(updates(method, roles, role="student"))
+    before = update.loss(update.batch).stats["loss/gan"].mean()
+    for parameter in roles.parameters("student").values():
+        (grad,) = torch.autograd.grad(update.loss(update.batch).per_sample.mean(), parameter)
+        parameter.data.sub_(1e-3 * grad)
+    assert update.loss(update.batch).stats["loss/gan"].mean() < before
+
+
+def test_the_head_tells_real_latents_from_the_students() -> None:
+    roles = judged_roles()
+    method = dmd2(roles, head_weight=1.0, gan_high=0.5)
+    fakes = [update.loss(update.batch).stats for step in range(12) for update in updates(method, roles, step, "fake")]
+    gaps = [(stats["gan/real"] - stats["gan/student"]).mean().item() for stats in fakes]
+    assert gaps[-1] > gaps[0] + 0.2
+    assert discriminator_loss(torch.tensor(9.0), torch.tensor(-9.0)) < 1e-3
+
+
+def test_real_and_student_latents_are_noised_independently_and_freshly_in_each_update() -> None:
+    roles = judged_roles()
+    seen = [update.batch for update in updates(dmd2(roles, gan_low=0.2, gan_high=0.7), roles, role="fake")]
+    clocks = torch.stack([t for batch in seen for t in (batch.real.t, batch.student.t, batch.t)])  # [15, B]
+    assert all(len(own.unique()) == len(own) for own in clocks.T)
+    assert all(0.2 < t < 0.7 for batch in seen for t in (*batch.real.t, *batch.student.t))
+    t = seen[0].real.t[:, None, None, None]
+    eps = (seen[0].real.x_t - (1 - t) * real_latents(prompts(), rng())) / t
+    assert 0.8 < eps.std() < 1.2
+
+
+def test_micro_batches_of_both_updates_are_the_whole_batch() -> None:
+    roles = judged_roles()
+    for update in updates(dmd2(roles), roles):
+        whole = update.loss(update.batch).per_sample
+        parts = [update.loss(cut(update.batch, k, k + 1, 4)).per_sample for k in range(4)]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_the_head_is_a_part_of_the_fake_and_depends_on_its_seed_only() -> None:
+    state = torch.random.get_rng_state()
+    first, second = judged_roles(), judged_roles()
+    assert {name for name in first.parameters("fake") if name.startswith("gan_head.")} == {
+        f"gan_head.{name}" for name in head(first)
+    }
+    assert same(head(first), head(second))
+    torch.random.set_rng_state(state)
+    before = torch.random.get_rng_state()
+    ShapesRoles(ShapesDit(width=32, depth=1), head_seed=5)
+    other = ShapesRoles(ShapesDit(width=32, depth=1), head_seed=6)
+    assert not same(head(first), head(other)) and not torch.equal(before, torch.random.get_rng_state())
+    assert not any(name.startswith("gan_head.") for name in tiny_roles().parameters("fake"))
+
+
+def test_a_gan_without_a_head_or_without_real_latents_is_refused() -> None:
+    roles = tiny_roles()
+    with pytest.raises(ValueError, match="these roles have no head"):
+        dmd2(roles)
+    judged = judged_roles()
+    with pytest.raises(ValueError, match="no real latents"):
+        Dmd2(Dmd2Config(), judged, LATENT_SHAPE, "velocity").attach(judged.critic)
+    with pytest.raises(ValueError, match="a head that is never trained"):
+        Dmd2Config(head_weight=0.0)
+
+
+REGRESSION = {"regression_weight": 0.25, "regression_steps": 3}
+
+
+def test_the_regression_is_added_to_dmd_on_pairs_that_the_teachers_ode_solves() -> None:
+    roles = tiny_roles()
+    method = dmd(roles, guidance=1.0, **REGRESSION)
+    update = next(updates(method, roles, role="student"))
+    batch = update.batch
+    assert isinstance(batch, PairedBatch)
+    solved = ode_sample(roles.teacher, batch.pairs.noise, times(3), prompts().cond, roles.schedule)
+    torch.testing.assert_close(batch.pairs.x0_ode, solved)
+    x0 = roles.student(batch.pairs.noise, torch.ones(4), prompts().cond).x0
+    wanted = method.student_loss(batch).per_sample + 0.25 * (x0 - solved).square().mean((1, 2, 3))
+    torch.testing.assert_close(update.loss(batch).per_sample, wanted)
+    parts = [update.loss(cut(batch, k, k + 1, 4)).per_sample for k in range(4)]
+    torch.testing.assert_close(torch.cat(parts), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_pairs_are_those_of_the_guided_teacher() -> None:
+    roles = tiny_roles()
+    one, five = (dmd(roles, guidance=g, **REGRESSION).pairs.at(0, prompts(), rng()) for g in (1.0, 5.0))
+    assert torch.equal(one.noise, five.noise) and not torch.allclose(one.x0_ode, five.x0_ode, atol=1e-3)
+
+
+def test_weight_zero_solves_no_pairs_and_is_dmd_two_regression_changes_the_student() -> None:
+    first, second, third = tiny_roles(), tiny_roles(), tiny_roles()
+    plain = train(dmd(first), first)
+    method = dmd(second, regression_steps=7)
+    assert same(train(method, second), plain) and not method.state()
+    assert not same(train(dmd(third, **REGRESSION), third), plain)
+
+
+def test_kept_pairs_are_solved_once_and_used_in_turn_fresh_ones_every_time() -> None:
+    roles = tiny_roles()
+    diary = watch(roles)
+    kept = dmd(roles, regression_batches=2, **REGRESSION).pairs
+    pairs = [kept.at(step, prompts(), rng(step)) for step in range(5)]
+    assert sum(call.name == "teacher" for call in diary) == 2 * 3
+    assert pairs[0] is pairs[2] is pairs[4] and pairs[1] is pairs[3] and pairs[0] is not pairs[1]
+    fresh = dmd(roles, regression_batches=0, **REGRESSION).pairs
+    noises = [fresh.at(step, prompts(), rng(step)).noise for step in range(3)]
+    assert not torch.equal(noises[0], noises[2]) and not fresh.state()
+
+
+def test_kept_pairs_survive_a_restart() -> None:
+    whole, again = tiny_roles(), tiny_roles()
+    train(dmd(whole, regression_batches=2, **REGRESSION), whole, 4)
+    first = dmd(again, regression_batches=2, **REGRESSION)
+    train(first, again, 2)
+    resumed = dmd(again, regression_batches=2, **REGRESSION)
+    resumed.load({name: value.clone() for name, value in first.state().items()})
+    elsewhere: list[Update] = []
+    diary = watch(again)
+    for step in (2, 3):
+        elsewhere += list(updates(resumed, again, step))
+    assert same(weights(again), weights(whole))
+    assert sum(call.name == "teacher" for call in diary) == 2 * 1  # the DMD gradients only
+    assert plain_cut(elsewhere[-1].batch.pairs.noise, 0, 1).shape == (1, *LATENT_SHAPE)
