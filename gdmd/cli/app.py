@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli import lab, results, training
+from gdmd.cli import compare, lab, results, training
 
 app = typer.Typer(
     name="gdmd",
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("train")(training.train_command)
 app.command("demo")(training.demo_command)
+app.command("compare")(compare.compare_command)
 app.command("eval")(results.eval_command)
 app.command("sample")(results.sample_command)
 app.command("report")(results.report_command)

@@ -1,0 +1,149 @@
+"""A comparison: which methods are trained with which seeds to which budget, how they are measured, and against which row.
+
+Every row is a recipe with overrides, so that whatever ``gdmd train`` can train can be compared.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount
+
+RowName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+"""Letters, digits, "_", "." and "-": names stand in file names and in ``--only``."""
+Budget = Literal["updates", "passes"]
+Table = Literal["strategy", "collection"]
+Overrides = dict[str, Any]
+"""Dotted path of a recipe -> value, as in ``gdmd train RECIPE a.b=c``."""
+
+SET_BY_THE_COMPARISON = ("loop.steps", "loop.seed", "loop.threads", "loop.checkpoint_every", "loop.keep_checkpoints")
+"""Fields of a recipe that come from seeds, budget and diagnosis; and everything under ``eval``."""
+
+
+class RowSpec(Config):
+    """One student of the comparison."""
+
+    name: RowName = Field(description="`method` in the table: `gdmd` for the shipped default, `gdmd_paper`, `dmd`, ...")
+    kind: Literal["rival", "gdmd", "control"]
+    label: str = Field(default="", description="Name on the page and in figures; default: the name.")
+    recipe: str = Field(default="", description="A recipe's name or .yaml file; default: `base` of the comparison.")
+    overrides: Overrides = Field(default={}, description="Overrides of this row, after those of the comparison.")
+    budgets: tuple[Budget, ...] | None = Field(default=None, description="Default: `budgets` of the comparison.")
+    tables: tuple[Table, ...] = Field(default=(), description="Also a row of Table 3 (strategy) or 4 (collection).")
+
+    @property
+    def title(self) -> str:
+        """What a reader sees."""
+        return self.label or self.name
+
+
+class TeacherRow(Config):
+    """The teacher's deterministic sampler as a row."""
+
+    name: RowName
+    label: str = ""
+    steps: Count = Field(description="ODE steps; 2 NFE each with guidance, 1 without.")
+    guidance: NonNegative | None = Field(default=None, description="Default: that of the headline row's recipe.")
+
+    @property
+    def title(self) -> str:
+        """What a reader sees."""
+        return self.label or self.name
+
+
+class EvaluationSpec(Config):
+    """How every cell is measured."""
+
+    split: Literal["dev", "eval"] = Field(default="eval", description="dev: for choosing settings; eval: for results.")
+    per_task: Count = Field(default=50, description="Captions per task; 50 x 4 images x 6 tasks = 1,200 images.")
+    images: Count = Field(default=4, description="Images per caption.")
+    seed: NonNegativeCount = Field(
+        default=777, description="Seed of the evaluation noise; the cell's seed is added, so that rows stay paired."
+    )
+
+
+class DiagnosisSpec(Config):
+    """What is measured along the training: curves, and the divergence of RL and DMD gradients."""
+
+    seeds: NonNegativeCount = Field(default=1, description="So many of the first seeds are diagnosed; 0 = none.")
+    points: Count = Field(default=4, description="Equally spaced checkpoints that are looked at, besides the start.")
+    per_task: Count = Field(default=20, description="Captions per task of a curve's point.")
+    images: Count = Field(default=2, description="Images per caption of a curve's point.")
+
+
+class PictureSpec(Config):
+    """The figures that show images; made with the students of the first seed."""
+
+    rows: tuple[str, ...] = Field(default=(), description="Rows shown side by side; default: teachers, rivals, gdmd.")
+    per_cluster: Count = Field(default=6, description="Images per colour and object in the feature-space figure.")
+    captions: Count = Field(default=8, description="Captions of each same-noise grid.")
+
+
+class CompareSpec(Config):
+    """``gdmd compare SPEC``: rows x seeds x budgets."""
+
+    name: RowName
+    about: str = ""
+    base: str = Field(description="Recipe of the rows that name none.")
+    overrides: Overrides = Field(default={}, description="Overrides of every row (batch, rates, EMA, rewards, ...).")
+    headline: str = Field(default="gdmd", description="The row against which the paired tests go.")
+    reference: str = Field(default="", description="The row whose passes the budget `passes` gives to every other one.")
+    seeds: Annotated[tuple[NonNegativeCount, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
+    student_updates: Count = Field(description="Student updates of every row under the budget `updates`.")
+    budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = ("updates",)
+    rows: Annotated[tuple[RowSpec, ...], Field(min_length=1)]
+    teachers: tuple[TeacherRow, ...] = (
+        TeacherRow(name="teacher_100", label="teacher, 100 NFE", steps=50),
+        TeacherRow(name="teacher_50", label="teacher, 50 NFE, no guidance", steps=50, guidance=1.0),
+        TeacherRow(name="teacher_4", label="teacher, 4 NFE, no guidance", steps=4, guidance=1.0),
+    )
+    evaluation: EvaluationSpec = EvaluationSpec()
+    diagnosis: DiagnosisSpec = DiagnosisSpec()
+    pictures: PictureSpec = PictureSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CompareSpec:
+        problems = [*self._name_problems(), *self._override_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _name_problems(self) -> list[str]:
+        names = [*(row.name for row in self.teachers), *(row.name for row in self.rows)]
+        found = [f"the row name '{name}' is used {names.count(name)} times" for name in _twice(names)]
+        found += [f"seed {seed} is listed twice" for seed in _twice(self.seeds)]
+        found += [f"budget {budget} is listed twice" for budget in _twice(self.budgets)]
+        students = [row.name for row in self.rows]
+        for field, name in (("headline", self.headline), ("reference", self.reference or self.headline)):
+            if name not in students:
+                found.append(f"{field} '{name}' is not among the rows {', '.join(students)}")
+        unknown = [name for name in self.pictures.rows if name not in names]
+        return found + [f"pictures.rows names '{name}', which is no row" for name in unknown]
+
+    def _override_problems(self) -> list[str]:
+        places = [("overrides", self.overrides), *((f"row '{row.name}'", row.overrides) for row in self.rows)]
+        return [
+            f"{place} sets '{key}', which the comparison sets itself (seeds, student_updates, evaluation, diagnosis)"
+            for place, overrides in places
+            for key in overrides
+            if key in (*SET_BY_THE_COMPARISON, "loop", "name", "about") or key.split(".")[0] == "eval"
+        ]
+
+    def budgets_of(self, row: RowSpec) -> tuple[Budget, ...]:
+        """The budgets of one row."""
+        return self.budgets if row.budgets is None else row.budgets
+
+    def row(self, name: str) -> RowSpec:
+        """The student row of that name."""
+        return next(row for row in self.rows if row.name == name)
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """name -> what a reader sees, teachers first."""
+        return {row.name: row.title for row in self.teachers} | {row.name: row.title for row in self.rows}
+
+
+def _twice(values: tuple[Any, ...] | list[Any]) -> list[Any]:
+    return [value for value in dict.fromkeys(values) if values.count(value) > 1]

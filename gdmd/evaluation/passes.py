@@ -1,0 +1,120 @@
+"""What a training costs, counted by hooks on the networks: passes, student updates, seconds.
+
+One pass is one forward of one denoiser (student, fake, teacher or old policy) on one sample; a backward counts two more.
+Decoder and rewards are left out: METHOD's budgets compare denoiser calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gdmd.diffusion.rng import SampleRng
+from gdmd.types import Method, PromptBatch, Update
+
+BACKWARD = 2
+"""A backward pass costs about two forwards: gradients of the inputs and of the weights."""
+_KEYS = ("cost.passes", "cost.updates", "cost.seconds")
+
+
+class Wrapped(Protocol):
+    """A denoiser that shows its network."""
+
+    net: nn.Module
+
+
+@dataclass
+class Cost:
+    """Sums since the beginning of a training. seconds: inside iterations, so without logs, grids and checkpoints."""
+
+    passes: int = 0
+    updates: int = 0  # student updates that the method asked for
+    seconds: float = 0.0
+
+
+@dataclass
+class Counted:
+    """A method whose cost is counted; it computes what the method alone would compute.
+
+    The sums are saved with the method's state, so that they survive a restart like everything else.
+    """
+
+    method: Method
+    networks: Iterable[nn.Module]
+    cost: Cost = field(default_factory=Cost)
+    _counting: bool = False
+
+    def __post_init__(self) -> None:
+        for net in {id(net): net for net in self.networks}.values():
+            net.register_forward_hook(self._on_forward)
+
+    def _on_forward(self, net: nn.Module, given: tuple[Any, ...], answer: Any) -> None:
+        if self._counting:
+            first = answer if isinstance(answer, Tensor) else next(value for value in answer)
+            self.cost.passes += len(first) * (1 + BACKWARD * first.requires_grad)
+
+    def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
+        """The method's own updates; everything until the last one is applied is counted."""
+        began = time.perf_counter()
+        self._counting = True
+        try:
+            for update in self.method.iteration(step, prompts, rng):
+                self.cost.updates += update.role == "student"
+                yield update
+        finally:
+            self._counting = False
+            self.cost.seconds += time.perf_counter() - began
+
+    def stats(self) -> Mapping[str, Tensor]:
+        return self.method.stats()
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The method's state and the three sums."""
+        sums = (self.cost.passes, self.cost.updates, self.cost.seconds)
+        cost = {key: torch.tensor(value, dtype=torch.float64) for key, value in zip(_KEYS, sums, strict=True)}
+        return {**self.method.state(), **cost}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        passes, updates, seconds = (state[key] for key in _KEYS)
+        self.cost = Cost(int(passes), int(updates), float(seconds))
+        self.method.load(without_cost(state))
+
+
+def without_cost(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A saved method state without the sums of ``Counted``."""
+    return {key: value for key, value in state.items() if key not in _KEYS}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Means per outer iteration."""
+
+    passes: float
+    updates: float
+
+    def steps_for_updates(self, updates: int) -> int:
+        """The fewest outer iterations with at least so many student updates."""
+        return max(1, -int(-updates // self.updates))
+
+    def steps_for_passes(self, passes: float) -> int:
+        """The number of outer iterations that comes nearest to so many passes."""
+        return max(1, round(passes / self.passes))
+
+
+def measure_pace(counted: Counted, batches: Iterable[tuple[int, PromptBatch, SampleRng]]) -> Pace:
+    """Run the iterations of (step, prompts, rng) without applying an update: every forward is made and counted."""
+    number = 0
+    for step, prompts, rng in batches:
+        for update in counted.iteration(step, prompts, rng):
+            update.loss(update.batch)
+        number += 1
+    if not counted.cost.updates:
+        raise ValueError(
+            f"no student update in {number} iterations of {type(counted.method).__name__}; nothing to pace"
+        )
+    return Pace(counted.cost.passes / number, counted.cost.updates / number)

@@ -1,0 +1,238 @@
+"""What ``gdmd compare`` does: run the cells that are not finished, several at once, then write the pages. No torch here.
+
+Every cell is a process of its own (``programs.compare_job``), so that a failing one stops no other, memory is measured
+per method, and a signal reaches each training at the end of an iteration.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import shorten
+from types import FrameType
+from typing import IO, Any
+
+from gdmd.config.load import dump_config
+from gdmd.programs.compare_plan import Cell, chosen, key_of, line_of, plan, read_table, unique
+from gdmd.recipes.read_comparison import Comparison
+from gdmd.runs.errors import RunError, writing
+from gdmd.runs.rundir import write_atomic
+
+Say = Callable[[str], None]
+POLL, PATIENCE = 0.1, 120.0
+"""Seconds between looks at the workers, and how long a stopped one may finish its iteration and save."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+PICTURES = "gdmd.programs.compare_pictures"
+JOB = "gdmd.programs.compare_job"
+
+
+@dataclass
+class Outcome:
+    """What a call of the program did. failed: place of the cell -> last line of its log."""
+
+    folder: Path
+    cells: int = 0
+    trained: list[str] = field(default_factory=list)
+    cached: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    signal: int | None = None
+    page: Path | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1 when a cell failed, 128 + signal when it was stopped."""
+        return 128 + self.signal if self.signal is not None else int(bool(self.failed))
+
+
+def run_comparison(
+    comparison: Comparison, source: str, folder: Path, jobs: int, only: Sequence[str], say: Say
+) -> Outcome:
+    """Finish every chosen cell of the comparison in ``folder``; what is finished there is not done again."""
+    cells = plan(comparison)
+    wanted = chosen(cells, only)
+    with writing("the comparison", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        write_atomic(folder / "comparison.yaml", dump_config(comparison.spec), "the comparison")
+        table = Table(folder, source)
+        outcome = Outcome(folder, len(wanted))
+        todo = _unfinished(wanted, folder, table, outcome)
+        say(f"{len(wanted)} cells, {outcome.cached} finished before, {len(todo)} to run, {jobs} at once, in {folder}")
+        with _stop_signals() as stopped:
+            _Pool(folder, jobs, table, wanted, outcome, say).run(todo, stopped)
+            outcome.signal = stopped[0] if stopped else None
+        if outcome.signal is None and table.lines(cells):
+            say("drawing the images of the figures")
+            if _finish(PICTURES, folder, folder / "pictures.log") != 0:
+                outcome.failed["pictures"] = _reason(folder / "pictures.log")
+    return outcome
+
+
+class Table:
+    """OUT/table.jsonl: one line per cell; each is written at once and whole, or not at all."""
+
+    def __init__(self, folder: Path, source: str) -> None:
+        self.path, self.source = folder / "table.jsonl", source
+        rows = read_table(self.path)
+        if self.path.exists():  # a torn last line goes
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows), "the table")
+        self._known = {key_of(row) for row in rows}
+
+    def add(self, cell: Cell) -> dict[str, Any]:
+        """Append the line of a finished cell, unless it is there."""
+        file = cell.folder(self.path.parent) / "result.json"
+        command = f"gdmd compare {self.source} --only {cell.place}"
+        line = line_of(cell, json.loads(file.read_text(encoding="utf-8")), command)
+        if cell.key in self._known:
+            return line
+        with writing("the table", self.path):
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(handle, (json.dumps(line) + "\n").encode())
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        self._known.add(cell.key)
+        return line
+
+    def lines(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        """The lines of these cells; those of other settings that lie in the same folder are left out."""
+        keys = {cell.key for cell in cells}
+        return [row for row in read_table(self.path) if key_of(row) in keys]
+
+
+class _Pool:
+    """At most ``jobs`` workers at a time."""
+
+    def __init__(
+        self, folder: Path, jobs: int, table: Table, wanted: Sequence[Cell], outcome: Outcome, say: Say
+    ) -> None:
+        self.folder, self.jobs, self.table, self.wanted, self.outcome = folder, jobs, table, wanted, outcome
+        self.say, self._done, self._running = say, 0, dict[subprocess.Popen[bytes], tuple[Cell, float]]()
+
+    def run(self, todo: Sequence[Cell], stopped: Sequence[int]) -> None:
+        """Until all are done, or a signal arrives: then the running ones save and end."""
+        waiting = list(todo)
+        while (waiting or self._running) and not stopped:
+            while waiting and len(self._running) < self.jobs:
+                self._start(waiting.pop(0))
+            time.sleep(POLL)
+            for worker in [worker for worker in self._running if worker.poll() is not None]:
+                self._end(worker, len(todo))
+        if self._running:
+            self._stop()
+
+    def _start(self, cell: Cell) -> None:
+        folder = cell.folder(self.folder)
+        with writing("the cell", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "job.json", json.dumps(cell.job, indent=1), "the cell's job")
+        with (folder / "log.txt").open("ab") as log:
+            self._running[_worker(JOB, folder, log)] = cell, time.perf_counter()
+
+    def _end(self, worker: subprocess.Popen[bytes], total: int) -> None:
+        cell, began = self._running.pop(worker)
+        self._done += 1
+        head = f"[{self._done}/{total}] {cell.place}"
+        if worker.returncode != 0:
+            reason = _reason(cell.folder(self.folder) / "log.txt") or f"exit code {worker.returncode}"
+            self.outcome.failed[cell.place] = reason
+            self.say(f"{head} FAILED ({reason}); log: {cell.folder(self.folder) / 'log.txt'}")
+            return
+        self.outcome.trained.append(cell.place)
+        for same in [each for each in self.wanted if each.hash == cell.hash]:
+            line = self.table.add(same)
+        self.say(f"{head}: ShapesEval {line['shapeseval']:.3f} ({time.perf_counter() - began:.0f} s)")
+
+    def _stop(self) -> None:
+        self.say(f"stopping: {len(self._running)} cells save their state; the same command goes on from there")
+        for worker in self._running:
+            worker.terminate()
+        for worker in self._running:
+            try:
+                worker.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
+
+
+def _unfinished(wanted: Sequence[Cell], folder: Path, table: Table, outcome: Outcome) -> list[Cell]:
+    """The cells to run; lines of cells that finished without one (a crash in between) are added."""
+    finished = [cell for cell in wanted if (cell.folder(folder) / "result.json").exists()]
+    for cell in finished:
+        table.add(cell)
+    outcome.cached = len(finished)
+    done = {cell.hash for cell in finished}
+    return [cell for cell in unique(wanted) if cell.hash not in done]
+
+
+def _worker(module: str, folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A process in its own session: Ctrl-C reaches us alone, and we pass it on."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, str(folder)],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        env={**os.environ, **ONE_THREAD},
+    )
+
+
+def _finish(module: str, folder: Path, log: Path) -> int:
+    with log.open("wb") as file:
+        worker = _worker(module, folder, file)
+        try:
+            return worker.wait()
+        finally:
+            if worker.poll() is None:
+                worker.terminate()
+
+
+def _reason(log: Path) -> str:
+    """The newest error of a log (a traceback's last line where there is none), on one short line."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    told = [line for line in lines if line.strip()]
+    errors = [line for line in told if line.startswith("error: ")]
+    return shorten((errors or told or [""])[-1].removeprefix("error: "), 200)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One comparison per folder at a time."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{folder}: another gdmd compare is running there; wait for it or use --out") from error
+        yield
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that receives the first SIGINT or SIGTERM; the second one has its usual effect."""
+    stopped: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, on_signal)
+    try:
+        yield stopped
+    finally:
+        restore()

@@ -1,0 +1,75 @@
+"""How many outer iterations a budget is: the pace of a recipe is probed by hooks, once for all its seeds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gdmd.backbones.shapes import ShapesRoles
+from gdmd.config.run import RunConfig
+from gdmd.diffusion.rng import SampleRng
+from gdmd.evaluation.passes import Counted, Pace, measure_pace
+from gdmd.recipes.build import Lab, build
+from gdmd.runs.errors import writing
+from gdmd.runs.rundir import config_hash
+
+PROBED = 6
+"""Iterations of a probe, spread over the training so that stages of a method are seen: the roll-out's length varies
+from batch to batch by about 2 % of an iteration."""
+
+
+def counted(lab: Lab) -> Counted:
+    """The method of a lab with its cost counted by hooks on the four denoisers."""
+    return Counted(lab.method, networks(lab.roles))
+
+
+def networks(roles: ShapesRoles) -> list[Any]:
+    """The networks behind the roles."""
+    return [roles.student.net, roles.fake.net, roles.teacher.net, roles.old.net]
+
+
+def iterations(job: Mapping[str, Any], probes: Path) -> int:
+    """The outer iterations of a student cell.
+
+    updates: the fewest with at least the asked student updates. passes: the number whose expected passes come nearest
+    to those of the reference row under the budget of updates.
+    """
+    own = pace_of(job["recipe"], job["student_updates"], probes)
+    if job["passes_of"] is None:
+        return own.steps_for_updates(job["student_updates"])
+    reference = pace_of(job["passes_of"], job["student_updates"], probes)
+    return own.steps_for_passes(reference.passes * reference.steps_for_updates(job["student_updates"]))
+
+
+def pace_of(recipe: Mapping[str, Any], updates: int, probes: Path) -> Pace:
+    """The pace of a recipe, from the file of an earlier probe where there is one."""
+    tree = {key: recipe[key] for key in ("model", "method", "rewards", "prompts", "loop")}
+    tree |= {"name": "probe", "loop": {**tree["loop"], "seed": 0}}
+    path = probes / f"{config_hash({**tree, 'updates': updates})[:16]}.json"
+    if path.exists():
+        return Pace(**json.loads(path.read_text(encoding="utf-8")))
+    pace = probe(RunConfig.model_validate(tree), updates)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")  # cells of two seeds may probe at the same time
+    with writing("the probe", path):
+        probes.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"passes": pace.passes, "updates": pace.updates}), encoding="utf-8")
+        os.replace(partial, path)
+    return pace
+
+
+def probe(cfg: RunConfig, updates: int) -> Pace:
+    """Passes and student updates per iteration: one iteration to learn the updates, then PROBED over the training."""
+    lab = build(cfg)
+    first = measure_pace(counted(lab), [_batch(lab, cfg, 0)])
+    steps = first.steps_for_updates(updates)
+    places = [int((k + 0.5) * steps / PROBED) for k in range(PROBED)]
+    lab = build(cfg)
+    return measure_pace(counted(lab), (_batch(lab, cfg, place) for place in places))
+
+
+def _batch(lab: Lab, cfg: RunConfig, step: int) -> Any:
+    prompts = lab.stream.at(step)
+    return step, prompts, SampleRng(cfg.loop.seed, step, prompts.index)

@@ -1,0 +1,98 @@
+"""The pages of a comparison, made again from its table whenever they are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gdmd.evaluation.comparison_figures import draw_all
+from gdmd.evaluation.comparison_page import About, write_page
+from gdmd.evaluation.comparison_tables import OVERALL, Results, Row, against_headline
+from gdmd.programs.compare import Outcome
+from gdmd.programs.compare_plan import key_of, plan, read_table
+from gdmd.recipes.read_comparison import Comparison
+from gdmd.runs.errors import RunError
+
+PAGE, TABLE, PICTURES = "shapes.md", "table.jsonl", "pictures.json"
+
+
+def results_of(comparison: Comparison, folder: Path) -> tuple[Results, int]:
+    """The lines of this comparison (those of other settings in the same table are left out); how many are missing."""
+    spec = comparison.spec
+    keys = dict.fromkeys(cell.key for cell in plan(comparison))
+    known = {key_of(line): line for line in read_table(_table(folder)) if key_of(line) in keys}
+    rows = [Row(row.name, row.title, "teacher") for row in spec.teachers]
+    rows += [Row(row.name, row.title, row.kind, tuple(row.tables)) for row in spec.rows]
+    return Results(rows, [known[key] for key in keys if key in known], spec.headline), len(keys) - len(known)
+
+
+def write_pages(comparison: Comparison, source: str, folder: Path, *, required: bool) -> Path | None:
+    """Write the figures and shapes.md; None (or, if ``required``, an error) while no cell is finished."""
+    results, missing = results_of(comparison, folder)
+    if not results.lines:
+        if required:
+            raise RunError(
+                f"{_table(folder)} holds no line of comparison {comparison.spec.name!r}; run it first without --pages-only"
+            )
+        return None
+    draw_all(results, folder / "figures", _features(folder))
+    spec = comparison.spec
+    reference = spec.titles[spec.reference or spec.headline] if "passes" in spec.budgets else ""
+    about = About(
+        title=f"Comparison on Shapes: {spec.name}",
+        about=spec.about,
+        command=f"gdmd compare {source} --out {folder}",
+        student_updates=spec.student_updates,
+        seeds=spec.seeds,
+        reference=reference,
+        split=spec.evaluation.split,
+        images=int(results.lines[0]["images"]),
+        missing=missing,
+    )
+    drawn = [path.name for path in (folder / "figures").glob("*.png")]
+    return write_page(folder / PAGE, results, about, drawn)
+
+
+def summary(comparison: Comparison, outcome: Outcome) -> dict[str, Any]:
+    """What ``gdmd compare --json`` prints."""
+    results, missing = results_of(comparison, outcome.folder)
+    tests = {each.row.name: each for each in against_headline(results, OVERALL)}
+    return {
+        "folder": str(outcome.folder),
+        "table": str(_table(outcome.folder)),
+        "page": str(outcome.page) if outcome.page else None,
+        "trained": outcome.trained,
+        "cached": outcome.cached,
+        "failed": outcome.failed,
+        "missing": missing,
+        "rows": {row.name: _row(results, row, tests) for row in results.present()},
+    }
+
+
+def _row(results: Results, row: Row, tests: Mapping[str, Any]) -> dict[str, Any]:
+    found = results.summary(row.name, OVERALL)
+    tested = tests.get(row.name)
+    return {
+        "kind": row.kind,
+        "seeds": found.count if found else 0,
+        "shapeseval": found.mean if found else None,
+        "std": found.std if found else None,
+        "behind_headline": tested.test.difference if tested else None,
+        "p_holm": tested.adjusted if tested else None,
+    }
+
+
+def _table(folder: Path) -> Path:
+    """table.jsonl of a comparison's folder, or the committed shapes.jsonl."""
+    committed = folder / "shapes.jsonl"
+    return committed if committed.exists() and not (folder / TABLE).exists() else folder / TABLE
+
+
+def _features(folder: Path) -> Sequence[Mapping[str, Any]]:
+    path = folder / PICTURES
+    if not path.exists():
+        return []
+    panels: list[Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["panels"]
+    return panels

@@ -1,0 +1,173 @@
+"""From a comparison to its cells: rows x seeds x budgets, each a job that is a pure function of its settings. No torch.
+
+OUT/table.jsonl          one line per cell, appended when the cell is finished
+OUT/cells/HASH/          job.json, log.txt, result.json; run/ is the run folder (``gdmd eval OUT/cells/HASH/run``)
+OUT/probes/HASH.json     passes and student updates per iteration of a recipe, shared by its seeds
+OUT/figures/, shapes.md  the pages
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from gdmd.config.comparison import Budget, RowSpec, TeacherRow
+from gdmd.config.run import RunConfig
+from gdmd.recipes.read_comparison import Comparison
+from gdmd.runs.rundir import config_hash
+
+HASH = 16
+"""Characters of a cell's hash in folder names and table lines."""
+OFF = {"grid_every": 0, "threads": 1}
+"""What the loop of a cell does not do: grids are drawn at the end, for all methods together."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the table. Cells of equal ``job`` share their folder and are trained once."""
+
+    method: str
+    kind: str
+    seed: int
+    budget: Budget
+    job: Mapping[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """Of everything that determines the result; names of rows are not part of it."""
+        return config_hash(self.job)[:HASH]
+
+    @property
+    def place(self) -> str:
+        """What ``--only`` matches and the user reads."""
+        return f"{self.method}/{self.seed}/{self.budget}"
+
+    @property
+    def key(self) -> tuple[str, int, str, str]:
+        """The identity of a table line."""
+        return self.method, self.seed, self.budget, self.hash
+
+    def folder(self, where: Path) -> Path:
+        """The cell's folder below the comparison's."""
+        return where / "cells" / self.hash
+
+
+def plan(comparison: Comparison) -> list[Cell]:
+    """All cells, seed by seed, so that an unfinished comparison has whole seeds."""
+    spec = comparison.spec
+    cells: list[Cell] = []
+    for place, seed in enumerate(spec.seeds):
+        diagnosed = place < spec.diagnosis.seeds
+        cells += [_teacher_cell(comparison, row, seed) for row in spec.teachers]
+        for budget in spec.budgets:
+            rows = (row for row in spec.rows if budget in spec.budgets_of(row))
+            cells += [_student_cell(comparison, row, seed, budget, diagnosed) for row in rows]
+    return cells
+
+
+def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """Cells that match one of the patterns METHOD[/SEED[/BUDGET]] (all without patterns); ValueError for a useless one."""
+    if not only:
+        return list(cells)
+    patterns = [pattern + "/*" * (2 - pattern.count("/")) for pattern in only]
+    useless = [given for given, full in zip(only, patterns, strict=True) if not any(_fits(c, full) for c in cells)]
+    if useless:
+        methods = ", ".join(dict.fromkeys(cell.method for cell in cells))
+        raise ValueError(
+            f"--only {' '.join(useless)}: matches no cell; a pattern is METHOD[/SEED[/BUDGET]] with * for any, "
+            f"and the methods are {methods}"
+        )
+    return [cell for cell in cells if any(_fits(cell, pattern) for pattern in patterns)]
+
+
+def unique(cells: Iterable[Cell]) -> list[Cell]:
+    """One cell per hash, in order: what has to be computed."""
+    return list({cell.hash: cell for cell in reversed(list(cells))}.values())[::-1]
+
+
+def line_of(cell: Cell, measured: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """The table line of a finished cell."""
+    names = {"method": cell.method, "kind": cell.kind, "seed": cell.seed, "budget": cell.budget}
+    return {**names, **measured, "hash": cell.hash, "command": command}
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The lines of a table in order; a torn last line (a crash while writing) is left out, other damage is an error."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            row["method"], row["seed"], row["budget"], row["hash"], row["shapeseval"]  # noqa: B018
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{path}, line {number} is no line of a comparison ({type(error).__name__}: {error}); delete it"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def key_of(line: Mapping[str, Any]) -> tuple[str, int, str, str]:
+    """The identity of a table line, as ``Cell.key``."""
+    return line["method"], line["seed"], line["budget"], line["hash"]
+
+
+def _fits(cell: Cell, pattern: str) -> bool:
+    return fnmatchcase(cell.place, pattern)
+
+
+def _teacher_cell(comparison: Comparison, row: TeacherRow, seed: int) -> Cell:
+    guidance = comparison.headline.method.guidance if row.guidance is None else row.guidance
+    cfg = _measured(comparison, comparison.headline, seed)
+    job = {
+        "teacher": {"steps": row.steps, "guidance": guidance},
+        "recipe": {"model": cfg["model"], "rewards": cfg["rewards"], "eval": cfg["eval"]},
+        "split": comparison.spec.evaluation.split,
+    }
+    return Cell(row.name, "teacher", seed, "updates", job)
+
+
+def _student_cell(comparison: Comparison, row: RowSpec, seed: int, budget: Budget, diagnosed: bool) -> Cell:
+    """Under the budget of passes the reference row is what it is under the budget of updates: the same cell."""
+    spec = comparison.spec
+    reference = spec.reference or spec.headline
+    matched = budget == "passes" and row.name != reference
+    diagnosis = spec.diagnosis.model_dump(mode="json", exclude={"seeds"})
+    job = {
+        "recipe": _measured(comparison, comparison.recipes[row.name], seed),
+        "student_updates": spec.student_updates,
+        "passes_of": _paced(comparison.recipes[reference]) if matched else None,
+        "split": spec.evaluation.split,
+        "diagnosis": diagnosis if diagnosed and not matched else None,
+    }
+    return Cell(row.name, row.kind, seed, budget, job)
+
+
+def _measured(comparison: Comparison, cfg: RunConfig, seed: int) -> dict[str, Any]:
+    """The recipe with the cell's seed and evaluation; captions are the same for all, noise goes with the seed."""
+    how = comparison.spec.evaluation
+    tree = cfg.model_dump(mode="json") | {"about": ""}
+    tree["eval"] |= {"per_task": how.per_task, "images": how.images, "seed": how.seed + seed}
+    tree["loop"] |= {"seed": seed, **OFF}
+    for key in ("steps", "checkpoint_every", "keep_checkpoints"):
+        del tree["loop"][key]
+    return tree
+
+
+def _paced(cfg: RunConfig) -> dict[str, Any]:
+    """What the pace of a recipe depends on: not its seed, nor how it is measured."""
+    tree = cfg.model_dump(mode="json", include={"model", "method", "rewards", "prompts", "loop"})
+    tree["loop"] |= {"seed": 0, **OFF}
+    for key in ("steps", "checkpoint_every", "keep_checkpoints"):
+        del tree["loop"][key]
+    return tree

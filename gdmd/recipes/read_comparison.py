@@ -1,0 +1,70 @@
+"""Comparisons by name or path, and the recipes of their rows, without torch; every mistake is listed at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gdmd.config.comparison import CompareSpec, Overrides
+from gdmd.config.load import ConfigError, load_config
+from gdmd.config.run import RunConfig
+from gdmd.recipes.read import FOLDER, read_recipe
+
+COMPARISONS = FOLDER / "compare"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A specification and the resolved recipe of each of its student rows."""
+
+    spec: CompareSpec
+    recipes: Mapping[str, RunConfig]  # row name -> recipe, seed and steps still those of the recipe
+
+    @property
+    def headline(self) -> RunConfig:
+        """The recipe of the headline row; its guidance is the teacher rows' default."""
+        return self.recipes[self.spec.headline]
+
+
+def comparison_names() -> list[str]:
+    """Names of the shipped comparisons."""
+    return sorted(path.stem for path in COMPARISONS.glob("*.yaml"))
+
+
+def comparison_path(source: str) -> Path:
+    """The file of a shipped comparison, or of a path ending in .yaml / .yml. ConfigError for neither."""
+    if source.endswith((".yaml", ".yml")):
+        if not Path(source).is_file():
+            raise ConfigError([f"comparison file {source}: there is no such file"])
+        return Path(source)
+    names = comparison_names()
+    if source in names:
+        return COMPARISONS / f"{source}.yaml"
+    near = difflib.get_close_matches(source, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError([f"unknown comparison {source!r}: {hint}shipped are {', '.join(names)}; or give a .yaml file"])
+
+
+def read_comparison(source: str) -> Comparison:
+    """The validated comparison with all its recipes; ConfigError lists the mistakes of every row."""
+    path = comparison_path(source)
+    spec = load_config(CompareSpec, path, where=path.name)
+    recipes: dict[str, RunConfig] = {}
+    errors: list[str] = []
+    for row in spec.rows:
+        overrides = _words({**spec.overrides, **row.overrides})
+        try:
+            recipes[row.name] = read_recipe(row.recipe or spec.base, overrides)
+        except ConfigError as error:
+            errors += [f"{path.name}, row '{row.name}': {line}" for line in error.errors]
+    if errors:
+        raise ConfigError(errors)
+    return Comparison(spec, recipes)
+
+
+def _words(overrides: Overrides) -> list[str]:
+    """As ``a.b=c``; JSON is YAML."""
+    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
