@@ -51,29 +51,47 @@ def _json_line(path: Path, number: int, line: str) -> str:
 
 
 class PromptStream:
-    """Batches of prompts drawn from a list, uniformly over its groups (tasks), then over the members of a group."""
+    """Batches of prompts drawn from a list, uniformly over its groups (tasks), then over the members of a group.
 
-    def __init__(self, groups: list[list[str]], encoder: TextEncoder, batch_size: int, seed: int) -> None:
+    ``group``: samples per prompt. Sample i shows prompt i // group, whose number is its group id; the prompts are the
+    first ones of the batch with one sample each.
+    """
+
+    def __init__(
+        self, groups: list[list[str]], encoder: TextEncoder, batch_size: int, seed: int, group: int = 1
+    ) -> None:
         if not groups or not all(groups):
             raise ValueError("a prompt stream needs at least one prompt in every group")
-        self.groups, self.encoder, self.batch_size, self.seed = groups, encoder, batch_size, seed
+        if group < 1 or batch_size % group:
+            raise ValueError(
+                f"group size does not divide: {group} images per prompt, batch size {batch_size}; "
+                "give a batch size that is a multiple of the group size"
+            )
+        self.groups, self.encoder, self.batch_size, self.seed, self.group = groups, encoder, batch_size, seed, group
 
     def at(self, step: int) -> PromptBatch:
         index = torch.arange(self.batch_size)
-        rng = SampleRng(self.seed, step, index)  # on the CPU: the draws are read by Python
+        rng = SampleRng(self.seed, step, index[:: self.group] // self.group)  # on the CPU: read by Python
         which = rng.integer("prompt_group", len(self.groups)).tolist()
         place = rng.uniform("prompt").tolist()
         chosen = [self.groups[g] for g in which]
-        texts = tuple(own[int(p * len(own))] for own, p in zip(chosen, place, strict=True))
-        return batch_of(texts, self.encoder, index)
+        drawn = [own[int(p * len(own))] for own, p in zip(chosen, place, strict=True)]
+        texts = tuple(text for text in drawn for _ in range(self.group))
+        return batch_of(texts, self.encoder, index, index // self.group)
 
 
-def batch_of(texts: tuple[str, ...], encoder: TextEncoder, index: torch.Tensor | None = None) -> PromptBatch:
-    """A PromptBatch in which every prompt is its own group."""
+def batch_of(
+    texts: tuple[str, ...],
+    encoder: TextEncoder,
+    index: torch.Tensor | None = None,
+    group: torch.Tensor | None = None,
+) -> PromptBatch:
+    """A PromptBatch; without ``group`` every sample is its own group."""
     cond = encoder.encode(texts)
+    device = next(iter(cond.values())).device
     where = torch.arange(len(texts)) if index is None else index
-    where = where.to(next(iter(cond.values())).device)
-    return PromptBatch(where, texts, where, cond, encoder.null(len(texts)))
+    own = where if group is None else group
+    return PromptBatch(where.to(device), texts, own.to(device), cond, encoder.null(len(texts)))
 
 
 def training_captions() -> list[list[str]]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gdmd.diffusion.schedule import expand
 from gdmd.types import Codec, PromptBatch, Reward
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Latents -> one score per reward. No gradient passes through the decoder or a reward."""
+    """Latents -> one score per reward. A call passes no gradient through decoder or reward, only ``through`` does."""
 
     codec: Codec
     rewards: Sequence[Reward]
@@ -26,6 +27,32 @@ class Scorer:
         """
         images = self.codec.decode(latents).float().clamp(0, 1)
         return torch.stack([self._one(reward, images, prompts) for reward in self.rewards])
+
+    def through(self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """loss(raw scores [R, B]) [B] with gradient to the latents, and to nothing else: the reward back-propagated.
+
+        ``loss`` must treat every sample on its own and give a number for an unscored one (no gradient is taken
+        there). The gradient is found here, by one backward pass through rewards and decoder, whose weights and graph
+        it never reaches. The rewards must be differentiable: see ``require_differentiable``.
+        """
+        with torch.enable_grad():
+            own = latents.detach().requires_grad_()
+            images = self.codec.decode(own).float().clamp(0, 1)
+            scores = torch.stack([self._one(reward, images, prompts) for reward in self.rewards])
+            value = loss(scores)
+            (slope,) = torch.autograd.grad(value.sum(), own)
+        unscored = expand(scores.isnan().any(0), slope)
+        slope = torch.where(unscored, 0, slope)
+        return value.detach() + (slope * (latents - latents.detach())).flatten(1).sum(1)
+
+    def require_differentiable(self, method: str) -> None:
+        """ValueError when ``method`` cannot back-propagate one of the rewards."""
+        black_boxes = [reward.name for reward in self.rewards if not reward.differentiable]
+        if black_boxes:
+            raise ValueError(
+                f"method {method} back-propagates its rewards, and {', '.join(black_boxes)} is not differentiable; "
+                "give differentiable rewards, or use a method that only reads the score (gdmd, dmd_nft, dmd_grpo)"
+            )
 
     @staticmethod
     def _one(reward: Reward, images: Tensor, prompts: PromptBatch) -> Tensor:

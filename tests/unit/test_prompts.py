@@ -79,6 +79,23 @@ def test_a_larger_batch_begins_with_the_smaller_one() -> None:
     assert stream(batch=32).at(3).text[:16] == stream(batch=16).at(3).text
 
 
+def test_a_grouped_stream_shows_each_prompt_as_often_as_asked_with_one_group_id() -> None:
+    plain = PromptStream(training_captions(), ShapesTextEncoder(), 4, seed=5)
+    grouped = PromptStream(training_captions(), ShapesTextEncoder(), 12, seed=5, group=3)
+    for step in range(3):
+        batch = grouped.at(step)
+        assert batch.text[::3] == plain.at(step).text and len(set(batch.text[::3])) > 1
+        assert all(batch.text[k] == batch.text[k - k % 3] for k in range(12))
+        assert batch.group.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+        assert batch.index.tolist() == list(range(12)) and batch.cond["tokens"].shape[0] == 12
+
+
+@pytest.mark.parametrize("group", [5, 0, -3, 24])
+def test_a_group_size_that_does_not_divide_the_batch_is_an_error(group: int) -> None:
+    with pytest.raises(ValueError, match=f"group size does not divide: {group} images per prompt, batch size 12; give"):
+        PromptStream(training_captions(), ShapesTextEncoder(), 12, 0, group)
+
+
 def test_the_stream_never_yields_a_held_out_caption_and_visits_every_task() -> None:
     table = catalogue()
     held_out = {c.text for c, split in zip(table.captions, table.split.tolist(), strict=True) if split > 0}
