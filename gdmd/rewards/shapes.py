@@ -111,7 +111,7 @@ class ShapesClip(ShapesScorer):
 
 
 class ShapesPref(ShapesScorer):
-    """A fused image-text preference model; score = 1 for true renders, about 0 for one wrong attribute."""
+    """A dual encoder tuned on preference pairs; score = 1 for true renders, about 0 for one wrong attribute."""
 
     net: Preference
 
@@ -124,7 +124,10 @@ def load_scorer(kind: Kind, tensors: Mapping[str, Tensor]) -> ShapesClip | Shape
     try:
         net.load_state_dict({name: value.float() for name, value in tensors.items()})
     except RuntimeError as error:
-        raise ValueError(f"these tensors are not a {kind}: {error}. Give the asset made for this scorer.") from error
+        first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
+        raise ValueError(
+            f"these tensors are not a {kind}: {first[:120]}... Give the asset made for this scorer."
+        ) from error
     return ShapesClip(kind, net) if isinstance(net, DualEncoder) else ShapesPref(kind, net)
 
 

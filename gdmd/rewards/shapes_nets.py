@@ -1,4 +1,4 @@
-"""The three scoring networks of the Shapes world: two unlike dual encoders and a fused preference net.
+"""The three scoring networks of the Shapes world: two unlike dual encoders and a preference net tuned from the first.
 
 All keep where things are: the images are cut to a grid of features that is read with positions, not averaged. No batch
 statistics anywhere, so a score does not depend on the other samples of its batch. fp32.
@@ -188,25 +188,25 @@ class DualEncoder(nn.Module):
 
 
 class Preference(nn.Module):
-    """r(image, caption): one transformer over image cells, words and a read-out token, [B].
+    """r(image, caption) = slope * cosine of two towers + quality of the image's features, [B].
 
-    ``origin`` and ``unit`` are measured after training: 0 is the mean of true renders, one unit is the training
+    A fine-tuned dual encoder, as HPSv2 (arXiv 2306.09341) and PickScore (arXiv 2305.01569) are; the quality term sees no
+    caption. ``origin`` and ``unit`` are measured after training: 0 is the mean of true renders, one unit is the training
     severity of one wrong attribute. ``forward`` gives 1 + (r - origin) / unit.
     """
 
-    def __init__(self, width: int = 96, depth: int = 3) -> None:
+    def __init__(self, features: int = 128) -> None:
         super().__init__()
-        self.stem, self.words = Stem(width), Words(width)
-        self.reader = nn.Parameter(0.1 * torch.randn(1, 1, width))
-        self.blocks = nn.Sequential(*(Block(width, 4) for _ in range(depth)), nn.LayerNorm(width))
-        self.head = nn.Linear(width, 1)
+        self.match = DualEncoder(PatchTower(features=features), SentenceTower(features=features))
+        self.quality = nn.Sequential(nn.Linear(features, 64), nn.SiLU(), nn.Linear(64, 1))
         self.register_buffer("origin", torch.zeros(()))
         self.register_buffer("unit", torch.ones(()))
 
     def raw(self, images: Tensor, tokens: Tensor) -> Tensor:
         """The Bradley-Terry scale itself, [B]."""
-        joined = torch.cat([self.reader.expand(len(images), -1, -1), self.words(tokens), self.stem(images)], 1)
-        score: Tensor = self.head(self.blocks(joined)[:, 0])[:, 0]
+        seen = self.match.image(images)
+        cosine = (F.normalize(seen, dim=-1) * self.match.text_features(tokens)).sum(-1)
+        score: Tensor = self.match.log_scale.exp() * cosine + self.quality(seen)[:, 0]
         return score
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdmd.rewards.shapes_nets import KINDS, DualEncoder, Kind, Preference, build_net
-from gdmd.runs.assets import load_asset, save_asset
+from gdmd.runs.assets import asset_path, load_asset, save_asset
 from gdmd.shapes.grammar import catalogue, draw_rows
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.training.scorer_accuracy import measure, table_lines
@@ -41,8 +41,9 @@ MAX_SCALE = 50.0  # cap of the learned inverse temperature: a colder softmax onl
 SHIPPED: dict[Kind, tuple[int, int]] = {  # (steps, seed) of the assets
     "shapes_clip": (1700, 0),
     "shapes_clip_heldout": (1500, 1),
-    "shapes_pref": (900, 2),
+    "shapes_pref": (1500, 2),
 }
+FOUNDATION: Kind = "shapes_clip"  # the preference model is tuned from this shipped dual encoder
 CHECKPOINT_KEYS = ("kind", "steps", "seed", "batch", "lr")
 
 
@@ -202,6 +203,8 @@ def pretrain_scorer(
     steps, seed = own_steps if steps is None else steps, own_seed if seed is None else seed
     cfg = ScorerConfig(kind, steps, seed, batch, checkpoint_every=checkpoint_every)
     net = build_net(cfg.kind, cfg.seed)
+    if isinstance(net, Preference):
+        net.match.load_state_dict({k: v.float() for k, v in load_asset(asset_path(FOUNDATION)).tensors.items()})
     optimiser = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98))
     path = None if target is None else Path(target)
     first = load_checkpoint(checkpoint_path(path), cfg, net, optimiser) if resume and path else 0
