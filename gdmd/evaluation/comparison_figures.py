@@ -48,7 +48,7 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     "fig1_radar.png": (
         "Fig. 1: all metrics",
         "Each axis runs from the worst row (inner ring) to the best (rim) of those shown; their values stand at the axis. "
-        "`*`: trained on. Fréchet is inverted, so that outside is always better.",
+        "†: trained on. Fréchet is inverted, so that outside is always better.",
     ),
     "fig3_features.png": (
         "Fig. 3: feature space of the held-out scorer",

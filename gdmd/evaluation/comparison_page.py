@@ -53,7 +53,7 @@ def _head(about: About) -> str:
 {missing}
 Every student starts from the same teacher, without a cold start, and takes {about.student_updates} updates. A number
 is the mean over {len(about.seeds)} seeds ({", ".join(map(str, about.seeds))}) of {about.images:,} images each
-({about.split} captions, EMA weights); ± is the standard deviation over seeds. `*` marks rewards that students were trained
+({about.split} captions, EMA weights); ± is the standard deviation over seeds. † marks rewards that students were trained
 on; **everything else is unseen in training**: the checker behind ShapesEval, the held-out scorer, fidelity, coverage.
 Bold is the best student.
 """

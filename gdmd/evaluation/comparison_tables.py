@@ -15,7 +15,7 @@ Line = Mapping[str, Any]
 """A line of table.jsonl."""
 Place = tuple[str, ...]
 OVERALL: Place = ("shapeseval",)
-TRAINED_MARK = "*"
+TRAINED_MARK = " †"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def number_at(line: Line, place: Place) -> float | None:
 
 
 def quality(results: Results) -> list[Measure]:
-    """Table 1: what was trained on (*), what was not, fidelity, coverage, diversity."""
+    """Table 1: what was trained on (†), what was not, fidelity, coverage, diversity."""
     rewards = [Measure(_reward_title(results, name), ("rewards", name)) for name in results.rewards]
     return [
         Measure("ShapesEval", OVERALL),
@@ -235,7 +235,7 @@ def _cell(results: Results, row: Row, measure: Measure, budget: str, best: float
 def _best(results: Results, rows: Sequence[Row], measure: Measure, budget: str) -> float | None:
     found = [results.summary(row.name, measure.place, budget) for row in rows if row.kind != "teacher"]
     means = [each.mean for each in found if each is not None]
-    if not measure.best or len(means) < 2:
+    if not measure.best or not means or min(means) == max(means):
         return None
     return max(means) if measure.best > 0 else min(means)
 

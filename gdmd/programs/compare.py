@@ -22,7 +22,7 @@ from types import FrameType
 from typing import IO, Any
 
 from gdmd.config.load import dump_config
-from gdmd.programs.compare_plan import Cell, chosen, key_of, line_of, plan, read_table, unique
+from gdmd.programs.compare_plan import Cell, chosen, key_of, line_of, plan, read_table, shown_cells, unique
 from gdmd.recipes.read_comparison import Comparison
 from gdmd.runs.errors import RunError, writing
 from gdmd.runs.rundir import write_atomic
@@ -57,8 +57,7 @@ def run_comparison(
     comparison: Comparison, source: str, folder: Path, jobs: int, only: Sequence[str], say: Say
 ) -> Outcome:
     """Finish every chosen cell of the comparison in ``folder``; what is finished there is not done again."""
-    cells = plan(comparison)
-    wanted = chosen(cells, only)
+    wanted = chosen(plan(comparison), only)
     with writing("the comparison", folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
@@ -70,7 +69,7 @@ def run_comparison(
         with _stop_signals() as stopped:
             _Pool(folder, jobs, table, wanted, outcome, say).run(todo, stopped)
             outcome.signal = stopped[0] if stopped else None
-        if outcome.signal is None and table.lines(cells):
+        if outcome.signal is None and not _pictured(comparison, folder):
             say("drawing the images of the figures")
             if _finish(PICTURES, folder, folder / "pictures.log") != 0:
                 outcome.failed["pictures"] = _reason(folder / "pictures.log")
@@ -103,11 +102,6 @@ class Table:
                 os.close(handle)
         self._known.add(cell.key)
         return line
-
-    def lines(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-        """The lines of these cells; those of other settings that lie in the same folder are left out."""
-        keys = {cell.key for cell in cells}
-        return [row for row in read_table(self.path) if key_of(row) in keys]
 
 
 class _Pool:
@@ -173,6 +167,14 @@ def _unfinished(wanted: Sequence[Cell], folder: Path, table: Table, outcome: Out
     outcome.cached = len(finished)
     done = {cell.hash for cell in finished}
     return [cell for cell in unique(wanted) if cell.hash not in done]
+
+
+def _pictured(comparison: Comparison, folder: Path) -> bool:
+    """Whether pictures.json is of the cells that are to be shown (or there are none)."""
+    hashes = [cell.hash for cell in shown_cells(comparison, folder)]
+    path = folder / "pictures.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
+    return hashes == known
 
 
 def _worker(module: str, folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -20,7 +20,7 @@ from gdmd.evaluation.grids import write_grid
 from gdmd.evaluation.sample import Lab, Sampler, images_of
 from gdmd.evaluation.shapes import HELDOUT
 from gdmd.programs.compare_job import cell_sampler
-from gdmd.programs.compare_plan import Cell, plan
+from gdmd.programs.compare_plan import Cell, shown_cells
 from gdmd.recipes.read_comparison import Comparison, read_comparison
 from gdmd.rewards.shapes import ShapesClip, shipped_scorer
 from gdmd.runs.errors import writing
@@ -29,7 +29,7 @@ from gdmd.shapes.grammar import TASKS, catalogue, fixed_rows
 from gdmd.shapes.measures import pairwise_distance
 from gdmd.shapes.render import draw_scenes, render
 
-MOST_COLUMNS, MOST_PANELS, PER_CAPTION = 8, 6, 2
+MOST_PANELS, PER_CAPTION = 6, 2
 RENDERS = 16
 """True renders per cluster, whose mean is the cluster's true centre."""
 MARKERS = ("o", "s", "^", "D", "P", "*")
@@ -52,26 +52,17 @@ def main(folder: Path) -> int:
     """Write figures/fig6_grid.png, figures/fig7_grid.png and pictures.json; the exit code."""
     torch.set_num_threads(1)
     comparison = read_comparison(str(folder / "comparison.yaml"))
-    shown = [_shown(comparison, cell, folder) for cell in shown_cells(comparison, folder)]
-    if not shown:
-        return 0
+    cells = shown_cells(comparison, folder)
+    shown = [_shown(comparison, cell, folder) for cell in cells]
     seed = comparison.spec.evaluation.seed
     count = comparison.spec.pictures.captions
     _grid(folder / "figures" / "fig6_grid.png", shown, _captions(TASKS, count), seed)
     _grid(folder / "figures" / "fig7_grid.png", shown, _captions(HARDEST, count), seed)
     panels = feature_panels(shown[:MOST_PANELS], comparison.spec.pictures.per_cluster, seed)
-    write_atomic(folder / "pictures.json", json.dumps({"panels": panels}), "the features")
+    write_atomic(
+        folder / "pictures.json", json.dumps({"cells": [cell.hash for cell in cells], "panels": panels}), "the features"
+    )
     return 0
-
-
-def shown_cells(comparison: Comparison, folder: Path) -> list[Cell]:
-    """Finished cells of the first seed: the rows asked for, or the first teacher, the rivals and GDMD."""
-    spec = comparison.spec
-    default = [row.name for row in spec.teachers[:1]] + [row.name for row in spec.rows if row.kind != "control"]
-    names = list(spec.pictures.rows) or default
-    cells = {cell.method: cell for cell in plan(comparison) if cell.seed == spec.seeds[0] and cell.budget == "updates"}
-    own = [cells[name] for name in names if name in cells]
-    return [cell for cell in own if (cell.folder(folder) / "result.json").exists()][:MOST_COLUMNS]
 
 
 def feature_panels(shown: Sequence[Shown], per_cluster: int, seed: int) -> list[dict[str, Any]]:

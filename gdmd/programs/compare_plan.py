@@ -22,6 +22,8 @@ from gdmd.runs.rundir import config_hash
 
 HASH = 16
 """Characters of a cell's hash in folder names and table lines."""
+MOST_COLUMNS = 8
+"""Methods side by side in a grid: more would not fit a page."""
 OFF = {"grid_every": 0, "threads": 1}
 """What the loop of a cell does not do: grids are drawn at the end, for all methods together."""
 
@@ -87,6 +89,16 @@ def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
 def unique(cells: Iterable[Cell]) -> list[Cell]:
     """One cell per hash, in order: what has to be computed."""
     return list({cell.hash: cell for cell in reversed(list(cells))}.values())[::-1]
+
+
+def shown_cells(comparison: Comparison, folder: Path) -> list[Cell]:
+    """Finished cells whose images are shown: of the first seed, the rows asked for, or the first teacher, rivals, GDMD."""
+    spec = comparison.spec
+    default = [row.name for row in spec.teachers[:1]] + [row.name for row in spec.rows if row.kind != "control"]
+    names = list(spec.pictures.rows) or default
+    cells = {cell.method: cell for cell in plan(comparison) if cell.seed == spec.seeds[0] and cell.budget == "updates"}
+    own = [cells[name] for name in names if name in cells]
+    return [cell for cell in own if (cell.folder(folder) / "result.json").exists()][:MOST_COLUMNS]
 
 
 def line_of(cell: Cell, measured: Mapping[str, Any], command: str) -> dict[str, Any]:

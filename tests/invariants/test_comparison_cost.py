@@ -1,0 +1,153 @@
+"""Costs and divergence of a method, measured from outside, against what the algorithms say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from tiny_roles import LR, ToyCodec, apply, dmd, gdmd, prompts, rng, same, tiny_roles, weights
+from torch import Tensor
+
+from gdmd.backbones.shapes import LATENT_SHAPE, ShapesRoles
+from gdmd.evaluation.divergence import divergence, fixed_states, realised_change, student_gradient
+from gdmd.evaluation.passes import Counted, Pace, measure_pace, without_cost
+from gdmd.types import Method, PromptBatch
+
+ONE_STEP = {"student_steps": (1.0,)}
+BATCH = len(prompts())
+
+
+def counted(method: Method, roles: ShapesRoles) -> Counted:
+    return Counted(method, [getattr(roles, name).net for name in ("student", "fake", "teacher", "old")])
+
+
+def run(method: Counted, roles: ShapesRoles, steps: int = 1) -> Counted:
+    for step in range(steps):
+        for update in method.iteration(step, prompts(), rng(step)):
+            apply(update, roles)
+    return method
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(("guidance", "teacher"), [(5.0, 2), (1.0, 1)])
+def test_passes_of_gdmd_are_those_of_the_algorithm(group: int, guidance: float, teacher: int) -> None:
+    """x0 once, then eta times: fake 3 (a backward is two), teacher 2 or 1, fake 1, student 3; METHOD section 3."""
+    roles = tiny_roles()
+    method = run(counted(gdmd(roles, group_size=group, guidance=guidance, **ONE_STEP), roles), roles)
+    assert method.cost.passes == BATCH * (1 + group * (3 + teacher + 1 + 3))
+    assert method.cost.updates == group and method.cost.seconds > 0
+
+
+def test_passes_of_dmd_are_five_fake_updates_and_one_student_update() -> None:
+    roles = tiny_roles()
+    method = run(counted(dmd(roles, **ONE_STEP), roles), roles, steps=2)
+    assert method.cost.passes == 2 * BATCH * (1 + 5 * 3 + 2 + 1 + 3)
+    assert method.cost.updates == 2
+
+
+def test_the_roll_out_costs_what_its_depth_is() -> None:
+    roles = tiny_roles()
+    method = run(counted(dmd(roles, fake_updates=1), roles), roles)
+    depth = int(rng().integer("tau", 4).sum())
+    assert method.cost.passes == depth + BATCH * (1 + 3 + 2 + 1 + 3)
+
+
+def test_counting_changes_nothing_and_counts_only_inside_iterations() -> None:
+    plain, watched = tiny_roles(), tiny_roles()
+    for step in range(2):
+        for update in gdmd_iteration(plain, step):
+            apply(update, plain)
+    method = run(counted(gdmd(watched), watched), watched, steps=2)
+    before = method.cost.passes
+    watched.student(torch.zeros(1, *LATENT_SHAPE), torch.ones(1), {"tokens": prompts().cond["tokens"][:1]})
+    assert method.cost.passes == before
+    assert same(weights(plain), weights(watched))
+
+
+def gdmd_iteration(roles: ShapesRoles, step: int) -> Any:
+    """A fresh method each step would forget Z, so one is kept per roles object."""
+    method = _METHODS.setdefault(id(roles), gdmd(roles))
+    return method.iteration(step, prompts(), rng(step))
+
+
+_METHODS: dict[int, Any] = {}
+
+
+def test_the_sums_survive_a_restart_with_the_state_of_the_method() -> None:
+    roles = tiny_roles()
+    before = run(counted(gdmd(roles), roles), roles)
+    again = counted(gdmd(roles), roles)
+    again.load(before.state())
+    assert again.cost == before.cost
+    assert same(dict(again.method.state()), dict(before.method.state()))
+    assert without_cost(before.state()).keys() == before.method.state().keys()
+
+
+def test_a_pace_turns_budgets_into_iterations() -> None:
+    assert [Pace(90.0, 4.0).steps_for_updates(n) for n in (1, 4, 5, 8)] == [1, 1, 2, 2]
+    assert [Pace(90.0, 4.0).steps_for_passes(p) for p in (1, 134, 136, 900)] == [1, 1, 2, 10]
+    roles = tiny_roles()
+    pace = measure_pace(counted(gdmd(roles, **ONE_STEP), roles), [(k, prompts(), rng(k)) for k in range(2)])
+    assert pace == Pace(BATCH * (1 + 3 * 9), 3.0)
+
+
+@dataclass
+class Partial:
+    """Targets are far better (or worse) than the sample, which is scored last: every r is clipped to 1 (or 0)."""
+
+    targets: int
+    better: float
+    name: str = "partial"
+    differentiable: bool = False
+    calls: int = field(default=0)
+
+    def score(self, images: Tensor, batch: PromptBatch) -> Tensor:
+        self.calls += 1
+        return images.mean((1, 2, 3)) + (self.better if self.calls <= self.targets else 0.0)
+
+
+@pytest.mark.parametrize(("better", "cosine", "weight"), [(1e4, 1.0, 2.0), (-1e4, -1.0, 0.0)])
+def test_the_cosine_is_the_sign_of_2r_minus_1(better: float, cosine: float, weight: float) -> None:
+    """r = 1: the gradient doubles (w = lambda + gamma beta (2r - 1)); r = 0: the reward undoes the step."""
+    roles = tiny_roles()
+    options: dict[str, Any] = {"group_size": 2, "guidance": 1.0}
+    full = student_gradient(gdmd(roles, Partial(2, better), **options), roles, 0, prompts(), rng())
+    plain = student_gradient(gdmd(roles, gamma=0.0, **options), roles, 0, prompts(), rng())
+    found = divergence(full, plain)
+    assert found.cosine == pytest.approx(cosine, abs=1e-4)
+    assert found.weight == pytest.approx(weight, abs=1e-4) and found.ratio == pytest.approx(1.0, abs=1e-4)
+
+
+def test_measuring_gradients_applies_nothing_and_no_reward_gives_no_direction() -> None:
+    roles = tiny_roles()
+    before = weights(roles)
+    plain = student_gradient(dmd(roles), roles, 0, prompts(), rng())
+    assert same(before, weights(roles)) and plain.norm() > 0
+    assert math.isnan(divergence(plain, plain).cosine)
+    assert divergence(plain, plain).weight == pytest.approx(1.0)
+
+
+def test_the_realised_change_is_per_update_and_in_units_of_the_spread() -> None:
+    roles, codec = tiny_roles(), ToyCodec()
+    fixed = fixed_states(roles, prompts(), rng(), (1.0, 0.5), LATENT_SHAPE)
+    assert set(fixed.tau.tolist()) <= {1.0, 0.5}
+    score: Callable[[Tensor], dict[str, Tensor]] = lambda x0: {"mean": codec.decode(x0).mean((1, 2, 3)).detach()}  # noqa: E731
+    assert realised_change(lambda: 3, roles, fixed, score) == {"mean": 0.0}
+
+    def climb() -> int:
+        """Two steps up the score itself."""
+        parameters = list(roles.parameters("student").values())
+        for _ in range(2):
+            x0 = roles.student(fixed.x_tau, fixed.tau, fixed.cond).x0
+            for p, g in zip(parameters, torch.autograd.grad(x0[:, :3].mean(), parameters), strict=True):
+                p.data.add_(LR * g)
+        return 2
+
+    before = score(roles.student(fixed.x_tau, fixed.tau, fixed.cond).x0)["mean"]
+    change = realised_change(climb, roles, fixed, score)["mean"]
+    after = score(roles.student(fixed.x_tau, fixed.tau, fixed.cond).x0)["mean"]
+    assert change == pytest.approx(float((after - before).mean() / before.std()) / 2, rel=1e-4) and change > 0

@@ -1,0 +1,157 @@
+"""Pages of a comparison from a table that was made up: every table and figure, whatever is missing."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdmd.evaluation.comparison_tables import OVERALL, Results, Row, against_headline, markdown, quality, table
+from gdmd.programs.compare import Outcome
+from gdmd.programs.compare_pages import results_of, summary, write_pages
+from gdmd.programs.compare_plan import Cell, line_of, plan
+from gdmd.recipes.read_comparison import Comparison, read_comparison
+from gdmd.runs.errors import RunError
+from gdmd.shapes.grammar import TASKS
+
+SCORES = {"gdmd": 0.62, "dmd": 0.55, "teacher_100": 0.58, "shuffled": 0.54}
+FIELDS = {"method", "kind", "seed", "budget", "shapeseval", "tasks", "rewards", "trained", "fidelity", "coverage"}
+FIELDS |= {"diversity", "frechet", "nfe", "images_per_s", "student_updates", "passes", "seconds", "peak_memory_mib"}
+FIELDS |= {"commit", "hash", "command"}
+
+
+def measured(cell: Cell) -> dict[str, Any]:
+    """What a finished cell measures, with a spread over seeds."""
+    overall = SCORES.get(cell.method, 0.5) + 0.01 * (cell.seed % 3) + 0.002 * len(cell.method) * (-1) ** cell.seed
+    student = cell.kind != "teacher"
+    histogram = {f"histogram/r_{k}": 0.1 for k in range(10)}
+    weights = {"weight/r_mean": 0.5, "weight/share_below_half": 0.4, **histogram} if cell.kind == "gdmd" else {}
+    return {
+        "shapeseval": overall,
+        "tasks": dict.fromkeys(TASKS, overall),
+        "rewards": {"shapes_clip": 0.6, "shapes_clip_heldout": overall - 0.1, "shapes_pref": 0.9},
+        "trained": ["shapes_clip", "shapes_pref"],
+        **{"fidelity": 0.9, "coverage": overall + 0.2, "diversity": None, "frechet": 0.2, "nfe": 4, "images": 1200},
+        **{"images_per_s": 200.0, "images_per_s_decoded": 100.0, "interval": [overall - 0.02, overall + 0.02]},
+        **{"student_updates": 8 * student, "steps": 2, "passes": 1000 * student, "seconds": 5.0},
+        **{"peak_memory_mib": 400.0, "cell_seconds": 36.0, "device": "CPU", "commit": "abc", "torch": "2"},
+        **({"statistics": weights, "points": points(cell)} if student else {}),
+    }
+
+
+def points(cell: Cell) -> list[dict[str, Any]]:
+    if cell.seed or cell.budget == "passes":
+        return []
+    rewards = {"shapes_clip": 0.5, "shapes_pref": 0.8, "shapes_clip_heldout": 0.4}
+    steered = {"cosine": 0.3, "ratio": 1.0, "weight": 1.2} if cell.kind == "gdmd" else {}
+    return [{"updates": n, "step": n, "shapeseval": 0.4, "rewards": rewards, "change": 0.1, **steered} for n in (0, 8)]
+
+
+@pytest.fixture
+def smoke() -> Comparison:
+    return read_comparison("smoke")
+
+
+def write_table(comparison: Comparison, folder: Path, keep: int | None = None) -> None:
+    lines = [line_of(cell, measured(cell), "gdmd compare smoke") for cell in plan(comparison)][:keep]
+    (folder / "table.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_page_holds_every_table_and_figure(smoke: Comparison, tmp_path: Path) -> None:
+    write_table(smoke, tmp_path)
+    panel = {"title": "GDMD", "points": [[0.1, 0.2, "#d62728", "o", True], [0.0, 0.1, "#1f4fd6", "s", False]]}
+    panel |= {"spread": 0.3, "diversity": 0.2, "outliers": 0.5}
+    (tmp_path / "pictures.json").write_text(json.dumps({"cells": [], "panels": [panel, panel]}))
+    page = write_pages(smoke, "smoke", tmp_path, required=True)
+    assert page is not None
+    text = page.read_text()
+    for head in (
+        "Table 1: quality",
+        "Table 2: ShapesEval by task",
+        "Table 3",
+        "Table 4",
+        "Controls",
+        "same compute",
+        "Cost",
+    ):
+        assert head in text
+    assert "Unfinished" not in text and "nan" not in text and "None" not in text
+    assert "shapes_clip † |" in text and "shapes_clip_heldout † |" not in text
+    drawn = {path.name for path in (tmp_path / "figures").glob("*.png")}
+    assert {"overall.png", "fig1_radar.png", "fig3_features.png", "fig4_divergence.png", "fig4_curves.png"} == drawn
+    for name in drawn:
+        assert f"(figures/{name})" in text
+        content = (tmp_path / "figures" / name).read_bytes()
+        width, height = struct.unpack(">II", content[16:24])
+        assert content.startswith(b"\x89PNG") and width > 500 and height > 250 and len(content) < 300_000
+
+
+def test_a_line_has_the_public_fields(smoke: Comparison) -> None:
+    cell = next(cell for cell in plan(smoke) if cell.method == "gdmd")
+    line = line_of(cell, measured(cell), "gdmd compare smoke --only gdmd/0/updates")
+    assert line.keys() >= FIELDS
+    assert (line["method"], line["kind"], line["seed"], line["budget"]) == ("gdmd", "gdmd", 0, "updates")
+    assert 0 <= line["shapeseval"] <= 1 and set(line["tasks"]) == set(TASKS)
+
+
+def test_an_unfinished_table_gives_a_page_that_says_so(smoke: Comparison, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no line"):
+        write_pages(smoke, "smoke", tmp_path, required=True)
+    assert write_pages(smoke, "smoke", tmp_path, required=False) is None
+    write_table(smoke, tmp_path, keep=4)
+    page = write_pages(smoke, "smoke", tmp_path, required=False)
+    assert page is not None and f"Unfinished: {len(plan(smoke)) - 4} cells" in page.read_text()
+
+
+def test_lines_of_other_settings_in_the_same_folder_are_left_out(smoke: Comparison, tmp_path: Path) -> None:
+    write_table(smoke, tmp_path)
+    with (tmp_path / "table.jsonl").open("a") as file:
+        file.write(
+            json.dumps({**measured(plan(smoke)[0]), "method": "gdmd", "kind": "gdmd", "seed": 0} | _OTHER) + "\n"
+        )
+    results, missing = results_of(smoke, tmp_path)
+    assert missing == 0 and all(line["hash"] != "other" for line in results.lines)
+
+
+_OTHER = {"budget": "updates", "hash": "other"}
+
+
+def test_the_summary_says_how_far_each_row_is_behind(smoke: Comparison, tmp_path: Path) -> None:
+    write_table(smoke, tmp_path)
+    rows = summary(smoke, Outcome(tmp_path))["rows"]
+    assert rows["gdmd"]["behind_headline"] is None and rows["gdmd"]["seeds"] == 2
+    assert rows["dmd"]["behind_headline"] == pytest.approx(0.07, abs=0.01)
+    assert 0 <= rows["dmd"]["p_holm"] <= 1
+
+
+def made_up(**values: list[float]) -> Results:
+    rows = [Row(name, name.upper(), "gdmd" if name == "gdmd" else "rival") for name in values]
+    kinds = {"budget": "updates", "rewards": {}, "trained": []}
+    lines = [
+        {"method": name, "seed": seed, "shapeseval": value, "hash": f"{name}{seed}", **kinds}
+        for name, own in values.items()
+        for seed, value in enumerate(own)
+    ]
+    return Results(rows, lines, "gdmd")
+
+
+def test_tests_are_paired_over_seeds_and_corrected_over_rows() -> None:
+    results = made_up(gdmd=[0.60, 0.62, 0.64], dmd=[0.55, 0.58, 0.59], dmdr=[0.60, 0.61, 0.65], lonely=[0.1])
+    found = {each.row.name: each for each in against_headline(results, OVERALL)}
+    assert found.keys() == {"dmd", "dmdr"}
+    assert found["dmd"].test.difference == pytest.approx((0.05 + 0.04 + 0.05) / 3)
+    assert found["dmd"].adjusted == pytest.approx(2 * found["dmd"].test.p)
+    assert found["dmdr"].adjusted == pytest.approx(max(found["dmdr"].test.p, found["dmd"].adjusted))
+
+
+def test_the_best_student_of_a_column_is_bold_and_ties_are_not() -> None:
+    text = table(
+        made_up(gdmd=[0.6, 0.7], dmd=[0.5, 0.6]), made_up(gdmd=[0.6], dmd=[0.5]).rows, quality(made_up(gdmd=[0.6]))
+    )
+    assert "**0.650 ± 0.071**" in text and "0.550 ± 0.071" in text and text.count("**") == 2
+    tied = made_up(gdmd=[0.6], dmd=[0.6])
+    assert "**" not in table(tied, tied.rows, quality(tied))
+    assert markdown(["a"], []) == ""

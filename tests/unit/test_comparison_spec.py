@@ -1,0 +1,135 @@
+"""Comparisons: what a specification may say, and which cells it means. Nothing here trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gdmd.config.load import ConfigError
+from gdmd.programs.compare_plan import chosen, plan, read_table, unique
+from gdmd.recipes.read_comparison import Comparison, comparison_names, read_comparison
+
+HEAD = "name: mine\nbase: shapes_smoke\nstudent_updates: 4\nseeds: [0, 1]\nbudgets: [updates, passes]\n"
+ROWS = """rows:
+  - {name: gdmd, kind: gdmd}
+  - {name: dmd, kind: rival, recipe: dmd}
+  - {name: shuffled, kind: control, overrides: {method.control: shuffled}, budgets: [updates]}
+"""
+
+
+def comparison(tmp_path: Path, text: str = HEAD + ROWS) -> Comparison:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return read_comparison(str(path))
+
+
+@pytest.mark.parametrize("name", comparison_names())
+def test_a_shipped_comparison_resolves_and_is_trained_on_seen_rewards_only(name: str) -> None:
+    shipped = read_comparison(name)
+    assert shipped.spec.name == name and shipped.spec.about
+    assert shipped.spec.headline == "gdmd" and {"gdmd", "gdmd_paper", "dmd"} <= shipped.recipes.keys()
+    assert {teacher.steps for teacher in shipped.spec.teachers} == {50, 4}
+    assert {row.kind for row in shipped.spec.rows} == {"rival", "gdmd", "control"}
+    for row, recipe in shipped.recipes.items():
+        if "partial_credit" not in row:
+            assert {reward.kind for reward in recipe.rewards} == {"shapes_clip", "shapes_pref"}
+
+
+def test_the_headline_comparison_is_large_enough_to_count() -> None:
+    spec = read_comparison("headline").spec
+    assert len(spec.seeds) >= 5 and 6 * spec.evaluation.per_task * spec.evaluation.images >= 1200
+    assert spec.budgets == ("updates", "passes") and spec.evaluation.split == "eval"
+
+
+def test_the_mistakes_of_all_rows_are_listed_at_once(tmp_path: Path) -> None:
+    rows = "rows:\n  - {name: gdmd, kind: gdmd, overrides: {method.gama: 1, method.eta: 2}}\n"
+    rows += "  - {name: dmd, kind: rival, recipe: dmdd}\n"
+    with pytest.raises(ConfigError) as raised:
+        comparison(tmp_path, HEAD + rows)
+    text = str(raised.value)
+    assert len(raised.value.errors) == 3
+    assert "row 'gdmd'" in text and "'gamma'" in text and "method.eta" in text
+    assert "row 'dmd'" in text and "did you mean 'dmd'" in text
+
+
+def test_the_mistakes_of_a_specification_are_listed_at_once(tmp_path: Path) -> None:
+    text = HEAD.replace("[0, 1]", "[0, 0]") + "headline: ours\noverrides: {loop.steps: 9, eval.images: 1}\n" + ROWS
+    text += "  - {name: dmd, kind: rival}\npictures: {rows: [nobody]}\n"
+    with pytest.raises(ConfigError) as raised:
+        comparison(tmp_path, text)
+    for part in (
+        "'dmd' is used 2 times",
+        "seed 0 is listed twice",
+        "headline 'ours'",
+        "loop.steps",
+        "eval.images",
+        "nobody",
+    ):
+        assert part in str(raised.value)
+
+
+def test_an_unknown_comparison_is_named_with_its_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'smoke'"):
+        read_comparison("smok")
+    with pytest.raises(ConfigError, match="no such file"):
+        read_comparison("nowhere.yaml")
+
+
+def test_cells_are_rows_times_seeds_times_budgets(tmp_path: Path) -> None:
+    cells = plan(comparison(tmp_path))
+    places = [cell.place for cell in cells]
+    assert len(set(places)) == len(places) == 2 * (3 + 3 + 2)  # teachers, updates, passes
+    assert "shuffled/0/updates" in places and "shuffled/0/passes" not in places
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+def test_a_hash_is_that_of_what_is_computed(tmp_path: Path) -> None:
+    before = {cell.place: cell.hash for cell in plan(comparison(tmp_path))}
+    renamed = HEAD.replace("mine", "other") + ROWS.replace("name: dmd", "label: Another, name: dmd")
+    assert {cell.place: cell.hash for cell in plan(comparison(tmp_path, renamed))} == before
+    changed = {c.place: c.hash for c in plan(comparison(tmp_path, (HEAD + ROWS).replace("shuffled}", "constant}")))}
+    assert {place for place in before if before[place] != changed[place]} == {
+        "shuffled/0/updates",
+        "shuffled/1/updates",
+    }
+    longer = {c.place: c.hash for c in plan(comparison(tmp_path, HEAD.replace("updates: 4", "updates: 5") + ROWS))}
+    assert {place.split("/")[0] for place in before if before[place] == longer[place]} == {
+        "teacher_100",
+        "teacher_50",
+        "teacher_4",
+    }
+    assert len(set(before.values())) == len(before) - 2  # the reference row under both budgets is one training
+
+
+def test_the_reference_row_has_one_training_for_both_budgets(tmp_path: Path) -> None:
+    cells = {cell.place: cell for cell in plan(comparison(tmp_path))}
+    assert cells["gdmd/0/passes"].hash == cells["gdmd/0/updates"].hash
+    assert cells["dmd/0/passes"].hash != cells["dmd/0/updates"].hash
+    assert cells["dmd/0/passes"].job["passes_of"]["method"]["kind"] == "gdmd"
+    assert len(unique(cells.values())) == len(cells) - 2
+
+
+def test_rows_of_a_seed_share_their_evaluation_noise(tmp_path: Path) -> None:
+    seeds = {(c.seed, c.job["recipe"]["eval"]["seed"]) for c in plan(comparison(tmp_path))}
+    assert seeds == {(0, 777), (1, 778)}
+
+
+def test_only_takes_patterns_and_refuses_useless_ones(tmp_path: Path) -> None:
+    cells = plan(comparison(tmp_path))
+    assert {c.place for c in chosen(cells, ["dmd/1"])} == {"dmd/1/updates", "dmd/1/passes"}
+    assert {c.method for c in chosen(cells, ["*dmd", "shuffled/0"])} == {"gdmd", "dmd", "shuffled"}
+    assert chosen(cells, []) == cells
+    with pytest.raises(ValueError, match="--only dmdr: matches no cell.*gdmd"):
+        chosen(cells, ["gdmd", "dmdr"])
+
+
+def test_a_torn_last_line_is_left_out_and_damage_is_an_error(tmp_path: Path) -> None:
+    line = '{"method": "dmd", "seed": 0, "budget": "updates", "hash": "x", "shapeseval": 0.5}\n'
+    path = tmp_path / "table.jsonl"
+    assert read_table(path) == []
+    path.write_text(line + line[:20])
+    assert len(read_table(path)) == 1
+    path.write_text(line[:20] + "\n" + line)
+    with pytest.raises(ValueError, match="line 1 is no line of a comparison"):
+        read_table(path)
