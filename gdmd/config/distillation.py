@@ -48,3 +48,13 @@ class DistillationConfig(Config):
         if self.renoise_low >= self.renoise_high:
             raise ValueError(f"renoise_low {self.renoise_low} must be below renoise_high {self.renoise_high}")
         return self
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether a loss reads rewards, so that a recipe must name some."""
+        return False
+
+    @property
+    def images_per_prompt(self) -> int:
+        """Samples of each prompt in a batch: above 1 for methods that compare pictures of one prompt."""
+        return 1

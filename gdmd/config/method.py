@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from gdmd.config.base import Count, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.distillation import DistillationConfig
-from gdmd.config.rivals import Dmd2Config
+from gdmd.config.rivals import Dmd2Config, DmdrConfig
 
 
 class DmdConfig(DistillationConfig):
@@ -99,9 +99,14 @@ class GdmdConfig(DistillationConfig):
         return self
 
     @property
+    def rewarded(self) -> bool:
+        """Whether targets are scored."""
+        return self.gamma > 0
+
+    @property
     def guidances(self) -> tuple[float, ...]:
         """The guidance scales of one teacher evaluation's targets."""
         return self.scored_guidances or (self.guidance,)
 
 
-MethodConfig = Annotated[DmdConfig | Dmd2Config | GdmdConfig, Field(discriminator="kind")]
+MethodConfig = Annotated[DmdConfig | Dmd2Config | DmdrConfig | GdmdConfig, Field(discriminator="kind")]

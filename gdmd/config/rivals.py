@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gdmd.config.base import Count, NonNegative, Probability
+from gdmd.config.base import Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.distillation import DistillationConfig
+
+BetaShape = Annotated[Positive, Field(ge=1)]
+"""A shape parameter of a Beta distribution with a bounded density."""
 
 
 class Dmd2Config(DistillationConfig):
@@ -48,3 +51,75 @@ class Dmd2Config(DistillationConfig):
     def adversarial(self) -> bool:
         """Whether there is a GAN head at all."""
         return self.gan_weight > 0
+
+
+class DmdrConfig(DistillationConfig):
+    """DMDR (arXiv 2511.13649v4): reward-tilted DMD with annealed schedules, then DMD with a reward loss."""
+
+    kind: Literal["dmdr"] = "dmdr"
+    fake_updates: Count = Field(
+        default=5, description="Fake updates per student update (DMDR's scripts, ratio-update 5)."
+    )
+    cold_start: NonNegativeCount = Field(
+        default=2000,
+        description="Student updates of stage 1, without the reward loss; 0 = none (DMDR's SD3 script: 2000 of 4000).",
+    )
+    tilt: NonNegative = Field(
+        default=1.0,
+        description="RT-DM in stage 1: DMD's weight is exp(tilt r / ||r||) (arXiv 2511.13649v4: 1; the norm is the "
+        "batch's [I]); 0 = plain DMD.",
+    )
+    anneal: NonNegativeCount = Field(
+        default=2000,
+        description="Student updates over which the cosine of DynaDG and DynaRS falls from 1 to 0 (DMDR's SD3 script, "
+        "dynamic-step); 0 = neither schedule.",
+    )
+    overlap: Probability = Field(
+        default=0.25,
+        description="DynaDG: largest share of the fake's displacement in the real score. DMDR's SD3 script has LoRA "
+        "scale .5 in the real score and 2 in the fake: .25 (SiT: .75 / 2). 0 = the teacher.",
+    )
+    beta_a: BetaShape = Field(default=4.0, description="DynaRS: a of Beta(1 + (a-1) c, 1 + (b-1) c) (DMDR's scripts).")
+    beta_b: BetaShape = Field(default=1.5, description="DynaRS: b of the same (DMDR's scripts).")
+    rl_weight: NonNegative = Field(
+        default=0.5, description="lambda_rl, the weight of the reward loss in stage 2 (arXiv 2511.13649v4); 0 = DMD."
+    )
+    strategy: Literal["refl", "grpo", "dpo"] = Field(
+        default="refl", description="Reward loss of stage 2: ReFL (DMDR's published trainer), GRPO or Diffusion-DPO."
+    )
+    refl_margin: Finite = Field(
+        default=0.7,
+        description="m of ReFL's hinge relu(m - R), for each reward in its own units (DMDR's code; CLIP and HPS stay "
+        "below it, so that it acts at all times there).",
+    )
+    group_size: Annotated[Count, Field(ge=2)] = Field(
+        default=8,
+        description="GRPO, DPO: images per prompt in a batch (Flow-GRPO 24, arXiv 2505.05470; 8 on Shapes).",
+    )
+    grpo_clip: Positive = Field(
+        default=1e-4, description="PPO's clip of the ratio of mean log-probabilities (Flow-GRPO's code: 1e-5 to 1e-4)."
+    )
+    cps_noise: Annotated[Probability, Field(gt=0)] = Field(
+        default=0.9, description="GRPO's exploration, th = cps_noise pi / 2 (Flow-GRPO's CPS configurations: .8 to .9)."
+    )
+    dpo_beta: Positive = Field(
+        default=10.0,
+        description="[I] beta of Diffusion-DPO on mean errors. Its authors' 2000 to 5000 (arXiv 2311.12908) is for DPO "
+        "alone: beside L_DMD that gradient, beta / 4 times a regression's, would leave nothing of DMD after clipping.",
+    )
+
+    @model_validator(mode="after")
+    def _enough_steps(self) -> DmdrConfig:
+        if self.strategy == "grpo" and self.rl_weight > 0 and len(self.student_steps) < 2:
+            raise ValueError(f"strategy 'grpo' needs a student of at least 2 steps, got {list(self.student_steps)}")
+        return self
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether any loss needs a reward."""
+        return self.rl_weight > 0 or (self.tilt > 0 and self.cold_start > 0)
+
+    @property
+    def images_per_prompt(self) -> int:
+        """The group of GRPO and DPO; 1 without them."""
+        return self.group_size if self.strategy != "refl" and self.rl_weight > 0 else 1

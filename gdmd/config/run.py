@@ -62,8 +62,13 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _rewarded(self) -> RunConfig:
-        if isinstance(self.method, GdmdConfig) and self.method.gamma > 0 and not self.rewards:
-            raise ValueError("method gdmd with gamma > 0 needs at least one reward under `rewards`")
+        if self.method.rewarded and not self.rewards:
+            raise ValueError(f"method {self.method.kind} reads rewards and needs at least one under `rewards`")
+        if self.loop.batch_size % self.method.images_per_prompt:
+            raise ValueError(
+                f"loop.batch_size {self.loop.batch_size} must be a multiple of the {self.method.images_per_prompt} "
+                f"images per prompt that method {self.method.kind} compares"
+            )
         names = [r.kind for r in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"each reward may be listed once, got {names}")

@@ -17,12 +17,13 @@ from gdmd.backbones.shapes import (
     load_vae,
 )
 from gdmd.config.method import DmdConfig, GdmdConfig
-from gdmd.config.rivals import Dmd2Config
+from gdmd.config.rivals import Dmd2Config, DmdrConfig
 from gdmd.config.run import RunConfig, ShapesReward
 from gdmd.data.latents import RenderedLatents
 from gdmd.data.prompts import PromptStream, read_prompts, training_captions
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.dmd2 import Dmd2
+from gdmd.methods.dmdr import Dmdr
 from gdmd.methods.gdmd import Gdmd
 from gdmd.methods.scoring import Scorer
 from gdmd.rewards.checker import PartialCredit
@@ -55,7 +56,7 @@ def build(cfg: RunConfig, device: str | None = None) -> Lab:
     encoder = ShapesTextEncoder(device)
     rewards = build_rewards(cfg.rewards, device)
     groups = [list(read_prompts(Path(cfg.prompts.file)))] if cfg.prompts.file else training_captions()
-    stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed)
+    stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed, cfg.method.images_per_prompt)
     return Lab(roles, codec, encoder, rewards, _method(cfg, roles, codec, rewards), stream)
 
 
@@ -84,5 +85,8 @@ def _method(cfg: RunConfig, roles: ShapesRoles, codec: ShapesCodec, rewards: tup
             return Dmd(own, roles, LATENT_SHAPE, "velocity", real)
         case Dmd2Config() as own:
             return Dmd2(own, roles, LATENT_SHAPE, "velocity", real).attach(roles.critic)
+        case DmdrConfig() as own:
+            blend = roles.blended_teacher
+            return Dmdr(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards), blend)
         case GdmdConfig() as own:
             return Gdmd(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards))

@@ -1,0 +1,173 @@
+"""DMDR (arXiv 2511.13649v4): reward-tilted DMD with two annealed schedules, then DMD and a reward loss together.
+
+Stage 1, ``cold_start`` iterations: RT-DM weighs the DMD gradient of a sample by exp(r / ||r||), r the reward of its
+complete few-step picture; DynaDG lends the real score a share of the fake's displacement, so that the two distributions
+overlap at the start; DynaRS re-noises at late times first. Both are annealed to DMD by one cosine.
+Stage 2: L_DMD + lambda_rl L_rl, L_rl by ReFL, GRPO or DPO. 5 fake updates per student update throughout.
+
+DynaDG by full copies: the paper has one frozen trunk whose LoRA, at scale 2, is the fake, and evaluates the real score
+with the same LoRA at scale .5 c. For copies that is the interpolation of *weights*, teacher + (.5 / 2) c (fake -
+teacher), in both of the guidance passes. Interpolated predictions would be its first order only, and would leave the
+unconditional pass without the fake's share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gdmd.config.rivals import DmdrConfig
+from gdmd.diffusion.annealing import annealed_shape, beta_quantile, cosine_anneal
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import few_step_sample
+from gdmd.losses.dmd import dmd_loss
+from gdmd.losses.refl import refl_loss
+from gdmd.losses.tilt import reward_tilt
+from gdmd.methods.distillation import Distillation
+from gdmd.methods.dmd import StudentBatch
+from gdmd.methods.policy_step import PolicyMove, policy_loss, policy_moves
+from gdmd.methods.preference import Pairs, mean_merit, preference_loss, preference_pairs
+from gdmd.methods.scoring import Scorer
+from gdmd.types import Denoiser, Loss, PromptBatch, Update
+
+Blend = Callable[[float], Denoiser]
+"""share -> the real score with that share of the fake's displacement."""
+
+
+@dataclass(frozen=True)
+class TiltedBatch(StudentBatch):
+    weight: Tensor  # [B], of the DMD gradient
+
+
+@dataclass(frozen=True)
+class RewardedBatch(StudentBatch):
+    prompts: PromptBatch
+
+
+@dataclass(frozen=True)
+class PreferredBatch(StudentBatch):
+    pairs: Pairs
+
+
+@dataclass(frozen=True)
+class PolicyBatch(StudentBatch):
+    move: PolicyMove
+
+
+class Dmdr(Distillation[DmdrConfig]):
+    """DMD's iteration with the schedules of its step, and the student loss of its stage."""
+
+    def attach(self, scorer: Scorer, blend: Blend) -> Dmdr:
+        """Give the method its rewards and the interpolated real score; returns itself."""
+        if self.cfg.strategy == "refl" and self.cfg.rl_weight > 0:
+            scorer.require_differentiable("dmdr with strategy refl")
+        self.scorer, self.blend, self.pace = scorer, blend, 0.0
+        return self
+
+    def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
+        """One outer iteration; ``step`` is also the number of student updates made."""
+        self.pace = cosine_anneal(step, self.cfg.anneal)
+        r = self.rollout(prompts, rng)
+        for i in range(self.cfg.fake_updates):
+            yield Update("fake", self.fake_loss, self.fake_batch(r, rng, i))
+        scores = self.scores(r, rng, self.cfg.fake_updates - 1, both=self.cfg.guidance != 1)
+        batch = StudentBatch(r.x_tau, r.tau, r.cond, self.target(r, scores, self.cfg.guidance))
+        self._stats["schedule/c"] = torch.tensor(self.pace)
+        if step < self.cfg.cold_start:
+            yield self._tilted(batch, prompts, rng)
+        elif self.cfg.rl_weight > 0:
+            yield self._rewarded(step, batch, prompts, rng)
+        else:
+            yield Update("student", self.student_loss, batch)
+
+    def real_score(self) -> Denoiser:
+        """DynaDG: the teacher moved by overlap c towards the fake; the teacher itself when that is 0."""
+        share = self.cfg.overlap * self.pace
+        return self.blend(share) if share > 0 else self.roles.teacher
+
+    def renoise_time(self, rng: SampleRng, i: int) -> Tensor:
+        """DynaRS inside DMD's interval: low + (high - low) Beta; uniform again at c = 0."""
+        if self.pace == 0:
+            return super().renoise_time(rng, i)
+        low, high = self.cfg.renoise_low, self.cfg.renoise_high
+        return low + (high - low) * self._beta(rng.uniform("renoise_t", i))
+
+    def fake_time(self, rng: SampleRng, i: int) -> Tensor:
+        """DynaRS also draws the fake's own times (in the authors' code)."""
+        return self._beta(super().fake_time(rng, i))
+
+    def _beta(self, uniform: Tensor) -> Tensor:
+        return beta_quantile(uniform, *annealed_shape(self.cfg.beta_a, self.cfg.beta_b, self.pace))
+
+    def _tilted(self, batch: StudentBatch, prompts: PromptBatch, rng: SampleRng) -> Update:
+        """RT-DM: each sample's DMD gradient by the reward of the picture that its roll-out ends in."""
+        if self.cfg.tilt == 0:
+            return Update("student", self.student_loss, batch)
+        reward = self.scorer(self._complete(prompts, rng), prompts)
+        weight = reward_tilt(reward, self.cfg.tilt)
+        self._stats |= {"weight/tilt": weight, "reward/complete": reward.mean(0)}
+        return Update("student", self.tilted_loss, TiltedBatch(**vars(batch), weight=weight))
+
+    @torch.no_grad()
+    def _complete(self, prompts: PromptBatch, rng: SampleRng) -> Tensor:
+        """The finished few-step sample from the noise and re-noisings of the step's own roll-out. [B, C, H, W]"""
+        noise = rng.normal("noise", self.latent_shape)
+        again = lambda i: rng.normal("rollout", self.latent_shape, i)  # noqa: E731
+        steps, schedule = self.cfg.student_steps, self.roles.schedule
+        return few_step_sample(self.roles.student, noise, steps, prompts.cond, again, schedule)
+
+    def _rewarded(self, step: int, batch: StudentBatch, prompts: PromptBatch, rng: SampleRng) -> Update:
+        """Stage 2 by the chosen strategy."""
+        match self.cfg.strategy:
+            case "refl":
+                return Update("student", self.refl_student_loss, RewardedBatch(**vars(batch), prompts=prompts))
+            case "grpo":
+                move, stats = policy_moves(self.roles, self.scorer, self.latent_shape, self.cfg, prompts, rng)
+                self._stats |= stats
+                return Update("student", self.grpo_student_loss, PolicyBatch(**vars(batch), move=move))
+            case "dpo":
+                if step == self.cfg.cold_start:
+                    self.roles.follow(0.0)  # the reference of DPO is the student with which stage 2 begins
+                x0 = self._complete(prompts, rng)
+                rewards = self.scorer(x0, prompts)
+                merit = mean_merit(rewards, prompts.group)
+                pairs = preference_pairs(x0, merit, prompts, rng, self.cfg.student_steps, self.roles)
+                self._stats |= {"reward/complete": rewards.mean(0), "reward/paired": pairs.known.float()}
+                return Update("student", self.dpo_student_loss, PreferredBatch(**vars(batch), pairs=pairs))
+
+    def student_loss(self, batch: StudentBatch) -> Loss:
+        """L_DMD = || x0 - x_tar ||^2 with x0 by the current student."""
+        loss = dmd_loss(self.roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar)
+        return Loss(loss, {"loss/student": loss.detach()})
+
+    def tilted_loss(self, batch: TiltedBatch) -> Loss:
+        """exp(r / ||r||) L_DMD."""
+        loss = batch.weight * self.student_loss(batch).per_sample
+        return Loss(loss, {"loss/student": loss.detach()})
+
+    def refl_student_loss(self, batch: RewardedBatch) -> Loss:
+        """L_DMD + lambda_rl mean_k relu(m - R_k(D(x0))): through reward and decoder into the one student step."""
+        x0 = self.roles.student(batch.x_tau, batch.tau, batch.cond).x0
+        steer = self.scorer.through(x0, batch.prompts, self._hinge)
+        return self._joined(dmd_loss(x0, batch.x_tar), steer)
+
+    def _hinge(self, rewards: Tensor) -> Tensor:
+        """[R, B] -> [B]; a reward that did not score a sample asks nothing of it."""
+        return torch.where(rewards.isnan(), 0, refl_loss(rewards, self.cfg.refl_margin)).mean(0)
+
+    def grpo_student_loss(self, batch: PolicyBatch) -> Loss:
+        """L_DMD + lambda_rl L_GRPO on one stochastic move of each sample's roll-out."""
+        steer = policy_loss(self.roles, batch.move, batch.cond, self.cfg)
+        return self._joined(self.student_loss(batch).per_sample, steer)
+
+    def dpo_student_loss(self, batch: PreferredBatch) -> Loss:
+        """L_DMD + lambda_rl L_DPO on the best and the worst picture of each prompt's group."""
+        steer = preference_loss(self.roles.student, batch.pairs, batch.cond, self.cfg.dpo_beta)
+        return self._joined(self.student_loss(batch).per_sample, steer)
+
+    def _joined(self, distil: Tensor, steer: Tensor) -> Loss:
+        loss = distil + self.cfg.rl_weight * steer
+        return Loss(loss, {"loss/student": loss.detach(), "loss/rl": steer.detach()})
