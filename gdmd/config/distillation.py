@@ -55,6 +55,6 @@ class DistillationConfig(Config):
         return False
 
     @property
-    def images_per_prompt(self) -> int:
+    def prompt_group(self) -> int:
         """Samples of each prompt in a batch: above 1 for methods that compare pictures of one prompt."""
         return 1

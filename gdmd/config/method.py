@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from gdmd.config.base import Count, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.distillation import DistillationConfig
 from gdmd.config.rivals import Dmd2Config, DmdrConfig
+from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 
 
 class DmdConfig(DistillationConfig):
@@ -109,4 +110,7 @@ class GdmdConfig(DistillationConfig):
         return self.scored_guidances or (self.guidance,)
 
 
-MethodConfig = Annotated[DmdConfig | Dmd2Config | DmdrConfig | GdmdConfig, Field(discriminator="kind")]
+MethodConfig = Annotated[
+    DmdConfig | Dmd2Config | DmdrConfig | DmdReflConfig | DmdNftConfig | DmdGrpoConfig | GdmdConfig,
+    Field(discriminator="kind"),
+]

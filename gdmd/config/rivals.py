@@ -120,6 +120,6 @@ class DmdrConfig(DistillationConfig):
         return self.rl_weight > 0 or (self.tilt > 0 and self.cold_start > 0)
 
     @property
-    def images_per_prompt(self) -> int:
+    def prompt_group(self) -> int:
         """The group of GRPO and DPO; 1 without them."""
         return self.group_size if self.strategy != "refl" and self.rl_weight > 0 else 1

@@ -64,10 +64,10 @@ class RunConfig(Config):
     def _rewarded(self) -> RunConfig:
         if self.method.rewarded and not self.rewards:
             raise ValueError(f"method {self.method.kind} reads rewards and needs at least one under `rewards`")
-        if self.loop.batch_size % self.method.images_per_prompt:
+        if self.loop.batch_size % self.method.prompt_group:
             raise ValueError(
-                f"loop.batch_size {self.loop.batch_size} must be a multiple of the {self.method.images_per_prompt} "
-                f"images per prompt that method {self.method.kind} compares"
+                f"group size does not divide: method {self.method.kind} compares {self.method.prompt_group} images per "
+                f"prompt, and loop.batch_size is {self.loop.batch_size}; give a multiple of the group size"
             )
         names = [r.kind for r in self.rewards]
         if len(set(names)) < len(names):

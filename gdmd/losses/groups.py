@@ -84,6 +84,14 @@ def group_advantage(reward: Tensor, group: Tensor, spread: Literal["global", "gr
     return torch.where(scored, torch.where(seen, advantage, 0), torch.nan).to(reward.dtype)
 
 
+def mean_group_advantage(rewards: Tensor, group: Tensor, spread: Literal["global", "group"] = "global") -> Tensor:
+    """mean over rewards k of group_advantage(R_k): every reward in units of its own spread. [R, B], [B] -> [B]
+
+    A sample that any reward left unscored is unscored (NaN).
+    """
+    return torch.stack([group_advantage(own, group, spread) for own in rewards]).mean(0)
+
+
 def _mean(values: Tensor, members: Tensor) -> Tensor:
     """Mean of values [B] (or [B, B], a row per sample) over the members [B, B] of each row; 0 of none. [B], float64"""
     kept = torch.where(members, values.double(), 0)

@@ -35,15 +35,20 @@ class Scorer:
         there). The gradient is found here, by one backward pass through rewards and decoder, whose weights and graph
         it never reaches. The rewards must be differentiable: see ``require_differentiable``.
         """
+        return self.through_scored(latents, prompts, loss)[0]
+
+    def through_scored(
+        self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """``through``, and the raw scores [R, B] without gradient."""
         with torch.enable_grad():
             own = latents.detach().requires_grad_()
             images = self.codec.decode(own).float().clamp(0, 1)
             scores = torch.stack([self._one(reward, images, prompts) for reward in self.rewards])
             value = loss(scores)
             (slope,) = torch.autograd.grad(value.sum(), own)
-        unscored = expand(scores.isnan().any(0), slope)
-        slope = torch.where(unscored, 0, slope)
-        return value.detach() + (slope * (latents - latents.detach())).flatten(1).sum(1)
+        slope = torch.where(expand(scores.isnan().any(0), slope), 0, slope)
+        return value.detach() + (slope * (latents - latents.detach())).flatten(1).sum(1), scores.detach()
 
     def require_differentiable(self, method: str) -> None:
         """ValueError when ``method`` cannot back-propagate one of the rewards."""

@@ -18,11 +18,15 @@ from gdmd.backbones.shapes import (
 )
 from gdmd.config.method import DmdConfig, GdmdConfig
 from gdmd.config.rivals import Dmd2Config, DmdrConfig
+from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.run import RunConfig, ShapesReward
 from gdmd.data.latents import RenderedLatents
 from gdmd.data.prompts import PromptStream, read_prompts, training_captions
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.dmd2 import Dmd2
+from gdmd.methods.dmd_grpo import DmdGrpo
+from gdmd.methods.dmd_nft import DmdNft
+from gdmd.methods.dmd_refl import DmdRefl
 from gdmd.methods.dmdr import Dmdr
 from gdmd.methods.gdmd import Gdmd
 from gdmd.methods.scoring import Scorer
@@ -56,7 +60,7 @@ def build(cfg: RunConfig, device: str | None = None) -> Lab:
     encoder = ShapesTextEncoder(device)
     rewards = build_rewards(cfg.rewards, device)
     groups = [list(read_prompts(Path(cfg.prompts.file)))] if cfg.prompts.file else training_captions()
-    stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed, cfg.method.images_per_prompt)
+    stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed, cfg.method.prompt_group)
     return Lab(roles, codec, encoder, rewards, _method(cfg, roles, codec, rewards), stream)
 
 
@@ -88,5 +92,11 @@ def _method(cfg: RunConfig, roles: ShapesRoles, codec: ShapesCodec, rewards: tup
         case DmdrConfig() as own:
             blend = roles.blended_teacher
             return Dmdr(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards), blend)
+        case DmdReflConfig() as own:
+            return DmdRefl(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards))
+        case DmdNftConfig() as own:
+            return DmdNft(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards))
+        case DmdGrpoConfig() as own:
+            return DmdGrpo(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards))
         case GdmdConfig() as own:
             return Gdmd(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards))

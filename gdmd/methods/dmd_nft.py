@@ -1,0 +1,96 @@
+"""DMD + NFT on samples: L_DMD and DiffusionNFT's loss (arXiv 2509.16117) on scored roll-outs of the student.
+
+The rival "DMD + NFT" of arXiv 2604.19009: the reward sees the finished few-step sample x_s, not the implicit target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gdmd.config.rivals_rl import DmdNftConfig
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.schedule import renoise
+from gdmd.losses.dmd import dmd_loss
+from gdmd.losses.nft import nft_loss, nft_optimality
+from gdmd.methods.distillation import Distillation
+from gdmd.methods.dmd import StudentBatch
+from gdmd.methods.policy_samples import Collected, collect, collection_stats
+from gdmd.methods.scoring import Scorer
+from gdmd.types import Loss, PromptBatch, Update
+
+
+@dataclass(frozen=True)
+class ScoredBatch(StudentBatch):
+    x_s: Tensor  # [B, C, H, W], the scored sample
+    x_t: Tensor  # [B, C, H, W], x_s re-noised to t
+    t: Tensor  # [B]
+    x0_old: Tensor  # [B, C, H, W], the old policy's prediction from x_t
+    r: Tensor  # [B], NaN = not scored
+
+
+class DmdNft(Distillation[DmdNftConfig]):
+    """DMD's iteration; each student update also learns from K scored samples per prompt."""
+
+    def attach(self, scorer: Scorer) -> DmdNft:
+        """Give the method its rewards; returns itself."""
+        self.scorer, self.student_updates = scorer, 0
+        return self
+
+    def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
+        """One outer iteration: fake updates, scored roll-outs, then one student update per collected gradient."""
+        r = self.rollout(prompts, rng)
+        first = self.cfg.fake_updates - self.cfg.student_updates
+        targets = []
+        for i in range(self.cfg.fake_updates):
+            yield Update("fake", self.fake_loss, self.fake_batch(r, rng, i))
+            if i >= first:
+                targets.append(self.target(r, self.scores(r, rng, i, both=self.cfg.guidance != 1), self.cfg.guidance))
+        batches = [StudentBatch(r.x_tau, r.tau, r.cond, x_tar) for x_tar in targets]
+        if self.cfg.rl_weight == 0:
+            for batch in batches:
+                yield Update("student", self.student_loss, batch)
+            return
+        collected = collect(self.roles, self.scorer, self.cfg, prompts, rng, self.latent_shape)
+        self._stats |= collection_stats(collected, self.scorer.rewards)
+        for i, batch in enumerate(batches):
+            yield Update("student", self.scored_loss, self.scored_batch(batch, collected, rng, i))
+            self.student_updates += 1
+            self.roles.follow(min(1e-3 * self.student_updates, self.cfg.old_decay))
+
+    @torch.no_grad()
+    def scored_batch(self, batch: StudentBatch, collected: Collected, rng: SampleRng, i: int) -> ScoredBatch:
+        """Draw i of (t, eps) on the scored samples, and what the old policy answers there."""
+        x_s, times = collected.trajectory.x0, self.cfg.renoised_to
+        t = torch.tensor(times, device=x_s.device)[rng.integer("nft_t", len(times), i)]
+        x_t = renoise(x_s, t, rng.normal("nft_eps", self.latent_shape, i), self.roles.schedule)
+        optimal = nft_optimality(collected.advantage, self.cfg.advantage_clip)
+        x0_old = self.roles.old(x_t, t, batch.cond).x0
+        return ScoredBatch(**vars(batch), x_s=x_s, x_t=x_t, t=t, x0_old=x0_old, r=optimal)
+
+    def student_loss(self, batch: StudentBatch) -> Loss:
+        """L_DMD = || x0 - x_tar ||^2 with x0 by the current student."""
+        loss = dmd_loss(self.roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar)
+        return Loss(loss, {"loss/student": loss.detach()})
+
+    def scored_loss(self, batch: ScoredBatch) -> Loss:
+        """L_DMD + rl_weight L_NFT at the two places x_tau and x_t; an unscored sample has L_DMD only."""
+        distil = self.student_loss(batch).per_sample
+        x0 = self.roles.student(batch.x_t, batch.t, batch.cond).x0
+        scored, clip = ~batch.r.isnan(), self.cfg.advantage_clip
+        r, normalise = torch.where(scored, batch.r, 0.5), self.cfg.self_normalise
+        steer = nft_loss(x0, batch.x0_old, batch.x_s, r, self.cfg.beta, scale=clip, normalise=normalise)
+        steer = torch.where(scored, steer, 0.0)
+        loss = distil + self.cfg.rl_weight * steer
+        seen = {"loss/student": loss, "loss/nft": steer, "weight/r": batch.r}
+        return Loss(loss, {name: value.detach() for name, value in seen.items()})
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The count of student updates: the clock of the old policy's decay."""
+        return {"student_updates": torch.tensor([self.student_updates], dtype=torch.int64)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.student_updates = int(state["student_updates"])
