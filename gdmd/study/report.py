@@ -1,0 +1,217 @@
+"""The analysis for readers: report.html (self-contained), report.md, the stacked win-rate figure, and files for tools."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gdmd.evaluation.plots import INK, STYLE
+from gdmd.runs.errors import writing
+from gdmd.study.analyze import Analysis, Duel
+from gdmd.study.export import csv_text, jsonl_text
+from gdmd.study.nouns import Vote
+from gdmd.study.statistics import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WINS, TIES, LOSSES = "#0072b2", "#8a8f98", "#d55e00"
+"""Distinct for color-blind readers (after Okabe and Ito)."""
+LABELS = {"overall": "Overall", "quality": "Visual quality", "alignment": "Prompt alignment"}
+
+
+def write_report(analysis: Analysis, votes: Sequence[Vote], folder: Path) -> Path:
+    """Write report.html, report.md, figure.svg, figure.png, figure.pdf, analysis.json, votes.csv and votes.jsonl."""
+    with writing("the report", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "report.html"
+        path.write_text(html_text(analysis), encoding="utf-8")
+        (folder / "report.md").write_text(markdown_text(analysis), encoding="utf-8")
+        (folder / "figure.svg").write_text(figure_svg(analysis).replace("currentColor", "#1d1f24"), encoding="utf-8")
+        for suffix in ("png", "pdf"):
+            (folder / f"figure.{suffix}").write_bytes(_rendered(analysis, suffix))
+        text = json.dumps(analysis.json(), indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / "analysis.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "votes.csv").write_text(csv_text(votes), encoding="utf-8")
+        (folder / "votes.jsonl").write_text(jsonl_text(votes), encoding="utf-8")
+    return path
+
+
+def bars_of(analysis: Analysis) -> list[tuple[str, list[Duel]]]:
+    """Per model pair its duels, one per question; the study's first model is on the left wherever it takes part."""
+    names = dict.fromkeys((duel.first, duel.second) for duel in analysis.duels)
+    return [
+        (f"{first} vs {second}", [duel for duel in analysis.duels if (duel.first, duel.second) == (first, second)])
+        for first, second in names
+    ]
+
+
+def figure_svg(analysis: Analysis) -> str:
+    """The stacked win-rate figure as one <svg> in the page's text color."""
+    from matplotlib import rc_context
+
+    with rc_context({**STYLE, "svg.hashsalt": "study"}):
+        buffer = io.StringIO()
+        meta = {"Date": None, "Title": "Share of votes"}
+        _figure(analysis, INK).savefig(buffer, format="svg", transparent=True, metadata=meta)
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    return text.replace(INK, "currentColor")
+
+
+def _rendered(analysis: Analysis, kind: str) -> bytes:
+    from matplotlib import rc_context
+
+    ink = "#1d1f24"
+    style = {key: ink if value == INK else value for key, value in STYLE.items()}
+    with rc_context({**style, "pdf.fonttype": 42}):
+        buffer = io.BytesIO()
+        _figure(analysis, ink).savefig(buffer, format=kind, dpi=200)
+    return buffer.getvalue()
+
+
+def _figure(analysis: Analysis, ink: str) -> Figure:
+    """One block per model pair, one bar per question: wins, ties, losses as shares of all votes (Fig. 8)."""
+    from matplotlib.figure import Figure
+
+    blocks = bars_of(analysis)
+    rows = sum(len(duels) for _, duels in blocks) + 0.9 * len(blocks)
+    figure = Figure(figsize=(7.2, 0.75 + 0.36 * rows), layout="constrained")
+    axes = figure.add_subplot()
+    height, ticks = 0.0, []
+    for name, duels in blocks:
+        axes.text(0, height - 0.05, name, fontweight="bold", va="center", fontsize=10.5)
+        for duel in duels:
+            height += 1
+            _bar(axes, height, duel)
+            ticks.append((height, LABELS[duel.question]))
+        height += 1.5
+    axes.set(xlim=(0, 1), ylim=(height - 0.8, -0.6), xticks=[])
+    axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False)
+    axes.axvline(0.5, color=ink, linewidth=0.8, linestyle=":", alpha=0.6)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    handles = [axes.barh([0], [0], color=color) for color in (WINS, TIES, LOSSES)]
+    figure.legend(handles, ["first preferred", "tie", "second preferred"], loc="outside lower center", ncols=3)  # type: ignore[call-overload]
+    return figure
+
+
+def _bar(axes: Any, place: float, duel: Duel) -> None:
+    start = 0.0
+    for count, color in ((duel.wins, WINS), (duel.ties, TIES), (duel.losses, LOSSES)):
+        share = count / duel.votes
+        axes.barh([place], [share], left=start, color=color, height=0.74)
+        if share > 0.06:
+            axes.text(
+                start + share / 2, place, f"{100 * share:.0f}%", ha="center", va="center", color="white", fontsize=9
+            )
+        start += share
+
+
+def markdown_text(analysis: Analysis) -> str:
+    """The tables as Markdown, for a paper's appendix or an issue."""
+    lines = [f"# {analysis.title}", "", _summary(analysis), ""]
+    for heading, duels in (("Win rates", analysis.duels), ("By task", analysis.by_task)):
+        if duels:
+            lines += [f"## {heading}", "", *_markdown_table(DUEL_HEAD, [duel_cells(duel) for duel in duels]), ""]
+    lines += ["## Strengths, agreement, bias", "", *(f"- {sentence}" for sentence in sentences(analysis)), ""]
+    return "\n".join(lines)
+
+
+DUEL_HEAD = ("question", "task", "first", "second", "wins", "ties", "losses", "win rate [Wilson]", "score [clustered]",
+             "p", "p (Holm)")  # fmt: skip
+
+
+def duel_cells(duel: Duel) -> tuple[str, ...]:
+    """One row of the win-rate tables."""
+    counts = (str(duel.wins), str(duel.ties), str(duel.losses))
+    shares = (_share(duel.win_rate, duel.wilson), _share(duel.score, duel.clustered))
+    return (LABELS[duel.question], duel.task or "all", duel.first, duel.second, *counts, *shares, _p(duel.p),
+            _p(duel.p_holm))  # fmt: skip
+
+
+def sentences(analysis: Analysis) -> list[str]:
+    """Strengths, agreement and bias in words, one sentence each."""
+    found = []
+    for strength in analysis.strengths:
+        label = LABELS[strength.question]
+        if strength.why_not:
+            found.append(f"{label}: no Bradley-Terry strengths, because {strength.why_not}.")
+            continue
+        order = sorted(strength.values, key=lambda name: -strength.values[name])
+        listed = ", ".join(f"{name} {_signed(strength.values[name], strength.intervals[name])}" for name in order)
+        left_out = f" ({strength.degenerate} of {strength.replicates} replicates had no maximum)"
+        found.append(f"{label}: Bradley-Terry log strengths {listed}{left_out if strength.degenerate else ''}.")
+    for own in analysis.agreement:
+        alpha = "not measurable" if math.isnan(own.alpha) else f"{own.alpha:.2f}"
+        pairwise = "-" if math.isnan(own.pairwise) else f"{100 * own.pairwise:.0f} %"
+        repeats = f"; with themselves on {own.self_same} of {own.self_count} repeats" if own.self_count else ""
+        found.append(
+            f"{LABELS[own.question]}: raters agree with each other on {pairwise} of the pairs of votes "
+            f"(Krippendorff's alpha {alpha}, {own.shared_pairs} pairs of images){repeats}."
+        )
+    for bias in analysis.bias:
+        rate = _share(bias.share, bias.wilson)
+        found.append(f"{LABELS[bias.question]}: the left image won {rate} of the decided votes (p {_p(bias.p)}).")
+    return found
+
+
+def html_text(analysis: Analysis) -> str:
+    """One page without outside references."""
+    from jinja2 import Environment
+
+    source = files("gdmd.study").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
+    return template.render(
+        a=analysis,
+        figure=figure_svg(analysis),
+        summary=_summary(analysis),
+        head=DUEL_HEAD,
+        tables=[(name, [duel_cells(duel) for duel in duels]) for name, duels in
+                (("Win rates", analysis.duels), ("By task", analysis.by_task)) if duels],
+        sentences=sentences(analysis),
+    )  # fmt: skip
+
+
+def _summary(analysis: Analysis) -> str:
+    used = sum(row.used for row in analysis.raters)
+    return (
+        f"{analysis.answered_screens} of {analysis.planned_screens} screens answered by {len(analysis.raters)} raters; "
+        f"{used} used, {len(analysis.raters) - used} left out for failing more than {analysis.max_failed_checks} "
+        "attention checks. Repeats and checks are in no win rate. Win rate: wins among decided votes, Wilson's 95 % "
+        "interval, votes taken as independent. Score: wins plus half the ties over all votes, 95 % interval of "
+        f"{analysis.replicates} bootstraps over prompts and raters: the one to quote. p: exact sign test."
+    )
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    shown = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in (head, ["---"] * len(head), *rows)]
+    return [f"| {line} |" for line in shown]
+
+
+def _share(value: float, interval: Interval) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{100 * value:.1f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _signed(value: float, interval: Interval) -> str:
+    return f"{value:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+
+
+def _p(value: float) -> str:
+    return "-" if math.isnan(value) else "< .001" if value < 0.001 else f"{value:.3f}"
+
+
+def plain_table(rows: Mapping[str, object]) -> str:
+    """Names and values in two aligned columns, for the terminal."""
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
