@@ -8,12 +8,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import Parameter
 
 from gdmd.backbones.shapes_nets import LATENT_CHANNELS, GanHead, ShapesDit, ShapesVae
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.shapes.grammar import CAPTION_TOKENS, NULL, tokenize
-from gdmd.types import Cond, Denoiser, FeatureDenoiser, Prediction, Role
+from gdmd.types import Cond, FeatureDenoiser, Prediction, Role
 
 LATENT_SHAPE = (LATENT_CHANNELS, 8, 8)
 AnyNet = TypeVar("AnyNet", bound=nn.Module)
@@ -33,8 +34,20 @@ class DitDenoiser:
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Hidden states of the image tokens after the last block, [B, N, D], fp32."""
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden, _ = self.net.features(self.net.stem(x_t), t, cond["tokens"])
+            hidden: Tensor = self.net(x_t, t, cond["tokens"], hidden=True)
         return hidden.float()
+
+
+class BlendedDit:
+    """A ShapesDit that computes with other weights than its own, for one method call; its hooks see the calls."""
+
+    def __init__(self, net: ShapesDit, weights: Mapping[str, Tensor], *, bf16: bool = False) -> None:
+        self.net, self.weights, self.bf16, self.schedule = net, dict(weights), bf16, FlowSchedule()
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
+            velocity = functional_call(self.net, self.weights, (x_t, t, cond["tokens"]))
+        return from_velocity(velocity, x_t, t, self.schedule)
 
 
 class FeatureCritic:
@@ -60,6 +73,7 @@ class ShapesRoles:
     def __init__(self, teacher: ShapesDit, *, bf16: bool = False, head_seed: int | None = None) -> None:
         teacher = teacher.eval().requires_grad_(False)
         self.schedule = FlowSchedule()
+        self._teacher, self._bf16 = teacher, bf16
         self._nets = {"student": _trainable(teacher), "fake": _trainable(teacher)}
         self._old = copy.deepcopy(teacher)
         self._follows = False
@@ -75,17 +89,15 @@ class ShapesRoles:
             own |= {f"gan_head.{name}": weights for name, weights in self.critic.head.named_parameters()}
         return own
 
-    def blended_teacher(self, share: float) -> Denoiser:
-        """The teacher with the fake's displacement added: weights teacher + share (fake - teacher), no gradient.
+    @torch.no_grad()
+    def blended_teacher(self, share: float) -> BlendedDit:
+        """The teacher with a share of the fake's displacement: weights teacher + share (fake - teacher), no gradient.
 
         What scaling one LoRA is for adapters (DynaDG, arXiv 2511.13649v4), for networks stored as full copies.
         """
-        own, fake = self.teacher.net, self._nets["fake"]
-        blended = copy.deepcopy(own)
-        with torch.no_grad():
-            for mixed, other in zip(blended.parameters(), fake.parameters(), strict=True):
-                mixed.lerp_(other, share)
-        return DitDenoiser(blended, bf16=self.teacher.bf16)
+        fake = dict(self._nets["fake"].named_parameters())
+        weights = {name: torch.lerp(own, fake[name], share) for name, own in self._teacher.named_parameters()}
+        return BlendedDit(self._teacher, weights, bf16=self._bf16)
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:

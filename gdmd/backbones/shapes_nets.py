@@ -142,9 +142,12 @@ class ShapesDit(nn.Module):
             x = block(x, time)
         return x[:, : patches.shape[1]], time
 
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, *, hidden: bool = False) -> Tensor:
+        """The velocity; with ``hidden`` the image tokens after the last block [B, N, D], which a GAN head reads."""
         local = self.stem(x_t)  # [B, LOCAL, h, w]
         x, time = self.features(local, t, tokens)
+        if hidden:
+            return x
         shift, scale = self.modulation(time)[:, None].chunk(2, -1)
         patches = self.head(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
         side = self.grid // 2

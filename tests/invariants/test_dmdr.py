@@ -1,0 +1,326 @@
+"""DMDR as an algorithm: its two stages, its schedules, its three reward losses, and DMD where they are off."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny_roles import Toy, ToyCodec, apply, distance, dmd, prompts, rng, same, tiny_roles, train, watch
+from torch import Tensor
+
+from gdmd.backbones.shapes import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
+from gdmd.config.rivals import DmdrConfig
+from gdmd.data.prompts import batch_of
+from gdmd.diffusion.annealing import beta_quantile
+from gdmd.diffusion.policy import cps_log_prob, cps_mean
+from gdmd.diffusion.sampling import few_step_sample
+from gdmd.losses.dmd import dmd_loss
+from gdmd.methods.dmdr import Dmdr
+from gdmd.methods.preference import extremes, mean_merit
+from gdmd.methods.scoring import Scorer
+from gdmd.training.state import cut
+from gdmd.types import PromptBatch, Reward, Update
+
+OFF: dict[str, Any] = {"tilt": 0.0, "anneal": 0, "rl_weight": 0.0}
+STRATEGIES = ["refl", "grpo", "dpo"]
+
+
+def dmdr(roles: ShapesRoles, *rewards: Reward, codec: ToyCodec | None = None, **options: Any) -> Dmdr:
+    method = Dmdr(DmdrConfig(**{"refl_margin": 2.0, **options}), roles, LATENT_SHAPE, "velocity")
+    return method.attach(Scorer(codec or ToyCodec(), rewards or (Toy(),)), roles.blended_teacher)
+
+
+def grouped() -> PromptBatch:
+    """Two prompts, four pictures of each."""
+    index = torch.arange(8)
+    return batch_of(("a circle",) * 4 + ("two rings",) * 4, ShapesTextEncoder(), index, index // 4)
+
+
+def student_update(method: Dmdr, roles: ShapesRoles, step: int, batch: PromptBatch | None = None) -> Update:
+    """The student's update of a step, the fake's applied before it."""
+    batch = batch or prompts()
+    for update in method.iteration(step, batch, rng(step, batch)):
+        if update.role == "student":
+            return update
+        apply(update, roles)
+    raise AssertionError("no student update")
+
+
+def gradients(update: Update, roles: ShapesRoles, value: Tensor | None = None) -> list[Tensor]:
+    loss = update.loss(update.batch).per_sample if value is None else value
+    return list(torch.autograd.grad(loss.mean(), list(roles.parameters("student").values())))
+
+
+def plain(roles: ShapesRoles, batch: Any) -> Tensor:
+    return dmd_loss(roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar)
+
+
+@pytest.mark.parametrize("cold_start", [0, 1, 9])
+def test_without_tilt_schedules_and_reward_it_is_dmd_bit_for_bit(cold_start: int) -> None:
+    first, second, third = tiny_roles(), tiny_roles(), tiny_roles()
+    wanted = train(dmd(first), first)
+    codec = ToyCodec()
+    assert same(train(dmdr(second, codec=codec, cold_start=cold_start, **OFF), second), wanted)
+    assert not codec.shown
+    assert distance(train(dmdr(third, cold_start=cold_start), third), wanted) > 1e-5
+
+
+def test_once_the_schedules_have_ended_it_is_dmd_bit_for_bit() -> None:
+    first, second = tiny_roles(), tiny_roles()
+    wanted = train(dmd(first), first, start=7)
+    method = dmdr(second, tilt=0.0, rl_weight=0.0, anneal=7)
+    assert same(train(method, second, start=7), wanted)
+    third = tiny_roles()
+    assert not same(train(dmdr(third, tilt=0.0, rl_weight=0.0, anneal=9), third, start=7), wanted)
+
+
+def test_five_updates_of_the_fake_precede_one_of_the_student_in_both_stages() -> None:
+    roles = tiny_roles()
+    method = dmdr(roles, cold_start=1)
+    made = []
+    for step in (0, 1):
+        for update in method.iteration(step, prompts(), rng(step)):
+            made.append((update.role, update.loss))
+            apply(update, roles)
+    assert [role for role, _ in made] == 2 * (["fake"] * 5 + ["student"])
+    assert made[5][1] == method.tilted_loss and made[11][1] == method.refl_student_loss
+
+
+def test_a_sample_is_tilted_by_the_reward_of_the_picture_its_own_roll_out_ends_in() -> None:
+    roles, codec = tiny_roles(), ToyCodec()
+    update = student_update(dmdr(roles, codec=codec, cold_start=5, anneal=0), roles, 0)
+    batch, draws = update.batch, rng()
+    again = lambda i: draws.normal("rollout", LATENT_SHAPE, i)  # noqa: E731
+    noise, steps = draws.normal("noise", LATENT_SHAPE), (1.0, 0.75, 0.5, 0.25)
+    finished = few_step_sample(roles.student, noise, steps, prompts().cond, again, roles.schedule)
+    torch.testing.assert_close(codec.shown[0], finished)
+    last = batch.tau == 0.25
+    x0 = roles.student(batch.x_tau, batch.tau, batch.cond).x0
+    torch.testing.assert_close(finished[last], x0[last], rtol=1e-4, atol=1e-5)
+    reward = torch.sigmoid(finished[:, 0]).mean((1, 2)).double()
+    wanted = torch.exp(reward / reward.square().sum().sqrt())
+    torch.testing.assert_close(batch.weight.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(update.loss(batch).per_sample, batch.weight * plain(roles, batch))
+
+
+def test_a_sample_that_was_not_scored_is_distilled_untilted() -> None:
+    roles = tiny_roles()
+    update = student_update(dmdr(roles, Toy(unscored=(2,)), cold_start=5), roles, 0)
+    assert update.batch.weight[2] == 1 and (update.batch.weight[[0, 1, 3]] > 1.1).all()
+
+
+def test_the_blended_teacher_has_the_share_of_the_fakes_displacement() -> None:
+    roles = tiny_roles()
+    teacher, fake = roles.teacher.net, roles.fake.net
+    before = {name: value.clone() for name, value in teacher.named_parameters()}
+    for name, value in roles.blended_teacher(0.25).weights.items():
+        here, there = before[name].double(), dict(fake.named_parameters())[name].detach().double()
+        torch.testing.assert_close(value.double(), here + 0.25 * (there - here), rtol=1e-6, atol=1e-7)
+        assert not value.requires_grad
+    draws, batch = rng(), prompts()
+    x_t, t = draws.normal("x", LATENT_SHAPE), draws.uniform("t")
+    none, whole = (roles.blended_teacher(share)(x_t, t, batch.cond).x0 for share in (0.0, 1.0))
+    torch.testing.assert_close(none, roles.teacher(x_t, t, batch.cond).x0)
+    torch.testing.assert_close(whole, roles.fake(x_t, t, batch.cond).x0, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(before[name], value) for name, value in teacher.named_parameters())
+
+
+def test_the_real_score_starts_near_the_fake_and_ends_at_the_teacher() -> None:
+    roles = tiny_roles()
+    shares: list[float] = []
+    method = dmdr(roles, anneal=400, overlap=0.25)
+    method.blend = lambda share: (shares.append(share), roles.blended_teacher(share))[1]
+    for step in (0, 100, 200, 400, 4000):
+        student_update(method, roles, step)
+    assert shares == pytest.approx([0.25, 0.25 * 0.853553390593274, 0.125], abs=1e-12)
+
+
+def test_the_overlap_shrinks_the_gap_between_the_two_scores() -> None:
+    gaps = []
+    for overlap in (0.0, 0.5, 1.0):
+        roles = tiny_roles()
+        method = dmdr(roles, anneal=400, overlap=overlap, guidance=1.0, fake_updates=1)
+        student_update(method, roles, 0)
+        gaps.append(method.stats()["gap/grad"].item())
+    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] == pytest.approx(0, abs=1e-6)
+
+
+def test_times_are_those_of_the_annealed_beta_for_the_gradient_and_for_the_fake() -> None:
+    many = prompts(("a circle",) * 4000)
+    draws, method = rng(0, many), dmdr(tiny_roles(), renoise_low=0.1, renoise_high=0.9)
+    for pace, mean in ((1.0, 4 / 5.5), (0.5, 2.5 / 3.75), (0.0, 0.5)):
+        method.pace = pace
+        assert method.fake_time(draws, 0).mean().item() == pytest.approx(mean, abs=0.01)
+        t = method.renoise_time(draws, 0)
+        assert t.mean().item() == pytest.approx(0.1 + 0.8 * mean, abs=0.01)
+        assert 0.1 < t.min() and t.max() < 0.9
+    assert torch.equal(method.fake_time(draws, 3), draws.uniform("fake_t", 3))
+    method.pace = 1.0
+    assert torch.equal(method.fake_time(draws, 3), beta_quantile(draws.uniform("fake_t", 3), 4.0, 1.5))
+
+
+def test_refl_adds_half_the_mean_hinge_of_the_rewards_of_the_one_step_picture() -> None:
+    roles = tiny_roles()
+    rewards = Toy(), Toy("other", 1, factor=3.0)
+    update = student_update(dmdr(roles, *rewards, cold_start=0, refl_margin=0.8), roles, 0)
+    x0 = roles.student(update.batch.x_tau, update.batch.tau, update.batch.cond).x0
+    shown = torch.sigmoid(x0[:, :2]).mean((2, 3))
+    hinge = ((0.8 - shown[:, 0]).relu() + (0.8 - 3 * shown[:, 1]).relu()) / 2
+    wanted = plain(roles, update.batch) + 0.5 * hinge
+    torch.testing.assert_close(update.loss(update.batch).per_sample, wanted)
+    for own, other in zip(gradients(update, roles), gradients(update, roles, wanted), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"refl_margin": -1.0}, {"rl_weight": 0.0}])
+def test_a_reward_beyond_its_margin_leaves_dmd(options: dict[str, Any]) -> None:
+    roles = tiny_roles()
+    update = student_update(dmdr(roles, cold_start=0, **options), roles, 0)
+    assert torch.equal(update.loss(update.batch).per_sample, plain(roles, update.batch))
+
+
+def test_refl_refuses_a_black_box_and_the_other_strategies_take_it() -> None:
+    roles = tiny_roles()
+    with pytest.raises(ValueError, match="brightness is not differentiable"):
+        dmdr(roles, Toy(differentiable=False))
+    for strategy in ("grpo", "dpo"):
+        dmdr(roles, Toy(differentiable=False), strategy=strategy)
+    dmdr(roles, Toy(differentiable=False), rl_weight=0.0)
+
+
+def test_grpo_follows_the_advantage_times_the_log_probability_of_one_move() -> None:
+    roles = tiny_roles()
+    method = dmdr(roles, strategy="grpo", cold_start=0)
+    update = student_update(method, roles, 0, grouped())
+    move = update.batch.move
+    assert move.advantage[:4].sum().item() == pytest.approx(0, abs=1e-5) and move.advantage.std() > 0.5
+    assert {round(t, 2) for t in move.t.tolist()} <= {1.0, 0.75, 0.5}
+    torch.testing.assert_close(move.t - move.t_next, torch.full((8,), 0.25))
+    prediction = roles.student(move.x_t, move.t, update.batch.cond)
+    log_prob = cps_log_prob(move.x_next, cps_mean(prediction, move.t_next, 0.9, roles.schedule))
+    torch.testing.assert_close(log_prob, move.log_prob_old, rtol=1e-4, atol=1e-5)
+    wanted = plain(roles, update.batch) - 0.5 * move.advantage * log_prob
+    for own, other in zip(gradients(update, roles), gradients(update, roles, wanted), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
+
+
+def test_the_best_and_the_worst_of_each_group_are_found_among_the_scored() -> None:
+    merit = torch.tensor([1.0, 3.0, math.nan, 2.0, 5.0, 5.0, math.nan, 0.0])
+    group = torch.tensor([7, 7, 7, 7, 2, 2, 9, 9])
+    best, worst, known = extremes(merit, group)
+    assert best[:4].tolist() == [1] * 4 and worst[:4].tolist() == [0] * 4 and known[:4].all()
+    assert known[4:].tolist() == [False] * 4  # equal merits; one scored picture
+
+
+def test_merit_is_the_mean_over_rewards_of_advantages_without_units() -> None:
+    rewards = torch.tensor([[1.0, 3.0, 10.0, 14.0], [0.0, 2.0, 5.0, 5.0]])
+    group = torch.tensor([0, 0, 1, 1])
+    merit = mean_merit(rewards, group)
+    assert merit[0] == -merit[1] < 0 and merit[2] == -merit[3] < 0
+    torch.testing.assert_close(mean_merit(rewards * torch.tensor([[50.0], [0.1]]) - 3, group), merit)
+
+
+def test_dpo_prefers_the_best_picture_of_a_group_to_the_worst_against_the_reference() -> None:
+    roles = tiny_roles()
+    method = dmdr(roles, strategy="dpo", cold_start=2, dpo_beta=10.0)
+    update = student_update(method, roles, 2, grouped())
+    pairs = update.batch.pairs
+    score = torch.sigmoid(torch.stack([pairs.x0_win, pairs.x0_lose])[:, :, 0]).mean((2, 3))
+    assert (score[0] > score[1]).all() and pairs.known.all()
+    assert torch.equal(pairs.x0_win[0], pairs.x0_win[3]) and not torch.equal(pairs.x0_win[0], pairs.x0_win[4])
+    assert len({tuple(x.flatten()[:3].tolist()) for x in pairs.win_t}) == 8  # draws of their own
+    loss = update.loss(update.batch)
+    torch.testing.assert_close(loss.stats["loss/rl"], torch.full((8,), math.log(2)), rtol=1e-3, atol=1e-4)
+    errors = []
+    for _ in range(2):
+        x0 = roles.student(pairs.win_t, pairs.t, update.batch.cond).x0.detach()
+        other = roles.student(pairs.lose_t, pairs.t, update.batch.cond).x0.detach()
+        errors.append(((x0 - pairs.x0_win).square() - (other - pairs.x0_lose).square()).mean())
+        steer = update.loss(update.batch).per_sample - plain(roles, update.batch)
+        for parameter, grad in zip(roles.parameters("student").values(), gradients(update, roles, steer), strict=True):
+            parameter.data.sub_(1e-3 * grad)  # one step of the preference alone
+    assert errors[1] < errors[0]
+
+
+def test_the_reference_of_dpo_is_the_student_that_ended_the_cold_start() -> None:
+    roles = tiny_roles()
+    method = dmdr(roles, strategy="dpo", cold_start=1)
+    snapshots = []
+    for step in range(3):
+        snapshots.append({name: p.detach().clone() for name, p in roles.parameters("student").items()})
+        for update in method.iteration(step, grouped(), rng(step, grouped())):
+            apply(update, roles)
+        assert bool(roles.old_state()) == (step >= 1)
+    assert same(dict(roles.old_state()), snapshots[1]) and not same(snapshots[2], snapshots[1])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_groups_without_a_difference_and_unscored_samples_leave_dmd(strategy: str) -> None:
+    roles = tiny_roles()
+    method = dmdr(roles, Toy(unscored=tuple(range(8))), strategy=strategy, cold_start=0)
+    update = student_update(method, roles, 0, grouped())
+    assert torch.equal(update.loss(update.batch).per_sample, plain(roles, update.batch))
+    assert all(gradient.isfinite().all() for gradient in gradients(update, roles))
+
+
+@pytest.mark.parametrize("cold_start", [0, 9])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradients_reach_the_updated_role_and_nothing_else(strategy: str, cold_start: int) -> None:
+    roles, codec, reward = tiny_roles(), ToyCodec(), Toy()
+    for net in (roles.teacher, roles.old):
+        net.net.requires_grad_(True)
+    method, batch = dmdr(roles, reward, codec=codec, strategy=strategy, cold_start=cold_start), grouped()
+    for update in method.iteration(0, batch, rng(0, batch)):
+        update.loss(update.batch).per_sample.mean().backward()
+        found = {name: list(getattr(roles, name).net.parameters()) for name in ("student", "fake", "teacher", "old")}
+        assert {name for name, own in found.items() if any(p.grad is not None for p in own)} == {update.role}
+        assert codec.gain.grad is None and reward.gain.grad is None
+        for parameter in found[update.role]:
+            parameter.grad = None
+
+
+@pytest.mark.parametrize("cold_start", [0, 9])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_micro_batches_are_the_whole_batch(strategy: str, cold_start: int) -> None:
+    roles = tiny_roles()
+    method = dmdr(roles, Toy(unscored=(1,)), strategy=strategy, cold_start=cold_start)
+    update = student_update(method, roles, 0, grouped())
+    whole = update.loss(update.batch)
+    parts = [update.loss(cut(update.batch, k, k + 2, 8)) for k in range(0, 8, 2)]
+    torch.testing.assert_close(torch.cat([p.per_sample for p in parts]), whole.per_sample, rtol=1e-4, atol=1e-5)
+    assert whole.per_sample.shape == (8,) and all(value.shape == (8,) for value in whole.stats.values())
+
+
+def test_the_passes_of_the_blended_teacher_and_of_the_gan_head_are_counted_like_others() -> None:
+    roles = ShapesRoles(tiny_roles().teacher.net, head_seed=0)
+    calls: list[str] = []
+    for name in ("teacher", "fake"):
+        getattr(roles, name).net.register_forward_hook(lambda net, given, answer, name=name: calls.append(name))
+    x_t, t = rng().normal("x", LATENT_SHAPE), rng().uniform("t")
+    roles.blended_teacher(0.5)(x_t, t, prompts().cond)
+    assert roles.critic is not None
+    roles.critic(x_t, t, prompts().cond)
+    assert calls == ["teacher", "fake"]
+
+
+def test_the_teacher_is_asked_once_per_iteration_or_the_blend_in_its_place() -> None:
+    roles = tiny_roles()
+    method = dmdr(roles, anneal=3, cold_start=9)
+    diary = watch(roles)
+    student_update(method, roles, 0)
+    assert not any(call.name == "teacher" for call in diary)
+    student_update(method, roles, 3)
+    assert sum(call.name == "teacher" for call in diary) == 1
+
+
+def test_what_a_recipe_must_say_follows_from_the_options() -> None:
+    assert DmdrConfig().rewarded and DmdrConfig(rl_weight=0.0).rewarded and DmdrConfig(cold_start=0).rewarded
+    assert not DmdrConfig(rl_weight=0.0, tilt=0.0).rewarded and not DmdrConfig(rl_weight=0.0, cold_start=0).rewarded
+    assert DmdrConfig().prompt_group == 1 and DmdrConfig(strategy="dpo").prompt_group == 8
+    assert DmdrConfig(strategy="grpo", rl_weight=0.0).prompt_group == 1
+    with pytest.raises(ValueError, match="at least 2 steps"):
+        DmdrConfig(strategy="grpo", student_steps=(1.0,))
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        DmdrConfig(beta_a=0.5)
