@@ -16,7 +16,7 @@ def without_rewards(cfg: MethodConfig) -> MethodConfig | None:
         return None
     match cfg:
         case GdmdConfig():
-            return cfg.model_copy(update={"gamma": 0.0, "reward_step": 0.0, "control": "none"})
+            return cfg.model_copy(update={"gamma": 0.0, "reward_weight": 0.0, "control": "none"})
         case DmdrConfig():
             return cfg.model_copy(update={"rl_weight": 0.0, "tilt": 0.0})
         case RewardedDmdConfig():

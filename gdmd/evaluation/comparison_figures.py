@@ -256,9 +256,9 @@ def _scatter(axes: Axes, panel: Mapping[str, Any]) -> None:
     for marker in dict.fromkeys(point[3] for point in panel["points"]):
         own = [point for point in panel["points"] if point[3] == marker]
         x, y = [p[0] for p in own], [p[1] for p in own]
-        edges = ["black" if p[4] else SOFT for p in own]
-        widths = [1.1 if p[4] else 0.25 for p in own]
-        axes.scatter(x, y, c=[p[2] for p in own], marker=marker, s=17, edgecolors=edges, linewidths=widths)
+        axes.scatter(x, y, c=[p[2] for p in own], marker=marker, s=24, edgecolors=SOFT, linewidths=0.3)
+    far = [point for point in panel["points"] if point[4]]
+    axes.scatter([p[0] for p in far], [p[1] for p in far], s=62, facecolors="none", edgecolors=INK, linewidths=0.7)
     scores = (
         f"spread {panel['spread']:.3f}, diversity {panel['diversity']:.3f}, outliers {100 * panel['outliers']:.0f} %"
     )

@@ -62,12 +62,12 @@ def _gradients(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -
     plain = without_rewards(cfg.method)
     if plain is None:
         return {}
-    full_lab, plain_lab = build(cfg), build(_with_method(cfg, plain))
+    labs = build(cfg), build(_with_method(cfg, plain))
+    prompts, rng = draws(labs[0], cfg, step)  # the method's own groups of prompts, for both
     found = []
-    for lab in (full_lab, plain_lab):
+    for lab in labs:
         if saved:
             restore(lab, saved)
-        prompts, rng = draws(lab, cfg, step)
         found.append(student_gradient(lab.method, lab.roles, step, prompts, rng))
     both = divergence(*found)
     return {"cosine": both.cosine, "ratio": both.ratio, "weight": both.weight}

@@ -1,0 +1,161 @@
+"""A comparison as a program: stopped and continued, a failing cell beside good ones, nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdmd.programs import compare_job
+from gdmd.programs.compare import run_comparison
+from gdmd.programs.compare_plan import plan, read_table
+from gdmd.recipes.read_comparison import read_comparison
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = """name: tiny
+base: shapes_smoke
+student_updates: 40
+seeds: [3]
+overrides: {loop.batch_size: 2, loop.log_every: 1}
+rows:
+  - {name: gdmd, kind: gdmd}
+  - {name: broken, kind: control, overrides: {loop.lr_student: 1.0e+30}}
+teachers: [{name: teacher_1, steps: 1, guidance: 1.0}]
+evaluation: {per_task: 1, images: 2}
+diagnosis: {seeds: 0}
+pictures: {rows: [gdmd], per_cluster: 1, captions: 2}
+"""
+TIMES = {"seconds", "cell_seconds", "images_per_s", "images_per_s_decoded", "peak_memory_mib", "command"}
+LIMIT = 120.0
+"""Seconds that a wait may take on a busy machine."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class World:
+    """What two calls of the program left: the first was interrupted, the second went on to the end."""
+
+    folder: Path
+    spec: Path
+    steps_at_stop: list[str]
+    stopped: Finished
+    ended: Finished
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        return read_table(self.folder / "table.jsonl")
+
+
+def start(spec: Path, folder: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "gdmd", "compare", str(spec), "--out", str(folder), "--jobs", "3", *more]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=spec.parent
+    )
+
+
+def end(process: subprocess.Popen[str]) -> Finished:
+    try:
+        out_text, err_text = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    return Finished(process.returncode, out_text, err_text)
+
+
+def gdmd_cell(spec: Path) -> Any:
+    return next(cell for cell in plan(read_comparison(str(spec))) if cell.method == "gdmd")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    here = tmp_path_factory.mktemp("compare")
+    spec, folder = here / "tiny.yaml", here / "made"
+    spec.write_text(SPEC)
+    first = start(spec, folder)
+    checkpoints = gdmd_cell(spec).folder(folder) / "run" / "checkpoints"
+    until = time.monotonic() + LIMIT
+    while not list(checkpoints.glob("step_*")) and first.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGINT)
+    stopped = end(first)
+    steps = sorted(path.name for path in checkpoints.glob("step_*"))
+    yield World(folder, spec, steps, stopped, end(start(spec, folder, "--json")))
+
+
+def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(world: World) -> None:
+    assert world.stopped.code == 130, world.stopped.err
+    assert world.steps_at_stop and "step_000020" not in world.steps_at_stop
+    assert "the same command goes on" in world.stopped.err and "Traceback" not in world.stopped.err
+
+
+def test_a_failing_cell_is_reported_and_the_others_are_finished(world: World) -> None:
+    assert world.ended.code == 1, world.ended.err
+    told = json.loads(world.ended.out)
+    assert list(told["failed"]) == ["broken/3/updates"] and "not finite" in told["failed"]["broken/3/updates"]
+    assert {line["method"] for line in world.table} == {"gdmd", "teacher_1"}
+    assert told["missing"] == 1 and Path(told["page"]).is_file()
+    assert {"fig6_grid.png", "fig7_grid.png", "fig3_features.png"} <= {
+        p.name for p in (world.folder / "figures").iterdir()
+    }
+
+
+def test_a_stopped_comparison_ends_with_the_table_of_an_uninterrupted_one(world: World, tmp_path: Path) -> None:
+    cell = gdmd_cell(world.spec)
+    resumed = json.loads((cell.folder(world.folder) / "run" / "run.json").read_text())["resumed"]
+    assert len(resumed) == 1 and 0 < resumed[0]["step"] < 20
+    folder = cell.folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps(cell.job))
+    assert compare_job.main(folder) == 0
+    alone = json.loads((folder / "result.json").read_text())
+    line = next(line for line in world.table if line["method"] == "gdmd")
+    assert {k: alone[k] for k in alone if k not in TIMES} == {k: line[k] for k in alone if k not in TIMES}
+    assert line["student_updates"] == 40 and line["steps"] == 20 and line["nfe"] == 4 and line["seed"] == 3
+    assert line["passes"] > 20 * 2 * (1 + 2 * 9) and line["trained"] == ["shapes_clip", "shapes_pref"]
+    assert line["command"].endswith("--only gdmd/3/updates") and line["hash"] == cell.hash
+
+
+def test_a_finished_comparison_trains_nothing_again(world: World) -> None:
+    before = {path: path.stat().st_mtime_ns for path in world.folder.rglob("*") if "cells" in path.parts}
+    table = (world.folder / "table.jsonl").read_text()
+    said: list[str] = []
+    comparison = read_comparison(str(world.spec))
+    outcome = run_comparison(comparison, "tiny.yaml", world.folder, 1, ["gdmd", "teacher_1"], said.append)
+    assert (outcome.trained, outcome.cached, outcome.exit_code) == ([], 2, 0)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (world.folder / "table.jsonl").read_text() == table
+    assert "2 finished before, 0 to run" in said[0] and len(said) == 1
+
+
+def test_a_line_lost_in_a_crash_is_added_again(world: World) -> None:
+    path = world.folder / "table.jsonl"
+    text = path.read_text()
+    path.write_text(text[:-30])
+    run_comparison(read_comparison(str(world.spec)), "tiny.yaml", world.folder, 1, ["gdmd", "teacher_1"], print)
+    assert sorted(path.read_text().splitlines()) == sorted(
+        line.replace(f"compare {world.spec}", "compare tiny.yaml") if line in text.splitlines()[-1:] else line
+        for line in text.splitlines()
+    )
+
+
+def test_a_finished_cell_can_be_evaluated_like_any_run(world: World) -> None:
+    from gdmd.programs.evaluate import measure_named
+
+    _, row, _ = measure_named(str(gdmd_cell(world.spec).folder(world.folder) / "run"), "eval", None, None)
+    line = next(line for line in world.table if line["method"] == "gdmd")
+    assert row["shapeseval"]["overall"] == line["shapeseval"] and row["fidelity"] == line["fidelity"]
