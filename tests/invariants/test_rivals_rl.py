@@ -1,0 +1,379 @@
+"""DMD + ReFL, + NFT and + GRPO: plain DMD at weight 0, what each reads and moves, and what changes nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_roles import Toy, ToyCodec, apply, distance, dmd, rng, same, student_gradient, tiny_roles, watch, weights
+from torch import Tensor
+
+from gdmd.backbones.shapes import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
+from gdmd.config.loop import LoopConfig
+from gdmd.config.method import DmdConfig, MethodConfig
+from gdmd.config.rewardless import without_rewards
+from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
+from gdmd.config.run import RunConfig
+from gdmd.data.prompts import PromptStream, batch_of
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.schedule import renoise
+from gdmd.losses.dmd import dmd_loss
+from gdmd.losses.groups import group_advantage
+from gdmd.methods.dmd_grpo import DmdGrpo
+from gdmd.methods.dmd_nft import DmdNft
+from gdmd.methods.dmd_refl import DmdRefl
+from gdmd.methods.policy_samples import collect
+from gdmd.methods.scoring import Scorer
+from gdmd.recipes.build import build
+from gdmd.recipes.read import read_recipe
+from gdmd.runs import checkpoint
+from gdmd.runs.rundir import create, open_run
+from gdmd.training.loop import train as loop
+from gdmd.training.state import role_states, split
+from gdmd.types import Method, PromptBatch, Reward, Update
+
+KINDS = ["dmd_refl", "dmd_nft", "dmd_grpo"]
+BLACK_BOX = ["dmd_nft", "dmd_grpo"]
+UPDATES = {"fake_updates": 3, "student_updates": 2}
+TEXTS = ("a circle",) * 3 + ("a red square",) * 3
+GROUP = torch.tensor([4, 4, 4, 9, 9, 9])
+
+
+def rival(kind: str, roles: ShapesRoles, *rewards: Reward, codec: ToyCodec | None = None, **options: Any) -> Any:
+    scorer = Scorer(codec or ToyCodec(), rewards or (Toy(),))
+    own = {**UPDATES, **options}
+    match kind:
+        case "dmd_refl":
+            return DmdRefl(DmdReflConfig(**own), roles, LATENT_SHAPE, "velocity").attach(scorer)
+        case "dmd_nft":
+            return DmdNft(DmdNftConfig(**own), roles, LATENT_SHAPE, "velocity").attach(scorer)
+        case _:
+            return DmdGrpo(DmdGrpoConfig(**own), roles, LATENT_SHAPE, "velocity").attach(scorer)
+
+
+def grouped() -> PromptBatch:
+    """Six samples of two prompts."""
+    return batch_of(TEXTS, ShapesTextEncoder(), group=GROUP)
+
+
+def run(method: Method, roles: ShapesRoles, step: int = 0, role: str = "student") -> Iterator[Update]:
+    """The updates of one role in one iteration, each handed out before it is applied."""
+    batch = grouped()
+    for update in method.iteration(step, batch, rng(step, batch)):
+        if update.role == role:
+            yield update
+        apply(update, roles)
+
+
+def train(method: Method, roles: ShapesRoles, steps: int = 2, start: int = 0) -> dict[str, Tensor]:
+    for step in range(start, start + steps):
+        list(run(method, roles, step))
+    return weights(roles)
+
+
+def plain(roles: ShapesRoles, batch: Any) -> Tensor:
+    """L_DMD of a student batch. [B]"""
+    return dmd_loss(roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_zero_is_dmd_bit_for_bit_and_scores_nothing(kind: str) -> None:
+    first, second, third, codec = tiny_roles(), tiny_roles(), tiny_roles(), ToyCodec()
+    wanted = train(dmd(first, **UPDATES), first)
+    assert same(train(rival(kind, second, codec=codec, rl_weight=0.0), second), wanted)
+    assert not codec.shown and not second.old_state()
+    assert distance(wanted, weights(tiny_roles())) > 1e-4
+    assert distance(train(rival(kind, third), third), wanted) > 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_reaches_the_updated_role_only(kind: str) -> None:
+    roles, codec, reward = tiny_roles(), ToyCodec(), Toy()
+    nets = {name: list(getattr(roles, name).net.parameters()) for name in ("student", "fake", "teacher", "old")}
+    for parameter in sum(nets.values(), []):
+        parameter.requires_grad_(True)
+    batch, seen = grouped(), []
+    for update in rival(kind, roles, reward, codec=codec).iteration(0, batch, rng(0, batch)):
+        tensors = [value for value in vars(update.batch).values() if isinstance(value, Tensor)]
+        assert not any(value.requires_grad for value in tensors)
+        update.loss(update.batch).per_sample.mean().backward()
+        assert {name for name, own in nets.items() if any(p.grad is not None for p in own)} == {update.role}
+        assert codec.gain.grad is None and reward.gain.grad is None
+        for parameter in nets[update.role]:
+            parameter.grad = None
+        seen.append(update.role)
+    assert seen == ["fake"] * 3 + ["student"] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unscored_sample_takes_a_plain_dmd_step_and_is_counted(kind: str) -> None:
+    roles = tiny_roles()
+    method = rival(kind, roles, Toy(), Toy("other", 1, unscored=(2,)))
+    others = [0, 1, 3, 4, 5]
+    for update in run(method, roles):
+        loss, wanted = update.loss(update.batch), plain(roles, update.batch)
+        assert loss.per_sample[2] == wanted[2] and (loss.per_sample != wanted)[others].all()
+        assert loss.per_sample.isfinite().all() and student_gradient(update, roles).isfinite().all()
+        counted = loss.stats if kind == "dmd_refl" else method.stats()
+        assert counted["reward/unscored"].mean().item() == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_without_any_score_is_plain_dmd(kind: str) -> None:
+    first, second = tiny_roles(), tiny_roles()
+    silent = Toy(unscored=tuple(range(6)))
+    assert same(train(rival(kind, second, silent), second), train(dmd(first, **UPDATES), first))
+
+
+@pytest.mark.parametrize("spread", ["global", "group"])
+@pytest.mark.parametrize("kind", BLACK_BOX)
+def test_rewards_in_other_units_change_nothing(kind: str, spread: str) -> None:
+    first, second = tiny_roles(), tiny_roles()
+    wanted = train(rival(kind, first, Toy(), Toy("b", 1), spread=spread), first)
+    other = Toy(factor=40.0, offset=-3.0), Toy("b", 1, factor=0.2, offset=0.5)
+    assert distance(train(rival(kind, second, *other, spread=spread), second), wanted) < 2e-5
+
+
+@pytest.mark.parametrize("kind", BLACK_BOX)
+def test_permuting_the_samples_permutes_their_advantages(kind: str) -> None:
+    roles, batch, order = tiny_roles(), grouped(), torch.tensor([5, 0, 3, 2, 4, 1])
+    method = rival(kind, roles)
+    texts = tuple(TEXTS[k] for k in order)
+    mixed = batch_of(texts, ShapesTextEncoder(), order, GROUP[order])
+    one, two = (
+        collect(roles, method.scorer, method.cfg, own, rng(0, own), LATENT_SHAPE).advantage for own in (batch, mixed)
+    )
+    torch.testing.assert_close(two, one[order], rtol=1e-3, atol=1e-4)
+    assert one.std() > 0.1
+
+
+@pytest.mark.parametrize("kind", BLACK_BOX)
+def test_samples_are_compared_inside_their_group_by_the_integer_id(kind: str) -> None:
+    roles, batch, codec = tiny_roles(), grouped(), ToyCodec()
+    method = rival(kind, roles, Toy(), codec=codec)
+    collected = collect(roles, method.scorer, method.cfg, batch, rng(0, batch), LATENT_SHAPE)
+    assert torch.equal(codec.shown[-1], collected.trajectory.x0)
+    reward = Toy().score(codec.decode(codec.shown[-1]), batch).detach()
+    torch.testing.assert_close(collected.advantage, group_advantage(reward, GROUP))
+    alone = batch_of(TEXTS, ShapesTextEncoder())  # same texts, other groups
+    lonely = collect(roles, method.scorer, method.cfg, alone, rng(0, alone), LATENT_SHAPE)
+    assert torch.equal(lonely.advantage, torch.zeros(6))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_are_the_whole_batch(kind: str) -> None:
+    roles = tiny_roles()
+    for update in run(rival(kind, roles, Toy(unscored=(1,))), roles):
+        whole = update.loss(update.batch)
+        parts = [update.loss(part) for part in split(update.batch, 2)]
+        torch.testing.assert_close(torch.cat([p.per_sample for p in parts]), whole.per_sample, rtol=1e-4, atol=1e-5)
+        assert all(value.shape == (6,) and not value.requires_grad for value in whole.stats.values())
+
+
+def test_refl_is_the_reward_back_propagated_through_decoder_and_reward() -> None:
+    roles, codec, rewards = tiny_roles(), ToyCodec(), (Toy(), Toy("other", 2, factor=3.0))
+    update = next(run(rival("dmd_refl", roles, *rewards, codec=codec, rl_weight=0.5, margin=0.9), roles))
+
+    def wanted(batch: Any) -> Tensor:
+        x0 = roles.student(batch.x_tau, batch.tau, batch.cond).x0
+        images = codec.decode(x0)
+        hinge = torch.stack([(0.9 - reward.score(images, batch.prompts)).relu() for reward in rewards]).mean(0)
+        return dmd_loss(x0, batch.x_tar) + 0.5 * hinge
+
+    torch.testing.assert_close(update.loss(update.batch).per_sample, wanted(update.batch))
+    gradient = student_gradient(update, roles)
+    torch.testing.assert_close(gradient, student_gradient(update, roles, wanted), rtol=1e-4, atol=1e-6)
+    assert (gradient - student_gradient(update, roles, lambda batch: plain(roles, batch))).abs().max() > 1e-4
+
+
+def test_refl_leaves_pictures_above_the_margin_to_dmd() -> None:
+    first, second = tiny_roles(), tiny_roles()
+    wanted = train(dmd(first, **UPDATES), first)
+    assert same(train(rival("dmd_refl", second, Toy(offset=5.0), margin=0.7), second), wanted)
+
+
+def test_refl_refuses_a_black_box_reward_unless_it_is_not_used() -> None:
+    box = Toy("checker", differentiable=False)
+    with pytest.raises(
+        ValueError, match="dmd_refl back-propagates its rewards, and checker is not differentiable; give"
+    ):
+        rival("dmd_refl", tiny_roles(), Toy(), box)
+    rival("dmd_refl", tiny_roles(), box, rl_weight=0.0)
+
+
+def test_nft_learns_at_re_noisings_of_the_samples_that_were_scored() -> None:
+    roles, codec = tiny_roles(), ToyCodec()
+    batches = [update.batch for update in run(rival("dmd_nft", roles, codec=codec, nft_steps=(0.9, 0.3)), roles)]
+    assert len(codec.shown) == 1
+    for i, batch in enumerate(batches):
+        assert torch.equal(batch.x_s, codec.shown[0]) and set(batch.t.tolist()) <= {
+            torch.tensor(0.9).item(),
+            torch.tensor(0.3).item(),
+        }
+        eps = rng(0, grouped()).normal("nft_eps", LATENT_SHAPE, i)
+        assert torch.equal(batch.x_t, renoise(batch.x_s, batch.t, eps, roles.schedule))
+        reward = Toy().score(codec.decode(batch.x_s), grouped()).detach()
+        torch.testing.assert_close(batch.r, 0.5 + group_advantage(reward, GROUP) / 10)
+    assert not torch.equal(batches[0].x_t, batches[1].x_t)
+
+
+def test_the_old_policy_of_nft_is_an_ema_whose_decay_grows_to_its_limit() -> None:
+    roles, decays = tiny_roles(), []
+    follow = roles.follow
+    roles.follow = lambda decay: (decays.append(decay), follow(decay))[1]  # type: ignore[method-assign]
+    method = rival("dmd_nft", roles, old_decay=0.003)
+    update = next(run(method, roles))
+    wanted = roles.old(update.batch.x_t, update.batch.t, update.batch.cond).x0
+    torch.testing.assert_close(update.batch.x0_old, wanted)
+    assert (wanted - roles.student(update.batch.x_t, update.batch.t, update.batch.cond).x0).abs().max() > 1e-3
+    train(method, roles, 2)
+    assert decays == pytest.approx([0.001, 0.002, 0.003, 0.003]) and roles.old_state()
+
+
+def test_nft_is_neutral_where_all_rewards_of_a_group_are_equal_and_the_student_is_the_old_policy() -> None:
+    roles = tiny_roles()
+    roles.follow(0.0)
+    update = next(run(rival("dmd_nft", roles, Toy(factor=0.0, offset=2.0)), roles))
+    assert torch.equal(update.batch.r, torch.full((6,), 0.5))
+    wanted = student_gradient(update, roles, lambda batch: plain(roles, batch))
+    torch.testing.assert_close(student_gradient(update, roles), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_grpo_update_is_the_policy_gradient_and_the_second_is_clipped() -> None:
+    roles = tiny_roles()
+    method = rival("dmd_grpo", roles, rl_weight=3.0, ratio_clip=1e-6)
+    for place, update in enumerate(run(method, roles)):
+        log_prob = method.log_prob(update.batch)
+        moved = (log_prob - update.batch.log_prob_old).abs().max()
+        if place == 0:
+            assert moved < 1e-6
+            gain = lambda b: plain(roles, b) - 3 * b.advantage * method.log_prob(b).mean(1)  # noqa: E731
+            wanted = student_gradient(update, roles, gain)
+            torch.testing.assert_close(student_gradient(update, roles), wanted, rtol=1e-3, atol=1e-5)
+        else:
+            assert moved > 1e-5 and update.loss(update.batch).stats["policy/clipped"].mean() > 0.5
+
+
+def test_the_gradient_of_grpo_raises_the_likelihood_of_better_samples() -> None:
+    roles = tiny_roles()
+    method = rival("dmd_grpo", roles, rl_weight=1e4, student_updates=1)
+    update = next(run(method, roles))
+    before = method.log_prob(update.batch).mean(1).detach()
+    gradient = student_gradient(update, roles)
+    with torch.no_grad():
+        place = 0
+        for parameter in roles.parameters("student").values():
+            step = gradient[place : place + parameter.numel()].reshape(parameter.shape)
+            parameter.sub_(1e-3 * step / gradient.norm())
+            place += parameter.numel()
+    gained = method.log_prob(update.batch).mean(1).detach() - before
+    assert (gained * update.batch.advantage).sum() > 0
+
+
+def test_the_policy_rolls_out_with_the_students_weights_before_its_update() -> None:
+    roles = tiny_roles()
+    diary = watch(roles)
+    update = next(run(rival("dmd_grpo", roles, noise_level=0.8), roles))
+    calls = [call for call in diary if call.name == "student"][-4:]
+    assert [call.t[0].item() for call in calls] == [1.0, 0.75, 0.5, 0.25]
+    assert torch.equal(torch.stack([call.x_t for call in calls], 1), update.batch.x)
+    noise = rng(0, grouped()).normal("policy_rollout", LATENT_SHAPE, 1)
+    mean = update.batch.x[:, 1] - 0.75 * math.sin(0.4 * math.pi) * noise
+    wanted = -(0.75 * math.sin(0.4 * math.pi) * noise).square().mean((1, 2, 3))
+    torch.testing.assert_close(update.batch.log_prob_old[:, 0], wanted)
+    assert (mean - 0.25 * calls[0].x0).abs().max() > 1e-3  # the rest of the noise is the prediction's own
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    _train_in(whole, kind, lambda step: None)
+    _train_in(halves, kind, lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 1 else None)
+    assert max(checkpoint.steps(halves / "checkpoints")) == 2
+    _train_in(halves, kind, lambda step: None)
+    one, two = (checkpoint.load_newest(folder / "checkpoints") for folder in (whole, halves))
+    assert one is not None and two is not None and one.step == two.step == 4
+    assert all(same(one.tensors[part], two.tensors[part]) for part in one.tensors)
+    assert bool(one.tensors.get("old")) == (kind == "dmd_nft")
+
+
+def _train_in(folder: Path, kind: str, at_step: Callable[[int], None]) -> None:
+    cfg = LoopConfig(steps=4, batch_size=6, micro_batch=3, checkpoint_every=4, grid_every=0, threads=1, lr_student=1e-2)
+    roles = tiny_roles()
+    method = rival(kind, roles, Toy(), Toy("other", 1))
+
+    class Stream(PromptStream):
+        def at(self, step: int) -> PromptBatch:
+            at_step(step)
+            return super().at(step)
+
+    stream = Stream([["a circle", "two rings"], ["a red square"]], ShapesTextEncoder(), 6, 0, 3)
+    exists = (folder / "config.yaml").exists()
+    home = open_run(folder) if exists else create(folder, cfg.model_dump(mode="json"))
+    loop(method, roles, stream, cfg, home)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_six_iterations_on_shapes_are_finite_and_change_the_student(kind: str) -> None:
+    cfg = read_recipe(kind, ["loop.batch_size=8", "loop.steps=6", "method.fake_updates=2", "loop.warmup=0"])
+    lab = build(cfg, "cpu")
+    states = role_states(lab.roles, cfg.loop)
+    before = {name: p.detach().clone() for name, p in lab.roles.parameters("student").items()}
+    for step in range(6):
+        batch = lab.stream.at(step)
+        assert len(set(batch.text)) <= (8 if kind == "dmd_refl" else 1)
+        for update in lab.method.iteration(step, batch, SampleRng(0, step, batch.index)):
+            stats = states[update.role].apply(update, 1.0)
+            assert all(value.isfinite().all() for name, value in stats.items() if not name.startswith("fake_loss"))
+    after = lab.roles.parameters("student")
+    assert all(p.isfinite().all() for p in after.values()) and states["student"].updates == 6
+    assert distance(before, {name: p.detach() for name, p in after.items()}) > 1e-5
+
+
+def recipe(**method: Any) -> RunConfig:
+    return RunConfig.model_validate({"name": "x", "method": method, "loop": {"batch_size": 12}})
+
+
+@pytest.mark.parametrize("kind", BLACK_BOX)
+def test_a_group_size_that_does_not_divide_the_batch_is_a_config_error(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"group size does not divide: method {kind} compares 8 images per prompt"):
+        recipe(kind=kind)
+    assert recipe(kind=kind, images_per_prompt=4).method.prompt_group == 4
+    with pytest.raises(ValueError, match="images_per_prompt"):
+        recipe(kind=kind, images_per_prompt=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recipe_without_rewards_is_an_error_unless_the_weight_is_zero(kind: str) -> None:
+    base = {"name": "x", "rewards": [], "loop": {"batch_size": 16}}
+    with pytest.raises(ValueError, match=f"method {kind} reads rewards and needs at least one under `rewards`"):
+        RunConfig.model_validate({**base, "method": {"kind": kind}})
+    RunConfig.model_validate({**base, "method": {"kind": kind, "rl_weight": 0.0}})
+
+
+def test_impossible_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="GRPO needs at least two steps"):
+        DmdGrpoConfig(student_steps=(1.0,))
+    with pytest.raises(ValueError, match="nft_steps must lie in"):
+        DmdNftConfig(nft_steps=(0.5, 1.5))
+    with pytest.raises(ValueError, match="student_updates 3 must not exceed fake_updates 2"):
+        DmdReflConfig(fake_updates=2, student_updates=3)
+    with pytest.raises(ValueError, match="noise_level"):
+        DmdGrpoConfig(noise_level=0.0)
+
+
+@pytest.mark.parametrize("cfg", [DmdReflConfig(), DmdNftConfig(), DmdGrpoConfig()])
+def test_the_update_ratio_is_that_of_dmd_and_the_method_without_rewards_is_weight_zero(cfg: MethodConfig) -> None:
+    other = DmdConfig()
+    assert (cfg.fake_updates, cfg.student_updates) == (other.fake_updates, other.student_updates)  # type: ignore[union-attr]
+    bare = without_rewards(cfg)
+    assert bare is not None and bare == cfg.model_copy(update={"rl_weight": 0.0}) and without_rewards(bare) is None
