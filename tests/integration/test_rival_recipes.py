@@ -1,0 +1,61 @@
+"""The recipes of DMD2 and DMDR on the real Shapes networks: six iterations are finite and move the student."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdmd.config.load import ConfigError
+from gdmd.recipes.build import build
+from gdmd.recipes.read import read_recipe
+from gdmd.runs.rundir import create, read_metrics
+from gdmd.training.loop import train
+
+SMALL = ["loop.steps=6", "loop.batch_size=4", "loop.grid_every=0", "loop.log_every=1", "loop.threads=1"]
+TWO_STAGES = ["method.cold_start=3", "method.anneal=3", "method.fake_updates=2", "method.group_size=2"]
+RUNS = {
+    "dmd2": ("dmd2", ["method.fake_updates=2"], {"loss/head", "loss/gan", "gan/real", "gan/student"}),
+    "refl": ("dmdr", TWO_STAGES, {"loss/rl", "weight/tilt", "schedule/c"}),
+    "grpo": ("dmdr", [*TWO_STAGES, "method.strategy=grpo"], {"loss/rl", "policy/advantage"}),
+    "dpo": ("dmdr", [*TWO_STAGES, "method.strategy=dpo"], {"loss/rl", "reward/paired"}),
+    "pairs": ("dmd", ["method.regression_weight=.25", "method.regression_steps=2"], {"loss/regression"}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_six_iterations_are_finite_and_change_the_student(name: str, tmp_path: Path) -> None:
+    recipe, options, wanted = RUNS[name]
+    cfg = read_recipe(recipe, [*SMALL, *options])
+    lab = build(cfg, "cpu")
+    before = {key: value.detach().clone() for key, value in lab.roles.parameters("student").items()}
+    teacher = [value.clone() for value in lab.roles.teacher.net.parameters()]
+    run = create(tmp_path / "run", cfg.model_dump(mode="json"))
+    assert train(lab.method, lab.roles, lab.stream, cfg.loop, run).step == 6
+    rows = read_metrics(tmp_path / "run")
+    assert wanted <= set().union(*rows)
+    losses = [value for row in rows for key, value in row.items() if key.startswith(("loss/", "grad_norm/"))]
+    assert all(math.isfinite(value) for value in losses)
+    after = lab.roles.parameters("student")
+    assert any(not torch.equal(before[key], value) for key, value in after.items())
+    assert all(torch.equal(a, b) for a, b in zip(teacher, lab.roles.teacher.net.parameters(), strict=True))
+
+
+def test_the_head_of_a_recipe_depends_on_its_seed_and_other_recipes_have_none() -> None:
+    heads = []
+    for seed in (0, 0, 1):
+        roles = build(read_recipe("dmd2", [f"loop.seed={seed}"]), "cpu").roles
+        heads.append(roles.parameters("fake")["gan_head.conv.weight"])
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    for recipe, options in (("dmd", []), ("dmd2", ["method.gan_weight=0"])):
+        assert build(read_recipe(recipe, options), "cpu").roles.critic is None
+
+
+def test_a_recipe_without_rewards_or_with_broken_groups_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="method dmdr reads rewards"):
+        read_recipe("dmdr", ["rewards=[]"])
+    read_recipe("dmdr", ["rewards=[]", "method.rl_weight=0", "method.tilt=0"])
+    with pytest.raises(ConfigError, match="compares 8 images per prompt"):
+        read_recipe("dmdr", ["method.strategy=dpo", "loop.batch_size=12"])
