@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gdmd.cli import compare, lab, results, training
+from gdmd.cli.study import study_app
 
 app = typer.Typer(
     name="gdmd",
@@ -27,6 +28,7 @@ app.command("report")(results.report_command)
 app.command("recipes")(lab.recipes_command)
 app.command("doctor")(lab.doctor_command)
 app.command("pretrain")(lab.pretrain_command)
+app.add_typer(study_app, name="study")
 
 BAD_INPUT, NOT_FINITE, INTERRUPTED = 2, 3, 130
 

@@ -23,7 +23,7 @@ class Duel:
     """One model pair on one question (and task; "" = all tasks).
 
     win_rate: wins of ``first`` among decided votes, with Wilson's interval; score: (wins + ties / 2) / votes with the
-    interval of the bootstrap over prompts and raters; p: exact sign test, ``p_holm`` adjusted over the question's pairs.
+    interval of the bootstraps over prompts and raters; p: exact sign test, ``p_holm`` adjusted over the question's pairs.
     """
 
     question: Question
@@ -210,20 +210,24 @@ def _strengths(plan: Plan, question: Question, votes: Sequence[Vote], replicates
         why = "one model (or group of models) won or lost every vote against the rest, so its strength has no bound"
         return Strengths(question, {}, {}, 0, 0, why)
     values = stats.bradley_terry(wins)
-    weights = stats.cluster_weights([v.prompt for v in votes], [v.rater for v in votes], replicates, seed)
-    drawn = np.zeros((replicates, len(place), len(place)))
-    for k, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
-        drawn[:, first, second] += weights[:, k] * scores[k]
-        drawn[:, second, first] += weights[:, k] * (1 - scores[k])
-    good = np.array([stats.has_strengths(matrix) for matrix in drawn])
-    fitted = stats.bradley_terry(drawn[good]) if good.any() else np.full((1, len(place)), np.nan)
-    low, high = np.quantile(fitted, [0.025, 0.975], axis=0)
+    prompts, raters = [vote.prompt for vote in votes], [vote.rater for vote in votes]
+    draws, degenerate = [], 0
+    for labels in (prompts, raters, range(len(votes))):
+        weights = stats.cluster_weights(labels, replicates, seed)
+        drawn = np.zeros((replicates, len(place), len(place)))
+        for k, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+            drawn[:, first, second] += weights[:, k] * scores[k]
+            drawn[:, second, first] += weights[:, k] * (1 - scores[k])
+        good = np.array([stats.has_strengths(matrix) for matrix in drawn])
+        degenerate += int((~good).sum())
+        draws.append(stats.bradley_terry(drawn[good]) if good.any() else values[:0, None])
+    low, high = stats.two_way_interval(values, draws, min(len(set(prompts)), len(set(raters))))
     return Strengths(
         question,
         {name: float(values[k]) for name, k in place.items()},
         {name: (float(low[k]), float(high[k])) for name, k in place.items()},
-        replicates,
-        int((~good).sum()),
+        3 * replicates,
+        degenerate,
     )
 
 

@@ -188,7 +188,7 @@ def _summary(analysis: Analysis) -> str:
         f"{used} used, {len(analysis.raters) - used} left out for failing more than {analysis.max_failed_checks} "
         "attention checks. Repeats and checks are in no win rate. Win rate: wins among decided votes, Wilson's 95 % "
         "interval, votes taken as independent. Score: wins plus half the ties over all votes, 95 % interval of "
-        f"{analysis.replicates} bootstraps over prompts and raters: the one to quote. p: exact sign test."
+        f"{analysis.replicates} bootstraps each over prompts, raters and votes: the one to quote. p: exact sign test."
     )
 
 
