@@ -62,8 +62,9 @@ class Results:
 
     @property
     def trained(self) -> list[str]:
-        """The rewards that students were trained on."""
-        return list(dict.fromkeys(name for line in self.lines for name in line.get("trained", ())))
+        """The rewards that the headline row was trained on (any row's, while it is not finished)."""
+        own = [line for line in self.lines if line["method"] == self.headline] or self.lines
+        return list(dict.fromkeys(name for line in own for name in line.get("trained", ())))
 
     @property
     def rewards(self) -> list[str]:

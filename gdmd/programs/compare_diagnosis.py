@@ -10,21 +10,21 @@ from torch import Tensor
 
 from gdmd.config.method import MethodConfig
 from gdmd.config.rewardless import without_rewards
-from gdmd.config.run import RunConfig
+from gdmd.config.run import RunConfig, ShapesReward
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.divergence import apply_iteration, divergence, fixed_states, realised_change, student_gradient
 from gdmd.evaluation.passes import without_cost
 from gdmd.evaluation.shapes import HELDOUT, evaluate
 from gdmd.methods.scoring import Scorer
 from gdmd.programs.evaluate import load_ema, scorers_of, student_row
-from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build import Lab, build, build_rewards
 from gdmd.runs import checkpoint
 from gdmd.runs.rundir import Run
 from gdmd.shapes.grammar import Split
 from gdmd.training.ema import load_named
 from gdmd.training.optim import lr_factor
 from gdmd.training.state import RoleState, role_states
-from gdmd.types import PromptBatch, Role, Update
+from gdmd.types import PromptBatch, Reward, Role, Update
 
 ROLES: tuple[Role, Role] = ("student", "fake")
 
@@ -53,7 +53,7 @@ def _curve(cfg: RunConfig, saved: checkpoint.Checkpoint | None, how: Mapping[str
     if saved:
         load_ema(lab, saved)
     size = cfg.eval.model_copy(update={"per_task": how["per_task"], "images": how["images"]})
-    row = evaluate(student_row(cfg, lab), lab, size, scorers_of(cfg), split).json()
+    row = evaluate(student_row(cfg, lab), lab, size, all_scorers(cfg), split).json()
     return {"shapeseval": row["shapeseval"]["overall"], "rewards": row["rewards"], "fidelity": row["fidelity"]}
 
 
@@ -93,6 +93,11 @@ def _change(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -> d
     return {"change": sum(seen) / len(seen) if seen else None, "change_heldout": change[HELDOUT]}
 
 
+def all_scorers(cfg: RunConfig) -> tuple[Reward, ...]:
+    """Every reward of the world, whatever a row is trained on: the three scorers and the checker's partial credit."""
+    return (*scorers_of(cfg), *build_rewards([ShapesReward(kind="shapes_partial_credit")]))
+
+
 def restore(lab: Lab, saved: checkpoint.Checkpoint) -> None:
     """Networks, old policy and method as they were at a checkpoint (not the EMA)."""
     for role in ROLES:
@@ -112,9 +117,9 @@ def _applier(state: RoleState, factor: float) -> Callable[[Update], object]:
 
 
 def _scores(cfg: RunConfig, lab: Lab, prompts: PromptBatch, x0: Tensor) -> dict[str, Tensor]:
-    rewards = {reward.name: reward for reward in (*scorers_of(cfg), *lab.rewards)}
-    scored = Scorer(lab.codec, list(rewards.values()))(x0, prompts)
-    return dict(zip(rewards, scored, strict=True))
+    rewards = all_scorers(cfg)
+    scored = Scorer(lab.codec, rewards)(x0, prompts)
+    return {reward.name: own for reward, own in zip(rewards, scored, strict=True)}
 
 
 def _with_method(cfg: RunConfig, method: MethodConfig) -> RunConfig:

@@ -25,8 +25,8 @@ from gdmd.config.run import EvalConfig, RunConfig
 from gdmd.evaluation.sample import Sampler, teacher_sampler
 from gdmd.evaluation.shapes import evaluate
 from gdmd.programs.compare_budget import counted, iterations
-from gdmd.programs.compare_diagnosis import diagnose
-from gdmd.programs.evaluate import load_ema, scorers_of, student_row
+from gdmd.programs.compare_diagnosis import all_scorers, diagnose
+from gdmd.programs.evaluate import load_ema, student_row
 from gdmd.recipes.build import Lab, build
 from gdmd.runs import checkpoint
 from gdmd.runs.rundir import Run, commit, create, open_run, read_metrics, versions, write_atomic
@@ -120,7 +120,7 @@ def _student(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
 
 def measures(cfg: RunConfig, lab: Lab, sampler: Sampler, split: Any, size: EvalConfig | None = None) -> dict[str, Any]:
     """The measured part of a table line; ``shapeseval`` is the overall score, ``tasks`` holds the six."""
-    row = evaluate(sampler, lab, size or cfg.eval, scorers_of(cfg), split).json()
+    row = evaluate(sampler, lab, size or cfg.eval, all_scorers(cfg), split).json()
     tasks = dict(row.pop("shapeseval"))
     trained = [reward.kind for reward in cfg.rewards]
     return {"shapeseval": tasks.pop("overall"), "tasks": tasks, **row, "trained": trained}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +77,18 @@ def test_an_unknown_comparison_is_named_with_its_nearest() -> None:
         read_comparison("smok")
     with pytest.raises(ConfigError, match="no such file"):
         read_comparison("nowhere.yaml")
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["smok"], 2), (["smoke", "--only", "nobody"], 2)])
+def test_help_and_errors_import_no_torch(words: list[str], code: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "gdmd", "compare", *words]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == code and "gdmd.cli.compare" in modules
+    assert not {"torch", "matplotlib", "numpy"} & modules
+    assert "Examples:" in done.stdout if code == 0 else "error: " in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_cells_are_rows_times_seeds_times_budgets(tmp_path: Path) -> None:
