@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gdmd.cli.common import Json, messages, print_json
 
+if TYPE_CHECKING:
+    from gdmd.programs.compare import Outcome, Say
+    from gdmd.recipes.read_comparison import Comparison
+
+Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A comparison: a shipped one's name, or a .yaml file.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder of cells, table and pages; default: runs/compare-SPEC.")
+]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Cells at a time, one CPU thread each; default: the cores.")]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(metavar="METHOD[/SEED[/BUDGET]]", help="Only these cells; * stands for any. May be repeated."),
+]
+PagesOnly = Annotated[bool, typer.Option("--pages-only", help="Make the pages again from the table.")]
+
 
 def compare_command(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A comparison: a shipped one's name, or a .yaml file.")],
-    folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder of cells, table and pages; default: runs/compare-SPEC.")
-    ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Cells at a time, one CPU thread each; default: the cores.")
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(metavar="METHOD[/SEED[/BUDGET]]", help="Only these cells; * stands for any. May be repeated."),
-    ] = None,
-    pages_only: Annotated[bool, typer.Option("--pages-only", help="Make the pages again from the table.")] = False,
+    spec: Spec,
+    folder: Out = None,
+    jobs: Jobs = None,
+    only: Only = None,
+    pages_only: PagesOnly = False,
     json: Json = False,
 ) -> None:
     """Train and measure methods x seeds x budgets, and write the tables and figures of the comparison.
@@ -49,25 +57,29 @@ def compare_command(
     from gdmd.programs.compare_plan import chosen, plan
 
     where = folder or Path("runs") / f"compare-{comparison.spec.name}"
-    console = messages()
-
-    def say(message: str) -> None:
-        console.print(message, markup=False, highlight=False, soft_wrap=True)
-
     chosen(plan(comparison), only or [])  # a wrong pattern is an error before anything is written
     outcome = Outcome(where)
     if not pages_only:
-        outcome = run_comparison(comparison, spec, where, jobs or _cores(), only or [], say)
+        outcome = run_comparison(comparison, spec, where, jobs or _cores(), only or [], _say)
+    _report(comparison, spec, outcome, required=pages_only, json=json, say=_say)
+    raise typer.Exit(outcome.exit_code)
+
+
+def _report(comparison: Comparison, source: str, outcome: Outcome, *, required: bool, json: bool, say: Say) -> None:
+    """Pages, the JSON summary, and what failed."""
     from gdmd.programs.compare_pages import summary, write_pages
 
-    outcome.page = write_pages(comparison, spec, where, required=pages_only)
+    outcome.page = write_pages(comparison, source, outcome.folder, required=required)
     if outcome.page:
         say(f"page: {outcome.page}")
     if json:
         print_json(summary(comparison, outcome))
     for place, reason in outcome.failed.items():
         say(f"failed: {place}: {reason}")
-    raise typer.Exit(outcome.exit_code)
+
+
+def _say(message: str) -> None:
+    messages().print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _cores() -> int:
