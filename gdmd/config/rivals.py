@@ -12,6 +12,9 @@ from gdmd.config.distillation import DistillationConfig
 BetaShape = Annotated[Positive, Field(ge=1)]
 """A shape parameter of a Beta distribution with a bounded density."""
 
+GroupSize = Annotated[Count, Field(ge=2)]
+"""A group of one has neither an advantage nor a pair."""
+
 
 class Dmd2Config(DistillationConfig):
     """DMD2 (arXiv 2405.14867): no regression, 5 fake updates per student update, a GAN on the fake's features."""
@@ -87,20 +90,26 @@ class DmdrConfig(DistillationConfig):
     strategy: Literal["refl", "grpo", "dpo"] = Field(
         default="refl", description="Reward loss of stage 2: ReFL (DMDR's published trainer), GRPO or Diffusion-DPO."
     )
-    refl_margin: Finite = Field(
+    margin: Finite = Field(
         default=0.7,
         description="m of ReFL's hinge relu(m - R), for each reward in its own units (DMDR's code; CLIP and HPS stay "
         "below it, so that it acts at all times there).",
     )
-    group_size: Annotated[Count, Field(ge=2)] = Field(
+    images_per_prompt: GroupSize = Field(
         default=8,
-        description="GRPO, DPO: images per prompt in a batch (Flow-GRPO 24, arXiv 2505.05470; 8 on Shapes).",
+        description="GRPO, DPO: samples of one prompt in a batch, whose size it must divide (Shapes 8; Flow-GRPO 24, "
+        "arXiv 2505.05470). ReFL has one per prompt.",
     )
-    grpo_clip: Positive = Field(
-        default=1e-4, description="PPO's clip of the ratio of mean log-probabilities (Flow-GRPO's code: 1e-5 to 1e-4)."
+    spread: Literal["global", "group"] = Field(
+        default="global", description="GRPO: std under the advantage, of the batch (Flow-GRPO's code) or of the group."
     )
-    cps_noise: Annotated[Probability, Field(gt=0)] = Field(
-        default=0.9, description="GRPO's exploration, th = cps_noise pi / 2 (Flow-GRPO's CPS configurations: .8 to .9)."
+    advantage_clip: Positive = Field(default=5.0, description="GRPO: largest |A| (Flow-GRPO's code: 5).")
+    noise_level: Annotated[Probability, Field(gt=0)] = Field(
+        default=0.9,
+        description="GRPO: CPS noise of the policy, th = noise_level pi / 2 (Flow-GRPO and arXiv 2605.26108: .8 to .9).",
+    )
+    ratio_clip: Positive = Field(
+        default=1e-4, description="GRPO: PPO's clip of the ratio of mean log-probabilities (Flow-GRPO: 1e-5 to 1e-4)."
     )
     dpo_beta: Positive = Field(
         default=10.0,
@@ -122,4 +131,4 @@ class DmdrConfig(DistillationConfig):
     @property
     def prompt_group(self) -> int:
         """The group of GRPO and DPO; 1 without them."""
-        return self.group_size if self.strategy != "refl" and self.rl_weight > 0 else 1
+        return self.images_per_prompt if self.strategy != "refl" and self.rl_weight > 0 else 1

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from gdmd.config.rivals_rl import DmdGrpoConfig
-from gdmd.diffusion.policy import cps_log_prob, cps_mean
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.grpo import grpo_loss
 from gdmd.methods.distillation import Distillation
 from gdmd.methods.dmd import StudentBatch
-from gdmd.methods.policy_samples import collect, collection_stats
+from gdmd.methods.policy_samples import collect, collection_stats, moves_log_prob
 from gdmd.methods.scoring import Scorer
 from gdmd.types import Loss, PromptBatch, Update
 
@@ -81,10 +80,4 @@ class DmdGrpo(Distillation[DmdGrpoConfig]):
 
     def log_prob(self, batch: PolicyBatch) -> Tensor:
         """log pi(x[i + 1] | x[i]) of every move under the current student. [B, N - 1]"""
-        steps, found = self.cfg.student_steps, []
-        for i, (here, there) in enumerate(zip(steps, steps[1:], strict=False)):
-            t, t_next = torch.full_like(batch.tau, here), torch.full_like(batch.tau, there)
-            prediction = self.roles.student(batch.x[:, i], t, batch.cond)
-            mean = cps_mean(prediction, t_next, self.cfg.noise_level, self.roles.schedule)
-            found.append(cps_log_prob(batch.x[:, i + 1], mean))
-        return torch.stack(found, 1)
+        return moves_log_prob(self.roles, batch.x, batch.cond, self.cfg)

@@ -24,12 +24,14 @@ from gdmd.diffusion.annealing import annealed_shape, beta_quantile, cosine_annea
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.losses.dmd import dmd_loss
+from gdmd.losses.groups import mean_group_advantage
+from gdmd.losses.grpo import grpo_loss
 from gdmd.losses.refl import refl_loss
 from gdmd.losses.tilt import reward_tilt
 from gdmd.methods.distillation import Distillation
 from gdmd.methods.dmd import StudentBatch
-from gdmd.methods.policy_step import PolicyMove, policy_loss, policy_moves
-from gdmd.methods.preference import Pairs, mean_merit, preference_loss, preference_pairs
+from gdmd.methods.policy_samples import collect, collection_stats, moves_log_prob
+from gdmd.methods.preference import Pairs, preference_loss, preference_pairs
 from gdmd.methods.scoring import Scorer
 from gdmd.types import Denoiser, Loss, PromptBatch, Update
 
@@ -54,7 +56,9 @@ class PreferredBatch(StudentBatch):
 
 @dataclass(frozen=True)
 class PolicyBatch(StudentBatch):
-    move: PolicyMove
+    x: Tensor  # [B, N, C, H, W], states of a stochastic roll-out
+    log_prob_old: Tensor  # [B, N - 1]
+    advantage: Tensor  # [B], NaN = not scored
 
 
 class Dmdr(Distillation[DmdrConfig]):
@@ -125,15 +129,17 @@ class Dmdr(Distillation[DmdrConfig]):
             case "refl":
                 return Update("student", self.refl_student_loss, RewardedBatch(**vars(batch), prompts=prompts))
             case "grpo":
-                move, stats = policy_moves(self.roles, self.scorer, self.latent_shape, self.cfg, prompts, rng)
-                self._stats |= stats
-                return Update("student", self.grpo_student_loss, PolicyBatch(**vars(batch), move=move))
+                collected = collect(self.roles, self.scorer, self.cfg, prompts, rng, self.latent_shape)
+                self._stats |= collection_stats(collected, self.scorer.rewards)
+                x, log_prob = collected.trajectory.x, collected.trajectory.log_prob
+                own = PolicyBatch(**vars(batch), x=x, log_prob_old=log_prob, advantage=collected.advantage)
+                return Update("student", self.grpo_student_loss, own)
             case "dpo":
                 if step == self.cfg.cold_start:
                     self.roles.follow(0.0)  # the reference of DPO is the student with which stage 2 begins
                 x0 = self._complete(prompts, rng)
                 rewards = self.scorer(x0, prompts)
-                merit = mean_merit(rewards, prompts.group)
+                merit = mean_group_advantage(rewards, prompts.group)
                 pairs = preference_pairs(x0, merit, prompts, rng, self.cfg.student_steps, self.roles)
                 self._stats |= {"reward/complete": rewards.mean(0), "reward/paired": pairs.known.float()}
                 return Update("student", self.dpo_student_loss, PreferredBatch(**vars(batch), pairs=pairs))
@@ -155,13 +161,17 @@ class Dmdr(Distillation[DmdrConfig]):
         return self._joined(dmd_loss(x0, batch.x_tar), steer)
 
     def _hinge(self, rewards: Tensor) -> Tensor:
-        """[R, B] -> [B]; a reward that did not score a sample asks nothing of it."""
-        return torch.where(rewards.isnan(), 0, refl_loss(rewards, self.cfg.refl_margin)).mean(0)
+        """[R, B] -> [B]; 0 for a sample that some reward left unscored."""
+        scored = ~rewards.isnan().any(0)
+        return refl_loss(torch.where(scored, rewards, self.cfg.margin), self.cfg.margin).mean(0)
 
     def grpo_student_loss(self, batch: PolicyBatch) -> Loss:
-        """L_DMD + lambda_rl L_GRPO on one stochastic move of each sample's roll-out."""
-        steer = policy_loss(self.roles, batch.move, batch.cond, self.cfg)
-        return self._joined(self.student_loss(batch).per_sample, steer)
+        """L_DMD + lambda_rl L_GRPO, mean over the moves of a stochastic roll-out; an unscored sample has L_DMD only."""
+        log_prob = moves_log_prob(self.roles, batch.x, batch.cond, self.cfg)  # [B, N - 1]
+        advantage = batch.advantage[:, None]
+        scored = ~advantage.isnan()
+        steer = grpo_loss(log_prob, batch.log_prob_old, torch.where(scored, advantage, 0), self.cfg.ratio_clip)
+        return self._joined(self.student_loss(batch).per_sample, torch.where(scored, steer, 0).mean(1))
 
     def dpo_student_loss(self, batch: PreferredBatch) -> Loss:
         """L_DMD + lambda_rl L_DPO on the best and the worst picture of each prompt's group."""

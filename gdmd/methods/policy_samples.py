@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from gdmd.config.rivals_rl import GroupedDmdConfig
-from gdmd.diffusion.policy import Trajectory, stochastic_rollout
+from gdmd.diffusion.policy import Trajectory, cps_log_prob, cps_mean, stochastic_rollout
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.groups import mean_group_advantage
 from gdmd.methods.scoring import Scorer
-from gdmd.types import PromptBatch, Reward, Roles
+from gdmd.types import Cond, PromptBatch, Reward, Roles
+
+
+class PolicyOptions(Protocol):
+    """What a configuration says about stochastic roll-outs and their advantages (fields of the rivals' configs)."""
+
+    @property
+    def student_steps(self) -> tuple[float, ...]: ...
+
+    @property
+    def noise_level(self) -> float: ...
+
+    @property
+    def spread(self) -> Literal["global", "group"]: ...
+
+    @property
+    def advantage_clip(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +43,7 @@ class Collected:
 
 @torch.no_grad()
 def collect(
-    roles: Roles, scorer: Scorer, cfg: GroupedDmdConfig, prompts: PromptBatch, rng: SampleRng, shape: tuple[int, ...]
+    roles: Roles, scorer: Scorer, cfg: PolicyOptions, prompts: PromptBatch, rng: SampleRng, shape: tuple[int, ...]
 ) -> Collected:
     """Roll the student out with CPS noise, score the finished pictures, compare each with its group."""
     trajectory = stochastic_rollout(
@@ -42,6 +58,16 @@ def collect(
     rewards = scorer(trajectory.x0, prompts)
     advantage = mean_group_advantage(rewards, prompts.group, cfg.spread)
     return Collected(trajectory, rewards, advantage.clamp(-cfg.advantage_clip, cfg.advantage_clip))
+
+
+def moves_log_prob(roles: Roles, x: Tensor, cond: Cond, cfg: PolicyOptions) -> Tensor:
+    """log pi(x[i + 1] | x[i]) of every move of the roll-outs x [B, N, C, H, W] under the current student. [B, N - 1]"""
+    found = []
+    for i, (here, there) in enumerate(zip(cfg.student_steps, cfg.student_steps[1:], strict=False)):
+        t, t_next = (torch.full((len(x),), when, device=x.device) for when in (here, there))
+        mean = cps_mean(roles.student(x[:, i], t, cond), t_next, cfg.noise_level, roles.schedule)
+        found.append(cps_log_prob(x[:, i + 1], mean))
+    return torch.stack(found, 1)
 
 
 def collection_stats(collected: Collected, rewards: Sequence[Reward]) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import renoise
 from gdmd.losses.denoising import mean_square
 from gdmd.losses.dpo import dpo_loss
-from gdmd.losses.groups import group_advantage
 from gdmd.types import Cond, Denoiser, PromptBatch, Roles
 
 
@@ -50,12 +49,6 @@ def preference_pairs(
     ref_win = mean_square(roles.old(win_t, t, prompts.cond).x0 - x0_win)
     ref_lose = mean_square(roles.old(lose_t, t, prompts.cond).x0 - x0_lose)
     return Pairs(x0_win, x0_lose, win_t, lose_t, t, ref_win, ref_lose, known)
-
-
-@torch.no_grad()
-def mean_merit(rewards: Tensor, group: Tensor) -> Tensor:
-    """Mean over rewards of the group advantage of each sample. rewards [R, B], group [B] -> [B]; NaN = not scored."""
-    return torch.stack([group_advantage(own, group) for own in rewards]).mean(0)
 
 
 def extremes(merit: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,11 +15,11 @@ from gdmd.runs.rundir import create, read_metrics
 from gdmd.training.loop import train
 
 SMALL = ["loop.steps=6", "loop.batch_size=4", "loop.grid_every=0", "loop.log_every=1", "loop.threads=1"]
-TWO_STAGES = ["method.cold_start=3", "method.anneal=3", "method.fake_updates=2", "method.group_size=2"]
+TWO_STAGES = ["method.cold_start=3", "method.anneal=3", "method.fake_updates=2", "method.images_per_prompt=2"]
 RUNS = {
     "dmd2": ("dmd2", ["method.fake_updates=2"], {"loss/head", "loss/gan", "gan/real", "gan/student"}),
     "refl": ("dmdr", TWO_STAGES, {"loss/rl", "weight/tilt", "schedule/c"}),
-    "grpo": ("dmdr", [*TWO_STAGES, "method.strategy=grpo"], {"loss/rl", "policy/advantage"}),
+    "grpo": ("dmdr", [*TWO_STAGES, "method.strategy=grpo"], {"loss/rl", "advantage/size"}),
     "dpo": ("dmdr", [*TWO_STAGES, "method.strategy=dpo"], {"loss/rl", "reward/paired"}),
     "pairs": ("dmd", ["method.regression_weight=.25", "method.regression_steps=2"], {"loss/regression"}),
 }

@@ -17,8 +17,9 @@ from gdmd.diffusion.annealing import beta_quantile
 from gdmd.diffusion.policy import cps_log_prob, cps_mean
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.losses.dmd import dmd_loss
+from gdmd.losses.groups import mean_group_advantage
 from gdmd.methods.dmdr import Dmdr
-from gdmd.methods.preference import extremes, mean_merit
+from gdmd.methods.preference import extremes
 from gdmd.methods.scoring import Scorer
 from gdmd.training.state import cut
 from gdmd.types import PromptBatch, Reward, Update
@@ -28,7 +29,7 @@ STRATEGIES = ["refl", "grpo", "dpo"]
 
 
 def dmdr(roles: ShapesRoles, *rewards: Reward, codec: ToyCodec | None = None, **options: Any) -> Dmdr:
-    method = Dmdr(DmdrConfig(**{"refl_margin": 2.0, **options}), roles, LATENT_SHAPE, "velocity")
+    method = Dmdr(DmdrConfig(**{"margin": 2.0, **options}), roles, LATENT_SHAPE, "velocity")
     return method.attach(Scorer(codec or ToyCodec(), rewards or (Toy(),)), roles.blended_teacher)
 
 
@@ -164,7 +165,7 @@ def test_times_are_those_of_the_annealed_beta_for_the_gradient_and_for_the_fake(
 def test_refl_adds_half_the_mean_hinge_of_the_rewards_of_the_one_step_picture() -> None:
     roles = tiny_roles()
     rewards = Toy(), Toy("other", 1, factor=3.0)
-    update = student_update(dmdr(roles, *rewards, cold_start=0, refl_margin=0.8), roles, 0)
+    update = student_update(dmdr(roles, *rewards, cold_start=0, margin=0.8), roles, 0)
     x0 = roles.student(update.batch.x_tau, update.batch.tau, update.batch.cond).x0
     shown = torch.sigmoid(x0[:, :2]).mean((2, 3))
     hinge = ((0.8 - shown[:, 0]).relu() + (0.8 - 3 * shown[:, 1]).relu()) / 2
@@ -174,7 +175,7 @@ def test_refl_adds_half_the_mean_hinge_of_the_rewards_of_the_one_step_picture() 
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"refl_margin": -1.0}, {"rl_weight": 0.0}])
+@pytest.mark.parametrize("options", [{"margin": -1.0}, {"rl_weight": 0.0}])
 def test_a_reward_beyond_its_margin_leaves_dmd(options: dict[str, Any]) -> None:
     roles = tiny_roles()
     update = student_update(dmdr(roles, cold_start=0, **options), roles, 0)
@@ -190,18 +191,19 @@ def test_refl_refuses_a_black_box_and_the_other_strategies_take_it() -> None:
     dmdr(roles, Toy(differentiable=False), rl_weight=0.0)
 
 
-def test_grpo_follows_the_advantage_times_the_log_probability_of_one_move() -> None:
+def test_grpo_follows_the_advantage_times_the_log_probability_of_the_moves() -> None:
     roles = tiny_roles()
     method = dmdr(roles, strategy="grpo", cold_start=0)
     update = student_update(method, roles, 0, grouped())
-    move = update.batch.move
-    assert move.advantage[:4].sum().item() == pytest.approx(0, abs=1e-5) and move.advantage.std() > 0.5
-    assert {round(t, 2) for t in move.t.tolist()} <= {1.0, 0.75, 0.5}
-    torch.testing.assert_close(move.t - move.t_next, torch.full((8,), 0.25))
-    prediction = roles.student(move.x_t, move.t, update.batch.cond)
-    log_prob = cps_log_prob(move.x_next, cps_mean(prediction, move.t_next, 0.9, roles.schedule))
-    torch.testing.assert_close(log_prob, move.log_prob_old, rtol=1e-4, atol=1e-5)
-    wanted = plain(roles, update.batch) - 0.5 * move.advantage * log_prob
+    batch, steps = update.batch, (1.0, 0.75, 0.5, 0.25)
+    assert batch.advantage[:4].sum().item() == pytest.approx(0, abs=1e-5) and batch.advantage.std() > 0.5
+    log_prob = []
+    for i in range(3):
+        prediction = roles.student(batch.x[:, i], torch.full((8,), steps[i]), batch.cond)
+        mean = cps_mean(prediction, torch.full((8,), steps[i + 1]), 0.9, roles.schedule)
+        log_prob.append(cps_log_prob(batch.x[:, i + 1], mean))
+    torch.testing.assert_close(torch.stack(log_prob, 1), batch.log_prob_old, rtol=1e-4, atol=1e-5)
+    wanted = plain(roles, batch) - 0.5 * batch.advantage * torch.stack(log_prob).mean(0)
     for own, other in zip(gradients(update, roles), gradients(update, roles, wanted), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
 
@@ -217,9 +219,9 @@ def test_the_best_and_the_worst_of_each_group_are_found_among_the_scored() -> No
 def test_merit_is_the_mean_over_rewards_of_advantages_without_units() -> None:
     rewards = torch.tensor([[1.0, 3.0, 10.0, 14.0], [0.0, 2.0, 5.0, 5.0]])
     group = torch.tensor([0, 0, 1, 1])
-    merit = mean_merit(rewards, group)
+    merit = mean_group_advantage(rewards, group)
     assert merit[0] == -merit[1] < 0 and merit[2] == -merit[3] < 0
-    torch.testing.assert_close(mean_merit(rewards * torch.tensor([[50.0], [0.1]]) - 3, group), merit)
+    torch.testing.assert_close(mean_group_advantage(rewards * torch.tensor([[50.0], [0.1]]) - 3, group), merit)
 
 
 def test_dpo_prefers_the_best_picture_of_a_group_to_the_worst_against_the_reference() -> None:

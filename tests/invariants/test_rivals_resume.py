@@ -29,9 +29,9 @@ from gdmd.types import Method, PromptBatch
 TEXTS = ["a circle", "a red square", "two rings", "a circle and a square"]
 CONFIGS = [
     Dmd2Config(fake_updates=2),
-    DmdrConfig(fake_updates=2, cold_start=2, anneal=4, refl_margin=2.0),
-    DmdrConfig(fake_updates=2, cold_start=1, strategy="grpo", group_size=2),
-    DmdrConfig(fake_updates=2, cold_start=1, strategy="dpo", group_size=2),
+    DmdrConfig(fake_updates=2, cold_start=2, anneal=4, margin=2.0),
+    DmdrConfig(fake_updates=2, cold_start=1, strategy="grpo", images_per_prompt=2),
+    DmdrConfig(fake_updates=2, cold_start=1, strategy="dpo", images_per_prompt=2),
     DmdConfig(fake_updates=2, regression_weight=0.25, regression_steps=2, regression_batches=2),
 ]
 
