@@ -181,6 +181,7 @@ def divergence_figure(results: Results) -> Figure | None:
         _points(change, results, row, line, "change")
         _r_distribution(spread, results, row, line)
     _share_bars(share, results, lines)
+    spread.set_visible(bool(spread.patches))
     top.axhline(0, color=SOFT, linewidth=0.8)
     change.axhline(0, color=SOFT, linewidth=0.8)
     top.set(title="cosine of RL and DMD gradients", xlabel="student updates", ylim=(-1.08, 1.08))
@@ -246,6 +247,7 @@ def _share_bars(axes: Axes, results: Results, lines: Sequence[tuple[Row, Line]])
     """Share of r < 1/2 by method, of those that log it."""
     key = "weight/share_below_half"
     own = [(row, line["statistics"][key]) for row, line in lines if key in line.get("statistics", {})][::-1]
+    axes.set_visible(bool(own))
     axes.barh([row.title for row, _ in own], [v for _, v in own], color=[_color(results, row) for row, _ in own])
     axes.axvline(0.5, color=SOFT, linestyle="--", linewidth=0.8)
     axes.set(title="share of targets with r < 1/2", xlim=(0, 1))

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import IO, Any
 
 from gdmd.config.load import dump_config
-from gdmd.programs.compare_plan import Cell, chosen, key_of, line_of, plan, read_table, shown_cells, unique
+from gdmd.programs.compare_plan import Cell, chosen, key_of, line_of, outdated, plan, read_table, shown_cells, unique
 from gdmd.recipes.read_comparison import Comparison
 from gdmd.runs.errors import RunError, writing
 from gdmd.runs.rundir import write_atomic
@@ -58,6 +58,12 @@ def run_comparison(
 ) -> Outcome:
     """Finish every chosen cell of the comparison in ``folder``; what is finished there is not done again."""
     wanted = chosen(plan(comparison), only)
+    old = outdated(unique(wanted), folder)
+    if old:
+        raise RunError(
+            f"{len(old)} cells were made with other defaults (there -> here): {'; '.join(old[:3])}. "
+            "Delete these folders to make them again, or choose another --out."
+        )
     with writing("the comparison", folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):

@@ -18,10 +18,12 @@ from typing import Any
 from gdmd.config.comparison import Budget, RowSpec, TeacherRow
 from gdmd.config.run import RunConfig
 from gdmd.recipes.read_comparison import Comparison
-from gdmd.runs.rundir import config_hash
+from gdmd.runs.rundir import config_hash, differing
 
 HASH = 16
 """Characters of a cell's hash in folder names and table lines."""
+BY_BUDGET = {"steps", "checkpoint_every", "keep_checkpoints"}
+"""Fields of the loop that follow from the budget and the diagnosis."""
 MOST_COLUMNS = 8
 """Methods side by side in a grid: more would not fit a page."""
 OFF = {"grid_every": 0, "threads": 1}
@@ -30,18 +32,23 @@ OFF = {"grid_every": 0, "threads": 1}
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the table. Cells of equal ``job`` share their folder and are trained once."""
+    """One line of the table. Cells of equal ``identity`` share their folder and are trained once.
+
+    identity: what determines the result, without the fields that stand at their defaults: so a new option that leaves
+    the old behaviour as its default leaves all results valid. ``outdated`` finds defaults that were changed.
+    """
 
     method: str
     kind: str
     seed: int
     budget: Budget
-    job: Mapping[str, Any]
+    job: Mapping[str, Any]  # with every field of the recipe written out
+    identity: Mapping[str, Any]
 
     @property
     def hash(self) -> str:
-        """Of everything that determines the result; names of rows are not part of it."""
-        return config_hash(self.job)[:HASH]
+        """Of the identity; names of rows are not part of it."""
+        return config_hash(self.identity)[:HASH]
 
     @property
     def place(self) -> str:
@@ -84,6 +91,23 @@ def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
             f"and the methods are {methods}"
         )
     return [cell for cell in cells if any(_fits(cell, pattern) for pattern in patterns)]
+
+
+def outdated(cells: Iterable[Cell], folder: Path) -> list[str]:
+    """Cells in ``folder`` made when a default was another one, each with the fields: their results no longer hold."""
+    found = []
+    for cell in cells:
+        path = cell.folder(folder) / "job.json"
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        changed = [line for line in differing(stored, cell.job) if "recipe.name" not in line and _both(line)]
+        found += [f"{path.parent} ({cell.place}): {', '.join(changed)}"] if changed else []
+    return found
+
+
+def _both(difference: str) -> bool:
+    """Whether both sides have a value: a field that is new, or gone, had no other behaviour."""
+    before, _, after = difference.partition(": ")[2].partition(" -> ")
+    return "nothing" not in (before, after)
 
 
 def unique(cells: Iterable[Cell]) -> list[Cell]:
@@ -141,12 +165,11 @@ def _fits(cell: Cell, pattern: str) -> bool:
 def _teacher_cell(comparison: Comparison, row: TeacherRow, seed: int) -> Cell:
     guidance = comparison.headline.method.guidance if row.guidance is None else row.guidance
     cfg = _measured(comparison, comparison.headline, seed)
-    job = {
-        "teacher": {"steps": row.steps, "guidance": guidance},
-        "recipe": {"model": cfg["model"], "rewards": cfg["rewards"], "eval": cfg["eval"]},
-        "split": comparison.spec.evaluation.split,
-    }
-    return Cell(row.name, "teacher", seed, "updates", job)
+    own = {"teacher": {"steps": row.steps, "guidance": guidance}, "split": comparison.spec.evaluation.split}
+    parts = ("model", "rewards", "eval")
+    job = own | {"recipe": _only(_written_out(cfg), parts)}
+    identity = own | {"recipe": _only(_shortened(cfg), (*parts, "seed"))}
+    return Cell(row.name, "teacher", seed, "updates", job, identity)
 
 
 def _student_cell(comparison: Comparison, row: RowSpec, seed: int, budget: Budget, diagnosed: bool) -> Cell:
@@ -155,31 +178,43 @@ def _student_cell(comparison: Comparison, row: RowSpec, seed: int, budget: Budge
     reference = spec.reference or spec.headline
     matched = budget == "passes" and row.name != reference
     diagnosis = spec.diagnosis.model_dump(mode="json", exclude={"seeds"})
-    job = {
-        "recipe": _measured(comparison, comparison.recipes[row.name], seed),
+    own = {
         "student_updates": spec.student_updates,
-        "passes_of": _paced(comparison.recipes[reference]) if matched else None,
         "split": spec.evaluation.split,
         "diagnosis": diagnosis if diagnosed and not matched else None,
     }
-    return Cell(row.name, row.kind, seed, budget, job)
+    cfg, other = _measured(comparison, comparison.recipes[row.name], seed), comparison.recipes[reference]
+    parts = ("name", "model", "method", "rewards", "prompts", "loop")
+    job = own | {"recipe": _written_out(cfg), "passes_of": _only(_written_out(other), parts) if matched else None}
+    identity = own | {"recipe": _shortened(cfg), "passes_of": _only(_shortened(other), parts) if matched else None}
+    return Cell(row.name, row.kind, seed, budget, job, identity)
 
 
-def _measured(comparison: Comparison, cfg: RunConfig, seed: int) -> dict[str, Any]:
+def _measured(comparison: Comparison, cfg: RunConfig, seed: int) -> RunConfig:
     """The recipe with the cell's seed and evaluation; captions are the same for all, noise goes with the seed."""
     how = comparison.spec.evaluation
-    tree = cfg.model_dump(mode="json") | {"about": ""}
-    tree["eval"] |= {"per_task": how.per_task, "images": how.images, "seed": how.seed + seed}
-    tree["loop"] |= {"seed": seed, **OFF}
-    for key in ("steps", "checkpoint_every", "keep_checkpoints"):
-        del tree["loop"][key]
+    size = {"per_task": how.per_task, "images": how.images, "seed": how.seed + seed}
+    parts = {
+        "about": "",
+        "eval": cfg.eval.model_copy(update=size),
+        "loop": cfg.loop.model_copy(update={"seed": seed, **OFF}),
+    }
+    return cfg.model_copy(update=parts)
+
+
+def _written_out(cfg: RunConfig) -> dict[str, Any]:
+    """Every field of a recipe but those that the budget sets."""
+    return cfg.model_dump(mode="json", exclude={"loop": BY_BUDGET})
+
+
+def _shortened(cfg: RunConfig) -> dict[str, Any]:
+    """What differs from the defaults, and which kinds of model and method these are defaults of."""
+    hidden = {"name": True, "about": True, "loop": BY_BUDGET}
+    tree = cfg.model_dump(mode="json", exclude_defaults=True, exclude=hidden)
+    for part, kind in (("method", cfg.method.kind), ("model", cfg.model.kind)):
+        tree[part] = {"kind": kind, **tree.get(part, {})}
     return tree
 
 
-def _paced(cfg: RunConfig) -> dict[str, Any]:
-    """What the pace of a recipe depends on: not its seed, nor how it is measured."""
-    tree = cfg.model_dump(mode="json", include={"model", "method", "rewards", "prompts", "loop"})
-    tree["loop"] |= {"seed": 0, **OFF}
-    for key in ("steps", "checkpoint_every", "keep_checkpoints"):
-        del tree["loop"][key]
-    return tree
+def _only(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: tree[key] for key in keys if key in tree}

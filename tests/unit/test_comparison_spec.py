@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from gdmd.config.load import ConfigError
-from gdmd.programs.compare_plan import chosen, plan, read_table, unique
+from gdmd.programs.compare import run_comparison
+from gdmd.programs.compare_plan import chosen, outdated, plan, read_table, unique
 from gdmd.recipes.read_comparison import Comparison, comparison_names, read_comparison
+from gdmd.runs.errors import RunError
 
 HEAD = "name: mine\nbase: shapes_smoke\nstudent_updates: 4\nseeds: [0, 1]\nbudgets: [updates, passes]\n"
 ROWS = """rows:
@@ -115,6 +118,32 @@ def test_a_hash_is_that_of_what_is_computed(tmp_path: Path) -> None:
         "teacher_4",
     }
     assert len(set(before.values())) == len(before) - 2  # the reference row under both budgets is one training
+
+
+def test_a_field_at_its_default_is_no_part_of_the_hash_but_the_kind_of_method_is(tmp_path: Path) -> None:
+    """A new option whose default is the old behaviour must not throw finished cells away."""
+    before = {cell.place: cell.hash for cell in plan(comparison(tmp_path))}
+    written = ROWS.replace("name: gdmd, kind: gdmd", "name: gdmd, kind: gdmd, overrides: {method.beta: 1.0}")
+    assert {cell.place: cell.hash for cell in plan(comparison(tmp_path, HEAD + written))} == before
+    same = "rows:\n  - {name: gdmd, kind: gdmd, overrides: {method: {kind: gdmd}}}\n"
+    same += "  - {name: dmd, kind: rival, overrides: {method: {kind: dmd}}}\n"
+    cells = {cell.place: cell.hash for cell in plan(comparison(tmp_path, HEAD + same))}
+    assert cells["gdmd/0/updates"] != cells["dmd/0/updates"]
+
+
+def test_cells_made_with_another_default_are_found(tmp_path: Path) -> None:
+    cell = next(cell for cell in plan(comparison(tmp_path)) if cell.method == "gdmd")
+    folder = cell.folder(tmp_path)
+    folder.mkdir(parents=True)
+    stored = json.loads(json.dumps(cell.job))
+    del stored["recipe"]["method"]["gamma"]  # an option that did not exist then
+    (folder / "job.json").write_text(json.dumps(stored))
+    assert outdated([cell], tmp_path) == []
+    stored["recipe"]["loop"]["clip"] = 2.0
+    (folder / "job.json").write_text(json.dumps(stored))
+    assert "recipe.loop.clip: 2.0 -> 1.0" in outdated([cell], tmp_path)[0]
+    with pytest.raises(RunError, match="other defaults.*recipe.loop.clip"):
+        run_comparison(comparison(tmp_path), "mine.yaml", tmp_path, 1, ["gdmd"], print)
 
 
 def test_the_reference_row_has_one_training_for_both_budgets(tmp_path: Path) -> None:
