@@ -26,7 +26,9 @@ def test_the_names_that_scripts_rely_on_exist() -> None:
     assert (changed.loop.steps, changed.loop.checkpoint_every, changed.loop.seed) == (3, 2, 9)
 
 
-@pytest.mark.parametrize("name", ["shapes", "shapes_demo", "shapes_smoke", "gdmd_paper"])
+@pytest.mark.parametrize(
+    "name", ["shapes", "shapes_demo", "shapes_smoke", "gdmd_paper", "dmd_refl", "dmd_nft", "dmd_grpo"]
+)
 def test_students_are_trained_on_the_two_seen_scorers_only(name: str) -> None:
     kinds = {reward.kind for reward in read_recipe(name).rewards}
     assert kinds == {"shapes_clip", "shapes_pref"}
