@@ -1,4 +1,7 @@
-"""Every test runs on one thread and from the same seeds, so that it neither fights for cores nor depends on order."""
+"""Every test runs on one thread and from the same seeds, so that it neither fights for cores nor depends on order.
+
+None reaches for a model hub.
+"""
 
 import os
 import random
@@ -9,6 +12,7 @@ import torch
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

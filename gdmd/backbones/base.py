@@ -1,0 +1,115 @@
+"""What a model family is: one diffusers pipeline seen as denoiser, codec, text encoder and clock.
+
+The quirks of a model (packing, micro-conditioning, shifts, its own time) live in its subclass only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gdmd.config.model import DiffusersModel, FamilyName
+from gdmd.types import Codec, Cond, Prediction, Schedule
+
+
+class Family(ABC):
+    """One opened pipeline. ``pipe`` is diffusers' object: its components are used, its ``__call__`` never.
+
+    Class facts: ``name``; ``pipeline``, the class named in model_index.json; ``needs`` and ``optional``, the
+    components that must and may be there; ``native``, what the network predicts; ``targets``, the layers that take
+    adapters; ``patch``, latent positions along the side of a token.
+    """
+
+    name: ClassVar[FamilyName]
+    pipeline: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]] = ()
+    native: ClassVar[Literal["eps", "velocity"]]
+    targets: ClassVar[tuple[str, ...]]
+    patch: ClassVar[int] = 1
+
+    schedule: Schedule
+    codec: Codec
+    encoder: PipelineText
+    net: nn.Module
+
+    def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
+        self.pipe, self.cfg = pipe, cfg
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent of cfg.height x cfg.width pixels. ValueError when the size does not fit."""
+        factor = self.pixels_per_latent
+        unit = factor * self.patch
+        for side, pixels in (("height", self.cfg.height), ("width", self.cfg.width)):
+            if pixels % unit:
+                raise ValueError(
+                    f"model.{side} = {pixels}: {self.name} works on multiples of {unit} pixels; use "
+                    f"{max(unit, round(pixels / unit) * unit)}"
+                )
+        return self.latent_channels, self.cfg.height // factor, self.cfg.width // factor
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels along a side of one latent position (8 for the published VAEs)."""
+        return int(self.pipe.vae_scale_factor)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.pipe.vae.config.latent_channels)
+
+    @abstractmethod
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """One call of ``net`` (the trunk or a copy of it). x_t [B, C, H, W], t [B] in [0, 1]; answers in fp32."""
+
+    @abstractmethod
+    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
+        """Uniform times in (0, 1], falling -> the family's own clock (its shift, or its discrete training steps)."""
+
+    @abstractmethod
+    def teacher_times(self, steps: int) -> Tensor:
+        """steps + 1 times from 1 to 0: those of the pipeline's own sampler. [steps + 1], fp32"""
+
+
+class PipelineText(ABC):
+    """Captions -> conditioning through the pipeline's own encoders; all captions get the same number of tokens."""
+
+    def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
+        self.pipe, self.cfg = pipe, cfg
+        self.device: torch.device = torch.device("cpu")
+        self._null: Cond | None = None
+
+    @abstractmethod
+    def embed(self, texts: Sequence[str]) -> Cond:
+        """Named tensors [B, ...] of these captions."""
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Cond:
+        return self.embed(texts)
+
+    @torch.no_grad()
+    def null(self, count: int) -> Cond:
+        """The unconditional input, embedded once and shared."""
+        if self._null is None:
+            self._null = self.embed_null()
+        return {name: value.expand(count, *value.shape[1:]) for name, value in self._null.items()}
+
+    def embed_null(self) -> Cond:
+        """One row: the empty caption, unless a family says otherwise. [1, ...]"""
+        return self.embed([""])
+
+    def unload(self) -> None:
+        """Forget the encoders (their memory is free once nobody else holds them); ``null`` stays."""
+        self.null(1)
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            if name in self.pipe.components:
+                self.pipe.register_modules(**{name: None})
+
+
+def network_dtype(net: nn.Module) -> torch.dtype:
+    """The dtype of the weights that a network computes with (its first parameter)."""
+    return next(net.parameters()).dtype

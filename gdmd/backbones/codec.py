@@ -1,0 +1,52 @@
+"""VAEs of diffusers behind the Codec Protocol: scaling and shift, chunks, and their own precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class VaeCodec:
+    """An AutoencoderKL: latents z [B, C, h, w] -> images [B, 3, H, W] in about [0, 1].
+
+    decode: D(z / scaling + shift), rescaled from [-1, 1]; encode: (mean of q(z | image) - shift) scaling.
+    ``chunk`` images per call. The VAE computes in its own dtype, whatever the precision around it.
+    """
+
+    def __init__(self, vae: Any, chunk: int = 1, *, tiled: bool = False) -> None:
+        self.vae, self.chunk = vae.eval().requires_grad_(False), chunk
+        if tiled:
+            vae.enable_tiling()
+        config = vae.config
+        scaling, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
+        self._scale, self._shift = torch.tensor(1 / scaling), torch.tensor(shift)
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            self._scale = torch.tensor(config["latents_std"]).reshape(-1, 1, 1) / scaling
+            self._shift = torch.tensor(config["latents_mean"]).reshape(-1, 1, 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """With gradient to the latents. [B, C, h, w] -> [B, 3, H, W], fp32"""
+        z = latents.float() * self._scale.to(latents.device) + self._shift.to(latents.device)
+        with torch.autocast(latents.device.type, enabled=False):
+            images = [self.decode_chunk(part.to(self.vae.dtype)) for part in torch.split(z, self.chunk)]
+        return (torch.cat(images).float() + 1) / 2
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> [B, C, h, w], fp32; the mean of the posterior, no draw."""
+        with torch.autocast(images.device.type, enabled=False):
+            z = [self.encode_chunk((2 * part - 1).to(self.vae.dtype)) for part in torch.split(images, self.chunk)]
+        latents = torch.cat(z).float()
+        return (latents - self._shift.to(latents.device)) / self._scale.to(latents.device)
+
+    def decode_chunk(self, z: Tensor) -> Tensor:
+        """The bare decoder, images in [-1, 1]."""
+        images: Tensor = self.vae.decode(z, return_dict=False)[0]
+        return images
+
+    def encode_chunk(self, images: Tensor) -> Tensor:
+        """The bare encoder's mean."""
+        mean: Tensor = self.vae.encode(images, return_dict=False)[0].mode()
+        return mean

@@ -1,0 +1,83 @@
+"""FLUX.1: rectified flow on packed latents, an embedded guidance, times shifted by the number of image tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdmd.backbones.base import Family, PipelineText, network_dtype
+from gdmd.backbones.clocks import flow_clock, uniform_times
+from gdmd.backbones.codec import VaeCodec
+from gdmd.backbones.packing import pack, unpack
+from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.schedule import FlowSchedule, from_velocity
+from gdmd.types import Cond, Prediction
+
+
+class Flux(Family):
+    """The network reads t itself, places of its tokens, and (dev, not schnell) model.embedded_guidance.
+
+    The embedded guidance belongs to every role: set method.guidance = 1 to make no unconditional pass on top of it.
+    """
+
+    name = "flux"
+    pipeline = "FluxPipeline"
+    needs = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    native = "velocity"
+    targets = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
+    )
+    patch = 2
+
+    def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
+        super().__init__(pipe, cfg)
+        self.net: nn.Module = pipe.transformer
+        self.schedule = FlowSchedule()
+        self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
+        self.encoder = FluxText(pipe, cfg)
+        _, height, width = self.latent_shape
+        self.clock = flow_clock(pipe.scheduler.config, (height // 2) * (width // 2))
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        dtype = network_dtype(net)
+        height, width = x_t.shape[-2:]
+        guided = self.pipe.transformer.config.guidance_embeds
+        embeds = cond["embeds"].to(dtype)
+        velocity = net(
+            hidden_states=pack(x_t).to(dtype),
+            timestep=t,
+            guidance=torch.full_like(t, self.cfg.embedded_guidance, dtype=torch.float32) if guided else None,
+            pooled_projections=cond["pooled"].to(dtype),
+            encoder_hidden_states=embeds,
+            txt_ids=embeds.new_zeros(embeds.shape[1], 3),
+            img_ids=_places(height // 2, width // 2).to(x_t.device, dtype),
+            return_dict=False,
+        )[0]
+        return from_velocity(unpack(velocity, height, width), x_t, t, self.schedule)
+
+    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
+        return self.clock.times(uniform)
+
+    def teacher_times(self, steps: int) -> Tensor:
+        return self.clock.path(uniform_times(steps))
+
+
+def _places(rows: int, columns: int) -> Tensor:
+    """(0, row, column) of every image token. [rows columns, 3]"""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], -1).reshape(-1, 3)
+
+
+class FluxText(PipelineText):
+    """embeds [B, T, D] of T5; pooled [B, P] of CLIP."""
+
+    def embed(self, texts: Sequence[str]) -> Cond:
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            prompt=list(texts), prompt_2=None, device=self.device, max_sequence_length=self.cfg.max_tokens or 512
+        )
+        return {"embeds": embeds, "pooled": pooled}

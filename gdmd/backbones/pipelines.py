@@ -1,0 +1,168 @@
+"""Opening a diffusers pipeline: which family it is, what is missing, and errors that say what to do.
+
+A folder never touches the network. Heavy libraries are imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdmd.backbones.base import Family
+from gdmd.backbones.flux import Flux
+from gdmd.backbones.qwen_image import QwenImage
+from gdmd.backbones.sd3 import Sd3
+from gdmd.backbones.sd15 import Sd15
+from gdmd.backbones.sdxl import Sdxl
+from gdmd.backbones.z_image import ZImage
+from gdmd.config.model import DiffusersModel
+
+FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, ZImage, QwenImage)
+INDEX = "model_index.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def open_family(cfg: DiffusersModel, device: str = "cpu") -> Family:
+    """The pipeline at cfg.path as a Family, its weights frozen, in cfg.dtype, on ``device``.
+
+    ValueError for a path or id that does not exist or is closed to you, an unknown or other family, and a missing
+    component.
+    """
+    require_diffusers()
+    local = is_local(cfg.path)
+    index = _local_index(Path(cfg.path)) if local else _hub_index(cfg)
+    family = family_of(index, cfg)
+    _check_components(index, family, Path(cfg.path) if local else None, cfg.path)
+    pipe = _load(family, cfg, local, _left_out(index, family, cfg))
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval().to(device)
+    opened = family(pipe, cfg)
+    opened.encoder.device = torch.device(device)
+    return opened
+
+
+def require_diffusers() -> None:
+    """ValueError with the install command when the optional libraries are not there."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("diffusers", "transformers", "peft", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"real models need {', '.join(missing)}: install them with pip install 'gdmd[diffusers]'")
+
+
+def is_local(path: str) -> bool:
+    """Whether ``path`` is a folder; false for a hub id. ValueError for a folder that is not there."""
+    if Path(path).is_dir():
+        return True
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.is_dir():
+        return False
+    raise ValueError(
+        f"model.path {path!r}: there is no such folder, and it is no hub id (ORG/NAME). Give the folder that holds "
+        f"{INDEX}, or an id."
+    )
+
+
+def family_of(index: dict[str, Any], cfg: DiffusersModel) -> type[Family]:
+    """The family whose pipeline class the index names."""
+    named = index.get("_class_name")
+    for family in FAMILIES:
+        if named == family.pipeline and cfg.family in (None, family.name):
+            return family
+        if named == family.pipeline:
+            raise ValueError(
+                f"model.path {cfg.path!r} is a {named} (family {family.name}), but model.family = {cfg.family}; "
+                "give another path, or drop model.family"
+            )
+    known = ", ".join(f"{family.pipeline} ({family.name})" for family in FAMILIES)
+    raise ValueError(f"model.path {cfg.path!r}: {INDEX} names {named!r}, which has no adapter here; supported: {known}")
+
+
+def _check_components(index: dict[str, Any], family: type[Family], folder: Path | None, path: str) -> None:
+    for name in family.needs:
+        given = index.get(name)
+        if not isinstance(given, list) or len(given) < 2 or not given[1]:
+            raise ValueError(
+                f"model.path {path!r}: component {name!r} is missing from {INDEX}; a {family.pipeline} needs it. "
+                "Save the pipeline again with all its components."
+            )
+        if folder is not None and not (folder / name).is_dir():
+            raise ValueError(
+                f"model.path {path!r}: component {name!r} ({given[1]}) has no folder {folder / name}; copy it there, "
+                "or save the pipeline again"
+            )
+
+
+def _left_out(index: dict[str, Any], family: type[Family], cfg: DiffusersModel) -> dict[str, None]:
+    """Optional components that are not wanted, or not there: they are passed as None."""
+    folder = Path(cfg.path)
+    there = {name for name in family.optional if index.get(name, [None, None])[1]}
+    if folder.is_dir():
+        there = {name for name in there if (folder / name).is_dir()}
+    return {name: None for name in family.optional if not cfg.t5 or name not in there}
+
+
+def _local_index(folder: Path) -> dict[str, Any]:
+    file = folder / INDEX
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"model.path {str(folder)!r}: it holds no {INDEX}, so it is no diffusers pipeline") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as JSON ({error}); copy the pipeline again") from error
+    if not isinstance(index, dict):
+        raise ValueError(f"{file}: expected an object, got {type(index).__name__}; copy the pipeline again")
+    return index
+
+
+def _hub_index(cfg: DiffusersModel) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    what = f"model.path {cfg.path!r}"
+    try:
+        file = hf_hub_download(cfg.path, INDEX, revision=cfg.revision)
+    except GatedRepoError as error:
+        raise ValueError(f"{what}: access is gated; accept its terms on the hub and run `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{what}: it has no revision {cfg.revision!r}; give a branch, tag or commit") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{what}: no folder here, and the hub has no such id (or it is private)") from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(f"{what}: no folder here, not in the cache, and the hub cannot be reached") from error
+    except EntryNotFoundError as error:
+        raise ValueError(f"{what}: it holds no {INDEX}, so it is no diffusers pipeline") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(f"{what}: no folder here, and the hub cannot be read ({error})") from error
+    return _local_index(Path(file).parent)
+
+
+def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict[str, None]) -> Any:
+    import diffusers
+
+    silent(diffusers.utils.logging)
+    options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "local_files_only": local}
+    try:
+        pipe = getattr(diffusers, family.pipeline).from_pretrained(
+            cfg.path, **options, **left_out, **({} if local else {"revision": cfg.revision})
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path {cfg.path!r}: the {family.pipeline} cannot be loaded: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def silent(logging: Any) -> None:
+    """No progress bar per weight file: the run has its own."""
+    logging.disable_progress_bar()

@@ -1,0 +1,87 @@
+"""Qwen-Image (arXiv 2508.02324): rectified flow on packed latents, a masked vision-language encoder, a video VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdmd.backbones.base import Family, PipelineText, network_dtype
+from gdmd.backbones.clocks import flow_clock, uniform_times
+from gdmd.backbones.codec import VaeCodec
+from gdmd.backbones.packing import pack, unpack
+from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.schedule import FlowSchedule, from_velocity
+from gdmd.types import Cond, Prediction
+
+
+class QwenImage(Family):
+    """The network reads t itself. Guidance here is plain; the stock pipeline also restores the norm of every token."""
+
+    name = "qwen_image"
+    pipeline = "QwenImagePipeline"
+    needs = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    native = "velocity"
+    targets = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+    patch = 2
+
+    def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
+        super().__init__(pipe, cfg)
+        self.net: nn.Module = pipe.transformer
+        self.schedule = FlowSchedule()
+        self.codec = FrameCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
+        self.encoder = QwenText(pipe, cfg)
+        _, height, width = self.latent_shape
+        self.clock = flow_clock(pipe.scheduler.config, (height // 2) * (width // 2))
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.pipe.vae.config.z_dim)
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        dtype = network_dtype(net)
+        height, width = x_t.shape[-2:]
+        guided = self.pipe.transformer.config.guidance_embeds
+        velocity = net(
+            hidden_states=pack(x_t).to(dtype),
+            timestep=t,
+            guidance=torch.full_like(t, self.cfg.embedded_guidance, dtype=torch.float32) if guided else None,
+            encoder_hidden_states=cond["embeds"].to(dtype),
+            encoder_hidden_states_mask=cond["mask"],
+            img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
+            return_dict=False,
+        )[0]
+        return from_velocity(unpack(velocity, height, width), x_t, t, self.schedule)
+
+    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
+        return self.clock.times(uniform)
+
+    def teacher_times(self, steps: int) -> Tensor:
+        return self.clock.path(uniform_times(steps))
+
+
+class FrameCodec(VaeCodec):
+    """A video VAE used on single frames."""
+
+    def decode_chunk(self, z: Tensor) -> Tensor:
+        return super().decode_chunk(z[:, :, None])[:, :, 0]
+
+    def encode_chunk(self, images: Tensor) -> Tensor:
+        return super().encode_chunk(images[:, :, None])[:, :, 0]
+
+
+class QwenText(PipelineText):
+    """embeds [B, T, D], zeros behind the caption; mask [B, T], true where the caption is."""
+
+    def embed(self, texts: Sequence[str]) -> Cond:
+        longest = self.cfg.max_tokens or 512
+        embeds, mask = self.pipe.encode_prompt(list(texts), device=self.device, max_sequence_length=longest)
+        if mask is None:  # what the pipeline answers when no caption needed padding
+            mask = embeds.new_ones(embeds.shape[:2])
+        more = longest - embeds.shape[1]
+        return {"embeds": nn.functional.pad(embeds, (0, 0, 0, more)), "mask": nn.functional.pad(mask, (0, more)).bool()}

@@ -1,0 +1,138 @@
+"""The roles of one distillation of a real model: adapters on one trunk, full copies, or one of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gdmd.backbones.base import Family, network_dtype
+from gdmd.backbones.copies import Copy
+from gdmd.backbones.trunk import BARE, Trunk, Wear
+from gdmd.types import Cond, Denoiser, Prediction, Role
+
+SEEDS: Mapping[Role, int] = {"student": 1, "fake": 2}
+"""What the adapters' A are drawn from; the run's seed moves noise and prompts only."""
+
+
+class Net(Protocol):
+    """A network that may first have to put on its role."""
+
+    def ready(self) -> Any:
+        """The module, ready to be called for this role."""
+        ...
+
+
+class Worn:
+    """The trunk in one role."""
+
+    def __init__(self, trunk: Trunk, wear: Wear) -> None:
+        self.trunk, self.wear = trunk, wear
+
+    def ready(self) -> Any:
+        return self.trunk.wear(self.wear)
+
+
+class RoleDenoiser:
+    """A role as a Denoiser. With ``half``, networks that are stored in fp32 compute in bf16 under autocast."""
+
+    def __init__(self, family: Family, net: Net, *, half: bool) -> None:
+        self.family, self.net, self.half = family, net, half
+        self.schedule = family.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        net = self.net.ready()
+        wide = network_dtype(net) == torch.float32
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.half and wide, cache_enabled=False):
+            return self.family.predict(net, x_t, t, cond)
+
+
+class DiffusersRoles:
+    """Teacher, student, fake and old policy of a family; before the first step all of them are the teacher.
+
+    cfg.full says which trained roles are full fp32 copies; the others are fp32 adapters on the frozen trunk.
+    """
+
+    def __init__(self, family: Family, *, half: bool = False) -> None:
+        cfg = family.cfg
+        self.family, self.schedule = family, family.schedule
+        self._half = half or cfg.dtype == "bf16"
+        self._copies: dict[Role, Copy] = {}
+        both: tuple[Role, Role] = ("student", "fake")
+        for role in both:
+            if cfg.full in (role, "both"):
+                self._copies[role] = Copy(family.net, checkpointing=cfg.checkpointing)
+        self.trunk = Trunk(
+            family.net,
+            cfg.lora_rank,
+            cfg.lora_alpha,
+            cfg.lora_targets or family.targets,
+            checkpointing=cfg.checkpointing,
+        )
+        for role in both:
+            if role not in self._copies:
+                self.trunk.add(role, SEEDS[role])
+        self.teacher = self._denoiser(Worn(self.trunk, BARE))
+        self.student, self.fake = (self._denoiser(self._net(role)) for role in both)
+        self.old = self._denoiser(Worn(self.trunk, BARE))
+        self._old: Mapping[str, Tensor] = {}
+
+    def parameters(self, role: Role) -> Mapping[str, Parameter]:
+        own = self._copies.get(role)
+        return own.weights() if own else self.trunk.weights(role)
+
+    def blended_teacher(self, share: float) -> Denoiser:
+        """The teacher with ``share`` of the fake's displacement (DynaDG, arXiv 2511.13649v4), no gradient kept apart.
+
+        An adapter is worn at this scale; a full copy is mixed, teacher + share (fake - teacher).
+        """
+        own = self._copies.get("fake")
+        if own is None:
+            return self._denoiser(Worn(self.trunk, Wear("fake", share)))
+        return self._denoiser(own.blended(self.trunk.wear(BARE), share))
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        student = self.parameters("student")
+        self._make_old()
+        for name, old in self._old.items():
+            old.lerp_(student[name], 1 - decay)
+
+    def old_state(self) -> Mapping[str, Tensor]:
+        return {name: weights.detach() for name, weights in self._old.items()}
+
+    @torch.no_grad()
+    def load_old_state(self, tensors: Mapping[str, Tensor]) -> None:
+        if not tensors:
+            return
+        self._make_old()
+        if self._old.keys() != tensors.keys():
+            wrong = sorted(self._old.keys() ^ tensors.keys())
+            raise ValueError(
+                f"the saved old policy does not fit: {len(wrong)} names differ, first {wrong[0]!r}. "
+                "It is of another network: use the checkpoint of this configuration."
+            )
+        for name, old in self._old.items():
+            old.copy_(tensors[name])
+
+    def _make_old(self) -> None:
+        """The student as it was before its first step; its memory is taken only when a method asks for it."""
+        if self._old:
+            return
+        if "student" in self._copies:
+            own = Copy(self.trunk.wear(BARE), checkpointing=False)
+            self.old.net, self._old = own, own.weights()
+        else:
+            self.trunk.add("old", SEEDS["student"])
+            self.old.net, self._old = Worn(self.trunk, Wear("old")), self.trunk.weights("old")
+        for weights in self._old.values():
+            weights.requires_grad_(False)
+
+    def _net(self, role: Role) -> Net:
+        return self._copies.get(role) or Worn(self.trunk, Wear(role))
+
+    def _denoiser(self, net: Net) -> RoleDenoiser:
+        return RoleDenoiser(self.family, net, half=self._half)

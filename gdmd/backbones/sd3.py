@@ -1,0 +1,76 @@
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): rectified flow, shifted times, two CLIPs and an optional T5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from gdmd.backbones.base import Family, PipelineText, network_dtype
+from gdmd.backbones.clocks import flow_clock
+from gdmd.backbones.codec import VaeCodec
+from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.schedule import FlowSchedule, from_velocity
+from gdmd.types import Cond, Prediction
+
+
+class Sd3(Family):
+    """The network reads t_1000 = 1000 t and predicts eps - x0."""
+
+    name = "sd3"
+    pipeline = "StableDiffusion3Pipeline"
+    needs = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    optional = ("text_encoder_3", "tokenizer_3")
+    native = "velocity"
+    targets = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+    patch = 2
+
+    def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
+        super().__init__(pipe, cfg)
+        self.net: nn.Module = pipe.transformer
+        self.schedule = FlowSchedule()
+        self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
+        self.encoder = Sd3Text(pipe, cfg)
+        _, height, width = self.latent_shape
+        self.clock = flow_clock(pipe.scheduler.config, (height // 2) * (width // 2))
+        self._shortest = 1 / int(pipe.scheduler.config.num_train_timesteps)
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        dtype = network_dtype(net)
+        velocity = net(
+            hidden_states=x_t.to(dtype),
+            timestep=1000 * t,
+            encoder_hidden_states=cond["embeds"].to(dtype),
+            pooled_projections=cond["pooled"].to(dtype),
+            return_dict=False,
+        )[0]
+        return from_velocity(velocity, x_t, t, self.schedule)
+
+    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
+        return self.clock.times(uniform)
+
+    def teacher_times(self, steps: int) -> Tensor:
+        """The stock scheduler spaces evenly down to its (already shifted) last training time, then shifts."""
+        dynamic = self.pipe.scheduler.config.get("use_dynamic_shifting")
+        last = self._shortest if dynamic else self.clock.times([self._shortest])[0]
+        between = max(steps - 1, 1)
+        return self.clock.path([1 - (1 - last) * i / between for i in range(steps)])
+
+
+class Sd3Text(PipelineText):
+    """embeds [B, 77 + T, D]: both CLIPs side by side, then T5 (zeros where the pipeline has none); pooled [B, P]."""
+
+    def embed(self, texts: Sequence[str]) -> Cond:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompt=list(texts),
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.cfg.max_tokens or 256,
+        )
+        return {"embeds": embeds, "pooled": pooled}

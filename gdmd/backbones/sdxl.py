@@ -1,0 +1,71 @@
+"""Stable Diffusion XL (arXiv 2307.01952): eps-prediction on a VP schedule, micro-conditioning, two CLIPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdmd.backbones.base import Family, PipelineText, network_dtype
+from gdmd.backbones.clocks import VpClock, uniform_times, vp_schedule
+from gdmd.backbones.codec import VaeCodec
+from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.schedule import from_eps
+from gdmd.types import Cond, Prediction
+
+
+class Sdxl(Family):
+    """The network reads t_1000 = 999 t, and size and crop as six numbers (original size, corner, target size)."""
+
+    name = "sdxl"
+    pipeline = "StableDiffusionXLPipeline"
+    needs = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    native = "eps"
+    targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
+        super().__init__(pipe, cfg)
+        self.net: nn.Module = pipe.unet
+        self.schedule = vp_schedule(pipe.scheduler.config)
+        self.clock = VpClock(self.schedule.train_steps)
+        self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
+        self.encoder = SdxlText(pipe, cfg)
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        dtype = network_dtype(net)
+        size = torch.tensor([self.cfg.height, self.cfg.width, 0, 0, self.cfg.height, self.cfg.width])
+        time_ids = size.to(x_t.device, dtype).expand(len(x_t), 6)
+        eps = net(
+            x_t.to(dtype),
+            self.clock.t_1000(t),
+            encoder_hidden_states=cond["embeds"].to(dtype),
+            added_cond_kwargs={"text_embeds": cond["pooled"].to(dtype), "time_ids": time_ids},
+            return_dict=False,
+        )[0]
+        return from_eps(eps, x_t, t, self.schedule)
+
+    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
+        return self.clock.times(uniform)
+
+    def teacher_times(self, steps: int) -> Tensor:
+        """DDIM with trailing spacing; it ends on the first training step."""
+        return torch.tensor([*self.clock.times(uniform_times(steps)), 0.0])
+
+
+class SdxlText(PipelineText):
+    """embeds [B, 77, D]: the last hidden states but one of both CLIPs; pooled [B, P] of the second."""
+
+    def embed(self, texts: Sequence[str]) -> Cond:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompt=list(texts), device=self.device, do_classifier_free_guidance=False
+        )
+        return {"embeds": embeds, "pooled": pooled}
+
+    def embed_null(self) -> Cond:
+        """Zeros where the pipeline was trained so (force_zeros_for_empty_prompt), else the empty caption."""
+        empty = self.embed([""])
+        if not self.pipe.config.get("force_zeros_for_empty_prompt"):
+            return empty
+        return {name: torch.zeros_like(value) for name, value in empty.items()}

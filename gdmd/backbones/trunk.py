@@ -1,0 +1,133 @@
+"""One frozen network that wears one adapter at a time: LoRA (arXiv 2106.09685) through PEFT.
+
+y = W x + scale (alpha / rank) B A x with W frozen in the trunk's dtype, A and B in fp32; B = 0 at the start, so that
+every adapter begins as the trunk itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Wear:
+    """Which adapter is on, and how strongly; no adapter is the frozen network."""
+
+    adapter: str | None = None
+    scale: float = 1.0
+
+
+BARE = Wear()
+
+
+class NarrowLinear(nn.Linear):
+    """A linear layer that keeps fp32 weights and computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+class Trunk:
+    """The network, its adapters, and what it wears now.
+
+    What is worn stays on until the next ``wear``: everybody who runs the network says first what it shall wear, and
+    a block that is recomputed in the backward pass puts on again what it wore in the forward pass.
+    """
+
+    def __init__(self, net: Any, rank: int, alpha: float, targets: Sequence[str], *, checkpointing: bool) -> None:
+        self.net = net.requires_grad_(False).eval()
+        self.rank, self.alpha, self.targets = rank, alpha, tuple(targets)
+        self.worn = BARE
+        self._layers: list[Any] = []
+        if checkpointing:
+            net.enable_gradient_checkpointing(self._checkpointed)
+
+    def add(self, adapter: str, seed: int) -> None:
+        """A new adapter with B = 0 and A uniform in +-1/sqrt(inputs), drawn from ``seed`` alone."""
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
+        config: Any = LoraConfig(r=self.rank, target_modules=list(self.targets))
+        config.lora_alpha = self.alpha
+        try:
+            inject_adapter_in_model(config, self.net, adapter)
+        except ValueError as error:
+            raise ValueError(
+                f"model.lora_targets {list(self.targets)} fit no layer of {type(self.net).__name__}: {error}"
+            ) from error
+        self._layers = [module for module in self.net.modules() if isinstance(module, LoraLayer)]
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self._layers:
+            _start(layer, adapter, generator)
+        self.net.requires_grad_(False)
+        for name, weights in self.net.named_parameters():
+            weights.requires_grad_(_trained(name))
+        self._dress(self.worn)
+
+    def weights(self, adapter: str) -> dict[str, Parameter]:
+        """The adapter's A and B by names that do not hold the adapter's: BLOCK.to_q.lora_A.weight."""
+        own = f".{adapter}."
+        return {k.replace(own, "."): v for k, v in self.net.named_parameters() if own in k and ".lora_" in k}
+
+    def wear(self, wanted: Wear) -> Any:
+        """Put on an adapter, or none, and return the network."""
+        if wanted != self.worn:
+            self._dress(wanted)
+        return self.net
+
+    def _dress(self, wanted: Wear) -> None:
+        # PEFT's own set_adapter also switches requires_grad off and on, which belongs to the optimisers here
+        for layer in self._layers:
+            layer._disable_adapters = wanted.adapter is None
+            layer._active_adapter = [] if wanted.adapter is None else [wanted.adapter]
+            if wanted.adapter is not None:
+                layer.scaling[wanted.adapter] = wanted.scale * self.alpha / self.rank
+        self.worn = wanted
+
+    def _checkpointed(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """Activation checkpointing of one block, recomputed in what it wears now."""
+        worn = self.worn
+
+        def run(*again: Any) -> Any:
+            self.wear(worn)
+            return block(*again)
+
+        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing draws: eval mode
+
+
+def _trained(name: str) -> bool:
+    """Student and fake are trained; the old policy only follows."""
+    return ".lora_" in name and (".student." in name or ".fake." in name)
+
+
+@torch.no_grad()
+def _start(layer: Any, adapter: str, generator: torch.Generator) -> None:
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    bound = 1 / math.sqrt(down.weight[0].numel())
+    start = (2 * torch.rand(down.weight.shape, generator=generator) - 1) * bound
+    down.weight.data = start.to(down.weight.device)
+    up.weight.data = torch.zeros_like(up.weight, dtype=torch.float32)
+    if isinstance(down, nn.Linear):
+        layer.lora_A[adapter], layer.lora_B[adapter] = _narrow(down), _narrow(up)
+        layer.cast_input_dtype_enabled = False
+
+
+def _narrow(linear: nn.Linear) -> NarrowLinear:
+    own = NarrowLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+    own.weight = linear.weight
+    return own
+
+
+@torch.no_grad()
+def copy_weights(into: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Copy by name; both have the same names."""
+    for name, weights in into.items():
+        weights.copy_(source[name])

@@ -1,0 +1,64 @@
+"""Z-Image (arXiv 2511.22699): a single-stream flow transformer on captions of their own length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdmd.backbones.base import Family, PipelineText, network_dtype
+from gdmd.backbones.clocks import flow_clock, uniform_times
+from gdmd.backbones.codec import VaeCodec
+from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.schedule import FlowSchedule, from_velocity
+from gdmd.types import Cond, Prediction
+
+
+class ZImage(Family):
+    """The network's time runs the other way (1 - t) and it predicts x0 - eps, the negative velocity."""
+
+    name = "z_image"
+    pipeline = "ZImagePipeline"
+    needs = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    native = "velocity"
+    targets = (
+        *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
+        *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    )
+    patch = 2
+
+    def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
+        super().__init__(pipe, cfg)
+        self.net: nn.Module = pipe.transformer
+        self.schedule = FlowSchedule()
+        self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
+        self.encoder = ZImageText(pipe, cfg)
+        _, height, width = self.latent_shape
+        self.clock = flow_clock(pipe.scheduler.config, (height // 2) * (width // 2))
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        dtype = network_dtype(net)
+        captions = [row[:count] for row, count in zip(cond["embeds"].to(dtype), cond["tokens"].tolist(), strict=True)]
+        frames = list(x_t.to(dtype)[:, :, None].unbind(0))  # B x [C, 1, H, W]
+        answer = net(frames, 1 - t, captions, return_dict=False)[0]
+        return from_velocity(-torch.stack(answer)[:, :, 0], x_t, t, self.schedule)
+
+    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
+        return self.clock.times(uniform)
+
+    def teacher_times(self, steps: int) -> Tensor:
+        return self.clock.path(uniform_times(steps))
+
+
+class ZImageText(PipelineText):
+    """embeds [B, T, D], zeros behind the caption; tokens [B], how many are the caption's."""
+
+    def embed(self, texts: Sequence[str]) -> Cond:
+        longest = self.cfg.max_tokens or 512
+        rows, _ = self.pipe.encode_prompt(
+            list(texts), device=self.device, do_classifier_free_guidance=False, max_sequence_length=longest
+        )
+        embeds = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
+        return {"embeds": embeds, "tokens": torch.tensor([len(row) for row in rows], device=embeds.device)}

@@ -1,0 +1,222 @@
+"""Every family against diffusers itself: same weights, noise and captions give the same latents and images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import tiny_pipelines as tiny
+from torch import Tensor
+
+from gdmd.backbones.base import Family
+from gdmd.backbones.packing import pack, unpack
+from gdmd.backbones.pipelines import open_family
+from gdmd.diffusion.guidance import Guided
+from gdmd.diffusion.sampling import ode_sample
+from gdmd.types import Cond, Prediction
+
+STEPS = 4
+CAPTIONS = list(tiny.WORDS[:2])
+STOCK: dict[str, dict[str, Any]] = {  # what the stock call needs for classifier-free guidance 3
+    "sd15": {"guidance_scale": 3.0},
+    "sdxl": {"guidance_scale": 3.0},
+    "sd3": {"guidance_scale": 3.0, "max_sequence_length": 256},
+    "flux": {"true_cfg_scale": 3.0, "negative_prompt": ["", ""], "guidance_scale": 3.5, "max_sequence_length": 256},
+    "z_image": {"guidance_scale": 2.0, "max_sequence_length": 256},  # it counts from 0: cond + w (cond - uncond)
+    "qwen_image": {"true_cfg_scale": 1.0},  # its guidance restores norms, which is its sampler's own
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place for saved pipelines; each is made when a test first asks for it."""
+    return tmp_path_factory.mktemp("pipelines")
+
+
+def saved(folders: Path, name: str) -> Path:
+    folder = folders / name
+    return folder if folder.exists() else tiny.save(name, folder)
+
+
+@cache
+def shared(folder: Path) -> Family:
+    """For tests that change nothing."""
+    return open_family(tiny.config(folder))
+
+
+def opened(folders: Path, name: str, **changes: Any) -> Family:
+    return open_family(tiny.config(saved(folders, name), **changes))
+
+
+def teacher(family: Family) -> Any:
+    def denoiser(x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        return family.predict(family.net, x_t, t, cond)
+
+    return denoiser
+
+
+def stock(family: Family, noise: Tensor, kind: str) -> Tensor:
+    packed = family.name in ("flux", "qwen_image")
+    size = {"height": tiny.SIZE, "width": tiny.SIZE, "num_inference_steps": STEPS, "output_type": kind}
+    latents = pack(noise) if packed else noise
+    made = family.pipe(list(CAPTIONS), latents=latents, **size, **STOCK[family.name]).images
+    return unpack(made, *noise.shape[-2:]) if packed and kind == "latent" else made
+
+
+@pytest.mark.parametrize("name", tiny.BUILD)
+def test_teacher_sampling_is_the_pipelines_own(folders: Path, name: str) -> None:
+    family = shared(saved(folders, name))
+    noise = torch.randn(2, *family.latent_shape)
+    guidance = 1.0 if name == "qwen_image" else 3.0
+    guided = Guided(teacher(family), guidance, family.encoder.null(2))
+    path = family.teacher_times(STEPS)
+    ours = ode_sample(guided, noise, path, family.encoder.encode(CAPTIONS), family.schedule)
+    assert torch.allclose(ours, stock(family, noise, "latent"), atol=1e-4)
+    images = family.codec.decode(ours).clamp(0, 1)
+    assert torch.allclose(images, stock(family, noise, "pt"), atol=1e-4)
+    assert images.std() > 0.01
+
+
+@pytest.mark.parametrize("name", tiny.BUILD)
+def test_the_answer_depends_on_caption_and_time_and_is_fp32(folders: Path, name: str) -> None:
+    family = opened(folders, name, dtype="bf16")
+    denoiser, x_t = teacher(family), torch.randn(2, *family.latent_shape)
+    cond, t = family.encoder.encode(CAPTIONS), torch.tensor([0.9, 0.9])
+    answer = denoiser(x_t, t, cond)
+    assert answer.x0.dtype == answer.eps.dtype == torch.float32
+    assert answer.x0.isfinite().all()
+    assert not torch.equal(answer.velocity, denoiser(x_t, t / 2, cond).velocity)
+    assert not torch.equal(answer.velocity, denoiser(x_t, t, family.encoder.null(2)).velocity)
+
+
+@pytest.mark.parametrize("name", tiny.BUILD)
+def test_conditioning_of_captions_of_any_length_can_be_joined(folders: Path, name: str) -> None:
+    encoder = shared(saved(folders, name)).encoder
+    short, long = encoder.encode(["a"]), encoder.encode(["a long caption of many words " * 2])
+    null = encoder.null(3)
+    assert all(short[key].shape == long[key].shape for key in short)
+    assert all(null[key].shape == (3, *short[key].shape[1:]) for key in short)
+
+
+@pytest.mark.parametrize("name", ["sd3", "qwen_image"])
+def test_decoding_in_chunks_changes_nothing_and_passes_a_gradient(folders: Path, name: str) -> None:
+    family = shared(saved(folders, name))
+    latents = torch.randn(3, *family.latent_shape, requires_grad=True)
+    one_by_one = family.codec.decode(latents)
+    whole = type(family.codec)(family.pipe.vae, chunk=3)  # type: ignore[call-arg]
+    assert torch.allclose(one_by_one, whole.decode(latents), atol=1e-5)
+    (gradient,) = torch.autograd.grad(one_by_one.sum(), latents)
+    assert gradient.abs().amin((1, 2, 3)).gt(0).any() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sd3", "qwen_image"])
+def test_encoding_undoes_the_scaling_of_decoding(folders: Path, name: str) -> None:
+    codec = shared(saved(folders, name)).codec
+    images = torch.rand(1, 3, tiny.SIZE, tiny.SIZE)
+    latents = codec.encode(images)
+    z = latents * codec._scale + codec._shift  # type: ignore[attr-defined]
+    frames = 2 * images - 1
+    assert torch.allclose(z, codec.encode_chunk(frames), atol=1e-5)  # type: ignore[attr-defined]
+
+
+def test_packing_has_an_inverse_in_float64() -> None:
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    assert pack(x).shape == (2, 6, 12)
+    assert torch.equal(unpack(pack(x), 4, 6), x)
+
+
+def test_student_times_go_through_the_familys_clock(folders: Path) -> None:
+    uniform = (1.0, 0.75, 0.5, 0.25)
+    assert shared(saved(folders, "sd3")).student_times(uniform) == pytest.approx((1, 0.9, 0.75, 0.5))
+    discrete = [999 * t for t in shared(saved(folders, "sdxl")).student_times(uniform)]
+    assert discrete == pytest.approx([999, 749, 499, 249])
+
+
+def test_sd3_works_without_its_t5(folders: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sd3"
+    shutil.copytree(saved(folders, "sd3"), folder)
+    shutil.rmtree(folder / "text_encoder_3")
+    for family in (opened(folders, "sd3", t5=False), open_family(tiny.config(folder))):
+        assert family.pipe.text_encoder_3 is None
+        embeds = family.encoder.encode(CAPTIONS)["embeds"]
+        assert embeds.shape == (2, 77 + 256, 32) and not embeds[:, 77:].any()
+
+
+def test_unloaded_encoders_leave_the_unconditional_input(folders: Path) -> None:
+    encoder = opened(folders, "sdxl").encoder
+    before = encoder.null(2)
+    encoder.unload()
+    assert encoder.pipe.text_encoder is None and encoder.pipe.text_encoder_2 is None
+    assert all(torch.equal(before[key], value) for key, value in encoder.null(2).items())
+
+
+def test_a_folder_is_opened_without_any_network(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a local folder reached for the network")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in ("sdxl", "sd3", "qwen_image"):
+        opened(folders, name)
+
+
+def test_a_size_that_does_not_fit_is_refused_with_one_that_does(folders: Path) -> None:
+    folder = saved(folders, "flux")
+    config = tiny.config(folder, height=40)  # 40 / 2 = 20 latents: even; the real VAE's factor 8 would refuse
+    assert open_family(config).latent_shape == (4, 20, 16)
+    family = opened(folders, "flux")
+    family.pipe.vae_scale_factor = 8
+    family.cfg = tiny.config(folder, height=40)
+    with pytest.raises(ValueError, match=r"model.height = 40.*multiples of 16.*use 32"):
+        _ = family.latent_shape
+
+
+def test_a_component_that_is_missing_is_named(folders: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(saved(folders, "sdxl"), folder)
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(ValueError, match="'vae'.*has no folder"):
+        open_family(tiny.config(folder))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": [None, None]}))
+    with pytest.raises(ValueError, match="component 'unet' is missing"):
+        open_family(tiny.config(folder))
+
+
+def test_a_weight_file_that_is_missing_is_a_clear_error(folders: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(saved(folders, "sd3"), folder)
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be loaded.*diffusion_pytorch_model"):
+        open_family(tiny.config(folder))
+    with pytest.raises(ValueError, match="cannot be loaded.*fp16"):
+        opened(folders, "sdxl", variant="fp16")
+
+
+def test_another_or_an_unknown_family_is_refused(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="family sd3.*model.family = sdxl"):
+        opened(folders, "sd3", family="sdxl")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(ValueError, match="'WanPipeline', which has no adapter here; supported: .*FluxPipeline"):
+        open_family(tiny.config(tmp_path))
+
+
+def test_a_path_that_is_neither_folder_nor_reachable_id_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such folder, and it is no hub id"):
+        open_family(tiny.config(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="holds no model_index.json"):
+        open_family(tiny.config(tmp_path))
+    with pytest.raises(ValueError, match="not in the cache, and the hub cannot be reached"):
+        open_family(tiny.config(Path("nobody-here/no-such-model")))

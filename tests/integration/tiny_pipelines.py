@@ -1,0 +1,328 @@
+"""Tiny random pipelines of the real diffusers classes, made without a download; about 0.1 M weights each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from diffusers.utils import logging as diffusers_logging
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+from transformers.utils import logging as transformers_logging
+
+from gdmd.config.model import DiffusersModel
+
+SIZE = 32
+"""Pixels; the tiny VAEs halve them twice (Qwen-Image) or once."""
+WORDS = ("a photo of two red apples", "a blue ring", "three dogs")
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
+
+
+def clip_words() -> CLIPTokenizer:
+    """Characters only: every byte, alone and at the end of a word."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    table = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(table)}, merges=[], model_max_length=77)
+
+
+def t5_words() -> T5Tokenizer:
+    """A Unigram model trained on the words of the tests."""
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    letters = [chr(code) for code in range(33, 127)] + ["▁"]
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=special, unk_token="<unk>", initial_alphabet=letters, show_progress=False
+    )
+    unigram.train_from_iterator(WORDS, trainer)
+    pieces = json.loads(unigram.to_str())["model"]["vocab"]
+    return T5Tokenizer(vocab=[(piece, score) for piece, score in pieces], extra_ids=0, model_max_length=77)
+
+
+def qwen_words() -> Qwen2Tokenizer:
+    special = ["<|im_start|>", "<|im_end|>"]
+    table = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", *special]
+    words = Qwen2Tokenizer(
+        vocab={piece: i for i, piece in enumerate(table)}, merges=[], additional_special_tokens=special
+    )
+    words.chat_template = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    return words
+
+
+def clip(words: CLIPTokenizer, kind: type = CLIPTextModelWithProjection, width: int = 16) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    return kind(config)
+
+
+def t5(words: T5Tokenizer, width: int = 32) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=len(words), d_model=width, d_ff=2 * width, d_kv=8, num_heads=4, num_layers=1)
+    )
+
+
+def vae(**options: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=SIZE,
+        **options,
+    )
+
+
+def unet(cross: int, **options: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIZE // 2,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        cross_attention_dim=cross,
+        **options,
+    )
+
+
+def ddim() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing",
+        set_alpha_to_one=False,
+        steps_offset=1,
+        clip_sample=False,
+    )
+
+
+def sd15() -> StableDiffusionPipeline:
+    words = clip_words()
+    parts = {"vae": vae(), "unet": unet(16), "scheduler": ddim(), "tokenizer": words}
+    return StableDiffusionPipeline(
+        **parts,
+        text_encoder=clip(words, CLIPTextModel),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    words, words_2 = clip_words(), clip_words()
+    micro = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    return StableDiffusionXLPipeline(
+        vae=vae(),
+        unet=unet(32, projection_class_embeddings_input_dim=6 * 4 + 16, **micro),
+        scheduler=ddim(),
+        text_encoder=clip(words, CLIPTextModel),
+        text_encoder_2=clip(words_2),
+        tokenizer=words,
+        tokenizer_2=words_2,
+        add_watermarker=False,
+    )
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    words, words_2, words_3 = clip_words(), clip_words(), t5_words()
+    transformer = SD3Transformer2DModel(
+        sample_size=SIZE // 2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=SIZE // 2,
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(shift_factor=0.0609, scaling_factor=1.5305, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(words),
+        tokenizer=words,
+        text_encoder_2=clip(words_2),
+        tokenizer_2=words_2,
+        text_encoder_3=t5(words_3),
+        tokenizer_3=words_3,
+    )
+
+
+def flux() -> FluxPipeline:
+    words, words_2 = clip_words(), t5_words()
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=True,
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=vae(shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(words, CLIPTextModel),
+        tokenizer=words,
+        text_encoder_2=t5(words_2),
+        tokenizer_2=words_2,
+    )
+
+
+def z_image() -> ZImagePipeline:
+    words = qwen_words()
+    encoder = Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(words),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=1024,
+        )
+    )
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 2, 2],
+        axes_lens=[1024, 64, 64],
+    )
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(shift_factor=0.1159, scaling_factor=0.3611),
+        text_encoder=encoder,
+        tokenizer=words,
+    )
+
+
+def qwen_image() -> QwenImagePipeline:
+    words = qwen_words()
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6}
+    shared = {"hidden_size": 16, "intermediate_size": 16}
+    text = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "rope_parameters": rope}
+    vision = shared | {"depth": 1, "num_heads": 2, "out_hidden_size": 16}
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=shared | text | {"vocab_size": len(words)}, vision_config=vision)
+    )
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 2, 2),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    video = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, 0.0, -0.1, 0.2],
+        latents_std=[1.0, 2.0, 0.5, 1.5],
+    )
+    return QwenImagePipeline(
+        transformer=transformer, scheduler=scheduler, vae=video, text_encoder=encoder, tokenizer=words
+    )
+
+
+BUILD: Mapping[str, Callable[[], Any]] = {
+    "sd15": sd15,
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "flux": flux,
+    "z_image": z_image,
+    "qwen_image": qwen_image,
+}
+
+
+def save(name: str, folder: Path) -> Path:
+    """The pipeline of a family in a folder, its weights from seed 0."""
+    torch.manual_seed(0)
+    pipe = BUILD[name]()
+    _awake(pipe)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def _awake(pipe: Any) -> None:
+    """No layer of the denoiser at zero: what is multiplied by it would go untested."""
+    net = pipe.components.get("unet") or pipe.transformer
+    for weights in net.parameters():
+        if not weights.any():
+            torch.nn.init.normal_(weights, std=0.1)
+
+
+def config(folder: Path, **changes: Any) -> DiffusersModel:
+    """The model section of a recipe for a tiny pipeline."""
+    small = {"height": SIZE, "width": SIZE, "dtype": "fp32", "lora_rank": 2, "lora_alpha": 4.0, "max_tokens": 256}
+    return DiffusersModel(path=str(folder), **(small | changes))
