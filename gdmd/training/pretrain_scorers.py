@@ -202,9 +202,7 @@ def pretrain_scorer(
     own_steps, own_seed = SHIPPED[kind]
     steps, seed = own_steps if steps is None else steps, own_seed if seed is None else seed
     cfg = ScorerConfig(kind, steps, seed, batch, checkpoint_every=checkpoint_every)
-    net = build_net(cfg.kind, cfg.seed)
-    if isinstance(net, Preference):
-        net.match.load_state_dict({k: v.float() for k, v in load_asset(asset_path(FOUNDATION)).tensors.items()})
+    net = _untrained(cfg)
     optimiser = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98))
     path = None if target is None else Path(target)
     first = load_checkpoint(checkpoint_path(path), cfg, net, optimiser) if resume and path else 0
@@ -221,6 +219,14 @@ def pretrain_scorer(
         calibrate(net, cfg.seed)
     if path:
         _finish(path, cfg, net, per_task)
+    return net
+
+
+def _untrained(cfg: ScorerConfig) -> Net:
+    """Fresh weights of the seed; the preference model's two towers are those of the shipped FOUNDATION."""
+    net = build_net(cfg.kind, cfg.seed)
+    if isinstance(net, Preference):
+        net.match.load_state_dict({k: v.float() for k, v in load_asset(asset_path(FOUNDATION)).tensors.items()})
     return net
 
 
