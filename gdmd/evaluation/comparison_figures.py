@@ -156,9 +156,9 @@ def feature_figure(panels: Sequence[Mapping[str, Any]]) -> Figure | None:
         return None
     from matplotlib.figure import Figure
 
-    columns = min(3, len(panels))
+    columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.1 * columns, 3.25 * lines), layout="constrained")
+    figure = Figure(figsize=(2.7 * columns, 2.9 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes, panel in zip(grid.flat, panels, strict=False):
         _scatter(axes, panel)
@@ -262,7 +262,7 @@ def _scatter(axes: Axes, panel: Mapping[str, Any]) -> None:
     far = [point for point in panel["points"] if point[4]]
     axes.scatter([p[0] for p in far], [p[1] for p in far], s=62, facecolors="none", edgecolors=INK, linewidths=0.7)
     scores = (
-        f"spread {panel['spread']:.3f}, diversity {panel['diversity']:.3f}, outliers {100 * panel['outliers']:.0f} %"
+        f"spread {panel['spread']:.2f}, diversity {panel['diversity']:.2f}, outliers {100 * panel['outliers']:.0f} %"
     )
     axes.set_title(f"{panel['title']}\n{scores}", fontsize=8.5)
     axes.set_xticks([])

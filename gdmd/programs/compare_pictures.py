@@ -29,7 +29,7 @@ from gdmd.shapes.grammar import TASKS, catalogue, fixed_rows
 from gdmd.shapes.measures import pairwise_distance
 from gdmd.shapes.render import draw_scenes, render
 
-MOST_PANELS, PER_CAPTION = 6, 2
+PER_CAPTION = 2
 RENDERS = 16
 """True renders per cluster, whose mean is the cluster's true centre."""
 MARKERS = ("o", "s", "^", "D", "P", "*")
@@ -58,7 +58,7 @@ def main(folder: Path) -> int:
     count = comparison.spec.pictures.captions
     _grid(folder / "figures" / "fig6_grid.png", shown, _captions(TASKS, count), seed)
     _grid(folder / "figures" / "fig7_grid.png", shown, _captions(HARDEST, count), seed)
-    panels = feature_panels(shown[:MOST_PANELS], comparison.spec.pictures.per_cluster, seed)
+    panels = feature_panels(shown, comparison.spec.pictures.per_cluster, seed)
     write_atomic(
         folder / "pictures.json", json.dumps({"cells": [cell.hash for cell in cells], "panels": panels}), "the features"
     )

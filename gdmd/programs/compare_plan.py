@@ -122,7 +122,10 @@ def shown_cells(comparison: Comparison, folder: Path) -> list[Cell]:
     names = list(spec.pictures.rows) or default
     cells = {cell.method: cell for cell in plan(comparison) if cell.seed == spec.seeds[0] and cell.budget == "updates"}
     own = [cells[name] for name in names if name in cells]
-    return [cell for cell in own if (cell.folder(folder) / "result.json").exists()][:MOST_COLUMNS]
+    finished = [cell for cell in own if (cell.folder(folder) / "result.json").exists()]
+    shown = finished[:MOST_COLUMNS]
+    last = [cell for cell in finished[MOST_COLUMNS:] if cell.method == spec.headline]
+    return [*shown[: MOST_COLUMNS - len(last)], *last]
 
 
 def line_of(cell: Cell, measured: Mapping[str, Any], command: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from gdmd.recipes.read_comparison import read_comparison
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = """name: tiny
 base: shapes_smoke
-student_updates: 40
+student_updates: 30
 seeds: [3]
 overrides: {loop.batch_size: 2, loop.log_every: 1}
 rows:
@@ -34,8 +34,9 @@ evaluation: {per_task: 1, images: 2}
 diagnosis: {seeds: 0}
 pictures: {rows: [gdmd], per_cluster: 1, captions: 2}
 """
-TIMES = {"seconds", "cell_seconds", "images_per_s", "images_per_s_decoded", "peak_memory_mib", "command"}
-LIMIT = 120.0
+VARYING = {"seconds", "cell_seconds", "images_per_s", "images_per_s_decoded", "peak_memory_mib", "commit"}
+"""Times and the state of the checkout; all else must be equal to the last bit."""
+LIMIT = 300.0
 """Seconds that a wait may take on a busy machine."""
 
 
@@ -86,7 +87,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     here = tmp_path_factory.mktemp("compare")
     spec, folder = here / "tiny.yaml", here / "made"
     spec.write_text(SPEC)
-    first = start(spec, folder)
+    first = start(spec, folder, "--only", "gdmd")
     checkpoints = gdmd_cell(spec).folder(folder) / "run" / "checkpoints"
     until = time.monotonic() + LIMIT
     while not list(checkpoints.glob("step_*")) and first.poll() is None and time.monotonic() < until:
@@ -99,7 +100,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(world: World) -> None:
     assert world.stopped.code == 130, world.stopped.err
-    assert world.steps_at_stop and "step_000020" not in world.steps_at_stop
+    assert world.steps_at_stop and "step_000015" not in world.steps_at_stop
     assert "the same command goes on" in world.stopped.err and "Traceback" not in world.stopped.err
 
 
@@ -117,16 +118,16 @@ def test_a_failing_cell_is_reported_and_the_others_are_finished(world: World) ->
 def test_a_stopped_comparison_ends_with_the_table_of_an_uninterrupted_one(world: World, tmp_path: Path) -> None:
     cell = gdmd_cell(world.spec)
     resumed = json.loads((cell.folder(world.folder) / "run" / "run.json").read_text())["resumed"]
-    assert len(resumed) == 1 and 0 < resumed[0]["step"] < 20
+    assert len(resumed) == 1 and 0 < resumed[0]["step"] < 15
     folder = cell.folder(tmp_path)
     folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps(cell.job))
     assert compare_job.main(folder) == 0
     alone = json.loads((folder / "result.json").read_text())
     line = next(line for line in world.table if line["method"] == "gdmd")
-    assert {k: alone[k] for k in alone if k not in TIMES} == {k: line[k] for k in alone if k not in TIMES}
-    assert line["student_updates"] == 40 and line["steps"] == 20 and line["nfe"] == 4 and line["seed"] == 3
-    assert line["passes"] > 20 * 2 * (1 + 2 * 9) and line["trained"] == ["shapes_clip", "shapes_pref"]
+    assert {k: (alone[k], line[k]) for k in alone.keys() - VARYING if alone[k] != line[k]} == {}
+    assert line["student_updates"] == 30 and line["steps"] == 15 and line["nfe"] == 4 and line["seed"] == 3
+    assert line["passes"] > 15 * 2 * (1 + 2 * 9) and line["trained"] == ["shapes_clip", "shapes_pref"]
     assert line["command"].endswith("--only gdmd/3/updates") and line["hash"] == cell.hash
 
 
