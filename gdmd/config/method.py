@@ -83,6 +83,11 @@ class GdmdConfig(DistillationConfig):
         description="Beyond the paper: also targets at these guidance scales, from the two teacher passes already "
         "made. Empty = only `guidance`.",
     )
+    student_target: Literal["each", "mean"] = Field(
+        default="each",
+        description="each = eta student updates, one per collected gradient (Algorithm 1); mean = eta updates towards "
+        "the weighted mean of the whole group, which has less noise. Softmax weighting only.",
+    )
     weighting: Literal["napo", "softmax"] = Field(
         default="napo",
         description="napo = the paper's positive / negative loss; softmax = targets weighted by "
@@ -95,6 +100,8 @@ class GdmdConfig(DistillationConfig):
             raise ValueError(
                 f"control {self.control!r} changes r, which gamma = 0 does not use; set gamma > 0 or no control"
             )
+        if self.student_target == "mean" and self.weighting != "softmax":
+            raise ValueError("student_target 'mean' is the weighted mean of weighting 'softmax'; set both, or 'each'")
         if self.weighting == "softmax" and self.control in ("indicator", "constant"):
             raise ValueError(f"control {self.control!r} is defined for weighting 'napo'; use 'shuffled' or gamma=0")
         return self

@@ -28,6 +28,12 @@ class Group:
     x_tar: list[Tensor] = field(default_factory=list)  # E x [B, G, C, H, W], regressed to
     score: list[Tensor] = field(default_factory=list)  # E x [R, G, B], raw rewards of the scored targets
 
+    def average(self, share: Tensor) -> None:
+        """Put the weighted mean of all E G targets in the place of each draw's. share [E, G, B], mean 1."""
+        targets = torch.stack(self.x_tar)  # [E, B, G, C, H, W]
+        mean = torch.einsum("ebgchw,egb->bchw", targets, share) / share.sum((0, 1))[:, None, None, None]
+        self.x_tar = [mean[:, None]] * len(self.x_tar)
+
 
 @dataclass(frozen=True)
 class StudentBatch:
@@ -64,6 +70,9 @@ class Gdmd(Distillation[GdmdConfig]):
             for i in range(self.cfg.group_size):
                 self._collect(group, r, prompts, rng, i)
         optimal, share = self._weigh(group, r, prompts, rng)  # each [E, G, B]
+        if self.cfg.student_target == "mean":
+            group.average(share)
+            share = torch.ones_like(share[:, :1])
         for i in range(self.cfg.group_size):
             x_tar, own, part = group.x_tar[i], optimal[i].T, share[i].T
             yield Update("student", self.student_loss, StudentBatch(r.x_tau, r.tau, r.cond, x0_old, x_tar, own, part))

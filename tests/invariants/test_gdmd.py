@@ -9,6 +9,7 @@ import torch
 from tiny_roles import (
     Toy,
     ToyCodec,
+    apply,
     cut,
     distance,
     dmd,
@@ -266,6 +267,28 @@ def test_scored_guidances_are_targets_of_one_teacher_call_and_weigh_one_on_avera
     assert share.shape == (ETA, size, 3) and share.std() > 0.05
     torch.testing.assert_close(share.mean((0, 2)), torch.ones(size))
     assert group[0].batch.x_tar.shape[:2] == (size, 3)
+
+
+def on_policy_gradients(**how: Any) -> list[Tensor]:
+    """The gradients of all student updates of one iteration at the weights before the first of them."""
+    roles, batch = tiny_roles(), prompts()
+    gradients = []
+    for update in gdmd(roles, **how).iteration(0, batch, rng(0, batch)):
+        if update.role == "student":
+            gradients.append(student_gradient(update, roles))
+        else:
+            apply(update, roles)
+    return gradients
+
+
+def test_the_mean_target_has_on_policy_the_mean_gradient_of_all_targets() -> None:
+    how = {"weighting": "softmax", "gamma": 2.0, "scored_guidances": [2.0, 6.0]}
+    apart, together = on_policy_gradients(**how), on_policy_gradients(**how, student_target="mean")
+    mean = torch.stack(apart).mean(0)
+    assert len(together) == ETA
+    for gradient in together:
+        torch.testing.assert_close(gradient, mean, rtol=1e-3, atol=1e-6)
+    assert (apart[0] - mean).abs().max() > 1e-2 * mean.abs().max()
 
 
 def test_every_student_update_keeps_its_targets_and_recomputes_x0() -> None:
