@@ -117,6 +117,10 @@ class DmdGrpoConfig(GroupedDmdConfig):
     """DMD + GRPO: policy gradients on the steps of the stochastic few-step student (Flow-GRPO, arXiv 2505.05470)."""
 
     kind: Literal["dmd_grpo"] = "dmd_grpo"
+    rl_weight: NonNegative = Field(
+        default=10.0,
+        description="[I] Weight of L_GRPO beside L_DMD; at 1 its gradient is 2 to 5 % of L_DMD's on Shapes. 0 is DMD.",
+    )
     noise_level: Probability = Field(
         default=0.9,
         gt=0,
