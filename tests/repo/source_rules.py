@@ -166,7 +166,7 @@ def safety_violations(path: str, text: str) -> list[str]:
     found = [f"{path}:{line}: imports {n}" for line, n, _ in imported(path, text) if PICKLES & set(n.split("."))]
     for node in ast.walk(ast.parse(text)):
         called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-        if called in ("torch.load", "torch.save"):
+        if called in ("torch.load", "torch.save") and not _converts(path, node):
             found.append(f"{path}:{node.lineno}: calls {called}, which pickles; use safetensors")  # type: ignore[attr-defined]
         if isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node).split(".")[-1].startswith("nan_to_num"):
             found.append(f"{path}:{node.lineno}: nan_to_num")
@@ -174,6 +174,12 @@ def safety_violations(path: str, text: str) -> list[str]:
             found.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
     names = [n for _, n, _ in imported(path, text) if n in ("torch.load", "torch.save", "torch.nan_to_num")]
     return found + [f"{path}: imports {name}" for name in names]
+
+
+def _converts(path: str, node: ast.AST) -> bool:
+    """The one place that reads third-party .pt files, as tensors only, to write safetensors."""
+    safe = isinstance(node, ast.Call) and any(ast.unparse(keyword) == "weights_only=True" for keyword in node.keywords)
+    return path == "gdmd/rewards/convert.py" and safe
 
 
 _UNSAFE_KEYWORDS = {("weights_only", "False"), ("allow_pickle", "True")}

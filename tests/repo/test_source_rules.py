@@ -108,6 +108,13 @@ def test_pickle_and_nan_to_num_are_found(line: str) -> None:
     assert safety_violations("x.py", line)
 
 
+def test_a_third_partys_file_is_read_in_one_place_only_and_as_tensors_only() -> None:
+    line = "torch.load('x', weights_only=True)"
+    assert not safety_violations("gdmd/rewards/convert.py", line)
+    assert safety_violations("gdmd/rewards/clip.py", line)
+    assert safety_violations("gdmd/rewards/convert.py", "torch.load('x')")
+
+
 def test_safe_loading_is_not_flagged() -> None:
     safe = (
         "from safetensors.torch import load_file\nload_file('x')\nf(weights_only=True)\nnp.load(p, allow_pickle=False)"

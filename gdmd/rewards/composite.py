@@ -1,0 +1,59 @@
+"""Several rewards as one number: each part brought to a common scale by fixed constants, then a weighted mean.
+
+    R = sum_k w_k (R_k - mean_k) / std_k / sum_k w_k
+
+mean_k and std_k are constants of the recipe (measure them once on images of the teacher), never statistics of a batch:
+the reward of an image must not depend on its neighbours. Without them a PickScore near 20 would drown a cosine near .3.
+An image that one part did not score (NaN) is not scored. Every part is kept for the log in its own units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gdmd.types import PromptBatch, Reward
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reward of a composite: weight > 0 of its score, standardised by mean and std > 0."""
+
+    reward: Reward
+    weight: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
+
+
+class Composite:
+    """The weighted mean of standardised rewards; differentiable when all of them are."""
+
+    def __init__(self, parts: Sequence[Part], name: str = "composite") -> None:
+        names = [part.reward.name for part in parts]
+        if not parts or len(set(names)) < len(names):
+            raise ValueError(f"a composite reward needs parts with different names, got {names}")
+        if not all(part.weight > 0 and part.std > 0 for part in parts):
+            raise ValueError(
+                f"a composite reward needs weights and stds above 0; got {[(p.weight, p.std) for p in parts]}"
+            )
+        self.name, self.parts = name, tuple(parts)
+        self.differentiable = all(part.reward.differentiable for part in parts)
+        self._last: dict[str, Tensor] = {}
+
+    def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
+        """images [B, 3, H, W] in [0, 1] -> [B], fp32; the raw scores of the parts go to ``stats``."""
+        total = images.new_zeros(len(images), dtype=torch.float32)
+        for part in self.parts:
+            raw = part.reward.score(images, prompts).float()
+            self._last[f"reward/{self.name}/{part.reward.name}"] = raw.detach().nanmean()
+            total = total + part.weight * (raw - part.mean) / part.std
+        return total / sum(part.weight for part in self.parts)
+
+    def stats(self) -> Mapping[str, Tensor]:
+        """The mean raw score of each part in the last call, keys reward/COMPOSITE/PART."""
+        return dict(self._last)

@@ -1,0 +1,241 @@
+"""Third-party .pt files of reward models -> safetensors in transformers' naming, once, read with ``weights_only=True``.
+
+Nothing in a converted folder can run code. The mapping is checked strictly: a key that is missing or left over is an
+error, and a converted network was compared with an independent implementation of the original (tests).
+
+  hps, hps_v2   open_clip ViT-H/14 {"state_dict": ...}       -> a folder of ``transformers.CLIPModel``
+  imagereward   {"blip.visual_encoder...", "blip.text_encoder...", "mlp.layers..."} -> towers.json + model.safetensors
+  aesthetic     {"layers.0.weight", ...}                     -> model.safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdmd.rewards.aesthetic import linear_head
+from gdmd.rewards.sources import CONVERTED, home, place_of, published
+
+Tensors = dict[str, Tensor]
+_BOTH = ("weight", "bias")
+_BLOCK = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_CLIP_REST = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre": "vision_model.pre_layrnorm",  # spelt so by transformers
+    "visual.ln_post": "vision_model.post_layernorm",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final": "text_model.final_layer_norm",
+    "logit_scale": "logit_scale",
+}
+_BLIP_BLOCK = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.qkv": "self_attn.qkv",
+    "attn.proj": "self_attn.projection",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_UNUSED = re.compile(r"(blip\.(vision_proj|text_proj)\.|.*position_ids$|attn_mask$)")
+"""Buffers and projections that the score does not use."""
+
+
+def read_pt(path: Path) -> Tensors:
+    """The tensors of a .pt file, on the CPU; a file that holds anything but tensors in dictionaries is an error."""
+    if not path.is_file():
+        raise ValueError(f"weights {path}: no such file; get it with gdmd rewards fetch")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"weights {path} cannot be read as tensors only: {str(error)[:200]}; fetch it again"
+        ) from error
+    except Exception as error:  # the unpickler refuses foreign objects with an error of its own module
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise ValueError(
+            f"weights {path} hold objects that are not tensors, which could run code; refused. Get the published file"
+        ) from error
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"weights {path} are not a dictionary of tensors; give the file that the authors publish")
+    return {str(key).removeprefix("module."): value for key, value in found.items()}
+
+
+def clip_from_open_clip(tensors: Mapping[str, Tensor]) -> Tensors:
+    """open_clip's CLIP (text tower at the top level, tower "visual") -> ``transformers.CLIPModel``."""
+    left = _Left(tensors)
+    named: Tensors = {}
+    for theirs, ours in (("visual.transformer", "vision_model"), ("transformer", "text_model")):
+        for layer in range(left.layers(f"{theirs}.resblocks")):
+            source, target = f"{theirs}.resblocks.{layer}", f"{ours}.encoder.layers.{layer}"
+            for kind in _BOTH:
+                parts = left.take(f"{source}.attn.in_proj_{kind}").chunk(3)
+                for letter, part in zip("qkv", parts, strict=True):
+                    named[f"{target}.self_attn.{letter}_proj.{kind}"] = part
+            left.rename(named, source, target, _BLOCK)
+    left.rename(named, "", "", _CLIP_REST)
+    named["visual_projection.weight"] = left.take("visual.proj").T
+    named["text_projection.weight"] = left.take("text_projection").T
+    left.finish("an open_clip CLIP")
+    return named
+
+
+def clip_config(tensors: Mapping[str, Tensor], heads: int = 16) -> dict[str, Any]:
+    """The ``CLIPConfig`` of converted tensors, read off their shapes; exact GELU and ``heads`` heads as in ViT-H/14."""
+    patch = tensors["vision_model.embeddings.patch_embedding.weight"]
+    words = tensors["text_model.embeddings.token_embedding.weight"]
+    places = tensors["vision_model.embeddings.position_embedding.weight"]
+    side = round((len(places) - 1) ** 0.5)
+
+    def tower(name: str, width: int) -> dict[str, Any]:
+        layers = {key.split(".")[3] for key in tensors if key.startswith(f"{name}.encoder.layers.")}
+        inner = len(tensors[f"{name}.encoder.layers.0.mlp.fc1.weight"])
+        return {
+            "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": len(layers),
+            "num_attention_heads": heads, "hidden_act": "gelu",
+        }  # fmt: skip
+
+    text = tower("text_model", words.shape[1]) | {
+        "vocab_size": len(words),
+        "max_position_embeddings": len(tensors["text_model.embeddings.position_embedding.weight"]),
+        "bos_token_id": len(words) - 2,
+        "eos_token_id": len(words) - 1,
+    }
+    vision = tower("vision_model", patch.shape[0]) | {
+        "patch_size": patch.shape[-1],
+        "image_size": side * patch.shape[-1],
+    }
+    return {"projection_dim": len(tensors["text_projection.weight"]), "text_config": text, "vision_config": vision}
+
+
+def imagereward_from_blip(tensors: Mapping[str, Tensor]) -> Tensors:
+    """ImageReward.pt -> vision.*, text.* (``ImageRewardTowers``) and mlp.* (``linear_head``)."""
+    left = _Left(tensors)
+    visual = "blip.visual_encoder"
+    named: Tensors = {
+        "vision.embeddings.class_embedding": left.take(f"{visual}.cls_token"),
+        "vision.embeddings.position_embedding": left.take(f"{visual}.pos_embed"),
+    }
+    left.rename(named, visual, "vision", {"patch_embed.proj": "embeddings.patch_embedding", "norm": "post_layernorm"})
+    for layer in range(left.layers(f"{visual}.blocks")):
+        left.rename(named, f"{visual}.blocks.{layer}", f"vision.encoder.layers.{layer}", _BLIP_BLOCK)
+    for theirs, ours in (("blip.text_encoder.", "text."), ("mlp.layers.", "mlp.")):
+        for key in left.under(theirs):
+            named[ours + key.removeprefix(theirs)] = left.take(key)
+    left.finish("ImageReward")
+    return named
+
+
+def aesthetic_from_layers(tensors: Mapping[str, Tensor]) -> Tensors:
+    """layers.N.weight -> N.weight, as in ``linear_head``."""
+    left = _Left(tensors)
+    named = {key.removeprefix("layers."): left.take(key) for key in left.under("layers.")}
+    left.finish("the aesthetic predictor")
+    width = named["0.weight"].shape[1] if "0.weight" in named else 0
+    want = {key: value.shape for key, value in linear_head(width or 1).state_dict().items()}
+    if want != {key: value.shape for key, value in named.items()}:
+        raise ValueError("these layers are not D-1024-128-64-16-1; give sac+logos+ava1-l14-linearMSE.pth")
+    return named
+
+
+class _Left:
+    """The tensors that nobody has taken yet."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {key: value for key, value in tensors.items() if not _UNUSED.match(key)}
+
+    def take(self, key: str) -> Tensor:
+        if key not in self._tensors:
+            raise ValueError(f"these weights have no {key!r}; give the file that the authors publish")
+        return self._tensors.pop(key)
+
+    def rename(self, named: Tensors, source: str, target: str, table: Mapping[str, str]) -> None:
+        """Take every entry of the table, a tensor or a layer with weight and bias."""
+        for theirs, ours in table.items():
+            alone = _dotted(source, theirs)
+            for end in ("",) if alone in self._tensors else _BOTH:
+                named[_dotted(target, ours, end)] = self.take(_dotted(alone, end))
+
+    def layers(self, prefix: str) -> int:
+        numbers = {int(key[len(prefix) + 1 :].split(".")[0]) for key in self.under(prefix + ".")}
+        return len(numbers)
+
+    def under(self, prefix: str) -> list[str]:
+        return [key for key in self._tensors if key.startswith(prefix)]
+
+    def finish(self, what: str) -> None:
+        if self._tensors:
+            raise ValueError(f"these weights are not {what}: nothing is known of {sorted(self._tensors)[:4]}")
+
+
+def _dotted(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def convert(kind: str, source: Path, folder: Path | None = None, tokenizer: str | None = None) -> Path:
+    """Convert a published .pt once and return the folder, ready for ``from_pretrained``.
+
+    tokenizer: folder or hub id whose files are copied in, so that the folder is complete; default: the pinned one.
+    ValueError for a reward that needs no conversion, an unsafe or foreign file, and a folder that is not empty.
+    """
+    known = published(kind)
+    if not known.converted:
+        raise ValueError(f"reward {kind} is published as safetensors and needs no conversion; use it by its id")
+    folder = folder or home() / kind
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; give another folder with --out, or remove it")
+    tensors = read_pt(source)
+    files: dict[str, Any] = {}
+    if kind == "imagereward":
+        from gdmd.rewards.imagereward import TEXT, VISION
+
+        tensors, files = imagereward_from_blip(tensors), {"towers.json": {"vision": VISION, "text": TEXT}}
+    elif kind == "aesthetic":
+        tensors = aesthetic_from_layers(tensors)
+    else:
+        tensors = clip_from_open_clip(tensors)
+        files = {"config.json": clip_config(tensors) | {"model_type": "clip", "architectures": ["CLIPModel"]}}
+    files[CONVERTED] = {"reward": kind, "file": source.name, "sha256": sha256(source), "published": known.weights.name}
+    words = place_of(tokenizer, None, known.tokenizer) if known.tokenizer else None
+    _write(folder, tensors, files, words)
+    return folder
+
+
+def _write(folder: Path, tensors: Tensors, files: Mapping[str, Any], words: Any) -> None:
+    """The tokenizer first (it may fail on the network), the weights last: a half-made folder is not taken for a whole."""
+    from safetensors.torch import save_file
+
+    from gdmd.rewards.sources import raw_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if words is not None:
+        raw_tokenizer(words).save_pretrained(str(folder))
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    plain = {key: value.contiguous().clone() for key, value in tensors.items()}
+    partial = folder / ".model.safetensors.partial"
+    save_file(plain, partial, metadata={"format": "pt"})
+    partial.replace(folder / "model.safetensors")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

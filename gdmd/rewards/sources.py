@@ -1,0 +1,186 @@
+"""Where published reward models come from: pinned hub ids, the folder of converted weights, and safe loading.
+
+Only safetensors are ever read here; a third-party .pt is converted once (``rewards.convert``). A local folder never
+touches the network. No torch at import time: ``gdmd rewards list`` reads this file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from weakref import WeakValueDictionary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gdmd.rewards.pretrained import Tokenize
+
+T = TypeVar("T")
+HOME = "GDMD_REWARDS"
+"""Environment variable: the folder of converted rewards; default ~/.cache/gdmd/rewards."""
+CONVERTED = "converted.json"
+"""In a converted folder: where its tensors came from."""
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A repository on a model hub at one commit; ``revision`` None = its default branch (not repeatable)."""
+
+    name: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known about a reward model's weights and scores."""
+
+    kind: str
+    about: str
+    range: str
+    weights: Hub
+    file: str = ""  # one third-party .pt that has to be converted; "" = loaded as it is
+    tokenizer: Hub | None = None
+    reads: Literal["image and text", "image"] = "image and text"
+
+    @property
+    def converted(self) -> bool:
+        """Whether the published file is a .pt that must be converted first."""
+        return bool(self.file)
+
+
+CLIP_L = Hub("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
+CLIP_H = Hub("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
+PICKSCORE = Hub("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
+_HPS = Hub("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a")
+_IMAGEREWARD = Hub("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72")
+BERT = Hub("google-bert/bert-base-uncased")
+DETECTOR = Hub("facebook/mask2former-swin-small-coco-instance")
+
+PUBLISHED = (
+    Published("clip", "CLIPScore: cosine of CLIP ViT-L/14 (arXiv 2104.08718 without 2.5 max(., 0))", "[-1, 1]", CLIP_L),
+    Published("hps", "HPSv2.1: cosine of a tuned ViT-H/14 (arXiv 2306.09341)", "[-1, 1]", _HPS,
+              "HPS_v2.1_compressed.pt", CLIP_H),
+    Published("hps_v2", "HPSv2: the first weights of the same model", "[-1, 1]", _HPS, "HPS_v2_compressed.pt", CLIP_H),
+    Published("pickscore", "PickScore v1: exp(logit_scale) x cosine (arXiv 2305.01569)", "about 15 to 27", PICKSCORE,
+              tokenizer=CLIP_H),
+    Published("imagereward", "ImageReward v1: BLIP + MLP, standardised (arXiv 2304.05977)", "about -3 to 3",
+              _IMAGEREWARD, "ImageReward.pt", BERT),
+    Published("aesthetic", "LAION aesthetic v2: linear layers on CLIP ViT-L/14 embeddings", "about 1 to 10",
+              Hub("trl-lib/ddpo-aesthetic-predictor"), "aesthetic-model.pth", reads="image"),
+)  # fmt: skip
+
+
+def published(kind: str) -> Published:
+    """What is known about a kind. ValueError for an unknown one, with the known ones."""
+    for one in PUBLISHED:
+        if one.kind == kind:
+            return one
+    raise ValueError(f"unknown reward {kind!r}; published ones are {', '.join(one.kind for one in PUBLISHED)}")
+
+
+def home() -> Path:
+    """The folder of converted rewards: $GDMD_REWARDS, else ~/.cache/gdmd/rewards."""
+    given = os.environ.get(HOME)
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "gdmd" / "rewards"
+
+
+def converted_folder(kind: str, given: str | None) -> Path:
+    """The folder of a converted reward. ValueError that says how to make it where there is none."""
+    folder = Path(given).expanduser() if given else home() / kind
+    if (folder / "model.safetensors").is_file():
+        return folder
+    raise ValueError(
+        f"reward {kind}: no converted weights in {folder} (model.safetensors is missing); its authors publish a .pt "
+        f"file: do `gdmd rewards fetch {kind}` and `gdmd rewards convert {kind} FILE`, or give the folder as path"
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where to load from: a local folder, or a hub id at a revision."""
+
+    where: str
+    revision: str | None
+    local: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of a ``from_pretrained``; a local folder never asks the network."""
+        return {"local_files_only": True} if self.local else {"revision": self.revision}
+
+
+def place_of(given: str | None, revision: str | None, default: Hub) -> Place:
+    """A given path or id, else the default id at its pinned revision. ValueError for a folder that does not exist."""
+    if given is None:
+        return Place(default.name, revision or default.revision, local=False)
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return Place(str(folder), None, local=True)
+    if given.startswith((".", "/", "~")) or given.count("/") != 1 or "\\" in given or folder.exists():
+        raise ValueError(
+            f"{given} is no folder with weights; give a folder in transformers' format or a hub id ORG/NAME"
+        )
+    pinned = default.revision if given == default.name else None
+    return Place(given, revision or pinned, local=False)
+
+
+_shared: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()
+
+
+def shared(key: tuple[object, ...], load: Callable[[], T]) -> T:
+    """One loaded network for everybody who asks with the same key while somebody holds it."""
+    found = _shared.get(key)
+    if found is None:
+        found = load()
+        _shared[key] = found
+    return found
+
+
+def load_clip(place: Place, dtype: object) -> Any:
+    """``transformers.CLIPModel``, loaded once per place and dtype. ValueError for weights that cannot be read."""
+
+    def load() -> Any:
+        from transformers import CLIPModel
+
+        return _reading(
+            place, lambda: CLIPModel.from_pretrained(place.where, use_safetensors=True, **place.arguments())
+        )
+
+    return shared(("clip", place, dtype), load)
+
+
+def raw_tokenizer(place: Place) -> Any:
+    """A ``transformers`` tokenizer. ValueError where it cannot be read."""
+
+    def load() -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(place.where, **place.arguments())
+
+    return _reading(place, load)
+
+
+def load_tokenizer(place: Place, length: int) -> Tokenize:
+    """Texts -> token ids padded and cut to ``length``, so that a row never depends on the other rows."""
+    tokenizer = raw_tokenizer(place)
+
+    def tokenize(texts: Sequence[str]) -> dict[str, Tensor]:
+        rows = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
+
+    return tokenize
+
+
+def _reading(place: Place, load: Callable[[], T]) -> T:
+    try:
+        return load()
+    except ImportError as error:
+        raise ValueError(
+            f"loading {place.where} needs {error.name or 'transformers'}; do: pip install 'gdmd[diffusers]'"
+        ) from error
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        cure = "check the folder" if place.local else "check id, revision and network, or give a local folder as path"
+        raise ValueError(f"cannot load {place.where}: {first[:300]}; {cure}") from error
