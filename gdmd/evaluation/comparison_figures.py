@@ -40,10 +40,12 @@ STYLE: dict[str, Any] = {
     "text.parse_math": False,
 }
 DPI = 110
+MARGIN = 0.08
+"""Of the score on both sides of the seeds; an interval that is wider leaves the figure."""
 FIGURES: Mapping[str, tuple[str, str]] = {
     "overall.png": (
         "ShapesEval overall",
-        "Dots are seeds, bars the 95 % t interval of the mean; the dashed line is the guided teacher.",
+        "Dots are seeds, bars the 95 % t interval of the mean (a wide one leaves the figure); the dashed line is the guided teacher.",
     ),
     "fig1_radar.png": (
         "Fig. 1: all metrics",
@@ -118,7 +120,9 @@ def overall_figure(results: Results) -> Figure | None:
     if top is not None:
         axes.axvline(_mean(results, top, OVERALL), color=SOFT, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(rows)), [row.title for row in rows])
-    axes.set(xlabel="ShapesEval overall", ylim=(-0.6, len(rows) - 0.4))
+    seen = [value for row in rows for value in results.values(row.name, OVERALL).values()]
+    edges = (max(0.0, min(seen) - MARGIN), min(1.0, max(seen) + MARGIN))
+    axes.set(xlabel="ShapesEval overall", ylim=(-0.6, len(rows) - 0.4), xlim=edges)
     axes.grid(axis="y", visible=False)
     return figure
 
