@@ -45,7 +45,8 @@ MARGIN = 0.08
 FIGURES: Mapping[str, tuple[str, str]] = {
     "overall.png": (
         "ShapesEval overall",
-        "Dots are seeds, bars the 95 % t interval of the mean (a wide one leaves the figure); the dashed line is the guided teacher.",
+        "Dots are seeds, bars the 95 % t interval of the mean (a wide one leaves the figure); the dashed line is the best "
+        "teacher row.",
     ),
     "fig1_radar.png": (
         "Fig. 1: all metrics",
