@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from gdmd.backbones.base import Family, network_dtype
 from gdmd.backbones.copies import Copy
 from gdmd.backbones.trunk import BARE, Trunk, Wear
-from gdmd.types import Cond, Denoiser, Prediction, Role
+from gdmd.types import Cond, Critic, Denoiser, Prediction, Role
 
 SEEDS: Mapping[Role, int] = {"student": 1, "fake": 2}
 """What the adapters' A are drawn from; the run's seed moves noise and prompts only."""
@@ -78,6 +78,7 @@ class DiffusersRoles:
         self.teacher = self._denoiser(Worn(self.trunk, BARE))
         self.student, self.fake = (self._denoiser(self._net(role)) for role in both)
         self.old = self._denoiser(Worn(self.trunk, BARE))
+        self.critic: Critic | None = None  # a GAN head needs the features of the family's network: not written yet
         self._old: Mapping[str, Tensor] = {}
 
     def parameters(self, role: Role) -> Mapping[str, Parameter]:

@@ -7,6 +7,7 @@ every adapter begins as the trunk itself.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,9 @@ class Trunk:
         config: Any = LoraConfig(r=self.rank, target_modules=list(self.targets))
         config.lora_alpha = self.alpha
         try:
-            inject_adapter_in_model(config, self.net, adapter)
+            with warnings.catch_warnings():  # PEFT warns of the second adapter on a network, which is the point here
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                inject_adapter_in_model(config, self.net, adapter)
         except ValueError as error:
             raise ValueError(
                 f"model.lora_targets {list(self.targets)} fit no layer of {type(self.net).__name__}: {error}"

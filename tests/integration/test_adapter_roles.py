@@ -1,0 +1,222 @@
+"""Student, fake, teacher and old policy on one trunk: what one role does never shows in another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import tiny_pipelines as tiny
+from torch import Tensor
+
+from gdmd.backbones.base import Family
+from gdmd.backbones.pipelines import open_family
+from gdmd.backbones.roles import DiffusersRoles
+from gdmd.types import Role
+
+ROLES: tuple[Role, Role] = ("student", "fake")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipelines")
+
+
+@cache
+def opened(folder: Path, dtype: str) -> Family:
+    if not folder.exists():
+        tiny.save(folder.name, folder)
+    return open_family(tiny.config(folder, dtype=dtype))
+
+
+def roles_of(folders: Path, name: str = "sd3", dtype: str = "fp32", **changes: Any) -> DiffusersRoles:
+    """Roles on a fresh copy of the network."""
+    family = copy.copy(opened(folders / name, dtype))
+    family.net = copy.deepcopy(family.net)
+    family.cfg = tiny.config(folders / name, dtype=dtype, **changes)
+    return DiffusersRoles(family)
+
+
+def states(roles: DiffusersRoles, count: int = 2) -> tuple[Tensor, Tensor, Any]:
+    generator = torch.Generator().manual_seed(5)
+    x_t = torch.randn(count, *roles.family.latent_shape, generator=generator)
+    return x_t, torch.linspace(0.9, 0.3, count), roles.family.encoder.encode(tiny.WORDS[:count])
+
+
+def wake(roles: DiffusersRoles, role: Role, seed: int, size: float = 0.3) -> None:
+    """Move a role away from the teacher."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weights in roles.parameters(role).values():
+            weights.add_(size * torch.randn(weights.shape, generator=generator))
+
+
+def answers(roles: DiffusersRoles, at: Any) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {name: getattr(roles, name)(*at).velocity for name in ("teacher", "student", "fake", "old")}
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+@pytest.mark.parametrize("full", ["none", "student", "fake", "both"])
+def test_before_the_first_step_every_role_is_the_teacher(folders: Path, name: str, full: str) -> None:
+    roles = roles_of(folders, name, full=full)
+    found = answers(roles, states(roles))
+    for role in ("student", "fake", "old"):
+        assert torch.allclose(found[role], found["teacher"], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "z_image", "qwen_image"])
+def test_a_moved_role_shows_in_no_other(folders: Path, name: str) -> None:
+    roles = roles_of(folders, name)
+    at = states(roles)
+    before = answers(roles, at)
+    wake(roles, "fake", 1)
+    after = answers(roles, at)
+    assert not torch.allclose(after["fake"], before["fake"], atol=1e-3)
+    for role in ("teacher", "student", "old"):
+        assert torch.equal(after[role], before[role])
+    wake(roles, "student", 2)
+    last = answers(roles, at)
+    assert torch.equal(last["fake"], after["fake"]) and torch.equal(last["teacher"], before["teacher"])
+    assert not torch.allclose(last["student"], after["student"], atol=1e-3)
+
+
+def gradients(roles: DiffusersRoles, role: Role, at: Any, between: Callable[[], Any] = lambda: None) -> list[Tensor]:
+    """Of the role's weights; ``between`` is called after the forward and before the backward pass."""
+    loss = getattr(roles, role)(*at).x0.square().mean()
+    between()
+    own = list(roles.parameters(role).values())  # the text side of a last block is not used: zeros
+    return list(torch.autograd.grad(loss, own, allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "z_image"])
+def test_checkpointed_blocks_are_recomputed_in_their_own_role(folders: Path, name: str) -> None:
+    plain, recomputed = (roles_of(folders, name, checkpointing=on) for on in (False, True))
+    for roles in (plain, recomputed):
+        wake(roles, "fake", 1)
+        wake(roles, "student", 2)
+    at = states(plain)
+    for role, other in zip(ROLES, (recomputed.teacher, recomputed.student), strict=True):
+        wanted = gradients(plain, role, at)
+        found = gradients(recomputed, role, at, partial(other, *at))
+        assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(found, wanted, strict=True))
+        assert any(grad.any() for grad in found)
+    assert torch.equal(recomputed.teacher(*at).x0, plain.teacher(*at).x0)  # after a backward pass, too
+
+
+def test_two_roles_in_one_loss_keep_their_own_gradients(folders: Path) -> None:
+    roles = roles_of(folders, checkpointing=True)
+    for seed, role in enumerate(ROLES):
+        wake(roles, role, seed)
+    at = states(roles)
+    loss = roles.student(*at).x0.square().mean() + roles.fake(*at).x0.square().mean() + roles.teacher(*at).x0.mean()
+    wanted = [gradients(roles, role, at) for role in ROLES]
+    both = [list(roles.parameters(role).values()) for role in ROLES]
+    found = torch.autograd.grad(loss, both[0] + both[1])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted[0] + wanted[1], strict=True))
+
+
+def test_the_trunk_is_frozen_and_the_roles_hold_fp32_adapters_of_their_own(folders: Path) -> None:
+    roles = roles_of(folders, dtype="bf16")
+    student, fake = (roles.parameters(role) for role in ROLES)
+    assert student.keys() == fake.keys() and len(student) == 2 * 15  # the last block has no context output
+    assert {weights.dtype for weights in (*student.values(), *fake.values())} == {torch.float32}
+    assert not {id(weights) for weights in student.values()} & {id(weights) for weights in fake.values()}
+    trained = {id(w) for w in (*student.values(), *fake.values())}
+    for name, weights in roles.trunk.net.named_parameters():
+        assert weights.requires_grad == (id(weights) in trained), name
+        assert id(weights) in trained or weights.dtype == torch.bfloat16
+
+
+def test_a_bf16_trunk_trains_fp32_adapters_with_finite_gradients(folders: Path) -> None:
+    roles = roles_of(folders, dtype="bf16")
+    found = gradients(roles, "student", states(roles))
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in found)
+    assert any(grad.abs().sum() > 0 for grad in found)
+
+
+def test_a_full_copy_learns_without_moving_the_teacher(folders: Path) -> None:
+    roles = roles_of(folders, full="both", dtype="bf16")
+    at = states(roles)
+    before = answers(roles, at)
+    assert {weights.dtype for weights in roles.parameters("fake").values()} == {torch.float32}
+    wake(roles, "student", 1, 0.1)
+    after = answers(roles, at)
+    assert torch.equal(after["teacher"], before["teacher"]) and torch.equal(after["fake"], before["fake"])
+    assert not torch.allclose(after["student"], before["student"], atol=1e-3)
+
+
+@pytest.mark.parametrize("full", ["none", "student"])
+def test_the_old_policy_follows_the_student_from_where_it_began(folders: Path, full: str) -> None:
+    roles = roles_of(folders, full=full)
+    at = states(roles)
+    start = {name: weights.detach().clone() for name, weights in roles.parameters("student").items()}
+    assert roles.old_state() == {}
+    wake(roles, "student", 1)
+    assert torch.equal(roles.old(*at).x0, roles.teacher(*at).x0)
+    roles.follow(0.75)
+    student, old = roles.parameters("student"), roles.old_state()
+    for name, weights in old.items():
+        assert torch.allclose(weights, 0.75 * start[name] + 0.25 * student[name], atol=1e-6)
+    assert not torch.equal(roles.old(*at).x0, roles.teacher(*at).x0)
+    again = roles_of(folders, full=full)
+    again.load_old_state({name: weights.clone() for name, weights in old.items()})
+    assert torch.allclose(again.old(*at).x0, roles.old(*at).x0, atol=1e-6)
+    roles.follow(0.0)
+    assert torch.allclose(roles.old(*at).x0, roles.student(*at).x0, atol=1e-6)
+
+
+def test_an_old_policy_of_another_network_is_refused(folders: Path) -> None:
+    with pytest.raises(ValueError, match="1 names differ|names differ, first"):
+        roles_of(folders).load_old_state({"elsewhere.lora_A.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("full", ["none", "fake"])
+def test_the_blended_teacher_goes_from_the_teacher_to_the_fake(folders: Path, full: str) -> None:
+    roles = roles_of(folders, full=full)
+    wake(roles, "fake", 1)
+    at = states(roles)
+    found = answers(roles, at)
+    with torch.no_grad():
+        ends = [roles.blended_teacher(share)(*at).velocity for share in (0.0, 1.0)]
+        middle = roles.blended_teacher(0.5)(*at).velocity
+    assert torch.allclose(ends[0], found["teacher"], atol=1e-5)
+    assert torch.allclose(ends[1], found["fake"], atol=1e-5)
+    assert not torch.allclose(middle, found["teacher"], atol=1e-3)
+    assert torch.equal(answers(roles, at)["fake"], found["fake"])
+
+
+def test_adapters_begin_the_same_in_every_process(folders: Path) -> None:
+    one = roles_of(folders).parameters("student")
+    torch.manual_seed(99)
+    other = roles_of(folders).parameters("student")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_targets_that_fit_no_layer_are_refused(folders: Path) -> None:
+    with pytest.raises(ValueError, match="model.lora_targets .*'to_nowhere'.* fit no layer of SD3Transformer2DModel"):
+        roles_of(folders, lora_targets=("to_nowhere",))
+
+
+def test_a_compiled_trunk_keeps_its_roles_apart(folders: Path) -> None:
+    roles = roles_of(folders)
+    for seed, role in enumerate(ROLES):
+        wake(roles, role, seed)
+    at = states(roles)
+    wanted, step = answers(roles, at), gradients(roles, "fake", at)
+    torch._dynamo.reset()
+    roles.trunk.net.transformer_blocks[0].attn.to_q.compile(backend="eager")  # one layer: tracing takes seconds
+    for _ in range(2):
+        found = answers(roles, at)
+        assert all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
+    again = gradients(roles, "fake", at, lambda: roles.teacher(*at))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(again, step, strict=True))
+    torch._dynamo.reset()
