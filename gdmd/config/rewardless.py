@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gdmd.config.method import GdmdConfig, MethodConfig
 from gdmd.config.rivals import DmdrConfig
 from gdmd.config.rivals_rl import RewardedDmdConfig
@@ -14,12 +16,19 @@ def without_rewards(cfg: MethodConfig) -> MethodConfig | None:
     """
     if not cfg.rewarded:
         return None
+    plain: MethodConfig = type(cfg).model_validate(cfg.model_dump() | _weights(cfg))
+    assert not plain.rewarded, f"method {cfg.kind} has a reward weight that is not listed here"
+    return plain
+
+
+def _weights(cfg: MethodConfig) -> dict[str, Any]:
+    """The fields of a rewarded method that weigh its rewards, at 0."""
     match cfg:
         case GdmdConfig():
-            return cfg.model_copy(update={"gamma": 0.0, "reward_weight": 0.0, "control": "none"})
+            return {"gamma": 0.0, "control": "none"}
         case DmdrConfig():
-            return cfg.model_copy(update={"rl_weight": 0.0, "tilt": 0.0})
+            return {"rl_weight": 0.0, "tilt": 0.0}
         case RewardedDmdConfig():
-            return cfg.model_copy(update={"rl_weight": 0.0})
+            return {"rl_weight": 0.0}
         case _:
-            raise AssertionError(f"method {cfg.kind} is rewarded but names no reward weight here")
+            return {}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gdmd.config.load import ConfigError
+from gdmd.config.rewardless import without_rewards
 from gdmd.programs.compare import run_comparison
 from gdmd.programs.compare_plan import chosen, outdated, plan, read_table, unique
 from gdmd.recipes.read_comparison import Comparison, comparison_names, read_comparison
@@ -177,3 +178,14 @@ def test_a_torn_last_line_is_left_out_and_damage_is_an_error(tmp_path: Path) -> 
     path.write_text(line[:20] + "\n" + line)
     with pytest.raises(ValueError, match="line 1 is no line of a comparison"):
         read_table(path)
+
+
+@pytest.mark.parametrize("row", [row.name for row in read_comparison("smoke").spec.rows])
+def test_a_method_without_its_rewards_is_the_same_method_with_nothing_to_score(row: str) -> None:
+    cfg = read_comparison("smoke").recipes[row].method
+    plain = without_rewards(cfg)
+    assert (plain is None) == (not cfg.rewarded)
+    if plain is not None:
+        changed = {key for key, value in plain.model_dump().items() if value != cfg.model_dump()[key]}
+        assert not plain.rewarded and plain.kind == cfg.kind
+        assert changed <= {"gamma", "control", "rl_weight", "tilt"} and changed
