@@ -12,7 +12,7 @@ from gdmd.cli.common import Json, messages, print_json
 
 What = Annotated[
     str,
-    typer.Argument(metavar="RUN|teacher|teacher-4", help="A run folder (its EMA student), or a row of the teacher."),
+    typer.Argument(metavar="RUN|teacher|teacher-4|teacher-4-plain", help="A run folder (its EMA student), or a row of the teacher."),
 ]
 
 
@@ -37,6 +37,7 @@ def eval_command(
       gdmd eval runs/shapes-seed0
       gdmd eval teacher --json                  the teacher with guidance, 50 steps = 100 network calls
       gdmd eval teacher-4 --per-task 10         the same in 4 steps
+      gdmd eval teacher-4-plain                 4 steps without guidance: 4 network calls, as a student
       gdmd eval runs/shapes-seed0 --split dev --images 2
     """
     from gdmd.programs.folders import check_target

@@ -1,4 +1,4 @@
-"""What ``gdmd demo`` does: distil DMD and GDMD from the same teacher and measure all four rows, in one run."""
+"""What ``gdmd demo`` does: distil DMD and GDMD from the same teacher and measure all five rows, in one run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from gdmd.evaluation.grids import write_comparison
 from gdmd.evaluation.report import Provenance, read_rows, save_rows, write_report
 from gdmd.evaluation.sample import Sampler
 from gdmd.programs.evaluate import Row, grid_captions, load_ema, measure, student_row, teacher_row
+from gdmd.programs.folders import TEACHERS
 from gdmd.programs.train import go
 from gdmd.recipes.build import Lab, build
 from gdmd.runs import checkpoint
@@ -54,12 +55,13 @@ def plain_dmd(cfg: RunConfig) -> RunConfig:
     tree = cfg.model_dump(mode="json")
     tree["name"] = f"{cfg.name}_dmd"
     tree["about"] = "Plain DMD with the budget of the GDMD row."
-    tree["method"] |= {"gamma": 0.0, "scored_guidances": [], "weighting": "napo", "control": "none"}
+    tree["method"] |= {"gamma": 0.0, "scored_guidances": [], "weighting": "napo"}
+    tree["method"] |= {"student_target": "each", "control": "none"}
     return RunConfig.model_validate(tree)
 
 
 def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
-    """Train both students and measure the four rows; what an earlier call finished in ``folder`` is not done again."""
+    """Train both students and measure the five rows; what an earlier call finished in ``folder`` is not done again."""
     if not isinstance(cfg.method, GdmdConfig):
         raise ValueError(f"the demo compares GDMD with DMD, but recipe {cfg.name} has method.kind = {cfg.method.kind}")
     began = time.perf_counter()
@@ -67,9 +69,9 @@ def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
     labs = {name: build(own) for name, own in configs.items()}
     runs = {name: _run(folder / name, own) for name, own in configs.items()}
     stages = _Stages(folder, console)
-    for what in ("teacher", "teacher-4"):
+    for what in TEACHERS:
         stages.row(cfg, labs["gdmd"], teacher_row(cfg, labs["gdmd"], what))
-    samplers = [teacher_row(cfg, labs["gdmd"], what) for what in ("teacher", "teacher-4")]
+    samplers = [teacher_row(cfg, labs["gdmd"], what) for what in TEACHERS]
     for name in METHODS:
         stages.say(f"training {name.upper()}: {cfg.loop.steps} iterations of {cfg.loop.batch_size}, from the teacher")
         trained = go(configs[name], runs[name], labs[name], console, evaluation=False)
@@ -95,7 +97,8 @@ class _Stages:
 
     def say(self, message: str) -> None:
         self._number += 1
-        self.console.print(f"[{self._number}/6] {message}", markup=False, highlight=False)
+        of = len(TEACHERS) + 2 * len(METHODS)  # a measurement each, and a training per method
+        self.console.print(f"[{self._number}/{of}] {message}", markup=False, highlight=False)
 
     def row(self, cfg: RunConfig, lab: Lab, sampler: Sampler, step: int = 0) -> None:
         """Measure a sampler, unless this demo has measured the same before."""
@@ -130,7 +133,7 @@ def _load_newest(lab: Lab, run: Run) -> None:
 def _report(
     cfg: RunConfig, folder: Path, runs: Mapping[str, Run], samplers: list[Sampler], rows: Mapping[str, Row], lab: Lab
 ) -> Path:
-    """report.html of the whole demo, with the four samplers side by side from the same noise."""
+    """report.html of the whole demo, with all samplers side by side from the same noise."""
     grid = folder / "comparison.png"
     with writing("the comparison grid", grid):
         write_comparison(grid, samplers, lab, grid_captions(), cfg.eval.seed)

@@ -43,7 +43,7 @@ def load_ema(lab: Lab, saved: checkpoint.Checkpoint) -> None:
 
 
 def open_named(what: str) -> tuple[RunConfig, Lab, Sampler, int]:
-    """A run folder, "teacher" or "teacher-4" as something that makes images; and the step of the student (else 0)."""
+    """A run folder or one of TEACHERS as something that makes images; and the step of the student (else 0)."""
     if what in TEACHERS:
         cfg = RunConfig(name="teacher", loop=LoopConfig())
         lab = build(cfg)
@@ -54,8 +54,10 @@ def open_named(what: str) -> tuple[RunConfig, Lab, Sampler, int]:
 
 
 def teacher_row(cfg: RunConfig, lab: Lab, what: str) -> Sampler:
-    """The teacher with guidance: "teacher" in eval.teacher_steps steps, "teacher-4" in four."""
+    """The teacher: guided in eval.teacher_steps steps, guided in four, and four plain steps (a student's 4 calls)."""
     steps = cfg.eval.teacher_steps if what == "teacher" else FEW_STEPS
+    if what == "teacher-4-plain":
+        return teacher_sampler(lab, steps, 1.0, f"teacher, {steps} plain steps")
     return teacher_sampler(lab, steps, cfg.method.guidance, f"teacher, {steps} steps")
 
 

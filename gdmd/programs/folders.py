@@ -17,7 +17,7 @@ from gdmd.runs.rundir import Run, check_same_config, open_run, write_atomic
 
 MAY_CHANGE = ("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every", "loop.grid_every")
 """What a resumed run may change: how long it goes on and what it writes, never what it computes."""
-TEACHERS = ("teacher", "teacher-4")
+TEACHERS = ("teacher", "teacher-4", "teacher-4-plain")
 """What can be evaluated and sampled besides a run folder."""
 
 

@@ -111,7 +111,7 @@ def test_eval_measures_the_averaged_student_and_not_the_last_one(gdmd: Gdmd) -> 
     assert any(not torch.equal(saved.part("ema")[name], value) for name, value in saved.part("student").items())
 
 
-@pytest.mark.parametrize(("what", "nfe"), [("teacher", 100), ("teacher-4", 8)])
+@pytest.mark.parametrize(("what", "nfe"), [("teacher", 100), ("teacher-4", 8), ("teacher-4-plain", 4)])
 def test_the_rows_of_the_teacher_count_guided_steps_twice(gdmd: Gdmd, what: str, nfe: int) -> None:
     finished = gdmd("eval", what, "--json", "--per-task", "1", "--images", "2")
     assert json.loads(finished.out)["nfe"] == nfe
@@ -131,18 +131,18 @@ def test_report_measures_the_rows_that_are_missing(gdmd: Gdmd) -> None:
     assert gdmd.train("--run", "run").code == 0
     assert gdmd("report", "run").code == 0
     rows = json.loads(Path("run/evaluation.json").read_text())
-    assert [row["nfe"] for row in rows.values()] == [2, 8, 4]
+    assert [row["nfe"] for row in rows.values()] == [2, 8, 4, 4]
     first = Path("run/evaluation.json").read_text()
     assert gdmd("report", "run").code == 0
     assert Path("run/evaluation.json").read_text() == first, "stored rows are not measured again"
 
 
-def test_the_demo_trains_both_students_and_measures_four_rows(gdmd: Gdmd) -> None:
+def test_the_demo_trains_both_students_and_measures_five_rows(gdmd: Gdmd) -> None:
     words = ["demo", "--recipe", "shapes_smoke", *sets(*TINY), "--run", "demo", "--json"]
     finished = gdmd(*words)
     assert finished.code == 0, finished.err
     ended = json.loads(finished.out)
-    assert [row["nfe"] for row in ended["rows"].values()] == [2, 8, 4, 4]
+    assert [row["nfe"] for row in ended["rows"].values()] == [2, 8, 4, 4, 4]
     assert ended["trained_on"] == ["shapes_clip", "shapes_pref"]
     assert "data:image/png" in Path("demo/report.html").read_text()
     states = [checkpoint.load_newest(Path("demo") / name / "checkpoints") for name in ("dmd", "gdmd")]
