@@ -129,10 +129,10 @@ def _describe(cls: type[BaseModel], detail: ErrorDetails, name: str, paths: dict
         case "missing":
             got, reason = "", "is missing; this key is required"
         case "union_tag_not_found":
-            tag = context["discriminator"].strip("'")
+            tag = context["discriminator"].strip("'()")
             reason = f"the key '{tag}' is missing; it says which kind of '{path[-1]}' this is"
         case "union_tag_invalid":
-            tag = context["discriminator"].strip("'")
+            tag = context["discriminator"].strip("'()")
             path, got = (*path, tag), f"got {_show(context['tag'])}: "
             reason = f"unknown {tag}{_suggest(context['tag'], _quoted(context['expected_tags']))}"
         case "literal_error":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from gdmd.config.base import Config, Count
 from gdmd.config.loop import LoopConfig
 from gdmd.config.method import GdmdConfig, MethodConfig
+from gdmd.config.model import DiffusersModel
 
 
 class ShapesModel(Config):
@@ -19,6 +20,17 @@ class ShapesModel(Config):
         default=None, description="safetensors file of another teacher; default: the shipped one."
     )
     vae: str | None = Field(default=None, description="safetensors file of another VAE; default: the shipped one.")
+
+
+def kind(given: Any) -> Any:
+    """A model section without ``kind`` is the Shapes world's."""
+    return given.get("kind", "shapes") if isinstance(given, dict) else getattr(given, "kind", None)
+
+
+ModelConfig = Annotated[
+    Annotated[ShapesModel, Tag("shapes")] | Annotated[DiffusersModel, Tag("diffusers")], Discriminator(kind)
+]
+"""What is distilled."""
 
 
 class ShapesReward(Config):
@@ -50,7 +62,7 @@ class RunConfig(Config):
 
     name: str = Field(description="Name of the recipe, used for the run folder.")
     about: str = Field(default="", description="What the recipe is for, in a sentence.")
-    model: ShapesModel = ShapesModel()
+    model: ModelConfig = ShapesModel()
     method: MethodConfig = Field(default_factory=GdmdConfig)
     rewards: tuple[ShapesReward, ...] = Field(
         default=(ShapesReward(kind="shapes_clip"), ShapesReward(kind="shapes_pref")),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from gdmd.backbones.shapes import (
     LATENT_SHAPE,
@@ -17,11 +19,13 @@ from gdmd.backbones.shapes import (
     load_vae,
 )
 from gdmd.config.method import DmdConfig, GdmdConfig
+from gdmd.config.model import DiffusersModel
 from gdmd.config.rivals import Dmd2Config, DmdrConfig
 from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
-from gdmd.config.run import RunConfig, ShapesReward
+from gdmd.config.run import RunConfig, ShapesModel, ShapesReward
 from gdmd.data.latents import RenderedLatents
 from gdmd.data.prompts import PromptStream, read_prompts, training_captions
+from gdmd.diffusion.sampling import times
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.dmd2 import Dmd2
 from gdmd.methods.dmd_grpo import DmdGrpo
@@ -33,28 +37,37 @@ from gdmd.methods.scoring import Scorer
 from gdmd.rewards.checker import PartialCredit
 from gdmd.rewards.shapes import load_scorer
 from gdmd.runs.assets import asset_path, load_asset
-from gdmd.types import Method, Reward
+from gdmd.types import Codec, Critic, Denoiser, Method, Reward, Roles, TextEncoder
 
 
 @dataclass(frozen=True)
 class Lab:
     """Everything a run is made of."""
 
-    roles: ShapesRoles
-    codec: ShapesCodec
-    encoder: ShapesTextEncoder
+    roles: Any  # BuiltRoles; each program knows the kind it asked for
+    codec: Codec
+    encoder: TextEncoder
     rewards: tuple[Reward, ...]
     method: Method
     stream: PromptStream
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
+    teacher_times: Callable[[int], Tensor] = times
 
 
 def build(cfg: RunConfig, device: str | None = None) -> Lab:
     """Load the networks, wrap them, and put the method of the recipe on top; on the GPU where there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    match cfg.model:
+        case ShapesModel() as model:
+            return _shapes(cfg, model, device)
+        case DiffusersModel() as model:
+            return _diffusers(cfg, model, device)
+
+
+def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Lab:
     bf16 = cfg.loop.precision == "bf16"
-    teacher = load_dit(*_tensors(cfg.model.teacher, "shapes_teacher")).to(device)
-    codec = ShapesCodec(load_vae(*_tensors(cfg.model.vae, "shapes_vae")).to(device), bf16=bf16)
+    teacher = load_dit(*_tensors(model.teacher, "shapes_teacher")).to(device)
+    codec = ShapesCodec(load_vae(*_tensors(model.vae, "shapes_vae")).to(device), bf16=bf16)
     judged = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
     roles = ShapesRoles(teacher, bf16=bf16, head_seed=cfg.loop.seed if judged else None)
     encoder = ShapesTextEncoder(device)
@@ -62,6 +75,24 @@ def build(cfg: RunConfig, device: str | None = None) -> Lab:
     groups = [list(read_prompts(Path(cfg.prompts.file)))] if cfg.prompts.file else training_captions()
     stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed, cfg.method.prompt_group)
     return Lab(roles, codec, encoder, rewards, _method(cfg, roles, codec, rewards), stream)
+
+
+def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
+    """Times in the recipe are uniform; the method gets them through the family's clock."""
+    if cfg.prompts.file is None:
+        raise ValueError("prompts.file is not set: a real model needs a file of prompts (txt or jsonl)")
+    prompts = list(read_prompts(Path(cfg.prompts.file)))
+    from gdmd.backbones.pipelines import open_family
+    from gdmd.backbones.roles import DiffusersRoles
+
+    family = open_family(model, device)
+    roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16")
+    own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
+    rewards = build_rewards(cfg.rewards, device) if cfg.method.rewarded else ()
+    stream = PromptStream([prompts], family.encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group)
+    place = Place(family.latent_shape, family.native)
+    method = _method(cfg.model_copy(update={"method": own}), roles, family.codec, rewards, place)
+    return Lab(roles, family.codec, family.encoder, rewards, method, stream, family.latent_shape, family.teacher_times)
 
 
 def _tensors(given: str | None, name: str) -> tuple[dict[str, torch.Tensor], str]:
@@ -82,21 +113,56 @@ def _reward(spec: ShapesReward, device: str) -> Reward:
             return load_scorer(kind, _tensors(spec.asset, kind)[0]).to(device)
 
 
-def _method(cfg: RunConfig, roles: ShapesRoles, codec: ShapesCodec, rewards: tuple[Reward, ...]) -> Method:
-    real = RenderedLatents(codec) if cfg.method.student_input == "data" or roles.critic else None
+class BuiltRoles(Roles, Protocol):
+    """What the methods below ask of roles beyond their Protocol."""
+
+    critic: Critic | None
+
+    def blended_teacher(self, share: float) -> Denoiser: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a method works."""
+
+    latent_shape: tuple[int, int, int] = LATENT_SHAPE
+    native: Literal["eps", "velocity"] = "velocity"
+
+
+SHAPES = Place()
+
+
+def _method(
+    cfg: RunConfig, roles: BuiltRoles, codec: Codec, rewards: tuple[Reward, ...], place: Place = SHAPES
+) -> Method:
+    real = _real_latents(cfg, roles, codec)
+    parts = (roles, place.latent_shape, place.native, real)
     match cfg.method:
         case DmdConfig() as own:
-            return Dmd(own, roles, LATENT_SHAPE, "velocity", real)
+            return Dmd(own, *parts)
         case Dmd2Config() as own:
-            return Dmd2(own, roles, LATENT_SHAPE, "velocity", real).attach(roles.critic)
+            return Dmd2(own, *parts).attach(roles.critic)
         case DmdrConfig() as own:
-            blend = roles.blended_teacher
-            return Dmdr(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards), blend)
+            return Dmdr(own, *parts).attach(Scorer(codec, rewards), roles.blended_teacher)
         case DmdReflConfig() as own:
-            return DmdRefl(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards))
+            return DmdRefl(own, *parts).attach(Scorer(codec, rewards))
         case DmdNftConfig() as own:
-            return DmdNft(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards))
+            return DmdNft(own, *parts).attach(Scorer(codec, rewards))
         case DmdGrpoConfig() as own:
-            return DmdGrpo(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards))
+            return DmdGrpo(own, *parts).attach(Scorer(codec, rewards))
         case GdmdConfig() as own:
-            return Gdmd(own, roles, LATENT_SHAPE, "velocity", real).attach(Scorer(codec, rewards))
+            return Gdmd(own, *parts).attach(Scorer(codec, rewards))
+
+
+def _real_latents(cfg: RunConfig, roles: BuiltRoles, codec: Codec) -> RenderedLatents | None:
+    """Renders of the captions, for methods that ask for real data. ValueError where there is none."""
+    judged = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
+    if cfg.model.kind == "shapes":
+        return RenderedLatents(codec) if cfg.method.student_input == "data" or roles.critic else None
+    if judged or cfg.method.student_input == "data":
+        what = "method.gan_weight > 0" if judged else "method.student_input = data"
+        raise ValueError(
+            f"{what} needs real images, which a model of kind {cfg.model.kind} does not have yet; "
+            "set gan_weight = 0 and student_input = simulation"
+        )
+    return None
