@@ -1,0 +1,137 @@
+"""Distilling tiny real pipelines: what moves, what is saved, and that a resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import tiny_pipelines as tiny
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gdmd.backbones.pipelines import open_family
+from gdmd.backbones.roles import DiffusersRoles
+from gdmd.config.loop import LoopConfig
+from gdmd.config.method import DmdConfig, GdmdConfig
+from gdmd.config.run import RunConfig
+from gdmd.data.prompts import PromptStream
+from gdmd.methods.gdmd import Gdmd
+from gdmd.methods.scoring import Scorer
+from gdmd.recipes.build import Lab, build
+from gdmd.runs.rundir import Run, create
+from gdmd.training.loop import train
+from gdmd.types import PromptBatch
+
+FAST: dict[str, Any] = {"log_every": 1, "grid_every": 0, "checkpoint_every": 1, "threads": 1, "ema": 0.9}
+
+
+class Brightness:
+    """Mean of the red channel."""
+
+    name, differentiable = "brightness", True
+
+    def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
+        return images[:, 0].mean((1, 2))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipelines")
+
+
+def recipe(folders: Path, name: str, steps: int, method: Any = None, **model: Any) -> RunConfig:
+    folder = folders / name
+    if not folder.exists():
+        tiny.save(name, folder)
+    prompts = folders / "prompts.txt"
+    prompts.write_text("\n".join(tiny.WORDS))
+    return RunConfig(
+        name="tiny",
+        model=tiny.config(folder, **model),
+        method=method or DmdConfig(fake_updates=2, guidance=3.0, step_draw="batch"),
+        loop=LoopConfig(steps=steps, batch_size=2, lr_student=1e-2, lr_fake=1e-2, **FAST),
+        prompts={"file": str(prompts)},
+    )
+
+
+def lab_of(cfg: RunConfig) -> Lab:
+    """``build``, with a toy reward where the method reads one: the Shapes scorers know no photographs."""
+    if not isinstance(cfg.method, GdmdConfig):
+        return build(cfg, "cpu")
+    family = open_family(cfg.model)
+    roles = DiffusersRoles(family)
+    method = Gdmd(cfg.method, roles, family.latent_shape, family.native).attach(Scorer(family.codec, [Brightness()]))
+    stream = PromptStream([list(tiny.WORDS)], family.encoder, cfg.loop.batch_size, cfg.loop.seed)
+    return Lab(roles, family.codec, family.encoder, (Brightness(),), method, stream, family.latent_shape)
+
+
+def trained(cfg: RunConfig, folder: Path) -> tuple[Lab, Run]:
+    lab, run = lab_of(cfg), create(folder, cfg.model_dump(mode="json"))
+    train(lab.method, lab.roles, lab.stream, cfg.loop, run)
+    return lab, run
+
+
+def frozen_part(lab: Lab) -> dict[str, Tensor]:
+    net = lab.roles.trunk.net
+    return {name: weights.detach().clone() for name, weights in net.named_parameters() if not weights.requires_grad}
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+@pytest.mark.parametrize("kind", ["dmd", "gdmd"])
+def test_two_iterations_move_only_the_adapters(folders: Path, tmp_path: Path, name: str, kind: str) -> None:
+    own = {"group_size": 2, "guidance": 3.0, "step_draw": "batch"}
+    cfg = recipe(folders, name, 2, GdmdConfig(**own) if kind == "gdmd" else None)
+    lab, run = lab_of(cfg), create(tmp_path / "run", cfg.model_dump(mode="json"))
+    before = frozen_part(lab)
+    moved = {k: v.detach().clone() for role in ("student", "fake") for k, v in lab.roles.parameters(role).items()}
+    train(lab.method, lab.roles, lab.stream, cfg.loop, run)
+    after = frozen_part(lab)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    for role in ("student", "fake"):
+        ups = {k: v for k, v in lab.roles.parameters(role).items() if "lora_B" in k}
+        assert all(weights.isfinite().all() for weights in ups.values())
+        assert sum(not torch.equal(weights, moved[k]) for k, weights in ups.items()) > len(ups) / 2
+    (checkpoint,) = [path for path in run.checkpoints.iterdir() if path.name.endswith("000002")]
+    saved = load_file(checkpoint / "student.safetensors")
+    assert saved.keys() == lab.roles.parameters("student").keys()
+    trunk = sum(weights.numel() for weights in before.values()) * 4
+    assert (checkpoint / "student.safetensors").stat().st_size < trunk / 3
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(folders: Path, tmp_path: Path) -> None:
+    whole, _ = trained(recipe(folders, "sd3", 2), tmp_path / "whole")
+    _, run = trained(recipe(folders, "sd3", 1), tmp_path / "halves")
+    cfg = recipe(folders, "sd3", 2)
+    halves = build(cfg, "cpu")
+    train(halves.method, halves.roles, halves.stream, cfg.loop, run)
+    for role in ("student", "fake"):
+        wanted, found = (lab.roles.parameters(role) for lab in (whole, halves))
+        assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+def test_full_weights_train_as_copies(folders: Path, tmp_path: Path) -> None:
+    lab, _ = trained(recipe(folders, "sd3", 1, full="both"), tmp_path / "run")
+    teacher = dict(lab.roles.trunk.net.named_parameters())
+    student = lab.roles.parameters("student")
+    assert student.keys() == teacher.keys()
+    assert sum(not torch.equal(student[key], teacher[key]) for key in student) > len(student) / 2
+
+
+def test_the_recipes_uniform_times_go_through_the_familys_shift(folders: Path) -> None:
+    lab = build(recipe(folders, "sd3", 1), "cpu")
+    assert lab.method.cfg.student_steps == pytest.approx((1, 0.9, 0.75, 0.5))  # type: ignore[attr-defined]
+    assert len(lab.teacher_times(5)) == 6
+
+
+def test_a_real_model_without_prompts_or_real_images_is_refused(folders: Path) -> None:
+    cfg = recipe(folders, "sd3", 1)
+    with pytest.raises(ValueError, match=r"prompts.file is not set"):
+        build(cfg.model_copy(update={"prompts": type(cfg.prompts)()}))
+    with pytest.raises(ValueError, match="student_input = data needs real images"):
+        build(recipe(folders, "sd3", 1, DmdConfig(student_input="data")))
