@@ -1,0 +1,62 @@
+"""The trained sampler as a stock diffusers scheduler and the arguments of the stock call.
+
+Student sampling is predict x0, then re-noise: LCMScheduler for VP models, FlowMatchEulerDiscreteScheduler with
+stochastic_sampling for flow models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gdmd.backbones.base import Family
+from gdmd.export.lora import merge
+
+NO_GUIDANCE: Mapping[str, Mapping[str, float]] = {
+    "sd15": {"guidance_scale": 0.0},
+    "sdxl": {"guidance_scale": 0.0},
+    "sd3": {"guidance_scale": 0.0},
+    "flux": {},
+    "z_image": {"guidance_scale": 0.0},
+    "qwen_image": {"true_cfg_scale": 1.0},
+}
+"""What switches classifier-free guidance off in the stock call; FLUX.1 has none, only its embedded guidance."""
+
+
+def student_scheduler(family: Family, uniform: Sequence[float]) -> Any:
+    """A scheduler with which the stock pipeline re-noises as in training; the betas or shift are the pipeline's own."""
+    import diffusers
+
+    config = dict(family.pipe.scheduler.config)
+    if family.native == "eps":
+        wanted = {"original_inference_steps": len(uniform), "timestep_scaling": 10.0, "clip_sample": False}
+        return diffusers.LCMScheduler.from_config(config | wanted)
+    wanted = {"stochastic_sampling": True, "shift_terminal": None}
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config | wanted)
+
+
+def call_arguments(family: Family, uniform: Sequence[float]) -> dict[str, Any]:
+    """Keyword arguments of ``pipe(prompt, ...)`` for the student: its steps, its size, no guidance."""
+    arguments: dict[str, Any] = {"num_inference_steps": len(uniform)}
+    if family.native == "eps":
+        arguments["timesteps"] = [round(999 * t) for t in family.student_times(uniform)]
+    else:
+        arguments["sigmas"] = list(uniform)
+    if family.name == "flux":
+        arguments["guidance_scale"] = family.cfg.embedded_guidance
+    size = {"height": family.cfg.height, "width": family.cfg.width}
+    return arguments | dict(NO_GUIDANCE[family.name]) | size
+
+
+def save_merged(family: Family, weights: Mapping[str, Tensor], uniform: Sequence[float], folder: Path) -> Path:
+    """The whole pipeline with the student in it and its scheduler, loadable with ``from_pretrained``.
+
+    ``family`` is used up: its network becomes the student. It must be opened without adapters on it.
+    """
+    merge(family, weights)
+    family.pipe.scheduler = student_scheduler(family, uniform)
+    family.pipe.save_pretrained(folder)
+    return folder

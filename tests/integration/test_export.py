@@ -1,0 +1,119 @@
+"""Export round trips: the stock pipelines make the trainer's images from the same noises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import diffusers
+import tiny_pipelines as tiny
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gdmd.backbones.packing import pack
+from gdmd.backbones.pipelines import open_family
+from gdmd.backbones.roles import DiffusersRoles
+from gdmd.diffusion.sampling import few_step_sample
+from gdmd.export.lora import DIFFUSERS_FILE, KOHYA_FILE, merge, save_lora
+from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
+
+UNIFORM = (1.0, 0.75, 0.5, 0.25)
+CAPTIONS = list(tiny.WORDS[:2])
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipelines")
+
+
+def student_of(folders: Path, name: str, full: str = "none") -> DiffusersRoles:
+    """A student that has left its teacher."""
+    folder = folders / name
+    if not folder.exists():
+        tiny.save(name, folder)
+    roles = DiffusersRoles(open_family(tiny.config(folder, full=full)))
+    with torch.no_grad():
+        for weights in roles.parameters("student").values():
+            weights.add_((0.2 if full == "none" else 0.02) * torch.randn_like(weights))
+    return roles
+
+
+def trainers_images(roles: DiffusersRoles, noises: list[Tensor]) -> Tensor:
+    family = roles.family
+    steps, cond = family.student_times(UNIFORM), family.encoder.encode(CAPTIONS)
+    x0 = few_step_sample(roles.student, noises[0], steps, cond, lambda i: noises[i], roles.schedule)
+    return family.codec.decode(x0).clamp(0, 1)
+
+
+def stock_images(pipe: Any, roles: DiffusersRoles, noises: list[Tensor], patch: pytest.MonkeyPatch) -> Tensor:
+    """The stock call, its re-noising noises injected."""
+    packed = roles.family.name in ("flux", "qwen_image")
+    shown = [pack(noise) if packed else noise for noise in noises]
+    drawn: Iterator[Tensor] = iter([*shown[1:], shown[0]])  # some draw once more at the end, for noise 0
+    for module in ("scheduling_lcm", "scheduling_flow_match_euler_discrete"):
+        patch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: next(drawn))
+    pipe.set_progress_bar_config(disable=True)
+    arguments = call_arguments(roles.family, UNIFORM)
+    if roles.family.name in ("sd3", "flux", "z_image"):
+        arguments["max_sequence_length"] = 256
+    return pipe(list(CAPTIONS), latents=shown[0], output_type="pt", **arguments).images
+
+
+def noises_of(roles: DiffusersRoles) -> list[Tensor]:
+    return [torch.randn(2, *roles.family.latent_shape) for _ in UNIFORM]
+
+
+@pytest.mark.parametrize("name", tiny.BUILD)
+def test_the_stock_pipeline_with_the_lora_makes_the_trainers_images(
+    folders: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles = student_of(folders, name)
+    noises = noises_of(roles)
+    wanted = trainers_images(roles, noises)
+    files = save_lora(roles.family, roles.parameters("student"), tmp_path)
+    assert [file.name for file in files] == [DIFFUSERS_FILE, *([KOHYA_FILE] if name in ("sd15", "sdxl") else [])]
+    student_scheduler(roles.family, UNIFORM).save_pretrained(tmp_path / "scheduler")
+    pipe = type(roles.family.pipe).from_pretrained(folders / name)
+    plain = stock_images(pipe, roles, noises, monkeypatch) if name == "sd3" else None
+    kind = diffusers.LCMScheduler if roles.family.native == "eps" else diffusers.FlowMatchEulerDiscreteScheduler
+    pipe.scheduler = kind.from_pretrained(tmp_path, subfolder="scheduler")
+    pipe.load_lora_weights(tmp_path, weight_name=DIFFUSERS_FILE)
+    assert torch.allclose(stock_images(pipe, roles, noises, monkeypatch), wanted, atol=1e-4)
+    assert plain is None or not torch.allclose(plain, wanted, atol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "full"), [("sd3", "none"), ("sdxl", "none"), ("sd3", "student")])
+def test_the_merged_pipeline_makes_the_trainers_images(
+    folders: Path, tmp_path: Path, name: str, full: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles = student_of(folders, name, full)
+    noises = noises_of(roles)
+    wanted = trainers_images(roles, noises)
+    fresh = open_family(roles.family.cfg)
+    save_merged(fresh, roles.parameters("student"), UNIFORM, tmp_path / "merged")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(stock_images(pipe, roles, noises, monkeypatch), wanted, atol=1e-4)
+
+
+def test_kohyas_file_holds_the_same_change_of_every_layer(folders: Path, tmp_path: Path) -> None:
+    roles = student_of(folders, "sdxl")
+    save_lora(roles.family, roles.parameters("student"), tmp_path)
+    kohya = load_file(tmp_path / KOHYA_FILE)
+    net, before = open_family(roles.family.cfg), open_family(roles.family.cfg).net.state_dict()
+    merge(net, roles.parameters("student"))
+    for layer, weights in net.net.state_dict().items():
+        key = "lora_unet_" + layer.removesuffix(".weight").replace(".", "_")
+        if f"{key}.lora_up.weight" not in kohya:
+            assert torch.equal(weights, before[layer])
+            continue
+        up, down = kohya[f"{key}.lora_up.weight"], kohya[f"{key}.lora_down.weight"]
+        scale = kohya[f"{key}.alpha"].item() / len(down)
+        assert torch.allclose(weights - before[layer], scale * up @ down, atol=1e-5), layer
+    assert len(kohya) == 3 * len(roles.parameters("student")) / 2
