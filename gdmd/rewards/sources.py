@@ -151,6 +151,19 @@ def load_clip(place: Place, dtype: object) -> Any:
     return shared(("clip", place, dtype), load)
 
 
+def load_detector(place: Place, key: object) -> Any:
+    """``transformers.Mask2FormerForUniversalSegmentation``, loaded once per place and key."""
+
+    def load() -> Any:
+        from transformers import Mask2FormerForUniversalSegmentation as Mask2Former
+
+        return _reading(
+            place, lambda: Mask2Former.from_pretrained(place.where, use_safetensors=True, **place.arguments())
+        )
+
+    return shared(("detector", place, key), load)
+
+
 def raw_tokenizer(place: Place) -> Any:
     """A ``transformers`` tokenizer. ValueError where it cannot be read."""
 

@@ -1,0 +1,176 @@
+"""Reward models of real images: which, from where, on what device; and rewards made of others."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from gdmd.config.base import Config, Count, Finite, NonNegativeCount, Positive, Probability
+
+
+class Placed(Config):
+    """A network that may run elsewhere than the student."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="Of the weights and towers; preprocessing, cosine and head are always fp32."
+    )
+    device: str | None = Field(default=None, description='"cuda:1", "cpu", ...; default: where the student is.')
+    offload: bool = Field(default=False, description="Keep the weights on the CPU between calls.")
+    chunk: NonNegativeCount = Field(default=0, description="Images per forward pass; 0 = the whole batch.")
+
+
+class ClipReward(Placed):
+    """CLIPScore: the cosine, in [-1, 1]."""
+
+    kind: Literal["clip"] = "clip"
+    path: str | None = Field(default=None, description="Folder or hub id of a CLIPModel; default: ViT-L/14, pinned.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+
+class HpsReward(Placed):
+    """HPSv2.1 ("hps") or HPSv2 ("hps_v2"): the cosine of their own ViT-H/14."""
+
+    kind: Literal["hps", "hps_v2"] = "hps"
+    path: str | None = Field(default=None, description="Converted folder; default: what `gdmd rewards convert` wrote.")
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+
+class PickScoreReward(Placed):
+    """PickScore v1: exp(logit_scale) times the cosine, about 15 to 27."""
+
+    kind: Literal["pickscore"] = "pickscore"
+    path: str | None = Field(default=None, description="Folder or hub id; default: the published weights, pinned.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+    tokenizer: str | None = Field(default=None, description="Folder or hub id of the tokenizer; default: CLIP-H's.")
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+
+class ImageRewardReward(Placed):
+    """ImageReward v1: standardised, about -3 to 3."""
+
+    kind: Literal["imagereward"] = "imagereward"
+    path: str | None = Field(default=None, description="Converted folder; default: what `gdmd rewards convert` wrote.")
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+
+class AestheticReward(Placed):
+    """LAION aesthetic v2: reads the image alone, about 1 to 10."""
+
+    kind: Literal["aesthetic"] = "aesthetic"
+    path: str | None = Field(default=None, description="Converted folder of the head; default: the converted one.")
+    clip: str | None = Field(default=None, description="Folder or hub id of CLIP ViT-L/14; default: pinned.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of clip.")
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+
+class GenEvalReward(Placed):
+    """GenEval partial credit, in [0, 1]: not the metric. Prompts need GenEval metadata."""
+
+    kind: Literal["geneval"] = "geneval"
+    detector: str | None = Field(default=None, description="Folder or hub id of a COCO Mask2Former.")
+    clip: str | None = Field(default=None, description="Folder or hub id of CLIP ViT-L/14, the color classifier.")
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+
+class CallableConfig(Config):
+    """A Python function module:function(images, prompts) -> one number per image."""
+
+    kind: Literal["callable"] = "callable"
+    target: str = Field(pattern=r"^[\w.]+:\w+$", description='"package.module:function"; it runs with all your rights.')
+    differentiable: bool = Field(default=False, description="Whether its gradient with respect to the images is right.")
+
+    @property
+    def label(self) -> str:
+        return self.target
+
+
+class RemoteReward(Config):
+    """A reward of another machine: ``gdmd rewards serve`` there."""
+
+    kind: Literal["remote"] = "remote"
+    url: str = Field(pattern=r"^https?://", description="For example http://127.0.0.1:8766.")
+    reward: str = Field(description="Name of one of the server's rewards.")
+    token_variable: str = Field(default="GDMD_REWARD_TOKEN", description="Environment variable with the bearer token.")
+    timeout_s: Positive = Field(default=60.0, description="Longest wait for one request.")
+    retries: NonNegativeCount = Field(default=3, description="Further tries of a request, with growing pauses.")
+    batch: Count = Field(default=8, description="Images per request.")
+    on_failure: Literal["stop", "skip"] = Field(default="stop", description="skip: such images are not scored (NaN).")
+    max_unscored: Probability = Field(default=0.1, description="With skip: stop above this share of all images.")
+
+    @property
+    def label(self) -> str:
+        return f"remote {self.reward}"
+
+
+SingleReward = Annotated[
+    ClipReward
+    | HpsReward
+    | PickScoreReward
+    | ImageRewardReward
+    | AestheticReward
+    | GenEvalReward
+    | CallableConfig
+    | RemoteReward,
+    Field(discriminator="kind"),
+]
+
+
+class CompositePart(Config):
+    """A reward in a composite: weight x (score - mean) / std."""
+
+    reward: SingleReward
+    weight: Positive = Field(default=1.0, description="Share in the weighted mean.")
+    mean: Finite = Field(default=0.0, description="Subtracted from the score; measure it on images of the teacher.")
+    std: Positive = Field(default=1.0, description="The score is divided by it; measure it on images of the teacher.")
+
+
+class CompositeReward(Config):
+    """Several rewards as one number; every part is logged in its own units."""
+
+    kind: Literal["composite"] = "composite"
+    parts: tuple[CompositePart, ...] = Field(min_length=1, description="The rewards and how they are weighed.")
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+    @model_validator(mode="after")
+    def _different(self) -> Self:
+        labels = [part.reward.label for part in self.parts]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"each reward may be a part once, got {labels}")
+        return self
+
+
+ImageReward = (
+    ClipReward
+    | HpsReward
+    | PickScoreReward
+    | ImageRewardReward
+    | AestheticReward
+    | GenEvalReward
+    | CallableConfig
+    | RemoteReward
+    | CompositeReward
+)
+"""Every reward of real images."""

@@ -1,0 +1,93 @@
+"""Prompts of GenEval's six kinds, drawn from a seed: for training and for measuring on other prompts than the official 553.
+
+The same grammar and metadata format (arXiv 2310.11513, table 1), other draws. Plurals are English ("three sheep"), no
+person is given a color, two objects of a prompt differ, and so do their colors. No prompt comes twice.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection
+
+from gdmd.rewards.geneval_detector import CLASSES
+from gdmd.rewards.geneval_rules import COLORS, RELATIONS, TASKS, Task, Wanted
+
+NUMBERS = ("two", "three", "four")
+_COLORED = CLASSES[1:]  # without "person"
+_PLURALS = {
+    "person": "people", "sheep": "sheep", "skis": "pairs of skis", "scissors": "pairs of scissors", "knife": "knives",
+    "toothbrush": "toothbrushes", "wine glass": "wine glasses", "computer mouse": "computer mice", "bus": "buses",
+    "couch": "couches", "bench": "benches", "sandwich": "sandwiches", "broccoli": "heads of broccoli",
+}  # fmt: skip
+
+
+def draw_tasks(per_task: int, seed: int, without: Collection[str] = ()) -> tuple[Task, ...]:
+    """``per_task`` different prompts of every kind (all 80 single objects at most), none of which is in ``without``.
+
+    ValueError when a kind has not that many prompts.
+    """
+    taken, drawn = set(without), []
+    for tag in TASKS:
+        rng = random.Random(f"{seed} {tag}")
+        if tag == "single_object":
+            single = map(_single, rng.sample(CLASSES, len(CLASSES)))
+            kind = [task for task in single if task.prompt not in taken][:per_task]
+        else:
+            kind = _fresh(_DRAW[tag], rng, per_task, taken)
+        drawn += kind
+        taken |= {task.prompt for task in kind}
+        if len(kind) < per_task and tag != "single_object":
+            raise ValueError(f"there are not {per_task} different prompts of kind {tag}; ask for fewer")
+    return tuple(drawn)
+
+
+def _fresh(draw: Callable[[random.Random], Task], rng: random.Random, count: int, taken: Collection[str]) -> list[Task]:
+    found: dict[str, Task] = {}
+    for _ in range(20 * count):
+        if len(found) == count:
+            break
+        task = draw(rng)
+        if task.prompt not in taken:
+            found.setdefault(task.prompt, task)
+    return list(found.values())
+
+
+def _single(name: str) -> Task:
+    return Task("single_object", f"a photo of {_a(name)}", (Wanted(name, 1),))
+
+
+def _two(rng: random.Random) -> Task:
+    first, second = rng.sample(CLASSES, 2)
+    return Task("two_object", f"a photo of {_a(first)} and {_a(second)}", (Wanted(first, 1), Wanted(second, 1)))
+
+
+def _counting(rng: random.Random) -> Task:
+    name, count = rng.choice(CLASSES), rng.randint(2, 4)
+    plural = _PLURALS.get(name, f"{name}s")
+    prompt = f"a photo of {NUMBERS[count - 2]} {plural}"
+    return Task("counting", prompt, (Wanted(name, count),), (Wanted(name, count + 1),))
+
+
+def _colors(rng: random.Random) -> Task:
+    name, color = rng.choice(_COLORED), rng.choice(COLORS)
+    return Task("colors", f"a photo of {_a(color)} {name}", (Wanted(name, 1, color),))
+
+
+def _position(rng: random.Random) -> Task:
+    first, second = rng.sample(CLASSES, 2)
+    relation = rng.choice(RELATIONS)
+    prompt = f"a photo of {_a(first)} {relation} {_a(second)}"
+    return Task("position", prompt, (Wanted(second, 1), Wanted(first, 1, relation=relation, target=0)))
+
+
+def _color_attr(rng: random.Random) -> Task:
+    (first, second), (one, other) = rng.sample(_COLORED, 2), rng.sample(COLORS, 2)
+    prompt = f"a photo of {_a(one)} {first} and {_a(other)} {second}"
+    return Task("color_attr", prompt, (Wanted(first, 1, one), Wanted(second, 1, other)))
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+_DRAW = {"two_object": _two, "counting": _counting, "colors": _colors, "position": _position, "color_attr": _color_attr}

@@ -1,0 +1,312 @@
+"""GenEval's rules against a slow reference written from the paper, its folders, its intervals, its prompts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gdmd.evaluation.geneval import (
+    Judged,
+    image_files,
+    judge_recorded,
+    read_metadata,
+    recording,
+    summarise,
+)
+from gdmd.evaluation.geneval_prompts import draw_tasks
+from gdmd.rewards.geneval_rules import (
+    COLORS,
+    RELATIONS,
+    TASKS,
+    Found,
+    Task,
+    Wanted,
+    as_row,
+    judge,
+    partial_credit,
+    read_task,
+    relations,
+)
+
+NAMES = ("dog", "cat", "bench", "car")
+
+
+def slow_relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
+    """The position rule in numpy, written from the text of ECOSYSTEM and the paper."""
+    first, second = np.array(a, dtype=np.float64).reshape(2, 2), np.array(b, dtype=np.float64).reshape(2, 2)
+    offset = first.mean(0) - second.mean(0)
+    both = np.abs(first[1] - first[0]) + np.abs(second[1] - second[0])
+    revised = np.maximum(np.abs(offset) - 0.1 * both, 0) * np.sign(offset)
+    if (np.abs(revised) < 1e-3).all():
+        return set()
+    dx, dy = revised / np.sqrt((offset**2).sum())
+    rules = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, holds in rules.items() if holds}
+
+
+def slow_verdict(row: Mapping, objects: Mapping[str, list], colors: Mapping) -> bool:
+    """The official rules on (box, confidence, key) triples and the raw metadata, one nested loop after the other."""
+    threshold = 0.9 if row["tag"] == "counting" else 0.3
+    strong = {}
+    for name in objects:
+        left = [one for one in objects[name] if one[1] > threshold]
+        ordered = []
+        while left and len(ordered) < 16:
+            best = max(left, key=lambda one: one[1])
+            ordered.append(best)
+            left.remove(best)
+        strong[name] = ordered
+    right, chosen = True, []
+    for need in row["include"]:
+        mine = strong.get(need["class"], [])[: need["count"]]
+        good = len(mine) == need["count"]
+        if good and "color" in need:
+            good = all(colors[need["class"], one[2]] == need["color"] for one in mine)
+        if good and "position" in need:
+            relation, target = need["position"]
+            good = chosen[target] is not None
+            for one in mine if good else []:
+                for other in chosen[target]:
+                    if relation not in slow_relations(one[0], other[0]):
+                        good = False
+        chosen.append(mine if good else None)
+        right = right and good
+    for need in row.get("exclude", []):
+        if len(strong.get(need["class"], [])) >= need["count"]:
+            right = False
+    return right
+
+
+def random_task(rng: random.Random) -> Task:
+    """Official kinds mostly, and stranger metadata that the format allows."""
+    if rng.random() < 0.7:
+        tag = rng.choice(TASKS)
+        first, second = rng.sample(NAMES, 2)
+        count = rng.randint(2, 4)
+        kinds = {
+            "single_object": ((Wanted(first, 1),), ()),
+            "two_object": ((Wanted(first, 1), Wanted(second, 1)), ()),
+            "counting": ((Wanted(first, count),), (Wanted(first, count + 1),)),
+            "colors": ((Wanted(first, 1, rng.choice(COLORS[:2])),), ()),
+            "position": ((Wanted(first, 1), Wanted(second, 1, None, rng.choice(RELATIONS), 0)), ()),
+            "color_attr": ((Wanted(first, 1, COLORS[0]), Wanted(second, 1, COLORS[1])), ()),
+        }
+        include, exclude = kinds[tag]
+        return Task(tag, "a photo", include, exclude)
+    include = tuple(
+        Wanted(name, rng.randint(1, 2), rng.choice([None, *COLORS[:2]]), relation, rng.randrange(number or 1))
+        for number, name in enumerate(rng.sample(NAMES, 3))
+        for relation in [rng.choice([None, *RELATIONS]) if number else None]
+    )
+    excluded = tuple(Wanted(name, rng.randint(1, 4)) for name in rng.sample(NAMES, rng.randint(0, 2)))
+    excluded = tuple(e for e in excluded if all(e.name != w.name or e.count > w.count for w in include))
+    return Task(rng.choice(TASKS), "a photo", include, excluded)
+
+
+def random_objects(rng: random.Random) -> tuple[dict[str, list[Found]], dict[tuple[str, int], str]]:
+    found: dict[str, list[Found]] = {}
+    colors = {}
+    for name in NAMES:
+        for key in range(rng.choice([0, 1, 1, 2, 3, 4, 20])):
+            x, y = rng.choice([0, 10, 40, 100]) + rng.random(), rng.choice([0, 10, 40, 100]) + rng.random()
+            box = (x, y, x + rng.choice([5, 30, 80]), y + rng.choice([5, 30, 80]))
+            found.setdefault(name, []).append(Found(box, rng.choice([0.25, 0.5, 0.85, 0.93]) + rng.random() / 20, key))
+            colors[name, key] = rng.choice(COLORS[:2])
+    return found, colors
+
+
+def asker(colors: Mapping[tuple[str, int], str]):
+    return lambda name, objects: [colors[name, one.key] for one in objects]
+
+
+def test_verdicts_on_thousands_of_random_detections_are_those_of_the_slow_reference() -> None:
+    rng, right, perfect = random.Random(0), 0, 0
+    for _ in range(6000):
+        task, (found, colors) = random_task(rng), random_objects(rng)
+        plain = {name: [(one.box, one.confidence, one.key) for one in ones] for name, ones in found.items()}
+        want = slow_verdict(as_row(task), plain, colors)
+        verdict = judge(task, found, asker(colors))
+        credit = partial_credit(task, found, asker(colors))
+        assert verdict.correct == want and bool(verdict.reasons) != want, (task, found)
+        assert 0 <= credit <= 1 and (credit == 1) == want, (task, found, credit)
+        right, perfect = right + want, perfect + 1
+    assert 0.1 < right / perfect < 0.6  # both answers are common, or the comparison would say little
+
+
+def test_relations_of_random_boxes_are_those_of_the_slow_reference() -> None:
+    rng, seen = random.Random(1), set()
+    for _ in range(5000):
+        boxes = [[rng.choice([0, 1, 7, 30]) + rng.choice([0, rng.random()]) for _ in range(4)] for _ in range(2)]
+        a, b = (tuple(box) for box in boxes)
+        assert relations(a, b) == slow_relations(a, b)  # type: ignore[arg-type]
+        seen.add(relations(a, b))  # type: ignore[arg-type]
+    assert {frozenset(), *(frozenset([name]) for name in RELATIONS)} < seen
+
+
+def dogs(*confidences: float) -> dict[str, list[Found]]:
+    return {"dog": [Found((10 * k, 0, 10 * k + 8, 8), c, k) for k, c in enumerate(confidences)]}
+
+
+def no_colors(*_: object) -> list[str]:
+    raise AssertionError("no color was asked for")
+
+
+def test_counting_is_exact_and_needs_more_confidence_than_the_other_tasks() -> None:
+    two = Task("counting", "two dogs", (Wanted("dog", 2),), (Wanted("dog", 3),))
+    assert judge(two, dogs(0.95, 0.91), no_colors).correct
+    assert judge(two, dogs(0.95, 0.91, 0.9), no_colors).correct  # .9 is not above .9
+    assert judge(two, dogs(0.95, 0.91, 0.92), no_colors).reasons == ("expected dog<3, found 3",)
+    assert judge(two, dogs(0.95, 0.5), no_colors).reasons == ("expected dog>=2, found 1",)
+    assert judge(Task("two_object", "", (Wanted("dog", 2),)), dogs(0.31, 0.5, 0.3), no_colors).correct
+    assert [partial_credit(two, dogs(*[0.95] * n), no_colors) for n in range(6)] == [0, 0.5, 1, 0.5, 0, 0]
+
+
+def test_only_the_most_confident_objects_are_asked_for_their_color() -> None:
+    task = Task("colors", "a red dog", (Wanted("dog", 1, "red"),))
+    colors = {("dog", 0): "red", ("dog", 1): "blue"}
+    assert judge(task, dogs(0.9, 0.5), asker(colors)).correct
+    assert judge(task, dogs(0.5, 0.9), asker(colors)).reasons == ("expected red dog>=1, found 0 red; and 1 blue",)
+    assert partial_credit(task, dogs(0.5, 0.9), asker(colors)) == 0.5
+    assert judge(task, {}, no_colors).reasons == ("expected dog>=1, found 0",)
+
+
+def test_a_wrong_position_leaves_the_credit_of_the_objects() -> None:
+    task = Task("position", "", (Wanted("dog", 1), Wanted("cat", 1, None, "left of", 0)))
+    found = {"dog": [Found((0, 0, 10, 10), 0.9)], "cat": [Found((50, 0, 60, 10), 0.9)]}
+    assert judge(task, found, no_colors).reasons == ("expected cat left of target, found right of target",)
+    assert partial_credit(task, found, no_colors) == pytest.approx(2 / 3)
+    assert judge(task, {"cat": found["cat"]}, no_colors).reasons[1] == "no target for cat to be left of"
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_folder(root: Path, tasks: Sequence[Task], images: int) -> None:
+    for number, task in enumerate(tasks):
+        (root / f"{number:05d}" / "samples").mkdir(parents=True)
+        (root / f"{number:05d}" / "metadata.jsonl").write_text(json.dumps(as_row(task)) + "\n")
+        for image in range(images):
+            (root / f"{number:05d}" / "samples" / f"{image:04d}.png").write_bytes(b"")
+
+
+def test_metadata_survive_the_official_format_and_mistakes_name_file_line_and_field(tmp_path: Path) -> None:
+    tasks = draw_tasks(3, seed=0)
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(as_row(task)) + "\n" for task in tasks))
+    assert read_metadata(path) == tasks
+    good = as_row(tasks[0])
+    cases = {
+        "tag 'sizes' is none of": good | {"tag": "sizes"},
+        "'include' is missing": {"tag": "colors", "prompt": "x"},
+        "count should be 1 or more, got 0": good | {"include": [{"class": "dog", "count": 0}]},
+        "color 'mauve' is none of": good | {"include": [{"class": "dog", "count": 1, "color": "mauve"}]},
+        "refers to requirement 0, and only 0": good
+        | {"include": [{"class": "d", "count": 1, "position": ["above", 0]}]},
+        "asks for nothing": good | {"include": []},
+        "not GenEval metadata": [],
+    }
+    for message, row in cases.items():
+        with pytest.raises(ValueError, match=message):
+            read_task(row, "file, line 1")
+    path.write_text("{}\nnot json\n")
+    with pytest.raises(ValueError, match="line 1: not GenEval metadata"):
+        read_metadata(path)
+
+
+def test_a_folder_in_the_official_layout_is_read_in_order_and_gaps_are_errors(tmp_path: Path) -> None:
+    tasks = draw_tasks(2, seed=1)[:3]
+    write_folder(tmp_path, tasks, 2)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "00000" / "samples" / "grid.png").write_bytes(b"")
+    rows = list(image_files(tmp_path))
+    assert [(row[0], row[2]) for row in rows] == [(p, i) for p in range(3) for i in range(2)]
+    assert [row[1] for row in rows[::2]] == list(tasks)
+    for file in (tmp_path / "00001" / "samples").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="holds no images"):
+        list(image_files(tmp_path))
+    with pytest.raises(ValueError, match="no prompt folders"):
+        list(image_files(tmp_path / "notes"))
+
+
+def test_recorded_detections_give_the_verdicts_again_without_detector_and_classifier(tmp_path: Path) -> None:
+    rng, lines, tasks, want = random.Random(3), [], {}, []
+    for number in range(60):
+        tasks[number], (found, colors) = random_task(rng), random_objects(rng)
+        want.append(judge(tasks[number], found, asker(colors)).correct)
+        lines.append(json.dumps(recording(number, 0, tasks[number], found, colors)))
+    path = tmp_path / "detections.jsonl"
+    path.write_text("\n".join(lines))
+    assert [row.correct for row in judge_recorded(path, tasks)] == want
+    colorless = recording(0, 0, Task("colors", "", (Wanted("dog", 1, "red"),)), dogs(0.9), {})
+    path.write_text(json.dumps(colorless))
+    with pytest.raises(ValueError, match="color of a dog is asked for and not recorded"):
+        judge_recorded(path, {0: Task("colors", "", (Wanted("dog", 1, "red"),))})
+    with pytest.raises(ValueError, match="prompt 0 is not among"):
+        judge_recorded(path, {})
+
+
+# ---------------------------------------------------------------- scores
+
+
+def rows_of(correct: Mapping[str, Sequence[Sequence[int]]]) -> list[Judged]:
+    """tag -> prompts -> images, 1 = right."""
+    rows, prompt = [], 0
+    for tag, prompts in correct.items():
+        for images in prompts:
+            task = Task(tag, f"prompt {prompt}", (Wanted("dog", 1),))
+            rows += [Judged(prompt, k, task, bool(right), (), float(right)) for k, right in enumerate(images)]
+            prompt += 1
+    return rows
+
+
+def test_overall_is_the_unweighted_mean_of_the_tasks_whatever_their_sizes() -> None:
+    scores = summarise(rows_of({"colors": [[1, 1, 0, 0]], "counting": [[1, 1], [1, 1], [0, 1]]}))
+    assert scores["colors"].value == 0.5 and scores["counting"].value == pytest.approx(5 / 6)
+    assert scores["overall"].value == pytest.approx((0.5 + 5 / 6) / 2)
+    assert (scores["counting"].images, scores["counting"].prompts, scores["overall"].prompts) == (6, 3, 4)
+    assert set(scores) == {"overall", "colors", "counting"}
+
+
+def test_the_interval_is_as_wide_as_independent_prompts_make_it() -> None:
+    rng = np.random.default_rng(0)
+    prompts = [[int(right)] * 4 for right in rng.random(400) < 0.5]  # four equal images are one observation
+    score = summarise(rows_of({"colors": prompts}))["colors"]
+    width = (score.high - score.low) / 2
+    assert width == pytest.approx(1.96 * np.sqrt(0.25 / 400), rel=0.1)
+    mixed = [[1, 0, 1, 0]] * 400  # all the variance lies within prompts
+    score = summarise(rows_of({"colors": mixed}))["colors"]
+    assert score.low == score.value == score.high == 0.5
+    assert summarise(rows_of({"colors": prompts})) == summarise(rows_of({"colors": prompts}))
+
+
+def test_images_that_count_twice_or_not_at_all_are_errors() -> None:
+    with pytest.raises(ValueError, match="no judged images"):
+        summarise([])
+    rows = rows_of({"colors": [[1]]})
+    with pytest.raises(ValueError, match="image 0 of prompt 0 was judged twice"):
+        summarise(rows * 2)
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def test_drawn_prompts_are_different_well_formed_and_repeatable() -> None:
+    tasks = draw_tasks(100, seed=5)
+    assert len({task.prompt for task in tasks}) == len(tasks) == 80 + 5 * 100
+    assert tasks == draw_tasks(100, seed=5) != draw_tasks(100, seed=6)
+    for task in tasks:
+        assert read_task(as_row(task), "x") == task
+        assert all(wanted.color is None or wanted.name != "person" for wanted in task.include)
+        assert len({wanted.name for wanted in task.include}) == len(task.include)
+        if task.tag == "counting":
+            assert task.exclude[0].count == task.include[0].count + 1
+    fresh = draw_tasks(50, seed=7, without={task.prompt for task in tasks})
+    assert not {task.prompt for task in tasks} & {task.prompt for task in fresh}
+    with pytest.raises(ValueError, match="not 300 different prompts of kind counting"):
+        draw_tasks(300, seed=0)
