@@ -63,7 +63,7 @@ class Detector:
 
     @classmethod
     def from_modules(cls, model: Any, placement: Placement = HERE, classes: Sequence[str] = CLASSES) -> Detector:
-        """From a ``Mask2FormerForUniversalSegmentation``; classes: names of its labels, in their order."""
+        """From a ``mask2former.Mask2Former``; classes: names of its labels, in their order."""
         return cls(lambda: model, placement, classes)
 
     @classmethod

@@ -152,16 +152,14 @@ def load_clip(place: Place, dtype: object) -> Any:
 
 
 def load_detector(place: Place, key: object) -> Any:
-    """``transformers.Mask2FormerForUniversalSegmentation``, loaded once per place and key."""
+    """``mask2former.Mask2Former``, loaded once per place and key."""
 
-    def load() -> Any:
-        from transformers import Mask2FormerForUniversalSegmentation as Mask2Former
+    def build() -> Any:
+        from gdmd.rewards.mask2former import Mask2Former
 
-        return _reading(
-            place, lambda: Mask2Former.from_pretrained(place.where, use_safetensors=True, **place.arguments())
-        )
+        return Mask2Former.from_pretrained(place.where, use_safetensors=True, **place.arguments())
 
-    return shared(("detector", place, key), load)
+    return shared(("detector", place, key), lambda: _reading(place, build))
 
 
 def raw_tokenizer(place: Place) -> Any:

@@ -1,0 +1,252 @@
+"""GenEval's detector and color classifier on tiny random networks, and mmdet's reading of Mask2Former's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gdmd.rewards import geneval_detector
+from gdmd.rewards.geneval import GenEvalCredit
+from gdmd.rewards.geneval_colors import ColorClassifier, cut_out
+from gdmd.rewards.geneval_detector import CLASSES, Detections, Detector, prepared, read_instances
+from gdmd.rewards.geneval_rules import COLORS, Found
+from gdmd.types import PromptBatch
+
+transformers = pytest.importorskip("transformers")
+
+
+def test_coco_has_80_classes_under_genevals_names() -> None:
+    assert len(set(CLASSES)) == len(CLASSES) == 80
+    assert (CLASSES[0], CLASSES[16], CLASSES[63], CLASSES[79]) == ("person", "dog", "laptop", "toothbrush")
+    assert {"computer mouse", "tv remote", "computer keyboard"} < set(CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("size", "resized", "padded"),
+    [
+        ((512, 512), (800, 800), (800, 800)),
+        ((1024, 512), (1333, 667), (1344, 672)),
+        ((300, 400), (800, 1067), (800, 1088)),
+    ],
+)
+def test_images_fit_1333_by_800_and_are_padded_with_grey_before_they_are_normalised(
+    size: tuple[int, int], resized: tuple[int, int], padded: tuple[int, int]
+) -> None:
+    pixels, inner = prepared(Image.new("RGB", size[::-1], (255, 0, 128)))
+    assert inner == resized and tuple(pixels.shape) == (1, 3, *padded)
+    mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+    inside = pixels[0, :, : resized[0], : resized[1]].double()
+    want = torch.from_numpy((np.array([255, 0, 128]) - mean) / std)[:, None, None]
+    torch.testing.assert_close(inside, want.expand_as(inside), rtol=0, atol=1e-5)
+    if padded != resized:
+        torch.testing.assert_close(
+            pixels[0, :, -1, -1].double(), torch.from_numpy((128 - mean) / std), rtol=0, atol=1e-5
+        )
+
+
+def slow_instances(classes: np.ndarray, logits: np.ndarray) -> list[tuple[int, float, list[int]]]:
+    """mmdet's rules by loops, for masks that need no resize: (label, confidence, box) of the 100 best pairs."""
+    exp = np.exp(classes - classes.max(1, keepdims=True))
+    scores = (exp / exp.sum(1, keepdims=True))[:, :-1]
+    pairs = sorted(((scores[q, c], q, c) for q in range(len(scores)) for c in range(scores.shape[1])), reverse=True)
+    rows = []
+    for score, query, label in pairs[:100]:
+        inside = logits[query] > 0
+        values = 1 / (1 + np.exp(-logits[query][inside]))
+        ys, xs = np.nonzero(inside)
+        box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(xs) else [0, 0, 0, 0]
+        rows.append((label, score * values.sum() / (len(values) + 1e-6), box))
+    return rows
+
+
+def test_instances_are_class_times_mask_score_of_the_100_best_pairs_with_boxes_from_masks() -> None:
+    rng = np.random.default_rng(0)
+    classes, logits = rng.normal(size=(20, 8)) * 3, rng.normal(size=(20, 6, 9)) - 1
+    logits[3] = -1  # an empty mask
+    found = read_instances(torch.tensor(classes), torch.tensor(logits), (6, 9), (6, 9), (6, 9))
+    want = slow_instances(classes, logits)
+    assert len(found.label) == len(want) == 100
+    for k, (label, confidence, box) in enumerate(want):
+        assert found.label[k] == label and found.box[k].tolist() == box
+        assert float(found.confidence[k]) == pytest.approx(confidence, abs=1e-6)
+
+
+def test_the_padding_is_cut_off_before_masks_are_brought_to_the_image() -> None:
+    logits = torch.full((1, 4, 8), -5.0)
+    logits[..., 4:] = 5.0  # the right half of the padded input, all of it padding but one column of four
+    classes = torch.tensor([[9.0, 0.0]])
+    found = read_instances(classes, logits, (16, 32), (16, 20), (160, 200))
+    x0, y0, x1, y1 = found.box[0].tolist()
+    assert (y0, x1, y1) == (0, 200, 160) and 150 <= x0 <= 162
+
+
+def tiny_detector(labels: int = 80) -> Any:
+    from gdmd.rewards.mask2former import Mask2Former
+
+    torch.manual_seed(0)
+    swin = transformers.SwinConfig(
+        image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.Mask2FormerConfig(
+        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32,
+        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=32, num_queries=6, num_labels=labels,
+    )  # fmt: skip
+    return Mask2Former(config).eval()
+
+
+def noise(height: int = 40, width: int = 52) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_a_tiny_mask2former_gives_detections_by_class_with_masks_of_the_images_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(geneval_detector, "SHORT", 96)  # a ninth of the pixels
+    net = tiny_detector()
+    torch.nn.init.normal_(net.class_predictor.weight, std=2.0)  # confident, so that something is found
+    found = Detector.from_modules(net)(noise())
+    assert found.objects and set(found.objects) <= set(CLASSES)
+    everything = [one for ones in found.objects.values() for one in ones]
+    assert found.masks.shape == (len(everything), 40, 52) and found.masks.dtype == torch.bool
+    for one in everything:
+        ys, xs = torch.nonzero(found.masks[one.key], as_tuple=True)
+        assert one.box == (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
+        assert 0.3 < one.confidence <= 1
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_published_weights_load_although_they_hold_the_buffers_of_the_training_loss(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    net = tiny_detector()
+    net.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | {"criterion.empty_weight": torch.ones(81)}
+    assert {"class_predictor.weight", "class_predictor.bias"} < set(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = Detector.from_pretrained(str(tmp_path))
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in again.net.state_dict().items())
+
+
+@torch.no_grad()
+def test_the_network_without_its_loss_answers_like_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.mask2former import modeling_mask2former
+
+    monkeypatch.setattr(modeling_mask2former, "requires_backends", lambda *_: None)  # scipy, for the training loss
+    ours = tiny_detector()
+    theirs = transformers.Mask2FormerForUniversalSegmentation(ours.config).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    pixels = torch.randn(1, 3, 64, 96)
+    own, other = ours(pixels), theirs(pixel_values=pixels)
+    torch.testing.assert_close(own.class_queries_logits, other.class_queries_logits)
+    torch.testing.assert_close(own.masks_queries_logits, other.masks_queries_logits)
+
+
+def test_a_detector_of_other_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match="knows 5 classes, GenEval needs COCO's 80"):
+        Detector.from_modules(tiny_detector(5))(noise())
+
+
+# ---------------------------------------------------------------- colors
+
+
+def test_an_object_is_cut_out_on_grey_and_cropped_to_its_box() -> None:
+    image = Image.new("RGB", (20, 10), "red")
+    mask = torch.zeros(10, 20, dtype=torch.bool)
+    mask[2:6, 5:12] = True
+    mask[2, 5] = False
+    piece = np.asarray(cut_out(image, Found((5.0, 2.0, 12.0, 6.0), 0.9), mask))
+    assert piece.shape == (4, 7, 3) and (piece[1:] == [255, 0, 0]).all()
+    assert piece[0, 0].tolist() == [153, 153, 153]
+
+
+class ColorSpace(torch.nn.Module):
+    """A CLIP whose image embedding is the mean color and whose text embedding is the color of the word, for tests."""
+
+    class Answer:
+        def __init__(self, features: Tensor) -> None:
+            self.pooler_output = features
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = transformers.CLIPConfig(vision_config={"image_size": 16})
+        generator = torch.Generator().manual_seed(0)
+        self.noise = torch.randn(1000, 3, generator=generator) * 0.05
+
+    def get_image_features(self, pixel_values: Tensor) -> ColorSpace.Answer:
+        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+        std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+        return self.Answer(pixel_values.mean((2, 3)) * std + mean - 0.4)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> ColorSpace.Answer:
+        table = {"red": (1, 0, 0), "green": (0, 0.5, 0), "blue": (0, 0, 1), "white": (1, 1, 1), "yellow": (1, 1, 0)}
+        near = torch.tensor([table.get(color, (0.1, 0.1, 0.1)) for color in COLORS]).float() - 0.4
+        return self.Answer(near[input_ids[:, 0]] + self.noise[input_ids[:, 1]])
+
+
+def words(texts: Sequence[str]) -> Mapping[str, Tensor]:
+    """(index of the color, length of the text)"""
+    rows = [(next(i for i, color in enumerate(COLORS) if color in text), len(text)) for text in texts]
+    return {"input_ids": torch.tensor(rows), "attention_mask": torch.ones(len(rows), 2)}
+
+
+def test_the_color_is_that_of_the_mask_not_of_what_surrounds_it() -> None:
+    image = Image.new("RGB", (40, 40), "blue")
+    image.paste("red", (5, 5, 15, 15))
+    image.paste("yellow", (20, 20, 35, 35))
+    masks = torch.zeros(2, 40, 40, dtype=torch.bool)
+    masks[0, 5:15, 5:15] = masks[1, 20:35, 20:35] = True
+    objects = [Found((20, 20, 35, 35), 0.9, 1), Found((5, 5, 15, 15), 0.8, 0)]
+    classifier = ColorClassifier.from_modules(ColorSpace(), words)
+    assert classifier.of(image, masks)("apple", objects) == ["yellow", "red"]
+    assert classifier.colors(image, "apple", [], masks) == []
+
+
+def test_the_ten_classifiers_are_the_normalised_means_of_three_normalised_templates() -> None:
+    net = ColorSpace()
+    found = ColorClassifier.from_modules(net, words)._texts("dog")
+    for row, color in enumerate(COLORS):
+        lines = [f"a photo of a {color} dog", f"a photo of a {color}-colored dog", f"a photo of a {color} object"]
+        vectors = net.get_text_features(**words(lines)).pooler_output.double()
+        mean = (vectors / vectors.norm(dim=1, keepdim=True)).mean(0)
+        torch.testing.assert_close(found[row].double(), mean / mean.norm(), rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------- the reward
+
+
+class FoundByColor(Detector):
+    """Says that every red pixel is one dog, for tests of what uses a detector."""
+
+    def __call__(self, image: Image.Image) -> Detections:
+        mask = torch.from_numpy(np.asarray(image)[..., 0] > 200)
+        if not mask.any():
+            return Detections({}, mask[None][:0])
+        ys, xs = torch.nonzero(mask, as_tuple=True)
+        box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
+        return Detections({"dog": [Found(box, 0.95, 0)]}, mask[None])
+
+
+def test_the_partial_credit_reward_reads_the_metadata_of_each_prompt() -> None:
+    reward = GenEvalCredit(FoundByColor.from_modules(None), ColorClassifier.from_modules(ColorSpace(), words))
+    images = torch.zeros(3, 3, 32, 32)
+    images[:2, 0, 4:20, 6:20] = 1.0
+    task = {"tag": "colors", "prompt": "a red dog", "include": [{"class": "dog", "count": 1, "color": "red"}]}
+    green = task | {"include": [{"class": "dog", "count": 1, "color": "green"}]}
+    index = torch.arange(3)
+    scores = reward.score(images, PromptBatch(index, ("a", "b", "c"), index, {}, {}, (task, green, task)))
+    assert scores.tolist() == [1.0, 0.5, 0.0] and not reward.differentiable
+    with pytest.raises(ValueError, match="GenEval metadata with every prompt, got 0 for 3"):
+        reward.score(images, PromptBatch(index, ("a", "b", "c"), index, {}, {}))
+    with pytest.raises(ValueError, match="prompt 1: not GenEval metadata"):
+        reward.score(images, PromptBatch(index, ("a", "b", "c"), index, {}, {}, (task, {}, task)))
+    images[1, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"not finite at samples \[1\]"):
+        reward.score(images, PromptBatch(index, ("a", "b", "c"), index, {}, {}, (task, green, task)))
