@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli import compare, lab, results, training
+from gdmd.cli import compare, export, lab, results, training
 from gdmd.cli.study import study_app
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("compare")(compare.compare_command)
 app.command("eval")(results.eval_command)
 app.command("sample")(results.sample_command)
 app.command("report")(results.report_command)
+app.command("export")(export.export_command)
 app.command("recipes")(lab.recipes_command)
 app.command("doctor")(lab.doctor_command)
 app.command("pretrain")(lab.pretrain_command)

@@ -10,7 +10,7 @@ from gdmd.config.loop import LoopConfig
 from gdmd.config.run import RunConfig, ShapesReward
 from gdmd.evaluation.grids import write_comparison, write_grid
 from gdmd.evaluation.report import read_rows, report_run, save_rows
-from gdmd.evaluation.sample import Sampler, images_of, student_sampler, teacher_sampler
+from gdmd.evaluation.sample import BATCH, Sampler, images_of, student_sampler, teacher_sampler
 from gdmd.evaluation.shapes import HELDOUT, evaluate
 from gdmd.programs.folders import TEACHERS, config_of
 from gdmd.recipes.build import Lab, build, build_rewards
@@ -23,6 +23,8 @@ from gdmd.types import Reward
 FEW_STEPS = 4
 """Steps of the teacher's plain few-step row."""
 GRID_COLUMNS = 6
+REAL_ROWS = 3
+"""Rows and columns of a real model's grid: its images are large."""
 Row = Mapping[str, Any]
 """``Evaluation.json()``, and for a student the "step" of its checkpoint."""
 
@@ -63,7 +65,7 @@ def teacher_row(cfg: RunConfig, lab: Lab, what: str) -> Sampler:
 
 def student_row(cfg: RunConfig, lab: Lab, name: str = "") -> Sampler:
     """The few-step student as it is now."""
-    steps = cfg.method.student_steps
+    steps = lab.student_steps or cfg.method.student_steps
     return student_sampler(lab, lab.roles.student, steps, f"{name or cfg.method.kind.upper()}, {len(steps)} steps")
 
 
@@ -72,14 +74,21 @@ def grid_captions(per_task: int = 2) -> tuple[str, ...]:
     return tuple(catalogue().captions[row].text for row in fixed_rows("eval", per_task).tolist())
 
 
+def image_batch(cfg: RunConfig) -> int:
+    """Images per sampling call: what fits in training, for real models."""
+    return BATCH if cfg.model.kind == "shapes" else cfg.loop.micro_batch or cfg.loop.batch_size
+
+
 def grid_hook(lab: Lab, cfg: RunConfig) -> Callable[[int, Path], None]:
     """Draws the grid of a step: the same captions from the same noise every time."""
-    captions = grid_captions()
-    texts = [text for text in captions for _ in range(GRID_COLUMNS)]
+    shapes = cfg.model.kind == "shapes"
+    captions = grid_captions() if shapes else tuple(lab.stream.groups[0][:REAL_ROWS])
+    columns = GRID_COLUMNS if shapes else REAL_ROWS
+    texts = [text for text in captions for _ in range(columns)]
 
     def grid(step: int, path: Path) -> None:
-        cells = images_of(student_row(cfg, lab), lab, texts, cfg.eval.seed)
-        write_grid(path, cells.unflatten(0, (len(captions), GRID_COLUMNS)), captions)
+        cells = images_of(student_row(cfg, lab), lab, texts, cfg.eval.seed, image_batch(cfg))
+        write_grid(path, cells.unflatten(0, (len(captions), columns)), captions, scale=3 if shapes else 1)
 
     return grid
 

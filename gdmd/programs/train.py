@@ -60,7 +60,7 @@ def check_prompts(cfg: RunConfig) -> None:
     """ValueError with file and line for a prompt that is no caption of the Shapes language."""
     from gdmd.data.prompts import read_prompts
 
-    if cfg.prompts.file is None:
+    if cfg.prompts.file is None or cfg.model.kind != "shapes":
         return
     table = catalogue()
     for number, text in enumerate(read_prompts(Path(cfg.prompts.file)), 1):
@@ -79,6 +79,9 @@ def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool
         end = train(lab.method, lab.roles, lab.stream, cfg.loop, run, Hooks(progress, grid_hook(lab, cfg)))
     trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began)
     if end.signal is not None or not evaluation:
+        return trained
+    if cfg.model.kind != "shapes":
+        console.print(f"write the student for diffusers with: gdmd export {run.path}", markup=False, highlight=False)
         return trained
     console.print("evaluating the EMA student on the fixed evaluation set", markup=False)
     row, report = finish_run(cfg, run.path, lab, end.step)

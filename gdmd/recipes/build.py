@@ -51,6 +51,7 @@ class Lab:
     method: Method
     stream: PromptStream
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
+    student_steps: tuple[float, ...] = ()  # through the family's clock; empty: those of the recipe
     teacher_times: Callable[[int], Tensor] = times
 
 
@@ -92,7 +93,11 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     stream = PromptStream([prompts], family.encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group)
     place = Place(family.latent_shape, family.native)
     method = _method(cfg.model_copy(update={"method": own}), roles, family.codec, rewards, place)
-    return Lab(roles, family.codec, family.encoder, rewards, method, stream, family.latent_shape, family.teacher_times)
+    return Lab(
+        *(roles, family.codec, family.encoder, rewards, method, stream, family.latent_shape),
+        student_steps=own.student_steps,
+        teacher_times=family.teacher_times,
+    )
 
 
 def _tensors(given: str | None, name: str) -> tuple[dict[str, torch.Tensor], str]:

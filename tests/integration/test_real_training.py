@@ -12,6 +12,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +24,9 @@ from gdmd.config.run import RunConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.methods.gdmd import Gdmd
 from gdmd.methods.scoring import Scorer
+from gdmd.programs.export import export_run
+from gdmd.programs.sample import draw
+from gdmd.programs.train import start
 from gdmd.recipes.build import Lab, build
 from gdmd.runs.rundir import Run, create
 from gdmd.training.loop import train
@@ -135,3 +139,25 @@ def test_a_real_model_without_prompts_or_real_images_is_refused(folders: Path) -
         build(cfg.model_copy(update={"prompts": type(cfg.prompts)()}))
     with pytest.raises(ValueError, match="student_input = data needs real images"):
         build(recipe(folders, "sd3", 1, DmdConfig(student_input="data")))
+
+
+def test_a_run_draws_grids_and_samples_and_is_exported(folders: Path, tmp_path: Path) -> None:
+    cfg = recipe(folders, "sd3", 1)
+    cfg = cfg.model_copy(update={"loop": cfg.loop.model_copy(update={"grid_every": 1})})
+    done = start(cfg, tmp_path / "run", Console(quiet=True), evaluation=True, command=["gdmd", "train"])
+    assert done.report is None and len(list((tmp_path / "run" / "grids").iterdir())) == 2
+    assert draw(str(tmp_path / "run"), ["two red dogs"], 2, 0, tmp_path / "a.png", 4) > 0
+    lora = export_run(tmp_path / "run")
+    assert [file.name for file in lora] == ["pytorch_lora_weights.safetensors", "scheduler", "README.md"]
+    card = lora[-1].read_text()
+    for part in ("base_model: ", "guidance_scale=0.0", "sigmas=[1.0, 0.75, 0.5, 0.25]", "license:", "`gdmd train`"):
+        assert part in card
+    merged = export_run(tmp_path / "run", tmp_path / "whole", merged=True)
+    assert (merged[0] / "model_index.json").is_file()
+
+
+def test_a_run_of_the_shapes_lab_is_not_exported(tmp_path: Path) -> None:
+    cfg = RunConfig(name="shapes", loop=LoopConfig())
+    create(tmp_path / "run", cfg.model_dump(mode="json"))
+    with pytest.raises(ValueError, match="is a run of the Shapes lab"):
+        export_run(tmp_path / "run")
