@@ -1,0 +1,135 @@
+"""Text embeddings computed once: shards of safetensors on disk, so that training holds no text encoder.
+
+FOLDER/KEY/shard_00000.safetensors holds the named tensors of up to SHARD captions, [n, ...] each, and the captions in
+its header; null.safetensors the unconditional input. KEY is a hash of the encoder's identity (pipeline, revision,
+precision, length), so that embeddings of another encoder are never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gdmd.types import Cond, TextEncoder
+
+SHARD = 64
+"""Captions per file: what an interruption costs at most."""
+BATCH = 8
+"""Captions per call of the encoder."""
+
+
+class LiveEncoder(TextEncoder, Protocol):
+    """An encoder whose memory can be given back."""
+
+    def unload(self) -> None: ...
+
+
+class CachedText:
+    """A TextEncoder that reads what is on disk and asks ``encoder`` for the rest, while that is loaded."""
+
+    def __init__(self, encoder: LiveEncoder, folder: Path, identity: str, device: torch.device | str = "cpu") -> None:
+        self.encoder: LiveEncoder | None = encoder
+        self.folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self.device = device
+        self._place: dict[str, tuple[Path, int]] = {}
+        self._null: Cond | None = None
+        for shard in sorted(self.folder.glob("shard_*.safetensors")):
+            self._index(shard)
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._place
+
+    def prepare(self, texts: Sequence[str]) -> int:
+        """Embed the captions that are not on disk, shard by shard, then unload the encoder; returns how many."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._place]
+        if missing and self.encoder is None:
+            raise ValueError(f"{len(missing)} captions are not in {self.folder} and the text encoders are unloaded")
+        for start in range(0, len(missing), SHARD):
+            self._write_shard(missing[start : start + SHARD])
+        self.null(1)
+        if self.encoder is not None:
+            self.encoder.unload()
+            self.encoder = None
+        return len(missing)
+
+    def encode(self, texts: Sequence[str]) -> Cond:
+        """Rows in the order of ``texts``. ValueError for an unknown caption when the encoder is unloaded."""
+        unknown = [text for text in texts if text not in self._place]
+        if not unknown:
+            return self._read(texts)
+        if self.encoder is None:
+            raise ValueError(
+                f"caption {unknown[0]!r} is not among the embedded ones in {self.folder}, and the text encoders were "
+                "unloaded; add it to prompts.file, or set model.embeddings to null"
+            )
+        return self.encoder.encode(texts)
+
+    def null(self, count: int) -> Cond:
+        """The unconditional input, one row on disk shared by all samples."""
+        if self._null is None:
+            self._null = {name: row.to(self.device) for name, row in self._null_row().items()}
+        return {name: row.expand(count, *row.shape[1:]) for name, row in self._null.items()}
+
+    def _null_row(self) -> Mapping[str, Tensor]:
+        from safetensors.torch import load_file
+
+        file = self.folder / "null.safetensors"
+        if file.is_file():
+            return load_file(file)
+        if self.encoder is None:
+            raise ValueError(f"{file} is missing and the text encoders are unloaded; start again to make it")
+        row = self.encoder.null(1)
+        _save(file, row, {})
+        return row
+
+    def _write_shard(self, texts: Sequence[str]) -> None:
+        assert self.encoder is not None
+        parts = [self.encoder.encode(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        file = self.folder / f"shard_{len(list(self.folder.glob('shard_*.safetensors'))):05d}.safetensors"
+        _save(file, joined, {"texts": json.dumps(list(texts))})
+        self._index(file)
+
+    def _index(self, shard: Path) -> None:
+        """Remember where the captions of a shard are; only its header is read."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(shard, "pt") as opened:
+                texts = json.loads(opened.metadata()["texts"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"text embeddings {shard}: damaged ({error}); delete the file, and its captions are embedded again"
+            ) from error
+        self._place |= {text: (shard, row) for row, text in enumerate(texts)}
+
+    def _read(self, texts: Sequence[str]) -> Cond:
+        from safetensors import safe_open
+
+        wanted = [self._place[text] for text in texts]
+        rows: dict[tuple[Path, int], dict[str, Tensor]] = {}
+        for shard in {file for file, _ in wanted}:
+            with safe_open(shard, "pt") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                for file, row in set(wanted):
+                    if file == shard:
+                        rows[file, row] = {name: part[row : row + 1] for name, part in slices.items()}
+        names = rows[wanted[0]].keys()
+        return {name: torch.cat([rows[place][name] for place in wanted]).to(self.device) for name in names}
+
+
+def _save(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Whole or absent: written beside its place, then renamed."""
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.partial")
+    save_file({name: part.detach().cpu().contiguous().clone() for name, part in tensors.items()}, unfinished, header)
+    os.replace(unfinished, file)
