@@ -46,6 +46,18 @@ def open_family(cfg: DiffusersModel, device: str = "cpu") -> Family:
     return opened
 
 
+def encoder_identity(family: Family) -> str:
+    """What the text embeddings of a pipeline depend on: its place, revision, precision, length, and local files."""
+    cfg = family.cfg
+    facts: list[object] = [family.name, cfg.path, cfg.revision, cfg.variant, cfg.dtype, cfg.t5, cfg.max_tokens]
+    folder = Path(cfg.path)
+    if folder.is_dir():
+        facts[1] = str(folder.resolve())
+        parts = [file for kind in ("text_encoder*", "tokenizer*") for file in sorted(folder.glob(f"{kind}/*"))]
+        facts += [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in parts]
+    return json.dumps(facts)
+
+
 def require_diffusers() -> None:
     """ValueError with the install command when the optional libraries are not there."""
     from importlib.util import find_spec

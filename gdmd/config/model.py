@@ -44,6 +44,11 @@ class DiffusersModel(Config):
     max_tokens: NonNegativeCount = Field(
         default=0, description="Caption tokens of the long text encoder; 0 = the family's default."
     )
+    embeddings: str | None = Field(
+        default=None,
+        description="Folder of text embeddings: all prompts are embedded there once, then the encoders are unloaded. "
+        "null = embed every batch, encoders in memory.",
+    )
     embedded_guidance: NonNegative = Field(
         default=3.5, description="Guidance fed to a guidance-distilled network (FLUX.1-dev); others ignore it."
     )

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from gdmd.config.run import RunConfig
+from gdmd.data.embeddings import CachedText
 from gdmd.programs.evaluate import finish_run, grid_hook
 from gdmd.recipes.build import Lab, build
 from gdmd.runs.rundir import Run, create
@@ -53,7 +54,10 @@ def start(cfg: RunConfig, folder: Path, console: Console, *, evaluation: bool, c
 def ready(cfg: RunConfig) -> Lab:
     """The live objects of a recipe, its prompts checked to the last line."""
     check_prompts(cfg)
-    return build(cfg)
+    lab = build(cfg)
+    if isinstance(lab.encoder, CachedText):
+        lab.encoder.prepare([text for group in lab.stream.groups for text in group])
+    return lab
 
 
 def check_prompts(cfg: RunConfig) -> None:

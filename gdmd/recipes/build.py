@@ -22,7 +22,8 @@ from gdmd.config.method import DmdConfig, GdmdConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.rivals import Dmd2Config, DmdrConfig
 from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
-from gdmd.config.run import RunConfig, ShapesModel, ShapesReward
+from gdmd.config.run import RewardConfig, RunConfig, ShapesModel, ShapesReward
+from gdmd.data.embeddings import CachedText
 from gdmd.data.latents import RenderedLatents
 from gdmd.data.prompts import PromptStream, read_prompts, training_captions
 from gdmd.diffusion.sampling import times
@@ -83,18 +84,21 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     if cfg.prompts.file is None:
         raise ValueError("prompts.file is not set: a real model needs a file of prompts (txt or jsonl)")
     prompts = list(read_prompts(Path(cfg.prompts.file)))
-    from gdmd.backbones.pipelines import open_family
+    from gdmd.backbones.pipelines import encoder_identity, open_family
     from gdmd.backbones.roles import DiffusersRoles
 
     family = open_family(model, device)
+    encoder: TextEncoder = family.encoder
+    if model.embeddings is not None:
+        encoder = CachedText(family.encoder, Path(model.embeddings), encoder_identity(family), device)
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16")
     own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
     rewards = build_rewards(cfg.rewards, device) if cfg.method.rewarded else ()
-    stream = PromptStream([prompts], family.encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group)
+    stream = PromptStream([prompts], encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group)
     place = Place(family.latent_shape, family.native)
     method = _method(cfg.model_copy(update={"method": own}), roles, family.codec, rewards, place)
     return Lab(
-        *(roles, family.codec, family.encoder, rewards, method, stream, family.latent_shape),
+        *(roles, family.codec, encoder, rewards, method, stream, family.latent_shape),
         student_steps=own.student_steps,
         teacher_times=family.teacher_times,
     )
@@ -105,17 +109,21 @@ def _tensors(given: str | None, name: str) -> tuple[dict[str, torch.Tensor], str
     return load_asset(path).tensors, str(path)
 
 
-def build_rewards(specs: Sequence[ShapesReward], device: str = "cpu") -> tuple[Reward, ...]:
+def build_rewards(specs: Sequence[RewardConfig], device: str = "cpu") -> tuple[Reward, ...]:
     """The reward models of a recipe, in its order."""
     return tuple(_reward(spec, device) for spec in specs)
 
 
-def _reward(spec: ShapesReward, device: str) -> Reward:
-    match spec.kind:
-        case "shapes_partial_credit":
+def _reward(spec: RewardConfig, device: str) -> Reward:
+    match spec:
+        case ShapesReward(kind="shapes_partial_credit"):
             return PartialCredit()
-        case kind:
+        case ShapesReward(kind=kind):
             return load_scorer(kind, _tensors(spec.asset, kind)[0]).to(device)
+        case _:
+            from gdmd.recipes.rewards import image_reward
+
+            return image_reward(spec, device)
 
 
 class BuiltRoles(Roles, Protocol):

@@ -26,7 +26,7 @@ from gdmd.methods.gdmd import Gdmd
 from gdmd.methods.scoring import Scorer
 from gdmd.programs.export import export_run
 from gdmd.programs.sample import draw
-from gdmd.programs.train import start
+from gdmd.programs.train import ready, start
 from gdmd.recipes.build import Lab, build
 from gdmd.runs.rundir import Run, create
 from gdmd.training.loop import train
@@ -154,6 +154,16 @@ def test_a_run_draws_grids_and_samples_and_is_exported(folders: Path, tmp_path: 
         assert part in card
     merged = export_run(tmp_path / "run", tmp_path / "whole", merged=True)
     assert (merged[0] / "model_index.json").is_file()
+
+
+def test_embeddings_on_disk_train_the_same_student_without_encoders(folders: Path, tmp_path: Path) -> None:
+    live, _ = trained(recipe(folders, "sdxl", 1), tmp_path / "live")
+    cfg = recipe(folders, "sdxl", 1, embeddings=str(tmp_path / "embeddings"))
+    lab = ready(cfg)
+    assert lab.roles.family.pipe.text_encoder is None
+    train(lab.method, lab.roles, lab.stream, cfg.loop, create(tmp_path / "run", cfg.model_dump(mode="json")))
+    wanted, found = (own.roles.parameters("student") for own in (live, lab))
+    assert all(torch.allclose(wanted[key], found[key], atol=1e-5) for key in wanted)
 
 
 def test_a_run_of_the_shapes_lab_is_not_exported(tmp_path: Path) -> None:
