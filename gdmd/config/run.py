@@ -10,6 +10,7 @@ from gdmd.config.base import Config, Count
 from gdmd.config.loop import LoopConfig
 from gdmd.config.method import GdmdConfig, MethodConfig
 from gdmd.config.model import DiffusersModel
+from gdmd.config.rewards import ImageReward
 
 
 class ShapesModel(Config):
@@ -39,6 +40,14 @@ class ShapesReward(Config):
     kind: Literal["shapes_clip", "shapes_pref", "shapes_clip_heldout", "shapes_partial_credit"]
     asset: str | None = Field(default=None, description="safetensors file of another scorer; default: the shipped one.")
 
+    @property
+    def label(self) -> str:
+        return self.kind
+
+
+RewardConfig = Annotated[ShapesReward | ImageReward, Field(discriminator="kind")]
+"""Every reward that can train a student."""
+
 
 class PromptConfig(Config):
     """Where prompts come from."""
@@ -64,7 +73,7 @@ class RunConfig(Config):
     about: str = Field(default="", description="What the recipe is for, in a sentence.")
     model: ModelConfig = ShapesModel()
     method: MethodConfig = Field(default_factory=GdmdConfig)
-    rewards: tuple[ShapesReward, ...] = Field(
+    rewards: tuple[RewardConfig, ...] = Field(
         default=(ShapesReward(kind="shapes_clip"), ShapesReward(kind="shapes_pref")),
         description="Reward models that train the student; each is divided by its own Z, then they are averaged.",
     )
@@ -81,7 +90,7 @@ class RunConfig(Config):
                 f"group size does not divide: method {self.method.kind} compares {self.method.prompt_group} images per "
                 f"prompt, and loop.batch_size is {self.loop.batch_size}; give a multiple of the group size"
             )
-        names = [r.kind for r in self.rewards]
+        names = [r.label for r in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"each reward may be listed once, got {names}")
         return self

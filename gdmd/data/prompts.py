@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +33,25 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return tuple(read(path, number, line) for number, line in enumerate(lines, 1))
 
 
+def read_meta(path: Path) -> dict[str, Mapping[str, Any]]:
+    """The whole JSON object of every prompt of a jsonl file, by its text, for rewards that read more than the text.
+
+    A txt file has none. ValueError for a prompt that comes twice with different objects.
+    """
+    if path.suffix != ".jsonl":
+        return {}
+    texts = read_prompts(path)  # every line is checked there
+    found: dict[str, Mapping[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    for number, (text, line) in enumerate(zip(texts, lines, strict=True), 1):
+        row = json.loads(line)
+        if found.setdefault(text, row) != row:
+            raise ValueError(
+                f"prompt file {path}, line {number}: the prompt {text[:40]!r} came before with other metadata"
+            )
+    return found
+
+
 def _text_line(path: Path, number: int, line: str) -> str:
     if not line.strip():
         raise ValueError(f"prompt file {path}, line {number}: empty line; remove it or write a prompt")
@@ -54,11 +76,17 @@ class PromptStream:
     """Batches of prompts drawn from a list, uniformly over its groups (tasks), then over the members of a group.
 
     ``group``: samples per prompt. Sample i shows prompt i // group, whose number is its group id; the prompts are the
-    first ones of the batch with one sample each.
+    first ones of the batch with one sample each. ``meta``: what else is known of every prompt, by its text.
     """
 
     def __init__(
-        self, groups: list[list[str]], encoder: TextEncoder, batch_size: int, seed: int, group: int = 1
+        self,
+        groups: list[list[str]],
+        encoder: TextEncoder,
+        batch_size: int,
+        seed: int,
+        group: int = 1,
+        meta: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         if not groups or not all(groups):
             raise ValueError("a prompt stream needs at least one prompt in every group")
@@ -68,6 +96,7 @@ class PromptStream:
                 "give a batch size that is a multiple of the group size"
             )
         self.groups, self.encoder, self.batch_size, self.seed, self.group = groups, encoder, batch_size, seed, group
+        self.meta = meta
 
     def at(self, step: int) -> PromptBatch:
         index = torch.arange(self.batch_size)
@@ -77,7 +106,8 @@ class PromptStream:
         chosen = [self.groups[g] for g in which]
         drawn = [own[int(p * len(own))] for own, p in zip(chosen, place, strict=True)]
         texts = tuple(text for text in drawn for _ in range(self.group))
-        return batch_of(texts, self.encoder, index, index // self.group)
+        batch = batch_of(texts, self.encoder, index, index // self.group)
+        return replace(batch, meta=tuple(self.meta[text] for text in texts)) if self.meta else batch
 
 
 def batch_of(

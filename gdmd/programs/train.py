@@ -14,6 +14,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
 from gdmd.programs.evaluate import finish_run, grid_hook
 from gdmd.recipes.build import Lab, build
+from gdmd.recipes.rewards import reward_stats
 from gdmd.runs.rundir import Run, create
 from gdmd.shapes.grammar import catalogue
 from gdmd.training.loop import Hooks, TrainEnd, train
@@ -80,7 +81,8 @@ def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool
     console.print(f"run folder {run.path}", markup=False, highlight=False)
     began = time.perf_counter()
     with progress_for(cfg.loop.steps, console) as progress:
-        end = train(lab.method, lab.roles, lab.stream, cfg.loop, run, Hooks(progress, grid_hook(lab, cfg)))
+        hooks = Hooks(progress, grid_hook(lab, cfg), lambda: reward_stats(lab.rewards))
+        end = train(lab.method, lab.roles, lab.stream, cfg.loop, run, hooks)
     trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began)
     if end.signal is not None or not evaluation:
         return trained

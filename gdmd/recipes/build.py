@@ -25,7 +25,7 @@ from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.run import RewardConfig, RunConfig, ShapesModel, ShapesReward
 from gdmd.data.embeddings import CachedText
 from gdmd.data.latents import RenderedLatents
-from gdmd.data.prompts import PromptStream, read_prompts, training_captions
+from gdmd.data.prompts import PromptStream, read_meta, read_prompts, training_captions
 from gdmd.diffusion.sampling import times
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.dmd2 import Dmd2
@@ -94,7 +94,8 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16")
     own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
     rewards = build_rewards(cfg.rewards, device) if cfg.method.rewarded else ()
-    stream = PromptStream([prompts], encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group)
+    meta = read_meta(Path(cfg.prompts.file))
+    stream = PromptStream([prompts], encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, meta)
     place = Place(family.latent_shape, family.native)
     method = _method(cfg.model_copy(update={"method": own}), roles, family.codec, rewards, place)
     return Lab(

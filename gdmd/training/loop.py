@@ -67,10 +67,14 @@ class Silent:
 
 @dataclass(frozen=True)
 class Hooks:
-    """grid(step, path): called with the EMA weights swapped in, writes an image to ``path``."""
+    """grid(step, path): called with the EMA weights swapped in, writes an image to ``path``.
+
+    stats(): what others than the method have to say for the log after an iteration, such as the parts of a reward.
+    """
 
     progress: Progress = field(default_factory=Silent)
     grid: Callable[[int, Path], None] | None = None
+    stats: Callable[[], Mapping[str, Tensor]] = dict
 
 
 WATCHED_BY_NOBODY = Hooks()
@@ -158,7 +162,7 @@ class _Trainer:
         except NonFiniteError as error:
             raise self._explained(error, step, prompts) from error
         self._check_skipped(step)
-        self.means.add(self.method.stats())
+        self.means.add({**self.hooks.stats(), **self.method.stats()})
         self._images += len(prompts)
 
     def report(self, step: int, last: bool, board: SummaryWriter) -> None:

@@ -1,0 +1,78 @@
+"""From the config of a reward of real images to the live reward; networks are loaded on first use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gdmd.config.rewards import (
+    AestheticReward,
+    CallableConfig,
+    ClipReward,
+    CompositeReward,
+    GenEvalReward,
+    HpsReward,
+    ImageReward,
+    ImageRewardReward,
+    PickScoreReward,
+    Placed,
+    RemoteReward,
+)
+from gdmd.rewards.aesthetic import Aesthetic
+from gdmd.rewards.callable import CallableReward
+from gdmd.rewards.clip import ClipScore
+from gdmd.rewards.composite import Composite, Part
+from gdmd.rewards.geneval import GenEvalCredit
+from gdmd.rewards.geneval_colors import ColorClassifier
+from gdmd.rewards.geneval_detector import Detector
+from gdmd.rewards.hps import Hps
+from gdmd.rewards.imagereward import ImageReward as BlipReward
+from gdmd.rewards.pickscore import PickScore
+from gdmd.rewards.pretrained import Placement
+from gdmd.rewards.remote import RemoteScorer
+from gdmd.types import Reward
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def image_reward(spec: ImageReward, device: str) -> Reward:
+    """The reward that ``spec`` describes. ValueError for a path without weights, before anything is loaded."""
+    match spec:
+        case ClipReward():
+            return ClipScore.from_pretrained(spec.path, spec.revision, _placement(spec, device))
+        case HpsReward():
+            return Hps.from_pretrained(spec.path, _placement(spec, device), spec.kind)
+        case PickScoreReward():
+            return PickScore.from_pretrained(spec.path, spec.revision, _placement(spec, device), spec.tokenizer)
+        case ImageRewardReward():
+            return BlipReward.from_pretrained(spec.path, _placement(spec, device))
+        case AestheticReward():
+            return Aesthetic.from_pretrained(spec.path, spec.clip, spec.revision, _placement(spec, device))
+        case GenEvalReward():
+            place = _placement(spec, device)
+            colors = ColorClassifier.from_pretrained(spec.clip, placement=place)
+            return GenEvalCredit(Detector.from_pretrained(spec.detector, placement=place), colors)
+        case CallableConfig():
+            return CallableReward.from_target(spec.target, spec.differentiable)
+        case RemoteReward():
+            return RemoteScorer(spec, os.environ.get(spec.token_variable))
+        case CompositeReward():
+            return Composite([Part(image_reward(p.reward, device), p.weight, p.mean, p.std) for p in spec.parts])
+
+
+def reward_stats(rewards: Sequence[Reward]) -> Mapping[str, Tensor]:
+    """What rewards made of parts, and remote ones, have to say for the log beyond their scores."""
+    stats: dict[str, Tensor] = {}
+    for reward in rewards:
+        if isinstance(reward, Composite):
+            stats |= reward.stats() | reward_stats([part.reward for part in reward.parts])
+        elif isinstance(reward, RemoteScorer):
+            stats |= reward.stats()
+    return stats
+
+
+def _placement(spec: Placed, device: str) -> Placement:
+    return Placement(spec.device or device, _DTYPES[spec.dtype], spec.offload, spec.chunk)
