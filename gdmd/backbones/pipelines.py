@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gdmd.backbones.base import Family
+from gdmd.backbones.codec import VaeCodec
 from gdmd.backbones.flux import Flux
 from gdmd.backbones.qwen_image import QwenImage
 from gdmd.backbones.sd3 import Sd3
@@ -20,6 +21,7 @@ from gdmd.backbones.sd15 import Sd15
 from gdmd.backbones.sdxl import Sdxl
 from gdmd.backbones.z_image import ZImage
 from gdmd.config.model import DiffusersModel
+from gdmd.types import Codec
 
 FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, ZImage, QwenImage)
 INDEX = "model_index.json"
@@ -44,6 +46,28 @@ def open_family(cfg: DiffusersModel, device: str = "cpu") -> Family:
     opened = family(pipe, cfg)
     opened.encoder.device = torch.device(device)
     return opened
+
+
+def scoring_codec(family: Family, device: str = "cpu") -> Codec:
+    """What rewards see latents through: the tiny decoder of cfg.scoring_decoder, or the pipeline's own VAE."""
+    cfg = family.cfg
+    if cfg.scoring_decoder is None:
+        return family.codec
+    from diffusers import AutoencoderTiny
+
+    local = is_local(cfg.scoring_decoder)
+    try:
+        tiny = AutoencoderTiny.from_pretrained(cfg.scoring_decoder, dtype=DTYPES[cfg.dtype], local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.scoring_decoder {cfg.scoring_decoder!r}: no AutoencoderTiny can be loaded: {error}"
+        ) from error
+    if tiny.config.latent_channels != family.latent_channels:
+        raise ValueError(
+            f"model.scoring_decoder {cfg.scoring_decoder!r} decodes {tiny.config.latent_channels} channels, but latents "
+            f"of {family.name} have {family.latent_channels}; give the one of this family"
+        )
+    return VaeCodec(tiny.to(device), cfg.decode_chunk)
 
 
 def encoder_identity(family: Family) -> str:

@@ -53,4 +53,8 @@ class DiffusersModel(Config):
         default=3.5, description="Guidance fed to a guidance-distilled network (FLUX.1-dev); others ignore it."
     )
     decode_chunk: Count = Field(default=1, description="Images per call of the VAE; more is faster and takes memory.")
+    scoring_decoder: str | None = Field(
+        default=None,
+        description="Folder or hub id of an AutoencoderTiny through which rewards see latents: less memory, rougher.",
+    )
     decode_tiled: bool = Field(default=False, description="Decode in overlapping tiles: less memory, small seams.")

@@ -85,6 +85,9 @@ class RunConfig(Config):
     def _rewarded(self) -> RunConfig:
         if self.method.rewarded and not self.rewards:
             raise ValueError(f"method {self.method.kind} reads rewards and needs at least one under `rewards`")
+        alien = [r.kind for r in self.rewards if r.kind.startswith("shapes_")]
+        if self.model.kind == "diffusers" and self.method.rewarded and alien:
+            raise ValueError(f"rewards {alien} judge captions of the Shapes world; list rewards of real images")
         if self.loop.batch_size % self.method.prompt_group:
             raise ValueError(
                 f"group size does not divide: method {self.method.kind} compares {self.method.prompt_group} images per "

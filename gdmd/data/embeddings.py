@@ -125,7 +125,7 @@ class CachedText:
         return {name: torch.cat([rows[place][name] for place in wanted]).to(self.device) for name in names}
 
 
-def _save(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+def _save(file: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
     """Whole or absent: written beside its place, then renamed."""
     from safetensors.torch import save_file
 

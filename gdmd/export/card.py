@@ -17,7 +17,7 @@ def model_card(
     """README.md: front matter of the hub, three lines of use, training, and what must be filled in by its owner."""
     model = family.cfg
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    rewards = [reward.kind for reward in cfg.rewards] if cfg.method.rewarded else []
+    rewards = [reward.label for reward in cfg.rewards] if cfg.method.rewarded else []
     lines = [
         *_front_matter(model.path),
         f"# {cfg.name}: {len(cfg.method.student_steps)}-step student of {model.path}",

@@ -84,7 +84,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     if cfg.prompts.file is None:
         raise ValueError("prompts.file is not set: a real model needs a file of prompts (txt or jsonl)")
     prompts = list(read_prompts(Path(cfg.prompts.file)))
-    from gdmd.backbones.pipelines import encoder_identity, open_family
+    from gdmd.backbones.pipelines import encoder_identity, open_family, scoring_codec
     from gdmd.backbones.roles import DiffusersRoles
 
     family = open_family(model, device)
@@ -97,7 +97,8 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     meta = read_meta(Path(cfg.prompts.file))
     stream = PromptStream([prompts], encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, meta)
     place = Place(family.latent_shape, family.native)
-    method = _method(cfg.model_copy(update={"method": own}), roles, family.codec, rewards, place)
+    codec = scoring_codec(family, device)
+    method = _method(cfg.model_copy(update={"method": own}), roles, codec, rewards, place)
     return Lab(
         *(roles, family.codec, encoder, rewards, method, stream, family.latent_shape),
         student_steps=own.student_steps,

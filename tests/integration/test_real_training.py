@@ -12,18 +12,14 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gdmd.backbones.pipelines import open_family
-from gdmd.backbones.roles import DiffusersRoles
 from gdmd.config.loop import LoopConfig
 from gdmd.config.method import DmdConfig, GdmdConfig
 from gdmd.config.run import RunConfig
-from gdmd.data.prompts import PromptStream
-from gdmd.methods.gdmd import Gdmd
-from gdmd.methods.scoring import Scorer
 from gdmd.programs.export import export_run
 from gdmd.programs.sample import draw
 from gdmd.programs.train import ready, start
@@ -35,13 +31,9 @@ from gdmd.types import PromptBatch
 FAST: dict[str, Any] = {"log_every": 1, "grid_every": 0, "checkpoint_every": 1, "threads": 1, "ema": 0.9}
 
 
-class Brightness:
-    """Mean of the red channel."""
-
-    name, differentiable = "brightness", True
-
-    def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
-        return images[:, 0].mean((1, 2))
+def brightness(images: Tensor, prompts: PromptBatch) -> Tensor:
+    """A reward: the mean of the red channel."""
+    return images[:, 0].mean((1, 2))
 
 
 @pytest.fixture(scope="session")
@@ -61,22 +53,12 @@ def recipe(folders: Path, name: str, steps: int, method: Any = None, **model: An
         method=method or DmdConfig(fake_updates=2, guidance=3.0, step_draw="batch"),
         loop=LoopConfig(steps=steps, batch_size=2, lr_student=1e-2, lr_fake=1e-2, **FAST),
         prompts={"file": str(prompts)},
+        rewards=[{"kind": "callable", "target": "test_real_training:brightness"}],
     )
 
 
-def lab_of(cfg: RunConfig) -> Lab:
-    """``build``, with a toy reward where the method reads one: the Shapes scorers know no photographs."""
-    if not isinstance(cfg.method, GdmdConfig):
-        return build(cfg, "cpu")
-    family = open_family(cfg.model)
-    roles = DiffusersRoles(family)
-    method = Gdmd(cfg.method, roles, family.latent_shape, family.native).attach(Scorer(family.codec, [Brightness()]))
-    stream = PromptStream([list(tiny.WORDS)], family.encoder, cfg.loop.batch_size, cfg.loop.seed)
-    return Lab(roles, family.codec, family.encoder, (Brightness(),), method, stream, family.latent_shape)
-
-
 def trained(cfg: RunConfig, folder: Path) -> tuple[Lab, Run]:
-    lab, run = lab_of(cfg), create(folder, cfg.model_dump(mode="json"))
+    lab, run = build(cfg, "cpu"), create(folder, cfg.model_dump(mode="json"))
     train(lab.method, lab.roles, lab.stream, cfg.loop, run)
     return lab, run
 
@@ -91,7 +73,7 @@ def frozen_part(lab: Lab) -> dict[str, Tensor]:
 def test_two_iterations_move_only_the_adapters(folders: Path, tmp_path: Path, name: str, kind: str) -> None:
     own = {"group_size": 2, "guidance": 3.0, "step_draw": "batch"}
     cfg = recipe(folders, name, 2, GdmdConfig(**own) if kind == "gdmd" else None)
-    lab, run = lab_of(cfg), create(tmp_path / "run", cfg.model_dump(mode="json"))
+    lab, run = build(cfg, "cpu"), create(tmp_path / "run", cfg.model_dump(mode="json"))
     before = frozen_part(lab)
     moved = {k: v.detach().clone() for role in ("student", "fake") for k, v in lab.roles.parameters(role).items()}
     train(lab.method, lab.roles, lab.stream, cfg.loop, run)
@@ -164,6 +146,25 @@ def test_embeddings_on_disk_train_the_same_student_without_encoders(folders: Pat
     train(lab.method, lab.roles, lab.stream, cfg.loop, create(tmp_path / "run", cfg.model_dump(mode="json")))
     wanted, found = (own.roles.parameters("student") for own in (live, lab))
     assert all(torch.allclose(wanted[key], found[key], atol=1e-5) for key in wanted)
+
+
+def test_rewards_see_latents_through_the_tiny_decoder(folders: Path, tmp_path: Path) -> None:
+    shape = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "latent_channels": 4}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    AutoencoderTiny(**shape, **blocks).save_pretrained(tmp_path / "taesd")
+    lab = build(recipe(folders, "sd3", 1, GdmdConfig(), scoring_decoder=str(tmp_path / "taesd")), "cpu")
+    codec = lab.method.scorer.codec  # type: ignore[attr-defined]
+    assert type(codec.vae) is AutoencoderTiny and type(lab.codec.vae) is AutoencoderKL  # type: ignore[attr-defined]
+    assert codec.decode(torch.randn(2, *lab.latent_shape)).shape == (2, 3, tiny.SIZE, tiny.SIZE)
+    AutoencoderTiny(**(shape | {"latent_channels": 16}), **blocks).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="decodes 16 channels, but latents of sd3 have 4"):
+        build(recipe(folders, "sd3", 1, scoring_decoder=str(tmp_path / "other")), "cpu")
+
+
+def test_rewards_of_the_shapes_world_are_refused(folders: Path) -> None:
+    cfg = recipe(folders, "sd3", 1, GdmdConfig()).model_dump(mode="json")
+    with pytest.raises(ValueError, match="judge captions of the Shapes world"):
+        RunConfig.model_validate(cfg | {"rewards": [{"kind": "shapes_clip"}]})
 
 
 def test_a_run_of_the_shapes_lab_is_not_exported(tmp_path: Path) -> None:
