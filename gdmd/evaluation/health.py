@@ -32,6 +32,7 @@ def training_curves(metrics: Metrics) -> list[str]:
         curves(metrics, {"reward/sample": "sample", "reward/target": "implicit target"}, "Reward, all models"),
         *(curves(metrics, _pair(name), f"Reward {name}") for name in reward_names(metrics)),
         curves(metrics, {"weight/mean": "mean weight w", "weight/r_mean": "mean r"}, "Weight of the DMD step"),
+        curves(metrics, {"weight/effective": "(sum w)^2 / sum w^2"}, "Effective number of targets"),
         curves(metrics, {"weight/share_below_half": "r < 1/2", "weight/share_clipped": "r = 0 or 1"}, "Shares of r"),
         curves(metrics, {"speed/images_per_s": "images/s"}, "Training speed", "images / s"),
     ]

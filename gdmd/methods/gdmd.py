@@ -130,6 +130,8 @@ class Gdmd(Distillation[GdmdConfig]):
         if self.cfg.weighting == "napo":
             return optimal, ones
         flat = softmax_weights(advantage.flatten(0, 1), self.cfg.gamma)
+        self._stats["weight/mean"] = self.cfg.dmd_weight * flat.mean()
+        self._stats["weight/effective"] = (flat.sum(0).square() / flat.square().sum(0)).mean()  # of E G targets
         return optimal, flat.reshape(ones.shape)
 
     def _count(self, optimal: Tensor, reward_target: Tensor, reward_sample: Tensor, gain: Tensor) -> None:

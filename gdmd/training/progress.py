@@ -20,6 +20,7 @@ SHOWN = {
     "reward/sample": "R(x0)",
     "reward/target": "R(target)",
     "weight/mean": "w",
+    "weight/effective": "targets",
     "weight/share_below_half": "r<1/2",
     "speed/images_per_s": "images/s",
 }

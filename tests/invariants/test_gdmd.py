@@ -222,6 +222,15 @@ def test_shuffling_keeps_the_scores_of_the_batch_but_not_their_owners() -> None:
     assert torch.equal(scored(gdmd(third, control="shuffled"), third), mixed)
 
 
+def test_softmax_weights_are_logged_as_their_mean_and_the_effective_number_of_targets() -> None:
+    roles, count = tiny_roles(), ETA * 2
+    for gamma, low, high in ((1e-6, count - 0.01, count + 0.01), (1e6, 1.0, 1.2)):
+        method = gdmd(roles, weighting="softmax", gamma=gamma, scored_guidances=[2.0, 6.0])
+        first_student(method, roles)
+        assert method.stats()["weight/mean"].item() == pytest.approx(1)
+        assert low <= method.stats()["weight/effective"].item() <= high
+
+
 def test_shuffled_softmax_weights_still_have_mean_one() -> None:
     roles = tiny_roles()
     share = [u.batch.share for u in updates(gdmd(roles, weighting="softmax", control="shuffled"), roles, 0, "student")]
