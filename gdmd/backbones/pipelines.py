@@ -186,8 +186,10 @@ def _hub_index(cfg: DiffusersModel) -> dict[str, Any]:
 
 def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict[str, None]) -> Any:
     import diffusers
+    from transformers.utils import logging
 
-    silent(diffusers.utils.logging)
+    for library in (diffusers.utils.logging, logging):  # no bar per weight file: the run has its own
+        library.disable_progress_bar()
     options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "local_files_only": local}
     try:
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
@@ -197,8 +199,3 @@ def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict
         raise ValueError(f"model.path {cfg.path!r}: the {family.pipeline} cannot be loaded: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def silent(logging: Any) -> None:
-    """No progress bar per weight file: the run has its own."""
-    logging.disable_progress_bar()
