@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from gdmd.cli import compare, export, lab, results, training
+from gdmd.cli.geneval import eval_app
+from gdmd.cli.rewards import rewards_app
 from gdmd.cli.study import study_app
 
 app = typer.Typer(
@@ -22,13 +24,14 @@ app = typer.Typer(
 app.command("train")(training.train_command)
 app.command("demo")(training.demo_command)
 app.command("compare")(compare.compare_command)
-app.command("eval")(results.eval_command)
+app.add_typer(eval_app, name="eval")
 app.command("sample")(results.sample_command)
 app.command("report")(results.report_command)
 app.command("export")(export.export_command)
 app.command("recipes")(lab.recipes_command)
 app.command("doctor")(lab.doctor_command)
 app.command("pretrain")(lab.pretrain_command)
+app.add_typer(rewards_app, name="rewards")
 app.add_typer(study_app, name="study")
 
 BAD_INPUT, NOT_FINITE, INTERRUPTED = 2, 3, 130

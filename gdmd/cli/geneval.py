@@ -1,0 +1,148 @@
+"""``gdmd eval``: a run by default, and ``gdmd eval geneval prompts|generate|score`` for real models."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from gdmd.cli import results
+from gdmd.cli.common import Json, messages, print_json
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class EvalGroup(TyperGroup):
+    """``gdmd eval RUN ...`` means ``gdmd eval run RUN ...``: a first word that is no sub-command is what is measured."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in (*self.commands, "-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+_HELP = """Measure a student or the teacher on ShapesEval (gdmd eval RUN), or a real model on GenEval.
+
+\b
+Examples:
+  gdmd eval runs/shapes-seed0 --json              options: gdmd eval run --help
+  gdmd eval teacher-4 --per-task 10
+  gdmd eval geneval score images/ours --device cuda
+"""
+eval_app = typer.Typer(cls=EvalGroup, help=_HELP, context_settings=_SETTINGS)
+eval_app.command("run")(results.eval_command)
+geneval_app = typer.Typer(
+    no_args_is_help=True,
+    help="GenEval (arXiv 2310.11513) without mmdet: prompts, generate, score.",
+    context_settings=_SETTINGS,
+)
+eval_app.add_typer(geneval_app, name="geneval")
+
+
+class Dtype(StrEnum):
+    """Precision of a pipeline."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@geneval_app.command("prompts")
+def prompts_command(
+    path: Annotated[Path, typer.Option("--out", "-o", help="The .jsonl to write, in the official format.")],
+    per_task: Annotated[int, typer.Option(min=1, help="Prompts per task; single_object has 80.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 0,
+    without: Annotated[Path | None, typer.Option(help="Metadata whose prompts are left out.")] = None,
+) -> None:
+    """Draw prompts of GenEval's six kinds, other than the official ones with --without.
+
+    \b
+    Examples:
+      gdmd eval geneval prompts -o train.jsonl --per-task 200 --without evaluation_metadata.jsonl
+    """
+    from gdmd.programs.geneval import write_prompts
+
+    _say(f"{write_prompts(path, per_task, seed, without)} prompts -> {path}")
+
+
+@geneval_app.command("generate")
+def generate_command(
+    what: Annotated[str, typer.Argument(metavar="RUN|PIPELINE", help="A run folder, a diffusers folder or hub id.")],
+    folder: Annotated[Path, typer.Option("--out", "-o", help="The image folder, in the official layout.")],
+    metadata: Annotated[Path, typer.Option(help="evaluation_metadata.jsonl of GenEval, or of `prompts`.")],
+    images: Annotated[int, typer.Option("--images", "-n", min=1, help="Images per prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of a pipeline; default: its own.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance of a pipeline; default: its own.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call of a pipeline.")] = 4,
+    device: Annotated[str, typer.Option(help="Device of a pipeline.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Precision of a pipeline.")] = Dtype.bf16,
+) -> None:
+    """Make the images of every prompt; started again, it goes on where it stopped.
+
+    \b
+    Examples:
+      gdmd eval geneval generate runs/sdxl-seed0 --metadata evaluation_metadata.jsonl -o images/ours
+      gdmd eval geneval generate org/model --metadata m.jsonl -o images/teacher --steps 50 --guidance 7 --device cuda
+    """
+    from gdmd.evaluation.geneval import read_metadata
+    from gdmd.programs.geneval import generate, pipeline_maker, run_maker
+
+    tasks = read_metadata(metadata)
+    own = (Path(what) / "config.yaml").is_file()
+    make = run_maker(what) if own else pipeline_maker(what, steps, guidance, batch, device, dtype.value)
+    _say(f"{generate(make, tasks, folder, images, seed)} images made -> {folder}")
+
+
+@geneval_app.command("score")
+def score_command(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER|DETECTIONS", help="Images, or a detections.jsonl.")],
+    metadata: Annotated[Path | None, typer.Option(help="The prompts of a detections.jsonl, in their order.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Folder or hub id of a COCO Mask2Former (instance).")] = None,
+    clip: Annotated[str | None, typer.Option(help="Folder or hub id of CLIP ViT-L/14.")] = None,
+    device: Annotated[str, typer.Option(help="Where detector and classifier run.")] = "cpu",
+    json: Json = False,
+) -> None:
+    """Score images in the official layout, whoever made them, or recorded detections.
+
+    \b
+    Writes detections.jsonl, results.jsonl and geneval.json into the folder; started again, it goes on.
+    Examples:
+      gdmd eval geneval score images/ours --device cuda
+      gdmd eval geneval score images/ours/detections.jsonl --metadata evaluation_metadata.jsonl --json
+    """
+    scores = _scores(source, metadata, detector, clip, device)
+    if json:
+        print_json({name: asdict(score) for name, score in scores.items()})
+        return
+    from gdmd.programs.geneval import LABEL
+
+    print(LABEL)
+    for name, score in scores.items():
+        print(f"{name:14} {score.value:.4f}  [{score.low:.4f}, {score.high:.4f}]  {score.images} images")
+
+
+def _scores(source: Path, metadata: Path | None, detector: str | None, clip: str | None, device: str) -> dict[str, Any]:
+    from gdmd.programs.geneval import score_folder, score_recorded
+
+    if source.is_file():
+        if metadata is None:
+            raise ValueError(f"{source} is a file of detections; give its prompts with --metadata")
+        return dict(score_recorded(source, metadata))
+    if not source.is_dir():
+        raise ValueError(f"{source} does not exist; give a folder in GenEval's layout or a detections.jsonl")
+    from gdmd.rewards.geneval_colors import ColorClassifier
+    from gdmd.rewards.geneval_detector import Detector
+    from gdmd.rewards.pretrained import Placement
+
+    place = Placement(device)
+    found = Detector.from_pretrained(detector, placement=place)
+    return dict(score_folder(source, found, ColorClassifier.from_pretrained(clip, placement=place)))
+
+
+def _say(text: str) -> None:
+    messages().print(text, markup=False, highlight=False, soft_wrap=True)
