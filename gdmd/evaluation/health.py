@@ -81,7 +81,8 @@ _WATCHED: Sequence[tuple[str, Mapping[str, str], str, str]] = (
         "Gain of the target, R(target) - R(sample)",
         {"reward/gain": "gain"},
         "",
-        "Healthy: small and mostly above 0, and still so at the end: a DMD step improves the reward on average. "
-        "Persistently below 0, distillation and rewards disagree, and r < 1/2 holds most steps back.",
+        "Healthy: near 0 without a sudden fall. Targets from late t are blurrier than the student's own picture, so a "
+        "good student's mean gain lies below 0; what steers is how it differs between the targets of a group. A gain "
+        "that keeps falling says that distillation and rewards pull apart, and that NaPO holds most steps back.",
     ),
 )
