@@ -12,7 +12,9 @@ from gdmd.cli.common import Json, messages, print_json
 
 What = Annotated[
     str,
-    typer.Argument(metavar="RUN|teacher|teacher-4|teacher-4-plain", help="A run folder (its EMA student), or a row of the teacher."),
+    typer.Argument(
+        metavar="RUN|teacher|teacher-4|teacher-4-plain", help="A run folder (its EMA student), or a row of the teacher."
+    ),
 ]
 
 
