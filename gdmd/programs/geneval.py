@@ -144,24 +144,29 @@ def write_scores(folder: Path, rows: Sequence[Judged]) -> dict[str, Score]:
 
 def pipeline_maker(where: str, steps: int | None, guidance: float | None, batch: int, device: str, dtype: str) -> Maker:
     """A diffusers pipeline, a folder (no network) or a hub id, as a ``Maker``."""
+    local = Path(where).is_dir()
+    if not local and (where.count("/") != 1 or where.startswith((".", "/", "~"))):
+        raise ValueError(
+            f"{where} is neither a run folder nor a pipeline; give a folder with model_index.json or ORG/NAME"
+        )
     import torch
 
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise ValueError("generating needs diffusers; do: pip install 'gdmd[diffusers]'") from error
-    local = Path(where).is_dir()
-    if not local and (where.count("/") != 1 or where.startswith((".", "/", "~"))):
-        raise ValueError(
-            f"{where} is neither a run folder nor a pipeline; give a folder with model_index.json or ORG/NAME"
-        )
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     pipeline = DiffusionPipeline.from_pretrained(
         where, torch_dtype=kinds[dtype], local_files_only=local, use_safetensors=True
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     given = {"num_inference_steps": steps, "guidance_scale": guidance}
-    options = {key: value for key, value in given.items() if value is not None}
+    return maker_of(pipeline, {key: value for key, value in given.items() if value is not None}, batch)
+
+
+def maker_of(pipeline: Any, options: dict[str, Any], batch: int) -> Maker:
+    """A diffusers pipeline as a ``Maker``: image k is drawn with its own generator, whatever the batch."""
+    import torch
 
     def make(prompt: str, count: int, seed: int) -> list[Image]:
         images: list[Image] = []

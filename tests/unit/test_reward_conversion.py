@@ -246,3 +246,23 @@ def test_a_converted_hps_folder_holds_network_and_tokenizer_and_needs_no_network
     assert reward.preprocess.size == 64 and reward.preprocess.fit == "pad"
     found = reward.score(torch.rand(2, 3, 40, 50), PromptBatch(index, ("abc", "ked"), index, {}, {}))
     assert found.shape == (2,) and found.abs().max() <= 1
+
+    golden = tmp_path / "hps.json"
+    assert run("check", "hps", "--path", str(folder), "--record", str(golden)) == 0
+    written = json.loads(golden.read_text())
+    assert (
+        written["reward"] == "hps" and written["weights"]["origin"]["file"] == "h.pt" and len(written["entries"]) == 5
+    )
+    assert run("check", "hps", "--path", str(folder), "--against", str(golden)) == 0
+    written["entries"][2]["tensor"] += 0.01
+    golden.write_text(json.dumps(written))
+    assert run("check", "hps", "--path", str(folder), "--against", str(golden)) == 2
+
+
+def run(*words: str) -> int:
+    """Exit code of ``gdmd rewards``."""
+    from gdmd.cli.app import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["rewards", *words])
+    return int(ended.value.code or 0)

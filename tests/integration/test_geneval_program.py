@@ -1,0 +1,165 @@
+"""``gdmd eval geneval``: prompts, images in the official layout, detections that survive a kill, scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gdmd.cli.app import main
+from gdmd.evaluation.geneval import read_metadata
+from gdmd.programs.geneval import generate, maker_of, prompt_seed, score_folder, score_recorded
+from gdmd.rewards.geneval_detector import Detections
+from gdmd.rewards.geneval_rules import Found, Task, Wanted
+
+TASKS = (
+    Task("single_object", "a photo of a dog", (Wanted("dog", 1),)),
+    Task("colors", "a photo of a red dog", (Wanted("dog", 1, "red"),)),
+    Task("counting", "a photo of two dogs", (Wanted("dog", 2),), (Wanted("dog", 3),)),
+)
+
+
+def make(prompt: str, count: int, seed: int) -> list[Image.Image]:
+    """Images whose first pixel tells the prompt's words and whose second the seed."""
+    images = []
+    for k in range(count):
+        levels = np.zeros((4, 4, 3), np.uint8)
+        levels[0, 0] = (len(prompt), k, seed % 251)
+        images.append(Image.fromarray(levels))
+    return images
+
+
+class OneDog:
+    """Finds one dog in even images and two in odd ones; counts how often it was asked."""
+
+    def __init__(self, stop_after: int = 99) -> None:
+        self.calls, self.stop_after = 0, stop_after
+
+    def __call__(self, image: Image.Image) -> Detections:
+        self.calls += 1
+        if self.calls > self.stop_after:
+            raise KeyboardInterrupt
+        number = image.getpixel((0, 0))[1]  # type: ignore[index]
+        dogs = [Found((0.0, 0.0, 2.0, 2.0), 0.95, 0), Found((2.0, 2.0, 4.0, 4.0), 0.93, 1)][: 1 + number % 2]
+        return Detections({"dog": dogs}, torch.ones(2, 4, 4, dtype=torch.bool))
+
+
+class AlwaysRed:
+    def colors(self, image: Any, name: str, objects: Any, masks: Any) -> list[str]:
+        return ["red"] * len(objects)
+
+
+def test_images_lie_in_the_official_layout_and_a_second_start_makes_only_what_is_missing(tmp_path: Path) -> None:
+    assert generate(make, TASKS, tmp_path, 4, seed=0) == 12
+    assert read_metadata(tmp_path / "00001" / "metadata.jsonl") == (TASKS[1],)
+    first = (tmp_path / "00002" / "samples" / "0003.png").read_bytes()
+    assert generate(make, TASKS, tmp_path, 4, seed=0) == 0
+    (tmp_path / "00002" / "samples" / "0003.png").unlink()
+    assert generate(make, TASKS, tmp_path, 4, seed=0) == 4
+    assert (tmp_path / "00002" / "samples" / "0003.png").read_bytes() == first
+    with pytest.raises(ValueError, match="00000 holds another prompt"):
+        generate(make, TASKS[1:], tmp_path, 4, seed=0)
+
+
+def test_a_scoring_that_is_stopped_goes_on_where_it_was_and_gives_the_scores_of_one_go(tmp_path: Path) -> None:
+    generate(make, TASKS, tmp_path, 4, seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        score_folder(tmp_path, OneDog(stop_after=5), AlwaysRed())  # type: ignore[arg-type]
+    record = tmp_path / "detections.jsonl"
+    record.write_text(record.read_text()[:-20])  # the last line was being written
+    rest = OneDog()
+    scores = score_folder(tmp_path, rest, AlwaysRed())  # type: ignore[arg-type]
+    assert rest.calls == 12 - 4
+    assert [scores[tag].value for tag in ("single_object", "colors", "counting")] == [1.0, 1.0, 0.5]
+    assert scores["overall"].value == pytest.approx(2.5 / 3) and scores["overall"].images == 12
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and rows[8]["reason"] == "expected dog>=2, found 1" and rows[8]["partial_credit"] == 0.5
+    assert json.loads((tmp_path / "geneval.json").read_text())["label"] == "GenEval (HF detector)"
+    metadata = tmp_path / "all.jsonl"
+    metadata.write_text("".join((tmp_path / f"{n:05d}" / "metadata.jsonl").read_text() for n in range(3)))
+    assert score_recorded(record, metadata) == scores
+
+
+def test_an_image_of_a_pipeline_depends_on_its_seed_and_not_on_the_batch() -> None:
+    class Pipeline:
+        def __call__(self, prompts: list[str], generator: list[torch.Generator], num_inference_steps: int) -> Any:
+            assert len(prompts) == len(generator) and num_inference_steps == 7
+            self.images = [float(torch.rand(1, generator=one)) for one in generator]
+            return self
+
+    alone, together = (maker_of(Pipeline(), {"num_inference_steps": 7}, batch)("x", 5, 3) for batch in (1, 4))
+    assert alone == together and len(set(alone)) == 5
+    seeds = {prompt_seed(seed, number) for seed in range(30) for number in range(553)}
+    assert len(seeds) == 30 * 553 and max(seeds) < 2**48
+
+
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+    generate(make, TASKS[:1], tmp_path, 1, seed=0)
+    (tmp_path / "00000" / "samples" / "0000.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="0000.png cannot be read"):
+        score_folder(tmp_path, OneDog(), AlwaysRed())  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- the program
+
+
+@pytest.fixture
+def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(list(words))
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+def test_prompts_are_written_in_the_official_format_and_leave_out_the_given_ones(gdmd: Any) -> None:
+    assert gdmd("eval", "geneval", "prompts", "-o", "a.jsonl", "--per-task", "5")[0] == 0
+    assert gdmd("eval", "geneval", "prompts", "-o", "b.jsonl", "--per-task", "5", "--without", "a.jsonl")[0] == 0
+    first, second = (read_metadata(Path(name)) for name in ("a.jsonl", "b.jsonl"))
+    assert len(first) == len(second) == 30
+    assert not {task.prompt for task in first} & {task.prompt for task in second}
+
+
+def test_recorded_detections_are_scored_from_the_command_line(gdmd: Any, tmp_path: Path) -> None:
+    generate(make, TASKS, tmp_path / "images", 2, seed=0)
+    score_folder(tmp_path / "images", OneDog(), AlwaysRed())  # type: ignore[arg-type]
+    lines = [(tmp_path / "images" / f"{n:05d}" / "metadata.jsonl").read_text() for n in range(3)]
+    Path("m.jsonl").write_text("".join(lines))
+    code, printed, _ = gdmd("eval", "geneval", "score", "images/detections.jsonl", "--metadata", "m.jsonl", "--json")
+    assert code == 0 and json.loads(printed)["counting"]["value"] == 0.5
+    code, printed, _ = gdmd("eval", "geneval", "score", "images/detections.jsonl", "--metadata", "m.jsonl")
+    assert printed.splitlines()[0] == "GenEval (HF detector)" and "overall" in printed.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval", "nowhere"], "nowhere is not a run folder"),
+        (["eval", "--json", "nowhere"], "nowhere is not a run folder"),
+        (["eval", "run", "nowhere"], "nowhere is not a run folder"),
+        (["eval", "geneval", "score", "nowhere"], "nowhere does not exist"),
+        (["eval", "geneval", "score", "m.jsonl"], "give its prompts with --metadata"),
+        (
+            ["eval", "geneval", "generate", "./x", "-o", "y", "--metadata", "m.jsonl"],
+            "neither a run folder nor a pipeline",
+        ),
+        (["eval", "geneval", "generate", "x", "-o", "y", "--metadata", "none.jsonl"], "none.jsonl: cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_clear_message_and_a_run_is_still_the_default(
+    gdmd: Any, words: list[str], message: str
+) -> None:
+    row = {"tag": "colors", "prompt": "a red dog", "include": [{"class": "dog", "count": 1, "color": "red"}]}
+    Path("m.jsonl").write_text(json.dumps(row) + "\n")
+    code, _, printed = gdmd(*words)
+    assert code == 2 and message in printed and "Traceback" not in printed
