@@ -9,7 +9,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test fuzz lint clean
 
 help:  ## show this help
 	@echo "make TARGET   (PYTHON=$(PYTHON) VENV=$(VENV))"
@@ -20,6 +20,9 @@ demo: $(VENV)/.installed  ## distil a four-step student on the Shapes lab and wr
 
 test: $(VENV)/.installed-dev  ## run all tests
 	$(ONE_THREAD) $(PYTEST)
+
+fuzz: $(VENV)/.installed-dev  ## thousands of malformed inputs, other ones each time (minutes)
+	$(ONE_THREAD) $(PYTEST) --hypothesis-profile=fuzz tests/unit/test_malformed_*.py
 
 lint: $(VENV)/.installed-dev  ## ruff, format check, and mypy (strict on levels 0 to 2)
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.register_profile("fuzz", max_examples=1000, deadline=None, database=None, print_blob=True)  # make fuzz
 settings.load_profile("repeatable")
 
 

@@ -47,7 +47,9 @@ def load_asset(path: Path | str) -> Asset:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             header = file.metadata() or {}
         metadata = json.loads(header.get(_KEY, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+        if not isinstance(metadata, dict):
+            raise ValueError("its header holds no JSON object")
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         cure = "Reinstall gdmd, or make it again with gdmd pretrain."
         raise RunError(f"asset {path} is corrupt ({error}). {cure}") from error
     return Asset(tensors, metadata)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
+_NAME = re.compile(r"step_(\d{6}|[1-9]\d{6,})", re.ASCII)  # as save() writes it: one name per step
+_FILE = re.compile(r"[^/\\\0]+\.safetensors")  # inside the checkpoint's folder
 _CHUNK = 1 << 22  # bytes per read when hashing: 4 MiB
 
 
@@ -88,9 +91,9 @@ def load(path: Path) -> Checkpoint:
         file = path / name
         if not file.is_file():
             raise DamagedCheckpoint(f"{file} is missing")
-        if _sha256(file) != digest:
-            raise DamagedCheckpoint(f"{file} is damaged (its sha256 differs from the one in state.json)")
         try:
+            if _sha256(file) != digest:
+                raise DamagedCheckpoint(f"{file} is damaged (its sha256 differs from the one in state.json)")
             tensors[file.stem] = load_file(file)
         except (OSError, SafetensorError) as error:
             raise DamagedCheckpoint(f"{file} cannot be read ({error})") from error
@@ -118,7 +121,7 @@ def load_newest(folder: Path) -> Checkpoint | None:
 def steps(folder: Path) -> list[int]:
     """The steps that have a checkpoint, ascending. Unfinished ones have hidden names and do not count."""
     names = (entry.name for entry in Path(folder).glob("step_*") if entry.is_dir())
-    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+    return sorted(int(name[5:]) for name in names if _NAME.fullmatch(name))
 
 
 def set_aside_after(folder: Path, step: int) -> list[Path]:
@@ -163,12 +166,17 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
         digest = body.pop("sha256")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        verifies = digest == _digest(body)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{file} is missing or damaged ({error})") from error
-    if digest != _digest(body):
+    if not verifies:
         raise DamagedCheckpoint(f"{file} is damaged (its sha256 differs)")
-    if body["format"] != FORMAT:
-        raise RunError(f"{file} has format {body['format']}, not {FORMAT}: use the gdmd that wrote it.")
+    if body.get("format") != FORMAT:
+        raise RunError(f"{file} has format {body.get('format')}, not {FORMAT}: use the gdmd that wrote it.")
+    files, kinds = body.get("files"), (int, dict, dict)
+    whole = all(isinstance(body.get(key), kind) for key, kind in zip(("step", "files", "state"), kinds, strict=True))
+    if not whole or not all(_FILE.fullmatch(name) for name in files):
+        raise DamagedCheckpoint(f"{file} lacks step, files or state, or names a file outside its folder")
     return dict(body)
 
 

@@ -144,7 +144,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     file = Path(path) / "run.json"
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"cannot read {file}: {error}. Restore the file or start a new run.") from error
     if not isinstance(facts, dict):
         raise RunError(f"{file} holds no JSON object. Restore the file or start a new run.")
@@ -237,7 +237,7 @@ def _metric_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             if number == len(lines) - 1:
                 return
             raise RunError(f"{file}, line {number} is not a metrics row ({error}). Delete that line.") from error

@@ -1,0 +1,56 @@
+"""Malformed inputs, and what may come of them: a value, or one of this package's own errors with a message. In time."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from gdmd.config.load import ConfigError
+from gdmd.runs.checkpoint import DamagedCheckpoint
+from gdmd.runs.errors import RunError
+
+OWN = (ValueError, ConfigError, RunError, DamagedCheckpoint)
+LONGEST_S = 10
+_MOST = settings.default.max_examples
+CASES = settings(max_examples=25 if _MOST == 100 else _MOST)
+"""Few in every test run, all that the profile asks for in ``make fuzz``."""
+
+
+class Hang(BaseException):
+    """Not an Exception, so that no handler takes it for a malformed input."""
+
+
+def refusal(action: Callable[[], Any]) -> str:
+    """The message with which ``action`` refuses its input; "" where it takes it. Other errors and hangs pass through."""
+
+    def stop(*_: object) -> None:
+        raise Hang(f"no answer within {LONGEST_S} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, LONGEST_S)
+    try:
+        action()
+    except OWN as error:
+        assert type(error) in OWN, f"{type(error).__name__} shows how it is read inside: {error}"
+        message = str(error)
+        assert len(message) > 15, f"says too little: {message!r}"
+        message.encode()  # can be printed
+        return message
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return ""
+
+
+@st.composite
+def mutated(draw: st.DrawFn, originals: Sequence[Any], fragments: st.SearchStrategy[Any]) -> Any:
+    """An original (text or bytes) with one to three places overwritten, cut out or inserted."""
+    content = draw(st.sampled_from(originals))
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(content)))
+        content = content[:start] + draw(fragments) + content[start + draw(st.integers(0, 40)) :]
+    return content
