@@ -8,6 +8,7 @@ Flat: ``<folder>/prompts.jsonl``, one {"prompt": text, "task": name, "files": ["
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,6 +105,8 @@ def _flat(folder: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(_json_lines(path)):
         given = line.get("files", [line["file"]] if "file" in line else None)
+        if given is not None and not isinstance(given, list):
+            raise RunError(f'{path}, line {number + 1}: "files" is no list of names; write ["a.png", ...]')
         if given is None:
             own = [file for file in files if re.fullmatch(rf"{number:05d}([_-].*)?", file.stem)]
         else:
@@ -114,7 +117,8 @@ def _flat(folder: Path) -> list[Row]:
 
 def _inside(folder: Path, name: str, path: Path, line: int) -> Path:
     file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
+    known = os.path.isfile(file)  # False, where Path.is_file raises: a name too long, a null character
+    if not known or not file.resolve().is_relative_to(folder.resolve()):
         raise RunError(f"{path}, line {line}: there is no file {name!r} in {folder}; mend the line or add the file")
     return file
 
@@ -123,7 +127,12 @@ def _prompt(line: Mapping[str, Any], path: Path, number: int) -> Prompt:
     text = line.get("prompt")
     if not isinstance(text, str) or not text.strip():
         raise RunError(f'{path}, line {number}: no prompt; every line must hold {{"prompt": "a text"}}')
-    return Prompt(text=text, task=str(line.get("task", line.get("tag", ""))))
+    task = str(line.get("task", line.get("tag", "")))
+    if re.search(r"[\x00\ud800-\udfff]", text + task):
+        raise RunError(
+            f"{path}, line {number}: the prompt or task holds half a character or a null; convert it to UTF-8"
+        )
+    return Prompt(text=text, task=task)
 
 
 def _images(files: Iterable[Path]) -> list[Path]:
@@ -132,11 +141,11 @@ def _images(files: Iterable[Path]) -> list[Path]:
 
 def _json_lines(path: Path, only: int | None = None) -> list[Mapping[str, Any]]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         rows = [json.loads(line) for line in lines]
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}; every prompt needs its metadata") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is not JSON, one object a line: {error}") from error
     if not rows or any(not isinstance(row, dict) for row in rows) or (only is not None and len(rows) != only):
         raise RunError(f"{path} must hold {only or 'one or more'} JSON object(s), one a line; got {len(rows)} line(s)")

@@ -7,12 +7,13 @@ A study folder holds ``plan.json`` (who is who: for the organiser only), ``rater
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from gdmd.config.base import Config
 from gdmd.config.study import Question
@@ -66,6 +67,14 @@ class Plan(Config):
     prompts: tuple[Prompt, ...]
     raters: tuple[Rater, ...]
     seed: int
+
+    @model_validator(mode="after")
+    def _has_what_it_names(self) -> Plan:
+        for trial in (trial for rater in self.raters for trial in rater.trials):
+            known = 0 <= trial.prompt < len(self.prompts) and {trial.left_model, trial.right_model} <= set(self.models)
+            if not known or not all(re.fullmatch(r"\w+", image) for image in (trial.left, trial.right)):
+                raise ValueError(f"screen {trial.id!r} names a prompt, model or image that the plan does not have")
+        return self
 
 
 @dataclass(frozen=True)

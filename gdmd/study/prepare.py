@@ -11,6 +11,8 @@ import io
 import math
 import os
 import re
+import shutil
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +52,18 @@ def prepare(cfg: StudyConfig, folders: Mapping[str, Path], study: Path, common: 
     prompts = [row[next(iter(folders))].prompt for row in rows]
     drawn = draw_plan(cfg, list(folders), prompts)
     sizes: dict[str, set[tuple[int, int]]] = {name: set() for name in folders}
+    whole = study.resolve()
+    partial = whole.with_name(f".{whole.name}.partial")
     with writing("the study", study):
-        (study / IMAGES).mkdir(parents=True)
-        _write_images(drawn, rows, study / IMAGES, sizes)
-        _write_private(study / LINKS, _links(drawn.tokens))
-        _write_private(study / PLAN, drawn.plan.model_dump_json(indent=1))
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            (partial / IMAGES).mkdir(parents=True)
+            _write_images(drawn, rows, partial / IMAGES, sizes)
+            _write_private(partial / LINKS, _links(drawn.tokens))
+            _write_private(partial / PLAN, drawn.plan.model_dump_json(indent=1))
+            partial.rename(whole)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     duels = len(folders) - 1 if cfg.against else math.comb(len(folders), 2)
     return Prepared(drawn.plan, cfg.raters * cfg.pairs_per_rater // duels, _warnings(sizes, cfg))
 
@@ -83,7 +92,9 @@ def _open(path: Path) -> Pil.Image:
                     f"{path} has {file.size[0]} x {file.size[1]} pixels, at most {MAX_SIDE} a side; shrink it"
                 )
             return file.convert("RGB")
-    except (OSError, SyntaxError) as error:
+    except RunError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Pil.DecompressionBombError) as error:
         raise RunError(f"{path} cannot be read as an image: {error}; draw it again") from error
 
 

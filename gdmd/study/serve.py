@@ -113,7 +113,10 @@ class Desk:
         trials = self.plan.raters[number].trials
         if not self.store.consented(number) or not any(id_ in (trial.left, trial.right) for trial in trials):
             raise HTTPException(404, "There is no such image.")
-        return self.folder / IMAGES / f"{id_}.png"
+        file = self.folder / IMAGES / f"{id_}.png"
+        if not file.is_file():
+            raise HTTPException(410, "This image is gone. Tell the organiser.")
+        return file
 
     def progress(self) -> dict[str, Any]:
         """How far every rater is: for the organiser."""
@@ -193,8 +196,9 @@ def _add_organiser_routes(app: FastAPI, desk: Desk) -> None:
 async def _brief(_: Request, error: Exception) -> Response:
     """A malformed request is told so without an echo of what it sent."""
     assert isinstance(error, RequestValidationError)
-    places = sorted({".".join(map(str, detail["loc"])) for detail in error.errors()})
-    return JSONResponse({"detail": f"The request is malformed: {', '.join(places)[:200]}."}, 422)
+    known = {"body", *Ballot.model_fields}
+    places = sorted({".".join(part for part in detail["loc"] if part in known) for detail in error.errors()})
+    return JSONResponse({"detail": f"The request is malformed: {', '.join(places)}."}, 422)
 
 
 class Guard:
