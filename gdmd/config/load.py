@@ -22,7 +22,14 @@ from gdmd.config.strict_yaml import YamlError, parse_yaml
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
 _LONGEST_LIST = 12  # of known keys in an error; more would hide the error itself
-_SHORTEN = reprlib.Repr()
+
+
+class _Shorten(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return f"a whole number of {x.bit_length()} bits" if x.bit_length() > 200 else repr(x)
+
+
+_SHORTEN = _Shorten()
 _SHORTEN.maxstring = _SHORTEN.maxother = 60
 
 
@@ -136,7 +143,7 @@ def _describe(cls: type[BaseModel], detail: ErrorDetails, name: str, paths: dict
             path, got = (*path, tag), f"got {_show(context['tag'])}: "
             reason = f"unknown {tag}{_suggest(context['tag'], _quoted(context['expected_tags']))}"
         case "literal_error":
-            reason = f"unknown value{_suggest(str(value), _quoted(context['expected']))}"
+            reason = f"unknown value{_suggest(_plain(value), _quoted(context['expected']))}"
         case _:
             message = detail["msg"].removeprefix("Value error, ")
             reason = message[:1].lower() + message[1:]
@@ -171,11 +178,13 @@ def _quoted(expected: str) -> list[str]:
 
 def _show(value: Any) -> str:
     """A value on one short line, with its type where that is the likely surprise."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 200:
-        return f"a whole number of {value.bit_length()} bits"
     if value is None:
         return "nothing (null)"
     return _SHORTEN.repr(value)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else _show(value)
 
 
 def _show_key(key: Key) -> str:

@@ -9,6 +9,11 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode
 
+LONGEST_TEXT = 1_000_000
+"""Characters. A longer file is something else than a configuration."""
+MOST_VALUES = 100_000
+"""Values once every alias is written out; more is a mistake, or a trap that no memory is large enough for."""
+
 
 class YamlError(ValueError):
     """One line that says what is wrong with the text, and where."""
@@ -56,10 +61,15 @@ class _StrictLoader(yaml.SafeLoader):
 
 def parse_yaml(text: str) -> Any:
     """The value of one YAML document (None for an empty text); ``YamlError`` says what is wrong on which line."""
+    if len(text) > LONGEST_TEXT:
+        raise YamlError(f"has {len(text)} characters, at most {LONGEST_TEXT}; give a configuration file")
     try:
         loader = _StrictLoader(text)
         try:
-            return loader.get_single_data()
+            node = loader.get_single_node()
+            if node is not None and (size := _size(node, {})) > MOST_VALUES:
+                raise YamlError(f"aliases repeat it to {size:.3g} values, at most {MOST_VALUES}; write them out")
+            return None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -73,6 +83,20 @@ def parse_yaml(text: str) -> Any:
         raise YamlError(" ".join(str(error).split())) from error
     except RecursionError as error:
         raise YamlError("values are nested too deeply to be read; make the nesting flatter") from error
+    except YamlError:
+        raise
+    except (ValueError, OverflowError) as error:  # a number in an escape or a directive
+        raise YamlError(f"an escaped character or a directive cannot be read ({error})") from error
+
+
+def _size(node: Node, known: dict[int, int]) -> int:
+    """Values in a node with every alias written out; ``known`` holds the nodes counted so far."""
+    if isinstance(node, ScalarNode):
+        return 1
+    if id(node) not in known:
+        inner = [part for pair in node.value for part in pair] if isinstance(node, MappingNode) else node.value
+        known[id(node)] = 1 + sum(_size(part, known) for part in inner)
+    return known[id(node)]
 
 
 def _describe(error: yaml.MarkedYAMLError) -> str:

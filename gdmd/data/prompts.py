@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from gdmd.types import PromptBatch, TextEncoder
 
 LONGEST_PROMPT = 4000
 """Characters. Longer lines are a malformed file (a missing newline), not a prompt."""
+_NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
+"""Control characters, half characters and byte order marks: signs of another encoding, or of a binary file."""
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -26,7 +29,11 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         raise ValueError(f"prompt file {path}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt file {path}: not UTF-8 at byte {error.start}; convert it to UTF-8") from error
-    lines = text.splitlines()
+    lines = re.split(
+        r"\r\n|\r|\n", text
+    )  # splitlines() would also cut at U+2028 and others, which JSON allows in a string
+    if not lines[-1]:
+        lines.pop()
     if not lines:
         raise ValueError(f"prompt file {path}: is empty; it needs at least one prompt")
     read = _json_line if path.suffix == ".jsonl" else _text_line
@@ -57,6 +64,11 @@ def _text_line(path: Path, number: int, line: str) -> str:
         raise ValueError(f"prompt file {path}, line {number}: empty line; remove it or write a prompt")
     if len(line) > LONGEST_PROMPT:
         raise ValueError(f"prompt file {path}, line {number}: {len(line)} characters; at most {LONGEST_PROMPT}")
+    if found := _NO_TEXT.search(line):
+        raise ValueError(
+            f"prompt file {path}, line {number}: the character U+{ord(found[0]):04X} is no text; "
+            "convert the file to UTF-8 and remove it"
+        )
     return line.strip()
 
 
@@ -67,6 +79,8 @@ def _json_line(path: Path, number: int, line: str) -> str:
         raise ValueError(
             f"prompt file {path}, line {number}: not JSON ({error.msg} at column {error.colno})"
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
+        raise ValueError(f"prompt file {path}, line {number}: cannot be read as JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f'prompt file {path}, line {number}: expected {{"prompt": "..."}}, got {line[:60]!r}')
     return _text_line(path, number, row["prompt"])

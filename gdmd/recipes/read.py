@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,15 +22,15 @@ def recipe_names() -> list[str]:
 def recipe_path(source: str) -> Path:
     """The file of a shipped recipe, or of a path ending in .yaml / .yml. ConfigError for neither."""
     if source.endswith((".yaml", ".yml")):
-        if not Path(source).is_file():
+        if not os.path.isfile(source):  # False, where Path.is_file raises for a name too long
             raise ConfigError([f"recipe file {source}: there is no such file"])
         return Path(source)
     if source in recipe_names():
         return FOLDER / f"{source}.yaml"
-    near = difflib.get_close_matches(source, recipe_names(), n=1)
+    near = difflib.get_close_matches(source[:100], recipe_names(), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
-        [f"unknown recipe {source!r}: {hint}shipped are {', '.join(recipe_names())}; or give a .yaml file"]
+        [f"unknown recipe {source[:100]!r}: {hint}shipped are {', '.join(recipe_names())}; or give a .yaml file"]
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,15 +38,17 @@ def comparison_names() -> list[str]:
 def comparison_path(source: str) -> Path:
     """The file of a shipped comparison, or of a path ending in .yaml / .yml. ConfigError for neither."""
     if source.endswith((".yaml", ".yml")):
-        if not Path(source).is_file():
+        if not os.path.isfile(source):  # False, where Path.is_file raises for a name too long
             raise ConfigError([f"comparison file {source}: there is no such file"])
         return Path(source)
     names = comparison_names()
     if source in names:
         return COMPARISONS / f"{source}.yaml"
-    near = difflib.get_close_matches(source, names, n=1)
+    near = difflib.get_close_matches(source[:100], names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError([f"unknown comparison {source!r}: {hint}shipped are {', '.join(names)}; or give a .yaml file"])
+    raise ConfigError(
+        [f"unknown comparison {source[:100]!r}: {hint}shipped are {', '.join(names)}; or give a .yaml file"]
+    )
 
 
 def read_comparison(source: str) -> Comparison:
@@ -66,5 +69,5 @@ def read_comparison(source: str) -> Comparison:
 
 
 def _words(overrides: Overrides) -> list[str]:
-    """As ``a.b=c``; JSON is YAML."""
-    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    """As ``a.b=c``; JSON is YAML, but for escaped pairs of surrogates."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
