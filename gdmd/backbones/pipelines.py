@@ -53,11 +53,12 @@ def scoring_codec(family: Family, device: str = "cpu") -> Codec:
     cfg = family.cfg
     if cfg.scoring_decoder is None:
         return family.codec
-    from diffusers import AutoencoderTiny
+    import diffusers
 
     local = is_local(cfg.scoring_decoder)
+    kind: Any = diffusers.AutoencoderTiny
     try:
-        tiny = AutoencoderTiny.from_pretrained(cfg.scoring_decoder, dtype=DTYPES[cfg.dtype], local_files_only=local)
+        tiny = kind.from_pretrained(cfg.scoring_decoder, dtype=DTYPES[cfg.dtype], local_files_only=local)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.scoring_decoder {cfg.scoring_decoder!r}: no AutoencoderTiny can be loaded: {error}"
