@@ -17,10 +17,10 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 class EvalGroup(TyperGroup):
-    """``gdmd eval RUN ...`` means ``gdmd eval run RUN ...``, also for a folder named "run"; only geneval is a word."""
+    """``gdmd eval RUN ...`` means ``gdmd eval run RUN ...``, also for a folder named "run"; the other sub-commands are words."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or args[0] not in ("geneval", "-h", "--help"):
+        if not args or args[0] not in (self.commands.keys() - {"run"}) | {"-h", "--help"}:
             args = ["run", *args]
         return super().parse_args(ctx, args)
 

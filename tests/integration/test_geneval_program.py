@@ -146,7 +146,7 @@ def test_recorded_detections_are_scored_from_the_command_line(gdmd: Any, tmp_pat
     [
         (["eval", "nowhere"], "nowhere is not a run folder"),
         (["eval", "--json", "nowhere"], "nowhere is not a run folder"),
-        (["eval", "run", "nowhere"], "nowhere is not a run folder"),
+        (["eval", "run"], "run is not a run folder"),
         (["eval", "geneval", "score", "nowhere"], "nowhere does not exist"),
         (["eval", "geneval", "score", "m.jsonl"], "give its prompts with --metadata"),
         (
