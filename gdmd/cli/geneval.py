@@ -17,7 +17,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 class EvalGroup(TyperGroup):
-    """``gdmd eval RUN ...`` means ``gdmd eval run RUN ...``, also for a folder named "run"; the other sub-commands are words."""
+    """``gdmd eval RUN ...`` means ``gdmd eval run RUN ...``, also for a folder named "run"; other sub-commands are words."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args or args[0] not in (self.commands.keys() - {"run"}) | {"-h", "--help"}:
