@@ -166,6 +166,14 @@ def test_counting_is_exact_and_needs_more_confidence_than_the_other_tasks() -> N
     assert [partial_credit(two, dogs(*[0.95] * n), no_colors) for n in range(6)] == [0, 0.5, 1, 0.5, 0, 0]
 
 
+def test_at_most_16_objects_of_a_class_are_looked_at() -> None:
+    crowd = dogs(*[0.95] * 20)
+    none_of_16, none_of_17 = (Task("two_object", "", (Wanted("dog", 1),), (Wanted("dog", n),)) for n in (16, 17))
+    assert judge(none_of_16, crowd, no_colors).reasons == ("expected dog<16, found 16",)
+    assert judge(none_of_17, crowd, no_colors).correct
+    assert not judge(Task("two_object", "", (Wanted("dog", 17),)), crowd, no_colors).correct
+
+
 def test_only_the_most_confident_objects_are_asked_for_their_color() -> None:
     task = Task("colors", "a red dog", (Wanted("dog", 1, "red"),))
     colors = {("dog", 0): "red", ("dog", 1): "blue"}
