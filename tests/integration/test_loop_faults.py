@@ -7,8 +7,8 @@ import io
 import math
 import os
 import signal
-import time
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
