@@ -76,7 +76,7 @@ def bootstrap_mean(
         for labels in (prompts, raters, range(len(scores)))
     ]
     low, high = two_way_interval(values.mean(), means, min(len(set(prompts)), len(set(raters))))
-    return (max(0.0, float(low)), min(1.0, float(high)))
+    return NONE if math.isnan(low) else (max(0.0, float(low)), min(1.0, float(high)))
 
 
 def two_way_interval(value: Any, draws: Sequence[Floats], clusters: int) -> tuple[Any, Any]:

@@ -1,0 +1,168 @@
+"""From votes to a report: known votes give known numbers, simulated raters' taste is found again, the commands work."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study_world import MODELS, write_study
+
+from gdmd.cli.app import main
+from gdmd.config.study import StudyConfig
+from gdmd.study.analyze import analyze
+from gdmd.study.nouns import VOTES, Plan, Trial, Vote, vote_of
+from gdmd.study.simulate import Taste, recovery, simulated_votes, synthetic_plan
+from gdmd.study.store import Store
+
+CFG = StudyConfig(raters=8, pairs_per_rater=24, votes_per_pair=4, repeats=4, checks=2, questions=("overall",))
+PLAN = synthetic_plan(CFG, ("ours", "theirs"), 60)
+
+
+def votes_by(plan: Plan, left_answer: Any) -> list[Vote]:
+    """Every screen answered by ``left_answer(rater, trial)``."""
+    return [
+        vote_of(plan, rater, trial, question, left_answer(rater, trial), elapsed_ms=2000)
+        for rater, who in enumerate(plan.raters)
+        for trial in who.trials
+        for question in plan.questions
+    ]
+
+
+def prefers(model: str) -> Any:
+    return lambda _, trial: trial.expected or ("left" if trial.left_model == model else "right")
+
+
+def test_raters_who_all_prefer_one_model_win_every_vote_whatever_its_side() -> None:
+    found = analyze(PLAN, votes_by(PLAN, prefers("ours")), replicates=200)
+    (duel,) = found.duels
+    assert (duel.wins, duel.ties, duel.losses) == (8 * 24, 0, 0), "repeats and checks are no votes"
+    assert duel.win_rate == duel.score == 1 and duel.p < 1e-50
+    assert "no bound" in found.strengths[0].why_not
+    assert found.agreement[0].pairwise == 1 and found.agreement[0].self_same == found.agreement[0].self_count == 32
+    assert found.bias[0].share == pytest.approx(0.5)
+    assert all(row.used and row.checks_passed == 2 for row in found.raters)
+
+
+def test_raters_who_always_say_left_show_as_bias_and_not_as_a_preference() -> None:
+    found = analyze(PLAN, votes_by(PLAN, lambda *_: "left"), max_failed_checks=2, replicates=200)
+    assert found.bias[0].share == 1 and found.bias[0].p < 1e-50
+    assert found.duels[0].win_rate == pytest.approx(0.5)
+    assert found.agreement[0].self_same == 0, "a repeat has the sides exchanged"
+
+
+def test_raters_who_fail_a_check_are_left_out_and_counted() -> None:
+    def taste(rater: int, trial: Trial) -> str:
+        if rater == 3:
+            return "tie"
+        return str(prefers("ours")(rater, trial))
+
+    votes = votes_by(PLAN, taste)
+    found = analyze(PLAN, votes, replicates=200)
+    assert [row.rater for row in found.raters if not row.used] == [3]
+    assert found.duels[0].ties == 0 and found.duels[0].raters == 7
+    assert analyze(PLAN, votes, max_failed_checks=2, replicates=200).duels[0].ties == 24
+    with pytest.raises(ValueError, match="--max-failed"):
+        analyze(PLAN, votes_by(PLAN, lambda *_: "tie"), replicates=200)
+    with pytest.raises(ValueError, match="no votes yet"):
+        analyze(PLAN, [])
+
+
+def test_a_known_win_rate_is_found_again_and_the_clustered_interval_holds_it() -> None:
+    found = recovery(PLAN, Taste(win_rate=0.65, prompt_spread=0.6, rater_spread=0.6), studies=40, replicates=200)
+    assert found.mean_win_rate == pytest.approx(found.truth, abs=0.025)
+    assert found.truth < 0.65, "the spread draws the average to one half"
+    assert found.clustered_covered >= 0.88
+    assert found.wilson_covered < found.clustered_covered, "votes that cluster are fewer than they seem"
+
+
+def test_equal_models_are_rarely_found_different() -> None:
+    found = recovery(PLAN, Taste(win_rate=0.5, tie_rate=0.3), studies=40, replicates=200)
+    assert found.found <= 0.05 and 0.88 <= found.wilson_covered
+    assert found.mean_win_rate == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_strengths_of_three_models_are_ordered_by_their_wins() -> None:
+    plan = synthetic_plan(CFG.model_copy(update={"pairs_per_rater": 30}), ("ours", "b", "c"), 60)
+    found = analyze(plan, simulated_votes(plan, Taste(win_rate=0.8), 1), replicates=400)
+    strengths = found.strengths[0].values
+    assert max(strengths, key=strengths.__getitem__) == "ours"
+    assert strengths["ours"] - (strengths["b"] + strengths["c"]) / 2 == pytest.approx(1.39 * 0.83, abs=0.5)
+    low, high = found.strengths[0].intervals["ours"]
+    assert low < strengths["ours"] < high
+    assert len(found.duels) == 3 and all(duel.p_holm >= duel.p for duel in found.duels)
+
+
+@pytest.fixture
+def voted(tmp_path: Path) -> tuple[Path, Plan]:
+    study, plan, _ = write_study(tmp_path, raters=4, pairs_per_rater=6)
+    store = Store(study / VOTES)
+    for rater, who in enumerate(plan.raters):
+        for trial in who.trials:
+            answer = prefers(MODELS[0])(rater, trial) if trial.prompt else trial.expected or "tie"
+            store.vote(rater, trial.id, dict.fromkeys(plan.questions, answer), 3000)
+    store.close()
+    return study, plan
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
+
+
+def test_analyze_writes_report_figure_and_exports(voted: tuple[Path, Plan], capsys: pytest.CaptureFixture[str]) -> None:
+    study, plan = voted
+    assert run("study", "analyze", str(study), "--json", "--replicates", "200") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["duels"][0]["wins"] == 20 and found["duels"][0]["ties"] == 4
+    assert {duel["task"] for duel in found["by_task"]} == {"counting", "position"}
+    folder = study / "report"
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page and MODELS[0] in page and "http" not in page.replace("http://www.w3.org", "")
+    assert "| Overall | all | Secret-Alpha | Secret-Beta | 20 | 4 | 0 |" in (folder / "report.md").read_text()
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "figure.pdf").read_bytes().startswith(b"%PDF")
+    with (folder / "votes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    lines = [json.loads(line) for line in (folder / "votes.jsonl").read_text().splitlines()]
+    assert len(rows) == len(lines) == 3 * sum(len(who.trials) for who in plan.raters)
+    assert {row["kind"] for row in rows} == {"pair", "repeat", "check"}
+
+
+def test_a_study_is_planned_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_study(tmp_path)
+    named = [f"{name}={tmp_path / 'images' / name}" for name in MODELS]
+    sizes = ("--raters", "3", "--pairs", "6", "--question", "overall")
+    assert run("study", "plan", *named, "-o", str(tmp_path / "two"), *sizes) == 0
+    assert "3 raters x 11 screens: 18 votes per model pair" in capsys.readouterr().err
+    assert run("study", "plan", *named, "-o", str(tmp_path / "two"), *sizes) == 2
+    assert "never written over another" in capsys.readouterr().err
+    assert run("study", "plan", *named, "-o", str(tmp_path / "three"), *sizes, "--repeats", "9") == 2
+    assert "lower repeats" in capsys.readouterr().err
+    assert not (tmp_path / "three").exists()
+
+
+def test_serving_to_others_demands_a_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi")
+    monkeypatch.delenv("GDMD_STUDY_TOKEN", raising=False)
+    study, _, _ = write_study(tmp_path)
+    assert run("study", "serve", str(study), "--host", "0.0.0.0") == 2
+    assert "GDMD_STUDY_TOKEN" in capsys.readouterr().err
+    monkeypatch.setenv("GDMD_STUDY_TOKEN", "short")
+    assert run("study", "serve", str(study), "--host", "0.0.0.0") == 2
+    assert "at least 16 random ones" in capsys.readouterr().err
+    assert run("study", "analyze", str(study)) == 2
+    assert "no votes yet" in capsys.readouterr().err
+
+
+def test_simulate_prints_what_the_numbers_can_find(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--studies", "5", "--prompts", "40", "--pairs", "20", "--win-rate", "0.7", "--json")
+    assert run("study", "simulate", *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["mean_win_rate"] == pytest.approx(0.7, abs=0.1)
+    assert run("study", "simulate", "--win-rate", "1.5") == 2
+    assert "win_rate" in capsys.readouterr().err

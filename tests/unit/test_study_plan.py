@@ -1,0 +1,136 @@
+"""The blind plan: balance, sides, repeats, checks; and what is read from image folders."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from gdmd.config.study import StudyConfig
+from gdmd.study.folders import common_rows, named_folders, read_folder
+from gdmd.study.nouns import Plan, Prompt
+from gdmd.study.plan import draw_plan
+
+MODELS = ("ours", "dmd2", "sdxl")
+PROMPTS = [Prompt(text=f"prompt {k}", task=("counting", "color", "position")[k % 3]) for k in range(60)]
+CFG = StudyConfig(raters=9, pairs_per_rater=20, votes_per_pair=3, repeats=3, checks=2)
+
+
+def pairs_of(plan: Plan, rater: int) -> list[tuple[str, str, str]]:
+    return [(t.pair, t.left_model, t.right_model) for t in plan.raters[rater].trials if t.kind == "pair"]
+
+
+def test_the_seed_fixes_pairs_sides_and_order_but_never_what_a_rater_sees() -> None:
+    one, two, other = (draw_plan(CFG.model_copy(update={"seed": s}), MODELS, PROMPTS).plan for s in (1, 1, 2))
+    assert [pairs_of(one, k) for k in range(9)] == [pairs_of(two, k) for k in range(9)]
+    assert [pairs_of(one, k) for k in range(9)] != [pairs_of(other, k) for k in range(9)]
+    shown = [{i for r in plan.raters for t in r.trials for i in (t.id, t.left, t.right)} for plan in (one, two)]
+    assert not shown[0] & shown[1]
+
+
+def test_every_rater_gets_each_model_pair_equally_often_and_half_of_it_flipped() -> None:
+    plan = draw_plan(CFG, MODELS, PROMPTS).plan
+    for rater in range(9):
+        duels = Counter(frozenset(models) for _, *models in pairs_of(plan, rater))
+        assert len(duels) == 3 and max(duels.values()) - min(duels.values()) <= 1
+        sides = Counter((left, right) for _, left, right in pairs_of(plan, rater))
+        for left, right in sides:
+            assert abs(sides[left, right] - sides[right, left]) <= 1
+    total = Counter(frozenset(models) for rater in range(9) for _, *models in pairs_of(plan, rater))
+    assert max(total.values()) - min(total.values()) <= 1
+
+
+def test_every_pair_of_images_gets_its_votes_from_different_raters() -> None:
+    plan = draw_plan(CFG, MODELS, PROMPTS).plan
+    votes = Counter(pair for rater in range(9) for pair, *_ in pairs_of(plan, rater))
+    assert set(votes.values()) == {3}
+    assert all(len({pair for pair, *_ in pairs_of(plan, rater)}) == 20 for rater in range(9))
+
+
+def test_tasks_are_spread_evenly() -> None:
+    plan = draw_plan(CFG, MODELS, PROMPTS).plan
+    tasks = Counter(plan.prompts[t.prompt].task for r in plan.raters for t in r.trials if t.kind == "pair")
+    assert max(tasks.values()) - min(tasks.values()) <= 12
+
+
+def test_a_repeat_comes_later_with_the_sides_exchanged() -> None:
+    for rater in draw_plan(CFG, MODELS, PROMPTS).plan.raters:
+        place = {t.pair: (k, t) for k, t in enumerate(rater.trials) if t.kind == "pair"}
+        repeats = [(k, t) for k, t in enumerate(rater.trials) if t.kind == "repeat"]
+        assert len({t.pair for _, t in repeats}) == 3
+        for k, again in repeats:
+            before, first = place[again.pair]
+            assert k - before > 20 // 4
+            assert (again.left, again.right) == (first.right, first.left)
+
+
+def test_a_check_shows_one_model_beside_its_ruin_and_knows_the_answer() -> None:
+    drawn = draw_plan(CFG, MODELS, PROMPTS)
+    for rater in drawn.plan.raters:
+        checks = [t for t in rater.trials if t.kind == "check"]
+        assert len(checks) == 2 and rater.trials[0].kind == "pair"
+        for trial in checks:
+            intact, ruined = (trial.left, trial.right) if trial.expected == "left" else (trial.right, trial.left)
+            assert intact in drawn.images and ruined in drawn.ruined
+
+
+def test_against_compares_one_model_with_each_other() -> None:
+    plan = draw_plan(CFG.model_copy(update={"against": "dmd2"}), MODELS, PROMPTS).plan
+    duels = {frozenset(models) for rater in range(9) for _, *models in pairs_of(plan, rater)}
+    assert duels == {frozenset(("ours", "dmd2")), frozenset(("dmd2", "sdxl"))}
+    with pytest.raises(ValueError, match="against names 'gan'"):
+        draw_plan(CFG.model_copy(update={"against": "gan"}), MODELS, PROMPTS)
+
+
+def test_impossible_numbers_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match="lower --pairs"):
+        draw_plan(StudyConfig(pairs_per_rater=61, raters=3), MODELS[:2], PROMPTS)
+    for wrong in ({"repeats": 70}, {"votes_per_pair": 11}, {"questions": ("overall", "overall")}, {"questions": ()}):
+        with pytest.raises(ValidationError):
+            StudyConfig(**wrong)
+
+
+def flat(folder: Path, lines: list[dict[str, object]], files: list[str]) -> Path:
+    folder.mkdir()
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in files:
+        Image.new("RGB", (8, 8)).save(folder / name)
+    return folder
+
+
+def test_flat_folders_are_read_by_number_or_by_name(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "task": "one"}, {"prompt": "b", "file": "cat.png"}]
+    rows = read_folder(flat(tmp_path / "flat", lines, ["00000_0.png", "00000_1.png", "000001.png", "cat.png"]))
+    assert [image.name for image in rows["a", 0].images] == ["00000_0.png", "00000_1.png"]
+    assert [image.name for image in rows["b", 0].images] == ["cat.png"]
+    assert rows["a", 0].prompt.task == "one"
+
+
+def test_a_file_outside_the_folder_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
+    with pytest.raises(ValueError, match="line 1: there is no file"):
+        read_folder(flat(tmp_path / "flat", [{"prompt": "a", "file": "../other.png"}], []))
+
+
+def test_models_with_different_prompts_are_refused_unless_the_common_ones_are_wanted(tmp_path: Path) -> None:
+    one = flat(tmp_path / "one", [{"prompt": "a"}, {"prompt": "b"}], ["00000.png", "00001.png"])
+    two = flat(tmp_path / "two", [{"prompt": "b"}], ["00000.png"])
+    with pytest.raises(ValueError, match="one has 1 prompts that another model lacks, among them 'a'"):
+        common_rows({"one": one, "two": two}, 1, common=False)
+    (row,) = common_rows({"one": one, "two": two}, 1, common=True)
+    assert row["one"].images[0].name == "00001.png" and row["two"].images[0].name == "00000.png"
+    with pytest.raises(ValueError, match="1 images of 'b', 2 are wanted"):
+        common_rows({"one": one, "two": two}, 2, common=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(["a=x"], "at least two models"), (["a=x", "a=y"], "two models are called 'a'"), (["=x", "b=y"], "no name")],
+)
+def test_model_arguments_that_make_no_study_are_refused(arguments: list[str], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        named_folders(arguments)
