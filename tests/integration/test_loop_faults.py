@@ -104,8 +104,12 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(10)  # interrupted by the second
 
-    with pytest.raises(KeyboardInterrupt):
-        Toy(tmp_path / "run", toy_config(20), interrupt).train()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with SIG_IGN
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Toy(tmp_path / "run", toy_config(20), interrupt).train()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5]
 
 
