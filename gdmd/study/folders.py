@@ -1,27 +1,15 @@
-"""Image folders of a study: GenEval's official layout, or flat files beside a prompts.jsonl.
-
-GenEval: ``<folder>/00000/metadata.jsonl`` ({"tag": task, "prompt": text}) and ``<folder>/00000/samples/*.png``.
-Flat: ``<folder>/prompts.jsonl``, one {"prompt": text, "task": name, "files": ["a.png", ...]} a line; without
-"files" (or "file"), line k owns the images called 0000k.png, 0000k_*.png or 0000k-*.png (counted from 0).
-"""
+"""Image folders of a study, in the two layouts of ``evaluation.image_folders``."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from gdmd.evaluation.image_folders import Key, read_images
 from gdmd.runs.errors import RunError
 from gdmd.study.nouns import Prompt
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-Key = tuple[str, int]
-"""A prompt's text and which occurrence of that text it is: the same for every model."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +38,8 @@ def named_folders(arguments: Sequence[str]) -> dict[str, Path]:
 
 def read_folder(folder: Path) -> dict[Key, Row]:
     """Prompts and images of one model, in either layout."""
-    if not folder.is_dir():
-        raise RunError(f"{folder} is not a folder; give the folder with one model's images")
-    if (folder / "prompts.jsonl").is_file():
-        rows = _flat(folder)
-    else:
-        rows = [_official(place) for place in sorted(folder.iterdir()) if re.fullmatch(r"\d+", place.name)]
-    if not rows:
-        raise RunError(
-            f"{folder} holds neither prompts.jsonl nor folders 00000, 00001, ... with metadata.jsonl and samples/; "
-            "bring the images into one of the two layouts"
-        )
-    seen: Counter[str] = Counter()
-    keyed = {}
-    for row in rows:
-        keyed[row.prompt.text, seen[row.prompt.text]] = row
-        seen[row.prompt.text] += 1
-    return keyed
+    found = read_images(folder)
+    return {key: Row(Prompt(text=row.text, task=row.task), row.images) for key, row in found.items()}
 
 
 def common_rows(folders: Mapping[str, Path], images: int, common: bool) -> list[dict[str, Row]]:
@@ -91,62 +64,3 @@ def common_rows(folders: Mapping[str, Path], images: int, common: bool) -> list[
                 "draw more, or lower --images"
             )
     return [{name: own[key] for name, own in rows.items()} for key in shared]
-
-
-def _official(place: Path) -> Row:
-    meta = place / "metadata.jsonl"
-    (line,) = _json_lines(meta, only=1)
-    return Row(_prompt(line, meta, 1), tuple(_images((place / "samples").glob("*"))))
-
-
-def _flat(folder: Path) -> list[Row]:
-    path = folder / "prompts.jsonl"
-    files = _images(folder.glob("*"))
-    rows = []
-    for number, line in enumerate(_json_lines(path)):
-        given = line.get("files", [line["file"]] if "file" in line else None)
-        if given is not None and not isinstance(given, list):
-            raise RunError(f'{path}, line {number + 1}: "files" is no list of names; write ["a.png", ...]')
-        if given is None:
-            own = [file for file in files if re.fullmatch(rf"{number:05d}([_-].*)?", file.stem)]
-        else:
-            own = [_inside(folder, str(name), path, number + 1) for name in given]
-        rows.append(Row(_prompt(line, path, number + 1), tuple(own)))
-    return rows
-
-
-def _inside(folder: Path, name: str, path: Path, line: int) -> Path:
-    file = folder / name
-    known = os.path.isfile(file)  # False, where Path.is_file raises: a name too long, a null character
-    if not known or not file.resolve().is_relative_to(folder.resolve()):
-        raise RunError(f"{path}, line {line}: there is no file {name!r} in {folder}; mend the line or add the file")
-    return file
-
-
-def _prompt(line: Mapping[str, Any], path: Path, number: int) -> Prompt:
-    text = line.get("prompt")
-    if not isinstance(text, str) or not text.strip():
-        raise RunError(f'{path}, line {number}: no prompt; every line must hold {{"prompt": "a text"}}')
-    task = str(line.get("task", line.get("tag", "")))
-    if re.search(r"[\x00\ud800-\udfff]", text + task):
-        raise RunError(
-            f"{path}, line {number}: the prompt or task holds half a character or a null; convert it to UTF-8"
-        )
-    return Prompt(text=text, task=task)
-
-
-def _images(files: Iterable[Path]) -> list[Path]:
-    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
-
-
-def _json_lines(path: Path, only: int | None = None) -> list[Mapping[str, Any]]:
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        rows = [json.loads(line) for line in lines]
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}; every prompt needs its metadata") from error
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is not JSON, one object a line: {error}") from error
-    if not rows or any(not isinstance(row, dict) for row in rows) or (only is not None and len(rows) != only):
-        raise RunError(f"{path} must hold {only or 'one or more'} JSON object(s), one a line; got {len(rows)} line(s)")
-    return rows
