@@ -16,11 +16,16 @@ class Placed(Config):
         default="fp32", description="Of the weights and towers; preprocessing, cosine and head are always fp32."
     )
     device: str | None = Field(default=None, description='"cuda:1", "cpu", ...; default: where the student is.')
+
+
+class Towers(Placed):
+    """A network that scores batches and may wait elsewhere."""
+
     offload: bool = Field(default=False, description="Keep the weights on the CPU between calls.")
     chunk: NonNegativeCount = Field(default=0, description="Images per forward pass; 0 = the whole batch.")
 
 
-class ClipReward(Placed):
+class ClipReward(Towers):
     """CLIPScore: the cosine, in [-1, 1]."""
 
     kind: Literal["clip"] = "clip"
@@ -32,7 +37,7 @@ class ClipReward(Placed):
         return self.kind
 
 
-class HpsReward(Placed):
+class HpsReward(Towers):
     """HPSv2.1 ("hps") or HPSv2 ("hps_v2"): the cosine of their own ViT-H/14."""
 
     kind: Literal["hps", "hps_v2"] = "hps"
@@ -43,7 +48,7 @@ class HpsReward(Placed):
         return self.kind
 
 
-class PickScoreReward(Placed):
+class PickScoreReward(Towers):
     """PickScore v1: exp(logit_scale) times the cosine, about 15 to 27."""
 
     kind: Literal["pickscore"] = "pickscore"
@@ -56,7 +61,7 @@ class PickScoreReward(Placed):
         return self.kind
 
 
-class ImageRewardReward(Placed):
+class ImageRewardReward(Towers):
     """ImageReward v1: standardised, about -3 to 3."""
 
     kind: Literal["imagereward"] = "imagereward"
@@ -67,7 +72,7 @@ class ImageRewardReward(Placed):
         return self.kind
 
 
-class AestheticReward(Placed):
+class AestheticReward(Towers):
     """LAION aesthetic v2: reads the image alone, about 1 to 10."""
 
     kind: Literal["aesthetic"] = "aesthetic"
@@ -90,6 +95,35 @@ class GenEvalReward(Placed):
     @property
     def label(self) -> str:
         return self.kind
+
+
+class OcrConfig(Placed):
+    """OCR: 1 - edit distance / length of the text quoted in the prompt, in [0, 1]; NaN for a prompt without quotes."""
+
+    kind: Literal["ocr"] = "ocr"
+    path: str | None = Field(
+        default=None, description="Folder or hub id of a reading model; default: GOT-OCR 2.0, pinned."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+    reader: str | None = Field(
+        default=None,
+        pattern=r"^[\w.]+:\w+$",
+        description='"package.module:function", PIL image -> str, instead of a model.',
+    )
+    tokens: Count = Field(default=128, description="Longest reading of the model.")
+    other_text: Literal["error", "free"] = Field(
+        default="error", description="Whether text beyond the one asked for counts as an error."
+    )
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+    @model_validator(mode="after")
+    def _one_reader(self) -> Self:
+        if self.reader is not None and (self.path is not None or self.revision is not None):
+            raise ValueError(f"reader {self.reader} and a model were given; give reader, or path and revision")
+        return self
 
 
 class CallableConfig(Config):
@@ -129,6 +163,7 @@ SingleReward = Annotated[
     | ImageRewardReward
     | AestheticReward
     | GenEvalReward
+    | OcrConfig
     | CallableConfig
     | RemoteReward,
     Field(discriminator="kind"),
@@ -169,6 +204,7 @@ ImageReward = (
     | ImageRewardReward
     | AestheticReward
     | GenEvalReward
+    | OcrConfig
     | CallableConfig
     | RemoteReward
     | CompositeReward

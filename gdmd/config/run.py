@@ -53,7 +53,9 @@ class PromptConfig(Config):
     """Where prompts come from."""
 
     file: str | None = Field(
-        default=None, description="txt (one caption a line) or jsonl ({'prompt': ...}); default: the training captions."
+        default=None,
+        description="txt (one caption a line) or jsonl ({'prompt': ...}), or a shipped set: text_rendering; "
+        "default: the training captions.",
     )
 
 

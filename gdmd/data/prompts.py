@@ -21,6 +21,15 @@ _NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
 """Control characters, half characters and byte order marks: signs of another encoding, or of a binary file."""
 
 
+SHIPPED = {"text_rendering": "pictures that show a given text, quoted in the prompt: for the OCR reward"}
+"""Prompt sets of the package, by the name that a recipe may give in the place of a path."""
+
+
+def prompt_file(given: str) -> Path:
+    """The file of a shipped set, or the path that was given."""
+    return Path(__file__).parent / f"{given}.txt" if given in SHIPPED else Path(given)
+
+
 def read_prompts(path: Path) -> tuple[str, ...]:
     """txt: one prompt a line; jsonl: objects with "prompt". Empty lines are an error, as is any malformed line."""
     try:

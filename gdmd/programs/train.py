@@ -63,12 +63,12 @@ def ready(cfg: RunConfig) -> Lab:
 
 def check_prompts(cfg: RunConfig) -> None:
     """ValueError with file and line for a prompt that is no caption of the Shapes language."""
-    from gdmd.data.prompts import read_prompts
+    from gdmd.data.prompts import prompt_file, read_prompts
 
     if cfg.prompts.file is None or cfg.model.kind != "shapes":
         return
     table = catalogue()
-    for number, text in enumerate(read_prompts(Path(cfg.prompts.file)), 1):
+    for number, text in enumerate(read_prompts(prompt_file(cfg.prompts.file)), 1):
         try:
             table.row(text)
         except ValueError as error:

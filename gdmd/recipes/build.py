@@ -25,8 +25,9 @@ from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.run import RewardConfig, RunConfig, ShapesModel, ShapesReward
 from gdmd.data.embeddings import CachedText
 from gdmd.data.latents import RenderedLatents
-from gdmd.data.prompts import PromptStream, read_meta, read_prompts, training_captions
+from gdmd.data.prompts import PromptStream, prompt_file, read_meta, read_prompts, training_captions
 from gdmd.diffusion.sampling import times
+from gdmd.methods.distillation import RealLatents
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.dmd2 import Dmd2
 from gdmd.methods.dmd_grpo import DmdGrpo
@@ -35,6 +36,7 @@ from gdmd.methods.dmd_refl import DmdRefl
 from gdmd.methods.dmdr import Dmdr
 from gdmd.methods.gdmd import Gdmd
 from gdmd.methods.scoring import Scorer
+from gdmd.recipes.rewards import check_prompts, image_reward
 from gdmd.rewards.checker import PartialCredit
 from gdmd.rewards.shapes import load_scorer
 from gdmd.runs.assets import asset_path, load_asset
@@ -74,7 +76,8 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Lab:
     roles = ShapesRoles(teacher, bf16=bf16, head_seed=cfg.loop.seed if judged else None)
     encoder = ShapesTextEncoder(device)
     rewards = build_rewards(cfg.rewards, device)
-    groups = [list(read_prompts(Path(cfg.prompts.file)))] if cfg.prompts.file else training_captions()
+    groups = [list(read_prompts(prompt_file(cfg.prompts.file)))] if cfg.prompts.file else training_captions()
+    check_prompts(cfg.rewards, (text for group in groups for text in group))
     stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed, cfg.method.prompt_group)
     return Lab(roles, codec, encoder, rewards, _method(cfg, roles, codec, rewards), stream)
 
@@ -83,7 +86,8 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     """Times in the recipe are uniform; the method gets them through the family's clock."""
     if cfg.prompts.file is None:
         raise ValueError("prompts.file is not set: a real model needs a file of prompts (txt or jsonl)")
-    prompts = list(read_prompts(Path(cfg.prompts.file)))
+    prompts = list(read_prompts(prompt_file(cfg.prompts.file)))
+    check_prompts(cfg.rewards, prompts)
     from gdmd.backbones.pipelines import encoder_identity, open_family, scoring_codec
     from gdmd.backbones.roles import DiffusersRoles
 
@@ -94,7 +98,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16")
     own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
     rewards = build_rewards(cfg.rewards, device) if cfg.method.rewarded else ()
-    meta = read_meta(Path(cfg.prompts.file))
+    meta = read_meta(prompt_file(cfg.prompts.file))
     stream = PromptStream([prompts], encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, meta)
     place = Place(family.latent_shape, family.native)
     codec = scoring_codec(family, device)
@@ -123,8 +127,6 @@ def _reward(spec: RewardConfig, device: str) -> Reward:
         case ShapesReward(kind=kind):
             return load_scorer(kind, _tensors(spec.asset, kind)[0]).to(device)
         case _:
-            from gdmd.recipes.rewards import image_reward
-
             return image_reward(spec, device)
 
 
@@ -150,7 +152,18 @@ SHAPES = Place()
 def _method(
     cfg: RunConfig, roles: BuiltRoles, codec: Codec, rewards: tuple[Reward, ...], place: Place = SHAPES
 ) -> Method:
-    real = _real_latents(cfg, roles, codec)
+    return method_of(cfg, roles, codec, rewards, place, _real_latents(cfg, roles, codec))
+
+
+def method_of(
+    cfg: RunConfig,
+    roles: BuiltRoles,
+    codec: Codec,
+    rewards: tuple[Reward, ...],
+    place: Place,
+    real: RealLatents | None,
+) -> Method:
+    """The method of a recipe on these objects."""
     parts = (roles, place.latent_shape, place.native, real)
     match cfg.method:
         case DmdConfig() as own:

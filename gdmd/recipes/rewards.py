@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,12 +18,15 @@ from gdmd.config.rewards import (
     HpsReward,
     ImageReward,
     ImageRewardReward,
+    OcrConfig,
     PickScoreReward,
     Placed,
     RemoteReward,
+    Towers,
 )
+from gdmd.config.run import RewardConfig
 from gdmd.rewards.aesthetic import Aesthetic
-from gdmd.rewards.callable import CallableReward
+from gdmd.rewards.callable import CallableReward, imported
 from gdmd.rewards.clip import ClipScore
 from gdmd.rewards.composite import Composite, Part
 from gdmd.rewards.geneval import GenEvalCredit
@@ -30,6 +34,7 @@ from gdmd.rewards.geneval_colors import ColorClassifier
 from gdmd.rewards.geneval_detector import Detector
 from gdmd.rewards.hps import Hps
 from gdmd.rewards.imagereward import ImageReward as BlipReward
+from gdmd.rewards.ocr import OcrReward, Reader, asked_text, normalised
 from gdmd.rewards.pickscore import PickScore
 from gdmd.rewards.pretrained import Placement
 from gdmd.rewards.remote import RemoteScorer
@@ -55,6 +60,9 @@ def image_reward(spec: ImageReward, device: str) -> Reward:
             place = _placement(spec, device)
             colors = ColorClassifier.from_pretrained(spec.clip, placement=place)
             return GenEvalCredit(Detector.from_pretrained(spec.detector, placement=place), colors)
+        case OcrConfig():
+            read = imported(spec.reader) if spec.reader else _reader(spec, device)
+            return OcrReward(read, spec.other_text)
         case CallableConfig():
             return CallableReward.from_target(spec.target, spec.differentiable)
         case RemoteReward():
@@ -69,10 +77,27 @@ def reward_stats(rewards: Sequence[Reward]) -> Mapping[str, Tensor]:
     for reward in rewards:
         if isinstance(reward, Composite):
             stats |= reward.stats() | reward_stats([part.reward for part in reward.parts])
-        elif isinstance(reward, RemoteScorer):
+        elif isinstance(reward, RemoteScorer | OcrReward):
             stats |= reward.stats()
     return stats
 
 
+def check_prompts(specs: Sequence[RewardConfig], prompts: Iterable[str]) -> None:
+    """ValueError when a reward could score none of the prompts: OCR without a single quoted text."""
+    parts = [part.reward for spec in specs if isinstance(spec, CompositeReward) for part in spec.parts]
+    if not any(isinstance(one, OcrConfig) for one in [*specs, *parts]):
+        return
+    if not any(normalised(asked_text(text)) for text in prompts):
+        raise ValueError(
+            "reward ocr reads the text that a prompt quotes, and no prompt quotes any; write prompts like "
+            "'a sign that says \"OPEN\"', or take the shipped ones: prompts.file=text_rendering"
+        )
+
+
+def _reader(spec: OcrConfig, device: str) -> Reader:
+    return Reader.from_pretrained(spec.path, spec.revision, _placement(spec, device), spec.tokens)
+
+
 def _placement(spec: Placed, device: str) -> Placement:
-    return Placement(spec.device or device, _DTYPES[spec.dtype], spec.offload, spec.chunk)
+    plain = Placement(spec.device or device, _DTYPES[spec.dtype])
+    return replace(plain, offload=spec.offload, chunk=spec.chunk) if isinstance(spec, Towers) else plain

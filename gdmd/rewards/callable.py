@@ -31,7 +31,7 @@ class CallableReward:
     @classmethod
     def from_target(cls, target: str, differentiable: bool = False) -> CallableReward:
         """From "package.module:function". ValueError when it cannot be imported or is no function."""
-        return cls(_imported(target), target, differentiable)
+        return cls(imported(target), target, differentiable)
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B], fp32. ValueError unless the function gives one number per image."""
@@ -52,7 +52,8 @@ class CallableReward:
         return scores
 
 
-def _imported(target: str) -> Any:
+def imported(target: str) -> Any:
+    """The function "package.module:function". ValueError when it cannot be imported or is no function."""
     module, colon, name = target.partition(":")
     if not (module and colon and name):
         raise ValueError(f"reward function {target!r}: write it as module:function, for example my_rewards:brightness")

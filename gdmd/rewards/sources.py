@@ -58,6 +58,7 @@ _HPS = Hub("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a")
 _IMAGEREWARD = Hub("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72")
 BERT = Hub("google-bert/bert-base-uncased")
 DETECTOR = Hub("facebook/mask2former-swin-small-coco-instance")
+OCR = Hub("stepfun-ai/GOT-OCR-2.0-hf", "d3017ef2c2c1395888c8d635c5e0508bcb0ac78d")
 
 PUBLISHED = (
     Published("clip", "CLIPScore: cosine of CLIP ViT-L/14 (arXiv 2104.08718 without 2.5 max(., 0))", "[-1, 1]", CLIP_L),
@@ -70,6 +71,8 @@ PUBLISHED = (
               _IMAGEREWARD, "ImageReward.pt", BERT),
     Published("aesthetic", "LAION aesthetic v2: linear layers on CLIP ViT-L/14 embeddings", "about 1 to 10",
               Hub("trl-lib/ddpo-aesthetic-predictor"), "aesthetic-model.pth", reads="image"),
+    Published("ocr", "OCR: max(0, 1 - edit distance / length) of the text quoted in the prompt (arXiv 2505.05470)", "[0, 1]",
+              OCR),
 )  # fmt: skip
 
 
@@ -160,6 +163,27 @@ def load_detector(place: Place, key: object) -> Any:
         return Mask2Former.from_pretrained(place.where, use_safetensors=True, **place.arguments())
 
     return shared(("detector", place, key), lambda: _reading(place, build))
+
+
+@dataclass(frozen=True)
+class ReadingNet:
+    """A model that writes down what an image says, and the processor (image processor and tokenizer) it was made with."""
+
+    net: Any
+    processor: Any
+
+
+def load_reader(place: Place, key: object) -> ReadingNet:
+    """An image-to-text model of transformers with its processor, loaded once per place and key."""
+
+    def build() -> ReadingNet:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        net = AutoModelForImageTextToText.from_pretrained(place.where, use_safetensors=True, **place.arguments())
+        processors: Any = AutoProcessor  # its from_pretrained is not typed
+        return ReadingNet(net, processors.from_pretrained(place.where, **place.arguments()))
+
+    return shared(("ocr", place, key), lambda: _reading(place, build))
 
 
 def raw_tokenizer(place: Place) -> Any:

@@ -205,7 +205,7 @@ def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callab
 def test_the_list_names_every_published_reward_with_range_and_weights(gdmd: Any) -> None:
     code, printed, _ = gdmd("rewards", "list", "--json")
     rows = {row["kind"]: row for row in json.loads(printed)}
-    assert code == 0 and set(rows) == {"clip", "hps", "hps_v2", "pickscore", "imagereward", "aesthetic"}
+    assert code == 0 and set(rows) == {"clip", "hps", "hps_v2", "pickscore", "imagereward", "aesthetic", "ocr"}
     assert rows["hps"]["converted"] == "" and rows["clip"]["converted"] is None
     assert "HPS_v2.1_compressed.pt" in rows["hps"]["weights"] and "@" in rows["pickscore"]["weights"]
 

@@ -1,0 +1,318 @@
+"""The OCR reward: what is compared, with what, and what a prompt without a text gets; readers faked and tiny."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from gdmd.config.load import ConfigError, load_config
+from gdmd.config.run import RunConfig
+from gdmd.data.prompts import prompt_file, read_prompts
+from gdmd.recipes.build import build_rewards
+from gdmd.recipes.rewards import check_prompts, reward_stats
+from gdmd.rewards.composite import Composite, Part
+from gdmd.rewards.images import from_pil
+from gdmd.rewards.ocr import OcrReward, Reader, asked_text, edit_distance, normalised, ocr_score
+from gdmd.types import PromptBatch
+
+RECIPE = "name: x\nloop: {}\nrewards:\n"
+WORDS = ("OPEN", "OPEN ALL NIGHT", "SOUP", "SOAP", "go team", "")
+
+
+def batch_of(texts: Sequence[str]) -> PromptBatch:
+    index = torch.arange(len(texts))
+    return PromptBatch(index, tuple(texts), index, {}, {})
+
+
+@cache
+def written(words: str) -> Image.Image:
+    """An image that says ``words``, in Pillow's own font."""
+    picture = Image.new("RGB", (160, 32), "white")
+    ImageDraw.Draw(picture).text((4, 4), words, fill="black", font=ImageFont.load_default(18))
+    return picture
+
+
+def fake_reader(image: Image.Image) -> str:
+    """Reads by comparing with all that could be written."""
+    return next(words for words in WORDS if written(words).tobytes() == image.tobytes())
+
+
+def scored(prompts: Sequence[str], images: Sequence[str], **settings: Any) -> list[float]:
+    pixels = from_pil([written(words) for words in images])
+    return OcrReward(fake_reader, **settings).score(pixels, batch_of(prompts)).tolist()
+
+
+# ---------------------------------------------------------------- the formula
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ('a sign that says "OPEN"', "OPEN"),
+        ("a sign that says “Open” in red", "Open"),
+        ("ein Schild mit „Bäckerei“ darauf", "Bäckerei"),
+        ("une enseigne «Café»", "Café"),
+        ("看板「営業中」", "営業中"),
+        ('"24 H" above "PHARMACY"', "24 H PHARMACY"),
+        ("a dog's bowl, the dog's name isn't on it", ""),
+        ('an inch mark 5" wide', ""),
+        ('an empty "" pair', ""),
+    ],
+)
+def test_the_text_asked_for_is_what_stands_in_quotes(prompt: str, asked: str) -> None:
+    assert asked_text(prompt) == asked
+
+
+def test_case_white_space_and_the_shape_of_quotes_and_hyphens_do_not_count_but_punctuation_does() -> None:
+    assert normalised("  Don’t\nＴＯＵＣＨ – it ") == "don'ttouch-it"
+    assert ocr_score('"SOUP OF THE DAY"', "soup of\nthe  day") == 1
+    assert ocr_score('"stop"', "stop!") == 0.75
+
+
+def reference(asked: str, read: str) -> int:
+    """Edit distance by its definition."""
+    if not asked or not read:
+        return len(asked) + len(read)
+    return min(
+        reference(asked[1:], read) + 1,
+        reference(asked, read[1:]) + 1,
+        reference(asked[1:], read[1:]) + (asked[0] != read[0]),
+    )
+
+
+@given(st.text("abc", max_size=5), st.text("abc", max_size=5))
+def test_the_distance_is_the_fewest_edits_and_anywhere_the_fewest_to_any_stretch(asked: str, read: str) -> None:
+    assert edit_distance(asked, read) == reference(asked, read)
+    stretches = [read[i:j] for i in range(len(read) + 1) for j in range(i, len(read) + 1)]
+    assert edit_distance(asked, read, anywhere=True) == min(reference(asked, one) for one in stretches)
+
+
+@given(st.text(max_size=12), st.text(max_size=40))
+def test_a_score_is_in_the_unit_interval_and_1_for_the_text_itself(words: str, read: str) -> None:
+    prompt = f'a sign "{words}"'
+    score = ocr_score(prompt, read)
+    if not normalised(asked_text(prompt)):
+        assert math.isnan(score)
+        return
+    assert 0 <= score <= ocr_score(prompt, read, "free") <= 1
+    assert ocr_score(prompt, asked_text(prompt)) == 1
+
+
+# ---------------------------------------------------------------- the reward
+
+
+def test_images_are_scored_by_what_they_say_whatever_else_is_in_the_batch() -> None:
+    prompts = ('a sign "open"', 'a can of "SOUP"', 'a can of "SOUP"', 'a scarf "GO TEAM"', 'a sign "OPEN"')
+    images = ("OPEN", "SOUP", "SOAP", "", "OPEN ALL NIGHT")
+    together = scored(prompts, images)
+    assert together == [1, 1, 0.75, 0, 0]
+    assert [scored([prompt], [image])[0] for prompt, image in zip(prompts, images, strict=True)] == together
+    assert scored(prompts[-1:], images[-1:], other_text="free") == [1]
+
+
+def test_a_prompt_without_a_quoted_text_is_not_read_not_scored_and_counted() -> None:
+    seen: list[Image.Image] = []
+    reward = OcrReward(lambda image: seen.append(image) or fake_reader(image))  # type: ignore[func-returns-value]
+    pixels = from_pil([written("OPEN")] * 4)
+    scores = reward.score(pixels, batch_of(("a dog", 'says "OPEN"', "a dog's sign", '"  "')))
+    assert scores.isnan().tolist() == [True, False, True, True] and len(seen) == 1
+    assert float(reward_stats([reward])["reward/ocr/unasked"]) == 0.75
+    assert "reward/ocr/unasked" in reward_stats([Composite([Part(reward)])])
+    assert not reward.differentiable
+
+
+def test_broken_images_and_readers_that_give_no_text_are_named() -> None:
+    broken = from_pil([written("OPEN")] * 2)
+    broken[1, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"not finite at samples \[1\]"):
+        OcrReward(fake_reader).score(broken, batch_of(('"a"', '"b"')))
+    with pytest.raises(ValueError, match="gave a list for an image; it must return a string"):
+        OcrReward(lambda image: [image]).score(broken[:1], batch_of(('"a"',)))  # type: ignore[arg-type, return-value]
+
+
+# ---------------------------------------------------------------- recipes and prompts
+
+
+def test_the_shipped_prompts_all_ask_for_a_text_and_no_two_for_the_same() -> None:
+    prompts = read_prompts(prompt_file("text_rendering"))
+    asked = [normalised(asked_text(prompt)) for prompt in prompts]
+    assert 40 <= len(prompts) <= 60 and all(asked) and len(set(asked)) == len(asked)
+    assert prompt_file("some/where.txt") == Path("some/where.txt")
+
+
+def test_a_recipe_names_a_reader_of_its_own_or_a_model_but_not_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "own_reader", sys.modules[__name__])
+    text = RECIPE + "  - {kind: ocr, reader: 'own_reader:fake_reader', other_text: free}\n"
+    (reward,) = build_rewards(load_config(RunConfig, text).rewards)
+    assert isinstance(reward, OcrReward) and reward.read is fake_reader and reward.other_text == "free"
+    (lazy,) = build_rewards(load_config(RunConfig, RECIPE + "  - {kind: ocr}\n").rewards)  # nothing is downloaded
+    assert isinstance(lazy, OcrReward) and isinstance(lazy.read, Reader)
+    for line, message in (
+        ("{kind: ocr, reader: 'a:b', path: models/ocr}", "give reader, or path and revision"),
+        ("{kind: ocr, offload: true}", "offload"),
+        ("{kind: ocr, other_text: maybe}", "other_text"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(RunConfig, RECIPE + f"  - {line}\n")
+    with pytest.raises(ValueError, match="no folder with weights"):
+        build_rewards(load_config(RunConfig, RECIPE + "  - {kind: ocr, path: ./missing}\n").rewards)
+
+
+def test_ocr_over_prompts_that_never_quote_a_text_is_refused_before_training() -> None:
+    plain = ("a dog", "a dog's bowl")
+    alone = load_config(RunConfig, RECIPE + "  - {kind: ocr}\n").rewards
+    part = load_config(RunConfig, RECIPE + "  - {kind: composite, parts: [{reward: {kind: ocr}}]}\n").rewards
+    for specs in (alone, part):
+        with pytest.raises(ValueError, match="no prompt quotes any"):
+            check_prompts(specs, plain)
+        check_prompts(specs, (*plain, 'a sign "OPEN"'))
+    check_prompts(load_config(RunConfig, RECIPE + "  - {kind: clip}\n").rewards, plain)
+
+
+# ---------------------------------------------------------------- real classes, tiny and random
+
+
+def tiny_got(folder: Path) -> Path:
+    """GOT-OCR 2.0 of some thousand weights with the processor of the published one."""
+    pytest.importorskip("transformers")
+    from tokenizers import pre_tokenizers
+    from transformers import GotOcr2Config, GotOcr2ForConditionalGeneration, GotOcr2Processor, Qwen2Tokenizer
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    special = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"]
+    table = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", *special]
+    words = Qwen2Tokenizer(
+        vocab={piece: place for place, piece in enumerate(table)}, merges=[], additional_special_tokens=special
+    )
+    torch.manual_seed(0)
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GotOcr2Config(
+        text_config={"model_type": "qwen2", "vocab_size": len(words), "num_key_value_heads": 2, **text},
+        vision_config={
+            "hidden_size": 16, "output_channels": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64,
+            "patch_size": 1, "mlp_dim": 16, "global_attn_indexes": [], "window_size": 8, "initializer_range": 0.1,
+        },  # 64 x 64 patches, halved twice: 256 image tokens, as the processor expects
+        image_token_index=words.convert_tokens_to_ids("<imgpad>"),
+    )  # fmt: skip
+    GotOcr2ForConditionalGeneration(config).save_pretrained(folder)
+    sizes = GotOcr2ImageProcessorPil(size={"height": 64, "width": 64})
+    GotOcr2Processor(sizes, words).save_pretrained(folder)
+    return folder
+
+
+def tiny_trocr(folder: Path) -> Path:
+    """A TrOCR of some thousand weights: ViT, and a causal decoder that attends to it."""
+    pytest.importorskip("transformers")
+    from tokenizers import pre_tokenizers
+    from transformers import (
+        RobertaTokenizer,
+        TrOCRConfig,
+        TrOCRProcessor,
+        VisionEncoderDecoderConfig,
+        VisionEncoderDecoderModel,
+        ViTConfig,
+    )
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    table = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = RobertaTokenizer(vocab={piece: place for place, piece in enumerate(table)}, merges=[])
+    torch.manual_seed(1)
+    vision = ViTConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    decoder = TrOCRConfig(
+        vocab_size=len(words), d_model=16, decoder_ffn_dim=16, decoder_layers=1, decoder_attention_heads=2,
+        max_position_embeddings=64, cross_attention_hidden_size=16, decoder_start_token_id=0,
+    )  # fmt: skip
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, decoder)
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 0, 1, 2
+    net = VisionEncoderDecoderModel(config)
+    net.generation_config.decoder_start_token_id = 0
+    net.save_pretrained(folder)
+    TrOCRProcessor(ViTImageProcessorPil(size={"height": 32, "width": 32}), words).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("maker", [tiny_got, tiny_trocr])
+def test_a_model_is_loaded_from_its_folder_on_first_use_and_reads_each_image_on_its_own(
+    maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    spec = f"  - {{kind: ocr, path: '{maker(tmp_path / 'model')}', tokens: 6}}\n"
+    (reward,) = build_rewards(load_config(RunConfig, RECIPE + spec).rewards)
+    assert isinstance(reward, OcrReward) and isinstance(reward.read, Reader)
+    pixels = from_pil([written(words) for words in WORDS[:3]])
+    prompts = batch_of(('"OPEN"', "a dog", '"SOUP"'))
+    scores = reward.score(pixels, prompts)
+    assert scores.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(
+        reward.score(pixels.flip(0), batch_of(prompts.text[::-1])).flip(0), scores, equal_nan=True
+    )
+    net = reward.read.parts.net
+    assert not net.training and not any(one.requires_grad for one in net.parameters())
+    assert len(reward.read(written("OPEN"))) <= 6 * 4
+    (again,) = build_rewards(load_config(RunConfig, RECIPE + spec).rewards)
+    assert isinstance(again, OcrReward) and isinstance(again.read, Reader) and again.read.parts is reward.read.parts
+
+
+class Spelling:
+    """A model that writes given tokens after its prompt, as a decoder does."""
+
+    def __init__(self, tail: Sequence[int], encoder_decoder: bool) -> None:
+        self.tail, self.asked = list(tail), {}
+        self.config = type("C", (), {"is_encoder_decoder": encoder_decoder})()
+
+    def to(self, *_: object) -> Spelling:
+        return self
+
+    def eval(self) -> Spelling:
+        return self
+
+    def requires_grad_(self, _: bool) -> Spelling:
+        return self
+
+    def generate(self, **asked: Any) -> Tensor:
+        self.asked = asked
+        before = [] if self.config.is_encoder_decoder else asked["input_ids"][0].tolist()
+        return torch.tensor([[*before, *self.tail]])
+
+
+class Letters:
+    """Tokenizer and processor: a token is a letter's code; 1 = end, 2 = end of a turn."""
+
+    eos_token_id, unk_token_id, pad_token_id = 1, None, 0
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def __call__(self, images: Image.Image, return_tensors: str) -> dict[str, Tensor]:
+        assert images.mode == "RGB" and return_tensors == "pt"
+        return {
+            "input_ids": torch.tensor([[ord(letter) for letter in "OCR:"]]),
+            "pixel_values": torch.zeros(1, 3, 2, 2),
+        }
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return 2
+
+    def decode(self, ids: Tensor, skip_special_tokens: bool) -> str:
+        return "".join(chr(token) for token in ids.tolist() if token > 2)
+
+
+@pytest.mark.parametrize("encoder_decoder", [True, False])
+def test_the_instruction_is_not_part_of_the_reading_and_a_turn_ends_it(encoder_decoder: bool) -> None:
+    net = Spelling([*map(ord, " SOUP"), 2], encoder_decoder)
+    reader = Reader.from_modules(net, Letters(), tokens=9)
+    assert reader(written("OPEN")) == "SOUP"
+    assert net.asked["eos_token_id"] == [1, 2] and net.asked["max_new_tokens"] == 9 and not net.asked["do_sample"]
