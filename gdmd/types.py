@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,6 +95,43 @@ class Reward(Protocol):
         ...
 
 
+class Pending(Protocol):
+    """Scores [B] that are being worked on elsewhere."""
+
+    def result(self) -> Tensor:
+        """Wait for them."""
+        ...
+
+    def cancel(self) -> None:
+        """Start nothing more of it."""
+        ...
+
+
+@runtime_checkable
+class DistantReward(Reward, Protocol):
+    """A reward that another machine computes, so that this one can work meanwhile."""
+
+    def submit(self, images: Tensor, prompts: PromptBatch) -> Pending:
+        """Start the work of ``score`` and return at once."""
+        ...
+
+
+def score_all(rewards: Sequence[Reward], images: Tensor, prompts: PromptBatch) -> list[Tensor]:
+    """The scores [B] of each reward. Distant ones are asked first and awaited last, so they work side by side, and beside
+    those of this machine. After an error of one, nothing more is asked of the others."""
+    pending: dict[int, Pending] = {}
+    try:
+        for place, reward in enumerate(rewards):
+            if isinstance(reward, DistantReward):
+                pending[place] = reward.submit(images, prompts)
+        own = {place: one.score(images, prompts) for place, one in enumerate(rewards) if place not in pending}
+        return [pending[place].result() if place in pending else own[place] for place in range(len(rewards))]
+    except BaseException:
+        for one in pending.values():
+            one.cancel()
+        raise
+
+
 class Roles(Protocol):
     """The networks of one distillation, whatever their storage (full copies, or adapters on one trunk)."""
 
@@ -119,12 +156,38 @@ class Roles(Protocol):
     def load_old_state(self, tensors: Mapping[str, Tensor]) -> None: ...
 
 
+class Ranks(Protocol):
+    """The processes that share one global batch, as a method sees them: what is global is computed on ``gather``."""
+
+    def gather(self, own: Tensor, dim: int = 0) -> Tensor:
+        """The samples of all ranks along ``dim``, in the order of the global batch: b -> B. No gradient."""
+        ...
+
+    def share(self, whole: Tensor, dim: int = 0) -> Tensor:
+        """The inverse: this rank's samples along ``dim`` of a tensor of the global batch, B -> b."""
+        ...
+
+
+class Alone:
+    """One process: its batch is the global batch."""
+
+    def gather(self, own: Tensor, dim: int = 0) -> Tensor:
+        return own
+
+    def share(self, whole: Tensor, dim: int = 0) -> Tensor:
+        return whole
+
+
+ALONE = Alone()
+
+
 @dataclass(frozen=True)
 class PromptBatch:
     """The prompts of one outer iteration; position i belongs to sample i of every tensor of the step.
 
     index: global position of each sample in the step's batch, the key of its random draws.
     group: integer id, equal for samples of one prompt group (groups are never rebuilt from text).
+    ranks: with whom the global batch is shared; this is its part that belongs to this rank.
     """
 
     index: Tensor  # [B] int64
@@ -133,6 +196,7 @@ class PromptBatch:
     cond: Cond
     uncond: Cond
     meta: tuple[Mapping[str, Any], ...] = ()
+    ranks: Ranks = ALONE
 
     def __len__(self) -> int:
         return len(self.text)

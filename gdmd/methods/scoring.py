@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdmd.diffusion.schedule import expand
-from gdmd.types import Codec, PromptBatch, Reward
+from gdmd.types import Codec, PromptBatch, Reward, score_all
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class Scorer:
 
         The decoded picture is clipped to [0, 1], the range in which a reward is defined (what saving it would do).
         """
-        images = self.codec.decode(latents).float().clamp(0, 1)
-        return torch.stack([self._one(reward, images, prompts) for reward in self.rewards])
+        return self._raw(self.codec.decode(latents).float().clamp(0, 1), prompts)
 
     def through(self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """loss(raw scores [R, B]) [B] with gradient to the latents, and to nothing else: the reward back-propagated.
@@ -44,7 +43,7 @@ class Scorer:
         with torch.enable_grad():
             own = latents.detach().requires_grad_()
             images = self.codec.decode(own).float().clamp(0, 1)
-            scores = torch.stack([self._one(reward, images, prompts) for reward in self.rewards])
+            scores = self._raw(images, prompts)
             value = loss(scores)
             (slope,) = torch.autograd.grad(value.sum(), own)
         slope = torch.where(expand(scores.isnan().any(0), slope), 0, slope)
@@ -59,15 +58,16 @@ class Scorer:
                 "give differentiable rewards, or use a method that only reads the score (gdmd, dmd_nft, dmd_grpo)"
             )
 
-    @staticmethod
-    def _one(reward: Reward, images: Tensor, prompts: PromptBatch) -> Tensor:
-        scores = reward.score(images, prompts).float()
-        if scores.shape != (len(images),):
-            raise ValueError(
-                f"reward {reward.name!r} returned shape {list(scores.shape)} for {len(images)} images; "
-                "a reward returns one number per image"
-            )
-        return scores
+    def _raw(self, images: Tensor, prompts: PromptBatch) -> Tensor:
+        """[R, B], fp32. Rewards of other machines work side by side."""
+        scores = score_all(self.rewards, images, prompts)
+        for reward, one in zip(self.rewards, scores, strict=True):
+            if one.shape != (len(images),):
+                raise ValueError(
+                    f"reward {reward.name!r} returned shape {list(one.shape)} for {len(images)} images; "
+                    "a reward returns one number per image"
+                )
+        return torch.stack([one.float() for one in scores])
 
 
 def mean_advantage(reward_target: Tensor, reward_sample: Tensor, scale: Tensor) -> Tensor:

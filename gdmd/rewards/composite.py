@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gdmd.types import score_all
+
 if TYPE_CHECKING:
     from gdmd.types import PromptBatch, Reward
 
@@ -48,8 +50,8 @@ class Composite:
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B], fp32; the raw scores of the parts go to ``stats``."""
         total = images.new_zeros(len(images), dtype=torch.float32)
-        for part in self.parts:
-            raw = part.reward.score(images, prompts).float()
+        scores = score_all([part.reward for part in self.parts], images, prompts)
+        for part, raw in zip(self.parts, (one.float() for one in scores), strict=True):
             self._last[f"reward/{self.name}/{part.reward.name}"] = raw.detach().nanmean()
             total = total + part.weight * (raw - part.mean) / part.std
         return total / sum(part.weight for part in self.parts)

@@ -8,7 +8,7 @@
 A request is tried again after a connection error, a time-out, 429 or 5xx, ``retries`` times with pauses that double;
 anything else (a wrong token, an unknown reward, a garbled answer) is an error at once. Images travel as 8-bit PNG, so a
 score is that of the image as it would be saved, and there is no gradient. ``submit`` starts the work and returns, so
-that the next roll-out overlaps with it; ``score`` waits.
+that several remote rewards, and those of this machine, work side by side (``types.score_all``); ``score`` waits.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from gdmd.config.rewards import RemoteReward
 from gdmd.rewards.images import check_images, to_pil
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from gdmd.types import PromptBatch
 
 T = TypeVar("T")
@@ -49,6 +51,27 @@ class RemoteError(ValueError):
 
 class _Passing(Exception):
     """A failure that may be over at the next try."""
+
+
+class Answers:
+    """Scores that a server was asked for, a request after the other."""
+
+    def __init__(self, waiting: Sequence[Future[list[float]]], device: torch.device) -> None:
+        self._waiting, self._device = waiting, device
+
+    def result(self) -> Tensor:
+        """Wait: [B], fp32."""
+        try:
+            scores = [score for one in self._waiting for score in one.result()]
+        except BaseException:
+            self.cancel()
+            raise
+        return torch.tensor(scores, dtype=torch.float32, device=self._device)
+
+    def cancel(self) -> None:
+        """Send no further request; the one under way ends by itself."""
+        for one in self._waiting:
+            one.cancel()
 
 
 class RemoteScorer:
@@ -73,32 +96,21 @@ class RemoteScorer:
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B], fp32; NaN where ``on_failure`` is skip and the server failed."""
-        return self.submit(images, prompts)()
+        return self.submit(images, prompts).result()
 
-    def submit(self, images: Tensor, prompts: PromptBatch) -> Callable[[], Tensor]:
-        """Start scoring and return at once; the function that is returned waits for the scores."""
+    def submit(self, images: Tensor, prompts: PromptBatch) -> Answers:
+        """Start scoring and return at once."""
         check_images(self.name, images, len(prompts))
         if not torch.isfinite(images).all():
             bad = torch.nonzero(~torch.isfinite(images).flatten(1).all(1))[:, 0].tolist()
             raise ValueError(f"{self.name} got images that are not finite at samples {bad}; look at the decoder")
-        pictures, step = [_png(image) for image in to_pil(images)], self.cfg.batch
+        pictures, step = to_pil(images), self.cfg.batch
         meta = [dict(one) for one in prompts.meta] if prompts.meta else []
-        waiting: list[Future[list[float]]] = [
+        waiting = [
             self._pool.submit(self._batch, pictures[k : k + step], prompts.text[k : k + step], meta[k : k + step])
             for k in range(0, len(pictures), step)
         ]
-        device = images.device
-
-        def wait() -> Tensor:
-            try:
-                scores = [score for one in waiting for score in one.result()]
-            except BaseException:
-                for one in waiting:
-                    one.cancel()
-                raise
-            return torch.tensor(scores, dtype=torch.float32, device=device)
-
-        return wait
+        return Answers(waiting, images.device)
 
     def stats(self) -> dict[str, Tensor]:
         """Share of images without a score, and repeated requests, since the start."""
@@ -118,10 +130,10 @@ class RemoteScorer:
             )
         return found
 
-    def _batch(self, pictures: Sequence[str], texts: Sequence[str], meta: Sequence[Any]) -> list[float]:
+    def _batch(self, pictures: Sequence[Image], texts: Sequence[str], meta: Sequence[Any]) -> list[float]:
         body = {
             "protocol": PROTOCOL, "reward": self.cfg.reward, "prompts": list(texts), "meta": list(meta),
-            "images": list(pictures),
+            "images": [_png(picture) for picture in pictures],
         }  # fmt: skip
         self._asked += len(pictures)
         try:
@@ -219,7 +231,7 @@ def _cure(code: int) -> str:
     return {401: "; set the token variable to the server's token", 413: "; give a smaller batch"}.get(code, "")
 
 
-def _png(image: Any) -> str:
+def _png(image: Image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode("ascii")

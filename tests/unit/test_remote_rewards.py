@@ -22,9 +22,10 @@ from torch import Tensor
 
 from gdmd.config.rewards import RemoteReward
 from gdmd.rewards.callable import CallableReward
+from gdmd.rewards.composite import Composite, Part
 from gdmd.rewards.images import from_pil, to_pil
 from gdmd.rewards.remote import RemoteError, RemoteScorer
-from gdmd.types import PromptBatch
+from gdmd.types import PromptBatch, score_all
 
 TEXTS = ("a", "bb", "ccc", "dddd", "eeeee")
 TOKEN = "a-token-of-some-length"
@@ -187,17 +188,53 @@ def test_skipped_failures_are_not_scored_and_stop_the_run_above_the_stated_share
             client(url, retries=0, on_failure="skip", max_unscored=0.3).score(pictures(), batch_of())
 
 
-def test_submitting_returns_at_once_so_that_the_next_rollout_overlaps() -> None:
-    asked = threading.Event()
+def slow(handler: Any, _: int) -> None:
+    time.sleep(0.4)
+    good(handler)
 
-    def waits(handler: Any, _: int) -> None:
-        assert asked.wait(5)
+
+def test_remote_rewards_and_those_of_this_machine_work_side_by_side() -> None:
+    met = threading.Barrier(2, timeout=5)  # breaks unless both requests are under way at the same time
+    started = threading.Event()
+
+    def meets(handler: Any, _: int) -> None:
+        started.set()
+        met.wait()
         good(handler)
 
-    with answering(waits) as (url, _):
-        wait = client(url, timeout_s=10).submit(pictures(), batch_of())
-        asked.set()  # reached although no score has come: the next roll-out would run here
-        torch.testing.assert_close(wait(), expected(pictures()))
+    def waits_for_the_servers(images: Tensor, prompts: Any) -> Tensor:
+        assert started.wait(5)
+        return images.mean((1, 2, 3))
+
+    own = CallableReward(waits_for_the_servers, "own")  # first in the list, and yet the servers work before it
+    with answering(meets) as (one, _), answering(meets) as (two, _):
+        rewards = [own, *(client(url, timeout_s=10, batch=5) for url in (one, two))]
+        found = score_all(rewards, pictures(), batch_of())
+    torch.testing.assert_close(found, [pictures().mean((1, 2, 3)), expected(pictures()), expected(pictures())])
+
+
+def test_two_slow_servers_cost_the_time_of_one_in_a_list_and_in_a_composite() -> None:
+    with answering(slow) as (one, _), answering(slow) as (two, _):
+        rewards = [client(url, timeout_s=10, batch=5) for url in (one, two)]
+        rewards[1].name = "another"
+        for score in (
+            lambda: torch.stack(score_all(rewards, pictures(), batch_of())).mean(0),
+            lambda: Composite([Part(reward) for reward in rewards]).score(pictures(), batch_of()),
+        ):
+            began = time.monotonic()
+            torch.testing.assert_close(score(), expected(pictures()))
+            assert 0.4 <= time.monotonic() - began < 0.75  # one after the other they take 0.8 s
+
+
+def test_after_an_error_of_one_reward_nothing_more_is_asked_of_the_others() -> None:
+    def breaks(images: Tensor, prompts: Any) -> Tensor:
+        raise ValueError("broken")
+
+    with answering(slow) as (url, seen):
+        with pytest.raises(ValueError, match="broken"):
+            score_all([client(url, timeout_s=10, batch=1), CallableReward(breaks, "own")], pictures(), batch_of())
+        time.sleep(0.6)
+        assert len(seen) <= 1  # of five requests
 
 
 def test_broken_images_never_leave_and_a_token_never_travels_unencrypted() -> None:
