@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli import compare, export, lab, results, training
+from gdmd.cli import bench, compare, export, lab, results, training
 from gdmd.cli.geneval import eval_app
 from gdmd.cli.rewards import rewards_app
 from gdmd.cli.study import study_app
@@ -29,6 +29,7 @@ app.command("sample")(results.sample_command)
 app.command("report")(results.report_command)
 app.command("export")(export.export_command)
 app.command("recipes")(lab.recipes_command)
+app.command("bench")(bench.bench_command)
 app.command("doctor")(lab.doctor_command)
 app.command("pretrain")(lab.pretrain_command)
 app.add_typer(rewards_app, name="rewards")

@@ -1,0 +1,87 @@
+"""What one iteration of a method costs by its own algorithm, to be compared with what hooks count.
+
+The unit is F, one denoiser forward on the batch; a backward counts two more, so a trained call is 3 F. Guidance makes
+the teacher's call 2 F. Decoder and rewards are left out, as in ``passes``.
+"""
+
+from __future__ import annotations
+
+from gdmd.config.distillation import DistillationConfig
+from gdmd.config.method import DmdConfig, GdmdConfig, MethodConfig
+from gdmd.config.rivals import Dmd2Config, DmdrConfig
+from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
+from gdmd.diffusion.rng import SampleRng
+
+TRAINED = 3
+"""F of a call with its backward pass."""
+
+
+def student_updates(method: MethodConfig) -> int:
+    """Student updates of one iteration."""
+    match method:
+        case GdmdConfig():
+            return method.group_size
+        case DmdConfig() | DmdReflConfig() | DmdNftConfig() | DmdGrpoConfig():
+            return method.student_updates
+        case Dmd2Config() | DmdrConfig():
+            return 1
+
+
+def mean_depth(method: DistillationConfig) -> float:
+    """Mean F of a roll-out before the trained step: tau is uniform over the N steps, so (N - 1) / 2."""
+    return 0.0 if method.student_input == "data" else (len(method.student_steps) - 1) / 2
+
+
+def drawn_depth(method: DistillationConfig, rng: SampleRng) -> float:
+    """The same for the steps that an iteration really draws: sample i costs as many forwards as its step's place."""
+    if method.student_input == "data":
+        return 0.0
+    index = rng.index if method.step_draw == "sample" else rng.index * 0
+    places = SampleRng(rng.seed, rng.step, index).integer("tau", len(method.student_steps))
+    return float(places.float().mean())
+
+
+def iteration_passes(method: MethodConfig, step: int, depth: float) -> float:
+    """F of iteration ``step`` whose roll-out has ``depth`` forwards per sample before x0 is predicted."""
+    rollout, score = depth + 1, (1 if method.guidance == 1 else 2) + 1  # teacher, then fake
+    match method:
+        case GdmdConfig():
+            teacher = 2 if any(guidance != 1 for guidance in method.guidances) else 1
+            old = 1 if method.old_policy == "ema" else 0
+            return rollout + old + method.group_size * (TRAINED + teacher + 1 + TRAINED)
+        case Dmd2Config():
+            judged = TRAINED if method.adversarial else 0  # a head's trunk is the fake: real and student latents
+            return rollout + method.fake_updates * (TRAINED + 2 * judged) + score + TRAINED + judged
+        case DmdrConfig():
+            return rollout + method.fake_updates * TRAINED + score + _dmdr_student(method, step)
+        case DmdConfig() | DmdReflConfig() | DmdNftConfig() | DmdGrpoConfig():
+            updates = method.student_updates * (score + TRAINED)
+            return rollout + method.fake_updates * TRAINED + updates + _added(method, step)
+
+
+def _dmdr_student(method: DmdrConfig, step: int) -> float:
+    """Stage 1 finishes a picture for its tilt; stage 2 adds what its strategy needs."""
+    steps = len(method.student_steps)
+    if step < method.cold_start:
+        return TRAINED + (steps if method.tilt > 0 else 0)
+    if method.rl_weight == 0 or method.strategy == "refl":
+        return TRAINED
+    if method.strategy == "grpo":
+        return TRAINED + steps + TRAINED * (steps - 1)
+    return TRAINED + steps + 2 + 2 * TRAINED  # dpo: the reference and the student on winner and loser
+
+
+def _added(method: DmdConfig | DmdReflConfig | DmdNftConfig | DmdGrpoConfig, step: int) -> float:
+    """What comes to DMD's own calls: pairs of the teacher's ODE, or scored roll-outs and their loss."""
+    steps, updates = len(method.student_steps), method.student_updates
+    match method:
+        case DmdConfig() if method.regression_weight > 0:
+            solved = not method.regression_batches or step < method.regression_batches
+            guided = 1 if method.guidance == 1 else 2
+            return solved * method.regression_steps * guided + updates * TRAINED
+        case DmdNftConfig() if method.rl_weight > 0:
+            return steps + updates * (1 + TRAINED)  # the old policy, then the student at the scored sample
+        case DmdGrpoConfig() if method.rl_weight > 0:
+            return steps + updates * TRAINED * (steps - 1)
+        case _:
+            return 0.0
