@@ -9,7 +9,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint clean
+.PHONY: help demo test fuzz soak lint clean
 
 help:  ## show this help
 	@echo "make TARGET   (PYTHON=$(PYTHON) VENV=$(VENV))"
@@ -23,6 +23,9 @@ test: $(VENV)/.installed-dev  ## run all tests
 
 fuzz: $(VENV)/.installed-dev  ## thousands of malformed inputs, other ones each time (minutes)
 	$(ONE_THREAD) $(PYTEST) --hypothesis-profile=fuzz tests/unit/test_malformed_*.py
+
+soak: $(VENV)/.installed-dev  ## 200 random kills and resumes of a tiny run, compared with the whole one (minutes)
+	$(ONE_THREAD) $(BIN)/python tests/soak/soak.py
 
 lint: $(VENV)/.installed-dev  ## ruff, format check, and mypy (strict on levels 0 to 2)
 	$(BIN)/ruff check .
