@@ -58,8 +58,17 @@ def eval_command(
     print_table({name: row}, [reward.kind for reward in cfg.rewards])
 
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A run, an exported folder, a diffusers pipeline (folder or hub id) with ,key=value settings, or teacher.",
+    ),
+]
+
+
 def sample_command(
-    what: What,
+    what: Source,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="A caption; give it again for more rows.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=4096, help="Images per caption.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
@@ -73,14 +82,19 @@ def sample_command(
       gdmd sample runs/shapes-seed0 --prompt "a red circle and a blue ring"
       gdmd sample runs/shapes-seed0 -p "three squares" -p "a ring above a cross" -n 6 --seed 1 -o rows.png
       gdmd sample teacher -p "a green diamond"
+      gdmd sample runs/sdxl-seed0/export -p "two red apples on a table" -n 4
+      gdmd sample models/sdxl,lora=lcm-lora.safetensors,scheduler=lcm,steps=4,guidance=0 -p "two red apples"
     """
-    from gdmd.programs.folders import check_png, check_target
+    from gdmd.config.sources import read_source
+    from gdmd.programs.folders import check_png
+    from gdmd.programs.sources import kind_of
 
-    check_target(what)
+    source = read_source(what)
+    kind_of(source)
     check_png(png)
     from gdmd.programs.sample import draw
 
-    seconds = draw(what, prompt, count, seed, png, scale)
+    seconds = draw(source, prompt, count, seed, png, scale)
     messages().print(
         f"{len(prompt) * count} images in {seconds:.2f} s -> {png}", markup=False, highlight=False, soft_wrap=True
     )

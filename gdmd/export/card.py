@@ -1,9 +1,11 @@
-"""The model card of an exported student: what it is, how to call it, what it was trained with."""
+"""The model card of an exported student: what it is, how to call it, what it was trained with and what was measured."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gdmd.backbones.base import Family
@@ -12,51 +14,63 @@ from gdmd.export.lora import DIFFUSERS_FILE
 
 
 def model_card(
-    cfg: RunConfig, family: Family, arguments: Mapping[str, Any], facts: Mapping[str, Any], *, merged: bool
+    cfg: RunConfig,
+    family: Family,
+    arguments: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    merged: bool,
+    measured: Mapping[str, Any] | None = None,
 ) -> str:
-    """README.md: front matter of the hub, three lines of use, training, and what must be filled in by its owner."""
-    model = family.cfg
+    """README.md: front matter of the hub, lines of use, training, metrics, licences, configuration.
+
+    measured: what ``gdmd eval preference`` wrote for this very checkpoint; None = not evaluated.
+    """
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     rewards = [reward.label for reward in cfg.rewards] if cfg.method.rewarded else []
-    lines = [
-        *_front_matter(model.path),
-        f"# {cfg.name}: {len(cfg.method.student_steps)}-step student of {model.path}",
+    config = json.dumps(cfg.model_dump(mode="json"), indent=2)
+    head = (
+        f"# {cfg.name}: {len(cfg.method.student_steps)}-step student of {family.cfg.path}",
         "",
         f"Distilled with {cfg.method.kind} (gdmd). No classifier-free guidance: one network call per step.",
-        "",
-        "## Use",
-        "```python",
-        *_use(family, given, merged),
-        "```",
-        "The scheduler re-noises at every step; other schedulers give worse images.",
-        "",
-        "## Training",
-        *_table(cfg, facts, rewards),
-        "",
-        "## To be filled in by the owner",
-        "- Licence: that of the base model and of the reward models applies.",
-        "- Data: the source and licence of the prompts.",
-        "- Metrics: measured on which prompts, against which teacher.",
-        "",
-        "## Configuration",
-        "```json",
-        json.dumps(cfg.model_dump(mode="json"), indent=2),
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
+    )
+    sections: tuple[Sequence[str], ...] = (
+        head,
+        ("## Use", "```python", *_use(family, given, merged), "```", *_ADVICE),
+        ("## Training", *_table(cfg, facts, rewards)),
+        ("## Metrics", *_metrics(measured)),
+        ("## Licences", *_licences(cfg, rewards)),
+        ("## Configuration", "```json", config, "```"),
+    )
+    lines = [*_front_matter(cfg), *(line for section in sections for line in (*section, ""))]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _front_matter(base: str) -> Sequence[str]:
+_ADVICE = (
+    "The scheduler re-noises at every step; other schedulers give worse images. In gdmd: "
+    '`gdmd sample THIS_FOLDER --prompt "a red cube"`.',
+)
+
+
+def _front_matter(cfg: RunConfig) -> Sequence[str]:
+    """The licence is that of the base model, which only its owner can name: "other" until the fields are filled in."""
     return (
         "---",
-        f"base_model: {base}",
+        f"base_model: {json.dumps(cfg.model.path if cfg.model.kind == 'diffusers' else '')}",
+        f"base_model_relation: {'adapter' if cfg.model.kind == 'diffusers' and _lora(cfg) else 'finetune'}",
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
         "license: other",
-        "tags: [text-to-image, diffusers, distillation, few-step]",
+        'license_name: ""  # fill in: that of the base model',
+        'license_link: ""  # fill in',
+        f"tags: [{', '.join(['text-to-image', 'diffusers', 'distillation', 'few-step', cfg.method.kind])}]",
         "---",
         "",
     )
+
+
+def _lora(cfg: RunConfig) -> bool:
+    return cfg.model.kind == "diffusers" and cfg.model.full not in ("student", "both")
 
 
 def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
@@ -84,8 +98,55 @@ def _table(cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str]) -> 
         "iterations": facts.get("step", cfg.loop.steps),
         "batch": cfg.loop.batch_size,
         "rewards": ", ".join(rewards) or "none",
-        "prompts": cfg.prompts.file or "not recorded",
+        "prompts": _prompts(cfg.prompts.file),
         "seed": cfg.loop.seed,
+        "code": facts.get("commit") or "not recorded",
         "command": f"`{command}`",
     }
     return ("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()))
+
+
+def _prompts(file: str | None) -> str:
+    """The name of the prompt file and, where it still lies there, its lines and SHA-256."""
+    if file is None:
+        return "not recorded"
+    path = Path(file)
+    if not path.is_file():
+        return path.name
+    content = path.read_bytes()
+    return f"{path.name}, {len(content.splitlines())} lines, SHA-256 {hashlib.sha256(content).hexdigest()}"
+
+
+def _metrics(measured: Mapping[str, Any] | None) -> Sequence[str]:
+    """A row per scorer with its 95 % interval over prompts, and whether the student was trained on it."""
+    if not measured:
+        return ("Not evaluated. `gdmd eval preference RUN --prompts FILE`, then export again.",)
+    head = f"{measured['prompts']} prompts of {measured['prompt_file']}, {measured['images_per_prompt']} images each, "
+    rows = [
+        f"| {name} | {_number(one['mean'])} | [{_number(one['low'])}, {_number(one['high'])}] | "
+        f"{'trained on' if one['trained'] else 'unseen'} |"
+        for name, one in measured["scores"].items()
+    ]
+    return (
+        f"{head}seed {measured['seed']}; intervals are 95 % bootstrap over prompts.",
+        "",
+        "| scorer | mean | interval | in training |",
+        "|---|---|---|---|",
+        *rows,
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _licences(cfg: RunConfig, rewards: Sequence[str]) -> Sequence[str]:
+    """To be filled in by the owner: nothing here can know them."""
+    base = cfg.model.path if cfg.model.kind == "diffusers" else "-"
+    return (
+        "| what | | licence |",
+        "|---|---|---|",
+        f"| base model | {base} | fill in; its terms bind this student |",
+        *(f"| reward model | {reward} | fill in |" for reward in rewards),
+        f"| prompts | {Path(cfg.prompts.file).name if cfg.prompts.file else '-'} | fill in source and licence |",
+    )

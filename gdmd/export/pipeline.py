@@ -39,12 +39,14 @@ def student_scheduler(family: Family, uniform: Sequence[float]) -> Any:
 
 
 def call_arguments(family: Family, uniform: Sequence[float]) -> dict[str, Any]:
-    """Keyword arguments of ``pipe(prompt, ...)`` for the student: its steps, its size, no guidance."""
+    """Keyword arguments of ``pipe(prompt, ...)`` for the student: its steps, size and caption length, no guidance."""
     arguments: dict[str, Any] = {"num_inference_steps": len(uniform)}
     if family.native == "eps":
         arguments["timesteps"] = [round(999 * t) for t in family.student_times(uniform)]
     else:
         arguments["sigmas"] = list(uniform)
+    if family.cfg.max_tokens and family.name not in ("sd15", "sdxl"):
+        arguments["max_sequence_length"] = family.cfg.max_tokens
     if family.name == "flux":
         arguments["guidance_scale"] = family.cfg.embedded_guidance
     size = {"height": family.cfg.height, "width": family.cfg.width}

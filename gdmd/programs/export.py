@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from gdmd.backbones.base import Family
 from gdmd.backbones.pipelines import open_family
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
@@ -11,9 +15,11 @@ from gdmd.export.card import model_card
 from gdmd.export.lora import save_lora
 from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
 from gdmd.programs.folders import config_of
+from gdmd.programs.source_runs import trained_rewards
+from gdmd.programs.sources import EXPORT_FILE
 from gdmd.runs import checkpoint
 from gdmd.runs.errors import RunError, writing
-from gdmd.runs.rundir import read_facts
+from gdmd.runs.rundir import read_facts, write_atomic
 
 
 def export_run(run: Path, folder: Path | None = None, *, merged: bool = False, averaged: bool = True) -> list[Path]:
@@ -42,8 +48,45 @@ def export_run(run: Path, folder: Path | None = None, *, merged: bool = False, a
             student_scheduler(family, uniform).save_pretrained(target / "scheduler")
             files.append(target / "scheduler")
         card = target / "README.md"
-        card.write_text(model_card(cfg, family, arguments, facts, merged=whole), encoding="utf-8")
-    return [*files, card]
+        measured = measured_at(run, saved.step)
+        text = model_card(cfg, family, arguments, facts, merged=whole, measured=measured)
+        card.write_text(text, encoding="utf-8")
+    described = target / EXPORT_FILE
+    content = describe(cfg, family, arguments, saved.step, merged=whole)
+    write_atomic(described, json.dumps(content, indent=2) + "\n", "the export")
+    return [*files, described, card]
+
+
+def describe(
+    cfg: RunConfig, family: Family, arguments: Mapping[str, Any], step: int, *, merged: bool
+) -> dict[str, Any]:
+    """gdmd_export.json: what gdmd needs to make images with the export."""
+    model = family.cfg
+    base = str(Path(model.path).resolve()) if Path(model.path).is_dir() else model.path
+    return {
+        "base": base,
+        "revision": model.revision,
+        "variant": model.variant,
+        "dtype": model.dtype,
+        "merged": merged,
+        "pipeline": family.pipeline,
+        "scheduler": "LCMScheduler" if family.native == "eps" else "FlowMatchEulerDiscreteScheduler",
+        "arguments": dict(arguments),
+        "rewards": list(trained_rewards(cfg)),
+        "step": step,
+    }
+
+
+def measured_at(run: Path, step: int) -> dict[str, Any] | None:
+    """RUN/preference/preference.json where it was measured at this step, else None."""
+    file = run / "preference" / "preference.json"
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return dict(found) if found["source"]["step"] == step else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{file} cannot be read ({error}); evaluate again, or delete it") from error
 
 
 def _real(cfg: RunConfig, run: Path) -> DiffusersModel:

@@ -6,27 +6,35 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from gdmd.config.sources import SourceConfig
 from gdmd.evaluation.grids import write_grid
-from gdmd.evaluation.sample import images_of
-from gdmd.programs.evaluate import image_batch, open_named
-from gdmd.programs.folders import TEACHERS, config_of
+from gdmd.programs.sources import Source, open_source, places_of
+from gdmd.rewards.images import from_pil
 from gdmd.runs.errors import writing
-from gdmd.shapes.grammar import tokenize
 
 
-def draw(what: str, prompts: Sequence[str], count: int, seed: int, path: Path, scale: int) -> float:
-    """Write the images of a run's EMA student (or of the teacher) and return the seconds that sampling took.
+def draw(cfg: SourceConfig, prompts: Sequence[str], count: int, seed: int, path: Path, scale: int) -> float:
+    """Write the images of a run, an export, a pipeline or the teacher, and return the seconds that sampling took.
 
-    Image k of a caption depends on (seed, place of the caption, k) only. ValueError for a word outside the language.
+    Image k of a caption depends on (seed, place of the caption, k) only. ValueError for a word outside the language of
+    a Shapes source.
     """
-    shapes = what in TEACHERS or config_of(Path(what)).model.kind == "shapes"
-    for prompt in prompts if shapes else ():
-        tokenize(prompt)
-    cfg, lab, sampler, _ = open_named(what)
+    source = open_source(cfg)
+    source.check(prompts)
     began = time.perf_counter()
-    texts = [text for text in prompts for _ in range(count)]
-    images = images_of(sampler, lab, texts, seed, image_batch(cfg))
+    images = images_of_source(source, prompts, count, seed)
     seconds = time.perf_counter() - began
     with writing("the images", path):
-        write_grid(path, images.unflatten(0, (len(prompts), count)), prompts, scale=scale if shapes else 1)
+        write_grid(
+            path, images.unflatten(0, (len(prompts), count)), prompts, scale=scale if images.shape[-1] <= 64 else 1
+        )
     return seconds
+
+
+def images_of_source(source: Source, prompts: Sequence[str], count: int, seed: int) -> torch.Tensor:
+    """[len(prompts) * count, 3, H, W] in [0, 1], 8-bit levels."""
+    places, step = places_of(prompts, count), source.facts.batch
+    made = [one for k in range(0, len(places), step) for one in source.make(places[k : k + step], seed)]
+    return from_pil(made)

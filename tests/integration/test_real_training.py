@@ -20,8 +20,10 @@ from torch import Tensor
 from gdmd.config.loop import LoopConfig
 from gdmd.config.method import DmdConfig, GdmdConfig
 from gdmd.config.run import RunConfig
+from gdmd.config.sources import read_source
 from gdmd.programs.export import export_run
 from gdmd.programs.sample import draw
+from gdmd.programs.sources import EXPORT_FILE
 from gdmd.programs.train import ready, start
 from gdmd.recipes.build import Lab, build
 from gdmd.runs.rundir import Run, create
@@ -128,9 +130,9 @@ def test_a_run_draws_grids_and_samples_and_is_exported(folders: Path, tmp_path: 
     cfg = cfg.model_copy(update={"loop": cfg.loop.model_copy(update={"grid_every": 1})})
     done = start(cfg, tmp_path / "run", Console(quiet=True), evaluation=True, command=["gdmd", "train"])
     assert done.report is None and len(list((tmp_path / "run" / "grids").iterdir())) == 2
-    assert draw(str(tmp_path / "run"), ["two red dogs"], 2, 0, tmp_path / "a.png", 4) > 0
+    assert draw(read_source(str(tmp_path / "run")), ["two red dogs"], 2, 0, tmp_path / "a.png", 4) > 0
     lora = export_run(tmp_path / "run")
-    assert [file.name for file in lora] == ["pytorch_lora_weights.safetensors", "scheduler", "README.md"]
+    assert [file.name for file in lora] == ["pytorch_lora_weights.safetensors", "scheduler", EXPORT_FILE, "README.md"]
     card = lora[-1].read_text()
     for part in ("base_model: ", "guidance_scale=0.0", "sigmas=[1.0, 0.75, 0.5, 0.25]", "license:", "`gdmd train`"):
         assert part in card

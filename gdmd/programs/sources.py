@@ -1,0 +1,198 @@
+"""One interface for everything that makes images: gdmd runs, exports, diffusers pipelines with LoRA, image folders.
+
+Image j of prompt i has its own noise, a function of (seed, i, j) alone: neither the batch nor the number of devices nor
+a restart changes it, and two sources given the same seed start from the same noise wherever their latents have one
+shape. Nothing here imports torch before a source is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from gdmd.config.sources import SourceConfig
+from gdmd.evaluation.image_folders import ImageRow, holds_images, read_image, read_images
+from gdmd.programs.folders import TEACHERS
+from gdmd.runs.errors import RunError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+Kind = Literal["teacher", "run", "export", "pipeline", "images"]
+EXPORT_FILE = "gdmd_export.json"
+"""In an exported folder: what is needed to make images with it."""
+MOST_IMAGES = 4096
+"""Per prompt; the number of an image is prompt x 4096 + image, so that more images never change the first ones."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One image: the text and number of its prompt, its own number, and which occurrence of the text this is."""
+
+    prompt: int
+    image: int
+    text: str
+    occurrence: int = 0
+
+    @property
+    def key(self) -> int:
+        """What its random draws are keyed by."""
+        return self.prompt * MOST_IMAGES + self.image
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a source.
+
+    nfe: network calls per image, where known. trained: labels of the rewards it was trained on; None = not known.
+    identity: everything its images depend on besides prompt and noise; a folder of images holds those of one identity.
+    """
+
+    name: str
+    kind: Kind
+    where: str
+    shapes: bool = False
+    nfe: int | None = None
+    step: int | None = None
+    trained: tuple[str, ...] | None = None
+    batch: int = 4
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        """Its public part."""
+        given = {"name": self.name, "kind": self.kind, "where": self.where, "nfe": self.nfe, "step": self.step}
+        return given | {"trained": None if self.trained is None else list(self.trained)}
+
+
+class Source(Protocol):
+    """Something that makes images."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+    def check(self, texts: Sequence[str]) -> None:
+        """ValueError for prompts that it cannot show."""
+        ...
+
+    def make(self, places: Sequence[Place], seed: int) -> list[Image]:
+        """One image per place."""
+        ...
+
+
+def places_of(texts: Sequence[str], images: int) -> list[Place]:
+    """Every image of a list of prompts, prompt by prompt."""
+    if not 1 <= images <= MOST_IMAGES:
+        raise ValueError(f"images per prompt = {images}: 1 to {MOST_IMAGES} are possible")
+    seen: Counter[str] = Counter()
+    found = []
+    for number, text in enumerate(texts):
+        found += [Place(number, image, text, seen[text]) for image in range(images)]
+        seen[text] += 1
+    return found
+
+
+def kind_of(cfg: SourceConfig) -> Kind:
+    """What a source is, from what lies there. ValueError (without torch) for what is none, or has options of another."""
+    kind = _kind(cfg.where)
+    fits = {"export": {"base", "dtype", "device", "revision", "variant"}, "pipeline": set(SourceConfig.model_fields)}
+    allowed = fits.get(kind, set()) | {"name", "where", "batch", "trained"}
+    extra = sorted(key for key in cfg.model_fields_set if key not in allowed)
+    if extra or (kind == "pipeline" and cfg.base):
+        raise ValueError(
+            f"source {cfg.where} is a {kind}, for which {', '.join(extra) or 'base'} cannot be set; leave that out"
+        )
+    return kind
+
+
+def _kind(where: str) -> Kind:
+    folder = Path(where)
+    if where in TEACHERS and not folder.exists():
+        return "teacher"
+    if (folder / "config.yaml").is_file():
+        return "run"
+    if (folder / EXPORT_FILE).is_file():
+        return "export"
+    if (folder / "model_index.json").is_file():
+        return "pipeline"
+    if holds_images(folder):
+        return "images"
+    if not folder.exists() and not folder.parent.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", where):
+        return "pipeline"
+    seen = "it holds none of their files" if folder.exists() else "it does not exist"
+    raise RunError(
+        f"{where} is not a run folder, nor an exported folder, a diffusers pipeline, a hub id (ORG/NAME) or a folder of "
+        f"images: {seen}"
+    )
+
+
+def open_source(cfg: SourceConfig) -> Source:
+    """Load what makes the images; a local path never touches the network."""
+    match kind_of(cfg):
+        case "teacher" | "run":
+            from gdmd.programs.source_runs import RunSource
+
+            return RunSource.open(cfg)
+        case "export":
+            from gdmd.programs.source_pipelines import open_export
+
+            return open_export(cfg)
+        case "pipeline":
+            from gdmd.programs.source_pipelines import open_pipeline
+
+            return open_pipeline(cfg)
+        case "images":
+            return FolderSource(cfg)
+
+
+class FolderSource:
+    """Images that exist already, in one of the layouts of ``evaluation.image_folders``, found by the prompt's text."""
+
+    def __init__(self, cfg: SourceConfig) -> None:
+        self.rows = read_images(Path(cfg.where))
+        files = [file for row in self.rows.values() for file in row.images]
+        stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        identity = {"kind": "images", "files": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()}
+        trained = cfg.trained or None
+        self.facts = Facts(cfg.name, "images", cfg.where, trained=trained, batch=cfg.batch or 16, identity=identity)
+
+    def row(self, place: Place) -> ImageRow:
+        """The prompt's row. ValueError where it, or the image, is not there."""
+        row = self.rows.get((place.text, place.occurrence))
+        if row is None:
+            raise ValueError(f"{self.facts.where} has no images of the prompt {place.text[:60]!r}; draw them")
+        if place.image >= len(row.images):
+            raise ValueError(
+                f"{self.facts.where} has {len(row.images)} images of {place.text[:60]!r}, number {place.image + 1} is "
+                "wanted; draw more, or lower --images"
+            )
+        return row
+
+    def check(self, texts: Sequence[str]) -> None:
+        for place in places_of(texts, 1):
+            self.row(place)
+
+    def make(self, places: Sequence[Place], seed: int) -> list[Image]:
+        """The images as they are; the seed of whoever made them is not known here."""
+        return [read_image(self.row(place).images[place.image]) for place in places]
+
+
+def to_images(pixels: Tensor, name: str) -> list[Image]:
+    """[B, 3, H, W] in [0, 1] -> 8-bit images. ValueError for pixels that are not finite: they would become black."""
+    import torch
+
+    from gdmd.rewards.images import to_pil
+
+    bad = torch.nonzero(~torch.isfinite(pixels).flatten(1).all(1))[:, 0].tolist()
+    if bad:
+        raise ValueError(
+            f"images {bad} of a batch of {name!r} are not finite; the network has diverged, or its weights do not fit "
+            "their dtype: use an earlier checkpoint, or dtype=fp32"
+        )
+    return to_pil(pixels)

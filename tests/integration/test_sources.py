@@ -1,0 +1,231 @@
+"""Sources of images: one interface, one noise per image, whoever makes it and in whatever batch."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_world import Gdmd, make_assets
+
+from gdmd.cli.app import main
+from gdmd.config.sources import read_source, read_sources
+from gdmd.programs.sources import Source, kind_of, open_source, places_of
+from gdmd.rewards.images import from_pil
+
+
+def pixels(source: Source, texts: list[str], images: int = 2, batch: int = 100, seed: int = 5) -> torch.Tensor:
+    places = places_of(texts, images)
+    made = [one for k in range(0, len(places), batch) for one in source.make(places[k : k + batch], seed)]
+    return from_pil(made)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal up to one of the 256 levels: another batch, or another order of sums."""
+    return bool(((a - b).abs() < 1.01 / 255).all())
+
+
+@pytest.fixture
+def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gdmd:
+    return Gdmd(main, make_assets(tmp_path / "assets"), tmp_path, monkeypatch, capsys)
+
+
+# ---------------------------------------------------------------- what is a source
+
+
+def test_a_source_is_one_word_with_settings() -> None:
+    source = read_source("lcm=models/sdxl,lora=a/b.safetensors,steps=4,guidance=0,scheduler=lcm,trained=hps+clip")
+    assert (source.name, source.where, source.steps, source.guidance) == ("lcm", "models/sdxl", 4, 0.0)
+    assert source.lora == "a/b.safetensors" and source.trained == ("hps", "clip")
+    assert read_source("runs/mine/").name == "mine" and read_source("my run=x").slug == "my-run"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x,step=4", "did you mean steps"),
+        ("x,steps=four", "steps = 'four'"),
+        ("x,steps=4,steps=5", "given twice"),
+        ("x,guidance=-1", "guidance = '-1'"),
+        ("x,scheduler=magic", "scheduler = 'magic'"),
+        ("=x", "names no place"),
+        ("x,steps", "is no key=value"),
+    ],
+)
+def test_a_wrong_word_is_one_clear_message(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_source(text)
+
+
+def test_two_sources_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="two sources are called"):
+        read_sources(["a/x", "b/x"])
+
+
+def test_settings_of_a_pipeline_are_refused_for_a_run(gdmd: Gdmd) -> None:
+    (gdmd.folder / "run").mkdir()
+    (gdmd.folder / "run" / "config.yaml").write_text("name: x")
+    with pytest.raises(ValueError, match="is a run, for which steps cannot be set"):
+        kind_of(read_source("run,steps=4"))
+
+
+# ---------------------------------------------------------------- Shapes
+
+
+def test_an_image_of_a_run_depends_on_prompt_and_number_alone(gdmd: Gdmd) -> None:
+    gdmd.train("--run", "run")
+    source = open_source(read_source("run"))
+    texts = ["a red ring", "two squares", "a blue circle"]
+    whole = pixels(source, texts, images=2)
+    assert torch.equal(whole, pixels(source, texts, images=2)) and not torch.equal(whole[0], whole[1])
+    assert close(whole, pixels(source, texts, images=2, batch=1))
+    assert close(whole[0::2], pixels(source, texts, images=1))  # fewer images are the first ones
+    assert not close(whole, pixels(source, texts, images=2, seed=6))
+    assert source.facts.trained and source.facts.nfe == 4 and source.facts.step == 2
+
+
+def test_the_teacher_is_a_source_and_knows_its_language(gdmd: Gdmd) -> None:
+    source = open_source(read_source("teacher-4-plain"))
+    assert source.facts.trained == () and source.facts.nfe == 4
+    with pytest.raises(ValueError, match="unknown word 'dog'"):
+        source.check(["a dog"])
+
+
+def test_images_that_exist_are_found_by_their_prompt(gdmd: Gdmd) -> None:
+    from PIL import Image
+
+    folder = gdmd.folder / "made"
+    folder.mkdir()
+    (folder / "prompts.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}\n{"prompt": "a cat"}\n')
+    for number, shade in enumerate((10, 20, 30)):
+        Image.new("RGB", (4, 4), (shade, 0, 0)).save(folder / f"{number:05d}_0.png")
+    source = open_source(read_source("made"))
+    made = source.make(places_of(["a dog", "a cat", "a cat"], 1), seed=0)
+    assert [image.getpixel((0, 0))[0] for image in made] == [20, 10, 30]  # type: ignore[index]
+    with pytest.raises(ValueError, match="no images of the prompt 'a bird'"):
+        source.check(["a bird"])
+    with pytest.raises(ValueError, match="number 2 is wanted"):
+        source.make(places_of(["a dog"], 2), seed=0)
+
+
+# ---------------------------------------------------------------- diffusers
+
+CAPTIONS = ["a photo of two red apples", "a blue ring"]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipelines")
+
+
+def pipeline(folders: Path, name: str) -> Path:
+    pytest.importorskip("diffusers")
+    import tiny_pipelines as tiny
+
+    return folders / name if (folders / name).exists() else tiny.save(name, folders / name)
+
+
+def exported(folders: Path, name: str, target: Path) -> tuple[Any, Path]:
+    """A student that left its teacher: its lab, and its export without a training run."""
+    import json
+
+    import tiny_pipelines as tiny
+
+    from gdmd.backbones.pipelines import open_family
+    from gdmd.config.loop import LoopConfig
+    from gdmd.config.run import RunConfig
+    from gdmd.export.lora import save_lora
+    from gdmd.export.pipeline import call_arguments, student_scheduler
+    from gdmd.programs.export import describe
+    from gdmd.recipes.build import build
+
+    prompts = folders / "prompts.txt"
+    prompts.write_text("\n".join(CAPTIONS))
+    model = tiny.config(pipeline(folders, name))
+    reward = {"kind": "callable", "target": "builtins:len"}
+    cfg = RunConfig(name=name, model=model, loop=LoopConfig(), prompts={"file": str(prompts)}, rewards=[reward])
+    lab = build(cfg, "cpu")
+    with torch.no_grad():
+        for weights in lab.roles.parameters("student").values():
+            weights.add_(0.2 * torch.randn_like(weights))
+    family, uniform = open_family(model), cfg.method.student_steps
+    save_lora(family, lab.roles.parameters("student"), target)
+    student_scheduler(family, uniform).save_pretrained(target / "scheduler")
+    facts = describe(cfg, family, call_arguments(family, uniform), 7, merged=False)
+    (target / "gdmd_export.json").write_text(json.dumps(facts))
+    return (cfg, lab), target
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "z_image", "qwen_image"])
+def test_an_export_makes_the_images_of_its_run(folders: Path, tmp_path: Path, name: str) -> None:
+    from gdmd.programs.evaluate import student_row
+    from gdmd.programs.source_runs import RunSource
+    from gdmd.programs.sources import Facts
+
+    pipeline(folders, name)
+    (cfg, lab), folder = exported(folders, name, tmp_path / "export")
+    run = RunSource(Facts(name, "run", "run"), lab, student_row(cfg, lab))
+    source = open_source(read_source(str(folder)))
+    wanted = pixels(run, CAPTIONS)
+    assert close(pixels(source, CAPTIONS), wanted)
+    assert close(pixels(source, CAPTIONS, batch=1), wanted) and not torch.equal(wanted[0], wanted[1])
+    assert (source.facts.kind, source.facts.step, source.facts.nfe) == ("export", 7, 4)
+    assert source.facts.trained == ("builtins:len",)
+
+
+def test_a_pipeline_takes_a_lora_a_scheduler_and_a_guidance(folders: Path, tmp_path: Path) -> None:
+    place = pipeline(folders, "sdxl")
+    _, folder = exported(folders, "sdxl", tmp_path / "export")
+    plain = f"{place},dtype=fp32,steps=4,guidance=0,height=32,width=32"
+    lora = f"{plain},lora={folder / 'pytorch_lora_weights.safetensors'}"
+    texts = CAPTIONS[:1]
+    bare, with_lora, lcm = (open_source(read_source(word)) for word in (plain, lora, f"{lora},scheduler=lcm"))
+    alone = pixels(bare, texts, 2)
+    assert close(alone, pixels(bare, texts, 2, batch=1))
+    assert not close(alone, pixels(with_lora, texts, 2)) and bare.facts.identity != with_lora.facts.identity
+    assert type(lcm.pipe).__name__ == "StableDiffusionXLPipeline"  # type: ignore[attr-defined]
+    assert type(lcm.pipe.scheduler).__name__ == "LCMScheduler"  # type: ignore[attr-defined]
+    assert close(pixels(lcm, texts, 2), pixels(lcm, texts, 2, batch=1))
+    half = open_source(read_source(f"{lora},lora_scale=0.001"))
+    assert (pixels(half, texts, 2) - alone).abs().mean() < 0.1 * (pixels(with_lora, texts, 2) - alone).abs().mean()
+
+
+def test_a_local_pipeline_never_touches_the_network(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = pipeline(folders, "sd3")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    source = open_source(read_source(f"{place},dtype=fp32,steps=1,height=32,width=32"))
+    assert len(source.make(places_of(CAPTIONS[:1], 1), 0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (",lora=nowhere.safetensors", "no such file or folder"),
+        (",lora=a/b/weights.bin", "only .safetensors files"),
+        (",base=x", "base cannot be set"),
+    ],
+)
+def test_mistakes_with_a_pipeline_are_named(folders: Path, settings: str, message: str) -> None:
+    place = pipeline(folders, "sdxl")
+    with pytest.raises(ValueError, match=message):
+        open_source(read_source(f"{place}{settings}"))
+
+
+def test_a_place_that_holds_nothing_is_named() -> None:
+    with pytest.raises(ValueError, match="./nowhere is not a run folder.*does not exist"):
+        kind_of(read_source("./nowhere"))
+
+
+def test_images_that_are_not_finite_are_an_error(folders: Path) -> None:
+    source: Any = open_source(read_source(f"{pipeline(folders, 'sd3')},dtype=fp32,steps=1,height=32,width=32"))
+    with torch.no_grad():
+        next(iter(source.pipe.transformer.parameters())).fill_(float("nan"))
+    with pytest.raises(ValueError, match="are not finite"):
+        source.make(places_of(CAPTIONS[:1], 1), 0)
