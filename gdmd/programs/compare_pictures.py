@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdmd.evaluation.distances import cluster_spread
 from gdmd.evaluation.grids import write_grid
 from gdmd.evaluation.sample import Lab, Sampler, images_of
 from gdmd.evaluation.shapes import HELDOUT
@@ -93,7 +94,6 @@ def _panel(
 ) -> dict[str, Any]:
     mean, axes = plane
     xy = ((own - mean) @ axes).tolist()
-    middle = torch.stack([own[cluster == k].mean(0) for k in range(len(centre))])
     outlier = torch.cdist(own, centre).argmin(1) != cluster
     points = [
         [round(x, 4), round(y, 4), *looks[k], bool(far)]
@@ -101,7 +101,7 @@ def _panel(
     ]
     return {
         "points": points,
-        "spread": float((own - middle[cluster]).norm(dim=1).mean()),
+        "spread": cluster_spread(own, cluster),
         "diversity": pairwise_distance(own, cluster) if len(cluster) > len(centre) else 0.0,
         "outliers": float(outlier.float().mean()),
     }
