@@ -1,4 +1,4 @@
-"""``gdmd study``: a blind human preference study from image folders: plan, serve, analyze, simulate."""
+"""``gdmd study``: a blind human preference study from image folders or models: plan, serve, analyze, simulate."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import secrets
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -37,7 +38,7 @@ class Asked(StrEnum):
 
 @study_app.command("plan")
 def plan_command(
-    models: Annotated[list[str], typer.Argument(metavar="NAME=FOLDER...", help="Two or more folders of images.")],
+    models: Annotated[list[str], typer.Argument(metavar="NAME=FOLDER...", help="Two or more: images, or Shapes runs.")],
     study: Annotated[Path, typer.Option("--out", "-o", help="The study folder to write; must not exist.")],
     raters: Raters = 10,
     pairs: Pairs = 60,
@@ -47,6 +48,7 @@ def plan_command(
     checks: Annotated[int, typer.Option(min=0, help="Attention checks.")] = 2,
     question: Annotated[list[Asked] | None, typer.Option(help="Asked of each pair; default: all three.")] = None,
     against: Annotated[str | None, typer.Option(metavar="NAME", help="Only this model against each other.")] = None,
+    per_task: Annotated[int, typer.Option(min=1, help="Prompts per task, where only Shapes models are given.")] = 10,
     common: Annotated[bool, typer.Option("--common", help="Use the prompts that all models have.")] = False,
     consent: Annotated[Path | None, typer.Option(help="A text file: what raters agree to.")] = None,
     title: Annotated[
@@ -57,16 +59,18 @@ def plan_command(
     """Write a blind study: who sees which images on which side; images under random names; one link per rater.
 
     \b
-    A folder is in GenEval's layout (00000/metadata.jsonl, 00000/samples/*.png) or flat (prompts.jsonl and images).
+    A folder is in GenEval's layout (00000/metadata.jsonl, 00000/samples/*.png) or flat (prompts.jsonl and images);
+    or it is a run of the Shapes world, or teacher, teacher-4, teacher-4-plain: then the images are drawn here.
       gdmd study plan ours=images/ours dmd2=images/dmd2 -o studies/one
       gdmd study plan ours=a dmd2=b sdxl=c -o studies/two --against ours --raters 20 --pairs 80 --question overall
+      gdmd study plan student=runs/shapes-seed0 teacher -o studies/shapes --per-task 10
     """
     asked = tuple(dict.fromkeys(one.value for one in question)) if question else StudyConfig().questions
     cfg = _config(
         raters=raters, pairs_per_rater=pairs, votes_per_pair=votes, images_per_prompt=images, repeats=repeats,
         checks=checks, against=against, title=title, seed=seed, consent=_consent(consent), questions=asked,
     )  # fmt: skip
-    _write_study(cfg, models, study, common)
+    _write_study(cfg, models, study, common, per_task)
 
 
 @study_app.command("serve")
@@ -191,13 +195,17 @@ def _recovered(found: Any) -> dict[str, str]:
     }
 
 
-def _write_study(cfg: StudyConfig, models: list[str], study: Path, common: bool) -> None:
+def _write_study(cfg: StudyConfig, models: list[str], study: Path, common: bool, per_task: int) -> None:
+    from gdmd.programs.study_images import draw_models
     from gdmd.study.folders import named_folders
     from gdmd.study.nouns import LINKS
     from gdmd.study.plan import votes_needed
-    from gdmd.study.prepare import prepare
+    from gdmd.study.prepare import check_new, prepare
 
-    prepared = prepare(cfg, named_folders(models), study, common)
+    check_new(study)
+    with TemporaryDirectory(prefix="gdmd-study-") as place:
+        folders = draw_models(named_folders(models), per_task, cfg.images_per_prompt, cfg.seed, Path(place))
+        prepared = prepare(cfg, folders, study, common)
     for warning in prepared.warnings:
         _say(f"warning: {warning}")
     screens = len(prepared.plan.raters[0].trials)

@@ -137,11 +137,16 @@ def analyze(
             f"no votes are left: all {len(raters)} raters failed more than {max_failed_checks} attention checks; "
             "allow more with --max-failed, and read the result with care"
         )
+    place = {name: number for number, name in enumerate(plan.models)}
+
+    def by_models(vote: Vote) -> tuple[int, int]:
+        return place[vote.first], place[vote.second]
+
     duels, by_task, strengths = [], [], []
     for question in plan.questions:
         own = [vote for vote in pairs if vote.question == question]
-        duels += _adjusted([_duel(group, "", replicates, seed) for group in _grouped(own, _by_models)])
-        tasks = _grouped([vote for vote in own if vote.task], lambda vote: (*_by_models(vote), vote.task))
+        duels += _adjusted([_duel(group, "", replicates, seed) for group in _grouped(own, by_models)])
+        tasks = _grouped([vote for vote in own if vote.task], lambda vote: (*by_models(vote), vote.task))
         by_task += _adjusted([_duel(group, group[0].task, replicates, seed) for group in tasks])
         strengths.append(_strengths(plan, question, own, replicates // 4, seed))
     return Analysis(
@@ -158,10 +163,6 @@ def analyze(
         replicates=replicates,
         max_failed_checks=max_failed_checks,
     )
-
-
-def _by_models(vote: Vote) -> tuple[str, str]:
-    return vote.first, vote.second
 
 
 def _grouped(votes: Iterable[Vote], key: Any) -> list[list[Vote]]:

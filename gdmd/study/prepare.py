@@ -41,13 +41,15 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
-def prepare(cfg: StudyConfig, folders: Mapping[str, Path], study: Path, common: bool = False) -> Prepared:
-    """Write the study folder; nothing is written before models, prompts and numbers are found right.
-
-    RunError where ``study`` exists and is not empty: votes of an earlier plan are never overwritten.
-    """
+def check_new(study: Path) -> None:
+    """RunError where ``study`` exists and is not empty: votes of an earlier plan are never overwritten."""
     if study.exists() and (not study.is_dir() or any(study.iterdir())):
         raise RunError(f"{study} exists and is not empty; a plan is never written over another: choose a new folder")
+
+
+def prepare(cfg: StudyConfig, folders: Mapping[str, Path], study: Path, common: bool = False) -> Prepared:
+    """Write the study folder; nothing is written before models, prompts and numbers are found right."""
+    check_new(study)
     rows = common_rows(folders, cfg.images_per_prompt, common)
     prompts = [row[next(iter(folders))].prompt for row in rows]
     drawn = draw_plan(cfg, list(folders), prompts)

@@ -91,12 +91,13 @@ def _figure(analysis: Analysis, ink: str) -> Figure:
             height += 1
             _bar(axes, height, duel)
             ticks.append((height, LABELS[duel.question]))
+        half = (height - len(duels) + 0.55, height + 0.45)
+        axes.plot([0.5, 0.5], half, color=ink, linewidth=0.8, linestyle=":", alpha=0.6)
         height += 1.5
     axes.set(xlim=(0, 1), ylim=(height - 0.8, -0.6), xticks=[])
     axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False)
-    axes.axvline(0.5, color=ink, linewidth=0.8, linestyle=":", alpha=0.6)
     for spine in axes.spines.values():
         spine.set_visible(False)
     handles = [axes.barh([0], [0], color=color) for color in (WINS, TIES, LOSSES)]

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_world import MODELS, write_study
+from study_world import MODELS, write_images, write_study
 
 from gdmd.cli.app import main
+from gdmd.config.loop import LoopConfig
+from gdmd.config.model import DiffusersModel
+from gdmd.config.rewards import ClipReward
+from gdmd.config.run import RunConfig
 from gdmd.config.study import StudyConfig
+from gdmd.runs.rundir import create
+from gdmd.shapes.grammar import TASKS as SHAPES_TASKS
 from gdmd.study.analyze import analyze
-from gdmd.study.nouns import VOTES, Plan, Trial, Vote, vote_of
+from gdmd.study.nouns import IMAGES, VOTES, Plan, Trial, Vote, read_plan, vote_of
 from gdmd.study.simulate import Taste, recovery, simulated_votes, synthetic_plan
 from gdmd.study.store import Store
 
@@ -92,7 +98,8 @@ def test_the_strengths_of_three_models_are_ordered_by_their_wins() -> None:
     assert strengths["ours"] - (strengths["b"] + strengths["c"]) / 2 == pytest.approx(1.39 * 0.83, abs=0.5)
     low, high = found.strengths[0].intervals["ours"]
     assert low < strengths["ours"] < high
-    assert len(found.duels) == 3 and all(duel.p_holm >= duel.p for duel in found.duels)
+    assert all(duel.p_holm >= duel.p for duel in found.duels)
+    assert [(duel.first, duel.second) for duel in found.duels] == [("ours", "b"), ("ours", "c"), ("b", "c")]
 
 
 @pytest.fixture
@@ -143,6 +150,34 @@ def test_a_study_is_planned_from_the_command_line(tmp_path: Path, capsys: pytest
     assert run("study", "plan", *named, "-o", str(tmp_path / "three"), *sizes, "--repeats", "9") == 2
     assert "lower repeats" in capsys.readouterr().err
     assert not (tmp_path / "three").exists()
+
+
+def test_models_of_the_shapes_world_are_drawn_for_the_study_from_the_same_noise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--raters", "1", "--votes", "1", "--pairs", "6", "--repeats", "0", "--checks", "0", "--per-task", "1")
+    study = tmp_path / "study"
+    named = ("plain=teacher-4-plain", "again=teacher-4-plain", "guided=teacher-4")
+    assert run("study", "plan", *named, "-o", str(study), *sizes) == 0
+    plan = read_plan(study)
+    assert [prompt.task for prompt in plan.prompts] == list(SHAPES_TASKS)
+    shown = {
+        (model, trial.prompt): (study / IMAGES / f"{image}.png").read_bytes()
+        for trial in plan.raters[0].trials
+        for model, image in ((trial.left_model, trial.left), (trial.right_model, trial.right))
+    }
+    same = [shown["plain", k] == shown["again", k] for m, k in shown if m == "plain" and ("again", k) in shown]
+    other = [shown["plain", k] == shown["guided", k] for m, k in shown if m == "plain" and ("guided", k) in shown]
+    assert same and all(same) and other and not any(other)
+
+    folder = write_images(tmp_path / "own", MODELS[0], 2)
+    assert run("study", "plan", f"own={folder}", "teacher-4", "-o", str(tmp_path / "two"), *sizes) == 2
+    assert "thing" in capsys.readouterr().err  # the folder's prompts are not in the language of the Shapes world
+    cfg = RunConfig(name="x", loop=LoopConfig(), model=DiffusersModel(path="a/b"), rewards=(ClipReward(),))
+    create(tmp_path / "real", cfg.model_dump(mode="json"), ["gdmd"])
+    assert run("study", "plan", f"real={tmp_path / 'real'}", "teacher-4", "-o", str(tmp_path / "two"), *sizes) == 2
+    assert "draw them into a folder first" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
 
 
 def test_serving_to_others_demands_a_token(
