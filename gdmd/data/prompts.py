@@ -32,6 +32,12 @@ def prompt_file(given: str) -> Path:
 
 def read_prompts(path: Path) -> tuple[str, ...]:
     """txt: one prompt a line; jsonl: objects with "prompt". Empty lines are an error, as is any malformed line."""
+    read = _json_line if path.suffix == ".jsonl" else _text_line
+    return tuple(read(path, number, line) for number, line in enumerate(_lines(path), 1))
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a prompt file, at least one, without their ends."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -45,8 +51,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         lines.pop()
     if not lines:
         raise ValueError(f"prompt file {path}: is empty; it needs at least one prompt")
-    read = _json_line if path.suffix == ".jsonl" else _text_line
-    return tuple(read(path, number, line) for number, line in enumerate(lines, 1))
+    return lines
 
 
 def read_meta(path: Path) -> dict[str, Mapping[str, Any]]:
@@ -58,8 +63,7 @@ def read_meta(path: Path) -> dict[str, Mapping[str, Any]]:
         return {}
     texts = read_prompts(path)  # every line is checked there
     found: dict[str, Mapping[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    for number, (text, line) in enumerate(zip(texts, lines, strict=True), 1):
+    for number, (text, line) in enumerate(zip(texts, _lines(path), strict=True), 1):
         row = json.loads(line)
         if found.setdefault(text, row) != row:
             raise ValueError(

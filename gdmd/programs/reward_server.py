@@ -144,11 +144,12 @@ def read_request(
     try:
         row = json.loads(body)
         name, prompts, meta, pictures = row["reward"], row["prompts"], row.get("meta", []), row["images"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        spoken = repr(row.get("protocol"))[:40]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Refused(400, "expected a JSON object with reward, prompts and images") from error
     if row.get("protocol") != PROTOCOL:
-        raise Refused(400, f"this server speaks protocol {PROTOCOL}, got {row.get('protocol')!r}")
-    if name not in rewards:
+        raise Refused(400, f"this server speaks protocol {PROTOCOL}, got {spoken}")
+    if not isinstance(name, str) or name not in rewards:
         raise Refused(404, f"no reward {str(name)[:40]!r} here; there are {sorted(rewards)}")
     texts = isinstance(prompts, list) and all(isinstance(one, str) and len(one) <= LONGEST_PROMPT for one in prompts)
     objects = isinstance(meta, list) and all(isinstance(one, dict) for one in meta)
