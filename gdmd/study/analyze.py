@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -137,11 +137,7 @@ def analyze(
             f"no votes are left: all {len(raters)} raters failed more than {max_failed_checks} attention checks; "
             "allow more with --max-failed, and read the result with care"
         )
-    place = {name: number for number, name in enumerate(plan.models)}
-
-    def by_models(vote: Vote) -> tuple[int, int]:
-        return place[vote.first], place[vote.second]
-
+    by_models = _models_in_order(plan)
     duels, by_task, strengths = [], [], []
     for question in plan.questions:
         own = [vote for vote in pairs if vote.question == question]
@@ -163,6 +159,12 @@ def analyze(
         replicates=replicates,
         max_failed_checks=max_failed_checks,
     )
+
+
+def _models_in_order(plan: Plan) -> Callable[[Vote], tuple[int, int]]:
+    """The key that sorts votes by their models' places in the plan."""
+    place = {name: number for number, name in enumerate(plan.models)}
+    return lambda vote: (place[vote.first], place[vote.second])
 
 
 def _grouped(votes: Iterable[Vote], key: Any) -> list[list[Vote]]:
