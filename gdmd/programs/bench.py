@@ -76,18 +76,22 @@ class Bench:
         self.build_s = time.perf_counter() - began
 
     def round(self, step: int) -> None:
-        """Iteration ``step`` three times; its passes by hooks and by the method's own count."""
+        """Iteration ``step`` three times: trained, its gradients alone, and its bare calls."""
+        prompts = self.lab.stream.at(step)
+        self.trained(step)
+        with recorded(self.lab.method, watched(self.lab.roles)) as self.calls:
+            self.times.gradients.append(timed(lambda: self.gradients(step, prompts), self.clock))
+        self.times.networks.append(timed(lambda: replay(self.calls, scoring=False), self.clock))
+        self.times.scoring.append(timed(lambda: replay(self.calls, scoring=True), self.clock))
+
+    def trained(self, step: int) -> None:
+        """Iteration ``step`` as in training, timed; its passes by hooks and by the method's own count."""
         prompts = self.lab.stream.at(step)
         rng = SampleRng(self.cfg.loop.seed, step, prompts.index)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.times.training.append(timed(lambda: self.train(step, prompts), self.clock))
-        with recorded(self.lab.method, watched(self.lab.roles)) as self.calls:
-            self.times.gradients.append(timed(lambda: self.gradients(step, prompts), self.clock))
-        self.times.networks.append(timed(lambda: replay(self.calls, scoring=False), self.clock))
-        self.times.scoring.append(timed(lambda: replay(self.calls, scoring=True), self.clock))
-        own = iteration_passes(self.cfg.method, step, drawn_depth(self.cfg.method, rng))
-        self.expected.append(own)
+        self.expected.append(iteration_passes(self.cfg.method, step, drawn_depth(self.cfg.method, rng)))
         self.counted.append(self.method.cost.passes / len(prompts) - sum(self.counted))
 
     def train(self, step: int, prompts: PromptBatch) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,7 +79,7 @@ METHODS: dict[str, list[str]] = {
 def test_hooks_count_what_the_method_counts_itself(name: str) -> None:
     measured = tiny(*METHODS[name])
     measured.round(0)
-    measured.round(1)
+    measured.trained(1)
     assert measured.counted == pytest.approx(measured.expected, abs=1e-6)
     assert measured.method.cost.updates == 2 * student_updates(measured.cfg.method)
     assert min(measured.times.networks) > 0 and len(measured.times.training) == 2
@@ -152,3 +155,18 @@ def test_the_program_says_what_it_measures_and_knows_bad_input(capsys: pytest.Ca
         "shapes_smoke", "loop.batch_size=2", "method.group_size=1", "loop.threads=1", "--iterations", "1", "--json"
     )
     assert code == 0 and json.loads(text)["recipe"] == "shapes_smoke" and json.loads(text)["passes_agree"]
+
+
+def test_methods_are_compared_in_one_run_by_ratios_to_gdmd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "methods.py"
+    spec = importlib.util.spec_from_file_location("benchmark_methods", path)
+    assert spec is not None and spec.loader is not None
+    methods = importlib.util.module_from_spec(spec)
+    sys.modules["benchmark_methods"] = methods
+    spec.loader.exec_module(methods)
+    report = tmp_path / "deep" / "methods.json"
+    assert methods.main(["--only", "dmd", "--batch", "2", "--rounds", "1", "--out", str(report)]) == 0
+    gdmd, dmd = json.loads(report.read_text())["rows"]
+    assert gdmd["updates_per_second_relative"] == 1 and 0 < dmd["updates_per_second_relative"] < 1
+    assert gdmd["passes_agree"] and dmd["passes_agree"] and dmd["mean_passes_per_update"] == 23.5
+    assert "| DMD (5 : 1) |" in capsys.readouterr().out
