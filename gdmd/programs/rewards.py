@@ -60,8 +60,7 @@ def check(
 
     from gdmd.config.rewards import ImageReward
     from gdmd.recipes.rewards import image_reward
-    from gdmd.rewards.golden import check_golden, compare, record
-    from gdmd.rewards.pretrained import PretrainedReward
+    from gdmd.rewards.golden import Checked, check_golden, compare, record
 
     golden = _read_json(against) if against else None
     if golden is not None:
@@ -71,7 +70,7 @@ def check(
     except ValidationError as error:
         raise ValueError(f"reward {spec.get('kind')}: {error.errors()[0]['msg']}") from None
     reward = image_reward(cfg, device)
-    if not isinstance(reward, PretrainedReward):
+    if not isinstance(reward, Checked):
         raise ValueError(f"reward {cfg.kind} has no weights of its own to check; check its parts")
     if golden is not None:
         _report(compare(reward, golden, tolerance), against)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -84,13 +84,17 @@ class OcrReward:
         if not torch.isfinite(images).all():
             bad = torch.nonzero(~torch.isfinite(images).flatten(1).all(1))[:, 0].tolist()
             raise ValueError(f"ocr got images that are not finite at samples {bad}; look at the decoder")
-        asks = [bool(normalised(asked_text(text))) for text in prompts.text]
+        return self.score_pil(to_pil(images), prompts.text).to(images.device)
+
+    def score_pil(self, images: Sequence[Image], texts: Sequence[str]) -> Tensor:
+        """8-bit images -> [N], fp32, on the CPU; what ``score`` gives for them."""
+        asks = [bool(normalised(asked_text(text))) for text in texts]
         self._seen, self._unasked = self._seen + len(asks), self._unasked + asks.count(False)
         scores = [
-            ocr_score(text, self._words(to_pil(images[place : place + 1])[0]), self.other_text) if asked else math.nan
-            for place, (text, asked) in enumerate(zip(prompts.text, asks, strict=True))
+            ocr_score(text, self._words(image), self.other_text) if asked else math.nan
+            for image, text, asked in zip(images, texts, asks, strict=True)
         ]
-        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+        return torch.tensor(scores, dtype=torch.float32)
 
     def stats(self) -> Mapping[str, Tensor]:
         """Share of images whose prompt quoted no text, since the start."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Sequence
@@ -16,12 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from gdmd.cli.app import main
 from gdmd.config.load import ConfigError, load_config
 from gdmd.config.run import RunConfig
 from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.recipes.build import build_rewards
 from gdmd.recipes.rewards import check_prompts, reward_stats
 from gdmd.rewards.composite import Composite, Part
+from gdmd.rewards.golden import TEXTS, compare, golden_words, record
 from gdmd.rewards.images import from_pil
 from gdmd.rewards.ocr import OcrReward, Reader, asked_text, edit_distance, normalised, ocr_score
 from gdmd.types import PromptBatch
@@ -316,3 +319,31 @@ def test_the_instruction_is_not_part_of_the_reading_and_a_turn_ends_it(encoder_d
     reader = Reader.from_modules(net, Letters(), tokens=9)
     assert reader(written("OPEN")) == "SOUP"
     assert net.asked["eos_token_id"] == [1, 2] and net.asked["max_new_tokens"] == 9 and not net.asked["do_sample"]
+
+
+# ---------------------------------------------------------------- golden scores
+
+
+def test_the_golden_images_say_what_they_should_on_every_machine_and_a_perfect_reader_gets_known_scores() -> None:
+    images = golden_words()
+    said = {image.tobytes(): words for image, (_, words) in zip(images, TEXTS, strict=True)}
+    assert len(said) == len(TEXTS)
+    joined = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
+    assert joined == "3dd08cc5e8057254e27d2e0fda26e2687938e7df4cb5c3dbbb548afe2ad35863"
+    golden = record(OcrReward(lambda image: said[image.tobytes()]), {})
+    assert [entry["pil"] for entry in golden["entries"]] == pytest.approx([1, 0.9, 1, 0, 0.375])
+    assert [entry["pil"] for entry in golden["entries"]] == [entry["tensor"] for entry in golden["entries"]]
+    assert not compare(OcrReward(lambda image: said[image.tobytes()]), golden)
+    assert {one.entry for one in compare(OcrReward(lambda image: "OPEN"), golden)} == {1, 2, 3, 4}
+
+
+def test_a_reader_is_recorded_and_checked_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder, golden = tiny_trocr(tmp_path / "model"), tmp_path / "ocr.json"
+    for option in ("--record", "--against"):
+        with pytest.raises(SystemExit) as ended:
+            main(["rewards", "check", "ocr", "--path", str(folder), option, str(golden)])
+        assert not ended.value.code, capsys.readouterr().err
+    assert "equal to" in capsys.readouterr().err
