@@ -1,4 +1,4 @@
-"""``gdmd eval``: a run by default, and ``gdmd eval geneval prompts|generate|score`` for real models."""
+"""``gdmd eval``: a run by default, preference and compare, and ``gdmd eval geneval prompts|generate|score``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from gdmd.cli import results
+from gdmd.cli import models, results
 from gdmd.cli.common import Json, messages, print_json
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -25,16 +25,20 @@ class EvalGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-_HELP = """Measure a student or the teacher on ShapesEval (gdmd eval RUN), or a real model on GenEval.
+_HELP = """Measure a student or the teacher on ShapesEval (gdmd eval RUN), models by their scores, or on GenEval.
 
 \b
 Examples:
   gdmd eval runs/shapes-seed0 --json              options: gdmd eval run --help
   gdmd eval teacher-4 --per-task 10
+  gdmd eval preference runs/sdxl-seed0 --prompts parti.txt --scorer clip --scorer hps
+  gdmd eval compare teacher dmd=runs/dmd-seed0 gdmd=runs/shapes-seed0 -o eval/shapes
   gdmd eval geneval score images/ours --device cuda
 """
 eval_app = typer.Typer(cls=EvalGroup, help=_HELP, context_settings=_SETTINGS)
 eval_app.command("run")(results.eval_command)
+eval_app.command("preference")(models.preference_command)
+eval_app.command("compare")(models.compare_command)
 geneval_app = typer.Typer(
     no_args_is_help=True,
     help="GenEval (arXiv 2310.11513) without mmdet: prompts, generate, score.",

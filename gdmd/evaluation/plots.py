@@ -82,6 +82,37 @@ def radar(rows: Mapping[str, Mapping[str, Any]], title: str = "ShapesEval by tas
         return _svg(figure, title)
 
 
+def axes_radar(axes_names: Sequence[str], rows: Mapping[str, Sequence[float | None]], title: str) -> str:
+    """One closed line per row; an axis runs from the worst row (inner ring) to the best (rim), values at its name.
+
+    "" below three axes or two rows, and where a value is missing.
+    """
+    values = [list(column) for column in zip(*rows.values(), strict=True)]
+    if len(axes_names) < 3 or len(rows) < 2 or any(value is None for column in values for value in column):
+        return ""
+    known = [[_number(value) for value in column] for column in values]
+    with _styled(title):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5.6, 4.2), layout="constrained")
+        axes: Any = figure.add_subplot(projection="polar")
+        angles = [2 * math.pi * k / len(axes_names) for k in range(len(axes_names))]
+        for k, name in enumerate(rows):
+            spans = [(column[k] - min(column), max(column) - min(column)) for column in known]
+            radii = [0.2 + 0.8 * (up / span if span else 1.0) for up, span in spans]
+            axes.plot([*angles, angles[0]], [*radii, radii[0]], color=PALETTE[k % 8], label=name, linewidth=1.8)
+        ends = [
+            f"{name}\n{min(column):.4g} to {max(column):.4g}" for name, column in zip(axes_names, known, strict=True)
+        ]
+        axes.set_xticks(angles, ends)
+        axes.tick_params(axis="x", pad=12)
+        axes.set_ylim(0, 1.03)
+        axes.set_yticks([0.2, 0.6, 1.0], ["", "", ""])
+        axes.set_theta_offset(math.pi / 2)
+        figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure, title)
+
+
 def r_histogram(metrics: Metrics, title: str = "Optimality r over training") -> str:
     """Share of targets in each tenth of r (upwards) over outer iterations (to the right); "" without values."""
     keys = [f"histogram/r_{k}" for k in range(BINS)]

@@ -1,0 +1,198 @@
+"""What ``gdmd eval preference`` and ``gdmd eval compare`` do: sources, one after the other, on the same prompts and noise.
+
+One source at a time is in memory; the scorers' weights are loaded once, when the images of all are there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdmd.config.run import RewardConfig
+from gdmd.config.sources import SourceConfig
+from gdmd.data.prompts import prompt_file
+from gdmd.evaluation.model_page import Gallery, write_page
+from gdmd.evaluation.preference import Scores, paired_difference
+from gdmd.programs.folders import TEACHERS, config_of
+from gdmd.programs.model_measures import (
+    feature_measures,
+    geneval_scores,
+    reference_features,
+    render_features,
+    rows_of,
+    shapes_measures,
+)
+from gdmd.programs.preference import (
+    Asked,
+    Produced,
+    Say,
+    asked_of,
+    finite_or_none,
+    produce,
+    score,
+    summary,
+    write_summary,
+)
+from gdmd.programs.scorers import Features, feature_maker, load_scorers, read_scorers, shapes_scorers
+from gdmd.programs.sources import kind_of, open_source
+from gdmd.runs.rundir import write_atomic
+from gdmd.shapes.grammar import catalogue, fixed_rows
+
+RESULT, PAGE = "compare.json", "compare.html"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured: the options of both commands.
+
+    prompts: None = the fixed captions of the Shapes world. scorers, features: as written on the command line; none =
+    those of the Shapes world, or the rewards of the run. shard: (k, n), this process makes every n-th prompt from k.
+    """
+
+    prompts: str | None = None
+    limit: int | None = None
+    per_task: int = 50
+    images: int = 4
+    seed: int = 777
+    scorers: tuple[str, ...] = ()
+    features: str | None = None
+    reference: Path | None = None
+    device: str | None = None
+    shard: tuple[int, int] = (0, 1)
+    gallery: int = 24
+
+
+def preference(cfg: SourceConfig, wanted: Wanted, folder: Path, say: Say) -> dict[str, Any]:
+    """One source: images, scores, summary in ``folder``."""
+    (row,) = _measured([cfg], wanted, [folder], say)
+    write_summary(folder, row)
+    return row
+
+
+def compare(sources: Sequence[SourceConfig], wanted: Wanted, folder: Path, say: Say) -> dict[str, Any]:
+    """Several: each in DIR/NAME, then DIR/compare.json and the page DIR/compare.html."""
+    folders = [folder / source.slug for source in sources]
+    rows = _measured(sources, wanted, folders, say)
+    for own, row in zip(folders, rows, strict=True):
+        write_summary(own, row)
+    shown = {row["source"]["name"]: row for row in rows}
+    content = {"rows": shown, "against": next(iter(shown))}
+    write_atomic(folder / RESULT, json.dumps(content, indent=2) + "\n", "the comparison")
+    asked = _asked(wanted)
+    galleries = [_gallery(own, cfg, asked, wanted.gallery) for own, cfg in zip(folders, sources, strict=True)]
+    write_page(folder / PAGE, shown, galleries, list(asked.texts[: wanted.gallery]))
+    say(f"page: {folder / PAGE}")
+    return content
+
+
+def make_only(cfg: SourceConfig, wanted: Wanted, folder: Path, say: Say) -> int:
+    """This process's share of the images, without scores; the number of its prompts."""
+    asked = _asked(wanted)
+    produce(open_source(_placed(cfg, wanted)), asked, folder, say, wanted.shard)
+    return len(range(wanted.shard[0], len(asked.texts), wanted.shard[1]))
+
+
+def _measured(
+    sources: Sequence[SourceConfig], wanted: Wanted, folders: Sequence[Path], say: Say
+) -> list[dict[str, Any]]:
+    """Everything that can be wrong is found before the first image is made."""
+    shapes = any(_shapes(source) for source in sources)
+    if wanted.prompts is None and not shapes:
+        raise ValueError("--prompts is missing: only sources of the Shapes world have a prompt set of their own")
+    specs = _specs(wanted, sources, shapes)
+    asked = _asked(wanted)
+    if shapes:
+        rows_of(asked)
+    device = wanted.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rewards = load_scorers(specs, device)
+    name = wanted.features or ("shapes" if shapes else None)
+    make = feature_maker(name, device) if name else None
+    made = [
+        produce(open_source(_placed(source, wanted)), asked, own, say)
+        for source, own in zip(sources, folders, strict=True)
+    ]
+    scores = [score(one, asked, own, specs, rewards, say) for one, own in zip(made, folders, strict=True)]
+    extra = _by_task(made, folders, asked, shapes)
+    if make and name:
+        reference = _reference(make, asked, wanted, shapes)
+        extra = [
+            row | feature_measures(one, asked, make, name, reference) for one, row in zip(made, extra, strict=True)
+        ]
+    rows = []
+    for one, own, more in zip(made, scores, extra, strict=True):
+        row = summary(one, asked, own) | more
+        row["against_first"] = _against(own, scores[0]) if one is not made[0] else {}
+        rows.append(finite_or_none(row))
+    return rows
+
+
+def _by_task(made: Sequence[Produced], folders: Sequence[Path], asked: Asked, shapes: bool) -> list[dict[str, Any]]:
+    """ShapesEval, or the GenEval scores that lie beside the images."""
+    if shapes:
+        return [shapes_measures(one, asked) for one in made]
+    homes = [
+        Path(one.facts.where) if one.facts.kind == "images" else own / "images"
+        for one, own in zip(made, folders, strict=True)
+    ]
+    return [{"geneval": geneval_scores(home)} for home in homes]
+
+
+def _reference(make: Features, asked: Asked, wanted: Wanted, shapes: bool) -> Tensor | None:
+    """The features to compare with: of the given folder, or of true renders of the same captions."""
+    if wanted.reference is not None:
+        return reference_features(make, wanted.reference)
+    return render_features(make, asked) if shapes else None
+
+
+def _against(own: Mapping[str, Scores], first: Mapping[str, Scores]) -> dict[str, Any]:
+    return {label: asdict(paired_difference(own[label], first[label])) for label in own}
+
+
+def _asked(wanted: Wanted) -> Asked:
+    if wanted.prompts is not None:
+        return asked_of(prompt_file(wanted.prompts), wanted.images, wanted.seed, wanted.limit)
+    texts = tuple(catalogue().captions[row].text for row in fixed_rows("eval", wanted.per_task).tolist())
+    texts = texts[: wanted.limit]
+    return Asked("the Shapes evaluation set", texts, tuple({"prompt": t} for t in texts), wanted.images, wanted.seed)
+
+
+def _specs(wanted: Wanted, sources: Sequence[SourceConfig], shapes: bool) -> tuple[RewardConfig, ...]:
+    if wanted.scorers:
+        return read_scorers(wanted.scorers)
+    if shapes:
+        return shapes_scorers()
+    for source in sources:
+        if kind_of(source) == "run" and (cfg := config_of(Path(source.where))).method.rewarded:
+            return cfg.rewards
+    raise ValueError("no scorer was given; name at least one, for example --scorer clip (see gdmd rewards list)")
+
+
+def _shapes(source: SourceConfig) -> bool:
+    if kind_of(source) == "run":
+        return config_of(Path(source.where)).model.kind == "shapes"
+    return source.where in TEACHERS
+
+
+def _placed(cfg: SourceConfig, wanted: Wanted) -> SourceConfig:
+    """The command's device, where the source has none of its own."""
+    movable = kind_of(cfg) in ("pipeline", "export") and cfg.device is None and wanted.device is not None
+    return SourceConfig(**cfg.model_dump(exclude_unset=True) | {"device": wanted.device}) if movable else cfg
+
+
+def _gallery(folder: Path, cfg: SourceConfig, asked: Asked, count: int) -> Gallery:
+    """The files of the first image of the first prompts."""
+    from gdmd.evaluation.image_folders import image_file, read_images
+
+    texts = asked.texts[:count]
+    if kind_of(cfg) != "images":
+        return Gallery(cfg.name, [image_file(folder / "images", number, 0) for number in range(len(texts))])
+    rows = read_images(Path(cfg.where))
+    return Gallery(
+        cfg.name, [rows[place.text, place.occurrence].images[0] for place in asked.places[:: asked.images]][:count]
+    )

@@ -1,0 +1,121 @@
+"""Rewards as judges of finished images: read from the command line, loaded once, asked image by image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from gdmd.config.run import RewardConfig, ShapesReward
+from gdmd.evaluation.shapes import HELDOUT
+from gdmd.recipes.build import build_rewards
+from gdmd.rewards.callable import imported
+from gdmd.rewards.clip import ClipScore, image_embedding
+from gdmd.rewards.images import from_pil
+from gdmd.rewards.pretrained import PretrainedReward
+from gdmd.rewards.shapes import ShapesClip, ShapesScorer
+from gdmd.types import PromptBatch, Reward
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SHAPES_KINDS = ("shapes_clip", "shapes_pref", HELDOUT)
+Features = Callable[[Sequence["Image"]], Tensor]
+"""Images -> features [N, D]."""
+
+
+def read_scorer(text: str) -> RewardConfig:
+    """``KIND[,key=value ...]`` or ``module:function`` -> its config. ValueError for what is no reward."""
+    kind, *rest = text.split(",")
+    pairs = [part.partition("=") for part in rest]
+    wrong = [key for key, equals, _ in pairs if not equals]
+    if wrong:
+        raise ValueError(
+            f"scorer {text!r}: {wrong[0]!r} is no key=value; write KIND,key=value, for example clip,path=FOLDER"
+        )
+    given: dict[str, Any] = {key: int(value) if re.fullmatch(r"\d+", value) else value for key, _, value in pairs}
+    head = {"kind": "callable", "target": kind} if ":" in kind else {"kind": kind}
+    adapter: TypeAdapter[RewardConfig] = TypeAdapter(RewardConfig)
+    try:
+        return adapter.validate_python(head | given)
+    except ValidationError as error:
+        lines = [f"scorer {text!r}: {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        raise ValueError("\n".join(lines)) from None
+
+
+def read_scorers(texts: Sequence[str]) -> tuple[RewardConfig, ...]:
+    """Several, each once."""
+    specs = tuple(read_scorer(text) for text in texts)
+    labels = [spec.label for spec in specs]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise ValueError(f"scorer {twice[0]} is given twice; each is reported once")
+    return specs
+
+
+def shapes_scorers() -> tuple[RewardConfig, ...]:
+    """The shipped scorers of the Shapes world; the held-out one trains nobody."""
+    return tuple(ShapesReward(kind=kind) for kind in SHAPES_KINDS)  # type: ignore[arg-type]
+
+
+def load_scorers(specs: Sequence[RewardConfig], device: str) -> dict[str, Reward]:
+    """By label, in the given order."""
+    return {spec.label: reward for spec, reward in zip(specs, build_rewards(specs, device), strict=True)}
+
+
+@torch.no_grad()
+def scores_of(
+    reward: Reward, images: Sequence[Image], texts: Sequence[str], meta: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    """One number per image, NaN = not scored. Published models see PIL images as their authors did, others tensors."""
+    if isinstance(reward, PretrainedReward):
+        return [float(score) for score in reward.score_pil(images, texts)]
+    sizes = {image.size for image in images}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{reward.name} needs images of one size in a batch, got {sorted(sizes)}; bring them to one size"
+        )
+    device = _device_of(reward)
+    index = torch.arange(len(images), device=device)
+    prompts = PromptBatch(index, tuple(texts), index, {}, {}, tuple(meta))
+    return [float(score) for score in reward.score(from_pil(images).to(device), prompts).float().cpu()]
+
+
+def _device_of(reward: Reward) -> torch.device:
+    """Shapes scorers work where their weights are; every other reward takes images from the CPU."""
+    return next(reward.net.parameters()).device if isinstance(reward, ShapesScorer) else torch.device("cpu")
+
+
+def feature_maker(text: str, device: str) -> Features:
+    """``shapes`` (the held-out dual encoder), ``clip[,path=...]`` (unit embeddings), or ``module:function`` of images."""
+    if ":" in text.split(",")[0]:
+        return _checked(imported(text), text)
+    name = HELDOUT if text == "shapes" else text
+    (reward,) = load_scorers([read_scorer(name)], device).values()
+    if isinstance(reward, ShapesClip):
+        return _checked(lambda images: reward.image_features(from_pil(images).to(_device_of(reward))), text)
+    if isinstance(reward, ClipScore):
+        return _checked(lambda images: _clip_features(reward, images), text)
+    raise ValueError(f"features {text!r}: shapes, clip[,path=FOLDER] or module:function can make features")
+
+
+def _clip_features(reward: ClipScore, images: Sequence[Image]) -> Tensor:
+    pixels = reward.preprocess.pil(images).to(reward.placement.device, reward.placement.dtype)
+    return image_embedding(reward.loaded.net.to(reward.placement.device), pixels)
+
+
+def _checked(make: Any, name: str) -> Features:
+    @torch.no_grad()
+    def features(images: Sequence[Image]) -> Tensor:
+        found = torch.as_tensor(make(list(images))).float().cpu()
+        if found.ndim != 2 or len(found) != len(images) or not torch.isfinite(found).all():
+            raise ValueError(
+                f"features {name!r} gave {list(found.shape)} for {len(images)} images; return finite [N, D]"
+            )
+        return found
+
+    return features

@@ -1,0 +1,243 @@
+"""gdmd eval preference and compare: exact numbers, restarts, marks, pages that hold nothing from outside."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_world import Gdmd, folder_state, make_assets
+from PIL import Image
+from torch import Tensor
+
+from gdmd.cli.app import main
+from gdmd.config.sources import read_source
+from gdmd.programs.compare_models import Wanted, compare, preference
+from gdmd.programs.scorers import read_scorer, read_scorers
+
+SCORERS = ("test_model_evaluation:brightness", "test_model_evaluation:green")
+calls: list[int] = []
+
+
+def brightness(images: Tensor, prompts: Any) -> Tensor:
+    """A reward: the mean of the red channel."""
+    calls.append(len(images))
+    return images[:, 0].mean((1, 2))
+
+
+def green(images: Tensor, prompts: Any) -> Tensor:
+    """A reward that does not score the prompts with a question mark."""
+    scores = images[:, 1].mean((1, 2))
+    return torch.where(torch.tensor(["?" in text for text in prompts]), torch.nan, scores)
+
+
+def colors(images: list[Image.Image]) -> Tensor:
+    """Features: the mean color."""
+    return torch.tensor([[float(c) / 255 for c in image.resize((1, 1)).getpixel((0, 0))] for image in images])  # type: ignore[union-attr]
+
+
+def quiet(_: str) -> None:
+    """Nobody listens."""
+
+
+@pytest.fixture
+def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gdmd:
+    calls.clear()
+    return Gdmd(main, make_assets(tmp_path / "assets"), tmp_path, monkeypatch, capsys)
+
+
+def painted(folder: Path, prompts: list[str], shades: list[list[tuple[int, int, int]]]) -> Path:
+    """A folder of plain images in GenEval's layout."""
+    for number, (text, own) in enumerate(zip(prompts, shades, strict=True)):
+        samples = folder / f"{number:05d}" / "samples"
+        samples.mkdir(parents=True)
+        (samples.parent / "metadata.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
+        for k, color in enumerate(own):
+            Image.new("RGB", (8, 6), color).save(samples / f"{k:04d}.png")
+    return folder
+
+
+def world(gdmd: Gdmd) -> tuple[Path, Path]:
+    """Two models of three prompts with two images each; B is 51 levels brighter in red."""
+    prompts = ["a cat", "<script>alert(1)</script>?", "a dog"]
+    shades = [[(0, 0, 0), (51, 0, 0)], [(102, 51, 0), (102, 51, 0)], [(153, 102, 0), (204, 255, 0)]]
+    brighter = [[(r + 51, g, b) for r, g, b in own] for own in shades]
+    Path("prompts.txt").write_text("\n".join(prompts) + "\n")
+    return painted(gdmd.folder / "a", prompts, shades), painted(gdmd.folder / "b", prompts, brighter)
+
+
+def settings(**changes: Any) -> Wanted:
+    return Wanted(**({"prompts": "prompts.txt", "images": 2, "scorers": SCORERS, "device": "cpu"} | changes))
+
+
+def test_means_intervals_and_marks_of_known_images(gdmd: Gdmd) -> None:
+    a, _ = world(gdmd)
+    row = preference(read_source(f"{a},trained={SCORERS[0]}"), settings(), Path("eval"), quiet)
+    first, second = (row["scores"][name] for name in SCORERS)
+    assert first["mean"] == pytest.approx((0 + 51 + 102 + 102 + 153 + 204) / 6 / 255)
+    assert first["low"] == pytest.approx(25.5 / 255) and first["high"] == pytest.approx(178.5 / 255)
+    assert (first["trained"], second["trained"]) == (True, False)
+    assert second["mean"] == pytest.approx((0 + 0 + 102 + 255) / 4 / 255)
+    assert (second["images"], second["prompts"], second["unscored"]) == (4, 2, 2)
+    assert json.loads(Path("eval/preference.json").read_text()) == row
+    unknown = preference(read_source(str(a)), settings(), Path("again"), quiet)
+    assert unknown["scores"][SCORERS[0]]["trained"] is None and row["seconds_per_image"] is None
+
+
+def test_distances_and_diversity_use_the_given_features(gdmd: Gdmd) -> None:
+    a, b = world(gdmd)
+    features = "test_model_evaluation:colors"
+    row = preference(read_source(str(b)), settings(features=features, reference=a), Path("eval"), quiet)
+    assert row["frechet"] == pytest.approx((51 / 255) ** 2, rel=1e-5)  # the same covariance, shifted
+    assert row["mmd"] > 0 and row["features"] == features and row["reference_images"] == 6
+    same = preference(read_source(str(a)), settings(features=features, reference=a), Path("same"), quiet)
+    assert same["frechet"] == pytest.approx(0, abs=1e-9) and same["mmd"] == pytest.approx(0, abs=1e-9)
+    one = preference(read_source(str(a)), settings(features=features, images=1), Path("one"), quiet)
+    assert one["diversity"] is None and one["frechet"] is None and row["spread"] > 0
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(gdmd: Gdmd) -> None:
+    gdmd.train("--run", "run")
+    asked = Wanted(per_task=1, images=2, scorers=SCORERS[:1], device="cpu")
+    whole = preference(read_source("run,batch=5"), asked, Path("whole"), quiet)
+    count = sum(calls)
+
+    def stop(message: str) -> None:
+        if "5 of" in message:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        preference(read_source("run,batch=5"), asked, Path("half"), stop)
+    made = sorted(Path("half/images").rglob("*.png"))
+    assert len(made) == 5
+    dates = [file.stat().st_mtime_ns for file in made]
+    preference(read_source("run,batch=3"), asked, Path("half"), quiet)
+    assert [file.stat().st_mtime_ns for file in made] == dates
+    scores = Path("half/scores.jsonl")
+    scores.write_text(scores.read_text()[:-7])  # the last line was being written
+    calls.clear()
+    again = preference(read_source("run"), asked, Path("half"), quiet)
+    assert sum(calls) == 1 and count == 12
+    assert again["scores"][SCORERS[0]]["mean"] == pytest.approx(whole["scores"][SCORERS[0]]["mean"], abs=1 / 255)
+    assert again["shapeseval"].keys() == whole["shapeseval"].keys() and again["seconds_per_image"] > 0
+
+
+def test_shards_make_the_images_of_one_process(gdmd: Gdmd) -> None:
+    gdmd.train("--run", "run")
+    words = ("eval", "preference", "run", "--per-task", "1", "-n", "1", "-o")
+    assert gdmd(*words, "whole").code == 0
+    for k in ("0/2", "1/2"):
+        assert gdmd(*words, "parts", "--shard", k).code == 0
+    whole, parts = (folder_state(Path(name) / "images") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and len([name for name in whole if name.endswith(".png")]) == 6
+    for name in (name for name in whole if name.endswith(".png")):
+        pictures = [torch.tensor(list(Image.open(Path(f) / "images" / name).tobytes())) for f in ("whole", "parts")]
+        assert (pictures[0] - pictures[1]).abs().max() <= 1
+    assert "write K/N" in gdmd(*words, "x", "--shard", "2/2").err
+
+
+def test_a_folder_of_another_source_seed_prompt_or_scorer_is_refused(gdmd: Gdmd) -> None:
+    gdmd.train("--run", "run")
+    asked = Wanted(per_task=1, images=1, limit=2, device="cpu")
+    preference(read_source("run"), asked, Path("eval"), quiet)
+    with pytest.raises(ValueError, match="another source .*sampler"):
+        preference(read_source("teacher-4"), asked, Path("eval"), quiet)
+    with pytest.raises(ValueError, match=r"another source \(seed"):
+        preference(read_source("run"), Wanted(per_task=1, images=1, limit=2, seed=1), Path("eval"), quiet)
+    Path("p.txt").write_text("a red ring\ntwo squares\n")
+    with pytest.raises(ValueError, match="00000 holds another prompt"):
+        preference(read_source("run"), Wanted(prompts="p.txt", images=1, device="cpu"), Path("eval"), quiet)
+    line = {name: {"kind": "shapes_clip", "asset": "other"} for name in ("shapes_clip",)}
+    Path("eval/scorers.json").write_text(json.dumps(line))
+    with pytest.raises(ValueError, match="holds scores of shapes_clip with other settings"):
+        preference(read_source("run"), asked, Path("eval"), quiet)
+
+
+def test_a_comparison_pairs_the_images_and_its_page_is_closed(gdmd: Gdmd) -> None:
+    a, b = world(gdmd)
+    content = compare([read_source(f"one={a}"), read_source(f"<b>two={b}")], settings(), Path("eval"), quiet)
+    found = content["rows"]["<b>two"]["against_first"]
+    assert found[SCORERS[0]]["mean"] == pytest.approx(51 / 255, abs=1e-6) and found[SCORERS[0]]["wins"] == 1.0
+    assert found[SCORERS[0]]["low"] == pytest.approx(found[SCORERS[0]]["high"], abs=1e-6)
+    assert found[SCORERS[1]]["wins"] == 0.5 and content["against"] == "one"
+    page = Path("eval/compare.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page and "&lt;b&gt;two" in page and "<b>two" not in page
+    assert page.count("<img ") == 6 and not re.search(r"(src|href)=\"(?!data:image/png)", page)
+    assert not re.search(r"url\((?!['\"]?#)", page)
+
+
+def test_shapes_models_are_compared_with_nothing_but_the_shipped_parts(gdmd: Gdmd) -> None:
+    gdmd.train("--run", "run")
+    done = gdmd("eval", "compare", "teacher-4-plain", "run", "-o", "eval", "--per-task", "1", "-n", "2", "--json")
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)["rows"]
+    assert (
+        rows["run"]["scores"]["shapes_clip"]["trained"] and not rows["run"]["scores"]["shapes_clip_heldout"]["trained"]
+    )
+    assert not rows["teacher-4-plain"]["scores"]["shapes_clip"]["trained"]
+    for row in rows.values():
+        assert 0 <= row["shapeseval"]["overall"] <= 1 and row["frechet"] > 0 and row["diversity"] > 0
+    page = Path("eval/compare.html").read_text()
+    assert "<svg" in page and "ShapesEval overall" in page and "†" in page
+    printed = gdmd("eval", "compare", "teacher-4-plain", "run", "-o", "eval", "--per-task", "1", "-n", "2")
+    assert "ShapesEval overall" in printed.out and "made" not in printed.err  # nothing was made again
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["preference", "a", "--prompts", "prompts.txt"], "--out is missing"),
+        (["preference", "a", "-o", "x"], "--prompts is missing"),
+        (["preference", "a", "-o", "x", "--prompts", "prompts.txt"], "no scorer was given"),
+        (["preference", "a", "-o", "x", "--prompts", "none.txt", "--scorer", "clip"], "none.txt: cannot be read"),
+        (["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--scorer", "magic"], "scorer 'magic'"),
+        (["preference", "nowhere", "-o", "x"], "nowhere is not a run folder"),
+        (["compare", "a", "-o", "x"], "needs two sources"),
+        (["compare", "a", "a", "-o", "x"], "two sources are called"),
+        (
+            ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "-n", "3", "--scorer", SCORERS[0]],
+            "number 3 is wanted",
+        ),
+        (["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--scorer", "a:b"], "cannot be imported"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(gdmd: Gdmd, words: list[str], message: str) -> None:
+    world(gdmd)
+    done = gdmd("eval", *words)
+    assert done.code == 2 and message in done.err and "Traceback" not in done.err
+
+
+def test_scorers_are_words_with_settings() -> None:
+    spec: Any = read_scorer("clip,path=models/clip,dtype=bf16,chunk=8")
+    assert (spec.kind, spec.path, spec.dtype, spec.chunk) == ("clip", "models/clip", "bf16", 8)
+    assert read_scorer("my_rewards:sharpness").label == "my_rewards:sharpness"
+    with pytest.raises(ValueError, match="given twice"):
+        read_scorers(["clip", "clip,dtype=bf16"])
+    with pytest.raises(ValueError, match="is no key=value"):
+        read_scorer("clip,bf16")
+
+
+def test_pipelines_are_compared_with_their_speed_and_geneval_beside_them(gdmd: Gdmd, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    import tiny_pipelines as tiny
+
+    place = tiny.save("sd3", tmp_path / "sd3")
+    row = {"tag": "single_object", "prompt": "a photo of a dog", "include": [{"class": "dog", "count": 1}]}
+    Path("prompts.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"prompt": "three dogs"}) + "\n")
+    sources = [read_source(f"{n}={place},dtype=fp32,steps={n},height=32,width=32,batch=1") for n in ("1", "2")]
+    wanted = settings(prompts="prompts.jsonl", images=1)
+    content = compare(sources, wanted, Path("eval"), quiet)
+    assert json.loads(Path("eval/1/images/00000/metadata.jsonl").read_text()) == row
+    found = content["rows"]["2"]
+    assert found["seconds_per_image"] > 0 and found["against_first"][SCORERS[0]]["mean"] != 0
+    scores = {"scores": {"overall": {"value": 0.5, "low": 0.25, "high": 0.75}}}
+    Path("eval/2/images/geneval.json").write_text(json.dumps(scores))
+    compare(sources, wanted, Path("eval"), quiet)
+    page = Path("eval/compare.html").read_text()
+    assert "GenEval (HF detector) overall" in page and "0.5000 [0.2500, 0.7500]" in page
+    other = read_source(f"1={place},dtype=fp32,steps=3,height=32,width=32")
+    with pytest.raises(ValueError, match="another source .*steps"):
+        preference(other, wanted, Path("eval/1"), quiet)
