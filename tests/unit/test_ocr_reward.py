@@ -236,7 +236,7 @@ def tiny_trocr(folder: Path) -> Path:
     )
     decoder = TrOCRConfig(
         vocab_size=len(words), d_model=16, decoder_ffn_dim=16, decoder_layers=1, decoder_attention_heads=2,
-        max_position_embeddings=64, cross_attention_hidden_size=16, decoder_start_token_id=0,
+        max_position_embeddings=160, cross_attention_hidden_size=16, decoder_start_token_id=0,
     )  # fmt: skip
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, decoder)
     config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 0, 1, 2
