@@ -22,12 +22,12 @@ def mmd(
     *,
     unbiased: bool = False,
 ) -> float:
-    """scale x MMD^2 with the kernel k(x, y) = exp(-|x - y|^2 / (2 bandwidth^2)) (arXiv 2401.09603, eq. 3 and 5).
+    """scale x MMD^2 with the kernel k(x, y) = exp(-|x - y|^2 / (2 bandwidth^2)) (arXiv 2401.09603, section 4).
 
         MMD^2 = mean_ij k(a_i, a_j) + mean_ij k(b_i, b_j) - 2 mean_ij k(a_i, b_j)
 
-    The pairs i = j count, as in the released code of CMMD (the minimum-variance estimate, >= 0). ``unbiased`` leaves
-    them out, as in the paper's formula; then the distance can be below 0.
+    The pairs i = j within a side count, as in the released code of CMMD (the biased estimate, >= 0). ``unbiased`` leaves
+    them out (the U-statistic); then the distance can be below 0.
     """
     for side in (features_a, features_b):
         if side.ndim != 2 or len(side) < 2 or side.shape[1] != features_a.shape[1]:
