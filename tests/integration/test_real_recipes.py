@@ -1,0 +1,78 @@
+"""Every shipped recipe of a real model, on a tiny random pipeline of its family, for an iteration of each stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import tiny_pipelines as tiny
+import torch
+from torch import Tensor
+
+from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.rng import SampleRng
+from gdmd.recipes.build import build
+from gdmd.recipes.read import read_recipe, recipe_names
+from gdmd.types import PromptBatch
+
+METHODS = ("gdmd", "dmd", "dmdr")
+REAL = [f"{family}_{method}" for family in tiny.BUILD for method in METHODS]
+SMALL = {"height": tiny.SIZE, "width": tiny.SIZE, "dtype": "fp32", "lora_rank": 2, "lora_alpha": 2}
+SMALL |= {"max_tokens": 256, "embeddings": "null", "checkpointing": "false"}
+
+
+def redness(images: Tensor, prompts: PromptBatch) -> Tensor:
+    """A differentiable reward."""
+    return images[:, 0].mean((1, 2))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipelines")
+    (folder / "prompts.txt").write_text("\n".join(tiny.WORDS))
+    return folder
+
+
+def test_there_is_a_recipe_of_each_method_for_each_family() -> None:
+    real = {name for name in recipe_names() if isinstance(read_recipe(name).model, DiffusersModel)}
+    assert real == set(REAL)
+    for name in REAL:
+        cfg = read_recipe(name)
+        assert isinstance(cfg.model, DiffusersModel)
+        assert name == f"{cfg.model.family}_{cfg.method.kind}" and len(cfg.method.student_steps) == 4
+        each = cfg.method.group_size if cfg.method.kind == "gdmd" else 1
+        assert cfg.loop.steps * each == 3000, "3000 student updates"
+        other = read_recipe(name, ["model.height=512", "model.width=512"]).model
+        assert isinstance(other, DiffusersModel) and (other.height, other.width) == (512, 512)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_recipe_trains_a_tiny_pipeline_of_its_family(folders: Path, name: str) -> None:
+    family = str(read_recipe(name).model.family)  # type: ignore[union-attr]
+    folder = folders / family
+    if not folder.exists():
+        tiny.save(family, folder)
+    changed = [f"model.{key}={value}" for key, value in SMALL.items()]
+    changed += [f"model.path={folder}", f"prompts.file={folders / 'prompts.txt'}", "loop.batch_size=2"]
+    changed += ["method.group_size=1"] if name.endswith("_gdmd") else ["method.fake_updates=1"]
+    if not name.endswith("_dmd"):
+        changed.append("rewards=[{kind: callable, target: 'test_real_recipes:redness', differentiable: true}]")
+    cfg = read_recipe(name, changed)
+    lab = build(cfg, "cpu")
+    for step in (0, cfg.loop.steps - 1):
+        prompts, roles = lab.stream.at(step), []
+        for update in lab.method.iteration(step, prompts, SampleRng(0, step, prompts.index)):
+            loss = update.loss(update.batch).per_sample.mean()
+            torch.autograd.backward(loss)
+            weights = [w for key, w in lab.roles.parameters(update.role).items() if "lora_B" in key]
+            found = [w.grad for w in weights if w.grad is not None]  # what the last block gives the text is not read
+            assert loss.isfinite() and len(found) > len(weights) / 2
+            assert all(grad.isfinite().all() for grad in found)
+            if update.role == "fake":  # the student's weight can be 0: r = 0, or guidance 1 before the first update
+                assert any(bool(grad.any()) for grad in found)
+            roles.append(update.role)
+        assert roles == ["fake", "student"]
