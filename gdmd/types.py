@@ -155,6 +155,11 @@ class Roles(Protocol):
 
     def load_old_state(self, tensors: Mapping[str, Tensor]) -> None: ...
 
+    def shard(self, shard: Callable[[Any], None]) -> None:
+        """Before training on several ranks: call ``shard`` with every module whose weights are all trained or follow
+        (now, and when it is made later). Adapters and frozen networks stay whole. Parameters are new objects then."""
+        ...
+
 
 class Ranks(Protocol):
     """The processes that share one global batch, as a method sees them: what is global is computed on ``gather``."""

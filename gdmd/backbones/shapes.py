@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -88,6 +88,12 @@ class ShapesRoles:
         if role == "fake" and self.critic is not None:
             own |= {f"gan_head.{name}": weights for name, weights in self.critic.head.named_parameters()}
         return own
+
+    def shard(self, shard: Callable[[nn.Module], None]) -> None:
+        """Student, fake, old policy and GAN head; the small frozen teacher stays whole."""
+        head = [] if self.critic is None else [self.critic.head]
+        for net in (*self._nets.values(), self._old, *head):
+            shard(net)
 
     @torch.no_grad()
     def blended_teacher(self, share: float) -> BlendedDit:

@@ -12,6 +12,7 @@ from gdmd.cli import bench, compare, export, lab, results, training
 from gdmd.cli.geneval import eval_app
 from gdmd.cli.rewards import rewards_app
 from gdmd.cli.study import study_app
+from gdmd.runs.seat import seat
 
 app = typer.Typer(
     name="gdmd",
@@ -35,7 +36,7 @@ app.command("pretrain")(lab.pretrain_command)
 app.add_typer(rewards_app, name="rewards")
 app.add_typer(study_app, name="study")
 
-BAD_INPUT, NOT_FINITE, INTERRUPTED = 2, 3, 130
+BAD_INPUT, NOT_FINITE, RANK_LOST, INTERRUPTED = 2, 3, 4, 130
 
 
 def _version(asked: bool) -> None:
@@ -59,7 +60,8 @@ def _root(
       gdmd sample runs/shapes-seed0 --prompt "a red circle and a blue ring"
 
     \b
-    Exit codes: 0 done, 2 bad input, 3 a loss or gradient was not finite, 130 Ctrl-C, 143 SIGTERM.
+    Exit codes: 0 done, 2 bad input, 3 a loss or gradient was not finite, 4 one of several ranks hung or was lost,
+    130 Ctrl-C, 143 SIGTERM.
     """
 
 
@@ -68,15 +70,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="gdmd")
     except ValueError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(NOT_FINITE if _not_finite(error) else BAD_INPUT)
+        report(error)
+        sys.exit(exit_code(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
-def _not_finite(error: ValueError) -> bool:
-    """Whether training stopped on bad numbers. Asked without importing torch: if it was, the module is there."""
-    state = sys.modules.get("gdmd.training.state")
-    return state is not None and isinstance(error, state.NonFiniteError)
+def report(error: ValueError) -> None:
+    """Print it on stderr. What all ranks know is said by rank 0 alone."""
+    known = _is(error, "gdmd.training.state", "NonFiniteError")
+    if _is(error, "gdmd.training.distributed", "OtherRankError") or (known and not _first()):
+        return
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+
+
+def exit_code(error: ValueError) -> int:
+    """What the program exits with after this error."""
+    if _is(error, "gdmd.training.state", "NonFiniteError"):
+        return NOT_FINITE
+    return RANK_LOST if _is(error, "gdmd.training.distributed", "RanksError") else BAD_INPUT
+
+
+def _first() -> bool:
+    try:
+        return seat().first
+    except ValueError:  # the seat itself is what is wrong
+        return True
+
+
+def _is(error: ValueError, module: str, name: str) -> bool:
+    """Whether it is of a class that is known only with torch. If it is, the module is there and is not imported."""
+    found = sys.modules.get(module)
+    return found is not None and isinstance(error, getattr(found, name))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gdmd.runs.seat import seat
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -17,10 +19,10 @@ RunFolder = Annotated[Path | None, typer.Option("--run", help="The run folder; d
 
 
 def messages() -> Console:
-    """Where people read: stderr, so that stdout is free for results."""
+    """Where people read: stderr, so that stdout is free for results. Among several ranks only rank 0 speaks."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=not seat().first)
 
 
 def print_json(value: Any) -> None:

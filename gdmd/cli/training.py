@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gdmd.cli.common import Json, RunFolder, messages, print_json
+from gdmd.runs.seat import seat
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gdmd.config.run import RunConfig
     from gdmd.programs.train import Trained
 
 
@@ -28,6 +31,9 @@ def train_command(
     evaluation: Annotated[
         bool, typer.Option("--eval/--no-eval", help="Evaluate the EMA student at the end and write report.html.")
     ] = True,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, metavar="N", help="N processes on this machine, by torchrun.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Train a recipe: checkpoints, metrics.jsonl, TensorBoard, sample grids and a report in one run folder.
@@ -40,6 +46,7 @@ def train_command(
       gdmd train shapes loop.seed=1 method.gamma=0          any field of the recipe by its path
       gdmd train my_recipe.yaml --run runs/mine --no-eval
       gdmd train --resume runs/shapes-seed0                 also with more steps: loop.steps=2000
+      gdmd train shapes --gpus 4
       gdmd train shapes_smoke --json > finished.json
 
     `gdmd recipes` lists the recipes, `gdmd recipes NAME` prints every field of one.
@@ -47,13 +54,72 @@ def train_command(
     recipe, overrides = _split_words(words or [], needed=resume is None)
     if resume is not None and run is not None:
         raise ValueError("--run and --resume were both given: --resume already names the folder of the run")
-    console = messages()
-    trained = _continued(resume, recipe, overrides, console, evaluation) if resume else None
-    trained = trained or _started(str(recipe), overrides, run, console, evaluation)
-    if json:
-        print_json(trained.json())
-    _say_end(trained, console)
-    raise typer.Exit(trained.end.exit_code)
+    asked = Asked(recipe, tuple(overrides), run, resume, evaluation, json)
+    raise typer.Exit(_launched(asked, gpus) if gpus is not None and gpus > 1 else _train(asked))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the words of ``gdmd train`` say."""
+
+    recipe: str | None
+    overrides: tuple[str, ...]
+    run: Path | None
+    resume: Path | None
+    evaluation: bool
+    json: bool
+
+    def config(self) -> RunConfig:
+        """The configuration, checked."""
+        if self.resume is None:
+            from gdmd.recipes.read import read_recipe
+
+            return read_recipe(str(self.recipe), self.overrides)
+        from gdmd.programs.folders import check_resumable
+
+        return check_resumable(self.resume, self.recipe, self.overrides)
+
+    def words(self, folder: Path) -> list[str]:
+        """The same as words, for the processes that a launcher starts."""
+        chosen = ["--run", str(folder)] if self.resume is None else ["--resume", str(self.resume)]
+        flags = ["--eval" if self.evaluation else "--no-eval", *(["--json"] if self.json else [])]
+        return ["train", *([self.recipe] if self.recipe else []), *self.overrides, *chosen, *flags]
+
+
+def _launched(asked: Asked, processes: int) -> int:
+    """Everything that can be wrong with the words is said once, here; then torchrun's launcher does the rest."""
+    if seat().size > 1:
+        raise ValueError("--gpus inside torchrun would start processes of processes: use one of the two")
+    cfg = asked.config()
+    from gdmd.programs.folders import new_folder
+    from gdmd.training.distributed import Seat, World, launch
+
+    World(Seat(0, processes)).span(cfg.loop.batch_size)
+    folder = asked.resume or asked.run or new_folder(cfg)
+    code = launch(asked.words(folder), processes)
+    if code not in (0, 2) and folder.exists():
+        messages().print(f"go on with: gdmd train --resume {folder} --gpus {processes}", markup=False, soft_wrap=True)
+    return code
+
+
+def _train(asked: Asked) -> int:
+    """Train in this process, alone or as one of the ranks that torchrun has started; the exit code."""
+    cfg, console = asked.config(), messages()
+    from gdmd.programs.train import go, ready, start, take_up
+    from gdmd.training.distributed import session
+
+    with session(cfg.loop.rank_timeout) as world:
+        if asked.resume is None:
+            trained = start(cfg, asked.run, console, evaluation=asked.evaluation, command=sys.argv, world=world)
+        else:
+            cfg, run = take_up(asked.resume, asked.recipe, asked.overrides, world)
+            trained = go(cfg, run, ready(cfg, world), console, evaluation=asked.evaluation, world=world)
+        if asked.json and world.first:
+            print_json(trained.json())
+        _say_end(trained, console)
+        if trained.end.signal is not None:
+            world.largest(0)  # a launcher ends the others when the first one has gone
+    return trained.end.exit_code
 
 
 def _split_words(words: list[str], *, needed: bool) -> tuple[str | None, list[str]]:
@@ -65,25 +131,6 @@ def _split_words(words: list[str], *, needed: bool) -> tuple[str | None, list[st
 
         raise ValueError(f"no recipe was named. Shipped are {', '.join(recipe_names())}; or give a .yaml file")
     return None, words
-
-
-def _started(recipe: str, overrides: list[str], run: Path | None, console: Console, evaluation: bool) -> Trained:
-    from gdmd.recipes.read import read_recipe
-
-    cfg = read_recipe(recipe, overrides)
-    from gdmd.programs.folders import new_folder
-    from gdmd.programs.train import start
-
-    return start(cfg, run or new_folder(cfg), console, evaluation=evaluation, command=sys.argv)
-
-
-def _continued(folder: Path, recipe: str | None, overrides: list[str], console: Console, evaluation: bool) -> Trained:
-    from gdmd.programs.folders import resumed
-
-    cfg, run = resumed(folder, recipe, overrides)
-    from gdmd.programs.train import go, ready
-
-    return go(cfg, run, ready(cfg), console, evaluation=evaluation)
 
 
 def _say_end(trained: Trained, console: Console) -> None:

@@ -70,6 +70,16 @@ class LoopConfig(Config):
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="A loss or gradient that is not finite: stop with an error, or skip that update and count."
     )
+    sharding: Literal["none", "full", "hybrid"] = Field(
+        "none",
+        description="Several ranks only. none: every rank holds all weights, gradients are averaged (adapters, small "
+        "nets); full: FSDP2 shards full weights over all ranks; hybrid: inside a machine, replicas across machines.",
+    )
+    rank_timeout: Positive = Field(
+        600.0,
+        description="Seconds that ranks wait for one that is behind before the run ends and names it; more than saving "
+        "a checkpoint takes.",
+    )
     skip_limit: Count = Field(
         10, description="Updates of one run that may be skipped in all (on_nonfinite = skip) before it stops after all."
     )

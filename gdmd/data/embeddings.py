@@ -40,6 +40,10 @@ class CachedText:
         self.device = device
         self._place: dict[str, tuple[Path, int]] = {}
         self._null: Cond | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again at what is on disk, where another process may have written."""
         for shard in sorted(self.folder.glob("shard_*.safetensors")):
             self._index(shard)
 

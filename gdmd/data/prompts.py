@@ -125,15 +125,16 @@ class PromptStream:
         self.groups, self.encoder, self.batch_size, self.seed, self.group = groups, encoder, batch_size, seed, group
         self.meta = meta
 
-    def at(self, step: int) -> PromptBatch:
+    def at(self, step: int, start: int = 0, stop: int | None = None) -> PromptBatch:
+        """Samples start ... stop - 1 of the step's batch; only their captions are encoded."""
         index = torch.arange(self.batch_size)
         rng = SampleRng(self.seed, step, index[:: self.group] // self.group)  # on the CPU: read by Python
         which = rng.integer("prompt_group", len(self.groups)).tolist()
         place = rng.uniform("prompt").tolist()
         chosen = [self.groups[g] for g in which]
         drawn = [own[int(p * len(own))] for own, p in zip(chosen, place, strict=True)]
-        texts = tuple(text for text in drawn for _ in range(self.group))
-        batch = batch_of(texts, self.encoder, index, index // self.group)
+        texts = tuple(text for text in drawn for _ in range(self.group))[start:stop]
+        batch = batch_of(texts, self.encoder, index[start:stop], (index // self.group)[start:stop])
         return replace(batch, meta=tuple(self.meta[text] for text in texts)) if self.meta else batch
 
 

@@ -58,19 +58,24 @@ def backward_simulation(
     cond: Cond,
     noise_at: NoiseAt,
     schedule: Schedule,
+    last: int | None = None,
 ) -> Tensor:
     """The same roll-out stopped before step ``stop`` [B] (int64): x_tau at tau = steps[stop]. [B, C, H, W]
 
-    Sample i costs stop[i] forwards: finished samples leave the batch.
+    Sample i costs stop[i] forwards: finished samples leave the batch. With ``last`` >= max(stop) the student is called
+    exactly ``last`` times, on a finished sample when none is left: a network that is sharded over several ranks waits
+    for ever where one of them calls it more often than another.
     """
     x_tau = noise.clone()
     going = torch.arange(len(noise), device=noise.device)
-    for i in range(1, len(steps)):
+    for i in range(1, len(steps) if last is None else last + 1):
         going = going[stop[going] >= i]
-        if not len(going):
+        if last is None and not len(going):
             break
-        own = {name: value[going] for name, value in cond.items()}
-        before = torch.full((len(going),), steps[i - 1], device=noise.device)
-        x0 = student(x_tau[going], before, own).x0
-        x_tau[going] = renoise(x0, torch.full_like(before, steps[i]), noise_at(i)[going], schedule)
+        asked = going if len(going) else torch.zeros_like(stop[:1])
+        own = {name: value[asked] for name, value in cond.items()}
+        before = torch.full((len(asked),), steps[i - 1], device=noise.device)
+        x0 = student(x_tau[asked], before, own).x0[: len(going)]
+        after = torch.full((len(going),), steps[i], device=noise.device)
+        x_tau[going] = renoise(x0, after, noise_at(i)[going], schedule)
     return x_tau

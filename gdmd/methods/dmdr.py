@@ -111,7 +111,7 @@ class Dmdr(Distillation[DmdrConfig]):
         if self.cfg.tilt == 0:
             return Update("student", self.student_loss, batch)
         reward = self.scorer(self._complete(prompts, rng), prompts)
-        weight = reward_tilt(reward, self.cfg.tilt)
+        weight = prompts.ranks.share(reward_tilt(prompts.ranks.gather(reward, 1), self.cfg.tilt))
         self._stats |= {"weight/tilt": weight, "reward/complete": reward.mean(0)}
         return Update("student", self.tilted_loss, TiltedBatch(**vars(batch), weight=weight))
 
@@ -139,7 +139,8 @@ class Dmdr(Distillation[DmdrConfig]):
                     self.roles.follow(0.0)  # the reference of DPO is the student with which stage 2 begins
                 x0 = self._complete(prompts, rng)
                 rewards = self.scorer(x0, prompts)
-                merit = mean_group_advantage(rewards, prompts.group)
+                whole = prompts.ranks.gather
+                merit = mean_group_advantage(whole(rewards, 1), whole(prompts.group))
                 pairs = preference_pairs(x0, merit, prompts, rng, self.cfg.student_steps, self.roles)
                 self._stats |= {"reward/complete": rewards.mean(0), "reward/paired": pairs.known.float()}
                 return Update("student", self.dpo_student_loss, PreferredBatch(**vars(batch), pairs=pairs))

@@ -11,7 +11,7 @@ from torch import Tensor
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import ode_sample, times
-from gdmd.types import Cond, PromptBatch, Roles
+from gdmd.types import Cond, PromptBatch, Ranks, Roles
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,23 @@ class Pairs:
     x0_ode: Tensor  # [B, C, H, W], the teacher's guided ODE sample from this noise
     cond: Cond
 
+    def gathered(self, ranks: Ranks) -> Pairs:
+        """Those of the global batch."""
+        cond = {name: ranks.gather(value) for name, value in self.cond.items()}
+        return Pairs(ranks.gather(self.noise), ranks.gather(self.x0_ode), cond)
+
+    def shared(self, ranks: Ranks) -> Pairs:
+        """This rank's part."""
+        cond = {name: ranks.share(value) for name, value in self.cond.items()}
+        return Pairs(ranks.share(self.noise), ranks.share(self.x0_ode), cond)
+
 
 @dataclass
 class TeacherPairs:
     """Solves pairs from the step's prompts: new ones each time (batches = 0), or the first ``batches`` in turn.
 
-    Kept pairs are a part of the method's state, so that a resumed run goes on with the same ones.
+    Kept pairs are a part of the method's state, so that a resumed run goes on with the same ones; they are those of
+    the global batch, so that it may go on with another number of ranks.
     """
 
     roles: Roles
@@ -43,8 +54,8 @@ class TeacherPairs:
             return self._solve(prompts, rng)
         place = step % self.batches
         if place not in self.kept:
-            self.kept[place] = self._solve(prompts, rng)
-        return self.kept[place]
+            self.kept[place] = self._solve(prompts, rng).gathered(prompts.ranks)
+        return self.kept[place].shared(prompts.ranks)
 
     @torch.no_grad()
     def _solve(self, prompts: PromptBatch, rng: SampleRng) -> Pairs:

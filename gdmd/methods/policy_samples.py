@@ -56,7 +56,9 @@ def collect(
         cfg.noise_level,
     )
     rewards = scorer(trajectory.x0, prompts)
-    advantage = mean_group_advantage(rewards, prompts.group, cfg.spread)
+    ranks = prompts.ranks
+    everyone = mean_group_advantage(ranks.gather(rewards, 1), ranks.gather(prompts.group), cfg.spread)
+    advantage = ranks.share(everyone)
     return Collected(trajectory, rewards, advantage.clamp(-cfg.advantage_clip, cfg.advantage_clip))
 
 

@@ -37,12 +37,15 @@ class Pairs:
 def preference_pairs(
     x0: Tensor, merit: Tensor, prompts: PromptBatch, rng: SampleRng, steps: Sequence[float], roles: Roles
 ) -> Pairs:
-    """Pairs among complete samples x0 [B, C, H, W] by their merit [B] (NaN = not scored); reference ``roles.old``.
+    """Pairs among complete samples x0 [b, C, H, W] by the global batch's merit [B] (NaN = not scored).
 
-    The samples of a group share its pair and look at it with draws of (t, eps) of their own, t one of ``steps``.
+    The reference is ``roles.old``. The samples of a group share its pair and look at it with draws of (t, eps) of their
+    own, t one of ``steps``.
     """
-    best, worst, known = extremes(merit, prompts.group)
-    x0_win, x0_lose = x0[best], x0[worst]
+    ranks = prompts.ranks
+    best, worst, known = (ranks.share(found) for found in extremes(merit, ranks.gather(prompts.group)))
+    everyone = ranks.gather(x0)  # [B, C, H, W]: a prompt's group may lie on several ranks
+    x0_win, x0_lose = everyone[best], everyone[worst]
     t = torch.tensor(steps, device=x0.device)[rng.integer("preference_t", len(steps))]
     eps = rng.normal("preference_eps", tuple(x0.shape[1:]))
     win_t, lose_t = (renoise(x, t, eps, roles.schedule) for x in (x0_win, x0_lose))

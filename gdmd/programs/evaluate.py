@@ -79,16 +79,17 @@ def image_batch(cfg: RunConfig) -> int:
     return BATCH if cfg.model.kind == "shapes" else cfg.loop.micro_batch or cfg.loop.batch_size
 
 
-def grid_hook(lab: Lab, cfg: RunConfig) -> Callable[[int, Path], None]:
-    """Draws the grid of a step: the same captions from the same noise every time."""
+def grid_hook(lab: Lab, cfg: RunConfig) -> Callable[[int, Path | None], None]:
+    """Draws the grid of a step: the same captions from the same noise every time. No path: nothing is written."""
     shapes = cfg.model.kind == "shapes"
     captions = grid_captions() if shapes else tuple(lab.stream.groups[0][:REAL_ROWS])
     columns = GRID_COLUMNS if shapes else REAL_ROWS
     texts = [text for text in captions for _ in range(columns)]
 
-    def grid(step: int, path: Path) -> None:
+    def grid(step: int, path: Path | None) -> None:
         cells = images_of(student_row(cfg, lab), lab, texts, cfg.eval.seed, image_batch(cfg))
-        write_grid(path, cells.unflatten(0, (len(captions), columns)), captions, scale=3 if shapes else 1)
+        if path is not None:
+            write_grid(path, cells.unflatten(0, (len(captions), columns)), captions, scale=3 if shapes else 1)
 
     return grid
 

@@ -15,8 +15,11 @@ from gdmd.recipes.read import read_recipe
 from gdmd.runs.errors import RunError, writing
 from gdmd.runs.rundir import Run, check_same_config, open_run, write_atomic
 
-MAY_CHANGE = ("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every", "loop.grid_every")
-"""What a resumed run may change: how long it goes on and what it writes, never what it computes."""
+MAY_CHANGE = (
+    *("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every", "loop.grid_every"),
+    *("loop.sharding", "loop.rank_timeout"),
+)
+"""What a resumed run may change: how long it goes on, what it writes and on what it runs, never what it computes."""
 TEACHERS = ("teacher", "teacher-4", "teacher-4-plain")
 """What can be evaluated and sampled besides a run folder."""
 
@@ -43,12 +46,18 @@ def config_of(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return load_config(RunConfig, Path(folder) / "config.yaml", overrides)
 
 
-def resumed(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[RunConfig, Run]:
-    """The run to continue and its configuration; a RunError names the keys that may not differ."""
+def check_resumable(folder: Path, recipe: str | None, overrides: Sequence[str]) -> RunConfig:
+    """The configuration with which a run would be continued; a RunError names the keys that may not differ."""
     run = open_run(folder)
     cfg = read_recipe(recipe, overrides) if recipe else config_of(folder, overrides)
+    check_same_config(run, cfg.model_dump(mode="json"), MAY_CHANGE)
+    return cfg
+
+
+def resumed(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[RunConfig, Run]:
+    """The run to continue and its configuration, which is written down where it has changed."""
+    cfg, run = check_resumable(folder, recipe, overrides), open_run(folder)
     config = cfg.model_dump(mode="json")
-    check_same_config(run, config, MAY_CHANGE)
     if config != run.config:
         text = yaml.safe_dump(config, sort_keys=False)
         write_atomic(run.path / "config.yaml", text, "the configuration")

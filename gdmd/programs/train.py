@@ -1,4 +1,7 @@
-"""What ``gdmd train`` does: build the recipe, train it, evaluate the EMA student, write the report."""
+"""What ``gdmd train`` does: build the recipe, train it, evaluate the EMA student, write the report.
+
+With several ranks (``world``) all of them build and train; rank 0 makes the folder, prints, evaluates and reports.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,13 @@ from rich.console import Console
 from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
 from gdmd.programs.evaluate import finish_run, grid_hook
+from gdmd.programs.folders import new_folder, resumed
 from gdmd.recipes.build import Lab, build
 from gdmd.recipes.rewards import reward_stats
-from gdmd.runs.rundir import Run, create
+from gdmd.runs.rundir import Run, create, open_run
 from gdmd.shapes.grammar import catalogue
-from gdmd.training.loop import Hooks, TrainEnd, train
+from gdmd.training.distributed import SINGLE, World
+from gdmd.training.loop import Hooks, Silent, TrainEnd, train
 from gdmd.training.progress import progress_for
 
 
@@ -46,18 +51,42 @@ class Trained:
         }
 
 
-def start(cfg: RunConfig, folder: Path, console: Console, *, evaluation: bool, command: Sequence[str]) -> Trained:
+def start(
+    cfg: RunConfig,
+    folder: Path | None,
+    console: Console,
+    *,
+    evaluation: bool,
+    command: Sequence[str],
+    world: World = SINGLE,
+) -> Trained:
     """Train a recipe in a new folder. Everything that can be wrong with the input is found before it is made."""
-    lab = ready(cfg)
-    return go(cfg, create(folder, cfg.model_dump(mode="json"), command), lab, console, evaluation=evaluation)
+    lab = ready(cfg, world)
+
+    def make() -> str:
+        return str(create(folder or new_folder(cfg), cfg.model_dump(mode="json"), command).path)
+
+    return go(cfg, open_run(Path(world.on_first(make))), lab, console, evaluation=evaluation, world=world)
 
 
-def ready(cfg: RunConfig) -> Lab:
+def take_up(folder: Path, recipe: str | None, overrides: Sequence[str], world: World) -> tuple[RunConfig, Run]:
+    """The run to continue: rank 0 writes what has changed in its configuration, then all read it."""
+    world.on_first(lambda: str(resumed(folder, recipe, overrides)[1].path))
+    return resumed(folder, recipe, overrides)
+
+
+def ready(cfg: RunConfig, world: World = SINGLE) -> Lab:
     """The live objects of a recipe, its prompts checked to the last line."""
+    if world.size > 1:
+        world.span(cfg.loop.batch_size)
     check_prompts(cfg)
     lab = build(cfg)
     if isinstance(lab.encoder, CachedText):
-        lab.encoder.prepare([text for group in lab.stream.groups for text in group])
+        encoder, texts = lab.encoder, [text for group in lab.stream.groups for text in group]
+        world.on_first(lambda: encoder.prepare(texts))  # the cache is of all ranks: one of them writes it
+        if not world.first:
+            encoder.refresh()
+            encoder.prepare(texts)
     return lab
 
 
@@ -75,20 +104,22 @@ def check_prompts(cfg: RunConfig) -> None:
             raise ValueError(f"prompt file {cfg.prompts.file}, line {number}: {error}") from error
 
 
-def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool) -> Trained:
+def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool, world: World = SINGLE) -> Trained:
     """Train ``run`` from where it stands to its last step; then evaluate and report unless it was interrupted."""
     console.print(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name, markup=False, highlight=False)
     console.print(f"run folder {run.path}", markup=False, highlight=False)
     began = time.perf_counter()
     with progress_for(cfg.loop.steps, console) as progress:
-        hooks = Hooks(progress, grid_hook(lab, cfg), lambda: reward_stats(lab.rewards))
-        end = train(lab.method, lab.roles, lab.stream, cfg.loop, run, hooks)
+        watcher = progress if world.first else Silent()
+        hooks = Hooks(watcher, grid_hook(lab, cfg), lambda: reward_stats(lab.rewards))
+        end = train(lab.method, lab.roles, lab.stream, cfg.loop, run, hooks, world)
     trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began)
-    if end.signal is not None or not evaluation:
+    if end.signal is not None or not evaluation or not world.first:
         return trained
     if cfg.model.kind != "shapes":
         console.print(f"write the student for diffusers with: gdmd export {run.path}", markup=False, highlight=False)
         return trained
     console.print("evaluating the EMA student on the fixed evaluation set", markup=False)
-    row, report = finish_run(cfg, run.path, lab, end.step)
+    whole = lab if world.size == 1 else build(cfg)  # the other ranks have gone, and with them their shards
+    row, report = finish_run(cfg, run.path, whole, end.step)
     return Trained(run.path, end, cfg.loop.steps, trained.seconds, row, report)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gdmd.training.distributed import SINGLE, World
+
 
 class Ema:
     """shadow <- d shadow + (1 - d) parameter after each update, shadow = the initial parameters before the first.
@@ -17,8 +19,10 @@ class Ema:
     The shadow is fp32 (float64 for float64 parameters): at decay .999 half precision would not move at all.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], decay: float, warmup: bool = False) -> None:
-        self.decay, self.warmup, self.updates = decay, warmup, 0
+    def __init__(
+        self, parameters: Mapping[str, Parameter], decay: float, warmup: bool = False, world: World = SINGLE
+    ) -> None:
+        self.decay, self.warmup, self.updates, self._world = decay, warmup, 0, world
         self._parameters = dict(parameters)
         self.shadow = {name: _wide(parameter) for name, parameter in parameters.items()}
 
@@ -46,7 +50,7 @@ class Ema:
 
     def load(self, shadow: Mapping[str, Tensor], updates: int) -> None:
         """Continue from a saved average. ValueError when the names or shapes are of another network."""
-        load_named(self.shadow, shadow, "the EMA")
+        load_named(self.shadow, shadow, "the EMA", self._world)
         self.updates = updates
 
     @torch.no_grad()
@@ -56,8 +60,8 @@ class Ema:
 
 
 @torch.no_grad()
-def load_named(into: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
-    """Copy saved tensors in place by name; a ValueError names the tensors that do not fit."""
+def load_named(into: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str, world: World = SINGLE) -> None:
+    """Copy saved (whole) tensors in place by name; a ValueError names the tensors that do not fit."""
     missing, unknown = sorted(into.keys() - saved.keys()), sorted(saved.keys() - into.keys())
     if missing or unknown:
         raise ValueError(
@@ -70,7 +74,7 @@ def load_named(into: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: st
                 f"{what}: {name} has shape {tuple(target.shape)}, the saved one {tuple(saved[name].shape)}. "
                 "It is of another network: use the checkpoint of this configuration."
             )
-        target.copy_(saved[name])
+        target.copy_(world.placed(saved[name], target))
 
 
 def _wide(parameter: Parameter) -> Tensor:

@@ -1,7 +1,8 @@
 """The training loop: prompts by index, the method's updates, logs, grids and checkpoints. It knows no algorithm.
 
 Everything random is keyed by (seed, step, sample), so a checkpoint needs no generator state, and a resumed run is the
-uninterrupted one bit for bit (same machine, same number of threads).
+uninterrupted one bit for bit (same machine, same number of threads). Several ranks run this same loop, each on its
+slice of every batch; only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +25,7 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.runs import checkpoint
 from gdmd.runs.errors import writing
 from gdmd.runs.rundir import Run
+from gdmd.training.distributed import SINGLE, World
 from gdmd.training.optim import lr_factor
 from gdmd.training.state import NonFiniteError, RoleState, autocast_of, ema_weights, role_states
 from gdmd.training.stats import Means
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
 class Stream(Protocol):
     """Prompts by step: a pure function of the step, so there is no iterator state to save."""
 
-    def at(self, step: int) -> PromptBatch: ...
+    def at(self, step: int, start: int = 0, stop: int | None = None) -> PromptBatch:
+        """Samples start ... stop - 1 of the step's batch."""
+        ...
 
 
 class Progress(Protocol):
@@ -67,13 +71,14 @@ class Silent:
 
 @dataclass(frozen=True)
 class Hooks:
-    """grid(step, path): called with the EMA weights swapped in, writes an image to ``path``.
+    """grid(step, path): called with the EMA weights swapped in, by all ranks (a sharded network needs them all);
+    writes an image to ``path``, or nothing where that is None.
 
     stats(): what others than the method have to say for the log after an iteration, such as the parts of a reward.
     """
 
     progress: Progress = field(default_factory=Silent)
-    grid: Callable[[int, Path], None] | None = None
+    grid: Callable[[int, Path | None], None] | None = None
     stats: Callable[[], Mapping[str, Tensor]] = dict
 
 
@@ -95,40 +100,66 @@ class TrainEnd:
 
 
 def train(
-    method: Method, roles: Roles, stream: Stream, cfg: LoopConfig, run: Run, hooks: Hooks = WATCHED_BY_NOBODY
+    method: Method,
+    roles: Roles,
+    stream: Stream,
+    cfg: LoopConfig,
+    run: Run,
+    hooks: Hooks = WATCHED_BY_NOBODY,
+    world: World = SINGLE,
 ) -> TrainEnd:
     """Train to ``cfg.steps`` outer iterations, going on from the newest good checkpoint of ``run`` if it has one.
 
-    SIGINT and SIGTERM end it after the current iteration, with a checkpoint; a second one ends it at once.
-    Errors: RunError (disk), NonFiniteError (numbers); the last good checkpoint stands in both cases.
+    SIGINT and SIGTERM, to any rank, end it after the current iteration, with a checkpoint; alone, a second one ends it
+    at once. Errors: RunError (disk), NonFiniteError (numbers), RanksError; the last good checkpoint stands.
     """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    trainer = _Trainer(method, roles, cfg, run, hooks)
-    start = trainer.resume()
-    with _stop_signals() as stopped, _tensorboard(run, start) as board:
-        if start == 0:
-            trainer.grid(0)
-        step, saved = start, trainer.newest
-        for step in range(start + 1, cfg.steps + 1):  # step counts finished iterations from here on
-            trainer.iterate(step - 1, stream.at(step - 1))
-            last = step == cfg.steps or bool(stopped)
-            trainer.report(step, last, board)
-            if cfg.grid_every and (step % cfg.grid_every == 0 or step == cfg.steps):
-                trainer.grid(step)
-            if last or step % cfg.checkpoint_every == 0:
-                saved = trainer.save(step)
-            if last:
-                break
-        return TrainEnd(step, saved or trainer.save(step), stopped[0] if stopped else None)
+    place = world.span(cfg.batch_size) if world.size > 1 else (0, None)
+    if world.size > 1:
+        roles.shard(lambda module: world.shard(module, cfg.sharding))
+    trainer = _Trainer(method, roles, cfg, run, hooks, world)
+    with world.watched(cfg.rank_timeout, trainer.stands), _stop_signals(world) as stopped:
+        start = trainer.resume()
+        with _tensorboard(run, start) if world.first else nullcontext() as board:
+            return _steps(trainer, lambda step: stream.at(step, *place), start, stopped, board)
+
+
+def _steps(
+    trainer: _Trainer,
+    batch_at: Callable[[int], PromptBatch],
+    start: int,
+    stopped: list[int],
+    board: SummaryWriter | None,
+) -> TrainEnd:
+    """The iterations from ``start`` on; ``stopped`` receives the first signal of this rank."""
+    cfg, signal_number = trainer.cfg, 0
+    if start == 0:
+        trainer.grid(0)
+    step, saved = start, trainer.newest
+    for step in range(start + 1, cfg.steps + 1):  # step counts finished iterations from here on
+        trainer.iterate(step - 1, batch_at(step - 1))
+        signal_number = trainer.world.largest(stopped[0] if stopped else 0)
+        last = step == cfg.steps or signal_number > 0
+        trainer.report(step, last, board)
+        if cfg.grid_every and (step % cfg.grid_every == 0 or step == cfg.steps):
+            trainer.grid(step)
+        if last or step % cfg.checkpoint_every == 0:
+            saved = trainer.save(step)
+        if last:
+            break
+    return TrainEnd(step, saved or trainer.save(step), signal_number or None)
 
 
 class _Trainer:
     """The objects of one run, and what the loop does with them."""
 
-    def __init__(self, method: Method, roles: Roles, cfg: LoopConfig, run: Run, hooks: Hooks) -> None:
+    def __init__(
+        self, method: Method, roles: Roles, cfg: LoopConfig, run: Run, hooks: Hooks, world: World = SINGLE
+    ) -> None:
         self.method, self.roles, self.cfg, self.run, self.hooks = method, roles, cfg, run, hooks
-        self.states: dict[Role, RoleState] = role_states(roles, cfg)
+        self.world = world
+        self.states: dict[Role, RoleState] = role_states(roles, cfg, world)
         self.means = Means()
         self.newest: Path | None = None
         self._images, self._clock = 0, time.perf_counter()
@@ -137,24 +168,43 @@ class _Trainer:
 
     def resume(self) -> int:
         """Load the newest good checkpoint; returns the number of finished iterations."""
-        saved = checkpoint.load_newest(self.run.checkpoints)
+        saved = self._saved()
         step = saved.step if saved else 0
         if saved:
             for state in self.states.values():
                 state.load(saved.part, saved.state["roles"][state.role])
-            self.roles.load_old_state(saved.part("old"))
+            weights = self.states["student"].parameters  # an old policy is laid out as the student
+            old = {name: self.world.placed(own, weights[name]) for name, own in saved.part("old").items()}
+            self.roles.load_old_state(old)
             self.method.load(saved.part("method"))
-            checkpoint.set_aside_after(self.run.checkpoints, step)
             self.newest = saved.path
-            self.run.note_resume(step)
-            for message in (*saved.messages, f"resumed from step {step} ({saved.path})"):
-                self.hooks.progress.note(message)
-        self.run.rewind(step)
+        self.world.on_first(lambda: self._take_up(saved))
         self._clock = time.perf_counter()
         return step
 
+    def _saved(self) -> checkpoint.Checkpoint | None:
+        """The newest good checkpoint: rank 0 finds it, the others read the same one."""
+        found: list[checkpoint.Checkpoint | None] = []
+
+        def find() -> str | None:
+            found.append(checkpoint.load_newest(self.run.checkpoints))
+            return str(found[0].path) if found[0] else None
+
+        path = self.world.on_first(find)
+        return found[0] if found else checkpoint.load(Path(path)) if path else None
+
+    def _take_up(self, saved: checkpoint.Checkpoint | None) -> None:
+        """What the run folder has to know of a start or resume."""
+        if saved:
+            checkpoint.set_aside_after(self.run.checkpoints, saved.step)
+            self.run.note_resume(saved.step)
+            for message in (*saved.messages, f"resumed from step {saved.step} ({saved.path})"):
+                self.hooks.progress.note(message)
+        self.run.rewind(saved.step if saved else 0)
+
     def iterate(self, step: int, prompts: PromptBatch) -> None:
         """One outer iteration: apply every update the method asks for, in its order."""
+        prompts = replace(prompts, ranks=self.world) if self.world.size > 1 else prompts
         rng = SampleRng(self.cfg.seed, step, prompts.index)
         try:
             for update in self._updates(step, prompts, rng):
@@ -163,14 +213,14 @@ class _Trainer:
             raise self._explained(error, step, prompts) from error
         self._check_skipped(step)
         self.means.add({**self.hooks.stats(), **self.method.stats()})
-        self._images += len(prompts)
+        self._images += len(prompts) * self.world.size
 
-    def report(self, step: int, last: bool, board: SummaryWriter) -> None:
+    def report(self, step: int, last: bool, board: SummaryWriter | None) -> None:
         """Advance the progress; every ``log_every`` steps write a row of means to metrics.jsonl and TensorBoard."""
         self.hooks.progress.advance(step)
         if step % self.cfg.log_every and not last:
             return
-        values = self.means.read()
+        values = self.means.read(self.world)
         seconds = time.perf_counter() - self._clock
         values["speed/images_per_s"] = self._images / seconds
         for role, state in self.states.items():
@@ -178,12 +228,16 @@ class _Trainer:
             values[f"updates/{role}"] = state.updates
             values[f"skipped/{role}"] = state.skipped
         self._images, self._clock = 0, time.perf_counter()
+        self.world.on_first(lambda: self._write_row(step, values, board))
+        self.hooks.progress.row(step, values)
+
+    def _write_row(self, step: int, values: Mapping[str, float], board: SummaryWriter | None) -> None:
+        assert board is not None
         self.run.log(step, values)
         with writing("the TensorBoard log", self.run.tensorboard):
             for key, value in values.items():
                 board.add_scalar(key, value, step)
             board.flush()
-        self.hooks.progress.row(step, values)
 
     def grid(self, step: int) -> None:
         """Ask for the sample grid of this step, drawn with the EMA weights."""
@@ -192,16 +246,32 @@ class _Trainer:
         path = self.run.grid(step)
         with writing("the sample grid", path), torch.no_grad(), ema_weights(self.states["student"]):
             path.parent.mkdir(exist_ok=True)
-            self.hooks.grid(step, path)
+            self.hooks.grid(step, path if self.world.first else None)
 
     def save(self, step: int) -> Path:
-        """Write a checkpoint of everything that is not a pure function of the configuration and the step."""
+        """Write a checkpoint of everything that is not a pure function of the configuration and the step.
+
+        Shards are put together, so that a checkpoint does not depend on the number of ranks.
+        """
         tensors: dict[str, Mapping[str, Tensor]] = {"old": self.roles.old_state(), "method": self.method.state()}
         for state in self.states.values():
             tensors |= state.tensors()
         facts: dict[str, Any] = {"roles": {role: state.counters() for role, state in self.states.items()}}
-        self.newest = checkpoint.save(self.run.checkpoints, step, tensors, facts, self.cfg.keep_checkpoints)
+        whole = {part: self._whole(named) for part, named in tensors.items()}
+        folder, keep = self.run.checkpoints, self.cfg.keep_checkpoints
+        self.newest = Path(self.world.on_first(lambda: str(checkpoint.save(folder, step, whole, facts, keep))))
         return self.newest
+
+    def _whole(self, named: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors without their sharding, one after the other; kept on rank 0 only, in the memory of its CPU."""
+        if self.world.size == 1:
+            return named
+        kept: dict[str, Tensor] = {}
+        for name, tensor in named.items():
+            whole = self.world.whole(tensor.detach())
+            if self.world.first:
+                kept[name] = whole.cpu()
+        return kept
 
     def _updates(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
         """The method's updates; its own network calls (roll-out, targets) run under the precision of the run."""
@@ -222,20 +292,21 @@ class _Trainer:
         if skipped > self.cfg.skip_limit:
             raise ValueError(
                 f"step {step}: {skipped} updates of this run were skipped because they were not finite, more "
-                f"than loop.skip_limit = {self.cfg.skip_limit}. {self._stands()} Lower the learning rates, or raise it."
+                f"than loop.skip_limit = {self.cfg.skip_limit}. {self.stands()} Lower the learning rates, or raise it."
             )
 
     def _explained(self, error: NonFiniteError, step: int, prompts: PromptBatch) -> NonFiniteError:
-        index = prompts.index.tolist()
+        index = self.world.gather(prompts.index).tolist()
         within = all(place < len(index) for place in error.positions)
         where = f", sample(s) {[index[place] if within else place for place in error.positions[:8]]}"
         message = (
-            f"step {step}{where if error.positions else ''}: {error}. The update was not applied. {self._stands()} "
+            f"step {step}{where if error.positions else ''}: {error}. The update was not applied. {self.stands()} "
             "Lower loop.lr_student and loop.lr_fake, use precision fp32, or set loop.on_nonfinite = skip."
         )
         return NonFiniteError(message, error.role, error.positions)
 
-    def _stands(self) -> str:
+    def stands(self) -> str:
+        """Which checkpoint a failure leaves."""
         return f"The last good checkpoint is {self.newest}." if self.newest else "There is no checkpoint yet."
 
 
@@ -254,8 +325,11 @@ def _tensorboard(run: Run, start: int) -> Iterator[SummaryWriter]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that receives the first SIGINT or SIGTERM; the second one has its usual effect."""
+def _stop_signals(world: World) -> Iterator[list[int]]:
+    """A list that receives the first SIGINT or SIGTERM; the second one has its usual effect.
+
+    Among several ranks it has none: a scheduler and torchrun may both pass on the one signal.
+    """
     stopped: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield stopped
@@ -268,7 +342,8 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         stopped.append(number)
-        restore()
+        if world.size == 1:
+            restore()
 
     for number in before:
         signal.signal(number, on_signal)

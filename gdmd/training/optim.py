@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gdmd.training.distributed import SINGLE, World
+
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -40,8 +42,9 @@ class RoleOptimizer:
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         clip: float = 0.0,
+        world: World = SINGLE,
     ) -> None:
-        self.parameters, self.lr, self.clip = dict(parameters), lr, clip
+        self.parameters, self.lr, self.clip, self._world = dict(parameters), lr, clip, world
         _check_parameters(self.parameters)
         fused = all(parameter.device.type in ("cpu", "cuda") for parameter in self.parameters.values())
         self._adamw = torch.optim.AdamW(
@@ -54,7 +57,11 @@ class RoleOptimizer:
 
     def grad_norm(self) -> Tensor:
         """Global L2 norm of the gradients before clipping, 0-d, on the parameters' device."""
-        return torch.nn.utils.get_total_norm(self._gradients())
+        return self._world.whole(torch.nn.utils.get_total_norm(self._gradients()))
+
+    def average(self) -> None:
+        """The gradients of the global batch: their mean over ranks. Called once, after the last backward pass."""
+        self._world.average(self._gradients())
 
     def step(self, norm: Tensor, factor: float = 1.0) -> None:
         """Clip by the known ``norm`` and make one update with learning rate ``factor`` x lr."""
@@ -88,7 +95,8 @@ class RoleOptimizer:
                 raise ValueError(f"the saved optimiser state of {name} has {sorted(moments)}, needs {sorted(MOMENTS)}.")
             # the fused kernel wants its step counter beside the parameter, as fp32; the moments are like the parameter
             moved = {key: tensor.to(parameter.device, copy=True) for key, tensor in moments.items()}
-            self._adamw.state[parameter] = moved
+            own = {key: moved[key] if key == "step" else self._world.placed(moved[key], parameter) for key in MOMENTS}
+            self._adamw.state[parameter] = own
 
     def _check(self, key: str, moment: str, name: str, tensor: Tensor) -> None:
         known = moment in MOMENTS and name in self.parameters

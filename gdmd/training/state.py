@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gdmd.config.loop import LoopConfig
+from gdmd.training.distributed import SINGLE, World
 from gdmd.training.ema import Ema, load_named
 from gdmd.training.optim import RoleOptimizer
 from gdmd.types import Loss, Role, Roles, Update
@@ -37,22 +38,26 @@ class RoleState:
     micro_batch: int = 0
     skip_nonfinite: bool = False
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    world: World = SINGLE
     updates: int = 0
     skipped: int = 0
 
     def apply(self, update: Update, factor: float = 1.0) -> dict[str, Tensor]:
-        """One optimiser step on mean_B loss.per_sample, whatever the micro-batch; returns statistics [B] or 0-d.
+        """One optimiser step on mean_B loss.per_sample, whatever the micro-batch; returns statistics [b] or 0-d.
 
         factor: what the learning rate is multiplied by. The gradient of every micro-batch is that of
-        sum(per_sample) / B, so 8 micro-batches add up to one. Whether loss and gradient are finite is asked *before*
-        the optimiser step, so that bad numbers never reach weights or moments: one host synchronisation per update.
+        sum(per_sample) / b, so 8 micro-batches add up to one, and the mean over ranks of equal b is that of the global
+        batch. Whether all losses and the gradient are finite is asked *before* the optimiser step, by all ranks alike,
+        so that bad numbers never reach weights or moments: one host synchronisation per update.
         """
         self.optimizer.zero_grad()
         count = batch_size(update.batch)
         losses = [self._backward(update, part, count) for part in split(update.batch, self.micro_batch or count)]
-        per_sample = torch.cat([loss.per_sample.detach() for loss in losses])  # [B]
+        self.optimizer.average()
+        own = torch.cat([loss.per_sample.detach() for loss in losses])  # [b]
+        per_sample = self.world.gather(own)  # [B]
         norm = self.optimizer.grad_norm()
-        stats = {f"loss/{self.role}": per_sample, f"grad_norm/{self.role}": norm}
+        stats = {f"loss/{self.role}": own, f"grad_norm/{self.role}": norm}
         stats |= {key: torch.cat([_flat(loss.stats[key]) for loss in losses]) for key in losses[0].stats}
         if not bool(per_sample.isfinite().all() & norm.isfinite()):
             self._reject(per_sample, norm)
@@ -65,7 +70,7 @@ class RoleState:
         return stats
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The parts of a checkpoint that belong to this role."""
+        """The parts of a checkpoint that belong to this role, sharded as they are."""
         weights: dict[str, Tensor] = dict(self.parameters)
         parts = {self.role: weights, f"optim_{self.role}": self.optimizer.tensors()}
         return parts | ({"ema": self.ema.shadow} if self.ema is not None else {})
@@ -76,7 +81,7 @@ class RoleState:
 
     def load(self, part: Callable[[str], Mapping[str, Tensor]], counters: Mapping[str, int]) -> None:
         """Restore what ``tensors`` and ``counters`` gave; ``part`` finds the tensors of a part by its name."""
-        load_named(self.parameters, part(self.role), f"the {self.role}")
+        load_named(self.parameters, part(self.role), f"the {self.role}", self.world)
         self.optimizer.load(part(f"optim_{self.role}"))
         self.updates, self.skipped = counters["updates"], counters["skipped"]
         if self.ema is not None:
@@ -100,7 +105,7 @@ class RoleState:
         raise NonFiniteError(f"{what} of the {self.role} is not finite", self.role, positions)
 
 
-def role_states(roles: Roles, cfg: LoopConfig) -> dict[Role, RoleState]:
+def role_states(roles: Roles, cfg: LoopConfig, world: World = SINGLE) -> dict[Role, RoleState]:
     """Optimisers for student and fake, and the student's EMA, as the configuration says."""
     states: dict[Role, RoleState] = {}
     rates: dict[Role, float] = {"student": cfg.lr_student, "fake": cfg.lr_fake}
@@ -110,11 +115,12 @@ def role_states(roles: Roles, cfg: LoopConfig) -> dict[Role, RoleState]:
         states[role] = RoleState(
             role,
             parameters,
-            RoleOptimizer(parameters, lr, cfg.betas, cfg.weight_decay, cfg.clip),
-            Ema(parameters, cfg.ema, cfg.ema_warmup) if role == "student" and cfg.ema else None,
+            RoleOptimizer(parameters, lr, cfg.betas, cfg.weight_decay, cfg.clip, world),
+            Ema(parameters, cfg.ema, cfg.ema_warmup, world) if role == "student" and cfg.ema else None,
             cfg.micro_batch,
             cfg.on_nonfinite == "skip",
             autocast_of(cfg, device),
+            world,
         )
     return states
 

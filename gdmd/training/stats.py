@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from gdmd.training.distributed import SINGLE, World
 
 
 class Means:
@@ -22,14 +25,23 @@ class Means:
         for key, value in stats.items():
             self._parts.setdefault(key, []).append(value.detach().reshape(-1))
 
-    def read(self) -> dict[str, float]:
-        """Mean of each key since the last read, in one transfer per device; then start anew."""
+    def read(self, world: World = SINGLE) -> dict[str, float]:
+        """Mean of each key over all ranks since the last read, in one transfer per device; then start anew."""
         by_device: dict[torch.device, dict[str, Tensor]] = {}
         for key, parts in self._parts.items():
-            mean = torch.cat([part.double() for part in parts]).nanmean()
-            by_device.setdefault(mean.device, {})[key] = mean
+            values = torch.cat([part.double() for part in parts])
+            total = torch.stack([values.nansum(), (~values.isnan()).sum().double()])
+            by_device.setdefault(total.device, {})[key] = total
         self._parts = {}
-        read: dict[str, float] = {}
-        for means in by_device.values():
-            read |= dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
-        return read
+        own: dict[str, list[float]] = {}
+        for totals in by_device.values():
+            own |= dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
+        every = world.collect(own)
+        keys = dict.fromkeys(key for totals in every for key in totals)
+        return {key: _mean([totals[key] for totals in every if key in totals]) for key in keys}
+
+
+def _mean(parts: list[list[float]]) -> float:
+    """Sums and counts -> the mean; NaN of nothing."""
+    count = sum(part[1] for part in parts)
+    return sum(part[0] for part in parts) / count if count else math.nan

@@ -312,9 +312,9 @@ def _train_in(folder: Path, kind: str, at_step: Callable[[int], None]) -> None:
     method = rival(kind, roles, Toy(), Toy("other", 1))
 
     class Stream(PromptStream):
-        def at(self, step: int) -> PromptBatch:
+        def at(self, step: int, start: int = 0, stop: int | None = None) -> PromptBatch:
             at_step(step)
-            return super().at(step)
+            return super().at(step, start, stop)
 
     stream = Stream([["a circle", "two rings"], ["a red square"]], ShapesTextEncoder(), 6, 0, 3)
     exists = (folder / "config.yaml").exists()

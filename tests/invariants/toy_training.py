@@ -59,6 +59,10 @@ class ToyRoles:
     def old_state(self) -> Mapping[str, Tensor]:
         return dict(self.old.named_parameters()) if self._followed else {}
 
+    def shard(self, shard: Callable[[nn.Module], None]) -> None:
+        for net in (self.student, self.fake, self.old):
+            shard(net)
+
     def load_old_state(self, tensors: Mapping[str, Tensor]) -> None:
         if tensors:
             self._followed = True
@@ -126,10 +130,10 @@ class ToyStream:
     batch_size: int
     at_step: Callable[[int], None] = lambda step: None
 
-    def at(self, step: int) -> PromptBatch:
+    def at(self, step: int, start: int = 0, stop: int | None = None) -> PromptBatch:
         self.at_step(step)
-        index = torch.arange(self.batch_size)
-        return PromptBatch(index, ("a",) * self.batch_size, index, {}, {})
+        index = torch.arange(self.batch_size)[start:stop]
+        return PromptBatch(index, ("a",) * len(index), index, {}, {})
 
 
 def toy_config(steps: int = 40, **changes: Any) -> LoopConfig:

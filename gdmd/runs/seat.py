@@ -1,0 +1,53 @@
+"""Where this process sits among the processes of a run, as torchrun tells it in the environment. No torch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Seat:
+    """rank of size processes; local_rank of local_size on this machine. One process is rank 0 of 1."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prints, logs and writes."""
+        return self.rank == 0
+
+
+def seat(environment: Mapping[str, str] | None = None) -> Seat:
+    """The seat of this process. ValueError when only a part of torchrun's variables is set."""
+    given = os.environ if environment is None else environment
+    size = _number(given, "WORLD_SIZE", 1)
+    if size == 1:
+        return Seat()
+    lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]
+    if lacking:
+        raise ValueError(
+            f"WORLD_SIZE is {size}, but {', '.join(lacking)} is not set: start several processes with torchrun or "
+            "gdmd train --gpus N, or unset WORLD_SIZE"
+        )
+    found = Seat(
+        _number(given, "RANK", 0), size, _number(given, "LOCAL_RANK", 0), _number(given, "LOCAL_WORLD_SIZE", 1)
+    )
+    if not 0 <= found.rank < size or not 0 <= found.local_rank < found.local_size:
+        raise ValueError(
+            f"RANK {found.rank} of {size}, LOCAL_RANK {found.local_rank} of {found.local_size}: no such seat"
+        )
+    return found
+
+
+def _number(given: Mapping[str, str], name: str, default: int) -> int:
+    text = given.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(
+            f"the environment variable {name} is {text!r}: torchrun sets a number; unset it for one process"
+        )
+    return int(text)

@@ -1,0 +1,90 @@
+"""Several ranks for a test: forked processes (torch is loaded already) that meet over gloo on this machine."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.fsdp  # once, here: in every rank it would take seconds
+import torch.utils.tensorboard  # noqa: F401
+
+from gdmd.cli.app import exit_code, report
+from gdmd.training.distributed import World, session
+
+BROKEN = 99
+"""Exit code of a rank that failed in a way that the program does not know."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended; a negative code is a signal."""
+
+    code: int
+    said: str
+
+
+def run_ranks(
+    work: Callable[[World], int | None],
+    folder: Path,
+    size: int = 2,
+    seconds: float = 120,
+    meanwhile: Callable[[Sequence[Any]], None] = lambda processes: None,
+    local_size: int | None = None,
+) -> list[Ended]:
+    """Do ``work`` in ``size`` ranks; ``meanwhile`` gets the processes. What they print on stderr is read at the end."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context, logs = multiprocessing.get_context("fork"), [folder / f"rank{rank}.log" for rank in range(size)]
+    places = [
+        {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % (local_size or size)}
+        | {"LOCAL_WORLD_SIZE": local_size or size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for rank in range(size)
+    ]
+    processes = [
+        context.Process(target=_rank, args=(work, {k: str(v) for k, v in place.items()}, log, seconds))
+        for place, log in zip(places, logs, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    meanwhile(processes)
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+        process.join()
+    said = [log.read_text() for log in logs]
+    assert not late, f"{len(late)} of {size} ranks did not end in {seconds} s; they said {said}"
+    return [Ended(process.exitcode or 0, text) for process, text in zip(processes, said, strict=True)]
+
+
+def _rank(work: Callable[[World], int | None], place: dict[str, str], log: Path, seconds: float) -> None:
+    os.environ.update(place)
+    sys.stderr = log.open("w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
+    faulthandler.dump_traceback_later(0.8 * seconds, file=sys.stderr)  # where a rank stands that will be late
+    torch.set_num_threads(1)
+    code = BROKEN
+    try:
+        with session() as world:
+            code = work(world) or 0
+    except ValueError as error:
+        report(error)
+        code = exit_code(error)
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)
