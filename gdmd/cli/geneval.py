@@ -75,31 +75,39 @@ def prompts_command(
 
 @geneval_app.command("generate")
 def generate_command(
-    what: Annotated[str, typer.Argument(metavar="RUN|PIPELINE", help="A run folder, a diffusers folder or hub id.")],
+    what: Annotated[str, typer.Argument(metavar="SOURCE", help="[NAME=]WHERE[,key=value ...]: see gdmd sample.")],
     folder: Annotated[Path, typer.Option("--out", "-o", help="The image folder, in the official layout.")],
     metadata: Annotated[Path, typer.Option(help="evaluation_metadata.jsonl of GenEval, or of `prompts`.")],
     images: Annotated[int, typer.Option("--images", "-n", min=1, help="Images per prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of a pipeline; default: its own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance of a pipeline; default: its own.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per call of a pipeline.")] = 4,
-    device: Annotated[str, typer.Option(help="Device of a pipeline.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Precision of a pipeline.")] = Dtype.bf16,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per call.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device of a pipeline; default: the GPU where there is one.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Precision of a pipeline; default: bf16.")] = None,
 ) -> None:
     """Make the images of every prompt; started again, it goes on where it stopped.
 
     \b
     Examples:
       gdmd eval geneval generate runs/sdxl-seed0 --metadata evaluation_metadata.jsonl -o images/ours
+      gdmd eval geneval generate org/model,lora=org/lcm-lora,scheduler=lcm --steps 4 --metadata m.jsonl -o images/lcm
       gdmd eval geneval generate org/model --metadata m.jsonl -o images/teacher --steps 50 --guidance 7 --device cuda
     """
+    from gdmd.config.sources import read_source
     from gdmd.evaluation.geneval import read_metadata
-    from gdmd.programs.geneval import generate, pipeline_maker, run_maker
+    from gdmd.programs.sources import kind_of, open_source
 
+    options = {"steps": steps, "guidance": guidance, "batch": batch, "device": device, "dtype": dtype and dtype.value}
+    source = read_source(what).changed({key: value for key, value in options.items() if value is not None})
     tasks = read_metadata(metadata)
-    own = (Path(what) / "config.yaml").is_file()
-    make = run_maker(what) if own else pipeline_maker(what, steps, guidance, batch, device, dtype.value)
-    _say(f"{generate(make, tasks, folder, images, seed)} images made -> {folder}")
+    kind_of(source)
+    from gdmd.programs.geneval import generate, source_maker
+
+    made = generate(source_maker(open_source(source)), tasks, folder, images, seed)
+    _say(f"{made} images made -> {folder}")
 
 
 @geneval_app.command("score")

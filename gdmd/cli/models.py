@@ -98,7 +98,7 @@ def compare_command(
     features: Features = None,
     reference: Reference = None,
     device: Device = None,
-    gallery: Annotated[int, typer.Option(min=1, help="Prompts shown side by side on the page.")] = 24,
+    gallery: Annotated[int, typer.Option(min=1, help="Prompts shown side by side on the page, spread over all.")] = 24,
     json: Json = False,
 ) -> None:
     """Several models on the same prompts and noise: tables, differences, radar, images side by side, speed.

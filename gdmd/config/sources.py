@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -48,6 +48,10 @@ class SourceConfig(Config):
     def slug(self) -> str:
         """The name as a folder's."""
         return re.sub(r"[^\w.-]+", "-", self.name).strip(".-") or "source"
+
+    def changed(self, given: Mapping[str, Any]) -> SourceConfig:
+        """The same with other settings, validated again."""
+        return checked(SourceConfig, self.model_dump(exclude_unset=True) | dict(given), f"source {self.where!r}")
 
 
 _NUMBERS = {"steps", "height", "width", "batch"}

@@ -29,11 +29,11 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table: title, mark ("trained", "unseen" or ""), one text per model, and which of them is best."""
+    """A row of a table: title, one text per model, and which of them are best (several in a tie, none where all tie)."""
 
     title: str
     cells: Sequence[str]
-    best: int | None = None
+    best: frozenset[int] = frozenset()
 
 
 def write_page(path: Path, rows: Mapping[str, Row], galleries: Sequence[Gallery], prompts: Sequence[str]) -> Path:
@@ -140,10 +140,13 @@ def _difference(found: Mapping[str, Any] | None) -> str:
     return f"{found['mean']:+.4f}{ends}, wins {100 * found['wins']:.0f} %"
 
 
-def _best(values: Sequence[float | None], sign: int) -> int | None:
-    """The place of the best value; None without a direction or below two values."""
-    known = [(sign * value, -k) for k, value in enumerate(values) if value is not None]
-    return -max(known)[1] if sign and len(known) > 1 else None
+def _best(values: Sequence[float | None], sign: int) -> frozenset[int]:
+    """The places of the best value; none without a direction, and where all are equal."""
+    known = {k: sign * value for k, value in enumerate(values) if value is not None}
+    if not sign or len(set(known.values())) < 2:
+        return frozenset()
+    top = max(known.values())
+    return frozenset(k for k, value in known.items() if value == top)
 
 
 def _facts(row: Row) -> str:

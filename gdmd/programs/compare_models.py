@@ -17,6 +17,7 @@ from torch import Tensor
 from gdmd.config.run import RewardConfig
 from gdmd.config.sources import SourceConfig
 from gdmd.data.prompts import prompt_file
+from gdmd.evaluation.image_folders import image_file, read_images
 from gdmd.evaluation.model_page import Gallery, write_page
 from gdmd.evaluation.preference import Scores, paired_difference
 from gdmd.programs.folders import TEACHERS, config_of
@@ -85,8 +86,10 @@ def compare(sources: Sequence[SourceConfig], wanted: Wanted, folder: Path, say: 
     content = {"rows": shown, "against": next(iter(shown))}
     write_atomic(folder / RESULT, json.dumps(content, indent=2) + "\n", "the comparison")
     asked = _asked(wanted)
-    galleries = [_gallery(own, cfg, asked, wanted.gallery) for own, cfg in zip(folders, sources, strict=True)]
-    write_page(folder / PAGE, shown, galleries, list(asked.texts[: wanted.gallery]))
+    count = len(asked.texts)
+    numbers = [k * count // min(wanted.gallery, count) for k in range(min(wanted.gallery, count))]  # spread over all
+    galleries = [_gallery(own, cfg, asked, numbers) for own, cfg in zip(folders, sources, strict=True)]
+    write_page(folder / PAGE, shown, galleries, [asked.texts[number] for number in numbers])
     say(f"page: {folder / PAGE}")
     return content
 
@@ -182,17 +185,12 @@ def _shapes(source: SourceConfig) -> bool:
 def _placed(cfg: SourceConfig, wanted: Wanted) -> SourceConfig:
     """The command's device, where the source has none of its own."""
     movable = kind_of(cfg) in ("pipeline", "export") and cfg.device is None and wanted.device is not None
-    return SourceConfig(**cfg.model_dump(exclude_unset=True) | {"device": wanted.device}) if movable else cfg
+    return cfg.changed({"device": wanted.device}) if movable else cfg
 
 
-def _gallery(folder: Path, cfg: SourceConfig, asked: Asked, count: int) -> Gallery:
-    """The files of the first image of the first prompts."""
-    from gdmd.evaluation.image_folders import image_file, read_images
-
-    texts = asked.texts[:count]
+def _gallery(folder: Path, cfg: SourceConfig, asked: Asked, numbers: Sequence[int]) -> Gallery:
+    """The file of the first image of these prompts."""
     if kind_of(cfg) != "images":
-        return Gallery(cfg.name, [image_file(folder / "images", number, 0) for number in range(len(texts))])
-    rows = read_images(Path(cfg.where))
-    return Gallery(
-        cfg.name, [rows[place.text, place.occurrence].images[0] for place in asked.places[:: asked.images]][:count]
-    )
+        return Gallery(cfg.name, [image_file(folder / "images", number, 0) for number in numbers])
+    rows, places = read_images(Path(cfg.where)), asked.places[:: asked.images]
+    return Gallery(cfg.name, [rows[places[k].text, places[k].occurrence].images[0] for k in numbers])

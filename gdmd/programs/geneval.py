@@ -20,6 +20,7 @@ from gdmd.evaluation.geneval import (
     summarise,
 )
 from gdmd.evaluation.geneval_prompts import draw_tasks
+from gdmd.programs.sources import Source, places_of
 from gdmd.rewards.geneval_rules import Found, Task, as_row
 from gdmd.runs.errors import RunError, writing
 from gdmd.runs.rundir import write_atomic
@@ -142,53 +143,12 @@ def write_scores(folder: Path, rows: Sequence[Judged]) -> dict[str, Score]:
     return scores
 
 
-def pipeline_maker(where: str, steps: int | None, guidance: float | None, batch: int, device: str, dtype: str) -> Maker:
-    """A diffusers pipeline, a folder (no network) or a hub id, as a ``Maker``."""
-    local = Path(where).is_dir()
-    if not local and (where.count("/") != 1 or where.startswith((".", "/", "~"))):
-        raise ValueError(
-            f"{where} is neither a run folder nor a pipeline; give a folder with model_index.json or ORG/NAME"
-        )
-    import torch
-
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError as error:
-        raise ValueError("generating needs diffusers; do: pip install 'gdmd[diffusers]'") from error
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    pipeline = DiffusionPipeline.from_pretrained(
-        where, torch_dtype=kinds[dtype], local_files_only=local, use_safetensors=True
-    ).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    given = {"num_inference_steps": steps, "guidance_scale": guidance}
-    return maker_of(pipeline, {key: value for key, value in given.items() if value is not None}, batch)
-
-
-def maker_of(pipeline: Any, options: dict[str, Any], batch: int) -> Maker:
-    """A diffusers pipeline as a ``Maker``: image k is drawn with its own generator, whatever the batch."""
-    import torch
+def source_maker(source: Source) -> Maker:
+    """Any source of images as a ``Maker``; its noise is that of image k of prompt 0 at the given seed."""
 
     def make(prompt: str, count: int, seed: int) -> list[Image]:
-        images: list[Image] = []
-        for start in range(0, count, batch):
-            own = range(start, min(start + batch, count))
-            generators = [torch.Generator("cpu").manual_seed(seed + k) for k in own]
-            images += pipeline([prompt] * len(own), generator=generators, **options).images
-        return images
-
-    return make
-
-
-def run_maker(run: str) -> Maker:
-    """The EMA student of a run folder as a ``Maker``."""
-    from gdmd.evaluation.sample import images_of
-    from gdmd.programs.evaluate import image_batch, open_named
-    from gdmd.rewards.images import to_pil
-
-    cfg, lab, sampler, _ = open_named(run)
-
-    def make(prompt: str, count: int, seed: int) -> list[Image]:
-        return to_pil(images_of(sampler, lab, [prompt] * count, seed, image_batch(cfg)))
+        places, step = places_of([prompt], count), source.facts.batch
+        return [image for k in range(0, count, step) for image in source.make(places[k : k + step], seed)]
 
     return make
 

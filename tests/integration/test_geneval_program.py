@@ -14,7 +14,8 @@ from PIL import Image
 
 from gdmd.cli.app import main
 from gdmd.evaluation.geneval import read_metadata
-from gdmd.programs.geneval import generate, maker_of, prompt_seed, score_folder, score_recorded
+from gdmd.programs.geneval import generate, prompt_seed, score_folder, score_recorded, source_maker
+from gdmd.programs.sources import Facts
 from gdmd.rewards.geneval_detector import Detections
 from gdmd.rewards.geneval_rules import Found, Task, Wanted
 
@@ -86,15 +87,22 @@ def test_a_scoring_that_is_stopped_goes_on_where_it_was_and_gives_the_scores_of_
     assert score_recorded(record, metadata) == scores
 
 
-def test_an_image_of_a_pipeline_depends_on_its_seed_and_not_on_the_batch() -> None:
-    class Pipeline:
-        def __call__(self, prompts: list[str], generator: list[torch.Generator], num_inference_steps: int) -> Any:
-            assert len(prompts) == len(generator) and num_inference_steps == 7
-            self.images = [float(torch.rand(1, generator=one)) for one in generator]
-            return self
+def test_an_image_depends_on_its_seed_and_not_on_the_batch() -> None:
+    class Source:
+        def __init__(self, batch: int) -> None:
+            self.facts = Facts("x", "pipeline", "x", batch=batch)
+            self.calls: list[int] = []
 
-    alone, together = (maker_of(Pipeline(), {"num_inference_steps": 7}, batch)("x", 5, 3) for batch in (1, 4))
-    assert alone == together and len(set(alone)) == 5
+        def check(self, texts: Any) -> None:
+            """Anything is a prompt."""
+
+        def make(self, places: Any, seed: int) -> list[Any]:
+            self.calls.append(len(places))
+            return [(place.text, place.key, seed) for place in places]
+
+    one, four = Source(1), Source(4)
+    alone, together = (source_maker(source)("x", 5, 3) for source in (one, four))  # type: ignore[arg-type]
+    assert alone == together and len(set(alone)) == 5 and (one.calls, four.calls) == ([1] * 5, [4, 1])
     seeds = {prompt_seed(seed, number) for seed in range(30) for number in range(553)}
     assert len(seeds) == 30 * 553 and max(seeds) < 2**48
 
@@ -151,7 +159,7 @@ def test_recorded_detections_are_scored_from_the_command_line(gdmd: Any, tmp_pat
         (["eval", "geneval", "score", "m.jsonl"], "give its prompts with --metadata"),
         (
             ["eval", "geneval", "generate", "./x", "-o", "y", "--metadata", "m.jsonl"],
-            "neither a run folder nor a pipeline",
+            "x is not a run folder, nor",
         ),
         (["eval", "geneval", "generate", "x", "-o", "y", "--metadata", "none.jsonl"], "none.jsonl: cannot be read"),
     ],
