@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -61,6 +61,7 @@ class DiffusersRoles:
         self.family, self.schedule = family, family.schedule
         self._half = half or cfg.dtype == "bf16"
         self._copies: dict[Role, Copy] = {}
+        self._shard: Callable[[Any], None] | None = None
         both: tuple[Role, Role] = ("student", "fake")
         for role in both:
             if cfg.full in (role, "both"):
@@ -81,6 +82,12 @@ class DiffusersRoles:
         self.critic: Critic | None = None  # a GAN head needs the features of the family's network: not written yet
         self._old: Mapping[str, Tensor] = {}
 
+    def shard(self, shard: Callable[[Any], None]) -> None:
+        """The full copies, and the old policy's when it is made; adapters and the frozen trunk stay whole."""
+        self._shard = shard
+        for own in self._copies.values():
+            shard(own.net)
+
     def parameters(self, role: Role) -> Mapping[str, Parameter]:
         own = self._copies.get(role)
         return own.weights() if own else self.trunk.weights(role)
@@ -93,6 +100,11 @@ class DiffusersRoles:
         own = self._copies.get("fake")
         if own is None:
             return self._denoiser(Worn(self.trunk, Wear("fake", share)))
+        if self._shard is not None:
+            raise ValueError(
+                "loop.sharding is on, and a sharded fake cannot be mixed with the teacher (method dmdr, overlap > 0); "
+                "set method.overlap = 0 or loop.sharding = none"
+            )
         return self._denoiser(own.blended(self.trunk.wear(BARE), share))
 
     @torch.no_grad()
@@ -125,6 +137,8 @@ class DiffusersRoles:
             return
         if "student" in self._copies:
             own = Copy(self.trunk.wear(BARE), checkpointing=False)
+            if self._shard is not None:
+                self._shard(own.net)
             self.old.net, self._old = own, own.weights()
         else:
             self.trunk.add("old", SEEDS["student"])

@@ -18,6 +18,10 @@ from gdmd.types import Cond, FeatureDenoiser, Prediction, Role
 
 LATENT_SHAPE = (LATENT_CHANNELS, 8, 8)
 AnyNet = TypeVar("AnyNet", bound=nn.Module)
+NO_BLEND = (
+    "loop.sharding is on, and a sharded fake cannot be mixed with the teacher (method dmdr, overlap > 0); "
+    "set method.overlap = 0 or loop.sharding = none"
+)
 
 
 class DitDenoiser:
@@ -76,7 +80,7 @@ class ShapesRoles:
         self._teacher, self._bf16 = teacher, bf16
         self._nets = {"student": _trainable(teacher), "fake": _trainable(teacher)}
         self._old = copy.deepcopy(teacher)
-        self._follows = False
+        self._follows = self._sharded = False
         self.teacher = DitDenoiser(teacher, bf16=bf16)
         self.student = DitDenoiser(self._nets["student"], bf16=bf16)
         self.fake = DitDenoiser(self._nets["fake"], bf16=bf16)
@@ -91,6 +95,7 @@ class ShapesRoles:
 
     def shard(self, shard: Callable[[nn.Module], None]) -> None:
         """Student, fake, old policy and GAN head; the small frozen teacher stays whole."""
+        self._sharded = True
         head = [] if self.critic is None else [self.critic.head]
         for net in (*self._nets.values(), self._old, *head):
             shard(net)
@@ -101,6 +106,8 @@ class ShapesRoles:
 
         What scaling one LoRA is for adapters (DynaDG, arXiv 2511.13649v4), for networks stored as full copies.
         """
+        if self._sharded:
+            raise ValueError(NO_BLEND)
         fake = dict(self._nets["fake"].named_parameters())
         weights = {name: torch.lerp(own, fake[name], share) for name, own in self._teacher.named_parameters()}
         return BlendedDit(self._teacher, weights, bf16=self._bf16)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -158,6 +158,17 @@ class World:
         if said[1] is not None:
             raise OtherRankError(said[1])
         return said[0]
+
+    def check_same(self, tensors: Mapping[str, Tensor], what: str) -> None:
+        """ValueError unless all ranks hold the same replicated weights; afterwards equal updates keep them equal."""
+        if self.size == 1:
+            return
+        sums = self.collect(sum(float(one.detach().double().sum()) for one in tensors.values() if not _sharded(one)))
+        if len(set(sums)) > 1:
+            raise ValueError(
+                f"the ranks start {what} from different weights (their sums are {sums[:4]}): every machine must read "
+                "the same model files and the same run folder"
+            )
 
     def shard(self, module: nn.Module, how: Sharding) -> None:
         """FSDP2 on a module, in place: a unit per transformer block, the rest in one. Its parameters are new objects."""
@@ -327,7 +338,8 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     """The outermost members of ModuleLists: the transformer blocks."""
     found: list[nn.Module] = []
     for child in module.children():
-        found += list(child.children()) if isinstance(child, nn.ModuleList) else _blocks(child)
+        listed = isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList)
+        found += [child] if listed else _blocks(child)
     return found
 
 

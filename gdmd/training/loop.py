@@ -116,7 +116,7 @@ def train(
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     place = world.span(cfg.batch_size) if world.size > 1 else (0, None)
-    if world.size > 1:
+    if world.size > 1 and cfg.sharding != "none":
         roles.shard(lambda module: world.shard(module, cfg.sharding))
     trainer = _Trainer(method, roles, cfg, run, hooks, world)
     with world.watched(cfg.rank_timeout, trainer.stands), _stop_signals(world) as stopped:
@@ -178,6 +178,8 @@ class _Trainer:
             self.roles.load_old_state(old)
             self.method.load(saved.part("method"))
             self.newest = saved.path
+        for state in self.states.values():
+            self.world.check_same(state.parameters, f"the {state.role}")
         self.world.on_first(lambda: self._take_up(saved))
         self._clock = time.perf_counter()
         return step
