@@ -74,6 +74,11 @@ class GdmdConfig(DistillationConfig):
     z_source: Literal["reward", "difference"] = Field(
         default="reward", description="[I] Z is the std of the targets' rewards, or of their gain over the sample's."
     )
+    score_baseline: Literal["sample", "time"] = Field(
+        default="sample",
+        description="What a target's score is measured from: the sample's (the paper), or beyond it also the running "
+        "mean of that difference at the target's t and guidance, so that rough targets are not at a disadvantage.",
+    )
     control: Literal["none", "constant", "shuffled", "indicator"] = Field(
         default="none",
         description="Controls: r = its running mean; r shuffled inside the batch; weight 1[r > 1/2] without the pull.",

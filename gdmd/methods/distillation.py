@@ -69,6 +69,7 @@ class Scores:
 
     teacher: Pair
     x0_fake: Tensor  # [B, C, H, W]
+    t: Tensor  # [B]
 
     def raw_gradient(self, guidance: float) -> Tensor:
         """x0_fake - x0_real."""
@@ -133,7 +134,7 @@ class Distillation(Generic[AnyConfig]):
         t = self.renoise_time(rng, i)
         x_t = renoise(r.x0, t, rng.normal("renoise_eps", self.latent_shape, i), self.roles.schedule)
         teacher = predict_pair(self.real_score(), x_t, t, r.cond, r.uncond, both=both)
-        return Scores(teacher, self.roles.fake(x_t, t, r.cond).x0)
+        return Scores(teacher, self.roles.fake(x_t, t, r.cond).x0, t)
 
     def fake_time(self, rng: SampleRng, i: int) -> Tensor:
         """t of the fake's own training draw i, U(0, 1). [B]"""

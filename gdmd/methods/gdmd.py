@@ -12,7 +12,7 @@ from gdmd.config.method import GdmdConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.gdmd import napo_loss, optimality, step_weight
-from gdmd.losses.groups import RunningScale, softmax_weights
+from gdmd.losses.groups import RunningBaseline, RunningScale, softmax_weights
 from gdmd.methods.distillation import Distillation, Rollout
 from gdmd.methods.scoring import Scorer, mean_advantage
 from gdmd.types import Cond, Loss, PromptBatch, Update
@@ -27,6 +27,7 @@ class Group:
 
     x_tar: list[Tensor] = field(default_factory=list)  # E x [B, G, C, H, W], regressed to
     score: list[Tensor] = field(default_factory=list)  # E x [R, G, B], raw rewards of the scored targets
+    t: list[Tensor] = field(default_factory=list)  # E x [B]
 
     def average(self, share: Tensor) -> None:
         """Put the weighted mean of all E G targets in the place of each draw's. share [E, G, B], mean 1."""
@@ -53,6 +54,7 @@ class Gdmd(Distillation[GdmdConfig]):
         """Give the method its rewards; returns itself."""
         self.scorer = scorer
         self.scale = RunningScale(len(scorer.rewards), self.cfg.z_decay)
+        self.baseline = RunningBaseline(len(self.cfg.guidances))
         self.mean_r = torch.full((2,), 0.0, dtype=torch.float64)  # EMA of mean r, and the mass it has seen
         self.student_updates = 0
         return self
@@ -94,6 +96,7 @@ class Gdmd(Distillation[GdmdConfig]):
         """DaGC: the targets of draw i, and the raw rewards of what is scored in their place."""
         guidances = self.cfg.guidances
         scores = self.scores(r, rng, i, both=any(g != 1 for g in guidances))
+        group.t.append(scores.t)
         group.x_tar.append(torch.stack([self.target(r, scores, g) for g in guidances], 1))
         if self.cfg.gamma == 0:
             return
@@ -121,6 +124,8 @@ class Gdmd(Distillation[GdmdConfig]):
         gain = reward_target - reward_sample[:, None, None]
         z = self.scale.update(reward_target if self.cfg.z_source == "reward" else gain)
         advantage = mean_advantage(reward_target, reward_sample, z.to(reward_target.device))  # [E, G, B]
+        if self.cfg.score_baseline == "time":
+            advantage = advantage - self.baseline.update(advantage, torch.stack(group.t))
         optimal = optimality(advantage, torch.zeros_like(advantage), 1.0)
         self._count(optimal, reward_target, reward_sample, gain)
         if self.cfg.control == "shuffled":
@@ -191,12 +196,14 @@ class Gdmd(Distillation[GdmdConfig]):
         return self.cfg.dmd_weight * batch.share[:, g] * dmd_loss(x0, batch.x_tar[:, g])
 
     def state(self) -> Mapping[str, Tensor]:
-        """Z, the running mean of r, and the count of student updates (the old policy's clock)."""
+        """Z, the baseline, the running mean of r, and the count of student updates (the old policy's clock)."""
         counted = torch.tensor([self.student_updates], dtype=torch.int64)
         scale = {f"scale.{k}": v for k, v in self.scale.state().items()}
+        scale |= {f"baseline.{k}": v for k, v in self.baseline.state().items()}
         return {**scale, "mean_r": self.mean_r, "student_updates": counted}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.scale.load({k.removeprefix("scale."): v for k, v in state.items() if k.startswith("scale.")})
+        self.baseline.load({k.removeprefix("baseline."): v for k, v in state.items() if k.startswith("baseline.")})
         self.mean_r = state["mean_r"].clone()
         self.student_updates = int(state["student_updates"])

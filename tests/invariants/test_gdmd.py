@@ -327,6 +327,17 @@ def test_the_ema_old_policy_follows_the_student_slowly_and_is_what_x_old_means()
     assert not snapshot.old_state()
 
 
+def test_the_time_baseline_takes_away_what_the_score_owes_to_t_and_guidance() -> None:
+    """r falls on both sides of 1/2 at every guidance, where the sample's score alone leaves whole guidances below."""
+    means = {}
+    for baseline in ("sample", "time"):
+        roles = tiny_roles()
+        method = gdmd(roles, score_baseline=baseline, weighting="softmax", scored_guidances=(1.0, 20.0))
+        r = torch.stack([update.batch.r for update in updates(method, roles, role="student")])  # [E, B, G]
+        means[baseline] = r.mean((0, 1))
+    assert (means["time"] - 0.5).abs().max() < 0.15 < (means["sample"] - 0.5).abs().max()
+
+
 def test_real_latents_enter_as_an_interpolation_with_the_noise() -> None:
     roles, real = tiny_roles(), torch.randn(4, 8, 8, 8)
     method = gdmd(roles, student_input="data")
@@ -336,8 +347,9 @@ def test_real_latents_enter_as_an_interpolation_with_the_noise() -> None:
     torch.testing.assert_close(r.x0, roles.student(r.x_tau, r.tau, r.cond).x0.detach())
 
 
-def test_a_restored_method_continues_identically() -> None:
-    options: dict[str, Any] = {"old_policy": "ema", "control": "constant"}
+@pytest.mark.parametrize("options", [{"control": "constant"}, {"score_baseline": "time"}])
+def test_a_restored_method_continues_identically(options: dict[str, Any]) -> None:
+    options = {"old_policy": "ema", **options}
     roles, copy = tiny_roles(), tiny_roles()
     method = gdmd(roles, **options)
     train(method, roles, 2)
