@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gdmd.cli.common import Json, messages, print_json
+
+if TYPE_CHECKING:
+    from gdmd.config.sources import SourceConfig
 
 Prompts = Annotated[
     str | None, typer.Option("--prompts", help="txt or jsonl; default for Shapes sources: the fixed evaluation set.")
@@ -31,12 +34,13 @@ Features = Annotated[
 Reference = Annotated[Path | None, typer.Option(help="Folder of real images for FID and MMD.")]
 Device = Annotated[str | None, typer.Option(help="Of pipelines and scorers; default: the GPU where there is one.")]
 
+OwnFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Images and scores; default: RUN/preference.")]
+Shard = Annotated[str | None, typer.Option(metavar="K/N", help="Only make every N-th prompt's images, from the K-th.")]
+
 
 def preference_command(
     what: Annotated[str, typer.Argument(metavar="SOURCE", help="[NAME=]WHERE[,key=value ...]: see gdmd sample.")],
-    folder: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Images and scores; default: RUN/preference.")
-    ] = None,
+    folder: OwnFolder = None,
     prompts: Prompts = None,
     images: Images = 4,
     seed: Seed = 777,
@@ -46,9 +50,7 @@ def preference_command(
     features: Features = None,
     reference: Reference = None,
     device: Device = None,
-    shard: Annotated[
-        str | None, typer.Option(metavar="K/N", help="Only make every N-th prompt's images, from K.")
-    ] = None,
+    shard: Shard = None,
     json: Json = False,
 ) -> None:
     """Prompts -> images -> scorers -> means with 95 % intervals over prompts. Started again, it goes on.
@@ -61,29 +63,17 @@ def preference_command(
       gdmd eval preference runs/sdxl-seed0 --prompts parti.txt --shard 1/8        the second of eight GPUs: images only
       gdmd eval preference runs/shapes-seed0 --per-task 10 --json
     """
-    from gdmd.config.sources import read_source
-    from gdmd.programs.sources import kind_of
-
-    source = read_source(what)
-    kind = kind_of(source)
-    if folder is None and kind != "run":
-        raise ValueError("--out is missing: only a run has a place of its own for its evaluation")
-    where = folder or Path(source.where) / "preference"
+    source, where = _one(what, folder)
     part = _shard(shard)
     from gdmd.programs.compare_models import Wanted, make_only, preference
 
-    wanted = Wanted(
-        prompts, limit, per_task, images, seed, tuple(scorer or ()), features, reference, device, part or (0, 1)
-    )
+    given = (prompts, limit, per_task, images, seed, tuple(scorer or ()), features, reference, device)
+    wanted = Wanted(*given, part or (0, 1))
     if part:
         _say(f"{make_only(source, wanted, where, _say)} prompts have their images in {where / 'images'}")
         return
     row = preference(source, wanted, where, _say)
-    if json:
-        print_json(row)
-    else:
-        _print({source.name: row})
-    _say(f"written: {where / 'preference.json'}")
+    _show(row, {source.name: row}, json)
 
 
 def compare_command(
@@ -98,7 +88,7 @@ def compare_command(
     features: Features = None,
     reference: Reference = None,
     device: Device = None,
-    gallery: Annotated[int, typer.Option(min=1, help="Prompts shown side by side on the page, spread over all.")] = 24,
+    gallery: Annotated[int, typer.Option(min=1, help="Prompts shown on the page, spread over all.")] = 24,
     json: Json = False,
 ) -> None:
     """Several models on the same prompts and noise: tables, differences, radar, images side by side, speed.
@@ -108,29 +98,44 @@ def compare_command(
       gdmd eval compare teacher teacher-4 dmd=runs/dmd-seed0 gdmd=runs/shapes-seed0 -o eval/shapes --per-task 10
       gdmd eval compare ours=runs/sdxl-seed0/export teacher=org/sdxl,steps=30,guidance=7 \\
         lcm=org/sdxl,lora=org/lcm-lora,scheduler=lcm,steps=4,guidance=1 \\
-        lightning=org/sdxl,lora=org/lightning/4step.safetensors,scheduler=euler,spacing=trailing,steps=4,guidance=0 \\
         -o eval/sdxl --prompts parti.txt --scorer clip --scorer hps --scorer pickscore --features clip
     """
+    sources = _several(what)
+    from gdmd.programs.compare_models import Wanted, compare
+
+    given = (prompts, limit, per_task, images, seed, tuple(scorer or ()), features, reference, device)
+    content = compare(sources, Wanted(*given, gallery=gallery), folder, _say)
+    _show(content, content["rows"], json)
+
+
+def _one(what: str, folder: Path | None) -> tuple[SourceConfig, Path]:
+    """The source and its folder; refused before torch is loaded."""
+    from gdmd.config.sources import read_source
+    from gdmd.programs.sources import kind_of
+
+    source = read_source(what)
+    if kind_of(source) != "run" and folder is None:
+        raise ValueError("--out is missing: only a run has a place of its own for its evaluation")
+    return source, folder or Path(source.where) / "preference"
+
+
+def _several(what: Sequence[str]) -> tuple[SourceConfig, ...]:
     from gdmd.config.sources import read_sources
     from gdmd.programs.sources import kind_of
 
     sources = read_sources(what)
     if len(sources) < 2:
-        raise ValueError(
-            f"a comparison needs two sources or more, got {len(sources)}; see gdmd eval preference for one"
-        )
+        raise ValueError(f"a comparison needs two sources or more, got {len(sources)}; gdmd eval preference takes one")
     for source in sources:
         kind_of(source)
-    from gdmd.programs.compare_models import Wanted, compare
+    return sources
 
-    wanted = Wanted(
-        prompts, limit, per_task, images, seed, tuple(scorer or ()), features, reference, device, (0, 1), gallery
-    )
-    content = compare(sources, wanted, folder, _say)
+
+def _show(content: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], json: bool) -> None:
     if json:
         print_json(content)
     else:
-        _print(content["rows"])
+        _print(rows)
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:

@@ -229,3 +229,41 @@ def test_images_that_are_not_finite_are_an_error(folders: Path) -> None:
         next(iter(source.pipe.transformer.parameters())).fill_(float("nan"))
     with pytest.raises(ValueError, match="are not finite"):
         source.make(places_of(CAPTIONS[:1], 1), 0)
+
+
+# ---------------------------------------------------------------- a run, its evaluation and its export
+
+
+def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
+    folders: Path, gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tiny_pipelines as tiny
+    import yaml
+
+    from gdmd.config.loop import LoopConfig
+    from gdmd.config.method import DmdConfig
+    from gdmd.config.run import RunConfig
+
+    Path("prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
+    cfg = RunConfig(
+        name="tiny",
+        model=tiny.config(pipeline(folders, "sd3")),
+        method=DmdConfig(fake_updates=1, guidance=3.0, step_draw="batch"),
+        loop=LoopConfig(steps=1, batch_size=2, threads=1, grid_every=0, checkpoint_every=1, lr_student=1e-2),
+        prompts={"file": "prompts.txt"},
+    )
+    Path("tiny.yaml").write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
+    assert gdmd("train", "tiny.yaml", "--run", "run", "--no-eval").code == 0
+    assert gdmd("export", "run", "-o", "before").code == 0
+    assert "Not evaluated" in Path("before/README.md").read_text()
+    words = ("--prompts", "prompts.txt", "-n", "2", "--scorer", "test_model_evaluation:brightness")
+    done = gdmd("eval", "preference", "run", *words)
+    assert done.code == 0 and "test_model_evaluation" in done.out, done.err
+    assert gdmd("export", "run").code == 0
+    card = Path("run/export/README.md").read_text()
+    assert "| test_model_evaluation:brightness |" in card and "| unseen |" in card
+    assert "2 prompts of prompts.txt, 2 images each" in card and "license: other" in card
+    assert "| base model |" in card and "SHA-256" in card and "`gdmd train" not in card.split("## Metrics")[1]
+    for what, name in (("run", "a.png"), ("run/export", "b.png")):
+        drawn = gdmd("sample", what, "-p", CAPTIONS[0], "-n", "2", "-o", name)
+        assert drawn.code == 0 and Path(name).is_file(), drawn.err
