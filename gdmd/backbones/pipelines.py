@@ -58,7 +58,9 @@ def scoring_codec(family: Family, device: str = "cpu") -> Codec:
     local = is_local(cfg.scoring_decoder)
     kind: Any = diffusers.AutoencoderTiny
     try:
-        tiny = kind.from_pretrained(cfg.scoring_decoder, dtype=DTYPES[cfg.dtype], local_files_only=local)
+        tiny = kind.from_pretrained(
+            cfg.scoring_decoder, dtype=DTYPES[cfg.dtype], local_files_only=local, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.scoring_decoder {cfg.scoring_decoder!r}: no AutoencoderTiny can be loaded: {error}"
@@ -191,7 +193,7 @@ def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict
 
     for library in (diffusers.utils.logging, logging):  # no bar per weight file: the run has its own
         library.disable_progress_bar()
-    options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "local_files_only": local}
+    options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "local_files_only": local, "use_safetensors": True}
     try:
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
             cfg.path, **options, **left_out, **({} if local else {"revision": cfg.revision})
