@@ -84,8 +84,11 @@ def measured_at(run: Path, step: int) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return dict(found) if found["source"]["step"] == step else None
-    except (ValueError, TypeError, KeyError) as error:
+        kept = ("prompts", "prompt_file", "images_per_prompt", "seed", "scores")
+        rows = [{key: row[key] for key in ("mean", "low", "high", "trained")} for row in found["scores"].values()]
+        measured = {key: found[key] for key in kept} | {"scores": dict(zip(found["scores"], rows, strict=True))}
+        return measured if found["source"]["step"] == step else None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{file} cannot be read ({error}); evaluate again, or delete it") from error
 
 

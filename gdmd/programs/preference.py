@@ -90,7 +90,7 @@ def produce(source: Source, asked: Asked, folder: Path, say: Say, shard: tuple[i
         _append(folder / TIMING, [{"images": len(part), "seconds": seconds, "first": int(start == 0)}])
         say(f"{source.facts.name}: {start + len(part)} of {len(missing)} images made")
     files = {(p.prompt, p.image): image_file(home, p.prompt, p.image) for p in asked.places}
-    return Produced(source.facts, files, speed(_lines(folder / TIMING)))
+    return Produced(source.facts, files, speed(_lines(folder / TIMING, _TIMING_KEYS)))
 
 
 def score(
@@ -104,7 +104,7 @@ def score(
     """Ask every scorer about the images it has not seen yet. Scores by label and place."""
     _check_scorers(folder, specs)
     found: dict[str, dict[tuple[int, int], float]] = {label: {} for label in rewards}
-    for line in _lines(folder / SCORES):
+    for line in _lines(folder / SCORES, _SCORE_KEYS):
         if line["scorer"] in found:
             value = math.nan if line["score"] is None else float(line["score"])
             found[line["scorer"]][int(line["prompt"]), int(line["image"])] = value
@@ -156,7 +156,9 @@ def _settle(folder: Path, facts: Facts, asked: Asked) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         there = _json(path)
-        keys = [key for key in wanted["identity"] if there.get("identity", {}).get(key) != wanted["identity"][key]]
+        before = there.get("identity")
+        known = before if isinstance(before, dict) else {}
+        keys = [key for key in wanted["identity"] if known.get(key) != wanted["identity"][key]]
         keys += ["seed"] if there.get("seed") != asked.seed else []
         if keys:
             raise RunError(
@@ -195,18 +197,27 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         file.write("".join(json.dumps(dict(row)) + "\n" for row in rows))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a jsonl file; a last line that a kill cut off is removed from it."""
+_Number = (int, float)
+_SCORE_KEYS: Mapping[str, Any] = {"scorer": str, "prompt": int, "image": int, "score": (*_Number, type(None))}
+_TIMING_KEYS: Mapping[str, Any] = {"images": int, "seconds": _Number, "first": int}
+
+
+def _lines(path: Path, keys: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The whole lines of a jsonl file of rows {key: type}; a last line that a kill cut off is removed from it."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         write_atomic(path, whole, "the scores")
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
+        rows = [json.loads(line) for line in whole.splitlines()]
+        wrong = [n for n, row in enumerate(rows, 1) if not all(isinstance(row[key], keys[key]) for key in keys)]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); delete the file, and its numbers are made again") from error
+    if wrong:
+        raise RunError(f"{path}, line {wrong[0]} is damaged; delete the file, and its numbers are made again")
+    return rows
 
 
 def _json(path: Path) -> dict[str, Any]:

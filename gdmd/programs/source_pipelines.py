@@ -150,8 +150,10 @@ def read_export(folder: Path) -> dict[str, Any]:
         missing = {"base", "dtype", "merged", "scheduler", "arguments", "rewards", "step"} - facts.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise RunError(f"{path} cannot be read ({error}); export the run again") from error
-    if missing or not isinstance(facts["arguments"], dict):
+    if missing or not isinstance(facts["arguments"], dict) or "num_inference_steps" not in facts["arguments"]:
         raise RunError(f"{path} lacks {', '.join(sorted(missing)) or 'its arguments'}; export the run again")
+    if facts["dtype"] not in DTYPES or not isinstance(facts["base"], str) or not isinstance(facts["rewards"], list):
+        raise RunError(f"{path} is damaged; export the run again")
     return dict(facts)
 
 
@@ -188,7 +190,7 @@ def _add_lora(pipe: Any, lora: str, scale: float) -> None:
         folder, options = str(place.parent), {"weight_name": place.name, "local_files_only": True}
     elif place.is_dir():
         folder, options = lora, {"weight_name": _one_file(place), "local_files_only": True}
-    elif lora.count("/") in (1, 2) and not lora.startswith((".", "/", "~")):
+    elif lora.count("/") in (1, 2) and not lora.startswith((".", "/", "~")) and not Path(lora.split("/")[0]).exists():
         org, name, *file = lora.split("/")
         folder, options = f"{org}/{name}", {"weight_name": file[0]} if file else {}
     else:

@@ -241,3 +241,26 @@ def test_pipelines_are_compared_with_their_speed_and_geneval_beside_them(gdmd: G
     other = read_source(f"1={place},dtype=fp32,steps=3,height=32,width=32")
     with pytest.raises(ValueError, match="another source .*steps"):
         preference(other, wanted, Path("eval/1"), quiet)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("scores.jsonl", '{"scorer": "x"}\n', "scores.jsonl is damaged"),
+        ("scores.jsonl", "[]\n", "scores.jsonl is damaged"),
+        (
+            "scores.jsonl",
+            '{"scorer": "x", "prompt": 0, "image": 0, "score": "high"}\n',
+            "scores.jsonl, line 1 is damaged",
+        ),
+        ("settings.json", "[1, 2]", "settings.json cannot be read"),
+        ("settings.json", '{"identity": 3, "seed": 777}', "images of another source"),
+        ("scorers.json", "{", "scorers.json cannot be read"),
+    ],
+)
+def test_damaged_files_of_an_evaluation_are_named(gdmd: Gdmd, name: str, content: str, message: str) -> None:
+    a, _ = world(gdmd)
+    Path("eval").mkdir()
+    Path("eval", name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        preference(read_source(str(a)), settings(), Path("eval"), quiet)

@@ -209,13 +209,24 @@ def test_a_local_pipeline_never_touches_the_network(folders: Path, monkeypatch: 
     [
         (",lora=nowhere.safetensors", "no such file or folder"),
         (",lora=a/b/weights.bin", "only .safetensors files"),
+        (",lora=tests/nowhere.safetensors", "no such file or folder"),
         (",base=x", "base cannot be set"),
     ],
 )
-def test_mistakes_with_a_pipeline_are_named(folders: Path, settings: str, message: str) -> None:
+def test_mistakes_with_a_pipeline_are_named(
+    folders: Path, settings: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = pipeline(folders, "sdxl")
+    monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(ValueError, match=message):
         open_source(read_source(f"{place}{settings}"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"base": "x"}', '{"arguments": 3}'])
+def test_a_damaged_description_of_an_export_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "gdmd_export.json").write_text(content)
+    with pytest.raises(ValueError, match="gdmd_export.json (cannot be read|lacks)"):
+        open_source(read_source(str(tmp_path)))
 
 
 def test_a_place_that_holds_nothing_is_named() -> None:
