@@ -14,6 +14,9 @@ LONGEST_TEXT = 1_000_000
 MOST_VALUES = 100_000
 """Values once every alias is written out; more is a mistake, or a trap that no memory is large enough for."""
 
+MOST_NESTED = 50
+"""Brackets inside brackets. The reader's time grows with the square of their number, and no configuration has five."""
+
 
 class YamlError(ValueError):
     """One line that says what is wrong with the text, and where."""
@@ -25,6 +28,11 @@ class _StrictLoader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._unfinished: set[str] = set()
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= MOST_NESTED:
+            raise RecursionError(f"more than {MOST_NESTED} brackets are open")
+        super().fetch_flow_collection_start(token)
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs leave it out
