@@ -53,6 +53,14 @@ class Family(ABC):
                 )
         return self.latent_channels, self.cfg.height // factor, self.cfg.width // factor
 
+    def blank_text(self, count: int) -> Cond:
+        """What ``encoder`` gives for ``count`` captions of full length, all zeros and without its memory: for plans."""
+        raise ValueError(f"{self.name} cannot be planned: its adapter does not say what its conditioning looks like")
+
+    def _blank(self, count: int, *shape: int) -> Tensor:
+        """Zeros [count, *shape] in the network's dtype that take the memory of one number."""
+        return torch.zeros(1, dtype=network_dtype(self.net)).expand(count, *shape)
+
     @property
     def pixels_per_latent(self) -> int:
         """Pixels along a side of one latent position (8 for the published VAEs)."""

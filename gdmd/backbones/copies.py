@@ -14,10 +14,17 @@ class Copy:
     def __init__(self, net: Any, *, checkpointing: bool) -> None:
         self.net = _bare_copy(net).float().requires_grad_(True).eval()
         if checkpointing:
-            self.net.enable_gradient_checkpointing()
+            self.recompute(on=True)
 
     def ready(self) -> Any:
         return self.net
+
+    def recompute(self, *, on: bool) -> None:
+        """Switch activation checkpointing."""
+        if on:
+            self.net.enable_gradient_checkpointing()
+        else:
+            self.net.disable_gradient_checkpointing()
 
     def weights(self) -> dict[str, Parameter]:
         """All parameters by name."""

@@ -16,6 +16,9 @@ from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.types import Cond, Prediction
 
+LONGEST = 512
+"""Caption tokens, unless model.max_tokens says otherwise."""
+
 
 class Flux(Family):
     """The network reads t itself, places of its tokens, and (dev, not schnell) model.embedded_guidance.
@@ -60,6 +63,11 @@ class Flux(Family):
         )[0]
         return from_velocity(unpack(velocity, height, width), x_t, t, self.schedule)
 
+    def blank_text(self, count: int) -> Cond:
+        config = self.pipe.transformer.config
+        embeds = self._blank(count, self.cfg.max_tokens or LONGEST, config.joint_attention_dim)
+        return {"embeds": embeds, "pooled": self._blank(count, config.pooled_projection_dim)}
+
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
         return self.clock.times(uniform)
 
@@ -78,6 +86,6 @@ class FluxText(PipelineText):
 
     def embed(self, texts: Sequence[str]) -> Cond:
         embeds, pooled, _ = self.pipe.encode_prompt(
-            prompt=list(texts), prompt_2=None, device=self.device, max_sequence_length=self.cfg.max_tokens or 512
+            prompt=list(texts), prompt_2=None, device=self.device, max_sequence_length=self.cfg.max_tokens or LONGEST
         )
         return {"embeds": embeds, "pooled": pooled}

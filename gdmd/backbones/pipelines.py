@@ -36,9 +36,9 @@ def open_family(cfg: DiffusersModel, device: str = "cpu") -> Family:
     """
     require_diffusers()
     local = is_local(cfg.path)
-    index = _local_index(Path(cfg.path)) if local else _hub_index(cfg)
+    index = local_index(Path(cfg.path)) if local else _hub_index(cfg)
     family = family_of(index, cfg)
-    _check_components(index, family, Path(cfg.path) if local else None, cfg.path)
+    check_components(index, family, Path(cfg.path) if local else None, cfg.path)
     pipe = _load(family, cfg, local, _left_out(index, family, cfg))
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
@@ -121,7 +121,8 @@ def family_of(index: dict[str, Any], cfg: DiffusersModel) -> type[Family]:
     raise ValueError(f"model.path {cfg.path!r}: {INDEX} names {named!r}, which has no adapter here; supported: {known}")
 
 
-def _check_components(index: dict[str, Any], family: type[Family], folder: Path | None, path: str) -> None:
+def check_components(index: dict[str, Any], family: type[Family], folder: Path | None, path: str) -> None:
+    """ValueError for the first component that the family needs and the index or the folder lacks."""
     for name in family.needs:
         given = index.get(name)
         if not isinstance(given, list) or len(given) < 2 or not given[1]:
@@ -145,7 +146,8 @@ def _left_out(index: dict[str, Any], family: type[Family], cfg: DiffusersModel) 
     return {name: None for name in family.optional if not cfg.t5 or name not in there}
 
 
-def _local_index(folder: Path) -> dict[str, Any]:
+def local_index(folder: Path) -> dict[str, Any]:
+    """The model_index.json of a folder."""
     file = folder / INDEX
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
@@ -184,7 +186,7 @@ def _hub_index(cfg: DiffusersModel) -> dict[str, Any]:
         raise ValueError(f"{what}: it holds no {INDEX}, so it is no diffusers pipeline") from error
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"{what}: no folder here, and the hub cannot be read ({error})") from error
-    return _local_index(Path(file).parent)
+    return local_index(Path(file).parent)
 
 
 def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict[str, None]) -> Any:

@@ -16,6 +16,9 @@ from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.types import Cond, Prediction
 
+LONGEST = 512
+"""Caption tokens, unless model.max_tokens says otherwise."""
+
 
 class QwenImage(Family):
     """The network reads t itself. Guidance here is plain; the stock pipeline also restores the norm of every token."""
@@ -58,6 +61,11 @@ class QwenImage(Family):
         )[0]
         return from_velocity(unpack(velocity, height, width), x_t, t, self.schedule)
 
+    def blank_text(self, count: int) -> Cond:
+        longest = self.cfg.max_tokens or LONGEST
+        embeds = self._blank(count, longest, self.pipe.transformer.config.joint_attention_dim)
+        return {"embeds": embeds, "mask": torch.ones(count, longest, dtype=torch.bool)}
+
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
         return self.clock.times(uniform)
 
@@ -79,7 +87,7 @@ class QwenText(PipelineText):
     """embeds [B, T, D], zeros behind the caption; mask [B, T], true where the caption is."""
 
     def embed(self, texts: Sequence[str]) -> Cond:
-        longest = self.cfg.max_tokens or 512
+        longest = self.cfg.max_tokens or LONGEST
         embeds, mask = self.pipe.encode_prompt(list(texts), device=self.device, max_sequence_length=longest)
         if mask is None:  # what the pipeline answers when no caption needed padding
             mask = embeds.new_ones(embeds.shape[:2])

@@ -92,6 +92,16 @@ class DiffusersRoles:
         own = self._copies.get(role)
         return own.weights() if own else self.trunk.weights(role)
 
+    def modules(self) -> tuple[Any, ...]:
+        """Every network that holds weights of a role: the trunk, then the copies."""
+        return self.trunk.net, *(own.net for own in self._copies.values())
+
+    def recompute(self, *, on: bool) -> None:
+        """Switch activation checkpointing of all of them."""
+        owners: list[Trunk | Copy] = [self.trunk, *self._copies.values()]
+        for own in owners:
+            own.recompute(on=on)
+
     def blended_teacher(self, share: float) -> Denoiser:
         """The teacher with ``share`` of the fake's displacement (DynaDG, arXiv 2511.13649v4), no gradient kept apart.
 

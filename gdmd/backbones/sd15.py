@@ -38,6 +38,9 @@ class Sd15(Family):
         eps = net(x_t.to(dtype), self.clock.t_1000(t), cond["embeds"].to(dtype), return_dict=False)[0]
         return from_eps(eps, x_t, t, self.schedule)
 
+    def blank_text(self, count: int) -> Cond:
+        return {"embeds": self._blank(count, 77, int(self.pipe.unet.config.cross_attention_dim))}
+
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
         return self.clock.times(uniform)
 

@@ -14,6 +14,9 @@ from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.types import Cond, Prediction
 
+LONGEST = 256
+"""Tokens of T5, unless model.max_tokens says otherwise."""
+
 
 class Sd3(Family):
     """The network reads t_1000 = 1000 t and predicts eps - x0."""
@@ -50,6 +53,12 @@ class Sd3(Family):
         )[0]
         return from_velocity(velocity, x_t, t, self.schedule)
 
+    def blank_text(self, count: int) -> Cond:
+        config = self.pipe.transformer.config
+        tokens = 77 + (self.cfg.max_tokens or LONGEST)
+        pooled = self._blank(count, config.pooled_projection_dim)
+        return {"embeds": self._blank(count, tokens, config.joint_attention_dim), "pooled": pooled}
+
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
         return self.clock.times(uniform)
 
@@ -71,6 +80,6 @@ class Sd3Text(PipelineText):
             prompt_3=None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.cfg.max_tokens or 256,
+            max_sequence_length=self.cfg.max_tokens or LONGEST,
         )
         return {"embeds": embeds, "pooled": pooled}

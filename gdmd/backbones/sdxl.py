@@ -46,6 +46,11 @@ class Sdxl(Family):
         )[0]
         return from_eps(eps, x_t, t, self.schedule)
 
+    def blank_text(self, count: int) -> Cond:
+        config = self.pipe.unet.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {"embeds": self._blank(count, 77, config.cross_attention_dim), "pooled": self._blank(count, pooled)}
+
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
         return self.clock.times(uniform)
 

@@ -49,7 +49,7 @@ class Trunk:
         self.worn = BARE
         self._layers: list[Any] = []
         if checkpointing:
-            net.enable_gradient_checkpointing(self._checkpointed)
+            self.recompute(on=True)
 
     def add(self, adapter: str, seed: int) -> None:
         """A new adapter with B = 0 and A uniform in +-1/sqrt(inputs), drawn from ``seed`` alone."""
@@ -74,6 +74,13 @@ class Trunk:
         for name, weights in self.net.named_parameters():
             weights.requires_grad_(_trained(name))
         self._dress(self.worn)
+
+    def recompute(self, *, on: bool) -> None:
+        """Switch activation checkpointing."""
+        if on:
+            self.net.enable_gradient_checkpointing(self._checkpointed)
+        else:
+            self.net.disable_gradient_checkpointing()
 
     def weights(self, adapter: str) -> dict[str, Parameter]:
         """The adapter's A and B by names that do not hold the adapter's: BLOCK.to_q.lora_A.weight."""

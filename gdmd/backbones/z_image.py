@@ -15,6 +15,9 @@ from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.types import Cond, Prediction
 
+LONGEST = 512
+"""Caption tokens, unless model.max_tokens says otherwise."""
+
 
 class ZImage(Family):
     """The network's time runs the other way (1 - t) and it predicts x0 - eps, the negative velocity."""
@@ -45,6 +48,11 @@ class ZImage(Family):
         answer = net(frames, 1 - t, captions, return_dict=False)[0]
         return from_velocity(-torch.stack(answer)[:, :, 0], x_t, t, self.schedule)
 
+    def blank_text(self, count: int) -> Cond:
+        longest = self.cfg.max_tokens or LONGEST
+        embeds = self._blank(count, longest, self.pipe.transformer.config.cap_feat_dim)
+        return {"embeds": embeds, "tokens": torch.full((count,), longest)}
+
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
         return self.clock.times(uniform)
 
@@ -56,7 +64,7 @@ class ZImageText(PipelineText):
     """embeds [B, T, D], zeros behind the caption; tokens [B], how many are the caption's."""
 
     def embed(self, texts: Sequence[str]) -> Cond:
-        longest = self.cfg.max_tokens or 512
+        longest = self.cfg.max_tokens or LONGEST
         rows, _ = self.pipe.encode_prompt(
             list(texts), device=self.device, do_classifier_free_guidance=False, max_sequence_length=longest
         )

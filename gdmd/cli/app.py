@@ -10,6 +10,7 @@ import typer
 
 from gdmd.cli import bench, compare, export, lab, results, training
 from gdmd.cli.geneval import eval_app
+from gdmd.cli.plan import plan_command
 from gdmd.cli.rewards import rewards_app
 from gdmd.cli.study import study_app
 from gdmd.runs.seat import seat
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.command("train")(training.train_command)
+app.command("plan")(plan_command)
 app.command("demo")(training.demo_command)
 app.command("compare")(compare.compare_command)
 app.add_typer(eval_app, name="eval")

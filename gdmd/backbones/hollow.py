@@ -1,0 +1,137 @@
+"""A pipeline without its weights: real classes from config files, or from the published configs of known models.
+
+Networks stand on the "meta" device: they have shapes and names, but no memory. For plans (``gdmd plan``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gdmd.backbones.base import Family
+from gdmd.backbones.pipelines import (
+    DTYPES,
+    FAMILIES,
+    check_components,
+    family_of,
+    is_local,
+    local_index,
+    require_diffusers,
+)
+from gdmd.backbones.published import MODELS, Published, model_of
+from gdmd.config.model import DiffusersModel
+
+
+@dataclass(frozen=True)
+class Hollow:
+    """A family whose networks hold nothing; ``encoders``: numbers of weights of the text encoders; ``source``: of all."""
+
+    family: Family
+    encoders: int
+    source: str
+
+
+def hollow_family(cfg: DiffusersModel) -> Hollow:
+    """The pipeline of cfg.path as a Family on the meta device. No weight is read and nothing is downloaded.
+
+    A folder is read config by config. For a hub id the published config of the model is used (``published``); an id
+    that is not known there needs model.family and stands for the standard model of that family.
+    """
+    require_diffusers()
+    if is_local(cfg.path):
+        return _from_folder(cfg, Path(cfg.path))
+    model = model_of(cfg.path, cfg.family)
+    (family,) = [kind for kind in FAMILIES if kind.name == model.family]
+    if cfg.family not in (None, model.family):
+        raise ValueError(
+            f"model.path {cfg.path!r} is of family {model.family}, but model.family = {cfg.family}; drop model.family"
+        )
+    net, vae = model.net, model.vae
+    pipe = _pipe(cfg, family, _made(net.kind, net.options), _made(vae.kind, vae.options), model.scheduler)
+    same = "" if cfg.path in MODELS else f", the standard model of family {model.family}"
+    return Hollow(family(pipe, cfg), _encoders(model, cfg), f"published config of {model.name}{same}")
+
+
+def hollow_decoder(cfg: DiffusersModel, channels: int) -> nn.Module:
+    """The AutoencoderTiny of cfg.scoring_decoder: from its folder, or as published (TAESD) for a hub id."""
+    path = Path(str(cfg.scoring_decoder))
+    if path.is_dir():
+        return _cast(_made("AutoencoderTiny", _read(path / "config.json")), cfg)
+    return _cast(_made("AutoencoderTiny", {"latent_channels": channels}), cfg)
+
+
+def _from_folder(cfg: DiffusersModel, folder: Path) -> Hollow:
+    index = local_index(folder)
+    family = family_of(index, cfg)
+    check_components(index, family, folder, cfg.path)
+    name = "unet" if "unet" in family.needs else "transformer"
+    net, vae = (_made(index[part][1], _read(folder / part / "config.json")) for part in (name, "vae"))
+    scheduler = _read(folder / "scheduler" / "scheduler_config.json")
+    pipe = _pipe(cfg, family, net, vae, (index["scheduler"][1], scheduler))
+    parts = [part for part in sorted(folder.glob("text_encoder*")) if cfg.t5 or part.name != "text_encoder_3"]
+    encoders = sum(weights_in(file) for part in parts for file in sorted(part.glob("*.safetensors")))
+    return Hollow(family(pipe, cfg), encoders, f"configs in {folder}")
+
+
+def _pipe(
+    cfg: DiffusersModel, family: type[Family], net: nn.Module, vae: Any, scheduler: tuple[str, Mapping[str, Any]]
+) -> SimpleNamespace:
+    """What a family asks of a pipeline."""
+    import diffusers
+
+    own: Any = vae
+    halvings = own.temperal_downsample if family.name == "qwen_image" else own.config.block_out_channels[1:]
+    kind, options = scheduler
+    parts = {
+        "unet" if "unet" in family.needs else "transformer": _cast(net, cfg),
+        "vae": _cast(own, cfg),
+        "scheduler": getattr(diffusers, kind).from_config(dict(options)),
+    }
+    return SimpleNamespace(**parts, components=parts, vae_scale_factor=2 ** len(halvings), config={})
+
+
+def _made(kind: str, options: Mapping[str, Any]) -> nn.Module:
+    """A network of diffusers on the meta device."""
+    import diffusers
+
+    with torch.device("meta"):
+        net: nn.Module = getattr(diffusers, kind).from_config(dict(options))
+    return net.requires_grad_(False).eval()
+
+
+def _cast(net: nn.Module, cfg: DiffusersModel) -> nn.Module:
+    """In the dtype of the model; diffusers' own ``to`` would warn of weights that are only there when loading."""
+    return nn.Module.to(net, DTYPES[cfg.dtype])
+
+
+def _encoders(model: Published, cfg: DiffusersModel) -> int:
+    return model.encoders - (0 if cfg.t5 else model.t5)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as JSON ({error}); copy the pipeline again") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file}: expected an object, got {type(tree).__name__}; copy the pipeline again")
+    return tree
+
+
+def weights_in(file: Path) -> int:
+    """How many numbers a safetensors file holds; only its header is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: no safetensors file ({error}); copy the pipeline again") from error
+    return sum(torch.Size(shape).numel() for shape in shapes)

@@ -1,0 +1,141 @@
+"""Published configs of the models that recipes name by hub id, so that they can be planned without their files.
+
+Each is the config.json of the repository named (unet or transformer, vae, scheduler), shortened by what is diffusers'
+default. Text encoders are numbers of weights: CLIP-L 123 M, OpenCLIP bigG 695 M, T5-XXL's encoder 4.76 B, Qwen3-4B,
+Qwen2.5-VL-7B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gdmd.config.model import FamilyName
+
+CLIP_L, CLIP_L_PROJECTED, CLIP_BIG_G = 123_060_480, 123_650_304, 694_659_840
+T5_XXL, QWEN3_4B, QWEN25_VL_7B = 4_762_310_656, 4_022_468_096, 8_292_166_656
+
+
+@dataclass(frozen=True)
+class Net:
+    """A class of diffusers and the options of its config."""
+
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Published:
+    """One model; ``encoders``: weights of all text encoders, ``t5``: those of them that model.t5 = false leaves out."""
+
+    name: str
+    family: FamilyName
+    net: Net
+    vae: Net
+    scheduler: tuple[str, Mapping[str, Any]]
+    encoders: int
+    t5: int = 0
+
+
+def _kl(channels: int, **options: Any) -> Net:
+    """The AutoencoderKL of Stable Diffusion: three halvings."""
+    shape = {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+    }
+    return Net("AutoencoderKL", {**shape, "latent_channels": channels, **options})
+
+
+_NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
+_VP = ("DDIMScheduler", {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+_FLOW = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
+_DYNAMIC = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True})
+_SD3_KL = _kl(16, scaling_factor=1.5305, shift_factor=0.0609, **_NO_QUANT)
+_FLUX_KL = _kl(16, scaling_factor=0.3611, shift_factor=0.1159, **_NO_QUANT)
+
+
+def _sd15(name: str) -> Published:
+    net = Net("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8})
+    return Published(name, "sd15", net, _kl(4, scaling_factor=0.18215), _VP, CLIP_L)
+
+
+def _sdxl(name: str) -> Published:
+    net = {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "use_linear_projection": True,
+    }
+    vae = _kl(4, scaling_factor=0.13025, sample_size=1024)
+    return Published(name, "sdxl", Net("UNet2DConditionModel", net), vae, _VP, CLIP_L + CLIP_BIG_G)
+
+
+def _sd3(name: str, heads: int = 24, **options: Any) -> Published:
+    net = {
+        "sample_size": 128,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": heads,
+        "num_attention_heads": heads,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 64 * heads,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 192,
+        **options,
+    }
+    text = CLIP_L_PROJECTED + CLIP_BIG_G + T5_XXL
+    return Published(name, "sd3", Net("SD3Transformer2DModel", net), _SD3_KL, _FLOW, text, T5_XXL)
+
+
+def _flux(name: str, *, guided: bool) -> Published:
+    net = Net("FluxTransformer2DModel", {"guidance_embeds": guided})
+    return Published(name, "flux", net, _FLUX_KL, _DYNAMIC if guided else _FLOW, CLIP_L + T5_XXL)
+
+
+def _z_image(name: str) -> Published:
+    return Published(name, "z_image", Net("ZImageTransformer2DModel"), _kl(16, **_NO_QUANT), _FLOW, QWEN3_4B)
+
+
+def _qwen_image(name: str) -> Published:
+    net = Net("QwenImageTransformer2DModel", {"in_channels": 64, "out_channels": 16})
+    return Published(name, "qwen_image", net, Net("AutoencoderKLQwenImage"), _DYNAMIC, QWEN25_VL_7B)
+
+
+_DUAL: dict[str, Any] = {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
+_KNOWN = (
+    _sd15("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    _sdxl("stabilityai/stable-diffusion-xl-base-1.0"),
+    _sd3("stabilityai/stable-diffusion-3-medium-diffusers"),
+    _sd3("stabilityai/stable-diffusion-3.5-medium", **_DUAL),
+    _sd3("stabilityai/stable-diffusion-3.5-large", heads=38, qk_norm="rms_norm"),
+    _flux("black-forest-labs/FLUX.1-dev", guided=True),
+    _flux("black-forest-labs/FLUX.1-schnell", guided=False),
+    _z_image("Tongyi-MAI/Z-Image"),
+    _qwen_image("Qwen/Qwen-Image"),
+)
+MODELS: Mapping[str, Published] = {model.name: model for model in _KNOWN}
+"""By hub id; the first of a family is its standard model."""
+
+
+def model_of(path: str, family: FamilyName | None) -> Published:
+    """The model of a hub id, or the standard one of its family. ValueError when neither is known."""
+    if path in MODELS:
+        return MODELS[path]
+    standard = [model for model in _KNOWN if model.family == family]
+    if not standard:
+        raise ValueError(
+            f"model.path {path!r}: its config is not known here and nothing is downloaded for a plan; set model.family, "
+            f"which plans the standard model of that family, or give a folder. Known are {', '.join(MODELS)}"
+        )
+    return standard[0]

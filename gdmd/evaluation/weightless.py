@@ -1,0 +1,108 @@
+"""FLOP and live memory of a computation, found without computing it: tensors have shapes, but no numbers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+
+@dataclass(frozen=True)
+class Measured:
+    """flop: of matrix products, convolutions and attention, a multiply-add counts 2. bytes: largest sum of storages
+    that were alive at once, without those that were there before."""
+
+    flop: int
+    bytes: int
+
+
+def weightless() -> AbstractContextManager[Any]:
+    """Inside, tensors are made without memory. What is computed with them has a shape and no value."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def hollow(module: nn.Module) -> None:
+    """Exchange all weights and buffers for ones without memory, on the CPU as far as code can see."""
+    for part in module.modules():
+        for name, weights in part._parameters.items():
+            if weights is not None:
+                part._parameters[name] = nn.Parameter(_like(weights), requires_grad=weights.requires_grad)
+        for name, values in part._buffers.items():
+            if values is not None:
+                part._buffers[name] = _like(values)
+
+
+def _like(given: Tensor) -> Tensor:
+    return torch.empty(given.shape, dtype=given.dtype, device="cpu")
+
+
+def attention(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
+    """Two products per head: 2 N M (D + D_v). q [B, H, N, D], k [B, H, M, D], v [B, H, M, D_v]."""
+    batch, heads, rows, width = q
+    return int(2 * batch * heads * rows * k[2] * (width + v[3]))
+
+
+def attention_backward(gradient: Any, q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
+    """Five products where the forward has two: the scores are computed again."""
+    return 5 * attention(q, k, v) // 2
+
+
+_aten: Any = torch.ops.aten
+UNCOUNTED = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+"""The attention of the CPU, which torch's counter does not know (2.13)."""
+_FLOP = {**flop_registry, **{packet: shape_wrapper(formula) for packet, formula in UNCOUNTED.items()}}
+
+
+def measure(work: Callable[[], object], held: Iterable[Tensor] = ()) -> Measured:
+    """Run ``work`` and watch it. ``held``: weights and inputs, whose memory was there before."""
+    live = _Live(held)
+    with live:
+        work()
+    return Measured(live.flop, live.peak)
+
+
+class _Live(TorchDispatchMode):
+    """Follows every storage from the operation that made it to its end, and counts FLOP by torch's formulas.
+
+    torch's own FlopCounterMode would keep what activation checkpointing computes again alive (its hooks on modules).
+    """
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = self.flop = 0
+        self._held = [tensor.untyped_storage() for tensor in held]
+        self._known: Any = weakref.WeakSet(self._held)
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        formula = _FLOP.get(operation._overloadpacket)
+        if formula is not None:
+            self.flop += formula(*args, **(kwargs or {}), out_val=made)
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return made
+
+    def _see(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.now -= size
