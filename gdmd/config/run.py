@@ -54,8 +54,8 @@ class PromptConfig(Config):
 
     file: str | None = Field(
         default=None,
-        description="txt (one caption a line) or jsonl ({'prompt': ...}), or a shipped set: text_rendering; "
-        "default: the training captions.",
+        description="txt (one caption a line), jsonl ({'prompt': ...} a line), json (an array), tar (WebDataset), or a "
+        "shipped set: text_rendering; default: the training captions.",
     )
 
 

@@ -85,7 +85,7 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Lab:
 def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     """Times in the recipe are uniform; the method gets them through the family's clock."""
     if cfg.prompts.file is None:
-        raise ValueError("prompts.file is not set: a real model needs a file of prompts (txt or jsonl)")
+        raise ValueError("prompts.file is not set: a real model needs a file of prompts (txt, jsonl, json or tar)")
     prompts = list(read_prompts(prompt_file(cfg.prompts.file)))
     check_prompts(cfg.rewards, prompts)
     from gdmd.backbones.pipelines import encoder_identity, open_family, scoring_codec
