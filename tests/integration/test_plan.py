@@ -232,7 +232,7 @@ def test_adapters_are_made_on_the_hollow_network_without_memory() -> None:
 
 
 def test_it_says_what_does_not_fit_and_what_to_change(folders: Path) -> None:
-    small = Gpu("tiny", 1.0, 1.01, 10.0)
+    small = Gpu("tiny", 1.0, 1.001, 10.0)
     said = plan(recipe(folders, "sd3", GdmdConfig(group_size=2), batch=16), small, 0.5)
     text = described(said, [])
     assert not said.fits and "it does NOT fit" in text and "loop.micro_batch=1" in text
