@@ -134,12 +134,15 @@ def summary(produced: Produced, asked: Asked, scores: Mapping[str, Scores]) -> d
         "seed": asked.seed,
         "seconds_per_image": produced.seconds,
         "scores": {
-            label: finite_or_none(
-                asdict(clustered_mean(own)) | {"trained": None if trained is None else label in trained}
-            )
+            label: finite_or_none(asdict(clustered_mean(own)) | {"trained": _trained(label, trained)})
             for label, own in scores.items()
         },
     }
+
+
+def _trained(label: str, trained: Sequence[str] | None) -> bool | None:
+    """A remote scorer is the reward that it names."""
+    return None if trained is None else label in trained or label.removeprefix("remote ") in trained
 
 
 def write_summary(folder: Path, content: Mapping[str, Any]) -> Path:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gdmd.config.rewards import CompositeReward
+from gdmd.config.rewards import CompositeReward, RemoteReward
 from gdmd.config.run import RewardConfig, RunConfig
 from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.rng import SampleRng
@@ -70,6 +70,7 @@ def trained_rewards(cfg: RunConfig) -> tuple[str, ...]:
 
 
 def labels_of(spec: RewardConfig) -> tuple[str, ...]:
-    """A reward's label; a composite's and those of its parts."""
-    parts = tuple(part.reward.label for part in spec.parts) if isinstance(spec, CompositeReward) else ()
-    return (spec.label, *parts)
+    """A reward's label; a composite's and those of its parts; of a remote one also its name on the server."""
+    if isinstance(spec, CompositeReward):
+        return (spec.label, *(label for part in spec.parts for label in labels_of(part.reward)))
+    return (spec.label, spec.reward) if isinstance(spec, RemoteReward) else (spec.label,)

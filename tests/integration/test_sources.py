@@ -278,3 +278,16 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
     for what, name in (("run", "a.png"), ("run/export", "b.png")):
         drawn = gdmd("sample", what, "-p", CAPTIONS[0], "-n", "2", "-o", name)
         assert drawn.code == 0 and Path(name).is_file(), drawn.err
+
+
+def test_a_reward_is_known_as_trained_in_a_composite_and_on_a_server() -> None:
+    from gdmd.config.run import RunConfig
+    from gdmd.programs.source_runs import trained_rewards
+
+    model = {"kind": "diffusers", "path": "org/model"}
+    remote = {"kind": "remote", "url": "http://127.0.0.1:8766", "reward": "hps"}
+    rewards = [{"kind": "composite", "parts": [{"reward": {"kind": "clip"}}, {"reward": remote}]}]
+    cfg = RunConfig.model_validate({"name": "x", "model": model, "rewards": rewards, "loop": {}})
+    assert trained_rewards(cfg) == ("composite", "clip", "remote hps", "hps")
+    plain = RunConfig.model_validate(cfg.model_dump() | {"method": {"kind": "dmd"}})
+    assert trained_rewards(plain) == ()
