@@ -97,7 +97,7 @@ def _launched(asked: Asked, processes: int) -> int:
     World(Seat(0, processes)).span(cfg.loop.batch_size)
     folder = asked.resume or asked.run or new_folder(cfg)
     code = launch(asked.words(folder), processes)
-    if code not in (0, 2) and folder.exists():
+    if code not in (0, 2, 130, 143) and folder.exists():  # after a signal rank 0 has said so
         messages().print(f"go on with: gdmd train --resume {folder} --gpus {processes}", markup=False, soft_wrap=True)
     return code
 

@@ -18,7 +18,7 @@ from gdmd.diffusion.sampling import backward_simulation
 from gdmd.diffusion.schedule import renoise
 from gdmd.losses.denoising import denoising_loss, mean_square
 from gdmd.losses.dmd import normaliser
-from gdmd.types import Cond, Denoiser, Loss, PromptBatch, Roles
+from gdmd.types import ALONE, Cond, Denoiser, Loss, PromptBatch, Roles
 
 
 class RealLatents(Protocol):
@@ -76,6 +76,11 @@ class Scores:
         return self.x0_fake - self.teacher.at(guidance)
 
 
+def last_stop(prompts: PromptBatch, stop: Tensor) -> int | None:
+    """The largest of ``stop`` [b] in the global batch, so that all ranks call the student equally often; None alone."""
+    return None if prompts.ranks is ALONE else int(prompts.ranks.gather(stop).max())
+
+
 @dataclass
 class Distillation(Generic[AnyConfig]):
     """Base of the DMD family. Draws take ``rng`` and no gradient; losses are deterministic and differentiable."""
@@ -98,8 +103,9 @@ class Distillation(Generic[AnyConfig]):
             x_tau = renoise(self.real_latents(prompts, rng), steps[stop], noise, self.roles.schedule)
         else:
             again = lambda i: rng.normal("rollout", self.latent_shape, i)  # noqa: E731
+            schedule, last = self.roles.schedule, last_stop(prompts, stop)
             x_tau = backward_simulation(
-                self.roles.student, noise, self.cfg.student_steps, stop, prompts.cond, again, self.roles.schedule
+                self.roles.student, noise, self.cfg.student_steps, stop, prompts.cond, again, schedule, last
             )
         x0 = self.roles.student(x_tau, steps[stop], prompts.cond).x0
         self._stats = {"latent/mean": x0.mean(), "latent/std": x0.std()}

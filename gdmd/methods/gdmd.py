@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -115,17 +115,29 @@ class Gdmd(Distillation[GdmdConfig]):
 
     @torch.no_grad()
     def _weigh(self, group: Group, r: Rollout, prompts: PromptBatch, rng: SampleRng) -> tuple[Tensor, Tensor]:
-        """IGS: (r, softmax share), each [E, G, B]."""
-        ones = torch.ones(len(group.x_tar), group.x_tar[0].shape[1], len(prompts), device=r.x0.device)
+        """IGS: (r, softmax share) of this rank's samples, each [E, G, b], by statistics of the global batch."""
         if self.cfg.gamma == 0:
+            ones = torch.ones(len(group.x_tar), group.x_tar[0].shape[1], len(prompts), device=r.x0.device)
             return 0.5 * ones, ones
-        reward_target = torch.stack(group.score, 1)  # [R, E, G, B]
-        reward_sample = self.scorer(r.x0, prompts)  # [R, B]
+        ranks = prompts.ranks
+        timed = self.cfg.score_baseline == "time"
+        t = ranks.gather(torch.stack(group.t), 1) if timed else None  # [E, B]
+        reward_target = ranks.gather(torch.stack(group.score, 1), 3)  # [R, E, G, B]
+        reward_sample = ranks.gather(self.scorer(r.x0, prompts), 1)  # [R, B]
+        everyone = replace(rng, index=ranks.gather(rng.index))
+        optimal, share = self._weigh_all(reward_target, reward_sample, t, everyone)
+        return ranks.share(optimal, 2), ranks.share(share, 2)
+
+    def _weigh_all(
+        self, reward_target: Tensor, reward_sample: Tensor, t: Tensor | None, rng: SampleRng
+    ) -> tuple[Tensor, Tensor]:
+        """(r, softmax share), each [E, G, B], of the global batch, whose draws ``rng`` makes."""
+        ones = torch.ones_like(reward_target[0])
         gain = reward_target - reward_sample[:, None, None]
         z = self.scale.update(reward_target if self.cfg.z_source == "reward" else gain)
         advantage = mean_advantage(reward_target, reward_sample, z.to(reward_target.device))  # [E, G, B]
-        if self.cfg.score_baseline == "time":
-            advantage = advantage - self.baseline.update(advantage, torch.stack(group.t))
+        if t is not None:
+            advantage = advantage - self.baseline.update(advantage, t)
         optimal = optimality(advantage, torch.zeros_like(advantage), 1.0)
         self._count(optimal, reward_target, reward_sample, gain)
         if self.cfg.control == "shuffled":

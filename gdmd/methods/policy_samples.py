@@ -73,13 +73,12 @@ def moves_log_prob(roles: Roles, x: Tensor, cond: Cond, cfg: PolicyOptions) -> T
 
 
 def collection_stats(collected: Collected, rewards: Sequence[Reward]) -> dict[str, Tensor]:
-    """Statistics of what was scored; unscored samples are left out of all but their own count."""
-    scored = ~collected.advantage.isnan()
-    own = {f"reward/{reward.name}/sample": collected.rewards[k].nanmean() for k, reward in enumerate(rewards)}
+    """Statistics of what was scored, a value per sample; unscored ones (NaN) are left out of all but their own count."""
+    own = {f"reward/{reward.name}/sample": collected.rewards[k] for k, reward in enumerate(rewards)}
     return {
-        "reward/sample": collected.rewards.nanmean(),
-        "reward/unscored": (~scored).float().mean(),
-        "advantage/size": collected.advantage.abs().nanmean(),
-        "advantage/share_zero": (collected.advantage == 0).float().mean(),
+        "reward/sample": collected.rewards.flatten(),
+        "reward/unscored": collected.advantage.isnan().float(),
+        "advantage/size": collected.advantage.abs(),
+        "advantage/share_zero": (collected.advantage == 0).float(),
         **own,
     }

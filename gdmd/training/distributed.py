@@ -211,9 +211,10 @@ class World:
             except RuntimeError as error:
                 if not _lost_contact(error):
                     raise
+                why = str(error).splitlines()[0].split(". ")[0][:200]
                 raise RanksError(
-                    f"rank {self.seat.rank} lost contact with another rank ({str(error).splitlines()[0][:200]}). The "
-                    f"rank that ended first says why, or was killed. {standing()}"
+                    f"rank {self.seat.rank} lost contact with another rank ({why}). The rank that ended first says why, "
+                    f"or was killed. {standing()}"
                 ) from error
             self.largest(0)  # nobody takes its leave while another still counts on it
 
@@ -260,6 +261,9 @@ def launch(words: Sequence[str], processes: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _check_devices(processes)
+    os.environ.setdefault(
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"
+    )  # seconds between SIGTERM and SIGKILL: a checkpoint's
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun: N processes with all threads each fight for the cores
     config = LaunchConfig(
         min_nodes=1,
@@ -269,7 +273,6 @@ def launch(words: Sequence[str], processes: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")),  # time to save a checkpoint
     )
     with _quiet_launcher():
         try:

@@ -52,7 +52,7 @@ def two(
         stream = ToyStream(8, lambda step: at_step(world.seat.rank, step))
         return train(ToyMethod(roles, poison=own), roles, stream, cfg, open_run(run), world=world).exit_code
 
-    return run_ranks(work, folder, seconds=60, meanwhile=meanwhile)
+    return run_ranks(work, folder, seconds=120, meanwhile=meanwhile)
 
 
 def steps(folder: Path) -> list[int]:

@@ -38,7 +38,7 @@ def run_ranks(
     work: Callable[[World], int | None],
     folder: Path,
     size: int = 2,
-    seconds: float = 120,
+    seconds: float = 300,
     meanwhile: Callable[[Sequence[Any]], None] = lambda processes: None,
     local_size: int | None = None,
 ) -> list[Ended]:
