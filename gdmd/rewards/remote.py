@@ -186,8 +186,10 @@ class RemoteScorer:
         except (OSError, http.client.HTTPException) as error:
             raise _Passing(f"no answer ({getattr(error, 'reason', None) or error or type(error).__name__})") from error
         try:
-            return json.loads(text)
-        except ValueError as error:
+            found = json.loads(text)
+            json.dumps(found)  # an error message will show it: nesting without end is garbage too
+            return found
+        except (ValueError, RecursionError) as error:
             raise RemoteError(
                 f"remote reward {self.cfg.url}{path} answered no JSON: {text[:80]!r}; is it the right port?"
             ) from error

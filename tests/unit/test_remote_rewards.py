@@ -156,6 +156,7 @@ def test_a_slow_server_and_a_trickling_one_do_not_hang_the_training() -> None:
     [
         (b"<html>hello</html>", "answered no JSON"),
         (b"\xff\xfe", "answered no JSON"),
+        (b"[" * 100_000, "answered no JSON"),
         (b"[]", "garbled answer"),
         (b'{"protocol": 1, "reward": "bright", "scores": [1.0]}', "expected 2 numbers"),
         (b'{"protocol": 2, "reward": "bright", "scores": [1.0, 2.0]}', "in protocol 1"),
