@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from rank_world import Ended, run_ranks  # noqa: E402
 from toy_training import Toy, ToyMethod, ToyRoles, ToyStream, toy_config  # noqa: E402
 
+from gdmd.cli.app import main  # noqa: E402
 from gdmd.runs import checkpoint  # noqa: E402
 from gdmd.runs.rundir import create, open_run, read_metrics  # noqa: E402
 from gdmd.training.distributed import World  # noqa: E402
@@ -137,3 +138,13 @@ def test_an_error_in_one_rank_is_said_by_it_and_ends_the_others(tmp_path: Path) 
     ended = two(tmp_path, at)
     assert [end.code for end in ended] == [4, 2]
     assert ended[1].said == "error: the reward server of this machine is gone\n"
+
+
+def test_gpus_that_do_not_divide_the_batch_are_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "shapes_smoke", "loop.batch_size=3", "--gpus", "2", "--run", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+    assert "loop.batch_size = 3 does not divide among 2 ranks" in capsys.readouterr().err
