@@ -37,13 +37,24 @@ class Worn:
 
 
 class RoleDenoiser:
-    """A role as a Denoiser. With ``half``, networks that are stored in fp32 compute in bf16 under autocast."""
+    """A role as a Denoiser. With ``half``, networks that are stored in fp32 compute in bf16 under autocast.
+
+    A call without gradient on more than cfg.forward_chunk rows is made in parts of that size.
+    """
 
     def __init__(self, family: Family, net: Net, *, half: bool) -> None:
         self.family, self.net, self.half = family, net, half
         self.schedule = family.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        most = self.family.cfg.forward_chunk
+        if torch.is_grad_enabled() or not 0 < most < len(x_t):
+            return self._predict(x_t, t, cond)
+        cuts = [slice(first, first + most) for first in range(0, len(x_t), most)]
+        parts = [self._predict(x_t[cut], t[cut], {k: v[cut] for k, v in cond.items()}) for cut in cuts]
+        return Prediction(torch.cat([part.x0 for part in parts]), torch.cat([part.eps for part in parts]))
+
+    def _predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         net = self.net.ready()
         wide = network_dtype(net) == torch.float32
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.half and wide, cache_enabled=False):

@@ -40,6 +40,11 @@ class DiffusersModel(Config):
     checkpointing: bool = Field(
         default=True, description="Recompute activations in the backward pass: less memory, a third more time."
     )
+    forward_chunk: NonNegativeCount = Field(
+        default=8,
+        description="Largest batch of one network call without gradient (guidance doubles the rows); 0 = no limit. "
+        "Above it roll-outs and scores are made in parts: their memory no longer grows with loop.batch_size.",
+    )
     t5: bool = Field(default=True, description="SD3: load the T5 encoder; false saves 9 GB and costs spelled text.")
     max_tokens: NonNegativeCount = Field(
         default=0, description="Caption tokens of the long text encoder; 0 = the family's default."

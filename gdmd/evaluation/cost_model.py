@@ -92,7 +92,7 @@ class Parts:
     """What one process holds and does. Bytes by what; FLOP of one iteration per sample of the batch, by what.
 
     static: there all the time. gradients: of the larger role. call: (fixed, per row) bytes of a call without
-    gradient, in which a batch has ``rows`` rows per sample; graded: bytes of forward and backward of one micro-batch;
+    gradient, in which a batch has ``rows`` rows per sample, at most ``chunk`` at a time; graded: bytes of forward and backward of one micro-batch;
     picture: bytes of decoding one chunk, 0 where nothing is; scored: of the rewards' activations per image;
     per_sample: bytes that every sample of the batch keeps during an iteration.
     """
@@ -101,6 +101,7 @@ class Parts:
     gradients: int
     call: tuple[float, float]
     rows: float
+    chunk: float
     graded: int
     picture: int
     per_sample: int
@@ -110,7 +111,7 @@ class Parts:
     def peaks(self, batch: int) -> dict[str, float]:
         """Largest activations of every phase, bytes, at this many samples per process."""
         fixed, per_row = self.call
-        phases = {"sampling and scores (whole batch)": fixed + per_row * self.rows * batch}
+        phases = {"sampling and scores": fixed + per_row * min(self.rows * batch, self.chunk)}
         phases["update (one micro-batch)"] = float(self.graded)
         if self.picture:
             phases["decoding and rewards"] = float(self.picture + batch * self.scored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +122,7 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> Plan:
     """The plan of a recipe. ValueError for a model whose configs are not here."""
     nets = networks_of(cfg)
     counted = tally(cfg)
-    rows = max(round(counted.widest * cfg.loop.batch_size), 1)
+    rows = max(round(min(counted.widest * cfg.loop.batch_size, _chunk(cfg))), 1)
     costs = costs_of(cfg, nets, rows, steered=counted.steered > 0)
     rewards, uncounted = _reward_nets(cfg)
     static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in rewards)}
@@ -133,6 +134,7 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> Plan:
         gradients=max(trained.values()),
         call=costs.call,
         rows=counted.widest,
+        chunk=_chunk(cfg),
         graded=max(costs.graded["student"].bytes, costs.graded["fake"].bytes),
         picture=_picture(counted, costs),
         per_sample=_per_sample(cfg, nets, text, scored=counted.decoded > 0),
@@ -153,6 +155,12 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> Plan:
         gpu=gpu,
         efficiency=efficiency,
     )
+
+
+def _chunk(cfg: RunConfig) -> float:
+    """Rows of one call without gradient, at most."""
+    most = cfg.model.forward_chunk if isinstance(cfg.model, DiffusersModel) else 0
+    return most or math.inf
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,10 @@ def hints(plan: Plan) -> list[str]:
     found = []
     if plan.embedding > plan.gpu.gib * GIB:
         found.append("model.t5=false, or embed the prompts on a larger GPU: the folder model.embeddings can be copied")
-    if worst.startswith("sampling") and plan.batch > plan.cfg.method.prompt_group:
-        found.append("a smaller loop.batch_size: roll-out and scores run on the whole batch")
+    if worst.startswith("sampling") and model.forward_chunk != 1:
+        found.append("a smaller model.forward_chunk: roll-out and scores are made in parts of so many rows")
+    if plan.batch > plan.cfg.method.prompt_group:
+        found.append("a smaller loop.batch_size")
     if worst.startswith("update"):
         found.append("loop.micro_batch=1" if plan.costs.micro > 1 else "a smaller model.height and model.width")
         found += [] if model.checkpointing else ["model.checkpointing=true"]

@@ -220,3 +220,20 @@ def test_a_compiled_trunk_keeps_its_roles_apart(folders: Path) -> None:
     again = gradients(roles, "fake", at, lambda: roles.teacher(*at))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(again, step, strict=True))
     torch._dynamo.reset()
+
+
+def test_calls_without_gradient_are_made_in_parts_and_say_the_same(folders: Path) -> None:
+    whole, parts = roles_of(folders, forward_chunk=0), roles_of(folders, forward_chunk=2)
+    for roles in (whole, parts):
+        wake(roles, "student", 3)
+    x_t, t = torch.randn(5, *whole.family.latent_shape), torch.linspace(0.9, 0.3, 5)
+    cond = whole.family.encoder.encode((tiny.WORDS * 2)[:5])
+    calls: list[int] = []
+    parts.trunk.net.register_forward_pre_hook(lambda net, given, named: calls.append(1), with_kwargs=True)
+    with torch.no_grad():
+        one, other = (roles.student(x_t, t, cond) for roles in (whole, parts))
+    assert len(calls) == 3
+    torch.testing.assert_close(other.x0, one.x0, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.eps, one.eps, rtol=1e-4, atol=1e-5)
+    parts.student(x_t, t, cond)
+    assert len(calls) == 4  # with gradient the micro-batch is the limit
