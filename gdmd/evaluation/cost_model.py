@@ -92,9 +92,9 @@ class Parts:
     """What one process holds and does. Bytes by what; FLOP of one iteration per sample of the batch, by what.
 
     static: there all the time. gradients: of the larger role. call: (fixed, per row) bytes of a call without
-    gradient, in which a batch has ``rows`` rows per sample, at most ``chunk`` at a time; graded: bytes of forward and backward of one micro-batch;
-    picture: bytes of decoding one chunk, 0 where nothing is; scored: of the rewards' activations per image;
-    per_sample: bytes that every sample of the batch keeps during an iteration.
+    gradient, in which a batch has ``rows`` rows per sample, at most ``chunk`` at a time; graded: bytes of forward and
+    backward of one micro-batch; picture: bytes of decoding one chunk, 0 where nothing is; scored: of the rewards'
+    activations per image; per_sample: bytes that every sample of the batch keeps during an iteration.
     """
 
     static: Mapping[str, int]
