@@ -15,7 +15,9 @@ rewards_app = typer.Typer(
     help="Reward models: list, fetch, convert, check, serve.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-Kind = Annotated[str, typer.Argument(metavar="KIND", help="clip, hps, hps_v2, pickscore, imagereward, aesthetic or ocr.")]
+Kind = Annotated[
+    str, typer.Argument(metavar="KIND", help="clip, hps, hps_v2, pickscore, imagereward, aesthetic or ocr.")
+]
 TOKEN_VARIABLE = "GDMD_REWARD_TOKEN"
 
 
