@@ -92,9 +92,10 @@ class Parts:
     """What one process holds and does. Bytes by what; FLOP of one iteration per sample of the batch, by what.
 
     static: there all the time. gradients: of the larger role. call: (fixed, per row) bytes of a call without
-    gradient, in which a batch has ``rows`` rows per sample, at most ``chunk`` at a time; graded: bytes of forward and
-    backward of one micro-batch; picture: bytes of decoding one chunk, 0 where nothing is; scored: of the rewards'
-    activations per image; per_sample: bytes that every sample of the batch keeps during an iteration.
+    gradient, in which a batch has ``rows`` rows per sample, at most ``chunk`` at a time; answer: bytes of x0 and eps
+    of one row; graded: of forward and backward of one micro-batch; picture: bytes of decoding one chunk, 0 where
+    nothing is; scored: of the rewards' activations per image; per_sample: bytes that every sample of the batch keeps
+    during an iteration.
     """
 
     static: Mapping[str, int]
@@ -102,6 +103,7 @@ class Parts:
     call: tuple[float, float]
     rows: float
     chunk: float
+    answer: int
     graded: int
     picture: int
     per_sample: int
@@ -110,12 +112,17 @@ class Parts:
 
     def peaks(self, batch: int) -> dict[str, float]:
         """Largest activations of every phase, bytes, at this many samples per process."""
-        fixed, per_row = self.call
-        phases = {"sampling and scores": fixed + per_row * min(self.rows * batch, self.chunk)}
+        phases = {"sampling and scores": self.forward(self.rows * batch)}
         phases["update (one micro-batch)"] = float(self.graded)
         if self.picture:
             phases["decoding and rewards"] = float(self.picture + batch * self.scored)
         return phases
+
+    def forward(self, rows: float) -> float:
+        """Bytes of a call without gradient; one that is made in parts holds its answers twice when it joins them."""
+        fixed, per_row = self.call
+        joined = 2 * self.answer * rows if rows > self.chunk else 0
+        return fixed + per_row * min(rows, self.chunk) + joined
 
     def total(self, batch: int, static: float | None = None) -> float:
         """Bytes at the worst moment, with the reserve."""

@@ -135,6 +135,7 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> Plan:
         call=costs.call,
         rows=counted.widest,
         chunk=_chunk(cfg),
+        answer=2 * 4 * math.prod(nets.latent_shape),  # fp32
         graded=max(costs.graded["student"].bytes, costs.graded["fake"].bytes),
         picture=_picture(counted, costs),
         per_sample=_per_sample(cfg, nets, text, scored=counted.decoded > 0),
