@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +9,10 @@ from typing import Any
 
 import torch
 
+from gdmd.data.prompt_files import prompts_in
 from gdmd.diffusion.rng import SampleRng
 from gdmd.shapes.grammar import TASKS, catalogue
 from gdmd.types import PromptBatch, TextEncoder
-
-LONGEST_PROMPT = 4000
-"""Characters. Longer lines are a malformed file (a missing newline), not a prompt."""
-_NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
-"""Control characters, half characters and byte order marks: signs of another encoding, or of a binary file."""
-
 
 SHIPPED = {"text_rendering": "pictures that show a given text, quoted in the prompt: for the OCR reward"}
 """Prompt sets of the package, by the name that a recipe may give in the place of a path."""
@@ -31,72 +24,24 @@ def prompt_file(given: str) -> Path:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """txt: one prompt a line; jsonl: objects with "prompt". Empty lines are an error, as is any malformed line."""
-    read = _json_line if path.suffix == ".jsonl" else _text_line
-    return tuple(read(path, number, line) for number, line in enumerate(_lines(path), 1))
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a prompt file, at least one, without their ends."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"prompt file {path}: cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt file {path}: not UTF-8 at byte {error.start}; convert it to UTF-8") from error
-    lines = re.split(
-        r"\r\n|\r|\n", text
-    )  # splitlines() would also cut at U+2028 and others, which JSON allows in a string
-    if not lines[-1]:
-        lines.pop()
-    if not lines:
-        raise ValueError(f"prompt file {path}: is empty; it needs at least one prompt")
-    return lines
+    """The prompts of a txt, jsonl, json or WebDataset tar file, in order. ValueError for anything malformed."""
+    return tuple(prompt.text for prompt in prompts_in(path))
 
 
 def read_meta(path: Path) -> dict[str, Mapping[str, Any]]:
-    """The whole JSON object of every prompt of a jsonl file, by its text, for rewards that read more than the text.
+    """The whole JSON object of every prompt that has one, by its text, for rewards that read more than the text.
 
     A txt file has none. ValueError for a prompt that comes twice with different objects.
     """
-    if path.suffix != ".jsonl":
+    if path.suffix == ".txt":
         return {}
-    texts = read_prompts(path)  # every line is checked there
     found: dict[str, Mapping[str, Any]] = {}
-    for number, (text, line) in enumerate(zip(texts, _lines(path), strict=True), 1):
-        row = json.loads(line)
-        if found.setdefault(text, row) != row:
+    for prompt in prompts_in(path):
+        if prompt.meta is not None and found.setdefault(prompt.text, prompt.meta) != prompt.meta:
             raise ValueError(
-                f"prompt file {path}, line {number}: the prompt {text[:40]!r} came before with other metadata"
+                f"prompt file {path}, {prompt.where}: the prompt {prompt.text[:40]!r} came before with other metadata"
             )
     return found
-
-
-def _text_line(path: Path, number: int, line: str) -> str:
-    if not line.strip():
-        raise ValueError(f"prompt file {path}, line {number}: empty line; remove it or write a prompt")
-    if len(line) > LONGEST_PROMPT:
-        raise ValueError(f"prompt file {path}, line {number}: {len(line)} characters; at most {LONGEST_PROMPT}")
-    if found := _NO_TEXT.search(line):
-        raise ValueError(
-            f"prompt file {path}, line {number}: the character U+{ord(found[0]):04X} is no text; "
-            "convert the file to UTF-8 and remove it"
-        )
-    return line.strip()
-
-
-def _json_line(path: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"prompt file {path}, line {number}: not JSON ({error.msg} at column {error.colno})"
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
-        raise ValueError(f"prompt file {path}, line {number}: cannot be read as JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f'prompt file {path}, line {number}: expected {{"prompt": "..."}}, got {line[:60]!r}')
-    return _text_line(path, number, row["prompt"])
 
 
 class PromptStream:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from gdmd.config.load import ConfigError, dump_config, load_config
 from gdmd.config.run import RunConfig
 from gdmd.config.strict_yaml import LONGEST_TEXT, YamlError, parse_yaml
-from gdmd.data.prompts import LONGEST_PROMPT, read_prompts
+from gdmd.data.prompt_files import LONGEST_PROMPT
+from gdmd.data.prompts import read_prompts
 from gdmd.recipes.read import FOLDER, read_recipe
 from gdmd.recipes.read_comparison import _words, read_comparison
 

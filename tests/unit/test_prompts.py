@@ -10,7 +10,8 @@ import torch
 
 from gdmd.backbones.shapes import ShapesTextEncoder
 from gdmd.data.latents import RenderedLatents
-from gdmd.data.prompts import LONGEST_PROMPT, PromptStream, batch_of, read_prompts, training_captions
+from gdmd.data.prompt_files import LONGEST_PROMPT
+from gdmd.data.prompts import PromptStream, batch_of, read_prompts, training_captions
 from gdmd.diffusion.rng import SampleRng
 from gdmd.shapes.grammar import NULL, TASKS, catalogue
 
