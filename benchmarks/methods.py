@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gdmd.evaluation.schedules import iteration_passes, mean_depth, student_updates
+from gdmd.evaluation.schedules import every_place, iteration_passes, student_updates
 from gdmd.programs.bench import Bench
 from gdmd.recipes.read import read_recipe
 
@@ -79,12 +79,12 @@ def row(name: str, entry: Entry, bench: Bench, reference: Bench) -> dict[str, An
     updates, base = student_updates(method), student_updates(reference.cfg.method)
     times, others = bench.times.training[1:], reference.times.training[1:]
     speeds = [(updates / own) / (base / other) for own, other in zip(times, others, strict=True)]
-    depth, last = mean_depth(method), len(times)
+    places, last = every_place(method), len(times)
     return {
         **{"name": name, "title": entry.title, "recipe": entry.recipe, "overrides": list(entry.overrides)},
         "student_updates": updates,
         "passes_per_update": statistics.mean(bench.counted) / updates,
-        "mean_passes_per_update": iteration_passes(method, last, depth) / updates,
+        "mean_passes_per_update": iteration_passes(method, last, places) / updates,
         "passes_agree": all(abs(a - b) < 1e-6 for a, b in zip(bench.counted, bench.expected, strict=True)),
         "flop_per_update": bench.flop(last) / updates,
         "seconds_per_update": statistics.median(times) / updates,

@@ -56,10 +56,19 @@ class GdmdConfig(DistillationConfig):
         default="all",
         description="DaGC: what varies in the group: t (one fake), fake versions (one t, eps), or all (the best).",
     )
-    score_target: Literal["raw", "normalised", "real"] = Field(
+    score_target: Literal["raw", "normalised", "real", "continuation"] = Field(
         default="raw",
         description="[I] What the reward sees: raw = x0 + x0_real - x0_fake, normalised = x0 - grad (can leave "
-        "the data manifold), real = x0_real.",
+        "the data manifold), real = x0_real; continuation (beyond the paper) = finished pictures, see `continuations`.",
+    )
+    continuations: Count = Field(
+        default=8,
+        description="score_target continuation: how often the sampler goes on from x0 with fresh noise. The ends y_k are "
+        "scored, and the targets are x0 - grad + continuation_weight (y_k - mean y): the gradient of DMD towards the "
+        "teacher tilted by the reward.",
+    )
+    continuation_weight: NonNegative = Field(
+        default=3.0, description="Weight of y_k - mean y in the targets; too large drowns the teacher (8 does)."
     )
     dmd_weight: NonNegative = Field(default=1.0, description="lambda, the weight of L_DMD [I].")
     gamma: NonNegative = Field(default=1.0, description="gamma, the weight of L_RL [I]; 0 is DMD.")
@@ -107,14 +116,43 @@ class GdmdConfig(DistillationConfig):
             )
         if self.student_target == "mean" and self.weighting != "softmax":
             raise ValueError("student_target 'mean' is the weighted mean of weighting 'softmax'; set both, or 'each'")
+        if self.score_target == "continuation":
+            self._continues()
         if self.weighting == "softmax" and self.control in ("indicator", "constant"):
             raise ValueError(f"control {self.control!r} is defined for weighting 'napo'; use 'shuffled' or gamma=0")
         return self
+
+    def _continues(self) -> None:
+        """ValueError for what does not go with score_target 'continuation'."""
+        if len(self.student_steps) < 2 or self.continuations < 2:
+            raise ValueError(
+                f"score_target 'continuation' compares ends of one roll-out: it needs at least 2 student_steps and 2 "
+                f"continuations, got {len(self.student_steps)} and {self.continuations}"
+            )
+        if self.scored_guidances:
+            raise ValueError(
+                f"score_target 'continuation' makes its own group; scored_guidances must be empty, got "
+                f"{list(self.scored_guidances)}"
+            )
+        if self.score_baseline == "time":
+            raise ValueError(
+                "score_baseline 'time' is for targets re-noised to t; a continuation has no t: use 'sample'"
+            )
 
     @property
     def rewarded(self) -> bool:
         """Whether targets are scored."""
         return self.gamma > 0
+
+    @property
+    def continued(self) -> bool:
+        """Whether the sampler is continued from x0 to be scored."""
+        return self.rewarded and self.score_target == "continuation"
+
+    @property
+    def targets(self) -> int:
+        """Targets of one collected gradient."""
+        return self.continuations if self.continued else len(self.guidances)
 
     @property
     def guidances(self) -> tuple[float, ...]:

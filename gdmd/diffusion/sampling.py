@@ -79,3 +79,39 @@ def backward_simulation(
         after = torch.full((len(going),), steps[i], device=noise.device)
         x_tau[going] = renoise(x0, after, noise_at(i)[going], schedule)
     return x_tau
+
+
+@torch.no_grad()
+def continuation(
+    student: Denoiser,
+    x0: Tensor,
+    stop: Tensor,
+    steps: Sequence[float],
+    cond: Cond,
+    noise_at: NoiseAt,
+    schedule: Schedule,
+    *,
+    together: bool = False,
+) -> Tensor:
+    """The rest of the sampler for x0 predicted at step ``stop`` [B] (int64): re-noise to the next step, predict, and on.
+
+    The last step has no next one: its x0 is re-noised to the last step again. x0 [B, C, H, W] -> [B, C, H, W].
+    Sample i costs max(1, N - 1 - stop[i]) forwards. ``together`` calls the student exactly N - 1 times, on one sample
+    when none is due, as ranks that share a sharded network must.
+    """
+    if len(steps) < 2:
+        raise ValueError(
+            f"a sampler of {len(steps)} step(s) has no step after the first; continuations need two or more"
+        )
+    end = x0.clone()
+    entry = (stop + 1).clamp_max(len(steps) - 1)
+    for i in range(1, len(steps)):
+        due = torch.nonzero(entry <= i)[:, 0]
+        if not len(due) and not together:
+            continue
+        asked = due if len(due) else torch.zeros_like(stop[:1])
+        when = torch.full((len(asked),), steps[i], device=x0.device)
+        x_t = renoise(end[asked], when, noise_at(i)[asked], schedule)
+        own = {name: value[asked] for name, value in cond.items()}
+        end[due] = student(x_t, when, own).x0[: len(due)]
+    return end

@@ -6,6 +6,9 @@ the teacher's call 2 F. Decoder and rewards are left out, as in ``passes``.
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from gdmd.config.distillation import DistillationConfig
 from gdmd.config.method import DmdConfig, GdmdConfig, MethodConfig
 from gdmd.config.rivals import Dmd2Config, DmdrConfig
@@ -27,27 +30,26 @@ def student_updates(method: MethodConfig) -> int:
             return 1
 
 
-def mean_depth(method: DistillationConfig) -> float:
-    """Mean F of a roll-out before the trained step: tau is uniform over the N steps, so (N - 1) / 2."""
-    return 0.0 if method.student_input == "data" else (len(method.student_steps) - 1) / 2
+def every_place(method: DistillationConfig) -> Tensor:
+    """Each step once: tau is uniform over the N steps, so their mean cost is the expected one. [N] int64"""
+    return torch.arange(len(method.student_steps))
 
 
-def drawn_depth(method: DistillationConfig, rng: SampleRng) -> float:
-    """The same for the steps that an iteration really draws: sample i costs as many forwards as its step's place."""
-    if method.student_input == "data":
-        return 0.0
+def drawn_places(method: DistillationConfig, rng: SampleRng) -> Tensor:
+    """The places of the steps that an iteration really draws. [B] int64"""
     index = rng.index if method.step_draw == "sample" else rng.index * 0
-    places = SampleRng(rng.seed, rng.step, index).integer("tau", len(method.student_steps))
-    return float(places.float().mean())
+    return SampleRng(rng.seed, rng.step, index).integer("tau", len(method.student_steps))
 
 
-def iteration_passes(method: MethodConfig, step: int, depth: float) -> float:
-    """F of iteration ``step`` whose roll-out has ``depth`` forwards per sample before x0 is predicted."""
+def iteration_passes(method: MethodConfig, step: int, places: Tensor) -> float:
+    """F of iteration ``step`` whose samples are trained at the steps ``places``: each costs as many forwards before."""
+    depth = 0.0 if method.student_input == "data" else float(places.float().mean())
     rollout, score = depth + 1, (1 if method.guidance == 1 else 2) + 1  # teacher, then fake
     match method:
         case GdmdConfig():
             teacher = 2 if any(guidance != 1 for guidance in method.guidances) else 1
             old = 1 if method.old_policy == "ema" else 0
+            rollout += method.continuations * _tail(method, places) if method.continued else 0
             return rollout + old + method.group_size * (TRAINED + teacher + 1 + TRAINED)
         case Dmd2Config():
             judged = TRAINED if method.adversarial else 0  # a head's trunk is the fake: real and student latents
@@ -57,6 +59,11 @@ def iteration_passes(method: MethodConfig, step: int, depth: float) -> float:
         case DmdConfig() | DmdReflConfig() | DmdNftConfig() | DmdGrpoConfig():
             updates = method.student_updates * (score + TRAINED)
             return rollout + method.fake_updates * TRAINED + updates + _added(method, step)
+
+
+def _tail(method: DistillationConfig, places: Tensor) -> float:
+    """Mean F of the steps after ``places``; after the last one it is made again."""
+    return float((len(method.student_steps) - 1 - places).clamp_min(1).float().mean())
 
 
 def _dmdr_student(method: DmdrConfig, step: int) -> float:

@@ -52,6 +52,7 @@ class Rollout:
     x0: Tensor  # [B, C, H, W], the student's prediction from x_tau: x_old of the snapshot policy
     cond: Cond
     uncond: Cond
+    stop: Tensor  # [B] int64, tau = student_steps[stop]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Distillation(Generic[AnyConfig]):
             )
         x0 = self.roles.student(x_tau, steps[stop], prompts.cond).x0
         self._stats = {"latent/mean": x0.mean(), "latent/std": x0.std()}
-        return Rollout(x_tau, steps[stop], x0, prompts.cond, prompts.uncond)
+        return Rollout(x_tau, steps[stop], x0, prompts.cond, prompts.uncond, stop)
 
     def _draw_steps(self, rng: SampleRng, steps: int) -> Tensor:
         """[B] int64. Per sample, or one for all from sample number 0, which every rank can draw."""
@@ -160,7 +161,11 @@ class Distillation(Generic[AnyConfig]):
         raw = scores.x0_fake - x0_real
         self._stats["gap/real"] = (r.x0 - x0_real).abs().mean()
         self._stats["gap/grad"] = mean_square(raw).sqrt().mean()
-        return r.x0 - (raw / normaliser(r.x0, x0_real) if self.cfg.normalise else raw)
+        return r.x0 - raw / self.divisor(r, x0_real)
+
+    def divisor(self, r: Rollout, x0_real: Tensor) -> Tensor | float:
+        """n of a regressed gradient [B, 1, 1, 1], or 1 without the normaliser."""
+        return normaliser(r.x0, x0_real) if self.cfg.normalise else 1.0
 
     def stats(self) -> Mapping[str, Tensor]:
         return self._stats

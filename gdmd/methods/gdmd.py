@@ -10,12 +10,13 @@ from torch import Tensor
 
 from gdmd.config.method import GdmdConfig
 from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import continuation
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.gdmd import napo_loss, optimality, step_weight
 from gdmd.losses.groups import RunningBaseline, RunningScale, softmax_weights
 from gdmd.methods.distillation import Distillation, Rollout
 from gdmd.methods.scoring import Scorer, mean_advantage
-from gdmd.types import Cond, Loss, PromptBatch, Update
+from gdmd.types import ALONE, Cond, Loss, PromptBatch, Update
 
 MEAN_DECAY = 0.99
 """EMA of mean r for the constant control: the horizon of Z."""
@@ -23,11 +24,13 @@ MEAN_DECAY = 0.99
 
 @dataclass
 class Group:
-    """What DaGC has collected: E draws x G guidance scales per sample."""
+    """What DaGC has collected: E draws x G targets (guidance scales, or continuations) per sample."""
 
     x_tar: list[Tensor] = field(default_factory=list)  # E x [B, G, C, H, W], regressed to
     score: list[Tensor] = field(default_factory=list)  # E x [R, G, B], raw rewards of the scored targets
     t: list[Tensor] = field(default_factory=list)  # E x [B]
+    ends: Tensor | None = None  # [B, K, C, H, W], finished pictures of the continuations
+    end_score: Tensor | None = None  # [R, K, B]
 
     def average(self, share: Tensor) -> None:
         """Put the weighted mean of all E G targets in the place of each draw's. share [E, G, B], mean 1."""
@@ -54,7 +57,7 @@ class Gdmd(Distillation[GdmdConfig]):
         """Give the method its rewards; returns itself."""
         self.scorer = scorer
         self.scale = RunningScale(len(scorer.rewards), self.cfg.z_decay)
-        self.baseline = RunningBaseline(len(self.cfg.guidances))
+        self.baseline = RunningBaseline(self.cfg.targets)
         self.mean_r = torch.full((2,), 0.0, dtype=torch.float64)  # EMA of mean r, and the mass it has seen
         self.student_updates = 0
         return self
@@ -63,7 +66,7 @@ class Gdmd(Distillation[GdmdConfig]):
         """One outer iteration of Algorithm 1: eta fake updates and gradients, then eta student updates."""
         r = self.rollout(prompts, rng)
         x0_old = self._old_prediction(r)
-        group = Group()
+        group = self._continue(r, prompts, rng) if self.cfg.continued else Group()
         for i in range(self.cfg.group_size):
             yield Update("fake", self.fake_loss, self.fake_batch(r, rng, i))
             if self.cfg.collection != "t":
@@ -92,11 +95,31 @@ class Gdmd(Distillation[GdmdConfig]):
             self.roles.follow(min(1e-3 * self.student_updates, self.cfg.old_decay))
 
     @torch.no_grad()
+    def _continue(self, r: Rollout, prompts: PromptBatch, rng: SampleRng) -> Group:
+        """K ends y_k of each sample's roll-out and their raw rewards."""
+        ends = []
+        for k in range(self.cfg.continuations):
+            again = lambda i, k=k: rng.normal(f"continuation/{k}", self.latent_shape, i)  # noqa: E731
+            steps, alone = self.cfg.student_steps, prompts.ranks is ALONE
+            own = self.roles.schedule
+            ends.append(continuation(self.roles.student, r.x0, r.stop, steps, r.cond, again, own, together=not alone))
+        self._stats["latent/scored_std"] = ends[-1].std()
+        scores = torch.stack([self.scorer(end, prompts) for end in ends], 1)
+        return Group(ends=torch.stack(ends, 1), end_score=scores)
+
+    @torch.no_grad()
     def _collect(self, group: Group, r: Rollout, prompts: PromptBatch, rng: SampleRng, i: int) -> None:
         """DaGC: the targets of draw i, and the raw rewards of what is scored in their place."""
         guidances = self.cfg.guidances
         scores = self.scores(r, rng, i, both=any(g != 1 for g in guidances))
         group.t.append(scores.t)
+        if group.ends is not None and group.end_score is not None:
+            g = self.cfg.guidance
+            tilt = self.cfg.continuation_weight * (group.ends - group.ends.mean(1, keepdim=True))
+            plain, n = self.target(r, scores, g), self.divisor(r, scores.teacher.at(g))
+            group.x_tar.append(plain[:, None] + tilt / (n if isinstance(n, float) else n[:, None]))
+            group.score.append(group.end_score)
+            return
         group.x_tar.append(torch.stack([self.target(r, scores, g) for g in guidances], 1))
         if self.cfg.gamma == 0:
             return
@@ -109,6 +132,8 @@ class Gdmd(Distillation[GdmdConfig]):
                     shown = group.x_tar[-1][:, place]
                 case "real":
                     shown = scores.teacher.at(g)
+                case "continuation":
+                    raise AssertionError("continuations are scored before the gradients are collected")
             self._stats["latent/scored_std"] = shown.std()
             scored.append(self.scorer(shown, prompts))
         group.score.append(torch.stack(scored, 1))

@@ -28,7 +28,7 @@ from gdmd.data.embeddings import CachedText
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.calls import DENOISERS, Call, Watched, recorded, replay
 from gdmd.evaluation.passes import Counted
-from gdmd.evaluation.schedules import drawn_depth, iteration_passes, mean_depth, student_updates
+from gdmd.evaluation.schedules import drawn_places, every_place, iteration_passes, student_updates
 from gdmd.recipes.build import Lab, build
 from gdmd.training.state import RoleState, autocast_of, role_states
 from gdmd.types import Method, PromptBatch, Role, Update
@@ -91,7 +91,7 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.times.training.append(timed(lambda: self.train(step, prompts), self.clock))
-        self.expected.append(iteration_passes(self.cfg.method, step, drawn_depth(self.cfg.method, rng)))
+        self.expected.append(iteration_passes(self.cfg.method, step, drawn_places(self.cfg.method, rng)))
         self.counted.append(self.method.cost.passes / len(prompts) - sum(self.counted))
 
     def train(self, step: int, prompts: PromptBatch) -> None:
@@ -151,8 +151,8 @@ class Bench:
         updates, batch = student_updates(cfg.method), cfg.loop.batch_size
         middle = {name: statistics.median(own) for name, own in vars(times).items()}
         bare = [a + b for a, b in zip(times.networks, times.scoring, strict=True)]
-        depth = mean_depth(cfg.method)
-        mean = statistics.mean(iteration_passes(cfg.method, step, depth) for step in range(len(self.counted)))
+        places = every_place(cfg.method)
+        mean = statistics.mean(iteration_passes(cfg.method, step, places) for step in range(len(self.counted)))
         peak, what = self.peak()
         return {
             **{"recipe": cfg.name, "method": cfg.method.kind, "device": _device_name(self.device)},

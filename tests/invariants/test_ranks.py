@@ -50,12 +50,18 @@ ONE_WEIGHT = 0.2
 """The largest distance of a single weight, in steps of LR."""
 CONFIGS: dict[str, Any] = {
     "gdmd": GdmdConfig(group_size=2, old_policy="ema", control="shuffled", score_baseline="time"),
+    "continued": GdmdConfig(group_size=1, score_target="continuation", continuations=2, weighting="softmax"),
     "nft": DmdNftConfig(fake_updates=2, images_per_prompt=8, rl_weight=1.0),  # one prompt's group lies on both ranks
     "dmdr_dpo": DmdrConfig(fake_updates=1, cold_start=1, strategy="dpo", images_per_prompt=8),
     "dmd2_gan": Dmd2Config(fake_updates=1),
     "dmd_pairs": DmdConfig(fake_updates=1, regression_weight=0.25, regression_steps=2, regression_batches=2),
 }
-SHARDED = {"gdmd_full": ("gdmd", "full"), "gdmd_hybrid": ("gdmd", "hybrid"), "dmd2_gan_full": ("dmd2_gan", "full")}
+SHARDED = {
+    "gdmd_full": ("gdmd", "full"),
+    "gdmd_hybrid": ("gdmd", "hybrid"),
+    "continued_full": ("continued", "full"),
+    "dmd2_gan_full": ("dmd2_gan", "full"),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -19,7 +19,7 @@ from gdmd.config.load import load_config
 from gdmd.config.run import RunConfig
 from gdmd.data.prompts import PromptStream, training_captions
 from gdmd.evaluation.calls import recorded, replay
-from gdmd.evaluation.schedules import iteration_passes, mean_depth, student_updates
+from gdmd.evaluation.schedules import every_place, iteration_passes, student_updates
 from gdmd.programs import bench
 from gdmd.recipes.build import Lab, _method
 from gdmd.rewards.shapes import ShapesPref
@@ -60,6 +60,7 @@ METHODS: dict[str, list[str]] = {
     "gdmd with an old policy": ["method.old_policy=ema", "method.group_size=2"],
     "gdmd without guidance and reward": ["method.guidance=1.0", "method.gamma=0"],
     "gdmd, one step for all": ["method.step_draw=batch"],
+    "gdmd, continued": ["method.score_target=continuation", "method.continuations=3"],
     "gdmd on data": ["method.student_input=data"],
     "dmd": ["method.kind=dmd"],
     "dmd with regression": ["method.kind=dmd", "method.regression_weight=0.2", "method.regression_steps=3"],
@@ -88,7 +89,7 @@ def test_hooks_count_what_the_method_counts_itself(name: str) -> None:
 def test_the_papers_schedules_cost_what_their_algorithms_say() -> None:
     def mean(*overrides: str) -> float:
         method = tiny(*overrides).cfg.method
-        return iteration_passes(method, 0, mean_depth(method)) / student_updates(method)
+        return iteration_passes(method, 0, every_place(method)) / student_updates(method)
 
     assert mean() == pytest.approx(2.5 / 4 + 9) and mean("method.guidance=1") == pytest.approx(2.5 / 4 + 8)
     assert mean("method.kind=dmd") == pytest.approx(2.5 + 15 + 3 + 3)
