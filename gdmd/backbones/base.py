@@ -21,7 +21,7 @@ class Family(ABC):
 
     Class facts: ``name``; ``pipeline``, the class named in model_index.json; ``needs`` and ``optional``, the
     components that must and may be there; ``native``, what the network predicts; ``targets``, the layers that take
-    adapters; ``patch``, latent positions along the side of a token.
+    adapters; ``patch``, latent positions along the side of a token; ``blocks``, the classes of the repeated blocks.
     """
 
     name: ClassVar[FamilyName]
@@ -31,6 +31,7 @@ class Family(ABC):
     native: ClassVar[Literal["eps", "velocity"]]
     targets: ClassVar[tuple[str, ...]]
     patch: ClassVar[int] = 1
+    blocks: ClassVar[tuple[str, ...]] = ()
 
     schedule: Schedule
     codec: Codec

@@ -36,6 +36,7 @@ class Flux(Family):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
     )
     patch = 2
+    blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)

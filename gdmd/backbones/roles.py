@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gdmd.backbones.base import Family, network_dtype
+from gdmd.backbones.compiled import compile_blocks
 from gdmd.backbones.copies import Copy
 from gdmd.backbones.trunk import BARE, Trunk, Wear
 from gdmd.types import Cond, Critic, Denoiser, Prediction, Role
@@ -73,6 +74,7 @@ class DiffusersRoles:
         self._half = half or cfg.dtype == "bf16"
         self._copies: dict[Role, Copy] = {}
         self._shard: Callable[[Any], None] | None = None
+        self._backend: str | None = None
         both: tuple[Role, Role] = ("student", "fake")
         for role in both:
             if cfg.full in (role, "both"):
@@ -92,6 +94,13 @@ class DiffusersRoles:
         self.old = self._denoiser(Worn(self.trunk, BARE))
         self.critic: Critic | None = None  # a GAN head needs the features of the family's network: not written yet
         self._old: Mapping[str, Tensor] = {}
+
+    def compile(self, backend: str = "inductor") -> None:
+        """torch.compile the repeated blocks of all networks, those of a later old policy too; before ``shard``."""
+        assert self._shard is None, "compile before shard: FSDP's hooks belong outside of the graphs"
+        self._backend, self.trunk.compiled = backend, True
+        for net in self.modules():
+            compile_blocks(net, self.family.blocks, backend)
 
     def shard(self, shard: Callable[[Any], None]) -> None:
         """The full copies, and the old policy's when it is made; adapters and the frozen trunk stay whole."""
@@ -158,6 +167,8 @@ class DiffusersRoles:
             return
         if "student" in self._copies:
             own = Copy(self.trunk.wear(BARE), checkpointing=False)
+            if self._backend is not None:
+                compile_blocks(own.net, self.family.blocks, self._backend)
             if self._shard is not None:
                 self._shard(own.net)
             self.old.net, self._old = own, own.weights()

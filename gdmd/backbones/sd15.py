@@ -24,6 +24,7 @@ class Sd15(Family):
     needs = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     native = "eps"
     targets = ("to_q", "to_k", "to_v", "to_out.0")
+    blocks = ("BasicTransformerBlock",)
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)

@@ -24,6 +24,7 @@ class Sdxl(Family):
     needs = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
     native = "eps"
     targets = ("to_q", "to_k", "to_v", "to_out.0")
+    blocks = ("BasicTransformerBlock",)
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)

@@ -47,6 +47,7 @@ class Trunk:
         self.net = net.requires_grad_(False).eval()
         self.rank, self.alpha, self.targets = rank, alpha, tuple(targets)
         self.worn = BARE
+        self.compiled = False
         self._layers: list[Any] = []
         if checkpointing:
             self.recompute(on=True)
@@ -99,8 +100,16 @@ class Trunk:
             layer._disable_adapters = wanted.adapter is None
             layer._active_adapter = [] if wanted.adapter is None else [wanted.adapter]
             if wanted.adapter is not None:
-                layer.scaling[wanted.adapter] = wanted.scale * self.alpha / self.rank
+                layer.scaling[wanted.adapter] = self._scaling(wanted.scale)
         self.worn = wanted
+
+    def _scaling(self, scale: float) -> float | Tensor:
+        """scale alpha / rank. A graph is compiled for every number but for no value of a 0-d tensor (annealed scales).
+
+        Not for scale 1, which most calls wear: a number is folded into their graphs.
+        """
+        number = scale * self.alpha / self.rank
+        return torch.tensor(number, device="cpu") if self.compiled and scale != 1 else number
 
     def _checkpointed(self, block: Callable[..., Any], *inputs: Any) -> Any:
         """Activation checkpointing of one block, recomputed in what it wears now."""

@@ -31,6 +31,7 @@ class ZImage(Family):
         *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     )
     patch = 2
+    blocks = ("ZImageTransformerBlock",)
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)

@@ -40,6 +40,11 @@ class DiffusersModel(Config):
     checkpointing: bool = Field(
         default=True, description="Recompute activations in the backward pass: less memory, a third more time."
     )
+    compile: bool = Field(
+        default=False,
+        description="torch.compile the repeated blocks for training: faster steps after minutes of compiling. "
+        "Needs Triton on a GPU, a C++ compiler on a CPU.",
+    )
     forward_chunk: NonNegativeCount = Field(
         default=8,
         description="Largest batch of one network call without gradient (guidance doubles the rows); 0 = no limit. "

@@ -29,7 +29,7 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.calls import DENOISERS, Call, Watched, recorded, replay
 from gdmd.evaluation.passes import Counted
 from gdmd.evaluation.schedules import drawn_places, every_place, iteration_passes, student_updates
-from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build import Lab, build, compile_networks
 from gdmd.training.state import RoleState, autocast_of, role_states
 from gdmd.types import Method, PromptBatch, Role, Update
 
@@ -64,6 +64,7 @@ class Bench:
         if cfg.loop.threads:
             torch.set_num_threads(cfg.loop.threads)
         self.cfg, self.lab = cfg, lab or build(cfg)
+        compile_networks(cfg, self.lab)
         if isinstance(self.lab.encoder, CachedText):
             self.lab.encoder.prepare([text for group in self.lab.stream.groups for text in group])
         self.clock = clock

@@ -17,7 +17,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
 from gdmd.programs.evaluate import finish_run, grid_hook
 from gdmd.programs.folders import new_folder, resumed
-from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build import Lab, build, compile_networks
 from gdmd.recipes.rewards import reward_stats
 from gdmd.runs.rundir import Run, create, open_run
 from gdmd.shapes.grammar import catalogue
@@ -81,6 +81,7 @@ def ready(cfg: RunConfig, world: World = SINGLE) -> Lab:
         world.span(cfg.loop.batch_size)
     check_prompts(cfg)
     lab = build(cfg)
+    compile_networks(cfg, lab)
     if isinstance(lab.encoder, CachedText):
         encoder, texts = lab.encoder, [text for group in lab.stream.groups for text in group]
         world.on_first(lambda: encoder.prepare(texts))  # the cache is of all ranks: one of them writes it

@@ -110,6 +110,16 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     )
 
 
+def compile_networks(cfg: RunConfig, lab: Lab) -> None:
+    """torch.compile where model.compile asks for it. For programs that train; few images are made sooner without."""
+    if not (isinstance(cfg.model, DiffusersModel) and cfg.model.compile):
+        return
+    from gdmd.backbones.compiled import require_compiler
+
+    require_compiler(next(iter(lab.roles.parameters("student").values())).device.type)
+    lab.roles.compile()
+
+
 def _tensors(given: str | None, name: str) -> tuple[dict[str, torch.Tensor], str]:
     path = Path(given) if given else asset_path(name)
     return load_asset(path).tensors, str(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import tiny_pipelines as tiny
 from torch import Tensor
 
 from gdmd.backbones.base import Family
+from gdmd.backbones.compiled import compile_blocks, require_compiler
 from gdmd.backbones.pipelines import open_family
 from gdmd.backbones.roles import DiffusersRoles
 from gdmd.types import Role
@@ -206,20 +207,90 @@ def test_targets_that_fit_no_layer_are_refused(folders: Path) -> None:
         roles_of(folders, lora_targets=("to_nowhere",))
 
 
-def test_a_compiled_trunk_keeps_its_roles_apart(folders: Path) -> None:
-    roles = roles_of(folders)
-    for seed, role in enumerate(ROLES):
-        wake(roles, role, seed)
-    at = states(roles)
-    wanted, step = answers(roles, at), gradients(roles, "fake", at)
+@pytest.fixture
+def fresh_graphs() -> Iterator[Any]:
+    """Counts of the graphs that are made; eager ones, because making fast ones takes minutes."""
+    import torch._dynamo.utils as dynamo
+
     torch._dynamo.reset()
-    roles.trunk.net.transformer_blocks[0].attn.to_q.compile(backend="eager")  # one layer: tracing takes seconds
-    for _ in range(2):
-        found = answers(roles, at)
-        assert all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
-    again = gradients(roles, "fake", at, lambda: roles.teacher(*at))
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(again, step, strict=True))
+    dynamo.counters.clear()
+    yield dynamo.counters["stats"]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "sdxl"])
+def test_compiled_blocks_keep_their_roles_apart_under_checkpointing(
+    folders: Path, name: str, fresh_graphs: Any
+) -> None:
+    plain, compiled = (roles_of(folders, name, checkpointing=on) for on in (False, True))
+    compiled.compile(backend="eager")
+    for roles in (plain, compiled):
+        wake(roles, "fake", 1)
+        wake(roles, "student", 2)
+    at = states(plain)
+    wanted, found = answers(plain, at), answers(compiled, at)
+    assert all(torch.allclose(found[role], wanted[role], atol=1e-5) for role in wanted)
+    assert not torch.allclose(found["student"], found["fake"], atol=1e-3)
+    for role, other in zip(ROLES, (compiled.teacher, compiled.student), strict=True):
+        step, again = gradients(plain, role, at), gradients(compiled, role, at, partial(other, *at))
+        assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(again, step, strict=True))
+    made = fresh_graphs["unique_graphs"]
+    assert 0 < made <= 14
+    for turn in range(2):
+        answers(compiled, at)
+        gradients(compiled, ROLES[turn], at)
+    assert fresh_graphs["unique_graphs"] == made  # a role that comes again finds its graph
+
+
+def test_compiled_roles_are_blended_by_any_share_in_one_graph(folders: Path, fresh_graphs: Any) -> None:
+    plain, compiled = (roles_of(folders, "qwen_image") for _ in range(2))
+    compiled.compile(backend="eager")
+    at, made = states(plain), set[int]()
+    for roles in (plain, compiled):
+        wake(roles, "fake", 1)
+    for share in (0.3, 0.5, 0.7):
+        with torch.no_grad():
+            wanted, found = (roles.blended_teacher(share)(*at).x0 for roles in (plain, compiled))
+        assert torch.allclose(found, wanted, atol=1e-5)
+        made.add(fresh_graphs["unique_graphs"])
+    assert len(made) == 1 and made != {0}
+
+
+def test_compiling_changes_no_name_of_a_weight(folders: Path) -> None:
+    plain, compiled = (roles_of(folders, full="student") for _ in range(2))
+    compiled.compile(backend="eager")
+    for one, other in zip(plain.modules(), compiled.modules(), strict=True):
+        assert list(other.state_dict()) == list(one.state_dict())
+        assert [type(module) for module in other.modules()] == [type(module) for module in one.modules()]
+    for role in ROLES:
+        assert list(compiled.parameters(role)) == list(plain.parameters(role))
+
+
+def test_the_old_policy_of_compiled_copies_is_compiled_too(folders: Path, fresh_graphs: Any) -> None:
+    roles = roles_of(folders, "qwen_image", full="student")
+    roles.compile(backend="eager")
+    roles.follow(0.5)
+    with torch.no_grad():
+        roles.old(*states(roles))
+    assert fresh_graphs["unique_graphs"] > 0
+
+
+def test_every_family_names_blocks_that_its_network_has(folders: Path) -> None:
+    for name in ("sd15", "sdxl", "sd3", "flux", "z_image", "qwen_image"):
+        family = opened(folders / name, "fp32")
+        found = {type(module).__name__ for module in family.net.modules()}
+        assert family.blocks and set(family.blocks) <= found
+
+
+def test_a_network_without_the_named_blocks_is_not_compiled() -> None:
+    with pytest.raises(ValueError, match=r"Linear holds none of the blocks \['Block'\].*model.compile = false"):
+        compile_blocks(torch.nn.Linear(2, 2), ("Block",))
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="needs a C.. compiler .no-such-compiler.*model.compile = false"):
+        require_compiler("cpu")
 
 
 def test_calls_without_gradient_are_made_in_parts_and_say_the_same(folders: Path) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gdmd.backbones.roles import DiffusersRoles
 from gdmd.config.loop import LoopConfig
 from gdmd.config.method import DmdConfig, GdmdConfig
 from gdmd.config.run import RunConfig
@@ -174,3 +175,14 @@ def test_a_run_of_the_shapes_lab_is_not_exported(tmp_path: Path) -> None:
     create(tmp_path / "run", cfg.model_dump(mode="json"))
     with pytest.raises(ValueError, match="is a run of the Shapes lab"):
         export_run(tmp_path / "run")
+
+
+def test_a_training_with_compile_compiles_and_sampling_does_not(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[DiffusersRoles] = []
+    monkeypatch.setattr(DiffusersRoles, "compile", asked.append)
+    cfg = recipe(folders, "sd3", 1, compile=True)
+    build(cfg, "cpu")
+    ready(recipe(folders, "sd3", 1))
+    assert asked == []
+    lab = ready(cfg)
+    assert asked == [lab.roles]
