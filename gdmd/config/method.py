@@ -68,7 +68,9 @@ class GdmdConfig(DistillationConfig):
         "teacher tilted by the reward.",
     )
     continuation_weight: NonNegative = Field(
-        default=3.0, description="Weight of y_k - mean y in the targets; too large drowns the teacher (8 does)."
+        default=6.0,
+        description="Weight of y_k - mean y in the targets. On Shapes 6 with one student update per roll-out, 3 with "
+        "four, which follow the same ends four times (8 drowns the teacher there).",
     )
     dmd_weight: NonNegative = Field(default=1.0, description="lambda, the weight of L_DMD [I].")
     gamma: NonNegative = Field(default=1.0, description="gamma, the weight of L_RL [I]; 0 is DMD.")

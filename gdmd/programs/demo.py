@@ -55,7 +55,7 @@ def plain_dmd(cfg: RunConfig) -> RunConfig:
     tree = cfg.model_dump(mode="json")
     tree["name"] = f"{cfg.name}_dmd"
     tree["about"] = "Plain DMD with the budget of the GDMD row."
-    tree["method"] |= {"gamma": 0.0, "scored_guidances": [], "weighting": "napo"}
+    tree["method"] |= {"gamma": 0.0, "score_target": "raw", "scored_guidances": [], "weighting": "napo"}
     tree["method"] |= {"student_target": "each", "control": "none"}
     return RunConfig.model_validate(tree)
 
