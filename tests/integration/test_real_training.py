@@ -179,7 +179,7 @@ def test_a_run_of_the_shapes_lab_is_not_exported(tmp_path: Path) -> None:
 
 def test_a_training_with_compile_compiles_and_sampling_does_not(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[DiffusersRoles] = []
-    monkeypatch.setattr(DiffusersRoles, "compile", asked.append)
+    monkeypatch.setattr(DiffusersRoles, "compile", lambda roles: asked.append(roles))
     cfg = recipe(folders, "sd3", 1, compile=True)
     build(cfg, "cpu")
     ready(recipe(folders, "sd3", 1))
