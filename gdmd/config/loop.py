@@ -33,6 +33,11 @@ class LoopConfig(Config):
         3e-5,
         description="Learning rate of the fake score; the papers use the student's (arXiv 2405.14867, 2605.26108).",
     )
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw",
+        description="adamw8bit (arXiv 2110.02861): moments of 8 bits, a quarter of the memory; weights stay fp32. "
+        "Needs pip install 'gdmd[8bit]'.",
+    )
     betas: tuple[Decay, Decay] = Field(
         (0.9, 0.999), description="AdamW moments, both roles (arXiv 2605.26108, 2511.13649)."
     )
@@ -59,6 +64,22 @@ class LoopConfig(Config):
     keep_checkpoints: NonNegativeCount = Field(
         2, description="Newest checkpoints kept; two, so that one good one is left when the last is damaged. 0 = all."
     )
+    checkpoint_async: bool = Field(
+        True,
+        description="Copy the state to host memory and write it beside the training; a kill may cost the steps made "
+        "meanwhile, too. false: the loop waits, without the copy.",
+    )
+    checkpoint_format: Literal["auto", "single", "sharded"] = Field(
+        "auto",
+        description="single: rank 0 writes whole tensors; sharded: every rank writes its own pieces; auto: sharded "
+        "where loop.sharding has cut the weights. Any number of ranks resumes from either.",
+    )
+    best_metric: str = Field(
+        "",
+        description="Key of metrics.jsonl by which a best checkpoint is kept beside the newest, such as reward/target; "
+        'its mean over the last checkpoint_every steps counts. "" = none.',
+    )
+    best_direction: Literal["max", "min"] = Field("max", description="Whether more or less of best_metric is better.")
     log_every: Count = Field(10, description="Steps per line of metrics.jsonl; a line holds means over these steps.")
     grid_every: NonNegativeCount = Field(100, description="Steps between sample grids (EMA weights); 0 = none.")
     precision: Literal["fp32", "bf16"] = Field(
@@ -90,5 +111,14 @@ class LoopConfig(Config):
             raise ValueError(
                 f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}: the parts would be "
                 f"unequal and the mean over samples wrong. Use 0 (whole batch) or a divisor of {self.batch_size}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_moments(self) -> Self:
+        if self.optimizer == "adamw8bit" and self.sharding != "none":
+            raise ValueError(
+                f"optimizer = adamw8bit and sharding = {self.sharding}: blocks of 8-bit moments are not cut into "
+                "shards. Use sharding = none, or optimizer = adamw (its state is sharded)."
             )
         return self

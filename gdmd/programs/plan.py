@@ -30,6 +30,7 @@ from gdmd.evaluation.cost_model import (
 from gdmd.evaluation.weightless import measure
 from gdmd.programs.plan_networks import Costs, Networks, costs_of, networks_of
 from gdmd.recipes.tally import Tally, tally
+from gdmd.training.optim8bit import moment_bytes
 
 ADAM = 8
 """Bytes of the optimiser per trained weight: two fp32 moments."""
@@ -207,7 +208,8 @@ def _shapes_reward(spec: RewardConfig) -> RewardNet:
 def _static(cfg: RunConfig, nets: Networks, counted: Tally) -> dict[str, int]:
     """Bytes that are held during the whole training, by role."""
     student, fake = (nets.roles.parameters(role) for role in ("student", "fake"))
-    numbers = sum(p.numel() for own in (student, fake) for p in own.values())
+    numbers = [p.numel() for own in (student, fake) for p in own.values()]
+    moments = sum(moment_bytes(n) for n in numbers) if cfg.loop.optimizer == "adamw8bit" else ADAM * sum(numbers)
     live = isinstance(cfg.model, DiffusersModel) and cfg.model.embeddings is None
     decoders = _unique(nets.codec, nets.scoring)
     return {
@@ -217,7 +219,7 @@ def _static(cfg: RunConfig, nets: Networks, counted: Tally) -> dict[str, int]:
         "old policy": _bytes(student.values())
         if counted.old_policy or not isinstance(cfg.model, DiffusersModel)
         else 0,
-        "optimiser": ADAM * numbers,
+        "optimiser": moments,
         "EMA": _bytes(student.values()) if cfg.loop.ema else 0,
         "text encoders": nets.encoders * nets.narrow if live else 0,
         "decoder": sum(_bytes(codec.vae.parameters()) for codec in decoders),

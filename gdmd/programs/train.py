@@ -23,6 +23,7 @@ from gdmd.runs.rundir import Run, create, open_run
 from gdmd.shapes.grammar import catalogue
 from gdmd.training.distributed import SINGLE, World
 from gdmd.training.loop import Hooks, Silent, TrainEnd, train
+from gdmd.training.optim8bit import require_torchao
 from gdmd.training.progress import progress_for
 
 
@@ -80,6 +81,8 @@ def ready(cfg: RunConfig, world: World = SINGLE) -> Lab:
     if world.size > 1:
         world.span(cfg.loop.batch_size)
     check_prompts(cfg)
+    if cfg.loop.optimizer == "adamw8bit":
+        require_torchao()
     lab = build(cfg)
     compile_networks(cfg, lab)
     if isinstance(lab.encoder, CachedText):

@@ -4,15 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from gdmd.training.distributed import SINGLE, World
+from gdmd.training.optim8bit import EightBit, adamw_8bit
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+Kind = Literal["adamw", "adamw8bit"]
+
+
+class Layout(Protocol):
+    """How the optimiser's state of one parameter is written as plain tensors."""
+
+    def shapes(self, parameter: Parameter) -> Mapping[str, tuple[int, ...]]: ...
+
+    def flat(self, state: Mapping[str, Any]) -> Mapping[str, Tensor]: ...
+
+    def restored(self, named: Mapping[str, Tensor], parameter: Parameter) -> dict[str, Any]: ...
+
+
+class Whole:
+    """Two moments like the parameter, sharded as it is, and a step counter."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def shapes(self, parameter: Parameter) -> Mapping[str, tuple[int, ...]]:
+        return {"exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape), "step": ()}
+
+    def flat(self, state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        return {moment: state[moment] for moment in MOMENTS}
+
+    def restored(self, named: Mapping[str, Tensor], parameter: Parameter) -> dict[str, Any]:
+        # the fused kernel wants its step counter beside the parameter, as fp32
+        moved = {key: named[key].to(parameter.device, copy=True) for key in MOMENTS}
+        return {key: moved[key] if key == "step" else self._world.placed(moved[key], parameter) for key in MOMENTS}
 
 
 def lr_factor(
@@ -29,7 +59,7 @@ def lr_factor(
 
 
 class RoleOptimizer:
-    """AdamW (arXiv 1711.05101) over the named parameters of one role, fused where the device has it.
+    """AdamW (arXiv 1711.05101) over the named parameters of one role, fused where the device has it, or with 8 bits.
 
     ``clip`` is the largest global gradient norm, 0 = none. Parameters must be fp32 or wider: an update of relative
     size 1e-5 is lost in half precision.
@@ -43,13 +73,17 @@ class RoleOptimizer:
         weight_decay: float = 0.0,
         clip: float = 0.0,
         world: World = SINGLE,
+        kind: Kind = "adamw",
     ) -> None:
         self.parameters, self.lr, self.clip, self._world = dict(parameters), lr, clip, world
         _check_parameters(self.parameters)
-        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in self.parameters.values())
-        self._adamw = torch.optim.AdamW(
-            list(self.parameters.values()), lr=lr, betas=betas, weight_decay=weight_decay, fused=fused
-        )
+        self._layout: Layout = EightBit() if kind == "adamw8bit" else Whole(world)
+        own = list(self.parameters.values())
+        if kind == "adamw8bit":
+            self._adamw = adamw_8bit(own, lr, betas, weight_decay)
+        else:
+            fused = all(parameter.device.type in ("cpu", "cuda") for parameter in own)
+            self._adamw = torch.optim.AdamW(own, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
 
     def zero_grad(self) -> None:
         """Drop all gradients (also those that another role's loss may have left here)."""
@@ -68,43 +102,48 @@ class RoleOptimizer:
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)
         for group in self._adamw.param_groups:
-            group["lr"] = factor * self.lr
+            if isinstance(group["lr"], Tensor):  # an input of a compiled step: the same tensor for ever
+                group["lr"].fill_(factor * self.lr)
+            else:
+                group["lr"] = factor * self.lr
         self._adamw.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME"; only parameters that were updated have one."""
+        """The state as "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME"; only parameters that were updated have one.
+
+        A moment of 8 bits is two tensors, "exp_avg.codes/NAME" and "exp_avg.scale/NAME".
+        """
         state = self._adamw.state
         return {
-            f"{moment}/{name}": state[parameter][moment]
+            f"{part}/{name}": tensor
             for name, parameter in self.parameters.items()
             if parameter in state
-            for moment in MOMENTS
+            for part, tensor in self._layout.flat(state[parameter]).items()
         }
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Restore ``tensors()`` exactly. ValueError when it belongs to other parameters."""
+        """Restore ``tensors()`` exactly. ValueError when it belongs to other parameters, or to another optimiser."""
         state: dict[str, dict[str, Tensor]] = {}
         for key, tensor in saved.items():
-            moment, _, name = key.partition("/")
-            self._check(key, moment, name, tensor)
-            state.setdefault(name, {})[moment] = tensor
+            part, _, name = key.partition("/")
+            self._check(key, part, name, tensor)
+            state.setdefault(name, {})[part] = tensor
         self._adamw.state.clear()
-        for name, moments in state.items():
+        for name, parts in state.items():
             parameter = self.parameters[name]
-            if moments.keys() != set(MOMENTS):
-                raise ValueError(f"the saved optimiser state of {name} has {sorted(moments)}, needs {sorted(MOMENTS)}.")
-            # the fused kernel wants its step counter beside the parameter, as fp32; the moments are like the parameter
-            moved = {key: tensor.to(parameter.device, copy=True) for key, tensor in moments.items()}
-            own = {key: moved[key] if key == "step" else self._world.placed(moved[key], parameter) for key in MOMENTS}
-            self._adamw.state[parameter] = own
+            needed = self._layout.shapes(parameter)
+            if parts.keys() != needed.keys():
+                raise ValueError(f"the saved optimiser state of {name} has {sorted(parts)}, needs {sorted(needed)}.")
+            self._adamw.state[parameter] = self._layout.restored(parts, parameter)
 
-    def _check(self, key: str, moment: str, name: str, tensor: Tensor) -> None:
-        known = moment in MOMENTS and name in self.parameters
-        if known and (moment == "step" or tensor.shape == self.parameters[name].shape):
+    def _check(self, key: str, part: str, name: str, tensor: Tensor) -> None:
+        shapes = self._layout.shapes(self.parameters[name]) if name in self.parameters else {}
+        if part in shapes and (part == "step" or tuple(tensor.shape) == shapes[part]):
             return
-        what = "an unknown name" if not known else f"shape {tuple(tensor.shape)}"
+        what = "an unknown name" if part not in shapes else f"shape {tuple(tensor.shape)}"
         raise ValueError(
-            f"the saved optimiser state does not fit: {key} has {what}. Use the checkpoint of this configuration."
+            f"the saved optimiser state does not fit: {key} has {what}. Use the checkpoint of this configuration "
+            "(loop.optimizer as it was)."
         )
 
     def _gradients(self) -> Sequence[Tensor]:

@@ -115,7 +115,7 @@ def role_states(roles: Roles, cfg: LoopConfig, world: World = SINGLE) -> dict[Ro
         states[role] = RoleState(
             role,
             parameters,
-            RoleOptimizer(parameters, lr, cfg.betas, cfg.weight_decay, cfg.clip, world),
+            RoleOptimizer(parameters, lr, cfg.betas, cfg.weight_decay, cfg.clip, world, cfg.optimizer),
             Ema(parameters, cfg.ema, cfg.ema_warmup, world) if role == "student" and cfg.ema else None,
             cfg.micro_batch,
             cfg.on_nonfinite == "skip",
