@@ -67,4 +67,9 @@ class DiffusersModel(Config):
         default=None,
         description="Folder or hub id of an AutoencoderTiny through which rewards see latents: less memory, rougher.",
     )
+    scoring_check: NonNegativeCount = Field(
+        default=8,
+        description="Teacher samples on which a run with a scoring_decoder first measures how each reward differs "
+        "from that through the VAE (RUN/scoring_decoder.json); at most a batch, 0 = none.",
+    )
     decode_tiled: bool = Field(default=False, description="Decode in overlapping tiles: less memory, small seams.")

@@ -98,12 +98,18 @@ def _table(cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str]) -> 
         "iterations": facts.get("step", cfg.loop.steps),
         "batch": cfg.loop.batch_size,
         "rewards": ", ".join(rewards) or "none",
+        **_scoring(facts.get("scoring")),
         "prompts": _prompts(cfg.prompts.file),
         "seed": cfg.loop.seed,
         "code": facts.get("commit") or "not recorded",
         "command": f"`{command}`",
     }
     return ("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()))
+
+
+def _scoring(found: Mapping[str, Any] | None) -> Mapping[str, str]:
+    """The row of a run whose rewards saw latents through another decoder."""
+    return {"rewards seen through": "; ".join([Path(found["decoder"]).name, *found["lines"]])} if found else {}
 
 
 def _prompts(file: str | None) -> str:

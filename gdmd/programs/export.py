@@ -14,6 +14,7 @@ from gdmd.config.run import RunConfig
 from gdmd.export.card import model_card
 from gdmd.export.lora import save_lora
 from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
+from gdmd.programs.decoders import read_gaps
 from gdmd.programs.folders import config_of
 from gdmd.programs.source_runs import trained_rewards
 from gdmd.programs.sources import EXPORT_FILE
@@ -22,15 +23,19 @@ from gdmd.runs.errors import RunError, writing
 from gdmd.runs.rundir import read_facts, write_atomic
 
 
-def export_run(run: Path, folder: Path | None = None, *, merged: bool = False, averaged: bool = True) -> list[Path]:
-    """Write the newest student of ``run`` (its EMA, unless ``averaged`` is false) and return what was written.
+def export_run(
+    run: Path, folder: Path | None = None, *, merged: bool = False, averaged: bool = True, which: str = "last"
+) -> list[Path]:
+    """Write the student of ``run`` (its EMA, unless ``averaged`` is false) and return what was written.
+
+    ``which``: the checkpoint, best, last or a step; the pieces of a sharded one are put together.
 
     Default folder: RUN/export. ``merged`` writes the whole pipeline, as a full student always is; else the LoRA and
     the scheduler. ValueError for a run of the Shapes lab, RunError for one without a checkpoint.
     """
     cfg = config_of(run)
     model = _real(cfg, run)
-    saved = checkpoint.load_newest(run / "checkpoints")
+    saved = checkpoint.load_chosen(run / "checkpoints", which)
     if saved is None:
         raise RunError(f"{run} has no checkpoint yet. Train it first: gdmd train --resume {run}.")
     weights = (saved.part("ema") if averaged else {}) or saved.part("student")
@@ -38,7 +43,7 @@ def export_run(run: Path, folder: Path | None = None, *, merged: bool = False, a
     target = folder or run / ("export-merged" if whole else "export")
     family, uniform = open_family(model), cfg.method.student_steps
     arguments = call_arguments(family, uniform)
-    facts = read_facts(run) | {"step": saved.step}
+    facts = read_facts(run) | {"step": saved.step, "scoring": read_gaps(run)}
     with writing("the export", target):
         target.mkdir(parents=True, exist_ok=True)
         if whole:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
+from gdmd.programs.decoders import check_decoder
 from gdmd.programs.evaluate import finish_run, grid_hook
 from gdmd.programs.folders import new_folder, resumed
 from gdmd.recipes.build import Lab, build, compile_networks
@@ -112,6 +113,7 @@ def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool
     """Train ``run`` from where it stands to its last step; then evaluate and report unless it was interrupted."""
     console.print(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name, markup=False, highlight=False)
     console.print(f"run folder {run.path}", markup=False, highlight=False)
+    world.on_first(lambda: check_decoder(cfg, lab, run.path, console))
     began = time.perf_counter()
     with progress_for(cfg.loop.steps, console) as progress:
         watcher = progress if world.first else Silent()

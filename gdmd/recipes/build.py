@@ -56,6 +56,7 @@ class Lab:
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
     student_steps: tuple[float, ...] = ()  # through the family's clock; empty: those of the recipe
     teacher_times: Callable[[int], Tensor] = times
+    scoring: Codec | None = None  # through which rewards see latents, where it is another one than ``codec``
 
 
 def build(cfg: RunConfig, device: str | None = None) -> Lab:
@@ -107,6 +108,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
         *(roles, family.codec, encoder, rewards, method, stream, family.latent_shape),
         student_steps=own.student_steps,
         teacher_times=family.teacher_times,
+        scoring=codec if model.scoring_decoder is not None else None,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from gdmd.config.loop import LoopConfig
 from gdmd.config.method import DmdConfig, GdmdConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.sources import read_source
+from gdmd.programs.decoders import check_decoder
 from gdmd.programs.export import export_run
 from gdmd.programs.sample import draw
 from gdmd.programs.sources import EXPORT_FILE
@@ -162,6 +165,33 @@ def test_rewards_see_latents_through_the_tiny_decoder(folders: Path, tmp_path: P
     AutoencoderTiny(**(shape | {"latent_channels": 16}), **blocks).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="decodes 16 channels, but latents of sd3 have 4"):
         build(recipe(folders, "sd3", 1, scoring_decoder=str(tmp_path / "other")), "cpu")
+
+
+def test_a_run_says_once_what_its_tiny_decoder_does_to_each_reward_and_so_does_the_card(
+    folders: Path, tmp_path: Path
+) -> None:
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        latent_channels=4,
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(tmp_path / "taesd")
+    own = GdmdConfig(group_size=2, guidance=3.0, step_draw="batch")
+    cfg = recipe(folders, "sd3", 1, own, scoring_decoder=str(tmp_path / "taesd"), scoring_check=2)
+    cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"teacher_steps": 2})})
+    said, run = io.StringIO(), tmp_path / "run"
+    start(cfg, run, Console(file=said, width=200), evaluation=False, command=["test"])
+    file = run / "scoring_decoder.json"
+    (row,) = json.loads(file.read_text())["rewards"]
+    assert row["images"] == 2 and row["difference"] == pytest.approx(row["rough"] - row["full"])
+    assert row["difference"] != 0 and f"brightness: {row['difference']:+.4g} on 2 images" in said.getvalue()
+    before = file.stat().st_mtime_ns
+    check_decoder(cfg, build(cfg, "cpu"), run, Console(file=said))
+    assert file.stat().st_mtime_ns == before
+    export_run(run)
+    card = (run / "export" / "README.md").read_text()
+    assert "| rewards seen through | taesd; " in card and f"{row['difference']:+.4g} on 2 images" in card
 
 
 def test_rewards_of_the_shapes_world_are_refused(folders: Path) -> None:
