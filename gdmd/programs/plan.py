@@ -126,7 +126,9 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> Plan:
     rows = max(round(min(counted.widest * cfg.loop.batch_size, _chunk(cfg))), 1)
     costs = costs_of(cfg, nets, rows, steered=counted.steered > 0)
     rewards, uncounted = _reward_nets(cfg)
-    static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in rewards)}
+    stay = [r for r in rewards if not r.waits or counted.steered > 0]  # with gradient an offloading one stays, too
+    static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in stay)}
+    visiting = max((r.bytes for r in rewards if r not in stay), default=0)  # one after the other
     trained = {role: _bytes(nets.roles.parameters(role).values()) for role in ("student", "fake")}
     row = nets.text(1)
     text = sum(value.numel() * value.element_size() for value in row.values())
@@ -138,7 +140,7 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> Plan:
         chunk=_chunk(cfg),
         answer=2 * 4 * math.prod(nets.latent_shape),  # fp32
         graded=max(costs.graded["student"].bytes, costs.graded["fake"].bytes),
-        picture=_picture(counted, costs),
+        picture=_picture(counted, costs) + visiting,
         per_sample=_per_sample(cfg, nets, text, scored=counted.decoded > 0),
         scored=REWARD_ROW if rewards and isinstance(cfg.model, DiffusersModel) else 0,
         flop=_flop(counted, costs, sum(r.flop for r in rewards)),
@@ -167,9 +169,12 @@ def _chunk(cfg: RunConfig) -> float:
 
 @dataclass(frozen=True)
 class _HeldReward:
+    """bytes and flop on the student's device; waits: the weights are on the CPU between calls (offload)."""
+
     weights: int
     bytes: int
     flop: int
+    waits: bool = False
 
 
 def _reward_nets(cfg: RunConfig) -> tuple[list[_HeldReward], tuple[str, ...]]:
@@ -185,7 +190,8 @@ def _reward_nets(cfg: RunConfig) -> tuple[list[_HeldReward], tuple[str, ...]]:
                 continue
             here = isinstance(one, ShapesReward) or getattr(one, "device", None) in (None, "cuda", "cuda:0")
             size = _DTYPE[getattr(one, "dtype", "fp32")]
-            found.append(_HeldReward(net.weights, net.weights * size * here, net.flop * here))
+            waits = getattr(one, "offload", False)
+            found.append(_HeldReward(net.weights, net.weights * size * here, net.flop * here, waits))
     return found, tuple(unknown)
 
 

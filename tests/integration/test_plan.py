@@ -24,15 +24,18 @@ from gdmd.config.loop import LoopConfig
 from gdmd.config.method import DmdConfig, GdmdConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.rivals import DmdrConfig
+from gdmd.config.rivals_rl import DmdReflConfig
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.rng import SampleRng
-from gdmd.evaluation.cost_model import GIB, Gpu, gpu_of
+from gdmd.evaluation.cost_model import CLIP_H, CLIP_L, GIB, Gpu, gpu_of
 from gdmd.evaluation.weightless import UNCOUNTED, measure, weightless
 from gdmd.programs.plan import Plan, plan
+from gdmd.programs.plan_networks import networks_of
 from gdmd.programs.plan_text import described
 from gdmd.recipes.build import Lab, build
 from gdmd.recipes.read import read_recipe
 from gdmd.recipes.tally import tally
+from gdmd.training.optim8bit import moment_bytes
 from gdmd.types import Role
 
 GPU = gpu_of("h100")
@@ -240,6 +243,29 @@ def test_it_says_what_does_not_fit_and_what_to_change(folders: Path) -> None:
     assert "not counted, size unknown here: math:fsum" in text
     assert planned(recipe(folders, "sd3")).fits
     assert said.total == max(said.parts.total(16), said.embedding) > GIB
+
+
+def test_rewards_that_wait_on_the_cpu_are_counted_one_at_a_time_unless_they_are_back_propagated(folders: Path) -> None:
+    plain = recipe(folders, "sd3", GdmdConfig(group_size=2))
+    here, away = ([{"kind": kind, "offload": on} for kind in ("clip", "hps")] for on in (False, True))
+    held, visits = (plan(RunConfig.model_validate(plain.model_dump() | {"rewards": r}), GPU, 0.4) for r in (here, away))
+    clip, hps = 4 * CLIP_L.weights, 4 * CLIP_H.weights
+    assert held.parts.static["rewards"] == clip + hps and visits.parts.static["rewards"] == 0
+    assert visits.parts.picture - held.parts.picture == hps
+    assert held.total - visits.total == pytest.approx(clip, rel=0.01)
+    own = DmdReflConfig(fake_updates=1).model_dump()
+    steered = plan(RunConfig.model_validate(plain.model_dump() | {"rewards": away, "method": own}), GPU, 0.4)
+    assert steered.parts.static["rewards"] == clip + hps
+
+
+def test_moments_of_8_bits_are_counted(folders: Path) -> None:
+    cfg = recipe(folders, "sd3", full="student")
+    small = cfg.model_copy(update={"loop": cfg.loop.model_copy(update={"optimizer": "adamw8bit"})})
+    wide, narrow = (planned(one).parts.static["optimiser"] for one in (cfg, small))
+    own = networks_of(cfg).roles
+    numbers = [p.numel() for role in ("student", "fake") for p in own.parameters(role).values()]
+    assert wide == 8 * sum(numbers)
+    assert narrow == sum(moment_bytes(n) for n in numbers) < wide
 
 
 def test_the_scaling_table_follows_its_formulas(folders: Path) -> None:
