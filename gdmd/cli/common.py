@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout; messages go to stderr.")]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="The run folder; default: below ./runs.")]
 
+Which = Annotated[
+    str, typer.Option("--checkpoint", metavar="best|last|STEP", help="Which checkpoint of a run; default: its newest.")
+]
+
 
 def messages() -> Console:
     """Where people read: stderr, so that stdout is free for results. Among several ranks only rank 0 speaks."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import Json, messages, print_json
+from gdmd.cli.common import Json, Which, messages, print_json
 
 What = Annotated[
     str,
@@ -31,6 +31,7 @@ def eval_command(
     split: Annotated[Split, typer.Option(help="eval: the fixed set; dev: for choosing settings.")] = Split.eval,
     per_task: Annotated[int | None, typer.Option(min=1, help="Prompts per task; default: the recipe's.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Images per prompt; default: the recipe's.")] = None,
+    which: Which = "last",
 ) -> None:
     """Measure a student or the teacher: ShapesEval by task, rewards, fidelity, coverage, speed.
 
@@ -41,15 +42,16 @@ def eval_command(
       gdmd eval teacher-4 --per-task 10         the same in 4 steps
       gdmd eval teacher-4-plain                 4 steps without guidance: 4 network calls, as a student
       gdmd eval runs/shapes-seed0 --split dev --images 2
+      gdmd eval runs/shapes-seed0 --checkpoint best         by loop.best_metric; also a step
     """
     from gdmd.programs.folders import check_target
 
-    check_target(what)
+    check_target(what, which)
     from gdmd.programs.evaluate import measure_named
 
     console = messages()
     console.print(f"evaluating {what} on the {split.value} prompts", markup=False, highlight=False)
-    name, row, cfg = measure_named(what, split.value, per_task, images)
+    name, row, cfg = measure_named(what, split.value, per_task, images, which)
     if json:
         print_json(row)
         return
@@ -74,6 +76,7 @@ def sample_command(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     png: Annotated[Path, typer.Option("--out", "-o", help="The .png to write.")] = Path("samples.png"),
     scale: Annotated[int, typer.Option(min=1, max=32, help="Pixels of the file per pixel of an image.")] = 4,
+    which: Which = "last",
 ) -> None:
     """Draw images from captions, one row of a PNG for each.
 
@@ -81,6 +84,7 @@ def sample_command(
     Examples:
       gdmd sample runs/shapes-seed0 --prompt "a red circle and a blue ring"
       gdmd sample runs/shapes-seed0 -p "three squares" -p "a ring above a cross" -n 6 --seed 1 -o rows.png
+      gdmd sample runs/shapes-seed0 -p "a ring" --checkpoint best
       gdmd sample teacher -p "a green diamond"
       gdmd sample runs/sdxl-seed0/export -p "two red apples on a table" -n 4
       gdmd sample models/sdxl,lora=lcm-lora.safetensors,scheduler=lcm,steps=4,guidance=0 -p "two red apples"
@@ -90,6 +94,7 @@ def sample_command(
     from gdmd.programs.sources import kind_of
 
     source = read_source(what)
+    source = source if which == "last" else source.changed({"checkpoint": which})
     kind_of(source)
     check_png(png)
     from gdmd.programs.sample import draw

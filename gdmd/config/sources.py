@@ -16,7 +16,7 @@ SchedulerName = Literal["lcm", "tcd", "ddim", "euler", "euler_ancestral", "flow_
 
 
 class SourceConfig(Config):
-    """One source of images. Everything but name, where, batch and trained belongs to diffusers pipelines alone."""
+    """One source of images. All but name, where, batch, trained and a run's checkpoint is of diffusers pipelines alone."""
 
     name: str = Field(description="What it is called in tables, and its folder in a comparison.")
     where: str = Field(
@@ -39,6 +39,7 @@ class SourceConfig(Config):
     variant: str | None = Field(default=None, description='Variant of the weight files, for example "fp16".')
     dtype: Literal["fp32", "bf16", "fp16"] = Field(default="bf16", description="Precision of a pipeline.")
     device: str | None = Field(default=None, description="Where it runs; default: the GPU where there is one.")
+    checkpoint: str = Field(default="last", description="Which checkpoint of a run: best, last or a step.")
     batch: Count | None = Field(default=None, description="Images per call; default: 100 Shapes images, else 4.")
     trained: tuple[str, ...] = Field(
         default=(), description="Rewards a foreign model was trained on, joined by +; runs and exports know theirs."

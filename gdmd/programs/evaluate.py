@@ -29,9 +29,9 @@ Row = Mapping[str, Any]
 """``Evaluation.json()``, and for a student the "step" of its checkpoint."""
 
 
-def open_student(cfg: RunConfig, folder: Path) -> tuple[Lab, int]:
-    """The lab of a run whose student holds the EMA weights of the newest good checkpoint, and that one's step."""
-    saved = checkpoint.load_newest(folder / "checkpoints")
+def open_student(cfg: RunConfig, folder: Path, which: str = "last") -> tuple[Lab, int]:
+    """The lab of a run whose student holds the EMA weights of a checkpoint (best, last or a step), and its step."""
+    saved = checkpoint.load_chosen(folder / "checkpoints", which)
     if saved is None:
         raise RunError(f"{folder} has no checkpoint yet. Train it first: gdmd train --resume {folder}.")
     lab = build(cfg)
@@ -44,14 +44,14 @@ def load_ema(lab: Lab, saved: checkpoint.Checkpoint) -> None:
     load_named(lab.roles.parameters("student"), saved.part("ema") or saved.part("student"), "the student")
 
 
-def open_named(what: str) -> tuple[RunConfig, Lab, Sampler, int]:
+def open_named(what: str, which: str = "last") -> tuple[RunConfig, Lab, Sampler, int]:
     """A run folder or one of TEACHERS as something that makes images; and the step of the student (else 0)."""
     if what in TEACHERS:
         cfg = RunConfig(name="teacher", loop=LoopConfig())
         lab = build(cfg)
         return cfg, lab, teacher_row(cfg, lab, what), 0
     cfg = config_of(Path(what))
-    lab, step = open_student(cfg, Path(what))
+    lab, step = open_student(cfg, Path(what), which)
     return cfg, lab, student_row(cfg, lab), step
 
 
@@ -107,9 +107,11 @@ def measure(cfg: RunConfig, lab: Lab, sampler: Sampler, split: Split = "eval", s
     return row | ({"step": step} if step else {})
 
 
-def measure_named(what: str, split: Split, per_task: int | None, images: int | None) -> tuple[str, Row, RunConfig]:
+def measure_named(
+    what: str, split: Split, per_task: int | None, images: int | None, which: str = "last"
+) -> tuple[str, Row, RunConfig]:
     """``gdmd eval``: (name of the row, row, configuration) of a run's EMA student or of the teacher."""
-    cfg, lab, sampler, step = open_named(what)
+    cfg, lab, sampler, step = open_named(what, which)
     given = {"per_task": per_task, "images": images}
     own = cfg.eval.model_copy(update={key: value for key, value in given.items() if value is not None})
     cfg = cfg.model_copy(update={"eval": own})

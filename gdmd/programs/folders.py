@@ -17,7 +17,8 @@ from gdmd.runs.rundir import Run, check_same_config, open_run, write_atomic
 
 MAY_CHANGE = (
     *("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every", "loop.grid_every"),
-    *("loop.sharding", "loop.rank_timeout"),
+    *("loop.sharding", "loop.rank_timeout", "loop.checkpoint_async", "loop.checkpoint_format"),
+    *("loop.best_metric", "loop.best_direction"),
 )
 """What a resumed run may change: how long it goes on, what it writes and on what it runs, never what it computes."""
 TEACHERS = ("teacher", "teacher-4", "teacher-4-plain")
@@ -75,10 +76,12 @@ def check_writable(path: Path, what: str) -> None:
             raise PermissionError(13, "Permission denied")
 
 
-def check_target(what: str) -> None:
-    """RunError unless ``what`` is a row of the teacher or a run folder."""
+def check_target(what: str, which: str = "last") -> None:
+    """RunError unless ``what`` is a row of the teacher or a run folder; only the latter has checkpoints."""
     if what not in TEACHERS:
         open_run(Path(what))
+    elif which != "last":
+        raise RunError(f"--checkpoint {which}: {what} has no checkpoints; leave it out, or name a run folder.")
 
 
 def check_png(path: Path) -> None:

@@ -109,7 +109,8 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     if guided == "true_cfg_scale" and cfg.guidance is not None and cfg.guidance > 1:
         asked["negative_prompt"] = " "  # without one the pipeline leaves guidance off
     arguments = {key: value for key, value in asked.items() if value is not None}
-    settings = cfg.model_dump(mode="json", exclude={"name", "where", "batch", "device", "trained", "lora", "base"})
+    beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "base"}
+    settings = cfg.model_dump(mode="json", exclude=beside)
     identity = {"kind": "pipeline", **settings, "weights": _fingerprint(cfg.where), "lora": _fingerprint(cfg.lora)}
     facts = Facts(cfg.name, "pipeline", cfg.where, trained=cfg.trained or None, batch=cfg.batch or 4, identity=identity)
     return PipelineSource(facts, pipe, arguments)

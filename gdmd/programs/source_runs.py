@@ -31,8 +31,8 @@ class RunSource:
 
     @classmethod
     def open(cls, cfg: SourceConfig) -> RunSource:
-        """The newest checkpoint of the run in ``cfg.where``."""
-        recipe, lab, sampler, step = open_named(cfg.where)
+        """Checkpoint ``cfg.checkpoint`` of the run in ``cfg.where``."""
+        recipe, lab, sampler, step = open_named(cfg.where, cfg.checkpoint)
         teacher = cfg.where in TEACHERS
         facts = Facts(
             name=cfg.name,

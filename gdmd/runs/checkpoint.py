@@ -2,6 +2,9 @@
 
 A checkpoint is written into a hidden sibling, fsynced and renamed; state.json holds the sha256 of every file and of
 itself. Reading takes the newest that verifies and says which file of a newer one was damaged. No pickle.
+
+Sharded ones hold a file per rank instead (``runs.shards``); reading puts their tensors together, so that nobody who
+reads a checkpoint has to know which kind it is.
 """
 
 from __future__ import annotations
@@ -11,17 +14,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gdmd.runs.best import Best, read_best, write_best
 from gdmd.runs.errors import RunError, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+FORMAT, SHARDED = 1, 2
 _NAME = re.compile(r"step_(\d{6}|[1-9]\d{6,})", re.ASCII)  # as save() writes it: one name per step
 _FILE = re.compile(r"[^/\\\0]+\.safetensors")  # inside the checkpoint's folder
 _CHUNK = 1 << 22  # bytes per read when hashing: 4 MiB
@@ -46,58 +51,131 @@ class Checkpoint:
         return self.tensors.get(name, {})
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where checkpoint ``step`` goes. ``keep`` newest stay besides it (0 = all), and the best one.
+
+    ``candidate``: what this checkpoint is worth; it becomes the best one if it beats the one before.
+    """
+
+    folder: Path
+    step: int
+    keep: int = 0
+    candidate: Best | None = None
+
+    @property
+    def final(self) -> Path:
+        return self.folder / f"step_{self.step:06d}"
+
+    @property
+    def partial(self) -> Path:
+        return self.folder / f".step_{self.step:06d}.partial"
+
+    def left(self) -> str:
+        """What a failed save leaves."""
+        return f"Nothing was half-written; {len(steps(self.folder))} older checkpoint(s) are intact."
+
+
 def save(
     folder: Path,
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int = 0,
+    candidate: Best | None = None,
 ) -> Path:
     """Write checkpoint ``step`` and delete all but the ``keep`` newest (0 = keep all). Returns its folder.
 
     On failure (full disk, ...) nothing is left behind, the older checkpoints stay, and a RunError says so.
     """
-    folder = Path(folder)
-    final = folder / f"step_{step:06d}"
-    partial = folder / f".step_{step:06d}.partial"
-    left = f"Nothing was half-written; {len(steps(folder))} older checkpoint(s) are intact."
-    with writing("the checkpoint", final, left):
+    place = Place(Path(folder), step, keep, candidate)
+    begin(place)
+    digests: dict[str, str] = {}
+    for part, named in tensors.items():
+        if named:
+            digests |= write(place, f"{part}.safetensors", named)
+    return commit(place, digests, state, FORMAT)
+
+
+def begin(place: Place) -> None:
+    """Make the hidden folder of a checkpoint; what a killed save left behind is removed."""
+    with _whole_or_absent(place):
+        _clear(place.folder)
+        place.partial.mkdir(parents=True)
+
+
+def write(
+    place: Place, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Write one safetensors file into the hidden folder; its sha256 by its name."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    file = place.partial / name
+    with _whole_or_absent(place):
         try:
-            _clear(folder)
-            partial.mkdir(parents=True)
-            _write(partial, step, tensors, state)
-            if final.exists():  # a damaged or abandoned one of the same step
-                final.rename(folder / f".step_{step:06d}.replaced")
-            partial.rename(final)
-            _fsync(folder)
-            _clear(folder)
-        except OSError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        older = [number for number in steps(folder) if number <= step]
-        for number in older[:-keep] if keep else []:
-            shutil.rmtree(folder / f"step_{number:06d}")
+            save_file(_separate(tensors), file, **({"metadata": dict(metadata)} if metadata else {}))
+        except SafetensorError as error:  # its writer wraps the OSError in a message
+            raise OSError(_errno(str(error)), f"{name}: {error}") from error
+        _fsync(file)
+        return {name: _sha256(file)}
+
+
+def commit(place: Place, digests: Mapping[str, str], state: Mapping[str, Any], layout: int) -> Path:
+    """Sign the files, rename the hidden folder, name the best checkpoint and delete those that are too many."""
+    final, folder = place.final, place.folder
+    with _whole_or_absent(place):
+        body = {"format": layout, "step": place.step, "files": dict(digests), "state": dict(state)}
+        with (place.partial / "state.json").open("w", encoding="utf-8") as text:
+            json.dump(body | {"sha256": _digest(body)}, text, indent=2)
+            text.flush()
+            os.fsync(text.fileno())
+        _fsync(place.partial)
+        if final.exists():  # a damaged or abandoned one of the same step
+            final.rename(folder / f".step_{place.step:06d}.replaced")
+        place.partial.rename(final)
+        _fsync(folder)
+        _clear(folder)
+    with writing("the checkpoint", final, place.left()):
+        _choose_and_rotate(place)
     return final
 
 
-def load(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint folder; a DamagedCheckpoint names the file that is wrong."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def load(path: Path, *, verify: bool = True) -> Checkpoint:
+    """Read and verify one checkpoint folder; a DamagedCheckpoint names the file that is wrong.
 
+    ``verify`` may be false where another rank has just compared the sums.
+    """
     state = _read_state(path)
-    tensors = {}
     for name, digest in state["files"].items():
         file = path / name
         if not file.is_file():
             raise DamagedCheckpoint(f"{file} is missing")
-        try:
-            if _sha256(file) != digest:
+        with _damage(file):
+            if verify and _sha256(file) != digest:
                 raise DamagedCheckpoint(f"{file} is damaged (its sha256 differs from the one in state.json)")
-            tensors[file.stem] = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise DamagedCheckpoint(f"{file} cannot be read ({error})") from error
+    tensors = _parts(path, state["files"]) if state["format"] == FORMAT else _shards(path, state["files"])
     return Checkpoint(state["step"], path, tensors, state["state"])
+
+
+def load_chosen(folder: Path, which: str = "last") -> Checkpoint | None:
+    """Checkpoint "best", "last" (the newest that verifies) or of a step; None when "last" finds none at all."""
+    if which == "last":
+        return load_newest(folder)
+    folder = Path(folder)
+    if which == "best":
+        best = read_best(folder)
+        if best is None:
+            raise RunError(f"{folder} has no best checkpoint: it is kept where loop.best_metric names a metric.")
+        which = str(best.step)
+    path = folder / f"step_{int(which):06d}" if re.fullmatch(r"\d{1,18}", which, re.ASCII) else None
+    if path is None or not path.is_dir():
+        there = ", ".join(map(str, steps(folder))) or "none"
+        raise RunError(f"there is no checkpoint {which!r} in {folder}: give best, last or a step (there are: {there}).")
+    try:
+        return load(path)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{error}. Restore it, or choose another checkpoint: last, or a step.") from error
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
@@ -137,28 +215,74 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
     return moved
 
 
-def _write(partial: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def _choose_and_rotate(place: Place) -> None:
+    """The best one is named before anything is deleted, and never deleted."""
+    best = read_best(place.folder)
+    if place.candidate is not None and place.candidate.beats(best):
+        best = place.candidate
+        write_best(place.folder, best)
+    older = [number for number in steps(place.folder) if number <= place.step]
+    for number in older[: -place.keep] if place.keep else []:
+        if best is None or number != best.step:
+            shutil.rmtree(place.folder / f"step_{number:06d}")
 
-    digests = {}
-    for part, named in tensors.items():
-        if not named:
-            continue
-        file = partial / f"{part}.safetensors"
-        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
+
+@contextmanager
+def _whole_or_absent(place: Place) -> Iterator[None]:
+    """An OSError inside removes the hidden folder and becomes a RunError."""
+    with writing("the checkpoint", place.final, place.left()):
         try:
-            save_file(plain, file)
-        except SafetensorError as error:  # its writer wraps the OSError in a message
-            raise OSError(_errno(str(error)), f"{file.name}: {error}") from error
-        _fsync(file)
-        digests[file.name] = _sha256(file)
-    body = {"format": FORMAT, "step": step, "files": digests, "state": dict(state)}
-    with (partial / "state.json").open("w", encoding="utf-8") as text:
-        json.dump(body | {"sha256": _digest(body)}, text, indent=2)
-        text.flush()
-        os.fsync(text.fileno())
-    _fsync(partial)
+            yield
+        except OSError:
+            shutil.rmtree(place.partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _damage(file: Path) -> Iterator[None]:
+    """What cannot be read is a damaged checkpoint."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"{file} cannot be read ({error})") from error
+
+
+def _parts(path: Path, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Format 1: a file per part."""
+    from safetensors.torch import load_file
+
+    tensors = {}
+    for name in names:
+        with _damage(path / name):
+            tensors[(path / name).stem] = load_file(path / name)
+    return tensors
+
+
+def _shards(path: Path, names: Iterable[str]) -> Mapping[str, Mapping[str, Tensor]]:
+    """Format 2: a file per rank."""
+    from gdmd.runs.shards import IncompleteShards, assembled
+
+    with _damage(path):
+        try:
+            return assembled([path / name for name in names])
+        except IncompleteShards as error:
+            raise DamagedCheckpoint(f"{path}: {error}") from error
+
+
+def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and none a view of memory that others use: safetensors refuses those."""
+    seen: set[int] = set()
+    plain = {}
+    for name, tensor in named.items():
+        own = tensor.detach().cpu().contiguous()
+        memory = own.untyped_storage()
+        if memory.data_ptr() in seen or memory.nbytes() != own.numel() * own.element_size():
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        plain[name] = own
+    return plain
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -171,8 +295,9 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{file} is missing or damaged ({error})") from error
     if not verifies:
         raise DamagedCheckpoint(f"{file} is damaged (its sha256 differs)")
-    if body.get("format") != FORMAT:
-        raise RunError(f"{file} has format {body.get('format')}, not {FORMAT}: use the gdmd that wrote it.")
+    if body.get("format") not in (FORMAT, SHARDED):
+        known = f"{FORMAT} or {SHARDED}"
+        raise RunError(f"{file} has format {body.get('format')}, not {known}: use the gdmd that wrote it.")
     files, kinds = body.get("files"), (int, dict, dict)
     whole = all(isinstance(body.get(key), kind) for key, kind in zip(("step", "files", "state"), kinds, strict=True))
     if not whole or not all(_FILE.fullmatch(name) for name in files):

@@ -115,6 +115,18 @@ class World:
         own: Tensor = distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)
         return own
 
+    def piece(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]] | None:
+        """What this rank has to save of a tensor and where in the whole it begins; None where another rank saves it."""
+        if not _sharded(tensor):
+            return (tensor, (0,) * tensor.ndim) if self.first else None
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        seats = zip(placements, mesh.get_coordinate(), strict=True)
+        own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+        if own.numel() == 0 or any(placement.is_replicate() and seat > 0 for placement, seat in seats):
+            return None
+        (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
+        return own, tuple(chunk.offsets)
+
     def collect(self, value: Any) -> list[Any]:
         """A JSON value of every rank, by rank."""
         if self.size == 1:
@@ -133,14 +145,19 @@ class World:
 
     def largest(self, number: int) -> int:
         """The maximum over ranks."""
+        return self.maxima([number])[0]
+
+    def maxima(self, numbers: Sequence[int]) -> list[int]:
+        """The maximum of each number over ranks, in one message."""
+        own = [int(number) for number in numbers]
         if self.size == 1:
-            return number
+            return own
         import torch.distributed as dist
 
         self.calls += 1
-        found = torch.tensor([number])
+        found = torch.tensor(own)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        return [int(number) for number in found]
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """Rank 0 does it, all get its JSON value. An error is raised on rank 0 and ends the others too."""

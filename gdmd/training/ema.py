@@ -69,12 +69,13 @@ def load_named(into: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: st
             "They are of another network: use the checkpoint of this configuration."
         )
     for name, target in into.items():
-        if target.shape != saved[name].shape:
+        own = saved[name]
+        if target.shape != own.shape:
             raise ValueError(
-                f"{what}: {name} has shape {tuple(target.shape)}, the saved one {tuple(saved[name].shape)}. "
+                f"{what}: {name} has shape {tuple(target.shape)}, the saved one {tuple(own.shape)}. "
                 "It is of another network: use the checkpoint of this configuration."
             )
-        target.copy_(world.placed(saved[name], target))
+        target.copy_(world.placed(own, target))
 
 
 def _wide(parameter: Parameter) -> Tensor:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -23,10 +23,12 @@ from torch import Tensor
 from gdmd.config.loop import LoopConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.runs import checkpoint
+from gdmd.runs.best import Judge
 from gdmd.runs.errors import writing
-from gdmd.runs.rundir import Run
+from gdmd.runs.rundir import Run, read_metrics
 from gdmd.training.distributed import SINGLE, World
 from gdmd.training.optim import lr_factor
+from gdmd.training.saver import Saver
 from gdmd.training.state import NonFiniteError, RoleState, autocast_of, ema_weights, role_states
 from gdmd.training.stats import Means
 from gdmd.types import Method, PromptBatch, Role, Roles, Update
@@ -119,9 +121,9 @@ def train(
     if world.size > 1 and cfg.sharding != "none":
         roles.shard(lambda module: world.shard(module, cfg.sharding))
     trainer = _Trainer(method, roles, cfg, run, hooks, world)
-    with world.watched(cfg.rank_timeout, trainer.stands), _stop_signals(world) as stopped:
+    with world.watched(cfg.rank_timeout, trainer.saver.stands), _stop_signals(world) as stopped:
         start = trainer.resume()
-        with _tensorboard(run, start) if world.first else nullcontext() as board:
+        with _tensorboard(run, start) if world.first else nullcontext() as board, closing(trainer.saver):
             return _steps(trainer, lambda step: stream.at(step, *place), start, stopped, board)
 
 
@@ -136,19 +138,19 @@ def _steps(
     cfg, signal_number = trainer.cfg, 0
     if start == 0:
         trainer.grid(0)
-    step, saved = start, trainer.newest
+    step = start
     for step in range(start + 1, cfg.steps + 1):  # step counts finished iterations from here on
         trainer.iterate(step - 1, batch_at(step - 1))
-        signal_number = trainer.world.largest(stopped[0] if stopped else 0)
+        signal_number = trainer.agree(stopped[0] if stopped else 0)
         last = step == cfg.steps or signal_number > 0
         trainer.report(step, last, board)
         if cfg.grid_every and (step % cfg.grid_every == 0 or step == cfg.steps):
             trainer.grid(step)
         if last or step % cfg.checkpoint_every == 0:
-            saved = trainer.save(step)
+            trainer.save(step)
         if last:
             break
-    return TrainEnd(step, saved or trainer.save(step), signal_number or None)
+    return TrainEnd(step, trainer.saved(step), signal_number or None)
 
 
 class _Trainer:
@@ -161,7 +163,8 @@ class _Trainer:
         self.world = world
         self.states: dict[Role, RoleState] = role_states(roles, cfg, world)
         self.means = Means()
-        self.newest: Path | None = None
+        self.saver = Saver(run.checkpoints, cfg, world, hooks.progress.note)
+        self.judge = Judge(cfg.best_metric, cfg.best_direction, max(cfg.checkpoint_every, cfg.log_every))
         self._images, self._clock = 0, time.perf_counter()
         device = next(iter(roles.parameters("student").values())).device.type
         self._autocast = autocast_of(cfg, device)
@@ -177,7 +180,7 @@ class _Trainer:
             old = {name: self.world.placed(own, weights[name]) for name, own in saved.part("old").items()}
             self.roles.load_old_state(old)
             self.method.load(saved.part("method"))
-            self.newest = saved.path
+            self.saver.newest = saved.path
         for state in self.states.values():
             self.world.check_same(state.parameters, f"the {state.role}")
         self.world.on_first(lambda: self._take_up(saved))
@@ -193,7 +196,7 @@ class _Trainer:
             return str(found[0].path) if found[0] else None
 
         path = self.world.on_first(find)
-        return found[0] if found else checkpoint.load(Path(path)) if path else None
+        return found[0] if found else checkpoint.load(Path(path), verify=False) if path else None
 
     def _take_up(self, saved: checkpoint.Checkpoint | None) -> None:
         """What the run folder has to know of a start or resume."""
@@ -203,6 +206,7 @@ class _Trainer:
             for message in (*saved.messages, f"resumed from step {saved.step} ({saved.path})"):
                 self.hooks.progress.note(message)
         self.run.rewind(saved.step if saved else 0)
+        self.judge.take_up(read_metrics(self.run.path) if self.judge.metric else ())
 
     def iterate(self, step: int, prompts: PromptBatch) -> None:
         """One outer iteration: apply every update the method asks for, in its order."""
@@ -236,6 +240,7 @@ class _Trainer:
     def _write_row(self, step: int, values: Mapping[str, float], board: SummaryWriter | None) -> None:
         assert board is not None
         self.run.log(step, values)
+        self.judge.add(step, values)
         with writing("the TensorBoard log", self.run.tensorboard):
             for key, value in values.items():
                 board.add_scalar(key, value, step)
@@ -250,30 +255,32 @@ class _Trainer:
             path.parent.mkdir(exist_ok=True)
             self.hooks.grid(step, path if self.world.first else None)
 
-    def save(self, step: int) -> Path:
-        """Write a checkpoint of everything that is not a pure function of the configuration and the step.
+    def agree(self, signal_number: int) -> int:
+        """The signal that any rank has got, 0 = none; a checkpoint that all have written, or one has not, is settled."""
+        found, failed, writing_still = self.world.maxima([signal_number, self.saver.failed, self.saver.writing])
+        if failed or not writing_still:
+            self.saver.settle()
+        return found
 
-        Shards are put together, so that a checkpoint does not depend on the number of ranks.
-        """
-        tensors: dict[str, Mapping[str, Tensor]] = {"old": self.roles.old_state(), "method": self.method.state()}
+    def save(self, step: int) -> None:
+        """Begin a checkpoint of everything that is not a pure function of the configuration and the step."""
+        parts: dict[str, Mapping[str, Tensor]] = {"old": self.roles.old_state(), "method": self.method.state()}
         for state in self.states.values():
-            tensors |= state.tensors()
+            parts |= state.tensors()
         facts: dict[str, Any] = {"roles": {role: state.counters() for role, state in self.states.items()}}
-        whole = {part: self._whole(named) for part, named in tensors.items()}
-        folder, keep = self.run.checkpoints, self.cfg.keep_checkpoints
-        self.newest = Path(self.world.on_first(lambda: str(checkpoint.save(folder, step, whole, facts, keep))))
-        return self.newest
+        candidate = self.judge.at(step) if self.judge.metric and self.world.first else None
+        if self.judge.metric and self.world.first and candidate is None:
+            self.hooks.progress.note(self.judge.complaint(step))
+        self.saver.save(step, parts, facts, candidate)
 
-    def _whole(self, named: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The tensors without their sharding, one after the other; kept on rank 0 only, in the memory of its CPU."""
-        if self.world.size == 1:
-            return named
-        kept: dict[str, Tensor] = {}
-        for name, tensor in named.items():
-            whole = self.world.whole(tensor.detach())
-            if self.world.first:
-                kept[name] = whole.cpu()
-        return kept
+    def saved(self, step: int) -> Path:
+        """The newest checkpoint, once it stands; one of ``step`` where there is none."""
+        self.saver.settle()
+        if self.saver.newest is None:
+            self.save(step)
+            self.saver.settle()
+        assert self.saver.newest is not None
+        return self.saver.newest
 
     def _updates(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
         """The method's updates; its own network calls (roll-out, targets) run under the precision of the run."""
@@ -292,24 +299,22 @@ class _Trainer:
     def _check_skipped(self, step: int) -> None:
         skipped = sum(state.skipped for state in self.states.values())
         if skipped > self.cfg.skip_limit:
+            self.saver.settle()
             raise ValueError(
                 f"step {step}: {skipped} updates of this run were skipped because they were not finite, more "
-                f"than loop.skip_limit = {self.cfg.skip_limit}. {self.stands()} Lower the learning rates, or raise it."
+                f"than loop.skip_limit = {self.cfg.skip_limit}. {self.saver.stands()} Lower the learning rates, or raise it."
             )
 
     def _explained(self, error: NonFiniteError, step: int, prompts: PromptBatch) -> NonFiniteError:
+        self.saver.settle()
         index = self.world.gather(prompts.index).tolist()
         within = all(place < len(index) for place in error.positions)
         where = f", sample(s) {[index[place] if within else place for place in error.positions[:8]]}"
         message = (
-            f"step {step}{where if error.positions else ''}: {error}. The update was not applied. {self.stands()} "
+            f"step {step}{where if error.positions else ''}: {error}. The update was not applied. {self.saver.stands()} "
             "Lower loop.lr_student and loop.lr_fake, use precision fp32, or set loop.on_nonfinite = skip."
         )
         return NonFiniteError(message, error.role, error.positions)
-
-    def stands(self) -> str:
-        """Which checkpoint a failure leaves."""
-        return f"The last good checkpoint is {self.newest}." if self.newest else "There is no checkpoint yet."
 
 
 @contextmanager

@@ -99,6 +99,23 @@ def test_eval_prints_one_json_object_with_the_promised_keys(gdmd: Gdmd) -> None:
     assert row["nfe"] == 4 and row["images_per_s"] > 0
 
 
+def test_a_checkpoint_is_chosen_by_name_or_step(gdmd: Gdmd) -> None:
+    best = ("loop.best_metric=loss/student", "loop.best_direction=min", "loop.checkpoint_every=1", "loop.log_every=1")
+    assert gdmd.train("--run", "run", *best).code == 0
+    size = ("--json", "--per-task", "1", "--images", "2")
+    assert json.loads(gdmd("eval", "run", "--checkpoint", "1", *size).out)["step"] == 1
+    chosen = json.loads(Path("run/checkpoints/best.json").read_text())["step"]
+    assert json.loads(gdmd("eval", "run", "--checkpoint", "best", *size).out)["step"] == chosen
+    pictures = []
+    for words in (("run", "--checkpoint", "1"), ("run,checkpoint=1",), ("run",)):
+        assert gdmd("sample", *words, "-p", "a red ring", "-n", "2", "-o", "a.png").code == 0
+        pictures.append(Path("a.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+    refused = gdmd("sample", "run", "-p", "a red ring", "--checkpoint", "7")
+    assert refused.code == 2 and "give best, last or a step (there are: 1, 2)" in refused.err
+    assert gdmd("eval", "teacher", "--checkpoint", "best").code == 2
+
+
 def test_eval_measures_the_averaged_student_and_not_the_last_one(gdmd: Gdmd) -> None:
     assert gdmd.train("--run", "run").code == 0
     saved = checkpoint.load_newest(Path("run/checkpoints"))

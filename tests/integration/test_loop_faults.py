@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from toy_training import Toy, toy_config  # noqa: E402
 
 from gdmd.runs import checkpoint, rundir  # noqa: E402
+from gdmd.runs.best import read_best  # noqa: E402
 from gdmd.runs.errors import RunError  # noqa: E402
 from gdmd.training.loop import Hooks  # noqa: E402
 from gdmd.training.progress import PlainProgress, progress_for, summary  # noqa: E402
@@ -130,6 +132,64 @@ def test_a_full_disk_is_one_error_and_the_run_can_go_on_afterwards(
     assert Toy(tmp_path / "run", toy_config(20), hooks=Hooks(watcher)).train().step == 20
     assert any("resumed from step 5" in note for note in watcher.notes)
     assert [row["step"] for row in rundir.read_metrics(tmp_path / "run")] == list(range(1, 21))
+
+
+def test_an_error_of_the_writer_ends_the_run_in_the_iteration_after_it_not_at_the_next_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def wait(step: int) -> None:
+        while step == 6 and any(thread.name == "gdmd-checkpoint" for thread in threading.enumerate()):
+            time.sleep(0.001)
+
+    monkeypatch.setattr(checkpoint, "_fsync", read_only)
+    watcher = Watcher()
+    with pytest.raises(RunError, match=r"step_000005.*read-only"):
+        Toy(tmp_path / "run", toy_config(20), wait, hooks=Hooks(watcher)).train()
+    assert watcher.steps[-1] <= 6
+
+
+def test_sigterm_waits_for_the_checkpoint_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(path: Path) -> None:
+        time.sleep(0.05)
+
+    def terminate(step: int) -> None:
+        if step == 5:
+            assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint, "_fsync", slow)
+    end = Toy(tmp_path / "run", toy_config(20), terminate).train()
+    assert (end.exit_code, end.checkpoint.name) == (143, "step_000006")
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5, 6]
+
+
+def test_the_best_checkpoint_of_a_run_is_kept_and_judged_alike_after_a_resume(tmp_path: Path) -> None:
+    changes = {"best_metric": "loss/student", "best_direction": "min", "keep_checkpoints": 1}
+    Toy(tmp_path / "whole", toy_config(40, **changes)).train()
+
+    def terminate(step: int) -> None:
+        if step == 19:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Toy(tmp_path / "parts", toy_config(40, **changes), terminate).train()
+    Toy(tmp_path / "parts", toy_config(40, **changes)).train()
+    best = read_best(tmp_path / "whole" / "checkpoints")
+    assert best is not None and read_best(tmp_path / "parts" / "checkpoints") == best
+    rows = {row["step"]: row["loss/student"] for row in rundir.read_metrics(tmp_path / "whole")}
+    means = {step: sum(rows[step - i] for i in range(5)) / 5 for step in range(5, 41, 5)}
+    assert best.step == min(means, key=means.__getitem__) and best.value == pytest.approx(means[best.step])
+    assert checkpoint.steps(tmp_path / "whole" / "checkpoints") == sorted({best.step, 40})
+
+
+def test_a_best_metric_that_is_not_logged_is_said(tmp_path: Path) -> None:
+    watcher = Watcher()
+    Toy(tmp_path / "run", toy_config(5, best_metric="loss/studnt"), hooks=Hooks(watcher)).train()
+    assert any("did you mean loss/student?" in note for note in watcher.notes)
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(tmp_path: Path) -> None:

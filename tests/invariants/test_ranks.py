@@ -8,8 +8,10 @@ single weight 4 % of one step of lr. Asked for is about five times that.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from rank_world import run_ranks
+from safetensors.torch import save_file
 from tiny_roles import Toy, ToyCodec, tiny_roles
 from torch import Tensor
 
@@ -122,7 +125,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, (method, how) in SHARDED.items():
             run(method, root / f"{name}_2", world, sharding=how)
         run("gdmd", root / "two_to_one", world, steps=2, sharding="full")
-        run("gdmd", root / "one_to_two", world, sharding="full")
+        run("gdmd", root / "one_to_two", world, sharding="full", checkpoint_format="single")
         (root / f"calls_{world.seat.rank}.json").write_text(json.dumps(world.calls))
 
     ended = run_ranks(work, root, local_size=1)  # for hybrid: two machines
@@ -156,7 +159,7 @@ def test_two_ranks_train_what_one_rank_trains(runs: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_sharded_weights_train_what_one_rank_trains_and_are_saved_whole(runs: Path, name: str) -> None:
+def test_sharded_weights_train_what_one_rank_trains_and_are_read_whole(runs: Path, name: str) -> None:
     assert_equal(runs / SHARDED[name][0], runs / f"{name}_2")
 
 
@@ -174,6 +177,67 @@ def test_micro_batches_train_what_two_ranks_train(runs: Path) -> None:
 @pytest.mark.parametrize("name", ["two_to_one", "one_to_two"])
 def test_a_run_goes_on_with_another_number_of_ranks(runs: Path, name: str) -> None:
     assert_equal(runs / "gdmd", runs / name)
+
+
+def newest(folder: Path) -> Path:
+    return folder / "checkpoints" / f"step_{STEPS:06d}"
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_weights_are_saved_by_the_rank_that_holds_them(runs: Path, name: str) -> None:
+    files = sorted(newest(runs / f"{name}_2").glob("*.safetensors"))
+    names = ["shard-00001-of-00002.safetensors", "shard-00002-of-00002.safetensors"]
+    assert [file.name for file in files] == (names[:1] if "hybrid" in name else names)  # replicas: one saves
+    size = sum(value.nbytes for value in tensors_of(runs / f"{name}_2").values())
+    headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
+    assert sum(file.stat().st_size for file in files) - headers == size  # no number twice
+    if len(files) == 2:
+        assert all(file.stat().st_size > 0.2 * size for file in files)
+
+
+def test_whole_weights_and_asked_for_single_files_are_saved_by_rank_0(runs: Path) -> None:
+    for name in ("gdmd_2", "one_to_two"):
+        assert (newest(runs / name) / "student.safetensors").is_file()
+
+
+def test_a_sharded_checkpoint_becomes_single_files_bit_for_bit(runs: Path, tmp_path: Path) -> None:
+    saved = checkpoint.load(newest(runs / "gdmd_full_2"))
+    path = checkpoint.save(tmp_path, saved.step, saved.tensors, saved.state)
+    single = checkpoint.load(path)
+    assert (path / "student.safetensors").is_file() and single.state == saved.state
+    assert single.tensors.keys() == saved.tensors.keys()
+    for part, named in saved.tensors.items():
+        assert all(torch.equal(single.part(part)[name], value) for name, value in named.items()), part
+
+
+def test_the_reader_of_torch_distributed_checkpoint_reads_it(runs: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    saved = checkpoint.load(newest(runs / "gdmd_full_2"))
+    whole = {f"{part}/{name}": value for part, named in saved.tensors.items() for name, value in named.items()}
+    read = {name: torch.zeros_like(value) for name, value in whole.items()}
+    dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(saved.path)), no_dist=True)
+    assert all(torch.equal(read[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("how", ["flipped", "missing", "offsets"])
+def test_a_damaged_shard_is_named_and_the_previous_checkpoint_taken(runs: Path, tmp_path: Path, how: str) -> None:
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(runs / "gdmd" / "checkpoints", copy)
+    shutil.copytree(newest(runs / "gdmd_full_2"), copy / "step_000009")
+    file, state = copy / "step_000009" / "shard-00002-of-00002.safetensors", copy / "step_000009" / "state.json"
+    if how == "missing":
+        file.unlink()
+    else:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    if how == "offsets":  # a signed file without them
+        save_file({"student/w": torch.zeros(1)}, file)
+        body = {key: value for key, value in json.loads(state.read_text()).items() if key != "sha256"}
+        body["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        state.write_text(json.dumps(body | {"sha256": checkpoint._digest(body)}))
+    found = checkpoint.load_newest(copy)
+    assert found is not None and found.step == STEPS and file.name in found.messages[0]
 
 
 @pytest.mark.parametrize("name", ["gdmd", "nft"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -87,9 +89,39 @@ def test_a_run_killed_with_sigkill_at_a_random_moment_and_resumed_equals_the_uni
     assert process.wait() == -signal.SIGKILL
     reached = json.loads(metrics.read_text().rstrip("\n").split("\n")[-1])["step"]
     newest = max(checkpoint.steps(folder / "checkpoints"), default=0)
-    assert newest >= reached - 5, f"killed after step {reached}: more than one interval of 5 was lost"
+    assert newest >= reached - 10, f"killed after step {reached}: an interval of 5 was lost, and one while writing it"
     Toy(folder, toy_config(40)).train()
     assert_same_run(uninterrupted, folder)
+
+
+@pytest.mark.parametrize(
+    ("moment", "stands"), [("_sha256", 5), ("_digest", 5), ("_choose_and_rotate", 10)], ids=lambda value: str(value)
+)
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_kill_9_while_the_writer_is_at_work_leaves_no_half_checkpoint_and_loses_nothing_else(
+    uninterrupted: Path, tmp_path: Path, moment: str, stands: int
+) -> None:
+    folder, real = tmp_path / "run", getattr(checkpoint, moment)
+
+    def killed(*given: object) -> object:
+        if list((folder / "checkpoints").glob("*step_000010*")):
+            assert threading.current_thread().name == "gdmd-checkpoint"
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given)
+
+    def life() -> None:
+        setattr(checkpoint, moment, killed)
+        Toy(folder, toy_config(40)).train()
+
+    child = multiprocessing.get_context("fork").Process(target=life)
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    saved = checkpoint.load_newest(folder / "checkpoints")
+    assert saved is not None and saved.step == stands and saved.messages == ()
+    Toy(folder, toy_config(40)).train()
+    assert_same_run(uninterrupted, folder)
+    assert not list((folder / "checkpoints").glob(".*"))
 
 
 def test_a_run_resumed_from_an_older_checkpoint_after_damage_equals_the_uninterrupted_run(

@@ -106,10 +106,10 @@ def test_when_all_are_damaged_the_error_names_each_file_and_says_what_to_do(tmp_
 
 def test_a_checkpoint_of_a_later_format_is_refused_not_passed_over(tmp_path: Path, monkeypatch) -> None:
     save_steps(tmp_path, 5)
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "FORMAT", 3)
     save_steps(tmp_path, 10)
     monkeypatch.setattr(checkpoint, "FORMAT", 1)
-    with pytest.raises(RunError, match="has format 2, not 1"):
+    with pytest.raises(RunError, match="has format 3, not 1 or 2"):
         checkpoint.load_newest(tmp_path)
 
 

@@ -1,0 +1,86 @@
+"""The best checkpoint of a run: the highest (or lowest) mean of one logged metric. Named in checkpoints/best.json."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from gdmd.runs.errors import RunError
+from gdmd.runs.rundir import write_atomic
+
+Direction = Literal["max", "min"]
+FILE = "best.json"
+
+
+@dataclass(frozen=True)
+class Best:
+    """Checkpoint ``step`` and the mean of the metric that it was chosen by."""
+
+    step: int
+    metric: str
+    direction: Direction
+    value: float
+
+    def beats(self, other: Best | None) -> bool:
+        """Whether it takes the other's place: a strictly better value, or one of another metric or direction."""
+        if other is None or (other.metric, other.direction) != (self.metric, self.direction):
+            return True
+        return self.value > other.value if self.direction == "max" else self.value < other.value
+
+
+class Judge:
+    """Means of one metric of metrics.jsonl over the last ``window`` steps, so that one lucky batch chooses nothing."""
+
+    def __init__(self, metric: str, direction: Direction, window: int) -> None:
+        self.metric, self.direction, self.window = metric, direction, window
+        self._rows: deque[tuple[int, float]] = deque()
+        self._keys: tuple[str, ...] = ()
+
+    def take_up(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """Start from the rows that a resumed run has kept."""
+        self._rows.clear()
+        for row in rows:
+            self.add(int(row["step"]), row)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """A row was logged."""
+        self._keys = tuple(values)
+        self._rows.append((step, values.get(self.metric, math.nan)))
+        while self._rows[0][0] <= step - self.window:
+            self._rows.popleft()
+
+    def at(self, step: int) -> Best | None:
+        """What checkpoint ``step`` is worth: the mean over the scored rows of its window; None without one."""
+        values = [value for row, value in self._rows if step - self.window < row <= step and math.isfinite(value)]
+        return Best(step, self.metric, self.direction, sum(values) / len(values)) if values else None
+
+    def complaint(self, step: int) -> str:
+        """What to tell the user where ``at`` is None."""
+        near = difflib.get_close_matches(self.metric, self._keys, 1)
+        advice = f"did you mean {near[0]}?" if near else f"the last row has {', '.join(self._keys) or 'nothing'}"
+        last = f"steps {max(step - self.window, 0) + 1} ... {step}"
+        return f"loop.best_metric = {self.metric} has no value in {last}: no best checkpoint is chosen there; {advice}"
+
+
+def read_best(folder: Path) -> Best | None:
+    """The best checkpoint of ``folder`` (checkpoints/); None where none was chosen or it is no longer there."""
+    file = Path(folder) / FILE
+    if not file.exists():
+        return None
+    try:
+        body = json.loads(file.read_text(encoding="utf-8"))
+        best = Best(int(body["step"]), str(body["metric"]), body["direction"], float(body["value"]))
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise RunError(f"cannot read {file}: {error}. Delete it; the next checkpoints choose anew.") from error
+    return best if (Path(folder) / f"step_{best.step:06d}").is_dir() else None
+
+
+def write_best(folder: Path, best: Best) -> None:
+    """Name ``best`` in best.json, whole or not at all."""
+    write_atomic(Path(folder) / FILE, json.dumps(asdict(best), indent=2) + "\n", "the name of the best checkpoint")
