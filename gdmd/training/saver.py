@@ -44,6 +44,12 @@ class _Writer(threading.Thread):
         self._work = dict  # what was copied to host memory is free again
         self.done.set()
 
+    def finish(self) -> None:
+        """Wait for it; afterwards there is no thread."""
+        self.done.wait()
+        if self.ident is not None:
+            self.join()
+
 
 class Saver:
     """Saves checkpoints of one run. ``newest``: the last one that stands."""
@@ -88,7 +94,7 @@ class Saver:
         if self._writer is None:
             return
         writer, self._writer = self._writer, None
-        writer.done.wait()
+        writer.finish()
         told = self.world.collect([writer.digests, str(writer.error) if writer.error else None])
         if writer.error is not None:
             raise writer.error
@@ -112,7 +118,7 @@ class Saver:
         """However the run ended: this rank finishes its files, and says if it could not."""
         if self._writer is None:
             return
-        self._writer.done.wait()
+        self._writer.finish()
         if self._writer.error is not None:
             self._note(str(self._writer.error))
 

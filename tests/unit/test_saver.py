@@ -118,5 +118,4 @@ def test_nothing_of_the_copy_is_kept_once_it_is_written(tmp_path: Path) -> None:
     writer = own._writer
     assert writer is not None
     own.settle()
-    writer.join(5)
     assert writer._work is dict and not writer.is_alive()
