@@ -57,10 +57,10 @@ def scoring_codec(family: Family, device: str = "cpu") -> Codec:
 
     local = is_local(cfg.scoring_decoder)
     kind: Any = diffusers.AutoencoderTiny
+    options = {"dtype": DTYPES[cfg.dtype], "local_files_only": local, "use_safetensors": True}
+    options |= {} if local else {"revision": cfg.scoring_decoder_revision}
     try:
-        tiny = kind.from_pretrained(
-            cfg.scoring_decoder, dtype=DTYPES[cfg.dtype], local_files_only=local, use_safetensors=True
-        )
+        tiny = kind.from_pretrained(cfg.scoring_decoder, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.scoring_decoder {cfg.scoring_decoder!r}: no AutoencoderTiny can be loaded: {error}"

@@ -67,6 +67,9 @@ class DiffusersModel(Config):
         default=None,
         description="Folder or hub id of an AutoencoderTiny through which rewards see latents: less memory, rougher.",
     )
+    scoring_decoder_revision: str | None = Field(
+        default=None, description="Branch, tag or commit of a hub id in scoring_decoder; pin a commit to repeat."
+    )
     scoring_check: NonNegativeCount = Field(
         default=8,
         description="Teacher samples on which a run with a scoring_decoder first measures how each reward differs "

@@ -12,7 +12,9 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny  # noqa: E402
+import torch  # noqa: E402
 
+from gdmd.backbones import pipelines  # noqa: E402
 from gdmd.backbones.pipelines import open_family, scoring_codec  # noqa: E402
 
 
@@ -53,3 +55,30 @@ def test_a_pickle_in_the_place_of_a_scoring_decoder_is_refused_unread(tmp_path: 
     with pytest.raises(ValueError, match="no AutoencoderTiny can be loaded.*safetensors"):
         scoring_codec(family)
     assert not mark.exists()
+
+
+def test_what_is_loaded_is_pinned_and_a_folder_never_asks_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def refuse(path: str, **options: Any) -> None:
+        asked.append({"path": path, **options})
+        raise OSError("not now")
+
+    folder = tiny.save("sd15", tmp_path / "sd15")
+    family = open_family(tiny.config(folder, scoring_decoder="org/taesd", scoring_decoder_revision="c0ffee"))
+    monkeypatch.setattr(pipelines, "_hub_index", lambda cfg: pipelines.local_index(folder))
+    for kind in (diffusers.StableDiffusionPipeline, diffusers.AutoencoderTiny):
+        monkeypatch.setattr(kind, "from_pretrained", refuse)
+    for path in ("org/sd15", str(folder)):
+        with pytest.raises(ValueError, match="cannot be loaded: not now"):
+            open_family(tiny.config(path, revision="abc", variant="fp16", dtype="bf16"))
+    with pytest.raises(ValueError, match="no AutoencoderTiny can be loaded: not now"):
+        scoring_codec(family)
+    hub, local, decoder = asked
+    for one in (hub, local):
+        assert one["variant"] == "fp16" and one["dtype"] == torch.bfloat16 and one["use_safetensors"]
+    assert hub["revision"] == "abc" and not hub["local_files_only"]
+    assert "revision" not in local and local["local_files_only"]
+    assert decoder["revision"] == "c0ffee" and not decoder["local_files_only"]
