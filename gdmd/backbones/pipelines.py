@@ -57,7 +57,7 @@ def scoring_codec(family: Family, device: str = "cpu") -> Codec:
 
     local = is_local(cfg.scoring_decoder)
     kind: Any = diffusers.AutoencoderTiny
-    options = {"dtype": DTYPES[cfg.dtype], "local_files_only": local, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "local_files_only": local, "use_safetensors": True}
     options |= {} if local else {"revision": cfg.scoring_decoder_revision}
     try:
         tiny = kind.from_pretrained(cfg.scoring_decoder, **options)
