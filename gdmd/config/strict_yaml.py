@@ -17,6 +17,9 @@ MOST_VALUES = 100_000
 MOST_NESTED = 50
 """Brackets inside brackets. The reader's time grows with the square of their number, and no configuration has five."""
 
+LONGEST_NUMBER = 1024
+"""Bits of a whole number. Python refuses to print one of more than 4,300 digits, so no message could show it."""
+
 
 class YamlError(ValueError):
     """One line that says what is wrong with the text, and where."""
@@ -61,7 +64,10 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_object(self, node: Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep=deep)
+            value = super().construct_object(node, deep=deep)
+            if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER:
+                raise OverflowError(f"a whole number of {value.bit_length()} bits, at most {LONGEST_NUMBER}")
+            return value
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             problem = f"cannot read {str(node.value)[:60]!r} as {node.tag.rpartition(':')[2]} ({error})"
             raise ConstructorError(None, None, problem, node.start_mark) from error

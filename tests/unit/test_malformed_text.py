@@ -60,6 +60,13 @@ def test_any_overrides_load_or_are_a_config_error(overrides: list[str]) -> None:
     refusal(lambda: read_recipe("shapes_smoke", overrides))
 
 
+@pytest.mark.parametrize("key", ["method.kind", "loop.seed", "name"])
+@pytest.mark.parametrize("number", ["0x" + "f" * 5000, "9" * 5000, "[0x" + "f" * 5000 + "]"])
+def test_a_whole_number_that_cannot_be_printed_is_named_by_its_size(key: str, number: str) -> None:
+    message = refusal(lambda: read_recipe("shapes_smoke", [f"{key}={number}"]))
+    assert message is not None and ("bits" in message or "4300 digits" in message) and "unprintable" not in message
+
+
 @CASES
 @given(mutated([COMPARISON], FRAGMENTS))
 def test_a_damaged_comparison_loads_or_is_a_config_error(text: str) -> None:
