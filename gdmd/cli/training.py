@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gdmd.cli.common import Json, RunFolder, messages, print_json
-from gdmd.runs.seat import seat
+from gdmd.runs.seat import attempt, seat
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +34,9 @@ def train_command(
     gpus: Annotated[
         int | None, typer.Option("--gpus", min=1, metavar="N", help="N processes on this machine, by torchrun.")
     ] = None,
+    restarts: Annotated[
+        int, typer.Option("--restarts", min=0, help="With --gpus: go on by itself after a failure, so many times.")
+    ] = 0,
     json: Json = False,
 ) -> None:
     """Train a recipe: checkpoints, metrics.jsonl, TensorBoard, sample grids and a report in one run folder.
@@ -46,7 +49,7 @@ def train_command(
       gdmd train shapes loop.seed=1 method.gamma=0          any field of the recipe by its path
       gdmd train my_recipe.yaml --run runs/mine --no-eval
       gdmd train --resume runs/shapes-seed0                 also with more steps: loop.steps=2000
-      gdmd train shapes --gpus 4
+      gdmd train shapes --gpus 4 --restarts 3               a killed process costs the steps since a checkpoint
       gdmd train shapes_smoke --json > finished.json
 
     `gdmd recipes` lists the recipes, `gdmd recipes NAME` prints every field of one.
@@ -55,7 +58,9 @@ def train_command(
     if resume is not None and run is not None:
         raise ValueError("--run and --resume were both given: --resume already names the folder of the run")
     asked = Asked(recipe, tuple(overrides), run, resume, evaluation, json)
-    raise typer.Exit(_launched(asked, gpus) if gpus is not None and gpus > 1 else _train(asked))
+    if restarts and (gpus is None or gpus < 2):
+        raise ValueError("--restarts belongs to --gpus N: one process alone is started again with --resume")
+    raise typer.Exit(_launched(asked, gpus, restarts) if gpus is not None and gpus > 1 else _train(asked))
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,17 @@ class Asked:
 
         return check_resumable(self.resume, self.recipe, self.overrides)
 
+    def again(self) -> Asked:
+        """The same words when torchrun has started the ranks again: what there is of the run is continued."""
+        if self.resume is not None or not attempt():
+            return self
+        if self.run is None:
+            raise ValueError(
+                "torchrun has started the ranks again (--max-restarts), but no --run names the folder to go on with: "
+                "give one, or use gdmd train --gpus N --restarts K"
+            )
+        return replace(self, resume=self.run, run=None) if (self.run / "config.yaml").is_file() else self
+
     def words(self, folder: Path) -> list[str]:
         """The same as words, for the processes that a launcher starts."""
         chosen = ["--run", str(folder)] if self.resume is None else ["--resume", str(self.resume)]
@@ -86,7 +102,7 @@ class Asked:
         return ["train", *([self.recipe] if self.recipe else []), *self.overrides, *chosen, *flags]
 
 
-def _launched(asked: Asked, processes: int) -> int:
+def _launched(asked: Asked, processes: int, restarts: int) -> int:
     """Everything that can be wrong with the words is said once, here; then torchrun's launcher does the rest."""
     if seat().size > 1:
         raise ValueError("--gpus inside torchrun would start processes of processes: use one of the two")
@@ -96,7 +112,7 @@ def _launched(asked: Asked, processes: int) -> int:
 
     World(Seat(0, processes)).span(cfg.loop.batch_size)
     folder = asked.resume or asked.run or new_folder(cfg)
-    code = launch(asked.words(folder), processes)
+    code = launch(asked.words(folder), processes, restarts)
     if code not in (0, 2, 130, 143) and folder.exists():  # after a signal rank 0 has said so
         messages().print(f"go on with: gdmd train --resume {folder} --gpus {processes}", markup=False, soft_wrap=True)
     return code
@@ -104,6 +120,7 @@ def _launched(asked: Asked, processes: int) -> int:
 
 def _train(asked: Asked) -> int:
     """Train in this process, alone or as one of the ranks that torchrun has started; the exit code."""
+    asked = asked.again()
     cfg, console = asked.config(), messages()
     from gdmd.programs.train import go, ready, start, take_up
     from gdmd.training.distributed import session

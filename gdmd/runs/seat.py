@@ -44,6 +44,11 @@ def seat(environment: Mapping[str, str] | None = None) -> Seat:
     return found
 
 
+def attempt() -> int:
+    """How often torchrun has started the ranks again after one of them failed (--max-restarts)."""
+    return _number(os.environ, "TORCHELASTIC_RESTART_COUNT", 0)
+
+
 def _number(given: Mapping[str, str], name: str, default: int) -> int:
     text = given.get(name, str(default))
     if not text.isdecimal():

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gdmd.runs.seat import Seat, seat
+from gdmd.runs.seat import Seat, attempt, seat
 from gdmd.training.watchdog import watching
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch.distributed import PrefixStore
     from torch.distributed.device_mesh import DeviceMesh
 
 Sharding = Literal["none", "full", "hybrid"]
@@ -235,12 +235,13 @@ class World:
                 ) from error
             self.largest(0)  # nobody takes its leave while another still counts on it
 
-    def _store(self, patience: float) -> TCPStore:
+    def _store(self, patience: float) -> PrefixStore:
         """A connection of its own to the run's key-value store, so that no collective can block it."""
-        from torch.distributed import TCPStore
+        from torch.distributed import PrefixStore, TCPStore
 
         where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return TCPStore(where, port, is_master=False, timeout=timedelta(seconds=max(10.0, patience)))
+        own = TCPStore(where, port, is_master=False, timeout=timedelta(seconds=max(10.0, patience)))
+        return PrefixStore(f"attempt/{attempt()}", own)
 
 
 SINGLE = World()
@@ -261,16 +262,21 @@ def session(patience: float = 600.0) -> Iterator[World]:
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
     longest = timedelta(seconds=max(2 * patience, SLOWEST_START))
-    dist.init_process_group(backend, timeout=longest, device_id=device, rank=place.rank, world_size=place.size)
+    shared, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=longest))
+    store = dist.PrefixStore(f"attempt/{attempt()}", shared)  # torchrun keeps the store, with the addresses of the dead
+    dist.init_process_group(
+        backend, store=store, timeout=longest, device_id=device, rank=place.rank, world_size=place.size
+    )
     try:
         yield World(place)
     finally:
         dist.destroy_process_group()
 
 
-def launch(words: Sequence[str], processes: int) -> int:
+def launch(words: Sequence[str], processes: int, restarts: int = 0) -> int:
     """What ``torchrun --standalone --nproc-per-node N -m gdmd WORDS`` does; returns the exit code of the run.
 
+    After a failure all ranks are started again, at most ``restarts`` times; they go on from the newest checkpoint.
     0, the code of the rank that failed first, or 128 + signal for a rank (or this process) that a signal ended.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -289,7 +295,7 @@ def launch(words: Sequence[str], processes: int) -> int:
         run_id="gdmd",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=restarts,
     )
     with _quiet_launcher():
         try:

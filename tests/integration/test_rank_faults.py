@@ -130,6 +130,27 @@ def test_a_full_disk_of_rank_0_ends_all_and_is_said_once(tmp_path: Path, monkeyp
     assert steps(tmp_path) == []
 
 
+def test_a_rank_that_cannot_write_its_shard_ends_all_in_one_iteration_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(place: checkpoint.Place, name: str, *rest: Any) -> dict[str, str]:
+        with checkpoint._whole_or_absent(place):
+            if place.step == 10 and name.startswith("shard-00002"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(place, name, *rest)
+
+    write = checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", full)
+    ended = two(tmp_path, sharding="full")
+    assert [end.code for end in ended] == [2, 2]
+    assert "step_000010: No space left" in ended[1].said
+    assert "step_000010" in ended[0].said or ended[0].said == ""  # it may have met the folder already taken away
+    assert steps(tmp_path) == [5]
+    monkeypatch.undo()
+    assert [end.code for end in two(tmp_path, sharding="full")] == [0, 0]
+    assert steps(tmp_path) == [15, 20]
+
+
 def test_an_error_in_one_rank_is_said_by_it_and_ends_the_others(tmp_path: Path) -> None:
     def at(rank: int, step: int) -> None:
         if (rank, step) == (1, AT):

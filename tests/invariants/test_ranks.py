@@ -210,6 +210,7 @@ def test_a_sharded_checkpoint_becomes_single_files_bit_for_bit(runs: Path, tmp_p
         assert all(torch.equal(single.part(part)[name], value) for name, value in named.items()), part
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_the_reader_of_torch_distributed_checkpoint_reads_it(runs: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
