@@ -63,6 +63,8 @@ def test_images_without_a_score_are_left_out_and_no_number_is_invented() -> None
     found = gap([0.1, 0.2, 0.1, 0.1], unscored=(1,))
     assert found.images == 3 and found.difference == pytest.approx(1, abs=1e-4)
     one = gap([0.1] * 4, unscored=(0, 1, 2))
-    assert one.images == 1 and one.difference == pytest.approx(1, abs=1e-4) and one.error is None and one.agreement is None
+    assert (
+        one.images == 1 and one.difference == pytest.approx(1, abs=1e-4) and one.error is None and one.agreement is None
+    )
     none = gap([0.1] * 4, unscored=(0, 1, 2, 3))
     assert none.images == 0 and none.difference is None and "no image was scored" in none.line()
