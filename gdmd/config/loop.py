@@ -65,9 +65,9 @@ class LoopConfig(Config):
         2, description="Newest checkpoints kept; two, so that one good one is left when the last is damaged. 0 = all."
     )
     checkpoint_async: bool = Field(
-        True,
-        description="Copy the state to host memory and write it beside the training; a kill may cost the steps made "
-        "meanwhile, too. false: the loop waits, without the copy.",
+        False,
+        description="Copy the state to host memory and write it beside the training; a kill may then cost the steps "
+        "made meanwhile, too. false: the loop waits, without the copy, and a kill costs at most checkpoint_every.",
     )
     checkpoint_format: Literal["auto", "single", "sharded"] = Field(
         "auto",

@@ -89,7 +89,7 @@ def test_a_run_killed_with_sigkill_at_a_random_moment_and_resumed_equals_the_uni
     assert process.wait() == -signal.SIGKILL
     reached = json.loads(metrics.read_text().rstrip("\n").split("\n")[-1])["step"]
     newest = max(checkpoint.steps(folder / "checkpoints"), default=0)
-    assert newest >= reached - 10, f"killed after step {reached}: an interval of 5 was lost, and one while writing it"
+    assert newest >= reached - 5, f"killed after step {reached}: more than the interval of 5 was lost"
     Toy(folder, toy_config(40)).train()
     assert_same_run(uninterrupted, folder)
 
@@ -111,7 +111,7 @@ def test_kill_9_while_the_writer_is_at_work_leaves_no_half_checkpoint_and_loses_
 
     def life() -> None:
         setattr(checkpoint, moment, killed)
-        Toy(folder, toy_config(40)).train()
+        Toy(folder, toy_config(40, checkpoint_async=True)).train()
 
     child = multiprocessing.get_context("fork").Process(target=life)
     child.start()

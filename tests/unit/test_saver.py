@@ -39,7 +39,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def saver(folder: Path, note: Callable[[str], None] = lambda said: None, **changes: object) -> Saver:
-    return Saver(folder, LoopConfig(keep_checkpoints=0, **changes), SINGLE, note)
+    return Saver(folder, LoopConfig(**{"keep_checkpoints": 0, "checkpoint_async": True} | changes), SINGLE, note)
 
 
 def test_the_loop_goes_on_and_what_it_changes_meanwhile_is_not_in_the_checkpoint(
