@@ -58,9 +58,7 @@ def train_command(
     if resume is not None and run is not None:
         raise ValueError("--run and --resume were both given: --resume already names the folder of the run")
     asked = Asked(recipe, tuple(overrides), run, resume, evaluation, json)
-    if restarts and (gpus is None or gpus < 2):
-        raise ValueError("--restarts belongs to --gpus N: one process alone is started again with --resume")
-    raise typer.Exit(_launched(asked, gpus, restarts) if gpus is not None and gpus > 1 else _train(asked))
+    raise typer.Exit(_run(asked, gpus or 1, restarts))
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,12 @@ class Asked:
         chosen = ["--run", str(folder)] if self.resume is None else ["--resume", str(self.resume)]
         flags = ["--eval" if self.evaluation else "--no-eval", *(["--json"] if self.json else [])]
         return ["train", *([self.recipe] if self.recipe else []), *self.overrides, *chosen, *flags]
+
+
+def _run(asked: Asked, processes: int, restarts: int) -> int:
+    if restarts and processes < 2:
+        raise ValueError("--restarts belongs to --gpus N: one process alone is started again with --resume")
+    return _launched(asked, processes, restarts) if processes > 1 else _train(asked)
 
 
 def _launched(asked: Asked, processes: int, restarts: int) -> int:

@@ -34,6 +34,7 @@ STEPS = (1.0, 0.75, 0.5, 0.25)
 ON: dict[str, Any] = {
     "score_target": "continuation",
     "continuations": 3,
+    "continuation_weight": 1.0,
     "weighting": "softmax",
     "student_target": "mean",
 }

@@ -1,0 +1,255 @@
+"""Speed and memory of SDXL and SD3-Medium at their true size, with random weights: nothing is downloaded.
+
+    python benchmarks/real_size.py                               # every setting, some minutes on an H100 or H200
+    python benchmarks/real_size.py --only sdxl/1024 --seconds 500
+    python benchmarks/real_size.py --only sd3/512 --tiny FOLDER    # the configs of a pipeline folder instead, also on a CPU
+
+For each model, resolution and setting (micro-batch, activation checkpointing, model.compile, tiny decoder) one GDMD run with
+adapters in bf16 makes a few iterations: peak memory, images/s, TFLOP/s by counted FLOP and as a share of the card's measured
+bf16 matrix rate, the iteration over its bare calls, and what ``gdmd plan`` says of the same recipe. Prompts are random
+embeddings of full length, the reward is the brightness of the picture (a real one adds its own time). The JSON file is written after every
+setting, so that a run that is cut keeps what it has; settings that it already holds are not measured again. On a CPU the
+FLOP leave out fused attention, which PyTorch counts on a GPU only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdmd.backbones.codec import VaeCodec
+from gdmd.backbones.hollow import hollow_decoder, hollow_family
+from gdmd.backbones.roles import DiffusersRoles
+from gdmd.config.run import RunConfig
+from gdmd.data.prompts import PromptStream
+from gdmd.evaluation.cost_model import GPUS, Gpu
+from gdmd.programs.bench import Bench, measure
+from gdmd.programs.plan import plan
+from gdmd.recipes.build import Lab, Place, method_of
+from gdmd.recipes.read import read_recipe
+from gdmd.rewards.callable import CallableReward
+from gdmd.types import Cond
+
+RECIPES = {"sdxl": "sdxl_gdmd", "sd3": "sd3_gdmd"}
+WORDS = ["one", "two", "three", "four"]
+TAESD = "madebyollin/taesd"
+"""Its published shape stands for the tiny decoder; the id is not fetched."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One measurement."""
+
+    model: str
+    side: int
+    micro: int = 1
+    batch: int = 4
+    checkpointing: bool = True
+    compiled: bool = False
+    tiny_decoder: bool = False
+
+    @property
+    def name(self) -> str:
+        """MODEL/SIDE/micro-MICRO+options, unique."""
+        options = [
+            ("checkpointing", self.checkpointing),
+            ("compiled", self.compiled),
+            ("tiny-decoder", self.tiny_decoder),
+        ]
+        return f"{self.model}/{self.side}/" + "+".join([f"micro-{self.micro}", *(word for word, on in options if on)])
+
+
+def settings() -> Iterator[Setting]:
+    """What is measured, the goals of 24 GB first."""
+    for model in RECIPES:
+        for side in (1024, 512):
+            yield Setting(model, side)
+            yield Setting(model, side, checkpointing=False)
+            yield Setting(model, side, tiny_decoder=True)
+            yield Setting(model, side, checkpointing=False, compiled=True, tiny_decoder=True)
+            for micro in (2, 4, 8):
+                yield Setting(model, side, micro=micro, batch=2 * micro, tiny_decoder=True, checkpointing=micro > 2)
+
+
+class RandomText:
+    """Embeddings of the right shapes in place of text encoders: every caption its own random ones."""
+
+    def __init__(self, blank: Cond, device: str) -> None:
+        self.blank, self.device = blank, device
+
+    def encode(self, texts: Sequence[str]) -> Cond:
+        """Random numbers; ones where the embedding holds whole numbers (masks)."""
+        made = self.null(len(texts))
+        return {name: torch.randn_like(v) if v.is_floating_point() else v for name, v in made.items()}
+
+    def null(self, count: int) -> Cond:
+        """Ones of the same shapes."""
+        sizes = {name: (count, *value.shape[1:]) for name, value in self.blank.items()}
+        return {name: torch.ones(sizes[name], dtype=v.dtype, device=self.device) for name, v in self.blank.items()}
+
+
+def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The reward: mean of the picture."""
+    return images.mean((1, 2, 3))
+
+
+def recipe_of(setting: Setting, tiny: Path | None) -> RunConfig:
+    """The shipped GDMD recipe of the model with this setting; ``tiny`` replaces the model by a pipeline folder."""
+    own = [f"model.height={setting.side}", f"model.width={setting.side}", "model.embeddings=null"]
+    own += [f"model.checkpointing={setting.checkpointing}", f"model.compile={setting.compiled}".lower()]
+    own += [f"loop.batch_size={setting.batch}", f"loop.micro_batch={setting.micro}", "loop.precision=bf16"]
+    own += ["rewards=[{kind: callable, target: 'benchmarks.real_size:brightness'}]"]
+    own += [f"model.scoring_decoder={TAESD}"] if setting.tiny_decoder else []
+    own += ["model.dtype=bf16"]
+    if tiny is not None:
+        own += [f"model.path={tiny}", "model.lora_rank=2", "model.dtype=fp32", "loop.precision=fp32"]
+    return read_recipe(RECIPES[setting.model], own)
+
+
+def filled(net: nn.Module, device: str) -> nn.Module:
+    """The network of the meta device with random weights on ``device``, small enough to stay finite in bf16."""
+    net.to_empty(device=device)
+    with torch.no_grad():
+        _fill(net)
+    return net
+
+
+def _fill(net: nn.Module) -> None:
+    for weights in (*net.parameters(), *net.buffers()):
+        if weights.is_floating_point():
+            nn.init.normal_(weights, std=0.02)
+        else:
+            weights.zero_()
+
+
+def lab_of(cfg: RunConfig, device: str) -> Lab:
+    """The objects of a recipe with random weights of the published sizes."""
+    model: Any = cfg.model
+    family = hollow_family(model).family
+    pipe: Any = family.pipe
+    for part in (family.net, pipe.vae):
+        filled(part, device)
+    roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16")
+    codec: Any = family.codec
+    if model.scoring_decoder is not None:
+        codec = VaeCodec(filled(hollow_decoder(model, family.latent_channels), device), model.decode_chunk)
+    own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
+    encoder = RandomText(family.blank_text(1), device)
+    reward = CallableReward(brightness, "brightness")
+    place = Place(family.latent_shape, family.native)
+    method = method_of(cfg.model_copy(update={"method": own}), roles, codec, (reward,), place, None)
+    stream = PromptStream([WORDS], encoder, cfg.loop.batch_size, cfg.loop.seed)
+    return Lab(roles, family.codec, encoder, (reward,), method, stream, family.latent_shape, own.student_steps)
+
+
+def matrix_rate(device: str, seconds: float = 1.0) -> float:
+    """TFLOP/s of a large bf16 product on this device: what a network could reach at best."""
+    side = 8192 if device == "cuda" else 256
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    _wait(device)
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        for _ in range(10):
+            a @ b
+        _wait(device)
+        done += 10
+    return 2 * side**3 * done / (time.perf_counter() - began) / 1e12
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measured(setting: Setting, tiny: Path | None, device: str, rate: float, iterations: int) -> dict[str, Any]:
+    """One line of the JSON: what was measured, and what the plan says of the same recipe."""
+    cfg = recipe_of(setting, tiny)
+    bench = Bench(cfg, lab_of(cfg, device))
+    for step in range(2):  # alone: the rounds below keep their calls to make them again
+        bench.trained(step)
+    peak = bench.peak()[0] / 1024
+    own = measure(Bench(cfg, bench.lab), iterations)
+    said = plan(cfg, gpu_here(device), 0.4)
+    kept = ("images_per_s", "iteration_s", "bare_calls_s", "overhead", "passes_per_update", "passes_agree")
+    rows = {name: own[name] for name in (*kept, "scoring_share", "host_syncs_per_iteration", "host_syncs_at")}
+    tflops = own["flop_per_s"] / 1e12
+    return rows | {
+        "peak_gib": peak,
+        "tflop_per_s": tflops,
+        "share_of_matrix_rate": tflops / rate,
+        "planned_gib": said.parts.total(setting.batch) / 2**30,
+        "planned_tflop": sum(said.parts.flop.values()) * setting.batch / 1e12,
+        "measured_tflop": tflops * own["iteration_s"],
+        "source": said.source,
+    }
+
+
+def gpu_here(device: str) -> Gpu:
+    """The data sheet of this GPU; the H100's where it is not known."""
+    name = torch.cuda.get_device_name().lower() if device == "cuda" else ""
+    return next((gpu for key, gpu in GPUS.items() if key in name), GPUS["h100"])
+
+
+def said(name: str, line: dict[str, Any]) -> str:
+    """A setting for the terminal."""
+    if "error" in line:
+        return f"{name:60s} {line['error']}"
+    return (
+        f"{name:60s} {line['peak_gib']:6.1f} GiB (plan {line['planned_gib']:.1f})  {line['images_per_s']:.3g} images/s  "
+        f"{line['tflop_per_s']:.3g} TFLOP/s = {line['share_of_matrix_rate']:.0%}  overhead {line['overhead']:.3f}"
+    )
+
+
+def attempt(setting: Setting, tiny: Path | None, device: str, rate: float, iterations: int) -> dict[str, Any]:
+    """``measured``, or why it could not be: a setting that does not fit must not end the others."""
+    try:
+        return measured(setting, tiny, device, rate, iterations)
+    except torch.OutOfMemoryError as error:
+        return {"error": f"out of memory: {str(error).splitlines()[0][:120]}"}
+    finally:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure what is asked for; 0, or 2 when nothing matched."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="PREFIX", help="settings whose name starts so, such as sdxl/1024")
+    parser.add_argument(
+        "--tiny", type=Path, metavar="FOLDER", help="configs of this pipeline instead of the published ones"
+    )
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further setting after so long")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/real_size.json"))
+    asked = parser.parse_args(words)
+    chosen = [setting for setting in settings() if setting.name.startswith(asked.only)]
+    if not chosen:
+        print(f"--only {asked.only}: no setting starts so; there are {', '.join(s.name for s in settings())}")
+        return 2
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rate, began = matrix_rate(device, 1.0 if device == "cuda" else 0.05), time.perf_counter()
+    found = json.loads(asked.out.read_text()) if asked.out.is_file() else {"settings": {}}
+    found |= {"device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "torch": torch.__version__}
+    found["matrix_tflop_per_s"] = rate
+    for setting in chosen:
+        if setting.name in found["settings"] or time.perf_counter() - began > asked.seconds:
+            continue
+        found["settings"][setting.name] = attempt(setting, asked.tiny, device, rate, asked.iterations)
+        print(said(setting.name, found["settings"][setting.name]), flush=True)
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
