@@ -7,9 +7,9 @@
 For each model, resolution and setting (micro-batch, activation checkpointing, model.compile, tiny decoder) one GDMD run with
 adapters in bf16 makes a few iterations: peak memory, images/s, TFLOP/s by counted FLOP and as a share of the card's measured
 bf16 matrix rate, the iteration over its bare calls, and what ``gdmd plan`` says of the same recipe. Prompts are random
-embeddings of full length, the reward is the brightness of the picture (a real one adds its own time). The JSON file is written after every
-setting, so that a run that is cut keeps what it has; settings that it already holds are not measured again. On a CPU the
-FLOP leave out fused attention, which PyTorch counts on a GPU only.
+embeddings of full length, the reward is the brightness of the picture (a real one adds its own time). The JSON file is
+written after every setting, so that a run that is cut keeps what it has; settings that it already holds are not measured
+again. On a CPU the FLOP leave out fused attention, which PyTorch counts on a GPU only.
 """
 
 from __future__ import annotations
