@@ -136,21 +136,45 @@ class Parts:
 
 @dataclass(frozen=True)
 class Trained:
-    """A role as the network sees it: fp32 weights that are trained, bytes; updates per iteration."""
+    """A role as the network between GPUs sees it: bytes of its own fp32 weights; the rest per iteration.
+
+    updates: optimiser steps; cut: whether FSDP cuts it (a full copy; adapters stay whole); plain: calls without
+    gradient; rows: samples of all of them per sample of the batch; graded: calls with a backward pass, in one part.
+    """
 
     bytes: int
     updates: float
+    cut: bool = False
+    plain: float = 0.0
+    rows: float = 0.0
+    graded: float = 0.0
+
+    def ddp(self, ring: float) -> float:
+        """Bytes that a GPU sends: 2 (N - 1) / N of the gradients per update, a ring all-reduce; ring = (N - 1) / N."""
+        return 2 * ring * self.bytes * self.updates
+
+    def fsdp(self, ring: float, own: int, chunk: float, micro: int) -> tuple[float, float]:
+        """(bytes that a GPU with ``own`` samples sends, gathers and reductions of the whole role).
+
+        (N - 1) / N of the weights per call without gradient; three times that per micro-batch with one: the weights
+        for the forward and the backward pass, and the gradients.
+        """
+        if not self.cut:
+            return self.ddp(ring), self.updates
+        calls = max(self.plain, self.rows * own / chunk) + 3 * self.graded * math.ceil(own / (micro or own))
+        return ring * self.bytes * calls, calls
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """What FSDP cuts and gathers. cut: bytes of weights, optimiser and EMA; gathered: bytes of one network in its
-    computing precision; block: of its largest block; passes: network calls of an iteration, graded ones twice."""
+    """What FSDP cuts. cut: bytes of copies, their optimiser and EMA; block: of the largest block of a copy; units:
+    blocks, each a message of its own; chunk: rows of one call without gradient; micro: samples of one with (0: all)."""
 
     cut: int
-    gathered: int
     block: int
-    passes: float
+    units: int
+    chunk: float
+    micro: int
 
 
 @dataclass(frozen=True)
@@ -179,18 +203,18 @@ def scaling_row(
 ) -> Row:
     """The batch is divided among the GPUs; beyond one sample each, it grows with them.
 
-    DDP sends 2 (N - 1) / N of the fp32 gradients per update (ring all-reduce). FSDP over all N sends (N - 1) / N of
-    the weights for every pass, and of the gradients for every update. Nothing overlaps with computing.
+    Nothing overlaps with computing. What is not cut under FSDP (adapters) travels as under DDP.
     """
     whole = max(batch, gpus)
     own = math.ceil(whole / gpus)
     ring = (gpus - 1) / gpus
-    updates = sum(role.updates for role in roles)
-    ddp = sum(2 * ring * role.bytes * role.updates for role in roles)
-    fsdp = ring * cut.gathered * cut.passes + sum(ring * role.bytes * role.updates for role in roles)
+    ddp = sum(role.ddp(ring) for role in roles)
+    sent = [role.fsdp(ring, own, cut.chunk, cut.micro) for role in roles]
+    fsdp = sum(size for size, _ in sent)
+    messages = sum(calls * (cut.units if role.cut else 1) for role, (_, calls) in zip(roles, sent, strict=True))
     busy = parts.seconds(own, gpu, efficiency)
-    static = sum(parts.static.values())
-    ddp_s, fsdp_s = _wire(ddp, updates, gpus, gpu), _wire(fsdp, updates + cut.passes, gpus, gpu)
+    static, gradients = sum(parts.static.values()), sum(role.updates for role in roles)
+    ddp_s, fsdp_s = _wire(ddp, gradients, gpus, gpu), _wire(fsdp, messages, gpus, gpu)
     sharded = parts.total(own, static - cut.cut + cut.cut / gpus + (2 * cut.block if gpus > 1 else 0))
     return Row(
         *(gpus, whole, parts.total(own) / GIB, ddp / 1e9, whole / (busy + ddp_s), busy / (busy + ddp_s)),

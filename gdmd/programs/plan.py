@@ -47,7 +47,7 @@ class Plan:
     tally: Tally
     costs: Costs
     parts: Parts
-    roles: tuple[Trained, Trained]
+    roles: tuple[Trained, ...]
     sharding: Sharding
     text_bytes: int
     embedding: int
@@ -148,11 +148,8 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> Plan:
     loading = sum(static[name] for name in ("trunk", "student", "fake", "decoder")) + nets.encoders * nets.narrow
     return Plan(
         *(cfg, nets.source, _weights(nets, rewards), counted, costs, parts),
-        roles=(
-            Trained(trained["student"], counted.updates["student"]),
-            Trained(trained["fake"], counted.updates["fake"]),
-        ),
-        sharding=_sharding(cfg, nets, counted, static),
+        roles=_roles(cfg, trained, counted),
+        sharding=_sharding(cfg, nets, static, trained),
         text_bytes=text if isinstance(cfg.model, DiffusersModel) else 0,
         embedding=loading if nets.encoders else 0,
         uncounted=uncounted,
@@ -283,20 +280,35 @@ def _flop(counted: Tally, costs: Costs, rewards: int) -> dict[str, float]:
     }
 
 
-def _sharding(cfg: RunConfig, nets: Networks, counted: Tally, static: Mapping[str, int]) -> Sharding:
-    """FSDP2 cuts trunk, copies, adapters, optimiser and EMA; decoder and rewards stay whole."""
-    names = ("trunk", "student", "fake", "old policy", "optimiser", "EMA")
-    lists = [m for m in nets.trunk.modules() if type(m).__name__ == "ModuleList"]
-    numbers = [sum(p.numel() for p in child.parameters()) for holder in lists for child in holder]
-    weights = sum(p.numel() for p in nets.trunk.parameters())
-    micro = cfg.loop.micro_batch or cfg.loop.batch_size
-    again = 2 * sum(counted.graded.values()) * cfg.loop.batch_size / micro
-    return Sharding(
-        cut=sum(static[name] for name in names),
-        gathered=weights * nets.narrow,
-        block=max(numbers) * nets.narrow,
-        passes=counted.calls + again,
+def _copied(cfg: RunConfig) -> set[str]:
+    """The roles that have all weights of their own: what FSDP2 cuts."""
+    full = cfg.model.full if isinstance(cfg.model, DiffusersModel) else "both"
+    return {role for role in ("student", "fake") if full in (role, "both")}
+
+
+def _roles(cfg: RunConfig, trained: Mapping[str, int], counted: Tally) -> tuple[Trained, ...]:
+    """Student, fake and old policy; the old one is a copy where the student is one."""
+    copied = _copied(cfg)
+    found = [
+        *((role, role, trained[role], float(counted.updates[role])) for role in ("student", "fake")),
+        *([("old", "student", trained["student"], 0.0)] if counted.old_policy else []),
+    ]
+    return tuple(
+        Trained(size, updates, like in copied, counted.calls[who], counted.passes[who], counted.graded_calls[who])
+        for who, like, size, updates in found
     )
+
+
+def _sharding(cfg: RunConfig, nets: Networks, static: Mapping[str, int], trained: Mapping[str, int]) -> Sharding:
+    """FSDP2 cuts full copies, their moments, the EMA and the old policy; adapters, trunk, decoder, rewards stay whole."""
+    copied = _copied(cfg)
+    cut = sum(static[role] for role in copied)
+    cut += sum(static["optimiser"] * trained[role] // sum(trained.values()) for role in copied)
+    cut += static["EMA"] + static["old policy"] if "student" in copied else 0
+    lists = [m for m in nets.trunk.modules() if type(m).__name__ == "ModuleList"]
+    blocks = [sum(p.numel() for p in child.parameters()) for holder in lists for child in holder]
+    block = 4 * max(blocks) if copied else 0
+    return Sharding(cut, block, len(blocks) + 1, _chunk(cfg), cfg.loop.micro_batch)
 
 
 def _unique(*things: Any) -> list[Any]:

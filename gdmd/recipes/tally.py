@@ -32,7 +32,8 @@ class Tally:
     """Means per outer iteration. ``passes``, ``graded``, ``decoded``, ``steered``: samples per sample of the batch.
 
     passes: without gradient, by role; graded: with a backward pass, by role; decoded: latents decoded and scored;
-    steered: the same with a backward pass through reward and decoder. calls: network calls without gradient.
+    steered: the same with a backward pass through reward and decoder. calls, graded_calls: network calls without and
+    with gradient, by role.
     widest: samples of the largest call without gradient, in batches (2: guidance in one call).
     """
 
@@ -41,7 +42,8 @@ class Tally:
     graded: Mapping[str, float]
     decoded: float
     steered: float
-    calls: float
+    calls: Mapping[str, float]
+    graded_calls: Mapping[str, float]
     widest: float
     old_policy: bool
 
@@ -168,7 +170,8 @@ def _means(log: _Log, iterations: int, batch: int) -> Tally:
         graded={who: share(who, True) for who in MODEL_ROLES},
         decoded=share("decoder", False),
         steered=share("decoder", True),
-        calls=sum(log.calls[who, False] for who in MODEL_ROLES) / iterations,
+        calls={who: log.calls[who, False] / iterations for who in MODEL_ROLES},
+        graded_calls={who: log.calls[who, True] / iterations for who in MODEL_ROLES},
         widest=log.widest / batch,
         old_policy=log.followed,
     )

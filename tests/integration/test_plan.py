@@ -275,8 +275,17 @@ def test_the_scaling_table_follows_its_formulas(folders: Path) -> None:
     own = 4 * said.weights["student"]
     assert two.ddp_traffic * 1e9 == pytest.approx(2 * 0.5 * own * (1 + 2))  # one student update, two of the fake
     assert (one.batch, two.batch, many.batch) == (8, 8, 512)
-    assert many.fsdp_gib <= two.fsdp_gib <= one.fsdp_gib + 0.01 and many.ddp_gib < one.ddp_gib
-    assert 0 < many.fsdp_efficiency < many.ddp_efficiency <= two.ddp_efficiency < 1
+    assert many.ddp_gib < one.ddp_gib and 0 < many.ddp_efficiency <= two.ddp_efficiency < 1
+    assert all(
+        (row.fsdp_gib, row.fsdp_traffic) == (row.ddp_gib, row.ddp_traffic) for row in (two, many)
+    )  # nothing is cut
+
+
+def test_the_scaling_table_of_full_copies_cuts_and_gathers_them(folders: Path) -> None:
+    said = planned(recipe(folders, "sd3", batch=8, full="both"))
+    one, two, many = said.scaling([1, 2, 512])
+    assert many.fsdp_gib < two.fsdp_gib < one.fsdp_gib + 0.01 and two.fsdp_gib < two.ddp_gib
+    assert two.fsdp_traffic > two.ddp_traffic > 0 and 0 < many.fsdp_efficiency < many.ddp_efficiency < 1
 
 
 def test_the_program_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
