@@ -147,7 +147,7 @@ def test_an_error_of_the_writer_ends_the_run_in_the_iteration_after_it_not_at_th
     monkeypatch.setattr(checkpoint, "_fsync", read_only)
     watcher = Watcher()
     with pytest.raises(RunError, match=r"step_000005.*read-only"):
-        Toy(tmp_path / "run", toy_config(20), wait, hooks=Hooks(watcher)).train()
+        Toy(tmp_path / "run", toy_config(20, checkpoint_async=True), wait, hooks=Hooks(watcher)).train()
     assert watcher.steps[-1] <= 6
 
 
@@ -163,7 +163,7 @@ def test_sigterm_waits_for_the_checkpoint_that_is_being_written(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(checkpoint, "_fsync", slow)
-    end = Toy(tmp_path / "run", toy_config(20), terminate).train()
+    end = Toy(tmp_path / "run", toy_config(20, checkpoint_async=True), terminate).train()
     assert (end.exit_code, end.checkpoint.name) == (143, "step_000006")
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5, 6]
 
