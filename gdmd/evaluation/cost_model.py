@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 GIB = 2**30
 RESERVE = 1.0
@@ -124,10 +124,10 @@ class Parts:
         joined = 2 * self.answer * rows if rows > self.chunk else 0
         return fixed + per_row * min(rows, self.chunk) + joined
 
-    def total(self, batch: int, static: float | None = None) -> float:
-        """Bytes at the worst moment, with the reserve."""
-        kept = sum(self.static.values()) if static is None else static
-        return kept + self.gradients + batch * self.per_sample + max(self.peaks(batch).values()) + RESERVE * GIB
+    def total(self, batch: int, less: float = 0.0) -> float:
+        """Bytes at the worst moment, with the reserve; ``less``: what other processes hold of weights and gradients."""
+        kept = sum(self.static.values()) + self.gradients - less
+        return kept + batch * self.per_sample + max(self.peaks(batch).values()) + RESERVE * GIB
 
     def seconds(self, batch: int, gpu: Gpu, efficiency: float) -> float:
         """One outer iteration on one GPU."""
@@ -139,7 +139,8 @@ class Trained:
     """A role as the network between GPUs sees it: bytes of its own fp32 weights; the rest per iteration.
 
     updates: optimiser steps; cut: whether FSDP cuts it (a full copy; adapters stay whole); plain: calls without
-    gradient; rows: samples of all of them per sample of the batch; graded: calls with a backward pass, in one part.
+    gradient; rows: samples of all of them per sample of the batch; graded: calls with a backward pass, in one part;
+    losses: backward passes, each through one or more of these calls.
     """
 
     bytes: int
@@ -148,38 +149,86 @@ class Trained:
     plain: float = 0.0
     rows: float = 0.0
     graded: float = 0.0
+    losses: float = 0.0
 
     def ddp(self, ring: float) -> float:
         """Bytes that a GPU sends: 2 (N - 1) / N of the gradients per update, a ring all-reduce; ring = (N - 1) / N."""
         return 2 * ring * self.bytes * self.updates
 
-    def fsdp(self, ring: float, own: int, chunk: float, micro: int) -> tuple[float, float]:
-        """(bytes that a GPU with ``own`` samples sends, gathers and reductions of the whole role).
+    def sharded(self, cut: Sharding, own: int, inside: int, nodes: int) -> Sent:
+        """What a GPU with ``own`` samples sends when shards lie on ``inside`` GPUs and replicas on ``nodes`` of those.
 
-        (N - 1) / N of the weights per call without gradient; three times that per micro-batch with one: the weights
-        for the forward and the backward pass, and the gradients.
+        Among the shards (G - 1) / G of the weights per call without gradient; per micro-batch twice that for a call
+        with one, for the forward and the backward pass, in which the root is gathered once for all of its calls; and
+        once for the gradients of the loss. Then the replicas average their shards of these gradients, 2 (M - 1) / M
+        of a G-th of the weights. A message per unit each time.
         """
         if not self.cut:
-            return self.ddp(ring), self.updates
-        calls = max(self.plain, self.rows * own / chunk) + 3 * self.graded * math.ceil(own / (micro or own))
-        return ring * self.bytes * calls, calls
+            among, across = (self.updates, 0.0) if nodes == 1 else (0.0, self.updates)
+            size = self.ddp((inside * nodes - 1) / (inside * nodes))
+            return Sent(size if nodes == 1 else 0.0, size if nodes > 1 else 0.0, among, across)
+        micro = math.ceil(own / (cut.micro or own))
+        calls, graded, losses = max(self.plain, self.rows * own / cut.chunk), self.graded * micro, self.losses * micro
+
+        def times(whole: float, root: float) -> float:
+            return calls * whole + graded * (2 * whole - root) + losses * (root + whole)
+
+        across = 2 * (nodes - 1) / nodes * self.bytes / inside * losses
+        messages = (times(cut.units, 1) * (inside > 1), losses * cut.units * (nodes > 1))
+        return Sent((inside - 1) / inside * times(self.bytes, cut.root), across, *messages)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that a GPU sends per iteration, and messages: among the GPUs of a group of shards, and across groups."""
+
+    among: float
+    across: float
+    among_messages: float
+    across_messages: float
+
+    @staticmethod
+    def of_all(roles: Sequence[Sent]) -> Sent:
+        """The sum."""
+        return Sent(*(sum(values) for values in zip(*(astuple(role) for role in roles), strict=True)))
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """What FSDP cuts. cut: bytes of copies, their optimiser and EMA; block: of the largest block of a copy; units:
-    blocks, each a message of its own; chunk: rows of one call without gradient; micro: samples of one with (0: all)."""
+    """What FSDP cuts. cut: bytes of copies, their optimiser and EMA; gradients: of the larger role, where it is cut;
+    block: of the largest block of a copy; root: of what is in no block; units: blocks and root, each a message of its
+    own; chunk: rows of one call without gradient; micro: samples of one with (0: all)."""
 
     cut: int
+    gradients: int
     block: int
+    root: int
     units: int
     chunk: float
     micro: int
 
+    def less(self, shards: int) -> float:
+        """Bytes that a GPU does not hold when it has one of ``shards``; the root and two blocks are gathered."""
+        return (self.cut + self.gradients) * (1 - 1 / shards) - (self.root + 2 * self.block) * (shards > 1)
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Shards inside a node, replicas across nodes. GB that a GPU sends inside and between; images_s: of all GPUs."""
+
+    gib: float
+    inside: float
+    between: float
+    images_s: float
+    efficiency: float
+
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the scaling table. traffic: GB that a GPU sends per iteration; images_s: of all GPUs together."""
+    """One line of the scaling table. traffic: GB that a GPU sends per iteration; images_s: of all GPUs together.
+
+    hybrid: None where nothing is cut, inside one node, and where the GPUs are not whole nodes.
+    """
 
     gpus: int
     batch: int
@@ -191,6 +240,7 @@ class Row:
     fsdp_traffic: float
     fsdp_images_s: float
     fsdp_efficiency: float
+    hybrid: Hybrid | None = None
 
 
 def gpu_counts(largest: int = 512) -> list[int]:
@@ -207,19 +257,32 @@ def scaling_row(
     """
     whole = max(batch, gpus)
     own = math.ceil(whole / gpus)
-    ring = (gpus - 1) / gpus
-    ddp = sum(role.ddp(ring) for role in roles)
-    sent = [role.fsdp(ring, own, cut.chunk, cut.micro) for role in roles]
-    fsdp = sum(size for size, _ in sent)
-    messages = sum(calls * (cut.units if role.cut else 1) for role, (_, calls) in zip(roles, sent, strict=True))
     busy = parts.seconds(own, gpu, efficiency)
-    static, gradients = sum(parts.static.values()), sum(role.updates for role in roles)
-    ddp_s, fsdp_s = _wire(ddp, gradients, gpus, gpu), _wire(fsdp, messages, gpus, gpu)
-    sharded = parts.total(own, static - cut.cut + cut.cut / gpus + (2 * cut.block if gpus > 1 else 0))
+    ddp = sum(role.ddp((gpus - 1) / gpus) for role in roles)
+    ddp_s = _wire(ddp, sum(role.updates for role in roles), gpus, gpu)
+    sent = Sent.of_all([role.sharded(cut, own, gpus, 1) for role in roles])
+    fsdp_s = _wire(sent.among, sent.among_messages, gpus, gpu)
+    sharded = parts.total(own, cut.less(gpus))
     return Row(
         *(gpus, whole, parts.total(own) / GIB, ddp / 1e9, whole / (busy + ddp_s), busy / (busy + ddp_s)),
-        *(sharded / GIB, fsdp / 1e9, whole / (busy + fsdp_s), busy / (busy + fsdp_s)),
+        *(sharded / GIB, sent.among / 1e9, whole / (busy + fsdp_s), busy / (busy + fsdp_s)),
+        _hybrid(parts, roles, cut, gpus, gpu, (own, whole, busy)),
     )
+
+
+def _hybrid(
+    parts: Parts, roles: Sequence[Trained], cut: Sharding, gpus: int, gpu: Gpu, work: tuple[int, int, float]
+) -> Hybrid | None:
+    """work: samples of a GPU, of all, and seconds of computing."""
+    if not cut.cut or gpus <= NODE or gpus % NODE:
+        return None
+    own, whole, busy = work
+    nodes = gpus // NODE
+    sent = Sent.of_all([role.sharded(cut, own, NODE, nodes) for role in roles])
+    seconds = busy + _wire(sent.among, sent.among_messages, NODE, gpu)
+    seconds += _wire(sent.across, sent.across_messages, gpus, gpu)
+    gib = parts.total(own, cut.less(NODE)) / GIB
+    return Hybrid(gib, sent.among / 1e9, sent.across / 1e9, whole / seconds, busy / seconds)
 
 
 def _wire(traffic: float, collectives: float, gpus: int, gpu: Gpu) -> float:

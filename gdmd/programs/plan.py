@@ -30,6 +30,7 @@ from gdmd.evaluation.cost_model import (
 from gdmd.evaluation.weightless import measure
 from gdmd.programs.plan_networks import Costs, Networks, costs_of, networks_of
 from gdmd.recipes.tally import Tally, tally
+from gdmd.training.distributed import blocks_of
 from gdmd.training.optim8bit import moment_bytes
 
 ADAM = 8
@@ -294,7 +295,10 @@ def _roles(cfg: RunConfig, trained: Mapping[str, int], counted: Tally) -> tuple[
         *([("old", "student", trained["student"], 0.0)] if counted.old_policy else []),
     ]
     return tuple(
-        Trained(size, updates, like in copied, counted.calls[who], counted.passes[who], counted.graded_calls[who])
+        Trained(
+            *(size, updates, like in copied),
+            *(counted.calls[who], counted.passes[who], counted.graded_calls[who], counted.losses[who]),
+        )
         for who, like, size, updates in found
     )
 
@@ -305,10 +309,18 @@ def _sharding(cfg: RunConfig, nets: Networks, static: Mapping[str, int], trained
     cut = sum(static[role] for role in copied)
     cut += sum(static["optimiser"] * trained[role] // sum(trained.values()) for role in copied)
     cut += static["EMA"] + static["old policy"] if "student" in copied else 0
-    lists = [m for m in nets.trunk.modules() if type(m).__name__ == "ModuleList"]
-    blocks = [sum(p.numel() for p in child.parameters()) for holder in lists for child in holder]
-    block = 4 * max(blocks) if copied else 0
-    return Sharding(cut, block, len(blocks) + 1, _chunk(cfg), cfg.loop.micro_batch)
+    units = [_numbers(block) for block in blocks_of(nets.trunk)]
+    parts = (
+        max((trained[role] for role in copied), default=0),
+        4 * max(units),
+        4 * (_numbers(nets.trunk) - sum(units)),
+    )
+    return Sharding(cut, *(parts if copied else (0, 0, 0)), len(units) + 1, _chunk(cfg), cfg.loop.micro_batch)
+
+
+def _numbers(net: Any) -> int:
+    """Weights of a copy of ``net``, which has no adapters."""
+    return sum(weights.numel() for name, weights in net.named_parameters() if "lora_" not in name)
 
 
 def _unique(*things: Any) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from gdmd.config.model import DiffusersModel
-from gdmd.evaluation.cost_model import GIB, NETWORK, NODE, RESERVE, Row
+from gdmd.evaluation.cost_model import GIB, NETWORK, NODE, RESERVE, Hybrid, Row
 from gdmd.programs.plan import Plan
 
 SMALL = 1e9
@@ -114,7 +114,7 @@ def hints(plan: Plan) -> list[str]:
 
 def _table(plan: Plan, rows: Sequence[Row]) -> Iterable[str]:
     yield (
-        f"N GPUs (a model, nothing here is measured): {NODE} per node at {plan.gpu.link:g} GB/s, nodes at {NETWORK:g} "
+        f"N GPUs (a model; no time is measured): {NODE} per node at {plan.gpu.link:g} GB/s, nodes at {NETWORK:g} "
         "GB/s per GPU, no overlap"
     )
     yield "the batch is divided; beyond one sample per GPU it grows with them. Traffic: sent per GPU and iteration"
@@ -125,4 +125,18 @@ def _table(plan: Plan, rows: Sequence[Row]) -> Iterable[str]:
             f"{row.gpus:5d}{row.batch:7d}  |{row.ddp_gib:8.1f}{row.ddp_traffic:9.2f}{row.ddp_images_s:10.4g}"
             f"{row.ddp_efficiency:9.3f}  |{row.fsdp_gib:9.1f}{row.fsdp_traffic:9.2f}{row.fsdp_images_s:10.4g}"
             f"{row.fsdp_efficiency:9.3f}"
+        )
+    yield from _hybrid_table([(row, row.hybrid) for row in rows if row.hybrid is not None])
+
+
+def _hybrid_table(rows: Sequence[tuple[Row, Hybrid]]) -> Iterable[str]:
+    if not rows:
+        return
+    yield ""
+    yield "loop.sharding=hybrid: shards inside a node, replicas across nodes"
+    yield f"{'GPUs':>5}{'batch':>7}  |     GiB  GB inside  GB between  images/s  scaling"
+    for row, own in rows:
+        yield (
+            f"{row.gpus:5d}{row.batch:7d}  |{own.gib:8.1f}{own.inside:11.2f}{own.between:12.2f}"
+            f"{own.images_s:10.4g}{own.efficiency:9.3f}"
         )

@@ -33,7 +33,7 @@ class Tally:
 
     passes: without gradient, by role; graded: with a backward pass, by role; decoded: latents decoded and scored;
     steered: the same with a backward pass through reward and decoder. calls, graded_calls: network calls without and
-    with gradient, by role.
+    with gradient, by role; losses: losses that have calls of the second kind, by role.
     widest: samples of the largest call without gradient, in batches (2: guidance in one call).
     """
 
@@ -44,6 +44,7 @@ class Tally:
     steered: float
     calls: Mapping[str, float]
     graded_calls: Mapping[str, float]
+    losses: Mapping[str, float]
     widest: float
     old_policy: bool
 
@@ -53,6 +54,7 @@ class _Log:
     samples: Counter[tuple[str, bool]] = field(default_factory=Counter)
     calls: Counter[tuple[str, bool]] = field(default_factory=Counter)
     updates: Counter[str] = field(default_factory=Counter)
+    losses: Counter[str] = field(default_factory=Counter)
     widest: int = 0
     followed: bool = False
 
@@ -147,7 +149,9 @@ def tally(cfg: RunConfig, iterations: int = ITERATIONS) -> Tally:
         index = torch.arange(batch)
         for update in method.iteration(step, _prompts(index, cfg.method.prompt_group), SampleRng(0, step, index)):
             log.updates[update.role] += 1
+            before = log.calls.copy()
             update.loss(update.batch)
+            log.losses.update(who for who in MODEL_ROLES if log.calls[who, True] > before[who, True])
     return _means(log, iterations, batch)
 
 
@@ -172,6 +176,7 @@ def _means(log: _Log, iterations: int, batch: int) -> Tally:
         steered=share("decoder", True),
         calls={who: log.calls[who, False] / iterations for who in MODEL_ROLES},
         graded_calls={who: log.calls[who, True] / iterations for who in MODEL_ROLES},
+        losses={who: log.losses[who] / iterations for who in MODEL_ROLES},
         widest=log.widest / batch,
         old_policy=log.followed,
     )

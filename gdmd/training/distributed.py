@@ -194,7 +194,7 @@ class World:
         from torch.distributed.fsdp import fully_shard
 
         mesh = self._mesh(next(module.parameters()).device.type, how)
-        for unit in (*_blocks(module), module):
+        for unit in (*blocks_of(module), module):
             fully_shard(unit, mesh=mesh, reshard_after_forward=True)  # also the root: parameters() are always shards
             unit.register_forward_pre_hook(self._count, prepend=True)
 
@@ -360,12 +360,12 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """The outermost members of ModuleLists: the transformer blocks."""
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The outermost members of ModuleLists: the transformer blocks, each of them a unit of FSDP."""
     found: list[nn.Module] = []
     for child in module.children():
         listed = isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList)
-        found += [child] if listed else _blocks(child)
+        found += [child] if listed else blocks_of(child)
     return found
 
 

@@ -288,6 +288,18 @@ def test_the_scaling_table_of_full_copies_cuts_and_gathers_them(folders: Path) -
     assert two.fsdp_traffic > two.ddp_traffic > 0 and 0 < many.fsdp_efficiency < many.ddp_efficiency < 1
 
 
+def test_hybrid_sharding_is_in_the_table_where_there_are_whole_nodes_and_something_is_cut(folders: Path) -> None:
+    said = planned(recipe(folders, "sd3", batch=8, full="both"))
+    inside, broken, two = said.scaling([8, 12, 16])
+    assert inside.hybrid is None and broken.hybrid is None and two.hybrid is not None
+    copies = 4 * said.weights["student"]
+    assert two.hybrid.between * 1e9 == pytest.approx(2 / 2 * copies / 8 * (1 + 2))  # a shard per update of both
+    assert two.hybrid.inside == pytest.approx(inside.fsdp_traffic) and two.hybrid.between < two.fsdp_traffic
+    assert two.hybrid.efficiency > two.fsdp_efficiency and two.hybrid.gib > two.fsdp_gib
+    assert "replicas across nodes" in described(said, [two]) and "replicas" not in described(said, [inside])
+    assert all(row.hybrid is None for row in planned(recipe(folders, "sd3", batch=8)).scaling([16]))
+
+
 def test_the_program_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     from gdmd.cli.app import app
 

@@ -1,9 +1,12 @@
-"""`gdmd plan`'s bytes between GPUs against what two ranks hand to collectives while they train the same recipe."""
+"""`gdmd plan`'s bytes between GPUs against what two ranks, and two machines of two, hand to collectives as they train."""
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -14,91 +17,176 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from rank_world import run_ranks  # noqa: E402
 
 from gdmd.config.loop import LoopConfig  # noqa: E402
 from gdmd.config.method import DmdConfig  # noqa: E402
+from gdmd.config.rivals_rl import DmdNftConfig  # noqa: E402
 from gdmd.config.run import RunConfig  # noqa: E402
 from gdmd.diffusion.rng import SampleRng  # noqa: E402
-from gdmd.evaluation.cost_model import gpu_of  # noqa: E402
-from gdmd.programs.plan import plan  # noqa: E402
-from gdmd.recipes.build import build  # noqa: E402
-from gdmd.training.distributed import World  # noqa: E402
-from gdmd.training.state import role_states  # noqa: E402
+from gdmd.evaluation.cost_model import Sent, gpu_of  # noqa: E402
+from gdmd.programs.plan import Plan, plan  # noqa: E402
+from gdmd.recipes.build import Lab, build  # noqa: E402
+from gdmd.training.distributed import Sharding, World  # noqa: E402
+from gdmd.training.state import RoleState, role_states  # noqa: E402
+from gdmd.types import PromptBatch  # noqa: E402
 
-STEPS = 2
-KINDS: dict[str, tuple[dict[str, Any], int]] = {
-    "adapters": ({}, 0),
-    "adapters in micro-batches": ({}, 1),
-    "copies": ({"full": "both"}, 0),
+DMD = DmdConfig(fake_updates=2, guidance=3.0, student_steps=(1.0,))  # one step: no iteration has more calls
+NFT = DmdNftConfig(fake_updates=1, images_per_prompt=4, guidance=3.0, student_steps=(1.0,))  # has an old policy
+KINDS: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "adapters": (DMD, {}, 0),
+    "adapters in micro-batches": (DMD, {}, 1),
+    "copies": (DMD, {"full": "both", "checkpointing": True}, 0),
+    "copies in micro-batches": (DMD, {"full": "both", "checkpointing": False}, 1),
+    "copies in parts": (DMD, {"full": "both", "forward_chunk": 1}, 0),
+    "a copied student": (DMD, {"full": "student"}, 0),
+    "copies and their old policy": (NFT, {"full": "both"}, 0),
 }
-"""What is trained, and the micro-batch of a rank."""
+"""The method, what is trained, and the micro-batch of a rank."""
+COPIES = [kind for kind in KINDS if not kind.startswith("adapters")]
+BATCH = 4
+NODE = 2
+"""Ranks of a machine, where there are two of them."""
+
+
+def brightness(images: Tensor, prompts: PromptBatch) -> Tensor:
+    return images[:, 0].mean((1, 2))
 
 
 def recipe(root: Path, kind: str) -> RunConfig:
-    """One student step, so that no iteration has more calls than another."""
-    model, micro = KINDS[kind]
-    loop = LoopConfig(steps=STEPS, batch_size=4, micro_batch=micro, sharding="full", threads=1)
+    method, model, micro = KINDS[kind]
+    rewards = [{"kind": "callable", "target": "test_plan_ranks:brightness"}] if method is NFT else []
     return RunConfig(
         name="tiny",
         model=tiny.config(root / "sd3", embeddings=str(root / "embeddings"), **model),
-        method=DmdConfig(fake_updates=2, guidance=3.0, student_steps=(1.0,)),
-        loop=loop,
+        method=method,
+        loop=LoopConfig(steps=2, batch_size=BATCH, micro_batch=micro, sharding="full", threads=1),
         prompts={"file": str(root / "prompts.txt")},
+        rewards=rewards,
     )
 
 
-def bytes_sent(cfg: RunConfig, world: World, *, cut: bool) -> float:
-    """Per iteration, by this rank: in a ring of two it sends once the bytes of what is averaged."""
-    lab, sums, own = build(cfg), [0], torch.distributed.all_reduce
-    if cut:
-        lab.roles.shard(lambda module: world.shard(module, "full"))
-    states = role_states(lab.roles, cfg.loop, world)
+@functools.cache
+def planned(root: Path, kind: str) -> Plan:
+    return plan(recipe(root, kind), gpu_of("h100"), 0.4)
 
-    def counted(tensor: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        sums[0] += tensor.nbytes if tensor.is_floating_point() else 0
-        return own(tensor, *rest, **named)
 
-    torch.distributed.all_reduce = counted
-    for step in range(STEPS):
-        prompts = lab.stream.at(step, *world.span(cfg.loop.batch_size))
+class Wire(TorchDispatchMode):
+    """Bytes that this rank sends in rings, and messages, by whether the group lies inside a machine of NODE ranks."""
+
+    SENT = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 2}
+    """Times that (n - 1) / n of the whole is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.messages: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
+        space, _, name = str(operation).removesuffix(".default").partition(".")
+        if space == "c10d" and name in self.SENT:
+            self._note(self.SENT[name], given)
+        return operation(*given, **(named or {}))
+
+    def _note(self, times: int, given: tuple[Any, ...]) -> None:
+        leaves = torch.utils._pytree.tree_leaves(given)
+        tensors = [one for one in leaves if isinstance(one, Tensor) and one.is_floating_point()]
+        boxed = next(one for one in leaves if "ProcessGroup" in str(type(one)) or isinstance(one, torch.ScriptObject))
+        ranks = torch.distributed.get_process_group_ranks(torch.distributed.ProcessGroup.unbox(boxed))
+        if not tensors:
+            return
+        where = "among" if len({rank // NODE for rank in ranks}) == 1 else "across"
+        self.bytes[where] += times * (len(ranks) - 1) * max(one.nbytes for one in tensors) // len(ranks)
+        self.messages[where] += 1
+
+
+def one_iteration(lab: Lab, states: dict[Any, RoleState], world: World, step: int) -> Wire:
+    prompts = lab.stream.at(step, *world.span(BATCH))
+    with Wire() as wire:
         for update in lab.method.iteration(step, prompts, SampleRng(0, step, prompts.index)):
             states[update.role].apply(update)
-    torch.distributed.all_reduce = own
-    return sums[0] / STEPS
+    return wire
+
+
+def sent(cfg: RunConfig, world: World, how: Sharding) -> dict[str, Any]:
+    """By this rank in the second iteration, when there is an old policy; and the bytes of weights that it holds."""
+    lab = build(cfg)
+    if how != "none":
+        lab.roles.shard(lambda module: world.shard(module, how))
+    states = role_states(lab.roles, cfg.loop, world)
+    wire = [one_iteration(lab, states, world, step) for step in range(2)][-1]
+    whole = [own for state in states.values() for named in state.tensors().values() for own in named.values()]
+    own = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in whole]
+    return {"bytes": wire.bytes, "messages": wire.messages, "held": sum(tensor.nbytes for tensor in own)}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind, whole and cut, by one pair of ranks; what rank 0 sent is in a file."""
+    """What rank 0 of two sent, of every kind, whole and cut; and of four with shards inside two machines."""
     root = tmp_path_factory.mktemp("traffic")
     tiny.save("sd3", root / "sd3")
     (root / "prompts.txt").write_text("\n".join(tiny.WORDS))
     lab = build(recipe(root, "adapters"))
     lab.encoder.prepare([text for group in lab.stream.groups for text in group])
 
-    def work(world: World) -> None:
-        found = {kind: [bytes_sent(recipe(root, kind), world, cut=False)] for kind in KINDS}
-        found["adapters"].append(bytes_sent(recipe(root, "adapters"), world, cut=True))
+    def work(world: World, asked: list[tuple[str, Sharding]]) -> None:
+        found = {f"{kind}, {how}": sent(recipe(root, kind), world, how) for kind, how in asked}
         if world.first:
-            (root / "sent.json").write_text(json.dumps(found))
+            (root / f"sent_{world.size}.json").write_text(json.dumps(found))
 
-    ended = run_ranks(work, root, seconds=30)
-    assert [end.code for end in ended] == [0, 0], ended
+    whole, cut = [(kind, "none") for kind in ("adapters", "adapters in micro-batches", "copies")], ["adapters", *COPIES]
+    two = [*whole, *((kind, "full") for kind in cut)]
+    four = [(kind, "hybrid") for kind in ("copies in micro-batches", "a copied student")]
+    for size, asked in ((2, two), (4, four)):
+        ended = run_ranks(lambda world, asked=asked: work(world, asked), root, size, local_size=NODE)
+        assert [end.code for end in ended] == [0] * size, ended
     return root
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def measured(root: Path, size: int, key: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((root / f"sent_{size}.json").read_text())[key]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["adapters", "adapters in micro-batches", "copies"])
 def test_two_ranks_send_the_gradients_that_the_plan_names(root: Path, kind: str) -> None:
-    """Within 2 %: the samples' losses travel, too, and are not in the plan."""
-    sent = json.loads((root / "sent.json").read_text())[kind]
-    _, row = plan(recipe(root, kind), gpu_of("h100"), 0.4).scaling([1, 2])
-    assert sent[0] == pytest.approx(1e9 * row.ddp_traffic, rel=0.02)
+    _, row = planned(root, kind).scaling([1, 2])
+    assert measured(root, 2, f"{kind}, none")["bytes"]["among"] == pytest.approx(1e9 * row.ddp_traffic)
 
 
 def test_sharding_cuts_no_adapter_and_sends_what_replicas_send(root: Path) -> None:
-    whole, cut = json.loads((root / "sent.json").read_text())["adapters"]
-    _, row = plan(recipe(root, "adapters"), gpu_of("h100"), 0.4).scaling([1, 2])
-    assert cut == whole and row.fsdp_traffic == row.ddp_traffic
+    whole, cut = (measured(root, 2, f"adapters, {how}") for how in ("none", "full"))
+    _, row = planned(root, "adapters").scaling([1, 2])
+    assert cut == whole and row.fsdp_traffic == row.ddp_traffic and row.fsdp_gib == row.ddp_gib
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_two_ranks_gather_and_scatter_the_copies_as_the_plan_says(root: Path, kind: str) -> None:
+    said, found = planned(root, kind), measured(root, 2, f"{kind}, full")
+    _, row = said.scaling([1, 2])
+    assert found["bytes"]["among"] == pytest.approx(1e9 * row.fsdp_traffic)
+    assert found["messages"]["among"] == all_of(said, 2, 2, 1).among_messages
+
+
+@pytest.mark.parametrize("kind", ["copies in micro-batches", "a copied student"])
+def test_machines_of_two_send_inside_and_between_them_what_the_plan_says_of_hybrid(root: Path, kind: str) -> None:
+    found = measured(root, 4, f"{kind}, hybrid")
+    seen = [found[what][where] for what in ("bytes", "messages") for where in ("among", "across")]
+    assert seen == pytest.approx(astuple(all_of(planned(root, kind), 4, 2, 2)))
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_rank_holds_the_part_of_weights_and_moments_that_the_plan_says(root: Path, kind: str) -> None:
+    """But for one number of Adam per tensor."""
+    said, found = planned(root, kind), measured(root, 2, f"{kind}, full")
+    held = sum(said.parts.static[what] for what in ("student", "fake", "optimiser", "EMA"))
+    old = said.parts.static["old policy"]
+    assert found["held"] == pytest.approx(held - (said.sharding.cut - old) / 2, rel=0.01)
+
+
+def all_of(said: Plan, gpus: int, inside: int, nodes: int) -> Sent:
+    return Sent.of_all([role.sharded(said.sharding, BATCH // gpus, inside, nodes) for role in said.roles])
