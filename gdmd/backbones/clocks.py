@@ -40,10 +40,10 @@ def uniform_times(steps: int) -> list[float]:
     return [(steps - i) / steps for i in range(steps)]
 
 
-def flow_clock(scheduler: Mapping[str, Any], tokens: int) -> FlowClock:
+def flow_clock(scheduler: Mapping[str, Any], tokens: int, mu: float | None = None) -> FlowClock:
     """The clock of a FlowMatchEulerDiscreteScheduler's config for an image of ``tokens`` patches.
 
-    With dynamic shifting mu is linear in the tokens, and s = e^mu ("exponential") or mu ("linear").
+    With dynamic shifting mu is linear in the tokens unless given, and s = e^mu ("exponential") or mu ("linear").
     """
     terminal = scheduler.get("shift_terminal") or None
     for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
@@ -51,7 +51,7 @@ def flow_clock(scheduler: Mapping[str, Any], tokens: int) -> FlowClock:
             raise ValueError(f"the pipeline's scheduler has {key}, which is not supported; set it to false")
     if not scheduler.get("use_dynamic_shifting"):
         return FlowClock(float(scheduler.get("shift", 1.0)), terminal)
-    mu = dynamic_mu(scheduler, tokens)
+    mu = dynamic_mu(scheduler, tokens) if mu is None else mu
     shift = mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
     return FlowClock(shift, terminal)
 

@@ -28,7 +28,7 @@ class VaeCodec:
 
     def decode(self, latents: Tensor) -> Tensor:
         """With gradient to the latents. [B, C, h, w] -> [B, 3, H, W], fp32"""
-        z = latents.float() * self._scale.to(latents.device) + self._shift.to(latents.device)
+        z = self.to_vae(latents)
         with torch.autocast(latents.device.type, enabled=False):
             images = [self.decode_chunk(part.to(self.vae.dtype)) for part in torch.split(z, self.chunk)]
         return (torch.cat(images).float() + 1) / 2
@@ -38,8 +38,15 @@ class VaeCodec:
         """[B, 3, H, W] in [0, 1] -> [B, C, h, w], fp32; the mean of the posterior, no draw."""
         with torch.autocast(images.device.type, enabled=False):
             z = [self.encode_chunk((2 * part - 1).to(self.vae.dtype)) for part in torch.split(images, self.chunk)]
-        latents = torch.cat(z).float()
-        return (latents - self._shift.to(latents.device)) / self._scale.to(latents.device)
+        return self.from_vae(torch.cat(z).float())
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        """Latents -> z as the VAE has it, fp32."""
+        return latents.float() * self._scale.to(latents.device) + self._shift.to(latents.device)
+
+    def from_vae(self, z: Tensor) -> Tensor:
+        """The inverse."""
+        return (z - self._shift.to(z.device)) / self._scale.to(z.device)
 
     def decode_chunk(self, z: Tensor) -> Tensor:
         """The bare decoder, images in [-1, 1]."""

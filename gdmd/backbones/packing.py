@@ -1,4 +1,4 @@
-"""Latents as sequences of 2 x 2 patches, as FLUX.1 and Qwen-Image read them."""
+"""Latents as sequences of 2 x 2 patches, as FLUX and Qwen-Image read them."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     b, _, c = tokens.shape
     parts = tokens.reshape(b, height // 2, width // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return parts.reshape(b, c // 4, height, width)
+
+
+def in_patches(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, 4 C, H / 2, W / 2], the tokens of ``pack`` where they stand: FLUX.2's first noise."""
+    b, c, h, w = x.shape
+    return pack(x).transpose(1, 2).reshape(b, 4 * c, h // 2, w // 2)
