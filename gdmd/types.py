@@ -58,7 +58,7 @@ class FeatureDenoiser(Denoiser, Protocol):
     """A denoiser whose trunk can be read, for a GAN head on it (DMD2, arXiv 2405.14867)."""
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Hidden states of the image tokens after the last block, [B, N, D]."""
+        """Hidden states of the image tokens, [B, N, D]: of a transformer after its last block, of a UNet its middle."""
         ...
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from gdmd.backbones.features import answering_before
 from gdmd.config.model import DiffusersModel, FamilyName
 from gdmd.types import Codec, Cond, Prediction, Schedule
 
@@ -21,7 +23,8 @@ class Family(ABC):
 
     Class facts: ``name``; ``pipeline``, the class named in model_index.json; ``needs`` and ``optional``, the
     components that must and may be there; ``native``, what the network predicts; ``targets``, the layers that take
-    adapters; ``patch``, latent positions along the side of a token; ``blocks``, the classes of the repeated blocks.
+    adapters; ``patch``, latent positions along the side of a token; ``blocks``, the classes of the repeated blocks;
+    ``reading``, what a call for features costs, in whole calls.
     """
 
     name: ClassVar[FamilyName]
@@ -32,6 +35,7 @@ class Family(ABC):
     targets: ClassVar[tuple[str, ...]]
     patch: ClassVar[int] = 1
     blocks: ClassVar[tuple[str, ...]] = ()
+    reading: ClassVar[float] = 1.0
 
     schedule: Schedule
     codec: Codec
@@ -71,9 +75,38 @@ class Family(ABC):
     def latent_channels(self) -> int:
         return int(self.pipe.vae.config.latent_channels)
 
-    @abstractmethod
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """One call of ``net`` (the trunk or a copy of it). x_t [B, C, H, W], t [B] in [0, 1]; answers in fp32."""
+        return self.prediction(self.call(net, x_t, t, cond), x_t, t)
+
+    @abstractmethod
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
+        """The same call, answered as the network answers: the first thing that it returns."""
+
+    @abstractmethod
+    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        """What an answer of the network at x_t and t means."""
+
+    def features(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Hidden states of the image tokens, which a GAN head reads. [B, N, D], N = rows columns of feature_shape"""
+        with self.reads(net):
+            hidden = self.call(net, x_t, t, cond)
+        return self.image_tokens(hidden)
+
+    def reads(self, net: Any) -> AbstractContextManager[None]:
+        """Inside, ``net`` answers with its hidden states: of transformers, those after the last block."""
+        return answering_before(net, net.norm_out)
+
+    def image_tokens(self, hidden: Tensor) -> Tensor:
+        """The image's part of these hidden states. [B, N, D]"""
+        return hidden
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        """(D, rows, columns) of the features."""
+        net: Any = self.net
+        _, height, width = self.latent_shape
+        return int(net.inner_dim), height // self.patch, width // self.patch
 
     @abstractmethod
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from gdmd.backbones.recompute import recomputed
+
 
 class Copy:
     """A trained copy of a network without adapters. Its names are those of the network."""
@@ -22,7 +24,7 @@ class Copy:
     def recompute(self, *, on: bool) -> None:
         """Switch activation checkpointing."""
         if on:
-            self.net.enable_gradient_checkpointing()
+            self.net.enable_gradient_checkpointing(lambda block, *inputs: recomputed(block, inputs))
         else:
             self.net.disable_gradient_checkpointing()
 

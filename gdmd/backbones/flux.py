@@ -47,12 +47,12 @@ class Flux(Family):
         _, height, width = self.latent_shape
         self.clock = flow_clock(pipe.scheduler.config, (height // 2) * (width // 2))
 
-    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
         height, width = x_t.shape[-2:]
         guided = self.pipe.transformer.config.guidance_embeds
         embeds = cond["embeds"].to(dtype)
-        velocity = net(
+        return net(
             hidden_states=pack(x_t).to(dtype),
             timestep=t,
             guidance=torch.full_like(t, self.cfg.embedded_guidance, dtype=torch.float32) if guided else None,
@@ -62,7 +62,9 @@ class Flux(Family):
             img_ids=_places(height // 2, width // 2).to(x_t.device, dtype),
             return_dict=False,
         )[0]
-        return from_velocity(unpack(velocity, height, width), x_t, t, self.schedule)
+
+    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        return from_velocity(unpack(answer, *x_t.shape[-2:]), x_t, t, self.schedule)
 
     def blank_text(self, count: int) -> Cond:
         config = self.pipe.transformer.config

@@ -47,11 +47,11 @@ class QwenImage(Family):
     def latent_channels(self) -> int:
         return int(self.pipe.vae.config.z_dim)
 
-    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
         height, width = x_t.shape[-2:]
         guided = self.pipe.transformer.config.guidance_embeds
-        velocity = net(
+        return net(
             hidden_states=pack(x_t).to(dtype),
             timestep=t,
             guidance=torch.full_like(t, self.cfg.embedded_guidance, dtype=torch.float32) if guided else None,
@@ -60,7 +60,9 @@ class QwenImage(Family):
             img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
             return_dict=False,
         )[0]
-        return from_velocity(unpack(velocity, height, width), x_t, t, self.schedule)
+
+    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        return from_velocity(unpack(answer, *x_t.shape[-2:]), x_t, t, self.schedule)
 
     def blank_text(self, count: int) -> Cond:
         longest = self.cfg.max_tokens or LONGEST

@@ -12,8 +12,9 @@ from torch.nn import Parameter
 from gdmd.backbones.base import Family, network_dtype
 from gdmd.backbones.compiled import compile_blocks
 from gdmd.backbones.copies import Copy
+from gdmd.backbones.critic import FeatureCritic, GanHead, seeded_head
 from gdmd.backbones.trunk import BARE, Trunk, Wear
-from gdmd.types import Cond, Critic, Denoiser, Prediction, Role
+from gdmd.types import Cond, Denoiser, Prediction, Role
 
 SEEDS: Mapping[Role, int] = {"student": 1, "fake": 2}
 """What the adapters' A are drawn from; the run's seed moves noise and prompts only."""
@@ -46,6 +47,7 @@ class RoleDenoiser:
     def __init__(self, family: Family, net: Net, *, half: bool) -> None:
         self.family, self.net, self.half = family, net, half
         self.schedule = family.schedule
+        self.reading = False  # while a call is made for features
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         most = self.family.cfg.forward_chunk
@@ -57,18 +59,32 @@ class RoleDenoiser:
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         net = self.net.ready()
-        wide = network_dtype(net) == torch.float32
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.half and wide, cache_enabled=False):
+        with self._precision(net, x_t):
             return self.family.predict(net, x_t, t, cond)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Hidden states of the image tokens where the family is read, [B, N, D], fp32."""
+        net, self.reading = self.net.ready(), True
+        try:
+            with self._precision(net, x_t):
+                return self.family.features(net, x_t, t, cond).float()
+        finally:
+            self.reading = False
+
+    def _precision(self, net: Any, x_t: Tensor) -> torch.autocast:
+        narrow = self.half and network_dtype(net) == torch.float32
+        return torch.autocast(x_t.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False)
 
 
 class DiffusersRoles:
     """Teacher, student, fake and old policy of a family; before the first step all of them are the teacher.
 
     cfg.full says which trained roles are full fp32 copies; the others are fp32 adapters on the frozen trunk.
+    ``head_seed`` makes a GAN head on the fake's features (``critic``), with weights from that seed; they are trained
+    with the fake, under the names "gan_head.*" of its parameters. Without it there is none, in memory or checkpoints.
     """
 
-    def __init__(self, family: Family, *, half: bool = False) -> None:
+    def __init__(self, family: Family, *, half: bool = False, head_seed: int | None = None) -> None:
         cfg = family.cfg
         self.family, self.schedule = family, family.schedule
         self._half = half or cfg.dtype == "bf16"
@@ -92,7 +108,7 @@ class DiffusersRoles:
         self.teacher = self._denoiser(Worn(self.trunk, BARE))
         self.student, self.fake = (self._denoiser(self._net(role)) for role in both)
         self.old = self._denoiser(Worn(self.trunk, BARE))
-        self.critic: Critic | None = None  # a GAN head needs the features of the family's network: not written yet
+        self.critic = None if head_seed is None else FeatureCritic(self.fake, _head_of(family, head_seed))
         self._old: Mapping[str, Tensor] = {}
 
     def compile(self, backend: str = "inductor") -> None:
@@ -103,14 +119,22 @@ class DiffusersRoles:
             compile_blocks(net, self.family.blocks, backend)
 
     def shard(self, shard: Callable[[Any], None]) -> None:
-        """The full copies, and the old policy's when it is made; adapters and the frozen trunk stay whole."""
+        """The full copies, and the old policy's when it is made; adapters and the frozen trunk stay whole.
+
+        A GAN head goes with its fake: one role is all shards or all whole.
+        """
         self._shard = shard
         for own in self._copies.values():
             shard(own.net)
+        if self.critic is not None and "fake" in self._copies:
+            shard(self.critic.head)
 
     def parameters(self, role: Role) -> Mapping[str, Parameter]:
         own = self._copies.get(role)
-        return own.weights() if own else self.trunk.weights(role)
+        weights = own.weights() if own else self.trunk.weights(role)
+        if role == "fake" and self.critic is not None:
+            weights |= {f"gan_head.{name}": value for name, value in self.critic.head.named_parameters()}
+        return weights
 
     def modules(self) -> tuple[Any, ...]:
         """Every network that holds weights of a role: the trunk, then the copies."""
@@ -183,3 +207,8 @@ class DiffusersRoles:
 
     def _denoiser(self, net: Net) -> RoleDenoiser:
         return RoleDenoiser(self.family, net, half=self._half)
+
+
+def _head_of(family: Family, seed: int) -> GanHead:
+    width, rows, columns = family.feature_shape
+    return seeded_head(width, (rows, columns), seed, next(family.net.parameters()).device)

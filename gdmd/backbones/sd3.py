@@ -43,16 +43,18 @@ class Sd3(Family):
         self.clock = flow_clock(pipe.scheduler.config, (height // 2) * (width // 2))
         self._shortest = 1 / int(pipe.scheduler.config.num_train_timesteps)
 
-    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
-        velocity = net(
+        return net(
             hidden_states=x_t.to(dtype),
             timestep=1000 * t,
             encoder_hidden_states=cond["embeds"].to(dtype),
             pooled_projections=cond["pooled"].to(dtype),
             return_dict=False,
         )[0]
-        return from_velocity(velocity, x_t, t, self.schedule)
+
+    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        return from_velocity(answer, x_t, t, self.schedule)
 
     def blank_text(self, count: int) -> Cond:
         config = self.pipe.transformer.config

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import Parameter
 
-from gdmd.backbones.shapes_nets import LATENT_CHANNELS, GanHead, ShapesDit, ShapesVae
+from gdmd.backbones.critic import FeatureCritic, seeded_head
+from gdmd.backbones.shapes_nets import LATENT_CHANNELS, ShapesDit, ShapesVae
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.shapes.grammar import CAPTION_TOKENS, NULL, tokenize
-from gdmd.types import Cond, FeatureDenoiser, Prediction, Role
+from gdmd.types import Cond, Prediction, Role
 
 LATENT_SHAPE = (LATENT_CHANNELS, 8, 8)
 AnyNet = TypeVar("AnyNet", bound=nn.Module)
@@ -54,19 +55,6 @@ class BlendedDit:
         return from_velocity(velocity, x_t, t, self.schedule)
 
 
-class FeatureCritic:
-    """A GAN head on the features of a denoiser, a Critic. The head computes in fp32."""
-
-    def __init__(self, trunk: FeatureDenoiser, head: GanHead) -> None:
-        self.trunk, self.head = trunk, head
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        features = self.trunk.features(x_t, t, cond)
-        with torch.autocast(x_t.device.type, enabled=False):
-            logits: Tensor = self.head(features)
-        return logits
-
-
 class ShapesRoles:
     """Student, fake and old policy as full copies of the teacher.
 
@@ -85,7 +73,11 @@ class ShapesRoles:
         self.student = DitDenoiser(self._nets["student"], bf16=bf16)
         self.fake = DitDenoiser(self._nets["fake"], bf16=bf16)
         self.old = DitDenoiser(self._old, bf16=bf16)
-        self.critic = None if head_seed is None else FeatureCritic(self.fake, _seeded_head(teacher, head_seed))
+        self.critic: FeatureCritic | None = None
+        if head_seed is not None:
+            grid = (teacher.grid // 2, teacher.grid // 2)
+            own = seeded_head(teacher.place.shape[1], grid, head_seed, teacher.place.device)
+            self.critic = FeatureCritic(self.fake, own)
 
     def parameters(self, role: Role) -> Mapping[str, Parameter]:
         own = dict(self._nets[role].named_parameters())
@@ -125,14 +117,6 @@ class ShapesRoles:
         if tensors:
             self._old.load_state_dict(dict(tensors), strict=False)
             self._follows = True
-
-
-def _seeded_head(trunk: ShapesDit, seed: int) -> GanHead:
-    """A head for this trunk whose weights depend on the seed only; the global generator stays where it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = GanHead(trunk.place.shape[1])
-    return head.to(trunk.place.device)
 
 
 def _trainable(net: ShapesDit) -> ShapesDit:

@@ -156,27 +156,5 @@ class ShapesDit(nn.Module):
         return velocity
 
 
-class GanHead(nn.Module):
-    """A classifier on the transformer's image tokens: features [B, N, D], N a square -> logits [B], high = real.
-
-    A strided convolution over the grid of tokens, GroupNorm and SiLU, then the mean over places, as small as the trunk
-    allows (DMD2, arXiv 2405.14867, stacks such blocks on the UNet's bottleneck until one place is left).
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 4, stride=2, padding=1)
-        self.norm = nn.GroupNorm(8, width)
-        self.logit = nn.Linear(width, 1)
-
-    def forward(self, features: Tensor) -> Tensor:
-        side = math.isqrt(features.shape[1])
-        places = F.layer_norm(features, features.shape[-1:]).transpose(1, 2)  # [B, D, N]
-        grid = places.reshape(*places.shape[:2], side, side)
-        seen = F.silu(self.norm(self.conv(grid)))  # [B, D, side / 2, side / 2]
-        logit: Tensor = self.logit(seen.mean((2, 3)))
-        return logit[:, 0]
-
-
 def _conv(inside: int, outside: int) -> nn.Conv2d:
     return nn.Conv2d(inside, outside, 3, padding=1)

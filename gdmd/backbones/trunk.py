@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.utils.checkpoint import checkpoint
+
+from gdmd.backbones.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,10 @@ class Trunk:
         number = scale * self.alpha / self.rank
         return torch.tensor(number, device="cpu") if self.compiled and scale != 1 else number
 
-    def _checkpointed(self, block: Callable[..., Any], *inputs: Any) -> Any:
+    def _checkpointed(self, block: nn.Module, *inputs: Any) -> Any:
         """Activation checkpointing of one block, recomputed in what it wears now."""
         worn = self.worn
-
-        def run(*again: Any) -> Any:
-            self.wear(worn)
-            return block(*again)
-
-        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing draws: eval mode
+        return recomputed(block, inputs, lambda: self.wear(worn))
 
 
 def _trained(name: str) -> bool:

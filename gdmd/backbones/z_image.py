@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from gdmd.backbones.base import Family, PipelineText, network_dtype
 from gdmd.backbones.clocks import flow_clock, uniform_times
 from gdmd.backbones.codec import VaeCodec
+from gdmd.backbones.features import answering_before
 from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.types import Cond, Prediction
@@ -42,12 +44,27 @@ class ZImage(Family):
         _, height, width = self.latent_shape
         self.clock = flow_clock(pipe.scheduler.config, (height // 2) * (width // 2))
 
-    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
         captions = [row[:count] for row, count in zip(cond["embeds"].to(dtype), cond["tokens"].tolist(), strict=True)]
         frames = list(x_t.to(dtype)[:, :, None].unbind(0))  # B x [C, 1, H, W]
-        answer = net(frames, 1 - t, captions, return_dict=False)[0]
+        return net(frames, 1 - t, captions, return_dict=False)[0]
+
+    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
         return from_velocity(-torch.stack(answer)[:, :, 0], x_t, t, self.schedule)
+
+    def reads(self, net: Any) -> AbstractContextManager[None]:
+        return answering_before(net, net.all_final_layer["2-1"])
+
+    def image_tokens(self, hidden: Tensor) -> Tensor:
+        """Of [image, its filling to a multiple of 32, caption, filling of the batch]."""
+        _, rows, columns = self.feature_shape
+        return hidden[:, : rows * columns]
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        _, height, width = self.latent_shape
+        return int(self.pipe.transformer.config.dim), height // self.patch, width // self.patch
 
     def blank_text(self, count: int) -> Cond:
         longest = self.cfg.max_tokens or LONGEST

@@ -7,7 +7,7 @@ can be timed without the method around it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,15 @@ DENOISERS = ("student", "fake", "teacher", "old")
 
 @dataclass(frozen=True)
 class Watched:
-    """A network whose calls are recorded. ``who`` names the caller's role now; ``ready(who)`` puts it on again."""
+    """A network whose calls are recorded. ``who`` names the caller's role now; ``ready(who)`` puts it on again.
+
+    ``around``: how the call that is being made is surrounded, to be made again in the same way.
+    """
 
     net: nn.Module
     who: Callable[[], str]
     ready: Callable[[str], None] = lambda who: None
+    around: Callable[[], Callable[[], AbstractContextManager[None]]] = lambda: nullcontext
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def _net_hook(calls: list[Call], watched: Watched) -> Callable[..., None]:
     def hook(net: nn.Module, given: tuple[Any, ...], named: dict[str, Any], answer: Any) -> None:
         first = _first(answer)
         who, backward, device = watched.who(), first.requires_grad, first.device.type
+        around = watched.around()
         leaves = [_leaf(value) for value in given]
         named_leaves = {key: _leaf(value) for key, value in named.items()}
         inputs = [v for v in (*leaves, *named_leaves.values()) if isinstance(v, Tensor) and v.requires_grad]
@@ -83,6 +88,7 @@ def _net_hook(calls: list[Call], watched: Watched) -> Callable[..., None]:
             with (
                 torch.set_grad_enabled(backward),
                 torch.autocast(device, precision, enabled=narrow, cache_enabled=False),
+                around(),
             ):
                 velocity = _first(net(*leaves, **named_leaves))
             if backward:

@@ -1,13 +1,14 @@
 """What a training costs, counted by hooks on the networks: passes, student updates, seconds.
 
 One pass is one forward of one denoiser (student, fake, teacher or old policy) on one sample; a backward counts two more.
-Decoder and rewards are left out: METHOD's budgets compare denoiser calls.
+A call that ends early, because only features are read, is the share of a forward that is computed. Decoder and rewards
+are left out: METHOD's budgets compare denoiser calls.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ class Wrapped(Protocol):
 class Cost:
     """Sums since the beginning of a training. seconds: inside iterations, so without logs, grids and checkpoints."""
 
-    passes: int = 0
+    passes: float = 0
     updates: int = 0  # student updates that the method asked for
     seconds: float = 0.0
 
@@ -41,11 +42,13 @@ class Cost:
 class Counted:
     """A method whose cost is counted; it computes what the method alone would compute.
 
-    The sums are saved with the method's state, so that they survive a restart like everything else.
+    ``share``: what the call that is being made costs, in forwards. The sums are saved with the method's state, so that
+    they survive a restart like everything else.
     """
 
     method: Method
     networks: Iterable[nn.Module]
+    share: Callable[[], float] = lambda: 1
     cost: Cost = field(default_factory=Cost)
     _counting: bool = False
 
@@ -56,7 +59,7 @@ class Counted:
     def _on_forward(self, net: nn.Module, given: tuple[Any, ...], answer: Any) -> None:
         if self._counting:
             first = answer if isinstance(answer, Tensor) else next(value for value in answer)
-            self.cost.passes += len(first) * (1 + BACKWARD * first.requires_grad)
+            self.cost.passes += len(first) * (1 + BACKWARD * first.requires_grad) * self.share()
 
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
         """The method's own updates; everything until the last one is applied is counted."""
@@ -81,7 +84,7 @@ class Counted:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         passes, updates, seconds = (state[key] for key in _KEYS)
-        self.cost = Cost(int(passes), int(updates), float(seconds))
+        self.cost = Cost(float(passes), int(updates), float(seconds))
         self.method.load(without_cost(state))
 
 

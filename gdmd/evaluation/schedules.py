@@ -41,8 +41,11 @@ def drawn_places(method: DistillationConfig, rng: SampleRng) -> Tensor:
     return SampleRng(rng.seed, rng.step, index).integer("tau", len(method.student_steps))
 
 
-def iteration_passes(method: MethodConfig, step: int, places: Tensor) -> float:
-    """F of iteration ``step`` whose samples are trained at the steps ``places``: each costs as many forwards before."""
+def iteration_passes(method: MethodConfig, step: int, places: Tensor, reading: float = 1.0) -> float:
+    """F of iteration ``step`` whose samples are trained at the steps ``places``: each costs as many forwards before.
+
+    ``reading``: F of a forward that is made for features only (a UNet's ends in its middle).
+    """
     depth = 0.0 if method.student_input == "data" else float(places.float().mean())
     rollout, score = depth + 1, (1 if method.guidance == 1 else 2) + 1  # teacher, then fake
     match method:
@@ -52,7 +55,9 @@ def iteration_passes(method: MethodConfig, step: int, places: Tensor) -> float:
             rollout += method.continuations * _tail(method, places) if method.continued else 0
             return rollout + old + method.group_size * (TRAINED + teacher + 1 + TRAINED)
         case Dmd2Config():
-            judged = TRAINED if method.adversarial else 0  # a head's trunk is the fake: real and student latents
+            judged = (
+                TRAINED * reading if method.adversarial else 0
+            )  # a head's trunk is the fake: real and student latents
             return rollout + method.fake_updates * (TRAINED + 2 * judged) + score + TRAINED + judged
         case DmdrConfig():
             return rollout + method.fake_updates * TRAINED + score + _dmdr_student(method, step)

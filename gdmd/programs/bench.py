@@ -13,6 +13,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gdmd.backbones.copies import Copy
 from gdmd.backbones.roles import DiffusersRoles
-from gdmd.backbones.trunk import Trunk, Wear
+from gdmd.backbones.trunk import Wear
 from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
 from gdmd.diffusion.rng import SampleRng
@@ -68,7 +69,9 @@ class Bench:
         if isinstance(self.lab.encoder, CachedText):
             self.lab.encoder.prepare([text for group in self.lab.stream.groups for text in group])
         self.clock = clock
-        self.method = Counted(self.lab.method, [one.net for one in watched(self.lab.roles) if one.who() != GAN_HEAD])
+        nets = [one.net for one in watched(self.lab.roles) if one.who() != GAN_HEAD]
+        self.method = Counted(self.lab.method, nets, share_of(self.lab.roles))
+        self.reading = reading(self.lab.roles)
         self.states: dict[Role, RoleState] = role_states(self.lab.roles, cfg.loop)
         self.device = next(iter(self.states["student"].parameters.values())).device
         self.autocast = autocast_of(cfg.loop, self.device.type)
@@ -92,7 +95,8 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.times.training.append(timed(lambda: self.train(step, prompts), self.clock))
-        self.expected.append(iteration_passes(self.cfg.method, step, drawn_places(self.cfg.method, rng)))
+        places = drawn_places(self.cfg.method, rng)
+        self.expected.append(iteration_passes(self.cfg.method, step, places, self.reading))
         self.counted.append(self.method.cost.passes / len(prompts) - sum(self.counted))
 
     def train(self, step: int, prompts: PromptBatch) -> None:
@@ -153,7 +157,8 @@ class Bench:
         middle = {name: statistics.median(own) for name, own in vars(times).items()}
         bare = [a + b for a, b in zip(times.networks, times.scoring, strict=True)]
         places = every_place(cfg.method)
-        mean = statistics.mean(iteration_passes(cfg.method, step, places) for step in range(len(self.counted)))
+        each = [iteration_passes(cfg.method, step, places, self.reading) for step in range(len(self.counted))]
+        mean = statistics.mean(each)
         peak, what = self.peak()
         return {
             **{"recipe": cfg.name, "method": cfg.method.kind, "device": _device_name(self.device)},
@@ -190,11 +195,15 @@ def measure(bench: Bench, iterations: int) -> dict[str, Any]:
 
 def watched(roles: Any) -> list[Watched]:
     """The networks behind the roles: one each, or a trunk that says which adapter it wears."""
+    heads = [] if roles.critic is None else [Watched(roles.critic.head, _always(GAN_HEAD))]
     if isinstance(roles, DiffusersRoles):
         nets = [(name, getattr(roles, name).net) for name in DENOISERS]
-        copies = [Watched(net.net, _always(name)) for name, net in nets if isinstance(net, Copy)]
-        return [_trunk(roles.trunk), *copies]
-    heads = [] if roles.critic is None else [Watched(roles.critic.head, _always(GAN_HEAD))]
+        copies = [
+            Watched(net.net, _always(name), around=_around(roles, net.net))
+            for name, net in nets
+            if isinstance(net, Copy)
+        ]
+        return [_trunk(roles), *copies, *heads]
     return [Watched(getattr(roles, name).net, _always(name)) for name in DENOISERS] + heads
 
 
@@ -202,8 +211,24 @@ def _always(name: str) -> Callable[[], str]:
     return lambda: name
 
 
-def _trunk(trunk: Trunk) -> Watched:
+def _around(roles: DiffusersRoles, net: Any) -> Callable[[], Callable[[], AbstractContextManager[None]]]:
+    """A call that only reads features is made again as one."""
+    return lambda: (lambda: roles.family.reads(net)) if roles.fake.reading else nullcontext
+
+
+def reading(roles: Any) -> float:
+    """F of a call for features."""
+    return roles.family.reading if isinstance(roles, DiffusersRoles) else 1.0
+
+
+def share_of(roles: Any) -> Callable[[], float]:
+    """F of the call that is being made."""
+    return lambda: reading(roles) if isinstance(roles, DiffusersRoles) and roles.fake.reading else 1.0
+
+
+def _trunk(roles: DiffusersRoles) -> Watched:
     """The one network of several roles: the adapter that it wears says whose call it is."""
+    trunk = roles.trunk
     worn: dict[str, Wear] = {}
 
     def who() -> str:
@@ -211,7 +236,7 @@ def _trunk(trunk: Trunk) -> Watched:
         worn[name] = trunk.worn
         return name
 
-    return Watched(trunk.net, who, lambda name: trunk.wear(worn[name]))
+    return Watched(trunk.net, who, lambda name: trunk.wear(worn[name]), _around(roles, trunk.net))
 
 
 def timed(work: Callable[[], None], clock: Clock = time.perf_counter) -> float:
