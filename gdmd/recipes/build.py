@@ -73,8 +73,7 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Lab:
     bf16 = cfg.loop.precision == "bf16"
     teacher = load_dit(*_tensors(model.teacher, "shapes_teacher")).to(device)
     codec = ShapesCodec(load_vae(*_tensors(model.vae, "shapes_vae")).to(device), bf16=bf16)
-    judged = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
-    roles = ShapesRoles(teacher, bf16=bf16, head_seed=cfg.loop.seed if judged else None)
+    roles = ShapesRoles(teacher, bf16=bf16, head_seed=head_seed(cfg))
     encoder = ShapesTextEncoder(device)
     rewards = build_rewards(cfg.rewards, device)
     groups = [list(read_prompts(prompt_file(cfg.prompts.file)))] if cfg.prompts.file else training_captions()
@@ -96,7 +95,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     encoder: TextEncoder = family.encoder
     if model.embeddings is not None:
         encoder = CachedText(family.encoder, Path(model.embeddings), encoder_identity(family), device)
-    roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16")
+    roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
     rewards = build_rewards(cfg.rewards, device) if cfg.method.rewarded else ()
     meta = read_meta(prompt_file(cfg.prompts.file))
@@ -110,6 +109,12 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
         teacher_times=family.teacher_times,
         scoring=codec if model.scoring_decoder is not None else None,
     )
+
+
+def head_seed(cfg: RunConfig) -> int | None:
+    """What a GAN head's weights are drawn from; None where the method needs no head."""
+    judged = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
+    return cfg.loop.seed if judged else None
 
 
 def compile_networks(cfg: RunConfig, lab: Lab) -> None:

@@ -30,7 +30,6 @@ from gdmd.runs.rundir import create, open_run
 from gdmd.training.loop import train
 from gdmd.types import PromptBatch, Role, Update
 
-FAMILIES = list(tiny.BUILD)
 LAST: dict[str, Callable[[Any], Any]] = {
     "sd15": lambda net: net.mid_block,
     "sdxl": lambda net: net.mid_block,
@@ -40,6 +39,7 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "qwen_image": lambda net: net.transformer_blocks[-1],
 }
 """The module after which a family is read, found apart from the families' own words."""
+FAMILIES = list(LAST)
 
 
 @pytest.fixture(scope="session")
