@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gdmd.backbones.base import Family
+from gdmd.backbones.base import Family, PipelineText
 from gdmd.backbones.codec import VaeCodec
 from gdmd.backbones.flux import Flux
 from gdmd.backbones.qwen_image import QwenImage
@@ -21,31 +22,65 @@ from gdmd.backbones.sd15 import Sd15
 from gdmd.backbones.sdxl import Sdxl
 from gdmd.backbones.z_image import ZImage
 from gdmd.config.model import DiffusersModel
-from gdmd.types import Codec
+from gdmd.types import Codec, Cond
 
 FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, ZImage, QwenImage)
 INDEX = "model_index.json"
+ENCODER = "text_encoder"
+"""What the names of all text encoders begin with."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def open_family(cfg: DiffusersModel, device: str = "cpu") -> Family:
+def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = True) -> Family:
     """The pipeline at cfg.path as a Family, its weights frozen, in cfg.dtype, on ``device``.
 
+    Without ``encoders`` the text encoders are not read; ``LateText`` reads them when they are needed.
     ValueError for a path or id that does not exist or is closed to you, an unknown or other family, and a missing
     component.
     """
     require_diffusers()
-    local = is_local(cfg.path)
-    index = local_index(Path(cfg.path)) if local else _hub_index(cfg)
+    local, index = is_local(cfg.path), local_or_hub_index(cfg)
     family = family_of(index, cfg)
     check_components(index, family, Path(cfg.path) if local else None, cfg.path)
-    pipe = _load(family, cfg, local, _left_out(index, family, cfg))
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval().to(device)
+    left_out = _left_out(index, family, cfg)
+    left_out |= {} if encoders else dict.fromkeys(name for name in index if name.startswith(ENCODER))
+    pipe = _load(family, cfg, local, left_out)
+    _freeze(pipe, device)
     opened = family(pipe, cfg)
     opened.encoder.device = torch.device(device)
     return opened
+
+
+class LateText:
+    """The text encoders of a family that was opened without them, read when a caption is first embedded."""
+
+    def __init__(self, family: Family) -> None:
+        self.family, self._there = family, False
+
+    def encode(self, texts: Sequence[str]) -> Cond:
+        """See PipelineText."""
+        return self._read().encode(texts)
+
+    def null(self, count: int) -> Cond:
+        """See PipelineText."""
+        return self._read().null(count)
+
+    def unload(self) -> None:
+        """Give their memory back; nothing to do where they were never needed."""
+        if self._there:
+            self.family.encoder.unload()
+
+    def _read(self) -> PipelineText:
+        encoder, pipe = self.family.encoder, self.family.pipe
+        if not self._there:
+            kept = (ENCODER, "tokenizer")
+            others = dict.fromkeys(name for name in pipe.components if not name.startswith(kept))
+            missing = _left_out(local_or_hub_index(self.family.cfg), type(self.family), self.family.cfg)
+            own = _load(type(self.family), self.family.cfg, is_local(self.family.cfg.path), others | missing)
+            _freeze(own, str(encoder.device))
+            pipe.register_modules(**{name: part for name, part in own.components.items() if name.startswith(ENCODER)})
+            self._there = True
+        return encoder
 
 
 def scoring_codec(family: Family, device: str = "cpu") -> Codec:
@@ -160,6 +195,11 @@ def local_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def local_or_hub_index(cfg: DiffusersModel) -> dict[str, Any]:
+    """The model_index.json at cfg.path."""
+    return local_index(Path(cfg.path)) if is_local(cfg.path) else _hub_index(cfg)
+
+
 def _hub_index(cfg: DiffusersModel) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -187,6 +227,13 @@ def _hub_index(cfg: DiffusersModel) -> dict[str, Any]:
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"{what}: no folder here, and the hub cannot be read ({error})") from error
     return local_index(Path(file).parent)
+
+
+def _freeze(pipe: Any, device: str) -> None:
+    """All networks of a pipeline: no gradients, no dropout, on ``device``."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval().to(device)
 
 
 def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict[str, None]) -> Any:

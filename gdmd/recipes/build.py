@@ -88,13 +88,13 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
         raise ValueError("prompts.file is not set: a real model needs a file of prompts (txt, jsonl, json or tar)")
     prompts = list(read_prompts(prompt_file(cfg.prompts.file)))
     check_prompts(cfg.rewards, prompts)
-    from gdmd.backbones.pipelines import encoder_identity, open_family, scoring_codec
+    from gdmd.backbones.pipelines import LateText, encoder_identity, open_family, scoring_codec
     from gdmd.backbones.roles import DiffusersRoles
 
-    family = open_family(model, device)
+    family = open_family(model, device, encoders=model.embeddings is None)
     encoder: TextEncoder = family.encoder
     if model.embeddings is not None:
-        encoder = CachedText(family.encoder, Path(model.embeddings), encoder_identity(family), device)
+        encoder = CachedText(LateText(family), Path(model.embeddings), encoder_identity(family), device)
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
     rewards = build_rewards(cfg.rewards, device) if cfg.method.rewarded else ()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gdmd.backbones.base import Family
 from gdmd.backbones.packing import pack, unpack
-from gdmd.backbones.pipelines import open_family
+from gdmd.backbones.pipelines import LateText, open_family
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.sampling import ode_sample
 from gdmd.types import Cond, Prediction
@@ -158,6 +158,23 @@ def test_unloaded_encoders_leave_the_unconditional_input(folders: Path) -> None:
     encoder.unload()
     assert encoder.pipe.text_encoder is None and encoder.pipe.text_encoder_2 is None
     assert all(torch.equal(before[key], value) for key, value in encoder.null(2).items())
+
+
+@pytest.mark.parametrize("name", tiny.BUILD)
+def test_encoders_that_are_read_late_say_what_those_read_at_once_say(folders: Path, name: str) -> None:
+    at_once, late = opened(folders, name), open_family(tiny.config(folders / name), encoders=False)
+    assert late.pipe.text_encoder is None
+    text = LateText(late)
+    text.unload()
+    assert late.pipe.text_encoder is None
+    for wanted, found in (
+        (at_once.encoder.encode(CAPTIONS), text.encode(CAPTIONS)),
+        (at_once.encoder.null(1), text.null(1)),
+    ):
+        assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+    assert not any(weights.requires_grad for weights in late.pipe.text_encoder.parameters())
+    text.unload()
+    assert late.pipe.text_encoder is None
 
 
 def test_a_folder_is_opened_without_any_network(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

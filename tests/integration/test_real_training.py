@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from gdmd.backbones.roles import DiffusersRoles
 from gdmd.config.loop import LoopConfig
@@ -152,6 +153,28 @@ def test_embeddings_on_disk_train_the_same_student_without_encoders(folders: Pat
     train(lab.method, lab.roles, lab.stream, cfg.loop, create(tmp_path / "run", cfg.model_dump(mode="json")))
     wanted, found = (own.roles.parameters("student") for own in (live, lab))
     assert all(torch.allclose(wanted[key], found[key], atol=1e-5) for key in wanted)
+
+
+def test_with_all_captions_on_disk_no_text_encoder_is_ever_read(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a text encoder was loaded")
+
+    cfg = recipe(folders, "sd3", 1, embeddings=str(tmp_path / "embeddings"))
+    ready(cfg)
+    (tmp_path / "more.txt").write_text("\n".join((*tiny.WORDS, "a new one")))
+    more = cfg.model_copy(update={"prompts": cfg.prompts.model_copy(update={"file": str(tmp_path / "more.txt")})})
+    for kind in (CLIPTextModelWithProjection, T5EncoderModel):
+        monkeypatch.setattr(kind, "from_pretrained", refuse)
+    lab = ready(cfg)
+    train(lab.method, lab.roles, lab.stream, cfg.loop, create(tmp_path / "run", cfg.model_dump(mode="json")))
+    parts = lab.roles.family.pipe.components
+    assert [parts[name] for name in ("text_encoder", "text_encoder_2", "text_encoder_3")] == [None] * 3
+    with pytest.raises(AssertionError, match="a text encoder was loaded"):
+        ready(more)
+    monkeypatch.undo()
+    assert "a new one" in ready(more).encoder  # type: ignore[operator]
 
 
 def test_rewards_see_latents_through_the_tiny_decoder(folders: Path, tmp_path: Path) -> None:
