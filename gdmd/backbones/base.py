@@ -32,7 +32,7 @@ class Family(ABC):
     needs: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
     native: ClassVar[Literal["eps", "velocity"]]
-    targets: ClassVar[tuple[str, ...]]
+    targets: tuple[str, ...]
     patch: ClassVar[int] = 1
     blocks: ClassVar[tuple[str, ...]] = ()
     reading: ClassVar[float] = 1.0

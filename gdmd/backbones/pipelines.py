@@ -16,6 +16,7 @@ import torch
 from gdmd.backbones.base import Family, PipelineText
 from gdmd.backbones.codec import VaeCodec
 from gdmd.backbones.flux import Flux
+from gdmd.backbones.flux2 import Flux2, Flux2Klein
 from gdmd.backbones.qwen_image import QwenImage
 from gdmd.backbones.sd3 import Sd3
 from gdmd.backbones.sd15 import Sd15
@@ -24,7 +25,7 @@ from gdmd.backbones.z_image import ZImage
 from gdmd.config.model import DiffusersModel
 from gdmd.types import Codec, Cond
 
-FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, ZImage, QwenImage)
+FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage)
 INDEX = "model_index.json"
 ENCODER = "text_encoder"
 """What the names of all text encoders begin with."""
@@ -247,7 +248,7 @@ def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
             cfg.path, **options, **left_out, **({} if local else {"revision": cfg.revision})
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # FLUX.2-dev's PixtralProcessor is there with torchvision only
         raise ValueError(f"model.path {cfg.path!r}: the {family.pipeline} cannot be loaded: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe

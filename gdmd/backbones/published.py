@@ -1,8 +1,8 @@
 """Published configs of the models that recipes name by hub id, so that they can be planned without their files.
 
 Each is the config.json of the repository named (unet or transformer, vae, scheduler), shortened by what is diffusers'
-default. Text encoders are numbers of weights: CLIP-L 123 M, OpenCLIP bigG 695 M, T5-XXL's encoder 4.76 B, Qwen3-4B,
-Qwen2.5-VL-7B.
+default. Text encoders are numbers of weights: CLIP-L 123 M, OpenCLIP bigG 695 M, T5-XXL's encoder 4.76 B, Qwen3-4B and 8B,
+Qwen2.5-VL-7B, Mistral Small 3 24B.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from gdmd.config.model import FamilyName
 
 CLIP_L, CLIP_L_PROJECTED, CLIP_BIG_G = 123_060_480, 123_650_304, 694_659_840
 T5_XXL, QWEN3_4B, QWEN25_VL_7B = 4_762_310_656, 4_022_468_096, 8_292_166_656
+QWEN3_8B, MISTRAL_SMALL_3 = 8_190_735_360, 24_011_361_280
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,24 @@ def _flux(name: str, *, guided: bool) -> Published:
     return Published(name, "flux", net, _FLUX_KL, _DYNAMIC if guided else _FLOW, CLIP_L + T5_XXL)
 
 
+def _flux2(name: str) -> Published:
+    net, vae = Net("Flux2Transformer2DModel"), Net("AutoencoderKLFlux2")
+    return Published(name, "flux2", net, vae, _DYNAMIC, MISTRAL_SMALL_3)
+
+
+def _flux2_klein(name: str, blocks: tuple[int, int], heads: int, text: int) -> Published:
+    """blocks: of two streams, of one."""
+    net = {
+        "num_layers": blocks[0],
+        "num_single_layers": blocks[1],
+        "num_attention_heads": heads,
+        "joint_attention_dim": 320 * heads,  # three layers of Qwen3
+        "guidance_embeds": False,
+    }
+    kind = Net("Flux2Transformer2DModel", net)
+    return Published(name, "flux2_klein", kind, Net("AutoencoderKLFlux2"), _DYNAMIC, text)
+
+
 def _z_image(name: str) -> Published:
     return Published(name, "z_image", Net("ZImageTransformer2DModel"), _kl(16, **_NO_QUANT), _FLOW, QWEN3_4B)
 
@@ -121,6 +140,9 @@ _KNOWN = (
     _sd3("stabilityai/stable-diffusion-3.5-large", heads=38, qk_norm="rms_norm"),
     _flux("black-forest-labs/FLUX.1-dev", guided=True),
     _flux("black-forest-labs/FLUX.1-schnell", guided=False),
+    _flux2("black-forest-labs/FLUX.2-dev"),
+    _flux2_klein("black-forest-labs/FLUX.2-klein-base-4B", (5, 20), 24, QWEN3_4B),
+    _flux2_klein("black-forest-labs/FLUX.2-klein-base-9B", (8, 24), 32, QWEN3_8B),
     _z_image("Tongyi-MAI/Z-Image"),
     _qwen_image("Qwen/Qwen-Image"),
 )

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive
 
-FamilyName = Literal["sd15", "sdxl", "sd3", "flux", "z_image", "qwen_image"]
+FamilyName = Literal["sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image"]
 Pixels = Annotated[Count, Field(multiple_of=8)]
 """A side of an image; the families' latents are at least eight times smaller."""
 
@@ -60,7 +60,8 @@ class DiffusersModel(Config):
         "null = embed every batch, encoders in memory.",
     )
     embedded_guidance: NonNegative = Field(
-        default=3.5, description="Guidance fed to a guidance-distilled network (FLUX.1-dev); others ignore it."
+        default=3.5,
+        description="Guidance fed to a guidance-distilled network (FLUX.1-dev, FLUX.2-dev); others ignore it.",
     )
     decode_chunk: Count = Field(default=1, description="Images per call of the VAE; more is faster and takes memory.")
     scoring_decoder: str | None = Field(

@@ -79,14 +79,14 @@ def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
         return (
             "import torch, diffusers",
             'pipe = diffusers.DiffusionPipeline.from_pretrained("THIS_FOLDER", dtype=torch.bfloat16).to("cuda")',
-            f'image = pipe("a red cube on a blue sphere", {given}).images[0]',
+            f'image = pipe(prompt="a red cube on a blue sphere", {given}).images[0]',
         )
     return (
         "import torch, diffusers",
         f'pipe = diffusers.{family.pipeline}.from_pretrained("{family.cfg.path}", dtype=torch.bfloat16).to("cuda")',
         f'pipe.scheduler = diffusers.{scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")',
         f'pipe.load_lora_weights("THIS_FOLDER", weight_name="{DIFFUSERS_FILE}")',
-        f'image = pipe("a red cube on a blue sphere", {given}).images[0]',
+        f'image = pipe(prompt="a red cube on a blue sphere", {given}).images[0]',
     )
 
 

@@ -20,10 +20,12 @@ NO_GUIDANCE: Mapping[str, Mapping[str, float]] = {
     "sdxl": {"guidance_scale": 0.0},
     "sd3": {"guidance_scale": 0.0},
     "flux": {},
+    "flux2": {},
+    "flux2_klein": {"guidance_scale": 1.0},
     "z_image": {"guidance_scale": 0.0},
     "qwen_image": {"true_cfg_scale": 1.0},
 }
-"""What switches classifier-free guidance off in the stock call; FLUX.1 has none, only its embedded guidance."""
+"""What switches classifier-free guidance off in the stock call; FLUX.1 and FLUX.2-dev have an embedded one only."""
 
 
 def student_scheduler(family: Family, uniform: Sequence[float]) -> Any:
@@ -39,7 +41,7 @@ def student_scheduler(family: Family, uniform: Sequence[float]) -> Any:
 
 
 def call_arguments(family: Family, uniform: Sequence[float]) -> dict[str, Any]:
-    """Keyword arguments of ``pipe(prompt, ...)`` for the student: its steps, size and caption length, no guidance."""
+    """Keyword arguments of ``pipe(prompt=..., ...)`` for the student: its steps, size and caption length, no guidance."""
     arguments: dict[str, Any] = {"num_inference_steps": len(uniform)}
     if family.native == "eps":
         arguments["timesteps"] = [round(999 * t) for t in family.student_times(uniform)]
@@ -47,7 +49,7 @@ def call_arguments(family: Family, uniform: Sequence[float]) -> dict[str, Any]:
         arguments["sigmas"] = list(uniform)
     if family.cfg.max_tokens and family.name not in ("sd15", "sdxl"):
         arguments["max_sequence_length"] = family.cfg.max_tokens
-    if family.name == "flux":
+    if family.name in ("flux", "flux2"):
         arguments["guidance_scale"] = family.cfg.embedded_guidance
     size = {"height": family.cfg.height, "width": family.cfg.width}
     return arguments | dict(NO_GUIDANCE[family.name]) | size

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gdmd.backbones.packing import pack
+from gdmd.backbones.packing import in_patches, pack
 from gdmd.backbones.pipelines import is_local, require_diffusers
 from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.rng import SampleRng
@@ -38,10 +38,12 @@ class KeyedNoise(TorchFunctionMode):
 
     Draw n of image k is that of ``SampleRng`` for (seed, key of k): n = 0 the initial latents, n >= 1 the re-noising, as
     in gdmd's own sampler. Pipelines draw for the batch (generator None) or image by image (each its own generator).
+    ``patched``: what they draw first stands in patches of 2 x 2.
     """
 
-    def __init__(self, rng: SampleRng, generators: Sequence[torch.Generator]) -> None:
+    def __init__(self, rng: SampleRng, generators: Sequence[torch.Generator], *, patched: bool = False) -> None:
         super().__init__()
+        self.patched = patched
         self.rng, self._place = rng, {id(one): k for k, one in enumerate(generators)}
         self._draws = [0] * len(generators)
         self._first: tuple[int, ...] | None = None
@@ -71,6 +73,10 @@ class KeyedNoise(TorchFunctionMode):
         own = SampleRng(self.rng.seed, self.rng.step, self.rng.index[k : k + 1])
         purpose = "eval_rollout" if n else "eval_noise"
         self._first = self._first or shape
+        if self.patched:
+            c, h, w = self._first
+            noise = own.normal(purpose, (c // 4, 2 * h, 2 * w), n)
+            return pack(noise) if len(shape) == 2 else in_patches(noise)
         packed = len(shape) == 2 and len(self._first) > 2
         noise = own.normal(purpose, self._first if packed else shape, n)
         return pack(noise.reshape(1, *self._first[-3:])) if packed else noise
@@ -92,8 +98,9 @@ class PipelineSource:
         rng = SampleRng(seed, 0, torch.tensor([place.key for place in places]))
         words = [hashlib.sha256(f"image {seed} {place.key}".encode()).digest() for place in places]
         generators = [torch.Generator().manual_seed(int.from_bytes(word[:6], "big")) for word in words]
-        with KeyedNoise(rng, generators):
-            made = self.pipe([place.text for place in places], generator=generators, output_type="pt", **self.arguments)
+        texts, patched = [place.text for place in places], type(self.pipe).__name__.startswith("Flux2")
+        with KeyedNoise(rng, generators, patched=patched):
+            made = self.pipe(prompt=texts, generator=generators, output_type="pt", **self.arguments)
         return to_images(made.images.float(), self.facts.name)
 
 

@@ -74,7 +74,7 @@ def test_before_the_first_step_every_role_is_the_teacher(folders: Path, name: st
         assert torch.allclose(found[role], found["teacher"], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "z_image", "qwen_image"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "flux2", "flux2_klein", "z_image", "qwen_image"])
 def test_a_moved_role_shows_in_no_other(folders: Path, name: str) -> None:
     roles = roles_of(folders, name)
     at = states(roles)
@@ -98,7 +98,7 @@ def gradients(roles: DiffusersRoles, role: Role, at: Any, between: Callable[[], 
     return list(torch.autograd.grad(loss, own, allow_unused=True, materialize_grads=True))
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "z_image"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "z_image", "flux2"])
 def test_checkpointed_blocks_are_recomputed_in_their_own_role(folders: Path, name: str) -> None:
     plain, recomputed = (roles_of(folders, name, checkpointing=on) for on in (False, True))
     for roles in (plain, recomputed):
@@ -276,7 +276,7 @@ def test_the_old_policy_of_compiled_copies_is_compiled_too(folders: Path, fresh_
 
 
 def test_every_family_names_blocks_that_its_network_has(folders: Path) -> None:
-    for name in ("sd15", "sdxl", "sd3", "flux", "z_image", "qwen_image"):
+    for name in tiny.BUILD:
         family = opened(folders / name, "fp32")
         found = {type(module).__name__ for module in family.net.modules()}
         assert family.blocks and set(family.blocks) <= found

@@ -17,7 +17,7 @@ import tiny_pipelines as tiny
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gdmd.backbones.packing import pack
+from gdmd.backbones.packing import in_patches, pack
 from gdmd.backbones.pipelines import open_family
 from gdmd.backbones.roles import DiffusersRoles
 from gdmd.diffusion.sampling import few_step_sample
@@ -54,16 +54,18 @@ def trainers_images(roles: DiffusersRoles, noises: list[Tensor]) -> Tensor:
 
 def stock_images(pipe: Any, roles: DiffusersRoles, noises: list[Tensor], patch: pytest.MonkeyPatch) -> Tensor:
     """The stock call, its re-noising noises injected."""
-    packed = roles.family.name in ("flux", "qwen_image")
+    name = roles.family.name
+    packed = name in ("flux", "flux2", "flux2_klein", "qwen_image")
     shown = [pack(noise) if packed else noise for noise in noises]
     drawn: Iterator[Tensor] = iter([*shown[1:], shown[0]])  # some draw once more at the end, for noise 0
     for module in ("scheduling_lcm", "scheduling_flow_match_euler_discrete"):
         patch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: next(drawn))
     pipe.set_progress_bar_config(disable=True)
     arguments = call_arguments(roles.family, UNIFORM)
-    if roles.family.name in ("sd3", "flux", "z_image"):
+    if name in ("sd3", "flux", "z_image"):
         arguments["max_sequence_length"] = 256
-    return pipe(list(CAPTIONS), latents=shown[0], output_type="pt", **arguments).images
+    start = in_patches(noises[0]) if name.startswith("flux2") else shown[0]
+    return pipe(prompt=list(CAPTIONS), latents=start, output_type="pt", **arguments).images
 
 
 def noises_of(roles: DiffusersRoles) -> list[Tensor]:
@@ -89,7 +91,10 @@ def test_the_stock_pipeline_with_the_lora_makes_the_trainers_images(
     assert plain is None or not torch.allclose(plain, wanted, atol=1e-2)
 
 
-@pytest.mark.parametrize(("name", "full"), [("sd3", "none"), ("sdxl", "none"), ("sd3", "student")])
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [("sd3", "none"), ("sdxl", "none"), ("flux2", "none"), ("sd3", "student"), ("flux2_klein", "student")],
+)
 def test_the_merged_pipeline_makes_the_trainers_images(
     folders: Path, tmp_path: Path, name: str, full: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

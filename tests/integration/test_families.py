@@ -19,7 +19,7 @@ import tiny_pipelines as tiny
 from torch import Tensor
 
 from gdmd.backbones.base import Family
-from gdmd.backbones.packing import pack, unpack
+from gdmd.backbones.packing import in_patches, pack, unpack
 from gdmd.backbones.pipelines import LateText, open_family
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.sampling import ode_sample
@@ -32,6 +32,8 @@ STOCK: dict[str, dict[str, Any]] = {  # what the stock call needs for classifier
     "sdxl": {"guidance_scale": 3.0},
     "sd3": {"guidance_scale": 3.0, "max_sequence_length": 256},
     "flux": {"true_cfg_scale": 3.0, "negative_prompt": ["", ""], "guidance_scale": 3.5, "max_sequence_length": 256},
+    "flux2": {"guidance_scale": 3.5, "max_sequence_length": 256},  # embedded, and there is no other
+    "flux2_klein": {"guidance_scale": 3.0, "max_sequence_length": 256},
     "z_image": {"guidance_scale": 2.0, "max_sequence_length": 256},  # it counts from 0: cond + w (cond - uncond)
     "qwen_image": {"true_cfg_scale": 1.0},  # its guidance restores norms, which is its sampler's own
 }
@@ -66,18 +68,20 @@ def teacher(family: Family) -> Any:
 
 
 def stock(family: Family, noise: Tensor, kind: str) -> Tensor:
-    packed = family.name in ("flux", "qwen_image")
     size = {"height": tiny.SIZE, "width": tiny.SIZE, "num_inference_steps": STEPS, "output_type": kind}
-    latents = pack(noise) if packed else noise
-    made = family.pipe(list(CAPTIONS), latents=latents, **size, **STOCK[family.name]).images
-    return unpack(made, *noise.shape[-2:]) if packed and kind == "latent" else made
+    enter = {"flux": pack, "qwen_image": pack, "flux2": in_patches, "flux2_klein": in_patches}.get(family.name)
+    latents = enter(noise) if enter else noise
+    made = family.pipe(prompt=list(CAPTIONS), latents=latents, **size, **STOCK[family.name]).images
+    if kind == "latent" and family.name == "flux2_klein":
+        return family.codec.from_vae(made)  # type: ignore[attr-defined, no-any-return]  # already made ready to decode
+    return unpack(made, *noise.shape[-2:]) if kind == "latent" and enter else made
 
 
 @pytest.mark.parametrize("name", tiny.BUILD)
 def test_teacher_sampling_is_the_pipelines_own(folders: Path, name: str) -> None:
     family = shared(saved(folders, name))
     noise = torch.randn(2, *family.latent_shape)
-    guidance = 1.0 if name == "qwen_image" else 3.0
+    guidance = 1.0 if name in ("qwen_image", "flux2") else 3.0
     guided = Guided(teacher(family), guidance, family.encoder.null(2))
     path = family.teacher_times(STEPS)
     ours = ode_sample(guided, noise, path, family.encoder.encode(CAPTIONS), family.schedule)
@@ -108,7 +112,7 @@ def test_conditioning_of_captions_of_any_length_can_be_joined(folders: Path, nam
     assert all(null[key].shape == (3, *short[key].shape[1:]) for key in short)
 
 
-@pytest.mark.parametrize("name", ["sd3", "qwen_image"])
+@pytest.mark.parametrize("name", ["sd3", "qwen_image", "flux2"])
 def test_decoding_in_chunks_changes_nothing_and_passes_a_gradient(folders: Path, name: str) -> None:
     family = shared(saved(folders, name))
     latents = torch.randn(3, *family.latent_shape, requires_grad=True)
@@ -119,12 +123,12 @@ def test_decoding_in_chunks_changes_nothing_and_passes_a_gradient(folders: Path,
     assert gradient.abs().amin((1, 2, 3)).gt(0).any() and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["sd3", "qwen_image"])
+@pytest.mark.parametrize("name", ["sd3", "qwen_image", "flux2"])
 def test_encoding_undoes_the_scaling_of_decoding(folders: Path, name: str) -> None:
     codec = shared(saved(folders, name)).codec
     images = torch.rand(1, 3, tiny.SIZE, tiny.SIZE)
     latents = codec.encode(images)
-    z = latents * codec._scale + codec._shift  # type: ignore[attr-defined]
+    z = codec.to_vae(latents)  # type: ignore[attr-defined]
     frames = 2 * images - 1
     assert torch.allclose(z, codec.encode_chunk(frames), atol=1e-5)  # type: ignore[attr-defined]
 

@@ -211,6 +211,8 @@ def test_the_real_method_makes_as_many_passes_as_counted() -> None:
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964),
         ("stabilityai/stable-diffusion-3-medium-diffusers", 2_028_328_000),
         ("black-forest-labs/FLUX.1-dev", 11_901_408_320),
+        ("black-forest-labs/FLUX.2-dev", 32_223_281_152),
+        ("black-forest-labs/FLUX.2-klein-base-4B", 3_875_544_576),
     ],
 )
 def test_the_published_models_have_their_published_sizes(name: str, weights: int) -> None:

@@ -14,9 +14,13 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -36,10 +40,13 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -226,6 +233,62 @@ def flux() -> FluxPipeline:
     )
 
 
+def flux2_parts(words: Qwen2Tokenizer, *, guided: bool) -> dict[str, Any]:
+    """All but the encoder, three of whose layers stand side by side: 3 x 8 numbers a token."""
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=8,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=guided,
+    )
+    images = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=SIZE,
+    )
+    torch.nn.init.normal_(images.bn.running_mean, std=0.3)
+    torch.nn.init.uniform_(images.bn.running_var, 0.3, 3.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return {"transformer": transformer, "vae": images, "scheduler": scheduler, "tokenizer": words}
+
+
+def flux2() -> Flux2Pipeline:
+    """Its own processor needs torchvision; the tokenizer in it does the same for texts."""
+    words = qwen_words()
+    words.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'][0]['text'] }}{% endfor %}"
+    text = {"model_type": "mistral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 30, "head_dim": 4}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": len(words)}
+    vision = {"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "head_dim": 4, "image_size": 28, "patch_size": 14}
+    encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
+    return Flux2Pipeline(text_encoder=encoder, **flux2_parts(words, guided=True))
+
+
+def flux2_klein() -> Flux2KleinPipeline:
+    words = qwen_words()
+    encoder = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(words),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=27,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            tie_word_embeddings=True,
+        )
+    )
+    return Flux2KleinPipeline(text_encoder=encoder, **flux2_parts(words, guided=False))
+
+
 def z_image() -> ZImagePipeline:
     words = qwen_words()
     encoder = Qwen3Model(
@@ -300,6 +363,8 @@ BUILD: Mapping[str, Callable[[], Any]] = {
     "sdxl": sdxl,
     "sd3": sd3,
     "flux": flux,
+    "flux2": flux2,
+    "flux2_klein": flux2_klein,
     "z_image": z_image,
     "qwen_image": qwen_image,
 }
