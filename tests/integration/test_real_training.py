@@ -97,10 +97,11 @@ def test_two_iterations_move_only_the_adapters(folders: Path, tmp_path: Path, na
     assert (checkpoint / "student.safetensors").stat().st_size < trunk / 3
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(folders: Path, tmp_path: Path) -> None:
-    whole, _ = trained(recipe(folders, "sd3", 2), tmp_path / "whole")
-    _, run = trained(recipe(folders, "sd3", 1), tmp_path / "halves")
-    cfg = recipe(folders, "sd3", 2)
+@pytest.mark.parametrize(("name", "full"), [("sd3", "none"), ("flux2_klein", "student")])
+def test_a_resumed_run_is_the_uninterrupted_one(folders: Path, tmp_path: Path, name: str, full: str) -> None:
+    whole, _ = trained(recipe(folders, name, 2, full=full), tmp_path / "whole")
+    _, run = trained(recipe(folders, name, 1, full=full), tmp_path / "halves")
+    cfg = recipe(folders, name, 2, full=full)
     halves = build(cfg, "cpu")
     train(halves.method, halves.roles, halves.stream, cfg.loop, run)
     for role in ("student", "fake"):
@@ -130,8 +131,11 @@ def test_a_real_model_without_prompts_or_real_images_is_refused(folders: Path) -
         build(recipe(folders, "sd3", 1, DmdConfig(student_input="data")))
 
 
-def test_a_run_draws_grids_and_samples_and_is_exported(folders: Path, tmp_path: Path) -> None:
-    cfg = recipe(folders, "sd3", 1)
+@pytest.mark.parametrize(("name", "guidance"), [("sd3", 0.0), ("flux2", 3.5)])
+def test_a_run_draws_grids_and_samples_and_is_exported(
+    folders: Path, tmp_path: Path, name: str, guidance: float
+) -> None:
+    cfg = recipe(folders, name, 1)
     cfg = cfg.model_copy(update={"loop": cfg.loop.model_copy(update={"grid_every": 1})})
     done = start(cfg, tmp_path / "run", Console(quiet=True), evaluation=True, command=["gdmd", "train"])
     assert done.report is None and len(list((tmp_path / "run" / "grids").iterdir())) == 2
@@ -139,15 +143,22 @@ def test_a_run_draws_grids_and_samples_and_is_exported(folders: Path, tmp_path: 
     lora = export_run(tmp_path / "run")
     assert [file.name for file in lora] == ["pytorch_lora_weights.safetensors", "scheduler", EXPORT_FILE, "README.md"]
     card = lora[-1].read_text()
-    for part in ("base_model: ", "guidance_scale=0.0", "sigmas=[1.0, 0.75, 0.5, 0.25]", "license:", "`gdmd train`"):
+    for part in (
+        "base_model: ",
+        f"guidance_scale={guidance}",
+        "sigmas=[1.0, 0.75, 0.5, 0.25]",
+        "license:",
+        "`gdmd train`",
+    ):
         assert part in card
     merged = export_run(tmp_path / "run", tmp_path / "whole", merged=True)
     assert (merged[0] / "model_index.json").is_file()
 
 
-def test_embeddings_on_disk_train_the_same_student_without_encoders(folders: Path, tmp_path: Path) -> None:
-    live, _ = trained(recipe(folders, "sdxl", 1), tmp_path / "live")
-    cfg = recipe(folders, "sdxl", 1, embeddings=str(tmp_path / "embeddings"))
+@pytest.mark.parametrize("name", ["sdxl", "flux2"])
+def test_embeddings_on_disk_train_the_same_student_without_encoders(folders: Path, tmp_path: Path, name: str) -> None:
+    live, _ = trained(recipe(folders, name, 1), tmp_path / "live")
+    cfg = recipe(folders, name, 1, embeddings=str(tmp_path / "embeddings"))
     lab = ready(cfg)
     assert lab.roles.family.pipe.text_encoder is None
     train(lab.method, lab.roles, lab.stream, cfg.loop, create(tmp_path / "run", cfg.model_dump(mode="json")))
