@@ -28,7 +28,7 @@ from gdmd.evaluation.cost_model import (
     scaling_row,
 )
 from gdmd.evaluation.weightless import measure
-from gdmd.programs.plan_networks import Costs, Networks, costs_of, networks_of
+from gdmd.programs.plan_networks import Costs, Networks, costs_of, heads_of, networks_of
 from gdmd.recipes.tally import Tally, tally
 from gdmd.training.distributed import blocks_of
 from gdmd.training.optim8bit import moment_bytes
@@ -81,6 +81,7 @@ class Plan:
         extra = {who: 2 if full in (who, "both") else 1 for who in ("student", "fake")}
         counted = sum(self.tally.passes.values())
         counted += sum(share * (1 + extra.get(who, 1)) for who, share in self.tally.graded.items())
+        counted -= self.tally.read * (1 + extra["fake"]) * (1 - self.costs.reading)
         return counted / self.tally.updates["student"]
 
     def scaling(self, counts: list[int]) -> list[Row]:
@@ -240,6 +241,8 @@ def _weights(nets: Networks, rewards: list[_HeldReward]) -> dict[str, int]:
     """Numbers of weights."""
     base = [p for name, p in nets.trunk.named_parameters() if ".lora_" not in name]
     own = {role: sum(p.numel() for p in nets.roles.parameters(role).values()) for role in ("student", "fake")}
+    head = sum(p.numel() for net in heads_of(nets.roles) for p in net.parameters())
+    own |= {"fake": own["fake"] - head, "GAN head": head} if head else {}
     decoder = sum(p.numel() for codec in _unique(nets.codec, nets.scoring) for p in codec.vae.parameters())
     held = sum(reward.weights for reward in rewards)
     return {
@@ -272,11 +275,12 @@ def _flop(counted: Tally, costs: Costs, rewards: int) -> dict[str, float]:
     """One outer iteration per sample of the batch, by what is done."""
     without = sum(share * costs.forward[who] for who, share in counted.passes.items())
     graded = {role: measured.flop / costs.micro for role, measured in costs.graded.items()}
+    updated = {**counted.graded, "fake": counted.graded["fake"] - counted.read}  # a head's calls are in graded
     steered = costs.steered.flop / costs.micro if costs.steered else 0
     pictures = counted.decoded * (costs.decode.flop / costs.chunk + rewards)
     return {
         "passes without gradient": without,
-        "passes with gradient": sum(counted.graded[role] * flop for role, flop in graded.items()),
+        "passes with gradient": sum(updated[role] * flop for role, flop in graded.items()),
         "decoding and rewards": pictures + counted.steered * (steered + 3 * rewards),
     }
 

@@ -13,9 +13,10 @@ from gdmd.backbones.codec import VaeCodec
 from gdmd.backbones.shapes import LATENT_SHAPE, ShapesCodec, ShapesRoles, ShapesTextEncoder
 from gdmd.backbones.shapes_nets import ShapesDit, ShapesVae
 from gdmd.config.model import DiffusersModel
-from gdmd.config.rivals import Dmd2Config
 from gdmd.config.run import RunConfig
 from gdmd.evaluation.weightless import Measured, hollow, measure, weightless
+from gdmd.methods.distillation import frozen
+from gdmd.recipes.build import head_seed
 from gdmd.types import Cond, Role
 
 
@@ -44,14 +45,18 @@ def networks_of(cfg: RunConfig) -> Networks:
     if isinstance(cfg.model, DiffusersModel):
         return _diffusers(cfg, cfg.model)
     bf16 = cfg.loop.precision == "bf16"
-    judged = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
-    roles = ShapesRoles(ShapesDit(), bf16=bf16, head_seed=0 if judged else None)
+    roles = ShapesRoles(ShapesDit(), bf16=bf16, head_seed=head_seed(cfg))
     codec = ShapesCodec(ShapesVae(), bf16=bf16)
     nets = [roles.teacher.net, roles.student.net, roles.fake.net, codec.vae]
-    nets += [roles.critic.head] if roles.critic else []
+    nets += heads_of(roles)
     text = ShapesTextEncoder().null
     source = "the networks of the Shapes lab"
     return Networks(roles, roles.teacher.net, tuple(nets), codec, codec, LATENT_SHAPE, text, 4, 0, source)
+
+
+def heads_of(roles: Any) -> list[nn.Module]:
+    """The GAN head, where there is one."""
+    return [] if roles.critic is None else [roles.critic.head]
 
 
 def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
@@ -60,9 +65,9 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
 
     opened = hollow_family(model)
     family = opened.family
-    roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16")
+    roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     vae: Any = family.pipe.vae
-    nets = [*roles.modules(), vae]
+    nets = [*roles.modules(), *heads_of(roles), vae]
     scoring: Any = family.codec
     if model.scoring_decoder is not None:
         tiny = hollow_decoder(model, family.latent_channels)
@@ -80,7 +85,8 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
 class Costs:
     """FLOP per sample and bytes of calls. call: bytes (fixed, per row) without gradient.
 
-    with_checkpointing and without: bytes of forward and backward of one micro-batch; graded holds the recipe's own.
+    graded: forward and backward of one micro-batch of an update, a GAN head's calls with it; with_checkpointing and
+    without: its bytes in the heavier role, of which one is the recipe's own. reading: F of a call for features.
     """
 
     forward: Mapping[str, float]
@@ -92,6 +98,7 @@ class Costs:
     decode: Measured
     chunk: int
     steered: Measured | None  # decoding one micro-batch with gradient
+    reading: float = 1.0
 
 
 def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, steered: bool) -> Costs:
@@ -107,16 +114,18 @@ def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, steered: bool) -> Cos
         slope = (calls[rows].bytes - calls[1].bytes) / max(rows - 1, 1)
         worn = _call(nets, "student", texts[1], 1)
         graded: dict[Role, Measured] = {"student": _graded(nets, "student", texts[micro], micro)}
-        alike = own is None or own.full in ("none", "both")
+        alike = nets.roles.critic is None and (own is None or own.full in ("none", "both"))
         graded["fake"] = graded["student"] if alike else _graded(nets, "fake", texts[micro], micro)
         decode = measure(lambda: _decode(nets, chunk), nets.held())
         through = measure(lambda: _steer(nets, micro), nets.held()) if steered else None
-        largest = max(graded["student"].bytes, graded["fake"].bytes)
-        other = None if own is None else _other(nets, not own.checkpointing, texts[micro], micro)
+        heavy = max(graded, key=lambda role: graded[role].bytes)
+        largest = graded[heavy].bytes
+        other = None if own is None else _other(nets, heavy, not own.checkpointing, texts[micro])
     chosen, rest = (largest, other) if own is not None and own.checkpointing else (other, largest)
     flop = {"teacher": float(calls[1].flop), **dict.fromkeys(("old", "student", "fake"), float(worn.flop))}
     memory = (chosen, largest if rest is None else rest)
-    return Costs(flop, (calls[1].bytes - slope, slope), graded, micro, *memory, decode, chunk, through)
+    reading = 1.0 if own is None else nets.roles.family.reading
+    return Costs(flop, (calls[1].bytes - slope, slope), graded, micro, *memory, decode, chunk, through, reading)
 
 
 def _latents(nets: Networks, count: int) -> Tensor:
@@ -136,6 +145,8 @@ def _graded(nets: Networks, role: Role, text: Cond, count: int, *, backward: boo
     def work() -> Tensor:
         prediction = getattr(nets.roles, role)(_latents(nets, count), torch.rand(count), text)
         loss: Tensor = prediction.x0.square().mean()
+        if nets.roles.critic is not None:
+            loss = loss + _judged(nets, role, prediction.x0, text)
         if backward:
             torch.autograd.backward(loss)
         return loss
@@ -146,14 +157,24 @@ def _graded(nets: Networks, role: Role, text: Cond, count: int, *, backward: boo
     return measured
 
 
+def _judged(nets: Networks, role: Role, x0: Tensor, text: Cond) -> Tensor:
+    """What a GAN adds to an update: for the fake its head reads real and student latents, for the student x0, frozen."""
+    t = torch.rand(len(x0))
+    if role == "fake":
+        logits: Tensor = sum(nets.roles.critic(_latents(nets, len(x0)), t, text) for _ in range(2))
+        return logits.mean()
+    with frozen(nets.roles.parameters("fake").values()):
+        return nets.roles.critic(x0, t, text).mean()
+
+
 def _forget(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _other(nets: Networks, on: bool, text: Cond, count: int) -> int:
+def _other(nets: Networks, role: Role, on: bool, text: Cond) -> int:
     """Bytes of a micro-batch with the other choice of checkpointing; without it the end of the forward pass is most."""
     nets.roles.recompute(on=on)
-    measured = _graded(nets, "student", text, count, backward=on)
+    measured = _graded(nets, role, text, len(next(iter(text.values()))), backward=on)
     nets.roles.recompute(on=not on)
     return measured.bytes
 

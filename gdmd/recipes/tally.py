@@ -34,6 +34,7 @@ class Tally:
     passes: without gradient, by role; graded: with a backward pass, by role; decoded: latents decoded and scored;
     steered: the same with a backward pass through reward and decoder. calls, graded_calls: network calls without and
     with gradient, by role; losses: losses that have calls of the second kind, by role.
+    read: samples of those calls of the fake, all of them with gradient, that a GAN head's features come from.
     widest: samples of the largest call without gradient, in batches (2: guidance in one call).
     """
 
@@ -45,6 +46,7 @@ class Tally:
     calls: Mapping[str, float]
     graded_calls: Mapping[str, float]
     losses: Mapping[str, float]
+    read: float
     widest: float
     old_policy: bool
 
@@ -84,7 +86,9 @@ class _Critic:
         self.net = net
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self.net(x_t, t, cond).x0.mean((1, 2, 3))
+        x0 = self.net(x_t, t, cond).x0
+        self.net.log.note("critic", x0)
+        return x0.mean((1, 2, 3))
 
 
 class _Roles:
@@ -177,6 +181,7 @@ def _means(log: _Log, iterations: int, batch: int) -> Tally:
         calls={who: log.calls[who, False] / iterations for who in MODEL_ROLES},
         graded_calls={who: log.calls[who, True] / iterations for who in MODEL_ROLES},
         losses={who: log.losses[who] / iterations for who in MODEL_ROLES},
+        read=share("critic", True),
         widest=log.widest / batch,
         old_policy=log.followed,
     )

@@ -1,0 +1,88 @@
+"""DMD2's GAN on real families by two ranks: replicated adapters and sharded full copies learn what one process learns."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import tiny_pipelines as tiny
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
+from rank_world import run_ranks  # noqa: E402
+
+from gdmd.backbones.pipelines import open_family  # noqa: E402
+from gdmd.backbones.roles import DiffusersRoles  # noqa: E402
+from gdmd.config.loop import LoopConfig  # noqa: E402
+from gdmd.config.rivals import Dmd2Config  # noqa: E402
+from gdmd.data.prompts import PromptStream  # noqa: E402
+from gdmd.methods.dmd2 import Dmd2  # noqa: E402
+from gdmd.runs import checkpoint  # noqa: E402
+from gdmd.runs.rundir import create, open_run  # noqa: E402
+from gdmd.training.distributed import SINGLE, World  # noqa: E402
+from gdmd.training.loop import train  # noqa: E402
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd3 adapters": ("sd3", {}),
+    "sdxl full": ("sdxl", {"full": "both"}),
+    "z_image fake": ("z_image", {"full": "fake"}),
+}
+
+
+def distil(root: Path, kind: str, place: str, world: World = SINGLE) -> None:
+    name, changes = KINDS[kind]
+    folder = root / f"{kind}_{place}"
+    world.on_first(lambda: create(folder, {}).path.name)
+    roles = DiffusersRoles(open_family(tiny.config(root / name, **changes)), head_seed=3)
+    stream = PromptStream([list(tiny.WORDS)], roles.family.encoder, 2, 0, 1)
+    cfg = Dmd2Config(fake_updates=1, head_weight=1.0, gan_weight=1.0, guidance=3.0)
+    shape = roles.family.latent_shape
+    real = lambda prompts, rng: 2 + rng.normal("real", shape)  # noqa: E731
+    method = Dmd2(cfg, roles, shape, roles.family.native, real).attach(roles.critic)
+    loop = {"steps": 2, "batch_size": 2, "lr_student": 1e-3, "lr_fake": 1e-3, "log_every": 1, "grid_every": 0}
+    sharding = "full" if "full" in changes else "none"
+    train(
+        method, roles, stream, LoopConfig(**loop, threads=1, rank_timeout=60, sharding=sharding),  # type: ignore[arg-type]
+        open_run(folder), world=world,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind alone, then all by one pair of ranks."""
+    root, before = tmp_path_factory.mktemp("judged"), os.fsync
+    os.fsync = lambda handle: None
+    for name, _ in KINDS.values():
+        if not (root / name).exists():
+            tiny.save(name, root / name)
+
+    def all_kinds(place: str, world: World = SINGLE) -> None:
+        for kind in KINDS:
+            distil(root, kind, place, world)
+
+    try:
+        all_kinds("alone")
+        ended = run_ranks(lambda world: all_kinds("ranks", world), root)
+    finally:
+        os.fsync = before
+    assert [end.code for end in ended] == [0, 0], ended
+    return root
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_learn_the_head_and_both_roles_as_one_process(root: Path, kind: str) -> None:
+    alone, ranks = (checkpoint.load_newest(root / f"{kind}_{place}" / "checkpoints") for place in ("alone", "ranks"))
+    assert alone is not None and ranks is not None
+    assert "gan_head.conv.weight" in alone.part("fake")
+    for part in ("student", "fake"):
+        a, b = alone.part(part), ranks.part(part)
+        assert a.keys() == b.keys() and a
+        own, other = (torch.cat([named[name].double().flatten() for name in a]) for named in (a, b))
+        assert (own - other).norm() < 1e-4 * own.norm(), (part, (own - other).norm() / own.norm())
