@@ -1,0 +1,108 @@
+"""Two ranks with compiled blocks train what two ranks without them train: adapters as replicas, full copies under FSDP2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo as dynamo
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import tiny_pipelines as tiny
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
+from rank_world import run_ranks  # noqa: E402
+
+from gdmd.config.loop import LoopConfig  # noqa: E402
+from gdmd.config.method import DmdConfig  # noqa: E402
+from gdmd.config.run import RunConfig  # noqa: E402
+from gdmd.diffusion.rng import SampleRng  # noqa: E402
+from gdmd.recipes.build import build  # noqa: E402
+from gdmd.training.distributed import World  # noqa: E402
+from gdmd.training.state import role_states  # noqa: E402
+from gdmd.types import Loss, Update  # noqa: E402
+
+LR = 1e-2
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "adapters": ({"checkpointing": False}, "eager"),  # gradients are averaged outside of the graphs
+    "copies": ({"full": "both", "checkpointing": False}, "aot_eager"),
+}
+"""What is trained, and the backend: aot_eager also traces the backward pass, as inductor does, and writes no code."""
+
+
+def recipe(root: Path, kind: str) -> RunConfig:
+    return RunConfig(
+        name="tiny",
+        model=tiny.config(root / "qwen_image", embeddings=str(root / "embeddings"), **KINDS[kind][0]),
+        method=DmdConfig(),
+        loop=LoopConfig(steps=1, batch_size=2, lr_student=LR, sharding="full", threads=1),
+        prompts={"file": str(root / "prompts.txt")},
+    )
+
+
+def trained(cfg: RunConfig, world: World, backend: str | None) -> dict[str, Tensor]:
+    """All weights of the student, whole, after two updates."""
+    lab = build(cfg)
+    if backend is not None:
+        lab.roles.compile(backend)
+    lab.roles.shard(lambda module: world.shard(module, "full"))
+    state, prompts = role_states(lab.roles, cfg.loop, world)["student"], lab.stream.at(0, *world.span(2))
+    noise = SampleRng(0, 0, prompts.index).normal("noise", lab.latent_shape)
+
+    def loss(x_t: Tensor) -> Loss:
+        x0 = lab.roles.student(x_t, torch.full((len(x_t),), 0.5), prompts.cond).x0
+        return Loss((x0 - 1).square().mean((1, 2, 3)))
+
+    for _ in range(2):
+        state.apply(Update("student", loss, noise))
+    return {name: world.whole(own.detach()).clone() for name, own in state.parameters.items()}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both kinds, without and with compiled blocks, by one pair of ranks."""
+    root = tmp_path_factory.mktemp("compiled")
+    tiny.save("qwen_image", root / "qwen_image")  # one block: one graph
+    (root / "prompts.txt").write_text("\n".join(tiny.WORDS))
+    lab = build(recipe(root, "adapters"))
+    lab.encoder.prepare([text for group in lab.stream.groups for text in group])
+
+    def work(world: World) -> None:
+        for kind in KINDS:
+            for backend in (None, KINDS[kind][1]):
+                before = dynamo.utils.counters["stats"]["unique_graphs"]
+                weights = trained(recipe(root, kind), world, backend)
+                graphs = dynamo.utils.counters["stats"]["unique_graphs"] - before
+                save_file(weights, root / f"{kind}_{backend}_{world.seat.rank}.safetensors", {"graphs": str(graphs)})
+
+    ended = run_ranks(work, root, seconds=200)
+    assert [end.code for end in ended] == [0, 0], ended
+    return root
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_train_the_same_weights_with_compiled_blocks(root: Path, kind: str) -> None:
+    eager, compiled, other = (
+        load_file(root / f"{kind}_{backend}_{rank}.safetensors")
+        for backend, rank in ((None, 0), (KINDS[kind][1], 0), (KINDS[kind][1], 1))
+    )
+    assert eager.keys() == compiled.keys() and eager
+    for name, wanted in eager.items():
+        assert torch.equal(compiled[name], other[name]), name
+        assert torch.allclose(compiled[name], wanted, rtol=1e-4, atol=1e-2 * LR), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_blocks_were_compiled(root: Path, kind: str) -> None:
+    from safetensors import safe_open
+
+    for backend, some in ((None, False), (KINDS[kind][1], True)):
+        with safe_open(root / f"{kind}_{backend}_0.safetensors", "pt") as opened:
+            assert (int(opened.metadata()["graphs"]) > 0) == some, backend
