@@ -25,4 +25,4 @@ fi
 
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS" \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" \
-    -m gdmd "${WORDS[@]}"
+    -m -- gdmd "${WORDS[@]}"  # without the -- torchrun takes --run for one of its own words

@@ -274,7 +274,7 @@ def session(patience: float = 600.0) -> Iterator[World]:
 
 
 def launch(words: Sequence[str], processes: int, restarts: int = 0) -> int:
-    """What ``torchrun --standalone --nproc-per-node N -m gdmd WORDS`` does; returns the exit code of the run.
+    """What ``torchrun --standalone --nproc-per-node N -m -- gdmd WORDS`` does; returns the exit code of the run.
 
     After a failure all ranks are started again, at most ``restarts`` times; they go on from the newest checkpoint.
     0, the code of the rank that failed first, or 128 + signal for a rank (or this process) that a signal ended.

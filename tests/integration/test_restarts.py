@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,3 +70,20 @@ def test_restarts_without_several_processes_are_refused(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as stopped:
         main(["train", "shapes_smoke", "--restarts", "2"])
     assert stopped.value.code == 2 and "--restarts belongs to --gpus N" in capsys.readouterr().err
+
+
+def test_the_commands_that_are_shown_are_understood_by_torchrun() -> None:
+    from torch.distributed.run import parse_args
+
+    script = (
+        (ROOT / "examples" / "slurm_train.sh")
+        .read_text()
+        .replace('"${WORDS[@]}"', "train shapes --run runs/x --no-eval")
+    )
+    shown = (ROOT / "docs" / "distributed.md").read_text() + script
+    commands = re.findall(r"^(?:srun )?torchrun ((?:.*\\\n)*.*)$", shown, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        said = parse_args(shlex.split(command.replace("\\\n", " "), comments=True))
+        assert said.module and said.training_script == "gdmd" and said.training_script_args[0] == "train", command
+    assert sum("--run" in command for command in commands) == 2

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from gdmd.methods.dmdr import Dmdr
 from gdmd.methods.gdmd import Gdmd
 from gdmd.methods.scoring import Scorer
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import create, open_run, read_metrics
+from gdmd.runs.rundir import create, open_run, read_facts, read_metrics
 from gdmd.runs.seat import Seat, seat
 from gdmd.training.distributed import SINGLE, World
 from gdmd.training.loop import train
@@ -179,8 +180,31 @@ def test_a_run_goes_on_with_another_number_of_ranks(runs: Path, name: str) -> No
     assert_equal(runs / "gdmd", runs / name)
 
 
-def newest(folder: Path) -> Path:
-    return folder / "checkpoints" / f"step_{STEPS:06d}"
+def test_what_is_left_of_a_group_goes_on_with_the_same_global_batch(runs: Path, tmp_path: Path) -> None:
+    """Two ranks of four samples, one of them is killed: one rank of eight ends where the undisturbed run ends."""
+
+    def work(world: World) -> None:
+        at = PromptStream.at
+
+        def deadly(stream: PromptStream, step: int, *place: Any) -> PromptBatch:
+            if (world.seat.rank, step) == (1, STEPS - 1):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return at(stream, step, *place)
+
+        PromptStream.at = deadly  # type: ignore[method-assign]  # in this process, which is a rank of its own
+        run("gdmd", tmp_path / "lost", world, sharding="full", checkpoint_every=1)
+
+    ended = run_ranks(work, tmp_path)
+    assert [end.code for end in ended] == [4, -signal.SIGKILL], ended
+    assert len(list(newest(tmp_path / "lost", STEPS - 1).glob("shard-*"))) == 2
+    run("gdmd", tmp_path / "lost")
+    assert [row["step"] for row in read_metrics(tmp_path / "lost")] == list(range(1, STEPS + 1))
+    assert [one["step"] for one in read_facts(tmp_path / "lost")["resumed"]] == [STEPS - 1]
+    assert_equal(runs / "gdmd", tmp_path / "lost")
+
+
+def newest(folder: Path, step: int = STEPS) -> Path:
+    return folder / "checkpoints" / f"step_{step:06d}"
 
 
 @pytest.mark.parametrize("name", SHARDED)
