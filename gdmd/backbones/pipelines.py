@@ -29,6 +29,8 @@ FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, 
 INDEX = "model_index.json"
 ENCODER = "text_encoder"
 """What the names of all text encoders begin with."""
+BEYOND = {"PixtralProcessor": "torchvision"}
+"""Classes of transformers that are there only with one library more (FLUX.2-dev's tokenizer)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,6 +45,7 @@ def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = Tr
     local, index = is_local(cfg.path), local_or_hub_index(cfg)
     family = family_of(index, cfg)
     check_components(index, family, Path(cfg.path) if local else None, cfg.path)
+    _check_libraries(index, cfg.path)
     left_out = _left_out(index, family, cfg)
     left_out |= {} if encoders else dict.fromkeys(name for name in index if name.startswith(ENCODER))
     pipe = _load(family, cfg, local, left_out)
@@ -173,6 +176,19 @@ def check_components(index: dict[str, Any], family: type[Family], folder: Path |
             )
 
 
+def _check_libraries(index: dict[str, Any], path: str) -> None:
+    """ValueError for a component whose class needs a library that is not installed; diffusers' own word is a riddle."""
+    from importlib.util import find_spec
+
+    kinds = {name: given[1] for name, given in index.items() if isinstance(given, list) and len(given) == 2}
+    for name, kind in kinds.items():
+        library = BEYOND.get(str(kind))
+        if library is not None and find_spec(library) is None:
+            raise ValueError(
+                f"model.path {path!r}: component {name!r} ({kind}) needs {library}: install it with pip install {library}"
+            )
+
+
 def _left_out(index: dict[str, Any], family: type[Family], cfg: DiffusersModel) -> dict[str, None]:
     """Optional components that are not wanted, or not there: they are passed as None."""
     folder = Path(cfg.path)
@@ -248,7 +264,7 @@ def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
             cfg.path, **options, **left_out, **({} if local else {"revision": cfg.revision})
         )
-    except (OSError, ValueError, ImportError) as error:  # FLUX.2-dev's PixtralProcessor is there with torchvision only
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model.path {cfg.path!r}: the {family.pipeline} cannot be loaded: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +102,23 @@ def test_every_linear_layer_of_the_blocks_takes_an_adapter(klein: Family) -> Non
     assert worn == linear and "single_transformer_blocks.1.attn.to_out" in worn
 
 
-def test_a_library_that_is_missing_is_a_clear_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_whose_library_is_missing_is_a_clear_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "dev")
+    index = tmp_path / "dev" / "model_index.json"
+    given = json.loads(index.read_text())
+    index.write_text(json.dumps(given | {"tokenizer": ["transformers", "PixtralProcessor"]}))
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else there(name))
+    with pytest.raises(
+        ValueError, match=r"'tokenizer' \(PixtralProcessor\) needs torchvision: .*pip install torchvision"
+    ):
+        open_family(tiny.config(tmp_path / "dev"))
+
     def refuse(*_: Any, **__: Any) -> None:
-        raise ImportError("PixtralProcessor requires the Torchvision library")
+        raise ImportError("it requires the SentencePiece library")
 
     monkeypatch.setattr(diffusers.Flux2KleinPipeline, "from_pretrained", refuse)
-    with pytest.raises(ValueError, match="cannot be loaded: PixtralProcessor requires the Torchvision library"):
+    with pytest.raises(ValueError, match="cannot be loaded: it requires the SentencePiece library"):
         open_family(tiny.config(folder))
