@@ -19,6 +19,11 @@ class LoopConfig(Config):
     """The ``loop`` section of a recipe."""
 
     steps: Count = Field(200, description="Outer iterations in all; a resumed run goes on to the same number.")
+    start_from: str = Field(
+        "",
+        description="Folder of another run, whose student (EMA) and fake this one begins with; optimisers, schedule and "
+        'EMA begin anew. Give it another seed than that run. "" = begin with the teacher.',
+    )
     batch_size: Count = Field(32, description="Samples (prompt, noise) of one outer iteration.")
     micro_batch: NonNegativeCount = Field(
         0,

@@ -54,6 +54,8 @@ class DmdNft(Distillation[DmdNftConfig]):
             for batch in batches:
                 yield Update("student", self.student_loss, batch)
             return
+        if self.student_updates == 0:
+            self.roles.follow(0.0)  # the old policy begins as the student, wherever that begins
         collected = collect(self.roles, self.scorer, self.cfg, prompts, rng, self.latent_shape)
         self._stats |= collection_stats(collected, self.scorer.rewards)
         for i, batch in enumerate(batches):

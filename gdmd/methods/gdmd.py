@@ -87,6 +87,8 @@ class Gdmd(Distillation[GdmdConfig]):
     def _old_prediction(self, r: Rollout) -> Tensor:
         if self.cfg.old_policy == "snapshot":
             return r.x0
+        if self.student_updates == 0:
+            self.roles.follow(0.0)  # the old policy begins as the student, wherever that begins
         return self.roles.old(r.x_tau, r.tau, r.cond).x0
 
     def _follow(self) -> None:

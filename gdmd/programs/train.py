@@ -26,6 +26,7 @@ from gdmd.training.distributed import SINGLE, World
 from gdmd.training.loop import Hooks, Silent, TrainEnd, train
 from gdmd.training.optim8bit import require_torchao
 from gdmd.training.progress import progress_for
+from gdmd.training.start import require_start
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def ready(cfg: RunConfig, world: World = SINGLE) -> Lab:
     if world.size > 1:
         world.span(cfg.loop.batch_size)
     check_prompts(cfg)
+    require_start(cfg.loop.start_from)
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
     lab = build(cfg)

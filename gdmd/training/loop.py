@@ -29,6 +29,7 @@ from gdmd.runs.rundir import Run, read_metrics
 from gdmd.training.distributed import SINGLE, World
 from gdmd.training.optim import lr_factor
 from gdmd.training.saver import Saver
+from gdmd.training.start import begin_from, newest
 from gdmd.training.state import NonFiniteError, RoleState, autocast_of, ema_weights, role_states
 from gdmd.training.stats import Means
 from gdmd.types import Method, PromptBatch, Role, Roles, Update
@@ -170,8 +171,8 @@ class _Trainer:
         self._autocast = autocast_of(cfg, device)
 
     def resume(self) -> int:
-        """Load the newest good checkpoint; returns the number of finished iterations."""
-        saved = self._saved()
+        """Load the newest good checkpoint, or what cfg.start_from names; returns the number of finished iterations."""
+        saved = newest(self.run.checkpoints, self.world)
         step = saved.step if saved else 0
         if saved:
             for state in self.states.values():
@@ -181,22 +182,13 @@ class _Trainer:
             self.roles.load_old_state(old)
             self.method.load(saved.part("method"))
             self.saver.newest = saved.path
+        elif self.cfg.start_from:
+            self.hooks.progress.note(begin_from(self.cfg.start_from, self.states, self.world))
         for state in self.states.values():
             self.world.check_same(state.parameters, f"the {state.role}")
         self.world.on_first(lambda: self._take_up(saved))
         self._clock = time.perf_counter()
         return step
-
-    def _saved(self) -> checkpoint.Checkpoint | None:
-        """The newest good checkpoint: rank 0 finds it, the others read the same one."""
-        found: list[checkpoint.Checkpoint | None] = []
-
-        def find() -> str | None:
-            found.append(checkpoint.load_newest(self.run.checkpoints))
-            return str(found[0].path) if found[0] else None
-
-        path = self.world.on_first(find)
-        return found[0] if found else checkpoint.load(Path(path), verify=False) if path else None
 
     def _take_up(self, saved: checkpoint.Checkpoint | None) -> None:
         """What the run folder has to know of a start or resume."""

@@ -222,3 +222,8 @@ def test_a_loss_that_is_not_finite_ends_with_exit_code_3(gdmd: Gdmd) -> None:
     finished = gdmd.train("loop.lr_student=1e30", "loop.lr_fake=1e30", "method.gamma=0", "loop.steps=8", "--run", "run")
     assert finished.code == 3, finished.err
     assert "not finite" in finished.err and "Traceback" not in finished.err
+
+
+def test_a_start_from_a_run_that_is_not_there_is_an_error_of_the_input(gdmd: Gdmd) -> None:
+    finished = gdmd.train("loop.start_from=nowhere", "--run", "run")
+    assert finished.code == 2 and "loop.start_from" in finished.err, finished.err

@@ -1,0 +1,117 @@
+"""A run that begins with the networks of another one (loop.start_from)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_roles import gdmd, prompts, rng, tiny_roles
+from torch import Tensor
+from toy_training import Toy, toy_config
+
+from gdmd.backbones.shapes import ShapesRoles
+from gdmd.backbones.shapes_nets import ShapesDit
+from gdmd.runs import checkpoint
+from gdmd.training.distributed import SINGLE
+from gdmd.training.start import begin_from, require_start
+from gdmd.training.state import role_states
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first") / "run"
+    Toy(folder, toy_config(10)).train()
+    return folder
+
+
+def last(folder: Path) -> checkpoint.Checkpoint:
+    saved = checkpoint.load_newest(folder / "checkpoints")
+    assert saved is not None
+    return saved
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_student_begins_as_the_others_average_and_fake_as_its_fake(finished: Path, tmp_path: Path) -> None:
+    toy, saved = Toy(tmp_path / "run", toy_config()), last(finished)
+    states = role_states(toy.roles, toy.cfg)
+    told = begin_from(str(finished), states, SINGLE)
+    assert "step 10" in told and "EMA" in told
+    assert not equal(dict(saved.part("ema")), dict(saved.part("student")))
+    assert equal(dict(states["student"].parameters), dict(saved.part("ema")))
+    assert equal(dict(states["fake"].parameters), dict(saved.part("fake")))
+    ema = states["student"].ema
+    assert ema is not None and ema.updates == 0 and equal(ema.shadow, dict(saved.part("ema")))
+    assert states["student"].updates == 0
+
+
+def test_without_an_average_the_student_itself_is_taken(tmp_path: Path) -> None:
+    Toy(tmp_path / "first", toy_config(5, ema=0.0)).train()
+    states = role_states((toy := Toy(tmp_path / "run", toy_config())).roles, toy.cfg)
+    assert "EMA" not in begin_from(str(tmp_path / "first"), states, SINGLE)
+    assert equal(dict(states["student"].parameters), dict(last(tmp_path / "first").part("student")))
+
+
+def test_a_run_that_began_there_resumes_bit_for_bit_without_the_first_run(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    first = tmp_path / "first"
+    shutil.copytree(finished, first)
+    told: list[str] = []
+
+    def run(name: str, steps: int) -> Toy:
+        toy = Toy(tmp_path / name, toy_config(steps, start_from=str(first), lr_schedule="constant", seed=4))
+        monkeypatch.setattr(toy.hooks.progress, "note", told.append)
+        toy.train()
+        return toy
+
+    run("whole", 12)
+    run("parts", 5)
+    assert sum("begin as in step 10" in line for line in told) == 2
+    shutil.rmtree(first)
+    run("parts", 12)
+    whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
+    assert all(equal(dict(whole.part(name)), dict(parts.part(name))) for name in ("student", "fake", "ema"))
+    Toy(tmp_path / "teacher", toy_config(12, lr_schedule="constant", seed=4)).train()
+    assert not equal(dict(whole.part("student")), dict(last(tmp_path / "teacher").part("student")))
+
+
+def test_the_old_policy_begins_as_the_student_and_not_as_the_teacher() -> None:
+    roles = tiny_roles()
+    method = gdmd(roles, old_policy="ema")
+    r = method.rollout(prompts(), rng())
+    torch.testing.assert_close(method._old_prediction(r), r.x0, rtol=0, atol=0)
+
+
+def test_a_gan_head_begins_anew_where_the_first_run_had_none(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher = ShapesDit(width=32, depth=1)
+    bare, judged = ShapesRoles(teacher), ShapesRoles(teacher, head_seed=3)
+    parts = {"student": dict(bare.parameters("student")), "fake": dict(bare.parameters("fake"))}
+    checkpoint.save(tmp_path / "run" / "checkpoints", 1, parts, {})
+    states = role_states(judged, toy_config())
+    before = {k: v.detach().clone() for k, v in states["fake"].parameters.items() if k.startswith("gan_head.")}
+    assert before
+    begin_from(str(tmp_path / "run"), states, SINGLE)
+    assert equal(before, {k: v for k, v in states["fake"].parameters.items() if k in before})
+
+
+@pytest.mark.parametrize(("made", "said"), [(False, "is not there"), (True, "has no checkpoint")])
+def test_a_folder_without_a_checkpoint_is_refused_before_anything_is_loaded(
+    tmp_path: Path, made: bool, said: str
+) -> None:
+    if made:
+        (tmp_path / "first").mkdir()
+    with pytest.raises(ValueError, match=f"loop.start_from.*{said}"):
+        require_start(str(tmp_path / "first"))
+
+
+def test_another_network_is_refused_by_name(finished: Path) -> None:
+    with pytest.raises(ValueError, match="do not fit the student of loop.start_from"):
+        begin_from(str(finished), role_states(tiny_roles(), toy_config()), SINGLE)
