@@ -24,9 +24,12 @@ class Copy:
     def recompute(self, *, on: bool) -> None:
         """Switch activation checkpointing."""
         if on:
-            self.net.enable_gradient_checkpointing(lambda block, *inputs: recomputed(block, inputs))
+            self.net.enable_gradient_checkpointing(lambda block, *inputs: recomputed(block, inputs, self._trained))
         else:
             self.net.disable_gradient_checkpointing()
+
+    def _trained(self) -> bool:
+        return bool(next(self.net.parameters()).requires_grad)
 
     def weights(self) -> dict[str, Parameter]:
         """All parameters by name."""

@@ -10,30 +10,34 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(block: nn.Module, inputs: Sequence[Any], ready: Callable[[], object] = lambda: None) -> Any:
-    """block(*inputs), computed again in the backward pass as it was: after ``ready``, with the same weights frozen.
+def recomputed(
+    block: nn.Module, inputs: Sequence[Any], trained: Callable[[], bool], ready: Callable[[], object] = lambda: None
+) -> Any:
+    """block(*inputs), computed again in the backward pass as it was: after ``ready``, and frozen if it was frozen.
 
     A GAN's critic is frozen while the student's loss is computed and free again in its backward pass; what a free
-    weight saves for its own gradient would be more than the forward pass saved.
+    weight saves for its own gradient would be more than the forward pass saved. ``trained``: whether the weights of
+    the role ask for gradients now. It looks at one of them: listing a block's weights costs as much as launching it.
     """
-    asked = [weights.requires_grad for weights in block.parameters()]
+    before = trained()
 
     def run(*again: Any) -> Any:
         ready()
-        with _asking(block, asked):
+        if before or not trained():
+            return block(*again)
+        with _frozen(block):
             return block(*again)
 
     return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing draws: eval mode
 
 
 @contextmanager
-def _asking(block: nn.Module, asked: Sequence[bool]) -> Iterator[None]:
-    """Inside, the block's weights ask for gradients as listed."""
-    changed = [w for w, wanted in zip(block.parameters(), asked, strict=True) if w.requires_grad != wanted]
-    for weights in changed:
-        weights.requires_grad_(not weights.requires_grad)
+def _frozen(block: nn.Module) -> Iterator[None]:
+    asking = [weights for weights in block.parameters() if weights.requires_grad]
+    for weights in asking:
+        weights.requires_grad_(False)
     try:
         yield
     finally:
-        for weights in changed:
-            weights.requires_grad_(not weights.requires_grad)
+        for weights in asking:
+            weights.requires_grad_(True)

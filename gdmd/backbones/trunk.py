@@ -115,7 +115,10 @@ class Trunk:
     def _checkpointed(self, block: nn.Module, *inputs: Any) -> Any:
         """Activation checkpointing of one block, recomputed in what it wears now."""
         worn = self.worn
-        return recomputed(block, inputs, lambda: self.wear(worn))
+        return recomputed(block, inputs, lambda: self._trained(worn), lambda: self.wear(worn))
+
+    def _trained(self, worn: Wear) -> bool:
+        return worn.adapter is not None and bool(self._layers[0].lora_A[worn.adapter].weight.requires_grad)
 
 
 def _trained(name: str) -> bool:
