@@ -1,6 +1,6 @@
 """Kill a tiny run at random moments, resume it, and compare its end with the uninterrupted run: ``make soak``.
 
-    python tests/soak/soak.py [--kills 200] [--steps 60] [--flat-steps 3000] [--seed N] [--json FILE]
+    python tests/soak/soak.py [--kills 200] [--steps 60] [--flat-steps 3000] [--seed N] [--json FILE] [--beside]
 
 A life is a child forked from a process that has loaded all modules and has one thread, so that a kill costs no start-up.
 It is killed with SIGKILL after a random time, which falls into steps, saves, log lines, or the making and the resuming of
@@ -31,6 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from toy_training import Toy, toy_config  # noqa: E402
 
+from gdmd.config.loop import LoopConfig  # noqa: E402
 from gdmd.runs import checkpoint  # noqa: E402
 from gdmd.runs.rundir import read_metrics  # noqa: E402
 
@@ -61,24 +62,24 @@ class Kills:
         return not (self.different or self.died_by_themselves or self.leftovers or self.most_steps_lost > interval)
 
 
-def soak(folder: Path, kills: int, steps: int, seed: int) -> Kills:
-    """Kill runs of ``steps`` steps until there were ``kills`` kills; every finished run is compared with a whole one."""
+def soak(folder: Path, kills: int, cfg: LoopConfig, seed: int) -> Kills:
+    """Kill runs of ``cfg`` until there were ``kills`` kills; every finished run is compared with a whole one."""
     warm_up(folder / "warm")
     began, draws, seen = time.monotonic(), random.Random(seed), Kills()
     whole = folder / "whole"
-    assert life(lambda: Toy(whole, toy_config(steps)).train()) == 0, "the run fails without any kill"
+    assert life(lambda: Toy(whole, cfg).train()) == 0, "the run fails without any kill"
     longest = (time.monotonic() - began) / 3  # so that some lives get further than the next checkpoint
     seen.handles, seen.rss_mib = (handles(), 0), (rss_mib(), 0.0)
     while seen.kills < kills:
         run = folder / f"run_{seen.runs:04d}"
         killed = seen.kills
         while seen.kills < kills:
-            end = life(lambda run=run: Toy(run, toy_config(steps)).train(), draws.uniform(0, longest))
+            end = life(lambda run=run: Toy(run, cfg).train(), draws.uniform(0, longest))
             if end == 0:
                 break
             _look(seen, run, end)
         if seen.kills == kills:  # the last run ends in peace
-            end = life(lambda run=run: Toy(run, toy_config(steps)).train())
+            end = life(lambda run=run: Toy(run, cfg).train())
             seen.died_by_themselves += [end] if end else []
         seen.runs += 1
         seen.different += [f"{run.name}: {name}" for name in differences(whole, run)]
@@ -180,7 +181,7 @@ class Flat:
         return self.handles[1] <= self.handles[0] and grown < 8 and abs(rows - 1) < 0.05
 
 
-def flat(folder: Path, steps: int) -> Flat:
+def flat(folder: Path, steps: int, beside: bool) -> Flat:
     """Train ``steps`` steps in one life and look at it twice."""
     run, report = folder / "long", folder / "flat.json"
     seen = Flat(steps)
@@ -193,7 +194,7 @@ def flat(folder: Path, steps: int) -> Flat:
         seen.bytes_per_row.append((run / "metrics.jsonl").stat().st_size / step)
         report.write_text(json.dumps(asdict(seen)))
 
-    cfg = toy_config(steps, checkpoint_every=25)
+    cfg = toy_config(steps, checkpoint_every=25, checkpoint_async=beside)
     assert life(lambda: Toy(run, cfg, look).train(), longest=LONGEST_S + steps) == 0, "the long run failed"
     return Flat(**json.loads(report.read_text()))
 
@@ -222,16 +223,18 @@ def main() -> int:
     parser.add_argument("--flat-steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time, printed")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--beside", action="store_true", help="checkpoints by a thread; a kill may cost two intervals")
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     torch.set_num_threads(1)  # no thread pool before a fork
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        killed = soak(Path(folder), options.kills, options.steps, seed)
+        cfg = toy_config(options.steps, checkpoint_async=options.beside)
+        killed = soak(Path(folder), options.kills, cfg, seed)
         print(json.dumps(asdict(killed), indent=2), flush=True)
-        long = flat(Path(folder), options.flat_steps)
+        long = flat(Path(folder), options.flat_steps, options.beside)
         print(json.dumps(asdict(long), indent=2))
-    ok = killed.ok(toy_config().checkpoint_every) and long.ok()
+    ok = killed.ok(cfg.checkpoint_every * (2 if options.beside else 1)) and long.ok()
     if options.json:
         options.json.write_text(json.dumps({"seed": seed, "kills": asdict(killed), "flat": asdict(long), "ok": ok}))
     print("soak: every killed run ended as the whole one; handles, memory and logs are flat" if ok else "soak: FAILED")
