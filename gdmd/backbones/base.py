@@ -67,6 +67,11 @@ class Family(ABC):
         return torch.zeros(1, dtype=network_dtype(self.net)).expand(count, *shape)
 
     @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """Of the pipeline's scheduler; a student's is made from it."""
+        return dict(self.pipe.scheduler.config)
+
+    @property
     def pixels_per_latent(self) -> int:
         """Pixels along a side of one latent position (8 for the published VAEs)."""
         return int(self.pipe.vae_scale_factor)

@@ -87,14 +87,22 @@ def _pipe(
     import diffusers
 
     own: Any = vae
-    halvings = own.temperal_downsample if family.name == "qwen_image" else own.config.block_out_channels[1:]
     kind, options = scheduler
     parts = {
         "unet" if "unet" in family.needs else "transformer": _cast(net, cfg),
         "vae": _cast(own, cfg),
         "scheduler": getattr(diffusers, kind).from_config(dict(options)),
     }
-    return SimpleNamespace(**parts, components=parts, vae_scale_factor=2 ** len(halvings), config={})
+    return SimpleNamespace(**parts, components=parts, vae_scale_factor=2 ** _halvings(own), config={})
+
+
+def _halvings(vae: Any) -> int:
+    """How often a VAE halves the sides of an image."""
+    config = vae.config
+    for key in ("encoder_block_out_channels", "block_out_channels"):  # AutoencoderDC, AutoencoderKL
+        if key in config:
+            return len(config[key]) - 1
+    return len(vae.temperal_downsample)
 
 
 def _made(kind: str, options: Mapping[str, Any]) -> nn.Module:

@@ -18,6 +18,7 @@ from gdmd.backbones.codec import VaeCodec
 from gdmd.backbones.flux import Flux
 from gdmd.backbones.flux2 import Flux2, Flux2Klein
 from gdmd.backbones.qwen_image import QwenImage
+from gdmd.backbones.sana import Sana
 from gdmd.backbones.sd3 import Sd3
 from gdmd.backbones.sd15 import Sd15
 from gdmd.backbones.sdxl import Sdxl
@@ -25,7 +26,7 @@ from gdmd.backbones.z_image import ZImage
 from gdmd.config.model import DiffusersModel
 from gdmd.types import Codec, Cond
 
-FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage)
+FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage, Sana)
 INDEX = "model_index.json"
 ENCODER = "text_encoder"
 """What the names of all text encoders begin with."""

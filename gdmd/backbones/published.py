@@ -2,7 +2,7 @@
 
 Each is the config.json of the repository named (unet or transformer, vae, scheduler), shortened by what is diffusers'
 default. Text encoders are numbers of weights: CLIP-L 123 M, OpenCLIP bigG 695 M, T5-XXL's encoder 4.76 B, Qwen3-4B and 8B,
-Qwen2.5-VL-7B, Mistral Small 3 24B.
+Qwen2.5-VL-7B, Mistral Small 3 24B, Gemma 2 2B.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gdmd.config.model import FamilyName
 
 CLIP_L, CLIP_L_PROJECTED, CLIP_BIG_G = 123_060_480, 123_650_304, 694_659_840
 T5_XXL, QWEN3_4B, QWEN25_VL_7B = 4_762_310_656, 4_022_468_096, 8_292_166_656
-QWEN3_8B, MISTRAL_SMALL_3 = 8_190_735_360, 24_011_361_280
+QWEN3_8B, MISTRAL_SMALL_3, GEMMA2_2B = 8_190_735_360, 24_011_361_280, 2_614_341_888
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,22 @@ def _qwen_image(name: str) -> Published:
     return Published(name, "qwen_image", net, Net("AutoencoderKLQwenImage"), _DYNAMIC, QWEN25_VL_7B)
 
 
+def _sana(name: str, **options: Any) -> Published:
+    kinds = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    vae = {
+        "encoder_block_types": kinds,
+        "decoder_block_types": kinds,
+        "downsample_block_type": "conv",
+        "upsample_block_type": "interpolate",
+        "scaling_factor": 0.41407,
+    }
+    solver = (
+        "DPMSolverMultistepScheduler",
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+    )
+    return Published(name, "sana", Net("SanaTransformer2DModel", options), Net("AutoencoderDC", vae), solver, GEMMA2_2B)
+
+
 _DUAL: dict[str, Any] = {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
 _KNOWN = (
     _sd15("stable-diffusion-v1-5/stable-diffusion-v1-5"),
@@ -145,6 +161,7 @@ _KNOWN = (
     _flux2_klein("black-forest-labs/FLUX.2-klein-base-9B", (8, 24), 32, QWEN3_8B),
     _z_image("Tongyi-MAI/Z-Image"),
     _qwen_image("Qwen/Qwen-Image"),
+    _sana("Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", qk_norm="rms_norm_across_heads"),
 )
 MODELS: Mapping[str, Published] = {model.name: model for model in _KNOWN}
 """By hub id; the first of a family is its standard model."""

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive
 
-FamilyName = Literal["sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image"]
+FamilyName = Literal["sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"]
 Pixels = Annotated[Count, Field(multiple_of=8)]
 """A side of an image; the families' latents are at least eight times smaller."""
 

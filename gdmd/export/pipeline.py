@@ -15,7 +15,7 @@ from torch import Tensor
 from gdmd.backbones.base import Family
 from gdmd.export.lora import merge
 
-NO_GUIDANCE: Mapping[str, Mapping[str, float]] = {
+NO_GUIDANCE: Mapping[str, Mapping[str, float | bool]] = {
     "sd15": {"guidance_scale": 0.0},
     "sdxl": {"guidance_scale": 0.0},
     "sd3": {"guidance_scale": 0.0},
@@ -24,15 +24,18 @@ NO_GUIDANCE: Mapping[str, Mapping[str, float]] = {
     "flux2_klein": {"guidance_scale": 1.0},
     "z_image": {"guidance_scale": 0.0},
     "qwen_image": {"true_cfg_scale": 1.0},
+    "sana": {"guidance_scale": 1.0, "use_resolution_binning": False},
 }
-"""What switches classifier-free guidance off in the stock call; FLUX.1 and FLUX.2-dev have an embedded one only."""
+"""What switches classifier-free guidance off in the stock call; FLUX.1 and FLUX.2-dev have an embedded one only.
+
+Sana's pipeline would also replace sizes that are not in its table."""
 
 
 def student_scheduler(family: Family, uniform: Sequence[float]) -> Any:
     """A scheduler with which the stock pipeline re-noises as in training; the betas or shift are the pipeline's own."""
     import diffusers
 
-    config = dict(family.pipe.scheduler.config)
+    config = family.scheduler_config
     if family.native == "eps":
         wanted = {"original_inference_steps": len(uniform), "timestep_scaling": 10.0, "clip_sample": False}
         return diffusers.LCMScheduler.from_config(config | wanted)

@@ -74,7 +74,7 @@ def test_before_the_first_step_every_role_is_the_teacher(folders: Path, name: st
         assert torch.allclose(found[role], found["teacher"], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "flux2", "flux2_klein", "z_image", "qwen_image"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"])
 def test_a_moved_role_shows_in_no_other(folders: Path, name: str) -> None:
     roles = roles_of(folders, name)
     at = states(roles)

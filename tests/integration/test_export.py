@@ -93,7 +93,14 @@ def test_the_stock_pipeline_with_the_lora_makes_the_trainers_images(
 
 @pytest.mark.parametrize(
     ("name", "full"),
-    [("sd3", "none"), ("sdxl", "none"), ("flux2", "none"), ("sd3", "student"), ("flux2_klein", "student")],
+    [
+        ("sd3", "none"),
+        ("sdxl", "none"),
+        ("flux2", "none"),
+        ("sd3", "student"),
+        ("flux2_klein", "student"),
+        ("sana", "none"),
+    ],
 )
 def test_the_merged_pipeline_makes_the_trainers_images(
     folders: Path, tmp_path: Path, name: str, full: str, monkeypatch: pytest.MonkeyPatch

@@ -35,6 +35,7 @@ STOCK: dict[str, dict[str, Any]] = {  # what the stock call needs for classifier
     "flux2": {"guidance_scale": 3.5, "max_sequence_length": 256},  # embedded, and there is no other
     "flux2_klein": {"guidance_scale": 3.0, "max_sequence_length": 256},
     "z_image": {"guidance_scale": 2.0, "max_sequence_length": 256},  # it counts from 0: cond + w (cond - uncond)
+    "sana": {"guidance_scale": 3.0, "max_sequence_length": 256, "use_resolution_binning": False},
     "qwen_image": {"true_cfg_scale": 1.0},  # its guidance restores norms, which is its sampler's own
 }
 
@@ -112,7 +113,7 @@ def test_conditioning_of_captions_of_any_length_can_be_joined(folders: Path, nam
     assert all(null[key].shape == (3, *short[key].shape[1:]) for key in short)
 
 
-@pytest.mark.parametrize("name", ["sd3", "qwen_image", "flux2"])
+@pytest.mark.parametrize("name", ["sd3", "qwen_image", "flux2", "sana"])
 def test_decoding_in_chunks_changes_nothing_and_passes_a_gradient(folders: Path, name: str) -> None:
     family = shared(saved(folders, name))
     latents = torch.randn(3, *family.latent_shape, requires_grad=True)
@@ -123,7 +124,7 @@ def test_decoding_in_chunks_changes_nothing_and_passes_a_gradient(folders: Path,
     assert gradient.abs().amin((1, 2, 3)).gt(0).any() and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["sd3", "qwen_image", "flux2"])
+@pytest.mark.parametrize("name", ["sd3", "qwen_image", "flux2", "sana"])
 def test_encoding_undoes_the_scaling_of_decoding(folders: Path, name: str) -> None:
     codec = shared(saved(folders, name)).codec
     images = torch.rand(1, 3, tiny.SIZE, tiny.SIZE)

@@ -39,6 +39,7 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "flux2_klein": lambda net: net.single_transformer_blocks[-1],
     "z_image": lambda net: net.layers[-1],
     "qwen_image": lambda net: net.transformer_blocks[-1],
+    "sana": lambda net: net.transformer_blocks[-1],
 }
 """The module after which a family is read, found apart from the families' own words."""
 FAMILIES = list(LAST)
@@ -127,7 +128,7 @@ def from_block(roles: DiffusersRoles, net: Any, at: tuple[Tensor, Tensor, Any]) 
     if hidden.ndim == 4:
         return torch.stack([hidden[:, :, i, j] for i in range(hidden.shape[2]) for j in range(hidden.shape[3])], 1)
     _, height, width = roles.family.latent_shape
-    count = height * width // 4
+    count = height * width // roles.family.patch**2
     return hidden[:, -count:] if roles.family.name.startswith("flux2") else hidden[:, :count]
 
 

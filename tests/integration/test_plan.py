@@ -213,6 +213,7 @@ def test_the_real_method_makes_as_many_passes_as_counted() -> None:
         ("black-forest-labs/FLUX.1-dev", 11_901_408_320),
         ("black-forest-labs/FLUX.2-dev", 32_223_281_152),
         ("black-forest-labs/FLUX.2-klein-base-4B", 3_875_544_576),
+        ("Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", 1_604_641_952),
     ],
 )
 def test_the_published_models_have_their_published_sizes(name: str, weights: int) -> None:

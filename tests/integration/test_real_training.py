@@ -97,7 +97,7 @@ def test_two_iterations_move_only_the_adapters(folders: Path, tmp_path: Path, na
     assert (checkpoint / "student.safetensors").stat().st_size < trunk / 3
 
 
-@pytest.mark.parametrize(("name", "full"), [("sd3", "none"), ("flux2_klein", "student")])
+@pytest.mark.parametrize(("name", "full"), [("sd3", "none"), ("flux2_klein", "student"), ("sana", "both")])
 def test_a_resumed_run_is_the_uninterrupted_one(folders: Path, tmp_path: Path, name: str, full: str) -> None:
     whole, _ = trained(recipe(folders, name, 2, full=full), tmp_path / "whole")
     _, run = trained(recipe(folders, name, 1, full=full), tmp_path / "halves")

@@ -158,7 +158,7 @@ def exported(folders: Path, name: str, target: Path) -> tuple[Any, Path]:
     return (cfg, lab), target
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"])
 def test_an_export_makes_the_images_of_its_run(folders: Path, tmp_path: Path, name: str) -> None:
     from gdmd.programs.evaluate import student_row
     from gdmd.programs.source_runs import RunSource

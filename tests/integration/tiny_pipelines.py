@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
@@ -25,6 +25,8 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -34,12 +36,12 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.utils import logging as diffusers_logging
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tiny_words import WORDS as WORDS
+from tiny_words import clip, clip_words, qwen_words, t5, t5_words
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -48,71 +50,15 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
 )
 from transformers.utils import logging as transformers_logging
 
 from gdmd.config.model import DiffusersModel
 
 SIZE = 32
-"""Pixels; the tiny VAEs halve them twice (Qwen-Image) or once."""
-WORDS = ("a photo of two red apples", "a blue ring", "three dogs")
+"""Pixels; the tiny VAEs halve them once; Sana's, which is read without patches, twice."""
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
-
-
-def clip_words() -> CLIPTokenizer:
-    """Characters only: every byte, alone and at the end of a word."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    table = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(table)}, merges=[], model_max_length=77)
-
-
-def t5_words() -> T5Tokenizer:
-    """A Unigram model trained on the words of the tests."""
-    unigram = Tokenizer(models.Unigram())
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    letters = [chr(code) for code in range(33, 127)] + ["▁"]
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=special, unk_token="<unk>", initial_alphabet=letters, show_progress=False
-    )
-    unigram.train_from_iterator(WORDS, trainer)
-    pieces = json.loads(unigram.to_str())["model"]["vocab"]
-    return T5Tokenizer(vocab=[(piece, score) for piece, score in pieces], extra_ids=0, model_max_length=77)
-
-
-def qwen_words() -> Qwen2Tokenizer:
-    special = ["<|im_start|>", "<|im_end|>"]
-    table = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", *special]
-    words = Qwen2Tokenizer(
-        vocab={piece: i for i, piece in enumerate(table)}, merges=[], additional_special_tokens=special
-    )
-    words.chat_template = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
-    return words
-
-
-def clip(words: CLIPTokenizer, kind: type = CLIPTextModelWithProjection, width: int = 16) -> Any:
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    return kind(config)
-
-
-def t5(words: T5Tokenizer, width: int = 32) -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(vocab_size=len(words), d_model=width, d_ff=2 * width, d_kv=8, num_heads=4, num_layers=1)
-    )
 
 
 def vae(**options: Any) -> AutoencoderKL:
@@ -358,6 +304,51 @@ def qwen_image() -> QwenImagePipeline:
     )
 
 
+def sana() -> SanaPipeline:
+    """With the scheduler of its first release, whose teacher is Euler's as here."""
+    words = qwen_words()
+    encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(words),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+        )
+    )
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+    )
+    kinds = ("ResBlock", "ResBlock", "EfficientViTBlock")
+    deep = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=kinds,
+        decoder_block_types=kinds,
+        encoder_block_out_channels=(8,) * 3,
+        decoder_block_out_channels=(8,) * 3,
+        encoder_layers_per_block=(1,) * 3,
+        decoder_layers_per_block=(1,) * 3,
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return SanaPipeline(transformer=transformer, scheduler=scheduler, vae=deep, text_encoder=encoder, tokenizer=words)
+
+
 BUILD: Mapping[str, Callable[[], Any]] = {
     "sd15": sd15,
     "sdxl": sdxl,
@@ -367,6 +358,7 @@ BUILD: Mapping[str, Callable[[], Any]] = {
     "flux2_klein": flux2_klein,
     "z_image": z_image,
     "qwen_image": qwen_image,
+    "sana": sana,
 }
 
 
