@@ -1,4 +1,4 @@
-"""DMD2's GAN on real families by two ranks: replicated adapters and sharded full copies learn what one process learns."""
+"""DMD2's GAN on real families by two ranks: sharded full copies, and adapters beside one, learn what one process learns."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from gdmd.training.distributed import SINGLE, World  # noqa: E402
 from gdmd.training.loop import train  # noqa: E402
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sd3 adapters": ("sd3", {}),
     "sdxl full": ("sdxl", {"full": "both"}),
     "z_image fake": ("z_image", {"full": "fake"}),
 }
