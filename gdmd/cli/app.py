@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli import bench, compare, export, lab, results, training
+from gdmd.cli import bench, compare, export, lab, latents, results, training
 from gdmd.cli.geneval import eval_app
 from gdmd.cli.plan import plan_command
 from gdmd.cli.rewards import rewards_app
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command("train")(training.train_command)
 app.command("plan")(plan_command)
+app.command("latents")(latents.latents_command)
 app.command("demo")(training.demo_command)
 app.command("compare")(compare.compare_command)
 app.add_typer(eval_app, name="eval")

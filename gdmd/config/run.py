@@ -10,7 +10,9 @@ from gdmd.config.base import Config, Count
 from gdmd.config.loop import LoopConfig
 from gdmd.config.method import GdmdConfig, MethodConfig
 from gdmd.config.model import DiffusersModel
+from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import ImageReward
+from gdmd.config.rivals import Dmd2Config
 
 
 class ShapesModel(Config):
@@ -80,8 +82,29 @@ class RunConfig(Config):
         description="Reward models that train the student; each is divided by its own Z, then they are averaged.",
     )
     prompts: PromptConfig = PromptConfig()
+    real_data: RealDataConfig | None = Field(
+        default=None, description="Real models: images for a GAN and for method.student_input = data; null = none."
+    )
     loop: LoopConfig = Field(description="Steps, batch, optimiser, checkpoints.")
     eval: EvalConfig = EvalConfig()
+
+    @property
+    def needs_real(self) -> str:
+        """The field by which the method asks for real images, as it is set; "" where it asks for none."""
+        if isinstance(self.method, Dmd2Config) and self.method.adversarial:
+            return "method.gan_weight > 0"
+        return "method.student_input = data" if self.method.student_input == "data" else ""
+
+    @model_validator(mode="after")
+    def _real(self) -> RunConfig:
+        if self.real_data is not None and self.model.kind == "shapes":
+            raise ValueError("real_data is given, but the Shapes world renders its own real images; leave it out")
+        if self.real_data is not None and not self.needs_real:
+            raise ValueError(
+                f"real_data is given, but method {self.method.kind} as set here reads no real images; leave it out, or "
+                "set method.student_input = data (or method.kind = dmd2 with gan_weight > 0)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rewarded(self) -> RunConfig:

@@ -23,7 +23,7 @@ MOST_MEMBERS = 10_000_000
 """Members of a tar: more are a damaged or hostile file."""
 TEXTS = ("txt", "caption", "json")
 """Endings of the members of a tar that hold the prompt, in the order in which they are asked."""
-_NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
+NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
 """Control characters, half characters and byte order marks: signs of another encoding, or of a binary file."""
 _BLOCK = 512
 
@@ -75,7 +75,7 @@ def _checked(path: Path, where: str, line: str) -> str:
         raise ValueError(f"prompt file {path}, {where}: empty line; remove it or write a prompt")
     if len(line) > LONGEST_PROMPT:
         raise ValueError(f"prompt file {path}, {where}: {len(line)} characters; at most {LONGEST_PROMPT}")
-    if found := _NO_TEXT.search(line):
+    if found := NO_TEXT.search(line):
         raise ValueError(
             f"prompt file {path}, {where}: the character U+{ord(found[0]):04X} is no text; "
             "convert the file to UTF-8 and remove it"
@@ -124,7 +124,7 @@ def _archive(path: Path) -> Iterator[Prompt]:
                 if number >= MOST_MEMBERS:
                     raise ValueError(f"prompt file {path}: more than {MOST_MEMBERS} members; divide it")
                 _take(path, archive, member, entries)
-            _check_end(path, archive.offset)
+            check_end(path, archive.offset)
     except OSError as error:
         raise ValueError(f"prompt file {path}: cannot be read ({error.strerror or error}); check the path") from error
     except tarfile.TarError as error:
@@ -165,7 +165,7 @@ def _take(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, entries
         ) from error
 
 
-def _check_end(path: Path, offset: int) -> None:
+def check_end(path: Path, offset: int) -> None:
     """tarfile stops in silence at a damaged header and at a missing end: the end is a block of zeros."""
     with path.open("rb") as file:
         file.seek(offset)

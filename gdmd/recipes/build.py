@@ -36,6 +36,7 @@ from gdmd.methods.dmd_refl import DmdRefl
 from gdmd.methods.dmdr import Dmdr
 from gdmd.methods.gdmd import Gdmd
 from gdmd.methods.scoring import Scorer
+from gdmd.recipes.real_data import real_latents_of, training_prompts
 from gdmd.recipes.rewards import check_prompts, image_reward
 from gdmd.rewards.checker import PartialCredit
 from gdmd.rewards.shapes import load_scorer
@@ -79,14 +80,14 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Lab:
     groups = [list(read_prompts(prompt_file(cfg.prompts.file)))] if cfg.prompts.file else training_captions()
     check_prompts(cfg.rewards, (text for group in groups for text in group))
     stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed, cfg.method.prompt_group)
-    return Lab(roles, codec, encoder, rewards, _method(cfg, roles, codec, rewards), stream)
+    real = RenderedLatents(codec) if cfg.method.student_input == "data" or roles.critic else None
+    return Lab(roles, codec, encoder, rewards, method_of(cfg, roles, codec, rewards, SHAPES, real), stream)
 
 
 def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     """Times in the recipe are uniform; the method gets them through the family's clock."""
-    if cfg.prompts.file is None:
-        raise ValueError("prompts.file is not set: a real model needs a file of prompts (txt, jsonl, json or tar)")
-    prompts = list(read_prompts(prompt_file(cfg.prompts.file)))
+    real = real_latents_of(cfg, model)
+    prompts = training_prompts(cfg, real)
     check_prompts(cfg.rewards, prompts)
     from gdmd.backbones.pipelines import LateText, encoder_identity, open_family, scoring_codec
     from gdmd.backbones.roles import DiffusersRoles
@@ -98,11 +99,11 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
     rewards = build_rewards(cfg.rewards, device) if cfg.method.rewarded else ()
-    meta = read_meta(prompt_file(cfg.prompts.file))
+    meta = read_meta(prompt_file(cfg.prompts.file)) if cfg.prompts.file else None
     stream = PromptStream([prompts], encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, meta)
     place = Place(family.latent_shape, family.native)
     codec = scoring_codec(family, device)
-    method = _method(cfg.model_copy(update={"method": own}), roles, codec, rewards, place)
+    method = method_of(cfg.model_copy(update={"method": own}), roles, codec, rewards, place, real)
     return Lab(
         *(roles, family.codec, encoder, rewards, method, stream, family.latent_shape),
         student_steps=own.student_steps,
@@ -166,12 +167,6 @@ class Place:
 SHAPES = Place()
 
 
-def _method(
-    cfg: RunConfig, roles: BuiltRoles, codec: Codec, rewards: tuple[Reward, ...], place: Place = SHAPES
-) -> Method:
-    return method_of(cfg, roles, codec, rewards, place, _real_latents(cfg, roles, codec))
-
-
 def method_of(
     cfg: RunConfig,
     roles: BuiltRoles,
@@ -197,17 +192,3 @@ def method_of(
             return DmdGrpo(own, *parts).attach(Scorer(codec, rewards))
         case GdmdConfig() as own:
             return Gdmd(own, *parts).attach(Scorer(codec, rewards))
-
-
-def _real_latents(cfg: RunConfig, roles: BuiltRoles, codec: Codec) -> RenderedLatents | None:
-    """Renders of the captions, for methods that ask for real data. ValueError where there is none."""
-    judged = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
-    if cfg.model.kind == "shapes":
-        return RenderedLatents(codec) if cfg.method.student_input == "data" or roles.critic else None
-    if judged or cfg.method.student_input == "data":
-        what = "method.gan_weight > 0" if judged else "method.student_input = data"
-        raise ValueError(
-            f"{what} needs real images, which a model of kind {cfg.model.kind} does not have yet; "
-            "set gan_weight = 0 and student_input = simulation"
-        )
-    return None

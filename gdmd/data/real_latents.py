@@ -1,0 +1,230 @@
+"""Latents of real images computed once: shards of safetensors on disk, read row by row while training.
+
+FOLDER/KEY/shard_00000.safetensors holds "latents" [n, C, h, w] of up to SHARD images and the SHA-256 of their files in
+its header; index.json the images of the data set with their captions. KEY is a hash of the VAE's identity (pipeline,
+revision, precision) and of the size, so that latents of another VAE or size are never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gdmd.data.image_sources import Captioned, Unusable, captioned_images, pixels
+from gdmd.diffusion.rng import SampleRng
+from gdmd.types import PromptBatch
+
+SHARD = 64
+"""Images per file: what an interruption costs at most."""
+BATCH = 4
+"""Images per call of the codec, which divides them by model.decode_chunk."""
+INDEX = "index.json"
+SHOWN = 5
+"""Examples in an error."""
+
+Encode = Callable[[Tensor], Tensor]
+"""[B, 3, H, W] in [0, 1] -> [B, C, h, w]."""
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What ``LatentStore.prepare`` did."""
+
+    images: int
+    encoded: int
+    captions: int
+    unusable: tuple[Unusable, ...]
+
+
+@dataclass
+class LatentStore:
+    """The latents of one data set, VAE and size. ``identity``: what they depend on; ``what``: the same for people."""
+
+    root: Path
+    identity: str
+    source: tuple[str, ...]
+    what: str
+    _place: dict[str, tuple[Path, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder = self.root / hashlib.sha256(self.identity.encode()).hexdigest()[:16]
+        for shard in sorted(self.folder.glob("shard_*.safetensors")):
+            self._add(shard)
+
+    def prepare(
+        self,
+        size: tuple[int, int],
+        encoder: Callable[[], Encode],
+        most_unusable: int,
+        seen: Callable[[], None] = lambda: None,
+    ) -> Computed:
+        """Encode what is not on disk, shard by shard, then write the index. ``encoder`` is called if it is needed.
+
+        ``seen`` is called after every image. ValueError for more than ``most_unusable`` unusable images, or for no image.
+        """
+        rows: list[dict[str, str]] = []
+        unusable: list[Unusable] = []
+        waiting: dict[str, Tensor] = {}
+        encode: Encode | None = None
+        encoded = 0
+        for found in self._images(size, waiting):
+            seen()
+            if isinstance(found, Unusable):
+                unusable.append(found)
+                _refuse_many(unusable, most_unusable)
+                continue
+            rows.append(found)
+            if len(waiting) == SHARD:
+                encode = encode or encoder()
+                encoded += self._write(waiting, encode)
+        if waiting:
+            encoded += self._write(waiting, encode or encoder())
+        if not rows:
+            raise ValueError(
+                f"real_data.source {_joined(self.source)}: holds no image with a caption. {_named(unusable)}"
+            )
+        self._save_index(rows, unusable)
+        return Computed(len(rows), encoded, len({row["caption"] for row in rows}), tuple(unusable))
+
+    def _images(self, size: tuple[int, int], waiting: dict[str, Tensor]) -> Iterator[dict[str, str] | Unusable]:
+        """Rows of the index; the pixels of images that are not on disk go to ``waiting``."""
+        for source in self.source:
+            for found in captioned_images(Path(source)):
+                yield found if isinstance(found, Unusable) else self._known(found, size, waiting)
+
+    def _known(self, found: Captioned, size: tuple[int, int], waiting: dict[str, Tensor]) -> dict[str, str] | Unusable:
+        digest = hashlib.sha256(found.content).hexdigest()
+        if digest not in self._place and digest not in waiting:
+            try:
+                waiting[digest] = pixels(found.content, *size)
+            except ValueError as error:
+                return Unusable(found.name, str(error))
+        return {"image": digest, "caption": found.caption, "name": found.name}
+
+    def _write(self, waiting: dict[str, Tensor], encode: Encode) -> int:
+        """One shard, whole or absent; empties ``waiting``."""
+        from safetensors.torch import save_file
+
+        images = list(waiting.values())
+        parts = [
+            encode(torch.stack(images[start : start + BATCH]).float() / 255) for start in range(0, len(images), BATCH)
+        ]
+        latents = torch.cat(parts).float().cpu().contiguous()
+        if not latents.isfinite().all():
+            raise ValueError(f"{self.what}: encodes images to numbers that are not finite; try model.dtype=fp32")
+        file = self.folder / f"shard_{len(list(self.folder.glob('shard_*.safetensors'))):05d}.safetensors"
+        unfinished = file.with_name(f".{file.name}.partial")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": latents}, unfinished, {"images": json.dumps(list(waiting))})
+        os.replace(unfinished, file)
+        count = len(waiting)
+        waiting.clear()
+        self._add(file)
+        return count
+
+    def _add(self, shard: Path) -> None:
+        """Remember where the images of a shard are; only its header is read."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(shard, "pt") as opened:
+                images = json.loads(opened.metadata()["images"])
+                rows = opened.get_slice("latents").get_shape()[0]
+            if not isinstance(images, list) or len(images) != rows:
+                raise ValueError("its header does not fit its latents")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"latents {shard}: damaged ({error}); delete the file, and `gdmd latents` computes it again"
+            ) from error
+        self._place |= {str(image): (shard, row) for row, image in enumerate(images)}
+
+    def _save_index(self, rows: Sequence[Mapping[str, str]], unusable: Sequence[Unusable]) -> None:
+        passed = [{"name": found.name, "why": found.why} for found in unusable]
+        content = {"source": self.source, "images": rows, "unusable": passed}
+        unfinished = self.folder / f".{INDEX}.partial"
+        unfinished.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(unfinished, self.folder / INDEX)
+
+    def open(self) -> StoredLatents:
+        """The finished store. ValueError with the command where it is missing, damaged or of other images."""
+        file, again = self.folder / INDEX, "run `gdmd latents` with this recipe and its overrides"
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            source = tuple(content["source"])
+            places = [(row["caption"], self._place.get(row["image"])) for row in content["images"]]
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"real_data.latents {str(self.root)!r}: no finished latents of {self.what}; {again}"
+            ) from error
+        except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: damaged ({error}); {again}") from error
+        if source != self.source:
+            raise ValueError(
+                f"real_data.latents {str(self.root)!r}: made of {_joined(source)}, but real_data.source is "
+                f"{_joined(self.source)}; {again}, or give another folder"
+            )
+        if lost := sum(place is None for _, place in places):
+            raise ValueError(f"{self.folder}: the latents of {lost} images are missing; {again}")
+        return StoredLatents(tuple((caption, place) for caption, place in places if place), self.folder)
+
+
+class StoredLatents:
+    """RealLatents from disk: an image of each prompt's caption, drawn from (seed, step, sample) alone."""
+
+    def __init__(self, images: Sequence[tuple[str, tuple[Path, int]]], folder: Path) -> None:
+        self.folder = folder
+        self._of: dict[str, list[tuple[Path, int]]] = {}
+        for caption, place in images:
+            self._of.setdefault(caption, []).append(place)
+        self.captions = tuple(caption for caption, _ in images)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """ValueError that counts and shows the prompts without an image."""
+        missing = [text for text in dict.fromkeys(prompts) if text not in self._of]
+        if missing:
+            shown = ", ".join(repr(text[:60]) for text in missing[:SHOWN])
+            raise ValueError(
+                f"prompts.file: {len(missing)} of {len(dict.fromkeys(prompts))} prompts have no image in real_data "
+                f"({shown}{', ...' if len(missing) > SHOWN else ''}); leave prompts.file out to train on its captions"
+            )
+
+    def __call__(self, prompts: PromptBatch, rng: SampleRng) -> Tensor:
+        """[B, C, H, W], fp32; all images of a caption are equally likely."""
+        draws = rng.uniform("real_image").tolist()
+        chosen = [self._of[text] for text in prompts.text]
+        places = [own[int(draw * len(own))] for own, draw in zip(chosen, draws, strict=True)]
+        return self._read(places).to(prompts.index.device)
+
+    def _read(self, places: Sequence[tuple[Path, int]]) -> Tensor:
+        from safetensors import safe_open
+
+        rows: dict[tuple[Path, int], Tensor] = {}
+        for shard in {file for file, _ in places}:
+            with safe_open(shard, "pt") as opened:
+                latents = opened.get_slice("latents")
+                rows |= {(file, row): latents[row : row + 1] for file, row in places if file == shard}
+        return torch.cat([rows[place] for place in places])
+
+
+def _refuse_many(unusable: Sequence[Unusable], most: int) -> None:
+    if len(unusable) > most:
+        raise ValueError(
+            f"more than real_data.unreadable = {most} images cannot be used. {_named(unusable)}; mend or remove them, or "
+            "raise the limit (finished latents stay)"
+        )
+
+
+def _named(unusable: Sequence[Unusable]) -> str:
+    shown = "; ".join(f"{found.name!r} {found.why}" for found in unusable[-SHOWN:])
+    return f"Of {len(unusable)}: {shown}" if unusable else "None was found"
+
+
+def _joined(source: Sequence[str]) -> str:
+    return ", ".join(map(repr, source))

@@ -1,0 +1,73 @@
+"""What ``gdmd latents`` does: every image of real_data.source through the family's VAE, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from gdmd.config.model import DiffusersModel
+from gdmd.config.real_data import RealDataConfig
+from gdmd.config.run import RunConfig
+from gdmd.data.image_sources import Unusable
+from gdmd.data.real_latents import Computed, LatentStore
+from gdmd.recipes.real_data import encoder_of, store_of
+from gdmd.runs.errors import writing
+
+SHOWN = 20
+"""Unusable images that are printed; all of them are in the index and in --json."""
+
+
+def compute_latents(cfg: RunConfig, console: Console) -> dict[str, Any]:
+    """Fill the folder of the recipe; what is there already stays. ValueError for a recipe without real_data."""
+    model = cfg.model
+    if not isinstance(model, DiffusersModel) or cfg.real_data is None:
+        raise ValueError(
+            f"recipe {cfg.name} has no real_data: set real_data.source and real_data.latents (real models only), and a "
+            "method that reads real images (method.student_input=data, or dmd2 with gan_weight > 0)"
+        )
+    real = cfg.real_data
+    store = store_of(real, model)
+    with writing("the latents", store.folder, "Finished shards stay: the same command goes on."):
+        computed = _prepared(store, real, model, console)
+    _tell(computed, store, console)
+    return {
+        "folder": str(store.folder),
+        "images": computed.images,
+        "encoded": computed.encoded,
+        "captions": computed.captions,
+        "unusable": [{"name": found.name, "why": found.why} for found in computed.unusable],
+    }
+
+
+def _prepared(store: LatentStore, real: RealDataConfig, model: DiffusersModel, console: Console) -> Computed:
+    def encoder() -> Callable[[torch.Tensor], torch.Tensor]:
+        from gdmd.backbones.pipelines import open_family
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        family = open_family(model, device, encoders=False)
+        return encoder_of(family.codec, family.latent_shape, device)
+
+    columns = (SpinnerColumn(), TextColumn("{task.completed:.0f} images"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("latents", total=None)
+        return store.prepare((model.height, model.width), encoder, real.unreadable, lambda: progress.advance(bar))
+
+
+def _tell(computed: Computed, store: LatentStore, console: Console) -> None:
+    lines = [_line(found) for found in computed.unusable[:SHOWN]]
+    if len(computed.unusable) > SHOWN:
+        lines.append(f"and {len(computed.unusable) - SHOWN} more: `unusable` in {store.folder / 'index.json'}")
+    lines.append(
+        f"{computed.images} images, {computed.captions} captions; {computed.encoded} encoded now, "
+        f"{len(computed.unusable)} passed over; {store.folder}"
+    )
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _line(found: Unusable) -> str:
+    return f"passed over {found.name!r}: {found.why}"

@@ -1,0 +1,93 @@
+"""Real images on tiny pipelines: latents computed by the command, read by DMD on data and by DMD2's GAN."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import tiny_pipelines as tiny
+import yaml
+from PIL import Image
+
+from gdmd.cli.app import main
+from gdmd.config.run import RunConfig
+from gdmd.data.image_sources import pixels
+from gdmd.diffusion.rng import SampleRng
+from gdmd.recipes.build import build
+
+DMD = {"kind": "dmd", "fake_updates": 1, "student_input": "data", "step_draw": "batch"}
+GAN = {"kind": "dmd2", "fake_updates": 1, "step_draw": "batch"}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("sdxl", tmp_path_factory.mktemp("pipelines") / "sdxl")
+
+
+def recipe(pipeline: Path, folder: Path, method: dict[str, object]) -> RunConfig:
+    images = folder / "images"
+    if not images.exists():
+        images.mkdir()
+        for i, text in enumerate(tiny.WORDS[:3]):
+            Image.effect_noise((tiny.SIZE + 9, tiny.SIZE), 90 + i).convert("RGB").save(images / f"{i}.png")
+            (images / f"{i}.txt").write_text(text)
+    return RunConfig(
+        name="tiny",
+        model=tiny.config(pipeline),
+        method=method,
+        loop={"steps": 2, "batch_size": 2, "log_every": 1, "grid_every": 0, "checkpoint_every": 1, "threads": 1},
+        real_data={"source": str(images), "latents": str(folder / "latents")},
+        rewards=[],
+    )
+
+
+def gdmd(*words: str) -> int:
+    try:
+        main(list(words))
+    except SystemExit as done:
+        return int(done.code or 0)
+    return 0
+
+
+def test_the_program_computes_latents_once_and_trains_on_them(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = recipe(pipeline, tmp_path, DMD)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
+    assert gdmd("train", str(file), "--run", str(tmp_path / "run")) == 2
+    assert "run `gdmd latents`" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    for encoded in (3, 0):
+        assert gdmd("latents", str(file), "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["images"], told["encoded"], told["unusable"]) == (3, encoded, [])
+    assert gdmd("train", str(file), "--run", str(tmp_path / "run"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+    assert gdmd("train", str(file), "model.height=64", "--run", str(tmp_path / "other")) == 2
+    assert "no finished latents" in capsys.readouterr().err
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("an unknown thing")
+    assert gdmd("train", str(file), f"prompts.file={prompts}", "--run", str(tmp_path / "other")) == 2
+    assert "1 of 1 prompts have no image in real_data ('an unknown thing')" in capsys.readouterr().err
+    lab = build(cfg, "cpu")
+    batch = lab.stream.at(0)
+    content = [(tmp_path / "images" / f"{tiny.WORDS.index(text)}.png").read_bytes() for text in batch.text]
+    direct = lab.codec.encode(torch.stack([pixels(own, tiny.SIZE, tiny.SIZE) for own in content]).float() / 255)
+    stored = lab.method.real_latents(batch, SampleRng(0, 0, batch.index))  # type: ignore[attr-defined]
+    torch.testing.assert_close(stored, direct, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gan_of_dmd2_reads_them(pipeline: Path, tmp_path: Path) -> None:
+    cfg = recipe(pipeline, tmp_path, GAN)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
+    assert gdmd("latents", str(file)) == 0
+    assert gdmd("train", str(file), "loop.steps=1", "--run", str(tmp_path / "run")) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("gan/real" in row for row in rows), rows[-1]

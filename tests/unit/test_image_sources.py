@@ -1,0 +1,213 @@
+"""Folders and tars of captioned images: what is read, what is passed over by name, what is refused."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from hostile import CASES, mutated, refusal
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from gdmd.config.method import DmdConfig
+from gdmd.config.run import RunConfig
+from gdmd.data.image_sources import Captioned, Unusable, captioned_images, pixels
+from gdmd.data.real_latents import SHARD, LatentStore
+from gdmd.diffusion.rng import SampleRng
+from gdmd.types import PromptBatch
+
+
+def png(red: int, size: tuple[int, int] = (8, 8)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (red, 20, 30)).save(file, "PNG")
+    return file.getvalue()
+
+
+def tar(members: list[tuple[str, bytes]]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, content in members:
+            facts = tarfile.TarInfo(name)
+            facts.size = len(content)
+            archive.addfile(facts, io.BytesIO(content))
+    return file.getvalue()
+
+
+GOOD = tar([("a.png", png(1)), ("a.txt", b"one"), ("b.json", b'{"caption": "two"}'), ("b.png", png(2))])
+
+
+def found(source: Path) -> list[Captioned | Unusable]:
+    return list(captioned_images(source))
+
+
+def read(source: Path) -> list[tuple[str, int]]:
+    """(caption, red) of what can be used."""
+    return [(f.caption, int(pixels(f.content, 8, 8)[0, 0, 0])) for f in found(source) if isinstance(f, Captioned)]
+
+
+def test_folder_jsonl_and_tar_give_the_same_images(tmp_path: Path) -> None:
+    beside, listed = tmp_path / "beside" / "deep", tmp_path / "listed"
+    for folder in (beside, listed):
+        folder.mkdir(parents=True)
+        for name, red in (("a", 1), ("b", 2)):
+            (folder / f"{name}.png").write_bytes(png(red))
+    (beside / "a.txt").write_text("one\n")
+    (beside / "b.txt").write_text("two")
+    lines = ['{"file_name": "a.png", "text": "one"}', '{"file_name": "b.png", "text": "two"}']
+    (listed / "metadata.jsonl").write_text("\n".join(lines))
+    (tmp_path / "t.tar").write_bytes(GOOD)
+    wanted = [("one", 1), ("two", 2)]
+    assert read(tmp_path / "beside") == read(listed) == read(tmp_path / "t.tar") == wanted
+
+
+def test_what_has_no_caption_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "t.tar").write_bytes(tar([("x/b.png", png(2)), ("x/c.png", png(2)), ("x/c.txt", b" ")]))
+    assert found(tmp_path)[0] == Unusable("a.png", "has no caption a.txt")
+    first, second = found(tmp_path / "t.tar")
+    assert "t.tar/x/b.png" in str(first) and "no caption" in str(first) and "empty" in str(second)
+
+
+def test_a_line_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(png(1))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "metadata.jsonl").write_text('{"file_name": "../secret.png", "text": "one"}')
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        found(tmp_path / "d")
+
+
+def test_names_of_a_tar_write_nothing_and_a_cut_one_is_refused(tmp_path: Path) -> None:
+    inner = tmp_path / "in"
+    inner.mkdir()
+    (inner / "t.tar").write_bytes(tar([("../../x.png", png(1)), ("../../x.txt", b"one")]))
+    assert read(inner / "t.tar") == [("one", 1)]
+    assert [file.name for file in tmp_path.rglob("*")] == ["in", "t.tar"]
+    (inner / "t.tar").write_bytes(GOOD[:1600])
+    with pytest.raises(ValueError, match="truncated, damaged"):
+        found(inner / "t.tar")
+
+
+def test_an_image_is_turned_upright_covers_the_size_and_is_cropped_at_the_centre() -> None:
+    picture = Image.new("RGB", (30, 10))
+    picture.paste((200, 0, 0), (10, 0, 20, 10))
+    turned, file = Image.Exif(), io.BytesIO()
+    turned[0x0112] = 3  # upside down
+    picture.paste((0, 200, 0), (10, 0, 20, 2))
+    picture.save(file, "PNG", exif=turned)
+    square = pixels(file.getvalue(), 10, 10)
+    assert square.dtype == torch.uint8 and square.shape == (3, 10, 10)
+    assert (square[0, :8] == 200).all() and (square[1, 8:] == 200).all()
+
+
+@CASES
+@given(content=mutated([GOOD], st.binary(max_size=6) | st.just(b"\0" * 512) | st.just(b"\xff" * 12)))
+def test_a_tar_of_any_bytes_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.tar"
+    file.write_bytes(content)
+    refusal(lambda: found(file))
+
+
+@CASES
+@given(content=mutated([png(3)], st.binary(max_size=9)))
+def test_an_image_of_any_bytes_is_read_or_refused(content: bytes) -> None:
+    refusal(lambda: pixels(content, 8, 8))
+
+
+def doubled(images: torch.Tensor) -> torch.Tensor:
+    return 2 * images
+
+
+def store(root: Path, source: Path, identity: str = "vae") -> LatentStore:
+    return LatentStore(root / "latents", identity, (str(source),), "a VAE")
+
+
+def never() -> None:
+    raise AssertionError("the encoder was asked")
+
+
+def many(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"{i:03d}.png").write_bytes(png(i))
+        (folder / f"{i:03d}.txt").write_text(f"caption {i // 2}")
+    return folder
+
+
+def test_a_kill_keeps_finished_shards_and_a_second_run_encodes_nothing(tmp_path: Path) -> None:
+    source, calls = many(tmp_path / "images", SHARD + 4), []
+
+    def dying(images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        if sum(calls) > SHARD:
+            raise KeyboardInterrupt
+        return doubled(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        store(tmp_path, source).prepare((8, 8), lambda: dying, 0)
+    with pytest.raises(ValueError, match="gdmd latents"):
+        store(tmp_path, source).open()
+    again = store(tmp_path, source).prepare((8, 8), lambda: doubled, 0)
+    assert (again.images, again.encoded, again.captions) == (SHARD + 4, 4, SHARD // 2 + 2)
+    assert store(tmp_path, source).prepare((8, 8), never, 0).encoded == 0  # type: ignore[arg-type]
+
+
+def test_all_images_of_a_caption_are_drawn_by_sample_alone(tmp_path: Path) -> None:
+    source = many(tmp_path / "images", 4)
+    made = store(tmp_path, source)
+    made.prepare((8, 8), lambda: doubled, 0)
+    latents = store(tmp_path, source).open()
+    index = torch.arange(40)
+    text = tuple(f"caption {i % 2}" for i in range(40))
+
+    def at(start: int, stop: int) -> torch.Tensor:
+        part = index[start:stop]
+        batch = PromptBatch(part, text[start:stop], part, {}, {})
+        return latents(batch, SampleRng(5, 7, part))
+
+    whole = at(0, 40)
+    assert torch.equal(whole, torch.cat([at(0, 7), at(7, 40)]))
+    red = (whole[:, 0, 0, 0] * 255 / 2).round().long()
+    assert set(red[0::2].tolist()) == {0, 1} and set(red[1::2].tolist()) == {2, 3}
+    with pytest.raises(ValueError, match=r"2 of 3 prompts have no image.*'x', 'y'"):
+        latents.check(["x", "caption 1", "y"])
+
+
+def test_other_vaes_and_other_sources_are_refused(tmp_path: Path) -> None:
+    source = many(tmp_path / "images", 2)
+    store(tmp_path, source).prepare((8, 8), lambda: doubled, 0)
+    with pytest.raises(ValueError, match="no finished latents of a VAE; run `gdmd latents`"):
+        store(tmp_path, source, "another").open()
+    with pytest.raises(ValueError, match="made of "):
+        store(tmp_path, tmp_path).open()
+    (shard,) = (tmp_path / "latents").rglob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="damaged"):
+        store(tmp_path, source)
+
+
+def test_damaged_images_are_named_and_too_many_stop(tmp_path: Path) -> None:
+    source = many(tmp_path / "images", 4)
+    (source / "001.png").write_bytes(png(1)[:-30])
+    (source / "002.png").write_bytes(b"no image")
+    made = store(tmp_path, source).prepare((8, 8), lambda: doubled, 2)
+    assert [bad.name for bad in made.unusable] == ["001.png", "002.png"] and made.images == 2
+    with pytest.raises(ValueError, match=r"more than real_data.unreadable = 1.*002.png"):
+        store(tmp_path, source).prepare((8, 8), lambda: doubled, 1)
+
+
+def test_real_data_that_nobody_reads_is_refused() -> None:
+    given_data = {"source": "images", "latents": "cache"}
+    model = {"kind": "diffusers", "path": "x"}
+    loop = {"steps": 1, "batch_size": 2}
+    with pytest.raises(ValueError, match="reads no real images"):
+        RunConfig(name="a", model=model, method=DmdConfig(), real_data=given_data, loop=loop, rewards=[])
+    with pytest.raises(ValueError, match="Shapes world"):
+        RunConfig(name="a", method=DmdConfig(student_input="data"), real_data=given_data, loop=loop)
+    read_it = RunConfig(
+        name="a", model=model, method=DmdConfig(student_input="data"), real_data=given_data, loop=loop, rewards=[]
+    )
+    assert read_it.real_data is not None and read_it.real_data.source == ("images",)
