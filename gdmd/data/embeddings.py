@@ -97,7 +97,7 @@ class CachedText:
         assert self.encoder is not None
         parts = [self.encoder.encode(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        file = self.folder / f"shard_{len(list(self.folder.glob('shard_*.safetensors'))):05d}.safetensors"
+        file = next_shard(self.folder)
         _save(file, joined, {"texts": json.dumps(list(texts))})
         self._index(file)
 
@@ -127,6 +127,12 @@ class CachedText:
                         rows[file, row] = {name: part[row : row + 1] for name, part in slices.items()}
         names = rows[wanted[0]].keys()
         return {name: torch.cat([rows[place][name] for place in wanted]).to(self.device) for name in names}
+
+
+def next_shard(folder: Path) -> Path:
+    """A file behind all shards of a folder, also where one in the middle was deleted."""
+    numbers = [int(file.stem.removeprefix("shard_")) for file in folder.glob("shard_[0-9]*.safetensors")]
+    return folder / f"shard_{max(numbers, default=-1) + 1:05d}.safetensors"
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:

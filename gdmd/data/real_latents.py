@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gdmd.data.embeddings import next_shard
 from gdmd.data.image_sources import Captioned, Unusable, captioned_images, pixels
 from gdmd.diffusion.rng import SampleRng
 from gdmd.types import PromptBatch
@@ -119,7 +120,7 @@ class LatentStore:
         latents = torch.cat(parts).float().cpu().contiguous()
         if not latents.isfinite().all():
             raise ValueError(f"{self.what}: encodes images to numbers that are not finite; try model.dtype=fp32")
-        file = self.folder / f"shard_{len(list(self.folder.glob('shard_*.safetensors'))):05d}.safetensors"
+        file = next_shard(self.folder)
         unfinished = file.with_name(f".{file.name}.partial")
         self.folder.mkdir(parents=True, exist_ok=True)
         save_file({"latents": latents}, unfinished, {"images": json.dumps(list(waiting))})

@@ -95,3 +95,12 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:20])
     with pytest.raises(ValueError, match="shard_00000.safetensors: damaged.*delete the file"):
         CachedText(Letters(), tmp_path, "a")
+
+
+def test_a_deleted_shard_is_made_again_beside_the_others(tmp_path: Path) -> None:
+    CachedText(Letters(), tmp_path, "a").prepare(TEXTS)
+    next(tmp_path.rglob("shard_00000.safetensors")).unlink()
+    cache = CachedText(Letters(), tmp_path, "a")
+    assert cache.prepare(TEXTS) == SHARD
+    for after in (cache, CachedText(Letters(), tmp_path, "a")):
+        assert same(after.encode(TEXTS), Letters().encode(TEXTS))

@@ -211,3 +211,16 @@ def test_real_data_that_nobody_reads_is_refused() -> None:
         name="a", model=model, method=DmdConfig(student_input="data"), real_data=given_data, loop=loop, rewards=[]
     )
     assert read_it.real_data is not None and read_it.real_data.source == ("images",)
+
+
+def test_a_deleted_shard_is_computed_again_beside_the_others(tmp_path: Path) -> None:
+    source = many(tmp_path / "images", SHARD + 2)
+    store(tmp_path, source).prepare((8, 8), lambda: doubled, 0)
+    next((tmp_path / "latents").rglob("shard_00000.safetensors")).unlink()
+    with pytest.raises(ValueError, match=f"latents of {SHARD} images are missing"):
+        store(tmp_path, source).open()
+    assert store(tmp_path, source).prepare((8, 8), lambda: doubled, 0).encoded == SHARD
+    latents = store(tmp_path, source).open()
+    index = torch.zeros(1, dtype=torch.long)
+    drawn = latents(PromptBatch(index, (f"caption {SHARD // 2}",), index, {}, {}), SampleRng(0, 0, index))
+    assert round(float(drawn[0, 0, 0, 0]) * 255 / 2) in (SHARD, SHARD + 1)
