@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,19 @@ pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.rng import SampleRng
+from gdmd.programs.latents import compute_latents
 from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe, recipe_names
+from gdmd.rewards.images import to_pil
 from gdmd.types import PromptBatch
 
 METHODS = ("gdmd", "dmd", "dmdr")
-REAL = [f"{family}_{method}" for family in tiny.BUILD for method in METHODS]
+REAL = [*(f"{family}_{method}" for family in tiny.BUILD for method in METHODS), "sdxl_dmd2", "sd3_dmd2"]
 SMALL = {"height": tiny.SIZE, "width": tiny.SIZE, "dtype": "fp32", "lora_rank": 2, "lora_alpha": 2}
 SMALL |= {"max_tokens": 256, "embeddings": "null", "checkpointing": "false"}
 
@@ -34,7 +38,20 @@ def redness(images: Tensor, prompts: PromptBatch) -> Tensor:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipelines")
     (folder / "prompts.txt").write_text("\n".join(tiny.WORDS))
+    (folder / "images").mkdir()
+    for number, words in enumerate(tiny.WORDS):
+        to_pil(torch.rand(1, 3, 40, 36))[0].save(folder / "images" / f"{number}.png")
+        (folder / "images" / f"{number}.txt").write_text(words)
     return folder
+
+
+def with_images(folders: Path, name: str, changed: list[str]) -> list[str]:
+    """The user's own images, encoded, in the place of prompts."""
+    own = [f"real_data.source={folders / 'images'}", f"real_data.latents={folders / name}_latents"]
+    changed = [*changed, *own]
+    made = compute_latents(read_recipe(name, changed), Console(file=io.StringIO()))
+    assert made["images"] == len(tiny.WORDS)
+    return changed
 
 
 def test_there_is_a_recipe_of_each_method_for_each_family() -> None:
@@ -57,9 +74,13 @@ def test_a_recipe_trains_a_tiny_pipeline_of_its_family(folders: Path, name: str)
     if not folder.exists():
         tiny.save(family, folder)
     changed = [f"model.{key}={value}" for key, value in SMALL.items()]
-    changed += [f"model.path={folder}", f"prompts.file={folders / 'prompts.txt'}", "loop.batch_size=2"]
+    changed += [f"model.path={folder}", "loop.batch_size=2"]
     changed += ["method.group_size=1"] if name.endswith("_gdmd") else ["method.fake_updates=1"]
-    if not name.endswith("_dmd"):
+    if name.endswith("_dmd2"):
+        changed = with_images(folders, name, changed)
+    else:
+        changed.append(f"prompts.file={folders / 'prompts.txt'}")
+    if name.endswith(("_gdmd", "_dmdr")):
         changed.append("rewards=[{kind: callable, target: 'test_real_recipes:redness', differentiable: true}]")
     cfg = read_recipe(name, changed)
     lab = build(cfg, "cpu")
