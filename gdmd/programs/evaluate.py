@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gdmd.config.loop import LoopConfig
-from gdmd.config.run import RunConfig, ShapesReward
+from gdmd.config.method import DmdConfig
+from gdmd.config.run import PromptConfig, RunConfig, ShapesReward
+from gdmd.data.prompts import SHIPPED
 from gdmd.evaluation.grids import write_comparison, write_grid
 from gdmd.evaluation.report import read_rows, report_run, save_rows
 from gdmd.evaluation.sample import BATCH, Sampler, images_of, student_sampler, teacher_sampler
@@ -34,9 +36,22 @@ def open_student(cfg: RunConfig, folder: Path, which: str = "last") -> tuple[Lab
     saved = checkpoint.load_chosen(folder / "checkpoints", which)
     if saved is None:
         raise RunError(f"{folder} has no checkpoint yet. Train it first: gdmd train --resume {folder}.")
-    lab = build(cfg)
+    lab = build(_drawing(cfg))
     load_ema(lab, saved)
     return lab, saved.step
+
+
+def _drawing(cfg: RunConfig) -> RunConfig:
+    """What makes the images of a real model's student: no rewards, prompts, real images or fake of the training."""
+    if cfg.model.kind == "shapes":
+        return cfg
+    full: Literal["none", "student"] = "student" if cfg.model.full in ("student", "both") else "none"
+    parts = {
+        "model": cfg.model.model_copy(update={"full": full}),
+        "method": DmdConfig(student_steps=cfg.method.student_steps),
+        "prompts": PromptConfig(file=next(iter(SHIPPED))),  # a lab has some; none of them is drawn
+    }
+    return cfg.model_copy(update=parts | {"rewards": (), "real_data": None})
 
 
 def load_ema(lab: Lab, saved: checkpoint.Checkpoint) -> None:

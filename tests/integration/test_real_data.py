@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,7 @@ def test_the_gan_of_dmd2_reads_them(pipeline: Path, tmp_path: Path) -> None:
     assert gdmd("train", str(file), "loop.steps=1", "--run", str(tmp_path / "run")) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("gan/real" in row for row in rows), rows[-1]
+    shutil.rmtree(tmp_path / "images")
+    shutil.rmtree(cfg.real_data.latents if cfg.real_data else "")
+    assert gdmd("sample", str(tmp_path / "run"), "-p", "two red dogs", "--out", str(tmp_path / "a.png")) == 0
+    assert gdmd("export", str(tmp_path / "run")) == 0

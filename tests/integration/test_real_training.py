@@ -133,12 +133,16 @@ def test_a_real_model_without_prompts_or_real_images_is_refused(folders: Path) -
 
 @pytest.mark.parametrize(("name", "guidance"), [("sd3", 0.0), ("flux2", 3.5)])
 def test_a_run_draws_grids_and_samples_and_is_exported(
-    folders: Path, tmp_path: Path, name: str, guidance: float
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, guidance: float
 ) -> None:
-    cfg = recipe(folders, name, 1)
-    cfg = cfg.model_copy(update={"loop": cfg.loop.model_copy(update={"grid_every": 1})})
+    cfg, prompts = recipe(folders, name, 1), tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(tiny.WORDS))
+    parts = {"loop": cfg.loop.model_copy(update={"grid_every": 1}), "prompts": type(cfg.prompts)(file=str(prompts))}
+    cfg = cfg.model_copy(update=parts)
     done = start(cfg, tmp_path / "run", Console(quiet=True), evaluation=True, command=["gdmd", "train"])
     assert done.report is None and len(list((tmp_path / "run" / "grids").iterdir())) == 2
+    prompts.unlink()
+    monkeypatch.setattr("gdmd.recipes.build.build_rewards", None)  # who draws needs none of them
     assert draw(read_source(str(tmp_path / "run")), ["two red dogs"], 2, 0, tmp_path / "a.png", 4) > 0
     lora = export_run(tmp_path / "run")
     assert [file.name for file in lora] == ["pytorch_lora_weights.safetensors", "scheduler", EXPORT_FILE, "README.md"]
