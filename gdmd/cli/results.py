@@ -31,6 +31,7 @@ def eval_command(
     split: Annotated[Split, typer.Option(help="eval: the fixed set; dev: for choosing settings.")] = Split.eval,
     per_task: Annotated[int | None, typer.Option(min=1, help="Prompts per task; default: the recipe's.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Images per prompt; default: the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; default: the recipe's.")] = None,
     which: Which = "last",
 ) -> None:
     """Measure a student or the teacher: ShapesEval by task, rewards, fidelity, coverage, speed.
@@ -41,7 +42,7 @@ def eval_command(
       gdmd eval teacher --json                  the teacher with guidance, 50 steps = 100 network calls
       gdmd eval teacher-4 --per-task 10         the same in 4 steps
       gdmd eval teacher-4-plain                 4 steps without guidance: 4 network calls, as a student
-      gdmd eval runs/shapes-seed0 --split dev --images 2
+      gdmd eval runs/shapes-seed0 --split dev --images 2 --seed 1
       gdmd eval runs/shapes-seed0 --checkpoint best         by loop.best_metric; also a step
     """
     from gdmd.programs.folders import check_target
@@ -51,7 +52,7 @@ def eval_command(
 
     console = messages()
     console.print(f"evaluating {what} on the {split.value} prompts", markup=False, highlight=False)
-    name, row, cfg = measure_named(what, split.value, per_task, images, which)
+    name, row, cfg = measure_named(what, split.value, {"per_task": per_task, "images": images, "seed": seed}, which)
     if json:
         print_json(row)
         return

@@ -123,11 +123,13 @@ def measure(cfg: RunConfig, lab: Lab, sampler: Sampler, split: Split = "eval", s
 
 
 def measure_named(
-    what: str, split: Split, per_task: int | None, images: int | None, which: str = "last"
+    what: str, split: Split, given: Mapping[str, int | None], which: str = "last"
 ) -> tuple[str, Row, RunConfig]:
-    """``gdmd eval``: (name of the row, row, configuration) of a run's EMA student or of the teacher."""
+    """``gdmd eval``: (name of the row, row, configuration) of a run's EMA student or of the teacher.
+
+    ``given``: fields of EvalConfig in the place of the recipe's, None where that holds.
+    """
     cfg, lab, sampler, step = open_named(what, which)
-    given = {"per_task": per_task, "images": images}
     own = cfg.eval.model_copy(update={key: value for key, value in given.items() if value is not None})
     cfg = cfg.model_copy(update={"eval": own})
     return sampler.name, measure(cfg, lab, sampler, split, step), cfg

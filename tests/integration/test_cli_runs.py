@@ -97,6 +97,8 @@ def test_eval_prints_one_json_object_with_the_promised_keys(gdmd: Gdmd) -> None:
     assert set(EVALUATION) <= row.keys() and set(row["shapeseval"]) == {"overall", *TASKS}
     assert set(row["rewards"]) == {"shapes_clip", "shapes_pref", "shapes_clip_heldout"}
     assert row["nfe"] == 4 and row["images_per_s"] > 0
+    own, other = (json.loads(gdmd("eval", "run", "--json", "--split", "dev", "--seed", s).out) for s in ("777", "778"))
+    assert own["rewards"] == row["rewards"] != other["rewards"]
 
 
 def test_a_checkpoint_is_chosen_by_name_or_step(gdmd: Gdmd) -> None:

@@ -157,6 +157,6 @@ def test_a_line_lost_in_a_crash_is_added_again(world: World) -> None:
 def test_a_finished_cell_can_be_evaluated_like_any_run(world: World) -> None:
     from gdmd.programs.evaluate import measure_named
 
-    _, row, _ = measure_named(str(gdmd_cell(world.spec).folder(world.folder) / "run"), "eval", None, None)
+    _, row, _ = measure_named(str(gdmd_cell(world.spec).folder(world.folder) / "run"), "eval", {})
     line = next(line for line in world.table if line["method"] == "gdmd")
     assert row["shapeseval"]["overall"] == line["shapeseval"] and row["fidelity"] == line["fidelity"]
