@@ -26,7 +26,7 @@ from gdmd.config.load import load_config  # noqa: E402
 from gdmd.config.rewards import RemoteReward  # noqa: E402
 from gdmd.config.run import RunConfig  # noqa: E402
 from gdmd.data.prompts import PromptStream, training_captions  # noqa: E402
-from gdmd.recipes.build import _method  # noqa: E402
+from gdmd.recipes.build import SHAPES, method_of  # noqa: E402
 from gdmd.rewards.remote import RemoteError, RemoteScorer  # noqa: E402
 from gdmd.runs import checkpoint, rundir  # noqa: E402
 from gdmd.runs.errors import RunError  # noqa: E402
@@ -159,7 +159,8 @@ def rewarded_training(folder: Path, url: str) -> int:
     stream = PromptStream(training_captions(), ShapesTextEncoder(), 4, cfg.loop.seed)
     exists = (folder / "config.yaml").exists()
     run = rundir.open_run(folder) if exists else rundir.create(folder, cfg.model_dump(mode="json"))
-    return train(_method(cfg, roles, codec, rewards), roles, stream, cfg.loop, run).step
+    method = method_of(cfg, roles, codec, rewards, SHAPES, None)
+    return train(method, roles, stream, cfg.loop, run).step
 
 
 def test_a_reward_server_that_goes_away_and_comes_back_costs_no_step(

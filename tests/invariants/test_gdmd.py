@@ -321,7 +321,11 @@ def test_the_ema_old_policy_follows_the_student_slowly_and_is_what_x_old_means()
     wanted = roles.old(update.batch.x_tau, update.batch.tau, update.batch.cond).x0
     assert torch.equal(update.batch.x0_old, wanted)
     train(method, roles, 1)
-    assert decays == [0.001, 0.002, 0.002]
+    assert decays == [0.0, 0.0, 0.001, 0.002, 0.002]  # it begins as the student
+    later = first_student(method, roles).batch
+    old = roles.old(later.x_tau, later.tau, later.cond).x0
+    assert torch.equal(later.x0_old, old)
+    assert (old - roles.student(later.x_tau, later.tau, later.cond).x0).abs().max() > 1e-4
     snapshot = tiny_roles()
     train(gdmd(snapshot), snapshot, 1)
     assert not snapshot.old_state()

@@ -17,11 +17,12 @@ from gdmd.backbones.shapes_nets import ShapesDit, ShapesVae
 from gdmd.cli.app import main
 from gdmd.config.load import load_config
 from gdmd.config.run import RunConfig
+from gdmd.data.latents import RenderedLatents
 from gdmd.data.prompts import PromptStream, training_captions
 from gdmd.evaluation.calls import recorded, replay
 from gdmd.evaluation.schedules import every_place, iteration_passes, student_updates
 from gdmd.programs import bench
-from gdmd.recipes.build import Lab, _method
+from gdmd.recipes.build import SHAPES, Lab, method_of
 from gdmd.rewards.shapes import ShapesPref
 from gdmd.rewards.shapes_nets import build_net
 
@@ -38,7 +39,8 @@ def tiny(*overrides: str) -> bench.Bench:
         (ShapesPref("p", build_net("shapes_pref")),),
     )
     stream = PromptStream(training_captions(), encoder, 4, cfg.loop.seed, cfg.method.prompt_group)
-    return bench.Bench(cfg, Lab(roles, codec, encoder, rewards, _method(cfg, roles, codec, rewards), stream))
+    method = method_of(cfg, roles, codec, rewards, SHAPES, RenderedLatents(codec))
+    return bench.Bench(cfg, Lab(roles, codec, encoder, rewards, method, stream))
 
 
 def calls_of(measured: bench.Bench) -> dict[tuple[str, bool], tuple[int, int]]:
