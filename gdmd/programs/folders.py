@@ -48,10 +48,13 @@ def config_of(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def check_resumable(folder: Path, recipe: str | None, overrides: Sequence[str]) -> RunConfig:
-    """The configuration with which a run would be continued; a RunError names the keys that may not differ."""
-    run = open_run(folder)
+    """The configuration with which a run would be continued; a RunError names the keys that may not differ.
+
+    A field that the run's version of gdmd did not have counts as its default.
+    """
+    before = config_of(folder)
     cfg = read_recipe(recipe, overrides) if recipe else config_of(folder, overrides)
-    check_same_config(run, cfg.model_dump(mode="json"), MAY_CHANGE)
+    check_same_config(Run(Path(folder), before.model_dump(mode="json")), cfg.model_dump(mode="json"), MAY_CHANGE)
     return cfg
 
 
