@@ -18,8 +18,11 @@ Table = Literal["strategy", "collection"]
 Overrides = dict[str, Any]
 """Dotted path of a recipe -> value, as in ``gdmd train RECIPE a.b=c``."""
 
-SET_BY_THE_COMPARISON = ("loop.steps", "loop.seed", "loop.threads", "loop.checkpoint_every", "loop.keep_checkpoints")
-"""Fields of a recipe that come from seeds, budget and diagnosis; and everything under ``eval``."""
+SET_BY_THE_COMPARISON = (
+    *("loop.steps", "loop.seed", "loop.threads", "loop.checkpoint_every", "loop.keep_checkpoints"),
+    "loop.start_from",
+)
+"""Fields of a recipe that come from seeds, budget, first stage and diagnosis; and everything under ``eval``."""
 
 
 class RowSpec(Config):
@@ -32,6 +35,14 @@ class RowSpec(Config):
     overrides: Overrides = Field(default={}, description="Overrides of this row, after those of the comparison.")
     budgets: tuple[Budget, ...] | None = Field(default=None, description="Default: `budgets` of the comparison.")
     tables: tuple[Table, ...] = Field(default=(), description="Also a row of Table 3 (strategy) or 4 (collection).")
+    start_from: str = Field(
+        default="",
+        description="The row whose student and fake, of the same seed and the budget `updates`, this one begins with; "
+        "default: the teacher.",
+    )
+    student_updates: Count | None = Field(
+        default=None, description="Default: that of the comparison; a first stage has more."
+    )
 
     @property
     def title(self) -> str:
@@ -105,7 +116,7 @@ class CompareSpec(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> CompareSpec:
-        problems = [*self._name_problems(), *self._override_problems()]
+        problems = [*self._name_problems(), *self._start_problems(), *self._override_problems()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -122,10 +133,25 @@ class CompareSpec(Config):
         unknown = [name for name in self.pictures.rows if name not in names]
         return found + [f"pictures.rows names '{name}', which is no row" for name in unknown]
 
+    def _start_problems(self) -> list[str]:
+        rows = {row.name: row for row in self.rows}
+        found = []
+        for row in self.rows:
+            first = rows.get(row.start_from)
+            where = f"row '{row.name}' has start_from '{row.start_from}'"
+            if row.start_from and first is None:
+                found.append(f"{where}, which is not among the rows {', '.join(rows)}")
+            elif first is not None and first.start_from:
+                found.append(f"{where}, which begins from '{first.start_from}' itself: there are two stages, not more")
+            elif first is not None and "updates" not in self.budgets_of(first):
+                found.append(f"{where}, which is not trained under the budget updates")
+        return found
+
     def _override_problems(self) -> list[str]:
         places = [("overrides", self.overrides), *((f"row '{row.name}'", row.overrides) for row in self.rows)]
         return [
-            f"{place} sets '{key}', which the comparison sets itself (seeds, student_updates, evaluation, diagnosis)"
+            f"{place} sets '{key}', which the comparison sets itself (seeds, student_updates, start_from, evaluation, "
+            "diagnosis)"
             for place, overrides in places
             for key in overrides
             if key in (*SET_BY_THE_COMPARISON, "loop", "name", "about") or key.split(".")[0] == "eval"
@@ -134,6 +160,10 @@ class CompareSpec(Config):
     def budgets_of(self, row: RowSpec) -> tuple[Budget, ...]:
         """The budgets of one row."""
         return self.budgets if row.budgets is None else row.budgets
+
+    def updates_of(self, row: RowSpec) -> int:
+        """Student updates of one row under the budget ``updates``."""
+        return self.student_updates if row.student_updates is None else row.student_updates
 
     def row(self, name: str) -> RowSpec:
         """The student row of that name."""

@@ -22,7 +22,18 @@ from types import FrameType
 from typing import IO, Any
 
 from gdmd.config.load import dump_config
-from gdmd.programs.compare_plan import Cell, chosen, key_of, line_of, outdated, plan, read_table, shown_cells, unique
+from gdmd.programs.compare_plan import (
+    Cell,
+    chosen,
+    key_of,
+    line_of,
+    outdated,
+    plan,
+    read_table,
+    shown_cells,
+    unique,
+    with_first_stages,
+)
 from gdmd.recipes.read_comparison import Comparison
 from gdmd.runs.errors import RunError, writing
 from gdmd.runs.rundir import write_atomic
@@ -57,7 +68,7 @@ def run_comparison(
     comparison: Comparison, source: str, folder: Path, jobs: int, only: Sequence[str], say: Say
 ) -> Outcome:
     """Finish every chosen cell of the comparison in ``folder``; what is finished there is not done again."""
-    wanted = chosen(plan(comparison), only)
+    wanted = with_first_stages(chosen(plan(comparison), only))
     old = outdated(unique(wanted), folder)
     if old:
         raise RunError(
@@ -123,13 +134,24 @@ class _Pool:
         """Until all are done, or a signal arrives: then the running ones save and end."""
         waiting = list(todo)
         while (waiting or self._running) and not stopped:
-            while waiting and len(self._running) < self.jobs:
-                self._start(waiting.pop(0))
+            while len(self._running) < self.jobs and (cell := self._next(waiting)):
+                waiting.remove(cell)
+                self._start(cell)
             time.sleep(POLL)
             for worker in [worker for worker in self._running if worker.poll() is not None]:
                 self._end(worker, len(todo))
         if self._running:
             self._stop()
+
+    def _next(self, waiting: list[Cell]) -> Cell | None:
+        """The first cell that can begin; those whose first stage failed fail with it."""
+        for cell in [each for each in waiting if each.first and each.first.place in self.outcome.failed]:
+            waiting.remove(cell)
+            self.outcome.failed[cell.place] = "its first stage failed"
+        return next((cell for cell in waiting if self._ready(cell)), None)
+
+    def _ready(self, cell: Cell) -> bool:
+        return cell.first is None or (cell.first.folder(self.folder) / "result.json").exists()
 
     def _start(self, cell: Cell) -> None:
         folder = cell.folder(self.folder)

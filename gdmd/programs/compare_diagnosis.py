@@ -21,8 +21,10 @@ from gdmd.recipes.build import Lab, build, build_rewards
 from gdmd.runs import checkpoint
 from gdmd.runs.rundir import Run
 from gdmd.shapes.grammar import Split
+from gdmd.training.distributed import SINGLE
 from gdmd.training.ema import load_named
 from gdmd.training.optim import lr_factor
+from gdmd.training.start import begin_from
 from gdmd.training.state import RoleState, role_states
 from gdmd.types import PromptBatch, Reward, Role, Update
 
@@ -52,6 +54,8 @@ def _curve(cfg: RunConfig, saved: checkpoint.Checkpoint | None, how: Mapping[str
     lab = build(cfg)
     if saved:
         load_ema(lab, saved)
+    else:
+        begin(lab, cfg)
     size = cfg.eval.model_copy(update={"per_task": how["per_task"], "images": how["images"]})
     row = evaluate(student_row(cfg, lab), lab, size, all_scorers(cfg), split).json()
     return {"shapeseval": row["shapeseval"]["overall"], "rewards": row["rewards"], "fidelity": row["fidelity"]}
@@ -66,8 +70,7 @@ def _gradients(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -
     prompts, rng = draws(labs[0], cfg, step)  # the method's own groups of prompts, for both
     found = []
     for lab in labs:
-        if saved:
-            restore(lab, saved)
+        restore(lab, saved) if saved else begin(lab, cfg)
         found.append(student_gradient(lab.method, lab.roles, step, prompts, rng))
     both = divergence(*found)
     return {"cosine": both.cosine, "ratio": both.ratio, "weight": both.weight}
@@ -81,6 +84,8 @@ def _change(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -> d
         restore(lab, saved)
         for state in states.values():
             state.load(saved.part, saved.state["roles"][state.role])
+    else:
+        begin(lab, cfg)
     prompts, rng = draws(lab, cfg, step)
     fixed = fixed_states(lab.roles, prompts, rng, cfg.method.student_steps, lab.latent_shape)
     progress = min(step, cfg.loop.steps - 1) / cfg.loop.steps
@@ -104,6 +109,12 @@ def restore(lab: Lab, saved: checkpoint.Checkpoint) -> None:
         load_named(lab.roles.parameters(role), saved.part(role), f"the {role}")
     lab.roles.load_old_state(saved.part("old"))
     lab.method.load(without_cost(saved.part("method")))
+
+
+def begin(lab: Lab, cfg: RunConfig) -> None:
+    """Networks as the training found them: the teacher's weights, or those of a first stage."""
+    if cfg.loop.start_from:
+        begin_from(cfg.loop.start_from, role_states(lab.roles, cfg.loop), SINGLE)
 
 
 def draws(lab: Lab, cfg: RunConfig, step: int) -> tuple[PromptBatch, SampleRng]:

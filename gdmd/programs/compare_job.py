@@ -58,11 +58,16 @@ def main(folder: Path) -> int:
         return 0
 
 
-def settings(job: Mapping[str, Any], steps: int) -> RunConfig:
-    """The configuration of a cell's run: checkpoints at the diagnosed points (all are kept), else ten along the way."""
+def settings(job: Mapping[str, Any], steps: int, cells: Path) -> RunConfig:
+    """The configuration of a cell's run: checkpoints at the diagnosed points (all are kept), else ten along the way.
+
+    cells: the folder of all cells, where a second stage finds its first.
+    """
     points = job["diagnosis"]["points"] if job["diagnosis"] else 10
     kept = 0 if job["diagnosis"] else 2
-    own = {"steps": steps, "checkpoint_every": max(1, steps // points), "keep_checkpoints": kept}
+    own: dict[str, Any] = {"steps": steps, "checkpoint_every": max(1, steps // points), "keep_checkpoints": kept}
+    if "first_stage" in job:
+        own["start_from"] = str(cells.resolve() / job["first_stage"] / "run")
     return RunConfig.model_validate({**job["recipe"], "loop": {**job["recipe"]["loop"], **own}})
 
 
@@ -95,7 +100,7 @@ def _teacher(job: Mapping[str, Any]) -> dict[str, Any]:
 def _student(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
     """Train, measure, look back at the checkpoints; a ``TrainEnd`` when a signal stopped the training."""
     began = time.perf_counter()
-    cfg = settings(job, iterations(job, folder.parent.parent / "probes"))
+    cfg = settings(job, iterations(job, folder.parent.parent / "probes"), folder.parent)
     run = _run(folder / "run", cfg)
     lab = build(cfg)
     method = counted(lab)

@@ -26,6 +26,8 @@ BY_BUDGET = {"steps", "checkpoint_every", "keep_checkpoints"}
 """Fields of the loop that follow from the budget and the diagnosis."""
 MOST_COLUMNS = 8
 """Methods side by side in a grid: more would not fit a page."""
+SECOND_STAGE = 1000
+"""Added to the seed of a row that begins from another one: it draws other captions and noise than its first stage."""
 OFF = {"grid_every": 0, "threads": 1}
 """What the loop of a cell does not do: grids are drawn at the end, for all methods together."""
 
@@ -44,6 +46,7 @@ class Cell:
     budget: Budget
     job: Mapping[str, Any]  # with every field of the recipe written out
     identity: Mapping[str, Any]
+    first: Cell | None = None  # the cell whose networks this one begins with
 
     @property
     def hash(self) -> str:
@@ -76,6 +79,16 @@ def plan(comparison: Comparison) -> list[Cell]:
             rows = (row for row in spec.rows if budget in spec.budgets_of(row))
             cells += [_student_cell(comparison, row, seed, budget, diagnosed) for row in rows]
     return cells
+
+
+def with_first_stages(wanted: Sequence[Cell]) -> list[Cell]:
+    """The cells with the first stages that they begin from, and these before them."""
+    found: dict[tuple[str, int, str, str], Cell] = {}
+    for cell in wanted:
+        for each in (cell.first, cell):
+            if each is not None:
+                found.setdefault(each.key, each)
+    return list(found.values())
 
 
 def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
@@ -178,19 +191,25 @@ def _teacher_cell(comparison: Comparison, row: TeacherRow, seed: int) -> Cell:
 def _student_cell(comparison: Comparison, row: RowSpec, seed: int, budget: Budget, diagnosed: bool) -> Cell:
     """Under the budget of passes the reference row is what it is under the budget of updates: the same cell."""
     spec = comparison.spec
-    reference = spec.reference or spec.headline
-    matched = budget == "passes" and row.name != reference
+    reference = spec.row(spec.reference or spec.headline)
+    matched = budget == "passes" and row.name != reference.name
     diagnosis = spec.diagnosis.model_dump(mode="json", exclude={"seeds"})
-    own = {
-        "student_updates": spec.student_updates,
+    own: dict[str, Any] = {
+        "student_updates": spec.updates_of(reference if matched else row),
         "split": spec.evaluation.split,
         "diagnosis": diagnosis if diagnosed and not matched else None,
     }
-    cfg, other = _measured(comparison, comparison.recipes[row.name], seed), comparison.recipes[reference]
+    first = None
+    if row.start_from:
+        first = _student_cell(comparison, spec.row(row.start_from), seed, "updates", diagnosed)
+        own["first_stage"] = first.hash
+    cfg, other = _measured(comparison, comparison.recipes[row.name], seed), comparison.recipes[reference.name]
+    if first:
+        cfg = cfg.model_copy(update={"loop": cfg.loop.model_copy(update={"seed": seed + SECOND_STAGE})})
     parts = ("name", "model", "method", "rewards", "prompts", "loop")
     job = own | {"recipe": _written_out(cfg), "passes_of": _only(_written_out(other), parts) if matched else None}
     identity = own | {"recipe": _shortened(cfg), "passes_of": _only(_shortened(other), parts) if matched else None}
-    return Cell(row.name, row.kind, seed, budget, job, identity)
+    return Cell(row.name, row.kind, seed, budget, job, identity, first)
 
 
 def _measured(comparison: Comparison, cfg: RunConfig, seed: int) -> RunConfig:

@@ -160,3 +160,25 @@ def test_a_finished_cell_can_be_evaluated_like_any_run(world: World) -> None:
     _, row, _ = measure_named(str(gdmd_cell(world.spec).folder(world.folder) / "run"), "eval", {})
     line = next(line for line in world.table if line["method"] == "gdmd")
     assert row["shapeseval"]["overall"] == line["shapeseval"] and row["fidelity"] == line["fidelity"]
+
+
+def test_a_second_stage_begins_with_the_averaged_student_of_its_first(tmp_path: Path) -> None:
+    spec = tmp_path / "stages.yaml"
+    rows = "  - {name: first, kind: rival, recipe: dmd, student_updates: 3, overrides: {method.fake_updates: 1}}\n"
+    rows += "  - {name: gdmd, kind: gdmd, start_from: first}\n"
+    text = SPEC.replace("student_updates: 30", "student_updates: 2").replace("diagnosis: {seeds: 0}\n", "")
+    text = text[: text.index("  - ")] + rows + text[text.index("teachers:") :]
+    spec.write_text(text + "diagnosis: {seeds: 1, points: 1, per_task: 1, images: 2}\n")
+    results = {}
+    for cell in plan(read_comparison(str(spec)))[1:]:
+        folder = cell.folder(tmp_path)
+        folder.mkdir(parents=True)
+        (folder / "job.json").write_text(json.dumps(cell.job))
+        assert compare_job.main(folder) == 0
+        results[cell.method] = json.loads((folder / "result.json").read_text())
+    first, second = results["first"], results["gdmd"]
+    assert first["student_updates"] == 3 and second["student_updates"] == 2
+    at_start = second["points"][0]
+    same = {key: at_start[key] for key in ("shapeseval", "rewards", "fidelity")}
+    assert same == {key: first[key] for key in same}
+    assert same != {key: first["points"][0][key] for key in same}  # which began as the teacher

@@ -1,0 +1,133 @@
+"""Rows of a comparison that begin from another row: cells, hashes, mistakes, and the order of the jobs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdmd.config.load import ConfigError
+from gdmd.programs import compare
+from gdmd.programs.compare import run_comparison
+from gdmd.programs.compare_job import settings
+from gdmd.programs.compare_plan import SECOND_STAGE, Cell, chosen, plan, with_first_stages
+from gdmd.recipes.read_comparison import Comparison, read_comparison
+
+SPEC = """name: mine
+base: shapes_smoke
+student_updates: 4
+seeds: [0, 1]
+budgets: [updates, passes]
+teachers: []
+rows:
+  - {name: gdmd, kind: gdmd, start_from: first}
+  - {name: first, kind: rival, recipe: dmd, student_updates: 7, budgets: [updates]}
+  - {name: dmd, kind: rival, recipe: dmd, start_from: first, budgets: [passes]}
+"""
+
+
+def comparison(tmp_path: Path, text: str = SPEC) -> Comparison:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return read_comparison(str(path))
+
+
+def cells_of(tmp_path: Path, text: str = SPEC) -> dict[str, Cell]:
+    return {cell.place: cell for cell in plan(comparison(tmp_path, text))}
+
+
+def test_a_second_stage_names_the_first_of_its_seed(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path)
+    for seed in (0, 1):
+        first = cells[f"first/{seed}/updates"]
+        for place in (f"gdmd/{seed}/updates", f"gdmd/{seed}/passes", f"dmd/{seed}/passes"):
+            assert cells[place].first == first and cells[place].job["first_stage"] == first.hash
+            assert cells[place].job["recipe"]["loop"]["seed"] == seed + SECOND_STAGE
+        assert first.first is None and first.job["recipe"]["loop"]["seed"] == seed
+        assert first.job["student_updates"] == 7 and cells[f"gdmd/{seed}/updates"].job["student_updates"] == 4
+        assert cells[f"dmd/{seed}/passes"].job["student_updates"] == 4  # those of the reference row
+        assert {cell.job["recipe"]["eval"]["seed"] for cell in cells.values() if cell.seed == seed} == {777 + seed}
+
+
+def test_another_first_stage_makes_other_cells_of_all_that_begin_from_it(tmp_path: Path) -> None:
+    before = {place: cell.hash for place, cell in cells_of(tmp_path).items()}
+    longer = {place: cell.hash for place, cell in cells_of(tmp_path, SPEC.replace("updates: 7", "updates: 8")).items()}
+    assert all(before[place] != longer[place] for place in before)
+    alone = cells_of(tmp_path, SPEC.replace("kind: gdmd, start_from: first", "kind: gdmd"))
+    assert alone["gdmd/0/updates"].hash != before["gdmd/0/updates"] and "first_stage" not in alone["gdmd/0/updates"].job
+
+
+def test_a_run_begins_from_the_folder_of_its_first_stage(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path)
+    place = cells["first/1/updates"].folder(tmp_path) / "run"
+    assert settings(cells["dmd/1/passes"].job, 3, tmp_path / "cells").loop.start_from == str(place)
+    assert settings(cells["first/1/updates"].job, 3, tmp_path / "cells").loop.start_from == ""
+
+
+def test_only_a_second_stage_brings_its_first_before_it(tmp_path: Path) -> None:
+    cells = plan(comparison(tmp_path))
+    wanted = with_first_stages(chosen(cells, ["dmd/1"]))
+    assert [cell.place for cell in wanted] == ["first/1/updates", "dmd/1/passes"]
+    assert sorted(cell.place for cell in with_first_stages(cells)) == sorted(cell.place for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (
+            "start_from: first, budgets",
+            "start_from: frist, budgets",
+            "'frist', which is not among the rows gdmd, first",
+        ),
+        ("student_updates: 7", "start_from: dmd, student_updates: 7", "two stages, not more"),
+        ("student_updates: 7, budgets: [updates]", "budgets: [passes]", "not trained under the budget updates"),
+        ("budgets: [passes]", "overrides: {loop.start_from: runs/x}", "'loop.start_from', which the comparison sets"),
+    ],
+)
+def test_a_wrong_first_stage_is_named(tmp_path: Path, before: str, after: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        comparison(tmp_path, SPEC.replace(before, after))
+
+
+class Worker:
+    """A job that ends at once: a result, or the exit code of a failure."""
+
+    returncode: int
+
+    def __init__(self, folder: Path, *, fails: bool) -> None:
+        self.returncode = int(fails)
+        if not fails:
+            result = {"shapeseval": 0.5, "images": 1}
+            (folder / "result.json").write_text(json.dumps(result))
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_second_stages_wait_for_their_first_and_fail_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    mine = comparison(tmp_path)
+    by_hash = {cell.hash: cell for cell in plan(mine)}
+    begun: list[Cell] = []
+
+    def worker(module: str, folder: Path, log: Any) -> Worker:
+        begun.append(by_hash[folder.name])
+        return Worker(folder, fails=fails and begun[-1].method == "first" and begun[-1].seed == 0)
+
+    monkeypatch.setattr(compare, "_worker", worker)
+    monkeypatch.setattr(compare, "_pictured", lambda *_: True)
+    monkeypatch.setattr(compare, "POLL", 0.0)
+    outcome = run_comparison(mine, "mine.yaml", tmp_path / "made", 3, [], _silent)
+    order = [f"{cell.method}/{cell.seed}" for cell in begun]
+    assert order.index("first/1") < min(order.index("gdmd/1"), order.index("dmd/1"))
+    assert ("gdmd/0" in order) == (not fails)
+    own = {"gdmd/0/updates", "dmd/0/passes"} if fails else set()
+    assert {place for place, why in outcome.failed.items() if why == "its first stage failed"} == own
+
+
+def _silent(message: str) -> None:
+    del message
