@@ -29,7 +29,7 @@ class About:
     title: str
     about: str
     command: str
-    student_updates: int
+    beginning: str  # where the students begin, and how many updates they take
     seeds: Sequence[int]
     reference: str  # title of the row whose passes are the second budget; "" without that budget
     split: str
@@ -51,7 +51,7 @@ def _head(about: About) -> str:
 
 {about.about}
 {missing}
-Every student starts from the same teacher, without a cold start, and takes {about.student_updates} updates. A number
+{about.beginning} A number
 is the mean over {len(about.seeds)} seeds ({", ".join(map(str, about.seeds))}) of {about.images:,} images each
 ({about.split} captions, EMA weights); ± is the standard deviation over seeds. † marks rewards that students were trained
 on; **everything else is unseen in training**: the checker behind ShapesEval, the held-out scorer, fidelity, coverage.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gdmd.config.comparison import CompareSpec
 from gdmd.evaluation.comparison_figures import draw_all
 from gdmd.evaluation.comparison_page import About, write_page
 from gdmd.evaluation.comparison_tables import OVERALL, Results, Row, against_headline
@@ -44,7 +45,7 @@ def write_pages(comparison: Comparison, source: str, folder: Path, *, required: 
         title=f"Comparison on Shapes: {spec.name}",
         about=spec.about,
         command=f"gdmd compare {source} --out {folder}",
-        student_updates=spec.student_updates,
+        beginning=beginning(spec),
         seeds=spec.seeds,
         reference=reference,
         split=spec.evaluation.split,
@@ -53,6 +54,20 @@ def write_pages(comparison: Comparison, source: str, folder: Path, *, required: 
     )
     drawn = [path.name for path in (folder / "figures").glob("*.png")]
     return write_page(folder / PAGE, results, about, drawn)
+
+
+def beginning(spec: CompareSpec) -> str:
+    """Where the students of a comparison begin and how many updates they take, in sentences."""
+    firsts = [row for row in spec.rows if row.name in {each.start_from for each in spec.rows}]
+    if not firsts:
+        text = f"Every student starts from the same teacher, without a cold start, and takes {spec.student_updates} updates."
+    else:
+        text = f"Students take {spec.student_updates} updates."
+    for first in firsts:
+        later = ", ".join(row.title for row in spec.rows if row.start_from == first.name)
+        text += f" {first.title} starts from the teacher; with its student of the same seed begin: {later}."
+    others = [row for row in spec.rows if row.student_updates is not None]
+    return text + "".join(f" {row.title} takes {row.student_updates:,} updates." for row in others)
 
 
 def summary(comparison: Comparison, outcome: Outcome) -> dict[str, Any]:

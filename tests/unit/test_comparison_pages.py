@@ -11,7 +11,7 @@ import pytest
 
 from gdmd.evaluation.comparison_tables import OVERALL, Results, Row, against_headline, markdown, quality, table
 from gdmd.programs.compare import Outcome
-from gdmd.programs.compare_pages import results_of, summary, write_pages
+from gdmd.programs.compare_pages import beginning, results_of, summary, write_pages
 from gdmd.programs.compare_plan import Cell, line_of, plan
 from gdmd.recipes.read_comparison import Comparison, read_comparison
 from gdmd.runs.errors import RunError
@@ -155,3 +155,15 @@ def test_the_best_student_of_a_column_is_bold_and_ties_are_not() -> None:
     tied = made_up(gdmd=[0.6], dmd=[0.6])
     assert "**" not in table(tied, tied.rows, quality(tied))
     assert markdown(["a"], []) == ""
+
+
+def test_a_page_tells_where_its_students_begin(smoke: Comparison, tmp_path: Path) -> None:
+    assert "from the same teacher, without a cold start" in beginning(smoke.spec)
+    stages = read_comparison("stages")
+    write_table(stages, tmp_path)
+    page = write_pages(stages, "stages", tmp_path, required=True)
+    assert page is not None
+    said = " ".join(page.read_text().split())
+    assert "Students take 300 updates. DMD, first stage starts from the teacher" in said
+    assert "begin: GDMD, DMD, DMD + ReFL" in said and "DMD, first stage takes 4,000 updates." in said
+    assert "without a cold start" not in said
