@@ -1,0 +1,88 @@
+"""Every family from recipe to images: GDMD for three iterations, resumed on the way, exported, reloaded and sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import tiny_pipelines as tiny
+from rich.console import Console
+from torch import Tensor
+
+from gdmd.config.loop import LoopConfig
+from gdmd.config.method import GdmdConfig
+from gdmd.config.run import RunConfig
+from gdmd.config.sources import read_source
+from gdmd.programs.export import export_run
+from gdmd.programs.sources import Source, open_source, places_of
+from gdmd.programs.train import go, ready, start, take_up
+from gdmd.rewards.images import from_pil
+from gdmd.training.distributed import SINGLE
+from gdmd.types import PromptBatch
+
+QUIET = Console(quiet=True)
+CAPTIONS = list(tiny.WORDS[:2])
+
+
+def greenness(images: Tensor, prompts: PromptBatch) -> Tensor:
+    """A reward."""
+    return images[:, 1].mean((1, 2))
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's tiny pipeline, made when a test first asks for it."""
+    place = tmp_path_factory.mktemp("pipelines")
+    (place / "prompts.txt").write_text("\n".join(tiny.WORDS))
+    return lambda name: place / name if (place / name).exists() else tiny.save(name, place / name)
+
+
+def recipe(folder: Path, full: str) -> RunConfig:
+    loop: dict[str, Any] = {"batch_size": 2, "checkpoint_every": 1, "grid_every": 0, "log_every": 1, "threads": 1}
+    return RunConfig(
+        name="tiny",
+        model=tiny.config(folder, full=full),
+        method=GdmdConfig(group_size=1, guidance=3.0, step_draw="batch"),
+        loop=LoopConfig(steps=2, lr_student=1e-2, lr_fake=1e-2, ema=0.5, **loop),
+        prompts={"file": str(folder.parent / "prompts.txt")},
+        rewards=[{"kind": "callable", "target": "test_family_runs:greenness"}],
+    )
+
+
+def images(source: Source) -> Tensor:
+    """What ``gdmd sample`` draws."""
+    return from_pil(source.make(places_of(CAPTIONS, 1), seed=3))
+
+
+def answers(run: Any, role: str) -> Tensor:
+    """x0 of a role of a run for one noise, one time and the captions."""
+    noise = torch.randn(2, *run.lab.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found: Tensor = getattr(run.lab.roles, role)(noise, torch.full((2,), 0.9), run.lab.encoder.encode(CAPTIONS)).x0
+    return found
+
+
+@pytest.mark.parametrize("full", ["none", "both"])
+@pytest.mark.parametrize("name", tiny.BUILD)
+def test_a_run_is_resumed_exported_reloaded_and_sampled(
+    pipeline: Callable[[str], Path], tmp_path: Path, name: str, full: str
+) -> None:
+    folder, run = pipeline(name), tmp_path / "run"
+    start(recipe(folder, full), run, QUIET, evaluation=False, command=["gdmd", "train"])
+    cfg, opened = take_up(run, None, ["loop.steps=3"], SINGLE)
+    done = go(cfg, opened, ready(cfg), QUIET, evaluation=False)
+    assert (done.end.step, done.end.signal) == (3, None)
+    files = [file.name for file in export_run(run)]
+    assert ("pytorch_lora_weights.safetensors" in files) == (full == "none")
+    exported = run / ("export" if full == "none" else "export-merged")
+    student = open_source(read_source(str(run)))
+    exported = open_source(read_source(str(run / ("export" if full == "none" else "export-merged"))))
+    assert (images(exported) - images(student)).abs().max() < 1.01 / 255
+    assert not torch.allclose(answers(student, "student"), answers(student, "teacher"), atol=1e-3)
