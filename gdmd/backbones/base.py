@@ -24,7 +24,8 @@ class Family(ABC):
     Class facts: ``name``; ``pipeline``, the class named in model_index.json; ``needs`` and ``optional``, the
     components that must and may be there; ``native``, what the network predicts; ``targets``, the layers that take
     adapters; ``patch``, latent positions along the side of a token; ``blocks``, the classes of the repeated blocks;
-    ``reading``, what a call for features costs, in whole calls.
+    ``reading``, what a call for features costs, in whole calls; ``tiny_decoder``, whether there are AutoencoderTinys
+    that take its latents as they are.
     """
 
     name: ClassVar[FamilyName]
@@ -36,6 +37,7 @@ class Family(ABC):
     patch: ClassVar[int] = 1
     blocks: ClassVar[tuple[str, ...]] = ()
     reading: ClassVar[float] = 1.0
+    tiny_decoder: ClassVar[bool] = True
 
     schedule: Schedule
     codec: Codec

@@ -41,6 +41,7 @@ class Flux2(Family):
         *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out", "attn.to_qkv_mlp_proj"),
     )
     patch = 2
+    tiny_decoder = False
     blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:

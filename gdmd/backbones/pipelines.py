@@ -46,7 +46,7 @@ def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = Tr
     local, index = is_local(cfg.path), local_or_hub_index(cfg)
     family = family_of(index, cfg)
     check_components(index, family, Path(cfg.path) if local else None, cfg.path)
-    _check_libraries(index, cfg.path)
+    check_libraries(index, f"model.path {cfg.path!r}")
     left_out = _left_out(index, family, cfg)
     left_out |= {} if encoders else dict.fromkeys(name for name in index if name.startswith(ENCODER))
     pipe = _load(family, cfg, local, left_out)
@@ -93,6 +93,7 @@ def scoring_codec(family: Family, device: str = "cpu") -> Codec:
     cfg = family.cfg
     if cfg.scoring_decoder is None:
         return family.codec
+    require_tiny(family)
     import diffusers
 
     local = is_local(cfg.scoring_decoder)
@@ -105,12 +106,35 @@ def scoring_codec(family: Family, device: str = "cpu") -> Codec:
         raise ValueError(
             f"model.scoring_decoder {cfg.scoring_decoder!r}: no AutoencoderTiny can be loaded: {error}"
         ) from error
-    if tiny.config.latent_channels != family.latent_channels:
-        raise ValueError(
-            f"model.scoring_decoder {cfg.scoring_decoder!r} decodes {tiny.config.latent_channels} channels, but latents "
-            f"of {family.name} have {family.latent_channels}; give the one of this family"
-        )
+    check_tiny(family, tiny)
     return VaeCodec(tiny.to(device), cfg.decode_chunk)
+
+
+def require_tiny(family: Family) -> None:
+    """ValueError for a scoring decoder of a family that has none."""
+    if not family.tiny_decoder:
+        known = ", ".join(kind.name for kind in FAMILIES if kind.tiny_decoder)
+        raise ValueError(
+            f"model.scoring_decoder {family.cfg.scoring_decoder!r}: no AutoencoderTiny decodes latents of {family.name} "
+            f"(those of {known} have one); leave it out, and save memory with model.decode_tiled=true"
+        )
+
+
+def check_tiny(family: Family, tiny: Any) -> None:
+    """ValueError for an AutoencoderTiny of other latents: other channels, or other pixels per latent."""
+    config = tiny.config
+    what = f"model.scoring_decoder {family.cfg.scoring_decoder!r}"
+    if config.latent_channels != family.latent_channels:
+        raise ValueError(
+            f"{what} decodes {config.latent_channels} channels, but latents of {family.name} have "
+            f"{family.latent_channels}; give the one of this family"
+        )
+    pixels = config.upsampling_scaling_factor ** (len(config.decoder_block_out_channels) - 1)
+    if pixels != family.pixels_per_latent:
+        raise ValueError(
+            f"{what} makes {pixels} x {pixels} pixels of a latent position, but that of {family.name} has "
+            f"{family.pixels_per_latent} x {family.pixels_per_latent}; give the one of this family"
+        )
 
 
 def encoder_identity(family: Family) -> str:
@@ -177,7 +201,7 @@ def check_components(index: dict[str, Any], family: type[Family], folder: Path |
             )
 
 
-def _check_libraries(index: dict[str, Any], path: str) -> None:
+def check_libraries(index: dict[str, Any], what: str) -> None:
     """ValueError for a component whose class needs a library that is not installed; diffusers' own word is a riddle."""
     from importlib.util import find_spec
 
@@ -186,7 +210,7 @@ def _check_libraries(index: dict[str, Any], path: str) -> None:
         library = BEYOND.get(str(kind))
         if library is not None and find_spec(library) is None:
             raise ValueError(
-                f"model.path {path!r}: component {name!r} ({kind}) needs {library}: install it with pip install {library}"
+                f"{what}: component {name!r} ({kind}) needs {library}: install it with pip install {library}"
             )
 
 
@@ -199,13 +223,14 @@ def _left_out(index: dict[str, Any], family: type[Family], cfg: DiffusersModel) 
     return {name: None for name in family.optional if not cfg.t5 or name not in there}
 
 
-def local_index(folder: Path) -> dict[str, Any]:
-    """The model_index.json of a folder."""
+def local_index(folder: Path, what: str | None = None) -> dict[str, Any]:
+    """The model_index.json of a folder; ``what`` begins the error of one that is no pipeline."""
     file = folder / INDEX
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"model.path {str(folder)!r}: it holds no {INDEX}, so it is no diffusers pipeline") from error
+        named = what or f"model.path {str(folder)!r}"
+        raise ValueError(f"{named}: it holds no {INDEX}, so it is no diffusers pipeline") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read as JSON ({error}); copy the pipeline again") from error
     if not isinstance(index, dict):
@@ -215,10 +240,15 @@ def local_index(folder: Path) -> dict[str, Any]:
 
 def local_or_hub_index(cfg: DiffusersModel) -> dict[str, Any]:
     """The model_index.json at cfg.path."""
-    return local_index(Path(cfg.path)) if is_local(cfg.path) else _hub_index(cfg)
+    return read_index(cfg.path, cfg.revision, f"model.path {cfg.path!r}", local=is_local(cfg.path))
 
 
-def _hub_index(cfg: DiffusersModel) -> dict[str, Any]:
+def read_index(path: str, revision: str | None, what: str, *, local: bool) -> dict[str, Any]:
+    """The model_index.json of a folder or a hub id. ValueError beginning with ``what`` where it cannot be had."""
+    return local_index(Path(path), what) if local else _hub_index(path, revision, what)
+
+
+def _hub_index(path: str, revision: str | None, what: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -229,13 +259,12 @@ def _hub_index(cfg: DiffusersModel) -> dict[str, Any]:
         RevisionNotFoundError,
     )
 
-    what = f"model.path {cfg.path!r}"
     try:
-        file = hf_hub_download(cfg.path, INDEX, revision=cfg.revision)
+        file = hf_hub_download(path, INDEX, revision=revision)
     except GatedRepoError as error:
         raise ValueError(f"{what}: access is gated; accept its terms on the hub and run `hf auth login`") from error
     except RevisionNotFoundError as error:
-        raise ValueError(f"{what}: it has no revision {cfg.revision!r}; give a branch, tag or commit") from error
+        raise ValueError(f"{what}: it has no revision {revision!r}; give a branch, tag or commit") from error
     except RepositoryNotFoundError as error:
         raise ValueError(f"{what}: no folder here, and the hub has no such id (or it is private)") from error
     except LocalEntryNotFoundError as error:
@@ -244,7 +273,7 @@ def _hub_index(cfg: DiffusersModel) -> dict[str, Any]:
         raise ValueError(f"{what}: it holds no {INDEX}, so it is no diffusers pipeline") from error
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"{what}: no folder here, and the hub cannot be read ({error})") from error
-    return local_index(Path(file).parent)
+    return local_index(Path(file).parent, what)
 
 
 def _freeze(pipe: Any, device: str) -> None:

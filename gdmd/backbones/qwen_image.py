@@ -32,6 +32,7 @@ class QwenImage(Family):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     patch = 2
+    tiny_decoder = False
     blocks = ("QwenImageTransformerBlock",)
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:

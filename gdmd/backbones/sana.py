@@ -35,6 +35,7 @@ class Sana(Family):
     native = "velocity"
     targets = tuple(f"attn{k}.{layer}" for k in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0"))
     blocks = ("SanaTransformerBlock",)
+    tiny_decoder = False
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)

@@ -61,6 +61,7 @@ def heads_of(roles: Any) -> list[nn.Module]:
 
 def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
     from gdmd.backbones.hollow import hollow_decoder, hollow_family
+    from gdmd.backbones.pipelines import check_tiny, require_tiny
     from gdmd.backbones.roles import DiffusersRoles
 
     opened = hollow_family(model)
@@ -70,7 +71,9 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
     nets = [*roles.modules(), *heads_of(roles), vae]
     scoring: Any = family.codec
     if model.scoring_decoder is not None:
+        require_tiny(family)
         tiny = hollow_decoder(model, family.latent_channels)
+        check_tiny(family, tiny)
         scoring = VaeCodec(tiny, model.decode_chunk)
         nets.append(tiny)
     blank = family.blank_text

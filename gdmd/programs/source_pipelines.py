@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gdmd.backbones.packing import in_patches, pack
-from gdmd.backbones.pipelines import is_local, require_diffusers
+from gdmd.backbones.pipelines import check_libraries, is_local, read_index, require_diffusers
 from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
@@ -179,6 +179,8 @@ def _load(cfg: SourceConfig, where: str) -> Any:
             f"source {where!r}: there is no such folder, and it is no hub id (ORG/NAME); name the pipeline below an "
             "exported LoRA, where it has moved, with base=FOLDER"
         ) from error
+    what = f"source {where!r}"
+    check_libraries(read_index(where, cfg.revision, what, local=local), what)
     options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "local_files_only": local, "use_safetensors": True}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
@@ -186,7 +188,7 @@ def _load(cfg: SourceConfig, where: str) -> Any:
         )
     except (OSError, ValueError, AttributeError, ImportError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"source {where!r}: the pipeline cannot be loaded: {first}") from error
+        raise ValueError(f"{what}: the pipeline cannot be loaded: {first}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 

@@ -16,6 +16,8 @@ import torch  # noqa: E402
 
 from gdmd.backbones import pipelines  # noqa: E402
 from gdmd.backbones.pipelines import open_family, scoring_codec  # noqa: E402
+from gdmd.config.run import RunConfig  # noqa: E402
+from gdmd.programs.plan_networks import networks_of  # noqa: E402
 
 
 class Trap:
@@ -68,7 +70,7 @@ def test_what_is_loaded_is_pinned_and_a_folder_never_asks_the_network(
 
     folder = tiny.save("sd15", tmp_path / "sd15")
     family = open_family(tiny.config(folder, scoring_decoder="org/taesd", scoring_decoder_revision="c0ffee"))
-    monkeypatch.setattr(pipelines, "_hub_index", lambda cfg: pipelines.local_index(folder))
+    monkeypatch.setattr(pipelines, "_hub_index", lambda *_: pipelines.local_index(folder))
     for kind in (diffusers.StableDiffusionPipeline, diffusers.AutoencoderTiny):
         monkeypatch.setattr(kind, "from_pretrained", refuse)
     for path in ("org/sd15", str(folder)):
@@ -82,3 +84,38 @@ def test_what_is_loaded_is_pinned_and_a_folder_never_asks_the_network(
     assert hub["revision"] == "abc" and not hub["local_files_only"]
     assert "revision" not in local and local["local_files_only"]
     assert decoder["revision"] == "c0ffee" and not decoder["local_files_only"]
+
+
+def tiny_decoder(folder: Path, sides: int, channels: int = 4) -> str:
+    """An AutoencoderTiny that makes 2^(sides - 1) pixels of the side of a latent position."""
+    widths, blocks = (8,) * sides, (1,) * sides
+    decoder = diffusers.AutoencoderTiny(
+        latent_channels=channels, encoder_block_out_channels=widths, decoder_block_out_channels=widths,
+        num_encoder_blocks=blocks, num_decoder_blocks=blocks,
+    )  # fmt: skip
+    decoder.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_scoring_decoder_of_other_latents_is_refused_by_run_and_plan(tmp_path: Path) -> None:
+    folder = tiny.save("sd15", tmp_path / "sd15")
+    for decoder, message in (
+        (tiny_decoder(tmp_path / "8", 4), r"makes 8 x 8 pixels of a latent position.*sd15 has 2 x 2"),
+        (tiny_decoder(tmp_path / "16", 2, channels=16), "decodes 16 channels, but latents of sd15 have 4"),
+    ):
+        model = tiny.config(folder, scoring_decoder=decoder)
+        with pytest.raises(ValueError, match=message):
+            scoring_codec(open_family(model))
+        with pytest.raises(ValueError, match=message):
+            networks_of(RunConfig(name="x", model=model, loop={}, rewards=[{"kind": "clip"}]))
+
+
+@pytest.mark.parametrize("name", ["flux2", "flux2_klein", "qwen_image", "sana"])
+def test_a_family_without_tiny_decoders_says_so(tmp_path: Path, name: str) -> None:
+    folder, decoder = tiny.save(name, tmp_path / name), tiny_decoder(tmp_path / "tiny", 2)
+    model = tiny.config(folder, scoring_decoder=decoder)
+    message = f"no AutoencoderTiny decodes latents of {name} .*sd15, sdxl, sd3, flux, z_image.*model.decode_tiled"
+    with pytest.raises(ValueError, match=message):
+        scoring_codec(open_family(model))
+    with pytest.raises(ValueError, match=message):
+        networks_of(RunConfig(name="x", model=model, loop={}, rewards=[{"kind": "clip"}]))

@@ -1,0 +1,68 @@
+"""What cannot be had from a model hub, or not be loaded, is one clear message, for training and as a source of images."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import httpx
+import huggingface_hub as hub
+from huggingface_hub import errors
+
+from gdmd.backbones.pipelines import open_family
+from gdmd.config.model import DiffusersModel
+from gdmd.config.sources import read_source
+from gdmd.programs.sources import open_source
+
+ID = "org/model"
+OPEN: dict[str, Callable[[], Any]] = {
+    f"model.path '{ID}'": lambda: open_family(DiffusersModel(path=ID, revision="v9")),
+    f"source '{ID}'": lambda: open_source(read_source(f"{ID},revision=v9")),
+}
+
+
+def answer(status: int) -> Any:
+    return httpx.Response(status, request=httpx.Request("GET", "https://hub"))
+
+
+@pytest.mark.parametrize("what", OPEN)
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (lambda: errors.GatedRepoError("no", response=answer(403)), "access is gated; accept its terms.*hf auth login"),
+        (lambda: errors.RevisionNotFoundError("no", response=answer(404)), "it has no revision 'v9'"),
+        (lambda: errors.RepositoryNotFoundError("no", response=answer(404)), "the hub has no such id"),
+        (lambda: errors.RemoteEntryNotFoundError("no", response=answer(404)), "it holds no model_index.json"),
+        (lambda: errors.LocalEntryNotFoundError("no"), "not in the cache, and the hub cannot be reached"),
+        (lambda: errors.HfHubHTTPError("too many", response=answer(429)), r"the hub cannot be read \(too many"),
+    ],
+)
+def test_an_id_that_cannot_be_had_says_why(
+    what: str, error: Callable[[], Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error()
+
+    monkeypatch.setattr(hub, "hf_hub_download", refuse)
+    with pytest.raises(ValueError, match=f"^{what}.*{message}"):
+        OPEN[what]()
+
+
+@pytest.mark.parametrize("what", OPEN)
+def test_an_id_that_needs_one_library_more_names_it(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, there = tmp_path / "model_index.json", importlib.util.find_spec
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(file))
+    parts = dict.fromkeys(("transformer", "vae", "text_encoder", "scheduler"), ["diffusers", "Part"])
+    parts |= {"tokenizer": ["transformers", "PixtralProcessor"]}
+    file.write_text(json.dumps({"_class_name": "Flux2Pipeline", **parts}))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else there(name))
+    with pytest.raises(ValueError, match=rf"^{what}: component 'tokenizer' \(PixtralProcessor\) needs torchvision"):
+        OPEN[what]()
