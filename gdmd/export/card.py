@@ -81,9 +81,12 @@ def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
             'pipe = diffusers.DiffusionPipeline.from_pretrained("THIS_FOLDER", dtype=torch.bfloat16).to("cuda")',
             f'image = pipe(prompt="a red cube on a blue sphere", {given}).images[0]',
         )
+    pinned = {"revision": family.cfg.revision, "variant": family.cfg.variant}
+    options = "".join(f", {key}={value!r}" for key, value in pinned.items() if value is not None)
+    base = f'"{family.cfg.path}", dtype=torch.bfloat16{options}'
     return (
         "import torch, diffusers",
-        f'pipe = diffusers.{family.pipeline}.from_pretrained("{family.cfg.path}", dtype=torch.bfloat16).to("cuda")',
+        f'pipe = diffusers.{family.pipeline}.from_pretrained({base}).to("cuda")',
         f'pipe.scheduler = diffusers.{scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")',
         f'pipe.load_lora_weights("THIS_FOLDER", weight_name="{DIFFUSERS_FILE}")',
         f'image = pipe(prompt="a red cube on a blue sphere", {given}).images[0]',

@@ -20,7 +20,9 @@ from torch import Tensor
 from gdmd.backbones.packing import in_patches, pack
 from gdmd.backbones.pipelines import open_family
 from gdmd.backbones.roles import DiffusersRoles
+from gdmd.config.run import RunConfig
 from gdmd.diffusion.sampling import few_step_sample
+from gdmd.export.card import model_card
 from gdmd.export.lora import DIFFUSERS_FILE, KOHYA_FILE, merge, save_lora
 from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
 
@@ -129,3 +131,15 @@ def test_kohyas_file_holds_the_same_change_of_every_layer(folders: Path, tmp_pat
         scale = kohya[f"{key}.alpha"].item() / len(down)
         assert torch.allclose(weights - before[layer], scale * up @ down, atol=1e-5), layer
     assert len(kohya) == 3 * len(roles.parameters("student")) / 2
+
+
+def test_the_cards_lines_of_use_pin_what_the_run_was_pinned_to(folders: Path) -> None:
+    roles = student_of(folders, "sd15")
+    for pinned, wanted in (
+        ({}, ").to"),
+        ({"revision": "c0ffee", "variant": "fp16"}, ", revision='c0ffee', variant='fp16')"),
+    ):
+        roles.family.cfg = roles.family.cfg.model_copy(update=pinned)
+        cfg = RunConfig(name="x", model=roles.family.cfg, loop={}, rewards=[{"kind": "clip"}])
+        card = model_card(cfg, roles.family, call_arguments(roles.family, UNIFORM), {}, merged=False)
+        assert f'StableDiffusionPipeline.from_pretrained("{folders / "sd15"}", dtype=torch.bfloat16{wanted}' in card
