@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from gdmd.config.base import Config, Count, NonNegative, Positive
+from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive
 from gdmd.config.model import Pixels
 
-SchedulerName = Literal["lcm", "tcd", "ddim", "euler", "euler_ancestral", "flow_euler"]
+SchedulerName = Literal["lcm", "tcd", "ddim", "euler", "euler_ancestral", "flow_euler", "flow_dpm"]
 
 
 class SourceConfig(Config):
@@ -32,6 +32,11 @@ class SourceConfig(Config):
     spacing: Literal["trailing", "leading", "linspace"] | None = Field(
         default=None, description="Where its timesteps lie; SDXL-Lightning and Turbo need trailing."
     )
+    shift: Positive | None = Field(default=None, description="Static shift of a flow model's scheduler.")
+    timesteps: tuple[NonNegativeCount, ...] = Field(
+        default=(), description="Training steps at which the network is called, joined by +; sets steps."
+    )
+    eta: NonNegative | None = Field(default=None, description="Noise that tcd or ddim adds at every step; default: 0.")
     height: Pixels | None = Field(default=None, description="Pixels; default: the pipeline's.")
     width: Pixels | None = Field(default=None, description="Pixels; default: the pipeline's.")
     base: str | None = Field(default=None, description="The pipeline below an exported LoRA, where it has moved.")
@@ -56,6 +61,7 @@ class SourceConfig(Config):
 
 
 _NUMBERS = {"steps", "height", "width", "batch"}
+_SEVERAL = {"trained", "timesteps"}
 
 
 def read_source(text: str) -> SourceConfig:
@@ -81,8 +87,16 @@ def _pairs(text: str, parts: Sequence[str]) -> dict[str, Any]:
         if key in given:
             raise ValueError(f"source {text!r}: {key} is given twice; give it once")
         number = key in _NUMBERS and re.fullmatch(r"\d{1,18}", value)
-        given[key] = int(value) if number else tuple(value.split("+")) if key == "trained" else value
+        given[key] = int(value) if number else _several(value, key) if key in _SEVERAL else value
     return given
+
+
+def _several(value: str, key: str) -> tuple[str | int, ...]:
+    """What + joins; numbers as numbers where numbers are wanted."""
+    parts = value.split("+")
+    if key == "timesteps" and all(re.fullmatch(r"\d{1,6}", part) for part in parts):
+        return tuple(int(part) for part in parts)
+    return tuple(parts)
 
 
 def read_sources(texts: Sequence[str]) -> tuple[SourceConfig, ...]:

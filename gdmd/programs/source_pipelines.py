@@ -22,6 +22,7 @@ from gdmd.backbones.pipelines import check_libraries, is_local, read_index, requ
 from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
+from gdmd.programs.source_schedulers import set_scheduler, step_arguments
 from gdmd.programs.sources import EXPORT_FILE, Facts, Place, to_images
 from gdmd.runs.errors import RunError
 
@@ -109,14 +110,15 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     pipe = _load(cfg, cfg.where)
     if cfg.lora:
         _add_lora(pipe, cfg.lora, cfg.lora_scale)
-    if cfg.scheduler or cfg.spacing:
-        pipe.scheduler = _scheduler(pipe, cfg)
+    if cfg.scheduler or cfg.spacing or cfg.shift is not None:
+        set_scheduler(pipe, cfg)
     guided = "true_cfg_scale" if type(pipe).__name__ == "QwenImagePipeline" else "guidance_scale"
     asked = {"num_inference_steps": cfg.steps, guided: cfg.guidance, "height": cfg.height, "width": cfg.width}
     if guided == "true_cfg_scale" and cfg.guidance is not None and cfg.guidance > 1:
         asked["negative_prompt"] = " "  # without one the pipeline leaves guidance off
-    arguments = {key: value for key, value in asked.items() if value is not None}
+    arguments = {key: value for key, value in asked.items() if value is not None} | step_arguments(pipe, cfg)
     beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "base"}
+    beside |= {"shift", "timesteps", "eta"} - cfg.model_fields_set  # folders made before there were these go on
     settings = cfg.model_dump(mode="json", exclude=beside)
     identity = {"kind": "pipeline", **settings, "weights": _fingerprint(cfg.where), "lora": _fingerprint(cfg.lora)}
     facts = Facts(cfg.name, "pipeline", cfg.where, trained=cfg.trained or None, batch=cfg.batch or 4, identity=identity)
@@ -223,27 +225,6 @@ def _one_file(folder: Path) -> str:
     if DIFFUSERS_FILE in found or len(found) == 1:
         return DIFFUSERS_FILE if DIFFUSERS_FILE in found else found[0]
     raise ValueError(f"lora {folder}: it holds {len(found)} .safetensors files; name the one that is meant")
-
-
-def _scheduler(pipe: Any, cfg: SourceConfig) -> Any:
-    import diffusers
-
-    match cfg.scheduler:
-        case "lcm":
-            kind: Any = diffusers.LCMScheduler
-        case "tcd":
-            kind = diffusers.TCDScheduler
-        case "ddim":
-            kind = diffusers.DDIMScheduler
-        case "euler":
-            kind = diffusers.EulerDiscreteScheduler
-        case "euler_ancestral":
-            kind = diffusers.EulerAncestralDiscreteScheduler
-        case "flow_euler":
-            kind = diffusers.FlowMatchEulerDiscreteScheduler
-        case None:
-            kind = type(pipe.scheduler)
-    return kind.from_config(pipe.scheduler.config, **({"timestep_spacing": cfg.spacing} if cfg.spacing else {}))
 
 
 def _from_folder(kind: str, folder: Path) -> Any:

@@ -51,6 +51,8 @@ def test_a_source_is_one_word_with_settings() -> None:
         ("x,guidance=-1", "guidance = '-1'"),
         ("x,scheduler=magic", "scheduler = 'magic'"),
         ("=x", "names no place"),
+        ("x,timesteps=999+half", r"timesteps.0 = '999'|timesteps.1 = 'half'"),
+        ("x,shift=0", "shift = '0'"),
         ("x,steps", "is no key=value"),
     ],
 )
@@ -192,6 +194,36 @@ def test_a_pipeline_takes_a_lora_a_scheduler_and_a_guidance(folders: Path, tmp_p
     assert (pixels(half, texts, 2) - alone).abs().mean() < 0.1 * (pixels(with_lora, texts, 2) - alone).abs().mean()
 
 
+def test_timesteps_noise_and_shift_are_those_that_were_asked_for(folders: Path) -> None:
+    unet, flow = pipeline(folders, "sdxl"), pipeline(folders, "sd3")
+    small = "dtype=fp32,guidance=1,height=32,width=32"
+    texts, seen = CAPTIONS[:1], []
+
+    def opened(word: str) -> Any:
+        source: Any = open_source(read_source(word))
+        net = source.pipe.unet if hasattr(source.pipe, "unet") else source.pipe.transformer
+        seen.clear()
+        net.register_forward_pre_hook(
+            lambda _, given, named: seen.append(float((named["timestep"] if "timestep" in named else given[1]).max())),
+            with_kwargs=True,
+        )
+        return source
+
+    source = opened(f"{unet},{small},scheduler=lcm,timesteps=999+749+499+249")
+    pixels(source, texts, 1)
+    assert seen == [999, 749, 499, 249] and source.arguments["num_inference_steps"] == 4
+    calm, noisy = (opened(f"{unet},{small},scheduler=tcd,steps=4{more}") for more in ("", ",eta=0.3"))
+    assert not close(pixels(calm, texts, 1), pixels(noisy, texts, 1)) and "eta" not in calm.facts.identity
+    assert close(pixels(noisy, texts, 2), pixels(noisy, texts, 2, batch=1)), "the noise is keyed by image"
+    for scheduler in ("flow_euler", "flow_dpm"):
+        called = []
+        for shift in (1, 6):
+            pixels(opened(f"{flow},{small},scheduler={scheduler},shift={shift},steps=4"), texts, 1)
+            called.append([step / 1000 for step in seen])
+        even, shifted = called
+        assert len(even) == 4 and shifted[1:3] == pytest.approx([6 * t / (1 + 5 * t) for t in even[1:3]], abs=0.02)
+
+
 def test_a_local_pipeline_never_touches_the_network(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = pipeline(folders, "sd3")
 
@@ -211,6 +243,10 @@ def test_a_local_pipeline_never_touches_the_network(folders: Path, monkeypatch: 
         (",lora=a/b/weights.bin", "only .safetensors files"),
         (",lora=tests/nowhere.safetensors", "no such file or folder"),
         (",base=x", "base cannot be set"),
+        (",shift=3", "shift = 3.0 is of flow models, and DDIMScheduler has none"),
+        (",scheduler=flow_dpm", "flow_dpm works in StableDiffusion3Pipeline and SanaPipeline"),
+        (",timesteps=999+499,steps=4", "steps = 4, but timesteps has 2"),
+        (",eta=0.3,scheduler=lcm", "eta is set, but a LCMScheduler does not read it"),
     ],
 )
 def test_mistakes_with_a_pipeline_are_named(
