@@ -23,8 +23,8 @@ from gdmd.recipes.read import read_recipe, recipe_names
 from gdmd.rewards.images import to_pil
 from gdmd.types import PromptBatch
 
-METHODS = ("gdmd", "dmd", "dmdr")
-REAL = [*(f"{family}_{method}" for family in tiny.BUILD for method in METHODS), "sdxl_dmd2", "sd3_dmd2"]
+METHODS = ("gdmd", "dmd", "dmdr", "dmd2")
+REAL = [f"{family}_{method}" for family in tiny.BUILD for method in METHODS]
 SMALL = {"height": tiny.SIZE, "width": tiny.SIZE, "dtype": "fp32", "lora_rank": 2, "lora_alpha": 2}
 SMALL |= {"max_tokens": 256, "embeddings": "null", "checkpointing": "false"}
 
