@@ -57,8 +57,8 @@ def recipe(folder: Path, full: str) -> RunConfig:
 
 
 def images(source: Source) -> Tensor:
-    """What ``gdmd sample`` draws."""
-    return from_pil(source.make(places_of(CAPTIONS, 1), seed=3))
+    """What ``gdmd sample`` draws: four of each caption. [8, 3, H, W]"""
+    return from_pil(source.make(places_of(CAPTIONS, 4), seed=3))
 
 
 def answers(run: Any, role: str) -> Tensor:
