@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
     if model.scoring_decoder is not None:
         require_tiny(family)
         tiny = hollow_decoder(model, family.latent_channels)
-        check_tiny(family, tiny)
+        if Path(model.scoring_decoder).is_dir():  # a hub id stands for the published one
+            check_tiny(family, tiny)
         scoring = VaeCodec(tiny, model.decode_chunk)
         nets.append(tiny)
     blank = family.blank_text
