@@ -33,6 +33,8 @@ from gdmd.runs.errors import RunError  # noqa: E402
 from gdmd.training.loop import train  # noqa: E402
 
 TIMED = "speed/images_per_s"
+HEARD: list[str | None] = []
+"""The Authorization of each request to the server."""
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +124,7 @@ def server() -> Iterator[tuple[str, Callable[[int], None]]]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            HEARD.append(self.headers["Authorization"])
             left[0] -= 1
             if left[0] < 0:
                 self.connection.close()
@@ -155,7 +158,8 @@ def rewarded_training(folder: Path, url: str) -> int:
     torch.manual_seed(0)
     roles, codec = ShapesRoles(ShapesDit(width=16, depth=1, heads=2)), ShapesCodec(ShapesVae(16))
     remote = RemoteReward(url=url, reward="length", timeout_s=10, retries=1)
-    rewards = (RemoteScorer(remote, pause=lambda seconds: None),)
+    cfg = cfg.model_copy(update={"rewards": (remote,)})
+    rewards = (RemoteScorer(remote, os.environ.get(remote.token_variable), pause=lambda seconds: None),)
     stream = PromptStream(training_captions(), ShapesTextEncoder(), 4, cfg.loop.seed)
     exists = (folder / "config.yaml").exists()
     run = rundir.open_run(folder) if exists else rundir.create(folder, cfg.model_dump(mode="json"))
@@ -176,3 +180,23 @@ def test_a_reward_server_that_goes_away_and_comes_back_costs_no_step(
     assert rewarded_training(tmp_path / "run", url) == 3
     assert same_run(tmp_path / "whole", tmp_path / "run")
     assert any(row["reward/target"] > 0 for row in rundir.read_metrics(tmp_path / "run"))
+
+
+def test_the_token_of_a_reward_server_is_sent_and_written_nowhere(
+    tmp_path: Path,
+    server: tuple[str, Callable[[int], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (url, limit), secret, run = server, "a-token-that-nobody-else-knows", tmp_path / "run"
+    monkeypatch.setenv("GDMD_REWARD_TOKEN", secret)
+    limit(4)
+    with pytest.raises(RemoteError) as gone:
+        rewarded_training(run, url)
+    limit(10**9)
+    assert rewarded_training(run, url) == 3
+    assert HEARD[-1] == f"Bearer {secret}"
+    assert "GDMD_REWARD_TOKEN" in (run / "config.yaml").read_text()  # the variable's name, not its content
+    said = "".join(capfd.readouterr()) + str(gone.value)
+    files = [file for file in run.rglob("*") if file.is_file()]
+    assert secret not in said and not [file for file in files if secret.encode() in file.read_bytes()]
