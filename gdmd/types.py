@@ -132,10 +132,17 @@ def score_all(rewards: Sequence[Reward], images: Tensor, prompts: PromptBatch) -
         raise
 
 
+class Guide(Protocol):
+    """Classifier-free guidance of a model: its answers with and without the caption at the same x_t and t [B], as one."""
+
+    def __call__(self, cond: Prediction, uncond: Prediction, guidance: float, t: Tensor) -> Prediction: ...
+
+
 class Roles(Protocol):
     """The networks of one distillation, whatever their storage (full copies, or adapters on one trunk)."""
 
     schedule: Schedule
+    guide: Guide
     student: Denoiser
     fake: Denoiser
     teacher: Denoiser

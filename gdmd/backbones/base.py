@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from gdmd.backbones.features import answering_before
 from gdmd.config.model import DiffusersModel, FamilyName
-from gdmd.types import Codec, Cond, Prediction, Schedule
+from gdmd.diffusion.guidance import plain
+from gdmd.types import Codec, Cond, Guide, Prediction, Schedule
 
 
 class Family(ABC):
@@ -40,6 +41,7 @@ class Family(ABC):
     tiny_decoder: ClassVar[bool] = True
 
     schedule: Schedule
+    guide: Guide = staticmethod(plain)
     codec: Codec
     encoder: PipelineText
     net: nn.Module

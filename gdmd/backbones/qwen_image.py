@@ -13,6 +13,7 @@ from gdmd.backbones.clocks import flow_clock, uniform_times
 from gdmd.backbones.codec import VaeCodec
 from gdmd.backbones.packing import pack, unpack
 from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.guidance import KeepTokenNorm
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.types import Cond, Prediction
 
@@ -21,7 +22,7 @@ LONGEST = 512
 
 
 class QwenImage(Family):
-    """The network reads t itself. Guidance here is plain; the stock pipeline also restores the norm of every token."""
+    """The network reads t itself. Guidance restores the norm of every token."""
 
     name = "qwen_image"
     pipeline = "QwenImagePipeline"
@@ -34,6 +35,7 @@ class QwenImage(Family):
     patch = 2
     tiny_decoder = False
     blocks = ("QwenImageTransformerBlock",)
+    guide = KeepTokenNorm(patch)
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)

@@ -86,7 +86,7 @@ class DiffusersRoles:
 
     def __init__(self, family: Family, *, half: bool = False, head_seed: int | None = None) -> None:
         cfg = family.cfg
-        self.family, self.schedule = family, family.schedule
+        self.family, self.schedule, self.guide = family, family.schedule, family.guide
         self._half = half or cfg.dtype == "bf16"
         self._copies: dict[Role, Copy] = {}
         self._shard: Callable[[Any], None] | None = None

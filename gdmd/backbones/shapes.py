@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from gdmd.backbones.critic import FeatureCritic, seeded_head
 from gdmd.backbones.shapes_nets import LATENT_CHANNELS, ShapesDit, ShapesVae
+from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.shapes.grammar import CAPTION_TOKENS, NULL, tokenize
 from gdmd.types import Cond, Prediction, Role
@@ -64,7 +65,7 @@ class ShapesRoles:
 
     def __init__(self, teacher: ShapesDit, *, bf16: bool = False, head_seed: int | None = None) -> None:
         teacher = teacher.eval().requires_grad_(False)
-        self.schedule = FlowSchedule()
+        self.schedule, self.guide = FlowSchedule(), plain
         self._teacher, self._bf16 = teacher, bf16
         self._nets = {"student": _trainable(teacher), "fake": _trainable(teacher)}
         self._old = copy.deepcopy(teacher)

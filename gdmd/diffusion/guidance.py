@@ -7,32 +7,65 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdmd.types import Cond, Denoiser, Prediction
+from gdmd.types import Cond, Denoiser, Guide, Prediction
+
+
+def plain(cond: Prediction, uncond: Prediction, guidance: float, t: Tensor) -> Prediction:
+    """x0 = x0_uncond + guidance (x0_cond - x0_uncond); at a fixed x_t the same in eps- or v-space."""
+    del t
+    x0, eps = (u + guidance * (c - u) for c, u in ((cond.x0, uncond.x0), (cond.eps, uncond.eps)))
+    return Prediction(x0, eps)
+
+
+@dataclass(frozen=True)
+class KeepTokenNorm:
+    """Plain guidance of the velocity, then every token as long as it is with the caption alone: v |v_cond| / |v|.
+
+    A token is ``patch`` x ``patch`` positions with all their channels. Rectified flow only: x0 = x_t - t v. Not linear
+    in the guidance. What the pipeline of Qwen-Image (arXiv 2508.02324) does.
+    """
+
+    patch: int
+
+    def __call__(self, cond: Prediction, uncond: Prediction, guidance: float, t: Tensor) -> Prediction:
+        mixed = plain(cond, uncond, guidance, t).velocity
+        kept = mixed * (self._norm(cond.velocity) / self._norm(mixed))
+        sigma, moved = t.view(-1, 1, 1, 1), cond.velocity - kept
+        return Prediction(cond.x0 + sigma * moved, cond.eps - (1 - sigma) * moved)
+
+    def _norm(self, v: Tensor) -> Tensor:
+        """Of every token, at each of its positions. [B, C, H, W] -> [B, 1, H, W]"""
+        b, c, h, w = v.shape
+        p = self.patch
+        lengths = v.reshape(b, c, h // p, p, w // p, p).square().sum((1, 3, 5)).sqrt()
+        return lengths.repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The teacher's two answers at the same x_t; ``x0_uncond`` is None when only guidance 1 was asked for."""
+    """The teacher's two answers at the same x_t; ``uncond`` is None when only guidance 1 was asked for."""
 
-    x0_cond: Tensor  # [B, C, H, W]
-    x0_uncond: Tensor | None
+    cond: Prediction  # [B, C, H, W]
+    uncond: Prediction | None
+    t: Tensor  # [B]
+    guide: Guide = plain
 
     def at(self, guidance: float) -> Tensor:
-        """x0 = x0_uncond + guidance (x0_cond - x0_uncond); at a fixed x_t the same in eps- or v-space."""
+        """x0 at a guidance, [B, C, H, W]; ValueError without the pass that it needs."""
         if guidance == 1.0:
-            return self.x0_cond
-        if self.x0_uncond is None:
+            return self.cond.x0
+        if self.uncond is None:
             raise ValueError(f"guidance {guidance} needs the unconditional pass, which was not made")
-        return self.x0_uncond + guidance * (self.x0_cond - self.x0_uncond)
+        return self.guide(self.cond, self.uncond, guidance, self.t).x0
 
 
-def predict_pair(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, *, both: bool = True) -> Pair:
+def predict_pair(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, guide: Guide = plain, *, both: bool = True
+) -> Pair:
     """One call on 2B samples (or B when ``both`` is false). x_t [B, C, H, W], t [B]."""
     if not both:
-        return Pair(denoiser(x_t, t, cond).x0, None)
-    twice = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
-    x0_cond, x0_uncond = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), twice).x0.chunk(2)
-    return Pair(x0_cond, x0_uncond)
+        return Pair(denoiser(x_t, t, cond), None, t, guide)
+    return Pair(*_twice(denoiser, x_t, t, cond, uncond), t, guide)
 
 
 @dataclass(frozen=True)
@@ -42,11 +75,17 @@ class Guided:
     denoiser: Denoiser
     guidance: float
     uncond: Cond
+    guide: Guide = plain
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         if self.guidance == 1.0:
             return self.denoiser(x_t, t, cond)
-        twice = {name: torch.cat([cond[name], self.uncond[name]]) for name in cond}
-        both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), twice)
-        x0, eps = ((u + self.guidance * (c - u)) for c, u in (both.x0.chunk(2), both.eps.chunk(2)))
-        return Prediction(x0, eps)
+        return self.guide(*_twice(self.denoiser, x_t, t, cond, self.uncond), self.guidance, t)
+
+
+def _twice(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> tuple[Prediction, Prediction]:
+    """The answers with and without the caption from one call."""
+    joined = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
+    both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), joined)
+    (x0_cond, x0_uncond), (eps_cond, eps_uncond) = both.x0.chunk(2), both.eps.chunk(2)
+    return Prediction(x0_cond, eps_cond), Prediction(x0_uncond, eps_uncond)

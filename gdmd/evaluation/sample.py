@@ -79,7 +79,7 @@ def teacher_sampler(lab: Lab, ode_steps: int, guidance: float, name: str = "teac
 
     def latents(texts: Sequence[str], rng: SampleRng) -> Tensor:
         noise = rng.normal("eval_noise", lab.latent_shape)
-        guided = Guided(lab.roles.teacher, guidance, lab.encoder.null(len(texts)))
+        guided = Guided(lab.roles.teacher, guidance, lab.encoder.null(len(texts)), lab.roles.guide)
         path = times(ode_steps, device=noise.device)
         return ode_sample(guided, noise, path, lab.encoder.encode(texts), lab.roles.schedule)
 

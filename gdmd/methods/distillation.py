@@ -140,7 +140,7 @@ class Distillation(Generic[AnyConfig]):
         """Both scores at draw i of (t, eps). ``both``: the teacher also answers without the caption."""
         t = self.renoise_time(rng, i)
         x_t = renoise(r.x0, t, rng.normal("renoise_eps", self.latent_shape, i), self.roles.schedule)
-        teacher = predict_pair(self.real_score(), x_t, t, r.cond, r.uncond, both=both)
+        teacher = predict_pair(self.real_score(), x_t, t, r.cond, r.uncond, self.roles.guide, both=both)
         return Scores(teacher, self.roles.fake(x_t, t, r.cond).x0, t)
 
     def fake_time(self, rng: SampleRng, i: int) -> Tensor:

@@ -60,7 +60,7 @@ class TeacherPairs:
     @torch.no_grad()
     def _solve(self, prompts: PromptBatch, rng: SampleRng) -> Pairs:
         noise = rng.normal("pair_noise", self.latent_shape)
-        teacher = Guided(self.roles.teacher, self.guidance, prompts.uncond)
+        teacher = Guided(self.roles.teacher, self.guidance, prompts.uncond, self.roles.guide)
         clock = times(self.steps, device=noise.device)
         return Pairs(noise, ode_sample(teacher, noise, clock, prompts.cond, self.roles.schedule), prompts.cond)
 

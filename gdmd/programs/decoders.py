@@ -45,7 +45,7 @@ def measured_gaps(cfg: RunConfig, lab: Lab, images: int) -> tuple[DecoderGap, ..
     assert lab.scoring is not None
     prompts = lab.stream.at(0, 0, images)
     noise = SampleRng(cfg.eval.seed, 0, prompts.index).normal("eval_noise", lab.latent_shape)
-    guided = Guided(lab.roles.teacher, cfg.method.guidance, prompts.uncond)
+    guided = Guided(lab.roles.teacher, cfg.method.guidance, prompts.uncond, lab.roles.guide)
     path = lab.teacher_times(cfg.eval.teacher_steps).to(noise.device)
     latents = ode_sample(guided, noise, path, prompts.cond, lab.roles.schedule)
     return decoder_gaps(lab.codec, lab.scoring, lab.rewards, latents, prompts)

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from gdmd.config.rivals import Dmd2Config
 from gdmd.config.run import RunConfig
+from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import FlowSchedule
 from gdmd.recipes.build import Place, method_of
@@ -95,7 +96,7 @@ class _Roles:
     """Every role by one weight."""
 
     def __init__(self, log: _Log, *, judged: bool) -> None:
-        self.log, self.schedule = log, FlowSchedule()
+        self.log, self.schedule, self.guide = log, FlowSchedule(), plain
         self.student, self.fake = (_Net(who, log, trained=True) for who in ("student", "fake"))
         self.teacher, self.old = (_Net(who, log, trained=False) for who in ("teacher", "old"))
         self.critic = _Critic(self.fake) if judged else None

@@ -137,7 +137,7 @@ def test_shift_three_gives_the_sd3_steps_and_keeps_the_ends() -> None:
 def test_guidance_is_linear_and_the_same_in_every_parameterisation(schedule: Schedule) -> None:
     _, _, x_t = truth(schedule)
     cond, uncond = (from_x0(torch.randn_like(x_t), x_t, T, schedule) for _ in range(2))
-    pair = Pair(cond.x0, uncond.x0)
+    pair = Pair(cond, uncond, T)
     assert torch.equal(pair.at(1.0), cond.x0) and torch.equal(pair.at(0.0), uncond.x0)
     torch.testing.assert_close(pair.at(7.0) - pair.at(5.0), 2 * (cond.x0 - uncond.x0))
 
@@ -155,4 +155,4 @@ def test_guidance_is_linear_and_the_same_in_every_parameterisation(schedule: Sch
 
 def test_guidance_without_the_unconditional_pass_is_an_error() -> None:
     with pytest.raises(ValueError, match="guidance 5.0 needs the unconditional pass"):
-        Pair(torch.zeros(1), None).at(5.0)
+        Pair(Prediction(torch.zeros(1), torch.zeros(1)), None, T).at(5.0)

@@ -36,7 +36,7 @@ STOCK: dict[str, dict[str, Any]] = {  # what the stock call needs for classifier
     "flux2_klein": {"guidance_scale": 3.0, "max_sequence_length": 256},
     "z_image": {"guidance_scale": 2.0, "max_sequence_length": 256},  # it counts from 0: cond + w (cond - uncond)
     "sana": {"guidance_scale": 3.0, "max_sequence_length": 256, "use_resolution_binning": False},
-    "qwen_image": {"true_cfg_scale": 1.0},  # its guidance restores norms, which is its sampler's own
+    "qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": ["", ""], "max_sequence_length": 256},
 }
 
 
@@ -82,8 +82,8 @@ def stock(family: Family, noise: Tensor, kind: str) -> Tensor:
 def test_teacher_sampling_is_the_pipelines_own(folders: Path, name: str) -> None:
     family = shared(saved(folders, name))
     noise = torch.randn(2, *family.latent_shape)
-    guidance = 1.0 if name in ("qwen_image", "flux2") else 3.0
-    guided = Guided(teacher(family), guidance, family.encoder.null(2))
+    guidance = 1.0 if name == "flux2" else 3.0
+    guided = Guided(teacher(family), guidance, family.encoder.null(2), family.guide)
     path = family.teacher_times(STEPS)
     ours = ode_sample(guided, noise, path, family.encoder.encode(CAPTIONS), family.schedule)
     assert torch.allclose(ours, stock(family, noise, "latent"), atol=1e-4)

@@ -53,10 +53,10 @@ def test_a_pair_is_the_two_separate_answers() -> None:
     roles, batch = tiny_roles(), prompts()
     x_t, t = rng().normal("x", (8, 8, 8)), torch.full((SIZE,), 0.6)
     pair = predict_pair(roles.teacher, x_t, t, batch.cond, batch.uncond)
-    torch.testing.assert_close(pair.x0_cond, roles.teacher(x_t, t, batch.cond).x0)
-    torch.testing.assert_close(pair.x0_uncond, roles.teacher(x_t, t, batch.uncond).x0)
+    torch.testing.assert_close(pair.cond.x0, roles.teacher(x_t, t, batch.cond).x0)
+    torch.testing.assert_close(pair.uncond.x0, roles.teacher(x_t, t, batch.uncond).x0)
     alone = predict_pair(roles.teacher, x_t, t, batch.cond, batch.uncond, both=False)
-    assert alone.x0_uncond is None and (pair.x0_cond - pair.x0_uncond).abs().mean() > 1e-3
+    assert alone.uncond is None and (pair.cond.x0 - pair.uncond.x0).abs().mean() > 1e-3
 
 
 def test_a_guided_sampler_at_scale_one_is_the_plain_sampler_at_half_the_cost() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.config.loop import LoopConfig
+from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import FlowSchedule
 from gdmd.runs.rundir import create, open_run
@@ -42,6 +43,7 @@ class ToyDenoiser(nn.Module):
 
 class ToyRoles:
     schedule = FlowSchedule()
+    guide = staticmethod(plain)
 
     def __init__(self) -> None:
         self.student, self.fake, self.teacher, self.old = (ToyDenoiser(seed) for seed in (1, 1, 2, 1))

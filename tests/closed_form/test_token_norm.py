@@ -1,0 +1,52 @@
+"""Guidance that keeps the length of every token, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdmd.diffusion.guidance import KeepTokenNorm, Pair, plain
+from gdmd.diffusion.schedule import FlowSchedule, from_velocity
+from gdmd.types import Prediction
+
+T = torch.tensor([0.2, 0.9], dtype=torch.float64)
+SHAPE = (2, 3, 4, 6)
+
+
+def answers(seed: int = 0) -> tuple[Tensor, Prediction, Prediction]:
+    draw = torch.Generator().manual_seed(seed)
+    x_t, cond, uncond = (torch.randn(SHAPE, dtype=torch.float64, generator=draw) for _ in range(3))
+    schedule = FlowSchedule()
+    return x_t, from_velocity(cond, x_t, T, schedule), from_velocity(uncond, x_t, T, schedule)
+
+
+def tokens(v: Tensor, patch: int) -> Tensor:
+    """[B, C, H, W] -> [B, tokens, values], by a way of its own."""
+    return torch.nn.functional.unfold(v, patch, stride=patch).transpose(1, 2)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_every_token_has_its_own_direction_and_the_length_of_the_conditional_one(patch: int) -> None:
+    _, cond, uncond = answers()
+    v = tokens(KeepTokenNorm(patch)(cond, uncond, 4.0, T).velocity, patch)
+    mixed = tokens(uncond.velocity + 4.0 * (cond.velocity - uncond.velocity), patch)
+    own = tokens(cond.velocity, patch)
+    wanted = mixed * own.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(v, wanted)
+    assert (v - mixed).abs().mean() > 0.1
+
+
+def test_both_parts_of_the_answer_still_make_the_noisy_picture() -> None:
+    x_t, cond, uncond = answers()
+    guided = KeepTokenNorm(2)(cond, uncond, 4.0, T)
+    t = T.view(-1, 1, 1, 1)
+    torch.testing.assert_close((1 - t) * guided.x0 + t * guided.eps, x_t)
+
+
+def test_a_pair_is_guided_as_its_model_is() -> None:
+    _, cond, uncond = answers()
+    kept, linear = Pair(cond, uncond, T, KeepTokenNorm(2)), Pair(cond, uncond, T)
+    assert torch.equal(kept.at(3.0), KeepTokenNorm(2)(cond, uncond, 3.0, T).x0)
+    assert torch.equal(linear.at(3.0), plain(cond, uncond, 3.0, T).x0)
+    assert torch.equal(kept.at(1.0), cond.x0) and not torch.allclose(kept.at(3.0), linear.at(3.0))
