@@ -42,6 +42,14 @@ def at(number: int, total: int) -> str:
     return f"return {counted} && ({READY.removeprefix('return ')})"
 
 
+def begin(browser: Browser, server: Server, token: str) -> None:
+    """Open a rater's link and agree where the page still asks: the tests of this file may run in any order."""
+    browser.open(f"{server.url}/#token={token}")
+    browser.until("return !document.querySelector('#consent').hidden || !document.querySelector('#screen').hidden")
+    if not browser.run("return document.querySelector('#consent').hidden"):
+        browser.click("#agree")
+
+
 def test_a_rater_answers_with_the_keyboard_stops_comes_back_and_finishes(
     world: tuple[Path, Plan, list[str], Server], browser: Browser
 ) -> None:
@@ -81,9 +89,7 @@ def test_zoom_shows_one_image_and_the_other_in_its_place(
     world: tuple[Path, Plan, list[str], Server], browser: Browser
 ) -> None:
     _, plan, tokens, server = world
-    browser.open(f"{server.url}/#token={tokens[1]}")
-    browser.until("return !document.querySelector('#consent').hidden")
-    browser.click("#agree")
+    begin(browser, server, tokens[1])
     browser.until(at(1, len(plan.raters[1].trials)))
     browser.click(".side[data-side=right]")
     source = "return document.querySelector('#zoom img').src === document.querySelector('.side[data-side={}] img').src"
@@ -99,7 +105,7 @@ def test_the_page_loads_later_images_ahead_and_holds_no_name_and_the_console_is_
 ) -> None:
     _, plan, tokens, server = world
     browser.errors()
-    browser.open(f"{server.url}/#token={tokens[1]}")
+    begin(browser, server, tokens[1])
     browser.until(at(1, len(plan.raters[1].trials)))
     ahead = "return performance.getEntriesByType('resource').filter(e => e.name.includes('/api/image/')).length"
     shown = {id_ for trial in plan.raters[1].trials[:3] for id_ in (trial.left, trial.right)}
