@@ -24,7 +24,15 @@ AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 _LONGEST_LIST = 12  # of known keys in an error; more would hide the error itself
 
 
+def _unsecret(text: str) -> str:
+    """The text without what stands before the @ of an address: an error may be kept in a log."""
+    return re.sub(r"://[^/\s]*@", "://...@", text)
+
+
 class _Shorten(reprlib.Repr):
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(_unsecret(x), level)  # before it is cut: a cut may take the @ away
+
     def repr_int(self, x: int, level: int) -> str:
         return f"a whole number of {x.bit_length()} bits" if x.bit_length() > 200 else repr(x)
 
@@ -37,7 +45,7 @@ class ConfigError(ValueError):
     """All that is wrong with a config; ``str`` has one line for each error, which ``errors`` holds too."""
 
     def __init__(self, errors: Sequence[str]) -> None:
-        self.errors = tuple(" ".join(error.split()) for error in errors)
+        self.errors = tuple(_unsecret(" ".join(error.split())) for error in errors)
         super().__init__("\n".join(self.errors))
 
 

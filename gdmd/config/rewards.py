@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gdmd.config.base import Config, Count, Finite, NonNegativeCount, Positive, Probability
 
@@ -150,6 +151,18 @@ class RemoteReward(Config):
     batch: Count = Field(default=8, description="Images per request.")
     on_failure: Literal["stop", "skip"] = Field(default="stop", description="skip: such images are not scored (NaN).")
     max_unscored: Probability = Field(default=0.1, description="With skip: stop above this share of all images.")
+
+    @field_validator("url")
+    @classmethod
+    def _address_only(cls, url: str) -> str:
+        """A config is written to the run folder and the model card: no place for a secret."""
+        parts = urlsplit(url)
+        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+            raise ValueError(
+                "should be an address only, without user, password, query or fragment; "
+                "put a token into the environment variable that token_variable names"
+            )
+        return url
 
     @property
     def label(self) -> str:
