@@ -1,0 +1,112 @@
+"""The real `gdmd train --gpus 2`: its launcher is killed outright, and its run goes on with another number of ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdmd.runs import checkpoint
+from gdmd.runs.rundir import read_facts, read_metrics
+from gdmd.types import PromptBatch
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = """
+name: tiny
+model: {kind: shapes}
+method: {kind: gdmd, group_size: 1}
+loop: {steps: STEPS, batch_size: 4, checkpoint_every: 1, log_every: 1, grid_every: 0, threads: 1}
+rewards: [{kind: callable, target: 'test_launcher:signed'}]
+"""
+
+
+def signed(images: Tensor, prompts: PromptBatch) -> Tensor:
+    """A reward that leaves the number of its process in the folder PIDS."""
+    (Path(os.environ["PIDS"]) / str(os.getpid())).touch()
+    return images.mean((1, 2, 3))
+
+
+def command(folder: Path, *words: str) -> tuple[Sequence[str], dict[str, str]]:
+    """Words and environment of `gdmd train` with two ranks on this CPU."""
+    (folder / "pids").mkdir(exist_ok=True)
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PIDS": str(folder / "pids")}
+    return [sys.executable, "-m", "gdmd", "train", *words, "--no-eval"], os.environ | own
+
+
+def recipe(folder: Path, steps: int) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.replace("STEPS", str(steps)))
+    return str(path)
+
+
+def ranks(folder: Path) -> list[int]:
+    """The processes that have scored something and are still there; one that only waits to be collected is not."""
+    return [int(pid.name) for pid in (folder / "pids").iterdir() if _works(pid.name)]
+
+
+def _works(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait(seconds: float, what: str, told: Path, done: Callable[[], bool]) -> None:
+    """Until ``done()``; AssertionError with the end of the log after that."""
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, f"{what}: not within {seconds} s\n{told.read_text()[-3000:]}"
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
+def test_ranks_end_by_themselves_when_their_launcher_is_killed_and_the_run_goes_on(tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    words, environment = command(tmp_path, recipe(tmp_path, 10_000), "--run", str(run), "--gpus", "2")
+    with log.open("w") as told:
+        launcher = subprocess.Popen(words, env=environment, stdout=told, stderr=told, start_new_session=True)
+    try:
+        saved = run / "checkpoints"
+        wait(200, "two ranks with a checkpoint", log, lambda: saved.exists() and len(checkpoint.steps(saved)) > 1)
+        assert len(ranks(tmp_path)) == 2
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait(20)
+        wait(100, "the end of both ranks", log, lambda: not ranks(tmp_path))
+    finally:
+        for pid in ranks(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+        launcher.kill()
+    assert "lost" in log.read_text(), log.read_text()[-3000:]
+    last = checkpoint.load_newest(saved).step
+    words, environment = command(tmp_path, "--resume", str(run), f"loop.steps={last + 1}", "--gpus", "2")
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, last + 2))
+
+
+def test_a_run_of_one_process_goes_on_with_two_and_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+    def run_to_end(*words: str) -> None:
+        asked, environment = command(tmp_path, *words)
+        done = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+
+    alone, grown = tmp_path / "alone", tmp_path / "grown"
+    run_to_end(recipe(tmp_path, 4), "--run", str(alone))
+    run_to_end(recipe(tmp_path, 4), "--run", str(grown), "loop.steps=2")
+    run_to_end("--resume", str(grown), "loop.steps=4", "--gpus", "2")
+    assert read_facts(grown)["resumed"][0]["step"] == 2
+    assert [row["step"] for row in read_metrics(grown)] == [1, 2, 3, 4]
+    ends = [checkpoint.load_newest(folder / "checkpoints").tensors for folder in (alone, grown)]
+    for part in ("student", "ema", "fake"):
+        one, two = (torch.cat([end[part][name].double().flatten() for name in sorted(end[part])]) for end in ends)
+        assert (one - two).norm() < 1e-5 * one.norm(), part
+        assert not torch.equal(one, torch.zeros_like(one))

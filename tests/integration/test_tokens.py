@@ -1,0 +1,65 @@
+"""Tokens of the environment (the hub's, a reward server's) are written nowhere: run, export, card, terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import tiny_pipelines as tiny
+from huggingface_hub import get_token
+
+from gdmd.cli.app import main
+from gdmd.types import PromptBatch
+
+SECRETS = {
+    "HF_TOKEN": "hf_AToKenThatNobodyElseKnowsAndNobodyShould",
+    "GDMD_REWARD_TOKEN": "another-token-that-nobody-else-knows",
+    "GDMD_STUDY_TOKEN": "a-third-token-that-nobody-else-knows",
+}
+
+
+def brightness(images: Tensor, prompts: PromptBatch) -> Tensor:
+    """A reward."""
+    return images.mean((1, 2, 3))
+
+
+def ends_well(*words: str) -> None:
+    """The command ends with 0."""
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert not ended.value.code
+
+
+def test_tokens_are_in_no_file_of_a_run_or_its_export_and_not_on_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, secret in SECRETS.items():
+        monkeypatch.setenv(name, secret)
+    assert get_token() == SECRETS["HF_TOKEN"]  # what the hub's library would send
+    pipeline, run = tiny.save("sd3", tmp_path / "sd3"), tmp_path / "run"
+    (tmp_path / "prompts.txt").write_text("\n".join(tiny.WORDS))
+    recipe = {
+        "name": "tiny",
+        "model": tiny.config(pipeline).model_dump(mode="json"),
+        "method": {"kind": "gdmd", "group_size": 1, "guidance": 3.0},
+        "loop": {"steps": 2, "batch_size": 2, "checkpoint_every": 1, "grid_every": 1, "log_every": 1, "threads": 1},
+        "prompts": {"file": str(tmp_path / "prompts.txt")},
+        "rewards": [{"kind": "callable", "target": "test_tokens:brightness"}],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    ends_well("train", str(tmp_path / "recipe.yaml"), "--run", str(run), "--no-eval")
+    ends_well("export", str(run))
+    ends_well("doctor")
+    assert (run / "export" / "README.md").is_file()
+    said = "".join(capfd.readouterr())
+    assert "gdmd" in said
+    for secret in SECRETS.values():
+        assert secret not in said
+        files = [file for file in tmp_path.rglob("*") if file.is_file()]
+        assert not [file for file in files if secret.encode() in file.read_bytes()]
