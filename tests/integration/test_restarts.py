@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,3 +88,59 @@ def test_the_commands_that_are_shown_are_understood_by_torchrun() -> None:
         said = parse_args(shlex.split(command.replace("\\\n", " "), comments=True))
         assert said.module and said.training_script == "gdmd" and said.training_script_args[0] == "train", command
     assert sum("--run" in command for command in commands) == 2
+
+
+@pytest.fixture
+def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Runs an example with a torchrun and a gdmd that only print their words, each on a line."""
+    (tmp_path / "bin").mkdir()
+    for name in ("torchrun", "gdmd", "nvidia-smi"):
+        stub = 'printf "GPU\\nGPU\\nGPU\\n"' if name == "nvidia-smi" else f'printf "%s\\n" {name} "$@"'
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{stub}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def run(script: str, *words: str, **environment: str) -> list[str]:
+        path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        line = ["bash", str(ROOT / "examples" / script), *words]
+        done = subprocess.run(line, env={"PATH": path} | environment, capture_output=True, text=True, cwd=tmp_path)
+        if done.returncode:
+            raise ValueError(done.stderr)
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_the_example_for_one_machine_trains_and_goes_on(said: Callable[..., list[str]], tmp_path: Path) -> None:
+    fresh = said("one_node.sh", "sdxl_gdmd", "prompts.file=a file.txt")
+    assert fresh == ["gdmd", "train", "sdxl_gdmd", "prompts.file=a file.txt", "--run", "runs/sdxl_gdmd", "--gpus", "3"]
+    (tmp_path / "runs/sdxl_gdmd/checkpoints/step_000050").mkdir(parents=True)
+    again = said("one_node.sh", "sdxl_gdmd", "prompts.file=a file.txt", GPUS="2")
+    assert again == ["gdmd", "train", "--resume", "runs/sdxl_gdmd", "--gpus", "2"]
+    with pytest.raises(ValueError, match="give a recipe"):
+        said("one_node.sh")
+
+
+def test_the_example_for_several_machines_is_understood_by_torchrun(
+    said: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    from torch.distributed.run import parse_args
+
+    given = {"HEAD": "node1", "NODES": "2", "RUN": str(tmp_path / "first")}
+    torchrun, *words = said("several_nodes.sh", "sdxl_gdmd", "prompts.file=p.txt", **given)
+    asked = parse_args(words)
+    assert torchrun == "torchrun" and asked.module and asked.training_script == "gdmd"
+    assert (asked.nnodes, asked.nproc_per_node, asked.rdzv_endpoint, asked.rdzv_id) == (
+        "2",
+        "3",
+        "node1:29500",
+        "first",
+    )
+    assert asked.training_script_args == [
+        "train", "sdxl_gdmd", "prompts.file=p.txt", "--run", given["RUN"], "--no-eval",
+    ]  # fmt: skip
+    (tmp_path / "first/checkpoints/step_000050").mkdir(parents=True)
+    again = parse_args(said("several_nodes.sh", "sdxl_gdmd", **given)[1:])
+    assert again.training_script_args == ["train", "--resume", given["RUN"], "--no-eval"]
+    for missing in given:
+        with pytest.raises(ValueError, match=missing):
+            said("several_nodes.sh", "sdxl_gdmd", **{name: value for name, value in given.items() if name != missing})
