@@ -20,10 +20,12 @@ _ROUNDS = 10
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * b for 32-bit values held in int64 (the full product would overflow the sign)."""
-    low = a * (b & 0xFFFF)  # < 2^48
-    high = a * (b >> 16) + (low >> 16)  # < 2^49
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low 32 bits of a * b for 32-bit values held in int64.
+
+    The product may wrap into the sign, which keeps all of its 64 bits; the mask takes off what the shift copies of the sign.
+    """
+    whole = b * a
+    return (whole >> 32) & _MASK, whole & _MASK
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
