@@ -198,6 +198,7 @@ class PromptBatch:
     """The prompts of one outer iteration; position i belongs to sample i of every tensor of the step.
 
     index: global position of each sample in the step's batch, the key of its random draws.
+    host: the same on the CPU, where it is known there, so that Python may read draws without waiting for the device.
     group: integer id, equal for samples of one prompt group (groups are never rebuilt from text).
     ranks: with whom the global batch is shared; this is its part that belongs to this rank.
     """
@@ -209,6 +210,7 @@ class PromptBatch:
     uncond: Cond
     meta: tuple[Mapping[str, Any], ...] = ()
     ranks: Ranks = ALONE
+    host: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.text)

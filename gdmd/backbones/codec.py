@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdmd.diffusion.device import sent
+
 
 class VaeCodec:
     """An AutoencoderKL: latents z [B, C, h, w] -> images [B, 3, H, W] in about [0, 1].
@@ -42,11 +44,18 @@ class VaeCodec:
 
     def to_vae(self, latents: Tensor) -> Tensor:
         """Latents -> z as the VAE has it, fp32."""
-        return latents.float() * self._scale.to(latents.device) + self._shift.to(latents.device)
+        scale, shift = self._constants(latents.device)
+        return latents.float() * scale + shift
 
     def from_vae(self, z: Tensor) -> Tensor:
         """The inverse."""
-        return (z - self._shift.to(z.device)) / self._scale.to(z.device)
+        scale, shift = self._constants(z.device)
+        return (z - shift) / scale
+
+    def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(scale, shift) beside the latents, where they then stay."""
+        self._scale, self._shift = sent(self._scale, device), sent(self._shift, device)
+        return self._scale, self._shift
 
     def decode_chunk(self, z: Tensor) -> Tensor:
         """The bare decoder, images in [-1, 1]."""

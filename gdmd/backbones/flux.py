@@ -59,7 +59,7 @@ class Flux(Family):
             pooled_projections=cond["pooled"].to(dtype),
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
-            img_ids=_places(height // 2, width // 2).to(x_t.device, dtype),
+            img_ids=_places(height // 2, width // 2, x_t.device).to(dtype),
             return_dict=False,
         )[0]
 
@@ -78,9 +78,10 @@ class Flux(Family):
         return self.clock.path(uniform_times(steps))
 
 
-def _places(rows: int, columns: int) -> Tensor:
+def _places(rows: int, columns: int, device: torch.device) -> Tensor:
     """(0, row, column) of every image token. [rows columns, 3]"""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    each = [torch.arange(count, device=device) for count in (rows, columns)]
+    row, column = torch.meshgrid(*each, indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], -1).reshape(-1, 3)
 
 

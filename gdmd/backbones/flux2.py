@@ -65,8 +65,8 @@ class Flux2(Family):
             timestep=t,
             guidance=torch.full_like(t, self.cfg.embedded_guidance, dtype=torch.float32) if guided else None,
             encoder_hidden_states=embeds,
-            txt_ids=_places(1, 1, embeds.shape[1]).to(x_t.device),
-            img_ids=_places(height // 2, width // 2, 1).to(x_t.device),
+            txt_ids=_places(1, 1, embeds.shape[1], x_t.device),
+            img_ids=_places(height // 2, width // 2, 1, x_t.device),
             return_dict=False,
         )[0]
 
@@ -106,9 +106,9 @@ def empirical_mu(tokens: int, steps: int) -> float:
     return many if tokens > 4300 else many + (many - few) * (steps - 200) / 190
 
 
-def _places(rows: int, columns: int, words: int) -> Tensor:
+def _places(rows: int, columns: int, words: int, device: torch.device) -> Tensor:
     """(0, row, column, word) of every token: of an image words = 1, of a caption rows = columns = 1. [N, 4]"""
-    return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns), torch.arange(words))
+    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in (1, rows, columns, words)))
 
 
 class PatchCodec(VaeCodec):

@@ -13,6 +13,7 @@ from gdmd.backbones.clocks import VpClock, uniform_times, vp_schedule
 from gdmd.backbones.codec import VaeCodec
 from gdmd.backbones.unet import UnetFamily
 from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.device import sent
 from gdmd.diffusion.schedule import from_eps
 from gdmd.types import Cond, Prediction
 
@@ -39,7 +40,7 @@ class Sdxl(UnetFamily):
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
         size = torch.tensor([self.cfg.height, self.cfg.width, 0, 0, self.cfg.height, self.cfg.width])
-        time_ids = size.to(x_t.device, dtype).expand(len(x_t), 6)
+        time_ids = sent(size, x_t.device).to(dtype).expand(len(x_t), 6)
         return net(
             x_t.to(dtype),
             self.clock.t_1000(t),

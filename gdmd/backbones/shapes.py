@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from gdmd.backbones.critic import FeatureCritic, seeded_head
 from gdmd.backbones.shapes_nets import LATENT_CHANNELS, ShapesDit, ShapesVae
+from gdmd.diffusion.device import sent
 from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.shapes.grammar import CAPTION_TOKENS, NULL, tokenize
@@ -145,7 +146,7 @@ class ShapesTextEncoder:
         self.device = device
 
     def encode(self, texts: Sequence[str]) -> Cond:
-        return {"tokens": torch.tensor([tokenize(text) for text in texts], device=self.device)}
+        return {"tokens": sent(torch.tensor([tokenize(text) for text in texts]), self.device)}
 
     def null(self, count: int) -> Cond:
         return {"tokens": torch.full((count, CAPTION_TOKENS), NULL, device=self.device)}

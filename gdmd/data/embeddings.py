@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gdmd.diffusion.device import sent
 from gdmd.types import Cond, TextEncoder
 
 SHARD = 64
@@ -126,7 +127,7 @@ class CachedText:
                     if file == shard:
                         rows[file, row] = {name: part[row : row + 1] for name, part in slices.items()}
         names = rows[wanted[0]].keys()
-        return {name: torch.cat([rows[place][name] for place in wanted]).to(self.device) for name in names}
+        return {name: sent(torch.cat([rows[place][name] for place in wanted]), self.device) for name in names}
 
 
 def next_shard(folder: Path) -> Path:

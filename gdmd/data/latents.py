@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
 from gdmd.shapes.grammar import catalogue
 from gdmd.shapes.render import draw_scenes, render
@@ -24,8 +25,8 @@ class RenderedLatents:
         """[B, C, H, W]; the scene of a sample depends on (seed, step, sample) only."""
         table = catalogue()
         images = []
-        words = rng.integer("scene", 2**31)
+        words = rng.on_host().integer("scene", 2**31)
         for text, word in zip(prompts.text, words.tolist(), strict=True):
             generator = torch.Generator().manual_seed(word)
             images.append(render(draw_scenes(torch.tensor([table.row(text)]), generator)))
-        return self.codec.encode(torch.cat(images).to(prompts.index.device))
+        return self.codec.encode(sent(torch.cat(images), prompts.index.device))

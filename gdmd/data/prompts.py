@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gdmd.data.prompt_files import prompts_in
+from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
 from gdmd.shapes.grammar import TASKS, catalogue
 from gdmd.types import PromptBatch, TextEncoder
@@ -94,7 +95,8 @@ def batch_of(
     device = next(iter(cond.values())).device
     where = torch.arange(len(texts)) if index is None else index
     own = where if group is None else group
-    return PromptBatch(where.to(device), texts, own.to(device), cond, encoder.null(len(texts)))
+    null = encoder.null(len(texts))
+    return PromptBatch(sent(where, device), texts, sent(own, device), cond, null, host=where)
 
 
 def training_captions() -> list[list[str]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gdmd.data.embeddings import next_shard
 from gdmd.data.image_sources import Captioned, Unusable, captioned_images, pixels
+from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
 from gdmd.types import PromptBatch
 
@@ -198,10 +199,10 @@ class StoredLatents:
 
     def __call__(self, prompts: PromptBatch, rng: SampleRng) -> Tensor:
         """[B, C, H, W], fp32; all images of a caption are equally likely."""
-        draws = rng.uniform("real_image").tolist()
+        draws = rng.on_host().uniform("real_image").tolist()
         chosen = [self._of[text] for text in prompts.text]
         places = [own[int(draw * len(own))] for own, draw in zip(chosen, draws, strict=True)]
-        return self._read(places).to(prompts.index.device)
+        return sent(self._read(places), prompts.index.device)
 
     def _read(self, places: Sequence[tuple[Path, int]]) -> Tensor:
         from safetensors import safe_open

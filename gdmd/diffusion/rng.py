@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,11 +45,13 @@ class SampleRng:
     """Draws for the samples ``index`` ([B] int64) of one step.
 
     ``purpose`` names what a draw is for ("noise", "renoise_t", ...); ``i`` is the place in a group or a roll-out.
+    host: the same numbers on the CPU, where ``index`` lies on an accelerator.
     """
 
     seed: int
     step: int
     index: Tensor  # [B] int64
+    host: Tensor | None = None  # [B] int64
 
     def _words(self, purpose: str, i: int, count: int) -> tuple[Tensor, ...]:
         block = torch.arange(-(-count // 4), device=self.index.device)  # [N/4]
@@ -83,4 +85,8 @@ class SampleRng:
 
     def at(self, step: int) -> SampleRng:
         """The same samples at another step."""
-        return SampleRng(self.seed, step, self.index)
+        return replace(self, step=step)
+
+    def on_host(self) -> SampleRng:
+        """The same draws on the CPU, for those that Python reads; with ``host`` known nothing is waited for."""
+        return SampleRng(self.seed, self.step, self.index.cpu() if self.host is None else self.host)

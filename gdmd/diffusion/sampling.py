@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gdmd.diffusion.device import sent
 from gdmd.diffusion.schedule import expand, renoise, widen
 from gdmd.types import Cond, Denoiser, Schedule
 
@@ -60,19 +61,20 @@ def backward_simulation(
     schedule: Schedule,
     last: int | None = None,
 ) -> Tensor:
-    """The same roll-out stopped before step ``stop`` [B] (int64): x_tau at tau = steps[stop]. [B, C, H, W]
+    """The same roll-out stopped before step ``stop`` [B] (int64, on the CPU): x_tau at tau = steps[stop]. [B, C, H, W]
 
     Sample i costs stop[i] forwards: finished samples leave the batch. With ``last`` >= max(stop) the student is called
     exactly ``last`` times, on a finished sample when none is left: a network that is sharded over several ranks waits
     for ever where one of them calls it more often than another.
     """
     x_tau = noise.clone()
-    going = torch.arange(len(noise), device=noise.device)
+    left = torch.arange(len(noise), device=stop.device)
     for i in range(1, len(steps) if last is None else last + 1):
-        going = going[stop[going] >= i]
-        if last is None and not len(going):
+        left = left[stop[left] >= i]
+        if last is None and not len(left):
             break
-        asked = going if len(going) else torch.zeros_like(stop[:1])
+        going = sent(left, noise.device)
+        asked = going if len(left) else sent(torch.zeros_like(stop[:1]), noise.device)
         own = {name: value[asked] for name, value in cond.items()}
         before = torch.full((len(asked),), steps[i - 1], device=noise.device)
         x0 = student(x_tau[asked], before, own).x0[: len(going)]
@@ -93,7 +95,7 @@ def continuation(
     *,
     together: bool = False,
 ) -> Tensor:
-    """The rest of the sampler for x0 predicted at step ``stop`` [B] (int64): re-noise to the next step, predict, and on.
+    """The rest of the sampler for x0 predicted at step ``stop`` [B] (int64, CPU): re-noise to the next step, predict, on.
 
     The last step has no next one: its x0 is re-noised to the last step again. x0 [B, C, H, W] -> [B, C, H, W].
     Sample i costs max(1, N - 1 - stop[i]) forwards. ``together`` calls the student exactly N - 1 times, on one sample
@@ -106,10 +108,11 @@ def continuation(
     end = x0.clone()
     entry = (stop + 1).clamp_max(len(steps) - 1)
     for i in range(1, len(steps)):
-        due = torch.nonzero(entry <= i)[:, 0]
-        if not len(due) and not together:
+        ready = torch.nonzero(entry <= i)[:, 0]
+        if not len(ready) and not together:
             continue
-        asked = due if len(due) else torch.zeros_like(stop[:1])
+        due = sent(ready, x0.device)
+        asked = due if len(ready) else sent(torch.zeros_like(stop[:1]), x0.device)
         when = torch.full((len(asked),), steps[i], device=x0.device)
         x_t = renoise(end[asked], when, noise_at(i)[asked], schedule)
         own = {name: value[asked] for name, value in cond.items()}

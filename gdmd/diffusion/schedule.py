@@ -5,11 +5,12 @@ Convention: x_t = alpha(t) x0 + sigma(t) eps, t in [0, 1], 0 = data, 1 = noise; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from gdmd.diffusion.device import sent
 from gdmd.types import Prediction, Schedule
 
 
@@ -44,14 +45,19 @@ class VpSchedule:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     train_steps: int = 1000
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def _log_alpha_bar(self, device: torch.device) -> Tensor:
-        root = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.train_steps, dtype=torch.float64)
-        return torch.log1p(-(root**2)).cumsum(0).to(device)  # [T], log alpha^2 at t_1000 = 0 ... T-1
+    def _table(self, device: torch.device) -> Tensor:
+        """log(alpha^2 / sigma^2) at t_1000 = 0 ... T - 1, made once for every device. [T], float64"""
+        if device not in self._tables:
+            with torch.inference_mode(False):  # a table made inside could not be used in training
+                root = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.train_steps, dtype=torch.float64)
+                log_bar = torch.log1p(-(root**2)).cumsum(0)
+                self._tables[device] = sent(log_bar - torch.log(-torch.expm1(log_bar)), device)
+        return self._tables[device]
 
     def _logit(self, t: Tensor) -> Tensor:
-        log_bar = self._log_alpha_bar(t.device)
-        logit = log_bar - torch.log(-torch.expm1(log_bar))  # log(alpha^2 / sigma^2)
+        logit = self._table(t.device)
         place = t.to(torch.float64) * (self.train_steps - 1)
         low = place.floor().clamp(0, self.train_steps - 2)
         mix = place - low

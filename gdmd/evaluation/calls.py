@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.diffusion.rng import SampleRng
+from gdmd.evaluation.passes import answered
 from gdmd.methods.scoring import Scorer
 from gdmd.types import Codec, Method, PromptBatch, Reward
 
@@ -73,8 +74,8 @@ def replay(calls: Sequence[Call], *, scoring: bool) -> None:
 
 def _net_hook(calls: list[Call], watched: Watched) -> Callable[..., None]:
     def hook(net: nn.Module, given: tuple[Any, ...], named: dict[str, Any], answer: Any) -> None:
-        first = _first(answer)
-        who, backward, device = watched.who(), first.requires_grad, first.device.type
+        tensors, samples = answered(answer)
+        who, backward, device = watched.who(), tensors[0].requires_grad, tensors[0].device.type
         around = watched.around()
         leaves = [_leaf(value) for value in given]
         named_leaves = {key: _leaf(value) for key, value in named.items()}
@@ -90,17 +91,13 @@ def _net_hook(calls: list[Call], watched: Watched) -> Callable[..., None]:
                 torch.autocast(device, precision, enabled=narrow, cache_enabled=False),
                 around(),
             ):
-                velocity = _first(net(*leaves, **named_leaves))
+                velocity, _ = answered(net(*leaves, **named_leaves))
             if backward:
-                torch.autograd.grad(velocity, wanted, torch.ones_like(velocity), allow_unused=True)
+                torch.autograd.grad(velocity, wanted, [torch.ones_like(one) for one in velocity], allow_unused=True)
 
-        calls.append(Call(who, len(first), backward, False, again))
+        calls.append(Call(who, samples, backward, False, again))
 
     return hook
-
-
-def _first(answer: Any) -> Tensor:
-    return answer if isinstance(answer, Tensor) else next(value for value in answer if isinstance(value, Tensor))
 
 
 def _leaf(value: Any) -> Any:

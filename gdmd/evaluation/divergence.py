@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import backward_simulation
 from gdmd.types import Cond, Method, PromptBatch, Role, Roles, Update
@@ -66,12 +67,11 @@ def fixed_states(
     roles: Roles, prompts: PromptBatch, rng: SampleRng, steps: Sequence[float], shape: tuple[int, int, int]
 ) -> Fixed:
     """x_tau by the student's own roll-out to a uniformly drawn one of its steps."""
-    times = torch.tensor(steps, device=rng.index.device)
-    stop = rng.integer("diagnosis_tau", len(steps))
+    stop = rng.on_host().integer("diagnosis_tau", len(steps))
     noise = rng.normal("diagnosis_noise", shape)
     again = lambda i: rng.normal("diagnosis_rollout", shape, i)  # noqa: E731
     x_tau = backward_simulation(roles.student, noise, steps, stop, prompts.cond, again, roles.schedule)
-    return Fixed(x_tau, times[stop], prompts.cond)
+    return Fixed(x_tau, sent(torch.tensor(steps)[stop], x_tau.device), prompts.cond)
 
 
 def realised_change(

@@ -58,8 +58,8 @@ class Counted:
 
     def _on_forward(self, net: nn.Module, given: tuple[Any, ...], answer: Any) -> None:
         if self._counting:
-            first = answer if isinstance(answer, Tensor) else next(value for value in answer)
-            self.cost.passes += len(first) * (1 + BACKWARD * first.requires_grad) * self.share()
+            tensors, samples = answered(answer)
+            self.cost.passes += samples * (1 + BACKWARD * tensors[0].requires_grad) * self.share()
 
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
         """The method's own updates; everything until the last one is applied is counted."""
@@ -91,6 +91,13 @@ class Counted:
 def without_cost(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A saved method state without the sums of ``Counted``."""
     return {key: value for key, value in state.items() if key not in _KEYS}
+
+
+def answered(answer: Any) -> tuple[list[Tensor], int]:
+    """What a network answers, and for how many samples: [B, ...], a list with a tensor of each, or a tuple of these."""
+    if isinstance(answer, tuple):
+        answer = answer[0]
+    return ([answer], len(answer)) if isinstance(answer, Tensor) else (list(answer), len(answer))
 
 
 @dataclass(frozen=True)

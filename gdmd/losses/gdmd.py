@@ -24,7 +24,7 @@ def optimality(reward_target: Tensor, reward_sample: Tensor, scale: Tensor | flo
     if isinstance(scale, float | int) and scale < 0:
         raise ValueError(f"the scale Z of a reward must be >= 0, got {scale}")
     difference = reward_target - reward_sample
-    z = torch.as_tensor(scale, dtype=difference.dtype, device=difference.device)
+    z = difference.new_full((), scale) if isinstance(scale, float | int) else scale.to(difference)
     ratio = torch.where(z > 0, difference / torch.where(z > 0, z, 1), 0 * difference)
     return 0.5 + 0.5 * ratio.clamp(-1, 1)
 

@@ -26,7 +26,9 @@ class RunningScale:
 
         A reward with fewer than two scored values leaves its Z as it was (0 if it never had one).
         """
-        flat = scores.to(self.mean.device).double().flatten(1)
+        flat = scores.double().flatten(1)
+        self.mean = self.mean.to(flat.device, non_blocking=True)  # beside the scores, so that nobody waits
+        self.weight = self.weight.to(flat.device, non_blocking=True)
         seen = ~flat.isnan()
         count = seen.sum(1)
         mean = torch.where(seen, flat, 0).sum(1) / count.clamp_min(1)
@@ -68,7 +70,7 @@ class RunningBaseline:
         scored = ~advantage.isnan()
         seen = torch.stack([torch.where(scored, advantage, 0).double(), scored.double()])  # [2, E, G, B]
         fresh = torch.einsum("negb,ebk->ngk", seen, inside)
-        self.total = self.decay * self.total + fresh.to(self.total.device)
+        self.total = self.decay * self.total.to(fresh.device, non_blocking=True) + fresh
         mean = self.total[0] / torch.where(self.total[1] > 0, self.total[1], 1)
         return torch.einsum("gk,ebk->egb", mean.to(inside.device), inside).to(advantage.dtype)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gdmd.config.distillation import DistillationConfig
+from gdmd.diffusion.device import sent
 from gdmd.diffusion.guidance import Pair, predict_pair
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import backward_simulation
@@ -52,7 +53,7 @@ class Rollout:
     x0: Tensor  # [B, C, H, W], the student's prediction from x_tau: x_old of the snapshot policy
     cond: Cond
     uncond: Cond
-    stop: Tensor  # [B] int64, tau = student_steps[stop]
+    stop: Tensor  # [B] int64, tau = student_steps[stop]; on the CPU, since Python decides by it who is called
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class Scores:
 
 def last_stop(prompts: PromptBatch, stop: Tensor) -> int | None:
     """The largest of ``stop`` [b] in the global batch, so that all ranks call the student equally often; None alone."""
-    return None if prompts.ranks is ALONE else int(prompts.ranks.gather(stop).max())
+    if prompts.ranks is ALONE:
+        return None
+    return int(prompts.ranks.gather(sent(stop, prompts.index.device)).max())
 
 
 @dataclass
@@ -96,21 +99,21 @@ class Distillation(Generic[AnyConfig]):
     @torch.no_grad()
     def rollout(self, prompts: PromptBatch, rng: SampleRng) -> Rollout:
         """x_tau by backward simulation or from real data, then x0 = S(G(x_tau, tau, c))."""
-        steps = torch.tensor(self.cfg.student_steps, device=rng.index.device)
-        stop = self._draw_steps(rng, len(steps))
+        stop = self._draw_steps(rng.on_host(), len(self.cfg.student_steps))
+        tau = sent(torch.tensor(self.cfg.student_steps)[stop], rng.index.device)
         noise = rng.normal("noise", self.latent_shape)
         if self.cfg.student_input == "data":
             assert self.real_latents is not None
-            x_tau = renoise(self.real_latents(prompts, rng), steps[stop], noise, self.roles.schedule)
+            x_tau = renoise(self.real_latents(prompts, rng), tau, noise, self.roles.schedule)
         else:
             again = lambda i: rng.normal("rollout", self.latent_shape, i)  # noqa: E731
             schedule, last = self.roles.schedule, last_stop(prompts, stop)
             x_tau = backward_simulation(
                 self.roles.student, noise, self.cfg.student_steps, stop, prompts.cond, again, schedule, last
             )
-        x0 = self.roles.student(x_tau, steps[stop], prompts.cond).x0
+        x0 = self.roles.student(x_tau, tau, prompts.cond).x0
         self._stats = {"latent/mean": x0.mean(), "latent/std": x0.std()}
-        return Rollout(x_tau, steps[stop], x0, prompts.cond, prompts.uncond, stop)
+        return Rollout(x_tau, tau, x0, prompts.cond, prompts.uncond, stop)
 
     def _draw_steps(self, rng: SampleRng, steps: int) -> Tensor:
         """[B] int64. Per sample, or one for all from sample number 0, which every rank can draw."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gdmd.config.rivals_rl import DmdNftConfig
+from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import renoise
 from gdmd.losses.dmd import dmd_loss
@@ -67,7 +68,7 @@ class DmdNft(Distillation[DmdNftConfig]):
     def scored_batch(self, batch: StudentBatch, collected: Collected, rng: SampleRng, i: int) -> ScoredBatch:
         """Draw i of (t, eps) on the scored samples, and what the old policy answers there."""
         x_s, times = collected.trajectory.x0, self.cfg.renoised_to
-        t = torch.tensor(times, device=x_s.device)[rng.integer("nft_t", len(times), i)]
+        t = sent(torch.tensor(times), x_s.device)[rng.integer("nft_t", len(times), i)]
         x_t = renoise(x_s, t, rng.normal("nft_eps", self.latent_shape, i), self.roles.schedule)
         optimal = nft_optimality(collected.advantage, self.cfg.advantage_clip)
         x0_old = self.roles.old(x_t, t, batch.cond).x0

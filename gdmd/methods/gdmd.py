@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gdmd.config.method import GdmdConfig
+from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import continuation
 from gdmd.losses.dmd import dmd_loss
@@ -151,7 +152,7 @@ class Gdmd(Distillation[GdmdConfig]):
         t = ranks.gather(torch.stack(group.t), 1) if timed else None  # [E, B]
         reward_target = ranks.gather(torch.stack(group.score, 1), 3)  # [R, E, G, B]
         reward_sample = ranks.gather(self.scorer(r.x0, prompts), 1)  # [R, B]
-        everyone = replace(rng, index=ranks.gather(rng.index))
+        everyone = replace(rng, index=ranks.gather(rng.index), host=None)
         optimal, share = self._weigh_all(reward_target, reward_sample, t, everyone)
         return ranks.share(optimal, 2), ranks.share(share, 2)
 
@@ -162,7 +163,7 @@ class Gdmd(Distillation[GdmdConfig]):
         ones = torch.ones_like(reward_target[0])
         gain = reward_target - reward_sample[:, None, None]
         z = self.scale.update(reward_target if self.cfg.z_source == "reward" else gain)
-        advantage = mean_advantage(reward_target, reward_sample, z.to(reward_target.device))  # [E, G, B]
+        advantage = mean_advantage(reward_target, reward_sample, z)  # [E, G, B]
         if t is not None:
             advantage = advantage - self.baseline.update(advantage, t)
         optimal = optimality(advantage, torch.zeros_like(advantage), 1.0)
@@ -205,12 +206,12 @@ class Gdmd(Distillation[GdmdConfig]):
         keys = rng.uniform("shuffle", count=max(2, values[..., 0].numel()))[:, : values[..., 0].numel()]
         return values.flatten()[keys.T.flatten().argsort()].reshape(values.shape)
 
-    def _running_mean(self, optimal: Tensor) -> float:
-        mean = optimal.nanmean().double().cpu()
+    def _running_mean(self, optimal: Tensor) -> Tensor:
+        """EMA of mean r, 0-d; a step in which nothing was scored changes nothing."""
+        mean, before = optimal.nanmean().double(), sent(self.mean_r, optimal.device)
         fresh = torch.stack([mean, torch.ones_like(mean)])
-        if not mean.isnan():  # nothing was scored in this step
-            self.mean_r = MEAN_DECAY * self.mean_r + (1 - MEAN_DECAY) * fresh
-        return float(self.mean_r[0] / self.mean_r[1])
+        self.mean_r = torch.where(mean.isnan(), before, MEAN_DECAY * before + (1 - MEAN_DECAY) * fresh)
+        return (self.mean_r[0] / self.mean_r[1]).to(optimal.dtype)
 
     def student_loss(self, batch: StudentBatch) -> Loss:
         """L = lambda L_DMD + gamma L_RL, mean over the G targets of a draw; x0 by the current student."""

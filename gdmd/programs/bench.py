@@ -26,6 +26,7 @@ from gdmd.backbones.roles import DiffusersRoles
 from gdmd.backbones.trunk import Wear
 from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
+from gdmd.diffusion.device import checks_read_later
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.calls import DENOISERS, Call, Watched, recorded, replay
 from gdmd.evaluation.passes import Counted
@@ -91,7 +92,7 @@ class Bench:
     def trained(self, step: int) -> None:
         """Iteration ``step`` as in training, timed; its passes by hooks and by the method's own count."""
         prompts = self.lab.stream.at(step)
-        rng = SampleRng(self.cfg.loop.seed, step, prompts.index)
+        rng = self._rng(step, prompts)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.times.training.append(timed(lambda: self.train(step, prompts), self.clock))
@@ -101,21 +102,26 @@ class Bench:
 
     def train(self, step: int, prompts: PromptBatch) -> None:
         """One outer iteration as the training loop makes it, without its log."""
-        for role, update in self._updates(self.method, step, prompts):
-            self.states[role].apply(update)
+        with checks_read_later():
+            for role, update in self._updates(self.method, step, prompts):
+                self.states[role].apply(update)
 
     def gradients(self, step: int, prompts: PromptBatch) -> None:
         """The same without optimiser, EMA and finite checks: forward and backward passes only."""
-        for role, update in self._updates(self.lab.method, step, prompts):
-            with self.autocast():
-                loss = update.loss(update.batch)
-            loss.per_sample.mean().backward()
-            for parameter in self.states[role].parameters.values():
-                parameter.grad = None
+        with checks_read_later():
+            for role, update in self._updates(self.lab.method, step, prompts):
+                with self.autocast():
+                    loss = update.loss(update.batch)
+                loss.per_sample.mean().backward()
+                for parameter in self.states[role].parameters.values():
+                    parameter.grad = None
+
+    def _rng(self, step: int, prompts: PromptBatch) -> SampleRng:
+        return SampleRng(self.cfg.loop.seed, step, prompts.index, prompts.host)
 
     def _updates(self, method: Method, step: int, prompts: PromptBatch) -> Iterator[tuple[Role, Update]]:
         """(role, update) in the method's order; its own calls run under the precision of the run."""
-        updates = iter(method.iteration(step, prompts, SampleRng(self.cfg.loop.seed, step, prompts.index)))
+        updates = iter(method.iteration(step, prompts, self._rng(step, prompts)))
         while True:
             with self.autocast():
                 update = next(updates, None)

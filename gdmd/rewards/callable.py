@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gdmd.diffusion.device import refuse_where, sent
 from gdmd.rewards.images import check_images
 
 if TYPE_CHECKING:
@@ -38,18 +39,19 @@ class CallableReward:
         check_images(self.name, images, len(prompts))
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             answer = self.function(images, prompts.text)
-        scores = torch.as_tensor(answer, dtype=torch.float32, device=images.device)
+        scores = torch.as_tensor(answer, dtype=torch.float32)
         if scores.shape != (len(images),):
             raise ValueError(
                 f"reward {self.name} returned shape {list(scores.shape)} for {len(images)} images; "
                 "return one number per image"
             )
-        if scores.isinf().any():
-            places = torch.nonzero(scores.isinf())[:, 0].tolist()
-            raise ValueError(
+        refuse_where(
+            scores.isinf(),
+            lambda places: ValueError(
                 f"reward {self.name} is infinite at samples {places}; return NaN for an image without a score"
-            )
-        return scores
+            ),
+        )
+        return sent(scores, images.device)
 
 
 def imported(target: str) -> Any:

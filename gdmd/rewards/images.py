@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gdmd.diffusion.device import refuse_where
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -128,11 +130,13 @@ def check_images(name: str, images: Tensor, prompts: int) -> None:
 
 def check_finite(name: str, scores: Tensor, texts: Sequence[str]) -> None:
     """ValueError that names the samples (position and prompt) whose score is NaN or infinite."""
-    bad = torch.nonzero(~torch.isfinite(scores.detach()))[:, 0].tolist()
-    if bad:
+
+    def refusal(bad: list[int]) -> ValueError:
         named = ", ".join(f"{place} ({texts[place][:40]!r})" for place in bad[:8])
         more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-        raise ValueError(
+        return ValueError(
             f"{name} gave a score that is not finite at samples {named}{more}; the images there hold NaN or infinity, "
             "or the weights do not fit their dtype: look at the decoder, and try dtype fp32"
         )
+
+    refuse_where(~torch.isfinite(scores.detach()), refusal)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from gdmd.diffusion.device import sent
 from gdmd.rewards.images import Preprocess, check_finite, check_images
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class PretrainedReward(ABC):
     def _tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         tokenize = self.loaded.tokenize
         assert tokenize is not None, f"{self.name} was built without a tokenizer"
-        return {key: value.to(self.placement.device) for key, value in tokenize(texts).items()}
+        return {key: sent(value, self.placement.device) for key, value in tokenize(texts).items()}
 
 
 def already(net: nn.Module, tokenize: Tokenize | None, head: nn.Module | None = None) -> Callable[[], Loaded]:

@@ -33,11 +33,12 @@ class _Tokens:
         """[B, 8] int64. ValueError for text outside the vocabulary."""
         import torch
 
+        from gdmd.diffusion.device import sent
         from gdmd.shapes.grammar import tokenize
 
         for text in dict.fromkeys(texts):
             if (text, device) not in self._known:
-                self._known[text, device] = torch.tensor(tokenize(text), device=str(device))
+                self._known[text, device] = sent(torch.tensor(tokenize(text)), str(device))
         return torch.stack([self._known[text, device] for text in texts])
 
 
@@ -88,12 +89,15 @@ class ShapesScorer:
     def _check_finite(self, scores: Tensor) -> None:
         import torch
 
-        bad = torch.nonzero(~torch.isfinite(scores.detach()))[:, 0].tolist()
-        if bad:
-            raise ValueError(
+        from gdmd.diffusion.device import refuse_where
+
+        refuse_where(
+            ~torch.isfinite(scores.detach()),
+            lambda bad: ValueError(
                 f"{self.name} gave a score that is not finite at samples {bad}; the images there hold NaN or infinity: "
                 "look at the decoder and at the student's loss before this step"
-            )
+            ),
+        )
 
 
 class ShapesClip(ShapesScorer):

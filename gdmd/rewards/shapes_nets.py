@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdmd.diffusion.device import sent
 from gdmd.shapes.grammar import CAPTION_TOKENS, WORDS
 from gdmd.shapes.render import BACKGROUND
 
@@ -24,7 +25,7 @@ FIRST_SCALE = 10.0  # inverse temperature of the contrastive loss at the start, 
 
 def centred(images: Tensor) -> Tensor:
     """Pictures with the background at 0 and spread of about 1 on objects, so that colors are seen first."""
-    background = torch.tensor(BACKGROUND, device=images.device)[:, None, None]
+    background = sent(torch.tensor(BACKGROUND), images.device)[:, None, None]
     return (2.5 * (images - background)).contiguous(memory_format=torch.channels_last)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gdmd.config.loop import LoopConfig
+from gdmd.diffusion.device import checks_read_later
 from gdmd.diffusion.rng import SampleRng
 from gdmd.runs import checkpoint
 from gdmd.runs.best import Judge
@@ -203,10 +204,11 @@ class _Trainer:
     def iterate(self, step: int, prompts: PromptBatch) -> None:
         """One outer iteration: apply every update the method asks for, in its order."""
         prompts = replace(prompts, ranks=self.world) if self.world.size > 1 else prompts
-        rng = SampleRng(self.cfg.seed, step, prompts.index)
+        rng = SampleRng(self.cfg.seed, step, prompts.index, prompts.host)
         try:
-            for update in self._updates(step, prompts, rng):
-                self.means.add(self.states[update.role].apply(update, self._factor(step)))
+            with checks_read_later():
+                for update in self._updates(step, prompts, rng):
+                    self.means.add(self.states[update.role].apply(update, self._factor(step)))
         except NonFiniteError as error:
             raise self._explained(error, step, prompts) from error
         self._check_skipped(step)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gdmd.config.loop import LoopConfig
+from gdmd.diffusion.device import confirmed
 from gdmd.training.distributed import SINGLE, World
 from gdmd.training.ema import Ema, load_named
 from gdmd.training.optim import RoleOptimizer
@@ -59,7 +60,7 @@ class RoleState:
         norm = self.optimizer.grad_norm()
         stats = {f"loss/{self.role}": own, f"grad_norm/{self.role}": norm}
         stats |= {key: torch.cat([_flat(loss.stats[key]) for loss in losses]) for key in losses[0].stats}
-        if not bool(per_sample.isfinite().all() & norm.isfinite()):
+        if not confirmed(per_sample.isfinite().all() & norm.isfinite()):
             self._reject(per_sample, norm)
             return {}
         self.optimizer.step(norm, factor)

@@ -15,12 +15,13 @@ from gdmd.config.run import RunConfig  # noqa: E402
 from gdmd.programs.bench import Bench, table  # noqa: E402
 
 
-def test_calls_of_adapters_are_told_apart_and_counted_as_the_method_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["sd15", "z_image"])  # the second answers with a list
+def test_calls_of_adapters_are_told_apart_and_counted_as_the_method_says(tmp_path: Path, family: str) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(tiny.WORDS[:2]))
     cfg = RunConfig.model_validate(
         {
             "name": "adapters",
-            "model": tiny.config(tiny.save("sd15", tmp_path / "sd15")).model_dump(),
+            "model": tiny.config(tiny.save(family, tmp_path / family)).model_dump(),
             "method": {"kind": "gdmd", "group_size": 2, "gamma": 0.0},
             "prompts": {"file": str(tmp_path / "prompts.txt")},
             "loop": {"batch_size": 2, "threads": 1},

@@ -1,0 +1,126 @@
+"""The host never waits for a GPU in an iteration, but for one look before every optimiser step (bad numbers stop there).
+
+There is no GPU in CI: ``elsewhere`` pretends one. ``gdmd bench`` counts the same on a real one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from elsewhere import DEVICE, Waits, pretended
+from torch import Tensor
+
+from gdmd.config.run import RunConfig
+from gdmd.diffusion.device import checks_read_later, confirmed, refuse_where
+from gdmd.diffusion.rng import SampleRng
+from gdmd.programs.bench import Bench
+from gdmd.recipes.build import Lab, build
+from gdmd.recipes.read import read_recipe
+from gdmd.rewards.images import check_finite
+from gdmd.types import PromptBatch
+
+LOOK = "tolist at diffusion/device.py:_read"
+OTHERS = {  # what a network does itself: captions of different lengths as a list, places of an image
+    "z_image": {"tolist at backbones/z_image.py:call"},
+    "qwen_image": {"as_tensor at backbones/qwen_image.py:call"},
+}
+
+
+def redness(images: Tensor, prompts: PromptBatch) -> Tensor:
+    """A differentiable reward."""
+    return images[:, 0].mean((1, 2))
+
+
+def waits_of(cfg: RunConfig, lab: Lab, waits: Waits) -> tuple[dict[str, int], int]:
+    """(waits by place, optimiser steps) of iteration 1; the first may still move tables to the device."""
+    bench = Bench(cfg, lab)
+    bench.train(0, lab.stream.at(0))
+    before = sum(state.updates for state in bench.states.values())
+    waits.counting = True
+    bench.train(1, lab.stream.at(1))
+    waits.counting = False
+    return dict(waits.places), sum(state.updates for state in bench.states.values()) - before
+
+
+@pytest.mark.parametrize("recipe", ["shapes", "gdmd_paper", "dmd", "dmd2", "dmdr", "dmd_refl", "dmd_grpo", "dmd_nft"])
+def test_an_iteration_waits_once_per_update(monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
+    cfg = read_recipe(recipe, ["loop.batch_size=8", "loop.threads=1"])
+    with pretended(monkeypatch) as waits:
+        found, updates = waits_of(cfg, build(cfg, DEVICE), waits)
+    assert updates >= 2 and found == {LOOK: updates}
+
+
+@pytest.mark.parametrize(
+    "family", ["sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"]
+)
+def test_no_family_waits_between_updates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    import tiny_pipelines as tiny
+
+    (tmp_path / "prompts.txt").write_text("\n".join(tiny.WORDS[:4]))
+    reward = "rewards=[{kind: callable, target: 'test_no_waiting:redness', differentiable: true}]"
+    model = {"height": tiny.SIZE, "width": tiny.SIZE, "dtype": "fp32", "lora_rank": 2, "lora_alpha": 2}
+    model |= {"path": tiny.save(family, tmp_path / family), "embeddings": tmp_path / "text", "checkpointing": "false"}
+    own = [f"model.{key}={value}" for key, value in model.items()] + [f"prompts.file={tmp_path / 'prompts.txt'}"]
+    own += [reward, "loop.batch_size=2", "loop.precision=fp32", "method.group_size=1"]
+    cfg = read_recipe(f"{family}_gdmd", own)
+    lab = build(cfg, "cpu")
+    lab.encoder.prepare([text for group in lab.stream.groups for text in group])  # type: ignore[attr-defined]
+    with pretended(monkeypatch) as waits:
+        lab.roles.trunk.net.to(DEVICE)
+        lab.codec.vae.to(DEVICE)  # type: ignore[attr-defined]
+        lab.encoder.device, lab.encoder._null = DEVICE, None  # type: ignore[attr-defined]
+        found, updates = waits_of(cfg, lab, waits)
+    assert updates == 2 and found.pop(LOOK) == updates
+    assert found.keys() == OTHERS.get(family, set())
+
+
+def test_the_pretended_device_counts_and_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended(monkeypatch) as waits:
+        x = torch.arange(4.0).to(DEVICE).requires_grad_()
+        waits.counting = True
+        y = torch.where(x > 1, x, 0).square().sum()
+        y.backward()
+        assert not waits.places
+        assert float(y.detach()) == 13
+        x.detach()[x > 1]
+        torch.tensor([1.0], device=DEVICE)
+        assert x.grad is not None and x.grad.cpu().tolist() == [0, 0, 4, 6]
+        with pytest.raises(AssertionError, match="tensors of the host"):
+            x + torch.ones(4)
+    kinds = sorted(what.split(" at ")[0] for what in waits.places)
+    assert kinds == ["_local_scalar_dense", "_to_copy", "index by a mask", "tensor"]
+
+
+def test_a_score_that_is_not_finite_stops_before_the_step_that_would_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended(monkeypatch):
+        good = torch.ones((), dtype=torch.bool).to(DEVICE)
+        scores = torch.tensor([0.0, torch.nan]).to(DEVICE)
+        with pytest.raises(ValueError, match=r"aesthetic gave a score .* at samples 1 \('b'\)"), checks_read_later():
+            check_finite("aesthetic", scores, ("a", "b"))  # goes on
+            confirmed(good)
+        with pytest.raises(ValueError, match="aesthetic"), checks_read_later():
+            check_finite("aesthetic", scores, ("a", "b"))  # nothing asks any more
+        with pytest.raises(ValueError, match="aesthetic"):
+            check_finite("aesthetic", scores, ("a", "b"))  # nobody said later
+        with checks_read_later():
+            refuse_where(scores > 1, lambda bad: ValueError(str(bad)))
+            assert confirmed(good)
+
+
+def test_on_the_host_a_check_is_read_at_once() -> None:
+    with checks_read_later(), pytest.raises(ValueError, match=r"\[2\]"):
+        refuse_where(torch.tensor([False, False, True]), lambda bad: ValueError(str(bad)))
+
+
+def test_draws_on_the_host_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = torch.tensor([5, 0, 7])
+    with pretended(monkeypatch) as waits:
+        rng = SampleRng(3, 4, index.to(DEVICE), index)
+        waits.counting = True
+        drawn = rng.at(9).on_host().integer("tau", 4)
+        assert not waits.places and drawn.device.type == "cpu"
+        assert rng.at(9).integer("tau", 4).cpu().tolist() == drawn.tolist()
