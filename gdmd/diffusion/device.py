@@ -65,7 +65,7 @@ def _read(notes: list[tuple[Tensor, Refusal]], others: list[Tensor]) -> list[boo
     asked = [bad.any() for bad, _ in taken] + others
     if not asked:
         return []
-    answers: list[bool] = torch.stack(asked).tolist()
+    answers: list[bool] = torch.stack([one.to(asked[-1].device, non_blocking=True) for one in asked]).tolist()
     for failed, (bad, refusal) in zip(answers, taken, strict=False):
         if failed:
             raise refusal(torch.nonzero(bad)[:, 0].tolist())

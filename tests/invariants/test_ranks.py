@@ -47,9 +47,9 @@ from gdmd.types import Method, PromptBatch
 TEXTS = ["a circle", "a red square", "two rings", "a circle and a square"]
 LR, STEPS = 1e-3, 3
 APART = dict.fromkeys(("student", "fake", "ema", "old", "method"), 1e-5) | dict.fromkeys(
-    ("optim_student", "optim_fake"), 1e-7
+    ("optim_student", "optim_fake"), 5e-5
 )
-"""The largest distance of two runs in a part of their checkpoints, as a part of its length."""
+"""The largest distance of two runs in a part of their checkpoints, as a part of its length; counters are equal."""
 ONE_WEIGHT = 0.2
 """The largest distance of a single weight, in steps of LR."""
 CONFIGS: dict[str, Any] = {
@@ -147,6 +147,8 @@ def assert_equal(first: Path, second: Path) -> None:
     for part in dict.fromkeys(name.partition("/")[0] for name in a):
         names = [name for name in a if name.startswith(part + "/")]
         assert all(a[name].shape == b[name].shape and a[name].dtype == b[name].dtype for name in names)
+        assert all(torch.equal(a[name], b[name]) for name in names if "/step/" in name)
+        names = [name for name in names if "/step/" not in name]
         own, other = (torch.cat([tensors[name].double().flatten() for name in names]) for tensors in (a, b))
         apart = own - other
         assert apart.norm() <= APART[part] * own.norm(), (part, apart.norm() / own.norm())
