@@ -19,6 +19,9 @@ from gdmd.programs.bench import Bench
 from gdmd.recipes.build import Lab, build
 from gdmd.recipes.read import read_recipe
 from gdmd.rewards.images import check_finite
+from gdmd.runs import checkpoint
+from gdmd.runs.rundir import create, open_run
+from gdmd.training.loop import train
 from gdmd.types import PromptBatch
 
 LOOK = "tolist at diffusion/device.py:_read"
@@ -76,6 +79,27 @@ def test_no_family_waits_between_updates(monkeypatch: pytest.MonkeyPatch, tmp_pa
         found, updates = waits_of(cfg, lab, waits)
     assert updates == 2 and found.pop(LOOK) == updates
     assert found.keys() == OTHERS.get(family, set())
+
+
+def test_a_run_on_the_device_is_the_run_on_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own = ["loop.batch_size=8", "loop.threads=1", "loop.steps=2", "loop.log_every=1", "loop.grid_every=0"]
+    cfg = read_recipe("shapes", own)
+
+    def run(name: str, device: str) -> dict[str, Tensor]:
+        create(tmp_path / name, {})
+        lab = build(cfg, device)
+        end = train(lab.method, lab.roles, lab.stream, cfg.loop, open_run(tmp_path / name))
+        assert end.step == 2
+        saved = checkpoint.load_newest(tmp_path / name / "checkpoints")
+        assert saved is not None
+        return {key: value for part in ("student", "fake", "method") for key, value in saved.tensors[part].items()}
+
+    expected = run("host", "cpu")
+    with pretended(monkeypatch):
+        found = run("device", DEVICE)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():  # AdamW is fused on one of them
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-5)
 
 
 def test_the_pretended_device_counts_and_computes(monkeypatch: pytest.MonkeyPatch) -> None:
