@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -70,6 +71,7 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit; what the user can mend is one clear message on stderr, without a traceback."""
+    logging.getLogger("transformers.utils.import_utils").addFilter(_worth_saying)
     try:
         app(args=None if arguments is None else list(arguments), prog_name="gdmd")
     except ValueError as error:
@@ -78,6 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Not that image processors want torchvision: diffusers loads them with a pipeline, and nothing here uses them."""
+    return "requires torchvision" not in record.getMessage()
 
 
 def report(error: ValueError) -> None:

@@ -155,3 +155,16 @@ def _failing(number: int, original: Callable[..., object], name: str) -> Callabl
         return original(self, *args, **kwargs)
 
     return fail
+
+
+def test_the_program_does_not_ask_for_a_library_that_it_does_not_use(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    from transformers.utils import import_utils
+
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    import_utils.logger.error("`CLIPImageProcessor` requires torchvision (not installed); falling back to another")
+    import_utils.logger.error("something else is wrong")
+    said = capfd.readouterr().err
+    assert "torchvision" not in said
+    assert "something else is wrong" in said
