@@ -23,23 +23,31 @@ if TYPE_CHECKING:
     from gdmd.rewards.shapes_nets import DualEncoder, Kind, Preference
 
 
-class _Tokens:
-    """Captions as token tensors; each caption is tokenised once per device."""
+class _Said:
+    """Captions as features of a frozen text tower; each caption is read once per device."""
 
-    def __init__(self) -> None:
+    def __init__(self, net: DualEncoder | Preference) -> None:
+        self.net = net
         self._known: dict[tuple[str, object], Tensor] = {}
 
     def __call__(self, texts: tuple[str, ...], device: object) -> Tensor:
-        """[B, 8] int64. ValueError for text outside the vocabulary."""
+        """[B, D], no gradient. ValueError for text outside the vocabulary."""
+        import torch
+
+        for text in dict.fromkeys(texts):
+            if (text, device) not in self._known:
+                self._known[text, device] = self._read(text, str(device))
+        return torch.stack([self._known[text, device] for text in texts])
+
+    def _read(self, text: str, device: str) -> Tensor:
+        # Alone, so that its bits do not depend on the captions beside it: a resumed run meets them in another order.
         import torch
 
         from gdmd.diffusion.device import sent
         from gdmd.shapes.grammar import tokenize
 
-        for text in dict.fromkeys(texts):
-            if (text, device) not in self._known:
-                self._known[text, device] = sent(torch.tensor(tokenize(text)), str(device))
-        return torch.stack([self._known[text, device] for text in texts])
+        with torch.no_grad():
+            return self.net.text_features(sent(torch.tensor([tokenize(text)]), device))[0]
 
 
 class ShapesScorer:
@@ -50,7 +58,7 @@ class ShapesScorer:
     def __init__(self, kind: Kind, net: DualEncoder | Preference) -> None:
         self.name: str = kind
         self.net = net.float().eval().requires_grad_(False)
-        self._tokens = _Tokens()
+        self._said = _Said(self.net)
 
     def to(self, device: str) -> ShapesScorer:
         """Move the network; images are scored on the device they are on, which must be this one."""
@@ -67,15 +75,15 @@ class ShapesScorer:
             raise ValueError(
                 f"{self.name} got {len(images)} images for {len(prompts)} prompts; give one prompt per image"
             )
-        scores = self._score(images.float(), self._tokens(prompts.text, images.device))
+        scores = self._score(images.float(), prompts.text)
         self._check_finite(scores)
         return scores
 
-    def _score(self, images: Tensor, tokens: Tensor) -> Tensor:
+    def _score(self, images: Tensor, texts: tuple[str, ...]) -> Tensor:
         import torch
 
         with torch.autocast(images.device.type, enabled=False):  # fp32 whatever the caller's precision is
-            return self.net(images, tokens)  # type: ignore[no-any-return]
+            return self.net(images, self._said(texts, images.device))  # type: ignore[no-any-return]
 
     def _check_images(self, images: Tensor) -> None:
         from gdmd.rewards.shapes_nets import IMAGE_SIZE

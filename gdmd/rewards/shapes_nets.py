@@ -184,8 +184,9 @@ class DualEncoder(nn.Module):
         """[B, 8] -> unit vectors [B, D]."""
         return F.normalize(self.text(tokens), dim=-1)
 
-    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        return (self.image_features(images) * self.text_features(tokens)).sum(-1)  # [B]
+    def forward(self, images: Tensor, said: Tensor) -> Tensor:
+        """Scores of images against text features [B, D], which need computing once per caption only, [B]."""
+        return (self.image_features(images) * said).sum(-1)
 
 
 class Preference(nn.Module):
@@ -203,16 +204,21 @@ class Preference(nn.Module):
         self.register_buffer("origin", torch.zeros(()))
         self.register_buffer("unit", torch.ones(()))
 
-    def raw(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """The Bradley-Terry scale itself, [B]."""
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """[B, 8] -> unit vectors [B, D]."""
+        return self.match.text_features(tokens)
+
+    def raw(self, images: Tensor, said: Tensor) -> Tensor:
+        """The Bradley-Terry scale itself, against text features [B, D]: [B]."""
         seen = self.match.image(images)
-        cosine = (F.normalize(seen, dim=-1) * self.match.text_features(tokens)).sum(-1)
+        cosine = (F.normalize(seen, dim=-1) * said).sum(-1)
         score: Tensor = self.match.log_scale.exp() * cosine + self.quality(seen)[:, 0]
         return score
 
-    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, images: Tensor, said: Tensor) -> Tensor:
+        """Scores of images against text features [B, D], [B]."""
         origin, unit = self.get_buffer("origin"), self.get_buffer("unit")
-        return 1 + (self.raw(images, tokens) - origin) / unit
+        return 1 + (self.raw(images, said) - origin) / unit
 
 
 def build_net(kind: Kind, seed: int = 0) -> DualEncoder | Preference:

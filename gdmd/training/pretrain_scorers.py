@@ -155,7 +155,7 @@ def preference_loss(net: Preference, stock: Stock, generator: torch.Generator) -
     """
     graded, batch = draw_graded(stock, generator), len(stock.rows)
     tokens = catalogue().tokens[graded.rows.flatten()]
-    r = net.raw(graded.images.flatten(0, 1), tokens).view(4, batch)
+    r = net.raw(graded.images.flatten(0, 1), net.text_features(tokens)).view(4, batch)
     a, b = torch.triu_indices(4, 4, offset=1)
     within = _bradley_terry(r[a] - r[b], graded.severity[b] - graded.severity[a])
     shift = torch.randint(1, batch, (), generator=generator).item()
@@ -262,7 +262,7 @@ def calibrate(net: Preference, seed: int, count: int = 1024) -> None:
     """Set ``origin`` to the mean of r on true renders of train captions and ``unit`` to LABEL_SHARPNESS."""
     generator = step_generator(seed, (1 << 32) - 1)
     rows = draw_rows(count, generator)
-    r = net.raw(render(draw_scenes(rows, generator)), catalogue().tokens[rows])
+    r = net.raw(render(draw_scenes(rows, generator)), net.text_features(catalogue().tokens[rows]))
     net.get_buffer("origin").copy_(r.mean())
     net.get_buffer("unit").fill_(LABEL_SHARPNESS)
 

@@ -52,9 +52,10 @@ def _hard(net: DualEncoder | Preference, split: Split, task: int, count: int) ->
     near = draw_negatives(rows, generator, split=None)
     images, others = render(scenes), render(minimal_pair(scenes, near, generator))
     truly_wrong = ~may_be_true(scenes, near).diagonal()
-    truth = net(images, table.tokens[rows])
-    caption = (truth > net(images, table.tokens[near]))[truly_wrong].float().mean()
-    image = (truth > net(others, table.tokens[rows])).float().mean()
+    said = net.text_features(table.tokens[rows])
+    truth = net(images, said)
+    caption = (truth > net(images, net.text_features(table.tokens[near])))[truly_wrong].float().mean()
+    image = (truth > net(others, said)).float().mean()
     return {"caption": float(caption), "image": float(image), "scores": truth}
 
 
@@ -71,7 +72,7 @@ def _graded(net: DualEncoder | Preference, kind: int, count: int) -> float:
     for level in (low, high):
         same = torch.Generator().manual_seed(_SEED)  # the same noise, ghost and extra object at both levels
         images = damaged(scenes, others, Damage(torch.full((count,), kind), level), same)
-        scores.append(net(images, table.tokens[rows]))
+        scores.append(net(images, net.text_features(table.tokens[rows])))
     return round(float((scores[0] > scores[1]).float().mean()), 4)
 
 

@@ -69,3 +69,16 @@ def test_the_sums_that_doctor_compares_with_are_those_of_the_shipped_files() -> 
     assert sorted(sums) == sorted(f"{name}.safetensors" for name in NAMES)
     for name, digest in sums.items():
         assert hashlib.sha256((asset_folder() / name).read_bytes()).hexdigest() == digest
+
+
+def test_channels_last_changes_the_speed_of_the_codec_and_nothing_else() -> None:
+    plain = load_vae(load_asset(asset_path("shapes_vae")).tensors).eval().double()
+    codec = ShapesCodec(load_vae(load_asset(asset_path("shapes_vae")).tensors))
+    images = render(draw_scenes(draw_rows(5, torch.Generator().manual_seed(13)), torch.Generator().manual_seed(14)))
+    with torch.no_grad():
+        latents = codec.encode(images)
+        pictures = codec.decode(latents)
+        torch.testing.assert_close(latents.double(), plain.encode(images.double()), rtol=0, atol=1e-5)
+        torch.testing.assert_close(pictures.double(), plain.decode(latents.double()), rtol=0, atol=1e-5)
+    assert latents.is_contiguous() and pictures.is_contiguous()
+    assert codec.vae.decoder[0].weight.is_contiguous(memory_format=torch.channels_last)

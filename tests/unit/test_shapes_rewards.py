@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdmd.rewards.shapes import ShapesClip, from_asset, image_features, load_scorer
-from gdmd.rewards.shapes_nets import KINDS, Kind, build_net
+from gdmd.rewards.shapes_nets import KINDS, Kind, Preference, build_net
 from gdmd.shapes.grammar import ANY, SPLITS, TASKS, catalogue, draw_rows
 from gdmd.shapes.render import Scenes, draw_scenes, render
 from gdmd.training.scorer_data import (
@@ -49,6 +49,20 @@ def test_a_score_is_fp32_per_image_and_its_gradient_reaches_every_image_but_no_w
     (grad,) = torch.autograd.grad(scores.sum(), images)
     assert (grad.flatten(1).norm(dim=1) > 0).all()
     assert not any(p.requires_grad for p in scorer.net.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_caption_is_read_once_and_its_score_is_that_of_the_whole_network(kind: Kind):
+    scorer, images = untrained(kind), pictures()
+    read: list[int] = []
+    encoder = scorer.net.match if isinstance(scorer.net, Preference) else scorer.net
+    encoder.text.register_forward_hook(lambda net, given, answer: read.append(len(given[0])))
+    first = scorer.score(images, batch_of(TEXTS))
+    turned = scorer.score(images.flip(0), batch_of(TEXTS[::-1])).flip(0)
+    assert read == [1, 1, 1, 1]  # alone, so that its bits do not depend on what it was met with
+    torch.testing.assert_close(turned, first, rtol=0, atol=1e-6)
+    said = scorer.net.text_features(catalogue().tokens[torch.tensor([catalogue().row(text) for text in TEXTS])])
+    torch.testing.assert_close(first, scorer.net(images, said), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
