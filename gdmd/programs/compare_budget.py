@@ -19,6 +19,8 @@ from gdmd.runs.rundir import config_hash
 PROBED = 6
 """Iterations of a probe, spread over the training so that stages of a method are seen: the roll-out's length varies
 from batch to batch by about 2 % of an iteration."""
+STAGES = 0.03
+"""Several times what two probes of one pace differ by; a method with stages differs by more over another length."""
 
 
 def counted(lab: Lab) -> Counted:
@@ -35,13 +37,17 @@ def iterations(job: Mapping[str, Any], probes: Path) -> int:
     """The outer iterations of a student cell.
 
     updates: the fewest with at least the asked student updates. passes: the number whose expected passes come nearest
-    to those of the reference row under the budget of updates.
+    to those of the reference row under the budget of updates. A method whose stages differ in cost has another pace
+    over that number of iterations, and is probed over them once more.
     """
     own = pace_of(job["recipe"], job["student_updates"], probes)
     if job["passes_of"] is None:
         return own.steps_for_updates(job["student_updates"])
     reference = pace_of(job["passes_of"], job["student_updates"], probes)
-    return own.steps_for_passes(reference.passes * reference.steps_for_updates(job["student_updates"]))
+    passes = reference.passes * reference.steps_for_updates(job["student_updates"])
+    steps = own.steps_for_passes(passes)
+    there = pace_of(job["recipe"], round(steps * own.updates), probes)
+    return there.steps_for_passes(passes) if abs(there.passes / own.passes - 1) > STAGES else steps
 
 
 def pace_of(recipe: Mapping[str, Any], updates: int, probes: Path) -> Pace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from gdmd.backbones.shapes import LATENT_SHAPE, ShapesRoles
 from gdmd.evaluation.divergence import divergence, fixed_states, realised_change, student_gradient
 from gdmd.evaluation.passes import Counted, Pace, measure_pace, without_cost
+from gdmd.programs import compare_budget
 from gdmd.types import Method, PromptBatch
 
 ONE_STEP = {"student_steps": (1.0,)}
@@ -93,6 +95,24 @@ def test_a_pace_turns_budgets_into_iterations() -> None:
     roles = tiny_roles()
     pace = measure_pace(counted(gdmd(roles, **ONE_STEP), roles), [(k, prompts(), rng(k)) for k in range(2)])
     assert pace == Pace(BATCH * (1 + 3 * 9), 3.0)
+
+
+@pytest.mark.parametrize(("early", "steps"), [(15.5, 294), (11.6, 329)])
+def test_equal_passes_hold_for_a_method_whose_first_stage_costs_more(
+    monkeypatch: pytest.MonkeyPatch, early: float, steps: int
+) -> None:
+    """100 iterations cost ``early``, all later ones 11.5; where these differ little the first probe decides."""
+
+    def pace(recipe: dict[str, float], updates: int, probes: Path) -> Pace:
+        if "passes" in recipe:
+            return Pace(recipe["passes"], 1.0)
+        return Pace((min(updates, 100) * early + max(0, updates - 100) * 11.5) / updates, 1.0)
+
+    monkeypatch.setattr(compare_budget, "pace_of", pace)
+    job = {"recipe": {}, "passes_of": {"passes": 20.0}, "student_updates": 190}
+    found = compare_budget.iterations(job, Path())
+    assert found == steps
+    assert 100 * early + (found - 100) * 11.5 == pytest.approx(190 * 20.0, rel=0.02)
 
 
 @dataclass
