@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gdmd.evaluation.comparison_tables import OVERALL, Line, Measure, Results, Row, quality
 from gdmd.evaluation.plots import BINS, PALETTE
@@ -42,6 +42,8 @@ STYLE: dict[str, Any] = {
 DPI = 110
 MARGIN = 0.08
 """Of the score on both sides of the seeds; an interval that is wider leaves the figure."""
+MOST_LINES = 8
+"""Students in the radar."""
 FIGURES: Mapping[str, tuple[str, str]] = {
     "overall.png": (
         "ShapesEval overall",
@@ -56,21 +58,24 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     "fig3_features.png": (
         "Fig. 3: feature space of the held-out scorer",
         "Two principal components (of all panels together) of images of 8 colours x 6 objects; the colour of a point is "
-        "the colour asked for, its marker the object. Spread is the mean distance to the cluster's own centre: lower is "
-        "tighter, which is also less diverse, so the mean pairwise distance inside a cluster stands beside it. Outliers "
-        "(black rings) lie nearer to the centre of another cluster's true renders than to their own.",
+        "the colour asked for, its marker the object (a plus is a cross, a star a ring). Spread is the mean distance to the "
+        "cluster's own centre: lower is tighter, which is also less diverse, so the mean pairwise distance inside a cluster "
+        "stands beside it. Outliers (black rings) lie nearer to the centre of another cluster's true renders than to their "
+        "own.",
     ),
     "fig4_divergence.png": (
         "Fig. 4: do reward and distillation pull the same way?",
         "First seed. Cosine of the reward's gradient and of DMD's in parameter space on identical draws (1: the reward "
         "only rescales the DMD step; 0: unrelated; below 0: against it); share of targets with r < 1/2; distribution of r "
-        "over the second half (W = r at lambda = gamma, beta = 1); change of the trained rewards of the one-step output "
-        "per student update, in standard deviations of the batch.",
+        "over the second half (W = r at lambda = gamma, beta = 1; a row with softmax weights only draws them from the same "
+        "scores); change of the trained rewards of the one-step output per student update, in standard deviations of the "
+        "batch. That is one iteration on one batch at each point, so small changes are noise, most of all of a reward of "
+        "few values; they end at 0 with the learning rate.",
     ),
     "fig4_curves.png": (
         "Fig. 4: without a cold start",
-        "First seed, from the first update on: the trained rewards (mean change since the start) beside what was never "
-        "trained on. Trained up and unseen down would be reward hacking.",
+        "First seed, from the first update on: the rewards that a row was trained on (mean change since the start) beside "
+        "what was never trained on. Trained up and unseen down would be reward hacking.",
     ),
     "fig6_grid.png": ("Fig. 6: the same noise, method by method", "Two images per caption and method."),
     "fig7_grid.png": (
@@ -141,12 +146,11 @@ def radar_figure(results: Results) -> Figure | None:
     angles = [2 * math.pi * k / len(measures) for k in range(len(measures))]
     for row in rows:
         radii = [_radius(results, rows, measure, row) for measure in measures]
-        width = 2.6 if row.name == results.headline else 1.4
-        axes.plot(
-            [*angles, angles[0]], [*radii, radii[0]], color=_color(results, row), linewidth=width, label=row.title
-        )
+        axes.plot([*angles, angles[0]], [*radii, radii[0]], label=row.title, **_look(results, row))
     axes.set_xticks(angles, [_range_label(results, rows, measure) for measure in measures], fontsize=8.5)
-    axes.tick_params(axis="x", pad=14)
+    axes.tick_params(axis="x", pad=6)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        label.set_horizontalalignment(_away(angle))
     axes.set_yticks([0.2, 0.6, 1.0], ["", "", ""])
     axes.set_ylim(0, 1.03)
     axes.set_theta_offset(math.pi / 2)
@@ -214,8 +218,8 @@ def curve_figure(results: Results) -> Figure | None:
     for row, line in lines:
         points = line["points"]
         updates = [point["updates"] for point in points]
-        gains = [_gain(points, k, results.trained) for k in range(len(points))]
-        style = {"color": _color(results, row), "linewidth": _width(results, row), "marker": "o", "markersize": 3}
+        gains = [_gain(points, k, line["trained"]) for k in range(len(points))]
+        style = {**_look(results, row), "marker": "o", "markersize": 3}
         trained.plot(updates, gains, label=row.title, **style)
         heldout.plot(updates, [point["rewards"].get(HELDOUT, math.nan) for point in points], **style)
         overall.plot(updates, [point["shapeseval"] for point in points], **style)
@@ -235,7 +239,7 @@ def _gain(points: Sequence[Mapping[str, Any]], k: int, trained: Sequence[str]) -
 def _points(axes: Axes, results: Results, row: Row, line: Line, key: str) -> None:
     found = [(p["updates"], p[key]) for p in line["points"] if p.get(key) is not None]
     if found:
-        style = {"color": _color(results, row), "linewidth": _width(results, row), "marker": "o", "markersize": 3}
+        style = {**_look(results, row), "marker": "o", "markersize": 3}
         axes.plot(*zip(*found, strict=True), label=row.title, **style)
 
 
@@ -244,8 +248,7 @@ def _r_distribution(axes: Axes, results: Results, row: Row, line: Line) -> None:
     if None in shares or row.kind == "control":
         return
     edges = [k / BINS for k in range(BINS + 1)]
-    style = {"color": _color(results, row), "linewidth": _width(results, row)}
-    axes.stairs(shares, edges, label=row.title, **style)
+    axes.stairs(shares, edges, label=row.title, **_look(results, row))
 
 
 def _share_bars(axes: Axes, results: Results, lines: Sequence[tuple[Row, Line]]) -> None:
@@ -253,7 +256,9 @@ def _share_bars(axes: Axes, results: Results, lines: Sequence[tuple[Row, Line]])
     key = "weight/share_below_half"
     own = [(row, line["statistics"][key]) for row, line in lines if key in line.get("statistics", {})][::-1]
     axes.set_visible(bool(own))
-    axes.barh([row.title for row, _ in own], [v for _, v in own], color=[_color(results, row) for row, _ in own])
+    colors = [_color(results, row) for row, _ in own]
+    hatches = [_HATCHES[_cycle(results, row)] for row, _ in own]
+    axes.barh([row.title for row, _ in own], [v for _, v in own], color=colors, hatch=hatches, edgecolor="white")
     axes.axvline(0.5, color=SOFT, linestyle="--", linewidth=0.8)
     axes.set(title="share of targets with r < 1/2", xlim=(0, 1))
     axes.grid(axis="y", visible=False)
@@ -286,11 +291,11 @@ def _diagnosed(results: Results) -> list[tuple[Row, Line]]:
 
 
 def _shown(results: Results) -> list[Row]:
-    """Rows of the radar: the best teacher, rivals and GDMD; eight lines at most, the headline among them."""
+    """Rows of the radar: the first teacher, the headline, every rival, and other GDMD rows while there is room."""
     teachers = results.present(keep=lambda row: row.kind == "teacher")[:1]
     others = results.present(keep=lambda row: row.kind in ("rival", "gdmd"))
-    first = [row for row in others if row.name == results.headline or "strategy" in row.tables or row.kind == "rival"]
-    return [*teachers, *[row for row in others if row in first][:7]]
+    first = sorted(others, key=lambda row: (row.name != results.headline, row.kind != "rival"))[:MOST_LINES]
+    return [*teachers, *[row for row in others if row in first]]
 
 
 def _radius(results: Results, rows: Sequence[Row], measure: Measure, row: Row) -> float:
@@ -321,15 +326,37 @@ def _color(results: Results, row: Row) -> str:
         return INK
     if row.name == results.headline:
         return PALETTE[1]
-    others = [each.name for each in results.rows if each.kind != "teacher" and each.name != results.headline]
-    return _OTHERS[others.index(row.name) % len(_OTHERS)]
+    return _OTHERS[_place(results, row) % len(_OTHERS)]
 
 
 _OTHERS = (PALETTE[0], *PALETTE[2:], "#3b3b98", "#a0a000", "#00838f", "#ad1457", "#6d8b00", "#5d6d7e")
+_DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)))
+"""Lines of the rows that have the colors for the first, second and third time."""
+_HATCHES = ("", "///", "...")
 
 
-def _width(results: Results, row: Row) -> float:
-    return 2.4 if row.name == results.headline else 1.3
+def _place(results: Results, row: Row) -> int:
+    others = [each.name for each in results.rows if each.kind != "teacher" and each.name != results.headline]
+    return others.index(row.name)
+
+
+def _cycle(results: Results, row: Row) -> int:
+    """How often the colors were used up before this row; 0 for teachers and the headline."""
+    if row.kind == "teacher" or row.name == results.headline:
+        return 0
+    return _place(results, row) // len(_OTHERS) % len(_DASHES)
+
+
+def _look(results: Results, row: Row) -> dict[str, Any]:
+    """Color, width and dashes of a row's line: no two rows of a comparison of 39 look alike."""
+    width = 2.4 if row.name == results.headline else 1.3
+    return {"color": _color(results, row), "linewidth": width, "linestyle": _DASHES[_cycle(results, row)]}
+
+
+def _away(angle: float) -> Literal["left", "center", "right"]:
+    """How a label at the rim is set, so that it does not run into the figure; the angle counts from the top, leftwards."""
+    side = math.sin(angle)
+    return "center" if abs(side) < 0.1 else "right" if side > 0 else "left"
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

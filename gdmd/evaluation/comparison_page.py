@@ -39,13 +39,13 @@ class About:
 
 def write_page(path: Path, results: Results, about: About, figures: Sequence[str]) -> Path:
     """Write the Markdown; ``figures`` are the names of the files that lie in figures/ beside it."""
-    parts = [_head(about), _overall(results, about), _tables(results), _matched(results, about)]
+    parts = [_head(results, about), _overall(results, about), _tables(results), _matched(results, about)]
     parts += [_cost(results), _figures(figures), _made(results, about)]
     write_atomic(path, "\n".join(part for part in parts if part) + "\n", "the page")
     return path
 
 
-def _head(about: About) -> str:
+def _head(results: Results, about: About) -> str:
     missing = f"\n**Unfinished: {about.missing} cells are not in the table yet.**\n" if about.missing else ""
     return f"""# {about.title}
 
@@ -55,8 +55,21 @@ def _head(about: About) -> str:
 is the mean over {len(about.seeds)} seeds ({", ".join(map(str, about.seeds))}) of {about.images:,} images each
 ({about.split} captions, EMA weights); ± is the standard deviation over seeds. † marks rewards that students were trained
 on; **everything else is unseen in training**: the checker behind ShapesEval, the held-out scorer, fidelity, coverage.
-Bold is the best student.
+Bold is the best student.{_foreign(results)}
 """
+
+
+def _foreign(results: Results) -> str:
+    """Sentences about the rows for which that is not true; "" without any."""
+    rows = [(row.title, results.foreign(row.name)) for row in results.present()]
+    said = [f"**{title}** was trained on {', '.join(names)} instead" for title, names in rows if names]
+    if not said:
+        return ""
+    checker = " (a part of the checker, so that its ShapesEval is not unseen either)" if _CHECKED in str(said) else ""
+    return f"\n\n{'; '.join(said)}{checker}: the row shows what that reward is worth, and is never bold."
+
+
+_CHECKED = "shapes_partial_credit"
 
 
 def _overall(results: Results, about: About) -> str:
@@ -102,6 +115,7 @@ Every row is trained until it has made as many network passes as {about.referenc
 hooks; a backward counts two forwards).
 
 {significance(results, OVERALL, "passes")}
+{brief_significance(results, "passes")}
 {table(results, rows, [*by_task()[:1], *quality(results)[1:-1], *costs()[:3]], "passes")}"""
 
 

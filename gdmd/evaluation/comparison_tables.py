@@ -66,6 +66,15 @@ class Results:
         own = [line for line in self.lines if line["method"] == self.headline] or self.lines
         return list(dict.fromkeys(name for line in own for name in line.get("trained", ())))
 
+    def foreign(self, name: str) -> list[str]:
+        """Rewards that this row was trained on and the headline row was not: what is no unseen measure of it."""
+        own = (line for line in self.lines if line["method"] == name)
+        return [
+            reward
+            for reward in dict.fromkeys(r for line in own for r in line.get("trained", ()))
+            if reward not in self.trained
+        ]
+
     @property
     def rewards(self) -> list[str]:
         """All measured rewards, the trained ones first."""
@@ -137,7 +146,10 @@ def steering() -> list[Measure]:
 
 
 def table(results: Results, rows: Sequence[Row], measures: Sequence[Measure], budget: str = "updates") -> str:
-    """mean ± std per row and measure; the best student of a column is bold. Columns nobody has are left out."""
+    """mean ± std per row and measure; the best student of a column, of those with the headline's rewards, is bold.
+
+    Columns nobody has are left out.
+    """
     known = [m for m in measures if any(results.summary(row.name, m.place, budget) for row in rows)]
     best = {m.title: _best(results, rows, m, budget) for m in known}
     head = ["", *(m.title for m in known)]
@@ -229,16 +241,21 @@ def _cell(results: Results, row: Row, measure: Measure, budget: str, best: float
     text = f"{found.mean * measure.scale:,.{measure.digits}f}"
     if measure.best and found.count > 1:
         text += f" ± {found.std * measure.scale:.{measure.digits}f}"
-    is_best = best is not None and found.mean == best and row.kind != "teacher"
+    is_best = best is not None and found.mean == best and _competes(results, row)
     return f"**{text}**" if is_best else text
 
 
 def _best(results: Results, rows: Sequence[Row], measure: Measure, budget: str) -> float | None:
-    found = [results.summary(row.name, measure.place, budget) for row in rows if row.kind != "teacher"]
+    found = [results.summary(row.name, measure.place, budget) for row in rows if _competes(results, row)]
     means = [each.mean for each in found if each is not None]
     if not measure.best or not means or min(means) == max(means):
         return None
     return max(means) if measure.best > 0 else min(means)
+
+
+def _competes(results: Results, row: Row) -> bool:
+    """Whether a row may be the best: a student that was not trained on a measure that is unseen for the headline."""
+    return row.kind != "teacher" and not results.foreign(row.name)
 
 
 def _reward_title(results: Results, name: str) -> str:

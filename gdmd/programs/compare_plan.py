@@ -129,16 +129,17 @@ def unique(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def shown_cells(comparison: Comparison, folder: Path) -> list[Cell]:
-    """Finished cells whose images are shown: of the first seed, the rows asked for, or the first teacher, rivals, GDMD."""
+    """Finished cells whose images are shown: of the first seed, the rows asked for.
+
+    By default the first teacher, the headline, the rivals, and other GDMD rows while there is room.
+    """
     spec = comparison.spec
-    default = [row.name for row in spec.teachers[:1]] + [row.name for row in spec.rows if row.kind != "control"]
-    names = list(spec.pictures.rows) or default
+    students = [row for row in spec.rows if row.kind != "control"]
+    students.sort(key=lambda row: (row.name != spec.headline, row.kind != "rival"))
+    names = list(spec.pictures.rows) or [row.name for row in (*spec.teachers[:1], *students)]
     cells = {cell.method: cell for cell in plan(comparison) if cell.seed == spec.seeds[0] and cell.budget == "updates"}
     own = [cells[name] for name in names if name in cells]
-    finished = [cell for cell in own if (cell.folder(folder) / "result.json").exists()]
-    shown = finished[:MOST_COLUMNS]
-    last = [cell for cell in finished[MOST_COLUMNS:] if cell.method == spec.headline]
-    return [*shown[: MOST_COLUMNS - len(last)], *last]
+    return [cell for cell in own if (cell.folder(folder) / "result.json").exists()][:MOST_COLUMNS]
 
 
 def line_of(cell: Cell, measured: Mapping[str, Any], command: str) -> dict[str, Any]:

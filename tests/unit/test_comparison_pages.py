@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from gdmd.evaluation.comparison_figures import _look, _shown
 from gdmd.evaluation.comparison_tables import OVERALL, Results, Row, against_headline, markdown, quality, table
 from gdmd.programs.compare import Outcome
 from gdmd.programs.compare_pages import beginning, results_of, summary, write_pages
-from gdmd.programs.compare_plan import Cell, line_of, plan
+from gdmd.programs.compare_plan import Cell, line_of, plan, shown_cells
 from gdmd.recipes.read_comparison import Comparison, read_comparison
 from gdmd.runs.errors import RunError
 from gdmd.shapes.grammar import TASKS
@@ -45,7 +46,7 @@ def measured(cell: Cell) -> dict[str, Any]:
 def points(cell: Cell) -> list[dict[str, Any]]:
     if cell.seed or cell.budget == "passes":
         return []
-    rewards = {"shapes_clip": 0.5, "shapes_pref": 0.8, "shapes_clip_heldout": 0.4}
+    rewards = {"shapes_clip": 0.5, "shapes_pref": 0.8, "shapes_clip_heldout": 0.4, "shapes_partial_credit": 0.5}
     steered = {"cosine": 0.3, "ratio": 1.0, "weight": 1.2} if cell.kind == "gdmd" else {}
     return [{"updates": n, "step": n, "shapeseval": 0.4, "rewards": rewards, "change": 0.1, **steered} for n in (0, 8)]
 
@@ -79,7 +80,9 @@ def test_a_page_holds_every_table_and_figure(smoke: Comparison, tmp_path: Path) 
     ):
         assert head in text
     assert "Unfinished" not in text and "nan" not in text and "None" not in text
-    assert "shapes_clip † |" in text and "shapes_clip_heldout † |" not in text
+    assert "shapes_clip † |" in text and "shapes_clip_heldout † |" not in text and "instead" not in text
+    matched = text.split("## The same compute")[1].split("\n## ")[0]
+    assert "|  | shapes_clip_heldout | fidelity | coverage |" in matched  # tested at equal compute too
     drawn = {path.name for path in (tmp_path / "figures").glob("*.png")}
     assert {"overall.png", "fig1_radar.png", "fig3_features.png", "fig4_divergence.png", "fig4_curves.png"} == drawn
     for name in drawn:
@@ -127,11 +130,13 @@ def test_the_summary_says_how_far_each_row_is_behind(smoke: Comparison, tmp_path
     assert 0 <= rows["dmd"]["p_holm"] <= 1
 
 
-def made_up(**values: list[float]) -> Results:
+def made_up(trained: dict[str, list[str]] | None = None, **values: list[float]) -> Results:
     rows = [Row(name, name.upper(), "gdmd" if name == "gdmd" else "rival") for name in values]
-    kinds = {"budget": "updates", "rewards": {}, "trained": []}
+    kinds = {"budget": "updates", "rewards": {}}
+    own_rewards = trained or {}
     lines = [
         {"method": name, "seed": seed, "shapeseval": value, "hash": f"{name}{seed}", **kinds}
+        | {"trained": own_rewards.get(name, [])}
         for name, own in values.items()
         for seed, value in enumerate(own)
     ]
@@ -155,6 +160,50 @@ def test_the_best_student_of_a_column_is_bold_and_ties_are_not() -> None:
     tied = made_up(gdmd=[0.6], dmd=[0.6])
     assert "**" not in table(tied, tied.rows, quality(tied))
     assert markdown(["a"], []) == ""
+
+
+def test_a_row_trained_on_what_is_unseen_for_the_others_is_never_the_best() -> None:
+    rewards = {"gdmd": ["clip"], "dmd": ["clip"], "cheat": ["checker"]}
+    results = made_up(rewards, gdmd=[0.6, 0.7], dmd=[0.5, 0.6], cheat=[0.9, 0.9])
+    assert [results.foreign(name) for name in ("gdmd", "dmd", "cheat")] == [[], [], ["checker"]]
+    text = table(results, results.rows, quality(results))
+    assert "**0.650 ± 0.071**" in text and "**0.900" not in text
+
+
+def test_a_page_says_which_row_was_trained_on_the_checkers_own_credit(smoke: Comparison, tmp_path: Path) -> None:
+    lines = [line_of(cell, measured(cell), "gdmd compare smoke") for cell in plan(smoke)]
+    lines = [line | {"trained": ["shapes_partial_credit"]} if line["method"] == "gdmd_t" else line for line in lines]
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_pages(smoke, "smoke", tmp_path, required=True)
+    assert page is not None
+    text = page.read_text()
+    assert "**GDMD, t only** was trained on shapes_partial_credit instead (a part of the checker" in text
+
+
+def test_no_two_rows_of_a_large_comparison_look_alike() -> None:
+    names = {f"row{k}": [0.5, 0.6] for k in range(30)}
+    results = made_up(gdmd=[0.6, 0.7], **names)
+    looks = [_look(results, row) for row in results.rows]
+    assert len({(look["color"], str(look["linestyle"])) for look in looks}) == 31
+    assert looks[0]["linewidth"] > looks[1]["linewidth"] and looks[1]["color"] == looks[14]["color"]
+
+
+def test_the_radar_shows_every_rival_before_further_rows_of_gdmd() -> None:
+    rows = [Row(name, name, "gdmd") for name in ("gdmd", "other", "another", "third")]
+    rows += [Row(name, name, "rival") for name in ("dmd", "dmd2", "dmdr", "refl", "grpo", "nft")]
+    lines = [{"method": row.name, "budget": "updates", "seed": 0, "shapeseval": 0.5} for row in rows]
+    shown = [row.name for row in _shown(Results(rows, lines, "gdmd"))]
+    assert shown == ["gdmd", "other", "dmd", "dmd2", "dmdr", "refl", "grpo", "nft"]
+
+
+def test_the_pictures_show_every_rival_before_further_rows_of_gdmd(tmp_path: Path) -> None:
+    headline = read_comparison("headline")
+    for cell in plan(headline):
+        if cell.seed == 0:
+            cell.folder(tmp_path).mkdir(parents=True, exist_ok=True)
+            (cell.folder(tmp_path) / "result.json").touch()
+    shown = [cell.method for cell in shown_cells(headline, tmp_path)]
+    assert shown == ["teacher_100", "gdmd", "dmd", "dmd_nft", "dmd_refl", "dmd_grpo", "dmdr", "dmd2"]
 
 
 def test_a_page_tells_where_its_students_begin(smoke: Comparison, tmp_path: Path) -> None:
