@@ -121,6 +121,16 @@ def test_on_policy_a_neutral_sample_moves_nothing_and_a_good_one_attracts() -> N
     torch.testing.assert_close(plain, 5 * 2 / 27 * (2 * r - 1)[:, None, None, None] * (x0_old - target))
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.7, 1.0])
+def test_on_policy_beta_is_no_part_of_the_gradient_which_is_the_advantage_over_the_mean_error(beta: float) -> None:
+    x0_old, target = torch.randn(2, 4, 3, 3, 3).double()
+    x0, advantage = x0_old.clone().requires_grad_(), double([2.0, -1.0, 0.5, -3.0])
+    error = x0_old - target
+    wanted = 2 / 27 * (advantage / error.abs().mean((1, 2, 3)))[:, None, None, None] * error
+    slope = gradient(nft_loss(x0, x0_old, target, nft_optimality(advantage), beta), x0)
+    torch.testing.assert_close(slope, wanted)
+
+
 def test_mixing_velocities_is_mixing_x0() -> None:
     x_t, t, beta = torch.randn(4, 2, 3, 3).double(), torch.rand(4, 1, 1, 1).double(), 0.6
     v, v_old, target = torch.randn(3, 4, 2, 3, 3).double()
