@@ -96,13 +96,13 @@ def scoring_codec(family: Family, device: str = "cpu") -> Codec:
     require_tiny(family)
     import diffusers
 
-    local = is_local(cfg.scoring_decoder)
+    local = is_local(cfg.scoring_decoder, "model.scoring_decoder", "config.json")
     kind: Any = diffusers.AutoencoderTiny
     options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "local_files_only": local, "use_safetensors": True}
     options |= {} if local else {"revision": cfg.scoring_decoder_revision}
     try:
         tiny = kind.from_pretrained(cfg.scoring_decoder, **options)
-    except (OSError, ValueError) as error:
+    except load_errors() as error:
         raise ValueError(
             f"model.scoring_decoder {cfg.scoring_decoder!r}: no AutoencoderTiny can be loaded: {error}"
         ) from error
@@ -158,15 +158,21 @@ def require_diffusers() -> None:
         raise ValueError(f"real models need {', '.join(missing)}: install them with pip install 'gdmd[diffusers]'")
 
 
-def is_local(path: str) -> bool:
-    """Whether ``path`` is a folder; false for a hub id. ValueError for a folder that is not there."""
+def is_local(path: str, field: str = "model.path", holds: str = INDEX) -> bool:
+    """Whether ``path`` is a folder; false for a hub id. ValueError, for ``field``, for a folder that is not there."""
     if Path(path).is_dir():
         return True
+    if Path(path).is_file():
+        raise ValueError(
+            f"{field} {path!r} is a file; give the folder that holds {holds}. A single-file checkpoint is made one once, "
+            "by diffusers: StableDiffusionXLPipeline (the class of its family).from_single_file(FILE)"
+            ".save_pretrained(FOLDER)"
+        )
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.is_dir():
         return False
     raise ValueError(
-        f"model.path {path!r}: there is no such folder, and it is no hub id (ORG/NAME). Give the folder that holds "
-        f"{INDEX}, or an id."
+        f"{field} {path!r}: there is no such folder, and it is no hub id (ORG/NAME). Give the folder that holds "
+        f"{holds}, or an id."
     )
 
 
@@ -283,6 +289,16 @@ def _freeze(pipe: Any, device: str) -> None:
             part.requires_grad_(False).eval().to(device)
 
 
+def load_errors() -> tuple[type[Exception], ...]:
+    """What ``from_pretrained`` raises for files that are missing, damaged, of another shape or of an unknown class.
+
+    diffusers turns a truncated weight file into an OSError; transformers, which reads the text encoders, does not.
+    """
+    from safetensors import SafetensorError
+
+    return OSError, ValueError, ImportError, AttributeError, RuntimeError, SafetensorError
+
+
 def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict[str, None]) -> Any:
     import diffusers
     from transformers.utils import logging
@@ -294,7 +310,7 @@ def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
             cfg.path, **options, **left_out, **({} if local else {"revision": cfg.revision})
         )
-    except (OSError, ValueError, ImportError) as error:
+    except load_errors() as error:
         raise ValueError(f"model.path {cfg.path!r}: the {family.pipeline} cannot be loaded: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gdmd.backbones.packing import in_patches, pack
-from gdmd.backbones.pipelines import check_libraries, is_local, read_index, require_diffusers
+from gdmd.backbones.pipelines import check_libraries, is_local, load_errors, read_index, require_diffusers
 from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
@@ -188,7 +188,7 @@ def _load(cfg: SourceConfig, where: str) -> Any:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             where, **options, **({} if local else {"revision": cfg.revision})
         )
-    except (OSError, ValueError, AttributeError, ImportError) as error:
+    except load_errors() as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{what}: the pipeline cannot be loaded: {first}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -211,7 +211,7 @@ def _add_lora(pipe: Any, lora: str, scale: float) -> None:
         raise ValueError(f"lora {lora!r}: only .safetensors files are read; convert it first")
     try:
         pipe.load_lora_weights(folder, use_safetensors=True, adapter_name="source", **options)
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+    except (KeyError, *load_errors()) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"lora {lora!r} cannot be loaded into a {type(pipe).__name__}: {first}") from error
     if not pipe.get_list_adapters():

@@ -21,8 +21,10 @@ from torch import Tensor
 from gdmd.backbones.base import Family
 from gdmd.backbones.packing import in_patches, pack, unpack
 from gdmd.backbones.pipelines import LateText, open_family
+from gdmd.config.sources import read_source
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.sampling import ode_sample
+from gdmd.programs.sources import open_source
 from gdmd.types import Cond, Prediction
 
 STEPS = 4
@@ -227,6 +229,21 @@ def test_a_weight_file_that_is_missing_is_a_clear_error(folders: Path, tmp_path:
         opened(folders, "sdxl", variant="fp16")
 
 
+def test_damaged_weights_of_any_component_are_a_clear_error(folders: Path, tmp_path: Path) -> None:
+    """transformers raises errors of its own kinds, where diffusers has ValueError and OSError."""
+    cut, other = tmp_path / "cut", tmp_path / "other"
+    for folder in (cut, other):
+        shutil.copytree(saved(folders, "sd15"), folder)
+    weights, config = cut / "text_encoder" / "model.safetensors", other / "text_encoder" / "config.json"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 99}))
+    for folder, why in ((cut, "deserializing header"), (other, "mismatched_sizes")):
+        with pytest.raises(ValueError, match=f"StableDiffusionPipeline cannot be loaded: .*{why}"):
+            open_family(tiny.config(folder))
+        with pytest.raises(ValueError, match=f"{folder.name}': the pipeline cannot be loaded: .*{why}"):
+            open_source(read_source(str(folder)))
+
+
 def test_another_or_an_unknown_family_is_refused(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="family sd3.*model.family = sdxl"):
         opened(folders, "sd3", family="sdxl")
@@ -240,5 +257,8 @@ def test_a_path_that_is_neither_folder_nor_reachable_id_is_refused(tmp_path: Pat
         open_family(tiny.config(tmp_path / "gone"))
     with pytest.raises(ValueError, match="holds no model_index.json"):
         open_family(tiny.config(tmp_path))
+    (tmp_path / "own.safetensors").touch()
+    with pytest.raises(ValueError, match="own.safetensors' is a file.*from_single_file.*save_pretrained"):
+        open_family(tiny.config(tmp_path / "own.safetensors"))
     with pytest.raises(ValueError, match="not in the cache, and the hub cannot be reached"):
         open_family(tiny.config(Path("nobody-here/no-such-model")))

@@ -99,6 +99,9 @@ def tiny_decoder(folder: Path, sides: int, channels: int = 4) -> str:
 
 def test_a_scoring_decoder_of_other_latents_is_refused_by_run_and_plan(tmp_path: Path) -> None:
     folder = tiny.save("sd15", tmp_path / "sd15")
+    absent = tiny.config(folder, scoring_decoder=str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="^model.scoring_decoder .*no such folder.*holds config.json"):
+        scoring_codec(open_family(absent))
     for decoder, message in (
         (tiny_decoder(tmp_path / "8", 4), r"makes 8 x 8 pixels of a latent position.*sd15 has 2 x 2"),
         (tiny_decoder(tmp_path / "16", 2, channels=16), "decodes 16 channels, but latents of sd15 have 4"),
