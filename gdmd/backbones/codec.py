@@ -6,21 +6,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gdmd.diffusion.device import sent
+
+TILE = 512
+"""Pixels along the side of a tile. The VAE's own choice is the size it was made for: one tile for a whole image of 1024."""
 
 
 class VaeCodec:
     """An AutoencoderKL: latents z [B, C, h, w] -> images [B, 3, H, W] in about [0, 1].
 
     decode: D(z / scaling + shift), rescaled from [-1, 1]; encode: (mean of q(z | image) - shift) scaling.
-    ``chunk`` images per call. The VAE computes in its own dtype, whatever the precision around it.
+    ``chunk`` images per call. The VAE computes in its own dtype, whatever the precision around it. ``tiled``: in
+    overlapping tiles of TILE pixels, which are computed again in a backward pass, so that one is in memory at a time.
     """
 
     def __init__(self, vae: Any, chunk: int = 1, *, tiled: bool = False) -> None:
         self.vae, self.chunk = vae.eval().requires_grad_(False), chunk
         if tiled:
             vae.enable_tiling()
+            _divide(vae)
         config = vae.config
         scaling, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
         self._scale, self._shift = torch.tensor(1 / scaling), torch.tensor(shift)
@@ -66,3 +72,19 @@ class VaeCodec:
         """The bare encoder's mean."""
         mean: Tensor = self.vae.encode(images, return_dict=False)[0].mode()
         return mean
+
+
+def _divide(vae: Any) -> None:
+    """Tiles of TILE pixels for the VAEs that take the size they were made for; the video and deep ones have smaller ones."""
+    if not hasattr(vae, "tile_latent_min_size"):
+        return
+    vae.tile_sample_min_size = TILE
+    vae.tile_latent_min_size = TILE // 2 ** (len(vae.config.block_out_channels) - 1)
+    decode = vae.decoder.forward
+
+    def one_tile(z: Tensor) -> Any:
+        if not (torch.is_grad_enabled() and z.requires_grad):
+            return decode(z)
+        return checkpoint(decode, z, use_reentrant=False, preserve_rng_state=False)  # nothing draws: eval mode
+
+    vae.decoder.forward = one_tile

@@ -18,6 +18,7 @@ pytest.importorskip("peft")
 import tiny_pipelines as tiny
 from torch import Tensor
 
+from gdmd.backbones import codec as codecs
 from gdmd.backbones.base import Family
 from gdmd.backbones.packing import in_patches, pack, unpack
 from gdmd.backbones.pipelines import LateText, open_family
@@ -124,6 +125,26 @@ def test_decoding_in_chunks_changes_nothing_and_passes_a_gradient(folders: Path,
     assert torch.allclose(one_by_one, whole.decode(latents), atol=1e-5)
     (gradient,) = torch.autograd.grad(one_by_one.sum(), latents)
     assert gradient.abs().amin((1, 2, 3)).gt(0).any() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux2"])
+def test_tiles_are_smaller_than_the_image_and_one_is_kept_for_the_backward_pass(
+    folders: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16 pixels here; the VAE's own are of the size that it was made for, at which nothing would be divided."""
+    monkeypatch.setattr(codecs, "TILE", 16)
+    whole, tiled = opened(folders, name), opened(folders, name, decode_tiled=True)
+    calls: list[torch.Size] = []
+    tiled.pipe.vae.decoder.conv_in.register_forward_hook(lambda layer, given, answer: calls.append(answer.shape[-2:]))
+    latents = torch.randn(1, *whole.latent_shape, requires_grad=True)
+    images = tiled.codec.decode(latents)
+    assert images.shape == whole.codec.decode(latents).shape
+    assert max(max(side) for side in calls) == 8 and len(calls) == 9, "3 x 3 tiles, each begins 12 pixels after the last"
+    (gradient,) = torch.autograd.grad(images.square().sum(), latents)
+    assert len(calls) == 18, "computed again, tile by tile"
+    del tiled.pipe.vae.decoder.forward
+    (kept,) = torch.autograd.grad(tiled.codec.decode(latents).square().sum(), latents)
+    assert len(calls) == 27 and torch.allclose(gradient, kept, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sd3", "qwen_image", "flux2", "sana"])
