@@ -76,4 +76,6 @@ class DiffusersModel(Config):
         description="Teacher samples on which a run with a scoring_decoder first measures how each reward differs "
         "from that through the VAE (RUN/scoring_decoder.json); at most a batch, 0 = none.",
     )
-    decode_tiled: bool = Field(default=False, description="Decode in overlapping tiles of 512 pixels: less memory, small seams.")
+    decode_tiled: bool = Field(
+        default=False, description="Decode in overlapping tiles of 512 pixels: less memory, small seams."
+    )

@@ -11,6 +11,7 @@ from typing import Any
 from gdmd.backbones.base import Family
 from gdmd.config.run import RunConfig
 from gdmd.export.lora import DIFFUSERS_FILE
+from gdmd.export.pipeline import left_out
 
 
 def model_card(
@@ -83,6 +84,7 @@ def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
         )
     pinned = {"revision": family.cfg.revision, "variant": family.cfg.variant}
     options = "".join(f", {key}={value!r}" for key, value in pinned.items() if value is not None)
+    options += "".join(f", {name}=None" for name in left_out(family))
     base = f'"{family.cfg.path}", dtype=torch.bfloat16{options}'
     return (
         "import torch, diffusers",

@@ -58,6 +58,11 @@ def call_arguments(family: Family, uniform: Sequence[float]) -> dict[str, Any]:
     return arguments | dict(NO_GUIDANCE[family.name]) | size
 
 
+def left_out(family: Family) -> list[str]:
+    """Optional components that the student was trained without (model.t5 = false): the stock call must be, too."""
+    return [name for name in family.optional if family.pipe.components.get(name) is None]
+
+
 def save_merged(family: Family, weights: Mapping[str, Tensor], uniform: Sequence[float], folder: Path) -> Path:
     """The whole pipeline with the student in it and its scheduler, loadable with ``from_pretrained``.
 

@@ -13,7 +13,7 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.export.card import model_card
 from gdmd.export.lora import save_lora
-from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
+from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_scheduler
 from gdmd.programs.decoders import read_gaps
 from gdmd.programs.folders import config_of
 from gdmd.programs.source_runs import trained_rewards
@@ -72,6 +72,7 @@ def describe(
         "base": base,
         "revision": model.revision,
         "variant": model.variant,
+        "without": left_out(family),
         "dtype": model.dtype,
         "merged": merged,
         "pipeline": family.pipeline,

@@ -135,7 +135,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         pipe = _load(own, cfg.where)
     else:
         revision = {key: facts.get(key) for key in ("revision", "variant") if key not in given and not cfg.base}
-        pipe = _load(own.model_copy(update=revision), cfg.base or facts["base"])
+        pipe = _load(own.model_copy(update=revision), cfg.base or facts["base"], facts["without"])
         _add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0)
         pipe.scheduler = _from_folder(facts["scheduler"], folder / "scheduler")
     weights = _fingerprint(cfg.where)
@@ -164,10 +164,13 @@ def read_export(folder: Path) -> dict[str, Any]:
         raise RunError(f"{path} lacks {', '.join(sorted(missing)) or 'its arguments'}; export the run again")
     if facts["dtype"] not in DTYPES or not isinstance(facts["base"], str) or not isinstance(facts["rewards"], list):
         raise RunError(f"{path} is damaged; export the run again")
+    if not all(isinstance(name, str) for name in facts.setdefault("without", [])):
+        raise RunError(f"{path} is damaged; export the run again")
     return dict(facts)
 
 
-def _load(cfg: SourceConfig, where: str) -> Any:
+def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
+    """``without``: components that are not to be loaded."""
     require_diffusers()
     import diffusers
     from transformers.utils import logging
@@ -186,7 +189,7 @@ def _load(cfg: SourceConfig, where: str) -> Any:
     options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "local_files_only": local, "use_safetensors": True}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            where, **options, **({} if local else {"revision": cfg.revision})
+            where, **options, **dict.fromkeys(without), **({} if local else {"revision": cfg.revision})
         )
     except load_errors() as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)

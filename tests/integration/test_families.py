@@ -139,7 +139,9 @@ def test_tiles_are_smaller_than_the_image_and_one_is_kept_for_the_backward_pass(
     latents = torch.randn(1, *whole.latent_shape, requires_grad=True)
     images = tiled.codec.decode(latents)
     assert images.shape == whole.codec.decode(latents).shape
-    assert max(max(side) for side in calls) == 8 and len(calls) == 9, "3 x 3 tiles, each begins 12 pixels after the last"
+    assert max(max(side) for side in calls) == 8 and len(calls) == 9, (
+        "3 x 3 tiles, each begins 12 pixels after the last"
+    )
     (gradient,) = torch.autograd.grad(images.square().sum(), latents)
     assert len(calls) == 18, "computed again, tile by tile"
     del tiled.pipe.vae.decoder.forward

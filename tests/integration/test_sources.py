@@ -129,7 +129,7 @@ def pipeline(folders: Path, name: str) -> Path:
     return folders / name if (folders / name).exists() else tiny.save(name, folders / name)
 
 
-def exported(folders: Path, name: str, target: Path) -> tuple[Any, Path]:
+def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[Any, Path]:
     """A student that left its teacher: its lab, and its export without a training run."""
     import json
 
@@ -145,7 +145,7 @@ def exported(folders: Path, name: str, target: Path) -> tuple[Any, Path]:
 
     prompts = folders / "prompts.txt"
     prompts.write_text("\n".join(CAPTIONS))
-    model = tiny.config(pipeline(folders, name))
+    model = tiny.config(pipeline(folders, name), **changes)
     reward = {"kind": "callable", "target": "builtins:len"}
     cfg = RunConfig(name=name, model=model, loop=LoopConfig(), prompts={"file": str(prompts)}, rewards=[reward])
     lab = build(cfg, "cpu")
@@ -175,6 +175,21 @@ def test_an_export_makes_the_images_of_its_run(folders: Path, tmp_path: Path, na
     assert close(pixels(source, CAPTIONS, batch=1), wanted) and not torch.equal(wanted[0], wanted[1])
     assert (source.facts.kind, source.facts.step, source.facts.nfe) == ("export", 7, 4)
     assert source.facts.trained == ("builtins:len",)
+
+
+def test_a_student_without_t5_is_exported_and_described_without_it(folders: Path, tmp_path: Path) -> None:
+    from gdmd.export.card import model_card
+    from gdmd.programs.evaluate import student_row
+    from gdmd.programs.source_runs import RunSource
+    from gdmd.programs.sources import Facts
+
+    (cfg, lab), folder = exported(folders, "sd3", tmp_path / "export", t5=False)
+    source: Any = open_source(read_source(str(folder)))
+    assert source.pipe.text_encoder_3 is None and source.pipe.tokenizer_3 is None
+    run = RunSource(Facts("sd3", "run", "run"), lab, student_row(cfg, lab))
+    assert close(pixels(source, CAPTIONS), pixels(run, CAPTIONS))
+    card = model_card(cfg, lab.roles.family, {}, {}, merged=False)
+    assert "dtype=torch.bfloat16, text_encoder_3=None, tokenizer_3=None)" in card
 
 
 def test_a_pipeline_takes_a_lora_a_scheduler_and_a_guidance(folders: Path, tmp_path: Path) -> None:
