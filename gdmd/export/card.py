@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def _front_matter(cfg: RunConfig) -> Sequence[str]:
     """The licence is that of the base model, which only its owner can name: "other" until the fields are filled in."""
     return (
         "---",
-        f"base_model: {json.dumps(cfg.model.path if cfg.model.kind == 'diffusers' else '')}",
+        f"base_model: {_base(cfg)}",
         f"base_model_relation: {'adapter' if cfg.model.kind == 'diffusers' and _lora(cfg) else 'finetune'}",
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
@@ -68,6 +69,12 @@ def _front_matter(cfg: RunConfig) -> Sequence[str]:
         "---",
         "",
     )
+
+
+def _base(cfg: RunConfig) -> str:
+    """A hub id; the hub refuses a card that names a folder."""
+    path = cfg.model.path if cfg.model.kind == "diffusers" else ""
+    return f'""  # fill in: its hub id; here the folder {Path(path).name}' if Path(path).is_dir() else json.dumps(path)
 
 
 def _lora(cfg: RunConfig) -> bool:
@@ -96,7 +103,6 @@ def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
 
 
 def _table(cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str]) -> Sequence[str]:
-    command = " ".join(str(word) for word in facts.get("command") or ()) or "not recorded"
     rows = {
         "method": cfg.method.kind,
         "teacher guidance": cfg.method.guidance,
@@ -104,17 +110,40 @@ def _table(cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str]) -> 
         "batch": cfg.loop.batch_size,
         "rewards": ", ".join(rewards) or "none",
         **_scoring(facts.get("scoring")),
-        "prompts": _prompts(cfg.prompts.file),
+        **_data(cfg),
         "seed": cfg.loop.seed,
         "code": facts.get("commit") or "not recorded",
-        "command": f"`{command}`",
     }
-    return ("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()))
+    table = (f"| {key} | {value} |" for key, value in rows.items())
+    return ("| | |", "|---|---|", *table, "", *_command(facts.get("command") or ()))
+
+
+def _command(words: Sequence[str]) -> Sequence[str]:
+    """As it is typed into a shell; the program by its name, wherever it was."""
+    if not words:
+        return ("Command: not recorded.",)
+    program, *rest = map(str, words)
+    name = "gdmd" if Path(program).name in ("__main__.py", "gdmd") else program
+    return ("```sh", shlex.join([name, *rest]), "```")
 
 
 def _scoring(found: Mapping[str, Any] | None) -> Mapping[str, str]:
     """The row of a run whose rewards saw latents through another decoder."""
     return {"rewards seen through": "; ".join([Path(found["decoder"]).name, *found["lines"]])} if found else {}
+
+
+def _data(cfg: RunConfig) -> Mapping[str, str]:
+    """The rows of what was seen: prompts, and real images where the method read some."""
+    if cfg.real_data is None:
+        return {"prompts": _prompts(cfg.prompts.file)}
+    captions = "the captions of the real images"
+    prompts = _prompts(cfg.prompts.file) if cfg.prompts.file else captions
+    return {"prompts": prompts, "real images": ", ".join(_names(cfg))}
+
+
+def _names(cfg: RunConfig) -> Sequence[str]:
+    """Of the folders and archives of real images, without the places where they lie."""
+    return [Path(source).name for source in cfg.real_data.source] if cfg.real_data else []
 
 
 def _prompts(file: str | None) -> str:
@@ -160,4 +189,5 @@ def _licences(cfg: RunConfig, rewards: Sequence[str]) -> Sequence[str]:
         f"| base model | {base} | fill in; its terms bind this student |",
         *(f"| reward model | {reward} | fill in |" for reward in rewards),
         f"| prompts | {Path(cfg.prompts.file).name if cfg.prompts.file else '-'} | fill in source and licence |",
+        *(f"| real images | {name} | fill in source and licence |" for name in _names(cfg)),
     )

@@ -162,9 +162,9 @@ def read_export(folder: Path) -> dict[str, Any]:
         raise RunError(f"{path} cannot be read ({error}); export the run again") from error
     if missing or not isinstance(facts["arguments"], dict) or "num_inference_steps" not in facts["arguments"]:
         raise RunError(f"{path} lacks {', '.join(sorted(missing)) or 'its arguments'}; export the run again")
-    if facts["dtype"] not in DTYPES or not isinstance(facts["base"], str) or not isinstance(facts["rewards"], list):
-        raise RunError(f"{path} is damaged; export the run again")
-    if not all(isinstance(name, str) for name in facts.setdefault("without", [])):
+    facts.setdefault("without", [])
+    lists = all(isinstance(facts[key], list) for key in ("rewards", "without"))
+    if facts["dtype"] not in DTYPES or not isinstance(facts["base"], str) or not lists:
         raise RunError(f"{path} is damaged; export the run again")
     return dict(facts)
 

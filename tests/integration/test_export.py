@@ -143,3 +143,14 @@ def test_the_cards_lines_of_use_pin_what_the_run_was_pinned_to(folders: Path) ->
         cfg = RunConfig(name="x", model=roles.family.cfg, loop={}, rewards=[{"kind": "clip"}])
         card = model_card(cfg, roles.family, call_arguments(roles.family, UNIFORM), {}, merged=False)
         assert f'StableDiffusionPipeline.from_pretrained("{folders / "sd15"}", dtype=torch.bfloat16{wanted}' in card
+
+
+def test_the_cards_command_can_be_typed_and_its_base_is_an_id_or_left_to_fill_in(folders: Path) -> None:
+    family = student_of(folders, "sd15").family
+    cfg = RunConfig(name="x", model=family.cfg, loop={}, rewards=[{"kind": "clip"}])
+    facts = {"command": ["/some/where/gdmd/__main__.py", "train", "sd15_gdmd", "rewards=[{kind: clip}]"]}
+    card = model_card(cfg, family, {}, facts, merged=False)
+    assert "```sh\ngdmd train sd15_gdmd 'rewards=[{kind: clip}]'\n```" in card and "some/where" not in card
+    assert 'base_model: ""  # fill in: its hub id; here the folder sd15\n' in card
+    hub = cfg.model_copy(update={"model": family.cfg.model_copy(update={"path": "some-body/some-model"})})
+    assert 'base_model: "some-body/some-model"\n' in model_card(hub, family, {}, {}, merged=False)

@@ -96,3 +96,6 @@ def test_the_gan_of_dmd2_reads_them(pipeline: Path, tmp_path: Path) -> None:
     shutil.rmtree(cfg.real_data.latents if cfg.real_data else "")
     assert gdmd("sample", str(tmp_path / "run"), "-p", "two red dogs", "--out", str(tmp_path / "a.png")) == 0
     assert gdmd("export", str(tmp_path / "run")) == 0
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "| prompts | the captions of the real images |\n| real images | images |" in card
+    assert "| real images | images | fill in source and licence |" in card

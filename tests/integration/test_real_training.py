@@ -152,7 +152,7 @@ def test_a_run_draws_grids_and_samples_and_is_exported(
         f"guidance_scale={guidance}",
         "sigmas=[1.0, 0.75, 0.5, 0.25]",
         "license:",
-        "`gdmd train`",
+        "```sh\ngdmd train\n```",
     ):
         assert part in card
     merged = export_run(tmp_path / "run", tmp_path / "whole", merged=True)

@@ -15,6 +15,11 @@ from gdmd.config.sources import read_source, read_sources
 from gdmd.programs.sources import Source, kind_of, open_source, places_of
 from gdmd.rewards.images import from_pil
 
+DAMAGED = (
+    '{"base": "x", "dtype": "fp32", "merged": false, "scheduler": "x", "arguments": {"num_inference_steps": 4}, '
+    '"rewards": [], "step": 1, "without": 3}'
+)
+
 
 def pixels(source: Source, texts: list[str], images: int = 2, batch: int = 100, seed: int = 5) -> torch.Tensor:
     places = places_of(texts, images)
@@ -273,10 +278,10 @@ def test_mistakes_with_a_pipeline_are_named(
         open_source(read_source(f"{place}{settings}"))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"base": "x"}', '{"arguments": 3}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"base": "x"}', '{"arguments": 3}', DAMAGED])
 def test_a_damaged_description_of_an_export_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "gdmd_export.json").write_text(content)
-    with pytest.raises(ValueError, match="gdmd_export.json (cannot be read|lacks)"):
+    with pytest.raises(ValueError, match="gdmd_export.json (cannot be read|lacks|is damaged)"):
         open_source(read_source(str(tmp_path)))
 
 
