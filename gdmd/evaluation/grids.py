@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 INK, PAPER, RULE = (30, 32, 38), (250, 250, 250), (205, 205, 210)
 FONT, MARGIN, GAP = 13, 8, 3
+LINE = 48
+"""Characters of a line of a caption: prompts of real models are paragraphs, and would be wider than their pictures."""
 
 
 def write_grid(path: Path, cells: Tensor, captions: Sequence[str], headers: Sequence[str] = (), scale: int = 3) -> Path:
@@ -40,7 +43,8 @@ def draw_grid(cells: Tensor, captions: Sequence[str], headers: Sequence[str] = (
     rows, columns = _checked(cells, captions, headers)
     font = ImageFont.load_default(size=FONT)
     side = cells.shape[-1] * scale
-    left = MARGIN + max(int(font.getlength(text)) for text in captions) + MARGIN
+    texts = [_lines(text, side) for text in captions]
+    left = MARGIN + max(int(font.getlength(line)) for lines in texts for line in lines) + MARGIN
     top = MARGIN + (FONT + MARGIN if headers else 0)
     span = columns // len(headers) if headers else columns
     gaps = [GAP * column + (MARGIN if headers else 0) * (column // span) for column in range(columns)]
@@ -50,9 +54,11 @@ def draw_grid(cells: Tensor, captions: Sequence[str], headers: Sequence[str] = (
     pen = ImageDraw.Draw(canvas)
     for place, text in enumerate(headers):
         pen.text((left + place * span * side + gaps[place * span], MARGIN), text, fill=INK, font=font)
-    for row, text in enumerate(captions):
+    for row, lines in enumerate(texts):
         y = top + row * (side + GAP)
-        pen.text((MARGIN, y + (side - FONT) // 2), text, fill=INK, font=font)
+        first = y + (side - len(lines) * (FONT + GAP) + GAP) // 2
+        for place, line in enumerate(lines):
+            pen.text((MARGIN, first + place * (FONT + GAP)), line, fill=INK, font=font)
         for column in range(columns):
             canvas.paste(_picture(cells[row, column], side), (left + column * side + gaps[column], y))
     return canvas
@@ -84,6 +90,12 @@ def _checked(cells: Tensor, captions: Sequence[str], headers: Sequence[str]) -> 
     if headers and cells.shape[1] % len(headers):
         raise ValueError(f"{len(headers)} headers cannot stand over {cells.shape[1]} columns in equal spans")
     return cells.shape[0], cells.shape[1]
+
+
+def _lines(caption: str, side: int) -> list[str]:
+    """A caption in lines beside a row of ``side`` pixels, cut off where the row ends."""
+    most = max(side // (FONT + GAP), 1)
+    return textwrap.wrap(caption, LINE, max_lines=most, placeholder=" ...") or [""]
 
 
 def _picture(image: Tensor, side: int) -> Image:

@@ -131,6 +131,15 @@ def test_a_grid_of_another_shape_is_an_error() -> None:
         draw_grid(torch.rand(1, 4, 3, 8, 8), ["a ring"], ["a", "b", "c"])
 
 
+def test_a_caption_of_many_words_is_broken_into_lines_and_never_wider_than_a_short_column() -> None:
+    cells = torch.rand(1, 1, 3, 64, 64)
+    short, long, blocks, none = (
+        draw_grid(cells, [text], scale=1) for text in ("a ring", "a word or\ntwo " * 100, "\u7ea2" * 500, "")
+    )
+    assert short.width < long.width < 500 and blocks.width < 1000 and none.width < short.width
+    assert short.height == long.height == blocks.height == none.height
+
+
 def test_a_comparison_puts_the_samplers_side_by_side_from_one_noise(lab: TinyLab) -> None:
     samplers = [teacher_sampler(lab, 1, 1.0), student_sampler(lab, lab.roles.student, (1.0,))]
     cells = same_noise_cells(samplers, lab, TEXTS[:3], 4, per_caption=2)
