@@ -134,7 +134,7 @@ def _train(asked: Asked) -> int:
             trained = start(cfg, asked.run, console, evaluation=asked.evaluation, command=sys.argv, world=world)
         else:
             cfg, run = take_up(asked.resume, asked.recipe, asked.overrides, world)
-            trained = go(cfg, run, ready(cfg, world), console, evaluation=asked.evaluation, world=world)
+            trained = go(cfg, run, ready(cfg, world, console), console, evaluation=asked.evaluation, world=world)
         if asked.json and world.first:
             print_json(trained.json())
         _say_end(trained, console)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -51,13 +51,22 @@ class CachedText:
     def __contains__(self, text: str) -> bool:
         return text in self._place
 
-    def prepare(self, texts: Sequence[str]) -> int:
-        """Embed the captions that are not on disk, shard by shard, then unload the encoder; returns how many."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._place]
+    def missing(self, texts: Sequence[str]) -> list[str]:
+        """Those that are not on disk, each once."""
+        return [text for text in dict.fromkeys(texts) if text not in self._place]
+
+    def prepare(self, texts: Sequence[str], seen: Callable[[int], object] = lambda count: None) -> int:
+        """Embed the captions that are not on disk, shard by shard, then unload the encoder; returns how many.
+
+        ``seen`` is called after every shard with the number of its captions.
+        """
+        missing = self.missing(texts)
         if missing and self.encoder is None:
             raise ValueError(f"{len(missing)} captions are not in {self.folder} and the text encoders are unloaded")
         for start in range(0, len(missing), SHARD):
-            self._write_shard(missing[start : start + SHARD])
+            shard = missing[start : start + SHARD]
+            self._write_shard(shard)
+            seen(len(shard))
         self.null(1)
         if self.encoder is not None:
             self.encoder.unload()

@@ -44,7 +44,7 @@ def export_run(
     family, uniform = open_family(model), cfg.method.student_steps
     arguments = call_arguments(family, uniform)
     facts = read_facts(run) | {"step": saved.step, "scoring": read_gaps(run)}
-    with writing("the export", target):
+    with writing("the export", target, option="--out"):
         target.mkdir(parents=True, exist_ok=True)
         if whole:
             files = [save_merged(family, weights, uniform, target)]

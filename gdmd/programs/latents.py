@@ -15,7 +15,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.image_sources import Unusable
 from gdmd.data.real_latents import Computed, LatentStore
 from gdmd.recipes.real_data import encoder_of, store_of
-from gdmd.runs.errors import writing
+from gdmd.runs.errors import SHARDS_STAY, writing
 
 SHOWN = 20
 """Unusable images that are printed; all of them are in the index and in --json."""
@@ -31,7 +31,7 @@ def compute_latents(cfg: RunConfig, console: Console) -> dict[str, Any]:
         )
     real = cfg.real_data
     store = store_of(real, model)
-    with writing("the latents", store.folder, "Finished shards stay: the same command goes on."):
+    with writing("the latents", store.folder, SHARDS_STAY, "real_data.latents"):
         computed = _prepared(store, real, model, console)
     _tell(computed, store, console)
     return {

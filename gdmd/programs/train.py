@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
@@ -20,6 +21,7 @@ from gdmd.programs.evaluate import finish_run, grid_hook
 from gdmd.programs.folders import new_folder, resumed
 from gdmd.recipes.build import Lab, build, compile_networks
 from gdmd.recipes.rewards import reward_stats
+from gdmd.runs.errors import SHARDS_STAY, writing
 from gdmd.runs.rundir import Run, create, open_run
 from gdmd.shapes.grammar import catalogue
 from gdmd.training.distributed import SINGLE, World
@@ -27,6 +29,8 @@ from gdmd.training.loop import Hooks, Silent, TrainEnd, train
 from gdmd.training.optim8bit import require_torchao
 from gdmd.training.progress import progress_for
 from gdmd.training.start import require_start
+
+QUIET = Console(quiet=True)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def start(
     world: World = SINGLE,
 ) -> Trained:
     """Train a recipe in a new folder. Everything that can be wrong with the input is found before it is made."""
-    lab = ready(cfg, world)
+    lab = ready(cfg, world, console)
 
     def make() -> str:
         return str(create(folder or new_folder(cfg), cfg.model_dump(mode="json"), command).path)
@@ -78,8 +82,8 @@ def take_up(folder: Path, recipe: str | None, overrides: Sequence[str], world: W
     return resumed(folder, recipe, overrides)
 
 
-def ready(cfg: RunConfig, world: World = SINGLE) -> Lab:
-    """The live objects of a recipe, its prompts checked to the last line."""
+def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> Lab:
+    """The live objects of a recipe, its prompts checked to the last line and, where they have a folder, embedded."""
     if world.size > 1:
         world.span(cfg.loop.batch_size)
     check_prompts(cfg)
@@ -90,11 +94,25 @@ def ready(cfg: RunConfig, world: World = SINGLE) -> Lab:
     compile_networks(cfg, lab)
     if isinstance(lab.encoder, CachedText):
         encoder, texts = lab.encoder, [text for group in lab.stream.groups for text in group]
-        world.on_first(lambda: encoder.prepare(texts))  # the cache is of all ranks: one of them writes it
+        world.on_first(lambda: embed(encoder, texts, console))  # the cache is of all ranks: one of them writes it
         if not world.first:
             encoder.refresh()
             encoder.prepare(texts)
     return lab
+
+
+def embed(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) -> None:
+    """The captions that are not on disk yet, which takes a while: how many is said, and on a terminal how far it is."""
+    count = len(encoder.missing(texts))
+    if count:
+        console.print(f"embedding {count} prompts once into {encoder.folder}", markup=False, highlight=False)
+    columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn())
+    with (
+        writing("the text embeddings", encoder.folder, SHARDS_STAY, "model.embeddings"),
+        Progress(*columns, console=console, disable=not (count and console.is_terminal), transient=True) as progress,
+    ):
+        bar = progress.add_task("prompts", total=count)
+        encoder.prepare(texts, lambda done: progress.advance(bar, done))
 
 
 def check_prompts(cfg: RunConfig) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdmd.runs.best import Best, read_best, write_best
-from gdmd.runs.errors import RunError, writing
+from gdmd.runs.errors import RunError, number_in, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +116,7 @@ def write(
         try:
             save_file(_separate(tensors), file, **({"metadata": dict(metadata)} if metadata else {}))
         except SafetensorError as error:  # its writer wraps the OSError in a message
-            raise OSError(_errno(str(error)), f"{name}: {error}") from error
+            raise OSError(number_in(str(error)), f"{name}: {error}") from error
         _fsync(file)
         return {name: _sha256(file)}
 
@@ -330,10 +330,3 @@ def _clear(folder: Path) -> None:
     for pattern in (".step_*.partial", ".step_*.replaced"):
         for leftover in folder.glob(pattern):
             shutil.rmtree(leftover)
-
-
-def _errno(message: str) -> int:
-    """The errno in a safetensors message such as "I/O error: No space left on device (os error 28)"."""
-    tail = message.partition("os error ")[2]
-    digits = tail.partition(")")[0]
-    return int(digits) if digits.isdigit() else 0

@@ -16,6 +16,7 @@ pytest.importorskip("peft")
 import tiny_pipelines as tiny
 from diffusers import AutoencoderKL, AutoencoderTiny
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
@@ -31,6 +32,7 @@ from gdmd.programs.sample import draw
 from gdmd.programs.sources import EXPORT_FILE
 from gdmd.programs.train import ready, start
 from gdmd.recipes.build import Lab, build
+from gdmd.runs.errors import RunError
 from gdmd.runs.rundir import Run, create
 from gdmd.training.loop import train
 from gdmd.types import PromptBatch
@@ -190,6 +192,23 @@ def test_with_all_captions_on_disk_no_text_encoder_is_ever_read(
         ready(more)
     monkeypatch.undo()
     assert "a new one" in ready(more).encoder  # type: ignore[operator]
+
+
+def test_embedding_says_what_it_does_and_a_full_disk_is_one_error(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    cfg = recipe(folders, "sd3", 1, embeddings=str(tmp_path / "embeddings"))
+    with monkeypatch.context() as patch, pytest.raises(RunError) as found:
+        patch.setattr("safetensors.torch.save_file", full)
+        ready(cfg)
+    assert "cannot write the text embeddings" in str(found.value) and "No space left" in str(found.value)
+    assert "Free some disk space, or choose another folder with model.embeddings." in str(found.value)
+    for told in (True, False):
+        ready(cfg, console=Console(file=(said := io.StringIO()), width=400))
+        assert (f"embedding {len(tiny.WORDS)} prompts once into {tmp_path}" in said.getvalue()) == told
 
 
 def test_rewards_see_latents_through_the_tiny_decoder(folders: Path, tmp_path: Path) -> None:
