@@ -61,9 +61,9 @@ def hollow_family(cfg: DiffusersModel) -> Hollow:
 
 def hollow_decoder(cfg: DiffusersModel, channels: int) -> nn.Module:
     """The AutoencoderTiny of cfg.scoring_decoder: from its folder, or as published (TAESD) for a hub id."""
-    path = Path(str(cfg.scoring_decoder))
-    if path.is_dir():
-        return _cast(_made("AutoencoderTiny", _read(path / "config.json")), cfg)
+    given = str(cfg.scoring_decoder)
+    if is_local(given, "model.scoring_decoder", "config.json"):
+        return _cast(_made("AutoencoderTiny", _read(Path(given) / "config.json")), cfg)
     return _cast(_made("AutoencoderTiny", {"latent_channels": channels}), cfg)
 
 

@@ -16,6 +16,7 @@ import torch  # noqa: E402
 
 from gdmd.backbones import pipelines  # noqa: E402
 from gdmd.backbones.pipelines import open_family, scoring_codec  # noqa: E402
+from gdmd.config.model import DiffusersModel  # noqa: E402
 from gdmd.config.run import RunConfig  # noqa: E402
 from gdmd.programs.plan_networks import networks_of  # noqa: E402
 
@@ -97,11 +98,16 @@ def tiny_decoder(folder: Path, sides: int, channels: int = 4) -> str:
     return str(folder)
 
 
+def run_of(model: DiffusersModel) -> RunConfig:
+    return RunConfig(name="x", model=model, loop={}, rewards=[{"kind": "clip"}])
+
+
 def test_a_scoring_decoder_of_other_latents_is_refused_by_run_and_plan(tmp_path: Path) -> None:
     folder = tiny.save("sd15", tmp_path / "sd15")
     absent = tiny.config(folder, scoring_decoder=str(tmp_path / "gone"))
-    with pytest.raises(ValueError, match="^model.scoring_decoder .*no such folder.*holds config.json"):
-        scoring_codec(open_family(absent))
+    for look in (lambda: scoring_codec(open_family(absent)), lambda: networks_of(run_of(absent))):
+        with pytest.raises(ValueError, match="^model.scoring_decoder .*no such folder.*holds config.json"):
+            look()
     for decoder, message in (
         (tiny_decoder(tmp_path / "8", 4), r"makes 8 x 8 pixels of a latent position.*sd15 has 2 x 2"),
         (tiny_decoder(tmp_path / "16", 2, channels=16), "decodes 16 channels, but latents of sd15 have 4"),
@@ -110,7 +116,7 @@ def test_a_scoring_decoder_of_other_latents_is_refused_by_run_and_plan(tmp_path:
         with pytest.raises(ValueError, match=message):
             scoring_codec(open_family(model))
         with pytest.raises(ValueError, match=message):
-            networks_of(RunConfig(name="x", model=model, loop={}, rewards=[{"kind": "clip"}]))
+            networks_of(run_of(model))
 
 
 @pytest.mark.parametrize("name", ["flux2", "flux2_klein", "qwen_image", "sana"])
@@ -121,4 +127,4 @@ def test_a_family_without_tiny_decoders_says_so(tmp_path: Path, name: str) -> No
     with pytest.raises(ValueError, match=message):
         scoring_codec(open_family(model))
     with pytest.raises(ValueError, match=message):
-        networks_of(RunConfig(name="x", model=model, loop={}, rewards=[{"kind": "clip"}]))
+        networks_of(run_of(model))

@@ -278,6 +278,12 @@ def test_mistakes_with_a_pipeline_are_named(
         open_source(read_source(f"{place}{settings}"))
 
 
+def test_a_truncated_lora_is_named(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(bytes(20))
+    with pytest.raises(ValueError, match="cut.safetensors' cannot be loaded into a StableDiffusionXLPipeline"):
+        open_source(read_source(f"{pipeline(folders, 'sdxl')},lora={tmp_path / 'cut.safetensors'}"))
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"base": "x"}', '{"arguments": 3}', DAMAGED])
 def test_a_damaged_description_of_an_export_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "gdmd_export.json").write_text(content)
