@@ -41,6 +41,8 @@ app.add_typer(rewards_app, name="rewards")
 app.add_typer(study_app, name="study")
 
 BAD_INPUT, NOT_FINITE, RANK_LOST, INTERRUPTED = 2, 3, 4, 130
+QUIETER = ("transformers.utils.import_utils", "diffusers.loaders.peft", "diffusers.loaders.lora_base")
+"""Loggers of libraries that are asked for the warnings worth saying only."""
 
 
 def _version(asked: bool) -> None:
@@ -71,7 +73,8 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit; what the user can mend is one clear message on stderr, without a traceback."""
-    logging.getLogger("transformers.utils.import_utils").addFilter(_worth_saying)
+    for name in QUIETER:
+        logging.getLogger(name).addFilter(_worth_saying)
     try:
         app(args=None if arguments is None else list(arguments), prog_name="gdmd")
     except ValueError as error:
@@ -83,8 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    """Not that image processors want torchvision: diffusers loads them with a pipeline, and nothing here uses them."""
-    return "requires torchvision" not in record.getMessage()
+    """Not what is so by design.
+
+    That image processors want torchvision: diffusers loads them with a pipeline, and nothing here uses them. That a
+    LoRA of the denoiser holds nothing for the text encoders (one that changes no layer is an error of its own).
+    """
+    said = record.getMessage()
+    return "requires torchvision" not in said and not said.startswith("No LoRA keys associated to")
 
 
 def report(error: ValueError) -> None:
