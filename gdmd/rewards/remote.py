@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import http.client
 import io
+import ipaddress
 import json
 import math
 import time
@@ -177,7 +178,7 @@ class RemoteScorer:
             with self._opener.open(request, timeout=self.cfg.timeout_s) as answer:
                 text = _read_until(answer, end, self.cfg.timeout_s)
         except urllib.error.HTTPError as error:
-            said = error.read(300).decode("utf-8", "replace")
+            said = self._without_token(_beginning(error))[:300]
             if error.code in _AGAIN:
                 raise _Passing(f"answered {error.code} ({said})") from error
             raise RemoteError(
@@ -191,7 +192,8 @@ class RemoteScorer:
             return found
         except (ValueError, RecursionError) as error:
             raise RemoteError(
-                f"remote reward {self.cfg.url}{path} answered no JSON: {text[:80]!r}; is it the right port?"
+                f"remote reward {self.cfg.url}{path} answered no JSON: {self._without_token(repr(text))[:80]}; "
+                "is it the right port?"
             ) from error
 
     def _read_scores(self, found: Any, count: int) -> list[float]:
@@ -199,10 +201,14 @@ class RemoteScorer:
         right = isinstance(scores, list) and len(scores) == count and found.get("protocol") == PROTOCOL
         if not right or found.get("reward") != self.cfg.reward or not all(map(_is_score, scores or ())):
             raise RemoteError(
-                f"remote reward {self.cfg.url} gave a garbled answer: {json.dumps(found)[:120]}; expected {count} "
-                f"numbers of {self.cfg.reward} in protocol {PROTOCOL}: run the same version of gdmd on both sides"
+                f"remote reward {self.cfg.url} gave a garbled answer: {self._without_token(json.dumps(found))[:120]}; "
+                f"expected {count} numbers of {self.cfg.reward} in protocol {PROTOCOL}: run the same version of gdmd on both sides"
             )
         return [math.nan if score is None else float(score) for score in scores or ()]
+
+    def _without_token(self, said: str) -> str:
+        """What a server said, for an error: some repeat the headers of a request."""
+        return said.replace(self._token, "...") if self._token else said
 
 
 class _GaveUp(Exception):
@@ -221,7 +227,17 @@ def _read_until(answer: Any, end: float, limit: float) -> bytes:
             )
         if time.monotonic() > end:
             raise TimeoutError(f"answer not complete after {limit:g} s")
+    if answer.length:  # read1 ends in silence where a server is killed in the middle of its answer
+        raise http.client.IncompleteRead(b"".join(parts), answer.length)
     return b"".join(parts)
+
+
+def _beginning(error: urllib.error.HTTPError) -> str:
+    """The first words of a refusal; "" where the server went away before it said them."""
+    try:
+        return error.read1(4096).decode("utf-8", "replace")  # one read: a trickling body costs timeout_s at most
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def _is_score(score: Any) -> bool:
@@ -240,5 +256,8 @@ def _png(image: Image) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address stays on this machine."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    """Whether an address stays on this machine. A name other than localhost is taken as one that others reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
