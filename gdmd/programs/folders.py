@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,9 +19,12 @@ from gdmd.runs.rundir import Run, check_same_config, open_run, write_atomic
 MAY_CHANGE = (
     *("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every", "loop.grid_every"),
     *("loop.sharding", "loop.rank_timeout", "loop.checkpoint_async", "loop.checkpoint_format"),
-    *("loop.best_metric", "loop.best_direction"),
+    *("loop.best_metric", "loop.best_direction", "loop.on_nonfinite", "loop.skip_limit"),
 )
-"""What a resumed run may change: how long it goes on, what it writes and on what it runs, never what it computes."""
+"""What a resumed run may change: how long it goes on, what it writes and on what it runs, and what it does about numbers
+that are not finite, which stopped it; never what it computes from finite ones."""
+SERVER = ("url", "token_variable", "timeout_s", "retries", "batch", "on_failure", "max_unscored")
+"""Fields of a remote reward that may change, too: where its server is, and how long it is waited for."""
 TEACHERS = ("teacher", "teacher-4", "teacher-4-plain")
 """What can be evaluated and sampled besides a run folder."""
 
@@ -54,8 +58,19 @@ def check_resumable(folder: Path, recipe: str | None, overrides: Sequence[str]) 
     """
     before = config_of(folder)
     cfg = read_recipe(recipe, overrides) if recipe else config_of(folder, overrides)
-    check_same_config(Run(Path(folder), before.model_dump(mode="json")), cfg.model_dump(mode="json"), MAY_CHANGE)
+    old, new = (_without_servers(one.model_dump(mode="json")) for one in (before, cfg))
+    check_same_config(Run(Path(folder), old), new, MAY_CHANGE)
     return cfg
+
+
+def _without_servers(part: Any) -> Any:
+    """A configuration as plain data, its remote rewards (also those of a composite) without the fields SERVER."""
+    if isinstance(part, list):
+        return [_without_servers(one) for one in part]
+    if not isinstance(part, dict):
+        return part
+    hidden = SERVER if part.get("kind") == "remote" else ()
+    return {key: _without_servers(value) for key, value in part.items() if key not in hidden}
 
 
 def resumed(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[RunConfig, Run]:

@@ -142,8 +142,8 @@ class RemoteScorer:
         except _GaveUp as error:
             if self.cfg.on_failure == "stop":
                 raise RemoteError(
-                    f"{error}. Nothing of this step was applied; start the server again and resume the run, raise "
-                    "timeout_s or retries, or set on_failure = skip"
+                    f"{error}. Nothing of this step was applied; start the server again and resume the run, also with "
+                    "another url, timeout_s, retries or on_failure"
                 ) from error
             self._unscored += len(pictures)
             if self._unscored > self.cfg.max_unscored * self._asked:
@@ -202,7 +202,8 @@ class RemoteScorer:
         if not right or found.get("reward") != self.cfg.reward or not all(map(_is_score, scores or ())):
             raise RemoteError(
                 f"remote reward {self.cfg.url} gave a garbled answer: {self._without_token(json.dumps(found))[:120]}; "
-                f"expected {count} numbers of {self.cfg.reward} in protocol {PROTOCOL}: run the same version of gdmd on both sides"
+                f"expected {count} numbers of {self.cfg.reward} in protocol {PROTOCOL}: run the same version of gdmd on "
+                "both sides"
             )
         return [math.nan if score is None else float(score) for score in scores or ()]
 

@@ -296,7 +296,8 @@ class _Trainer:
             self.saver.settle()
             raise ValueError(
                 f"step {step}: {skipped} updates of this run were skipped because they were not finite, more "
-                f"than loop.skip_limit = {self.cfg.skip_limit}. {self.saver.stands()} Lower the learning rates, or raise it."
+                f"than loop.skip_limit = {self.cfg.skip_limit}. {self.saver.stands()} Resume with a larger one, or begin "
+                "another run with lower learning rates (loop.start_from)."
             )
 
     def _explained(self, error: NonFiniteError, step: int, prompts: PromptBatch) -> NonFiniteError:
@@ -306,7 +307,8 @@ class _Trainer:
         where = f", sample(s) {[index[place] if within else place for place in error.positions[:8]]}"
         message = (
             f"step {step}{where if error.positions else ''}: {error}. The update was not applied. {self.saver.stands()} "
-            "Lower loop.lr_student and loop.lr_fake, use precision fp32, or set loop.on_nonfinite = skip."
+            "Resume with loop.on_nonfinite=skip, or begin another run (loop.start_from) with a lower loop.lr_student and "
+            "loop.lr_fake, or in fp32."
         )
         return NonFiniteError(message, error.role, error.positions)
 

@@ -37,3 +37,27 @@ def test_a_recipe_given_again_is_compared_with_the_completed_one(tmp_path: Path)
     assert check_resumable(run, "shapes_smoke", ["loop.steps=9"]).loop.steps == 9
     with pytest.raises(RunError, match="method.gamma"):
         check_resumable(run, "shapes_smoke", ["method.gamma=0.25"])
+
+
+def test_what_is_done_about_bad_numbers_may_change_as_the_error_advises(tmp_path: Path) -> None:
+    run = older_run(tmp_path)
+    cfg, _ = resumed(run, None, ["loop.on_nonfinite=skip", "loop.skip_limit=99"])
+    assert (cfg.loop.on_nonfinite, cfg.loop.skip_limit) == ("skip", 99)
+    with pytest.raises(RunError, match="loop.lr_student"):
+        check_resumable(run, None, ["loop.lr_student=1e-6"])
+
+
+REMOTE = "{kind: remote, url: 'http://127.0.0.1:1', reward: clip}"
+
+
+@pytest.mark.parametrize("where", ["0", "1.parts.0.reward"])
+def test_a_reward_server_may_come_back_elsewhere(tmp_path: Path, where: str) -> None:
+    composite = f"{{kind: composite, parts: [{{reward: {REMOTE.replace('clip', 'hps')}}}]}}"
+    cfg = read_recipe("sd15_gdmd", ["prompts.file=words.txt", f"rewards=[{REMOTE}, {composite}]"])
+    run = create(tmp_path / "run", cfg.model_dump(mode="json")).path
+    own = f"rewards.{where}"
+    again, _ = resumed(run, None, [f"{own}.url=https://scores.example", f"{own}.retries=9", f"{own}.on_failure=skip"])
+    assert "https://scores.example" in (run / "config.yaml").read_text() and again != cfg
+    for change in (f"{own}.reward=pickscore", "rewards.1.parts.0.weight=2.0"):
+        with pytest.raises(RunError, match="differs in rewards"):
+            check_resumable(run, None, [change])
