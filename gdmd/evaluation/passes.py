@@ -1,6 +1,7 @@
 """What a training costs, counted by hooks on the networks: passes, student updates, seconds.
 
-One pass is one forward of one denoiser (student, fake, teacher or old policy) on one sample; a backward counts two more.
+One pass is one forward of one denoiser (student, fake, teacher or old policy) on one sample; a backward counts two more, or
+one through a frozen network, of which only the adapters are trained.
 A call that ends early, because only features are read, is the share of a forward that is computed. Decoder and rewards
 are left out: METHOD's budgets compare denoiser calls.
 """
@@ -20,6 +21,8 @@ from gdmd.types import Method, PromptBatch, Update
 
 BACKWARD = 2
 """A backward pass costs about two forwards: gradients of the inputs and of the weights."""
+FROZEN_BACKWARD = 1
+"""Through a frozen network: gradients of the inputs; those of the adapters are small."""
 _KEYS = ("cost.passes", "cost.updates", "cost.seconds")
 
 
@@ -42,13 +45,14 @@ class Cost:
 class Counted:
     """A method whose cost is counted; it computes what the method alone would compute.
 
-    ``share``: what the call that is being made costs, in forwards. The sums are saved with the method's state, so that
-    they survive a restart like everything else.
+    ``share``: what the call that is being made costs, in forwards; ``backward``: what a backward pass of a network adds to
+    a forward. The sums are saved with the method's state, so that they survive a restart like everything else.
     """
 
     method: Method
     networks: Iterable[nn.Module]
     share: Callable[[], float] = lambda: 1
+    backward: Callable[[nn.Module], float] = lambda net: BACKWARD
     cost: Cost = field(default_factory=Cost)
     _counting: bool = False
 
@@ -59,7 +63,7 @@ class Counted:
     def _on_forward(self, net: nn.Module, given: tuple[Any, ...], answer: Any) -> None:
         if self._counting:
             tensors, samples = answered(answer)
-            self.cost.passes += samples * (1 + BACKWARD * tensors[0].requires_grad) * self.share()
+            self.cost.passes += samples * (1 + self.backward(net) * tensors[0].requires_grad) * self.share()
 
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
         """The method's own updates; everything until the last one is applied is counted."""

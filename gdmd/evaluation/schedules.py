@@ -1,10 +1,13 @@
 """What one iteration of a method costs by its own algorithm, to be compared with what hooks count.
 
-The unit is F, one denoiser forward on the batch; a backward counts two more, so a trained call is 3 F. Guidance makes
-the teacher's call 2 F. Decoder and rewards are left out, as in ``passes``.
+The unit is F, one denoiser forward on the batch; a backward counts two more, so a trained call is 3 F, and one more through
+a frozen network with adapters: 2 F. Guidance makes the teacher's call 2 F. Decoder and rewards are left out, as in
+``passes``.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,9 +17,19 @@ from gdmd.config.method import DmdConfig, GdmdConfig, MethodConfig
 from gdmd.config.rivals import Dmd2Config, DmdrConfig
 from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.diffusion.rng import SampleRng
+from gdmd.evaluation.passes import BACKWARD
 
-TRAINED = 3
-"""F of a call with its backward pass."""
+
+@dataclass(frozen=True)
+class Trained:
+    """F of a call with its backward pass, by role."""
+
+    student: float = 1 + BACKWARD
+    fake: float = 1 + BACKWARD
+
+
+FULL = Trained()
+"""All weights of both roles are trained."""
 
 
 def student_updates(method: MethodConfig) -> int:
@@ -41,7 +54,9 @@ def drawn_places(method: DistillationConfig, rng: SampleRng) -> Tensor:
     return SampleRng(rng.seed, rng.step, index).integer("tau", len(method.student_steps))
 
 
-def iteration_passes(method: MethodConfig, step: int, places: Tensor, reading: float = 1.0) -> float:
+def iteration_passes(
+    method: MethodConfig, step: int, places: Tensor, reading: float = 1.0, trained: Trained = FULL
+) -> float:
     """F of iteration ``step`` whose samples are trained at the steps ``places``: each costs as many forwards before.
 
     ``reading``: F of a forward that is made for features only (a UNet's ends in its middle).
@@ -53,17 +68,17 @@ def iteration_passes(method: MethodConfig, step: int, places: Tensor, reading: f
             teacher = 2 if any(guidance != 1 for guidance in method.guidances) else 1
             old = 1 if method.old_policy == "ema" else 0
             rollout += method.continuations * _tail(method, places) if method.continued else 0
-            return rollout + old + method.group_size * (TRAINED + teacher + 1 + TRAINED)
+            return rollout + old + method.group_size * (trained.fake + teacher + 1 + trained.student)
         case Dmd2Config():
             judged = (
-                TRAINED * reading if method.adversarial else 0
+                trained.fake * reading if method.adversarial else 0
             )  # a head's trunk is the fake: real and student latents
-            return rollout + method.fake_updates * (TRAINED + 2 * judged) + score + TRAINED + judged
+            return rollout + method.fake_updates * (trained.fake + 2 * judged) + score + trained.student + judged
         case DmdrConfig():
-            return rollout + method.fake_updates * TRAINED + score + _dmdr_student(method, step)
+            return rollout + method.fake_updates * trained.fake + score + _dmdr_student(method, step, trained.student)
         case DmdConfig() | DmdReflConfig() | DmdNftConfig() | DmdGrpoConfig():
-            updates = method.student_updates * (score + TRAINED)
-            return rollout + method.fake_updates * TRAINED + updates + _added(method, step)
+            updates = method.student_updates * (score + trained.student)
+            return rollout + method.fake_updates * trained.fake + updates + _added(method, step, trained.student)
 
 
 def _tail(method: DistillationConfig, places: Tensor) -> float:
@@ -71,29 +86,29 @@ def _tail(method: DistillationConfig, places: Tensor) -> float:
     return float((len(method.student_steps) - 1 - places).clamp_min(1).float().mean())
 
 
-def _dmdr_student(method: DmdrConfig, step: int) -> float:
+def _dmdr_student(method: DmdrConfig, step: int, trained: float) -> float:
     """Stage 1 finishes a picture for its tilt; stage 2 adds what its strategy needs."""
     steps = len(method.student_steps)
     if step < method.cold_start:
-        return TRAINED + (steps if method.tilt > 0 else 0)
+        return trained + (steps if method.tilt > 0 else 0)
     if method.rl_weight == 0 or method.strategy == "refl":
-        return TRAINED
+        return trained
     if method.strategy == "grpo":
-        return TRAINED + steps + TRAINED * (steps - 1)
-    return TRAINED + steps + 2 + 2 * TRAINED  # dpo: the reference and the student on winner and loser
+        return trained + steps + trained * (steps - 1)
+    return trained + steps + 2 + 2 * trained  # dpo: the reference and the student on winner and loser
 
 
-def _added(method: DmdConfig | DmdReflConfig | DmdNftConfig | DmdGrpoConfig, step: int) -> float:
+def _added(method: DmdConfig | DmdReflConfig | DmdNftConfig | DmdGrpoConfig, step: int, trained: float) -> float:
     """What comes to DMD's own calls: pairs of the teacher's ODE, or scored roll-outs and their loss."""
     steps, updates = len(method.student_steps), method.student_updates
     match method:
         case DmdConfig() if method.regression_weight > 0:
             solved = not method.regression_batches or step < method.regression_batches
             guided = 1 if method.guidance == 1 else 2
-            return solved * method.regression_steps * guided + updates * TRAINED
+            return solved * method.regression_steps * guided + updates * trained
         case DmdNftConfig() if method.rl_weight > 0:
-            return steps + updates * (1 + TRAINED)  # the old policy, then the student at the scored sample
+            return steps + updates * (1 + trained)  # the old policy, then the student at the scored sample
         case DmdGrpoConfig() if method.rl_weight > 0:
-            return steps + updates * TRAINED * (steps - 1)
+            return steps + updates * trained * (steps - 1)
         case _:
             return 0.0

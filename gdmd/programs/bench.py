@@ -24,13 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from gdmd.backbones.copies import Copy
 from gdmd.backbones.roles import DiffusersRoles
 from gdmd.backbones.trunk import Wear
+from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
 from gdmd.diffusion.device import checks_read_later
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.calls import DENOISERS, Call, Watched, recorded, replay
-from gdmd.evaluation.passes import Counted
-from gdmd.evaluation.schedules import drawn_places, every_place, iteration_passes, student_updates
+from gdmd.evaluation.passes import BACKWARD, FROZEN_BACKWARD, Counted
+from gdmd.evaluation.schedules import Trained, drawn_places, every_place, iteration_passes, student_updates
 from gdmd.recipes.build import Lab, build, compile_networks
 from gdmd.training.state import RoleState, autocast_of, role_states
 from gdmd.types import Method, PromptBatch, Role, Update
@@ -71,8 +72,8 @@ class Bench:
             self.lab.encoder.prepare([text for group in self.lab.stream.groups for text in group])
         self.clock = clock
         nets = [one.net for one in watched(self.lab.roles) if one.who() != GAN_HEAD]
-        self.method = Counted(self.lab.method, nets, share_of(self.lab.roles))
-        self.reading = reading(self.lab.roles)
+        self.method = Counted(self.lab.method, nets, share_of(self.lab.roles), backward_of(self.lab.roles))
+        self.reading, self.trained_f = reading(self.lab.roles), trained_f(cfg)
         self.states: dict[Role, RoleState] = role_states(self.lab.roles, cfg.loop)
         self.device = next(iter(self.states["student"].parameters.values())).device
         self.autocast = autocast_of(cfg.loop, self.device.type)
@@ -97,7 +98,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         self.times.training.append(timed(lambda: self.train(step, prompts), self.clock))
         places = drawn_places(self.cfg.method, rng)
-        self.expected.append(iteration_passes(self.cfg.method, step, places, self.reading))
+        self.expected.append(iteration_passes(self.cfg.method, step, places, self.reading, self.trained_f))
         self.counted.append(self.method.cost.passes / len(prompts) - sum(self.counted))
 
     def train(self, step: int, prompts: PromptBatch) -> None:
@@ -163,8 +164,8 @@ class Bench:
         middle = {name: statistics.median(own) for name, own in vars(times).items()}
         bare = [a + b for a, b in zip(times.networks, times.scoring, strict=True)]
         places = every_place(cfg.method)
-        each = [iteration_passes(cfg.method, step, places, self.reading) for step in range(len(self.counted))]
-        mean = statistics.mean(each)
+        count = lambda step: iteration_passes(cfg.method, step, places, self.reading, self.trained_f)  # noqa: E731
+        mean = statistics.mean(count(step) for step in range(len(self.counted)))
         peak, what = self.peak()
         return {
             **{"recipe": cfg.name, "method": cfg.method.kind, "device": _device_name(self.device)},
@@ -230,6 +231,19 @@ def reading(roles: Any) -> float:
 def share_of(roles: Any) -> Callable[[], float]:
     """F of the call that is being made."""
     return lambda: reading(roles) if isinstance(roles, DiffusersRoles) and roles.fake.reading else 1.0
+
+
+def backward_of(roles: Any) -> Callable[[Any], float]:
+    """F of a backward pass through a network, as the hooks see it: the trunk is frozen."""
+    trunk = roles.trunk.net if isinstance(roles, DiffusersRoles) else None
+    return lambda net: FROZEN_BACKWARD if net is trunk else BACKWARD
+
+
+def trained_f(cfg: RunConfig) -> Trained:
+    """F of a trained call of each role, as the recipe says: adapters on one trunk, or all weights."""
+    full = cfg.model.full if isinstance(cfg.model, DiffusersModel) else "both"
+    adapted = {role: 1 + FROZEN_BACKWARD for role in ("student", "fake") if full not in (role, "both")}
+    return Trained(**adapted)
 
 
 def _trunk(roles: DiffusersRoles) -> Watched:
