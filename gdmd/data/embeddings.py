@@ -1,8 +1,9 @@
 """Text embeddings computed once: shards of safetensors on disk, so that training holds no text encoder.
 
-FOLDER/KEY/shard_00000.safetensors holds the named tensors of up to SHARD captions, [n, ...] each, and the captions in
-its header; null.safetensors the unconditional input. KEY is a hash of the encoder's identity (pipeline, revision,
-precision, length), so that embeddings of another encoder are never read.
+FOLDER/KEY/shard_NAME.safetensors holds the named tensors of up to SHARD captions, [n, ...] each, and the captions in its
+header; NAME is a hash of these, so that processes which write at the same time (two runs, or ranks that do not see each
+other's disks) never take each other's place. null.safetensors holds the unconditional input. KEY is a hash of the encoder's
+identity (pipeline, revision, precision, length), so that embeddings of another encoder are never read.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -107,7 +109,7 @@ class CachedText:
         assert self.encoder is not None
         parts = [self.encoder.encode(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        file = next_shard(self.folder)
+        file = shard_of(self.folder, texts)
         _save(file, joined, {"texts": json.dumps(list(texts))})
         self._index(file)
 
@@ -139,10 +141,14 @@ class CachedText:
         return {name: sent(torch.cat([rows[place][name] for place in wanted]), self.device) for name in names}
 
 
-def next_shard(folder: Path) -> Path:
-    """A file behind all shards of a folder, also where one in the middle was deleted."""
-    numbers = [int(file.stem.removeprefix("shard_")) for file in folder.glob("shard_[0-9]*.safetensors")]
-    return folder / f"shard_{max(numbers, default=-1) + 1:05d}.safetensors"
+def shard_of(folder: Path, entries: Sequence[str]) -> Path:
+    """The file of a folder that holds these entries, in this order, and can hold no others."""
+    return folder / f"shard_{hashlib.sha256(json.dumps(list(entries)).encode()).hexdigest()[:16]}.safetensors"
+
+
+def unfinished(file: Path) -> Path:
+    """Where a file is written before it gets its name: another place for each process."""
+    return file.with_name(f".{file.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
@@ -150,6 +156,6 @@ def _save(file: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> 
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.partial")
-    save_file({name: part.detach().cpu().contiguous().clone() for name, part in tensors.items()}, unfinished, header)
-    os.replace(unfinished, file)
+    own = unfinished(file)
+    save_file({name: part.detach().cpu().contiguous().clone() for name, part in tensors.items()}, own, header)
+    os.replace(own, file)

@@ -1,6 +1,6 @@
 """Latents of real images computed once: shards of safetensors on disk, read row by row while training.
 
-FOLDER/KEY/shard_00000.safetensors holds "latents" [n, C, h, w] of up to SHARD images and the SHA-256 of their files in
+FOLDER/KEY/shard_NAME.safetensors holds "latents" [n, C, h, w] of up to SHARD images and the SHA-256 of their files in
 its header; index.json the images of the data set with their captions. KEY is a hash of the VAE's identity (pipeline,
 revision, precision) and of the size, so that latents of another VAE or size are never read.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gdmd.data.embeddings import next_shard
+from gdmd.data.embeddings import shard_of, unfinished
 from gdmd.data.image_sources import Captioned, Unusable, captioned_images, pixels
 from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
@@ -121,11 +121,11 @@ class LatentStore:
         latents = torch.cat(parts).float().cpu().contiguous()
         if not latents.isfinite().all():
             raise ValueError(f"{self.what}: encodes images to numbers that are not finite; try model.dtype=fp32")
-        file = next_shard(self.folder)
-        unfinished = file.with_name(f".{file.name}.partial")
+        file = shard_of(self.folder, list(waiting))
+        own = unfinished(file)
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": latents}, unfinished, {"images": json.dumps(list(waiting))})
-        os.replace(unfinished, file)
+        save_file({"latents": latents}, own, {"images": json.dumps(list(waiting))})
+        os.replace(own, file)
         count = len(waiting)
         waiting.clear()
         self._add(file)
@@ -150,9 +150,9 @@ class LatentStore:
     def _save_index(self, rows: Sequence[Mapping[str, str]], unusable: Sequence[Unusable]) -> None:
         passed = [{"name": found.name, "why": found.why} for found in unusable]
         content = {"source": self.source, "images": rows, "unusable": passed}
-        unfinished = self.folder / f".{INDEX}.partial"
-        unfinished.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(unfinished, self.folder / INDEX)
+        own = unfinished(self.folder / INDEX)
+        own.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(own, self.folder / INDEX)
 
     def open(self) -> StoredLatents:
         """The finished store. ValueError with the command where it is missing, damaged or of other images."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from gdmd.data.embeddings import BATCH, SHARD, CachedText
@@ -93,14 +94,38 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     cache.prepare(TEXTS[:1])
     (shard,) = cache.folder.glob("shard_*")
     shard.write_bytes(shard.read_bytes()[:20])
-    with pytest.raises(ValueError, match="shard_00000.safetensors: damaged.*delete the file"):
+    with pytest.raises(ValueError, match=f"{shard.name}: damaged.*delete the file"):
         CachedText(Letters(), tmp_path, "a")
 
 
 def test_a_deleted_shard_is_made_again_beside_the_others(tmp_path: Path) -> None:
     CachedText(Letters(), tmp_path, "a").prepare(TEXTS)
-    next(tmp_path.rglob("shard_00000.safetensors")).unlink()
+    max(tmp_path.rglob("shard_*"), key=lambda file: file.stat().st_size).unlink()  # that of SHARD captions
     cache = CachedText(Letters(), tmp_path, "a")
     assert cache.prepare(TEXTS) == SHARD
     for after in (cache, CachedText(Letters(), tmp_path, "a")):
         assert same(after.encode(TEXTS), Letters().encode(TEXTS))
+
+
+def between(monkeypatch: pytest.MonkeyPatch, other: Callable[[], object]) -> None:
+    """Another run does ``other`` once, just before this one writes its first file."""
+    save, waiting = safetensors.torch.save_file, [other]
+
+    def meanwhile(*given: object) -> None:
+        if waiting:
+            waiting.pop()()
+        save(*given)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", meanwhile)
+
+
+@pytest.mark.parametrize("own", [TEXTS[5:9], TEXTS[:4]], ids=["other captions", "the same"])
+def test_runs_that_write_at_the_same_time_read_their_own_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: list[str]
+) -> None:
+    one, other = (CachedText(Letters(), tmp_path, "a") for _ in range(2))
+    between(monkeypatch, lambda: other.prepare(own))
+    one.prepare(TEXTS[:4])
+    for cache, texts in ((one, TEXTS[:4]), (other, own), (CachedText(Letters(), tmp_path, "a"), [*TEXTS[:4], *own])):
+        assert same(cache.encode(texts), Letters().encode(texts))
+    assert not list(tmp_path.rglob(".*"))
