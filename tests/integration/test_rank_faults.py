@@ -119,6 +119,25 @@ def test_a_killed_rank_ends_the_others_with_a_clear_error(tmp_path: Path) -> Non
     assert [end.code for end in two(tmp_path)] == [0, 0]
 
 
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_all_ranks_killed_at_once_go_on_and_end_as_the_undisturbed_run(tmp_path: Path, sharding: str) -> None:
+    def at(rank: int, step: int) -> None:
+        if step == AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    changes = {"sharding": sharding, "checkpoint_async": True}  # killed while they write, or just after
+    (tmp_path / "whole").mkdir()
+    assert [end.code for end in two(tmp_path / "whole", **changes)] == [0, 0]
+    assert [end.code for end in two(tmp_path, at, **changes)] == [-signal.SIGKILL] * 2
+    assert set(steps(tmp_path)) <= {5}
+    assert [end.code for end in two(tmp_path, **changes)] == [0, 0]
+    whole, other = (checkpoint.load_newest(folder / "run" / "checkpoints") for folder in (tmp_path / "whole", tmp_path))
+    assert whole is not None and other is not None and whole.step == other.step == 20 and whole.state == other.state
+    for part in ("student", "fake", "ema", "optim_student", "method"):
+        assert all(torch.equal(other.part(part)[name], value) for name, value in whole.part(part).items()), part
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
 def test_a_full_disk_of_rank_0_ends_all_and_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
