@@ -14,11 +14,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
 from gdmd.programs.decoders import check_decoder
 from gdmd.programs.evaluate import finish_run, grid_hook
 from gdmd.programs.folders import new_folder, resumed
+from gdmd.programs.hub_pins import tell_commits
 from gdmd.recipes.build import Lab, build, compile_networks
 from gdmd.recipes.rewards import reward_stats
 from gdmd.runs.errors import SHARDS_STAY, writing
@@ -133,6 +135,9 @@ def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool
     """Train ``run`` from where it stands to its last step; then evaluate and report unless it was interrupted."""
     console.print(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name, markup=False, highlight=False)
     console.print(f"run folder {run.path}", markup=False, highlight=False)
+    model = cfg.model
+    if isinstance(model, DiffusersModel):
+        world.on_first(lambda: tell_commits(model, run, console))
     world.on_first(lambda: check_decoder(cfg, lab, run.path, console))
     began = time.perf_counter()
     with progress_for(cfg.loop.steps, console) as progress:
