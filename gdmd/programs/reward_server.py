@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SHORTEST_TOKEN = 16
 LARGEST_SIDE = 4096
 """Pixels; a PNG of a few kilobytes may claim to be far larger."""
+MOST_PIXELS = 64 * 1024 * 1024
+"""Of all images of a request: 64 of 1024 x 1024, 0.8 GB as numbers."""
 LONGEST_PROMPT = 4000
 
 
@@ -159,10 +161,13 @@ def read_request(
         raise Refused(400, f"{len(meta)} metadata for {len(prompts)} prompts")
     if not 0 < len(pictures) <= limits.images:
         raise Refused(413, f"{len(pictures)} images in a request, from 1 to {limits.images} are allowed")
-    return name, prompts, meta, [read_png(one) for one in pictures]
+    images: list[Image] = []
+    for one in pictures:
+        images.append(read_png(one, MOST_PIXELS - sum(image.width * image.height for image in images)))
+    return name, prompts, meta, images
 
 
-def read_png(text: Any) -> Image:
+def read_png(text: Any, most: int = MOST_PIXELS) -> Image:
     """An image from base64. Refused (400) for what is no PNG, and for one of too many pixels, before it is decoded."""
     from PIL import Image as pillow
 
@@ -170,6 +175,8 @@ def read_png(text: Any) -> Image:
         image = pillow.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
         if max(image.size) > LARGEST_SIDE:
             raise Refused(413, f"an image of {image.width} x {image.height} pixels; at most {LARGEST_SIDE} a side")
+        if image.width * image.height > most:
+            raise Refused(413, f"more than {MOST_PIXELS} pixels in a request; give a smaller batch")
         return image.convert("RGB")
     except (binascii.Error, TypeError, ValueError, OSError, SyntaxError, pillow.DecompressionBombError) as error:
         raise Refused(400, "an image is not a base64 PNG") from error

@@ -1,15 +1,21 @@
-"""A reward server that is killed inside its answer, or repeats what it was sent; and who may get a token in the clear."""
+"""A reward server that is killed inside its answer, or repeats what it was sent; who may get a token in the clear.
+
+And small pictures that claim many pixels, to the server.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_remote_rewards import TOKEN, answering, batch_of, client, expected, good, pictures, reply
+from PIL import Image
+from test_remote_rewards import TOKEN, answering, batch_of, brightness, client, expected, good, pictures, png, reply
 
+from gdmd.rewards.callable import CallableReward
 from gdmd.rewards.remote import RemoteError
 
 
@@ -59,3 +65,17 @@ def test_only_this_machine_gets_a_token_without_encryption(host: str, here: bool
         return
     with pytest.raises(ValueError, match="would send the token unencrypted"):
         client(url, TOKEN)
+
+
+def test_small_files_of_many_pixels_are_refused_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gdmd.programs import reward_server as server
+
+    picture = png(Image.new("RGB", (server.LARGEST_SIDE, 16)))
+    assert len(picture) < 2000
+    body = {"protocol": 1, "reward": "bright", "prompts": ["a"] * 3, "images": [picture] * 3}
+    known, asked = {"bright": CallableReward(brightness, "bright")}, json.dumps(body).encode()
+    assert len(server.read_request(asked, known, server.Limits())[3]) == 3
+    monkeypatch.setattr(server, "MOST_PIXELS", 2 * 16 * server.LARGEST_SIDE)
+    with pytest.raises(server.Refused, match="pixels in a request; give a smaller batch") as refused:
+        server.read_request(asked, known, server.Limits())
+    assert refused.value.status == 413
