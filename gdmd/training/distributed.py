@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.runs.seat import Seat, attempt, seat
-from gdmd.training.watchdog import watching
+from gdmd.training.watchdog import RANK_LOST, watching
 
 if TYPE_CHECKING:
     from torch.distributed import PrefixStore
@@ -301,20 +302,27 @@ def launch(words: Sequence[str], processes: int, restarts: int = 0) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", "gdmd", *words)
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            return _told(rank, failure.pid, failure.exitcode)
+            return _told(*_first_failure(error.failures))
         except SignalException as error:
             return 128 + int(error.sigval)
     return 0
 
 
+def _first_failure(failures: Mapping[int, Any]) -> tuple[int, int, int]:
+    """(rank, process, exit code) of the rank that failed first.
+
+    The launcher's times are whole seconds, in which the others lose contact or get its SIGTERM: those come after.
+    """
+    after = (RANK_LOST, -signal.SIGTERM, 128 + signal.SIGTERM)
+    rank = min(failures, key=lambda rank: (failures[rank].exitcode in after, failures[rank].timestamp))
+    return rank, failures[rank].pid, failures[rank].exitcode
+
+
 def _told(rank: int, pid: int, code: int) -> int:
     """Say which rank ended first, where it could not say so itself; its exit code."""
     if code < 0:
-        from signal import Signals
-
         print(
-            f"error: rank {rank} (process {pid}) was ended by {Signals(-code).name}; so the others were",
+            f"error: rank {rank} (process {pid}) was ended by {signal.Signals(-code).name}; so the others were",
             file=sys.stderr,
         )
     return code if code >= 0 else 128 - code

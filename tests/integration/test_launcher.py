@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gdmd.runs import checkpoint
 from gdmd.runs.rundir import read_facts, read_metrics
+from gdmd.training.distributed import _first_failure, _told
 from gdmd.types import PromptBatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +92,47 @@ def test_ranks_end_by_themselves_when_their_launcher_is_killed_and_the_run_goes_
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in read_metrics(run)] == list(range(1, last + 2))
+
+
+def test_a_killed_rank_ends_the_command_with_137_and_sigterm_to_the_launcher_saves_and_ends_it_with_143(
+    tmp_path: Path,
+) -> None:
+    def life(name: str, *words: str) -> tuple[subprocess.Popen[bytes], Path]:
+        asked, environment = command(tmp_path, *words, "--gpus", "2")
+        log = tmp_path / name
+        with log.open("w") as told:
+            return subprocess.Popen(asked, env=environment, stdout=told, stderr=told), log
+
+    run = tmp_path / "run"
+    reached = lambda: int(rows[-1]["step"]) if (rows := read_metrics(run)) else 0  # noqa: E731
+    try:
+        launcher, log = life("first", recipe(tmp_path, 10_000), "--run", str(run))
+        wait(200, "two ranks with a checkpoint", log, lambda: reached() > 1 and len(ranks(tmp_path)) == 2)
+        os.kill(ranks(tmp_path)[1], signal.SIGKILL)
+        assert launcher.wait(100) == 137, log.read_text()[-3000:]
+        assert "was ended by SIGKILL" in log.read_text()
+        assert f"go on with: gdmd train --resume {run} --gpus 2" in log.read_text()
+        before = reached()
+        launcher, log = life("second", "--resume", str(run), "loop.checkpoint_every=10000")
+        wait(200, "a step after the resume", log, lambda: reached() > before)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(100) == 143, log.read_text()[-3000:]
+    finally:
+        launcher.kill()
+        for pid in ranks(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+    assert checkpoint.steps(run / "checkpoints")[-1] == reached() > before
+    assert "stopped at step" in log.read_text()
+
+
+@pytest.mark.parametrize(("other", "code"), [(4, 137), (-15, 137), (143, 137), (2, 2)])
+def test_the_code_is_that_of_the_rank_that_failed_before_the_others_lost_it(other: int, code: int) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    failures = {rank: ProcessFailure(rank, 100 + rank, end, "") for rank, end in enumerate((other, -9))}
+    for failure in failures.values():
+        failure.timestamp = 7  # whole seconds: in one of them the others end, too
+    assert _told(*_first_failure(failures)) == code
 
 
 def test_a_run_of_one_process_goes_on_with_two_and_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
