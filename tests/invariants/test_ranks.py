@@ -52,6 +52,9 @@ APART = dict.fromkeys(("student", "fake", "ema", "old", "method"), 1e-5) | dict.
 """The largest distance of two runs in a part of their checkpoints, as a part of its length; counters are equal."""
 ONE_WEIGHT = 0.2
 """The largest distance of a single weight, in steps of LR."""
+BOTH_SUM = 4.0
+"""What these are multiplied by where both runs add up micro-batches, each in its own order: 9e-6 of the student, 6e-5 of its
+moments and 36 % of one step were measured. One micro-batch of four at a third of its weight moves the student by 5e-3."""
 CONFIGS: dict[str, Any] = {
     "gdmd": GdmdConfig(group_size=2, old_policy="ema", control="shuffled", score_baseline="time"),
     "continued": GdmdConfig(group_size=1, score_target="continuation", continuations=2, weighting="softmax"),
@@ -66,6 +69,9 @@ SHARDED = {
     "continued_full": ("continued", "full"),
     "dmd2_gan_full": ("dmd2_gan", "full"),
 }
+
+MICRO = {"gdmd_micro_2": "none", "gdmd_micro_full_2": "full"}
+"""Two ranks that split their own four samples into micro-batches of one, by loop.sharding."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,6 +131,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run(name, root / f"{name}_2", world)
         for name, (method, how) in SHARDED.items():
             run(method, root / f"{name}_2", world, sharding=how)
+        for name, how in MICRO.items():
+            run("gdmd", root / name, world, sharding=how, micro_batch=1)
         run("gdmd", root / "two_to_one", world, steps=2, sharding="full")
         run("gdmd", root / "one_to_two", world, sharding="full", checkpoint_format="single")
         (root / f"calls_{world.seat.rank}.json").write_text(json.dumps(world.calls))
@@ -141,7 +149,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {f"{part}/{name}": value for part, named in saved.tensors.items() for name, value in named.items()}
 
 
-def assert_equal(first: Path, second: Path) -> None:
+def assert_equal(first: Path, second: Path, slack: float = 1.0) -> None:
     a, b = tensors_of(first), tensors_of(second)
     assert a.keys() == b.keys()
     for part in dict.fromkeys(name.partition("/")[0] for name in a):
@@ -151,9 +159,9 @@ def assert_equal(first: Path, second: Path) -> None:
         names = [name for name in names if "/step/" not in name]
         own, other = (torch.cat([tensors[name].double().flatten() for name in names]) for tensors in (a, b))
         apart = own - other
-        assert apart.norm() <= APART[part] * own.norm(), (part, apart.norm() / own.norm())
+        assert apart.norm() <= slack * APART[part] * own.norm(), (part, apart.norm() / own.norm())
         if part in ("student", "fake", "ema", "old"):
-            assert apart.abs().max() < ONE_WEIGHT * LR, (part, apart.abs().max() / LR)
+            assert apart.abs().max() < slack * ONE_WEIGHT * LR, (part, apart.abs().max() / LR)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -173,8 +181,14 @@ def test_z_is_that_of_the_global_batch(runs: Path, name: str) -> None:
     assert torch.allclose(a["method/scale.mean"], b["method/scale.mean"], rtol=1e-5, atol=0)
 
 
-def test_micro_batches_train_what_two_ranks_train(runs: Path) -> None:
-    assert_equal(runs / "gdmd_micro", runs / "gdmd_2")
+@pytest.mark.parametrize("name", ["gdmd_2", "gdmd_full_2"])
+def test_micro_batches_train_what_two_ranks_train(runs: Path, name: str) -> None:
+    assert_equal(runs / "gdmd_micro", runs / name)
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_two_ranks_of_micro_batches_train_what_one_rank_of_them_trains(runs: Path, name: str) -> None:
+    assert_equal(runs / "gdmd_micro", runs / name, slack=BOTH_SUM)
 
 
 @pytest.mark.parametrize("name", ["two_to_one", "one_to_two"])
