@@ -94,8 +94,9 @@ def test_the_commands_that_are_shown_are_understood_by_torchrun() -> None:
 def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Runs an example with a torchrun and a gdmd that only print their words, each on a line."""
     (tmp_path / "bin").mkdir()
-    for name in ("torchrun", "gdmd", "nvidia-smi"):
-        stub = 'printf "GPU\\nGPU\\nGPU\\n"' if name == "nvidia-smi" else f'printf "%s\\n" {name} "$@"'
+    stubs = {"nvidia-smi": 'printf "GPU\\nGPU\\nGPU\\n"', "srun": 'exec "$@"', "scontrol": 'printf "node1\\nnode2\\n"'}
+    stubs |= {name: f'printf "%s\\n" {name} "$@"' for name in ("torchrun", "gdmd")}
+    for name, stub in stubs.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{stub}\n")
         (tmp_path / "bin" / name).chmod(0o755)
 
@@ -144,3 +145,21 @@ def test_the_example_for_several_machines_is_understood_by_torchrun(
     for missing in given:
         with pytest.raises(ValueError, match=missing):
             said("several_nodes.sh", "sdxl_gdmd", **{name: value for name, value in given.items() if name != missing})
+
+
+def test_the_example_for_slurm_asks_for_all_machines_and_goes_on_when_it_is_submitted_again(
+    said: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    from torch.distributed.run import parse_args
+
+    job = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "4"}
+    torchrun, *words = said("slurm_train.sh", "sdxl_gdmd", "loop.batch_size=256", **job)
+    asked = parse_args(words)
+    assert torchrun == "torchrun" and asked.module and asked.training_script == "gdmd"
+    assert (asked.nnodes, asked.nproc_per_node, asked.rdzv_endpoint, asked.rdzv_id) == ("2", "4", "node1:29500", "17")
+    assert asked.training_script_args == [
+        "train", "sdxl_gdmd", "loop.batch_size=256", "--run", "runs/sdxl_gdmd", "--no-eval",
+    ]  # fmt: skip
+    (tmp_path / "runs/sdxl_gdmd/checkpoints/step_000050").mkdir(parents=True)
+    again = parse_args(said("slurm_train.sh", "sdxl_gdmd", "loop.batch_size=256", **job)[1:])
+    assert again.training_script_args == ["train", "--resume", "runs/sdxl_gdmd", "--no-eval"]
