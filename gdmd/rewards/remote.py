@@ -236,7 +236,8 @@ def _read_until(answer: Any, end: float, limit: float) -> bytes:
 def _beginning(error: urllib.error.HTTPError) -> str:
     """The first words of a refusal; "" where the server went away before it said them."""
     try:
-        return error.read1(4096).decode("utf-8", "replace")  # one read: a trickling body costs timeout_s at most
+        said: bytes = error.read1(4096)  # one read: a trickling body costs timeout_s at most
+        return said.decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
         return ""
 
