@@ -1,9 +1,10 @@
 """Text embeddings computed once: shards of safetensors on disk, so that training holds no text encoder.
 
 FOLDER/KEY/shard_NAME.safetensors holds the named tensors of up to SHARD captions, [n, ...] each, and the captions in its
-header; NAME is a hash of these, so that processes which write at the same time (two runs, or ranks that do not see each
-other's disks) never take each other's place. null.safetensors holds the unconditional input. KEY is a hash of the encoder's
-identity (pipeline, revision, precision, length), so that embeddings of another encoder are never read.
+header, with a checksum for each; NAME is a hash of the captions, so that processes which write at the same time (two runs,
+or ranks that do not see each other's disks) never take each other's place. null.safetensors holds the unconditional input.
+KEY is a hash of the encoder's identity (pipeline, revision, precision, length), so that embeddings of another encoder are
+never read.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gdmd.data.checksums import Verified, checksums
 from gdmd.diffusion.device import sent
 from gdmd.types import Cond, TextEncoder
 
@@ -42,6 +44,7 @@ class CachedText:
         self.folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
         self.device = device
         self._place: dict[str, tuple[Path, int]] = {}
+        self._written = Verified()
         self._null: Cond | None = None
         self.refresh()
 
@@ -94,23 +97,27 @@ class CachedText:
         return {name: row.expand(count, *row.shape[1:]) for name, row in self._null.items()}
 
     def _null_row(self) -> Mapping[str, Tensor]:
-        from safetensors.torch import load_file
+        from safetensors import safe_open
 
         file = self.folder / "null.safetensors"
         if file.is_file():
-            return load_file(file)
+            with safe_open(file, "pt") as opened:
+                row = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                self._written.learn(file, opened.metadata() or {}, 1)
+            self._written.check((file, 0), row)
+            return row
         if self.encoder is None:
             raise ValueError(f"{file} is missing and the text encoders are unloaded; start again to make it")
-        row = self.encoder.null(1)
-        _save(file, row, {})
+        row = {name: part.cpu() for name, part in self.encoder.null(1).items()}
+        _save(file, row, checksums(row))
         return row
 
     def _write_shard(self, texts: Sequence[str]) -> None:
         assert self.encoder is not None
         parts = [self.encoder.encode(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        joined = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
         file = shard_of(self.folder, texts)
-        _save(file, joined, {"texts": json.dumps(list(texts))})
+        _save(file, joined, {"texts": json.dumps(list(texts)), **checksums(joined)})
         self._index(file)
 
     def _index(self, shard: Path) -> None:
@@ -119,7 +126,9 @@ class CachedText:
 
         try:
             with safe_open(shard, "pt") as opened:
-                texts = json.loads(opened.metadata()["texts"])
+                header = opened.metadata()
+                texts = json.loads(header["texts"])
+            self._written.learn(shard, header, len(texts))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"text embeddings {shard}: damaged ({error}); delete the file, and its captions are embedded again"
@@ -137,6 +146,7 @@ class CachedText:
                 for file, row in set(wanted):
                     if file == shard:
                         rows[file, row] = {name: part[row : row + 1] for name, part in slices.items()}
+                        self._written.check((file, row), rows[file, row])
         names = rows[wanted[0]].keys()
         return {name: sent(torch.cat([rows[place][name] for place in wanted]), self.device) for name in names}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gdmd.data.checksums import Verified, checksums
 from gdmd.data.embeddings import shard_of, unfinished
 from gdmd.data.image_sources import Captioned, Unusable, captioned_images, pixels
 from gdmd.diffusion.device import sent
@@ -54,6 +55,7 @@ class LatentStore:
     source: tuple[str, ...]
     what: str
     _place: dict[str, tuple[Path, int]] = field(default_factory=dict)
+    _written: Verified = field(default_factory=Verified)
 
     def __post_init__(self) -> None:
         self.folder = self.root / hashlib.sha256(self.identity.encode()).hexdigest()[:16]
@@ -124,7 +126,7 @@ class LatentStore:
         file = shard_of(self.folder, list(waiting))
         own = unfinished(file)
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": latents}, own, {"images": json.dumps(list(waiting))})
+        save_file({"latents": latents}, own, {"images": json.dumps(list(waiting)), **checksums({"latents": latents})})
         os.replace(own, file)
         count = len(waiting)
         waiting.clear()
@@ -137,10 +139,12 @@ class LatentStore:
 
         try:
             with safe_open(shard, "pt") as opened:
-                images = json.loads(opened.metadata()["images"])
+                header = opened.metadata()
+                images = json.loads(header["images"])
                 rows = opened.get_slice("latents").get_shape()[0]
             if not isinstance(images, list) or len(images) != rows:
                 raise ValueError("its header does not fit its latents")
+            self._written.learn(shard, header, rows)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"latents {shard}: damaged ({error}); delete the file, and `gdmd latents` computes it again"
@@ -174,14 +178,15 @@ class LatentStore:
             )
         if lost := sum(place is None for _, place in places):
             raise ValueError(f"{self.folder}: the latents of {lost} images are missing; {again}")
-        return StoredLatents(tuple((caption, place) for caption, place in places if place), self.folder)
+        known = tuple((caption, place) for caption, place in places if place)
+        return StoredLatents(known, self.folder, self._written)
 
 
 class StoredLatents:
     """RealLatents from disk: an image of each prompt's caption, drawn from (seed, step, sample) alone."""
 
-    def __init__(self, images: Sequence[tuple[str, tuple[Path, int]]], folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, images: Sequence[tuple[str, tuple[Path, int]]], folder: Path, written: Verified) -> None:
+        self.folder, self._written = folder, written
         self._of: dict[str, list[tuple[Path, int]]] = {}
         for caption, place in images:
             self._of.setdefault(caption, []).append(place)
@@ -212,6 +217,8 @@ class StoredLatents:
             with safe_open(shard, "pt") as opened:
                 latents = opened.get_slice("latents")
                 rows |= {(file, row): latents[row : row + 1] for file, row in places if file == shard}
+        for place, latents in rows.items():
+            self._written.check(place, {"latents": latents})
         return torch.cat([rows[place] for place in places])
 
 

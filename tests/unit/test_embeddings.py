@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -96,6 +97,29 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:20])
     with pytest.raises(ValueError, match=f"{shard.name}: damaged.*delete the file"):
         CachedText(Letters(), tmp_path, "a")
+
+
+@pytest.mark.parametrize("which", ["shard_*", "null*"])
+def test_a_flipped_bit_in_the_numbers_is_an_error_and_not_another_prompt(tmp_path: Path, which: str) -> None:
+    cache = CachedText(Letters(), tmp_path, "a")
+    cache.prepare(TEXTS[:3])
+    (file,) = cache.folder.glob(which)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # the last number of the last tensor: "mask" of the last row
+    file.write_bytes(content)
+    again = CachedText(Letters(), tmp_path, "a")
+    with pytest.raises(ValueError, match=f"{file.name}: damaged.*delete the file"):
+        again.encode(TEXTS[:3]) if which == "shard_*" else again.null(2)
+    if which == "shard_*":
+        assert same(again.encode(TEXTS[:2]), Letters().encode(TEXTS[:2]))  # the other rows are what they were
+
+
+def test_a_shard_without_checksums_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    cache = CachedText(Letters(), tmp_path, "a")
+    cache.prepare(TEXTS[:3])
+    (file,) = cache.folder.glob("shard_*")
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, {"texts": json.dumps(TEXTS[:3])})
+    assert same(CachedText(Letters(), tmp_path, "a").encode(TEXTS[:3]), Letters().encode(TEXTS[:3]))
 
 
 def test_a_deleted_shard_is_made_again_beside_the_others(tmp_path: Path) -> None:

@@ -189,6 +189,20 @@ def test_other_vaes_and_other_sources_are_refused(tmp_path: Path) -> None:
         store(tmp_path, source)
 
 
+def test_a_flipped_bit_in_a_latent_is_an_error_and_not_another_image(tmp_path: Path) -> None:
+    source = many(tmp_path / "images", 2)
+    store(tmp_path, source).prepare((8, 8), lambda: doubled, 0)
+    (shard,) = (tmp_path / "latents").rglob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    index = torch.zeros(1, dtype=torch.long)
+    drawn_by = [SampleRng(seed, 0, index) for seed in range(20)]  # both images of the caption are drawn
+    latents = store(tmp_path, source).open()
+    with pytest.raises(ValueError, match=f"{shard.name}: damaged.*row 1"):
+        [latents(PromptBatch(index, ("caption 0",), index, {}, {}), rng) for rng in drawn_by]
+
+
 def test_damaged_images_are_named_and_too_many_stop(tmp_path: Path) -> None:
     source = many(tmp_path / "images", 4)
     (source / "001.png").write_bytes(png(1)[:-30])
