@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import permutations, product
 from typing import Literal
 
@@ -124,7 +124,7 @@ class Catalogue:
 
     def row(self, text: str) -> int:
         """The row of a caption. ValueError for text outside the language, with the nearest caption."""
-        index = _text_index(self.captions)
+        index = self._index
         if text in index:
             return index[text]
         import difflib
@@ -133,15 +133,14 @@ class Catalogue:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"not a caption of the Shapes language: {text!r}{hint} (see docs/shapes.md)")
 
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {caption.text: row for row, caption in enumerate(self.captions)}
+
     def rows(self, split: Split, task: int) -> Tensor:
         """The rows of one task that belong to a split, [n]."""
         mine = (self.split == SPLITS.index(split)) | (self.split == ANY)
         return torch.nonzero(mine & (self.task == task))[:, 0]
-
-
-@lru_cache(maxsize=4)
-def _text_index(captions: tuple[Caption, ...]) -> dict[str, int]:
-    return {caption.text: row for row, caption in enumerate(captions)}
 
 
 def _pair(captions: Sequence[Caption], pick: Callable[[Caption], tuple[int, ...]], missing: int) -> Tensor:
