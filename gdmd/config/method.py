@@ -72,6 +72,12 @@ class GdmdConfig(DistillationConfig):
         description="Weight of y_k - mean y in the targets. On Shapes 6 with one student update per roll-out, 3 with "
         "four, which follow the same ends four times (8 drowns the teacher there).",
     )
+    reward_gradient: NonNegative = Field(
+        default=0.0,
+        description="score_target continuation: weight of the rewards' own gradient at the first two ends, which the "
+        "targets follow as if x0 moved with its ends; 0 = rewards stay black boxes. In units of mean R / Z against "
+        "the mean square of L_DMD; needs differentiable rewards.",
+    )
     dmd_weight: NonNegative = Field(default=1.0, description="lambda, the weight of L_DMD [I].")
     gamma: NonNegative = Field(default=1.0, description="gamma, the weight of L_RL [I]; 0 is DMD.")
     beta: Positive = Field(default=1.0, description="beta of the positive and negative policies x+ and x- [I].")
@@ -120,6 +126,16 @@ class GdmdConfig(DistillationConfig):
             raise ValueError("student_target 'mean' is the weighted mean of weighting 'softmax'; set both, or 'each'")
         if self.score_target == "continuation":
             self._continues()
+        elif self.reward_gradient > 0:
+            raise ValueError(
+                f"reward_gradient {self.reward_gradient:g} is taken at finished ends, which score_target "
+                f"{self.score_target!r} does not make; use 'continuation' or reward_gradient 0"
+            )
+        if self.control != "none" and self.reward_gradient > 0:
+            raise ValueError(
+                f"control {self.control!r} does not reach reward_gradient {self.reward_gradient:g}, which weighs no score: "
+                "set reward_gradient 0 in a control"
+            )
         if self.weighting == "softmax" and self.control in ("indicator", "constant"):
             raise ValueError(f"control {self.control!r} is defined for weighting 'napo'; use 'shuffled' or gamma=0")
         return self

@@ -65,10 +65,15 @@ _WATCHED: Sequence[tuple[str, Mapping[str, str], str, str]] = (
     ),
     (
         "Gap to the teacher, mean |x0 - x0_real|",
-        {"gap/real": "|x0 - x0_real|", "gap/grad": "rms of x0_fake - x0_real"},
+        {
+            "gap/real": "|x0 - x0_real|",
+            "gap/grad": "rms of x0_fake - x0_real",
+            "gap/pull": "rms of the rewards' gradient's part",
+        },
         "",
         "Healthy: falls quickly, then flattens. It does not reach 0, because guidance keeps pulling; a rise after the "
-        "plateau means that the student runs away from the teacher (reward hacking, or a fake that lags behind).",
+        "plateau means that the student runs away from the teacher (reward hacking, or a fake that lags behind). "
+        "With method.reward_gradient its part should stay well below the rms of x0_fake - x0_real.",
     ),
     (
         "Fake loss by thirds of t",

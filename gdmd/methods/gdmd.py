@@ -12,6 +12,7 @@ from gdmd.config.method import GdmdConfig
 from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import continuation
+from gdmd.losses.denoising import mean_square
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.gdmd import napo_loss, optimality, step_weight
 from gdmd.losses.groups import RunningBaseline, RunningScale, softmax_weights
@@ -21,6 +22,8 @@ from gdmd.types import ALONE, Cond, Loss, PromptBatch, Update
 
 MEAN_DECAY = 0.99
 """EMA of mean r for the constant control: the horizon of Z."""
+STEERED = 2
+"""Ends whose reward is differentiated, with reward_gradient: two halve its noise, more cost a backward pass each."""
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Group:
     t: list[Tensor] = field(default_factory=list)  # E x [B]
     ends: Tensor | None = None  # [B, K, C, H, W], finished pictures of the continuations
     end_score: Tensor | None = None  # [R, K, B]
+    pull: Tensor | None = None  # [B, C, H, W], the rewards' own gradient at two of them, as a move of the target
 
     def average(self, share: Tensor) -> None:
         """Put the weighted mean of all E G targets in the place of each draw's. share [E, G, B], mean 1."""
@@ -55,7 +59,9 @@ class Gdmd(Distillation[GdmdConfig]):
     """Algorithm 1 with the modes t, fake and all; gamma = 0 makes no score and is plain DMD."""
 
     def attach(self, scorer: Scorer) -> Gdmd:
-        """Give the method its rewards; returns itself."""
+        """Give the method its rewards, differentiable ones for reward_gradient (ValueError); returns itself."""
+        if self.cfg.continued and self.cfg.reward_gradient > 0:
+            scorer.require_differentiable("gdmd with reward_gradient")
         self.scorer = scorer
         self.scale = RunningScale(len(scorer.rewards), self.cfg.z_decay)
         self.baseline = RunningBaseline(self.cfg.targets)
@@ -99,16 +105,31 @@ class Gdmd(Distillation[GdmdConfig]):
 
     @torch.no_grad()
     def _continue(self, r: Rollout, prompts: PromptBatch, rng: SampleRng) -> Group:
-        """K ends y_k of each sample's roll-out and their raw rewards."""
-        ends = []
+        """K ends y_k of each sample's roll-out, their raw rewards, and the gradient of these if it is asked for."""
+        ends, scores, slopes = [], [], []
         for k in range(self.cfg.continuations):
             again = lambda i, k=k: rng.normal(f"continuation/{k}", self.latent_shape, i)  # noqa: E731
             steps, alone = self.cfg.student_steps, prompts.ranks is ALONE
             own = self.roles.schedule
             ends.append(continuation(self.roles.student, r.x0, r.stop, steps, r.cond, again, own, together=not alone))
+            if self.cfg.reward_gradient > 0 and k < STEERED:
+                _, slope, score = self.scorer.slope(ends[-1], prompts, self._merit)
+                slopes.append(slope)
+                scores.append(score)
+            else:
+                scores.append(self.scorer(ends[-1], prompts))
         self._stats["latent/scored_std"] = ends[-1].std()
-        scores = torch.stack([self.scorer(end, prompts) for end in ends], 1)
-        return Group(ends=torch.stack(ends, 1), end_score=scores)
+        group = Group(ends=torch.stack(ends, 1), end_score=torch.stack(scores, 1))
+        if slopes:  # L_DMD is a mean square of N numbers: its gradient is 2 / N of the distance to the target
+            group.pull = 0.5 * self.cfg.reward_gradient * r.x0[0].numel() * torch.stack(slopes).mean(0)
+            self._stats["gap/pull"] = mean_square(group.pull).sqrt().mean()
+        return group
+
+    def _merit(self, scores: Tensor) -> Tensor:
+        """mean_k R_k / Z_k by the Z of the steps before; 0 for an unscored sample and in the first step. [R, B] -> [B]"""
+        z = sent(self.scale.value(), scores.device)
+        merit = mean_advantage(scores, torch.zeros_like(scores), z)
+        return torch.where(merit.isnan(), 0.0, merit)
 
     @torch.no_grad()
     def _collect(self, group: Group, r: Rollout, prompts: PromptBatch, rng: SampleRng, i: int) -> None:
@@ -119,6 +140,7 @@ class Gdmd(Distillation[GdmdConfig]):
         if group.ends is not None and group.end_score is not None:
             g = self.cfg.guidance
             tilt = self.cfg.continuation_weight * (group.ends - group.ends.mean(1, keepdim=True))
+            tilt = tilt if group.pull is None else tilt + group.pull[:, None]
             plain, n = self.target(r, scores, g), self.divisor(r, scores.teacher.at(g))
             group.x_tar.append(plain[:, None] + tilt / (n if isinstance(n, float) else n[:, None]))
             group.score.append(group.end_score)

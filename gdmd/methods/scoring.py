@@ -40,14 +40,20 @@ class Scorer:
         self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """``through``, and the raw scores [R, B] without gradient."""
+        value, slope, scores = self.slope(latents, prompts, loss)
+        return value + (slope * (latents - latents.detach())).flatten(1).sum(1), scores
+
+    def slope(
+        self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """loss [B], d loss / d latents [B, C, H, W] (0 for an unscored sample) and raw scores [R, B], without gradient."""
         with torch.enable_grad():
             own = latents.detach().requires_grad_()
             images = self.codec.decode(own).float().clamp(0, 1)
             scores = self._raw(images, prompts)
             value = loss(scores)
             (slope,) = torch.autograd.grad(value.sum(), own)
-        slope = torch.where(expand(scores.isnan().any(0), slope), 0, slope)
-        return value.detach() + (slope * (latents - latents.detach())).flatten(1).sum(1), scores.detach()
+        return value.detach(), torch.where(expand(scores.isnan().any(0), slope), 0, slope), scores.detach()
 
     def require_differentiable(self, method: str) -> None:
         """ValueError when ``method`` cannot back-propagate one of the rewards."""

@@ -30,6 +30,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"gamma": 0.0},
     {"weighting": "softmax", "scored_guidances": (1.0, 4.0)},
     {"weighting": "softmax", "score_target": "continuation", "continuations": 2},
+    {"weighting": "softmax", "score_target": "continuation", "continuations": 2, "reward_gradient": 0.1},
     {"old_policy": "ema"},
     {"control": "indicator"},
     {"step_draw": "batch", "fake_loss": "x0"},

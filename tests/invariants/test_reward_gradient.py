@@ -1,0 +1,126 @@
+"""The rewards' own gradient at finished ends, as a move of GDMD's targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny_roles import Toy, ToyCodec, first_student, gdmd, prompts, rng, same, tiny_roles, train, updates
+from torch import Tensor
+
+from gdmd.config.method import GdmdConfig
+from gdmd.methods.gdmd import StudentBatch
+from gdmd.recipes.read import read_recipe
+from gdmd.recipes.tally import tally
+
+ON: dict[str, Any] = {
+    "score_target": "continuation",
+    "continuations": 3,
+    "continuation_weight": 1.0,
+    "weighting": "softmax",
+    "group_size": 1,
+    "normalise": False,
+}
+WEIGHT = 0.25
+Z = torch.tensor([0.5, 2.0], dtype=torch.float64)
+
+
+def targets(weight: float, *rewards: Toy, scale: Tensor | None = Z, **options: Any) -> tuple[Tensor, Any]:
+    """x_tar of the first student update, and the method's ends; Z is set to ``scale`` before."""
+    roles = tiny_roles()
+    method = gdmd(roles, *rewards, **ON | {"reward_gradient": weight} | options)
+    if scale is not None:
+        one = torch.ones(len(rewards), dtype=torch.float64)
+        method.scale.mean, method.scale.weight = scale[: len(rewards)].clone(), one
+    with torch.no_grad():
+        group = method._continue(method.rollout(prompts(), rng()), prompts(), rng())
+    batch = first_student(method, roles).batch
+    assert isinstance(batch, StudentBatch)
+    return batch.x_tar, group
+
+
+def slope(y: Tensor, channel: int, factor: float) -> Tensor:
+    """d / dy of factor x mean over pixels of sigmoid(y_channel), by hand."""
+    own = torch.zeros_like(y)
+    bright = torch.sigmoid(y[:, channel])
+    own[:, channel] = factor * bright * (1 - bright) / y[0, channel].numel()
+    return own
+
+
+def test_the_target_moves_up_the_mean_gradient_of_two_ends() -> None:
+    """w N / 2 x mean over the two ends of d/dy mean_k R_k / Z_k, whatever the end that the target leans to."""
+    rewards = (Toy(), Toy("other", 1, factor=3.0))
+    plain, _ = targets(0.0, *rewards)
+    moved, group = targets(WEIGHT, *rewards)
+    y = group.ends.double()
+    merit = [0.5 * (slope(y[:, k], 0, 1.0) / Z[0] + slope(y[:, k], 1, 3.0) / Z[1]) for k in (0, 1)]
+    want = WEIGHT * y[0, 0].numel() / 2 * (merit[0] + merit[1]) / 2
+    assert want.abs().max() > 0.05
+    torch.testing.assert_close((moved - plain).double(), want[:, None].expand_as(moved).double(), rtol=1e-4, atol=1e-5)
+
+
+def test_with_the_normaliser_the_move_is_divided_as_the_gradient_is() -> None:
+    free = targets(WEIGHT, Toy())[0] - targets(0.0, Toy())[0]
+    divided = targets(WEIGHT, Toy(), normalise=True)[0] - targets(0.0, Toy(), normalise=True)[0]
+    n = (free.flatten(2).norm(dim=2) / divided.flatten(2).norm(dim=2))[:, :, None, None, None]
+    torch.testing.assert_close(divided * n, free, rtol=1e-3, atol=1e-5)
+    assert n.std() > 0  # each sample has its own
+
+
+def test_a_step_on_the_loss_is_the_step_of_a_reward_loss_at_the_ends() -> None:
+    """d/dx0 of the mean square to the moved target = that of DMD minus w x the reward's gradient."""
+    (plain, _), (moved, group) = targets(0.0, Toy()), targets(WEIGHT, Toy())
+    x0 = torch.zeros_like(plain[:, 0]).requires_grad_()
+    grads = [
+        torch.autograd.grad((x0 - x_tar[:, 0]).square().flatten(1).mean(1).sum(), x0)[0] for x_tar in (plain, moved)
+    ]
+    own = (slope(group.ends[:, 0], 0, 1.0) + slope(group.ends[:, 1], 0, 1.0)) / 2 / Z[0]
+    torch.testing.assert_close(grads[0] - grads[1], WEIGHT * own.float(), rtol=1e-3, atol=1e-6)
+
+
+def test_an_unscored_sample_and_the_first_step_have_no_move() -> None:
+    plain, _ = targets(0.0, Toy(unscored=(2,)))
+    moved, _ = targets(WEIGHT, Toy(unscored=(2,)))
+    still = [torch.equal(moved[i], plain[i]) for i in range(4)]
+    assert still == [False, False, True, False] and moved.isfinite().all()
+    assert torch.equal(targets(WEIGHT, Toy(), scale=None)[0], targets(0.0, Toy(), scale=None)[0])
+
+
+def test_scores_come_from_the_same_decoding_and_only_two_ends_are_differentiated() -> None:
+    roles, codec = tiny_roles(), ToyCodec()
+    method = gdmd(roles, codec=codec, **ON, reward_gradient=WEIGHT)
+    list(updates(method, roles))
+    assert [latents.requires_grad for latents in codec.shown] == [True, True, False, False]  # three ends and x0
+    counted = tally(read_recipe("shapes_gdmd", ["method.reward_gradient=0.1"]))
+    assert (counted.steered, counted.decoded) == (2, 7)
+
+
+def test_weight_zero_is_the_run_without_it_and_another_weight_is_not() -> None:
+    runs = []
+    for weight in (None, 0.0, WEIGHT):
+        roles = tiny_roles()
+        own = {} if weight is None else {"reward_gradient": weight}
+        runs.append(train(gdmd(roles, **ON, **own), roles, steps=3))
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+
+
+def test_a_black_box_is_refused_only_where_its_gradient_is_wanted() -> None:
+    box = Toy("box", differentiable=False)
+    with pytest.raises(ValueError, match="gdmd with reward_gradient back-propagates its rewards, and box is not"):
+        gdmd(tiny_roles(), box, **ON, reward_gradient=WEIGHT)
+    gdmd(tiny_roles(), box, **ON)
+    gdmd(tiny_roles(), box, **ON, reward_gradient=WEIGHT, gamma=0.0)  # no reward is used at all
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score_target": "raw"}, "reward_gradient 0.1 is taken at finished ends"),
+        ({"control": "shuffled"}, "control 'shuffled' does not reach reward_gradient"),
+    ],
+)
+def test_settings_that_do_not_go_with_it_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        GdmdConfig.model_validate(ON | {"reward_gradient": 0.1} | options)
