@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 DEVICE = "meta"
 READ = {"_local_scalar_dense", "equal", "is_nonzero"}
@@ -69,25 +68,29 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, named = func.overloadpacket.__name__, dict(kwargs or {})
-        leaves, spec = tree_flatten((args, named))
-        there = any(isinstance(leaf, Elsewhere) for leaf in leaves)
+        tensors: list[Tensor] = []
+        own_args, own_named = _on_host((args, named), tensors)
+        there = any(isinstance(one, Elsewhere) for one in tensors)
         wanted = named.get("device")
         if not there and (wanted is None or torch.device(wanted).type != DEVICE):
             return func(*args, **named)
-        self._judge(name, args, named, leaves)
-        plain = [leaf.host if isinstance(leaf, Elsewhere) else leaf for leaf in leaves]
-        own_args, own_named = tree_unflatten(plain, spec)
+        self._judge(name, args, named, tensors)
         if wanted is not None:
             own_named["device"] = torch.device("cpu")
         answer = func(*own_args, **own_named)
         back = name == "_to_copy" and wanted is not None and torch.device(wanted).type == "cpu"
         if back or name in READ:
             return answer
-        answer = tree_map_only(Tensor, lambda one: one if isinstance(one, Elsewhere) else Elsewhere(one, self), answer)
+        answer = self._moved(answer)
         return return_and_correct_aliasing(func, args, named, answer) if there else answer
 
-    def _judge(self, name: str, args: Any, named: dict[str, Any], leaves: list[Any]) -> None:
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    def _moved(self, answer: Any) -> Any:
+        """The answer of an operation, its tensors on the device."""
+        if isinstance(answer, (list, tuple)):
+            return type(answer)(self._moved(one) for one in answer)
+        return Elsewhere(answer, self) if isinstance(answer, Tensor) and not isinstance(answer, Elsewhere) else answer
+
+    def _judge(self, name: str, args: Any, named: dict[str, Any], tensors: list[Tensor]) -> None:
         here = [one for one in tensors if not isinstance(one, Elsewhere)]
         assert not any(one.is_meta for one in here), f"{name} at {_place()}: a tensor that has no numbers"
         later = named.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
@@ -103,6 +106,18 @@ class Waits(TorchDispatchMode):
         if name not in COPIES:
             strangers = [tuple(one.shape) for one in here if one.ndim]
             assert not strangers, f"{name} at {_place()}: tensors of the host {strangers} among those of the device"
+
+
+def _on_host(given: Any, tensors: list[Tensor]) -> Any:
+    """What an operation was given, with the numbers of its tensors, which are noted (torch's pytree takes far longer)."""
+    if isinstance(given, Tensor):
+        tensors.append(given)
+        return given.host if isinstance(given, Elsewhere) else given
+    if isinstance(given, (list, tuple)):
+        return type(given)(_on_host(one, tensors) for one in given)
+    if isinstance(given, dict):
+        return {name: _on_host(one, tensors) for name, one in given.items()}
+    return given
 
 
 @contextmanager

@@ -31,6 +31,10 @@ OTHERS = {  # what a network does itself: captions of different lengths as a lis
 }
 
 
+GROUP = ["method.group_size=2", "method.continuations=2"]
+"""Two gradients and two ends wait as four do."""
+
+
 def redness(images: Tensor, prompts: PromptBatch) -> Tensor:
     """A differentiable reward."""
     return images[:, 0].mean((1, 2))
@@ -49,7 +53,8 @@ def waits_of(cfg: RunConfig, lab: Lab, waits: Waits) -> tuple[dict[str, int], in
 
 @pytest.mark.parametrize("recipe", ["shapes", "gdmd_paper", "dmd", "dmd2", "dmdr", "dmd_refl", "dmd_grpo", "dmd_nft"])
 def test_an_iteration_waits_once_per_update(monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
-    cfg = read_recipe(recipe, ["loop.batch_size=8", "loop.threads=1"])
+    few = GROUP if recipe in ("shapes", "gdmd_paper") else ["method.fake_updates=2"]
+    cfg = read_recipe(recipe, ["loop.batch_size=8", "loop.threads=1", *few])
     with pretended(monkeypatch) as waits:
         found, updates = waits_of(cfg, build(cfg, DEVICE), waits)
     assert updates >= 2 and found == {LOOK: updates}
@@ -68,7 +73,7 @@ def test_no_family_waits_between_updates(monkeypatch: pytest.MonkeyPatch, tmp_pa
     model = {"height": tiny.SIZE, "width": tiny.SIZE, "dtype": "fp32", "lora_rank": 2, "lora_alpha": 2}
     model |= {"path": tiny.save(family, tmp_path / family), "embeddings": tmp_path / "text", "checkpointing": "false"}
     own = [f"model.{key}={value}" for key, value in model.items()] + [f"prompts.file={tmp_path / 'prompts.txt'}"]
-    own += [reward, "loop.batch_size=2", "loop.precision=fp32", "method.group_size=1"]
+    own += [reward, "loop.batch_size=2", "loop.precision=fp32", "method.group_size=1", "method.continuations=2"]
     cfg = read_recipe(f"{family}_gdmd", own)
     lab = build(cfg, "cpu")
     lab.encoder.prepare([text for group in lab.stream.groups for text in group])  # type: ignore[attr-defined]
@@ -83,7 +88,7 @@ def test_no_family_waits_between_updates(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_a_run_on_the_device_is_the_run_on_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own = ["loop.batch_size=8", "loop.threads=1", "loop.steps=2", "loop.log_every=1", "loop.grid_every=0"]
-    cfg = read_recipe("shapes", own)
+    cfg = read_recipe("shapes", [*own, *GROUP])
 
     def run(name: str, device: str) -> dict[str, Tensor]:
         create(tmp_path / name, {})
