@@ -44,12 +44,14 @@ STYLE: dict[str, Any] = {
     "legend.fontsize": 9,
 }
 BINS = 10
+MARGINS = {"left": 0.15, "right": 0.98, "bottom": 0.16, "top": 0.9}
+"""Of curves, which so stand below each other in a column: room for seven digits and a unit."""
 
 
 def curves(metrics: Metrics, keys: Mapping[str, str], title: str, unit: str = "") -> str:
     """Lines over outer iterations; ``keys`` maps a key of the metrics to its name in the legend. "" without values."""
     with _styled(title):
-        figure, axes = _figure()
+        figure, axes = _figure(MARGINS)
         drawn = [_line(axes, metrics, key, name, PALETTE[k % 8]) for k, (key, name) in enumerate(keys.items())]
         if not any(drawn):
             return ""
@@ -181,10 +183,13 @@ def _styled(salt: str) -> Any:
     return rc_context({**STYLE, "svg.hashsalt": salt})
 
 
-def _figure(height: float = 3.0) -> tuple[Figure, Axes]:
+def _figure(margins: Mapping[str, float] | None = None, height: float = 3.0) -> tuple[Figure, Axes]:
+    """``margins`` None: made to fit, which takes more than half of the time of a figure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, height), layout="constrained")
+    figure = Figure(figsize=(5.6, height), layout="none" if margins else "constrained")
+    if margins:
+        figure.subplots_adjust(**margins)
     return figure, figure.add_subplot()
 
 

@@ -147,7 +147,7 @@ def vae_job(steps: int = 1300, seed: int = 1, batch: int = 128) -> PretrainJob:
 
     def finish() -> None:
         with torch.no_grad():
-            means = torch.cat([vae.posterior(_batch(seed + 1, i, 256)[0])[0] for i in range(8)])
+            means = torch.cat([vae.posterior(_batch(seed + 1, i, 2 * batch)[0])[0] for i in range(8)])
             vae.shift.copy_(means.mean((0, 2, 3)))
             vae.scale.copy_(means.std((0, 2, 3)))
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ import torch
 from cli_world import TINY, Gdmd, make_assets
 
 from gdmd.cli.app import main
+from gdmd.programs import pretrain
 from gdmd.runs import checkpoint
 from gdmd.runs.rundir import read_metrics
 from gdmd.shapes.grammar import TASKS
+from gdmd.training import pretrain_scorers
 
 COMMANDS = ("train", "demo", "eval", "sample", "report", "recipes", "doctor", "pretrain")
 EVALUATION = ("shapeseval", "rewards", "fidelity", "coverage", "nfe", "images_per_s")
@@ -156,9 +159,11 @@ def test_report_measures_the_rows_that_are_missing(gdmd: Gdmd) -> None:
     assert Path("run/evaluation.json").read_text() == first, "stored rows are not measured again"
 
 
-def test_the_demo_trains_both_students_and_measures_five_rows(gdmd: Gdmd) -> None:
-    words = ["demo", "--recipe", "shapes_smoke", *sets(*TINY), "--run", "demo", "--json"]
-    finished = gdmd(*words)
+def test_the_demo_trains_both_students_measures_five_rows_and_prints_them_again_with_the_trained_scores_marked(
+    gdmd: Gdmd,
+) -> None:
+    words = ["demo", "--recipe", "shapes_smoke", *sets(*TINY), "--run", "demo"]
+    finished = gdmd(*words, "--json")
     assert finished.code == 0, finished.err
     ended = json.loads(finished.out)
     assert [row["nfe"] for row in ended["rows"].values()] == [2, 8, 4, 4, 4]
@@ -167,21 +172,26 @@ def test_the_demo_trains_both_students_and_measures_five_rows(gdmd: Gdmd) -> Non
     states = [checkpoint.load_newest(Path("demo") / name / "checkpoints") for name in ("dmd", "gdmd")]
     updates = [state.state["roles"]["student"]["updates"] for state in states if state]
     assert len(updates) == 2 and updates[0] == updates[1] > 0, "the control has the same student updates"
-    again = json.loads(gdmd(*words).out)
-    assert again["rows"] == ended["rows"], "a finished demo measures nothing again"
-
-
-def test_the_demo_prints_a_table_that_marks_the_trained_scores(gdmd: Gdmd) -> None:
-    finished = gdmd("demo", "--recipe", "shapes_smoke", *sets(*TINY), "--run", "demo")
-    assert finished.code == 0, finished.err
-    for words in ("shapes_clip *", "shapes_pref *", "shapes_clip_heldout ", "fidelity", "coverage", "NFE", "images/s"):
-        assert words in finished.out
-    assert "shapes_clip_heldout *" not in finished.out
-    assert "report.html" in finished.err
+    stored = Path("demo/evaluation.json").read_text()
+    assert json.loads(stored) == ended["rows"]
+    again = gdmd(*words)
+    assert again.code == 0, again.err
+    assert Path("demo/evaluation.json").read_text() == stored, "a finished demo measures nothing again"
+    assert again.err.count("(measured before)") == 5
+    for score in ("shapes_clip *", "shapes_pref *", "shapes_clip_heldout ", "fidelity", "coverage", "NFE", "images/s"):
+        assert score in again.out
+    assert "shapes_clip_heldout *" not in again.out
+    assert "report.html" in again.err
 
 
 @pytest.mark.parametrize("network", ["vae", "teacher", "scorers"])
-def test_pretrain_remakes_each_network_in_a_few_steps(gdmd: Gdmd, network: str) -> None:
+def test_pretrain_remakes_each_network_in_a_few_steps(
+    gdmd: Gdmd, network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("vae_job", {}), ("teacher_job", {}), ("pretrain_scorer", {"per_task": 4})):
+        monkeypatch.setattr(pretrain, name, partial(getattr(pretrain, name), batch=4, **size))
+    monkeypatch.setattr(pretrain_scorers, "POOL", 2)
+    pretrain_scorers._pool.cache_clear()
     extra = ["--kind", "shapes_clip"] if network == "scorers" else []
     finished = gdmd("pretrain", network, "--steps", "2", "--out", "nets", *extra)
     assert finished.code == 0, finished.err
