@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gdmd.cli.app import main
 from gdmd.runs import checkpoint
 from gdmd.runs.rundir import read_facts, read_metrics
 from gdmd.training.distributed import _first_failure, _told
@@ -70,59 +71,51 @@ def wait(seconds: float, what: str, told: Path, done: Callable[[], bool]) -> Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
-def test_ranks_end_by_themselves_when_their_launcher_is_killed_and_the_run_goes_on(tmp_path: Path) -> None:
-    run, log = tmp_path / "run", tmp_path / "log"
-    words, environment = command(tmp_path, recipe(tmp_path, 10_000), "--run", str(run), "--gpus", "2")
-    with log.open("w") as told:
-        launcher = subprocess.Popen(words, env=environment, stdout=told, stderr=told, start_new_session=True)
+def test_a_killed_launcher_a_killed_rank_and_sigterm_end_all_ranks_and_the_run_goes_on_each_time(
+    tmp_path: Path,
+) -> None:
+    run, saved = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    launched: list[subprocess.Popen[bytes]] = []
+
+    def life(name: str, *words: str) -> tuple[subprocess.Popen[bytes], Path]:
+        asked, environment = command(tmp_path, *words, "--gpus", "2")
+        log = tmp_path / name
+        with log.open("w") as told:
+            launched.append(subprocess.Popen(asked, env=environment, stdout=told, stderr=told, start_new_session=True))
+        return launched[-1], log
+
+    reached = lambda: int(rows[-1]["step"]) if (rows := read_metrics(run)) else 0  # noqa: E731
     try:
-        saved = run / "checkpoints"
+        launcher, log = life("first", recipe(tmp_path, 10_000), "--run", str(run))
         wait(200, "two ranks with a checkpoint", log, lambda: saved.exists() and len(checkpoint.steps(saved)) > 1)
         assert len(ranks(tmp_path)) == 2
         launcher.send_signal(signal.SIGKILL)
         launcher.wait(20)
         wait(100, "the end of both ranks", log, lambda: not ranks(tmp_path))
-    finally:
-        for pid in ranks(tmp_path):
-            os.kill(pid, signal.SIGKILL)
-        launcher.kill()
-    assert "lost" in log.read_text(), log.read_text()[-3000:]
-    last = checkpoint.load_newest(saved).step
-    words, environment = command(tmp_path, "--resume", str(run), f"loop.steps={last + 1}", "--gpus", "2")
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    assert [row["step"] for row in read_metrics(run)] == list(range(1, last + 2))
+        assert "lost" in log.read_text(), log.read_text()[-3000:]
 
-
-def test_a_killed_rank_ends_the_command_with_137_and_sigterm_to_the_launcher_saves_and_ends_it_with_143(
-    tmp_path: Path,
-) -> None:
-    def life(name: str, *words: str) -> tuple[subprocess.Popen[bytes], Path]:
-        asked, environment = command(tmp_path, *words, "--gpus", "2")
-        log = tmp_path / name
-        with log.open("w") as told:
-            return subprocess.Popen(asked, env=environment, stdout=told, stderr=told), log
-
-    run = tmp_path / "run"
-    reached = lambda: int(rows[-1]["step"]) if (rows := read_metrics(run)) else 0  # noqa: E731
-    try:
-        launcher, log = life("first", recipe(tmp_path, 10_000), "--run", str(run))
-        wait(200, "two ranks with a checkpoint", log, lambda: reached() > 1 and len(ranks(tmp_path)) == 2)
+        before = checkpoint.load_newest(saved).step
+        launcher, log = life("second", "--resume", str(run))
+        wait(200, "a checkpoint after the resume", log, lambda: checkpoint.steps(saved)[-1] > before)
+        assert len(ranks(tmp_path)) == 2
         os.kill(ranks(tmp_path)[1], signal.SIGKILL)
         assert launcher.wait(100) == 137, log.read_text()[-3000:]
         assert "was ended by SIGKILL" in log.read_text()
         assert f"go on with: gdmd train --resume {run} --gpus 2" in log.read_text()
+
         before = reached()
-        launcher, log = life("second", "--resume", str(run), "loop.checkpoint_every=10000")
+        launcher, log = life("third", "--resume", str(run), "loop.checkpoint_every=10000")
         wait(200, "a step after the resume", log, lambda: reached() > before)
         launcher.send_signal(signal.SIGTERM)
         assert launcher.wait(100) == 143, log.read_text()[-3000:]
+        assert "stopped at step" in log.read_text()
     finally:
-        launcher.kill()
+        for launcher in launched:
+            launcher.kill()
         for pid in ranks(tmp_path):
             os.kill(pid, signal.SIGKILL)
-    assert checkpoint.steps(run / "checkpoints")[-1] == reached() > before
-    assert "stopped at step" in log.read_text()
+    assert checkpoint.steps(saved)[-1] == reached() > before
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, reached() + 1))
 
 
 @pytest.mark.parametrize(("other", "code"), [(4, 137), (-15, 137), (143, 137), (2, 2)])
@@ -135,16 +128,22 @@ def test_the_code_is_that_of_the_rank_that_failed_before_the_others_lost_it(othe
     assert _told(*_first_failure(failures)) == code
 
 
-def test_a_run_of_one_process_goes_on_with_two_and_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+def test_a_run_of_one_process_goes_on_with_two_and_ends_as_the_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, environment = command(tmp_path, "--resume", str(tmp_path / "grown"), "loop.steps=4", "--gpus", "2")
+    monkeypatch.setenv("PIDS", environment["PIDS"])
+
     def run_to_end(*words: str) -> None:
-        asked, environment = command(tmp_path, *words)
-        done = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=250)
-        assert done.returncode == 0, done.stderr
+        with pytest.raises(SystemExit) as ended:
+            main(["train", recipe(tmp_path, 4), *words, "--no-eval"])
+        assert not ended.value.code
 
     alone, grown = tmp_path / "alone", tmp_path / "grown"
-    run_to_end(recipe(tmp_path, 4), "--run", str(alone))
-    run_to_end(recipe(tmp_path, 4), "--run", str(grown), "loop.steps=2")
-    run_to_end("--resume", str(grown), "loop.steps=4", "--gpus", "2")
+    run_to_end("--run", str(alone))
+    run_to_end("--run", str(grown), "loop.steps=2")
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
     assert read_facts(grown)["resumed"][0]["step"] == 2
     assert [row["step"] for row in read_metrics(grown)] == [1, 2, 3, 4]
     ends = [checkpoint.load_newest(folder / "checkpoints").tensors for folder in (alone, grown)]
