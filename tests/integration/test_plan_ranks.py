@@ -107,8 +107,7 @@ class Wire(TorchDispatchMode):
         self.messages: Counter[str] = Counter()
 
     def __torch_dispatch__(self, operation: Any, types: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
-        space, _, name = str(operation).removesuffix(".default").partition(".")
-        if space == "c10d" and name in self.SENT:
+        if operation.namespace == "c10d" and (name := operation._opname) in self.SENT:
             self._note(self.SENT[name], given)
         return operation(*given, **(named or {}))
 
@@ -133,12 +132,13 @@ def one_iteration(lab: Lab, states: dict[Any, RoleState], world: World, step: in
 
 
 def sent(cfg: RunConfig, world: World, how: Sharding) -> dict[str, Any]:
-    """By this rank in the second iteration, when there is an old policy; and the bytes of weights that it holds."""
+    """By this rank in an iteration, the second of NFT, when its old policy is there; and the bytes of weights it holds."""
     lab = build(cfg)
     if how != "none":
         lab.roles.shard(lambda module: world.shard(module, how))
     states = role_states(lab.roles, cfg.loop, world)
-    wire = [one_iteration(lab, states, world, step) for step in range(2)][-1]
+    steps = range(2 if isinstance(cfg.method, DmdNftConfig) else 1)
+    wire = [one_iteration(lab, states, world, step) for step in steps][-1]
     whole = [own for state in states.values() for named in state.tensors().values() for own in named.values()]
     own = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in whole]
     return {"bytes": wire.bytes, "messages": wire.messages, "held": sum(tensor.nbytes for tensor in own)}
