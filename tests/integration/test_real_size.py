@@ -15,6 +15,7 @@ pytest.importorskip("peft")
 import tiny_pipelines as tiny  # noqa: E402
 
 from benchmarks import real_size  # noqa: E402
+from gdmd.recipes.read import read_recipe  # noqa: E402
 
 
 def test_settings_have_names_of_their_own_and_begin_with_the_goals() -> None:
@@ -32,6 +33,8 @@ def test_every_setting_is_measured_once_and_written_at_once(
     def few() -> Iterator[real_size.Setting]:
         yield from (small, replace(small, checkpointing=False, tiny_decoder=True))
 
+    fewer_calls = ["method.group_size=1", "method.continuations=2"]
+    monkeypatch.setattr(real_size, "read_recipe", lambda name, own: read_recipe(name, [*own, *fewer_calls]))
     monkeypatch.setattr(real_size, "settings", few)
     out = tmp_path / "real_size.json"
     words = ["--tiny", str(tiny.save("sd3", tmp_path / "sd3")), "--iterations", "1", "--out", str(out)]
