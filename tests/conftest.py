@@ -3,6 +3,7 @@
 None reaches for a model hub.
 """
 
+import gc
 import os
 import random
 
@@ -18,6 +19,14 @@ torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.register_profile("fuzz", max_examples=1000, deadline=None, database=None, print_blob=True)  # make fuzz
 settings.load_profile("repeatable")
+
+gc.disable()  # while hundreds of modules are imported, nothing of which is garbage
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """From here on the collector looks at what the tests make, not at the million objects of the libraries again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
