@@ -76,7 +76,7 @@ class GdmdConfig(DistillationConfig):
         default=0.0,
         description="score_target continuation: weight of the rewards' own gradient at the first two ends, which the "
         "targets follow as if x0 moved with its ends; 0 = rewards stay black boxes. In units of mean R / Z against "
-        "the mean square of L_DMD; needs differentiable rewards.",
+        "the mean square of L_DMD; needs differentiable rewards. gamma 0 uses none.",
     )
     dmd_weight: NonNegative = Field(default=1.0, description="lambda, the weight of L_DMD [I].")
     gamma: NonNegative = Field(default=1.0, description="gamma, the weight of L_RL [I]; 0 is DMD.")
