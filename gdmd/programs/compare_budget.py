@@ -19,8 +19,10 @@ from gdmd.runs.rundir import config_hash
 PROBED = 6
 """Iterations of a probe, spread over the training so that stages of a method are seen: the roll-out's length varies
 from batch to batch by about 2 % of an iteration."""
-STAGES = 0.03
-"""Several times what two probes of one pace differ by; a method with stages differs by more over another length."""
+STAGES = 0.015
+"""About twice what two probes of one pace differ by; a method with stages differs by more over another length."""
+CLOSER = 24
+"""Iterations of the second probe of a method with stages: a stage's share of the training is met to a 48th."""
 
 
 def counted(lab: Lab) -> Counted:
@@ -38,7 +40,7 @@ def iterations(job: Mapping[str, Any], probes: Path) -> int:
 
     updates: the fewest with at least the asked student updates. passes: the number whose expected passes come nearest
     to those of the reference row under the budget of updates. A method whose stages differ in cost has another pace
-    over that number of iterations, and is probed over them once more.
+    over that number of iterations, and is probed over them once more, at more places.
     """
     own = pace_of(job["recipe"], job["student_updates"], probes)
     if job["passes_of"] is None:
@@ -46,18 +48,18 @@ def iterations(job: Mapping[str, Any], probes: Path) -> int:
     reference = pace_of(job["passes_of"], job["student_updates"], probes)
     passes = reference.passes * reference.steps_for_updates(job["student_updates"])
     steps = own.steps_for_passes(passes)
-    there = pace_of(job["recipe"], round(steps * own.updates), probes)
+    there = pace_of(job["recipe"], round(steps * own.updates), probes, CLOSER)
     return there.steps_for_passes(passes) if abs(there.passes / own.passes - 1) > STAGES else steps
 
 
-def pace_of(recipe: Mapping[str, Any], updates: int, probes: Path) -> Pace:
+def pace_of(recipe: Mapping[str, Any], updates: int, probes: Path, count: int = PROBED) -> Pace:
     """The pace of a recipe, from the file of an earlier probe where there is one."""
     tree = {key: recipe[key] for key in ("model", "method", "rewards", "prompts", "loop")}
     tree |= {"name": "probe", "loop": {**tree["loop"], "seed": 0}}
-    path = probes / f"{config_hash({**tree, 'updates': updates})[:16]}.json"
+    path = probes / f"{config_hash({**tree, 'updates': updates, 'count': count})[:16]}.json"
     if path.exists():
         return Pace(**json.loads(path.read_text(encoding="utf-8")))
-    pace = probe(RunConfig.model_validate(tree), updates)
+    pace = probe(RunConfig.model_validate(tree), updates, count)
     partial = path.with_name(f"{path.name}.{os.getpid()}")  # cells of two seeds may probe at the same time
     with writing("the probe", path):
         probes.mkdir(parents=True, exist_ok=True)
@@ -66,14 +68,18 @@ def pace_of(recipe: Mapping[str, Any], updates: int, probes: Path) -> Pace:
     return pace
 
 
-def probe(cfg: RunConfig, updates: int) -> Pace:
-    """Passes and student updates per iteration: one iteration to learn the updates, then PROBED over the training."""
+def probe(cfg: RunConfig, updates: int, count: int) -> Pace:
+    """Passes and student updates per iteration: one iteration to learn the updates, then ``count`` over the training."""
     lab = build(cfg)
     first = measure_pace(counted(lab), [_batch(lab, cfg, 0)])
     steps = first.steps_for_updates(updates)
-    places = [int((k + 0.5) * steps / PROBED) for k in range(PROBED)]
     lab = build(cfg)
-    return measure_pace(counted(lab), (_batch(lab, cfg, place) for place in places))
+    return measure_pace(counted(lab), (_batch(lab, cfg, place) for place in places(steps, count)))
+
+
+def places(steps: int, count: int) -> list[int]:
+    """The middles of ``count`` equal parts of a training, as iterations."""
+    return [int((k + 0.5) * steps / count) for k in range(count)]
 
 
 def _batch(lab: Lab, cfg: RunConfig, step: int) -> Any:
