@@ -20,7 +20,8 @@ class EvalGroup(TyperGroup):
     """``gdmd eval RUN ...`` means ``gdmd eval run RUN ...``, also for a folder named "run"; other sub-commands are words."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or args[0] not in (self.commands.keys() - {"run"}) | {"-h", "--help"}:
+        spelled_out = args[:1] == ["run"] and len(args) > 1 and not args[1].startswith("-")
+        if not spelled_out and (not args or args[0] not in (self.commands.keys() - {"run"}) | {"-h", "--help"}):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 

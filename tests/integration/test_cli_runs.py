@@ -93,6 +93,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(gdmd: Gdmd) -> None:
         assert all(torch.equal(value, parts.tensors[part][name]) for name, value in tensors.items()), part
 
 
+NAMED = ((("run",), "777"), (("run", "run"), "778"))
+"""`gdmd eval run` is the folder "run", `gdmd eval run run` as well, with the sub-command spelled out."""
+
+
 def test_eval_prints_one_json_object_with_the_promised_keys(gdmd: Gdmd) -> None:
     assert gdmd.train("--run", "run").code == 0
     finished = gdmd("eval", "run", "--json", "--split", "dev")
@@ -100,7 +104,7 @@ def test_eval_prints_one_json_object_with_the_promised_keys(gdmd: Gdmd) -> None:
     assert set(EVALUATION) <= row.keys() and set(row["shapeseval"]) == {"overall", *TASKS}
     assert set(row["rewards"]) == {"shapes_clip", "shapes_pref", "shapes_clip_heldout"}
     assert row["nfe"] == 4 and row["images_per_s"] > 0
-    own, other = (json.loads(gdmd("eval", "run", "--json", "--split", "dev", "--seed", s).out) for s in ("777", "778"))
+    own, other = (json.loads(gdmd("eval", *run, "--json", "--split", "dev", "--seed", seed).out) for run, seed in NAMED)
     assert own["rewards"] == row["rewards"] != other["rewards"]
 
 
