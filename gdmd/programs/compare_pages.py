@@ -59,14 +59,16 @@ def write_pages(comparison: Comparison, source: str, folder: Path, *, required: 
 def beginning(spec: CompareSpec) -> str:
     """Where the students of a comparison begin and how many updates they take, in sentences."""
     firsts = [row for row in spec.rows if row.name in {each.start_from for each in spec.rows}]
-    if not firsts:
-        text = f"Every student starts from the same teacher, without a cold start, and takes {spec.student_updates} updates."
-    else:
-        text = f"Students take {spec.student_updates} updates."
+    who = "Students take" if firsts else "Every student starts from the same teacher, without a cold start, and takes"
+    text = f"{who} {spec.student_updates:,} updates."
     for first in firsts:
-        later = ", ".join(row.title for row in spec.rows if row.start_from == first.name)
-        text += f" {first.title} starts from the teacher; with its student of the same seed begin: {later}."
-    others = [row for row in spec.rows if row.student_updates is not None]
+        text += f" {first.title} starts from the teacher; with its student of the same seed begin"
+        later = [row for row in spec.rows if row.start_from == first.name]
+        for updates in dict.fromkeys(map(spec.updates_of, later)):
+            titles = ", ".join(row.title for row in later if spec.updates_of(row) == updates)
+            text += f", for {updates:,} updates: {titles};"
+        text = text[:-1] + "."
+    others = [row for row in spec.rows if row.student_updates is not None and not row.start_from]
     return text + "".join(f" {row.title} takes {row.student_updates:,} updates." for row in others)
 
 

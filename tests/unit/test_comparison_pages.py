@@ -214,5 +214,5 @@ def test_a_page_tells_where_its_students_begin(smoke: Comparison, tmp_path: Path
     assert page is not None
     said = " ".join(page.read_text().split())
     assert "Students take 300 updates. DMD, first stage starts from the teacher" in said
-    assert "begin: GDMD, DMD, DMD + ReFL" in said and "DMD, first stage takes 4,000 updates." in said
+    assert "begin, for 300 updates: GDMD, DMD, DMD + ReFL" in said and "DMD, first stage takes 4,000 updates." in said
     assert "without a cold start" not in said
