@@ -124,9 +124,9 @@ class Catalogue:
 
     def row(self, text: str) -> int:
         """The row of a caption. ValueError for text outside the language, with the nearest caption."""
-        index = self._index
-        if text in index:
-            return index[text]
+        index, said = self._index, spoken(text)
+        if said in index:
+            return index[said]
         import difflib
 
         near = difflib.get_close_matches(text, index, n=1)
@@ -147,10 +147,15 @@ def _pair(captions: Sequence[Caption], pick: Callable[[Caption], tuple[int, ...]
     return torch.tensor([(*pick(c), missing)[:2] for c in captions])
 
 
+def spoken(text: str) -> str:
+    """As captions say it: "an" before a vowel is "a", and words are one space apart."""
+    return " ".join("a" if word == "an" else word for word in text.split())
+
+
 def tokenize(text: str) -> list[int]:
-    """Word ids of a caption, padded to CAPTION_TOKENS. ValueError for an unknown word or a longer text."""
+    """Word ids of a caption (as spoken), padded to CAPTION_TOKENS. ValueError for an unknown word or a longer text."""
     ids = []
-    for word in text.split():
+    for word in spoken(text).split():
         if word not in WORDS[2:]:
             raise ValueError(f"unknown word {word!r} in caption {text!r}; the vocabulary is {', '.join(WORDS[2:])}")
         ids.append(WORDS.index(word))

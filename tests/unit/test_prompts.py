@@ -13,7 +13,7 @@ from gdmd.data.latents import RenderedLatents
 from gdmd.data.prompt_files import LONGEST_PROMPT
 from gdmd.data.prompts import PromptStream, batch_of, read_prompts, training_captions
 from gdmd.diffusion.rng import SampleRng
-from gdmd.shapes.grammar import NULL, TASKS, catalogue
+from gdmd.shapes.grammar import NULL, TASKS, catalogue, tokenize
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -64,6 +64,13 @@ def test_a_missing_file_or_a_folder_is_one_clear_error(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.txt", tmp_path):
         with pytest.raises(ValueError, match="cannot be read .*; check the path"):
             read_prompts(path)
+
+
+def test_an_orange_square_is_a_caption_as_well() -> None:
+    assert tokenize("an orange  square") == tokenize("a orange square")
+    assert catalogue().row("a red circle and an orange square") == catalogue().row("a red circle and a orange square")
+    with pytest.raises(ValueError, match="unknown word 'ant'"):
+        tokenize("ant orange square")
 
 
 def test_the_stream_is_a_pure_function_of_seed_and_step() -> None:
