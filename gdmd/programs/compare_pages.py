@@ -44,7 +44,7 @@ def write_pages(comparison: Comparison, source: str, folder: Path, *, required: 
     about = About(
         title=f"Comparison on Shapes: {spec.name}",
         about=spec.about,
-        command=f"gdmd compare {source} --out {folder}",
+        command=f"gdmd compare {source}",  # without --out: that folder is nobody else's
         beginning=beginning(spec),
         seeds=spec.seeds,
         reference=reference,
