@@ -216,3 +216,4 @@ def test_a_page_tells_where_its_students_begin(smoke: Comparison, tmp_path: Path
     assert "Students take 300 updates. DMD, first stage starts from the teacher" in said
     assert "begin, for 300 updates: GDMD, DMD, DMD + ReFL" in said and "DMD, first stage takes 4,000 updates." in said
     assert "without a cold start" not in said
+    assert "\ngdmd compare stages\n" in page.read_text()  # and not the folder of whoever made the page

@@ -131,3 +131,15 @@ def test_second_stages_wait_for_their_first_and_fail_with_it(
 
 def _silent(message: str) -> None:
     del message
+
+
+def test_second_stages_in_one_stage_are_the_cells_of_stages() -> None:
+    """So that one training serves both tables: DMD and what follows it have equal hashes, row by row and seed by seed."""
+    stages = {(c.method, c.seed): c.hash for c in plan(read_comparison("stages")) if c.budget == "updates"}
+    one = {(c.method, c.seed): c.hash for c in plan(read_comparison("one_stage"))}
+    same = {"dmd": "dmd_first", "then_dmd2": "dmd2", "then_dmdr": "dmdr", "then_gdmd": "gdmd", "then_dmd": "dmd"}
+    same |= {f"then_{name}": f"dmd_{name}" for name in ("refl", "grpo", "nft")}
+    assert {name for name, _ in one if name.startswith("then_")} == set(same) - {"dmd"}
+    for (name, seed), found in one.items():
+        if name in same:
+            assert found == stages[same[name], seed], (name, seed)
