@@ -98,7 +98,8 @@ class GdmdConfig(DistillationConfig):
     )
     control: Literal["none", "constant", "shuffled", "indicator"] = Field(
         default="none",
-        description="Controls: r = its running mean; r shuffled inside the batch; weight 1[r > 1/2] without the pull.",
+        description="Controls: r = its running mean; r (and what reward_gradient adds) shuffled inside the batch; weight "
+        "1[r > 1/2] without the pull.",
     )
     scored_guidances: tuple[NonNegative, ...] = Field(
         default=(),
@@ -131,10 +132,10 @@ class GdmdConfig(DistillationConfig):
                 f"reward_gradient {self.reward_gradient:g} is taken at finished ends, which score_target "
                 f"{self.score_target!r} does not make; use 'continuation' or reward_gradient 0"
             )
-        if self.control != "none" and self.reward_gradient > 0:
+        if self.control in ("constant", "indicator") and self.reward_gradient > 0:
             raise ValueError(
                 f"control {self.control!r} does not reach reward_gradient {self.reward_gradient:g}, which weighs no score: "
-                "set reward_gradient 0 in a control"
+                "set reward_gradient 0, or control 'shuffled', which gives each sample the gradient of another"
             )
         if self.weighting == "softmax" and self.control in ("indicator", "constant"):
             raise ValueError(f"control {self.control!r} is defined for weighting 'napo'; use 'shuffled' or gamma=0")

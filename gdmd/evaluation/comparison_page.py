@@ -102,7 +102,8 @@ def _tables(results: Results) -> str:
 
 
 _CONTROLS = """A constant weight is nearly only a change of the learning rate, so a gain counts only if it is gone when the
-scores are: gamma = 0 in the same loop, r shuffled inside the batch, r constant, and a step of weight 1[r > 1/2]."""
+scores are: gamma = 0 in the same loop, scores (and, where a row uses it, the rewards' own gradient) shuffled inside
+the batch, r constant, and a step of weight 1[r > 1/2]."""
 
 
 def _matched(results: Results, about: About) -> str:

@@ -55,11 +55,17 @@ ONE_WEIGHT = 0.2
 BOTH_SUM = 4.0
 """What these are multiplied by where both runs add up micro-batches, each in its own order: 9e-6 of the student, 6e-5 of its
 moments and 36 % of one step were measured. One micro-batch of four at a third of its weight moves the student by 5e-3."""
+CONTINUED: dict[str, Any] = {
+    "group_size": 1,
+    "score_target": "continuation",
+    "continuations": 2,
+    "weighting": "softmax",
+    "reward_gradient": 0.1,
+}
 CONFIGS: dict[str, Any] = {
     "gdmd": GdmdConfig(group_size=2, old_policy="ema", control="shuffled", score_baseline="time"),
-    "continued": GdmdConfig(
-        group_size=1, score_target="continuation", continuations=2, weighting="softmax", reward_gradient=0.1
-    ),
+    "continued": GdmdConfig(**CONTINUED),
+    "shuffled": GdmdConfig(**CONTINUED, control="shuffled"),
     "nft": DmdNftConfig(fake_updates=2, images_per_prompt=8, rl_weight=1.0),  # one prompt's group lies on both ranks
     "dmdr_dpo": DmdrConfig(fake_updates=1, cold_start=1, strategy="dpo", images_per_prompt=8),
     "dmd2_gan": Dmd2Config(fake_updates=1),

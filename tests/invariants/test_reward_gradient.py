@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,6 +98,27 @@ def test_scores_come_from_the_same_decoding_and_only_two_ends_are_differentiated
     assert (counted.steered, counted.decoded) == (2, 7)
 
 
+def test_the_shuffled_control_gives_every_sample_the_gradient_of_another() -> None:
+    """The moves are those of the batch, none with its owner, and other owners in another step."""
+    _, plain = targets(WEIGHT, Toy())
+    _, mixed = targets(WEIGHT, Toy(), control="shuffled")
+    apart = (mixed.pull[:, None] - plain.pull[None]).flatten(2).abs().sum(2)  # [to, from]
+    source = apart.argmin(1)
+    assert torch.equal(apart.min(1).values, torch.zeros(4)) and sorted(source.tolist()) == [0, 1, 2, 3]
+    assert (source != torch.arange(4)).all()
+    method = gdmd(tiny_roles(), **ON, reward_gradient=WEIGHT, control="shuffled")
+    orders = [method._pass_on(torch.arange(4), prompts(), rng(step)) for step in range(8)]
+    assert len({tuple(order.tolist()) for order in orders}) > 2
+    assert torch.equal(orders[0], method._pass_on(torch.arange(4), prompts(), rng(0)))
+
+
+def test_the_shuffled_control_of_one_sample_is_refused() -> None:
+    method = gdmd(tiny_roles(), **ON, reward_gradient=WEIGHT, control="shuffled")
+    one = prompts()
+    with pytest.raises(ValueError, match="gradient of another, and the batch has only 1: set loop.batch_size"):
+        method._pass_on(torch.zeros(1), one, replace(rng(), index=torch.zeros(1, dtype=torch.int64)))
+
+
 def test_weight_zero_is_the_run_without_it_and_another_weight_is_not() -> None:
     runs = []
     for weight in (None, 0.0, WEIGHT):
@@ -118,7 +140,8 @@ def test_a_black_box_is_refused_only_where_its_gradient_is_wanted() -> None:
     ("options", "message"),
     [
         ({"score_target": "raw"}, "reward_gradient 0.1 is taken at finished ends"),
-        ({"control": "shuffled"}, "control 'shuffled' does not reach reward_gradient"),
+        ({"control": "constant"}, "control 'constant' does not reach reward_gradient 0.1.*or control 'shuffled'"),
+        ({"control": "indicator"}, "control 'indicator' does not reach reward_gradient"),
     ],
 )
 def test_settings_that_do_not_go_with_it_are_named(options: dict[str, Any], message: str) -> None:
