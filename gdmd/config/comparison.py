@@ -15,6 +15,7 @@ RowName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*
 """Letters, digits, "_", "." and "-": names stand in file names and in ``--only``."""
 Budget = Literal["updates", "passes"]
 Table = Literal["strategy", "collection"]
+Seeds = Annotated[tuple[NonNegativeCount, ...], Field(min_length=1)]
 Overrides = dict[str, Any]
 """Dotted path of a recipe -> value, as in ``gdmd train RECIPE a.b=c``."""
 
@@ -43,6 +44,9 @@ class RowSpec(Config):
     student_updates: Count | None = Field(
         default=None, description="Default: that of the comparison; a first stage has more."
     )
+    seeds: Seeds | None = Field(
+        default=None, description="Default: those of the comparison; more where the spread of a row asks for them."
+    )
 
     @property
     def title(self) -> str:
@@ -57,6 +61,7 @@ class TeacherRow(Config):
     label: str = ""
     steps: Count = Field(description="ODE steps; 2 NFE each with guidance, 1 without.")
     guidance: NonNegative | None = Field(default=None, description="Default: that of the headline row's recipe.")
+    seeds: Seeds | None = Field(default=None, description="Default: those of the comparison.")
 
     @property
     def title(self) -> str:
@@ -101,7 +106,7 @@ class CompareSpec(Config):
     overrides: Overrides = Field(default={}, description="Overrides of every row (batch, rates, EMA, rewards, ...).")
     headline: str = Field(default="gdmd", description="The row against which the paired tests go.")
     reference: str = Field(default="", description="The row whose passes the budget `passes` gives to every other one.")
-    seeds: Annotated[tuple[NonNegativeCount, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
+    seeds: Seeds = (0, 1, 2, 3, 4)
     student_updates: Count = Field(description="Student updates of every row under the budget `updates`.")
     budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = ("updates",)
     rows: Annotated[tuple[RowSpec, ...], Field(min_length=1)]
@@ -125,6 +130,8 @@ class CompareSpec(Config):
         names = [*(row.name for row in self.teachers), *(row.name for row in self.rows)]
         found = [f"the row name '{name}' is used {names.count(name)} times" for name in _twice(names)]
         found += [f"seed {seed} is listed twice" for seed in _twice(self.seeds)]
+        own = [(row.name, seed) for row in self._every_row for seed in _twice(row.seeds or ())]
+        found += [f"seed {seed} of row '{name}' is listed twice" for name, seed in own]
         found += [f"budget {budget} is listed twice" for budget in _twice(self.budgets)]
         students = [row.name for row in self.rows]
         for field, name in (("headline", self.headline), ("reference", self.reference or self.headline)):
@@ -145,6 +152,8 @@ class CompareSpec(Config):
                 found.append(f"{where}, which begins from '{first.start_from}' itself: there are two stages, not more")
             elif first is not None and "updates" not in self.budgets_of(first):
                 found.append(f"{where}, which is not trained under the budget updates")
+            elif first is not None and (lost := set(self.seeds_of(row)) - set(self.seeds_of(first))):
+                found.append(f"{where}, which has no seed {', '.join(map(str, sorted(lost)))}")
         return found
 
     def _override_problems(self) -> list[str]:
@@ -160,6 +169,20 @@ class CompareSpec(Config):
     def budgets_of(self, row: RowSpec) -> tuple[Budget, ...]:
         """The budgets of one row."""
         return self.budgets if row.budgets is None else row.budgets
+
+    def seeds_of(self, row: RowSpec | TeacherRow) -> tuple[int, ...]:
+        """The seeds of one row."""
+        return self.seeds if row.seeds is None else row.seeds
+
+    @property
+    def _every_row(self) -> tuple[TeacherRow | RowSpec, ...]:
+        return (*self.teachers, *self.rows)
+
+    @property
+    def every_seed(self) -> tuple[int, ...]:
+        """The seeds of the comparison, then those that only some rows have."""
+        own = (seed for row in self._every_row for seed in self.seeds_of(row))
+        return tuple(dict.fromkeys((*self.seeds, *own)))
 
     def updates_of(self, row: RowSpec) -> int:
         """Student updates of one row under the budget ``updates``."""

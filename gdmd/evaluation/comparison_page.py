@@ -35,6 +35,7 @@ class About:
     split: str
     images: int  # per cell
     missing: int = 0  # cells that are not in the table
+    others: str = ""  # a sentence about rows with other seeds
 
 
 def write_page(path: Path, results: Results, about: About, figures: Sequence[str]) -> Path:
@@ -53,8 +54,9 @@ def _head(results: Results, about: About) -> str:
 {missing}
 {about.beginning} A number
 is the mean over {len(about.seeds)} seeds ({", ".join(map(str, about.seeds))}) of {about.images:,} images each
-({about.split} captions, EMA weights); ± is the standard deviation over seeds. † marks rewards that students were trained
-on; **everything else is unseen in training**: the checker behind ShapesEval, the held-out scorer, fidelity, coverage.
+({about.split} captions, EMA weights){about.others}; ± is the standard deviation over seeds. † marks rewards that
+students were trained on; **everything else is unseen in training**: the checker behind ShapesEval, the held-out
+scorer, fidelity, coverage.
 Bold is the best student.{_foreign(results)}
 """
 

@@ -51,6 +51,7 @@ def write_pages(comparison: Comparison, source: str, folder: Path, *, required: 
         split=spec.evaluation.split,
         images=int(results.lines[0]["images"]),
         missing=missing,
+        others=other_seeds(spec),
     )
     drawn = [path.name for path in (folder / "figures").glob("*.png")]
     return write_page(folder / PAGE, results, about, drawn)
@@ -70,6 +71,15 @@ def beginning(spec: CompareSpec) -> str:
         text = text[:-1] + "."
     others = [row for row in spec.rows if row.student_updates is not None and not row.start_from]
     return text + "".join(f" {row.title} takes {row.student_updates:,} updates." for row in others)
+
+
+def other_seeds(spec: CompareSpec) -> str:
+    """Which rows have other seeds than the comparison, as a part of a sentence; "" without any."""
+    found: dict[tuple[int, ...], list[str]] = {}
+    for row in (*spec.teachers, *spec.rows):
+        if spec.seeds_of(row) != spec.seeds:
+            found.setdefault(spec.seeds_of(row), []).append(f"**{row.title}**")
+    return "".join(f", {' and '.join(rows)} over seeds {', '.join(map(str, own))}" for own, rows in found.items())
 
 
 def summary(comparison: Comparison, outcome: Outcome) -> dict[str, Any]:

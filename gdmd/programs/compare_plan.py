@@ -72,11 +72,11 @@ def plan(comparison: Comparison) -> list[Cell]:
     """All cells, seed by seed, so that an unfinished comparison has whole seeds."""
     spec = comparison.spec
     cells: list[Cell] = []
-    for place, seed in enumerate(spec.seeds):
+    for place, seed in enumerate(spec.every_seed):
         diagnosed = place < spec.diagnosis.seeds
-        cells += [_teacher_cell(comparison, row, seed) for row in spec.teachers]
+        cells += [_teacher_cell(comparison, row, seed) for row in spec.teachers if seed in spec.seeds_of(row)]
         for budget in spec.budgets:
-            rows = (row for row in spec.rows if budget in spec.budgets_of(row))
+            rows = (row for row in spec.rows if budget in spec.budgets_of(row) and seed in spec.seeds_of(row))
             cells += [_student_cell(comparison, row, seed, budget, diagnosed) for row in rows]
     return cells
 

@@ -13,6 +13,7 @@ import pytest
 from gdmd.config.load import ConfigError
 from gdmd.config.rewardless import without_rewards
 from gdmd.programs.compare import run_comparison
+from gdmd.programs.compare_pages import other_seeds
 from gdmd.programs.compare_plan import chosen, outdated, plan, read_table, unique
 from gdmd.recipes.read_comparison import Comparison, comparison_names, read_comparison
 from gdmd.runs.errors import RunError
@@ -108,6 +109,29 @@ def test_cells_are_rows_times_seeds_times_budgets(tmp_path: Path) -> None:
     assert len(set(places)) == len(places) == 2 * (3 + 3 + 2)  # teachers, updates, passes
     assert "shuffled/0/updates" in places and "shuffled/0/passes" not in places
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+def test_a_row_may_have_more_seeds_and_the_page_says_so(tmp_path: Path) -> None:
+    more = ROWS.replace("{name: gdmd,", "{name: gdmd, seeds: [0, 1, 5],")
+    more += "teachers:\n  - {name: teacher_4, steps: 4, seeds: [0, 1, 5]}\n  - {name: teacher_50, steps: 50}\n"
+    found = comparison(tmp_path, HEAD + more)
+    cells = plan(found)
+    seeds = {row: [c.seed for c in cells if c.method == row and c.budget == "updates"] for row in ("gdmd", "dmd")}
+    assert seeds == {"gdmd": [0, 1, 5], "dmd": [0, 1]}
+    assert {c.method for c in cells if c.seed == 5} == {"gdmd", "teacher_4"}
+    before = {cell.key for cell in plan(comparison(tmp_path)) if cell.kind != "teacher"}
+    assert before < {cell.key for cell in cells}  # cells that were there stay what they are
+    assert other_seeds(found.spec) == ", **teacher_4** and **gdmd** over seeds 0, 1, 5"
+    assert other_seeds(comparison(tmp_path).spec) == ""
+
+
+def test_mistakes_in_the_seeds_of_rows_are_named(tmp_path: Path) -> None:
+    rows = ROWS.replace("{name: gdmd,", "{name: gdmd, seeds: [0, 1, 5], start_from: dmd,")
+    rows = rows.replace("{name: shuffled,", "{name: shuffled, seeds: [3, 3],")
+    with pytest.raises(ConfigError) as raised:
+        comparison(tmp_path, HEAD + rows)
+    assert "seed 3 of row 'shuffled' is listed twice" in str(raised.value)
+    assert "row 'gdmd' has start_from 'dmd', which has no seed 5" in str(raised.value)
 
 
 def test_a_hash_is_that_of_what_is_computed(tmp_path: Path) -> None:
