@@ -130,7 +130,7 @@ class CompareSpec(Config):
         names = [*(row.name for row in self.teachers), *(row.name for row in self.rows)]
         found = [f"the row name '{name}' is used {names.count(name)} times" for name in _twice(names)]
         found += [f"seed {seed} is listed twice" for seed in _twice(self.seeds)]
-        own = [(row.name, seed) for row in self._every_row for seed in _twice(row.seeds or ())]
+        own = [(row.name, seed) for row in self.every_row for seed in _twice(row.seeds or ())]
         found += [f"seed {seed} of row '{name}' is listed twice" for name, seed in own]
         found += [f"budget {budget} is listed twice" for budget in _twice(self.budgets)]
         students = [row.name for row in self.rows]
@@ -175,13 +175,14 @@ class CompareSpec(Config):
         return self.seeds if row.seeds is None else row.seeds
 
     @property
-    def _every_row(self) -> tuple[TeacherRow | RowSpec, ...]:
+    def every_row(self) -> tuple[TeacherRow | RowSpec, ...]:
+        """Teachers, then students."""
         return (*self.teachers, *self.rows)
 
     @property
     def every_seed(self) -> tuple[int, ...]:
         """The seeds of the comparison, then those that only some rows have."""
-        own = (seed for row in self._every_row for seed in self.seeds_of(row))
+        own = (seed for row in self.every_row for seed in self.seeds_of(row))
         return tuple(dict.fromkeys((*self.seeds, *own)))
 
     def updates_of(self, row: RowSpec) -> int:
@@ -195,7 +196,7 @@ class CompareSpec(Config):
     @property
     def titles(self) -> dict[str, str]:
         """name -> what a reader sees, teachers first."""
-        return {row.name: row.title for row in self.teachers} | {row.name: row.title for row in self.rows}
+        return {row.name: row.title for row in self.every_row}
 
 
 def _twice(values: tuple[Any, ...] | list[Any]) -> list[Any]:

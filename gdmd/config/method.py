@@ -164,6 +164,11 @@ class GdmdConfig(DistillationConfig):
         return self.gamma > 0
 
     @property
+    def exchanged(self) -> bool:
+        """Whether samples get the reward gradient of another, the control of it."""
+        return self.control == "shuffled" and self.reward_gradient > 0
+
+    @property
     def continued(self) -> bool:
         """Whether the sampler is continued from x0 to be scored."""
         return self.rewarded and self.score_target == "continuation"

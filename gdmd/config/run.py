@@ -118,6 +118,11 @@ class RunConfig(Config):
                 f"group size does not divide: method {self.method.kind} compares {self.method.prompt_group} images per "
                 f"prompt, and loop.batch_size is {self.loop.batch_size}; give a multiple of the group size"
             )
+        if isinstance(self.method, GdmdConfig) and self.method.exchanged and self.loop.batch_size == 1:
+            raise ValueError(
+                "method.control 'shuffled' with reward_gradient gives each sample the gradient of another, and "
+                "loop.batch_size is 1; give 2 or more"
+            )
         names = [r.label for r in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"each reward may be listed once, got {names}")

@@ -35,7 +35,7 @@ class About:
     split: str
     images: int  # per cell
     missing: int = 0  # cells that are not in the table
-    others: str = ""  # a sentence about rows with other seeds
+    others: str = ""  # the part of the sentence on seeds that names rows with others
 
 
 def write_page(path: Path, results: Results, about: About, figures: Sequence[str]) -> Path:
@@ -78,8 +78,8 @@ def _overall(results: Results, about: About) -> str:
     name = results.title(results.headline)
     return f"""## ShapesEval overall: is {name} better?
 
-Two-sided paired t tests over seeds (a seed fixes weights' noise, prompts and evaluation noise of all rows), 95 % t
-intervals, p corrected by Holm's method over all rows of the table.
+Two-sided paired t tests over the seeds that both rows have (a seed fixes weights' noise, prompts and evaluation noise
+of all rows), 95 % t intervals, p corrected by Holm's method over all rows of the table.
 
 {significance(results, OVERALL)}
 The same differences on measures that no method is trained on (corrected p in brackets):

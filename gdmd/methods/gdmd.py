@@ -122,7 +122,7 @@ class Gdmd(Distillation[GdmdConfig]):
         group = Group(ends=torch.stack(ends, 1), end_score=torch.stack(scores, 1))
         if slopes:  # L_DMD is a mean square of N numbers: its gradient is 2 / N of the distance to the target
             group.pull = 0.5 * self.cfg.reward_gradient * r.x0[0].numel() * torch.stack(slopes).mean(0)
-            if self.cfg.control == "shuffled":
+            if self.cfg.exchanged:
                 group.pull = self._pass_on(group.pull, prompts, rng)
             self._stats["gap/pull"] = mean_square(group.pull).sqrt().mean()
         return group
@@ -130,11 +130,6 @@ class Gdmd(Distillation[GdmdConfig]):
     def _pass_on(self, own: Tensor, prompts: PromptBatch, rng: SampleRng) -> Tensor:
         """Each sample's part of ``own`` [b, ...] given to the next of the global batch in a random circle: none keeps it."""
         whole, index = prompts.ranks.gather(own), prompts.ranks.gather(rng.index)
-        if len(whole) == 1:
-            raise ValueError(
-                "control 'shuffled' with reward_gradient gives each sample the gradient of another, and the batch has "
-                "only 1: set loop.batch_size to 2 or more"
-            )
         order = replace(rng, index=index, host=None).uniform("shuffle/gradient").argsort()
         mixed = torch.empty_like(whole)
         mixed[order.roll(1)] = whole[order]

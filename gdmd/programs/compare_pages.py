@@ -76,7 +76,7 @@ def beginning(spec: CompareSpec) -> str:
 def other_seeds(spec: CompareSpec) -> str:
     """Which rows have other seeds than the comparison, as a part of a sentence; "" without any."""
     found: dict[tuple[int, ...], list[str]] = {}
-    for row in (*spec.teachers, *spec.rows):
+    for row in spec.every_row:
         if spec.seeds_of(row) != spec.seeds:
             found.setdefault(spec.seeds_of(row), []).append(f"**{row.title}**")
     return "".join(f", {' and '.join(rows)} over seeds {', '.join(map(str, own))}" for own, rows in found.items())

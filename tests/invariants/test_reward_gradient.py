@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 from tiny_roles import Toy, ToyCodec, first_student, gdmd, prompts, rng, same, tiny_roles, train, updates
 from torch import Tensor
 
+from gdmd.config.load import ConfigError
 from gdmd.config.method import GdmdConfig
 from gdmd.methods.gdmd import StudentBatch
 from gdmd.recipes.read import read_recipe
@@ -112,11 +112,11 @@ def test_the_shuffled_control_gives_every_sample_the_gradient_of_another() -> No
     assert torch.equal(orders[0], method._pass_on(torch.arange(4), prompts(), rng(0)))
 
 
-def test_the_shuffled_control_of_one_sample_is_refused() -> None:
-    method = gdmd(tiny_roles(), **ON, reward_gradient=WEIGHT, control="shuffled")
-    one = prompts()
-    with pytest.raises(ValueError, match="gradient of another, and the batch has only 1: set loop.batch_size"):
-        method._pass_on(torch.zeros(1), one, replace(rng(), index=torch.zeros(1, dtype=torch.int64)))
+def test_the_shuffled_control_of_one_sample_is_refused_before_it_trains() -> None:
+    words = ["method.reward_gradient=0.1", "method.control=shuffled", "loop.batch_size=1"]
+    with pytest.raises(ConfigError, match="the gradient of another, and loop.batch_size is 1; give 2 or more"):
+        read_recipe("shapes_gdmd", words)
+    assert read_recipe("shapes_gdmd", words[1:]).loop.batch_size == 1  # scores alone are shuffled over the group
 
 
 def test_weight_zero_is_the_run_without_it_and_another_weight_is_not() -> None:

@@ -61,6 +61,19 @@ def write_table(comparison: Comparison, folder: Path, keep: int | None = None) -
     (folder / "table.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def test_a_page_names_the_rows_with_other_seeds_and_pairs_over_common_ones(tmp_path: Path) -> None:
+    one_stage = read_comparison("one_stage")
+    write_table(one_stage, tmp_path)
+    page = write_pages(one_stage, "one_stage", tmp_path, required=True)
+    assert page is not None
+    text = page.read_text()
+    assert "weights), **teacher, 100 NFE** and **GDMD, reward gradient** over seeds 1, 2, 3, 4, 5, 6, 7; ±" in text
+    assert "paired t tests over the seeds that both rows have" in text
+    results, _ = results_of(one_stage, tmp_path)
+    counts = {each.row.name: each.test.count for each in against_headline(results, OVERALL)}
+    assert (counts["teacher_100"], counts["teacher_4"], counts["dmd"]) == (7, 5, 5)
+
+
 def test_a_page_holds_every_table_and_figure(smoke: Comparison, tmp_path: Path) -> None:
     write_table(smoke, tmp_path)
     panel = {"title": "GDMD", "points": [[0.1, 0.2, "#d62728", "o", True], [0.0, 0.1, "#1f4fd6", "s", False]]}
