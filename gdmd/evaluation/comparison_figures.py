@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gdmd.evaluation.comparison_tables import OVERALL, Line, Measure, Results, Row, quality
 from gdmd.evaluation.plots import BINS, PALETTE
 from gdmd.evaluation.shapes import HELDOUT
-from gdmd.runs.errors import writing
+from gdmd.io import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

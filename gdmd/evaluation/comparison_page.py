@@ -19,7 +19,7 @@ from gdmd.evaluation.comparison_tables import (
     table,
 )
 from gdmd.evaluation.shapes import HELDOUT
-from gdmd.runs.rundir import write_atomic
+from gdmd.io import write_atomic
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdmd.runs.errors import RunError, writing
+from gdmd.io import RunError, writing
 
 if TYPE_CHECKING:
     from PIL.Image import Image

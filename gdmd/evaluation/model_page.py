@@ -12,7 +12,7 @@ from typing import Any
 
 from gdmd.evaluation.image_folders import read_image
 from gdmd.evaluation.plots import axes_radar, radar
-from gdmd.runs.rundir import write_atomic
+from gdmd.io import write_atomic
 
 LARGEST = 320
 """Pixels of the longer side in the gallery; the originals stay in their folders."""

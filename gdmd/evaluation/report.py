@@ -14,8 +14,8 @@ import yaml
 
 from gdmd.evaluation.health import health_panels, training_curves
 from gdmd.evaluation.plots import Metrics, bars, radar
-from gdmd.runs.errors import RunError
-from gdmd.runs.rundir import open_run, read_facts, read_metrics, write_atomic
+from gdmd.io import RunError, write_atomic
+from gdmd.runs.rundir import open_run, read_facts, read_metrics
 from gdmd.shapes.grammar import TASKS
 
 EVALUATION = "evaluation.json"

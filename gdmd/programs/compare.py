@@ -22,6 +22,7 @@ from types import FrameType
 from typing import IO, Any
 
 from gdmd.config.load import dump_config
+from gdmd.io import RunError, write_atomic, writing
 from gdmd.programs.compare_plan import (
     Cell,
     chosen,
@@ -35,8 +36,6 @@ from gdmd.programs.compare_plan import (
     with_first_stages,
 )
 from gdmd.recipes.read_comparison import Comparison
-from gdmd.runs.errors import RunError, writing
-from gdmd.runs.rundir import write_atomic
 
 Say = Callable[[str], None]
 POLL, PATIENCE = 0.1, 120.0

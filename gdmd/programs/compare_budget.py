@@ -12,8 +12,8 @@ from gdmd.backbones.shapes import ShapesRoles
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.passes import Counted, Pace, measure_pace
+from gdmd.io import writing
 from gdmd.recipes.build import Lab, build
-from gdmd.runs.errors import writing
 from gdmd.runs.rundir import config_hash
 
 PROBED = 6

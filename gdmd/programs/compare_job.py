@@ -24,12 +24,13 @@ import torch
 from gdmd.config.run import EvalConfig, RunConfig
 from gdmd.evaluation.sample import Sampler, teacher_sampler
 from gdmd.evaluation.shapes import evaluate
+from gdmd.io import write_atomic
 from gdmd.programs.compare_budget import counted, iterations
 from gdmd.programs.compare_diagnosis import all_scorers, diagnose
 from gdmd.programs.evaluate import load_ema, student_row
 from gdmd.recipes.build import Lab, build
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import Run, commit, create, open_run, read_metrics, versions, write_atomic
+from gdmd.runs.rundir import Run, commit, create, open_run, read_metrics, versions
 from gdmd.training.loop import Hooks, TrainEnd, train
 from gdmd.training.progress import PlainProgress
 from gdmd.training.state import NonFiniteError

@@ -20,6 +20,7 @@ from gdmd.data.prompts import prompt_file
 from gdmd.evaluation.image_folders import image_file, read_images
 from gdmd.evaluation.model_page import Gallery, write_page
 from gdmd.evaluation.preference import Scores, paired_difference
+from gdmd.io import finite_or_none, write_atomic
 from gdmd.programs.folders import TEACHERS, config_of
 from gdmd.programs.model_measures import (
     feature_measures,
@@ -34,7 +35,6 @@ from gdmd.programs.preference import (
     Produced,
     Say,
     asked_of,
-    finite_or_none,
     produce,
     score,
     summary,
@@ -42,7 +42,6 @@ from gdmd.programs.preference import (
 )
 from gdmd.programs.scorers import Features, feature_maker, load_scorers, read_scorers, shapes_scorers
 from gdmd.programs.sources import kind_of, open_source
-from gdmd.runs.rundir import write_atomic
 from gdmd.shapes.grammar import catalogue, fixed_rows
 
 RESULT, PAGE = "compare.json", "compare.html"

@@ -11,10 +11,10 @@ from gdmd.config.comparison import CompareSpec
 from gdmd.evaluation.comparison_figures import draw_all
 from gdmd.evaluation.comparison_page import About, write_page
 from gdmd.evaluation.comparison_tables import OVERALL, Results, Row, against_headline
+from gdmd.io import RunError
 from gdmd.programs.compare import Outcome
 from gdmd.programs.compare_plan import key_of, plan, read_table
 from gdmd.recipes.read_comparison import Comparison
-from gdmd.runs.errors import RunError
 
 PAGE, TABLE, PICTURES = "shapes.md", "table.jsonl", "pictures.json"
 

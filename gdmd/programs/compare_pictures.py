@@ -20,12 +20,11 @@ from gdmd.evaluation.distances import cluster_spread
 from gdmd.evaluation.grids import write_grid
 from gdmd.evaluation.sample import Lab, Sampler, images_of
 from gdmd.evaluation.shapes import HELDOUT
+from gdmd.io import write_atomic, writing
 from gdmd.programs.compare_job import cell_sampler
 from gdmd.programs.compare_plan import Cell, shown_cells
 from gdmd.recipes.read_comparison import Comparison, read_comparison
 from gdmd.rewards.shapes import ShapesClip, shipped_scorer
-from gdmd.runs.errors import writing
-from gdmd.runs.rundir import write_atomic
 from gdmd.shapes.grammar import TASKS, catalogue, fixed_rows
 from gdmd.shapes.measures import pairwise_distance
 from gdmd.shapes.render import draw_scenes, render

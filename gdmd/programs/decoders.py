@@ -16,9 +16,8 @@ from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import ode_sample
 from gdmd.evaluation.decoders import DecoderGap, decoder_gaps
+from gdmd.io import RunError, write_atomic
 from gdmd.recipes.build import Lab
-from gdmd.runs.errors import RunError
-from gdmd.runs.rundir import write_atomic
 
 FILE = "scoring_decoder.json"
 

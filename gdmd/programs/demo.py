@@ -17,12 +17,12 @@ from gdmd.config.run import RunConfig
 from gdmd.evaluation.grids import write_comparison
 from gdmd.evaluation.report import Provenance, read_rows, save_rows, write_report
 from gdmd.evaluation.sample import Sampler
+from gdmd.io import writing
 from gdmd.programs.evaluate import Row, grid_captions, load_ema, measure, student_row, teacher_row
 from gdmd.programs.folders import TEACHERS
 from gdmd.programs.train import go
 from gdmd.recipes.build import Lab, build
 from gdmd.runs import checkpoint
-from gdmd.runs.errors import writing
 from gdmd.runs.rundir import Run, check_same_config, create, open_run, read_facts, read_metrics
 
 METHODS = ("dmd", "gdmd")

@@ -14,10 +14,10 @@ from gdmd.evaluation.grids import write_comparison, write_grid
 from gdmd.evaluation.report import read_rows, report_run, save_rows
 from gdmd.evaluation.sample import BATCH, Sampler, images_of, student_sampler, teacher_sampler
 from gdmd.evaluation.shapes import HELDOUT, evaluate
+from gdmd.io import RunError, writing
 from gdmd.programs.folders import TEACHERS, config_of
 from gdmd.recipes.build import Lab, build, build_rewards
 from gdmd.runs import checkpoint
-from gdmd.runs.errors import RunError, writing
 from gdmd.shapes.grammar import Split, catalogue, fixed_rows
 from gdmd.training.ema import load_named
 from gdmd.types import Reward

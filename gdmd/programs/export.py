@@ -14,13 +14,13 @@ from gdmd.config.run import RunConfig
 from gdmd.export.card import model_card
 from gdmd.export.lora import save_lora
 from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_scheduler
+from gdmd.io import RunError, write_atomic, writing
 from gdmd.programs.decoders import read_gaps
 from gdmd.programs.folders import config_of
 from gdmd.programs.source_runs import trained_rewards
 from gdmd.programs.sources import EXPORT_FILE
 from gdmd.runs import checkpoint
-from gdmd.runs.errors import RunError, writing
-from gdmd.runs.rundir import read_facts, write_atomic
+from gdmd.runs.rundir import read_facts
 
 
 def export_run(

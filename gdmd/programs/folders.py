@@ -12,9 +12,9 @@ import yaml
 
 from gdmd.config.load import load_config
 from gdmd.config.run import RunConfig
+from gdmd.io import RunError, write_atomic, writing
 from gdmd.recipes.read import read_recipe
-from gdmd.runs.errors import RunError, writing
-from gdmd.runs.rundir import Run, check_same_config, open_run, write_atomic
+from gdmd.runs.rundir import Run, check_same_config, open_run
 
 MAY_CHANGE = (
     *("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every", "loop.grid_every"),

@@ -20,10 +20,9 @@ from gdmd.evaluation.geneval import (
     summarise,
 )
 from gdmd.evaluation.geneval_prompts import draw_tasks
+from gdmd.io import RunError, write_atomic, writing
 from gdmd.programs.sources import Source, places_of
 from gdmd.rewards.geneval_rules import Found, Task, as_row
-from gdmd.runs.errors import RunError, writing
-from gdmd.runs.rundir import write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from gdmd.config.model import DiffusersModel
-from gdmd.runs.rundir import Run, read_facts, write_atomic
+from gdmd.io import write_atomic
+from gdmd.runs.rundir import Run, read_facts
 
 KEY = "hub_commits"
 """Of run.json."""

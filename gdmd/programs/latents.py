@@ -14,8 +14,8 @@ from gdmd.config.real_data import RealDataConfig
 from gdmd.config.run import RunConfig
 from gdmd.data.image_sources import Unusable
 from gdmd.data.real_latents import Computed, LatentStore
+from gdmd.io import SHARDS_STAY, writing
 from gdmd.recipes.real_data import encoder_of, store_of
-from gdmd.runs.errors import SHARDS_STAY, writing
 
 SHOWN = 20
 """Unusable images that are printed; all of them are in the index and in --json."""

@@ -23,10 +23,9 @@ from gdmd.config.run import RewardConfig
 from gdmd.data.prompts import read_meta, read_prompts
 from gdmd.evaluation.image_folders import image_file, read_image, write_image, write_metadata
 from gdmd.evaluation.preference import Scores, clustered_mean, speed
+from gdmd.io import RunError, finite_or_none, write_atomic, writing
 from gdmd.programs.scorers import scores_of
 from gdmd.programs.sources import Facts, FolderSource, Place, Source, places_of
-from gdmd.runs.errors import RunError, writing
-from gdmd.runs.rundir import write_atomic
 from gdmd.types import Reward
 
 SCORED = 32
@@ -228,12 +227,3 @@ def _json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{path} cannot be read ({error}); give an empty folder with --out") from error
-
-
-def finite_or_none(value: Any) -> Any:
-    """NaN as null, through mappings and lists."""
-    if isinstance(value, Mapping):
-        return {key: finite_or_none(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite_or_none(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -116,7 +116,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    from gdmd.runs.rundir import write_atomic
+    from gdmd.io import write_atomic
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(content, indent=2) + "\n", "the golden scores")

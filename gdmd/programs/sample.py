@@ -10,9 +10,9 @@ import torch
 
 from gdmd.config.sources import SourceConfig
 from gdmd.evaluation.grids import write_grid
+from gdmd.io import writing
 from gdmd.programs.sources import Source, open_source, places_of
 from gdmd.rewards.images import from_pil
-from gdmd.runs.errors import writing
 
 
 def draw(cfg: SourceConfig, prompts: Sequence[str], count: int, seed: int, path: Path, scale: int) -> float:

@@ -22,9 +22,9 @@ from gdmd.backbones.pipelines import check_libraries, is_local, load_errors, rea
 from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
+from gdmd.io import RunError
 from gdmd.programs.source_schedulers import set_scheduler, step_arguments
 from gdmd.programs.sources import EXPORT_FILE, Facts, Place, to_images
-from gdmd.runs.errors import RunError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gdmd.config.sources import SourceConfig
 from gdmd.evaluation.image_folders import ImageRow, holds_images, read_image, read_images
+from gdmd.io import RunError
 from gdmd.programs.folders import TEACHERS
-from gdmd.runs.errors import RunError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

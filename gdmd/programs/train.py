@@ -17,13 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
+from gdmd.io import SHARDS_STAY, writing
 from gdmd.programs.decoders import check_decoder
 from gdmd.programs.evaluate import finish_run, grid_hook
 from gdmd.programs.folders import new_folder, resumed
 from gdmd.programs.hub_pins import tell_commits
 from gdmd.recipes.build import Lab, build, compile_networks
 from gdmd.recipes.rewards import reward_stats
-from gdmd.runs.errors import SHARDS_STAY, writing
 from gdmd.runs.rundir import Run, create, open_run
 from gdmd.shapes.grammar import catalogue
 from gdmd.training.distributed import SINGLE, World

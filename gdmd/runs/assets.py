@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdmd.runs.errors import RunError, writing
+from gdmd.io import RunError, writing
 
 if TYPE_CHECKING:
     from torch import Tensor

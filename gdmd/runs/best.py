@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from gdmd.runs.errors import RunError
-from gdmd.runs.rundir import write_atomic
+from gdmd.io import RunError, write_atomic
 
 Direction = Literal["max", "min"]
 FILE = "best.json"

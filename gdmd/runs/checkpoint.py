@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gdmd.io import RunError, number_in, writing
 from gdmd.runs.best import Best, read_best, write_best
-from gdmd.runs.errors import RunError, number_in, writing
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from gdmd.runs.errors import RunError, writing
+from gdmd.io import RunError, write_atomic, writing
 
 PACKAGES = ("gdmd", "torch", "numpy", "pydantic", "safetensors")
 _MISSING = object()
@@ -189,21 +189,6 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None  # git is missing or refuses: a run without a known commit is still a run
-
-
-def write_atomic(path: Path, text: str, what: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old or the new content and never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(what, path):
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
 
 
 def _refuse_foreign(path: Path, config: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gdmd.evaluation.image_folders import Key, read_images
-from gdmd.runs.errors import RunError
+from gdmd.io import RunError
 from gdmd.study.nouns import Prompt
 
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError, model_validator
 
 from gdmd.config.base import Config
 from gdmd.config.study import Question
-from gdmd.runs.errors import RunError
+from gdmd.io import RunError
 
 Answer = Literal["left", "right", "tie"]
 Kind = Literal["pair", "repeat", "check"]

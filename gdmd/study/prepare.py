@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image as Pil
 
 from gdmd.config.study import StudyConfig
-from gdmd.runs.errors import RunError, writing
+from gdmd.io import RunError, writing
 from gdmd.study.folders import Row, common_rows
 from gdmd.study.nouns import IMAGES, LINKS, PLAN, Plan
 from gdmd.study.plan import Drawn, Image, draw_plan

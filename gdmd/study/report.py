@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdmd.evaluation.plots import INK, STYLE
-from gdmd.runs.errors import writing
+from gdmd.io import writing
 from gdmd.study.analyze import Analysis, Duel
 from gdmd.study.export import csv_text, jsonl_text
 from gdmd.study.nouns import Vote

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gdmd.runs.errors import RunError
+from gdmd.io import RunError
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS votes (

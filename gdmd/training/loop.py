@@ -23,9 +23,9 @@ from torch import Tensor
 from gdmd.config.loop import LoopConfig
 from gdmd.diffusion.device import checks_read_later
 from gdmd.diffusion.rng import SampleRng
+from gdmd.io import writing
 from gdmd.runs import checkpoint
 from gdmd.runs.best import Judge
-from gdmd.runs.errors import writing
 from gdmd.runs.rundir import Run, read_metrics
 from gdmd.training.distributed import SINGLE, World
 from gdmd.training.optim import lr_factor

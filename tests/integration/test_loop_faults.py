@@ -22,9 +22,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from toy_training import Toy, toy_config  # noqa: E402
 
+from gdmd.io import RunError  # noqa: E402
 from gdmd.runs import checkpoint, rundir  # noqa: E402
 from gdmd.runs.best import read_best  # noqa: E402
-from gdmd.runs.errors import RunError  # noqa: E402
 from gdmd.training.loop import Hooks  # noqa: E402
 from gdmd.training.progress import PlainProgress, progress_for, summary  # noqa: E402
 from gdmd.training.state import NonFiniteError  # noqa: E402

@@ -26,10 +26,10 @@ from gdmd.config.load import load_config  # noqa: E402
 from gdmd.config.rewards import RemoteReward  # noqa: E402
 from gdmd.config.run import RunConfig  # noqa: E402
 from gdmd.data.prompts import PromptStream, training_captions  # noqa: E402
+from gdmd.io import RunError  # noqa: E402
 from gdmd.recipes.build import SHAPES, method_of  # noqa: E402
 from gdmd.rewards.remote import RemoteError, RemoteScorer  # noqa: E402
 from gdmd.runs import checkpoint, rundir  # noqa: E402
-from gdmd.runs.errors import RunError  # noqa: E402
 from gdmd.training.loop import train  # noqa: E402
 
 TIMED = "speed/images_per_s"

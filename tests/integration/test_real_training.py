@@ -26,13 +26,13 @@ from gdmd.config.loop import LoopConfig
 from gdmd.config.method import DmdConfig, GdmdConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.sources import read_source
+from gdmd.io import RunError
 from gdmd.programs.decoders import check_decoder
 from gdmd.programs.export import export_run
 from gdmd.programs.sample import draw
 from gdmd.programs.sources import EXPORT_FILE
 from gdmd.programs.train import ready, start
 from gdmd.recipes.build import Lab, build
-from gdmd.runs.errors import RunError
 from gdmd.runs.rundir import Run, create
 from gdmd.training.loop import train
 from gdmd.types import PromptBatch

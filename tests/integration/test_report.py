@@ -14,7 +14,7 @@ import torch
 from gdmd.evaluation.grids import draw_grid, png_bytes
 from gdmd.evaluation.plots import curves, r_histogram, radar
 from gdmd.evaluation.report import Provenance, read_rows, report_run, save_rows, write_report
-from gdmd.runs.errors import RunError
+from gdmd.io import RunError
 from gdmd.runs.rundir import create
 from gdmd.shapes.grammar import TASKS
 

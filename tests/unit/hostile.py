@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from gdmd.config.load import ConfigError
+from gdmd.io import RunError
 from gdmd.runs.checkpoint import DamagedCheckpoint
-from gdmd.runs.errors import RunError
 
 OWN = (ValueError, ConfigError, RunError, DamagedCheckpoint)
 LONGEST_S = 10

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gdmd.io import RunError
 from gdmd.runs import checkpoint
 from gdmd.runs.best import Best, Judge, read_best
-from gdmd.runs.errors import RunError
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gdmd.io import RunError
 from gdmd.runs import assets, checkpoint
-from gdmd.runs.errors import RunError
 
 PARTS = {
     "student": {"a.weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(7)},

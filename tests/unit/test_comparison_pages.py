@@ -11,11 +11,11 @@ import pytest
 
 from gdmd.evaluation.comparison_figures import _look, _shown
 from gdmd.evaluation.comparison_tables import OVERALL, Results, Row, against_headline, markdown, quality, table
+from gdmd.io import RunError
 from gdmd.programs.compare import Outcome
 from gdmd.programs.compare_pages import beginning, results_of, summary, write_pages
 from gdmd.programs.compare_plan import Cell, line_of, plan, shown_cells
 from gdmd.recipes.read_comparison import Comparison, read_comparison
-from gdmd.runs.errors import RunError
 from gdmd.shapes.grammar import TASKS
 
 SCORES = {"gdmd": 0.62, "dmd": 0.55, "teacher_100": 0.58, "shuffled": 0.54}

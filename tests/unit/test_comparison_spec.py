@@ -12,11 +12,11 @@ import pytest
 
 from gdmd.config.load import ConfigError
 from gdmd.config.rewardless import without_rewards
+from gdmd.io import RunError
 from gdmd.programs.compare import run_comparison
 from gdmd.programs.compare_pages import other_seeds
 from gdmd.programs.compare_plan import chosen, outdated, plan, read_table, unique
 from gdmd.recipes.read_comparison import Comparison, comparison_names, read_comparison
-from gdmd.runs.errors import RunError
 
 HEAD = "name: mine\nbase: shapes_smoke\nstudent_updates: 4\nseeds: [0, 1]\nbudgets: [updates, passes]\n"
 ROWS = """rows:

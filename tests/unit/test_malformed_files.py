@@ -16,8 +16,8 @@ from hostile import CASES, mutated, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gdmd.io import RunError
 from gdmd.runs import assets, checkpoint
-from gdmd.runs.errors import RunError
 from gdmd.runs.rundir import read_facts, read_metrics
 
 FILES = ("state.json", "student.safetensors", "optimizer.safetensors")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gdmd.config.study import StudyConfig
-from gdmd.runs.errors import RunError
+from gdmd.io import RunError
 from gdmd.study.analyze import analyze
 from gdmd.study.folders import read_folder
 from gdmd.study.nouns import Plan, Prompt, Rater, Trial, read_plan, token_hash, vote_of

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gdmd.io import RunError
 from gdmd.programs.folders import check_resumable, resumed
 from gdmd.recipes.read import read_recipe
-from gdmd.runs.errors import RunError
 from gdmd.runs.rundir import create
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from gdmd.config.loop import LoopConfig
+from gdmd.io import RunError
 from gdmd.runs import rundir
-from gdmd.runs.errors import RunError
 
 CONFIG = {"method": {"gamma": 1.0, "modes": ("t", "fake")}, "loop": {"steps": 10, "seed": 0}}
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from gdmd.config.loop import LoopConfig
+from gdmd.io import RunError
 from gdmd.runs import checkpoint
-from gdmd.runs.errors import RunError
 from gdmd.training.distributed import SINGLE
 from gdmd.training.saver import Saver
 
