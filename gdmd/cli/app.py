@@ -75,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit; what the user can mend is one clear message on stderr, without a traceback."""
     for name in QUIETER:
         logging.getLogger(name).addFilter(_worth_saying)
+    ours = logging.getLogger("gdmd")
+    if not any(isinstance(handler, Notes) for handler in ours.handlers):
+        ours.addHandler(Notes())
     try:
         app(args=None if arguments is None else list(arguments), prog_name="gdmd")
     except ValueError as error:
@@ -83,6 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+class Notes(logging.Handler):
+    """Warnings of the package on stderr, one line each; among several ranks only rank 0 speaks."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _first():
+            print(f"note: {record.getMessage()}", file=sys.stderr)
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:

@@ -7,13 +7,10 @@ in .txt, else .caption, else .json ("caption", "text" or "prompt"). What cannot 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
-import struct
 import tarfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,25 +18,11 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
+from gdmd.data.image_files import ENDINGS, open_image
 from gdmd.data.prompt_files import LARGEST_MEMBER, LONGEST_PROMPT, MOST_MEMBERS, NO_TEXT, check_end
 
-ENDINGS = ("jpg", "jpeg", "png", "webp")
 LARGEST_IMAGE = 1 << 28
 """Bytes of one image file."""
-MOST_PIXELS = 89_000_000
-"""Of one image; more is refused before it is decoded."""
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-)
-"""What Pillow raises for damaged files."""
 METADATA = "metadata.jsonl"
 _CAPTIONS = ("txt", "caption", "json")
 _FIELDS = ("caption", "text", "prompt")
@@ -73,20 +56,11 @@ def captioned_images(source: Path) -> Iterator[Captioned | Unusable]:
         raise ValueError(f"real_data.source {str(source)!r} is neither a folder nor a .tar that exists; check the path")
 
 
-def pixels(content: bytes, height: int, width: int) -> Tensor:
-    """An image file -> [3, height, width] uint8: upright, RGB, scaled to cover, centre-cropped. Or ValueError."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def pixels(content: bytes, height: int, width: int, name: str = "an image") -> Tensor:
+    """An image file -> [3, height, width] uint8: ``open_image``, scaled to cover, center-cropped. Or ValueError."""
+    from PIL import Image, ImageOps
 
-    try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
-                raise ValueError(f"{opened.width} x {opened.height} pixels; at most {MOST_PIXELS}")
-            upright = ImageOps.exif_transpose(opened).convert("RGB")
-    except UnidentifiedImageError as error:  # its own words name an object in memory
-        raise ValueError("is no JPEG, PNG or WebP") from error
-    except (*_BROKEN, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be decoded ({error})") from error
-    fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(open_image(content, name), (width, height), Image.Resampling.LANCZOS)
     flat = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
     return flat.reshape(height, width, 3).permute(2, 0, 1)
 

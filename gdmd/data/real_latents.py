@@ -107,7 +107,7 @@ class LatentStore:
         digest = hashlib.sha256(found.content).hexdigest()
         if digest not in self._place and digest not in waiting:
             try:
-                waiting[digest] = pixels(found.content, *size)
+                waiting[digest] = pixels(found.content, *size, found.name)
             except ValueError as error:
                 return Unusable(found.name, str(error))
         return {"image": digest, "caption": found.caption, "name": found.name}

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gdmd.data.image_files import ENDINGS, open_image
 from gdmd.io import RunError, writing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+SUFFIXES = {f".{ending}" for ending in ENDINGS}
 Key = tuple[str, int]
 """A prompt's text and which occurrence of that text it is: the same for every model."""
 
@@ -89,14 +90,11 @@ def write_image(path: Path, image: Image) -> None:
 
 
 def read_image(path: Path) -> Image:
-    """An RGB image. ValueError that names a file which is none."""
-    from PIL import Image as pillow
-
+    """The image as ``data.image_files.open_image`` shows it, RGB. ValueError that names a file which is not one."""
     try:
-        with pillow.open(path) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read ({error}); make it again") from error
+        return open_image(path)
+    except ValueError as error:
+        raise ValueError(f"image {path}: {error}; replace the file") from error
 
 
 def _official(place: Path) -> ImageRow:

@@ -163,8 +163,9 @@ def _run(path: Path, cfg: RunConfig) -> Run:
 
 
 def _load(lab: Lab, run: Run) -> None:
-    saved = checkpoint.load_newest(run.checkpoints)
-    assert saved is not None, f"training left no checkpoint in {run.checkpoints}"
+    """The EMA of the last step; RunError where that checkpoint is damaged, an older one is another student."""
+    saved = checkpoint.load_chosen(run.checkpoints, str(run.config["loop"]["steps"]))
+    assert saved is not None
     load_ema(lab, saved)
 
 

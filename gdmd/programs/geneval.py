@@ -20,6 +20,7 @@ from gdmd.evaluation.geneval import (
     summarise,
 )
 from gdmd.evaluation.geneval_prompts import draw_tasks
+from gdmd.evaluation.image_folders import read_image
 from gdmd.io import RunError, write_atomic, writing
 from gdmd.programs.sources import Source, places_of
 from gdmd.rewards.geneval_rules import Found, Task, as_row
@@ -106,13 +107,7 @@ def detect(
     file: Path, prompt: int, number: int, task: Task, detector: Detector, colors: ColorClassifier
 ) -> dict[str, Any]:
     """A line of detections.jsonl: every object of one image, and the colors that the rules ask for."""
-    from PIL import Image as pillow
-
-    try:
-        with pillow.open(file) as opened:
-            image = opened.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"image {file} cannot be read ({error}); make it again") from error
+    image = read_image(file)
     found = detector(image)
     known: dict[tuple[str, int], str] = {}
 

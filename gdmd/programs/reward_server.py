@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gdmd.data.image_files import to_rgb
 from gdmd.rewards.remote import PROTOCOL, is_loopback
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def read_png(text: Any, most: int = MOST_PIXELS) -> Image:
             raise Refused(413, f"an image of {image.width} x {image.height} pixels; at most {LARGEST_SIDE} a side")
         if image.width * image.height > most:
             raise Refused(413, f"more than {MOST_PIXELS} pixels in a request; give a smaller batch")
-        return image.convert("RGB")
+        return to_rgb(image, "an image of a request")
     except (binascii.Error, TypeError, ValueError, OSError, SyntaxError, pillow.DecompressionBombError) as error:
         raise Refused(400, "an image is not a base64 PNG") from error
 

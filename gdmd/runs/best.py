@@ -67,17 +67,22 @@ class Judge:
         return f"loop.best_metric = {self.metric} has no value in {last}: no best checkpoint is chosen there; {advice}"
 
 
-def read_best(folder: Path) -> Best | None:
-    """The best checkpoint of ``folder`` (checkpoints/); None where none was chosen or it is no longer there."""
+def named_best(folder: Path) -> Best | None:
+    """What best.json of ``folder`` (checkpoints/) names, whether that checkpoint is there or not; None without it."""
     file = Path(folder) / FILE
     if not file.exists():
         return None
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
-        best = Best(int(body["step"]), str(body["metric"]), body["direction"], float(body["value"]))
+        return Best(int(body["step"]), str(body["metric"]), body["direction"], float(body["value"]))
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise RunError(f"cannot read {file}: {error}. Delete it; the next checkpoints choose anew.") from error
-    return best if (Path(folder) / f"step_{best.step:06d}").is_dir() else None
+
+
+def read_best(folder: Path) -> Best | None:
+    """The best checkpoint of ``folder`` (checkpoints/); None where none was chosen or it is no longer there."""
+    best = named_best(folder)
+    return best if best and (Path(folder) / f"step_{best.step:06d}").is_dir() else None
 
 
 def write_best(folder: Path, best: Best) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdmd.io import RunError, number_in, writing
-from gdmd.runs.best import Best, read_best, write_best
+from gdmd.runs.best import FILE as BEST_FILE
+from gdmd.runs.best import Best, named_best, write_best
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 FORMAT, SHARDED = 1, 2
 _NAME = re.compile(r"step_(\d{6}|[1-9]\d{6,})", re.ASCII)  # as save() writes it: one name per step
 _FILE = re.compile(r"[^/\\\0]+\.safetensors")  # inside the checkpoint's folder
+_log = logging.getLogger(__name__)
 _CHUNK = 1 << 22  # bytes per read when hashing: 4 MiB
 
 
@@ -159,23 +162,42 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
 
 
 def load_chosen(folder: Path, which: str = "last") -> Checkpoint | None:
-    """Checkpoint "best", "last" (the newest that verifies) or of a step; None when "last" finds none at all."""
-    if which == "last":
-        return load_newest(folder)
+    """Checkpoint "best", "last" (the newest that verifies) or of a step; None when "last" finds none at all.
+
+    A damaged newest one is passed over with a warning that names the step in its place; a damaged or missing best one,
+    or step, is a RunError.
+    """
     folder = Path(folder)
+    if which == "last":
+        saved = load_newest(folder)
+        for message in saved.messages if saved else ():
+            _log.warning("%s; step %d is used", message, saved.step if saved else 0)
+        return saved
     if which == "best":
-        best = read_best(folder)
-        if best is None:
-            raise RunError(f"{folder} has no best checkpoint: it is kept where loop.best_metric names a metric.")
-        which = str(best.step)
+        which = str(_best_step(folder))
     path = folder / f"step_{int(which):06d}" if re.fullmatch(r"\d{1,18}", which, re.ASCII) else None
     if path is None or not path.is_dir():
-        there = ", ".join(map(str, steps(folder))) or "none"
-        raise RunError(f"there is no checkpoint {which!r} in {folder}: give best, last or a step (there are: {there}).")
+        raise RunError(f"there is no checkpoint {which!r} in {folder}: give best, last or a step ({_listed(folder)}).")
     try:
         return load(path)
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{error}. Restore it, or choose another checkpoint: last, or a step.") from error
+
+
+def _best_step(folder: Path) -> int:
+    best = named_best(folder)
+    if best is None:
+        raise RunError(f"{folder} has no best checkpoint: it is kept where loop.best_metric names a metric.")
+    if best.step not in steps(folder):
+        raise RunError(
+            f"{folder / BEST_FILE} names step {best.step} ({best.metric} = {best.value:g}), which is not in {folder} "
+            f"({_listed(folder)}). Restore it, or choose another checkpoint: last, or a step."
+        )
+    return best.step
+
+
+def _listed(folder: Path) -> str:
+    return f"there are: {', '.join(map(str, steps(folder))) or 'none'}"
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
@@ -217,7 +239,10 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
 
 def _choose_and_rotate(place: Place) -> None:
     """The best one is named before anything is deleted, and never deleted."""
-    best = read_best(place.folder)
+    best = named_best(place.folder)
+    if best and best.step not in steps(place.folder):
+        _log.warning("the best checkpoint, step %d (%s = %g), is no longer there", best.step, best.metric, best.value)
+        best = None
     if place.candidate is not None and place.candidate.beats(best):
         best = place.candidate
         write_best(place.folder, best)

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shutil
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image as Pil
 
 from gdmd.config.study import StudyConfig
+from gdmd.data.image_files import open_image
 from gdmd.io import RunError, writing
 from gdmd.study.folders import Row, common_rows
 from gdmd.study.nouns import IMAGES, LINKS, PLAN, Plan
@@ -88,16 +88,12 @@ def _file(rows: Sequence[Mapping[str, Row]], image: Image) -> Path:
 
 def _open(path: Path) -> Pil.Image:
     try:
-        with Pil.open(path) as file:
-            if max(file.size) > MAX_SIDE:
-                raise RunError(
-                    f"{path} has {file.size[0]} x {file.size[1]} pixels, at most {MAX_SIDE} a side; shrink it"
-                )
-            return file.convert("RGB")
-    except RunError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Pil.DecompressionBombError) as error:
-        raise RunError(f"{path} cannot be read as an image: {error}; draw it again") from error
+        picture = open_image(path)
+    except ValueError as error:
+        raise RunError(f"{path} cannot be read as an image: {error}; replace the file") from error
+    if max(picture.size) > MAX_SIDE:
+        raise RunError(f"{path} has {picture.width} x {picture.height} pixels, at most {MAX_SIDE} a side; shrink it")
+    return picture
 
 
 def ruin(picture: Pil.Image, seed: int) -> Pil.Image:

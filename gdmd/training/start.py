@@ -54,7 +54,8 @@ def begin_from(run: str, states: Mapping[Role, RoleState], world: World) -> str:
         load_named(own, theirs, f"the {role} of loop.start_from = {run}", world)
         if state.ema is not None:
             _restart(state.ema.shadow, own)
-    return f"student{' (EMA)' if averaged else ''} and fake begin as in step {saved.step} of {run}"
+    begun = f"student{' (EMA)' if averaged else ''} and fake begin as in step {saved.step} of {run}"
+    return "\n".join([*saved.messages, begun])
 
 
 @torch.no_grad()

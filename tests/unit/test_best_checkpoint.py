@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,28 @@ def test_a_damaged_best_checkpoint_is_not_replaced_by_another_in_silence(tmp_pat
     (tmp_path / "step_000005" / "student.safetensors").write_bytes(b"")
     with pytest.raises(RunError, match=r"student\.safetensors is damaged.*choose another checkpoint"):
         checkpoint.load_chosen(tmp_path, "best")
+
+
+def test_a_best_pointer_to_a_missing_step_is_named_with_what_is_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, (5, 0.9), (10, 0.1), (15, 0.2))
+    shutil.rmtree(tmp_path / "step_000005")
+    with pytest.raises(RunError, match=r"best\.json names step 5 \(reward = 0\.9\).*\(there are: 10, 15\)"):
+        checkpoint.load_chosen(tmp_path, "best")
+    save(tmp_path, (20, 0.3))
+    assert "step 5 (reward = 0.9), is no longer there" in caplog.text and chosen(tmp_path, "best") == 20
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_that_names_both_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, (5, None), (10, None))
+    assert chosen(tmp_path, "last") == 10 and not caplog.messages
+    (tmp_path / "step_000010" / "student.safetensors").write_bytes(b"")
+    assert chosen(tmp_path, "last") == 5
+    (said,) = caplog.messages
+    assert "student.safetensors is damaged" in said and "step 10 was passed over; step 5 is used" in said
 
 
 def test_the_value_is_the_mean_of_the_scored_rows_of_the_window() -> None:

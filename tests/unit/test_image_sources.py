@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hostile import CASES, mutated, refusal
@@ -15,9 +17,12 @@ from PIL import Image
 
 from gdmd.config.method import DmdConfig
 from gdmd.config.run import RunConfig
+from gdmd.data import image_files
 from gdmd.data.image_sources import Captioned, Unusable, captioned_images, pixels
 from gdmd.data.real_latents import SHARD, LatentStore
 from gdmd.diffusion.rng import SampleRng
+from gdmd.evaluation.image_folders import read_image
+from gdmd.study import prepare
 from gdmd.types import PromptBatch
 
 
@@ -101,6 +106,127 @@ def test_an_image_is_turned_upright_covers_the_size_and_is_cropped_at_the_centre
     square = pixels(file.getvalue(), 10, 10)
     assert square.dtype == torch.uint8 and square.shape == (3, 10, 10)
     assert (square[0, :8] == 200).all() and (square[1, 8:] == 200).all()
+
+
+def tif(values: np.ndarray) -> bytes:
+    return stored(Image.fromarray(values), "TIFF")
+
+
+def stored(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def painted(mode: str, clear: Any, ink: Any) -> Image.Image:
+    """16 x 16: ``clear``, with a square of ``ink`` in the middle."""
+    image = Image.new(mode, (16, 16), clear)
+    image.paste(ink, (4, 4, 12, 12))
+    return image
+
+
+def indexed(clear: Any = 0) -> bytes:
+    """Color 0 of the palette (magenta) is transparent, color 1 is red."""
+    image = painted("P", 0, 1)
+    image.putpalette([255, 0, 255, 200, 40, 40])
+    return stored(image, transparency=clear)
+
+
+def animated(kind: str) -> bytes:
+    first, second = painted("RGB", WHITE, RED), painted("RGB", "black", "black")
+    options = {"lossless": True} if kind == "WEBP" else {}
+    return stored(first, kind, save_all=True, append_images=[second], **options)
+
+
+RAMP = np.tile(np.arange(16) * 4369, (16, 1))  # 0 ... 65535, which is 17 levels of 8 bits a column
+WHITE, RED, GRAY = (255, 255, 255), (200, 40, 40), (136, 136, 136)
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+AS_SEEN: dict[str, tuple[bytes, Any, Any]] = {
+    "16-bit gray": (stored(Image.fromarray(RAMP.astype(np.uint16))), (0, 0, 0), GRAY),
+    "16-bit gray, white transparent": (stored(Image.fromarray(RAMP.astype(np.uint16)), transparency=0), WHITE, GRAY),
+    "16-bit TIFF": (tif(RAMP.astype(np.uint16)), (0, 0, 0), GRAY),
+    "32-bit TIFF of 16-bit values": (tif(RAMP.astype(np.int32)), (0, 0, 0), GRAY),
+    "float TIFF up to 1": (tif((RAMP / 65535).astype(np.float32)), (0, 0, 0), GRAY),
+    "float TIFF up to 255": (tif((RAMP / 257).astype(np.float32)), (0, 0, 0), GRAY),
+    "float TIFF up to 65535": (tif(RAMP.astype(np.float32)), (0, 0, 0), GRAY),
+    "hidden color": (stored(painted("RGBA", (255, 0, 255, 0), (*RED, 255))), WHITE, RED),
+    "half transparent": (stored(painted("RGBA", (0, 0, 0, 51), (*RED, 255))), (204, 204, 204), RED),
+    "gray with alpha": (stored(painted("LA", (0, 0), (136, 255))), WHITE, GRAY),
+    "palette": (indexed(), WHITE, RED),
+    "palette with alpha": (indexed(bytes([0, 255])), WHITE, RED),
+    "a transparent color": (stored(painted("RGB", "magenta", RED), transparency=(255, 0, 255)), WHITE, RED),
+    "a transparent gray": (stored(painted("L", 9, 136), transparency=9), WHITE, GRAY),
+    "opaque RGBA": (stored(painted("RGBA", (0, 0, 0, 255), (*RED, 255))), (0, 0, 0), RED),
+    "1 bit": (stored(painted("1", 1, 0)), WHITE, (0, 0, 0)),
+    "CMYK": (stored(painted("CMYK", (0, 0, 0, 0), (0, 255, 255, 0)), "JPEG", quality=100), WHITE, (255, 0, 0)),
+    "GIF": (stored(painted("RGB", WHITE, RED), "GIF"), WHITE, RED),
+    **{f"animated {kind}": (animated(kind), WHITE, RED) for kind in ("GIF", "WEBP", "PNG")},
+}
+
+
+@pytest.mark.parametrize("name", AS_SEEN)
+def test_an_image_is_read_as_a_viewer_shows_it_by_training_scorers_and_study(name: str, tmp_path: Path) -> None:
+    content, corner, middle = AS_SEEN[name]
+    file = tmp_path / "a.png"
+    file.write_bytes(content)
+    trained = pixels(content, 16, 16).permute(1, 2, 0).numpy()
+    for seen in (trained, np.array(read_image(file)), np.array(prepare._open(file))):
+        assert seen.shape == (16, 16, 3) and seen.dtype == np.uint8
+        assert np.abs(seen[0, 0].astype(int) - corner).max() <= 1 and np.abs(seen[8, 8].astype(int) - middle).max() <= 1
+
+
+def test_what_is_changed_is_said_once_and_an_opaque_image_says_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_files, "_noted", set())
+    for name in ("opaque RGBA", "16-bit gray", "1 bit"):
+        pixels(AS_SEEN[name][0], 8, 8)
+    assert not caplog.messages
+    for name in ("hidden color", "palette", "float TIFF up to 255", "animated GIF"):
+        for _ in range(2):
+            pixels(AS_SEEN[name][0], 8, 8, f"{name}.png")
+    said = [message.split(" (further")[0] for message in caplog.messages]
+    assert said == [
+        "hidden color.png has transparent pixels: they are shown on white",
+        "float TIFF up to 255.png holds floating-point numbers from 0 to 255: 255 is read as white",
+        "animated GIF.png is an animation or holds several pages: its first image is used",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((4, 4), 70000, np.int32), "values run from 70000 to 70000"),
+        (np.full((4, 4), -0.5, np.float32), "values run from -0.5"),
+        (np.full((4, 4), np.nan, np.float32), "values run from nan"),
+    ],
+)
+def test_values_without_a_known_white_are_refused(values: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pixels(tif(values), 4, 4)
+
+
+def test_a_scored_photo_is_turned_upright(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (32, 16), RED)
+    wide.paste((0, 0, 0), (0, 0, 16, 16))
+    wide.save(tmp_path / "a.png", exif=TURNED)  # rotated by 90 degrees: black above red
+    seen = np.array(read_image(tmp_path / "a.png"))
+    assert seen.shape == (32, 16, 3) and tuple(seen[0, 0]) == (0, 0, 0) and tuple(seen[31, 15]) == RED
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"cut\.png: cannot be decoded"):
+        read_image(tmp_path / "cut.png")
+
+
+def test_an_image_of_a_format_that_cannot_be_read_is_named_and_not_left_out(tmp_path: Path) -> None:
+    for name in ("a.heic", "b.tif"):
+        (tmp_path / name).write_bytes(b"...." if name == "a.heic" else tif(RAMP.astype(np.uint16)))
+        (tmp_path / name).with_suffix(".txt").write_text("a caption")
+    made = store(tmp_path, tmp_path).prepare((8, 8), lambda: doubled, 1)
+    assert [(bad.name, bad.why) for bad in made.unusable] == [
+        ("a.heic", "is not a JPEG, PNG, WebP, GIF, TIFF or BMP file")
+    ]
+    assert made.images == 1
 
 
 @CASES
