@@ -40,13 +40,15 @@ def recipes_command(
         cfg = read_recipe(name, overrides or [])
         print_json(cfg.model_dump(mode="json")) if json else print(dump_config(cfg), end="")
         return
-    about = {known: read_recipe(known).about for known in recipe_names()}
+    from gdmd.config.describe import length, student
+
+    recipes = {known: read_recipe(known) for known in recipe_names()}
     if json:
-        print_json(about)
+        print_json({known: cfg.about for known, cfg in recipes.items()})
         return
-    width = max(map(len, about))
-    for known, text in about.items():
-        print(f"{known:{width}}  {text}")
+    width = max(map(len, recipes))
+    for known, cfg in recipes.items():
+        print(f"{known:{width}}  {cfg.about} {student(cfg)}; {length(cfg)}.")
 
 
 def doctor_command(json: Json = False) -> None:

@@ -34,7 +34,9 @@ def eval_command(
     seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; default: the recipe's.")] = None,
     which: Which = "last",
 ) -> None:
-    """Measure a student or the teacher: ShapesEval by task, rewards, fidelity, coverage, speed.
+    """Measure a Shapes student or the teacher: ShapesEval by task, rewards, fidelity, coverage, speed.
+
+    Runs of real models: gdmd eval preference RUN --prompts FILE.
 
     \b
     Examples:
@@ -56,9 +58,11 @@ def eval_command(
     if json:
         print_json(row)
         return
+    from gdmd.config.describe import trained_rewards
+    from gdmd.programs.folders import TEACHERS
     from gdmd.programs.table import print_table
 
-    print_table({name: row}, [reward.kind for reward in cfg.rewards])
+    print_table({name: row}, () if what in TEACHERS else trained_rewards(cfg))
 
 
 Source = Annotated[
@@ -76,7 +80,12 @@ def sample_command(
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=4096, help="Images per caption.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     png: Annotated[Path, typer.Option("--out", "-o", help="The .png to write.")] = Path("samples.png"),
-    scale: Annotated[int, typer.Option(min=1, max=32, help="Pixels of the file per pixel of an image.")] = 4,
+    scale: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=32, help="Pixels of the file per pixel of an image; default: 4 up to 64 pixels, else 1."
+        ),
+    ] = None,
     which: Which = "last",
 ) -> None:
     """Draw images from captions, one row of a PNG for each.
@@ -108,14 +117,20 @@ def sample_command(
 
 def report_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    fresh: Annotated[bool, typer.Option("--fresh", help="Evaluate again even where a result is stored.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Shapes: evaluate again even where a result is stored.")
+    ] = False,
 ) -> None:
-    """Write report.html of a run: curves, grids, ShapesEval, speed and the health monitor in one file.
+    """Write report.html of a run: settings, curves, health monitor and sample grids in one file.
+
+    A Shapes run is measured where rows are missing: ShapesEval, rewards, speed. A real model is not loaded; the page
+    shows the results of gdmd eval preference and compare that lie below the run folder.
 
     \b
     Examples:
       gdmd report runs/shapes-seed0
       gdmd report runs/shapes-seed0 --fresh
+      gdmd report runs/sdxl-seed0
     """
     from gdmd.programs.folders import config_of
 

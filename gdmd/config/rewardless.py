@@ -1,4 +1,4 @@
-"""The same method without its rewards: what the gradient of a reward term is measured against."""
+"""The same method without its rewards: the control of a demo, and what the gradient of a reward is measured against."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from gdmd.config.rivals_rl import RewardedDmdConfig
 
 
 def without_rewards(cfg: MethodConfig) -> MethodConfig | None:
-    """The configuration with every reward weight at 0, which is plain DMD on the same draws; None without rewards.
+    """Plain DMD on the same draws: every reward weight at 0, and GDMD's options that only scored targets have unset.
 
-    DMDR keeps its schedules of t and of the blended teacher: they are no reward.
+    None for a method without rewards. DMDR keeps its schedules of t and of the blended teacher, and GDMD its scored
+    guidances: they are not rewards.
     """
     if not cfg.rewarded:
         return None
@@ -22,10 +23,11 @@ def without_rewards(cfg: MethodConfig) -> MethodConfig | None:
 
 
 def _weights(cfg: MethodConfig) -> dict[str, Any]:
-    """The fields of a rewarded method that weigh its rewards, at 0."""
+    """The fields of a rewarded method that read its rewards, without effect."""
     match cfg:
         case GdmdConfig():
-            return {"gamma": 0.0, "control": "none"}
+            names = ("control", "score_target", "score_baseline", "weighting", "student_target", "reward_gradient")
+            return {"gamma": 0.0} | {name: GdmdConfig.model_fields[name].default for name in names}
         case DmdrConfig():
             return {"rl_weight": 0.0, "tilt": 0.0}
         case RewardedDmdConfig():

@@ -1,4 +1,4 @@
-"""Sample grids as PNG: a row per caption, pixels shown as squares so that 32 x 32 pictures can be judged by eye."""
+"""Sample grids as PNG: a row per caption, pixels shown as squares so that 32 x 32 images can be judged by eye."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 INK, PAPER, RULE = (30, 32, 38), (250, 250, 250), (205, 205, 210)
 FONT, MARGIN, GAP = 13, 8, 3
+Cells = Tensor | Sequence[Sequence[Tensor]]
+"""Images in [0, 1]: [R, C, 3, H, W], or R rows of C images [3, H, W], whose sizes may differ."""
 LINE = 48
-"""Characters of a line of a caption: prompts of real models are paragraphs, and would be wider than their pictures."""
+"""Characters of a line of a caption: prompts of real models are paragraphs, and would be wider than their images."""
 
 
-def write_grid(path: Path, cells: Tensor, captions: Sequence[str], headers: Sequence[str] = (), scale: int = 3) -> Path:
+def write_grid(path: Path, cells: Cells, captions: Sequence[str], headers: Sequence[str] = (), scale: int = 3) -> Path:
     """Save ``draw_grid`` to ``path`` (PNG), whose folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png_bytes(draw_grid(cells, captions, headers, scale)))
@@ -30,37 +32,42 @@ def write_grid(path: Path, cells: Tensor, captions: Sequence[str], headers: Sequ
 
 
 def png_bytes(image: Image) -> bytes:
-    """The picture as a PNG file."""
+    """The image as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
-def draw_grid(cells: Tensor, captions: Sequence[str], headers: Sequence[str] = (), scale: int = 3) -> Image:
-    """cells [R, C, 3, S, S] in [0, 1], R captions; ``headers`` (a divisor of C many) stand over equal spans of columns."""
+def draw_grid(cells: Cells, captions: Sequence[str], headers: Sequence[str] = (), scale: int = 3) -> Image:
+    """R rows of C images under ``headers`` (a divisor of C many, over equal spans of columns), a caption beside each row.
+
+    A pixel of an image is a square of ``scale`` pixels, whatever the image's shape; smaller images are centered.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    rows, columns = _checked(cells, captions, headers)
+    shown = [[_scaled(image, scale) for image in row] for row in _checked(cells, captions, headers)]
     font = ImageFont.load_default(size=FONT)
-    side = cells.shape[-1] * scale
-    texts = [_lines(text, side) for text in captions]
+    heights = [max(image.height for image in row) for row in shown]
+    widths = [max(image.width for image in column) for column in zip(*shown, strict=True)]
+    texts = [_lines(text, height) for text, height in zip(captions, heights, strict=True)]
     left = MARGIN + max(int(font.getlength(line)) for lines in texts for line in lines) + MARGIN
     top = MARGIN + (FONT + MARGIN if headers else 0)
-    span = columns // len(headers) if headers else columns
-    gaps = [GAP * column + (MARGIN if headers else 0) * (column // span) for column in range(columns)]
-    last = gaps[-1] + columns * side
-    wanted = max((int(font.getlength(text)) - span * side for text in headers), default=0)
-    canvas = Image.new("RGB", (left + last + max(wanted, 0) + MARGIN, top + rows * (side + GAP) + MARGIN), PAPER)
+    span = len(widths) // len(headers) if headers else len(widths)
+    between = [GAP * k + (MARGIN if headers else 0) * (k // span) for k in range(len(widths))]
+    x = [left + sum(widths[:k]) + between[k] for k in range(len(widths))]
+    y = [top + sum(heights[:k]) + GAP * k for k in range(len(heights))]
+    wide = [int(font.getlength(text)) - sum(widths[k * span : (k + 1) * span]) for k, text in enumerate(headers)]
+    right = x[-1] + widths[-1] + max([0, *wide]) + MARGIN
+    canvas = Image.new("RGB", (right, y[-1] + heights[-1] + GAP + MARGIN), PAPER)
     pen = ImageDraw.Draw(canvas)
-    for place, text in enumerate(headers):
-        pen.text((left + place * span * side + gaps[place * span], MARGIN), text, fill=INK, font=font)
-    for row, lines in enumerate(texts):
-        y = top + row * (side + GAP)
-        first = y + (side - len(lines) * (FONT + GAP) + GAP) // 2
-        for place, line in enumerate(lines):
-            pen.text((MARGIN, first + place * (FONT + GAP)), line, fill=INK, font=font)
-        for column in range(columns):
-            canvas.paste(_picture(cells[row, column], side), (left + column * side + gaps[column], y))
+    for k, text in enumerate(headers):
+        pen.text((x[k * span], MARGIN), text, fill=INK, font=font)
+    for lines, images, here, height in zip(texts, shown, y, heights, strict=True):
+        first = here + (height - len(lines) * (FONT + GAP) + GAP) // 2
+        for k, line in enumerate(lines):
+            pen.text((MARGIN, first + k * (FONT + GAP)), line, fill=INK, font=font)
+        for image, there, width in zip(images, x, widths, strict=True):
+            canvas.paste(image, (there + (width - image.width) // 2, here + (height - image.height) // 2))
     return canvas
 
 
@@ -81,25 +88,30 @@ def write_comparison(
     return write_grid(path, cells, captions, [f"{sampler.name} ({sampler.nfe} NFE)" for sampler in samplers])
 
 
-def _checked(cells: Tensor, captions: Sequence[str], headers: Sequence[str]) -> tuple[int, int]:
-    if cells.ndim != 5 or cells.shape[2] != 3 or len(cells) != len(captions) or not cells.numel():
+def _checked(cells: Cells, captions: Sequence[str], headers: Sequence[str]) -> list[list[Tensor]]:
+    rows = [list(row) for row in cells]
+    images = [image for row in rows for image in row]
+    right = images and all(image.ndim == 3 and image.shape[0] == 3 and image.numel() for image in images)
+    if not right or len(rows) != len(captions) or len({len(row) for row in rows}) > 1:
+        seen = list(cells.shape) if isinstance(cells, Tensor) else [len(row) for row in rows]
         raise ValueError(
-            f"a grid needs cells [R, C, 3, S, S] with one caption per row, got {list(cells.shape)} and "
-            f"{len(captions)} captions; reshape the images with unflatten(0, (R, C))"
+            f"a grid needs rows of equally many images [3, H, W] with one caption per row, got {seen} and "
+            f"{len(captions)} captions; reshape a batch of images with unflatten(0, (R, C))"
         )
-    if headers and cells.shape[1] % len(headers):
-        raise ValueError(f"{len(headers)} headers cannot stand over {cells.shape[1]} columns in equal spans")
-    return cells.shape[0], cells.shape[1]
+    if headers and len(rows[0]) % len(headers):
+        raise ValueError(f"{len(headers)} headers cannot be placed over {len(rows[0])} columns in equal spans")
+    return rows
 
 
-def _lines(caption: str, side: int) -> list[str]:
-    """A caption in lines beside a row of ``side`` pixels, cut off where the row ends."""
-    most = max(side // (FONT + GAP), 1)
+def _lines(caption: str, height: int) -> list[str]:
+    """A caption in lines beside a row of ``height`` pixels, cut off where the row ends."""
+    most = max(height // (FONT + GAP), 1)
     return textwrap.wrap(caption, LINE, max_lines=most, placeholder=" ...") or [""]
 
 
-def _picture(image: Tensor, side: int) -> Image:
+def _scaled(image: Tensor, scale: int) -> Image:
     from PIL import Image
 
     pixels = (image.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-    return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+    small = Image.fromarray(pixels)
+    return small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST)

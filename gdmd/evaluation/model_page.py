@@ -112,9 +112,14 @@ def difference_lines(rows: Mapping[str, Row]) -> list[Line]:
 
 
 def picture(file: Path) -> str:
-    """A data URI of at most LARGEST pixels a side; PNG, whatever the file is."""
+    """A data URI of at most LARGEST pixels a side, a small image enlarged to squares; PNG, whatever the file is."""
+    from PIL import Image
+
     image = read_image(file)
     image.thumbnail((LARGEST, LARGEST))
+    times = LARGEST // max(image.size)
+    if times > 1:  # a browser would blur it
+        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -12,16 +14,24 @@ from typing import Any
 
 import yaml
 
+from gdmd.config import describe
+from gdmd.config.load import load_config
+from gdmd.config.run import RunConfig
 from gdmd.evaluation.health import health_panels, training_curves
 from gdmd.evaluation.plots import Metrics, bars, radar
+from gdmd.evaluation.run_results import Result, run_results
 from gdmd.io import RunError, write_atomic
-from gdmd.runs.rundir import open_run, read_facts, read_metrics
+from gdmd.runs.best import named_best
+from gdmd.runs.checkpoint import steps
+from gdmd.runs.rundir import Run, open_run, read_facts, read_metrics
 from gdmd.shapes.grammar import TASKS
 
 EVALUATION = "evaluation.json"
 """In a run folder: {row name: Evaluation.json()}, written with ``save_rows``."""
 COMPARISON = "comparison*.png"
-"""In grids/ of a run folder: teacher and students from the same noise, shown first."""
+"""In grids/ of a Shapes run: teacher and students from the same noise, shown first."""
+WIDEST = 1600
+"""Pixels of an embedded grid; the original stays in grids/."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +75,15 @@ def write_report(
     trained: Collection[str] = (),
     provenance: Provenance | None = None,
     about: str = "",
+    facts: Mapping[str, str] | None = None,
+    results: Sequence[Result] = (),
+    shapes: bool = True,
 ) -> Path:
     """Write the page to ``path`` (a file, or a folder that gets report.html) and return where it lies.
 
     rows: row name -> ``Evaluation.json()``, the teacher first. grids: caption -> PNG. metrics: run name -> rows of
     metrics.jsonl. trained: names of the rewards the student was trained on; all other measures are marked unseen.
+    facts: settings of the run. results: other evaluations of it. shapes: whether ``rows`` are what is expected.
     """
     target = path if path.suffix == ".html" else path / "report.html"
     columns = _columns(rows, trained)
@@ -81,7 +95,10 @@ def write_report(
         trained=sorted(trained),
         radar=radar(rows) if rows else "",
         speed=bars(_speeds(rows), "Sampling speed without decoding", "images / s"),
-        grids=[(name, _data_uri(png)) for name, png in (grids or {}).items()],
+        grids=[(name, _embedded(png)) for name, png in (grids or {}).items()],
+        facts=facts or {},
+        results=results,
+        shapes=shapes,
         runs=[(name, training_curves(own), health_panels(own)) for name, own in (metrics or {}).items()],
         provenance=provenance or Provenance(),
     )
@@ -91,30 +108,53 @@ def write_report(
 
 
 def report_run(folder: Path) -> Path:
-    """(Re)write report.html of a run folder from what lies in it; rows and grids that are missing are left out."""
+    """(Re)write report.html of a run folder from what lies in it; what is missing is left out.
+
+    The rows of ``evaluation.json`` and the comparisons in grids/ belong to the Shapes world: a real model's page has none.
+    """
     run = open_run(folder)
-    facts = read_facts(folder)
-    config = dict(run.config)
-    provenance = Provenance(
-        command=" ".join(str(word) for word in facts.get("command", ())),
-        commit=facts.get("commit"),
-        seed=config.get("loop", {}).get("seed"),
-        versions=facts.get("versions", {}),
-        machine=f"{facts.get('platform', '')}, {facts.get('cpu_count', '?')} CPU cores",
-        started=facts.get("started", ""),
-        config=yaml.safe_dump(config, sort_keys=False),
-    )
-    name = str(config.get("name", folder.name))
+    cfg = load_config(RunConfig, folder / "config.yaml")
+    shapes = cfg.model.kind == "shapes"
+    metrics, there = read_metrics(folder), steps(run.checkpoints)
     return write_report(
         folder,
-        f"gdmd run: {name}",
-        read_rows(folder),
-        grids=_stored_grids(folder),
-        metrics={name: read_metrics(folder)},
-        trained=[str(reward["kind"]) for reward in config.get("rewards", ())],
-        provenance=provenance,
-        about=str(config.get("about", "")),
+        f"gdmd run: {cfg.name}",
+        read_rows(folder) if shapes else {},
+        grids=_stored_grids(folder, COMPARISON if shapes else None),
+        metrics={cfg.name: metrics},
+        trained=describe.trained_rewards(cfg),
+        provenance=_provenance(run),
+        about=cfg.about,
+        facts=describe.facts(cfg) | _progress(run, metrics, there),
+        results=run_results(folder, there[-1] if there else None),
+        shapes=shapes,
     )
+
+
+def _provenance(run: Run) -> Provenance:
+    found = read_facts(run.path)
+    return Provenance(
+        command=" ".join(str(word) for word in found.get("command", ())),
+        commit=found.get("commit"),
+        seed=run.config.get("loop", {}).get("seed"),
+        versions=found.get("versions", {}),
+        machine=f"{found.get('platform', '')}, {found.get('cpu_count', '?')} CPU cores",
+        started=found.get("started", ""),
+        config=yaml.safe_dump(dict(run.config), sort_keys=False),
+    )
+
+
+def _progress(run: Run, metrics: Metrics, there: Sequence[int]) -> dict[str, str]:
+    """How far the run has come."""
+    last = metrics[-1] if metrics else {}
+    updates = last.get("updates/student", math.nan)
+    counted = f", {updates:,.0f} student updates" if math.isfinite(updates) else ""
+    best = named_best(run.checkpoints)
+    chosen = f"; best: step {best.step} ({best.metric} = {best.value:.4g})" if best else ""
+    return {
+        "logged to": f"step {last['step']:,}{counted}" if last else "nothing yet",
+        "checkpoints": (f"step {', '.join(map(str, there))}" if there else "none yet") + chosen,
+    }
 
 
 def save_rows(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> Path:
@@ -179,8 +219,9 @@ def _value(row: Mapping[str, Any], column: Column) -> float | None:
 
 
 def _best(values: Sequence[float | None], direction: int) -> float | None:
-    known = [value for value in values if value is not None]
-    if not known or not direction:
+    """The best of different values: where all are equal none is better."""
+    known = {value for value in values if value is not None}
+    if len(known) < 2 or not direction:
         return None
     return max(known) if direction > 0 else min(known)
 
@@ -189,18 +230,31 @@ def _speeds(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     return {name: row.get("images_per_s") for name, row in rows.items()}
 
 
-def _stored_grids(folder: Path) -> dict[str, bytes]:
+def _stored_grids(folder: Path, comparisons: str | None) -> dict[str, bytes]:
     """Comparisons, then the first and the last grid of the training."""
-    compared = sorted((folder / "grids").glob(COMPARISON))
-    steps = sorted((folder / "grids").glob("step_*.png"))
+    compared = sorted((folder / "grids").glob(comparisons)) if comparisons else []
+    numbered = {int(path.stem[5:]): path for path in (folder / "grids").glob("step_*.png") if path.stem[5:].isdigit()}
     shown = {f"The same noise through each sampler ({path.stem})": path for path in compared}
-    for path in dict.fromkeys([*steps[:1], *steps[-1:]]):
-        shown[f"Student (EMA) after {int(path.stem.removeprefix('step_')):,} iterations"] = path
+    for step in sorted({min(numbered), max(numbered)}) if numbered else []:
+        shown[f"Student (EMA) after {step:,} iterations"] = numbered[step]
     return {name: path.read_bytes() for name, path in shown.items()}
 
 
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _embedded(png: bytes) -> str:
+    """A data URI; a grid of large images is embedded smaller."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(png)) as grid:
+        if grid.width <= WIDEST:
+            return _data_uri("png", png)
+        small = grid.convert("RGB").resize((WIDEST, round(grid.height * WIDEST / grid.width)), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=90)
+    return _data_uri("jpeg", buffer.getvalue())
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(content).decode()
 
 
 def _template() -> Any:

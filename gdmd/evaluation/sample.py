@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.rng import SampleRng
-from gdmd.diffusion.sampling import few_step_sample, ode_sample, times
+from gdmd.diffusion.sampling import few_step_sample, ode_sample
 from gdmd.types import Codec, Denoiser, Roles, TextEncoder
 
 BATCH = 100
@@ -39,6 +39,11 @@ class Lab(Protocol):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def teacher_times(self) -> Callable[[int], Tensor]:
+        """Number of ODE steps -> their times from noise to data, through the model's own shift."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def teacher_sampler(lab: Lab, ode_steps: int, guidance: float, name: str = "teac
     def latents(texts: Sequence[str], rng: SampleRng) -> Tensor:
         noise = rng.normal("eval_noise", lab.latent_shape)
         guided = Guided(lab.roles.teacher, guidance, lab.encoder.null(len(texts)), lab.roles.guide)
-        path = times(ode_steps, device=noise.device)
+        path = lab.teacher_times(ode_steps).to(noise.device)
         return ode_sample(guided, noise, path, lab.encoder.encode(texts), lab.roles.schedule)
 
     return Sampler(name, ode_steps * (1 if guidance == 1.0 else 2), latents)

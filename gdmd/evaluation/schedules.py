@@ -32,17 +32,6 @@ FULL = Trained()
 """All weights of both roles are trained."""
 
 
-def student_updates(method: MethodConfig) -> int:
-    """Student updates of one iteration."""
-    match method:
-        case GdmdConfig():
-            return method.group_size
-        case DmdConfig() | DmdReflConfig() | DmdNftConfig() | DmdGrpoConfig():
-            return method.student_updates
-        case Dmd2Config() | DmdrConfig():
-            return 1
-
-
 def every_place(method: DistillationConfig) -> Tensor:
     """Each step once: tau is uniform over the N steps, so their mean cost is the expected one. [N] int64"""
     return torch.arange(len(method.student_steps))

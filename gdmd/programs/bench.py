@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gdmd.backbones.copies import Copy
 from gdmd.backbones.roles import DiffusersRoles
 from gdmd.backbones.trunk import Wear
+from gdmd.config.describe import student_updates
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
@@ -31,7 +32,7 @@ from gdmd.diffusion.device import checks_read_later
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.calls import DENOISERS, Call, Watched, recorded, replay
 from gdmd.evaluation.passes import BACKWARD, FROZEN_BACKWARD, Counted
-from gdmd.evaluation.schedules import Trained, drawn_places, every_place, iteration_passes, student_updates
+from gdmd.evaluation.schedules import Trained, drawn_places, every_place, iteration_passes
 from gdmd.recipes.build import Lab, build, compile_networks
 from gdmd.training.state import RoleState, autocast_of, role_states
 from gdmd.types import Method, PromptBatch, Role, Update

@@ -12,7 +12,10 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from gdmd.config.describe import trained_rewards
 from gdmd.config.method import GdmdConfig
+from gdmd.config.metric_keys import check_best_metric
+from gdmd.config.rewardless import without_rewards
 from gdmd.config.run import RunConfig
 from gdmd.evaluation.grids import write_comparison
 from gdmd.evaluation.report import Provenance, read_rows, save_rows, write_report
@@ -50,22 +53,27 @@ class Demo:
         }
 
 
-def plain_dmd(cfg: RunConfig) -> RunConfig:
-    """The control: the same recipe, and so the same student updates, with gamma 0 and no scored targets."""
-    tree = cfg.model_dump(mode="json")
-    tree["name"] = f"{cfg.name}_dmd"
-    tree["about"] = "Plain DMD with the budget of the GDMD row."
-    tree["method"] |= {"gamma": 0.0, "score_target": "raw", "scored_guidances": [], "weighting": "napo"}
-    tree["method"] |= {"student_target": "each", "control": "none"}
-    return RunConfig.model_validate(tree)
+def control(cfg: RunConfig) -> RunConfig:
+    """The same recipe without its rewards: plain DMD with as many student updates. ValueError where none are read."""
+    if cfg.model.kind != "shapes" or not isinstance(cfg.method, GdmdConfig):
+        raise ValueError(
+            f"the demo compares GDMD with DMD in the Shapes world, but recipe {cfg.name} has model.kind = "
+            f"{cfg.model.kind} and method.kind = {cfg.method.kind}; train it with gdmd train"
+        )
+    plain = without_rewards(cfg.method)
+    if plain is None:
+        raise ValueError(f"the demo compares GDMD with DMD, but method.gamma = 0 makes {cfg.name} DMD itself")
+    return cfg.model_copy(
+        update={"name": f"{cfg.name}_dmd", "about": "Plain DMD with the budget of the GDMD row.", "method": plain}
+    )
 
 
 def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
     """Train both students and measure the five rows; what an earlier call finished in ``folder`` is not done again."""
-    if not isinstance(cfg.method, GdmdConfig):
-        raise ValueError(f"the demo compares GDMD with DMD, but recipe {cfg.name} has method.kind = {cfg.method.kind}")
+    configs = {"dmd": control(cfg), "gdmd": cfg}
+    for own in configs.values():
+        check_best_metric(own)
     began = time.perf_counter()
-    configs = {"dmd": plain_dmd(cfg), "gdmd": cfg}
     labs = {name: build(own) for name, own in configs.items()}
     runs = {name: _run(folder / name, own) for name, own in configs.items()}
     stages = _Stages(folder, console)
@@ -79,13 +87,12 @@ def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
             again = f"gdmd demo --run {folder}"
             console.print(f"stopped and saved; go on with: {again}", markup=False, highlight=False, soft_wrap=True)
             return Demo(folder, time.perf_counter() - began, signal=trained.end.signal)
-        _load_newest(labs[name], runs[name])
+        _load(labs[name], runs[name], trained.end.step)
         samplers.append(student_row(cfg, labs[name], name.upper()))
         stages.row(cfg, labs[name], samplers[-1], trained.end.step)
     rows = {sampler.name: stages.rows[sampler.name] for sampler in samplers}
     report = _report(cfg, folder, runs, samplers, rows, labs["gdmd"])
-    names = tuple(reward.kind for reward in cfg.rewards)
-    return Demo(folder, time.perf_counter() - began, rows, names, report)
+    return Demo(folder, time.perf_counter() - began, rows, trained_rewards(cfg), report)
 
 
 class _Stages:
@@ -124,9 +131,10 @@ def _run(folder: Path, cfg: RunConfig) -> Run:
     return create(folder, config, sys.argv)
 
 
-def _load_newest(lab: Lab, run: Run) -> None:
-    saved = checkpoint.load_newest(run.checkpoints)
-    assert saved is not None, f"training left no checkpoint in {run.checkpoints}"
+def _load(lab: Lab, run: Run, step: int) -> None:
+    """The EMA student of exactly this step; RunError where its checkpoint is damaged."""
+    saved = checkpoint.load_chosen(run.checkpoints, str(step))
+    assert saved is not None
     load_ema(lab, saved)
 
 
@@ -144,7 +152,7 @@ def _report(
         rows,
         grids={"The same noise through each sampler": grid.read_bytes()},
         metrics={name.upper(): read_metrics(runs[name].path) for name in METHODS},
-        trained=[reward.kind for reward in cfg.rewards],
+        trained=trained_rewards(cfg),
         provenance=Provenance(
             command=" ".join(facts["command"]),
             commit=facts["commit"],

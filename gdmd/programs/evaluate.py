@@ -15,7 +15,7 @@ from gdmd.evaluation.report import read_rows, report_run, save_rows
 from gdmd.evaluation.sample import BATCH, Sampler, images_of, student_sampler, teacher_sampler
 from gdmd.evaluation.shapes import HELDOUT, evaluate
 from gdmd.io import RunError, writing
-from gdmd.programs.folders import TEACHERS, config_of
+from gdmd.programs.folders import TEACHERS, config_of, require_shapes
 from gdmd.recipes.build import Lab, build, build_rewards
 from gdmd.runs import checkpoint
 from gdmd.shapes.grammar import Split, catalogue, fixed_rows
@@ -129,6 +129,8 @@ def measure_named(
 
     ``given``: fields of EvalConfig in the place of the recipe's, None where that holds.
     """
+    if what not in TEACHERS:
+        require_shapes(config_of(Path(what)), what)
     cfg, lab, sampler, step = open_named(what, which)
     own = cfg.eval.model_copy(update={key: value for key, value in given.items() if value is not None})
     cfg = cfg.model_copy(update={"eval": own})
@@ -137,8 +139,8 @@ def measure_named(
 
 def finish_run(cfg: RunConfig, folder: Path, lab: Lab, step: int) -> tuple[Row, Path]:
     """After training: measure the EMA student, compare it with the teacher from the same noise, write report.html."""
-    saved = checkpoint.load_newest(folder / "checkpoints")
-    assert saved is not None and saved.step == step, f"no checkpoint of step {step} in {folder}"
+    saved = checkpoint.load_chosen(folder / "checkpoints", str(step))
+    assert saved is not None
     load_ema(lab, saved)
     student = student_row(cfg, lab)
     row = measure(cfg, lab, student, step=step)
@@ -155,7 +157,17 @@ def compare(folder: Path, cfg: RunConfig, lab: Lab, samplers: tuple[Sampler, ...
 
 
 def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
-    """``gdmd report``: measure the teacher's two rows and the student where they are missing, then write the page."""
+    """``gdmd report``: measure the teacher's rows and the student where they are missing, then write the page.
+
+    A real model is not loaded: its page shows what lies in the folder. ValueError for ``fresh`` there.
+    """
+    if cfg.model.kind != "shapes":
+        if fresh:
+            raise ValueError(
+                f"--fresh measures ShapesEval again, and {folder} is a run of a real model; leave it out, and score the "
+                f"run with: gdmd eval preference {folder} --prompts FILE"
+            )
+        return report_run(folder)
     lab, step = open_student(cfg, folder)
     rows = {} if fresh else dict(read_rows(folder))
     student = student_row(cfg, lab)

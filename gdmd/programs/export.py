@@ -9,6 +9,7 @@ from typing import Any
 
 from gdmd.backbones.base import Family
 from gdmd.backbones.pipelines import open_family
+from gdmd.config.describe import trained_rewards
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.export.card import model_card
@@ -17,7 +18,6 @@ from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_
 from gdmd.io import RunError, write_atomic, writing
 from gdmd.programs.decoders import read_gaps
 from gdmd.programs.folders import config_of
-from gdmd.programs.source_runs import trained_rewards
 from gdmd.programs.sources import EXPORT_FILE
 from gdmd.runs import checkpoint
 from gdmd.runs.rundir import read_facts

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from gdmd.config.load import load_config
+from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.io import RunError, write_atomic, writing
 from gdmd.recipes.read import read_recipe
@@ -95,11 +96,24 @@ def check_writable(path: Path, what: str) -> None:
 
 
 def check_target(what: str, which: str = "last") -> None:
-    """RunError unless ``what`` is a row of the teacher or a run folder; only the latter has checkpoints."""
+    """What ``gdmd eval`` can measure: a row of the teacher, or a run of the Shapes world, which alone has checkpoints.
+
+    RunError for another folder, ValueError for a run of a real model.
+    """
     if what not in TEACHERS:
-        open_run(Path(what))
+        require_shapes(config_of(Path(what)), what)
     elif which != "last":
         raise RunError(f"--checkpoint {which}: {what} has no checkpoints; leave it out, or name a run folder.")
+
+
+def require_shapes(cfg: RunConfig, run: str) -> None:
+    """ValueError for the run of a real model, whose images ShapesEval cannot judge."""
+    if isinstance(cfg.model, DiffusersModel):
+        raise ValueError(
+            f"{run} is a run of a real model ({cfg.model.path}), and gdmd eval RUN measures ShapesEval: its detector finds "
+            "the colored shapes of the Shapes world only, so every number would be meaningless. Score the run with: "
+            f"gdmd eval preference {run} --prompts FILE --scorer clip"
+        )
 
 
 def check_png(path: Path) -> None:

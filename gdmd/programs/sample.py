@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from gdmd.config.sources import SourceConfig
 from gdmd.evaluation.grids import write_grid
@@ -14,27 +13,33 @@ from gdmd.io import writing
 from gdmd.programs.sources import Source, open_source, places_of
 from gdmd.rewards.images import from_pil
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-def draw(cfg: SourceConfig, prompts: Sequence[str], count: int, seed: int, path: Path, scale: int) -> float:
+
+SMALL, ENLARGED = 64, 4
+"""Images of at most SMALL pixels a side are enlarged so many times, where no scale is given: others are seen well."""
+
+
+def draw(cfg: SourceConfig, prompts: Sequence[str], count: int, seed: int, path: Path, scale: int | None) -> float:
     """Write the images of a run, an export, a pipeline or the teacher, and return the seconds that sampling took.
 
-    Image k of a caption depends on (seed, place of the caption, k) only. ValueError for a word outside the language of
-    a Shapes source.
+    Image k of a caption depends on (seed, place of the caption, k) only. scale: pixels of the file per pixel of an
+    image; None = ENLARGED for small images, else 1. ValueError for a word outside the language of a Shapes source.
     """
     source = open_source(cfg)
     source.check(prompts)
     began = time.perf_counter()
     images = images_of_source(source, prompts, count, seed)
     seconds = time.perf_counter() - began
+    small = max(max(image.size) for image in images) <= SMALL
+    cells = [[from_pil([image])[0] for image in images[k : k + count]] for k in range(0, len(images), count)]
     with writing("the images", path):
-        write_grid(
-            path, images.unflatten(0, (len(prompts), count)), prompts, scale=scale if images.shape[-1] <= 64 else 1
-        )
+        write_grid(path, cells, prompts, scale=scale or (ENLARGED if small else 1))
     return seconds
 
 
-def images_of_source(source: Source, prompts: Sequence[str], count: int, seed: int) -> torch.Tensor:
-    """[len(prompts) * count, 3, H, W] in [0, 1], 8-bit levels."""
+def images_of_source(source: Source, prompts: Sequence[str], count: int, seed: int) -> list[Image]:
+    """``count`` images of each prompt, prompt by prompt; those of a folder may differ in size."""
     places, step = places_of(prompts, count), source.facts.batch
-    made = [one for k in range(0, len(places), step) for one in source.make(places[k : k + step], seed)]
-    return from_pil(made)
+    return [one for k in range(0, len(places), step) for one in source.make(places[k : k + step], seed)]

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gdmd.config.rewards import CompositeReward, RemoteReward
-from gdmd.config.run import RewardConfig, RunConfig
+from gdmd.config.describe import trained_rewards
 from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.sample import Sampler
@@ -62,15 +61,3 @@ class RunSource:
         rng = SampleRng(seed, 0, torch.tensor([place.key for place in places], device=device))
         latents = self.sampler.latents([place.text for place in places], rng)
         return to_images(self.lab.codec.decode(latents).float(), self.facts.name)
-
-
-def trained_rewards(cfg: RunConfig) -> tuple[str, ...]:
-    """Labels of the rewards that a run is trained on, the parts of composites included."""
-    return tuple(label for spec in cfg.rewards for label in labels_of(spec)) if cfg.method.rewarded else ()
-
-
-def labels_of(spec: RewardConfig) -> tuple[str, ...]:
-    """A reward's label; a composite's and those of its parts; of a remote one also its name on the server."""
-    if isinstance(spec, CompositeReward):
-        return (spec.label, *(label for part in spec.parts for label in labels_of(part.reward)))
-    return (spec.label, spec.reward) if isinstance(spec, RemoteReward) else (spec.label,)

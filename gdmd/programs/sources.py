@@ -168,10 +168,11 @@ class FolderSource:
         row = self.rows.get((place.text, place.occurrence))
         if row is None:
             raise ValueError(f"{self.facts.where} has no images of the prompt {place.text[:60]!r}; draw them")
-        if place.image >= len(row.images):
+        if place.image >= (count := len(row.images)):
+            fewer = f", or ask for at most {count} with -n" if count else ""
             raise ValueError(
-                f"{self.facts.where} has {len(row.images)} images of {place.text[:60]!r}, number {place.image + 1} is "
-                "wanted; draw more, or lower --images"
+                f"{self.facts.where} has {count} images of {place.text[:60]!r}, and number {place.image + 1} was asked "
+                f"for; add images{fewer}"
             )
         return row
 

@@ -48,12 +48,11 @@ def _captions(per_task: int) -> Prompts:
 def _draw(cfg: SourceConfig, prompts: Prompts, count: int, seed: int, folder: Path) -> None:
     from gdmd.programs.sample import images_of_source
     from gdmd.programs.sources import open_source
-    from gdmd.rewards.images import to_pil
 
     source, texts = open_source(cfg), [text for text, _ in prompts]
     source.check(texts)
-    images = images_of_source(source, texts, count, seed).unflatten(0, (len(prompts), count))
+    images = images_of_source(source, texts, count, seed)
     for number, (text, task) in enumerate(prompts):
         write_metadata(folder, number, {"prompt": text, "tag": task})
-        for image, picture in enumerate(to_pil(images[number])):
-            write_image(image_file(folder, number, image), picture)
+        for k in range(count):
+            write_image(image_file(folder, number, k), images[number * count + k])

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from gdmd.config.describe import length, student
+from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
+from gdmd.evaluation.report import report_run
 from gdmd.io import SHARDS_STAY, writing
 from gdmd.programs.decoders import check_decoder
 from gdmd.programs.evaluate import finish_run, grid_hook
@@ -33,6 +36,11 @@ from gdmd.training.progress import progress_for
 from gdmd.training.start import require_start
 
 QUIET = Console(quiet=True)
+AFTER = {
+    "score the student": "eval preference {run} --prompts FILE --scorer clip",
+    "export it for diffusers": "export {run}",
+}
+"""What comes after the training of a real model, which has no evaluation of its own."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> La
     """The live objects of a recipe, its prompts checked to the last line and, where they have a folder, embedded."""
     if world.size > 1:
         world.span(cfg.loop.batch_size)
+    check_best_metric(cfg)
     check_prompts(cfg)
     require_start(cfg.loop.start_from)
     if cfg.loop.optimizer == "adamw8bit":
@@ -134,6 +143,7 @@ def check_prompts(cfg: RunConfig) -> None:
 def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool, world: World = SINGLE) -> Trained:
     """Train ``run`` from where it stands to its last step; then evaluate and report unless it was interrupted."""
     console.print(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name, markup=False, highlight=False)
+    console.print(f"{student(cfg)}; {length(cfg)}", markup=False, highlight=False)
     console.print(f"run folder {run.path}", markup=False, highlight=False)
     model = cfg.model
     if isinstance(model, DiffusersModel):
@@ -148,9 +158,11 @@ def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool
     if end.signal is not None or not evaluation or not world.first:
         return trained
     if cfg.model.kind != "shapes":
-        console.print(f"write the student for diffusers with: gdmd export {run.path}", markup=False, highlight=False)
-        return trained
+        for what, words in AFTER.items():
+            said = f"{what} with: gdmd {words.format(run=run.path)}"
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
+        return replace(trained, report=report_run(run.path))
     console.print("evaluating the EMA student on the fixed evaluation set", markup=False)
     whole = lab if world.size == 1 else build(cfg)  # the other ranks have gone, and with them their shards
     row, report = finish_run(cfg, run.path, whole, end.step)
-    return Trained(run.path, end, cfg.loop.steps, trained.seconds, row, report)
+    return replace(trained, evaluation=row, report=report)

@@ -113,7 +113,7 @@ def test_images_that_exist_are_found_by_their_prompt(gdmd: Gdmd) -> None:
     assert [image.getpixel((0, 0))[0] for image in made] == [20, 10, 30]  # type: ignore[index]
     with pytest.raises(ValueError, match="no images of the prompt 'a bird'"):
         source.check(["a bird"])
-    with pytest.raises(ValueError, match="number 2 is wanted"):
+    with pytest.raises(ValueError, match="and number 2 was asked for; add images, or ask for at most 1 with -n"):
         source.make(places_of(["a dog"], 2), seed=0)
 
 
@@ -343,8 +343,8 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
 
 
 def test_a_reward_is_known_as_trained_in_a_composite_and_on_a_server() -> None:
+    from gdmd.config.describe import trained_rewards
     from gdmd.config.run import RunConfig
-    from gdmd.programs.source_runs import trained_rewards
 
     model = {"kind": "diffusers", "path": "org/model"}
     remote = {"kind": "remote", "url": "http://127.0.0.1:8766", "reward": "hps"}

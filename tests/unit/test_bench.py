@@ -15,12 +15,13 @@ import torch
 from gdmd.backbones.shapes import ShapesCodec, ShapesRoles, ShapesTextEncoder
 from gdmd.backbones.shapes_nets import ShapesDit, ShapesVae
 from gdmd.cli.app import main
+from gdmd.config.describe import student_updates
 from gdmd.config.load import load_config
 from gdmd.config.run import RunConfig
 from gdmd.data.latents import RenderedLatents
 from gdmd.data.prompts import PromptStream, training_captions
 from gdmd.evaluation.calls import recorded, replay
-from gdmd.evaluation.schedules import every_place, iteration_passes, student_updates
+from gdmd.evaluation.schedules import every_place, iteration_passes
 from gdmd.programs import bench
 from gdmd.recipes.build import SHAPES, Lab, method_of
 from gdmd.rewards.shapes import ShapesPref

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gdmd.backbones.shapes import LATENT_SHAPE, ShapesCodec, ShapesRoles, ShapesTextEncoder
 from gdmd.backbones.shapes_nets import ShapesDit, ShapesVae
+from gdmd.diffusion.sampling import times
 from gdmd.evaluation.grids import draw_grid, same_noise_cells, write_grid
 from gdmd.evaluation.sample import (
     Sampler,
@@ -31,6 +33,7 @@ class TinyLab:
     codec: ShapesCodec
     encoder: ShapesTextEncoder
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
+    teacher_times: Callable[[int], Tensor] = times
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +113,19 @@ def test_no_captions_is_an_error(lab: TinyLab) -> None:
         images_of(student_sampler(lab, lab.roles.student, STEPS), lab, (), 1)
 
 
-def test_a_grid_shows_every_cell_enlarged_and_unchanged(tmp_path) -> None:
+@pytest.mark.parametrize("sizes", [((8, 8), (8, 8)), ((6, 10), (6, 10)), ((12, 5), (4, 9))])
+def test_a_grid_shows_every_cell_enlarged_and_unchanged(tmp_path, sizes) -> None:
     from PIL import Image
 
-    cells = torch.rand(2, 4, 3, 8, 8)
+    cells = [[torch.rand(3, *size) for _ in range(4)] for size in sizes]
     path = write_grid(tmp_path / "new" / "grid.png", cells, ["a ring", "two crosses"], ["teacher", "student"])
     picture = torch.tensor(list(Image.open(path).convert("RGB").tobytes()), dtype=torch.uint8)
     width, height = Image.open(path).size
     picture = picture.view(height, width, 3)
-    wanted = (cells * 255).round().byte().repeat_interleave(3, -1).repeat_interleave(3, -2)
-    windows = picture.unfold(0, 24, 1).unfold(1, 24, 1)  # [H', W', 3, 24, 24]
-    for cell in wanted.flatten(0, 1):
-        assert (windows == cell).flatten(2).all(-1).sum() == 1
+    for image in (image for row in cells for image in row):
+        wanted = (image * 255).round().byte().repeat_interleave(3, -1).repeat_interleave(3, -2)
+        windows = picture.unfold(0, wanted.shape[1], 1).unfold(1, wanted.shape[2], 1)  # [H', W', 3, h, w]
+        assert (windows == wanted).flatten(2).all(-1).sum() == 1
 
 
 def test_a_grid_of_another_shape_is_an_error() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +15,7 @@ from gdmd.backbones.shapes import ShapesRoles, ShapesTextEncoder
 from gdmd.backbones.shapes_nets import ShapesDit
 from gdmd.config.run import EvalConfig
 from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import times
 from gdmd.evaluation.sample import Sampler
 from gdmd.evaluation.shapes import bootstrap_interval, evaluate, mean_score
 from gdmd.rewards.shapes import ShapesClip
@@ -42,6 +44,7 @@ class PixelLab:
     codec: NoCodec
     encoder: ShapesTextEncoder
     latent_shape: tuple[int, int, int] = (3, 32, 32)
+    teacher_times: Callable[[int], Tensor] = times
 
 
 class HalfScored:

@@ -1,0 +1,76 @@
+"""What a recipe says of itself, computed from its fields so that overrides are in it: method, student, length, rewards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gdmd.config.method import DmdConfig, GdmdConfig, MethodConfig
+from gdmd.config.model import DiffusersModel
+from gdmd.config.rewards import CompositeReward, RemoteReward
+from gdmd.config.rivals import Dmd2Config, DmdrConfig
+from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
+from gdmd.config.run import RewardConfig, RunConfig
+
+METHODS = {
+    "gdmd": "GDMD (arXiv 2604.19009)",
+    "dmd": "DMD (arXiv 2311.18828)",
+    "dmd2": "DMD2 (arXiv 2405.14867)",
+    "dmdr": "DMDR (arXiv 2511.13649)",
+    "dmd_refl": "DMD with ReFL (arXiv 2304.05977)",
+    "dmd_nft": "DMD with DiffusionNFT (arXiv 2509.16117)",
+    "dmd_grpo": "DMD with Flow-GRPO (arXiv 2505.05470)",
+}
+"""Names and papers by method.kind."""
+
+
+def student_updates(method: MethodConfig) -> int:
+    """Student updates of one iteration."""
+    match method:
+        case GdmdConfig():
+            return method.group_size
+        case DmdConfig() | DmdReflConfig() | DmdNftConfig() | DmdGrpoConfig():
+            return method.student_updates
+        case Dmd2Config() | DmdrConfig():
+            return 1
+
+
+def student(cfg: RunConfig) -> str:
+    """The student in a few words: "4-step LoRA of rank 64 at 1024 x 1024"."""
+    count, model = len(cfg.method.student_steps), cfg.model
+    if not isinstance(model, DiffusersModel):
+        return f"{count}-step student"
+    whole = model.full in ("student", "both")
+    kind = "student, all weights" if whole else f"LoRA of rank {model.lora_rank}"
+    return f"{count}-step {kind} at {model.width} x {model.height}"
+
+
+def length(cfg: RunConfig) -> str:
+    """Iterations, batch and student updates: "750 iterations of 32 samples, 3,000 student updates"."""
+    updates = cfg.loop.steps * student_updates(cfg.method)
+    return f"{cfg.loop.steps:,} iterations of {cfg.loop.batch_size} samples, {updates:,} student updates"
+
+
+def facts(cfg: RunConfig) -> dict[str, str]:
+    """The main settings of a run for its report."""
+    return {
+        "model": cfg.model.path if isinstance(cfg.model, DiffusersModel) else "the Shapes world",
+        "method": f"{METHODS[cfg.method.kind]}, teacher guidance {cfg.method.guidance:g}",
+        "student": student(cfg),
+        "training": length(cfg),
+        "rewards": ", ".join(trained_rewards(cfg)) or "none",
+        "prompts": Path(cfg.prompts.file).name if cfg.prompts.file else "captions of the training data",
+        **({"real images": ", ".join(cfg.real_data.source)} if cfg.real_data else {}),
+        **({"begun from": cfg.loop.start_from} if cfg.loop.start_from else {}),
+    }
+
+
+def trained_rewards(cfg: RunConfig) -> tuple[str, ...]:
+    """Labels of the rewards that a run is trained on, the parts of composites included; () for a method without."""
+    return tuple(label for spec in cfg.rewards for label in labels_of(spec)) if cfg.method.rewarded else ()
+
+
+def labels_of(spec: RewardConfig) -> tuple[str, ...]:
+    """A reward's label; a composite's and those of its parts; of a remote one also its name on the server."""
+    if isinstance(spec, CompositeReward):
+        return (spec.label, *(label for part in spec.parts for label in labels_of(part.reward)))
+    return (spec.label, spec.reward) if isinstance(spec, RemoteReward) else (spec.label,)

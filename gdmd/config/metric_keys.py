@@ -1,0 +1,102 @@
+"""The keys of metrics.jsonl that a recipe will log, so that a mistyped loop.best_metric is refused before training."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from gdmd.config.method import DmdConfig, GdmdConfig
+from gdmd.config.rewards import CompositeReward, OcrConfig, RemoteReward
+from gdmd.config.rivals import Dmd2Config, DmdrConfig
+from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
+from gdmd.config.run import RewardConfig, RunConfig
+
+_ROLES = ("student", "fake")
+_ALWAYS = (
+    *(f"{place}/{role}" for place in ("loss", "grad_norm", "lr", "updates", "skipped") for role in _ROLES),
+    *("speed/images_per_s", "latent/mean", "latent/std", "gap/real", "gap/grad"),
+    *(f"fake_loss/t{k}" for k in range(3)),
+)
+_COLLECTED = ("reward/sample", "reward/unscored", "advantage/size", "advantage/share_zero")
+_OPTIMALITY = (
+    *("reward/sample", "reward/target", "reward/gain", "reward/unscored", "latent/scored_std"),
+    *(f"weight/{name}" for name in ("mean", "r_mean", "r_std", "share_below_half", "share_clipped")),
+    *(f"histogram/r_{k}" for k in range(10)),
+)
+
+
+def check_best_metric(cfg: RunConfig) -> None:
+    """ValueError for a loop.best_metric that the training never logs, with the nearest key that it does log."""
+    wanted, known = cfg.loop.best_metric, metric_keys(cfg)
+    if not wanted or wanted in known:
+        return
+    near = difflib.get_close_matches(wanted, known, 1, cutoff=0.5)
+    advice = f"did you mean {near[0]}?" if near else "take reward/sample, or a key of metrics.jsonl of a similar run"
+    if wanted.startswith("reward/") and not cfg.method.rewarded:
+        advice = f"method {cfg.method.kind} as set here reads no rewards; take a loss, such as loss/student"
+    raise ValueError(f"loop.best_metric = {wanted} is not logged by this recipe: {advice}")
+
+
+def metric_keys(cfg: RunConfig) -> tuple[str, ...]:
+    """Every key that a row of metrics.jsonl can hold; some begin later, with a second stage."""
+    return tuple(dict.fromkeys((*_ALWAYS, *_of_method(cfg), *(key for spec in _read(cfg) for key in _of_reward(spec)))))
+
+
+def _read(cfg: RunConfig) -> tuple[RewardConfig, ...]:
+    return cfg.rewards if cfg.method.rewarded else ()
+
+
+def _of_method(cfg: RunConfig) -> tuple[str, ...]:
+    samples = tuple(f"reward/{_name(spec)}/sample" for spec in _read(cfg))
+    match cfg.method:
+        case DmdConfig() as own:
+            return ("loss/regression",) if own.regression_weight > 0 else ()
+        case Dmd2Config() as own:
+            return ("loss/head", "loss/gan", "gan/real", "gan/student") if own.adversarial else ()
+        case DmdrConfig() as own:
+            return ("schedule/c", *_of_dmdr(own, samples))
+        case _ if not cfg.method.rewarded:
+            return ()
+        case DmdReflConfig():
+            return ("loss/refl", "reward/sample", "reward/unscored", *samples)
+        case DmdNftConfig():
+            return ("loss/nft", "weight/r", *_COLLECTED, *samples)
+        case DmdGrpoConfig():
+            return ("loss/grpo", "policy/moved", "policy/clipped", *_COLLECTED, *samples)
+        case GdmdConfig() as own:
+            targets = tuple(f"reward/{_name(spec)}/target" for spec in _read(cfg))
+            softmax = ("weight/effective",) if own.weighting == "softmax" else ()
+            pull = ("gap/pull",) if own.continued and own.reward_gradient > 0 else ()
+            return (*_OPTIMALITY, *softmax, *pull, *samples, *targets)
+
+
+def _of_dmdr(own: DmdrConfig, samples: tuple[str, ...]) -> Iterator[str]:
+    if own.tilt > 0 and own.cold_start > 0:
+        yield from ("weight/tilt", "reward/complete")
+    if own.rl_weight > 0:
+        yield "loss/rl"
+        if own.strategy == "grpo":
+            yield from (*_COLLECTED, *samples)
+        if own.strategy == "dpo":
+            yield from ("reward/complete", "reward/paired")
+
+
+def _of_reward(spec: RewardConfig) -> Iterator[str]:
+    """What a reward logs of itself."""
+    name = _name(spec)
+    match spec:
+        case OcrConfig():
+            yield f"reward/{name}/unasked"
+        case RemoteReward():
+            yield from (f"reward/{name}/unscored", f"reward/{name}/retries")
+        case CompositeReward():
+            for part in spec.parts:
+                yield f"reward/{name}/{_name(part.reward)}"
+                yield from _of_reward(part.reward)
+        case _:
+            pass
+
+
+def _name(spec: RewardConfig) -> str:
+    """The name under which a reward logs: its label, but for a remote one."""
+    return f"remote_{spec.reward}" if isinstance(spec, RemoteReward) else spec.label
