@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from gdmd.evaluation.schedules import every_place, iteration_passes, student_updates
+from gdmd.config.describe import student_updates
+from gdmd.evaluation.schedules import every_place, iteration_passes
 from gdmd.programs.bench import Bench
 from gdmd.recipes.read import read_recipe
 

@@ -128,6 +128,9 @@ def _several(what: Sequence[str]) -> tuple[SourceConfig, ...]:
         raise ValueError(f"a comparison needs two sources or more, got {len(sources)}; gdmd eval preference takes one")
     for source in sources:
         kind_of(source)
+    from gdmd.programs.folders import require_one_world
+
+    require_one_world({source.where: kind_of(source) for source in sources})
     return sources
 
 

@@ -30,7 +30,7 @@ def check_best_metric(cfg: RunConfig) -> None:
     wanted, known = cfg.loop.best_metric, metric_keys(cfg)
     if not wanted or wanted in known:
         return
-    near = difflib.get_close_matches(wanted, known, 1, cutoff=0.5)
+    near = difflib.get_close_matches(wanted, known, 1)
     advice = f"did you mean {near[0]}?" if near else "take reward/sample, or a key of metrics.jsonl of a similar run"
     if wanted.startswith("reward/") and not cfg.method.rewarded:
         advice = f"method {cfg.method.kind} as set here reads no rewards; take a loss, such as loss/student"

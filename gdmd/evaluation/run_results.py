@@ -80,8 +80,8 @@ def _same(where: str, file: Path) -> bool:
 
 
 def _note(row: Mapping[str, Any], newest: int | None) -> str:
-    step = row["source"]["step"]
-    asked = f"{row['prompts']} prompts of {row['prompt_file']}, {row['images_per_prompt']} image(s) each, seed {row['seed']}"
+    step, count = row["source"]["step"], row["images_per_prompt"]
+    asked = f"{row['prompts']} prompts of {row['prompt_file']}, {count} images per prompt, seed {row['seed']}"
     measured = "" if step is None else f"; step {step}"
     later = f", and the run has trained to step {newest} since" if step and newest and newest > step else ""
     return f"{asked}{measured}{later}. 95 % intervals over prompts. † trained on; ? not known."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gdmd.backbones.base import Family
+from gdmd.config.describe import METHODS, student_updates
 from gdmd.config.run import RunConfig
 from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.export.pipeline import left_out
@@ -34,7 +35,8 @@ def model_card(
     head = (
         f"# {cfg.name}: {len(cfg.method.student_steps)}-step student of {family.cfg.path}",
         "",
-        f"Distilled with {cfg.method.kind} (gdmd). No classifier-free guidance: one network call per step.",
+        f"Distilled by {METHODS[cfg.method.kind]} with the gdmd library. No classifier-free guidance: one network call "
+        "per step.",
     )
     sections: tuple[Sequence[str], ...] = (
         head,
@@ -103,10 +105,12 @@ def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
 
 
 def _table(cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str]) -> Sequence[str]:
+    steps = facts.get("step", cfg.loop.steps)
     rows = {
-        "method": cfg.method.kind,
+        "method": METHODS[cfg.method.kind],
         "teacher guidance": cfg.method.guidance,
-        "iterations": facts.get("step", cfg.loop.steps),
+        "iterations": steps,
+        "student updates": steps * student_updates(cfg.method),
         "batch": cfg.loop.batch_size,
         "rewards": ", ".join(rewards) or "none",
         **_scoring(facts.get("scoring")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,22 @@ def require_shapes(cfg: RunConfig, run: str) -> None:
             f"{run} is a run of a real model ({cfg.model.path}), and gdmd eval RUN measures ShapesEval: its detector finds "
             "the colored shapes of the Shapes world only, so every number would be meaningless. Score the run with: "
             f"gdmd eval preference {run} --prompts FILE --scorer clip"
+        )
+
+
+def require_one_world(kinds: Mapping[str, str]) -> None:
+    """ValueError where sources (place -> ``kind_of``) of the Shapes world and of real models would be compared.
+
+    Folders of images go with both.
+    """
+    real = {"export": True, "pipeline": True, "teacher": False}
+    runs = {where: config_of(Path(where)).model.kind != "shapes" for where, kind in kinds.items() if kind == "run"}
+    worlds = runs | {where: real[kind] for where, kind in kinds.items() if kind in real}
+    if len(set(worlds.values())) > 1:
+        shapes, others = ([where for where in worlds if worlds[where] is one] for one in (False, True))
+        raise ValueError(
+            f"{', '.join(shapes)} draw captions of the Shapes world at 32 x 32 pixels, {', '.join(others)} any prompt: "
+            "no prompts and scorers fit both; compare them in two calls"
         )
 
 

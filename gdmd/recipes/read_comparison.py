@@ -63,6 +63,12 @@ def read_comparison(source: str) -> Comparison:
             recipes[row.name] = read_recipe(row.recipe or spec.base, overrides)
         except ConfigError as error:
             errors += [f"{path.name}, row '{row.name}': {line}" for line in error.errors]
+    errors += [
+        f"{path.name}, row '{name}': a comparison measures ShapesEval, and {cfg.name} trains a real model; train it with "
+        "gdmd train, and compare the runs with gdmd eval compare"
+        for name, cfg in recipes.items()
+        if cfg.model.kind != "shapes"
+    ]
     if errors:
         raise ConfigError(errors)
     return Comparison(spec, recipes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -17,7 +18,11 @@ import torch
 from cli_world import TINY, Gdmd, make_assets
 
 from gdmd.cli.app import main
+from gdmd.config.distillation import DistillationConfig
+from gdmd.config.metric_keys import metric_keys
 from gdmd.programs import pretrain
+from gdmd.programs.demo import control
+from gdmd.recipes.read import read_recipe, recipe_names
 from gdmd.runs import checkpoint
 from gdmd.runs.rundir import read_metrics
 from gdmd.shapes.grammar import TASKS
@@ -186,6 +191,98 @@ def test_the_demo_trains_both_students_measures_five_rows_and_prints_them_again_
         assert score in again.out
     assert "shapes_clip_heldout *" not in again.out
     assert "report.html" in again.err
+
+
+SHAPES = [name for name in recipe_names() if read_recipe(name).model.kind == "shapes"]
+GDMD = [name for name in SHAPES if read_recipe(name).method.kind == "gdmd"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_control_of_a_demo_is_plain_dmd_with_as_many_student_updates(name: str) -> None:
+    cfg = read_recipe(name)
+    if name not in GDMD:
+        with pytest.raises(ValueError, match="compares GDMD with DMD"):
+            control(cfg)
+        return
+    plain = control(cfg)
+    shared = set(DistillationConfig.model_fields) | {"group_size", "collection", "dmd_weight"}
+    for field in shared:
+        assert getattr(plain.method, field) == getattr(cfg.method, field)
+    unset = ("score_target", "score_baseline", "weighting", "student_target", "reward_gradient", "control")
+    assert [getattr(plain.method, field) for field in unset] == ["raw", "sample", "napo", "each", 0.0, "none"]
+    assert not plain.method.rewarded
+    assert (plain.loop, plain.eval, plain.rewards) == (cfg.loop, cfg.eval, cfg.rewards)
+
+
+def test_the_demo_of_the_recipe_with_reward_gradients_runs(gdmd: Gdmd) -> None:
+    words = ("demo", "--recipe", "shapes_gradient", *sets(*TINY, "method.continuations=2"), "--run", "demo", "--json")
+    finished = gdmd(*words)
+    assert finished.code == 0, finished.err
+    rows = json.loads(finished.out)["rows"]
+    assert [name for name in rows if name.endswith("4 steps")][-2:] == ["DMD, 4 steps", "GDMD, 4 steps"]
+    refused = gdmd("demo", "--recipe", "sdxl_gdmd")
+    assert refused.code == 2 and "in the Shapes world" in refused.err and "model.kind = diffusers" in refused.err
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_metrics_of_a_recipe_are_known_before_it_is_trained(gdmd: Gdmd, name: str) -> None:
+    overrides = [word for word in TINY if "group_size" not in word or name in GDMD]
+    size = {"dmd_nft": 2, "dmd_grpo": 2}.get(name)
+    overrides += [f"method.images_per_prompt={size}"] if size else []
+    overrides += ["method.cold_start=1"] if name == "dmdr" else []
+    cfg = read_recipe(name, overrides)
+    finished = gdmd("train", name, *overrides, "--no-eval", "--run", "run")
+    assert finished.code == 0, finished.err
+    logged = {key for row in read_metrics(Path("run")) for key in row} - {"step"}
+    assert logged == set(metric_keys(cfg))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("loop.best_metric=reward/targt",), "reward/targt is not logged by this recipe: did you mean reward/target?"),
+        (("loop.best_metric=reward/foo",), "reward/foo is not logged by this recipe: did you mean reward/"),
+        (("loop.best_metric=shapeseval",), "take reward/sample, or a key of metrics.jsonl"),
+        (("loop.best_metric=reward/target", "method.gamma=0"), "reads no rewards; take a loss, such as loss/student"),
+    ],
+)
+def test_a_best_metric_that_is_never_logged_is_refused_before_the_folder_is_made(
+    gdmd: Gdmd, given: tuple[str, ...], message: str
+) -> None:
+    finished = gdmd.train(*given, "--run", "run")
+    assert finished.code == 2 and message in finished.err and not Path("run").exists(), finished.err
+
+
+def test_the_length_that_is_told_is_that_of_this_run(gdmd: Gdmd) -> None:
+    finished = gdmd.train("method.group_size=2", "loop.steps=3", "--run", "run")
+    assert "4-step student; 3 iterations of 2 samples, 6 student updates" in finished.err
+    assert not [name for name in recipe_names() if re.search(r"\d updates|student updates", read_recipe(name).about)]
+    assert "4-step LoRA of rank 64 at 1024 x 1024; 750 iterations of 32 samples, 3,000 student" in gdmd("recipes").out
+
+
+def test_every_reader_of_a_run_names_the_checkpoint_that_it_reads_in_the_place_of_a_damaged_one(gdmd: Gdmd) -> None:
+    assert gdmd.train("--run", "run").code == 0
+    size = ("--per-task", "1", "--images", "2")
+    first = gdmd("eval", "run", "--json", *size)
+    assert json.loads(first.out)["step"] == 2 and "note:" not in first.err
+    (Path("run/checkpoints/step_000002/student.safetensors")).write_bytes(b"")
+    note = "step 2 was passed over; step 1 is used"
+    measured = gdmd("eval", "run", "--json", *size)
+    assert json.loads(measured.out)["step"] == 1 and measured.err.count(note) == 1
+    sampled = gdmd("sample", "run", "-p", "a red ring", "-n", "1", "-o", "a.png")
+    assert sampled.code == 0 and note in sampled.err
+    assert note in gdmd("report", "run").err
+    assert note in gdmd("eval", "preference", "run", "--per-task", "1", "-n", "1", "--json").err
+    assert "step 2 was passed over" in gdmd.train("loop.start_from=run", "loop.seed=1", "--run", "next").err
+    chosen = gdmd("eval", "run", "--checkpoint", "2", "--json", *size)
+    assert chosen.code == 2 and "student.safetensors is damaged" in chosen.err and not chosen.out
+
+
+def test_the_teacher_and_plain_dmd_are_trained_on_no_reward(gdmd: Gdmd) -> None:
+    assert "*" not in gdmd("eval", "teacher-4", "--per-task", "1", "--images", "2").out.split("* trained on")[0]
+    assert gdmd.train("method.gamma=0", "--run", "run").code == 0
+    assert "*" not in gdmd("eval", "run", "--per-task", "1", "--images", "2").out.split("* trained on")[0]
+    assert gdmd("report", "run").code == 0 and "mark trained" not in Path("run/report.html").read_text()
 
 
 @pytest.mark.parametrize("network", ["vae", "teacher", "scorers"])

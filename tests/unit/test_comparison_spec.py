@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gdmd.config.load import ConfigError
 from gdmd.config.rewardless import without_rewards
@@ -16,7 +17,7 @@ from gdmd.io import RunError
 from gdmd.programs.compare import run_comparison
 from gdmd.programs.compare_pages import other_seeds
 from gdmd.programs.compare_plan import chosen, outdated, plan, read_table, unique
-from gdmd.recipes.read_comparison import Comparison, comparison_names, read_comparison
+from gdmd.recipes.read_comparison import COMPARISONS, Comparison, comparison_names, read_comparison
 
 HEAD = "name: mine\nbase: shapes_smoke\nstudent_updates: 4\nseeds: [0, 1]\nbudgets: [updates, passes]\n"
 ROWS = """rows:
@@ -219,4 +220,14 @@ def test_a_method_without_its_rewards_is_the_same_method_with_nothing_to_score(r
     if plain is not None:
         changed = {key for key, value in plain.model_dump().items() if value != cfg.model_dump()[key]}
         assert not plain.rewarded and plain.kind == cfg.kind
-        assert changed <= {"gamma", "control", "rl_weight", "tilt"} and changed
+        scored = {"score_target", "score_baseline", "weighting", "student_target", "reward_gradient", "control"}
+        assert changed & {"gamma", "rl_weight", "tilt"} and changed <= {"gamma", "rl_weight", "tilt"} | scored
+
+
+def test_a_row_of_a_real_model_is_refused_because_shapeseval_cannot_judge_it(tmp_path: Path) -> None:
+    text = (COMPARISONS / "smoke.yaml").read_text()
+    spec = yaml.safe_load(text)
+    spec["rows"][0]["recipe"] = "sdxl_gdmd"
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(spec))
+    with pytest.raises(ConfigError, match=f"row '{spec['rows'][0]['name']}': a comparison measures ShapesEval"):
+        read_comparison(str(tmp_path / "mine.yaml"))
