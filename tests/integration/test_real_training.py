@@ -142,7 +142,8 @@ def test_a_run_draws_grids_and_samples_and_is_exported(
     parts = {"loop": cfg.loop.model_copy(update={"grid_every": 1}), "prompts": type(cfg.prompts)(file=str(prompts))}
     cfg = cfg.model_copy(update=parts)
     done = start(cfg, tmp_path / "run", Console(quiet=True), evaluation=True, command=["gdmd", "train"])
-    assert done.report is None and len(list((tmp_path / "run" / "grids").iterdir())) == 2
+    assert done.evaluation is None and done.report == tmp_path / "run" / "report.html"
+    assert len(list((tmp_path / "run" / "grids").iterdir())) == 2
     prompts.unlink()
     monkeypatch.setattr("gdmd.recipes.build.build_rewards", None)  # who draws needs none of them
     assert draw(read_source(str(tmp_path / "run")), ["two red dogs"], 2, 0, tmp_path / "a.png", 4) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -322,24 +323,51 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
         name="tiny",
         model=tiny.config(pipeline(folders, "sd3")),
         method=DmdConfig(fake_updates=1, guidance=3.0, step_draw="batch"),
-        loop=LoopConfig(steps=1, batch_size=2, threads=1, grid_every=0, checkpoint_every=1, lr_student=1e-2),
+        loop=LoopConfig(steps=2, batch_size=2, threads=1, grid_every=2, checkpoint_every=1, lr_student=1e-2),
         prompts={"file": "prompts.txt"},
     )
     Path("tiny.yaml").write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
-    assert gdmd("train", "tiny.yaml", "--run", "run", "--no-eval").code == 0
+    trained = gdmd("train", "tiny.yaml", "--run", "run", "--json")
+    assert trained.code == 0, trained.err
+    ended = json.loads(trained.out)
+    assert ended["evaluation"] is None and ended["report"] == "run/report.html"
+    assert "gdmd eval preference run --prompts FILE" in trained.err and "gdmd export run" in trained.err
+    assert "Not scored yet" in Path("run/report.html").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("gdmd.programs.evaluate.build", None)  # nothing is loaded for these
+        refused = gdmd("eval", "run")
+        assert refused.code == 2 and "gdmd eval preference run --prompts FILE" in refused.err
+        assert "ShapesEval" in refused.err and gdmd("report", "run", "--fresh").code == 2
+        mixed = gdmd("eval", "compare", "teacher", "run", "-o", "both", "--prompts", "prompts.txt")
+        assert mixed.code == 2 and "no prompts and scorers fit both" in mixed.err
     assert gdmd("export", "run", "-o", "before").code == 0
     assert "Not evaluated" in Path("before/README.md").read_text()
     words = ("--prompts", "prompts.txt", "-n", "2", "--scorer", "test_model_evaluation:brightness")
     done = gdmd("eval", "preference", "run", *words)
     assert done.code == 0 and "test_model_evaluation" in done.out, done.err
+    Path("run/evaluation.json").write_text("{}")  # as an earlier version left it
+    assert gdmd("report", "run").code == 0
+    page = Path("run/report.html").read_text()
+    for seen in (
+        "test_model_evaluation:brightness",
+        "2 prompts of prompts.txt, 2 images per prompt, seed 777; step 2.",
+        "Losses",
+    ):
+        assert seen in page
+    assert "ShapesEval" not in page and page.count("data:image/png") == 2 + len(CAPTIONS)
     assert gdmd("export", "run").code == 0
     card = Path("run/export/README.md").read_text()
     assert "| test_model_evaluation:brightness |" in card and "| unseen |" in card
     assert "2 prompts of prompts.txt, 2 images each" in card and "license: other" in card
     assert "| base model |" in card and "SHA-256" in card and "`gdmd train" not in card.split("## Metrics")[1]
+    assert "Distilled by DMD (arXiv 2311.18828) with the gdmd library" in card and "| student updates | 2 |" in card
     for what, name in (("run", "a.png"), ("run/export", "b.png")):
         drawn = gdmd("sample", what, "-p", CAPTIONS[0], "-n", "2", "-o", name)
         assert drawn.code == 0 and Path(name).is_file(), drawn.err
+    Path("run/checkpoints/step_000002/ema.safetensors").write_bytes(b"")
+    exported = gdmd("export", "run", "-o", "older")
+    assert exported.code == 0 and "step 2 was passed over; step 1 is used" in exported.err
+    assert json.loads(Path("older/gdmd_export.json").read_text())["step"] == 1
 
 
 def test_a_reward_is_known_as_trained_in_a_composite_and_on_a_server() -> None:
@@ -353,3 +381,26 @@ def test_a_reward_is_known_as_trained_in_a_composite_and_on_a_server() -> None:
     assert trained_rewards(cfg) == ("composite", "clip", "remote hps", "hps")
     plain = RunConfig.model_validate(cfg.model_dump() | {"method": {"kind": "dmd"}})
     assert trained_rewards(plain) == ()
+
+
+def test_images_of_several_sizes_are_drawn_in_one_grid_with_their_shapes(gdmd: Gdmd) -> None:
+    from PIL import Image
+
+    Path("images").mkdir()
+    for k, size in enumerate([(80, 48), (30, 60)]):
+        Image.new("RGB", size, (250, 0, 0)).save(f"images/00000_{k}.png")
+    Path("images/prompts.jsonl").write_text('{"prompt": "a cat"}')
+    words = ("sample", "images", "-p", "a cat", "-n")
+    few = gdmd(*words, "5")
+    assert few.code == 2 and "has 2 images of 'a cat'" in few.err and "ask for at most 2 with -n" in few.err
+
+    def boxes(name: str) -> list[tuple[int, int]]:
+        """Width and height of the red places of a grid, column by column."""
+        red = (from_pil([Image.open(name)])[0] - torch.tensor([250 / 255, 0, 0])[:, None, None]).abs().sum(0) < 1e-3
+        columns = red.any(0).long()
+        edges = (columns.diff().nonzero().flatten() + 1).tolist()
+        return [(b - a, int(red[:, a:b].any(1).sum())) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+    assert gdmd(*words, "2", "-o", "plain.png").code == 0 and boxes("plain.png") == [(80, 48), (30, 60)]
+    assert gdmd(*words, "2", "-o", "twice.png", "--scale", "2").code == 0
+    assert boxes("twice.png") == [(160, 96), (60, 120)]
