@@ -62,7 +62,11 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after ``step`` (and a torn last line): the run goes on from there."""
+        """Forget what was logged and drawn after ``step`` (and a torn last line): the run continues from there."""
+        for grid in (self.path / "grids").glob("step_*.png"):
+            if grid.stem[5:].isdigit() and int(grid.stem[5:]) > step:
+                with writing("the sample grids", grid):
+                    grid.unlink()
         if not self.metrics.exists():
             return
         rows = [line for line, row in _metric_lines(self.metrics) if row["step"] <= step]

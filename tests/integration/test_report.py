@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -10,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from gdmd.evaluation.grids import draw_grid, png_bytes
 from gdmd.evaluation.plots import curves, r_histogram, radar
 from gdmd.evaluation.report import Provenance, read_rows, report_run, save_rows, write_report
 from gdmd.io import RunError
-from gdmd.runs.rundir import create
+from gdmd.runs.rundir import Run, create
 from gdmd.shapes.grammar import TASKS
 
 NASTY = '<script>alert("x")</script>&"\''
@@ -119,6 +122,72 @@ def test_the_table_shows_the_numbers_and_the_best_of_each_column(tmp_path: Path)
     assert "0.700 [0.670, 0.730]" in text and "<td>–</td>" in text
     assert '<td class="best">0.700 [0.670, 0.730]</td>' in text
     assert '<td class="best">0.600' not in text
+
+
+def test_where_all_rows_are_equal_none_is_shaded_as_best(tmp_path: Path) -> None:
+    rows = {"teacher": row(0.0), "student": row(0.0)}
+    assert 'class="best"' not in write_report(tmp_path, "equal", rows).read_text()
+
+
+def real_run(folder: Path) -> Run:
+    model = {"kind": "diffusers", "path": "org/model", "height": 48, "width": 80, "lora_rank": 8}
+    loop = {"steps": 20, "batch_size": 2, "seed": 3}
+    config = {"name": "mine", "model": model, "method": {"kind": "dmd"}, "loop": loop, "prompts": {"file": "p.txt"}}
+    run = create(folder, config, ["gdmd", "train", "mine"])
+    for line in metrics():
+        run.log(int(line["step"]), line)
+    return run
+
+
+def test_a_real_run_is_reported_without_shapes_rows_and_grids(tmp_path: Path) -> None:
+    run = real_run(tmp_path / "run")
+    save_rows(run.path, {"teacher": row(0.0)})  # as an earlier version left it
+    for name in ("comparison", "step_000010", "step_1000000", "step_999999"):
+        (run.path / "grids" / f"{name}.png").write_bytes(png())
+    page = Page(report_run(run.path).read_text())
+    assert "ShapesEval" not in page.text and "Not scored yet" in page.text
+    for fact in ("org/model", "4-step LoRA of rank 8 at 80 x 48", "20 iterations of 2 samples, 20 student updates"):
+        assert fact in page.text
+    assert [a["alt"] for tag, a in page.tags if tag == "img"] == [
+        "Student (EMA) after 10 iterations",
+        "Student (EMA) after 1,000,000 iterations",
+    ]
+
+
+def test_scores_below_a_run_are_shown_with_their_step_and_what_came_since(tmp_path: Path) -> None:
+    run = real_run(tmp_path / "run")
+    for step in (10, 20):
+        (run.checkpoints / f"step_{step:06d}").mkdir()
+    source = {"name": "run", "kind": "run", "where": str(run.path), "nfe": 4, "step": 10, "trained": []}
+    score = {"mean": 0.25, "low": 0.2, "high": 0.3, "unscored": 0, "trained": False}
+    scored = {"source": source, "prompt_file": NASTY, "prompts": 3, "images_per_prompt": 2, "seed": 7}
+    scored |= {"scores": {"clip": score}, "against_first": {}, "seconds_per_image": None}
+    other = scored | {"source": source | {"name": "other", "where": "org/other", "step": None}}
+    other |= {"scores": {"clip": score | {"mean": 0.125}}}
+    for folder, file, content in (
+        ("preference", "preference.json", scored),
+        ("all", "compare.json", {"rows": {"other": other, "run": scored}, "against": "other"}),
+    ):
+        (run.path / folder).mkdir()
+        (run.path / folder / file).write_text(json.dumps(content))
+    text = report_run(run.path).read_text()
+    page = Page(text)
+    assert page.text.count("step 10, and the run has trained to step 20 since") == 2 and "<script" not in text
+    assert "0.2500 [0.2000, 0.3000]" in page.text and "Comparison (all)" in page.text
+    assert '<td class="best">0.2500' in text and '<td class="best">0.1250' not in text
+    (run.path / "preference" / "preference.json").write_text('{"source": 3}')
+    with pytest.raises(RunError, match=r"preference\.json cannot be read.*evaluate again"):
+        report_run(run.path)
+
+
+def test_a_grid_of_large_images_is_embedded_smaller_and_not_stretched(tmp_path: Path) -> None:
+    run = real_run(tmp_path / "run")
+    run.grid(10).write_bytes(png_bytes(draw_grid(torch.rand(1, 2, 3, 400, 1000), ["a cat"], scale=1)))
+    uri = next(a["src"] for tag, a in Page(report_run(run.path).read_text()).tags if tag == "img")
+    kind, content = str(uri).split(",")
+    with Image.open(io.BytesIO(base64.b64decode(content))) as shown, Image.open(run.grid(10)) as whole:
+        assert kind.startswith("data:image/jpeg") and shown.width == 1600
+        assert shown.height == round(whole.height * 1600 / whole.width)
 
 
 def test_the_page_holds_figures_monitor_and_provenance(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -142,6 +142,17 @@ def test_a_caption_of_many_words_is_broken_into_lines_and_never_wider_than_a_sho
     )
     assert short.width < long.width < 500 and blocks.width < 1000 and none.width < short.width
     assert short.height == long.height == blocks.height == none.height
+
+
+def test_the_teacher_is_sampled_at_the_times_of_its_own_shift(lab: TinyLab) -> None:
+    asked: list[int] = []
+
+    def shifted(steps: int) -> Tensor:
+        asked.append(steps)
+        return times(steps) ** 0.5
+
+    plain, own = (teacher_images(one, TEXTS, 1, 3, 1.0) for one in (lab, replace(lab, teacher_times=shifted)))
+    assert asked == [3] and not torch.allclose(plain, own, atol=1e-3)
 
 
 def test_a_comparison_puts_the_samplers_side_by_side_from_one_noise(lab: TinyLab) -> None:
