@@ -12,7 +12,7 @@ class RealDataConfig(Config):
 
     source: tuple[str, ...] = Field(
         description="A folder of images with captions (same-stem .txt, or metadata.jsonl with file_name and text), or "
-        "WebDataset tars (KEY.jpg|png|webp beside KEY.txt, KEY.caption or KEY.json with a caption).",
+        "WebDataset tars (KEY.jpg|png|webp|... beside KEY.txt, KEY.caption or KEY.json with a caption).",
     )
     latents: str = Field(
         description="Folder of the latents of this one data set; `gdmd latents RECIPE` computes them once."

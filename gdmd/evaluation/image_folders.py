@@ -94,7 +94,7 @@ def read_image(path: Path) -> Image:
     try:
         return open_image(path)
     except ValueError as error:
-        raise ValueError(f"image {path}: {error}; replace the file") from error
+        raise ValueError(f"image {path} cannot be read: {error}; replace the file") from error
 
 
 def _official(place: Path) -> ImageRow:

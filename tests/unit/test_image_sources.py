@@ -214,7 +214,7 @@ def test_a_scored_photo_is_turned_upright(tmp_path: Path) -> None:
     seen = np.array(read_image(tmp_path / "a.png"))
     assert seen.shape == (32, 16, 3) and tuple(seen[0, 0]) == (0, 0, 0) and tuple(seen[31, 15]) == RED
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:-30])
-    with pytest.raises(ValueError, match=r"cut\.png: cannot be decoded"):
+    with pytest.raises(ValueError, match=r"cut\.png cannot be read: cannot be decoded"):
         read_image(tmp_path / "cut.png")
 
 

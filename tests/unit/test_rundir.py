@@ -149,7 +149,11 @@ def test_a_torn_last_line_and_lines_beyond_the_resumed_step_are_dropped(tmp_path
     with run.metrics.open("a") as file:
         file.write(torn)
     assert [row["step"] for row in rundir.read_metrics(run.path)] == [1, 2, 3]
+    for step in (2, 3):
+        run.grid(step).touch()
+    (run.path / "grids" / "comparison.png").touch()
     run.rewind(2)
+    assert sorted(grid.name for grid in (run.path / "grids").iterdir()) == ["comparison.png", "step_000002.png"]
     run.log(3, {"loss/student": 9.0})
     assert [json.loads(line) for line in run.metrics.read_text().splitlines()][1:] == [
         {"step": 2, "loss/student": 2.0},
