@@ -22,14 +22,14 @@ from gdmd.backbones.sana import Sana
 from gdmd.backbones.sd3 import Sd3
 from gdmd.backbones.sd15 import Sd15
 from gdmd.backbones.sdxl import Sdxl
+from gdmd.backbones.tokens import ENCODER, MOST, fit_limits
 from gdmd.backbones.z_image import ZImage
 from gdmd.config.model import DiffusersModel
+from gdmd.io import weights_fingerprint
 from gdmd.types import Codec, Cond
 
 FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage, Sana)
 INDEX = "model_index.json"
-ENCODER = "text_encoder"
-"""What the names of all text encoders begin with."""
 BEYOND = {"PixtralProcessor": "torchvision"}
 """Classes of transformers that are there only with one library more (FLUX.2-dev's tokenizer)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,10 +46,12 @@ def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = Tr
     local, index = is_local(cfg.path), local_or_hub_index(cfg)
     family = family_of(index, cfg)
     check_components(index, family, Path(cfg.path) if local else None, cfg.path)
+    _check_tokens(family, cfg)
     check_libraries(index, f"model.path {cfg.path!r}")
     left_out = _left_out(index, family, cfg)
     left_out |= {} if encoders else dict.fromkeys(name for name in index if name.startswith(ENCODER))
     pipe = _load(family, cfg, local, left_out)
+    fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
     _freeze(pipe, device)
     opened = family(pipe, cfg)
     opened.encoder.device = torch.device(device)
@@ -84,6 +86,7 @@ class LateText:
             own = _load(type(self.family), self.family.cfg, is_local(self.family.cfg.path), others | missing)
             _freeze(own, str(encoder.device))
             pipe.register_modules(**{name: part for name, part in own.components.items() if name.startswith(ENCODER)})
+            fit_limits(pipe, lambda encoder: None)
             self._there = True
         return encoder
 
@@ -138,15 +141,56 @@ def check_tiny(family: Family, tiny: Any) -> None:
 
 
 def encoder_identity(family: Family) -> str:
-    """What the text embeddings of a pipeline depend on: its place, revision, precision, length, and local files."""
-    cfg = family.cfg
-    facts: list[object] = [family.name, cfg.path, cfg.revision, cfg.variant, cfg.dtype, cfg.t5, cfg.max_tokens]
-    folder = Path(cfg.path)
-    if folder.is_dir():
-        facts[1] = str(folder.resolve())
-        parts = [file for kind in ("text_encoder*", "tokenizer*") for file in sorted(folder.glob(f"{kind}/*"))]
-        facts += [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in parts]
+    """What the text embeddings of a pipeline depend on: content of encoders and tokenizers, precision, length, libraries.
+
+    The place of a folder does not count: a moved copy has the same embeddings, another model in its place has not.
+    """
+    cfg, index = family.cfg, local_or_hub_index(family.cfg)
+    left_out = _left_out(index, type(family), cfg)
+    names = [name for name, given in index.items() if isinstance(given, list) and given[1] and name not in left_out]
+    names = sorted(name for name in names if name.startswith((ENCODER, "tokenizer")))
+    empty = family.pipe.config.get("force_zeros_for_empty_prompt")
+    facts = [family.name, cfg.dtype, cfg.max_tokens, empty, *versions(), *content_of(cfg, names)]
     return json.dumps(facts)
+
+
+def content_of(cfg: DiffusersModel, names: Sequence[str]) -> list[object]:
+    """What identifies the content of these components: fingerprints of a folder's, id and commit of a hub id."""
+    if is_local(cfg.path):
+        return [[name, weights_fingerprint(Path(cfg.path) / name, cfg.variant)] for name in names]
+    return [cfg.path, snapshot_of(cfg).name, cfg.variant, list(names)]
+
+
+def snapshot_of(cfg: DiffusersModel) -> Path:
+    """The folder at cfg.path; of a hub id its folder in the cache, whose name is the commit."""
+    return _index_file(cfg.path, cfg.revision, f"model.path {cfg.path!r}", local=is_local(cfg.path)).parent
+
+
+def versions() -> tuple[str, str]:
+    """Of the libraries that compute embeddings and latents: templates and attention change between them."""
+    from importlib.metadata import version
+
+    return f"diffusers {version('diffusers')}", f"transformers {version('transformers')}"
+
+
+def _positions(cfg: DiffusersModel, encoder: str) -> int | None:
+    """Length of the position table of a text encoder that is not loaded; None where its config is not at hand."""
+    file = snapshot_of(cfg) / encoder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return int(config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not read yet: the limit is set when the encoder is
+
+
+def _check_tokens(family: type[Family], cfg: DiffusersModel) -> None:
+    """ValueError for more caption tokens than the pipeline's call takes: neither it nor the export could use them."""
+    most = MOST.get(family.pipeline)
+    if most is not None and cfg.max_tokens > most:
+        raise ValueError(
+            f"model.max_tokens = {cfg.max_tokens}: a {family.pipeline} reads at most {most} caption tokens; set {most} or "
+            "less"
+        )
 
 
 def require_diffusers() -> None:
@@ -251,10 +295,15 @@ def local_or_hub_index(cfg: DiffusersModel) -> dict[str, Any]:
 
 def read_index(path: str, revision: str | None, what: str, *, local: bool) -> dict[str, Any]:
     """The model_index.json of a folder or a hub id. ValueError beginning with ``what`` where it cannot be had."""
-    return local_index(Path(path), what) if local else _hub_index(path, revision, what)
+    return local_index(_index_file(path, revision, what, local=local).parent, what)
 
 
-def _hub_index(path: str, revision: str | None, what: str) -> dict[str, Any]:
+def _index_file(path: str, revision: str | None, what: str, *, local: bool) -> Path:
+    """The file itself; of a hub id in the snapshot of its revision in the cache."""
+    return Path(path) / INDEX if local else _hub_index(path, revision, what)
+
+
+def _hub_index(path: str, revision: str | None, what: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -266,7 +315,7 @@ def _hub_index(path: str, revision: str | None, what: str) -> dict[str, Any]:
     )
 
     try:
-        file = hf_hub_download(path, INDEX, revision=revision)
+        return Path(hf_hub_download(path, INDEX, revision=revision))
     except GatedRepoError as error:
         raise ValueError(f"{what}: access is gated; accept its terms on the hub and run `hf auth login`") from error
     except RevisionNotFoundError as error:
@@ -279,7 +328,6 @@ def _hub_index(path: str, revision: str | None, what: str) -> dict[str, Any]:
         raise ValueError(f"{what}: it holds no {INDEX}, so it is no diffusers pipeline") from error
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"{what}: no folder here, and the hub cannot be read ({error})") from error
-    return local_index(Path(file).parent, what)
 
 
 def _freeze(pipe: Any, device: str) -> None:

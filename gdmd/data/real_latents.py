@@ -1,8 +1,8 @@
 """Latents of real images computed once: shards of safetensors on disk, read row by row while training.
 
 FOLDER/KEY/shard_NAME.safetensors holds "latents" [n, C, h, w] of up to SHARD images and the SHA-256 of their files in
-its header; index.json the images of the data set with their captions. KEY is a hash of the VAE's identity (pipeline,
-revision, precision) and of the size, so that latents of another VAE or size are never read.
+its header; index.json the images of the data set with their captions. KEY is a hash of the VAE's identity (content,
+precision) and of the size, so that latents of another VAE or size are never read.
 """
 
 from __future__ import annotations

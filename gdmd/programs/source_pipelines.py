@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from gdmd.backbones.packing import in_patches, pack
 from gdmd.backbones.pipelines import check_libraries, is_local, load_errors, read_index, require_diffusers
+from gdmd.backbones.tokens import fit_limits, readers_of
 from gdmd.config.sources import SourceConfig
+from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.io import RunError
@@ -29,6 +32,7 @@ from gdmd.programs.sources import EXPORT_FILE, Facts, Place, to_images
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HASHED = 64 * 2**20
 """Bytes of a weight file that enter its fingerprint."""
@@ -92,7 +96,10 @@ class PipelineSource:
     arguments: Mapping[str, Any]
 
     def check(self, texts: Sequence[str]) -> None:
-        """Any text is a prompt."""
+        """Any text is a prompt; what its encoders cannot read of them is said."""
+        readers = readers_of(self.pipe, int(self.arguments.get("max_sequence_length") or 0))
+        if message := long_prompts(readers, texts, "shorten them"):
+            log.warning("%s", message)
 
     @torch.no_grad()
     def make(self, places: Sequence[Place], seed: int) -> list[Image]:
@@ -195,6 +202,7 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{what}: the pipeline cannot be loaded: {first}") from error
     pipe.set_progress_bar_config(disable=True)
+    fit_limits(pipe, lambda encoder: None)
     return pipe.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

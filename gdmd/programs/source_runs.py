@@ -14,6 +14,7 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.sample import Sampler
 from gdmd.programs.evaluate import image_batch, open_named
 from gdmd.programs.folders import TEACHERS
+from gdmd.programs.long_prompts import warn_of_lab
 from gdmd.programs.sources import Facts, Place, to_images
 from gdmd.recipes.build import Lab
 from gdmd.runs.rundir import config_hash
@@ -55,6 +56,7 @@ class RunSource:
     def check(self, texts: Sequence[str]) -> None:
         for text in texts if self.facts.shapes else ():
             tokenize(text)
+        warn_of_lab(self.lab, texts)
 
     @torch.no_grad()
     def make(self, places: Sequence[Place], seed: int) -> list[Image]:
