@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import CompositeReward, RemoteReward
 from gdmd.config.run import RewardConfig, RunConfig
 from gdmd.config.sources import SourceConfig
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+log = logging.getLogger(__name__)
+
+
 class RunSource:
     """The EMA student of a run (or a row of the teacher) with its own sampler and codec."""
 
@@ -35,6 +40,11 @@ class RunSource:
         """Checkpoint ``cfg.checkpoint`` of the run in ``cfg.where``."""
         recipe, lab, sampler, step = open_named(cfg.where, cfg.checkpoint)
         teacher = cfg.where in TEACHERS
+        if isinstance(recipe.model, DiffusersModel):
+            from gdmd.backbones.pipelines import checker_off, local_or_hub_index
+
+            if message := checker_off(local_or_hub_index(recipe.model), recipe.model.path):
+                log.warning("%s", message)
         facts = Facts(
             name=cfg.name,
             kind="teacher" if teacher else "run",
