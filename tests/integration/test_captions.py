@@ -198,3 +198,26 @@ def test_the_unconditional_embedding_belongs_to_the_rule_of_its_pipeline(folders
     index["force_zeros_for_empty_prompt"] = not index["force_zeros_for_empty_prompt"]
     (folder / "model_index.json").write_text(json.dumps(index))
     assert encoder_identity(open_family(tiny.config(folder), encoders=False)) != before
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae", "tokenizer"])
+def test_images_of_a_pipeline_belong_to_its_content(folders: Path, tmp_path: Path, part: str) -> None:
+    def identity(folder: Path) -> object:
+        facts = open_source(read_source(f"{folder},dtype=fp32,device=cpu")).facts
+        return {key: value for key, value in facts.identity.items() if key != "where"}
+
+    before = identity(saved(folders, "sd15"))
+    folder = Path(shutil.copytree(saved(folders, "sd15"), tmp_path / "sd15"))
+    assert identity(folder) == before
+    file = next(
+        file for file in sorted((folder / part).iterdir()) if file.suffix == ".safetensors" or part == "tokenizer"
+    )
+    rewrite(file, last_byte if file.suffix == ".safetensors" else lambda content: content.replace(b"\n", b" ", 1))
+    assert identity(folder) != before
+
+
+def test_a_pipeline_draws_the_size_that_was_asked_for(folders: Path) -> None:
+    """Sana's call would draw the nearest size of its table, and scale the image."""
+    source: Any = open_source(read_source(f"{saved(folders, 'sana')},dtype=fp32,device=cpu,height=32,width=64"))
+    assert source.arguments["use_resolution_binning"] is False
+    assert source.facts.identity["use_resolution_binning"] is False
