@@ -7,13 +7,21 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 SHARDS_STAY = "Finished shards stay: the same command goes on."
 """What a full disk costs where much is computed once."""
+
+
+READ_WITH_WEIGHTS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+"""Configs and vocabularies that lie beside safetensors."""
+REMEMBERED = 4 * 2**20
+"""Bytes from which the hash of a file is kept in ~/.cache/gdmd/hashes."""
 
 
 class RunError(ValueError):
@@ -145,6 +153,88 @@ def file_hash(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}. Check that it exists and is readable.") from error
+
+
+def weights_fingerprint(path: Path, variant: str | None = None) -> str:
+    """SHA-256 over what a model is loaded from: names and content of its safetensors, configs and vocabularies.
+
+    ``path``: a diffusers folder (its components and model_index.json count, other files do not), any other folder of
+    weights, or one file. ``variant``: as in ``from_pretrained``; weight files of other variants do not count. The place
+    of the folder does not enter, so a moved copy has the same fingerprint. RunError where there is nothing to read.
+
+    Every byte is read: a sample, or the size and time, would miss weights that were replaced in place. The hash of a
+    large file is remembered by its inode, size, mtime and ctime, so it is computed once. The ctime changes with every
+    write, even where the mtime is set back.
+    """
+    if path.is_file():
+        return content_hash(_remembered_hash(path))
+    files = sorted(_model_files(path, variant)) if path.is_dir() else []
+    if not files:
+        raise RunError(f"{path} holds no model files (.safetensors, .json). Check the folder.")
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(_remembered_hash, files))
+    names = [file.relative_to(path).as_posix() for file in files]
+    return content_hash(*(part for pair in zip(names, hashes, strict=True) for part in pair))
+
+
+def _model_files(folder: Path, variant: str | None) -> Iterator[Path]:
+    """What ``from_pretrained`` reads of a folder."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        yield from _files_with_weights(folder, variant)
+        return
+    yield index
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+        components = [name for name, given in parts.items() if isinstance(given, list)]
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(f"{index} cannot be read ({error}). Copy the pipeline again.") from error
+    for name in components:
+        yield from _files_with_weights(folder / name, variant)
+
+
+def _files_with_weights(folder: Path, variant: str | None) -> Iterator[Path]:
+    there = [file for file in folder.rglob("*") if not any(p.startswith(".") for p in file.relative_to(folder).parts)]
+    weights = [file for file in there if file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")]
+    variants = {file: weight_variant(file.name) for file in weights}
+    wanted = variant if variant in variants.values() else None
+    chosen = {file for file, of in variants.items() if of == wanted} or set(weights)
+    for file in there:
+        if file in chosen or (file not in variants and file.suffix in READ_WITH_WEIGHTS):
+            yield file
+
+
+def weight_variant(name: str) -> str | None:
+    """ "fp16" for model.fp16.safetensors and its shards, None for model.safetensors and model-00001-of-00002.safetensors."""
+    parts = [part.partition("-")[0] for part in name.split(".")[1:]]
+    return next((part for part in parts if part not in ("safetensors", "index", "json")), None)
+
+
+def _remembered_hash(path: Path) -> str:
+    """``file_hash``, kept from one program to the next where the file is large."""
+    try:
+        before = path.stat()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}. Check that it exists and is readable.") from error
+    if before.st_size < REMEMBERED:
+        return file_hash(path)
+    note = Path.home() / ".cache" / "gdmd" / "hashes" / content_hash(str(path.resolve()))
+    state = _state(before)
+    if note.is_file() and note.read_text(encoding="ascii", errors="replace").startswith(f"{state} "):
+        return note.read_text(encoding="ascii").rpartition(" ")[2]
+    digest = file_hash(path)
+    settled = time.time() - before.st_ctime > 2  # a file system's clock is coarse: a later write could look the same
+    if settled and _state(path.stat()) == state:
+        try:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(note, f"{state} {digest}", "the hash")
+        except (OSError, RunError):
+            pass  # a home that cannot be written: the hash is computed again next time
+    return digest
+
+
+def _state(stat: os.stat_result) -> str:
+    return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
 
 
 def content_hash(*parts: str | bytes) -> str:

@@ -5,6 +5,7 @@ The quirks of a model (packing, micro-conditioning, shifts, its own time) live i
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.backbones.features import answering_before
+from gdmd.backbones.tokens import readers_of
 from gdmd.config.model import DiffusersModel, FamilyName
 from gdmd.diffusion.guidance import plain
+from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.types import Codec, Cond, Guide, Prediction, Schedule
 
 
@@ -152,6 +155,13 @@ class PipelineText(ABC):
     def embed_null(self) -> Cond:
         """One row: the empty caption, unless a family says otherwise. [1, ...]"""
         return self.embed([""])
+
+    def long_prompts(self, texts: Sequence[str]) -> str | None:
+        """A message about captions that are longer than the encoders read; only the tokenizers are needed."""
+        given = f" (now {self.cfg.max_tokens})" if self.cfg.max_tokens else ""
+        longer = "max_sequence_length" in inspect.signature(type(self.pipe).__call__).parameters
+        remedy = f"shorten them, or raise model.max_tokens{given}" if longer else "shorten them"
+        return long_prompts(readers_of(self.pipe, self.cfg.max_tokens), texts, remedy)
 
     def unload(self) -> None:
         """Forget the encoders (their memory is free once nobody else holds them); ``null`` stays."""

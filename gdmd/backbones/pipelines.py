@@ -6,8 +6,9 @@ A folder never touches the network. Heavy libraries are imported inside the func
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,27 @@ from gdmd.backbones.sana import Sana
 from gdmd.backbones.sd3 import Sd3
 from gdmd.backbones.sd15 import Sd15
 from gdmd.backbones.sdxl import Sdxl
+from gdmd.backbones.tokens import ENCODER, MOST, fit_limits
 from gdmd.backbones.z_image import ZImage
 from gdmd.config.model import DiffusersModel
+from gdmd.io import weight_variant, weights_fingerprint
 from gdmd.types import Codec, Cond
 
+log = logging.getLogger(__name__)
 FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage, Sana)
 INDEX = "model_index.json"
-ENCODER = "text_encoder"
-"""What the names of all text encoders begin with."""
+EXTRAS = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+"""Components of stock pipelines that judge, mark or read images; no image here goes through them."""
 BEYOND = {"PixtralProcessor": "torchvision"}
 """Classes of transformers that are there only with one library more (FLUX.2-dev's tokenizer)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = True) -> Family:
+def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = True, extras: bool = False) -> Family:
     """The pipeline at cfg.path as a Family, its weights frozen, in cfg.dtype, on ``device``.
 
-    Without ``encoders`` the text encoders are not read; ``LateText`` reads them when they are needed.
+    Without ``encoders`` the text encoders are not read; ``LateText`` reads them when they are needed. ``extras``: with
+    its safety checker and the like, for an export of the whole pipeline.
     ValueError for a path or id that does not exist or is closed to you, an unknown or other family, and a missing
     component.
     """
@@ -46,10 +51,14 @@ def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = Tr
     local, index = is_local(cfg.path), local_or_hub_index(cfg)
     family = family_of(index, cfg)
     check_components(index, family, Path(cfg.path) if local else None, cfg.path)
+    _check_tokens(family, cfg)
     check_libraries(index, f"model.path {cfg.path!r}")
-    left_out = _left_out(index, family, cfg)
+    left_out = _left_out(index, family, cfg, extras=extras)
+    if local:
+        check_weights(Path(cfg.path), index, left_out, cfg.variant, f"model.path {cfg.path!r}", "model.variant")
     left_out |= {} if encoders else dict.fromkeys(name for name in index if name.startswith(ENCODER))
     pipe = _load(family, cfg, local, left_out)
+    fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
     _freeze(pipe, device)
     opened = family(pipe, cfg)
     opened.encoder.device = torch.device(device)
@@ -84,6 +93,7 @@ class LateText:
             own = _load(type(self.family), self.family.cfg, is_local(self.family.cfg.path), others | missing)
             _freeze(own, str(encoder.device))
             pipe.register_modules(**{name: part for name, part in own.components.items() if name.startswith(ENCODER)})
+            fit_limits(pipe, lambda encoder: None)
             self._there = True
         return encoder
 
@@ -138,15 +148,61 @@ def check_tiny(family: Family, tiny: Any) -> None:
 
 
 def encoder_identity(family: Family) -> str:
-    """What the text embeddings of a pipeline depend on: its place, revision, precision, length, and local files."""
-    cfg = family.cfg
-    facts: list[object] = [family.name, cfg.path, cfg.revision, cfg.variant, cfg.dtype, cfg.t5, cfg.max_tokens]
-    folder = Path(cfg.path)
-    if folder.is_dir():
-        facts[1] = str(folder.resolve())
-        parts = [file for kind in ("text_encoder*", "tokenizer*") for file in sorted(folder.glob(f"{kind}/*"))]
-        facts += [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in parts]
+    """What the text embeddings of a pipeline depend on: content of encoders and tokenizers, precision, length, libraries.
+
+    The place of a folder does not count: a moved copy has the same embeddings, another model in its place has not.
+    """
+    cfg, index = family.cfg, local_or_hub_index(family.cfg)
+    left_out = _left_out(index, type(family), cfg)
+    names = [name for name, given in index.items() if isinstance(given, list) and given[1] and name not in left_out]
+    names = sorted(name for name in names if name.startswith((ENCODER, "tokenizer")))
+    empty = family.pipe.config.get("force_zeros_for_empty_prompt")
+    facts = [family.name, cfg.dtype, cfg.max_tokens, empty, *versions(), *content_of(cfg, names)]
     return json.dumps(facts)
+
+
+def content_of(cfg: DiffusersModel, names: Sequence[str]) -> list[object]:
+    """What identifies the content of these components: fingerprints of a folder's, id and commit of a hub id."""
+    if is_local(cfg.path):
+        return [[name, weights_fingerprint(Path(cfg.path) / name, cfg.variant)] for name in names]
+    return [cfg.path, snapshot_of(cfg).name, cfg.variant, list(names)]
+
+
+def snapshot_of(cfg: DiffusersModel) -> Path:
+    """The folder at cfg.path; of a hub id its folder in the cache, whose name is the commit."""
+    return snapshot(cfg.path, cfg.revision, f"model.path {cfg.path!r}")
+
+
+def snapshot(path: str, revision: str | None, what: str) -> Path:
+    """The folder at ``path``, or that of a hub id at a revision in the cache. ValueError beginning with ``what``."""
+    return _index_file(path, revision, what, local=is_local(path)).parent
+
+
+def versions() -> tuple[str, str]:
+    """Of the libraries that compute embeddings and latents: templates and attention change between them."""
+    from importlib.metadata import version
+
+    return f"diffusers {version('diffusers')}", f"transformers {version('transformers')}"
+
+
+def _positions(cfg: DiffusersModel, encoder: str) -> int | None:
+    """Length of the position table of a text encoder that is not loaded; None where its config is not at hand."""
+    file = snapshot_of(cfg) / encoder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return int(config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not read yet: the limit is set when the encoder is
+
+
+def _check_tokens(family: type[Family], cfg: DiffusersModel) -> None:
+    """ValueError for more caption tokens than the pipeline's call takes: neither it nor the export could use them."""
+    most = MOST.get(family.pipeline)
+    if most is not None and cfg.max_tokens > most:
+        raise ValueError(
+            f"model.max_tokens = {cfg.max_tokens}: a {family.pipeline} reads at most {most} caption tokens; set {most} or "
+            "less"
+        )
 
 
 def require_diffusers() -> None:
@@ -220,13 +276,71 @@ def check_libraries(index: dict[str, Any], what: str) -> None:
             )
 
 
-def _left_out(index: dict[str, Any], family: type[Family], cfg: DiffusersModel) -> dict[str, None]:
+def _left_out(
+    index: dict[str, Any], family: type[Family], cfg: DiffusersModel, *, extras: bool = False
+) -> dict[str, None]:
     """Optional components that are not wanted, or not there: they are passed as None."""
-    folder = Path(cfg.path)
-    there = {name for name in family.optional if index.get(name, [None, None])[1]}
-    if folder.is_dir():
-        there = {name for name in there if (folder / name).is_dir()}
-    return {name: None for name in family.optional if not cfg.t5 or name not in there}
+    optional = (*family.optional, *(name for name in EXTRAS if name in index))
+    missing = absent(index, optional, Path(cfg.path))
+    unwanted = () if cfg.t5 else family.optional
+    return dict.fromkeys(name for name in optional if name in (*missing, *unwanted, *(() if extras else EXTRAS)))
+
+
+def absent(index: Mapping[str, Any], names: Sequence[str], folder: Path | None = None) -> list[str]:
+    """Those of these components that the index does not name, or, in a ``folder``, whose own is not there.
+
+    A safety checker without its feature extractor counts as absent: diffusers refuses it.
+    """
+    lacks = [name for name in names if not (index.get(name) or (None, None))[1]]
+    if folder is not None and folder.is_dir():
+        lacks += [name for name in names if name not in lacks and not (folder / name).is_dir()]
+    if "feature_extractor" in lacks and "safety_checker" in names:
+        lacks.append("safety_checker")
+    return list(dict.fromkeys(lacks))
+
+
+def has_safety_checker(index: Mapping[str, Any]) -> bool:
+    """Whether the stock pipeline replaces images that it flags by black ones."""
+    return bool((index.get("safety_checker") or (None, None))[1])
+
+
+def checker_off(index: Mapping[str, Any], where: str) -> str | None:
+    """A message for a pipeline whose safety checker is not used; None where it has none."""
+    if not has_safety_checker(index):
+        return None
+    return f"note: the safety checker of {where} is off, so no image is replaced by a black one"
+
+
+def check_weights(
+    folder: Path, index: Mapping[str, Any], without: Container[str], variant: str | None, what: str, option: str
+) -> None:
+    """ValueError for components of a folder that are quantized, or have weight files of another variant only."""
+    named = [name for name, given in index.items() if isinstance(given, list) and given[1] and name not in without]
+    found: set[str | None] = set()
+    for name in named:
+        _refuse_quantized(folder / name, name, what)
+        variants = {weight_variant(file.name) for file in (folder / name).glob("*.safetensors")}
+        if variants and not variants & {None, variant}:
+            there = sorted(map(str, variants))
+            raise ValueError(
+                f"{what}: component {name!r} has only weight files of the variant {', '.join(there)}; set "
+                f"{option}={there[0]}"
+            )
+        found |= variants
+    if variant is not None and found and variant not in found:
+        log.warning("%s: no component has weight files of the variant %r; those without one are read", what, variant)
+
+
+def _refuse_quantized(folder: Path, name: str, what: str) -> None:
+    try:
+        quantized = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        method = quantized.get("quant_method")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # no config of a network, or a damaged one, which loading will name
+    raise ValueError(
+        f"{what}: component {name!r} is quantized ({method}), which is not supported; give the pipeline with its "
+        "original weights (bf16 or fp32)"
+    )
 
 
 def local_index(folder: Path, what: str | None = None) -> dict[str, Any]:
@@ -251,10 +365,15 @@ def local_or_hub_index(cfg: DiffusersModel) -> dict[str, Any]:
 
 def read_index(path: str, revision: str | None, what: str, *, local: bool) -> dict[str, Any]:
     """The model_index.json of a folder or a hub id. ValueError beginning with ``what`` where it cannot be had."""
-    return local_index(Path(path), what) if local else _hub_index(path, revision, what)
+    return local_index(_index_file(path, revision, what, local=local).parent, what)
 
 
-def _hub_index(path: str, revision: str | None, what: str) -> dict[str, Any]:
+def _index_file(path: str, revision: str | None, what: str, *, local: bool) -> Path:
+    """The file itself; of a hub id in the snapshot of its revision in the cache."""
+    return Path(path) / INDEX if local else _hub_index(path, revision, what)
+
+
+def _hub_index(path: str, revision: str | None, what: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -266,7 +385,7 @@ def _hub_index(path: str, revision: str | None, what: str) -> dict[str, Any]:
     )
 
     try:
-        file = hf_hub_download(path, INDEX, revision=revision)
+        return Path(hf_hub_download(path, INDEX, revision=revision))
     except GatedRepoError as error:
         raise ValueError(f"{what}: access is gated; accept its terms on the hub and run `hf auth login`") from error
     except RevisionNotFoundError as error:
@@ -279,7 +398,6 @@ def _hub_index(path: str, revision: str | None, what: str) -> dict[str, Any]:
         raise ValueError(f"{what}: it holds no {INDEX}, so it is no diffusers pipeline") from error
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"{what}: no folder here, and the hub cannot be read ({error})") from error
-    return local_index(Path(file).parent, what)
 
 
 def _freeze(pipe: Any, device: str) -> None:
@@ -299,6 +417,17 @@ def load_errors() -> tuple[type[Exception], ...]:
     return OSError, ValueError, ImportError, AttributeError, RuntimeError, SafetensorError
 
 
+def explain(error: Exception, path: str, revision: str | None, what: str, *, local: bool) -> None:
+    """Raise a clearer ValueError for what of a hub id is known only after its download: quantized, or of a variant."""
+    if local:
+        return
+    folder = _index_file(path, revision, what, local=False).parent
+    for config in sorted(folder.glob("*/config.json")):
+        _refuse_quantized(config.parent, config.parent.name, what)
+    if "no file named" in str(error) or "variant" in str(error):
+        raise ValueError(f"{what}: {error} If its files are named *.fp16.safetensors, set variant=fp16.") from error
+
+
 def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict[str, None]) -> Any:
     import diffusers
     from transformers.utils import logging
@@ -306,11 +435,14 @@ def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict
     for library in (diffusers.utils.logging, logging):  # no bar per weight file: the run has its own
         library.disable_progress_bar()
     options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "local_files_only": local, "use_safetensors": True}
+    options |= {"requires_safety_checker": False} if "safety_checker" in left_out else {}
     try:
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
             cfg.path, **options, **left_out, **({} if local else {"revision": cfg.revision})
         )
     except load_errors() as error:
-        raise ValueError(f"model.path {cfg.path!r}: the {family.pipeline} cannot be loaded: {error}") from error
+        what = f"model.path {cfg.path!r}"
+        explain(error, cfg.path, cfg.revision, what, local=local)
+        raise ValueError(f"{what}: the {family.pipeline} cannot be loaded: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -41,7 +41,14 @@ app.add_typer(rewards_app, name="rewards")
 app.add_typer(study_app, name="study")
 
 BAD_INPUT, NOT_FINITE, RANK_LOST, INTERRUPTED = 2, 3, 4, 130
-QUIETER = ("transformers.utils.import_utils", "diffusers.loaders.peft", "diffusers.loaders.lora_base")
+_PIPELINES = (
+    *("stable_diffusion.pipeline_stable_diffusion", "stable_diffusion_xl.pipeline_stable_diffusion_xl"),
+    *("stable_diffusion_3.pipeline_stable_diffusion_3", "flux.pipeline_flux"),
+)
+QUIETER = (
+    *("transformers.utils.import_utils", "diffusers.loaders.peft", "diffusers.loaders.lora_base"),
+    *("transformers.tokenization_utils_base", *(f"diffusers.pipelines.{name}" for name in _PIPELINES)),
+)
 """Loggers of libraries that are asked for the warnings worth saying only."""
 
 
@@ -100,10 +107,12 @@ def _worth_saying(record: logging.LogRecord) -> bool:
     """Not what is so by design.
 
     That image processors want torchvision: diffusers loads them with a pipeline, and nothing here uses them. That a
-    LoRA of the denoiser holds nothing for the text encoders (one that changes no layer is an error of its own).
+    LoRA of the denoiser holds nothing for the text encoders (one that changes no layer is an error of its own). That a
+    prompt is cut off: gdmd counts these prompts, once.
     """
     said = record.getMessage()
-    return "requires torchvision" not in said and not said.startswith("No LoRA keys associated to")
+    beginnings = ("No LoRA keys associated to", "Token indices sequence length", "The following part of your input was")
+    return "requires torchvision" not in said and not said.startswith(beginnings)
 
 
 def report(error: ValueError) -> None:

@@ -107,7 +107,9 @@ def generate_command(
     kind_of(source)
     from gdmd.programs.geneval import generate, source_maker
 
-    made = generate(source_maker(open_source(source)), tasks, folder, images, seed)
+    opened = open_source(source)
+    opened.check([task.prompt for task in tasks])
+    made = generate(source_maker(opened), tasks, folder, images, seed)
     _say(f"{made} images made -> {folder}")
 
 

@@ -3,8 +3,8 @@
 FOLDER/KEY/shard_NAME.safetensors holds the named tensors of up to SHARD captions, [n, ...] each, and the captions in its
 header, with a checksum for each; NAME is a hash of the captions, so that processes which write at the same time (two runs,
 or ranks that do not see each other's disks) never take each other's place. null.safetensors holds the unconditional input.
-KEY is a hash of the encoder's identity (pipeline, revision, precision, length), so that embeddings of another encoder are
-never read.
+KEY is a hash of the encoder's identity (content of encoders and tokenizers, precision, length), so that embeddings of
+another encoder are never read.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Latents of real images computed once: shards of safetensors on disk, read row by row while training.
 
 FOLDER/KEY/shard_NAME.safetensors holds "latents" [n, C, h, w] of up to SHARD images and the SHA-256 of their files in
-its header; index.json the images of the data set with their captions. KEY is a hash of the VAE's identity (pipeline,
-revision, precision) and of the size, so that latents of another VAE or size are never read.
+its header; index.json the images of the data set with their captions. KEY is a hash of the VAE's identity (content,
+precision) and of the size, so that latents of another VAE or size are never read.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from gdmd.data.embeddings import shard_of, unfinished
 from gdmd.data.image_sources import Captioned, Unusable, captioned_images, pixels
 from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
+from gdmd.io import content_hash
 from gdmd.types import PromptBatch
 
 SHARD = 64
@@ -153,7 +154,8 @@ class LatentStore:
 
     def _save_index(self, rows: Sequence[Mapping[str, str]], unusable: Sequence[Unusable]) -> None:
         passed = [{"name": found.name, "why": found.why} for found in unusable]
-        content = {"source": self.source, "images": rows, "unusable": passed}
+        state = [_state(Path(source)) for source in self.source]
+        content = {"source": self.source, "state": state, "images": rows, "unusable": passed}
         own = unfinished(self.folder / INDEX)
         own.write_text(json.dumps(content), encoding="utf-8")
         os.replace(own, self.folder / INDEX)
@@ -165,6 +167,7 @@ class LatentStore:
             content = json.loads(file.read_text(encoding="utf-8"))
             source = tuple(content["source"])
             places = [(row["caption"], self._place.get(row["image"])) for row in content["images"]]
+            states = dict(zip(source, content["state"], strict=True))
         except FileNotFoundError as error:
             raise ValueError(
                 f"real_data.latents {str(self.root)!r}: no finished latents of {self.what}; {again}"
@@ -175,6 +178,12 @@ class LatentStore:
             raise ValueError(
                 f"real_data.latents {str(self.root)!r}: made of {_joined(source)}, but real_data.source is "
                 f"{_joined(self.source)}; {again}, or give another folder"
+            )
+        changed = [name for name in source if Path(name).exists() and _state(Path(name)) != states[name]]
+        if changed:
+            raise ValueError(
+                f"real_data.source {_joined(changed)}: its files changed since the latents were computed; {again} (only "
+                "new images are encoded)"
             )
         if lost := sum(place is None for _, place in places):
             raise ValueError(f"{self.folder}: the latents of {lost} images are missing; {again}")
@@ -220,6 +229,13 @@ class StoredLatents:
         for place, latents in rows.items():
             self._written.check(place, {"latents": latents})
         return torch.cat([rows[place] for place in places])
+
+
+def _state(source: Path) -> str:
+    """A hash of names, sizes and times of the files of a source: whether images or captions changed. None is read."""
+    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    there = [(str(file.relative_to(source)), file.stat()) for file in files if file.is_file()]
+    return content_hash(*(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in there))
 
 
 def _refuse_many(unusable: Sequence[Unusable], most: int) -> None:

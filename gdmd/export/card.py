@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gdmd.backbones.base import Family
+from gdmd.backbones.pipelines import has_safety_checker, local_or_hub_index
 from gdmd.config.describe import METHODS, student_updates
 from gdmd.config.run import RunConfig
 from gdmd.export.lora import DIFFUSERS_FILE
@@ -40,7 +41,7 @@ def model_card(
     )
     sections: tuple[Sequence[str], ...] = (
         head,
-        ("## Use", "```python", *_use(family, given, merged), "```", *_ADVICE),
+        ("## Use", "```python", *_use(family, given, merged), "```", *_ADVICE, *_safety(family, merged)),
         ("## Training", *_table(cfg, facts, rewards)),
         ("## Metrics", *_metrics(measured)),
         ("## Licences", *_licences(cfg, rewards)),
@@ -54,6 +55,18 @@ _ADVICE = (
     "The scheduler re-noises at every step; other schedulers give worse images. In gdmd: "
     '`gdmd sample THIS_FOLDER --prompt "a red cube"`.',
 )
+
+
+def _safety(family: Family, merged: bool) -> Sequence[str]:
+    """What diffusers and gdmd do with the safety checker of the base."""
+    if not has_safety_checker(local_or_hub_index(family.cfg)) or "safety_checker" in left_out(family):
+        return ()
+    whose = "This folder keeps the safety checker of its base" if merged else "The base has a safety checker"
+    return (
+        "",
+        f"{whose}: diffusers returns a black image for what it flags. To load without it, add `safety_checker=None, "
+        "requires_safety_checker=False`. gdmd samples and evaluates without it.",
+    )
 
 
 def _front_matter(cfg: RunConfig) -> Sequence[str]:
@@ -85,15 +98,17 @@ def _lora(cfg: RunConfig) -> bool:
 
 def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
     scheduler = "LCMScheduler" if family.native == "eps" else "FlowMatchEulerDiscreteScheduler"
+    without = "".join(f", {name}=None" for name in left_out(family))
     if merged:
+        loaded = f'"THIS_FOLDER", dtype=torch.bfloat16{without}'
         return (
             "import torch, diffusers",
-            'pipe = diffusers.DiffusionPipeline.from_pretrained("THIS_FOLDER", dtype=torch.bfloat16).to("cuda")',
+            f'pipe = diffusers.{family.pipeline}.from_pretrained({loaded}).to("cuda")',
             f'image = pipe(prompt="a red cube on a blue sphere", {given}).images[0]',
         )
     pinned = {"revision": family.cfg.revision, "variant": family.cfg.variant}
     options = "".join(f", {key}={value!r}" for key, value in pinned.items() if value is not None)
-    options += "".join(f", {name}=None" for name in left_out(family))
+    options += without
     base = f'"{family.cfg.path}", dtype=torch.bfloat16{options}'
     return (
         "import torch, diffusers",

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from gdmd.backbones.base import Family
+from gdmd.backbones.pipelines import EXTRAS, absent, local_or_hub_index
 from gdmd.export.lora import merge
 
 NO_GUIDANCE: Mapping[str, Mapping[str, float | bool]] = {
@@ -59,8 +60,15 @@ def call_arguments(family: Family, uniform: Sequence[float]) -> dict[str, Any]:
 
 
 def left_out(family: Family) -> list[str]:
-    """Optional components that the student was trained without (model.t5 = false): the stock call must be, too."""
-    return [name for name in family.optional if family.pipe.components.get(name) is None]
+    """Components that the stock pipeline must be loaded without.
+
+    Those the student was trained without (model.t5 = false, or a base without T5), and those that the base names but
+    does not hold.
+    """
+    index = local_or_hub_index(family.cfg)
+    trained = [name for name in family.optional if family.pipe.components.get(name) is None]
+    named = [name for name in EXTRAS if (index.get(name) or (None, None))[1]]
+    return trained + absent(index, named, Path(family.cfg.path))
 
 
 def save_merged(family: Family, weights: Mapping[str, Tensor], uniform: Sequence[float], folder: Path) -> Path:

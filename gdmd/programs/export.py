@@ -41,7 +41,7 @@ def export_run(
     weights = (saved.part("ema") if averaged else {}) or saved.part("student")
     whole = merged or model.full in ("student", "both")
     target = folder or run / ("export-merged" if whole else "export")
-    family, uniform = open_family(model), cfg.method.student_steps
+    family, uniform = open_family(model, extras=whole), cfg.method.student_steps
     arguments = call_arguments(family, uniform)
     facts = read_facts(run) | {"step": saved.step, "scoring": read_gaps(run)}
     with writing("the export", target, option="--out"):

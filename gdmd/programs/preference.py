@@ -24,6 +24,7 @@ from gdmd.data.prompts import read_meta, read_prompts
 from gdmd.evaluation.image_folders import image_file, read_image, write_image, write_metadata
 from gdmd.evaluation.preference import Scores, clustered_mean, speed
 from gdmd.io import RunError, finite_or_none, write_atomic, writing
+from gdmd.programs.long_prompts import warn_of_rewards
 from gdmd.programs.scorers import scores_of
 from gdmd.programs.sources import Facts, FolderSource, Place, Source, places_of
 from gdmd.types import Reward
@@ -109,6 +110,8 @@ def score(
             found[line["scorer"]][int(line["prompt"]), int(line["image"])] = value
     for label, reward in rewards.items():
         todo = [place for place in asked.places if (place.prompt, place.image) not in found[label]]
+        if todo:
+            warn_of_rewards([reward], asked.texts)
         for part in _parts(todo):
             images = [read_image(produced.files[place.prompt, place.image]) for place in part]
             meta = [asked.meta[place.prompt] for place in part]

@@ -7,7 +7,9 @@ scheduler, steps and guidance are all that they need.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +20,36 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gdmd.backbones.packing import in_patches, pack
-from gdmd.backbones.pipelines import check_libraries, is_local, load_errors, read_index, require_diffusers
+from gdmd.backbones.pipelines import (
+    EXTRAS,
+    FAMILIES,
+    absent,
+    check_libraries,
+    check_weights,
+    checker_off,
+    explain,
+    is_local,
+    load_errors,
+    read_index,
+    require_diffusers,
+    snapshot,
+)
+from gdmd.backbones.tokens import fit_limits, readers_of
 from gdmd.config.sources import SourceConfig
+from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
-from gdmd.io import RunError
+from gdmd.io import RunError, weights_fingerprint
 from gdmd.programs.source_schedulers import set_scheduler, step_arguments
 from gdmd.programs.sources import EXPORT_FILE, Facts, Place, to_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+log = logging.getLogger(__name__)
+BINNING = "use_resolution_binning"
+"""Argument of pipelines that replace the size asked for by one of a table, and scale the image back."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_HASHED = 64 * 2**20
-"""Bytes of a weight file that enter its fingerprint."""
 
 
 class KeyedNoise(TorchFunctionMode):
@@ -92,7 +110,10 @@ class PipelineSource:
     arguments: Mapping[str, Any]
 
     def check(self, texts: Sequence[str]) -> None:
-        """Any text is a prompt."""
+        """Any text is a prompt; what its encoders cannot read of them is said."""
+        readers = readers_of(self.pipe, int(self.arguments.get("max_sequence_length") or 0))
+        if message := long_prompts(readers, texts, "shorten them"):
+            log.warning("%s", message)
 
     @torch.no_grad()
     def make(self, places: Sequence[Place], seed: int) -> list[Image]:
@@ -117,12 +138,21 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     if guided == "true_cfg_scale" and cfg.guidance is not None and cfg.guidance > 1:
         asked["negative_prompt"] = " "  # without one the pipeline leaves guidance off
     arguments = {key: value for key, value in asked.items() if value is not None} | step_arguments(pipe, cfg)
+    arguments |= {key: False for key in _unprocessed(pipe) if key == BINNING}
     beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "base"}
     beside |= {"shift", "timesteps", "eta"} - cfg.model_fields_set  # folders made before there were these go on
     settings = cfg.model_dump(mode="json", exclude=beside)
-    identity = {"kind": "pipeline", **settings, "weights": _fingerprint(cfg.where), "lora": _fingerprint(cfg.lora)}
+    weights = {"weights": _fingerprint(cfg.where, cfg), "lora": _fingerprint(cfg.lora, cfg)}
+    identity = {"kind": "pipeline", **settings, **weights, **_unprocessed(pipe)}
     facts = Facts(cfg.name, "pipeline", cfg.where, trained=cfg.trained or None, batch=cfg.batch or 4, identity=identity)
     return PipelineSource(facts, pipe, arguments)
+
+
+def _unprocessed(pipe: Any) -> dict[str, bool]:
+    """What the stock pipeline would do to images or their size and does not here; part of what images depend on."""
+    checker = {"safety_checker": False} if "requires_safety_checker" in pipe.config else {}
+    binning = {BINNING: False} if BINNING in inspect.signature(type(pipe).__call__).parameters else {}
+    return checker | binning
 
 
 def open_export(cfg: SourceConfig) -> PipelineSource:
@@ -132,13 +162,14 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
     given = set(cfg.model_fields_set)
     own = cfg if "dtype" in given else cfg.model_copy(update={"dtype": facts["dtype"]})
     if facts["merged"]:
-        pipe = _load(own, cfg.where)
+        pipe, base = _load(own, cfg.where, facts["without"]), None
     else:
         revision = {key: facts.get(key) for key in ("revision", "variant") if key not in given and not cfg.base}
-        pipe = _load(own.model_copy(update=revision), cfg.base or facts["base"], facts["without"])
+        beneath = own.model_copy(update=revision | {"base": cfg.base or facts["base"]})
+        pipe, base = _load(beneath, beneath.base, facts["without"]), _fingerprint(beneath.base, beneath)
         _add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0)
         pipe.scheduler = _from_folder(facts["scheduler"], folder / "scheduler")
-    weights = _fingerprint(cfg.where)
+    weights = {"weights": _fingerprint(cfg.where, cfg), "base": base, **_unprocessed(pipe)}
     known = Facts(
         name=cfg.name,
         kind="export",
@@ -147,7 +178,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         step=facts["step"],
         trained=cfg.trained or tuple(facts["rewards"]),
         batch=cfg.batch or 4,
-        identity={"kind": "export", "weights": weights, "dtype": own.dtype, "arguments": facts["arguments"]},
+        identity={"kind": "export", **weights, "dtype": own.dtype, "arguments": facts["arguments"]},
     )
     return PipelineSource(known, pipe, facts["arguments"])
 
@@ -185,17 +216,46 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
             "exported LoRA, where it has moved, with base=FOLDER"
         ) from error
     what = f"source {where!r}"
-    check_libraries(read_index(where, cfg.revision, what, local=local), what)
-    options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "local_files_only": local, "use_safetensors": True}
+    index = read_index(where, cfg.revision, what, local=local)
+    check_libraries(index, what)
+    if message := checker_off(index, where):
+        log.warning("%s", message)
+    left_out = _left_out(index, without, Path(where))
+    if local:
+        check_weights(Path(where), index, left_out, cfg.variant, what, "variant")
+    options: dict[str, Any] = {
+        "dtype": DTYPES[cfg.dtype],
+        "variant": cfg.variant,
+        "local_files_only": local,
+        "use_safetensors": True,
+    }
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            where, **options, **dict.fromkeys(without), **({} if local else {"revision": cfg.revision})
+            where, **options, **left_out, **({} if local else {"revision": cfg.revision})
         )
     except load_errors() as error:
+        explain(error, where, cfg.revision, what, local=local)
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{what}: the pipeline cannot be loaded: {first}") from error
     pipe.set_progress_bar_config(disable=True)
+    fit_limits(pipe, lambda encoder: None)
     return pipe.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _left_out(index: Mapping[str, Any], without: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that leave components out, and images as the model makes them.
+
+    Components that are not there are passed as None: not every pipeline takes them as optional.
+    """
+    import diffusers
+
+    known = [name for name, given in index.items() if isinstance(given, list)]
+    optional = [name for family in FAMILIES if family.pipeline == index.get("_class_name") for name in family.optional]
+    missing = [*absent(index, known), *absent(index, [name for name in optional if name in known], folder)]
+    arguments: dict[str, Any] = dict.fromkeys(name for name in known if name in (*without, *missing, *EXTRAS))
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    switches = inspect.signature(kind.__init__).parameters if kind is not None else ()
+    return arguments | {name: False for name in ("requires_safety_checker", "add_watermarker") if name in switches}
 
 
 def _add_lora(pipe: Any, lora: str, scale: float) -> None:
@@ -239,15 +299,13 @@ def _from_folder(kind: str, folder: Path) -> Any:
     return getattr(diffusers, kind).from_pretrained(folder)
 
 
-def _fingerprint(where: str | None) -> str | None:
-    """Of local weights: a hash over names, sizes and beginnings of the files; of a hub id: the id."""
+def _fingerprint(where: str | None, cfg: SourceConfig) -> str | None:
+    """Of local weights: a hash of their content; of a hub id: the id and its commit; of another LoRA: its name."""
     place = Path(where) if where else None
-    if place is None or not place.exists():
+    if where is None or place is None:
+        return None
+    if place.exists():
+        return weights_fingerprint(place, cfg.variant)
+    if where != cfg.where and where != cfg.base:
         return where
-    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in (".safetensors", ".json"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(place)} {file.stat().st_size} ".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(_HASHED))
-    return digest.hexdigest()
+    return f"{where}@{snapshot(where, cfg.revision, f'source {where!r}').name}"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from gdmd.config.describe import trained_rewards
+from gdmd.config.model import DiffusersModel
 from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.sample import Sampler
 from gdmd.programs.evaluate import image_batch, open_named
 from gdmd.programs.folders import TEACHERS
+from gdmd.programs.long_prompts import warn_of_lab
 from gdmd.programs.sources import Facts, Place, to_images
 from gdmd.recipes.build import Lab
 from gdmd.runs.rundir import config_hash
@@ -20,6 +23,9 @@ from gdmd.shapes.grammar import tokenize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+log = logging.getLogger(__name__)
 
 
 class RunSource:
@@ -33,6 +39,11 @@ class RunSource:
         """Checkpoint ``cfg.checkpoint`` of the run in ``cfg.where``."""
         recipe, lab, sampler, step = open_named(cfg.where, cfg.checkpoint)
         teacher = cfg.where in TEACHERS
+        if isinstance(recipe.model, DiffusersModel):
+            from gdmd.backbones.pipelines import checker_off, local_or_hub_index
+
+            if message := checker_off(local_or_hub_index(recipe.model), recipe.model.path):
+                log.warning("%s", message)
         facts = Facts(
             name=cfg.name,
             kind="teacher" if teacher else "run",
@@ -54,6 +65,7 @@ class RunSource:
     def check(self, texts: Sequence[str]) -> None:
         for text in texts if self.facts.shapes else ():
             tokenize(text)
+        warn_of_lab(self.lab, texts)
 
     @torch.no_grad()
     def make(self, places: Sequence[Place], seed: int) -> list[Image]:

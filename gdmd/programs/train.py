@@ -25,6 +25,7 @@ from gdmd.programs.decoders import check_decoder
 from gdmd.programs.evaluate import finish_run, grid_hook
 from gdmd.programs.folders import new_folder, resumed
 from gdmd.programs.hub_pins import tell_commits
+from gdmd.programs.long_prompts import warn_of_lab
 from gdmd.recipes.build import Lab, build, compile_networks
 from gdmd.recipes.rewards import reward_stats
 from gdmd.runs.rundir import Run, create, open_run
@@ -103,8 +104,10 @@ def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> La
         require_torchao()
     lab = build(cfg)
     compile_networks(cfg, lab)
+    texts = [text for group in lab.stream.groups for text in group]
+    warn_of_lab(lab, texts, say=world.first)
     if isinstance(lab.encoder, CachedText):
-        encoder, texts = lab.encoder, [text for group in lab.stream.groups for text in group]
+        encoder = lab.encoder
         world.on_first(lambda: embed(encoder, texts, console))  # the cache is of all ranks: one of them writes it
         if not world.first:
             encoder.refresh()

@@ -23,14 +23,10 @@ def store_of(real: RealDataConfig, model: DiffusersModel) -> LatentStore:
 
 
 def vae_identity(model: DiffusersModel) -> str:
-    """What latents depend on: the pipeline's place, revision, precision, tiles, size of the images, and local files."""
-    facts: list[object] = [model.path, model.revision, model.variant, model.dtype, model.decode_tiled]
-    facts += [model.height, model.width]
-    folder = Path(model.path)
-    if folder.is_dir():
-        facts[0] = str(folder.resolve())
-        parts = sorted(folder.glob("vae/*"))
-        facts += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in parts]
+    """What latents depend on: content of the VAE, precision, tiles, size of the images, libraries."""
+    from gdmd.backbones.pipelines import content_of, versions
+
+    facts = [model.dtype, model.decode_tiled, model.height, model.width, *versions(), *content_of(model, ["vae"])]
     return json.dumps(facts)
 
 

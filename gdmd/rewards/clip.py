@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from gdmd.rewards.pretrained import HERE, Loaded, Placement, PretrainedReward, Tokenize, already
 from gdmd.rewards.sources import CLIP_L, load_clip, load_tokenizer, place_of
 
-TOKENS = 77
-"""Context length of every published CLIP."""
+
+def tokens_of(model: Any) -> int:
+    """How many tokens the text tower of a ``CLIPModel`` reads: 77 in every published one."""
+    return int(model.config.text_config.max_position_embeddings)
 
 
 class ClipScore(PretrainedReward):
@@ -35,7 +37,12 @@ class ClipScore(PretrainedReward):
     ) -> ClipScore:
         """From a folder in transformers' format (no network) or a hub id; default: ViT-L/14 of OpenAI, pinned."""
         place = place_of(path, revision, CLIP_L)
-        return cls("clip", lambda: Loaded(load_clip(place, placement), load_tokenizer(place, TOKENS)), placement)
+
+        def load() -> Loaded:
+            net = load_clip(place, placement)
+            return Loaded(net, load_tokenizer(place, tokens_of(net)))
+
+        return cls("clip", load, placement)
 
     def _formula(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
         return cosine(self.loaded.net, pixels.to(self.placement.dtype), self._tokens(texts))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdmd.rewards.clip import TOKENS, image_embedding, text_embedding
+from gdmd.rewards.clip import image_embedding, text_embedding, tokens_of
 from gdmd.rewards.geneval_rules import COLORS, ColorOf, Found
 from gdmd.rewards.images import Preprocess
 from gdmd.rewards.pretrained import HERE, Loaded, Placement, Tokenize, already
@@ -47,7 +47,12 @@ class ColorClassifier:
     ) -> ColorClassifier:
         """As ``ClipScore.from_pretrained``, whose network it shares."""
         place = place_of(path, revision, CLIP_L)
-        return cls(lambda: Loaded(load_clip(place, placement), load_tokenizer(place, TOKENS)), placement)
+
+        def load() -> Loaded:
+            net = load_clip(place, placement)
+            return Loaded(net, load_tokenizer(place, tokens_of(net)))
+
+        return cls(load, placement)
 
     def of(self, image: Image, masks: Tensor) -> ColorOf:
         """The classifier of one image's objects, for ``judge`` and ``partial_credit``."""

@@ -4,8 +4,8 @@
 
 The image is made a float tensor first, its longest side resized to 224 (bicubic, antialias), zeros put around it, and
 then normalised; no centre crop. A paper's "HPS 28.1" is 100 times this score, ".2810" is this score; v2 and v2.1 are two
-sets of weights whose scores must not be compared. Exact GELU, 77 tokens. The authors publish open_clip .pt files: see
-``gdmd rewards fetch hps`` and ``gdmd rewards convert hps``.
+sets of weights whose scores must not be compared. Exact GELU, 77 tokens of texts that are cleaned as open_clip cleans
+them (``clean``). The authors publish open_clip .pt files: see ``gdmd rewards fetch hps`` and ``gdmd rewards convert hps``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from gdmd.rewards.clip import TOKENS, cosine
+from gdmd.rewards.clean import open_clip_clean
+from gdmd.rewards.clip import cosine, tokens_of
 from gdmd.rewards.images import Preprocess
 from gdmd.rewards.pretrained import HERE, Loaded, Placement, PretrainedReward, Tokenize, already
 from gdmd.rewards.sources import CLIP_H, converted_folder, load_clip, load_tokenizer, place_of
@@ -38,7 +39,12 @@ class Hps(PretrainedReward):
         """From a converted folder (default: the one ``gdmd rewards convert`` writes). "hps" is v2.1, "hps_v2" is v2."""
         folder = converted_folder(version, path)
         place = place_of(str(folder), None, CLIP_H)
-        return cls(version, lambda: Loaded(load_clip(place, placement), load_tokenizer(place, TOKENS)), placement)
+
+        def load() -> Loaded:
+            net = load_clip(place, placement)
+            return Loaded(net, load_tokenizer(place, tokens_of(net), open_clip_clean))
+
+        return cls(version, load, placement)
 
     def _formula(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
         return cosine(self.loaded.net, pixels.to(self.placement.dtype), self._tokens(texts))

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gdmd.rewards.clip import TOKENS, cosine
+from gdmd.rewards.clip import cosine, tokens_of
 from gdmd.rewards.images import Preprocess
 from gdmd.rewards.pretrained import HERE, Loaded, Placement, PretrainedReward, Tokenize, already
 from gdmd.rewards.sources import CLIP_H, PICKSCORE, load_clip, load_tokenizer, place_of
@@ -45,7 +45,12 @@ class PickScore(PretrainedReward):
         place = place_of(path, revision, PICKSCORE)
         own = place.local and tokenizer is None and (Path(place.where) / "tokenizer_config.json").is_file()
         words = place if own else place_of(tokenizer, None, CLIP_H)
-        return cls("pickscore", lambda: Loaded(load_clip(place, placement), load_tokenizer(words, TOKENS)), placement)
+
+        def load() -> Loaded:
+            net = load_clip(place, placement)
+            return Loaded(net, load_tokenizer(words, tokens_of(net)))
+
+        return cls("pickscore", load, placement)
 
     def _formula(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
         model: Any = self.loaded.net

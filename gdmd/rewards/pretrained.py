@@ -7,6 +7,7 @@ of its batch. Weights are safetensors: a local folder never touches the network,
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.diffusion.device import sent
+from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.rewards.images import Preprocess, check_finite, check_images
+from gdmd.rewards.sources import PaddedTokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from gdmd.types import PromptBatch
 
+log = logging.getLogger(__name__)
 Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Texts -> input_ids [B, L] and attention_mask [B, L] int64, padded to one length whatever the batch is."""
 
@@ -66,6 +70,7 @@ class PretrainedReward(ABC):
         self.name, self.placement = name, placement
         self._load = load
         self._loaded: Loaded | None = None
+        self._warned = False
 
     def to(self, device: str) -> Self:
         """Run on another device. Images may come from anywhere; scores go back to where they came from."""
@@ -144,9 +149,20 @@ class PretrainedReward(ABC):
         scores: Tensor = head.to(x.device)(x)
         return scores
 
+    def long_prompts(self, texts: Sequence[str]) -> str | None:
+        """A message about prompts that are longer than this reward reads, for the first texts that have any."""
+        tokenize = self.loaded.tokenize
+        if self._warned or not isinstance(tokenize, PaddedTokenizer):
+            return None
+        message = long_prompts([tokenize.reader(f"reward {self.name}")], texts, "its score ignores the rest")
+        self._warned = message is not None
+        return message
+
     def _tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         tokenize = self.loaded.tokenize
         assert tokenize is not None, f"{self.name} was built without a tokenizer"
+        if message := self.long_prompts(texts):
+            log.warning("%s", message)
         return {key: sent(value, self.placement.device) for key, value in tokenize(texts).items()}
 
 

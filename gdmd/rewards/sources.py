@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
+from gdmd.diffusion.prompt_length import Reader
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from gdmd.rewards.pretrained import Tokenize
 
 T = TypeVar("T")
 HOME = "GDMD_REWARDS"
@@ -197,15 +197,36 @@ def raw_tokenizer(place: Place) -> Any:
     return _reading(place, load)
 
 
-def load_tokenizer(place: Place, length: int) -> Tokenize:
-    """Texts -> token ids padded and cut to ``length``, so that a row never depends on the other rows."""
-    tokenizer = raw_tokenizer(place)
+@dataclass(frozen=True)
+class PaddedTokenizer:
+    """Texts -> token ids padded and cut to ``length``, so that a row never depends on the other rows.
 
-    def tokenize(texts: Sequence[str]) -> dict[str, Tensor]:
-        rows = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    clean: what the original of a reward does to a text before its tokenizer.
+    """
+
+    tokenizer: Any
+    length: int
+    clean: Callable[[str], str] = str
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """input_ids and attention_mask [B, length]."""
+        cut = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
+        rows = self.tokenizer([self.clean(text) for text in texts], **cut)
         return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
 
-    return tokenize
+    def reader(self, name: str) -> Reader:
+        """How long the texts are that it reads."""
+
+        def tokens(texts: Sequence[str]) -> Any:
+            whole = [self.clean(text) for text in texts]
+            return self.tokenizer(whole, padding=False, truncation=False, verbose=False)["input_ids"]
+
+        return Reader(name, self.length, tokens)
+
+
+def load_tokenizer(place: Place, length: int, clean: Callable[[str], str] = str) -> PaddedTokenizer:
+    """A tokenizer for ``length`` tokens. ValueError where it cannot be read."""
+    return PaddedTokenizer(raw_tokenizer(place), length, clean)
 
 
 def _reading(place: Place, load: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from gdmd.backbones.packing import in_patches, pack
 from gdmd.backbones.pipelines import open_family
 from gdmd.backbones.roles import DiffusersRoles
 from gdmd.config.run import RunConfig
+from gdmd.config.sources import read_source
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.export.card import model_card
 from gdmd.export.lora import DIFFUSERS_FILE, KOHYA_FILE, merge, save_lora
 from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
+from gdmd.programs.sources import open_source, places_of
 
 UNIFORM = (1.0, 0.75, 0.5, 0.25)
 CAPTIONS = list(tiny.WORDS[:2])
@@ -154,3 +157,79 @@ def test_the_cards_command_can_be_typed_and_its_base_is_an_id_or_left_to_fill_in
     assert 'base_model: ""  # fill in: its hub id; here the folder sd15\n' in card
     hub = cfg.model_copy(update={"model": family.cfg.model_copy(update={"path": "some-body/some-model"})})
     assert 'base_model: "some-body/some-model"\n' in model_card(hub, family, {}, {}, merged=False)
+
+
+def run_card(card: str, folder: Path) -> Any:
+    """The pipeline of a card's lines of use, which plain diffusers executes on the CPU, the call included."""
+    code = card.split("```python\n")[1].split("```")[0].replace("THIS_FOLDER", str(folder))
+    names: dict[str, Any] = {}
+    exec(code.replace('.to("cuda")', "").replace("bfloat16", "float32"), names)
+    assert names["image"].size == (tiny.SIZE, tiny.SIZE)
+    return names["pipe"]
+
+
+def exported(folders: Path, target: Path, name: str, *, merged: bool, **changes: Any) -> tuple[Any, str]:
+    """A family and its card, exported as ``gdmd export`` does."""
+    roles = DiffusersRoles(open_family(tiny.config(folders / name, max_tokens=128, **changes)))
+    family = open_family(roles.family.cfg, extras=merged)
+    cfg = RunConfig(name="tiny", model=family.cfg, method={"kind": "dmd", "fake_updates": 1}, loop={}, rewards=[])
+    card = model_card(cfg, family, call_arguments(family, UNIFORM), {}, merged=merged)
+    if merged:
+        save_merged(family, roles.parameters("student"), UNIFORM, target)
+    else:
+        save_lora(roles.family, roles.parameters("student"), target)
+        student_scheduler(family, UNIFORM).save_pretrained(target / "scheduler")
+    return family, card
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("lacks", ["setting", "folder", "index"])
+def test_the_card_of_an_sd3_without_t5_runs(folders: Path, tmp_path: Path, lacks: str, merged: bool) -> None:
+    """T5 is left out by model.t5, its folders were deleted, or the base was saved without it."""
+    if not (folders / "sd3").exists():
+        tiny.save("sd3", folders / "sd3")
+    shutil.copytree(folders / "sd3", tmp_path / "base")
+    for part in ("text_encoder_3", "tokenizer_3"):
+        if lacks == "folder":
+            shutil.rmtree(tmp_path / "base" / part)
+    if lacks == "index":
+        without = {"text_encoder_3": None, "tokenizer_3": None}
+        pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "base", **without)
+        shutil.rmtree(tmp_path / "base")
+        pipe.save_pretrained(tmp_path / "base")
+    changes = {"t5": False} if lacks == "setting" else {}
+    _, card = exported(tmp_path, tmp_path / "export", "base", merged=merged, **changes)
+    pipe = run_card(card, tmp_path / "export")
+    assert pipe.text_encoder_3 is None and pipe.text_encoder is not None
+    again: Any = open_source(read_source(f"{tmp_path / ('export' if merged else 'base')},dtype=fp32,device=cpu"))
+    assert again.pipe.text_encoder is not None and (lacks == "setting" and not merged) != (
+        again.pipe.text_encoder_3 is None
+    )
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("lacks", ["", "safety_checker", "feature_extractor"])
+def test_a_safety_checker_is_exported_and_never_used_here(
+    folders: Path, tmp_path: Path, lacks: str, merged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.save_with_checker(tmp_path / "base")
+    if lacks:
+        shutil.rmtree(tmp_path / "base" / lacks)
+    _, card = exported(tmp_path, tmp_path / "export", "base", merged=merged)
+    pipe = run_card(card, tmp_path / "export")
+    assert (pipe.safety_checker is None) == bool(lacks) == ("black image" not in card)
+    if lacks:
+        return
+    arguments = {"num_inference_steps": 1, "height": 32, "width": 32, "output_type": "pt"}
+    assert not pipe("a dog", **arguments).images.any()  # what plain diffusers makes of a flagged image
+    for folder in [tmp_path / "base", *([tmp_path / "export"] if merged else [])]:
+        caplog.clear()
+        source = open_source(read_source(f"{folder},steps=1,height=32,width=32,dtype=fp32,device=cpu"))
+        (image,) = source.make(places_of(["a dog"], 1), 0)
+        assert max(high for _, high in image.getextrema()) > 0
+        assert caplog.text.count("the safety checker of") == 1
+
+
+def test_training_holds_no_safety_checker(tmp_path: Path) -> None:
+    tiny.save_with_checker(tmp_path / "base")
+    assert open_family(tiny.config(tmp_path / "base")).pipe.safety_checker is None

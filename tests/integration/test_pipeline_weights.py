@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from gdmd.backbones import pipelines  # noqa: E402
 from gdmd.backbones.pipelines import open_family, scoring_codec  # noqa: E402
 from gdmd.config.model import DiffusersModel  # noqa: E402
 from gdmd.config.run import RunConfig  # noqa: E402
+from gdmd.config.sources import read_source  # noqa: E402
 from gdmd.programs.plan_networks import networks_of  # noqa: E402
+from gdmd.programs.sources import open_source  # noqa: E402
 
 
 class Trap:
@@ -71,7 +74,7 @@ def test_what_is_loaded_is_pinned_and_a_folder_never_asks_the_network(
 
     folder = tiny.save("sd15", tmp_path / "sd15")
     family = open_family(tiny.config(folder, scoring_decoder="org/taesd", scoring_decoder_revision="c0ffee"))
-    monkeypatch.setattr(pipelines, "_hub_index", lambda *_: pipelines.local_index(folder))
+    monkeypatch.setattr(pipelines, "_hub_index", lambda *_: folder / pipelines.INDEX)
     for kind in (diffusers.StableDiffusionPipeline, diffusers.AutoencoderTiny):
         monkeypatch.setattr(kind, "from_pretrained", refuse)
     for path in ("org/sd15", str(folder)):
@@ -128,3 +131,26 @@ def test_a_family_without_tiny_decoders_says_so(tmp_path: Path, name: str) -> No
         scoring_codec(open_family(model))
     with pytest.raises(ValueError, match=message):
         networks_of(run_of(model))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_a_folder_of_another_variant_names_it(tmp_path: Path, part: str) -> None:
+    folder = tiny.save("sd15", tmp_path / "sd15")
+    for file in (folder / part).glob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    with pytest.raises(ValueError, match=f"'{part}' has only weight files of the variant fp16; set model.variant=fp16"):
+        open_family(tiny.config(folder))
+    with pytest.raises(ValueError, match=f"'{part}' has only weight files of the variant fp16; set variant=fp16"):
+        open_source(read_source(f"{folder},dtype=fp32"))
+    assert open_family(tiny.config(folder, variant="fp16")).net is not None
+    open_source(read_source(f"{folder},dtype=fp32,variant=fp16,device=cpu"))
+
+
+@pytest.mark.parametrize(("part", "method"), [("unet", "bitsandbytes"), ("text_encoder", "torchao")])
+def test_a_quantized_component_is_one_clear_error(tmp_path: Path, part: str, method: str) -> None:
+    folder = tiny.save("sd15", tmp_path / "sd15")
+    file = folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": method}}))
+    for load in (lambda: open_family(tiny.config(folder)), lambda: open_source(read_source(f"{folder},dtype=fp32"))):
+        with pytest.raises(ValueError, match=rf"component '{part}' is quantized \({method}\)"):
+            load()

@@ -17,10 +17,12 @@ import yaml
 from PIL import Image
 
 from gdmd.cli.app import main
+from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.data.image_sources import pixels
 from gdmd.diffusion.rng import SampleRng
 from gdmd.recipes.build import build
+from gdmd.recipes.real_data import store_of
 
 DMD = {"kind": "dmd", "fake_updates": 1, "student_input": "data", "step_draw": "batch"}
 GAN = {"kind": "dmd2", "fake_updates": 1, "step_draw": "batch"}
@@ -99,3 +101,31 @@ def test_the_gan_of_dmd2_reads_them(pipeline: Path, tmp_path: Path) -> None:
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert "| prompts | the captions of the real images |\n| real images | images |" in card
     assert "| real images | images | fill in source and licence |" in card
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("images/0.txt", "its files changed since the latents were computed"),
+        ("images/0.png", "its files changed since the latents were computed"),
+        ("sdxl/vae/diffusion_pytorch_model.safetensors", "no finished latents"),
+        ("sdxl/unet/diffusion_pytorch_model.safetensors", ""),
+    ],
+)
+def test_latents_of_other_captions_images_or_vaes_are_not_read(
+    pipeline: Path, tmp_path: Path, changed: str, message: str
+) -> None:
+    base = Path(shutil.copytree(pipeline, tmp_path / "sdxl"))
+    cfg = recipe(base, tmp_path, DMD)
+    assert cfg.real_data is not None and isinstance(cfg.model, DiffusersModel)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
+    assert gdmd("latents", str(file)) == 0
+    store_of(cfg.real_data, cfg.model).open()
+    target = tmp_path / changed
+    target.write_bytes(target.read_bytes()[:-1] + bytes([target.read_bytes()[-1] ^ 1]))
+    if not message:
+        store_of(cfg.real_data, cfg.model).open()
+        return
+    with pytest.raises(ValueError, match=message):
+        store_of(cfg.real_data, cfg.model).open()

@@ -35,10 +35,13 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.utils import logging as diffusers_logging
 from tiny_words import WORDS as WORDS
 from tiny_words import clip, clip_words, qwen_words, t5, t5_words
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
     CLIPTextModel,
     Gemma2Config,
     Gemma2Model,
@@ -367,6 +370,29 @@ def save(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     pipe = BUILD[name]()
     _awake(pipe)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def save_with_checker(folder: Path) -> Path:
+    """sd15 as it is published, with a safety checker; this one flags every image."""
+    config = CLIPConfig(
+        vision_config={
+            **{"image_size": 32, "patch_size": 16, "hidden_size": 16, "intermediate_size": 16},
+            **{"num_hidden_layers": 1, "num_attention_heads": 2},
+        },
+        projection_dim=8,
+    )
+    checker = StableDiffusionSafetyChecker(config)
+    checker.concept_embeds_weights.data.fill_(-2)
+    checker.special_care_embeds_weights.data.fill_(5)
+    torch.manual_seed(0)
+    pipe = sd15()
+    size = {"height": 32, "width": 32}
+    pipe.register_modules(
+        safety_checker=checker, feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
+    )
+    pipe.register_to_config(requires_safety_checker=True)
     pipe.save_pretrained(folder)
     return folder
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from gdmd.io import RunError, append_jsonl, content_hash, file_hash, read_jsonl, write_atomic
+import gdmd.io
+from gdmd.io import (
+    RunError,
+    append_jsonl,
+    content_hash,
+    file_hash,
+    read_jsonl,
+    weight_variant,
+    weights_fingerprint,
+    write_atomic,
+)
 
 
 def test_rows_come_back_as_written(tmp_path: Path) -> None:
@@ -57,3 +68,81 @@ def test_hashes_depend_on_content_and_on_where_parts_end(tmp_path: Path) -> None
     assert file_hash(tmp_path / "x").startswith("ba7816bf")
     assert content_hash("ab", "c") != content_hash("a", "bc")
     assert content_hash("ab", b"c") == content_hash("ab", "c")
+
+
+def pipeline(folder: Path) -> Path:
+    """The files of a pipeline, with other files beside them."""
+    index = {"_class_name": "X", "unet": ["diffusers", "Y"], "tokenizer": ["transformers", "Z"], "extra": [None, None]}
+    files = {
+        "model_index.json": json.dumps(index),
+        "unet/config.json": "{}",
+        "unet/model.safetensors": "weights",
+        "unet/model.fp16.safetensors": "half",
+        "tokenizer/vocab.json": "{}",
+        "README.md": "read me",
+        "single_file.safetensors": "not read",
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet/config.json", "unet/model.safetensors", "tokenizer/vocab.json"]
+)
+def test_a_fingerprint_notices_content_of_the_same_size_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(gdmd.io, "REMEMBERED", 0)
+    monkeypatch.setattr("gdmd.io.time.time", lambda: 1e10)  # files count as settled, so every hash is remembered
+    base = pipeline(tmp_path / "base")
+    first = weights_fingerprint(base)
+    assert weights_fingerprint(base) == first and len(list((tmp_path / "home").rglob("hashes/*"))) == 4
+    file, before = base / name, (base / name).stat()
+    file.write_bytes(file.read_bytes().replace(b"e", b"o").replace(b"{}", b"[]"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size and weights_fingerprint(base) != first
+
+
+def test_a_remembered_hash_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(gdmd.io, "REMEMBERED", 0)
+    monkeypatch.setattr("gdmd.io.time.time", lambda: 1e10)
+    base = pipeline(tmp_path / "base")
+    first = weights_fingerprint(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(gdmd.io, "file_hash", lambda path: pytest.fail(f"{path} was read again"))
+        assert weights_fingerprint(base) == first
+
+
+def test_a_fingerprint_is_that_of_what_is_loaded(tmp_path: Path) -> None:
+    base, moved = pipeline(tmp_path / "base"), pipeline(tmp_path / "moved")
+    assert weights_fingerprint(base) == weights_fingerprint(moved)
+    half = weights_fingerprint(base, "fp16")
+    assert half != weights_fingerprint(base)
+    for name in ("README.md", "single_file.safetensors", "unet/model.fp16.safetensors"):
+        (moved / name).write_text("another")
+    assert weights_fingerprint(base) == weights_fingerprint(moved) and weights_fingerprint(moved, "fp16") != half
+    assert weights_fingerprint(base / "unet/config.json") != weights_fingerprint(base / "README.md")
+    for nothing in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(RunError, match="model"):
+            weights_fingerprint(nothing / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("model.safetensors", None),
+        ("model-00001-of-00002.safetensors", None),
+        ("model.safetensors.index.json", None),
+        ("model.fp16.safetensors", "fp16"),
+        ("model.fp16-00001-of-00002.safetensors", "fp16"),
+        ("model-00001-of-00002.fp16.safetensors", "fp16"),
+        ("diffusion_pytorch_model.safetensors.index.fp16.json", "fp16"),
+        ("diffusion_pytorch_model.non_ema.safetensors", "non_ema"),
+    ],
+)
+def test_the_variant_of_a_weight_file(name: str, variant: str | None) -> None:
+    assert weight_variant(name) == variant

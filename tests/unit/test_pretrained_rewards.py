@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdmd.rewards.aesthetic import Aesthetic, linear_head
+from gdmd.rewards.clean import open_clip_clean
 from gdmd.rewards.clip import ClipScore
 from gdmd.rewards.hps import Hps
 from gdmd.rewards.images import CLIP_MEAN, CLIP_STD, Preprocess, from_pil, to_pil
 from gdmd.rewards.pickscore import PickScore
 from gdmd.rewards.pretrained import Placement, PretrainedReward
+from gdmd.rewards.sources import PaddedTokenizer
 from gdmd.types import PromptBatch
 
 pytest.importorskip("transformers")
@@ -345,6 +349,90 @@ def test_a_hub_id_is_pinned_and_weights_that_need_conversion_say_how(
     monkeypatch.setenv("GDMD_REWARDS", str(tmp_path))
     with pytest.raises(ValueError, match="gdmd rewards fetch hps.*gdmd rewards convert hps FILE"):
         Hps.from_pretrained()
+
+
+# ---------------------------------------------------------------- texts
+
+MERGES = {
+    "i n": 512, "r e": 515, "a r": 516, "e r": 517, "i n</w>": 530, "i s</w>": 533, "\u00f0 \u0141": 558, "' s</w>": 568,
+    "t o": 580, "i t</w>": 585, "a r</w>": 625, "d o": 639, "f u": 665, "p ar": 699, "a f": 702, "in e</w>": 715,
+    "re d</w>": 736, "ar t</w>": 794, "l l</w>": 865, "r y</w>": 913, "fu ll</w>": 1476, "do g</w>": 1929,
+    "\u00f0\u0141 \u0132": 2074, "j er": 2310, "b ar</w>": 2411, "to m</w>": 2435, "par is</w>": 3445, "c af": 3471,
+    "f ine</w>": 3797, "\u00c3 \u00a9</w>": 4166, "jer ry</w>": 9164, "\u00f0\u0141\u0132 \u00b6</w>": 10631,
+    "caf \u00c3\u00a9</w>": 15304,
+}  # fmt: skip
+"""Of CLIP's published vocabulary, those that the texts below need."""
+OPEN_CLIP = {
+    "a caf\u00c3\u00a9 &amp; a bar": [320, 15304, 261, 320, 2411],
+    "Tom &amp;amp; Jerry": [2435, 261, 9164],
+    "a  red\t dog\n": [320, 736, 1929],
+    "a \U0001f436 in \u201cParis\u201d": [320, 10631, 530, 257, 3445, 257],
+    "cafe\u0301 \uff46\uff55\uff4c\uff4c": [15304, 1476],
+    "it&#39;s &lt;b&gt;": [585, 568, 283, 321, 285],
+    "\ufb01ne &quot;art&quot;": [3797, 257, 794, 257],
+}
+"""What open_clip 3.3.0's tokenizer makes of them, without the two marks."""
+
+
+def clip_words() -> Any:
+    """CLIPTokenizer with the published ids of bytes, of MERGES and of the marks."""
+    from transformers import CLIPTokenizer
+
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    signs = [chr(code) for code in printed] + [chr(256 + k) for k in range(256 - len(printed))]
+    vocab = {sign: i for i, sign in enumerate(signs + [sign + "</w>" for sign in signs])}
+    vocab |= {pair.replace(" ", ""): i for pair, i in MERGES.items()}
+    vocab |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(pair.split(" ")) for pair in MERGES], model_max_length=77)
+
+
+def read_ids(tokenize: PaddedTokenizer, text: str) -> list[int]:
+    rows = tokenize([text])
+    return rows["input_ids"][0][rows["attention_mask"][0].bool()].tolist()
+
+
+@pytest.mark.parametrize("text", OPEN_CLIP)
+def test_hps_reads_texts_as_open_clip_does(text: str) -> None:
+    ids = read_ids(PaddedTokenizer(clip_words(), 77, open_clip_clean), text)
+    assert ids == [49406, *OPEN_CLIP[text], 49407]
+
+
+def saved_clip(folder: Path, positions: int = 77) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    words = letters()
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = small | {"vocab_size": len(words), "eos_token_id": words.eos_token_id, "max_position_embeddings": positions}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=small | {"patch_size": 56})).save_pretrained(folder)
+    words.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", [ClipScore, PickScore])
+def test_clip_and_pickscore_read_texts_as_they_are_with_or_without_ftfy(
+    tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_clip(tmp_path)
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    tokenize = kind.from_pretrained(str(tmp_path)).loaded.tokenize
+    assert read_ids(tokenize, "a&amp;b") != read_ids(tokenize, "a&b")
+    with pytest.raises(ValueError, match="pip install ftfy"):
+        Hps.from_pretrained(str(tmp_path)).loaded.tokenize(["a"])
+
+
+@pytest.mark.parametrize(("kind", "positions"), [(ClipScore, 77), (PickScore, 40), (Hps, 77)])
+def test_a_reward_says_once_which_prompts_it_cannot_read(
+    tmp_path: Path, kind: Any, positions: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved_clip(tmp_path, positions)
+    reward = kind.from_pretrained(str(tmp_path))
+    room = positions - 2
+    texts = ["x" * room, "y" * room + "a", "y" * room + "b"]
+    for _ in range(2):
+        scores = reward.score(pictures(3), batch_of(texts))
+    assert scores.isfinite().all()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "2 of 3 prompts are longer" in said and f"reward {reward.name} reads {room} tokens: 2 longer" in said
+    assert "2 different prompts are the same" in said
 
 
 # ---------------------------------------------------------------- golden scores

@@ -1,0 +1,223 @@
+"""What text encoders read of captions: prompts that are too long are named, limits that files lack, keys of caches."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import tiny_pipelines as tiny
+
+from gdmd.backbones.base import Family
+from gdmd.backbones.pipelines import encoder_identity, open_family
+from gdmd.backbones.tokens import readers_of
+from gdmd.config.run import RunConfig
+from gdmd.config.sources import read_source
+from gdmd.programs.sources import open_source
+from gdmd.programs.train import ready
+from gdmd.recipes.real_data import vae_identity
+from gdmd.types import Cond
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipelines")
+
+
+def saved(folders: Path, name: str) -> Path:
+    folder = folders / name
+    return folder if folder.exists() else tiny.save(name, folder)
+
+
+@cache
+def shared(folder: Path) -> Family:
+    """For tests that change nothing."""
+    return open_family(tiny.config(folder))
+
+
+def equal(one: Cond, other: Cond) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---------------------------------------------------------------- long prompts
+
+
+@pytest.mark.parametrize("name", tiny.BUILD)
+def test_prompts_are_called_the_same_exactly_when_the_encoders_see_no_difference(folders: Path, name: str) -> None:
+    encoder = shared(saved(folders, name)).encoder
+    readers = readers_of(encoder.pipe, encoder.cfg.max_tokens)
+    last = max(readers, key=lambda reader: reader.room)
+    spare = len(last.tokens(["x"])[0]) - last.head - last.tail - 1  # a mark before the first word
+    fits = ["x" * (last.room - 1 - spare) + letter for letter in "ab"]
+    cut = ["x" * (last.room - spare) + letter for letter in "ab"]
+    assert not equal(encoder.encode(fits[:1]), encoder.encode(fits[1:]))
+    assert equal(encoder.encode(cut[:1]), encoder.encode(cut[1:]))
+    assert last.reaching(fits).keys() == set(fits)
+    assert "the same to it" not in str(encoder.long_prompts(fits))
+    said = str(encoder.long_prompts([*cut, "short", "short"]))
+    assert "2 of 3 prompts are longer" in said and "2 different prompts are the same to it" in said
+    assert f"{last.name} reads {last.room} tokens: 2 longer, up to {last.room + 1}" in said
+    assert ("model.max_tokens (now 256)" in said) == (name not in ("sd15", "sdxl"))
+
+
+@pytest.mark.parametrize("name", tiny.BUILD)
+def test_prompts_that_fit_are_not_mentioned(folders: Path, name: str) -> None:
+    encoder = shared(saved(folders, name)).encoder
+    room = min(reader.room for reader in readers_of(encoder.pipe, encoder.cfg.max_tokens))
+    assert encoder.long_prompts(["", "a dog", "é" * (room // 4), "x" * (room - 2)]) is None
+
+
+def test_the_default_length_is_that_of_the_pipeline(folders: Path) -> None:
+    pipe = shared(saved(folders, "sana")).pipe
+    (reader,) = readers_of(pipe)
+    assert reader.room == 298  # of 300 two are the instruction's last token and the first of all
+    assert readers_of(shared(saved(folders, "flux")).pipe)[1].limit == 512
+
+
+def test_training_warns_once_of_long_prompts(folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a dog\n" + "x" * 300 + "a\n" + "x" * 300 + "b\n")
+    loop = {"steps": 1, "batch_size": 2, "threads": 1}
+    for _ in range(2):  # the second run finds all captions on disk, and has no text encoder
+        cfg = RunConfig(
+            name="tiny",
+            model=tiny.config(saved(folders, "z_image"), embeddings=str(tmp_path / "text")),
+            method={"kind": "dmd", "fake_updates": 1},
+            loop=loop,
+            prompts={"file": str(file)},
+            rewards=[],
+        )
+        caplog.clear()
+        ready(cfg)
+        (said,) = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+        assert "2 of 3 prompts are longer" in said and "2 different prompts are the same" in said
+
+
+def test_sampling_a_pipeline_warns_of_long_prompts(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = open_source(read_source(f"{saved(folders, 'sdxl')},dtype=fp32,device=cpu"))
+    source.check(["a dog", "x" * 80])
+    assert "1 of 2 prompts are longer" in caplog.text and "text_encoder_2 reads 75 tokens: 1 longer" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "most"), [("sd3", 512), ("flux", 512), ("qwen_image", 1024)])
+def test_more_caption_tokens_than_the_pipeline_takes_are_refused(folders: Path, name: str, most: int) -> None:
+    with pytest.raises(ValueError, match=f"model.max_tokens = {most + 1}.*at most {most}"):
+        open_family(tiny.config(saved(folders, name), max_tokens=most + 1))
+
+
+# ---------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize("given", [None, 512])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
+def test_a_tokenizer_without_the_right_length_gets_that_of_its_encoder(
+    folders: Path, tmp_path: Path, name: str, given: int | None
+) -> None:
+    wanted = shared(saved(folders, name))
+    folder = Path(shutil.copytree(saved(folders, name), tmp_path / name))
+    for file in folder.glob("tokenizer*/tokenizer_config.json"):
+        config = json.loads(file.read_text())
+        config.pop("model_max_length")
+        file.write_text(json.dumps(config | ({"model_max_length": given} if given else {})))
+    texts = ["a dog", "x" * 100]
+    found = open_family(tiny.config(folder))
+    assert equal(found.encoder.encode(texts), wanted.encoder.encode(texts))
+    late = open_family(tiny.config(folder), encoders=False)
+    assert late.encoder.long_prompts(texts) == wanted.encoder.long_prompts(texts) is not None
+    source: Any = open_source(read_source(f"{folder},dtype=fp32,device=cpu"))
+    assert source.pipe.tokenizer.model_max_length == 77
+    assert getattr(source.pipe, "tokenizer_max_length", 77) == 77
+
+
+# ---------------------------------------------------------------- keys of caches
+
+
+def rewrite(file: Path, change: Callable[[bytes], bytes]) -> None:
+    """Other content of the same size with the same time."""
+    before, content = file.stat(), file.read_bytes()
+    file.write_bytes(change(content))
+    assert file.stat().st_size == before.st_size and file.read_bytes() != content
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def last_byte(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "images"),
+    [
+        ("text_encoder/model.safetensors", True, False),
+        ("text_encoder_3/model.safetensors", True, False),
+        ("tokenizer_2/tokenizer_config.json", True, False),
+        ("vae/diffusion_pytorch_model.safetensors", False, True),
+        ("transformer/diffusion_pytorch_model.safetensors", False, False),
+    ],
+)
+def test_a_cache_belongs_to_the_content_it_was_made_with(
+    folders: Path, tmp_path: Path, file: str, text: bool, images: bool
+) -> None:
+    def identities(folder: Path) -> tuple[str, str]:
+        cfg = tiny.config(folder)
+        return encoder_identity(open_family(cfg, encoders=False)), vae_identity(cfg)
+
+    before = identities(saved(folders, "sd3"))
+    folder = Path(shutil.copytree(saved(folders, "sd3"), tmp_path / "elsewhere"))
+    assert identities(folder) == before
+    rewrite(
+        folder / file, lambda content: content.replace(b": 77", b": 76") if b": 77" in content else last_byte(content)
+    )
+    after = identities(folder)
+    assert (after[0] != before[0], after[1] != before[1]) == (text, images)
+
+
+def test_a_cache_belongs_to_the_settings_it_was_made_with(folders: Path, tmp_path: Path) -> None:
+    folder = saved(folders, "sd3")
+    changes: list[dict[str, Any]] = [{}, {"max_tokens": 128}, {"dtype": "bf16"}, {"t5": False}]
+    texts = [encoder_identity(open_family(tiny.config(folder, **one), encoders=False)) for one in changes]
+    assert len(set(texts)) == len(changes)
+    sizes: list[dict[str, Any]] = [{}, {"height": 64}, {"dtype": "bf16"}, {"decode_tiled": True}]
+    assert len({vae_identity(tiny.config(folder, **one)) for one in sizes}) == len(sizes)
+
+
+def test_the_unconditional_embedding_belongs_to_the_rule_of_its_pipeline(folders: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved(folders, "sdxl"), tmp_path / "sdxl"))
+    before = encoder_identity(open_family(tiny.config(folder), encoders=False))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["force_zeros_for_empty_prompt"] = not index["force_zeros_for_empty_prompt"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert encoder_identity(open_family(tiny.config(folder), encoders=False)) != before
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae", "tokenizer"])
+def test_images_of_a_pipeline_belong_to_its_content(folders: Path, tmp_path: Path, part: str) -> None:
+    def identity(folder: Path) -> object:
+        facts = open_source(read_source(f"{folder},dtype=fp32,device=cpu")).facts
+        return {key: value for key, value in facts.identity.items() if key != "where"}
+
+    before = identity(saved(folders, "sd15"))
+    folder = Path(shutil.copytree(saved(folders, "sd15"), tmp_path / "sd15"))
+    assert identity(folder) == before
+    file = next(
+        file for file in sorted((folder / part).iterdir()) if file.suffix == ".safetensors" or part == "tokenizer"
+    )
+    rewrite(file, last_byte if file.suffix == ".safetensors" else lambda content: content.replace(b"\n", b" ", 1))
+    assert identity(folder) != before
+
+
+def test_a_pipeline_draws_the_size_that_was_asked_for(folders: Path) -> None:
+    """Sana's call would draw the nearest size of its table, and scale the image."""
+    source: Any = open_source(read_source(f"{saved(folders, 'sana')},dtype=fp32,device=cpu,height=32,width=64"))
+    assert source.arguments["use_resolution_binning"] is False
+    assert source.facts.identity["use_resolution_binning"] is False
