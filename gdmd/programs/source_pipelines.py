@@ -24,18 +24,25 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.io import RunError
 from gdmd.programs.source_schedulers import set_scheduler, step_arguments
-from gdmd.programs.sources import EXPORT_FILE, Facts, Place, to_images
+from gdmd.programs.sources import EXPORT_FILE, Facts, Place, device_name, to_images
+from gdmd.rewards.sources import hub_content, weights_fingerprint
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_HASHED = 64 * 2**20
-"""Bytes of a weight file that enter its fingerprint."""
+_UNKEYED = (
+    *(torch.normal, torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.bernoulli),
+    *(torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.random_, torch.Tensor.bernoulli_),
+)
+"""Draws that ``KeyedNoise`` cannot give to the images."""
+
+
+_OTHER = "use another scheduler, or draw its images by other means and evaluate the folder"
 
 
 class KeyedNoise(TorchFunctionMode):
-    """While it is entered, every ``torch.randn`` of a pipeline's batch gives the noises of its images.
+    """While it is entered, ``torch.randn`` and ``randn_like`` of a pipeline's batch give the noises of its images.
 
     Draw n of image k is that of ``SampleRng`` for (seed, key of k): n = 0 the initial latents, n >= 1 the re-noising, as
     in gdmd's own sampler. Pipelines draw for the batch (generator None) or image by image (each its own generator).
@@ -53,17 +60,23 @@ class KeyedNoise(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
-        if func is not torch.randn:
+        if func in _UNKEYED:
+            raise ValueError(f"a pipeline drew from torch.{func.__name__}, which cannot be keyed by image; {_OTHER}")
+        if func is torch.randn_like:
+            like = args[0] if args else given["input"]
+            given = {"device": like.device, "dtype": like.dtype, **given}
+            args = tuple(like.shape)
+        elif func is not torch.randn:
             return func(*args, **given)
         generator = given.get("generator")
-        shape = tuple(args[0] if args and isinstance(args[0], (tuple, list, torch.Size)) else args)
+        size = args or (given["size"],)
+        shape = tuple(size[0] if isinstance(size[0], (tuple, list, torch.Size)) else size)
         count = len(self._draws)
         alone = generator is not None and count > 1
         rows = [self._place[id(generator)]] if alone else list(range(count))
         if len(shape) < 2 or shape[0] != len(rows):
             raise ValueError(
-                f"a pipeline drew noise of shape {list(shape)} for {count} images, which cannot be keyed by image; "
-                "use another scheduler"
+                f"a pipeline drew noise of shape {list(shape)} for {count} images, which cannot be keyed by image; {_OTHER}"
             )
         noise = torch.cat([self._noise(k, shape[1:]) for k in rows])
         return noise.to(device=given.get("device"), dtype=given.get("dtype"))
@@ -118,10 +131,18 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
         asked["negative_prompt"] = " "  # without one the pipeline leaves guidance off
     arguments = {key: value for key, value in asked.items() if value is not None} | step_arguments(pipe, cfg)
     beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "base"}
-    beside |= {"shift", "timesteps", "eta"} - cfg.model_fields_set  # folders made before there were these go on
+    beside |= {"shift", "timesteps", "eta"} - cfg.model_fields_set  # as in folders made before there were these
     settings = cfg.model_dump(mode="json", exclude=beside)
-    identity = {"kind": "pipeline", **settings, "weights": _fingerprint(cfg.where), "lora": _fingerprint(cfg.lora)}
-    facts = Facts(cfg.name, "pipeline", cfg.where, trained=cfg.trained or None, batch=cfg.batch or 4, identity=identity)
+    weights = {"weights": _content(cfg.where, cfg.revision, cfg.variant), "lora": cfg.lora and _content(cfg.lora)}
+    facts = Facts(
+        name=cfg.name,
+        kind="pipeline",
+        where=cfg.where,
+        trained=cfg.trained or None,
+        batch=cfg.batch or 4,
+        device=device_name(pipe.device),
+        identity={"kind": "pipeline", **settings, **weights},
+    )
     return PipelineSource(facts, pipe, arguments)
 
 
@@ -131,14 +152,17 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
     facts = read_export(folder)
     given = set(cfg.model_fields_set)
     own = cfg if "dtype" in given else cfg.model_copy(update={"dtype": facts["dtype"]})
+    base = None
     if facts["merged"]:
         pipe = _load(own, cfg.where)
     else:
         revision = {key: facts.get(key) for key in ("revision", "variant") if key not in given and not cfg.base}
-        pipe = _load(own.model_copy(update=revision), cfg.base or facts["base"], facts["without"])
+        below, where = own.model_copy(update=revision), cfg.base or facts["base"]
+        pipe = _load(below, where, facts["without"])
+        base = _content(where, below.revision, below.variant)
         _add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0)
         pipe.scheduler = _from_folder(facts["scheduler"], folder / "scheduler")
-    weights = _fingerprint(cfg.where)
+    weights = {"weights": _content(cfg.where), "base": base}
     known = Facts(
         name=cfg.name,
         kind="export",
@@ -147,7 +171,8 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         step=facts["step"],
         trained=cfg.trained or tuple(facts["rewards"]),
         batch=cfg.batch or 4,
-        identity={"kind": "export", "weights": weights, "dtype": own.dtype, "arguments": facts["arguments"]},
+        device=device_name(pipe.device),
+        identity={"kind": "export", **weights, "dtype": own.dtype, "arguments": facts["arguments"]},
     )
     return PipelineSource(known, pipe, facts["arguments"])
 
@@ -239,15 +264,9 @@ def _from_folder(kind: str, folder: Path) -> Any:
     return getattr(diffusers, kind).from_pretrained(folder)
 
 
-def _fingerprint(where: str | None) -> str | None:
-    """Of local weights: a hash over names, sizes and beginnings of the files; of a hub id: the id."""
-    place = Path(where) if where else None
-    if place is None or not place.exists():
-        return where
-    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in (".safetensors", ".json"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(place)} {file.stat().st_size} ".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(_HASHED))
-    return digest.hexdigest()
+def _content(where: str, revision: str | None = None, variant: str | None = None) -> str:
+    """A hash of local weights, or a hub id at its commit: ORG/NAME, or ORG/NAME/FILE of a LoRA."""
+    if Path(where).exists():
+        return weights_fingerprint(Path(where), variant)
+    org, name, *file = where.split("/")
+    return "/".join([hub_content(f"{org}/{name}", revision), *file])

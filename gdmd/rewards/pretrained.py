@@ -132,11 +132,18 @@ class PretrainedReward(ABC):
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """The network on its device; back on the CPU where it offloads and no backward pass will need it."""
-        self.loaded.net.to(self.placement.device)
-        yield
-        if self.placement.offload and not torch.is_grad_enabled():
-            self.loaded.net.to("cpu")
+        """The network on its device; back on the CPU where it offloads and no backward pass will need it.
+
+        After an error none will.
+        """
+        needed = False
+        try:
+            self.loaded.net.to(self.placement.device)
+            yield
+            needed = torch.is_grad_enabled()
+        finally:
+            if self.placement.offload and not needed:
+                self.loaded.net.to("cpu")
 
     def _head(self, x: Tensor) -> Tensor:
         head = self.loaded.head

@@ -7,11 +7,15 @@ touches the network. No torch at import time: ``gdmd rewards list`` reads this f
 from __future__ import annotations
 
 import os
+import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from weakref import WeakValueDictionary
+
+from gdmd.io import content_hash, file_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,6 +133,33 @@ def place_of(given: str | None, revision: str | None, default: Hub) -> Place:
     return Place(given, revision or pinned, local=False)
 
 
+def content_of(place: Place) -> str:
+    """Which weights a place holds: a hash of a folder's content, or a hub id with its commit."""
+    return weights_fingerprint(Path(place.where)) if place.local else hub_content(place.where, place.revision)
+
+
+def hub_content(name: str, revision: str | None) -> str:
+    """ORG/NAME@COMMIT. A branch whose commit the hub's cache does not hold never equals itself."""
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return f"{name}@{revision}"
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    reference = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "refs")
+    file = reference / (revision or "main")
+    return f"{name}@{file.read_text(encoding='utf-8').strip() if file.is_file() else secrets.token_hex()}"
+
+
+def weights_fingerprint(path: Path, variant: str | None = None) -> str:
+    """A hash of the weights, configs and vocabularies in a folder (names and content), or of one file."""
+    del variant
+    if path.is_file():
+        return file_hash(path)
+    kept = (".safetensors", ".json", ".txt", ".model", ".jinja")
+    files = sorted(file for file in path.rglob("*") if file.suffix in kept and file.is_file())
+    return content_hash(*(part for file in files for part in (file.relative_to(path).as_posix(), file_hash(file))))
+
+
 _shared: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()
 
 
@@ -141,8 +172,8 @@ def shared(key: tuple[object, ...], load: Callable[[], T]) -> T:
     return found
 
 
-def load_clip(place: Place, dtype: object) -> Any:
-    """``transformers.CLIPModel``, loaded once per place and dtype. ValueError for weights that cannot be read."""
+def load_clip(place: Place, key: object) -> Any:
+    """``transformers.CLIPModel``, loaded once per place and key (a ``Placement``). ValueError for unreadable weights."""
 
     def load() -> Any:
         from transformers import CLIPModel
@@ -151,7 +182,7 @@ def load_clip(place: Place, dtype: object) -> Any:
             place, lambda: CLIPModel.from_pretrained(place.where, use_safetensors=True, **place.arguments())
         )
 
-    return shared(("clip", place, dtype), load)
+    return shared(("clip", place, key), load)
 
 
 def load_detector(place: Place, key: object) -> Any:
