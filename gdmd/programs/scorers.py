@@ -44,10 +44,9 @@ from gdmd.rewards.sources import (
     OCR,
     PICKSCORE,
     Hub,
-    content_of,
     converted_folder,
     place_of,
-    weights_fingerprint,
+    weights_content,
 )
 from gdmd.runs.assets import asset_path
 from gdmd.types import PromptBatch, Reward
@@ -121,11 +120,11 @@ def _contents(spec: RewardConfig) -> list[str]:
         case ClipReward():
             return [_content(spec.path, spec.revision, CLIP_L)]
         case HpsReward() | ImageRewardReward():
-            return [weights_fingerprint(converted_folder(spec.kind, spec.path))]
+            return [weights_content(str(converted_folder(spec.kind, spec.path)))]
         case PickScoreReward():
             return [_content(spec.path, spec.revision, PICKSCORE), _content(spec.tokenizer, None, CLIP_H)]
         case AestheticReward():
-            head = weights_fingerprint(converted_folder(spec.kind, spec.path))
+            head = weights_content(str(converted_folder(spec.kind, spec.path)))
             return [head, _content(spec.clip, spec.revision, CLIP_L)]
         case GenEvalReward():
             return detector_contents(spec.detector, spec.clip)
@@ -146,7 +145,8 @@ def detector_contents(detector: str | None, clip: str | None) -> list[str]:
 
 
 def _content(given: str | None, revision: str | None, default: Hub) -> str:
-    return content_of(place_of(given, revision, default))
+    place = place_of(given, revision, default)
+    return weights_content(place.where, place.revision)
 
 
 def reads_metadata(spec: RewardConfig) -> bool:

@@ -25,7 +25,7 @@ from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.io import RunError
 from gdmd.programs.source_schedulers import set_scheduler, step_arguments
 from gdmd.programs.sources import EXPORT_FILE, Facts, Place, device_name, to_images
-from gdmd.rewards.sources import hub_content, weights_fingerprint
+from gdmd.rewards.sources import weights_content
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -133,7 +133,10 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "base"}
     beside |= {"shift", "timesteps", "eta"} - cfg.model_fields_set  # as in folders made before there were these
     settings = cfg.model_dump(mode="json", exclude=beside)
-    weights = {"weights": _content(cfg.where, cfg.revision, cfg.variant), "lora": cfg.lora and _content(cfg.lora)}
+    weights = {
+        "weights": weights_content(cfg.where, cfg.revision, cfg.variant),
+        "lora": cfg.lora and weights_content(cfg.lora),
+    }
     facts = Facts(
         name=cfg.name,
         kind="pipeline",
@@ -159,10 +162,10 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         revision = {key: facts.get(key) for key in ("revision", "variant") if key not in given and not cfg.base}
         below, where = own.model_copy(update=revision), cfg.base or facts["base"]
         pipe = _load(below, where, facts["without"])
-        base = _content(where, below.revision, below.variant)
+        base = weights_content(where, below.revision, below.variant)
         _add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0)
         pipe.scheduler = _from_folder(facts["scheduler"], folder / "scheduler")
-    weights = {"weights": _content(cfg.where), "base": base}
+    weights = {"weights": weights_content(cfg.where), "base": base}
     known = Facts(
         name=cfg.name,
         kind="export",
@@ -262,11 +265,3 @@ def _from_folder(kind: str, folder: Path) -> Any:
     if kind not in ("LCMScheduler", "FlowMatchEulerDiscreteScheduler"):
         raise RunError(f"{folder.parent / EXPORT_FILE} names the scheduler {kind!r}; export the run again")
     return getattr(diffusers, kind).from_pretrained(folder)
-
-
-def _content(where: str, revision: str | None = None, variant: str | None = None) -> str:
-    """A hash of local weights, or a hub id at its commit: ORG/NAME, or ORG/NAME/FILE of a LoRA."""
-    if Path(where).exists():
-        return weights_fingerprint(Path(where), variant)
-    org, name, *file = where.split("/")
-    return "/".join([hub_content(f"{org}/{name}", revision), *file])

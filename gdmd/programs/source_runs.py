@@ -19,7 +19,7 @@ from gdmd.programs.evaluate import image_batch, open_named
 from gdmd.programs.folders import TEACHERS
 from gdmd.programs.sources import Facts, Place, device_name, to_images
 from gdmd.recipes.build import Lab
-from gdmd.rewards.sources import hub_content, weights_fingerprint
+from gdmd.rewards.sources import weights_content
 from gdmd.runs.assets import asset_path
 from gdmd.runs.rundir import config_hash
 from gdmd.shapes.grammar import tokenize
@@ -78,8 +78,7 @@ def base_content(model: DiffusersModel | ShapesModel) -> str:
     if isinstance(model, ShapesModel):
         given = {"shapes_teacher": model.teacher, "shapes_vae": model.vae}
         return content_hash(*(file_hash(Path(path or asset_path(name))) for name, path in given.items()))
-    folder = Path(model.path)
-    return weights_fingerprint(folder, model.variant) if folder.is_dir() else hub_content(model.path, model.revision)
+    return weights_content(model.path, model.revision, model.variant)
 
 
 def checkpoint_content(run: Path, step: int) -> str:

@@ -127,7 +127,7 @@ class PretrainedReward(ABC):
                 for start in range(0, len(images), step)
             ]
             scores = torch.cat(parts).float().to(images.device)
-        check_finite(self.name, scores, texts)
+            check_finite(self.name, scores, texts)
         return scores
 
     @contextmanager

@@ -133,21 +133,21 @@ def place_of(given: str | None, revision: str | None, default: Hub) -> Place:
     return Place(given, revision or pinned, local=False)
 
 
-def content_of(place: Place) -> str:
-    """Which weights a place holds: a hash of a folder's content, or a hub id with its commit."""
-    return weights_fingerprint(Path(place.where)) if place.local else hub_content(place.where, place.revision)
+def weights_content(where: str, revision: str | None = None, variant: str | None = None) -> str:
+    """Which weights lie at a place: a hash of a local folder's or file's content, or ORG/NAME[/FILE]@COMMIT of the hub.
 
-
-def hub_content(name: str, revision: str | None) -> str:
-    """ORG/NAME@COMMIT. A branch whose commit the hub's cache does not hold never equals itself."""
+    A branch whose commit the hub's cache does not hold never equals itself.
+    """
+    if Path(where).exists():
+        return weights_fingerprint(Path(where), variant)
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
-        return f"{name}@{revision}"
+        return f"{where}@{revision}"
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    reference = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "refs")
-    file = reference / (revision or "main")
-    return f"{name}@{file.read_text(encoding='utf-8').strip() if file.is_file() else secrets.token_hex()}"
+    repository = repo_folder_name(repo_id="/".join(where.split("/")[:2]), repo_type="model")
+    reference = Path(constants.HF_HUB_CACHE, repository, "refs", revision or "main")
+    return f"{where}@{reference.read_text(encoding='utf-8').strip() if reference.is_file() else secrets.token_hex()}"
 
 
 def weights_fingerprint(path: Path, variant: str | None = None) -> str:

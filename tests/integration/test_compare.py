@@ -190,6 +190,7 @@ def test_a_second_stage_begins_with_the_averaged_student_of_its_first(tmp_path: 
 STAGED = """  - {name: gdmd, kind: gdmd, start_from: again}
   - {name: first, kind: rival, recipe: dmd, overrides: {loop.lr_fake: 1.0e+30, method.fake_updates: 1}}
   - {name: again, kind: rival, recipe: dmd, overrides: {loop.lr_fake: 1.0e+30, method.fake_updates: 1}}
+  - {name: late, kind: rival, recipe: dmd, start_from: first}
 """
 
 
@@ -199,7 +200,7 @@ def test_a_comparison_whose_shared_first_stage_fails_ends(tmp_path: Path) -> Non
     done = end(start(spec, tmp_path / "made", "--json"))
     assert done.code == 1, done.err
     failed = json.loads(done.out)["failed"]
-    assert failed["gdmd/3/updates"] == "its first stage failed"
+    assert failed["gdmd/3/updates"] == failed["late/3/updates"] == "its first stage failed"
     assert "not finite" in failed.get("first/3/updates", failed.get("again/3/updates"))
 
 
