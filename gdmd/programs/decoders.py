@@ -18,8 +18,8 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import ode_sample
 from gdmd.evaluation.decoders import DecoderGap, decoder_gaps
 from gdmd.io import RunError, content_hash, write_atomic
+from gdmd.programs.contents import base_content
 from gdmd.programs.scorers import scorer_identity
-from gdmd.programs.source_runs import base_content
 from gdmd.recipes.build import Lab
 from gdmd.rewards.sources import weights_content
 

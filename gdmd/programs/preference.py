@@ -138,6 +138,7 @@ def summary(produced: Produced, asked: Asked, scores: Mapping[str, Scores]) -> d
     trained = produced.facts.trained
     return {
         "source": produced.facts.json(),
+        "weights": produced.facts.identity.get("weights"),
         "prompt_file": asked.file,
         "prompts": len(asked.texts),
         "images_per_prompt": asked.images,

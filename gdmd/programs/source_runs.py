@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import CompositeReward, RemoteReward
-from gdmd.config.run import RewardConfig, RunConfig, ShapesModel
+from gdmd.config.run import RewardConfig, RunConfig
 from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.sample import Sampler
-from gdmd.io import content_hash, file_hash
+from gdmd.programs.contents import base_content, checkpoint_content
 from gdmd.programs.evaluate import image_batch, open_named
 from gdmd.programs.folders import TEACHERS
 from gdmd.programs.sources import Facts, Place, device_name, to_images
 from gdmd.recipes.build import Lab
-from gdmd.rewards.sources import weights_content
-from gdmd.runs.assets import asset_path
 from gdmd.runs.rundir import config_hash
 from gdmd.shapes.grammar import tokenize
 
@@ -71,19 +68,6 @@ class RunSource:
         rng = SampleRng(seed, 0, torch.tensor([place.key for place in places], device=device))
         latents = self.sampler.latents([place.text for place in places], rng)
         return to_images(self.lab.codec.decode(latents).float(), self.facts.name)
-
-
-def base_content(model: DiffusersModel | ShapesModel) -> str:
-    """A hash of the frozen weights below a student, or the hub's commit."""
-    if isinstance(model, ShapesModel):
-        given = {"shapes_teacher": model.teacher, "shapes_vae": model.vae}
-        return content_hash(*(file_hash(Path(path or asset_path(name))) for name, path in given.items()))
-    return weights_content(model.path, model.revision, model.variant)
-
-
-def checkpoint_content(run: Path, step: int) -> str:
-    """A hash of a checkpoint: its state.json holds those of all its files."""
-    return file_hash(run / "checkpoints" / f"step_{step:06d}" / "state.json")
 
 
 def trained_rewards(cfg: RunConfig) -> tuple[str, ...]:

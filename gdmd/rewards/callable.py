@@ -83,7 +83,13 @@ def source_hash(target: str) -> str:
     Files that the function reads and installed packages do not enter. A module without a file never equals itself.
     """
     imported(target)
-    return content_hash(target, _module_hash(sys.modules[target.partition(":")[0]]))
+    place, _, name = target.rpartition(":")
+    module = sys.modules.get(place) or _loaded_from(Path(place).expanduser().resolve())
+    return content_hash(name, _module_hash(module))
+
+
+def _loaded_from(file: Path) -> ModuleType:
+    return next(module for module in list(sys.modules.values()) if getattr(module, "__file__", None) == str(file))
 
 
 @cache  # the code that was imported is what counts, also where the file changes later

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from collections.abc import Callable
@@ -139,8 +140,6 @@ def pipeline(folders: Path, name: str) -> Path:
 
 def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[Any, Path]:
     """A student that left its teacher: its lab, and its export without a training run."""
-    import json
-
     import tiny_pipelines as tiny
 
     from gdmd.backbones.pipelines import open_family
@@ -427,6 +426,10 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
     card = Path("run/export/README.md").read_text()
     assert "| test_model_evaluation:brightness |" in card and "| unseen |" in card
     assert "2 prompts of prompts.txt, 2 images each" in card and "license: other" in card
+    measured = Path("run/preference/preference.json")
+    measured.write_text(json.dumps(json.loads(measured.read_text()) | {"weights": "of a run before"}))
+    assert gdmd("export", "run", "-o", "after").code == 0
+    assert "Not evaluated" in Path("after/README.md").read_text()
     assert "| base model |" in card and "SHA-256" in card and "`gdmd train" not in card.split("## Metrics")[1]
     for what, name in (("run", "a.png"), ("run/export", "b.png")):
         drawn = gdmd("sample", what, "-p", CAPTIONS[0], "-n", "2", "-o", name)
