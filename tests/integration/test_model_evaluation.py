@@ -194,6 +194,41 @@ def test_the_same_images_under_other_prompts_are_scored_anew(gdmd: Gdmd) -> None
     assert mean_of(a, **scored) == pytest.approx(459 / 6), "without the question mark its images get a score"
 
 
+@pytest.mark.parametrize(("reads", "again"), [(True, 6), (False, 0)])
+def test_metadata_counts_for_scorers_that_read_it(
+    gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch, reads: bool, again: int
+) -> None:
+    a, _ = world(gdmd)
+    texts = Path("prompts.txt").read_text().splitlines()
+    monkeypatch.setattr("gdmd.programs.preference.reads_metadata", lambda spec: reads)
+    for number in (1, 2):
+        calls.clear()
+        Path("p.jsonl").write_text("".join(json.dumps({"prompt": text, "id": number}) + "\n" for text in texts))
+        mean_of(a, prompts="p.jsonl")
+    assert sum(calls) == again
+
+
+def test_an_image_that_a_failure_left_without_a_score_is_tried_again(
+    gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _ = world(gdmd)
+    for fails, tried in ((False, []), (True, ["a: test_model_evaluation:green scored 2 images"])):
+        monkeypatch.setattr("gdmd.programs.preference.may_fail", lambda spec, fails=fails: fails)
+        mean_of(a, scorers=SCORERS[1:])
+        said: list[str] = []
+        preference(read_source(str(a)), settings(scorers=SCORERS[1:]), Path("eval"), said.append)
+        assert said == tried
+
+
+def test_lines_without_a_key_are_not_used(gdmd: Gdmd) -> None:
+    a, _ = world(gdmd)
+    Path("eval").mkdir()
+    Path("eval/scores.jsonl").write_text(
+        json.dumps({"scorer": SCORERS[0], "prompt": 0, "image": 0, "score": 9.0}) + "\n"
+    )
+    assert mean_of(a) == pytest.approx(612 / 6)
+
+
 @pytest.mark.parametrize("damage", ["deleted", "truncated"])
 def test_an_image_that_is_gone_is_named_and_not_remembered(gdmd: Gdmd, damage: str) -> None:
     a, _ = world(gdmd)
