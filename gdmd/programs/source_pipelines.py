@@ -73,8 +73,8 @@ class KeyedNoise(TorchFunctionMode):
         shape = tuple(size[0] if isinstance(size[0], (tuple, list, torch.Size)) else size)
         count = len(self._draws)
         alone = generator is not None and count > 1
-        rows = [self._place[id(generator)]] if alone else list(range(count))
-        if len(shape) < 2 or shape[0] != len(rows):
+        rows = [self._place.get(id(generator), -1)] if alone else list(range(count))
+        if len(shape) < 2 or shape[0] != len(rows) or -1 in rows:
             raise ValueError(
                 f"a pipeline drew noise of shape {list(shape)} for {count} images, which cannot be keyed by image; {_OTHER}"
             )

@@ -387,6 +387,7 @@ def test_randn_like_is_keyed_by_image_too() -> None:
         torch.rand_like,
         lambda like: torch.rand(like.shape),
         lambda like: torch.randn_like(like[0]),
+        lambda like: torch.randn(like.shape, generator=torch.Generator()),
     ],
 )
 def test_noise_that_cannot_be_keyed_by_image_is_an_error(draw: Any) -> None:
