@@ -48,7 +48,8 @@ def write_prompts(path: Path, per_task: int, seed: int, without: Path | None = N
 
 
 def generate_from(source: Source, tasks: Sequence[Task], folder: Path, images: int, seed: int) -> int:
-    """``generate`` with a source. RunError for a folder with images of another source or seed."""
+    """``generate`` with a source. ValueError for prompts it cannot show, and for images of another source or seed."""
+    source.check([task.prompt for task in tasks])
     settle(folder, source.facts, seed, folder)
     return generate(source_maker(source), tasks, folder, images, seed)
 
