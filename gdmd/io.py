@@ -68,7 +68,7 @@ def write_atomic(path: Path, content: str | bytes, what: str, option: str = "--r
 
     ``what`` and ``option`` are for the error: what could not be written, and which option names another folder.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two processes may write the same file
     with writing(what, path, option=option):
         try:
             with partial.open("wb") as file:
@@ -88,17 +88,22 @@ def read_jsonl(path: Path, *, torn_tail: bool = False) -> list[dict[str, Any]]:
     by a crash and is left out. Any other damage is a RunError that names the line. Lines end at newlines only:
     ``str.splitlines`` would also split at U+2028, which JSON allows inside a string.
     """
+    return [row for _, row in numbered_jsonl(path, torn_tail=torn_tail)]
+
+
+def numbered_jsonl(path: Path, *, torn_tail: bool = False) -> list[tuple[int, dict[str, Any]]]:
+    """``read_jsonl`` with the number of each line, counted from 1: for errors about what a row holds."""
     rows = []
     for number, line, whole in _lines(path):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
             if not isinstance(row, dict):
                 raise ValueError(f"expected a JSON object, got {type(row).__name__}")
         except (ValueError, RecursionError) as error:
             if torn_tail and not whole:
                 break
             raise RunError(f"{path}, line {number}: {error}. Fix or delete that line.") from error
-        rows.append(row)
+        rows.append((number, row))
     return rows
 
 
@@ -112,8 +117,8 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], what: str, optio
             file.write(text)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """(number, text, ends in a newline) of each line that is not blank."""
+def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """(number, content, ends in a newline) of each line that is not blank."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -121,15 +126,18 @@ def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            # A cut-off line may end inside a character: what cannot be decoded is no JSON either.
-            yield number, line.decode("utf-8", errors="surrogateescape"), number < len(lines)
+            yield number, line, number < len(lines)
 
 
 def _mend_tail(path: Path) -> None:
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) == b"\n":
+            return
     content = path.read_bytes()
     kept, newline, tail = content.rpartition(b"\n")
-    if not tail:
-        return
     try:
         complete = isinstance(json.loads(tail), dict)
     except (ValueError, RecursionError):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gdmd.io import finite_or_none
 from gdmd.runs.seat import seat
 
 if TYPE_CHECKING:
@@ -31,12 +31,4 @@ def messages() -> Console:
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout; what was not measured (NaN) is null, so that every reader can parse it."""
-    print(json.dumps(_without_nan(value), indent=2, allow_nan=False))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(finite_or_none(value), indent=2, allow_nan=False))

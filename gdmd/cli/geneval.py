@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from gdmd import __version__
 from gdmd.cli import models, results
 from gdmd.cli.common import Json, messages, print_json
 
@@ -105,11 +106,9 @@ def generate_command(
     source = read_source(what).changed({key: value for key, value in options.items() if value is not None})
     tasks = read_metadata(metadata)
     kind_of(source)
-    from gdmd.programs.geneval import generate, source_maker
+    from gdmd.programs.geneval import generate_from
 
-    opened = open_source(source)
-    opened.check([task.prompt for task in tasks])
-    made = generate(source_maker(opened), tasks, folder, images, seed)
+    made = generate_from(open_source(source), tasks, folder, images, seed)
     _say(f"{made} images made -> {folder}")
 
 
@@ -150,13 +149,15 @@ def _scores(source: Path, metadata: Path | None, detector: str | None, clip: str
         return dict(score_recorded(source, metadata))
     if not source.is_dir():
         raise ValueError(f"{source} does not exist; give a folder in GenEval's layout or a detections.jsonl")
+    from gdmd.programs.scorers import detector_contents
     from gdmd.rewards.geneval_colors import ColorClassifier
     from gdmd.rewards.geneval_detector import Detector
     from gdmd.rewards.pretrained import Placement
 
     place = Placement(device)
     found = Detector.from_pretrained(detector, placement=place)
-    return dict(score_folder(source, found, ColorClassifier.from_pretrained(clip, placement=place)))
+    colors, by = ColorClassifier.from_pretrained(clip, placement=place), detector_contents(detector, clip)
+    return dict(score_folder(source, found, colors, by=" ".join((__version__, *by))))
 
 
 def _say(text: str) -> None:

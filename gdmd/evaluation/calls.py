@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.passes import answered
+from gdmd.methods.distillation import Distillation
 from gdmd.methods.scoring import Scorer
 from gdmd.types import Codec, Method, PromptBatch, Reward
 
@@ -51,16 +52,18 @@ def recorded(method: Method, watched: Sequence[Watched]) -> Iterator[list[Call]]
     """Inside, calls of the networks, and of what the method scores and renders with, are appended to the list."""
     calls: list[Call] = []
     own = vars(method)  # Protocols say nothing of a scorer: plain DMD has none
-    before = {name: own[name] for name in ("scorer", "real_latents") if own.get(name) is not None}
+    before = {name: value for name, value in own.items() if isinstance(value, Scorer)}
+    real = method.real_latents if isinstance(method, Distillation) else None
     handles = [one.net.register_forward_hook(_net_hook(calls, one), with_kwargs=True) for one in watched]
-    if "scorer" in before:
-        own["scorer"] = _recording(before["scorer"], calls)
-    if "real_latents" in before:
-        own["real_latents"] = _RecordedLatents(before["real_latents"], calls)
+    own.update({name: _recording(scorer, calls) for name, scorer in before.items()})
+    if isinstance(method, Distillation) and real is not None:
+        method.real_latents = _RecordedLatents(real, calls)
     try:
         yield calls
     finally:
         own.update(before)
+        if isinstance(method, Distillation):
+            method.real_latents = real
         for handle in handles:
             handle.remove()
 

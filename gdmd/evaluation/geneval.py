@@ -11,7 +11,6 @@ detector.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from gdmd.io import numbered_jsonl
 from gdmd.rewards.geneval_rules import COLORS, TASKS, ColorOf, Found, Task, judge, partial_credit, read_task
 
 REPLICATES, LEVEL = 2000, 0.95
@@ -57,7 +57,10 @@ class Score:
 
 def read_metadata(path: Path) -> tuple[Task, ...]:
     """The lines of an evaluation_metadata.jsonl. ValueError with file and line for any that is not GenEval's."""
-    return tuple(read_task(_json(line, f"{path}, line {n}"), f"{path}, line {n}") for n, line in _lines(path))
+    rows = numbered_jsonl(path)
+    if not rows:
+        raise ValueError(f"{path}: is empty; it needs at least one line")
+    return tuple(read_task(row, f"{path}, line {number}") for number, row in rows)
 
 
 def image_files(folder: Path) -> Iterator[tuple[int, Task, int, Path]]:
@@ -105,9 +108,8 @@ def recording(
 def judge_recorded(path: Path, tasks: Mapping[int, Task]) -> list[Judged]:
     """Apply the rules to a detections.jsonl. tasks: by prompt number. ValueError with file and line for a bad line."""
     rows = []
-    for number, line in _lines(path):
+    for number, row in numbered_jsonl(path, torn_tail=True):
         where = f"{path}, line {number}"
-        row = _json(line, where)
         try:
             prompt, image = int(row["prompt_number"]), int(row["image"])
             found, colors = _objects(row["objects"])
@@ -186,21 +188,3 @@ def _objects(rows: Any) -> tuple[dict[str, list[Found]], dict[tuple[str, int], s
             found.setdefault(name, []).append(Found((x0, y0, x1, y1), float(one["confidence"]), key))
             colors[name, key] = color
     return found, colors
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); give a UTF-8 jsonl file") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{path}: is empty; it needs at least one line")
-    yield from lines
-
-
-def _json(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error

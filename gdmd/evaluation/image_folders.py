@@ -8,6 +8,7 @@ Both are read; GenEval's is written, so that GenEval, a study and every other to
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdmd.data.image_files import ENDINGS, open_image
-from gdmd.io import RunError, writing
+from gdmd.io import RunError, read_jsonl, write_atomic, writing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,10 +84,9 @@ def write_metadata(folder: Path, prompt: int, row: Mapping[str, Any]) -> None:
 
 def write_image(path: Path, image: Image) -> None:
     """PNG, whole or absent: a kill never leaves half an image under its name."""
-    partial = path.with_suffix(".partial")
-    with writing("the images", path):
-        image.save(partial, "PNG")
-        partial.replace(path)
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_atomic(path, content.getvalue(), "the images", option="--out")
 
 
 def read_image(path: Path) -> Image:
@@ -143,14 +143,8 @@ def _images(files: Iterable[Path]) -> list[Path]:
     return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
 
 
-def _json_lines(path: Path, only: int | None = None) -> list[Mapping[str, Any]]:
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        rows = [json.loads(line) for line in lines]
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}; every prompt needs its metadata") from error
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is not JSON, one object a line: {error}") from error
-    if not rows or any(not isinstance(row, dict) for row in rows) or (only is not None and len(rows) != only):
+def _json_lines(path: Path, only: int | None = None) -> list[dict[str, Any]]:
+    rows = read_jsonl(path)
+    if not rows or (only is not None and len(rows) != only):
         raise RunError(f"{path} must hold {only or 'one or more'} JSON object(s), one a line; got {len(rows)} line(s)")
     return rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -69,14 +70,20 @@ def paired_difference(a: Scores, b: Scores, seed: int = 0) -> Difference:
     return Difference(found.mean, found.low, found.high, wins / len(both) if both else math.nan, len(both))
 
 
-def speed(rows: Sequence[Mapping[str, float]]) -> float | None:
-    """Seconds per image from lines of {images, seconds, first}: the first batch of a process warms up and is left out.
+def speed(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds per image from lines of {images, seconds, first, batch, device}.
 
-    None where nothing but warm-up was timed.
+    The first batch of a process warms up and is left out. Times of different batch sizes or devices are not mixed: those
+    of the pair that timed most images count. None where nothing but warm-up was timed.
     """
-    timed = [row for row in rows if not row["first"]]
-    images = sum(row["images"] for row in timed)
-    return sum(row["seconds"] for row in timed) / images if images else None
+    totals: dict[tuple[Any, Any], list[float]] = {}
+    for row in rows:
+        if not row["first"]:
+            total = totals.setdefault((row.get("batch"), row.get("device")), [0, 0.0])
+            total[0] += row["images"]
+            total[1] += row["seconds"]
+    images, seconds = max(totals.values(), default=(0, 0.0), key=lambda total: total[0])
+    return seconds / images if images else None
 
 
 def _interval(total: np.ndarray, count: np.ndarray, seed: int, replicates: int) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from gdmd.config.run import EvalConfig
 from gdmd.data.prompts import batch_of
 from gdmd.evaluation.sample import Lab, Sampler, generate
+from gdmd.io import finite_or_none
 from gdmd.shapes.check import shapeseval, summarize
 from gdmd.shapes.detect import detect
 from gdmd.shapes.grammar import Split, catalogue, fixed_rows
@@ -57,14 +58,10 @@ class Evaluation:
 
     def json(self) -> dict[str, Any]:
         """Plain data; a number that does not exist (no image to measure it on) is null."""
-        single = ("fidelity", "coverage", "diversity", "frechet", "nfe", "images_per_s", "images_per_s_decoded")
-        return {
-            "shapeseval": {name: _plain(value) for name, value in self.shapeseval.items()},
-            "rewards": {name: _plain(value) for name, value in self.rewards.items()},
-            **{name: _plain(getattr(self, name)) for name in single},
-            "interval": [_plain(value) for value in self.interval],
-            "images": len(self.images),
-        }
+        names = ("shapeseval", "rewards", "fidelity", "coverage", "diversity", "frechet")
+        costs = ("nfe", "images_per_s", "images_per_s_decoded", "interval")
+        measured: dict[str, Any] = finite_or_none({name: getattr(self, name) for name in (*names, *costs)})
+        return measured | {"images": len(self.images)}
 
 
 def evaluate(
@@ -156,9 +153,3 @@ def _check_finite(images: Tensor, name: str) -> None:
             f"{int(bad.sum())} of {len(images)} images of {name!r} are not finite; the network has diverged: "
             "evaluate an earlier checkpoint or train with lower learning rates"
         )
-
-
-def _plain(value: float) -> float | int | None:
-    if isinstance(value, int):
-        return value
-    return float(value) if math.isfinite(value) else None

@@ -22,13 +22,15 @@ from types import FrameType
 from typing import IO, Any
 
 from gdmd.config.load import dump_config
-from gdmd.io import RunError, write_atomic, writing
+from gdmd.io import RunError, append_jsonl, write_atomic, writing
 from gdmd.programs.compare_plan import (
+    GRIDS,
     Cell,
     chosen,
     key_of,
     line_of,
     outdated,
+    pictured,
     plan,
     read_table,
     shown_cells,
@@ -97,26 +99,19 @@ class Table:
 
     def __init__(self, folder: Path, source: str) -> None:
         self.path, self.source = folder / "table.jsonl", source
-        rows = read_table(self.path)
-        if self.path.exists():  # a torn last line goes
-            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows), "the table")
-        self._known = {key_of(row) for row in rows}
+        self._rows = {key_of(row): row for row in read_table(self.path)}
 
     def add(self, cell: Cell) -> dict[str, Any]:
-        """Append the line of a finished cell, unless it is there."""
+        """Append the line of a finished cell, unless it is there; that of an earlier result is replaced."""
         file = cell.folder(self.path.parent) / "result.json"
         command = f"gdmd compare {self.source} --only {cell.place}"
         line = line_of(cell, json.loads(file.read_text(encoding="utf-8")), command)
-        if cell.key in self._known:
-            return line
-        with writing("the table", self.path):
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(handle, (json.dumps(line) + "\n").encode())
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        self._known.add(cell.key)
+        known = self._rows.get(cell.key)
+        self._rows[cell.key] = line
+        if known is None:
+            append_jsonl(self.path, [line], "the table", option="--out")
+        elif known | {"command": command} != line:
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self._rows.values()), "the table")
         return line
 
 
@@ -128,6 +123,7 @@ class _Pool:
     ) -> None:
         self.folder, self.jobs, self.table, self.wanted, self.outcome = folder, jobs, table, wanted, outcome
         self.say, self._done, self._running = say, 0, dict[subprocess.Popen[bytes], tuple[Cell, float]]()
+        self._failed = set[str]()  # hashes: rows of other names may share a cell
 
     def run(self, todo: Sequence[Cell], stopped: Sequence[int]) -> None:
         """Until all are done, or a signal arrives: then the running ones save and end."""
@@ -143,11 +139,20 @@ class _Pool:
             self._stop()
 
     def _next(self, waiting: list[Cell]) -> Cell | None:
-        """The first cell that can begin; those whose first stage failed fail with it."""
-        for cell in [each for each in waiting if each.first and each.first.place in self.outcome.failed]:
+        """The first cell that can begin; those whose first stage failed, or is gone, fail with it."""
+        for cell in [each for each in waiting if each.first and each.first.hash in self._failed]:
             waiting.remove(cell)
-            self.outcome.failed[cell.place] = "its first stage failed"
-        return next((cell for cell in waiting if self._ready(cell)), None)
+            self._fail(cell, "its first stage failed")
+        ready = next((cell for cell in waiting if self._ready(cell)), None)
+        if ready is None and not self._running:  # nothing that still runs could make one of them ready
+            for cell in waiting:
+                self._fail(cell, "its first stage has no result")
+            waiting.clear()
+        return ready
+
+    def _fail(self, cell: Cell, reason: str) -> None:
+        self._failed.add(cell.hash)
+        self.outcome.failed[cell.place] = reason
 
     def _ready(self, cell: Cell) -> bool:
         return cell.first is None or (cell.first.folder(self.folder) / "result.json").exists()
@@ -166,7 +171,7 @@ class _Pool:
         head = f"[{self._done}/{total}] {cell.place}"
         if worker.returncode != 0:
             reason = _reason(cell.folder(self.folder) / "log.txt") or f"exit code {worker.returncode}"
-            self.outcome.failed[cell.place] = reason
+            self._fail(cell, reason)
             self.say(f"{head} FAILED ({reason}); log: {cell.folder(self.folder) / 'log.txt'}")
             return
         self.outcome.trained.append(cell.place)
@@ -197,17 +202,15 @@ def _unfinished(wanted: Sequence[Cell], folder: Path, table: Table, outcome: Out
 
 
 def _pictured(comparison: Comparison, folder: Path) -> bool:
-    """Whether pictures.json is of the cells that are to be shown (or there are none)."""
-    hashes = [cell.hash for cell in shown_cells(comparison, folder)]
-    path = folder / "pictures.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
-    return hashes == known
+    """Whether the images of the figures are drawn (or there are none to draw)."""
+    grids = all((folder / "figures" / name).exists() for name in GRIDS)
+    return not shown_cells(comparison, folder) or (grids and pictured(comparison, folder))
 
 
 def _worker(module: str, folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """A process in its own session: Ctrl-C reaches us alone, and we pass it on."""
+    """A process in its own session: Ctrl-C reaches us alone, and we pass it on. It ends when we are gone."""
     return subprocess.Popen(
-        [sys.executable, "-m", module, str(folder)],
+        [sys.executable, "-m", module, str(folder), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from gdmd.backbones.shapes import ShapesRoles
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.passes import Counted, Pace, measure_pace
-from gdmd.io import writing
+from gdmd.io import write_atomic
 from gdmd.recipes.build import Lab, build
 from gdmd.runs.rundir import config_hash
 
@@ -60,11 +59,8 @@ def pace_of(recipe: Mapping[str, Any], updates: int, probes: Path, count: int = 
     if path.exists():
         return Pace(**json.loads(path.read_text(encoding="utf-8")))
     pace = probe(RunConfig.model_validate(tree), updates, count)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")  # cells of two seeds may probe at the same time
-    with writing("the probe", path):
-        probes.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"passes": pace.passes, "updates": pace.updates}), encoding="utf-8")
-        os.replace(partial, path)
+    probes.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps({"passes": pace.passes, "updates": pace.updates}), "the probe", option="--out")
     return pace
 
 

@@ -1,5 +1,6 @@
-"""One cell of a comparison in its own process: ``python -m gdmd.programs.compare_job OUT/cells/HASH``.
+"""One cell of a comparison in its own process: ``python -m gdmd.programs.compare_job OUT/cells/HASH [PID]``.
 
+PID: the comparison that started it; when that is gone, the cell saves its state and ends.
 Reads job.json, trains (or goes on with) run/, measures, and writes result.json last. Exit codes are those of ``gdmd``:
 0 done, 2 bad input, 3 not finite, 130 and 143 stopped with a checkpoint.
 """
@@ -24,13 +25,13 @@ import torch
 from gdmd.config.run import EvalConfig, RunConfig
 from gdmd.evaluation.sample import Sampler, teacher_sampler
 from gdmd.evaluation.shapes import evaluate
-from gdmd.io import write_atomic
+from gdmd.io import finite_or_none, write_atomic
 from gdmd.programs.compare_budget import counted, iterations
 from gdmd.programs.compare_diagnosis import all_scorers, diagnose
 from gdmd.programs.evaluate import load_ema, student_row
 from gdmd.recipes.build import Lab, build
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import Run, commit, create, open_run, read_metrics, versions
+from gdmd.runs.rundir import Run, check_same_config, commit, create, open_run, read_metrics, versions
 from gdmd.training.loop import Hooks, TrainEnd, train
 from gdmd.training.progress import PlainProgress
 from gdmd.training.state import NonFiniteError
@@ -40,9 +41,10 @@ KEPT = ("weight/", "reward/", "histogram/", "latent/", "gap/")
 """Statistics of the training that go into the table, by the beginning of their key."""
 
 
-def main(folder: Path) -> int:
-    """Finish the cell of a folder; the exit code."""
-    _stop_with_parent()
+def main(folder: Path, parent: int | None = None) -> int:
+    """Finish the cell of a folder; the exit code. parent: the process with which to stop."""
+    if parent is not None:
+        _stop_with(parent)
     torch.set_num_threads(1)
     with _alone(folder):
         if (folder / "result.json").exists():
@@ -55,7 +57,7 @@ def main(folder: Path) -> int:
             return NOT_FINITE if isinstance(error, NonFiniteError) else BAD_INPUT
         if isinstance(result, TrainEnd):
             return result.exit_code
-        write_atomic(folder / "result.json", json.dumps(_plain(result), indent=1), "the cell's result")
+        write_atomic(folder / "result.json", json.dumps(finite_or_none(result), indent=1), "the cell's result")
         return 0
 
 
@@ -158,7 +160,11 @@ def _facts(cfg: RunConfig, began: float) -> dict[str, Any]:
 def _run(path: Path, cfg: RunConfig) -> Run:
     """The cell's run folder, new or as a killed cell left it."""
     if (path / "config.yaml").exists():
-        return open_run(path)
+        run = open_run(path)
+        before = RunConfig.model_validate(run.config).model_dump(mode="json")
+        # start_from follows from the cell's first stage, and moves with the folder of the comparison
+        check_same_config(Run(path, before), cfg.model_dump(mode="json"), ["loop.start_from"])
+        return run
     return create(path, cfg.model_dump(mode="json"), sys.argv)
 
 
@@ -175,15 +181,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def _plain(value: Any) -> Any:
-    """What was not measured (NaN) is null in JSON."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and value != value else value
-
-
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process works on this cell: one whose comparison was killed may still be saving."""
@@ -192,9 +189,11 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _stop_with_parent() -> None:
-    """SIGTERM to ourselves, which saves a checkpoint, when the comparison that started us is gone."""
-    parent = os.getppid()
+def _stop_with(parent: int) -> None:
+    """SIGTERM to ourselves, which saves a checkpoint, when the comparison that started us is gone.
+
+    Its id is given: if it ended before we asked, our parent is already another process.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -205,4 +204,4 @@ def _stop_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:3])))

@@ -120,7 +120,7 @@ def _measured(
         for source, own in zip(sources, folders, strict=True)
     ]
     scores = [score(one, asked, own, specs, rewards, say) for one, own in zip(made, folders, strict=True)]
-    extra = _by_task(made, folders, asked, shapes)
+    extra = _by_task(made, folders, asked, shapes, say)
     if make and name:
         reference = _reference(make, asked, wanted, shapes)
         extra = [
@@ -134,7 +134,9 @@ def _measured(
     return rows
 
 
-def _by_task(made: Sequence[Produced], folders: Sequence[Path], asked: Asked, shapes: bool) -> list[dict[str, Any]]:
+def _by_task(
+    made: Sequence[Produced], folders: Sequence[Path], asked: Asked, shapes: bool, say: Say
+) -> list[dict[str, Any]]:
     """ShapesEval, or the GenEval scores that lie beside the images."""
     if shapes:
         return [shapes_measures(one, asked) for one in made]
@@ -142,7 +144,7 @@ def _by_task(made: Sequence[Produced], folders: Sequence[Path], asked: Asked, sh
         Path(one.facts.where) if one.facts.kind == "images" else own / "images"
         for one, own in zip(made, folders, strict=True)
     ]
-    return [{"geneval": geneval_scores(home)} for home in homes]
+    return [{"geneval": geneval_scores(home, say)} for home in homes]
 
 
 def _reference(make: Features, asked: Asked, wanted: Wanted, shapes: bool) -> Tensor | None:

@@ -13,10 +13,10 @@ from gdmd.evaluation.comparison_page import About, write_page
 from gdmd.evaluation.comparison_tables import OVERALL, Results, Row, against_headline
 from gdmd.io import RunError
 from gdmd.programs.compare import Outcome
-from gdmd.programs.compare_plan import key_of, plan, read_table
+from gdmd.programs.compare_plan import GRIDS, key_of, pictured, plan, read_table
 from gdmd.recipes.read_comparison import Comparison
 
-PAGE, TABLE, PICTURES = "shapes.md", "table.jsonl", "pictures.json"
+PAGE, TABLE, PICTURES, FEATURES = "shapes.md", "table.jsonl", "pictures.json", "fig3_features.png"
 
 
 def results_of(comparison: Comparison, folder: Path) -> tuple[Results, int]:
@@ -38,7 +38,8 @@ def write_pages(comparison: Comparison, source: str, folder: Path, *, required: 
                 f"{_table(folder)} holds no line of comparison {comparison.spec.name!r}; run it first without --pages-only"
             )
         return None
-    draw_all(results, folder / "figures", _features(folder))
+    stale = (folder / PICTURES).exists() and not pictured(comparison, folder)
+    draw_all(results, folder / "figures", [] if stale else _features(folder))
     spec = comparison.spec
     reference = spec.titles[spec.reference or spec.headline] if "passes" in spec.budgets else ""
     about = About(
@@ -54,6 +55,8 @@ def write_pages(comparison: Comparison, source: str, folder: Path, *, required: 
         others=other_seeds(spec),
     )
     drawn = [path.name for path in (folder / "figures").glob("*.png")]
+    if stale:  # images of other cells or settings
+        drawn = [name for name in drawn if name not in (*GRIDS, FEATURES)]
     return write_page(folder / PAGE, results, about, drawn)
 
 

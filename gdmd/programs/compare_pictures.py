@@ -22,7 +22,7 @@ from gdmd.evaluation.sample import Lab, Sampler, images_of
 from gdmd.evaluation.shapes import HELDOUT
 from gdmd.io import write_atomic, writing
 from gdmd.programs.compare_job import cell_sampler
-from gdmd.programs.compare_plan import Cell, shown_cells
+from gdmd.programs.compare_plan import GRIDS, Cell, pictures_key, shown_cells
 from gdmd.recipes.read_comparison import Comparison, read_comparison
 from gdmd.rewards.shapes import ShapesClip, shipped_scorer
 from gdmd.shapes.grammar import TASKS, catalogue, fixed_rows
@@ -56,12 +56,11 @@ def main(folder: Path) -> int:
     shown = [_shown(comparison, cell, folder) for cell in cells]
     seed = comparison.spec.evaluation.seed
     count = comparison.spec.pictures.captions
-    _grid(folder / "figures" / "fig6_grid.png", shown, _captions(TASKS, count), seed)
-    _grid(folder / "figures" / "fig7_grid.png", shown, _captions(HARDEST, count), seed)
+    for name, tasks in zip(GRIDS, (TASKS, HARDEST), strict=True):
+        _grid(folder / "figures" / name, shown, _captions(tasks, count), seed)
     panels = feature_panels(shown, comparison.spec.pictures.per_cluster, seed)
-    write_atomic(
-        folder / "pictures.json", json.dumps({"cells": [cell.hash for cell in cells], "panels": panels}), "the features"
-    )
+    content = {"key": pictures_key(comparison, folder), "panels": panels}
+    write_atomic(folder / "pictures.json", json.dumps(content), "the features")
     return 0
 
 

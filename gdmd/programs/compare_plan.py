@@ -12,18 +12,23 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from gdmd.config.comparison import Budget, RowSpec, TeacherRow
-from gdmd.config.run import RunConfig
+from gdmd.config.run import RunConfig, ShapesModel, ShapesReward
+from gdmd.io import RunError, content_hash, file_hash, numbered_jsonl
 from gdmd.recipes.read_comparison import Comparison
-from gdmd.runs.rundir import config_hash, differing
+from gdmd.runs.assets import asset_path
+from gdmd.runs.rundir import MISSING, Change, config_hash, differing
 
 HASH = 16
 """Characters of a cell's hash in folder names and table lines."""
 BY_BUDGET = {"steps", "checkpoint_every", "keep_checkpoints"}
 """Fields of the loop that follow from the budget and the diagnosis."""
+GRIDS = ("fig6_grid.png", "fig7_grid.png")
+"""The figures that show images."""
 MOST_COLUMNS = 8
 """Methods side by side in a grid: more would not fit a page."""
 SECOND_STAGE = 1000
@@ -112,15 +117,15 @@ def outdated(cells: Iterable[Cell], folder: Path) -> list[str]:
     for cell in cells:
         path = cell.folder(folder) / "job.json"
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        changed = [line for line in differing(stored, cell.job) if "recipe.name" not in line and _both(line)]
-        found += [f"{path.parent} ({cell.place}): {', '.join(changed)}"] if changed else []
+        changes = [change for change in differing(stored, cell.job) if _matters(change)]
+        found += [f"{path.parent} ({cell.place}): {', '.join(map(str, changes))}"] if changes else []
     return found
 
 
-def _both(difference: str) -> bool:
-    """Whether both sides have a value: a field that is new, or gone, had no other behaviour."""
-    before, _, after = difference.partition(": ")[2].partition(" -> ")
-    return "nothing" not in (before, after)
+def _matters(change: Change) -> bool:
+    """Names of rows do not; a field that is new, or gone, had no other behavior."""
+    named = change.key in ("recipe.name", "passes_of.name")
+    return not named and MISSING not in (change.before, change.after)
 
 
 def unique(cells: Iterable[Cell]) -> list[Cell]:
@@ -142,6 +147,27 @@ def shown_cells(comparison: Comparison, folder: Path) -> list[Cell]:
     return [cell for cell in own if (cell.folder(folder) / "result.json").exists()][:MOST_COLUMNS]
 
 
+def pictures_key(comparison: Comparison, folder: Path) -> str:
+    """What the images of the figures depend on: the cells shown with their results, their titles and the settings."""
+    spec = comparison.spec
+    shown = [
+        (spec.titles[cell.method], cell.hash, file_hash(cell.folder(folder) / "result.json"))
+        for cell in shown_cells(comparison, folder)
+    ]
+    return content_hash(json.dumps([shown, spec.pictures.model_dump(mode="json"), spec.evaluation.seed]))
+
+
+def pictured(comparison: Comparison, folder: Path) -> bool:
+    """Whether pictures.json is of ``pictures_key``."""
+    path = folder / "pictures.json"
+    try:
+        return path.exists() and bool(
+            json.loads(path.read_text(encoding="utf-8"))["key"] == pictures_key(comparison, folder)
+        )
+    except (ValueError, TypeError, KeyError):  # of an older version
+        return False
+
+
 def line_of(cell: Cell, measured: Mapping[str, Any], command: str) -> dict[str, Any]:
     """The table line of a finished cell."""
     names = {"method": cell.method, "kind": cell.kind, "seed": cell.seed, "budget": cell.budget}
@@ -150,24 +176,12 @@ def line_of(cell: Cell, measured: Mapping[str, Any], command: str) -> dict[str, 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
     """The lines of a table in order; a torn last line (a crash while writing) is left out, other damage is an error."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            row["method"], row["seed"], row["budget"], row["hash"], row["shapeseval"]  # noqa: B018
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"{path}, line {number} is no line of a comparison ({type(error).__name__}: {error}); delete it"
-            ) from error
-        rows.append(row)
-    return rows
+    rows = numbered_jsonl(path, torn_tail=True) if path.exists() else []
+    for number, row in rows:
+        missing = [key for key in ("method", "seed", "budget", "hash", "shapeseval") if key not in row]
+        if missing:
+            raise RunError(f"{path}, line {number} is not a line of a comparison (no {', '.join(missing)}); delete it")
+    return [row for _, row in rows]
 
 
 def key_of(line: Mapping[str, Any]) -> tuple[str, int, str, str]:
@@ -184,8 +198,8 @@ def _teacher_cell(comparison: Comparison, row: TeacherRow, seed: int) -> Cell:
     cfg = _measured(comparison, comparison.headline, seed)
     own = {"teacher": {"steps": row.steps, "guidance": guidance}, "split": comparison.spec.evaluation.split}
     parts = ("model", "rewards", "eval")
-    job = own | {"recipe": _only(_written_out(cfg), parts)}
-    identity = own | {"recipe": _only(_shortened(cfg), (*parts, "seed"))}
+    job = own | {"recipe": _only(_written_out(cfg), parts), "contents": contents(cfg)}
+    identity = own | {"recipe": _only(_shortened(cfg), (*parts, "seed"))} | _given(cfg)
     return Cell(row.name, "teacher", seed, "updates", job, identity)
 
 
@@ -209,8 +223,52 @@ def _student_cell(comparison: Comparison, row: RowSpec, seed: int, budget: Budge
         cfg = cfg.model_copy(update={"loop": cfg.loop.model_copy(update={"seed": seed + SECOND_STAGE})})
     parts = ("name", "model", "method", "rewards", "prompts", "loop")
     job = own | {"recipe": _written_out(cfg), "passes_of": _only(_written_out(other), parts) if matched else None}
+    job |= {"contents": contents(cfg)}
     identity = own | {"recipe": _shortened(cfg), "passes_of": _only(_shortened(other), parts) if matched else None}
+    identity |= _given(cfg)
     return Cell(row.name, row.kind, seed, budget, job, identity, first)
+
+
+def contents(cfg: RunConfig) -> dict[str, str]:
+    """Hashes of the files behind a cell: networks, scorers, prompts and reward functions."""
+    own = {reward.kind: reward.asset for reward in cfg.rewards if isinstance(reward, ShapesReward)}
+    files: dict[str, str | None] = {}
+    if isinstance(cfg.model, ShapesModel):
+        files = {"shapes_teacher": cfg.model.teacher, "shapes_vae": cfg.model.vae}
+    files |= {kind: own.get(kind) for kind in ("shapes_clip", "shapes_pref", "shapes_clip_heldout")}
+    found = {name: _content(Path(path) if path else asset_path(name)) for name, path in files.items()}
+    if cfg.prompts.file:
+        from gdmd.data.prompts import prompt_file  # brings torch
+
+        found["prompts"] = _content(prompt_file(cfg.prompts.file))
+    others = [reward for reward in cfg.rewards if not isinstance(reward, ShapesReward)]
+    if others:
+        from gdmd.programs.scorers import scorer_identity
+
+        found |= {reward.label: scorer_identity(reward) for reward in others}
+    return found
+
+
+def _given(cfg: RunConfig) -> dict[str, Any]:
+    """The contents that do not ship with the package: other ones make another cell. ``outdated`` finds the shipped."""
+    every = contents(cfg)
+    shipped = {name: _content(path) for name in every if (path := asset_path(name)).is_file()}
+    own = {name: content for name, content in every.items() if shipped.get(name) != content}
+    return {"contents": own} if own else {}
+
+
+def _content(path: Path) -> str:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}. Check that it exists and is readable.") from error
+    return _content_at(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache  # a comparison asks for the same few files in every cell
+def _content_at(path: Path, size: int, changed: int) -> str:
+    del size, changed
+    return file_hash(path)
 
 
 def _measured(comparison: Comparison, cfg: RunConfig, seed: int) -> RunConfig:

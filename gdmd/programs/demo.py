@@ -21,7 +21,8 @@ from gdmd.evaluation.grids import write_comparison
 from gdmd.evaluation.report import Provenance, read_rows, save_rows, write_report
 from gdmd.evaluation.sample import Sampler
 from gdmd.io import writing
-from gdmd.programs.evaluate import Row, grid_captions, load_ema, measure, student_row, teacher_row
+from gdmd.programs.contents import checkpoint_content
+from gdmd.programs.evaluate import Row, grid_captions, load_ema, measure, row_key, student_row, teacher_row
 from gdmd.programs.folders import TEACHERS
 from gdmd.programs.train import go
 from gdmd.recipes.build import Lab, build
@@ -89,7 +90,8 @@ def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
             return Demo(folder, time.perf_counter() - began, signal=trained.end.signal)
         _load(labs[name], runs[name], trained.end.step)
         samplers.append(student_row(cfg, labs[name], name.upper()))
-        stages.row(cfg, labs[name], samplers[-1], trained.end.step)
+        weights = checkpoint_content(runs[name].path, trained.end.step)
+        stages.row(cfg, labs[name], samplers[-1], trained.end.step, weights)
     rows = {sampler.name: stages.rows[sampler.name] for sampler in samplers}
     report = _report(cfg, folder, runs, samplers, rows, labs["gdmd"])
     return Demo(folder, time.perf_counter() - began, rows, trained_rewards(cfg), report)
@@ -107,14 +109,15 @@ class _Stages:
         of = len(TEACHERS) + 2 * len(METHODS)  # a measurement each, and a training per method
         self.console.print(f"[{self._number}/{of}] {message}", markup=False, highlight=False)
 
-    def row(self, cfg: RunConfig, lab: Lab, sampler: Sampler, step: int = 0) -> None:
-        """Measure a sampler, unless this demo has measured the same before."""
+    def row(self, cfg: RunConfig, lab: Lab, sampler: Sampler, step: int = 0, weights: str = "") -> None:
+        """Measure a sampler, unless this demo has measured the same before. weights: ``checkpoint_content``."""
         images = 6 * cfg.eval.per_task * cfg.eval.images
         self.say(f"measuring {sampler.name} ({sampler.nfe} network calls per image) on {images} images")
         began, how = time.perf_counter(), "measured before"
-        if self.rows.get(sampler.name, {}).get("step", 0) != step or sampler.name not in self.rows:
+        key = row_key(cfg, sampler, weights)
+        if self.rows.get(sampler.name, {}).get("key") != key:
             with self.console.status(sampler.name):
-                self.rows[sampler.name] = measure(cfg, lab, sampler, step=step)
+                self.rows[sampler.name] = dict(measure(cfg, lab, sampler, step=step)) | {"key": key}
             save_rows(self.folder, self.rows)
             how = f"{time.perf_counter() - began:.0f} s"
         overall = self.rows[sampler.name]["shapeseval"]["overall"]

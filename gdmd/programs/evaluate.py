@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from gdmd.config.loop import LoopConfig
 from gdmd.config.method import DmdConfig
-from gdmd.config.run import PromptConfig, RunConfig, ShapesReward
+from gdmd.config.run import PromptConfig, RewardConfig, RunConfig, ShapesReward
 from gdmd.data.prompts import SHIPPED
 from gdmd.evaluation.grids import write_comparison, write_grid
 from gdmd.evaluation.report import read_rows, report_run, save_rows
 from gdmd.evaluation.sample import BATCH, Sampler, images_of, student_sampler, teacher_sampler
-from gdmd.evaluation.shapes import HELDOUT, evaluate
-from gdmd.io import RunError, writing
+from gdmd.evaluation.shapes import evaluate
+from gdmd.io import RunError, content_hash, writing
+from gdmd.programs.contents import base_content, checkpoint_content
 from gdmd.programs.folders import TEACHERS, config_of, require_shapes
+from gdmd.programs.scorers import SHAPES_KINDS, scorer_identity
 from gdmd.recipes.build import Lab, build, build_rewards
 from gdmd.runs import checkpoint
 from gdmd.shapes.grammar import Split, catalogue, fixed_rows
@@ -111,9 +114,19 @@ def grid_hook(lab: Lab, cfg: RunConfig) -> Callable[[int, Path | None], None]:
 
 def scorers_of(cfg: RunConfig) -> tuple[Reward, ...]:
     """The rewards of the recipe, then the shipped scorers that it does not train on; the held-out one is last."""
+    return build_rewards(_scorer_specs(cfg))
+
+
+def _scorer_specs(cfg: RunConfig) -> list[RewardConfig]:
     own = {spec.kind: spec for spec in cfg.rewards}
-    kinds = ("shapes_clip", "shapes_pref", HELDOUT)
-    return build_rewards([own.get(kind, ShapesReward(kind=kind)) for kind in kinds])
+    return [own.get(kind, ShapesReward(kind=kind)) for kind in SHAPES_KINDS]
+
+
+def row_key(cfg: RunConfig, sampler: Sampler, weights: str = "") -> str:
+    """What a row of the report depends on. weights: ``checkpoint_content`` of a student."""
+    settings = (sampler.name, cfg.method.student_steps, cfg.method.guidance, cfg.eval.model_dump(mode="json"))
+    scorers = [scorer_identity(spec) for spec in _scorer_specs(cfg)]
+    return content_hash(json.dumps(settings), base_content(cfg.model), weights, *scorers)
 
 
 def measure(cfg: RunConfig, lab: Lab, sampler: Sampler, split: Split = "eval", step: int = 0) -> Row:
@@ -143,8 +156,9 @@ def finish_run(cfg: RunConfig, folder: Path, lab: Lab, step: int) -> tuple[Row, 
     assert saved is not None
     load_ema(lab, saved)
     student = student_row(cfg, lab)
+    key = row_key(cfg, student, checkpoint_content(folder, step))
     row = measure(cfg, lab, student, step=step)
-    save_rows(folder, dict(read_rows(folder)) | {student.name: row})
+    save_rows(folder, dict(read_rows(folder)) | {student.name: dict(row) | {"key": key}})
     compare(folder, cfg, lab, (teacher_row(cfg, lab, "teacher"), student))
     return row, report_run(folder)
 
@@ -171,12 +185,12 @@ def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
     lab, step = open_student(cfg, folder)
     rows = {} if fresh else dict(read_rows(folder))
     student = student_row(cfg, lab)
-    if rows.get(student.name, {}).get("step") != step:
-        rows.pop(student.name, None)
     samplers = (*(teacher_row(cfg, lab, what) for what in TEACHERS), student)
     for sampler in samplers:
-        if sampler.name not in rows:
-            rows[sampler.name] = measure(cfg, lab, sampler, step=step if sampler is student else 0)
+        own = sampler is student
+        key = row_key(cfg, sampler, checkpoint_content(folder, step) if own else "")
+        if rows.get(sampler.name, {}).get("key") != key:
+            rows[sampler.name] = dict(measure(cfg, lab, sampler, step=step if own else 0)) | {"key": key}
     save_rows(folder, {sampler.name: rows[sampler.name] for sampler in samplers})
     compare(folder, cfg, lab, samplers)
     return report_run(folder)

@@ -16,6 +16,7 @@ from gdmd.export.card import model_card
 from gdmd.export.lora import save_lora
 from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_scheduler
 from gdmd.io import RunError, write_atomic, writing
+from gdmd.programs.contents import checkpoint_content
 from gdmd.programs.decoders import read_gaps
 from gdmd.programs.folders import config_of
 from gdmd.programs.sources import EXPORT_FILE
@@ -84,7 +85,7 @@ def describe(
 
 
 def measured_at(run: Path, step: int) -> dict[str, Any] | None:
-    """RUN/preference/preference.json where it was measured at this step, else None."""
+    """RUN/preference/preference.json where it was measured with this step's weights, else None."""
     file = run / "preference" / "preference.json"
     if not file.is_file():
         return None
@@ -93,7 +94,8 @@ def measured_at(run: Path, step: int) -> dict[str, Any] | None:
         kept = ("prompts", "prompt_file", "images_per_prompt", "seed", "scores")
         rows = [{key: row[key] for key in ("mean", "low", "high", "trained")} for row in found["scores"].values()]
         measured = {key: found[key] for key in kept} | {"scores": dict(zip(found["scores"], rows, strict=True))}
-        return measured if found["source"]["step"] == step else None
+        mine = found["source"]["step"] == step and found.get("weights") == checkpoint_content(run, step)
+        return measured if mine else None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{file} cannot be read ({error}); evaluate again, or delete it") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,9 @@ from gdmd.evaluation.geneval import (
     summarise,
 )
 from gdmd.evaluation.geneval_prompts import draw_tasks
-from gdmd.evaluation.image_folders import read_image
-from gdmd.io import RunError, write_atomic, writing
-from gdmd.programs.sources import Source, places_of
+from gdmd.evaluation.image_folders import image_file, read_image, write_image, write_metadata
+from gdmd.io import append_jsonl, content_hash, file_hash, read_jsonl, write_atomic
+from gdmd.programs.sources import Source, places_of, settle
 from gdmd.rewards.geneval_rules import Found, Task, as_row
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ def write_prompts(path: Path, per_task: int, seed: int, without: Path | None = N
     return len(tasks)
 
 
+def generate_from(source: Source, tasks: Sequence[Task], folder: Path, images: int, seed: int) -> int:
+    """``generate`` with a source. ValueError for prompts it cannot show, and for images of another source or seed."""
+    source.check([task.prompt for task in tasks])
+    settle(folder, source.facts, seed, folder)
+    return generate(source_maker(source), tasks, folder, images, seed)
+
+
 def generate(
     make: Maker, tasks: Sequence[Task], folder: Path, images: int, seed: int, watch: Callable[[int], None] | None = None
 ) -> int:
@@ -57,21 +64,11 @@ def generate(
     """
     made = 0
     for number, task in enumerate(tasks):
-        place = folder / f"{number:05d}"
-        samples = place / "samples"
-        line = json.dumps(as_row(task)) + "\n"
-        metadata = place / "metadata.jsonl"
-        if metadata.exists() and metadata.read_text(encoding="utf-8") != line:
-            raise RunError(f"{place} holds another prompt; give an empty folder with --out")
-        names = [samples / f"{k:04d}.png" for k in range(images)]
+        write_metadata(folder, number, as_row(task))
+        names = [image_file(folder, number, k) for k in range(images)]
         if not all(name.exists() for name in names):
-            with writing("the images", samples):
-                samples.mkdir(parents=True, exist_ok=True)
-                metadata.write_text(line, encoding="utf-8")
-                for name, image in zip(names, make(task.prompt, images, prompt_seed(seed, number)), strict=True):
-                    partial = name.with_suffix(".partial")
-                    image.save(partial, "PNG")
-                    partial.replace(name)
+            for name, image in zip(names, make(task.prompt, images, prompt_seed(seed, number)), strict=True):
+                write_image(name, image)
             made += images
         if watch:
             watch(number + 1)
@@ -84,23 +81,39 @@ def prompt_seed(seed: int, number: int) -> int:
 
 
 def score_folder(
-    folder: Path, detector: Detector, colors: ColorClassifier, watch: Callable[[int], None] | None = None
+    folder: Path,
+    detector: Detector,
+    colors: ColorClassifier,
+    watch: Callable[[int], None] | None = None,
+    by: str = "",
 ) -> dict[str, Score]:
-    """Detect what is not recorded yet in DIR/detections.jsonl, then judge everything recorded. Resumable."""
+    """Detect what is not recorded yet in DIR/detections.jsonl, then judge it. Resumable.
+
+    by: identity of detector and classifier. A line belongs to it, to the content of the image and to what its prompt
+    asks; lines of anything else are removed.
+    """
     files = list(image_files(folder))
     path = folder / DETECTIONS
-    done = _recorded(path)
-    with writing("the detections", path), path.open("a", encoding="utf-8") as record:
-        for count, (prompt, task, number, file) in enumerate(files, 1):
-            if (prompt, number) not in done:
-                line = detect(file, prompt, number, task, detector, colors)
-                record.write(json.dumps(line) + "\n")
-                record.flush()
-            if watch:
-                watch(count)
-    wanted = {(prompt, number) for prompt, _, number, _ in files}
+    keys = [_key(by, prompt, number, file, task) for prompt, task, number, file in files]
+    done = _recorded(path, set(keys))
+    for count, (key, (prompt, task, number, file)) in enumerate(zip(keys, files, strict=True), 1):
+        if key not in done:
+            line = detect(file, prompt, number, task, detector, colors)
+            append_jsonl(path, [line | {"key": key}], "the detections")
+        if watch:
+            watch(count)
     rows = judge_recorded(path, {prompt: task for prompt, task, _, _ in files})
-    return write_scores(folder, [row for row in rows if (row.prompt, row.image) in wanted])
+    return write_scores(folder, rows, images_key(folder))
+
+
+def images_key(folder: Path) -> str:
+    """A hash of the prompts and images of a folder in the official layout: what its scores belong to."""
+    files = sorted([*folder.glob("*/metadata.jsonl"), *folder.glob("*/samples/*.png")])
+    return content_hash(*(part for file in files for part in (file.relative_to(folder).as_posix(), file_hash(file))))
+
+
+def _key(by: str, prompt: int, number: int, file: Path, task: Task) -> str:
+    return content_hash(by, f"{prompt} {number}", file_hash(file), json.dumps(as_row(task)))
 
 
 def detect(
@@ -127,12 +140,12 @@ def score_recorded(detections: Path, metadata: Path, folder: Path | None = None)
     return write_scores(folder, rows) if folder else summarise(rows)
 
 
-def write_scores(folder: Path, rows: Sequence[Judged]) -> dict[str, Score]:
-    """results.jsonl, one line per image, and geneval.json, the scores with intervals."""
+def write_scores(folder: Path, rows: Sequence[Judged], images: str | None = None) -> dict[str, Score]:
+    """results.jsonl, one line per image, and geneval.json, the scores with intervals. images: ``images_key``."""
     scores = summarise(rows)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / RESULTS, "".join(json.dumps(row.json()) + "\n" for row in rows), "the results")
-    summary = {"label": LABEL, "scores": {name: asdict(score) for name, score in scores.items()}}
+    summary = {"label": LABEL, "images": images, "scores": {name: asdict(score) for name, score in scores.items()}}
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=2) + "\n", "the scores")
     return scores
 
@@ -147,13 +160,10 @@ def source_maker(source: Source) -> Maker:
     return make
 
 
-def _recorded(path: Path) -> set[tuple[int, int]]:
-    """(prompt, image) of the whole lines; a last line that a kill cut off is removed."""
-    if not path.exists():
-        return set()
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_atomic(path, whole, "the detections")
-    rows = [json.loads(line) for line in whole.splitlines()]
-    return {(row["prompt_number"], row["image"]) for row in rows}
+def _recorded(path: Path, keys: Set[str]) -> set[str]:
+    """Those of ``keys`` that have a line; all other lines, and one that a kill cut off, are removed from the file."""
+    rows = read_jsonl(path, torn_tail=True) if path.exists() else []
+    kept = {row["key"]: row for row in rows if isinstance(row.get("key"), str) and row["key"] in keys}
+    if len(kept) < len(rows):
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept.values()), "the detections")
+    return set(kept)

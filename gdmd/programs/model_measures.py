@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from gdmd.evaluation.distances import cluster_spread, mmd
 from gdmd.evaluation.image_folders import SUFFIXES, read_image
 from gdmd.evaluation.shapes import bootstrap_interval
+from gdmd.programs.geneval import images_key
 from gdmd.programs.preference import Asked, Produced
 from gdmd.programs.scorers import Features
 from gdmd.rewards.images import from_pil, to_pil
@@ -95,13 +96,17 @@ def render_features(make: Features, asked: Asked) -> Tensor:
     return torch.cat([make(images[k : k + _BATCH]) for k in range(0, len(images), _BATCH)])
 
 
-def geneval_scores(folder: Path) -> Mapping[str, Any] | None:
-    """The GenEval scores that lie beside the images, if they were scored."""
+def geneval_scores(folder: Path, say: Callable[[str], None]) -> Mapping[str, Any] | None:
+    """The GenEval scores that lie beside the images, if they were scored; scores of other images are left out."""
     file = folder / GENEVAL
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))["scores"]
-        return {name: {key: float(one[key]) for key in ("value", "low", "high")} for name, one in found.items()}
+        found = json.loads(file.read_text(encoding="utf-8"))
+        scores = {k: {key: float(one[key]) for key in ("value", "low", "high")} for k, one in found["scores"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}); score the folder again with gdmd eval geneval score") from error
+    if found.get("images") != images_key(folder):
+        say(f"{file} holds scores of other images, left out; score the folder again with gdmd eval geneval score")
+        return None
+    return scores

@@ -2,8 +2,8 @@
 
     DIR/images/00000/metadata.jsonl, samples/0000.png   the images, in GenEval's layout
     DIR/settings.json                                   what they were made with
-    DIR/scores.jsonl                                    {scorer, prompt, image, score}; null = not scored
-    DIR/timing.jsonl                                    {images, seconds, first}: batches
+    DIR/scores.jsonl                                    {scorer, prompt, image, key, score}; null = not scored
+    DIR/timing.jsonl                                    {images, seconds, first, batch, device}: batches
     DIR/preference.json                                 the summary
 
 A kill loses at most the batch in work. A folder of images that exists already is scored where it lies.
@@ -23,15 +23,16 @@ from gdmd.config.run import RewardConfig
 from gdmd.data.prompts import read_meta, read_prompts
 from gdmd.evaluation.image_folders import image_file, read_image, write_image, write_metadata
 from gdmd.evaluation.preference import Scores, clustered_mean, speed
-from gdmd.io import RunError, finite_or_none, write_atomic, writing
+from gdmd.io import RunError, append_jsonl, content_hash, file_hash, finite_or_none, numbered_jsonl, write_atomic
 from gdmd.programs.long_prompts import warn_of_rewards
-from gdmd.programs.scorers import scores_of
-from gdmd.programs.sources import Facts, FolderSource, Place, Source, places_of
+from gdmd.programs.scorers import may_fail, reads_metadata, scorer_identity, scores_of
+from gdmd.programs.sources import Facts, FolderSource, Place, Source, places_of, settle
 from gdmd.types import Reward
 
 SCORED = 32
 """Images per call of a scorer: what a kill loses of its work."""
-SETTINGS, SCORES, TIMING, SUMMARY = "settings.json", "scores.jsonl", "timing.jsonl", "preference.json"
+SCORES, TIMING, SUMMARY = "scores.jsonl", "timing.jsonl", "preference.json"
+_MISSING = object()
 Say = Callable[[str], None]
 
 
@@ -71,15 +72,15 @@ def produce(source: Source, asked: Asked, folder: Path, say: Say, shard: tuple[i
     source.check(asked.texts)
     if isinstance(source, FolderSource):
         files = {(p.prompt, p.image): source.row(p).images[p.image] for p in asked.places}
-        _settle(folder, source.facts, asked)
+        settle(folder, source.facts, asked.seed, folder)
         return Produced(source.facts, files, None)
     home = folder / "images"
-    _settle(folder, source.facts, asked)
+    settle(folder, source.facts, asked.seed, home)
     own = [place for place in asked.places if place.prompt % shard[1] == shard[0]]
     for prompt in dict.fromkeys(place.prompt for place in own):
         write_metadata(home, prompt, asked.meta[prompt])
     missing = [place for place in own if not image_file(home, place.prompt, place.image).exists()]
-    batch = source.facts.batch
+    batch, device = source.facts.batch, source.facts.device
     for start in range(0, len(missing), batch):
         part = missing[start : start + batch]
         began = time.perf_counter()
@@ -87,10 +88,11 @@ def produce(source: Source, asked: Asked, folder: Path, say: Say, shard: tuple[i
         seconds = time.perf_counter() - began
         for place, image in zip(part, made, strict=True):
             write_image(image_file(home, place.prompt, place.image), image)
-        _append(folder / TIMING, [{"images": len(part), "seconds": seconds, "first": int(start == 0)}])
+        timed = {"images": len(part), "seconds": seconds, "first": int(start == 0), "batch": batch, "device": device}
+        append_jsonl(folder / TIMING, [timed], "the times", option="--out")
         say(f"{source.facts.name}: {start + len(part)} of {len(missing)} images made")
     files = {(p.prompt, p.image): image_file(home, p.prompt, p.image) for p in asked.places}
-    return Produced(source.facts, files, speed(_lines(folder / TIMING, _TIMING_KEYS)))
+    return Produced(source.facts, files, speed(_rows(folder / TIMING, _TIMING_KEYS)))
 
 
 def score(
@@ -101,28 +103,37 @@ def score(
     rewards: Mapping[str, Reward],
     say: Say,
 ) -> dict[str, Scores]:
-    """Ask every scorer about the images it has not seen yet. Scores by label and place."""
-    _check_scorers(folder, specs)
-    found: dict[str, dict[tuple[int, int], float]] = {label: {} for label in rewards}
-    for line in _lines(folder / SCORES, _SCORE_KEYS):
-        if line["scorer"] in found:
-            value = math.nan if line["score"] is None else float(line["score"])
-            found[line["scorer"]][int(line["prompt"]), int(line["image"])] = value
-    for label, reward in rewards.items():
-        todo = [place for place in asked.places if (place.prompt, place.image) not in found[label]]
+    """Ask every scorer about the images it has not seen yet. Scores by label and place.
+
+    A score belongs to the content of the image, the prompt (with its metadata where the scorer reads it) and the
+    scorer's identity.
+    """
+    known = _known_scores(folder / SCORES)
+    images = {place: file_hash(produced.files[place.prompt, place.image]) for place in asked.places}
+    found: dict[str, Scores] = {}
+    for spec, (label, reward) in zip(specs, rewards.items(), strict=True):
+        scorer, reads = scorer_identity(spec), reads_metadata(spec)
+        keys = {
+            place: _score_key(scorer, images[place], place.text, asked.meta[place.prompt] if reads else None)
+            for place in asked.places
+        }
+        again = may_fail(spec)
+        todo = [p for p in asked.places if keys[p] not in known or (again and math.isnan(known[keys[p]]))]
         if todo:
             warn_of_rewards([reward], asked.texts)
         for part in _parts(todo):
-            images = [read_image(produced.files[place.prompt, place.image]) for place in part]
+            pixels = [read_image(produced.files[place.prompt, place.image]) for place in part]
             meta = [asked.meta[place.prompt] for place in part]
-            values = scores_of(reward, images, [place.text for place in part], meta)
-            rows = list(zip(part, values, strict=True))
-            _append(folder / SCORES, [_score_line(label, place, value) for place, value in rows])
-            found[label] |= {(place.prompt, place.image): value for place, value in rows}
+            values = scores_of(reward, pixels, [place.text for place in part], meta)
+            own = {keys[place]: value for place, value in zip(part, values, strict=True)}
+            rows = [{"scorer": label, "prompt": p.prompt, "image": p.image, "key": keys[p]} for p in part]
+            scored = [row | {"score": own[row["key"]]} for row in rows]
+            append_jsonl(folder / SCORES, scored, "the scores", option="--out")
+            known |= own
         if todo:
             say(f"{produced.facts.name}: {label} scored {len(todo)} images")
-    wanted = [(place.prompt, place.image) for place in asked.places]
-    return {label: {place: own[place] for place in wanted} for label, own in found.items()}
+        found[label] = {(place.prompt, place.image): known[keys[place]] for place in asked.places}
+    return found
 
 
 def summary(produced: Produced, asked: Asked, scores: Mapping[str, Scores]) -> dict[str, Any]:
@@ -130,6 +141,7 @@ def summary(produced: Produced, asked: Asked, scores: Mapping[str, Scores]) -> d
     trained = produced.facts.trained
     return {
         "source": produced.facts.json(),
+        "weights": produced.facts.identity.get("weights"),
         "prompt_file": asked.file,
         "prompts": len(asked.texts),
         "images_per_prompt": asked.images,
@@ -153,53 +165,20 @@ def write_summary(folder: Path, content: Mapping[str, Any]) -> Path:
     return folder / SUMMARY
 
 
-def _settle(folder: Path, facts: Facts, asked: Asked) -> None:
-    """Refuse a folder whose images were made by something else, or from another noise."""
-    wanted = json.loads(json.dumps({"identity": dict(facts.identity), "seed": asked.seed}))
-    path = folder / SETTINGS
-    with writing("the images", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        there = _json(path)
-        before = there.get("identity")
-        known = before if isinstance(before, dict) else {}
-        keys = [key for key in wanted["identity"] if known.get(key) != wanted["identity"][key]]
-        keys += ["seed"] if there.get("seed") != asked.seed else []
-        if keys:
-            raise RunError(
-                f"{folder} holds images of another source ({', '.join(keys)} differ); give an empty folder with --out"
-            )
-        return
-    write_atomic(path, json.dumps(wanted, indent=2) + "\n", "the settings")
-
-
-def _check_scorers(folder: Path, specs: Sequence[RewardConfig]) -> None:
-    """A scorer whose settings changed since its scores were written is refused; new ones are noted."""
-    path = folder / "scorers.json"
-    known = _json(path) if path.exists() else {}
-    now = {spec.label: spec.model_dump(mode="json", exclude={"device", "offload", "chunk"}) for spec in specs}
-    changed = [label for label, own in now.items() if known.get(label, own) != own]
-    if changed:
-        raise RunError(
-            f"{folder} holds scores of {changed[0]} with other settings ({known[changed[0]]}); "
-            f"delete its lines from {SCORES} and {path.name}, or give an empty folder with --out"
-        )
-    write_atomic(path, json.dumps(known | now, indent=2) + "\n", "the scorers")
-
-
 def _parts(places: Sequence[Place]) -> Iterator[Sequence[Place]]:
     for start in range(0, len(places), SCORED):
         yield places[start : start + SCORED]
 
 
-def _score_line(label: str, place: Place, value: float) -> dict[str, Any]:
-    written = None if math.isnan(value) else value
-    return {"scorer": label, "prompt": place.prompt, "image": place.image, "score": written}
+def _score_key(scorer: str, image: str, text: str, meta: Mapping[str, Any] | None) -> str:
+    """What a score depends on. scorer, image: their hashes; meta: what the scorer reads of it."""
+    return content_hash(scorer, image, text, json.dumps(meta, sort_keys=True))
 
 
-def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with writing("the scores", path), path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(dict(row)) + "\n" for row in rows))
+def _known_scores(path: Path) -> dict[str, float]:
+    """Scores by their key, NaN = not scored. Lines of older versions have no key and are left out."""
+    rows = _rows(path, _SCORE_KEYS)
+    return {row["key"]: math.nan if row["score"] is None else float(row["score"]) for row in rows if "key" in row}
 
 
 _Number = (int, float)
@@ -207,26 +186,10 @@ _SCORE_KEYS: Mapping[str, Any] = {"scorer": str, "prompt": int, "image": int, "s
 _TIMING_KEYS: Mapping[str, Any] = {"images": int, "seconds": _Number, "first": int}
 
 
-def _lines(path: Path, keys: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The whole lines of a jsonl file of rows {key: type}; a last line that a kill cut off is removed from it."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_atomic(path, whole, "the scores")
-    try:
-        rows = [json.loads(line) for line in whole.splitlines()]
-        wrong = [n for n, row in enumerate(rows, 1) if not all(isinstance(row[key], keys[key]) for key in keys)]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete the file, and its numbers are made again") from error
-    if wrong:
-        raise RunError(f"{path}, line {wrong[0]} is damaged; delete the file, and its numbers are made again")
-    return rows
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({error}); give an empty folder with --out") from error
+def _rows(path: Path, keys: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows {key: type} of a file that gdmd appends to. RunError that names a damaged line."""
+    numbered = numbered_jsonl(path, torn_tail=True) if path.exists() else []
+    for number, row in numbered:
+        if not all(isinstance(row.get(key, _MISSING), kind) for key, kind in keys.items()):
+            raise RunError(f"{path}, line {number} is damaged; delete the file, and its numbers are made again")
+    return [row for _, row in numbered]

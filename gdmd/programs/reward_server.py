@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gdmd.data.image_files import to_rgb
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from PIL.Image import Image
 
+    from gdmd.config.rewards import ImageReward
     from gdmd.types import Reward
 
 SHORTEST_TOKEN = 16
@@ -74,8 +76,13 @@ class Rates:
         times.append(now)
 
 
-def make_app(rewards: Mapping[str, Reward], token: str | None, limits: Limits = Limits()) -> FastAPI:  # noqa: B008
-    """The server of these rewards, by the names that clients use."""
+def make_app(
+    rewards: Mapping[str, Reward],
+    token: str | None,
+    limits: Limits = Limits(),  # noqa: B008
+    identities: Mapping[str, str] = MappingProxyType({}),
+) -> FastAPI:
+    """The server of these rewards, by the names that clients use. identities: ``scorers.scorer_identity`` of each."""
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
     from starlette.concurrency import run_in_threadpool
@@ -99,7 +106,8 @@ def make_app(rewards: Mapping[str, Reward], token: str | None, limits: Limits = 
         from gdmd import __version__
 
         admit(request)
-        return JSONResponse({"protocol": PROTOCOL, "gdmd": __version__, "rewards": sorted(rewards)})
+        own = {"rewards": sorted(rewards), "identities": dict(identities)}
+        return JSONResponse({"protocol": PROTOCOL, "gdmd": __version__, **own})
 
     async def score(request: Request) -> JSONResponse:
         admit(request)
@@ -205,18 +213,17 @@ def score_images(
     return scores
 
 
-def build(names: Sequence[str], device: str) -> dict[str, Reward]:
-    """Rewards from kinds and module:function targets, by the word they were asked for with."""
+def read_names(names: Sequence[str]) -> dict[str, ImageReward]:
+    """Configs of kinds and module:function targets, by the word they were asked for with."""
     from pydantic import TypeAdapter, ValidationError
 
     from gdmd.config.rewards import ImageReward
-    from gdmd.recipes.rewards import image_reward
 
-    found: dict[str, Reward] = {}
+    found: dict[str, ImageReward] = {}
     for name in names:
         spec = {"kind": "callable", "target": name} if ":" in name else {"kind": name}
         try:
-            found[name] = image_reward(TypeAdapter(ImageReward).validate_python(spec), device)
+            found[name] = TypeAdapter(ImageReward).validate_python(spec)
         except ValidationError as error:
             raise ValueError(f"reward {name!r}: {error.errors()[0]['msg']}; see gdmd rewards list") from None
     return found
@@ -243,6 +250,11 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise ValueError("serving needs fastapi and uvicorn; do: pip install 'gdmd[study]'") from error
-    app = make_app(build(names, device), token, limits)
+    from gdmd.programs.scorers import scorer_identity
+    from gdmd.recipes.rewards import image_reward
+
+    specs = read_names(names)
+    rewards = {name: image_reward(spec, device) for name, spec in specs.items()}
+    app = make_app(rewards, token, limits, {name: scorer_identity(spec) for name, spec in specs.items()})
     say(f"http://{host}:{port} serves {', '.join(names)}{'' if token else ' without a token'}")
     uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=30)

@@ -2,27 +2,60 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from gdmd import __version__
+from gdmd.config.rewards import (
+    AestheticReward,
+    CallableConfig,
+    ClipReward,
+    CompositeReward,
+    GenEvalReward,
+    HpsReward,
+    ImageRewardReward,
+    OcrConfig,
+    PickScoreReward,
+    RemoteReward,
+)
 from gdmd.config.run import RewardConfig, ShapesReward
 from gdmd.evaluation.shapes import HELDOUT
+from gdmd.io import content_hash, file_hash
 from gdmd.recipes.build import build_rewards
-from gdmd.rewards.callable import imported
+from gdmd.rewards.callable import imported, source_hash
 from gdmd.rewards.clip import ClipScore, image_embedding
 from gdmd.rewards.images import from_pil
 from gdmd.rewards.pretrained import PretrainedReward
+from gdmd.rewards.remote import RemoteScorer
 from gdmd.rewards.shapes import ShapesClip, ShapesScorer
+from gdmd.rewards.sources import (
+    CLIP_H,
+    CLIP_L,
+    DETECTOR,
+    OCR,
+    PICKSCORE,
+    Hub,
+    converted_folder,
+    place_of,
+    weights_content,
+)
+from gdmd.runs.assets import asset_path
 from gdmd.types import PromptBatch, Reward
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_SETTINGS = ("kind", "dtype", "tokens", "other_text", "target", "reward")
+"""Fields of a scorer's config that change its scores; what its paths hold is hashed."""
 SHAPES_KINDS = ("shapes_clip", "shapes_pref", HELDOUT)
 Features = Callable[[Sequence["Image"]], Tensor]
 """Images -> features [N, D]."""
@@ -65,6 +98,69 @@ def shapes_scorers() -> tuple[RewardConfig, ...]:
 def load_scorers(specs: Sequence[RewardConfig], device: str) -> dict[str, Reward]:
     """By label, in the given order."""
     return {spec.label: reward for spec, reward in zip(specs, build_rewards(specs, device), strict=True)}
+
+
+def scorer_identity(spec: RewardConfig) -> str:
+    """A hash of everything that changes a scorer's result: settings, content of its weights, source of a function.
+
+    Where that cannot be known (a hub branch that is not in the cache, an old server) the identity never equals itself.
+    RemoteError for a server that does not answer.
+    """
+    settings = {key: value for key, value in spec.model_dump(mode="json").items() if key in _SETTINGS}
+    return content_hash(__version__, json.dumps(settings, sort_keys=True), *_contents(spec))
+
+
+def _contents(spec: RewardConfig) -> list[str]:
+    """What lies behind the paths, hub ids, functions and servers of a scorer."""
+    match spec:
+        case ShapesReward():
+            return (
+                [] if spec.kind == "shapes_partial_credit" else [file_hash(Path(spec.asset or asset_path(spec.kind)))]
+            )
+        case ClipReward():
+            return [_content(spec.path, spec.revision, CLIP_L)]
+        case HpsReward() | ImageRewardReward():
+            return [weights_content(str(converted_folder(spec.kind, spec.path)))]
+        case PickScoreReward():
+            return [_content(spec.path, spec.revision, PICKSCORE), _content(spec.tokenizer, None, CLIP_H)]
+        case AestheticReward():
+            head = weights_content(str(converted_folder(spec.kind, spec.path)))
+            return [head, _content(spec.clip, spec.revision, CLIP_L)]
+        case GenEvalReward():
+            return detector_contents(spec.detector, spec.clip)
+        case OcrConfig():
+            return [source_hash(spec.reader) if spec.reader else _content(spec.path, spec.revision, OCR)]
+        case CallableConfig():
+            return [source_hash(spec.target)]
+        case RemoteReward():
+            served = RemoteScorer(spec, os.environ.get(spec.token_variable)).version().get("identities", {})
+            return [str(served.get(spec.reward) or secrets.token_hex())]
+        case CompositeReward():
+            return [f"{scorer_identity(p.reward)} {p.weight} {p.mean} {p.std}" for p in spec.parts]
+
+
+def detector_contents(detector: str | None, clip: str | None) -> list[str]:
+    """The weights of GenEval's detector and color classifier: folders or hub ids, None = the published ones."""
+    return [_content(detector, None, DETECTOR), _content(clip, None, CLIP_L)]
+
+
+def _content(given: str | None, revision: str | None, default: Hub) -> str:
+    place = place_of(given, revision, default)
+    return weights_content(place.where, place.revision)
+
+
+def reads_metadata(spec: RewardConfig) -> bool:
+    """Whether a scorer reads more of a prompt than its text."""
+    if isinstance(spec, CompositeReward):
+        return any(reads_metadata(part.reward) for part in spec.parts)
+    return isinstance(spec, GenEvalReward | RemoteReward)
+
+
+def may_fail(spec: RewardConfig) -> bool:
+    """Whether an image may be left without a score by a failure, not by its content: it is worth another try."""
+    if isinstance(spec, CompositeReward):
+        return any(may_fail(part.reward) for part in spec.parts)
+    return isinstance(spec, RemoteReward) and spec.on_failure == "skip"
 
 
 @torch.no_grad()

@@ -32,16 +32,16 @@ from gdmd.backbones.pipelines import (
     load_errors,
     read_index,
     require_diffusers,
-    snapshot,
 )
 from gdmd.backbones.tokens import fit_limits, readers_of
 from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
-from gdmd.io import RunError, weights_fingerprint
+from gdmd.io import RunError
 from gdmd.programs.source_schedulers import set_scheduler, step_arguments
-from gdmd.programs.sources import EXPORT_FILE, Facts, Place, to_images
+from gdmd.programs.sources import EXPORT_FILE, Facts, Place, device_name, to_images
+from gdmd.rewards.sources import weights_content
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,10 +50,18 @@ log = logging.getLogger(__name__)
 BINNING = "use_resolution_binning"
 """Argument of pipelines that replace the size asked for by one of a table, and scale the image back."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_UNKEYED = (
+    *(torch.normal, torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.bernoulli),
+    *(torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.random_, torch.Tensor.bernoulli_),
+)
+"""Draws that ``KeyedNoise`` cannot give to the images."""
+
+
+_OTHER = "use another scheduler, or draw its images by other means and evaluate the folder"
 
 
 class KeyedNoise(TorchFunctionMode):
-    """While it is entered, every ``torch.randn`` of a pipeline's batch gives the noises of its images.
+    """While it is entered, ``torch.randn`` and ``randn_like`` of a pipeline's batch give the noises of its images.
 
     Draw n of image k is that of ``SampleRng`` for (seed, key of k): n = 0 the initial latents, n >= 1 the re-noising, as
     in gdmd's own sampler. Pipelines draw for the batch (generator None) or image by image (each its own generator).
@@ -71,17 +79,23 @@ class KeyedNoise(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
-        if func is not torch.randn:
+        if func in _UNKEYED:
+            raise ValueError(f"a pipeline drew from torch.{func.__name__}, which cannot be keyed by image; {_OTHER}")
+        if func is torch.randn_like:
+            like = args[0] if args else given["input"]
+            given = {"device": like.device, "dtype": like.dtype, **given}
+            args = tuple(like.shape)
+        elif func is not torch.randn:
             return func(*args, **given)
         generator = given.get("generator")
-        shape = tuple(args[0] if args and isinstance(args[0], (tuple, list, torch.Size)) else args)
+        size = args or (given["size"],)
+        shape = tuple(size[0] if isinstance(size[0], (tuple, list, torch.Size)) else size)
         count = len(self._draws)
         alone = generator is not None and count > 1
-        rows = [self._place[id(generator)]] if alone else list(range(count))
-        if len(shape) < 2 or shape[0] != len(rows):
+        rows = [self._place.get(id(generator), -1)] if alone else list(range(count))
+        if len(shape) < 2 or shape[0] != len(rows) or -1 in rows:
             raise ValueError(
-                f"a pipeline drew noise of shape {list(shape)} for {count} images, which cannot be keyed by image; "
-                "use another scheduler"
+                f"a pipeline drew noise of shape {list(shape)} for {count} images, which cannot be keyed by image; {_OTHER}"
             )
         noise = torch.cat([self._noise(k, shape[1:]) for k in rows])
         return noise.to(device=given.get("device"), dtype=given.get("dtype"))
@@ -140,11 +154,21 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     arguments = {key: value for key, value in asked.items() if value is not None} | step_arguments(pipe, cfg)
     arguments |= {key: False for key in _unprocessed(pipe) if key == BINNING}
     beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "base"}
-    beside |= {"shift", "timesteps", "eta"} - cfg.model_fields_set  # folders made before there were these go on
+    beside |= {"shift", "timesteps", "eta"} - cfg.model_fields_set  # as in folders made before there were these
     settings = cfg.model_dump(mode="json", exclude=beside)
-    weights = {"weights": _fingerprint(cfg.where, cfg), "lora": _fingerprint(cfg.lora, cfg)}
-    identity = {"kind": "pipeline", **settings, **weights, **_unprocessed(pipe)}
-    facts = Facts(cfg.name, "pipeline", cfg.where, trained=cfg.trained or None, batch=cfg.batch or 4, identity=identity)
+    weights = {
+        "weights": weights_content(cfg.where, cfg.revision, cfg.variant),
+        "lora": cfg.lora and weights_content(cfg.lora),
+    }
+    facts = Facts(
+        name=cfg.name,
+        kind="pipeline",
+        where=cfg.where,
+        trained=cfg.trained or None,
+        batch=cfg.batch or 4,
+        device=device_name(pipe.device),
+        identity={"kind": "pipeline", **settings, **weights, **_unprocessed(pipe)},
+    )
     return PipelineSource(facts, pipe, arguments)
 
 
@@ -161,15 +185,17 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
     facts = read_export(folder)
     given = set(cfg.model_fields_set)
     own = cfg if "dtype" in given else cfg.model_copy(update={"dtype": facts["dtype"]})
+    base = None
     if facts["merged"]:
-        pipe, base = _load(own, cfg.where, facts["without"]), None
+        pipe = _load(own, cfg.where, facts["without"])
     else:
         revision = {key: facts.get(key) for key in ("revision", "variant") if key not in given and not cfg.base}
-        beneath = own.model_copy(update=revision | {"base": cfg.base or facts["base"]})
-        pipe, base = _load(beneath, beneath.base, facts["without"]), _fingerprint(beneath.base, beneath)
+        below, where = own.model_copy(update=revision), cfg.base or facts["base"]
+        pipe = _load(below, where, facts["without"])
+        base = weights_content(where, below.revision, below.variant)
         _add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0)
         pipe.scheduler = _from_folder(facts["scheduler"], folder / "scheduler")
-    weights = {"weights": _fingerprint(cfg.where, cfg), "base": base, **_unprocessed(pipe)}
+    weights = {"weights": weights_content(cfg.where), "base": base, **_unprocessed(pipe)}
     known = Facts(
         name=cfg.name,
         kind="export",
@@ -178,6 +204,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         step=facts["step"],
         trained=cfg.trained or tuple(facts["rewards"]),
         batch=cfg.batch or 4,
+        device=device_name(pipe.device),
         identity={"kind": "export", **weights, "dtype": own.dtype, "arguments": facts["arguments"]},
     )
     return PipelineSource(known, pipe, facts["arguments"])
@@ -297,15 +324,3 @@ def _from_folder(kind: str, folder: Path) -> Any:
     if kind not in ("LCMScheduler", "FlowMatchEulerDiscreteScheduler"):
         raise RunError(f"{folder.parent / EXPORT_FILE} names the scheduler {kind!r}; export the run again")
     return getattr(diffusers, kind).from_pretrained(folder)
-
-
-def _fingerprint(where: str | None, cfg: SourceConfig) -> str | None:
-    """Of local weights: a hash of their content; of a hub id: the id and its commit; of another LoRA: its name."""
-    place = Path(where) if where else None
-    if where is None or place is None:
-        return None
-    if place.exists():
-        return weights_fingerprint(place, cfg.variant)
-    if where != cfg.where and where != cfg.base:
-        return where
-    return f"{where}@{snapshot(where, cfg.revision, f'source {where!r}').name}"

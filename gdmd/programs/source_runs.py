@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,10 +14,11 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.sample import Sampler
+from gdmd.programs.contents import base_content, checkpoint_content
 from gdmd.programs.evaluate import image_batch, open_named
 from gdmd.programs.folders import TEACHERS
 from gdmd.programs.long_prompts import warn_of_lab
-from gdmd.programs.sources import Facts, Place, to_images
+from gdmd.programs.sources import Facts, Place, device_name, to_images
 from gdmd.recipes.build import Lab
 from gdmd.runs.rundir import config_hash
 from gdmd.shapes.grammar import tokenize
@@ -44,6 +46,7 @@ class RunSource:
 
             if message := checker_off(local_or_hub_index(recipe.model), recipe.model.path):
                 log.warning("%s", message)
+        device = next(iter(lab.roles.parameters("student").values())).device
         facts = Facts(
             name=cfg.name,
             kind="teacher" if teacher else "run",
@@ -53,11 +56,14 @@ class RunSource:
             step=None if teacher else step,
             trained=() if teacher else trained_rewards(recipe),
             batch=cfg.batch or image_batch(recipe),
+            device=device_name(device),
             identity={
                 "kind": "run",
                 "config": config_hash(recipe.model_dump(mode="json")),
                 "sampler": sampler.name,
                 "step": step,
+                "base": base_content(recipe.model),
+                "weights": None if teacher else checkpoint_content(Path(cfg.where), step),
             },
         )
         return cls(facts, lab, sampler)

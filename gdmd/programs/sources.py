@@ -7,7 +7,6 @@ shape. Nothing here imports torch before a source is opened.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -18,16 +17,19 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gdmd.config.sources import SourceConfig
 from gdmd.evaluation.image_folders import ImageRow, holds_images, read_image, read_images
-from gdmd.io import RunError
+from gdmd.io import RunError, write_atomic, writing
 from gdmd.programs.folders import TEACHERS
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from torch import Tensor
 
 Kind = Literal["teacher", "run", "export", "pipeline", "images"]
 EXPORT_FILE = "gdmd_export.json"
 """In an exported folder: what is needed to make images with it."""
+SETTINGS = "settings.json"
+"""Beside drawn images: what they were made with."""
 MOST_IMAGES = 4096
 """Per prompt; the number of an image is prompt x 4096 + image, so that more images never change the first ones."""
 
@@ -52,7 +54,8 @@ class Facts:
     """What is known of a source.
 
     nfe: network calls per image, where known. trained: labels of the rewards it was trained on; None = not known.
-    identity: everything its images depend on besides prompt and noise; a folder of images holds those of one identity.
+    device: what it runs on. identity: everything its images depend on besides prompt and noise; a folder of images holds
+    those of one identity.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Facts:
     step: int | None = None
     trained: tuple[str, ...] | None = None
     batch: int = 4
+    device: str = ""
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
@@ -157,9 +161,7 @@ class FolderSource:
 
     def __init__(self, cfg: SourceConfig) -> None:
         self.rows = read_images(Path(cfg.where))
-        files = [file for row in self.rows.values() for file in row.images]
-        stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        identity = {"kind": "images", "files": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()}
+        identity = {"kind": "images"}  # nothing is drawn; scores go by the content of the files
         trained = cfg.trained or None
         self.facts = Facts(cfg.name, "images", cfg.where, trained=trained, batch=cfg.batch or 16, identity=identity)
 
@@ -183,6 +185,49 @@ class FolderSource:
     def make(self, places: Sequence[Place], seed: int) -> list[Image]:
         """The images as they are; the seed of whoever made them is not known here."""
         return [read_image(self.row(place).images[place.image]) for place in places]
+
+
+def settle(folder: Path, facts: Facts, seed: int, home: Path) -> None:
+    """Note in FOLDER/settings.json what makes the images in ``home``. RunError where they are another source's."""
+    drawn = facts.kind != "images"
+    wanted = json.loads(json.dumps({"identity": dict(facts.identity), **({"seed": seed} if drawn else {})}))
+    path = folder / SETTINGS
+    with writing("the images", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        there = read_object(path)
+        keys = _differing(there.get("identity"), wanted["identity"])
+        keys += ["seed"] if drawn and there.get("seed") != seed else []
+        if keys:
+            raise RunError(
+                f"{folder} holds images of another source ({', '.join(keys)} differ); give an empty folder with --out"
+            )
+        return
+    if drawn and next(home.glob("*/samples/*.png"), None):
+        raise RunError(f"{home} holds images of an unknown source ({path} is missing); give an empty folder with --out")
+    write_atomic(path, json.dumps(wanted, indent=2) + "\n", "the settings", option="--out")
+
+
+def _differing(there: Any, wanted: Mapping[str, Any]) -> list[str]:
+    """Keys whose values differ; a missing key is as good as one without a value."""
+    known = there if isinstance(there, dict) else {}
+    both = [(key, known.get(key), wanted.get(key)) for key in dict.fromkeys((*wanted, *known))]
+    return [key for key, before, now in both if before != now and not (before in (None, []) and now in (None, []))]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that gdmd wrote. RunError for a damaged file."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} cannot be read ({error}); give an empty folder with --out") from error
+
+
+def device_name(device: torch.device) -> str:
+    """For times: those of two devices are not mixed."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def to_images(pixels: Tensor, name: str) -> list[Image]:

@@ -132,16 +132,23 @@ class PretrainedReward(ABC):
                 for start in range(0, len(images), step)
             ]
             scores = torch.cat(parts).float().to(images.device)
-        check_finite(self.name, scores, texts)
+            check_finite(self.name, scores, texts)
         return scores
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """The network on its device; back on the CPU where it offloads and no backward pass will need it."""
-        self.loaded.net.to(self.placement.device)
-        yield
-        if self.placement.offload and not torch.is_grad_enabled():
-            self.loaded.net.to("cpu")
+        """The network on its device; back on the CPU where it offloads and no backward pass will need it.
+
+        After an error none will.
+        """
+        needed = False
+        try:
+            self.loaded.net.to(self.placement.device)
+            yield
+            needed = torch.is_grad_enabled()
+        finally:
+            if self.placement.offload and not needed:
+                self.loaded.net.to("cpu")
 
     def _head(self, x: Tensor) -> Tensor:
         head = self.loaded.head

@@ -1,7 +1,7 @@
 """A reward that another machine computes: ``gdmd rewards serve`` there, this client here. JSON and PNG, never pickle.
 
     GET  /health           {"status": "ok"}
-    GET  /version          {"protocol": 1, "gdmd": "...", "rewards": ["clip", ...]}
+    GET  /version          {"protocol": 1, "gdmd": "...", "rewards": ["clip", ...], "identities": {"clip": hash, ...}}
     POST /score            {"protocol": 1, "reward": "clip", "prompts": [...], "meta": [...], "images": [base64 PNG, ...]}
                            -> {"protocol": 1, "reward": "clip", "scores": [number or null, ...]}; null = not scored
 

@@ -7,6 +7,8 @@ touches the network. No torch at import time: ``gdmd rewards list`` reads this f
 from __future__ import annotations
 
 import os
+import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 from gdmd.diffusion.prompt_length import Reader
+from gdmd.io import weights_fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,6 +132,23 @@ def place_of(given: str | None, revision: str | None, default: Hub) -> Place:
     return Place(given, revision or pinned, local=False)
 
 
+def weights_content(where: str, revision: str | None = None, variant: str | None = None) -> str:
+    """Which weights lie at a place: a hash of a local folder's or file's content, or ORG/NAME[/FILE]@COMMIT of the hub.
+
+    A branch whose commit the hub's cache does not hold never equals itself.
+    """
+    if Path(where).exists():
+        return weights_fingerprint(Path(where), variant)
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return f"{where}@{revision}"
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    repository = repo_folder_name(repo_id="/".join(where.split("/")[:2]), repo_type="model")
+    reference = Path(constants.HF_HUB_CACHE, repository, "refs", revision or "main")
+    return f"{where}@{reference.read_text(encoding='utf-8').strip() if reference.is_file() else secrets.token_hex()}"
+
+
 _shared: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()
 
 
@@ -141,8 +161,8 @@ def shared(key: tuple[object, ...], load: Callable[[], T]) -> T:
     return found
 
 
-def load_clip(place: Place, dtype: object) -> Any:
-    """``transformers.CLIPModel``, loaded once per place and dtype. ValueError for weights that cannot be read."""
+def load_clip(place: Place, key: object) -> Any:
+    """``transformers.CLIPModel``, loaded once per place and key (a ``Placement``). ValueError for unreadable weights."""
 
     def load() -> Any:
         from transformers import CLIPModel
@@ -151,7 +171,7 @@ def load_clip(place: Place, dtype: object) -> Any:
             place, lambda: CLIPModel.from_pretrained(place.where, use_safetensors=True, **place.arguments())
         )
 
-    return shared(("clip", place, dtype), load)
+    return shared(("clip", place, key), load)
 
 
 def load_detector(place: Place, key: object) -> Any:

@@ -26,10 +26,9 @@ from typing import Any
 
 import yaml
 
-from gdmd.io import RunError, write_atomic, writing
+from gdmd.io import RunError, append_jsonl, numbered_jsonl, write_atomic, writing
 
 PACKAGES = ("gdmd", "torch", "numpy", "pydantic", "safetensors")
-_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ class Run:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl; it survives kill -9 from the moment this returns."""
-        row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in values.items()}
-        with writing("the metrics", self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_jsonl(self.metrics, [{"step": step, **values}], "the metrics")
 
     def rewind(self, step: int) -> None:
         """Forget what was logged and drawn after ``step`` (and a torn last line): the run continues from there."""
@@ -69,8 +66,8 @@ class Run:
                     grid.unlink()
         if not self.metrics.exists():
             return
-        rows = [line for line, row in _metric_lines(self.metrics) if row["step"] <= step]
-        write_atomic(self.metrics, "".join(line + "\n" for line in rows), "the metrics")
+        rows = [row for row in _metric_rows(self.metrics) if row["step"] <= step]
+        write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in rows), "the metrics")
 
     def note_resume(self, step: int) -> None:
         """Write into run.json that the run was continued from ``step``, and with which versions."""
@@ -126,11 +123,11 @@ def open_run(path: Path) -> Run:
 
 def check_same_config(run: Run, config: Mapping[str, Any], allowed: Sequence[str] = ()) -> None:
     """Raise a RunError that names the keys in which ``config`` differs from the run's own, except ``allowed``."""
-    keys = [key for key in differing(run.config, _plain(config)) if key.split(":")[0] not in allowed]
-    if keys:
+    changes = [change for change in differing(run.config, _plain(config)) if change.key not in allowed]
+    if changes:
         raise RunError(
-            f"{run.path} holds a run of another configuration; it differs in {'; '.join(keys)} (there -> here). "
-            "Choose another folder with --run, or continue that run as it is with --resume."
+            f"{run.path} holds a run of another configuration; it differs in {'; '.join(map(str, changes))} "
+            "(there -> here). Choose another folder with --run, or continue that run as it is with --resume."
         )
 
 
@@ -139,8 +136,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     file = Path(path) / "metrics.jsonl"
     if not file.exists():
         return []
-    rows = [row for _, row in _metric_lines(file)]
-    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in _metric_rows(file)]
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -160,11 +156,33 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(_plain(config), sort_keys=True).encode()).hexdigest()
 
 
-def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The dotted keys whose values differ, as "loop.seed: 0 -> 1"; nothing stands for a key that one side lacks."""
+class Missing:
+    """The value of a key that one side lacks."""
+
+    def __str__(self) -> str:
+        return "nothing"
+
+
+MISSING = Missing()
+
+
+@dataclass(frozen=True)
+class Change:
+    """A dotted key whose value differs between two configurations; MISSING where one side lacks the key."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} -> {self.after}"
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """The keys whose values differ, in the order of ``old`` and then of ``new``."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
-    keys = [key for key in (before | after) if before.get(key, _MISSING) != after.get(key, _MISSING)]
-    return [f"{key}: {before.get(key, 'nothing')} -> {after.get(key, 'nothing')}" for key in keys]
+    changes = [Change(key, before.get(key, MISSING), after.get(key, MISSING)) for key in before | after]
+    return [change for change in changes if change.before != change.after]
 
 
 def versions() -> dict[str, str]:
@@ -216,21 +234,15 @@ def _refuse_foreign(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _metric_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(line, row) of each whole line; only the last line may be torn, anything else is damage."""
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise RunError(f"cannot read {file}: {error}. Check its permissions.") from error
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn, or empty
+def _metric_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows, each with a whole number as its step; a last line that a crash cut off is left out."""
+    rows = numbered_jsonl(file, torn_tail=True)
+    for number, row in rows:
         try:
-            row = json.loads(line)
             row["step"] = int(row["step"])
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            if number == len(lines) - 1:
-                return
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise RunError(f"{file}, line {number} is not a metrics row ({error}). Delete that line.") from error
-        yield line.decode(), row
+    return [row for _, row in rows]
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

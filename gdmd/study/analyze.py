@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from gdmd.config.study import Question
+from gdmd.io import finite_or_none
 from gdmd.study import statistics as stats
 from gdmd.study.nouns import Plan, Vote
 from gdmd.study.statistics import Interval
@@ -118,7 +119,7 @@ class Analysis:
 
     def json(self) -> dict[str, Any]:
         """For machines; what was not measured is null."""
-        found: dict[str, Any] = _without_nan(asdict(self))
+        found: dict[str, Any] = finite_or_none(asdict(self))
         return found
 
 
@@ -272,11 +273,3 @@ def _raters(plan: Plan, votes: Sequence[Vote], max_failed_checks: int) -> list[R
         used = len(checks) - passed <= max_failed_checks
         rows.append(RaterRow(rater, len(screens), passed, len(checks), seconds, used))
     return rows
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

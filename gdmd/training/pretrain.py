@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from gdmd.backbones.shapes_nets import ShapesDit, ShapesVae
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import FlowSchedule, expand, renoise
+from gdmd.io import content_hash
 from gdmd.runs.assets import load_asset, save_asset
 from gdmd.shapes.grammar import NULL, catalogue, draw_rows
 from gdmd.shapes.render import draw_scenes, render
@@ -29,7 +30,10 @@ CAPTION_DROPOUT = 0.1
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """One network to make: ``loss(step)`` draws its own batch and returns a scalar with gradient."""
+    """One network to make: ``loss(step)`` draws its own batch and returns a scalar with gradient.
+
+    reads: a hash of the network that the loss reads, if there is one.
+    """
 
     name: str
     module: nn.Module
@@ -41,6 +45,7 @@ class PretrainJob:
     ema: float = 0.999
     warmup: int = 100
     bf16: bool = False
+    reads: str | None = None
 
 
 def learning_rate(step: int, job: PretrainJob) -> float:
@@ -105,7 +110,7 @@ def fit(job: PretrainJob, target: Path, *, resume: bool = False, save_every: int
     part, start, state = target.with_suffix(".part"), 0, _Fit(job)
     if resume and part.exists():
         saved = load_asset(part)
-        mine = {"job": job.name, "seed": job.seed, "steps": job.steps}
+        mine = {"job": job.name, "seed": job.seed, "steps": job.steps, "reads": job.reads}
         found = {key: saved.metadata.get(key) for key in mine}
         if found != mine:
             raise ValueError(f"{part} is the state of {found}, not of {mine}; delete it or use its settings")
@@ -116,7 +121,7 @@ def fit(job: PretrainJob, target: Path, *, resume: bool = False, save_every: int
     for step in range(start, job.steps):
         yield step, state.step(step)
         if (step + 1) % save_every == 0 and step + 1 < job.steps:
-            facts = {"job": job.name, "steps": job.steps, "step": step + 1}
+            facts = {"job": job.name, "steps": job.steps, "step": step + 1, "reads": job.reads}
             save_asset(part, state.tensors(), command=command, seed=job.seed, metadata=facts)
     state.finish()
     facts = {"steps": job.steps, "seconds": round(time.monotonic() - began)}
@@ -170,4 +175,6 @@ def teacher_job(vae: ShapesVae, steps: int = 12000, seed: int = 2, batch: int = 
         words = torch.where(keep, tokens[rows], NULL)
         return F.mse_loss(dit(renoise(x0, t, eps, schedule), t, words), eps - x0)
 
-    return PretrainJob("teacher", dit, loss, lambda: None, steps, seed)
+    state = vae.state_dict()
+    reads = content_hash(*(part for name in state for part in (name, state[name].cpu().numpy().tobytes())))
+    return PretrainJob("teacher", dit, loss, lambda: None, steps, seed, reads=reads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -166,6 +167,18 @@ def test_report_measures_the_rows_that_are_missing(gdmd: Gdmd) -> None:
     first = Path("run/evaluation.json").read_text()
     assert gdmd("report", "run").code == 0
     assert Path("run/evaluation.json").read_text() == first, "stored rows are not measured again"
+    assert gdmd.train("--run", "other", "loop.seed=1").code == 0
+    shutil.rmtree("run/checkpoints")
+    shutil.copytree("other/checkpoints", "run/checkpoints")  # other weights at the same step
+    assert gdmd("report", "run").code == 0
+    again = json.loads(Path("run/evaluation.json").read_text())
+    *teachers, student = rows
+    assert again[student]["rewards"] != rows[student]["rewards"] and again[student]["step"] == rows[student]["step"]
+    assert [again[name] for name in teachers] == [rows[name] for name in teachers]
+    settings = Path("run/config.yaml")
+    settings.write_text(settings.read_text().replace("per_task: 1", "per_task: 2"))
+    assert gdmd("report", "run").code == 0
+    assert {row["images"] for row in json.loads(Path("run/evaluation.json").read_text()).values()} == {24}
 
 
 def test_the_demo_trains_both_students_measures_five_rows_and_prints_them_again_with_the_trained_scores_marked(

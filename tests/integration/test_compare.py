@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,3 +185,44 @@ def test_a_second_stage_begins_with_the_averaged_student_of_its_first(tmp_path: 
     same = {key: at_start[key] for key in ("shapeseval", "rewards", "fidelity")}
     assert same == {key: first[key] for key in same}
     assert same != {key: first["points"][0][key] for key in same}  # which began as the teacher
+
+
+STAGED = """  - {name: gdmd, kind: gdmd, start_from: again}
+  - {name: first, kind: rival, recipe: dmd, overrides: {loop.lr_fake: 1.0e+30, method.fake_updates: 1}}
+  - {name: again, kind: rival, recipe: dmd, overrides: {loop.lr_fake: 1.0e+30, method.fake_updates: 1}}
+  - {name: late, kind: rival, recipe: dmd, start_from: first}
+"""
+
+
+def test_a_comparison_whose_shared_first_stage_fails_ends(tmp_path: Path) -> None:
+    spec = tmp_path / "staged.yaml"
+    spec.write_text(SPEC[: SPEC.index("  - ")] + STAGED + SPEC[SPEC.index("evaluation:") :])
+    done = end(start(spec, tmp_path / "made", "--json"))
+    assert done.code == 1, done.err
+    failed = json.loads(done.out)["failed"]
+    assert failed["gdmd/3/updates"] == failed["late/3/updates"] == "its first stage failed"
+    assert "not finite" in failed.get("first/3/updates", failed.get("again/3/updates"))
+
+
+def test_a_cell_ends_when_the_comparison_that_started_it_is_gone(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / "job.json").write_text("{}")
+    with (tmp_path / "lock").open("w") as held:  # it waits for the lock, and would for ever
+        fcntl.flock(held, fcntl.LOCK_EX)
+        command = [sys.executable, "-m", "gdmd.programs.compare_job", str(tmp_path), str(gone.pid)]
+        cell = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert cell.wait(LIMIT) == -signal.SIGTERM
+
+
+def test_a_half_trained_cell_of_another_configuration_is_refused(tmp_path: Path, world: World) -> None:
+    cell = gdmd_cell(world.spec)
+    folder = Path(shutil.copytree(cell.folder(world.folder), cell.folder(tmp_path)))
+    (folder / "result.json").unlink()
+    config = folder / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("clip: 1.0", "clip: 2.0"))
+    message = "loop.clip: 2.0 -> 1.0"
+    probes = shutil.copytree(world.folder / "probes", tmp_path / "probes")
+    assert list(probes.iterdir()) and compare_job.main(folder) == compare_job.BAD_INPUT
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compare_job._student(cell.job, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,17 @@ from PIL import Image
 
 from gdmd.cli.app import main
 from gdmd.evaluation.geneval import read_metadata
-from gdmd.programs.geneval import generate, prompt_seed, score_folder, score_recorded, source_maker
+from gdmd.programs.geneval import (
+    generate,
+    generate_from,
+    prompt_seed,
+    score_folder,
+    score_recorded,
+    source_maker,
+)
 from gdmd.programs.sources import Facts
 from gdmd.rewards.geneval_detector import Detections
-from gdmd.rewards.geneval_rules import Found, Task, Wanted
+from gdmd.rewards.geneval_rules import Found, Task, Wanted, as_row
 
 TASKS = (
     Task("single_object", "a photo of a dog", (Wanted("dog", 1),)),
@@ -85,6 +93,51 @@ def test_a_scoring_that_is_stopped_goes_on_where_it_was_and_gives_the_scores_of_
     metadata = tmp_path / "all.jsonl"
     metadata.write_text("".join((tmp_path / f"{n:05d}" / "metadata.jsonl").read_text() for n in range(3)))
     assert score_recorded(record, metadata) == scores
+
+
+def test_detections_belong_to_image_prompt_and_detector(tmp_path: Path) -> None:
+    generate(make, TASKS, tmp_path, 2, seed=0)
+
+    def asked(by: str) -> int:
+        detector = OneDog()
+        score_folder(tmp_path, detector, AlwaysRed(), by=by)  # type: ignore[arg-type]
+        return detector.calls
+
+    assert [asked("one"), asked("one"), asked("two")] == [6, 0, 6]
+    image = tmp_path / "00001" / "samples" / "0001.png"
+    image.write_bytes((tmp_path / "00002" / "samples" / "0000.png").read_bytes())
+    metadata = tmp_path / "00000" / "metadata.jsonl"
+    metadata.write_text(json.dumps(as_row(TASKS[0]) | {"include": [{"class": "dog", "count": 2}]}) + "\n")
+    assert asked("two") == 1 + 2
+    lines = [json.loads(line) for line in (tmp_path / "detections.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and len({line["key"] for line in lines}) == 6
+    shutil.rmtree(tmp_path / "00002")
+    assert score_folder(tmp_path, OneDog(), AlwaysRed(), by="two")["overall"].images == 4  # type: ignore[arg-type]
+
+
+class Plain:
+    """A source of one color."""
+
+    def __init__(self, name: str) -> None:
+        self.facts = Facts(name, "pipeline", name, identity={"kind": "pipeline", "weights": name})
+
+    def check(self, texts: Any) -> None:
+        """Anything is a prompt."""
+
+    def make(self, places: Any, seed: int) -> list[Image.Image]:
+        return [Image.new("RGB", (4, 4), "red") for _ in places]
+
+
+def test_generated_images_of_another_source_or_seed_are_not_mixed(tmp_path: Path) -> None:
+    one, two = Plain("one"), Plain("two")
+    assert generate_from(one, TASKS[:1], tmp_path, 1, 0) == 1  # type: ignore[arg-type]
+    assert generate_from(one, TASKS, tmp_path, 2, 0) == 6  # type: ignore[arg-type]
+    for source, seed, what in ((two, 0, "weights"), (one, 1, "seed")):
+        with pytest.raises(ValueError, match=rf"another source \({what}"):
+            generate_from(source, TASKS, tmp_path, 2, seed)  # type: ignore[arg-type]
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match="unknown source"):
+        generate_from(one, TASKS, tmp_path, 2, 0)  # type: ignore[arg-type]
 
 
 def test_an_image_depends_on_its_seed_and_not_on_the_batch() -> None:
@@ -161,7 +214,7 @@ def test_recorded_detections_are_scored_from_the_command_line(gdmd: Any, tmp_pat
             ["eval", "geneval", "generate", "./x", "-o", "y", "--metadata", "m.jsonl"],
             "x is not a run folder, nor",
         ),
-        (["eval", "geneval", "generate", "x", "-o", "y", "--metadata", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["eval", "geneval", "generate", "x", "-o", "y", "--metadata", "none.jsonl"], "cannot read none.jsonl"),
     ],
 )
 def test_a_mistake_is_one_clear_message_and_a_run_is_still_the_default(

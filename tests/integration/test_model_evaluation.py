@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,11 @@ from torch import Tensor
 
 from gdmd.cli.app import main
 from gdmd.config.sources import read_source
+from gdmd.evaluation.preference import speed
 from gdmd.programs.compare_models import Wanted, compare, preference
-from gdmd.programs.scorers import read_scorer, read_scorers
+from gdmd.programs.geneval import images_key
+from gdmd.programs.scorers import read_scorer, read_scorers, scorer_identity
+from gdmd.runs.assets import asset_path, load_asset, save_asset
 
 SCORERS = ("test_model_evaluation:brightness", "test_model_evaluation:green")
 calls: list[int] = []
@@ -139,7 +145,7 @@ def test_shards_make_the_images_of_one_process(gdmd: Gdmd) -> None:
     assert "write K/N" in gdmd(*words, "x", "--shard", "2/2").err
 
 
-def test_a_folder_of_another_source_seed_prompt_or_scorer_is_refused(gdmd: Gdmd) -> None:
+def test_a_folder_of_another_source_seed_or_prompt_is_refused(gdmd: Gdmd) -> None:
     gdmd.train("--run", "run")
     asked = Wanted(per_task=1, images=1, limit=2, device="cpu")
     preference(read_source("run"), asked, Path("eval"), quiet)
@@ -150,10 +156,169 @@ def test_a_folder_of_another_source_seed_prompt_or_scorer_is_refused(gdmd: Gdmd)
     Path("p.txt").write_text("a red ring\ntwo squares\n")
     with pytest.raises(ValueError, match="00000 holds another prompt"):
         preference(read_source("run"), Wanted(prompts="p.txt", images=1, device="cpu"), Path("eval"), quiet)
-    line = {name: {"kind": "shapes_clip", "asset": "other"} for name in ("shapes_clip",)}
-    Path("eval/scorers.json").write_text(json.dumps(line))
-    with pytest.raises(ValueError, match="holds scores of shapes_clip with other settings"):
+    (Path("eval") / "settings.json").unlink()
+    with pytest.raises(ValueError, match="images of an unknown source"):
         preference(read_source("run"), asked, Path("eval"), quiet)
+
+
+def mean_of(source: Path, out: str = "eval", **changes: Any) -> float:
+    """The mean of the first scorer, asked into a folder that may hold earlier scores."""
+    row = preference(read_source(str(source)), settings(**{"scorers": SCORERS[:1], **changes}), Path(out), quiet)
+    return float(next(iter(row["scores"].values()))["mean"] * 255)
+
+
+def test_a_changed_prompt_file_or_image_is_scored_anew(gdmd: Gdmd) -> None:
+    a, _ = world(gdmd)
+    assert mean_of(a) == pytest.approx(612 / 6)
+    Path("prompts.txt").write_text("a dog\n")
+    assert mean_of(a) == pytest.approx(357 / 2) and sum(calls) == 6, "the images of this prompt had their scores"
+    Path("prompts.txt").write_text("a dog\na cat\n")
+    assert mean_of(a) == pytest.approx(408 / 4) and mean_of(a, images=1) == pytest.approx(153 / 2) and sum(calls) == 6
+    image = a / "00002" / "samples" / "0000.png"
+    before = image.stat()
+    Image.new("RGB", (8, 6), (3, 102, 0)).save(image)
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert image.stat().st_size == before.st_size
+    assert mean_of(a) == pytest.approx(258 / 4) and sum(calls) == 7
+    shutil.copytree(a, "moved")
+    assert mean_of(Path("moved")) == pytest.approx(258 / 4) and sum(calls) == 7, "the same images in another place"
+
+
+def test_the_same_images_under_other_prompts_are_scored_anew(gdmd: Gdmd) -> None:
+    a, _ = world(gdmd)
+    scored = {"scorers": SCORERS[1:], "prompts": "prompts.txt"}
+    assert mean_of(a, **scored) == pytest.approx(357 / 4)
+    file = a / "00001" / "metadata.jsonl"
+    file.write_text(json.dumps({"prompt": "a cow"}) + "\n")
+    Path("prompts.txt").write_text("a cat\na cow\na dog\n")
+    assert mean_of(a, **scored) == pytest.approx(459 / 6), "without the question mark its images get a score"
+
+
+@pytest.mark.parametrize(("reads", "again"), [(True, 6), (False, 0)])
+def test_metadata_counts_for_scorers_that_read_it(
+    gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch, reads: bool, again: int
+) -> None:
+    a, _ = world(gdmd)
+    texts = Path("prompts.txt").read_text().splitlines()
+    monkeypatch.setattr("gdmd.programs.preference.reads_metadata", lambda spec: reads)
+    for number in (1, 2):
+        calls.clear()
+        Path("p.jsonl").write_text("".join(json.dumps({"prompt": text, "id": number}) + "\n" for text in texts))
+        mean_of(a, prompts="p.jsonl")
+    assert sum(calls) == again
+
+
+def test_an_image_that_a_failure_left_without_a_score_is_tried_again(
+    gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _ = world(gdmd)
+    for fails, tried in ((False, []), (True, ["a: test_model_evaluation:green scored 2 images"])):
+        monkeypatch.setattr("gdmd.programs.preference.may_fail", lambda spec, fails=fails: fails)
+        mean_of(a, scorers=SCORERS[1:])
+        said: list[str] = []
+        preference(read_source(str(a)), settings(scorers=SCORERS[1:]), Path("eval"), said.append)
+        assert said == tried
+
+
+def test_lines_without_a_key_are_not_used(gdmd: Gdmd) -> None:
+    a, _ = world(gdmd)
+    Path("eval").mkdir()
+    Path("eval/scores.jsonl").write_text(
+        json.dumps({"scorer": SCORERS[0], "prompt": 0, "image": 0, "score": 9.0}) + "\n"
+    )
+    assert mean_of(a) == pytest.approx(612 / 6)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated"])
+def test_an_image_that_is_gone_is_named_and_not_remembered(gdmd: Gdmd, damage: str) -> None:
+    a, _ = world(gdmd)
+    mean_of(a)
+    image = a / "00002" / "samples" / "0001.png"
+    image.unlink() if damage == "deleted" else image.write_bytes(image.read_bytes()[:40])
+    with pytest.raises(ValueError, match="number 2 is wanted" if damage == "deleted" else "0001.png cannot be read"):
+        mean_of(a)
+
+
+def test_a_changed_function_or_a_module_that_it_imports_is_another_scorer(
+    gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _ = world(gdmd)
+    monkeypatch.syspath_prepend(str(gdmd.folder))
+    package = gdmd.folder / "scoring"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "shades.py").write_text(
+        "from scoring.scale import FACTOR\n\ndef red(images, prompts):\n    return images[:, 0].mean((1, 2)) * FACTOR\n"
+    )
+
+    def asked(scale: str, first: str = "") -> float:
+        (package / "scale.py").write_text(scale)
+        (package / "shades.py").write_text(first + (package / "shades.py").read_text())
+        for name in ("scoring", "scoring.shades", "scoring.scale"):
+            sys.modules.pop(name, None)
+        shutil.rmtree(package / "__pycache__", ignore_errors=True)
+        return mean_of(a, scorers=("scoring.shades:red",))
+
+    found = [asked("FACTOR = 1\n"), asked("FACTOR = 2\n"), asked("FACTOR = 1\n"), asked("FACTOR = 1\n", "# new\n")]
+    assert found == pytest.approx([102, 204, 102, 102])
+    lines = [json.loads(line) for line in Path("eval/scores.jsonl").read_text().splitlines()]
+    assert len(lines) == 18, "the third question was answered before, the fourth is another file"
+
+
+def test_a_scorer_is_its_settings_and_the_content_of_its_weights(gdmd: Gdmd, tmp_path: Path) -> None:
+    shipped = load_asset(asset_path("shapes_clip"))
+    place = save_asset(tmp_path / "scorer.safetensors", shipped.tensors, command="a copy", seed=0)
+    spec = read_scorer(f"shapes_clip,asset={place}")
+    first = scorer_identity(spec)
+    moved = shutil.copy(place, tmp_path / "moved.safetensors")
+    assert scorer_identity(read_scorer(f"shapes_clip,asset={moved}")) == first
+    save_asset(place, {key: value * 0.5 for key, value in shipped.tensors.items()}, command="a copy", seed=0)
+    assert scorer_identity(spec) != first
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for name in ("model.safetensors", "config.json", "vocab.txt"):
+        (folder / name).write_text("{}")
+    words = [f"clip,path={folder}", f"clip,path={folder},dtype=bf16", f"pickscore,path={folder}"]
+    known = [scorer_identity(read_scorer(word)) for word in words]
+    assert len(set(known)) == 3
+    assert scorer_identity(read_scorer(f"{words[0]},device=cuda:1,chunk=2,offload=true")) == known[0]
+    (folder / "vocab.txt").write_text("[]")
+    assert scorer_identity(read_scorer(words[0])) != known[0]
+
+
+def test_a_hub_branch_is_known_by_its_commit_and_else_equal_to_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    spec, pinned = read_scorer("clip,path=org/clip"), read_scorer(f"clip,path=org/clip,revision={'a' * 40}")
+    assert scorer_identity(spec) != scorer_identity(spec) and scorer_identity(pinned) == scorer_identity(pinned)
+    branch = tmp_path / "models--org--clip" / "refs" / "main"
+    branch.parent.mkdir(parents=True)
+    branch.write_text("a" * 40)
+    assert scorer_identity(spec) == scorer_identity(pinned)
+    branch.write_text("b" * 40)
+    assert scorer_identity(spec) != scorer_identity(pinned)
+
+
+def test_a_retrained_run_of_the_same_settings_and_step_is_another_source(gdmd: Gdmd) -> None:
+    gdmd.train("--run", "run")
+    gdmd.train("--run", "other", "loop.seed=1")
+    asked = Wanted(per_task=1, images=1, limit=2, device="cpu")
+    preference(read_source("run"), asked, Path("eval"), quiet)
+    preference(read_source("run"), asked, Path("eval"), quiet)
+    shutil.rmtree("run/checkpoints")
+    shutil.copytree("other/checkpoints", "run/checkpoints")
+    with pytest.raises(ValueError, match=r"another source \(weights differ"):
+        preference(read_source("run"), asked, Path("eval"), quiet)
+
+
+def test_times_of_two_batch_sizes_or_devices_are_not_mixed() -> None:
+    def row(images: int, seconds: float, batch: int, device: str = "cpu", first: int = 0) -> dict[str, Any]:
+        return {"images": images, "seconds": seconds, "first": first, "batch": batch, "device": device}
+
+    rows = [row(8, 80.0, 8, first=1), row(8, 8.0, 8), row(6, 6.0, 8), row(2, 8.0, 2), row(10, 1.0, 8, "a GPU")]
+    assert speed(rows) == 1.0 and speed(rows[3:]) == 0.1 and speed(rows[:1]) is None
 
 
 def test_a_comparison_pairs_the_images_and_its_page_is_closed(gdmd: Gdmd) -> None:
@@ -234,10 +399,15 @@ def test_pipelines_are_compared_with_their_speed_and_geneval_beside_them(gdmd: G
     found = content["rows"]["2"]
     assert found["seconds_per_image"] > 0 and found["against_first"][SCORERS[0]]["mean"] != 0
     scores = {"scores": {"overall": {"value": 0.5, "low": 0.25, "high": 0.75}}}
-    Path("eval/2/images/geneval.json").write_text(json.dumps(scores))
+    images = Path("eval/2/images")
+    (images / "geneval.json").write_text(json.dumps(scores | {"images": images_key(images)}))
     compare(sources, wanted, Path("eval"), quiet)
     page = Path("eval/compare.html").read_text()
     assert "GenEval (HF detector) overall" in page and "0.5000 [0.2500, 0.7500]" in page
+    (images / "geneval.json").write_text(json.dumps(scores | {"images": "of another time"}))
+    said: list[str] = []
+    assert compare(sources, wanted, Path("eval"), said.append)["rows"]["2"]["geneval"] is None
+    assert any("holds scores of other images" in line for line in said)
     other = read_source(f"1={place},dtype=fp32,steps=3,height=32,width=32")
     with pytest.raises(ValueError, match="another source .*steps"):
         preference(other, wanted, Path("eval/1"), quiet)
@@ -246,8 +416,8 @@ def test_pipelines_are_compared_with_their_speed_and_geneval_beside_them(gdmd: G
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("scores.jsonl", '{"scorer": "x"}\n', "scores.jsonl is damaged"),
-        ("scores.jsonl", "[]\n", "scores.jsonl is damaged"),
+        ("scores.jsonl", '{"scorer": "x"}\n', "scores.jsonl, line 1 is damaged"),
+        ("scores.jsonl", "[]\n", "scores.jsonl, line 1: expected a JSON object"),
         (
             "scores.jsonl",
             '{"scorer": "x", "prompt": 0, "image": 0, "score": "high"}\n',
@@ -255,7 +425,6 @@ def test_pipelines_are_compared_with_their_speed_and_geneval_beside_them(gdmd: G
         ),
         ("settings.json", "[1, 2]", "settings.json cannot be read"),
         ("settings.json", '{"identity": 3, "seed": 777}', "images of another source"),
-        ("scorers.json", "{", "scorers.json cannot be read"),
     ],
 )
 def test_damaged_files_of_an_evaluation_are_named(gdmd: Gdmd, name: str, content: str, message: str) -> None:

@@ -50,6 +50,14 @@ def test_the_state_of_another_job_is_refused(tmp_path: Path) -> None:
         list(fit(vae_job(steps=4, seed=4, batch=4), target, resume=True))
 
 
+def test_a_teacher_does_not_continue_on_the_latents_of_another_vae(tmp_path: Path) -> None:
+    target = tmp_path / "teacher.safetensors"
+    list(islice(fit(_teacher_job(), target, save_every=1), 3))
+    other = teacher_job(ShapesVae().eval().requires_grad_(False), steps=4, seed=3, batch=4)
+    with pytest.raises(ValueError, match="reads"):
+        list(fit(other, target, resume=True))
+
+
 def test_training_reduces_the_loss_of_the_vae(tmp_path: Path) -> None:
     losses = [float(loss) for _, loss in fit(vae_job(steps=12, seed=0, batch=8), tmp_path / "net.safetensors")]
     assert losses[-1] < 0.8 * losses[0]

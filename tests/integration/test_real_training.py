@@ -17,7 +17,7 @@ import tiny_pipelines as tiny
 from diffusers import AutoencoderKL, AutoencoderTiny
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
@@ -250,6 +250,11 @@ def test_a_run_says_once_what_its_tiny_decoder_does_to_each_reward_and_so_does_t
     export_run(run)
     card = (run / "export" / "README.md").read_text()
     assert "| rewards seen through | taesd; " in card and f"{row['difference']:+.4g} on 2 images" in card
+    weights = next((tmp_path / "taesd").glob("*.safetensors"))
+    save_file({name: 0.5 * value for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    check_decoder(cfg, build(cfg, "cpu"), run, Console(file=said))
+    (again,) = json.loads(file.read_text())["rewards"]
+    assert again["rough"] != row["rough"] and again["full"] == pytest.approx(row["full"])
 
 
 def test_rewards_of_the_shapes_world_are_refused(folders: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from cli_world import Gdmd, make_assets
 
 from gdmd.cli.app import main
 from gdmd.config.sources import read_source, read_sources
-from gdmd.programs.sources import Source, kind_of, open_source, places_of
+from gdmd.programs.sources import Facts, Source, kind_of, open_source, places_of, settle
 from gdmd.rewards.images import from_pil
 
 DAMAGED = (
@@ -137,8 +140,6 @@ def pipeline(folders: Path, name: str) -> Path:
 
 def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[Any, Path]:
     """A student that left its teacher: its lab, and its export without a training run."""
-    import json
-
     import tiny_pipelines as tiny
 
     from gdmd.backbones.pipelines import open_family
@@ -170,7 +171,6 @@ def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[An
 def test_an_export_makes_the_images_of_its_run(folders: Path, tmp_path: Path, name: str) -> None:
     from gdmd.programs.evaluate import student_row
     from gdmd.programs.source_runs import RunSource
-    from gdmd.programs.sources import Facts
 
     pipeline(folders, name)
     (cfg, lab), folder = exported(folders, name, tmp_path / "export")
@@ -187,7 +187,6 @@ def test_a_student_without_t5_is_exported_and_described_without_it(folders: Path
     from gdmd.export.card import model_card
     from gdmd.programs.evaluate import student_row
     from gdmd.programs.source_runs import RunSource
-    from gdmd.programs.sources import Facts
 
     (cfg, lab), folder = exported(folders, "sd3", tmp_path / "export", t5=False)
     source: Any = open_source(read_source(str(folder)))
@@ -305,6 +304,97 @@ def test_images_that_are_not_finite_are_an_error(folders: Path) -> None:
         source.make(places_of(CAPTIONS[:1], 1), 0)
 
 
+def scaled(file: Path) -> None:
+    """Other weights under the same names, in the same number of bytes."""
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: 0.5 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("changed", ["base", "lora"])
+def test_an_export_on_another_base_or_with_another_lora_is_another_source(
+    folders: Path, tmp_path: Path, changed: str
+) -> None:
+    base = Path(shutil.copytree(pipeline(folders, "sd3"), tmp_path / "base"))
+    _, folder = exported(folders, "sd3", tmp_path / "export")
+
+    def identity() -> Any:
+        return open_source(read_source(f"{folder},base={base}")).facts.identity
+
+    first = identity()
+    assert identity() == first
+    moved = Path(shutil.move(base, tmp_path / "moved"))
+    base = moved
+    assert identity() == first, "the same weights in another place"
+    scaled(
+        next((base / "transformer").glob("*.safetensors")) if changed == "base" else next(folder.glob("*.safetensors"))
+    )
+    assert identity() != first
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "keys"),
+    [
+        ({"steps": 4}, {"steps": 8}, ["steps"]),
+        ({"steps": 4, "shift": 3.0}, {"steps": 4}, ["shift"]),  # a setting that is no longer given
+        ({"steps": 4}, {"steps": 4, "shift": 3.0}, ["shift"]),
+        ({"guidance": None}, {"guidance": 0.0}, ["guidance"]),  # the pipeline's default is not 0
+        ({"guidance": None, "timesteps": []}, {}, []),
+    ],
+)
+def test_a_folder_of_drawn_images_knows_every_setting(
+    tmp_path: Path, before: dict[str, Any], now: dict[str, Any], keys: list[str]
+) -> None:
+    settle(tmp_path, Facts("x", "pipeline", "x", identity=before), 0, tmp_path)
+    facts = Facts("x", "pipeline", "x", identity=now)
+    if not keys:
+        settle(tmp_path, facts, 0, tmp_path)
+        return
+    with pytest.raises(ValueError, match=f"{keys[0]} differ"):
+        settle(tmp_path, facts, 0, tmp_path)
+
+
+class Drawing:
+    """A pipeline whose images are its noise."""
+
+    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.draw = draw
+
+    def __call__(self, prompt: list[str], **given: Any) -> Any:
+        noise = self.draw(torch.zeros(len(prompt), 3, 4, 4))
+        return SimpleNamespace(images=noise.sigmoid())
+
+
+def drawing(draw: Callable[[torch.Tensor], torch.Tensor]) -> Source:
+    pytest.importorskip("diffusers")
+    from gdmd.programs.source_pipelines import PipelineSource
+
+    return PipelineSource(Facts("x", "pipeline", "x"), Drawing(draw), {})
+
+
+def test_randn_like_is_keyed_by_image_too() -> None:
+    source, same = drawing(torch.randn_like), drawing(lambda like: torch.randn(like.shape))
+    together = pixels(source, CAPTIONS)
+    assert torch.equal(pixels(source, CAPTIONS, batch=1), together) and torch.equal(pixels(same, CAPTIONS), together)
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda like: torch.normal(0.0, 1.0, like.shape),
+        lambda like: like.clone().normal_(),
+        torch.rand_like,
+        lambda like: torch.rand(like.shape),
+        lambda like: torch.randn_like(like[0]),
+        lambda like: torch.randn(like.shape, generator=torch.Generator()),
+    ],
+)
+def test_noise_that_cannot_be_keyed_by_image_is_an_error(draw: Any) -> None:
+    with pytest.raises(ValueError, match="cannot be keyed by image"):
+        pixels(drawing(draw), CAPTIONS)
+
+
 # ---------------------------------------------------------------- a run, its evaluation and its export
 
 
@@ -359,6 +449,10 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
     card = Path("run/export/README.md").read_text()
     assert "| test_model_evaluation:brightness |" in card and "| unseen |" in card
     assert "2 prompts of prompts.txt, 2 images each" in card and "license: other" in card
+    measured = Path("run/preference/preference.json")
+    measured.write_text(json.dumps(json.loads(measured.read_text()) | {"weights": "of a run before"}))
+    assert gdmd("export", "run", "-o", "after").code == 0
+    assert "Not evaluated" in Path("after/README.md").read_text()
     assert "| base model |" in card and "SHA-256" in card and "`gdmd train" not in card.split("## Metrics")[1]
     assert "Distilled by DMD (arXiv 2311.18828) with the gdmd library" in card and "| student updates | 2 |" in card
     for what, name in (("run", "a.png"), ("run/export", "b.png")):

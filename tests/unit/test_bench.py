@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +134,16 @@ def test_measuring_leaves_the_method_its_scorer_and_no_hooks() -> None:
     assert all(
         torch.equal(before[k], v) and v.grad is None for k, v in measured.lab.roles.parameters("student").items()
     )
+
+
+def test_a_scorer_is_recorded_whatever_the_method_calls_it() -> None:
+    lab = tiny().lab
+    prompts = lab.stream.at(0)
+    method: Any = SimpleNamespace(judge=lab.method.scorer)
+    with recorded(method, []) as calls:
+        method.judge(torch.zeros(len(prompts), *lab.latent_shape), prompts)
+    assert [call.who for call in calls][0] == "decoder" and all(call.scoring for call in calls) and len(calls) > 1
+    assert method.judge is lab.method.scorer
 
 
 def test_waiting_for_the_gpu_is_counted_by_the_line_that_waits() -> None:

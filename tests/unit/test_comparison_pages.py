@@ -14,7 +14,7 @@ from gdmd.evaluation.comparison_tables import OVERALL, Results, Row, against_hea
 from gdmd.io import RunError
 from gdmd.programs.compare import Outcome
 from gdmd.programs.compare_pages import beginning, results_of, summary, write_pages
-from gdmd.programs.compare_plan import Cell, line_of, plan, shown_cells
+from gdmd.programs.compare_plan import Cell, line_of, pictures_key, plan, shown_cells
 from gdmd.recipes.read_comparison import Comparison, read_comparison
 from gdmd.shapes.grammar import TASKS
 
@@ -78,7 +78,8 @@ def test_a_page_holds_every_table_and_figure(smoke: Comparison, tmp_path: Path) 
     write_table(smoke, tmp_path)
     panel = {"title": "GDMD", "points": [[0.1, 0.2, "#d62728", "o", True], [0.0, 0.1, "#1f4fd6", "s", False]]}
     panel |= {"spread": 0.3, "diversity": 0.2, "outliers": 0.5}
-    (tmp_path / "pictures.json").write_text(json.dumps({"cells": [], "panels": [panel, panel]}))
+    pictures = {"key": pictures_key(smoke, tmp_path), "panels": [panel, panel]}
+    (tmp_path / "pictures.json").write_text(json.dumps(pictures))
     page = write_pages(smoke, "smoke", tmp_path, required=True)
     assert page is not None
     text = page.read_text()
@@ -103,6 +104,47 @@ def test_a_page_holds_every_table_and_figure(smoke: Comparison, tmp_path: Path) 
         content = (tmp_path / "figures" / name).read_bytes()
         width, height = struct.unpack(">II", content[16:24])
         assert content.startswith(b"\x89PNG") and width > 500 and height > 250 and len(content) < 300_000
+
+
+def test_images_of_other_cells_or_settings_are_not_shown(smoke: Comparison, tmp_path: Path) -> None:
+    write_table(smoke, tmp_path)
+    panel = {
+        "title": "GDMD",
+        "points": [[0.1, 0.2, "#d62728", "o", True]],
+        "spread": 0.3,
+        "diversity": 0,
+        "outliers": 0,
+    }
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    for name in ("fig6_grid.png", "fig3_features.png"):
+        (figures / name).write_bytes(b"of another time")
+    for key, shown in ((pictures_key(smoke, tmp_path), True), ("another", False), (None, False)):
+        (tmp_path / "pictures.json").write_text(json.dumps({"panels": [panel]} | ({"key": key} if key else {})))
+        page = write_pages(smoke, "smoke", tmp_path, required=True)
+        assert page is not None and ("fig6_grid.png" in page.read_text()) == shown
+        assert ("fig3_features.png" in page.read_text()) == shown
+
+
+def test_what_the_images_of_the_figures_depend_on(smoke: Comparison, tmp_path: Path) -> None:
+    cell = next(cell for cell in plan(smoke) if cell in shown_cells_when_finished(smoke, tmp_path))
+    first = pictures_key(smoke, tmp_path)
+    assert pictures_key(smoke, tmp_path) == first
+    result = cell.folder(tmp_path) / "result.json"
+    result.write_text('{"seconds": 2}')  # trained again
+    assert pictures_key(smoke, tmp_path) != first
+    result.write_text("{}")
+    changed = smoke.spec.pictures.model_copy(update={"captions": smoke.spec.pictures.captions + 1})
+    other = Comparison(smoke.spec.model_copy(update={"pictures": changed}), smoke.recipes)
+    assert pictures_key(smoke, tmp_path) == first != pictures_key(other, tmp_path)
+
+
+def shown_cells_when_finished(comparison: Comparison, folder: Path) -> list[Cell]:
+    """The cells whose images are shown, all with a result."""
+    for cell in plan(comparison):
+        cell.folder(folder).mkdir(parents=True, exist_ok=True)
+        (cell.folder(folder) / "result.json").write_text("{}")
+    return shown_cells(comparison, folder)
 
 
 def test_a_line_has_the_public_fields(smoke: Comparison) -> None:

@@ -14,7 +14,8 @@ import yaml
 from gdmd.config.load import ConfigError
 from gdmd.config.rewardless import without_rewards
 from gdmd.io import RunError
-from gdmd.programs.compare import run_comparison
+from gdmd.programs import compare_plan
+from gdmd.programs.compare import Table, run_comparison
 from gdmd.programs.compare_pages import other_seeds
 from gdmd.programs.compare_plan import chosen, outdated, plan, read_table, unique
 from gdmd.recipes.read_comparison import COMPARISONS, Comparison, comparison_names, read_comparison
@@ -179,6 +180,53 @@ def test_cells_made_with_another_default_are_found(tmp_path: Path) -> None:
         run_comparison(comparison(tmp_path), "mine.yaml", tmp_path, 1, ["gdmd"], print)
 
 
+def test_values_that_read_like_the_words_of_a_message_are_values(tmp_path: Path) -> None:
+    cell = plan(comparison(tmp_path))[0]
+    folder = cell.folder(tmp_path)
+    folder.mkdir(parents=True)
+    for stored, found in (
+        ({"split": "nothing"}, ["split: nothing"]),
+        ({"split": "a -> b"}, ["split: a -> b -> "]),
+        ({"recipe": {"name": "x"}}, []),
+    ):
+        (folder / "job.json").write_text(json.dumps(stored))
+        said = outdated([cell], tmp_path)
+        assert len(said) == len(found) and all(part in line for part, line in zip(found, said, strict=True))
+
+
+def test_other_files_under_the_same_names_make_other_cells_or_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tmp_path / "teacher.safetensors"
+    teacher.write_bytes(b"one")
+    text = HEAD + f"overrides: {{model.teacher: {teacher}}}\n" + ROWS
+    hashes = []
+    for content in (b"one", b"two", b"one"):
+        teacher.write_bytes(content)
+        os.utime(teacher, ns=(0, len(hashes)))
+        hashes.append({cell.place: cell.hash for cell in plan(comparison(tmp_path, text))})
+    assert hashes[0] == hashes[2] and all(hashes[0][place] != hashes[1][place] for place in hashes[0])
+    shipped = plan(comparison(tmp_path))[0]
+    shipped.folder(tmp_path).mkdir(parents=True)
+    (shipped.folder(tmp_path) / "job.json").write_text(json.dumps(shipped.job))
+    assert outdated([shipped], tmp_path) == []
+    monkeypatch.setattr(compare_plan, "asset_path", lambda name: teacher)
+    later = plan(comparison(tmp_path))[0]
+    assert later.hash == shipped.hash and "contents.shapes_vae" in outdated([later], tmp_path)[0]
+
+
+def test_the_line_of_a_cell_that_was_made_again_is_replaced(tmp_path: Path) -> None:
+    cells = plan(comparison(tmp_path))[:2]
+    for score in (0.25, 0.5):
+        table = Table(tmp_path, "mine.yaml")
+        for cell in cells:
+            cell.folder(tmp_path).mkdir(parents=True, exist_ok=True)
+            result = {"shapeseval": score if cell is cells[0] else 0.125}
+            (cell.folder(tmp_path) / "result.json").write_text(json.dumps(result))
+            table.add(cell)
+    assert [row["shapeseval"] for row in read_table(tmp_path / "table.jsonl")] == [0.5, 0.125]
+
+
 def test_the_reference_row_has_one_training_for_both_budgets(tmp_path: Path) -> None:
     cells = {cell.place: cell for cell in plan(comparison(tmp_path))}
     assert cells["gdmd/0/passes"].hash == cells["gdmd/0/updates"].hash
@@ -208,7 +256,10 @@ def test_a_torn_last_line_is_left_out_and_damage_is_an_error(tmp_path: Path) -> 
     path.write_text(line + line[:20])
     assert len(read_table(path)) == 1
     path.write_text(line[:20] + "\n" + line)
-    with pytest.raises(ValueError, match="line 1 is no line of a comparison"):
+    with pytest.raises(ValueError, match="line 1: "):
+        read_table(path)
+    path.write_text('{"method": "dmd"}\n' + line)
+    with pytest.raises(ValueError, match="line 1 is not a line of a comparison"):
         read_table(path)
 
 

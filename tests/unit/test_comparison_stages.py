@@ -129,6 +129,58 @@ def test_second_stages_wait_for_their_first_and_fail_with_it(
     assert {place for place, why in outcome.failed.items() if why == "its first stage failed"} == own
 
 
+SHARED = """name: shared
+base: shapes_smoke
+student_updates: 4
+seeds: [0]
+budgets: [updates]
+rows:
+  - {name: gdmd, kind: gdmd, start_from: again}
+  - {name: first, kind: rival, recipe: dmd, student_updates: 7}
+  - {name: again, kind: rival, recipe: dmd, student_updates: 7}
+  - {name: late, kind: rival, recipe: dmd, start_from: first}
+"""
+
+
+def test_a_failing_first_stage_that_two_rows_share_fails_both_second_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = comparison(tmp_path, SHARED)
+    cells = {cell.method: cell for cell in plan(mine)}
+    assert cells["first"].hash == cells["again"].hash
+    monkeypatch.setattr(
+        compare, "_worker", lambda module, folder, log: Worker(folder, fails=folder.name == cells["first"].hash)
+    )
+    monkeypatch.setattr(compare, "_pictured", lambda *_: True)
+    monkeypatch.setattr(compare, "POLL", 0.0)
+    outcome = run_comparison(mine, "mine.yaml", tmp_path / "made", 3, [], _silent)
+    waited = {place for place, why in outcome.failed.items() if why == "its first stage failed"}
+    assert waited == {"gdmd/0/updates", "late/0/updates"} and outcome.exit_code == 1
+
+
+def test_a_second_stage_whose_first_left_no_result_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = comparison(tmp_path, SHARED)
+    first = next(cell for cell in plan(mine) if cell.method == "first")
+
+    def worker(module: str, folder: Path, log: Any) -> Worker:
+        done = Worker(folder, fails=False)
+        if folder.name == first.hash:
+            monkeypatch.setattr(compare.Table, "add", lambda self, cell: _gone(folder))
+        return done
+
+    monkeypatch.setattr(compare, "_worker", worker)
+    monkeypatch.setattr(compare, "_pictured", lambda *_: True)
+    monkeypatch.setattr(compare, "POLL", 0.0)
+    outcome = run_comparison(mine, "mine.yaml", tmp_path / "made", 1, ["gdmd", "late"], _silent)
+    assert set(outcome.failed.values()) == {"its first stage has no result"}
+
+
+def _gone(folder: Path) -> dict[str, float]:
+    """Somebody deletes the result while the others wait for it."""
+    (folder / "result.json").unlink(missing_ok=True)
+    return {"shapeseval": 0.5}
+
+
 def _silent(message: str) -> None:
     del message
 

@@ -221,9 +221,14 @@ def test_metadata_survive_the_official_format_and_mistakes_name_file_line_and_fi
     for message, row in cases.items():
         with pytest.raises(ValueError, match=message):
             read_task(row, "file, line 1")
-    path.write_text("{}\nnot json\n")
-    with pytest.raises(ValueError, match="line 1: not GenEval metadata"):
-        read_metadata(path)
+    for text, message in (
+        ("{}\n", "line 1: not GenEval metadata"),
+        (path.read_text() + '{"tag": "col', "line 19"),
+        ("\n", "is empty"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_metadata(path)
 
 
 def test_a_folder_in_the_official_layout_is_read_in_order_and_gaps_are_errors(tmp_path: Path) -> None:

@@ -334,11 +334,13 @@ def test_an_open_address_needs_a_token_and_a_long_one() -> None:
         serve(["math:sqrt"], "0.0.0.0", 0, "cpu", "short", Limits(), print)
 
 
-def test_client_and_server_understand_each_other_over_a_real_socket() -> None:
+def test_client_and_server_understand_each_other_over_a_real_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     uvicorn = pytest.importorskip("uvicorn")
-    from gdmd.programs.reward_server import make_app
+    from gdmd.programs.reward_server import Limits, make_app
+    from gdmd.programs.scorers import scorer_identity
 
-    app = make_app({"bright": CallableReward(brightness, "bright")}, TOKEN)
+    served = {"bright": "one"}
+    app = make_app({"bright": CallableReward(brightness, "bright")}, TOKEN, Limits(), served)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -349,6 +351,13 @@ def test_client_and_server_understand_each_other_over_a_real_socket() -> None:
     try:
         reward = client(url, TOKEN, timeout_s=10)
         assert reward.version()["rewards"] == ["bright"]
+        monkeypatch.setenv(reward.cfg.token_variable, TOKEN)
+        first = scorer_identity(reward.cfg)
+        assert scorer_identity(reward.cfg) == first
+        served["bright"] = "two"  # the server was started again with other weights
+        assert scorer_identity(reward.cfg) != first
+        del served["bright"]  # an older server: it cannot be known what it scores with
+        assert scorer_identity(reward.cfg) != scorer_identity(reward.cfg)
         torch.testing.assert_close(reward.score(pictures(), batch_of()), expected(pictures()))
         white = reward.score(torch.ones(1, 3, 4, 4), batch_of(1))
         assert math.isnan(float(white))

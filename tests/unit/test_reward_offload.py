@@ -76,6 +76,21 @@ def test_it_stays_for_its_backward_pass_and_leaves_after_the_next_call_without()
     assert moves[1:] == [f"r {AWAY}", f"r {HOME}"]
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("broken", ["network", "score"])
+def test_it_leaves_after_an_error(broken: str, gradient: bool) -> None:
+    moves: list[str] = []
+    reward = small("r", moves, offload=True)
+    layer = reward.loaded.net.layer
+    if broken == "network":
+        reward.loaded.net.layer = nn.Linear(1, 1)
+    else:
+        layer.weight.data.fill_(torch.nan)
+    with torch.set_grad_enabled(gradient), pytest.raises((RuntimeError, ValueError)):
+        reward.score(images(), PROMPTS)
+    assert moves == [f"r {AWAY}", f"r {HOME}"]
+
+
 def test_the_parts_of_a_composite_are_never_there_together() -> None:
     moves: list[str] = []
     both = Composite([Part(small(name, moves, offload=True)) for name in ("one", "two")])

@@ -141,7 +141,7 @@ def test_metrics_come_back_in_order_and_what_was_not_scored_is_nan(tmp_path: Pat
     assert second == {"step": 2, "loss/student": 0.25, "reward/sample": 1.0}
 
 
-@pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4}', "\0\0\0\n", '{"ste\n'])
+@pytest.mark.parametrize("torn", ['{"step": 4, "lo', "\0\0\0", '{"ste'])
 def test_a_torn_last_line_and_lines_beyond_the_resumed_step_are_dropped(tmp_path: Path, torn: str) -> None:
     run = rundir.create(tmp_path, CONFIG)
     for step in (1, 2, 3):
@@ -163,9 +163,17 @@ def test_a_torn_last_line_and_lines_beyond_the_resumed_step_are_dropped(tmp_path
 
 def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
     run = rundir.create(tmp_path, CONFIG)
-    run.metrics.write_text('{"step": 1}\nnot json\n{"step": 3}\n')
-    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2"):
-        rundir.read_metrics(run.path)
+    for line in ("not json", "[]", "{}", '{"step": "x"}', '{"step": null}'):
+        run.metrics.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+        with pytest.raises(RunError, match=r"metrics\.jsonl, line 2"):
+            rundir.read_metrics(run.path)
+
+
+def test_a_last_line_that_lacks_only_its_newline_counts(tmp_path: Path) -> None:
+    run = rundir.create(tmp_path, CONFIG)
+    run.metrics.write_text('{"step": 1}\n{"step": 2}')
+    run.log(3, {})
+    assert [row["step"] for row in rundir.read_metrics(run.path)] == [1, 2, 3]
 
 
 def test_resuming_is_noted_with_its_step(tmp_path: Path) -> None:
