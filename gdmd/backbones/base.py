@@ -5,10 +5,11 @@ The quirks of a model (packing, micro-conditioning, shifts, its own time) live i
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from gdmd.backbones.features import answering_before
 from gdmd.config.model import DiffusersModel, FamilyName
 from gdmd.diffusion.guidance import plain
+from gdmd.losses.denoising import Target
 from gdmd.types import Codec, Cond, Guide, Prediction, Schedule
 
 
@@ -23,17 +25,17 @@ class Family(ABC):
     """One opened pipeline. ``pipe`` is diffusers' object: its components are used, its ``__call__`` never.
 
     Class facts: ``name``; ``pipeline``, the class named in model_index.json; ``needs`` and ``optional``, the
-    components that must and may be there; ``native``, what the network predicts; ``targets``, the layers that take
-    adapters; ``patch``, latent positions along the side of a token; ``blocks``, the classes of the repeated blocks;
-    ``reading``, what a call for features costs, in whole calls; ``tiny_decoder``, whether there are AutoencoderTinys
-    that take its latents as they are.
+    components that must and may be there; ``native``, what the network predicts and its fake loss compares; ``targets``,
+    the layers that take adapters; ``patch``, latent positions along the side of a token; ``blocks``, the classes of the
+    repeated blocks; ``reading``, what a call for features costs, in whole calls; ``tiny_decoder``, whether there are
+    AutoencoderTinys that take its latents as they are.
     """
 
     name: ClassVar[FamilyName]
     pipeline: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
-    native: ClassVar[Literal["eps", "velocity"]]
+    native: Target
     targets: tuple[str, ...]
     patch: ClassVar[int] = 1
     blocks: ClassVar[tuple[str, ...]] = ()
@@ -53,14 +55,23 @@ class Family(ABC):
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent of cfg.height x cfg.width pixels. ValueError when the size does not fit."""
         factor = self.pixels_per_latent
-        unit = factor * self.patch
-        for side, pixels in (("height", self.cfg.height), ("width", self.cfg.width)):
+        unit, most = factor * self.patch, self.most_tokens() or (math.inf, math.inf)
+        for side, pixels, limit in (("height", self.cfg.height, most[0]), ("width", self.cfg.width, most[1])):
             if pixels % unit:
                 raise ValueError(
                     f"model.{side} = {pixels}: {self.name} works on multiples of {unit} pixels; use "
                     f"{max(unit, round(pixels / unit) * unit)}"
                 )
+            if pixels > limit * unit:
+                raise ValueError(
+                    f"model.{side} = {pixels}: the transformer's position table ends at {limit * unit} pixels; use a "
+                    "smaller size, or a model with a larger table"
+                )
         return self.latent_channels, self.cfg.height // factor, self.cfg.width // factor
+
+    def most_tokens(self) -> tuple[int, int] | None:
+        """Rows and columns of image tokens for which the network has positions; None = any number."""
+        return None
 
     def blank_text(self, count: int) -> Cond:
         """What ``encoder`` gives for ``count`` captions of full length, all zeros and without its memory: for plans."""
@@ -71,9 +82,19 @@ class Family(ABC):
         return torch.zeros(1, dtype=network_dtype(self.net)).expand(count, *shape)
 
     @property
-    def scheduler_config(self) -> dict[str, Any]:
-        """Of the pipeline's scheduler; a student's is made from it."""
-        return dict(self.pipe.scheduler.config)
+    def guidance_is_embedded(self) -> bool:
+        """Whether the network reads model.embedded_guidance."""
+        config: Any = self.net.config
+        return bool(config.get("guidance_embeds")) or config.get("time_cond_proj_dim") is not None
+
+    @property
+    @abstractmethod
+    def student_scheduler(self) -> str:
+        """The class of diffusers' scheduler with which the stock pipeline samples a student as in training."""
+
+    @abstractmethod
+    def student_settings(self, steps: int) -> dict[str, Any]:
+        """The config of that scheduler for a student of ``steps`` steps."""
 
     @property
     def pixels_per_latent(self) -> int:

@@ -74,26 +74,35 @@ def _from_folder(cfg: DiffusersModel, folder: Path) -> Hollow:
     name = "unet" if "unet" in family.needs else "transformer"
     net, vae = (_made(index[part][1], _read(folder / part / "config.json")) for part in (name, "vae"))
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
-    pipe = _pipe(cfg, family, net, vae, (index["scheduler"][1], scheduler))
+    pipe = _pipe(cfg, family, net, vae, (index["scheduler"][1], scheduler), index)
     parts = [part for part in sorted(folder.glob("text_encoder*")) if cfg.t5 or part.name != "text_encoder_3"]
     encoders = sum(weights_in(file) for part in parts for file in sorted(part.glob("*.safetensors")))
     return Hollow(family(pipe, cfg), encoders, f"configs in {folder}")
 
 
 def _pipe(
-    cfg: DiffusersModel, family: type[Family], net: nn.Module, vae: Any, scheduler: tuple[str, Mapping[str, Any]]
+    cfg: DiffusersModel,
+    family: type[Family],
+    net: nn.Module,
+    vae: Any,
+    scheduler: tuple[str, Mapping[str, Any]],
+    index: Mapping[str, Any] | None = None,
 ) -> SimpleNamespace:
-    """What a family asks of a pipeline."""
+    """What a family asks of a pipeline. ``index``: its model_index.json."""
     import diffusers
 
     own: Any = vae
     kind, options = scheduler
+    if not hasattr(diffusers, kind):
+        raise ValueError(
+            f"model.path {cfg.path!r}: diffusers has no scheduler {kind!r}; save the pipeline with another one"
+        )
     parts = {
         "unet" if "unet" in family.needs else "transformer": _cast(net, cfg),
         "vae": _cast(own, cfg),
         "scheduler": getattr(diffusers, kind).from_config(dict(options)),
     }
-    return SimpleNamespace(**parts, components=parts, vae_scale_factor=2 ** _halvings(own), config={})
+    return SimpleNamespace(**parts, components=parts, vae_scale_factor=2 ** _halvings(own), config=dict(index or {}))
 
 
 def _halvings(vae: Any) -> int:

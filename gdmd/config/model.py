@@ -61,7 +61,12 @@ class DiffusersModel(Config):
     )
     embedded_guidance: NonNegative = Field(
         default=3.5,
-        description="Guidance fed to a guidance-distilled network (FLUX.1-dev, FLUX.2-dev); others ignore it.",
+        description="Guidance fed to a network that reads it (FLUX.1-dev, FLUX.2-dev, LCM UNets); others ignore it.",
+    )
+    distilled: bool | None = Field(
+        default=None,
+        description="Whether the base is a few-step or guidance-distilled model, which is refused as a teacher with "
+        "guidance; null = found out from its files and its name.",
     )
     decode_chunk: Count = Field(default=1, description="Images per call of the VAE; more is faster and takes memory.")
     scoring_decoder: str | None = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from gdmd.backbones.shapes import (
     load_dit,
     load_vae,
 )
-from gdmd.config.method import DmdConfig, GdmdConfig
+from gdmd.config.method import DmdConfig, GdmdConfig, MethodConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.rivals import Dmd2Config, DmdrConfig
 from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
@@ -27,6 +27,7 @@ from gdmd.data.embeddings import CachedText
 from gdmd.data.latents import RenderedLatents
 from gdmd.data.prompts import PromptStream, prompt_file, read_meta, read_prompts, training_captions
 from gdmd.diffusion.sampling import times
+from gdmd.losses.denoising import Target
 from gdmd.methods.distillation import RealLatents
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.dmd2 import Dmd2
@@ -89,10 +90,12 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     real = real_latents_of(cfg, model)
     prompts = training_prompts(cfg, real)
     check_prompts(cfg.rewards, prompts)
+    from gdmd.backbones.distilled import check_guidance
     from gdmd.backbones.pipelines import LateText, encoder_identity, open_family, scoring_codec
     from gdmd.backbones.roles import DiffusersRoles
 
     family = open_family(model, device, encoders=model.embeddings is None)
+    check_guidance(family, guidances_of(cfg.method))
     encoder: TextEncoder = family.encoder
     if model.embeddings is not None:
         encoder = CachedText(LateText(family), Path(model.embeddings), encoder_identity(family), device)
@@ -110,6 +113,11 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
         teacher_times=family.teacher_times,
         scoring=codec if model.scoring_decoder is not None else None,
     )
+
+
+def guidances_of(method: MethodConfig) -> tuple[float, ...]:
+    """Every guidance scale of the teacher in this method."""
+    return method.guidances if isinstance(method, GdmdConfig) else (method.guidance,)
 
 
 def head_seed(cfg: RunConfig) -> int | None:
@@ -161,7 +169,7 @@ class Place:
     """Where a method works."""
 
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
-    native: Literal["eps", "velocity"] = "velocity"
+    native: Target = "velocity"
 
 
 SHAPES = Place()
