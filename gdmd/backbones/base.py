@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from gdmd.backbones.features import answering_before
 from gdmd.config.model import DiffusersModel, FamilyName
 from gdmd.diffusion.guidance import plain
-from gdmd.losses.denoising import Target
-from gdmd.types import Codec, Cond, Guide, Prediction, Schedule
+from gdmd.types import Codec, Cond, Guide, Native, Prediction, Schedule
 
 
 class Family(ABC):
@@ -35,7 +34,7 @@ class Family(ABC):
     pipeline: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
-    native: Target
+    native: Native
     targets: tuple[str, ...]
     patch: ClassVar[int] = 1
     blocks: ClassVar[tuple[str, ...]] = ()

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from gdmd.backbones.clocks import FlowClock, Spacing, VpClock
 from gdmd.diffusion.schedule import VpSchedule
+from gdmd.types import Native
 
 Kind = Literal["flow", "vp", "edm", "unknown"]
-Predicts = Literal["eps", "v", "x0"]
 
 _SHIFTED = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 _SOLVERS = (
@@ -54,7 +54,7 @@ _OF_VP = {
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
     *("prediction_type", "timestep_spacing", "steps_offset", "set_alpha_to_one", "flow_shift", "time_shift_type"),
 }
-_PREDICTS: Mapping[str, Predicts] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_PREDICTS: Mapping[str, Native] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 def kind_of(scheduler: Any) -> Kind:
@@ -207,7 +207,7 @@ class VpSettings:
     """A VP model's betas, what its network predicts, and the steps at which its pipeline samples."""
 
     schedule: VpSchedule
-    predicts: Predicts
+    predicts: Native
     clock: VpClock
 
     def few_steps(self, steps: int) -> dict[str, Any]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
 
 from gdmd.types import Prediction
 
-Target = Literal["x0", "eps", "velocity", "v"]
-"""What is compared; "v" is the VP one, alpha eps - sigma x0."""
+Target = Literal["x0", "eps", "velocity"]
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -18,18 +16,11 @@ def mean_square(x: Tensor) -> Tensor:
     return x.square().flatten(1).mean(1)
 
 
-def denoising_loss(
-    prediction: Prediction,
-    x0: Tensor,
-    eps: Tensor,
-    target: Target = "velocity",
-    v: Callable[[Prediction], Tensor] | None = None,
-) -> Tensor:
+def denoising_loss(prediction: Prediction, x0: Tensor, eps: Tensor, target: Target = "velocity") -> Tensor:
     """Per-sample denoising loss [B]: || prediction.target - target ||^2, mean over C, H, W, no 1/2.
 
     prediction: of x_t = alpha x0 + sigma eps. x0, eps [B, C, H, W], fp32, constants (detached here).
-    target: "eps", "velocity" or "v" is the native form of a family, "x0" is eq. 2 of the paper.
-    v: for target "v", the VP v of a prediction, which depends on the schedule and t (``diffusion.schedule.to_v_vp``).
+    target: "eps" or "velocity" is the native form of the two families, "x0" is eq. 2 of the paper.
     Gradient: 2 (prediction - target) / (C H W), into the prediction only.
     """
     match target:
@@ -39,8 +30,4 @@ def denoising_loss(
             return mean_square(prediction.eps - eps.detach())
         case "velocity":
             return mean_square(prediction.velocity - (eps - x0).detach())
-        case "v":
-            if v is None:
-                raise ValueError("denoising target 'v' depends on the schedule; give v")
-            return mean_square(v(prediction) - v(Prediction(x0.detach(), eps.detach())))
-    raise ValueError(f"denoising target must be 'x0', 'eps', 'velocity' or 'v', got {target!r}")
+    raise ValueError(f"denoising target must be 'x0', 'eps' or 'velocity', got {target!r}")

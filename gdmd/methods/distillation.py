@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -18,9 +17,9 @@ from gdmd.diffusion.guidance import Pair, predict_pair
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import backward_simulation
 from gdmd.diffusion.schedule import renoise, to_v_vp
-from gdmd.losses.denoising import Target, denoising_loss, mean_square
+from gdmd.losses.denoising import denoising_loss, mean_square
 from gdmd.losses.dmd import normaliser
-from gdmd.types import ALONE, Cond, Denoiser, Loss, PromptBatch, Roles
+from gdmd.types import ALONE, Cond, Denoiser, Loss, Native, Prediction, PromptBatch, Roles
 
 
 class RealLatents(Protocol):
@@ -93,7 +92,7 @@ class Distillation(Generic[AnyConfig]):
     cfg: AnyConfig
     roles: Roles
     latent_shape: tuple[int, int, int]
-    native: Target
+    native: Native
     real_latents: RealLatents | None = None
     _stats: dict[str, Tensor] = field(default_factory=dict)
 
@@ -134,8 +133,12 @@ class Distillation(Generic[AnyConfig]):
         """Denoising loss of the fake score on the student's samples, native or in x0 (eq. 2)."""
         prediction = self.roles.fake(batch.x_t, batch.t, batch.cond)
         kind = "x0" if self.cfg.fake_loss == "x0" else self.native
-        v = partial(to_v_vp, t=batch.t, schedule=self.roles.schedule)
-        loss = denoising_loss(prediction, batch.x0, batch.eps, kind, v)
+        if kind == "v":
+            schedule = self.roles.schedule
+            wanted = to_v_vp(Prediction(batch.x0, batch.eps), batch.t, schedule)
+            loss = mean_square(to_v_vp(prediction, batch.t, schedule) - wanted)
+        else:
+            loss = denoising_loss(prediction, batch.x0, batch.eps, kind)
         seen = loss.detach()
         thirds = {f"fake_loss/t{k}": torch.where((batch.t * 3).long() == k, seen, torch.nan) for k in range(3)}
         return Loss(loss, {"loss/fake": seen, **thirds})

@@ -27,7 +27,6 @@ from gdmd.data.embeddings import CachedText
 from gdmd.data.latents import RenderedLatents
 from gdmd.data.prompts import PromptStream, prompt_file, read_meta, read_prompts, training_captions
 from gdmd.diffusion.sampling import times
-from gdmd.losses.denoising import Target
 from gdmd.methods.distillation import RealLatents
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.dmd2 import Dmd2
@@ -42,7 +41,7 @@ from gdmd.recipes.rewards import check_prompts, image_reward
 from gdmd.rewards.checker import PartialCredit
 from gdmd.rewards.shapes import load_scorer
 from gdmd.runs.assets import asset_path, load_asset
-from gdmd.types import Codec, Critic, Denoiser, Method, Reward, Roles, TextEncoder
+from gdmd.types import Codec, Critic, Denoiser, Method, Native, Reward, Roles, TextEncoder
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ class Place:
     """Where a method works."""
 
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
-    native: Target = "velocity"
+    native: Native = "velocity"
 
 
 SHAPES = Place()
