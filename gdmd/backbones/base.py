@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gdmd.backbones.codec import check_scaling
 from gdmd.backbones.features import answering_before
 from gdmd.config.model import DiffusersModel, FamilyName
 from gdmd.diffusion.guidance import plain
@@ -26,8 +27,8 @@ class Family(ABC):
     Class facts: ``name``; ``pipeline``, the class named in model_index.json; ``needs`` and ``optional``, the
     components that must and may be there; ``native``, what the network predicts and its fake loss compares; ``targets``,
     the layers that take adapters; ``patch``, latent positions along the side of a token; ``blocks``, the classes of the
-    repeated blocks; ``reading``, what a call for features costs, in whole calls; ``tiny_decoder``, whether there are
-    AutoencoderTinys that take its latents as they are.
+    repeated blocks; ``scaling``, the keys of the VAE that the pipeline reads; ``reading``, what a call for features costs,
+    in whole calls; ``tiny_decoder``, whether there are AutoencoderTinys that take its latents as they are.
     """
 
     name: ClassVar[FamilyName]
@@ -38,6 +39,7 @@ class Family(ABC):
     targets: tuple[str, ...]
     patch: ClassVar[int] = 1
     blocks: ClassVar[tuple[str, ...]] = ()
+    scaling: ClassVar[tuple[str, ...]] = ("scaling_factor", "shift_factor")
     reading: ClassVar[float] = 1.0
     tiny_decoder: ClassVar[bool] = True
 
@@ -49,28 +51,41 @@ class Family(ABC):
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         self.pipe, self.cfg = pipe, cfg
+        check_scaling(pipe.vae, self.scaling, f"model.path {cfg.path!r}", self.pipeline)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent of cfg.height x cfg.width pixels. ValueError when the size does not fit."""
         factor = self.pixels_per_latent
-        unit, most = factor * self.patch, self.most_tokens() or (math.inf, math.inf)
-        for side, pixels, limit in (("height", self.cfg.height, most[0]), ("width", self.cfg.width, most[1])):
+        unit = factor * self.patch
+        for side, pixels in (("height", self.cfg.height), ("width", self.cfg.width)):
             if pixels % unit:
                 raise ValueError(
                     f"model.{side} = {pixels}: {self.name} works on multiples of {unit} pixels; use "
                     f"{max(unit, round(pixels / unit) * unit)}"
                 )
-            if pixels > limit * unit:
-                raise ValueError(
-                    f"model.{side} = {pixels}: the transformer's position table ends at {limit * unit} pixels; use a "
-                    "smaller size, or a model with a larger table"
-                )
+        self.check_positions(self.net, unit, self.cfg.height, self.cfg.width, "model.")
         return self.latent_channels, self.cfg.height // factor, self.cfg.width // factor
 
-    def most_tokens(self) -> tuple[int, int] | None:
+    @classmethod
+    def most_tokens(cls, net: Any) -> tuple[int, int] | None:
         """Rows and columns of image tokens for which the network has positions; None = any number."""
+        del net
         return None
+
+    @classmethod
+    def check_positions(cls, net: Any, unit: int, height: int | None, width: int | None, where: str) -> None:
+        """ValueError for an image with more tokens, of ``unit`` pixels a side, than the network has positions.
+
+        ``where`` begins the error's names of height and width; None is the network's own size.
+        """
+        most = cls.most_tokens(net) or (math.inf, math.inf)
+        for side, pixels, limit in (("height", height, most[0]), ("width", width, most[1])):
+            if pixels is not None and pixels > limit * unit:
+                raise ValueError(
+                    f"{where}{side} = {pixels}: the network has positions for {limit * unit} pixels only; use a smaller "
+                    "size"
+                )
 
     def blank_text(self, count: int) -> Cond:
         """What ``encoder`` gives for ``count`` captions of full length, all zeros and without its memory: for plans."""

@@ -32,6 +32,7 @@ class QwenImage(FlowFamily):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     patch = 2
+    scaling = ("latents_mean", "latents_std")
     tiny_decoder = False
     blocks = ("QwenImageTransformerBlock",)
     guide = KeepTokenNorm(patch)
@@ -64,10 +65,11 @@ class QwenImage(FlowFamily):
     def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
         return from_velocity(unpack(answer, *x_t.shape[-2:]), x_t, t, self.schedule)
 
-    def most_tokens(self) -> tuple[int, int]:
-        """Its table of 4096 positions holds half a side, and the caption behind it."""
-        side = 2 * (4096 - (self.cfg.max_tokens or LONGEST))
-        return side, side
+    @classmethod
+    def most_tokens(cls, net: Any) -> tuple[int, int]:
+        """Its table of 4096 positions holds half a side, and the caption (at most 1024 tokens) behind it."""
+        del net
+        return (2 * (4096 - 1024),) * 2
 
     def blank_text(self, count: int) -> Cond:
         longest = self.cfg.max_tokens or LONGEST

@@ -33,6 +33,7 @@ class Sana(FlowFamily):
     targets = tuple(f"attn{k}.{layer}" for k in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0"))
     blocks = ("SanaTransformerBlock",)
     tiny_decoder = False
+    scaling = ("scaling_factor",)
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)

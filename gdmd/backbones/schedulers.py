@@ -69,12 +69,22 @@ def kind_of(scheduler: Any) -> Kind:
     return "vp" if name in _BETAS else "unknown"
 
 
+KINDS: Mapping[Kind, str] = {"flow": "flow models", "vp": "models with betas", "edm": "EDM models", "unknown": "others"}
+"""In words."""
+
+
+def shift_key(kind: type[Any]) -> str | None:
+    """What a class of scheduler calls the shift of flow times; None where it has none."""
+    if kind.__name__ in _SOLVERS:
+        return "flow_shift"
+    return "shift" if kind.__name__ in _SHIFTED else None
+
+
 def check_kind(scheduler: Any, wanted: Kind, model: str) -> None:
     """ValueError for the scheduler of another kind of model; ``model`` begins the sentence."""
     found, name = kind_of(scheduler), type(scheduler).__name__
     if found == wanted:
         return
-    kinds = {"flow": "flow models", "vp": "models with betas", "edm": "EDM models"}
     of = {"flow": "a flow model", "vp": "a model with betas"}
     if found == "edm" and wanted == "vp":
         raise ValueError(
@@ -83,7 +93,7 @@ def check_kind(scheduler: Any, wanted: Kind, model: str) -> None:
             "base model with betas, such as SDXL"
         )
     own = f", prediction_type = {scheduler.config.prediction_type!r}" if "prediction_type" in scheduler.config else ""
-    what = f"is for {kinds[found]}" if found in kinds else "is not one that gdmd can read"
+    what = f"is for {KINDS[found]}" if found != "unknown" else "is not one that gdmd can read"
     take = "FlowMatchEulerDiscreteScheduler" if wanted == "flow" else "DDIMScheduler or EulerDiscreteScheduler"
     take += (
         ", or this one with use_flow_sigmas = true, prediction_type = 'flow_prediction' and its flow_shift"
@@ -136,8 +146,8 @@ class FlowSettings:
             mu = self.base_shift + (tokens - self.base_tokens) * rise
         return FlowClock(mu if self.kind == "linear" else math.exp(mu), self.terminal)
 
-    def stochastic(self) -> dict[str, Any]:
-        """The config of a FlowMatchEulerDiscreteScheduler that samples a student with these times."""
+    def euler(self) -> dict[str, Any]:
+        """The config of a FlowMatchEulerDiscreteScheduler with these times."""
         return {
             "num_train_timesteps": self.train_steps,
             "shift": self.shift,
@@ -147,9 +157,12 @@ class FlowSettings:
             "base_image_seq_len": self.base_tokens,
             "max_image_seq_len": self.max_tokens,
             "time_shift_type": self.kind,
-            "shift_terminal": None,  # it would stretch a few steps, too
-            "stochastic_sampling": True,
+            "shift_terminal": self.terminal,
         }
+
+    def stochastic(self) -> dict[str, Any]:
+        """The config of one that samples a student: a terminal would stretch its few steps, too."""
+        return self.euler() | {"shift_terminal": None, "stochastic_sampling": True}
 
 
 def read_flow(scheduler: Any, model: str, max_shift: float = 1.15) -> FlowSettings:
@@ -167,7 +180,7 @@ def read_flow(scheduler: Any, model: str, max_shift: float = 1.15) -> FlowSettin
     _check_keys(scheduler, _OF_FLOW | _SAMPLER)
     found = FlowSettings(
         train_steps=int(config.num_train_timesteps),
-        shift=float(config["flow_shift" if name in _SOLVERS else "shift"]),
+        shift=float(config[shift_key(type(scheduler))]),
         dynamic=bool(_own(scheduler, "use_dynamic_shifting")),
         base_shift=config.get("base_shift", 0.5),
         max_shift=config.get("max_shift", max_shift),

@@ -21,6 +21,7 @@ class Sd15(UnetFamily):
     needs = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     targets = ("to_q", "to_k", "to_v", "to_out.0")
     blocks = ("BasicTransformerBlock",)
+    scaling = ("scaling_factor",)
     reading = 0.33  # of the published UNet at 512, rank 64
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:

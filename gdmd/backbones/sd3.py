@@ -62,9 +62,9 @@ class Sd3(FlowFamily):
     def teacher_times(self, steps: int) -> Tensor:
         return self.evenly_to_the_last(steps)
 
-    def most_tokens(self) -> tuple[int, int]:
-        side = int(self.pipe.transformer.config.pos_embed_max_size)
-        return side, side
+    @classmethod
+    def most_tokens(cls, net: Any) -> tuple[int, int]:
+        return (int(net.config.pos_embed_max_size),) * 2
 
 
 class Sd3Text(PipelineText):

@@ -23,6 +23,7 @@ class Sdxl(UnetFamily):
     needs = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
     targets = ("to_q", "to_k", "to_v", "to_out.0")
     blocks = ("BasicTransformerBlock",)
+    scaling = ("scaling_factor", "latents_mean", "latents_std")
     reading = 0.43  # of the published UNet at 512 and 1024, rank 64
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:

@@ -69,8 +69,9 @@ class ZImage(FlowFamily):
         _, height, width = self.latent_shape
         return int(self.pipe.transformer.config.dim), height // self.patch, width // self.patch
 
-    def most_tokens(self) -> tuple[int, int]:
-        _, rows, columns = self.pipe.transformer.config.axes_lens
+    @classmethod
+    def most_tokens(cls, net: Any) -> tuple[int, int]:
+        _, rows, columns = net.config.axes_lens
         return int(rows), int(columns)
 
     def blank_text(self, count: int) -> Cond:
