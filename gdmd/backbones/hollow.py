@@ -22,6 +22,7 @@ from gdmd.backbones.pipelines import (
     check_components,
     family_of,
     is_local,
+    load_errors,
     local_index,
     require_diffusers,
 )
@@ -93,14 +94,14 @@ def _pipe(
 
     own: Any = vae
     kind, options = scheduler
-    if not hasattr(diffusers, kind):
-        raise ValueError(
-            f"model.path {cfg.path!r}: diffusers has no scheduler {kind!r}; save the pipeline with another one"
-        )
+    try:
+        made = getattr(diffusers, kind).from_config(dict(options))
+    except load_errors() as error:  # an unknown class, a library that it needs, a setting that it refuses
+        raise ValueError(f"model.path {cfg.path!r}: its scheduler ({kind}) cannot be loaded: {error}") from error
     parts = {
         "unet" if "unet" in family.needs else "transformer": _cast(net, cfg),
         "vae": _cast(own, cfg),
-        "scheduler": getattr(diffusers, kind).from_config(dict(options)),
+        "scheduler": made,
     }
     return SimpleNamespace(**parts, components=parts, vae_scale_factor=2 ** _halvings(own), config=dict(index or {}))
 

@@ -104,6 +104,11 @@ def stocks(family: Family, noise: Tensor, steps: int, **arguments: Any) -> Tenso
     return latents
 
 
+def same(found: Tensor, wanted: Tensor) -> bool:
+    """To 1e-5 of the largest: a small alpha at t = 1 makes latents large."""
+    return bool((found - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp(min=1))
+
+
 # ---------------------------------------------------------------- flow models
 
 
@@ -222,7 +227,7 @@ def test_a_unets_teacher_is_its_pipeline(saved: Callable[..., Path], name: str, 
     family = open_family(tiny.config(saved(name, diffusers.DDIMScheduler(**UNETS[kind]))))
     noise = torch.randn(2, *family.latent_shape)
     found, wanted = teachers(family, noise, 5, 3.0), stocks(family, noise, 5, guidance_scale=3.0)
-    torch.testing.assert_close(found / wanted.std(), wanted / wanted.std(), rtol=0, atol=1e-5)
+    assert same(found, wanted)
 
 
 @pytest.mark.parametrize("kind", ["v", "v, zero SNR", "x0", "500 steps, linear betas", "trained betas"])
@@ -271,7 +276,9 @@ def test_published_samplers_of_unets_are_read(saved: Callable[..., Path], schedu
     (family, _) = both(saved("sdxl", scheduler))
     assert [round(999 * t) for t in family.student_times(UNIFORM)] == [999, 749, 499, 249]
     t = torch.tensor([0.5 * 998 / 999])
-    assert family.schedule.alpha(t).item() == pytest.approx(family.pipe.scheduler.alphas_cumprod[499] ** 0.5, abs=1e-6)
+    assert family.schedule.alpha(t).item() == pytest.approx(
+        family.pipe.scheduler.alphas_cumprod[499].sqrt().item(), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["v", "v, zero SNR", "x0"])
@@ -344,14 +351,18 @@ LCM = diffusers.LCMScheduler(**{key: BETAS[key] for key in list(BETAS)[:3]})
     ("name", "changes", "why"),
     [
         ("flux2_klein", {"parts": {"index": {"is_distilled": True}}}, "model_index.json says is_distilled"),
-        ("flux", {"parts": {"transformer": {"guidance_embeds": False}}}, "no guidance embedding.*FLUX.1-schnell"),
+        (
+            "flux",
+            {"parts": {"transformer": {"guidance_embeds": False}}},
+            "its transformer has no guidance embedding .*FLUX.1-schnell",
+        ),
         ("sdxl", {"scheduler": LCM}, "its scheduler is a LCMScheduler"),
         ("sdxl", {"called": "sdxl-turbo"}, "its name says turbo"),
         ("z_image", {"called": "Z-Image-Turbo"}, "its name says turbo"),
         (
             "sd3",
             {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)},
-            "stochastic_sampling",
+            "its scheduler has stochastic_sampling",
         ),
     ],
 )
@@ -361,10 +372,12 @@ def test_a_distilled_base_is_no_teacher_with_guidance(
     folder = saved(name, **changes)
     (prompts := folder / "prompts.txt").write_text("a red cube")
     for made in (build, networks_of):
-        with pytest.raises(ValueError, match=rf"method.guidance = 3, but .* is a distilled model \({why}.*guidance=1"):
+        with pytest.raises(
+            ValueError, match=rf"method.guidance = 3, but .* is a distilled model \({why}.*method.guidance=1"
+        ):
             made(run_config(folder, prompts))
         made(run_config(folder, prompts, distilled=False))
-        assert not caplog.records
+        assert "is a distilled model" not in caplog.text
         made(run_config(folder, prompts, guidance=1.0))
         assert "is a distilled model" in caplog.text and "embedded_guidance does nothing" in caplog.text
         caplog.clear()
@@ -385,9 +398,9 @@ def test_an_lcms_unet_reads_the_embedded_guidance_as_in_its_pipeline(folders: Pa
     for embedded in (2.0, 7.5):
         family = open_family(tiny.config(tmp_path / "lcm-like", embedded_guidance=embedded))
         noise = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(1))
-        found[embedded] = teachers(family, noise, 3, 1.0)
-        wanted = stocks(family, noise, 3, guidance_scale=embedded)
-        torch.testing.assert_close(found[embedded], wanted, rtol=0, atol=1e-5)
+        found[embedded] = teachers(family, noise, 4, 1.0)
+        wanted = stocks(family, noise, 4, guidance_scale=embedded)
+        assert same(found[embedded], wanted)
         assert call_arguments(family, UNIFORM)["guidance_scale"] == embedded
     assert not torch.allclose(found[2.0], found[7.5], atol=1e-3)
     with pytest.raises(ValueError, match=r"time_cond_proj_dim.*model.embedded_guidance = 3.5"):
@@ -405,7 +418,7 @@ def test_an_inpainting_unet_is_refused(folders: Path, tmp_path: Path) -> None:
 
 
 def test_a_qwen_teacher_is_guided_by_its_pipelines_default(saved: Callable[..., Path]) -> None:
-    word = f"{saved('qwen_image')},dtype=fp32,device=cpu,steps=1,height=32,width=32"
+    word = f"{saved('qwen_image')},dtype=fp32,device=cpu,steps=2,height=32,width=32"
     calls: dict[str, list[int]] = {}
     for more in ("", ",guidance=1", ",guidance=4"):
         source: Any = open_source(read_source(word + more))
@@ -413,7 +426,7 @@ def test_a_qwen_teacher_is_guided_by_its_pipelines_default(saved: Callable[..., 
         source.pipe.transformer.register_forward_hook(lambda *_, seen=calls[more]: seen.append(1))
         source.pipe(prompt=["a"], max_sequence_length=64, **source.arguments)
         calls[more].append(source.facts.identity["guidance"])
-    assert calls == {"": [1, 1, 4.0], ",guidance=1": [1, 1.0], ",guidance=4": [1, 1, 4.0]}
+    assert calls == {"": [1, 1, 1, 1, 4.0], ",guidance=1": [1, 1, 1.0], ",guidance=4": [1, 1, 1, 1, 4.0]}
 
 
 @pytest.mark.parametrize(
