@@ -26,6 +26,11 @@ class FlowFamily(Family):
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
+        if cfg.guidance_rescale:
+            raise ValueError(
+                f"model.guidance_rescale = {cfg.guidance_rescale:g}: {self.pipeline} has none, it is of UNets with betas; "
+                "leave it out"
+            )
         self.schedule = FlowSchedule()
         self.times = read_flow(pipe.scheduler, f"model.path {cfg.path!r}", self.max_shift)
 

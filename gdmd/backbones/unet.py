@@ -15,7 +15,8 @@ from gdmd.backbones.codec import VaeCodec
 from gdmd.backbones.features import ending_in_the_middle
 from gdmd.backbones.schedulers import read_vp
 from gdmd.config.model import DiffusersModel
-from gdmd.diffusion.schedule import from_eps, from_v_vp, from_x0
+from gdmd.diffusion.guidance import Rescaled
+from gdmd.diffusion.schedule import from_native
 from gdmd.types import Prediction
 
 
@@ -30,6 +31,8 @@ class UnetFamily(Family):
         self.net: nn.Module = pipe.unet
         self.settings = read_vp(pipe.scheduler, f"model.path {cfg.path!r}")
         self.schedule, self.native, self.clock = self.settings.schedule, self.settings.predicts, self.settings.clock
+        if cfg.guidance_rescale:
+            self.guide = Rescaled(cfg.guidance_rescale, self.native, self.schedule)
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         channels = (pipe.unet.config.in_channels, pipe.unet.config.out_channels)
         if channels != (self.latent_channels,) * 2:
@@ -39,8 +42,7 @@ class UnetFamily(Family):
             )
 
     def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        means = {"eps": from_eps, "v": from_v_vp, "x0": from_x0}[self.native]
-        return means(answer, x_t, t, self.schedule)
+        return from_native(answer, self.native, x_t, t, self.schedule)
 
     def guidance_input(self, t: Tensor) -> Tensor | None:
         """An LCM's embedded guidance (arXiv 2310.04378): sines and cosines of 1000 (guidance - 1). [B, D], or None"""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gdmd.diffusion.device import sent
-from gdmd.types import Prediction, Schedule
+from gdmd.types import Native, Prediction, Schedule
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
@@ -149,6 +149,19 @@ def to_v_vp(prediction: Prediction, t: Tensor, schedule: Schedule) -> Tensor:
     """The VP "v" of a prediction, alpha eps - sigma x0."""
     alpha, sigma = _coefficients(prediction.x0, t, schedule)
     return alpha * prediction.eps - sigma * prediction.x0
+
+
+def from_native(answer: Tensor, native: Native, x_t: Tensor, t: Tensor, schedule: Schedule) -> Prediction:
+    """What a network's answer at x_t means, by what it predicts."""
+    convert = {"eps": from_eps, "velocity": from_velocity, "v": from_v_vp, "x0": from_x0}[native]
+    return convert(answer, x_t, t, schedule)
+
+
+def to_native(prediction: Prediction, native: Native, t: Tensor, schedule: Schedule) -> Tensor:
+    """The inverse: the answer of a network that predicts ``native``."""
+    if native == "v":
+        return to_v_vp(prediction, t, schedule)
+    return {"eps": prediction.eps, "velocity": prediction.velocity, "x0": prediction.x0}[native]
 
 
 def renoise(x0: Tensor, t: Tensor, eps: Tensor, schedule: Schedule) -> Tensor:

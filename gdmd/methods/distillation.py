@@ -16,7 +16,7 @@ from gdmd.diffusion.device import sent
 from gdmd.diffusion.guidance import Pair, predict_pair
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import backward_simulation
-from gdmd.diffusion.schedule import renoise, to_v_vp
+from gdmd.diffusion.schedule import renoise, to_native
 from gdmd.losses.denoising import denoising_loss, mean_square
 from gdmd.losses.dmd import normaliser
 from gdmd.types import ALONE, Cond, Denoiser, Loss, Native, Prediction, PromptBatch, Roles
@@ -134,9 +134,9 @@ class Distillation(Generic[AnyConfig]):
         prediction = self.roles.fake(batch.x_t, batch.t, batch.cond)
         kind = "x0" if self.cfg.fake_loss == "x0" else self.native
         if kind == "v":
-            schedule = self.roles.schedule
-            wanted = to_v_vp(Prediction(batch.x0, batch.eps), batch.t, schedule)
-            loss = mean_square(to_v_vp(prediction, batch.t, schedule) - wanted)
+            answers = (prediction, Prediction(batch.x0, batch.eps))
+            found, wanted = (to_native(one, kind, batch.t, self.roles.schedule) for one in answers)
+            loss = mean_square(found - wanted)
         else:
             loss = denoising_loss(prediction, batch.x0, batch.eps, kind)
         seen = loss.detach()

@@ -127,7 +127,12 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     asked = {"num_inference_steps": cfg.steps, "height": cfg.height, "width": cfg.width} | guidance
     arguments = {key: value for key, value in asked.items() if value is not None} | step_arguments(pipe, cfg)
     beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "base"}
-    beside |= {"shift", "timesteps", "eta"} - cfg.model_fields_set  # folders made before there were these go on
+    beside |= {
+        "shift",
+        "timesteps",
+        "eta",
+        "guidance_rescale",
+    } - cfg.model_fields_set  # for folders of older versions
     settings = cfg.model_dump(mode="json", exclude=beside)
     settings["guidance"] = guidance.get("true_cfg_scale", cfg.guidance)  # images of a default are those of its number
     identity = {"kind": "pipeline", **settings, "weights": _fingerprint(cfg.where), "lora": _fingerprint(cfg.lora)}
@@ -151,8 +156,10 @@ def _guidance(pipe: Any, cfg: SourceConfig) -> dict[str, Any]:
             f"source {cfg.where!r}: guidance={cfg.guidance:g} does nothing for this {name}, because "
             f"{why_distilled(pipe, cfg.where) or 'it has no guidance embedding'}; leave it out"
         )
+    if cfg.guidance_rescale is not None and "guidance_rescale" not in inspect.signature(pipe.__call__).parameters:
+        raise ValueError(f"source {cfg.where!r}: guidance_rescale is set, but a {name} does not read it; leave it out")
     if name != "QwenImagePipeline":
-        return {"guidance_scale": cfg.guidance}
+        return {"guidance_scale": cfg.guidance, "guidance_rescale": cfg.guidance_rescale}
     own = inspect.signature(pipe.__call__).parameters["true_cfg_scale"].default
     guidance = own if cfg.guidance is None else cfg.guidance
     return {"true_cfg_scale": guidance} | ({"negative_prompt": " "} if guidance > 1 else {})

@@ -230,6 +230,25 @@ def test_a_unets_teacher_is_its_pipeline(saved: Callable[..., Path], name: str, 
     assert same(found, wanted)
 
 
+@pytest.mark.parametrize("kind", ["v, zero SNR", "x0", "leading with an offset"])
+def test_rescaled_guidance_is_the_pipelines(saved: Callable[..., Path], kind: str) -> None:
+    folder = saved("sdxl", diffusers.DDIMScheduler(**UNETS[kind]))
+    family = open_family(tiny.config(folder, guidance_rescale=0.7))
+    noise = torch.randn(2, *family.latent_shape)
+    wanted = stocks(family, noise, 5, guidance_scale=3.0, guidance_rescale=0.7)
+    assert same(teachers(family, noise, 5, 3.0), wanted)
+    assert not same(wanted, stocks(family, noise, 5, guidance_scale=3.0))
+    source: Any = open_source(read_source(f"{folder},dtype=fp32,device=cpu,guidance_rescale=0.7"))
+    assert source.arguments["guidance_rescale"] == 0.7
+
+
+def test_rescaled_guidance_is_refused_where_there_is_none(saved: Callable[..., Path]) -> None:
+    folder = saved("sd3")
+    refused(folder, "guidance_rescale = 0.7: StableDiffusion3Pipeline has none", guidance_rescale=0.7)
+    with pytest.raises(ValueError, match="guidance_rescale is set, but a StableDiffusion3Pipeline does not read it"):
+        open_source(read_source(f"{folder},dtype=fp32,device=cpu,guidance_rescale=0.7"))
+
+
 @pytest.mark.parametrize("kind", ["v", "v, zero SNR", "x0", "500 steps, linear betas", "trained betas"])
 def test_an_exported_unet_makes_the_trainers_images(
     saved: Callable[..., Path], kind: str, monkeypatch: pytest.MonkeyPatch
