@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Role = Literal["student", "fake"]
 """The networks that are trained. The teacher is frozen and the old policy only follows the student."""
 
+Native = Literal["eps", "velocity", "v", "x0"]
+"""What a network predicts: velocity = eps - x0, v = alpha eps - sigma x0 (VP, arXiv 2202.00512)."""
+
 Cond = Mapping[str, "Tensor"]
 """What a denoiser is conditioned on: named tensors, each with the batch as first dimension."""
 

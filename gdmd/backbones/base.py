@@ -6,40 +6,43 @@ The quirks of a model (packing, micro-conditioning, shifts, its own time) live i
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gdmd.backbones.codec import check_scaling
 from gdmd.backbones.features import answering_before
 from gdmd.backbones.tokens import readers_of
 from gdmd.config.model import DiffusersModel, FamilyName
 from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.prompt_length import long_prompts
-from gdmd.types import Codec, Cond, Guide, Prediction, Schedule
+from gdmd.types import Codec, Cond, Guide, Native, Prediction, Schedule
 
 
 class Family(ABC):
     """One opened pipeline. ``pipe`` is diffusers' object: its components are used, its ``__call__`` never.
 
     Class facts: ``name``; ``pipeline``, the class named in model_index.json; ``needs`` and ``optional``, the
-    components that must and may be there; ``native``, what the network predicts; ``targets``, the layers that take
-    adapters; ``patch``, latent positions along the side of a token; ``blocks``, the classes of the repeated blocks;
-    ``reading``, what a call for features costs, in whole calls; ``tiny_decoder``, whether there are AutoencoderTinys
-    that take its latents as they are.
+    components that must and may be there; ``native``, what the network predicts and its fake loss compares; ``targets``,
+    the layers that take adapters; ``patch``, latent positions along the side of a token; ``blocks``, the classes of the
+    repeated blocks; ``scaling``, the keys of the VAE that the pipeline reads; ``reading``, what a call for features costs,
+    in whole calls; ``tiny_decoder``, whether there are AutoencoderTinys that take its latents as they are.
     """
 
     name: ClassVar[FamilyName]
     pipeline: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
-    native: ClassVar[Literal["eps", "velocity"]]
+    native: Native
     targets: tuple[str, ...]
     patch: ClassVar[int] = 1
     blocks: ClassVar[tuple[str, ...]] = ()
+    scaling: ClassVar[tuple[str, ...]] = ("scaling_factor", "shift_factor")
     reading: ClassVar[float] = 1.0
     tiny_decoder: ClassVar[bool] = True
 
@@ -51,6 +54,7 @@ class Family(ABC):
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         self.pipe, self.cfg = pipe, cfg
+        check_scaling(pipe.vae, self.scaling, f"model.path {cfg.path!r}", self.pipeline)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -63,7 +67,28 @@ class Family(ABC):
                     f"model.{side} = {pixels}: {self.name} works on multiples of {unit} pixels; use "
                     f"{max(unit, round(pixels / unit) * unit)}"
                 )
+        self.check_positions(self.net, unit, self.cfg.height, self.cfg.width, "model.")
         return self.latent_channels, self.cfg.height // factor, self.cfg.width // factor
+
+    @classmethod
+    def most_tokens(cls, net: Any) -> tuple[int, int] | None:
+        """Rows and columns of image tokens for which the network has positions; None = any number."""
+        del net
+        return None
+
+    @classmethod
+    def check_positions(cls, net: Any, unit: int, height: int | None, width: int | None, where: str) -> None:
+        """ValueError for an image with more tokens, of ``unit`` pixels a side, than the network has positions.
+
+        ``where`` begins the error's names of height and width; None is the network's own size.
+        """
+        most = cls.most_tokens(net) or (math.inf, math.inf)
+        for side, pixels, limit in (("height", height, most[0]), ("width", width, most[1])):
+            if pixels is not None and pixels > limit * unit:
+                raise ValueError(
+                    f"{where}{side} = {pixels}: the network has positions for {limit * unit} pixels only; use a smaller "
+                    "size"
+                )
 
     def blank_text(self, count: int) -> Cond:
         """What ``encoder`` gives for ``count`` captions of full length, all zeros and without its memory: for plans."""
@@ -74,9 +99,19 @@ class Family(ABC):
         return torch.zeros(1, dtype=network_dtype(self.net)).expand(count, *shape)
 
     @property
-    def scheduler_config(self) -> dict[str, Any]:
-        """Of the pipeline's scheduler; a student's is made from it."""
-        return dict(self.pipe.scheduler.config)
+    def guidance_is_embedded(self) -> bool:
+        """Whether the network reads model.embedded_guidance."""
+        config: Any = self.net.config
+        return bool(config.get("guidance_embeds")) or config.get("time_cond_proj_dim") is not None
+
+    @property
+    @abstractmethod
+    def student_scheduler(self) -> str:
+        """The class of diffusers' scheduler with which the stock pipeline samples a student as in training."""
+
+    @abstractmethod
+    def student_settings(self, steps: int) -> dict[str, Any]:
+        """The config of that scheduler for a student of ``steps`` steps."""
 
     @property
     def pixels_per_latent(self) -> int:

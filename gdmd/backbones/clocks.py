@@ -1,16 +1,15 @@
-"""The clocks of diffusers' schedulers: the shifts of flow models, and the discrete steps of VP models."""
+"""Times: the shifts of flow models, and the discrete training steps of VP models."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gdmd.diffusion.schedule import VpSchedule
+from gdmd.diffusion.schedule import shift_time
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class FlowClock:
 
     def times(self, uniform: Sequence[float]) -> tuple[float, ...]:
         """Uniform times, falling from at most 1 -> the student's times; a few steps are not stretched."""
-        return tuple(self.shift * u / (1 + (self.shift - 1) * u) for u in uniform)
+        return tuple(shift_time(u, self.shift) for u in uniform)
 
     def path(self, uniform: Sequence[float]) -> Tensor:
         """The teacher's times, 1 - t scaled so that the last is ``terminal``; then 0. [N + 1], fp32"""
@@ -40,52 +39,38 @@ def uniform_times(steps: int) -> list[float]:
     return [(steps - i) / steps for i in range(steps)]
 
 
-def flow_clock(scheduler: Mapping[str, Any], tokens: int, mu: float | None = None) -> FlowClock:
-    """The clock of a FlowMatchEulerDiscreteScheduler's config for an image of ``tokens`` patches.
-
-    With dynamic shifting mu is linear in the tokens unless given, and s = e^mu ("exponential") or mu ("linear").
-    """
-    terminal = scheduler.get("shift_terminal") or None
-    for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
-        if scheduler.get(key):
-            raise ValueError(f"the pipeline's scheduler has {key}, which is not supported; set it to false")
-    if not scheduler.get("use_dynamic_shifting"):
-        return FlowClock(float(scheduler.get("shift", 1.0)), terminal)
-    mu = dynamic_mu(scheduler, tokens) if mu is None else mu
-    shift = mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
-    return FlowClock(shift, terminal)
-
-
-def dynamic_mu(scheduler: Mapping[str, Any], tokens: int) -> float:
-    """mu = base_shift + (tokens - base_tokens) (max_shift - base_shift) / (max_tokens - base_tokens) (FLUX.1)."""
-    low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-    base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    return float(base + (tokens - low) * (top - base) / (high - low))
+Spacing = Literal["trailing", "leading", "linspace"]
 
 
 @dataclass(frozen=True)
 class VpClock:
-    """t = t_1000 / (T - 1) with the training steps t_1000 = 0 ... T - 1."""
+    """t = step / (T - 1) with the training steps 0 ... T - 1.
+
+    ``spacing`` and ``offset``: at which steps the pipeline samples (arXiv 2305.08891, table 2). ``keeps_noise``: its
+    last prediction is noised to the first training step (set_alpha_to_one = false).
+    """
 
     train_steps: int = 1000
+    spacing: Spacing = "trailing"
+    offset: int = 0
+    keeps_noise: bool = True
 
     def times(self, uniform: Sequence[float]) -> tuple[float, ...]:
-        """u -> t_1000 = round(T u) - 1: 1, .75, .5, .25 are the steps 999, 749, 499, 249 ("trailing" spacing)."""
+        """u -> step round(T u) - 1: of 1000 steps 1, .75, .5, .25 are 999, 749, 499, 249 ("trailing" spacing)."""
         return tuple(max(round(self.train_steps * u) - 1, 0) / (self.train_steps - 1) for u in uniform)
 
-    def t_1000(self, t: Tensor) -> Tensor:
-        """The time that the network reads, fp32."""
+    def path(self, steps: int) -> Tensor:
+        """The teacher's times, those of DDIM with the pipeline's spacing; then clean data or the first step. [N + 1]"""
+        last, count = self.train_steps - 1, self.train_steps
+        if self.spacing == "trailing":
+            at = torch.tensor([max(round(count * u) - 1, 0) for u in uniform_times(steps)])
+        elif self.spacing == "leading":
+            at = (torch.arange(steps) * (count // steps) + self.offset).flip(0).clamp(max=last)
+        else:
+            at = torch.linspace(0, last, steps, dtype=torch.float64).round().flip(0)
+        end = torch.tensor([0.0 if self.keeps_noise else -1.0])
+        return torch.cat([at.double(), end.double()]).div(last).float()
+
+    def step(self, t: Tensor) -> Tensor:
+        """The training step of a time, which the network reads; fp32, between two steps a fraction."""
         return t.float() * (self.train_steps - 1)
-
-
-def vp_schedule(scheduler: Mapping[str, Any]) -> VpSchedule:
-    """The schedule of a scheduler's config. ValueError for what is not epsilon-prediction on scaled_linear betas."""
-    wanted = {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "trained_betas": None}
-    for key, value in wanted.items():
-        if scheduler.get(key, value) != value:
-            raise ValueError(f"the pipeline's scheduler has {key} = {scheduler[key]!r}; supported is {value!r}")
-    if scheduler.get("rescale_betas_zero_snr"):
-        raise ValueError("the pipeline's scheduler has rescale_betas_zero_snr, which epsilon-prediction cannot use")
-    return VpSchedule(
-        float(scheduler["beta_start"]), float(scheduler["beta_end"]), int(scheduler.get("num_train_timesteps", 1000))
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,20 @@ from gdmd.diffusion.device import sent
 
 TILE = 512
 """Pixels along the side of a tile. The VAE's own choice is the size it was made for: one tile for a whole image of 1024."""
+
+
+SCALING = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
+"""What scales latents, and what changes nothing."""
+
+
+def check_scaling(vae: Any, read: Sequence[str], model: str, pipeline: str) -> None:
+    """ValueError for a VAE that scales its latents by what its pipeline does not read, and so could not decode."""
+    for key, neutral in SCALING.items():
+        value = vae.config.get(key)
+        if key not in read and value is not None and value != neutral:
+            raise ValueError(
+                f"{model}: its VAE has {key} = {value}, which a {pipeline} does not read; give it a VAE of its own kind"
+            )
 
 
 class VaeCodec:

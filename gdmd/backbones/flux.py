@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdmd.backbones.base import Family, PipelineText, network_dtype
-from gdmd.backbones.clocks import flow_clock, uniform_times
+from gdmd.backbones.base import PipelineText, network_dtype
 from gdmd.backbones.codec import VaeCodec
+from gdmd.backbones.flow import FlowFamily
 from gdmd.backbones.packing import pack, unpack
 from gdmd.config.model import DiffusersModel
-from gdmd.diffusion.schedule import FlowSchedule, from_velocity
+from gdmd.diffusion.schedule import from_velocity
 from gdmd.types import Cond, Prediction
 
 LONGEST = 512
 """Caption tokens, unless model.max_tokens says otherwise."""
 
 
-class Flux(Family):
+class Flux(FlowFamily):
     """The network reads t itself, places of its tokens, and (dev, not schnell) model.embedded_guidance.
 
     The embedded guidance belongs to every role: set method.guidance = 1 to make no unconditional pass on top of it.
@@ -29,7 +29,6 @@ class Flux(Family):
     name = "flux"
     pipeline = "FluxPipeline"
     needs = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-    native = "velocity"
     targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -41,20 +40,18 @@ class Flux(Family):
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
         self.net: nn.Module = pipe.transformer
-        self.schedule = FlowSchedule()
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = FluxText(pipe, cfg)
-        _, height, width = self.latent_shape
-        self.clock = flow_clock(pipe.scheduler.config, (height // 2) * (width // 2))
+        self.clock = self.times.clock(self.tokens)
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
         height, width = x_t.shape[-2:]
-        guided = self.pipe.transformer.config.guidance_embeds
+        guided = self.guidance_is_embedded
         embeds = cond["embeds"].to(dtype)
         return net(
             hidden_states=pack(x_t).to(dtype),
-            timestep=t,
+            timestep=self.network_time(t),
             guidance=torch.full_like(t, self.cfg.embedded_guidance, dtype=torch.float32) if guided else None,
             pooled_projections=cond["pooled"].to(dtype),
             encoder_hidden_states=embeds,
@@ -70,12 +67,6 @@ class Flux(Family):
         config = self.pipe.transformer.config
         embeds = self._blank(count, self.cfg.max_tokens or LONGEST, config.joint_attention_dim)
         return {"embeds": embeds, "pooled": self._blank(count, config.pooled_projection_dim)}
-
-    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
-        return self.clock.times(uniform)
-
-    def teacher_times(self, steps: int) -> Tensor:
-        return self.clock.path(uniform_times(steps))
 
 
 def _places(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -12,19 +12,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gdmd.backbones.base import Family, PipelineText, network_dtype
-from gdmd.backbones.clocks import FlowClock, flow_clock, uniform_times
+from gdmd.backbones.base import PipelineText, network_dtype
+from gdmd.backbones.clocks import FlowClock
 from gdmd.backbones.codec import VaeCodec
+from gdmd.backbones.flow import FlowFamily
 from gdmd.backbones.packing import pack, unpack
 from gdmd.config.model import DiffusersModel, FamilyName
-from gdmd.diffusion.schedule import FlowSchedule, from_velocity
+from gdmd.diffusion.schedule import from_velocity
 from gdmd.types import Cond, Prediction
 
 LONGEST = 512
 """Caption tokens, unless model.max_tokens says otherwise; every caption is padded to them."""
 
 
-class Flux2(Family):
+class Flux2(FlowFamily):
     """The network reads t itself, four numbers of place for every token, and (dev) model.embedded_guidance.
 
     The embedded guidance belongs to every role: set method.guidance = 1 to make no unconditional pass on top of it.
@@ -34,7 +35,6 @@ class Flux2(Family):
     name: ClassVar[FamilyName] = "flux2"
     pipeline = "Flux2Pipeline"
     needs = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-    native = "velocity"
     targets: tuple[str, ...] = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -47,10 +47,9 @@ class Flux2(Family):
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
         self.net: nn.Module = pipe.transformer
-        self.schedule = FlowSchedule()
         self.codec = PatchCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = Flux2Text(pipe, cfg)
-        self.clock(1)  # refuses a size or a scheduler that does not fit
+        self.clock_of(1)  # refuses a size that does not fit
         singles = range(pipe.transformer.config.num_single_layers)
         # "attn.to_out" alone would also name the double blocks' lists of layers
         self.targets = (*self.targets, *(f"single_transformer_blocks.{i}.attn.to_out" for i in singles))
@@ -58,11 +57,11 @@ class Flux2(Family):
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
         height, width = x_t.shape[-2:]
-        guided = self.pipe.transformer.config.guidance_embeds
+        guided = self.guidance_is_embedded
         embeds = cond["embeds"].to(dtype)
         return net(
             hidden_states=pack(x_t).to(dtype),
-            timestep=t,
+            timestep=self.network_time(t),
             guidance=torch.full_like(t, self.cfg.embedded_guidance, dtype=torch.float32) if guided else None,
             encoder_hidden_states=embeds,
             txt_ids=_places(1, 1, embeds.shape[1], x_t.device),
@@ -77,17 +76,9 @@ class Flux2(Family):
         width = self.pipe.transformer.config.joint_attention_dim
         return {"embeds": self._blank(count, self.cfg.max_tokens or LONGEST, width)}
 
-    def clock(self, steps: int) -> FlowClock:
+    def clock_of(self, steps: int) -> FlowClock:
         """Its shift depends on the number of steps, too."""
-        _, height, width = self.latent_shape
-        tokens = (height // 2) * (width // 2)
-        return flow_clock(self.pipe.scheduler.config, tokens, empirical_mu(tokens, steps))
-
-    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
-        return self.clock(len(uniform)).times(uniform)
-
-    def teacher_times(self, steps: int) -> Tensor:
-        return self.clock(steps).path(uniform_times(steps))
+        return self.times.clock(self.tokens, empirical_mu(self.tokens, steps))
 
 
 class Flux2Klein(Flux2):

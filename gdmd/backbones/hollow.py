@@ -22,6 +22,7 @@ from gdmd.backbones.pipelines import (
     check_components,
     family_of,
     is_local,
+    load_errors,
     local_index,
     require_diffusers,
 )
@@ -74,26 +75,35 @@ def _from_folder(cfg: DiffusersModel, folder: Path) -> Hollow:
     name = "unet" if "unet" in family.needs else "transformer"
     net, vae = (_made(index[part][1], _read(folder / part / "config.json")) for part in (name, "vae"))
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
-    pipe = _pipe(cfg, family, net, vae, (index["scheduler"][1], scheduler))
+    pipe = _pipe(cfg, family, net, vae, (index["scheduler"][1], scheduler), index)
     parts = [part for part in sorted(folder.glob("text_encoder*")) if cfg.t5 or part.name != "text_encoder_3"]
     encoders = sum(weights_in(file) for part in parts for file in sorted(part.glob("*.safetensors")))
     return Hollow(family(pipe, cfg), encoders, f"configs in {folder}")
 
 
 def _pipe(
-    cfg: DiffusersModel, family: type[Family], net: nn.Module, vae: Any, scheduler: tuple[str, Mapping[str, Any]]
+    cfg: DiffusersModel,
+    family: type[Family],
+    net: nn.Module,
+    vae: Any,
+    scheduler: tuple[str, Mapping[str, Any]],
+    index: Mapping[str, Any] | None = None,
 ) -> SimpleNamespace:
-    """What a family asks of a pipeline."""
+    """What a family asks of a pipeline. ``index``: its model_index.json."""
     import diffusers
 
     own: Any = vae
     kind, options = scheduler
+    try:
+        made = getattr(diffusers, kind).from_config(dict(options))
+    except load_errors() as error:  # an unknown class, a library that it needs, a setting that it refuses
+        raise ValueError(f"model.path {cfg.path!r}: its scheduler ({kind}) cannot be loaded: {error}") from error
     parts = {
         "unet" if "unet" in family.needs else "transformer": _cast(net, cfg),
         "vae": _cast(own, cfg),
-        "scheduler": getattr(diffusers, kind).from_config(dict(options)),
+        "scheduler": made,
     }
-    return SimpleNamespace(**parts, components=parts, vae_scale_factor=2 ** _halvings(own), config={})
+    return SimpleNamespace(**parts, components=parts, vae_scale_factor=2 ** _halvings(own), config=dict(index or {}))
 
 
 def _halvings(vae: Any) -> int:

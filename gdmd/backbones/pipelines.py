@@ -139,6 +139,11 @@ def check_tiny(family: Family, tiny: Any) -> None:
             f"{what} decodes {config.latent_channels} channels, but latents of {family.name} have "
             f"{family.latent_channels}; give the one of this family"
         )
+    if family.pipe.vae.config.get("latents_mean") is not None and config.get("latents_mean") is None:
+        raise ValueError(
+            f"{what} decodes the latents of the published {family.name} models, but this model's VAE has its own "
+            "latents_mean and latents_std; leave it out, and save memory with model.decode_tiled=true"
+        )
     pixels = config.upsampling_scaling_factor ** (len(config.decoder_block_out_channels) - 1)
     if pixels != family.pixels_per_latent:
         raise ValueError(
@@ -245,6 +250,11 @@ def family_of(index: dict[str, Any], cfg: DiffusersModel) -> type[Family]:
             )
     known = ", ".join(f"{family.pipeline} ({family.name})" for family in FAMILIES)
     raise ValueError(f"model.path {cfg.path!r}: {INDEX} names {named!r}, which has no adapter here; supported: {known}")
+
+
+def family_of_pipeline(pipe: Any) -> type[Family] | None:
+    """The family of a loaded pipeline; None for a class that has none."""
+    return next((family for family in FAMILIES if family.pipeline == type(pipe).__name__), None)
 
 
 def check_components(index: dict[str, Any], family: type[Family], folder: Path | None, path: str) -> None:

@@ -8,31 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdmd.backbones.base import Family, PipelineText, network_dtype
-from gdmd.backbones.clocks import flow_clock, uniform_times
+from gdmd.backbones.base import PipelineText, network_dtype
 from gdmd.backbones.codec import VaeCodec
+from gdmd.backbones.flow import FlowFamily
 from gdmd.backbones.packing import pack, unpack
 from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.guidance import KeepTokenNorm
-from gdmd.diffusion.schedule import FlowSchedule, from_velocity
+from gdmd.diffusion.schedule import from_velocity
 from gdmd.types import Cond, Prediction
 
 LONGEST = 512
 """Caption tokens, unless model.max_tokens says otherwise."""
 
 
-class QwenImage(Family):
+class QwenImage(FlowFamily):
     """The network reads t itself. Guidance restores the norm of every token."""
 
     name = "qwen_image"
     pipeline = "QwenImagePipeline"
     needs = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-    native = "velocity"
     targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     patch = 2
+    scaling = ("latents_mean", "latents_std")
     tiny_decoder = False
     blocks = ("QwenImageTransformerBlock",)
     guide = KeepTokenNorm(patch)
@@ -40,11 +40,9 @@ class QwenImage(Family):
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
         self.net: nn.Module = pipe.transformer
-        self.schedule = FlowSchedule()
         self.codec = FrameCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = QwenText(pipe, cfg)
-        _, height, width = self.latent_shape
-        self.clock = flow_clock(pipe.scheduler.config, (height // 2) * (width // 2))
+        self.clock = self.times.clock(self.tokens)
 
     @property
     def latent_channels(self) -> int:
@@ -53,10 +51,10 @@ class QwenImage(Family):
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
         height, width = x_t.shape[-2:]
-        guided = self.pipe.transformer.config.guidance_embeds
+        guided = self.guidance_is_embedded
         return net(
             hidden_states=pack(x_t).to(dtype),
-            timestep=t,
+            timestep=self.network_time(t),
             guidance=torch.full_like(t, self.cfg.embedded_guidance, dtype=torch.float32) if guided else None,
             encoder_hidden_states=cond["embeds"].to(dtype),
             encoder_hidden_states_mask=cond["mask"],
@@ -67,16 +65,16 @@ class QwenImage(Family):
     def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
         return from_velocity(unpack(answer, *x_t.shape[-2:]), x_t, t, self.schedule)
 
+    @classmethod
+    def most_tokens(cls, net: Any) -> tuple[int, int]:
+        """Its table of 4096 positions holds half a side, and the caption (at most 1024 tokens) behind it."""
+        del net
+        return (2 * (4096 - 1024),) * 2
+
     def blank_text(self, count: int) -> Cond:
         longest = self.cfg.max_tokens or LONGEST
         embeds = self._blank(count, longest, self.pipe.transformer.config.joint_attention_dim)
         return {"embeds": embeds, "mask": torch.ones(count, longest, dtype=torch.bool)}
-
-    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
-        return self.clock.times(uniform)
-
-    def teacher_times(self, steps: int) -> Tensor:
-        return self.clock.path(uniform_times(steps))
 
 
 class FrameCodec(VaeCodec):

@@ -9,20 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdmd.backbones.base import Family, PipelineText, network_dtype
-from gdmd.backbones.clocks import flow_clock
+from gdmd.backbones.base import PipelineText, network_dtype
 from gdmd.backbones.codec import VaeCodec
+from gdmd.backbones.flow import FlowFamily
 from gdmd.config.model import DiffusersModel
-from gdmd.diffusion.schedule import FlowSchedule, from_velocity
+from gdmd.diffusion.schedule import from_velocity
 from gdmd.types import Cond, Prediction
 
 LONGEST = 300
 """Caption tokens, unless model.max_tokens says otherwise."""
-SHARED = ("num_train_timesteps", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-"""What a DPM-Solver's config and that of FlowMatchEulerDiscreteScheduler both have."""
 
 
-class Sana(Family):
+class Sana(FlowFamily):
     """The network reads 1000 t (timestep_scale) and predicts eps - x0.
 
     The published scheduler is a DPM-Solver; teacher and student here follow Euler's with the same shift, which the
@@ -32,33 +30,22 @@ class Sana(Family):
     name = "sana"
     pipeline = "SanaPipeline"
     needs = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-    native = "velocity"
     targets = tuple(f"attn{k}.{layer}" for k in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0"))
     blocks = ("SanaTransformerBlock",)
     tiny_decoder = False
+    scaling = ("scaling_factor",)
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
         self.net: nn.Module = pipe.transformer
-        self.schedule = FlowSchedule()
         self.codec = DeepCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = SanaText(pipe, cfg)
-        _, height, width = self.latent_shape
-        self.clock = flow_clock(self.scheduler_config, height * width)
-        self._shortest = 1 / int(self.scheduler_config["num_train_timesteps"])
-
-    @property
-    def scheduler_config(self) -> dict[str, Any]:
-        """Of a DPM-Solver: what Euler's knows, the shift under its name."""
-        config = super().scheduler_config
-        if config.get("prediction_type", "flow_prediction") != "flow_prediction":
+        if self.times.dynamic:
             raise ValueError(
-                f"the pipeline's scheduler has prediction_type = {config['prediction_type']!r}; Sana predicts a flow: set "
-                "flow_prediction"
+                f"model.path {cfg.path!r}: its scheduler has use_dynamic_shifting, which SanaPipeline does not do; save "
+                "it with a constant shift"
             )
-        if "flow_shift" not in config:
-            return config
-        return {key: config[key] for key in SHARED if key in config} | {"shift": config["flow_shift"]}
+        self.clock = self.times.clock(self.tokens)
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
@@ -66,7 +53,7 @@ class Sana(Family):
             x_t.to(dtype),
             encoder_hidden_states=cond["embeds"].to(dtype),
             encoder_attention_mask=cond["mask"],
-            timestep=1000 * t * self.pipe.transformer.config.timestep_scale,
+            timestep=1000 * self.network_time(t) * self.pipe.transformer.config.timestep_scale,
             return_dict=False,
         )[0]
 
@@ -83,13 +70,8 @@ class Sana(Family):
         embeds = self._blank(count, longest, self.pipe.transformer.config.caption_channels)
         return {"embeds": embeds, "mask": torch.ones(count, longest, dtype=torch.long)}
 
-    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
-        return self.clock.times(uniform)
-
     def teacher_times(self, steps: int) -> Tensor:
-        """As SD3's: even down to the (already shifted) last training time, then shifted."""
-        last, between = self.clock.times([self._shortest])[0], max(steps - 1, 1)
-        return self.clock.path([1 - (1 - last) * i / between for i in range(steps)])
+        return self.evenly_to_the_last(steps)
 
 
 class DeepCodec(VaeCodec):

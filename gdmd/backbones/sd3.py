@@ -7,47 +7,44 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gdmd.backbones.base import Family, PipelineText, network_dtype
-from gdmd.backbones.clocks import flow_clock
+from gdmd.backbones.base import PipelineText, network_dtype
 from gdmd.backbones.codec import VaeCodec
+from gdmd.backbones.flow import FlowFamily
 from gdmd.config.model import DiffusersModel
-from gdmd.diffusion.schedule import FlowSchedule, from_velocity
+from gdmd.diffusion.schedule import from_velocity
 from gdmd.types import Cond, Prediction
 
 LONGEST = 256
 """Tokens of T5, unless model.max_tokens says otherwise."""
 
 
-class Sd3(Family):
+class Sd3(FlowFamily):
     """The network reads t_1000 = 1000 t and predicts eps - x0."""
 
     name = "sd3"
     pipeline = "StableDiffusion3Pipeline"
     needs = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
     optional = ("text_encoder_3", "tokenizer_3")
-    native = "velocity"
     targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     patch = 2
+    max_shift = 1.16
     blocks = ("JointTransformerBlock",)
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
         self.net: nn.Module = pipe.transformer
-        self.schedule = FlowSchedule()
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = Sd3Text(pipe, cfg)
-        _, height, width = self.latent_shape
-        self.clock = flow_clock(pipe.scheduler.config, (height // 2) * (width // 2))
-        self._shortest = 1 / int(pipe.scheduler.config.num_train_timesteps)
+        self.clock = self.times.clock(self.tokens)
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
         return net(
             hidden_states=x_t.to(dtype),
-            timestep=1000 * t,
+            timestep=1000 * self.network_time(t),
             encoder_hidden_states=cond["embeds"].to(dtype),
             pooled_projections=cond["pooled"].to(dtype),
             return_dict=False,
@@ -62,15 +59,12 @@ class Sd3(Family):
         pooled = self._blank(count, config.pooled_projection_dim)
         return {"embeds": self._blank(count, tokens, config.joint_attention_dim), "pooled": pooled}
 
-    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
-        return self.clock.times(uniform)
-
     def teacher_times(self, steps: int) -> Tensor:
-        """The stock scheduler spaces evenly down to its (already shifted) last training time, then shifts."""
-        dynamic = self.pipe.scheduler.config.get("use_dynamic_shifting")
-        last = self._shortest if dynamic else self.clock.times([self._shortest])[0]
-        between = max(steps - 1, 1)
-        return self.clock.path([1 - (1 - last) * i / between for i in range(steps)])
+        return self.evenly_to_the_last(steps)
+
+    @classmethod
+    def most_tokens(cls, net: Any) -> tuple[int, int]:
+        return (int(net.config.pos_embed_max_size),) * 2
 
 
 class Sd3Text(PipelineText):

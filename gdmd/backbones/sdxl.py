@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (arXiv 2307.01952): eps-prediction on a VP schedule, micro-conditioning, two CLIPs."""
+"""Stable Diffusion XL (arXiv 2307.01952): a UNet on a VP schedule, micro-conditioning, two CLIPs."""
 
 from __future__ import annotations
 
@@ -9,32 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.backbones.base import PipelineText, network_dtype
-from gdmd.backbones.clocks import VpClock, uniform_times, vp_schedule
-from gdmd.backbones.codec import VaeCodec
 from gdmd.backbones.unet import UnetFamily
 from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.device import sent
-from gdmd.diffusion.schedule import from_eps
-from gdmd.types import Cond, Prediction
+from gdmd.types import Cond
 
 
 class Sdxl(UnetFamily):
-    """The network reads t_1000 = 999 t, and size and crop as six numbers (original size, corner, target size)."""
+    """The network reads the training step, 999 t, and size and crop as six numbers (original size, corner, target size)."""
 
     name = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
     needs = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-    native = "eps"
     targets = ("to_q", "to_k", "to_v", "to_out.0")
     blocks = ("BasicTransformerBlock",)
+    scaling = ("scaling_factor", "latents_mean", "latents_std")
     reading = 0.43  # of the published UNet at 512 and 1024, rank 64
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
-        self.net: nn.Module = pipe.unet
-        self.schedule = vp_schedule(pipe.scheduler.config)
-        self.clock = VpClock(self.schedule.train_steps)
-        self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = SdxlText(pipe, cfg)
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
@@ -43,26 +36,17 @@ class Sdxl(UnetFamily):
         time_ids = sent(size, x_t.device).to(dtype).expand(len(x_t), 6)
         return net(
             x_t.to(dtype),
-            self.clock.t_1000(t),
+            self.clock.step(t),
             encoder_hidden_states=cond["embeds"].to(dtype),
+            timestep_cond=self.guidance_input(t),
             added_cond_kwargs={"text_embeds": cond["pooled"].to(dtype), "time_ids": time_ids},
             return_dict=False,
         )[0]
-
-    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        return from_eps(answer, x_t, t, self.schedule)
 
     def blank_text(self, count: int) -> Cond:
         config = self.pipe.unet.config
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return {"embeds": self._blank(count, 77, config.cross_attention_dim), "pooled": self._blank(count, pooled)}
-
-    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
-        return self.clock.times(uniform)
-
-    def teacher_times(self, steps: int) -> Tensor:
-        """DDIM with trailing spacing; it ends on the first training step."""
-        return torch.tensor([*self.clock.times(uniform_times(steps)), 0.0])
 
 
 class SdxlText(PipelineText):

@@ -9,25 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdmd.backbones.base import Family, PipelineText, network_dtype
-from gdmd.backbones.clocks import flow_clock, uniform_times
+from gdmd.backbones.base import PipelineText, network_dtype
 from gdmd.backbones.codec import VaeCodec
 from gdmd.backbones.features import answering_before
+from gdmd.backbones.flow import FlowFamily
 from gdmd.config.model import DiffusersModel
-from gdmd.diffusion.schedule import FlowSchedule, from_velocity
+from gdmd.diffusion.schedule import from_velocity
 from gdmd.types import Cond, Prediction
 
 LONGEST = 512
 """Caption tokens, unless model.max_tokens says otherwise."""
 
 
-class ZImage(Family):
+class ZImage(FlowFamily):
     """The network's time runs the other way (1 - t) and it predicts x0 - eps, the negative velocity."""
 
     name = "z_image"
     pipeline = "ZImagePipeline"
     needs = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-    native = "velocity"
     targets = (
         *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
         *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
@@ -38,17 +37,21 @@ class ZImage(Family):
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
         self.net: nn.Module = pipe.transformer
-        self.schedule = FlowSchedule()
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = ZImageText(pipe, cfg)
-        _, height, width = self.latent_shape
-        self.clock = flow_clock(pipe.scheduler.config, (height // 2) * (width // 2))
+        self.clock = self.times.clock(self.tokens)
+        longest, places = cfg.max_tokens or LONGEST, int(pipe.transformer.config.axes_lens[0])
+        if -(-longest // 32) * 32 + 2 > places:
+            raise ValueError(
+                f"model.max_tokens = {longest}: the transformer has positions for {(places - 2) // 32 * 32} caption "
+                "tokens; lower it"
+            )
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
         captions = [row[:count] for row, count in zip(cond["embeds"].to(dtype), cond["tokens"].tolist(), strict=True)]
         frames = list(x_t.to(dtype)[:, :, None].unbind(0))  # B x [C, 1, H, W]
-        return net(frames, 1 - t, captions, return_dict=False)[0]
+        return net(frames, 1 - self.network_time(t), captions, return_dict=False)[0]
 
     def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
         return from_velocity(-torch.stack(answer)[:, :, 0], x_t, t, self.schedule)
@@ -66,16 +69,15 @@ class ZImage(Family):
         _, height, width = self.latent_shape
         return int(self.pipe.transformer.config.dim), height // self.patch, width // self.patch
 
+    @classmethod
+    def most_tokens(cls, net: Any) -> tuple[int, int]:
+        _, rows, columns = net.config.axes_lens
+        return int(rows), int(columns)
+
     def blank_text(self, count: int) -> Cond:
         longest = self.cfg.max_tokens or LONGEST
         embeds = self._blank(count, longest, self.pipe.transformer.config.cap_feat_dim)
         return {"embeds": embeds, "tokens": torch.full((count,), longest)}
-
-    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
-        return self.clock.times(uniform)
-
-    def teacher_times(self, steps: int) -> Tensor:
-        return self.clock.path(uniform_times(steps))
 
 
 class ZImageText(PipelineText):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive
+from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability
 
 FamilyName = Literal["sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"]
 Pixels = Annotated[Count, Field(multiple_of=8)]
@@ -61,7 +61,17 @@ class DiffusersModel(Config):
     )
     embedded_guidance: NonNegative = Field(
         default=3.5,
-        description="Guidance fed to a guidance-distilled network (FLUX.1-dev, FLUX.2-dev); others ignore it.",
+        description="Guidance fed to a network that reads it (FLUX.1-dev, FLUX.2-dev, LCM UNets); others ignore it.",
+    )
+    guidance_rescale: Probability = Field(
+        default=0.0,
+        description="UNets: share by which guided answers keep the spread of unguided ones (arXiv 2305.08891: 0.7 for "
+        "models with zero terminal SNR).",
+    )
+    distilled: bool | None = Field(
+        default=None,
+        description="Whether the base is a few-step or guidance-distilled model, which is refused as a teacher with "
+        "guidance; null = found out from its files and its name.",
     )
     decode_chunk: Count = Field(default=1, description="Images per call of the VAE; more is faster and takes memory.")
     scoring_decoder: str | None = Field(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive
+from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.model import Pixels
 
 SchedulerName = Literal["lcm", "tcd", "ddim", "euler", "euler_ancestral", "flow_euler", "flow_dpm"]
@@ -24,6 +24,9 @@ class SourceConfig(Config):
     )
     steps: Count | None = Field(default=None, description="Steps of a pipeline; default: its own.")
     guidance: NonNegative | None = Field(default=None, description="Guidance scale of a pipeline; default: its own.")
+    guidance_rescale: Probability | None = Field(
+        default=None, description="Rescaled guidance of Stable Diffusion 1, 2 and XL; default: the pipeline's, none."
+    )
     lora: str | None = Field(
         default=None, description="LoRA on top: a .safetensors file, a folder, ORG/NAME or ORG/NAME/FILE.safetensors."
     )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdmd.types import Cond, Denoiser, Guide, Prediction
+from gdmd.diffusion.schedule import expand, from_native, renoise, to_native
+from gdmd.types import Cond, Denoiser, Guide, Native, Prediction, Schedule
 
 
 def plain(cond: Prediction, uncond: Prediction, guidance: float, t: Tensor) -> Prediction:
@@ -39,6 +40,28 @@ class KeepTokenNorm:
         p = self.patch
         lengths = v.reshape(b, c, h // p, p, w // p, p).square().sum((1, 3, 5)).sqrt()
         return lengths.repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """Plain guidance of the network's answer y, then y (phi std(y_cond) / std(y) + 1 - phi), phi = ``rescale``.
+
+    The std is that of a sample's C, H, W (arXiv 2305.08891, section 3.4): for models with zero terminal SNR, which plain
+    guidance overexposes. Not linear in the guidance. What diffusers calls guidance_rescale.
+    """
+
+    rescale: float
+    native: Native
+    schedule: Schedule
+
+    def __call__(self, cond: Prediction, uncond: Prediction, guidance: float, t: Tensor) -> Prediction:
+        alone, mixed = (
+            to_native(one, self.native, t, self.schedule) for one in (cond, plain(cond, uncond, guidance, t))
+        )
+        spread = alone.flatten(1).std(1) / mixed.flatten(1).std(1)
+        factor = expand(self.rescale * spread + 1 - self.rescale, mixed)
+        x_t = renoise(cond.x0, t, cond.eps, self.schedule)
+        return from_native(factor * mixed, self.native, x_t, t, self.schedule)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gdmd.diffusion.device import sent
-from gdmd.diffusion.schedule import expand, renoise, widen
+from gdmd.diffusion.schedule import expand, renoise, shift_time, widen
 from gdmd.types import Cond, Denoiser, Schedule
 
 NoiseAt = Callable[[int], Tensor]
@@ -17,8 +17,7 @@ NoiseAt = Callable[[int], Tensor]
 
 def times(steps: int, shift: float = 1.0, device: torch.device | str = "cpu") -> Tensor:
     """steps + 1 times from 1 (noise) to 0 (data), uniform before the shift. [steps + 1]"""
-    t = torch.linspace(1, 0, steps + 1, device=device)
-    return shift * t / (1 + (shift - 1) * t)
+    return shift_time(torch.linspace(1, 0, steps + 1, device=device), shift)
 
 
 @torch.no_grad()

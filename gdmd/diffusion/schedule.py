@@ -6,12 +6,13 @@ Convention: x_t = alpha(t) x0 + sigma(t) eps, t in [0, 1], 0 = data, 1 = noise; 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from gdmd.diffusion.device import sent
-from gdmd.types import Prediction, Schedule
+from gdmd.types import Native, Prediction, Schedule
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
@@ -19,7 +20,10 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
-def shift_time(t: Tensor, shift: float) -> Tensor:
+Time = TypeVar("Time", float, Tensor)
+
+
+def shift_time(t: Time, shift: float) -> Time:
     """Timestep shift of the flow families (SD3, arXiv 2403.03206, eq. 23): t -> s t / (1 + (s - 1) t)."""
     return shift * t / (1 + (shift - 1) * t)
 
@@ -37,23 +41,51 @@ class FlowSchedule:
 
 @dataclass(frozen=True)
 class VpSchedule:
-    """Variance preserving (SD1.5, SDXL): "scaled_linear" betas over 1000 steps, t = t_1000 / 999.
+    """Variance preserving (SD1.5, SDXL): T training steps with betas, t = t_T / (T - 1). The default is SDXL's.
 
-    Between two training steps the log-SNR is interpolated linearly, so that alpha^2 + sigma^2 = 1 everywhere.
+    Betas are "linear", "scaled_linear" (linear in their roots) or "squaredcos_cap_v2" (arXiv 2102.09672), or given as
+    ``trained_betas``. ``zero_snr`` rescales them so that the last step is pure noise (arXiv 2305.08891, algorithm 1).
+    Between two training steps the log-SNR is interpolated linearly, so that alpha^2 + sigma^2 = 1 everywhere; before a
+    last step of pure noise, where it is infinite, alpha. t < 0 is before the first step: clean data.
     """
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
     train_steps: int = 1000
+    beta_schedule: str = "scaled_linear"
+    trained_betas: tuple[float, ...] = ()
+    zero_snr: bool = False
     _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def betas(self) -> Tensor:
+        """Before any rescaling. [T], float64"""
+        if self.trained_betas:
+            return torch.tensor(self.trained_betas, dtype=torch.float64)
+        match self.beta_schedule:
+            case "linear":
+                return torch.linspace(self.beta_start, self.beta_end, self.train_steps, dtype=torch.float64)
+            case "scaled_linear":
+                low, high = self.beta_start**0.5, self.beta_end**0.5
+                return torch.linspace(low, high, self.train_steps, dtype=torch.float64) ** 2
+            case "squaredcos_cap_v2":
+                u = torch.linspace(0, 1, self.train_steps + 1, dtype=torch.float64)
+                bar = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2
+                return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+        raise ValueError(f"unknown beta_schedule {self.beta_schedule!r}")
+
+    def _log_snr(self) -> Tensor:
+        """log(alpha^2 / sigma^2) at the training steps. [T], float64"""
+        log_bar = torch.log1p(-self.betas()).cumsum(0)
+        if self.zero_snr:
+            root = (log_bar / 2).exp()
+            log_bar = 2 * torch.log((root - root[-1]) * root[0] / (root[0] - root[-1]))
+        return log_bar - torch.log(-torch.expm1(log_bar))
+
     def _table(self, device: torch.device) -> Tensor:
-        """log(alpha^2 / sigma^2) at t_1000 = 0 ... T - 1, made once for every device. [T], float64"""
+        """``_log_snr``, computed once for every device."""
         if device not in self._tables:
             with torch.inference_mode(False):  # a table made inside could not be used in training
-                root = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.train_steps, dtype=torch.float64)
-                log_bar = torch.log1p(-(root**2)).cumsum(0)
-                self._tables[device] = sent(log_bar - torch.log(-torch.expm1(log_bar)), device)
+                self._tables[device] = sent(self._log_snr(), device)
         return self._tables[device]
 
     def _logit(self, t: Tensor) -> Tensor:
@@ -62,7 +94,11 @@ class VpSchedule:
         low = place.floor().clamp(0, self.train_steps - 2)
         mix = place - low
         low_index = low.to(torch.int64)
-        return torch.lerp(logit[low_index], logit[low_index + 1], mix)
+        between = torch.lerp(logit[low_index], logit[low_index + 1], mix)
+        if self.zero_snr:
+            falling = torch.sigmoid(logit[-2]) * (1 - mix) ** 2
+            between = torch.where(low_index == self.train_steps - 2, torch.logit(falling), between)
+        return torch.where(place < 0, torch.inf, between)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.sigmoid(self._logit(t)).sqrt().to(t.dtype)
@@ -113,6 +149,19 @@ def to_v_vp(prediction: Prediction, t: Tensor, schedule: Schedule) -> Tensor:
     """The VP "v" of a prediction, alpha eps - sigma x0."""
     alpha, sigma = _coefficients(prediction.x0, t, schedule)
     return alpha * prediction.eps - sigma * prediction.x0
+
+
+def from_native(answer: Tensor, native: Native, x_t: Tensor, t: Tensor, schedule: Schedule) -> Prediction:
+    """What a network's answer at x_t means, by what it predicts."""
+    convert = {"eps": from_eps, "velocity": from_velocity, "v": from_v_vp, "x0": from_x0}[native]
+    return convert(answer, x_t, t, schedule)
+
+
+def to_native(prediction: Prediction, native: Native, t: Tensor, schedule: Schedule) -> Tensor:
+    """The inverse: the answer of a network that predicts ``native``."""
+    if native == "v":
+        return to_v_vp(prediction, t, schedule)
+    return {"eps": prediction.eps, "velocity": prediction.velocity, "x0": prediction.x0}[native]
 
 
 def renoise(x0: Tensor, t: Tensor, eps: Tensor, schedule: Schedule) -> Tensor:

@@ -97,7 +97,6 @@ def _lora(cfg: RunConfig) -> bool:
 
 
 def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
-    scheduler = "LCMScheduler" if family.native == "eps" else "FlowMatchEulerDiscreteScheduler"
     without = "".join(f", {name}=None" for name in left_out(family))
     if merged:
         loaded = f'"THIS_FOLDER", dtype=torch.bfloat16{without}'
@@ -113,7 +112,7 @@ def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
     return (
         "import torch, diffusers",
         f'pipe = diffusers.{family.pipeline}.from_pretrained({base}).to("cuda")',
-        f'pipe.scheduler = diffusers.{scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")',
+        f'pipe.scheduler = diffusers.{family.student_scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")',
         f'pipe.load_lora_weights("THIS_FOLDER", weight_name="{DIFFUSERS_FILE}")',
         f'image = pipe(prompt="a red cube on a blue sphere", {given}).images[0]',
     )

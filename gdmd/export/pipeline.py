@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gdmd.backbones.base import Family
 from gdmd.backbones.pipelines import EXTRAS, absent, local_or_hub_index
+from gdmd.backbones.unet import UnetFamily
 from gdmd.export.lora import merge
 
 NO_GUIDANCE: Mapping[str, Mapping[str, float | bool]] = {
@@ -36,27 +38,22 @@ def student_scheduler(family: Family, uniform: Sequence[float]) -> Any:
     """A scheduler with which the stock pipeline re-noises as in training; the betas or shift are the pipeline's own."""
     import diffusers
 
-    config = family.scheduler_config
-    if family.native == "eps":
-        wanted = {"original_inference_steps": len(uniform), "timestep_scaling": 10.0, "clip_sample": False}
-        return diffusers.LCMScheduler.from_config(config | wanted)
-    wanted = {"stochastic_sampling": True, "shift_terminal": None}
-    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config | wanted)
+    return getattr(diffusers, family.student_scheduler)(**family.student_settings(len(uniform)))
 
 
 def call_arguments(family: Family, uniform: Sequence[float]) -> dict[str, Any]:
     """Keyword arguments of ``pipe(prompt=..., ...)`` for the student: its steps, size and caption length, no guidance."""
     arguments: dict[str, Any] = {"num_inference_steps": len(uniform)}
-    if family.native == "eps":
-        arguments["timesteps"] = [round(999 * t) for t in family.student_times(uniform)]
+    if isinstance(family, UnetFamily):
+        arguments["timesteps"] = family.clock.step(torch.tensor(family.student_times(uniform))).round().int().tolist()
     else:
         arguments["sigmas"] = list(uniform)
     if family.cfg.max_tokens and family.name not in ("sd15", "sdxl"):
         arguments["max_sequence_length"] = family.cfg.max_tokens
-    if family.name in ("flux", "flux2"):
+    arguments |= NO_GUIDANCE[family.name]
+    if family.guidance_is_embedded:
         arguments["guidance_scale"] = family.cfg.embedded_guidance
-    size = {"height": family.cfg.height, "width": family.cfg.width}
-    return arguments | dict(NO_GUIDANCE[family.name]) | size
+    return arguments | {"height": family.cfg.height, "width": family.cfg.width}
 
 
 def left_out(family: Family) -> list[str]:

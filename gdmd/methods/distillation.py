@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from gdmd.diffusion.device import sent
 from gdmd.diffusion.guidance import Pair, predict_pair
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import backward_simulation
-from gdmd.diffusion.schedule import renoise
+from gdmd.diffusion.schedule import renoise, to_native
 from gdmd.losses.denoising import denoising_loss, mean_square
 from gdmd.losses.dmd import normaliser
-from gdmd.types import ALONE, Cond, Denoiser, Loss, PromptBatch, Roles
+from gdmd.types import ALONE, Cond, Denoiser, Loss, Native, Prediction, PromptBatch, Roles
 
 
 class RealLatents(Protocol):
@@ -92,7 +92,7 @@ class Distillation(Generic[AnyConfig]):
     cfg: AnyConfig
     roles: Roles
     latent_shape: tuple[int, int, int]
-    native: Literal["eps", "velocity"]
+    native: Native
     real_latents: RealLatents | None = None
     _stats: dict[str, Tensor] = field(default_factory=dict)
 
@@ -133,7 +133,12 @@ class Distillation(Generic[AnyConfig]):
         """Denoising loss of the fake score on the student's samples, native or in x0 (eq. 2)."""
         prediction = self.roles.fake(batch.x_t, batch.t, batch.cond)
         kind = "x0" if self.cfg.fake_loss == "x0" else self.native
-        loss = denoising_loss(prediction, batch.x0, batch.eps, kind)
+        if kind == "v":
+            answers = (prediction, Prediction(batch.x0, batch.eps))
+            found, wanted = (to_native(one, kind, batch.t, self.roles.schedule) for one in answers)
+            loss = mean_square(found - wanted)
+        else:
+            loss = denoising_loss(prediction, batch.x0, batch.eps, kind)
         seen = loss.detach()
         thirds = {f"fake_loss/t{k}": torch.where((batch.t * 3).long() == k, seen, torch.nan) for k in range(3)}
         return Loss(loss, {"loss/fake": seen, **thirds})

@@ -77,7 +77,7 @@ def describe(
         "dtype": model.dtype,
         "merged": merged,
         "pipeline": family.pipeline,
-        "scheduler": "LCMScheduler" if family.native == "eps" else "FlowMatchEulerDiscreteScheduler",
+        "scheduler": family.student_scheduler,
         "arguments": dict(arguments),
         "rewards": list(trained_rewards(cfg)),
         "step": step,

@@ -17,7 +17,7 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.evaluation.weightless import Measured, hollow, measure, weightless
 from gdmd.methods.distillation import frozen
-from gdmd.recipes.build import head_seed
+from gdmd.recipes.build import guidances_of, head_seed
 from gdmd.types import Cond, Role
 
 
@@ -61,12 +61,14 @@ def heads_of(roles: Any) -> list[nn.Module]:
 
 
 def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
+    from gdmd.backbones.distilled import check_guidance
     from gdmd.backbones.hollow import hollow_decoder, hollow_family
     from gdmd.backbones.pipelines import check_tiny, require_tiny
     from gdmd.backbones.roles import DiffusersRoles
 
     opened = hollow_family(model)
     family = opened.family
+    check_guidance(family, guidances_of(cfg.method))
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     vae: Any = family.pipe.vae
     nets = [*roles.modules(), *heads_of(roles), vae]

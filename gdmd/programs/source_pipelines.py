@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gdmd.backbones.distilled import why_distilled
 from gdmd.backbones.packing import in_patches, pack
 from gdmd.backbones.pipelines import (
     EXTRAS,
@@ -28,6 +29,7 @@ from gdmd.backbones.pipelines import (
     check_weights,
     checker_off,
     explain,
+    family_of_pipeline,
     is_local,
     load_errors,
     read_index,
@@ -39,7 +41,7 @@ from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.io import RunError
-from gdmd.programs.source_schedulers import set_scheduler, step_arguments
+from gdmd.programs.source_schedulers import check_scheduler, set_scheduler, step_arguments
 from gdmd.programs.sources import EXPORT_FILE, Facts, Place, device_name, to_images
 from gdmd.rewards.sources import weights_content
 
@@ -147,15 +149,16 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
         _add_lora(pipe, cfg.lora, cfg.lora_scale)
     if cfg.scheduler or cfg.spacing or cfg.shift is not None:
         set_scheduler(pipe, cfg)
-    guided = "true_cfg_scale" if type(pipe).__name__ == "QwenImagePipeline" else "guidance_scale"
-    asked = {"num_inference_steps": cfg.steps, guided: cfg.guidance, "height": cfg.height, "width": cfg.width}
-    if guided == "true_cfg_scale" and cfg.guidance is not None and cfg.guidance > 1:
-        asked["negative_prompt"] = " "  # without one the pipeline leaves guidance off
+    check_scheduler(pipe, cfg)
+    _check_size(pipe, cfg)
+    guidance = _guidance(pipe, cfg)
+    asked = {"num_inference_steps": cfg.steps, "height": cfg.height, "width": cfg.width} | guidance
     arguments = {key: value for key, value in asked.items() if value is not None} | step_arguments(pipe, cfg)
     arguments |= {key: False for key in _unprocessed(pipe) if key == BINNING}
     beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "base"}
-    beside |= {"shift", "timesteps", "eta"} - cfg.model_fields_set  # as in folders made before there were these
+    beside |= {"shift", "timesteps", "eta", "guidance_rescale"} - cfg.model_fields_set  # as before there were these
     settings = cfg.model_dump(mode="json", exclude=beside)
+    settings["guidance"] = guidance.get("true_cfg_scale", cfg.guidance)  # images of a default are those of its number
     weights = {
         "weights": weights_content(cfg.where, cfg.revision, cfg.variant),
         "lora": cfg.lora and weights_content(cfg.lora),
@@ -177,6 +180,39 @@ def _unprocessed(pipe: Any) -> dict[str, bool]:
     checker = {"safety_checker": False} if "requires_safety_checker" in pipe.config else {}
     binning = {BINNING: False} if BINNING in inspect.signature(type(pipe).__call__).parameters else {}
     return checker | binning
+
+
+def _guidance(pipe: Any, cfg: SourceConfig) -> dict[str, Any]:
+    """The arguments of a guidance; Qwen-Image's default is given with its negative prompt, without which it is off.
+
+    ValueError for a guidance that the pipeline would ignore.
+    """
+    name, config = (
+        type(pipe).__name__,
+        pipe.components["transformer"].config if "transformer" in pipe.components else {},
+    )
+    ignored = name == "Flux2KleinPipeline" and pipe.config.get("is_distilled") and (cfg.guidance or 0) > 1
+    ignored = ignored or (name in ("FluxPipeline", "Flux2Pipeline") and not config.get("guidance_embeds"))
+    if cfg.guidance is not None and ignored:
+        raise ValueError(
+            f"source {cfg.where!r}: guidance={cfg.guidance:g} does nothing for this {name}, because "
+            f"{why_distilled(pipe, cfg.where) or 'it has no guidance embedding'}; leave it out"
+        )
+    if cfg.guidance_rescale is not None and "guidance_rescale" not in inspect.signature(pipe.__call__).parameters:
+        raise ValueError(f"source {cfg.where!r}: guidance_rescale is set, but a {name} does not read it; leave it out")
+    if name != "QwenImagePipeline":
+        return {"guidance_scale": cfg.guidance, "guidance_rescale": cfg.guidance_rescale}
+    own = inspect.signature(pipe.__call__).parameters["true_cfg_scale"].default
+    guidance = own if cfg.guidance is None else cfg.guidance
+    return {"true_cfg_scale": guidance} | ({"negative_prompt": " "} if guidance > 1 else {})
+
+
+def _check_size(pipe: Any, cfg: SourceConfig) -> None:
+    """ValueError for a size beyond the network's positions; some pipelines find it only in their first step."""
+    family = family_of_pipeline(pipe)
+    if family is not None and "transformer" in pipe.components:
+        unit = pipe.vae_scale_factor * family.patch
+        family.check_positions(pipe.transformer, unit, cfg.height, cfg.width, f"source {cfg.where!r}: ")
 
 
 def open_export(cfg: SourceConfig) -> PipelineSource:

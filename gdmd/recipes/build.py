@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from gdmd.backbones.shapes import (
     load_dit,
     load_vae,
 )
-from gdmd.config.method import DmdConfig, GdmdConfig
+from gdmd.config.method import DmdConfig, GdmdConfig, MethodConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.rivals import Dmd2Config, DmdrConfig
 from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
@@ -41,7 +41,7 @@ from gdmd.recipes.rewards import check_prompts, image_reward
 from gdmd.rewards.checker import PartialCredit
 from gdmd.rewards.shapes import load_scorer
 from gdmd.runs.assets import asset_path, load_asset
-from gdmd.types import Codec, Critic, Denoiser, Method, Reward, Roles, TextEncoder
+from gdmd.types import Codec, Critic, Denoiser, Method, Native, Reward, Roles, TextEncoder
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,12 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     real = real_latents_of(cfg, model)
     prompts = training_prompts(cfg, real)
     check_prompts(cfg.rewards, prompts)
+    from gdmd.backbones.distilled import check_guidance
     from gdmd.backbones.pipelines import LateText, encoder_identity, open_family, scoring_codec
     from gdmd.backbones.roles import DiffusersRoles
 
     family = open_family(model, device, encoders=model.embeddings is None)
+    check_guidance(family, guidances_of(cfg.method))
     encoder: TextEncoder = family.encoder
     if model.embeddings is not None:
         encoder = CachedText(LateText(family), Path(model.embeddings), encoder_identity(family), device)
@@ -110,6 +112,11 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
         teacher_times=family.teacher_times,
         scoring=codec if model.scoring_decoder is not None else None,
     )
+
+
+def guidances_of(method: MethodConfig) -> tuple[float, ...]:
+    """Every guidance scale of the teacher in this method."""
+    return method.guidances if isinstance(method, GdmdConfig) else (method.guidance,)
 
 
 def head_seed(cfg: RunConfig) -> int | None:
@@ -161,7 +168,7 @@ class Place:
     """Where a method works."""
 
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
-    native: Literal["eps", "velocity"] = "velocity"
+    native: Native = "velocity"
 
 
 SHAPES = Place()

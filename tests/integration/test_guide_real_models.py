@@ -96,37 +96,30 @@ def test_the_family_of_the_guide_takes_adapters_and_samples() -> None:
     import tiny_pipelines as tiny
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from gdmd.backbones.base import Family, PipelineText
-    from gdmd.backbones.clocks import flow_clock, uniform_times
+    from gdmd.backbones.base import PipelineText
     from gdmd.backbones.codec import VaeCodec
+    from gdmd.backbones.flow import FlowFamily
     from gdmd.backbones.roles import DiffusersRoles
     from gdmd.diffusion.sampling import few_step_sample, ode_sample
-    from gdmd.diffusion.schedule import FlowSchedule, from_velocity
+    from gdmd.diffusion.schedule import from_velocity
 
     class MyText(PipelineText):
         def embed(self, texts: Any) -> Cond:
             return {"embeds": torch.tensor([[[float(len(text))] * 4] for text in texts])}
 
-    own: dict[str, Any] = {"Family": Family, "VaeCodec": VaeCodec, "MyText": MyText}
-    own |= {"FlowSchedule": FlowSchedule, "from_velocity": from_velocity}
+    own: dict[str, Any] = {"FlowFamily": FlowFamily, "VaeCodec": VaeCodec, "MyText": MyText}
+    own |= {"from_velocity": from_velocity}
     exec(code("class Mine"), own)
     mine: Any = own["Mine"]
-    assert mine.__abstractmethods__ == {"student_times", "teacher_times"}, "the two that the text says are left"
-
-    class Whole(mine):  # type: ignore[misc]
-        def student_times(self, uniform: Any) -> tuple[float, ...]:
-            return flow_clock(self.pipe.scheduler.config, 1).times(uniform)
-
-        def teacher_times(self, steps: int) -> Tensor:
-            return flow_clock(self.pipe.scheduler.config, 1).path(uniform_times(steps))
 
     torch.manual_seed(0)
     parts = {"transformer": Net(), "vae": tiny.vae(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
-    family = Whole(SimpleNamespace(**parts, vae_scale_factor=2), tiny.config(Path("mine"), checkpointing=False))
+    family = mine(SimpleNamespace(**parts, vae_scale_factor=2), tiny.config(Path("mine"), checkpointing=False))
     roles, cond = DiffusersRoles(family), family.encoder.encode(["a", "a longer one"])
     assert len(roles.parameters("student")) == 6, "A and B of three layers"
     noise = torch.randn(2, *family.latent_shape)
     steps = family.student_times((1.0, 0.75, 0.5, 0.25))
+    assert steps == pytest.approx((1, 0.9, 0.75, 0.5))
     drawn = few_step_sample(roles.student, noise, steps, cond, lambda i: noise, roles.schedule)
     slow = ode_sample(roles.teacher, noise, family.teacher_times(4), cond, roles.schedule)
     assert family.codec.decode(drawn).shape == (2, 3, tiny.SIZE, tiny.SIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,33 @@ def test_a_schedule_runs_from_data_to_noise(schedule: Schedule) -> None:
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     alpha, sigma = schedule.alpha(ends), schedule.sigma(ends)
     assert alpha[0] > 0.999 and sigma[0] < 0.03 and alpha[1] < 0.07 and sigma[1] > 0.997
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "trained"])
+def test_other_betas_are_their_cumulative_product(betas: str, zero_snr: bool) -> None:
+    steps, low, high = 50, 0.001, 0.2
+    given = {"linear": np.linspace(low, high, steps), "scaled_linear": np.linspace(low**0.5, high**0.5, steps) ** 2}
+    given["trained"] = np.linspace(0.01, 0.1, steps) ** 1.5
+    trained = tuple(given["trained"]) if betas == "trained" else ()
+    schedule = VpSchedule(low, high, steps, betas, trained, zero_snr)
+    root = np.cumprod(1 - given[betas]) ** 0.5
+    wanted = (root - root[-1]) * root[0] / (root[0] - root[-1]) if zero_snr else root
+    t = torch.arange(steps, dtype=torch.float64) / (steps - 1)
+    np.testing.assert_allclose(schedule.alpha(t).numpy(), wanted, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(schedule.sigma(t).numpy(), np.sqrt(1 - wanted**2), rtol=1e-9)
+
+
+def test_the_last_step_of_zero_terminal_snr_is_noise_and_is_reached_without_a_jump() -> None:
+    schedule, t = VpSchedule(zero_snr=True), torch.linspace(997 / 999, 1, 2001, dtype=torch.float64)
+    alpha = schedule.alpha(t)
+    assert alpha[-1] == 0 and schedule.sigma(t)[-1] == 1 and alpha.isfinite().all()
+    assert (alpha.diff() < 0).all() and alpha.diff().abs().max() < 1e-3 * alpha[0]
+
+
+def test_before_the_first_step_there_is_no_noise() -> None:
+    before = torch.tensor([-1 / 999])
+    assert VpSchedule().alpha(before) == 1 and VpSchedule().sigma(before) == 0
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

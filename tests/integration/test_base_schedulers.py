@@ -1,0 +1,490 @@
+"""A base model's scheduler and kind are honored or refused: in training, plan, sampling and export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import diffusers
+import tiny_pipelines as tiny
+from test_export import stock_images, trainers_images
+from torch import Tensor
+
+from gdmd.backbones.base import Family
+from gdmd.backbones.hollow import hollow_family
+from gdmd.backbones.pipelines import check_tiny, open_family
+from gdmd.backbones.roles import DiffusersRoles
+from gdmd.config.method import DmdConfig
+from gdmd.config.run import RunConfig
+from gdmd.config.sources import read_source
+from gdmd.diffusion.guidance import Guided
+from gdmd.diffusion.sampling import ode_sample
+from gdmd.export.pipeline import call_arguments, student_scheduler
+from gdmd.methods.distillation import FakeBatch
+from gdmd.programs.plan_networks import networks_of
+from gdmd.programs.sources import open_source
+from gdmd.recipes.build import build
+from gdmd.types import Cond, Prediction
+
+UNIFORM = (1.0, 0.75, 0.5, 0.25)
+CAPTIONS = list(tiny.WORDS[:2])
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+TRAILING = BETAS | {"timestep_spacing": "trailing", "set_alpha_to_one": False}
+V = TRAILING | {"prediction_type": "v_prediction"}
+SOLVERS = (
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
+    *("DEISMultistepScheduler", "SASolverScheduler"),
+)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipelines")
+
+
+@pytest.fixture
+def saved(folders: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A tiny pipeline saved with another scheduler, and other keys of the configs of its parts."""
+
+    def save(
+        name: str, scheduler: Any = None, parts: dict[str, dict[str, Any]] | None = None, called: str = ""
+    ) -> Path:
+        if not (folders / name).exists():
+            tiny.save(name, folders / name)
+        folder = tmp_path / (called or "base")
+        shutil.copytree(folders / name, folder)
+        index = json.loads((folder / "model_index.json").read_text())
+        if scheduler is not None:
+            scheduler.save_pretrained(folder / "scheduler")
+            index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        index |= (parts or {}).get("index", {})
+        (folder / "model_index.json").write_text(json.dumps(index))
+        for part in ("transformer", "unet", "vae"):
+            if part in (parts or {}):
+                config = folder / part / "config.json"
+                config.write_text(json.dumps(json.loads(config.read_text()) | (parts or {})[part]))
+        return folder
+
+    return save
+
+
+def both(folder: Path, **changes: Any) -> list[Family]:
+    """As training opens it, and as a plan does."""
+    config = tiny.config(folder, **changes)
+    return [open_family(config), hollow_family(config).family]
+
+
+def refused(folder: Path, message: str, **changes: Any) -> None:
+    for opening in (open_family, hollow_family):
+        with pytest.raises(ValueError, match=message):
+            opening(tiny.config(folder, **changes))
+
+
+def teachers(family: Family, noise: Tensor, steps: int, guidance: float) -> Tensor:
+    def denoiser(x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        return family.predict(family.net, x_t, t, cond)
+
+    guided = Guided(denoiser, guidance, family.encoder.null(2), family.guide)
+    return ode_sample(guided, noise, family.teacher_times(steps), family.encoder.encode(CAPTIONS), family.schedule)
+
+
+def stocks(family: Family, noise: Tensor, steps: int, **arguments: Any) -> Tensor:
+    given = {"height": tiny.SIZE, "width": tiny.SIZE, "num_inference_steps": steps, "output_type": "latent"}
+    latents: Tensor = family.pipe(prompt=list(CAPTIONS), latents=noise, **given, **arguments).images
+    return latents
+
+
+def same(found: Tensor, wanted: Tensor) -> bool:
+    """To 1e-5 of the largest: a small alpha at t = 1 makes latents large."""
+    return bool((found - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp(min=1))
+
+
+# ---------------------------------------------------------------- flow models
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_a_solvers_flow_shift_is_that_of_teacher_student_and_export(saved: Callable[..., Path], kind: str) -> None:
+    for family in both(saved("sd3", getattr(diffusers, kind)(**FLOW))):
+        assert family.student_times(UNIFORM) == pytest.approx((1, 0.9, 0.75, 0.5))
+        stock = student_scheduler(family, UNIFORM)
+        stock.set_timesteps(sigmas=call_arguments(family, UNIFORM)["sigmas"])
+        assert stock.sigmas[:-1].tolist() == pytest.approx((1, 0.9, 0.75, 0.5)) and stock.config.stochastic_sampling
+    euler = open_family(tiny.config(saved("sd3", diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), called="euler")))
+    torch.testing.assert_close(family.teacher_times(5), euler.teacher_times(5))
+
+
+def test_leftovers_of_another_class_are_not_read(saved: Callable[..., Path]) -> None:
+    """A config keeps the keys of the class that it was made from; the class that uses it does not read them."""
+    solver = diffusers.DPMSolverMultistepScheduler(**FLOW | {"flow_shift": 5.0})
+    euler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(solver.config, shift=2.0)
+    assert euler.config.flow_shift == 5.0
+    (family, _) = both(saved("sana", euler))
+    assert family.student_times((0.5,)) == pytest.approx((2 / 3,))
+    assert "flow_shift" not in student_scheduler(family, UNIFORM).config
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("sd3", diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)),
+        ("z_image", diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, num_train_timesteps=500)),
+        ("flux2_klein", diffusers.UniPCMultistepScheduler(**FLOW)),
+    ],
+    ids=lambda given: given if isinstance(given, str) else type(given).__name__,
+)
+def test_other_flow_schedulers_keep_their_shift(saved: Callable[..., Path], name: str, scheduler: Any) -> None:
+    for family in both(saved(name, scheduler)):
+        assert family.student_times(UNIFORM) == pytest.approx((1, 0.9, 0.75, 0.5))
+
+
+@pytest.mark.parametrize("size", [{"height": 32, "width": 32}, {"height": 24, "width": 16}])
+@pytest.mark.parametrize("shape", ["exponential", "linear"])
+@pytest.mark.parametrize("terminal", [None, 0.05])
+def test_dynamic_shifting_is_the_pipelines_for_any_size(
+    saved: Callable[..., Path], size: dict[str, int], shape: Any, terminal: float | None
+) -> None:
+    own = {"base_shift": 0.7, "max_shift": 2.1, "base_image_seq_len": 20, "max_image_seq_len": 300}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, time_shift_type=shape, shift_terminal=terminal, **own
+    )
+    family = open_family(tiny.config(saved("qwen_image", scheduler), **size))
+    given = {"num_inference_steps": 5, "output_type": "latent", "max_sequence_length": 64} | size
+    family.pipe(prompt=["a"], **given)
+    torch.testing.assert_close(family.teacher_times(5), family.pipe.scheduler.sigmas)
+    stock = student_scheduler(family, UNIFORM)
+    mu = 0.7 + (size["height"] * size["width"] / 16 - 20) * 1.4 / 280
+    stock.set_timesteps(sigmas=list(UNIFORM), mu=mu)
+    assert stock.sigmas[:-1].tolist() == pytest.approx(family.student_times(UNIFORM))
+
+
+@pytest.mark.parametrize("name", ["sd3", "z_image", "sana"])
+def test_another_number_of_training_steps_is_the_networks_time(saved: Callable[..., Path], name: str) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, num_train_timesteps=500)
+    family = open_family(tiny.config(saved(name, scheduler)))
+    noise, extra = torch.randn(2, *family.latent_shape), {"sana": {"use_resolution_binning": False}}.get(name, {})
+    guidance = {"guidance_scale": 0.0 if name != "sana" else 1.0, "max_sequence_length": 256}
+    torch.testing.assert_close(
+        teachers(family, noise, 4, 1.0), stocks(family, noise, 4, **guidance, **extra), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "message"),
+    [
+        ("sd3", diffusers.EulerDiscreteScheduler(), r"flow model.*EulerDiscreteScheduler.*models with betas"),
+        ("z_image", diffusers.DDIMScheduler(**BETAS), r"flow model.*DDIMScheduler.*models with betas"),
+        ("flux", diffusers.DPMSolverMultistepScheduler(), r"flow model.*with use_flow_sigmas = true"),
+        ("sd3", diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "prediction_type = 'epsilon'"),
+        ("sd3", diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas = False"),
+        ("sd3", diffusers.EDMEulerScheduler(), "flow model.*EDM models"),
+        ("sd3", diffusers.LTXEulerAncestralRFScheduler(), "not one that gdmd can read"),
+        ("sd3", diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), "use_karras_sigmas = True"),
+        ("sd3", diffusers.FlowMatchEulerDiscreteScheduler(use_exponential_sigmas=True), "use_exponential_sigmas"),
+        ("flux", diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas = True"),
+        ("sd3", diffusers.FlowMatchLCMScheduler(scale_factors=[0.5, 1.0]), "scale_factors"),
+        ("sana", diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "SanaPipeline does not do"),
+        (
+            "flux",
+            diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=256),
+            "max_image_seq_len = 256; the second must be larger",
+        ),
+    ],
+)
+def test_what_a_flow_model_cannot_keep_is_refused(
+    saved: Callable[..., Path], name: str, scheduler: Any, message: str
+) -> None:
+    refused(saved(name, scheduler), message)
+
+
+# ---------------------------------------------------------------- UNets with betas
+
+UNETS = {
+    "v": V,
+    "v, zero SNR": V | {"rescale_betas_zero_snr": True},
+    "x0": TRAILING | {"prediction_type": "sample"},
+    "500 steps, linear betas": TRAILING | {"num_train_timesteps": 500, "beta_schedule": "linear"},
+    "cosine betas": TRAILING | {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 200},
+    "trained betas": V | {"trained_betas": [0.001 + 0.0004 * k for k in range(60)], "num_train_timesteps": 60},
+    "leading with an offset": BETAS | {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False},
+    "ends on clean data": BETAS | {"timestep_spacing": "leading", "steps_offset": 1},
+    "v, leading": BETAS | {"prediction_type": "v_prediction", "timestep_spacing": "leading", "steps_offset": 1},
+}
+
+
+@pytest.mark.parametrize("kind", UNETS)
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_unets_teacher_is_its_pipeline(saved: Callable[..., Path], name: str, kind: str) -> None:
+    family = open_family(tiny.config(saved(name, diffusers.DDIMScheduler(**UNETS[kind]))))
+    noise = torch.randn(2, *family.latent_shape)
+    found, wanted = teachers(family, noise, 5, 3.0), stocks(family, noise, 5, guidance_scale=3.0)
+    assert same(found, wanted)
+
+
+@pytest.mark.parametrize("kind", ["v, zero SNR", "x0", "leading with an offset"])
+def test_rescaled_guidance_is_the_pipelines(saved: Callable[..., Path], kind: str) -> None:
+    folder = saved("sdxl", diffusers.DDIMScheduler(**UNETS[kind]))
+    family = open_family(tiny.config(folder, guidance_rescale=0.7))
+    noise = torch.randn(2, *family.latent_shape)
+    wanted = stocks(family, noise, 5, guidance_scale=3.0, guidance_rescale=0.7)
+    assert same(teachers(family, noise, 5, 3.0), wanted)
+    assert not same(wanted, stocks(family, noise, 5, guidance_scale=3.0))
+    source: Any = open_source(read_source(f"{folder},dtype=fp32,device=cpu,guidance_rescale=0.7"))
+    assert source.arguments["guidance_rescale"] == 0.7
+
+
+def test_rescaled_guidance_is_refused_where_there_is_none(saved: Callable[..., Path]) -> None:
+    folder = saved("sd3")
+    refused(folder, "guidance_rescale = 0.7: StableDiffusion3Pipeline has none", guidance_rescale=0.7)
+    with pytest.raises(ValueError, match="guidance_rescale is set, but a StableDiffusion3Pipeline does not read it"):
+        open_source(read_source(f"{folder},dtype=fp32,device=cpu,guidance_rescale=0.7"))
+
+
+@pytest.mark.parametrize("kind", ["v", "v, zero SNR", "x0", "500 steps, linear betas", "trained betas"])
+def test_an_exported_unet_makes_the_trainers_images(
+    saved: Callable[..., Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles = DiffusersRoles(open_family(tiny.config(saved("sdxl", diffusers.DDIMScheduler(**UNETS[kind])))))
+    with torch.no_grad():
+        for weights in roles.parameters("student").values():
+            weights.add_(0.2 * torch.randn_like(weights))
+    noises = [torch.randn(2, *roles.family.latent_shape) for _ in UNIFORM]
+    wanted, pipe = trainers_images(roles, noises), roles.family.pipe
+    roles.trunk.wear(roles.student.net.wear)  # type: ignore[union-attr]
+    pipe.scheduler = student_scheduler(roles.family, UNIFORM)
+    torch.testing.assert_close(stock_images(pipe, roles, noises, monkeypatch), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "model with betas.*flow models"),
+        (diffusers.UniPCMultistepScheduler(**FLOW), "model with betas.*flow models"),
+        (diffusers.EDMEulerScheduler(), "EDM model.*EDMEulerScheduler.*not supported"),
+        (diffusers.EDMDPMSolverMultistepScheduler(), "EDM model.*not supported"),
+        (diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"), "EDM model"),
+        (diffusers.DDIMScheduler(**BETAS, rescale_betas_zero_snr=True), "only noise.*Models with zero terminal SNR"),
+        (diffusers.DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule = 'sigmoid'"),
+        (diffusers.DDPMScheduler(variance_type="learned_range"), "variance_type = 'learned_range'"),
+        (diffusers.DDIMScheduler(**BETAS, num_train_timesteps=9, trained_betas=[0.1, 0.2]), "one beta for each"),
+        (diffusers.IPNDMScheduler(), "not one that gdmd can read"),
+    ],
+)
+def test_what_a_unet_cannot_keep_is_refused(saved: Callable[..., Path], scheduler: Any, message: str) -> None:
+    refused(saved("sdxl", scheduler), message)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.PNDMScheduler(**{key: BETAS[key] for key in list(BETAS)[:3]}, skip_prk_steps=True, steps_offset=1),
+        diffusers.EulerDiscreteScheduler(**{key: BETAS[key] for key in list(BETAS)[:3]}, steps_offset=1),
+        diffusers.DPMSolverMultistepScheduler(**{key: BETAS[key] for key in list(BETAS)[:3]}, use_karras_sigmas=True),
+    ],
+)
+def test_published_samplers_of_unets_are_read(saved: Callable[..., Path], scheduler: Any) -> None:
+    (family, _) = both(saved("sdxl", scheduler))
+    assert [round(999 * t) for t in family.student_times(UNIFORM)] == [999, 749, 499, 249]
+    t = torch.tensor([0.5 * 998 / 999])
+    assert family.schedule.alpha(t).item() == pytest.approx(
+        family.pipe.scheduler.alphas_cumprod[499].sqrt().item(), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["v", "v, zero SNR", "x0"])
+def test_the_fake_loss_is_the_error_of_what_the_network_predicts(saved: Callable[..., Path], kind: str) -> None:
+    folder = saved("sdxl", diffusers.DDIMScheduler(**UNETS[kind]))
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(CAPTIONS))
+    lab = build(run_config(folder, prompts), "cpu")
+    x0, eps = torch.randn(2, 2, *lab.latent_shape)
+    t, cond, schedule = torch.tensor([0.3, 1.0]), lab.encoder.encode(CAPTIONS), lab.roles.schedule
+    alpha, sigma = (value[:, None, None, None] for value in (schedule.alpha(t), schedule.sigma(t)))
+    batch = FakeBatch(x0, alpha * x0 + sigma * eps, t, eps, cond)
+    answer = lab.roles.family.call(lab.roles.family.net, batch.x_t, t, cond)
+    wanted = (answer - (x0 if kind == "x0" else alpha * eps - sigma * x0)).square().flatten(1).mean(1)
+    method: Any = lab.method
+    torch.testing.assert_close(method.fake_loss(batch).per_sample, wanted, rtol=1e-4, atol=1e-6)
+
+
+def run_config(folder: Path, prompts: Path, guidance: float = 3.0, **model: Any) -> RunConfig:
+    method = DmdConfig(fake_updates=1, guidance=guidance, step_draw="batch")
+    return RunConfig(
+        name="x", model=tiny.config(folder, **model), method=method, prompts={"file": str(prompts)}, loop={}
+    )
+
+
+# ---------------------------------------------------------------- the VAE's own scale, and sizes
+
+OWN_SCALE = {"latents_mean": [-1.6, 1.2, 0.9, -0.3], "latents_std": [8.4, 5.9, 5.6, 4.7], "scaling_factor": 0.5}
+
+
+def test_mean_and_std_of_an_sdxl_vae_are_those_of_its_pipeline(saved: Callable[..., Path]) -> None:
+    family = open_family(tiny.config(saved("sdxl", parts={"vae": OWN_SCALE})))
+    noise = torch.randn(2, *family.latent_shape)
+    images = family.codec.decode(teachers(family, noise, 2, 1.0)).clamp(0, 1)
+    given = {"height": tiny.SIZE, "width": tiny.SIZE, "num_inference_steps": 2, "guidance_scale": 1.0}
+    wanted = family.pipe(prompt=list(CAPTIONS), latents=noise, output_type="pt", **given).images
+    torch.testing.assert_close(images, wanted, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="its own latents_mean and latents_std"):
+        check_tiny(family, diffusers.AutoencoderTiny(latent_channels=4))
+
+
+@pytest.mark.parametrize(("name", "vae"), [("sd15", OWN_SCALE), ("sd3", OWN_SCALE), ("sdxl", {"shift_factor": 0.1})])
+def test_a_scale_that_the_pipeline_does_not_read_is_refused(
+    saved: Callable[..., Path], name: str, vae: dict[str, Any]
+) -> None:
+    refused(saved(name, parts={"vae": vae}), "its VAE has (latents_mean|shift_factor) = .* does not read")
+
+
+@pytest.mark.parametrize(("name", "largest"), [("sd3", 64), ("z_image", 256)])
+def test_a_size_beyond_the_position_table_is_refused_before_anything_is_embedded(
+    saved: Callable[..., Path], name: str, largest: int
+) -> None:
+    folder = saved(name)
+    refused(folder, f"model.width = {largest + 8}: the network has positions for {largest} pixels", width=largest + 8)
+    assert both(folder, width=largest)[0].latent_shape[2] == largest // 2
+    with pytest.raises(ValueError, match=f"height = {largest + 8}: the network has positions for {largest} pixels"):
+        open_source(read_source(f"{folder},dtype=fp32,device=cpu,height={largest + 8}"))
+
+
+def test_more_caption_tokens_than_positions_are_refused(saved: Callable[..., Path]) -> None:
+    refused(saved("z_image"), "max_tokens = 1010: the transformer has positions for 992", max_tokens=1010)
+
+
+# ---------------------------------------------------------------- distilled bases
+
+LCM = diffusers.LCMScheduler(**{key: BETAS[key] for key in list(BETAS)[:3]})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why"),
+    [
+        ("flux2_klein", {"parts": {"index": {"is_distilled": True}}}, "model_index.json says is_distilled"),
+        (
+            "flux",
+            {"parts": {"transformer": {"guidance_embeds": False}}},
+            "its transformer has no guidance embedding .*FLUX.1-schnell",
+        ),
+        ("sdxl", {"scheduler": LCM}, "its scheduler is a LCMScheduler"),
+        ("sdxl", {"called": "sdxl-turbo"}, "its name says turbo"),
+        ("z_image", {"called": "Z-Image-Turbo"}, "its name says turbo"),
+        (
+            "sd3",
+            {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)},
+            "its scheduler has stochastic_sampling",
+        ),
+    ],
+)
+def test_a_distilled_base_is_no_teacher_with_guidance(
+    saved: Callable[..., Path], name: str, changes: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved(name, **changes)
+    (prompts := folder / "prompts.txt").write_text("a red cube")
+    for made in (build, networks_of):
+        with pytest.raises(
+            ValueError, match=rf"method.guidance = 3, but .* is a distilled model \({why}.*method.guidance=1"
+        ):
+            made(run_config(folder, prompts))
+        made(run_config(folder, prompts, distilled=False))
+        assert "is a distilled model" not in caplog.text
+        made(run_config(folder, prompts, guidance=1.0))
+        assert "is a distilled model" in caplog.text and "embedded_guidance does nothing" in caplog.text
+        caplog.clear()
+
+
+def test_an_undistilled_base_can_be_called_distilled(saved: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match="model.distilled = true"):
+        networks_of(run_config(saved("sdxl"), Path("prompts.txt"), distilled=True))
+
+
+def test_an_lcms_unet_reads_the_embedded_guidance_as_in_its_pipeline(folders: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pipe = tiny.sd15()
+    pipe.register_modules(unet=tiny.unet(16, time_cond_proj_dim=9), scheduler=diffusers.DDIMScheduler(**TRAILING))
+    pipe.save_pretrained(tmp_path / "lcm-like")
+    (prompts := tmp_path / "prompts.txt").write_text("a red cube")
+    found = {}
+    for embedded in (2.0, 7.5):
+        family = open_family(tiny.config(tmp_path / "lcm-like", embedded_guidance=embedded))
+        noise = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(1))
+        found[embedded] = teachers(family, noise, 4, 1.0)
+        wanted = stocks(family, noise, 4, guidance_scale=embedded)
+        assert same(found[embedded], wanted)
+        assert call_arguments(family, UNIFORM)["guidance_scale"] == embedded
+    assert not torch.allclose(found[2.0], found[7.5], atol=1e-3)
+    with pytest.raises(ValueError, match=r"time_cond_proj_dim.*model.embedded_guidance = 3.5"):
+        networks_of(run_config(tmp_path / "lcm-like", prompts))
+
+
+def test_an_inpainting_unet_is_refused(folders: Path, tmp_path: Path) -> None:
+    pipe = tiny.sd15()
+    pipe.register_modules(unet=tiny.unet(16, in_channels=9))
+    pipe.save_pretrained(tmp_path / "inpainting")
+    refused(tmp_path / "inpainting", "its UNet reads 9 and answers 4 channels, but latents have 4; inpainting")
+
+
+# ---------------------------------------------------------------- sources
+
+
+def test_a_qwen_teacher_is_guided_by_its_pipelines_default(saved: Callable[..., Path]) -> None:
+    word = f"{saved('qwen_image')},dtype=fp32,device=cpu,steps=2,height=32,width=32"
+    calls: dict[str, list[int]] = {}
+    for more in ("", ",guidance=1", ",guidance=4"):
+        source: Any = open_source(read_source(word + more))
+        calls[more] = []
+        source.pipe.transformer.register_forward_hook(lambda *_, seen=calls[more]: seen.append(1))
+        source.pipe(prompt=["a"], max_sequence_length=64, **source.arguments)
+        calls[more].append(source.facts.identity["guidance"])
+    assert calls == {"": [1, 1, 1, 1, 4.0], ",guidance=1": [1, 1, 1.0], ",guidance=4": [1, 1, 1, 1, 4.0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "settings", "message"),
+    [
+        ("sd3", {"scheduler": diffusers.EulerDiscreteScheduler()}, "", "flow model.*models with betas"),
+        ("sdxl", {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "", "cannot use its FlowMatchEuler"),
+        ("sd3", {}, ",scheduler=euler", "scheduler=euler is not for this pipeline.*flow models.*flow_euler"),
+        ("sdxl", {}, ",scheduler=flow_euler", "scheduler=flow_euler is not for this pipeline.*models with betas"),
+        (
+            "sdxl",
+            {"scheduler": diffusers.EDMEulerScheduler()},
+            ",scheduler=ddim",
+            "EDMEulerScheduler is for EDM models",
+        ),
+        ("sd3", {}, ",spacing=trailing", "spacing is set, but a FlowMatchEulerDiscreteScheduler does not read it"),
+        ("flux2_klein", {"parts": {"index": {"is_distilled": True}}}, ",guidance=4", "guidance=4 does nothing"),
+        ("flux", {"parts": {"transformer": {"guidance_embeds": False}}}, ",guidance=3", "guidance=3 does nothing"),
+    ],
+)
+def test_a_source_of_another_kind_is_refused(
+    saved: Callable[..., Path], name: str, changes: dict[str, Any], settings: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_source(read_source(f"{saved(name, **changes)},dtype=fp32,device=cpu{settings}"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "shift"),
+    [
+        (",scheduler=flow_euler", "shift", 3.0),
+        (",scheduler=flow_dpm", "flow_shift", 3.0),
+        (",shift=2", "flow_shift", 2.0),
+        (",scheduler=flow_euler,shift=2", "shift", 2.0),
+    ],
+)
+def test_a_sources_shift_survives_another_scheduler(
+    saved: Callable[..., Path], settings: str, key: str, shift: float
+) -> None:
+    folder = saved("sd3", diffusers.UniPCMultistepScheduler(**FLOW))
+    source: Any = open_source(read_source(f"{folder},dtype=fp32,device=cpu{settings}"))
+    assert source.pipe.scheduler.config[key] == shift
