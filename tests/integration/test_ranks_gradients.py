@@ -79,7 +79,11 @@ def test_a_parameter_that_one_rank_does_not_use_gets_the_gradient_of_the_global_
         own = torch.arange(BATCH, dtype=torch.float32)[slice(*world.span(BATCH))]
         for _ in range(3):
             state_of(parameters, world).apply(Update("student", partly(parameters), own))
-        told = {"gradients": found, "weights": {name: one.tolist() for name, one in parameters.items()}, "n": world.calls}
+        told = {
+            "gradients": found,
+            "weights": {name: one.tolist() for name, one in parameters.items()},
+            "n": world.calls,
+        }
         (tmp_path / f"{world.seat.rank}.json").write_text(json.dumps(told))
 
     assert [end.code for end in run_ranks(work, tmp_path, seconds=60)] == [0, 0]
