@@ -88,8 +88,7 @@ _WATCHED: Sequence[tuple[str, Mapping[str, str], str, str]] = (
         {"reward/gain": "gain"},
         "",
         "Healthy: near 0 without a sudden fall. Targets from late t are blurrier than the student's own picture, so a "
-        "good student's mean gain lies below 0 (continuations are finished pictures and lie above it); what steers is how "
-        "it differs between the targets of a group. A gain "
+        "good student's mean gain lies below 0; what steers is how it differs between the targets of a group. A gain "
         "that keeps falling says that distillation and rewards pull apart, and that NaPO holds most steps back.",
     ),
 )
