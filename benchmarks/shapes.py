@@ -12,7 +12,7 @@ import torch
 
 from gdmd.shapes.check import shapeseval
 from gdmd.shapes.grammar import draw_rows
-from gdmd.shapes.render import WORLD32, WORLD64, draw_scenes, render
+from gdmd.shapes.render import draw_scenes, render
 
 COUNT = 1024
 
@@ -27,13 +27,12 @@ def rate(name: str, work: Callable[[], object]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    for world in (WORLD32, WORLD64):
-        generator = torch.Generator().manual_seed(0)
-        rows = draw_rows(COUNT, generator, "train", world.max_count)
-        scenes = draw_scenes(rows, generator, world)
-        images = render(scenes, world)
-        rate(f"render {world.size}", lambda s=scenes, w=world: render(s, w))  # type: ignore[misc]
-        rate(f"check {world.size}", lambda i=images, r=rows, w=world: shapeseval(i, r, w))  # type: ignore[misc]
+    generator = torch.Generator().manual_seed(0)
+    rows = draw_rows(COUNT, generator)
+    scenes = draw_scenes(rows, generator)
+    images = render(scenes)
+    rate("render", lambda: render(scenes))
+    rate("check", lambda: shapeseval(images, rows))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from gdmd.diffusion.gradients import frozen
 
 
 def recomputed(
@@ -25,19 +26,7 @@ def recomputed(
         ready()
         if before or not trained():
             return block(*again)
-        with _frozen(block):
+        with frozen(block.parameters()):
             return block(*again)
 
     return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing draws: eval mode
-
-
-@contextmanager
-def _frozen(block: nn.Module) -> Iterator[None]:
-    asking = [weights for weights in block.parameters() if weights.requires_grad]
-    for weights in asking:
-        weights.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weights in asking:
-            weights.requires_grad_(True)

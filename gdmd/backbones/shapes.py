@@ -131,12 +131,12 @@ class ShapesCodec:
     Convolutions run with the channels last, 1.7 times as fast on a CPU as with the channels first.
     """
 
-    def __init__(self, vae: ShapesVae, *, bf16: bool = False) -> None:
-        self.vae, self.bf16 = vae.eval().requires_grad_(False), bf16
+    def __init__(self, vae: ShapesVae) -> None:
+        self.vae = vae.eval().requires_grad_(False)
         self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def decode(self, latents: Tensor) -> Tensor:
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(latents.device.type, enabled=False):
             images = self.vae.decode(latents.contiguous(memory_format=torch.channels_last))
         return images.float().contiguous()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,10 +142,3 @@ def _narrow(linear: nn.Linear) -> NarrowLinear:
     own = NarrowLinear(linear.in_features, linear.out_features, bias=False, device="meta")
     own.weight = linear.weight
     return own
-
-
-@torch.no_grad()
-def copy_weights(into: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-    """Copy by name; both have the same names."""
-    for name, weights in into.items():
-        weights.copy_(source[name])

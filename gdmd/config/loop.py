@@ -88,7 +88,9 @@ class LoopConfig(Config):
     log_every: Count = Field(10, description="Steps per line of metrics.jsonl; a line holds means over these steps.")
     grid_every: NonNegativeCount = Field(100, description="Steps between sample grids (EMA weights); 0 = none.")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: the networks run under autocast; weights, losses and all x0 arithmetic stay fp32."
+        "fp32",
+        description="bf16: student, fake, teacher and old policy compute in bf16 (autocast); their weights, losses, all x0 "
+        "arithmetic, decoder and rewards stay as they are.",
     )
     threads: NonNegativeCount = Field(
         0, description="CPU threads of torch; 0 leaves its choice. Bitwise repetition needs the same number."

@@ -174,6 +174,17 @@ class GdmdConfig(DistillationConfig):
         return self.rewarded and self.score_target == "continuation"
 
     @property
+    def compares_sample(self) -> bool:
+        """Whether weights depend on the score of the sample x0 itself: a softmax over its own targets does not."""
+        apart = self.z_source == "difference" or self.score_baseline == "time" or self.control == "shuffled"
+        return self.rewarded and (self.weighting == "napo" or apart)
+
+    @property
+    def shares_scores(self) -> bool:
+        """Whether all draws score the same latents: rollouts, or the frozen teacher's answer to one (t, eps)."""
+        return self.continued or (self.score_target == "real" and self.collection == "fake")
+
+    @property
     def targets(self) -> int:
         """Targets of one collected gradient."""
         return self.continuations if self.continued else len(self.guidances)

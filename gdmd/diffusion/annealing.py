@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-_PANELS = 4096
-"""Intervals of the table of a Beta distribution function; its error is below 1e-5 for a, b >= 1."""
+_PANELS = 16384
+"""Intervals of the table of a Beta distribution function."""
 
 
 def cosine_anneal(step: int, length: int) -> float:
@@ -27,16 +27,23 @@ def beta_quantile(uniform: Tensor, a: float, b: float) -> Tensor:
 
     Inversion keeps a draw a function of one keyed uniform (no rejection). a, b >= 1 (a bounded density), else
     ValueError; Beta(1, 1) returns the draw itself, bit for bit.
+
+    The density is integrated over the angle of t = sin^2(angle), where it has no steep edge, and taken as linear inside
+    an interval. The error of t is below 1e-6 for a, b up to 1000.
     """
     if a < 1 or b < 1:
         raise ValueError(f"Beta({a}, {b}): DynaRS needs a >= 1 and b >= 1, where the density is bounded")
     if a == b == 1:
         return uniform
-    t = torch.linspace(0, 1, _PANELS + 1, dtype=torch.float64, device=uniform.device)
-    area = torch.cumulative_trapezoid(t ** (a - 1) * (1 - t) ** (b - 1), t)
+    angle = torch.linspace(0, math.pi / 2, _PANELS + 1, dtype=torch.float64, device=uniform.device)
+    log_density = (2 * a - 1) * angle.sin().log() + (2 * b - 1) * angle.flip(0).sin().log()
+    density = (log_density - log_density.max()).exp()  # [P + 1], of the angle
+    area = torch.cumulative_trapezoid(density, angle)
     reached = torch.cat([area.new_zeros(1), area / area[-1]])  # [P + 1], the distribution function on the grid
     wanted = uniform.double().contiguous()
     right = torch.searchsorted(reached, wanted).clamp(1, _PANELS)
     left = right - 1
-    share = (wanted - reached[left]) / (reached[right] - reached[left])
-    return torch.lerp(t[left], t[right], share).to(uniform.dtype)
+    start, end = density[left], density[right]
+    part = (start + end) / 2 * (wanted - reached[left]) / (reached[right] - reached[left])
+    share = 2 * part / (start + (start**2 + 2 * (end - start) * part).sqrt())  # start s + (end - start) s^2 / 2 = part
+    return torch.lerp(angle[left], angle[right], share.clamp(0, 1)).sin().square().to(uniform.dtype)

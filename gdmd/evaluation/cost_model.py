@@ -14,8 +14,6 @@ from dataclasses import astuple, dataclass
 GIB = 2**30
 RESERVE = 1.0
 """GiB that a process holds beside tensors: CUDA context, libraries' workspaces, gaps of the allocator."""
-EFFICIENCY = 0.4
-"""Share of the peak that a training is expected to reach (docs/performance.md has what was measured)."""
 NODE = 8
 """GPUs of one node in the scaling table."""
 NETWORK = 50.0
@@ -160,21 +158,21 @@ class Trained:
 
         Among the shards (G - 1) / G of the weights per call without gradient; per micro-batch twice that for a call
         with one, for the forward and the backward pass, in which the root is gathered once for all of its calls; and
-        once for the gradients of the loss. Then the replicas average their shards of these gradients, 2 (M - 1) / M
-        of a G-th of the weights. A message per unit each time.
+        once for the gradients of the loss, after its last micro-batch. Then the replicas average their shards of these
+        gradients, 2 (M - 1) / M of a G-th of the weights. A message per unit each time.
         """
         if not self.cut:
             among, across = (self.updates, 0.0) if nodes == 1 else (0.0, self.updates)
             size = self.ddp((inside * nodes - 1) / (inside * nodes))
             return Sent(size if nodes == 1 else 0.0, size if nodes > 1 else 0.0, among, across)
-        micro = math.ceil(own / (cut.micro or own))
-        calls, graded, losses = max(self.plain, self.rows * own / cut.chunk), self.graded * micro, self.losses * micro
+        micro = cut.micro_batches(own)
+        calls, graded = max(self.plain, self.rows * own / cut.chunk), self.graded * micro
 
         def times(whole: float, root: float) -> float:
-            return calls * whole + graded * (2 * whole - root) + losses * (root + whole)
+            return calls * whole + graded * (2 * whole - root) + self.losses * (micro * root + whole)
 
-        across = 2 * (nodes - 1) / nodes * self.bytes / inside * losses
-        messages = (times(cut.units, 1) * (inside > 1), losses * cut.units * (nodes > 1))
+        across = 2 * (nodes - 1) / nodes * self.bytes / inside * self.losses
+        messages = (times(cut.units, 1) * (inside > 1), self.losses * cut.units * (nodes > 1))
         return Sent((inside - 1) / inside * times(self.bytes, cut.root), across, *messages)
 
 
@@ -207,9 +205,17 @@ class Sharding:
     chunk: float
     micro: int
 
-    def less(self, shards: int) -> float:
-        """Bytes that a GPU does not hold when it has one of ``shards``; the root and two blocks are gathered."""
-        return (self.cut + self.gradients) * (1 - 1 / shards) - (self.root + 2 * self.block) * (shards > 1)
+    def micro_batches(self, own: int) -> int:
+        """Into how many a GPU with ``own`` samples cuts them."""
+        return math.ceil(own / (self.micro or own))
+
+    def less(self, shards: int, own: int) -> float:
+        """Bytes that a GPU with ``own`` samples does not hold when it has one of ``shards``.
+
+        The root and two blocks are gathered. Gradients of several micro-batches add up whole until the last one.
+        """
+        gradients = self.gradients if self.micro_batches(own) == 1 else 0
+        return (self.cut + gradients) * (1 - 1 / shards) - (self.root + 2 * self.block) * (shards > 1)
 
 
 @dataclass(frozen=True)
@@ -262,7 +268,7 @@ def scaling_row(
     ddp_s = _wire(ddp, sum(role.updates for role in roles), gpus, gpu)
     sent = Sent.of_all([role.sharded(cut, own, gpus, 1) for role in roles])
     fsdp_s = _wire(sent.among, sent.among_messages, gpus, gpu)
-    sharded = parts.total(own, cut.less(gpus))
+    sharded = parts.total(own, cut.less(gpus, own))
     return Row(
         *(gpus, whole, parts.total(own) / GIB, ddp / 1e9, whole / (busy + ddp_s), busy / (busy + ddp_s)),
         *(sharded / GIB, sent.among / 1e9, whole / (busy + fsdp_s), busy / (busy + fsdp_s)),
@@ -281,7 +287,7 @@ def _hybrid(
     sent = Sent.of_all([role.sharded(cut, own, NODE, nodes) for role in roles])
     seconds = busy + _wire(sent.among, sent.among_messages, NODE, gpu)
     seconds += _wire(sent.across, sent.across_messages, gpus, gpu)
-    gib = parts.total(own, cut.less(NODE)) / GIB
+    gib = parts.total(own, cut.less(NODE, own)) / GIB
     return Hybrid(gib, sent.among / 1e9, sent.across / 1e9, whole / seconds, busy / seconds)
 
 

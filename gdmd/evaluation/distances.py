@@ -19,15 +19,12 @@ def mmd(
     features_b: Tensor,
     bandwidth: float = BANDWIDTH,
     scale: float = SCALE,
-    *,
-    unbiased: bool = False,
 ) -> float:
     """scale x MMD^2 with the kernel k(x, y) = exp(-|x - y|^2 / (2 bandwidth^2)) (arXiv 2401.09603, section 4).
 
         MMD^2 = mean_ij k(a_i, a_j) + mean_ij k(b_i, b_j) - 2 mean_ij k(a_i, b_j)
 
-    The pairs i = j within a side count, as in the released code of CMMD (the biased estimate, >= 0). ``unbiased`` leaves
-    them out (the U-statistic); then the distance can be below 0.
+    The pairs i = j within a side count, as in the released code of CMMD (the biased estimate, >= 0).
     """
     for side in (features_a, features_b):
         if side.ndim != 2 or len(side) < 2 or side.shape[1] != features_a.shape[1]:
@@ -36,8 +33,8 @@ def mmd(
                 f"{list(features_b.shape)}"
             )
     a, b = features_a.double(), features_b.double()
-    within = _within(a, bandwidth, unbiased) + _within(b, bandwidth, unbiased)
-    return scale * (within - 2 * _kernel_sum(a, b, bandwidth) / (len(a) * len(b)))
+    within = _mean_kernel(a, a, bandwidth) + _mean_kernel(b, b, bandwidth)
+    return scale * (within - 2 * _mean_kernel(a, b, bandwidth))
 
 
 def cluster_spread(features: Tensor, cluster: Tensor) -> float:
@@ -51,17 +48,12 @@ def cluster_spread(features: Tensor, cluster: Tensor) -> float:
     return float((own - middle[index]).norm(dim=1).mean())
 
 
-def _within(features: Tensor, bandwidth: float, unbiased: bool) -> float:
-    count, total = len(features), _kernel_sum(features, features, bandwidth)
-    return (total - count) / (count * (count - 1)) if unbiased else total / count**2
-
-
-def _kernel_sum(a: Tensor, b: Tensor, bandwidth: float) -> float:
-    """Sum of k over all pairs, a block of rows at a time. |x - y|^2 is not expanded: nothing cancels."""
+def _mean_kernel(a: Tensor, b: Tensor, bandwidth: float) -> float:
+    """Mean of k over all pairs, a block of rows at a time. |x - y|^2 is not expanded: nothing cancels."""
     blocks = [
         torch.exp(
             -torch.cdist(rows, b, compute_mode="donot_use_mm_for_euclid_dist").square() / (2 * bandwidth**2)
         ).sum()
         for rows in a.split(_BLOCK)
     ]
-    return float(torch.stack(blocks).sum())
+    return float(torch.stack(blocks).sum()) / (len(a) * len(b))

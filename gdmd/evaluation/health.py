@@ -40,10 +40,11 @@ def training_curves(metrics: Metrics) -> list[str]:
 
 
 def reward_names(metrics: Metrics) -> list[str]:
-    """The reward models a run was trained on, from its keys reward/NAME/sample."""
+    """The reward models a run was trained on, from its keys reward/NAME/sample and reward/NAME/target."""
     keys = dict.fromkeys(key for row in metrics for key in row)
     parts = [key.split("/") for key in keys]
-    return [part[1] for part in parts if len(part) == 3 and (part[0], part[2]) == ("reward", "sample")]
+    named = [part[1] for part in parts if len(part) == 3 and part[0] == "reward" and part[2] in ("sample", "target")]
+    return list(dict.fromkeys(named))
 
 
 def _pair(name: str) -> Mapping[str, str]:
@@ -87,8 +88,7 @@ _WATCHED: Sequence[tuple[str, Mapping[str, str], str, str]] = (
         {"reward/gain": "gain"},
         "",
         "Healthy: near 0 without a sudden fall. Targets from late t are blurrier than the student's own picture, so a "
-        "good student's mean gain lies below 0 (continuations are finished pictures and lie above it); what steers is how "
-        "it differs between the targets of a group. A gain "
+        "good student's mean gain lies below 0; what steers is how it differs between the targets of a group. A gain "
         "that keeps falling says that distillation and rewards pull apart, and that NaPO holds most steps back.",
     ),
 )

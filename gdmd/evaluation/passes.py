@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,6 @@ BACKWARD = 2
 FROZEN_BACKWARD = 1
 """Through a frozen network: gradients of the inputs; those of the adapters are small."""
 _KEYS = ("cost.passes", "cost.updates", "cost.seconds")
-
-
-class Wrapped(Protocol):
-    """A denoiser that shows its network."""
-
-    net: nn.Module
 
 
 @dataclass

@@ -18,13 +18,14 @@ def normaliser(x0: Tensor, x0_real: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def dmd_gradient(x0: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
+def dmd_gradient(x0: Tensor, x0_real: Tensor, x0_fake: Tensor, *, normalise: bool = True) -> Tensor:
     """grad = (x0_fake(x_t) - x0_real(x_t)) / n, DMD's gradient in x0-space (arXiv 2604.19009, section 3.1).
 
     x0 student prediction, x0_real guided teacher prediction, x0_fake fake prediction: [B, C, H, W] in fp32 (or
-    float64). Returns [B, C, H, W], no gradient.
+    float64). Without ``normalise`` n = 1. Returns [B, C, H, W], no gradient.
     """
-    return (x0_fake - x0_real) / normaliser(x0, x0_real)
+    raw = x0_fake - x0_real
+    return raw / normaliser(x0, x0_real) if normalise else raw
 
 
 def dmd_loss(x0: Tensor, x_tar: Tensor) -> Tensor:

@@ -45,9 +45,3 @@ def napo_loss(x0: Tensor, x0_old: Tensor, x_tar: Tensor, r: Tensor, beta: float 
 def step_weight(r: Tensor, dmd_weight: float = 1.0, gamma: float = 1.0, beta: float = 1.0) -> Tensor:
     """w = lambda + gamma beta (2r - 1): the factor of the DMD gradient in the on-policy gradient of L. [B] -> [B]"""
     return dmd_weight + gamma * beta * (2 * r - 1)
-
-
-def minimiser(x0_old: Tensor, x_tar: Tensor, r: Tensor, dmd_weight: float, gamma: float, beta: float) -> Tensor:
-    """argmin_x of lambda L_DMD + gamma L_RL: x_old + W (x_tar - x_old), W = w / (lambda + gamma beta^2)."""
-    weight = step_weight(r, dmd_weight, gamma, beta) / (dmd_weight + gamma * beta**2)
-    return x0_old + weight.reshape(-1, *(1,) * (x0_old.ndim - 1)) * (x_tar - x0_old)

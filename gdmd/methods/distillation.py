@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from gdmd.config.distillation import DistillationConfig
 from gdmd.diffusion.device import sent
@@ -18,7 +16,8 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import backward_simulation
 from gdmd.diffusion.schedule import renoise, to_native
 from gdmd.losses.denoising import denoising_loss, mean_square
-from gdmd.losses.dmd import normaliser
+from gdmd.losses.dmd import dmd_gradient
+from gdmd.losses.gdmd import implicit_target
 from gdmd.types import ALONE, Cond, Denoiser, Loss, Native, Prediction, PromptBatch, Roles
 
 
@@ -26,19 +25,6 @@ class RealLatents(Protocol):
     """Real latents [B, C, H, W] for the prompts of a step."""
 
     def __call__(self, prompts: PromptBatch, rng: SampleRng) -> Tensor: ...
-
-
-@contextmanager
-def frozen(parameters: Iterable[Parameter]) -> Iterator[None]:
-    """Inside, the parameters ask for no gradient: what is computed through them differentiates its inputs only."""
-    asking = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
 
 
 AnyConfig = TypeVar("AnyConfig", bound=DistillationConfig)
@@ -72,10 +58,6 @@ class Scores:
     teacher: Pair
     x0_fake: Tensor  # [B, C, H, W]
     t: Tensor  # [B]
-
-    def raw_gradient(self, guidance: float) -> Tensor:
-        """x0_fake - x0_real."""
-        return self.x0_fake - self.teacher.at(guidance)
 
 
 def last_stop(prompts: PromptBatch, stop: Tensor) -> int | None:
@@ -166,14 +148,9 @@ class Distillation(Generic[AnyConfig]):
     def target(self, r: Rollout, scores: Scores, guidance: float) -> Tensor:
         """x_tar = x0 - grad, with or without the normaliser n. [B, C, H, W]"""
         x0_real = scores.teacher.at(guidance)
-        raw = scores.x0_fake - x0_real
         self._stats["gap/real"] = (r.x0 - x0_real).abs().mean()
-        self._stats["gap/grad"] = mean_square(raw).sqrt().mean()
-        return r.x0 - raw / self.divisor(r, x0_real)
-
-    def divisor(self, r: Rollout, x0_real: Tensor) -> Tensor | float:
-        """n of a regressed gradient [B, 1, 1, 1], or 1 without the normaliser."""
-        return normaliser(r.x0, x0_real) if self.cfg.normalise else 1.0
+        self._stats["gap/grad"] = mean_square(scores.x0_fake - x0_real).sqrt().mean()
+        return implicit_target(r.x0, dmd_gradient(r.x0, x0_real, scores.x0_fake, normalise=self.cfg.normalise))
 
     def stats(self) -> Mapping[str, Tensor]:
         return self._stats

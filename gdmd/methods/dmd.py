@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gdmd.config.method import DmdConfig
 from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import times
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.regression import regression_loss
 from gdmd.methods.distillation import Distillation
@@ -34,12 +35,14 @@ class PairedBatch(StudentBatch):
 class Dmd(Distillation[DmdConfig]):
     """fake_updates of the fake on one student output; the last student_updates of them give a gradient each."""
 
+    teacher_times: Callable[[int], Tensor] = times
     pairs: TeacherPairs = field(init=False)
 
     def __post_init__(self) -> None:
         cfg = self.cfg
         self.pairs = TeacherPairs(
-            self.roles, self.latent_shape, cfg.guidance, cfg.regression_steps, cfg.regression_batches
+            *(self.roles, self.latent_shape, cfg.guidance, cfg.regression_steps, cfg.regression_batches),
+            teacher_times=self.teacher_times,
         )
 
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:

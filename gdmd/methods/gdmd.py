@@ -13,8 +13,8 @@ from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import continuation
 from gdmd.losses.denoising import mean_square
-from gdmd.losses.dmd import dmd_loss
-from gdmd.losses.gdmd import napo_loss, optimality, step_weight
+from gdmd.losses.dmd import dmd_gradient, dmd_loss, normaliser
+from gdmd.losses.gdmd import implicit_target, napo_loss, optimality, step_weight
 from gdmd.losses.groups import RunningBaseline, RunningScale, softmax_weights
 from gdmd.methods.distillation import Distillation, Rollout
 from gdmd.methods.scoring import Scorer, mean_advantage
@@ -31,16 +31,16 @@ class Group:
     """What DaGC has collected: E draws x G targets (guidance scales, or continuations) per sample."""
 
     x_tar: list[Tensor] = field(default_factory=list)  # E x [B, G, C, H, W], regressed to
-    score: list[Tensor] = field(default_factory=list)  # E x [R, G, B], raw rewards of the scored targets
+    score: list[Tensor] = field(default_factory=list)  # E x [R, G, B], raw rewards of the scored targets; one for all
+    # draws where they share what is scored
     t: list[Tensor] = field(default_factory=list)  # E x [B]
     ends: Tensor | None = None  # [B, K, C, H, W], finished pictures of the continuations
-    end_score: Tensor | None = None  # [R, K, B]
     pull: Tensor | None = None  # [B, C, H, W], the rewards' own gradient at two of them, as a move of the target
 
     def average(self, share: Tensor) -> None:
         """Put the weighted mean of all E G targets in the place of each draw's. share [E, G, B], mean 1."""
-        targets = torch.stack(self.x_tar)  # [E, B, G, C, H, W]
-        mean = torch.einsum("ebgchw,egb->bchw", targets, share) / share.sum((0, 1))[:, None, None, None]
+        part = (share / share.sum((0, 1))).transpose(1, 2)[..., None, None, None]  # [E, B, G, 1, 1, 1]
+        mean = torch.stack([(own * targets).sum(1) for own, targets in zip(part, self.x_tar, strict=True)]).sum(0)
         self.x_tar = [mean[:, None]] * len(self.x_tar)
 
 
@@ -119,7 +119,7 @@ class Gdmd(Distillation[GdmdConfig]):
             else:
                 scores.append(self.scorer(ends[-1], prompts))
         self._stats["latent/scored_std"] = ends[-1].std()
-        group = Group(ends=torch.stack(ends, 1), end_score=torch.stack(scores, 1))
+        group = Group(ends=torch.stack(ends, 1), score=[torch.stack(scores, 1)])
         if slopes:  # L_DMD is a mean square of N numbers: its gradient is 2 / N of the distance to the target
             group.pull = 0.5 * self.cfg.reward_gradient * r.x0[0].numel() * torch.stack(slopes).mean(0)
             if self.cfg.exchanged:
@@ -147,22 +147,22 @@ class Gdmd(Distillation[GdmdConfig]):
         guidances = self.cfg.guidances
         scores = self.scores(r, rng, i, both=any(g != 1 for g in guidances))
         group.t.append(scores.t)
-        if group.ends is not None and group.end_score is not None:
+        if group.ends is not None:
             g = self.cfg.guidance
             tilt = self.cfg.continuation_weight * (group.ends - group.ends.mean(1, keepdim=True))
             tilt = tilt if group.pull is None else tilt + group.pull[:, None]
-            plain, n = self.target(r, scores, g), self.divisor(r, scores.teacher.at(g))
-            group.x_tar.append(plain[:, None] + tilt / (n if isinstance(n, float) else n[:, None]))
-            group.score.append(group.end_score)
+            n = normaliser(r.x0, scores.teacher.at(g))[:, None] if self.cfg.normalise else 1
+            group.x_tar.append(self.target(r, scores, g)[:, None] + tilt / n)
             return
         group.x_tar.append(torch.stack([self.target(r, scores, g) for g in guidances], 1))
-        if self.cfg.gamma == 0:
+        if self.cfg.gamma == 0 or (group.score and self.cfg.shares_scores):
             return
         scored = []
         for place, g in enumerate(guidances):
             match self.cfg.score_target:
                 case "raw":
-                    shown = r.x0 - scores.raw_gradient(g)
+                    raw = dmd_gradient(r.x0, scores.teacher.at(g), scores.x0_fake, normalise=False)
+                    shown = implicit_target(r.x0, raw)
                 case "normalised":
                     shown = group.x_tar[-1][:, place]
                 case "real":
@@ -182,24 +182,30 @@ class Gdmd(Distillation[GdmdConfig]):
         ranks = prompts.ranks
         timed = self.cfg.score_baseline == "time"
         t = ranks.gather(torch.stack(group.t), 1) if timed else None  # [E, B]
-        reward_target = ranks.gather(torch.stack(group.score, 1), 3)  # [R, E, G, B]
-        reward_sample = ranks.gather(self.scorer(r.x0, prompts), 1)  # [R, B]
+        reward_target = ranks.gather(
+            torch.stack(group.score, 1), 3
+        )  # [R, E, G, B], or [R, 1, G, B] shared by the draws
+        reward_sample = ranks.gather(self.scorer(r.x0, prompts), 1) if self.cfg.compares_sample else None  # [R, B]
         everyone = replace(rng, index=ranks.gather(rng.index), host=None)
-        optimal, share = self._weigh_all(reward_target, reward_sample, t, everyone)
+        optimal, share = self._weigh_all(reward_target, reward_sample, t, everyone, len(group.x_tar))
         return ranks.share(optimal, 2), ranks.share(share, 2)
 
     def _weigh_all(
-        self, reward_target: Tensor, reward_sample: Tensor, t: Tensor | None, rng: SampleRng
+        self, reward_target: Tensor, reward_sample: Tensor | None, t: Tensor | None, rng: SampleRng, draws: int
     ) -> tuple[Tensor, Tensor]:
-        """(r, softmax share), each [E, G, B], of the global batch, whose draws ``rng`` makes."""
-        ones = torch.ones_like(reward_target[0])
-        gain = reward_target - reward_sample[:, None, None]
-        z = self.scale.update(reward_target if self.cfg.z_source == "reward" else gain)
-        advantage = mean_advantage(reward_target, reward_sample, z)  # [E, G, B]
+        """(r, softmax share), each [E, G, B], of the global batch, whose draws ``rng`` makes; E = ``draws``.
+
+        reward_sample None: scores are measured from the mean of their sample's targets, which no softmax sees.
+        """
+        origin = reward_target.nanmean((1, 2)) if reward_sample is None else reward_sample  # [R, B]
+        gain = reward_target - origin[:, None, None]
+        z = self.scale.update(reward_target if self.cfg.z_source == "reward" else gain)  # every score counts once
+        advantage = mean_advantage(reward_target, origin, z).expand(draws, -1, -1)  # [E, G, B]
+        ones = torch.ones_like(advantage)
         if t is not None:
             advantage = advantage - self.baseline.update(advantage, t)
         optimal = optimality(advantage, torch.zeros_like(advantage), 1.0)
-        self._count(optimal, reward_target, reward_sample, gain)
+        self._count(optimal, reward_target, reward_sample)
         if self.cfg.control == "shuffled":
             advantage, optimal = self._shuffle(advantage, rng), self._shuffle(optimal, rng)
         if self.cfg.control == "constant":
@@ -211,24 +217,26 @@ class Gdmd(Distillation[GdmdConfig]):
         self._stats["weight/effective"] = (flat.sum(0).square() / flat.square().sum(0)).mean()  # of E G targets
         return optimal, flat.reshape(ones.shape)
 
-    def _count(self, optimal: Tensor, reward_target: Tensor, reward_sample: Tensor, gain: Tensor) -> None:
+    def _count(self, optimal: Tensor, reward_target: Tensor, reward_sample: Tensor | None) -> None:
         """Statistics of the scores; unscored targets are left out of all but their own count."""
-        weight = step_weight(optimal, self.cfg.dmd_weight, self.cfg.gamma, self.cfg.beta)
         scored = ~optimal.isnan()
+        self._stats |= {"reward/target": reward_target.nanmean(), "reward/unscored": (~scored).float().mean()}
+        for k, reward in enumerate(self.scorer.rewards):
+            self._stats[f"reward/{reward.name}/target"] = reward_target[k].nanmean()
+        if reward_sample is None:
+            return
+        weight = step_weight(optimal, self.cfg.dmd_weight, self.cfg.gamma, self.cfg.beta)
         self._stats |= {
             "reward/sample": reward_sample.nanmean(),
-            "reward/target": reward_target.nanmean(),
-            "reward/gain": gain.nanmean(),
+            "reward/gain": (reward_target - reward_sample[:, None, None]).nanmean(),
             "weight/mean": weight.nanmean(),
             "weight/r_mean": optimal.nanmean(),
             "weight/r_std": torch.where(scored, optimal, optimal.nanmean()).std(),
             "weight/share_below_half": ((optimal < 0.5) & scored).float().sum() / scored.float().sum(),
             "weight/share_clipped": ((optimal <= 0) | (optimal >= 1)).float().mean(),
-            "reward/unscored": (~scored).float().mean(),
         }
         for k, reward in enumerate(self.scorer.rewards):
             self._stats[f"reward/{reward.name}/sample"] = reward_sample[k].nanmean()
-            self._stats[f"reward/{reward.name}/target"] = reward_target[k].nanmean()
         for k in range(10):
             inside = (optimal >= k / 10) & ((optimal < (k + 1) / 10) | (k == 9))
             self._stats[f"histogram/r_{k}"] = inside.float().mean()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from gdmd.diffusion.device import sent
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import ode_sample, times
@@ -46,6 +47,7 @@ class TeacherPairs:
     guidance: float
     steps: int
     batches: int
+    teacher_times: Callable[[int], Tensor] = times  # N -> the N + 1 times of the teacher's own sampler, 1 ... 0
     kept: dict[int, Pairs] = field(default_factory=dict)
 
     def at(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Pairs:
@@ -61,7 +63,7 @@ class TeacherPairs:
     def _solve(self, prompts: PromptBatch, rng: SampleRng) -> Pairs:
         noise = rng.normal("pair_noise", self.latent_shape)
         teacher = Guided(self.roles.teacher, self.guidance, prompts.uncond, self.roles.guide)
-        clock = times(self.steps, device=noise.device)
+        clock = sent(self.teacher_times(self.steps), noise.device)
         return Pairs(noise, ode_sample(teacher, noise, clock, prompts.cond, self.roles.schedule), prompts.cond)
 
     def state(self) -> dict[str, Tensor]:

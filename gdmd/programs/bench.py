@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +34,8 @@ from gdmd.evaluation.calls import DENOISERS, Call, Watched, recorded, replay
 from gdmd.evaluation.passes import BACKWARD, FROZEN_BACKWARD, Counted
 from gdmd.evaluation.schedules import Trained, drawn_places, every_place, iteration_passes
 from gdmd.recipes.build import Lab, build, compile_networks
-from gdmd.training.state import RoleState, autocast_of, role_states
-from gdmd.types import Method, PromptBatch, Role, Update
+from gdmd.training.state import RoleState, role_states
+from gdmd.types import PromptBatch, Role
 
 Clock = Callable[[], float]
 GAN_HEAD = "gan_head"
@@ -77,7 +77,6 @@ class Bench:
         self.reading, self.trained_f = reading(self.lab.roles), trained_f(cfg)
         self.states: dict[Role, RoleState] = role_states(self.lab.roles, cfg.loop)
         self.device = next(iter(self.states["student"].parameters.values())).device
-        self.autocast = autocast_of(cfg.loop, self.device.type)
         self.times, self.calls = Times(), list[Call]()
         self.counted, self.expected = list[float](), list[float]()
         self.build_s = time.perf_counter() - began
@@ -105,31 +104,19 @@ class Bench:
     def train(self, step: int, prompts: PromptBatch) -> None:
         """One outer iteration as the training loop makes it, without its log."""
         with checks_read_later():
-            for role, update in self._updates(self.method, step, prompts):
-                self.states[role].apply(update)
+            for update in self.method.iteration(step, prompts, self._rng(step, prompts)):
+                self.states[update.role].apply(update)
 
     def gradients(self, step: int, prompts: PromptBatch) -> None:
         """The same without optimiser, EMA and finite checks: forward and backward passes only."""
         with checks_read_later():
-            for role, update in self._updates(self.lab.method, step, prompts):
-                with self.autocast():
-                    loss = update.loss(update.batch)
-                loss.per_sample.mean().backward()
-                for parameter in self.states[role].parameters.values():
+            for update in self.lab.method.iteration(step, prompts, self._rng(step, prompts)):
+                update.loss(update.batch).per_sample.mean().backward()
+                for parameter in self.states[update.role].parameters.values():
                     parameter.grad = None
 
     def _rng(self, step: int, prompts: PromptBatch) -> SampleRng:
         return SampleRng(self.cfg.loop.seed, step, prompts.index, prompts.host)
-
-    def _updates(self, method: Method, step: int, prompts: PromptBatch) -> Iterator[tuple[Role, Update]]:
-        """(role, update) in the method's order; its own calls run under the precision of the run."""
-        updates = iter(method.iteration(step, prompts, self._rng(step, prompts)))
-        while True:
-            with self.autocast():
-                update = next(updates, None)
-            if update is None:
-                return
-            yield update.role, update
 
     def flop(self, step: int) -> int:
         """Floating-point operations of iteration ``step``, forward and backward, without the optimiser."""

@@ -15,8 +15,8 @@ from gdmd.backbones.shapes import LATENT_SHAPE, ShapesCodec, ShapesRoles, Shapes
 from gdmd.backbones.shapes_nets import ShapesDit, ShapesVae
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
+from gdmd.diffusion.gradients import frozen
 from gdmd.evaluation.weightless import Measured, hollow, measure, weightless
-from gdmd.methods.distillation import frozen
 from gdmd.recipes.build import guidances_of, head_seed
 from gdmd.types import Cond, Role
 
@@ -47,7 +47,7 @@ def networks_of(cfg: RunConfig) -> Networks:
         return _diffusers(cfg, cfg.model)
     bf16 = cfg.loop.precision == "bf16"
     roles = ShapesRoles(ShapesDit(), bf16=bf16, head_seed=head_seed(cfg))
-    codec = ShapesCodec(ShapesVae(), bf16=bf16)
+    codec = ShapesCodec(ShapesVae())
     nets = [roles.teacher.net, roles.student.net, roles.fake.net, codec.vae]
     nets += heads_of(roles)
     text = ShapesTextEncoder().null

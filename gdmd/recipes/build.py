@@ -73,7 +73,7 @@ def build(cfg: RunConfig, device: str | None = None) -> Lab:
 def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Lab:
     bf16 = cfg.loop.precision == "bf16"
     teacher = load_dit(*_tensors(model.teacher, "shapes_teacher")).to(device)
-    codec = ShapesCodec(load_vae(*_tensors(model.vae, "shapes_vae")).to(device), bf16=bf16)
+    codec = ShapesCodec(load_vae(*_tensors(model.vae, "shapes_vae")).to(device))
     roles = ShapesRoles(teacher, bf16=bf16, head_seed=head_seed(cfg))
     encoder = ShapesTextEncoder(device)
     rewards = build_rewards(cfg.rewards, device)
@@ -103,7 +103,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     rewards = build_rewards(cfg.rewards, device) if cfg.method.rewarded else ()
     meta = read_meta(prompt_file(cfg.prompts.file)) if cfg.prompts.file else None
     stream = PromptStream([prompts], encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, meta)
-    place = Place(family.latent_shape, family.native)
+    place = Place(family.latent_shape, family.native, family.teacher_times)
     codec = scoring_codec(family, device)
     method = method_of(cfg.model_copy(update={"method": own}), roles, codec, rewards, place, real)
     return Lab(
@@ -169,6 +169,7 @@ class Place:
 
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
     native: Native = "velocity"
+    teacher_times: Callable[[int], Tensor] = times
 
 
 SHAPES = Place()
@@ -186,7 +187,7 @@ def method_of(
     parts = (roles, place.latent_shape, place.native, real)
     match cfg.method:
         case DmdConfig() as own:
-            return Dmd(own, *parts)
+            return Dmd(own, *parts, teacher_times=place.teacher_times)
         case Dmd2Config() as own:
             return Dmd2(own, *parts).attach(roles.critic)
         case DmdrConfig() as own:

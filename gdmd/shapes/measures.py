@@ -1,4 +1,4 @@
-"""Exact fidelity and diversity in the Shapes world, and the hard negatives that keep its checker honest."""
+"""Exact fidelity and diversity in the Shapes world."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from torch import Tensor
 
 from gdmd.shapes.check import matched
 from gdmd.shapes.detect import Detections, from_scenes
-from gdmd.shapes.grammar import ANY, COLORS, INVERSE, SHAPES, TASKS
-from gdmd.shapes.render import BACKGROUND, WORLD32, Scenes, World, draw_scenes, render
+from gdmd.shapes.grammar import ANY, COLORS
+from gdmd.shapes.render import BACKGROUND, WORLD32, World, draw_scenes, render
 
 PLACES, SIZES, REPEATS, DATA_SEED = 4, 6, 16, 20260438
 """Bins per axis of the place, bins of the size, scenes drawn per row for the data's side, and their seed."""
-SIDEWAYS = 0.3
-"""A relation counts as broken in a negative below this direction cosine (the checker asks for 0.5, data has 0.75)."""
 
 
 def fidelity(images: Tensor, found: Detections, world: World = WORLD32) -> Tensor:
@@ -76,83 +74,6 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return float(distance)
-
-
-def hard_negatives(rows: Tensor, generator: torch.Generator, world: World = WORLD32) -> tuple[Scenes, Tensor]:
-    """Scenes of a caption that differs from ``rows`` [B] in one attribute, count or relation, and that caption's row.
-
-    Every choice breaks the caption in truth: shapes become shapes the caption does not name, colors change only where
-    they are asked for, counts change only in counting, relations are inverted or turned by a right angle.
-    """
-    table = world.captions
-    task = table.task[rows]
-    shape, color, count = (c[rows].clone() for c in (table.shape, table.color, table.count))
-    relation = table.relation[rows].clone()
-    kind = torch.rand(len(rows), generator=generator)
-    side = torch.randint(2, rows.shape, generator=generator) * (count[:, 1] > 0)
-    colored, counting, placed = color[:, 0] != ANY, task == TASKS.index("counting"), relation != ANY
-    turn = placed & (kind < 0.7)
-    relation[turn] = _other_relation(relation[turn], generator)
-    change_count = counting & (kind < 0.7)
-    shift = torch.randint(1, world.max_count - 1, rows.shape, generator=generator)
-    count[:, 0] = torch.where(change_count, 2 + (count[:, 0] - 2 + shift) % (world.max_count - 1), count[:, 0])
-    paint = colored & (kind < 0.6)
-    _replace(color, side, paint, len(COLORS), generator)
-    _replace(shape, side, ~(turn | change_count | paint), len(SHAPES), generator)
-    other = _row_of(task, shape, color, count, relation, world)
-    return _broken(rows, other, generator, world), other
-
-
-def _replace(values: Tensor, side: Tensor, mine: Tensor, kinds: int, generator: torch.Generator) -> None:
-    """In the rows ``mine`` change one side of values [B, 2] to a kind that neither side has, in place."""
-    weight = torch.ones(len(values), kinds + 1)
-    weight.scatter_(1, torch.where(values == ANY, kinds, values), 0.0)
-    fresh = torch.multinomial(weight[:, :kinds], 1, generator=generator)[:, 0]
-    who = torch.nonzero(mine)[:, 0]
-    values[who, side[who]] = fresh[who]
-
-
-def _other_relation(relation: Tensor, generator: torch.Generator) -> Tensor:
-    """The inverse in half of the cases, else one of the two at a right angle."""
-    coin = torch.rand(len(relation), generator=generator) < 0.5
-    across = (1 - relation // 2) * 2 + torch.randint(2, relation.shape, generator=generator)
-    return torch.where(coin, torch.tensor(INVERSE)[relation], across)
-
-
-def _code(task: Tensor, shape: Tensor, color: Tensor, count: Tensor, relation: Tensor) -> Tensor:
-    columns = [task, *(shape + 1).unbind(1), *(color + 1).unbind(1), *count.unbind(1), relation + 1]
-    code = torch.zeros_like(task)
-    for column in columns:
-        code = code * 16 + column  # every column is below 16
-    return code
-
-
-def _row_of(task: Tensor, shape: Tensor, color: Tensor, count: Tensor, relation: Tensor, world: World) -> Tensor:
-    table = world.captions
-    codes, order = _code(table.task, table.shape, table.color, table.count, table.relation).sort()
-    wanted = _code(task, shape, color, count, relation)
-    row = order[torch.searchsorted(codes, wanted).clamp_max(len(codes) - 1)]
-    columns = (table.task[row], table.shape[row], table.color[row], table.count[row], table.relation[row])
-    assert torch.equal(_code(*columns), wanted), "a hard negative left the language"
-    return row
-
-
-def _broken(rows: Tensor, other: Tensor, generator: torch.Generator, world: World) -> Scenes:
-    """Scenes of ``other``; those at a right angle are drawn again until ``rows``' relation clearly fails."""
-    table = world.captions
-    scenes = draw_scenes(other, generator, world)
-    relation = table.relation[rows]
-    turned = (relation != ANY) & (table.shape[rows] == table.shape[other]).all(1)
-    while True:
-        dx, dy = scenes.x[:, 0] - scenes.x[:, 1], scenes.y[:, 0] - scenes.y[:, 1]
-        along = torch.stack([-dx, dx, -dy, dy]) / torch.hypot(dx, dy).clamp_min(1e-6)
-        cosine = along.gather(0, relation.clamp_min(0)[None])[0]
-        todo = torch.nonzero(turned & (cosine > SIDEWAYS))[:, 0]
-        if not len(todo):
-            return scenes
-        fresh = draw_scenes(other[todo], generator, world)
-        for name in Scenes.__dataclass_fields__:
-            getattr(scenes, name)[todo] = getattr(fresh, name)
 
 
 def _select(found: Detections, mine: Tensor) -> Detections:

@@ -49,7 +49,6 @@ class World:
 
 
 WORLD32 = World()
-WORLD64 = World(size=64, max_count=6, radius=(0.070, 0.140), crowd=0.010, gap=0.035)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from gdmd.diffusion.device import sent
 from gdmd.runs.seat import Seat, attempt, seat
 from gdmd.training.watchdog import RANK_LOST, watching
 
@@ -47,6 +49,7 @@ class World:
     def __init__(self, place: Seat | None = None) -> None:
         self.seat = place or Seat()
         self.calls = 0  # collectives entered, the pulse that the watchdog compares
+        self._cut: WeakSet[Any] = WeakSet()  # modules that FSDP2 shards
 
     @property
     def size(self) -> int:
@@ -84,19 +87,36 @@ class World:
         return whole.chunk(self.size, dim)[self.seat.rank] if self.size > 1 else whole
 
     @torch.no_grad()
-    def average(self, gradients: Sequence[Tensor]) -> None:
-        """Replace replicated gradients by their mean over ranks, in buckets; FSDP2 has averaged the sharded ones."""
+    def average(self, parameters: Sequence[Tensor]) -> None:
+        """Replace the gradients of replicated parameters by their mean over ranks, in buckets of these parameters.
+
+        A parameter without gradient on some ranks counts as 0 there; without one on all ranks it stays without. So all
+        ranks send the same messages whatever their losses used. FSDP2 has averaged the sharded ones.
+        """
         if self.size == 1:
             return
         import torch.distributed as dist
 
-        for bucket in _buckets([one for one in gradients if not _sharded(one)]):
+        for bucket in _buckets([one for one in parameters if not _sharded(one)]):
             self.calls += 1
-            flat = torch.cat([one.flatten() for one in bucket])
+            here = torch.tensor([one.grad is not None for one in bucket], dtype=bucket[0].dtype)
+            parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in bucket]
+            flat = torch.cat([*(one.flatten() for one in parts), sent(here, parts[0].device)])
             dist.all_reduce(flat)
             flat /= self.size
-            for one, mean in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
-                one.copy_(mean.view_as(one))
+            *means, users = flat.split([*(one.numel() for one in bucket), len(bucket)])
+            if any(one.grad is None for one in bucket):
+                used = users.tolist()
+                for place, one in enumerate(bucket):
+                    one.grad = parts[place] if used[place] else None
+            for one, mean in zip(bucket, means, strict=True):
+                if one.grad is not None:
+                    one.grad.copy_(mean.view_as(one))
+
+    def reduce_gradients(self, *, now: bool) -> None:
+        """Whether the next backward passes reduce sharded gradients over ranks, or add them up for the last one."""
+        for module in self._cut:
+            module.set_requires_gradient_sync(now)
 
     def whole(self, tensor: Tensor) -> Tensor:
         """All of a tensor that may be sharded; a replicated one itself."""
@@ -198,6 +218,7 @@ class World:
         for unit in (*blocks_of(module), module):
             fully_shard(unit, mesh=mesh, reshard_after_forward=True)  # also the root: parameters() are always shards
             unit.register_forward_pre_hook(self._count, prepend=True)
+        self._cut.add(module)
 
     def _count(self, module: nn.Module, given: Any) -> None:
         """A sharded unit is about to be gathered."""

@@ -31,9 +31,9 @@ from gdmd.training.distributed import SINGLE, World
 from gdmd.training.optim import lr_factor
 from gdmd.training.saver import Saver
 from gdmd.training.start import begin_from, newest
-from gdmd.training.state import NonFiniteError, RoleState, autocast_of, ema_weights, role_states
+from gdmd.training.state import NonFiniteError, RoleState, ema_weights, role_states
 from gdmd.training.stats import Means
-from gdmd.types import Method, PromptBatch, Role, Roles, Update
+from gdmd.types import Method, PromptBatch, Role, Roles
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -123,7 +123,7 @@ def train(
     if world.size > 1 and cfg.sharding != "none":
         roles.shard(lambda module: world.shard(module, cfg.sharding))
     trainer = _Trainer(method, roles, cfg, run, hooks, world)
-    with world.watched(cfg.rank_timeout, trainer.saver.stands), _stop_signals(world) as stopped:
+    with world.watched(cfg.rank_timeout, trainer.saver.last_words), _stop_signals(world) as stopped:
         start = trainer.resume()
         with _tensorboard(run, start) if world.first else nullcontext() as board, closing(trainer.saver):
             return _steps(trainer, lambda step: stream.at(step, *place), start, stopped, board)
@@ -168,8 +168,6 @@ class _Trainer:
         self.saver = Saver(run.checkpoints, cfg, world, hooks.progress.note)
         self.judge = Judge(cfg.best_metric, cfg.best_direction, max(cfg.checkpoint_every, cfg.log_every))
         self._images, self._clock = 0, time.perf_counter()
-        device = next(iter(roles.parameters("student").values())).device.type
-        self._autocast = autocast_of(cfg, device)
 
     def resume(self) -> int:
         """Load the newest good checkpoint, or what cfg.start_from names; returns the number of finished iterations."""
@@ -207,7 +205,7 @@ class _Trainer:
         rng = SampleRng(self.cfg.seed, step, prompts.index, prompts.host)
         try:
             with checks_read_later():
-                for update in self._updates(step, prompts, rng):
+                for update in self.method.iteration(step, prompts, rng):
                     self.means.add(self.states[update.role].apply(update, self._factor(step)))
         except NonFiniteError as error:
             raise self._explained(error, step, prompts) from error
@@ -275,16 +273,6 @@ class _Trainer:
             self.saver.settle()
         assert self.saver.newest is not None
         return self.saver.newest
-
-    def _updates(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
-        """The method's updates; its own network calls (roll-out, targets) run under the precision of the run."""
-        updates = iter(self.method.iteration(step, prompts, rng))
-        while True:
-            with self._autocast():
-                update = next(updates, None)
-            if update is None:
-                return
-            yield update
 
     def _factor(self, step: int) -> float:
         done = self.states["student"].updates

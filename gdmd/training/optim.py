@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -91,11 +91,12 @@ class RoleOptimizer:
 
     def grad_norm(self) -> Tensor:
         """Global L2 norm of the gradients before clipping, 0-d, on the parameters' device."""
-        return self._world.whole(torch.nn.utils.get_total_norm(self._gradients()))
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        return self._world.whole(torch.nn.utils.get_total_norm(gradients))
 
     def average(self) -> None:
         """The gradients of the global batch: their mean over ranks. Called once, after the last backward pass."""
-        self._world.average(self._gradients())
+        self._world.average(list(self.parameters.values()))
 
     def step(self, norm: Tensor, factor: float = 1.0) -> None:
         """Clip by the known ``norm`` and make one update with learning rate ``factor`` x lr."""
@@ -145,9 +146,6 @@ class RoleOptimizer:
             f"the saved optimiser state does not fit: {key} has {what}. Use the checkpoint of this configuration "
             "(loop.optimizer as it was)."
         )
-
-    def _gradients(self) -> Sequence[Tensor]:
-        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
 
 
 def _check_parameters(parameters: Mapping[str, Parameter]) -> None:

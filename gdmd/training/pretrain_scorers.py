@@ -7,7 +7,7 @@ resumed run equals an uninterrupted one bit for bit. Scorers learn from captions
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from gdmd.rewards.shapes_nets import KINDS, DualEncoder, Kind, Preference, build
 from gdmd.runs.assets import asset_path, load_asset, save_asset
 from gdmd.shapes.grammar import catalogue, draw_rows
 from gdmd.shapes.render import draw_scenes, render
-from gdmd.training.scorer_accuracy import measure, table_lines
+from gdmd.training.scorer_accuracy import measure
 from gdmd.training.scorer_data import (
     DAMAGES,
     Damage,
@@ -228,14 +228,6 @@ def _untrained(cfg: ScorerConfig) -> Net:
     if isinstance(net, Preference):
         net.match.load_state_dict({k: v.float() for k, v in load_asset(asset_path(FOUNDATION)).tensors.items()})
     return net
-
-
-def pretrain_scorers(folder: str | Path, kinds: Sequence[Kind] = KINDS, *, resume: bool = False) -> list[str]:
-    """Make the scorers as shipped, ``folder``/KIND.safetensors each; the lines of their accuracy table."""
-    for kind in kinds:
-        pretrain_scorer(kind, target=Path(folder) / f"{kind}.safetensors", resume=resume)
-    made = {kind: load_asset(Path(folder) / f"{kind}.safetensors").metadata["accuracy"] for kind in kinds}
-    return table_lines(made)
 
 
 def _train_step(cfg: ScorerConfig, net: Net, optimiser: torch.optim.Optimizer, step: int) -> float:

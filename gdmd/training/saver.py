@@ -21,6 +21,8 @@ from gdmd.runs.best import Best
 from gdmd.runs.shards import offsets_header, shard_name
 from gdmd.training.distributed import OtherRankError, World
 
+LAST_WAIT = 60.0
+"""Seconds that a process which must end gives the checkpoint that it is writing."""
 LONG = 1.0
 """Seconds of waiting for the previous checkpoint from which on the user is told."""
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -113,6 +115,13 @@ class Saver:
         if writer is not None and writer.done.is_set() and writer.error is None and not self._sharded:
             newest = writer.place.final
         return f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
+
+    def last_words(self) -> str:
+        """``stands``, after waiting at most LAST_WAIT seconds for a checkpoint that this rank can finish alone."""
+        writer = self._writer
+        if writer is not None and not self._sharded:
+            writer.done.wait(LAST_WAIT)
+        return self.stands()
 
     def close(self) -> None:
         """However the run ended: this rank finishes its files, and says if it could not."""

@@ -74,14 +74,3 @@ def _graded(net: DualEncoder | Preference, kind: int, count: int) -> float:
         images = damaged(scenes, others, Damage(torch.full((count,), kind), level), same)
         scores.append(net(images, net.text_features(table.tokens[rows])))
     return round(float((scores[0] > scores[1]).float().mean()), 4)
-
-
-def table_lines(reports: dict[str, dict[str, Any]]) -> list[str]:
-    """A plain table of ``measure`` reports, one row per scorer, split and question."""
-    lines = [f"{'scorer':20}{'split':7}{'negative':10}" + "".join(f"{name:>15}" for name in (*TASKS, "mean"))]
-    for scorer, report in reports.items():
-        for split in ("train", "eval"):
-            for name in ("caption", "image"):
-                cells = "".join(f"{report[split][name][task]:15.3f}" for task in (*TASKS, "mean"))
-                lines.append(f"{scorer:20}{split:7}{name:10}{cells}")
-    return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,6 @@ class RoleState:
     ema: Ema | None = None
     micro_batch: int = 0
     skip_nonfinite: bool = False
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     world: World = SINGLE
     updates: int = 0
     skipped: int = 0
@@ -53,7 +52,11 @@ class RoleState:
         """
         self.optimizer.zero_grad()
         count = batch_size(update.batch)
-        losses = [self._backward(update, part, count) for part in split(update.batch, self.micro_batch or count)]
+        parts = list(split(update.batch, self.micro_batch or count))
+        losses = []
+        for place, part in enumerate(parts, 1):
+            self.world.reduce_gradients(now=place == len(parts))
+            losses.append(self._backward(update, part, count))
         self.optimizer.average()
         own = torch.cat([loss.per_sample.detach() for loss in losses])  # [b]
         per_sample = self.world.gather(own)  # [B]
@@ -89,8 +92,7 @@ class RoleState:
             self.ema.load(part("ema"), counters["ema_updates"])
 
     def _backward(self, update: Update, part: Any, count: int) -> Loss:
-        with self.autocast():
-            loss = update.loss(part)
+        loss = update.loss(part)
         assert loss.per_sample.ndim == 1, f"{self.role} loss: per_sample must be [b], is {tuple(loss.per_sample.shape)}"
         assert loss.per_sample.requires_grad, f"the {self.role} loss has no gradient: it is detached from the network"
         torch.autograd.backward(loss.per_sample.sum() / count)
@@ -112,7 +114,6 @@ def role_states(roles: Roles, cfg: LoopConfig, world: World = SINGLE) -> dict[Ro
     rates: dict[Role, float] = {"student": cfg.lr_student, "fake": cfg.lr_fake}
     for role, lr in rates.items():
         parameters = roles.parameters(role)
-        device = next(iter(parameters.values())).device.type if parameters else "cpu"
         states[role] = RoleState(
             role,
             parameters,
@@ -120,20 +121,9 @@ def role_states(roles: Roles, cfg: LoopConfig, world: World = SINGLE) -> dict[Ro
             Ema(parameters, cfg.ema, cfg.ema_warmup, world) if role == "student" and cfg.ema else None,
             cfg.micro_batch,
             cfg.on_nonfinite == "skip",
-            autocast_of(cfg, device),
             world,
         )
     return states
-
-
-def autocast_of(cfg: LoopConfig, device: str) -> Callable[[], AbstractContextManager[Any]]:
-    """The precision context of the networks.
-
-    The cache of cast weights is off: it would outlive an optimiser step made inside, and serve stale weights.
-    """
-    if cfg.precision == "fp32":
-        return nullcontext
-    return lambda: torch.autocast(device, torch.bfloat16, cache_enabled=False)
 
 
 @contextmanager

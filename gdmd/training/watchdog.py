@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from gdmd.runs.seat import Seat
@@ -32,7 +32,8 @@ def watching(
 ) -> Iterator[None]:
     """Inside, a thread publishes ``pulse`` and ends this process when the run hangs, with exit code RANK_LOST.
 
-    Only differences count: while all ranks stand at the same pulse they work, however long that takes.
+    Only differences count: while all ranks stand at the same pulse they work, however long that takes. ``standing`` may
+    finish what is being saved before it says which checkpoint is the last good one.
     """
     dog = _Watchdog(seat, pulse, store, patience, standing)
     dog.publish()
@@ -86,5 +87,8 @@ class _Watchdog(threading.Thread):
     def _end(self, why: str, *, stuck: bool = False) -> None:
         if stuck:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        print(f"error: {why}. {self.standing()}", file=sys.stderr, flush=True)
+        print(f"error: {why}. {self.standing()}", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # a closed pipe keeps nobody
+                stream.flush()
         os._exit(RANK_LOST)  # the main thread waits inside a collective and cannot be woken

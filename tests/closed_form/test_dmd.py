@@ -29,6 +29,12 @@ def test_the_gradient_is_the_difference_of_scores_over_the_normaliser_of_each_sa
     np.testing.assert_allclose(dmd_gradient(x0, x0_real, x0_fake).numpy(), wanted, rtol=1e-12)
 
 
+def test_without_the_normaliser_the_gradient_is_the_difference_itself() -> None:
+    x0, x0_real, x0_fake = three()
+    raw = dmd_gradient(x0, x0_real, x0_fake, normalise=False)
+    assert torch.equal(raw, x0_fake - x0_real) and torch.equal(implicit_target(x0, raw), x0 - (x0_fake - x0_real))
+
+
 def test_the_normaliser_is_of_one_sample_and_broadcasts() -> None:
     x0, x0_real, _ = three()
     n = normaliser(x0, x0_real)

@@ -17,12 +17,17 @@ from rich.console import Console
 from torch import Tensor
 
 from gdmd.config.loop import LoopConfig
-from gdmd.config.method import GdmdConfig
+from gdmd.config.method import DmdConfig, GdmdConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.sources import read_source
+from gdmd.diffusion.guidance import Guided
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import ode_sample, times
+from gdmd.methods.dmd import Dmd
 from gdmd.programs.export import export_run
 from gdmd.programs.sources import Source, open_source, places_of
 from gdmd.programs.train import go, ready, start, take_up
+from gdmd.recipes.build import build
 from gdmd.rewards.images import from_pil
 from gdmd.training.distributed import SINGLE
 from gdmd.types import PromptBatch
@@ -86,3 +91,22 @@ def test_a_run_is_resumed_exported_reloaded_and_sampled(
     exported = open_source(read_source(str(run / ("export" if full == "none" else "export-merged"))))
     assert (images(exported) - images(student)).abs().max() < 1.01 / 255
     assert not torch.allclose(answers(student, "student"), answers(student, "teacher"), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "qwen_image"])
+def test_regression_pairs_are_samples_of_the_teacher_at_its_own_times(
+    pipeline: Callable[[str], Path], name: str
+) -> None:
+    """Shifted times, the training steps of a VP model, and a path stretched to its last time."""
+    method = DmdConfig(regression_weight=0.25, regression_steps=3, fake_updates=1, guidance=3.0)
+    cfg = recipe(pipeline(name), "none").model_copy(update={"method": method, "rewards": ()})
+    lab = build(cfg, "cpu")
+    prompts = lab.stream.at(0)
+    noise = SampleRng(0, 0, prompts.index).normal("pair_noise", lab.latent_shape)
+    guided = Guided(lab.roles.teacher, 3.0, prompts.uncond, lab.roles.guide)
+    own, uniform = (
+        ode_sample(guided, noise, t, prompts.cond, lab.roles.schedule) for t in (lab.teacher_times(3), times(3))
+    )
+    assert isinstance(lab.method, Dmd)
+    found = lab.method.pairs.at(0, prompts, SampleRng(0, 0, prompts.index))
+    assert torch.equal(found.x0_ode, own) and not torch.allclose(own, uniform, atol=1e-3)

@@ -108,6 +108,27 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path) -> None:
     assert "test_rank_faults.py" in ended[1].said and " in at\n" in ended[1].said  # the place where it hung
 
 
+def test_a_run_that_ends_itself_finishes_the_checkpoint_that_it_is_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 hangs at once after a checkpoint, whose writer on rank 0 takes longer than rank 0 waits for rank 1."""
+    commit = checkpoint.commit
+
+    def slow(place: checkpoint.Place, *rest: Any) -> Path:
+        time.sleep(4)
+        return commit(place, *rest)
+
+    def at(rank: int, step: int) -> None:
+        if (rank, step) == (1, 5):
+            time.sleep(30)
+
+    monkeypatch.setattr(checkpoint, "commit", slow)
+    ended = two(tmp_path, at, rank_timeout=1, checkpoint_async=True)
+    assert ended[0].code == 4 and "rank 1 (on " in ended[0].said
+    assert "The last good checkpoint is" in ended[0].said and "step_000005" in ended[0].said
+    assert steps(tmp_path) == [5]
+
+
 def test_a_killed_rank_ends_the_others_with_a_clear_error(tmp_path: Path) -> None:
     def at(rank: int, step: int) -> None:
         if (rank, step) == (1, AT):

@@ -3,27 +3,50 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import multiprocessing
 import os
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.fsdp  # once, here: in every rank it would take seconds
 import torch.utils.tensorboard  # noqa: F401
+from torch import Tensor
 
 from gdmd.cli.app import exit_code, report
 from gdmd.training.distributed import World, session
 
 BROKEN = 99
 """Exit code of a rank that failed in a way that the program does not know."""
+
+
+@contextmanager
+def linear_steps() -> Iterator[None]:
+    """Inside, AdamW is made with eps 1: a step of lr x gradient, so that weights tell gradients apart as they are.
+
+    With eps 1e-8 a gradient that is nothing but rounding moves its weight by a part of a whole step, another one on every
+    processor. Checkpoints, moments and clipping are those of AdamW.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1.0))
+        yield
+
+
+def apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None) -> float:
+    """|one - other| / |one - start|, all tensors in one vector; start: 0 where it is not given."""
+    assert one.keys() == other.keys() and one
+    a, b = (torch.cat([named[name].double().flatten() for name in one]) for named in (one, other))
+    begin = 0 if start is None else torch.cat([start[name].double().flatten() for name in one])
+    return float((a - b).norm() / (a - begin).norm())
 
 
 @dataclass(frozen=True)

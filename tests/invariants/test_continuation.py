@@ -28,6 +28,8 @@ from gdmd.config.method import GdmdConfig
 from gdmd.diffusion.sampling import backward_simulation, continuation, few_step_sample
 from gdmd.diffusion.schedule import FlowSchedule
 from gdmd.losses.groups import softmax_weights
+from gdmd.recipes.read import read_recipe
+from gdmd.recipes.tally import tally
 from gdmd.types import Cond, Prediction
 
 STEPS = (1.0, 0.75, 0.5, 0.25)
@@ -129,9 +131,9 @@ def test_the_mean_target_is_dmds_with_the_tilt_of_the_ends(normalise: bool) -> N
     with torch.no_grad():
         r = method.rollout(prompts(), rng())
         group = method._continue(r, prompts(), rng())
-        assert group.ends is not None and group.end_score is not None
-        z = group.end_score.double().std()
-        w = torch.softmax(2.0 * group.end_score[0].double() / z, 0)  # [K, B]
+        assert group.ends is not None
+        z = group.score[0].double().std()
+        w = torch.softmax(2.0 * group.score[0][0].double() / z, 0)  # [K, B]
         tilt = torch.einsum("kb,bkchw->bchw", w.float(), group.ends) - group.ends.mean(1)
     update = first_student(method, roles)
     other = tiny_roles()
@@ -166,8 +168,54 @@ def test_the_continuations_are_made_once_for_all_draws() -> None:
     method = gdmd(roles, codec=codec, **ON, group_size=4)
     diary = watch(roles)
     list(updates(method, roles))
-    assert len(codec.shown) == 3 + 1  # three ends and x0
+    assert len(codec.shown) == 3
     assert sum(call.name == "teacher" for call in diary) == 4
+
+
+@pytest.mark.parametrize(("options", "own"), [
+    ({}, False),
+    ({"weighting": "napo", "student_target": "each"}, True),
+    ({"z_source": "difference"}, True),
+    ({"control": "shuffled"}, True),
+])  # fmt: skip
+def test_the_sample_is_decoded_only_where_its_score_moves_a_weight(options: dict[str, Any], own: bool) -> None:
+    roles, codec = tiny_roles(), ToyCodec()
+    method = gdmd(roles, codec=codec, **ON | options)
+    x0 = method.rollout(prompts(), rng()).x0
+    list(updates(method, roles))
+    assert sum(torch.equal(shown, x0) for shown in codec.shown) == own
+    assert ("reward/sample" in method.stats()) == ("reward/gain" in method.stats()) == own
+    words = [f"method.{name}={value}" for name, value in options.items()]
+    assert tally(read_recipe("shapes_gdmd", words)).decoded == 8 + own
+
+
+def test_the_weights_are_those_of_scores_measured_from_the_sample() -> None:
+    """A softmax over the targets of one sample does not see what they are measured from."""
+    roles = tiny_roles()
+    method = gdmd(roles, Toy(), Toy("b", 1, factor=3.0), **ON | EACH, gamma=2.0, group_size=1)
+    with torch.no_grad():
+        r = method.rollout(prompts(), rng())
+        (ends,) = method._continue(r, prompts(), rng()).score  # [R, K, B]
+        own = method.scorer(r.x0, prompts())  # [R, B]
+    gain = (ends - own[:, None]).double() / ends.double().flatten(1).std(1)[:, None, None]
+    wanted = 3 * torch.softmax(2.0 * gain.mean(0), 0)  # [K, B]
+    share = first_student(method, roles).batch.share
+    assert share.std() > 0.05
+    torch.testing.assert_close(share.T.double(), wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("draws", [1, 2, 4])
+def test_z_is_the_spread_of_the_rollouts_however_many_draws_follow_them(draws: int) -> None:
+    """Each of the B K scores counts once: sqrt(sum (s - mean)^2 / (B K - 1))."""
+    roles = tiny_roles()
+    method = gdmd(roles, Toy(), Toy("b", 1, factor=3.0), **ON, group_size=draws)
+    with torch.no_grad():
+        (scores,) = method._continue(method.rollout(prompts(), rng()), prompts(), rng()).score  # [R, K, B]
+    list(updates(method, roles))
+    own = scores.double().flatten(1)
+    assert own.shape[1] == 4 * 3
+    wanted = ((own - own.mean(1, keepdim=True)).square().sum(1) / (own.shape[1] - 1)).sqrt()
+    torch.testing.assert_close(method.scale.value(), wanted.float(), rtol=1e-5, atol=0)
 
 
 def test_the_weighted_ends_estimate_the_score_of_the_tilted_posterior() -> None:

@@ -208,6 +208,17 @@ def test_the_reward_sees_the_chosen_target_and_the_loss_the_normalised_one(targe
     torch.testing.assert_close(update.batch.x_tar[:, 0], x_tar)
 
 
+def test_a_frozen_teacher_asked_the_same_again_is_scored_once_and_counts_once_in_z() -> None:
+    """score_target real in mode fake: one (t, eps), so the draws differ by their fakes, which this score does not see."""
+    roles, codec = tiny_roles(), ToyCodec()
+    method = gdmd(roles, codec=codec, score_target="real", collection="fake")
+    r = scored(method, roles)
+    assert len(codec.shown) == 2  # the teacher's answer and x0
+    assert torch.equal(r, r[:1].expand(ETA, -1)) and r.std() > 0.01
+    teacher, _ = (torch.sigmoid(shown[:, 0]).mean((1, 2)) for shown in codec.shown)
+    torch.testing.assert_close(method.scale.value(), teacher.detach().double().std().float()[None], rtol=1e-5, atol=0)
+
+
 def test_without_the_normaliser_the_target_is_the_raw_one() -> None:
     roles, codec = tiny_roles(), ToyCodec()
     update = first_student(gdmd(roles, codec=codec, normalise=False), roles)
@@ -336,7 +347,7 @@ def test_the_time_baseline_takes_away_what_the_score_owes_to_t_and_guidance() ->
     means = {}
     for baseline in ("sample", "time"):
         roles = tiny_roles()
-        method = gdmd(roles, score_baseline=baseline, weighting="softmax", scored_guidances=(1.0, 20.0))
+        method = gdmd(roles, score_baseline=baseline, scored_guidances=(1.0, 20.0))
         r = torch.stack([update.batch.r for update in updates(method, roles, role="student")])  # [E, B, G]
         means[baseline] = r.mean((0, 1))
     assert (means["time"] - 0.5).abs().max() < 0.15 < (means["sample"] - 0.5).abs().max()

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from toy_training import ToyRoles, toy_config
 
 from gdmd.training.optim import RoleOptimizer
-from gdmd.training.state import NonFiniteError, RoleState, autocast_of, batch_size, ema_weights, role_states, split
+from gdmd.training.state import NonFiniteError, RoleState, batch_size, ema_weights, role_states, split
 from gdmd.types import Loss, PromptBatch, Update
 
 
@@ -154,18 +154,3 @@ def test_ema_follows_each_student_update_and_the_fake_has_none() -> None:
     with ema_weights(fake):
         pass
     assert role_states(ToyRoles(), toy_config(ema=0.0))["student"].ema is None
-
-
-def test_under_bf16_the_networks_are_half_precision_and_never_see_stale_weights() -> None:
-    autocast = autocast_of(toy_config(precision="bf16"), "cpu")
-    layer, x = torch.nn.Linear(6, 6), torch.ones(1, 6)
-    with autocast():
-        first = layer(x)
-        with torch.no_grad():
-            layer.weight.zero_()
-            layer.bias.zero_()
-        second = layer(x)
-        assert first.dtype == torch.bfloat16 and (x * 2).dtype == torch.float32
-    assert second.abs().max() == 0
-    with autocast_of(toy_config(), "cpu")():
-        assert layer(x).dtype == torch.float32
