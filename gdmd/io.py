@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import json
@@ -136,6 +137,17 @@ def finite_or_none(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite_or_none(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def near_name(path: str | Path, also: Iterable[str] = ()) -> str:
+    """Of a path that does not exist: the words " Did you mean X?", where X is like it, in its folder or in ``also``."""
+    path = Path(path)
+    try:
+        there = {str(path.parent / entry.name) for entry in path.parent.iterdir() if not entry.name.startswith(".")}
+    except OSError:
+        there = set()
+    near = difflib.get_close_matches(str(path)[:200], sorted(there | set(also)), 1, 0.75)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def file_hash(path: Path) -> str:

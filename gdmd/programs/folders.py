@@ -12,7 +12,7 @@ import yaml
 
 from gdmd.config.load import load_config
 from gdmd.config.run import RunConfig
-from gdmd.io import RunError, write_atomic, writing
+from gdmd.io import RunError, near_name, write_atomic, writing
 from gdmd.recipes.read import read_recipe
 from gdmd.runs.rundir import Run, check_same_config, open_run
 
@@ -96,6 +96,8 @@ def check_writable(path: Path, what: str) -> None:
 
 def check_target(what: str, which: str = "last") -> None:
     """RunError unless ``what`` is a row of the teacher or a run folder; only the latter has checkpoints."""
+    if what not in TEACHERS and not os.path.exists(what):
+        raise RunError(f"{what} is not a run folder: it does not exist.{near_name(what, TEACHERS)}")
     if what not in TEACHERS:
         open_run(Path(what))
     elif which != "last":

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gdmd.config.sources import SourceConfig
 from gdmd.evaluation.image_folders import ImageRow, holds_images, read_image, read_images
-from gdmd.io import RunError
+from gdmd.io import RunError, near_name
 from gdmd.programs.folders import TEACHERS
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _kind(where: str) -> Kind:
         return "images"
     if not folder.exists() and not folder.parent.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", where):
         return "pipeline"
-    seen = "it holds none of their files" if folder.exists() else "it does not exist"
+    seen = "it holds none of their files." if folder.exists() else f"it does not exist.{near_name(where, TEACHERS)}"
     raise RunError(
         f"{where} is not a run folder, nor an exported folder, a diffusers pipeline, a hub id (ORG/NAME) or a folder of "
         f"images: {seen}"
