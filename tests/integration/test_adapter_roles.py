@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -202,9 +203,31 @@ def test_adapters_begin_the_same_in_every_process(folders: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_targets_that_fit_no_layer_are_refused(folders: Path) -> None:
-    with pytest.raises(ValueError, match="model.lora_targets .*'to_nowhere'.* fit no layer of SD3Transformer2DModel"):
-        roles_of(folders, lora_targets=("to_nowhere",))
+@pytest.mark.parametrize("full", ["none", "both"])
+@pytest.mark.parametrize(
+    ("name", "targets", "messages"),
+    [
+        ("sd3", ["attn.to_q", "to_nowhere"], ["SD3Transformer2DModel: 'to_nowhere' matches no layer"]),
+        ("sdxl", ["to_q", "to_kk", "out.0x"], ["'to_kk'.*did you mean 'to_k'", "'out.0x'.*did you mean 'to_out.0'"]),
+        ("sd3", ["ff.net.0.projj"], ["did you mean 'ff.net.0.proj'"]),
+        ("sd3", ["single_transformer_blocks.0.attn.to_q"], ["did you mean 'transformer_blocks.0.attn.to_q'"]),
+        ("sd3", ["attn.to_Q"], ["did you mean 'attn.to_q'"]),
+        ("sdxl", ["to_out"], [r"matches .*attn1.to_out \(ModuleList\), not a linear layer; in it are to_out.0"]),
+        ("sdxl", ["to_q", "norm1"], [r"'norm1' matches .*\((Group|Layer)Norm\), not a linear layer"]),
+    ],
+)
+def test_every_target_that_fits_no_linear_layer_is_named(
+    folders: Path, name: str, targets: list[str], messages: list[str], full: str
+) -> None:
+    with pytest.raises(ValueError, match="model.lora_targets do not fit") as caught:
+        roles_of(folders, name, lora_targets=tuple(targets), full=full)
+    assert all(re.search(message, str(caught.value)) for message in messages), caught.value
+
+
+def test_targets_that_fit_train_their_layers_and_no_others(folders: Path) -> None:
+    names = roles_of(folders, "sdxl", lora_targets=("attn1.to_q", "conv1")).parameters("student")
+    assert {name.rpartition(".lora_")[0].split(".")[-1] for name in names} == {"to_q", "conv1"}
+    assert not any("attn2" in name for name in names)
 
 
 @pytest.fixture
