@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive
 from gdmd.config.model import Pixels
@@ -26,9 +27,13 @@ class SourceConfig(Config):
     steps: Count | None = Field(default=None, description="Steps of a pipeline; default: its own.")
     guidance: NonNegative | None = Field(default=None, description="Guidance scale of a pipeline; default: its own.")
     lora: str | None = Field(
-        default=None, description="LoRA on top: a .safetensors file, a folder, ORG/NAME or ORG/NAME/FILE.safetensors."
+        default=None,
+        description="LoRA on top: a .safetensors file, a folder (PEFT's, too), ORG/NAME or ORG/NAME/FILE.safetensors.",
     )
     lora_scale: Positive = Field(default=1.0, description="The LoRA's weight.")
+    lora_partial: bool = Field(
+        default=False, description="Use a LoRA although the pipeline lacks some of its layers; they are left out."
+    )
     scheduler: SchedulerName | None = Field(default=None, description="Another scheduler, from the pipeline's betas.")
     spacing: Literal["trailing", "leading", "linspace"] | None = Field(
         default=None, description="Where its timesteps lie; SDXL-Lightning and Turbo need trailing."
@@ -50,6 +55,13 @@ class SourceConfig(Config):
     trained: tuple[str, ...] = Field(
         default=(), description="Rewards a foreign model was trained on, joined by +; runs and exports know theirs."
     )
+
+    @model_validator(mode="after")
+    def _lora_is_given(self) -> SourceConfig:
+        unread = sorted({"lora_scale", "lora_partial"} & self.model_fields_set)
+        if unread and self.lora is None:
+            raise ValueError(f"{' and '.join(unread)} without lora changes nothing; name the LoRA with lora=")
+        return self
 
     @property
     def slug(self) -> str:
@@ -172,5 +184,10 @@ def checked(cls: type[SourceConfig], given: dict[str, Any], what: str) -> Source
     try:
         return cls.model_validate(given)
     except ValidationError as error:
-        lines = [f"{what}: {'.'.join(map(str, one['loc']))} = {one['input']!r}: {one['msg']}" for one in error.errors()]
+        lines = [f"{what}: {_mistake(one)}" for one in error.errors()]
         raise ValueError("\n".join(lines)) from None
+
+
+def _mistake(detail: ErrorDetails) -> str:
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(map(str, detail['loc']))} = {detail['input']!r}: {message}" if detail["loc"] else message

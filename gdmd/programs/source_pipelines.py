@@ -23,6 +23,7 @@ from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.io import RunError
+from gdmd.programs.source_loras import add_lora
 from gdmd.programs.source_schedulers import set_scheduler, step_arguments
 from gdmd.programs.sources import EXPORT_FILE, Facts, Place, to_images
 
@@ -109,7 +110,7 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     """The pipeline with its LoRA and scheduler, on its device."""
     pipe = _load(cfg, cfg.where)
     if cfg.lora:
-        _add_lora(pipe, cfg.lora, cfg.lora_scale)
+        add_lora(pipe, cfg.lora, cfg.lora_scale, partial=cfg.lora_partial)
     if cfg.scheduler or cfg.spacing or cfg.shift is not None:
         set_scheduler(pipe, cfg)
     guided = "true_cfg_scale" if type(pipe).__name__ == "QwenImagePipeline" else "guidance_scale"
@@ -117,7 +118,7 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     if guided == "true_cfg_scale" and cfg.guidance is not None and cfg.guidance > 1:
         asked["negative_prompt"] = " "  # without one the pipeline leaves guidance off
     arguments = {key: value for key, value in asked.items() if value is not None} | step_arguments(pipe, cfg)
-    beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "base"}
+    beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "lora_partial", "base"}
     beside |= {"shift", "timesteps", "eta"} - cfg.model_fields_set  # folders made before there were these go on
     settings = cfg.model_dump(mode="json", exclude=beside)
     identity = {"kind": "pipeline", **settings, "weights": _fingerprint(cfg.where), "lora": _fingerprint(cfg.lora)}
@@ -136,7 +137,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
     else:
         revision = {key: facts.get(key) for key in ("revision", "variant") if key not in given and not cfg.base}
         pipe = _load(own.model_copy(update=revision), cfg.base or facts["base"], facts["without"])
-        _add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0)
+        add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0, quiet=True)
         pipe.scheduler = _from_folder(facts["scheduler"], folder / "scheduler")
     weights = _fingerprint(cfg.where)
     known = Facts(
@@ -196,38 +197,6 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
         raise ValueError(f"{what}: the pipeline cannot be loaded: {first}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _add_lora(pipe: Any, lora: str, scale: float) -> None:
-    """A .safetensors file, a folder that holds one, or a hub id with or without a file."""
-    place = Path(lora)
-    if place.is_file():
-        folder, options = str(place.parent), {"weight_name": place.name, "local_files_only": True}
-    elif place.is_dir():
-        folder, options = lora, {"weight_name": _one_file(place), "local_files_only": True}
-    elif lora.count("/") in (1, 2) and not lora.startswith((".", "/", "~")) and not Path(lora.split("/")[0]).exists():
-        org, name, *file = lora.split("/")
-        folder, options = f"{org}/{name}", {"weight_name": file[0]} if file else {}
-    else:
-        raise ValueError(f"lora {lora!r}: no such file or folder, and no hub id; give ORG/NAME/FILE.safetensors")
-    if not str(options.get("weight_name", ".safetensors")).endswith(".safetensors"):
-        raise ValueError(f"lora {lora!r}: only .safetensors files are read; convert it first")
-    try:
-        pipe.load_lora_weights(folder, use_safetensors=True, adapter_name="source", **options)
-    except (KeyError, *load_errors()) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"lora {lora!r} cannot be loaded into a {type(pipe).__name__}: {first}") from error
-    if not pipe.get_list_adapters():
-        raise ValueError(f"lora {lora!r} changes no layer of a {type(pipe).__name__}; give one of this model")
-    if scale != 1.0:
-        pipe.set_adapters("source", scale)
-
-
-def _one_file(folder: Path) -> str:
-    found = sorted(file.name for file in folder.glob("*.safetensors"))
-    if DIFFUSERS_FILE in found or len(found) == 1:
-        return DIFFUSERS_FILE if DIFFUSERS_FILE in found else found[0]
-    raise ValueError(f"lora {folder}: it holds {len(found)} .safetensors files; name the one that is meant")
 
 
 def _from_folder(kind: str, folder: Path) -> Any:
