@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gdmd.backbones.pipelines import load_errors
@@ -56,6 +57,7 @@ _WEIGHT = re.compile(
     r"(?P<layer>.+?)[._](?:lora_(?:A|B|down|up)(?:\.[a-z]\w*)?|lora\d?\.(?:down|up)|lora_linear_layer\.(?:down|up))"
     r"\.(?:weight|bias)|(?P<scaled>.+)\.alpha"
 )
+_DOWN = re.compile(r"(lora_A(\.\w+)?|[._]down)\.weight$")
 _log = logging.getLogger(__name__)
 
 
@@ -90,6 +92,8 @@ def add_lora(pipe: Any, lora: str, scale: float, *, partial: bool = False, quiet
     options: dict[str, Any] = {"weight_name": file.name, "local_files_only": True, "use_safetensors": True}
     if peft:
         given, options = _from_peft(weights, _peft_config(settings), pipe), {}
+    elif any(key.endswith(".alpha") for key in weights):
+        given, options = _folded(weights, kept="unet" not in pipe._lora_loadable_modules), {}
     with _translated(pipe, lora):
         fit = _fit(pipe, pipe.lora_state_dict(_copy(given), **options, **_unet(pipe)), _layers_of(weights))
     _check_fit(fit, pipe, lora, partial)
@@ -325,6 +329,25 @@ def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
     own = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
     alpha = float(next(own, config.get("lora_alpha", 8)))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _folded(weights: Mapping[str, Tensor], *, kept: bool) -> dict[str, Tensor]:
+    """The same LoRA with alpha / rank multiplied into B: diffusers applies one alpha of many to all layers of a UNet.
+
+    ``kept``: alpha is set to the rank instead of left out, which the conversions for transformers need.
+    """
+    alphas = {_layer_of(key): float(value) for key, value in weights.items() if key.endswith(".alpha")}
+    downs = {_layer_of(key): value for key, value in weights.items() if _DOWN.search(key)}
+    ready = {}
+    for key, value in weights.items():
+        layer = _layer_of(key)
+        rank = downs[layer].shape[0] if layer in downs else 0
+        if key.endswith(".alpha"):
+            ready |= {key: torch.tensor(float(rank))} if kept and rank else {}
+        else:
+            up = layer in alphas and rank and not _DOWN.search(key)
+            ready[key] = value.float() * (alphas[layer] / rank) if up else value
+    return ready
 
 
 def _unet(pipe: Any) -> dict[str, Any]:

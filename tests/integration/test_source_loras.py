@@ -37,7 +37,7 @@ def built() -> Callable[[str], Any]:
 
 def layers(pipe: Any, *ends: str) -> dict[str, nn.Linear]:
     """COMPONENT.NAME -> layer of the denoiser and the text encoders."""
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name != "vae"}
     return {
         f"{component}.{name}": module
         for component, part in parts.items()
@@ -83,7 +83,7 @@ def kohya_keys(pipe: Any, ends: tuple[str, ...]) -> Made:
             continue
         rank, alpha = 1 + number % 3, (0.5, 1.0, 4.0)[number % 2]
         down, up = pair(layer, rank)
-        text = "" if component == "unet" else "text_model_"
+        text = "" if component == "unet" or rest.startswith("text_model.") else "text_model_"
         base = prefixes[component] + text + rest.replace(".", "_")
         made |= {f"{base}.lora_down.weight": down, f"{base}.lora_up.weight": up, f"{base}.alpha": torch.tensor(alpha)}
         wanted[name] = alpha / rank * up @ down
@@ -124,22 +124,39 @@ def test_diffusers_keys_change_every_layer_with_ranks_of_their_own(
     built: Callable[[str], Any], tmp_path: Path, text: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = built("sdxl")
-    made, wanted = peft_keys(pipe, ("to_q", "to_v", "q_proj"), text)
+    made, wanted = peft_keys(pipe, ("attn1.to_q", "attn1.to_v", "q_proj"), text)
     save_file(made, tmp_path / "a.safetensors")
     add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
     assert same(changes(pipe), wanted)
-    assert ("text_encoder_2 1 of 1" in caplog.text) == text and "unet 8 of 8" in caplog.text
+    assert ("text_encoder_2 2 of 2" in caplog.text) == text and "unet 8 of 8" in caplog.text
 
 
 def test_kohya_keys_change_unet_and_text_encoders_by_their_own_alphas(
     built: Callable[[str], Any], tmp_path: Path
 ) -> None:
     pipe = built("sdxl")
-    made, wanted = kohya_keys(pipe, ("to_q", "to_out.0", "q_proj", "fc1"))
+    made, wanted = kohya_keys(pipe, ("to_q", "to_out.0", "q_proj", "out_proj", "fc1"))
     assert {name.partition(".")[0] for name in wanted} == {"unet", "text_encoder", "text_encoder_2"}
     save_file(made, tmp_path / "a.safetensors")
     add_lora(pipe, str(tmp_path / "a.safetensors"), 0.5)
     assert same(changes(pipe), {name: 0.5 * delta for name, delta in wanted.items()})
+
+
+def test_kohyas_keys_of_a_transformer_keep_their_alphas(built: Callable[[str], Any], tmp_path: Path) -> None:
+    pipe = built("flux")
+    block = pipe.transformer.transformer_blocks[0].attn
+    made, wanted = {}, {}
+    for side, name, layer, alpha in (
+        ("img", "to_out.0", block.to_out[0], 1.0),
+        ("txt", "to_add_out", block.to_add_out, 6.0),
+    ):
+        down, up = pair(layer, 2)
+        base = f"lora_unet_double_blocks_0_{side}_attn_proj"
+        made |= {f"{base}.lora_down.weight": down, f"{base}.lora_up.weight": up, f"{base}.alpha": torch.tensor(alpha)}
+        wanted[f"transformer.transformer_blocks.0.attn.{name}"] = alpha / 2 * up @ down
+    save_file(made, tmp_path / "a.safetensors")
+    add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
+    assert same(changes(pipe), wanted)
 
 
 @pytest.mark.parametrize(
@@ -209,13 +226,14 @@ def test_a_file_that_does_not_fit_as_a_whole_is_refused(
     built: Callable[[str], Any], tmp_path: Path, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
 ) -> None:
     pipe = built("sdxl")
-    made, _ = peft_keys(pipe, ("to_q", "to_v"))
+    made, _ = peft_keys(pipe, ("attn1.to_q", "attn1.to_v"))
     save_file({k: v.contiguous() for k, v in spoil(made).items()}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=message):
         add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
     assert not changes(pipe)
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
 @pytest.mark.parametrize("spoil", [of_a_bigger_model, with_foreign_text_encoder])
 def test_a_partial_file_is_used_where_that_is_asked_for_and_is_told(
     built: Callable[[str], Any],
@@ -224,7 +242,7 @@ def test_a_partial_file_is_used_where_that_is_asked_for_and_is_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     pipe = built("sdxl")
-    made, wanted = peft_keys(pipe, ("to_q", "to_v"))
+    made, wanted = peft_keys(pipe, ("attn1.to_q", "attn1.to_v"))
     spoiled = spoil(made)
     save_file(spoiled, tmp_path / "a.safetensors")
     add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0, partial=True)
