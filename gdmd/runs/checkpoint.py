@@ -158,6 +158,23 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
     return Checkpoint(state["step"], path, tensors, state["state"])
 
 
+def shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a part's whole tensors by name, from the headers of a checkpoint's files alone."""
+    from safetensors import safe_open
+
+    files = _read_state(path)
+    if files["format"] == SHARDED:
+        from gdmd.runs.shards import whole_shapes
+
+        with _damage(path):
+            return whole_shapes([path / name for name in files["files"]], part)
+    file = path / f"{part}.safetensors"
+    if file.name not in files["files"]:
+        return {}
+    with _damage(file), safe_open(file, framework="pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
 def load_chosen(folder: Path, which: str = "last") -> Checkpoint | None:
     """Checkpoint "best", "last" (the newest that verifies) or of a step; None when "last" finds none at all."""
     if which == "last":
