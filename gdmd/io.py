@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,23 @@ def write_atomic(path: Path, content: str | bytes, what: str, option: str = "--r
         except OSError:
             partial.unlink(missing_ok=True)
             raise
+
+
+def follow_umask(*files: Path) -> None:
+    """Give files the mode of any new file of their folder: safetensors writes its files for their owner alone (0600).
+
+    The mode is read from an empty file, because asking for the umask would change it for every thread.
+    """
+    if not files:
+        return
+    probe = files[0].with_name(f".{files[0].name}.{os.getpid()}.mode")
+    try:
+        probe.touch(exist_ok=False)
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for file in files:
+        file.chmod(mode)
 
 
 def read_jsonl(path: Path, *, torn_tail: bool = False) -> list[dict[str, Any]]:

@@ -45,7 +45,9 @@ class SourceConfig(Config):
     eta: NonNegative | None = Field(default=None, description="Noise that tcd or ddim adds at every step; default: 0.")
     height: Pixels | None = Field(default=None, description="Pixels; default: the pipeline's.")
     width: Pixels | None = Field(default=None, description="Pixels; default: the pipeline's.")
-    base: str | None = Field(default=None, description="The pipeline below an exported LoRA, where it has moved.")
+    base: str | None = Field(
+        default=None, description="The base model of a run or an exported LoRA, where it has moved."
+    )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     variant: str | None = Field(default=None, description='Variant of the weight files, for example "fp16".')
     dtype: Literal["fp32", "bf16", "fp16"] = Field(default="bf16", description="Precision of a pipeline.")

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gdmd.backbones.base import Family
 from gdmd.export.lora import merge
+from gdmd.io import follow_umask
 
 NO_GUIDANCE: Mapping[str, Mapping[str, float | bool]] = {
     "sd15": {"guidance_scale": 0.0},
@@ -63,12 +65,22 @@ def left_out(family: Family) -> list[str]:
     return [name for name in family.optional if family.pipe.components.get(name) is None]
 
 
-def save_merged(family: Family, weights: Mapping[str, Tensor], uniform: Sequence[float], folder: Path) -> Path:
-    """The whole pipeline with the student in it and its scheduler, loadable with ``from_pretrained``.
+def save_merged(
+    family: Family,
+    weights: Mapping[str, Tensor],
+    uniform: Sequence[float],
+    folder: Path,
+    dtype: torch.dtype | None = None,
+) -> float:
+    """Write the whole pipeline with the student in it and its scheduler, loadable with ``from_pretrained``.
 
-    ``family`` is used up: its network becomes the student. It must be opened without adapters on it.
+    ``family`` is used up: its network becomes the student. It must be opened without adapters on it. ``dtype``: of all
+    weights; default: as they were loaded. Returns the share of the changed weights that rounding has undone.
     """
-    merge(family, weights)
+    undone = merge(family, weights, dtype)
+    if dtype is not None:
+        family.pipe.to(dtype=dtype)
     family.pipe.scheduler = student_scheduler(family, uniform)
     family.pipe.save_pretrained(folder)
-    return folder
+    follow_umask(*folder.rglob("*.safetensors"))
+    return undone

@@ -59,13 +59,16 @@ def load_ema(lab: Lab, saved: checkpoint.Checkpoint) -> None:
     load_named(lab.roles.parameters("student"), saved.part("ema") or saved.part("student"), "the student")
 
 
-def open_named(what: str, which: str = "last") -> tuple[RunConfig, Lab, Sampler, int]:
-    """A run folder or one of TEACHERS as something that makes images; and the step of the student (else 0)."""
+def open_named(what: str, which: str = "last", base: str | None = None) -> tuple[RunConfig, Lab, Sampler, int]:
+    """A run folder or one of TEACHERS as something that makes images; and the step of the student (else 0).
+
+    ``base``: the base model of a run, where it has moved.
+    """
     if what in TEACHERS:
         cfg = RunConfig(name="teacher", loop=LoopConfig())
         lab = build(cfg)
         return cfg, lab, teacher_row(cfg, lab, what), 0
-    cfg = config_of(Path(what))
+    cfg = config_of(Path(what), [f"model.path={base}"] if base else ())
     lab, step = open_student(cfg, Path(what), which)
     return cfg, lab, student_row(cfg, lab), step
 

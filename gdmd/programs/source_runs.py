@@ -32,7 +32,7 @@ class RunSource:
     @classmethod
     def open(cls, cfg: SourceConfig) -> RunSource:
         """Checkpoint ``cfg.checkpoint`` of the run in ``cfg.where``."""
-        recipe, lab, sampler, step = open_named(cfg.where, cfg.checkpoint)
+        recipe, lab, sampler, step = open_named(cfg.where, cfg.checkpoint, cfg.base)
         teacher = cfg.where in TEACHERS
         facts = Facts(
             name=cfg.name,

@@ -102,7 +102,11 @@ def kind_of(cfg: SourceConfig) -> Kind:
     """What a source is, from what lies there. ValueError (without torch) for what is none, or has options of another."""
     kind = _kind(cfg.where)
     every = set(SourceConfig.model_fields) - {"checkpoint"}
-    fits = {"export": {"base", "dtype", "device", "revision", "variant"}, "pipeline": every, "run": {"checkpoint"}}
+    fits = {
+        "export": {"base", "dtype", "device", "revision", "variant"},
+        "pipeline": every,
+        "run": {"checkpoint", "base"},
+    }
     allowed = fits.get(kind, set()) | {"name", "where", "batch", "trained"}
     extra = sorted(key for key in cfg.model_fields_set if key not in allowed)
     if extra or (kind == "pipeline" and cfg.base):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdmd.io import RunError, number_in, writing
+from gdmd.io import RunError, follow_umask, number_in, writing
 from gdmd.runs.best import Best, read_best, write_best
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def write(
             save_file(_separate(tensors), file, **({"metadata": dict(metadata)} if metadata else {}))
         except SafetensorError as error:  # its writer wraps the OSError in a message
             raise OSError(number_in(str(error)), f"{name}: {error}") from error
+        follow_umask(file)
         _fsync(file)
         return {name: _sha256(file)}
 

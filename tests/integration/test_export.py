@@ -23,7 +23,7 @@ from gdmd.backbones.roles import DiffusersRoles
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.export.card import model_card
-from gdmd.export.lora import DIFFUSERS_FILE, KOHYA_FILE, merge, save_lora
+from gdmd.export.lora import DIFFUSERS_FILE, KOHYA_FILE, check_fits, merge, save_lora
 from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
 
 UNIFORM = (1.0, 0.75, 0.5, 0.25)
@@ -114,6 +114,37 @@ def test_the_merged_pipeline_makes_the_trainers_images(
     save_merged(fresh, roles.parameters("student"), UNIFORM, tmp_path / "merged")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
     assert torch.allclose(stock_images(pipe, roles, noises, monkeypatch), wanted, atol=1e-4)
+
+
+def test_rounding_that_undoes_changes_is_measured(folders: Path) -> None:
+    roles = student_of(folders, "sd3")
+    family = open_family(tiny.config(folders / "sd3", dtype="bf16"))
+    layer = "transformer_blocks.0.attn.to_q"
+    target = family.net.get_parameter(f"{layer}.weight")
+    with torch.no_grad():
+        target.fill_(1.0)  # its neighbors in bf16 are 1 - 2^-8 and 1 + 2^-7
+    down, up = torch.zeros(2, target.shape[1]), torch.zeros(len(target), 2)
+    down[0, 0] = 0.5  # alpha / rank = 2
+    up[:4, 0] = torch.tensor([2**-7, 2**-10, -(2**-10), 2**-5])
+    weights = {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    assert merge(family, weights) == 0.5
+    assert target[:4, 0].tolist() == [1 + 2**-7, 1.0, 1.0, 1 + 2**-5] and target.dtype == torch.bfloat16
+    wide = open_family(tiny.config(folders / "sd3", dtype="bf16"))
+    wide.net.get_parameter(f"{layer}.weight").data.fill_(1.0)
+    assert merge(wide, weights, torch.float32) == 0.0
+    assert wide.net.get_parameter(f"{layer}.weight")[:4, 0].tolist() == [1 + 2**-7, 1 + 2**-10, 1 - 2**-10, 1 + 2**-5]
+    assert merge(roles.family, {}) == 0.0
+
+
+@pytest.mark.parametrize(("name", "full"), [("sdxl", "none"), ("sd3", "student")])
+def test_a_base_of_another_model_is_refused(folders: Path, name: str, full: str) -> None:
+    weights = student_of(folders, "sd3", full).parameters("student")
+    check_fits(open_family(tiny.config(folders / "sd3", full=full)), weights)
+    other = open_family(tiny.config(folders / name, full=full))
+    if name == "sd3":
+        weights = {key: value for key, value in weights.items() if "proj_out" not in key}
+    with pytest.raises(ValueError, match="is not the base of this student: .* layers are not in both"):
+        check_fits(other, weights)
 
 
 def test_kohyas_file_holds_the_same_change_of_every_layer(folders: Path, tmp_path: Path) -> None:
