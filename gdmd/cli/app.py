@@ -41,7 +41,10 @@ app.add_typer(rewards_app, name="rewards")
 app.add_typer(study_app, name="study")
 
 BAD_INPUT, NOT_FINITE, RANK_LOST, INTERRUPTED = 2, 3, 4, 130
-QUIETER = ("transformers.utils.import_utils", "diffusers.loaders.peft", "diffusers.loaders.lora_base")
+QUIETER = (
+    *("transformers.utils.import_utils", "diffusers.loaders.peft", "diffusers.loaders.lora_base"),
+    "diffusers.pipelines.pipeline_utils",
+)
 """Loggers of libraries that are asked for the warnings worth saying only."""
 
 
@@ -89,10 +92,12 @@ def _worth_saying(record: logging.LogRecord) -> bool:
     """Not what is so by design.
 
     That image processors want torchvision: diffusers loads them with a pipeline, and nothing here uses them. That a
-    LoRA of the denoiser holds nothing for the text encoders (one that changes no layer is an error of its own).
+    LoRA of the denoiser holds nothing for the text encoders (one that changes no layer is an error of its own). That a
+    merged pipeline is saved without a component that the run left out, such as T5.
     """
     said = record.getMessage()
-    return "requires torchvision" not in said and not said.startswith("No LoRA keys associated to")
+    absent = said.startswith("self.") and said.endswith("=None of type <class 'NoneType'> cannot be saved.")
+    return not ("requires torchvision" in said or said.startswith("No LoRA keys associated to") or absent)
 
 
 def report(error: ValueError) -> None:

@@ -65,6 +65,14 @@ def left_out(family: Family) -> list[str]:
     return [name for name in family.optional if family.pipe.components.get(name) is None]
 
 
+def _cast(pipe: Any, dtype: torch.dtype) -> None:
+    """All floating-point weights of a pipeline. Its own ``to`` warns of modules kept in fp32 even where there are none."""
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    for weights in (one for net in networks for one in (*net.parameters(), *net.buffers())):
+        if weights.is_floating_point():
+            weights.data = weights.data.to(dtype)
+
+
 def save_merged(
     family: Family,
     weights: Mapping[str, Tensor],
@@ -79,7 +87,7 @@ def save_merged(
     """
     undone = merge(family, weights, dtype)
     if dtype is not None:
-        family.pipe.to(dtype=dtype)
+        _cast(family.pipe, dtype)
     family.pipe.scheduler = student_scheduler(family, uniform)
     family.pipe.save_pretrained(folder)
     follow_umask(*folder.rglob("*.safetensors"))

@@ -15,7 +15,7 @@ from gdmd.evaluation.report import read_rows, report_run, save_rows
 from gdmd.evaluation.sample import BATCH, Sampler, images_of, student_sampler, teacher_sampler
 from gdmd.evaluation.shapes import HELDOUT, evaluate
 from gdmd.io import RunError, writing
-from gdmd.programs.folders import TEACHERS, config_of
+from gdmd.programs.folders import TEACHERS, check_base, config_of
 from gdmd.recipes.build import Lab, build, build_rewards
 from gdmd.runs import checkpoint
 from gdmd.shapes.grammar import Split, catalogue, fixed_rows
@@ -69,6 +69,8 @@ def open_named(what: str, which: str = "last", base: str | None = None) -> tuple
         lab = build(cfg)
         return cfg, lab, teacher_row(cfg, lab, what), 0
     cfg = config_of(Path(what), [f"model.path={base}"] if base else ())
+    if cfg.model.kind == "diffusers":
+        check_base(cfg.model, Path(what), f"{what},base=FOLDER")
     lab, step = open_student(cfg, Path(what), which)
     return cfg, lab, student_row(cfg, lab), step
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gdmd.backbones.base import Family
-from gdmd.backbones.pipelines import DTYPES, is_local, open_family
+from gdmd.backbones.pipelines import DTYPES, open_family
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.export.card import model_card
@@ -17,7 +17,7 @@ from gdmd.export.lora import check_fits, save_lora
 from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_scheduler
 from gdmd.io import RunError, write_atomic, writing
 from gdmd.programs.decoders import read_gaps
-from gdmd.programs.folders import config_of
+from gdmd.programs.folders import check_base, config_of
 from gdmd.programs.source_runs import trained_rewards
 from gdmd.programs.sources import EXPORT_FILE
 from gdmd.runs import checkpoint
@@ -84,10 +84,7 @@ def _moved(cfg: RunConfig, run: Path, base: str | None) -> tuple[RunConfig, Diff
     model = _real(cfg, run)
     if base is not None:
         model = model.model_copy(update={"path": base, "revision": None})
-    try:
-        is_local(model.path, "--base" if base else "model.path")
-    except ValueError as error:
-        raise ValueError(f"{error} Where the base model of {run} has moved, name its place with --base.") from error
+    check_base(model, run, "--base")
     return cfg.model_copy(update={"model": model}), model
 
 

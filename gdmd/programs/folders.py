@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from gdmd.config.load import load_config
+from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.io import RunError, near_name, write_atomic, writing
 from gdmd.recipes.read import read_recipe
@@ -92,6 +93,16 @@ def check_writable(path: Path, what: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
             raise PermissionError(13, "Permission denied")
+
+
+def check_base(model: DiffusersModel, run: Path, option: str) -> None:
+    """ValueError, with the ``option`` that names another place, for a base model that is not where the run had it."""
+    from gdmd.backbones.pipelines import is_local
+
+    try:
+        is_local(model.path)
+    except ValueError as error:
+        raise ValueError(f"{error} Where the base model of {run} has moved, name its place with {option}.") from error
 
 
 def check_target(what: str, which: str = "last") -> None:

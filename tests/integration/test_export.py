@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from gdmd.backbones.packing import in_patches, pack
 from gdmd.backbones.pipelines import open_family
 from gdmd.backbones.roles import DiffusersRoles
+from gdmd.cli.app import QUIETER, _worth_saying
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.export.card import model_card
@@ -185,3 +187,34 @@ def test_the_cards_command_can_be_typed_and_its_base_is_an_id_or_left_to_fill_in
     assert 'base_model: ""  # fill in: its hub id; here the folder sd15\n' in card
     hub = cfg.model_copy(update={"model": family.cfg.model_copy(update={"path": "some-body/some-model"})})
     assert 'base_model: "some-body/some-model"\n' in model_card(hub, family, {}, {}, merged=False)
+
+
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [
+        ("self.text_encoder_3=None of type <class 'NoneType'> cannot be saved.", False),
+        ("No LoRA keys associated to CLIPTextModel found with the prefix='text_encoder'.", False),
+        ("self.vae=3 of type <class 'int'> cannot be saved.", True),
+    ],
+)
+def test_what_libraries_say_of_a_student_without_t5_is_left_out(message: str, kept: bool) -> None:
+    record = logging.LogRecord("diffusers.pipelines.pipeline_utils", logging.WARNING, "", 0, message, None, None)
+    assert record.name in QUIETER and _worth_saying(record) == kept
+
+
+def test_the_cards_lines_of_use_load_the_lora_without_a_warning(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    roles = student_of(folders, "sd3")
+    noises = noises_of(roles)
+    save_lora(roles.family, roles.parameters("student"), tmp_path)
+    student_scheduler(roles.family, UNIFORM).save_pretrained(tmp_path / "scheduler")
+    cfg = RunConfig(name="x", model=roles.family.cfg, loop={}, rewards=[{"kind": "clip"}])
+    card = model_card(cfg, roles.family, {}, {}, merged=False)
+    lines = card.partition("```python\n")[2].partition("image =")[0]
+    names: dict[str, Any] = {}
+    lines = lines.replace("THIS_FOLDER", str(tmp_path)).replace("bfloat16", "float32").replace('.to("cuda")', "")
+    exec(lines, names)  # noqa: S102
+    wanted = trainers_images(roles, noises)
+    assert torch.allclose(stock_images(names["pipe"], roles, noises, monkeypatch), wanted, atol=1e-4)
+    assert not caplog.text

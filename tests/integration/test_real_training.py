@@ -264,6 +264,8 @@ def test_a_run_whose_base_moved_is_sampled_and_exported_in_any_precision(
     base.rename(moved)
     with pytest.raises(ValueError, match="there is no such folder.*name its place with --base"):
         export_run(run)
+    with pytest.raises(ValueError, match="there is no such folder.*,base=FOLDER"):
+        draw(read_source(str(run)), ["two red dogs"], 1, 0, tmp_path / "a.png", 1)
     files = export_run(run, base=str(moved))
     assert (
         json.loads((run / "export" / EXPORT_FILE).read_text())["base"] == str(moved)
@@ -278,7 +280,11 @@ def test_a_run_whose_base_moved_is_sampled_and_exported_in_any_precision(
         facts = json.loads((tmp_path / dtype / EXPORT_FILE).read_text())
         assert facts["dtype"] == dtype and (facts["undone_by_rounding"] > 0) == (dtype == "bf16")
         said = f"rounding to bf16 undoes {100 * facts['undone_by_rounding']:.1f} % of the weights"
-        assert (said in caplog.text) == (dtype == "bf16")
+        assert (said in caplog.text) == (dtype == "bf16") and "should be kept in float32" not in caplog.text
+        kinds = {
+            weights.dtype for file in (tmp_path / dtype).rglob("*.safetensors") for weights in load_file(file).values()
+        }
+        assert kinds - {torch.int64} == {getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype])}
     with pytest.raises(ValueError, match="--dtype is of a merged pipeline"):
         export_run(run, base=str(moved), dtype="fp32")
 
