@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import json
 import math
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +83,23 @@ def write_atomic(path: Path, content: str | bytes, what: str, option: str = "--r
             raise
 
 
+def follow_umask(*files: Path) -> None:
+    """Give files the mode of any new file of their folder: safetensors writes its files for their owner alone (0600).
+
+    The mode is read from an empty file, because asking for the umask would change it for every thread.
+    """
+    if not files:
+        return
+    probe = files[0].with_name(f".{files[0].name}.{os.getpid()}.mode")
+    try:
+        probe.touch(exist_ok=False)
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for file in files:
+        file.chmod(mode)
+
+
 def read_jsonl(path: Path, *, torn_tail: bool = False) -> list[dict[str, Any]]:
     """The JSON objects of a file, one per line; blank lines are skipped.
 
@@ -152,6 +171,17 @@ def finite_or_none(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite_or_none(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def near_name(path: str | Path, also: Iterable[str] = ()) -> str:
+    """Of a path that does not exist: the words " Did you mean X?", where X is like it, in its folder or in ``also``."""
+    path = Path(path)
+    try:
+        there = {str(path.parent / entry.name) for entry in path.parent.iterdir() if not entry.name.startswith(".")}
+    except OSError:
+        there = set()
+    near = difflib.get_close_matches(str(path)[:200], sorted(there | set(also)), 1, 0.75)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def file_hash(path: Path) -> str:
@@ -241,8 +271,8 @@ def _remembered_hash(path: Path) -> str:
     return digest
 
 
-def _state(stat: os.stat_result) -> str:
-    return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+def _state(file: os.stat_result) -> str:
+    return f"{file.st_dev} {file.st_ino} {file.st_size} {file.st_mtime_ns} {file.st_ctime_ns}"
 
 
 def content_hash(*parts: str | bytes) -> str:

@@ -13,7 +13,7 @@ from gdmd.backbones.base import Family, network_dtype
 from gdmd.backbones.compiled import compile_blocks
 from gdmd.backbones.copies import Copy
 from gdmd.backbones.critic import FeatureCritic, GanHead, seeded_head
-from gdmd.backbones.trunk import BARE, Trunk, Wear
+from gdmd.backbones.trunk import BARE, Trunk, Wear, check_targets
 from gdmd.types import Cond, Denoiser, Prediction, Role
 
 SEEDS: Mapping[Role, int] = {"student": 1, "fake": 2}
@@ -87,6 +87,7 @@ class DiffusersRoles:
     def __init__(self, family: Family, *, half: bool = False, head_seed: int | None = None) -> None:
         cfg = family.cfg
         self.family, self.schedule, self.guide = family, family.schedule, family.guide
+        check_targets(family.net, cfg.lora_targets)
         self._half = half or cfg.dtype == "bf16"
         self._copies: dict[Role, Copy] = {}
         self._shard: Callable[[Any], None] | None = None

@@ -6,9 +6,10 @@ every adapter begins as the trunk itself.
 
 from __future__ import annotations
 
+import difflib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +61,9 @@ class Trunk:
 
         config: Any = LoraConfig(r=self.rank, target_modules=list(self.targets))
         config.lora_alpha = self.alpha
-        try:
-            with warnings.catch_warnings():  # PEFT warns of the second adapter on a network, which is the point here
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                inject_adapter_in_model(config, self.net, adapter)
-        except ValueError as error:
-            raise ValueError(
-                f"model.lora_targets {list(self.targets)} fit no layer of {type(self.net).__name__}: {error}"
-            ) from error
+        with warnings.catch_warnings():  # PEFT warns of the second adapter on a network, which is the point here
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(config, self.net, adapter)
         self._layers = [module for module in self.net.modules() if isinstance(module, LoraLayer)]
         generator = torch.Generator().manual_seed(seed)
         for layer in self._layers:
@@ -119,6 +115,42 @@ class Trunk:
 
     def _trained(self, worn: Wear) -> bool:
         return worn.adapter is not None and bool(self._layers[0].lora_A[worn.adapter].weight.requires_grad)
+
+
+def check_targets(net: nn.Module, targets: Sequence[str]) -> None:
+    """ValueError that names every target of model.lora_targets without a layer, or with one that takes no adapter.
+
+    A target is a layer's name, or the end of one, as PEFT reads it.
+    """
+    layers = {name: module for name, module in net.named_modules() if name}
+    wrong = []
+    for target in targets:
+        matched = [name for name in layers if name == target or name.endswith(f".{target}")]
+        refused = next((name for name in matched if not _adaptable(layers[name])), None)
+        if not matched:
+            wrong.append(f"{target!r} matches no layer{_nearest(target, layers)}")
+        elif refused is not None:
+            inside = {
+                n.removeprefix(f"{refused}.") for n in layers if n.startswith(f"{refused}.") and _adaptable(layers[n])
+            }
+            advice = f"; in it are {', '.join(f'{target}.{n}' for n in sorted(inside)[:6])}" if inside else ""
+            wrong.append(f"{target!r} matches {refused} ({type(layers[refused]).__name__}), not a linear layer{advice}")
+    if wrong:
+        raise ValueError(f"model.lora_targets do not fit {type(net).__name__}: {'. '.join(wrong)}")
+
+
+def _adaptable(layer: nn.Module) -> bool:
+    """Linear layers and ungrouped convolutions: what adapters are made for, merged and exported here."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
+def _nearest(target: str, layers: Mapping[str, nn.Module]) -> str:
+    """The words "; did you mean ...?" with the layer whose name, or end of a name of as many parts, is most like it."""
+    counts = (target.count(".") + 1, target.count(".") + 2)
+    names = [name.split(".")[-n:] for name, module in layers.items() if _adaptable(module) for n in counts]
+    ends = {".".join(parts).lower(): ".".join(parts) for parts in names if not parts[0].isdigit()}
+    near = difflib.get_close_matches(target.lower(), sorted(ends, key=lambda end: (end.count("."), end)), 1)
+    return f"; did you mean {ends[near[0]]!r}?" if near else f"; known are {', '.join(sorted(ends.values())[:8])}"
 
 
 def _trained(name: str) -> bool:

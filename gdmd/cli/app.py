@@ -47,6 +47,7 @@ _PIPELINES = (
 )
 QUIETER = (
     *("transformers.utils.import_utils", "diffusers.loaders.peft", "diffusers.loaders.lora_base"),
+    "diffusers.pipelines.pipeline_utils",
     *("transformers.tokenization_utils_base", *(f"diffusers.pipelines.{name}" for name in _PIPELINES)),
 )
 """Loggers of libraries that are asked for the warnings worth saying only."""
@@ -108,11 +109,13 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 
     That image processors want torchvision: diffusers loads them with a pipeline, and nothing here uses them. That a
     LoRA of the denoiser holds nothing for the text encoders (one that changes no layer is an error of its own). That a
-    prompt is cut off: gdmd counts these prompts, once.
+    prompt is cut off: gdmd counts these prompts, once. That a merged pipeline is saved without a component that the run
+    left out, such as T5.
     """
     said = record.getMessage()
+    absent = said.startswith("self.") and said.endswith("=None of type <class 'NoneType'> cannot be saved.")
     beginnings = ("No LoRA keys associated to", "Token indices sequence length", "The following part of your input was")
-    return "requires torchvision" not in said and not said.startswith(beginnings)
+    return not ("requires torchvision" in said or said.startswith(beginnings) or absent)
 
 
 def report(error: ValueError) -> None:

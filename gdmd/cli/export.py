@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gdmd.cli.common import Json, Which, messages, print_json
+
+
+class Dtype(StrEnum):
+    """Precisions of a merged pipeline."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 def export_command(
@@ -18,6 +26,12 @@ def export_command(
     merged: Annotated[bool, typer.Option("--merged", help="The whole pipeline with the student merged in.")] = False,
     averaged: Annotated[bool, typer.Option("--ema/--no-ema", help="The averaged student, or its last weights.")] = True,
     which: Which = "last",
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base model, where it has moved: folder or hub id.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Of a merged pipeline; bf16 may round a short run's changes away.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write the student of a run for diffusers and ComfyUI: LoRA, scheduler and a model card.
@@ -25,7 +39,8 @@ def export_command(
     \b
     Examples:
       gdmd export runs/sdxl-seed0
-      gdmd export runs/sdxl-seed0 --merged -o my-four-step-sdxl
+      gdmd export runs/sdxl-seed0 --merged --dtype fp32 -o my-four-step-sdxl
+      gdmd export runs/sdxl-seed0 --base /elsewhere/sdxl-base
       gdmd export runs/sdxl-seed0 --checkpoint best           by loop.best_metric, or a step
     """
     from gdmd.programs.folders import config_of
@@ -33,7 +48,8 @@ def export_command(
     config_of(run)
     from gdmd.programs.export import export_run
 
-    files = export_run(run, folder, merged=merged, averaged=averaged, which=which)
+    kind = dtype.value if dtype else None
+    files = export_run(run, folder, merged=merged, averaged=averaged, which=which, base=base, dtype=kind)
     if json:
         print_json({"files": [str(file) for file in files]})
         return

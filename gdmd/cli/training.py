@@ -144,8 +144,8 @@ def _train(asked: Asked) -> int:
 
 
 def _split_words(words: list[str], *, needed: bool) -> tuple[str | None, list[str]]:
-    """(recipe or None, overrides): the recipe comes first and holds no equals sign."""
-    if words and "=" not in words[0]:
+    """(recipe or None, overrides): the recipe comes first and is an existing file or holds no equals sign."""
+    if words and ("=" not in words[0] or Path(words[0]).is_file()):
         return words[0], words[1:]
     if needed:
         from gdmd.recipes.read import recipe_names

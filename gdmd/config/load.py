@@ -6,6 +6,7 @@ Nothing here imports torch: a misspelt key is reported in a blink.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from gdmd.config.places import Key, default_at, place_of
+from gdmd.config.places import Key, default_at, place_of, takes_text
 from gdmd.config.strict_yaml import YamlError, parse_yaml
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
@@ -55,7 +56,8 @@ def load_config(
     """Read a config of class ``cls`` and apply the overrides in order.
 
     source: a ``Path`` is a file to read, a ``str`` is YAML text. overrides: "a.b=c", where c is YAML and a whole number
-    in the path is the index of a list; a part left out of the file is filled from its default first.
+    in the path is the index of a list; a part left out of the file is filled from its default first. An existing path
+    given to a field of text is taken as it is.
     where: the name of the source in errors (default: the path). Raises ``ConfigError``.
     """
     name = where or (str(source) if isinstance(source, Path) else "config")
@@ -108,7 +110,6 @@ def _apply(cls: type[BaseModel], tree: dict[Key, Any], override: str) -> tuple[s
     path = tuple(part.strip() for part in left.split("."))
     if not equals or not all(path):
         raise ValueError("is not KEY=VALUE; write it like method.gamma=0 or rewards.0.weight=2")
-    value = parse_yaml(right)
     parent: Any = tree
     walked: list[Key] = []
     for part in path[:-1]:
@@ -117,8 +118,14 @@ def _apply(cls: type[BaseModel], tree: dict[Key, Any], override: str) -> tuple[s
             parent[key] = default_at(cls, tree, (*walked, key))
         parent = parent[key]
         walked.append(key)
-    parent[_key(parent, path[-1], walked)] = value
+    key = _key(parent, path[-1], walked)
+    parent[key] = right if takes_text(cls, tree, (*walked, key)) and _is_path(right) else parse_yaml(right)
     return path
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text names an existing path, which YAML might read as a number, or cut at a #."""
+    return text not in ("null", "~") and os.path.exists(text)
 
 
 def _key(parent: Any, part: str, walked: list[Key]) -> Key:

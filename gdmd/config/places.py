@@ -62,6 +62,16 @@ def default_at(cls: type[BaseModel], tree: Any, path: Sequence[Key]) -> Any:
     return {}
 
 
+def takes_text(cls: type[BaseModel], tree: Any, path: Sequence[Key]) -> bool:
+    """Whether the field at a path of ``tree`` may be a plain text."""
+    annotations: tuple[Any, ...] = (cls,)
+    for key in path:
+        annotations = _children(_matching(_members(annotations), tree), key)
+        there = isinstance(tree, Mapping) and key in tree or isinstance(tree, list) and isinstance(key, int)
+        tree = tree[key] if there else None
+    return str in _members(annotations)
+
+
 def _plain(value: Any) -> Any:
     """A default as YAML would give it: configs become mappings, tuples become lists, nothing becomes a mapping."""
     if isinstance(value, BaseModel):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.model import Pixels
@@ -28,9 +30,13 @@ class SourceConfig(Config):
         default=None, description="Rescaled guidance of Stable Diffusion 1, 2 and XL; default: the pipeline's, none."
     )
     lora: str | None = Field(
-        default=None, description="LoRA on top: a .safetensors file, a folder, ORG/NAME or ORG/NAME/FILE.safetensors."
+        default=None,
+        description="LoRA on top: a .safetensors file, a folder (PEFT's, too), ORG/NAME or ORG/NAME/FILE.safetensors.",
     )
     lora_scale: Positive = Field(default=1.0, description="The LoRA's weight.")
+    lora_partial: bool = Field(
+        default=False, description="Use a LoRA although the pipeline lacks some of its layers; they are left out."
+    )
     scheduler: SchedulerName | None = Field(default=None, description="Another scheduler, from the pipeline's betas.")
     spacing: Literal["trailing", "leading", "linspace"] | None = Field(
         default=None, description="Where its timesteps lie; SDXL-Lightning and Turbo need trailing."
@@ -42,7 +48,9 @@ class SourceConfig(Config):
     eta: NonNegative | None = Field(default=None, description="Noise that tcd or ddim adds at every step; default: 0.")
     height: Pixels | None = Field(default=None, description="Pixels; default: the pipeline's.")
     width: Pixels | None = Field(default=None, description="Pixels; default: the pipeline's.")
-    base: str | None = Field(default=None, description="The pipeline below an exported LoRA, where it has moved.")
+    base: str | None = Field(
+        default=None, description="The base model of a run or an exported LoRA, where it has moved."
+    )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     variant: str | None = Field(default=None, description='Variant of the weight files, for example "fp16".')
     dtype: Literal["fp32", "bf16", "fp16"] = Field(default="bf16", description="Precision of a pipeline.")
@@ -52,6 +60,13 @@ class SourceConfig(Config):
     trained: tuple[str, ...] = Field(
         default=(), description="Rewards a foreign model was trained on, joined by +; runs and exports know theirs."
     )
+
+    @model_validator(mode="after")
+    def _lora_is_given(self) -> SourceConfig:
+        unread = sorted({"lora_scale", "lora_partial"} & self.model_fields_set)
+        if unread and self.lora is None:
+            raise ValueError(f"{' and '.join(unread)} without lora changes nothing; name the LoRA with lora=")
+        return self
 
     @property
     def slug(self) -> str:
@@ -68,30 +83,87 @@ _SEVERAL = {"trained", "timesteps"}
 
 
 def read_source(text: str) -> SourceConfig:
-    """``[NAME=]WHERE[,key=value ...]`` -> its config. ValueError that names the key and what is possible."""
-    first, *rest = text.split(",")
-    name, equals, where = first.partition("=")
-    if not equals:
-        name, where = re.split(r"[\\/]", first.rstrip("/\\"))[-1], first
+    """``[NAME=]WHERE[,key=value ...]`` -> its config. ValueError that names the key and what is possible.
+
+    An existing path wins over every other reading, the longest first: ``runs/lr=1e-4`` and ``a,b`` are folders where
+    they exist. Quotes around WHERE or a value keep commas and equals signs: ``x="runs/a,b",steps=4``.
+    """
+    pieces = split_settings(text)
+    name, where, used = _named(pieces)
     if not where.strip() or not name.strip():
         raise ValueError(f"source {text!r} names no place; write [NAME=]WHERE[,key=value ...]")
-    return checked(SourceConfig, {"name": name, "where": where, **_pairs(text, rest)}, f"source {text!r}")
+    return checked(SourceConfig, {"name": name, "where": where, **_pairs(text, pieces[used:])}, f"source {text!r}")
+
+
+def named_place(text: str) -> tuple[str, str]:
+    """``[NAME=]WHERE`` -> both, without settings; an existing path wins, and quotes are taken off."""
+    if os.path.exists(text):
+        return _last(text), text
+    name, equals, where = text.partition("=")
+    if equals and not re.search(r"[,\\/\"']", name):
+        return name, unquoted(where)
+    return _last(unquoted(text)), unquoted(text)
+
+
+def _named(pieces: Sequence[str]) -> tuple[str, str, int]:
+    """Name, place, and how many pieces of the text they take."""
+    for count in range(len(pieces), 0, -1):
+        joined = ",".join(pieces[:count])
+        name, where = named_place(joined)
+        if count == 1 or os.path.exists(where):
+            return name, where, count
+    raise AssertionError("a text has at least one piece")
+
+
+def _last(where: str) -> str:
+    """The last part of a path."""
+    return re.split(r"[\\/]", where.rstrip("/\\"))[-1]
+
+
+def split_settings(text: str) -> list[str]:
+    """The parts of a text between its commas; a part in quotes, or a value in quotes, keeps its own."""
+    return re.findall(r"""(?:^|,)((?:[^,"'=]*=)?(?:"[^"]*"|'[^']*')(?=,|$)|[^,]*)""", text)
+
+
+def unquoted(value: str) -> str:
+    """Without the quotes around it."""
+    return value[1:-1] if len(value) > 1 and value[0] in "\"'" and value[-1] == value[0] else value
 
 
 def _pairs(text: str, parts: Sequence[str]) -> dict[str, Any]:
     known = [key for key in SourceConfig.model_fields if key not in ("name", "where")]
     given: dict[str, Any] = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if not equals or key not in known:
+    for part, key, value in settings_of(parts):
+        if value is None or key not in known:
             near = difflib.get_close_matches(key, known, 1)
             advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"source {text!r}: {part!r} is no key=value of a source; {advice}")
+            raise ValueError(
+                f"source {text!r}: {part!r} is not a key=value of a source; {advice}. A name with a comma needs quotes: "
+                'x="a,b",lora="c,d.safetensors"'
+            )
         if key in given:
             raise ValueError(f"source {text!r}: {key} is given twice; give it once")
         number = key in _NUMBERS and re.fullmatch(r"\d{1,18}", value)
         given[key] = int(value) if number else _several(value, key) if key in _SEVERAL else value
     return given
+
+
+def settings_of(parts: Sequence[str]) -> Iterator[tuple[str, str, str | None]]:
+    """(part, key, value) of each ``key=value``, quotes taken off; None for a part without an equals sign.
+
+    A value takes the parts after it where they are one existing path together: ``lora=a,b.safetensors``.
+    """
+    first = 0
+    while first < len(parts):
+        counts = range(len(parts), first + 1, -1)
+        last = next((end for end in counts if os.path.exists(_value(parts[first:end]))), first + 1)
+        key, equals, _ = parts[first].partition("=")
+        yield ",".join(parts[first:last]), key, unquoted(_value(parts[first:last])) if equals else None
+        first = last
+
+
+def _value(parts: Sequence[str]) -> str:
+    return ",".join(parts).partition("=")[2]
 
 
 def _several(value: str, key: str) -> tuple[str | int, ...]:
@@ -108,7 +180,7 @@ def read_sources(texts: Sequence[str]) -> tuple[SourceConfig, ...]:
     slugs = [source.slug.lower() for source in sources]
     twice = [source.name for source in sources if slugs.count(source.slug.lower()) > 1]
     if twice:
-        raise ValueError(f"two sources are called {twice[0]!r}; give each a name of its own: NAME={sources[0].where}")
+        raise ValueError(f"two sources are called {twice[0]!r}; give each another name: NAME={sources[0].where}")
     return sources
 
 
@@ -117,5 +189,10 @@ def checked(cls: type[SourceConfig], given: dict[str, Any], what: str) -> Source
     try:
         return cls.model_validate(given)
     except ValidationError as error:
-        lines = [f"{what}: {'.'.join(map(str, one['loc']))} = {one['input']!r}: {one['msg']}" for one in error.errors()]
+        lines = [f"{what}: {_mistake(one)}" for one in error.errors()]
         raise ValueError("\n".join(lines)) from None
+
+
+def _mistake(detail: ErrorDetails) -> str:
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(map(str, detail['loc']))} = {detail['input']!r}: {message}" if detail["loc"] else message

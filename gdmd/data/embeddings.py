@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gdmd.data.checksums import Verified, checksums
 from gdmd.diffusion.device import sent
+from gdmd.io import follow_umask
 from gdmd.types import Cond, TextEncoder
 
 SHARD = 64
@@ -168,4 +169,5 @@ def _save(file: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> 
     file.parent.mkdir(parents=True, exist_ok=True)
     own = unfinished(file)
     save_file({name: part.detach().cpu().contiguous().clone() for name, part in tensors.items()}, own, header)
+    follow_umask(own)
     os.replace(own, file)

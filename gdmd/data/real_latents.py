@@ -22,7 +22,7 @@ from gdmd.data.embeddings import shard_of, unfinished
 from gdmd.data.image_sources import Captioned, Unusable, captioned_images, pixels
 from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
-from gdmd.io import content_hash
+from gdmd.io import content_hash, follow_umask
 from gdmd.types import PromptBatch
 
 SHARD = 64
@@ -128,6 +128,7 @@ class LatentStore:
         own = unfinished(file)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_file({"latents": latents}, own, {"images": json.dumps(list(waiting)), **checksums({"latents": latents})})
+        follow_umask(own)
         os.replace(own, file)
         count = len(waiting)
         waiting.clear()

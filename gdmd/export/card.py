@@ -108,12 +108,14 @@ def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
     pinned = {"revision": family.cfg.revision, "variant": family.cfg.variant}
     options = "".join(f", {key}={value!r}" for key, value in pinned.items() if value is not None)
     options += without
+    net = "unet" if "unet" in family.needs else "transformer"
     base = f'"{family.cfg.path}", dtype=torch.bfloat16{options}'
     return (
         "import torch, diffusers",
         f'pipe = diffusers.{family.pipeline}.from_pretrained({base}).to("cuda")',
         f'pipe.scheduler = diffusers.{family.student_scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")',
-        f'pipe.load_lora_weights("THIS_FOLDER", weight_name="{DIFFUSERS_FILE}")',
+        # load_lora_weights would warn that the file holds nothing for the text encoders
+        f'pipe.{net}.load_lora_adapter("THIS_FOLDER", weight_name="{DIFFUSERS_FILE}", prefix="{net}")',
         f'image = pipe(prompt="a red cube on a blue sphere", {given}).images[0]',
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from gdmd.backbones.base import Family
+from gdmd.io import follow_umask
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "comfyui_lora.safetensors"
@@ -26,7 +27,9 @@ def save_lora(family: Family, weights: Mapping[str, Tensor], folder: Path) -> li
     folder.mkdir(parents=True, exist_ok=True)
     layers = {"unet_lora_layers" if unet else "transformer_lora_layers": folded}
     type(family.pipe).save_lora_weights(folder, **layers, weight_name=DIFFUSERS_FILE)
-    return [folder / DIFFUSERS_FILE, *([_save_kohya(folder)] if unet else [])]
+    files = [folder / DIFFUSERS_FILE, *([_save_kohya(folder)] if unet else [])]
+    follow_umask(*files)
+    return files
 
 
 def _save_kohya(folder: Path) -> Path:
@@ -40,18 +43,50 @@ def _save_kohya(folder: Path) -> Path:
     return folder / KOHYA_FILE
 
 
+def check_fits(family: Family, weights: Mapping[str, Tensor]) -> None:
+    """ValueError unless the student's layers are those of ``family.net``, in their sizes: a base of another model."""
+    shapes = {name: tuple(value.shape) for name, value in family.net.named_parameters()}
+    wrong = [name for name, value in weights.items() if ".lora_" not in name and shapes.get(name) != tuple(value.shape)]
+    adapters = [name for name in weights if name.endswith(".lora_A.weight")]
+    wrong += [] if adapters else sorted(shapes.keys() - weights.keys())
+    for name in adapters:
+        layer = name.removesuffix(".lora_A.weight")
+        pair = (weights[f"{layer}.lora_B.weight"].shape[0], weights[name].shape[1])
+        wrong += [] if shapes.get(f"{layer}.weight", ())[:2] == pair else [layer]
+    if wrong:
+        raise ValueError(
+            f"{family.cfg.path} is not the base of this student: {len(wrong)} layers are not in both, or of another size, "
+            f"first {wrong[0]}. Name the base model of the run"
+        )
+
+
 @torch.no_grad()
-def merge(family: Family, weights: Mapping[str, Tensor]) -> None:
-    """Put the student into ``family.net``: W + alpha / rank B A, or all weights of a full student."""
+def merge(family: Family, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> float:
+    """Put the student into ``family.net``: W + alpha / rank B A, or all weights of a full student.
+
+    ``dtype``: of the merged weights; default: their own. Returns the share of the changed weights that rounding to it
+    puts back to where they were.
+    """
+    changed = lost = 0
+    for name, value in _students(family, weights):
+        target = family.net.get_parameter(name)
+        base, wanted = target.float(), dtype or target.dtype
+        moved = value != base
+        changed += int(moved.sum())
+        lost += int((moved & (value.to(wanted) == base.to(wanted))).sum())
+        target.data = value.to(wanted)
+    return lost / changed if changed else 0.0
+
+
+def _students(family: Family, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each weight of the network that the student changes, as the student has it, in fp32."""
     net: nn.Module = family.net
     if family.cfg.full in ("student", "both"):
-        dtype = next(net.parameters()).dtype
-        net.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, strict=False)
+        for name, value in weights.items():
+            yield name, value.to(net.get_parameter(name).device, torch.float32)
         return
     scale = family.cfg.lora_alpha / family.cfg.lora_rank
-    layers = {name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")}
-    for layer in layers:
+    for layer in (name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")):
         target = net.get_parameter(f"{layer}.weight")
         down, up = (weights[f"{layer}.lora_{part}.weight"].to(target.device, torch.float32) for part in "AB")
-        change = scale * (up.flatten(1) @ down.flatten(1)).reshape(target.shape)
-        target.copy_((target.float() + change).to(target.dtype))
+        yield f"{layer}.weight", target.float() + scale * (up.flatten(1) @ down.flatten(1)).reshape(target.shape)

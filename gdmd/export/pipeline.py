@@ -17,6 +17,7 @@ from gdmd.backbones.base import Family
 from gdmd.backbones.pipelines import EXTRAS, absent, local_or_hub_index
 from gdmd.backbones.unet import UnetFamily
 from gdmd.export.lora import merge
+from gdmd.io import follow_umask
 
 NO_GUIDANCE: Mapping[str, Mapping[str, float | bool]] = {
     "sd15": {"guidance_scale": 0.0},
@@ -68,12 +69,30 @@ def left_out(family: Family) -> list[str]:
     return trained + absent(index, named, Path(family.cfg.path))
 
 
-def save_merged(family: Family, weights: Mapping[str, Tensor], uniform: Sequence[float], folder: Path) -> Path:
-    """The whole pipeline with the student in it and its scheduler, loadable with ``from_pretrained``.
+def _cast(pipe: Any, dtype: torch.dtype) -> None:
+    """All floating-point weights of a pipeline. Its own ``to`` warns of modules kept in fp32 even where there are none."""
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    for weights in (one for net in networks for one in (*net.parameters(), *net.buffers())):
+        if weights.is_floating_point():
+            weights.data = weights.data.to(dtype)
 
-    ``family`` is used up: its network becomes the student. It must be opened without adapters on it.
+
+def save_merged(
+    family: Family,
+    weights: Mapping[str, Tensor],
+    uniform: Sequence[float],
+    folder: Path,
+    dtype: torch.dtype | None = None,
+) -> float:
+    """Write the whole pipeline with the student in it and its scheduler, loadable with ``from_pretrained``.
+
+    ``family`` is used up: its network becomes the student. It must be opened without adapters on it. ``dtype``: of all
+    weights; default: as they were loaded. Returns the share of the changed weights that rounding has undone.
     """
-    merge(family, weights)
+    undone = merge(family, weights, dtype)
+    if dtype is not None:
+        _cast(family.pipe, dtype)
     family.pipe.scheduler = student_scheduler(family, uniform)
     family.pipe.save_pretrained(folder)
-    return folder
+    follow_umask(*folder.rglob("*.safetensors"))
+    return undone

@@ -114,7 +114,7 @@ def restore(lab: Lab, saved: checkpoint.Checkpoint) -> None:
 def begin(lab: Lab, cfg: RunConfig) -> None:
     """Networks as the training found them: the teacher's weights, or those of a first stage."""
     if cfg.loop.start_from:
-        begin_from(cfg.loop.start_from, role_states(lab.roles, cfg.loop), SINGLE)
+        begin_from(cfg.loop.start_from, role_states(lab.roles, cfg.loop), SINGLE, cfg.model_dump(mode="json"))
 
 
 def draws(lab: Lab, cfg: RunConfig, step: int) -> tuple[PromptBatch, SampleRng]:

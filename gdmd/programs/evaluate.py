@@ -17,7 +17,7 @@ from gdmd.evaluation.sample import BATCH, Sampler, images_of, student_sampler, t
 from gdmd.evaluation.shapes import evaluate
 from gdmd.io import RunError, content_hash, writing
 from gdmd.programs.contents import base_content, checkpoint_content
-from gdmd.programs.folders import TEACHERS, config_of, require_shapes
+from gdmd.programs.folders import TEACHERS, check_base, config_of, require_shapes
 from gdmd.programs.scorers import SHAPES_KINDS, scorer_identity
 from gdmd.recipes.build import Lab, build, build_rewards
 from gdmd.runs import checkpoint
@@ -62,13 +62,18 @@ def load_ema(lab: Lab, saved: checkpoint.Checkpoint) -> None:
     load_named(lab.roles.parameters("student"), saved.part("ema") or saved.part("student"), "the student")
 
 
-def open_named(what: str, which: str = "last") -> tuple[RunConfig, Lab, Sampler, int]:
-    """A run folder or one of TEACHERS as something that makes images; and the step of the student (else 0)."""
+def open_named(what: str, which: str = "last", base: str | None = None) -> tuple[RunConfig, Lab, Sampler, int]:
+    """A run folder or one of TEACHERS as something that makes images; and the step of the student (else 0).
+
+    ``base``: the base model of a run, where it has moved.
+    """
     if what in TEACHERS:
         cfg = RunConfig(name="teacher", loop=LoopConfig())
         lab = build(cfg)
         return cfg, lab, teacher_row(cfg, lab, what), 0
-    cfg = config_of(Path(what))
+    cfg = config_of(Path(what), [f"model.path={base}"] if base else ())
+    if cfg.model.kind == "diffusers":
+        check_base(cfg.model, Path(what), f"{what},base=FOLDER")
     lab, step = open_student(cfg, Path(what), which)
     return cfg, lab, student_row(cfg, lab), step
 

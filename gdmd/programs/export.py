@@ -3,52 +3,70 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gdmd.backbones.base import Family
-from gdmd.backbones.pipelines import open_family
+from gdmd.backbones.pipelines import DTYPES, open_family
 from gdmd.config.describe import trained_rewards
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.export.card import model_card
-from gdmd.export.lora import save_lora
+from gdmd.export.lora import check_fits, save_lora
 from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_scheduler
 from gdmd.io import RunError, write_atomic, writing
 from gdmd.programs.contents import checkpoint_content
 from gdmd.programs.decoders import read_gaps
-from gdmd.programs.folders import config_of
+from gdmd.programs.folders import check_base, config_of
 from gdmd.programs.sources import EXPORT_FILE
 from gdmd.runs import checkpoint
 from gdmd.runs.rundir import read_facts
 
+_log = logging.getLogger(__name__)
+
 
 def export_run(
-    run: Path, folder: Path | None = None, *, merged: bool = False, averaged: bool = True, which: str = "last"
+    run: Path,
+    folder: Path | None = None,
+    *,
+    merged: bool = False,
+    averaged: bool = True,
+    which: str = "last",
+    base: str | None = None,
+    dtype: Literal["fp32", "bf16"] | None = None,
 ) -> list[Path]:
     """Write the student of ``run`` (its EMA, unless ``averaged`` is false) and return what was written.
 
-    ``which``: the checkpoint, best, last or a step; the pieces of a sharded one are put together.
+    ``which``: the checkpoint, best, last or a step; the pieces of a sharded one are put together. ``base``: the base
+    model, where it has moved. ``dtype``: of a merged pipeline; default: that of the run.
 
-    Default folder: RUN/export. ``merged`` writes the whole pipeline, as a full student always is; else the LoRA and
-    the scheduler. ValueError for a run of the Shapes lab, RunError for one without a checkpoint.
+    Default folder: RUN/export or RUN/export-merged. ``merged`` writes the whole pipeline, as a full student always is;
+    else the LoRA and the scheduler. ValueError for a run of the Shapes lab and for a base of another model, RunError for
+    a run without a checkpoint.
     """
-    cfg = config_of(run)
-    model = _real(cfg, run)
+    cfg, model = _moved(config_of(run), run, base)
     saved = checkpoint.load_chosen(run / "checkpoints", which)
     if saved is None:
         raise RunError(f"{run} has no checkpoint yet. Train it first: gdmd train --resume {run}.")
     weights = (saved.part("ema") if averaged else {}) or saved.part("student")
     whole = merged or model.full in ("student", "both")
+    if dtype is not None and not whole:
+        raise ValueError("--dtype is of a merged pipeline: a LoRA is always fp32; add --merged, or leave --dtype out")
     target = folder or run / ("export-merged" if whole else "export")
     family, uniform = open_family(model, extras=whole), cfg.method.student_steps
+    check_fits(family, weights)
     arguments = call_arguments(family, uniform)
     facts = read_facts(run) | {"step": saved.step, "scoring": read_gaps(run)}
+    content = describe(cfg, family, arguments, saved.step, merged=whole)
     with writing("the export", target, option="--out"):
         target.mkdir(parents=True, exist_ok=True)
         if whole:
-            files = [save_merged(family, weights, uniform, target)]
+            undone = save_merged(family, weights, uniform, target, DTYPES[dtype] if dtype else None)
+            content |= {"dtype": dtype or model.dtype, "undone_by_rounding": undone}
+            files = [target]
+            _warn_of_rounding(undone, content["dtype"])
         else:
             files = save_lora(family, weights, target)
             student_scheduler(family, uniform).save_pretrained(target / "scheduler")
@@ -58,9 +76,26 @@ def export_run(
         text = model_card(cfg, family, arguments, facts, merged=whole, measured=measured)
         card.write_text(text, encoding="utf-8")
     described = target / EXPORT_FILE
-    content = describe(cfg, family, arguments, saved.step, merged=whole)
     write_atomic(described, json.dumps(content, indent=2) + "\n", "the export")
     return [*files, described, card]
+
+
+def _moved(cfg: RunConfig, run: Path, base: str | None) -> tuple[RunConfig, DiffusersModel]:
+    """The configuration with its base model at ``base``, if it is given."""
+    model = _real(cfg, run)
+    if base is not None:
+        model = model.model_copy(update={"path": base, "revision": None})
+    check_base(model, run, "--base")
+    return cfg.model_copy(update={"model": model}), model
+
+
+def _warn_of_rounding(undone: float, dtype: str) -> None:
+    if undone:
+        _log.warning(
+            "rounding to %s undoes %.1f %% of the weights that the student changed; the LoRA keeps them, and so does a "
+            "merged pipeline in fp32 (--dtype fp32)",
+            *(dtype, 100 * undone),
+        )
 
 
 def describe(

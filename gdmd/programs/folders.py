@@ -13,7 +13,7 @@ import yaml
 from gdmd.config.load import load_config
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
-from gdmd.io import RunError, write_atomic, writing
+from gdmd.io import RunError, near_name, write_atomic, writing
 from gdmd.recipes.read import read_recipe
 from gdmd.runs.rundir import Run, check_same_config, open_run
 
@@ -95,11 +95,23 @@ def check_writable(path: Path, what: str) -> None:
             raise PermissionError(13, "Permission denied")
 
 
+def check_base(model: DiffusersModel, run: Path, option: str) -> None:
+    """ValueError, with the ``option`` that names another place, for a base model that is not where the run had it."""
+    from gdmd.backbones.pipelines import is_local
+
+    try:
+        is_local(model.path)
+    except ValueError as error:
+        raise ValueError(f"{error} Where the base model of {run} has moved, name its place with {option}.") from error
+
+
 def check_target(what: str, which: str = "last") -> None:
     """What ``gdmd eval`` can measure: a row of the teacher, or a run of the Shapes world, which alone has checkpoints.
 
     RunError for another folder, ValueError for a run of a real model.
     """
+    if what not in TEACHERS and not os.path.exists(what):
+        raise RunError(f"{what} is not a run folder: it does not exist.{near_name(what, TEACHERS)}")
     if what not in TEACHERS:
         require_shapes(config_of(Path(what)), what)
     elif which != "last":

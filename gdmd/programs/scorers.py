@@ -28,6 +28,7 @@ from gdmd.config.rewards import (
     RemoteReward,
 )
 from gdmd.config.run import RewardConfig, ShapesReward
+from gdmd.config.sources import settings_of, split_settings
 from gdmd.evaluation.shapes import HELDOUT
 from gdmd.io import content_hash, file_hash
 from gdmd.recipes.build import build_rewards
@@ -63,14 +64,17 @@ Features = Callable[[Sequence["Image"]], Tensor]
 
 def read_scorer(text: str) -> RewardConfig:
     """``KIND[,key=value ...]`` or ``module:function`` -> its config. ValueError for what is no reward."""
-    kind, *rest = text.split(",")
-    pairs = [part.partition("=") for part in rest]
-    wrong = [key for key, equals, _ in pairs if not equals]
+    kind, *rest = split_settings(text)
+    settings = list(settings_of(rest))
+    wrong = [part for part, _, value in settings if value is None]
     if wrong:
         raise ValueError(
-            f"scorer {text!r}: {wrong[0]!r} is no key=value; write KIND,key=value, for example clip,path=FOLDER"
+            f"scorer {text!r}: {wrong[0]!r} is not a key=value; write KIND,key=value, for example clip,path=FOLDER, and "
+            'a name with a comma in quotes: clip,path="a,b"'
         )
-    given: dict[str, Any] = {key: int(value) if re.fullmatch(r"\d+", value) else value for key, _, value in pairs}
+    given: dict[str, Any] = {
+        key: int(value) if re.fullmatch(r"\d+", value) else value for _, key, value in settings if value is not None
+    }
     head = {"kind": "callable", "target": kind} if ":" in kind else {"kind": kind}
     adapter: TypeAdapter[RewardConfig] = TypeAdapter(RewardConfig)
     try:

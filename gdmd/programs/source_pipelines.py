@@ -41,6 +41,7 @@ from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.io import RunError
+from gdmd.programs.source_loras import add_lora, lora_content
 from gdmd.programs.source_schedulers import check_scheduler, set_scheduler, step_arguments
 from gdmd.programs.sources import EXPORT_FILE, Facts, Place, device_name, to_images
 from gdmd.rewards.sources import weights_content
@@ -146,7 +147,7 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     """The pipeline with its LoRA and scheduler, on its device."""
     pipe = _load(cfg, cfg.where)
     if cfg.lora:
-        _add_lora(pipe, cfg.lora, cfg.lora_scale)
+        add_lora(pipe, cfg.lora, cfg.lora_scale, partial=cfg.lora_partial)
     if cfg.scheduler or cfg.spacing or cfg.shift is not None:
         set_scheduler(pipe, cfg)
     check_scheduler(pipe, cfg)
@@ -155,13 +156,13 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     asked = {"num_inference_steps": cfg.steps, "height": cfg.height, "width": cfg.width} | guidance
     arguments = {key: value for key, value in asked.items() if value is not None} | step_arguments(pipe, cfg)
     arguments |= {key: False for key in _unprocessed(pipe) if key == BINNING}
-    beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "base"}
+    beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "lora_partial", "base"}
     beside |= {"shift", "timesteps", "eta", "guidance_rescale"} - cfg.model_fields_set  # as before there were these
     settings = cfg.model_dump(mode="json", exclude=beside)
     settings["guidance"] = guidance.get("true_cfg_scale", cfg.guidance)  # images of a default are those of its number
     weights = {
         "weights": weights_content(cfg.where, cfg.revision, cfg.variant),
-        "lora": cfg.lora and weights_content(cfg.lora),
+        "lora": cfg.lora and lora_content(cfg.lora),
     }
     facts = Facts(
         name=cfg.name,
@@ -229,7 +230,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         below, where = own.model_copy(update=revision), cfg.base or facts["base"]
         pipe = _load(below, where, facts["without"])
         base = weights_content(where, below.revision, below.variant)
-        _add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0)
+        add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0, quiet=True)
         pipe.scheduler = _from_folder(facts["scheduler"], folder / "scheduler")
     weights = {"weights": weights_content(cfg.where), "base": base, **_unprocessed(pipe)}
     known = Facts(
@@ -319,38 +320,6 @@ def _left_out(index: Mapping[str, Any], without: Sequence[str], folder: Path) ->
     kind = getattr(diffusers, str(index.get("_class_name")), None)
     switches = inspect.signature(kind.__init__).parameters if kind is not None else ()
     return arguments | {name: False for name in ("requires_safety_checker", "add_watermarker") if name in switches}
-
-
-def _add_lora(pipe: Any, lora: str, scale: float) -> None:
-    """A .safetensors file, a folder that holds one, or a hub id with or without a file."""
-    place = Path(lora)
-    if place.is_file():
-        folder, options = str(place.parent), {"weight_name": place.name, "local_files_only": True}
-    elif place.is_dir():
-        folder, options = lora, {"weight_name": _one_file(place), "local_files_only": True}
-    elif lora.count("/") in (1, 2) and not lora.startswith((".", "/", "~")) and not Path(lora.split("/")[0]).exists():
-        org, name, *file = lora.split("/")
-        folder, options = f"{org}/{name}", {"weight_name": file[0]} if file else {}
-    else:
-        raise ValueError(f"lora {lora!r}: no such file or folder, and no hub id; give ORG/NAME/FILE.safetensors")
-    if not str(options.get("weight_name", ".safetensors")).endswith(".safetensors"):
-        raise ValueError(f"lora {lora!r}: only .safetensors files are read; convert it first")
-    try:
-        pipe.load_lora_weights(folder, use_safetensors=True, adapter_name="source", **options)
-    except (KeyError, *load_errors()) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"lora {lora!r} cannot be loaded into a {type(pipe).__name__}: {first}") from error
-    if not pipe.get_list_adapters():
-        raise ValueError(f"lora {lora!r} changes no layer of a {type(pipe).__name__}; give one of this model")
-    if scale != 1.0:
-        pipe.set_adapters("source", scale)
-
-
-def _one_file(folder: Path) -> str:
-    found = sorted(file.name for file in folder.glob("*.safetensors"))
-    if DIFFUSERS_FILE in found or len(found) == 1:
-        return DIFFUSERS_FILE if DIFFUSERS_FILE in found else found[0]
-    raise ValueError(f"lora {folder}: it holds {len(found)} .safetensors files; name the one that is meant")
 
 
 def _from_folder(kind: str, folder: Path) -> Any:

@@ -39,7 +39,7 @@ class RunSource:
     @classmethod
     def open(cls, cfg: SourceConfig) -> RunSource:
         """Checkpoint ``cfg.checkpoint`` of the run in ``cfg.where``."""
-        recipe, lab, sampler, step = open_named(cfg.where, cfg.checkpoint)
+        recipe, lab, sampler, step = open_named(cfg.where, cfg.checkpoint, cfg.base)
         teacher = cfg.where in TEACHERS
         if isinstance(recipe.model, DiffusersModel):
             from gdmd.backbones.pipelines import checker_off, local_or_hub_index

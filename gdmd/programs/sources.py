@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gdmd.config.sources import SourceConfig
 from gdmd.evaluation.image_folders import ImageRow, holds_images, read_image, read_images
-from gdmd.io import RunError, write_atomic, writing
+from gdmd.io import RunError, near_name, write_atomic, writing
 from gdmd.programs.folders import TEACHERS
 
 if TYPE_CHECKING:
@@ -106,7 +106,11 @@ def kind_of(cfg: SourceConfig) -> Kind:
     """What a source is, from what lies there. ValueError (without torch) for what is none, or has options of another."""
     kind = _kind(cfg.where)
     every = set(SourceConfig.model_fields) - {"checkpoint"}
-    fits = {"export": {"base", "dtype", "device", "revision", "variant"}, "pipeline": every, "run": {"checkpoint"}}
+    fits = {
+        "export": {"base", "dtype", "device", "revision", "variant"},
+        "pipeline": every,
+        "run": {"checkpoint", "base"},
+    }
     allowed = fits.get(kind, set()) | {"name", "where", "batch", "trained"}
     extra = sorted(key for key in cfg.model_fields_set if key not in allowed)
     if extra or (kind == "pipeline" and cfg.base):
@@ -130,7 +134,7 @@ def _kind(where: str) -> Kind:
         return "images"
     if not folder.exists() and not folder.parent.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", where):
         return "pipeline"
-    seen = "it holds none of their files" if folder.exists() else "it does not exist"
+    seen = "it holds none of their files." if folder.exists() else f"it does not exist.{near_name(where, TEACHERS)}"
     raise RunError(
         f"{where} is not a run folder, nor an exported folder, a diffusers pipeline, a hub id (ORG/NAME) or a folder of "
         f"images: {seen}"

@@ -34,7 +34,7 @@ from gdmd.training.distributed import SINGLE, World
 from gdmd.training.loop import Hooks, Silent, TrainEnd, train
 from gdmd.training.optim8bit import require_torchao
 from gdmd.training.progress import progress_for
-from gdmd.training.start import require_start
+from gdmd.training.start import check_model, check_roles, require_start
 
 QUIET = Console(quiet=True)
 AFTER = {
@@ -79,7 +79,10 @@ def start(
     world: World = SINGLE,
 ) -> Trained:
     """Train a recipe in a new folder. Everything that can be wrong with the input is found before it is made."""
+    require_start(cfg.loop.start_from)
+    check_model(cfg.loop.start_from, cfg.model_dump(mode="json"))
     lab = ready(cfg, world, console)
+    check_roles(cfg.loop.start_from, lab.roles)
 
     def make() -> str:
         return str(create(folder or new_folder(cfg), cfg.model_dump(mode="json"), command).path)
@@ -99,7 +102,6 @@ def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> La
         world.span(cfg.loop.batch_size)
     check_best_metric(cfg)
     check_prompts(cfg)
-    require_start(cfg.loop.start_from)
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
     lab = build(cfg)

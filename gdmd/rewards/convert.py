@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdmd.io import follow_umask
 from gdmd.rewards.aesthetic import linear_head
 from gdmd.rewards.sources import CONVERTED, home, place_of, published
 
@@ -232,6 +233,7 @@ def _write(folder: Path, tensors: Tensors, files: Mapping[str, Any], words: Any)
     plain = {key: value.contiguous().clone() for key, value in tensors.items()}
     partial = folder / ".model.safetensors.partial"
     save_file(plain, partial, metadata={"format": "pt"})
+    follow_umask(partial)
     partial.replace(folder / "model.safetensors")
 
 

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdmd.io import RunError, writing
+from gdmd.io import RunError, follow_umask, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +76,7 @@ def save_asset(
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(plain, partial, metadata=header)
+            follow_umask(partial)
             partial.replace(path)
         except SafetensorError as error:
             raise OSError(0, str(error)) from error

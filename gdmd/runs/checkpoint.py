@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdmd.io import RunError, number_in, writing
+from gdmd.io import RunError, follow_umask, number_in, writing
 from gdmd.runs.best import FILE as BEST_FILE
 from gdmd.runs.best import Best, named_best, write_best
 
@@ -120,6 +120,7 @@ def write(
             save_file(_separate(tensors), file, **({"metadata": dict(metadata)} if metadata else {}))
         except SafetensorError as error:  # its writer wraps the OSError in a message
             raise OSError(number_in(str(error)), f"{name}: {error}") from error
+        follow_umask(file)
         _fsync(file)
         return {name: _sha256(file)}
 
@@ -159,6 +160,23 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
                 raise DamagedCheckpoint(f"{file} is damaged (its sha256 differs from the one in state.json)")
     tensors = _parts(path, state["files"]) if state["format"] == FORMAT else _shards(path, state["files"])
     return Checkpoint(state["step"], path, tensors, state["state"])
+
+
+def shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a part's whole tensors by name, from the headers of a checkpoint's files alone."""
+    from safetensors import safe_open
+
+    files = _read_state(path)
+    if files["format"] == SHARDED:
+        from gdmd.runs.shards import whole_shapes
+
+        with _damage(path):
+            return whole_shapes([path / name for name in files["files"]], part)
+    file = path / f"{part}.safetensors"
+    if file.name not in files["files"]:
+        return {}
+    with _damage(file), safe_open(file, framework="pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
 
 
 def load_chosen(folder: Path, which: str = "last") -> Checkpoint | None:

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from gdmd.io import RunError, append_jsonl, numbered_jsonl, write_atomic, writing
+from gdmd.io import RunError, append_jsonl, near_name, numbered_jsonl, write_atomic, writing
 
 PACKAGES = ("gdmd", "torch", "numpy", "pydantic", "safetensors")
 
@@ -109,8 +109,8 @@ def open_run(path: Path) -> Run:
     """Open an existing run folder, to resume or to read it."""
     path = Path(path)
     if not (path / "config.yaml").is_file():
-        seen = "it does not exist" if not path.exists() else "it holds no config.yaml"
-        raise RunError(f"{path} is not a run folder: {seen}. Name a folder made by gdmd train.")
+        seen = "it holds no config.yaml." if path.exists() else f"it does not exist.{near_name(path)}"
+        raise RunError(f"{path} is not a run folder: {seen} Name a folder that gdmd train has written.")
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -65,6 +65,10 @@ class Assembled(Mapping[str, "Tensor"]):
             whole[tuple(slice(begin, begin + length) for begin, length in spans)] = own
         return whole
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a whole tensor, which is not read."""
+        return _whole_shape(self._pieces[name])
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._pieces)
 
@@ -91,6 +95,12 @@ def assembled(files: Sequence[Path]) -> dict[str, Assembled]:
             if sum(prod(piece.shape) for piece in pieces) != prod(_whole_shape(pieces)):
                 raise IncompleteShards(f"pieces of {part}/{name} are missing or given twice")
     return {part: Assembled(named, f"{part}/") for part, named in parts.items()}
+
+
+def whole_shapes(files: Sequence[Path], part: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a part's tensors by name, from the headers alone."""
+    own = assembled(files).get(part)
+    return {name: own.shape(name) for name in own} if own is not None else {}
 
 
 def _whole_shape(pieces: Sequence[_Piece]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gdmd.config.sources import named_place
 from gdmd.evaluation.image_folders import Key, read_images
 from gdmd.io import RunError
 from gdmd.study.nouns import Prompt
@@ -22,9 +23,7 @@ class Row:
 
 def named_folders(arguments: Sequence[str]) -> dict[str, Path]:
     """["ours=a/b", "c/dmd2"] -> {"ours": a/b, "dmd2": c/dmd2}. ValueError below two models or for a name given twice."""
-    named = [
-        (name, path) if eq else (Path(name).name, name) for name, eq, path in (a.partition("=") for a in arguments)
-    ]
+    named = [named_place(argument) for argument in arguments]
     if len(named) < 2:
         raise ValueError(f"a study compares at least two models, got {len(named)}; give NAME=FOLDER for each")
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]

@@ -182,7 +182,7 @@ class _Trainer:
             self.method.load(saved.part("method"))
             self.saver.newest = saved.path
         elif self.cfg.start_from:
-            self.hooks.progress.note(begin_from(self.cfg.start_from, self.states, self.world))
+            self.hooks.progress.note(begin_from(self.cfg.start_from, self.states, self.world, self.run.config))
         for state in self.states.values():
             self.world.check_same(state.parameters, f"the {state.role}")
         self.world.on_first(lambda: self._take_up(saved))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -21,6 +23,11 @@ from gdmd.backbones.base import Family
 from gdmd.backbones.compiled import compile_blocks, require_compiler
 from gdmd.backbones.pipelines import open_family
 from gdmd.backbones.roles import DiffusersRoles
+from gdmd.config.loop import LoopConfig
+from gdmd.runs import checkpoint
+from gdmd.training.distributed import SINGLE
+from gdmd.training.start import begin_from, check_model, check_roles
+from gdmd.training.state import role_states
 from gdmd.types import Role
 
 ROLES: tuple[Role, Role] = ("student", "fake")
@@ -202,9 +209,77 @@ def test_adapters_begin_the_same_in_every_process(folders: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_targets_that_fit_no_layer_are_refused(folders: Path) -> None:
-    with pytest.raises(ValueError, match="model.lora_targets .*'to_nowhere'.* fit no layer of SD3Transformer2DModel"):
-        roles_of(folders, lora_targets=("to_nowhere",))
+@pytest.mark.parametrize("full", ["none", "both"])
+@pytest.mark.parametrize(
+    ("name", "targets", "messages"),
+    [
+        ("sd3", ["attn.to_q", "to_nowhere"], ["SD3Transformer2DModel: 'to_nowhere' matches no layer"]),
+        ("sdxl", ["to_q", "to_kk", "out.0x"], ["'to_kk'.*did you mean 'to_k'", "'out.0x'.*did you mean 'to_out.0'"]),
+        ("sd3", ["ff.net.0.projj"], ["did you mean 'ff.net.0.proj'"]),
+        ("sd3", ["single_transformer_blocks.0.attn.to_q"], ["did you mean 'transformer_blocks.0.attn.to_q'"]),
+        ("sd3", ["attn.to_Q"], ["did you mean 'attn.to_q'"]),
+        ("sdxl", ["to_out"], [r"matches .*attn1.to_out \(ModuleList\), not a linear layer; in it are to_out.0"]),
+        ("sdxl", ["to_q", "norm1"], [r"'norm1' matches .*\((Group|Layer)Norm\), not a linear layer"]),
+    ],
+)
+def test_every_target_that_fits_no_linear_layer_is_named(
+    folders: Path, name: str, targets: list[str], messages: list[str], full: str
+) -> None:
+    with pytest.raises(ValueError, match="model.lora_targets do not fit") as caught:
+        roles_of(folders, name, lora_targets=tuple(targets), full=full)
+    assert all(re.search(message, str(caught.value)) for message in messages), caught.value
+
+
+def test_targets_that_fit_train_their_layers_and_no_others(folders: Path) -> None:
+    names = roles_of(folders, "sdxl", lora_targets=("attn1.to_q", "conv1")).parameters("student")
+    assert {name.rpartition(".lora_")[0].split(".")[-1] for name in names} == {"to_q", "conv1"}
+    assert not any("attn2" in name for name in names)
+
+
+def as_a_run(roles: DiffusersRoles, folder: Path) -> str:
+    """A run folder whose newest checkpoint holds these roles."""
+    cfg = {"model": roles.family.cfg.model_dump(mode="json"), "method": {"student_steps": [1.0, 0.5]}}
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
+    checkpoint.save(folder / "checkpoints", 3, {role: roles.parameters(role) for role in ROLES}, {})
+    return str(folder)
+
+
+@pytest.mark.parametrize("alpha", [4.0, 1.0, 16.0])
+def test_a_run_begins_with_the_same_networks_whatever_its_lora_alpha(
+    folders: Path, tmp_path: Path, alpha: float
+) -> None:
+    first, second = roles_of(folders, lora_alpha=4.0), roles_of(folders, lora_alpha=alpha)
+    for seed, role in enumerate(ROLES):
+        wake(first, role, seed)
+    config = {"model": second.family.cfg.model_dump(mode="json"), "method": {"student_steps": [1.0, 0.5]}}
+    run = as_a_run(first, tmp_path / "first")
+    check_roles(run, second)
+    told = begin_from(run, role_states(second, LoopConfig(ema=0.0)), SINGLE, config)
+    at = states(first)
+    found, wanted = answers(second, at), answers(first, at)
+    assert all(torch.allclose(found[role], wanted[role], atol=1e-6) for role in ROLES)
+    assert not torch.allclose(found["student"], found["teacher"], atol=1e-3)
+    assert ("model.lora_alpha was 4.0 there" in told) == (alpha != 4.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("sd3", {"lora_rank": 4}, "model.lora_rank is 2 there and 4 here"),
+        ("sd3", {"full": "student"}, "model.full is 'none' there and 'student' here"),
+        ("sd3", {"lora_targets": ("attn.to_q",)}, "is of another network: .*model.lora_targets"),
+        ("sdxl", {}, "is of another network: .*same family"),
+    ],
+)
+def test_a_run_that_cannot_be_continued_is_refused_in_one_sentence(
+    folders: Path, tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    run = as_a_run(roles_of(folders), tmp_path / "first")
+    roles = roles_of(folders, name, **changes)
+    with pytest.raises(ValueError, match=f"loop.start_from: .*{message}"):
+        check_model(run, {"model": roles.family.cfg.model_dump(mode="json")})
+        check_roles(run, roles)
 
 
 @pytest.fixture

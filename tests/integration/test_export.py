@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +22,12 @@ from torch import Tensor
 from gdmd.backbones.packing import in_patches, pack
 from gdmd.backbones.pipelines import open_family
 from gdmd.backbones.roles import DiffusersRoles
+from gdmd.cli.app import QUIETER, _worth_saying
 from gdmd.config.run import RunConfig
 from gdmd.config.sources import read_source
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.export.card import model_card
-from gdmd.export.lora import DIFFUSERS_FILE, KOHYA_FILE, merge, save_lora
+from gdmd.export.lora import DIFFUSERS_FILE, KOHYA_FILE, check_fits, merge, save_lora
 from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
 from gdmd.programs.sources import open_source, places_of
 
@@ -117,6 +119,37 @@ def test_the_merged_pipeline_makes_the_trainers_images(
     save_merged(fresh, roles.parameters("student"), UNIFORM, tmp_path / "merged")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
     assert torch.allclose(stock_images(pipe, roles, noises, monkeypatch), wanted, atol=1e-4)
+
+
+def test_rounding_that_undoes_changes_is_measured(folders: Path) -> None:
+    roles = student_of(folders, "sd3")
+    family = open_family(tiny.config(folders / "sd3", dtype="bf16"))
+    layer = "transformer_blocks.0.attn.to_q"
+    target = family.net.get_parameter(f"{layer}.weight")
+    with torch.no_grad():
+        target.fill_(1.0)  # its neighbors in bf16 are 1 - 2^-8 and 1 + 2^-7
+    down, up = torch.zeros(2, target.shape[1]), torch.zeros(len(target), 2)
+    down[0, 0] = 0.5  # alpha / rank = 2
+    up[:4, 0] = torch.tensor([2**-7, 2**-10, -(2**-10), 2**-5])
+    weights = {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    assert merge(family, weights) == 0.5
+    assert target[:4, 0].tolist() == [1 + 2**-7, 1.0, 1.0, 1 + 2**-5] and target.dtype == torch.bfloat16
+    wide = open_family(tiny.config(folders / "sd3", dtype="bf16"))
+    wide.net.get_parameter(f"{layer}.weight").data.fill_(1.0)
+    assert merge(wide, weights, torch.float32) == 0.0
+    assert wide.net.get_parameter(f"{layer}.weight")[:4, 0].tolist() == [1 + 2**-7, 1 + 2**-10, 1 - 2**-10, 1 + 2**-5]
+    assert merge(roles.family, {}) == 0.0
+
+
+@pytest.mark.parametrize(("name", "full"), [("sdxl", "none"), ("sd3", "student")])
+def test_a_base_of_another_model_is_refused(folders: Path, name: str, full: str) -> None:
+    weights = student_of(folders, "sd3", full).parameters("student")
+    check_fits(open_family(tiny.config(folders / "sd3", full=full)), weights)
+    other = open_family(tiny.config(folders / name, full=full))
+    if name == "sd3":
+        weights = {key: value for key, value in weights.items() if "proj_out" not in key}
+    with pytest.raises(ValueError, match="is not the base of this student: .* layers are not in both"):
+        check_fits(other, weights)
 
 
 def test_kohyas_file_holds_the_same_change_of_every_layer(folders: Path, tmp_path: Path) -> None:
@@ -233,3 +266,34 @@ def test_a_safety_checker_is_exported_and_never_used_here(
 def test_training_holds_no_safety_checker(tmp_path: Path) -> None:
     tiny.save_with_checker(tmp_path / "base")
     assert open_family(tiny.config(tmp_path / "base")).pipe.safety_checker is None
+
+
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [
+        ("self.text_encoder_3=None of type <class 'NoneType'> cannot be saved.", False),
+        ("No LoRA keys associated to CLIPTextModel found with the prefix='text_encoder'.", False),
+        ("self.vae=3 of type <class 'int'> cannot be saved.", True),
+    ],
+)
+def test_what_libraries_say_of_a_student_without_t5_is_left_out(message: str, kept: bool) -> None:
+    record = logging.LogRecord("diffusers.pipelines.pipeline_utils", logging.WARNING, "", 0, message, None, None)
+    assert record.name in QUIETER and _worth_saying(record) == kept
+
+
+def test_the_cards_lines_of_use_load_the_lora_without_a_warning(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    roles = student_of(folders, "sd3")
+    noises = noises_of(roles)
+    save_lora(roles.family, roles.parameters("student"), tmp_path)
+    student_scheduler(roles.family, UNIFORM).save_pretrained(tmp_path / "scheduler")
+    cfg = RunConfig(name="x", model=roles.family.cfg, loop={}, rewards=[{"kind": "clip"}])
+    card = model_card(cfg, roles.family, {}, {}, merged=False)
+    lines = card.partition("```python\n")[2].partition("image =")[0]
+    names: dict[str, Any] = {}
+    lines = lines.replace("THIS_FOLDER", str(tmp_path)).replace("bfloat16", "float32").replace('.to("cuda")', "")
+    exec(lines, names)  # noqa: S102
+    wanted = trainers_images(roles, noises)
+    assert torch.allclose(stock_images(names["pipe"], roles, noises, monkeypatch), wanted, atol=1e-4)
+    assert not caplog.text

@@ -383,7 +383,7 @@ def test_scorers_are_words_with_settings() -> None:
     assert read_scorer("my_rewards:sharpness").label == "my_rewards:sharpness"
     with pytest.raises(ValueError, match="given twice"):
         read_scorers(["clip", "clip,dtype=bf16"])
-    with pytest.raises(ValueError, match="is no key=value"):
+    with pytest.raises(ValueError, match="is not a key=value"):
         read_scorer("clip,bf16")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,58 @@ def test_a_run_says_once_what_its_tiny_decoder_does_to_each_reward_and_so_does_t
     check_decoder(cfg, build(cfg, "cpu"), run, Console(file=said))
     (again,) = json.loads(file.read_text())["rewards"]
     assert again["rough"] != row["rough"] and again["full"] == pytest.approx(row["full"])
+
+
+def test_a_run_whose_base_moved_is_sampled_and_exported_in_any_precision(
+    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, moved, run = tmp_path / "base", tmp_path / "lr=1e-4, moved", tmp_path / "run"
+    cfg = recipe(folders, "sd3", 1, dtype="bf16")
+    shutil.copytree(folders / "sd3", base)
+    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(base)})})
+    start(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+    base.rename(moved)
+    with pytest.raises(ValueError, match="there is no such folder.*name its place with --base"):
+        export_run(run)
+    with pytest.raises(ValueError, match="there is no such folder.*,base=FOLDER"):
+        draw(read_source(str(run)), ["two red dogs"], 1, 0, tmp_path / "a.png", 1)
+    files = export_run(run, base=str(moved))
+    assert (
+        json.loads((run / "export" / EXPORT_FILE).read_text())["base"] == str(moved)
+        and str(moved) in files[-1].read_text()
+    )
+    for number, where in enumerate((run, run / "export")):
+        source = read_source(f'{where},base="{moved}"')
+        assert draw(source, ["two red dogs"], 1, 0, tmp_path / f"{number}.png", 1) > 0
+    for dtype in ("bf16", "fp32"):
+        caplog.clear()
+        export_run(run, tmp_path / dtype, merged=True, base=str(moved), dtype=dtype)
+        facts = json.loads((tmp_path / dtype / EXPORT_FILE).read_text())
+        assert facts["dtype"] == dtype and (facts["undone_by_rounding"] > 0) == (dtype == "bf16")
+        said = f"rounding to bf16 undoes {100 * facts['undone_by_rounding']:.1f} % of the weights"
+        assert (said in caplog.text) == (dtype == "bf16") and "should be kept in float32" not in caplog.text
+        kinds = {
+            weights.dtype for file in (tmp_path / dtype).rglob("*.safetensors") for weights in load_file(file).values()
+        }
+        assert kinds - {torch.int64} == {getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype])}
+    with pytest.raises(ValueError, match="--dtype is of a merged pipeline"):
+        export_run(run, base=str(moved), dtype="fp32")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o027])
+def test_checkpoints_and_exports_have_the_mode_of_any_new_file(folders: Path, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        run = tmp_path / "run"
+        cfg = recipe(folders, "sdxl", 1, embeddings=str(tmp_path / "embeddings"))
+        start(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+        export_run(run)
+        export_run(run, merged=True)
+    finally:
+        os.umask(before)
+    files = [file for file in (*run.rglob("*"), *(tmp_path / "embeddings").rglob("*")) if file.is_file()]
+    assert {file.suffix for file in files} >= {".safetensors", ".json", ".yaml", ".md"}
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {oct(0o666 & ~umask)}
 
 
 def test_rewards_of_the_shapes_world_are_refused(folders: Path) -> None:

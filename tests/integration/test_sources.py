@@ -62,12 +62,58 @@ def test_a_source_is_one_word_with_settings() -> None:
         ("=x", "names no place"),
         ("x,timesteps=999+half", r"timesteps.0 = '999'|timesteps.1 = 'half'"),
         ("x,shift=0", "shift = '0'"),
-        ("x,steps", "is no key=value"),
+        ("x,steps", "is not a key=value"),
+        ("x,lora=a,b.safetensors", "'b.safetensors' is not a key=value.*needs quotes"),
     ],
 )
 def test_a_wrong_word_is_one_clear_message(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_source(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("runs/lr=1e-4", {"name": "lr=1e-4", "where": "runs/lr=1e-4"}),  # 1e-4 exists, too: the whole path wins
+        ("runs/lr=1e-4/,checkpoint=best", {"name": "lr=1e-4", "where": "runs/lr=1e-4/", "checkpoint": "best"}),
+        ("x=runs/lr=1e-4", {"name": "x", "where": "runs/lr=1e-4"}),
+        ("lr=1e-4", {"name": "lr", "where": "1e-4"}),
+        ("runs/lr=2e-4", {"name": "lr=2e-4", "where": "runs/lr=2e-4"}),  # not the name runs/lr and the place 2e-4
+        ("runs/a,b Ünï", {"name": "a,b Ünï", "where": "runs/a,b Ünï"}),
+        ("y=runs/a,b Ünï,checkpoint=3", {"name": "y", "where": "runs/a,b Ünï", "checkpoint": "3"}),
+        ("a,steps=4", {"name": "a,steps=4", "where": "a,steps=4"}),
+        ("a,steps=5", {"name": "a", "where": "a", "steps": 5}),
+        ("m,lora=p,q=r.safetensors,steps=2", {"name": "m", "where": "m", "lora": "p,q=r.safetensors", "steps": 2}),
+        ("x=\"not,there=1\",base='c,d',steps=3", {"name": "x", "where": "not,there=1", "base": "c,d", "steps": 3}),
+        ("it's", {"name": "it's", "where": "it's"}),
+    ],
+)
+def test_an_existing_path_wins_over_names_and_settings_and_quotes_keep_commas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, wanted: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/lr=1e-4", "1e-4", "2e-4", "runs/a,b Ünï", "a,steps=4", "it's"):
+        Path(folder).mkdir(parents=True)
+    Path("p,q=r.safetensors").touch()
+    assert read_source(text).model_dump(exclude_unset=True) == wanted
+
+
+def test_names_of_a_study_and_paths_of_scorers_follow_the_same_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gdmd.programs.scorers import read_scorer
+    from gdmd.study.folders import named_folders
+
+    monkeypatch.chdir(tmp_path)
+    Path("runs/lr=1e-4").mkdir(parents=True)
+    Path("clip,b=1").mkdir()
+    assert named_folders(["runs/lr=1e-4", "x=runs/lr=1e-4", "y=other"]) == {
+        "lr=1e-4": Path("runs/lr=1e-4"),
+        "x": Path("runs/lr=1e-4"),
+        "y": Path("other"),
+    }
+    spec: Any = read_scorer("clip,path=clip,b=1")
+    assert spec.path == "clip,b=1" and read_scorer('clip,path="clip,b=1"') == spec
 
 
 def test_two_sources_of_one_name_are_refused() -> None:
@@ -280,7 +326,7 @@ def test_mistakes_with_a_pipeline_are_named(
 
 def test_a_truncated_lora_is_named(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(bytes(20))
-    with pytest.raises(ValueError, match="cut.safetensors' cannot be loaded into a StableDiffusionXLPipeline"):
+    with pytest.raises(ValueError, match="cut.safetensors. cannot be read"):
         open_source(read_source(f"{pipeline(folders, 'sdxl')},lora={tmp_path / 'cut.safetensors'}"))
 
 
@@ -289,6 +335,17 @@ def test_a_damaged_description_of_an_export_is_named(tmp_path: Path, content: st
     (tmp_path / "gdmd_export.json").write_text(content)
     with pytest.raises(ValueError, match="gdmd_export.json (cannot be read|lacks|is damaged)"):
         open_source(read_source(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("teachr", "teacher"), ("teacher-4plain", "teacher-4-plain"), ("runs/sdxl-sed0", "runs/sdxl-seed0")],
+)
+def test_a_misspelled_source_is_told_what_it_is_near_to(gdmd: Gdmd, wrong: str, meant: str) -> None:
+    Path("runs/sdxl-seed0").mkdir(parents=True)
+    for command in (["sample", wrong, "-p", "a ring"], ["eval", wrong], ["eval", "preference", wrong, "-o", "x"]):
+        ended = gdmd(*command)
+        assert ended.code == 2 and f"does not exist. Did you mean {meant}?" in ended.err, command
 
 
 def test_a_place_that_holds_nothing_is_named() -> None:

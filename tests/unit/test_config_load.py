@@ -276,6 +276,20 @@ def test_what_is_dumped_loads_back_equal(recipe: Recipe) -> None:
     assert load_config(Recipe, dump_config(recipe)) == recipe
 
 
+@pytest.mark.parametrize("path", ["1e-4", "models=v1", "a #1.txt", "2024-01-01", "a: b", "[x]", "on"])
+def test_an_existing_path_is_taken_as_it_is_by_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path).touch()
+    (tmp_path / "3").touch()
+    text = "loop: {steps: 1}\nrewards: [{kind: remote, url: x}]"
+    recipe = load(text, f"name={path}", f"rewards.0.url={path}", f"notes.why={path}", "loop.steps=3")
+    first = recipe.rewards[0]
+    assert (recipe.name, recipe.notes["why"], recipe.loop.steps) == (path, path, 3)
+    assert isinstance(first, Remote) and first.url == path
+
+
 keys = st.sampled_from(
     ["name", "loop", "steps", "lr", "method", "kind", "gamma", "rewards", "0", "nmae", "<<", "notes"]
 )

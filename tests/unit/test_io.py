@@ -146,3 +146,21 @@ def test_a_fingerprint_is_that_of_what_is_loaded(tmp_path: Path) -> None:
 )
 def test_the_variant_of_a_weight_file(name: str, variant: str | None) -> None:
     assert weight_variant(name) == variant
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o027])
+def test_weights_of_an_asset_and_of_a_checkpoint_have_the_mode_of_any_new_file(tmp_path: Path, umask: int) -> None:
+    import torch
+
+    from gdmd.runs import checkpoint
+    from gdmd.runs.assets import save_asset
+
+    before = os.umask(umask)
+    try:
+        asset = save_asset(tmp_path / "asset.safetensors", {"a": torch.ones(2)}, command="x", seed=0)
+        saved = checkpoint.save(tmp_path, 1, {"student": {"a": torch.ones(2)}}, {})
+    finally:
+        os.umask(before)
+    files = [asset, *saved.iterdir()]
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {oct(0o666 & ~umask)}
+    assert not list(tmp_path.rglob("*.mode"))

@@ -1,0 +1,290 @@
+"""LoRAs of others: every layer changes by the file's own alpha / rank B A, or the file is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import tiny_pipelines as tiny
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gdmd.config.sources import read_source
+from gdmd.programs.source_loras import ADAPTER, add_lora
+
+Deltas = dict[str, Tensor]
+Made = tuple[dict[str, Tensor], Deltas]
+"""A file's tensors, and what each COMPONENT.LAYER should change by."""
+
+
+@pytest.fixture(scope="session")
+def built() -> Callable[[str], Any]:
+    def build(name: str) -> Any:
+        torch.manual_seed(0)
+        return tiny.BUILD[name]()
+
+    return build
+
+
+def layers(pipe: Any, *ends: str) -> dict[str, nn.Linear]:
+    """COMPONENT.NAME -> layer of the denoiser and the text encoders."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name != "vae"}
+    return {
+        f"{component}.{name}": module
+        for component, part in parts.items()
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(ends)
+    }
+
+
+def pair(layer: nn.Linear, rank: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rank, layer.in_features), torch.randn(layer.out_features, rank)
+
+
+def changes(pipe: Any) -> Deltas:
+    """What the loaded adapter adds to the weights of each layer."""
+    found = {}
+    for component, part in pipe.components.items():
+        for name, module in part.named_modules() if isinstance(part, nn.Module) else ():
+            if ADAPTER in getattr(module, "lora_A", {}):
+                found[f"{component}.{name}"] = module.get_delta_weight(ADAPTER).detach()
+    return found
+
+
+def peft_keys(pipe: Any, ends: tuple[str, ...], text: bool = False) -> Made:
+    """diffusers' own keys; rank 2 and 3 in turn, no alpha: scale 1."""
+    made: dict[str, Tensor] = {}
+    wanted = {}
+    for number, (name, layer) in enumerate(layers(pipe, *ends).items()):
+        down, up = pair(layer, 2 + number % 2)
+        if not text and name.startswith("text_encoder"):
+            continue
+        made[f"{name}.lora_A.weight"], made[f"{name}.lora_B.weight"] = down, up
+        wanted[name] = up @ down
+    return made, wanted
+
+
+def kohya_keys(pipe: Any, ends: tuple[str, ...]) -> Made:
+    """kohya's keys for the UNet and both text encoders, with ranks and alphas of their own per layer."""
+    made, wanted = {}, {}
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    for number, (name, layer) in enumerate(layers(pipe, *ends).items()):
+        component, _, rest = name.partition(".")
+        if component not in prefixes:
+            continue
+        rank, alpha = 1 + number % 3, (0.5, 1.0, 4.0)[number % 2]
+        down, up = pair(layer, rank)
+        text = "" if component == "unet" or rest.startswith("text_model.") else "text_model_"
+        base = prefixes[component] + text + rest.replace(".", "_")
+        made |= {f"{base}.lora_down.weight": down, f"{base}.lora_up.weight": up, f"{base}.alpha": torch.tensor(alpha)}
+        wanted[name] = alpha / rank * up @ down
+    return made, wanted
+
+
+def peft_folder(pipe: Any, folder: Path, ends: tuple[str, ...], **settings: Any) -> Deltas:
+    """A folder as PEFT's save_pretrained writes it, from PEFT itself; what PEFT changes by."""
+    from peft import LoraConfig, get_peft_model
+
+    net = pipe.components.get("unet") or pipe.transformer
+    component = "unet" if "unet" in pipe.components else "transformer"
+    kept = {name: weights.clone() for name, weights in net.state_dict().items()}
+    wrapped: Any = get_peft_model(net, LoraConfig(r=4, target_modules=list(ends), **settings))
+    with torch.no_grad():
+        for name, weights in wrapped.named_parameters():
+            if "lora_" in name:
+                weights.normal_()
+    wrapped.save_pretrained(folder)
+    base = wrapped.base_model.model
+    wanted = {
+        f"{component}.{name}": module.get_delta_weight("default").detach().clone()
+        for name, module in base.named_modules()
+        if "default" in getattr(module, "lora_A", {})
+    }
+    wrapped.unload()
+    assert net.state_dict().keys() == kept.keys()
+    return wanted
+
+
+def same(found: Deltas, wanted: Mapping[str, Tensor]) -> bool:
+    assert found.keys() == wanted.keys(), sorted(found.keys() ^ wanted.keys())[:3]
+    return all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_diffusers_keys_change_every_layer_with_ranks_of_their_own(
+    built: Callable[[str], Any], tmp_path: Path, text: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = built("sdxl")
+    made, wanted = peft_keys(pipe, ("attn1.to_q", "attn1.to_v", "q_proj"), text)
+    save_file(made, tmp_path / "a.safetensors")
+    add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
+    assert same(changes(pipe), wanted)
+    assert ("text_encoder_2 2 of 2" in caplog.text) == text and "unet 8 of 8" in caplog.text
+
+
+def test_kohya_keys_change_unet_and_text_encoders_by_their_own_alphas(
+    built: Callable[[str], Any], tmp_path: Path
+) -> None:
+    pipe = built("sdxl")
+    made, wanted = kohya_keys(pipe, ("to_q", "to_out.0", "q_proj", "out_proj", "fc1"))
+    assert {name.partition(".")[0] for name in wanted} == {"unet", "text_encoder", "text_encoder_2"}
+    save_file(made, tmp_path / "a.safetensors")
+    add_lora(pipe, str(tmp_path / "a.safetensors"), 0.5)
+    assert same(changes(pipe), {name: 0.5 * delta for name, delta in wanted.items()})
+
+
+def test_kohyas_keys_of_a_transformer_keep_their_alphas(built: Callable[[str], Any], tmp_path: Path) -> None:
+    pipe = built("flux")
+    block = pipe.transformer.transformer_blocks[0].attn
+    made, wanted = {}, {}
+    for side, name, layer, alpha in (
+        ("img", "to_out.0", block.to_out[0], 1.0),
+        ("txt", "to_add_out", block.to_add_out, 6.0),
+    ):
+        down, up = pair(layer, 2)
+        base = f"lora_unet_double_blocks_0_{side}_attn_proj"
+        made |= {f"{base}.lora_down.weight": down, f"{base}.lora_up.weight": up, f"{base}.alpha": torch.tensor(alpha)}
+        wanted[f"transformer.transformer_blocks.0.attn.{name}"] = alpha / 2 * up @ down
+    save_file(made, tmp_path / "a.safetensors")
+    add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
+    assert same(changes(pipe), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sd3", {"lora_alpha": 8}),
+        ("sd3", {"lora_alpha": 3, "use_rslora": True, "init_lora_weights": "gaussian"}),
+        ("sdxl", {"lora_alpha": 8, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"attn1.to_q": 6, "to_q": 1}}),
+        ("flux", {"lora_alpha": 16}),
+        ("flux2", {"lora_alpha": 16}),
+        ("z_image", {"lora_alpha": 16}),
+        ("qwen_image", {"lora_alpha": 16}),
+        ("sana", {"lora_alpha": 16}),
+    ],
+)
+def test_a_peft_folder_changes_what_peft_itself_changes(
+    built: Callable[[str], Any], tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    wanted = peft_folder(built(name), tmp_path / "adapter", ("to_q", "to_k"), **settings)
+    for given in (tmp_path / "adapter", tmp_path / "adapter" / "adapter_model.safetensors"):
+        pipe = built(name)
+        add_lora(pipe, str(given), 1.0)
+        assert wanted and same(changes(pipe), wanted)
+
+
+def of_a_bigger_model(made: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All but one layer renamed as those of a deeper network."""
+    first = next(iter(made)).partition(".lora_")[0]
+    return {k if k.startswith(first) else k.replace(".attn", ".deeper.attn"): v for k, v in made.items()}
+
+
+def of_a_wider_model(made: dict[str, Tensor]) -> dict[str, Tensor]:
+    last = [key for key in made if "lora_A" in key][-1]
+    return made | {last: torch.cat([made[last], made[last]], 1)}
+
+
+def with_foreign_text_encoder(made: dict[str, Tensor]) -> dict[str, Tensor]:
+    own = {
+        "layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1, 8),
+        "layers.0.self_attn.q_proj.lora_B.weight": torch.ones(8, 1),
+    }
+    return made | {f"text_encoder_3.{key}": value for key, value in own.items()}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (of_a_bigger_model, r"only 1 of its 8 layers are in a StableDiffusionXLPipeline \(unet 1 of 8\)"),
+        (of_a_wider_model, "only 7 of its 8 layers"),
+        (with_foreign_text_encoder, r"only 8 of its 9 layers .*unet 8 of 8, text_encoder_3 0 of 1"),
+        (lambda made: dict(list(made.items())[1:]), "only 7 of its 8 layers"),
+        (
+            lambda made: {k.replace("unet.", "transformer."): v for k, v in made.items()},
+            "0 of its 8 layers.*transformer",
+        ),
+        (lambda made: {k.removeprefix("unet."): v for k, v in made.items()}, "0 of its 8 layers"),
+        (lambda made: made | {"unet.x.dora_scale": torch.ones(1)}, r"holds DoRA \(unet.x.dora_scale\)"),
+        (lambda made: made | {"lora_unet_x.hada_w1_a": torch.ones(1)}, "holds LoHa"),
+        (lambda made: made | {"lora_unet_x.lokr_w1": torch.ones(1)}, "holds LoKr"),
+        (lambda made: made | {"lora_unet_x.on_input": torch.ones(1)}, "holds IA3"),
+        (lambda made: made | {"lora_unet_x.lora_mid.weight": torch.ones(1)}, "holds LoCon"),
+        (lambda made: made | {"lora_unet_x.diff_b": torch.ones(1)}, "1 of its 17 keys are not those of a LoRA.*diff_b"),
+        (lambda made: {f"base_model.model.{k}": v for k, v in made.items()}, "adapter_config.json is missing"),
+    ],
+)
+def test_a_file_that_does_not_fit_as_a_whole_is_refused(
+    built: Callable[[str], Any], tmp_path: Path, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
+) -> None:
+    pipe = built("sdxl")
+    made, _ = peft_keys(pipe, ("attn1.to_q", "attn1.to_v"))
+    save_file({k: v.contiguous() for k, v in spoil(made).items()}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
+    assert not changes(pipe)
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("spoil", [of_a_bigger_model, with_foreign_text_encoder])
+def test_a_partial_file_is_used_where_that_is_asked_for_and_is_told(
+    built: Callable[[str], Any],
+    tmp_path: Path,
+    spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pipe = built("sdxl")
+    made, wanted = peft_keys(pipe, ("attn1.to_q", "attn1.to_v"))
+    spoiled = spoil(made)
+    save_file(spoiled, tmp_path / "a.safetensors")
+    add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0, partial=True)
+    assert same(changes(pipe), {name: delta for name, delta in wanted.items() if f"{name}.lora_A.weight" in spoiled})
+    assert f"unet {len(changes(pipe))} of 8" in caplog.text
+    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match="changes no layer"):
+        foreign = {k.replace("unet.", "unet.x."): v for k, v in made.items()}
+        save_file(foreign, tmp_path / "b.safetensors")
+        add_lora(built("sdxl"), str(tmp_path / "b.safetensors"), 1.0, partial=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"use_dora": True}, "use_dora is on, and DoRA is not supported"),
+        ({"peft_type": "LOHA"}, "peft_type is LOHA, which is not supported"),
+        ({"bias": "lora_only"}, "bias = 'lora_only', which is not supported"),
+        ({"modules_to_save": ["proj_out"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"something_new": {"on": 1}}, "something_new"),
+    ],
+)
+def test_a_peft_folder_of_another_kind_is_refused_by_name(
+    built: Callable[[str], Any], tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    pipe = built("sd3")
+    peft_folder(pipe, tmp_path, ("to_q",), lora_alpha=8)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | changed))
+    with pytest.raises(ValueError, match=message):
+        add_lora(pipe, str(tmp_path), 1.0)
+
+
+def test_a_folder_above_the_adapter_names_it(built: Callable[[str], Any], tmp_path: Path) -> None:
+    pipe = built("sd3")
+    peft_folder(pipe, tmp_path / "lora", ("to_q",), lora_alpha=8)
+    with pytest.raises(ValueError, match=f"did you mean {tmp_path / 'lora'}"):
+        add_lora(pipe, str(tmp_path), 1.0)
+
+
+@pytest.mark.parametrize("setting", ["lora_scale=0.5", "lora_partial=true"])
+def test_a_setting_of_a_lora_without_one_is_refused(setting: str) -> None:
+    with pytest.raises(ValueError, match="without lora changes nothing"):
+        read_source(f"x,{setting}")
+    assert read_source("x,lora=y.safetensors,lora_partial=true").lora_partial is True
