@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
+from gdmd.data.prompts import read_prompts
 from gdmd.io import SHARDS_STAY, writing
 from gdmd.programs.decoders import check_decoder
 from gdmd.programs.evaluate import finish_run, grid_hook
@@ -88,7 +89,7 @@ def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> La
     """The live objects of a recipe, its prompts checked to the last line and, where they have a folder, embedded."""
     if world.size > 1:
         world.span(cfg.loop.batch_size)
-    check_prompts(cfg)
+    check_prompts(cfg, console)
     require_start(cfg.loop.start_from)
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
@@ -117,18 +118,21 @@ def embed(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) -
         encoder.prepare(texts, lambda done: progress.advance(bar, done))
 
 
-def check_prompts(cfg: RunConfig) -> None:
-    """ValueError with file and line for a prompt that is no caption of the Shapes language."""
-    from gdmd.data.prompts import prompt_file, read_prompts
-
-    if cfg.prompts.file is None or cfg.model.kind != "shapes":
+def check_prompts(cfg: RunConfig, console: Console = QUIET) -> None:
+    """Say what the prompt file's reader skipped; ValueError with its line for a prompt outside the Shapes language."""
+    if cfg.prompts.file is None:
+        return
+    found = read_prompts(cfg.prompts.file, cfg.prompts.column)
+    if note := found.note():
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    if cfg.model.kind != "shapes":
         return
     table = catalogue()
-    for number, text in enumerate(read_prompts(prompt_file(cfg.prompts.file)), 1):
+    for prompt in found.prompts:
         try:
-            table.row(text)
+            table.row(prompt.text)
         except ValueError as error:
-            raise ValueError(f"prompt file {cfg.prompts.file}, line {number}: {error}") from error
+            raise ValueError(f"prompt file {cfg.prompts.file}, {prompt.where}: {error}") from error
 
 
 def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool, world: World = SINGLE) -> Trained:

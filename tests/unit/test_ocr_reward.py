@@ -148,7 +148,7 @@ def test_broken_images_and_readers_that_give_no_text_are_named() -> None:
 
 
 def test_the_shipped_prompts_all_ask_for_a_text_and_no_two_for_the_same() -> None:
-    prompts = read_prompts(prompt_file("text_rendering"))
+    prompts = read_prompts("text_rendering").texts
     asked = [normalised(asked_text(prompt)) for prompt in prompts]
     assert 40 <= len(prompts) <= 60 and all(asked) and len(set(asked)) == len(asked)
     assert prompt_file("some/where.txt") == Path("some/where.txt")
