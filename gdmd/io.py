@@ -154,3 +154,28 @@ def content_hash(*parts: str | bytes) -> str:
         raw = part.encode("utf-8", errors="surrogatepass") if isinstance(part, str) else part
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return digest.hexdigest()
+
+
+_WEIGHTS = (".safetensors", ".bin", ".json")
+_hashes: dict[tuple[str, int, int], str] = {}
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 over the names and contents of the weight and config files of a folder, or of one file.
+
+    Files are hashed once per process while their size and time stay. RunError where there is nothing to hash.
+    """
+    if folder.is_file():
+        return _cached_hash(folder)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in _WEIGHTS and path.is_file())
+    if not files:
+        raise RunError(f"{folder} holds no weights ({', '.join(_WEIGHTS)}). Check the path.")
+    return content_hash(*(part for path in files for part in (path.relative_to(folder).as_posix(), _cached_hash(path))))
+
+
+def _cached_hash(path: Path) -> str:
+    known = path.stat()
+    key = (str(path.resolve()), known.st_size, known.st_mtime_ns)
+    if key not in _hashes:
+        _hashes[key] = file_hash(path)
+    return _hashes[key]

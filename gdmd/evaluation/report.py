@@ -15,6 +15,7 @@ import yaml
 from gdmd.evaluation.health import health_panels, training_curves
 from gdmd.evaluation.plots import Metrics, bars, radar
 from gdmd.io import RunError, write_atomic
+from gdmd.runs.inputs import change_lines, input_lines
 from gdmd.runs.rundir import open_run, read_facts, read_metrics
 from gdmd.shapes.grammar import TASKS
 
@@ -35,6 +36,8 @@ class Provenance:
     machine: str = ""
     started: str = ""
     config: str = ""  # YAML
+    inputs: Sequence[str] = ()  # what was read, by content
+    changes: Sequence[str] = ()  # inputs that changed while the run was stopped, accepted by the user
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ def report_run(folder: Path) -> Path:
         machine=f"{facts.get('platform', '')}, {facts.get('cpu_count', '?')} CPU cores",
         started=facts.get("started", ""),
         config=yaml.safe_dump(config, sort_keys=False),
+        inputs=input_lines(facts),
+        changes=change_lines(facts),
     )
     name = str(config.get("name", folder.name))
     return write_report(

@@ -13,6 +13,7 @@ from gdmd.backbones.base import Family
 from gdmd.config.run import RunConfig
 from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.export.pipeline import left_out
+from gdmd.runs.inputs import change_lines
 
 
 def model_card(
@@ -111,6 +112,7 @@ def _table(cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str]) -> 
         "rewards": ", ".join(rewards) or "none",
         **_scoring(facts.get("scoring")),
         **_data(cfg),
+        **({"inputs changed": "; ".join(changed)} if (changed := change_lines(facts)) else {}),
         "seed": cfg.loop.seed,
         "code": facts.get("commit") or "not recorded",
     }

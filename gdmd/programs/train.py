@@ -21,8 +21,9 @@ from gdmd.data.prompts import read_prompts
 from gdmd.io import SHARDS_STAY, writing
 from gdmd.programs.decoders import check_decoder
 from gdmd.programs.evaluate import finish_run, grid_hook
-from gdmd.programs.folders import new_folder, resumed
+from gdmd.programs.folders import check_resumable, new_folder, resumed
 from gdmd.programs.hub_pins import tell_commits
+from gdmd.programs.inputs import check_start, settle_inputs
 from gdmd.recipes.build import Lab, build, compile_networks
 from gdmd.recipes.rewards import reward_stats
 from gdmd.runs.rundir import Run, create, open_run
@@ -69,8 +70,14 @@ def start(
     evaluation: bool,
     command: Sequence[str],
     world: World = SINGLE,
+    accept: bool = False,
 ) -> Trained:
-    """Train a recipe in a new folder. Everything that can be wrong with the input is found before it is made."""
+    """Train a recipe in a new folder. Everything that can be wrong with the input is found before it is made.
+
+    ``accept``: loop.start_from may be a run of another base model.
+    """
+    require_start(cfg.loop.start_from)
+    world.on_first(lambda: check_start(cfg, accept=accept))
     lab = ready(cfg, world, console)
 
     def make() -> str:
@@ -79,9 +86,26 @@ def start(
     return go(cfg, open_run(Path(world.on_first(make))), lab, console, evaluation=evaluation, world=world)
 
 
-def take_up(folder: Path, recipe: str | None, overrides: Sequence[str], world: World) -> tuple[RunConfig, Run]:
-    """The run to continue: rank 0 writes what has changed in its configuration, then all read it."""
-    world.on_first(lambda: str(resumed(folder, recipe, overrides)[1].path))
+def take_up(
+    folder: Path,
+    recipe: str | None,
+    overrides: Sequence[str],
+    world: World,
+    console: Console = QUIET,
+    *,
+    accept: bool = False,
+) -> tuple[RunConfig, Run]:
+    """The run to continue: rank 0 checks its inputs and writes what has changed in its configuration, then all read it.
+
+    RunError for inputs whose content changed, unless ``accept``.
+    """
+
+    def settle() -> None:
+        cfg = check_resumable(folder, recipe, overrides)
+        settle_inputs(cfg, open_run(folder), console, accept=accept)
+        resumed(folder, recipe, overrides)
+
+    world.on_first(settle)
     return resumed(folder, recipe, overrides)
 
 
@@ -90,7 +114,6 @@ def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> La
     if world.size > 1:
         world.span(cfg.loop.batch_size)
     check_prompts(cfg, console)
-    require_start(cfg.loop.start_from)
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
     lab = build(cfg)
@@ -139,6 +162,7 @@ def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool
     """Train ``run`` from where it stands to its last step; then evaluate and report unless it was interrupted."""
     console.print(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name, markup=False, highlight=False)
     console.print(f"run folder {run.path}", markup=False, highlight=False)
+    world.on_first(lambda: settle_inputs(cfg, run, console))  # again after a resume: hub ids are resolved by now
     model = cfg.model
     if isinstance(model, DiffusersModel):
         world.on_first(lambda: tell_commits(model, run, console))
