@@ -15,6 +15,7 @@ import yaml
 from gdmd.evaluation.health import health_panels, training_curves
 from gdmd.evaluation.plots import Metrics, bars, radar
 from gdmd.io import RunError, write_atomic
+from gdmd.runs import reward_signal
 from gdmd.runs.inputs import change_lines, input_lines
 from gdmd.runs.rundir import open_run, read_facts, read_metrics
 from gdmd.shapes.grammar import TASKS
@@ -68,11 +69,13 @@ def write_report(
     trained: Collection[str] = (),
     provenance: Provenance | None = None,
     about: str = "",
+    findings: Sequence[str] = (),
 ) -> Path:
     """Write the page to ``path`` (a file, or a folder that gets report.html) and return where it lies.
 
     rows: row name -> ``Evaluation.json()``, the teacher first. grids: caption -> PNG. metrics: run name -> rows of
     metrics.jsonl. trained: names of the rewards the student was trained on; all other measures are marked unseen.
+    findings: what is wrong with the training, in sentences.
     """
     target = path if path.suffix == ".html" else path / "report.html"
     columns = _columns(rows, trained)
@@ -86,6 +89,7 @@ def write_report(
         speed=bars(_speeds(rows), "Sampling speed without decoding", "images / s"),
         grids=[(name, _data_uri(png)) for name, png in (grids or {}).items()],
         runs=[(name, training_curves(own), health_panels(own)) for name, own in (metrics or {}).items()],
+        findings=findings,
         provenance=provenance or Provenance(),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,15 +114,17 @@ def report_run(folder: Path) -> Path:
         changes=change_lines(facts),
     )
     name = str(config.get("name", folder.name))
+    loop, rows = config.get("loop", {}), read_metrics(folder)
     return write_report(
         folder,
         f"gdmd run: {name}",
         read_rows(folder),
         grids=_stored_grids(folder),
-        metrics={name: read_metrics(folder)},
+        metrics={name: rows},
         trained=[str(reward["kind"]) for reward in config.get("rewards", ())],
         provenance=provenance,
         about=str(config.get("about", "")),
+        findings=reward_signal.findings(rows, int(loop.get("batch_size", 1)), int(loop.get("steps", 0))),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -25,7 +26,7 @@ from gdmd.programs.folders import check_resumable, new_folder, resumed
 from gdmd.programs.hub_pins import tell_commits
 from gdmd.programs.inputs import check_start, settle_inputs
 from gdmd.recipes.build import Lab, build, compile_networks
-from gdmd.recipes.rewards import reward_stats
+from gdmd.recipes.rewards import reason_unscored, reward_stats, try_rewards
 from gdmd.runs.rundir import Run, create, open_run
 from gdmd.shapes.grammar import catalogue
 from gdmd.training.distributed import SINGLE, World
@@ -117,6 +118,7 @@ def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> La
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
     lab = build(cfg)
+    world.on_first(lambda: _try_rewards(cfg, lab))
     compile_networks(cfg, lab)
     if isinstance(lab.encoder, CachedText):
         encoder, texts = lab.encoder, [text for group in lab.stream.groups for text in group]
@@ -125,6 +127,19 @@ def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> La
             encoder.refresh()
             encoder.prepare(texts)
     return lab
+
+
+def _try_rewards(cfg: RunConfig, lab: Lab) -> None:
+    if not cfg.method.rewarded:
+        return
+    device = next(iter(lab.roles.parameters("student").values())).device
+    if isinstance(cfg.model, DiffusersModel):
+        size = (cfg.model.height, cfg.model.width)
+    else:
+        height, width = lab.codec.decode(torch.zeros(1, *lab.latent_shape, device=device)).shape[2:]
+        size = (height, width)
+    meta = lab.stream.meta[0][0] if lab.stream.meta else None
+    try_rewards(lab.rewards, size, lab.stream.groups[0][0], meta, str(device))
 
 
 def embed(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) -> None:
@@ -170,7 +185,12 @@ def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool
     began = time.perf_counter()
     with progress_for(cfg.loop.steps, console) as progress:
         watcher = progress if world.first else Silent()
-        hooks = Hooks(watcher, grid_hook(lab, cfg), lambda: reward_stats(lab.rewards))
+        scorer = getattr(lab.method, "scorer", None)  # of the methods that read rewards
+
+        def stats() -> Mapping[str, Any]:
+            return {**reward_stats(lab.rewards), **(scorer.stats() if scorer else {})}
+
+        hooks = Hooks(watcher, grid_hook(lab, cfg), stats, lambda name: reason_unscored(lab.rewards, name))
         end = train(lab.method, lab.roles, lab.stream, cfg.loop, run, hooks, world)
     trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began)
     if end.signal is not None or not evaluation or not world.first:
