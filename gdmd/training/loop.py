@@ -248,7 +248,10 @@ class _Trainer:
             self.save(step)
             self.saver.settle()
             text = " ".join(self._scores_nothing(name) for name in silent)
-            message = f"step {step}: {text} {self.saver.stands()} Fix the reward and resume, or train without it."
+            message = (
+                f"step {step}: {text} {self.saver.stands()} Fix the reward and resume (a changed one needs "
+                "--accept-changes), or train without it."
+            )
             raise (ValueError if self.world.first else OtherRankError)(message)
         for name, share in self.signal.sparse(finished).items():
             self._warn(
