@@ -7,7 +7,8 @@
     .parquet           where pyarrow is installed
     .tar               a WebDataset shard
 
-The prompt column (or key) is called prompt or prompts, else caption(s) or text(s), in any case, unless it is named.
+The key of an object is called prompt or prompts in any case; the column of a table is, else caption(s) or text(s). Another
+one can be named.
 
 tar: members are read one after the other in memory and never extracted, so their names cannot write anywhere. Members
 that begin with the same name up to the first dot are one entry; its prompt is the .txt, else the .caption, else the
@@ -38,6 +39,7 @@ TEXTS = ("txt", "caption", "json")
 """Endings of the members of a tar that hold the prompt, in the order in which they are asked."""
 COLUMNS = (("prompt", "prompts"), ("caption", "captions", "text", "texts"))
 """What a prompt column is called, in lower case; a name of the first group wins over one of the second."""
+NAME_IT = "name it with prompts.column=NAME (gdmd eval: --prompt-column NAME)"
 ENDINGS = ".txt (one prompt a line), .csv, .tsv, .jsonl, .ndjson, .json, .parquet or .tar (WebDataset)"
 NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
 """Control characters, half characters and byte order marks: signs of another encoding, or of a binary file."""
@@ -196,7 +198,8 @@ def _parquet(path: Path, column: str | None) -> PromptFile:
         rows = parquet.read_table(path, columns=plain).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise ValueError(f"prompt file {path}: not a readable parquet file ({str(error)[:200]})") from error
-    return _objects(path, [(f"row {number}", row) for number, row in enumerate(rows, 1)], column)
+    chosen = _column(path, "the columns of text and numbers", plain, column)
+    return _objects(path, [(f"row {number}", row) for number, row in enumerate(rows, 1)], chosen)
 
 
 def _objects(
@@ -206,7 +209,7 @@ def _objects(
     found, key = [], ""
     for where, row in rows:
         if isinstance(row, dict):
-            key = key or _column(path, where, list(row), column)
+            key = key or column or _key(path, where, list(row))
             found.append(_object(path, where, row, key))
         elif texts and isinstance(row, str) and column is None:
             found.append(Prompt(_checked(path, where, row), where))
@@ -216,25 +219,38 @@ def _objects(
     return PromptFile(path, tuple(found), key, blank)
 
 
+def _key(path: Path, where: str, names: Sequence[str]) -> str:
+    """The prompt's key in a JSON object: "prompt" or "prompts" in any case. ValueError that shows what there is."""
+    near = [name for name in names if name.lower() in COLUMNS[0]]
+    if "prompt" in near or len(near) == 1:
+        return "prompt" if "prompt" in near else near[0]
+    raise ValueError(
+        f'prompt file {path}, {where}: expected one key "prompt", got {_shown(names)}. If another one holds the prompts, '
+        f"{NAME_IT}"
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(repr(name[:40]) for name in names[:12]) + (", ..." if len(names) > 12 else "") or "none"
+
+
 def _column(path: Path, where: str, names: Sequence[str], given: str | None) -> str:
-    """The prompt column of a row's names. ValueError that shows them where none or several could be it."""
-    shown = ", ".join(repr(name[:40]) for name in names[:12]) + (", ..." if len(names) > 12 else "")
-    advice = "name it with prompts.column=NAME (gdmd eval: --prompt-column NAME)"
+    """The prompt column of a table. ValueError that shows its columns where none or several could be it."""
     if given is not None:
         if given in names:
             return given
-        raise ValueError(f"prompt file {path}, {where}: has no column {given!r}; its columns are {shown or 'none'}")
+        raise ValueError(f"prompt file {path}, {where}: has no column {given!r}; its columns are {_shown(names)}")
     for group in COLUMNS:
         near = [name for name in names if name.strip().lower() in group]
         if len(near) > 1:
             raise ValueError(
-                f"prompt file {path}, {where}: {' and '.join(map(repr, near))} may be the prompts; {advice}"
+                f"prompt file {path}, {where}: {' and '.join(map(repr, near))} may be the prompts; {NAME_IT}"
             )
         if near:
             return near[0]
     raise ValueError(
-        f"prompt file {path}, {where}: no column is called prompt, caption or text; its columns are {shown or 'none'}. "
-        f"If one of them holds the prompts, {advice}"
+        f"prompt file {path}, {where}: no column is called prompt, caption or text; its columns are {_shown(names)}. "
+        f"If one of them holds the prompts, {NAME_IT}"
     )
 
 
@@ -242,7 +258,7 @@ def _object(path: Path, where: str, row: Mapping[str, Any], key: str) -> Prompt:
     """The prompt of a row, and the row with that prompt under "prompt"."""
     text = row.get(key)
     if not isinstance(text, str):
-        got = json.dumps(text, ensure_ascii=False)[:60] if key in row else "no such key"
+        got = json.dumps(text, ensure_ascii=False)[:60] if key in row else f"only {_shown(list(row))}"
         raise ValueError(
             f"prompt file {path}, {where}: {key!r} must be a text, got {got}; write a prompt or remove the row"
         )

@@ -103,7 +103,7 @@ def test_nothing_is_extracted_and_links_are_not_followed(tmp_path: Path, monkeyp
         ([("0.txt", b"  \n")], "member 0.txt: the prompt is empty"),
         ([("0.txt", b"a"), ("0.txt", b"b")], "member '0.txt': comes twice"),
         ([("0.txt", b"x" * (LARGEST_MEMBER + 1))], f"bytes; at most {LARGEST_MEMBER}"),
-        ([("0.json", b'{"words": "a"}')], "member 0.json: no column is called prompt"),
+        ([("0.json", b'{"words": "a"}')], """member 0.json: expected one key "prompt", got 'words'"""),
         ([("0.json", b"[1")], "member 0.json: not JSON"),
     ],
 )
@@ -156,8 +156,9 @@ a red dog\tAnimals\tBasic\t
         ("p.csv", "prompt,text\na sign,STOP\n", ("a sign",)),
         ("p.csv", "prompt,a,b\na short row\na long row,1,2,,\n", ("a short row", "a long row")),
         ("p.NDJSON", '{"prompt": "a dog", "id": 1}\n{"prompt": "a cat", "id": 2}\n', ("a dog", "a cat")),
+        ("p.jsonl", '{"Prompt": "not this", "prompt": "a dog"}', ("a dog",)),
         ("p.JSONL", '\ufeff{"Prompt": "a dog"}\n', ("a dog",)),
-        ("p.JSON", '[{"text": "a dog"}]', ("a dog",)),
+        ("p.JSON", '[{"PROMPTS": "a dog"}]', ("a dog",)),
         ("p.TXT", "\ufeffa dog\n\n  \na cat, and a dog\n", ("a dog", "a cat, and a dog")),
     ],
 )
@@ -200,6 +201,8 @@ def test_a_column_can_be_named_and_the_others_are_metadata(tmp_path: Path) -> No
     path = tmp_path / "p.csv"
     path.write_text("caption,text,n\na dog,un chien,1\n")
     assert read_prompts(path, "text").meta == ({"prompt": "un chien", "caption": "a dog", "n": "1"},)
+    (tmp_path / "p.jsonl").write_text('{"text": "a dog"}\n')
+    assert read_prompts(tmp_path / "p.jsonl", "text").meta == ({"prompt": "a dog"},)
     with pytest.raises(ValueError, match="has no column 'words'; its columns are 'caption', 'text', 'n'"):
         read_prompts(path, "words")
     (tmp_path / "p.txt").write_text("a dog\n")
