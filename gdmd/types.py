@@ -119,6 +119,15 @@ class DistantReward(Reward, Protocol):
         ...
 
 
+@runtime_checkable
+class Explains(Protocol):
+    """A reward that knows why images had no score."""
+
+    def unscored_because(self) -> str:
+        """A sentence for an error or a warning; "" where there is nothing to say."""
+        ...
+
+
 def score_all(rewards: Sequence[Reward], images: Tensor, prompts: PromptBatch) -> list[Tensor]:
     """The scores [B] of each reward. Distant ones are asked first and awaited last, so they work side by side, and beside
     those of this machine. After an error of one, nothing more is asked of the others."""

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from gdmd.config.sources import SourceConfig
 
 Prompts = Annotated[
-    str | None, typer.Option("--prompts", help="txt or jsonl; default for Shapes sources: the fixed evaluation set.")
+    str | None,
+    typer.Option("--prompts", help="txt, csv, jsonl, ...; default for Shapes sources: their evaluation set."),
+]
+Column = Annotated[
+    str | None, typer.Option("--prompt-column", help="Column with the prompts; default: prompt, else caption or text.")
 ]
 Images = Annotated[int, typer.Option("--images", "-n", min=1, max=4096, help="Images per prompt.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
@@ -50,6 +54,7 @@ def preference_command(
     features: Features = None,
     reference: Reference = None,
     device: Device = None,
+    prompt_column: Column = None,
     shard: Shard = None,
     json: Json = False,
 ) -> None:
@@ -68,7 +73,7 @@ def preference_command(
     from gdmd.programs.compare_models import Wanted, make_only, preference
 
     given = (prompts, limit, per_task, images, seed, tuple(scorer or ()), features, reference, device)
-    wanted = Wanted(*given, part or (0, 1))
+    wanted = Wanted(*given, part or (0, 1), column=prompt_column)
     if part:
         _say(f"{make_only(source, wanted, where, _say)} prompts have their images in {where / 'images'}")
         return
@@ -88,6 +93,7 @@ def compare_command(
     features: Features = None,
     reference: Reference = None,
     device: Device = None,
+    prompt_column: Column = None,
     gallery: Annotated[int, typer.Option(min=1, help="Prompts shown on the page, spread over all.")] = 24,
     json: Json = False,
 ) -> None:
@@ -104,7 +110,7 @@ def compare_command(
     from gdmd.programs.compare_models import Wanted, compare
 
     given = (prompts, limit, per_task, images, seed, tuple(scorer or ()), features, reference, device)
-    content = compare(sources, Wanted(*given, gallery=gallery), folder, _say)
+    content = compare(sources, Wanted(*given, gallery=gallery, column=prompt_column), folder, _say)
     _show(content, content["rows"], json)
 
 

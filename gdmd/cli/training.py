@@ -26,7 +26,7 @@ def train_command(
     ] = None,
     run: RunFolder = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Go on with this run, bit for bit; needs no recipe.")
+        Path | None, typer.Option("--resume", help="Continue this run, bit for bit; needs no recipe.")
     ] = None,
     evaluation: Annotated[
         bool, typer.Option("--eval/--no-eval", help="Evaluate the EMA student at the end and write report.html.")
@@ -37,6 +37,12 @@ def train_command(
     restarts: Annotated[
         int, typer.Option("--restarts", min=0, help="With --gpus: go on by itself after a failure, so many times.")
     ] = 0,
+    accept: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changes", help="Resume with a changed prompt file, base model or reward; the run shows it."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Train a recipe: checkpoints, metrics.jsonl, TensorBoard, sample grids and a report in one run folder.
@@ -57,7 +63,7 @@ def train_command(
     recipe, overrides = _split_words(words or [], needed=resume is None)
     if resume is not None and run is not None:
         raise ValueError("--run and --resume were both given: --resume already names the folder of the run")
-    asked = Asked(recipe, tuple(overrides), run, resume, evaluation, json)
+    asked = Asked(recipe, tuple(overrides), run, resume, evaluation, json, accept)
     raise typer.Exit(_run(asked, gpus or 1, restarts))
 
 
@@ -71,6 +77,7 @@ class Asked:
     resume: Path | None
     evaluation: bool
     json: bool
+    accept: bool = False
 
     def config(self) -> RunConfig:
         """The configuration, checked."""
@@ -97,6 +104,7 @@ class Asked:
         """The same as words, for the processes that a launcher starts."""
         chosen = ["--run", str(folder)] if self.resume is None else ["--resume", str(self.resume)]
         flags = ["--eval" if self.evaluation else "--no-eval", *(["--json"] if self.json else [])]
+        flags += ["--accept-changes"] if self.accept else []
         return ["train", *([self.recipe] if self.recipe else []), *self.overrides, *chosen, *flags]
 
 
@@ -131,9 +139,10 @@ def _train(asked: Asked) -> int:
 
     with session(cfg.loop.rank_timeout) as world:
         if asked.resume is None:
-            trained = start(cfg, asked.run, console, evaluation=asked.evaluation, command=sys.argv, world=world)
+            again = {"evaluation": asked.evaluation, "world": world}
+            trained = start(cfg, asked.run, console, command=sys.argv, accept=asked.accept, **again)
         else:
-            cfg, run = take_up(asked.resume, asked.recipe, asked.overrides, world)
+            cfg, run = take_up(asked.resume, asked.recipe, asked.overrides, world, console, accept=asked.accept)
             trained = go(cfg, run, ready(cfg, world, console), console, evaluation=asked.evaluation, world=world)
         if asked.json and world.first:
             print_json(trained.json())

@@ -56,9 +56,18 @@ class PromptConfig(Config):
 
     file: str | None = Field(
         default=None,
-        description="txt (one caption a line), jsonl ({'prompt': ...} a line), json (an array), tar (WebDataset), or a "
-        "shipped set: text_rendering; default: the training captions.",
+        description="txt (one prompt a line), csv or tsv (a prompt column), jsonl or ndjson ({'prompt': ...} a line), json "
+        "(an array), parquet, tar (WebDataset), or a shipped set: text_rendering; default: the training captions.",
     )
+    column: str | None = Field(
+        default=None, description="Column or key with the prompts; default: prompt, else caption or text."
+    )
+
+    @model_validator(mode="after")
+    def _column_of_a_file(self) -> PromptConfig:
+        if self.column is not None and self.file is None:
+            raise ValueError("column names a column of prompts.file, which is not set; set prompts.file too")
+        return self
 
 
 class EvalConfig(Config):

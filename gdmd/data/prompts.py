@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gdmd.data.prompt_files import prompts_in
+from gdmd.data.prompt_files import PromptFile, prompts_in
 from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
 from gdmd.shapes.grammar import TASKS, catalogue
 from gdmd.types import PromptBatch, TextEncoder
 
-SHIPPED = {"text_rendering": "pictures that show a given text, quoted in the prompt: for the OCR reward"}
+SHIPPED = {"text_rendering": "images that show a given text, quoted in the prompt: for the OCR reward"}
 """Prompt sets of the package, by the name that a recipe may give in the place of a path."""
 
 
@@ -24,32 +24,16 @@ def prompt_file(given: str) -> Path:
     return Path(__file__).parent / f"{given}.txt" if given in SHIPPED else Path(given)
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a txt, jsonl, json or WebDataset tar file, in order. ValueError for anything malformed."""
-    return tuple(prompt.text for prompt in prompts_in(path))
-
-
-def read_meta(path: Path) -> dict[str, Mapping[str, Any]]:
-    """The whole JSON object of every prompt that has one, by its text, for rewards that read more than the text.
-
-    A txt file has none. ValueError for a prompt that comes twice with different objects.
-    """
-    if path.suffix == ".txt":
-        return {}
-    found: dict[str, Mapping[str, Any]] = {}
-    for prompt in prompts_in(path):
-        if prompt.meta is not None and found.setdefault(prompt.text, prompt.meta) != prompt.meta:
-            raise ValueError(
-                f"prompt file {path}, {prompt.where}: the prompt {prompt.text[:40]!r} came before with other metadata"
-            )
-    return found
+def read_prompts(given: str | Path, column: str | None = None) -> PromptFile:
+    """The prompts of a file or a shipped set, in order; see ``prompt_files``. ValueError for anything malformed."""
+    return prompts_in(prompt_file(str(given)), column)
 
 
 class PromptStream:
     """Batches of prompts drawn from a list, uniformly over its groups (tasks), then over the members of a group.
 
     ``group``: samples per prompt. Sample i shows prompt i // group, whose number is its group id; the prompts are the
-    first ones of the batch with one sample each. ``meta``: what else is known of every prompt, by its text.
+    first ones of the batch with one sample each. ``meta``: what else is known of each prompt, laid out as ``groups``.
     """
 
     def __init__(
@@ -59,7 +43,7 @@ class PromptStream:
         batch_size: int,
         seed: int,
         group: int = 1,
-        meta: Mapping[str, Mapping[str, Any]] | None = None,
+        meta: Sequence[Sequence[Mapping[str, Any]]] | None = None,
     ) -> None:
         if not groups or not all(groups):
             raise ValueError("a prompt stream needs at least one prompt in every group")
@@ -77,11 +61,11 @@ class PromptStream:
         rng = SampleRng(self.seed, step, index[:: self.group] // self.group)  # on the CPU: read by Python
         which = rng.integer("prompt_group", len(self.groups)).tolist()
         place = rng.uniform("prompt").tolist()
-        chosen = [self.groups[g] for g in which]
-        drawn = [own[int(p * len(own))] for own, p in zip(chosen, place, strict=True)]
-        texts = tuple(text for text in drawn for _ in range(self.group))[start:stop]
+        drawn = [(g, int(p * len(self.groups[g]))) for g, p in zip(which, place, strict=True)]
+        rows = [row for row in drawn for _ in range(self.group)][start:stop]
+        texts = tuple(self.groups[g][k] for g, k in rows)
         batch = batch_of(texts, self.encoder, index[start:stop], (index // self.group)[start:stop])
-        return replace(batch, meta=tuple(self.meta[text] for text in texts)) if self.meta else batch
+        return replace(batch, meta=tuple(self.meta[g][k] for g, k in rows)) if self.meta else batch
 
 
 def batch_of(

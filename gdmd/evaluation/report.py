@@ -21,8 +21,10 @@ from gdmd.evaluation.health import health_panels, training_curves
 from gdmd.evaluation.plots import Metrics, bars, radar
 from gdmd.evaluation.run_results import Result, run_results
 from gdmd.io import RunError, write_atomic
+from gdmd.runs import reward_signal
 from gdmd.runs.best import named_best
 from gdmd.runs.checkpoint import steps
+from gdmd.runs.inputs import change_lines, input_lines
 from gdmd.runs.rundir import Run, open_run, read_facts, read_metrics
 from gdmd.shapes.grammar import TASKS
 
@@ -45,6 +47,8 @@ class Provenance:
     machine: str = ""
     started: str = ""
     config: str = ""  # YAML
+    inputs: Sequence[str] = ()  # what was read, by content
+    changes: Sequence[str] = ()  # inputs that changed while the run was stopped, accepted by the user
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,14 @@ def write_report(
     facts: Mapping[str, str] | None = None,
     results: Sequence[Result] = (),
     shapes: bool = True,
+    findings: Sequence[str] = (),
 ) -> Path:
     """Write the page to ``path`` (a file, or a folder that gets report.html) and return where it lies.
 
     rows: row name -> ``Evaluation.json()``, the teacher first. grids: caption -> PNG. metrics: run name -> rows of
     metrics.jsonl. trained: names of the rewards the student was trained on; all other measures are marked unseen.
     facts: settings of the run. results: other evaluations of it. shapes: whether ``rows`` are what is expected.
+    findings: what is wrong with the training, in sentences.
     """
     target = path if path.suffix == ".html" else path / "report.html"
     columns = _columns(rows, trained)
@@ -100,6 +106,7 @@ def write_report(
         results=results,
         shapes=shapes,
         runs=[(name, training_curves(own), health_panels(own)) for name, own in (metrics or {}).items()],
+        findings=findings,
         provenance=provenance or Provenance(),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +135,7 @@ def report_run(folder: Path) -> Path:
         facts=describe.facts(cfg) | _progress(run, metrics, there),
         results=run_results(folder, there[-1] if there else None),
         shapes=shapes,
+        findings=reward_signal.findings(metrics, cfg.loop.batch_size, cfg.loop.steps),
     )
 
 
@@ -141,6 +149,8 @@ def _provenance(run: Run) -> Provenance:
         machine=f"{found.get('platform', '')}, {found.get('cpu_count', '?')} CPU cores",
         started=found.get("started", ""),
         config=yaml.safe_dump(dict(run.config), sort_keys=False),
+        inputs=input_lines(found),
+        changes=change_lines(found),
     )
 
 

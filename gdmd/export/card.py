@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from gdmd.config.describe import METHODS, student_updates
 from gdmd.config.run import RunConfig
 from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.export.pipeline import left_out
+from gdmd.runs.inputs import INPUTS, change_lines
 
 
 def model_card(
@@ -130,7 +130,8 @@ def _table(cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str]) -> 
         "batch": cfg.loop.batch_size,
         "rewards": ", ".join(rewards) or "none",
         **_scoring(facts.get("scoring")),
-        **_data(cfg),
+        **_data(cfg, facts),
+        **({"inputs changed": "; ".join(changed)} if (changed := change_lines(facts)) else {}),
         "seed": cfg.loop.seed,
         "code": facts.get("commit") or "not recorded",
     }
@@ -152,12 +153,12 @@ def _scoring(found: Mapping[str, Any] | None) -> Mapping[str, str]:
     return {"rewards seen through": "; ".join([Path(found["decoder"]).name, *found["lines"]])} if found else {}
 
 
-def _data(cfg: RunConfig) -> Mapping[str, str]:
+def _data(cfg: RunConfig, facts: Mapping[str, Any]) -> Mapping[str, str]:
     """The rows of what was seen: prompts, and real images where the method read some."""
     if cfg.real_data is None:
-        return {"prompts": _prompts(cfg.prompts.file)}
+        return {"prompts": _prompts(cfg.prompts.file, facts)}
     captions = "the captions of the real images"
-    prompts = _prompts(cfg.prompts.file) if cfg.prompts.file else captions
+    prompts = _prompts(cfg.prompts.file, facts) if cfg.prompts.file else captions
     return {"prompts": prompts, "real images": ", ".join(_names(cfg))}
 
 
@@ -166,15 +167,12 @@ def _names(cfg: RunConfig) -> Sequence[str]:
     return [Path(source).name for source in cfg.real_data.source] if cfg.real_data else []
 
 
-def _prompts(file: str | None) -> str:
-    """The name of the prompt file and, where it still lies there, its lines and SHA-256."""
+def _prompts(file: str | None, facts: Mapping[str, Any]) -> str:
+    """The name of the prompt file and the SHA-256 that the run recorded, whatever lies in its place now."""
     if file is None:
         return "not recorded"
-    path = Path(file)
-    if not path.is_file():
-        return path.name
-    content = path.read_bytes()
-    return f"{path.name}, {len(content.splitlines())} lines, SHA-256 {hashlib.sha256(content).hexdigest()}"
+    fingerprint = facts.get(INPUTS, {}).get("prompts.file", {}).get("fingerprint") or ""
+    return Path(file).name + (f", SHA-256 {fingerprint.removeprefix('sha256:')}" if fingerprint else "")
 
 
 def _metrics(measured: Mapping[str, Any] | None) -> Sequence[str]:

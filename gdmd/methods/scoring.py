@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,18 +12,56 @@ from gdmd.diffusion.schedule import expand
 from gdmd.types import Codec, PromptBatch, Reward, score_all
 
 
+class Seen:
+    """What the rewards said since the last look, summed on the device: no scored value waits for the host."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None  # [R], the first score of each reward; NaN before there is one
+        self._sums: Tensor | None = None  # [R, 2]: images with a score, sum |score - first|
+        self._images = 0
+
+    @torch.no_grad()
+    def add(self, scores: Tensor) -> None:
+        """Raw scores [R, B]."""
+        scored = ~scores.isnan()
+        any_score = torch.where(scored, scores, -torch.inf).amax(1)
+        any_score = torch.where(scored.any(1), any_score, torch.nan)
+        self._first = any_score if self._first is None else torch.where(self._first.isnan(), any_score, self._first)
+        distance = torch.where(scored, (scores - self._first[:, None]).abs(), 0.0)
+        sums = torch.stack([scored.sum(1).double(), distance.double().sum(1)], 1)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._images += scores.shape[1]
+
+    def stats(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Share of unscored images and mean distance from the first score (NaN = none scored) since the last call."""
+        if self._sums is None:
+            return {}
+        count, distance = self._sums.unbind(1)
+        unscored, spread = 1 - count / self._images, distance / count
+        self._sums, self._images = None, 0
+        found: dict[str, Tensor] = {}
+        for k, name in enumerate(names):  # read by runs.reward_signal
+            found |= {f"scores/{name}/unscored": unscored[k], f"scores/{name}/spread": spread[k]}
+        return found
+
+
 @dataclass(frozen=True)
 class Scorer:
     """Latents -> one score per reward. A call passes no gradient through decoder or reward, only ``through`` does."""
 
     codec: Codec
     rewards: Sequence[Reward]
+    seen: Seen = field(default_factory=Seen, repr=False, compare=False)
+
+    def stats(self) -> Mapping[str, Tensor]:
+        """Whether each reward scores, and whether its scores differ, since the last call; nothing if it was not asked."""
+        return self.seen.stats([reward.name for reward in self.rewards])
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, prompts: PromptBatch) -> Tensor:
         """latents [B, C, H, W] -> raw scores [R, B], fp32, in each reward's own units; NaN = not scored.
 
-        The decoded picture is clipped to [0, 1], the range in which a reward is defined (what saving it would do).
+        The decoded image is clipped to [0, 1], the range in which a reward is defined (what saving it would do).
         """
         return self._raw(self.codec.decode(latents).float().clamp(0, 1), prompts)
 
@@ -73,7 +111,9 @@ class Scorer:
                     f"reward {reward.name!r} returned shape {list(one.shape)} for {len(images)} images; "
                     "a reward returns one number per image"
                 )
-        return torch.stack([one.float() for one in scores])
+        raw = torch.stack([one.float() for one in scores])
+        self.seen.add(raw.detach())
+        return raw
 
 
 def mean_advantage(reward_target: Tensor, reward_sample: Tensor, scale: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from gdmd.config.run import RewardConfig
 from gdmd.config.sources import SourceConfig
-from gdmd.data.prompts import prompt_file
 from gdmd.evaluation.image_folders import image_file, read_images
 from gdmd.evaluation.model_page import Gallery, write_page
 from gdmd.evaluation.preference import Scores, paired_difference
@@ -51,8 +50,9 @@ RESULT, PAGE = "compare.json", "compare.html"
 class Wanted:
     """What is measured: the options of both commands.
 
-    prompts: None = the fixed captions of the Shapes world. scorers, features: as written on the command line; none =
-    those of the Shapes world, or the rewards of the run. shard: (k, n), this process makes every n-th prompt from k.
+    prompts: None = the fixed captions of the Shapes world; column: where a table has them. scorers, features: as written
+    on the command line; none = those of the Shapes world, or the rewards of the run. shard: (k, n), this process makes
+    every n-th prompt from k.
     """
 
     prompts: str | None = None
@@ -66,6 +66,7 @@ class Wanted:
     device: str | None = None
     shard: tuple[int, int] = (0, 1)
     gallery: int = 24
+    column: str | None = None
 
 
 def preference(cfg: SourceConfig, wanted: Wanted, folder: Path, say: Say) -> dict[str, Any]:
@@ -109,6 +110,8 @@ def _measured(
         raise ValueError("--prompts is missing: only sources of the Shapes world have a prompt set of their own")
     specs = _specs(wanted, sources, shapes)
     asked = _asked(wanted)
+    if asked.note:
+        say(asked.note)
     if shapes:
         rows_of(asked)
     device = wanted.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -160,7 +163,7 @@ def _against(own: Mapping[str, Scores], first: Mapping[str, Scores]) -> dict[str
 
 def _asked(wanted: Wanted) -> Asked:
     if wanted.prompts is not None:
-        return asked_of(prompt_file(wanted.prompts), wanted.images, wanted.seed, wanted.limit)
+        return asked_of(wanted.prompts, wanted.images, wanted.seed, wanted.limit, wanted.column)
     texts = tuple(catalogue().captions[row].text for row in fixed_rows("eval", wanted.per_task).tolist())
     texts = texts[: wanted.limit]
     return Asked("the Shapes evaluation set", texts, tuple({"prompt": t} for t in texts), wanted.images, wanted.seed)

@@ -24,6 +24,10 @@ MAY_CHANGE = (
 )
 """What a resumed run may change: how long it goes on, what it writes and on what it runs, and what it does about numbers
 that are not finite, which stopped it; never what it computes from finite ones."""
+MOVABLE = ("model.path", "model.teacher", "model.vae", "model.scoring_decoder", "prompts.file", "real_data.latents")
+"""Places that may change where the content is the same: ``programs.inputs`` checks it."""
+WEIGHTS = ("path", "clip", "tokenizer", "detector", "asset")
+"""Places of a reward's weights: likewise."""
 SERVER = ("url", "token_variable", "timeout_s", "retries", "batch", "on_failure", "max_unscored")
 """Fields of a remote reward that may change, too: where its server is, and how long it is waited for."""
 TEACHERS = ("teacher", "teacher-4", "teacher-4-plain")
@@ -59,19 +63,27 @@ def check_resumable(folder: Path, recipe: str | None, overrides: Sequence[str]) 
     """
     before = config_of(folder)
     cfg = read_recipe(recipe, overrides) if recipe else config_of(folder, overrides)
-    old, new = (_without_servers(one.model_dump(mode="json")) for one in (before, cfg))
-    check_same_config(Run(Path(folder), old), new, MAY_CHANGE)
+    old, new = (_without_places(one.model_dump(mode="json")) for one in (before, cfg))
+    advice = (
+        "A resumed run keeps its configuration: leave these keys out. To change them, start another run that begins with "
+        f"this one's student: gdmd train RECIPE KEY=VALUE loop.start_from={folder}"
+    )
+    check_same_config(Run(Path(folder), old), new, (*MAY_CHANGE, *MOVABLE), advice)
     return cfg
 
 
-def _without_servers(part: Any) -> Any:
-    """A configuration as plain data, its remote rewards (also those of a composite) without the fields SERVER."""
+def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as plain data whose rewards (also those of a composite) do not say where they are."""
+    return {**config, "rewards": [_without_place(one) for one in config["rewards"]]}
+
+
+def _without_place(part: Any) -> Any:
     if isinstance(part, list):
-        return [_without_servers(one) for one in part]
+        return [_without_place(one) for one in part]
     if not isinstance(part, dict):
         return part
-    hidden = SERVER if part.get("kind") == "remote" else ()
-    return {key: _without_servers(value) for key, value in part.items() if key not in hidden}
+    hidden = SERVER if part.get("kind") == "remote" else WEIGHTS
+    return {key: _without_place(value) for key, value in part.items() if key not in hidden}
 
 
 def resumed(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[RunConfig, Run]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gdmd.config.model import DiffusersModel
-from gdmd.io import write_atomic
-from gdmd.runs.rundir import Run, read_facts
+from gdmd.runs.rundir import Run, read_facts, write_facts
 
 KEY = "hub_commits"
 """Of run.json."""
@@ -35,7 +33,7 @@ def tell_commits(model: DiffusersModel, run: Run, console: Console, cache: Path 
             console.print(said, markup=False, highlight=False, soft_wrap=True)
     known = {**{name: commit for name, _, commit in found.values()}, **before}
     if known != before:
-        write_atomic(run.path / "run.json", json.dumps(facts | {KEY: known}, indent=2), "the run's facts")
+        write_facts(run.path, facts | {KEY: known})
 
 
 def hub_commits(model: DiffusersModel, cache: Path | None = None) -> dict[str, tuple[str, str | None, str]]:

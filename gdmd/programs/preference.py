@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gdmd.config.run import RewardConfig
-from gdmd.data.prompts import read_meta, read_prompts
+from gdmd.data.prompts import read_prompts
 from gdmd.evaluation.image_folders import image_file, read_image, write_image, write_metadata
 from gdmd.evaluation.preference import Scores, clustered_mean, speed
 from gdmd.io import RunError, append_jsonl, content_hash, file_hash, finite_or_none, numbered_jsonl, write_atomic
@@ -45,6 +45,7 @@ class Asked:
     meta: tuple[Mapping[str, Any], ...]
     images: int
     seed: int
+    note: str = ""
 
     @property
     def places(self) -> list[Place]:
@@ -60,11 +61,11 @@ class Produced:
     seconds: float | None
 
 
-def asked_of(path: Path, images: int, seed: int, limit: int | None = None) -> Asked:
-    """The first ``limit`` prompts of a txt or jsonl file."""
-    texts = read_prompts(path)[:limit]
-    known = read_meta(path)
-    return Asked(path.name, texts, tuple(known.get(text, {"prompt": text}) for text in texts), images, seed)
+def asked_of(given: str | Path, images: int, seed: int, limit: int | None = None, column: str | None = None) -> Asked:
+    """The first ``limit`` prompts of a file or a shipped set, each with its row."""
+    found = read_prompts(given, column)
+    meta = found.meta or tuple({"prompt": text} for text in found.texts)
+    return Asked(found.path.name, found.texts[:limit], meta[:limit], images, seed, found.note())
 
 
 def produce(source: Source, asked: Asked, folder: Path, say: Say, shard: tuple[int, int] = (0, 1)) -> Produced:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -19,15 +20,17 @@ from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
+from gdmd.data.prompts import read_prompts
 from gdmd.evaluation.report import report_run
 from gdmd.io import SHARDS_STAY, writing
 from gdmd.programs.decoders import check_decoder
 from gdmd.programs.evaluate import finish_run, grid_hook
-from gdmd.programs.folders import new_folder, resumed
+from gdmd.programs.folders import check_resumable, new_folder, resumed
 from gdmd.programs.hub_pins import tell_commits
+from gdmd.programs.inputs import check_start, settle_inputs
 from gdmd.programs.long_prompts import warn_of_lab
 from gdmd.recipes.build import Lab, build, compile_networks
-from gdmd.recipes.rewards import reward_stats
+from gdmd.recipes.rewards import reason_unscored, reward_stats, try_rewards
 from gdmd.runs.rundir import Run, create, open_run
 from gdmd.shapes.grammar import catalogue
 from gdmd.training.distributed import SINGLE, World
@@ -77,10 +80,15 @@ def start(
     evaluation: bool,
     command: Sequence[str],
     world: World = SINGLE,
+    accept: bool = False,
 ) -> Trained:
-    """Train a recipe in a new folder. Everything that can be wrong with the input is found before it is made."""
+    """Train a recipe in a new folder. Everything that can be wrong with the input is found before it is made.
+
+    ``accept``: loop.start_from may be a run of another base model.
+    """
     require_start(cfg.loop.start_from)
     check_model(cfg.loop.start_from, cfg.model_dump(mode="json"))
+    world.on_first(lambda: check_start(cfg, accept=accept))
     lab = ready(cfg, world, console)
     check_roles(cfg.loop.start_from, lab.roles)
 
@@ -90,9 +98,26 @@ def start(
     return go(cfg, open_run(Path(world.on_first(make))), lab, console, evaluation=evaluation, world=world)
 
 
-def take_up(folder: Path, recipe: str | None, overrides: Sequence[str], world: World) -> tuple[RunConfig, Run]:
-    """The run to continue: rank 0 writes what has changed in its configuration, then all read it."""
-    world.on_first(lambda: str(resumed(folder, recipe, overrides)[1].path))
+def take_up(
+    folder: Path,
+    recipe: str | None,
+    overrides: Sequence[str],
+    world: World,
+    console: Console = QUIET,
+    *,
+    accept: bool = False,
+) -> tuple[RunConfig, Run]:
+    """The run to continue: rank 0 checks its inputs and writes what has changed in its configuration, then all read it.
+
+    RunError for inputs whose content changed, unless ``accept``.
+    """
+
+    def settle() -> None:
+        cfg = check_resumable(folder, recipe, overrides)
+        settle_inputs(cfg, open_run(folder), console, accept=accept)
+        resumed(folder, recipe, overrides)
+
+    world.on_first(settle)
     return resumed(folder, recipe, overrides)
 
 
@@ -101,10 +126,11 @@ def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> La
     if world.size > 1:
         world.span(cfg.loop.batch_size)
     check_best_metric(cfg)
-    check_prompts(cfg)
+    check_prompts(cfg, console)
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
     lab = build(cfg)
+    world.on_first(lambda: _try_rewards(cfg, lab))
     compile_networks(cfg, lab)
     texts = [text for group in lab.stream.groups for text in group]
     warn_of_lab(lab, texts, say=world.first)
@@ -115,6 +141,19 @@ def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> La
             encoder.refresh()
             encoder.prepare(texts)
     return lab
+
+
+def _try_rewards(cfg: RunConfig, lab: Lab) -> None:
+    if not cfg.method.rewarded:
+        return
+    device = next(iter(lab.roles.parameters("student").values())).device
+    if isinstance(cfg.model, DiffusersModel):
+        size = (cfg.model.height, cfg.model.width)
+    else:
+        height, width = lab.codec.decode(torch.zeros(1, *lab.latent_shape, device=device)).shape[2:]
+        size = (height, width)
+    meta = lab.stream.meta[0][0] if lab.stream.meta else None
+    try_rewards(lab.rewards, size, lab.stream.groups[0][0], meta, str(device))
 
 
 def embed(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) -> None:
@@ -131,18 +170,21 @@ def embed(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) -
         encoder.prepare(texts, lambda done: progress.advance(bar, done))
 
 
-def check_prompts(cfg: RunConfig) -> None:
-    """ValueError with file and line for a prompt that is no caption of the Shapes language."""
-    from gdmd.data.prompts import prompt_file, read_prompts
-
-    if cfg.prompts.file is None or cfg.model.kind != "shapes":
+def check_prompts(cfg: RunConfig, console: Console = QUIET) -> None:
+    """Say what the prompt file's reader skipped; ValueError with its line for a prompt outside the Shapes language."""
+    if cfg.prompts.file is None:
+        return
+    found = read_prompts(cfg.prompts.file, cfg.prompts.column)
+    if note := found.note():
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    if cfg.model.kind != "shapes":
         return
     table = catalogue()
-    for number, text in enumerate(read_prompts(prompt_file(cfg.prompts.file)), 1):
+    for prompt in found.prompts:
         try:
-            table.row(text)
+            table.row(prompt.text)
         except ValueError as error:
-            raise ValueError(f"prompt file {cfg.prompts.file}, line {number}: {error}") from error
+            raise ValueError(f"prompt file {cfg.prompts.file}, {prompt.where}: {error}") from error
 
 
 def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool, world: World = SINGLE) -> Trained:
@@ -150,6 +192,7 @@ def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool
     console.print(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name, markup=False, highlight=False)
     console.print(f"{student(cfg)}; {length(cfg)}", markup=False, highlight=False)
     console.print(f"run folder {run.path}", markup=False, highlight=False)
+    world.on_first(lambda: settle_inputs(cfg, run, console))  # again after a resume: hub ids are resolved by now
     model = cfg.model
     if isinstance(model, DiffusersModel):
         world.on_first(lambda: tell_commits(model, run, console))
@@ -157,7 +200,12 @@ def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool
     began = time.perf_counter()
     with progress_for(cfg.loop.steps, console) as progress:
         watcher = progress if world.first else Silent()
-        hooks = Hooks(watcher, grid_hook(lab, cfg), lambda: reward_stats(lab.rewards))
+        scorer = getattr(lab.method, "scorer", None)  # of the methods that read rewards
+
+        def stats() -> Mapping[str, Any]:
+            return {**reward_stats(lab.rewards), **(scorer.stats() if scorer else {})}
+
+        hooks = Hooks(watcher, grid_hook(lab, cfg), stats, lambda name: reason_unscored(lab.rewards, name))
         end = train(lab.method, lab.roles, lab.stream, cfg.loop, run, hooks, world)
     trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began)
     if end.signal is not None or not evaluation or not world.first:

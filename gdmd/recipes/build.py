@@ -25,7 +25,7 @@ from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.run import RewardConfig, RunConfig, ShapesModel, ShapesReward
 from gdmd.data.embeddings import CachedText
 from gdmd.data.latents import RenderedLatents
-from gdmd.data.prompts import PromptStream, prompt_file, read_meta, read_prompts, training_captions
+from gdmd.data.prompts import PromptStream, read_prompts, training_captions
 from gdmd.diffusion.sampling import times
 from gdmd.methods.distillation import RealLatents
 from gdmd.methods.dmd import Dmd
@@ -77,7 +77,9 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Lab:
     roles = ShapesRoles(teacher, bf16=bf16, head_seed=head_seed(cfg))
     encoder = ShapesTextEncoder(device)
     rewards = build_rewards(cfg.rewards, device)
-    groups = [list(read_prompts(prompt_file(cfg.prompts.file)))] if cfg.prompts.file else training_captions()
+    groups = training_captions()
+    if cfg.prompts.file is not None:
+        groups = [list(read_prompts(cfg.prompts.file, cfg.prompts.column).texts)]
     check_prompts(cfg.rewards, (text for group in groups for text in group))
     stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed, cfg.method.prompt_group)
     real = RenderedLatents(codec) if cfg.method.student_input == "data" or roles.critic else None
@@ -87,7 +89,7 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Lab:
 def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     """Times in the recipe are uniform; the method gets them through the family's clock."""
     real = real_latents_of(cfg, model)
-    prompts = training_prompts(cfg, real)
+    prompts, meta = training_prompts(cfg, real)
     check_prompts(cfg.rewards, prompts)
     from gdmd.backbones.distilled import check_guidance
     from gdmd.backbones.pipelines import LateText, encoder_identity, open_family, scoring_codec
@@ -101,8 +103,9 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
     rewards = build_rewards(cfg.rewards, device) if cfg.method.rewarded else ()
-    meta = read_meta(prompt_file(cfg.prompts.file)) if cfg.prompts.file else None
-    stream = PromptStream([prompts], encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, meta)
+    stream = PromptStream(
+        [prompts], encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, [meta] if meta else None
+    )
     place = Place(family.latent_shape, family.native, family.teacher_times)
     codec = scoring_codec(family, device)
     method = method_of(cfg.model_copy(update={"method": own}), roles, codec, rewards, place, real)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
 from gdmd.config.run import RunConfig
-from gdmd.data.prompts import prompt_file, read_prompts
+from gdmd.data.prompts import read_prompts
 from gdmd.data.real_latents import LatentStore, StoredLatents
 from gdmd.types import Codec
 
@@ -43,16 +44,18 @@ def real_latents_of(cfg: RunConfig, model: DiffusersModel) -> StoredLatents | No
     return store_of(cfg.real_data, model).open()
 
 
-def training_prompts(cfg: RunConfig, real: StoredLatents | None) -> list[str]:
-    """Those of prompts.file, each with an image where there are real images; else the images' captions."""
+def training_prompts(
+    cfg: RunConfig, real: StoredLatents | None
+) -> tuple[list[str], tuple[Mapping[str, Any], ...] | None]:
+    """Those of prompts.file and their metadata, each with an image where there are real images; else their captions."""
     if cfg.prompts.file is not None:
-        prompts = list(read_prompts(prompt_file(cfg.prompts.file)))
+        prompts = read_prompts(cfg.prompts.file, cfg.prompts.column)
         if real is not None:
-            real.check(prompts)
-        return prompts
+            real.check(prompts.texts)
+        return list(prompts.texts), prompts.meta
     if real is None:
-        raise ValueError("prompts.file is not set: a real model needs a file of prompts (txt, jsonl, json or tar)")
-    return list(real.captions)
+        raise ValueError("prompts.file is not set: a real model needs a file of prompts, for example prompts.txt")
+    return list(real.captions), None
 
 
 def encoder_of(codec: Codec, shape: tuple[int, int, int], device: str) -> Callable[[Tensor], Tensor]:

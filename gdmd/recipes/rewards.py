@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from gdmd.config.rewards import (
 )
 from gdmd.config.run import RewardConfig
 from gdmd.rewards.aesthetic import Aesthetic
-from gdmd.rewards.callable import CallableReward, imported
+from gdmd.rewards.callable import CallableReward, called, imported
 from gdmd.rewards.clip import ClipScore
 from gdmd.rewards.composite import Composite, Part
 from gdmd.rewards.geneval import GenEvalCredit
@@ -38,7 +40,7 @@ from gdmd.rewards.ocr import OcrReward, Reader, asked_text, normalised
 from gdmd.rewards.pickscore import PickScore
 from gdmd.rewards.pretrained import Placement
 from gdmd.rewards.remote import RemoteScorer
-from gdmd.types import Reward
+from gdmd.types import Explains, PromptBatch, Reward
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,7 +63,7 @@ def image_reward(spec: ImageReward, device: str) -> Reward:
             colors = ColorClassifier.from_pretrained(spec.clip, placement=place)
             return GenEvalCredit(Detector.from_pretrained(spec.detector, placement=place), colors)
         case OcrConfig():
-            read = imported(spec.reader) if spec.reader else _reader(spec, device)
+            read = _own_reader(spec.reader) if spec.reader else _reader(spec, device)
             return OcrReward(read, spec.other_text)
         case CallableConfig():
             return CallableReward.from_target(spec.target, spec.differentiable)
@@ -92,6 +94,42 @@ def check_prompts(specs: Sequence[RewardConfig], prompts: Iterable[str]) -> None
             "reward ocr reads the text that a prompt quotes, and no prompt quotes any; write prompts like "
             "'a sign that says \"OPEN\"', or take the shipped ones: prompts.file=text_rendering"
         )
+
+
+def try_rewards(
+    rewards: Sequence[Reward], size: tuple[int, int], prompt: str, meta: Mapping[str, Any] | None, device: str
+) -> None:
+    """Score a gray image and one of noise, before anything is embedded or trained; the reward's own ValueError if it fails.
+
+    size: height and width in pixels. NaN is not an error here: the prompt may be one that the reward does not judge.
+    """
+    noise = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([torch.full_like(noise, 0.5), noise]).to(device)
+    index = torch.arange(2, device=device)
+    prompts = PromptBatch(index, (prompt, prompt), index, {}, {}, meta=(meta, meta) if meta is not None else ())
+    for reward in rewards:
+        own = images.clone().requires_grad_(reward.differentiable)
+        scores = reward.score(own, prompts)
+        if scores.shape != (2,):
+            raise ValueError(
+                f"reward {reward.name} returned shape {list(scores.shape)} for 2 images; return one number per image"
+            )
+
+
+def reason_unscored(rewards: Sequence[Reward], name: str) -> str:
+    """Why the reward ``name``, or the parts of it, left images without a score; "" where that is not known."""
+    for reward in rewards:
+        parts = [part.reward for part in reward.parts] if isinstance(reward, Composite) else []
+        if reward.name == name and isinstance(reward, Explains):
+            return reward.unscored_because()
+        if reward.name == name and parts:
+            said = {part.name: reason_unscored([part], part.name) for part in parts}
+            return "; ".join(f"{part}: {reason}" for part, reason in said.items() if reason)
+    return ""
+
+
+def _own_reader(target: str) -> Callable[[Any], Any]:
+    return partial(called, f"text reader {target}", imported(target))
 
 
 def _reader(spec: OcrConfig, device: str) -> Reader:

@@ -11,6 +11,7 @@ import ast
 import importlib
 import secrets
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -42,11 +43,25 @@ class CallableReward:
         return cls(imported(target), target, differentiable)
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> [B], fp32. ValueError unless the function gives one number per image."""
+        """images [B, 3, H, W] in [0, 1] -> [B], fp32.
+
+        ValueError unless the function gives one number per image, leaves the images as they are and, with
+        ``differentiable``, passes a gradient to them.
+        """
         check_images(self.name, images, len(prompts))
+        before = images._version
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
-            answer = self.function(images, prompts.text)
-        scores = torch.as_tensor(answer, dtype=torch.float32)
+            answer = called(f"reward {self.name}", self.function, images, prompts.text)
+        if images._version != before:
+            raise ValueError(
+                f"reward {self.name} changed the images in place, which others read too; use images.clone()"
+            )
+        scores = _numbers(self.name, answer)
+        if images.requires_grad and self.differentiable and not scores.requires_grad:
+            raise ValueError(
+                f"reward {self.name} is marked differentiable, but its scores carry no gradient; compute them in torch "
+                "without detach, item or numpy, or set differentiable=false"
+            )
         if scores.shape != (len(images),):
             raise ValueError(
                 f"reward {self.name} returned shape {list(scores.shape)} for {len(images)} images; "
@@ -61,6 +76,35 @@ class CallableReward:
         return sent(scores, images.device)
 
 
+def called(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments). What it raises becomes one ValueError that shows the user's own line."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is the call above
+        raise ValueError(f"{what} failed{_own_line(frames)}: {type(error).__name__}: {error}") from error
+
+
+def _own_line(frames: Sequence[traceback.FrameSummary]) -> str:
+    """The deepest frame of the files beside that of the first: the user's, not a library's."""
+    if not frames:
+        return " when it was called"
+    home = str(Path(frames[0].filename).parent)
+    own = [frame for frame in frames if frame.filename.startswith(home)][-1]
+    return f" at {own.filename}:{own.lineno}, in {own.name}: `{own.line}`"
+
+
+def _numbers(name: str, answer: Any) -> Tensor:
+    """What a function returned, as fp32."""
+    try:
+        return torch.as_tensor(answer, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"reward {name} returned {type(answer).__name__} ({str(error)[:100]}); return one number per image, as a tensor "
+            "[B] or a list, NaN for an image without a score"
+        ) from error
+
+
 def imported(target: str) -> Any:
     """The function "package.module:function". ValueError when it cannot be imported or is no function."""
     module, colon, name = target.partition(":")
@@ -71,6 +115,16 @@ def imported(target: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"reward function {target!r} cannot be imported ({error}); check the name, and that its folder is on PYTHONPATH"
+        ) from error
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        raise ValueError(
+            f"reward function {target!r}: {error.filename}:{error.lineno}: `{line}`: {error.msg}"
+        ) from error
+    except Exception as error:  # whatever the module does when it is loaded
+        last = traceback.extract_tb(error.__traceback__)[-1:]
+        raise ValueError(
+            f"reward function {target!r}: importing it failed{_own_line(last)}: {type(error).__name__}: {error}"
         ) from error
     if not callable(found):
         raise ValueError(f"reward {target!r} is a {type(found).__name__}, not a function; name a function")

@@ -100,6 +100,10 @@ class OcrReward:
         """Share of images whose prompt quoted no text, since the start."""
         return {f"reward/{self.name}/unasked": torch.tensor(self._unasked / max(self._seen, 1))}
 
+    def unscored_because(self) -> str:
+        share = self._unasked / max(self._seen, 1)
+        return f"{share:.0%} of the images have a prompt that quotes no text to read" if self._unasked else ""
+
     def _words(self, image: Image) -> str:
         words = self.read(image)
         if not isinstance(words, str):

@@ -86,7 +86,7 @@ class RemoteScorer:
         self.cfg, self.name = cfg, f"remote_{cfg.reward}"
         self._token, self._pause = token, pause
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="remote-reward")
-        self._asked = self._unscored = self._retried = 0
+        self._asked = self._unscored = self._retried = self._null = 0
         host = urlsplit(cfg.url).hostname or ""
         direct = [urllib.request.ProxyHandler({})] if is_loopback(host) else []  # no proxy reaches this machine
         self._opener = urllib.request.build_opener(*direct)
@@ -121,6 +121,13 @@ class RemoteScorer:
             f"reward/{self.name}/retries": torch.tensor(float(self._retried)),
         }
 
+    def unscored_because(self) -> str:
+        lost = f"the server gave no answer for {self._unscored} of {self._asked} images" if self._unscored else ""
+        null = (
+            f"the server's own reward left {self._null} of {self._asked} images without a score" if self._null else ""
+        )
+        return "; ".join(filter(None, (lost, null)))
+
     def version(self) -> dict[str, Any]:
         """What the server is. RemoteError when it does not answer or does not have the reward."""
         found: dict[str, Any] = self._tried(lambda: self._request("/version", None))
@@ -138,7 +145,9 @@ class RemoteScorer:
         }  # fmt: skip
         self._asked += len(pictures)
         try:
-            return self._tried(lambda: self._read_scores(self._request("/score", body), len(pictures)))
+            scores = self._tried(lambda: self._read_scores(self._request("/score", body), len(pictures)))
+            self._null += sum(map(math.isnan, scores))
+            return scores
         except _GaveUp as error:
             if self.cfg.on_failure == "stop":
                 raise RemoteError(

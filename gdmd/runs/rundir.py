@@ -72,8 +72,8 @@ class Run:
     def note_resume(self, step: int) -> None:
         """Write into run.json that the run was continued from ``step``, and with which versions."""
         facts = read_facts(self.path)
-        resumed = [*facts.get("resumed", []), {"at": _now(), "step": step, "versions": versions()}]
-        write_atomic(self.path / "run.json", json.dumps(facts | {"resumed": resumed}, indent=2), "the run's facts")
+        resumed = [*facts.get("resumed", []), {"at": now(), "step": step, "versions": versions()}]
+        write_facts(self.path, facts | {"resumed": resumed})
 
 
 def create(path: Path, config: Mapping[str, Any], command: Sequence[str] | None = None) -> Run:
@@ -92,13 +92,13 @@ def create(path: Path, config: Mapping[str, Any], command: Sequence[str] | None 
     facts = {
         "command": list(sys.argv if command is None else command),
         "config_sha256": config_hash(config),
-        "started": _now(),
+        "started": now(),
         "versions": versions(),
         "commit": commit(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
     }
-    write_atomic(path / "run.json", json.dumps(facts, indent=2), "the run's facts")
+    write_facts(path, facts)
     write_atomic(path / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False), "the configuration")
     run = Run(path, _plain(config))
     run.rewind(-1)
@@ -121,13 +121,18 @@ def open_run(path: Path) -> Run:
     return Run(path, config)
 
 
-def check_same_config(run: Run, config: Mapping[str, Any], allowed: Sequence[str] = ()) -> None:
+ANOTHER_FOLDER = "Choose another folder with --run, or continue that run as it is with --resume."
+
+
+def check_same_config(
+    run: Run, config: Mapping[str, Any], allowed: Sequence[str] = (), advice: str = ANOTHER_FOLDER
+) -> None:
     """Raise a RunError that names the keys in which ``config`` differs from the run's own, except ``allowed``."""
     changes = [change for change in differing(run.config, _plain(config)) if change.key not in allowed]
     if changes:
         raise RunError(
             f"{run.path} holds a run of another configuration; it differs in {'; '.join(map(str, changes))} "
-            "(there -> here). Choose another folder with --run, or continue that run as it is with --resume."
+            f"(there -> here). {advice}"
         )
 
 
@@ -149,6 +154,11 @@ def read_facts(path: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise RunError(f"{file} holds no JSON object. Restore the file or start a new run.")
     return facts
+
+
+def write_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    """Replace run.json."""
+    write_atomic(Path(path) / "run.json", json.dumps(facts, indent=2), "the run's facts")
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -259,5 +269,6 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _now() -> str:
+def now() -> str:
+    """Local time with its zone, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,8 +26,9 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.io import writing
 from gdmd.runs import checkpoint
 from gdmd.runs.best import Judge
+from gdmd.runs.reward_signal import RewardSignal
 from gdmd.runs.rundir import Run, read_metrics
-from gdmd.training.distributed import SINGLE, World
+from gdmd.training.distributed import SINGLE, OtherRankError, World
 from gdmd.training.optim import lr_factor
 from gdmd.training.saver import Saver
 from gdmd.training.start import begin_from, newest
@@ -79,11 +80,13 @@ class Hooks:
     writes an image to ``path``, or nothing where that is None.
 
     stats(): what others than the method have to say for the log after an iteration, such as the parts of a reward.
+    reason(name): why the reward ``name`` left images without a score, for an error.
     """
 
     progress: Progress = field(default_factory=Silent)
     grid: Callable[[int, Path | None], None] | None = None
     stats: Callable[[], Mapping[str, Tensor]] = dict
+    reason: Callable[[str], str] = lambda name: ""
 
 
 WATCHED_BY_NOBODY = Hooks()
@@ -167,6 +170,7 @@ class _Trainer:
         self.means = Means()
         self.saver = Saver(run.checkpoints, cfg, world, hooks.progress.note)
         self.judge = Judge(cfg.best_metric, cfg.best_direction, max(cfg.checkpoint_every, cfg.log_every))
+        self.signal, self._warned = RewardSignal(cfg.batch_size), set[str]()
         self._images, self._clock = 0, time.perf_counter()
 
     def resume(self) -> int:
@@ -185,19 +189,23 @@ class _Trainer:
             self.hooks.progress.note(begin_from(self.cfg.start_from, self.states, self.world, self.run.config))
         for state in self.states.values():
             self.world.check_same(state.parameters, f"the {state.role}")
-        self.world.on_first(lambda: self._take_up(saved))
+        self.signal = RewardSignal.load(self.world.on_first(lambda: self._take_up(saved)))
         self._clock = time.perf_counter()
         return step
 
-    def _take_up(self, saved: checkpoint.Checkpoint | None) -> None:
-        """What the run folder has to know of a start or resume."""
+    def _take_up(self, saved: checkpoint.Checkpoint | None) -> Any:
+        """What the run folder has to know of a start or resume; returns what its rows say of the rewards."""
         if saved:
             checkpoint.set_aside_after(self.run.checkpoints, saved.step)
             self.run.note_resume(saved.step)
             for message in (*saved.messages, f"resumed from step {saved.step} ({saved.path})"):
                 self.hooks.progress.note(message)
         self.run.rewind(saved.step if saved else 0)
-        self.judge.take_up(read_metrics(self.run.path) if self.judge.metric else ())
+        rows = read_metrics(self.run.path)
+        self.judge.take_up(rows if self.judge.metric else ())
+        for row in rows:
+            self.signal.add(int(row["step"]), row)
+        return asdict(self.signal)
 
     def iterate(self, step: int, prompts: PromptBatch) -> None:
         """One outer iteration: apply every update the method asks for, in its order."""
@@ -228,6 +236,44 @@ class _Trainer:
         self._images, self._clock = 0, time.perf_counter()
         self.world.on_first(lambda: self._write_row(step, values, board))
         self.hooks.progress.row(step, values)
+        self._check_rewards(step, values)
+
+    def _check_rewards(self, step: int, values: Mapping[str, float]) -> None:
+        """Stop where a reward scores nothing, warn once where it scores little or gives no signal; all ranks alike."""
+        finished = step == self.cfg.steps
+        self.signal.add(step, values)
+        if silent := self.signal.silent(finished):
+            self.save(step)
+            self.saver.settle()
+            text = " ".join(self._scores_nothing(name) for name in silent)
+            message = (
+                f"step {step}: {text} {self.saver.stands()} Fix the reward and resume (a changed one needs "
+                "--accept-changes), or train without it."
+            )
+            raise (ValueError if self.world.first else OtherRankError)(message)
+        for name, share in self.signal.sparse(finished).items():
+            self._warn(
+                f"sparse {name}", f"reward {name} left {share:.0%} of the images without a score{self._reason(name)}"
+            )
+        for name in self.signal.constant(finished):
+            count = self.signal.tallies[name].constant
+            self._warn(
+                f"constant {name}",
+                f"reward {name} gave every image of {count} iterations the same score: it gives no signal",
+            )
+
+    def _scores_nothing(self, name: str) -> str:
+        iterations = self.signal.tallies[name].silent
+        return f"reward {name} scored no image in {iterations} iterations (all NaN){self._reason(name)}."
+
+    def _reason(self, name: str) -> str:
+        said = self.hooks.reason(name)
+        return f": {said}" if said else ""
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            self.hooks.progress.note(f"warning: {text}")
 
     def _write_row(self, step: int, values: Mapping[str, float], board: SummaryWriter | None) -> None:
         assert board is not None

@@ -63,7 +63,9 @@ def test_wrong_words_are_refused_and_nothing_is_written(gdmd: Gdmd, arguments: l
     ("name", "content", "words"),
     [
         ("empty.txt", b"", ["is empty"]),
-        ("gap.txt", b"a ring\n\na cross\n", ["line 2", "empty line"]),
+        ("gap.txt", b"a ring\n\na red dog\n", ["line 3", "a red dog"]),
+        ("header.csv", b"a ring\na cross\n", ["line 1", "no column", "prompts.column"]),
+        ("list.yaml", b"prompts:\n  - a ring\n", ["'.yaml' is not known", ".csv"]),
         ("latin.txt", b"a ring\n\xff\xfe\n", ["not UTF-8"]),
         ("broken.jsonl", b'{"prompt": "a ring"}\n{"prompt": \n', ["line 2", "not JSON"]),
         ("keys.jsonl", b'{"text": "a ring"}\n', ["line 1", '"prompt"']),

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from gdmd.config.rewards import RemoteReward
-from gdmd.data.prompts import read_meta, read_prompts
+from gdmd.data.prompt_files import PromptFile
+from gdmd.data.prompts import read_prompts
 from gdmd.rewards.callable import CallableReward
 from gdmd.rewards.remote import RemoteError, RemoteScorer
 from gdmd.types import PromptBatch
@@ -186,12 +187,10 @@ LINES = [b'{"prompt": "a"}\n{"prompt": "b", "k": [1]}\n', '{"prompt": "a\u2028b"
 def test_metadata_of_a_damaged_prompt_file_are_those_of_its_prompts_or_refused(content: bytes, folder: Path) -> None:
     path = folder / "prompts.jsonl"
     path.write_bytes(content)
-    prompts: list[str] = []
-    if refusal(lambda: prompts.extend(read_prompts(path))):
+    found: list[PromptFile] = []
+    if refusal(lambda: found.append(read_prompts(path))):
         return
-    found: dict[str, Any] = {}
-    message = refusal(lambda: found.update(read_meta(path)))
-    assert "came before with other metadata" in message or set(found) == set(prompts), message
+    assert found[0].meta is not None and tuple(row["prompt"] for row in found[0].meta) == found[0].texts
 
 
 @pytest.fixture(scope="module")
@@ -202,4 +201,4 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_line_separator_inside_a_prompt_does_not_cut_its_metadata(folder: Path) -> None:
     path = folder / "p.jsonl"
     path.write_text('{"prompt": " a\u2028b ", "k": 1}\n{"prompt": "c"}\n', encoding="utf-8")
-    assert read_meta(path) == {"a\u2028b": {"prompt": " a\u2028b ", "k": 1}, "c": {"prompt": "c"}}
+    assert read_prompts(path).meta == ({"prompt": "a\u2028b", "k": 1}, {"prompt": "c"})

@@ -54,7 +54,7 @@ def test_a_tar_of_any_bytes_is_read_or_refused_and_writes_nothing(content: bytes
     path = folder / "prompts.tar"
     path.write_bytes(content)
     found: list[str] = []
-    refused = refusal(lambda: found.extend(prompt.text for prompt in prompts_in(path)))
+    refused = refusal(lambda: found.extend(prompts_in(path).texts))
     assert refused or all(0 < len(text) <= LONGEST_PROMPT for text in found)
     assert [entry.name for entry in folder.iterdir()] == ["prompts.tar"]
 

@@ -148,7 +148,7 @@ def test_broken_images_and_readers_that_give_no_text_are_named() -> None:
 
 
 def test_the_shipped_prompts_all_ask_for_a_text_and_no_two_for_the_same() -> None:
-    prompts = read_prompts(prompt_file("text_rendering"))
+    prompts = read_prompts("text_rendering").texts
     asked = [normalised(asked_text(prompt)) for prompt in prompts]
     assert 40 <= len(prompts) <= 60 and all(asked) and len(set(asked)) == len(asked)
     assert prompt_file("some/where.txt") == Path("some/where.txt")
@@ -158,7 +158,7 @@ def test_a_recipe_names_a_reader_of_its_own_or_a_model_but_not_both(monkeypatch:
     monkeypatch.setitem(sys.modules, "own_reader", sys.modules[__name__])
     text = RECIPE + "  - {kind: ocr, reader: 'own_reader:fake_reader', other_text: free}\n"
     (reward,) = build_rewards(load_config(RunConfig, text).rewards)
-    assert isinstance(reward, OcrReward) and reward.read is fake_reader and reward.other_text == "free"
+    assert isinstance(reward, OcrReward) and reward.read.args[1] is fake_reader and reward.other_text == "free"
     (lazy,) = build_rewards(load_config(RunConfig, RECIPE + "  - {kind: ocr}\n").rewards)  # nothing is downloaded
     assert isinstance(lazy, OcrReward) and isinstance(lazy.read, Reader)
     for line, message in (

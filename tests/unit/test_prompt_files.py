@@ -1,7 +1,8 @@
-"""Prompts in JSON arrays and WebDataset tars: read in memory, and one clear error for what is damaged."""
+"""Prompt files by their ending: tables, JSON and WebDataset tars, and one clear error for what is damaged."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import tarfile
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gdmd.data.prompt_files import LARGEST_MEMBER, prompts_in
-from gdmd.data.prompts import read_meta, read_prompts
+from gdmd.data.prompts import read_prompts
 
 Member = tuple[str, bytes]
 
@@ -38,8 +39,8 @@ def refusal(path: Path) -> str:
 def test_a_json_array_holds_strings_or_objects(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps(["a ring", {"prompt": "zwei Ringe äöü", "tag": 3}], indent=1))
-    assert read_prompts(path) == ("a ring", "zwei Ringe äöü")
-    assert read_meta(path) == {"zwei Ringe äöü": {"prompt": "zwei Ringe äöü", "tag": 3}}
+    assert read_prompts(path).texts == ("a ring", "zwei Ringe äöü")
+    assert read_prompts(path).meta == ({"prompt": "a ring"}, {"prompt": "zwei Ringe äöü", "tag": 3})
 
 
 @pytest.mark.parametrize(
@@ -49,8 +50,8 @@ def test_a_json_array_holds_strings_or_objects(tmp_path: Path) -> None:
         ("[]", "is empty; it needs at least one prompt"),
         ('{"prompt": "a ring"}', "expected a JSON array .*, got dict; for one object a line use the ending .jsonl"),
         ('["a ring",\n "a cross"', "not JSON .* at line 2, column"),
-        ('["a ring", 7]', 'entry 2: expected {"prompt": "..."}, got \'7\''),
-        ('["a ring", " "]', "entry 2: empty line"),
+        ('["a ring", 7]', 'entry 2: expected {"prompt": "..."}, got 7'),
+        ('["a ring", " "]', "entry 2: the prompt is empty"),
         (json.dumps(["a ring", "x" * 5000]), "entry 2: 5000 characters"),
         (r'["a ring", "a\u0000"]', r"entry 2: the character U\+0000"),
     ],
@@ -73,9 +74,14 @@ def test_a_webdataset_tar_is_read_entry_by_entry(tmp_path: Path) -> None:
         ("README", b"no ending"),
     ]
     path = tar(tmp_path / "p.tar", members)
-    assert read_prompts(path) == ("a red ring", "zwei Ringe äöü", "a cross")
-    assert [prompt.where for prompt in prompts_in(path)][1] == "member a/001.caption"
-    assert read_meta(path) == {"zwei Ringe äöü": {"width": 512}, "a cross": {"prompt": "a cross", "width": 64}}
+    found = prompts_in(path)
+    assert found.texts == ("a red ring", "zwei Ringe äöü", "a cross")
+    assert found.prompts[1].where == "member a/001.caption"
+    assert found.meta == (
+        {"prompt": "a red ring"},
+        {"prompt": "zwei Ringe äöü", "width": 512},
+        {"prompt": "a cross", "width": 64},
+    )
 
 
 def test_nothing_is_extracted_and_links_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +90,7 @@ def test_nothing_is_extracted_and_links_are_not_followed(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path / "in")
     links = (("000.txt", "../secret.txt"), ("001.txt", "/etc/hostname"))
     path = tar(tmp_path / "in" / "p.tar", [("../../escaped.txt", b"a ring"), ("/abs.txt", b"a cross")], links)
-    assert read_prompts(path) == ("a ring", "a cross")
+    assert read_prompts(path).texts == ("a ring", "a cross")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["in", "p.tar", "secret.txt"]
 
 
@@ -94,10 +100,10 @@ def test_nothing_is_extracted_and_links_are_not_followed(tmp_path: Path, monkeyp
         ([], "holds no member that ends in .txt, .caption or .json"),
         ([("0.jpg", b"x")], "holds no member"),
         ([("0.txt", b"a\xff")], "member '0.txt': not UTF-8 at byte 1"),
-        ([("0.txt", b"  \n")], "member 0.txt: empty line"),
+        ([("0.txt", b"  \n")], "member 0.txt: the prompt is empty"),
         ([("0.txt", b"a"), ("0.txt", b"b")], "member '0.txt': comes twice"),
         ([("0.txt", b"x" * (LARGEST_MEMBER + 1))], f"bytes; at most {LARGEST_MEMBER}"),
-        ([("0.json", b'{"caption": "a"}')], 'member 0.json: expected {"prompt": "..."}'),
+        ([("0.json", b'{"words": "a"}')], """member 0.json: expected one key "prompt", got 'words'"""),
         ([("0.json", b"[1")], "member 0.json: not JSON"),
     ],
 )
@@ -114,7 +120,7 @@ def test_a_truncated_tar_is_refused_wherever_it_was_cut(tmp_path: Path) -> None:
         path.write_bytes(whole[:cut])
         assert "truncated, damaged, or no plain tar" in refusal(path), cut
     (tmp_path / "cut.tar").write_bytes(whole[: end + 512])
-    assert len(read_prompts(tmp_path / "cut.tar")) == 3
+    assert len(read_prompts(tmp_path / "cut.tar").prompts) == 3
 
 
 def test_a_damaged_header_loses_no_prompt_in_silence(tmp_path: Path) -> None:
@@ -131,3 +137,100 @@ def test_a_missing_tar_a_folder_and_a_text_file_are_refused(tmp_path: Path) -> N
     assert "no plain tar" in refusal(tmp_path / "text.tar")
     assert "cannot be read" in refusal(tmp_path / "folder.tar")
     assert "cannot be read" in refusal(tmp_path / "absent.tar")
+
+
+PARTI = """Prompt\tCategory\tChallenge\tNote
+a red dog\tAnimals\tBasic\t
+"G I G G L E" painted on a wall, in red\tIllustrations\tWriting & Symbols\tx
+"""
+"""As PartiPrompts.tsv: cells that begin with a quote and are not quoted."""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("p.tsv", PARTI, ("a red dog", '"G I G G L E" painted on a wall, in red')),
+        ("p.csv", 'Prompts,Category\n"a red dog, running",Colors\na cat,Colors\n', ("a red dog, running", "a cat")),
+        ("p.CSV", '\ufeffid,caption\r\n1,"a ""big"" dog"\r\n\r\n2,"two\r\nlines"\r\n', ('a "big" dog', "two\nlines")),
+        ("p.Tsv", 'text\tn\n"a dog\twith a tab"\t2\n', ("a dog\twith a tab",)),
+        ("p.csv", "prompt,text\na sign,STOP\n", ("a sign",)),
+        ("p.csv", "prompt,a,b\na short row\na long row,1,2,,\n", ("a short row", "a long row")),
+        ("p.NDJSON", '{"prompt": "a dog", "id": 1}\n{"prompt": "a cat", "id": 2}\n', ("a dog", "a cat")),
+        ("p.jsonl", '{"Prompt": "not this", "prompt": "a dog"}', ("a dog",)),
+        ("p.JSONL", '\ufeff{"Prompt": "a dog"}\n', ("a dog",)),
+        ("p.JSON", '[{"PROMPTS": "a dog"}]', ("a dog",)),
+        ("p.TXT", "\ufeffa dog\n\n  \na cat, and a dog\n", ("a dog", "a cat, and a dog")),
+    ],
+)
+def test_a_file_is_read_by_its_ending_in_any_case(
+    tmp_path: Path, name: str, content: str, texts: tuple[str, ...]
+) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    assert read_prompts(tmp_path / name).texts == texts
+
+
+@pytest.mark.parametrize("name", ["p.yaml", "p.yml", "p.md", "p.csv.gz", "p.xlsx", "prompts"])
+def test_an_ending_that_is_not_known_is_refused_with_the_list(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("prompts:\n  - a red dog\n")
+    assert ".txt (one prompt a line), .csv, .tsv, .jsonl, .ndjson, .json" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a red dog\na blue cat\n", "line 1: no column is called prompt, caption or text; its columns are 'a red dog'"),
+        ("Prompt;Category\na dog;x\n", "its columns are 'Prompt;Category'"),
+        ("Prompt,prompt\na,b\n", "'Prompt' and 'prompt' may be the prompts; name it with prompts.column=NAME"),
+        ("caption,text\na,b\n", "'caption' and 'text' may be the prompts"),
+        ("prompt,x,x\na,b,c\n", "two columns are called 'x'"),
+        ("prompt,x\na dog\n,y\n", "line 3: the prompt is empty"),
+        ("prompt,x\na dog, running,y\n", "line 2: 3 cells under 2 columns"),
+        ('prompt,x\n"two\nlines",y\n"open,y\n', "line 4: not a CSV row"),
+        ('prompt,x\n"a" dog,y\n', "line 2: not a CSV row"),
+        ("prompt,x\n", "is empty; it needs at least one prompt"),
+        ("\n\n", "is empty; it needs a header"),
+        ("prompt\n" + "x" * 5000, "line 2: 5000 characters"),
+    ],
+)
+def test_a_bad_table_says_which_line(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "p.csv").write_text(content)
+    assert message in refusal(tmp_path / "p.csv")
+
+
+def test_a_column_can_be_named_and_the_others_are_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("caption,text,n\na dog,un chien,1\n")
+    assert read_prompts(path, "text").meta == ({"prompt": "un chien", "caption": "a dog", "n": "1"},)
+    (tmp_path / "p.jsonl").write_text('{"text": "a dog"}\n')
+    assert read_prompts(tmp_path / "p.jsonl", "text").meta == ({"prompt": "a dog"},)
+    with pytest.raises(ValueError, match="has no column 'words'; its columns are 'caption', 'text', 'n'"):
+        read_prompts(path, "words")
+    (tmp_path / "p.txt").write_text("a dog\n")
+    with pytest.raises(ValueError, match="a .txt file has no column 'text'"):
+        read_prompts(tmp_path / "p.txt", "text")
+
+
+def test_what_is_skipped_or_comes_twice_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("Prompts,id\na dog,1\n,\n\na cat,2\na dog,3\n")
+    assert read_prompts(path).note() == (
+        f"prompt file {path}: 3 prompts; read from 'Prompts'; 2 blank lines skipped; 1 repeats an earlier prompt"
+    )
+    (tmp_path / "p.txt").write_text("a dog\na cat\n")
+    assert read_prompts(tmp_path / "p.txt").note() == ""
+
+
+def test_rows_of_one_prompt_keep_their_own_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a dog", "id": 1}\n{"prompt": "a cat", "id": 2}\n{"prompt": "a dog ", "id": 3}\n')
+    found = read_prompts(path)
+    assert found.texts == ("a dog", "a cat", "a dog")
+    assert found.meta is not None and [one["id"] for one in found.meta] == [1, 2, 3]
+    assert found.meta[2]["prompt"] == "a dog"  # as it is embedded, drawn and written
+
+
+def test_parquet_without_pyarrow_is_one_clear_error(tmp_path: Path) -> None:
+    if importlib.util.find_spec("pyarrow") is not None:
+        pytest.skip("pyarrow is installed")
+    (tmp_path / "p.parquet").write_bytes(b"PAR1")
+    assert "reading .parquet needs pyarrow; do: pip install pyarrow" in refusal(tmp_path / "p.parquet")

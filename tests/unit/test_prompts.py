@@ -27,12 +27,12 @@ def stream(seed: int = 0, batch: int = 16) -> PromptStream:
 
 def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
     path = write(tmp_path / "p.txt", "a red circle \r\n  zwei Ringe äöü\nlast without newline")
-    assert read_prompts(path) == ("a red circle", "zwei Ringe äöü", "last without newline")
+    assert read_prompts(path).texts == ("a red circle", "zwei Ringe äöü", "last without newline")
 
 
 def test_a_jsonl_file_has_one_object_a_line(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", '{"prompt": "a ring", "tag": 3}\n{"prompt": "a cross"}\n')
-    assert read_prompts(path) == ("a ring", "a cross")
+    assert read_prompts(path).texts == ("a ring", "a cross")
 
 
 @pytest.mark.parametrize(
@@ -40,16 +40,18 @@ def test_a_jsonl_file_has_one_object_a_line(tmp_path: Path) -> None:
     [
         ("p.txt", "", "is empty; it needs at least one prompt"),
         ("p.jsonl", "", "is empty"),
-        ("p.txt", "a ring\n\na cross\n", "line 2: empty line"),
-        ("p.txt", "a ring\n   \t\n", "line 2: empty line"),
+        ("p.txt", "\n   \t\n", "is empty"),
         ("p.txt", "a " * 5000, f"line 1: 10000 characters; at most {LONGEST_PROMPT}"),
         ("p.txt", b"a ring\n\xff\xfe broken", "not UTF-8 at byte 7; convert it"),
         ("p.jsonl", '{"prompt": "a ring"}\n{"prompt": ', "line 2: not JSON"),
-        ("p.jsonl", '{"prompt": "a ring"}\n\n', "line 2: not JSON"),
-        ("p.jsonl", '{"text": "a ring"}', 'line 1: expected {"prompt": "..."}'),
-        ("p.jsonl", '{"prompt": 7}', "line 1: expected"),
+        ("p.jsonl", '{"id": 1, "text": "a ring"}', """line 1: expected one key "prompt", got 'id', 'text'. If"""),
+        ("p.jsonl", '{"prompt": 7}', "line 1: 'prompt' must be a text, got 7"),
+        ("p.jsonl", '{"prompt": "a ring"}\n{"prompt": null}', "line 2: 'prompt' must be a text, got null"),
+        ("p.jsonl", '{"prompt": {"en": "a ring"}}', 'line 1: \'prompt\' must be a text, got {"en": "a ring"}'),
+        ("p.jsonl", '\n{"prompt": "a ring"}\n{"id": 2}', "line 3: 'prompt' must be a text, got only 'id'"),
+        ("p.jsonl", '{"caption": "a ring", "text": "x"}', "name it with prompts.column=NAME"),
         ("p.jsonl", '["a ring"]', "line 1: expected"),
-        ("p.jsonl", '{"prompt": " "}', "line 1: empty line"),
+        ("p.jsonl", '{"prompt": " "}', "line 1: the prompt is empty"),
         ("p.jsonl", json.dumps({"prompt": "x" * 10_000}), "line 1: 10000 characters"),
     ],
 )

@@ -16,7 +16,7 @@ from gdmd.cli.app import main
 from gdmd.config.load import ConfigError, load_config
 from gdmd.config.rewards import RemoteReward
 from gdmd.config.run import RunConfig
-from gdmd.data.prompts import PromptStream, read_meta
+from gdmd.data.prompts import PromptStream, read_prompts
 from gdmd.recipes.build import build_rewards
 from gdmd.recipes.rewards import reward_stats
 from gdmd.rewards.callable import CallableReward
@@ -174,15 +174,15 @@ class Words:
 
 def test_the_objects_of_a_jsonl_prompt_file_reach_the_rewards_with_their_prompts(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": "a dog", "tag": "x"}, {"prompt": "two cats", "tag": "y"}]
+    rows = [{"prompt": "a dog", "id": 1}, {"prompt": "two cats", "id": 2}, {"prompt": "a dog", "id": 3}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stream = PromptStream([["a dog", "two cats"]], Words(), 24, seed=0, group=2, meta=read_meta(path))
+    found = read_prompts(path)
+    assert found.meta is not None
+    stream = PromptStream([list(found.texts)], Words(), 24, seed=0, group=2, meta=[found.meta])
     batch = stream.at(0)
-    assert [one["prompt"] for one in batch.meta] == list(batch.text) and len(set(batch.text)) == 2
-    path.write_text(path.read_text() + json.dumps({"prompt": "a dog", "tag": "z"}))
-    with pytest.raises(ValueError, match="line 3: the prompt 'a dog' came before with other metadata"):
-        read_meta(path)
-    assert read_meta(tmp_path / "prompts.txt") == {}
+    assert [one["prompt"] for one in batch.meta] == list(batch.text)
+    assert {one["id"] for one in batch.meta} == {1, 2, 3}  # rows of one prompt keep their own
+    assert [one["id"] for one in stream.at(0, 4, 12).meta] == [one["id"] for one in batch.meta[4:12]]
 
 
 # ---------------------------------------------------------------- the program

@@ -1,0 +1,105 @@
+"""What a run reads from outside, by content: kept in run.json, compared when the run is resumed. No torch here.
+
+"inputs":  {"prompts.file": {"given": "p.txt", "fingerprint": "sha256:...", "since": "2026-01-31T12:00:00+0000"}, ...}
+"changes": [{"at": ..., "step": ..., "input": "prompts.file", "was": {...}, "now": {...}}]   those that were accepted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gdmd.runs.rundir import Run, now, read_facts, write_facts
+
+INPUTS, CHANGES = "inputs", "changes"
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file or folder that a run reads. ``fingerprint``: of its content, with its kind; None = cannot be known here."""
+
+    given: str
+    fingerprint: str | None
+    missing: bool = False
+
+
+@dataclass(frozen=True)
+class Change:
+    """An input whose content is not that of the run so far."""
+
+    field: str
+    was: Mapping[str, Any]
+    now: Input
+
+    def __str__(self) -> str:
+        since = f"the run has used {_short(self.was.get('fingerprint'))} since {self.was.get('since', 'its start')}"
+        if self.now.missing:
+            return f"{self.field}: {self.now.given} is not there; {since}"
+        moved = "" if self.was["given"] == self.now.given else f" (was {self.was['given']})"
+        return f"{self.field}: {self.now.given}{moved} has another content, {_short(self.now.fingerprint)}; {since}"
+
+
+def recorded(run: Run) -> dict[str, dict[str, Any]] | None:
+    """The inputs in run.json; None for a run of a version that did not record them."""
+    found = read_facts(run.path).get(INPUTS)
+    return dict(found) if isinstance(found, dict) else None
+
+
+def changes_of(before: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Input]) -> list[Change]:
+    """The inputs whose content differs from the recorded one; where it is not known, another place counts as another."""
+    found = []
+    for field, own in inputs.items():
+        was = before.get(field)
+        if was is None:
+            continue
+        if own.fingerprint is None and own.given == was["given"] and str(was.get("fingerprint")).startswith("sha256:"):
+            own = replace(own, missing=True)  # it was a folder; a hub id that is not cached looks the same
+        known = was.get("fingerprint") is not None and own.fingerprint is not None
+        same = was["fingerprint"] == own.fingerprint if known else was["given"] == own.given
+        if own.missing or not same:
+            found.append(Change(field, was, own))
+    return found
+
+
+def record(run: Run, inputs: Mapping[str, Input], accepted: list[Change], step: int) -> None:
+    """Write the inputs, and the changes that the user accepted, into run.json."""
+    facts = read_facts(run.path)
+    before: Mapping[str, Mapping[str, Any]] = facts.get(INPUTS, {})
+    rows = {}
+    for field, own in inputs.items():
+        was = before.get(field, {})
+        fingerprint = own.fingerprint or was.get("fingerprint")
+        since = was["since"] if was and was.get("fingerprint") == fingerprint else now()
+        rows[field] = {"given": own.given, "fingerprint": fingerprint, "since": since}
+    changes = [
+        {"at": now(), "step": step, "input": one.field, "was": dict(one.was), "now": rows[one.field]}
+        for one in accepted
+    ]
+    updated = facts | {INPUTS: rows}
+    if changes:
+        updated[CHANGES] = [*facts.get(CHANGES, []), *changes]
+    if updated != facts:
+        write_facts(run.path, updated)
+
+
+def change_lines(facts: Mapping[str, Any]) -> list[str]:
+    """The accepted changes of a run for a report or card, in order."""
+    return [
+        f"{one['input']} changed at step {one['step']}: {one['was']['given']} ({_short(one['was'].get('fingerprint'))}) -> "
+        f"{one['now']['given']} ({_short(one['now'].get('fingerprint'))})"
+        for one in facts.get(CHANGES, ())
+    ]
+
+
+def input_lines(facts: Mapping[str, Any]) -> list[str]:
+    """The inputs of a run for a report."""
+    return [
+        f"{field}: {one['given']} ({one.get('fingerprint') or 'unknown'})"
+        for field, one in facts.get(INPUTS, {}).items()
+    ]
+
+
+def _short(fingerprint: str | None) -> str:
+    kind, colon, digits = (fingerprint or "unknown").partition(":")
+    return kind + colon + digits[:12]

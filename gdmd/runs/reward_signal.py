@@ -1,0 +1,104 @@
+"""Do the rewards of a run say anything? A tally of its logged rows. No torch here.
+
+The rows hold, for each reward and log window,
+    scores/NAME/unscored   share of images without a score (NaN)
+    scores/NAME/spread     mean |score - the first score|; 0 = all scores are the same
+Rules: a reward that scored no image of WINDOW iterations in a row and IMAGES prompts, or of a whole finished run, scores
+nothing. One whose scores were all the same as long gives no signal. One that left out more than half is a warning.
+A single batch is never enough: rare NaN and discrete scores are legitimate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+WINDOW = 20
+"""Iterations."""
+IMAGES = 256
+"""Prompts of these iterations."""
+UNSCORED, SPREAD = "unscored", "spread"
+
+
+def key(name: str, what: str) -> str:
+    """The key of a reward in metrics.jsonl."""
+    return f"scores/{name}/{what}"
+
+
+@dataclass
+class Tally:
+    """Iterations of one reward: all, those in a row without a score, those in a row with one and the same score."""
+
+    iterations: int = 0
+    unscored: float = 0.0  # share times iterations
+    silent: int = 0
+    constant: int = 0
+
+    def add(self, iterations: int, unscored: float, spread: float) -> None:
+        """A log window."""
+        self.iterations += iterations
+        self.unscored += unscored * iterations
+        self.silent = self.silent + iterations if unscored == 1 else 0
+        if not math.isnan(spread):  # NaN: nothing was scored, which says nothing of the spread
+            self.constant = self.constant + iterations if spread == 0 else 0
+
+
+@dataclass
+class RewardSignal:
+    """The tallies of all rewards. ``finished``: the run is at its last step, and all of it counts as a window."""
+
+    batch_size: int
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    step: int = 0
+
+    @classmethod
+    def load(cls, plain: Mapping[str, Any]) -> RewardSignal:
+        """From ``dataclasses.asdict``."""
+        tallies = {name: Tally(**own) for name, own in plain["tallies"].items()}
+        return cls(plain["batch_size"], tallies, plain["step"])
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """A row of metrics.jsonl."""
+        iterations, self.step = step - self.step, step
+        for name in names(values):
+            own = self.tallies.setdefault(name, Tally())
+            own.add(iterations, values[key(name, UNSCORED)], values.get(key(name, SPREAD), math.nan))
+
+    def silent(self, finished: bool) -> list[str]:
+        """Rewards that score nothing."""
+        return [name for name, own in self.tallies.items() if self._enough(own.silent, own, finished)]
+
+    def constant(self, finished: bool) -> list[str]:
+        """Rewards whose scores are all the same."""
+        return [name for name, own in self.tallies.items() if self._enough(own.constant, own, finished)]
+
+    def sparse(self, finished: bool) -> dict[str, float]:
+        """Rewards that left out more than half of the images: the share."""
+        shares = {name: own.unscored / own.iterations for name, own in self.tallies.items() if own.iterations}
+        enough = {name for name, own in self.tallies.items() if self._enough(own.iterations, own, finished)}
+        return {name: share for name, share in shares.items() if name in enough and share > 0.5}
+
+    def _enough(self, iterations: int, own: Tally, finished: bool) -> bool:
+        window = iterations >= WINDOW and iterations * self.batch_size >= IMAGES
+        return window or (finished and iterations > 1 and iterations == own.iterations)
+
+
+def names(values: Mapping[str, float]) -> list[str]:
+    """The rewards of a row."""
+    head, tail = "scores/", f"/{UNSCORED}"
+    return [one[len(head) : -len(tail)] for one in values if one.startswith(head) and one.endswith(tail)]
+
+
+def findings(rows: list[dict[str, float]], batch_size: int, steps: int) -> list[str]:
+    """What a report has to say about the rewards of a run, from its metrics."""
+    signal = RewardSignal(batch_size)
+    for row in rows:
+        signal.add(int(row["step"]), row)
+    finished = signal.step >= steps
+    silent = signal.silent(finished)
+    found = [f"Reward {name} scored no image: its samples were trained by distillation alone." for name in silent]
+    sparse = {name: share for name, share in signal.sparse(finished).items() if name not in silent}
+    found += [f"Reward {name} left {share:.0%} of the images without a score." for name, share in sparse.items()]
+    return found + [f"Reward {name} gave every image the same score: no signal." for name in signal.constant(finished)]

@@ -1,0 +1,137 @@
+"""A run is resumed with the inputs it began with, or with others that the user accepted and the run shows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from cli_world import Gdmd, make_assets
+
+from gdmd.cli.app import main
+from gdmd.export.card import _table
+from gdmd.programs.folders import config_of
+from gdmd.runs.rundir import read_facts, write_facts
+
+REWARD = "rewards=[{kind: callable, target: 'own_reward:red'}]"
+
+
+@pytest.fixture
+def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gdmd:
+    """The program in a folder with a prompt file, a teacher of its own and a run of one step on them."""
+    gdmd = Gdmd(main, make_assets(tmp_path / "assets"), tmp_path, monkeypatch, capsys)
+    monkeypatch.syspath_prepend(str(gdmd.folder))
+    monkeypatch.delitem(sys.modules, "own_reward", raising=False)
+    Path("p.txt").write_text("a red ring\na blue cross\n")
+    Path("own_reward.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+    shutil.copy(gdmd.assets / "shapes_teacher.safetensors", "teacher.safetensors")
+    own = ("model.teacher=teacher.safetensors", "prompts.file=p.txt", REWARD, "loop.steps=1", "--run", "run")
+    finished = gdmd.train(*own)
+    assert finished.code == 0, finished.err
+    return gdmd
+
+
+def resume(gdmd: Gdmd, *words: str, steps: int = 2) -> str:
+    """What a resume prints; its exit code comes last."""
+    finished = gdmd("train", "--resume", "run", f"loop.steps={steps}", "--no-eval", *words)
+    return f"{finished.err}\nexit code {finished.code}"
+
+
+def edit(name: str) -> None:
+    """Other content of the same kind under the same name."""
+    path = Path(name)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01" if path.suffix == ".safetensors" else path.read_bytes() + b"\n")
+
+
+def test_the_content_of_every_input_is_in_the_run_folder(gdmd: Gdmd) -> None:
+    inputs = read_facts(Path("run"))["inputs"]
+    assert set(inputs) == {"prompts.file", "model.teacher", "model.vae", "rewards.0.target"}
+    assert inputs["prompts.file"]["given"] == "p.txt"
+    assert all(one["fingerprint"].startswith("sha256:") and one["since"] for one in inputs.values())
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("prompts.file", "p.txt"),
+        ("model.teacher", "teacher.safetensors"),
+        ("rewards.0.target", "own_reward.py"),
+    ],
+)
+def test_a_changed_input_is_refused_and_an_accepted_one_is_shown(gdmd: Gdmd, field: str, name: str) -> None:
+    before = read_facts(Path("run"))
+    edit(name)
+    said = resume(gdmd)
+    assert f"error: {field}: " in said and "has another content" in said and "--accept-changes" in said
+    assert said.endswith("exit code 2") and read_facts(Path("run")) == before
+    assert resume(gdmd, "--accept-changes").endswith("exit code 0")
+    facts = read_facts(Path("run"))
+    (change,) = facts["changes"]
+    assert (change["input"], change["step"]) == (field, 1)
+    assert change["was"] == before["inputs"][field] and change["now"] == facts["inputs"][field]
+    assert resume(gdmd, steps=3).endswith("exit code 0")  # it is the run's own input from now on
+    assert gdmd("report", "run").code == 0
+    assert f"{field} changed at step 1" in Path("run/report.html").read_text()
+    card = "\n".join(_table(config_of(Path("run")), facts, []))
+    assert f"| inputs changed | {field} changed at step 1" in card
+
+
+def test_all_changes_are_named_at_once(gdmd: Gdmd) -> None:
+    edit("p.txt")
+    edit("own_reward.py")
+    said = resume(gdmd)
+    assert "prompts.file: " in said and "rewards.0.target: " in said
+
+
+@pytest.mark.parametrize(("field", "name"), [("prompts.file", "p.txt"), ("model.teacher", "teacher.safetensors")])
+def test_an_input_may_move_and_not_be_another_one(gdmd: Gdmd, field: str, name: str) -> None:
+    Path("elsewhere").mkdir()
+    moved = shutil.move(name, f"elsewhere/{name}")
+    said = resume(gdmd)
+    assert f"{field}: {name} is not there" in said and f"{field}=PLACE" in said and said.endswith("exit code 2")
+    said = resume(gdmd, f"{field}={moved}")
+    assert f"{field} moved from {name} to {moved}; the content is the same" in said and said.endswith("exit code 0")
+    assert f"{moved}" in Path("run/config.yaml").read_text()
+    assert read_facts(Path("run"))["inputs"][field]["given"] == str(moved)
+    shutil.copy(moved, "other" + Path(name).suffix)
+    edit("other" + Path(name).suffix)
+    said = resume(gdmd, f"{field}=other{Path(name).suffix}", steps=3)
+    assert "has another content" in said and said.endswith("exit code 2")
+    assert "other" not in Path("run/config.yaml").read_text()
+
+
+def test_a_run_without_fingerprints_says_once_that_they_cannot_be_checked(gdmd: Gdmd) -> None:
+    write_facts(Path("run"), {k: v for k, v in read_facts(Path("run")).items() if k != "inputs"})
+    shutil.copy("p.txt", "q.txt")
+    assert "exit code 2" in resume(gdmd, "prompts.file=q.txt")  # not known to be the same
+    assert "recorded no fingerprints" in resume(gdmd)
+    assert "recorded no fingerprints" not in resume(gdmd, steps=3)
+
+
+def test_a_second_stage_on_another_base_model_is_refused(gdmd: Gdmd) -> None:
+    shutil.copy("teacher.safetensors", "other.safetensors")
+    same = ("loop.start_from=run", "loop.seed=1", "prompts.file=p.txt")
+    assert gdmd.train(*same, "model.teacher=other.safetensors", "--run", "second").code == 0  # a copy is the same
+    finished = gdmd.train(*same, "--run", "third")
+    assert finished.code == 0, finished.err  # the shipped one, of the same content
+    edit("other.safetensors")
+    finished = gdmd.train(*same, "model.teacher=other.safetensors", "--run", "fourth")
+    assert finished.code == 2 and "loop.start_from=run was trained on another base model" in finished.err
+    assert not Path("fourth").exists()
+    assert gdmd.train(*same, "model.teacher=other.safetensors", "--run", "fifth", "--accept-changes").code == 0
+
+
+def test_a_changed_setting_ends_with_what_can_be_done(gdmd: Gdmd) -> None:
+    said = resume(gdmd, "loop.batch_size=4")
+    assert "loop.batch_size: 2 -> 4" in said and "loop.start_from=run" in said
+    assert "--resume" not in said and said.endswith("exit code 2")
+
+
+def test_a_finished_first_stage_may_be_removed(gdmd: Gdmd) -> None:
+    own = ("loop.start_from=run", "model.teacher=teacher.safetensors", "loop.steps=1", "--run", "second")
+    assert gdmd.train(*own).code == 0
+    shutil.rmtree("run")
+    finished = gdmd("train", "--resume", "second", "loop.steps=2", "--no-eval", "--json")
+    assert finished.code == 0 and json.loads(finished.out)["step"] == 2, finished.err

@@ -1,0 +1,98 @@
+"""When a reward of a run says nothing: by its logged rows, never by a single batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from gdmd.methods.scoring import Seen
+from gdmd.runs.reward_signal import IMAGES, WINDOW, RewardSignal, findings, names
+
+NAN = math.nan
+
+
+def row(step: int, unscored: float, spread: float) -> dict[str, float]:
+    return {"step": step, "scores/a/b/unscored": unscored, "scores/a/b/spread": spread}
+
+
+def signal(rows: list[dict[str, float]], batch: int = IMAGES) -> RewardSignal:
+    found = RewardSignal(batch)
+    for one in rows:
+        found.add(int(one["step"]), one)
+    return found
+
+
+def same(unscored: float, spread: float, steps: int) -> list[dict[str, float]]:
+    return [row(step, unscored, spread) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "finished", "silent"),
+    [
+        (same(1, NAN, WINDOW), IMAGES, False, True),
+        (same(1, NAN, WINDOW - 1), IMAGES, False, False),
+        (same(1, NAN, WINDOW), 2, False, False),  # too few images
+        (same(1, NAN, IMAGES // 2), 2, False, True),
+        ([row(WINDOW, 1, NAN)], IMAGES, False, True),  # one row of many iterations
+        (same(1, NAN, 3), 2, True, True),  # a whole run
+        (same(1, NAN, 1), 2, True, False),
+        ([*same(1, NAN, 10), row(11, 0.9, 0.1), *(row(step, 1, NAN) for step in range(12, 22))], IMAGES, True, False),
+        (same(0.99, 0.1, 100), IMAGES, True, False),
+    ],
+)
+def test_a_reward_that_scores_nothing(rows: list[dict[str, float]], batch: int, finished: bool, silent: bool) -> None:
+    assert signal(rows, batch).silent(finished) == (["a/b"] if silent else [])
+
+
+@pytest.mark.parametrize(
+    ("rows", "finished", "constant"),
+    [
+        (same(0, 0, WINDOW), False, True),
+        (same(0, 0, WINDOW - 1), False, False),
+        (same(0, 0, 2), True, True),
+        (same(0, 0, 1), True, False),  # a batch of a discrete reward may be all 0 or all 1
+        ([*same(0, 0, 10), row(11, 0, 0.5), row(12, 0, 0)], True, False),
+        ([row(step, step % 2, NAN if step % 2 else 0) for step in range(1, 2 * WINDOW + 1)], False, True),
+        (same(1, NAN, 100), True, False),
+    ],
+)
+def test_a_reward_whose_scores_are_all_the_same(rows: list[dict[str, float]], finished: bool, constant: bool) -> None:
+    assert signal(rows).constant(finished) == (["a/b"] if constant else [])
+
+
+def test_more_than_half_without_a_score_is_named_with_its_share() -> None:
+    assert signal(same(0.75, 0.1, WINDOW)).sparse(False) == {"a/b": 0.75}
+    assert signal(same(0.5, 0.1, WINDOW)).sparse(False) == {} == signal(same(0.75, 0.1, 3)).sparse(False)
+
+
+def test_a_tally_goes_through_json_and_rows_of_older_versions_count_as_time_only() -> None:
+    older = [{"step": 5, "loss/student": 1.0}, row(7, 1, NAN)]
+    found = signal(older)
+    assert found.tallies["a/b"].silent == 2 and RewardSignal.load(asdict(found)) == found
+
+
+def test_a_report_names_them() -> None:
+    assert findings(same(1, NAN, 4), 2, 4) == [
+        "Reward a/b scored no image: its samples were trained by distillation alone."
+    ]
+    assert findings(same(0, 0, 4), 2, 4) == ["Reward a/b gave every image the same score: no signal."]
+    assert findings(same(0.6, 0.1, 4), 2, 4) == ["Reward a/b left 60% of the images without a score."]
+    assert findings(same(0.1, 0.1, 4), 2, 4) == [] == findings(same(1, NAN, 4), 2, 100)
+
+
+def test_the_scores_of_several_calls_become_what_is_logged() -> None:
+    seen = Seen()
+    seen.add(torch.tensor([[NAN, 2.0], [NAN, NAN], [1.0, 1.0]]))
+    seen.add(torch.tensor([[3.0, NAN], [NAN, NAN], [1.0, NAN]]))
+    found = {name: float(value) for name, value in seen.stats(["a", "b", "c"]).items()}
+    assert names(found) == ["a", "b", "c"]
+    assert found["scores/a/unscored"] == 0.5 and found["scores/a/spread"] == 0.5  # |2 - 2|, |3 - 2|
+    assert found["scores/b/unscored"] == 1 and math.isnan(found["scores/b/spread"])
+    assert found["scores/c/unscored"] == 0.25 and found["scores/c/spread"] == 0
+    assert seen.stats(["a", "b", "c"]) == {}  # nothing was asked since
+    seen.add(torch.tensor([[2.0, 2.0], [5.0, 5.0], [4.0, 4.0]]))
+    again = {name: float(value) for name, value in seen.stats(["a", "b", "c"]).items()}
+    assert again["scores/a/spread"] == 0 and again["scores/c/spread"] == 3  # still from the first score
