@@ -23,6 +23,7 @@ from gdmd.backbones.sd3 import Sd3
 from gdmd.backbones.sd15 import Sd15
 from gdmd.backbones.sdxl import Sdxl
 from gdmd.backbones.z_image import ZImage
+from gdmd.config.extras import install
 from gdmd.config.model import DiffusersModel
 from gdmd.types import Codec, Cond
 
@@ -155,7 +156,7 @@ def require_diffusers() -> None:
 
     missing = [name for name in ("diffusers", "transformers", "peft", "accelerate") if find_spec(name) is None]
     if missing:
-        raise ValueError(f"real models need {', '.join(missing)}: install them with pip install 'gdmd[diffusers]'")
+        raise ValueError(f"real models need {', '.join(missing)}; do: {install('diffusers')}")
 
 
 def is_local(path: str, field: str = "model.path", holds: str = INDEX) -> bool:

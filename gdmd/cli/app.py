@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -76,13 +76,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in QUIETER:
         logging.getLogger(name).addFilter(_worth_saying)
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="gdmd")
+        code = app(args=None if arguments is None else list(arguments), prog_name="gdmd", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.TyperException as error:
+        sys.exit(_misused(error))
     except ValueError as error:
         report(error)
         sys.exit(exit_code(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _misused(error: Any) -> int:
+    """Print what is wrong with the words of the command line, or the help where there were none; the exit code."""
+    error.message = error.message.replace("Value error, ", "")  # typer repeats pydantic's label of a ValueError
+    error.show()
+    return int(error.exit_code)
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:

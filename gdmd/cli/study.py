@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from gdmd.cli.common import Json, messages, print_json
+from gdmd.config.extras import install
 from gdmd.config.study import CONSENT, StudyConfig
 
 study_app = typer.Typer(
@@ -247,9 +248,7 @@ def _web() -> Any:
     try:
         from gdmd.study import serve
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"serving needs {error.name}, which is not installed; do: pip install 'gdmd[study]'"
-        ) from error
+        raise ValueError(f"serving needs {error.name}, which is not installed; do: {install('study')}") from error
     return serve
 
 

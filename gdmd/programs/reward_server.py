@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gdmd.config.extras import install
 from gdmd.rewards.remote import PROTOCOL, is_loopback
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def serve(
     try:
         import uvicorn
     except ImportError as error:
-        raise ValueError("serving needs fastapi and uvicorn; do: pip install 'gdmd[study]'") from error
+        raise ValueError(f"serving needs fastapi and uvicorn; do: {install('study')}") from error
     app = make_app(build(names, device), token, limits)
     say(f"http://{host}:{port} serves {', '.join(names)}{'' if token else ' without a token'}")
     uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=30)

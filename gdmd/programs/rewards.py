@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gdmd.config.extras import install
 from gdmd.rewards.sources import PUBLISHED, Hub, home, published
 
 PATTERNS = ["*.json", "*.txt", "model.safetensors"]
@@ -35,7 +36,7 @@ def fetch(kind: str, folder: Path | None = None) -> list[Path]:
     try:
         from huggingface_hub import hf_hub_download, snapshot_download
     except ImportError as error:
-        raise ValueError("fetching needs huggingface_hub; do: pip install 'gdmd[diffusers]'") from error
+        raise ValueError(f"fetching needs huggingface_hub; do: {install('diffusers')}") from error
     hub = known.weights
     try:
         if known.file:

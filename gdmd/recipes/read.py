@@ -27,7 +27,7 @@ def recipe_path(source: str) -> Path:
         return Path(source)
     if source in recipe_names():
         return FOLDER / f"{source}.yaml"
-    raise ConfigError([f"unknown recipe {source[:100]!r}{_meant(source)}; `gdmd recipes` lists them"])
+    raise ConfigError([f"unknown recipe {source[:100]!r}{_meant(source)} `gdmd recipes` lists them"])
 
 
 def _meant(source: str) -> str:
@@ -35,13 +35,13 @@ def _meant(source: str) -> str:
     if os.path.isfile(f"{source}.yaml"):
         return f"; did you mean the file {source}.yaml?"
     if os.path.isfile(os.path.join(source, "config.yaml")):
-        return f": it is a run folder; continue it with gdmd train --resume {source}"
+        return f": it is a run folder; continue it with gdmd train --resume {source}."
     names = recipe_names()
     begun = sorted(
         (name for name in names if name.startswith(f"{source}_")), key=lambda name: not name.endswith("_gdmd")
     )
     meant = list(dict.fromkeys([*begun, *near(source.lower(), names, most=3)]))[:3]
-    return f"; did you mean {listed(meant)}?" if meant else ""
+    return f"; did you mean {listed(meant)}?" if meant else ";"
 
 
 def read_recipe(source: str, overrides: Sequence[str] = ()) -> RunConfig:

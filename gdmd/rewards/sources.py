@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
+from gdmd.config.extras import install
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -213,7 +215,7 @@ def _reading(place: Place, load: Callable[[], T]) -> T:
         return load()
     except ImportError as error:
         raise ValueError(
-            f"loading {place.where} needs {error.name or 'transformers'}; do: pip install 'gdmd[diffusers]'"
+            f"loading {place.where} needs {error.name or 'transformers'}; do: {install('diffusers')}"
         ) from error
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
