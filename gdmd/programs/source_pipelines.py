@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gdmd.backbones.packing import in_patches, pack
-from gdmd.backbones.pipelines import check_libraries, is_local, load_errors, read_index, require_diffusers
+from gdmd.backbones.pipelines import INDEX, check_libraries, is_local, load_errors, read_index, require_diffusers
 from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
+from gdmd.hub import offline, unreachable
 from gdmd.io import RunError
 from gdmd.programs.source_schedulers import set_scheduler, step_arguments
 from gdmd.programs.sources import EXPORT_FILE, Facts, Place, to_images
@@ -186,8 +187,9 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
         ) from error
     what = f"source {where!r}"
     check_libraries(read_index(where, cfg.revision, what, local=local), what)
-    options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "local_files_only": local, "use_safetensors": True}
+    options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "use_safetensors": True}
     try:
+        options["local_files_only"] = local or bool(unreachable(where, INDEX, cfg.revision))
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             where, **options, **dict.fromkeys(without), **({} if local else {"revision": cfg.revision})
         )
@@ -208,6 +210,7 @@ def _add_lora(pipe: Any, lora: str, scale: float) -> None:
     elif lora.count("/") in (1, 2) and not lora.startswith((".", "/", "~")) and not Path(lora.split("/")[0]).exists():
         org, name, *file = lora.split("/")
         folder, options = f"{org}/{name}", {"weight_name": file[0]} if file else {}
+        options["local_files_only"] = bool(offline())
     else:
         raise ValueError(f"lora {lora!r}: no such file or folder, and no hub id; give ORG/NAME/FILE.safetensors")
     if not str(options.get("weight_name", ".safetensors")).endswith(".safetensors"):
