@@ -59,7 +59,7 @@ def fetch_command(
     from gdmd.programs.rewards import fetch
 
     path = fetch(kind, folder, _say)
-    _say(f"ready: {path}; use it as {{kind: {kind}{f', path: {path}' if folder else ''}}}")
+    _say(f"ready: {path}; use it as {{kind: {kind}{f', path: {folder}' if folder else ''}}}")
 
 
 @rewards_app.command("convert")
