@@ -248,3 +248,6 @@ ImageReward = (
     | CompositeReward
 )
 """Every reward of real images."""
+
+TaggedReward = Annotated[ImageReward, Field(discriminator="kind")]
+"""The same, chosen by ``kind`` alone: one error for a wrong one."""

@@ -209,16 +209,17 @@ def build(names: Sequence[str], device: str) -> dict[str, Reward]:
     """Rewards from kinds and module:function targets, by the word they were asked for with."""
     from pydantic import TypeAdapter, ValidationError
 
-    from gdmd.config.rewards import ImageReward
+    from gdmd.config.explain import explain
+    from gdmd.config.rewards import TaggedReward
     from gdmd.recipes.rewards import image_reward
 
     found: dict[str, Reward] = {}
     for name in names:
-        spec = {"kind": "callable", "target": name} if ":" in name else {"kind": name}
+        spec = {"kind": "callable", "target": name} if ":" in name or name.endswith(".py") else {"kind": name}
         try:
-            found[name] = image_reward(TypeAdapter(ImageReward).validate_python(spec), device)
+            found[name] = image_reward(TypeAdapter(TaggedReward).validate_python(spec), device)
         except ValidationError as error:
-            raise ValueError(f"reward {name!r}: {error.errors()[0]['msg']}; see gdmd rewards list") from None
+            raise ValueError("\n".join(explain(TaggedReward, error, f"reward {name!r}"))) from None
     return found
 
 

@@ -64,11 +64,11 @@ def _verify(kind: str, ready: Path) -> None:
     """The converted weights load as the reward loads them and give a finite score. ValueError otherwise."""
     from pydantic import TypeAdapter
 
-    from gdmd.config.rewards import ImageReward
+    from gdmd.config.rewards import TaggedReward
     from gdmd.recipes.rewards import image_reward
     from gdmd.rewards.golden import PROMPTS, golden_images
 
-    cfg: Any = TypeAdapter(ImageReward).validate_python({"kind": kind, "path": str(ready)})
+    cfg: Any = TypeAdapter(TaggedReward).validate_python({"kind": kind, "path": str(ready)})
     image_reward(cfg, "cpu").score_pil(golden_images()[:1], PROMPTS[:1])  # refuses a score that is not finite
 
 
@@ -118,7 +118,8 @@ def check(
     """
     from pydantic import TypeAdapter, ValidationError
 
-    from gdmd.config.rewards import ImageReward
+    from gdmd.config.explain import explain
+    from gdmd.config.rewards import TaggedReward
     from gdmd.recipes.rewards import image_reward
     from gdmd.rewards.golden import Checked, check_golden, compare, record
 
@@ -126,9 +127,9 @@ def check(
     if golden is not None:
         check_golden(golden)
     try:
-        cfg: Any = TypeAdapter(ImageReward).validate_python(dict(spec))
+        cfg: Any = TypeAdapter(TaggedReward).validate_python(dict(spec))
     except ValidationError as error:
-        raise ValueError(f"reward {spec.get('kind')}: {error.errors()[0]['msg']}") from None
+        raise ValueError("\n".join(explain(TaggedReward, error, f"reward {spec.get('kind')}"))) from None
     reward = image_reward(cfg, device)
     if not isinstance(reward, Checked):
         raise ValueError(f"reward {cfg.kind} has no weights of its own to check; check its parts")

@@ -10,6 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from gdmd.config.explain import explain
 from gdmd.config.run import RewardConfig, ShapesReward
 from gdmd.evaluation.shapes import HELDOUT
 from gdmd.recipes.build import build_rewards
@@ -29,7 +30,7 @@ Features = Callable[[Sequence["Image"]], Tensor]
 
 
 def read_scorer(text: str) -> RewardConfig:
-    """``KIND[,key=value ...]`` or ``module:function`` -> its config. ValueError for what is no reward."""
+    """``KIND[,key=value ...]``, ``module:function`` or ``file.py:function`` -> its config. Else a ValueError."""
     kind, *rest = text.split(",")
     pairs = [part.partition("=") for part in rest]
     wrong = [key for key, equals, _ in pairs if not equals]
@@ -38,13 +39,12 @@ def read_scorer(text: str) -> RewardConfig:
             f"scorer {text!r}: {wrong[0]!r} is no key=value; write KIND,key=value, for example clip,path=FOLDER"
         )
     given: dict[str, Any] = {key: int(value) if re.fullmatch(r"\d+", value) else value for key, _, value in pairs}
-    head = {"kind": "callable", "target": kind} if ":" in kind else {"kind": kind}
+    head = {"kind": "callable", "target": kind} if ":" in kind or kind.endswith(".py") else {"kind": kind}
     adapter: TypeAdapter[RewardConfig] = TypeAdapter(RewardConfig)
     try:
         return adapter.validate_python(head | given)
     except ValidationError as error:
-        lines = [f"scorer {text!r}: {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-        raise ValueError("\n".join(lines)) from None
+        raise ValueError("\n".join(explain(RewardConfig, error, f"scorer {text!r}"))) from None
 
 
 def read_scorers(texts: Sequence[str]) -> tuple[RewardConfig, ...]:

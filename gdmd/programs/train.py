@@ -23,7 +23,7 @@ from gdmd.programs.evaluate import finish_run, grid_hook
 from gdmd.programs.folders import new_folder, resumed
 from gdmd.programs.hub_pins import tell_commits
 from gdmd.recipes.build import Lab, build, compile_networks
-from gdmd.recipes.rewards import reward_stats
+from gdmd.recipes.rewards import require_weights, reward_stats
 from gdmd.runs.rundir import Run, create, open_run
 from gdmd.shapes.grammar import catalogue
 from gdmd.training.distributed import SINGLE, World
@@ -89,6 +89,8 @@ def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> La
     if world.size > 1:
         world.span(cfg.loop.batch_size)
     check_prompts(cfg)
+    if cfg.method.rewarded:
+        require_weights(cfg.rewards)
     require_start(cfg.loop.start_from)
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
