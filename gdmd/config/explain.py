@@ -68,7 +68,9 @@ def _line(kind: Any, detail: ErrorDetails, name: str, paths: Mapping[tuple[str, 
             reason = f"unknown key{_other_key(str(path[-1]), place, every_path(kind, tree))}"
             if kinds := place.kinds_with(str(path[-1])):
                 reason = f"kind '{place.chosen}' has no such key ({listed(kinds)} has); replace the whole section: "
-                reason += _assigned(path[:-1], f"{{kind: {place.chosen}, ...}}", shell)
+                section = tuple(map(str, path[:-1]))
+                chosen_here = any(given[: len(section)] == section for given in paths)
+                reason += _assigned(section, f"{{kind: {place.chosen}, ...}}", chosen_here)
         case "missing":
             value, reason = {}, "is missing; this key is required"
         case "union_tag_not_found":

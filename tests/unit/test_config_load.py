@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, TypeAdapter, ValidationError
 
+from gdmd.config import extras
 from gdmd.config.base import Config, Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.load import ConfigError, dump_config, load_config
 
@@ -306,3 +307,15 @@ def test_garbage_gives_a_config_or_a_config_error_and_nothing_else(text: str, ov
 def test_loading_a_config_imports_no_torch() -> None:
     code = "import sys, gdmd.config.load, gdmd.config.base; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_optional_libraries_are_installed_from_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(extras, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert extras.install("study") == "pip install -e '.[study]'"
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    assert extras.install("study") == f"pip install -e '.[study]' in {tmp_path}"
+    monkeypatch.setattr(extras, "ROOT", tmp_path / "deeper")
+    assert extras.install("8bit") == "pip install -e '.[8bit]' in a checkout of gdmd"
