@@ -11,29 +11,12 @@ import pytest
 import torch
 from hub_stand_in import gdmd, hub
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("huggingface_hub")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from test_reward_conversion import WIDTH, WORDS, OpenClip, save_pt, wild  # noqa: E402
-
-
-def words_of_clip(folder: Path) -> None:
-    """A CLIP tokenizer of 13 letters, with the config that tells what it is."""
-    signs = [chr(code) for code in range(97, 110)]
-    vocab = {sign: i for i, sign in enumerate(signs + [sign + "</w>" for sign in signs])}
-    vocab |= {"<|startoftext|>": WORDS - 2, "<|endoftext|>": WORDS - 1}
-    transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77).save_pretrained(folder)
-    (folder / "config.json").write_text('{"model_type": "clip"}')
-
-
-def clip(folder: Path) -> None:
-    """A tiny ``CLIPModel``."""
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    text = small | {"vocab_size": WORDS, "bos_token_id": WORDS - 2, "eos_token_id": WORDS - 1}
-    vision = small | {"patch_size": 56}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    transformers.CLIPModel(config).save_pretrained(folder)
+from test_reward_conversion import WIDTH, OpenClip, save_pt, wild  # noqa: E402
+from tiny_rewards import clip, words_of_clip  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +25,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("hub")
     clip(root / "openai" / "clip-vit-large-patch14")
-    words_of_clip(root / "words")
-    for file in (root / "words").iterdir():
-        for name in ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
-            (root / name).mkdir(parents=True, exist_ok=True)
-            if not (root / name / file.name).exists():
-                (root / name / file.name).write_bytes(file.read_bytes())
+    words_of_clip(root / "openai" / "clip-vit-large-patch14")
+    words_of_clip(root / "laion" / "CLIP-ViT-H-14-laion2B-s32B-b79K")
     clip(root / "yuvalkirstain" / "PickScore_v1")
     tensors = wild(OpenClip()).float().state_dict() | {"positional_embedding": torch.randn(77, WIDTH)}
     (root / "xswu" / "HPSv2").mkdir(parents=True)
