@@ -38,7 +38,9 @@ def list_command(json: Json = False) -> None:
         return
     for row in rows:
         print(f"{row['kind']:12} {row['about']}")
-        ready = {None: "as published", "": "to convert"}.get(row["converted"], f"in {row['converted']}")
+        ready = {None: "as published", "": f"to fetch: gdmd rewards fetch {row['kind']}"}.get(
+            row["converted"], f"in {row['converted']}"
+        )
         print(f"{'':12} range {row['range']}; {row['weights']}; {ready}")
 
 

@@ -79,6 +79,17 @@ def test_a_hub_that_cannot_be_reached_is_one_line_after_one_attempt(tmp_path: Pa
     assert "Check the network" in line
 
 
+def test_a_model_on_a_hub_that_cannot_be_reached_is_one_line_after_one_attempt(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    with hub(tmp_path) as (address, _):
+        pass
+    done = gdmd(tmp_path, address, "train", "sd15_gdmd", "model.path=org/model", "prompts.file=prompts.txt")
+    (line,) = [line for line in done.stderr.splitlines() if "warn" not in line.lower()]
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
+    assert "not in the cache, and the hub cannot be reached" in line and address in line
+
+
 @pytest.mark.parametrize(
     ("gated", "words"),
     [((), "it holds no HPS_v2.1_compressed.pt"), (("xswu/HPSv2",), "access is gated; accept its terms")],

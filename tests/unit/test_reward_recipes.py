@@ -19,7 +19,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.prompts import PromptStream, read_meta
 from gdmd.recipes.build import build_rewards
 from gdmd.recipes.read import read_recipe, recipe_names
-from gdmd.recipes.rewards import image_reward, reward_stats
+from gdmd.recipes.rewards import image_reward, require_weights, reward_stats
 from gdmd.rewards.callable import CallableReward, imported
 from gdmd.rewards.composite import Composite, Part
 from gdmd.rewards.sources import published
@@ -238,6 +238,30 @@ def test_fetching_offline_names_the_pinned_revision_and_says_what_to_do(gdmd: An
     code, _, printed = gdmd("rewards", "fetch", kind)
     assert code == 2 and f"cannot fetch {name}: the hub cannot be reached (HF_HUB_OFFLINE is set)" in printed
     assert "Traceback" not in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("reward", "name"),
+    [
+        ("{kind: clip, path: org/clip}", "org/clip"),
+        ("{kind: pickscore, path: org/pick}", "org/pick"),
+        ("{kind: composite, parts: [{reward: {kind: clip, path: org/clip}}]}", "org/clip"),
+        ("{kind: aesthetic, path: ., clip: org/clip}", "org/clip"),
+        ("{kind: ocr, path: org/ocr}", "org/ocr"),
+    ],
+)
+def test_weights_that_cannot_be_had_are_named_before_anything_is_trained(reward: str, name: str) -> None:
+    pytest.importorskip("transformers")
+    cfg = load_config(RunConfig, f"{RECIPE}  - {reward}\n")
+    with pytest.raises(ValueError, match=f"cannot load {name}: it is not in the cache.*HF_HUB_OFFLINE is set"):
+        require_weights(cfg.rewards)
+
+
+def test_weights_in_a_folder_and_rewards_without_weights_ask_nobody(tmp_path: Path) -> None:
+    rewards = (
+        f"  - {{kind: clip, path: '{tmp_path}'}}\n  - {{kind: shapes_clip}}\n  - {{kind: callable, target: 'a:b'}}\n"
+    )
+    require_weights(load_config(RunConfig, RECIPE + rewards).rewards)
 
 
 @pytest.mark.parametrize(
