@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,16 @@ def fetch(kind: str, folder: Path | None = None, say: Callable[[str], None] = pr
         return ready
     file = _file(known.weights, known.file, home() / "fetched" / kind)
     say(f"fetched {file}")
+    if kind == "aesthetic":
+        _repository(CLIP_L, PATTERNS, None)  # the network below its layers
     from gdmd.rewards.convert import convert
 
     ready = convert(kind, file, folder)
-    if kind == "aesthetic":
-        _repository(CLIP_L, PATTERNS, None)  # the network below its layers
-    _verify(kind, ready)
+    try:
+        _verify(kind, ready)
+    except ValueError:
+        shutil.rmtree(ready)  # made just now; left there it would be taken for verified
+        raise
     say(f"converted and verified; {file} is no longer needed")
     return ready
 
@@ -86,7 +91,10 @@ def _repository(hub: Hub, patterns: Sequence[str], folder: Path | None) -> Path:
         from huggingface_hub import snapshot_download
 
         wanted = {"revision": hub.revision, "allow_patterns": list(patterns), "local_dir": folder}
-        return snapshot_download(hub.name, **wanted, local_files_only=cached_only)
+        found = snapshot_download(hub.name, **wanted, local_files_only=cached_only)
+        if "model.safetensors" in patterns and not (Path(found) / "model.safetensors").is_file():
+            raise ValueError(f"{found} holds no model.safetensors")  # an earlier download that was cut short
+        return found
 
     return _fetched(hub, CONFIG, download)
 

@@ -90,6 +90,17 @@ def test_a_model_on_a_hub_that_cannot_be_reached_is_one_line_after_one_attempt(t
     assert "not in the cache, and the hub cannot be reached" in line and address in line
 
 
+def test_weights_without_a_finite_score_are_not_left_behind(tmp_path: Path) -> None:
+    tensors = wild(OpenClip()).float().state_dict() | {"positional_embedding": torch.full((77, WIDTH), torch.nan)}
+    (tmp_path / "hub" / "xswu" / "HPSv2").mkdir(parents=True)
+    save_pt(tmp_path / "hub" / "xswu" / "HPSv2" / "HPS_v2.1_compressed.pt", {"state_dict": tensors})
+    words_of_clip(tmp_path / "hub" / "laion" / "CLIP-ViT-H-14-laion2B-s32B-b79K")
+    with hub(tmp_path / "hub") as (address, _):
+        done = gdmd(tmp_path, address, "rewards", "fetch", "hps")
+    assert done.returncode == 2 and "hps gave a score" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "rewards" / "hps").exists()
+
+
 @pytest.mark.parametrize(
     ("gated", "words"),
     [((), "it holds no HPS_v2.1_compressed.pt"), (("xswu/HPSv2",), "access is gated; accept its terms")],
