@@ -8,6 +8,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(BIN)/python -m pytest -q -n 2
 
+ifneq ($(words $(VENV)),1)
+$(error VENV="$(VENV)" holds a space, which make cannot read in a name: give a path without one; the folder itself may have one)
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test fuzz soak lint clean
 
@@ -33,7 +37,7 @@ lint: $(VENV)/.installed-dev  ## ruff, format check, and mypy (strict on levels 
 	$(BIN)/mypy
 
 clean:  ## remove the virtual environment and the caches (never a run)
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # Stamps: an install runs again only when the dependencies changed.
 $(VENV)/.created:

@@ -25,7 +25,9 @@ from gdmd.backbones.sd15 import Sd15
 from gdmd.backbones.sdxl import Sdxl
 from gdmd.backbones.tokens import ENCODER, MOST, fit_limits
 from gdmd.backbones.z_image import ZImage
+from gdmd.config.extras import install
 from gdmd.config.model import DiffusersModel
+from gdmd.hub import hub_file, hub_reason, offline, unreachable
 from gdmd.io import weight_variant, weights_fingerprint
 from gdmd.types import Codec, Cond
 
@@ -108,9 +110,12 @@ def scoring_codec(family: Family, device: str = "cpu") -> Codec:
 
     local = is_local(cfg.scoring_decoder, "model.scoring_decoder", "config.json")
     kind: Any = diffusers.AutoencoderTiny
-    options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "local_files_only": local, "use_safetensors": True}
-    options |= {} if local else {"revision": cfg.scoring_decoder_revision}
+    options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "use_safetensors": True}
+    revision = cfg.scoring_decoder_revision
+    options |= {} if local else {"revision": revision}
     try:
+        cached_only = local or bool(unreachable(cfg.scoring_decoder, "config.json", revision))
+        options["local_files_only"] = cached_only
         tiny = kind.from_pretrained(cfg.scoring_decoder, **options)
     except load_errors() as error:
         raise ValueError(
@@ -216,7 +221,7 @@ def require_diffusers() -> None:
 
     missing = [name for name in ("diffusers", "transformers", "peft", "accelerate") if find_spec(name) is None]
     if missing:
-        raise ValueError(f"real models need {', '.join(missing)}: install them with pip install 'gdmd[diffusers]'")
+        raise ValueError(f"real models need {', '.join(missing)}; do: {install('diffusers')}")
 
 
 def is_local(path: str, field: str = "model.path", holds: str = INDEX) -> bool:
@@ -384,30 +389,13 @@ def _index_file(path: str, revision: str | None, what: str, *, local: bool) -> P
 
 
 def _hub_index(path: str, revision: str | None, what: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     try:
-        return Path(hf_hub_download(path, INDEX, revision=revision))
-    except GatedRepoError as error:
-        raise ValueError(f"{what}: access is gated; accept its terms on the hub and run `hf auth login`") from error
-    except RevisionNotFoundError as error:
-        raise ValueError(f"{what}: it has no revision {revision!r}; give a branch, tag or commit") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"{what}: no folder here, and the hub has no such id (or it is private)") from error
-    except LocalEntryNotFoundError as error:
-        raise ValueError(f"{what}: no folder here, not in the cache, and the hub cannot be reached") from error
-    except EntryNotFoundError as error:
-        raise ValueError(f"{what}: it holds no {INDEX}, so it is no diffusers pipeline") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ValueError(f"{what}: no folder here, and the hub cannot be read ({error})") from error
+        return Path(hub_file(path, INDEX, revision))
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        away = offline()
+        raise ValueError(f"{what}: no folder here, and {hub_reason(error, INDEX, revision, away)}") from error
 
 
 def _freeze(pipe: Any, device: str) -> None:
@@ -444,7 +432,8 @@ def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict
 
     for library in (diffusers.utils.logging, logging):  # no bar per weight file: the run has its own
         library.disable_progress_bar()
-    options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "local_files_only": local, "use_safetensors": True}
+    options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "use_safetensors": True}
+    options["local_files_only"] = local or bool(unreachable(cfg.path, INDEX, cfg.revision))
     options |= {"requires_safety_checker": False} if "safety_checker" in left_out else {}
     try:
         pipe = getattr(diffusers, family.pipeline).from_pretrained(

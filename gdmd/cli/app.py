@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -87,7 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not any(isinstance(handler, Notes) for handler in ours.handlers):
         ours.addHandler(Notes())
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="gdmd")
+        code = app(args=None if arguments is None else list(arguments), prog_name="gdmd", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.TyperException as error:
+        sys.exit(_misused(error))
     except ValueError as error:
         report(error)
         sys.exit(exit_code(error))
@@ -102,6 +105,13 @@ class Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if _first():
             print(f"note: {record.getMessage()}", file=sys.stderr)
+
+
+def _misused(error: Any) -> int:
+    """Print what is wrong with the words of the command line, or the help where there were none; the exit code."""
+    error.message = error.message.replace("Value error, ", "")  # typer repeats pydantic's label of a ValueError
+    error.show()
+    return int(error.exit_code)
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:

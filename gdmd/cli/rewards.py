@@ -38,29 +38,30 @@ def list_command(json: Json = False) -> None:
         return
     for row in rows:
         print(f"{row['kind']:12} {row['about']}")
-        ready = {None: "as published", "": "to convert"}.get(row["converted"], f"in {row['converted']}")
+        ready = {None: "as published", "": f"to fetch: gdmd rewards fetch {row['kind']}"}.get(
+            row["converted"], f"in {row['converted']}"
+        )
         print(f"{'':12} range {row['range']}; {row['weights']}; {ready}")
 
 
 @rewards_app.command("fetch")
 def fetch_command(
     kind: Kind,
-    folder: Annotated[Path | None, typer.Option("--out", "-o", help="Where to; default: the rewards folder.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to; default: where recipes look for it.")
+    ] = None,
 ) -> None:
-    """Download the published weights at their pinned revision. Nothing else asks the network for them.
+    """Download the published weights at their pinned revision; a .pt is converted to safetensors and verified at once.
 
     \b
     Examples:
-      gdmd rewards fetch hps
-      gdmd rewards fetch clip -o models/clip
+      gdmd rewards fetch hps                     then rewards=[{kind: hps}] finds it
+      gdmd rewards fetch clip -o models/clip     for rewards=[{kind: clip, path: models/clip}]
     """
     from gdmd.programs.rewards import fetch
-    from gdmd.rewards.sources import published
 
-    for path in fetch(kind, folder):
-        _say(f"fetched {path}")
-        if published(kind).converted:
-            _say(f"now: gdmd rewards convert {kind} {path}")
+    path = fetch(kind, folder, _say)
+    _say(f"ready: {path}; use it as {{kind: {kind}{f', path: {folder}' if folder else ''}}}")
 
 
 @rewards_app.command("convert")

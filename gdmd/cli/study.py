@@ -8,11 +8,13 @@ from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
 from gdmd.cli.common import Json, messages, print_json
-from gdmd.config.study import CONSENT, StudyConfig
+from gdmd.config.extras import install
+from gdmd.config.study import ADDRESS, CONSENT, PORT, StudyConfig
 
 study_app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +22,7 @@ study_app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
+_SHOWN = 20  # links on the screen
 TOKEN_VARIABLE = "GDMD_STUDY_TOKEN"
 Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study folder.")]
 Raters = Annotated[int, typer.Option(min=1, help="How many raters; each gets a link.")]
@@ -51,6 +54,9 @@ def plan_command(
     per_task: Annotated[int, typer.Option(min=1, help="Prompts per task, where only Shapes models are given.")] = 10,
     common: Annotated[bool, typer.Option("--common", help="Use the prompts that all models have.")] = False,
     consent: Annotated[Path | None, typer.Option(help="A text file: what raters agree to.")] = None,
+    address: Annotated[
+        str, typer.Option(metavar="URL", help="Where raters will reach the page: what their links begin with.")
+    ] = ADDRESS,
     title: Annotated[
         str, typer.Option(help="What raters read on top; must not name a model.")
     ] = "Which picture do you prefer?",
@@ -70,14 +76,14 @@ def plan_command(
         raters=raters, pairs_per_rater=pairs, votes_per_pair=votes, images_per_prompt=images, repeats=repeats,
         checks=checks, against=against, title=title, seed=seed, consent=_consent(consent), questions=asked,
     )  # fmt: skip
-    _write_study(cfg, models, study, common, per_task)
+    _write_study(cfg, models, study, common, per_task, _checked_address(address))
 
 
 @study_app.command("serve")
 def serve_command(
     study: Study,
     host: Annotated[str, typer.Option(help="Address to listen on; other than loopback needs a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port.")] = 8765,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 = a free one.")] = PORT,
     token_file: Annotated[Path | None, typer.Option(help="A file with the organiser's token.")] = None,
 ) -> None:
     """Serve the study until Ctrl-C. Votes are on disk before a rater sees the next pair.
@@ -103,8 +109,11 @@ def serve_command(
         token = secrets.token_urlsafe(18)
         _say(f"organiser's token: {token}")
     serve.checked_token(token)
-    _say(f"http://{host}:{port}/  (the links' beginning; progress at /api/progress with the token as a bearer token)")
-    serve.run_server(study, host, port, token)
+    listening = serve.listen(host, port)
+    address = serve.address_of(listening)
+    _say(f"serving {address}  (progress at {address}/api/progress with the organiser's token as a bearer token)")
+    _say_links(study, address)
+    serve.run_server(study, listening, token)
 
 
 @study_app.command("analyze")
@@ -195,34 +204,54 @@ def _recovered(found: Any) -> dict[str, str]:
     }
 
 
-def _write_study(cfg: StudyConfig, models: list[str], study: Path, common: bool, per_task: int) -> None:
+def _say_links(study: Path, address: str) -> None:
+    """The links to send to the raters; of a large study the first ones."""
+    from gdmd.study.nouns import LINKS
+
+    links = _web().served_links(study, address)
+    for number, one in enumerate(links[:_SHOWN]):
+        _say(f"rater {number}: {one}")
+    if len(links) > _SHOWN:
+        _say(f"and {len(links) - _SHOWN} more in {study / LINKS}")
+
+
+def _checked_address(address: str) -> str:
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise ValueError(f"--address {address!r} is not an address; write it like https://study.example.org")
+    return address
+
+
+def _write_study(cfg: StudyConfig, models: list[str], study: Path, common: bool, per_task: int, address: str) -> None:
     from gdmd.programs.study_images import draw_models
     from gdmd.study.folders import named_folders
     from gdmd.study.nouns import LINKS
     from gdmd.study.plan import votes_needed
-    from gdmd.study.prepare import check_new, prepare
+    from gdmd.study.prepare import check_new, link, prepare
 
     check_new(study)
     with TemporaryDirectory(prefix="gdmd-study-") as place:
         folders = draw_models(named_folders(models), per_task, cfg.images_per_prompt, cfg.seed, Path(place))
-        prepared = prepare(cfg, folders, study, common)
+        prepared = prepare(cfg, folders, study, common, address)
     for warning in prepared.warnings:
         _say(f"warning: {warning}")
     screens = len(prepared.plan.raters[0].trials)
     _say(f"{cfg.raters} raters x {screens} screens: {prepared.votes_per_duel} votes per model pair and question")
     _say(f"(a true win rate of 55 % needs {votes_needed(0.55)} decided votes, 60 % needs {votes_needed(0.6)})")
-    _say(f"links: {study / LINKS}, one per rater; now: gdmd study serve {study}")
+    first = link(address, prepared.tokens[0])
+    _say(f"links: {study / LINKS}, one per rater, such as {first}; now: gdmd study serve {study}")
 
 
 def _config(**fields: Any) -> StudyConfig:
     """ValueError in one line per mistake, instead of pydantic's own layout."""
     from pydantic import ValidationError
 
+    from gdmd.config.explain import explain
+
     try:
         return StudyConfig(**fields)
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc'])) or 'study'}: {e['msg']}" for e in error.errors()]
-        raise ValueError("\n".join(wrong)) from None
+        raise ValueError("\n".join(explain(StudyConfig, error, "study"))) from None
 
 
 def _consent(path: Path | None) -> str:
@@ -247,9 +276,7 @@ def _web() -> Any:
     try:
         from gdmd.study import serve
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"serving needs {error.name}, which is not installed; do: pip install 'gdmd[study]'"
-        ) from error
+        raise ValueError(f"serving needs {error.name}, which is not installed; do: {install('study')}") from error
     return serve
 
 

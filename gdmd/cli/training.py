@@ -157,9 +157,7 @@ def _split_words(words: list[str], *, needed: bool) -> tuple[str | None, list[st
     if words and ("=" not in words[0] or Path(words[0]).is_file()):
         return words[0], words[1:]
     if needed:
-        from gdmd.recipes.read import recipe_names
-
-        raise ValueError(f"no recipe was named. Shipped are {', '.join(recipe_names())}; or give a .yaml file")
+        raise ValueError("no recipe was named; write, for example, gdmd train shapes_smoke; `gdmd recipes` lists them")
     return None, words
 
 

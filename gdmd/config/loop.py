@@ -41,7 +41,7 @@ class LoopConfig(Config):
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw",
         description="adamw8bit (arXiv 2110.02861): moments of 8 bits, a quarter of the memory; weights stay fp32. "
-        "Needs pip install 'gdmd[8bit]'.",
+        "Needs pip install -e '.[8bit]'.",
     )
     betas: tuple[Decay, Decay] = Field(
         (0.9, 0.999), description="AdamW moments, both roles (arXiv 2605.26108, 2511.13649)."

@@ -20,11 +20,13 @@ Path = tuple[Key, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """A path, the annotations that may hold there, and those of its parent."""
+    """A path, the annotations that may hold there, those of its parent, and the union its parent was chosen from."""
 
     path: Path
     annotations: tuple[Any, ...]
     parents: tuple[Any, ...] = ()
+    chosen: str = ""
+    union: tuple[Any, ...] = ()
 
     def field_names(self) -> list[str]:
         """The keys that are known at this place."""
@@ -34,17 +36,44 @@ class Place:
         """The keys that are known where the last key of the path was looked up."""
         return _field_names(self.parents)
 
+    def tags(self, name: str) -> list[str]:
+        """The values that the literal field ``name`` (a tag) may have at this place."""
+        fields = [_fields(member).get(name) for member in _members(self.annotations)]
+        return [str(value) for field in fields if field is not None for value in _literals(field.annotation)]
 
-def place_of(cls: type[BaseModel], location: Sequence[Key]) -> Place:
+    def kinds_with(self, key: str) -> list[str]:
+        """Kinds that the parent could have been and that know the last key of the path."""
+        having = [member for member in self.union if key in _fields(member)]
+        return Place((), tuple(having)).tags("kind")
+
+    def element(self) -> Place:
+        """The place of a list's elements."""
+        return Place((*self.path, 0), _children(_members(self.annotations), 0))
+
+
+def every_path(kind: Any, tree: Any) -> list[str]:
+    """Dotted paths of all fields, inside of lists excepted; of a union, the members that ``tree`` does not rule out."""
+    found: list[str] = []
+    for member in _matching(_members((kind,)), tree):
+        for name, field in _fields(member).items():
+            inner = tree.get(name) if isinstance(tree, Mapping) else None
+            found += [name, *(f"{name}.{path}" for path in every_path(field.annotation, inner))]
+    return list(dict.fromkeys(found))
+
+
+def place_of(cls: Any, location: Sequence[Key]) -> Place:
     """What a pydantic error location stands for: union labels are left out of the path."""
     place = Place((), (cls,))
+    label, union = "", tuple[Any, ...]()
     for item in location:
         members = _members(place.annotations)
         if _is_labelled(place.annotations, item):
             chosen = [member for member in members if _has_label(member, str(item))]
+            label, union = str(item), tuple(members)
             place = Place(place.path, tuple(chosen or members), place.parents)
         else:
-            place = Place((*place.path, item), _children(members, item), tuple(members))
+            place = Place((*place.path, item), _children(members, item), tuple(members), label, union)
+            label, union = "", ()
     return place
 
 

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from gdmd.config.base import Config, Count, Finite, NonNegativeCount, Positive, Probability
+
+
+def _function(given: str) -> str:
+    """``module:function`` or ``path/to/file.py:function``."""
+    module, colon, name = given.rpartition(":")
+    named = module.endswith(".py") or all(part.isidentifier() for part in module.split("."))
+    if colon and named and name.isidentifier():
+        return given
+    what = f"names a file without its function; write {given}:FUNCTION" if given.endswith(".py") else ""
+    raise ValueError(
+        what or "does not name a function; write module:function or path/to/file.py:function, like my_rewards.py:warm"
+    )
+
+
+def function_label(target: str) -> str:
+    """The name of a function's scores: module:function, without the folder of a file."""
+    module, _, name = target.rpartition(":")
+    return f"{PurePath(module).stem}:{name}" if module.endswith(".py") else target
+
+
+FunctionName = Annotated[str, AfterValidator(_function)]
+"""A Python function, in a module or a file."""
 
 
 class Placed(Config):
@@ -106,10 +129,8 @@ class OcrConfig(Placed):
         default=None, description="Folder or hub id of a reading model; default: GOT-OCR 2.0, pinned."
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
-    reader: str | None = Field(
-        default=None,
-        pattern=r"^[\w.]+:\w+$",
-        description='"package.module:function", PIL image -> str, instead of a model.',
+    reader: FunctionName | None = Field(
+        default=None, description='"module:function" or "file.py:function", PIL image -> str, instead of a model.'
     )
     tokens: Count = Field(default=128, description="Longest reading of the model.")
     other_text: Literal["error", "free"] = Field(
@@ -128,22 +149,24 @@ class OcrConfig(Placed):
 
 
 class CallableConfig(Config):
-    """A Python function module:function(images, prompts) -> one number per image."""
+    """A Python function(images, prompts) -> one number per image."""
 
     kind: Literal["callable"] = "callable"
-    target: str = Field(pattern=r"^[\w.]+:\w+$", description='"package.module:function"; it runs with all your rights.')
+    target: FunctionName = Field(
+        description='"module:function" or "path/to/file.py:function"; it runs with all your rights.'
+    )
     differentiable: bool = Field(default=False, description="Whether its gradient with respect to the images is right.")
 
     @property
     def label(self) -> str:
-        return self.target
+        return function_label(self.target)
 
 
 class RemoteReward(Config):
     """A reward of another machine: ``gdmd rewards serve`` there."""
 
     kind: Literal["remote"] = "remote"
-    url: str = Field(pattern=r"^https?://", description="For example http://127.0.0.1:8766.")
+    url: str = Field(description="For example http://127.0.0.1:8766.")
     reward: str = Field(description="Name of one of the server's rewards.")
     token_variable: str = Field(default="GDMD_REWARD_TOKEN", description="Environment variable with the bearer token.")
     timeout_s: Positive = Field(default=60.0, description="Longest wait for one request.")
@@ -156,6 +179,8 @@ class RemoteReward(Config):
     @classmethod
     def _address_only(cls, url: str) -> str:
         """A config is written to the run folder and the model card: no place for a secret."""
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"is not an address; write http://HOST:PORT, like http://{url.strip('/') or 'HOST:8766'}")
         parts = urlsplit(url)
         if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
             raise ValueError(
@@ -223,3 +248,6 @@ ImageReward = (
     | CompositeReward
 )
 """Every reward of real images."""
+
+TaggedReward = Annotated[ImageReward, Field(discriminator="kind")]
+"""The same, chosen by ``kind`` alone: one error for a wrong one."""

@@ -12,7 +12,8 @@ from gdmd.config.method import GdmdConfig, MethodConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import ImageReward
-from gdmd.config.rivals import Dmd2Config
+from gdmd.config.rivals import Dmd2Config, DmdrConfig
+from gdmd.config.rivals_rl import DmdReflConfig
 
 
 class ShapesModel(Config):
@@ -46,6 +47,9 @@ class ShapesReward(Config):
     def label(self) -> str:
         return self.kind
 
+
+LOWEST = {"pickscore": 10.0, "aesthetic": 1.0}
+"""Scores that no image falls below, of the rewards that are far from [-1, 1]."""
 
 RewardConfig = Annotated[ShapesReward | ImageReward, Field(discriminator="kind")]
 """Every reward that can train a student."""
@@ -112,6 +116,22 @@ class RunConfig(Config):
             raise ValueError(
                 f"real_data is given, but method {self.method.kind} as set here reads no real images; leave it out, or "
                 "set method.student_input = data (or method.kind = dmd2 with gan_weight > 0)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _below_the_margin(self) -> RunConfig:
+        """ReFL asks nothing of a reward above the margin: one that always is would be left out without a word."""
+        refl = isinstance(self.method, DmdrConfig) and self.method.strategy == "refl"
+        if not (isinstance(self.method, DmdrConfig | DmdReflConfig) and (refl or self.method.kind == "dmd_refl")):
+            return self
+        margin = self.method.margin
+        above = [r.kind for r in self.rewards if r.kind in LOWEST and margin <= LOWEST[r.kind]]
+        if above and self.method.rl_weight > 0:
+            raise ValueError(
+                f"method.margin {margin} lies below every score of {', '.join(above)}, which would never count; raise the "
+                "margin, or bring the reward to the scale of the others, like {kind: composite, parts: [{reward: {kind: "
+                "pickscore}, std: 100}]}"
             )
         return self
 

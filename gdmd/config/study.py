@@ -19,6 +19,10 @@ Your answers and the time they took are stored under a random number, without yo
 You may stop at any moment by closing the page, and go on later with the same link.
 """
 
+PORT = 8765
+ADDRESS = f"http://127.0.0.1:{PORT}"
+"""Where ``gdmd study serve`` listens unless it is told otherwise."""
+
 Words = Annotated[str, Field(min_length=1, max_length=20_000)]
 
 

@@ -91,7 +91,7 @@ def recipes() -> str:
     names = recipe_names()
     for name in names:
         read_recipe(name)
-    return f"{len(names)} valid: {', '.join(names)}"
+    return f"{len(names)} valid; `gdmd recipes` lists them"
 
 
 def writable() -> str:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from gdmd.config.extras import install
 from gdmd.data.image_files import to_rgb
 from gdmd.rewards.remote import PROTOCOL, is_loopback
 
@@ -217,15 +218,16 @@ def read_names(names: Sequence[str]) -> dict[str, ImageReward]:
     """Configs of kinds and module:function targets, by the word they were asked for with."""
     from pydantic import TypeAdapter, ValidationError
 
-    from gdmd.config.rewards import ImageReward
+    from gdmd.config.explain import explain
+    from gdmd.config.rewards import TaggedReward
 
     found: dict[str, ImageReward] = {}
     for name in names:
-        spec = {"kind": "callable", "target": name} if ":" in name else {"kind": name}
+        spec = {"kind": "callable", "target": name} if ":" in name or name.endswith(".py") else {"kind": name}
         try:
-            found[name] = TypeAdapter(ImageReward).validate_python(spec)
+            found[name] = TypeAdapter(TaggedReward).validate_python(spec)
         except ValidationError as error:
-            raise ValueError(f"reward {name!r}: {error.errors()[0]['msg']}; see gdmd rewards list") from None
+            raise ValueError("\n".join(explain(TaggedReward, error, f"reward {name!r}"))) from None
     return found
 
 
@@ -249,7 +251,7 @@ def serve(
     try:
         import uvicorn
     except ImportError as error:
-        raise ValueError("serving needs fastapi and uvicorn; do: pip install 'gdmd[study]'") from error
+        raise ValueError(f"serving needs fastapi and uvicorn; do: {install('study')}") from error
     from gdmd.programs.scorers import scorer_identity
     from gdmd.recipes.rewards import image_reward
 

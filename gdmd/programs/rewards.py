@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gdmd.rewards.sources import PUBLISHED, Hub, home, published
+from gdmd.config.extras import install
+from gdmd.hub import hub_reason, transport_errors, unreachable
+from gdmd.rewards.sources import CLIP_L, CONFIG, PUBLISHED, Hub, home, published
 
-PATTERNS = ["*.json", "*.txt", "model.safetensors"]
+PATTERNS = ("*.json", "*.txt", "model.safetensors")
 """Files of a hub repository in transformers' format that a reward reads."""
+WORDS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
+"""Those of its tokenizer."""
 
 
 def listing() -> list[dict[str, Any]]:
@@ -28,24 +33,87 @@ def listing() -> list[dict[str, Any]]:
     ]
 
 
-def fetch(kind: str, folder: Path | None = None) -> list[Path]:
-    """Download the published files of a reward at their pinned revision; the only command that asks the network for them."""
+def fetch(kind: str, folder: Path | None = None, say: Callable[[str], None] = print) -> Path:
+    """Download a reward's published weights at their pinned revision and make them ready for use; where they are.
+
+    What is published as a .pt is converted to safetensors at once and then scores an image. The rest goes into the hub's
+    cache, where recipes find it, or into ``folder``. ValueError, after one attempt, for what cannot be downloaded.
+    """
     known = published(kind)
-    target = folder or home() / "fetched" / kind
+    if not known.converted:
+        where = _repository(known.weights, PATTERNS, folder)
+        if known.tokenizer:
+            _repository(known.tokenizer, WORDS if folder else (*WORDS, CONFIG), folder)
+        return where
+    ready = folder or home() / kind
+    if (ready / "model.safetensors").is_file():
+        say(f"{kind} was converted before")
+        return ready
+    file = _file(known.weights, known.file, home() / "fetched" / kind)
+    say(f"fetched {file}")
+    if kind == "aesthetic":
+        _repository(CLIP_L, PATTERNS, None)  # the network below its layers
+    from gdmd.rewards.convert import convert
+
+    ready = convert(kind, file, folder)
     try:
-        from huggingface_hub import hf_hub_download, snapshot_download
+        _verify(kind, ready)
+    except ValueError:
+        shutil.rmtree(ready)  # made just now; left there it would be taken for verified
+        raise
+    say(f"converted and verified; {file} is no longer needed")
+    return ready
+
+
+def _verify(kind: str, ready: Path) -> None:
+    """The converted weights load as the reward loads them and give a finite score. ValueError otherwise."""
+    from pydantic import TypeAdapter
+
+    from gdmd.config.rewards import TaggedReward
+    from gdmd.recipes.rewards import image_reward
+    from gdmd.rewards.golden import PROMPTS, golden_images
+
+    cfg: Any = TypeAdapter(TaggedReward).validate_python({"kind": kind, "path": str(ready)})
+    image_reward(cfg, "cpu").score_pil(golden_images()[:1], PROMPTS[:1])  # refuses a score that is not finite
+
+
+def _file(hub: Hub, file: str, folder: Path) -> Path:
+    def download(cached_only: bool) -> str:
+        from huggingface_hub import hf_hub_download
+
+        return hf_hub_download(hub.name, file, revision=hub.revision, local_dir=folder, local_files_only=cached_only)
+
+    return _fetched(hub, file, download)
+
+
+def _repository(hub: Hub, patterns: Sequence[str], folder: Path | None) -> Path:
+    def download(cached_only: bool) -> str:
+        from huggingface_hub import snapshot_download
+
+        wanted = {"revision": hub.revision, "allow_patterns": list(patterns), "local_dir": folder}
+        found = snapshot_download(hub.name, **wanted, local_files_only=cached_only)
+        if "model.safetensors" in patterns and not (Path(found) / "model.safetensors").is_file():
+            raise ValueError(f"{found} holds no model.safetensors")  # an earlier download that was cut short
+        return found
+
+    return _fetched(hub, CONFIG, download)
+
+
+def _fetched(hub: Hub, file: str, download: Callable[[bool], str]) -> Path:
+    """What ``download`` gives, after one look at the hub. ValueError that says what is wrong and what to do."""
+    try:
+        import huggingface_hub  # noqa: F401
     except ImportError as error:
-        raise ValueError("fetching needs huggingface_hub; do: pip install 'gdmd[diffusers]'") from error
-    hub = known.weights
+        raise ValueError(f"fetching needs huggingface_hub; do: {install('diffusers')}") from error
+    away = ""
     try:
-        if known.file:
-            return [Path(hf_hub_download(hub.name, known.file, revision=hub.revision, local_dir=target))]
-        found = snapshot_download(hub.name, revision=hub.revision, allow_patterns=PATTERNS, local_dir=target)
-        return [Path(found)]
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0][:200]
+        away = unreachable(hub.name, file, hub.revision)
+        return Path(download(bool(away)))
+    except (OSError, ValueError, RuntimeError, *transport_errors()) as error:
+        reason = f"the hub cannot be reached ({away})" if away else hub_reason(error, file, hub.revision)
         raise ValueError(
-            f"cannot fetch {_named(hub)}: {first}; check the network, or copy the files here by other means"
+            f"cannot fetch {_named(hub)}: {reason}. Check the network and fetch again, or bring the files here by other "
+            "means (docs/rewards.md)"
         ) from error
 
 
@@ -58,7 +126,8 @@ def check(
     """
     from pydantic import TypeAdapter, ValidationError
 
-    from gdmd.config.rewards import ImageReward
+    from gdmd.config.explain import explain
+    from gdmd.config.rewards import TaggedReward
     from gdmd.recipes.rewards import image_reward
     from gdmd.rewards.golden import Checked, check_golden, compare, record
 
@@ -66,9 +135,9 @@ def check(
     if golden is not None:
         check_golden(golden)
     try:
-        cfg: Any = TypeAdapter(ImageReward).validate_python(dict(spec))
+        cfg: Any = TypeAdapter(TaggedReward).validate_python(dict(spec))
     except ValidationError as error:
-        raise ValueError(f"reward {spec.get('kind')}: {error.errors()[0]['msg']}") from None
+        raise ValueError("\n".join(explain(TaggedReward, error, f"reward {spec.get('kind')}"))) from None
     reward = image_reward(cfg, device)
     if not isinstance(reward, Checked):
         raise ValueError(f"reward {cfg.kind} has no weights of its own to check; check its parts")

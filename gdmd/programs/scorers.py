@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from gdmd import __version__
+from gdmd.config.explain import explain
 from gdmd.config.rewards import (
     AestheticReward,
     CallableConfig,
@@ -63,7 +64,7 @@ Features = Callable[[Sequence["Image"]], Tensor]
 
 
 def read_scorer(text: str) -> RewardConfig:
-    """``KIND[,key=value ...]`` or ``module:function`` -> its config. ValueError for what is no reward."""
+    """``KIND[,key=value ...]``, ``module:function`` or ``file.py:function`` -> its config. Else a ValueError."""
     kind, *rest = split_settings(text)
     settings = list(settings_of(rest))
     wrong = [part for part, _, value in settings if value is None]
@@ -75,13 +76,12 @@ def read_scorer(text: str) -> RewardConfig:
     given: dict[str, Any] = {
         key: int(value) if re.fullmatch(r"\d+", value) else value for _, key, value in settings if value is not None
     }
-    head = {"kind": "callable", "target": kind} if ":" in kind else {"kind": kind}
+    head = {"kind": "callable", "target": kind} if ":" in kind or kind.endswith(".py") else {"kind": kind}
     adapter: TypeAdapter[RewardConfig] = TypeAdapter(RewardConfig)
     try:
         return adapter.validate_python(head | given)
     except ValidationError as error:
-        lines = [f"scorer {text!r}: {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-        raise ValueError("\n".join(lines)) from None
+        raise ValueError("\n".join(explain(RewardConfig, error, f"scorer {text!r}"))) from None
 
 
 def read_scorers(texts: Sequence[str]) -> tuple[RewardConfig, ...]:

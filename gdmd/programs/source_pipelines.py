@@ -24,6 +24,7 @@ from gdmd.backbones.packing import in_patches, pack
 from gdmd.backbones.pipelines import (
     EXTRAS,
     FAMILIES,
+    INDEX,
     absent,
     check_libraries,
     check_weights,
@@ -40,6 +41,7 @@ from gdmd.config.sources import SourceConfig
 from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
+from gdmd.hub import unreachable
 from gdmd.io import RunError
 from gdmd.programs.source_loras import add_lora, lora_content
 from gdmd.programs.source_schedulers import check_scheduler, set_scheduler, step_arguments
@@ -287,13 +289,9 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
     left_out = _left_out(index, without, Path(where))
     if local:
         check_weights(Path(where), index, left_out, cfg.variant, what, "variant")
-    options: dict[str, Any] = {
-        "dtype": DTYPES[cfg.dtype],
-        "variant": cfg.variant,
-        "local_files_only": local,
-        "use_safetensors": True,
-    }
+    options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "use_safetensors": True}
     try:
+        options["local_files_only"] = local or bool(unreachable(where, INDEX, cfg.revision))
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             where, **options, **left_out, **({} if local else {"revision": cfg.revision})
         )

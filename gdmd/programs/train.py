@@ -30,7 +30,7 @@ from gdmd.programs.hub_pins import tell_commits
 from gdmd.programs.inputs import check_start, settle_inputs
 from gdmd.programs.long_prompts import warn_of_lab
 from gdmd.recipes.build import Lab, build, compile_networks
-from gdmd.recipes.rewards import reason_unscored, reward_stats, try_rewards
+from gdmd.recipes.rewards import reason_unscored, require_weights, reward_stats, try_rewards
 from gdmd.runs.rundir import Run, create, open_run
 from gdmd.shapes.grammar import catalogue
 from gdmd.training.distributed import SINGLE, World
@@ -127,6 +127,8 @@ def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> La
         world.span(cfg.loop.batch_size)
     check_best_metric(cfg)
     check_prompts(cfg, console)
+    if cfg.method.rewarded:
+        require_weights(cfg.rewards)
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
     lab = build(cfg)

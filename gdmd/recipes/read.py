@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 from gdmd.config.load import ConfigError, load_config
+from gdmd.config.names import listed, near
 from gdmd.config.run import RunConfig
 
 FOLDER = Path(str(resources.files("gdmd.recipes")))
@@ -27,11 +27,21 @@ def recipe_path(source: str) -> Path:
         return Path(source)
     if source in recipe_names():
         return FOLDER / f"{source}.yaml"
-    near = difflib.get_close_matches(source[:100], recipe_names(), n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(
-        [f"unknown recipe {source[:100]!r}: {hint}shipped are {', '.join(recipe_names())}; or give a .yaml file"]
+    raise ConfigError([f"unknown recipe {source[:100]!r}{_meant(source)} `gdmd recipes` lists them"])
+
+
+def _meant(source: str) -> str:
+    """What may have been meant by an unknown name: a file, a run folder, or at most three recipes."""
+    if os.path.isfile(f"{source}.yaml"):
+        return f"; did you mean the file {source}.yaml?"
+    if os.path.isfile(os.path.join(source, "config.yaml")):
+        return f": it is a run folder; continue it with gdmd train --resume {source}."
+    names = recipe_names()
+    begun = sorted(
+        (name for name in names if name.startswith(f"{source}_")), key=lambda name: not name.endswith("_gdmd")
     )
+    meant = list(dict.fromkeys([*begun, *near(source.lower(), names, most=3)]))[:3]
+    return f"; did you mean {listed(meant)}?" if meant else ";"
 
 
 def read_recipe(source: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from gdmd.config.comparison import CompareSpec, Overrides
 from gdmd.config.load import ConfigError, load_config
+from gdmd.config.names import listed, near
 from gdmd.config.run import RunConfig
 from gdmd.recipes.read import FOLDER, read_recipe
 
@@ -44,11 +44,8 @@ def comparison_path(source: str) -> Path:
     names = comparison_names()
     if source in names:
         return COMPARISONS / f"{source}.yaml"
-    near = difflib.get_close_matches(source[:100], names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(
-        [f"unknown comparison {source[:100]!r}: {hint}shipped are {', '.join(names)}; or give a .yaml file"]
-    )
+    meant = near(source, names, most=3) or names[:3]
+    raise ConfigError([f"unknown comparison {source[:100]!r}; did you mean {listed(meant)}? Or give a .yaml file"])
 
 
 def read_comparison(source: str) -> Comparison:

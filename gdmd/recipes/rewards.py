@@ -40,6 +40,7 @@ from gdmd.rewards.ocr import OcrReward, Reader, asked_text, normalised
 from gdmd.rewards.pickscore import PickScore
 from gdmd.rewards.pretrained import Placement
 from gdmd.rewards.remote import RemoteScorer
+from gdmd.rewards.sources import CLIP_H, CLIP_L, DETECTOR, OCR, PICKSCORE, place_of
 from gdmd.types import Explains, PromptBatch, Reward
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,6 +72,27 @@ def image_reward(spec: ImageReward, device: str) -> Reward:
             return RemoteScorer(spec, os.environ.get(spec.token_variable))
         case CompositeReward():
             return Composite([Part(image_reward(p.reward, device), p.weight, p.mean, p.std) for p in spec.parts])
+
+
+def require_weights(specs: Iterable[RewardConfig]) -> None:
+    """ValueError, before anything is trained or embedded, for weights on a hub that can neither be read nor are cached."""
+    for spec in specs:
+        match spec:
+            case ClipReward():
+                place_of(spec.path, spec.revision, CLIP_L).require()
+            case PickScoreReward():
+                place_of(spec.path, spec.revision, PICKSCORE).require()
+                if spec.path is None:
+                    place_of(spec.tokenizer, None, CLIP_H).require()
+            case AestheticReward():
+                place_of(spec.clip, spec.revision, CLIP_L).require()
+            case GenEvalReward():
+                place_of(spec.detector, None, DETECTOR).require()
+                place_of(spec.clip, None, CLIP_L).require()
+            case OcrConfig(reader=None):
+                place_of(spec.path, spec.revision, OCR).require()
+            case CompositeReward():
+                require_weights(part.reward for part in spec.parts)
 
 
 def reward_stats(rewards: Sequence[Reward]) -> Mapping[str, Tensor]:

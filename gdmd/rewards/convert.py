@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -219,22 +220,23 @@ def convert(kind: str, source: Path, folder: Path | None = None, tokenizer: str 
     return folder
 
 
-def _write(folder: Path, tensors: Tensors, files: Mapping[str, Any], words: Any) -> None:
-    """The tokenizer first (it may fail on the network), the weights last: a half-made folder is not taken for a whole."""
+def _write(whole: Path, tensors: Tensors, files: Mapping[str, Any], words: Any) -> None:
+    """The tokenizer first (it may fail on the network); the folder appears when all of it is written."""
     from safetensors.torch import save_file
 
     from gdmd.rewards.sources import raw_tokenizer
 
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = whole.absolute().with_name(f".{whole.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     if words is not None:
         raw_tokenizer(words).save_pretrained(str(folder))
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     plain = {key: value.contiguous().clone() for key, value in tensors.items()}
-    partial = folder / ".model.safetensors.partial"
-    save_file(plain, partial, metadata={"format": "pt"})
-    follow_umask(partial)
-    partial.replace(folder / "model.safetensors")
+    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    follow_umask(folder / "model.safetensors")
+    folder.replace(whole)  # an empty folder may be there
 
 
 def sha256(path: Path) -> str:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
+from gdmd.config.extras import install
 from gdmd.diffusion.prompt_length import Reader
+from gdmd.hub import hub_file, hub_reason, offline, unreachable
 from gdmd.io import weights_fingerprint
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 HOME = "GDMD_REWARDS"
 """Environment variable: the folder of converted rewards; default ~/.cache/gdmd/rewards."""
+CONFIG = "config.json"
+"""In every repository that a reward is loaded from."""
+CURE = "check id, revision and network, or give a local folder as path"
 CONVERTED = "converted.json"
 """In a converted folder: where its tensors came from."""
 
@@ -100,7 +105,8 @@ def converted_folder(kind: str, given: str | None) -> Path:
         return folder
     raise ValueError(
         f"reward {kind}: no converted weights in {folder} (model.safetensors is missing); its authors publish a .pt "
-        f"file: do `gdmd rewards fetch {kind}` and `gdmd rewards convert {kind} FILE`, or give the folder as path"
+        f"file: do `gdmd rewards fetch {kind}`, which also converts it (`gdmd rewards convert {kind} FILE` for a file that "
+        "is here already), or give the folder as path"
     )
 
 
@@ -113,8 +119,15 @@ class Place:
     local: bool
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of a ``from_pretrained``; a local folder never asks the network."""
-        return {"local_files_only": True} if self.local else {"revision": self.revision}
+        """Keyword arguments of a ``from_pretrained``; a local folder never asks the network, nor a hub that is away."""
+        if self.local:
+            return {"local_files_only": True}
+        return {"revision": self.revision, "local_files_only": bool(unreachable(self.where, CONFIG, self.revision))}
+
+    def require(self) -> None:
+        """ValueError, at once, where a hub id cannot be had: neither downloaded nor in the cache."""
+        if not self.local:
+            _reading(self, lambda: hub_file(self.where, CONFIG, self.revision))
 
 
 def place_of(given: str | None, revision: str | None, default: Hub) -> Place:
@@ -254,9 +267,17 @@ def _reading(place: Place, load: Callable[[], T]) -> T:
         return load()
     except ImportError as error:
         raise ValueError(
-            f"loading {place.where} needs {error.name or 'transformers'}; do: pip install 'gdmd[diffusers]'"
+            f"loading {place.where} needs {error.name or 'transformers'}; do: {install('diffusers')}"
         ) from error
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        cure = "check the folder" if place.local else "check id, revision and network, or give a local folder as path"
-        raise ValueError(f"cannot load {place.where}: {first[:300]}; {cure}") from error
+        first = str(error).strip().splitlines()[0][:300]
+        if place.local:
+            raise ValueError(f"cannot load {place.where}: {first}; check the folder") from error
+        away = offline()
+        reason = f"it is not in the cache, and the hub cannot be reached ({away}); {CURE}" if away else None
+        reason = reason or (hub_reason(error, CONFIG, place.revision) if _of_the_hub(error) else f"{first}; {CURE}")
+        raise ValueError(f"cannot load {place.where}: {reason}") from error
+
+
+def _of_the_hub(error: Exception) -> bool:
+    return type(error).__module__.startswith("huggingface_hub")

@@ -116,9 +116,8 @@ def read_plan(folder: Path) -> Plan:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise RunError(
-            f"{path} is not a study plan: {place}: {first['msg']}. Make it with 'gdmd study plan'."
-        ) from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise RunError(f"{path} is not a study plan: {place}: {reason}. Make it with 'gdmd study plan'.") from None
 
 
 def votes_of(plan: Plan, rows: Iterator[tuple[str, str, str, int, str]]) -> list[Vote]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Pil
 
-from gdmd.config.study import StudyConfig
+from gdmd.config.study import ADDRESS, StudyConfig
 from gdmd.data.image_files import open_image
 from gdmd.io import RunError, writing
 from gdmd.study.folders import Row, common_rows
@@ -37,6 +37,7 @@ class Prepared:
     """The plan, and what the organiser should know before inviting anybody."""
 
     plan: Plan
+    tokens: tuple[str, ...]
     votes_per_duel: int
     warnings: tuple[str, ...]
 
@@ -47,8 +48,13 @@ def check_new(study: Path) -> None:
         raise RunError(f"{study} exists and is not empty; a plan is never written over another: choose a new folder")
 
 
-def prepare(cfg: StudyConfig, folders: Mapping[str, Path], study: Path, common: bool = False) -> Prepared:
-    """Write the study folder; nothing is written before models, prompts and numbers are found right."""
+def prepare(
+    cfg: StudyConfig, folders: Mapping[str, Path], study: Path, common: bool = False, address: str = ADDRESS
+) -> Prepared:
+    """Write the study folder; nothing is written before models, prompts and numbers are found right.
+
+    address: where raters will reach the page; their links begin with it.
+    """
     check_new(study)
     rows = common_rows(folders, cfg.images_per_prompt, common)
     prompts = [row[next(iter(folders))].prompt for row in rows]
@@ -61,13 +67,13 @@ def prepare(cfg: StudyConfig, folders: Mapping[str, Path], study: Path, common: 
         try:
             (partial / IMAGES).mkdir(parents=True)
             _write_images(drawn, rows, partial / IMAGES, sizes)
-            _write_private(partial / LINKS, _links(drawn.tokens))
-            _write_private(partial / PLAN, drawn.plan.model_dump_json(indent=1))
+            write_private(partial / LINKS, links_text(drawn.tokens, address))
+            write_private(partial / PLAN, drawn.plan.model_dump_json(indent=1))
             partial.rename(whole)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     duels = len(folders) - 1 if cfg.against else math.comb(len(folders), 2)
-    return Prepared(drawn.plan, cfg.raters * cfg.pairs_per_rater // duels, _warnings(sizes, cfg))
+    return Prepared(drawn.plan, drawn.tokens, cfg.raters * cfg.pairs_per_rater // duels, _warnings(sizes, cfg))
 
 
 def _write_images(
@@ -109,15 +115,21 @@ def _save(picture: Pil.Image, path: Path) -> None:
     os.utime(path, (0, 0))
 
 
-def _links(tokens: Sequence[str]) -> str:
+def links_text(tokens: Sequence[str], address: str) -> str:
+    """The table of raters: number, token, and the whole link to send."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["rater", "token", "link"])
-    writer.writerows([number, token, f"/#token={token}"] for number, token in enumerate(tokens))
+    writer.writerows([number, token, link(address, token)] for number, token in enumerate(tokens))
     return text.getvalue()
 
 
-def _write_private(path: Path, text: str) -> None:
+def link(address: str, token: str) -> str:
+    """What a rater opens: the token is in the fragment, which no browser sends."""
+    return f"{address.rstrip('/')}/#token={token}"
+
+
+def write_private(path: Path, text: str) -> None:
     """For the organiser's eyes: readable by the owner only."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:

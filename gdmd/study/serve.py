@@ -8,15 +8,18 @@ above 8 KiB is refused unread; without a valid token there is nothing but the pa
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import hmac
 import ipaddress
 import re
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import Body, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -26,8 +29,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gdmd.config.base import Config
 from gdmd.config.study import Question
+from gdmd.io import RunError, writing
 from gdmd.study.export import csv_text, jsonl_text
-from gdmd.study.nouns import IMAGES, VOTES, Answer, Plan, Rater, Trial, read_plan, token_hash, votes_of
+from gdmd.study.nouns import IMAGES, LINKS, VOTES, Answer, Plan, Rater, Trial, read_plan, token_hash, votes_of
+from gdmd.study.prepare import link, links_text, write_private
 from gdmd.study.store import AlreadyVoted, Store
 
 MAX_BODY = 8 * 1024
@@ -279,6 +284,32 @@ def checked_token(token: str) -> str:
     return token
 
 
+def served_links(study: Path, address: str) -> list[str]:
+    """The raters' links, now that the study is served at ``address``.
+
+    Where the table has links to this machine, those of another port are written anew; an address that was given to
+    ``gdmd study plan`` stays, for it may be a proxy's. Empty without a table.
+    """
+    table = study / LINKS
+    if not table.is_file():
+        return []
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not all(row.get("token") and row.get("link") is not None for row in rows):
+        raise RunError(f"{table} is not the table that gdmd study plan wrote; restore it")
+    planned = rows[0]["link"].partition("/#token=")[0]
+    if planned and not is_loopback(urlsplit(planned).hostname or ""):
+        return [row["link"] for row in rows]
+    tokens = [row["token"] for row in rows]
+    if planned != address:
+        partial = table.with_name(f".{table.name}.partial")
+        with writing("the raters' links", table):
+            partial.unlink(missing_ok=True)
+            write_private(partial, links_text(tokens, address))
+            partial.replace(table)
+    return [link(address, token) for token in tokens]
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach the address. A name other than localhost is taken as reachable."""
     try:
@@ -287,9 +318,29 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def run_server(folder: Path, host: str, port: int, organiser_token: str) -> None:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0 takes a free one. RunError where that cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise RunError(
+            f"cannot listen on {host}, port {port}: {error}; choose others with --host and --port"
+        ) from error
+
+
+def address_of(listening: socket.socket) -> str:
+    """http://HOST:PORT as a browser takes it; this machine's name where every address is listened on."""
+    host, port = listening.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = socket.gethostname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_server(folder: Path, listening: socket.socket, organiser_token: str) -> None:
     """Serve until Ctrl-C. The access log is off: it would tie addresses to answers."""
     import uvicorn
 
     app = create_app(folder, organiser_token)
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    uvicorn.Server(config).run(sockets=[listening])

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gdmd.config.extras import install
+
 BLOCK = 256
 SMALLEST = 4096
 TABLE = 4 * 256
@@ -71,8 +73,8 @@ def require_torchao() -> None:
     """ValueError with the install command when torchao is not there."""
     if find_spec("torchao") is None:
         raise ValueError(
-            "loop.optimizer = adamw8bit needs torchao, which is not installed: install it with "
-            "pip install 'gdmd[8bit]', or set loop.optimizer = adamw"
+            f"loop.optimizer = adamw8bit needs torchao, which is not installed; do: {install('8bit')}, "
+            "or set loop.optimizer = adamw"
         )
 
 

@@ -12,6 +12,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
+import gdmd
+
 DEVICE = "meta"
+PACKAGE = Path(gdmd.__file__).parent
 READ = {"_local_scalar_dense", "equal", "is_nonzero"}
 SHAPED_BY_DATA = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
@@ -154,6 +158,6 @@ def pretended(patch: pytest.MonkeyPatch) -> Iterator[Waits]:
 
 
 def _place() -> str:
-    """The innermost line of the project."""
-    own = [frame for frame in traceback.extract_stack() if "/gdmd/" in frame.filename]
-    return f"{own[-1].filename.split('/gdmd/')[-1]}:{own[-1].name}" if own else "a test"
+    """The innermost line of the package, wherever that is installed."""
+    own = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(PACKAGE)]
+    return f"{Path(own[-1].filename).relative_to(PACKAGE).as_posix()}:{own[-1].name}" if own else "a test"

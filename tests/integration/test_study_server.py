@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+import socket
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -17,12 +19,12 @@ pytest.importorskip("httpx")
 
 from fastapi.testclient import TestClient  # noqa: E402
 from PIL import Image  # noqa: E402
-from study_world import MODELS, ORGANISER, write_study  # noqa: E402
+from study_world import MODELS, ORGANISER, write_images, write_study  # noqa: E402
 
 from gdmd.config.study import StudyConfig  # noqa: E402
-from gdmd.study.nouns import IMAGES, VOTES, token_hash  # noqa: E402
+from gdmd.study.nouns import IMAGES, LINKS, VOTES, token_hash  # noqa: E402
 from gdmd.study.prepare import prepare  # noqa: E402
-from gdmd.study.serve import MAX_BODY, create_app, is_loopback  # noqa: E402
+from gdmd.study.serve import MAX_BODY, address_of, create_app, is_loopback, listen, served_links  # noqa: E402
 from gdmd.study.store import AlreadyVoted, Store  # noqa: E402
 
 
@@ -277,3 +279,45 @@ def test_a_plan_is_never_written_over_another(desk: Desk) -> None:
     with pytest.raises(ValueError, match="never written over another"):
         prepare(StudyConfig(raters=1, votes_per_pair=1, pairs_per_rater=4), folders, desk.study)
     assert (desk.study / "plan.json").read_bytes() == before
+
+
+def links_of(study: Path) -> list[str]:
+    with (study / LINKS).open() as file:
+        return [row["link"] for row in csv.DictReader(file)]
+
+
+def test_links_are_whole_addresses_and_follow_the_port_that_is_served(tmp_path: Path) -> None:
+    study, _, tokens = write_study(tmp_path)
+    assert links_of(study) == [f"http://127.0.0.1:8765/#token={token}" for token in tokens]
+    with listen("127.0.0.1", 0) as listening:
+        address = address_of(listening)
+        port = listening.getsockname()[1]
+        assert address == f"http://127.0.0.1:{port}" and port != 0
+        expected = [f"{address}/#token={token}" for token in tokens]
+        assert served_links(study, address) == expected == links_of(study)
+        assert (study / LINKS).stat().st_mode & 0o777 == 0o600
+        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1, port {port}: .*--port"):
+            listen("127.0.0.1", port)
+
+
+def test_the_address_that_was_planned_is_kept_where_it_is_served_from_elsewhere(tmp_path: Path) -> None:
+    folders = {model: write_images(tmp_path / model, model, 6) for model in MODELS}
+    cfg = StudyConfig(raters=2, pairs_per_rater=4, votes_per_pair=2, repeats=1, checks=1)
+    prepared = prepare(cfg, folders, tmp_path / "study", address="https://study.example.org/round1/")
+    expected = [f"https://study.example.org/round1/#token={token}" for token in prepared.tokens]
+    assert served_links(tmp_path / "study", "http://127.0.0.1:9") == expected == links_of(tmp_path / "study")
+
+
+def test_a_table_of_the_time_before_whole_links_is_written_anew(tmp_path: Path) -> None:
+    study, _, tokens = write_study(tmp_path)
+    rows = [f"{number},{token},/#token={token}" for number, token in enumerate(tokens)]
+    (study / LINKS).write_text("\n".join(["rater,token,link", *rows]) + "\n")
+    served_links(study, "http://127.0.0.1:9000")
+    assert links_of(study) == [f"http://127.0.0.1:9000/#token={token}" for token in tokens]
+    (study / LINKS).unlink()
+    assert served_links(study, "http://127.0.0.1:9000") == []
+
+
+def test_all_addresses_are_linked_by_the_machines_name() -> None:
+    with listen("0.0.0.0", 0) as listening:
+        assert address_of(listening) == f"http://{socket.gethostname()}:{listening.getsockname()[1]}"

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "gdmd"
 
 LEVELS = {
-    **dict.fromkeys(("types", "config", "io"), 0),
+    **dict.fromkeys(("types", "config", "io", "hub"), 0),
     **dict.fromkeys(("diffusion", "losses", "shapes"), 1),
     **dict.fromkeys(("methods", "backbones", "rewards", "data", "runs"), 2),
     **dict.fromkeys(("training", "evaluation", "export"), 3),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from source_rules import (
     PACKAGE,
+    ROOT,
     docstring_violations,
     safety_violations,
     sources,
@@ -80,3 +82,9 @@ def test_a_heavy_folder_is_found(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(bytes(60))
     assert not weight_violations(tmp_path, 120)
     assert weight_violations(tmp_path, 119) == [f"{tmp_path.name} weighs 120 bytes, at most 119"]
+
+
+def test_nothing_tells_to_install_from_a_package_index_where_gdmd_is_not() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    texts = {**PRODUCT, **{str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in pages}}
+    assert [path for path, text in texts.items() if re.search(r"pip install '?gdmd", text)] == []

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, TypeAdapter, ValidationError
 
+from gdmd.config import extras
 from gdmd.config.base import Config, Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.load import ConfigError, dump_config, load_config
 
@@ -135,7 +136,8 @@ def test_every_error_is_listed_on_its_own_line_with_file_path_value_and_reason()
         ("loop: {steps: 1}\nmethod: {kind: gdmdd}", "method.kind: got 'gdmdd': unknown kind; did you mean 'gdmd'?"),
         (
             "loop: {steps: 1}\nmethod: {kind: dmd_grpo, gamma: 1}",
-            "method.gamma: got 1: unknown key; known are: clip, kind",
+            "method.gamma: got 1: kind 'dmd_grpo' has no such key ('gdmd' has); replace the whole section: "
+            "method: {kind: dmd_grpo, ...}",
         ),
         (
             "loop: {steps: 1}\nmethod: {mode: al, kind: gdmd}",
@@ -143,14 +145,17 @@ def test_every_error_is_listed_on_its_own_line_with_file_path_value_and_reason()
         ),
         (
             "loop: {steps: 1}\nmethod: {gamma: 1}",
-            "method: got {'gamma': 1}: the key 'kind' is missing; it says which kind of 'method' this is",
+            "method: the key 'kind' is missing; write {kind: ..., ...}; known are: gdmd, dmd_grpo",
         ),
         ("name: x", "loop: is missing; this key is required"),
         ("loop: {steps: true}", "loop.steps: got True: input should be a valid integer"),
         ("loop: {steps: 1.0}", "loop.steps: got 1.0: input should be a valid integer"),
         ("loop: {steps: 1, lr: yes}", "loop.lr: got True: should be a number, not a truth value"),
         ("loop: {steps: 1, lr: .inf}", "loop.lr: got inf: input should be a finite number"),
-        ("loop:", "loop: got nothing (null): input should be a valid dictionary or instance of Loop"),
+        (
+            "loop:",
+            "loop: got nothing (null): should be a mapping, like {drop: ...}; known keys are: drop, lr, seed, steps",
+        ),
     ],
 )
 def test_a_mistake_names_its_place_and_the_cure(text: str, line: str) -> None:
@@ -172,7 +177,7 @@ def test_a_mistake_names_its_place_and_the_cure(text: str, line: str) -> None:
         ("gamma", ["override 'gamma'", "is not KEY=VALUE"]),
         ("=1", ["is not KEY=VALUE"]),
         ("loop..steps=1", ["is not KEY=VALUE"]),
-        ("name=[a", ["override 'name=[a'", "line 1"]),
+        ("name=[a", ["override 'name=[a'", "line 1", "put the whole word into quotes, like 'name=[...]'"]),
         ("loop.steps=", ["loop.steps: got nothing (null)"]),
     ],
 )
@@ -316,3 +321,15 @@ def test_garbage_gives_a_config_or_a_config_error_and_nothing_else(text: str, ov
 def test_loading_a_config_imports_no_torch() -> None:
     code = "import sys, gdmd.config.load, gdmd.config.base; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_optional_libraries_are_installed_from_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(extras, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert extras.install("study") == "pip install -e '.[study]'"
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    assert extras.install("study") == f"pip install -e '.[study]' in {tmp_path}"
+    monkeypatch.setattr(extras, "ROOT", tmp_path / "deeper")
+    assert extras.install("8bit") == "pip install -e '.[8bit]' in a checkout of gdmd"

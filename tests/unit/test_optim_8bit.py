@@ -115,7 +115,7 @@ def test_without_the_library_a_run_is_refused_before_anything_is_loaded(monkeypa
     monkeypatch.setattr("gdmd.training.optim8bit.find_spec", lambda name: None if name == "torchao" else find(name))
     monkeypatch.setattr("gdmd.programs.train.build", lambda cfg: pytest.fail("something was loaded"))
     cfg = RunConfig(name="shapes", loop=LoopConfig(optimizer="adamw8bit"))
-    with pytest.raises(ValueError, match=r"needs torchao.*pip install 'gdmd\[8bit\]'.*loop.optimizer = adamw"):
+    with pytest.raises(ValueError, match=r"needs torchao.*pip install -e '\.\[8bit\]'.*loop.optimizer = adamw"):
         ready(cfg)
     with pytest.raises(ValueError, match="needs torchao"):
         RoleOptimizer(named(), 1e-2, kind="adamw8bit")

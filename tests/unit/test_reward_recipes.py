@@ -14,13 +14,15 @@ from torch import Tensor
 
 from gdmd.cli.app import main
 from gdmd.config.load import ConfigError, load_config
-from gdmd.config.rewards import RemoteReward
+from gdmd.config.rewards import CallableConfig, RemoteReward
 from gdmd.config.run import RunConfig
 from gdmd.data.prompts import PromptStream, read_prompts
 from gdmd.recipes.build import build_rewards
-from gdmd.recipes.rewards import reward_stats
-from gdmd.rewards.callable import CallableReward
+from gdmd.recipes.read import read_recipe, recipe_names
+from gdmd.recipes.rewards import image_reward, require_weights, reward_stats
+from gdmd.rewards.callable import CallableReward, imported
 from gdmd.rewards.composite import Composite, Part
+from gdmd.rewards.sources import published
 from gdmd.types import PromptBatch
 
 RECIPE = "name: x\nloop: {}\nrewards:\n"
@@ -220,7 +222,7 @@ def test_the_list_names_every_published_reward_with_range_and_weights(gdmd: Any)
         (["rewards", "convert", "hps", "none.pt"], "no such file"),
         (["rewards", "convert", "clip", "none.pt"], "needs no conversion"),
         (["rewards", "serve", "clip", "--host", "0.0.0.0"], "so a token is needed"),
-        (["rewards", "serve", "no_such_kind"], "see gdmd rewards list"),
+        (["rewards", "serve", "no_such_kind"], "unknown kind; known are: clip, hps"),
     ],
 )
 def test_a_mistake_is_one_clear_message_and_exit_code_2(gdmd: Any, words: list[str], message: str) -> None:
@@ -228,24 +230,90 @@ def test_a_mistake_is_one_clear_message_and_exit_code_2(gdmd: Any, words: list[s
     assert code == 2 and message in printed and "Traceback" not in printed
 
 
-def test_fetching_names_file_and_pinned_revision_and_a_failure_says_what_to_do(
-    gdmd: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "name"), [("hps", "xswu/HPSv2@697403c78157"), ("clip", "openai/clip-vit-large-patch14@32bd64288804")]
+)
+def test_fetching_offline_names_the_pinned_revision_and_says_what_to_do(gdmd: Any, kind: str, name: str) -> None:
+    pytest.importorskip("huggingface_hub")
+    code, _, printed = gdmd("rewards", "fetch", kind)
+    assert code == 2 and f"cannot fetch {name}: the hub cannot be reached (HF_HUB_OFFLINE is set)" in printed
+    assert "Traceback" not in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("reward", "name"),
+    [
+        ("{kind: clip, path: org/clip}", "org/clip"),
+        ("{kind: pickscore, path: org/pick}", "org/pick"),
+        ("{kind: composite, parts: [{reward: {kind: clip, path: org/clip}}]}", "org/clip"),
+        ("{kind: aesthetic, path: ., clip: org/clip}", "org/clip"),
+        ("{kind: ocr, path: org/ocr}", "org/ocr"),
+    ],
+)
+def test_weights_that_cannot_be_had_are_named_before_anything_is_trained(reward: str, name: str) -> None:
+    pytest.importorskip("transformers")
+    cfg = load_config(RunConfig, f"{RECIPE}  - {reward}\n")
+    with pytest.raises(ValueError, match=f"cannot load {name}: it is not in the cache.*HF_HUB_OFFLINE is set"):
+        require_weights(cfg.rewards)
+
+
+def test_weights_in_a_folder_and_rewards_without_weights_ask_nobody(tmp_path: Path) -> None:
+    rewards = (
+        f"  - {{kind: clip, path: '{tmp_path}'}}\n  - {{kind: shapes_clip}}\n  - {{kind: callable, target: 'a:b'}}\n"
+    )
+    require_weights(load_config(RunConfig, RECIPE + rewards).rewards)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "refused"),
+    [
+        ("sdxl_dmdr", ["rewards=[{kind: pickscore}]"], True),
+        ("sdxl_dmdr", ["rewards=[{kind: clip}, {kind: aesthetic}]"], True),
+        ("sdxl_gdmd", ["method={kind: dmd_refl}", "rewards=[{kind: pickscore}]"], True),
+        ("sdxl_gdmd", ["method={kind: dmd_refl, margin: 24}", "rewards=[{kind: pickscore}]"], False),
+        ("sdxl_gdmd", ["method={kind: dmd_refl, rl_weight: 0}", "rewards=[{kind: pickscore}]"], False),
+        ("sdxl_dmdr", ["method.strategy=dpo", "rewards=[{kind: pickscore}]"], False),
+        ("sdxl_dmdr", [], False),
+        ("sdxl_gdmd", [], False),
+    ],
+)
+def test_a_reward_that_lies_above_the_hinge_is_refused(recipe: str, overrides: list[str], refused: bool) -> None:
+    if refused:
+        with pytest.raises(ValueError, match="method.margin 0.7 lies below every score of (pickscore|aesthetic)"):
+            read_recipe(recipe, overrides)
+    else:
+        read_recipe(recipe, overrides)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.endswith(("_gdmd", "_dmdr"))])
+def test_the_rewards_of_a_real_recipe_load_as_published(name: str) -> None:
+    kinds = [part.reward.kind for r in read_recipe(name).rewards if r.kind == "composite" for part in r.parts]
+    kinds += [r.kind for r in read_recipe(name).rewards if r.kind != "composite"]
+    assert all(kind.startswith("shapes_") or not published(kind).converted for kind in kinds)
+
+
+def test_a_reward_may_be_a_function_in_a_file_or_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    asked = []
-
-    def download(name: str, file: str, revision: str, local_dir: Path) -> str:
-        asked.append((name, file, len(revision)))
-        return str(local_dir / file)
-
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    code, _, printed = gdmd("rewards", "fetch", "hps", "-o", "here")
-    assert code == 0 and asked == [("xswu/HPSv2", "HPS_v2.1_compressed.pt", 40)]
-    assert "now: gdmd rewards convert hps here/HPS_v2.1_compressed.pt" in printed
-
-    def offline(*_: object, **__: object) -> str:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(hub, "snapshot_download", offline)
-    code, _, printed = gdmd("rewards", "fetch", "clip")
-    assert code == 2 and "cannot fetch openai/clip-vit-large-patch14@32bd64288804: no route to host" in printed
+    (tmp_path / "some where").mkdir()
+    (tmp_path / "some where" / "beside.py").write_text("SCALE = 3\n")
+    text = "from beside import SCALE\ndef warm(images, prompts):\n    return [SCALE] * len(images)\n"
+    (tmp_path / "some where" / "own_reward.py").write_text(text)
+    (tmp_path / "here_reward.py").write_text("def two(images, prompts):\n    return [2] * len(images)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one not in ("", str(tmp_path))])
+    index = torch.arange(2)
+    images, prompts = torch.rand(2, 3, 4, 4), PromptBatch(index, ("a", "b"), index, {}, {})
+    for target, label, score in (
+        ("some where/own_reward.py:warm", "own_reward:warm", 3),
+        ("here_reward:two", "here_reward:two", 2),
+    ):
+        spec = CallableConfig(target=target)
+        reward = image_reward(spec, "cpu")
+        assert spec.label == reward.name == label
+        assert reward.score(images, prompts).tolist() == [score] * 2
+    assert imported("some where/own_reward.py:warm") is imported(f"{tmp_path}/some where/own_reward.py:warm")
+    with pytest.raises(ValueError, match=r"'gone.py:warm' cannot be imported \(there is no file .*gone.py\)"):
+        imported("gone.py:warm")
+    with pytest.raises(ValueError, match="has no attribute 'cold'"):
+        imported("some where/own_reward.py:cold")
