@@ -14,7 +14,7 @@ set -euo pipefail
 
 RUN=${RUN:-runs/$1}  # in a file system that all machines see
 GPUS=${SLURM_GPUS_ON_NODE:-8}
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # reads to the end: no broken pipe
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=580  # seconds between SIGTERM and SIGKILL
 
 if compgen -G "$RUN/checkpoints/step_*" > /dev/null; then

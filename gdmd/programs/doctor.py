@@ -19,7 +19,7 @@ from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe, recipe_names
 from gdmd.rewards.shapes import load_scorer
 from gdmd.rewards.shapes_nets import KINDS
-from gdmd.runs.assets import asset_folder, asset_path, load_asset
+from gdmd.runs.assets import asset_path, load_asset
 from gdmd.runs.rundir import commit, create, versions
 from gdmd.training.loop import train
 
@@ -71,7 +71,7 @@ def asset(name: str) -> str:
     tensors = load_asset(path).tensors
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    sums = asset_folder() / SUMS
+    sums = path.with_name(SUMS)
     known = json.loads(sums.read_text(encoding="utf-8")) if sums.is_file() else {}
     if known.get(path.name, digest) != digest:
         raise ValueError(f"{path} has sha256 {digest[:12]}, the shipped one {known[path.name][:12]}. Reinstall gdmd.")

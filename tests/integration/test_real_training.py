@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
+from rank_world import apart, linear_steps  # noqa: E402
 
 from gdmd.backbones.roles import DiffusersRoles
 from gdmd.config.loop import LoopConfig
@@ -166,13 +170,16 @@ def test_a_run_draws_grids_and_samples_and_is_exported(
 
 @pytest.mark.parametrize("name", ["sdxl", "flux2"])
 def test_embeddings_on_disk_train_the_same_student_without_encoders(folders: Path, tmp_path: Path, name: str) -> None:
-    live, _ = trained(recipe(folders, name, 1), tmp_path / "live")
+    """The encoders read captions in batches of another size, so that an embedding is another one by its rounding."""
     cfg = recipe(folders, name, 1, embeddings=str(tmp_path / "embeddings"))
     lab = ready(cfg)
     assert lab.roles.family.pipe.text_encoder is None
-    train(lab.method, lab.roles, lab.stream, cfg.loop, create(tmp_path / "run", cfg.model_dump(mode="json")))
-    wanted, found = (own.roles.parameters("student") for own in (live, lab))
-    assert all(torch.allclose(wanted[key], found[key], atol=1e-5) for key in wanted)
+    begun = build(cfg, "cpu")
+    with linear_steps():
+        live, _ = trained(recipe(folders, name, 1), tmp_path / "live")
+        train(lab.method, lab.roles, lab.stream, cfg.loop, create(tmp_path / "run", cfg.model_dump(mode="json")))
+    weights = ({k: v.detach() for k, v in one.roles.parameters("student").items()} for one in (live, lab, begun))
+    assert apart(*weights) < 1e-3
 
 
 def test_with_all_captions_on_disk_no_text_encoder_is_ever_read(

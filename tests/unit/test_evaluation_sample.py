@@ -47,9 +47,11 @@ def lab() -> TinyLab:
 
 def test_an_image_is_the_same_whatever_the_batch_size(lab: TinyLab) -> None:
     whole = student_images(lab, lab.roles.student, TEXTS, 1, STEPS)
-    assert torch.allclose(whole, student_images(lab, lab.roles.student, TEXTS, 1, STEPS, batch=2), atol=1e-5)
+    assert torch.allclose(whole, student_images(lab, lab.roles.student, TEXTS, 1, STEPS, batch=2), atol=1e-4)
     guided = teacher_images(lab, TEXTS, 1, 3, 5.0)
-    assert torch.allclose(guided, teacher_images(lab, TEXTS, 1, 3, 5.0, batch=3), atol=1e-5)
+    assert torch.allclose(
+        guided, teacher_images(lab, TEXTS, 1, 3, 5.0, batch=3), atol=1e-4
+    )  # a fortieth of an 8-bit level
 
 
 def test_an_image_keeps_its_noise_when_other_captions_change(lab: TinyLab) -> None:
