@@ -34,11 +34,6 @@ _log = logging.getLogger(__name__)
 _noted: set[str] = set()
 
 
-def is_image(path: Path) -> bool:
-    """Whether the ending of a file's name is that of an image."""
-    return path.suffix[1:].lower() in ENDINGS
-
-
 def open_image(source: Path | bytes, name: str = "") -> Image:
     """An image file (or its content) as an 8-bit RGB image, as a viewer shows it.
 
