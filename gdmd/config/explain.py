@@ -1,4 +1,4 @@
-"""From pydantic's errors to sentences: place, value, what it should be, what to write. Not a word of pydantic's own."""
+"""Turn pydantic's errors into sentences: location, value, what it should be, what to write."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PLAIN = {
 
 
 def unsecret(text: str) -> str:
-    """The text without what stands before the @ of an address: an error may be kept in a log."""
+    """Redact the user:password part of URLs, since errors may be logged."""
     return re.sub(r"://[^/\s]*@", "://...@", text)
 
 

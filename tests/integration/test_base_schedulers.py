@@ -430,7 +430,7 @@ def test_an_inpainting_unet_is_refused(folders: Path, tmp_path: Path) -> None:
     pipe = tiny.sd15()
     pipe.register_modules(unet=tiny.unet(16, in_channels=9))
     pipe.save_pretrained(tmp_path / "inpainting")
-    refused(tmp_path / "inpainting", "its UNet reads 9 and answers 4 channels, but latents have 4; inpainting")
+    refused(tmp_path / "inpainting", "its UNet has 9 input and 4 output channels, but latents have 4; inpainting")
 
 
 # ---------------------------------------------------------------- sources

@@ -366,7 +366,7 @@ def test_shapes_models_are_compared_with_nothing_but_the_shipped_parts(gdmd: Gdm
         (["compare", "a", "a", "-o", "x"], "two sources are called"),
         (
             ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "-n", "3", "--scorer", SCORERS[0]],
-            "and number 3 was asked for; add images, or ask for at most 2 with -n",
+            "but image 3 is needed; add images, or ask for at most 2 with -n",
         ),
         (["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--scorer", "a:b"], "cannot be imported"),
     ],

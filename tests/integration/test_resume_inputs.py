@@ -64,7 +64,7 @@ def test_a_changed_input_is_refused_and_an_accepted_one_is_shown(gdmd: Gdmd, fie
     before = read_facts(Path("run"))
     edit(name)
     said = resume(gdmd)
-    assert f"error: {field}: " in said and "has another content" in said and "--accept-changes" in said
+    assert f"error: {field}: " in said and "has different content" in said and "--accept-changes" in said
     assert said.endswith("exit code 2") and read_facts(Path("run")) == before
     assert resume(gdmd, "--accept-changes").endswith("exit code 0")
     facts = read_facts(Path("run"))
@@ -98,7 +98,7 @@ def test_an_input_may_move_and_not_be_another_one(gdmd: Gdmd, field: str, name: 
     shutil.copy(moved, "other" + Path(name).suffix)
     edit("other" + Path(name).suffix)
     said = resume(gdmd, f"{field}=other{Path(name).suffix}", steps=3)
-    assert "has another content" in said and said.endswith("exit code 2")
+    assert "has different content" in said and said.endswith("exit code 2")
     assert "other" not in Path("run/config.yaml").read_text()
 
 

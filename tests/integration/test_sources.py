@@ -163,7 +163,7 @@ def test_images_that_exist_are_found_by_their_prompt(gdmd: Gdmd) -> None:
     assert [image.getpixel((0, 0))[0] for image in made] == [20, 10, 30]  # type: ignore[index]
     with pytest.raises(ValueError, match="no images of the prompt 'a bird'"):
         source.check(["a bird"])
-    with pytest.raises(ValueError, match="and number 2 was asked for; add images, or ask for at most 1 with -n"):
+    with pytest.raises(ValueError, match="but image 2 is needed; add images, or ask for at most 1 with -n"):
         source.make(places_of(["a dog"], 2), seed=0)
 
 
