@@ -244,7 +244,7 @@ def test_rescaled_guidance_is_the_pipelines(saved: Callable[..., Path], kind: st
 
 def test_rescaled_guidance_is_refused_where_there_is_none(saved: Callable[..., Path]) -> None:
     folder = saved("sd3")
-    refused(folder, "guidance_rescale = 0.7: StableDiffusion3Pipeline has none", guidance_rescale=0.7)
+    refused(folder, "guidance_rescale = 0.7: a StableDiffusion3Pipeline has none", guidance_rescale=0.7)
     with pytest.raises(ValueError, match="guidance_rescale is set, but a StableDiffusion3Pipeline does not read it"):
         open_source(read_source(f"{folder},dtype=fp32,device=cpu,guidance_rescale=0.7"))
 
@@ -272,7 +272,7 @@ def test_an_exported_unet_makes_the_trainers_images(
         (diffusers.EDMEulerScheduler(), "EDM model.*EDMEulerScheduler.*not supported"),
         (diffusers.EDMDPMSolverMultistepScheduler(), "EDM model.*not supported"),
         (diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"), "EDM model"),
-        (diffusers.DDIMScheduler(**BETAS, rescale_betas_zero_snr=True), "only noise.*Models with zero terminal SNR"),
+        (diffusers.DDIMScheduler(**BETAS, rescale_betas_zero_snr=True), "pure noise.*Models with zero terminal SNR"),
         (diffusers.DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule = 'sigmoid'"),
         (diffusers.DDPMScheduler(variance_type="learned_range"), "variance_type = 'learned_range'"),
         (diffusers.DDIMScheduler(**BETAS, num_train_timesteps=9, trained_betas=[0.1, 0.2]), "one beta for each"),
