@@ -153,8 +153,8 @@ def require_one_world(kinds: Mapping[str, str]) -> None:
     if len(set(worlds.values())) > 1:
         shapes, others = ([where for where in worlds if worlds[where] is one] for one in (False, True))
         raise ValueError(
-            f"{', '.join(shapes)} draw captions of the Shapes world at 32 x 32 pixels, {', '.join(others)} any prompt: "
-            "no prompts and scorers fit both; compare them in two calls"
+            f"{', '.join(shapes)} generate 32 x 32 images of Shapes captions, {', '.join(others)} images of any prompt: "
+            "no prompts or scorers suit both; compare them in separate calls"
         )
 
 

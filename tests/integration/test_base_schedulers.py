@@ -385,7 +385,7 @@ LCM = diffusers.LCMScheduler(**{key: BETAS[key] for key in list(BETAS)[:3]})
         ),
     ],
 )
-def test_a_distilled_base_is_no_teacher_with_guidance(
+def test_a_distilled_base_is_refused_as_a_teacher_with_guidance(
     saved: Callable[..., Path], name: str, changes: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = saved(name, **changes)

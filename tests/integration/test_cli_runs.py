@@ -266,7 +266,7 @@ def test_a_best_metric_that_is_never_logged_is_refused_before_the_folder_is_made
     assert finished.code == 2 and message in finished.err and not Path("run").exists(), finished.err
 
 
-def test_the_length_that_is_told_is_that_of_this_run(gdmd: Gdmd) -> None:
+def test_the_printed_length_is_that_of_this_run(gdmd: Gdmd) -> None:
     finished = gdmd.train("method.group_size=2", "loop.steps=3", "--run", "run")
     assert "4-step student; 3 iterations of 2 samples, 6 student updates" in finished.err
     assert not [name for name in recipe_names() if re.search(r"\d updates|student updates", read_recipe(name).about)]
