@@ -1,7 +1,7 @@
-"""One look at the model hub before anything is loaded from it: an answer after one attempt instead of a minute of retries.
+"""Ask the model hub once before loading from it: an answer after one attempt instead of a minute of retries.
 
-Libraries that read the hub try every file six times with growing pauses. Where one look finds no hub, they are told to
-read their cache alone. Nothing here is imported before it is needed.
+Libraries that read the hub try every file six times with growing pauses. If the hub does not answer, they read only
+their cache. Nothing here is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def hub_file(name: str, file: str, revision: str | None = None) -> Path:
 
 @cache
 def unreachable(name: str, file: str, revision: str | None = None) -> str:
-    """Why the hub cannot be asked for a file: its cache is all there is; "" where it can.
+    """Why the hub cannot be asked for a file, so that only its cache is left; "" if it can.
 
     Raises what the hub says for certain: no such id, revision or file, or access that is gated.
     """

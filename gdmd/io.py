@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SHARDS_STAY = "Finished shards stay: the same command goes on."
-"""What a full disk costs where much is computed once."""
+SHARDS_STAY = "Finished shards are kept; run the same command again to continue."
+"""The consequence of a full disk for work that is done in shards."""
 
 
 READ_WITH_WEIGHTS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-"""Configs and vocabularies that lie beside safetensors."""
+"""Configs and vocabularies next to safetensors."""
 REMEMBERED = 4 * 2**20
 """Bytes from which the hash of a file is kept in ~/.cache/gdmd/hashes."""
 
@@ -84,7 +84,7 @@ def write_atomic(path: Path, content: str | bytes, what: str, option: str = "--r
 
 
 def follow_umask(*files: Path) -> None:
-    """Give files the mode of any new file of their folder: safetensors writes its files for their owner alone (0600).
+    """Give files the mode of a new file in their folder: safetensors writes its files with mode 0600.
 
     The mode is read from an empty file, because asking for the umask would change it for every thread.
     """
@@ -165,7 +165,7 @@ def _mend_tail(path: Path) -> None:
 
 
 def finite_or_none(value: Any) -> Any:
-    """NaN and infinity as None (JSON has no word for them), through mappings and lists."""
+    """NaN and infinity as None (JSON cannot represent them), through mappings and lists."""
     if isinstance(value, Mapping):
         return {key: finite_or_none(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -174,7 +174,7 @@ def finite_or_none(value: Any) -> Any:
 
 
 def near_name(path: str | Path, also: Iterable[str] = ()) -> str:
-    """Of a path that does not exist: the words " Did you mean X?", where X is like it, in its folder or in ``also``."""
+    """ " Did you mean X?" for a path that does not exist, with X similar to it, from its folder or from ``also``; or ""."""
     path = Path(path)
     try:
         there = {str(path.parent / entry.name) for entry in path.parent.iterdir() if not entry.name.startswith(".")}
@@ -197,8 +197,8 @@ def weights_fingerprint(path: Path, variant: str | None = None) -> str:
     """SHA-256 over what a model is loaded from: names and content of its safetensors, configs and vocabularies.
 
     ``path``: a diffusers folder (its components and model_index.json count, other files do not), any other folder of
-    weights, or one file. ``variant``: as in ``from_pretrained``; weight files of other variants do not count. The place
-    of the folder does not enter, so a moved copy has the same fingerprint. RunError where there is nothing to read.
+    weights, or one file. ``variant``: as in ``from_pretrained``; weight files of other variants do not count. The
+    location of the folder does not matter: a moved copy has the same fingerprint. RunError if there is nothing to read.
 
     Every byte is read: a sample, or the size and time, would miss weights that were replaced in place. The hash of a
     large file is remembered by its inode, size, mtime and ctime, so it is computed once. The ctime changes with every
@@ -267,7 +267,7 @@ def _remembered_hash(path: Path) -> str:
             note.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(note, f"{state} {digest}", "the hash")
         except (OSError, RunError):
-            pass  # a home that cannot be written: the hash is computed again next time
+            pass  # the home folder is not writable: the hash is computed again next time
     return digest
 
 

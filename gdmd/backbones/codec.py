@@ -25,7 +25,7 @@ def check_scaling(vae: Any, read: Sequence[str], model: str, pipeline: str) -> N
         value = vae.config.get(key)
         if key not in read and value is not None and value != neutral:
             raise ValueError(
-                f"{model}: its VAE has {key} = {value}, which a {pipeline} does not read; give it a VAE of its own kind"
+                f"{model}: its VAE has {key} = {value}, which a {pipeline} does not read; use a VAE made for that pipeline"
             )
 
 

@@ -1,4 +1,4 @@
-"""Distilled base models: how they are known, and why they are no teachers with guidance."""
+"""Detect distilled base models, and refuse them as teachers with guidance."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gdmd.backbones.base import Family
 from gdmd.backbones.schedulers import FEW_STEPS
 
 NAMES = {"turbo", "schnell", "lightning", "lcm"}
-"""Words in the names of published few-step models. Most of them differ from their base in nothing but weights."""
+"""Words in the names of published few-step models. Most of them differ from their base only in their weights."""
 
 
 def why_distilled(pipe: Any, path: str) -> str | None:
-    """What shows that a pipeline is a few-step or guidance-free student; None where nothing does."""
+    """Why a pipeline counts as a few-step or guidance-distilled model; None if nothing says so."""
     net = pipe.components.get("unet") or pipe.components.get("transformer")
     config = getattr(net, "config", {})
     scheduler, words = pipe.components["scheduler"], set(re.split(r"[^a-z0-9]+", _name(path).lower()))
@@ -44,10 +44,10 @@ def _name(path: str) -> str:
 
 
 def check_guidance(family: Family, guidances: Iterable[float]) -> None:
-    """ValueError for a distilled base under classifier-free guidance; without guidance it is only named.
+    """ValueError for a distilled base under classifier-free guidance; without guidance, a warning.
 
-    Such a network was trained to answer as its own teacher did with guidance. Guiding it again doubles that, or does
-    what its pipeline never does.
+    Such a network was trained to predict what its own teacher predicts with guidance. Guiding it again applies guidance
+    twice.
     """
     cfg = family.cfg
     why = why_distilled(family.pipe, cfg.path) if cfg.distilled is None else "model.distilled = true"
@@ -62,7 +62,7 @@ def check_guidance(family: Family, guidances: Iterable[float]) -> None:
     if guided:
         raise ValueError(
             f"method.guidance = {guided[0]:g}, but model.path {cfg.path!r} is a distilled model ({why}): guidance is built "
-            f"into its weights, and must not be applied once more.{embedded} Set method.guidance=1, or give the model "
+            f"into its weights, and must not be applied again.{embedded} Set method.guidance=1, or give the model "
             "that it was distilled from. If it is not distilled, set model.distilled=false"
         )
     logging.getLogger(__name__).warning(

@@ -28,7 +28,7 @@ class FlowFamily(Family):
         super().__init__(pipe, cfg)
         if cfg.guidance_rescale:
             raise ValueError(
-                f"model.guidance_rescale = {cfg.guidance_rescale:g}: {self.pipeline} has none, it is of UNets with betas; "
+                f"model.guidance_rescale = {cfg.guidance_rescale:g}: a {self.pipeline} has none; only UNets with betas do; "
                 "leave it out"
             )
         self.schedule = FlowSchedule()
@@ -43,7 +43,7 @@ class FlowFamily(Family):
 
     @property
     def tokens(self) -> int:
-        """Image tokens of this size, which dynamic shifting counts."""
+        """The number of image tokens at this size, for dynamic shifting."""
         _, height, width = self.latent_shape
         return (height // self.patch) * (width // self.patch)
 
@@ -63,7 +63,7 @@ class FlowFamily(Family):
         return self.clock_of(steps).path(uniform_times(steps))
 
     def evenly_to_the_last(self, steps: int) -> Tensor:
-        """The times of pipelines that leave them to Euler's scheduler: even down to its last training time, then shifted.
+        """Times of pipelines that leave them to the Euler scheduler: evenly spaced to its last training time, then shifted.
 
         A constant shift is in that last time already.
         """

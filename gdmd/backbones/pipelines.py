@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage, Sana)
 INDEX = "model_index.json"
 EXTRAS = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
-"""Components of stock pipelines that judge, mark or read images; no image here goes through them."""
+"""Components of stock pipelines that check, watermark or encode images; gdmd uses none of them."""
 BEYOND = {"PixtralProcessor": "torchvision"}
 """Classes of transformers that are there only with one library more (FLUX.2-dev's tokenizer)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -160,7 +160,7 @@ def check_tiny(family: Family, tiny: Any) -> None:
 def encoder_identity(family: Family) -> str:
     """What the text embeddings of a pipeline depend on: content of encoders and tokenizers, precision, length, libraries.
 
-    The place of a folder does not count: a moved copy has the same embeddings, another model in its place has not.
+    The location of a folder does not matter: a moved copy shares the embeddings, another model in its place does not.
     """
     cfg, index = family.cfg, local_or_hub_index(family.cfg)
     left_out = _left_out(index, type(family), cfg)
@@ -196,7 +196,7 @@ def versions() -> tuple[str, str]:
 
 
 def _positions(cfg: DiffusersModel, encoder: str) -> int | None:
-    """Length of the position table of a text encoder that is not loaded; None where its config is not at hand."""
+    """Length of the position table of a text encoder that is not loaded; None if its config is not available."""
     file = snapshot_of(cfg) / encoder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -302,7 +302,7 @@ def _left_out(
 
 
 def absent(index: Mapping[str, Any], names: Sequence[str], folder: Path | None = None) -> list[str]:
-    """Those of these components that the index does not name, or, in a ``folder``, whose own is not there.
+    """The components that the index does not name or, with ``folder``, whose subfolder is missing.
 
     A safety checker without its feature extractor counts as absent: diffusers refuses it.
     """
@@ -416,7 +416,7 @@ def load_errors() -> tuple[type[Exception], ...]:
 
 
 def explain(error: Exception, path: str, revision: str | None, what: str, *, local: bool) -> None:
-    """Raise a clearer ValueError for what of a hub id is known only after its download: quantized, or of a variant."""
+    """Raise a clearer ValueError for what is known only after a hub id is downloaded: quantized, or of a variant."""
     if local:
         return
     folder = _index_file(path, revision, what, local=False).parent

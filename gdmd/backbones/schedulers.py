@@ -1,4 +1,4 @@
-"""What a base model's scheduler says about the model: each class of diffusers is read by its own keys.
+"""Read what a base model's scheduler says about the model; each diffusers class has its own keys.
 
 A config of another class has other keys for the same thing (``flow_shift`` and ``shift``), so every class is named here
 with what is read of it. What belongs to a sampler and not to the model (order, Karras spacing, clipping) is known and
@@ -89,7 +89,7 @@ def check_kind(scheduler: Any, wanted: Kind, model: str) -> None:
     if found == "edm" and wanted == "vp":
         raise ValueError(
             f"{model} is an EDM model (its scheduler: {name}), such as Playground v2.5 or CosXL: its network reads "
-            "log sigma. EDM is not supported, because no diffusers scheduler could sample its few-step student. Take a "
+            "log sigma. EDM is not supported, because no diffusers scheduler could sample its few-step student. Use a "
             "base model with betas, such as SDXL"
         )
     own = f", prediction_type = {scheduler.config.prediction_type!r}" if "prediction_type" in scheduler.config else ""
@@ -116,7 +116,7 @@ def _check_keys(scheduler: Any, known: set[str]) -> None:
         if config[key] != default and not (config[key] is None and default is False):
             raise ValueError(
                 f"the pipeline's scheduler ({name}) has {key} = {config[key]!r}, which is not supported; save the "
-                f"pipeline with {key} = {default!r}, if the model was trained so"
+                f"pipeline with {key} = {default!r}, if the model was trained that way"
             )
 
 
@@ -203,7 +203,7 @@ def _check_flow(found: FlowSettings, name: str) -> None:
     if found.shift <= 0:
         raise ValueError(f"{what} a shift of {found.shift}; it must be above 0")
     if found.terminal is not None and not 0 < found.terminal < 1:
-        raise ValueError(f"{what} shift_terminal = {found.terminal}; it must lie between 0 and 1")
+        raise ValueError(f"{what} shift_terminal = {found.terminal}; it must be between 0 and 1")
     if not found.dynamic:
         return
     if found.base_shift is None or found.max_shift is None:
@@ -259,8 +259,8 @@ def read_vp(scheduler: Any, model: str) -> VpSettings:
     zero = bool(_own(scheduler, "rescale_betas_zero_snr"))
     if zero and predicts == "eps":
         raise ValueError(
-            f"the pipeline's scheduler ({name}) has rescale_betas_zero_snr with prediction_type = 'epsilon': at the last "
-            "step there is only noise, and no image can be told from a prediction of it. Models with zero terminal SNR "
+            f"the pipeline's scheduler ({name}) has rescale_betas_zero_snr with prediction_type = 'epsilon': the last "
+            "step is pure noise, and no image can be computed from a prediction of it. Models with zero terminal SNR "
             "predict v: set prediction_type = 'v_prediction' if this one does, else rescale_betas_zero_snr = false"
         )
     betas = config.beta_schedule

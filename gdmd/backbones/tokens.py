@@ -93,7 +93,7 @@ def _klein(pipe: Any, name: str, longest: int) -> Reader:
 
 
 def _flux2(pipe: Any, name: str, longest: int) -> Reader:
-    """Behind a long system message, which counts."""
+    """After a long system message, which counts."""
     from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
     def tokens(texts: Sequence[str]) -> list[list[int]]:
@@ -116,7 +116,7 @@ def _qwen(pipe: Any, name: str, longest: int) -> Reader:
 
 
 def _sana(pipe: Any, name: str, longest: int) -> Reader:
-    """Behind an instruction, which does not count but for two tokens."""
+    """After an instruction, of which only two tokens count."""
     lines = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
     instruction = "\n".join(lines)
 

@@ -37,7 +37,7 @@ class UnetFamily(Family):
         channels = (pipe.unet.config.in_channels, pipe.unet.config.out_channels)
         if channels != (self.latent_channels,) * 2:
             raise ValueError(
-                f"model.path {cfg.path!r}: its UNet reads {channels[0]} and answers {channels[1]} channels, but latents "
+                f"model.path {cfg.path!r}: its UNet has {channels[0]} input and {channels[1]} output channels, but latents "
                 f"have {self.latent_channels}; inpainting, editing and variance-predicting models are not supported"
             )
 

@@ -108,7 +108,7 @@ class Notes(logging.Handler):
 
 
 def _misused(error: Any) -> int:
-    """Print what is wrong with the words of the command line, or the help where there were none; the exit code."""
+    """Print what is wrong with the arguments, or the help if there were none; return the exit code."""
     error.message = error.message.replace("Value error, ", "")  # typer repeats pydantic's label of a ValueError
     error.show()
     return int(error.exit_code)
@@ -118,7 +118,7 @@ def _worth_saying(record: logging.LogRecord) -> bool:
     """Not what is so by design.
 
     That image processors want torchvision: diffusers loads them with a pipeline, and nothing here uses them. That a
-    LoRA of the denoiser holds nothing for the text encoders (one that changes no layer is an error of its own). That a
+    LoRA of the denoiser holds nothing for the text encoders (one that changes no layer is refused elsewhere). That a
     prompt is cut off: gdmd counts these prompts, once. That a merged pipeline is saved without a component that the run
     left out, such as T5.
     """

@@ -27,10 +27,11 @@ def export_command(
     averaged: Annotated[bool, typer.Option("--ema/--no-ema", help="The averaged student, or its last weights.")] = True,
     which: Which = "last",
     base: Annotated[
-        str | None, typer.Option("--base", help="The base model, where it has moved: folder or hub id.")
+        str | None, typer.Option("--base", help="The base model, if it has moved: folder or hub id.")
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="Of a merged pipeline; bf16 may round a short run's changes away.")
+        Dtype | None,
+        typer.Option("--dtype", help="Precision of a merged pipeline; bf16 may undo a short run's changes."),
     ] = None,
     json: Json = False,
 ) -> None:

@@ -117,9 +117,7 @@ def sample_command(
 
 def report_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Shapes: evaluate again even where a result is stored.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Shapes: evaluate again even if a result is stored.")] = False,
 ) -> None:
     """Write report.html of a run: settings, curves, health monitor and sample grids in one file.
 

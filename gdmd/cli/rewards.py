@@ -48,7 +48,7 @@ def list_command(json: Json = False) -> None:
 def fetch_command(
     kind: Kind,
     folder: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where to; default: where recipes look for it.")
+        Path | None, typer.Option("--out", "-o", help="Folder to write to; default: where recipes look.")
     ] = None,
 ) -> None:
     """Download the published weights at their pinned revision; a .pt is converted to safetensors and verified at once.

@@ -55,7 +55,7 @@ def plan_command(
     common: Annotated[bool, typer.Option("--common", help="Use the prompts that all models have.")] = False,
     consent: Annotated[Path | None, typer.Option(help="A text file: what raters agree to.")] = None,
     address: Annotated[
-        str, typer.Option(metavar="URL", help="Where raters will reach the page: what their links begin with.")
+        str, typer.Option(metavar="URL", help="Address at which raters reach the page; their links begin with it.")
     ] = ADDRESS,
     title: Annotated[
         str, typer.Option(help="What raters read on top; must not name a model.")

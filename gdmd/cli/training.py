@@ -40,7 +40,8 @@ def train_command(
     accept: Annotated[
         bool,
         typer.Option(
-            "--accept-changes", help="Resume with a changed prompt file, base model or reward; the run shows it."
+            "--accept-changes",
+            help="Resume although the prompt file, base model or a reward changed; the run records it.",
         ),
     ] = False,
     json: Json = False,

@@ -1,4 +1,4 @@
-"""What a recipe says of itself, computed from its fields so that overrides are in it: method, student, length, rewards."""
+"""A recipe in a few words, computed from its fields so that overrides are included: method, student, length, rewards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From pydantic's errors to sentences: place, value, what it should be, what to write. Not a word of pydantic's own."""
+"""Turn pydantic's errors into sentences: location, value, what it should be, what to write."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PLAIN = {
 
 
 def unsecret(text: str) -> str:
-    """The text without what stands before the @ of an address: an error may be kept in a log."""
+    """Redact the user:password part of URLs, since errors may be logged."""
     return re.sub(r"://[^/\s]*@", "://...@", text)
 
 
@@ -169,8 +169,9 @@ def _assigned(path: Sequence[Key], value: str, shell: bool) -> str:
 
 
 def _example(path: Sequence[Key], value: Any, keys: Sequence[str], shell: bool) -> str:
-    if shell and len(keys) == 1 and isinstance(value, str):
-        return f"; write {_assigned((*path, keys[0]), value, shell)}"
+    meant = keys[0] if len(keys) == 1 else "file" if "file" in keys else ""
+    if shell and meant and isinstance(value, str):
+        return f"; write {_assigned((*path, meant), value, shell)}"
     return f", like {{{keys[0]}: ...}}; known keys are: {', '.join(keys)}" if 0 < len(keys) <= _LONGEST_LIST else ""
 
 

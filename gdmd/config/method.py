@@ -181,7 +181,7 @@ class GdmdConfig(DistillationConfig):
 
     @property
     def shares_scores(self) -> bool:
-        """Whether all draws score the same latents: rollouts, or the frozen teacher's answer to one (t, eps)."""
+        """Whether all draws score the same latents: rollouts, or the frozen teacher's prediction at one (t, eps)."""
         return self.continued or (self.score_target == "real" and self.collection == "fake")
 
     @property

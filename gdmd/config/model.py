@@ -65,13 +65,12 @@ class DiffusersModel(Config):
     )
     guidance_rescale: Probability = Field(
         default=0.0,
-        description="UNets: share by which guided answers keep the spread of unguided ones (arXiv 2305.08891: 0.7 for "
-        "models with zero terminal SNR).",
+        description="UNets: rescaled guidance, 0 = off (arXiv 2305.08891: 0.7 for models with zero terminal SNR).",
     )
     distilled: bool | None = Field(
         default=None,
         description="Whether the base is a few-step or guidance-distilled model, which is refused as a teacher with "
-        "guidance; null = found out from its files and its name.",
+        "guidance; null = detected from its files and its name.",
     )
     decode_chunk: Count = Field(default=1, description="Images per call of the VAE; more is faster and takes memory.")
     scoring_decoder: str | None = Field(

@@ -49,7 +49,7 @@ class ShapesReward(Config):
 
 
 LOWEST = {"pickscore": 10.0, "aesthetic": 1.0}
-"""Scores that no image falls below, of the rewards that are far from [-1, 1]."""
+"""Lower bounds on the scores of rewards that are far from [-1, 1]."""
 
 RewardConfig = Annotated[ShapesReward | ImageReward, Field(discriminator="kind")]
 """Every reward that can train a student."""
@@ -121,7 +121,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _below_the_margin(self) -> RunConfig:
-        """ReFL asks nothing of a reward above the margin: one that always is would be left out without a word."""
+        """ReFL ignores a reward above the margin: one that is always above it would silently have no effect."""
         refl = isinstance(self.method, DmdrConfig) and self.method.strategy == "refl"
         if not (isinstance(self.method, DmdrConfig | DmdReflConfig) and (refl or self.method.kind == "dmd_refl")):
             return self
@@ -129,8 +129,8 @@ class RunConfig(Config):
         above = [r.kind for r in self.rewards if r.kind in LOWEST and margin <= LOWEST[r.kind]]
         if above and self.method.rl_weight > 0:
             raise ValueError(
-                f"method.margin {margin} lies below every score of {', '.join(above)}, which would never count; raise the "
-                "margin, or bring the reward to the scale of the others, like {kind: composite, parts: [{reward: {kind: "
+                f"method.margin {margin} is below every score of {', '.join(above)}, which would have no effect; raise the "
+                "margin, or scale the reward like the others, for example {kind: composite, parts: [{reward: {kind: "
                 "pickscore}, std: 100}]}"
             )
         return self

@@ -27,7 +27,7 @@ class SourceConfig(Config):
     steps: Count | None = Field(default=None, description="Steps of a pipeline; default: its own.")
     guidance: NonNegative | None = Field(default=None, description="Guidance scale of a pipeline; default: its own.")
     guidance_rescale: Probability | None = Field(
-        default=None, description="Rescaled guidance of Stable Diffusion 1, 2 and XL; default: the pipeline's, none."
+        default=None, description="Rescaled guidance of Stable Diffusion 1, 2 and XL; default: off."
     )
     lora: str | None = Field(
         default=None,
@@ -48,9 +48,7 @@ class SourceConfig(Config):
     eta: NonNegative | None = Field(default=None, description="Noise that tcd or ddim adds at every step; default: 0.")
     height: Pixels | None = Field(default=None, description="Pixels; default: the pipeline's.")
     width: Pixels | None = Field(default=None, description="Pixels; default: the pipeline's.")
-    base: str | None = Field(
-        default=None, description="The base model of a run or an exported LoRA, where it has moved."
-    )
+    base: str | None = Field(default=None, description="The base model of a run or an exported LoRA, if it has moved.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     variant: str | None = Field(default=None, description='Variant of the weight files, for example "fp16".')
     dtype: Literal["fp32", "bf16", "fp16"] = Field(default="bf16", description="Precision of a pipeline.")

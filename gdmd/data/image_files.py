@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
-"""What is decoded, whatever the ending of the file says."""
+"""Formats that are decoded, whatever the file extension."""
 ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "tif", "tiff", "bmp", "avif", "heic", "heif", "jxl", "jp2")
 """Files that are images. Those in another format than FORMATS are refused by name, not left out."""
 MOST_PIXELS = 89_000_000
@@ -32,11 +32,6 @@ _BROKEN = (
 """What Pillow raises for damaged files."""
 _log = logging.getLogger(__name__)
 _noted: set[str] = set()
-
-
-def is_image(path: Path) -> bool:
-    """Whether the ending of a file's name is that of an image."""
-    return path.suffix[1:].lower() in ENDINGS
 
 
 def open_image(source: Path | bytes, name: str = "") -> Image:
@@ -90,13 +85,11 @@ def _eight_bits(image: Image, name: str) -> Image:
 
 
 def _white(low: float, high: float, mode: str, name: str) -> float:
-    """The value that stands for white. Integers: 16 bits. Floats carry no range: the smallest usual one that fits."""
+    """The value that is read as white. Integers: 16 bits. Floats: the smallest usual range that fits."""
     ranges = (1.0, 255.0, 65535.0) if mode == "F" else (65535.0,)
     top = next((top for top in ranges if low >= 0 and high <= top), None)
     if top is None:
-        raise ValueError(
-            f"its values run from {low:g} to {high:g}, at most 0 to 65535 can be read; save it with 8 bits"
-        )
+        raise ValueError(f"its values run from {low:g} to {high:g}, only 0 to 65535 can be read; save it with 8 bits")
     if mode == "F":
         _note("float", f"{name} holds floating-point numbers from {low:g} to {high:g}: {top:g} is read as white")
     return top

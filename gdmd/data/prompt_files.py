@@ -7,7 +7,7 @@
     .parquet           where pyarrow is installed
     .tar               a WebDataset shard
 
-The key of an object is called prompt or prompts in any case; the column of a table is, else caption(s) or text(s). Another
+An object's key is "prompt" or "prompts" in any case. A table's column is that, else "caption(s)" or "text(s)". Another
 one can be named.
 
 tar: members are read one after the other in memory and never extracted, so their names cannot write anywhere. Members

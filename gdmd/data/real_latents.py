@@ -233,7 +233,7 @@ class StoredLatents:
 
 
 def _state(source: Path) -> str:
-    """A hash of names, sizes and times of the files of a source: whether images or captions changed. None is read."""
+    """A hash of names, sizes and times of the files of a source: whether images or captions changed. No file is read."""
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     there = [(str(file.relative_to(source)), file.stat()) for file in files if file.is_file()]
     return content_hash(*(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in there))

@@ -1,4 +1,4 @@
-"""What `gdmd eval preference` and `gdmd eval compare` have left below a run folder, for the report of the run."""
+"""What `gdmd eval preference` and `gdmd eval compare` wrote below a run folder, for the report of the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluation: where it lies, what was asked, its tables, and (prompt, data URI) of some of its images."""
+    """One evaluation: its folder, its options, its tables, and (prompt, data URI) of some of its images."""
 
     title: str
     note: str

@@ -55,8 +55,8 @@ def check_fits(family: Family, weights: Mapping[str, Tensor]) -> None:
         wrong += [] if shapes.get(f"{layer}.weight", ())[:2] == pair else [layer]
     if wrong:
         raise ValueError(
-            f"{family.cfg.path} is not the base of this student: {len(wrong)} layers are not in both, or of another size, "
-            f"first {wrong[0]}. Name the base model of the run"
+            f"{family.cfg.path} is not the base of this student: {len(wrong)} layers are missing on one side or "
+            f"differ in size, the first is {wrong[0]}. Give the base model of the run"
         )
 
 

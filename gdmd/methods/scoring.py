@@ -13,7 +13,7 @@ from gdmd.types import Codec, PromptBatch, Reward, score_all
 
 
 class Seen:
-    """What the rewards said since the last look, summed on the device: no scored value waits for the host."""
+    """Statistics of raw scores since the last read, summed on the device: no score waits for the host."""
 
     def __init__(self) -> None:
         self._first: Tensor | None = None  # [R], the first score of each reward; NaN before there is one

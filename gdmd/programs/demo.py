@@ -63,7 +63,7 @@ def control(cfg: RunConfig) -> RunConfig:
         )
     plain = without_rewards(cfg.method)
     if plain is None:
-        raise ValueError(f"the demo compares GDMD with DMD, but method.gamma = 0 makes {cfg.name} DMD itself")
+        raise ValueError(f"the demo compares GDMD with DMD, but with method.gamma = 0 {cfg.name} is DMD itself")
     return cfg.model_copy(
         update={"name": f"{cfg.name}_dmd", "about": "Plain DMD with the budget of the GDMD row.", "method": plain}
     )

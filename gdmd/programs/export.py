@@ -53,7 +53,9 @@ def export_run(
     weights = (saved.part("ema") if averaged else {}) or saved.part("student")
     whole = merged or model.full in ("student", "both")
     if dtype is not None and not whole:
-        raise ValueError("--dtype is of a merged pipeline: a LoRA is always fp32; add --merged, or leave --dtype out")
+        raise ValueError(
+            "--dtype applies to a merged pipeline only, a LoRA is always fp32; add --merged or omit --dtype"
+        )
     target = folder or run / ("export-merged" if whole else "export")
     family, uniform = open_family(model, extras=whole), cfg.method.student_steps
     check_fits(family, weights)

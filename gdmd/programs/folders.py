@@ -22,7 +22,7 @@ MAY_CHANGE = (
     *("loop.sharding", "loop.rank_timeout", "loop.checkpoint_async", "loop.checkpoint_format"),
     *("loop.best_metric", "loop.best_direction", "loop.on_nonfinite", "loop.skip_limit"),
 )
-"""What a resumed run may change: how long it goes on, what it writes and on what it runs, and what it does about numbers
+"""What a resumed run may change: how long it trains, what it writes and on what it runs, and what it does about numbers
 that are not finite, which stopped it; never what it computes from finite ones."""
 MOVABLE = ("model.path", "model.teacher", "model.vae", "model.scoring_decoder", "prompts.file", "real_data.latents")
 """Places that may change where the content is the same: ``programs.inputs`` checks it."""
@@ -108,13 +108,15 @@ def check_writable(path: Path, what: str) -> None:
 
 
 def check_base(model: DiffusersModel, run: Path, option: str) -> None:
-    """ValueError, with the ``option`` that names another place, for a base model that is not where the run had it."""
+    """ValueError, with the ``option`` that names another location, for a base model that has moved."""
     from gdmd.backbones.pipelines import is_local
 
     try:
         is_local(model.path)
     except ValueError as error:
-        raise ValueError(f"{error} Where the base model of {run} has moved, name its place with {option}.") from error
+        raise ValueError(
+            f"{error} If the base model of {run} has moved, give its new location with {option}."
+        ) from error
 
 
 def check_target(what: str, which: str = "last") -> None:
@@ -151,8 +153,8 @@ def require_one_world(kinds: Mapping[str, str]) -> None:
     if len(set(worlds.values())) > 1:
         shapes, others = ([where for where in worlds if worlds[where] is one] for one in (False, True))
         raise ValueError(
-            f"{', '.join(shapes)} draw captions of the Shapes world at 32 x 32 pixels, {', '.join(others)} any prompt: "
-            "no prompts and scorers fit both; compare them in two calls"
+            f"{', '.join(shapes)} generate 32 x 32 images of Shapes captions, {', '.join(others)} images of any prompt: "
+            "no prompts or scorers suit both; compare them in separate calls"
         )
 
 

@@ -192,5 +192,5 @@ def _rows(path: Path, keys: Mapping[str, Any]) -> list[dict[str, Any]]:
     numbered = numbered_jsonl(path, torn_tail=True) if path.exists() else []
     for number, row in numbered:
         if not all(isinstance(row.get(key, _MISSING), kind) for key, kind in keys.items()):
-            raise RunError(f"{path}, line {number} is damaged; delete the file, and its numbers are made again")
+            raise RunError(f"{path}, line {number} is damaged; delete the file, and its numbers are computed again")
     return [row for _, row in numbered]

@@ -112,8 +112,8 @@ def _fetched(hub: Hub, file: str, download: Callable[[bool], str]) -> Path:
     except (OSError, ValueError, RuntimeError, *transport_errors()) as error:
         reason = f"the hub cannot be reached ({away})" if away else hub_reason(error, file, hub.revision)
         raise ValueError(
-            f"cannot fetch {_named(hub)}: {reason}. Check the network and fetch again, or bring the files here by other "
-            "means (docs/rewards.md)"
+            f"cannot fetch {_named(hub)}: {reason}. Check the network and fetch again, or copy the files here "
+            "(docs/rewards.md)"
         ) from error
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 SMALL, ENLARGED = 64, 4
-"""Images of at most SMALL pixels a side are enlarged so many times, where no scale is given: others are seen well."""
+"""Factor by which images of at most SMALL pixels a side are enlarged if no scale is given."""
 
 
 def draw(cfg: SourceConfig, prompts: Sequence[str], count: int, seed: int, path: Path, scale: int | None) -> float:

@@ -1,6 +1,6 @@
 """LoRAs of others on a diffusers pipeline: found, checked layer by layer, then loaded by diffusers.
 
-diffusers leaves out what does not fit, and says nothing. Here every layer of a file is looked up in the pipeline first.
+diffusers silently leaves out what does not fit. Here every layer of a file is looked up in the pipeline first.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def _one_file(folder: Path | str, names: Sequence[str]) -> str:
     if len(found) == 1:
         return found[0]
     below = Path(folder) / "lora" / PEFT_CONFIG
-    advice = f"did you mean {below.parent}?" if below.is_file() else "name the one that is meant"
+    advice = f"did you mean {below.parent}?" if below.is_file() else "name one of them"
     raise ValueError(f"lora {folder}: it holds {len(found)} .safetensors files; {advice}")
 
 

@@ -62,7 +62,7 @@ _UNKEYED = (
 """Draws that ``KeyedNoise`` cannot give to the images."""
 
 
-_OTHER = "use another scheduler, or draw its images by other means and evaluate the folder"
+_OTHER = "use another scheduler, or generate its images by other means and evaluate the folder"
 
 
 class KeyedNoise(TorchFunctionMode):
@@ -129,7 +129,7 @@ class PipelineSource:
     arguments: Mapping[str, Any]
 
     def check(self, texts: Sequence[str]) -> None:
-        """Any text is a prompt; what its encoders cannot read of them is said."""
+        """Any text is a prompt; a warning counts those that its encoders cannot read to the end."""
         readers = readers_of(self.pipe, int(self.arguments.get("max_sequence_length") or 0))
         if message := long_prompts(readers, texts, "shorten them"):
             log.warning("%s", message)

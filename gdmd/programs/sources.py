@@ -177,8 +177,8 @@ class FolderSource:
         if place.image >= (count := len(row.images)):
             fewer = f", or ask for at most {count} with -n" if count else ""
             raise ValueError(
-                f"{self.facts.where} has {count} images of {place.text[:60]!r}, and number {place.image + 1} was asked "
-                f"for; add images{fewer}"
+                f"{self.facts.where} has {count} image{'s' * (count != 1)} of {place.text[:60]!r}, but image "
+                f"{place.image + 1} is needed; add images{fewer}"
             )
         return row
 

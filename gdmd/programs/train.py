@@ -44,7 +44,7 @@ AFTER = {
     "score the student": "eval preference {run} --prompts FILE --scorer clip",
     "export it for diffusers": "export {run}",
 }
-"""What comes after the training of a real model, which has no evaluation of its own."""
+"""What comes after the training of a real model, which has no built-in evaluation."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class CallableReward:
             answer = called(f"reward {self.name}", self.function, images, prompts.text)
         if images._version != before:
             raise ValueError(
-                f"reward {self.name} changed the images in place, which others read too; use images.clone()"
+                f"reward {self.name} changed the images in place, which other rewards also read; use images.clone()"
             )
         scores = _numbers(self.name, answer)
         if images.requires_grad and self.differentiable and not scores.requires_grad:
@@ -109,7 +109,7 @@ def _numbers(name: str, answer: Any) -> Tensor:
 
 
 def imported(target: str) -> Any:
-    """The function "module:function" or "path/to/file.py:function". ValueError when it cannot be had.
+    """The function "module:function" or "path/to/file.py:function". ValueError if it cannot be loaded.
 
     Modules are looked up as Python does, the current folder last (the ``gdmd`` program itself lies elsewhere).
     """

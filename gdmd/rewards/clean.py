@@ -1,4 +1,4 @@
-"""What the originals of rewards do to a text before their tokenizer."""
+"""The cleaning that the original rewards apply to a text before their tokenizer."""
 
 from __future__ import annotations
 

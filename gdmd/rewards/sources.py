@@ -119,13 +119,13 @@ class Place:
     local: bool
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of a ``from_pretrained``; a local folder never asks the network, nor a hub that is away."""
+        """Keyword arguments of a ``from_pretrained``; neither a local folder nor an unreachable hub asks the network."""
         if self.local:
             return {"local_files_only": True}
         return {"revision": self.revision, "local_files_only": bool(unreachable(self.where, CONFIG, self.revision))}
 
     def require(self) -> None:
-        """ValueError, at once, where a hub id cannot be had: neither downloaded nor in the cache."""
+        """ValueError, at once, for a hub id that can neither be downloaded nor is in the cache."""
         if not self.local:
             _reading(self, lambda: hub_file(self.where, CONFIG, self.revision))
 

@@ -79,12 +79,6 @@ def named_best(folder: Path) -> Best | None:
         raise RunError(f"cannot read {file}: {error}. Delete it; the next checkpoints choose anew.") from error
 
 
-def read_best(folder: Path) -> Best | None:
-    """The best checkpoint of ``folder`` (checkpoints/); None where none was chosen or it is no longer there."""
-    best = named_best(folder)
-    return best if best and (Path(folder) / f"step_{best.step:06d}").is_dir() else None
-
-
 def write_best(folder: Path, best: Best) -> None:
     """Name ``best`` in best.json, whole or not at all."""
     write_atomic(Path(folder) / FILE, json.dumps(asdict(best), indent=2) + "\n", "the name of the best checkpoint")

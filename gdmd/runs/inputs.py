@@ -35,9 +35,9 @@ class Change:
     def __str__(self) -> str:
         since = f"the run has used {_short(self.was.get('fingerprint'))} since {self.was.get('since', 'its start')}"
         if self.now.missing:
-            return f"{self.field}: {self.now.given} is not there; {since}"
+            return f"{self.field}: {self.now.given} is missing; {since}"
         moved = "" if self.was["given"] == self.now.given else f" (was {self.was['given']})"
-        return f"{self.field}: {self.now.given}{moved} has another content, {_short(self.now.fingerprint)}; {since}"
+        return f"{self.field}: {self.now.given}{moved} has different content, {_short(self.now.fingerprint)}; {since}"
 
 
 def recorded(run: Run) -> dict[str, dict[str, Any]] | None:

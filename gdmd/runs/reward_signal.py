@@ -1,4 +1,4 @@
-"""Do the rewards of a run say anything? A tally of its logged rows. No torch here.
+"""Detect rewards that score nothing or give no signal, from the logged rows of a run. No torch here.
 
 The rows hold, for each reward and log window,
     scores/NAME/unscored   share of images without a score (NaN)

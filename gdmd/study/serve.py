@@ -319,7 +319,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0 takes a free one. RunError where that cannot be had."""
+    """A socket that listens there; port 0 takes a free one. RunError if it is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -330,7 +330,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_of(listening: socket.socket) -> str:
-    """http://HOST:PORT as a browser takes it; this machine's name where every address is listened on."""
+    """http://HOST:PORT as a browser takes it; this machine's name if the server listens on every address."""
     host, port = listening.getsockname()[:2]
     if ipaddress.ip_address(host).is_unspecified:
         host = socket.gethostname()

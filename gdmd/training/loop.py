@@ -194,7 +194,7 @@ class _Trainer:
         return step
 
     def _take_up(self, saved: checkpoint.Checkpoint | None) -> Any:
-        """What the run folder has to know of a start or resume; returns what its rows say of the rewards."""
+        """Record a start or resume in the run folder; return the reward signal of its rows."""
         if saved:
             checkpoint.set_aside_after(self.run.checkpoints, saved.step)
             self.run.note_resume(saved.step)

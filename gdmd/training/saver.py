@@ -22,7 +22,7 @@ from gdmd.runs.shards import offsets_header, shard_name
 from gdmd.training.distributed import OtherRankError, World
 
 LAST_WAIT = 60.0
-"""Seconds that a process which must end gives the checkpoint that it is writing."""
+"""Seconds that an exiting process waits for the checkpoint that it is writing."""
 LONG = 1.0
 """Seconds of waiting for the previous checkpoint from which on the user is told."""
 Parts = Mapping[str, Mapping[str, Tensor]]

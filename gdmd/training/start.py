@@ -108,7 +108,7 @@ def begin_from(run: str, states: Mapping[Role, RoleState], world: World, config:
         load_named(own, theirs, f"the {role} of loop.start_from = {run}", world)
         if state.ema is not None:
             _restart(state.ema.shadow, own)
-    begun = f"student{' (EMA)' if averaged else ''} and fake begin as in step {saved.step} of {run}"
+    begun = f"student{' (EMA)' if averaged else ''} and fake start from step {saved.step} of {run}"
     return "\n".join([*saved.messages, begun, *_notes(before, config)])
 
 
@@ -124,7 +124,7 @@ def _scale(config: Mapping[str, Any]) -> float:
 
 
 def _notes(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """What else differs and is allowed: it moves the student, or its images."""
+    """Allowed differences that change the student or its images."""
     keys = (("model", "lora_alpha"), ("model", "path"), ("model", "dtype"), ("method", "student_steps"))
     notes = []
     for section, key in keys:

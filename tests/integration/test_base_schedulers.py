@@ -244,7 +244,7 @@ def test_rescaled_guidance_is_the_pipelines(saved: Callable[..., Path], kind: st
 
 def test_rescaled_guidance_is_refused_where_there_is_none(saved: Callable[..., Path]) -> None:
     folder = saved("sd3")
-    refused(folder, "guidance_rescale = 0.7: StableDiffusion3Pipeline has none", guidance_rescale=0.7)
+    refused(folder, "guidance_rescale = 0.7: a StableDiffusion3Pipeline has none", guidance_rescale=0.7)
     with pytest.raises(ValueError, match="guidance_rescale is set, but a StableDiffusion3Pipeline does not read it"):
         open_source(read_source(f"{folder},dtype=fp32,device=cpu,guidance_rescale=0.7"))
 
@@ -272,7 +272,7 @@ def test_an_exported_unet_makes_the_trainers_images(
         (diffusers.EDMEulerScheduler(), "EDM model.*EDMEulerScheduler.*not supported"),
         (diffusers.EDMDPMSolverMultistepScheduler(), "EDM model.*not supported"),
         (diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"), "EDM model"),
-        (diffusers.DDIMScheduler(**BETAS, rescale_betas_zero_snr=True), "only noise.*Models with zero terminal SNR"),
+        (diffusers.DDIMScheduler(**BETAS, rescale_betas_zero_snr=True), "pure noise.*Models with zero terminal SNR"),
         (diffusers.DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule = 'sigmoid'"),
         (diffusers.DDPMScheduler(variance_type="learned_range"), "variance_type = 'learned_range'"),
         (diffusers.DDIMScheduler(**BETAS, num_train_timesteps=9, trained_betas=[0.1, 0.2]), "one beta for each"),
@@ -385,7 +385,7 @@ LCM = diffusers.LCMScheduler(**{key: BETAS[key] for key in list(BETAS)[:3]})
         ),
     ],
 )
-def test_a_distilled_base_is_no_teacher_with_guidance(
+def test_a_distilled_base_is_refused_as_a_teacher_with_guidance(
     saved: Callable[..., Path], name: str, changes: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = saved(name, **changes)
@@ -430,7 +430,7 @@ def test_an_inpainting_unet_is_refused(folders: Path, tmp_path: Path) -> None:
     pipe = tiny.sd15()
     pipe.register_modules(unet=tiny.unet(16, in_channels=9))
     pipe.save_pretrained(tmp_path / "inpainting")
-    refused(tmp_path / "inpainting", "its UNet reads 9 and answers 4 channels, but latents have 4; inpainting")
+    refused(tmp_path / "inpainting", "its UNet has 9 input and 4 output channels, but latents have 4; inpainting")
 
 
 # ---------------------------------------------------------------- sources

@@ -148,7 +148,7 @@ def test_a_base_of_another_model_is_refused(folders: Path, name: str, full: str)
     other = open_family(tiny.config(folders / name, full=full))
     if name == "sd3":
         weights = {key: value for key, value in weights.items() if "proj_out" not in key}
-    with pytest.raises(ValueError, match="is not the base of this student: .* layers are not in both"):
+    with pytest.raises(ValueError, match="is not the base of this student: .* layers are missing on one side"):
         check_fits(other, weights)
 
 

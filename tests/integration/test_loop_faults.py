@@ -24,7 +24,7 @@ from toy_training import Toy, toy_config  # noqa: E402
 
 from gdmd.io import RunError  # noqa: E402
 from gdmd.runs import checkpoint, rundir  # noqa: E402
-from gdmd.runs.best import read_best  # noqa: E402
+from gdmd.runs.best import named_best  # noqa: E402
 from gdmd.training.loop import Hooks  # noqa: E402
 from gdmd.training.progress import PlainProgress, progress_for, summary  # noqa: E402
 from gdmd.training.state import NonFiniteError  # noqa: E402
@@ -178,8 +178,8 @@ def test_the_best_checkpoint_of_a_run_is_kept_and_judged_alike_after_a_resume(tm
 
     Toy(tmp_path / "parts", toy_config(40, **changes), terminate).train()
     Toy(tmp_path / "parts", toy_config(40, **changes)).train()
-    best = read_best(tmp_path / "whole" / "checkpoints")
-    assert best is not None and read_best(tmp_path / "parts" / "checkpoints") == best
+    best = named_best(tmp_path / "whole" / "checkpoints")
+    assert best is not None and named_best(tmp_path / "parts" / "checkpoints") == best
     rows = {row["step"]: row["loss/student"] for row in rundir.read_metrics(tmp_path / "whole")}
     means = {step: sum(rows[step - i] for i in range(5)) / 5 for step in range(5, 41, 5)}
     assert best.step == min(means, key=means.__getitem__) and best.value == pytest.approx(means[best.step])

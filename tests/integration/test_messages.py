@@ -186,6 +186,6 @@ def test_a_recipe_file_or_a_run_that_was_meant_is_named(gdmd: Gdmd) -> None:
         (["doctr"], "No such command 'doctr'. Did you mean 'doctor'?"),
     ],
 )
-def test_a_wrong_word_is_told_without_a_label_of_a_library(gdmd: Gdmd, arguments: list[str], message: str) -> None:
+def test_a_wrong_argument_is_reported_without_a_library_label(gdmd: Gdmd, arguments: list[str], message: str) -> None:
     usage, *_, last = lines(gdmd, *arguments)
     assert usage.startswith("Usage: gdmd") and last == f"Error: {message}"

@@ -235,9 +235,7 @@ def test_an_image_that_is_gone_is_named_and_not_remembered(gdmd: Gdmd, damage: s
     mean_of(a)
     image = a / "00002" / "samples" / "0001.png"
     image.unlink() if damage == "deleted" else image.write_bytes(image.read_bytes()[:40])
-    with pytest.raises(
-        ValueError, match="number 2 was asked for" if damage == "deleted" else "0001.png cannot be read"
-    ):
+    with pytest.raises(ValueError, match="image 2 is needed" if damage == "deleted" else "0001.png cannot be read"):
         mean_of(a)
 
 
@@ -366,7 +364,7 @@ def test_shapes_models_are_compared_with_nothing_but_the_shipped_parts(gdmd: Gdm
         (["compare", "a", "a", "-o", "x"], "two sources are called"),
         (
             ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "-n", "3", "--scorer", SCORERS[0]],
-            "and number 3 was asked for; add images, or ask for at most 2 with -n",
+            "but image 3 is needed; add images, or ask for at most 2 with -n",
         ),
         (["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--scorer", "a:b"], "cannot be imported"),
     ],

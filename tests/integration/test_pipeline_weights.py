@@ -75,6 +75,7 @@ def test_what_is_loaded_is_pinned_and_a_folder_never_asks_the_network(
     folder = tiny.save("sd15", tmp_path / "sd15")
     family = open_family(tiny.config(folder, scoring_decoder="org/taesd", scoring_decoder_revision="c0ffee"))
     monkeypatch.setattr(pipelines, "_hub_index", lambda *_: folder / pipelines.INDEX)
+    monkeypatch.setattr(pipelines, "unreachable", lambda *_: "")
     for kind in (diffusers.StableDiffusionPipeline, diffusers.AutoencoderTiny):
         monkeypatch.setattr(kind, "from_pretrained", refuse)
     for path in ("org/sd15", str(folder)):

@@ -275,7 +275,7 @@ def test_a_run_whose_base_moved_is_sampled_and_exported_in_any_precision(
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(base)})})
     start(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
     base.rename(moved)
-    with pytest.raises(ValueError, match="there is no such folder.*name its place with --base"):
+    with pytest.raises(ValueError, match="there is no such folder.*give its new location with --base"):
         export_run(run)
     with pytest.raises(ValueError, match="there is no such folder.*,base=FOLDER"):
         draw(read_source(str(run)), ["two red dogs"], 1, 0, tmp_path / "a.png", 1)
@@ -298,7 +298,7 @@ def test_a_run_whose_base_moved_is_sampled_and_exported_in_any_precision(
             weights.dtype for file in (tmp_path / dtype).rglob("*.safetensors") for weights in load_file(file).values()
         }
         assert kinds - {torch.int64} == {getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype])}
-    with pytest.raises(ValueError, match="--dtype is of a merged pipeline"):
+    with pytest.raises(ValueError, match="--dtype applies to a merged pipeline only"):
         export_run(run, base=str(moved), dtype="fp32")
 
 

@@ -115,7 +115,7 @@ def test_a_constant_reward_is_named_in_the_run_and_its_report(gdmd: Gdmd) -> Non
 
 
 @pytest.mark.parametrize("function", ["rare", "discrete", "numbers"])
-def test_rare_nan_and_discrete_scores_are_no_alarm(gdmd: Gdmd, function: str) -> None:
+def test_rare_nan_and_discrete_scores_raise_no_alarm(gdmd: Gdmd, function: str) -> None:
     finished = train(gdmd, function)
     assert finished.code == 0 and "warning" not in finished.err, finished.err
 

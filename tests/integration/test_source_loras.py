@@ -235,7 +235,7 @@ def test_a_file_that_does_not_fit_as_a_whole_is_refused(
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
 @pytest.mark.parametrize("spoil", [of_a_bigger_model, with_foreign_text_encoder])
-def test_a_partial_file_is_used_where_that_is_asked_for_and_is_told(
+def test_a_partial_file_is_used_on_request_and_reported(
     built: Callable[[str], Any],
     tmp_path: Path,
     spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]],

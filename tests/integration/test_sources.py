@@ -163,7 +163,7 @@ def test_images_that_exist_are_found_by_their_prompt(gdmd: Gdmd) -> None:
     assert [image.getpixel((0, 0))[0] for image in made] == [20, 10, 30]  # type: ignore[index]
     with pytest.raises(ValueError, match="no images of the prompt 'a bird'"):
         source.check(["a bird"])
-    with pytest.raises(ValueError, match="and number 2 was asked for; add images, or ask for at most 1 with -n"):
+    with pytest.raises(ValueError, match="but image 2 is needed; add images, or ask for at most 1 with -n"):
         source.make(places_of(["a dog"], 2), seed=0)
 
 
@@ -341,7 +341,7 @@ def test_a_damaged_description_of_an_export_is_named(tmp_path: Path, content: st
     ("wrong", "meant"),
     [("teachr", "teacher"), ("teacher-4plain", "teacher-4-plain"), ("runs/sdxl-sed0", "runs/sdxl-seed0")],
 )
-def test_a_misspelled_source_is_told_what_it_is_near_to(gdmd: Gdmd, wrong: str, meant: str) -> None:
+def test_a_misspelled_source_gets_a_suggestion(gdmd: Gdmd, wrong: str, meant: str) -> None:
     Path("runs/sdxl-seed0").mkdir(parents=True)
     for command in (["sample", wrong, "-p", "a ring"], ["eval", wrong], ["eval", "preference", wrong, "-o", "x"]):
         ended = gdmd(*command)
@@ -486,7 +486,7 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
         assert refused.code == 2 and "gdmd eval preference run --prompts FILE" in refused.err
         assert "ShapesEval" in refused.err and gdmd("report", "run", "--fresh").code == 2
         mixed = gdmd("eval", "compare", "teacher", "run", "-o", "both", "--prompts", "prompts.txt")
-        assert mixed.code == 2 and "no prompts and scorers fit both" in mixed.err
+        assert mixed.code == 2 and "no prompts or scorers suit both" in mixed.err
     assert gdmd("export", "run", "-o", "before").code == 0
     assert "Not evaluated" in Path("before/README.md").read_text()
     words = ("--prompts", "prompts.txt", "-n", "2", "--scorer", "test_model_evaluation:brightness")

@@ -73,7 +73,7 @@ def test_a_run_that_began_there_resumes_bit_for_bit_without_the_first_run(
 
     run("whole", 12)
     run("parts", 5)
-    assert sum("begin as in step 10" in line for line in told) == 2
+    assert sum("start from step 10" in line for line in told) == 2
     shutil.rmtree(first)
     run("parts", 12)
     whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")

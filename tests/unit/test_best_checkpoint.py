@@ -12,7 +12,7 @@ import torch
 
 from gdmd.io import RunError
 from gdmd.runs import checkpoint
-from gdmd.runs.best import Best, Judge, read_best
+from gdmd.runs.best import Best, Judge, named_best
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def chosen(folder: Path, which: str) -> int:
 def test_the_best_one_stays_beside_the_newest_until_a_better_one_comes(tmp_path: Path) -> None:
     save(tmp_path, (5, 0.1), (10, 0.7), (15, 0.3), (20, 0.7), (25, None))
     assert checkpoint.steps(tmp_path) == [10, 20, 25]
-    assert read_best(tmp_path) == Best(10, "reward", "max", 0.7)
+    assert named_best(tmp_path) == Best(10, "reward", "max", 0.7)
     assert (chosen(tmp_path, "best"), chosen(tmp_path, "last"), chosen(tmp_path, "20")) == (10, 25, 20)
     save(tmp_path, (30, 0.8), (35, 0.2), (40, 0.2))
     assert checkpoint.steps(tmp_path) == [30, 35, 40] and chosen(tmp_path, "best") == 30
@@ -67,7 +67,8 @@ def test_a_kill_between_rename_and_rotation_loses_neither_best_nor_newest(
 def test_a_best_checkpoint_that_was_set_aside_is_none(tmp_path: Path) -> None:
     save(tmp_path, (5, 0.1), (10, 0.2))
     checkpoint.set_aside_after(tmp_path, 5)
-    assert read_best(tmp_path) is None
+    with pytest.raises(RunError, match=r"best.json names step 10 .*choose another checkpoint: last, or a step"):
+        chosen(tmp_path, "best")
     save(tmp_path, (15, 0.05))
     assert chosen(tmp_path, "best") == 15
 

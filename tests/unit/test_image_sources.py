@@ -176,7 +176,7 @@ def test_an_image_is_read_as_a_viewer_shows_it_by_training_scorers_and_study(nam
         assert np.abs(seen[0, 0].astype(int) - corner).max() <= 1 and np.abs(seen[8, 8].astype(int) - middle).max() <= 1
 
 
-def test_what_is_changed_is_said_once_and_an_opaque_image_says_nothing(
+def test_a_converted_image_is_reported_once_and_an_opaque_one_is_not(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_files, "_noted", set())

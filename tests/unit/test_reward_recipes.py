@@ -279,7 +279,7 @@ def test_weights_in_a_folder_and_rewards_without_weights_ask_nobody(tmp_path: Pa
 )
 def test_a_reward_that_lies_above_the_hinge_is_refused(recipe: str, overrides: list[str], refused: bool) -> None:
     if refused:
-        with pytest.raises(ValueError, match="method.margin 0.7 lies below every score of (pickscore|aesthetic)"):
+        with pytest.raises(ValueError, match="method.margin 0.7 is below every score of (pickscore|aesthetic)"):
             read_recipe(recipe, overrides)
     else:
         read_recipe(recipe, overrides)
