@@ -104,7 +104,8 @@ def _note_doubts(family: Family, guidance: float) -> None:
     if family.guidance_is_embedded:
         log.warning(
             "method.guidance = %g is applied on top of model.embedded_guidance = %g, which the network of model.path %r "
-            "reads as an input; the published models are used with method.guidance=1. model.distilled=false turns this note off",
+            "reads as an input; the published models are used with method.guidance=1. model.distilled=false turns this note "
+            "off",
             guidance,
             cfg.embedded_guidance,
             cfg.path,
