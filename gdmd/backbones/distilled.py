@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gdmd.backbones.base import Family
 from gdmd.backbones.schedulers import FEW_STEPS
 
-NAMES = {"turbo", "schnell", "lightning", "lcm"}
-"""Words in the names of published few-step models. Most of them differ from their base only in their weights."""
+_FEW_STEPS = {"schnell", "lcm"}
+"""Words that name few-step models wherever they are in a name. Most of these differ from their base in weights only."""
+_ENDINGS = {"turbo", "lightning"}
+"""Words that do so behind the name of a base model or at the end; elsewhere ("lightning-style") they name a subject."""
+_BASES = {"sd", "sdxl", "xl", "sd3", "sd15", "sd21", "image", "zimage", "qwen", "sana", "flux", "medium", "large", "5"}
+_MORE = r"v?\d+[a-z]*|steps?|fp16|bf16|fp32|diffusers|unet|lora|merged|fused|model|hf|copy|alpha|beta|preview"
+"""What may follow: versions, numbers of steps, formats."""
 
 
 def why_distilled(pipe: Any, path: str) -> str | None:
     """Why a pipeline counts as a few-step or guidance-distilled model; None if nothing says so."""
     net = pipe.components.get("unet") or pipe.components.get("transformer")
     config = getattr(net, "config", {})
-    scheduler, words = pipe.components["scheduler"], set(re.split(r"[^a-z0-9]+", _name(path).lower()))
+    scheduler, words = pipe.components["scheduler"], _words(path)
     if pipe.config.get("is_distilled"):
         return "model_index.json says is_distilled"
     if config.get("time_cond_proj_dim") is not None:
@@ -30,17 +35,28 @@ def why_distilled(pipe: Any, path: str) -> str | None:
         return f"its scheduler is a {type(scheduler).__name__}, which samples few-step students"
     if scheduler.config.get("stochastic_sampling"):
         return "its scheduler has stochastic_sampling, as few-step students have"
-    if words & NAMES:
-        return f"its name says {min(words & NAMES)}"
+    if named := _named(words):
+        return f"its name says {named}"
     if "klein" in words and "base" not in words and not Path(path).is_dir():
         return "a klein without -base- in its id is distilled"
     return None
 
 
-def _name(path: str) -> str:
-    """The last part of a hub id or a folder; of a snapshot in the hub's cache, the id."""
+def _named(words: Sequence[str]) -> str | None:
+    """The word of a name that calls its model a few-step one."""
+    for place, word in enumerate(words):
+        behind, rest = words[place - 1] if place else "", words[place + 1 :]
+        ends = all(re.fullmatch(_MORE, other) for other in rest)
+        if word in _FEW_STEPS or (word in _ENDINGS and (ends or behind in _BASES)):
+            return word
+    return None
+
+
+def _words(path: str) -> list[str]:
+    """Those of the last part of a hub id or a folder; of a snapshot in the hub's cache, of the id."""
     place = Path(path)
-    return place.parent.parent.name if place.parent.name == "snapshots" else place.name
+    name = place.parent.parent.name if place.parent.name == "snapshots" else place.name
+    return re.findall(r"[a-z0-9]+", name.lower())
 
 
 def check_guidance(family: Family, guidances: Iterable[float]) -> None:
@@ -51,9 +67,11 @@ def check_guidance(family: Family, guidances: Iterable[float]) -> None:
     """
     cfg = family.cfg
     why = why_distilled(family.pipe, cfg.path) if cfg.distilled is None else "model.distilled = true"
-    if why is None or cfg.distilled is False:
-        return
     guided = [guidance for guidance in guidances if guidance != 1]
+    if why is None or cfg.distilled is False:
+        if guided and cfg.distilled is None:
+            _note_doubts(family, guided[0])
+        return
     embedded = (
         f" Its guidance is an input: model.embedded_guidance = {cfg.embedded_guidance:g}."
         if family.guidance_is_embedded
@@ -71,3 +89,24 @@ def check_guidance(family: Family, guidances: Iterable[float]) -> None:
         why,
         embedded,
     )
+
+
+def _note_doubts(family: Family, guidance: float) -> None:
+    """Say what may be wrong with guiding a base that nothing shows to be distilled."""
+    cfg, log = family.cfg, logging.getLogger(__name__)
+    if found := _ENDINGS & set(_words(cfg.path)):
+        log.warning(
+            "the name of model.path %r contains %r, but nothing shows a few-step model: it is guided as an undistilled "
+            "base. If it is a few-step model, set method.guidance=1; model.distilled=false turns this note off",
+            cfg.path,
+            min(found),
+        )
+    if family.guidance_is_embedded:
+        log.warning(
+            "method.guidance = %g is applied on top of model.embedded_guidance = %g, which the network of model.path %r "
+            "reads as an input; the published models are used with method.guidance=1. model.distilled=false turns this note "
+            "off",
+            guidance,
+            cfg.embedded_guidance,
+            cfg.path,
+        )

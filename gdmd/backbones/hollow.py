@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from gdmd.backbones.base import Family
+from gdmd.backbones.pipeline_files import absent, local_index, weight_files
 from gdmd.backbones.pipelines import (
     DTYPES,
     FAMILIES,
-    check_components,
+    check_pipeline,
     family_of,
     is_local,
     load_errors,
-    local_index,
     require_diffusers,
 )
 from gdmd.backbones.published import MODELS, Published, model_of
@@ -71,13 +71,14 @@ def hollow_decoder(cfg: DiffusersModel, channels: int) -> nn.Module:
 def _from_folder(cfg: DiffusersModel, folder: Path) -> Hollow:
     index = local_index(folder)
     family = family_of(index, cfg)
-    check_components(index, family, folder, cfg.path)
+    check_pipeline(folder, index, family, cfg)
     name = "unet" if "unet" in family.needs else "transformer"
     net, vae = (_made(index[part][1], _read(folder / part / "config.json")) for part in (name, "vae"))
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
     pipe = _pipe(cfg, family, net, vae, (index["scheduler"][1], scheduler), index)
-    parts = [part for part in sorted(folder.glob("text_encoder*")) if cfg.t5 or part.name != "text_encoder_3"]
-    encoders = sum(weights_in(file) for part in parts for file in sorted(part.glob("*.safetensors")))
+    names = [name for name in index if name.startswith("text_encoder") and (cfg.t5 or name != "text_encoder_3")]
+    parts = [folder / name for name in names if name not in absent(index, names, folder)]
+    encoders = sum(weights_in(file) for part in parts for file in weight_files(part, cfg.variant))
     return Hollow(family(pipe, cfg), encoders, f"configs in {folder}")
 
 
@@ -119,8 +120,11 @@ def _made(kind: str, options: Mapping[str, Any]) -> nn.Module:
     """A network of diffusers on the meta device."""
     import diffusers
 
-    with torch.device("meta"):
-        net: nn.Module = getattr(diffusers, kind).from_config(dict(options))
+    try:
+        with torch.device("meta"):
+            net: nn.Module = getattr(diffusers, kind).from_config(dict(options))
+    except load_errors() as error:
+        raise ValueError(f"the network {kind} cannot be built from its config: {error}") from error
     return net.requires_grad_(False).eval()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,18 @@ from gdmd.backbones.base import Family, PipelineText
 from gdmd.backbones.codec import VaeCodec
 from gdmd.backbones.flux import Flux
 from gdmd.backbones.flux2 import Flux2, Flux2Klein
+from gdmd.backbones.pipeline_files import (
+    EXTRAS,
+    INDEX,
+    absent,
+    check_files,
+    check_folders,
+    check_needed,
+    components,
+    instead_of_pipeline,
+    local_index,
+    refuse_quantized,
+)
 from gdmd.backbones.qwen_image import QwenImage
 from gdmd.backbones.sana import Sana
 from gdmd.backbones.sd3 import Sd3
@@ -28,14 +40,11 @@ from gdmd.backbones.z_image import ZImage
 from gdmd.config.extras import install
 from gdmd.config.model import DiffusersModel
 from gdmd.hub import hub_file, hub_reason, offline, unreachable
-from gdmd.io import weight_variant, weights_fingerprint
+from gdmd.io import weights_fingerprint
 from gdmd.types import Codec, Cond
 
 log = logging.getLogger(__name__)
 FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage, Sana)
-INDEX = "model_index.json"
-EXTRAS = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
-"""Components of stock pipelines that check, watermark or encode images; gdmd uses none of them."""
 BEYOND = {"PixtralProcessor": "torchvision"}
 """Classes of transformers that are there only with one library more (FLUX.2-dev's tokenizer)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -52,12 +61,14 @@ def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = Tr
     require_diffusers()
     local, index = is_local(cfg.path), local_or_hub_index(cfg)
     family = family_of(index, cfg)
-    check_components(index, family, Path(cfg.path) if local else None, cfg.path)
-    _check_tokens(family, cfg)
-    check_libraries(index, f"model.path {cfg.path!r}")
-    left_out = _left_out(index, family, cfg, extras=extras)
+    what = f"model.path {cfg.path!r}"
     if local:
-        check_weights(Path(cfg.path), index, left_out, cfg.variant, f"model.path {cfg.path!r}", "model.variant")
+        check_pipeline(Path(cfg.path), index, family, cfg)
+    else:
+        check_needed(index, family.needs, family.pipeline, what)
+    _check_tokens(family, cfg)
+    check_libraries(index, what)
+    left_out = _left_out(index, family, cfg, extras=extras)
     left_out |= {} if encoders else dict.fromkeys(name for name in index if name.startswith(ENCODER))
     pipe = _load(family, cfg, local, left_out)
     fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
@@ -229,17 +240,22 @@ def is_local(path: str, field: str = "model.path", holds: str = INDEX) -> bool:
     if Path(path).is_dir():
         return True
     if Path(path).is_file():
-        raise ValueError(
-            f"{field} {path!r} is a file; give the folder that holds {holds}. A single-file checkpoint is made one once, "
-            "by diffusers: StableDiffusionXLPipeline (the class of its family).from_single_file(FILE)"
-            ".save_pretrained(FOLDER)"
-        )
+        instead = instead_of_pipeline(Path(path)) if holds == INDEX else ""
+        raise ValueError(f"{field} {path!r} is a file; give the folder that holds {holds}.{instead}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.is_dir():
         return False
     raise ValueError(
-        f"{field} {path!r}: there is no such folder, and it is no hub id (ORG/NAME). Give the folder that holds "
-        f"{holds}, or an id."
+        f"{field} {path!r}: there is no such folder, and it is no hub id (ORG/NAME). {_meant(path, holds)}"
     )
+
+
+def _meant(path: str, holds: str) -> str:
+    """What to give in the place of a path that is none."""
+    if found := re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", path):
+        return f"Give the id: {found[1]}"
+    if path.startswith("~") and Path(path).expanduser().exists():
+        return f"A shell does not replace ~ here: give {Path(path).expanduser()}"
+    return f"Give the folder that holds {holds}, or an id."
 
 
 def family_of(index: dict[str, Any], cfg: DiffusersModel) -> type[Family]:
@@ -254,7 +270,27 @@ def family_of(index: dict[str, Any], cfg: DiffusersModel) -> type[Family]:
                 "give another path, or drop model.family"
             )
     known = ", ".join(f"{family.pipeline} ({family.name})" for family in FAMILIES)
-    raise ValueError(f"model.path {cfg.path!r}: {INDEX} names {named!r}, which has no adapter here; supported: {known}")
+    raise ValueError(
+        f"model.path {cfg.path!r}: {INDEX} names {named!r}, which has no adapter here; "
+        + (from_an_image(named) or f"supported: {known}")
+    )
+
+
+_FROM_IMAGES = ("Img2Img", "Inpaint", "ControlNet")
+
+
+def from_an_image(named: Any) -> str | None:
+    """What to do with a pipeline that starts from an image, by the name of its class; None for other classes."""
+    if not isinstance(named, str) or not any(word in named for word in _FROM_IMAGES):
+        return None
+    plain = [family.pipeline for family in FAMILIES if named.startswith(family.pipeline.removesuffix("Pipeline"))]
+    remedy = "give a text-to-image pipeline"
+    if plain:
+        remedy = (
+            "save its model as a text-to-image pipeline once, in diffusers: "
+            f"{max(plain, key=len)}.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
+        )
+    return f"it starts from an image, and prompts alone are given here: {remedy}"
 
 
 def family_of_pipeline(pipe: Any) -> type[Family] | None:
@@ -262,20 +298,32 @@ def family_of_pipeline(pipe: Any) -> type[Family] | None:
     return next((family for family in FAMILIES if family.pipeline == type(pipe).__name__), None)
 
 
-def check_components(index: dict[str, Any], family: type[Family], folder: Path | None, path: str) -> None:
-    """ValueError for the first component that the family needs and the index or the folder lacks."""
-    for name in family.needs:
-        given = index.get(name)
-        if not isinstance(given, list) or len(given) < 2 or not given[1]:
-            raise ValueError(
-                f"model.path {path!r}: component {name!r} is missing from {INDEX}; a {family.pipeline} needs it. "
-                "Save the pipeline again with all its components."
-            )
-        if folder is not None and not (folder / name).is_dir():
-            raise ValueError(
-                f"model.path {path!r}: component {name!r} ({given[1]}) has no folder {folder / name}; copy it there, "
-                "or save the pipeline again"
-            )
+def check_pipeline(folder: Path, index: Mapping[str, Any], family: type[Family], cfg: DiffusersModel) -> None:
+    """ValueError for a folder that lacks what the family needs, or holds what cannot be loaded as it is.
+
+    Folders of configs without weights, which can be planned, are only asked for their components.
+    """
+    what = f"model.path {cfg.path!r}"
+    left_out = _left_out(index, family, cfg)
+    check_needed(index, family.needs, family.pipeline, what)
+    check_folders(folder, index, left_out, what)
+    if cfg.t5:
+        check_t5(folder, index, family, what, "model.t5=false")
+    if any(folder.glob("*/*.safetensors")) or any(folder.glob("*/*.bin")):
+        check_files(folder, index, left_out, cfg.variant, what, "model.variant")
+
+
+def check_t5(folder: Path, index: Mapping[str, Any], family: type[Family], what: str, remedy: str) -> None:
+    """ValueError for a T5 without its tokenizer; a note on one that the index names and the folder does not hold."""
+    lacks = absent(index, family.optional, folder)
+    encoders = [name for name in family.optional if name.startswith(ENCODER)]
+    if lacks and any(name not in lacks for name in encoders):
+        raise ValueError(
+            f"{what}: {', '.join(lacks)} is missing, but {', '.join(encoders)} is there; copy it, or leave both out"
+            + (f" with {remedy}" if remedy else "")
+        )
+    for name in set(encoders) & set(lacks) & set(components(index)):
+        log.warning("%s: %s has no folder, so captions are read without it", what, name)
 
 
 def check_libraries(index: dict[str, Any], what: str) -> None:
@@ -292,7 +340,7 @@ def check_libraries(index: dict[str, Any], what: str) -> None:
 
 
 def _left_out(
-    index: dict[str, Any], family: type[Family], cfg: DiffusersModel, *, extras: bool = False
+    index: Mapping[str, Any], family: type[Family], cfg: DiffusersModel, *, extras: bool = False
 ) -> dict[str, None]:
     """Optional components that are not wanted, or not there: they are passed as None."""
     optional = (*family.optional, *(name for name in EXTRAS if name in index))
@@ -301,76 +349,16 @@ def _left_out(
     return dict.fromkeys(name for name in optional if name in (*missing, *unwanted, *(() if extras else EXTRAS)))
 
 
-def absent(index: Mapping[str, Any], names: Sequence[str], folder: Path | None = None) -> list[str]:
-    """The components that the index does not name or, with ``folder``, whose subfolder is missing.
-
-    A safety checker without its feature extractor counts as absent: diffusers refuses it.
-    """
-    lacks = [name for name in names if not (index.get(name) or (None, None))[1]]
-    if folder is not None and folder.is_dir():
-        lacks += [name for name in names if name not in lacks and not (folder / name).is_dir()]
-    if "feature_extractor" in lacks and "safety_checker" in names:
-        lacks.append("safety_checker")
-    return list(dict.fromkeys(lacks))
-
-
 def has_safety_checker(index: Mapping[str, Any]) -> bool:
     """Whether the stock pipeline replaces images that it flags by black ones."""
-    return bool((index.get("safety_checker") or (None, None))[1])
+    return "safety_checker" in components(index)
 
 
 def checker_off(index: Mapping[str, Any], where: str) -> str | None:
     """A message for a pipeline whose safety checker is not used; None where it has none."""
     if not has_safety_checker(index):
         return None
-    return f"note: the safety checker of {where} is off, so no image is replaced by a black one"
-
-
-def check_weights(
-    folder: Path, index: Mapping[str, Any], without: Container[str], variant: str | None, what: str, option: str
-) -> None:
-    """ValueError for components of a folder that are quantized, or have weight files of another variant only."""
-    named = [name for name, given in index.items() if isinstance(given, list) and given[1] and name not in without]
-    found: set[str | None] = set()
-    for name in named:
-        _refuse_quantized(folder / name, name, what)
-        variants = {weight_variant(file.name) for file in (folder / name).glob("*.safetensors")}
-        if variants and not variants & {None, variant}:
-            there = sorted(map(str, variants))
-            raise ValueError(
-                f"{what}: component {name!r} has only weight files of the variant {', '.join(there)}; set "
-                f"{option}={there[0]}"
-            )
-        found |= variants
-    if variant is not None and found and variant not in found:
-        log.warning("%s: no component has weight files of the variant %r; those without one are read", what, variant)
-
-
-def _refuse_quantized(folder: Path, name: str, what: str) -> None:
-    try:
-        quantized = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        method = quantized.get("quant_method")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # no config of a network, or a damaged one, which loading will name
-    raise ValueError(
-        f"{what}: component {name!r} is quantized ({method}), which is not supported; give the pipeline with its "
-        "original weights (bf16 or fp32)"
-    )
-
-
-def local_index(folder: Path, what: str | None = None) -> dict[str, Any]:
-    """The model_index.json of a folder; ``what`` begins the error of one that is no pipeline."""
-    file = folder / INDEX
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        named = what or f"model.path {str(folder)!r}"
-        raise ValueError(f"{named}: it holds no {INDEX}, so it is no diffusers pipeline") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON ({error}); copy the pipeline again") from error
-    if not isinstance(index, dict):
-        raise ValueError(f"{file}: expected an object, got {type(index).__name__}; copy the pipeline again")
-    return index
+    return f"the safety checker of {where} is off, so no image is replaced by a black one"
 
 
 def local_or_hub_index(cfg: DiffusersModel) -> dict[str, Any]:
@@ -412,7 +400,7 @@ def load_errors() -> tuple[type[Exception], ...]:
     """
     from safetensors import SafetensorError
 
-    return OSError, ValueError, ImportError, AttributeError, RuntimeError, SafetensorError
+    return OSError, ValueError, ImportError, AttributeError, TypeError, LookupError, RuntimeError, SafetensorError
 
 
 def explain(error: Exception, path: str, revision: str | None, what: str, *, local: bool) -> None:
@@ -421,7 +409,7 @@ def explain(error: Exception, path: str, revision: str | None, what: str, *, loc
         return
     folder = _index_file(path, revision, what, local=False).parent
     for config in sorted(folder.glob("*/config.json")):
-        _refuse_quantized(config.parent, config.parent.name, what)
+        refuse_quantized(config.parent, config.parent.name, what)
     if "no file named" in str(error) or "variant" in str(error):
         raise ValueError(f"{what}: {error} If its files are named *.fp16.safetensors, set variant=fp16.") from error
 

@@ -101,7 +101,8 @@ def _sd3(name: str, heads: int = 24, **options: Any) -> Published:
 
 def _flux(name: str, *, guided: bool) -> Published:
     net = Net("FluxTransformer2DModel", {"guidance_embeds": guided})
-    return Published(name, "flux", net, _FLUX_KL, _DYNAMIC if guided else _FLOW, CLIP_L + T5_XXL)
+    scheduler = _DYNAMIC if guided else ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0})
+    return Published(name, "flux", net, _FLUX_KL, scheduler, CLIP_L + T5_XXL)
 
 
 def _flux2(name: str) -> Published:

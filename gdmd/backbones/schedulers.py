@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gdmd.backbones.clocks import FlowClock, Spacing, VpClock
 from gdmd.diffusion.schedule import VpSchedule
@@ -277,6 +277,16 @@ def read_vp(scheduler: Any, model: str) -> VpSettings:
             "2 steps or more, and one beta for each"
         )
     schedule = VpSchedule(float(config.beta_start), float(config.beta_end), steps, betas, trained, zero)
+    own = schedule.betas()
+    if not bool(((own > 0) & (own < 1)).all()):
+        raise ValueError(
+            f"the pipeline's scheduler ({name}) has betas from {own.min():g} to {own.max():g}; they must lie between 0 and 1"
+        )
     first = _own(scheduler, "set_alpha_to_one") is False or _own(scheduler, "final_sigmas_type") == "sigma_min"
     spacing: Spacing = _own(scheduler, "timestep_spacing") or "linspace"
+    if spacing not in get_args(Spacing):
+        raise ValueError(
+            f"the pipeline's scheduler ({name}) has timestep_spacing = {spacing!r}; supported are "
+            f"{', '.join(get_args(Spacing))}"
+        )
     return VpSettings(schedule, predicts, VpClock(steps, spacing, int(_own(scheduler, "steps_offset") or 0), first))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gdmd.backbones.base import Family
-from gdmd.backbones.pipelines import EXTRAS, absent, local_or_hub_index
+from gdmd.backbones.pipeline_files import EXTRAS, absent, components
+from gdmd.backbones.pipelines import local_or_hub_index
 from gdmd.backbones.unet import UnetFamily
 from gdmd.export.lora import merge
 from gdmd.io import follow_umask
@@ -65,7 +66,7 @@ def left_out(family: Family) -> list[str]:
     """
     index = local_or_hub_index(family.cfg)
     trained = [name for name in family.optional if family.pipe.components.get(name) is None]
-    named = [name for name in EXTRAS if (index.get(name) or (None, None))[1]]
+    named = [name for name in EXTRAS if name in components(index)]
     return trained + absent(index, named, Path(family.cfg.path))
 
 

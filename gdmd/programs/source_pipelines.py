@@ -21,16 +21,15 @@ from torch.overrides import TorchFunctionMode
 
 from gdmd.backbones.distilled import why_distilled
 from gdmd.backbones.packing import in_patches, pack
+from gdmd.backbones.pipeline_files import EXTRAS, INDEX, absent, check_files, check_folders, check_needed
 from gdmd.backbones.pipelines import (
-    EXTRAS,
     FAMILIES,
-    INDEX,
-    absent,
     check_libraries,
-    check_weights,
+    check_t5,
     checker_off,
     explain,
     family_of_pipeline,
+    from_an_image,
     is_local,
     load_errors,
     read_index,
@@ -283,12 +282,19 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
         ) from error
     what = f"source {where!r}"
     index = read_index(where, cfg.revision, what, local=local)
+    _check_class(index, what)
     check_libraries(index, what)
     if message := checker_off(index, where):
         log.warning("%s", message)
     left_out = _left_out(index, without, Path(where))
+    for family in FAMILIES:
+        if family.pipeline == index["_class_name"]:
+            check_needed(index, family.needs, family.pipeline, what)
+            if local and not set(family.optional) & set(without):
+                check_t5(Path(where), index, family, what, "")
     if local:
-        check_weights(Path(where), index, left_out, cfg.variant, what, "variant")
+        check_folders(Path(where), index, left_out, what)
+        check_files(Path(where), index, left_out, cfg.variant, what, "variant")
     options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "use_safetensors": True}
     try:
         options["local_files_only"] = local or bool(unreachable(where, INDEX, cfg.revision))
@@ -302,6 +308,20 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
     pipe.set_progress_bar_config(disable=True)
     fit_limits(pipe, lambda encoder: None)
     return pipe.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _check_class(index: Mapping[str, Any], what: str) -> None:
+    """ValueError for a pipeline class that diffusers does not have, or that starts from an image."""
+    import diffusers
+
+    named = index.get("_class_name")
+    if not isinstance(named, str) or not hasattr(diffusers, named):
+        raise ValueError(
+            f"{what}: {INDEX} names the pipeline class {named!r}, which diffusers {diffusers.__version__} does not have. "
+            "If it is a newer class, update diffusers; classes with their own code are not loaded"
+        )
+    if advice := from_an_image(named):
+        raise ValueError(f"{what} is a {named}: {advice}")
 
 
 def _left_out(index: Mapping[str, Any], without: Sequence[str], folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from gdmd.backbones.pipeline_files import instead_of_pipeline
 from gdmd.config.sources import SourceConfig
 from gdmd.evaluation.image_folders import ImageRow, holds_images, read_image, read_images
 from gdmd.io import RunError, near_name, write_atomic, writing
@@ -134,7 +135,8 @@ def _kind(where: str) -> Kind:
         return "images"
     if not folder.exists() and not folder.parent.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", where):
         return "pipeline"
-    seen = "it holds none of their files." if folder.exists() else f"it does not exist.{near_name(where, TEACHERS)}"
+    holds = f"it holds none of their files.{instead_of_pipeline(folder)}"
+    seen = holds if folder.exists() else f"it does not exist.{near_name(where, TEACHERS)}"
     raise RunError(
         f"{where} is not a run folder, nor an exported folder, a diffusers pipeline, a hub id (ORG/NAME) or a folder of "
         f"images: {seen}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,14 +22,17 @@ from test_export import stock_images, trainers_images
 from torch import Tensor
 
 from gdmd.backbones.base import Family
+from gdmd.backbones.distilled import why_distilled
 from gdmd.backbones.hollow import hollow_family
 from gdmd.backbones.pipelines import check_tiny, open_family
 from gdmd.backbones.roles import DiffusersRoles
+from gdmd.backbones.schedulers import read_flow, read_vp
 from gdmd.config.method import DmdConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.sources import read_source
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.sampling import ode_sample
+from gdmd.diffusion.schedule import VpSchedule
 from gdmd.export.pipeline import call_arguments, student_scheduler
 from gdmd.methods.distillation import FakeBatch
 from gdmd.programs.plan_networks import networks_of
@@ -206,6 +211,101 @@ def test_what_a_flow_model_cannot_keep_is_refused(
     refused(saved(name, scheduler), message)
 
 
+# ---------------------------------------------------------------- scheduler files as published
+
+SD = BETAS | {"num_train_timesteps": 1000, "trained_betas": None, "set_alpha_to_one": False, "skip_prk_steps": True}
+SDXL = SD | {
+    **{"prediction_type": "epsilon", "interpolation_type": "linear", "sample_max_value": 1.0, "steps_offset": 1},
+    **{"timestep_spacing": "leading", "use_karras_sigmas": False, "sigma_min": None, "sigma_max": None},
+    **{
+        "final_sigmas_type": "zero",
+        "timestep_type": "discrete",
+        "use_beta_sigmas": False,
+        "_diffusers_version": "0.35.1",
+    },
+}
+SHIFTS = {
+    **{
+        "base_image_seq_len": 256,
+        "base_shift": 0.5,
+        "max_image_seq_len": 4096,
+        "max_shift": 1.15,
+        "invert_sigmas": False,
+    },
+    **{"num_train_timesteps": 1000, "shift": 3.0, "shift_terminal": None, "stochastic_sampling": False},
+    **{"time_shift_type": "exponential", "use_beta_sigmas": False, "use_dynamic_shifting": True},
+    **{"use_exponential_sigmas": False, "use_karras_sigmas": False, "_diffusers_version": "0.36.0.dev0"},
+}
+SOLVED = {
+    **{"algorithm_type": "dpmsolver++", "dynamic_thresholding_ratio": 0.995, "euler_at_final": False},
+    **{"lambda_min_clipped": -math.inf, "lower_order_final": True, "sample_max_value": 1.0, "solver_order": 2},
+    **{"solver_type": "midpoint", "thresholding": False, "trained_betas": None, "use_lu_lambdas": False},
+    **{"variance_type": None, "use_exponential_sigmas": False, "rescale_betas_zero_snr": False, "steps_offset": 0},
+}
+EULER_FLOW = "FlowMatchEulerDiscreteScheduler"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "predicts"),
+    [
+        ("PNDMScheduler", SD | {"_diffusers_version": "0.6.0", "steps_offset": 1}, "eps"),  # SD1.5
+        ("DDIMScheduler", SD | {"prediction_type": "v_prediction", "steps_offset": 1}, "v"),  # SD2.1
+        ("EulerDiscreteScheduler", SDXL, "eps"),  # SDXL base
+        ("EulerAncestralDiscreteScheduler", SDXL, "eps"),
+        ("EulerDiscreteScheduler", SDXL | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "v"),
+        ("DPMSolverMultistepScheduler", SDXL | SOLVED | {"use_karras_sigmas": True}, "eps"),
+        (
+            "UniPCMultistepScheduler",
+            SDXL | {"disable_corrector": [], "solver_type": "bh2", "use_flow_sigmas": False},
+            "eps",
+        ),
+        (
+            "DDPMScheduler",
+            SD | {"variance_type": "fixed_small", "clip_sample_range": 1.0, "thresholding": False},
+            "eps",
+        ),
+        ("KDPM2AncestralDiscreteScheduler", SDXL, "eps"),
+        ("HeunDiscreteScheduler", SDXL | {"use_karras_sigmas": True}, "eps"),
+    ],
+)
+def test_published_schedulers_of_unets_are_accepted(kind: str, config: dict[str, Any], predicts: str) -> None:
+    found = read_vp(getattr(diffusers, kind).from_config(config), "model.path 'x'")
+    assert found.predicts == predicts
+    assert found.schedule == VpSchedule(zero_snr=bool(config.get("rescale_betas_zero_snr")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "shift", "dynamic"),
+    [
+        (EULER_FLOW, {"num_train_timesteps": 1000, "shift": 3.0}, 3.0, None),  # SD3 medium
+        (EULER_FLOW, SHIFTS | {"use_dynamic_shifting": False}, 3.0, None),  # SD3.5
+        (EULER_FLOW, SHIFTS, 3.0, (0.5, 1.15, 4096, None)),  # FLUX.1-dev, FLUX.2, klein
+        (EULER_FLOW, SHIFTS | {"use_dynamic_shifting": False, "shift": 1.0}, 1.0, None),  # FLUX.1-schnell
+        (EULER_FLOW, {"num_train_timesteps": 1000, "use_dynamic_shifting": False, "shift": 3.0}, 3.0, None),  # Z-Image
+        (
+            EULER_FLOW,  # Qwen-Image
+            SHIFTS | {"max_image_seq_len": 8192, "max_shift": 0.9, "shift": 1.0, "shift_terminal": 0.02},
+            1.0,
+            (0.5, 0.9, 8192, 0.02),
+        ),
+        (
+            "DPMSolverMultistepScheduler",
+            SOLVED | FLOW | {"beta_end": 0.02, "use_karras_sigmas": False},
+            3.0,
+            None,
+        ),  # Sana
+        (EULER_FLOW, SDXL | {"shift": 3.0, "use_flow_sigmas": False, "flow_shift": 9.0}, 3.0, None),  # keys of others
+    ],
+)
+def test_published_schedulers_of_flows_are_accepted(
+    kind: str, config: dict[str, Any], shift: float, dynamic: tuple[Any, ...] | None
+) -> None:
+    found = read_flow(getattr(diffusers, kind).from_config(config), "model.path 'x'")
+    assert (found.shift, found.dynamic, found.train_steps) == (shift, dynamic is not None, 1000)
+    if dynamic is not None:
+        assert (found.base_shift, found.max_shift, found.max_tokens, found.terminal) == dynamic
+
+
 # ---------------------------------------------------------------- UNets with betas
 
 UNETS = {
@@ -277,6 +377,14 @@ def test_an_exported_unet_makes_the_trainers_images(
         (diffusers.DDPMScheduler(variance_type="learned_range"), "variance_type = 'learned_range'"),
         (diffusers.DDIMScheduler(**BETAS, num_train_timesteps=9, trained_betas=[0.1, 0.2]), "one beta for each"),
         (diffusers.IPNDMScheduler(), "not one that gdmd can read"),
+        (
+            diffusers.DDIMScheduler(timestep_spacing="quad"),
+            "timestep_spacing = 'quad'; supported are trailing, leading",
+        ),
+        (
+            diffusers.DDIMScheduler(beta_end=1.5, beta_schedule="linear"),
+            "betas from 0.0001 to 1.5; they must lie between",
+        ),
     ],
 )
 def test_what_a_unet_cannot_keep_is_refused(saved: Callable[..., Path], scheduler: Any, message: str) -> None:
@@ -400,6 +508,48 @@ def test_a_distilled_base_is_refused_as_a_teacher_with_guidance(
         made(run_config(folder, prompts, guidance=1.0))
         assert "is a distilled model" in caplog.text and "embedded_guidance does nothing" in caplog.text
         caplog.clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("stabilityai/sdxl-turbo", "turbo"),
+        ("Z-Image-Turbo", "turbo"),
+        ("stable-diffusion-3.5-large-turbo", "turbo"),
+        ("DreamShaperXL_Turbo_v2", "turbo"),
+        ("RealVisXL_V4.0_Lightning", "lightning"),
+        ("sdxl_lightning_4step_unet", "lightning"),
+        ("LCM_Dreamshaper_v7", "lcm"),
+        ("FLUX.1-schnell", "schnell"),
+        ("hub/models--stabilityai--sdxl-turbo/snapshots/1a2b", "turbo"),
+        ("my-turbo-dog", None),
+        ("lightning-style", None),
+        ("porsche-911-turbo-sdxl", None),
+        ("stable-diffusion-xl-base-1.0", None),
+    ],
+)
+def test_a_name_is_a_few_step_models_where_published_names_have_the_word(name: str, word: str | None) -> None:
+    parts = {"unet": SimpleNamespace(config={}), "scheduler": diffusers.DDIMScheduler()}
+    why = why_distilled(SimpleNamespace(components=parts, config={}), name)
+    assert why == (word and f"its name says {word}")
+
+
+@pytest.mark.parametrize(
+    ("name", "called", "note"),
+    [
+        ("sdxl", "my-turbo-dog", "contains 'turbo', but nothing shows a few-step model"),
+        ("flux", "base", "method.guidance = 3 is applied on top of model.embedded_guidance = 3.5"),
+    ],
+)
+def test_guiding_a_base_that_may_be_distilled_is_noted(
+    saved: Callable[..., Path], name: str, called: str, note: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved(name, called=called)
+    for changes in ({"distilled": False}, {"guidance": 1.0}):
+        networks_of(run_config(folder, Path("prompts.txt"), **changes))
+        assert note not in caplog.text
+    networks_of(run_config(folder, Path("prompts.txt")))
+    assert caplog.text.count(note) == 1
 
 
 def test_an_undistilled_base_can_be_called_distilled(saved: Callable[..., Path]) -> None:
