@@ -1,7 +1,8 @@
 """Files of prompts, read by their ending in any case. Every prompt is checked, and an error names its line or entry.
 
     .txt               one prompt a line; blank lines are skipped and counted
-    .csv .tsv          a header and a prompt column; quoted commas and newlines as the csv module reads them
+    .csv .tsv          a header and a prompt column; quoted commas and newlines as the csv module reads them. Where the
+                       header has no comma (tab), another separator is taken: Excel writes semicolons in many countries
     .jsonl .ndjson     one object a line
     .json              an array of strings or objects
     .parquet           where pyarrow is installed
@@ -43,6 +44,7 @@ NAME_IT = "name it with prompts.column=NAME (gdmd eval: --prompt-column NAME)"
 ENDINGS = ".txt (one prompt a line), .csv, .tsv, .jsonl, .ndjson, .json, .parquet or .tar (WebDataset)"
 NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
 """Control characters, half characters and byte order marks: signs of another encoding, or of a binary file."""
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tgz", ".7z")
 _BLOCK = 512
 
 
@@ -98,7 +100,8 @@ def prompts_in(path: Path, column: str | None = None) -> PromptFile:
     read = _READERS.get(path.suffix.lower())
     if read is None:
         shown = f"the ending {path.suffix!r} is not known" if path.suffix else "it has no ending"
-        raise ValueError(f"prompt file {path}: {shown}; give {ENDINGS}")
+        packed = "unpack it and " if path.suffix.lower() in PACKED else ""
+        raise ValueError(f"prompt file {path}: {shown}; {packed}give {ENDINGS}")
     found = read(path, column)
     if not found.prompts:
         raise ValueError(f"prompt file {path}: is empty; it needs at least one prompt")
@@ -109,12 +112,36 @@ def _text(path: Path, column: str | None) -> PromptFile:
     if column is not None:
         raise ValueError(f"prompt file {path}: a .txt file has no column {column!r}; leave the column out")
     lines = _lines(path)
+    _refuse_other_format(path, [line.strip() for _, line in lines if line.strip()][:1])
     found = tuple(Prompt(_checked(path, where, line), where) for where, line in lines if line.strip())
     return PromptFile(path, found, blank=len(lines) - len(found))
 
 
+def _refuse_other_format(path: Path, first: Sequence[str]) -> None:
+    """ValueError for a text whose first line is that of JSON or of a table: its rows would be trained on as they are."""
+    for line in first:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, (dict, list)):
+            raise ValueError(
+                f"prompt file {path}: its first line is JSON, and a .txt file holds one prompt a line; use the ending "
+                ".jsonl, or .json for an array"
+            )
+        cells = [cell.strip(' "').lower() for cell in re.split("[\t,;]", line)]
+        names = [name for group in COLUMNS for name in group] if "\t" in line else COLUMNS[0]
+        if any(cell in names for cell in cells) and all(re.fullmatch(r"\w*( \w+)?", cell) for cell in cells):
+            raise ValueError(
+                f"prompt file {path}: its first line {line[:60]!r} is the header of a table, and a .txt file holds one "
+                "prompt a line; use the ending .csv or .tsv, or remove that line"
+            )
+
+
 def _json_lines(path: Path, column: str | None) -> PromptFile:
     lines = _lines(path)
+    if next((line for _, line in lines if line.strip()), "").lstrip().startswith("["):
+        raise ValueError(f"prompt file {path}: holds a JSON array, not one object a line; use the ending .json")
     rows = [(where, _json(path, where, line)) for where, line in lines if line.strip()]
     return _objects(path, rows, column, len(lines) - len(rows))
 
@@ -130,16 +157,18 @@ def _json_array(path: Path, column: str | None) -> PromptFile:
 
 
 def _comma_table(path: Path, column: str | None) -> PromptFile:
-    return _table(path, column, ",")
+    return _table(path, column, ",;\t")
 
 
 def _tab_table(path: Path, column: str | None) -> PromptFile:
-    return _table(path, column, "\t")
+    return _table(path, column, "\t,;")
 
 
-def _table(path: Path, column: str | None, delimiter: str) -> PromptFile:
-    """A header and rows of cells; rows without any text are blank lines."""
-    cells = _cells(path, _decoded(path), delimiter)
+def _table(path: Path, column: str | None, delimiters: str) -> PromptFile:
+    """A header and rows of cells; rows without any text are blank lines. The first delimiter in the header counts."""
+    text = _decoded(path)
+    head = text.lstrip().partition("\n")[0]
+    cells = _cells(path, text, next((sign for sign in delimiters if sign in head), delimiters[0]))
     rows = [(where, row) for where, row in cells if any(cell.strip() for cell in row)]
     if not rows:
         raise ValueError(f"prompt file {path}: is empty; it needs a header and at least one prompt")

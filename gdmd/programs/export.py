@@ -19,7 +19,8 @@ from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_
 from gdmd.io import RunError, write_atomic, writing
 from gdmd.programs.contents import checkpoint_content
 from gdmd.programs.decoders import read_gaps
-from gdmd.programs.folders import check_base, config_of
+from gdmd.programs.folders import config_of
+from gdmd.programs.inputs import on_base
 from gdmd.programs.sources import EXPORT_FILE
 from gdmd.runs import checkpoint
 from gdmd.runs.rundir import read_facts
@@ -46,7 +47,9 @@ def export_run(
     else the LoRA and the scheduler. ValueError for a run of the Shapes lab and for a base of another model, RunError for
     a run without a checkpoint.
     """
-    cfg, model = _moved(config_of(run), run, base)
+    _real(config_of(run), run)
+    cfg = on_base(config_of(run), run, base, "--base")
+    model = _real(cfg, run)
     saved = checkpoint.load_chosen(run / "checkpoints", which)
     if saved is None:
         raise RunError(f"{run} has no checkpoint yet. Train it first: gdmd train --resume {run}.")
@@ -78,15 +81,6 @@ def export_run(
     described = target / EXPORT_FILE
     write_atomic(described, json.dumps(content, indent=2) + "\n", "the export")
     return [*files, described, card]
-
-
-def _moved(cfg: RunConfig, run: Path, base: str | None) -> tuple[RunConfig, DiffusersModel]:
-    """The configuration with its base model at ``base``, if it is given."""
-    model = _real(cfg, run)
-    if base is not None:
-        model = model.model_copy(update={"path": base, "revision": None})
-    check_base(model, run, "--base")
-    return cfg.model_copy(update={"model": model}), model
 
 
 def _warn_of_rounding(undone: float, dtype: str) -> None:

@@ -107,16 +107,6 @@ def check_writable(path: Path, what: str) -> None:
             raise PermissionError(13, "Permission denied")
 
 
-def check_base(model: DiffusersModel, run: Path, option: str) -> None:
-    """ValueError, with the ``option`` that names another place, for a base model that is not where the run had it."""
-    from gdmd.backbones.pipelines import is_local
-
-    try:
-        is_local(model.path)
-    except ValueError as error:
-        raise ValueError(f"{error} Where the base model of {run} has moved, name its place with {option}.") from error
-
-
 def check_target(what: str, which: str = "last") -> None:
     """What ``gdmd eval`` can measure: a row of the teacher, or a run of the Shapes world, which alone has checkpoints.
 

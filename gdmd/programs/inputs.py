@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from gdmd.config.model import DiffusersModel
+from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import CompositeReward
 from gdmd.config.run import RewardConfig, RunConfig
 from gdmd.data.prompts import prompt_file
-from gdmd.data.real_latents import INDEX
 from gdmd.io import RunError, weights_fingerprint
 from gdmd.programs.folders import WEIGHTS
 from gdmd.programs.hub_pins import hub_commits
@@ -26,6 +30,7 @@ from gdmd.runs.rundir import Run, read_facts
 
 BASE = ("model.path", "model.teacher")
 """The frozen teacher that a student is a change of."""
+_log = logging.getLogger(__name__)
 
 
 def settle_inputs(cfg: RunConfig, run: Run, console: Console, *, accept: bool = False) -> None:
@@ -33,7 +38,7 @@ def settle_inputs(cfg: RunConfig, run: Run, console: Console, *, accept: bool = 
 
     A place that changed while the content stayed is noted. A run of an older version has no fingerprints: it says so once.
     """
-    inputs, before = inputs_of(cfg), recorded(run)
+    inputs, before = inputs_of(cfg), recorded(run.path)
     steps = checkpoint.steps(run.checkpoints)
     if before is None and steps:
         before = _unchecked(run, inputs, console)
@@ -62,11 +67,42 @@ def check_start(cfg: RunConfig, *, accept: bool = False) -> None:
     theirs = read_facts(Path(cfg.loop.start_from)).get("inputs", {})
     own = {field: one for field, one in inputs_of(cfg).items() if field in BASE and field in theirs}
     for change in changes_of(theirs, own):
-        if _kind(change.was.get("fingerprint")) == _kind(change.now.fingerprint):
+        if change.known:
             raise RunError(
                 f"loop.start_from={cfg.loop.start_from} was trained on another base model. {change}. Give the base model "
                 "of that run, or accept the difference with --accept-changes"
             )
+
+
+def on_base(cfg: RunConfig, run: Path, base: str | None, option: str) -> RunConfig:
+    """The configuration of a run of a real model with its base model at ``base``, where it has moved (None: as recorded).
+
+    A student is a change of its base model. ValueError, with the ``option`` that names another place, for a base that is
+    not there, and for a ``base`` of another content than the run recorded; a warning where its own base has changed since,
+    and where the content cannot be compared.
+    """
+    from gdmd.backbones.pipelines import is_local
+
+    assert isinstance(cfg.model, DiffusersModel)
+    model = cfg.model if base is None else cfg.model.model_copy(update={"path": base, "revision": None})
+    try:
+        is_local(model.path)
+    except ValueError as error:
+        raise ValueError(f"{error} Where the base model of {run} has moved, name its place with {option}.") from error
+    known = recorded(run) if (run / "run.json").is_file() else None  # a copy may lack it
+    was = (known or {}).get("model.path")
+    if was is None and base is not None:
+        _log.warning(
+            "%s recorded no fingerprint of its base model: whether %s is the same cannot be checked", run, base
+        )
+    own = {"model.path": _pipeline(model)["model.path"]} if was else {}
+    for change in changes_of({"model.path": was or {}}, own):
+        if base is not None and change.known:
+            raise ValueError(
+                f"{option}: the student of {run} was trained on another base model. {change}. Give a copy of that model"
+            )
+        _log.warning("the student of %s may not fit its base model. %s", run, change)
+    return cfg.model_copy(update={"model": model})
 
 
 def inputs_of(cfg: RunConfig) -> dict[str, Input]:
@@ -78,7 +114,7 @@ def inputs_of(cfg: RunConfig) -> dict[str, Input]:
     if isinstance(model, DiffusersModel):
         found |= _pipeline(model)
         if cfg.needs_real and cfg.real_data is not None:
-            found["real_data.latents"] = _local(cfg.real_data.latents, store_of(cfg.real_data, model).folder / INDEX)
+            found |= _latents(cfg.real_data, model)
     else:
         for name in ("teacher", "vae"):
             given = getattr(model, name)
@@ -95,6 +131,14 @@ def _pipeline(model: DiffusersModel) -> dict[str, Input]:
     if decoder := model.scoring_decoder:
         found["model.scoring_decoder"] = _weights(decoder, commits.get(decoder))
     return found
+
+
+def _latents(real: RealDataConfig, model: DiffusersModel) -> dict[str, Input]:
+    """Stored latents by their images and captions. Nothing where they are to be computed first: opening them says so."""
+    if not Path(real.latents).exists():
+        return {"real_data.latents": Input(real.latents, None, missing=True)}
+    fingerprint = store_of(real, model).fingerprint()
+    return {"real_data.latents": Input(real.latents, f"sha256:{fingerprint}")} if fingerprint else {}
 
 
 def _rewards(rewards: tuple[RewardConfig, ...]) -> Iterator[tuple[str, Any]]:
@@ -139,7 +183,8 @@ def _weights(given: str, commit: str | None, variant: str | None = None) -> Inpu
     """Of a folder or file its content; of a hub id its commit, where that is known."""
     path = Path(given).expanduser()
     if path.exists():
-        return _local(given, path, variant)
+        cached = re.search(r"/models--[^/]+/snapshots/([0-9a-f]{40})/?$", os.path.abspath(path))
+        return replace(_local(given, path, variant), commit=cached[1] if cached else None)
     return Input(given, f"commit:{commit}" if commit else None)
 
 
@@ -178,10 +223,6 @@ def _refusal(run: Run, changes: list[Change], gone: list[Change]) -> str:
     advice = f"Restore what changed{elsewhere}."
     accept = " To continue with the new content, add --accept-changes; run.json, the report and the model card show it."
     return "\n".join([*lines, advice + ("" if gone else accept)])
-
-
-def _kind(fingerprint: str | None) -> str:
-    return (fingerprint or "unknown").partition(":")[0]
 
 
 def _say(console: Console, text: str) -> None:
