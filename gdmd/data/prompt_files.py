@@ -140,7 +140,7 @@ def _refuse_other_format(path: Path, first: Sequence[str]) -> None:
 
 def _json_lines(path: Path, column: str | None) -> PromptFile:
     lines = _lines(path)
-    if next((line for _, line in lines if line.strip()), "").lstrip().startswith("["):
+    if re.match(r'\s*\[\s*([{"]|$)', next((line for _, line in lines if line.strip()), "")):
         raise ValueError(f"prompt file {path}: holds a JSON array, not one object a line; use the ending .json")
     rows = [(where, _json(path, where, line)) for where, line in lines if line.strip()]
     return _objects(path, rows, column, len(lines) - len(rows))

@@ -17,7 +17,7 @@ from gdmd.export.card import model_card
 from gdmd.export.lora import check_fits, save_lora
 from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_scheduler
 from gdmd.io import RunError, write_atomic, writing
-from gdmd.programs.contents import checkpoint_content
+from gdmd.programs.contents import base_content, checkpoint_content
 from gdmd.programs.decoders import read_gaps
 from gdmd.programs.folders import config_of
 from gdmd.programs.inputs import on_base
@@ -100,6 +100,7 @@ def describe(
     base = str(Path(model.path).resolve()) if Path(model.path).is_dir() else model.path
     return {
         "base": base,
+        "base_content": base_content(model),
         "revision": model.revision,
         "variant": model.variant,
         "without": left_out(family),
