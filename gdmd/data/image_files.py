@@ -37,8 +37,8 @@ _noted: set[str] = set()
 
 
 def is_image(path: Path) -> bool:
-    """Whether the ending of a file's name is that of an image."""
-    return path.suffix[1:].lower() in ENDINGS
+    """Whether the ending of a file's name is that of an image; hidden files (macOS writes ._a.png beside a.png) are none."""
+    return path.suffix[1:].lower() in ENDINGS and not path.name.startswith(".")
 
 
 def open_image(source: Path | bytes, name: str = "") -> Image:

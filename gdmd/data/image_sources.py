@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdmd.data.image_files import ENDINGS, open_image
+from gdmd.data.image_files import ENDINGS, is_image, open_image
 from gdmd.data.prompt_files import LARGEST_MEMBER, LONGEST_PROMPT, MOST_MEMBERS, NO_TEXT, check_end
 
 LARGEST_IMAGE = 1 << 28
@@ -134,7 +134,7 @@ def _ending(name: str) -> str:
 
 def _beside(folder: Path) -> Iterator[Captioned | Unusable]:
     for file in files_below(folder):
-        if _ending(file.name) in ENDINGS:
+        if is_image(file):
             name = str(file.relative_to(folder))
             places = [file.with_suffix(f".{kind}") for kind in _CAPTIONS]
             text = next((place for place in places if place.is_file()), None)

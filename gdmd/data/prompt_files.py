@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gdmd.io import content_hash
+
 LONGEST_PROMPT = 4000
 """Characters. Longer lines are a malformed file (a missing newline), not a prompt."""
 LARGEST_MEMBER = 1 << 20
@@ -76,6 +78,15 @@ class PromptFile:
         if all(prompt.meta is None for prompt in self.prompts):
             return None
         return tuple(prompt.meta or {"prompt": prompt.text} for prompt in self.prompts)
+
+    def fingerprint(self) -> str:
+        """A hash of the prompts and their rows, in order: the same for every format, ending of lines and blank line."""
+        return content_hash(
+            *(
+                json.dumps(prompt.meta or {"prompt": prompt.text}, sort_keys=True, default=str)
+                for prompt in self.prompts
+            )
+        )
 
     def note(self) -> str:
         """What the user should know: the column that was chosen, skipped lines, repeated prompts; "" for nothing."""

@@ -16,7 +16,7 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import CompositeReward
 from gdmd.config.run import RewardConfig, RunConfig
-from gdmd.data.prompts import prompt_file
+from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.io import RunError, weights_fingerprint
 from gdmd.programs.folders import WEIGHTS
 from gdmd.programs.hub_pins import hub_commits
@@ -40,12 +40,19 @@ def settle_inputs(cfg: RunConfig, run: Run, console: Console, *, accept: bool = 
     """
     inputs, before = inputs_of(cfg), recorded(run.path)
     steps = checkpoint.steps(run.checkpoints)
-    if before is None and steps:
-        before = _unchecked(run, inputs, console)
+    old = before is None and bool(steps)
+    if old:
+        before = _places(run, inputs)
     changes = changes_of(before or {}, inputs)
     gone = [change for change in changes if change.now.missing]
     if gone or (changes and not accept):
         raise RunError(_refusal(run, changes, gone))
+    if old:
+        _say(
+            console,
+            f"note: {run.path} was started by a version that recorded no fingerprints: whether its prompts, base model and "
+            "rewards have changed since cannot be checked. They are recorded from now on",
+        )
     moved = [
         field for field, one in inputs.items() if before and field in before and before[field]["given"] != one.given
     ]
@@ -109,7 +116,7 @@ def inputs_of(cfg: RunConfig) -> dict[str, Input]:
     """Every file and folder that the run of a recipe reads, by its field."""
     found: dict[str, Input] = {}
     if cfg.prompts.file is not None:
-        found["prompts.file"] = _local(cfg.prompts.file, prompt_file(cfg.prompts.file))
+        found["prompts.file"] = _prompts(cfg.prompts.file, cfg.prompts.column)
     model = cfg.model
     if isinstance(model, DiffusersModel):
         found |= _pipeline(model)
@@ -131,6 +138,13 @@ def _pipeline(model: DiffusersModel) -> dict[str, Input]:
     if decoder := model.scoring_decoder:
         found["model.scoring_decoder"] = _weights(decoder, commits.get(decoder))
     return found
+
+
+def _prompts(given: str, column: str | None) -> Input:
+    """The prompts and their rows: the same ones in another format are the same input."""
+    if not prompt_file(given).exists():
+        return Input(given, None, missing=True)
+    return Input(given, f"sha256:{read_prompts(given, column).fingerprint()}")
 
 
 def _latents(real: RealDataConfig, model: DiffusersModel) -> dict[str, Input]:
@@ -194,13 +208,8 @@ def _local(given: str, path: Path, variant: str | None = None) -> Input:
     return Input(given, f"sha256:{weights_fingerprint(path, variant)}")
 
 
-def _unchecked(run: Run, inputs: Mapping[str, Input], console: Console) -> dict[str, dict[str, Any]]:
+def _places(run: Run, inputs: Mapping[str, Input]) -> dict[str, dict[str, Any]]:
     """The places in the configuration of a run whose version recorded no content."""
-    _say(
-        console,
-        f"note: {run.path} was started by a version that recorded no fingerprints: whether its prompts, base model and "
-        "rewards have changed since cannot be checked. They are recorded from now on",
-    )
     leaves = {field: _at(run.config, field) for field in inputs}
     since = read_facts(run.path).get("started", "its start")
     return {
@@ -217,7 +226,13 @@ def _at(config: Any, field: str) -> Any:
 
 
 def _refusal(run: Run, changes: list[Change], gone: list[Change]) -> str:
-    lines = [f"{run.path} cannot be resumed as the same run: its inputs changed.", *map(str, changes)]
+    sure = any(change.known or change.now.missing for change in changes)
+    reason = "its inputs changed" if sure else "whether its inputs are the same cannot be checked"
+    lines = [f"{run.path} cannot be resumed as the same run: {reason}.", *map(str, changes)]
+    if not sure:
+        return "\n".join(
+            [*lines, "Give the former place, or, if you know that the content is the same, add --accept-changes."]
+        )
     places = " ".join(f"{one.field}=PLACE" for one in changes if not one.field.endswith(("target", "reader")))
     elsewhere = f", or give the place of the same content: gdmd train --resume {run.path} {places}" if places else ""
     advice = f"Restore what changed{elsewhere}."

@@ -24,7 +24,7 @@ from gdmd.data import image_files, real_latents
 from gdmd.data.image_sources import Captioned, Unusable, captioned_images, pixels
 from gdmd.data.real_latents import INDEX, SHARD, LatentStore
 from gdmd.diffusion.rng import SampleRng
-from gdmd.evaluation.image_folders import read_image
+from gdmd.evaluation.image_folders import read_image, read_images
 from gdmd.study import prepare
 from gdmd.types import PromptBatch
 
@@ -477,3 +477,14 @@ def test_latents_may_lie_in_the_folder_of_images_and_a_shard_that_is_gone_is_one
     next(own.folder.glob("shard_*")).unlink()
     with pytest.raises(ValueError, match="shard_.*: cannot be read .no such file.*gdmd latents"):
         latents(*drawn(["one"]))
+
+
+def test_hidden_files_beside_scored_images_are_not_read(tmp_path: Path) -> None:
+    """macOS writes them into archives."""
+    samples = tmp_path / "00000" / "samples"
+    samples.mkdir(parents=True)
+    (tmp_path / "00000" / "metadata.jsonl").write_text('{"prompt": "a ring"}\n')
+    (samples / "0000.png").write_bytes(png(1))
+    (samples / "._0000.png").write_bytes(b"Mac OS X")
+    (row,) = read_images(tmp_path).values()
+    assert [image.name for image in row.images] == ["0000.png"]
