@@ -160,9 +160,11 @@ def _json_lines(path: Path, column: str | None) -> PromptFile:
 def _json_array(path: Path, column: str | None) -> PromptFile:
     rows = _json(path, "the file", _decoded(path))
     if not isinstance(rows, list):
+        nested = isinstance(rows, dict) and any(isinstance(value, (list, dict)) for value in rows.values())
+        advice = "save the array itself" if nested else "for one object a line use the ending .jsonl"
         raise ValueError(
-            f'prompt file {path}: expected a JSON array of strings or of {{"prompt": "..."}}, got '
-            f"{type(rows).__name__}; for one object a line use the ending .jsonl"
+            f'prompt file {path}: expected a JSON array of strings or of {{"prompt": "..."}}, got {type(rows).__name__}; '
+            f"{advice}"
         )
     return _objects(path, [(f"entry {number}", row) for number, row in enumerate(rows, 1)], column, texts=True)
 
@@ -290,7 +292,7 @@ def _column(path: Path, where: str, names: Sequence[str], given: str | None) -> 
             return near[0]
     raise ValueError(
         f"prompt file {path}, {where}: no column is called prompt, caption or text; its columns are {_shown(names)}. "
-        f"If one of them holds the prompts, {NAME_IT}"
+        f"If one of them holds the prompts, {NAME_IT}; if the file has no header, add one"
     )
 
 

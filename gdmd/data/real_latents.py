@@ -172,11 +172,6 @@ class LatentStore:
         index = self._index()
         if index is None:
             raise ValueError(f"real_data.latents {str(self.root)!r}: no finished latents of {self.what}; {AGAIN}")
-        if index.source != self.source:
-            raise ValueError(
-                f"real_data.latents {str(self.root)!r}: made of {_joined(index.source)}, but real_data.source is "
-                f"{_joined(self.source)}; {AGAIN}, or give another folder"
-            )
         self._check_source(index)
         places = [(caption, self._place.get(image)) for image, caption in index.images]
         if lost := sum(place is None for _, place in places):
@@ -206,7 +201,13 @@ class LatentStore:
     def _check_source(self, index: _Index) -> None:
         """ValueError where the images, as far as they are there, are others now, or are decoded in another way."""
         there = [name for name in self.source if Path(name).exists()]
-        changed = [name for name in there if self._state(Path(name)) != index.states[name]]
+        now = {name: self._state(Path(name)) for name in there}
+        if index.source != self.source and [now.get(name) for name in self.source] != list(index.states.values()):
+            raise ValueError(
+                f"real_data.latents {str(self.root)!r}: made of {_joined(index.source)}, but real_data.source is "
+                f"{_joined(self.source)}; {AGAIN}, or give another folder"
+            )
+        changed = [name for name in there if now[name] != index.states.get(name, now[name])]
         if changed:
             raise ValueError(
                 f"real_data.source {_joined(changed)}: its files changed since the latents were computed (their names, "

@@ -24,8 +24,11 @@ MAY_CHANGE = (
 )
 """What a resumed run may change: how long it goes on, what it writes and on what it runs, and what it does about numbers
 that are not finite, which stopped it; never what it computes from finite ones."""
-MOVABLE = ("model.path", "model.teacher", "model.vae", "model.scoring_decoder", "prompts.file", "real_data.latents")
-"""Places that may change where the content is the same: ``programs.inputs`` checks it."""
+MOVABLE = (
+    *("model.path", "model.teacher", "model.vae", "model.scoring_decoder", "prompts.file"),
+    *("real_data.latents", "real_data.source"),
+)
+"""Places that may change where the content is the same: ``programs.inputs`` checks it (of real images by their latents)."""
 WEIGHTS = ("path", "clip", "tokenizer", "detector", "asset")
 """Places of a reward's weights: likewise."""
 SERVER = ("url", "token_variable", "timeout_s", "retries", "batch", "on_failure", "max_unscored")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -488,3 +489,17 @@ def test_hidden_files_beside_scored_images_are_not_read(tmp_path: Path) -> None:
     (samples / "._0000.png").write_bytes(b"Mac OS X")
     (row,) = read_images(tmp_path).values()
     assert [image.name for image in row.images] == ["0000.png"]
+
+
+def test_images_may_be_moved_or_named_in_another_way_and_not_be_others(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    many(tmp_path / "images", 2)
+    store(tmp_path, Path("images")).prepare((8, 8), lambda: doubled, 0)
+    store(tmp_path, tmp_path / "images").open()
+    (tmp_path / "images").rename("far")
+    store(tmp_path, Path("far")).open()
+    store(tmp_path, Path("images")).open()  # they are gone, the latents are not
+    shutil.copytree("far", "other", copy_function=shutil.copyfile)
+    for message, source in (("made of 'images', but real_data.source is 'other'", "other"), ("made of", "nowhere")):
+        with pytest.raises(ValueError, match=message):
+            store(tmp_path, Path(source)).open()

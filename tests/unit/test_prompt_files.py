@@ -49,6 +49,7 @@ def test_a_json_array_holds_strings_or_objects(tmp_path: Path) -> None:
         ("", "the file: not JSON"),
         ("[]", "is empty; it needs at least one prompt"),
         ('{"prompt": "a ring"}', "expected a JSON array .*, got dict; for one object a line use the ending .jsonl"),
+        ('{"prompts": ["a ring"]}', "got dict; save the array itself"),
         ('["a ring",\n "a cross"', "not JSON .* at line 2, column"),
         ('["a ring", 7]', 'entry 2: expected {"prompt": "..."}, got 7'),
         ('["a ring", " "]', "entry 2: the prompt is empty"),
