@@ -18,7 +18,7 @@ from gdmd.config.rewards import CompositeReward
 from gdmd.config.run import RewardConfig, RunConfig
 from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.io import RunError, weights_fingerprint
-from gdmd.programs.folders import WEIGHTS
+from gdmd.programs.folders import SOURCES, WEIGHTS
 from gdmd.programs.hub_pins import hub_commits
 from gdmd.recipes.real_data import store_of
 from gdmd.rewards.callable import source_hash
@@ -172,7 +172,7 @@ def _reward(reward: Any) -> dict[str, Input]:
         found["path"] = _local("converted", converted_folder(reward.kind, None))
     if not given["asset"] and reward.kind.startswith("shapes_") and asset_path(reward.kind).is_file():
         found["asset"] = _local("shipped", asset_path(reward.kind))
-    for field in ("target", "reader"):
+    for field in SOURCES:
         if target := getattr(reward, field, None):
             found[field] = _source(target)
     return found
@@ -233,9 +233,8 @@ def _refusal(run: Run, changes: list[Change], gone: list[Change]) -> str:
         return "\n".join(
             [*lines, "Give the former place, or, if you know that the content is the same, add --accept-changes."]
         )
-    places = " ".join(f"{one.field}=PLACE" for one in changes if not one.field.endswith(("target", "reader")))
-    elsewhere = f", or give the place of the same content: gdmd train --resume {run.path} {places}" if places else ""
-    advice = f"Restore what changed{elsewhere}."
+    places = " ".join(f"{one.field}=PLACE" for one in changes)
+    advice = f"Restore what changed, or give the place of the same content: gdmd train --resume {run.path} {places}."
     accept = " To continue with the new content, add --accept-changes; run.json, the report and the model card show it."
     return "\n".join([*lines, advice + ("" if gone else accept)])
 
