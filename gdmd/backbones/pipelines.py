@@ -35,7 +35,7 @@ from gdmd.backbones.sana import Sana
 from gdmd.backbones.sd3 import Sd3
 from gdmd.backbones.sd15 import Sd15
 from gdmd.backbones.sdxl import Sdxl
-from gdmd.backbones.tokens import ENCODER, MOST, fit_limits
+from gdmd.backbones.tokens import ENCODER, FIXED, MOST, fit_limits
 from gdmd.backbones.z_image import ZImage
 from gdmd.config.extras import install
 from gdmd.config.model import DiffusersModel
@@ -218,6 +218,11 @@ def _positions(cfg: DiffusersModel, encoder: str) -> int | None:
 
 def _check_tokens(family: type[Family], cfg: DiffusersModel) -> None:
     """ValueError for more caption tokens than the pipeline's call takes: neither it nor the export could use them."""
+    if cfg.max_tokens and family.pipeline in FIXED:
+        log.warning(
+            "model.max_tokens = %d has no effect: the encoders of a %s read 77 tokens; leave it out",
+            *(cfg.max_tokens, family.pipeline),
+        )
     most = MOST.get(family.pipeline)
     if most is not None and cfg.max_tokens > most:
         raise ValueError(

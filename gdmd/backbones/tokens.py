@@ -17,6 +17,8 @@ MOST = {
     "QwenImagePipeline": 1024,
 }
 """The largest max_sequence_length that the call of a pipeline takes."""
+FIXED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+"""Pipelines whose CLIP encoders always read as many tokens as they have positions."""
 
 
 def readers_of(pipe: Any, max_tokens: int = 0) -> tuple[Reader, ...]:

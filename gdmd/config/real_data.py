@@ -11,8 +11,9 @@ class RealDataConfig(Config):
     """Images with captions for a GAN's real side (DMD2) and for x_tau = re-noised real latents (student_input: data)."""
 
     source: tuple[str, ...] = Field(
-        description="A folder of images with captions (same-stem .txt, or metadata.jsonl with file_name and text), or "
-        "WebDataset tars (KEY.jpg|png|webp|... beside KEY.txt, KEY.caption or KEY.json with a caption).",
+        description="A folder of images with captions (same-stem .txt, .caption or .json; or metadata.jsonl or metadata.csv "
+        "with file_name and text), or WebDataset tars (KEY.jpg|png|webp|... beside KEY.txt, KEY.caption or KEY.json with a "
+        "caption).",
     )
     latents: str = Field(
         description="Folder of the latents of this one data set; `gdmd latents RECIPE` computes them once."

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,19 @@ def stored(header: Mapping[str, str], count: int) -> list[int] | None:
     if not isinstance(found, list) or len(found) != count:
         raise ValueError("its checksums do not fit its rows")
     return found
+
+
+@contextmanager
+def opened(file: Path, again: str) -> Iterator[Any]:
+    """A safetensors file for reading its slices. ValueError for one that is damaged or gone; ``again``: what to do."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as found:
+            yield found
+    except (SafetensorError, OSError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise ValueError(f"{file}: cannot be read ({reason}); {again}") from error
 
 
 class Verified:

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gdmd.data.checksums import Verified, checksums
+from gdmd.data.checksums import Verified, checksums, opened
 from gdmd.diffusion.device import sent
 from gdmd.io import follow_umask
 from gdmd.types import Cond, TextEncoder
@@ -29,6 +29,7 @@ SHARD = 64
 """Captions per file: what an interruption costs at most."""
 BATCH = 8
 """Captions per call of the encoder."""
+AGAIN = "delete it where it is damaged, and start again: what it held is embedded again"
 
 
 class LiveEncoder(TextEncoder, Protocol):
@@ -98,13 +99,11 @@ class CachedText:
         return {name: row.expand(count, *row.shape[1:]) for name, row in self._null.items()}
 
     def _null_row(self) -> Mapping[str, Tensor]:
-        from safetensors import safe_open
-
         file = self.folder / "null.safetensors"
         if file.is_file():
-            with safe_open(file, "pt") as opened:
-                row = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-                self._written.learn(file, opened.metadata() or {}, 1)
+            with opened(file, AGAIN) as found:
+                row = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
+                self._written.learn(file, found.metadata() or {}, 1)
             self._written.check((file, 0), row)
             return row
         if self.encoder is None:
@@ -126,8 +125,8 @@ class CachedText:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(shard, "pt") as opened:
-                header = opened.metadata()
+            with safe_open(shard, "pt") as found:
+                header = found.metadata()
                 texts = json.loads(header["texts"])
             self._written.learn(shard, header, len(texts))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -137,13 +136,11 @@ class CachedText:
         self._place |= {text: (shard, row) for row, text in enumerate(texts)}
 
     def _read(self, texts: Sequence[str]) -> Cond:
-        from safetensors import safe_open
-
         wanted = [self._place[text] for text in texts]
         rows: dict[tuple[Path, int], dict[str, Tensor]] = {}
         for shard in {file for file, _ in wanted}:
-            with safe_open(shard, "pt") as opened:
-                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            with opened(shard, AGAIN) as stored:
+                slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
                 for file, row in set(wanted):
                     if file == shard:
                         rows[file, row] = {name: part[row : row + 1] for name, part in slices.items()}

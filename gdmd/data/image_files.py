@@ -18,6 +18,8 @@ ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "tif", "tiff", "bmp", "avif", "h
 """Files that are images. Those in another format than FORMATS are refused by name, not left out."""
 MOST_PIXELS = 89_000_000
 """Of one image; more is refused before it is decoded."""
+DECODING = 2
+"""Changes with what ``open_image`` makes of images that are not ``plain``. 1: colors under transparency, 16 bits clipped."""
 _BROKEN = (
     OSError,
     SyntaxError,
@@ -32,6 +34,11 @@ _BROKEN = (
 """What Pillow raises for damaged files."""
 _log = logging.getLogger(__name__)
 _noted: set[str] = set()
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file has the ending of an image and is not hidden (macOS writes ._a.png next to a.png)."""
+    return path.suffix[1:].lower() in ENDINGS and not path.name.startswith(".")
 
 
 def open_image(source: Path | bytes, name: str = "") -> Image:
@@ -56,11 +63,29 @@ def open_image(source: Path | bytes, name: str = "") -> Image:
         raise ValueError(f"cannot be decoded ({error})") from error
 
 
+def plain(content: bytes) -> bool:
+    """Whether an image file has 8 bits a channel and no transparency: every version of gdmd decodes it the same way.
+
+    Only its header is read. A file that cannot be opened counts as plain.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            return not (_wide(opened) or opened.has_transparency_data)
+    except (*_BROKEN, Image.DecompressionBombError):
+        return True
+
+
+def _wide(image: Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
+
+
 def to_rgb(image: Image, name: str = "an image") -> Image:
     """Any mode of Pillow -> 8-bit RGB: transparent parts on white, wider channels scaled. ValueError for odd values."""
     from PIL import Image as pillow
 
-    if image.mode.startswith("I") or image.mode == "F":
+    if _wide(image):
         image = _eight_bits(image, name)
     if not image.has_transparency_data:
         return image.convert("RGB")

@@ -1,31 +1,36 @@
 """Images with captions: folders in two layouts, and WebDataset tars. Nothing is extracted, and nothing left out in silence.
 
-Folder: metadata.jsonl with {"file_name": ..., "text": ...} a line (Hugging Face's imagefolder), else every image below it
-beside KEY.txt. Tar: members that begin with the same name up to the first dot are one entry: an image, and its caption
-in .txt, else .caption, else .json ("caption", "text" or "prompt"). What cannot be used comes as ``Unusable``.
+Folder: metadata.jsonl or metadata.csv with file_name and text (Hugging Face's imagefolder), else every image below it
+beside its caption. Tar: members that begin with the same name up to the first dot are one entry: an image and its caption.
+A caption is in .txt, else .caption, else .json; in JSON and in tables it is called text, caption or prompt. Hidden files
+are not read. What cannot be used comes as ``Unusable``.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdmd.data.image_files import ENDINGS, open_image
+from gdmd.data.image_files import ENDINGS, is_image, open_image
 from gdmd.data.prompt_files import LARGEST_MEMBER, LONGEST_PROMPT, MOST_MEMBERS, NO_TEXT, check_end
 
 LARGEST_IMAGE = 1 << 28
 """Bytes of one image file."""
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv")
 _CAPTIONS = ("txt", "caption", "json")
 _FIELDS = ("caption", "text", "prompt")
+_COLUMNS = ("text", "caption", "prompt")
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,32 @@ class Unusable:
 def captioned_images(source: Path) -> Iterator[Captioned | Unusable]:
     """All images of a folder or a tar, in a fixed order. ValueError for a source that is neither, or is damaged."""
     if source.is_dir():
-        meta = source / METADATA
-        yield from _listed(source, meta) if meta.is_file() else _beside(source)
-    elif source.suffix == ".tar":
+        meta = next((source / name for name in METADATA if (source / name).is_file()), None)
+        yield from _beside(source) if meta is None else _listed(source, meta)
+    elif source.suffix.lower() == ".tar" and source.exists():
         yield from _archive(source)
     else:
-        raise ValueError(f"real_data.source {str(source)!r} is neither a folder nor a .tar that exists; check the path")
+        raise ValueError(f"real_data.source {str(source)!r} {_no_source(source)}")
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and the folders below it, in a fixed order; linked folders count, hidden names do not."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in {os.path.realpath(above) for above in Path(place).parents}:
+            folders.clear()  # a link to a folder above would never end
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in found if file.is_file())
+
+
+def _no_source(source: Path) -> str:
+    if not source.exists():
+        pattern = any(sign in str(source) for sign in "*?{}")
+        list_them = "patterns are not expanded: list the files, as in real_data.source=[a.tar, b.tar]"
+        return f"does not exist; {list_them if pattern else 'check the path'}"
+    return "is neither a folder nor a .tar; unpack other archives (also .tar.gz) and give the folder or the .tar"
 
 
 def pixels(content: bytes, height: int, width: int, name: str = "an image") -> Tensor:
@@ -92,14 +117,15 @@ def _field(text: str) -> str:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its caption is not JSON ({error})") from error
-    found = next((row[key] for key in _FIELDS if isinstance(row.get(key), str)), None) if _is_object(row) else None
+    found = _captioned(row, _FIELDS)
     if found is None:
         raise ValueError(f"its JSON has no text under {', '.join(map(repr, _FIELDS))}")
-    return str(found)
+    return found
 
 
-def _is_object(row: object) -> bool:
-    return isinstance(row, dict)
+def _captioned(row: Any, names: Sequence[str]) -> str | None:
+    """The caption in a row, under the first of these names that has a text."""
+    return next((row[key] for key in names if isinstance(row.get(key), str)), None) if isinstance(row, dict) else None
 
 
 def _ending(name: str) -> str:
@@ -107,10 +133,12 @@ def _ending(name: str) -> str:
 
 
 def _beside(folder: Path) -> Iterator[Captioned | Unusable]:
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and _ending(file.name) in ENDINGS:
-            name, text = str(file.relative_to(folder)), file.with_suffix(".txt")
-            yield _read(name, file, text) if text.is_file() else Unusable(name, f"has no caption {text.name}")
+    for file in files_below(folder):
+        if is_image(file):
+            name = str(file.relative_to(folder))
+            places = [file.with_suffix(f".{kind}") for kind in _CAPTIONS]
+            text = next((place for place in places if place.is_file()), None)
+            yield _read(name, file, text) if text else Unusable(name, f"has no caption {places[0].name}")
 
 
 def _read(name: str, file: Path, text: Path) -> Captioned | Unusable:
@@ -118,27 +146,39 @@ def _read(name: str, file: Path, text: Path) -> Captioned | Unusable:
         for part, most in ((file, LARGEST_IMAGE), (text, LARGEST_MEMBER)):
             if part.stat().st_size > most:
                 return Unusable(name, f"{part.name} has more than {most} bytes")
-        return _made(name, text.read_bytes(), "txt", file.read_bytes())
+        return _made(name, text.read_bytes(), _ending(text.name), file.read_bytes())
     except OSError as error:
         return Unusable(name, f"cannot be read ({error.strerror})")
 
 
 def _listed(folder: Path, meta: Path) -> Iterator[Captioned | Unusable]:
-    """The lines of metadata.jsonl. ValueError for a line that is malformed or names a file outside of the folder."""
+    """The rows of metadata.*. ValueError for a row that is malformed or names a file outside of the folder."""
+    for where, row in _table(meta) if meta.suffix == ".csv" else _json_rows(meta):
+        yield _row(folder, where, row)
+
+
+def _json_rows(meta: Path) -> Iterator[tuple[str, Any]]:
     with meta.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield _line(folder, f"{meta}, line {number}", line)
+                try:
+                    yield f"{meta}, line {number}", json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{meta}, line {number}: not JSON ({error}); mend the line") from error
 
 
-def _line(folder: Path, where: str, line: bytes) -> Captioned | Unusable:
+def _table(meta: Path) -> Iterator[tuple[str, Any]]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}); mend the line") from error
-    name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
-    if not isinstance(name, str) or not isinstance(text, str):
-        raise ValueError(f'{where}: expected {{"file_name": "...", "text": "..."}}; mend the line')
+        rows = csv.DictReader(io.StringIO(meta.read_text(encoding="utf-8-sig"), newline=""), strict=True)
+        yield from ((f"{meta}, line {rows.line_num}", row) for row in rows)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{meta}: not a CSV file in UTF-8 ({error}); mend it") from error
+
+
+def _row(folder: Path, where: str, row: Any) -> Captioned | Unusable:
+    name, text = (row.get("file_name"), _captioned(row, _COLUMNS)) if isinstance(row, dict) else (None, None)
+    if not isinstance(name, str) or text is None:
+        raise ValueError(f'{where}: expected "file_name" and "text" (or "caption", "prompt"); mend the line')
     file = folder / name
     if not os.path.isfile(file):  # False, where Path.is_file raises: a name too long, a null character
         return Unusable(name[:200], "is no file of the folder")

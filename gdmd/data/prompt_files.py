@@ -1,7 +1,8 @@
 """Files of prompts, read by their ending in any case. Every prompt is checked, and an error names its line or entry.
 
     .txt               one prompt a line; blank lines are skipped and counted
-    .csv .tsv          a header and a prompt column; quoted commas and newlines as the csv module reads them
+    .csv .tsv          a header and a prompt column; quoted commas and newlines as the csv module reads them. Where the
+                       header has no comma (tab), another separator is taken: Excel writes semicolons in many countries
     .jsonl .ndjson     one object a line
     .json              an array of strings or objects
     .parquet           where pyarrow is installed
@@ -29,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gdmd.io import content_hash
+
 LONGEST_PROMPT = 4000
 """Characters. Longer lines are a malformed file (a missing newline), not a prompt."""
 LARGEST_MEMBER = 1 << 20
@@ -43,6 +46,7 @@ NAME_IT = "name it with prompts.column=NAME (gdmd eval: --prompt-column NAME)"
 ENDINGS = ".txt (one prompt a line), .csv, .tsv, .jsonl, .ndjson, .json, .parquet or .tar (WebDataset)"
 NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
 """Control characters, half characters and byte order marks: signs of another encoding, or of a binary file."""
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tgz", ".7z")
 _BLOCK = 512
 
 
@@ -75,6 +79,15 @@ class PromptFile:
             return None
         return tuple(prompt.meta or {"prompt": prompt.text} for prompt in self.prompts)
 
+    def fingerprint(self) -> str:
+        """A hash of the prompts and their rows, in order: the same for every format, ending of lines and blank line."""
+        return content_hash(
+            *(
+                json.dumps(prompt.meta or {"prompt": prompt.text}, sort_keys=True, default=str)
+                for prompt in self.prompts
+            )
+        )
+
     def note(self) -> str:
         """What the user should know: the column that was chosen, skipped lines, repeated prompts; "" for nothing."""
         repeated = len(self.prompts) - len(set(self.texts))
@@ -98,7 +111,8 @@ def prompts_in(path: Path, column: str | None = None) -> PromptFile:
     read = _READERS.get(path.suffix.lower())
     if read is None:
         shown = f"the ending {path.suffix!r} is not known" if path.suffix else "it has no ending"
-        raise ValueError(f"prompt file {path}: {shown}; give {ENDINGS}")
+        packed = "unpack it and " if path.suffix.lower() in PACKED else ""
+        raise ValueError(f"prompt file {path}: {shown}; {packed}give {ENDINGS}")
     found = read(path, column)
     if not found.prompts:
         raise ValueError(f"prompt file {path}: is empty; it needs at least one prompt")
@@ -109,12 +123,36 @@ def _text(path: Path, column: str | None) -> PromptFile:
     if column is not None:
         raise ValueError(f"prompt file {path}: a .txt file has no column {column!r}; leave the column out")
     lines = _lines(path)
+    _refuse_other_format(path, [line.strip() for _, line in lines if line.strip()][:1])
     found = tuple(Prompt(_checked(path, where, line), where) for where, line in lines if line.strip())
     return PromptFile(path, found, blank=len(lines) - len(found))
 
 
+def _refuse_other_format(path: Path, first: Sequence[str]) -> None:
+    """ValueError for a text whose first line is that of JSON or of a table: its rows would be trained on as they are."""
+    for line in first:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, (dict, list)):
+            raise ValueError(
+                f"prompt file {path}: its first line is JSON, and a .txt file holds one prompt a line; use the ending "
+                ".jsonl, or .json for an array"
+            )
+        cells = [cell.strip(' "').lower() for cell in re.split("[\t,;]", line)]
+        names = [name for group in COLUMNS for name in group] if "\t" in line else COLUMNS[0]
+        if any(cell in names for cell in cells) and all(re.fullmatch(r"\w*( \w+)?", cell) for cell in cells):
+            raise ValueError(
+                f"prompt file {path}: its first line {line[:60]!r} is the header of a table, and a .txt file holds one "
+                "prompt a line; use the ending .csv or .tsv, or remove that line"
+            )
+
+
 def _json_lines(path: Path, column: str | None) -> PromptFile:
     lines = _lines(path)
+    if re.match(r'\s*\[\s*([{"]|$)', next((line for _, line in lines if line.strip()), "")):
+        raise ValueError(f"prompt file {path}: holds a JSON array, not one object a line; use the ending .json")
     rows = [(where, _json(path, where, line)) for where, line in lines if line.strip()]
     return _objects(path, rows, column, len(lines) - len(rows))
 
@@ -122,24 +160,28 @@ def _json_lines(path: Path, column: str | None) -> PromptFile:
 def _json_array(path: Path, column: str | None) -> PromptFile:
     rows = _json(path, "the file", _decoded(path))
     if not isinstance(rows, list):
+        nested = isinstance(rows, dict) and any(isinstance(value, (list, dict)) for value in rows.values())
+        advice = "save the array itself" if nested else "for one object a line use the ending .jsonl"
         raise ValueError(
-            f'prompt file {path}: expected a JSON array of strings or of {{"prompt": "..."}}, got '
-            f"{type(rows).__name__}; for one object a line use the ending .jsonl"
+            f'prompt file {path}: expected a JSON array of strings or of {{"prompt": "..."}}, got {type(rows).__name__}; '
+            f"{advice}"
         )
     return _objects(path, [(f"entry {number}", row) for number, row in enumerate(rows, 1)], column, texts=True)
 
 
 def _comma_table(path: Path, column: str | None) -> PromptFile:
-    return _table(path, column, ",")
+    return _table(path, column, ",;\t")
 
 
 def _tab_table(path: Path, column: str | None) -> PromptFile:
-    return _table(path, column, "\t")
+    return _table(path, column, "\t,;")
 
 
-def _table(path: Path, column: str | None, delimiter: str) -> PromptFile:
-    """A header and rows of cells; rows without any text are blank lines."""
-    cells = _cells(path, _decoded(path), delimiter)
+def _table(path: Path, column: str | None, delimiters: str) -> PromptFile:
+    """A header and rows of cells; rows without any text are blank lines. The first delimiter in the header counts."""
+    text = _decoded(path)
+    head = text.lstrip().partition("\n")[0]
+    cells = _cells(path, text, next((sign for sign in delimiters if sign in head), delimiters[0]))
     rows = [(where, row) for where, row in cells if any(cell.strip() for cell in row)]
     if not rows:
         raise ValueError(f"prompt file {path}: is empty; it needs a header and at least one prompt")
@@ -250,7 +292,7 @@ def _column(path: Path, where: str, names: Sequence[str], given: str | None) -> 
             return near[0]
     raise ValueError(
         f"prompt file {path}, {where}: no column is called prompt, caption or text; its columns are {_shown(names)}. "
-        f"If one of them holds the prompts, {NAME_IT}"
+        f"If one of them holds the prompts, {NAME_IT}; if the file has no header, add one"
     )
 
 

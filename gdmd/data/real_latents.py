@@ -1,14 +1,16 @@
 """Latents of real images computed once: shards of safetensors on disk, read row by row while training.
 
 FOLDER/KEY/shard_NAME.safetensors holds "latents" [n, C, h, w] of up to SHARD images and the SHA-256 of their files in
-its header; index.json the images of the data set with their captions. KEY is a hash of the VAE's identity (content,
-precision) and of the size, so that latents of another VAE or size are never read.
+its header, with the version of the decoding where that changed; index.json the images of the data set with their
+captions. KEY is a hash of the VAE's identity (content, precision) and of the size, so that latents of another VAE or size
+are never read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gdmd.data.checksums import Verified, checksums
+from gdmd.data.checksums import Verified, checksums, opened
 from gdmd.data.embeddings import shard_of, unfinished
-from gdmd.data.image_sources import Captioned, Unusable, captioned_images, pixels
+from gdmd.data.image_files import DECODING, plain
+from gdmd.data.image_sources import Captioned, Unusable, captioned_images, files_below, pixels
 from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
 from gdmd.io import content_hash, follow_umask
@@ -32,6 +35,8 @@ BATCH = 4
 INDEX = "index.json"
 SHOWN = 5
 """Examples in an error."""
+AGAIN = "run `gdmd latents` with this recipe and its overrides"
+_log = logging.getLogger(__name__)
 
 Encode = Callable[[Tensor], Tensor]
 """[B, 3, H, W] in [0, 1] -> [B, C, h, w]."""
@@ -94,6 +99,7 @@ class LatentStore:
         if not rows:
             raise ValueError(
                 f"real_data.source {_joined(self.source)}: holds no image with a caption. {_named(unusable)}"
+                f"{_tars_in(self.source)}"
             )
         self._save_index(rows, unusable)
         return Computed(len(rows), encoded, len({row["caption"] for row in rows}), tuple(unusable))
@@ -105,7 +111,7 @@ class LatentStore:
                 yield found if isinstance(found, Unusable) else self._known(found, size, waiting)
 
     def _known(self, found: Captioned, size: tuple[int, int], waiting: dict[str, Tensor]) -> dict[str, str] | Unusable:
-        digest = hashlib.sha256(found.content).hexdigest()
+        digest = _key(found.content)
         if digest not in self._place and digest not in waiting:
             try:
                 waiting[digest] = pixels(found.content, *size, found.name)
@@ -140,10 +146,10 @@ class LatentStore:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(shard, "pt") as opened:
-                header = opened.metadata()
+            with safe_open(shard, "pt") as found:
+                header = found.metadata()
                 images = json.loads(header["images"])
-                rows = opened.get_slice("latents").get_shape()[0]
+                rows = found.get_slice("latents").get_shape()[0]
             if not isinstance(images, list) or len(images) != rows:
                 raise ValueError("its header does not fit its latents")
             self._written.learn(shard, header, rows)
@@ -155,41 +161,84 @@ class LatentStore:
 
     def _save_index(self, rows: Sequence[Mapping[str, str]], unusable: Sequence[Unusable]) -> None:
         passed = [{"name": found.name, "why": found.why} for found in unusable]
-        state = [_state(Path(source)) for source in self.source]
-        content = {"source": self.source, "state": state, "images": rows, "unusable": passed}
+        state = [self._state(Path(source)) for source in self.source]
+        content = {"source": self.source, "state": state, "decoding": DECODING, "images": rows, "unusable": passed}
         own = unfinished(self.folder / INDEX)
         own.write_text(json.dumps(content), encoding="utf-8")
         os.replace(own, self.folder / INDEX)
 
     def open(self) -> StoredLatents:
         """The finished store. ValueError with the command where it is missing, damaged or of other images."""
-        file, again = self.folder / INDEX, "run `gdmd latents` with this recipe and its overrides"
+        index = self._index()
+        if index is None:
+            raise ValueError(f"real_data.latents {str(self.root)!r}: no finished latents of {self.what}; {AGAIN}")
+        self._check_source(index)
+        places = [(caption, self._place.get(image)) for image, caption in index.images]
+        if lost := sum(place is None for _, place in places):
+            raise ValueError(f"{self.folder}: the latents of {lost} images are missing; {AGAIN}")
+        known = tuple((caption, place) for caption, place in places if place)
+        return StoredLatents(known, self.folder, self._written)
+
+    def fingerprint(self) -> str | None:
+        """A hash of the images and captions, in their order; None where there are no finished latents."""
+        index = self._index()
+        return content_hash(*(part for row in index.images for part in row)) if index else None
+
+    def _index(self) -> _Index | None:
+        """index.json; None where there is none. ValueError for a damaged one."""
+        file = self.folder / INDEX
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             source = tuple(content["source"])
-            places = [(row["caption"], self._place.get(row["image"])) for row in content["images"]]
             states = dict(zip(source, content["state"], strict=True))
-        except FileNotFoundError as error:
+            images = tuple((str(row["image"]), str(row["caption"])) for row in content["images"])
+            return _Index(source, states, images, int(content.get("decoding", 1)))
+        except FileNotFoundError:
+            return None
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{file}: damaged ({error}); {AGAIN}") from error
+
+    def _check_source(self, index: _Index) -> None:
+        """ValueError where the images, as far as they are there, are others now, or are decoded in another way."""
+        there = [name for name in self.source if Path(name).exists()]
+        now = {name: self._state(Path(name)) for name in there}
+        if index.source != self.source and [now.get(name) for name in self.source] != list(index.states.values()):
             raise ValueError(
-                f"real_data.latents {str(self.root)!r}: no finished latents of {self.what}; {again}"
-            ) from error
-        except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: damaged ({error}); {again}") from error
-        if source != self.source:
-            raise ValueError(
-                f"real_data.latents {str(self.root)!r}: made of {_joined(source)}, but real_data.source is "
-                f"{_joined(self.source)}; {again}, or give another folder"
+                f"real_data.latents {str(self.root)!r}: made of {_joined(index.source)}, but real_data.source is "
+                f"{_joined(self.source)}; {AGAIN}, or give another folder"
             )
-        changed = [name for name in source if Path(name).exists() and _state(Path(name)) != states[name]]
+        changed = [name for name in there if now[name] != index.states.get(name, now[name])]
         if changed:
             raise ValueError(
-                f"real_data.source {_joined(changed)}: its files changed since the latents were computed; {again} (only "
-                "new images are encoded)"
+                f"real_data.source {_joined(changed)}: its files changed since the latents were computed (their names, "
+                f"sizes or times differ); {AGAIN} (only new images are encoded)"
             )
-        if lost := sum(place is None for _, place in places):
-            raise ValueError(f"{self.folder}: the latents of {lost} images are missing; {again}")
-        known = tuple((caption, place) for caption, place in places if place)
-        return StoredLatents(known, self.folder, self._written)
+        if index.decoding == DECODING:
+            return
+        what = (
+            f"{self.folder}: computed by a version of gdmd that clipped 16-bit images to white and showed the colors under "
+            "transparent pixels"
+        )
+        if there:
+            raise ValueError(f"{what}; {AGAIN} (only such images are encoded again)")
+        _log.warning("%s. If the data set holds such images, %s where its files are", what, AGAIN)
+
+    def _state(self, source: Path) -> str:
+        """A hash of names, sizes and times of the files of a source: whether images or captions changed. None is read."""
+        root = self.root.resolve()  # the latents may lie in the folder of the images
+        files = [file for file in files_below(source) if not file.resolve().is_relative_to(root)]
+        there = [(str(file.relative_to(source)), file.stat()) for file in (files if source.is_dir() else [source])]
+        return content_hash(*(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in there))
+
+
+@dataclass(frozen=True)
+class _Index:
+    """index.json. ``states``: by source; ``images``: (key, caption) of each; ``decoding``: see ``image_files``."""
+
+    source: tuple[str, ...]
+    states: Mapping[str, str]
+    images: tuple[tuple[str, str], ...]
+    decoding: int
 
 
 class StoredLatents:
@@ -220,23 +269,20 @@ class StoredLatents:
         return sent(self._read(places), prompts.index.device)
 
     def _read(self, places: Sequence[tuple[Path, int]]) -> Tensor:
-        from safetensors import safe_open
-
         rows: dict[tuple[Path, int], Tensor] = {}
         for shard in {file for file, _ in places}:
-            with safe_open(shard, "pt") as opened:
-                latents = opened.get_slice("latents")
+            with opened(shard, f"delete it where it is damaged, and {AGAIN}") as stored:
+                latents = stored.get_slice("latents")
                 rows |= {(file, row): latents[row : row + 1] for file, row in places if file == shard}
         for place, latents in rows.items():
             self._written.check(place, {"latents": latents})
         return torch.cat([rows[place] for place in places])
 
 
-def _state(source: Path) -> str:
-    """A hash of names, sizes and times of the files of a source: whether images or captions changed. No file is read."""
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
-    there = [(str(file.relative_to(source)), file.stat()) for file in files if file.is_file()]
-    return content_hash(*(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in there))
+def _key(content: bytes) -> str:
+    """What the latents of an image file belong to: its content, and how it is decoded where that has changed."""
+    digest = hashlib.sha256(content).hexdigest()
+    return digest if plain(content) else f"{digest}:{DECODING}"
 
 
 def _refuse_many(unusable: Sequence[Unusable], most: int) -> None:
@@ -250,6 +296,11 @@ def _refuse_many(unusable: Sequence[Unusable], most: int) -> None:
 def _named(unusable: Sequence[Unusable]) -> str:
     shown = "; ".join(f"{found.name!r} {found.why}" for found in unusable[-SHOWN:])
     return f"Of {len(unusable)}: {shown}" if unusable else "None was found"
+
+
+def _tars_in(source: Sequence[str]) -> str:
+    tars = [tar for folder in source if Path(folder).is_dir() for tar in sorted(Path(folder).glob("*.tar"))]
+    return f". It holds .tar files: list them, as in real_data.source=[{tars[0]}, ...]" if tars else ""
 
 
 def _joined(source: Sequence[str]) -> str:

@@ -68,7 +68,7 @@ def long_prompts(readers: Sequence[Reader], texts: Sequence[str], remedy: str) -
         return None
     longest = max(cut, key=lambda text: max(one.get(text, 0) for one in longer))
     lines = [
-        f"warning: {len(cut)} of {len(unique)} prompts are longer than the text encoder reads; the rest is ignored",
+        f"{len(cut)} of {len(unique)} prompts are longer than the text encoder reads; the rest is ignored",
         *(_line(reader, one) for reader, one in zip(readers, longer, strict=True)),
         f"  the longest: {longest[:SHOWN]!r}{'...' if len(longest) > SHOWN else ''}",
         *_same(cut, reached),

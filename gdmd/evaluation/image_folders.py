@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdmd.data.image_files import ENDINGS, open_image
+from gdmd.data.image_files import ENDINGS, is_image, open_image
 from gdmd.io import RunError, read_jsonl, write_atomic, writing
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _prompt(line: Mapping[str, Any], path: Path, number: int) -> tuple[str, str]
 
 
 def _images(files: Iterable[Path]) -> list[Path]:
-    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+    return sorted(file for file in files if is_image(file))
 
 
 def _json_lines(path: Path, only: int | None = None) -> list[dict[str, Any]]:

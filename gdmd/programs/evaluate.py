@@ -17,7 +17,8 @@ from gdmd.evaluation.sample import BATCH, Sampler, images_of, student_sampler, t
 from gdmd.evaluation.shapes import evaluate
 from gdmd.io import RunError, content_hash, writing
 from gdmd.programs.contents import base_content, checkpoint_content
-from gdmd.programs.folders import TEACHERS, check_base, config_of, require_shapes
+from gdmd.programs.folders import TEACHERS, config_of, require_shapes
+from gdmd.programs.inputs import on_base
 from gdmd.programs.scorers import SHAPES_KINDS, scorer_identity
 from gdmd.recipes.build import Lab, build, build_rewards
 from gdmd.runs import checkpoint
@@ -71,9 +72,13 @@ def open_named(what: str, which: str = "last", base: str | None = None) -> tuple
         cfg = RunConfig(name="teacher", loop=LoopConfig())
         lab = build(cfg)
         return cfg, lab, teacher_row(cfg, lab, what), 0
-    cfg = config_of(Path(what), [f"model.path={base}"] if base else ())
+    cfg = config_of(Path(what))
     if cfg.model.kind == "diffusers":
-        check_base(cfg.model, Path(what), f"{what},base=FOLDER")
+        cfg = on_base(cfg, Path(what), base, f"{what},base=FOLDER")
+    elif base:
+        raise ValueError(
+            f"{what},base={base}: a run of the Shapes world has its base model in the package; leave it out"
+        )
     lab, step = open_student(cfg, Path(what), which)
     return cfg, lab, student_row(cfg, lab), step
 

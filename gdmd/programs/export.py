@@ -17,9 +17,10 @@ from gdmd.export.card import model_card
 from gdmd.export.lora import check_fits, save_lora
 from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_scheduler
 from gdmd.io import RunError, write_atomic, writing
-from gdmd.programs.contents import checkpoint_content
+from gdmd.programs.contents import base_content, checkpoint_content
 from gdmd.programs.decoders import read_gaps
-from gdmd.programs.folders import check_base, config_of
+from gdmd.programs.folders import config_of
+from gdmd.programs.inputs import on_base
 from gdmd.programs.sources import EXPORT_FILE
 from gdmd.runs import checkpoint
 from gdmd.runs.rundir import read_facts
@@ -46,7 +47,9 @@ def export_run(
     else the LoRA and the scheduler. ValueError for a run of the Shapes lab and for a base of another model, RunError for
     a run without a checkpoint.
     """
-    cfg, model = _moved(config_of(run), run, base)
+    _real(config_of(run), run)
+    cfg = on_base(config_of(run), run, base, "--base")
+    model = _real(cfg, run)
     saved = checkpoint.load_chosen(run / "checkpoints", which)
     if saved is None:
         raise RunError(f"{run} has no checkpoint yet. Train it first: gdmd train --resume {run}.")
@@ -82,15 +85,6 @@ def export_run(
     return [*files, described, card]
 
 
-def _moved(cfg: RunConfig, run: Path, base: str | None) -> tuple[RunConfig, DiffusersModel]:
-    """The configuration with its base model at ``base``, if it is given."""
-    model = _real(cfg, run)
-    if base is not None:
-        model = model.model_copy(update={"path": base, "revision": None})
-    check_base(model, run, "--base")
-    return cfg.model_copy(update={"model": model}), model
-
-
 def _warn_of_rounding(undone: float, dtype: str) -> None:
     if undone:
         _log.warning(
@@ -108,6 +102,7 @@ def describe(
     base = str(Path(model.path).resolve()) if Path(model.path).is_dir() else model.path
     return {
         "base": base,
+        "base_content": base_content(model),
         "revision": model.revision,
         "variant": model.variant,
         "without": left_out(family),

@@ -24,10 +24,15 @@ MAY_CHANGE = (
 )
 """What a resumed run may change: how long it trains, what it writes and on what it runs, and what it does about numbers
 that are not finite, which stopped it; never what it computes from finite ones."""
-MOVABLE = ("model.path", "model.teacher", "model.vae", "model.scoring_decoder", "prompts.file", "real_data.latents")
-"""Places that may change where the content is the same: ``programs.inputs`` checks it."""
+MOVABLE = (
+    *("model.path", "model.teacher", "model.vae", "model.scoring_decoder", "prompts.file"),
+    *("real_data.latents", "real_data.source"),
+)
+"""Places that may change where the content is the same: ``programs.inputs`` checks it (of real images by their latents)."""
 WEIGHTS = ("path", "clip", "tokenizer", "detector", "asset")
 """Places of a reward's weights: likewise."""
+SOURCES = ("target", "reader")
+"""Functions of a reward, as module or file and name: likewise, by their code."""
 SERVER = ("url", "token_variable", "timeout_s", "retries", "batch", "on_failure", "max_unscored")
 """Fields of a remote reward that may change, too: where its server is, and how long it is waited for."""
 TEACHERS = ("teacher", "teacher-4", "teacher-4-plain")
@@ -82,7 +87,7 @@ def _without_place(part: Any) -> Any:
         return [_without_place(one) for one in part]
     if not isinstance(part, dict):
         return part
-    hidden = SERVER if part.get("kind") == "remote" else WEIGHTS
+    hidden = SERVER if part.get("kind") == "remote" else (*WEIGHTS, *SOURCES)
     return {key: _without_place(value) for key, value in part.items() if key not in hidden}
 
 
@@ -105,18 +110,6 @@ def check_writable(path: Path, what: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
             raise PermissionError(13, "Permission denied")
-
-
-def check_base(model: DiffusersModel, run: Path, option: str) -> None:
-    """ValueError, with the ``option`` that names another location, for a base model that has moved."""
-    from gdmd.backbones.pipelines import is_local
-
-    try:
-        is_local(model.path)
-    except ValueError as error:
-        raise ValueError(
-            f"{error} If the base model of {run} has moved, give its new location with {option}."
-        ) from error
 
 
 def check_target(what: str, which: str = "last") -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from gdmd.config.model import DiffusersModel
+from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import CompositeReward
 from gdmd.config.run import RewardConfig, RunConfig
-from gdmd.data.prompts import prompt_file
-from gdmd.data.real_latents import INDEX
+from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.io import RunError, weights_fingerprint
-from gdmd.programs.folders import WEIGHTS
+from gdmd.programs.folders import SOURCES, WEIGHTS
 from gdmd.programs.hub_pins import hub_commits
 from gdmd.recipes.real_data import store_of
 from gdmd.rewards.callable import source_hash
@@ -26,6 +30,7 @@ from gdmd.runs.rundir import Run, read_facts
 
 BASE = ("model.path", "model.teacher")
 """The frozen teacher that a student is a change of."""
+_log = logging.getLogger(__name__)
 
 
 def settle_inputs(cfg: RunConfig, run: Run, console: Console, *, accept: bool = False) -> None:
@@ -33,14 +38,21 @@ def settle_inputs(cfg: RunConfig, run: Run, console: Console, *, accept: bool = 
 
     A place that changed while the content stayed is noted. A run of an older version has no fingerprints: it says so once.
     """
-    inputs, before = inputs_of(cfg), recorded(run)
+    inputs, before = inputs_of(cfg), recorded(run.path)
     steps = checkpoint.steps(run.checkpoints)
-    if before is None and steps:
-        before = _unchecked(run, inputs, console)
+    old = before is None and bool(steps)
+    if old:
+        before = _places(run, inputs)
     changes = changes_of(before or {}, inputs)
     gone = [change for change in changes if change.now.missing]
     if gone or (changes and not accept):
         raise RunError(_refusal(run, changes, gone))
+    if old:
+        _say(
+            console,
+            f"note: {run.path} was started by a version that recorded no fingerprints: whether its prompts, base model and "
+            "rewards have changed since cannot be checked. They are recorded from now on",
+        )
     moved = [
         field for field, one in inputs.items() if before and field in before and before[field]["given"] != one.given
     ]
@@ -62,23 +74,54 @@ def check_start(cfg: RunConfig, *, accept: bool = False) -> None:
     theirs = read_facts(Path(cfg.loop.start_from)).get("inputs", {})
     own = {field: one for field, one in inputs_of(cfg).items() if field in BASE and field in theirs}
     for change in changes_of(theirs, own):
-        if _kind(change.was.get("fingerprint")) == _kind(change.now.fingerprint):
+        if change.known:
             raise RunError(
                 f"loop.start_from={cfg.loop.start_from} was trained on another base model. {change}. Give the base model "
                 "of that run, or accept the difference with --accept-changes"
             )
 
 
+def on_base(cfg: RunConfig, run: Path, base: str | None, option: str) -> RunConfig:
+    """The configuration of a run of a real model with its base model at ``base``, where it has moved (None: as recorded).
+
+    A student is a change of its base model. ValueError, with the ``option`` that names another place, for a base that is
+    not there, and for a ``base`` of another content than the run recorded; a warning where its own base has changed since,
+    and where the content cannot be compared.
+    """
+    from gdmd.backbones.pipelines import is_local
+
+    assert isinstance(cfg.model, DiffusersModel)
+    model = cfg.model if base is None else cfg.model.model_copy(update={"path": base, "revision": None})
+    try:
+        is_local(model.path)
+    except ValueError as error:
+        raise ValueError(f"{error} Where the base model of {run} has moved, name its place with {option}.") from error
+    known = recorded(run) if (run / "run.json").is_file() else None  # a copy may lack it
+    was = (known or {}).get("model.path")
+    if was is None and base is not None:
+        _log.warning(
+            "%s recorded no fingerprint of its base model: whether %s is the same cannot be checked", run, base
+        )
+    own = {"model.path": _pipeline(model)["model.path"]} if was else {}
+    for change in changes_of({"model.path": was or {}}, own):
+        if base is not None and change.known:
+            raise ValueError(
+                f"{option}: the student of {run} was trained on another base model. {change}. Give a copy of that model"
+            )
+        _log.warning("the student of %s may not fit its base model. %s", run, change)
+    return cfg.model_copy(update={"model": model})
+
+
 def inputs_of(cfg: RunConfig) -> dict[str, Input]:
     """Every file and folder that the run of a recipe reads, by its field."""
     found: dict[str, Input] = {}
     if cfg.prompts.file is not None:
-        found["prompts.file"] = _local(cfg.prompts.file, prompt_file(cfg.prompts.file))
+        found["prompts.file"] = _prompts(cfg.prompts.file, cfg.prompts.column)
     model = cfg.model
     if isinstance(model, DiffusersModel):
         found |= _pipeline(model)
         if cfg.needs_real and cfg.real_data is not None:
-            found["real_data.latents"] = _local(cfg.real_data.latents, store_of(cfg.real_data, model).folder / INDEX)
+            found |= _latents(cfg.real_data, model)
     else:
         for name in ("teacher", "vae"):
             given = getattr(model, name)
@@ -95,6 +138,21 @@ def _pipeline(model: DiffusersModel) -> dict[str, Input]:
     if decoder := model.scoring_decoder:
         found["model.scoring_decoder"] = _weights(decoder, commits.get(decoder))
     return found
+
+
+def _prompts(given: str, column: str | None) -> Input:
+    """The prompts and their rows: the same ones in another format are the same input."""
+    if not prompt_file(given).exists():
+        return Input(given, None, missing=True)
+    return Input(given, f"sha256:{read_prompts(given, column).fingerprint()}")
+
+
+def _latents(real: RealDataConfig, model: DiffusersModel) -> dict[str, Input]:
+    """Stored latents by their images and captions. Nothing where they are to be computed first: opening them says so."""
+    if not Path(real.latents).exists():
+        return {"real_data.latents": Input(real.latents, None, missing=True)}
+    fingerprint = store_of(real, model).fingerprint()
+    return {"real_data.latents": Input(real.latents, f"sha256:{fingerprint}")} if fingerprint else {}
 
 
 def _rewards(rewards: tuple[RewardConfig, ...]) -> Iterator[tuple[str, Any]]:
@@ -114,7 +172,7 @@ def _reward(reward: Any) -> dict[str, Input]:
         found["path"] = _local("converted", converted_folder(reward.kind, None))
     if not given["asset"] and reward.kind.startswith("shapes_") and asset_path(reward.kind).is_file():
         found["asset"] = _local("shipped", asset_path(reward.kind))
-    for field in ("target", "reader"):
+    for field in SOURCES:
         if target := getattr(reward, field, None):
             found[field] = _source(target)
     return found
@@ -139,7 +197,8 @@ def _weights(given: str, commit: str | None, variant: str | None = None) -> Inpu
     """Of a folder or file its content; of a hub id its commit, where that is known."""
     path = Path(given).expanduser()
     if path.exists():
-        return _local(given, path, variant)
+        cached = re.search(r"/models--[^/]+/snapshots/([0-9a-f]{40})/?$", os.path.abspath(path))
+        return replace(_local(given, path, variant), commit=cached[1] if cached else None)
     return Input(given, f"commit:{commit}" if commit else None)
 
 
@@ -149,13 +208,8 @@ def _local(given: str, path: Path, variant: str | None = None) -> Input:
     return Input(given, f"sha256:{weights_fingerprint(path, variant)}")
 
 
-def _unchecked(run: Run, inputs: Mapping[str, Input], console: Console) -> dict[str, dict[str, Any]]:
+def _places(run: Run, inputs: Mapping[str, Input]) -> dict[str, dict[str, Any]]:
     """The places in the configuration of a run whose version recorded no content."""
-    _say(
-        console,
-        f"note: {run.path} was started by a version that recorded no fingerprints: whether its prompts, base model and "
-        "rewards have changed since cannot be checked. They are recorded from now on",
-    )
     leaves = {field: _at(run.config, field) for field in inputs}
     since = read_facts(run.path).get("started", "its start")
     return {
@@ -172,18 +226,17 @@ def _at(config: Any, field: str) -> Any:
 
 
 def _refusal(run: Run, changes: list[Change], gone: list[Change]) -> str:
-    lines = [f"{run.path} cannot be resumed as the same run: its inputs changed.", *map(str, changes)]
-    places = " ".join(f"{one.field}=PLACE" for one in changes if not one.field.endswith(("target", "reader")))
-    elsewhere = (
-        f", or give the new location of the same content: gdmd train --resume {run.path} {places}" if places else ""
-    )
-    advice = f"Restore what changed{elsewhere}."
+    sure = any(change.known or change.now.missing for change in changes)
+    reason = "its inputs changed" if sure else "whether its inputs are the same cannot be checked"
+    lines = [f"{run.path} cannot be resumed as the same run: {reason}.", *map(str, changes)]
+    if not sure:
+        return "\n".join(
+            [*lines, "Give the former path or, if you know that the content is the same, add --accept-changes."]
+        )
+    places = " ".join(f"{one.field}=PATH" for one in changes)
+    advice = f"Restore what changed, or give the new path of the same content: gdmd train --resume {run.path} {places}."
     accept = " To continue with the new content, add --accept-changes; run.json, the report and the model card show it."
     return "\n".join([*lines, advice + ("" if gone else accept)])
-
-
-def _kind(fingerprint: str | None) -> str:
-    return (fingerprint or "unknown").partition(":")[0]
 
 
 def _say(console: Console, text: str) -> None:

@@ -231,6 +231,9 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         below, where = own.model_copy(update=revision), cfg.base or facts["base"]
         pipe = _load(below, where, facts["without"])
         base = weights_content(where, below.revision, below.variant)
+        trained_on = facts.get("base_content", base)
+        if base != trained_on and "@" not in base + trained_on:  # a hub id and a folder cannot be compared
+            log.warning("the LoRA in %s was trained on another base model: %s has another content", folder, where)
         add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0, quiet=True)
         pipe.scheduler = _from_folder(facts["scheduler"], folder / "scheduler")
     weights = {"weights": weights_content(cfg.where), "base": base, **_unprocessed(pipe)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from gdmd.runs.rundir import Run, now, read_facts, write_facts
@@ -17,32 +18,52 @@ INPUTS, CHANGES = "inputs", "changes"
 
 @dataclass(frozen=True)
 class Input:
-    """A file or folder that a run reads. ``fingerprint``: of its content, with its kind; None = cannot be known here."""
+    """A file or folder that a run reads. ``fingerprint``: of its content, with its kind; None = cannot be known here.
+
+    ``commit``: of a folder in the hub's cache, so that it equals the hub id at that commit.
+    """
 
     given: str
     fingerprint: str | None
     missing: bool = False
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
 class Change:
-    """An input whose content is not that of the run so far."""
+    """An input whose content is not that of the run so far, or not known to be."""
 
     field: str
     was: Mapping[str, Any]
     now: Input
 
     def __str__(self) -> str:
-        since = f"the run has used {_short(self.was.get('fingerprint'))} since {self.was.get('since', 'its start')}"
-        if self.now.missing:
-            return f"{self.field}: {self.now.given} is missing; {since}"
+        before, since = self.was.get("fingerprint"), self.was.get("since", "its start")
         moved = "" if self.was["given"] == self.now.given else f" (was {self.was['given']})"
-        return f"{self.field}: {self.now.given}{moved} has different content, {_short(self.now.fingerprint)}; {since}"
+        if self.now.missing:
+            return f"{self.field}: {self.now.given} is missing; the run has used {_short(before)} since {since}"
+        if before is None:
+            return f"{self.field}: {self.now.given}{moved}: the run recorded no fingerprint to compare its content with"
+        if not self.known:
+            return (
+                f"{self.field}: {self.now.given}{moved} cannot be compared with what the run has used since {since}, "
+                f"{_short(before)}: its fingerprint is {_short(self.now.fingerprint)}"
+            )
+        return (
+            f"{self.field}: {self.now.given}{moved} has different content, {_short(self.now.fingerprint)}; the run has "
+            f"used {_short(before)} since {since}"
+        )
+
+    @property
+    def known(self) -> bool:
+        """Whether both fingerprints exist and are of one kind, so that a difference means different content."""
+        before, now = self.was.get("fingerprint"), self.now.fingerprint
+        return before is not None and now is not None and kind_of(before) == kind_of(now)
 
 
-def recorded(run: Run) -> dict[str, dict[str, Any]] | None:
-    """The inputs in run.json; None for a run of a version that did not record them."""
-    found = read_facts(run.path).get(INPUTS)
+def recorded(run: Path) -> dict[str, dict[str, Any]] | None:
+    """The inputs in run.json of a run folder; None for a run of a version that did not record them."""
+    found = read_facts(run).get(INPUTS)
     return dict(found) if isinstance(found, dict) else None
 
 
@@ -56,7 +77,7 @@ def changes_of(before: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Inp
         if own.fingerprint is None and own.given == was["given"] and str(was.get("fingerprint")).startswith("sha256:"):
             own = replace(own, missing=True)  # it was a folder; a hub id that is not cached looks the same
         known = was.get("fingerprint") is not None and own.fingerprint is not None
-        same = was["fingerprint"] == own.fingerprint if known else was["given"] == own.given
+        same = was["fingerprint"] in (own.fingerprint, f"commit:{own.commit}") if known else was["given"] == own.given
         if own.missing or not same:
             found.append(Change(field, was, own))
     return found
@@ -66,7 +87,7 @@ def record(run: Run, inputs: Mapping[str, Input], accepted: list[Change], step: 
     """Write the inputs, and the changes that the user accepted, into run.json."""
     facts = read_facts(run.path)
     before: Mapping[str, Mapping[str, Any]] = facts.get(INPUTS, {})
-    rows = {}
+    rows = dict(before)  # one that cannot be read now keeps its record
     for field, own in inputs.items():
         was = before.get(field, {})
         fingerprint = own.fingerprint or was.get("fingerprint")
@@ -98,6 +119,11 @@ def input_lines(facts: Mapping[str, Any]) -> list[str]:
         f"{field}: {one['given']} ({one.get('fingerprint') or 'unknown'})"
         for field, one in facts.get(INPUTS, {}).items()
     ]
+
+
+def kind_of(fingerprint: str | None) -> str:
+    """ "sha256" of content, "commit" of the hub, or "unknown"."""
+    return (fingerprint or "unknown").partition(":")[0]
 
 
 def _short(fingerprint: str | None) -> str:

@@ -110,6 +110,17 @@ def test_sampling_a_pipeline_warns_of_long_prompts(folders: Path, caplog: pytest
     assert "1 of 2 prompts are longer" in caplog.text and "text_encoder_2 reads 75 tokens: 1 longer" in caplog.text
 
 
+def test_a_length_that_the_pipeline_cannot_read_is_said_to_have_no_effect(
+    folders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("sdxl", "sd3"):
+        open_family(tiny.config(saved(folders, name), max_tokens=64))
+    said = [one for one in caplog.messages if "max_tokens" in one]
+    assert (
+        len(said) == 1 and "model.max_tokens = 64 has no effect: the encoders of a StableDiffusionXLPipeline" in said[0]
+    )
+
+
 @pytest.mark.parametrize(("name", "most"), [("sd3", 512), ("flux", 512), ("qwen_image", 1024)])
 def test_more_caption_tokens_than_the_pipeline_takes_are_refused(folders: Path, name: str, most: int) -> None:
     with pytest.raises(ValueError, match=f"model.max_tokens = {most + 1}.*at most {most}"):

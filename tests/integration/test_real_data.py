@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -129,3 +130,26 @@ def test_latents_of_other_captions_images_or_vaes_are_not_read(
         return
     with pytest.raises(ValueError, match=message):
         store_of(cfg.real_data, cfg.model).open()
+
+
+def test_a_run_on_real_images_is_resumed_after_they_were_touched_and_not_after_one_changed(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = recipe(pipeline, tmp_path, DMD)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
+    assert gdmd("latents", str(file)) == 0
+    assert gdmd("train", str(file), "loop.steps=1", "--run", "run") == 0
+    os.utime("images/0.png", (1, 1))
+    assert gdmd("train", "--resume", "run", "loop.steps=2") == 2
+    assert "run `gdmd latents`" in capsys.readouterr().err
+    assert gdmd("latents", str(file)) == 0
+    assert gdmd("train", "--resume", "run", "loop.steps=2") == 0, capsys.readouterr().err
+    Path("images").rename("far")
+    assert gdmd("train", "--resume", "run", "loop.steps=3", "real_data.source=far") == 0, capsys.readouterr().err
+    Path("far").rename("images")
+    Path("images/0.png").write_bytes(Path("images/1.png").read_bytes())
+    assert gdmd("latents", str(file)) == 0
+    assert gdmd("train", "--resume", "run", "loop.steps=4", f"real_data.source={tmp_path / 'images'}") == 2
+    assert "real_data.latents: " in (said := capsys.readouterr().err) and "has another content" in said

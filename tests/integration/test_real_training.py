@@ -39,7 +39,7 @@ from gdmd.programs.sample import draw
 from gdmd.programs.sources import EXPORT_FILE
 from gdmd.programs.train import ready, start
 from gdmd.recipes.build import Lab, build
-from gdmd.runs.rundir import Run, create
+from gdmd.runs.rundir import Run, create, read_facts
 from gdmd.training.loop import train
 from gdmd.types import PromptBatch
 
@@ -300,6 +300,41 @@ def test_a_run_whose_base_moved_is_sampled_and_exported_in_any_precision(
         assert kinds - {torch.int64} == {getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype])}
     with pytest.raises(ValueError, match="--dtype applies to a merged pipeline only"):
         export_run(run, base=str(moved), dtype="fp32")
+
+
+def test_another_base_is_refused_where_it_is_named_and_said_where_it_changed(
+    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, copy, run = tmp_path / "base", tmp_path / "copy", tmp_path / "run"
+    cfg = recipe(folders, "sd3", 1)
+    for place in (base, copy):
+        shutil.copytree(folders / "sd3", place)
+    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(base)})})
+    start(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+    export_run(run, base=str(copy))
+    source = read_source(f"{run / 'export'},base={copy}")
+    assert draw(source, ["a"], 1, 0, tmp_path / "a.png", 1) > 0 and "another" not in caplog.text
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({key: 0.5 * value for key, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match="^--base: the student of .* another base model. model.path: .* another content"
+    ):
+        export_run(run, base=str(copy))
+    with pytest.raises(ValueError, match=",base=FOLDER: the student of .* was trained on another base model"):
+        draw(read_source(f"{run},base={copy}"), ["a"], 1, 0, tmp_path / "a.png", 1)
+    draw(source, ["a"], 1, 0, tmp_path / "a.png", 1)
+    assert "trained on another base model" in caplog.text
+    caplog.clear()
+    shutil.rmtree(base)
+    copy.rename(base)
+    export_run(run)
+    assert "may not fit its base model. model.path: " in caplog.text and "has another content" in caplog.text
+    caplog.clear()
+    (run / "run.json").write_text(json.dumps({k: v for k, v in read_facts(run).items() if k != "inputs"}))
+    export_run(run)
+    assert "base model" not in caplog.text  # an old run in its own place
+    export_run(run, base=str(base))
+    assert "recorded no fingerprint of its base model" in caplog.text
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o027])

@@ -13,6 +13,8 @@ from cli_world import Gdmd, make_assets
 from gdmd.cli.app import main
 from gdmd.export.card import _table
 from gdmd.programs.folders import config_of
+from gdmd.programs.inputs import _weights
+from gdmd.runs.inputs import changes_of
 from gdmd.runs.rundir import read_facts, write_facts
 
 REWARD = "rewards=[{kind: callable, target: 'own_reward:red'}]"
@@ -40,10 +42,11 @@ def resume(gdmd: Gdmd, *words: str, steps: int = 2) -> str:
 
 
 def edit(name: str) -> None:
-    """Other content of the same kind under the same name."""
+    """Other content of the same kind under the same name, as a new process would read it."""
     path = Path(name)
-    path.write_bytes(path.read_bytes()[:-1] + b"\x01" if path.suffix == ".safetensors" else path.read_bytes() + b"\n")
-    sys.modules.pop(path.stem, None)  # a resumed run is a new process, which imports the code anew
+    sys.modules.pop(path.stem, None)
+    end = {".safetensors": b"\x01", ".txt": b"a red cross\n", ".py": b"\n"}[path.suffix]
+    path.write_bytes(path.read_bytes()[: -1 if path.suffix == ".safetensors" else None] + end)
 
 
 def test_the_content_of_every_input_is_in_the_run_folder(gdmd: Gdmd) -> None:
@@ -103,12 +106,49 @@ def test_an_input_may_move_and_not_be_another_one(gdmd: Gdmd, field: str, name: 
     assert "other" not in Path("run/config.yaml").read_text()
 
 
+def test_the_code_of_a_reward_may_move_and_another_function_is_another_reward(gdmd: Gdmd) -> None:
+    shutil.move("own_reward.py", "moved_reward.py")
+    sys.modules.pop("own_reward")
+    said = resume(gdmd)
+    assert "rewards.0.target: own_reward:red is not there" in said and "rewards.0.target=PLACE" in said
+    said = resume(gdmd, "rewards.0.target=moved_reward.py:red")
+    assert "rewards.0.target moved from own_reward:red to moved_reward.py:red" in said and said.endswith("exit code 0")
+    code = Path("moved_reward.py").read_text()
+    Path("other.py").write_text(code + "\n\ndef green(images, prompts):\n    return images[:, 1].mean((1, 2))\n")
+    said = resume(gdmd, "rewards.0.target=other.py:green", steps=3)
+    assert "other.py:green (was moved_reward.py:red) has another content" in said and said.endswith("exit code 2")
+
+
 def test_a_run_without_fingerprints_says_once_that_they_cannot_be_checked(gdmd: Gdmd) -> None:
     write_facts(Path("run"), {k: v for k, v in read_facts(Path("run")).items() if k != "inputs"})
     shutil.copy("p.txt", "q.txt")
-    assert "exit code 2" in resume(gdmd, "prompts.file=q.txt")  # not known to be the same
+    said = resume(gdmd, "prompts.file=q.txt")  # not known to be the same
+    assert "prompts.file: q.txt (was p.txt): the run recorded no fingerprint" in said and "exit code 2" in said
+    assert "cannot be checked." in said and "inputs changed" not in said and "recorded from now on" not in said
     assert "recorded no fingerprints" in resume(gdmd)
     assert "recorded no fingerprints" not in resume(gdmd, steps=3)
+
+
+@pytest.mark.parametrize("column", ["prompt", "Prompts"])
+def test_the_same_prompts_in_another_format_are_the_same_input(gdmd: Gdmd, column: str) -> None:
+    Path("p.txt").write_bytes(b"\xef\xbb\xbfa red ring\r\n\r\na blue cross")
+    assert resume(gdmd).endswith("exit code 0")
+    Path("p.csv").write_text(f"{column}\na red ring\na blue cross\n")
+    said = resume(gdmd, "prompts.file=p.csv", steps=3)
+    assert "prompts.file moved from p.txt to p.csv; the content is the same" in said and said.endswith("exit code 0")
+    Path("p.csv").write_text(f"{column}\na blue cross\na red ring\n")  # another order draws other batches
+    assert resume(gdmd, steps=4).endswith("exit code 2")
+
+
+@pytest.mark.parametrize("place", ["snapshots/{}", "elsewhere/{}"])
+def test_a_hub_id_equals_its_folder_in_the_hubs_cache(tmp_path: Path, place: str) -> None:
+    commit, before = "a" * 40, {"model.path": {"given": "org/model", "fingerprint": f"commit:{'a' * 40}"}}
+    folder = tmp_path / "models--org--model" / place.format(commit)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    changes = changes_of(before, {"model.path": _weights(str(folder), None)})
+    assert [change.known for change in changes] == ([] if place.startswith("snapshots") else [False])
+    assert all("cannot be compared with what the run has used" in str(change) for change in changes)
 
 
 def test_a_second_stage_on_another_base_model_is_refused(gdmd: Gdmd) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,11 @@ from PIL import Image
 
 from gdmd.config.method import DmdConfig
 from gdmd.config.run import RunConfig
-from gdmd.data import image_files
+from gdmd.data import image_files, real_latents
 from gdmd.data.image_sources import Captioned, Unusable, captioned_images, pixels
-from gdmd.data.real_latents import SHARD, LatentStore
+from gdmd.data.real_latents import INDEX, SHARD, LatentStore
 from gdmd.diffusion.rng import SampleRng
-from gdmd.evaluation.image_folders import read_image
+from gdmd.evaluation.image_folders import read_image, read_images
 from gdmd.study import prepare
 from gdmd.types import PromptBatch
 
@@ -251,6 +255,12 @@ def store(root: Path, source: Path, identity: str = "vae") -> LatentStore:
     return LatentStore(root / "latents", identity, (str(source),), "a VAE")
 
 
+def drawn(texts: Sequence[str]) -> tuple[PromptBatch, SampleRng]:
+    """A batch of these captions, and the generator with which a store draws its images."""
+    index = torch.arange(len(texts))
+    return PromptBatch(index, tuple(texts), index, {}, {}), SampleRng(0, 0, index)
+
+
 def never() -> None:
     raise AssertionError("the encoder was asked")
 
@@ -364,3 +374,132 @@ def test_a_deleted_shard_is_computed_again_beside_the_others(tmp_path: Path) -> 
     index = torch.zeros(1, dtype=torch.long)
     drawn = latents(PromptBatch(index, (f"caption {SHARD // 2}",), index, {}, {}), SampleRng(0, 0, index))
     assert round(float(drawn[0, 0, 0, 0]) * 255 / 2) in (SHARD, SHARD + 1)
+
+
+def test_latents_of_images_whose_decoding_changed_are_computed_again(tmp_path: Path, caplog: Any) -> None:
+    """A store as the first version wrote it: known by the bytes of the files alone, no "decoding" in its index."""
+    source = tmp_path / "images"
+    source.mkdir()
+    contents = {"plain": png(9), "gray": AS_SEEN["16-bit gray"][0], "clear": AS_SEEN["hidden color"][0]}
+    for name, content in contents.items():
+        (source / f"{name}.png").write_bytes(content)
+        (source / f"{name}.txt").write_text(name)
+    old = store(tmp_path, source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(real_latents, "plain", lambda content: True)
+        assert old.prepare((8, 8), lambda: torch.zeros_like, 0).encoded == 3
+    index = json.loads((old.folder / INDEX).read_text())
+    (old.folder / INDEX).write_text(json.dumps({key: value for key, value in index.items() if key != "decoding"}))
+    with pytest.raises(ValueError, match="clipped 16-bit images.*run `gdmd latents`.*only such images"):
+        store(tmp_path, source).open()
+    assert store(tmp_path, source).prepare((8, 8), lambda: torch.ones_like, 0).encoded == 2
+    latents = store(tmp_path, source).open()
+    seen = {text: float(latents(*drawn([text]))[0, 0, 0, 0]) for text in contents}
+    assert seen == {"plain": 0, "gray": 1, "clear": 1}
+    (old.folder / INDEX).write_text(json.dumps({key: value for key, value in index.items() if key != "decoding"}))
+    source.rename(tmp_path / "elsewhere")  # nothing to look at: said, not refused
+    store(tmp_path, source).open()
+    assert "clipped 16-bit images" in caplog.text
+
+
+def test_the_fingerprint_of_latents_is_that_of_images_and_captions(tmp_path: Path) -> None:
+    source = tmp_path / "images"
+    source.mkdir()
+    (source / "a.png").write_bytes(png(1))
+    (source / "a.txt").write_text("one")
+    found = []
+    for change in (
+        lambda: None,
+        lambda: os.utime(source / "a.png", (1, 1)),
+        lambda: (source / "a.txt").write_text("two"),
+    ):
+        change()
+        own = store(tmp_path, source)
+        own.prepare((8, 8), lambda: torch.zeros_like, 0)
+        found.append(own.fingerprint())
+    assert found[0] == found[1] != found[2] and store(tmp_path, source, "another VAE").fingerprint() is None
+
+
+def test_folders_as_people_have_them(tmp_path: Path) -> None:
+    """Other endings of captions, linked folders (one of them upwards), hidden files of macOS and notebooks."""
+    images = tmp_path / "images"
+    (images / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "far").mkdir()
+    (images / "link").symlink_to(tmp_path / "far")
+    (images / "loop").symlink_to(images)
+    for place in ("a.png", "b.png", "._a.png", ".ipynb_checkpoints/a.png", "link/c.png"):
+        (images / place).write_bytes(png(3))
+    (images / "a.caption").write_text("one")
+    (images / "b.json").write_text('{"prompt": "two"}')
+    (images / "link/c.txt").write_text("three")
+    assert read(images) == [("one", 3), ("two", 3), ("three", 3)] and len(found(images)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", 'file_name,text,note\na.png,"one, red",x\n'),
+        ("metadata.jsonl", '{"file_name": "a.png", "caption": "one, red"}\n'),
+    ],
+)
+def test_tables_of_captions_as_the_hub_has_them(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / name).write_text(content)
+    assert read(tmp_path) == [("one, red", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("t.tar.gz", "unpack other archives"),
+        ("nowhere", "does not exist; check the path"),
+        ("shards-*.tar", "patterns are not expanded: list the files"),
+    ],
+)
+def test_a_source_that_cannot_be_read_says_what_to_do(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "t.tar.gz").write_bytes(b"x")
+    with pytest.raises(ValueError, match=message):
+        found(tmp_path / name)
+
+
+def test_a_folder_of_tars_says_to_list_them(tmp_path: Path) -> None:
+    (tmp_path / "t.tar").write_bytes(GOOD)
+    with pytest.raises(ValueError, match=r"list them, as in real_data.source=\[.*t.tar, ...\]"):
+        store(tmp_path, tmp_path).prepare((8, 8), lambda: torch.zeros_like, 0)
+
+
+def test_latents_may_lie_in_the_folder_of_images_and_a_shard_that_is_gone_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "a.txt").write_text("one")
+    own = store(tmp_path, tmp_path)
+    own.prepare((8, 8), lambda: torch.zeros_like, 0)
+    latents = own.open()
+    assert latents(*drawn(["one"])).shape == (1, 3, 8, 8)
+    next(own.folder.glob("shard_*")).unlink()
+    with pytest.raises(ValueError, match="shard_.*: cannot be read .no such file.*gdmd latents"):
+        latents(*drawn(["one"]))
+
+
+def test_hidden_files_beside_scored_images_are_not_read(tmp_path: Path) -> None:
+    """macOS writes them into archives."""
+    samples = tmp_path / "00000" / "samples"
+    samples.mkdir(parents=True)
+    (tmp_path / "00000" / "metadata.jsonl").write_text('{"prompt": "a ring"}\n')
+    (samples / "0000.png").write_bytes(png(1))
+    (samples / "._0000.png").write_bytes(b"Mac OS X")
+    (row,) = read_images(tmp_path).values()
+    assert [image.name for image in row.images] == ["0000.png"]
+
+
+def test_images_may_be_moved_or_named_in_another_way_and_not_be_others(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    many(tmp_path / "images", 2)
+    store(tmp_path, Path("images")).prepare((8, 8), lambda: doubled, 0)
+    store(tmp_path, tmp_path / "images").open()
+    (tmp_path / "images").rename("far")
+    store(tmp_path, Path("far")).open()
+    store(tmp_path, Path("images")).open()  # they are gone, the latents are not
+    shutil.copytree("far", "other", copy_function=shutil.copyfile)
+    for message, source in (("made of 'images', but real_data.source is 'other'", "other"), ("made of", "nowhere")):
+        with pytest.raises(ValueError, match=message):
+            store(tmp_path, Path(source)).open()

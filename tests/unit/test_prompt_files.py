@@ -49,6 +49,7 @@ def test_a_json_array_holds_strings_or_objects(tmp_path: Path) -> None:
         ("", "the file: not JSON"),
         ("[]", "is empty; it needs at least one prompt"),
         ('{"prompt": "a ring"}', "expected a JSON array .*, got dict; for one object a line use the ending .jsonl"),
+        ('{"prompts": ["a ring"]}', "got dict; save the array itself"),
         ('["a ring",\n "a cross"', "not JSON .* at line 2, column"),
         ('["a ring", 7]', 'entry 2: expected {"prompt": "..."}, got 7'),
         ('["a ring", " "]', "entry 2: the prompt is empty"),
@@ -179,7 +180,7 @@ def test_an_ending_that_is_not_known_is_refused_with_the_list(tmp_path: Path, na
     ("content", "message"),
     [
         ("a red dog\na blue cat\n", "line 1: no column is called prompt, caption or text; its columns are 'a red dog'"),
-        ("Prompt;Category\na dog;x\n", "its columns are 'Prompt;Category'"),
+        ("Subject;Category\na dog;x\n", "its columns are 'Subject', 'Category'"),
         ("Prompt,prompt\na,b\n", "'Prompt' and 'prompt' may be the prompts; name it with prompts.column=NAME"),
         ("caption,text\na,b\n", "'caption' and 'text' may be the prompts"),
         ("prompt,x,x\na,b,c\n", "two columns are called 'x'"),
@@ -234,3 +235,49 @@ def test_parquet_without_pyarrow_is_one_clear_error(tmp_path: Path) -> None:
         pytest.skip("pyarrow is installed")
     (tmp_path / "p.parquet").write_bytes(b"PAR1")
     assert "reading .parquet needs pyarrow; do: pip install pyarrow" in refusal(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column"),
+    [
+        ("excel.csv", 'Nr;Prompt\n1;a ring, red\n2;"a cross; blue"\n', "Prompt"),
+        ("tabs.csv", "Prompt\tNr\na ring, red\t1\na cross; blue\t2\n", "Prompt"),
+        ("commas.tsv", 'Prompt,Nr\n"a ring, red",1\na cross; blue,2\n', "Prompt"),
+        ("one.csv", 'Prompt\n"a ring, red"\na cross; blue\n', "Prompt"),
+    ],
+)
+def test_a_table_is_separated_as_its_header_is(tmp_path: Path, name: str, content: str, column: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    found = read_prompts(path)
+    assert (found.texts, found.column) == (("a ring, red", "a cross; blue"), column)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("p.txt", '{"prompt": "a ring"}\n{"prompt": "a cross"}\n', "use the ending .jsonl"),
+        ("p.txt", '["a ring", "a cross"]', "use the ending .jsonl, or .json"),
+        ("p.txt", "Prompt\tCategory\na ring\tBasic\n", "use the ending .csv or .tsv"),
+        ("p.txt", "id,prompt\n1,a ring\n", "use the ending .csv or .tsv"),
+        ("p.txt", "\nprompts\na ring\n", "or remove that line"),
+        ("p.jsonl", '[{"prompt": "a ring"},\n {"prompt": "a cross"}]', "use the ending .json"),
+        ("p.jsonl.gz", "", "unpack it and give .txt"),
+    ],
+)
+def test_another_format_under_this_ending_is_refused_with_the_right_one(
+    tmp_path: Path, name: str, content: str, advice: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert advice in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["[a cat] in the snow", "text, graffiti on a wall", "a prompt, please", "{cat|dog} in rain", "7", "caption"],
+)
+def test_prose_is_not_taken_for_another_format(tmp_path: Path, first: str) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text(f"{first}\na ring\n")
+    assert read_prompts(path).texts == (first, "a ring")

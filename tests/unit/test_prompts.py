@@ -50,7 +50,7 @@ def test_a_jsonl_file_has_one_object_a_line(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": {"en": "a ring"}}', 'line 1: \'prompt\' must be a text, got {"en": "a ring"}'),
         ("p.jsonl", '\n{"prompt": "a ring"}\n{"id": 2}', "line 3: 'prompt' must be a text, got only 'id'"),
         ("p.jsonl", '{"caption": "a ring", "text": "x"}', "name it with prompts.column=NAME"),
-        ("p.jsonl", '["a ring"]', "line 1: expected"),
+        ("p.jsonl", '"a ring"', "line 1: expected"),
         ("p.jsonl", '{"prompt": " "}', "line 1: the prompt is empty"),
         ("p.jsonl", json.dumps({"prompt": "x" * 10_000}), "line 1: 10000 characters"),
     ],
