@@ -95,7 +95,9 @@ def on_base(cfg: RunConfig, run: Path, base: str | None, option: str) -> RunConf
     try:
         is_local(model.path)
     except ValueError as error:
-        raise ValueError(f"{error} Where the base model of {run} has moved, name its place with {option}.") from error
+        raise ValueError(
+            f"{error} If the base model of {run} has moved, give its new location with {option}."
+        ) from error
     known = recorded(run) if (run / "run.json").is_file() else None  # a copy may lack it
     was = (known or {}).get("model.path")
     if was is None and base is not None:

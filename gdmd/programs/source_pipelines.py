@@ -233,7 +233,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         base = weights_content(where, below.revision, below.variant)
         trained_on = facts.get("base_content", base)
         if base != trained_on and "@" not in base + trained_on:  # a hub id and a folder cannot be compared
-            log.warning("the LoRA in %s was trained on another base model: %s has another content", folder, where)
+            log.warning("the LoRA in %s was trained on another base model: %s has different content", folder, where)
         add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0, quiet=True)
         pipe.scheduler = _from_folder(facts["scheduler"], folder / "scheduler")
     weights = {"weights": weights_content(cfg.where), "base": base, **_unprocessed(pipe)}

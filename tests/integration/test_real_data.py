@@ -152,4 +152,4 @@ def test_a_run_on_real_images_is_resumed_after_they_were_touched_and_not_after_o
     Path("images/0.png").write_bytes(Path("images/1.png").read_bytes())
     assert gdmd("latents", str(file)) == 0
     assert gdmd("train", "--resume", "run", "loop.steps=4", f"real_data.source={tmp_path / 'images'}") == 2
-    assert "real_data.latents: " in (said := capsys.readouterr().err) and "has another content" in said
+    assert "real_data.latents: " in (said := capsys.readouterr().err) and "has different content" in said

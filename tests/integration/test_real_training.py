@@ -317,7 +317,7 @@ def test_another_base_is_refused_where_it_is_named_and_said_where_it_changed(
     weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({key: 0.5 * value for key, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match="^--base: the student of .* another base model. model.path: .* another content"
+        ValueError, match="^--base: the student of .* another base model. model.path: .* different content"
     ):
         export_run(run, base=str(copy))
     with pytest.raises(ValueError, match=",base=FOLDER: the student of .* was trained on another base model"):
@@ -328,7 +328,7 @@ def test_another_base_is_refused_where_it_is_named_and_said_where_it_changed(
     shutil.rmtree(base)
     copy.rename(base)
     export_run(run)
-    assert "may not fit its base model. model.path: " in caplog.text and "has another content" in caplog.text
+    assert "may not fit its base model. model.path: " in caplog.text and "has different content" in caplog.text
     caplog.clear()
     (run / "run.json").write_text(json.dumps({k: v for k, v in read_facts(run).items() if k != "inputs"}))
     export_run(run)

@@ -94,7 +94,7 @@ def test_an_input_may_move_and_not_be_another_one(gdmd: Gdmd, field: str, name: 
     Path("elsewhere").mkdir()
     moved = shutil.move(name, f"elsewhere/{name}")
     said = resume(gdmd)
-    assert f"{field}: {name} is missing" in said and f"{field}=PLACE" in said and said.endswith("exit code 2")
+    assert f"{field}: {name} is missing" in said and f"{field}=PATH" in said and said.endswith("exit code 2")
     said = resume(gdmd, f"{field}={moved}")
     assert f"{field} moved from {name} to {moved}; the content is the same" in said and said.endswith("exit code 0")
     assert f"{moved}" in Path("run/config.yaml").read_text()
@@ -110,13 +110,13 @@ def test_the_code_of_a_reward_may_move_and_another_function_is_another_reward(gd
     shutil.move("own_reward.py", "moved_reward.py")
     sys.modules.pop("own_reward")
     said = resume(gdmd)
-    assert "rewards.0.target: own_reward:red is not there" in said and "rewards.0.target=PLACE" in said
+    assert "rewards.0.target: own_reward:red is missing" in said and "rewards.0.target=PATH" in said
     said = resume(gdmd, "rewards.0.target=moved_reward.py:red")
     assert "rewards.0.target moved from own_reward:red to moved_reward.py:red" in said and said.endswith("exit code 0")
     code = Path("moved_reward.py").read_text()
     Path("other.py").write_text(code + "\n\ndef green(images, prompts):\n    return images[:, 1].mean((1, 2))\n")
     said = resume(gdmd, "rewards.0.target=other.py:green", steps=3)
-    assert "other.py:green (was moved_reward.py:red) has another content" in said and said.endswith("exit code 2")
+    assert "other.py:green (was moved_reward.py:red) has different content" in said and said.endswith("exit code 2")
 
 
 def test_a_run_without_fingerprints_says_once_that_they_cannot_be_checked(gdmd: Gdmd) -> None:
