@@ -96,7 +96,7 @@ def _apply(cls: type[BaseModel], tree: dict[Key, Any], override: str) -> tuple[s
         parent = parent[key]
         walked.append(key)
     key = _key(parent, path[-1], walked)
-    parent[key] = right if takes_text(cls, tree, (*walked, key)) and _is_path(right) else parse_yaml(right)
+    parent[key] = right if takes_text(cls, tree, (*walked, key)) and _is_path(right) else _override_value(left, right)
     return path
 
 
