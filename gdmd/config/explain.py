@@ -169,8 +169,9 @@ def _assigned(path: Sequence[Key], value: str, shell: bool) -> str:
 
 
 def _example(path: Sequence[Key], value: Any, keys: Sequence[str], shell: bool) -> str:
-    if shell and len(keys) == 1 and isinstance(value, str):
-        return f"; write {_assigned((*path, keys[0]), value, shell)}"
+    meant = keys[0] if len(keys) == 1 else "file" if "file" in keys else None
+    if shell and meant and isinstance(value, str):
+        return f"; write {_assigned((*path, meant), value, shell)}"
     return f", like {{{keys[0]}: ...}}; known keys are: {', '.join(keys)}" if 0 < len(keys) <= _LONGEST_LIST else ""
 
 

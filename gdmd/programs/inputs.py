@@ -13,7 +13,7 @@ from gdmd.config.rewards import CompositeReward
 from gdmd.config.run import RewardConfig, RunConfig
 from gdmd.data.prompts import prompt_file
 from gdmd.data.real_latents import INDEX
-from gdmd.io import RunError, weights_fingerprint
+from gdmd.io import RunError, typed, weights_fingerprint
 from gdmd.programs.folders import WEIGHTS
 from gdmd.programs.hub_pins import hub_commits
 from gdmd.recipes.real_data import store_of
@@ -174,7 +174,9 @@ def _at(config: Any, field: str) -> Any:
 def _refusal(run: Run, changes: list[Change], gone: list[Change]) -> str:
     lines = [f"{run.path} cannot be resumed as the same run: its inputs changed.", *map(str, changes)]
     places = " ".join(f"{one.field}=PLACE" for one in changes if not one.field.endswith(("target", "reader")))
-    elsewhere = f", or give the place of the same content: gdmd train --resume {run.path} {places}" if places else ""
+    elsewhere = (
+        f", or give the place of the same content: gdmd train --resume {typed(run.path)} {places}" if places else ""
+    )
     advice = f"Restore what changed{elsewhere}."
     accept = " To continue with the new content, add --accept-changes; run.json, the report and the model card show it."
     return "\n".join([*lines, advice + ("" if gone else accept)])
