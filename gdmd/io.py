@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -171,6 +172,11 @@ def finite_or_none(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite_or_none(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def typed(path: str | Path) -> str:
+    """A path as it is typed in a shell, for the commands that messages suggest."""
+    return shlex.quote(str(path))
 
 
 def near_name(path: str | Path, also: Iterable[str] = ()) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,14 +121,19 @@ class Trunk:
 def check_targets(net: nn.Module, targets: Sequence[str]) -> None:
     """ValueError that names every target of model.lora_targets without a layer, or with one that takes no adapter.
 
-    A target is a layer's name, or the end of one, as PEFT reads it.
+    A target is a layer's name, or the end of one, as PEFT reads a list; its patterns and "all-linear" are not read.
     """
     layers = {name: module for name, module in net.named_modules() if name}
     wrong = []
     for target in targets:
         matched = [name for name in layers if name == target or name.endswith(f".{target}")]
         refused = next((name for name in matched if not _adaptable(layers[name])), None)
-        if not matched:
+        if not matched and (target == "all-linear" or re.search(r"[^\w.\s-]", target)):
+            wrong.append(
+                f"{target!r} is a pattern, and only names of layers or ends of them are read, such as to_q; [] takes the "
+                "usual ones of the model"
+            )
+        elif not matched:
             wrong.append(f"{target!r} matches no layer{_nearest(target, layers)}")
         elif refused is not None:
             inside = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -87,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not any(isinstance(handler, Notes) for handler in ours.handlers):
         ours.addHandler(Notes())
     try:
-        code = app(args=None if arguments is None else list(arguments), prog_name="gdmd", standalone_mode=False)
+        words = [_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+        code = app(args=words, prog_name="gdmd", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except typer.TyperException as error:
         sys.exit(_misused(error))
@@ -97,6 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _home(word: str) -> str:
+    """~/FOLDER and --option=~/FOLDER below the home folder: shells leave the second, and notebooks both, as they are."""
+    found = re.fullmatch(r"(--[\w-]+=)?(~/.*)", word, re.DOTALL)
+    return (found[1] or "") + os.path.expanduser(found[2]) if found else word
 
 
 class Notes(logging.Handler):

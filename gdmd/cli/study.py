@@ -15,6 +15,7 @@ import typer
 from gdmd.cli.common import Json, messages, print_json
 from gdmd.config.extras import install
 from gdmd.config.study import ADDRESS, CONSENT, PORT, StudyConfig
+from gdmd.io import typed
 
 study_app = typer.Typer(
     no_args_is_help=True,
@@ -138,7 +139,7 @@ def analyze_command(
 
     plan = read_plan(study)
     if not (study / VOTES).is_file():
-        raise ValueError(f"{study} has no votes yet; serve it first: gdmd study serve {study}")
+        raise ValueError(f"{study} has no votes yet; serve it first: gdmd study serve {typed(study)}")
     store = Store(study / VOTES)
     votes = votes_of(plan, store.rows())
     store.close()
@@ -239,7 +240,7 @@ def _write_study(cfg: StudyConfig, models: list[str], study: Path, common: bool,
     _say(f"{cfg.raters} raters x {screens} screens: {prepared.votes_per_duel} votes per model pair and question")
     _say(f"(a true win rate of 55 % needs {votes_needed(0.55)} decided votes, 60 % needs {votes_needed(0.6)})")
     first = link(address, prepared.tokens[0])
-    _say(f"links: {study / LINKS}, one per rater, such as {first}; now: gdmd study serve {study}")
+    _say(f"links: {study / LINKS}, one per rater, such as {first}; now: gdmd study serve {typed(study)}")
 
 
 def _config(**fields: Any) -> StudyConfig:

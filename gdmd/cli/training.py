@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gdmd.cli.common import Json, RunFolder, messages, print_json
+from gdmd.io import typed
 from gdmd.runs.seat import attempt, seat
 
 if TYPE_CHECKING:
@@ -127,7 +128,9 @@ def _launched(asked: Asked, processes: int, restarts: int) -> int:
     folder = asked.resume or asked.run or new_folder(cfg)
     code = launch(asked.words(folder), processes, restarts)
     if code not in (0, 2, 130, 143) and folder.exists():  # after a signal rank 0 has said so
-        messages().print(f"go on with: gdmd train --resume {folder} --gpus {processes}", markup=False, soft_wrap=True)
+        messages().print(
+            f"go on with: gdmd train --resume {typed(folder)} --gpus {processes}", markup=False, soft_wrap=True
+        )
     return code
 
 
@@ -167,7 +170,7 @@ def _say_end(trained: Trained, console: Console) -> None:
     if trained.end.signal is not None:
         console.print(
             f"stopped at step {trained.end.step} of {trained.steps}; checkpoint {trained.end.checkpoint} is saved. "
-            f"Go on with: gdmd train --resume {trained.run}",
+            f"Go on with: gdmd train --resume {typed(trained.run)}",
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 LARGEST_COUNT = 2**63 - 1
 """A count must fit the int64 of a tensor."""
@@ -14,6 +16,20 @@ class Config(BaseModel):
     """A typed, frozen value; an unknown key is an error and defaults are checked like given values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _home(cls, given: Any) -> Any:
+        """~/models is below the home folder, as a shell reads it, where that path exists."""
+        return {key: in_home(value) for key, value in given.items()} if isinstance(given, Mapping) else given
+
+
+def in_home(value: Any) -> Any:
+    """The path below the home folder that a text starting with ~/ names, if it exists; any other value as it is."""
+    if isinstance(value, list | tuple):
+        return [in_home(item) for item in value]
+    there = os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else ""
+    return there if os.path.exists(there) else value
 
 
 def _not_a_bool(value: Any) -> Any:

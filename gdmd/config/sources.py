@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability
+from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability, in_home
 from gdmd.config.model import Pixels
 
 SchedulerName = Literal["lcm", "tcd", "ddim", "euler", "euler_ancestral", "flow_euler", "flow_dpm"]
@@ -95,7 +95,7 @@ def read_source(text: str) -> SourceConfig:
 
 def named_place(text: str) -> tuple[str, str]:
     """``[NAME=]WHERE`` -> both, without settings; an existing path wins, and quotes are taken off."""
-    if os.path.exists(text):
+    if _exists(text):
         return _last(text), text
     name, equals, where = text.partition("=")
     if equals and not re.search(r"[,\\/\"']", name):
@@ -108,9 +108,13 @@ def _named(pieces: Sequence[str]) -> tuple[str, str, int]:
     for count in range(len(pieces), 0, -1):
         joined = ",".join(pieces[:count])
         name, where = named_place(joined)
-        if count == 1 or os.path.exists(where):
+        if count == 1 or _exists(where):
             return name, where, count
     raise AssertionError("a text has at least one piece")
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(in_home(path))
 
 
 def _last(where: str) -> str:
@@ -154,7 +158,7 @@ def settings_of(parts: Sequence[str]) -> Iterator[tuple[str, str, str | None]]:
     first = 0
     while first < len(parts):
         counts = range(len(parts), first + 1, -1)
-        last = next((end for end in counts if os.path.exists(_value(parts[first:end]))), first + 1)
+        last = next((end for end in counts if _exists(_value(parts[first:end]))), first + 1)
         key, equals, _ = parts[first].partition("=")
         yield ",".join(parts[first:last]), key, unquoted(_value(parts[first:last])) if equals else None
         first = last

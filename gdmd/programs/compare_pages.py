@@ -11,7 +11,7 @@ from gdmd.config.comparison import CompareSpec
 from gdmd.evaluation.comparison_figures import draw_all
 from gdmd.evaluation.comparison_page import About, write_page
 from gdmd.evaluation.comparison_tables import OVERALL, Results, Row, against_headline
-from gdmd.io import RunError
+from gdmd.io import RunError, typed
 from gdmd.programs.compare import Outcome
 from gdmd.programs.compare_plan import GRIDS, key_of, pictured, plan, read_table
 from gdmd.recipes.read_comparison import Comparison
@@ -45,7 +45,7 @@ def write_pages(comparison: Comparison, source: str, folder: Path, *, required: 
     about = About(
         title=f"Comparison on Shapes: {spec.name}",
         about=spec.about,
-        command=f"gdmd compare {source}",  # without --out: that folder is nobody else's
+        command=f"gdmd compare {typed(source)}",  # without --out: that folder is nobody else's
         beginning=beginning(spec),
         seeds=spec.seeds,
         reference=reference,

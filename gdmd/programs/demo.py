@@ -20,7 +20,7 @@ from gdmd.config.run import RunConfig
 from gdmd.evaluation.grids import write_comparison
 from gdmd.evaluation.report import Provenance, read_rows, save_rows, write_report
 from gdmd.evaluation.sample import Sampler
-from gdmd.io import writing
+from gdmd.io import typed, writing
 from gdmd.programs.contents import checkpoint_content
 from gdmd.programs.evaluate import Row, grid_captions, load_ema, measure, row_key, student_row, teacher_row
 from gdmd.programs.folders import TEACHERS
@@ -85,7 +85,7 @@ def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
         stages.say(f"training {name.upper()}: {cfg.loop.steps} iterations of {cfg.loop.batch_size}, from the teacher")
         trained = go(configs[name], runs[name], labs[name], console, evaluation=False)
         if trained.end.signal is not None:
-            again = f"gdmd demo --run {folder}"
+            again = f"gdmd demo --run {typed(folder)}"
             console.print(f"stopped and saved; go on with: {again}", markup=False, highlight=False, soft_wrap=True)
             return Demo(folder, time.perf_counter() - began, signal=trained.end.signal)
         _load(labs[name], runs[name], trained.end.step)

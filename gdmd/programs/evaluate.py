@@ -15,7 +15,7 @@ from gdmd.evaluation.grids import write_comparison, write_grid
 from gdmd.evaluation.report import read_rows, report_run, save_rows
 from gdmd.evaluation.sample import BATCH, Sampler, images_of, student_sampler, teacher_sampler
 from gdmd.evaluation.shapes import evaluate
-from gdmd.io import RunError, content_hash, writing
+from gdmd.io import RunError, content_hash, typed, writing
 from gdmd.programs.contents import base_content, checkpoint_content
 from gdmd.programs.folders import TEACHERS, config_of, require_shapes
 from gdmd.programs.inputs import on_base
@@ -39,7 +39,7 @@ def open_student(cfg: RunConfig, folder: Path, which: str = "last") -> tuple[Lab
     """The lab of a run whose student holds the EMA weights of a checkpoint (best, last or a step), and its step."""
     saved = checkpoint.load_chosen(folder / "checkpoints", which)
     if saved is None:
-        raise RunError(f"{folder} has no checkpoint yet. Train it first: gdmd train --resume {folder}.")
+        raise RunError(f"{folder} has no checkpoint yet. Train it first: gdmd train --resume {typed(folder)}.")
     lab = build(_drawing(cfg))
     load_ema(lab, saved)
     return lab, saved.step
@@ -189,7 +189,7 @@ def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
         if fresh:
             raise ValueError(
                 f"--fresh measures ShapesEval again, and {folder} is a run of a real model; leave it out, and score the "
-                f"run with: gdmd eval preference {folder} --prompts FILE"
+                f"run with: gdmd eval preference {typed(folder)} --prompts FILE"
             )
         return report_run(folder)
     lab, step = open_student(cfg, folder)

@@ -16,7 +16,7 @@ from gdmd.config.run import RunConfig
 from gdmd.export.card import model_card
 from gdmd.export.lora import check_fits, save_lora
 from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_scheduler
-from gdmd.io import RunError, write_atomic, writing
+from gdmd.io import RunError, typed, write_atomic, writing
 from gdmd.programs.contents import base_content, checkpoint_content
 from gdmd.programs.decoders import read_gaps
 from gdmd.programs.folders import config_of
@@ -52,7 +52,7 @@ def export_run(
     model = _real(cfg, run)
     saved = checkpoint.load_chosen(run / "checkpoints", which)
     if saved is None:
-        raise RunError(f"{run} has no checkpoint yet. Train it first: gdmd train --resume {run}.")
+        raise RunError(f"{run} has no checkpoint yet. Train it first: gdmd train --resume {typed(run)}.")
     weights = (saved.part("ema") if averaged else {}) or saved.part("student")
     whole = merged or model.full in ("student", "both")
     if dtype is not None and not whole:

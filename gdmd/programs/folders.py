@@ -13,7 +13,7 @@ import yaml
 from gdmd.config.load import load_config
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
-from gdmd.io import RunError, near_name, write_atomic, writing
+from gdmd.io import RunError, near_name, typed, write_atomic, writing
 from gdmd.recipes.read import read_recipe
 from gdmd.runs.rundir import Run, check_same_config, open_run
 
@@ -71,7 +71,7 @@ def check_resumable(folder: Path, recipe: str | None, overrides: Sequence[str]) 
     old, new = (_without_places(one.model_dump(mode="json")) for one in (before, cfg))
     advice = (
         "A resumed run keeps its configuration: leave these keys out. To change them, start another run that begins with "
-        f"this one's student: gdmd train RECIPE KEY=VALUE loop.start_from={folder}"
+        f"this one's student: gdmd train RECIPE KEY=VALUE {typed(f'loop.start_from={folder}')}"
     )
     check_same_config(Run(Path(folder), old), new, (*MAY_CHANGE, *MOVABLE), advice)
     return cfg
@@ -131,7 +131,7 @@ def require_shapes(cfg: RunConfig, run: str) -> None:
         raise ValueError(
             f"{run} is a run of a real model ({cfg.model.path}), and gdmd eval RUN measures ShapesEval: its detector finds "
             "the colored shapes of the Shapes world only, so every number would be meaningless. Score the run with: "
-            f"gdmd eval preference {run} --prompts FILE --scorer clip"
+            f"gdmd eval preference {typed(run)} --prompts FILE --scorer clip"
         )
 
 

@@ -17,7 +17,7 @@ from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import CompositeReward
 from gdmd.config.run import RewardConfig, RunConfig
 from gdmd.data.prompts import prompt_file, read_prompts
-from gdmd.io import RunError, weights_fingerprint
+from gdmd.io import RunError, typed, weights_fingerprint
 from gdmd.programs.folders import SOURCES, WEIGHTS
 from gdmd.programs.hub_pins import hub_commits
 from gdmd.recipes.real_data import store_of
@@ -236,7 +236,8 @@ def _refusal(run: Run, changes: list[Change], gone: list[Change]) -> str:
             [*lines, "Give the former path or, if you know that the content is the same, add --accept-changes."]
         )
     places = " ".join(f"{one.field}=PATH" for one in changes)
-    advice = f"Restore what changed, or give the new path of the same content: gdmd train --resume {run.path} {places}."
+    command = f"gdmd train --resume {typed(run.path)} {places}"
+    advice = f"Restore what changed, or give the new path of the same content: {command}."
     accept = " To continue with the new content, add --accept-changes; run.json, the report and the model card show it."
     return "\n".join([*lines, advice + ("" if gone else accept)])
 

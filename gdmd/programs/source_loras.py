@@ -9,7 +9,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,21 +61,28 @@ _WEIGHT = re.compile(
     r"\.(?:weight|bias)|(?P<scaled>.+)\.alpha"
 )
 _DOWN = re.compile(r"(lora_A(\.\w+)?|[._]down)\.weight$")
+_OWN = re.compile(r"(unet|transformer|text_encoder(_2)?)\..+\.lora_(A\.weight|B\.weight|B\.bias)")
+"""diffusers' own keys."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The layers of a LoRA as COMPONENT.LAYER: those that the pipeline has, and the others."""
+    """The layers of a LoRA as COMPONENT.LAYER: those that the pipeline has, and the others.
+
+    lost: layers, as the file names them, that diffusers does not convert.
+    """
 
     found: tuple[str, ...]
     missing: tuple[str, ...]
+    lost: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """For example "unet 22 of 22, text_encoder 0 of 4"."""
         names = [name.partition(".")[0] for name in (*self.found, *self.missing)]
         found = [name.partition(".")[0] for name in self.found]
-        return ", ".join(f"{one} {found.count(one)} of {names.count(one)}" for one in dict.fromkeys(names))
+        counts = [f"{one} {found.count(one)} of {names.count(one)}" for one in dict.fromkeys(names)]
+        return ", ".join([*counts, *([f"{len(self.lost)} that diffusers does not convert"] if self.lost else [])])
 
 
 def lora_content(lora: str) -> str:
@@ -95,21 +103,18 @@ def add_lora(pipe: Any, lora: str, scale: float, *, partial: bool = False, quiet
     file = _locate(lora)
     weights = _read(file, lora)
     _check_kind(weights, lora)
-    settings = file.with_name(PEFT_CONFIG)
-    peft = all(key.startswith(PEFT_PREFIX) for key in weights)
-    if peft and not settings.is_file():
-        raise ValueError(f"lora {lora!r}: its keys are PEFT's, but {settings} is missing, which holds alpha; add it")
-    given: Any = str(file.parent)
-    options: dict[str, Any] = {"weight_name": file.name, "local_files_only": True, "use_safetensors": True}
-    if peft:
-        given, options = _from_peft(weights, _peft_config(settings), pipe), {}
-    elif any(key.endswith(".alpha") for key in weights):
-        given, options = _folded(weights, kept="unet" not in pipe._lora_loadable_modules), {}
+    given = _prepared(weights, file, pipe, lora)
+    options: dict[str, Any] = {}
+    if given is None:  # from the file, whose header may hold alphas that diffusers reads
+        options = {"weight_name": file.name, "local_files_only": True, "use_safetensors": True}
     with _translated(pipe, lora):
-        fit = _fit(pipe, pipe.lora_state_dict(_copy(given), **options, **_unet(pipe)), _layers_of(weights))
+        fit = _fit(pipe, weights if given is None else given)
     _check_fit(fit, pipe, lora, partial)
-    with _translated(pipe, lora):
-        pipe.load_lora_weights(_copy(given), adapter_name=ADAPTER, **options)
+    with _translated(pipe, lora), warnings.catch_warnings():
+        # PEFT warns where another layer's name ends like one of the file's; _check_loaded looks at every layer
+        warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")
+        ready = str(file.parent) if given is None else _loadable(pipe, given)
+        pipe.load_lora_weights(ready, adapter_name=ADAPTER, **options)
     _check_loaded(pipe, fit, lora)
     if not quiet:
         _log.warning("lora %s: layers found in the pipeline: %s", lora, fit)
@@ -122,24 +127,26 @@ def _translated(pipe: Any, lora: str) -> Iterator[None]:
     """What diffusers raises for a file that it cannot convert or load, as one ValueError."""
     try:
         yield
-    except (KeyError, *load_errors()) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"lora {lora!r} cannot be loaded into a {type(pipe).__name__}: {first}") from error
+    except (KeyError, IndexError, AssertionError, *load_errors()) as error:
+        lacking = "it lacks " if isinstance(error, KeyError) else ""
+        what = lacking + " ".join(str(error).split())[:300] or "its layers are of another size"
+        raise ValueError(f"lora {lora!r} cannot be loaded into a {type(pipe).__name__}: {what}") from error
 
 
 def _check_fit(fit: Fit, pipe: Any, lora: str, partial: bool) -> None:
-    total, kind = len(fit.found) + len(fit.missing), type(pipe).__name__
+    others, kind = (*fit.missing, *fit.lost), type(pipe).__name__
+    total = len(fit.found) + len(others)
     if not fit.found:
         raise ValueError(
             f"lora {lora!r} changes no layer of a {kind}: 0 of its {total} layers are in it"
-            + (f" (it has {fit.missing[0]})" if fit.missing else "")
+            + (f" (it has {others[0]})" if others else "")
             + ". Give a LoRA of this model"
         )
-    if fit.missing and not partial:
+    if others and not partial:
         raise ValueError(
             f"lora {lora!r}: only {len(fit.found)} of its {total} layers are in a {kind} ({fit}); missing or of another "
-            f"size: {', '.join(fit.missing[:3])}{', ...' if len(fit.missing) > 3 else ''}. Give a LoRA of this model, "
-            "or use the part that fits with lora_partial=true"
+            f"size: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Give a LoRA of this model, or use the "
+            "part that fits with lora_partial=true"
         )
 
 
@@ -153,9 +160,14 @@ def _check_loaded(pipe: Any, fit: Fit, lora: str) -> None:
             )
 
 
-def _fit(pipe: Any, converted: Any, raw: set[str]) -> Fit:
-    """``converted``: what diffusers makes of the file. ``raw``: the file's layers, of which a conversion may lose some."""
-    state = converted[0] if isinstance(converted, tuple) else converted
+def _fit(pipe: Any, weights: Mapping[str, Tensor]) -> Fit:
+    """Which layers of a file diffusers finds in the pipeline.
+
+    A conversion may lose some: it is tried on tensors of the same sizes that hold the number of their layer.
+    """
+    layers = {layer: number for number, layer in enumerate(sorted(_layers_of(weights)), start=1)}
+    state = _converted(pipe, {key: _numbered(key, value, layers) for key, value in weights.items()})
+    arrived = {int(value.flatten()[0]) for value in state.values() if value.numel()}
     found: list[str] = []
     missing = [key for key in state if key.partition(".")[0] not in pipe._lora_loadable_modules]
     for component in pipe._lora_loadable_modules:
@@ -164,9 +176,42 @@ def _fit(pipe: Any, converted: Any, raw: set[str]) -> Fit:
         for layer, pair in _pairs(own, net).items():
             fits = net is not None and _fits(net, layer, pair)
             (found if fits else missing).append(f"{component}.{layer}")
-    strangers = dict.fromkeys(map(_layer_of, missing))
-    lost = len(raw) - len(found) - len(strangers)
-    return Fit(tuple(found), (*strangers, *(f"unconverted.{number + 1}" for number in range(lost))))
+    lost = [layer for layer, number in layers.items() if number not in arrived and not _repeated(layer, layers)]
+    return Fit(tuple(found), tuple(dict.fromkeys(map(_layer_of, missing))), tuple(lost))
+
+
+def _converted(pipe: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The LoRA in diffusers' keys.
+
+    Its conversions for FLUX.1 forget the component of layers outside of the blocks, which would then be left out, and
+    know Black Forest Labs' names next to kohya's down and up only.
+    """
+    given = dict(weights)
+    if type(pipe).__name__ == "FluxPipeline" and all(key.startswith("diffusion_model.") for key in given):
+        parts = {".lora_A.": ".lora_down.", ".lora_B.": ".lora_up."}
+        given = {re.sub(r"\.lora_[AB]\.", lambda found: parts[found[0]], key): value for key, value in given.items()}
+    converted = pipe.lora_state_dict(given, **_unet(pipe))
+    state = converted[0] if isinstance(converted, tuple) else converted
+    component = _denoiser(pipe)
+    names = {name for name, _ in getattr(pipe, component).named_modules()}
+    return {f"{component}.{key}" if _layer_of(key) in names else key: value for key, value in state.items()}
+
+
+def _loadable(pipe: Any, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What ``load_lora_weights`` takes: keys of UNets are converted there, with the alphas that belong to them."""
+    return _converted(pipe, given) if _denoiser(pipe) == "transformer" else dict(given)
+
+
+def _numbered(key: str, value: Tensor, layers: Mapping[str, int]) -> Tensor:
+    """A tensor of the same size that holds the number of its layer everywhere; alphas stay: they are their rank here."""
+    return value if key.endswith(".alpha") else torch.tensor(float(layers[_layer_of(key)])).expand(value.shape)
+
+
+def _repeated(layer: str, layers: Container[str]) -> bool:
+    """Whether a fused qkv, or "out", lies beside its own parts: some trainers of Z-Image write both."""
+    block, _, name = layer.rpartition(".")
+    parts = {"qkv": ("to_q", "to.q"), "out": ("to_out.0",)}.get(name, ())
+    return any(f"{block}.{part}" in layers for part in parts)
 
 
 def _pairs(own: Mapping[str, Tensor], net: Any) -> dict[str, dict[str, Tensor]]:
@@ -318,17 +363,72 @@ def _peft_config(file: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _from_peft(weights: Mapping[str, Tensor], config: Mapping[str, Any], pipe: Any) -> dict[str, Tensor]:
-    """PEFT's keys -> those of the pipeline's denoiser, the scale of every layer multiplied into its B."""
-    component = "unet" if "unet" in pipe._lora_loadable_modules else "transformer"
-    ready = {}
+def _prepared(weights: Mapping[str, Tensor], file: Path, pipe: Any, lora: str) -> dict[str, Tensor] | None:
+    """The LoRA with the scale of every layer multiplied into its B; None for a file that diffusers reads as it is.
+
+    Layers that have the names of the denoiser get diffusers' keys here, whatever the keys around the names; all others
+    are left to diffusers' conversions.
+    """
+    settings, names = file.with_name(PEFT_CONFIG), _own_names(weights, pipe)
+    scales = _scales(weights, lora)
+    if all(key.startswith(PEFT_PREFIX) for key in weights) and (names or settings.is_file()):
+        if not settings.is_file():
+            raise ValueError(
+                f"lora {lora!r}: its keys are PEFT's, but {settings} is missing, which holds alpha; add it"
+            )
+        names = names or {layer: layer.removeprefix(PEFT_PREFIX) for layer in _layers_of(weights)}
+        config, ranks = _peft_config(settings), _ranks(weights)
+        scales = {layer: _scale(config, names[layer], rank) for layer, rank in ranks.items()}
+    elif all(_OWN.fullmatch(key) for key in weights):
+        return None
+    elif names is None:
+        return _folded(weights, scales, kept=_denoiser(pipe) == "transformer")
+    return _renamed(weights, names, scales, _denoiser(pipe), lora)
+
+
+def _denoiser(pipe: Any) -> str:
+    return "unet" if "unet" in pipe._lora_loadable_modules else "transformer"
+
+
+def _own_names(weights: Mapping[str, Tensor], pipe: Any) -> dict[str, str] | None:
+    """layer of the file -> layer of the denoiser, where it has them all; None for other names, and for text encoders."""
+    component, layers = _denoiser(pipe), _layers_of(weights)
+    names = [name for name, _ in getattr(pipe, component).named_modules() if name]
+    for before in (f"{component}.", PEFT_PREFIX, "diffusion_model.", ""):
+        known = {f"{before}{name}": name for name in names}
+        if layers <= known.keys():
+            return {layer: known[layer] for layer in layers}
+    known = {f"lora_unet_{name.replace('.', '_')}": name for name in names}
+    return {layer: known[layer] for layer in layers} if layers <= known.keys() else None
+
+
+def _renamed(
+    weights: Mapping[str, Tensor], names: Mapping[str, str], scales: Mapping[str, float], component: str, lora: str
+) -> dict[str, Tensor]:
+    ready: dict[str, Tensor] = {}
     for key, value in weights.items():
-        name = key.removeprefix(PEFT_PREFIX).replace(".default.", ".")
-        layer, _, part = name.partition(".lora_")
-        down = weights.get(key.replace(".lora_B.", ".lora_A.").replace(".bias", ".weight"))
-        rank = value.shape[0] if down is None else down.shape[0]
-        ready[f"{component}.{name}"] = value.float() * _scale(config, layer, rank) if part.startswith("B") else value
+        if key.endswith(".alpha"):
+            continue
+        layer, down = _layer_of(key), bool(_DOWN.search(key))
+        new = f"{component}.{names[layer]}.lora_{'A' if down else 'B'}.{key.rpartition('.')[2]}"
+        if new in ready:
+            raise ValueError(f"lora {lora!r} holds several adapters ({key} is one more of its layer); keep one of them")
+        ready[new] = value if down else value.float() * scales.get(layer, 1.0)
     return ready
+
+
+def _ranks(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    return {_layer_of(key): value.shape[0] for key, value in weights.items() if _DOWN.search(key)}
+
+
+def _scales(weights: Mapping[str, Tensor], lora: str) -> dict[str, float]:
+    """alpha / rank of the layers that have an alpha in the file."""
+    ranks = _ranks(weights)
+    alphas = {_layer_of(key): value for key, value in weights.items() if key.endswith(".alpha")}
+    wrong = [layer for layer, value in alphas.items() if value.numel() != 1]
+    if wrong:
+        raise ValueError(f"lora {lora!r}: {wrong[0]}.alpha is not one number; copy or convert the LoRA again")
+    return {layer: float(value) / ranks[layer] for layer, value in alphas.items() if ranks.get(layer)}
 
 
 def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
@@ -342,30 +442,21 @@ def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _folded(weights: Mapping[str, Tensor], *, kept: bool) -> dict[str, Tensor]:
-    """The same LoRA with alpha / rank multiplied into B: diffusers applies one alpha of many to all layers of a UNet.
+def _folded(weights: Mapping[str, Tensor], scales: Mapping[str, float], *, kept: bool) -> dict[str, Tensor]:
+    """The same keys with alpha / rank multiplied into B: diffusers applies one alpha of many to all layers of a UNet.
 
     ``kept``: alpha is set to the rank instead of left out, which the conversions for transformers need.
     """
-    alphas = {_layer_of(key): float(value) for key, value in weights.items() if key.endswith(".alpha")}
-    downs = {_layer_of(key): value for key, value in weights.items() if _DOWN.search(key)}
-    ready = {}
+    ranks, ready = _ranks(weights), {}
     for key, value in weights.items():
         layer = _layer_of(key)
-        rank = downs[layer].shape[0] if layer in downs else 0
         if key.endswith(".alpha"):
-            ready |= {key: torch.tensor(float(rank))} if kept and rank else {}
+            ready |= {key: torch.tensor(float(ranks[layer]))} if kept and ranks.get(layer) else {}
         else:
-            up = layer in alphas and rank and not _DOWN.search(key)
-            ready[key] = value.float() * (alphas[layer] / rank) if up else value
+            ready[key] = value if _DOWN.search(key) else value.float() * scales.get(layer, 1.0)
     return ready
 
 
 def _unet(pipe: Any) -> dict[str, Any]:
     """What SDXL's conversion of other programs' block numbers needs."""
     return {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") and hasattr(pipe, "text_encoder_2") else {}
-
-
-def _copy(given: Any) -> Any:
-    """diffusers' converters empty the mapping that they are given."""
-    return dict(given) if isinstance(given, Mapping) else given

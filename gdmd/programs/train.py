@@ -22,7 +22,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.embeddings import CachedText
 from gdmd.data.prompts import read_prompts
 from gdmd.evaluation.report import report_run
-from gdmd.io import SHARDS_STAY, writing
+from gdmd.io import SHARDS_STAY, typed, writing
 from gdmd.programs.decoders import check_decoder
 from gdmd.programs.evaluate import finish_run, grid_hook
 from gdmd.programs.folders import check_resumable, new_folder, resumed
@@ -214,7 +214,7 @@ def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool
         return trained
     if cfg.model.kind != "shapes":
         for what, words in AFTER.items():
-            said = f"{what} with: gdmd {words.format(run=run.path)}"
+            said = f"{what} with: gdmd {words.format(run=typed(run.path))}"
             console.print(said, markup=False, highlight=False, soft_wrap=True)
         return replace(trained, report=report_run(run.path))
     console.print("evaluating the EMA student on the fixed evaluation set", markup=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from gdmd.config.load import ConfigError, load_config
 from gdmd.config.names import listed, near
 from gdmd.config.run import RunConfig
+from gdmd.io import typed
 
 FOLDER = Path(str(resources.files("gdmd.recipes")))
 
@@ -35,7 +36,7 @@ def _meant(source: str) -> str:
     if os.path.isfile(f"{source}.yaml"):
         return f"; did you mean the file {source}.yaml?"
     if os.path.isfile(os.path.join(source, "config.yaml")):
-        return f": it is a run folder; continue it with gdmd train --resume {source}."
+        return f": it is a run folder; continue it with gdmd train --resume {typed(source)}."
     names = recipe_names()
     begun = sorted(
         (name for name in names if name.startswith(f"{source}_")), key=lambda name: not name.endswith("_gdmd")

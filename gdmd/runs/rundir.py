@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from gdmd.io import RunError, append_jsonl, near_name, numbered_jsonl, write_atomic, writing
+from gdmd.io import RunError, append_jsonl, near_name, numbered_jsonl, typed, write_atomic, writing
 
 PACKAGES = ("gdmd", "torch", "numpy", "pydantic", "safetensors")
 
@@ -229,7 +229,7 @@ def _refuse_foreign(path: Path, config: Mapping[str, Any]) -> None:
         check_same_config(run, config)
         if any(run.checkpoints.glob("step_*")):
             raise RunError(
-                f"{path} already holds this run, with checkpoints. Continue it with gdmd train --resume {path}, "
+                f"{path} already holds this run, with checkpoints. Continue it with gdmd train --resume {typed(path)}, "
                 "or choose another folder with --run."
             )
         return

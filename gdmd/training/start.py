@@ -38,7 +38,8 @@ def require_start(run: str) -> None:
     if not run or checkpoint.steps(Path(run) / "checkpoints"):
         return
     what = "has no checkpoint" if Path(run).is_dir() else "is not there"
-    near = "" if Path(run).is_dir() else near_name(run)
+    above = next((folder for folder in list(Path(run).parents)[:2] if checkpoint.steps(folder / "checkpoints")), None)
+    near = f" Did you mean {above}?" if above else "" if Path(run).is_dir() else near_name(run)
     raise ValueError(f"loop.start_from: the run folder {run} {what}; give one that `gdmd train` has written.{near}")
 
 
@@ -128,6 +129,8 @@ def _notes(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     keys = (("model", "lora_alpha"), ("model", "path"), ("model", "dtype"), ("method", "student_steps"))
     notes = []
     for section, key in keys:
+        if key == "lora_alpha" and config.get("model", {}).get("full") == "both":  # no adapters
+            continue
         old, new = (one.get(section, {}).get(key) for one in (before, config))
         if before and old is not None and old != new:
             more = ", so B is scaled to keep the student" if key == "lora_alpha" else ""

@@ -217,6 +217,8 @@ def test_adapters_begin_the_same_in_every_process(folders: Path) -> None:
         ("sdxl", ["to_q", "to_kk", "out.0x"], ["'to_kk'.*did you mean 'to_k'", "'out.0x'.*did you mean 'to_out.0'"]),
         ("sd3", ["ff.net.0.projj"], ["did you mean 'ff.net.0.proj'"]),
         ("sd3", ["single_transformer_blocks.0.attn.to_q"], ["did you mean 'transformer_blocks.0.attn.to_q'"]),
+        ("sd3", ["all-linear"], ["'all-linear' is a pattern"]),
+        ("sd3", [".*to_q", "to_q|to_k"], [r"'\.\*to_q' is a pattern", r"'to_q\|to_k' is a pattern"]),
         ("sd3", ["attn.to_Q"], ["did you mean 'attn.to_q'"]),
         ("sdxl", ["to_out"], [r"matches .*attn1.to_out \(ModuleList\), not a linear layer; in it are to_out.0"]),
         ("sdxl", ["to_q", "norm1"], [r"'norm1' matches .*\((Group|Layer)Norm\), not a linear layer"]),
@@ -261,6 +263,15 @@ def test_a_run_begins_with_the_same_networks_whatever_its_lora_alpha(
     assert all(torch.allclose(found[role], wanted[role], atol=1e-6) for role in ROLES)
     assert not torch.allclose(found["student"], found["teacher"], atol=1e-3)
     assert ("model.lora_alpha was 4.0 there" in told) == (alpha != 4.0)
+
+
+def test_a_scale_that_no_network_has_is_not_noted(folders: Path, tmp_path: Path) -> None:
+    first, second = (roles_of(folders, full="both", lora_alpha=alpha) for alpha in (4.0, 8.0))
+    run = as_a_run(first, tmp_path / "first")
+    config = {"model": second.family.cfg.model_dump(mode="json"), "method": {"student_steps": [1.0, 0.5]}}
+    told = begin_from(run, role_states(second, LoopConfig(ema=0.0)), SINGLE, config)
+    assert "lora_alpha" not in told
+    assert all(torch.equal(w, second.parameters("student")[k]) for k, w in first.parameters("student").items())
 
 
 @pytest.mark.parametrize(

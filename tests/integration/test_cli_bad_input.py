@@ -103,6 +103,15 @@ def test_the_run_folder_of_another_configuration_is_refused_and_kept(gdmd: Gdmd)
     assert folder_state(Path("run")) == before
 
 
+def test_suggested_commands_quote_folders_and_home_is_found_in_every_word(
+    gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(gdmd.folder / "home"))
+    assert gdmd.train("--run=~/a run").code == 0
+    assert Path("home/a run/config.yaml").is_file() and not Path("~").exists()
+    refused(gdmd.train("--run", "~/a run"), f"gdmd train --resume '{gdmd.folder}/home/a run'")
+
+
 @pytest.mark.parametrize("command", ["train --resume run", "eval run", "report run", "sample run -p ring"])
 def test_a_corrupt_checkpoint_is_refused_by_name(gdmd: Gdmd, command: str) -> None:
     assert gdmd.train("loop.keep_checkpoints=1", "--run", "run").code == 0

@@ -182,6 +182,120 @@ def test_a_peft_folder_changes_what_peft_itself_changes(
         assert wanted and same(changes(pipe), wanted)
 
 
+FORMS: Mapping[str, Callable[[str, str], str]] = {
+    "bare": lambda layer, part: f"{layer}.{part}",
+    "ComfyUI": lambda layer, part: f"diffusion_model.{layer}.{part}",
+    "diffusers": lambda layer, part: f"{{component}}.{layer}.{part}",
+    "kohya": lambda layer, part: f"lora_unet_{layer.replace('.', '_')}.{part}",
+    "PEFT's state_dict": lambda layer, part: f"{{component}}.{layer}.{part.replace('.', '.default.')}",
+}
+"""How programs write the key of a layer's part; {component} is unet or transformer."""
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3", "flux", "flux2", "z_image", "qwen_image", "sana"])
+def test_layers_by_their_names_in_diffusers_load_whatever_the_keys_around_them(
+    built: Callable[[str], Any], tmp_path: Path, name: str, form: str
+) -> None:
+    """All linear layers and convolutions of a denoiser in fp16, with several ranks, and bf16 alphas if the form has them."""
+    pipe = built(name)
+    component = "unet" if "unet" in pipe.components else "transformer"
+    alphas, made, wanted = form != "PEFT's state_dict", {}, {}
+    parts = ("lora_A", "lora_B") if form in ("diffusers", "PEFT's state_dict") else ("lora_down", "lora_up")
+    for number, (layer, module) in enumerate(getattr(pipe, component).named_modules()):
+        if not (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)):
+            continue
+        rank = 1 + number % 3
+        down, up = torch.randn(rank, *module.weight.shape[1:]).half(), torch.randn(module.weight.shape[0], rank).half()
+        shaped = up[..., None, None] if down.ndim == 4 else up
+        own = {f"{parts[0]}.weight": down, f"{parts[1]}.weight": shaped}
+        own |= {"alpha": torch.tensor(2.0, dtype=torch.bfloat16)} if alphas else {}
+        made |= {FORMS[form](layer, part).format(component=component): value for part, value in own.items()}
+        delta = (up.float() @ down.float().flatten(1)).reshape(module.weight.shape)
+        wanted[f"{component}.{layer}"] = delta * (2 / rank if alphas else 1)
+    save_file(made, tmp_path / "a.safetensors")
+    add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
+    assert same(changes(pipe), wanted)
+
+
+def test_the_alpha_in_a_files_header_holds(built: Callable[[str], Any], tmp_path: Path) -> None:
+    """As ``save_lora_weights`` of diffusers writes it."""
+    pipe = built("sd3")
+    own, wanted = {}, {}
+    for name, layer in layers(pipe, "attn.to_q").items():
+        down, up = pair(layer, 2)
+        bare = name.removeprefix("transformer.")
+        own |= {f"{bare}.lora_A.weight": down, f"{bare}.lora_B.weight": up}
+        wanted[name] = 3 * up @ down
+    header = {"r": 2, "lora_alpha": 6, "target_modules": ["attn.to_q"]}
+    type(pipe).save_lora_weights(tmp_path, own, transformer_lora_adapter_metadata=header)
+    add_lora(pipe, str(tmp_path), 1.0)
+    assert same(changes(pipe), wanted)
+
+
+def flux_keys(pipe: Any, before: str, parts: tuple[str, str]) -> Made:
+    """Keys of FLUX.1 with Black Forest Labs' names: q, k and v are one layer, and one layer lies outside of the blocks."""
+    made, wanted = {}, {}
+    width, out = pipe.transformer.proj_out.in_features, pipe.transformer.proj_out.out_features
+    heads = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
+    for layer, rows in {
+        **{f"double_blocks.0.{side}_attn.qkv": 3 * width for side in heads},
+        "final_layer.linear": out,
+    }.items():
+        key = before + (layer.replace(".", "_") if before.endswith("_") else layer)
+        down, up = torch.randn(2, width), torch.randn(rows, 2)
+        made |= {f"{key}.{parts[0]}.weight": down, f"{key}.{parts[1]}.weight": up}
+        split = heads.get(layer.split(".")[-2].removesuffix("_attn"), ())
+        for name, part in zip(split, up.chunk(3), strict=bool(split)):
+            wanted[f"transformer.transformer_blocks.0.attn.{name}"] = part @ down
+        wanted |= {} if split else {"transformer.proj_out": up @ down}
+    return made, wanted
+
+
+@pytest.mark.parametrize(
+    ("before", "parts"),
+    [
+        ("lora_unet_", ("lora_down", "lora_up")),
+        ("diffusion_model.", ("lora_down", "lora_up")),
+        ("diffusion_model.", ("lora_A", "lora_B")),
+    ],
+)
+def test_black_forest_labs_names_load_with_the_layers_outside_of_the_blocks(
+    built: Callable[[str], Any], tmp_path: Path, before: str, parts: tuple[str, str]
+) -> None:
+    pipe = built("flux")
+    made, wanted = flux_keys(pipe, before, parts)
+    save_file(made, tmp_path / "a.safetensors")
+    add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
+    assert len(wanted) == 7 and same(changes(pipe), wanted)
+
+
+def test_fused_layers_do_not_hide_that_another_one_is_lost(built: Callable[[str], Any], tmp_path: Path) -> None:
+    pipe = built("flux")
+    made, _ = flux_keys(pipe, "lora_unet_", ("lora_down", "lora_up"))
+    other = "lora_te2_encoder_block_0_layer_0_SelfAttention_q"
+    made |= {f"{other}.lora_down.weight": torch.ones(1, 4), f"{other}.lora_up.weight": torch.ones(4, 1)}
+    save_file(made, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"7 of 7, 1 that diffusers does not convert\).*{other}"):
+        add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
+
+
+def test_a_fused_layer_beside_its_own_parts_is_not_missed(built: Callable[[str], Any], tmp_path: Path) -> None:
+    """As some trainers of Z-Image write both."""
+    pipe = built("z_image")
+    width = pipe.transformer.layers[0].attention.to_q.in_features
+    rows = {"to.q": width, "to.k": width, "to.v": width, "qkv": 3 * width, "to_out.0": width, "out": width}
+    made = {}
+    for layer, count in rows.items():
+        base = f"diffusion_model.layers.0.attention.{layer}.lora"
+        made |= {f"{base}.down.weight": torch.randn(2, width), f"{base}.up.weight": torch.randn(count, 2)}
+    save_file(made, tmp_path / "a.safetensors")
+    add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
+    names = ("to_q", "to_k", "to_v", "to_out.0")
+    assert changes(pipe).keys() == {f"transformer.layers.0.attention.{name}" for name in names}
+
+
 def of_a_bigger_model(made: dict[str, Tensor]) -> dict[str, Tensor]:
     """All but one layer renamed as those of a deeper network."""
     first = next(iter(made)).partition(".lora_")[0]
@@ -201,6 +315,10 @@ def with_foreign_text_encoder(made: dict[str, Tensor]) -> dict[str, Tensor]:
     return made | {f"text_encoder_3.{key}": value for key, value in own.items()}
 
 
+def other_adapter(made: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.replace(".weight", ".old.weight"): value.clone() for key, value in made.items()}
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -212,14 +330,21 @@ def with_foreign_text_encoder(made: dict[str, Tensor]) -> dict[str, Tensor]:
             lambda made: {k.replace("unet.", "transformer."): v for k, v in made.items()},
             "0 of its 8 layers.*transformer",
         ),
-        (lambda made: {k.removeprefix("unet."): v for k, v in made.items()}, "0 of its 8 layers"),
+        (lambda made: made | other_adapter(made), "holds several adapters"),
+        (
+            lambda made: made | {f"{next(iter(made)).split('.lora_')[0]}.alpha": torch.ones(2)},
+            "alpha is not one number",
+        ),
         (lambda made: made | {"unet.x.dora_scale": torch.ones(1)}, r"holds DoRA \(unet.x.dora_scale\)"),
         (lambda made: made | {"lora_unet_x.hada_w1_a": torch.ones(1)}, "holds LoHa"),
         (lambda made: made | {"lora_unet_x.lokr_w1": torch.ones(1)}, "holds LoKr"),
         (lambda made: made | {"lora_unet_x.on_input": torch.ones(1)}, "holds IA3"),
         (lambda made: made | {"lora_unet_x.lora_mid.weight": torch.ones(1)}, "holds LoCon"),
         (lambda made: made | {"lora_unet_x.diff_b": torch.ones(1)}, "1 of its 17 keys are not those of a LoRA.*diff_b"),
-        (lambda made: {f"base_model.model.{k}": v for k, v in made.items()}, "adapter_config.json is missing"),
+        (
+            lambda made: {f"base_model.model.{k.removeprefix('unet.')}": v for k, v in made.items()},
+            "adapter_config.json is missing",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_as_a_whole_is_refused(

@@ -98,6 +98,13 @@ def test_an_existing_path_wins_over_names_and_settings_and_quotes_keep_commas(
     assert read_source(text).model_dump(exclude_unset=True) == wanted
 
 
+def test_sources_below_the_home_folder_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "runs/a,b").mkdir(parents=True)
+    found = read_source("x=~/runs/a,b,lora=~/runs/a,b,steps=2")
+    assert (found.name, found.where, found.lora) == ("x", f"{tmp_path}/runs/a,b", f"{tmp_path}/runs/a,b")
+
+
 def test_names_of_a_study_and_paths_of_scorers_follow_the_same_rule(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

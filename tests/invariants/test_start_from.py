@@ -112,6 +112,12 @@ def test_a_folder_without_a_checkpoint_is_refused_before_anything_is_loaded(
         require_start(str(tmp_path / "first"))
 
 
+@pytest.mark.parametrize("part", ["checkpoints", "checkpoints/step_000001"])
+def test_a_folder_inside_of_a_run_names_the_run(finished: Path, part: str) -> None:
+    with pytest.raises(ValueError, match=rf"Did you mean {finished}\?"):
+        require_start(str(finished / part))
+
+
 def test_another_network_is_refused_before_its_weights_are_read(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -295,6 +295,19 @@ def test_an_existing_path_is_taken_as_it_is_by_a_text(
     assert isinstance(first, Remote) and first.url == path
 
 
+def test_a_path_below_the_home_folder_is_found_where_no_shell_has_expanded_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    given = "loop: {steps: 1}\nname: ~/model\nrewards: [{kind: remote, url: x}]\nnotes: {why: ~/missing}"
+    recipe = load(given, "rewards.0.url=~/model", "folder=~/model")
+    first = recipe.rewards[0]
+    assert (recipe.name, recipe.folder) == (f"{tmp_path}/model", tmp_path / "model")
+    assert isinstance(first, Remote) and first.url == f"{tmp_path}/model"
+    assert recipe.notes["why"] == "~/missing"
+
+
 keys = st.sampled_from(
     ["name", "loop", "steps", "lr", "method", "kind", "gamma", "rewards", "0", "nmae", "<<", "notes"]
 )
