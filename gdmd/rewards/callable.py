@@ -158,10 +158,10 @@ def imported(target: str) -> Any:
         raise ValueError(f"reward function {target!r}{_not_imported(error)}") from error
     found = getattr(loaded, name, None)
     if found is None:
-        where = getattr(loaded, "__file__", None) or "built into Python"
+        where = f"{module} ({getattr(loaded, '__file__', None) or 'built into Python'})"
         meant = near(name, [one for one, own in vars(loaded).items() if callable(own)])
         advice = f"did you mean '{meant[0]}'?" if meant else "check the name, or write path/to/file.py:function"
-        raise ValueError(f"reward function {target!r}: {loaded.__name__} ({where}) has no '{name}'; {advice}")
+        raise ValueError(f"reward function {target!r}: {where} has no '{name}'; {advice}")
     if inspect.isclass(found):
         raise ValueError(f"reward {target!r} is a class; name a function, or an instance that can be called")
     if not callable(found):

@@ -90,8 +90,7 @@ class RewardSignal:
 
     def no_signal(self, finished: bool) -> bool:
         """Whether no reward told the images of a prompt apart, for as long as counts."""
-        whole = finished and 1 < self.scored == self.flat
-        return whole or (self.flat >= WINDOW and self.flat * self.batch_size >= IMAGES)
+        return self.failed(finished) or (self.flat >= WINDOW and self.flat * self.batch_size >= IMAGES)
 
     def failed(self, finished: bool) -> bool:
         """Whether that is so of a whole finished run, and no accident of a few images."""
