@@ -100,7 +100,7 @@ def test_a_function_is_named_as_module_and_name_and_mistakes_say_so(
         ("my_own_rewards", "write it as module:function"),
         ("my_own_rewards:dark", "has no 'dark'; check the name"),
         ("no_such_module:f", "cannot be imported"),
-        ("my_own_rewards:x", "is a int, not a function"),
+        ("my_own_rewards:x", "is of type int, not a function"),
     ):
         with pytest.raises(ValueError, match=message):
             CallableReward.from_target(target)
