@@ -110,7 +110,8 @@ class RewardSignal:
 def spread(values: Mapping[str, float], name: str) -> float:
     """How far the scores of a reward lie apart in a row: 0 where that is rounding, NaN where nothing was scored."""
     found = values.get(key(name, SPREAD), math.nan)
-    return 0.0 if found <= ROUNDING * abs(values.get(f"reward/{name}/sample", 0.0)) else found
+    mean = values.get(f"reward/{name}/sample", values.get(f"reward/{name}/target", 0.0))
+    return 0.0 if found <= ROUNDING * abs(mean) else found
 
 
 def _flat(values: Mapping[str, float]) -> bool:

@@ -81,6 +81,6 @@ def test_the_commands_for_your_own_model_train_and_export_it_with_the_rewards_as
     done = subprocess.run(call, env=os.environ | own, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     row = json.loads((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()[0])
-    assert {"reward/clip/sample", "reward/pickscore/sample"} <= row.keys()
+    assert {"reward/clip/target", "reward/pickscore/target"} <= row.keys()
     (exported,) = (tmp_path / "runs" / "mine").rglob("pytorch_lora_weights.safetensors")
     assert (exported.parent / "README.md").is_file()
