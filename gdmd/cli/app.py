@@ -71,13 +71,13 @@ def _root(
 
     \b
     Examples:
-      gdmd demo                              distil a 4-step student on the Shapes lab, with a table and a report
-      gdmd train shapes method.gamma=0.5     train a recipe, one field overridden
+      gdmd demo                            distil two 4-step students of Shapes
+      gdmd train shapes method.gamma=0.5   train a recipe, one field overridden
       gdmd sample runs/shapes-seed0 --prompt "a red circle and a blue ring"
 
     \b
-    Exit codes: 0 done, 2 bad input, 3 a loss or gradient was not finite, 4 one of several ranks hung or was lost,
-    130 Ctrl-C, 143 SIGTERM.
+    Exit codes: 0 done, 2 bad input, 3 a loss or gradient was not finite,
+    4 one of several ranks hung or was lost, 130 Ctrl-C, 143 SIGTERM.
     """
 
 

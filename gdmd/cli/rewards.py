@@ -55,8 +55,8 @@ def fetch_command(
 
     \b
     Examples:
-      gdmd rewards fetch hps                     then rewards=[{kind: hps}] finds it
-      gdmd rewards fetch clip -o models/clip     for rewards=[{kind: clip, path: models/clip}]
+      gdmd rewards fetch hps              for rewards=[{kind: hps}]
+      gdmd rewards fetch clip -o m/clip   for rewards=[{kind: clip, path: m/clip}]
     """
     from gdmd.programs.rewards import fetch
 

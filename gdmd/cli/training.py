@@ -53,11 +53,11 @@ def train_command(
 
     \b
     Examples:
-      gdmd train shapes_smoke                               twelve iterations, under a minute
-      gdmd train shapes loop.seed=1 method.gamma=0          any field of the recipe by its path
+      gdmd train shapes_smoke                         twelve iterations, a minute
+      gdmd train shapes loop.seed=1 method.gamma=0    any field by its path
       gdmd train my_recipe.yaml --run runs/mine --no-eval
-      gdmd train --resume runs/shapes-seed0                 also with more steps: loop.steps=2000
-      gdmd train shapes --gpus 4 --restarts 3               a killed process costs the steps since a checkpoint
+      gdmd train --resume runs/shapes-seed0           or more steps: loop.steps=2000
+      gdmd train shapes --gpus 4 --restarts 3         continues after a failure
       gdmd train shapes_smoke --json > finished.json
 
     `gdmd recipes` lists the recipes, `gdmd recipes NAME` prints every field of one.
@@ -203,7 +203,7 @@ def demo_command(
     Examples:
       gdmd demo
       gdmd demo --run runs/demo --json > demo.json
-      gdmd demo --set loop.steps=20 --set eval.per_task=10       a quicker, rougher one
+      gdmd demo --set loop.steps=20 --set eval.per_task=10   a quicker, rougher one
     """
     from gdmd.recipes.read import read_recipe
 

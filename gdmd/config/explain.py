@@ -50,7 +50,16 @@ def explain(
     validated, which tells the fields of a chosen kind from those of another.
     """
     details = error.errors(include_url=False)
-    return [unsecret(_line(kind, detail, name, paths or {}, tree)) for detail in details]
+    return [
+        unsecret(_line(kind, detail, name, paths or {}, tree))
+        for detail in details
+        if detail["type"] != "too_short" or not _has_bad_element(detail["loc"], details)
+    ]
+
+
+def _has_bad_element(path: Sequence[Key], details: Sequence[ErrorDetails]) -> bool:
+    """Pydantic counts an element of a list that has an error as missing, too."""
+    return any(len(one["loc"]) > len(path) and one["loc"][: len(path)] == tuple(path) for one in details)
 
 
 def show(value: Any) -> str:
@@ -74,7 +83,11 @@ def _line(kind: Any, detail: ErrorDetails, name: str, paths: Mapping[tuple[str, 
         case "missing":
             value, reason = {}, "is missing; this key is required"
         case "union_tag_not_found":
-            reason = _untagged(place, context["discriminator"].strip("'()"))
+            place_key = f"{'.'.join(map(str, path))}.path"
+            if shell and isinstance(value, str) and place_key in every_path(kind, tree):
+                reason = f"should be a mapping; write '{place_key}={value}'"
+            else:
+                reason = _untagged(place, context["discriminator"].strip("'()"))
         case "union_tag_invalid":
             tag, value = context["discriminator"].strip("'()"), context["tag"]
             path, reason = (*path, tag), f"unknown {tag}{_other_value(value, _names(context['expected_tags']))}"
@@ -86,7 +99,7 @@ def _line(kind: Any, detail: ErrorDetails, name: str, paths: Mapping[tuple[str, 
         case wrong if wrong in _MAPPINGS and (kinds := place.tags("kind")):
             reason = f"should be {{kind: ...}}{_as_kind(value, kinds)}"
         case wrong if wrong in _MAPPINGS:
-            reason = f"should be a mapping{_example(path, value, place.field_names(), shell)}"
+            reason = f"should be a mapping{_example(place, value, shell)}"
         case "too_short" | "too_long":
             reason = re.sub(r"^\w+ (.*?) after validation", r"\1", detail["msg"])
         case other:
@@ -110,6 +123,8 @@ def _override_of(path: tuple[str, ...], paths: Mapping[tuple[str, ...], str], ma
 def _other_key(got: str, place: Place, fields: Sequence[str]) -> str:
     """What may have been meant, else the known keys where they are few."""
     known = place.sibling_names()
+    if got == "weight" and {"kind"} < set(known) and place.path[0] == "rewards":
+        return "; weights belong to the parts of a composite: {kind: composite, parts: [{reward: {kind: ...}, weight: ...}]}"
     if meant := similar_fields(got, known, fields):
         return meant
     if not known:
@@ -134,7 +149,7 @@ def _of(known: Sequence[str]) -> str:
 
 def _as_list(place: Place, value: Any, shell: bool) -> str:
     """How the value is written as a list; rewards are named by people as words: clip, my_rewards:warm."""
-    element = place.element()
+    element = place.under(0)
     kinds = element.tags("kind")
     if kinds:
         words = re.split(r"[,+ ]+", value.strip()) if isinstance(value, str) and value.strip() else []
@@ -168,10 +183,15 @@ def _assigned(path: Sequence[Key], value: str, shell: bool) -> str:
     return f"'{'.'.join(map(str, path))}={value}'" if shell else f"{path[-1] if path else ''}: {value}"
 
 
-def _example(path: Sequence[Key], value: Any, keys: Sequence[str], shell: bool) -> str:
-    meant = keys[0] if len(keys) == 1 else "file" if "file" in keys else ""
-    if shell and meant and isinstance(value, str):
-        return f"; write {_assigned((*path, meant), value, shell)}"
+def _example(place: Place, value: Any, shell: bool) -> str:
+    keys = place.field_names()
+    files = [
+        key for key in ("file", "path", "source") if key in keys
+    ]  # a text in place of a section is nearly always one
+    if shell and files and isinstance(value, str):
+        return f"; write {_assigned((*place.path, files[0]), value, shell)}"
+    if isinstance(value, str) and (meant := _tagged(value, place.under("reward").tags("kind"))):
+        return f"; write {{reward: {meant}}}"
     return f", like {{{keys[0]}: ...}}; known keys are: {', '.join(keys)}" if 0 < len(keys) <= _LONGEST_LIST else ""
 
 

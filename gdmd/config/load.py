@@ -86,7 +86,7 @@ def _apply(cls: type[BaseModel], tree: dict[Key, Any], override: str) -> tuple[s
     left, equals, right = override.partition("=")
     path = tuple(part.strip() for part in left.split("."))
     if not equals or not all(path):
-        raise ValueError("is not KEY=VALUE; write it like method.gamma=0 or rewards.0.weight=2")
+        raise ValueError("is not KEY=VALUE; write it like method.gamma=0 or loop.steps=100")
     parent: Any = tree
     walked: list[Key] = []
     for part in path[:-1]:

@@ -18,7 +18,7 @@ _ALWAYS = (
     *(f"fake_loss/t{k}" for k in range(3)),
 )
 _COLLECTED = ("reward/sample", "reward/unscored", "advantage/size", "advantage/share_zero")
-_SCORED = ("reward/target", "reward/unscored", "latent/scored_std", "weight/mean")
+_TARGETS = ("reward/target", "reward/unscored", "latent/scored_std", "weight/mean")
 _OPTIMALITY = (
     *("reward/sample", "reward/gain"),
     *(f"weight/{name}" for name in ("r_mean", "r_std", "share_below_half", "share_clipped")),
@@ -32,7 +32,8 @@ def check_best_metric(cfg: RunConfig) -> None:
     if not wanted or wanted in known:
         return
     near = difflib.get_close_matches(wanted, known, 1)
-    advice = f"did you mean {near[0]}?" if near else "take a key of metrics.jsonl of a similar run"
+    mean = next((key for key in ("reward/target", "reward/sample") if key in known), "loss/student")
+    advice = f"did you mean {near[0]}?" if near else f"take {mean}, or a key of metrics.jsonl of a similar run"
     if wanted.startswith("reward/") and not cfg.method.rewarded:
         advice = f"method {cfg.method.kind} as set here reads no rewards; take a loss, such as loss/student"
     raise ValueError(f"loop.best_metric = {wanted} is not logged by this recipe: {advice}")
@@ -40,9 +41,8 @@ def check_best_metric(cfg: RunConfig) -> None:
 
 def metric_keys(cfg: RunConfig) -> tuple[str, ...]:
     """Every key that a row of metrics.jsonl can hold; some begin later, with a second stage."""
-    signal = (f"scores/{_name(spec)}/{key}" for spec in _read(cfg) for key in ("unscored", "spread"))
-    own = (key for spec in _read(cfg) for key in _of_reward(spec))
-    return tuple(dict.fromkeys((*_ALWAYS, *_of_method(cfg), *signal, *own)))
+    rewards = [key for spec in _read(cfg) for key in (*_scored(spec), *_of_reward(spec))]
+    return tuple(dict.fromkeys((*_ALWAYS, *_of_method(cfg), *rewards)))
 
 
 def _read(cfg: RunConfig) -> tuple[RewardConfig, ...]:
@@ -71,7 +71,7 @@ def _of_method(cfg: RunConfig) -> tuple[str, ...]:
             softmax = ("weight/effective",) if own.weighting == "softmax" else ()
             pull = ("gap/pull",) if own.continued and own.reward_gradient > 0 else ()
             compared = (*_OPTIMALITY, *samples) if own.compares_sample else ()
-            return (*_SCORED, *compared, *softmax, *pull, *targets)
+            return (*_TARGETS, *compared, *softmax, *pull, *targets)
 
 
 def _of_dmdr(own: DmdrConfig, samples: tuple[str, ...]) -> Iterator[str]:
@@ -83,6 +83,11 @@ def _of_dmdr(own: DmdrConfig, samples: tuple[str, ...]) -> Iterator[str]:
             yield from (*_COLLECTED, *samples)
         if own.strategy == "dpo":
             yield from ("reward/complete", "reward/paired")
+
+
+def _scored(spec: RewardConfig) -> tuple[str, str]:
+    """What tells whether a reward says anything (runs.reward_signal)."""
+    return f"scores/{_name(spec)}/unscored", f"scores/{_name(spec)}/spread"
 
 
 def _of_reward(spec: RewardConfig) -> Iterator[str]:

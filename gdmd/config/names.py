@@ -62,8 +62,9 @@ OPTIONS = {
 
 
 def near(got: str, known: Sequence[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
-    """The nearest of the known names, best first."""
-    return difflib.get_close_matches(got[:100], list(dict.fromkeys(known)), n=most, cutoff=cutoff)
+    """The nearest of the known names, best first; capitals do not matter."""
+    plain = {name.lower(): name for name in known}
+    return [plain[one] for one in difflib.get_close_matches(got[:100].lower(), list(plain), n=most, cutoff=cutoff)]
 
 
 def listed(names: Sequence[str], quoted: bool = True) -> str:

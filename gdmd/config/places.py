@@ -46,9 +46,9 @@ class Place:
         having = [member for member in self.union if key in _fields(member)]
         return Place((), tuple(having)).tags("kind")
 
-    def element(self) -> Place:
-        """The place of a list's elements."""
-        return Place((*self.path, 0), _children(_members(self.annotations), 0))
+    def under(self, key: Key) -> Place:
+        """The place of a key, or of an element of a list."""
+        return Place((*self.path, key), _children(_members(self.annotations), key))
 
 
 def every_path(kind: Any, tree: Any) -> list[str]:

@@ -38,6 +38,7 @@ from gdmd.programs.compare_plan import (
     with_first_stages,
 )
 from gdmd.recipes.read_comparison import Comparison
+from gdmd.runs.seat import module_words
 
 Say = Callable[[str], None]
 POLL, PATIENCE = 0.1, 120.0
@@ -210,7 +211,7 @@ def _pictured(comparison: Comparison, folder: Path) -> bool:
 def _worker(module: str, folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
     """A process in its own session: Ctrl-C reaches us alone, and we pass it on. It ends when we are gone."""
     return subprocess.Popen(
-        [sys.executable, "-m", module, str(folder), str(os.getpid())],
+        [sys.executable, *module_words(module), str(folder), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,

@@ -2,7 +2,8 @@
 
     def function(images: Tensor[B, 3, H, W] in [0, 1], prompts: Sequence[str]) -> Tensor[B] | Sequence[float]
 
-The function runs in this process with all its rights: name only code you trust. NaN means "not scored".
+The function runs in this process with all its rights: name only code you trust. NaN, or None in a list, means "not
+scored".
 """
 
 from __future__ import annotations
@@ -10,19 +11,24 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import inspect
+import math
 import os
 import secrets
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gdmd.config.names import near
 from gdmd.config.rewards import function_label
 from gdmd.diffusion.device import refuse_where, sent
 from gdmd.io import content_hash
@@ -80,12 +86,30 @@ class CallableReward:
 
 
 def called(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments). What it raises becomes one ValueError that shows the user's own line."""
+    """function(*arguments). What it raises, sys.exit included, becomes one ValueError that shows the user's own line."""
     try:
-        return function(*arguments)
-    except Exception as error:
+        with _torch_defaults_kept():
+            return function(*arguments)
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is the call above
-        raise ValueError(f"{what} failed{_own_line(frames)}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{what} failed{_own_line(frames)}: {_named(error)}") from error
+
+
+@contextmanager
+def _torch_defaults_kept() -> Iterator[None]:
+    """Code of the user may turn off gradients or set a default dtype or device; the training must not notice."""
+    grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _own_line(frames: Sequence[traceback.FrameSummary]) -> str:
@@ -100,11 +124,17 @@ def _own_line(frames: Sequence[traceback.FrameSummary]) -> str:
 def _numbers(name: str, answer: Any) -> Tensor:
     """What a function returned, as fp32."""
     try:
+        if isinstance(answer, (list, tuple)):
+            answer = [math.nan if one is None else one for one in answer]
+        elif isinstance(answer, np.ndarray) and answer.dtype.kind not in "USc":
+            answer = answer.astype(np.float32)  # a copy: the given one may be read-only; None becomes NaN
+        if isinstance(answer, Tensor) and answer.is_complex():
+            raise TypeError("complex numbers")
         return torch.as_tensor(answer, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"reward {name} returned {type(answer).__name__} ({str(error)[:100]}); return one number per image, as a tensor "
-            "[B] or a list, NaN for an image without a score"
+            "[B] or a list, NaN or None for an image without a score"
         ) from error
 
 
@@ -117,25 +147,43 @@ def imported(target: str) -> Any:
     if not (module and colon and name):
         raise ValueError(f"reward function {target!r}: write it as module:function, for example my_rewards:brightness")
     try:
-        found = getattr(_from_file(module) if module.endswith(".py") else _from_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"reward function {target!r} cannot be imported ({error}); check the name, and that its folder is on "
-            "PYTHONPATH, or write path/to/file.py:function"
-        ) from error
+        with _torch_defaults_kept():
+            loaded = _from_file(module) if module.endswith(".py") else _from_module(module)
     except SyntaxError as error:
         line = (error.text or "").strip()
         raise ValueError(
             f"reward function {target!r}: {error.filename}:{error.lineno}: `{line}`: {error.msg}"
         ) from error
-    except Exception as error:  # whatever the module does when it is loaded
-        last = traceback.extract_tb(error.__traceback__)[-1:]
-        raise ValueError(
-            f"reward function {target!r}: importing it failed{_own_line(last)}: {type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:  # whatever the module does when it is loaded
+        raise ValueError(f"reward function {target!r}{_not_imported(error)}") from error
+    found = getattr(loaded, name, None)
+    if found is None:
+        where = f"{module} ({getattr(loaded, '__file__', None) or 'built into Python'})"
+        meant = near(name, [one for one, own in vars(loaded).items() if callable(own)])
+        advice = f"did you mean '{meant[0]}'?" if meant else "check the name, or write path/to/file.py:function"
+        raise ValueError(f"reward function {target!r}: {where} has no '{name}'; {advice}")
+    if inspect.isclass(found):
+        raise ValueError(f"reward {target!r} is a class; name a function, or an instance that can be called")
     if not callable(found):
-        raise ValueError(f"reward {target!r} is a {type(found).__name__}, not a function; name a function")
+        raise ValueError(f"reward {target!r} is of type {type(found).__name__}, not a function; name a function")
     return found
+
+
+def _not_imported(error: BaseException) -> str:
+    """Why loading failed: the module is not there, or a line of it."""
+    own = [one for one in traceback.extract_tb(error.__traceback__) if not _is_import_machinery(one.filename)]
+    if own:
+        exits = '; put what runs as a program below `if __name__ == "__main__":`'
+        advice = exits if isinstance(error, SystemExit) else ""
+        return f": importing it failed{_own_line(own)}: {_named(error)}{advice}"
+    return (
+        f" cannot be imported ({error}); check the name, and that its folder is on PYTHONPATH, or write "
+        "path/to/file.py:function"
+    )
+
+
+def _is_import_machinery(file: str) -> bool:
+    return file in (__file__, importlib.__file__) or file.startswith("<frozen importlib")
 
 
 def _from_module(module: str) -> Any:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 from gdmd.config.extras import install
+from gdmd.config.names import near
 from gdmd.diffusion.prompt_length import Reader
 from gdmd.hub import hub_file, hub_reason, offline, unreachable
 from gdmd.io import weights_fingerprint
@@ -89,7 +90,10 @@ def published(kind: str) -> Published:
     for one in PUBLISHED:
         if one.kind == kind:
             return one
-    raise ValueError(f"unknown reward {kind!r}; published ones are {', '.join(one.kind for one in PUBLISHED)}")
+    known = [one.kind for one in PUBLISHED]
+    meant = near(kind, known)
+    advice = f"did you mean '{meant[0]}'?" if meant else f"published ones are {', '.join(known)}"
+    raise ValueError(f"unknown reward {kind!r}; {advice}")
 
 
 def home() -> Path:

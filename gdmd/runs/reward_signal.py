@@ -5,7 +5,9 @@ The rows hold, for each reward and log window,
     scores/NAME/spread     mean |score - the first score|; 0 = all scores are the same
 Rules: a reward that scored no image of WINDOW iterations in a row and IMAGES prompts, or of a whole finished run, scores
 nothing. One whose scores were all the same as long gives no signal. One that left out more than half is a warning.
-A single batch is never enough: rare NaN and discrete scores are legitimate.
+Methods compare the images of one prompt: where no reward told these apart in a whole finished run, distillation alone
+has trained it. A single batch is never enough: rare NaN and discrete scores are legitimate, and so is a reward that says
+nothing at first, such as OCR of a student that cannot write yet.
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ WINDOW = 20
 """Iterations."""
 IMAGES = 256
 """Prompts of these iterations."""
+FEW = 32
+"""Prompts of a finished run of which no reward told two images apart, so that it has failed."""
+ROUNDING = 1e-6
+"""Scores that differ by less than this share of them are the same in fp32."""
 UNSCORED, SPREAD = "unscored", "spread"
 
 
@@ -47,24 +53,32 @@ class Tally:
 
 @dataclass
 class RewardSignal:
-    """The tallies of all rewards. ``finished``: the run is at its last step, and all of it counts as a window."""
+    """The tallies of all rewards. ``finished``: the run is at its last step, and all of it counts as a window.
+
+    scored: iterations with a score; flat: those in a row in which no reward told the images of a prompt apart.
+    """
 
     batch_size: int
     tallies: dict[str, Tally] = field(default_factory=dict)
     step: int = 0
+    scored: int = 0
+    flat: int = 0
 
     @classmethod
     def load(cls, plain: Mapping[str, Any]) -> RewardSignal:
         """From ``dataclasses.asdict``."""
         tallies = {name: Tally(**own) for name, own in plain["tallies"].items()}
-        return cls(plain["batch_size"], tallies, plain["step"])
+        return cls(plain["batch_size"], tallies, plain["step"], plain["scored"], plain["flat"])
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """A row of metrics.jsonl."""
         iterations, self.step = step - self.step, step
         for name in names(values):
             own = self.tallies.setdefault(name, Tally())
-            own.add(iterations, values[key(name, UNSCORED)], values.get(key(name, SPREAD), math.nan))
+            own.add(iterations, values[key(name, UNSCORED)], spread(values, name))
+        if any(not math.isnan(spread(values, name)) for name in names(values)):
+            self.scored += iterations
+            self.flat = self.flat + iterations if _flat(values) else 0
 
     def silent(self, finished: bool) -> list[str]:
         """Rewards that score nothing."""
@@ -73,6 +87,14 @@ class RewardSignal:
     def constant(self, finished: bool) -> list[str]:
         """Rewards whose scores are all the same."""
         return [name for name, own in self.tallies.items() if self._enough(own.constant, own, finished)]
+
+    def no_signal(self, finished: bool) -> bool:
+        """Whether no reward told the images of a prompt apart, for as long as counts."""
+        return self.failed(finished) or (self.flat >= WINDOW and self.flat * self.batch_size >= IMAGES)
+
+    def failed(self, finished: bool) -> bool:
+        """Whether that is so of a whole finished run, and no accident of a few images."""
+        return finished and 1 < self.scored == self.flat and self.flat * self.batch_size >= FEW
 
     def sparse(self, finished: bool) -> dict[str, float]:
         """Rewards that left out more than half of the images: the share."""
@@ -83,6 +105,26 @@ class RewardSignal:
     def _enough(self, iterations: int, own: Tally, finished: bool) -> bool:
         window = iterations >= WINDOW and iterations * self.batch_size >= IMAGES
         return window or (finished and iterations > 1 and iterations == own.iterations)
+
+
+def spread(values: Mapping[str, float], name: str) -> float:
+    """How far the scores of a reward lie apart in a row: 0 where that is rounding, NaN where nothing was scored."""
+    found = values.get(key(name, SPREAD), math.nan)
+    mean = values.get(f"reward/{name}/sample", values.get(f"reward/{name}/target", 0.0))
+    return 0.0 if found <= ROUNDING * abs(mean) else found
+
+
+def _flat(values: Mapping[str, float]) -> bool:
+    """Whether no reward told the images of a prompt apart: all scores alike, all r = 1/2, all advantages 0, or all
+    softmax weights equal (their effective number is a whole one)."""
+    if all(spread(values, name) == 0 or math.isnan(spread(values, name)) for name in names(values)):
+        return True
+    if "weight/r_std" in values and values.get("weight/r_mean") == 0.5:
+        return values["weight/r_std"] == 0
+    effective = values.get("weight/effective", math.nan)
+    if effective > 1.5:
+        return abs(effective - round(effective)) <= ROUNDING * effective
+    return values.get("advantage/share_zero", 0) == 1
 
 
 def names(values: Mapping[str, float]) -> list[str]:
@@ -101,4 +143,7 @@ def findings(rows: list[dict[str, float]], batch_size: int, steps: int) -> list[
     found = [f"Reward {name} scored no image: its samples were trained by distillation alone." for name in silent]
     sparse = {name: share for name, share in signal.sparse(finished).items() if name not in silent}
     found += [f"Reward {name} left {share:.0%} of the images without a score." for name, share in sparse.items()]
-    return found + [f"Reward {name} gave every image the same score: no signal." for name in signal.constant(finished)]
+    found += [f"Reward {name} gave every image the same score: no signal." for name in signal.constant(finished)]
+    if signal.no_signal(finished):
+        found.append("No reward told the images of a prompt apart: they were trained by distillation alone.")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,6 +48,14 @@ def seat(environment: Mapping[str, str] | None = None) -> Seat:
 def attempt() -> int:
     """How often torchrun has started the ranks again after one of them failed (--max-restarts)."""
     return _number(os.environ, "TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def module_words(module: str) -> list[str]:
+    """Words after ``python`` that run a module which looks others up as this process does.
+
+    ``-m`` alone puts the current folder first, where a file of the user such as random.py hides Python's own.
+    """
+    return [*([] if sys.path[0] in ("", os.getcwd()) else ["-P"]), "-m", module]
 
 
 def _number(given: Mapping[str, str], name: str, default: int) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.diffusion.device import sent
-from gdmd.runs.seat import Seat, attempt, seat
+from gdmd.runs.seat import Seat, attempt, module_words, seat
 from gdmd.training.watchdog import RANK_LOST, watching
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ def launch(words: Sequence[str], processes: int, restarts: int = 0) -> int:
     )
     with _quiet_launcher():
         try:
-            elastic_launch(config, sys.executable)("-m", "gdmd", *words)
+            elastic_launch(config, sys.executable)(*module_words("gdmd"), *words)
         except ChildFailedError as error:
             return _told(*_first_failure(error.failures))
         except SignalException as error:

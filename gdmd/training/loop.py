@@ -155,7 +155,9 @@ def _steps(
             trainer.save(step)
         if last:
             break
-    return TrainEnd(step, trainer.saved(step), signal_number or None)
+    newest = trainer.saved(step)
+    trainer.require_signal(step, ended=True)
+    return TrainEnd(step, newest, signal_number or None)
 
 
 class _Trainer:
@@ -217,6 +219,11 @@ class _Trainer:
                     self.means.add(self.states[update.role].apply(update, self._factor(step)))
         except NonFiniteError as error:
             raise self._explained(error, step, prompts) from error
+        except ValueError as error:
+            if type(error) is not ValueError:  # those of the disk and of the ranks say what to do
+                raise
+            where = f"{self.saver.last_words()} Continue with: gdmd train --resume {self.run.path}"
+            raise ValueError(f"step {step + 1}: {error}. {where}") from error
         self._check_skipped(step)
         self.means.add({**self.hooks.stats(), **self.method.stats()})
         self._images += len(prompts) * self.world.size
@@ -242,25 +249,46 @@ class _Trainer:
         """Stop where a reward scores nothing, warn once where it scores little or gives no signal; all ranks alike."""
         finished = step == self.cfg.steps
         self.signal.add(step, values)
-        if silent := self.signal.silent(finished):
+        if self.signal.silent(finished):
             self.save(step)
             self.saver.settle()
-            text = " ".join(self._scores_nothing(name) for name in silent)
-            message = (
-                f"step {step}: {text} {self.saver.stands()} Fix the reward and resume (a changed one needs "
-                "--accept-changes), or train without it."
-            )
-            raise (ValueError if self.world.first else OtherRankError)(message)
+        self.require_signal(step)
         for name, share in self.signal.sparse(finished).items():
             self._warn(
                 f"sparse {name}", f"reward {name} left {share:.0%} of the images without a score{self._reason(name)}"
             )
-        for name in self.signal.constant(finished):
+        constant = self.signal.constant(finished)
+        for name in constant:
             count = self.signal.tallies[name].constant
             self._warn(
                 f"constant {name}",
                 f"reward {name} gave every image of {count} iterations the same score: it gives no signal",
             )
+        if self.signal.no_signal(finished) and len(constant) < len(self.signal.tallies):
+            count = self.signal.flat
+            self._warn(
+                "flat", f"no reward told the images of a prompt apart in {count} iterations: they give no signal"
+            )
+
+    def require_signal(self, step: int, *, ended: bool = False) -> None:
+        """ValueError where a reward scored nothing, and at the ``end`` of the run where none gave a signal at all."""
+        finished = step == self.cfg.steps
+        if silent := self.signal.silent(finished):
+            text = " ".join(self._scores_nothing(name) for name in silent)
+        elif ended and self.signal.failed(finished):
+            text = (
+                f"no reward told two images of a prompt apart in {self.signal.flat} iterations: distillation alone has "
+                "trained this run."
+            )
+        else:
+            return
+        fix = (
+            "Fix the reward and train again, or train without rewards (a dmd recipe)."
+            if finished
+            else "Fix the reward and resume (a changed one needs --accept-changes), or train without it."
+        )
+        message = f"step {step}: {text} {self.saver.stands()} {fix}"
+        raise (ValueError if self.world.first else OtherRankError)(message)
 
     def _scores_nothing(self, name: str) -> str:
         iterations = self.signal.tallies[name].silent

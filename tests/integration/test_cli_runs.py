@@ -255,7 +255,7 @@ def test_the_metrics_of_a_recipe_are_known_before_it_is_trained(gdmd: Gdmd, name
     [
         (("loop.best_metric=reward/targt",), "reward/targt is not logged by this recipe: did you mean reward/target?"),
         (("loop.best_metric=reward/foo",), "reward/foo is not logged by this recipe: did you mean reward/"),
-        (("loop.best_metric=shapeseval",), "take a key of metrics.jsonl"),
+        (("loop.best_metric=shapeseval",), "take reward/target, or a key of metrics.jsonl"),
         (("loop.best_metric=reward/target", "method.gamma=0"), "reads no rewards; take a loss, such as loss/student"),
     ],
 )

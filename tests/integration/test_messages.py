@@ -53,6 +53,22 @@ def lines(gdmd: Gdmd, *arguments: str) -> list[str]:
         ("rewards=[clip]", "rewards.0: got 'clip': should be {kind: ...}; write {kind: clip}"),
         ("rewards.0=hps", "rewards.0: got 'hps': should be {kind: ...}; write {kind: hps}"),
         ("rewards=[{kind: clipp}]", "rewards.0.kind: got 'clipp': unknown kind; did you mean 'clip'?"),
+        ("rewards=CLIP", "rewards: got 'CLIP': should be a list of {kind: ...}; write 'rewards=[{kind: clip}]'"),
+        ("rewards=[{kind: HPSv2}]", "rewards.0.kind: got 'HPSv2': unknown kind; did you mean 'hps_v2'?"),
+        (
+            "rewards=[{kind: clip, weight: 2}]",
+            "rewards.0.weight: got 2: unknown key; weights belong to the parts of a composite: "
+            "{kind: composite, parts: [{reward: {kind: ...}, weight: ...}]}",
+        ),
+        (
+            "rewards=[{kind: composite, parts: [clip]}]",
+            "rewards.0.parts.0: got 'clip': should be a mapping; write {reward: {kind: clip}}",
+        ),
+        (
+            "rewards=[{kind: composite, parts: [{reward: clip}]}]",
+            "rewards.0.parts.0.reward: got 'clip': should be {kind: ...}; write {kind: clip}",
+        ),
+        ("model=/models/sdxl", "model: got '/models/sdxl': should be a mapping; write 'model.path=/models/sdxl'"),
         (
             "rewards=[{kid: clip}]",
             f"rewards.0: the key 'kind' is missing; write {{kind: ..., ...}}; known are: {KINDS}",

@@ -44,6 +44,27 @@ def rare(images, prompts):
     return scores
 def discrete(images, prompts):
     return (1e4 * images.mean((1, 2, 3))).round() % 2
+def exits(images, prompts):
+    raise SystemExit(0)
+def some(images, prompts):
+    return [None, *images[1:].mean((1, 2, 3)).tolist()]
+def array(images, prompts):
+    scores = images.mean((1, 2, 3)).numpy().astype(object)
+    scores.setflags(write=False)
+    return scores
+def imaginary(images, prompts):
+    return images.mean((1, 2, 3)).to(torch.complex64)
+def by_prompt(images, prompts):
+    return [len(prompt) for prompt in prompts]
+def rounding(images, prompts):
+    return 20 + 1e-6 * torch.arange(len(images))
+def later(images, prompts, calls=[]):
+    calls.append(1)
+    return {}[prompts[0]] if len(calls) > 4 else images.mean((1, 2, 3))
+class Score:
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+instance = Score()
 """
 
 
@@ -74,6 +95,8 @@ def train(gdmd: Gdmd, function: str, *words: str, more: str = "") -> Finished:
         ("texts", "returned list"),
         ("in_place", "changed the images in place"),
         ("infinite", "is infinite at samples [0, 1]"),
+        ("exits", "mine.py:35, in exits: `raise SystemExit(0)`: SystemExit: 0"),
+        ("imaginary", "returned Tensor (complex numbers)"),
     ],
 )
 def test_a_reward_that_fails_is_one_error_before_the_run_is_made(gdmd: Gdmd, function: str, said: str) -> None:
@@ -89,12 +112,27 @@ def test_scores_without_the_promised_gradient_are_an_error(gdmd: Gdmd) -> None:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("def f(:\n", "mine.py:1: `def f(:`: "), ("x = 1\ny = x[0]\n", "mine.py:2, in <module>: `y = x[0]`: TypeError")],
+    [
+        ("def f(:\n", "mine.py:1: `def f(:`: "),
+        ("x = 1\ny = x[0]\n", "importing it failed at {here}/mine.py:2, in <module>: `y = x[0]`: TypeError"),
+        (
+            "import no_such_package\n",
+            "mine.py:1, in <module>: `import no_such_package`: ModuleNotFoundError: No module",
+        ),
+        ("import sys\nsys.exit(0)\n", 'SystemExit: 0; put what runs as a program below `if __name__ == "__main__":`'),
+        ("def ff(images, prompts):\n    return images\n", "mine ({here}/mine.py) has no 'f'; did you mean 'ff'?"),
+        ("class f:\n    pass\n", "is a class; name a function, or an instance that can be called"),
+        ("f = 3\n", "is of type int, not a function"),
+    ],
 )
 def test_a_module_that_cannot_be_imported_is_one_error(gdmd: Gdmd, content: str, said: str) -> None:
     Path("mine.py").write_text(content)
     finished = train(gdmd, "f")
-    assert finished.code == 2 and said in finished.err and len(finished.err.splitlines()) == 1
+    assert (
+        finished.code == 2
+        and said.replace("{here}", str(gdmd.folder)) in finished.err
+        and len(finished.err.splitlines()) == 1
+    )
 
 
 def test_a_reward_that_scores_nothing_stops_with_a_checkpoint_and_the_fixed_one_continues(gdmd: Gdmd) -> None:
@@ -107,6 +145,53 @@ def test_a_reward_that_scores_nothing_stops_with_a_checkpoint_and_the_fixed_one_
     assert "Reward mine:unscored scored no image" in Path("run/report.html").read_text()
 
 
+def test_a_run_without_a_score_fails_again_when_it_is_resumed(gdmd: Gdmd) -> None:
+    train(gdmd, "unscored")
+    finished = gdmd("train", "--resume", "run", "--no-eval")
+    assert finished.code == 2 and "error: step 3: reward mine:unscored scored no image" in finished.err
+
+
+@pytest.mark.parametrize("method", ["gdmd", "dmd_grpo", "softmax"])
+@pytest.mark.parametrize("function", ["constant", "by_prompt", "rounding"])
+def test_a_run_that_no_reward_has_steered_fails(gdmd: Gdmd, function: str, method: str) -> None:
+    if method == "softmax":
+        chosen = "score_target: continuation, continuations: 2, weighting: softmax, student_target: mean"
+        words = [f"method={{kind: gdmd, {chosen}, normalise: false, group_size: 1}}"]
+    else:
+        words = [f"method={{kind: {method}}}"]
+    finished = train(gdmd, function, *words, "loop.batch_size=16")
+    assert finished.code == 2, finished
+    said = "error: step 3: no reward told two images of a prompt apart in 3 iterations: distillation alone has trained"
+    assert said in finished.err and "warning: " in finished.err
+    assert len(list(Path("run/checkpoints").glob("step_000003"))) == 1
+    assert gdmd("train", "--resume", "run", "--no-eval").code == 2
+
+
+def test_a_constant_reward_beside_another_is_a_warning(gdmd: Gdmd) -> None:
+    both = "rewards=[{kind: callable, target: 'mine:constant'}, {kind: callable, target: 'mine:numbers'}]"
+    finished = gdmd.train(both, "loop.steps=3", "loop.batch_size=16", "--run", "run")
+    assert finished.code == 0 and finished.err.count("warning: ") == 1
+    assert "warning: reward mine:constant gave every image of 3 iterations the same score" in finished.err
+
+
+def test_a_reward_that_fails_later_names_the_step_and_the_way_on(gdmd: Gdmd) -> None:
+    finished = train(gdmd, "later", "loop.checkpoint_every=1")
+    assert finished.code == 2 and "error: step 2: reward mine:later failed at " in finished.err
+    assert (
+        "The last good checkpoint is run/checkpoints/step_000001. Continue with: gdmd train --resume run"
+        in finished.err
+    )
+
+
+@pytest.mark.parametrize("line", ["torch.set_grad_enabled(False)", "torch.set_default_dtype(torch.float64)"])
+def test_defaults_that_a_reward_sets_do_not_reach_the_training(gdmd: Gdmd, line: str) -> None:
+    Path("mine.py").write_text(
+        f"import torch\n{line}\ndef f(images, prompts):\n    {line}\n    return images.mean((1, 2, 3))\n"
+    )
+    finished = train(gdmd, "f")
+    assert finished.code == 0, finished.err
+
+
 def test_a_constant_reward_is_named_in_the_run_and_its_report(gdmd: Gdmd) -> None:
     finished = train(gdmd, "constant")
     assert finished.err.count("warning: reward mine:constant gave every image of 3 iterations the same score") == 1
@@ -114,7 +199,7 @@ def test_a_constant_reward_is_named_in_the_run_and_its_report(gdmd: Gdmd) -> Non
     assert "Reward mine:constant gave every image the same score" in Path("run/report.html").read_text()
 
 
-@pytest.mark.parametrize("function", ["rare", "discrete", "numbers"])
+@pytest.mark.parametrize("function", ["rare", "discrete", "numbers", "some", "array", "instance"])
 def test_rare_nan_and_discrete_scores_raise_no_alarm(gdmd: Gdmd, function: str) -> None:
     finished = train(gdmd, function)
     assert finished.code == 0 and "warning" not in finished.err, finished.err

@@ -63,6 +63,35 @@ def test_a_reward_whose_scores_are_all_the_same(rows: list[dict[str, float]], fi
     assert signal(rows).constant(finished) == (["a/b"] if constant else [])
 
 
+@pytest.mark.parametrize(
+    ("more", "flat"),
+    [
+        ({}, False),
+        ({"weight/r_mean": 0.5, "weight/r_std": 0.0}, True),
+        ({"weight/r_mean": 0.5, "weight/r_std": 1e-4}, False),
+        ({"weight/r_mean": 1.0, "weight/r_std": 0.0}, False),  # every target is better than its sample
+        ({"advantage/share_zero": 1.0}, True),
+        ({"advantage/share_zero": 0.9}, False),
+        ({"weight/effective": 4.0000004}, True),
+        ({"weight/effective": 3.9996}, False),
+        ({"weight/effective": 1.0}, False),  # one of the targets has all the weight
+    ],
+)
+def test_scores_that_tell_no_images_of_a_prompt_apart(more: dict[str, float], flat: bool) -> None:
+    found = signal([one | more for one in same(0, 0.5, WINDOW)])
+    assert found.no_signal(False) == found.failed(True) == flat and not found.failed(False)
+
+
+def test_a_few_images_of_a_discrete_reward_are_no_failure() -> None:
+    assert not signal(same(0, 0, 3), batch=2).failed(True) and signal(same(0, 0, 16), batch=2).failed(True)
+    assert not signal([*same(0, 0, 99), row(100, 0, 0.5)], batch=2).failed(True)
+
+
+def test_a_spread_within_the_rounding_of_the_scores_is_none() -> None:
+    near = [one | {"reward/a/b/sample": 20.0} for one in same(0, 1e-6, 4)]
+    assert signal(near).constant(True) == ["a/b"] and signal(same(0, 1e-6, 4)).constant(True) == []
+
+
 def test_more_than_half_without_a_score_is_named_with_its_share() -> None:
     assert signal(same(0.75, 0.1, WINDOW)).sparse(False) == {"a/b": 0.75}
     assert signal(same(0.5, 0.1, WINDOW)).sparse(False) == {} == signal(same(0.75, 0.1, 3)).sparse(False)
@@ -79,6 +108,9 @@ def test_a_report_names_them() -> None:
         "Reward a/b scored no image: its samples were trained by distillation alone."
     ]
     assert findings(same(0, 0, 4), 2, 4) == ["Reward a/b gave every image the same score: no signal."]
+    assert findings(same(0, 0, 4), 8, 4)[1:] == [
+        "No reward told the images of a prompt apart: they were trained by distillation alone."
+    ]
     assert findings(same(0.6, 0.1, 4), 2, 4) == ["Reward a/b left 60% of the images without a score."]
     assert findings(same(0.1, 0.1, 4), 2, 4) == [] == findings(same(1, NAN, 4), 2, 100)
 
