@@ -72,7 +72,7 @@ def produce(source: Source, asked: Asked, folder: Path, say: Say, shard: tuple[i
     """Make the images that are missing. shard (k, n): only prompts k, k + n, ...; the images do not depend on it."""
     source.check(asked.texts)
     if isinstance(source, FolderSource):
-        files = {(p.prompt, p.image): source.row(p).images[p.image] for p in asked.places}
+        files = {(p.prompt, p.image): source.file(p) for p in asked.places}
         settle(folder, source.facts, asked.seed, folder)
         return Produced(source.facts, files, None)
     home = folder / "images"

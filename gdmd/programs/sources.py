@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gdmd.config.sources import SourceConfig
-from gdmd.evaluation.image_folders import ImageRow, holds_images, read_image, read_images
+from gdmd.evaluation.image_folders import holds_images, read_image, read_images
 from gdmd.io import RunError, near_name, write_atomic, writing
 from gdmd.programs.folders import TEACHERS
 
@@ -169,26 +169,29 @@ class FolderSource:
         trained = cfg.trained or None
         self.facts = Facts(cfg.name, "images", cfg.where, trained=trained, batch=cfg.batch or 16, identity=identity)
 
-    def row(self, place: Place) -> ImageRow:
-        """The prompt's row. ValueError where it, or the image, is not there."""
+    def file(self, place: Place) -> Path:
+        """The image's file. ValueError where the prompt, or the image, is not there."""
         row = self.rows.get((place.text, place.occurrence))
         if row is None:
-            raise ValueError(f"{self.facts.where} has no images of the prompt {place.text[:60]!r}; draw them")
+            raise ValueError(
+                f"{self.facts.where} has no images of the prompt {place.text[:60]!r}; add them, or give the prompts that "
+                "its images were generated for"
+            )
         if place.image >= (count := len(row.images)):
             fewer = f", or ask for at most {count} with -n" if count else ""
             raise ValueError(
                 f"{self.facts.where} has {count} images of {place.text[:60]!r}, and number {place.image + 1} was asked "
                 f"for; add images{fewer}"
             )
-        return row
+        return row.images[place.image]
 
     def check(self, texts: Sequence[str]) -> None:
         for place in places_of(texts, 1):
-            self.row(place)
+            self.file(place)
 
     def make(self, places: Sequence[Place], seed: int) -> list[Image]:
         """The images as they are; the seed of whoever made them is not known here."""
-        return [read_image(self.row(place).images[place.image]) for place in places]
+        return [read_image(self.file(place)) for place in places]
 
 
 def settle(folder: Path, facts: Facts, seed: int, home: Path) -> None:
