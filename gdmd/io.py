@@ -36,6 +36,7 @@ _ADVICE = {
     errno.EACCES: "Check the folder's permissions, or choose another folder",
     errno.EPERM: "Check the folder's permissions, or choose another folder",
     errno.EROFS: "The file system is read-only: choose another folder",
+    errno.EEXIST: "A part of the path is a file: choose another folder",
     errno.ENOTDIR: "A part of the path is a file: choose another folder",
 }
 

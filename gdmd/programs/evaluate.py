@@ -15,7 +15,7 @@ from gdmd.evaluation.grids import write_comparison, write_grid
 from gdmd.evaluation.report import read_rows, report_run, save_rows
 from gdmd.evaluation.sample import BATCH, Sampler, images_of, student_sampler, teacher_sampler
 from gdmd.evaluation.shapes import evaluate
-from gdmd.io import RunError, content_hash, writing
+from gdmd.io import RunError, content_hash
 from gdmd.programs.contents import base_content, checkpoint_content
 from gdmd.programs.folders import TEACHERS, check_base, config_of, require_shapes
 from gdmd.programs.scorers import SHAPES_KINDS, scorer_identity
@@ -170,9 +170,7 @@ def finish_run(cfg: RunConfig, folder: Path, lab: Lab, step: int) -> tuple[Row, 
 
 def compare(folder: Path, cfg: RunConfig, lab: Lab, samplers: tuple[Sampler, ...]) -> None:
     """grids/comparison.png: the samplers side by side from the same noise."""
-    path = folder / "grids" / "comparison.png"
-    with writing("the comparison grid", path):
-        write_comparison(path, samplers, lab, grid_captions(), cfg.eval.seed)
+    write_comparison(folder / "grids" / "comparison.png", samplers, lab, grid_captions(), cfg.eval.seed)
 
 
 def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:

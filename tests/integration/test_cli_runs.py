@@ -291,6 +291,14 @@ def test_every_reader_of_a_run_names_the_checkpoint_that_it_reads_in_the_place_o
     assert chosen.code == 2 and "student.safetensors is damaged" in chosen.err and not chosen.out
 
 
+def test_a_run_without_its_checkpoints_says_that_it_starts_over(gdmd: Gdmd) -> None:
+    gdmd.train("--run", "run")
+    shutil.rmtree("run/checkpoints")
+    again = gdmd("train", "--resume", "run", "loop.steps=1", "--no-eval")
+    assert again.code == 0
+    assert "run/checkpoints holds no checkpoint: the run starts over, without its 2 logged steps" in again.err
+
+
 def test_the_teacher_and_plain_dmd_are_trained_on_no_reward(gdmd: Gdmd) -> None:
     assert "*" not in gdmd("eval", "teacher-4", "--per-task", "1", "--images", "2").out.split("* trained on")[0]
     assert gdmd.train("method.gamma=0", "--run", "run").code == 0

@@ -86,6 +86,10 @@ def test_a_bad_file_makes_the_previous_checkpoint_the_newest_and_is_named(tmp_pa
     loaded = checkpoint.load_newest(tmp_path)
     assert loaded is not None and loaded.step == 5
     assert len(loaded.messages) == 1 and str(file) in loaded.messages[0] and "step 10" in loaded.messages[0]
+    newest, damaged = checkpoint.newest_intact(tmp_path)
+    assert newest == 5 and len(damaged) == 1 and str(file) in damaged[0]
+    shutil.rmtree(tmp_path / "step_000005")
+    assert checkpoint.newest_intact(tmp_path) == (None, damaged)
 
 
 def test_a_changed_counter_in_state_json_is_noticed(tmp_path: Path) -> None:
