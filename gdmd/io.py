@@ -101,6 +101,17 @@ def follow_umask(*files: Path) -> None:
         file.chmod(mode)
 
 
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file. RunError that names the file and ends with ``advice`` where it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"cannot read {path}: {error}. {advice}") from error
+    return content
+
+
 def read_jsonl(path: Path, *, torn_tail: bool = False) -> list[dict[str, Any]]:
     """The JSON objects of a file, one per line; blank lines are skipped.
 

@@ -188,7 +188,8 @@ def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
     lab, step = open_student(cfg, folder)
     rows = {} if fresh else dict(read_rows(folder))
     student = student_row(cfg, lab)
-    samplers = (*(teacher_row(cfg, lab, what) for what in TEACHERS), student)
+    rows_in_order = (*(teacher_row(cfg, lab, what) for what in TEACHERS), student)
+    samplers = tuple({sampler.name: sampler for sampler in rows_in_order}.values())  # eval.teacher_steps may be 4
     for sampler in samplers:
         own = sampler is student
         key = row_key(cfg, sampler, checkpoint_content(folder, step) if own else "")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gdmd.config.sources import SourceConfig
 from gdmd.evaluation.image_folders import holds_images, read_image, read_images
-from gdmd.io import RunError, near_name, write_atomic, writing
+from gdmd.io import RunError, near_name, read_json, write_atomic, writing
 from gdmd.programs.folders import TEACHERS
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def settle(folder: Path, facts: Facts, seed: int, home: Path) -> None:
     with writing("the images", folder):
         folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        there = read_object(path)
+        there = read_json(path, "Give an empty folder with --out.")
         keys = _differing(there.get("identity"), wanted["identity"])
         keys += ["seed"] if drawn and there.get("seed") != seed else []
         if keys:
@@ -220,14 +220,6 @@ def _differing(there: Any, wanted: Mapping[str, Any]) -> list[str]:
     known = there if isinstance(there, dict) else {}
     both = [(key, known.get(key), wanted.get(key)) for key in dict.fromkeys((*wanted, *known))]
     return [key for key, before, now in both if before != now and not (before in (None, []) and now in (None, []))]
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object that gdmd wrote. RunError for a damaged file."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({error}); give an empty folder with --out") from error
 
 
 def device_name(device: torch.device) -> str:

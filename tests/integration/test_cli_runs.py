@@ -179,6 +179,9 @@ def test_report_measures_the_rows_that_are_missing(gdmd: Gdmd) -> None:
     settings.write_text(settings.read_text().replace("per_task: 1", "per_task: 2"))
     assert gdmd("report", "run").code == 0
     assert {row["images"] for row in json.loads(Path("run/evaluation.json").read_text()).values()} == {24}
+    settings.write_text(settings.read_text().replace("teacher_steps: 1", "teacher_steps: 4"))
+    assert gdmd("report", "run").code == 0  # two rows of the teacher are now one
+    assert [row["nfe"] for row in json.loads(Path("run/evaluation.json").read_text()).values()] == [8, 4, 4]
 
 
 def test_the_demo_trains_both_students_measures_five_rows_and_prints_them_again_with_the_trained_scores_marked(

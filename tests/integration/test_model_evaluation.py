@@ -480,7 +480,7 @@ def test_pipelines_are_compared_with_their_speed_and_geneval_beside_them(gdmd: G
             '{"scorer": "x", "prompt": 0, "image": 0, "score": "high"}\n',
             "scores.jsonl, line 1 is damaged",
         ),
-        ("settings.json", "[1, 2]", "settings.json cannot be read"),
+        ("settings.json", "[1, 2]", "settings.json: expected a JSON object, got list. Give an empty folder with --out"),
         ("settings.json", '{"identity": 3, "seed": 777}', "images of another source"),
     ],
 )
