@@ -206,8 +206,9 @@ def settle(folder: Path, facts: Facts, seed: int, home: Path) -> None:
         keys = _differing(there.get("identity"), wanted["identity"])
         keys += ["seed"] if drawn and there.get("seed") != seed else []
         if keys:
+            verb = "differs" if len(keys) == 1 else "differ"
             raise RunError(
-                f"{folder} holds images of another source ({', '.join(keys)} differ); give an empty folder with --out"
+                f"{folder} holds images of another source ({', '.join(keys)} {verb}); give an empty folder with --out"
             )
         return
     if drawn and next(home.glob("*/samples/*.png"), None):

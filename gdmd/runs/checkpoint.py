@@ -366,6 +366,8 @@ def _read_state(path: Path) -> dict[str, Any]:
     whole = all(isinstance(body.get(key), kind) for key, kind in zip(("step", "files", "state"), kinds, strict=True))
     if not whole or not all(_FILE.fullmatch(name) for name in files):
         raise DamagedCheckpoint(f"{file} lacks step, files or state, or names a file outside its folder")
+    if _NAME.fullmatch(path.name) and int(path.name[5:]) != body["step"]:
+        raise DamagedCheckpoint(f"{path} holds step {body['step']}, so it was renamed: call it step_{body['step']:06d}")
     return dict(body)
 
 

@@ -212,12 +212,22 @@ def test_an_image_that_a_failure_left_without_a_score_is_tried_again(
     gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, _ = world(gdmd)
-    for fails, tried in ((False, []), (True, ["a: test_model_evaluation:green scored 2 images"])):
+    for fails, tried in ((False, []), (True, ["a: test_model_evaluation:green scored 0 of 2 images"])):
         monkeypatch.setattr("gdmd.programs.preference.may_fail", lambda spec, fails=fails: fails)
         mean_of(a, scorers=SCORERS[1:])
         said: list[str] = []
         preference(read_source(str(a)), settings(scorers=SCORERS[1:]), Path("eval"), said.append)
         assert said == tried
+
+
+def test_a_scorer_that_scores_nothing_is_named(gdmd: Gdmd) -> None:
+    painted(gdmd.folder / "a", ["a cat?", "a dog?"], [[(0, 0, 0)], [(0, 0, 0)]])
+    Path("prompts.txt").write_text("a cat?\na dog?\n")
+    words = ("eval", "preference", "a", "-o", "eval", "--prompts", "prompts.txt", "-n", "1", "--scorer", SCORERS[1])
+    done = gdmd(*words)
+    assert f"{SCORERS[1]} scored 0 of 2 images" in done.err and "(2 not scored)" in done.out
+    for again in (done, gdmd(*words)):
+        assert f"warning: {SCORERS[1]} left every image of a without a score, so it has no mean" in again.err
 
 
 def test_lines_without_a_key_are_not_used(gdmd: Gdmd) -> None:

@@ -100,6 +100,15 @@ def test_a_changed_counter_in_state_json_is_noticed(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "step_000005")
 
 
+def test_a_renamed_checkpoint_is_not_another_step(tmp_path: Path) -> None:
+    save_steps(tmp_path, 5, 10)
+    (tmp_path / "step_000010").rename(tmp_path / "step_000012")
+    loaded = checkpoint.load_newest(tmp_path)
+    assert loaded is not None and loaded.step == 5
+    with pytest.raises(RunError, match="step_000012 holds step 10, so it was renamed: call it step_000010"):
+        checkpoint.load_chosen(tmp_path, "12")
+
+
 def test_when_all_are_damaged_the_error_names_each_file_and_says_what_to_do(tmp_path: Path) -> None:
     save_steps(tmp_path, 5, 10)
     for step in ("step_000005", "step_000010"):
