@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gdmd.evaluation.distances import cluster_spread, mmd
-from gdmd.evaluation.image_folders import SUFFIXES, read_image
+from gdmd.evaluation.image_folders import images_in, read_image
 from gdmd.evaluation.shapes import bootstrap_interval
 from gdmd.programs.geneval import images_key
 from gdmd.programs.preference import Asked, Produced
@@ -84,7 +84,7 @@ def features_of(make: Features, files: Sequence[Path]) -> Tensor:
 
 def reference_files(folder: Path) -> list[Path]:
     """Every image below a folder, in any layout. ValueError below two images."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    files = images_in(folder.rglob("*")) if folder.is_dir() else []
     if len(files) < 2:
         raise ValueError(f"--reference {folder}: a distance needs a folder with two images or more, got {len(files)}")
     return files
