@@ -37,6 +37,7 @@ _ADVICE = {
     errno.EACCES: "Check the folder's permissions, or choose another folder",
     errno.EPERM: "Check the folder's permissions, or choose another folder",
     errno.EROFS: "The file system is read-only: choose another folder",
+    errno.EEXIST: "A part of the path is a file: choose another folder",
     errno.ENOTDIR: "A part of the path is a file: choose another folder",
 }
 
@@ -99,6 +100,17 @@ def follow_umask(*files: Path) -> None:
         probe.unlink(missing_ok=True)
     for file in files:
         file.chmod(mode)
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file. RunError that names the file and ends with ``advice`` where it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"cannot read {path}: {error}. {advice}") from error
+    return content
 
 
 def read_jsonl(path: Path, *, torn_tail: bool = False) -> list[dict[str, Any]]:

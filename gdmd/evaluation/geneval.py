@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from gdmd.evaluation.image_folders import images_in
 from gdmd.io import numbered_jsonl
 from gdmd.rewards.geneval_rules import COLORS, TASKS, ColorOf, Found, Task, judge, partial_credit, read_task
 
@@ -78,7 +79,10 @@ def image_files(folder: Path) -> Iterator[tuple[int, Task, int, Path]]:
                 f"{one / 'metadata.jsonl'}: {len(found)} lines; one prompt folder has one line of metadata"
             )
         samples = one / "samples"
-        names = sorted(p for p in samples.iterdir() if re.fullmatch(r"\d+\.png", p.name)) if samples.is_dir() else []
+        images = images_in(samples.iterdir()) if samples.is_dir() else []
+        names = [path for path in images if re.fullmatch(r"\d+\.png", path.name)]
+        if other := [path for path in images if path.stem.isdecimal() and path not in names]:
+            raise ValueError(f"{other[0]}: GenEval's layout has PNG files 0000.png, 0001.png, ...; convert the image")
         if not names:
             raise ValueError(f"{samples} holds no images 0000.png, ...; generate them first")
         for path in names:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gdmd.evaluation.sample import Lab, Sampler, images_of
+from gdmd.io import write_atomic, writing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,10 +25,22 @@ LINE = 48
 """Characters of a line of a caption: prompts of real models are paragraphs, and would be wider than their images."""
 
 
-def write_grid(path: Path, cells: Cells, captions: Sequence[str], headers: Sequence[str] = (), scale: int = 3) -> Path:
-    """Save ``draw_grid`` to ``path`` (PNG), whose folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png_bytes(draw_grid(cells, captions, headers, scale)))
+def write_grid(
+    path: Path,
+    cells: Cells,
+    captions: Sequence[str],
+    headers: Sequence[str] = (),
+    scale: int = 3,
+    option: str = "--run",
+) -> Path:
+    """Save ``draw_grid`` to ``path`` (PNG), whole or not at all; its folder is made.
+
+    RunError where that cannot be written; ``option`` names another place.
+    """
+    content = png_bytes(draw_grid(cells, captions, headers, scale))
+    with writing("the images", path, option=option):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content, "the images", option)
     return path
 
 

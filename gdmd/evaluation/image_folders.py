@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdmd.data.image_files import ENDINGS, is_image, open_image
+from gdmd.data.image_files import is_image, open_image
 from gdmd.io import RunError, read_jsonl, write_atomic, writing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = {f".{ending}" for ending in ENDINGS}
 Key = tuple[str, int]
 """A prompt's text and which occurrence of that text it is: the same for every model."""
 
@@ -45,7 +44,9 @@ def read_images(folder: Path) -> dict[Key, ImageRow]:
     if (folder / "prompts.jsonl").is_file():
         rows = _flat(folder)
     else:
-        rows = [_official(place) for place in sorted(folder.iterdir()) if re.fullmatch(r"\d+", place.name)]
+        rows = [
+            _official(place) for place in sorted(folder.iterdir(), key=_in_order) if re.fullmatch(r"\d+", place.name)
+        ]
     if not rows:
         raise RunError(
             f"{folder} holds neither prompts.jsonl nor folders 00000, 00001, ... with metadata.jsonl and samples/; "
@@ -100,12 +101,12 @@ def read_image(path: Path) -> Image:
 def _official(place: Path) -> ImageRow:
     meta = place / "metadata.jsonl"
     (line,) = _json_lines(meta, only=1)
-    return ImageRow(*_prompt(line, meta, 1), tuple(_images((place / "samples").glob("*"))))
+    return ImageRow(*_prompt(line, meta, 1), tuple(images_in((place / "samples").glob("*"))))
 
 
 def _flat(folder: Path) -> list[ImageRow]:
     path = folder / "prompts.jsonl"
-    files = _images(folder.glob("*"))
+    files = images_in(folder.glob("*"))
     rows = []
     for number, line in enumerate(_json_lines(path)):
         given = line.get("files", [line["file"]] if "file" in line else None)
@@ -139,8 +140,15 @@ def _prompt(line: Mapping[str, Any], path: Path, number: int) -> tuple[str, str]
     return text, task
 
 
-def _images(files: Iterable[Path]) -> list[Path]:
-    return sorted(file for file in files if is_image(file))
+def images_in(files: Iterable[Path]) -> list[Path]:
+    """Those of the files that are images, 2.png before 10.png; hidden ones (._0000.png of a Mac) are left out."""
+    return sorted((file for file in files if is_image(file)), key=_in_order)
+
+
+def _in_order(path: Path) -> tuple[str, list[tuple[int, str]]]:
+    """A sort key: the numbers in a name count as numbers."""
+    parts = re.split(r"(\d+)", path.name)
+    return str(path.parent), [(int(part) if k % 2 else 0, part) for k, part in enumerate(parts)]
 
 
 def _json_lines(path: Path, only: int | None = None) -> list[dict[str, Any]]:

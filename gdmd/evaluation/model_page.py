@@ -130,12 +130,12 @@ def _line(title: str, cells: Sequence[Mapping[str, Any] | None], key: str) -> Li
 
 
 def _cell(cell: Mapping[str, Any] | None, key: str) -> str:
-    if cell is None or cell[key] is None:
+    if cell is None:
         return "-"
     ends = f" [{cell['low']:.4f}, {cell['high']:.4f}]" if cell.get("low") is not None else ""
     mark = {True: " †", False: "", None: " ?"}[cell.get("trained", False)]
     missing = f" ({cell['unscored']} not scored)" if cell.get("unscored") else ""
-    return f"{cell[key]:.4f}{ends}{mark}{missing}"
+    return f"{'-' if cell[key] is None else format(cell[key], '.4f')}{ends}{mark}{missing}"
 
 
 def _difference(found: Mapping[str, Any] | None) -> str:

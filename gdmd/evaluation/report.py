@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,17 +18,19 @@ import yaml
 from gdmd.config import describe
 from gdmd.config.load import load_config
 from gdmd.config.run import RunConfig
+from gdmd.data.image_files import open_image
 from gdmd.evaluation.health import health_panels, training_curves
 from gdmd.evaluation.plots import Metrics, bars, radar
 from gdmd.evaluation.run_results import Result, run_results
 from gdmd.io import RunError, write_atomic
 from gdmd.runs import reward_signal
 from gdmd.runs.best import named_best
-from gdmd.runs.checkpoint import steps
+from gdmd.runs.checkpoint import newest_intact, steps
 from gdmd.runs.inputs import change_lines, input_lines
 from gdmd.runs.rundir import Run, open_run, read_facts, read_metrics
 from gdmd.shapes.grammar import TASKS
 
+_log = logging.getLogger(__name__)
 EVALUATION = "evaluation.json"
 """In a run folder: {row name: Evaluation.json()}, written with ``save_rows``."""
 COMPARISON = "comparison*.png"
@@ -122,7 +125,10 @@ def report_run(folder: Path) -> Path:
     run = open_run(folder)
     cfg = load_config(RunConfig, folder / "config.yaml")
     shapes = cfg.model.kind == "shapes"
-    metrics, there = read_metrics(folder), steps(run.checkpoints)
+    metrics = read_metrics(folder)
+    newest, damaged = newest_intact(run.checkpoints)
+    for message in () if shapes else damaged:  # a Shapes run is measured first, which says so
+        _log.warning("%s; %s", message, f"step {newest} is the newest that can be used" if newest else "none is left")
     return write_report(
         folder,
         f"gdmd run: {cfg.name}",
@@ -132,8 +138,8 @@ def report_run(folder: Path) -> Path:
         trained=describe.trained_rewards(cfg),
         provenance=_provenance(run),
         about=cfg.about,
-        facts=describe.facts(cfg) | _progress(run, metrics, there),
-        results=run_results(folder, there[-1] if there else None),
+        facts=describe.facts(cfg) | _progress(run, metrics, damaged),
+        results=run_results(folder, newest),
         shapes=shapes,
         findings=reward_signal.findings(metrics, cfg.loop.batch_size, cfg.loop.steps),
     )
@@ -154,8 +160,9 @@ def _provenance(run: Run) -> Provenance:
     )
 
 
-def _progress(run: Run, metrics: Metrics, there: Sequence[int]) -> dict[str, str]:
-    """How far the run has come."""
+def _progress(run: Run, metrics: Metrics, damaged: Sequence[str]) -> dict[str, str]:
+    """How far the run has come. damaged: what is wrong with the newest checkpoints."""
+    there = steps(run.checkpoints)
     last = metrics[-1] if metrics else {}
     updates = last.get("updates/student", math.nan)
     counted = f", {updates:,.0f} student updates" if math.isfinite(updates) else ""
@@ -163,7 +170,9 @@ def _progress(run: Run, metrics: Metrics, there: Sequence[int]) -> dict[str, str
     chosen = f"; best: step {best.step} ({best.metric} = {best.value:.4g})" if best else ""
     return {
         "logged to": f"step {last['step']:,}{counted}" if last else "nothing yet",
-        "checkpoints": (f"step {', '.join(map(str, there))}" if there else "none yet") + chosen,
+        "checkpoints": (f"step {', '.join(map(str, there))}" if there else "none yet")
+        + chosen
+        + "".join(f"; {message}" for message in damaged),
     }
 
 
@@ -184,7 +193,7 @@ def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
         if not all(isinstance(row["shapeseval"], dict) for row in rows.values()):
             raise ValueError("a row without ShapesEval")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"cannot read {path}: {error}. Make it again with gdmd eval.") from error
+        raise RunError(f"cannot read {path}: {error}. Delete it: its rows are measured again.") from error
     return dict(rows)
 
 
@@ -247,7 +256,17 @@ def _stored_grids(folder: Path, comparisons: str | None) -> dict[str, bytes]:
     shown = {f"The same noise through each sampler ({path.stem})": path for path in compared}
     for step in sorted({min(numbered), max(numbered)}) if numbered else []:
         shown[f"Student (EMA) after {step:,} iterations"] = numbered[step]
-    return {name: path.read_bytes() for name, path in shown.items()}
+    return {name: _whole(path) for name, path in shown.items()}
+
+
+def _whole(path: Path) -> bytes:
+    """The content of an image file. RunError for one that was cut off."""
+    content = path.read_bytes()
+    try:
+        open_image(content)
+    except ValueError as error:
+        raise RunError(f"{path} {error}; delete it, and the report does without it") from error
+    return content
 
 
 def _embedded(png: bytes) -> str:

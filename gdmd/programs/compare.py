@@ -22,7 +22,7 @@ from types import FrameType
 from typing import IO, Any
 
 from gdmd.config.load import dump_config
-from gdmd.io import RunError, append_jsonl, typed, write_atomic, writing
+from gdmd.io import RunError, append_jsonl, read_json, typed, write_atomic, writing
 from gdmd.programs.compare_plan import (
     GRIDS,
     Cell,
@@ -106,7 +106,7 @@ class Table:
         """Append the line of a finished cell, unless it is there; that of an earlier result is replaced."""
         file = cell.folder(self.path.parent) / "result.json"
         command = f"gdmd compare {typed(self.source)} --only {cell.place}"
-        line = line_of(cell, json.loads(file.read_text(encoding="utf-8")), command)
+        line = line_of(cell, read_json(file, "Delete it, and the cell is measured again."), command)
         known = self._rows.get(cell.key)
         self._rows[cell.key] = line
         if known is None:

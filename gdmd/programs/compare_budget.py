@@ -11,7 +11,7 @@ from gdmd.backbones.shapes import ShapesRoles
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.passes import Counted, Pace, measure_pace
-from gdmd.io import write_atomic
+from gdmd.io import read_json, write_atomic
 from gdmd.recipes.build import Lab, build
 from gdmd.runs.rundir import config_hash
 
@@ -57,7 +57,7 @@ def pace_of(recipe: Mapping[str, Any], updates: int, probes: Path, count: int = 
     tree |= {"name": "probe", "loop": {**tree["loop"], "seed": 0}}
     path = probes / f"{config_hash({**tree, 'updates': updates, 'count': count})[:16]}.json"
     if path.exists():
-        return Pace(**json.loads(path.read_text(encoding="utf-8")))
+        return Pace(**read_json(path, "Delete it, and the recipe is probed again."))
     pace = probe(RunConfig.model_validate(tree), updates, count)
     probes.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps({"passes": pace.passes, "updates": pace.updates}), "the probe", option="--out")

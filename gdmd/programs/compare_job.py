@@ -25,7 +25,7 @@ import torch
 from gdmd.config.run import EvalConfig, RunConfig
 from gdmd.evaluation.sample import Sampler, teacher_sampler
 from gdmd.evaluation.shapes import evaluate
-from gdmd.io import finite_or_none, write_atomic
+from gdmd.io import finite_or_none, read_json, write_atomic
 from gdmd.programs.compare_budget import counted, iterations
 from gdmd.programs.compare_diagnosis import all_scorers, diagnose
 from gdmd.programs.evaluate import load_ema, student_row
@@ -49,8 +49,8 @@ def main(folder: Path, parent: int | None = None) -> int:
     with _alone(folder):
         if (folder / "result.json").exists():
             return 0
-        job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         try:
+            job = read_json(folder / "job.json", "Start gdmd compare again, which writes it.")
             result = _teacher(job) if "teacher" in job else _student(job, folder)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from gdmd.config.run import RewardConfig
 from gdmd.config.sources import SourceConfig
-from gdmd.evaluation.image_folders import image_file, read_images
+from gdmd.evaluation.image_folders import image_file, read_image
 from gdmd.evaluation.model_page import Gallery, write_page
 from gdmd.evaluation.preference import Scores, paired_difference
 from gdmd.io import finite_or_none, write_atomic
 from gdmd.programs.folders import TEACHERS, config_of
 from gdmd.programs.model_measures import (
     feature_measures,
+    features_of,
     geneval_scores,
-    reference_features,
+    reference_files,
     render_features,
     rows_of,
     shapes_measures,
@@ -39,11 +40,13 @@ from gdmd.programs.preference import (
     summary,
     write_summary,
 )
-from gdmd.programs.scorers import Features, feature_maker, load_scorers, read_scorers, shapes_scorers
-from gdmd.programs.sources import kind_of, open_source
+from gdmd.programs.scorers import Features, feature_maker, judges_shapes, load_scorers, read_scorers, shapes_scorers
+from gdmd.programs.sources import FolderSource, kind_of, open_source
+from gdmd.rewards.shapes_nets import IMAGE_SIZE
 from gdmd.shapes.grammar import catalogue, fixed_rows
 
 RESULT, PAGE = "compare.json", "compare.html"
+SHAPESEVAL = "ShapesEval"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Wanted:
 
 def preference(cfg: SourceConfig, wanted: Wanted, folder: Path, say: Say) -> dict[str, Any]:
     """One source: images, scores, summary in ``folder``."""
-    (row,) = _measured([cfg], wanted, [folder], say)
+    _, (row,) = _measured([cfg], wanted, [folder], say)
     write_summary(folder, row)
     return row
 
@@ -79,13 +82,12 @@ def preference(cfg: SourceConfig, wanted: Wanted, folder: Path, say: Say) -> dic
 def compare(sources: Sequence[SourceConfig], wanted: Wanted, folder: Path, say: Say) -> dict[str, Any]:
     """Several: each in DIR/NAME, then DIR/compare.json and the page DIR/compare.html."""
     folders = [folder / source.slug for source in sources]
-    rows = _measured(sources, wanted, folders, say)
+    asked, rows = _measured(sources, wanted, folders, say)
     for own, row in zip(folders, rows, strict=True):
         write_summary(own, row)
     shown = {row["source"]["name"]: row for row in rows}
     content = {"rows": shown, "against": next(iter(shown))}
     write_atomic(folder / RESULT, json.dumps(content, indent=2) + "\n", "the comparison")
-    asked = _asked(wanted)
     count = len(asked.texts)
     numbers = [k * count // min(wanted.gallery, count) for k in range(min(wanted.gallery, count))]  # spread over all
     galleries = [_gallery(own, cfg, asked, numbers) for own, cfg in zip(folders, sources, strict=True)]
@@ -103,20 +105,24 @@ def make_only(cfg: SourceConfig, wanted: Wanted, folder: Path, say: Say) -> int:
 
 def _measured(
     sources: Sequence[SourceConfig], wanted: Wanted, folders: Sequence[Path], say: Say
-) -> list[dict[str, Any]]:
-    """Everything that can be wrong is found before the first image is made."""
+) -> tuple[Asked, list[dict[str, Any]]]:
+    """The prompts and a summary per source. Everything that can be wrong is found before the first image is made."""
     shapes = any(_shapes(source) for source in sources)
     if wanted.prompts is None and not shapes:
         raise ValueError("--prompts is missing: only sources of the Shapes world have a prompt set of their own")
+    name = wanted.features or ("shapes" if shapes else None)
+    if wanted.reference is not None and name is None:
+        raise ValueError("--reference changes nothing without --features: name the features to compare, such as clip")
     specs = _specs(wanted, sources, shapes)
     asked = _asked(wanted)
     if asked.note:
         say(asked.note)
     if shapes:
         rows_of(asked)
+    real = reference_files(wanted.reference) if wanted.reference is not None else ()
+    _check_sources(sources, asked, real, _shapes_readers(specs, name, shapes))
     device = wanted.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rewards = load_scorers(specs, device)
-    name = wanted.features or ("shapes" if shapes else None)
     make = feature_maker(name, device) if name else None
     made = [
         produce(open_source(_placed(source, wanted)), asked, own, say)
@@ -125,7 +131,7 @@ def _measured(
     scores = [score(one, asked, own, specs, rewards, say) for one, own in zip(made, folders, strict=True)]
     extra = _by_task(made, folders, asked, shapes, say)
     if make and name:
-        reference = _reference(make, asked, wanted, shapes)
+        reference = _reference(make, asked, real, shapes)
         extra = [
             row | feature_measures(one, asked, make, name, reference) for one, row in zip(made, extra, strict=True)
         ]
@@ -134,7 +140,32 @@ def _measured(
         row = summary(one, asked, own) | more
         row["against_first"] = _against(own, scores[0]) if one is not made[0] else {}
         rows.append(finite_or_none(row))
-    return rows
+    return asked, rows
+
+
+def _shapes_readers(specs: Sequence[RewardConfig], features: str | None, shapes: bool) -> list[str]:
+    """What judges images of the Shapes world only. shapes: ShapesEval is measured."""
+    scorers = [f"scorer {spec.label}" for spec in specs if judges_shapes(spec)]
+    return [*([SHAPESEVAL] if shapes else []), *scorers, *(["features shapes"] if features == "shapes" else [])]
+
+
+def _check_sources(sources: Sequence[SourceConfig], asked: Asked, real: Sequence[Path], readers: Sequence[str]) -> None:
+    """ValueError for a folder without the images that are asked for, and for images that ``readers`` cannot judge.
+
+    real: images to compare with.
+    """
+    advice = "evaluate the two worlds in separate calls" if SHAPESEVAL in readers else "name others"
+    limits = f"{', '.join(readers)}: for {IMAGE_SIZE} x {IMAGE_SIZE} images of the Shapes world only; {advice}"
+    files = list(real)
+    for source in sources:
+        if kind_of(source) == "images":
+            folder = FolderSource(source)
+            files += [folder.file(place) for place in asked.places]
+        elif readers and not _shapes(source):
+            raise ValueError(f"{source.where} draws images of a real model. {limits}")
+    for file in files if readers else ():
+        if (size := read_image(file).size) != (IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(f"{file} is {size[0]} x {size[1]}. {limits}")
 
 
 def _by_task(
@@ -150,10 +181,10 @@ def _by_task(
     return [{"geneval": geneval_scores(home, say)} for home in homes]
 
 
-def _reference(make: Features, asked: Asked, wanted: Wanted, shapes: bool) -> Tensor | None:
-    """The features to compare with: of the given folder, or of true renders of the same captions."""
-    if wanted.reference is not None:
-        return reference_features(make, wanted.reference)
+def _reference(make: Features, asked: Asked, real: Sequence[Path], shapes: bool) -> Tensor | None:
+    """The features to compare with: of the given images, or of true renders of the same captions."""
+    if real:
+        return features_of(make, real)
     return render_features(make, asked) if shapes else None
 
 
@@ -196,5 +227,5 @@ def _gallery(folder: Path, cfg: SourceConfig, asked: Asked, numbers: Sequence[in
     """The file of the first image of these prompts."""
     if kind_of(cfg) != "images":
         return Gallery(cfg.name, [image_file(folder / "images", number, 0) for number in numbers])
-    rows, places = read_images(Path(cfg.where)), asked.places[:: asked.images]
-    return Gallery(cfg.name, [rows[places[k].text, places[k].occurrence].images[0] for k in numbers])
+    source, places = FolderSource(cfg), asked.places[:: asked.images]
+    return Gallery(cfg.name, [source.file(places[k]) for k in numbers])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from gdmd.config.comparison import CompareSpec
 from gdmd.evaluation.comparison_figures import draw_all
 from gdmd.evaluation.comparison_page import About, write_page
 from gdmd.evaluation.comparison_tables import OVERALL, Results, Row, against_headline
-from gdmd.io import RunError, typed
+from gdmd.io import RunError, read_json, typed
 from gdmd.programs.compare import Outcome
 from gdmd.programs.compare_plan import GRIDS, key_of, pictured, plan, read_table
 from gdmd.recipes.read_comparison import Comparison
@@ -124,5 +123,7 @@ def _features(folder: Path) -> Sequence[Mapping[str, Any]]:
     path = folder / PICTURES
     if not path.exists():
         return []
-    panels: list[Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["panels"]
+    panels: Sequence[Mapping[str, Any]] = read_json(path, "Delete it, and the images are drawn again.").get(
+        "panels", []
+    )
     return panels

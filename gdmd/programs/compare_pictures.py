@@ -20,7 +20,7 @@ from gdmd.evaluation.distances import cluster_spread
 from gdmd.evaluation.grids import write_grid
 from gdmd.evaluation.sample import Lab, Sampler, images_of
 from gdmd.evaluation.shapes import HELDOUT
-from gdmd.io import write_atomic, writing
+from gdmd.io import write_atomic
 from gdmd.programs.compare_job import cell_sampler
 from gdmd.programs.compare_plan import GRIDS, Cell, pictures_key, shown_cells
 from gdmd.recipes.read_comparison import Comparison, read_comparison
@@ -119,8 +119,7 @@ def _grid(path: Path, shown: Sequence[Shown], captions: Sequence[str], seed: int
     sides = [
         images_of(each.sampler, each.lab, texts, seed).unflatten(0, (len(captions), PER_CAPTION)) for each in shown
     ]
-    with writing("the grid", path):
-        write_grid(path, torch.cat(sides, 1), captions, [each.title for each in shown], scale=2)
+    write_grid(path, torch.cat(sides, 1), captions, [each.title for each in shown], scale=2, option="--out")
 
 
 def _captions(tasks: Sequence[str], count: int) -> list[str]:

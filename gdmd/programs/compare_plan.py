@@ -18,7 +18,7 @@ from typing import Any
 
 from gdmd.config.comparison import Budget, RowSpec, TeacherRow
 from gdmd.config.run import RunConfig, ShapesModel, ShapesReward
-from gdmd.io import RunError, content_hash, file_hash, numbered_jsonl
+from gdmd.io import RunError, content_hash, file_hash, numbered_jsonl, read_json
 from gdmd.recipes.read_comparison import Comparison
 from gdmd.runs.assets import asset_path
 from gdmd.runs.rundir import MISSING, Change, config_hash, differing
@@ -116,7 +116,8 @@ def outdated(cells: Iterable[Cell], folder: Path) -> list[str]:
     found = []
     for cell in cells:
         path = cell.folder(folder) / "job.json"
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        advice = f"Delete {path.parent}, and the cell is made again."
+        stored = read_json(path, advice) if path.exists() else {}
         changes = [change for change in differing(stored, cell.job) if _matters(change)]
         found += [f"{path.parent} ({cell.place}): {', '.join(map(str, changes))}"] if changes else []
     return found

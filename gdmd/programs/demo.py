@@ -20,7 +20,7 @@ from gdmd.config.run import RunConfig
 from gdmd.evaluation.grids import write_comparison
 from gdmd.evaluation.report import Provenance, read_rows, save_rows, write_report
 from gdmd.evaluation.sample import Sampler
-from gdmd.io import typed, writing
+from gdmd.io import typed
 from gdmd.programs.contents import checkpoint_content
 from gdmd.programs.evaluate import Row, grid_captions, load_ema, measure, row_key, student_row, teacher_row
 from gdmd.programs.folders import TEACHERS
@@ -146,8 +146,7 @@ def _report(
 ) -> Path:
     """report.html of the whole demo, with all samplers side by side from the same noise."""
     grid = folder / "comparison.png"
-    with writing("the comparison grid", grid):
-        write_comparison(grid, samplers, lab, grid_captions(), cfg.eval.seed)
+    write_comparison(grid, samplers, lab, grid_captions(), cfg.eval.seed)
     facts = read_facts(runs["gdmd"].path)
     return write_report(
         folder,

@@ -15,7 +15,7 @@ from gdmd.evaluation.grids import write_comparison, write_grid
 from gdmd.evaluation.report import read_rows, report_run, save_rows
 from gdmd.evaluation.sample import BATCH, Sampler, images_of, student_sampler, teacher_sampler
 from gdmd.evaluation.shapes import evaluate
-from gdmd.io import RunError, content_hash, typed, writing
+from gdmd.io import RunError, content_hash, typed
 from gdmd.programs.contents import base_content, checkpoint_content
 from gdmd.programs.folders import TEACHERS, config_of, require_shapes
 from gdmd.programs.inputs import on_base
@@ -175,9 +175,7 @@ def finish_run(cfg: RunConfig, folder: Path, lab: Lab, step: int) -> tuple[Row, 
 
 def compare(folder: Path, cfg: RunConfig, lab: Lab, samplers: tuple[Sampler, ...]) -> None:
     """grids/comparison.png: the samplers side by side from the same noise."""
-    path = folder / "grids" / "comparison.png"
-    with writing("the comparison grid", path):
-        write_comparison(path, samplers, lab, grid_captions(), cfg.eval.seed)
+    write_comparison(folder / "grids" / "comparison.png", samplers, lab, grid_captions(), cfg.eval.seed)
 
 
 def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
@@ -195,7 +193,8 @@ def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
     lab, step = open_student(cfg, folder)
     rows = {} if fresh else dict(read_rows(folder))
     student = student_row(cfg, lab)
-    samplers = (*(teacher_row(cfg, lab, what) for what in TEACHERS), student)
+    rows_in_order = (*(teacher_row(cfg, lab, what) for what in TEACHERS), student)
+    samplers = tuple({sampler.name: sampler for sampler in rows_in_order}.values())  # eval.teacher_steps may be 4
     for sampler in samplers:
         own = sampler is student
         key = row_key(cfg, sampler, checkpoint_content(folder, step) if own else "")

@@ -101,17 +101,6 @@ def resumed(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple
     return cfg, Run(run.path, config)
 
 
-def check_writable(path: Path, what: str) -> None:
-    """Raise a RunError now if the file ``path`` could not be written in the end; makes its folder."""
-    path = Path(path)
-    with writing(what, path):
-        if path.is_dir():
-            raise RunError(f"{path} is a folder; {what} needs the name of a file.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-            raise PermissionError(13, "Permission denied")
-
-
 def check_target(what: str, which: str = "last") -> None:
     """What ``gdmd eval`` can measure: a row of the teacher, or a run of the Shapes world, which alone has checkpoints.
 
@@ -152,7 +141,12 @@ def require_one_world(kinds: Mapping[str, str]) -> None:
 
 
 def check_png(path: Path) -> None:
-    """ValueError for a file name that is no .png, RunError for a place that cannot be written."""
+    """ValueError for a file name that does not end in .png, RunError for a place that cannot be written."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"--out {path}: images are written as PNG; give a name that ends in .png")
-    check_writable(path, "the images")
+    with writing("the images", path, option="--out"):
+        if path.is_dir():
+            raise RunError(f"--out {path} is a folder; give the name of a file in it, such as {path / 'samples.png'}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+            raise PermissionError(13, "Permission denied")

@@ -21,7 +21,7 @@ from gdmd.evaluation.geneval import (
 )
 from gdmd.evaluation.geneval_prompts import draw_tasks
 from gdmd.evaluation.image_folders import image_file, read_image, write_image, write_metadata
-from gdmd.io import append_jsonl, content_hash, file_hash, read_jsonl, write_atomic
+from gdmd.io import RunError, append_jsonl, content_hash, file_hash, read_jsonl, write_atomic
 from gdmd.programs.sources import Source, places_of, settle
 from gdmd.rewards.geneval_rules import Found, Task, as_row
 
@@ -51,6 +51,12 @@ def generate_from(source: Source, tasks: Sequence[Task], folder: Path, images: i
     """``generate`` with a source. ValueError for prompts it cannot show, and for images of another source or seed."""
     source.check([task.prompt for task in tasks])
     settle(folder, source.facts, seed, folder)
+    later = [place for place in folder.glob("*") if place.name.isdecimal() and int(place.name) >= len(tasks)]
+    if later:
+        raise RunError(
+            f"{folder} holds images of {len(later)} prompts beyond the {len(tasks)} of this metadata, and gdmd eval geneval "
+            "score would count them; give an empty folder with --out, or delete them"
+        )
     return generate(source_maker(source), tasks, folder, images, seed)
 
 

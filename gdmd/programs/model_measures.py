@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gdmd.evaluation.distances import cluster_spread, mmd
-from gdmd.evaluation.image_folders import SUFFIXES, read_image
+from gdmd.evaluation.image_folders import images_in, read_image
 from gdmd.evaluation.shapes import bootstrap_interval
 from gdmd.programs.geneval import images_key
 from gdmd.programs.preference import Asked, Produced
@@ -82,12 +82,12 @@ def features_of(make: Features, files: Sequence[Path]) -> Tensor:
     return torch.cat([make([read_image(f) for f in files[k : k + _BATCH]]) for k in range(0, len(files), _BATCH)])
 
 
-def reference_features(make: Features, folder: Path) -> Tensor:
-    """Of every image below a folder, in any layout. ValueError below two images."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+def reference_files(folder: Path) -> list[Path]:
+    """Every image below a folder, in any layout. ValueError below two images."""
+    files = images_in(folder.rglob("*")) if folder.is_dir() else []
     if len(files) < 2:
         raise ValueError(f"--reference {folder}: a distance needs a folder with two images or more, got {len(files)}")
-    return features_of(make, files)
+    return files
 
 
 def render_features(make: Features, asked: Asked) -> Tensor:

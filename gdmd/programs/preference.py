@@ -72,7 +72,7 @@ def produce(source: Source, asked: Asked, folder: Path, say: Say, shard: tuple[i
     """Make the images that are missing. shard (k, n): only prompts k, k + n, ...; the images do not depend on it."""
     source.check(asked.texts)
     if isinstance(source, FolderSource):
-        files = {(p.prompt, p.image): source.row(p).images[p.image] for p in asked.places}
+        files = {(p.prompt, p.image): source.file(p) for p in asked.places}
         settle(folder, source.facts, asked.seed, folder)
         return Produced(source.facts, files, None)
     home = folder / "images"
@@ -132,8 +132,12 @@ def score(
             append_jsonl(folder / SCORES, scored, "the scores", option="--out")
             known |= own
         if todo:
-            say(f"{produced.facts.name}: {label} scored {len(todo)} images")
+            scored_now = sum(not math.isnan(known[keys[place]]) for place in todo)
+            of = "" if scored_now == len(todo) else f" of {len(todo)}"
+            say(f"{produced.facts.name}: {label} scored {scored_now}{of} images")
         found[label] = {(place.prompt, place.image): known[keys[place]] for place in asked.places}
+        if all(math.isnan(value) for value in found[label].values()):
+            say(f"warning: {label} left every image of {produced.facts.name} without a score, so it has no mean")
     return found
 
 

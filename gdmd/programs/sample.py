@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from gdmd.config.sources import SourceConfig
 from gdmd.evaluation.grids import write_grid
-from gdmd.io import writing
 from gdmd.programs.sources import Source, open_source, places_of
 from gdmd.rewards.images import from_pil
 
@@ -34,8 +33,7 @@ def draw(cfg: SourceConfig, prompts: Sequence[str], count: int, seed: int, path:
     seconds = time.perf_counter() - began
     small = max(max(image.size) for image in images) <= SMALL
     cells = [[from_pil([image])[0] for image in images[k : k + count]] for k in range(0, len(images), count)]
-    with writing("the images", path):
-        write_grid(path, cells, prompts, scale=scale or (ENLARGED if small else 1))
+    write_grid(path, cells, prompts, scale=scale or (ENLARGED if small else 1), option="--out")
     return seconds
 
 

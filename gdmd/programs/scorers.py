@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -160,6 +161,13 @@ def reads_metadata(spec: RewardConfig) -> bool:
     return isinstance(spec, GenEvalReward | RemoteReward)
 
 
+def judges_shapes(spec: RewardConfig) -> bool:
+    """Whether a scorer reads images and captions of the Shapes world only."""
+    if isinstance(spec, CompositeReward):
+        return any(judges_shapes(part.reward) for part in spec.parts)
+    return isinstance(spec, ShapesReward)
+
+
 def may_fail(spec: RewardConfig) -> bool:
     """Whether an image may be left without a score by a failure, not by its content: it is worth another try."""
     if isinstance(spec, CompositeReward):
@@ -174,15 +182,27 @@ def scores_of(
     """One number per image, NaN = not scored. Published models see PIL images as their authors did, others tensors."""
     if isinstance(reward, PretrainedReward):
         return [float(score) for score in reward.score_pil(images, texts)]
-    sizes = {image.size for image in images}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"{reward.name} needs images of one size in a batch, got {sorted(sizes)}; bring them to one size"
-        )
+    scores = [math.nan] * len(images)
+    for size in {image.size for image in images}:  # a tensor holds images of one size
+        own = [k for k, image in enumerate(images) if image.size == size]
+        for k, score in zip(own, _scores_of_size(reward, images, texts, meta, own), strict=True):
+            scores[k] = score
+    return scores
+
+
+def _scores_of_size(
+    reward: Reward,
+    images: Sequence[Image],
+    texts: Sequence[str],
+    meta: Sequence[Mapping[str, Any]],
+    own: Sequence[int],
+) -> list[float]:
+    """The scores of images ``own``, which have one size."""
     device = _device_of(reward)
-    index = torch.arange(len(images), device=device)
-    prompts = PromptBatch(index, tuple(texts), index, {}, {}, tuple(meta))
-    return [float(score) for score in reward.score(from_pil(images).to(device), prompts).float().cpu()]
+    index = torch.arange(len(own), device=device)
+    prompts = PromptBatch(index, tuple(texts[k] for k in own), index, {}, {}, tuple(meta[k] for k in own))
+    pixels = from_pil([images[k] for k in own]).to(device)
+    return [float(score) for score in reward.score(pixels, prompts).float().cpu()]
 
 
 def _device_of(reward: Reward) -> torch.device:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gdmd.backbones.pipeline_files import instead_of_pipeline
 from gdmd.config.sources import SourceConfig
-from gdmd.evaluation.image_folders import ImageRow, holds_images, read_image, read_images
-from gdmd.io import RunError, near_name, write_atomic, writing
+from gdmd.evaluation.image_folders import holds_images, read_image, read_images
+from gdmd.io import RunError, near_name, read_json, write_atomic, writing
 from gdmd.programs.folders import TEACHERS
 
 if TYPE_CHECKING:
@@ -171,26 +171,29 @@ class FolderSource:
         trained = cfg.trained or None
         self.facts = Facts(cfg.name, "images", cfg.where, trained=trained, batch=cfg.batch or 16, identity=identity)
 
-    def row(self, place: Place) -> ImageRow:
-        """The prompt's row. ValueError where it, or the image, is not there."""
+    def file(self, place: Place) -> Path:
+        """The image's file. ValueError where the prompt, or the image, is not there."""
         row = self.rows.get((place.text, place.occurrence))
         if row is None:
-            raise ValueError(f"{self.facts.where} has no images of the prompt {place.text[:60]!r}; draw them")
+            raise ValueError(
+                f"{self.facts.where} has no images of the prompt {place.text[:60]!r}; add them, or give the prompts that "
+                "its images were generated for"
+            )
         if place.image >= (count := len(row.images)):
             fewer = f", or ask for at most {count} with -n" if count else ""
             raise ValueError(
                 f"{self.facts.where} has {count} image{'s' * (count != 1)} of {place.text[:60]!r}, but image "
                 f"{place.image + 1} is needed; add images{fewer}"
             )
-        return row
+        return row.images[place.image]
 
     def check(self, texts: Sequence[str]) -> None:
         for place in places_of(texts, 1):
-            self.row(place)
+            self.file(place)
 
     def make(self, places: Sequence[Place], seed: int) -> list[Image]:
         """The images as they are; the seed of whoever made them is not known here."""
-        return [read_image(self.row(place).images[place.image]) for place in places]
+        return [read_image(self.file(place)) for place in places]
 
 
 def settle(folder: Path, facts: Facts, seed: int, home: Path) -> None:
@@ -201,12 +204,13 @@ def settle(folder: Path, facts: Facts, seed: int, home: Path) -> None:
     with writing("the images", folder):
         folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        there = read_object(path)
+        there = read_json(path, "Give an empty folder with --out.")
         keys = _differing(there.get("identity"), wanted["identity"])
         keys += ["seed"] if drawn and there.get("seed") != seed else []
         if keys:
+            verb = "differs" if len(keys) == 1 else "differ"
             raise RunError(
-                f"{folder} holds images of another source ({', '.join(keys)} differ); give an empty folder with --out"
+                f"{folder} holds images of another source ({', '.join(keys)} {verb}); give an empty folder with --out"
             )
         return
     if drawn and next(home.glob("*/samples/*.png"), None):
@@ -219,14 +223,6 @@ def _differing(there: Any, wanted: Mapping[str, Any]) -> list[str]:
     known = there if isinstance(there, dict) else {}
     both = [(key, known.get(key), wanted.get(key)) for key in dict.fromkeys((*wanted, *known))]
     return [key for key, before, now in both if before != now and not (before in (None, []) and now in (None, []))]
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object that gdmd wrote. RunError for a damaged file."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({error}); give an empty folder with --out") from error
 
 
 def device_name(device: torch.device) -> str:

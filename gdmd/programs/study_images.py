@@ -23,7 +23,8 @@ def draw_models(named: Mapping[str, Path], per_task: int, count: int, seed: int,
     for name in models:
         if str(named[name]) not in TEACHERS and config_of(named[name]).model.kind != "shapes":
             raise ValueError(
-                f"{name} is a run of a real model, whose images take long: draw them into a folder first, and give that"
+                f"{name} is a run of a real model, whose images take long: generate them first, with gdmd eval preference "
+                f"{named[name]} --prompts FILE, and give {name}={named[name] / 'preference' / 'images'}"
             )
     given = [path for name, path in named.items() if name not in models]
     prompts = [(row.text, row.task) for row in read_images(given[0]).values()] if given else _captions(per_task)

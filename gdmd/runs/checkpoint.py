@@ -150,6 +150,26 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
 
     ``verify`` may be false where another rank has just compared the sums.
     """
+    state = _checked(path, verify=verify)
+    tensors = _parts(path, state["files"]) if state["format"] == FORMAT else _shards(path, state["files"])
+    return Checkpoint(state["step"], path, tensors, state["state"])
+
+
+def newest_intact(folder: Path) -> tuple[int | None, tuple[str, ...]]:
+    """The newest step that verifies (None without one), and what is wrong with each newer one. No tensor is loaded."""
+    messages = []
+    for step in reversed(steps(folder)):
+        try:
+            _checked(Path(folder) / f"step_{step:06d}", verify=True)
+        except DamagedCheckpoint as error:
+            messages.append(str(error))
+            continue
+        return step, tuple(messages)
+    return None, tuple(messages)
+
+
+def _checked(path: Path, *, verify: bool) -> dict[str, Any]:
+    """state.json of a checkpoint whose files are all there and, if ``verify``, have the content that was saved."""
     state = _read_state(path)
     for name, digest in state["files"].items():
         file = path / name
@@ -158,8 +178,7 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
         with _damage(file):
             if verify and _sha256(file) != digest:
                 raise DamagedCheckpoint(f"{file} is damaged (its sha256 differs from the one in state.json)")
-    tensors = _parts(path, state["files"]) if state["format"] == FORMAT else _shards(path, state["files"])
-    return Checkpoint(state["step"], path, tensors, state["state"])
+    return state
 
 
 def shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
@@ -330,12 +349,14 @@ def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_state(path: Path) -> dict[str, Any]:
     file = path / "state.json"
+    if not file.exists():
+        raise DamagedCheckpoint(f"{file} is missing")
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
         digest = body.pop("sha256")
         verifies = digest == _digest(body)
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{file} is missing or damaged ({error})") from error
+        raise DamagedCheckpoint(f"{file} is damaged ({error})") from error
     if not verifies:
         raise DamagedCheckpoint(f"{file} is damaged (its sha256 differs)")
     if body.get("format") not in (FORMAT, SHARDED):
@@ -345,6 +366,8 @@ def _read_state(path: Path) -> dict[str, Any]:
     whole = all(isinstance(body.get(key), kind) for key, kind in zip(("step", "files", "state"), kinds, strict=True))
     if not whole or not all(_FILE.fullmatch(name) for name in files):
         raise DamagedCheckpoint(f"{file} lacks step, files or state, or names a file outside its folder")
+    if _NAME.fullmatch(path.name) and int(path.name[5:]) != body["step"]:
+        raise DamagedCheckpoint(f"{path} holds step {body['step']}, so it was renamed: call it step_{body['step']:06d}")
     return dict(body)
 
 

@@ -141,7 +141,9 @@ def _warnings(sizes: Mapping[str, set[tuple[int, int]]], cfg: StudyConfig) -> tu
     if len(set(map(frozenset, sizes.values()))) > 1:
         listed = "; ".join(f"{name}: {', '.join(f'{w}x{h}' for w, h in sorted(own))}" for name, own in sizes.items())
         found.append(f"the models' images differ in size, which tells them apart ({listed}); bring them to one size")
-    told = [name for name in sizes if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", f"{cfg.title} {cfg.consent}", re.I)]
+    said = f"{cfg.title} {cfg.consent}"
+    longer = [name for name in sizes if len(name) > 1]  # "a" is a word, too
+    told = [name for name in longer if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", said, re.I)]
     if told:
         found.append(f"the title or the consent text holds the word '{told[0]}', which is a model's name; reword it")
     if cfg.votes_per_pair == 1:

@@ -202,6 +202,10 @@ class _Trainer:
             self.run.note_resume(saved.step)
             for message in (*saved.messages, f"resumed from step {saved.step} ({saved.path})"):
                 self.hooks.progress.note(message)
+        elif logged := len(read_metrics(self.run.path)):
+            self.hooks.progress.note(
+                f"{self.run.checkpoints} holds no checkpoint: the run starts over, without its {logged} logged steps"
+            )
         self.run.rewind(saved.step if saved else 0)
         rows = read_metrics(self.run.path)
         self.judge.take_up(rows if self.judge.metric else ())

@@ -179,6 +179,9 @@ def test_report_measures_the_rows_that_are_missing(gdmd: Gdmd) -> None:
     settings.write_text(settings.read_text().replace("per_task: 1", "per_task: 2"))
     assert gdmd("report", "run").code == 0
     assert {row["images"] for row in json.loads(Path("run/evaluation.json").read_text()).values()} == {24}
+    settings.write_text(settings.read_text().replace("teacher_steps: 1", "teacher_steps: 4"))
+    assert gdmd("report", "run").code == 0  # two rows of the teacher are now one
+    assert [row["nfe"] for row in json.loads(Path("run/evaluation.json").read_text()).values()] == [8, 4, 4]
 
 
 def test_the_demo_trains_both_students_measures_five_rows_and_prints_them_again_with_the_trained_scores_marked(
@@ -289,6 +292,14 @@ def test_every_reader_of_a_run_names_the_checkpoint_that_it_reads_in_the_place_o
     assert "step 2 was passed over" in gdmd.train("loop.start_from=run", "loop.seed=1", "--run", "next").err
     chosen = gdmd("eval", "run", "--checkpoint", "2", "--json", *size)
     assert chosen.code == 2 and "student.safetensors is damaged" in chosen.err and not chosen.out
+
+
+def test_a_run_without_its_checkpoints_says_that_it_starts_over(gdmd: Gdmd) -> None:
+    gdmd.train("--run", "run")
+    shutil.rmtree("run/checkpoints")
+    again = gdmd("train", "--resume", "run", "loop.steps=1", "--no-eval")
+    assert again.code == 0
+    assert "run/checkpoints holds no checkpoint: the run starts over, without its 2 logged steps" in again.err
 
 
 def test_the_teacher_and_plain_dmd_are_trained_on_no_reward(gdmd: Gdmd) -> None:

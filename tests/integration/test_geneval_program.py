@@ -135,6 +135,8 @@ def test_generated_images_of_another_source_or_seed_are_not_mixed(tmp_path: Path
     for source, seed, what in ((two, 0, "weights"), (one, 1, "seed")):
         with pytest.raises(ValueError, match=rf"another source \({what}"):
             generate_from(source, TASKS, tmp_path, 2, seed)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="images of 2 prompts beyond the 1 of this metadata"):
+        generate_from(one, TASKS[:1], tmp_path, 2, 0)  # type: ignore[arg-type]
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ValueError, match="unknown source"):
         generate_from(one, TASKS, tmp_path, 2, 0)  # type: ignore[arg-type]

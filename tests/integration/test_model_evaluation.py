@@ -212,12 +212,22 @@ def test_an_image_that_a_failure_left_without_a_score_is_tried_again(
     gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, _ = world(gdmd)
-    for fails, tried in ((False, []), (True, ["a: test_model_evaluation:green scored 2 images"])):
+    for fails, tried in ((False, []), (True, ["a: test_model_evaluation:green scored 0 of 2 images"])):
         monkeypatch.setattr("gdmd.programs.preference.may_fail", lambda spec, fails=fails: fails)
         mean_of(a, scorers=SCORERS[1:])
         said: list[str] = []
         preference(read_source(str(a)), settings(scorers=SCORERS[1:]), Path("eval"), said.append)
         assert said == tried
+
+
+def test_a_scorer_that_scores_nothing_is_named(gdmd: Gdmd) -> None:
+    painted(gdmd.folder / "a", ["a cat?", "a dog?"], [[(0, 0, 0)], [(0, 0, 0)]])
+    Path("prompts.txt").write_text("a cat?\na dog?\n")
+    words = ("eval", "preference", "a", "-o", "eval", "--prompts", "prompts.txt", "-n", "1", "--scorer", SCORERS[1])
+    done = gdmd(*words)
+    assert f"{SCORERS[1]} scored 0 of 2 images" in done.err and "(2 not scored)" in done.out
+    for again in (done, gdmd(*words)):
+        assert f"warning: {SCORERS[1]} left every image of a without a score, so it has no mean" in again.err
 
 
 def test_lines_without_a_key_are_not_used(gdmd: Gdmd) -> None:
@@ -351,9 +361,61 @@ def test_shapes_models_are_compared_with_nothing_but_the_shipped_parts(gdmd: Gdm
     assert "ShapesEval overall" in printed.out and "made" not in printed.err  # nothing was made again
 
 
+def test_a_shapes_source_is_compared_with_images_of_its_world_only(gdmd: Gdmd) -> None:
+    drawn = gdmd("eval", "preference", "teacher-4", "-o", "drawn", "--per-task", "1", "-n", "1")
+    assert drawn.code == 0, drawn.err
+    words = ("eval", "compare", "teacher-4", "drawn/images", "--per-task", "1", "-n", "1", "--json")
+    done = gdmd(*words, "-o", "same")
+    assert done.code == 0, done.err
+    first, second = json.loads(done.out)["rows"].values()
+    assert first["shapeseval"] == second["shapeseval"] and first["frechet"] == second["frechet"]
+    last = sorted(Path("drawn/images").glob("*/samples/*.png"))[-1]
+    Image.open(last).resize((48, 32)).save(last)
+    refused = gdmd(*words, "-o", "other", "--scorer", SCORERS[0])
+    assert refused.code == 2 and f"{last} is 48 x 32. ShapesEval, features shapes: for 32 x 32 images" in refused.err
+    assert not Path("other").exists()  # found before the first image is drawn
+
+
+def test_a_folder_of_several_sizes_is_scored_image_by_image(gdmd: Gdmd) -> None:
+    a, _ = world(gdmd)
+    sizes = {"00000/samples/0001.png": (6, 8), "00002/samples/0000.png": (16, 16)}
+    for name, size in sizes.items():
+        Image.open(a / name).resize(size).save(a / name)
+    row = preference(read_source(str(a)), settings(), Path("eval"), quiet)
+    assert row["scores"][SCORERS[0]]["mean"] == pytest.approx((0 + 51 + 102 + 102 + 153 + 204) / 6 / 255)
+    assert sorted(calls) == [1, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["a"], "a has no images of the prompt 'a red circle'; add them, or give the prompts"),
+        (
+            ["--features", "shapes", "--reference", "nowhere"],
+            "a distance needs a folder with two images or more, got 0",
+        ),
+        (["--features", "shapes", "--reference", "a"], "0000.png is 8 x 6. ShapesEval, features shapes"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_image_is_drawn(gdmd: Gdmd, more: list[str], message: str) -> None:
+    world(gdmd)
+    Path("captions.txt").write_text("a red circle\n")
+    words = ("eval", "compare", "teacher-4", "plain=teacher-4-plain", *more, "-o", "x", "--prompts", "captions.txt")
+    done = gdmd(*words, "-n", "1", "--scorer", SCORERS[0])
+    assert done.code == 2 and message in done.err and not Path("x").exists(), done.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--scorer", SCORERS[0], "--reference", "b"],
+            "--reference changes nothing without --features",
+        ),
+        (
+            ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "-n", "1", "--scorer", "shapes_clip"],
+            "0000.png is 8 x 6. scorer shapes_clip: for 32 x 32 images of the Shapes world only; name others",
+        ),
         (["preference", "a", "--prompts", "prompts.txt"], "--out is missing"),
         (["preference", "a", "-o", "x"], "--prompts is missing"),
         (["preference", "a", "-o", "x", "--prompts", "prompts.txt"], "no scorer was given"),
@@ -366,7 +428,10 @@ def test_shapes_models_are_compared_with_nothing_but_the_shipped_parts(gdmd: Gdm
             ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "-n", "3", "--scorer", SCORERS[0]],
             "but image 3 is needed; add images, or ask for at most 2 with -n",
         ),
-        (["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--scorer", "a:b"], "cannot be imported"),
+        (
+            ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "-n", "1", "--scorer", "a:b"],
+            "cannot be imported",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_message(gdmd: Gdmd, words: list[str], message: str) -> None:
@@ -423,7 +488,7 @@ def test_pipelines_are_compared_with_their_speed_and_geneval_beside_them(gdmd: G
             '{"scorer": "x", "prompt": 0, "image": 0, "score": "high"}\n',
             "scores.jsonl, line 1 is damaged",
         ),
-        ("settings.json", "[1, 2]", "settings.json cannot be read"),
+        ("settings.json", "[1, 2]", "settings.json: expected a JSON object, got list. Give an empty folder with --out"),
         ("settings.json", '{"identity": 3, "seed": 777}', "images of another source"),
     ],
 )

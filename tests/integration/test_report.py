@@ -18,6 +18,7 @@ from gdmd.evaluation.grids import draw_grid, png_bytes
 from gdmd.evaluation.plots import curves, r_histogram, radar
 from gdmd.evaluation.report import Provenance, read_rows, report_run, save_rows, write_report
 from gdmd.io import RunError
+from gdmd.runs import checkpoint
 from gdmd.runs.rundir import Run, create
 from gdmd.shapes.grammar import TASKS
 
@@ -154,10 +155,12 @@ def test_a_real_run_is_reported_without_shapes_rows_and_grids(tmp_path: Path) ->
     ]
 
 
-def test_scores_below_a_run_are_shown_with_their_step_and_what_came_since(tmp_path: Path) -> None:
+def test_scores_below_a_run_are_shown_with_their_step_and_what_came_since(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = real_run(tmp_path / "run")
     for step in (10, 20):
-        (run.checkpoints / f"step_{step:06d}").mkdir()
+        checkpoint.save(run.checkpoints, step, {"student": {"w": torch.ones(1)}}, {})
     source = {"name": "run", "kind": "run", "where": str(run.path), "nfe": 4, "step": 10, "trained": []}
     score = {"mean": 0.25, "low": 0.2, "high": 0.3, "unscored": 0, "trained": False}
     scored = {"source": source, "prompt_file": NASTY, "prompts": 3, "images_per_prompt": 2, "seed": 7}
@@ -175,6 +178,12 @@ def test_scores_below_a_run_are_shown_with_their_step_and_what_came_since(tmp_pa
     assert page.text.count("step 10, and the run has trained to step 20 since") == 2 and "<script" not in text
     assert "0.2500 [0.2000, 0.3000]" in page.text and "Comparison (all)" in page.text
     assert '<td class="best">0.2500' in text and '<td class="best">0.1250' not in text
+    damaged = run.checkpoints / "step_000020" / "student.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with caplog.at_level("WARNING", "gdmd"):
+        page = Page(report_run(run.path).read_text())
+    assert f"{damaged} is damaged" in page.text and "has trained to step 20 since" not in page.text
+    assert f"{damaged} is damaged" in caplog.text and "step 10 is the newest that can be used" in caplog.text
     (run.path / "preference" / "preference.json").write_text('{"source": 3}')
     with pytest.raises(RunError, match=r"preference\.json cannot be read.*evaluate again"):
         report_run(run.path)
@@ -224,8 +233,16 @@ def test_damaged_evaluations_are_one_clear_error(tmp_path: Path) -> None:
     assert read_rows(tmp_path) == {}
     for text in ("{", "[]", '{"a": 1}', json.dumps({"a": {"shapeseval": 3}})):
         (tmp_path / "evaluation.json").write_text(text)
-        with pytest.raises(RunError, match="gdmd eval"):
+        with pytest.raises(RunError, match="Delete it: its rows are measured again"):
             read_rows(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", png()[:100], b"<html>"])
+def test_a_grid_that_was_cut_off_is_named(tmp_path: Path, content: bytes) -> None:
+    run = real_run(tmp_path / "run")
+    run.grid(10).write_bytes(content)
+    with pytest.raises(RunError, match=r"step_000010\.png .*; delete it, and the report does without it"):
+        report_run(run.path)
 
 
 def test_gaps_in_the_metrics_are_left_out_of_the_figures() -> None:

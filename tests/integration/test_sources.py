@@ -179,6 +179,24 @@ def test_images_that_exist_are_found_by_their_prompt(gdmd: Gdmd) -> None:
 CAPTIONS = ["a photo of two red apples", "a blue ring"]
 
 
+@pytest.mark.parametrize("layout", ["official", "flat"])
+def test_images_of_a_prompt_are_counted_by_number_without_hidden_files(tmp_path: Path, layout: str) -> None:
+    from gdmd.evaluation.image_folders import read_images
+
+    names = ["2", "10", "1", "._1"]
+    if layout == "official":
+        place = tmp_path / "00000" / "samples"
+        place.mkdir(parents=True)
+        (place.parent / "metadata.jsonl").write_text('{"prompt": "a cat"}')
+    else:
+        place, names = tmp_path, [f"00000_{name}" for name in names[:-1]] + ["._00000_1"]
+        (place / "prompts.jsonl").write_text('{"prompt": "a cat"}')
+    for name in names:
+        (place / f"{name}.png").write_bytes(b"")
+    (row,) = read_images(tmp_path).values()
+    assert [image.stem.rpartition("_")[2] for image in row.images] == ["1", "2", "10"]
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pipelines")

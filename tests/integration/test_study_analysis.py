@@ -176,7 +176,8 @@ def test_models_of_the_shapes_world_are_drawn_for_the_study_from_the_same_noise(
     cfg = RunConfig(name="x", loop=LoopConfig(), model=DiffusersModel(path="a/b"), rewards=(ClipReward(),))
     create(tmp_path / "real", cfg.model_dump(mode="json"), ["gdmd"])
     assert run("study", "plan", f"real={tmp_path / 'real'}", "teacher-4", "-o", str(tmp_path / "two"), *sizes) == 2
-    assert "draw them into a folder first" in capsys.readouterr().err
+    real, said = tmp_path / "real", capsys.readouterr().err
+    assert f"gdmd eval preference {real} --prompts FILE, and give real={real}/preference/images" in said
     assert not (tmp_path / "two").exists()
 
 

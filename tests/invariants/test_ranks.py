@@ -277,6 +277,7 @@ def test_a_damaged_shard_is_named_and_the_previous_checkpoint_taken(runs: Path, 
     shutil.copytree(runs / "gdmd" / "checkpoints", copy)
     shutil.copytree(newest(runs / "gdmd_full_2"), copy / "step_000009")
     file, state = copy / "step_000009" / "shard-00002-of-00002.safetensors", copy / "step_000009" / "state.json"
+    body = {key: value for key, value in json.loads(state.read_text()).items() if key != "sha256"} | {"step": 9}
     if how == "missing":
         file.unlink()
     else:
@@ -284,9 +285,8 @@ def test_a_damaged_shard_is_named_and_the_previous_checkpoint_taken(runs: Path, 
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     if how == "offsets":  # a signed file without them
         save_file({"student/w": torch.zeros(1)}, file)
-        body = {key: value for key, value in json.loads(state.read_text()).items() if key != "sha256"}
         body["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-        state.write_text(json.dumps(body | {"sha256": checkpoint._digest(body)}))
+    state.write_text(json.dumps(body | {"sha256": checkpoint._digest(body)}))
     found = checkpoint.load_newest(copy)
     assert found is not None and found.step == STEPS and file.name in found.messages[0]
 

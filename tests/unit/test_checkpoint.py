@@ -86,6 +86,10 @@ def test_a_bad_file_makes_the_previous_checkpoint_the_newest_and_is_named(tmp_pa
     loaded = checkpoint.load_newest(tmp_path)
     assert loaded is not None and loaded.step == 5
     assert len(loaded.messages) == 1 and str(file) in loaded.messages[0] and "step 10" in loaded.messages[0]
+    newest, damaged = checkpoint.newest_intact(tmp_path)
+    assert newest == 5 and len(damaged) == 1 and str(file) in damaged[0]
+    shutil.rmtree(tmp_path / "step_000005")
+    assert checkpoint.newest_intact(tmp_path) == (None, damaged)
 
 
 def test_a_changed_counter_in_state_json_is_noticed(tmp_path: Path) -> None:
@@ -94,6 +98,15 @@ def test_a_changed_counter_in_state_json_is_noticed(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"updates": 5', '"updates": 6'))
     with pytest.raises(checkpoint.DamagedCheckpoint, match=r"state\.json is damaged"):
         checkpoint.load(tmp_path / "step_000005")
+
+
+def test_a_renamed_checkpoint_is_not_another_step(tmp_path: Path) -> None:
+    save_steps(tmp_path, 5, 10)
+    (tmp_path / "step_000010").rename(tmp_path / "step_000012")
+    loaded = checkpoint.load_newest(tmp_path)
+    assert loaded is not None and loaded.step == 5
+    with pytest.raises(RunError, match="step_000012 holds step 10, so it was renamed: call it step_000010"):
+        checkpoint.load_chosen(tmp_path, "12")
 
 
 def test_when_all_are_damaged_the_error_names_each_file_and_says_what_to_do(tmp_path: Path) -> None:

@@ -282,3 +282,17 @@ def test_a_row_of_a_real_model_is_refused_because_shapeseval_cannot_judge_it(tmp
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(spec))
     with pytest.raises(ConfigError, match=f"row '{spec['rows'][0]['name']}': a comparison measures ShapesEval"):
         read_comparison(str(tmp_path / "mine.yaml"))
+
+
+def test_damaged_files_of_a_cell_are_named(tmp_path: Path) -> None:
+    (cell, *_) = plan(read_comparison("smoke"))
+    folder = cell.folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text('{"teach')
+    with pytest.raises(
+        RunError, match=f"cannot read {folder}/job.json: .* Delete {folder}, and the cell is made again"
+    ):
+        outdated([cell], tmp_path)
+    (folder / "result.json").write_text("")
+    with pytest.raises(RunError, match=r"result\.json: .* Delete it, and the cell is measured again"):
+        Table(tmp_path, "smoke").add(cell)

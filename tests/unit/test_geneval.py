@@ -239,7 +239,11 @@ def test_a_folder_in_the_official_layout_is_read_in_order_and_gaps_are_errors(tm
     rows = list(image_files(tmp_path))
     assert [(row[0], row[2]) for row in rows] == [(p, i) for p in range(3) for i in range(2)]
     assert [row[1] for row in rows[::2]] == list(tasks)
-    for file in (tmp_path / "00001" / "samples").iterdir():
+    jpeg = tmp_path / "00001" / "samples" / "0002.jpg"
+    jpeg.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"0002\.jpg: GenEval's layout has PNG files"):
+        list(image_files(tmp_path))
+    for file in jpeg.parent.iterdir():
         file.unlink()
     with pytest.raises(ValueError, match="holds no images"):
         list(image_files(tmp_path))

@@ -14,6 +14,7 @@ from gdmd.io import (
     append_jsonl,
     content_hash,
     file_hash,
+    read_json,
     read_jsonl,
     weight_variant,
     weights_fingerprint,
@@ -38,6 +39,15 @@ def test_only_a_torn_last_line_is_left_out(tmp_path: Path, tail: bytes) -> None:
     path.write_bytes(tail + b'\n{"a": 1}\n')
     with pytest.raises(RunError, match="line 1"):
         read_jsonl(path, torn_tail=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "", '{"a": \x00}'])
+def test_a_damaged_json_file_is_named_with_what_to_do(tmp_path: Path, content: str) -> None:
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(RunError, match=r"cannot read .*result\.json: .*\. Delete it\.$"):
+        read_json(tmp_path / "result.json", "Delete it.")
+    (tmp_path / "result.json").write_text('{"a": 1}')
+    assert read_json(tmp_path / "result.json", "") == {"a": 1}
 
 
 @pytest.mark.parametrize(("tail", "kept"), [(b'{"b": 2', []), (b'{"b": 2}', [{"b": 2}])])
