@@ -274,7 +274,7 @@ def _reading(place: Place, load: Callable[[], T]) -> T:
             f"loading {place.where} needs {error.name or 'transformers'}; do: {install('diffusers')}"
         ) from error
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0][:300]
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
         if place.local:
             raise ValueError(f"cannot load {place.where}: {first}; check the folder") from error
         away = offline()

@@ -17,6 +17,7 @@ from torch import Tensor
 from gdmd.cli.app import main
 from gdmd.runs import checkpoint
 from gdmd.runs.rundir import read_facts, read_metrics
+from gdmd.runs.seat import module_words
 from gdmd.training.distributed import _first_failure, _told
 from gdmd.types import PromptBatch
 
@@ -42,6 +43,19 @@ def command(folder: Path, *words: str) -> tuple[Sequence[str], dict[str, str]]:
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PIDS": str(folder / "pids")}
     return [sys.executable, "-m", "gdmd", "train", *words, "--no-eval"], os.environ | own
+
+
+def test_a_file_of_the_current_folder_hides_no_module_of_a_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('the wrong random')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))  # as the program ``gdmd`` is found: not by the current folder
+    call = [sys.executable, *module_words("gdmd"), "--version"]
+    found = subprocess.run(call, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.startswith("gdmd "), found.stderr
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert module_words("gdmd") == ["-m", "gdmd"]  # python -m gdmd: its ranks find what it finds
 
 
 def recipe(folder: Path, steps: int) -> str:
