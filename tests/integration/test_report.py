@@ -237,7 +237,7 @@ def test_damaged_evaluations_are_one_clear_error(tmp_path: Path) -> None:
             read_rows(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", png()[:100], b"<html>"])
+@pytest.mark.parametrize("content", [b"", png()[:100], b"<html>"], ids=["empty", "truncated", "not an image"])
 def test_a_grid_that_was_cut_off_is_named(tmp_path: Path, content: bytes) -> None:
     run = real_run(tmp_path / "run")
     run.grid(10).write_bytes(content)
