@@ -40,8 +40,9 @@ def resume(gdmd: Gdmd, *words: str, steps: int = 2) -> str:
 
 
 def edit(name: str) -> None:
-    """Other content of the same kind under the same name."""
+    """Other content of the same kind under the same name, as another process finds it."""
     path = Path(name)
+    sys.modules.pop(path.stem, None)  # what a process has imported is what it runs
     path.write_bytes(path.read_bytes()[:-1] + b"\x01" if path.suffix == ".safetensors" else path.read_bytes() + b"\n")
 
 
