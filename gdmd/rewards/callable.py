@@ -157,6 +157,11 @@ def imported(target: str) -> Any:
     except (Exception, SystemExit) as error:  # whatever the module does when it is loaded
         raise ValueError(f"reward function {target!r}{_not_imported(error)}") from error
     found = getattr(loaded, name, None)
+    if found is None and getattr(loaded, "__file__", None) is None and hasattr(loaded, "__path__"):
+        raise ValueError(
+            f"reward function {target!r} cannot be imported: {module} is a folder ({next(iter(loaded.__path__))}) without "
+            f"an __init__.py; write {module}/FILE.py:{name}"
+        )
     if found is None:
         where = f"{module} ({getattr(loaded, '__file__', None) or 'built into Python'})"
         meant = near(name, [one for one, own in vars(loaded).items() if callable(own)])
