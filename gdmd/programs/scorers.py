@@ -34,6 +34,7 @@ from gdmd.config.sources import settings_of, split_settings
 from gdmd.evaluation.shapes import HELDOUT
 from gdmd.io import content_hash, file_hash
 from gdmd.recipes.build import build_rewards
+from gdmd.recipes.rewards import require_weights
 from gdmd.rewards.callable import imported, source_hash
 from gdmd.rewards.clip import ClipScore, image_embedding
 from gdmd.rewards.images import from_pil
@@ -101,7 +102,8 @@ def shapes_scorers() -> tuple[RewardConfig, ...]:
 
 
 def load_scorers(specs: Sequence[RewardConfig], device: str) -> dict[str, Reward]:
-    """By label, in the given order."""
+    """By label, in the given order. ValueError for weights that cannot be had: nothing is generated before."""
+    require_weights(specs)
     return {spec.label: reward for spec, reward in zip(specs, build_rewards(specs, device), strict=True)}
 
 

@@ -230,6 +230,18 @@ def test_a_scorer_that_scores_nothing_is_named(gdmd: Gdmd) -> None:
         assert f"warning: {SCORERS[1]} left every image of a without a score, so it has no mean" in again.err
 
 
+def test_a_scorer_without_weights_is_refused_before_images_are_generated(
+    gdmd: Gdmd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world(gdmd)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    command = ("eval", "preference", "teacher-4-plain", "-o", "out", "--per-task", "1", "-n", "1")
+    finished = gdmd(*command, "--scorer", "pickscore")
+    assert finished.code == 2 and "cannot load yuvalkirstain" in finished.err and not Path("out/images").exists(), (
+        finished.err
+    )
+
+
 def test_lines_without_a_key_are_not_used(gdmd: Gdmd) -> None:
     a, _ = world(gdmd)
     Path("eval").mkdir()
