@@ -250,7 +250,7 @@ def is_local(path: str, field: str = "model.path", holds: str = INDEX) -> bool:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.is_dir():
         return False
     raise ValueError(
-        f"{field} {path!r}: there is no such folder, and it is no hub id (ORG/NAME). {_meant(path, holds)}"
+        f"{field} {path!r}: there is no such folder, and it is not a hub id (ORG/NAME). {_meant(path, holds)}"
     )
 
 

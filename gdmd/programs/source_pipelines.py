@@ -280,7 +280,7 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
         local = is_local(where)
     except ValueError as error:
         raise ValueError(
-            f"source {where!r}: there is no such folder, and it is no hub id (ORG/NAME); name the pipeline below an "
+            f"source {where!r}: there is no such folder, and it is not a hub id (ORG/NAME); name the pipeline below an "
             "exported LoRA, where it has moved, with base=FOLDER"
         ) from error
     what = f"source {where!r}"

@@ -276,7 +276,7 @@ def test_another_or_an_unknown_family_is_refused(folders: Path, tmp_path: Path) 
 
 
 def test_a_path_that_is_neither_folder_nor_reachable_id_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no such folder, and it is no hub id"):
+    with pytest.raises(ValueError, match="there is no such folder, and it is not a hub id"):
         open_family(tiny.config(tmp_path / "gone"))
     with pytest.raises(ValueError, match="holds no model_index.json"):
         open_family(tiny.config(tmp_path))
