@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -274,18 +274,21 @@ def _remembered_hash(path: Path) -> str:
         raise RunError(f"cannot read {path}: {error.strerror}. Check that it exists and is readable.") from error
     if before.st_size < REMEMBERED:
         return file_hash(path)
-    note = Path.home() / ".cache" / "gdmd" / "hashes" / content_hash(str(path.resolve()))
+    try:
+        note = Path.home() / ".cache" / "gdmd" / "hashes" / content_hash(str(path.resolve()))
+    except RuntimeError:  # a user without a home folder, as in some containers
+        return file_hash(path)
     state = _state(before)
-    if note.is_file() and note.read_text(encoding="ascii", errors="replace").startswith(f"{state} "):
-        return note.read_text(encoding="ascii").rpartition(" ")[2]
+    with suppress(OSError, UnicodeDecodeError):  # no note yet, or not a readable one
+        known, _, digest = note.read_text(encoding="ascii").rpartition(" ")
+        if known == state:
+            return digest
     digest = file_hash(path)
     settled = time.time() - before.st_ctime > 2  # a file system's clock is coarse: a later write could look the same
     if settled and _state(path.stat()) == state:
-        try:
+        with suppress(OSError, RunError):  # it cannot be written there: the hash is computed again next time
             note.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(note, f"{state} {digest}", "the hash")
-        except (OSError, RunError):
-            pass  # the home folder is not writable: the hash is computed again next time
     return digest
 
 

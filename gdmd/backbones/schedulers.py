@@ -69,7 +69,12 @@ def kind_of(scheduler: Any) -> Kind:
     return "vp" if name in _BETAS else "unknown"
 
 
-KINDS: Mapping[Kind, str] = {"flow": "flow models", "vp": "models with betas", "edm": "EDM models", "unknown": "others"}
+KINDS: Mapping[Kind, str] = {
+    "flow": "flow models",
+    "vp": "models with a beta schedule",
+    "edm": "EDM models",
+    "unknown": "others",
+}
 """In words."""
 
 
@@ -85,12 +90,12 @@ def check_kind(scheduler: Any, wanted: Kind, model: str) -> None:
     found, name = kind_of(scheduler), type(scheduler).__name__
     if found == wanted:
         return
-    of = {"flow": "a flow model", "vp": "a model with betas"}
+    of = {"flow": "a flow model", "vp": "a model with a beta schedule"}
     if found == "edm" and wanted == "vp":
         raise ValueError(
             f"{model} is an EDM model (its scheduler: {name}), such as Playground v2.5 or CosXL: its network reads "
             "log sigma. EDM is not supported, because no diffusers scheduler could sample its few-step student. Use a "
-            "base model with betas, such as SDXL"
+            "base model with a beta schedule, such as SDXL"
         )
     own = f", prediction_type = {scheduler.config.prediction_type!r}" if "prediction_type" in scheduler.config else ""
     what = f"is for {KINDS[found]}" if found != "unknown" else "is not one that gdmd can read"

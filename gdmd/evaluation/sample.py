@@ -91,20 +91,6 @@ def teacher_sampler(lab: Lab, ode_steps: int, guidance: float, name: str = "teac
     return Sampler(name, ode_steps * (1 if guidance == 1.0 else 2), latents)
 
 
-def student_images(
-    lab: Lab, denoiser: Denoiser, texts: Sequence[str], seed: int, steps: Sequence[float], batch: int = BATCH
-) -> Tensor:
-    """Images [N, 3, S, S] in [0, 1] by the few-step sampler; ``steps`` are its times, 1 first."""
-    return images_of(student_sampler(lab, denoiser, steps), lab, texts, seed, batch)
-
-
-def teacher_images(
-    lab: Lab, texts: Sequence[str], seed: int, ode_steps: int, guidance: float, batch: int = BATCH
-) -> Tensor:
-    """Images [N, 3, S, S] in [0, 1] by the teacher's ODE."""
-    return images_of(teacher_sampler(lab, ode_steps, guidance), lab, texts, seed, batch)
-
-
 @torch.no_grad()
 def images_of(sampler: Sampler, lab: Lab, texts: Sequence[str], seed: int, batch: int = BATCH) -> Tensor:
     """Image i of [N, 3, S, S] shows texts[i], from noise (seed, i); no timing."""

@@ -18,20 +18,17 @@ PINNED = re.compile(r"[0-9a-f]{40}")
 
 
 def tell_commits(model: DiffusersModel, run: Run, console: Console, cache: Path | None = None) -> None:
-    """Note the commits in run.json; say which are not pinned, and which differ from those of the run so far."""
+    """Note the commits in run.json; say which are not pinned. ``programs.inputs`` refuses a branch that moved."""
     found = hub_commits(model, cache)
     if not found:
         return
     facts = read_facts(run.path)
     before: Mapping[str, str] = facts.get(KEY, {})
     for field, (name, revision, commit) in found.items():
-        if before.get(name, commit) != commit:
-            said = f"warning: {name} was read at commit {before[name]} before, now at {commit}; pin it with {field}"
-            console.print(said, markup=False, highlight=False, soft_wrap=True)
-        elif revision is None or not PINNED.fullmatch(revision):
+        if revision is None or not PINNED.fullmatch(revision):
             said = f"{name} is not pinned to a commit; {field}={commit} repeats this run"
             console.print(said, markup=False, highlight=False, soft_wrap=True)
-    known = {**{name: commit for name, _, commit in found.values()}, **before}
+    known = {**before, **{name: commit for name, _, commit in found.values()}}
     if known != before:
         write_facts(run.path, facts | {KEY: known})
 

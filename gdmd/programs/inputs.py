@@ -15,10 +15,11 @@ from rich.console import Console
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import CompositeReward
-from gdmd.config.run import RewardConfig, RunConfig
+from gdmd.config.run import RewardConfig, RunConfig, ShapesModel
 from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.io import RunError, typed, weights_fingerprint
 from gdmd.programs.folders import SOURCES, WEIGHTS
+from gdmd.programs.hub_pins import KEY as COMMITS
 from gdmd.programs.hub_pins import hub_commits
 from gdmd.recipes.real_data import store_of
 from gdmd.rewards.callable import source_hash
@@ -71,8 +72,11 @@ def check_start(cfg: RunConfig, *, accept: bool = False) -> None:
     """RunError where loop.start_from names a run of another base model: its adapters are changes of that one."""
     if not cfg.loop.start_from or accept:
         return
-    theirs = read_facts(Path(cfg.loop.start_from)).get("inputs", {})
-    own = {field: one for field, one in inputs_of(cfg).items() if field in BASE and field in theirs}
+    run = Path(cfg.loop.start_from)
+    theirs = recorded(run) if (run / "run.json").is_file() else None  # a copy may lack it
+    if not theirs:
+        return
+    own = {field: one for field, one in _base(cfg.model).items() if field in BASE and field in theirs}
     for change in changes_of(theirs, own):
         if change.known:
             raise RunError(
@@ -119,19 +123,24 @@ def inputs_of(cfg: RunConfig) -> dict[str, Input]:
     found: dict[str, Input] = {}
     if cfg.prompts.file is not None:
         found["prompts.file"] = _prompts(cfg.prompts.file, cfg.prompts.column)
-    model = cfg.model
-    if isinstance(model, DiffusersModel):
-        found |= _pipeline(model)
-        if cfg.needs_real and cfg.real_data is not None:
-            found |= _latents(cfg.real_data, model)
-    else:
-        for name in ("teacher", "vae"):
-            given = getattr(model, name)
-            found[f"model.{name}"] = _local(given or "shipped", Path(given or asset_path(f"shapes_{name}")))
+    found |= _base(cfg.model)
+    if isinstance(cfg.model, DiffusersModel) and cfg.needs_real and cfg.real_data is not None:
+        found |= _latents(cfg.real_data, cfg.model)
     if cfg.method.rewarded:
         for place, reward in _rewards(cfg.rewards):
             found |= {f"{place}.{field}": one for field, one in _reward(reward).items()}
     return found
+
+
+def _base(model: DiffusersModel | ShapesModel) -> dict[str, Input]:
+    """The frozen networks below a student."""
+    if isinstance(model, DiffusersModel):
+        return _pipeline(model)
+    given = {name: getattr(model, name) for name in ("teacher", "vae")}
+    return {
+        f"model.{name}": _local(path or "shipped", Path(path or asset_path(f"shapes_{name}")))
+        for name, path in given.items()
+    }
 
 
 def _pipeline(model: DiffusersModel) -> dict[str, Input]:
@@ -211,11 +220,12 @@ def _local(given: str, path: Path, variant: str | None = None) -> Input:
 
 
 def _places(run: Run, inputs: Mapping[str, Input]) -> dict[str, dict[str, Any]]:
-    """The places in the configuration of a run whose version recorded no content."""
+    """The inputs in the configuration of a run whose version recorded no content, but the commits of hub ids."""
     leaves = {field: _at(run.config, field) for field in inputs}
-    since = read_facts(run.path).get("started", "its start")
+    facts = read_facts(run.path)
+    since, commits = facts.get("started", "its start"), facts.get(COMMITS, {})
     return {
-        field: {"given": given, "fingerprint": None, "since": since}
+        field: {"given": given, "fingerprint": f"commit:{commits[given]}" if given in commits else None, "since": since}
         for field, given in leaves.items()
         if isinstance(given, str)
     }

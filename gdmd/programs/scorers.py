@@ -58,8 +58,12 @@ from gdmd.types import PromptBatch, Reward
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_SETTINGS = ("kind", "dtype", "tokens", "other_text", "target", "reward")
-"""Fields of a scorer's config that change its scores; what its paths hold is hashed."""
+_NOT_HASHED = frozenset(
+    ("device", "offload", "chunk", "differentiable")  # where and how, not what
+    + ("url", "token_variable", "timeout_s", "retries", "batch", "on_failure", "max_unscored")
+    + ("path", "revision", "tokenizer", "clip", "detector", "reader", "asset", "parts")  # hashed by their content
+)
+"""Fields of a scorer's config that its identity does not take as they are; a field that is new counts."""
 SHAPES_KINDS = ("shapes_clip", "shapes_pref", HELDOUT)
 Features = Callable[[Sequence["Image"]], Tensor]
 """Images -> features [N, D]."""
@@ -113,7 +117,7 @@ def scorer_identity(spec: RewardConfig) -> str:
     Where that cannot be known (a hub branch that is not in the cache, an old server) the identity never equals itself.
     RemoteError for a server that does not answer.
     """
-    settings = {key: value for key, value in spec.model_dump(mode="json").items() if key in _SETTINGS}
+    settings = spec.model_dump(mode="json", exclude=set(_NOT_HASHED))
     return content_hash(__version__, json.dumps(settings, sort_keys=True), *_contents(spec))
 
 

@@ -34,7 +34,7 @@ def key(name: str, what: str) -> str:
 
 
 @dataclass
-class Tally:
+class RewardCounts:
     """Iterations of one reward: all, those in a row without a score, those in a row with one and the same score."""
 
     iterations: int = 0
@@ -53,13 +53,13 @@ class Tally:
 
 @dataclass
 class RewardSignal:
-    """The tallies of all rewards. ``finished``: the run is at its last step, and all of it counts as a window.
+    """The counts of all rewards. ``finished``: the run is at its last step, and all of it counts as a window.
 
     scored: iterations with a score; flat: those in a row in which no reward told the images of a prompt apart.
     """
 
     batch_size: int
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    counts: dict[str, RewardCounts] = field(default_factory=dict)
     step: int = 0
     scored: int = 0
     flat: int = 0
@@ -67,14 +67,14 @@ class RewardSignal:
     @classmethod
     def load(cls, plain: Mapping[str, Any]) -> RewardSignal:
         """From ``dataclasses.asdict``."""
-        tallies = {name: Tally(**own) for name, own in plain["tallies"].items()}
-        return cls(plain["batch_size"], tallies, plain["step"], plain["scored"], plain["flat"])
+        counts = {name: RewardCounts(**own) for name, own in plain["counts"].items()}
+        return cls(plain["batch_size"], counts, plain["step"], plain["scored"], plain["flat"])
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """A row of metrics.jsonl."""
         iterations, self.step = step - self.step, step
         for name in names(values):
-            own = self.tallies.setdefault(name, Tally())
+            own = self.counts.setdefault(name, RewardCounts())
             own.add(iterations, values[key(name, UNSCORED)], spread(values, name))
         if any(not math.isnan(spread(values, name)) for name in names(values)):
             self.scored += iterations
@@ -82,11 +82,11 @@ class RewardSignal:
 
     def silent(self, finished: bool) -> list[str]:
         """Rewards that score nothing."""
-        return [name for name, own in self.tallies.items() if self._enough(own.silent, own, finished)]
+        return [name for name, own in self.counts.items() if self._enough(own.silent, own, finished)]
 
     def constant(self, finished: bool) -> list[str]:
         """Rewards whose scores are all the same."""
-        return [name for name, own in self.tallies.items() if self._enough(own.constant, own, finished)]
+        return [name for name, own in self.counts.items() if self._enough(own.constant, own, finished)]
 
     def no_signal(self, finished: bool) -> bool:
         """Whether no reward told the images of a prompt apart, for as long as counts."""
@@ -98,11 +98,11 @@ class RewardSignal:
 
     def sparse(self, finished: bool) -> dict[str, float]:
         """Rewards that left out more than half of the images: the share."""
-        shares = {name: own.unscored / own.iterations for name, own in self.tallies.items() if own.iterations}
-        enough = {name for name, own in self.tallies.items() if self._enough(own.iterations, own, finished)}
+        shares = {name: own.unscored / own.iterations for name, own in self.counts.items() if own.iterations}
+        enough = {name for name, own in self.counts.items() if self._enough(own.iterations, own, finished)}
         return {name: share for name, share in shares.items() if name in enough and share > 0.5}
 
-    def _enough(self, iterations: int, own: Tally, finished: bool) -> bool:
+    def _enough(self, iterations: int, own: RewardCounts, finished: bool) -> bool:
         window = iterations >= WINDOW and iterations * self.batch_size >= IMAGES
         return window or (finished and iterations > 1 and iterations == own.iterations)
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from gdmd.io import RunError, append_jsonl, near_name, numbered_jsonl, typed, write_atomic, writing
+from gdmd.io import RunError, append_jsonl, near_name, numbered_jsonl, read_json, typed, write_atomic, writing
 
 PACKAGES = ("gdmd", "torch", "numpy", "pydantic", "safetensors")
 
@@ -146,14 +146,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def read_facts(path: Path) -> dict[str, Any]:
     """The content of run.json."""
-    file = Path(path) / "run.json"
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"cannot read {file}: {error}. Restore the file or start a new run.") from error
-    if not isinstance(facts, dict):
-        raise RunError(f"{file} holds no JSON object. Restore the file or start a new run.")
-    return facts
+    return read_json(Path(path) / "run.json", "Restore the file or start a new run.")
 
 
 def write_facts(path: Path, facts: Mapping[str, Any]) -> None:

@@ -263,12 +263,12 @@ class _Trainer:
             )
         constant = self.signal.constant(finished)
         for name in constant:
-            count = self.signal.tallies[name].constant
+            count = self.signal.counts[name].constant
             self._warn(
                 f"constant {name}",
                 f"reward {name} gave every image of {count} iterations the same score: it gives no signal",
             )
-        if self.signal.no_signal(finished) and len(constant) < len(self.signal.tallies):
+        if self.signal.no_signal(finished) and len(constant) < len(self.signal.counts):
             count = self.signal.flat
             self._warn(
                 "flat", f"no reward told the images of a prompt apart in {count} iterations: they give no signal"
@@ -295,7 +295,7 @@ class _Trainer:
         raise (ValueError if self.world.first else OtherRankError)(message)
 
     def _scores_nothing(self, name: str) -> str:
-        iterations = self.signal.tallies[name].silent
+        iterations = self.signal.counts[name].silent
         return f"reward {name} scored no image in {iterations} iterations (all NaN){self._reason(name)}."
 
     def _reason(self, name: str) -> str:

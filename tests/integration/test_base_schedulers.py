@@ -186,8 +186,8 @@ def test_another_number_of_training_steps_is_the_networks_time(saved: Callable[.
 @pytest.mark.parametrize(
     ("name", "scheduler", "message"),
     [
-        ("sd3", diffusers.EulerDiscreteScheduler(), r"flow model.*EulerDiscreteScheduler.*models with betas"),
-        ("z_image", diffusers.DDIMScheduler(**BETAS), r"flow model.*DDIMScheduler.*models with betas"),
+        ("sd3", diffusers.EulerDiscreteScheduler(), r"flow model.*EulerDiscreteScheduler.*models with a beta schedule"),
+        ("z_image", diffusers.DDIMScheduler(**BETAS), r"flow model.*DDIMScheduler.*models with a beta schedule"),
         ("flux", diffusers.DPMSolverMultistepScheduler(), r"flow model.*with use_flow_sigmas = true"),
         ("sd3", diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "prediction_type = 'epsilon'"),
         ("sd3", diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas = False"),
@@ -601,10 +601,15 @@ def test_a_qwen_teacher_is_guided_by_its_pipelines_default(saved: Callable[..., 
 @pytest.mark.parametrize(
     ("name", "changes", "settings", "message"),
     [
-        ("sd3", {"scheduler": diffusers.EulerDiscreteScheduler()}, "", "flow model.*models with betas"),
+        ("sd3", {"scheduler": diffusers.EulerDiscreteScheduler()}, "", "flow model.*models with a beta schedule"),
         ("sdxl", {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "", "cannot use its FlowMatchEuler"),
         ("sd3", {}, ",scheduler=euler", "scheduler=euler is not for this pipeline.*flow models.*flow_euler"),
-        ("sdxl", {}, ",scheduler=flow_euler", "scheduler=flow_euler is not for this pipeline.*models with betas"),
+        (
+            "sdxl",
+            {},
+            ",scheduler=flow_euler",
+            "scheduler=flow_euler is not for this pipeline.*models with a beta schedule",
+        ),
         (
             "sdxl",
             {"scheduler": diffusers.EDMEulerScheduler()},

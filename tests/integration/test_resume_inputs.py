@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from cli_world import Gdmd, make_assets
 from gdmd.cli.app import main
 from gdmd.export.card import _table
 from gdmd.programs.folders import config_of
-from gdmd.programs.inputs import _weights
+from gdmd.programs.inputs import _places, _weights
 from gdmd.runs.inputs import changes_of
-from gdmd.runs.rundir import read_facts, write_facts
+from gdmd.runs.rundir import open_run, read_facts, write_facts
 
 REWARD = "rewards=[{kind: callable, target: 'own_reward:red'}]"
 
@@ -162,6 +163,21 @@ def test_a_second_stage_on_another_base_model_is_refused(gdmd: Gdmd) -> None:
     assert finished.code == 2 and "loop.start_from=run was trained on another base model" in finished.err
     assert not Path("fourth").exists()
     assert gdmd.train(*same, "model.teacher=other.safetensors", "--run", "fifth", "--accept-changes").code == 0
+
+
+def test_a_first_stage_may_lack_its_run_json(gdmd: Gdmd) -> None:
+    Path("run/run.json").unlink()
+    finished = gdmd.train("loop.start_from=run", "loop.seed=1", "prompts.file=p.txt", "--run", "second")
+    assert finished.code == 0, finished.err
+
+
+def test_a_run_of_an_older_version_knows_the_commit_of_its_hub_id(gdmd: Gdmd) -> None:
+    facts = {k: v for k, v in read_facts(Path("run")).items() if k != "inputs"}
+    write_facts(Path("run"), facts | {"hub_commits": {"org/model": "a" * 40}})
+    run = replace(open_run(Path("run")), config={"model": {"path": "org/model"}})
+    for commit, changed in (("a" * 40, False), ("b" * 40, True)):
+        now = {"model.path": _weights("org/model", commit)}
+        assert [change.known for change in changes_of(_places(run, now), now)] == [True] * changed
 
 
 def test_a_changed_setting_ends_with_what_can_be_done(gdmd: Gdmd) -> None:

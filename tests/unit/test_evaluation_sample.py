@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -17,9 +17,7 @@ from gdmd.evaluation.sample import (
     Sampler,
     generate,
     images_of,
-    student_images,
     student_sampler,
-    teacher_images,
     teacher_sampler,
 )
 
@@ -45,9 +43,19 @@ def lab() -> TinyLab:
     return TinyLab(ShapesRoles(net), ShapesCodec(ShapesVae(16)), ShapesTextEncoder())
 
 
+def student_images(lab: TinyLab, texts: Sequence[str], seed: int, steps: Sequence[float], batch: int = 64) -> Tensor:
+    return images_of(student_sampler(lab, lab.roles.student, steps), lab, texts, seed, batch)
+
+
+def teacher_images(
+    lab: TinyLab, texts: Sequence[str], seed: int, ode_steps: int, guidance: float, batch: int = 64
+) -> Tensor:
+    return images_of(teacher_sampler(lab, ode_steps, guidance), lab, texts, seed, batch)
+
+
 def test_an_image_is_the_same_whatever_the_batch_size(lab: TinyLab) -> None:
-    whole = student_images(lab, lab.roles.student, TEXTS, 1, STEPS)
-    assert torch.allclose(whole, student_images(lab, lab.roles.student, TEXTS, 1, STEPS, batch=2), atol=1e-4)
+    whole = student_images(lab, TEXTS, 1, STEPS)
+    assert torch.allclose(whole, student_images(lab, TEXTS, 1, STEPS, batch=2), atol=1e-4)
     guided = teacher_images(lab, TEXTS, 1, 3, 5.0)
     assert torch.allclose(
         guided, teacher_images(lab, TEXTS, 1, 3, 5.0, batch=3), atol=1e-4
@@ -55,21 +63,21 @@ def test_an_image_is_the_same_whatever_the_batch_size(lab: TinyLab) -> None:
 
 
 def test_an_image_keeps_its_noise_when_other_captions_change(lab: TinyLab) -> None:
-    one = student_images(lab, lab.roles.student, TEXTS, 1, STEPS)
-    other = student_images(lab, lab.roles.student, ("a ring", *TEXTS[1:]), 1, STEPS)
+    one = student_images(lab, TEXTS, 1, STEPS)
+    other = student_images(lab, ("a ring", *TEXTS[1:]), 1, STEPS)
     assert torch.allclose(one[1:], other[1:], atol=1e-5)
     assert not torch.allclose(one[0], other[0], atol=1e-5)
 
 
 def test_images_of_one_caption_and_of_two_seeds_differ(lab: TinyLab) -> None:
-    twice = student_images(lab, lab.roles.student, ("a ring", "a ring"), 1, STEPS)
+    twice = student_images(lab, ("a ring", "a ring"), 1, STEPS)
     assert not torch.allclose(twice[0], twice[1], atol=1e-3)
-    assert not torch.allclose(twice, student_images(lab, lab.roles.student, ("a ring", "a ring"), 2, STEPS), atol=1e-3)
+    assert not torch.allclose(twice, student_images(lab, ("a ring", "a ring"), 2, STEPS), atol=1e-3)
 
 
 def test_teacher_and_student_start_from_the_same_noise(lab: TinyLab) -> None:
     """With one step both predict x0 from the noise itself, and here they are the same network."""
-    student = student_images(lab, lab.roles.student, TEXTS, 4, (1.0,))
+    student = student_images(lab, TEXTS, 4, (1.0,))
     assert torch.allclose(student, teacher_images(lab, TEXTS, 4, 1, 1.0), atol=1e-5)
 
 
@@ -80,7 +88,7 @@ def test_the_two_passes_of_guidance_are_counted(lab: TinyLab) -> None:
 
 
 def test_images_are_pictures(lab: TinyLab) -> None:
-    images = student_images(lab, lab.roles.student, TEXTS, 1, STEPS)
+    images = student_images(lab, TEXTS, 1, STEPS)
     assert images.shape == (5, 3, 32, 32)
     assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
     assert not images.requires_grad

@@ -43,15 +43,15 @@ def test_what_nothing_pins_is_said_and_kept(tmp_path: Path) -> None:
     assert read_facts(run)["hub_commits"] == {"org/teacher": OLD, "org/tiny": OLD}
 
 
-def test_a_branch_that_has_moved_since_is_a_warning_on_resume(tmp_path: Path) -> None:
+def test_the_commit_of_an_accepted_change_is_the_one_that_repeats_the_run(tmp_path: Path) -> None:
     cache, console = tmp_path / "cache", Console(file=io.StringIO(), width=400)
     run, model = create(tmp_path / "run", {}), DiffusersModel(path="org/teacher")
     for commit in (OLD, NEW):
         downloaded(cache, "org/teacher", "model_index.json", commit)
         tell_commits(model, run, console, cache)
     said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert said[-1] == f"warning: org/teacher was read at commit {OLD} before, now at {NEW}; pin it with model.revision"
-    assert read_facts(run.path)["hub_commits"] == {"org/teacher": OLD}
+    assert said[-1] == f"org/teacher is not pinned to a commit; model.revision={NEW} repeats this run"
+    assert read_facts(run.path)["hub_commits"] == {"org/teacher": NEW}
 
 
 def test_of_a_pinned_id_and_a_folder_nothing_is_said(tmp_path: Path) -> None:

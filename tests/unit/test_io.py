@@ -127,6 +127,19 @@ def test_a_remembered_hash_is_not_computed_again(tmp_path: Path, monkeypatch: py
         assert weights_fingerprint(base) == first
 
 
+def test_a_fingerprint_needs_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = pipeline(tmp_path / "base")
+    first = weights_fingerprint(base)
+    monkeypatch.setattr(gdmd.io, "REMEMBERED", 0)
+    monkeypatch.chdir(tmp_path)
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("gdmd.io.Path.home", nowhere)
+    assert weights_fingerprint(base) == first and sorted(file.name for file in tmp_path.iterdir()) == ["base"]
+
+
 def test_a_fingerprint_is_that_of_what_is_loaded(tmp_path: Path) -> None:
     base, moved = pipeline(tmp_path / "base"), pipeline(tmp_path / "moved")
     assert weights_fingerprint(base) == weights_fingerprint(moved)

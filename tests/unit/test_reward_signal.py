@@ -100,7 +100,7 @@ def test_more_than_half_without_a_score_is_named_with_its_share() -> None:
 def test_a_tally_goes_through_json_and_rows_of_older_versions_count_as_time_only() -> None:
     older = [{"step": 5, "loss/student": 1.0}, row(7, 1, NAN)]
     found = signal(older)
-    assert found.tallies["a/b"].silent == 2 and RewardSignal.load(asdict(found)) == found
+    assert found.counts["a/b"].silent == 2 and RewardSignal.load(asdict(found)) == found
 
 
 def test_a_report_names_them() -> None:
