@@ -28,8 +28,8 @@ class FlowFamily(Family):
         super().__init__(pipe, cfg)
         if cfg.guidance_rescale:
             raise ValueError(
-                f"model.guidance_rescale = {cfg.guidance_rescale:g}: a {self.pipeline} has none; only UNets with betas do; "
-                "leave it out"
+                f"model.guidance_rescale = {cfg.guidance_rescale:g}: a {self.pipeline} has none; only UNets with a beta "
+                "schedule do; leave it out"
             )
         self.schedule = FlowSchedule()
         self.times = read_flow(pipe.scheduler, f"model.path {cfg.path!r}", self.max_shift)

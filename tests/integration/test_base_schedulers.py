@@ -306,7 +306,7 @@ def test_published_schedulers_of_flows_are_accepted(
         assert (found.base_shift, found.max_shift, found.max_tokens, found.terminal) == dynamic
 
 
-# ---------------------------------------------------------------- UNets with betas
+# ---------------------------------------------------------------- UNets with a beta schedule
 
 UNETS = {
     "v": V,
@@ -367,8 +367,8 @@ def test_an_exported_unet_makes_the_trainers_images(
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (diffusers.FlowMatchEulerDiscreteScheduler(), "model with betas.*flow models"),
-        (diffusers.UniPCMultistepScheduler(**FLOW), "model with betas.*flow models"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "model with a beta schedule.*flow models"),
+        (diffusers.UniPCMultistepScheduler(**FLOW), "model with a beta schedule.*flow models"),
         (diffusers.EDMEulerScheduler(), "EDM model.*EDMEulerScheduler.*not supported"),
         (diffusers.EDMDPMSolverMultistepScheduler(), "EDM model.*not supported"),
         (diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"), "EDM model"),
