@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdmd.config.loop import LoopConfig
 from gdmd.config.run import RunConfig
+from gdmd.config.training import LoopConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.recipes.build import Lab, build
 from gdmd.recipes.read import read_recipe
 from gdmd.training.distributed import SINGLE
+from gdmd.training.role_state import role_states
 from gdmd.training.saver import Saver
-from gdmd.training.state import role_states
 
 State = Mapping[str, Mapping[str, Tensor]]
 MIB = 2**20

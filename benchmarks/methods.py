@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from gdmd.config.describe import student_updates
-from gdmd.evaluation.schedules import every_place, iteration_passes
-from gdmd.programs.bench import Bench
+from gdmd.profiling.bench import Bench
+from gdmd.recipes.pass_formulas import every_place, iteration_passes
 from gdmd.recipes.read import read_recipe
 
 REFERENCE = "gdmd"

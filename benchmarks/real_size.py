@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdmd.backbones.codec import VaeCodec
-from gdmd.backbones.hollow import hollow_decoder, hollow_family
-from gdmd.backbones.roles import DiffusersRoles
 from gdmd.config.run import RunConfig
 from gdmd.data.prompts import PromptStream
-from gdmd.evaluation.cost_model import GPUS, Gpu
-from gdmd.programs.bench import Bench, measure
-from gdmd.programs.plan import plan
+from gdmd.models.roles import DiffusersRoles
+from gdmd.models.vae import VaeCodec
+from gdmd.plan.cost_model import GPUS, Gpu
+from gdmd.plan.estimate import plan
+from gdmd.plan.meta_pipeline import hollow_decoder, hollow_family
+from gdmd.profiling.bench import Bench, measure
 from gdmd.recipes.build import Lab, Place, method_of
 from gdmd.recipes.read import read_recipe
 from gdmd.rewards.callable import CallableReward

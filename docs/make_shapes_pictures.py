@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from gdmd.backbones.shapes import ShapesCodec, load_vae
-from gdmd.evaluation.grids import write_grid
-from gdmd.evaluation.sample import images_of, teacher_sampler
+from gdmd.shapes.roles import ShapesCodec, load_vae
+from gdmd.reporting.grids import write_grid
+from gdmd.diffusion.generate import images_of, teacher_sampler
 from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe
 from gdmd.runs.assets import asset_path, load_asset

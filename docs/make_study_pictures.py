@@ -26,10 +26,10 @@ from webdriver import Browser  # noqa: E402
 
 from gdmd.config.run import ShapesReward  # noqa: E402
 from gdmd.data.prompts import batch_of  # noqa: E402
-from gdmd.recipes.build import build_rewards  # noqa: E402
-from gdmd.rewards.images import from_pil  # noqa: E402
+from gdmd.recipes.build_rewards import build_rewards
+from gdmd.rewards.preprocessing import from_pil  # noqa: E402
 from gdmd.study.analyze import analyze  # noqa: E402
-from gdmd.study.nouns import IMAGES, LINKS, VOTES, Plan, Trial, read_plan, votes_of  # noqa: E402
+from gdmd.study.records import IMAGES, LINKS, VOTES, Plan, Trial, read_plan, votes_of  # noqa: E402
 from gdmd.study.report import write_report  # noqa: E402
 from gdmd.study.store import Store  # noqa: E402
 

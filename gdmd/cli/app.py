@@ -11,12 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
-from gdmd.cli import bench, compare, export, lab, latents, results, training
+from gdmd.cli import evaluate as results
+from gdmd.cli import export, latents
+from gdmd.cli import info as lab
+from gdmd.cli import profile as bench
+from gdmd.cli import sweep as compare
+from gdmd.cli import train as training
 from gdmd.cli.geneval import eval_app
 from gdmd.cli.plan import plan_command
 from gdmd.cli.rewards import rewards_app
 from gdmd.cli.study import study_app
-from gdmd.runs.seat import seat
+from gdmd.training.rank import seat
 
 app = typer.Typer(
     name="gdmd",
@@ -139,7 +144,7 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 
 def report(error: ValueError) -> None:
     """Print it on stderr. What all ranks know is said by rank 0 alone."""
-    known = _is(error, "gdmd.training.state", "NonFiniteError")
+    known = _is(error, "gdmd.training.role_state", "NonFiniteError")
     if _is(error, "gdmd.training.distributed", "OtherRankError") or (known and not _first()):
         return
     for line in str(error).splitlines():
@@ -148,7 +153,7 @@ def report(error: ValueError) -> None:
 
 def exit_code(error: ValueError) -> int:
     """What the program exits with after this error."""
-    if _is(error, "gdmd.training.state", "NonFiniteError"):
+    if _is(error, "gdmd.training.role_state", "NonFiniteError"):
         return NOT_FINITE
     return RANK_LOST if _is(error, "gdmd.training.distributed", "RanksError") else BAD_INPUT
 

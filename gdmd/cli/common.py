@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gdmd.io import finite_or_none
-from gdmd.runs.seat import seat
+from gdmd.training.rank import seat
 
 if TYPE_CHECKING:
     from rich.console import Console

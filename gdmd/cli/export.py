@@ -44,7 +44,7 @@ def export_command(
       gdmd export runs/sdxl-seed0 --base /elsewhere/sdxl-base
       gdmd export runs/sdxl-seed0 --checkpoint best           by loop.best_metric, or a step
     """
-    from gdmd.programs.folders import config_of
+    from gdmd.recipes.run_folders import config_of
 
     config_of(run)
     from gdmd.programs.export import export_run

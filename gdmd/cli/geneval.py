@@ -11,7 +11,8 @@ import typer
 from typer.core import TyperGroup
 
 from gdmd import __version__
-from gdmd.cli import models, results
+from gdmd.cli import evaluate as results
+from gdmd.cli import preference as models
 from gdmd.cli.common import Json, messages, print_json
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -70,7 +71,7 @@ def prompts_command(
     Examples:
       gdmd eval geneval prompts -o train.jsonl --per-task 200 --without evaluation_metadata.jsonl
     """
-    from gdmd.programs.geneval import write_prompts
+    from gdmd.evaluation.geneval import write_prompts
 
     _say(f"{write_prompts(path, per_task, seed, without)} prompts -> {path}")
 
@@ -98,15 +99,15 @@ def generate_command(
       gdmd eval geneval generate org/model,lora=org/lcm-lora,scheduler=lcm --steps 4 --metadata m.jsonl -o images/lcm
       gdmd eval geneval generate org/model --metadata m.jsonl -o images/teacher --steps 50 --guidance 7 --device cuda
     """
-    from gdmd.config.sources import read_source
-    from gdmd.evaluation.geneval import read_metadata
-    from gdmd.programs.sources import kind_of, open_source
+    from gdmd.config.image_source import read_source
+    from gdmd.evaluation.geneval_scores import read_metadata
+    from gdmd.sources.open import kind_of, open_source
 
     options = {"steps": steps, "guidance": guidance, "batch": batch, "device": device, "dtype": dtype and dtype.value}
     source = read_source(what).changed({key: value for key, value in options.items() if value is not None})
     tasks = read_metadata(metadata)
     kind_of(source)
-    from gdmd.programs.geneval import generate_from
+    from gdmd.evaluation.geneval import generate_from
 
     made = generate_from(open_source(source), tasks, folder, images, seed)
     _say(f"{made} images made -> {folder}")
@@ -133,7 +134,7 @@ def score_command(
     if json:
         print_json({name: asdict(score) for name, score in scores.items()})
         return
-    from gdmd.programs.geneval import LABEL
+    from gdmd.evaluation.geneval import LABEL
 
     print(LABEL)
     for name, score in scores.items():
@@ -141,7 +142,7 @@ def score_command(
 
 
 def _scores(source: Path, metadata: Path | None, detector: str | None, clip: str | None, device: str) -> dict[str, Any]:
-    from gdmd.programs.geneval import score_folder, score_recorded
+    from gdmd.evaluation.geneval import score_folder, score_recorded
 
     if source.is_file():
         if metadata is None:
@@ -149,10 +150,10 @@ def _scores(source: Path, metadata: Path | None, detector: str | None, clip: str
         return dict(score_recorded(source, metadata))
     if not source.is_dir():
         raise ValueError(f"{source} does not exist; give a folder in GenEval's layout or a detections.jsonl")
-    from gdmd.programs.scorers import detector_contents
-    from gdmd.rewards.geneval_colors import ColorClassifier
-    from gdmd.rewards.geneval_detector import Detector
-    from gdmd.rewards.pretrained import Placement
+    from gdmd.recipes.reward_identity import detector_contents
+    from gdmd.rewards.base import Placement
+    from gdmd.rewards.geneval.colors import ColorClassifier
+    from gdmd.rewards.geneval.detector import Detector
 
     place = Placement(device)
     found = Detector.from_pretrained(detector, placement=place)

@@ -32,20 +32,20 @@ def plan_command(
       gdmd plan sd3_gdmd model.path=/models/sd3 --gpus table
       gdmd plan shapes --json
     """
-    from gdmd.evaluation.cost_model import gpu_of
+    from gdmd.plan.cost_model import gpu_of
     from gdmd.recipes.read import read_recipe
 
     if "=" in words[0]:
         raise ValueError(f"no recipe was named before {words[0]!r}; `gdmd recipes` lists them")
     card = gpu_of(gpu)
     cfg = read_recipe(words[0], words[1:])
-    from gdmd.programs.plan import counts_of, plan
+    from gdmd.plan.estimate import counts_of, plan
 
     counts = counts_of(gpus)
     made = plan(cfg, card, efficiency)
     if json:
         print_json(made.json(counts))
         return
-    from gdmd.programs.plan_text import described
+    from gdmd.plan.text import described
 
     print(described(made, made.scaling(counts)))

@@ -30,7 +30,7 @@ def list_command(json: Json = False) -> None:
       gdmd rewards list
       gdmd rewards list --json
     """
-    from gdmd.programs.rewards import listing
+    from gdmd.programs.reward_tools import listing
 
     rows = listing()
     if json:
@@ -58,7 +58,7 @@ def fetch_command(
       gdmd rewards fetch hps              for rewards=[{kind: hps}]
       gdmd rewards fetch clip -o m/clip   for rewards=[{kind: clip, path: m/clip}]
     """
-    from gdmd.programs.rewards import fetch
+    from gdmd.programs.reward_tools import fetch
 
     path = fetch(kind, folder, _say)
     _say(f"ready: {path}; use it as {{kind: {kind}{f', path: {folder}' if folder else ''}}}")
@@ -78,7 +78,7 @@ def convert_command(
       gdmd rewards convert hps HPS_v2.1_compressed.pt
       gdmd rewards convert imagereward ImageReward.pt --tokenizer models/bert-base-uncased -o models/imagereward
     """
-    from gdmd.rewards.sources import published
+    from gdmd.rewards.weights import published
 
     published(kind)
     from gdmd.rewards.convert import convert
@@ -108,10 +108,10 @@ def check_command(
     """
     if record and against:
         raise ValueError("give --record or --against, not both")
-    from gdmd.rewards.sources import published
+    from gdmd.rewards.weights import published
 
     published(kind)
-    from gdmd.programs.rewards import check
+    from gdmd.programs.reward_tools import check
 
     given = {"path": path, "clip": clip}
     spec = {"kind": kind, **{key: value for key, value in given.items() if value is not None}}

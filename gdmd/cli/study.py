@@ -96,7 +96,7 @@ def serve_command(
       gdmd study serve studies/one
       GDMD_STUDY_TOKEN=$(openssl rand -hex 16) gdmd study serve studies/one --host 0.0.0.0
     """
-    from gdmd.study.nouns import read_plan
+    from gdmd.study.records import read_plan
 
     read_plan(study)
     serve = _web()
@@ -133,7 +133,7 @@ def analyze_command(
       gdmd study analyze studies/one --json
     """
     from gdmd.study.analyze import analyze
-    from gdmd.study.nouns import VOTES, read_plan, votes_of
+    from gdmd.study.records import VOTES, read_plan, votes_of
     from gdmd.study.report import write_report
     from gdmd.study.store import Store
 
@@ -178,7 +178,7 @@ def simulate_command(
       gdmd study simulate --win-rate 0.55 --raters 20 --pairs 60
       gdmd study simulate studies/one --win-rate 0.6 --spread 0.5
     """
-    from gdmd.study.nouns import read_plan
+    from gdmd.study.records import read_plan
     from gdmd.study.report import plain_table
     from gdmd.study.simulate import recovery, synthetic_plan, taste_of
 
@@ -207,7 +207,7 @@ def _recovered(found: Any) -> dict[str, str]:
 
 def _say_links(study: Path, address: str) -> None:
     """The links to send to the raters; of a large study the first ones."""
-    from gdmd.study.nouns import LINKS
+    from gdmd.study.records import LINKS
 
     links = _web().served_links(study, address)
     for number, one in enumerate(links[:_SHOWN]):
@@ -224,11 +224,11 @@ def _checked_address(address: str) -> str:
 
 
 def _write_study(cfg: StudyConfig, models: list[str], study: Path, common: bool, per_task: int, address: str) -> None:
-    from gdmd.programs.study_images import draw_models
+    from gdmd.study.design import votes_needed
+    from gdmd.study.draw_images import draw_models
     from gdmd.study.folders import named_folders
-    from gdmd.study.nouns import LINKS
-    from gdmd.study.plan import votes_needed
     from gdmd.study.prepare import check_new, link, prepare
+    from gdmd.study.records import LINKS
 
     check_new(study)
     with TemporaryDirectory(prefix="gdmd-study-") as place:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gdmd.config.method import DmdConfig, GdmdConfig, MethodConfig
+from gdmd.config.methods.all import MethodConfig
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
+from gdmd.config.methods.dmdr import DmdrConfig
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import CompositeReward, RemoteReward
-from gdmd.config.rivals import Dmd2Config, DmdrConfig
-from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.run import RewardConfig, RunConfig
 
 METHODS = {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from gdmd.config.method import DmdConfig, GdmdConfig
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
+from gdmd.config.methods.dmdr import DmdrConfig
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.rewards import CompositeReward, OcrConfig, RemoteReward
-from gdmd.config.rivals import Dmd2Config, DmdrConfig
-from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.run import RewardConfig, RunConfig
 
 _ROLES = ("student", "fake")

@@ -7,13 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from gdmd.config.base import Config, Count
-from gdmd.config.loop import LoopConfig
-from gdmd.config.method import GdmdConfig, MethodConfig
+from gdmd.config.methods.all import MethodConfig
+from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.methods.dmd_reward import DmdReflConfig
+from gdmd.config.methods.dmdr import DmdrConfig
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import ImageReward
-from gdmd.config.rivals import Dmd2Config, DmdrConfig
-from gdmd.config.rivals_rl import DmdReflConfig
+from gdmd.config.training import LoopConfig
 
 
 class ShapesModel(Config):

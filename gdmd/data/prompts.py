@@ -12,7 +12,6 @@ import torch
 from gdmd.data.prompt_files import PromptFile, prompts_in
 from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
-from gdmd.shapes.grammar import TASKS, catalogue
 from gdmd.types import PromptBatch, TextEncoder
 
 SHIPPED = {"text_rendering": "images that show a given text, quoted in the prompt: for the OCR reward"}
@@ -81,9 +80,3 @@ def batch_of(
     own = where if group is None else group
     null = encoder.null(len(texts))
     return PromptBatch(sent(where, device), texts, sent(own, device), cond, null, host=where)
-
-
-def training_captions() -> list[list[str]]:
-    """The training captions of the Shapes language, a list per task."""
-    table = catalogue()
-    return [[table.captions[row].text for row in table.rows("train", task).tolist()] for task in range(len(TASKS))]

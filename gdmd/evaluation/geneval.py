@@ -1,194 +1,175 @@
-"""GenEval (arXiv 2310.11513): metadata and image folders in the official layout, recorded detections, scores with intervals.
-
-    DIR/00000/metadata.jsonl       one line of evaluation_metadata.jsonl
-    DIR/00000/samples/0000.png     its images
-
-Score of a task = mean over its images; overall = unweighted mean of the tasks' scores. The 95 % intervals resample whole
-prompts within each task (images of one prompt are not independent). A recorded detection file holds, per image, every
-object above .3 with its confidence and, where the prompt asks for one, its color: rules can be applied again without the
-detector.
-"""
+"""What ``gdmd eval geneval`` does: prompts, images in the official layout, detections, scores."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Sequence, Set
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from gdmd.evaluation.geneval_prompts import draw_tasks
+from gdmd.evaluation.geneval_scores import (
+    Judged,
+    Score,
+    image_files,
+    judge_recorded,
+    judged,
+    read_metadata,
+    recording,
+    summarise,
+)
+from gdmd.io import RunError, append_jsonl, content_hash, file_hash, read_jsonl, write_atomic
+from gdmd.rewards.geneval.rules import Found, Task, as_row
+from gdmd.sources.base import Source, places_of, settle
+from gdmd.sources.folders import image_file, read_image, write_image, write_metadata
 
-from gdmd.evaluation.image_folders import images_in
-from gdmd.io import numbered_jsonl
-from gdmd.rewards.geneval_rules import COLORS, TASKS, ColorOf, Found, Task, judge, partial_credit, read_task
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-REPLICATES, LEVEL = 2000, 0.95
+    from gdmd.rewards.geneval.colors import ColorClassifier
+    from gdmd.rewards.geneval.detector import Detector
 
-
-@dataclass(frozen=True)
-class Judged:
-    """One image: the number of its prompt, whether it is right, why not, and its partial credit."""
-
-    prompt: int
-    image: int
-    task: Task
-    correct: bool
-    reasons: tuple[str, ...]
-    credit: float
-
-    def json(self) -> dict[str, Any]:
-        """A line of results.jsonl."""
-        return {
-            "prompt_number": self.prompt, "image": self.image, "tag": self.task.tag, "prompt": self.task.prompt,
-            "correct": self.correct, "reason": "; ".join(self.reasons), "partial_credit": self.credit,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Score:
-    """A share of images and its 95 % interval over prompts."""
-
-    value: float
-    low: float
-    high: float
-    images: int
-    prompts: int
+DETECTIONS, RESULTS, SUMMARY = "detections.jsonl", "results.jsonl", "geneval.json"
+LABEL = "GenEval (HF detector)"
+"""What the numbers are called: the published ones come from mmdet's weights."""
+Maker = Callable[[str, int, int], Sequence["Image"]]
+"""(prompt, number of images, seed) -> images; image k depends on the prompt, the seed and k alone."""
 
 
-def read_metadata(path: Path) -> tuple[Task, ...]:
-    """The lines of an evaluation_metadata.jsonl. ValueError with file and line for any that is not GenEval's."""
-    rows = numbered_jsonl(path)
-    if not rows:
-        raise ValueError(f"{path}: is empty; it needs at least one line")
-    return tuple(read_task(row, f"{path}, line {number}") for number, row in rows)
+def write_prompts(path: Path, per_task: int, seed: int, without: Path | None = None) -> int:
+    """Draw prompts and write them in the official format; ``without``: metadata whose prompts are left out."""
+    taken = {task.prompt for task in read_metadata(without)} if without else set()
+    tasks = draw_tasks(per_task, seed, taken)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(json.dumps(as_row(task)) + "\n" for task in tasks), "the prompts")
+    return len(tasks)
 
 
-def image_files(folder: Path) -> Iterator[tuple[int, Task, int, Path]]:
-    """(prompt number, task, image number, file) of every image in a folder of the official layout, in order.
+def generate_from(source: Source, tasks: Sequence[Task], folder: Path, images: int, seed: int) -> int:
+    """``generate`` with a source. ValueError for prompts it cannot show, and for images of another source or seed."""
+    source.check([task.prompt for task in tasks])
+    settle(folder, source.facts, seed, folder)
+    later = [place for place in folder.glob("*") if place.name.isdecimal() and int(place.name) >= len(tasks)]
+    if later:
+        raise RunError(
+            f"{folder} holds images of {len(later)} prompts beyond the {len(tasks)} of this metadata, and gdmd eval geneval "
+            "score would count them; give an empty folder with --out, or delete them"
+        )
+    return generate(source_maker(source), tasks, folder, images, seed)
 
-    ValueError for a folder without any, and for a prompt folder without metadata or images.
+
+def generate(
+    make: Maker, tasks: Sequence[Task], folder: Path, images: int, seed: int, watch: Callable[[int], None] | None = None
+) -> int:
+    """Make the images of every prompt in the official layout; prompts whose images are all there are skipped.
+
+    The seed of a prompt is a hash of (seed, its number), so images depend neither on the batch nor on a restart.
+    Returns how many images were made. RunError for a folder that holds other prompts.
     """
-    numbered = sorted((p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
-    if not numbered:
-        raise ValueError(f"{folder} has no prompt folders 00000, 00001, ...; give a folder in GenEval's layout")
-    for one in numbered:
-        found = read_metadata(one / "metadata.jsonl")
-        if len(found) != 1:
-            raise ValueError(
-                f"{one / 'metadata.jsonl'}: {len(found)} lines; one prompt folder has one line of metadata"
-            )
-        samples = one / "samples"
-        images = images_in(samples.iterdir()) if samples.is_dir() else []
-        names = [path for path in images if re.fullmatch(r"\d+\.png", path.name)]
-        if other := [path for path in images if path.stem.isdecimal() and path not in names]:
-            raise ValueError(f"{other[0]}: GenEval's layout has PNG files 0000.png, 0001.png, ...; convert the image")
-        if not names:
-            raise ValueError(f"{samples} holds no images 0000.png, ...; generate them first")
-        for path in names:
-            yield int(one.name), found[0], int(path.stem), path
+    made = 0
+    for number, task in enumerate(tasks):
+        write_metadata(folder, number, as_row(task))
+        names = [image_file(folder, number, k) for k in range(images)]
+        if not all(name.exists() for name in names):
+            for name, image in zip(names, make(task.prompt, images, prompt_seed(seed, number)), strict=True):
+                write_image(name, image)
+            made += images
+        if watch:
+            watch(number + 1)
+    return made
 
 
-def judged(prompt: int, image: int, task: Task, found: Mapping[str, Sequence[Found]], color_of: ColorOf) -> Judged:
-    """Metric and partial credit of one image."""
-    verdict = judge(task, found, color_of)
-    return Judged(prompt, image, task, verdict.correct, verdict.reasons, partial_credit(task, found, color_of))
+def prompt_seed(seed: int, number: int) -> int:
+    """A seed below 2^48 for the prompt with this number."""
+    return int.from_bytes(hashlib.sha256(f"geneval {seed} {number}".encode()).digest()[:6], "big")
 
 
-def recording(
-    prompt: int, image: int, task: Task, found: Mapping[str, Sequence[Found]], colors: Mapping[tuple[str, int], str]
+def score_folder(
+    folder: Path,
+    detector: Detector,
+    colors: ColorClassifier,
+    watch: Callable[[int], None] | None = None,
+    by: str = "",
+) -> dict[str, Score]:
+    """Detect what is not recorded yet in DIR/detections.jsonl, then judge it. Resumable.
+
+    by: identity of detector and classifier. A line belongs to it, to the content of the image and to what its prompt
+    asks; lines of anything else are removed.
+    """
+    files = list(image_files(folder))
+    path = folder / DETECTIONS
+    keys = [_key(by, prompt, number, file, task) for prompt, task, number, file in files]
+    done = _recorded(path, set(keys))
+    for count, (key, (prompt, task, number, file)) in enumerate(zip(keys, files, strict=True), 1):
+        if key not in done:
+            line = detect(file, prompt, number, task, detector, colors)
+            append_jsonl(path, [line | {"key": key}], "the detections")
+        if watch:
+            watch(count)
+    rows = judge_recorded(path, {prompt: task for prompt, task, _, _ in files})
+    return write_scores(folder, rows, images_key(folder))
+
+
+def images_key(folder: Path) -> str:
+    """A hash of the prompts and images of a folder in the official layout: what its scores belong to."""
+    files = sorted([*folder.glob("*/metadata.jsonl"), *folder.glob("*/samples/*.png")])
+    return content_hash(*(part for file in files for part in (file.relative_to(folder).as_posix(), file_hash(file))))
+
+
+def _key(by: str, prompt: int, number: int, file: Path, task: Task) -> str:
+    return content_hash(by, f"{prompt} {number}", file_hash(file), json.dumps(as_row(task)))
+
+
+def detect(
+    file: Path, prompt: int, number: int, task: Task, detector: Detector, colors: ColorClassifier
 ) -> dict[str, Any]:
-    """A line of detections.jsonl; colors by (class, key)."""
-    objects = {
-        name: [
-            {"box": list(one.box), "confidence": one.confidence, "color": colors.get((name, one.key))}
-            for one in ones
-        ]
-        for name, ones in found.items()
-    }  # fmt: skip
-    return {"prompt_number": prompt, "image": image, "tag": task.tag, "prompt": task.prompt, "objects": objects}
+    """A line of detections.jsonl: every object of one image, and the colors that the rules ask for."""
+    image = read_image(file)
+    found = detector(image)
+    known: dict[tuple[str, int], str] = {}
+
+    def color_of(name: str, objects: Sequence[Found]) -> Sequence[str]:
+        answer = colors.colors(image, name, objects, found.masks)
+        known.update({(name, one.key): color for one, color in zip(objects, answer, strict=True)})
+        return answer
+
+    judged(prompt, number, task, found.objects, color_of)
+    return recording(prompt, number, task, found.objects, known)
 
 
-def judge_recorded(path: Path, tasks: Mapping[int, Task]) -> list[Judged]:
-    """Apply the rules to a detections.jsonl. tasks: by prompt number. ValueError with file and line for a bad line."""
-    rows = []
-    for number, row in numbered_jsonl(path, torn_tail=True):
-        where = f"{path}, line {number}"
-        try:
-            prompt, image = int(row["prompt_number"]), int(row["image"])
-            found, colors = _objects(row["objects"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{where}: not a recorded detection ({error}); expected prompt_number, image and objects by class"
-            ) from error
-        if prompt not in tasks:
-            raise ValueError(f"{where}: prompt {prompt} is not among the {len(tasks)} prompts; give its metadata")
-        rows.append(judged(prompt, image, tasks[prompt], found, recorded_colors(colors, where)))
-    return rows
+def score_recorded(detections: Path, metadata: Path, folder: Path | None = None) -> dict[str, Score]:
+    """Apply the rules to recorded detections, without detector, classifier and images."""
+    tasks = dict(enumerate(read_metadata(metadata)))
+    rows = judge_recorded(detections, tasks)
+    return write_scores(folder, rows) if folder else summarise(rows)
 
 
-def recorded_colors(colors: Mapping[tuple[str, int], str | None], where: str) -> ColorOf:
-    """The classifier that only remembers. ValueError where a color is asked for that was not recorded."""
-
-    def color_of(name: str, objects: Sequence[Found]) -> list[str]:
-        known = [colors.get((name, one.key)) for one in objects]
-        if None in known:
-            raise ValueError(f"{where}: the color of a {name} is asked for and not recorded; detect it again")
-        return [str(color) for color in known]
-
-    return color_of
+def write_scores(folder: Path, rows: Sequence[Judged], images: str | None = None) -> dict[str, Score]:
+    """results.jsonl, one line per image, and geneval.json, the scores with intervals. images: ``images_key``."""
+    scores = summarise(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / RESULTS, "".join(json.dumps(row.json()) + "\n" for row in rows), "the results")
+    summary = {"label": LABEL, "images": images, "scores": {name: asdict(score) for name, score in scores.items()}}
+    write_atomic(folder / SUMMARY, json.dumps(summary, indent=2) + "\n", "the scores")
+    return scores
 
 
-def summarise(rows: Sequence[Judged], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Score]:
-    """Scores by task and "overall". ValueError without rows, and for an image that was judged twice."""
-    if not rows:
-        raise ValueError("there are no judged images to summarise; score at least one")
-    places = [(row.prompt, row.image) for row in rows]
-    if len(set(places)) < len(places):
-        twice = next(place for place in places if places.count(place) > 1)
-        raise ValueError(f"image {twice[1]} of prompt {twice[0]} was judged twice; each image counts once")
-    rng = np.random.default_rng(seed)
-    scores: dict[str, Score] = {}
-    drawn: list[np.ndarray] = []
-    for tag in TASKS:
-        own = [row for row in rows if row.task.tag == tag]
-        if not own:
-            continue
-        right, images = _by_prompt(own)
-        again = rng.integers(len(images), size=(replicates, len(images)))
-        means = right[again].sum(1) / images[again].sum(1)
-        drawn.append(means)
-        scores[tag] = _score(float(right.sum() / images.sum()), means, len(own), len(images))
-    mean = sum(score.value for score in scores.values()) / len(scores)
-    prompts = sum(score.prompts for score in scores.values())
-    return {"overall": _score(mean, np.mean(drawn, 0), len(rows), prompts), **scores}
+def source_maker(source: Source) -> Maker:
+    """Any source of images as a ``Maker``; its noise is that of image k of prompt 0 at the given seed."""
+
+    def make(prompt: str, count: int, seed: int) -> list[Image]:
+        places, step = places_of([prompt], count), source.facts.batch
+        return [image for k in range(0, count, step) for image in source.make(places[k : k + step], seed)]
+
+    return make
 
 
-def _by_prompt(rows: Sequence[Judged]) -> tuple[np.ndarray, np.ndarray]:
-    """(right images, images) of each prompt, float64."""
-    numbers = sorted({row.prompt for row in rows})
-    place = {number: index for index, number in enumerate(numbers)}
-    right, images = np.zeros(len(numbers)), np.zeros(len(numbers))
-    for row in rows:
-        right[place[row.prompt]] += row.correct
-        images[place[row.prompt]] += 1
-    return right, images
-
-
-def _score(value: float, replicates: np.ndarray, images: int, prompts: int) -> Score:
-    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Score(value, float(low), float(high), images, prompts)
-
-
-def _objects(rows: Any) -> tuple[dict[str, list[Found]], dict[tuple[str, int], str | None]]:
-    found: dict[str, list[Found]] = {}
-    colors: dict[tuple[str, int], str | None] = {}
-    for name, ones in rows.items():
-        for key, one in enumerate(ones):
-            x0, y0, x1, y1 = map(float, one["box"])
-            color = one.get("color")
-            if color is not None and color not in COLORS:
-                raise ValueError(f"color {color!r} is none of {', '.join(COLORS)}")
-            found.setdefault(name, []).append(Found((x0, y0, x1, y1), float(one["confidence"]), key))
-            colors[name, key] = color
-    return found, colors
+def _recorded(path: Path, keys: Set[str]) -> set[str]:
+    """Those of ``keys`` that have a line; all other lines, and one that a kill cut off, are removed from the file."""
+    rows = read_jsonl(path, torn_tail=True) if path.exists() else []
+    kept = {row["key"]: row for row in rows if isinstance(row.get("key"), str) and row["key"] in keys}
+    if len(kept) < len(rows):
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept.values()), "the detections")
+    return set(kept)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection
 
-from gdmd.rewards.geneval_detector import CLASSES
-from gdmd.rewards.geneval_rules import COLORS, RELATIONS, TASKS, Task, Wanted
+from gdmd.rewards.geneval.detector import CLASSES
+from gdmd.rewards.geneval.rules import COLORS, RELATIONS, TASKS, Task, Wanted
 
 NUMBERS = ("two", "three", "four")
 _COLORED = CLASSES[1:]  # without "person"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gdmd.evaluation.plots import Metrics, curves, r_histogram
+from gdmd.reporting.plots import Metrics, curves, r_histogram
 
 
 @dataclass(frozen=True)

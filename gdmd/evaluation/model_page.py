@@ -10,9 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from gdmd.evaluation.image_folders import read_image
-from gdmd.evaluation.plots import axes_radar, radar
 from gdmd.io import write_atomic
+from gdmd.reporting.plots import axes_radar, radar
+from gdmd.sources.folders import read_image
 
 LARGEST = 320
 """Pixels of the longer side in the gallery; the originals stay in their folders."""

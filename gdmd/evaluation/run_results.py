@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdmd.evaluation.image_folders import read_images
 from gdmd.evaluation.model_page import Line, difference_lines, other_lines, picture, score_lines, task_lines
 from gdmd.io import RunError
+from gdmd.sources.folders import read_images
 
 PREFERENCE, COMPARISON = "preference.json", "compare.json"
 SHOWN = 8

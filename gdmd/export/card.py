@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gdmd.backbones.base import Family
-from gdmd.backbones.pipelines import has_safety_checker, local_or_hub_index
 from gdmd.config.describe import METHODS, student_updates
 from gdmd.config.run import RunConfig
 from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.export.pipeline import left_out
+from gdmd.models.families.base import Family
+from gdmd.models.loading import has_safety_checker, local_or_hub_index
 from gdmd.runs.inputs import INPUTS, change_lines
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gdmd.backbones.base import Family
 from gdmd.io import follow_umask
+from gdmd.models.families.base import Family
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "comfyui_lora.safetensors"

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdmd.backbones.base import Family
-from gdmd.backbones.pipeline_files import EXTRAS, absent, components
-from gdmd.backbones.pipelines import local_or_hub_index
-from gdmd.backbones.unet import UnetFamily
 from gdmd.export.lora import merge
 from gdmd.io import follow_umask
+from gdmd.models.families.base import Family
+from gdmd.models.families.unet import UnetFamily
+from gdmd.models.loading import local_or_hub_index
+from gdmd.models.pipeline_files import EXTRAS, absent, components
 
 NO_GUIDANCE: Mapping[str, Mapping[str, float | bool]] = {
     "sd15": {"guidance_scale": 0.0},

@@ -31,3 +31,13 @@ def dmd_gradient(x0: Tensor, x0_real: Tensor, x0_fake: Tensor, *, normalise: boo
 def dmd_loss(x0: Tensor, x_tar: Tensor) -> Tensor:
     """L_DMD = || x0 - sg(x_tar) ||^2 per sample [B]; with x_tar = x0 - grad its gradient is 2 grad / (C H W)."""
     return mean_square(x0 - x_tar.detach())
+
+
+def regression_loss(x0: Tensor, x0_ode: Tensor) -> Tensor:
+    """|| G(z, c) - sg(y) ||^2 per sample [B], y the teacher's ODE sample from the same noise z.
+
+    x0, x0_ode [B, C, H, W]. The paper measures the distance by LPIPS between decoded pictures; here it is the mean
+    square in latent space, which needs neither a decoder pass nor a perceptual network.
+    Gradient: 2 (x0 - x0_ode) / (C H W), into x0 only.
+    """
+    return mean_square(x0 - x0_ode.detach())

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gdmd.config.method import DmdConfig
+from gdmd.config.methods.dmd import DmdConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import times
-from gdmd.losses.dmd import dmd_loss
-from gdmd.losses.regression import regression_loss
-from gdmd.methods.distillation import Distillation
-from gdmd.methods.pairs import Pairs, TeacherPairs
+from gdmd.losses.dmd import dmd_loss, regression_loss
+from gdmd.methods.base import Distillation
+from gdmd.methods.ode_pairs import Pairs, TeacherPairs
 from gdmd.types import Cond, Loss, PromptBatch, Update
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdmd.config.rivals import Dmd2Config
+from gdmd.config.methods.dmd2 import Dmd2Config
 from gdmd.diffusion.gradients import frozen
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import renoise
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.gan import discriminator_loss, generator_loss
-from gdmd.methods.distillation import Distillation, FakeBatch, Rollout
+from gdmd.methods.base import Distillation, FakeBatch, Rollout
 from gdmd.methods.dmd import StudentBatch
 from gdmd.types import Critic, Loss, PromptBatch, Update
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdmd.config.rivals_rl import DmdGrpoConfig
+from gdmd.config.methods.dmd_reward import DmdGrpoConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.grpo import grpo_loss
-from gdmd.methods.distillation import Distillation
+from gdmd.methods.base import Distillation
 from gdmd.methods.dmd import StudentBatch
-from gdmd.methods.policy_samples import collect, collection_stats, moves_log_prob
-from gdmd.methods.scoring import Scorer
+from gdmd.methods.rollouts import collect, collection_stats, moves_log_prob
+from gdmd.methods.scorer import Scorer
 from gdmd.types import Loss, PromptBatch, Update
 
 

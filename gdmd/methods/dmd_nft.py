@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdmd.config.rivals_rl import DmdNftConfig
+from gdmd.config.methods.dmd_reward import DmdNftConfig
 from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import renoise
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.nft import nft_loss, nft_optimality
-from gdmd.methods.distillation import Distillation
+from gdmd.methods.base import Distillation
 from gdmd.methods.dmd import StudentBatch
-from gdmd.methods.policy_samples import Collected, collect, collection_stats
-from gdmd.methods.scoring import Scorer
+from gdmd.methods.rollouts import Collected, collect, collection_stats
+from gdmd.methods.scorer import Scorer
 from gdmd.types import Loss, PromptBatch, Update
 
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdmd.config.rivals_rl import DmdReflConfig
+from gdmd.config.methods.dmd_reward import DmdReflConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.refl import refl_loss
-from gdmd.methods.distillation import Distillation
+from gdmd.methods.base import Distillation
 from gdmd.methods.dmd import StudentBatch
-from gdmd.methods.scoring import Scorer
+from gdmd.methods.scorer import Scorer
 from gdmd.types import Loss, PromptBatch, Update
 
 

@@ -19,20 +19,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdmd.config.rivals import DmdrConfig
-from gdmd.diffusion.annealing import annealed_shape, beta_quantile, cosine_anneal
+from gdmd.config.methods.dmdr import DmdrConfig
+from gdmd.diffusion.dmdr_schedules import annealed_shape, beta_quantile, cosine_anneal
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import few_step_sample
+from gdmd.losses.advantages import mean_group_advantage
 from gdmd.losses.dmd import dmd_loss
-from gdmd.losses.groups import mean_group_advantage
 from gdmd.losses.grpo import grpo_loss
 from gdmd.losses.refl import refl_loss
-from gdmd.losses.tilt import reward_tilt
-from gdmd.methods.distillation import Distillation
+from gdmd.losses.reward_tilt import reward_tilt
+from gdmd.methods.base import Distillation
 from gdmd.methods.dmd import StudentBatch
-from gdmd.methods.policy_samples import collect, collection_stats, moves_log_prob
-from gdmd.methods.preference import Pairs, preference_loss, preference_pairs
-from gdmd.methods.scoring import Scorer
+from gdmd.methods.preference_pairs import Pairs, preference_loss, preference_pairs
+from gdmd.methods.rollouts import collect, collection_stats, moves_log_prob
+from gdmd.methods.scorer import Scorer
 from gdmd.types import Denoiser, Loss, PromptBatch, Update
 
 Blend = Callable[[float], Denoiser]

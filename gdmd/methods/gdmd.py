@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from gdmd.config.method import GdmdConfig
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.diffusion.device import sent
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import continuation
+from gdmd.losses.advantages import RunningBaseline, RunningScale, softmax_weights
 from gdmd.losses.denoising import mean_square
 from gdmd.losses.dmd import dmd_gradient, dmd_loss, normaliser
 from gdmd.losses.gdmd import implicit_target, napo_loss, optimality, step_weight
-from gdmd.losses.groups import RunningBaseline, RunningScale, softmax_weights
-from gdmd.methods.distillation import Distillation, Rollout
-from gdmd.methods.scoring import Scorer, mean_advantage
+from gdmd.methods.base import Distillation, Rollout
+from gdmd.methods.scorer import Scorer, mean_advantage
 from gdmd.types import ALONE, Cond, Loss, PromptBatch, Update
 
 MEAN_DECAY = 0.99

@@ -13,21 +13,22 @@ import yaml
 from rich.console import Console
 
 from gdmd.config.describe import trained_rewards
-from gdmd.config.method import GdmdConfig
+from gdmd.config.methods.all import without_rewards
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.metric_keys import check_best_metric
-from gdmd.config.rewardless import without_rewards
 from gdmd.config.run import RunConfig
-from gdmd.evaluation.grids import write_comparison
-from gdmd.evaluation.report import Provenance, read_rows, save_rows, write_report
-from gdmd.evaluation.sample import Sampler
+from gdmd.diffusion.generate import Sampler
+from gdmd.evaluation.run_report import Provenance, read_rows, save_rows, write_report
+from gdmd.evaluation.runs import Row, grid_captions, measure, row_key
 from gdmd.io import typed
-from gdmd.programs.contents import checkpoint_content
-from gdmd.programs.evaluate import Row, grid_captions, load_ema, measure, row_key, student_row, teacher_row
-from gdmd.programs.folders import TEACHERS
 from gdmd.programs.train import go
 from gdmd.recipes.build import Lab, build
+from gdmd.recipes.contents import checkpoint_content
+from gdmd.recipes.open_run import load_ema, student_row, teacher_row
+from gdmd.recipes.run_folders import TEACHERS
+from gdmd.reporting.grids import write_comparison
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import Run, check_same_config, create, open_run, read_facts, read_metrics
+from gdmd.runs.run_folder import Run, check_same_config, create, open_run, read_facts, read_metrics
 
 METHODS = ("dmd", "gdmd")
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from gdmd.backbones.shapes import load_dit, load_vae
 from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe, recipe_names
-from gdmd.rewards.shapes import load_scorer
-from gdmd.rewards.shapes_nets import KINDS
 from gdmd.runs.assets import asset_path, load_asset
-from gdmd.runs.rundir import commit, create, versions
+from gdmd.runs.run_folder import commit, create, versions
+from gdmd.shapes.rewards import load_scorer
+from gdmd.shapes.roles import load_dit, load_vae
+from gdmd.shapes.scorer_networks import KINDS
 from gdmd.training.loop import train
 
 SUMS = "sha256.json"

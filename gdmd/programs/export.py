@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from gdmd.backbones.base import Family
-from gdmd.backbones.pipelines import DTYPES, open_family
 from gdmd.config.describe import trained_rewards
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
@@ -17,13 +15,15 @@ from gdmd.export.card import model_card
 from gdmd.export.lora import check_fits, save_lora
 from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_scheduler
 from gdmd.io import RunError, typed, write_atomic, writing
-from gdmd.programs.contents import base_content, checkpoint_content
-from gdmd.programs.decoders import read_gaps
-from gdmd.programs.folders import config_of
-from gdmd.programs.inputs import on_base
-from gdmd.programs.sources import EXPORT_FILE
+from gdmd.models.families.base import Family
+from gdmd.models.loading import DTYPES, open_family
+from gdmd.programs.decoder_check import read_gaps
+from gdmd.recipes.contents import base_content, checkpoint_content
+from gdmd.recipes.inputs import on_base
+from gdmd.recipes.run_folders import config_of
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import read_facts
+from gdmd.runs.run_folder import read_facts
+from gdmd.sources.base import EXPORT_FILE
 
 _log = logging.getLogger(__name__)
 

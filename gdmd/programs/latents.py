@@ -12,10 +12,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
 from gdmd.config.run import RunConfig
-from gdmd.data.image_sources import Unusable
-from gdmd.data.real_latents import Computed, LatentStore
+from gdmd.data.captioned_images import Unusable
+from gdmd.data.latent_cache import Computed, LatentStore
 from gdmd.io import SHARDS_STAY, writing
-from gdmd.recipes.real_data import encoder_of, store_of
+from gdmd.recipes.build_data import encoder_of, store_of
 
 SHOWN = 20
 """Unusable images that are printed; all of them are in the index and in --json."""
@@ -45,7 +45,7 @@ def compute_latents(cfg: RunConfig, console: Console) -> dict[str, Any]:
 
 def _prepared(store: LatentStore, real: RealDataConfig, model: DiffusersModel, console: Console) -> Computed:
     def encoder() -> Callable[[torch.Tensor], torch.Tensor]:
-        from gdmd.backbones.pipelines import open_family
+        from gdmd.models.loading import open_family
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         family = open_family(model, device, encoders=False)

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gdmd.backbones.shapes import load_vae
-from gdmd.rewards.shapes_nets import KINDS
 from gdmd.runs.assets import asset_path, load_asset
-from gdmd.training.pretrain import PretrainJob, fit, teacher_job, vae_job
-from gdmd.training.pretrain_scorers import SHIPPED, pretrain_scorer
+from gdmd.shapes.pretrain.networks import PretrainJob, fit, teacher_job, vae_job
+from gdmd.shapes.pretrain.scorers import SHIPPED, pretrain_scorer
+from gdmd.shapes.roles import load_vae
+from gdmd.shapes.scorer_networks import KINDS
 
 LINES = 20
 """Progress lines of a training without a terminal."""

@@ -198,7 +198,7 @@ def score_images(
     """Scores as JSON numbers; None = not scored (NaN). Images of one size are scored together."""
     import torch
 
-    from gdmd.rewards.images import from_pil
+    from gdmd.rewards.preprocessing import from_pil
     from gdmd.types import PromptBatch
 
     scores: list[float | None] = [None] * len(images)
@@ -252,8 +252,8 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise ValueError(f"serving needs fastapi and uvicorn; do: {install('study')}") from error
-    from gdmd.programs.scorers import scorer_identity
-    from gdmd.recipes.rewards import image_reward
+    from gdmd.recipes.build_rewards import image_reward
+    from gdmd.recipes.reward_identity import scorer_identity
 
     specs = read_names(names)
     rewards = {name: image_reward(spec, device) for name, spec in specs.items()}

@@ -19,25 +19,25 @@ from gdmd.config.describe import length, student
 from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
-from gdmd.data.embeddings import CachedText
 from gdmd.data.prompts import read_prompts
-from gdmd.evaluation.report import report_run
+from gdmd.data.text_cache import CachedText
+from gdmd.evaluation.run_report import report_run
+from gdmd.evaluation.runs import finish_run, grid_hook
 from gdmd.io import SHARDS_STAY, typed, writing
-from gdmd.programs.decoders import check_decoder
-from gdmd.programs.evaluate import finish_run, grid_hook
-from gdmd.programs.folders import check_resumable, new_folder, resumed
-from gdmd.programs.hub_pins import tell_commits
-from gdmd.programs.inputs import check_start, settle_inputs
-from gdmd.programs.long_prompts import warn_of_lab
+from gdmd.programs.decoder_check import check_decoder
 from gdmd.recipes.build import Lab, build, compile_networks
-from gdmd.recipes.rewards import reason_unscored, require_weights, reward_stats, try_rewards
-from gdmd.runs.rundir import Run, create, open_run
+from gdmd.recipes.build_rewards import reason_unscored, require_weights, reward_stats, try_rewards
+from gdmd.recipes.hub_revisions import tell_commits
+from gdmd.recipes.inputs import check_start, settle_inputs
+from gdmd.recipes.long_prompts import warn_of_lab
+from gdmd.recipes.run_folders import check_resumable, new_folder, resumed
+from gdmd.runs.run_folder import Run, create, open_run
 from gdmd.shapes.grammar import catalogue
+from gdmd.training.adamw8bit import require_torchao
 from gdmd.training.distributed import SINGLE, World
 from gdmd.training.loop import Hooks, Silent, TrainEnd, train
-from gdmd.training.optim8bit import require_torchao
 from gdmd.training.progress import progress_for
-from gdmd.training.start import check_model, check_roles, require_start
+from gdmd.training.warm_start import check_model, check_roles, require_start
 
 QUIET = Console(quiet=True)
 AFTER = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,24 +10,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gdmd.backbones.shapes import (
-    LATENT_SHAPE,
-    ShapesCodec,
-    ShapesRoles,
-    ShapesTextEncoder,
-    load_dit,
-    load_vae,
-)
-from gdmd.config.method import DmdConfig, GdmdConfig, MethodConfig
+from gdmd.config.methods.all import MethodConfig
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
+from gdmd.config.methods.dmdr import DmdrConfig
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.model import DiffusersModel
-from gdmd.config.rivals import Dmd2Config, DmdrConfig
-from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
-from gdmd.config.run import RewardConfig, RunConfig, ShapesModel, ShapesReward
-from gdmd.data.embeddings import CachedText
-from gdmd.data.latents import RenderedLatents
-from gdmd.data.prompts import PromptStream, read_prompts, training_captions
+from gdmd.config.run import RunConfig, ShapesModel
+from gdmd.data.prompts import PromptStream, read_prompts
+from gdmd.data.text_cache import CachedText
 from gdmd.diffusion.sampling import times
-from gdmd.methods.distillation import RealLatents
+from gdmd.methods.base import RealLatents
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.dmd2 import Dmd2
 from gdmd.methods.dmd_grpo import DmdGrpo
@@ -35,12 +29,19 @@ from gdmd.methods.dmd_nft import DmdNft
 from gdmd.methods.dmd_refl import DmdRefl
 from gdmd.methods.dmdr import Dmdr
 from gdmd.methods.gdmd import Gdmd
-from gdmd.methods.scoring import Scorer
-from gdmd.recipes.real_data import real_latents_of, training_prompts
-from gdmd.recipes.rewards import check_prompts, image_reward
-from gdmd.rewards.checker import PartialCredit
-from gdmd.rewards.shapes import load_scorer
-from gdmd.runs.assets import asset_path, load_asset
+from gdmd.methods.scorer import Scorer
+from gdmd.recipes.build_data import real_latents_of, training_prompts
+from gdmd.recipes.build_rewards import _tensors, build_rewards, check_prompts
+from gdmd.shapes.captions import training_captions
+from gdmd.shapes.latents import RenderedLatents
+from gdmd.shapes.roles import (
+    LATENT_SHAPE,
+    ShapesCodec,
+    ShapesRoles,
+    ShapesTextEncoder,
+    load_dit,
+    load_vae,
+)
 from gdmd.types import Codec, Critic, Denoiser, Method, Native, Reward, Roles, TextEncoder
 
 
@@ -91,9 +92,9 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     real = real_latents_of(cfg, model)
     prompts, meta = training_prompts(cfg, real)
     check_prompts(cfg.rewards, prompts)
-    from gdmd.backbones.distilled import check_guidance
-    from gdmd.backbones.pipelines import LateText, encoder_identity, open_family, scoring_codec
-    from gdmd.backbones.roles import DiffusersRoles
+    from gdmd.models.distilled import check_guidance
+    from gdmd.models.loading import LateText, encoder_identity, open_family, scoring_codec
+    from gdmd.models.roles import DiffusersRoles
 
     family = open_family(model, device, encoders=model.embeddings is None)
     check_guidance(family, guidances_of(cfg.method))
@@ -132,30 +133,10 @@ def compile_networks(cfg: RunConfig, lab: Lab) -> None:
     """torch.compile where model.compile asks for it. For programs that train; few images are made sooner without."""
     if not (isinstance(cfg.model, DiffusersModel) and cfg.model.compile):
         return
-    from gdmd.backbones.compiled import require_compiler
+    from gdmd.models.compile import require_compiler
 
     require_compiler(next(iter(lab.roles.parameters("student").values())).device.type)
     lab.roles.compile()
-
-
-def _tensors(given: str | None, name: str) -> tuple[dict[str, torch.Tensor], str]:
-    path = Path(given) if given else asset_path(name)
-    return load_asset(path).tensors, str(path)
-
-
-def build_rewards(specs: Sequence[RewardConfig], device: str = "cpu") -> tuple[Reward, ...]:
-    """The reward models of a recipe, in its order."""
-    return tuple(_reward(spec, device) for spec in specs)
-
-
-def _reward(spec: RewardConfig, device: str) -> Reward:
-    match spec:
-        case ShapesReward(kind="shapes_partial_credit"):
-            return PartialCredit()
-        case ShapesReward(kind=kind):
-            return load_scorer(kind, _tensors(spec.asset, kind)[0]).to(device)
-        case _:
-            return image_reward(spec, device)
 
 
 class BuiltRoles(Roles, Protocol):

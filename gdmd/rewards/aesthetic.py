@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gdmd.rewards.base import HERE, Loaded, Placement, PretrainedReward, already
 from gdmd.rewards.clip import image_embedding
-from gdmd.rewards.pretrained import HERE, Loaded, Placement, PretrainedReward, already
-from gdmd.rewards.sources import CLIP_L, converted_folder, load_clip, place_of
+from gdmd.rewards.weights import CLIP_L, converted_folder, load_clip, place_of
 
 HEAD_WIDTHS = (1024, 128, 64, 16, 1)
 

@@ -32,7 +32,7 @@ from gdmd.config.names import near
 from gdmd.config.rewards import function_label
 from gdmd.diffusion.device import refuse_where, sent
 from gdmd.io import content_hash
-from gdmd.rewards.images import check_images
+from gdmd.rewards.preprocessing import check_images
 
 if TYPE_CHECKING:
     from gdmd.types import PromptBatch

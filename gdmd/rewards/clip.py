@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdmd.rewards.pretrained import HERE, Loaded, Placement, PretrainedReward, Tokenize, already
-from gdmd.rewards.sources import CLIP_L, load_clip, load_tokenizer, place_of
+from gdmd.rewards.base import HERE, Loaded, Placement, PretrainedReward, Tokenize, already
+from gdmd.rewards.weights import CLIP_L, load_clip, load_tokenizer, place_of
 
 
 def tokens_of(model: Any) -> int:

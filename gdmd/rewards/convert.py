@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gdmd.io import follow_umask
 from gdmd.rewards.aesthetic import linear_head
-from gdmd.rewards.sources import CONVERTED, home, place_of, published
+from gdmd.rewards.weights import CONVERTED, home, place_of, published
 
 Tensors = dict[str, Tensor]
 _BOTH = ("weight", "bias")
@@ -224,7 +224,7 @@ def _write(whole: Path, tensors: Tensors, files: Mapping[str, Any], words: Any) 
     """The tokenizer first (it may fail on the network); the folder appears when all of it is written."""
     from safetensors.torch import save_file
 
-    from gdmd.rewards.sources import raw_tokenizer
+    from gdmd.rewards.weights import raw_tokenizer
 
     folder = whole.absolute().with_name(f".{whole.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)

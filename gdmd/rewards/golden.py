@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gdmd.rewards.images import from_pil, to_pil
+from gdmd.rewards.base import PretrainedReward
 from gdmd.rewards.ocr import OcrReward
-from gdmd.rewards.pretrained import PretrainedReward
+from gdmd.rewards.preprocessing import from_pil, to_pil
 from gdmd.types import PromptBatch
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from gdmd.rewards.base import HERE, Loaded, Placement, PretrainedReward, Tokenize, already
 from gdmd.rewards.clean import open_clip_clean
 from gdmd.rewards.clip import cosine, tokens_of
-from gdmd.rewards.images import Preprocess
-from gdmd.rewards.pretrained import HERE, Loaded, Placement, PretrainedReward, Tokenize, already
-from gdmd.rewards.sources import CLIP_H, converted_folder, load_clip, load_tokenizer, place_of
+from gdmd.rewards.preprocessing import Preprocess
+from gdmd.rewards.weights import CLIP_H, converted_folder, load_clip, load_tokenizer, place_of
 
 Version = Literal["hps", "hps_v2"]
 

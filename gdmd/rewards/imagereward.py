@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.rewards.aesthetic import linear_head
-from gdmd.rewards.pretrained import HERE, Loaded, Placement, PretrainedReward, Tokenize, already
-from gdmd.rewards.sources import BERT, converted_folder, load_tokenizer, place_of
+from gdmd.rewards.base import HERE, Loaded, Placement, PretrainedReward, Tokenize, already
+from gdmd.rewards.weights import BERT, converted_folder, load_tokenizer, place_of
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 TOKENS = 35

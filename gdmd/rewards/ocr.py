@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from gdmd.rewards.images import check_images, to_pil
-from gdmd.rewards.pretrained import HERE, Placement
-from gdmd.rewards.sources import OCR, ReadingNet, load_reader, place_of
+from gdmd.rewards.base import HERE, Placement
+from gdmd.rewards.preprocessing import check_images, to_pil
+from gdmd.rewards.weights import OCR, ReadingNet, load_reader, place_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from gdmd.rewards.base import HERE, Loaded, Placement, PretrainedReward, Tokenize, already
 from gdmd.rewards.clip import cosine, tokens_of
-from gdmd.rewards.images import Preprocess
-from gdmd.rewards.pretrained import HERE, Loaded, Placement, PretrainedReward, Tokenize, already
-from gdmd.rewards.sources import CLIP_H, PICKSCORE, load_clip, load_tokenizer, place_of
+from gdmd.rewards.preprocessing import Preprocess
+from gdmd.rewards.weights import CLIP_H, PICKSCORE, load_clip, load_tokenizer, place_of
 
 
 class PickScore(PretrainedReward):

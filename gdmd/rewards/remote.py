@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from gdmd.config.rewards import RemoteReward
-from gdmd.rewards.images import check_images, to_pil
+from gdmd.rewards.preprocessing import check_images, to_pil
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdmd.io import RunError, follow_umask, number_in, writing
-from gdmd.runs.best import FILE as BEST_FILE
-from gdmd.runs.best import Best, named_best, write_best
+from gdmd.runs.best_checkpoint import FILE as BEST_FILE
+from gdmd.runs.best_checkpoint import Best, named_best, write_best
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -187,7 +187,7 @@ def shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
 
     files = _read_state(path)
     if files["format"] == SHARDED:
-        from gdmd.runs.shards import whole_shapes
+        from gdmd.runs.sharded_checkpoint import whole_shapes
 
         with _damage(path):
             return whole_shapes([path / name for name in files["files"]], part)
@@ -324,7 +324,7 @@ def _parts(path: Path, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
 
 def _shards(path: Path, names: Iterable[str]) -> Mapping[str, Mapping[str, Tensor]]:
     """Format 2: a file per rank."""
-    from gdmd.runs.shards import IncompleteShards, assembled
+    from gdmd.runs.sharded_checkpoint import IncompleteShards, assembled
 
     with _damage(path):
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gdmd.runs.rundir import Run, now, read_facts, write_facts
+from gdmd.runs.run_folder import Run, now, read_facts, write_facts
 
 INPUTS, CHANGES = "inputs", "changes"
 

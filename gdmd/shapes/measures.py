@@ -50,32 +50,6 @@ def coverage_by_attribute(found: Detections, rows: Tensor, correct: Tensor, worl
     return {name: 1 - _jsd(mine[name], theirs[name]) for name in mine if mine[name].sum() > 0}
 
 
-def pairwise_distance(features: Tensor, group: Tensor) -> float:
-    """Mean 1 - cosine over the pairs within a group, then over groups of two or more; features [N, D], group [N]."""
-    unit = torch.nn.functional.normalize(features.double(), dim=1)
-    _, index, size = torch.unique(group, return_inverse=True, return_counts=True)
-    total = unit.new_zeros(len(size), unit.shape[1]).index_add_(0, index, unit)
-    pairs = (size * (size - 1)).double()
-    if not (pairs > 0).any():
-        raise ValueError("pairwise_distance got groups of one sample only; draw at least two pictures per prompt")
-    own = unit.new_zeros(len(size)).index_add_(0, index, unit.square().sum(1))
-    distance = 1 - (total.square().sum(1) - own)[pairs > 0] / pairs[pairs > 0]
-    return float(distance.mean())
-
-
-def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2) in float64; features [N, D] and [M, D]."""
-    if min(len(features_a), len(features_b)) < 2:
-        raise ValueError(f"frechet_distance needs two samples a side, got {len(features_a)} and {len(features_b)}")
-    a, b = features_a.double(), features_b.double()
-    cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T  # covariances are >= 0 up to rounding
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-    return float(distance)
-
-
 def _select(found: Detections, mine: Tensor) -> Detections:
     mine = mine.to(found.shape.device)
     return Detections(*(getattr(found, name)[mine] for name in Detections.__dataclass_fields__))

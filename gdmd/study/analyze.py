@@ -15,7 +15,7 @@ from typing import Any
 from gdmd.config.study import Question
 from gdmd.io import finite_or_none
 from gdmd.study import statistics as stats
-from gdmd.study.nouns import Plan, Vote
+from gdmd.study.records import Plan, Vote
 from gdmd.study.statistics import Interval
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-from gdmd.study.nouns import Vote
+from gdmd.study.records import Vote
 
 COLUMNS = tuple(field.name for field in fields(Vote))
 

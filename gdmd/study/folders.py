@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdmd.config.sources import named_place
-from gdmd.evaluation.image_folders import Key, read_images
+from gdmd.config.image_source import named_place
 from gdmd.io import RunError
-from gdmd.study.nouns import Prompt
+from gdmd.sources.folders import Key, read_images
+from gdmd.study.records import Prompt
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from PIL import Image as Pil
 from gdmd.config.study import ADDRESS, StudyConfig
 from gdmd.data.image_files import open_image
 from gdmd.io import RunError, writing
+from gdmd.study.design import Drawn, Image, draw_plan
 from gdmd.study.folders import Row, common_rows
-from gdmd.study.nouns import IMAGES, LINKS, PLAN, Plan
-from gdmd.study.plan import Drawn, Image, draw_plan
+from gdmd.study.records import IMAGES, LINKS, PLAN, Plan
 
 MAX_SIDE = 4096
 """Pixels; a larger image is refused (a decompression bomb, or slow on a phone)."""

@@ -11,11 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdmd.evaluation.plots import INK, STYLE
 from gdmd.io import writing
+from gdmd.reporting.plots import INK, STYLE
 from gdmd.study.analyze import Analysis, Duel
 from gdmd.study.export import csv_text, jsonl_text
-from gdmd.study.nouns import Vote
+from gdmd.study.records import Vote
 from gdmd.study.statistics import Interval
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from gdmd.config.base import Config
 from gdmd.config.study import Question
 from gdmd.io import RunError, writing
 from gdmd.study.export import csv_text, jsonl_text
-from gdmd.study.nouns import IMAGES, LINKS, VOTES, Answer, Plan, Rater, Trial, read_plan, token_hash, votes_of
 from gdmd.study.prepare import link, links_text, write_private
+from gdmd.study.records import IMAGES, LINKS, VOTES, Answer, Plan, Rater, Trial, read_plan, token_hash, votes_of
 from gdmd.study.store import AlreadyVoted, Store
 
 MAX_BODY = 8 * 1024

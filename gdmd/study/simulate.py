@@ -19,8 +19,8 @@ from pydantic import Field, ValidationError
 from gdmd.config.base import Config, NonNegative, Probability
 from gdmd.config.study import StudyConfig
 from gdmd.study.analyze import analyze
-from gdmd.study.nouns import ANSWERS, Answer, Plan, Prompt, Trial, Vote, vote_of
-from gdmd.study.plan import draw_plan
+from gdmd.study.design import draw_plan
+from gdmd.study.records import ANSWERS, Answer, Plan, Prompt, Trial, Vote, vote_of
 
 
 class Taste(Config):

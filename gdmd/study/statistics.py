@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gdmd.evaluation.statistics import t_quantile
+from gdmd.reporting.statistics import t_quantile
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.diffusion.device import sent
-from gdmd.runs.seat import Seat, attempt, module_words, seat
+from gdmd.training.rank import Seat, attempt, module_words, seat
 from gdmd.training.watchdog import RANK_LOST, watching
 
 if TYPE_CHECKING:

@@ -20,20 +20,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from gdmd.config.loop import LoopConfig
+from gdmd.config.training import LoopConfig
 from gdmd.diffusion.device import checks_read_later
 from gdmd.diffusion.rng import SampleRng
 from gdmd.io import writing
 from gdmd.runs import checkpoint
-from gdmd.runs.best import Judge
+from gdmd.runs.best_checkpoint import Judge
 from gdmd.runs.reward_signal import RewardSignal
-from gdmd.runs.rundir import Run, read_metrics
+from gdmd.runs.run_folder import Run, read_metrics
 from gdmd.training.distributed import SINGLE, OtherRankError, World
-from gdmd.training.optim import lr_factor
+from gdmd.training.metrics import Means
+from gdmd.training.optimizer import lr_factor
+from gdmd.training.role_state import NonFiniteError, RoleState, ema_weights, role_states
 from gdmd.training.saver import Saver
-from gdmd.training.start import begin_from, newest
-from gdmd.training.state import NonFiniteError, RoleState, ema_weights, role_states
-from gdmd.training.stats import Means
+from gdmd.training.warm_start import begin_from, newest
 from gdmd.types import Method, PromptBatch, Role, Roles
 
 if TYPE_CHECKING:

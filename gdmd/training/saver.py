@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from gdmd.config.loop import LoopConfig
+from gdmd.config.training import LoopConfig
 from gdmd.runs import checkpoint
-from gdmd.runs.best import Best
-from gdmd.runs.shards import offsets_header, shard_name
+from gdmd.runs.best_checkpoint import Best
+from gdmd.runs.sharded_checkpoint import offsets_header, shard_name
 from gdmd.training.distributed import OtherRankError, World
 
 LAST_WAIT = 60.0

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from gdmd.runs.seat import Seat
+from gdmd.training.rank import Seat
 
 RANK_LOST = 4
 """Exit code of a run that ended because a rank hung or was lost."""

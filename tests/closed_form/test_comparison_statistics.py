@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gdmd.evaluation.statistics import (
+from gdmd.reporting.statistics import (
     holm,
     incomplete_beta,
     paired_t,

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from gdmd.evaluation.distances import cluster_spread, mmd
-from gdmd.evaluation.preference import clustered_mean, paired_difference, speed
-from gdmd.shapes.measures import frechet_distance, pairwise_distance
+from gdmd.reporting.distances import cluster_spread, frechet_distance, mmd, pairwise_distance
+from gdmd.reporting.statistics import clustered_mean, paired_difference, speed
 
 
 def test_mmd_is_the_double_sum_of_its_definition() -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from gdmd.losses.advantages import RunningBaseline, RunningScale, softmax_weights
 from gdmd.losses.gdmd import optimality
-from gdmd.losses.groups import RunningBaseline, RunningScale, softmax_weights
-from gdmd.methods.scoring import mean_advantage
+from gdmd.methods.scorer import mean_advantage
 
 
 def test_z_is_the_bias_corrected_ema_of_the_standard_deviation_of_each_reward() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdmd.diffusion.policy import cps_log_prob, cps_mean, cps_step, stochastic_rollout
 from gdmd.diffusion.sampling import few_step_sample, ode_sample
 from gdmd.diffusion.schedule import FlowSchedule, VpSchedule, from_velocity, from_x0
+from gdmd.diffusion.stochastic_sampling import cps_log_prob, cps_mean, cps_step, stochastic_rollout
 from gdmd.types import Cond, Prediction
 
 FLOW = FlowSchedule()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdmd.diffusion.annealing import annealed_shape, beta_quantile, cosine_anneal
+from gdmd.diffusion.dmdr_schedules import annealed_shape, beta_quantile, cosine_anneal
+from gdmd.losses.dmd import regression_loss
 from gdmd.losses.gan import discriminator_loss, generator_loss
-from gdmd.losses.regression import regression_loss
-from gdmd.losses.tilt import reward_tilt
+from gdmd.losses.reward_tilt import reward_tilt
 
 
 def tensor(*values: float) -> Tensor:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gdmd.losses.advantages import group_advantage
 from gdmd.losses.dpo import dpo_loss
-from gdmd.losses.groups import group_advantage
 from gdmd.losses.grpo import grpo_loss
 from gdmd.losses.nft import nft_loss, nft_optimality
 from gdmd.losses.refl import refl_loss

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gdmd.study import statistics as stats
-from gdmd.study.plan import votes_needed
+from gdmd.study.design import votes_needed
 
 
 def test_wilson_gives_the_known_intervals() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdmd.backbones.shapes_nets import ShapesDit, ShapesVae
-from gdmd.rewards.shapes_nets import KINDS, build_net
 from gdmd.runs import assets
 from gdmd.runs.assets import save_asset
+from gdmd.shapes.networks import ShapesDit, ShapesVae
+from gdmd.shapes.scorer_networks import KINDS, build_net
 
 TINY = (
     "method.group_size=1",

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from gdmd.config.study import StudyConfig
-from gdmd.study.nouns import LINKS, Plan
 from gdmd.study.prepare import prepare
+from gdmd.study.records import LINKS, Plan
 
 MODELS = ("Secret-Alpha", "Secret-Beta")
 ORGANISER = "organiser-0123456789-token"

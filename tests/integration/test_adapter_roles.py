@@ -19,15 +19,15 @@ pytest.importorskip("peft")
 import tiny_pipelines as tiny
 from torch import Tensor
 
-from gdmd.backbones.base import Family
-from gdmd.backbones.compiled import compile_blocks, require_compiler
-from gdmd.backbones.pipelines import open_family
-from gdmd.backbones.roles import DiffusersRoles
-from gdmd.config.loop import LoopConfig
+from gdmd.config.training import LoopConfig
+from gdmd.models.compile import compile_blocks, require_compiler
+from gdmd.models.families.base import Family
+from gdmd.models.loading import open_family
+from gdmd.models.roles import DiffusersRoles
 from gdmd.runs import checkpoint
 from gdmd.training.distributed import SINGLE
-from gdmd.training.start import begin_from, check_model, check_roles
-from gdmd.training.state import role_states
+from gdmd.training.role_state import role_states
+from gdmd.training.warm_start import begin_from, check_model, check_roles
 from gdmd.types import Role
 
 ROLES: tuple[Role, Role] = ("student", "fake")

@@ -21,23 +21,23 @@ import tiny_pipelines as tiny
 from test_export import stock_images, trainers_images
 from torch import Tensor
 
-from gdmd.backbones.base import Family
-from gdmd.backbones.distilled import why_distilled
-from gdmd.backbones.hollow import hollow_family
-from gdmd.backbones.pipelines import check_tiny, open_family
-from gdmd.backbones.roles import DiffusersRoles
-from gdmd.backbones.schedulers import read_flow, read_vp
-from gdmd.config.method import DmdConfig
+from gdmd.config.image_source import read_source
+from gdmd.config.methods.dmd import DmdConfig
 from gdmd.config.run import RunConfig
-from gdmd.config.sources import read_source
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.sampling import ode_sample
 from gdmd.diffusion.schedule import VpSchedule
 from gdmd.export.pipeline import call_arguments, student_scheduler
-from gdmd.methods.distillation import FakeBatch
-from gdmd.programs.plan_networks import networks_of
-from gdmd.programs.sources import open_source
+from gdmd.methods.base import FakeBatch
+from gdmd.models.distilled import why_distilled
+from gdmd.models.families.base import Family
+from gdmd.models.loading import check_tiny, open_family
+from gdmd.models.roles import DiffusersRoles
+from gdmd.models.schedulers import read_flow, read_vp
+from gdmd.plan.meta_pipeline import hollow_family
+from gdmd.plan.networks import networks_of
 from gdmd.recipes.build import build
+from gdmd.sources.open import open_source
 from gdmd.types import Cond, Prediction
 
 UNIFORM = (1.0, 0.75, 0.5, 0.25)

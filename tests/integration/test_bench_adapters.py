@@ -14,7 +14,7 @@ import tiny_pipelines as tiny  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from gdmd.config.run import RunConfig  # noqa: E402
-from gdmd.programs.bench import Bench, table  # noqa: E402
+from gdmd.profiling.bench import Bench, table  # noqa: E402
 from gdmd.types import PromptBatch  # noqa: E402
 
 

@@ -19,14 +19,14 @@ pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
 
-from gdmd.backbones.base import Family
-from gdmd.backbones.pipelines import encoder_identity, open_family
-from gdmd.backbones.tokens import readers_of
+from gdmd.config.image_source import read_source
 from gdmd.config.run import RunConfig
-from gdmd.config.sources import read_source
-from gdmd.programs.sources import open_source
+from gdmd.models.families.base import Family
+from gdmd.models.loading import encoder_identity, open_family
+from gdmd.models.tokens import readers_of
 from gdmd.programs.train import ready
-from gdmd.recipes.real_data import vae_identity
+from gdmd.recipes.build_data import vae_identity
+from gdmd.sources.open import open_source
 from gdmd.types import Cond
 
 

@@ -19,15 +19,15 @@ import torch
 from cli_world import TINY, Gdmd, make_assets
 
 from gdmd.cli.app import main
-from gdmd.config.distillation import DistillationConfig
+from gdmd.config.methods.base import DistillationConfig
 from gdmd.config.metric_keys import metric_keys
 from gdmd.programs import pretrain
 from gdmd.programs.demo import control
 from gdmd.recipes.read import read_recipe, recipe_names
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import read_metrics
+from gdmd.runs.run_folder import read_metrics
 from gdmd.shapes.grammar import TASKS
-from gdmd.training import pretrain_scorers
+from gdmd.shapes.pretrain import scorers as pretrain_scorers
 
 COMMANDS = ("train", "demo", "eval", "sample", "report", "recipes", "doctor", "pretrain")
 EVALUATION = ("shapeseval", "rewards", "fidelity", "coverage", "nfe", "images_per_s")
@@ -134,7 +134,7 @@ def test_a_checkpoint_is_chosen_by_name_or_step(gdmd: Gdmd) -> None:
 def test_eval_measures_the_averaged_student_and_not_the_last_one(gdmd: Gdmd) -> None:
     assert gdmd.train("--run", "run").code == 0
     saved = checkpoint.load_newest(Path("run/checkpoints"))
-    from gdmd.programs.evaluate import open_named
+    from gdmd.recipes.open_run import open_named
 
     assert saved
     lab = open_named("run")[1]

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from gdmd.programs import compare_job
-from gdmd.programs.compare import run_comparison
-from gdmd.programs.compare_plan import plan, read_table
-from gdmd.recipes.read_comparison import read_comparison
+from gdmd.sweep import worker as compare_job
+from gdmd.sweep.cells import plan, read_table
+from gdmd.sweep.pool import run_comparison
+from gdmd.sweep.spec import read_comparison
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = """name: tiny
@@ -158,7 +158,7 @@ def test_a_line_lost_in_a_crash_is_added_again(world: World) -> None:
 
 
 def test_a_finished_cell_can_be_evaluated_like_any_run(world: World) -> None:
-    from gdmd.programs.evaluate import measure_named
+    from gdmd.evaluation.runs import measure_named
 
     _, row, _ = measure_named(str(gdmd_cell(world.spec).folder(world.folder) / "run"), "eval", {})
     line = next(line for line in world.table if line["method"] == "gdmd")
@@ -210,7 +210,7 @@ def test_a_cell_ends_when_the_comparison_that_started_it_is_gone(tmp_path: Path)
     (tmp_path / "job.json").write_text("{}")
     with (tmp_path / "lock").open("w") as held:  # it waits for the lock, and would for ever
         fcntl.flock(held, fcntl.LOCK_EX)
-        command = [sys.executable, "-m", "gdmd.programs.compare_job", str(tmp_path), str(gone.pid)]
+        command = [sys.executable, "-m", "gdmd.sweep.worker", str(tmp_path), str(gone.pid)]
         cell = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
         assert cell.wait(LIMIT) == -signal.SIGTERM
 

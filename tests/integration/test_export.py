@@ -19,17 +19,18 @@ import tiny_pipelines as tiny
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gdmd.backbones.packing import in_patches, pack
-from gdmd.backbones.pipelines import open_family
-from gdmd.backbones.roles import DiffusersRoles
 from gdmd.cli.app import QUIETER, _worth_saying
+from gdmd.config.image_source import read_source
 from gdmd.config.run import RunConfig
-from gdmd.config.sources import read_source
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.export.card import model_card
 from gdmd.export.lora import DIFFUSERS_FILE, KOHYA_FILE, check_fits, merge, save_lora
 from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
-from gdmd.programs.sources import open_source, places_of
+from gdmd.models.loading import open_family
+from gdmd.models.packing import in_patches, pack
+from gdmd.models.roles import DiffusersRoles
+from gdmd.sources.base import places_of
+from gdmd.sources.open import open_source
 
 UNIFORM = (1.0, 0.75, 0.5, 0.25)
 CAPTIONS = list(tiny.WORDS[:2])

@@ -18,14 +18,14 @@ pytest.importorskip("peft")
 import tiny_pipelines as tiny
 from torch import Tensor
 
-from gdmd.backbones import codec as codecs
-from gdmd.backbones.base import Family
-from gdmd.backbones.packing import in_patches, pack, unpack
-from gdmd.backbones.pipelines import LateText, open_family
-from gdmd.config.sources import read_source
+from gdmd.config.image_source import read_source
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.sampling import ode_sample
-from gdmd.programs.sources import open_source
+from gdmd.models import vae as codecs
+from gdmd.models.families.base import Family
+from gdmd.models.loading import LateText, open_family
+from gdmd.models.packing import in_patches, pack, unpack
+from gdmd.sources.open import open_source
 from gdmd.types import Cond, Prediction
 
 STEPS = 4

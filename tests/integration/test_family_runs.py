@@ -16,19 +16,21 @@ import tiny_pipelines as tiny
 from rich.console import Console
 from torch import Tensor
 
-from gdmd.config.loop import LoopConfig
-from gdmd.config.method import DmdConfig, GdmdConfig
+from gdmd.config.image_source import read_source
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.run import RunConfig
-from gdmd.config.sources import read_source
+from gdmd.config.training import LoopConfig
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import ode_sample, times
 from gdmd.methods.dmd import Dmd
 from gdmd.programs.export import export_run
-from gdmd.programs.sources import Source, open_source, places_of
 from gdmd.programs.train import go, ready, start, take_up
 from gdmd.recipes.build import build
-from gdmd.rewards.images import from_pil
+from gdmd.rewards.preprocessing import from_pil
+from gdmd.sources.base import Source, places_of
+from gdmd.sources.open import open_source
 from gdmd.training.distributed import SINGLE
 from gdmd.types import PromptBatch
 

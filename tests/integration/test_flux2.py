@@ -19,13 +19,13 @@ import tiny_pipelines as tiny
 from diffusers.pipelines.flux2 import pipeline_flux2, pipeline_flux2_klein
 from torch import nn
 
-from gdmd.backbones.base import Family
-from gdmd.backbones.flux2 import empirical_mu
-from gdmd.backbones.packing import in_patches, pack
-from gdmd.backbones.pipelines import open_family
-from gdmd.backbones.roles import DiffusersRoles
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.sampling import ode_sample
+from gdmd.models.families.base import Family
+from gdmd.models.families.flux2 import empirical_mu
+from gdmd.models.loading import open_family
+from gdmd.models.packing import in_patches, pack
+from gdmd.models.roles import DiffusersRoles
 
 
 @pytest.fixture(scope="module")

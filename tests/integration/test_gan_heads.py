@@ -17,16 +17,16 @@ pytest.importorskip("peft")
 import tiny_pipelines as tiny
 from torch import Tensor
 
-from gdmd.backbones.base import Family
-from gdmd.backbones.pipelines import open_family
-from gdmd.backbones.roles import DiffusersRoles
-from gdmd.config.loop import LoopConfig
-from gdmd.config.rivals import Dmd2Config
+from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.dmd2 import Dmd2
+from gdmd.models.families.base import Family
+from gdmd.models.loading import open_family
+from gdmd.models.roles import DiffusersRoles
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import create, open_run
+from gdmd.runs.run_folder import create, open_run
 from gdmd.training.loop import train
 from gdmd.types import PromptBatch, Role, Update
 

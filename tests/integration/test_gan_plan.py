@@ -16,24 +16,24 @@ import tiny_pipelines as tiny
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from gdmd.backbones.hollow import hollow_family
-from gdmd.backbones.pipelines import FAMILIES, open_family
-from gdmd.backbones.roles import DiffusersRoles
-from gdmd.config.loop import LoopConfig
+from gdmd.config.methods.dmd2 import Dmd2Config
 from gdmd.config.model import DiffusersModel
-from gdmd.config.rivals import Dmd2Config
 from gdmd.config.run import RunConfig
+from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.diffusion.rng import SampleRng
-from gdmd.evaluation.calls import replay
-from gdmd.evaluation.cost_model import gpu_of
-from gdmd.evaluation.weightless import UNCOUNTED, hollow, measure, weightless
 from gdmd.methods.dmd2 import Dmd2
-from gdmd.programs.bench import Bench, table
-from gdmd.programs.plan import Plan, plan
-from gdmd.programs.plan_text import described
+from gdmd.models.loading import FAMILIES, open_family
+from gdmd.models.roles import DiffusersRoles
+from gdmd.plan.cost_model import gpu_of
+from gdmd.plan.estimate import Plan, plan
+from gdmd.plan.fake_tensors import UNCOUNTED, hollow, measure, weightless
+from gdmd.plan.meta_pipeline import hollow_family
+from gdmd.plan.text import described
+from gdmd.profiling.bench import Bench, table
+from gdmd.profiling.recorded_calls import replay
 from gdmd.recipes.build import Lab
-from gdmd.recipes.tally import tally
+from gdmd.recipes.call_counts import tally
 from gdmd.types import PromptBatch
 
 BATCH = 8

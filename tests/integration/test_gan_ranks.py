@@ -17,14 +17,14 @@ import tiny_pipelines as tiny
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from rank_world import apart, linear_steps, run_ranks  # noqa: E402
 
-from gdmd.backbones.pipelines import open_family  # noqa: E402
-from gdmd.backbones.roles import DiffusersRoles  # noqa: E402
-from gdmd.config.loop import LoopConfig  # noqa: E402
-from gdmd.config.rivals import Dmd2Config  # noqa: E402
+from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.training import LoopConfig  # noqa: E402
 from gdmd.data.prompts import PromptStream  # noqa: E402
 from gdmd.methods.dmd2 import Dmd2  # noqa: E402
+from gdmd.models.loading import open_family  # noqa: E402
+from gdmd.models.roles import DiffusersRoles  # noqa: E402
 from gdmd.runs import checkpoint  # noqa: E402
-from gdmd.runs.rundir import create, open_run  # noqa: E402
+from gdmd.runs.run_folder import create, open_run  # noqa: E402
 from gdmd.training.distributed import SINGLE, World  # noqa: E402
 from gdmd.training.loop import train  # noqa: E402
 

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 from gdmd.cli.app import main
-from gdmd.evaluation.geneval import read_metadata
-from gdmd.programs.geneval import (
+from gdmd.evaluation.geneval import (
     generate,
     generate_from,
     prompt_seed,
@@ -23,9 +22,10 @@ from gdmd.programs.geneval import (
     score_recorded,
     source_maker,
 )
-from gdmd.programs.sources import Facts
-from gdmd.rewards.geneval_detector import Detections
-from gdmd.rewards.geneval_rules import Found, Task, Wanted, as_row
+from gdmd.evaluation.geneval_scores import read_metadata
+from gdmd.rewards.geneval.detector import Detections
+from gdmd.rewards.geneval.rules import Found, Task, Wanted, as_row
+from gdmd.sources.base import Facts
 
 TASKS = (
     Task("single_object", "a photo of a dog", (Wanted("dog", 1),)),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from typer.main import get_command
 
 from gdmd.cli.app import app
+from gdmd.config.image_source import read_source
 from gdmd.config.run import RunConfig
-from gdmd.config.sources import read_source
 from gdmd.recipes.read import read_recipe, recipe_names
 from gdmd.rewards.callable import CallableReward
 from gdmd.types import Cond, PromptBatch
@@ -96,12 +96,12 @@ def test_the_family_of_the_guide_takes_adapters_and_samples() -> None:
     import tiny_pipelines as tiny
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from gdmd.backbones.base import PipelineText
-    from gdmd.backbones.codec import VaeCodec
-    from gdmd.backbones.flow import FlowFamily
-    from gdmd.backbones.roles import DiffusersRoles
     from gdmd.diffusion.sampling import few_step_sample, ode_sample
     from gdmd.diffusion.schedule import from_velocity
+    from gdmd.models.families.base import PipelineText
+    from gdmd.models.families.flow import FlowFamily
+    from gdmd.models.roles import DiffusersRoles
+    from gdmd.models.vae import VaeCodec
 
     class MyText(PipelineText):
         def embed(self, texts: Any) -> Cond:

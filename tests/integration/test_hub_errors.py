@@ -17,10 +17,10 @@ import httpx
 import huggingface_hub as hub
 from huggingface_hub import errors
 
-from gdmd.backbones.pipelines import open_family
+from gdmd.config.image_source import read_source
 from gdmd.config.model import DiffusersModel
-from gdmd.config.sources import read_source
-from gdmd.programs.sources import open_source
+from gdmd.models.loading import open_family
+from gdmd.sources.open import open_source
 
 ID = "org/model"
 OPEN: dict[str, Callable[[], Any]] = {

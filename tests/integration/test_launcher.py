@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gdmd.cli.app import main
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import read_facts, read_metrics
-from gdmd.runs.seat import module_words
+from gdmd.runs.run_folder import read_facts, read_metrics
 from gdmd.training.distributed import _first_failure, _told
+from gdmd.training.rank import module_words
 from gdmd.types import PromptBatch
 
 ROOT = Path(__file__).resolve().parents[2]

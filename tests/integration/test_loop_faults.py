@@ -23,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from toy_training import Toy, toy_config  # noqa: E402
 
 from gdmd.io import RunError  # noqa: E402
-from gdmd.runs import checkpoint, rundir  # noqa: E402
-from gdmd.runs.best import named_best  # noqa: E402
+from gdmd.runs import checkpoint
+from gdmd.runs import run_folder as rundir  # noqa: E402
+from gdmd.runs.best_checkpoint import named_best  # noqa: E402
 from gdmd.training.loop import Hooks  # noqa: E402
 from gdmd.training.progress import PlainProgress, progress_for, summary  # noqa: E402
-from gdmd.training.state import NonFiniteError  # noqa: E402
+from gdmd.training.role_state import NonFiniteError  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from gdmd.cli.app import main
-from gdmd.config.sources import read_source
-from gdmd.evaluation.preference import speed
-from gdmd.programs.compare_models import Wanted, compare, preference
-from gdmd.programs.geneval import images_key
-from gdmd.programs.scorers import read_scorer, read_scorers, scorer_identity
+from gdmd.config.image_source import read_source
+from gdmd.evaluation.compare import Wanted, compare, preference
+from gdmd.evaluation.geneval import images_key
+from gdmd.evaluation.scorers import read_scorer, read_scorers
+from gdmd.recipes.reward_identity import scorer_identity
+from gdmd.reporting.statistics import speed
 from gdmd.runs.assets import asset_path, load_asset, save_asset
 
 SCORERS = ("test_model_evaluation:brightness", "test_model_evaluation:green")
@@ -200,7 +201,7 @@ def test_metadata_counts_for_scorers_that_read_it(
 ) -> None:
     a, _ = world(gdmd)
     texts = Path("prompts.txt").read_text().splitlines()
-    monkeypatch.setattr("gdmd.programs.preference.reads_metadata", lambda spec: reads)
+    monkeypatch.setattr("gdmd.evaluation.preference.reads_metadata", lambda spec: reads)
     for number in (1, 2):
         calls.clear()
         Path("p.jsonl").write_text("".join(json.dumps({"prompt": text, "id": number}) + "\n" for text in texts))
@@ -213,7 +214,7 @@ def test_an_image_that_a_failure_left_without_a_score_is_tried_again(
 ) -> None:
     a, _ = world(gdmd)
     for fails, tried in ((False, []), (True, ["a: test_model_evaluation:green scored 0 of 2 images"])):
-        monkeypatch.setattr("gdmd.programs.preference.may_fail", lambda spec, fails=fails: fails)
+        monkeypatch.setattr("gdmd.evaluation.preference.may_fail", lambda spec, fails=fails: fails)
         mean_of(a, scorers=SCORERS[1:])
         said: list[str] = []
         preference(read_source(str(a)), settings(scorers=SCORERS[1:]), Path("eval"), said.append)

@@ -19,12 +19,12 @@ from rank_world import linear_steps  # noqa: E402
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.device import checks_read_later, confirmed, refuse_where
 from gdmd.diffusion.rng import SampleRng
-from gdmd.programs.bench import Bench
+from gdmd.profiling.bench import Bench
 from gdmd.recipes.build import Lab, build
 from gdmd.recipes.read import read_recipe
-from gdmd.rewards.images import check_finite
+from gdmd.rewards.preprocessing import check_finite
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import create, open_run
+from gdmd.runs.run_folder import create, open_run
 from gdmd.training.loop import train
 from gdmd.types import PromptBatch
 

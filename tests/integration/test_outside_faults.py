@@ -20,16 +20,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from toy_training import Toy, toy_config  # noqa: E402
 
-from gdmd.backbones.shapes import ShapesCodec, ShapesRoles, ShapesTextEncoder  # noqa: E402
-from gdmd.backbones.shapes_nets import ShapesDit, ShapesVae  # noqa: E402
 from gdmd.config.load import load_config  # noqa: E402
 from gdmd.config.rewards import RemoteReward  # noqa: E402
 from gdmd.config.run import RunConfig  # noqa: E402
-from gdmd.data.prompts import PromptStream, training_captions  # noqa: E402
+from gdmd.data.prompts import PromptStream
 from gdmd.io import RunError  # noqa: E402
 from gdmd.recipes.build import SHAPES, method_of  # noqa: E402
 from gdmd.rewards.remote import RemoteError, RemoteScorer  # noqa: E402
-from gdmd.runs import checkpoint, rundir  # noqa: E402
+from gdmd.runs import checkpoint
+from gdmd.runs import run_folder as rundir  # noqa: E402
+from gdmd.shapes.captions import training_captions
+from gdmd.shapes.networks import ShapesDit, ShapesVae  # noqa: E402
+from gdmd.shapes.roles import ShapesCodec, ShapesRoles, ShapesTextEncoder  # noqa: E402
 from gdmd.training.loop import train  # noqa: E402
 
 TIMED = "speed/images_per_s"

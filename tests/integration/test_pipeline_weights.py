@@ -17,14 +17,14 @@ import tiny_pipelines as tiny  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from gdmd.backbones import pipelines  # noqa: E402
-from gdmd.backbones.hollow import hollow_family  # noqa: E402
-from gdmd.backbones.pipelines import open_family, scoring_codec  # noqa: E402
+from gdmd.config.image_source import read_source  # noqa: E402
 from gdmd.config.model import DiffusersModel  # noqa: E402
 from gdmd.config.run import RunConfig  # noqa: E402
-from gdmd.config.sources import read_source  # noqa: E402
-from gdmd.programs.plan_networks import networks_of  # noqa: E402
-from gdmd.programs.sources import open_source  # noqa: E402
+from gdmd.models import loading as pipelines  # noqa: E402
+from gdmd.models.loading import open_family, scoring_codec  # noqa: E402
+from gdmd.plan.meta_pipeline import hollow_family  # noqa: E402
+from gdmd.plan.networks import networks_of  # noqa: E402
+from gdmd.sources.open import open_source  # noqa: E402
 
 
 def refused(folder: Path, message: str, **model: Any) -> None:

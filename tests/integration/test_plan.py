@@ -17,25 +17,26 @@ import tiny_pipelines as tiny
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from gdmd.backbones.hollow import hollow_family
-from gdmd.backbones.published import MODELS
-from gdmd.backbones.roles import DiffusersRoles
-from gdmd.config.loop import LoopConfig
-from gdmd.config.method import DmdConfig, GdmdConfig
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.dmd_reward import DmdReflConfig
+from gdmd.config.methods.dmdr import DmdrConfig
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.model import DiffusersModel
-from gdmd.config.rivals import DmdrConfig
-from gdmd.config.rivals_rl import DmdReflConfig
 from gdmd.config.run import RunConfig
+from gdmd.config.training import LoopConfig
 from gdmd.diffusion.rng import SampleRng
-from gdmd.evaluation.cost_model import CLIP_H, CLIP_L, GIB, Gpu, gpu_of
-from gdmd.evaluation.weightless import UNCOUNTED, measure, weightless
-from gdmd.programs.plan import Plan, plan
-from gdmd.programs.plan_networks import networks_of
-from gdmd.programs.plan_text import described
+from gdmd.models.roles import DiffusersRoles
+from gdmd.plan.cost_model import CLIP_H, CLIP_L, GIB, Gpu, gpu_of
+from gdmd.plan.estimate import Plan, plan
+from gdmd.plan.fake_tensors import UNCOUNTED, measure, weightless
+from gdmd.plan.meta_pipeline import hollow_family
+from gdmd.plan.model_configs import MODELS
+from gdmd.plan.networks import networks_of
+from gdmd.plan.text import described
 from gdmd.recipes.build import Lab, build
+from gdmd.recipes.call_counts import tally
 from gdmd.recipes.read import read_recipe
-from gdmd.recipes.tally import tally
-from gdmd.training.optim8bit import moment_bytes
+from gdmd.training.adamw8bit import moment_bytes
 from gdmd.types import Role
 
 GPU = gpu_of("h100")

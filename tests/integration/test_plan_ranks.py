@@ -25,18 +25,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from rank_world import run_ranks  # noqa: E402
 
-from gdmd.config.loop import LoopConfig  # noqa: E402
-from gdmd.config.method import DmdConfig  # noqa: E402
-from gdmd.config.rivals import Dmd2Config  # noqa: E402
-from gdmd.config.rivals_rl import DmdNftConfig  # noqa: E402
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.methods.dmd_reward import DmdNftConfig  # noqa: E402
 from gdmd.config.run import RunConfig  # noqa: E402
+from gdmd.config.training import LoopConfig  # noqa: E402
 from gdmd.diffusion.rng import SampleRng  # noqa: E402
-from gdmd.evaluation.cost_model import Sent, gpu_of  # noqa: E402
+from gdmd.plan.cost_model import Sent, gpu_of  # noqa: E402
+from gdmd.plan.estimate import Plan, plan  # noqa: E402
 from gdmd.programs.latents import compute_latents  # noqa: E402
-from gdmd.programs.plan import Plan, plan  # noqa: E402
 from gdmd.recipes.build import Lab, build  # noqa: E402
 from gdmd.training.distributed import Sharding, World  # noqa: E402
-from gdmd.training.state import RoleState, role_states  # noqa: E402
+from gdmd.training.role_state import RoleState, role_states  # noqa: E402
 from gdmd.types import PromptBatch  # noqa: E402
 
 DMD = DmdConfig(fake_updates=2, guidance=3.0, student_steps=(1.0,))  # one step: no iteration has more calls

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdmd.backbones.shapes import load_dit, load_vae
-from gdmd.backbones.shapes_nets import ShapesVae
 from gdmd.runs.assets import load_asset
-from gdmd.training.pretrain import PretrainJob, fit, teacher_job, vae_job
+from gdmd.shapes.networks import ShapesVae
+from gdmd.shapes.pretrain.networks import PretrainJob, fit, teacher_job, vae_job
+from gdmd.shapes.roles import load_dit, load_vae
 
 
 def _vae_job() -> PretrainJob:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdmd.rewards.shapes import from_asset
-from gdmd.rewards.shapes_nets import KINDS, Kind
 from gdmd.runs.assets import load_asset
-from gdmd.training import pretrain_scorers
-from gdmd.training.pretrain_scorers import checkpoint_path, pretrain_scorer
+from gdmd.shapes.pretrain import scorers as pretrain_scorers
+from gdmd.shapes.pretrain.scorers import checkpoint_path, pretrain_scorer
+from gdmd.shapes.rewards import from_asset
+from gdmd.shapes.scorer_networks import KINDS, Kind
 
 SMALL = {"batch": 4, "checkpoint_every": 2, "progress": False, "per_task": 4}
 

@@ -21,7 +21,7 @@ from toy_training import Toy, ToyMethod, ToyRoles, ToyStream, toy_config  # noqa
 
 from gdmd.cli.app import main  # noqa: E402
 from gdmd.runs import checkpoint  # noqa: E402
-from gdmd.runs.rundir import create, open_run, read_metrics  # noqa: E402
+from gdmd.runs.run_folder import create, open_run, read_metrics  # noqa: E402
 from gdmd.training.distributed import World  # noqa: E402
 from gdmd.training.loop import train  # noqa: E402
 

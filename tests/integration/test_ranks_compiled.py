@@ -21,13 +21,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from rank_world import apart, linear_steps, run_ranks  # noqa: E402
 
-from gdmd.config.loop import LoopConfig  # noqa: E402
-from gdmd.config.method import DmdConfig  # noqa: E402
+from gdmd.config.methods.dmd import DmdConfig
 from gdmd.config.run import RunConfig  # noqa: E402
+from gdmd.config.training import LoopConfig  # noqa: E402
 from gdmd.diffusion.rng import SampleRng  # noqa: E402
 from gdmd.recipes.build import build  # noqa: E402
 from gdmd.training.distributed import World  # noqa: E402
-from gdmd.training.state import role_states  # noqa: E402
+from gdmd.training.role_state import role_states  # noqa: E402
 from gdmd.types import Loss, Update  # noqa: E402
 
 LR = 0.3

@@ -19,8 +19,8 @@ from rank_world import run_ranks  # noqa: E402
 from toy_training import SIZE, ToyDenoiser  # noqa: E402
 
 from gdmd.training.distributed import SINGLE, World  # noqa: E402
-from gdmd.training.optim import RoleOptimizer  # noqa: E402
-from gdmd.training.state import RoleState  # noqa: E402
+from gdmd.training.optimizer import RoleOptimizer  # noqa: E402
+from gdmd.training.role_state import RoleState  # noqa: E402
 from gdmd.types import Loss, Update  # noqa: E402
 
 BATCH = 8

@@ -20,9 +20,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from rank_world import apart, linear_steps, run_ranks  # noqa: E402
 
-from gdmd.config.loop import LoopConfig  # noqa: E402
-from gdmd.config.rivals_rl import DmdNftConfig  # noqa: E402
+from gdmd.config.methods.dmd_reward import DmdNftConfig  # noqa: E402
 from gdmd.config.run import RunConfig  # noqa: E402
+from gdmd.config.training import LoopConfig  # noqa: E402
 from gdmd.programs.train import start as start_run  # noqa: E402
 from gdmd.recipes.build import build  # noqa: E402
 from gdmd.runs import checkpoint  # noqa: E402

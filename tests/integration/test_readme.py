@@ -53,7 +53,7 @@ def test_the_commands_for_your_own_model_train_and_export_it_with_the_rewards_as
     import tiny_pipelines as tiny
     from tiny_rewards import clip, words_of_clip
 
-    from gdmd.rewards.sources import CLIP_H, CLIP_L, PICKSCORE
+    from gdmd.rewards.weights import CLIP_H, CLIP_L, PICKSCORE
 
     for number, (hub, filled) in enumerate(
         ((CLIP_L, (clip, words_of_clip)), (CLIP_H, (words_of_clip,)), (PICKSCORE, (clip,)))

@@ -20,10 +20,10 @@ from PIL import Image
 from gdmd.cli.app import main
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
-from gdmd.data.image_sources import pixels
+from gdmd.data.captioned_images import pixels
 from gdmd.diffusion.rng import SampleRng
 from gdmd.recipes.build import build
-from gdmd.recipes.real_data import store_of
+from gdmd.recipes.build_data import store_of
 
 DMD = {"kind": "dmd", "fake_updates": 1, "student_input": "data", "step_draw": "batch"}
 GAN = {"kind": "dmd2", "fake_updates": 1, "step_draw": "batch"}

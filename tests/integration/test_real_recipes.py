@@ -20,7 +20,7 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.programs.latents import compute_latents
 from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe, recipe_names
-from gdmd.rewards.images import to_pil
+from gdmd.rewards.preprocessing import to_pil
 from gdmd.types import PromptBatch
 
 METHODS = ("gdmd", "dmd", "dmdr", "dmd2")

@@ -27,19 +27,20 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from rank_world import apart, linear_steps  # noqa: E402
 
-from gdmd.backbones.roles import DiffusersRoles
-from gdmd.config.loop import LoopConfig
-from gdmd.config.method import DmdConfig, GdmdConfig
+from gdmd.config.image_source import read_source
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.run import RunConfig
-from gdmd.config.sources import read_source
+from gdmd.config.training import LoopConfig
 from gdmd.io import RunError
-from gdmd.programs.decoders import check_decoder
+from gdmd.models.roles import DiffusersRoles
+from gdmd.programs.decoder_check import check_decoder
 from gdmd.programs.export import export_run
-from gdmd.programs.sample import draw
-from gdmd.programs.sources import EXPORT_FILE
 from gdmd.programs.train import ready, start
 from gdmd.recipes.build import Lab, build
-from gdmd.runs.rundir import Run, create, read_facts
+from gdmd.runs.run_folder import Run, create, read_facts
+from gdmd.sources.base import EXPORT_FILE
+from gdmd.sources.draw import draw
 from gdmd.training.loop import train
 from gdmd.types import PromptBatch
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from gdmd.evaluation.grids import draw_grid, png_bytes
-from gdmd.evaluation.plots import curves, r_histogram, radar
-from gdmd.evaluation.report import Provenance, read_rows, report_run, save_rows, write_report
+from gdmd.evaluation.run_report import Provenance, read_rows, report_run, save_rows, write_report
 from gdmd.io import RunError
+from gdmd.reporting.grids import draw_grid, png_bytes
+from gdmd.reporting.plots import curves, r_histogram, radar
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import Run, create
+from gdmd.runs.run_folder import Run, create
 from gdmd.shapes.grammar import TASKS
 
 NASTY = '<script>alert("x")</script>&"\''

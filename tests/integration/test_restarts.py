@@ -16,8 +16,8 @@ import pytest
 from torch import Tensor
 
 from gdmd.cli.app import main
-from gdmd.cli.training import Asked
-from gdmd.runs.rundir import create, read_facts, read_metrics
+from gdmd.cli.train import Asked
+from gdmd.runs.run_folder import create, read_facts, read_metrics
 from gdmd.types import PromptBatch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,10 +13,10 @@ from cli_world import Gdmd, make_assets
 
 from gdmd.cli.app import main
 from gdmd.export.card import _table
-from gdmd.programs.folders import config_of
-from gdmd.programs.inputs import _places, _weights
+from gdmd.recipes.inputs import _places, _weights
+from gdmd.recipes.run_folders import config_of
 from gdmd.runs.inputs import changes_of
-from gdmd.runs.rundir import open_run, read_facts, write_facts
+from gdmd.runs.run_folder import open_run, read_facts, write_facts
 
 REWARD = "rewards=[{kind: callable, target: 'own_reward:red'}]"
 

@@ -9,7 +9,7 @@ import pytest
 from cli_world import Finished, Gdmd, make_assets
 
 from gdmd.cli.app import main
-from gdmd.runs.rundir import read_metrics
+from gdmd.runs.run_folder import read_metrics
 
 MINE = """import torch
 def helper(prompt):

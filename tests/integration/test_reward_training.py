@@ -10,7 +10,7 @@ import pytest
 from cli_world import TINY, Gdmd, make_assets
 
 from gdmd.cli.app import main
-from gdmd.runs.rundir import read_metrics
+from gdmd.runs.run_folder import read_metrics
 
 FUNCTION = "def bright(images, prompts):\n    return images.mean((1, 2, 3))\n"
 COMPOSITE = "{kind: composite, parts: [{reward: {kind: callable, target: 'bright_reward:bright'}, std: 0.1}]}"

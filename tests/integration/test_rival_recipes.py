@@ -11,7 +11,7 @@ import torch
 from gdmd.config.load import ConfigError
 from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe
-from gdmd.runs.rundir import create, read_metrics
+from gdmd.runs.run_folder import create, read_metrics
 from gdmd.training.loop import train
 
 SMALL = ["loop.steps=6", "loop.batch_size=4", "loop.grid_every=0", "loop.log_every=1", "loop.threads=1"]

@@ -13,9 +13,9 @@ pytest.importorskip("peft")
 import tiny_pipelines as tiny
 from diffusers import DPMSolverMultistepScheduler
 
-from gdmd.backbones.base import Family
-from gdmd.backbones.pipelines import open_family
 from gdmd.export.pipeline import call_arguments, student_scheduler
+from gdmd.models.families.base import Family
+from gdmd.models.loading import open_family
 
 UNIFORM = (1.0, 0.75, 0.5, 0.25)
 

@@ -6,15 +6,15 @@ from functools import lru_cache
 import pytest
 import torch
 
-from gdmd.backbones.shapes import ShapesCodec, load_vae
-from gdmd.evaluation.sample import images_of, teacher_sampler
+from gdmd.diffusion.generate import images_of, teacher_sampler
 from gdmd.recipes.build import Lab, build
 from gdmd.recipes.read import read_recipe
 from gdmd.runs.assets import asset_folder, asset_path, load_asset
 from gdmd.shapes.check import shapeseval, summarize
 from gdmd.shapes.grammar import catalogue, draw_rows, fixed_rows
+from gdmd.shapes.pretrain.scorer_data import draw_negatives, may_be_true
 from gdmd.shapes.render import draw_scenes, render
-from gdmd.training.scorer_data import draw_negatives, may_be_true
+from gdmd.shapes.roles import ShapesCodec, load_vae
 
 NAMES = ("shapes_vae", "shapes_teacher", "shapes_clip", "shapes_clip_heldout", "shapes_pref")
 

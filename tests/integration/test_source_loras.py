@@ -18,8 +18,8 @@ import tiny_pipelines as tiny
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gdmd.config.sources import read_source
-from gdmd.programs.source_loras import ADAPTER, add_lora
+from gdmd.config.image_source import read_source
+from gdmd.sources.loras import ADAPTER, add_lora
 
 Deltas = dict[str, Tensor]
 Made = tuple[dict[str, Tensor], Deltas]

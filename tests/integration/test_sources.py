@@ -15,9 +15,10 @@ import torch
 from cli_world import Gdmd, make_assets
 
 from gdmd.cli.app import main
-from gdmd.config.sources import read_source, read_sources
-from gdmd.programs.sources import Facts, Source, kind_of, open_source, places_of, settle
-from gdmd.rewards.images import from_pil
+from gdmd.config.image_source import read_source, read_sources
+from gdmd.rewards.preprocessing import from_pil
+from gdmd.sources.base import Facts, Source, places_of, settle
+from gdmd.sources.open import kind_of, open_source
 
 DAMAGED = (
     '{"base": "x", "dtype": "fp32", "merged": false, "scheduler": "x", "arguments": {"num_inference_steps": 4}, '
@@ -108,7 +109,7 @@ def test_sources_below_the_home_folder_are_found(tmp_path: Path, monkeypatch: py
 def test_names_of_a_study_and_paths_of_scorers_follow_the_same_rule(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gdmd.programs.scorers import read_scorer
+    from gdmd.evaluation.scorers import read_scorer
     from gdmd.study.folders import named_folders
 
     monkeypatch.chdir(tmp_path)
@@ -181,7 +182,7 @@ CAPTIONS = ["a photo of two red apples", "a blue ring"]
 
 @pytest.mark.parametrize("layout", ["official", "flat"])
 def test_images_of_a_prompt_are_counted_by_number_without_hidden_files(tmp_path: Path, layout: str) -> None:
-    from gdmd.evaluation.image_folders import read_images
+    from gdmd.sources.folders import read_images
 
     names = ["2", "10", "1", "._1"]
     if layout == "official":
@@ -213,11 +214,11 @@ def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[An
     """A student that left its teacher: its lab, and its export without a training run."""
     import tiny_pipelines as tiny
 
-    from gdmd.backbones.pipelines import open_family
-    from gdmd.config.loop import LoopConfig
     from gdmd.config.run import RunConfig
+    from gdmd.config.training import LoopConfig
     from gdmd.export.lora import save_lora
     from gdmd.export.pipeline import call_arguments, student_scheduler
+    from gdmd.models.loading import open_family
     from gdmd.programs.export import describe
     from gdmd.recipes.build import build
 
@@ -240,8 +241,8 @@ def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[An
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"])
 def test_an_export_makes_the_images_of_its_run(folders: Path, tmp_path: Path, name: str) -> None:
-    from gdmd.programs.evaluate import student_row
-    from gdmd.programs.source_runs import RunSource
+    from gdmd.recipes.open_run import student_row
+    from gdmd.sources.runs import RunSource
 
     pipeline(folders, name)
     (cfg, lab), folder = exported(folders, name, tmp_path / "export")
@@ -256,8 +257,8 @@ def test_an_export_makes_the_images_of_its_run(folders: Path, tmp_path: Path, na
 
 def test_a_student_without_t5_is_exported_and_described_without_it(folders: Path, tmp_path: Path) -> None:
     from gdmd.export.card import model_card
-    from gdmd.programs.evaluate import student_row
-    from gdmd.programs.source_runs import RunSource
+    from gdmd.recipes.open_run import student_row
+    from gdmd.sources.runs import RunSource
 
     (cfg, lab), folder = exported(folders, "sd3", tmp_path / "export", t5=False)
     source: Any = open_source(read_source(str(folder)))
@@ -449,7 +450,7 @@ class Drawing:
 
 def drawing(draw: Callable[[torch.Tensor], torch.Tensor]) -> Source:
     pytest.importorskip("diffusers")
-    from gdmd.programs.source_pipelines import PipelineSource
+    from gdmd.sources.pipelines import PipelineSource
 
     return PipelineSource(Facts("x", "pipeline", "x"), Drawing(draw), {})
 
@@ -486,9 +487,9 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
     import tiny_pipelines as tiny
     import yaml
 
-    from gdmd.config.loop import LoopConfig
-    from gdmd.config.method import DmdConfig
+    from gdmd.config.methods.dmd import DmdConfig
     from gdmd.config.run import RunConfig
+    from gdmd.config.training import LoopConfig
 
     Path("prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
     cfg = RunConfig(
@@ -506,7 +507,7 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
     assert "gdmd eval preference run --prompts FILE" in trained.err and "gdmd export run" in trained.err
     assert "Not scored yet" in Path("run/report.html").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("gdmd.programs.evaluate.build", None)  # nothing is loaded for these
+        patch.setattr("gdmd.evaluation.runs.build", None)  # nothing is loaded for these
         refused = gdmd("eval", "run")
         assert refused.code == 2 and "gdmd eval preference run --prompts FILE" in refused.err
         assert "ShapesEval" in refused.err and gdmd("report", "run", "--fresh").code == 2

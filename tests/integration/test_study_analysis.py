@@ -11,15 +11,15 @@ import pytest
 from study_world import MODELS, write_images, write_study
 
 from gdmd.cli.app import main
-from gdmd.config.loop import LoopConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import ClipReward
 from gdmd.config.run import RunConfig
 from gdmd.config.study import StudyConfig
-from gdmd.runs.rundir import create
+from gdmd.config.training import LoopConfig
+from gdmd.runs.run_folder import create
 from gdmd.shapes.grammar import TASKS as SHAPES_TASKS
 from gdmd.study.analyze import analyze
-from gdmd.study.nouns import IMAGES, VOTES, Plan, Trial, Vote, read_plan, vote_of
+from gdmd.study.records import IMAGES, VOTES, Plan, Trial, Vote, read_plan, vote_of
 from gdmd.study.simulate import Taste, recovery, simulated_votes, synthetic_plan
 from gdmd.study.store import Store
 

@@ -13,7 +13,7 @@ pytest.importorskip("uvicorn")
 from study_world import MODELS, Server, write_study  # noqa: E402
 from webdriver import Browser, missing  # noqa: E402
 
-from gdmd.study.nouns import VOTES, Plan, votes_of  # noqa: E402
+from gdmd.study.records import VOTES, Plan, votes_of  # noqa: E402
 from gdmd.study.store import Store  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())

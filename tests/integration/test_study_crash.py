@@ -14,7 +14,7 @@ httpx = pytest.importorskip("httpx")
 
 from study_world import Server, write_study  # noqa: E402
 
-from gdmd.study.nouns import VOTES, Plan  # noqa: E402
+from gdmd.study.records import VOTES, Plan  # noqa: E402
 from gdmd.study.store import Store  # noqa: E402
 
 

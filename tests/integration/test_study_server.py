@@ -22,8 +22,8 @@ from PIL import Image  # noqa: E402
 from study_world import MODELS, ORGANISER, write_images, write_study  # noqa: E402
 
 from gdmd.config.study import StudyConfig  # noqa: E402
-from gdmd.study.nouns import IMAGES, LINKS, VOTES, token_hash  # noqa: E402
 from gdmd.study.prepare import prepare  # noqa: E402
+from gdmd.study.records import IMAGES, LINKS, VOTES, token_hash  # noqa: E402
 from gdmd.study.serve import MAX_BODY, address_of, create_app, is_loopback, listen, served_links  # noqa: E402
 from gdmd.study.store import AlreadyVoted, Store  # noqa: E402
 

@@ -13,10 +13,10 @@ import torch
 from tiny_roles import LR, ToyCodec, apply, dmd, gdmd, prompts, rng, same, tiny_roles, weights
 from torch import Tensor
 
-from gdmd.backbones.shapes import LATENT_SHAPE, ShapesRoles
-from gdmd.evaluation.divergence import divergence, fixed_states, realised_change, student_gradient
-from gdmd.evaluation.passes import Counted, Pace, measure_pace, without_cost
-from gdmd.programs import compare_budget
+from gdmd.methods.pass_counter import Counted, Pace, measure_pace, without_cost
+from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles
+from gdmd.sweep import budgets as compare_budget
+from gdmd.sweep.divergence import divergence, fixed_states, realised_change, student_gradient
 from gdmd.types import Method, PromptBatch
 
 ONE_STEP = {"student_steps": (1.0,)}

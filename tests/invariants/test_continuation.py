@@ -24,12 +24,12 @@ from tiny_roles import (
 )
 from torch import Tensor
 
-from gdmd.config.method import GdmdConfig
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.diffusion.sampling import backward_simulation, continuation, few_step_sample
 from gdmd.diffusion.schedule import FlowSchedule
-from gdmd.losses.groups import softmax_weights
+from gdmd.losses.advantages import softmax_weights
+from gdmd.recipes.call_counts import tally
 from gdmd.recipes.read import read_recipe
-from gdmd.recipes.tally import tally
 from gdmd.types import Cond, Prediction
 
 STEPS = (1.0, 0.75, 0.5, 0.25)

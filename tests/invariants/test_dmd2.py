@@ -10,16 +10,16 @@ from tiny_roles import cut as plain_cut
 from tiny_roles import distance, dmd, prompts, rng, same, tiny_roles, train, updates, watch, weights
 from torch import Tensor
 
-from gdmd.backbones.shapes import LATENT_SHAPE, ShapesRoles
-from gdmd.backbones.shapes_nets import ShapesDit
-from gdmd.config.rivals import Dmd2Config
+from gdmd.config.methods.dmd2 import Dmd2Config
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import ode_sample, times
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.gan import discriminator_loss, generator_loss
 from gdmd.methods.dmd import PairedBatch
 from gdmd.methods.dmd2 import Dmd2
-from gdmd.training.state import cut
+from gdmd.shapes.networks import ShapesDit
+from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles
+from gdmd.training.role_state import cut
 from gdmd.types import PromptBatch, Update
 
 

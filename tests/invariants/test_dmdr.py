@@ -10,18 +10,18 @@ import torch
 from tiny_roles import Toy, ToyCodec, apply, distance, dmd, prompts, rng, same, tiny_roles, train, watch
 from torch import Tensor
 
-from gdmd.backbones.shapes import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
-from gdmd.config.rivals import DmdrConfig
+from gdmd.config.methods.dmdr import DmdrConfig
 from gdmd.data.prompts import batch_of
-from gdmd.diffusion.annealing import beta_quantile
-from gdmd.diffusion.policy import cps_log_prob, cps_mean
+from gdmd.diffusion.dmdr_schedules import beta_quantile
 from gdmd.diffusion.sampling import few_step_sample
+from gdmd.diffusion.stochastic_sampling import cps_log_prob, cps_mean
+from gdmd.losses.advantages import mean_group_advantage
 from gdmd.losses.dmd import dmd_loss
-from gdmd.losses.groups import mean_group_advantage
 from gdmd.methods.dmdr import Dmdr
-from gdmd.methods.preference import extremes
-from gdmd.methods.scoring import Scorer
-from gdmd.training.state import cut
+from gdmd.methods.preference_pairs import extremes
+from gdmd.methods.scorer import Scorer
+from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
+from gdmd.training.role_state import cut
 from gdmd.types import PromptBatch, Reward, Update
 
 OFF: dict[str, Any] = {"tilt": 0.0, "anneal": 0, "rl_weight": 0.0}

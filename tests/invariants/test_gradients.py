@@ -20,9 +20,9 @@ from tiny_roles import (
 )
 from torch import Tensor
 
-from gdmd.backbones.shapes import ShapesRoles
 from gdmd.losses.denoising import denoising_loss
-from gdmd.methods.scoring import Scorer
+from gdmd.methods.scorer import Scorer
+from gdmd.shapes.roles import ShapesRoles
 from gdmd.types import PromptBatch, Update
 
 VARIANTS: list[dict[str, Any]] = [

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from toy_training import ToyRoles, toy_config
 
-from gdmd.training.optim import RoleOptimizer
-from gdmd.training.state import NonFiniteError, RoleState, batch_size, ema_weights, role_states, split
+from gdmd.training.optimizer import RoleOptimizer
+from gdmd.training.role_state import NonFiniteError, RoleState, batch_size, ema_weights, role_states, split
 from gdmd.types import Loss, PromptBatch, Update
 
 

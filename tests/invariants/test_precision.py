@@ -13,14 +13,16 @@ from torch import Tensor
 from toy_training import Toy as ToyRun
 from toy_training import toy_config
 
-from gdmd.backbones.shapes import LATENT_SHAPE, ShapesCodec, ShapesRoles
-from gdmd.backbones.shapes_nets import ShapesVae
-from gdmd.config.method import DmdConfig, GdmdConfig
-from gdmd.config.rivals import Dmd2Config, DmdrConfig
-from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
+from gdmd.config.methods.dmdr import DmdrConfig
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.gdmd import Group
 from gdmd.recipes.build import SHAPES, method_of
+from gdmd.shapes.networks import ShapesVae
+from gdmd.shapes.roles import LATENT_SHAPE, ShapesCodec, ShapesRoles
 from gdmd.types import PromptBatch, Update
 
 TILTED: dict[str, Any] = {"score_target": "continuation", "continuations": 2, "weighting": "softmax"}

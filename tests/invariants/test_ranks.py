@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 from tiny_roles import Toy, ToyCodec, tiny_roles
 from torch import Tensor
 
-from gdmd.backbones.shapes import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
-from gdmd.config.loop import LoopConfig
-from gdmd.config.method import DmdConfig, GdmdConfig
-from gdmd.config.rivals import Dmd2Config, DmdrConfig
-from gdmd.config.rivals_rl import DmdNftConfig
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.methods.dmd_reward import DmdNftConfig
+from gdmd.config.methods.dmdr import DmdrConfig
+from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.dmd import Dmd
@@ -34,12 +35,13 @@ from gdmd.methods.dmd2 import Dmd2
 from gdmd.methods.dmd_nft import DmdNft
 from gdmd.methods.dmdr import Dmdr
 from gdmd.methods.gdmd import Gdmd
-from gdmd.methods.scoring import Scorer
+from gdmd.methods.scorer import Scorer
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import create, open_run, read_facts, read_metrics
-from gdmd.runs.seat import Seat, seat
+from gdmd.runs.run_folder import create, open_run, read_facts, read_metrics
+from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
 from gdmd.training.distributed import SINGLE, World
 from gdmd.training.loop import train
+from gdmd.training.rank import Seat, seat
 from gdmd.types import Method, PromptBatch
 
 TEXTS = ["a circle", "a red square", "two rings", "a circle and a square"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from toy_training import Toy, toy_config
 
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import read_metrics
+from gdmd.runs.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMED = "speed/images_per_s"

@@ -11,10 +11,10 @@ from tiny_roles import Toy, ToyCodec, first_student, gdmd, prompts, rng, same, t
 from torch import Tensor
 
 from gdmd.config.load import ConfigError
-from gdmd.config.method import GdmdConfig
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.methods.gdmd import StudentBatch
+from gdmd.recipes.call_counts import tally
 from gdmd.recipes.read import read_recipe
-from gdmd.recipes.tally import tally
 
 ON: dict[str, Any] = {
     "score_target": "continuation",

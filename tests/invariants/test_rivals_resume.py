@@ -11,18 +11,19 @@ import torch
 from tiny_roles import Toy, ToyCodec, tiny_roles
 from torch import Tensor
 
-from gdmd.backbones.shapes import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
-from gdmd.config.loop import LoopConfig
-from gdmd.config.method import DmdConfig
-from gdmd.config.rivals import Dmd2Config, DmdrConfig
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.methods.dmdr import DmdrConfig
+from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.dmd2 import Dmd2
 from gdmd.methods.dmdr import Dmdr
-from gdmd.methods.scoring import Scorer
+from gdmd.methods.scorer import Scorer
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import create, open_run, read_metrics
+from gdmd.runs.run_folder import create, open_run, read_metrics
+from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
 from gdmd.training.loop import train
 from gdmd.types import Method, PromptBatch
 

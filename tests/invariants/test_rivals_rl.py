@@ -14,28 +14,28 @@ import torch
 from tiny_roles import Toy, ToyCodec, apply, distance, dmd, rng, same, student_gradient, tiny_roles, watch, weights
 from torch import Tensor
 
-from gdmd.backbones.shapes import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
-from gdmd.config.loop import LoopConfig
-from gdmd.config.method import DmdConfig, MethodConfig
-from gdmd.config.rewardless import without_rewards
-from gdmd.config.rivals_rl import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
+from gdmd.config.methods.all import MethodConfig, without_rewards
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.run import RunConfig
+from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import PromptStream, batch_of
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import renoise
+from gdmd.losses.advantages import group_advantage
 from gdmd.losses.dmd import dmd_loss
-from gdmd.losses.groups import group_advantage
 from gdmd.methods.dmd_grpo import DmdGrpo
 from gdmd.methods.dmd_nft import DmdNft
 from gdmd.methods.dmd_refl import DmdRefl
-from gdmd.methods.policy_samples import collect
-from gdmd.methods.scoring import Scorer
+from gdmd.methods.rollouts import collect
+from gdmd.methods.scorer import Scorer
 from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe
 from gdmd.runs import checkpoint
-from gdmd.runs.rundir import create, open_run
+from gdmd.runs.run_folder import create, open_run
+from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
 from gdmd.training.loop import train as loop
-from gdmd.training.state import role_states, split
+from gdmd.training.role_state import role_states, split
 from gdmd.types import Method, PromptBatch, Reward, Update
 
 KINDS = ["dmd_refl", "dmd_nft", "dmd_grpo"]

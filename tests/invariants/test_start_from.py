@@ -12,12 +12,12 @@ from tiny_roles import gdmd, prompts, rng, tiny_roles
 from torch import Tensor
 from toy_training import Toy, toy_config
 
-from gdmd.backbones.shapes import ShapesRoles
-from gdmd.backbones.shapes_nets import ShapesDit
 from gdmd.runs import checkpoint
+from gdmd.shapes.networks import ShapesDit
+from gdmd.shapes.roles import ShapesRoles
 from gdmd.training.distributed import SINGLE
-from gdmd.training.start import begin_from, check_roles, require_start
-from gdmd.training.state import role_states
+from gdmd.training.role_state import role_states
+from gdmd.training.warm_start import begin_from, check_roles, require_start
 
 
 @pytest.fixture(scope="module")

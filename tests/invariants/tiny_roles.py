@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdmd.backbones.shapes import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
-from gdmd.backbones.shapes_nets import ShapesDit
-from gdmd.config.method import DmdConfig, GdmdConfig
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.data.prompts import batch_of
 from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.gdmd import Gdmd
-from gdmd.methods.scoring import Scorer
+from gdmd.methods.scorer import Scorer
+from gdmd.shapes.networks import ShapesDit
+from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
 from gdmd.types import Cond, Denoiser, Prediction, PromptBatch, Reward, Role, Update
 
 TEXTS = ("a circle", "a red square", "two rings", "a circle and a square")

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdmd.config.loop import LoopConfig
+from gdmd.config.training import LoopConfig
 from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import FlowSchedule
-from gdmd.runs.rundir import create, open_run
+from gdmd.runs.run_folder import create, open_run
 from gdmd.training.loop import Hooks, TrainEnd, train
 from gdmd.types import Loss, Prediction, PromptBatch, Role, Update
 

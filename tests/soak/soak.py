@@ -31,9 +31,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from toy_training import Toy, toy_config  # noqa: E402
 
-from gdmd.config.loop import LoopConfig  # noqa: E402
+from gdmd.config.training import LoopConfig  # noqa: E402
 from gdmd.runs import checkpoint  # noqa: E402
-from gdmd.runs.rundir import read_metrics  # noqa: E402
+from gdmd.runs.run_folder import read_metrics  # noqa: E402
 
 TIMED = "speed/images_per_s"
 LONGEST_S = 300

@@ -13,20 +13,21 @@ from typing import Any
 import pytest
 import torch
 
-from gdmd.backbones.shapes import ShapesCodec, ShapesRoles, ShapesTextEncoder
-from gdmd.backbones.shapes_nets import ShapesDit, ShapesVae
 from gdmd.cli.app import main
 from gdmd.config.describe import student_updates
 from gdmd.config.load import load_config
 from gdmd.config.run import RunConfig
-from gdmd.data.latents import RenderedLatents
-from gdmd.data.prompts import PromptStream, training_captions
-from gdmd.evaluation.calls import recorded, replay
-from gdmd.evaluation.schedules import every_place, iteration_passes
-from gdmd.programs import bench
+from gdmd.data.prompts import PromptStream
+from gdmd.profiling import bench
+from gdmd.profiling.recorded_calls import recorded, replay
 from gdmd.recipes.build import SHAPES, Lab, method_of
-from gdmd.rewards.shapes import ShapesPref
-from gdmd.rewards.shapes_nets import build_net
+from gdmd.recipes.pass_formulas import every_place, iteration_passes
+from gdmd.shapes.captions import training_captions
+from gdmd.shapes.latents import RenderedLatents
+from gdmd.shapes.networks import ShapesDit, ShapesVae
+from gdmd.shapes.rewards import ShapesPref
+from gdmd.shapes.roles import ShapesCodec, ShapesRoles, ShapesTextEncoder
+from gdmd.shapes.scorer_networks import build_net
 
 
 def tiny(*overrides: str) -> bench.Bench:

@@ -12,7 +12,7 @@ import torch
 
 from gdmd.io import RunError
 from gdmd.runs import checkpoint
-from gdmd.runs.best import Best, Judge, named_best
+from gdmd.runs.best_checkpoint import Best, Judge, named_best
 
 
 @pytest.fixture(autouse=True)

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from gdmd.evaluation.comparison_figures import _look, _shown
-from gdmd.evaluation.comparison_tables import OVERALL, Results, Row, against_headline, markdown, quality, table
 from gdmd.io import RunError
-from gdmd.programs.compare import Outcome
-from gdmd.programs.compare_pages import beginning, results_of, summary, write_pages
-from gdmd.programs.compare_plan import Cell, line_of, pictures_key, plan, shown_cells
-from gdmd.recipes.read_comparison import Comparison, read_comparison
 from gdmd.shapes.grammar import TASKS
+from gdmd.sweep.cells import Cell, line_of, pictures_key, plan, shown_cells
+from gdmd.sweep.figures import _look, _shown
+from gdmd.sweep.pool import Outcome
+from gdmd.sweep.results import beginning, results_of, summary, write_pages
+from gdmd.sweep.spec import Comparison, read_comparison
+from gdmd.sweep.tables import OVERALL, Results, Row, against_headline, markdown, quality, table
 
 SCORES = {"gdmd": 0.62, "dmd": 0.55, "teacher_100": 0.58, "shuffled": 0.54}
 FIELDS = {"method", "kind", "seed", "budget", "shapeseval", "tasks", "rewards", "trained", "fidelity", "coverage"}

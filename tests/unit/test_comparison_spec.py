@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from gdmd.config.load import ConfigError
-from gdmd.config.rewardless import without_rewards
+from gdmd.config.methods.all import without_rewards
 from gdmd.io import RunError
-from gdmd.programs import compare_plan
-from gdmd.programs.compare import Table, run_comparison
-from gdmd.programs.compare_pages import other_seeds
-from gdmd.programs.compare_plan import chosen, outdated, plan, read_table, unique
-from gdmd.recipes.read_comparison import COMPARISONS, Comparison, comparison_names, read_comparison
+from gdmd.sweep import cells as compare_plan
+from gdmd.sweep.cells import chosen, outdated, plan, read_table, unique
+from gdmd.sweep.pool import Table, run_comparison
+from gdmd.sweep.results import other_seeds
+from gdmd.sweep.spec import COMPARISONS, Comparison, comparison_names, read_comparison
 
 HEAD = "name: mine\nbase: shapes_smoke\nstudent_updates: 4\nseeds: [0, 1]\nbudgets: [updates, passes]\n"
 ROWS = """rows:
@@ -99,7 +99,7 @@ def test_help_and_errors_import_no_torch(words: list[str], code: int, tmp_path: 
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert done.returncode == code and "gdmd.cli.compare" in modules
+    assert done.returncode == code and "gdmd.cli.sweep" in modules
     assert not {"torch", "matplotlib", "numpy"} & modules
     assert "Examples:" in done.stdout if code == 0 else "error: " in done.stderr
     assert not list(tmp_path.iterdir())

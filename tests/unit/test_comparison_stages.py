@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from gdmd.config.load import ConfigError
-from gdmd.programs import compare
-from gdmd.programs.compare import run_comparison
-from gdmd.programs.compare_job import settings
-from gdmd.programs.compare_plan import SECOND_STAGE, Cell, chosen, plan, with_first_stages
-from gdmd.recipes.read_comparison import Comparison, read_comparison
+from gdmd.sweep import pool as compare
+from gdmd.sweep.cells import SECOND_STAGE, Cell, chosen, plan, with_first_stages
+from gdmd.sweep.pool import run_comparison
+from gdmd.sweep.spec import Comparison, read_comparison
+from gdmd.sweep.worker import settings
 
 SPEC = """name: mine
 base: shapes_smoke

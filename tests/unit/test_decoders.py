@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdmd.evaluation.decoders import decoder_gaps
+from gdmd.programs.decoder_check import decoder_gaps
 from gdmd.types import PromptBatch
 
 NAN = float("nan")

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from gdmd.data.embeddings import BATCH, SHARD, CachedText
+from gdmd.data.text_cache import BATCH, SHARD, CachedText
 from gdmd.types import Cond
 
 TEXTS = [f"caption number {i}" for i in range(SHARD + 5)]

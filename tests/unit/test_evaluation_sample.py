@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gdmd.backbones.shapes import LATENT_SHAPE, ShapesCodec, ShapesRoles, ShapesTextEncoder
-from gdmd.backbones.shapes_nets import ShapesDit, ShapesVae
-from gdmd.diffusion.sampling import times
-from gdmd.evaluation.grids import draw_grid, same_noise_cells, write_grid
-from gdmd.evaluation.sample import (
+from gdmd.diffusion.generate import (
     Sampler,
     generate,
     images_of,
     student_sampler,
     teacher_sampler,
 )
+from gdmd.diffusion.sampling import times
+from gdmd.reporting.grids import draw_grid, same_noise_cells, write_grid
+from gdmd.shapes.networks import ShapesDit, ShapesVae
+from gdmd.shapes.roles import LATENT_SHAPE, ShapesCodec, ShapesRoles, ShapesTextEncoder
 
 STEPS = (1.0, 0.75, 0.5, 0.25)
 TEXTS = ("a red circle", "two rings", "a blue square", "a cross", "three diamonds")
@@ -99,7 +99,7 @@ def test_the_first_call_is_not_timed_and_every_image_is_made_once(
 ) -> None:
     """A fake clock: the sampler takes 100 s on its first call and 2 s later; batches of 2 decode in no time."""
     clock, calls = [0.0], []
-    monkeypatch.setattr("gdmd.evaluation.sample.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("gdmd.diffusion.generate.time.perf_counter", lambda: clock[0])
 
     def latents(texts: tuple[str, ...], rng: object) -> torch.Tensor:
         clock[0] += 2.0 if calls else 100.0

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdmd.backbones.shapes import ShapesRoles, ShapesTextEncoder
-from gdmd.backbones.shapes_nets import ShapesDit
 from gdmd.config.run import EvalConfig
+from gdmd.diffusion.generate import Sampler
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import times
-from gdmd.evaluation.sample import Sampler
-from gdmd.evaluation.shapes import bootstrap_interval, evaluate, mean_score
-from gdmd.rewards.shapes import ShapesClip
-from gdmd.rewards.shapes_nets import build_net
+from gdmd.shapes.evaluate import bootstrap_interval, evaluate, mean_score
 from gdmd.shapes.grammar import TASKS, catalogue, fixed_rows
+from gdmd.shapes.networks import ShapesDit
 from gdmd.shapes.render import draw_scenes, render
+from gdmd.shapes.rewards import ShapesClip
+from gdmd.shapes.roles import ShapesRoles, ShapesTextEncoder
+from gdmd.shapes.scorer_networks import build_net
 from gdmd.types import PromptBatch
 
 CFG = EvalConfig(per_task=6, images=2, seed=5)

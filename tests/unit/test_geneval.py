@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gdmd.evaluation.geneval import (
+from gdmd.evaluation.geneval_prompts import draw_tasks
+from gdmd.evaluation.geneval_scores import (
     Judged,
     image_files,
     judge_recorded,
@@ -18,8 +19,7 @@ from gdmd.evaluation.geneval import (
     recording,
     summarise,
 )
-from gdmd.evaluation.geneval_prompts import draw_tasks
-from gdmd.rewards.geneval_rules import (
+from gdmd.rewards.geneval.rules import (
     COLORS,
     RELATIONS,
     TASKS,

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gdmd.rewards import geneval_detector
-from gdmd.rewards.geneval import GenEvalCredit
-from gdmd.rewards.geneval_colors import ColorClassifier, cut_out
-from gdmd.rewards.geneval_detector import CLASSES, Detections, Detector, prepared, read_instances
-from gdmd.rewards.geneval_rules import COLORS, Found
+from gdmd.rewards.geneval.colors import ColorClassifier, cut_out
+from gdmd.rewards.geneval.detector import CLASSES, Detections, Detector, prepared, read_instances
+from gdmd.rewards.geneval.reward import GenEvalCredit
+from gdmd.rewards.geneval.reward import detector as geneval_detector
+from gdmd.rewards.geneval.rules import COLORS, Found
 from gdmd.types import PromptBatch
 
 transformers = pytest.importorskip("transformers")
@@ -88,7 +88,7 @@ def test_the_padding_is_cut_off_before_masks_are_brought_to_the_image() -> None:
 
 
 def tiny_detector(labels: int = 80) -> Any:
-    from gdmd.rewards.mask2former import Mask2Former
+    from gdmd.rewards.geneval.mask2former import Mask2Former
 
     torch.manual_seed(0)
     swin = transformers.SwinConfig(

@@ -12,8 +12,8 @@ pytest.importorskip("huggingface_hub")
 from rich.console import Console
 
 from gdmd.config.model import DiffusersModel
-from gdmd.programs.hub_pins import tell_commits
-from gdmd.runs.rundir import create, read_facts
+from gdmd.recipes.hub_revisions import tell_commits
+from gdmd.runs.run_folder import create, read_facts
 
 OLD, NEW = "a" * 40, "b" * 40
 

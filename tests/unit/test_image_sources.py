@@ -19,13 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gdmd.config.method import DmdConfig
+from gdmd.config.methods.dmd import DmdConfig
 from gdmd.config.run import RunConfig
-from gdmd.data import image_files, real_latents
-from gdmd.data.image_sources import Captioned, Unusable, captioned_images, pixels
-from gdmd.data.real_latents import INDEX, SHARD, LatentStore
+from gdmd.data import image_files
+from gdmd.data import latent_cache as real_latents
+from gdmd.data.captioned_images import Captioned, Unusable, captioned_images, pixels
+from gdmd.data.latent_cache import INDEX, SHARD, LatentStore
 from gdmd.diffusion.rng import SampleRng
-from gdmd.evaluation.image_folders import read_image, read_images
+from gdmd.sources.folders import read_image, read_images
 from gdmd.study import prepare
 from gdmd.types import PromptBatch
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from gdmd.io import RunError
 from gdmd.runs import assets, checkpoint
-from gdmd.runs.rundir import read_facts, read_metrics
+from gdmd.runs.run_folder import read_facts, read_metrics
 
 FILES = ("state.json", "student.safetensors", "optimizer.safetensors")
 PARTS = {"student": {"w": torch.arange(6.0)}, "optimizer": {"m": torch.zeros(3), "n": torch.tensor(1)}}
@@ -160,7 +160,7 @@ class Trap:
 
 
 def test_a_pickle_given_as_asset_scorer_or_checkpoint_is_refused_unread(work: Path, tmp_path: Path) -> None:
-    from gdmd.rewards.shapes import from_asset
+    from gdmd.shapes.rewards import from_asset
 
     mark, trap = tmp_path / "ran", tmp_path / "shapes_clip.safetensors"
     for content in (pickle.dumps(Trap(mark)), b"\x80\x02" + pickle.dumps(Trap(mark))):

@@ -16,8 +16,8 @@ from gdmd.config.study import StudyConfig
 from gdmd.io import RunError
 from gdmd.study.analyze import analyze
 from gdmd.study.folders import read_folder
-from gdmd.study.nouns import Plan, Prompt, Rater, Trial, read_plan, token_hash, vote_of
 from gdmd.study.prepare import prepare
+from gdmd.study.records import Plan, Prompt, Rater, Trial, read_plan, token_hash, vote_of
 from gdmd.study.report import html_text
 
 ORGANISER, TOKEN, OTHER = "organiser-0123456789-token", "rater-0123456789-abcdef", "rater-9876543210-fedcba"

@@ -16,7 +16,7 @@ from gdmd.config.strict_yaml import LONGEST_TEXT, YamlError, parse_yaml
 from gdmd.data.prompt_files import LONGEST_PROMPT
 from gdmd.data.prompts import read_prompts
 from gdmd.recipes.read import FOLDER, read_recipe
-from gdmd.recipes.read_comparison import _words, read_comparison
+from gdmd.sweep.spec import _words, read_comparison
 
 RECIPES = [(FOLDER / f"{name}.yaml").read_text() for name in ("shapes_smoke", "gdmd_paper", "dmd_grpo")]
 COMPARISON = """name: mine

@@ -21,12 +21,11 @@ from gdmd.cli.app import main
 from gdmd.config.load import ConfigError, load_config
 from gdmd.config.run import RunConfig
 from gdmd.data.prompts import prompt_file, read_prompts
-from gdmd.recipes.build import build_rewards
-from gdmd.recipes.rewards import check_prompts, reward_stats
+from gdmd.recipes.build_rewards import build_rewards, check_prompts, reward_stats
 from gdmd.rewards.composite import Composite, Part
 from gdmd.rewards.golden import TEXTS, compare, golden_words, record
-from gdmd.rewards.images import from_pil
 from gdmd.rewards.ocr import OcrReward, Reader, asked_text, edit_distance, normalised, ocr_score
+from gdmd.rewards.preprocessing import from_pil
 from gdmd.types import PromptBatch
 
 RECIPE = "name: x\nloop: {}\nrewards:\n"

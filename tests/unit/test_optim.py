@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from gdmd.training.optim import RoleOptimizer, lr_factor
-from gdmd.training.stats import Means
+from gdmd.training.metrics import Means
+from gdmd.training.optimizer import RoleOptimizer, lr_factor
 
 
 def named(seed: int = 0) -> dict[str, Parameter]:

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import Parameter
 
-from gdmd.config.loop import LoopConfig
 from gdmd.config.run import RunConfig
+from gdmd.config.training import LoopConfig
 from gdmd.programs.train import ready
-from gdmd.training.optim import RoleOptimizer
-from gdmd.training.optim8bit import moment_bytes, quantised
+from gdmd.training.adamw8bit import moment_bytes, quantised
+from gdmd.training.optimizer import RoleOptimizer
 
 absent = importlib.util.find_spec("torchao") is None
 with_torchao = pytest.mark.skipif(absent, reason="needs gdmd[8bit]")
@@ -112,7 +112,7 @@ def test_only_large_parameters_of_whole_blocks_are_planned_with_8_bits() -> None
 
 def test_without_the_library_a_run_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr("gdmd.training.optim8bit.find_spec", lambda name: None if name == "torchao" else find(name))
+    monkeypatch.setattr("gdmd.training.adamw8bit.find_spec", lambda name: None if name == "torchao" else find(name))
     monkeypatch.setattr("gdmd.programs.train.build", lambda cfg: pytest.fail("something was loaded"))
     cfg = RunConfig(name="shapes", loop=LoopConfig(optimizer="adamw8bit"))
     with pytest.raises(ValueError, match=r"needs torchao.*pip install -e '\.\[8bit\]'.*loop.optimizer = adamw"):

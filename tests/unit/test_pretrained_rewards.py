@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdmd.rewards.aesthetic import Aesthetic, linear_head
+from gdmd.rewards.base import Placement, PretrainedReward
 from gdmd.rewards.clean import open_clip_clean
 from gdmd.rewards.clip import ClipScore
 from gdmd.rewards.hps import Hps
-from gdmd.rewards.images import CLIP_MEAN, CLIP_STD, Preprocess, from_pil, to_pil
 from gdmd.rewards.pickscore import PickScore
-from gdmd.rewards.pretrained import Placement, PretrainedReward
-from gdmd.rewards.sources import PaddedTokenizer
+from gdmd.rewards.preprocessing import CLIP_MEAN, CLIP_STD, Preprocess, from_pil, to_pil
+from gdmd.rewards.weights import PaddedTokenizer
 from gdmd.types import PromptBatch
 
 pytest.importorskip("transformers")
@@ -340,7 +340,7 @@ def test_a_local_folder_is_loaded_without_the_network_and_shared_by_rewards_of_t
 def test_a_hub_id_is_pinned_and_weights_that_need_conversion_say_how(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gdmd.rewards.sources import CLIP_L, Hub, place_of
+    from gdmd.rewards.weights import CLIP_L, Hub, place_of
 
     assert place_of(None, None, CLIP_L).revision == CLIP_L.revision and len(CLIP_L.revision or "") == 40
     assert place_of(CLIP_L.name, None, CLIP_L).revision == CLIP_L.revision

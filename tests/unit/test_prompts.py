@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdmd.backbones.shapes import ShapesTextEncoder
-from gdmd.data.latents import RenderedLatents
 from gdmd.data.prompt_files import LONGEST_PROMPT
-from gdmd.data.prompts import PromptStream, batch_of, read_prompts, training_captions
+from gdmd.data.prompts import PromptStream, batch_of, read_prompts
 from gdmd.diffusion.rng import SampleRng
+from gdmd.shapes.captions import training_captions
 from gdmd.shapes.grammar import NULL, TASKS, catalogue, tokenize
+from gdmd.shapes.latents import RenderedLatents
+from gdmd.shapes.roles import ShapesTextEncoder
 
 
 def write(path: Path, text: str | bytes) -> Path:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gdmd.config.method import GdmdConfig
+from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.recipes.read import read_recipe, recipe_names
 
 UNSEEN = {"shapes_clip_heldout", "shapes_partial_credit"}

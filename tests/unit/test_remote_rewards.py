@@ -23,7 +23,7 @@ from torch import Tensor
 from gdmd.config.rewards import RemoteReward
 from gdmd.rewards.callable import CallableReward
 from gdmd.rewards.composite import Composite, Part
-from gdmd.rewards.images import from_pil, to_pil
+from gdmd.rewards.preprocessing import from_pil, to_pil
 from gdmd.rewards.remote import RemoteError, RemoteScorer
 from gdmd.types import PromptBatch, score_all
 
@@ -337,7 +337,7 @@ def test_an_open_address_needs_a_token_and_a_long_one() -> None:
 def test_client_and_server_understand_each_other_over_a_real_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     uvicorn = pytest.importorskip("uvicorn")
     from gdmd.programs.reward_server import Limits, make_app
-    from gdmd.programs.scorers import scorer_identity
+    from gdmd.recipes.reward_identity import scorer_identity
 
     served = {"bright": "one"}
     app = make_app({"bright": CallableReward(brightness, "bright")}, TOKEN, Limits(), served)

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from gdmd.io import RunError
-from gdmd.programs.folders import check_resumable, resumed
 from gdmd.recipes.read import read_recipe
-from gdmd.runs.rundir import create
+from gdmd.recipes.run_folders import check_resumable, resumed
+from gdmd.runs.run_folder import create
 
 
 def older_run(tmp_path: Path) -> Path:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gdmd.rewards.base import Placement, PretrainedReward, already
 from gdmd.rewards.composite import Composite, Part
-from gdmd.rewards.pretrained import Placement, PretrainedReward, already
 from gdmd.types import PromptBatch
 
 SIDE = 8

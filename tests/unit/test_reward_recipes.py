@@ -17,12 +17,11 @@ from gdmd.config.load import ConfigError, load_config
 from gdmd.config.rewards import CallableConfig, RemoteReward
 from gdmd.config.run import RunConfig
 from gdmd.data.prompts import PromptStream, read_prompts
-from gdmd.recipes.build import build_rewards
+from gdmd.recipes.build_rewards import build_rewards, image_reward, require_weights, reward_stats
 from gdmd.recipes.read import read_recipe, recipe_names
-from gdmd.recipes.rewards import image_reward, require_weights, reward_stats
 from gdmd.rewards.callable import CallableReward, imported
 from gdmd.rewards.composite import Composite, Part
-from gdmd.rewards.sources import published
+from gdmd.rewards.weights import published
 from gdmd.types import PromptBatch
 
 RECIPE = "name: x\nloop: {}\nrewards:\n"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from gdmd.methods.scoring import Seen
+from gdmd.methods.scorer import Seen
 from gdmd.runs.reward_signal import IMAGES, WINDOW, RewardSignal, findings, names
 
 NAN = math.nan

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gdmd.config.loop import LoopConfig
+from gdmd.config.training import LoopConfig
 from gdmd.io import RunError
-from gdmd.runs import rundir
+from gdmd.runs import run_folder as rundir
 
 CONFIG = {"method": {"gamma": 1.0, "modes": ("t", "fake")}, "loop": {"steps": 10, "seed": 0}}
 
@@ -185,7 +185,9 @@ def test_resuming_is_noted_with_its_step(tmp_path: Path) -> None:
 
 
 def test_run_folders_are_read_and_checked_without_torch() -> None:
-    script = "import sys, gdmd.runs.rundir, gdmd.runs.assets, gdmd.runs.checkpoint; sys.exit('torch' in sys.modules)"
+    script = (
+        "import sys, gdmd.runs.run_folder, gdmd.runs.assets, gdmd.runs.checkpoint; sys.exit('torch' in sys.modules)"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdmd.config.loop import LoopConfig
+from gdmd.config.training import LoopConfig
 from gdmd.io import RunError
 from gdmd.runs import checkpoint
 from gdmd.training.distributed import SINGLE

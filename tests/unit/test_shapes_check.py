@@ -6,19 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gdmd.reporting.distances import frechet_distance, pairwise_distance
 from gdmd.shapes import detect as detector
 from gdmd.shapes.check import partial_credit, shapeseval, summarize
 from gdmd.shapes.detect import detect, from_scenes
 from gdmd.shapes.grammar import SHAPES, TASKS, draw_rows
-from gdmd.shapes.measures import (
-    coverage,
-    coverage_by_attribute,
-    fidelity,
-    frechet_distance,
-    pairwise_distance,
-)
+from gdmd.shapes.measures import coverage, coverage_by_attribute, fidelity
+from gdmd.shapes.pretrain.scorer_data import draw_negatives, may_be_true
 from gdmd.shapes.render import WORLD32, Scenes, World, coverage_maps, draw_scenes, render
-from gdmd.training.scorer_data import draw_negatives, may_be_true
 
 torch.set_num_threads(1)
 

@@ -8,11 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdmd.rewards.shapes import ShapesClip, from_asset, image_features, load_scorer
-from gdmd.rewards.shapes_nets import KINDS, Kind, Preference, build_net
 from gdmd.shapes.grammar import ANY, SPLITS, TASKS, catalogue, draw_rows
-from gdmd.shapes.render import Scenes, draw_scenes, render
-from gdmd.training.scorer_data import (
+from gdmd.shapes.pretrain.scorer_data import (
     DAMAGES,
     Damage,
     damaged,
@@ -21,6 +18,9 @@ from gdmd.training.scorer_data import (
     hard_negatives,
     may_be_true,
 )
+from gdmd.shapes.render import Scenes, draw_scenes, render
+from gdmd.shapes.rewards import ShapesClip, from_asset, image_features, load_scorer
+from gdmd.shapes.scorer_networks import KINDS, Kind, Preference, build_net
 from gdmd.types import PromptBatch
 
 ASSETS = Path(__file__).parents[2] / "gdmd" / "assets"
@@ -176,7 +176,7 @@ def test_damage_grows_with_its_level_and_is_absent_at_level_zero(name: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shipped_scorers_tell_the_truth_from_hard_negatives_on_combinations_never_trained_on(kind: Kind):
-    from gdmd.training.scorer_accuracy import measure
+    from gdmd.shapes.pretrain.scorer_accuracy import measure
 
     scorer = from_asset(ASSETS / f"{kind}.safetensors")
     report = measure(scorer.net, per_task=40)

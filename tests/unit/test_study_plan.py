@@ -11,9 +11,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from gdmd.config.study import StudyConfig
+from gdmd.study.design import draw_plan
 from gdmd.study.folders import common_rows, named_folders, read_folder
-from gdmd.study.nouns import Plan, Prompt
-from gdmd.study.plan import draw_plan
+from gdmd.study.records import Plan, Prompt
 
 MODELS = ("ours", "dmd2", "sdxl")
 PROMPTS = [Prompt(text=f"prompt {k}", task=("counting", "color", "position")[k % 3]) for k in range(60)]

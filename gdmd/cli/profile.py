@@ -1,0 +1,36 @@
+"""``gdmd bench``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gdmd.cli.common import Json, print_json
+
+
+def bench_command(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, or a .yaml file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Measured outer iterations, after one to warm up.")] = 8,
+    json: Json = False,
+) -> None:
+    """Measure the speed of a recipe on this machine: passes, FLOP, overhead, images/s, memory. Writes nothing.
+
+    Passes are denoiser forwards in units of the batch (F), a backward counts two; those that hooks see are compared
+    with the method's own count. Overhead is the time of an iteration without its optimiser over that of the same
+    network, decoder and reward calls alone. Host syncs need a GPU. Give loop.threads=1 on a shared machine.
+
+    \b
+    Examples:
+      gdmd bench shapes
+      gdmd bench shapes_smoke loop.threads=1 --iterations 3
+      gdmd bench dmd2 loop.batch_size=32 --json > dmd2.json
+    """
+    from gdmd.recipes.read import read_recipe
+
+    cfg = read_recipe(recipe, overrides or [])
+    from gdmd.profiling.bench import Bench, describe, measure
+
+    measured = measure(Bench(cfg), iterations)
+    print_json(measured) if json else print(describe(measured))

@@ -1,0 +1,43 @@
+"""Options of DMD (arXiv 2311.18828). Fields marked [I] are not in the paper and are our inference."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from gdmd.config.base import Count, NonNegative, NonNegativeCount
+from gdmd.config.methods.base import DistillationConfig
+
+
+class DmdConfig(DistillationConfig):
+    """Distribution matching distillation (arXiv 2311.18828) with DMD2's normaliser and update ratio."""
+
+    kind: Literal["dmd"] = "dmd"
+    fake_updates: Count = Field(default=5, description="Fake updates per outer iteration (DMD2: 5 : 1).")
+    student_updates: Count = Field(
+        default=1, description="Student updates per iteration; the last so many fakes give one gradient each."
+    )
+
+    regression_weight: NonNegative = Field(
+        default=0.0,
+        description="Weight of DMD1's regression on teacher ODE pairs; 0 = none, as DMD2 (arXiv 2311.18828: .25, "
+        "with LPIPS where this is a mean square of latents).",
+    )
+    regression_steps: Count = Field(
+        default=50, description="Steps of the teacher's ODE for a pair, guided (50 NFE of PNDM, arXiv 2311.18828)."
+    )
+    regression_batches: NonNegativeCount = Field(
+        default=8,
+        description="[I] Batches of pairs that are solved once, kept and used in turn (arXiv 2311.18828 keeps all of "
+        "its pairs on disk); 0 = new pairs in every iteration.",
+    )
+
+    @model_validator(mode="after")
+    def _enough_fakes(self) -> DmdConfig:
+        if self.student_updates > self.fake_updates:
+            raise ValueError(
+                f"student_updates {self.student_updates} must not exceed fake_updates {self.fake_updates}: "
+                "each student update follows the gradient of one updated fake"
+            )
+        return self

@@ -1,0 +1,50 @@
+"""Options of DMD2 (arXiv 2405.14867). Fields marked [I] are not in the paper or its code and are our inference."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from gdmd.config.base import Count, NonNegative, Probability
+from gdmd.config.methods.base import DistillationConfig
+
+
+class Dmd2Config(DistillationConfig):
+    """DMD2 (arXiv 2405.14867): no regression, 5 fake updates per student update, a GAN on the fake's features."""
+
+    kind: Literal["dmd2"] = "dmd2"
+    fake_updates: Count = Field(
+        default=5, description="Fake (and head) updates per student update (arXiv 2405.14867, section 4.2: 5 : 1)."
+    )
+    gan_weight: NonNegative = Field(
+        default=5e-3,
+        description="Weight of the student's GAN loss (DMD2's SDXL script, whose DMD loss has a 1/2 that ours has not).",
+    )
+    head_weight: NonNegative = Field(
+        default=1e-2,
+        description="Weight of the head's GAN loss in the fake's update; it also trains the fake (DMD2's SDXL script). "
+        "The head shares the fake's optimiser and learning rate, as in DMD2's code.",
+    )
+    gan_low: Probability = Field(
+        default=0.0, description="Lowest re-noising t of the head's input (DMD2's script: 0 of 1000)."
+    )
+    gan_high: Probability = Field(
+        default=1.0, description="Highest re-noising t of the head's input (DMD2's script: 1000 of 1000)."
+    )
+
+    @model_validator(mode="after")
+    def _trained_head(self) -> Dmd2Config:
+        if self.gan_low >= self.gan_high:
+            raise ValueError(f"gan_low {self.gan_low} must be below gan_high {self.gan_high}")
+        if self.gan_weight > 0 and self.head_weight == 0:
+            raise ValueError(
+                f"gan_weight {self.gan_weight} with head_weight 0 follows a head that is never trained; "
+                "set head_weight > 0, or gan_weight = 0 for no GAN"
+            )
+        return self
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether there is a GAN head at all."""
+        return self.gan_weight > 0

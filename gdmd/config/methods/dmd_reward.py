@@ -1,0 +1,147 @@
+"""Options of DMD with a reward on samples: ReFL, NFT, GRPO. Fields marked [I] are our inference, not in the papers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from gdmd.config.base import Count, Finite, NonNegative, Positive, Probability
+from gdmd.config.methods.base import DistillationConfig
+
+GroupSize = Annotated[Count, Field(ge=2)]
+"""A group of one has no advantage."""
+
+
+class RewardedDmdConfig(DistillationConfig):
+    """What the three share: DMD's update ratio, and the weight of a reward loss added to L_DMD."""
+
+    fake_updates: Count = Field(
+        default=5, description="Fake updates per outer iteration, as DMD (DMD2, DMDR: 5 : 1; arXiv 2405.14867)."
+    )
+    student_updates: Count = Field(
+        default=1, description="Student updates per iteration; the last so many fakes give one gradient each."
+    )
+    rl_weight: NonNegative = Field(default=1.0, description="[I] Weight of the reward loss beside L_DMD; 0 is DMD.")
+
+    @model_validator(mode="after")
+    def _enough_fakes(self) -> RewardedDmdConfig:
+        if self.student_updates > self.fake_updates:
+            raise ValueError(
+                f"student_updates {self.student_updates} must not exceed fake_updates {self.fake_updates}: "
+                "each student update follows the gradient of one updated fake"
+            )
+        return self
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether there is a reward loss at all."""
+        return self.rl_weight > 0
+
+
+class DmdReflConfig(RewardedDmdConfig):
+    """DMD + ReFL: the reward back-propagated through the decoder into the one student step (arXiv 2604.19009's DMDR)."""
+
+    kind: Literal["dmd_refl"] = "dmd_refl"
+    rl_weight: NonNegative = Field(
+        default=0.5, description="Weight of L_ReFL beside L_DMD (DMDR, arXiv 2511.13649v4: lambda_rl .5); 0 is DMD."
+    )
+    margin: Finite = Field(
+        default=0.7,
+        description="m of the hinge relu(m - R), for each reward in its own units (DMDR's code: .7); the mean over "
+        "rewards is taken after the hinge [I].",
+    )
+
+
+class GroupedDmdConfig(RewardedDmdConfig):
+    """What the two black-box methods share: several stochastic roll-outs of one prompt, compared with each other."""
+
+    images_per_prompt: GroupSize = Field(
+        default=8,
+        description="K: samples of one prompt in a batch, whose size it must divide (Shapes 8; DiffusionNFT, "
+        "Flow-GRPO 24: arXiv 2509.16117, 2505.05470).",
+    )
+    spread: Literal["global", "group"] = Field(
+        default="global",
+        description="std under the advantage: of the whole batch (DiffusionNFT's and Flow-GRPO's code) or of the group.",
+    )
+    advantage_clip: Positive = Field(default=5.0, description="Largest |A| (DiffusionNFT's and Flow-GRPO's code: 5).")
+    noise_level: Probability = Field(
+        default=0.9,
+        description="CPS noise of the roll-outs: th = noise_level pi / 2; 0 is the ODE, 1 the student's own sampler.",
+    )
+
+    @property
+    def prompt_group(self) -> int:
+        """images_per_prompt, also at weight 0: the same prompts."""
+        return self.images_per_prompt
+
+
+class DmdNftConfig(GroupedDmdConfig):
+    """DMD + NFT on samples (arXiv 2509.16117): scored samples, re-noised, against an EMA old policy."""
+
+    kind: Literal["dmd_nft"] = "dmd_nft"
+    rl_weight: NonNegative = Field(
+        default=1.0,
+        description="[I] Weight of L_NFT beside L_DMD; 0 is DMD. On Shapes, with normalise = false, its gradient at 1 is .2 "
+        "to 2.6 times as long as L_DMD's, and training diverges; .02 to .5 equals 1 / 3 to 3 of the plain r, 1 - r loss.",
+    )
+    noise_level: Probability = Field(
+        default=1.0,
+        description="CPS noise of the roll-outs, th = noise_level pi / 2 (arXiv 2604.19009 samples by an SDE); [I] 1 "
+        "is the student's own sampler, in whose steps all noise is fresh; 0 is the ODE.",
+    )
+    beta: Positive = Field(
+        default=0.1,
+        description="beta of v+ and v- (DiffusionNFT's code: .1 for several rewards, as on Shapes; 1 for a single one).",
+    )
+    self_normalise: bool = Field(
+        default=True, description="Divide each branch by its detached mean |x - target| (DiffusionNFT's code)."
+    )
+    old_decay: Probability = Field(
+        default=0.5, description="Largest decay of the EMA old policy: min(1e-3 step, this) (DiffusionNFT's code: .5)."
+    )
+    nft_steps: tuple[Positive, ...] = Field(
+        default=(),
+        description="[I] Times to which a scored sample is re-noised, one drawn per sample; empty = student_steps.",
+    )
+
+    @model_validator(mode="after")
+    def _inside(self) -> DmdNftConfig:
+        if any(t > 1 for t in self.nft_steps):
+            raise ValueError(f"nft_steps must lie in (0, 1], got {list(self.nft_steps)}")
+        return self
+
+    @property
+    def renoised_to(self) -> tuple[float, ...]:
+        """The times of the NFT loss."""
+        return self.nft_steps or self.student_steps
+
+
+class DmdGrpoConfig(GroupedDmdConfig):
+    """DMD + GRPO: policy gradients on the steps of the stochastic few-step student (Flow-GRPO, arXiv 2505.05470)."""
+
+    kind: Literal["dmd_grpo"] = "dmd_grpo"
+    rl_weight: NonNegative = Field(
+        default=10.0,
+        description="[I] Weight of L_GRPO beside L_DMD; at 1 its gradient is 2 to 5 % of L_DMD's on Shapes. 0 is DMD.",
+    )
+    noise_level: Probability = Field(
+        default=0.9,
+        gt=0,
+        description="CPS noise of the policy, th = noise_level pi / 2 (Flow-GRPO and arXiv 2605.26108: .8 to .9).",
+    )
+    ratio_clip: Positive = Field(
+        default=1e-4,
+        description="PPO's clip of the ratio of mean log-probabilities (Flow-GRPO's scripts: 1e-4 to 1e-5); it acts "
+        "from the second student update of an iteration on.",
+    )
+
+    @model_validator(mode="after")
+    def _stochastic(self) -> DmdGrpoConfig:
+        if len(self.student_steps) < 2:
+            raise ValueError(
+                f"student_steps {list(self.student_steps)}: GRPO needs at least two steps; the move to the last state "
+                "is the only random one, and a single step has none"
+            )
+        return self

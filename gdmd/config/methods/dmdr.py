@@ -1,0 +1,94 @@
+"""Options of DMDR (arXiv 2511.13649v4). Fields marked [I] are not in its paper or code and are our inference."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from gdmd.config.base import Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
+from gdmd.config.methods.base import DistillationConfig
+
+BetaShape = Annotated[Positive, Field(ge=1)]
+"""A shape parameter of a Beta distribution with a bounded density."""
+
+GroupSize = Annotated[Count, Field(ge=2)]
+"""A group of one has neither an advantage nor a pair."""
+
+
+class DmdrConfig(DistillationConfig):
+    """DMDR (arXiv 2511.13649v4): reward-tilted DMD with annealed schedules, then DMD with a reward loss."""
+
+    kind: Literal["dmdr"] = "dmdr"
+    fake_updates: Count = Field(
+        default=5, description="Fake updates per student update (DMDR's scripts, ratio-update 5)."
+    )
+    cold_start: NonNegativeCount = Field(
+        default=2000,
+        description="Student updates of stage 1, without the reward loss; 0 = none (DMDR's SD3 script: 2000 of 4000).",
+    )
+    tilt: NonNegative = Field(
+        default=1.0,
+        description="RT-DM in stage 1: DMD's weight is exp(tilt r / ||r||) (arXiv 2511.13649v4: 1; the norm is the "
+        "batch's [I]); 0 = plain DMD.",
+    )
+    anneal: NonNegativeCount = Field(
+        default=2000,
+        description="Student updates over which the cosine of DynaDG and DynaRS falls from 1 to 0 (DMDR's SD3 script, "
+        "dynamic-step); 0 = neither schedule.",
+    )
+    overlap: Probability = Field(
+        default=0.25,
+        description="DynaDG: largest share of the fake's displacement in the real score. DMDR's SD3 script has LoRA "
+        "scale .5 in the real score and 2 in the fake: .25 (SiT: .75 / 2). 0 = the teacher.",
+    )
+    beta_a: BetaShape = Field(default=4.0, description="DynaRS: a of Beta(1 + (a-1) c, 1 + (b-1) c) (DMDR's scripts).")
+    beta_b: BetaShape = Field(default=1.5, description="DynaRS: b of the same (DMDR's scripts).")
+    rl_weight: NonNegative = Field(
+        default=0.5, description="lambda_rl, the weight of the reward loss in stage 2 (arXiv 2511.13649v4); 0 = DMD."
+    )
+    strategy: Literal["refl", "grpo", "dpo"] = Field(
+        default="refl", description="Reward loss of stage 2: ReFL (DMDR's published trainer), GRPO or Diffusion-DPO."
+    )
+    margin: Finite = Field(
+        default=0.7,
+        description="m of ReFL's hinge relu(m - R), for each reward in its own units (DMDR's code; CLIP and HPS stay "
+        "below it, so that it acts at all times there).",
+    )
+    images_per_prompt: GroupSize = Field(
+        default=8,
+        description="GRPO, DPO: samples of one prompt in a batch, whose size it must divide (Shapes 8; Flow-GRPO 24, "
+        "arXiv 2505.05470). ReFL has one per prompt.",
+    )
+    spread: Literal["global", "group"] = Field(
+        default="global", description="GRPO: std under the advantage, of the batch (Flow-GRPO's code) or of the group."
+    )
+    advantage_clip: Positive = Field(default=5.0, description="GRPO: largest |A| (Flow-GRPO's code: 5).")
+    noise_level: Annotated[Probability, Field(gt=0)] = Field(
+        default=0.9,
+        description="GRPO: CPS noise of the policy, th = noise_level pi / 2 (Flow-GRPO and arXiv 2605.26108: .8 to .9).",
+    )
+    ratio_clip: Positive = Field(
+        default=1e-4, description="GRPO: PPO's clip of the ratio of mean log-probabilities (Flow-GRPO: 1e-5 to 1e-4)."
+    )
+    dpo_beta: Positive = Field(
+        default=10.0,
+        description="[I] beta of Diffusion-DPO on mean errors. Its authors' 2000 to 5000 (arXiv 2311.12908) is for DPO "
+        "alone: beside L_DMD that gradient, beta / 4 times a regression's, would leave nothing of DMD after clipping.",
+    )
+
+    @model_validator(mode="after")
+    def _enough_steps(self) -> DmdrConfig:
+        if self.strategy == "grpo" and self.rl_weight > 0 and len(self.student_steps) < 2:
+            raise ValueError(f"strategy 'grpo' needs a student of at least 2 steps, got {list(self.student_steps)}")
+        return self
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether any loss needs a reward."""
+        return self.rl_weight > 0 or (self.tilt > 0 and self.cold_start > 0)
+
+    @property
+    def prompt_group(self) -> int:
+        """The group of GRPO and DPO; 1 without them."""
+        return self.images_per_prompt if self.strategy != "refl" and self.rl_weight > 0 else 1

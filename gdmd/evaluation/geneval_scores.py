@@ -1,0 +1,194 @@
+"""GenEval (arXiv 2310.11513): metadata and image folders in the official layout, recorded detections, scores with intervals.
+
+    DIR/00000/metadata.jsonl       one line of evaluation_metadata.jsonl
+    DIR/00000/samples/0000.png     its images
+
+Score of a task = mean over its images; overall = unweighted mean of the tasks' scores. The 95 % intervals resample whole
+prompts within each task (images of one prompt are not independent). A recorded detection file holds, per image, every
+object above .3 with its confidence and, where the prompt asks for one, its color: rules can be applied again without the
+detector.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdmd.io import numbered_jsonl
+from gdmd.rewards.geneval.rules import COLORS, TASKS, ColorOf, Found, Task, judge, partial_credit, read_task
+from gdmd.sources.folders import images_in
+
+REPLICATES, LEVEL = 2000, 0.95
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One image: the number of its prompt, whether it is right, why not, and its partial credit."""
+
+    prompt: int
+    image: int
+    task: Task
+    correct: bool
+    reasons: tuple[str, ...]
+    credit: float
+
+    def json(self) -> dict[str, Any]:
+        """A line of results.jsonl."""
+        return {
+            "prompt_number": self.prompt, "image": self.image, "tag": self.task.tag, "prompt": self.task.prompt,
+            "correct": self.correct, "reason": "; ".join(self.reasons), "partial_credit": self.credit,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share of images and its 95 % interval over prompts."""
+
+    value: float
+    low: float
+    high: float
+    images: int
+    prompts: int
+
+
+def read_metadata(path: Path) -> tuple[Task, ...]:
+    """The lines of an evaluation_metadata.jsonl. ValueError with file and line for any that is not GenEval's."""
+    rows = numbered_jsonl(path)
+    if not rows:
+        raise ValueError(f"{path}: is empty; it needs at least one line")
+    return tuple(read_task(row, f"{path}, line {number}") for number, row in rows)
+
+
+def image_files(folder: Path) -> Iterator[tuple[int, Task, int, Path]]:
+    """(prompt number, task, image number, file) of every image in a folder of the official layout, in order.
+
+    ValueError for a folder without any, and for a prompt folder without metadata or images.
+    """
+    numbered = sorted((p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
+    if not numbered:
+        raise ValueError(f"{folder} has no prompt folders 00000, 00001, ...; give a folder in GenEval's layout")
+    for one in numbered:
+        found = read_metadata(one / "metadata.jsonl")
+        if len(found) != 1:
+            raise ValueError(
+                f"{one / 'metadata.jsonl'}: {len(found)} lines; one prompt folder has one line of metadata"
+            )
+        samples = one / "samples"
+        images = images_in(samples.iterdir()) if samples.is_dir() else []
+        names = [path for path in images if re.fullmatch(r"\d+\.png", path.name)]
+        if other := [path for path in images if path.stem.isdecimal() and path not in names]:
+            raise ValueError(f"{other[0]}: GenEval's layout has PNG files 0000.png, 0001.png, ...; convert the image")
+        if not names:
+            raise ValueError(f"{samples} holds no images 0000.png, ...; generate them first")
+        for path in names:
+            yield int(one.name), found[0], int(path.stem), path
+
+
+def judged(prompt: int, image: int, task: Task, found: Mapping[str, Sequence[Found]], color_of: ColorOf) -> Judged:
+    """Metric and partial credit of one image."""
+    verdict = judge(task, found, color_of)
+    return Judged(prompt, image, task, verdict.correct, verdict.reasons, partial_credit(task, found, color_of))
+
+
+def recording(
+    prompt: int, image: int, task: Task, found: Mapping[str, Sequence[Found]], colors: Mapping[tuple[str, int], str]
+) -> dict[str, Any]:
+    """A line of detections.jsonl; colors by (class, key)."""
+    objects = {
+        name: [
+            {"box": list(one.box), "confidence": one.confidence, "color": colors.get((name, one.key))}
+            for one in ones
+        ]
+        for name, ones in found.items()
+    }  # fmt: skip
+    return {"prompt_number": prompt, "image": image, "tag": task.tag, "prompt": task.prompt, "objects": objects}
+
+
+def judge_recorded(path: Path, tasks: Mapping[int, Task]) -> list[Judged]:
+    """Apply the rules to a detections.jsonl. tasks: by prompt number. ValueError with file and line for a bad line."""
+    rows = []
+    for number, row in numbered_jsonl(path, torn_tail=True):
+        where = f"{path}, line {number}"
+        try:
+            prompt, image = int(row["prompt_number"]), int(row["image"])
+            found, colors = _objects(row["objects"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{where}: not a recorded detection ({error}); expected prompt_number, image and objects by class"
+            ) from error
+        if prompt not in tasks:
+            raise ValueError(f"{where}: prompt {prompt} is not among the {len(tasks)} prompts; give its metadata")
+        rows.append(judged(prompt, image, tasks[prompt], found, recorded_colors(colors, where)))
+    return rows
+
+
+def recorded_colors(colors: Mapping[tuple[str, int], str | None], where: str) -> ColorOf:
+    """The classifier that only remembers. ValueError where a color is asked for that was not recorded."""
+
+    def color_of(name: str, objects: Sequence[Found]) -> list[str]:
+        known = [colors.get((name, one.key)) for one in objects]
+        if None in known:
+            raise ValueError(f"{where}: the color of a {name} is asked for and not recorded; detect it again")
+        return [str(color) for color in known]
+
+    return color_of
+
+
+def summarise(rows: Sequence[Judged], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Score]:
+    """Scores by task and "overall". ValueError without rows, and for an image that was judged twice."""
+    if not rows:
+        raise ValueError("there are no judged images to summarise; score at least one")
+    places = [(row.prompt, row.image) for row in rows]
+    if len(set(places)) < len(places):
+        twice = next(place for place in places if places.count(place) > 1)
+        raise ValueError(f"image {twice[1]} of prompt {twice[0]} was judged twice; each image counts once")
+    rng = np.random.default_rng(seed)
+    scores: dict[str, Score] = {}
+    drawn: list[np.ndarray] = []
+    for tag in TASKS:
+        own = [row for row in rows if row.task.tag == tag]
+        if not own:
+            continue
+        right, images = _by_prompt(own)
+        again = rng.integers(len(images), size=(replicates, len(images)))
+        means = right[again].sum(1) / images[again].sum(1)
+        drawn.append(means)
+        scores[tag] = _score(float(right.sum() / images.sum()), means, len(own), len(images))
+    mean = sum(score.value for score in scores.values()) / len(scores)
+    prompts = sum(score.prompts for score in scores.values())
+    return {"overall": _score(mean, np.mean(drawn, 0), len(rows), prompts), **scores}
+
+
+def _by_prompt(rows: Sequence[Judged]) -> tuple[np.ndarray, np.ndarray]:
+    """(right images, images) of each prompt, float64."""
+    numbers = sorted({row.prompt for row in rows})
+    place = {number: index for index, number in enumerate(numbers)}
+    right, images = np.zeros(len(numbers)), np.zeros(len(numbers))
+    for row in rows:
+        right[place[row.prompt]] += row.correct
+        images[place[row.prompt]] += 1
+    return right, images
+
+
+def _score(value: float, replicates: np.ndarray, images: int, prompts: int) -> Score:
+    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Score(value, float(low), float(high), images, prompts)
+
+
+def _objects(rows: Any) -> tuple[dict[str, list[Found]], dict[tuple[str, int], str | None]]:
+    found: dict[str, list[Found]] = {}
+    colors: dict[tuple[str, int], str | None] = {}
+    for name, ones in rows.items():
+        for key, one in enumerate(ones):
+            x0, y0, x1, y1 = map(float, one["box"])
+            color = one.get("color")
+            if color is not None and color not in COLORS:
+                raise ValueError(f"color {color!r} is none of {', '.join(COLORS)}")
+            found.setdefault(name, []).append(Found((x0, y0, x1, y1), float(one["confidence"]), key))
+            colors[name, key] = color
+    return found, colors

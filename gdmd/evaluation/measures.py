@@ -1,0 +1,112 @@
+"""Measures of finished images beyond scorers: ShapesEval for the Shapes world, distances in a feature space."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gdmd.evaluation.geneval import images_key
+from gdmd.evaluation.preference import Asked, Produced
+from gdmd.evaluation.scorers import Features
+from gdmd.reporting.distances import cluster_spread, frechet_distance, mmd, pairwise_distance
+from gdmd.rewards.preprocessing import from_pil, to_pil
+from gdmd.shapes.check import shapeseval, summarize
+from gdmd.shapes.detect import detect
+from gdmd.shapes.evaluate import bootstrap_interval
+from gdmd.shapes.grammar import catalogue
+from gdmd.shapes.measures import coverage, fidelity
+from gdmd.shapes.render import draw_scenes, render
+from gdmd.sources.folders import images_in, read_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_BATCH = 64
+GENEVAL = "geneval.json"
+"""What ``gdmd eval geneval score`` leaves in an image folder."""
+
+
+def shapes_measures(produced: Produced, asked: Asked) -> dict[str, Any]:
+    """ShapesEval by task with the interval of overall, fidelity and coverage, of the 8-bit images."""
+    rows = rows_of(asked)
+    images = from_pil([read_image(produced.files[p.prompt, p.image]) for p in asked.places])
+    found = detect(images)
+    correct = shapeseval(found, rows)
+    task, texts = catalogue().task[rows], [place.text for place in asked.places]
+    return {
+        "shapeseval": summarize(correct, task),
+        "shapeseval_interval": list(bootstrap_interval(correct, task, texts, asked.seed)),
+        "fidelity": float(fidelity(images, found).mean()),
+        "coverage": coverage(found, rows, correct),
+    }
+
+
+def shapes_renders(asked: Asked) -> list[Image]:
+    """True pictures of the same captions, one per image: the reference of the Fréchet distance in the Shapes world."""
+    return to_pil(render(draw_scenes(rows_of(asked), torch.Generator().manual_seed(asked.seed))))
+
+
+def rows_of(asked: Asked) -> Tensor:
+    """The catalogue row of every image. ValueError for a prompt that is no caption."""
+    return torch.tensor([catalogue().row(place.text) for place in asked.places])
+
+
+def feature_measures(
+    produced: Produced, asked: Asked, make: Features, name: str, reference: Tensor | None
+) -> dict[str, Any]:
+    """Diversity and spread within prompts, and distances to the reference's features where there are any.
+
+    null: not measurable, for example diversity of one image per prompt.
+    """
+    own = features_of(make, [produced.files[p.prompt, p.image] for p in asked.places])
+    prompt = torch.tensor([place.prompt for place in asked.places])
+    several = asked.images > 1
+    compared = reference is not None and len(own) > 1
+    return {
+        "features": name,
+        "diversity": pairwise_distance(own, prompt) if several else None,
+        "spread": cluster_spread(own, prompt) if several else None,
+        "frechet": frechet_distance(own, reference) if compared and reference is not None else None,
+        "mmd": mmd(own, reference) if compared and reference is not None else None,
+        "reference_images": len(reference) if reference is not None else None,
+    }
+
+
+def features_of(make: Features, files: Sequence[Path]) -> Tensor:
+    """[N, D], in batches."""
+    return torch.cat([make([read_image(f) for f in files[k : k + _BATCH]]) for k in range(0, len(files), _BATCH)])
+
+
+def reference_files(folder: Path) -> list[Path]:
+    """Every image below a folder, in any layout. ValueError below two images."""
+    files = images_in(folder.rglob("*")) if folder.is_dir() else []
+    if len(files) < 2:
+        raise ValueError(f"--reference {folder}: a distance needs a folder with two images or more, got {len(files)}")
+    return files
+
+
+def render_features(make: Features, asked: Asked) -> Tensor:
+    """Of the true pictures of a Shapes evaluation."""
+    images = shapes_renders(asked)
+    return torch.cat([make(images[k : k + _BATCH]) for k in range(0, len(images), _BATCH)])
+
+
+def geneval_scores(folder: Path, say: Callable[[str], None]) -> Mapping[str, Any] | None:
+    """The GenEval scores that lie beside the images, if they were scored; scores of other images are left out."""
+    file = folder / GENEVAL
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        scores = {k: {key: float(one[key]) for key in ("value", "low", "high")} for k, one in found["scores"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); score the folder again with gdmd eval geneval score") from error
+    if found.get("images") != images_key(folder):
+        say(f"{file} holds scores of other images, left out; score the folder again with gdmd eval geneval score")
+        return None
+    return scores

@@ -1,0 +1,122 @@
+"""What ``gdmd eval`` and ``gdmd report`` do: a run's EMA student, or the teacher, on a fixed prompt set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gdmd.config.run import RunConfig
+from gdmd.diffusion.generate import Sampler, images_of
+from gdmd.evaluation.run_report import read_rows, report_run, save_rows
+from gdmd.io import content_hash, typed
+from gdmd.recipes.build import Lab
+from gdmd.recipes.build_rewards import _scorer_specs, scorers_of
+from gdmd.recipes.contents import base_content, checkpoint_content
+from gdmd.recipes.open_run import image_batch, load_ema, open_named, open_student, student_row, teacher_row
+from gdmd.recipes.reward_identity import scorer_identity
+from gdmd.recipes.run_folders import TEACHERS, config_of, require_shapes
+from gdmd.reporting.grids import write_comparison, write_grid
+from gdmd.runs import checkpoint
+from gdmd.shapes.evaluate import evaluate
+from gdmd.shapes.grammar import Split, catalogue, fixed_rows
+
+GRID_COLUMNS = 6
+REAL_ROWS = 3
+"""Rows and columns of a real model's grid: its images are large."""
+Row = Mapping[str, Any]
+"""``Evaluation.json()``, and for a student the "step" of its checkpoint."""
+
+
+def grid_captions(per_task: int = 2) -> tuple[str, ...]:
+    """The captions of the sample grids, from every task of the evaluation set."""
+    return tuple(catalogue().captions[row].text for row in fixed_rows("eval", per_task).tolist())
+
+
+def grid_hook(lab: Lab, cfg: RunConfig) -> Callable[[int, Path | None], None]:
+    """Draws the grid of a step: the same captions from the same noise every time. No path: nothing is written."""
+    shapes = cfg.model.kind == "shapes"
+    captions = grid_captions() if shapes else tuple(lab.stream.groups[0][:REAL_ROWS])
+    columns = GRID_COLUMNS if shapes else REAL_ROWS
+    texts = [text for text in captions for _ in range(columns)]
+
+    def grid(step: int, path: Path | None) -> None:
+        cells = images_of(student_row(cfg, lab), lab, texts, cfg.eval.seed, image_batch(cfg))
+        if path is not None:
+            write_grid(path, cells.unflatten(0, (len(captions), columns)), captions, scale=3 if shapes else 1)
+
+    return grid
+
+
+def row_key(cfg: RunConfig, sampler: Sampler, weights: str = "") -> str:
+    """What a row of the report depends on. weights: ``checkpoint_content`` of a student."""
+    settings = (sampler.name, cfg.method.student_steps, cfg.method.guidance, cfg.eval.model_dump(mode="json"))
+    scorers = [scorer_identity(spec) for spec in _scorer_specs(cfg)]
+    return content_hash(json.dumps(settings), base_content(cfg.model), weights, *scorers)
+
+
+def measure(cfg: RunConfig, lab: Lab, sampler: Sampler, split: Split = "eval", step: int = 0) -> Row:
+    """One row of a table: the sampler on the fixed prompt set of the recipe's size."""
+    row = evaluate(sampler, lab, cfg.eval, scorers_of(cfg), split).json()
+    return row | ({"step": step} if step else {})
+
+
+def measure_named(
+    what: str, split: Split, given: Mapping[str, int | None], which: str = "last"
+) -> tuple[str, Row, RunConfig]:
+    """``gdmd eval``: (name of the row, row, configuration) of a run's EMA student or of the teacher.
+
+    ``given``: fields of EvalConfig in the place of the recipe's, None where that holds.
+    """
+    if what not in TEACHERS:
+        require_shapes(config_of(Path(what)), what)
+    cfg, lab, sampler, step = open_named(what, which)
+    own = cfg.eval.model_copy(update={key: value for key, value in given.items() if value is not None})
+    cfg = cfg.model_copy(update={"eval": own})
+    return sampler.name, measure(cfg, lab, sampler, split, step), cfg
+
+
+def finish_run(cfg: RunConfig, folder: Path, lab: Lab, step: int) -> tuple[Row, Path]:
+    """After training: measure the EMA student, compare it with the teacher from the same noise, write report.html."""
+    saved = checkpoint.load_chosen(folder / "checkpoints", str(step))
+    assert saved is not None
+    load_ema(lab, saved)
+    student = student_row(cfg, lab)
+    key = row_key(cfg, student, checkpoint_content(folder, step))
+    row = measure(cfg, lab, student, step=step)
+    save_rows(folder, dict(read_rows(folder)) | {student.name: dict(row) | {"key": key}})
+    compare(folder, cfg, lab, (teacher_row(cfg, lab, "teacher"), student))
+    return row, report_run(folder)
+
+
+def compare(folder: Path, cfg: RunConfig, lab: Lab, samplers: tuple[Sampler, ...]) -> None:
+    """grids/comparison.png: the samplers side by side from the same noise."""
+    write_comparison(folder / "grids" / "comparison.png", samplers, lab, grid_captions(), cfg.eval.seed)
+
+
+def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
+    """``gdmd report``: measure the teacher's rows and the student where they are missing, then write the page.
+
+    A real model is not loaded: its page shows what lies in the folder. ValueError for ``fresh`` there.
+    """
+    if cfg.model.kind != "shapes":
+        if fresh:
+            raise ValueError(
+                f"--fresh measures ShapesEval again, and {folder} is a run of a real model; leave it out, and score the "
+                f"run with: gdmd eval preference {typed(folder)} --prompts FILE"
+            )
+        return report_run(folder)
+    lab, step = open_student(cfg, folder)
+    rows = {} if fresh else dict(read_rows(folder))
+    student = student_row(cfg, lab)
+    rows_in_order = (*(teacher_row(cfg, lab, what) for what in TEACHERS), student)
+    samplers = tuple({sampler.name: sampler for sampler in rows_in_order}.values())  # eval.teacher_steps may be 4
+    for sampler in samplers:
+        own = sampler is student
+        key = row_key(cfg, sampler, checkpoint_content(folder, step) if own else "")
+        if rows.get(sampler.name, {}).get("key") != key:
+            rows[sampler.name] = dict(measure(cfg, lab, sampler, step=step if own else 0)) | {"key": key}
+    save_rows(folder, {sampler.name: rows[sampler.name] for sampler in samplers})
+    compare(folder, cfg, lab, samplers)
+    return report_run(folder)

@@ -1,0 +1,165 @@
+"""Rewards as judges of finished images: read from the command line, loaded once, asked image by image."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from gdmd.config.explain import explain
+from gdmd.config.image_source import settings_of, split_settings
+from gdmd.config.rewards import (
+    CompositeReward,
+    GenEvalReward,
+    RemoteReward,
+)
+from gdmd.config.run import RewardConfig, ShapesReward
+from gdmd.recipes.build_rewards import build_rewards, require_weights
+from gdmd.recipes.reward_identity import SHAPES_KINDS
+from gdmd.rewards.base import PretrainedReward
+from gdmd.rewards.callable import imported
+from gdmd.rewards.clip import ClipScore, image_embedding
+from gdmd.rewards.preprocessing import from_pil
+from gdmd.shapes.evaluate import HELDOUT
+from gdmd.shapes.rewards import ShapesClip, ShapesScorer
+from gdmd.types import PromptBatch, Reward
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Features = Callable[[Sequence["Image"]], Tensor]
+"""Images -> features [N, D]."""
+
+
+def read_scorer(text: str) -> RewardConfig:
+    """``KIND[,key=value ...]``, ``module:function`` or ``file.py:function`` -> its config. Else a ValueError."""
+    kind, *rest = split_settings(text)
+    settings = list(settings_of(rest))
+    wrong = [part for part, _, value in settings if value is None]
+    if wrong:
+        raise ValueError(
+            f"scorer {text!r}: {wrong[0]!r} is not a key=value; write KIND,key=value, for example clip,path=FOLDER, and "
+            'a name with a comma in quotes: clip,path="a,b"'
+        )
+    given: dict[str, Any] = {
+        key: int(value) if re.fullmatch(r"\d+", value) else value for _, key, value in settings if value is not None
+    }
+    head = {"kind": "callable", "target": kind} if ":" in kind or kind.endswith(".py") else {"kind": kind}
+    adapter: TypeAdapter[RewardConfig] = TypeAdapter(RewardConfig)
+    try:
+        return adapter.validate_python(head | given)
+    except ValidationError as error:
+        raise ValueError("\n".join(explain(RewardConfig, error, f"scorer {text!r}"))) from None
+
+
+def read_scorers(texts: Sequence[str]) -> tuple[RewardConfig, ...]:
+    """Several, each once."""
+    specs = tuple(read_scorer(text) for text in texts)
+    labels = [spec.label for spec in specs]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise ValueError(f"scorer {twice[0]} is given twice; each is reported once")
+    return specs
+
+
+def shapes_scorers() -> tuple[RewardConfig, ...]:
+    """The shipped scorers of the Shapes world; the held-out one trains nobody."""
+    return tuple(ShapesReward(kind=kind) for kind in SHAPES_KINDS)  # type: ignore[arg-type]
+
+
+def load_scorers(specs: Sequence[RewardConfig], device: str) -> dict[str, Reward]:
+    """By label, in the given order. ValueError for weights that cannot be had: nothing is generated before."""
+    require_weights(specs)
+    return {spec.label: reward for spec, reward in zip(specs, build_rewards(specs, device), strict=True)}
+
+
+def reads_metadata(spec: RewardConfig) -> bool:
+    """Whether a scorer reads more of a prompt than its text."""
+    if isinstance(spec, CompositeReward):
+        return any(reads_metadata(part.reward) for part in spec.parts)
+    return isinstance(spec, GenEvalReward | RemoteReward)
+
+
+def judges_shapes(spec: RewardConfig) -> bool:
+    """Whether a scorer reads images and captions of the Shapes world only."""
+    if isinstance(spec, CompositeReward):
+        return any(judges_shapes(part.reward) for part in spec.parts)
+    return isinstance(spec, ShapesReward)
+
+
+def may_fail(spec: RewardConfig) -> bool:
+    """Whether an image may be left without a score by a failure, not by its content: it is worth another try."""
+    if isinstance(spec, CompositeReward):
+        return any(may_fail(part.reward) for part in spec.parts)
+    return isinstance(spec, RemoteReward) and spec.on_failure == "skip"
+
+
+@torch.no_grad()
+def scores_of(
+    reward: Reward, images: Sequence[Image], texts: Sequence[str], meta: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    """One number per image, NaN = not scored. Published models see PIL images as their authors did, others tensors."""
+    if isinstance(reward, PretrainedReward):
+        return [float(score) for score in reward.score_pil(images, texts)]
+    scores = [math.nan] * len(images)
+    for size in {image.size for image in images}:  # a tensor holds images of one size
+        own = [k for k, image in enumerate(images) if image.size == size]
+        for k, score in zip(own, _scores_of_size(reward, images, texts, meta, own), strict=True):
+            scores[k] = score
+    return scores
+
+
+def _scores_of_size(
+    reward: Reward,
+    images: Sequence[Image],
+    texts: Sequence[str],
+    meta: Sequence[Mapping[str, Any]],
+    own: Sequence[int],
+) -> list[float]:
+    """The scores of images ``own``, which have one size."""
+    device = _device_of(reward)
+    index = torch.arange(len(own), device=device)
+    prompts = PromptBatch(index, tuple(texts[k] for k in own), index, {}, {}, tuple(meta[k] for k in own))
+    pixels = from_pil([images[k] for k in own]).to(device)
+    return [float(score) for score in reward.score(pixels, prompts).float().cpu()]
+
+
+def _device_of(reward: Reward) -> torch.device:
+    """Shapes scorers work where their weights are; every other reward takes images from the CPU."""
+    return next(reward.net.parameters()).device if isinstance(reward, ShapesScorer) else torch.device("cpu")
+
+
+def feature_maker(text: str, device: str) -> Features:
+    """``shapes`` (the held-out dual encoder), ``clip[,path=...]`` (unit embeddings), or ``module:function`` of images."""
+    if ":" in text.split(",")[0]:
+        return _checked(imported(text), text)
+    name = HELDOUT if text == "shapes" else text
+    (reward,) = load_scorers([read_scorer(name)], device).values()
+    if isinstance(reward, ShapesClip):
+        return _checked(lambda images: reward.image_features(from_pil(images).to(_device_of(reward))), text)
+    if isinstance(reward, ClipScore):
+        return _checked(lambda images: _clip_features(reward, images), text)
+    raise ValueError(f"features {text!r}: shapes, clip[,path=FOLDER] or module:function can make features")
+
+
+def _clip_features(reward: ClipScore, images: Sequence[Image]) -> Tensor:
+    pixels = reward.preprocess.pil(images).to(reward.placement.device, reward.placement.dtype)
+    return image_embedding(reward.loaded.net.to(reward.placement.device), pixels)
+
+
+def _checked(make: Any, name: str) -> Features:
+    @torch.no_grad()
+    def features(images: Sequence[Image]) -> Tensor:
+        found = torch.as_tensor(make(list(images))).float().cpu()
+        if found.ndim != 2 or len(found) != len(images) or not torch.isfinite(found).all():
+            raise ValueError(
+                f"features {name!r} gave {list(found.shape)} for {len(images)} images; return finite [N, D]"
+            )
+        return found
+
+    return features

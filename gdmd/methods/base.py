@@ -1,0 +1,163 @@
+"""What DMD and its descendants share: the roll-out, the fake's update and the DMD gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from gdmd.config.methods.base import DistillationConfig
+from gdmd.diffusion.device import sent
+from gdmd.diffusion.guidance import Pair, predict_pair
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import backward_simulation
+from gdmd.diffusion.schedule import renoise, to_native
+from gdmd.losses.denoising import denoising_loss, mean_square
+from gdmd.losses.dmd import dmd_gradient
+from gdmd.losses.gdmd import implicit_target
+from gdmd.types import ALONE, Cond, Denoiser, Loss, Native, Prediction, PromptBatch, Roles
+
+
+class RealLatents(Protocol):
+    """Real latents [B, C, H, W] for the prompts of a step."""
+
+    def __call__(self, prompts: PromptBatch, rng: SampleRng) -> Tensor: ...
+
+
+AnyConfig = TypeVar("AnyConfig", bound=DistillationConfig)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One student output per prompt, without gradient."""
+
+    x_tau: Tensor  # [B, C, H, W]
+    tau: Tensor  # [B]
+    x0: Tensor  # [B, C, H, W], the student's prediction from x_tau: x_old of the snapshot policy
+    cond: Cond
+    uncond: Cond
+    stop: Tensor  # [B] int64, tau = student_steps[stop]; on the CPU, since Python decides by it who is called
+
+
+@dataclass(frozen=True)
+class FakeBatch:
+    x0: Tensor
+    x_t: Tensor
+    t: Tensor
+    eps: Tensor
+    cond: Cond
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The two scores at one re-noising of x0: a teacher pair and the fake's prediction."""
+
+    teacher: Pair
+    x0_fake: Tensor  # [B, C, H, W]
+    t: Tensor  # [B]
+
+
+def last_stop(prompts: PromptBatch, stop: Tensor) -> int | None:
+    """The largest of ``stop`` [b] in the global batch, so that all ranks call the student equally often; None alone."""
+    if prompts.ranks is ALONE:
+        return None
+    return int(prompts.ranks.gather(sent(stop, prompts.index.device)).max())
+
+
+@dataclass
+class Distillation(Generic[AnyConfig]):
+    """Base of the DMD family. Draws take ``rng`` and no gradient; losses are deterministic and differentiable."""
+
+    cfg: AnyConfig
+    roles: Roles
+    latent_shape: tuple[int, int, int]
+    native: Native
+    real_latents: RealLatents | None = None
+    _stats: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def rollout(self, prompts: PromptBatch, rng: SampleRng) -> Rollout:
+        """x_tau by backward simulation or from real data, then x0 = S(G(x_tau, tau, c))."""
+        stop = self._draw_steps(rng.on_host(), len(self.cfg.student_steps))
+        tau = sent(torch.tensor(self.cfg.student_steps)[stop], rng.index.device)
+        noise = rng.normal("noise", self.latent_shape)
+        if self.cfg.student_input == "data":
+            assert self.real_latents is not None
+            x_tau = renoise(self.real_latents(prompts, rng), tau, noise, self.roles.schedule)
+        else:
+            again = lambda i: rng.normal("rollout", self.latent_shape, i)  # noqa: E731
+            schedule, last = self.roles.schedule, last_stop(prompts, stop)
+            x_tau = backward_simulation(
+                self.roles.student, noise, self.cfg.student_steps, stop, prompts.cond, again, schedule, last
+            )
+        x0 = self.roles.student(x_tau, tau, prompts.cond).x0
+        self._stats = {"latent/mean": x0.mean(), "latent/std": x0.std()}
+        return Rollout(x_tau, tau, x0, prompts.cond, prompts.uncond, stop)
+
+    def _draw_steps(self, rng: SampleRng, steps: int) -> Tensor:
+        """[B] int64. Per sample, or one for all from sample number 0, which every rank can draw."""
+        if self.cfg.step_draw == "sample":
+            return rng.integer("tau", steps)
+        first = SampleRng(rng.seed, rng.step, torch.zeros_like(rng.index))
+        return first.integer("tau", steps)
+
+    @torch.no_grad()
+    def fake_batch(self, r: Rollout, rng: SampleRng, i: int) -> FakeBatch:
+        """The fake's own fresh t and eps on sg(x0)."""
+        t = self.fake_time(rng, i)
+        eps = rng.normal("fake_eps", self.latent_shape, i)
+        return FakeBatch(r.x0, renoise(r.x0, t, eps, self.roles.schedule), t, eps, r.cond)
+
+    def fake_loss(self, batch: FakeBatch) -> Loss:
+        """Denoising loss of the fake score on the student's samples, native or in x0 (eq. 2)."""
+        prediction = self.roles.fake(batch.x_t, batch.t, batch.cond)
+        kind = "x0" if self.cfg.fake_loss == "x0" else self.native
+        if kind == "v":
+            answers = (prediction, Prediction(batch.x0, batch.eps))
+            found, wanted = (to_native(one, kind, batch.t, self.roles.schedule) for one in answers)
+            loss = mean_square(found - wanted)
+        else:
+            loss = denoising_loss(prediction, batch.x0, batch.eps, kind)
+        seen = loss.detach()
+        thirds = {f"fake_loss/t{k}": torch.where((batch.t * 3).long() == k, seen, torch.nan) for k in range(3)}
+        return Loss(loss, {"loss/fake": seen, **thirds})
+
+    @torch.no_grad()
+    def scores(self, r: Rollout, rng: SampleRng, i: int, *, both: bool) -> Scores:
+        """Both scores at draw i of (t, eps). ``both``: the teacher also answers without the caption."""
+        t = self.renoise_time(rng, i)
+        x_t = renoise(r.x0, t, rng.normal("renoise_eps", self.latent_shape, i), self.roles.schedule)
+        teacher = predict_pair(self.real_score(), x_t, t, r.cond, r.uncond, self.roles.guide, both=both)
+        return Scores(teacher, self.roles.fake(x_t, t, r.cond).x0, t)
+
+    def fake_time(self, rng: SampleRng, i: int) -> Tensor:
+        """t of the fake's own training draw i, U(0, 1). [B]"""
+        return rng.uniform("fake_t", i)
+
+    def renoise_time(self, rng: SampleRng, i: int) -> Tensor:
+        """t of the DMD gradient's draw i, U(renoise_low, renoise_high). [B]"""
+        return rng.uniform("renoise_t", i, low=self.cfg.renoise_low, high=self.cfg.renoise_high)
+
+    def real_score(self) -> Denoiser:
+        """The network of the real score: the teacher."""
+        return self.roles.teacher
+
+    def target(self, r: Rollout, scores: Scores, guidance: float) -> Tensor:
+        """x_tar = x0 - grad, with or without the normaliser n. [B, C, H, W]"""
+        x0_real = scores.teacher.at(guidance)
+        self._stats["gap/real"] = (r.x0 - x0_real).abs().mean()
+        self._stats["gap/grad"] = mean_square(scores.x0_fake - x0_real).sqrt().mean()
+        return implicit_target(r.x0, dmd_gradient(r.x0, x0_real, scores.x0_fake, normalise=self.cfg.normalise))
+
+    def stats(self) -> Mapping[str, Tensor]:
+        return self._stats
+
+    def state(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"the checkpoint holds method state {sorted(state)}, but this method has none")

@@ -1,0 +1,84 @@
+"""Scored roll-outs of the stochastic few-step student: what NFT and GRPO learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.stochastic_sampling import Trajectory, cps_log_prob, cps_mean, stochastic_rollout
+from gdmd.losses.advantages import mean_group_advantage
+from gdmd.methods.scorer import Scorer
+from gdmd.types import Cond, PromptBatch, Reward, Roles
+
+
+class PolicyOptions(Protocol):
+    """What a configuration says about stochastic roll-outs and their advantages (fields of the rivals' configs)."""
+
+    @property
+    def student_steps(self) -> tuple[float, ...]: ...
+
+    @property
+    def noise_level(self) -> float: ...
+
+    @property
+    def spread(self) -> Literal["global", "group"]: ...
+
+    @property
+    def advantage_clip(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One complete sample per place of the batch; nothing holds a gradient."""
+
+    trajectory: Trajectory
+    rewards: Tensor  # [R, B], raw, NaN = not scored
+    advantage: Tensor  # [B], clipped to +-advantage_clip; NaN = not scored by some reward
+
+
+@torch.no_grad()
+def collect(
+    roles: Roles, scorer: Scorer, cfg: PolicyOptions, prompts: PromptBatch, rng: SampleRng, shape: tuple[int, ...]
+) -> Collected:
+    """Roll the student out with CPS noise, score the finished pictures, compare each with its group."""
+    trajectory = stochastic_rollout(
+        roles.student,
+        rng.normal("policy_noise", shape),
+        cfg.student_steps,
+        prompts.cond,
+        lambda i: rng.normal("policy_rollout", shape, i),
+        roles.schedule,
+        cfg.noise_level,
+    )
+    rewards = scorer(trajectory.x0, prompts)
+    ranks = prompts.ranks
+    everyone = mean_group_advantage(ranks.gather(rewards, 1), ranks.gather(prompts.group), cfg.spread)
+    advantage = ranks.share(everyone)
+    return Collected(trajectory, rewards, advantage.clamp(-cfg.advantage_clip, cfg.advantage_clip))
+
+
+def moves_log_prob(roles: Roles, x: Tensor, cond: Cond, cfg: PolicyOptions) -> Tensor:
+    """log pi(x[i + 1] | x[i]) of every move of the roll-outs x [B, N, C, H, W] under the current student. [B, N - 1]"""
+    found = []
+    for i, (here, there) in enumerate(zip(cfg.student_steps, cfg.student_steps[1:], strict=False)):
+        t, t_next = (torch.full((len(x),), when, device=x.device) for when in (here, there))
+        mean = cps_mean(roles.student(x[:, i], t, cond), t_next, cfg.noise_level, roles.schedule)
+        found.append(cps_log_prob(x[:, i + 1], mean))
+    return torch.stack(found, 1)
+
+
+def collection_stats(collected: Collected, rewards: Sequence[Reward]) -> dict[str, Tensor]:
+    """Statistics of what was scored, a value per sample; unscored ones (NaN) are left out of all but their own count."""
+    own = {f"reward/{reward.name}/sample": collected.rewards[k] for k, reward in enumerate(rewards)}
+    return {
+        "reward/sample": collected.rewards.flatten(),
+        "reward/unscored": collected.advantage.isnan().float(),
+        "advantage/size": collected.advantage.abs(),
+        "advantage/share_zero": (collected.advantage == 0).float(),
+        **own,
+    }

@@ -1,0 +1,66 @@
+"""Stable Diffusion XL (arXiv 2307.01952): a UNet on a VP schedule, micro-conditioning, two CLIPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.device import sent
+from gdmd.models.families.base import PipelineText, network_dtype
+from gdmd.models.families.unet import UnetFamily
+from gdmd.types import Cond
+
+
+class Sdxl(UnetFamily):
+    """The network reads the training step, 999 t, and size and crop as six numbers (original size, corner, target size)."""
+
+    name = "sdxl"
+    pipeline = "StableDiffusionXLPipeline"
+    needs = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    targets = ("to_q", "to_k", "to_v", "to_out.0")
+    blocks = ("BasicTransformerBlock",)
+    scaling = ("scaling_factor", "latents_mean", "latents_std")
+    reading = 0.43  # of the published UNet at 512 and 1024, rank 64
+
+    def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
+        super().__init__(pipe, cfg)
+        self.encoder = SdxlText(pipe, cfg)
+
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
+        dtype = network_dtype(net)
+        size = torch.tensor([self.cfg.height, self.cfg.width, 0, 0, self.cfg.height, self.cfg.width])
+        time_ids = sent(size, x_t.device).to(dtype).expand(len(x_t), 6)
+        return net(
+            x_t.to(dtype),
+            self.clock.step(t),
+            encoder_hidden_states=cond["embeds"].to(dtype),
+            timestep_cond=self.guidance_input(t),
+            added_cond_kwargs={"text_embeds": cond["pooled"].to(dtype), "time_ids": time_ids},
+            return_dict=False,
+        )[0]
+
+    def blank_text(self, count: int) -> Cond:
+        config = self.pipe.unet.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {"embeds": self._blank(count, 77, config.cross_attention_dim), "pooled": self._blank(count, pooled)}
+
+
+class SdxlText(PipelineText):
+    """embeds [B, 77, D]: the last hidden states but one of both CLIPs; pooled [B, P] of the second."""
+
+    def embed(self, texts: Sequence[str]) -> Cond:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompt=list(texts), device=self.device, do_classifier_free_guidance=False
+        )
+        return {"embeds": embeds, "pooled": pooled}
+
+    def embed_null(self) -> Cond:
+        """Zeros where the pipeline was trained so (force_zeros_for_empty_prompt), else the empty caption."""
+        empty = self.embed([""])
+        if not self.pipe.config.get("force_zeros_for_empty_prompt"):
+            return empty
+        return {name: torch.zeros_like(value) for name, value in empty.items()}

@@ -1,0 +1,84 @@
+"""What the families of UNets share: a VP schedule, what they predict, and where a GAN head reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.guidance import Rescaled
+from gdmd.diffusion.schedule import from_native
+from gdmd.models.families.base import Family
+from gdmd.models.features import ending_in_the_middle
+from gdmd.models.schedulers import read_vp
+from gdmd.models.vae import VaeCodec
+from gdmd.types import Prediction
+
+
+class UnetFamily(Family):
+    """A UNet that predicts eps, v or x0 on a VP schedule, as its scheduler says.
+
+    A GAN head reads it where DMD2 does (arXiv 2405.14867, section 4.3): after its mid block. The rest is not computed.
+    """
+
+    def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
+        super().__init__(pipe, cfg)
+        self.net: nn.Module = pipe.unet
+        self.settings = read_vp(pipe.scheduler, f"model.path {cfg.path!r}")
+        self.schedule, self.native, self.clock = self.settings.schedule, self.settings.predicts, self.settings.clock
+        if cfg.guidance_rescale:
+            self.guide = Rescaled(cfg.guidance_rescale, self.native, self.schedule)
+        self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
+        channels = (pipe.unet.config.in_channels, pipe.unet.config.out_channels)
+        if channels != (self.latent_channels,) * 2:
+            raise ValueError(
+                f"model.path {cfg.path!r}: its UNet has {channels[0]} input and {channels[1]} output channels, but latents "
+                f"have {self.latent_channels}; inpainting, editing and variance-predicting models are not supported"
+            )
+
+    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        return from_native(answer, self.native, x_t, t, self.schedule)
+
+    def guidance_input(self, t: Tensor) -> Tensor | None:
+        """An LCM's embedded guidance (arXiv 2310.04378): sines and cosines of 1000 (guidance - 1). [B, D], or None"""
+        width = self.pipe.unet.config.time_cond_proj_dim
+        if width is None:
+            return None
+        half = width // 2
+        rates = torch.exp(torch.arange(half, device=t.device) * -(math.log(10000.0) / (half - 1)))
+        angles = 1000 * (self.cfg.embedded_guidance - 1) * rates
+        row = nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))
+        return row.expand(len(t), -1)
+
+    @property
+    def student_scheduler(self) -> str:
+        return "LCMScheduler"
+
+    def student_settings(self, steps: int) -> dict[str, Any]:
+        return self.settings.few_steps(steps)
+
+    def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
+        return self.clock.times(uniform)
+
+    def teacher_times(self, steps: int) -> Tensor:
+        """Those of DDIM with the pipeline's spacing."""
+        return self.clock.path(steps)
+
+    def reads(self, net: Any) -> AbstractContextManager[None]:
+        return ending_in_the_middle(net)
+
+    def image_tokens(self, hidden: Tensor) -> Tensor:
+        return hidden.flatten(2).transpose(1, 2)  # [B, C, h, w] -> [B, h w, C]
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        """Every level of the UNet but the last halves the latent, rounding up."""
+        net: Any = self.net
+        widths, (_, height, width) = net.config.block_out_channels, self.latent_shape
+        unit = 2 ** (len(widths) - 1)
+        return widths[-1], -(-height // unit), -(-width // unit)

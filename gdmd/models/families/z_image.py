@@ -1,0 +1,92 @@
+"""Z-Image (arXiv 2511.22699): a single-stream flow transformer on captions of their own length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.schedule import from_velocity
+from gdmd.models.families.base import PipelineText, network_dtype
+from gdmd.models.families.flow import FlowFamily
+from gdmd.models.features import answering_before
+from gdmd.models.vae import VaeCodec
+from gdmd.types import Cond, Prediction
+
+LONGEST = 512
+"""Caption tokens, unless model.max_tokens says otherwise."""
+
+
+class ZImage(FlowFamily):
+    """The network's time runs the other way (1 - t) and it predicts x0 - eps, the negative velocity."""
+
+    name = "z_image"
+    pipeline = "ZImagePipeline"
+    needs = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    targets = (
+        *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
+        *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    )
+    patch = 2
+    blocks = ("ZImageTransformerBlock",)
+
+    def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
+        super().__init__(pipe, cfg)
+        self.net: nn.Module = pipe.transformer
+        self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
+        self.encoder = ZImageText(pipe, cfg)
+        self.clock = self.times.clock(self.tokens)
+        longest, places = cfg.max_tokens or LONGEST, int(pipe.transformer.config.axes_lens[0])
+        if -(-longest // 32) * 32 + 2 > places:
+            raise ValueError(
+                f"model.max_tokens = {longest}: the transformer has positions for {(places - 2) // 32 * 32} caption "
+                "tokens; lower it"
+            )
+
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
+        dtype = network_dtype(net)
+        captions = [row[:count] for row, count in zip(cond["embeds"].to(dtype), cond["tokens"].tolist(), strict=True)]
+        frames = list(x_t.to(dtype)[:, :, None].unbind(0))  # B x [C, 1, H, W]
+        return net(frames, 1 - self.network_time(t), captions, return_dict=False)[0]
+
+    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        return from_velocity(-torch.stack(answer)[:, :, 0], x_t, t, self.schedule)
+
+    def reads(self, net: Any) -> AbstractContextManager[None]:
+        return answering_before(net, net.all_final_layer["2-1"])
+
+    def image_tokens(self, hidden: Tensor) -> Tensor:
+        """Of [image, its filling to a multiple of 32, caption, filling of the batch]."""
+        _, rows, columns = self.feature_shape
+        return hidden[:, : rows * columns]
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        _, height, width = self.latent_shape
+        return int(self.pipe.transformer.config.dim), height // self.patch, width // self.patch
+
+    @classmethod
+    def most_tokens(cls, net: Any) -> tuple[int, int]:
+        _, rows, columns = net.config.axes_lens
+        return int(rows), int(columns)
+
+    def blank_text(self, count: int) -> Cond:
+        longest = self.cfg.max_tokens or LONGEST
+        embeds = self._blank(count, longest, self.pipe.transformer.config.cap_feat_dim)
+        return {"embeds": embeds, "tokens": torch.full((count,), longest)}
+
+
+class ZImageText(PipelineText):
+    """embeds [B, T, D], zeros behind the caption; tokens [B], how many are the caption's."""
+
+    def embed(self, texts: Sequence[str]) -> Cond:
+        longest = self.cfg.max_tokens or LONGEST
+        rows, _ = self.pipe.encode_prompt(
+            list(texts), device=self.device, do_classifier_free_guidance=False, max_sequence_length=longest
+        )
+        embeds = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
+        return {"embeds": embeds, "tokens": torch.tensor([len(row) for row in rows], device=embeds.device)}

@@ -1,0 +1,440 @@
+"""Opening a diffusers pipeline: which family it is, what is missing, and errors that say what to do.
+
+A folder never touches the network. Heavy libraries are imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdmd.config.extras import install
+from gdmd.config.model import DiffusersModel
+from gdmd.hub import hub_file, hub_reason, offline, unreachable
+from gdmd.io import weights_fingerprint
+from gdmd.models.families.base import Family, PipelineText
+from gdmd.models.families.flux import Flux
+from gdmd.models.families.flux2 import Flux2, Flux2Klein
+from gdmd.models.families.qwen_image import QwenImage
+from gdmd.models.families.sana import Sana
+from gdmd.models.families.sd3 import Sd3
+from gdmd.models.families.sd15 import Sd15
+from gdmd.models.families.sdxl import Sdxl
+from gdmd.models.families.z_image import ZImage
+from gdmd.models.pipeline_files import (
+    EXTRAS,
+    INDEX,
+    absent,
+    check_files,
+    check_folders,
+    check_needed,
+    components,
+    instead_of_pipeline,
+    local_index,
+    refuse_quantized,
+)
+from gdmd.models.tokens import ENCODER, FIXED, MOST, fit_limits
+from gdmd.models.vae import VaeCodec
+from gdmd.types import Codec, Cond
+
+log = logging.getLogger(__name__)
+FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage, Sana)
+BEYOND = {"PixtralProcessor": "torchvision"}
+"""Classes of transformers that are there only with one library more (FLUX.2-dev's tokenizer)."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = True, extras: bool = False) -> Family:
+    """The pipeline at cfg.path as a Family, its weights frozen, in cfg.dtype, on ``device``.
+
+    Without ``encoders`` the text encoders are not read; ``LateText`` reads them when they are needed. ``extras``: with
+    its safety checker and the like, for an export of the whole pipeline.
+    ValueError for a path or id that does not exist or is closed to you, an unknown or other family, and a missing
+    component.
+    """
+    require_diffusers()
+    local, index = is_local(cfg.path), local_or_hub_index(cfg)
+    family = family_of(index, cfg)
+    what = f"model.path {cfg.path!r}"
+    if local:
+        check_pipeline(Path(cfg.path), index, family, cfg)
+    else:
+        check_needed(index, family.needs, family.pipeline, what)
+    _check_tokens(family, cfg)
+    check_libraries(index, what)
+    left_out = _left_out(index, family, cfg, extras=extras)
+    left_out |= {} if encoders else dict.fromkeys(name for name in index if name.startswith(ENCODER))
+    pipe = _load(family, cfg, local, left_out)
+    fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
+    _freeze(pipe, device)
+    opened = family(pipe, cfg)
+    opened.encoder.device = torch.device(device)
+    return opened
+
+
+class LateText:
+    """The text encoders of a family that was opened without them, read when a caption is first embedded."""
+
+    def __init__(self, family: Family) -> None:
+        self.family, self._there = family, False
+
+    def encode(self, texts: Sequence[str]) -> Cond:
+        """See PipelineText."""
+        return self._read().encode(texts)
+
+    def null(self, count: int) -> Cond:
+        """See PipelineText."""
+        return self._read().null(count)
+
+    def unload(self) -> None:
+        """Give their memory back; nothing to do where they were never needed."""
+        if self._there:
+            self.family.encoder.unload()
+
+    def _read(self) -> PipelineText:
+        encoder, pipe = self.family.encoder, self.family.pipe
+        if not self._there:
+            kept = (ENCODER, "tokenizer")
+            others = dict.fromkeys(name for name in pipe.components if not name.startswith(kept))
+            missing = _left_out(local_or_hub_index(self.family.cfg), type(self.family), self.family.cfg)
+            own = _load(type(self.family), self.family.cfg, is_local(self.family.cfg.path), others | missing)
+            _freeze(own, str(encoder.device))
+            pipe.register_modules(**{name: part for name, part in own.components.items() if name.startswith(ENCODER)})
+            fit_limits(pipe, lambda encoder: None)
+            self._there = True
+        return encoder
+
+
+def scoring_codec(family: Family, device: str = "cpu") -> Codec:
+    """What rewards see latents through: the tiny decoder of cfg.scoring_decoder, or the pipeline's own VAE."""
+    cfg = family.cfg
+    if cfg.scoring_decoder is None:
+        return family.codec
+    require_tiny(family)
+    import diffusers
+
+    local = is_local(cfg.scoring_decoder, "model.scoring_decoder", "config.json")
+    kind: Any = diffusers.AutoencoderTiny
+    options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "use_safetensors": True}
+    revision = cfg.scoring_decoder_revision
+    options |= {} if local else {"revision": revision}
+    try:
+        cached_only = local or bool(unreachable(cfg.scoring_decoder, "config.json", revision))
+        options["local_files_only"] = cached_only
+        tiny = kind.from_pretrained(cfg.scoring_decoder, **options)
+    except load_errors() as error:
+        raise ValueError(
+            f"model.scoring_decoder {cfg.scoring_decoder!r}: no AutoencoderTiny can be loaded: {error}"
+        ) from error
+    check_tiny(family, tiny)
+    return VaeCodec(tiny.to(device), cfg.decode_chunk)
+
+
+def require_tiny(family: Family) -> None:
+    """ValueError for a scoring decoder of a family that has none."""
+    if not family.tiny_decoder:
+        known = ", ".join(kind.name for kind in FAMILIES if kind.tiny_decoder)
+        raise ValueError(
+            f"model.scoring_decoder {family.cfg.scoring_decoder!r}: no AutoencoderTiny decodes latents of {family.name} "
+            f"(those of {known} have one); leave it out, and save memory with model.decode_tiled=true"
+        )
+
+
+def check_tiny(family: Family, tiny: Any) -> None:
+    """ValueError for an AutoencoderTiny of other latents: other channels, or other pixels per latent."""
+    config = tiny.config
+    what = f"model.scoring_decoder {family.cfg.scoring_decoder!r}"
+    if config.latent_channels != family.latent_channels:
+        raise ValueError(
+            f"{what} decodes {config.latent_channels} channels, but latents of {family.name} have "
+            f"{family.latent_channels}; give the one of this family"
+        )
+    if family.pipe.vae.config.get("latents_mean") is not None and config.get("latents_mean") is None:
+        raise ValueError(
+            f"{what} decodes the latents of the published {family.name} models, but this model's VAE has its own "
+            "latents_mean and latents_std; leave it out, and save memory with model.decode_tiled=true"
+        )
+    pixels = config.upsampling_scaling_factor ** (len(config.decoder_block_out_channels) - 1)
+    if pixels != family.pixels_per_latent:
+        raise ValueError(
+            f"{what} makes {pixels} x {pixels} pixels of a latent position, but that of {family.name} has "
+            f"{family.pixels_per_latent} x {family.pixels_per_latent}; give the one of this family"
+        )
+
+
+def encoder_identity(family: Family) -> str:
+    """What the text embeddings of a pipeline depend on: content of encoders and tokenizers, precision, length, libraries.
+
+    The location of a folder does not matter: a moved copy shares the embeddings, another model in its place does not.
+    """
+    cfg, index = family.cfg, local_or_hub_index(family.cfg)
+    left_out = _left_out(index, type(family), cfg)
+    names = [name for name, given in index.items() if isinstance(given, list) and given[1] and name not in left_out]
+    names = sorted(name for name in names if name.startswith((ENCODER, "tokenizer")))
+    empty = family.pipe.config.get("force_zeros_for_empty_prompt")
+    facts = [family.name, cfg.dtype, cfg.max_tokens, empty, *versions(), *content_of(cfg, names)]
+    return json.dumps(facts)
+
+
+def content_of(cfg: DiffusersModel, names: Sequence[str]) -> list[object]:
+    """What identifies the content of these components: fingerprints of a folder's, id and commit of a hub id."""
+    if is_local(cfg.path):
+        return [[name, weights_fingerprint(Path(cfg.path) / name, cfg.variant)] for name in names]
+    return [cfg.path, snapshot_of(cfg).name, cfg.variant, list(names)]
+
+
+def snapshot_of(cfg: DiffusersModel) -> Path:
+    """The folder at cfg.path; of a hub id its folder in the cache, whose name is the commit."""
+    return snapshot(cfg.path, cfg.revision, f"model.path {cfg.path!r}")
+
+
+def snapshot(path: str, revision: str | None, what: str) -> Path:
+    """The folder at ``path``, or that of a hub id at a revision in the cache. ValueError beginning with ``what``."""
+    return _index_file(path, revision, what, local=is_local(path)).parent
+
+
+def versions() -> tuple[str, str]:
+    """Of the libraries that compute embeddings and latents: templates and attention change between them."""
+    from importlib.metadata import version
+
+    return f"diffusers {version('diffusers')}", f"transformers {version('transformers')}"
+
+
+def _positions(cfg: DiffusersModel, encoder: str) -> int | None:
+    """Length of the position table of a text encoder that is not loaded; None if its config is not available."""
+    file = snapshot_of(cfg) / encoder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return int(config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not read yet: the limit is set when the encoder is
+
+
+def _check_tokens(family: type[Family], cfg: DiffusersModel) -> None:
+    """ValueError for more caption tokens than the pipeline's call takes: neither it nor the export could use them."""
+    if cfg.max_tokens and family.pipeline in FIXED:
+        log.warning(
+            "model.max_tokens = %d has no effect: the encoders of a %s read 77 tokens; leave it out",
+            *(cfg.max_tokens, family.pipeline),
+        )
+    most = MOST.get(family.pipeline)
+    if most is not None and cfg.max_tokens > most:
+        raise ValueError(
+            f"model.max_tokens = {cfg.max_tokens}: a {family.pipeline} reads at most {most} caption tokens; set {most} or "
+            "less"
+        )
+
+
+def require_diffusers() -> None:
+    """ValueError with the install command when the optional libraries are not there."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("diffusers", "transformers", "peft", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"real models need {', '.join(missing)}; do: {install('diffusers')}")
+
+
+def is_local(path: str, field: str = "model.path", holds: str = INDEX) -> bool:
+    """Whether ``path`` is a folder; false for a hub id. ValueError, for ``field``, for a folder that is not there."""
+    if Path(path).is_dir():
+        return True
+    if Path(path).is_file():
+        instead = instead_of_pipeline(Path(path)) if holds == INDEX else ""
+        raise ValueError(f"{field} {path!r} is a file; give the folder that holds {holds}.{instead}")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.is_dir():
+        return False
+    raise ValueError(
+        f"{field} {path!r}: there is no such folder, and it is not a hub id (ORG/NAME). {_meant(path, holds)}"
+    )
+
+
+def _meant(path: str, holds: str) -> str:
+    """What to give in the place of a path that is none."""
+    if found := re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", path):
+        return f"Give the id: {found[1]}"
+    if path.startswith("~") and Path(path).expanduser().exists():
+        return f"A shell does not replace ~ here: give {Path(path).expanduser()}"
+    return f"Give the folder that holds {holds}, or an id."
+
+
+def family_of(index: dict[str, Any], cfg: DiffusersModel) -> type[Family]:
+    """The family whose pipeline class the index names."""
+    named = index.get("_class_name")
+    for family in FAMILIES:
+        if named == family.pipeline and cfg.family in (None, family.name):
+            return family
+        if named == family.pipeline:
+            raise ValueError(
+                f"model.path {cfg.path!r} is a {named} (family {family.name}), but model.family = {cfg.family}; "
+                "give another path, or drop model.family"
+            )
+    known = ", ".join(f"{family.pipeline} ({family.name})" for family in FAMILIES)
+    raise ValueError(
+        f"model.path {cfg.path!r}: {INDEX} names {named!r}, which has no adapter here; "
+        + (from_an_image(named) or f"supported: {known}")
+    )
+
+
+_FROM_IMAGES = ("Img2Img", "Inpaint", "ControlNet")
+
+
+def from_an_image(named: Any) -> str | None:
+    """What to do with a pipeline that starts from an image, by the name of its class; None for other classes."""
+    if not isinstance(named, str) or not any(word in named for word in _FROM_IMAGES):
+        return None
+    plain = [family.pipeline for family in FAMILIES if named.startswith(family.pipeline.removesuffix("Pipeline"))]
+    remedy = "give a text-to-image pipeline"
+    if plain:
+        remedy = (
+            "save its model as a text-to-image pipeline once, in diffusers: "
+            f"{max(plain, key=len)}.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
+        )
+    return f"it starts from an image, and prompts alone are given here: {remedy}"
+
+
+def family_of_pipeline(pipe: Any) -> type[Family] | None:
+    """The family of a loaded pipeline; None for a class that has none."""
+    return next((family for family in FAMILIES if family.pipeline == type(pipe).__name__), None)
+
+
+def check_pipeline(folder: Path, index: Mapping[str, Any], family: type[Family], cfg: DiffusersModel) -> None:
+    """ValueError for a folder that lacks what the family needs, or holds what cannot be loaded as it is.
+
+    Folders of configs without weights, which can be planned, are only asked for their components.
+    """
+    what = f"model.path {cfg.path!r}"
+    left_out = _left_out(index, family, cfg)
+    check_needed(index, family.needs, family.pipeline, what)
+    check_folders(folder, index, left_out, what)
+    if cfg.t5:
+        check_t5(folder, index, family, what, "model.t5=false")
+    if any(folder.glob("*/*.safetensors")) or any(folder.glob("*/*.bin")):
+        check_files(folder, index, left_out, cfg.variant, what, "model.variant")
+
+
+def check_t5(folder: Path, index: Mapping[str, Any], family: type[Family], what: str, remedy: str) -> None:
+    """ValueError for a T5 without its tokenizer; a note on one that the index names and the folder does not hold."""
+    lacks = absent(index, family.optional, folder)
+    encoders = [name for name in family.optional if name.startswith(ENCODER)]
+    if lacks and any(name not in lacks for name in encoders):
+        raise ValueError(
+            f"{what}: {', '.join(lacks)} is missing, but {', '.join(encoders)} is there; copy it, or leave both out"
+            + (f" with {remedy}" if remedy else "")
+        )
+    for name in set(encoders) & set(lacks) & set(components(index)):
+        log.warning("%s: %s has no folder, so captions are read without it", what, name)
+
+
+def check_libraries(index: dict[str, Any], what: str) -> None:
+    """ValueError for a component whose class needs a library that is not installed; diffusers' own word is a riddle."""
+    from importlib.util import find_spec
+
+    kinds = {name: given[1] for name, given in index.items() if isinstance(given, list) and len(given) == 2}
+    for name, kind in kinds.items():
+        library = BEYOND.get(str(kind))
+        if library is not None and find_spec(library) is None:
+            raise ValueError(
+                f"{what}: component {name!r} ({kind}) needs {library}: install it with pip install {library}"
+            )
+
+
+def _left_out(
+    index: Mapping[str, Any], family: type[Family], cfg: DiffusersModel, *, extras: bool = False
+) -> dict[str, None]:
+    """Optional components that are not wanted, or not there: they are passed as None."""
+    optional = (*family.optional, *(name for name in EXTRAS if name in index))
+    missing = absent(index, optional, Path(cfg.path))
+    unwanted = () if cfg.t5 else family.optional
+    return dict.fromkeys(name for name in optional if name in (*missing, *unwanted, *(() if extras else EXTRAS)))
+
+
+def has_safety_checker(index: Mapping[str, Any]) -> bool:
+    """Whether the stock pipeline replaces images that it flags by black ones."""
+    return "safety_checker" in components(index)
+
+
+def checker_off(index: Mapping[str, Any], where: str) -> str | None:
+    """A message for a pipeline whose safety checker is not used; None where it has none."""
+    if not has_safety_checker(index):
+        return None
+    return f"the safety checker of {where} is off, so no image is replaced by a black one"
+
+
+def local_or_hub_index(cfg: DiffusersModel) -> dict[str, Any]:
+    """The model_index.json at cfg.path."""
+    return read_index(cfg.path, cfg.revision, f"model.path {cfg.path!r}", local=is_local(cfg.path))
+
+
+def read_index(path: str, revision: str | None, what: str, *, local: bool) -> dict[str, Any]:
+    """The model_index.json of a folder or a hub id. ValueError beginning with ``what`` where it cannot be had."""
+    return local_index(_index_file(path, revision, what, local=local).parent, what)
+
+
+def _index_file(path: str, revision: str | None, what: str, *, local: bool) -> Path:
+    """The file itself; of a hub id in the snapshot of its revision in the cache."""
+    return Path(path) / INDEX if local else _hub_index(path, revision, what)
+
+
+def _hub_index(path: str, revision: str | None, what: str) -> Path:
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(hub_file(path, INDEX, revision))
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        away = offline()
+        raise ValueError(f"{what}: no folder here, and {hub_reason(error, INDEX, revision, away)}") from error
+
+
+def _freeze(pipe: Any, device: str) -> None:
+    """All networks of a pipeline: no gradients, no dropout, on ``device``."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval().to(device)
+
+
+def load_errors() -> tuple[type[Exception], ...]:
+    """What ``from_pretrained`` raises for files that are missing, damaged, of another shape or of an unknown class.
+
+    diffusers turns a truncated weight file into an OSError; transformers, which reads the text encoders, does not.
+    """
+    from safetensors import SafetensorError
+
+    return OSError, ValueError, ImportError, AttributeError, TypeError, LookupError, RuntimeError, SafetensorError
+
+
+def explain(error: Exception, path: str, revision: str | None, what: str, *, local: bool) -> None:
+    """Raise a clearer ValueError for what is known only after a hub id is downloaded: quantized, or of a variant."""
+    if local:
+        return
+    folder = _index_file(path, revision, what, local=False).parent
+    for config in sorted(folder.glob("*/config.json")):
+        refuse_quantized(config.parent, config.parent.name, what)
+    if "no file named" in str(error) or "variant" in str(error):
+        raise ValueError(f"{what}: {error} If its files are named *.fp16.safetensors, set variant=fp16.") from error
+
+
+def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict[str, None]) -> Any:
+    import diffusers
+    from transformers.utils import logging
+
+    for library in (diffusers.utils.logging, logging):  # no bar per weight file: the run has its own
+        library.disable_progress_bar()
+    options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "use_safetensors": True}
+    options["local_files_only"] = local or bool(unreachable(cfg.path, INDEX, cfg.revision))
+    options |= {"requires_safety_checker": False} if "safety_checker" in left_out else {}
+    try:
+        pipe = getattr(diffusers, family.pipeline).from_pretrained(
+            cfg.path, **options, **left_out, **({} if local else {"revision": cfg.revision})
+        )
+    except load_errors() as error:
+        what = f"model.path {cfg.path!r}"
+        explain(error, cfg.path, cfg.revision, what, local=local)
+        raise ValueError(f"{what}: the {family.pipeline} cannot be loaded: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

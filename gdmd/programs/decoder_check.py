@@ -1,0 +1,148 @@
+"""What a run says of its scoring decoder: how its rewards differ from those through the model's own decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from gdmd.config.model import DiffusersModel
+from gdmd.config.run import RunConfig
+from gdmd.diffusion.guidance import Guided
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import ode_sample
+from gdmd.io import RunError, content_hash, write_atomic
+from gdmd.methods.scorer import Scorer
+from gdmd.recipes.build import Lab
+from gdmd.recipes.contents import base_content
+from gdmd.recipes.reward_identity import scorer_identity
+from gdmd.rewards.weights import weights_content
+from gdmd.types import Codec, PromptBatch, Reward
+
+FILE = "scoring_decoder.json"
+
+
+def check_decoder(cfg: RunConfig, lab: Lab, run: Path, console: Console) -> None:
+    """Measure, print, and write RUN/scoring_decoder.json, where it does not hold these numbers already.
+
+    Nothing for a run without a scoring decoder.
+    """
+    model, file = cfg.model, run / FILE
+    if not isinstance(model, DiffusersModel) or lab.scoring is None or not model.scoring_check or not lab.rewards:
+        return
+    key = _key(cfg, model, lab.stream.at(0, 0, model.scoring_check).text)
+    if file.exists() and _read(file).get("key") == key:
+        return
+    gaps = measured_gaps(cfg, lab, model.scoring_check)
+    steps = cfg.eval.teacher_steps
+    found = {
+        "key": key,
+        "decoder": model.scoring_decoder,
+        "teacher_steps": steps,
+        "rewards": [dataclasses.asdict(g) for g in gaps],
+    }
+    write_atomic(file, json.dumps(found, indent=2) + "\n", "what the scoring decoder costs")
+    console.print(f"rewards through {model.scoring_decoder} instead of the model's decoder:", markup=False)
+    for gap in gaps:
+        console.print(f"  {gap.line()}", markup=False, highlight=False)
+
+
+@torch.no_grad()
+def measured_gaps(cfg: RunConfig, lab: Lab, images: int) -> tuple[DecoderGap, ...]:
+    """On the teacher's guided samples for the first prompts of the run, at most a batch."""
+    assert lab.scoring is not None
+    prompts = lab.stream.at(0, 0, images)
+    noise = SampleRng(cfg.eval.seed, 0, prompts.index).normal("eval_noise", lab.latent_shape)
+    guided = Guided(lab.roles.teacher, cfg.method.guidance, prompts.uncond, lab.roles.guide)
+    path = lab.teacher_times(cfg.eval.teacher_steps).to(noise.device)
+    latents = ode_sample(guided, noise, path, prompts.cond, lab.roles.schedule)
+    return decoder_gaps(lab.codec, lab.scoring, lab.rewards, latents, prompts)
+
+
+def _key(cfg: RunConfig, model: DiffusersModel, texts: Sequence[str]) -> str:
+    """What the numbers depend on: networks, decoder, rewards, prompts, and how the teacher draws."""
+    assert model.scoring_decoder is not None
+    given = (model.dtype, model.height, model.width, cfg.eval.seed, cfg.eval.teacher_steps, cfg.method.guidance)
+    weights = weights_content(model.scoring_decoder, model.scoring_decoder_revision)
+    identities = [scorer_identity(spec) for spec in cfg.rewards]
+    return content_hash(json.dumps([given, texts]), base_content(model), weights, *identities)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{file} cannot be read ({error}); delete it: a resumed run measures again") from error
+
+
+def read_gaps(run: Path) -> dict[str, Any] | None:
+    """What ``check_decoder`` wrote; None for a run without it. RunError for a damaged file."""
+    file = run / FILE
+    if not file.is_file():
+        return None
+    found = _read(file)
+    try:
+        lines = [DecoderGap(**gap).line() for gap in found["rewards"]]
+        return {"decoder": str(found["decoder"]), "lines": lines}
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{file} cannot be read ({error}); delete it: a resumed run measures again") from error
+
+
+@dataclass(frozen=True)
+class DecoderGap:
+    """One reward, in its own units, over the images that both decoders' pictures got a score for.
+
+    difference: mean of rough - full; error: standard deviation of rough - full; spread: that of the full scores;
+    agreement: share of the pairs of images, unequal by the full decoder, that the rough one puts in the same order.
+    None where there are too few images to say.
+    """
+
+    reward: str
+    images: int
+    full: float | None
+    rough: float | None
+    difference: float | None
+    error: float | None
+    spread: float | None
+    agreement: float | None
+
+    def line(self) -> str:
+        """For people."""
+        if self.difference is None:
+            return f"{self.reward}: no image was scored through both decoders"
+        said = f"{self.reward}: {self.difference:+.4g} on {self.images} images (full decoder {self.full:.4g}"
+        if self.error is None or self.agreement is None:
+            return f"{said})"
+        return f"{said}, spread {self.spread:.3g}; error {self.error:.3g}; {self.agreement:.0%} of pairs in the same order)"
+
+
+def decoder_gaps(
+    full: Codec, rough: Codec, rewards: Sequence[Reward], latents: Tensor, prompts: PromptBatch
+) -> tuple[DecoderGap, ...]:
+    """Every reward on ``latents`` [B, C, H, W] through both decoders."""
+    through = [Scorer(codec, rewards)(latents, prompts).double().cpu() for codec in (full, rough)]
+    return tuple(_gap(reward.name, *pair) for reward, *pair in zip(rewards, *through, strict=True))
+
+
+def _gap(name: str, full: Tensor, rough: Tensor) -> DecoderGap:
+    """full, rough: [B]"""
+    scored = ~(full.isnan() | rough.isnan())
+    full, rough = full[scored], rough[scored]
+    count, difference = len(full), rough - full
+    if count == 0:
+        return DecoderGap(name, 0, None, None, None, None, None, None)
+    means = [float(values.mean()) for values in (full, rough, difference)]
+    if count == 1:
+        return DecoderGap(name, 1, *means, None, None, None)
+    first, second = torch.triu_indices(count, count, 1)
+    order, found = (full[first] - full[second]).sign(), (rough[first] - rough[second]).sign()
+    unequal = order != 0
+    agreement = float((order == found)[unequal].double().mean()) if unequal.any() else None
+    return DecoderGap(name, count, *means, float(difference.std()), float(full.std()), agreement)

@@ -1,0 +1,70 @@
+"""Real images of a real model: from the recipe to the store of their latents, and the prompts that go with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gdmd.config.model import DiffusersModel
+from gdmd.config.real_data import RealDataConfig
+from gdmd.config.run import RunConfig
+from gdmd.data.latent_cache import LatentStore, StoredLatents
+from gdmd.data.prompts import read_prompts
+from gdmd.types import Codec
+
+
+def store_of(real: RealDataConfig, model: DiffusersModel) -> LatentStore:
+    """Where the latents of these images by this VAE are, finished or not."""
+    what = f"the VAE of {model.path} ({model.dtype}) at {model.height} x {model.width} pixels"
+    return LatentStore(Path(real.latents), vae_identity(model), real.source, what)
+
+
+def vae_identity(model: DiffusersModel) -> str:
+    """What latents depend on: content of the VAE, precision, tiles, size of the images, libraries."""
+    from gdmd.models.loading import content_of, versions
+
+    facts = [model.dtype, model.decode_tiled, model.height, model.width, *versions(), *content_of(model, ["vae"])]
+    return json.dumps(facts)
+
+
+def real_latents_of(cfg: RunConfig, model: DiffusersModel) -> StoredLatents | None:
+    """The finished latents where the method reads real images. ValueError where there are none."""
+    if not cfg.needs_real:
+        return None
+    if cfg.real_data is None:
+        raise ValueError(
+            f"{cfg.needs_real} needs real images: set real_data.source (a folder of images with captions, or WebDataset "
+            "tars) and real_data.latents (a folder), then run `gdmd latents` with this recipe once; or set "
+            "gan_weight = 0 and student_input = simulation"
+        )
+    return store_of(cfg.real_data, model).open()
+
+
+def training_prompts(
+    cfg: RunConfig, real: StoredLatents | None
+) -> tuple[list[str], tuple[Mapping[str, Any], ...] | None]:
+    """Those of prompts.file and their metadata, each with an image where there are real images; else their captions."""
+    if cfg.prompts.file is not None:
+        prompts = read_prompts(cfg.prompts.file, cfg.prompts.column)
+        if real is not None:
+            real.check(prompts.texts)
+        return list(prompts.texts), prompts.meta
+    if real is None:
+        raise ValueError("prompts.file is not set: a real model needs a file of prompts, for example prompts.txt")
+    return list(real.captions), None
+
+
+def encoder_of(codec: Codec, shape: tuple[int, int, int], device: str) -> Callable[[Tensor], Tensor]:
+    """codec.encode on ``device``. ValueError where its latents have another shape than the network's."""
+
+    def encode(images: Tensor) -> Tensor:
+        latents = codec.encode(images.to(device))
+        if tuple(latents.shape[1:]) != shape:
+            raise ValueError(f"the VAE gives latents {tuple(latents.shape[1:])}, and the network reads {shape}")
+        return latents
+
+    return encode

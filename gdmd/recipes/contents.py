@@ -1,0 +1,24 @@
+"""Hashes of the weights behind images: what results that are kept belong to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gdmd.config.model import DiffusersModel
+from gdmd.config.run import ShapesModel
+from gdmd.io import content_hash, file_hash
+from gdmd.rewards.weights import weights_content
+from gdmd.runs.assets import asset_path
+
+
+def base_content(model: DiffusersModel | ShapesModel) -> str:
+    """A hash of the frozen weights below a student, or the hub's commit."""
+    if isinstance(model, ShapesModel):
+        given = {"shapes_teacher": model.teacher, "shapes_vae": model.vae}
+        return content_hash(*(file_hash(Path(path or asset_path(name))) for name, path in given.items()))
+    return weights_content(model.path, model.revision, model.variant)
+
+
+def checkpoint_content(run: Path, step: int) -> str:
+    """A hash of a checkpoint: its state.json holds those of all its files."""
+    return file_hash(run / "checkpoints" / f"step_{step:06d}" / "state.json")

@@ -1,0 +1,51 @@
+"""At which commits a run read its hub ids: said where the recipe pins none, kept in run.json, compared on resume."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from gdmd.config.model import DiffusersModel
+from gdmd.runs.run_folder import Run, read_facts, write_facts
+
+KEY = "hub_commits"
+"""Of run.json."""
+PINNED = re.compile(r"[0-9a-f]{40}")
+"""A commit; branches and tags can be moved."""
+
+
+def tell_commits(model: DiffusersModel, run: Run, console: Console, cache: Path | None = None) -> None:
+    """Note the commits in run.json; say which are not pinned. ``programs.inputs`` refuses a branch that moved."""
+    found = hub_commits(model, cache)
+    if not found:
+        return
+    facts = read_facts(run.path)
+    before: Mapping[str, str] = facts.get(KEY, {})
+    for field, (name, revision, commit) in found.items():
+        if revision is None or not PINNED.fullmatch(revision):
+            said = f"{name} is not pinned to a commit; {field}={commit} repeats this run"
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
+    known = {**before, **{name: commit for name, _, commit in found.values()}}
+    if known != before:
+        write_facts(run.path, facts | {KEY: known})
+
+
+def hub_commits(model: DiffusersModel, cache: Path | None = None) -> dict[str, tuple[str, str | None, str]]:
+    """(hub id, revision asked for, commit in the hub's cache) by the field that pins it. Nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    asked = {
+        "model.revision": (model.path, model.revision, "model_index.json"),
+        "model.scoring_decoder_revision": (model.scoring_decoder, model.scoring_decoder_revision, "config.json"),
+    }
+    found = {}
+    for field, (name, revision, file) in asked.items():
+        if name is None or Path(name).is_dir():
+            continue
+        place = try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
+        if isinstance(place, str):  # CACHE/models--ORG--NAME/snapshots/COMMIT/FILE
+            found[field] = (name, revision, Path(place).parent.name)
+    return found

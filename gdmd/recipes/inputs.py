@@ -1,0 +1,256 @@
+"""Is a run resumed with what it was started with? Its prompts, base model, rewards and latents, compared by content."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gdmd.config.model import DiffusersModel
+from gdmd.config.real_data import RealDataConfig
+from gdmd.config.rewards import CompositeReward
+from gdmd.config.run import RewardConfig, RunConfig, ShapesModel
+from gdmd.data.prompts import prompt_file, read_prompts
+from gdmd.io import RunError, typed, weights_fingerprint
+from gdmd.recipes.build_data import store_of
+from gdmd.recipes.hub_revisions import KEY as COMMITS
+from gdmd.recipes.hub_revisions import hub_commits
+from gdmd.recipes.run_folders import SOURCES, WEIGHTS
+from gdmd.rewards.callable import source_hash
+from gdmd.rewards.weights import converted_folder, published
+from gdmd.runs import checkpoint
+from gdmd.runs.assets import asset_path
+from gdmd.runs.inputs import Change, Input, changes_of, record, recorded
+from gdmd.runs.run_folder import Run, read_facts
+
+BASE = ("model.path", "model.teacher")
+"""The frozen teacher that a student is a change of."""
+_log = logging.getLogger(__name__)
+
+
+def settle_inputs(cfg: RunConfig, run: Run, console: Console, *, accept: bool = False) -> None:
+    """Record the inputs of a new run; of a resumed one, refuse those that changed (RunError) or record that with ``accept``.
+
+    A place that changed while the content stayed is noted. A run of an older version has no fingerprints: it says so once.
+    """
+    inputs, before = inputs_of(cfg), recorded(run.path)
+    steps = checkpoint.steps(run.checkpoints)
+    old = before is None and bool(steps)
+    if old:
+        before = _places(run, inputs)
+    changes = changes_of(before or {}, inputs)
+    gone = [change for change in changes if change.now.missing]
+    if gone or (changes and not accept):
+        raise RunError(_refusal(run, changes, gone))
+    if old:
+        _say(
+            console,
+            f"note: {run.path} was started by a version that recorded no fingerprints: whether its prompts, base model and "
+            "rewards have changed since cannot be checked. They are recorded from now on",
+        )
+    moved = [
+        field for field, one in inputs.items() if before and field in before and before[field]["given"] != one.given
+    ]
+    for field in moved:
+        if field not in {change.field for change in changes}:
+            _say(
+                console,
+                f"{field} moved from {before[field]['given']} to {inputs[field].given}; the content is the same",
+            )
+    for change in changes:
+        _say(console, f"warning: accepted: {change}")
+    record(run, inputs, changes, max(steps, default=0))
+
+
+def check_start(cfg: RunConfig, *, accept: bool = False) -> None:
+    """RunError where loop.start_from names a run of another base model: its adapters are changes of that one."""
+    if not cfg.loop.start_from or accept:
+        return
+    run = Path(cfg.loop.start_from)
+    theirs = recorded(run) if (run / "run.json").is_file() else None  # a copy may lack it
+    if not theirs:
+        return
+    own = {field: one for field, one in _base(cfg.model).items() if field in BASE and field in theirs}
+    for change in changes_of(theirs, own):
+        if change.known:
+            raise RunError(
+                f"loop.start_from={cfg.loop.start_from} was trained on another base model. {change}. Give the base model "
+                "of that run, or accept the difference with --accept-changes"
+            )
+
+
+def on_base(cfg: RunConfig, run: Path, base: str | None, option: str) -> RunConfig:
+    """The configuration of a run of a real model with its base model at ``base``, where it has moved (None: as recorded).
+
+    A student is a change of its base model. ValueError, with the ``option`` that names another place, for a base that is
+    not there, and for a ``base`` of another content than the run recorded; a warning where its own base has changed since,
+    and where the content cannot be compared.
+    """
+    from gdmd.models.loading import is_local
+
+    assert isinstance(cfg.model, DiffusersModel)
+    model = cfg.model if base is None else cfg.model.model_copy(update={"path": base, "revision": None})
+    try:
+        is_local(model.path)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} If the base model of {run} has moved, give its new location with {option}."
+        ) from error
+    known = recorded(run) if (run / "run.json").is_file() else None  # a copy may lack it
+    was = (known or {}).get("model.path")
+    if was is None and base is not None:
+        _log.warning(
+            "%s recorded no fingerprint of its base model: whether %s is the same cannot be checked", run, base
+        )
+    own = {"model.path": _pipeline(model)["model.path"]} if was else {}
+    for change in changes_of({"model.path": was or {}}, own):
+        if base is not None and change.known:
+            raise ValueError(
+                f"{option}: the student of {run} was trained on another base model. {change}. Give a copy of that model"
+            )
+        _log.warning("the student of %s may not fit its base model. %s", run, change)
+    return cfg.model_copy(update={"model": model})
+
+
+def inputs_of(cfg: RunConfig) -> dict[str, Input]:
+    """Every file and folder that the run of a recipe reads, by its field."""
+    found: dict[str, Input] = {}
+    if cfg.prompts.file is not None:
+        found["prompts.file"] = _prompts(cfg.prompts.file, cfg.prompts.column)
+    found |= _base(cfg.model)
+    if isinstance(cfg.model, DiffusersModel) and cfg.needs_real and cfg.real_data is not None:
+        found |= _latents(cfg.real_data, cfg.model)
+    if cfg.method.rewarded:
+        for place, reward in _rewards(cfg.rewards):
+            found |= {f"{place}.{field}": one for field, one in _reward(reward).items()}
+    return found
+
+
+def _base(model: DiffusersModel | ShapesModel) -> dict[str, Input]:
+    """The frozen networks below a student."""
+    if isinstance(model, DiffusersModel):
+        return _pipeline(model)
+    given = {name: getattr(model, name) for name in ("teacher", "vae")}
+    return {
+        f"model.{name}": _local(path or "shipped", Path(path or asset_path(f"shapes_{name}")))
+        for name, path in given.items()
+    }
+
+
+def _pipeline(model: DiffusersModel) -> dict[str, Input]:
+    commits = {name: commit for name, _, commit in hub_commits(model).values()}
+    found = {"model.path": _weights(model.path, commits.get(model.path), model.variant)}
+    if decoder := model.scoring_decoder:
+        found["model.scoring_decoder"] = _weights(decoder, commits.get(decoder))
+    return found
+
+
+def _prompts(given: str, column: str | None) -> Input:
+    """The prompts and their rows: the same ones in another format are the same input."""
+    if not prompt_file(given).exists():
+        return Input(given, None, missing=True)
+    return Input(given, f"sha256:{read_prompts(given, column).fingerprint()}")
+
+
+def _latents(real: RealDataConfig, model: DiffusersModel) -> dict[str, Input]:
+    """Stored latents by their images and captions. Nothing where they are to be computed first: opening them says so."""
+    if not Path(real.latents).exists():
+        return {"real_data.latents": Input(real.latents, None, missing=True)}
+    fingerprint = store_of(real, model).fingerprint()
+    return {"real_data.latents": Input(real.latents, f"sha256:{fingerprint}")} if fingerprint else {}
+
+
+def _rewards(rewards: tuple[RewardConfig, ...]) -> Iterator[tuple[str, Any]]:
+    """Each single reward with its place in the configuration."""
+    for number, reward in enumerate(rewards):
+        if isinstance(reward, CompositeReward):
+            yield from ((f"rewards.{number}.parts.{k}.reward", part.reward) for k, part in enumerate(reward.parts))
+        else:
+            yield f"rewards.{number}", reward
+
+
+def _reward(reward: Any) -> dict[str, Input]:
+    """Local weights by content, hub ids by name and revision, functions by the file that defines them."""
+    given = {field: getattr(reward, field, None) for field in WEIGHTS}
+    found = {field: _weights(value, getattr(reward, "revision", None)) for field, value in given.items() if value}
+    if not given["path"] and _converted(reward.kind):
+        found["path"] = _local("converted", converted_folder(reward.kind, None))
+    if not given["asset"] and reward.kind.startswith("shapes_") and asset_path(reward.kind).is_file():
+        found["asset"] = _local("shipped", asset_path(reward.kind))
+    for field in SOURCES:
+        if target := getattr(reward, field, None):
+            found[field] = _source(target)
+    return found
+
+
+def _converted(kind: str) -> bool:
+    try:
+        return published(kind).converted
+    except ValueError:  # a function, a server, Shapes
+        return False
+
+
+def _source(target: str) -> Input:
+    """A function, by its code and the modules of its folder that it imports."""
+    try:
+        return Input(target, f"sha256:{source_hash(target)}")
+    except ValueError:  # loading the reward says what is wrong
+        return Input(target, None)
+
+
+def _weights(given: str, commit: str | None, variant: str | None = None) -> Input:
+    """Of a folder or file its content; of a hub id its commit, where that is known."""
+    path = Path(given).expanduser()
+    if path.exists():
+        cached = re.search(r"/models--[^/]+/snapshots/([0-9a-f]{40})/?$", os.path.abspath(path))
+        return replace(_local(given, path, variant), commit=cached[1] if cached else None)
+    return Input(given, f"commit:{commit}" if commit else None)
+
+
+def _local(given: str, path: Path, variant: str | None = None) -> Input:
+    if not path.exists():
+        return Input(given, None, missing=True)
+    return Input(given, f"sha256:{weights_fingerprint(path, variant)}")
+
+
+def _places(run: Run, inputs: Mapping[str, Input]) -> dict[str, dict[str, Any]]:
+    """The inputs in the configuration of a run whose version recorded no content, but the commits of hub ids."""
+    leaves = {field: _at(run.config, field) for field in inputs}
+    facts = read_facts(run.path)
+    since, commits = facts.get("started", "its start"), facts.get(COMMITS, {})
+    return {
+        field: {"given": given, "fingerprint": f"commit:{commits[given]}" if given in commits else None, "since": since}
+        for field, given in leaves.items()
+        if isinstance(given, str)
+    }
+
+
+def _at(config: Any, field: str) -> Any:
+    for key in field.split("."):
+        config = config[int(key)] if isinstance(config, list) else (config or {}).get(key)
+    return config
+
+
+def _refusal(run: Run, changes: list[Change], gone: list[Change]) -> str:
+    sure = any(change.known or change.now.missing for change in changes)
+    reason = "its inputs changed" if sure else "whether its inputs are the same cannot be checked"
+    lines = [f"{run.path} cannot be resumed as the same run: {reason}.", *map(str, changes)]
+    if not sure:
+        return "\n".join(
+            [*lines, "Give the former path or, if you know that the content is the same, add --accept-changes."]
+        )
+    places = " ".join(f"{one.field}=PATH" for one in changes)
+    command = f"gdmd train --resume {typed(run.path)} {places}"
+    advice = f"Restore what changed, or give the new path of the same content: {command}."
+    accept = " To continue with the new content, add --accept-changes; run.json, the report and the model card show it."
+    return "\n".join([*lines, advice + ("" if gone else accept)])
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

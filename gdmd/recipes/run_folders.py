@@ -1,0 +1,152 @@
+"""Where a run goes and what is in a run folder; without torch, so that a refused folder is reported at once."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gdmd.config.load import load_config
+from gdmd.config.model import DiffusersModel
+from gdmd.config.run import RunConfig
+from gdmd.io import RunError, near_name, typed, write_atomic, writing
+from gdmd.recipes.read import read_recipe
+from gdmd.runs.run_folder import Run, check_same_config, open_run
+
+MAY_CHANGE = (
+    *("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every", "loop.grid_every"),
+    *("loop.sharding", "loop.rank_timeout", "loop.checkpoint_async", "loop.checkpoint_format"),
+    *("loop.best_metric", "loop.best_direction", "loop.on_nonfinite", "loop.skip_limit"),
+)
+"""What a resumed run may change: how long it trains, what it writes and on what it runs, and what it does about numbers
+that are not finite, which stopped it; never what it computes from finite ones."""
+MOVABLE = (
+    *("model.path", "model.teacher", "model.vae", "model.scoring_decoder", "prompts.file"),
+    *("real_data.latents", "real_data.source"),
+)
+"""Places that may change where the content is the same: ``programs.inputs`` checks it (of real images by their latents)."""
+WEIGHTS = ("path", "clip", "tokenizer", "detector", "asset")
+"""Places of a reward's weights: likewise."""
+SOURCES = ("target", "reader")
+"""Functions of a reward, as module or file and name: likewise, by their code."""
+SERVER = ("url", "token_variable", "timeout_s", "retries", "batch", "on_failure", "max_unscored")
+"""Fields of a remote reward that may change, too: where its server is, and how long it is waited for."""
+TEACHERS = ("teacher", "teacher-4", "teacher-4-plain")
+"""What can be evaluated and sampled besides a run folder."""
+
+
+def new_folder(cfg: RunConfig, root: Path = Path("runs")) -> Path:
+    """runs/RECIPE-seedN, or with the time of day in its name where that one is taken."""
+    first = root / f"{cfg.name}-seed{cfg.loop.seed}"
+    return first if not first.exists() else root / f"{first.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def demo_folder(cfg: RunConfig, root: Path = Path("runs")) -> Path:
+    """runs/demo while that one is new or unfinished; a finished demo, or one of other settings, is left alone."""
+    first = root / "demo"
+    settings = first / "gdmd" / "config.yaml"
+    other = settings.exists() and open_run(settings.parent).config != cfg.model_dump(mode="json")
+    if other or (first / "report.html").exists():
+        return root / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    return first
+
+
+def config_of(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run folder. RunError for another folder, ConfigError for a damaged config.yaml."""
+    open_run(folder)
+    return load_config(RunConfig, Path(folder) / "config.yaml", overrides)
+
+
+def check_resumable(folder: Path, recipe: str | None, overrides: Sequence[str]) -> RunConfig:
+    """The configuration with which a run would be continued; a RunError names the keys that may not differ.
+
+    A field that the run's version of gdmd did not have counts as its default.
+    """
+    before = config_of(folder)
+    cfg = read_recipe(recipe, overrides) if recipe else config_of(folder, overrides)
+    old, new = (_without_places(one.model_dump(mode="json")) for one in (before, cfg))
+    advice = (
+        "A resumed run keeps its configuration: leave these keys out. To change them, start another run that begins with "
+        f"this one's student: gdmd train RECIPE KEY=VALUE {typed(f'loop.start_from={folder}')}"
+    )
+    check_same_config(Run(Path(folder), old), new, (*MAY_CHANGE, *MOVABLE), advice)
+    return cfg
+
+
+def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as plain data whose rewards (also those of a composite) do not say where they are."""
+    return {**config, "rewards": [_without_place(one) for one in config["rewards"]]}
+
+
+def _without_place(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_without_place(one) for one in part]
+    if not isinstance(part, dict):
+        return part
+    hidden = SERVER if part.get("kind") == "remote" else (*WEIGHTS, *SOURCES)
+    return {key: _without_place(value) for key, value in part.items() if key not in hidden}
+
+
+def resumed(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[RunConfig, Run]:
+    """The run to continue and its configuration, which is written down where it has changed."""
+    cfg, run = check_resumable(folder, recipe, overrides), open_run(folder)
+    config = cfg.model_dump(mode="json")
+    if config != run.config:
+        text = yaml.safe_dump(config, sort_keys=False)
+        write_atomic(run.path / "config.yaml", text, "the configuration")
+    return cfg, Run(run.path, config)
+
+
+def check_target(what: str, which: str = "last") -> None:
+    """What ``gdmd eval`` can measure: a row of the teacher, or a run of the Shapes world, which alone has checkpoints.
+
+    RunError for another folder, ValueError for a run of a real model.
+    """
+    if what not in TEACHERS and not os.path.exists(what):
+        raise RunError(f"{what} is not a run folder: it does not exist.{near_name(what, TEACHERS)}")
+    if what not in TEACHERS:
+        require_shapes(config_of(Path(what)), what)
+    elif which != "last":
+        raise RunError(f"--checkpoint {which}: {what} has no checkpoints; leave it out, or name a run folder.")
+
+
+def require_shapes(cfg: RunConfig, run: str) -> None:
+    """ValueError for the run of a real model, whose images ShapesEval cannot judge."""
+    if isinstance(cfg.model, DiffusersModel):
+        raise ValueError(
+            f"{run} is a run of a real model ({cfg.model.path}), and gdmd eval RUN measures ShapesEval: its detector finds "
+            "the colored shapes of the Shapes world only, so every number would be meaningless. Score the run with: "
+            f"gdmd eval preference {typed(run)} --prompts FILE --scorer clip"
+        )
+
+
+def require_one_world(kinds: Mapping[str, str]) -> None:
+    """ValueError where sources (place -> ``kind_of``) of the Shapes world and of real models would be compared.
+
+    Folders of images go with both.
+    """
+    real = {"export": True, "pipeline": True, "teacher": False}
+    runs = {where: config_of(Path(where)).model.kind != "shapes" for where, kind in kinds.items() if kind == "run"}
+    worlds = runs | {where: real[kind] for where, kind in kinds.items() if kind in real}
+    if len(set(worlds.values())) > 1:
+        shapes, others = ([where for where in worlds if worlds[where] is one] for one in (False, True))
+        raise ValueError(
+            f"{', '.join(shapes)} generate 32 x 32 images of Shapes captions, {', '.join(others)} images of any prompt: "
+            "no prompts or scorers suit both; compare them in separate calls"
+        )
+
+
+def check_png(path: Path) -> None:
+    """ValueError for a file name that does not end in .png, RunError for a place that cannot be written."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out {path}: images are written as PNG; give a name that ends in .png")
+    with writing("the images", path, option="--out"):
+        if path.is_dir():
+            raise RunError(f"--out {path} is a folder; give the name of a file in it, such as {path / 'samples.png'}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+            raise PermissionError(13, "Permission denied")

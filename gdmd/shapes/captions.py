@@ -1,0 +1,11 @@
+"""The training captions of the Shapes world."""
+
+from __future__ import annotations
+
+from gdmd.shapes.grammar import TASKS, catalogue
+
+
+def training_captions() -> list[list[str]]:
+    """The training captions of the Shapes language, a list per task."""
+    table = catalogue()
+    return [[table.captions[row].text for row in table.rows("train", task).tolist()] for task in range(len(TASKS))]

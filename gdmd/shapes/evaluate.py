@@ -1,0 +1,156 @@
+"""The evaluation of a sampler on the Shapes world: ShapesEval, reward models, fidelity, coverage, diversity, speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gdmd.config.run import EvalConfig
+from gdmd.data.prompts import batch_of
+from gdmd.diffusion.generate import Lab, Sampler, generate
+from gdmd.io import finite_or_none
+from gdmd.reporting.distances import frechet_distance, pairwise_distance
+from gdmd.shapes.check import shapeseval, summarize
+from gdmd.shapes.detect import detect
+from gdmd.shapes.grammar import Split, catalogue, fixed_rows
+from gdmd.shapes.measures import coverage, fidelity
+from gdmd.shapes.render import draw_scenes, render
+from gdmd.types import Reward, TextEncoder
+
+HELDOUT = "shapes_clip_heldout"
+"""The scorer whose image features measure diversity and the Fréchet distance; never used for training."""
+SCORED = 256
+"""Images per call of a scorer."""
+REPLICATES, LEVEL = 2000, 0.95
+
+
+class FeatureReward(Reward, Protocol):
+    """A reward whose image tower can be used on its own."""
+
+    def image_features(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one sampler reached on the fixed evaluation set; ``json`` is its public form.
+
+    interval: 95 % prompt-cluster bootstrap of the overall ShapesEval. frechet: against real renders of the same captions.
+    """
+
+    name: str
+    shapeseval: Mapping[str, float]  # overall and the six tasks
+    rewards: Mapping[str, float]  # mean score by name; NaN when nothing was scored
+    fidelity: float
+    coverage: float
+    diversity: float
+    frechet: float
+    nfe: int
+    images_per_s: float
+    images_per_s_decoded: float
+    interval: tuple[float, float]
+    texts: tuple[str, ...] = field(repr=False)
+    images: Tensor = field(repr=False)  # [N, 3, S, S]; image i shows texts[i]
+    correct: Tensor = field(repr=False)  # [N] bool
+
+    def json(self) -> dict[str, Any]:
+        """Plain data; a number that does not exist (no image to measure it on) is null."""
+        names = ("shapeseval", "rewards", "fidelity", "coverage", "diversity", "frechet")
+        costs = ("nfe", "images_per_s", "images_per_s_decoded", "interval")
+        measured: dict[str, Any] = finite_or_none({name: getattr(self, name) for name in (*names, *costs)})
+        return measured | {"images": len(self.images)}
+
+
+def evaluate(
+    sampler: Sampler, lab: Lab, cfg: EvalConfig, scorers: Sequence[Reward], split: Split = "eval"
+) -> Evaluation:
+    """Make ``cfg.images`` images of each caption of the fixed set and measure them all.
+
+    scorers: must hold the held-out dual encoder, whose features are used; all of them are reported.
+    """
+    features = _features(scorers)
+    rows = fixed_rows(split, cfg.per_task).repeat_interleave(cfg.images)
+    texts = tuple(catalogue().captions[row].text for row in rows.tolist())
+    made = generate(sampler, lab, texts, cfg.seed)
+    images = made.images
+    _check_finite(images, sampler.name)
+    detections = detect(images)
+    correct = shapeseval(detections, rows)
+    task = catalogue().task[rows].to(correct.device)
+    reals = render(draw_scenes(rows, torch.Generator().manual_seed(cfg.seed))).to(images.device)
+    seen = _in_batches(features, images)
+    return Evaluation(
+        name=sampler.name,
+        shapeseval=summarize(correct, task),
+        rewards={scorer.name: mean_score(scorer, images, texts, lab.encoder) for scorer in scorers},
+        fidelity=float(fidelity(images, detections).mean()),
+        coverage=coverage(detections, rows, correct),
+        diversity=pairwise_distance(seen, rows) if len(rows.unique()) < len(rows) else math.nan,
+        frechet=frechet_distance(seen, _in_batches(features, reals)),
+        interval=bootstrap_interval(correct, task, texts, cfg.seed),
+        texts=texts,
+        images=images,
+        correct=correct,
+        nfe=sampler.nfe,
+        images_per_s=made.images_per_s,
+        images_per_s_decoded=made.images_per_s_decoded,
+    )
+
+
+@torch.no_grad()
+def mean_score(scorer: Reward, images: Tensor, texts: Sequence[str], encoder: TextEncoder) -> float:
+    """Mean over the scored images, in batches; NaN ("not scored") is left out."""
+    parts = []
+    for start in range(0, len(images), SCORED):
+        prompts = batch_of(tuple(texts[start : start + SCORED]), encoder)
+        parts.append(scorer.score(images[start : start + SCORED], prompts).float())
+    return float(torch.cat(parts).nanmean())
+
+
+def bootstrap_interval(
+    correct: Tensor, task: Tensor, texts: Sequence[str], seed: int = 0, replicates: int = REPLICATES
+) -> tuple[float, float]:
+    """95 % interval of the mean of task means when prompts are drawn anew. correct [N] bool, task [N].
+
+    Images of one caption succeed or fail together, so whole captions are resampled, within their task.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    for index in task.unique().tolist():
+        mine = torch.nonzero(task == index)[:, 0].tolist()
+        order = {text: place for place, text in enumerate(dict.fromkeys(texts[i] for i in mine))}
+        cluster = torch.tensor([order[texts[i]] for i in mine])
+        size = torch.bincount(cluster, minlength=len(order)).double()
+        hits = torch.bincount(cluster, correct.cpu()[mine].double(), minlength=len(order))
+        drawn = torch.randint(len(order), (replicates, len(order)), generator=generator)
+        means.append(hits[drawn].sum(1) / size[drawn].sum(1))
+    overall = torch.stack(means).mean(0)
+    edges = overall.quantile(torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.double))
+    return float(edges[0]), float(edges[1])
+
+
+def _features(scorers: Sequence[Reward]) -> Callable[[Tensor], Tensor]:
+    for scorer in scorers:
+        if scorer.name == HELDOUT:
+            held: FeatureReward = scorer  # type: ignore[assignment]
+            return held.image_features
+    names = [scorer.name for scorer in scorers]
+    raise ValueError(f"the evaluation needs the scorer {HELDOUT} for its image features, got {names}; add it")
+
+
+@torch.no_grad()
+def _in_batches(features: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return torch.cat([features(part) for part in images.split(SCORED)])
+
+
+def _check_finite(images: Tensor, name: str) -> None:
+    bad = ~torch.isfinite(images).flatten(1).all(1)
+    if bad.any():
+        raise ValueError(
+            f"{int(bad.sum())} of {len(images)} images of {name!r} are not finite; the network has diverged: "
+            "evaluate an earlier checkpoint or train with lower learning rates"
+        )

@@ -1,0 +1,151 @@
+"""What every image source shares: its description, the numbering of images and their noise, and the settings file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from gdmd.io import RunError, read_json, write_atomic, writing
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+Kind = Literal["teacher", "run", "export", "pipeline", "images"]
+
+
+EXPORT_FILE = "gdmd_export.json"
+"""In an exported folder: what is needed to make images with it."""
+
+
+SETTINGS = "settings.json"
+"""Beside drawn images: what they were made with."""
+
+
+MOST_IMAGES = 4096
+"""Per prompt; the number of an image is prompt x 4096 + image, so that more images never change the first ones."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One image: the text and number of its prompt, its own number, and which occurrence of the text this is."""
+
+    prompt: int
+    image: int
+    text: str
+    occurrence: int = 0
+
+    @property
+    def key(self) -> int:
+        """What its random draws are keyed by."""
+        return self.prompt * MOST_IMAGES + self.image
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a source.
+
+    nfe: network calls per image, where known. trained: labels of the rewards it was trained on; None = not known.
+    device: what it runs on. identity: everything its images depend on besides prompt and noise; a folder of images holds
+    those of one identity.
+    """
+
+    name: str
+    kind: Kind
+    where: str
+    shapes: bool = False
+    nfe: int | None = None
+    step: int | None = None
+    trained: tuple[str, ...] | None = None
+    batch: int = 4
+    device: str = ""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        """Its public part."""
+        given = {"name": self.name, "kind": self.kind, "where": self.where, "nfe": self.nfe, "step": self.step}
+        return given | {"trained": None if self.trained is None else list(self.trained)}
+
+
+class Source(Protocol):
+    """Something that makes images."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+    def check(self, texts: Sequence[str]) -> None:
+        """ValueError for prompts that it cannot show."""
+        ...
+
+    def make(self, places: Sequence[Place], seed: int) -> list[Image]:
+        """One image per place."""
+        ...
+
+
+def places_of(texts: Sequence[str], images: int) -> list[Place]:
+    """Every image of a list of prompts, prompt by prompt."""
+    if not 1 <= images <= MOST_IMAGES:
+        raise ValueError(f"images per prompt = {images}: 1 to {MOST_IMAGES} are possible")
+    seen: Counter[str] = Counter()
+    found = []
+    for number, text in enumerate(texts):
+        found += [Place(number, image, text, seen[text]) for image in range(images)]
+        seen[text] += 1
+    return found
+
+
+def settle(folder: Path, facts: Facts, seed: int, home: Path) -> None:
+    """Note in FOLDER/settings.json what makes the images in ``home``. RunError where they are another source's."""
+    drawn = facts.kind != "images"
+    wanted = json.loads(json.dumps({"identity": dict(facts.identity), **({"seed": seed} if drawn else {})}))
+    path = folder / SETTINGS
+    with writing("the images", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        there = read_json(path, "Give an empty folder with --out.")
+        keys = _differing(there.get("identity"), wanted["identity"])
+        keys += ["seed"] if drawn and there.get("seed") != seed else []
+        if keys:
+            verb = "differs" if len(keys) == 1 else "differ"
+            raise RunError(
+                f"{folder} holds images of another source ({', '.join(keys)} {verb}); give an empty folder with --out"
+            )
+        return
+    if drawn and next(home.glob("*/samples/*.png"), None):
+        raise RunError(f"{home} holds images of an unknown source ({path} is missing); give an empty folder with --out")
+    write_atomic(path, json.dumps(wanted, indent=2) + "\n", "the settings", option="--out")
+
+
+def _differing(there: Any, wanted: Mapping[str, Any]) -> list[str]:
+    """Keys whose values differ; a missing key is as good as one without a value."""
+    known = there if isinstance(there, dict) else {}
+    both = [(key, known.get(key), wanted.get(key)) for key in dict.fromkeys((*wanted, *known))]
+    return [key for key, before, now in both if before != now and not (before in (None, []) and now in (None, []))]
+
+
+def device_name(device: torch.device) -> str:
+    """For times: those of two devices are not mixed."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def to_images(pixels: Tensor, name: str) -> list[Image]:
+    """[B, 3, H, W] in [0, 1] -> 8-bit images. ValueError for pixels that are not finite: they would become black."""
+    import torch
+
+    from gdmd.rewards.preprocessing import to_pil
+
+    bad = torch.nonzero(~torch.isfinite(pixels).flatten(1).all(1))[:, 0].tolist()
+    if bad:
+        raise ValueError(
+            f"images {bad} of a batch of {name!r} are not finite; the network has diverged, or its weights do not fit "
+            "their dtype: use an earlier checkpoint, or dtype=fp32"
+        )
+    return to_pil(pixels)

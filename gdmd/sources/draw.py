@@ -1,0 +1,44 @@
+"""What ``gdmd sample`` does: captions -> one row of images each, in a PNG."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gdmd.config.image_source import SourceConfig
+from gdmd.reporting.grids import write_grid
+from gdmd.rewards.preprocessing import from_pil
+from gdmd.sources.base import Source, places_of
+from gdmd.sources.open import open_source
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+SMALL, ENLARGED = 64, 4
+"""Factor by which images of at most SMALL pixels a side are enlarged if no scale is given."""
+
+
+def draw(cfg: SourceConfig, prompts: Sequence[str], count: int, seed: int, path: Path, scale: int | None) -> float:
+    """Write the images of a run, an export, a pipeline or the teacher, and return the seconds that sampling took.
+
+    Image k of a caption depends on (seed, place of the caption, k) only. scale: pixels of the file per pixel of an
+    image; None = ENLARGED for small images, else 1. ValueError for a word outside the language of a Shapes source.
+    """
+    source = open_source(cfg)
+    source.check(prompts)
+    began = time.perf_counter()
+    images = images_of_source(source, prompts, count, seed)
+    seconds = time.perf_counter() - began
+    small = max(max(image.size) for image in images) <= SMALL
+    cells = [[from_pil([image])[0] for image in images[k : k + count]] for k in range(0, len(images), count)]
+    write_grid(path, cells, prompts, scale=scale or (ENLARGED if small else 1), option="--out")
+    return seconds
+
+
+def images_of_source(source: Source, prompts: Sequence[str], count: int, seed: int) -> list[Image]:
+    """``count`` images of each prompt, prompt by prompt; those of a folder may differ in size."""
+    places, step = places_of(prompts, count), source.facts.batch
+    return [one for k in range(0, len(places), step) for one in source.make(places[k : k + step], seed)]

@@ -1,0 +1,200 @@
+"""Folders of images made for prompts: GenEval's official layout, or flat files beside a prompts.jsonl.
+
+GenEval: ``<folder>/00000/metadata.jsonl`` ({"tag": task, "prompt": text}) and ``<folder>/00000/samples/0000.png``.
+Flat: ``<folder>/prompts.jsonl``, one {"prompt": text, "task": name, "files": ["a.png", ...]} a line; without
+"files" (or "file"), line k owns the images called 0000k.png, 0000k_*.png or 0000k-*.png (counted from 0).
+Both are read; GenEval's is written, so that GenEval, a study and every other tool can go on with it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gdmd.data.image_files import is_image, open_image
+from gdmd.io import RunError, read_jsonl, write_atomic, writing
+from gdmd.sources.base import Facts, Place, places_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gdmd.config.image_source import SourceConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Key = tuple[str, int]
+"""A prompt's text and which occurrence of that text it is: the same for every model."""
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """A prompt and its task ("" where there is none), with the images that one model made of it, in their order."""
+
+    text: str
+    task: str
+    images: tuple[Path, ...]
+
+
+def read_images(folder: Path) -> dict[Key, ImageRow]:
+    """Prompts and images of one model, in either layout."""
+    if not folder.is_dir():
+        raise RunError(f"{folder} is not a folder; give the folder with one model's images")
+    if (folder / "prompts.jsonl").is_file():
+        rows = _flat(folder)
+    else:
+        rows = [
+            _official(place) for place in sorted(folder.iterdir(), key=_in_order) if re.fullmatch(r"\d+", place.name)
+        ]
+    if not rows:
+        raise RunError(
+            f"{folder} holds neither prompts.jsonl nor folders 00000, 00001, ... with metadata.jsonl and samples/; "
+            "bring the images into one of the two layouts"
+        )
+    seen: Counter[str] = Counter()
+    keyed = {}
+    for row in rows:
+        keyed[row.text, seen[row.text]] = row
+        seen[row.text] += 1
+    return keyed
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether a folder looks like one of the two layouts."""
+    return (folder / "prompts.jsonl").is_file() or (folder / "00000" / "metadata.jsonl").is_file()
+
+
+def image_file(folder: Path, prompt: int, image: int) -> Path:
+    """Where image (prompt, image) belongs in GenEval's layout."""
+    return folder / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
+
+
+def write_metadata(folder: Path, prompt: int, row: Mapping[str, Any]) -> None:
+    """metadata.jsonl of a prompt. RunError where the folder holds another prompt in this place."""
+    place = folder / f"{prompt:05d}"
+    path, line = place / "metadata.jsonl", json.dumps(dict(row)) + "\n"
+    with writing("the images", place):
+        (place / "samples").mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.read_text(encoding="utf-8") == line:
+            return
+        if path.exists() and path.read_text(encoding="utf-8").endswith("\n"):  # a torn line is written again
+            raise RunError(f"{place} holds another prompt; give an empty folder with --out")
+        path.write_text(line, encoding="utf-8")
+
+
+def write_image(path: Path, image: Image) -> None:
+    """PNG, whole or absent: a kill never leaves half an image under its name."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_atomic(path, content.getvalue(), "the images", option="--out")
+
+
+def read_image(path: Path) -> Image:
+    """The image as ``data.image_files.open_image`` shows it, RGB. ValueError that names a file which is not one."""
+    try:
+        return open_image(path)
+    except ValueError as error:
+        raise ValueError(f"image {path} cannot be read: {error}; replace the file") from error
+
+
+def _official(place: Path) -> ImageRow:
+    meta = place / "metadata.jsonl"
+    (line,) = _json_lines(meta, only=1)
+    return ImageRow(*_prompt(line, meta, 1), tuple(images_in((place / "samples").glob("*"))))
+
+
+def _flat(folder: Path) -> list[ImageRow]:
+    path = folder / "prompts.jsonl"
+    files = images_in(folder.glob("*"))
+    rows = []
+    for number, line in enumerate(_json_lines(path)):
+        given = line.get("files", [line["file"]] if "file" in line else None)
+        if given is not None and not isinstance(given, list):
+            raise RunError(f'{path}, line {number + 1}: "files" is no list of names; write ["a.png", ...]')
+        if given is None:
+            own = [file for file in files if re.fullmatch(rf"{number:05d}([_-].*)?", file.stem)]
+        else:
+            own = [_inside(folder, str(name), path, number + 1) for name in given]
+        rows.append(ImageRow(*_prompt(line, path, number + 1), tuple(own)))
+    return rows
+
+
+def _inside(folder: Path, name: str, path: Path, line: int) -> Path:
+    file = folder / name
+    known = os.path.isfile(file)  # False, where Path.is_file raises: a name too long, a null character
+    if not known or not file.resolve().is_relative_to(folder.resolve()):
+        raise RunError(f"{path}, line {line}: there is no file {name!r} in {folder}; mend the line or add the file")
+    return file
+
+
+def _prompt(line: Mapping[str, Any], path: Path, number: int) -> tuple[str, str]:
+    text = line.get("prompt")
+    if not isinstance(text, str) or not text.strip():
+        raise RunError(f'{path}, line {number}: no prompt; every line must hold {{"prompt": "a text"}}')
+    task = str(line.get("task", line.get("tag", "")))
+    if re.search(r"[\x00\ud800-\udfff]", text + task):
+        raise RunError(
+            f"{path}, line {number}: the prompt or task holds half a character or a null; convert it to UTF-8"
+        )
+    return text, task
+
+
+def images_in(files: Iterable[Path]) -> list[Path]:
+    """Those of the files that are images, 2.png before 10.png; hidden ones (._0000.png of a Mac) are left out."""
+    return sorted((file for file in files if is_image(file)), key=_in_order)
+
+
+def _in_order(path: Path) -> tuple[str, list[tuple[int, str]]]:
+    """A sort key: the numbers in a name count as numbers."""
+    parts = re.split(r"(\d+)", path.name)
+    return str(path.parent), [(int(part) if k % 2 else 0, part) for k, part in enumerate(parts)]
+
+
+def _json_lines(path: Path, only: int | None = None) -> list[dict[str, Any]]:
+    rows = read_jsonl(path)
+    if not rows or (only is not None and len(rows) != only):
+        raise RunError(f"{path} must hold {only or 'one or more'} JSON object(s), one a line; got {len(rows)} line(s)")
+    return rows
+
+
+class FolderSource:
+    """Images that exist already, in one of the layouts of ``evaluation.image_folders``, found by the prompt's text."""
+
+    def __init__(self, cfg: SourceConfig) -> None:
+        self.rows = read_images(Path(cfg.where))
+        identity = {"kind": "images"}  # nothing is drawn; scores go by the content of the files
+        trained = cfg.trained or None
+        self.facts = Facts(cfg.name, "images", cfg.where, trained=trained, batch=cfg.batch or 16, identity=identity)
+
+    def file(self, place: Place) -> Path:
+        """The image's file. ValueError where the prompt, or the image, is not there."""
+        row = self.rows.get((place.text, place.occurrence))
+        if row is None:
+            raise ValueError(
+                f"{self.facts.where} has no images of the prompt {place.text[:60]!r}; add them, or give the prompts that "
+                "its images were generated for"
+            )
+        if place.image >= (count := len(row.images)):
+            fewer = f", or ask for at most {count} with -n" if count else ""
+            raise ValueError(
+                f"{self.facts.where} has {count} image{'s' * (count != 1)} of {place.text[:60]!r}, but image "
+                f"{place.image + 1} is needed; add images{fewer}"
+            )
+        return row.images[place.image]
+
+    def check(self, texts: Sequence[str]) -> None:
+        for place in places_of(texts, 1):
+            self.file(place)
+
+    def make(self, places: Sequence[Place], seed: int) -> list[Image]:
+        """The images as they are; the seed of whoever made them is not known here."""
+        return [read_image(self.file(place)) for place in places]

@@ -1,0 +1,462 @@
+"""LoRAs of others on a diffusers pipeline: found, checked layer by layer, then loaded by diffusers.
+
+diffusers silently leaves out what does not fit. Here every layer of a file is looked up in the pipeline first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import warnings
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdmd.export.lora import DIFFUSERS_FILE
+from gdmd.io import content_hash
+from gdmd.models.loading import load_errors
+from gdmd.rewards.weights import weights_content
+
+ADAPTER = "source"
+"""The name under which a LoRA is loaded."""
+PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+KINDS: Mapping[str, str] = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "ia3_": "IA3",
+    "on_input": "IA3",
+    "oft_": "OFT",
+    "vera_": "VeRA",
+    "lora_mid": "LoCon with a Tucker core",
+    "lora_embedding_": "LoRA of an embedding",
+}
+"""What the keys of other kinds of adapter hold, and its name."""
+READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "bias"}
+HARMLESS = {
+    *(
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+    ),
+    *("inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "megatron_config"),
+    *("megatron_core", "peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
+}
+"""Fields of adapter_config.json that change nothing once the adapter is trained."""
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""init_lora_weights that leave the base model as it is. PiSSA, OLoRA, CorDA and LoftQ change its weights, too."""
+_WEIGHT = re.compile(
+    r"(?P<layer>.+?)[._](?:lora_(?:A|B|down|up)(?:\.[a-z]\w*)?|lora\d?\.(?:down|up)|lora_linear_layer\.(?:down|up))"
+    r"\.(?:weight|bias)|(?P<scaled>.+)\.alpha"
+)
+_DOWN = re.compile(r"(lora_A(\.\w+)?|[._]down)\.weight$")
+_OWN = re.compile(r"(unet|transformer|text_encoder(_2)?)\..+\.lora_(A\.weight|B\.weight|B\.bias)")
+"""diffusers' own keys."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The layers of a LoRA as COMPONENT.LAYER: those that the pipeline has, and the others.
+
+    lost: layers, as the file names them, that diffusers does not convert.
+    """
+
+    found: tuple[str, ...]
+    missing: tuple[str, ...]
+    lost: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """For example "unet 22 of 22, text_encoder 0 of 4"."""
+        names = [name.partition(".")[0] for name in (*self.found, *self.missing)]
+        found = [name.partition(".")[0] for name in self.found]
+        counts = [f"{one} {found.count(one)} of {names.count(one)}" for one in dict.fromkeys(names)]
+        return ", ".join([*counts, *([f"{len(self.lost)} that diffusers does not convert"] if self.lost else [])])
+
+
+def lora_content(lora: str) -> str:
+    """A hash of what ``add_lora`` reads, or the hub's commit. A PEFT file takes its alpha from the config beside it."""
+    place = Path(lora)
+    beside = place.parent / PEFT_CONFIG
+    if place.is_file() and beside.is_file():
+        return content_hash(weights_content(lora), weights_content(str(beside)))
+    return weights_content(lora)
+
+
+def add_lora(pipe: Any, lora: str, scale: float, *, partial: bool = False, quiet: bool = False) -> None:
+    """Put a LoRA on a pipeline: a .safetensors file, a folder that holds one, a PEFT folder, or a hub id of these.
+
+    ``partial`` accepts a file of which only a part of the layers is in the pipeline; else, and for another kind of
+    adapter, ValueError. Says how many layers were found unless ``quiet``.
+    """
+    file = _locate(lora)
+    weights = _read(file, lora)
+    _check_kind(weights, lora)
+    given = _prepared(weights, file, pipe, lora)
+    options: dict[str, Any] = {}
+    if given is None:  # from the file, whose header may hold alphas that diffusers reads
+        options = {"weight_name": file.name, "local_files_only": True, "use_safetensors": True}
+    with _translated(pipe, lora):
+        fit = _fit(pipe, weights if given is None else given)
+    _check_fit(fit, pipe, lora, partial)
+    with _translated(pipe, lora), warnings.catch_warnings():
+        # PEFT warns where another layer's name ends like one of the file's; _check_loaded looks at every layer
+        warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")
+        ready = str(file.parent) if given is None else _loadable(pipe, given)
+        pipe.load_lora_weights(ready, adapter_name=ADAPTER, **options)
+    _check_loaded(pipe, fit, lora)
+    if not quiet:
+        _log.warning("lora %s: layers found in the pipeline: %s", lora, fit)
+    if scale != 1.0:
+        pipe.set_adapters(ADAPTER, scale)
+
+
+@contextmanager
+def _translated(pipe: Any, lora: str) -> Iterator[None]:
+    """What diffusers raises for a file that it cannot convert or load, as one ValueError."""
+    try:
+        yield
+    except (KeyError, IndexError, AssertionError, *load_errors()) as error:
+        lacking = "it lacks " if isinstance(error, KeyError) else ""
+        what = lacking + " ".join(str(error).split())[:300] or "its layers are of another size"
+        raise ValueError(f"lora {lora!r} cannot be loaded into a {type(pipe).__name__}: {what}") from error
+
+
+def _check_fit(fit: Fit, pipe: Any, lora: str, partial: bool) -> None:
+    others, kind = (*fit.missing, *fit.lost), type(pipe).__name__
+    total = len(fit.found) + len(others)
+    if not fit.found:
+        raise ValueError(
+            f"lora {lora!r} changes no layer of a {kind}: 0 of its {total} layers are in it"
+            + (f" (it has {others[0]})" if others else "")
+            + ". Give a LoRA of this model"
+        )
+    if others and not partial:
+        raise ValueError(
+            f"lora {lora!r}: only {len(fit.found)} of its {total} layers are in a {kind} ({fit}); missing or of another "
+            f"size: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Give a LoRA of this model, or use the "
+            "part that fits with lora_partial=true"
+        )
+
+
+def _check_loaded(pipe: Any, fit: Fit, lora: str) -> None:
+    """ValueError for a layer that diffusers left out after all."""
+    for name in fit.found:
+        component, _, layer = name.partition(".")
+        if ADAPTER not in getattr(getattr(pipe, component).get_submodule(layer), "lora_A", {}):
+            raise ValueError(
+                f"lora {lora!r}: diffusers does not load its layer {name}; convert it to PEFT's keys first"
+            )
+
+
+def _fit(pipe: Any, weights: Mapping[str, Tensor]) -> Fit:
+    """Which layers of a file diffusers finds in the pipeline.
+
+    A conversion may lose some: it is tried on tensors of the same sizes that hold the number of their layer.
+    """
+    layers = {layer: number for number, layer in enumerate(sorted(_layers_of(weights)), start=1)}
+    state = _converted(pipe, {key: _numbered(key, value, layers) for key, value in weights.items()})
+    arrived = {int(value.flatten()[0]) for value in state.values() if value.numel()}
+    found: list[str] = []
+    missing = [key for key in state if key.partition(".")[0] not in pipe._lora_loadable_modules]
+    for component in pipe._lora_loadable_modules:
+        own = {k.removeprefix(f"{component}."): v for k, v in state.items() if k.startswith(f"{component}.")}
+        net = getattr(pipe, component, None)
+        for layer, pair in _pairs(own, net).items():
+            fits = net is not None and _fits(net, layer, pair)
+            (found if fits else missing).append(f"{component}.{layer}")
+    lost = [layer for layer, number in layers.items() if number not in arrived and not _repeated(layer, layers)]
+    return Fit(tuple(found), tuple(dict.fromkeys(map(_layer_of, missing))), tuple(lost))
+
+
+def _converted(pipe: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The LoRA in diffusers' keys.
+
+    Its conversions for FLUX.1 forget the component of layers outside of the blocks, which would then be left out, and
+    know Black Forest Labs' names next to kohya's down and up only.
+    """
+    given = dict(weights)
+    if type(pipe).__name__ == "FluxPipeline" and all(key.startswith("diffusion_model.") for key in given):
+        parts = {".lora_A.": ".lora_down.", ".lora_B.": ".lora_up."}
+        given = {re.sub(r"\.lora_[AB]\.", lambda found: parts[found[0]], key): value for key, value in given.items()}
+    converted = pipe.lora_state_dict(given, **_unet(pipe))
+    state = converted[0] if isinstance(converted, tuple) else converted
+    component = _denoiser(pipe)
+    names = {name for name, _ in getattr(pipe, component).named_modules()}
+    return {f"{component}.{key}" if _layer_of(key) in names else key: value for key, value in state.items()}
+
+
+def _loadable(pipe: Any, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What ``load_lora_weights`` takes: keys of UNets are converted there, with the alphas that belong to them."""
+    return _converted(pipe, given) if _denoiser(pipe) == "transformer" else dict(given)
+
+
+def _numbered(key: str, value: Tensor, layers: Mapping[str, int]) -> Tensor:
+    """A tensor of the same size that holds the number of its layer everywhere; alphas stay: they are their rank here."""
+    return value if key.endswith(".alpha") else torch.tensor(float(layers[_layer_of(key)])).expand(value.shape)
+
+
+def _repeated(layer: str, layers: Container[str]) -> bool:
+    """Whether a fused qkv, or "out", lies beside its own parts: some trainers of Z-Image write both."""
+    block, _, name = layer.rpartition(".")
+    parts = {"qkv": ("to_q", "to.q"), "out": ("to_out.0",)}.get(name, ())
+    return any(f"{block}.{part}" in layers for part in parts)
+
+
+def _pairs(own: Mapping[str, Tensor], net: Any) -> dict[str, dict[str, Tensor]]:
+    """layer -> {"A": ..., "B": ...} of one component, converted as diffusers' loaders do."""
+    from diffusers.utils import state_dict_utils as convert
+
+    state: Any = dict(own)
+    if isinstance(net, nn.Module) and hasattr(net, "load_lora_adapter"):
+        if state and "lora_A" not in next(iter(state)):
+            state = convert.convert_unet_state_dict_to_peft(state)
+    elif state:
+        state = convert.convert_state_dict_to_peft(convert.convert_state_dict_to_diffusers(state))
+        if not hasattr(net, "text_model"):
+            state = {key.removeprefix("text_model."): value for key, value in state.items()}
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        layer, marker, rest = key.partition(".lora_")
+        if not key.endswith(".alpha"):
+            pairs.setdefault(layer, {})[rest.removesuffix(".weight") if marker else key] = value
+    return pairs
+
+
+def _fits(net: nn.Module, layer: str, pair: Mapping[str, Tensor]) -> bool:
+    """Whether the network has this layer, of this size."""
+    if not {"A", "B"} <= pair.keys() <= {"A", "B", "B.bias"}:
+        return False
+    try:
+        weight = net.get_submodule(layer).weight
+    except AttributeError:
+        return False
+    return isinstance(weight, Tensor) and (pair["B"].shape[0], pair["A"].shape[1]) == tuple(weight.shape[:2])
+
+
+def _layers_of(weights: Mapping[str, Tensor]) -> set[str]:
+    """The layers of a file by its own names; those with an alpha and nothing else do not count."""
+    return {_layer_of(key) for key in weights if not key.endswith(".alpha")}
+
+
+def _layer_of(key: str) -> str:
+    """The layer whose weights or alpha a key holds; any other text as it is."""
+    found = _WEIGHT.fullmatch(key)
+    return (found["layer"] or found["scaled"]) if found else key
+
+
+def _check_kind(weights: Mapping[str, Tensor], lora: str) -> None:
+    """ValueError for keys of another kind of adapter: diffusers would leave them out, or read them as a LoRA's."""
+    kinds = {name: key for key in weights for part, name in KINDS.items() if part in key}
+    if kinds:
+        name, key = next(iter(kinds.items()))
+        raise ValueError(f"lora {lora!r} holds {name} ({key}), which is not supported; give a plain LoRA")
+    others = [key for key in weights if not _WEIGHT.fullmatch(key)]
+    if others:
+        raise ValueError(
+            f"lora {lora!r}: {len(others)} of its {len(weights)} keys are not those of a LoRA, among them {others[0]}; "
+            "give a plain LoRA"
+        )
+
+
+# ---------------------------------------------------------------- where it is
+
+
+def _locate(lora: str) -> Path:
+    place = Path(lora)
+    if place.is_file():
+        return _safetensors(place, lora)
+    if place.is_dir():
+        return place / _one_file(place, sorted(file.name for file in place.iterdir() if file.is_file()))
+    org, slash, rest = lora.partition("/")
+    if slash and not lora.startswith((".", "/", "~")) and not Path(org).exists() and re.fullmatch(r"[\w./-]+", lora):
+        name, _, file = rest.partition("/")
+        return _download(f"{org}/{name}", file, lora)
+    raise ValueError(
+        f"lora {lora!r}: no such file or folder, and not a hub id; give ORG/NAME, or ORG/NAME/FILE.safetensors"
+    )
+
+
+def _safetensors(file: Path, lora: str) -> Path:
+    if file.suffix != ".safetensors":
+        raise ValueError(f"lora {lora!r}: only .safetensors files are read; convert it first")
+    return file
+
+
+def _one_file(folder: Path | str, names: Sequence[str]) -> str:
+    """The LoRA among the files of a folder: PEFT's, diffusers', or the only one."""
+    found = [name for name in names if name.endswith(".safetensors")]
+    for wanted in ([PEFT_FILE] if PEFT_CONFIG in names else []) + [DIFFUSERS_FILE]:
+        if wanted in found:
+            return wanted
+    if len(found) == 1:
+        return found[0]
+    below = Path(folder) / "lora" / PEFT_CONFIG
+    advice = f"did you mean {below.parent}?" if below.is_file() else "name one of them"
+    raise ValueError(f"lora {folder}: it holds {len(found)} .safetensors files; {advice}")
+
+
+def _download(repository: str, file: str, lora: str) -> Path:
+    """A file of a hub repository, from the cache where it is, with PEFT's settings where they lie next to it."""
+    import httpx
+    from huggingface_hub import hf_hub_download, list_repo_files
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    def optional(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except EntryNotFoundError:
+            return None
+
+    try:
+        settings = optional(str(Path(file).with_name(PEFT_CONFIG) if file else PEFT_CONFIG))
+        if file:
+            return Path(hf_hub_download(repository, str(_safetensors(Path(file), lora))))
+        found = (optional(PEFT_FILE) if settings else None) or optional(DIFFUSERS_FILE)
+        return found or Path(hf_hub_download(repository, _one_file(repository, list_repo_files(repository))))
+    except (HfHubHTTPError, EntryNotFoundError, OSError, httpx.HTTPError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"lora {lora!r}: no such file or folder here, and the hub cannot be read: {first}") from error
+
+
+# ---------------------------------------------------------------- what is in it
+
+
+def _read(file: Path, lora: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"lora {lora!r} cannot be read: {error}. Copy it again") from error
+
+
+def _peft_config(file: Path) -> dict[str, Any]:
+    """adapter_config.json. ValueError for an adapter that is not a plain LoRA, or a field whose effect is not known."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = config.get("peft_type", "LORA")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); copy the adapter again") from error
+    if kind != "LORA":
+        raise ValueError(f"{file}: peft_type is {kind}, which is not supported; give a plain LoRA")
+    if config.get("use_dora"):
+        raise ValueError(f"{file}: use_dora is on, and DoRA is not supported; give a plain LoRA")
+    wrong = [key for key, value in config.items() if key not in READ | HARMLESS and value]
+    wrong += ["bias"] if config.get("bias", "none") != "none" else []
+    wrong += ["init_lora_weights"] if config.get("init_lora_weights") not in PLAIN_STARTS else []
+    if wrong:
+        said = ", ".join(f"{key} = {config[key]!r}" for key in wrong)
+        raise ValueError(f"{file}: {said}, which is not supported; give a plain LoRA")
+    return dict(config)
+
+
+def _prepared(weights: Mapping[str, Tensor], file: Path, pipe: Any, lora: str) -> dict[str, Tensor] | None:
+    """The LoRA with the scale of every layer multiplied into its B; None for a file that diffusers reads as it is.
+
+    Layers that have the names of the denoiser get diffusers' keys here, whatever the keys around the names; all others
+    are left to diffusers' conversions.
+    """
+    settings, names = file.with_name(PEFT_CONFIG), _own_names(weights, pipe)
+    scales = _scales(weights, lora)
+    if all(key.startswith(PEFT_PREFIX) for key in weights) and (names or settings.is_file()):
+        if not settings.is_file():
+            raise ValueError(
+                f"lora {lora!r}: its keys are PEFT's, but {settings} is missing, which holds alpha; add it"
+            )
+        names = names or {layer: layer.removeprefix(PEFT_PREFIX) for layer in _layers_of(weights)}
+        config, ranks = _peft_config(settings), _ranks(weights)
+        scales = {layer: _scale(config, names[layer], rank) for layer, rank in ranks.items()}
+    elif all(_OWN.fullmatch(key) for key in weights):
+        return None
+    elif names is None:
+        return _folded(weights, scales, kept=_denoiser(pipe) == "transformer")
+    return _renamed(weights, names, scales, _denoiser(pipe), lora)
+
+
+def _denoiser(pipe: Any) -> str:
+    return "unet" if "unet" in pipe._lora_loadable_modules else "transformer"
+
+
+def _own_names(weights: Mapping[str, Tensor], pipe: Any) -> dict[str, str] | None:
+    """layer of the file -> layer of the denoiser, where it has them all; None for other names, and for text encoders."""
+    component, layers = _denoiser(pipe), _layers_of(weights)
+    names = [name for name, _ in getattr(pipe, component).named_modules() if name]
+    for before in (f"{component}.", PEFT_PREFIX, "diffusion_model.", ""):
+        known = {f"{before}{name}": name for name in names}
+        if layers <= known.keys():
+            return {layer: known[layer] for layer in layers}
+    known = {f"lora_unet_{name.replace('.', '_')}": name for name in names}
+    return {layer: known[layer] for layer in layers} if layers <= known.keys() else None
+
+
+def _renamed(
+    weights: Mapping[str, Tensor], names: Mapping[str, str], scales: Mapping[str, float], component: str, lora: str
+) -> dict[str, Tensor]:
+    ready: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        if key.endswith(".alpha"):
+            continue
+        layer, down = _layer_of(key), bool(_DOWN.search(key))
+        new = f"{component}.{names[layer]}.lora_{'A' if down else 'B'}.{key.rpartition('.')[2]}"
+        if new in ready:
+            raise ValueError(f"lora {lora!r} holds several adapters ({key} is one more of its layer); keep one of them")
+        ready[new] = value if down else value.float() * scales.get(layer, 1.0)
+    return ready
+
+
+def _ranks(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    return {_layer_of(key): value.shape[0] for key, value in weights.items() if _DOWN.search(key)}
+
+
+def _scales(weights: Mapping[str, Tensor], lora: str) -> dict[str, float]:
+    """alpha / rank of the layers that have an alpha in the file."""
+    ranks = _ranks(weights)
+    alphas = {_layer_of(key): value for key, value in weights.items() if key.endswith(".alpha")}
+    wrong = [layer for layer, value in alphas.items() if value.numel() != 1]
+    if wrong:
+        raise ValueError(f"lora {lora!r}: {wrong[0]}.alpha is not one number; copy or convert the LoRA again")
+    return {layer: float(value) / ranks[layer] for layer, value in alphas.items() if ranks.get(layer)}
+
+
+def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with rsLoRA; ``rank`` is that of the weights.
+
+    A pattern names a layer, its end or a regular expression of it, and the first one that matches holds, as in PEFT.
+    """
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    own = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
+    alpha = float(next(own, config.get("lora_alpha", 8)))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _folded(weights: Mapping[str, Tensor], scales: Mapping[str, float], *, kept: bool) -> dict[str, Tensor]:
+    """The same keys with alpha / rank multiplied into B: diffusers applies one alpha of many to all layers of a UNet.
+
+    ``kept``: alpha is set to the rank instead of left out, which the conversions for transformers need.
+    """
+    ranks, ready = _ranks(weights), {}
+    for key, value in weights.items():
+        layer = _layer_of(key)
+        if key.endswith(".alpha"):
+            ready |= {key: torch.tensor(float(ranks[layer]))} if kept and ranks.get(layer) else {}
+        else:
+            ready[key] = value if _DOWN.search(key) else value.float() * scales.get(layer, 1.0)
+    return ready
+
+
+def _unet(pipe: Any) -> dict[str, Any]:
+    """What SDXL's conversion of other programs' block numbers needs."""
+    return {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") and hasattr(pipe, "text_encoder_2") else {}

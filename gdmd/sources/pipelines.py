@@ -1,0 +1,352 @@
+"""Diffusers pipelines and exported students as sources of images, their noise keyed by image.
+
+LCM, SDXL-Lightning, Hyper-SD, Turbo, TDM and other published checkpoints enter a comparison this way: pipeline, LoRA,
+scheduler, steps and guidance are all that they need.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from gdmd.config.image_source import SourceConfig
+from gdmd.diffusion.prompt_length import long_prompts
+from gdmd.diffusion.rng import SampleRng
+from gdmd.export.lora import DIFFUSERS_FILE
+from gdmd.hub import unreachable
+from gdmd.io import RunError
+from gdmd.models.distilled import why_distilled
+from gdmd.models.loading import (
+    FAMILIES,
+    check_libraries,
+    check_t5,
+    checker_off,
+    explain,
+    family_of_pipeline,
+    from_an_image,
+    is_local,
+    load_errors,
+    read_index,
+    require_diffusers,
+)
+from gdmd.models.packing import in_patches, pack
+from gdmd.models.pipeline_files import EXTRAS, INDEX, absent, check_files, check_folders, check_needed
+from gdmd.models.tokens import fit_limits, readers_of
+from gdmd.rewards.weights import weights_content
+from gdmd.sources.base import EXPORT_FILE, Facts, Place, device_name, to_images
+from gdmd.sources.loras import add_lora, lora_content
+from gdmd.sources.schedulers import check_scheduler, set_scheduler, step_arguments
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+BINNING = "use_resolution_binning"
+"""Argument of pipelines that replace the size asked for by one of a table, and scale the image back."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_UNKEYED = (
+    *(torch.normal, torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.bernoulli),
+    *(torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.random_, torch.Tensor.bernoulli_),
+)
+"""Draws that ``KeyedNoise`` cannot give to the images."""
+
+
+_OTHER = "use another scheduler, or generate its images by other means and evaluate the folder"
+
+
+class KeyedNoise(TorchFunctionMode):
+    """While it is entered, ``torch.randn`` and ``randn_like`` of a pipeline's batch give the noises of its images.
+
+    Draw n of image k is that of ``SampleRng`` for (seed, key of k): n = 0 the initial latents, n >= 1 the re-noising, as
+    in gdmd's own sampler. Pipelines draw for the batch (generator None) or image by image (each its own generator).
+    ``patched``: what they draw first stands in patches of 2 x 2.
+    """
+
+    def __init__(self, rng: SampleRng, generators: Sequence[torch.Generator], *, patched: bool = False) -> None:
+        super().__init__()
+        self.patched = patched
+        self.rng, self._place = rng, {id(one): k for k, one in enumerate(generators)}
+        self._draws = [0] * len(generators)
+        self._first: tuple[int, ...] | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func in _UNKEYED:
+            raise ValueError(f"a pipeline drew from torch.{func.__name__}, which cannot be keyed by image; {_OTHER}")
+        if func is torch.randn_like:
+            like = args[0] if args else given["input"]
+            given = {"device": like.device, "dtype": like.dtype, **given}
+            args = tuple(like.shape)
+        elif func is not torch.randn:
+            return func(*args, **given)
+        generator = given.get("generator")
+        size = args or (given["size"],)
+        shape = tuple(size[0] if isinstance(size[0], (tuple, list, torch.Size)) else size)
+        count = len(self._draws)
+        alone = generator is not None and count > 1
+        rows = [self._place.get(id(generator), -1)] if alone else list(range(count))
+        if len(shape) < 2 or shape[0] != len(rows) or -1 in rows:
+            raise ValueError(
+                f"a pipeline drew noise of shape {list(shape)} for {count} images, which cannot be keyed by image; {_OTHER}"
+            )
+        noise = torch.cat([self._noise(k, shape[1:]) for k in rows])
+        return noise.to(device=given.get("device"), dtype=given.get("dtype"))
+
+    def _noise(self, k: int, shape: tuple[int, ...]) -> Tensor:
+        """Draw n of image k, [1, *shape]. A packed shape holds the noise of the first draw's latents, packed."""
+        n, self._draws[k] = self._draws[k], self._draws[k] + 1
+        own = SampleRng(self.rng.seed, self.rng.step, self.rng.index[k : k + 1])
+        purpose = "eval_rollout" if n else "eval_noise"
+        self._first = self._first or shape
+        if self.patched:
+            c, h, w = self._first
+            noise = own.normal(purpose, (c // 4, 2 * h, 2 * w), n)
+            return pack(noise) if len(shape) == 2 else in_patches(noise)
+        packed = len(shape) == 2 and len(self._first) > 2
+        noise = own.normal(purpose, self._first if packed else shape, n)
+        return pack(noise.reshape(1, *self._first[-3:])) if packed else noise
+
+
+@dataclass(frozen=True)
+class PipelineSource:
+    """A diffusers pipeline and the arguments of its call."""
+
+    facts: Facts
+    pipe: Any
+    arguments: Mapping[str, Any]
+
+    def check(self, texts: Sequence[str]) -> None:
+        """Any text is a prompt; a warning counts those that its encoders cannot read to the end."""
+        readers = readers_of(self.pipe, int(self.arguments.get("max_sequence_length") or 0))
+        if message := long_prompts(readers, texts, "shorten them"):
+            log.warning("%s", message)
+
+    @torch.no_grad()
+    def make(self, places: Sequence[Place], seed: int) -> list[Image]:
+        rng = SampleRng(seed, 0, torch.tensor([place.key for place in places]))
+        words = [hashlib.sha256(f"image {seed} {place.key}".encode()).digest() for place in places]
+        generators = [torch.Generator().manual_seed(int.from_bytes(word[:6], "big")) for word in words]
+        texts, patched = [place.text for place in places], type(self.pipe).__name__.startswith("Flux2")
+        with KeyedNoise(rng, generators, patched=patched):
+            made = self.pipe(prompt=texts, generator=generators, output_type="pt", **self.arguments)
+        return to_images(made.images.float(), self.facts.name)
+
+
+def open_pipeline(cfg: SourceConfig) -> PipelineSource:
+    """The pipeline with its LoRA and scheduler, on its device."""
+    pipe = _load(cfg, cfg.where)
+    if cfg.lora:
+        add_lora(pipe, cfg.lora, cfg.lora_scale, partial=cfg.lora_partial)
+    if cfg.scheduler or cfg.spacing or cfg.shift is not None:
+        set_scheduler(pipe, cfg)
+    check_scheduler(pipe, cfg)
+    _check_size(pipe, cfg)
+    guidance = _guidance(pipe, cfg)
+    asked = {"num_inference_steps": cfg.steps, "height": cfg.height, "width": cfg.width} | guidance
+    arguments = {key: value for key, value in asked.items() if value is not None} | step_arguments(pipe, cfg)
+    arguments |= {key: False for key in _unprocessed(pipe) if key == BINNING}
+    beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "lora_partial", "base"}
+    beside |= {"shift", "timesteps", "eta", "guidance_rescale"} - cfg.model_fields_set  # as before there were these
+    settings = cfg.model_dump(mode="json", exclude=beside)
+    settings["guidance"] = guidance.get("true_cfg_scale", cfg.guidance)  # images of a default are those of its number
+    weights = {
+        "weights": weights_content(cfg.where, cfg.revision, cfg.variant),
+        "lora": cfg.lora and lora_content(cfg.lora),
+    }
+    facts = Facts(
+        name=cfg.name,
+        kind="pipeline",
+        where=cfg.where,
+        trained=cfg.trained or None,
+        batch=cfg.batch or 4,
+        device=device_name(pipe.device),
+        identity={"kind": "pipeline", **settings, **weights, **_unprocessed(pipe)},
+    )
+    return PipelineSource(facts, pipe, arguments)
+
+
+def _unprocessed(pipe: Any) -> dict[str, bool]:
+    """What the stock pipeline would do to images or their size and does not here; part of what images depend on."""
+    checker = {"safety_checker": False} if "requires_safety_checker" in pipe.config else {}
+    binning = {BINNING: False} if BINNING in inspect.signature(type(pipe).__call__).parameters else {}
+    return checker | binning
+
+
+def _guidance(pipe: Any, cfg: SourceConfig) -> dict[str, Any]:
+    """The arguments of a guidance; Qwen-Image's default is given with its negative prompt, without which it is off.
+
+    ValueError for a guidance that the pipeline would ignore.
+    """
+    name, config = (
+        type(pipe).__name__,
+        pipe.components["transformer"].config if "transformer" in pipe.components else {},
+    )
+    ignored = name == "Flux2KleinPipeline" and pipe.config.get("is_distilled") and (cfg.guidance or 0) > 1
+    ignored = ignored or (name in ("FluxPipeline", "Flux2Pipeline") and not config.get("guidance_embeds"))
+    if cfg.guidance is not None and ignored:
+        raise ValueError(
+            f"source {cfg.where!r}: guidance={cfg.guidance:g} does nothing for this {name}, because "
+            f"{why_distilled(pipe, cfg.where) or 'it has no guidance embedding'}; leave it out"
+        )
+    if cfg.guidance_rescale is not None and "guidance_rescale" not in inspect.signature(pipe.__call__).parameters:
+        raise ValueError(f"source {cfg.where!r}: guidance_rescale is set, but a {name} does not read it; leave it out")
+    if name != "QwenImagePipeline":
+        return {"guidance_scale": cfg.guidance, "guidance_rescale": cfg.guidance_rescale}
+    own = inspect.signature(pipe.__call__).parameters["true_cfg_scale"].default
+    guidance = own if cfg.guidance is None else cfg.guidance
+    return {"true_cfg_scale": guidance} | ({"negative_prompt": " "} if guidance > 1 else {})
+
+
+def _check_size(pipe: Any, cfg: SourceConfig) -> None:
+    """ValueError for a size beyond the network's positions; some pipelines find it only in their first step."""
+    family = family_of_pipeline(pipe)
+    if family is not None and "transformer" in pipe.components:
+        unit = pipe.vae_scale_factor * family.patch
+        family.check_positions(pipe.transformer, unit, cfg.height, cfg.width, f"source {cfg.where!r}: ")
+
+
+def open_export(cfg: SourceConfig) -> PipelineSource:
+    """An exported folder: its LoRA on the base pipeline, or the merged pipeline, called as its card says."""
+    folder = Path(cfg.where)
+    facts = read_export(folder)
+    given = set(cfg.model_fields_set)
+    own = cfg if "dtype" in given else cfg.model_copy(update={"dtype": facts["dtype"]})
+    base = None
+    if facts["merged"]:
+        pipe = _load(own, cfg.where, facts["without"])
+    else:
+        revision = {key: facts.get(key) for key in ("revision", "variant") if key not in given and not cfg.base}
+        below, where = own.model_copy(update=revision), cfg.base or facts["base"]
+        pipe = _load(below, where, facts["without"])
+        base = weights_content(where, below.revision, below.variant)
+        trained_on = facts.get("base_content", base)
+        if base != trained_on and "@" not in base + trained_on:  # a hub id and a folder cannot be compared
+            log.warning("the LoRA in %s was trained on another base model: %s has different content", folder, where)
+        add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0, quiet=True)
+        pipe.scheduler = _from_folder(facts["scheduler"], folder / "scheduler")
+    weights = {"weights": weights_content(cfg.where), "base": base, **_unprocessed(pipe)}
+    known = Facts(
+        name=cfg.name,
+        kind="export",
+        where=cfg.where,
+        nfe=int(facts["arguments"]["num_inference_steps"]),
+        step=facts["step"],
+        trained=cfg.trained or tuple(facts["rewards"]),
+        batch=cfg.batch or 4,
+        device=device_name(pipe.device),
+        identity={"kind": "export", **weights, "dtype": own.dtype, "arguments": facts["arguments"]},
+    )
+    return PipelineSource(known, pipe, facts["arguments"])
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """The facts that ``gdmd export`` wrote. RunError for a damaged file."""
+    path = folder / EXPORT_FILE
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"base", "dtype", "merged", "scheduler", "arguments", "rewards", "step"} - facts.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(f"{path} cannot be read ({error}); export the run again") from error
+    if missing or not isinstance(facts["arguments"], dict) or "num_inference_steps" not in facts["arguments"]:
+        raise RunError(f"{path} lacks {', '.join(sorted(missing)) or 'its arguments'}; export the run again")
+    facts.setdefault("without", [])
+    lists = all(isinstance(facts[key], list) for key in ("rewards", "without"))
+    if facts["dtype"] not in DTYPES or not isinstance(facts["base"], str) or not lists:
+        raise RunError(f"{path} is damaged; export the run again")
+    return dict(facts)
+
+
+def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
+    """``without``: components that are not to be loaded."""
+    require_diffusers()
+    import diffusers
+    from transformers.utils import logging
+
+    for library in (diffusers.utils.logging, logging):
+        library.disable_progress_bar()
+    try:
+        local = is_local(where)
+    except ValueError as error:
+        raise ValueError(
+            f"source {where!r}: there is no such folder, and it is not a hub id (ORG/NAME); name the pipeline below an "
+            "exported LoRA, where it has moved, with base=FOLDER"
+        ) from error
+    what = f"source {where!r}"
+    index = read_index(where, cfg.revision, what, local=local)
+    _check_class(index, what)
+    check_libraries(index, what)
+    if message := checker_off(index, where):
+        log.warning("%s", message)
+    left_out = _left_out(index, without, Path(where))
+    for family in FAMILIES:
+        if family.pipeline == index["_class_name"]:
+            check_needed(index, family.needs, family.pipeline, what)
+            if local and not set(family.optional) & set(without):
+                check_t5(Path(where), index, family, what, "")
+    if local:
+        check_folders(Path(where), index, left_out, what)
+        check_files(Path(where), index, left_out, cfg.variant, what, "variant")
+    options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "use_safetensors": True}
+    try:
+        options["local_files_only"] = local or bool(unreachable(where, INDEX, cfg.revision))
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            where, **options, **left_out, **({} if local else {"revision": cfg.revision})
+        )
+    except load_errors() as error:
+        explain(error, where, cfg.revision, what, local=local)
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{what}: the pipeline cannot be loaded: {first}") from error
+    pipe.set_progress_bar_config(disable=True)
+    fit_limits(pipe, lambda encoder: None)
+    return pipe.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _check_class(index: Mapping[str, Any], what: str) -> None:
+    """ValueError for a pipeline class that diffusers does not have, or that starts from an image."""
+    import diffusers
+
+    named = index.get("_class_name")
+    if not isinstance(named, str) or not hasattr(diffusers, named):
+        raise ValueError(
+            f"{what}: {INDEX} names the pipeline class {named!r}, which diffusers {diffusers.__version__} does not have. "
+            "If it is a newer class, update diffusers; classes with their own code are not loaded"
+        )
+    if advice := from_an_image(named):
+        raise ValueError(f"{what} is a {named}: {advice}")
+
+
+def _left_out(index: Mapping[str, Any], without: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that leave components out, and images as the model makes them.
+
+    Components that are not there are passed as None: not every pipeline takes them as optional.
+    """
+    import diffusers
+
+    known = [name for name, given in index.items() if isinstance(given, list)]
+    optional = [name for family in FAMILIES if family.pipeline == index.get("_class_name") for name in family.optional]
+    missing = [*absent(index, known), *absent(index, [name for name in optional if name in known], folder)]
+    arguments: dict[str, Any] = dict.fromkeys(name for name in known if name in (*without, *missing, *EXTRAS))
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    switches = inspect.signature(kind.__init__).parameters if kind is not None else ()
+    return arguments | {name: False for name in ("requires_safety_checker", "add_watermarker") if name in switches}
+
+
+def _from_folder(kind: str, folder: Path) -> Any:
+    """The scheduler of an export: one of the two that ``gdmd export`` writes."""
+    import diffusers
+
+    if kind not in ("LCMScheduler", "FlowMatchEulerDiscreteScheduler"):
+        raise RunError(f"{folder.parent / EXPORT_FILE} names the scheduler {kind!r}; export the run again")
+    return getattr(diffusers, kind).from_pretrained(folder)

@@ -1,0 +1,81 @@
+"""gdmd runs and the rows of the Shapes teacher as sources of images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from gdmd.config.describe import trained_rewards
+from gdmd.config.image_source import SourceConfig
+from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.generate import Sampler
+from gdmd.diffusion.rng import SampleRng
+from gdmd.recipes.build import Lab
+from gdmd.recipes.contents import base_content, checkpoint_content
+from gdmd.recipes.long_prompts import warn_of_lab
+from gdmd.recipes.open_run import image_batch, open_named
+from gdmd.recipes.run_folders import TEACHERS
+from gdmd.runs.run_folder import config_hash
+from gdmd.shapes.grammar import tokenize
+from gdmd.sources.base import Facts, Place, device_name, to_images
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+log = logging.getLogger(__name__)
+
+
+class RunSource:
+    """The EMA student of a run (or a row of the teacher) with its own sampler and codec."""
+
+    def __init__(self, facts: Facts, lab: Lab, sampler: Sampler) -> None:
+        self.facts, self.lab, self.sampler = facts, lab, sampler
+
+    @classmethod
+    def open(cls, cfg: SourceConfig) -> RunSource:
+        """Checkpoint ``cfg.checkpoint`` of the run in ``cfg.where``."""
+        recipe, lab, sampler, step = open_named(cfg.where, cfg.checkpoint, cfg.base)
+        teacher = cfg.where in TEACHERS
+        if isinstance(recipe.model, DiffusersModel):
+            from gdmd.models.loading import checker_off, local_or_hub_index
+
+            if message := checker_off(local_or_hub_index(recipe.model), recipe.model.path):
+                log.warning("%s", message)
+        device = next(iter(lab.roles.parameters("student").values())).device
+        facts = Facts(
+            name=cfg.name,
+            kind="teacher" if teacher else "run",
+            where=cfg.where,
+            shapes=recipe.model.kind == "shapes",
+            nfe=sampler.nfe,
+            step=None if teacher else step,
+            trained=() if teacher else trained_rewards(recipe),
+            batch=cfg.batch or image_batch(recipe),
+            device=device_name(device),
+            identity={
+                "kind": "run",
+                "config": config_hash(recipe.model_dump(mode="json")),
+                "sampler": sampler.name,
+                "step": step,
+                "base": base_content(recipe.model),
+                "weights": None if teacher else checkpoint_content(Path(cfg.where), step),
+            },
+        )
+        return cls(facts, lab, sampler)
+
+    def check(self, texts: Sequence[str]) -> None:
+        for text in texts if self.facts.shapes else ():
+            tokenize(text)
+        warn_of_lab(self.lab, texts)
+
+    @torch.no_grad()
+    def make(self, places: Sequence[Place], seed: int) -> list[Image]:
+        device = next(iter(self.lab.roles.parameters("student").values())).device
+        rng = SampleRng(seed, 0, torch.tensor([place.key for place in places], device=device))
+        latents = self.sampler.latents([place.text for place in places], rng)
+        return to_images(self.lab.codec.decode(latents).float(), self.facts.name)

@@ -1,0 +1,141 @@
+"""The sampler of a pipeline as a source of images: scheduler, shift, time steps and noise, as a model's card asks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from gdmd.config.image_source import SourceConfig
+from gdmd.models.families.flow import FlowFamily
+from gdmd.models.loading import family_of_pipeline
+from gdmd.models.schedulers import KINDS, FlowSettings, check_kind, kind_of, read_flow, shift_key
+
+_SOLVED = ("StableDiffusion3Pipeline", "SanaPipeline")
+"""Pipelines that leave a solver's shift to the solver; the others hand it one of their own."""
+FITTING = {"flow": "flow_euler", "vp": "ddim, euler, euler_ancestral, lcm or tcd"}
+
+
+def set_scheduler(pipe: Any, cfg: SourceConfig) -> None:
+    """Give ``pipe`` the scheduler, spacing and shift of ``cfg``. ValueError for a shift where there is none."""
+    import diffusers
+
+    own = pipe.scheduler
+    if cfg.scheduler != "flow_dpm":
+        _check_model(own, cfg)
+    match cfg.scheduler:
+        case "lcm":
+            kind: Any = diffusers.LCMScheduler
+        case "tcd":
+            kind = diffusers.TCDScheduler
+        case "ddim":
+            kind = diffusers.DDIMScheduler
+        case "euler":
+            kind = diffusers.EulerDiscreteScheduler
+        case "euler_ancestral":
+            kind = diffusers.EulerAncestralDiscreteScheduler
+        case "flow_euler":
+            kind = diffusers.FlowMatchEulerDiscreteScheduler
+            if not isinstance(own, kind):
+                pipe.scheduler = kind(**_flow(cfg, own).euler())
+                return
+        case "flow_dpm":
+            pipe.scheduler = _flow_solver(pipe, cfg)
+            return
+        case None:
+            kind = type(own)
+    pipe.scheduler = kind.from_config(own.config, **_changes(cfg, own, kind))
+
+
+def _changes(cfg: SourceConfig, own: Any, kind: Any) -> dict[str, Any]:
+    """Spacing and shift under the names of this class. ValueError where it does not read them."""
+    reads = inspect.signature(kind.__init__).parameters
+    wanted: dict[str, Any] = {}
+    if cfg.spacing:
+        _check(cfg, "spacing", kind.__name__, "timestep_spacing" in reads)
+        wanted["timestep_spacing"] = cfg.spacing
+    if cfg.shift is not None:
+        key = shift_key(kind) if cfg.scheduler == "flow_euler" or kind_of(own) == "flow" else None
+        if key is None:
+            raise ValueError(
+                f"source {cfg.where!r}: shift = {cfg.shift} is of flow models, and {kind.__name__} has none; leave it "
+                "out, or take scheduler=flow_euler or flow_dpm"
+            )
+        fixed = {"use_dynamic_shifting": False, "shift_terminal": None}
+        wanted |= {key: cfg.shift} | {name: value for name, value in fixed.items() if name in reads}
+    return wanted
+
+
+def _check_model(own: Any, cfg: SourceConfig) -> None:
+    """ValueError for a scheduler of another kind of model than the pipeline's, whose betas or shift it cannot have."""
+    if cfg.scheduler is None or (cfg.scheduler.startswith("flow_") and cfg.shift is not None):
+        return
+    wanted, found = "flow" if cfg.scheduler.startswith("flow_") else "vp", kind_of(own)
+    if wanted != found:
+        raise ValueError(
+            f"source {cfg.where!r}: scheduler={cfg.scheduler} is not for this pipeline, whose {type(own).__name__} is for "
+            f"{KINDS[found]}; leave it out, or take {FITTING.get(found, 'a scheduler of its kind')}"
+        )
+
+
+def _flow(cfg: SourceConfig, own: Any) -> FlowSettings:
+    """The times of the pipeline's own scheduler, or a constant shift that was asked for."""
+    return FlowSettings(shift=cfg.shift) if cfg.shift is not None else read_flow(own, f"source {cfg.where!r}")
+
+
+def check_scheduler(pipe: Any, cfg: SourceConfig) -> None:
+    """ValueError for a pipeline of ours whose scheduler is for another kind of model: it would sample noise."""
+    family, found = family_of_pipeline(pipe), kind_of(pipe.scheduler)
+    if family is None or found == "unknown":
+        return
+    name = type(pipe.scheduler).__name__
+    solves_flow = found == "flow" and shift_key(type(pipe.scheduler)) == "flow_shift"
+    if issubclass(family, FlowFamily):
+        check_kind(pipe.scheduler, "flow", f"source {cfg.where!r}")
+    elif found == "flow" and not solves_flow:
+        raise ValueError(
+            f"source {cfg.where!r}: a {type(pipe).__name__} cannot use its {name}; give one with scheduler=ddim or euler"
+        )
+
+
+def _flow_solver(pipe: Any, cfg: SourceConfig) -> Any:
+    """DPM-Solver++ of second order on a flow, as Sana's pipeline has it."""
+    import diffusers
+
+    if type(pipe).__name__ not in _SOLVED:
+        raise ValueError(
+            f"source {cfg.where!r}: scheduler flow_dpm works in {' and '.join(_SOLVED)}, this is a "
+            f"{type(pipe).__name__}; use flow_euler"
+        )
+    _check_model(pipe.scheduler, cfg)
+    times = _flow(cfg, pipe.scheduler)
+    if times.dynamic:
+        raise ValueError(f"source {cfg.where!r}: flow_dpm has no dynamic shift, which this pipeline has; give shift=")
+    kind: Any = diffusers.DPMSolverMultistepScheduler
+    return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=times.shift)
+
+
+def step_arguments(pipe: Any, cfg: SourceConfig) -> Mapping[str, Any]:
+    """What the call needs for cfg.timesteps and cfg.eta. ValueError where pipeline or scheduler would not read them."""
+    call = inspect.signature(pipe.__call__).parameters
+    found: dict[str, Any] = {}
+    if cfg.timesteps:
+        if cfg.steps not in (None, len(cfg.timesteps)):
+            raise ValueError(f"source {cfg.where!r}: steps = {cfg.steps}, but timesteps has {len(cfg.timesteps)}")
+        _check(cfg, "timesteps", type(pipe).__name__, "timesteps" in call)
+        _check(cfg, "timesteps", type(pipe.scheduler).__name__, _reads(pipe.scheduler.set_timesteps, "timesteps"))
+        found |= {"timesteps": list(cfg.timesteps), "num_inference_steps": len(cfg.timesteps)}
+    if cfg.eta is not None:
+        _check(cfg, "eta", type(pipe).__name__, "eta" in call)
+        _check(cfg, "eta", type(pipe.scheduler).__name__, _reads(pipe.scheduler.step, "eta"))
+        found["eta"] = cfg.eta
+    return found
+
+
+def _reads(method: Any, name: str) -> bool:
+    return name in inspect.signature(method).parameters
+
+
+def _check(cfg: SourceConfig, key: str, kind: str, reads: bool) -> None:
+    if not reads:
+        raise ValueError(f"source {cfg.where!r}: {key} is set, but a {kind} does not read it; leave it out")

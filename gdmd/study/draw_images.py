@@ -1,0 +1,59 @@
+"""Images for ``gdmd study plan`` from what makes them: runs of the Shapes world and the rows of its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gdmd.config.image_source import SourceConfig
+from gdmd.recipes.run_folders import TEACHERS, config_of
+from gdmd.sources.folders import image_file, read_images, write_image, write_metadata
+
+Prompts = Sequence[tuple[str, str]]
+"""(text, task) of each."""
+
+
+def draw_models(named: Mapping[str, Path], per_task: int, count: int, seed: int, place: Path) -> dict[str, Path]:
+    """Folders of images for all of ``named``: those that are folders of images as they are, the others drawn into ``place``.
+
+    The prompts are those of the first folder of images, else ``per_task`` of each task of the fixed evaluation set.
+    Image j of prompt i starts from the same noise whoever draws it. ValueError for a run of a real model.
+    """
+    models = [name for name, path in named.items() if _draws(path)]
+    for name in models:
+        if str(named[name]) not in TEACHERS and config_of(named[name]).model.kind != "shapes":
+            raise ValueError(
+                f"{name} is a run of a real model, whose images take long: generate them first, with gdmd eval preference "
+                f"{named[name]} --prompts FILE, and give {name}={named[name] / 'preference' / 'images'}"
+            )
+    given = [path for name, path in named.items() if name not in models]
+    prompts = [(row.text, row.task) for row in read_images(given[0]).values()] if given else _captions(per_task)
+    folders = dict(named)
+    for number, name in enumerate(models):
+        folders[name] = place / str(number)
+        _draw(SourceConfig(name=name, where=str(named[name])), prompts, count, seed, folders[name])
+    return folders
+
+
+def _draws(path: Path) -> bool:
+    return (path / "config.yaml").is_file() or (str(path) in TEACHERS and not path.exists())
+
+
+def _captions(per_task: int) -> Prompts:
+    from gdmd.shapes.grammar import TASKS, catalogue, fixed_rows
+
+    captions = [catalogue().captions[row].text for row in fixed_rows("eval", per_task).tolist()]
+    return [(text, TASKS[place // per_task]) for place, text in enumerate(captions)]
+
+
+def _draw(cfg: SourceConfig, prompts: Prompts, count: int, seed: int, folder: Path) -> None:
+    from gdmd.sources.draw import images_of_source
+    from gdmd.sources.open import open_source
+
+    source, texts = open_source(cfg), [text for text, _ in prompts]
+    source.check(texts)
+    images = images_of_source(source, texts, count, seed)
+    for number, (text, task) in enumerate(prompts):
+        write_metadata(folder, number, {"prompt": text, "tag": task})
+        for k in range(count):
+            write_image(image_file(folder, number, k), images[number * count + k])

@@ -1,0 +1,137 @@
+"""Looking back along a training: at the start and at each kept checkpoint, what do rewards and gradients say?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from gdmd.config.methods.all import MethodConfig, without_rewards
+from gdmd.config.run import RunConfig, ShapesReward
+from gdmd.diffusion.rng import SampleRng
+from gdmd.methods.pass_counter import without_cost
+from gdmd.methods.scorer import Scorer
+from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build_rewards import build_rewards, scorers_of
+from gdmd.recipes.open_run import load_ema, student_row
+from gdmd.runs import checkpoint
+from gdmd.runs.run_folder import Run
+from gdmd.shapes.evaluate import HELDOUT, evaluate
+from gdmd.shapes.grammar import Split
+from gdmd.sweep.divergence import apply_iteration, divergence, fixed_states, realised_change, student_gradient
+from gdmd.training.distributed import SINGLE
+from gdmd.training.ema import load_named
+from gdmd.training.optimizer import lr_factor
+from gdmd.training.role_state import RoleState, role_states
+from gdmd.training.warm_start import begin_from
+from gdmd.types import PromptBatch, Reward, Role, Update
+
+ROLES: tuple[Role, Role] = ("student", "fake")
+
+
+def diagnose(cfg: RunConfig, run: Run, how: Mapping[str, Any], split: Split) -> list[dict[str, Any]]:
+    """One entry for the start and one for each checkpoint of the run, in order of student updates."""
+    saved = [None, *(checkpoint.load(run.checkpoints / f"step_{n:06d}") for n in checkpoint.steps(run.checkpoints))]
+    return [_point(cfg, each, how, split) for each in saved]
+
+
+def _point(cfg: RunConfig, saved: checkpoint.Checkpoint | None, how: Mapping[str, Any], split: Split) -> dict[str, Any]:
+    """Rewards and ShapesEval of the EMA student, then the divergence of the two gradients and the realised change."""
+    step = saved.step if saved else 0
+    updates = saved.state["roles"]["student"]["updates"] if saved else 0
+    return {
+        "step": step,
+        "updates": updates,
+        **_curve(cfg, saved, how, split),
+        **_gradients(cfg, saved, step),
+        **_change(cfg, saved, step),
+    }
+
+
+def _curve(cfg: RunConfig, saved: checkpoint.Checkpoint | None, how: Mapping[str, Any], split: Split) -> dict[str, Any]:
+    lab = build(cfg)
+    if saved:
+        load_ema(lab, saved)
+    else:
+        begin(lab, cfg)
+    size = cfg.eval.model_copy(update={"per_task": how["per_task"], "images": how["images"]})
+    row = evaluate(student_row(cfg, lab), lab, size, all_scorers(cfg), split).json()
+    return {"shapeseval": row["shapeseval"]["overall"], "rewards": row["rewards"], "fidelity": row["fidelity"]}
+
+
+def _gradients(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -> dict[str, float]:
+    """Nothing for a method without rewards."""
+    plain = without_rewards(cfg.method)
+    if plain is None:
+        return {}
+    labs = build(cfg), build(_with_method(cfg, plain))
+    prompts, rng = draws(labs[0], cfg, step)  # the method's own groups of prompts, for both
+    found = []
+    for lab in labs:
+        restore(lab, saved) if saved else begin(lab, cfg)
+        found.append(student_gradient(lab.method, lab.roles, step, prompts, rng))
+    both = divergence(*found)
+    return {"cosine": both.cosine, "ratio": both.ratio, "weight": both.weight}
+
+
+def _change(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -> dict[str, Any]:
+    """Reward change of the next iteration, as the loop would make it: the same optimiser state and learning rate."""
+    lab = build(cfg)
+    states = role_states(lab.roles, cfg.loop)
+    if saved:
+        restore(lab, saved)
+        for state in states.values():
+            state.load(saved.part, saved.state["roles"][state.role])
+    else:
+        begin(lab, cfg)
+    prompts, rng = draws(lab, cfg, step)
+    fixed = fixed_states(lab.roles, prompts, rng, cfg.method.student_steps, lab.latent_shape)
+    progress = min(step, cfg.loop.steps - 1) / cfg.loop.steps
+    factor = lr_factor(cfg.loop.lr_schedule, progress, states["student"].updates, cfg.loop.warmup)
+    appliers = {role: _applier(state, factor) for role, state in states.items()}
+    iterate = partial(apply_iteration, lab.method, appliers, step, prompts, rng)
+    change = realised_change(iterate, lab.roles, fixed, partial(_scores, cfg, lab, prompts))
+    trained = {reward.kind for reward in cfg.rewards}
+    seen = [value for name, value in change.items() if name in trained]
+    return {"change": sum(seen) / len(seen) if seen else None, "change_heldout": change[HELDOUT]}
+
+
+def all_scorers(cfg: RunConfig) -> tuple[Reward, ...]:
+    """Every reward of the world, whatever a row is trained on: the three scorers and the checker's partial credit."""
+    return (*scorers_of(cfg), *build_rewards([ShapesReward(kind="shapes_partial_credit")]))
+
+
+def restore(lab: Lab, saved: checkpoint.Checkpoint) -> None:
+    """Networks, old policy and method as they were at a checkpoint (not the EMA)."""
+    for role in ROLES:
+        load_named(lab.roles.parameters(role), saved.part(role), f"the {role}")
+    lab.roles.load_old_state(saved.part("old"))
+    lab.method.load(without_cost(saved.part("method")))
+
+
+def begin(lab: Lab, cfg: RunConfig) -> None:
+    """Networks as the training found them: the teacher's weights, or those of a first stage."""
+    if cfg.loop.start_from:
+        begin_from(cfg.loop.start_from, role_states(lab.roles, cfg.loop), SINGLE, cfg.model_dump(mode="json"))
+
+
+def draws(lab: Lab, cfg: RunConfig, step: int) -> tuple[PromptBatch, SampleRng]:
+    """The prompts and draws that the training has (or would have) at this step."""
+    prompts = lab.stream.at(step)
+    return prompts, SampleRng(cfg.loop.seed, step, prompts.index)
+
+
+def _applier(state: RoleState, factor: float) -> Callable[[Update], object]:
+    return lambda update: state.apply(update, factor)
+
+
+def _scores(cfg: RunConfig, lab: Lab, prompts: PromptBatch, x0: Tensor) -> dict[str, Tensor]:
+    rewards = all_scorers(cfg)
+    scored = Scorer(lab.codec, rewards)(x0, prompts)
+    return {reward.name: own for reward, own in zip(rewards, scored, strict=True)}
+
+
+def _with_method(cfg: RunConfig, method: MethodConfig) -> RunConfig:
+    return RunConfig.model_validate(cfg.model_dump(mode="json") | {"method": method.model_dump(mode="json")})

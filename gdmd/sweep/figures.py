@@ -1,0 +1,373 @@
+"""Figures of a comparison that need only its table: radar, scores, divergence of gradients, curves of the rewards.
+
+Each is a PNG on white, so that a page shows it the same everywhere. matplotlib is imported on first use.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gdmd.io import writing
+from gdmd.reporting.plots import BINS, PALETTE
+from gdmd.shapes.evaluate import HELDOUT
+from gdmd.sweep.tables import OVERALL, Line, Measure, Results, Row, quality
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, SOFT = "#1d1f24", "#8a8f99"
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "text.parse_math": False,
+}
+DPI = 110
+MARGIN = 0.08
+"""Of the score on both sides of the seeds; an interval that is wider leaves the figure."""
+MOST_LINES = 8
+"""Students in the radar."""
+FIGURES: Mapping[str, tuple[str, str]] = {
+    "overall.png": (
+        "ShapesEval overall",
+        "Dots are seeds, bars the 95 % t interval of the mean (a wide one leaves the figure); the dashed line is the best "
+        "teacher row.",
+    ),
+    "fig1_radar.png": (
+        "Fig. 1: all metrics",
+        "Each axis runs from the worst row (inner ring) to the best (rim) of those shown; their values stand at the axis. "
+        "†: trained on. Fréchet is inverted, so that outside is always better.",
+    ),
+    "fig3_features.png": (
+        "Fig. 3: feature space of the held-out scorer",
+        "Two principal components (of all panels together) of images of 8 colours x 6 objects; the colour of a point is "
+        "the colour asked for, its marker the object (a plus is a cross, a star a ring). Spread is the mean distance to the "
+        "cluster's own centre: lower is tighter, which is also less diverse, so the mean pairwise distance inside a cluster "
+        "stands beside it. Outliers (black rings) lie nearer to the centre of another cluster's true renders than to their "
+        "own.",
+    ),
+    "fig4_divergence.png": (
+        "Fig. 4: do reward and distillation pull the same way?",
+        "First seed. Cosine of the reward's gradient and of DMD's in parameter space on identical draws (1: the reward "
+        "only rescales the DMD step; 0: unrelated; below 0: against it); share of targets with r < 1/2; distribution of r "
+        "over the second half (W = r at lambda = gamma, beta = 1; a row with softmax weights only draws them from the same "
+        "scores); change of the trained rewards of the one-step output per student update, in standard deviations of the "
+        "batch. That is one iteration on one batch at each point, so small changes are noise, most of all of a reward of "
+        "few values; they end at 0 with the learning rate.",
+    ),
+    "fig4_curves.png": (
+        "Fig. 4: without a cold start",
+        "First seed, from the first update on: the rewards that a row was trained on (mean change since the start) beside "
+        "what was never trained on. Trained up and unseen down would be reward hacking.",
+    ),
+    "fig6_grid.png": ("Fig. 6: the same noise, method by method", "Two images per caption and method."),
+    "fig7_grid.png": (
+        "Fig. 7: positions and attribute binding",
+        "The two hardest tasks, the same noise in every column.",
+    ),
+}
+"""File name -> (title, what to see); in the order of the page."""
+
+
+def draw_all(results: Results, folder: Path, features: Sequence[Mapping[str, Any]]) -> None:
+    """Write every figure for which there are numbers; ``features`` are the panels of ``feature_figure``."""
+    from matplotlib import rc_context
+
+    drawers: dict[str, Callable[[], Figure | None]] = {
+        "overall.png": lambda: overall_figure(results),
+        "fig1_radar.png": lambda: radar_figure(results),
+        "fig3_features.png": lambda: feature_figure(features),
+        "fig4_divergence.png": lambda: divergence_figure(results),
+        "fig4_curves.png": lambda: curve_figure(results),
+    }
+    with writing("the figures", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in drawers.items():
+        with rc_context(STYLE):
+            figure = draw()
+            if figure is not None:
+                _save(figure, folder / name)
+
+
+def overall_figure(results: Results) -> Figure | None:
+    """Seeds and interval of the overall score, row by row."""
+    rows = results.present()[::-1]
+    if not rows:
+        return None
+    figure, axes = _figure(7.2, 0.9 + 0.3 * len(rows))
+    for place, row in enumerate(rows):
+        values = list(results.values(row.name, OVERALL).values())
+        found = results.summary(row.name, OVERALL)
+        color = _color(results, row)
+        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.45, markersize=4)
+        if found is None:
+            continue
+        half = 0.0 if math.isnan(found.low) else found.mean - found.low
+        axes.errorbar(found.mean, place, xerr=half, fmt="D", color=color, capsize=3, markersize=5, linewidth=1.6)
+        axes.annotate(f"{found.mean:.3f}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
+    top = max((row for row in rows if row.kind == "teacher"), key=lambda r: _mean(results, r, OVERALL), default=None)
+    if top is not None:
+        axes.axvline(_mean(results, top, OVERALL), color=SOFT, linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(rows)), [row.title for row in rows])
+    seen = [value for row in rows for value in results.values(row.name, OVERALL).values()]
+    edges = (max(0.0, min(seen) - MARGIN), min(1.0, max(seen) + MARGIN))
+    axes.set(xlabel="ShapesEval overall", ylim=(-0.6, len(rows) - 0.4), xlim=edges)
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def radar_figure(results: Results) -> Figure | None:
+    """One closed line per row over all quality measures, each scaled to the range of the rows shown."""
+    rows = _shown(results)
+    measures = [m for m in quality(results) if m.best and all(results.summary(r.name, m.place) for r in rows)]
+    if len(rows) < 2 or len(measures) < 3:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 5.6), layout="constrained")
+    axes: Any = figure.add_subplot(projection="polar")
+    angles = [2 * math.pi * k / len(measures) for k in range(len(measures))]
+    for row in rows:
+        radii = [_radius(results, rows, measure, row) for measure in measures]
+        axes.plot([*angles, angles[0]], [*radii, radii[0]], label=row.title, **_look(results, row))
+    axes.set_xticks(angles, [_range_label(results, rows, measure) for measure in measures], fontsize=8.5)
+    axes.tick_params(axis="x", pad=6)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        label.set_horizontalalignment(_away(angle))
+    axes.set_yticks([0.2, 0.6, 1.0], ["", "", ""])
+    axes.set_ylim(0, 1.03)
+    axes.set_theta_offset(math.pi / 2)
+    axes.spines["polar"].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def feature_figure(panels: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Scatter plots from ``programs.compare_pictures``: title, points (x, y, color, marker, outlier), three scores."""
+    if not panels:
+        return None
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.7 * columns, 2.9 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        _scatter(axes, panel)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def divergence_figure(results: Results) -> Figure | None:
+    """Four panels over student updates (the third: over r)."""
+    lines = _diagnosed(results)
+    if not lines:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.2, 6.4), layout="constrained")
+    (top, share), (spread, change) = figure.subplots(2, 2)
+    for row, line in lines:
+        _points(top, results, row, line, "cosine")
+        _points(change, results, row, line, "change")
+        _r_distribution(spread, results, row, line)
+    _share_bars(share, results, lines)
+    spread.set_visible(bool(spread.patches))
+    top.axhline(0, color=SOFT, linewidth=0.8)
+    change.axhline(0, color=SOFT, linewidth=0.8)
+    top.set(title="cosine of RL and DMD gradients", xlabel="student updates", ylim=(-1.08, 1.08))
+    spread.axvline(0.5, color=SOFT, linestyle="--", linewidth=0.8)
+    spread.set(title="distribution of r", xlabel="r", ylabel="share of targets", xlim=(0, 1))
+    change.set(title="realised reward change per update", xlabel="student updates", ylabel="batch std")
+    handles = {
+        text: line
+        for axes in (top, change, spread)
+        for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def curve_figure(results: Results) -> Figure | None:
+    """Trained rewards, held-out scorer and ShapesEval over student updates."""
+    lines = [(row, line) for row, line in _diagnosed(results) if row.kind != "control" or row.name == results.headline]
+    if not lines:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.2, 3.7), layout="constrained")
+    trained, heldout, overall = figure.subplots(1, 3)
+    for row, line in lines:
+        points = line["points"]
+        updates = [point["updates"] for point in points]
+        gains = [_gain(points, k, line["trained"]) for k in range(len(points))]
+        style = {**_look(results, row), "marker": "o", "markersize": 3}
+        trained.plot(updates, gains, label=row.title, **style)
+        heldout.plot(updates, [point["rewards"].get(HELDOUT, math.nan) for point in points], **style)
+        overall.plot(updates, [point["shapeseval"] for point in points], **style)
+    trained.set(title="trained rewards, change since start", xlabel="student updates")
+    heldout.set(title="held-out scorer (unseen)", xlabel="student updates")
+    overall.set(title="ShapesEval (unseen)", xlabel="student updates")
+    figure.legend(loc="outside lower center", ncols=5)
+    return figure
+
+
+def _gain(points: Sequence[Mapping[str, Any]], k: int, trained: Sequence[str]) -> float:
+    """Mean over the trained rewards of their change since the first point."""
+    changes = [points[k]["rewards"][name] - points[0]["rewards"][name] for name in trained]
+    return sum(changes) / len(changes) if changes else math.nan
+
+
+def _points(axes: Axes, results: Results, row: Row, line: Line, key: str) -> None:
+    found = [(p["updates"], p[key]) for p in line["points"] if p.get(key) is not None]
+    if found:
+        style = {**_look(results, row), "marker": "o", "markersize": 3}
+        axes.plot(*zip(*found, strict=True), label=row.title, **style)
+
+
+def _r_distribution(axes: Axes, results: Results, row: Row, line: Line) -> None:
+    shares = [line.get("statistics", {}).get(f"histogram/r_{k}") for k in range(BINS)]
+    if None in shares or row.kind == "control":
+        return
+    edges = [k / BINS for k in range(BINS + 1)]
+    axes.stairs(shares, edges, label=row.title, **_look(results, row))
+
+
+def _share_bars(axes: Axes, results: Results, lines: Sequence[tuple[Row, Line]]) -> None:
+    """Share of r < 1/2 by method, of those that log it."""
+    key = "weight/share_below_half"
+    own = [(row, line["statistics"][key]) for row, line in lines if key in line.get("statistics", {})][::-1]
+    axes.set_visible(bool(own))
+    colors = [_color(results, row) for row, _ in own]
+    hatches = [_HATCHES[_cycle(results, row)] for row, _ in own]
+    axes.barh([row.title for row, _ in own], [v for _, v in own], color=colors, hatch=hatches, edgecolor="white")
+    axes.axvline(0.5, color=SOFT, linestyle="--", linewidth=0.8)
+    axes.set(title="share of targets with r < 1/2", xlim=(0, 1))
+    axes.grid(axis="y", visible=False)
+
+
+def _scatter(axes: Axes, panel: Mapping[str, Any]) -> None:
+    for marker in dict.fromkeys(point[3] for point in panel["points"]):
+        own = [point for point in panel["points"] if point[3] == marker]
+        x, y = [p[0] for p in own], [p[1] for p in own]
+        axes.scatter(x, y, c=[p[2] for p in own], marker=marker, s=24, edgecolors=SOFT, linewidths=0.3)
+    far = [point for point in panel["points"] if point[4]]
+    axes.scatter([p[0] for p in far], [p[1] for p in far], s=62, facecolors="none", edgecolors=INK, linewidths=0.7)
+    scores = (
+        f"spread {panel['spread']:.2f}, diversity {panel['diversity']:.2f}, outliers {100 * panel['outliers']:.0f} %"
+    )
+    axes.set_title(f"{panel['title']}\n{scores}", fontsize=8.5)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_facecolor("#f4f4f1")
+    axes.grid(visible=False)
+
+
+def _diagnosed(results: Results) -> list[tuple[Row, Line]]:
+    """Each student with its diagnosed cell of the lowest seed."""
+    found = []
+    for row in results.present(keep=lambda row: row.kind != "teacher"):
+        own = [line for _, line in sorted(results.cells(row.name).items()) if line.get("points")]
+        found += [(row, own[0])] if own else []
+    return found
+
+
+def _shown(results: Results) -> list[Row]:
+    """Rows of the radar: the first teacher, the headline, every rival, and other GDMD rows while there is room."""
+    teachers = results.present(keep=lambda row: row.kind == "teacher")[:1]
+    others = results.present(keep=lambda row: row.kind in ("rival", "gdmd"))
+    first = sorted(others, key=lambda row: (row.name != results.headline, row.kind != "rival"))[:MOST_LINES]
+    return [*teachers, *[row for row in others if row in first]]
+
+
+def _radius(results: Results, rows: Sequence[Row], measure: Measure, row: Row) -> float:
+    low, high = _range(results, rows, measure)
+    value = _mean(results, row, measure.place)
+    share = 1.0 if high == low else (value - low) / (high - low)
+    return 0.2 + 0.8 * (share if measure.best > 0 else 1 - share)
+
+
+def _range(results: Results, rows: Sequence[Row], measure: Measure) -> tuple[float, float]:
+    values = [_mean(results, row, measure.place) for row in rows]
+    return min(values), max(values)
+
+
+def _range_label(results: Results, rows: Sequence[Row], measure: Measure) -> str:
+    low, high = _range(results, rows, measure)
+    return f"{measure.title}\n{low:.3f} to {high:.3f}"
+
+
+def _mean(results: Results, row: Row, place: tuple[str, ...]) -> float:
+    found = results.summary(row.name, place)
+    return math.nan if found is None else found.mean
+
+
+def _color(results: Results, row: Row) -> str:
+    """Teachers are black, the headline row is vermilion, the others follow in the table's order."""
+    if row.kind == "teacher":
+        return INK
+    if row.name == results.headline:
+        return PALETTE[1]
+    return _OTHERS[_place(results, row) % len(_OTHERS)]
+
+
+_OTHERS = (PALETTE[0], *PALETTE[2:], "#3b3b98", "#a0a000", "#00838f", "#ad1457", "#6d8b00", "#5d6d7e")
+_DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)))
+"""Lines of the rows that have the colors for the first, second and third time."""
+_HATCHES = ("", "///", "...")
+
+
+def _place(results: Results, row: Row) -> int:
+    others = [each.name for each in results.rows if each.kind != "teacher" and each.name != results.headline]
+    return others.index(row.name)
+
+
+def _cycle(results: Results, row: Row) -> int:
+    """How often the colors were used up before this row; 0 for teachers and the headline."""
+    if row.kind == "teacher" or row.name == results.headline:
+        return 0
+    return _place(results, row) // len(_OTHERS) % len(_DASHES)
+
+
+def _look(results: Results, row: Row) -> dict[str, Any]:
+    """Color, width and dashes of a row's line: no two rows of a comparison of 39 look alike."""
+    width = 2.4 if row.name == results.headline else 1.3
+    return {"color": _color(results, row), "linewidth": width, "linestyle": _DASHES[_cycle(results, row)]}
+
+
+def _away(angle: float) -> Literal["left", "center", "right"]:
+    """How a label at the rim is set, so that it does not run into the figure; the angle counts from the top, leftwards."""
+    side = math.sin(angle)
+    return "center" if abs(side) < 0.1 else "right" if side > 0 else "left"
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    with writing("the figure", path):
+        path.write_bytes(buffer.getvalue())

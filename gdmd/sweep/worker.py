@@ -1,0 +1,207 @@
+"""One cell of a comparison in its own process: ``python -m gdmd.sweep.worker OUT/cells/HASH [PID]``.
+
+PID: the comparison that started it; when that is gone, the cell saves its state and ends.
+Reads job.json, trains (or goes on with) run/, measures, and writes result.json last. Exit codes are those of ``gdmd``:
+0 done, 2 bad input, 3 not finite, 130 and 143 stopped with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdmd.config.run import EvalConfig, RunConfig
+from gdmd.diffusion.generate import Sampler, teacher_sampler
+from gdmd.io import finite_or_none, read_json, write_atomic
+from gdmd.recipes.build import Lab, build
+from gdmd.recipes.open_run import load_ema, student_row
+from gdmd.runs import checkpoint
+from gdmd.runs.run_folder import Run, check_same_config, commit, create, open_run, read_metrics, versions
+from gdmd.shapes.evaluate import evaluate
+from gdmd.sweep.budgets import counted, iterations
+from gdmd.sweep.diagnosis import all_scorers, diagnose
+from gdmd.training.loop import Hooks, TrainEnd, train
+from gdmd.training.progress import PlainProgress
+from gdmd.training.role_state import NonFiniteError
+
+BAD_INPUT, NOT_FINITE = 2, 3
+KEPT = ("weight/", "reward/", "histogram/", "latent/", "gap/")
+"""Statistics of the training that go into the table, by the beginning of their key."""
+
+
+def main(folder: Path, parent: int | None = None) -> int:
+    """Finish the cell of a folder; the exit code. parent: the process with which to stop."""
+    if parent is not None:
+        _stop_with(parent)
+    torch.set_num_threads(1)
+    with _alone(folder):
+        if (folder / "result.json").exists():
+            return 0
+        try:
+            job = read_json(folder / "job.json", "Start gdmd compare again, which writes it.")
+            result = _teacher(job) if "teacher" in job else _student(job, folder)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return NOT_FINITE if isinstance(error, NonFiniteError) else BAD_INPUT
+        if isinstance(result, TrainEnd):
+            return result.exit_code
+        write_atomic(folder / "result.json", json.dumps(finite_or_none(result), indent=1), "the cell's result")
+        return 0
+
+
+def settings(job: Mapping[str, Any], steps: int, cells: Path) -> RunConfig:
+    """The configuration of a cell's run: checkpoints at the diagnosed points (all are kept), else ten along the way.
+
+    cells: the folder of all cells, where a second stage finds its first.
+    """
+    points = job["diagnosis"]["points"] if job["diagnosis"] else 10
+    kept = 0 if job["diagnosis"] else 2
+    own: dict[str, Any] = {"steps": steps, "checkpoint_every": max(1, steps // points), "keep_checkpoints": kept}
+    if "first_stage" in job:
+        own["start_from"] = str(cells.resolve() / job["first_stage"] / "run")
+    return RunConfig.model_validate({**job["recipe"], "loop": {**job["recipe"]["loop"], **own}})
+
+
+def teacher_config(job: Mapping[str, Any]) -> RunConfig:
+    """A configuration around the networks and the evaluation of a teacher's cell."""
+    return RunConfig.model_validate({**job["recipe"], "name": "teacher", "loop": {}})
+
+
+def cell_sampler(job: Mapping[str, Any], folder: Path) -> tuple[Lab, Sampler]:
+    """What a finished cell makes images with: its EMA student, or the teacher."""
+    if "teacher" in job:
+        lab = build(teacher_config(job))
+        return lab, teacher_sampler(lab, job["teacher"]["steps"], job["teacher"]["guidance"])
+    run = open_run(folder / "run")
+    cfg = RunConfig.model_validate(run.config)
+    lab = build(cfg)
+    _load(lab, run)
+    return lab, student_row(cfg, lab)
+
+
+def _teacher(job: Mapping[str, Any]) -> dict[str, Any]:
+    cfg, began = teacher_config(job), time.perf_counter()
+    lab = build(cfg)
+    sampler = teacher_sampler(lab, job["teacher"]["steps"], job["teacher"]["guidance"])
+    measured = measures(cfg, lab, sampler, job["split"])
+    costs = {"student_updates": 0, "steps": 0, "passes": 0, "seconds": 0.0, "peak_memory_mib": memory_mib()}
+    return measured | costs | _facts(cfg, began)
+
+
+def _student(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
+    """Train, measure, look back at the checkpoints; a ``TrainEnd`` when a signal stopped the training."""
+    began = time.perf_counter()
+    cfg = settings(job, iterations(job, folder.parent.parent / "probes"), folder.parent)
+    run = _run(folder / "run", cfg)
+    lab = build(cfg)
+    method = counted(lab)
+    progress = PlainProgress(cfg.loop.steps)
+    end = train(method, lab.roles, lab.stream, cfg.loop, run, Hooks(progress))
+    if end.signal is not None:
+        return end
+    cost = {
+        "student_updates": method.cost.updates,
+        "steps": end.step,
+        "passes": method.cost.passes,
+        "seconds": round(method.cost.seconds, 2),
+        "peak_memory_mib": memory_mib(),
+    }
+    _load(lab, run)
+    measured = measures(cfg, lab, student_row(cfg, lab), job["split"])
+    points = diagnose(cfg, run, job["diagnosis"], job["split"]) if job["diagnosis"] else []
+    for step in checkpoint.steps(run.checkpoints)[:-1]:
+        _remove(run.checkpoints / f"step_{step:06d}")
+    return measured | cost | {"statistics": statistics_of(run), "points": points} | _facts(cfg, began)
+
+
+def measures(cfg: RunConfig, lab: Lab, sampler: Sampler, split: Any, size: EvalConfig | None = None) -> dict[str, Any]:
+    """The measured part of a table line; ``shapeseval`` is the overall score, ``tasks`` holds the six."""
+    row = evaluate(sampler, lab, size or cfg.eval, all_scorers(cfg), split).json()
+    tasks = dict(row.pop("shapeseval"))
+    trained = [reward.kind for reward in cfg.rewards]
+    return {"shapeseval": tasks.pop("overall"), "tasks": tasks, **row, "trained": trained}
+
+
+def statistics_of(run: Run) -> dict[str, float]:
+    """Means over the second half of the training of what the method logged about rewards and weights."""
+    rows = read_metrics(run.path)
+    late = rows[len(rows) // 2 :]
+    keys = [key for key in dict.fromkeys(key for row in late for key in row) if key.startswith(KEPT)]
+    found = {key: [row[key] for row in late if key in row and row[key] == row[key]] for key in keys}
+    return {key: sum(values) / len(values) for key, values in found.items() if values}
+
+
+def memory_mib() -> float:
+    """Peak memory of this process, or of its GPU where it has one."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def _facts(cfg: RunConfig, began: float) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread"
+    whole = round(time.perf_counter() - began, 1)
+    return {"cell_seconds": whole, "device": device, "commit": commit(), "torch": versions()["torch"]}
+
+
+def _run(path: Path, cfg: RunConfig) -> Run:
+    """The cell's run folder, new or as a killed cell left it."""
+    if (path / "config.yaml").exists():
+        run = open_run(path)
+        before = RunConfig.model_validate(run.config).model_dump(mode="json")
+        # start_from follows from the cell's first stage, and moves with the folder of the comparison
+        check_same_config(Run(path, before), cfg.model_dump(mode="json"), ["loop.start_from"])
+        return run
+    return create(path, cfg.model_dump(mode="json"), sys.argv)
+
+
+def _load(lab: Lab, run: Run) -> None:
+    """The EMA of the last step; RunError where that checkpoint is damaged, an older one is another student."""
+    saved = checkpoint.load_chosen(run.checkpoints, str(run.config["loop"]["steps"]))
+    assert saved is not None
+    load_ema(lab, saved)
+
+
+def _remove(path: Path) -> None:
+    import shutil
+
+    shutil.rmtree(path)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process works on this cell: one whose comparison was killed may still be saving."""
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _stop_with(parent: int) -> None:
+    """SIGTERM to ourselves, which saves a checkpoint, when the comparison that started us is gone.
+
+    Its id is given: if it ended before we asked, our parent is already another process.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:3])))

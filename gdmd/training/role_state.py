@@ -1,0 +1,191 @@
+"""What is trained of one role, and how one update is applied to it: micro-batches, finite check, clip, AdamW, EMA."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gdmd.config.training import LoopConfig
+from gdmd.diffusion.device import confirmed
+from gdmd.training.distributed import SINGLE, World
+from gdmd.training.ema import Ema, load_named
+from gdmd.training.optimizer import RoleOptimizer
+from gdmd.types import Loss, Role, Roles, Update
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient that is not finite. ``positions`` are the places of the bad samples in the update's batch."""
+
+    def __init__(self, message: str, role: Role, positions: Sequence[int]) -> None:
+        super().__init__(message)
+        self.role, self.positions = role, tuple(positions)
+
+
+@dataclass
+class RoleState:
+    """The trainable side of a role. ``updates`` counts optimiser steps, ``skipped`` the non-finite ones left out."""
+
+    role: Role
+    parameters: Mapping[str, Parameter]
+    optimizer: RoleOptimizer
+    ema: Ema | None = None
+    micro_batch: int = 0
+    skip_nonfinite: bool = False
+    world: World = SINGLE
+    updates: int = 0
+    skipped: int = 0
+
+    def apply(self, update: Update, factor: float = 1.0) -> dict[str, Tensor]:
+        """One optimiser step on mean_B loss.per_sample, whatever the micro-batch; returns statistics [b] or 0-d.
+
+        factor: what the learning rate is multiplied by. The gradient of every micro-batch is that of
+        sum(per_sample) / b, so 8 micro-batches add up to one, and the mean over ranks of equal b is that of the global
+        batch. Whether all losses and the gradient are finite is asked *before* the optimiser step, by all ranks alike,
+        so that bad numbers never reach weights or moments: one host synchronisation per update.
+        """
+        self.optimizer.zero_grad()
+        count = batch_size(update.batch)
+        parts = list(split(update.batch, self.micro_batch or count))
+        losses = []
+        for place, part in enumerate(parts, 1):
+            self.world.reduce_gradients(now=place == len(parts))
+            losses.append(self._backward(update, part, count))
+        self.optimizer.average()
+        own = torch.cat([loss.per_sample.detach() for loss in losses])  # [b]
+        per_sample = self.world.gather(own)  # [B]
+        norm = self.optimizer.grad_norm()
+        stats = {f"loss/{self.role}": own, f"grad_norm/{self.role}": norm}
+        stats |= {key: torch.cat([_flat(loss.stats[key]) for loss in losses]) for key in losses[0].stats}
+        if not confirmed(per_sample.isfinite().all() & norm.isfinite()):
+            self._reject(per_sample, norm)
+            return {}
+        self.optimizer.step(norm, factor)
+        self.optimizer.zero_grad()
+        self.updates += 1
+        if self.ema is not None:
+            self.ema.update()
+        return stats
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The parts of a checkpoint that belong to this role, sharded as they are."""
+        weights: dict[str, Tensor] = dict(self.parameters)
+        parts = {self.role: weights, f"optim_{self.role}": self.optimizer.tensors()}
+        return parts | ({"ema": self.ema.shadow} if self.ema is not None else {})
+
+    def counters(self) -> dict[str, int]:
+        """What else must survive a restart."""
+        return {"updates": self.updates, "skipped": self.skipped, "ema_updates": self.ema.updates if self.ema else 0}
+
+    def load(self, part: Callable[[str], Mapping[str, Tensor]], counters: Mapping[str, int]) -> None:
+        """Restore what ``tensors`` and ``counters`` gave; ``part`` finds the tensors of a part by its name."""
+        load_named(self.parameters, part(self.role), f"the {self.role}", self.world)
+        self.optimizer.load(part(f"optim_{self.role}"))
+        self.updates, self.skipped = counters["updates"], counters["skipped"]
+        if self.ema is not None:
+            self.ema.load(part("ema"), counters["ema_updates"])
+
+    def _backward(self, update: Update, part: Any, count: int) -> Loss:
+        loss = update.loss(part)
+        assert loss.per_sample.ndim == 1, f"{self.role} loss: per_sample must be [b], is {tuple(loss.per_sample.shape)}"
+        assert loss.per_sample.requires_grad, f"the {self.role} loss has no gradient: it is detached from the network"
+        torch.autograd.backward(loss.per_sample.sum() / count)
+        return loss
+
+    def _reject(self, per_sample: Tensor, norm: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.skipped += 1
+        if self.skip_nonfinite:
+            return
+        positions = (~per_sample.isfinite()).nonzero().flatten().tolist()
+        what = f"the loss of {len(positions)} sample(s)" if positions else f"the gradient norm ({norm.item()})"
+        raise NonFiniteError(f"{what} of the {self.role} is not finite", self.role, positions)
+
+
+def role_states(roles: Roles, cfg: LoopConfig, world: World = SINGLE) -> dict[Role, RoleState]:
+    """Optimisers for student and fake, and the student's EMA, as the configuration says."""
+    states: dict[Role, RoleState] = {}
+    rates: dict[Role, float] = {"student": cfg.lr_student, "fake": cfg.lr_fake}
+    for role, lr in rates.items():
+        parameters = roles.parameters(role)
+        states[role] = RoleState(
+            role,
+            parameters,
+            RoleOptimizer(parameters, lr, cfg.betas, cfg.weight_decay, cfg.clip, world, cfg.optimizer),
+            Ema(parameters, cfg.ema, cfg.ema_warmup, world) if role == "student" and cfg.ema else None,
+            cfg.micro_batch,
+            cfg.on_nonfinite == "skip",
+            world,
+        )
+    return states
+
+
+@contextmanager
+def ema_weights(state: RoleState) -> Iterator[None]:
+    """Inside, the role's networks hold the EMA weights (for grids and evaluation); without EMA nothing changes."""
+    if state.ema is None:
+        yield
+        return
+    with state.ema.swapped_in():
+        yield
+
+
+def batch_size(batch: Any) -> int:
+    """The samples of a batch: the first dimension of its first tensor that has one."""
+    for leaf in _tensors(batch):
+        if leaf.ndim:
+            return leaf.shape[0]
+    raise AssertionError(f"the batch of an update holds no tensor with a sample dimension: {type(batch).__name__}")
+
+
+def split(batch: Any, size: int) -> Iterator[Any]:
+    """Micro-batches of ``size`` samples. The parts of a batch may be smaller than size when it is not divisible."""
+    count = batch_size(batch)
+    if size >= count:
+        yield batch
+        return
+    for start in range(0, count, size):
+        yield cut(batch, start, min(start + size, count), count)
+
+
+def cut(part: Any, start: int, stop: int, count: int) -> Any:
+    """Samples start ... stop - 1 of a batch of ``count``: dataclasses, mappings and sequences are followed.
+
+    A sequence without tensors (captions) is cut itself when it has one entry per sample. 0-d tensors, numbers,
+    strings, functions and empty sequences belong to all samples and stay.
+    """
+    if isinstance(part, Tensor):
+        assert part.ndim == 0 or part.shape[0] == count, f"a tensor {tuple(part.shape)} in a batch of {count} samples"
+        return part if part.ndim == 0 else part[start:stop]
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        fields = (field.name for field in dataclasses.fields(part) if field.init)
+        return dataclasses.replace(part, **{name: cut(getattr(part, name), start, stop, count) for name in fields})
+    if isinstance(part, Mapping):
+        return {key: cut(value, start, stop, count) for key, value in part.items()}
+    if not isinstance(part, (tuple, list)) or not part:
+        return part
+    if next(_tensors(part), None) is not None:
+        return type(part)(cut(value, start, stop, count) for value in part)
+    assert len(part) == count, f"a sequence of {len(part)} entries in a batch of {count} samples"
+    return part[start:stop]
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+        for field in dataclasses.fields(part):
+            yield from _tensors(getattr(part, field.name))
+    elif isinstance(part, (Mapping, tuple, list)):
+        for value in part.values() if isinstance(part, Mapping) else part:
+            yield from _tensors(value)
+
+
+def _flat(value: Tensor) -> Tensor:
+    return value.detach().reshape(-1)

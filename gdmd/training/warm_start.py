@@ -1,0 +1,144 @@
+"""Where a training begins: at the teacher, at its own newest checkpoint, or at the networks of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdmd.io import near_name
+from gdmd.runs import checkpoint
+from gdmd.runs.run_folder import open_run
+from gdmd.training.distributed import World
+from gdmd.training.ema import load_named
+from gdmd.training.role_state import RoleState
+from gdmd.types import Role, Roles
+
+HEAD = "gan_head."
+"""Of a GAN head, which the other run may not have had: it begins anew."""
+
+
+def newest(checkpoints: Path, world: World) -> checkpoint.Checkpoint | None:
+    """The newest good checkpoint of a folder: rank 0 finds it, the others read the same one."""
+    found: list[checkpoint.Checkpoint | None] = []
+
+    def find() -> str | None:
+        found.append(checkpoint.load_newest(checkpoints))
+        return str(found[0].path) if found[0] else None
+
+    path = world.on_first(find)
+    return found[0] if found else checkpoint.load(Path(path), verify=False) if path else None
+
+
+def require_start(run: str) -> None:
+    """ValueError unless loop.start_from names a run with a checkpoint."""
+    if not run or checkpoint.steps(Path(run) / "checkpoints"):
+        return
+    what = "has no checkpoint" if Path(run).is_dir() else "is not there"
+    above = next((folder for folder in list(Path(run).parents)[:2] if checkpoint.steps(folder / "checkpoints")), None)
+    near = f" Did you mean {above}?" if above else "" if Path(run).is_dir() else near_name(run)
+    raise ValueError(f"loop.start_from: the run folder {run} {what}; give one that `gdmd train` has written.{near}")
+
+
+def check_model(run: str, config: Mapping[str, Any]) -> None:
+    """ValueError where the run that loop.start_from names stores its roles otherwise: a comparison of configs alone."""
+    if not run:
+        return
+    theirs, own = open_run(Path(run)).config.get("model", {}), config["model"]
+    other = theirs.get("kind") != own["kind"]
+    keys = ("kind",) if other else ("full",) if own.get("full") == "both" else ("full", "lora_rank")
+    pairs = {key: (theirs.get(key, own.get(key)), own.get(key)) for key in keys}
+    wrong = [f"model.{key} is {old!r} there and {new!r} here" for key, (old, new) in pairs.items() if old != new]
+    if wrong:
+        raise ValueError(
+            f"loop.start_from: the networks of {run} do not fit this run: {', '.join(wrong)}. Use the values of that run, "
+            "or start from another one"
+        )
+
+
+def check_roles(run: str, roles: Roles) -> None:
+    """ValueError unless the student and fake of that run have the layers of ``roles``, in their sizes.
+
+    Only the headers of its newest checkpoint's files are read.
+    """
+    for step in reversed(checkpoint.steps(Path(run) / "checkpoints") if run else []):
+        try:
+            return _compare(run, Path(run) / "checkpoints" / f"step_{step:06d}", roles)
+        except checkpoint.DamagedCheckpoint:  # passed over, and named, where it is loaded
+            continue
+
+
+def _compare(run: str, folder: Path, roles: Roles) -> None:
+    both: tuple[Role, Role] = ("student", "fake")
+    for role in both:
+        own = {name: tuple(w.shape) for name, w in roles.parameters(role).items() if not name.startswith(HEAD)}
+        theirs = {k: shape for k, shape in checkpoint.shapes(folder, role).items() if not k.startswith(HEAD)}
+        wrong = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+        if wrong:
+            raise ValueError(
+                f"loop.start_from: the {role} of {run} is of another network: {len(wrong)} of its "
+                f"{len(own.keys() | theirs.keys())} tensors differ in name or size, first {wrong[0]}. Start from a run of "
+                "the same family, model size and model.lora_targets"
+            )
+
+
+def begin_from(run: str, states: Mapping[Role, RoleState], world: World, config: Mapping[str, Any]) -> str:
+    """Student and fake as another run left them, the student averaged where that run has an EMA; returns what to tell.
+
+    ``config``: of the run that begins. Where its adapters have another lora_alpha, B is scaled so that they change the
+    base model by the same. Optimizers, counters and the schedule begin anew, and the EMA at these weights. ValueError
+    when the networks differ.
+    """
+    require_start(run)
+    saved = newest(Path(run) / "checkpoints", world)
+    assert saved is not None
+    before = _config_of(run)
+    factor = _scale(before) / _scale(config)
+    averaged = saved.part("ema")
+    given: dict[Role, Mapping[str, Tensor]] = {"student": averaged or saved.part("student"), "fake": saved.part("fake")}
+    for role, state in states.items():
+        own = {name: weights for name, weights in state.parameters.items() if not name.startswith(HEAD)}
+        theirs = {
+            name: weights * factor if factor != 1 and ".lora_B." in name else weights
+            for name, weights in given[role].items()
+            if not name.startswith(HEAD)
+        }
+        load_named(own, theirs, f"the {role} of loop.start_from = {run}", world)
+        if state.ema is not None:
+            _restart(state.ema.shadow, own)
+    begun = f"student{' (EMA)' if averaged else ''} and fake start from step {saved.step} of {run}"
+    return "\n".join([*saved.messages, begun, *_notes(before, config)])
+
+
+def _config_of(run: str) -> Mapping[str, Any]:
+    """The configuration of a run; empty for a folder that holds checkpoints alone."""
+    return open_run(Path(run)).config if (Path(run) / "config.yaml").is_file() else {}
+
+
+def _scale(config: Mapping[str, Any]) -> float:
+    """alpha / rank of the adapters; 1 for networks without them."""
+    model = config.get("model", {})
+    return model["lora_alpha"] / model["lora_rank"] if "lora_alpha" in model else 1.0
+
+
+def _notes(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Allowed differences that change the student or its images."""
+    keys = (("model", "lora_alpha"), ("model", "path"), ("model", "dtype"), ("method", "student_steps"))
+    notes = []
+    for section, key in keys:
+        if key == "lora_alpha" and config.get("model", {}).get("full") == "both":  # no adapters
+            continue
+        old, new = (one.get(section, {}).get(key) for one in (before, config))
+        if before and old is not None and old != new:
+            more = ", so B is scaled to keep the student" if key == "lora_alpha" else ""
+            notes.append(f"{section}.{key} was {old} there and is {new} here{more}")
+    return notes
+
+
+@torch.no_grad()
+def _restart(shadow: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    for name, average in shadow.items():
+        average.copy_(weights[name])
