@@ -25,7 +25,7 @@ from torch import Tensor
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.diffusion.rng import SampleRng
-from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build import Components, build
 from gdmd.recipes.read import read_recipe
 from gdmd.training.distributed import SINGLE
 from gdmd.training.role_state import role_states
@@ -44,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     torch.set_num_threads(1)
     cfg = read_recipe("shapes", [f"loop.batch_size={options.batch}", "loop.threads=1"])
-    lab = build(cfg, "cpu")
-    states = {"shapes": shapes_state(cfg, lab), f"{options.mib} MiB": large_state(options.mib)}
-    work = student_pass(lab)
+    components = build(cfg, "cpu")
+    states = {"shapes": shapes_state(cfg, components), f"{options.mib} MiB": large_state(options.mib)}
+    work = student_pass(components)
     work()
     rows = {name: measure(state, work, options.rounds, options.folder) for name, state in states.items()}
     facts = {"rounds": options.rounds, "torch": torch.__version__, "machine": platform.machine(), "rows": rows}
@@ -57,13 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def shapes_state(cfg: RunConfig, lab: Lab) -> State:
+def shapes_state(cfg: RunConfig, components: Components) -> State:
     """All parts of a checkpoint of this recipe after its first iteration."""
-    states = role_states(lab.roles, cfg.loop)
-    prompts = lab.stream.at(0)
-    for update in lab.method.iteration(0, prompts, SampleRng(0, 0, prompts.index)):
+    states = role_states(components.roles, cfg.loop)
+    prompts = components.stream.at(0)
+    for update in components.method.iteration(0, prompts, SampleRng(0, 0, prompts.index)):
         states[update.role].apply(update)
-    parts: dict[str, Mapping[str, Tensor]] = {"old": lab.roles.old_state(), "method": lab.method.state()}
+    parts: dict[str, Mapping[str, Tensor]] = {"old": components.roles.old_state(), "method": components.method.state()}
     for state in states.values():
         parts |= state.tensors()
     return parts
@@ -76,13 +76,13 @@ def large_state(mib: int) -> State:
     return {part: {str(place): torch.rand(numbers) for place in range(each)} for part in parts}
 
 
-def student_pass(lab: Lab) -> Callable[[], None]:
+def student_pass(components: Components) -> Callable[[], None]:
     """A forward and a backward pass of the student on four samples."""
-    x_t, t = torch.randn(4, *lab.latent_shape), torch.full((4,), 0.5)
-    text = lab.encoder.null(4)
+    x_t, t = torch.randn(4, *components.latent_shape), torch.full((4,), 0.5)
+    text = components.encoder.null(4)
 
     def work() -> None:
-        torch.autograd.backward(lab.roles.student(x_t, t, text).x0.square().mean())
+        torch.autograd.backward(components.roles.student(x_t, t, text).x0.square().mean())
 
     return work
 

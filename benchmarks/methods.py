@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py [--batch 64] [--rounds 5] [--clock cpu] [--only gdmd,dmd] [--out FILE]
 
-Every round makes one outer iteration of every method in turn, with its optimiser steps, so that a busy machine slows all
+Every round makes one outer iteration of every method in turn, with its optimizer steps, so that a busy machine slows all
 of them; a method's speed is its ratio to GDMD in the same round. ``--clock cpu`` (one thread) counts the seconds of this
 process alone. Passes are in F, one denoiser forward on the batch; a backward counts two.
 """

@@ -33,7 +33,7 @@ from gdmd.plan.cost_model import GPUS, Gpu
 from gdmd.plan.estimate import plan
 from gdmd.plan.meta_pipeline import hollow_decoder, hollow_family
 from gdmd.profiling.bench import Bench, measure
-from gdmd.recipes.build import Lab, Place, method_of
+from gdmd.recipes.build import Components, Place, method_of
 from gdmd.recipes.read import read_recipe
 from gdmd.rewards.callable import CallableReward
 from gdmd.types import Cond
@@ -130,7 +130,7 @@ def _fill(net: nn.Module) -> None:
             weights.zero_()
 
 
-def lab_of(cfg: RunConfig, device: str) -> Lab:
+def lab_of(cfg: RunConfig, device: str) -> Components:
     """The objects of a recipe with random weights of the published sizes."""
     model: Any = cfg.model
     family = hollow_family(model).family
@@ -147,7 +147,7 @@ def lab_of(cfg: RunConfig, device: str) -> Lab:
     place = Place(family.latent_shape, family.native)
     method = method_of(cfg.model_copy(update={"method": own}), roles, codec, (reward,), place, None)
     stream = PromptStream([WORDS], encoder, cfg.loop.batch_size, cfg.loop.seed)
-    return Lab(roles, family.codec, encoder, (reward,), method, stream, family.latent_shape, own.student_steps)
+    return Components(roles, family.codec, encoder, (reward,), method, stream, family.latent_shape, own.student_steps)
 
 
 def matrix_rate(device: str, seconds: float = 1.0) -> float:
@@ -178,7 +178,7 @@ def measured(setting: Setting, tiny: Path | None, device: str, rate: float, iter
     for step in range(2):  # alone: the rounds below keep their calls to make them again
         bench.trained(step)
     peak = bench.peak()[0] / 1024
-    own = measure(Bench(cfg, bench.lab), iterations)
+    own = measure(Bench(cfg, bench.components), iterations)
     said = plan(cfg, gpu_here(device), 0.4)
     kept = ("images_per_s", "iteration_s", "bare_calls_s", "overhead", "passes_per_update", "passes_agree")
     rows = {name: own[name] for name in (*kept, "scoring_share", "host_syncs_per_iteration", "host_syncs_at")}

@@ -238,7 +238,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimiser step that a method asks of the loop.
+    """One optimizer step that a method asks of the loop.
 
     ``batch`` is a dataclass (or mapping) of tensors with the sample as first dimension, so that the loop may cut
     it into micro-batches; ``loss`` is deterministic and differentiable: every random draw is already in the batch.

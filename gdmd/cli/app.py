@@ -13,7 +13,7 @@ import typer
 
 from gdmd.cli import evaluate as results
 from gdmd.cli import export, latents
-from gdmd.cli import info as lab
+from gdmd.cli import info as components
 from gdmd.cli import profile as bench
 from gdmd.cli import sweep as compare
 from gdmd.cli import train as training
@@ -21,7 +21,7 @@ from gdmd.cli.geneval import eval_app
 from gdmd.cli.plan import plan_command
 from gdmd.cli.rewards import rewards_app
 from gdmd.cli.study import study_app
-from gdmd.training.rank import seat
+from gdmd.training.rank import rank_info
 
 app = typer.Typer(
     name="gdmd",
@@ -40,10 +40,10 @@ app.add_typer(eval_app, name="eval")
 app.command("sample")(results.sample_command)
 app.command("report")(results.report_command)
 app.command("export")(export.export_command)
-app.command("recipes")(lab.recipes_command)
+app.command("recipes")(components.recipes_command)
 app.command("bench")(bench.bench_command)
-app.command("doctor")(lab.doctor_command)
-app.command("pretrain")(lab.pretrain_command)
+app.command("doctor")(components.doctor_command)
+app.command("pretrain")(components.pretrain_command)
 app.add_typer(rewards_app, name="rewards")
 app.add_typer(study_app, name="study")
 
@@ -76,7 +76,7 @@ def _root(
 
     \b
     Examples:
-      gdmd demo                            distil two 4-step students of Shapes
+      gdmd demo                            distill two 4-step students of Shapes
       gdmd train shapes method.gamma=0.5   train a recipe, one field overridden
       gdmd sample runs/shapes-seed0 --prompt "a red circle and a blue ring"
 
@@ -160,7 +160,7 @@ def exit_code(error: ValueError) -> int:
 
 def _first() -> bool:
     try:
-        return seat().first
+        return rank_info().first
     except ValueError:  # the seat itself is what is wrong
         return True
 

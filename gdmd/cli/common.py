@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gdmd.io import finite_or_none
-from gdmd.training.rank import seat
+from gdmd.training.rank import rank_info
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,7 @@ def messages() -> Console:
     """Where people read: stderr, so that stdout is free for results. Among several ranks only rank 0 speaks."""
     from rich.console import Console
 
-    return Console(stderr=True, quiet=not seat().first)
+    return Console(stderr=True, quiet=not rank_info().first)
 
 
 def print_json(value: Any) -> None:

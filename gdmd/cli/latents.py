@@ -15,7 +15,7 @@ def latents_command(
 ) -> None:
     """Latents of the real images of a recipe (real_data), computed once for DMD2's GAN and method.student_input=data.
 
-    Images are turned upright, scaled to cover model.height x model.width and cropped at the centre. What is there
+    Images are turned upright, scaled to cover model.height x model.width and cropped at the center. What is there
     already is not computed again; a kill costs at most 64 images. What cannot be read is named and counted.
 
     \b

@@ -18,7 +18,7 @@ def bench_command(
     """Measure the speed of a recipe on this machine: passes, FLOP, overhead, images/s, memory. Writes nothing.
 
     Passes are denoiser forwards in units of the batch (F), a backward counts two; those that hooks see are compared
-    with the method's own count. Overhead is the time of an iteration without its optimiser over that of the same
+    with the method's own count. Overhead is the time of an iteration without its optimizer over that of the same
     network, decoder and reward calls alone. Host syncs need a GPU. Give loop.threads=1 on a shared machine.
 
     \b

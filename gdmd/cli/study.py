@@ -85,12 +85,12 @@ def serve_command(
     study: Study,
     host: Annotated[str, typer.Option(help="Address to listen on; other than loopback needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 = a free one.")] = PORT,
-    token_file: Annotated[Path | None, typer.Option(help="A file with the organiser's token.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="A file with the organizer's token.")] = None,
 ) -> None:
     """Serve the study until Ctrl-C. Votes are on disk before a rater sees the next pair.
 
     \b
-    The organiser's token (progress, votes) comes from --token-file or GDMD_STUDY_TOKEN. On loopback one is made
+    The organizer's token (progress, votes) comes from --token-file or GDMD_STUDY_TOKEN. On loopback one is made
     where none is given. Put a TLS proxy in front of any other address: tokens travel with every request.
     Examples:
       gdmd study serve studies/one
@@ -100,7 +100,7 @@ def serve_command(
 
     read_plan(study)
     serve = _web()
-    token = _organiser_token(token_file)
+    token = _organizer_token(token_file)
     if token is None:
         if not serve.is_loopback(host):
             raise ValueError(
@@ -108,11 +108,11 @@ def serve_command(
                 f"set {TOKEN_VARIABLE} or give --token-file, or keep the default --host 127.0.0.1"
             )
         token = secrets.token_urlsafe(18)
-        _say(f"organiser's token: {token}")
+        _say(f"organizer's token: {token}")
     serve.checked_token(token)
     listening = serve.listen(host, port)
     address = serve.address_of(listening)
-    _say(f"serving {address}  (progress at {address}/api/progress with the organiser's token as a bearer token)")
+    _say(f"serving {address}  (progress at {address}/api/progress with the organizer's token as a bearer token)")
     _say_links(study, address)
     serve.run_server(study, listening, token)
 
@@ -264,7 +264,7 @@ def _consent(path: Path | None) -> str:
         raise ValueError(f"cannot read the consent text {path}: {error}; give a UTF-8 text file") from error
 
 
-def _organiser_token(path: Path | None) -> str | None:
+def _organizer_token(path: Path | None) -> str | None:
     if path is None:
         return os.environ.get(TOKEN_VARIABLE) or None
     try:

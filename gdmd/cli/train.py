@@ -11,7 +11,7 @@ import typer
 
 from gdmd.cli.common import Json, RunFolder, messages, print_json
 from gdmd.io import typed
-from gdmd.training.rank import attempt, seat
+from gdmd.training.rank import attempt, rank_info
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,13 +118,13 @@ def _run(asked: Asked, processes: int, restarts: int) -> int:
 
 def _launched(asked: Asked, processes: int, restarts: int) -> int:
     """Everything that can be wrong with the words is said once, here; then torchrun's launcher does the rest."""
-    if seat().size > 1:
+    if rank_info().size > 1:
         raise ValueError("--gpus inside torchrun would start processes of processes: use one of the two")
     cfg = asked.config()
     from gdmd.recipes.run_folders import new_folder
-    from gdmd.training.distributed import Seat, World, launch
+    from gdmd.training.distributed import RankInfo, World, launch
 
-    World(Seat(0, processes)).span(cfg.loop.batch_size)
+    World(RankInfo(0, processes)).span(cfg.loop.batch_size)
     folder = asked.resume or asked.run or new_folder(cfg)
     code = launch(asked.words(folder), processes, restarts)
     if code not in (0, 2, 130, 143) and folder.exists():  # after a signal rank 0 has said so
@@ -194,7 +194,7 @@ def demo_command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe.")
     ] = None,
 ) -> None:
-    """Distil two 4-step students on the Shapes lab, DMD and GDMD, and compare them with their teacher.
+    """Distill two 4-step students on the Shapes lab, DMD and GDMD, and compare them with their teacher.
 
     Trains and measures every row of the table in this run: at most 8 minutes on two cores. The same command with
     the same --run goes on where an interrupted demo stopped.

@@ -67,7 +67,7 @@ def place_of(cls: Any, location: Sequence[Key]) -> Place:
     label, union = "", tuple[Any, ...]()
     for item in location:
         members = _members(place.annotations)
-        if _is_labelled(place.annotations, item):
+        if _is_labeled(place.annotations, item):
             chosen = [member for member in members if _has_label(member, str(item))]
             label, union = str(item), tuple(members)
             place = Place(place.path, tuple(chosen or members), place.parents)
@@ -124,7 +124,7 @@ def _members(annotations: Iterable[Any]) -> list[Any]:
     return members
 
 
-def _is_labelled(annotations: tuple[Any, ...], item: Key) -> bool:
+def _is_labeled(annotations: tuple[Any, ...], item: Key) -> bool:
     """Whether pydantic puts the member's label here: only below a union of two or more, and once."""
     return len(annotations) == 1 and len(_members(annotations)) > 1 and isinstance(item, str)
 

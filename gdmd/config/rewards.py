@@ -86,7 +86,7 @@ class PickScoreReward(Towers):
 
 
 class ImageRewardReward(Towers):
-    """ImageReward v1: standardised, about -3 to 3."""
+    """ImageReward v1: standardized, about -3 to 3."""
 
     kind: Literal["imagereward"] = "imagereward"
     path: str | None = Field(default=None, description="Converted folder; default: what `gdmd rewards convert` wrote.")

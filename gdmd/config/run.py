@@ -100,7 +100,7 @@ class RunConfig(Config):
     real_data: RealDataConfig | None = Field(
         default=None, description="Real models: images for a GAN and for method.student_input = data; null = none."
     )
-    loop: LoopConfig = Field(description="Steps, batch, optimiser, checkpoints.")
+    loop: LoopConfig = Field(description="Steps, batch, optimizer, checkpoints.")
     eval: EvalConfig = EvalConfig()
 
     @property

@@ -93,7 +93,7 @@ class PictureSpec(Config):
     """The figures that show images; made with the students of the first seed."""
 
     rows: tuple[str, ...] = Field(default=(), description="Rows shown side by side; default: teachers, rivals, gdmd.")
-    per_cluster: Count = Field(default=6, description="Images per colour and object in the feature-space figure.")
+    per_cluster: Count = Field(default=6, description="Images per color and object in the feature-space figure.")
     captions: Count = Field(default=8, description="Captions of each same-noise grid.")
 
 

@@ -21,7 +21,7 @@ class LoopConfig(Config):
     steps: Count = Field(200, description="Outer iterations in all; a resumed run goes on to the same number.")
     start_from: str = Field(
         "",
-        description="Folder of another run, whose student (EMA) and fake this one begins with; optimisers, schedule and "
+        description="Folder of another run, whose student (EMA) and fake this one begins with; optimizers, schedule and "
         'EMA begin anew. Give it another seed than that run. "" = begin with the teacher.',
     )
     batch_size: Count = Field(32, description="Samples (prompt, noise) of one outer iteration.")

@@ -23,7 +23,7 @@ from gdmd.data.captioned_images import Captioned, Unusable, captioned_images, fi
 from gdmd.data.checksums import Verified, checksums, opened
 from gdmd.data.image_files import DECODING, plain
 from gdmd.data.text_cache import shard_of, unfinished
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.io import content_hash, follow_umask
 from gdmd.types import PromptBatch
@@ -266,7 +266,7 @@ class StoredLatents:
         draws = rng.on_host().uniform("real_image").tolist()
         chosen = [self._of[text] for text in prompts.text]
         places = [own[int(draw * len(own))] for own, draw in zip(chosen, draws, strict=True)]
-        return sent(self._read(places), prompts.index.device)
+        return to_device_async(self._read(places), prompts.index.device)
 
     def _read(self, places: Sequence[tuple[Path, int]]) -> Tensor:
         rows: dict[tuple[Path, int], Tensor] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gdmd.data.prompt_files import PromptFile, prompts_in
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.types import PromptBatch, TextEncoder
 
@@ -79,4 +79,4 @@ def batch_of(
     where = torch.arange(len(texts)) if index is None else index
     own = where if group is None else group
     null = encoder.null(len(texts))
-    return PromptBatch(sent(where, device), texts, sent(own, device), cond, null, host=where)
+    return PromptBatch(to_device_async(where, device), texts, to_device_async(own, device), cond, null, host=where)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gdmd.data.checksums import Verified, checksums, opened
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.io import follow_umask
 from gdmd.types import Cond, TextEncoder
 
@@ -146,7 +146,7 @@ class CachedText:
                         rows[file, row] = {name: part[row : row + 1] for name, part in slices.items()}
                         self._written.check((file, row), rows[file, row])
         names = rows[wanted[0]].keys()
-        return {name: sent(torch.cat([rows[place][name] for place in wanted]), self.device) for name in names}
+        return {name: to_device_async(torch.cat([rows[place][name] for place in wanted]), self.device) for name in names}
 
 
 def shard_of(folder: Path, entries: Sequence[str]) -> Path:

@@ -2,7 +2,7 @@
 
 An accelerator works behind the host, and every number read from it empties its queue. So draws that Python decides by
 are made on the host (``SampleRng.on_host``), small tensors are sent asynchronously, and a check whose answer lies on
-the device waits until the one place of an update where the host must look anyway: before the optimiser step.
+the device waits until the one place of an update where the host must look anyway: before the optimizer step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Refusal = Callable[[list[int]], Exception]
 _noted: ContextVar[list[tuple[Tensor, Refusal]] | None] = ContextVar("checks to be read later", default=None)
 
 
-def sent(values: Tensor, device: torch.device | str) -> Tensor:
+def to_device_async(values: Tensor, device: torch.device | str) -> Tensor:
     """``values`` of the host on the device, copied in the order of its work; the host goes on. Itself if it is there."""
     place = torch.device(device)
     if place.type == "cuda" and values.device.type == "cpu":
@@ -29,7 +29,7 @@ def sent(values: Tensor, device: torch.device | str) -> Tensor:
 
 
 @contextmanager
-def checks_read_later() -> Iterator[None]:
+def deferred_checks() -> Iterator[None]:
     """Inside, ``refuse_where`` only takes note of what lies on a device; ``confirmed`` reads it, at the latest the end."""
     notes: list[tuple[Tensor, Refusal]] = []
     token = _noted.set(notes)
@@ -40,7 +40,7 @@ def checks_read_later() -> Iterator[None]:
         _noted.reset(token)
 
 
-def refuse_where(bad: Tensor, refusal: Refusal) -> None:
+def raise_where(bad: Tensor, refusal: Refusal) -> None:
     """Raise refusal(positions) if ``bad`` [B] (bool) is true anywhere: at once, or inside ``checks_read_later`` later."""
     notes = _noted.get()
     if notes is not None and bad.device.type != "cpu":

@@ -25,7 +25,7 @@ WARM_UP = 8
 """Images of the untimed first call."""
 
 
-class Lab(Protocol):
+class Components(Protocol):
     """What is needed to make images; ``recipes.build.Lab`` is one."""
 
     @property
@@ -68,48 +68,48 @@ class Generation:
     images_per_s_decoded: float  # sampler and decoder
 
 
-def student_sampler(lab: Lab, denoiser: Denoiser, steps: Sequence[float], name: str = "student") -> Sampler:
+def student_sampler(components: Components, denoiser: Denoiser, steps: Sequence[float], name: str = "student") -> Sampler:
     """Predict x0, re-noise to the next of ``steps`` (times from 1 down): len(steps) NFE."""
 
     def latents(texts: Sequence[str], rng: SampleRng) -> Tensor:
-        noise = rng.normal("eval_noise", lab.latent_shape)
-        again = lambda i: rng.normal("eval_rollout", lab.latent_shape, i)  # noqa: E731
-        return few_step_sample(denoiser, noise, steps, lab.encoder.encode(texts), again, lab.roles.schedule)
+        noise = rng.normal("eval_noise", components.latent_shape)
+        again = lambda i: rng.normal("eval_rollout", components.latent_shape, i)  # noqa: E731
+        return few_step_sample(denoiser, noise, steps, components.encoder.encode(texts), again, components.roles.schedule)
 
     return Sampler(name, len(steps), latents)
 
 
-def teacher_sampler(lab: Lab, ode_steps: int, guidance: float, name: str = "teacher") -> Sampler:
+def teacher_sampler(components: Components, ode_steps: int, guidance: float, name: str = "teacher") -> Sampler:
     """The teacher's deterministic ODE with classifier-free guidance: 2 NFE per step, 1 at guidance 1."""
 
     def latents(texts: Sequence[str], rng: SampleRng) -> Tensor:
-        noise = rng.normal("eval_noise", lab.latent_shape)
-        guided = Guided(lab.roles.teacher, guidance, lab.encoder.null(len(texts)), lab.roles.guide)
-        path = lab.teacher_times(ode_steps).to(noise.device)
-        return ode_sample(guided, noise, path, lab.encoder.encode(texts), lab.roles.schedule)
+        noise = rng.normal("eval_noise", components.latent_shape)
+        guided = Guided(components.roles.teacher, guidance, components.encoder.null(len(texts)), components.roles.guide)
+        path = components.teacher_times(ode_steps).to(noise.device)
+        return ode_sample(guided, noise, path, components.encoder.encode(texts), components.roles.schedule)
 
     return Sampler(name, ode_steps * (1 if guidance == 1.0 else 2), latents)
 
 
 @torch.no_grad()
-def images_of(sampler: Sampler, lab: Lab, texts: Sequence[str], seed: int, batch: int = BATCH) -> Tensor:
+def images_of(sampler: Sampler, components: Components, texts: Sequence[str], seed: int, batch: int = BATCH) -> Tensor:
     """Image i of [N, 3, S, S] shows texts[i], from noise (seed, i); no timing."""
-    parts = [sampler.latents(own, rng) for own, rng in _batches(texts, seed, batch, _device(lab))]
-    return torch.cat([_decode(lab, part) for part in parts]).cpu()
+    parts = [sampler.latents(own, rng) for own, rng in _batches(texts, seed, batch, _device(components))]
+    return torch.cat([_decode(components, part) for part in parts]).cpu()
 
 
 @torch.no_grad()
-def generate(sampler: Sampler, lab: Lab, texts: Sequence[str], seed: int, batch: int = BATCH) -> Generation:
+def generate(sampler: Sampler, components: Components, texts: Sequence[str], seed: int, batch: int = BATCH) -> Generation:
     """The same images, timed: median over the batches of equal size, after an untimed call."""
-    device = _device(lab)
+    device = _device(components)
     for own, rng in _batches(texts[:WARM_UP], seed, WARM_UP, device):
-        _decode(lab, sampler.latents(own, rng))
+        _decode(components, sampler.latents(own, rng))
     made, decoded, speeds = [], [], []
     for own, rng in _batches(texts, seed, batch, device):
         start = _now(device)
         made.append(sampler.latents(own, rng))
         middle = _now(device)
-        decoded.append(_decode(lab, made[-1]))
+        decoded.append(_decode(components, made[-1]))
         speeds.append((len(own), middle - start, _now(device) - start))
     full = [entry for entry in speeds if entry[0] == speeds[0][0]]
     alone, both = (torch.tensor([entry[k] / entry[0] for entry in full]).median().item() for k in (1, 2))
@@ -126,13 +126,13 @@ def _batches(
         yield own, SampleRng(seed, 0, torch.arange(start, start + len(own), device=device))
 
 
-def _decode(lab: Lab, latents: Tensor) -> Tensor:
+def _decode(components: Components, latents: Tensor) -> Tensor:
     """As saved: clipped to [0, 1]."""
-    return lab.codec.decode(latents).float().clamp(0, 1)
+    return components.codec.decode(latents).float().clamp(0, 1)
 
 
-def _device(lab: Lab) -> torch.device:
-    return next(iter(lab.roles.parameters("student").values())).device
+def _device(components: Components) -> torch.device:
+    return next(iter(components.roles.parameters("student").values())).device
 
 
 def _now(device: torch.device) -> float:

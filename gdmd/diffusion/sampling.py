@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.schedule import expand, renoise, shift_time, widen
 from gdmd.types import Cond, Denoiser, Schedule
 
@@ -72,8 +72,8 @@ def backward_simulation(
         left = left[stop[left] >= i]
         if last is None and not len(left):
             break
-        going = sent(left, noise.device)
-        asked = going if len(left) else sent(torch.zeros_like(stop[:1]), noise.device)
+        going = to_device_async(left, noise.device)
+        asked = going if len(left) else to_device_async(torch.zeros_like(stop[:1]), noise.device)
         own = {name: value[asked] for name, value in cond.items()}
         before = torch.full((len(asked),), steps[i - 1], device=noise.device)
         x0 = student(x_tau[asked], before, own).x0[: len(going)]
@@ -110,8 +110,8 @@ def continuation(
         ready = torch.nonzero(entry <= i)[:, 0]
         if not len(ready) and not together:
             continue
-        due = sent(ready, x0.device)
-        asked = due if len(ready) else sent(torch.zeros_like(stop[:1]), x0.device)
+        due = to_device_async(ready, x0.device)
+        asked = due if len(ready) else to_device_async(torch.zeros_like(stop[:1]), x0.device)
         when = torch.full((len(asked),), steps[i], device=x0.device)
         x_t = renoise(end[asked], when, noise_at(i)[asked], schedule)
         own = {name: value[asked] for name, value in cond.items()}

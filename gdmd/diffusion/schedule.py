@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.types import Native, Prediction, Schedule
 
 
@@ -85,7 +85,7 @@ class VpSchedule:
         """``_log_snr``, computed once for every device."""
         if device not in self._tables:
             with torch.inference_mode(False):  # a table made inside could not be used in training
-                self._tables[device] = sent(self._log_snr(), device)
+                self._tables[device] = to_device_async(self._log_snr(), device)
         return self._tables[device]
 
     def _logit(self, t: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from gdmd.evaluation.scorers import Features, feature_maker, judges_shapes, load
 from gdmd.io import finite_or_none, write_atomic
 from gdmd.recipes.run_folders import TEACHERS, config_of
 from gdmd.reporting.statistics import Scores, paired_difference
-from gdmd.shapes.grammar import catalogue, fixed_rows
+from gdmd.shapes.grammar import catalog, fixed_rows
 from gdmd.shapes.scorer_networks import IMAGE_SIZE
 from gdmd.sources.folders import FolderSource, image_file, read_image
 from gdmd.sources.open import kind_of, open_source
@@ -195,7 +195,7 @@ def _against(own: Mapping[str, Scores], first: Mapping[str, Scores]) -> dict[str
 def _asked(wanted: Wanted) -> Asked:
     if wanted.prompts is not None:
         return asked_of(wanted.prompts, wanted.images, wanted.seed, wanted.limit, wanted.column)
-    texts = tuple(catalogue().captions[row].text for row in fixed_rows("eval", wanted.per_task).tolist())
+    texts = tuple(catalog().captions[row].text for row in fixed_rows("eval", wanted.per_task).tolist())
     texts = texts[: wanted.limit]
     return Asked("the Shapes evaluation set", texts, tuple({"prompt": t} for t in texts), wanted.images, wanted.seed)
 

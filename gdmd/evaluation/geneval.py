@@ -18,7 +18,7 @@ from gdmd.evaluation.geneval_scores import (
     judged,
     read_metadata,
     recording,
-    summarise,
+    summarize,
 )
 from gdmd.io import RunError, append_jsonl, content_hash, file_hash, read_jsonl, write_atomic
 from gdmd.rewards.geneval.rules import Found, Task, as_row
@@ -143,12 +143,12 @@ def score_recorded(detections: Path, metadata: Path, folder: Path | None = None)
     """Apply the rules to recorded detections, without detector, classifier and images."""
     tasks = dict(enumerate(read_metadata(metadata)))
     rows = judge_recorded(detections, tasks)
-    return write_scores(folder, rows) if folder else summarise(rows)
+    return write_scores(folder, rows) if folder else summarize(rows)
 
 
 def write_scores(folder: Path, rows: Sequence[Judged], images: str | None = None) -> dict[str, Score]:
     """results.jsonl, one line per image, and geneval.json, the scores with intervals. images: ``images_key``."""
-    scores = summarise(rows)
+    scores = summarize(rows)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / RESULTS, "".join(json.dumps(row.json()) + "\n" for row in rows), "the results")
     summary = {"label": LABEL, "images": images, "scores": {name: asdict(score) for name, score in scores.items()}}

@@ -139,10 +139,10 @@ def recorded_colors(colors: Mapping[tuple[str, int], str | None], where: str) ->
     return color_of
 
 
-def summarise(rows: Sequence[Judged], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Score]:
+def summarize(rows: Sequence[Judged], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Score]:
     """Scores by task and "overall". ValueError without rows, and for an image that was judged twice."""
     if not rows:
-        raise ValueError("there are no judged images to summarise; score at least one")
+        raise ValueError("there are no judged images to summarize; score at least one")
     places = [(row.prompt, row.image) for row in rows]
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)

@@ -18,7 +18,7 @@ from gdmd.rewards.preprocessing import from_pil, to_pil
 from gdmd.shapes.check import shapeseval, summarize
 from gdmd.shapes.detect import detect
 from gdmd.shapes.evaluate import bootstrap_interval
-from gdmd.shapes.grammar import catalogue
+from gdmd.shapes.grammar import catalog
 from gdmd.shapes.measures import coverage, fidelity
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.sources.folders import images_in, read_image
@@ -37,7 +37,7 @@ def shapes_measures(produced: Produced, asked: Asked) -> dict[str, Any]:
     images = from_pil([read_image(produced.files[p.prompt, p.image]) for p in asked.places])
     found = detect(images)
     correct = shapeseval(found, rows)
-    task, texts = catalogue().task[rows], [place.text for place in asked.places]
+    task, texts = catalog().task[rows], [place.text for place in asked.places]
     return {
         "shapeseval": summarize(correct, task),
         "shapeseval_interval": list(bootstrap_interval(correct, task, texts, asked.seed)),
@@ -52,8 +52,8 @@ def shapes_renders(asked: Asked) -> list[Image]:
 
 
 def rows_of(asked: Asked) -> Tensor:
-    """The catalogue row of every image. ValueError for a prompt that is no caption."""
-    return torch.tensor([catalogue().row(place.text) for place in asked.places])
+    """The catalog row of every image. ValueError for a prompt that is no caption."""
+    return torch.tensor([catalog().row(place.text) for place in asked.places])
 
 
 def feature_measures(

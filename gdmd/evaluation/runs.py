@@ -11,7 +11,7 @@ from gdmd.config.run import RunConfig
 from gdmd.diffusion.generate import Sampler, images_of
 from gdmd.evaluation.run_report import read_rows, report_run, save_rows
 from gdmd.io import content_hash, typed
-from gdmd.recipes.build import Lab
+from gdmd.recipes.build import Components
 from gdmd.recipes.build_rewards import _scorer_specs, scorers_of
 from gdmd.recipes.contents import base_content, checkpoint_content
 from gdmd.recipes.open_run import image_batch, load_ema, open_named, open_student, student_row, teacher_row
@@ -20,7 +20,7 @@ from gdmd.recipes.run_folders import TEACHERS, config_of, require_shapes
 from gdmd.reporting.grids import write_comparison, write_grid
 from gdmd.runs import checkpoint
 from gdmd.shapes.evaluate import evaluate
-from gdmd.shapes.grammar import Split, catalogue, fixed_rows
+from gdmd.shapes.grammar import Split, catalog, fixed_rows
 
 GRID_COLUMNS = 6
 REAL_ROWS = 3
@@ -31,18 +31,18 @@ Row = Mapping[str, Any]
 
 def grid_captions(per_task: int = 2) -> tuple[str, ...]:
     """The captions of the sample grids, from every task of the evaluation set."""
-    return tuple(catalogue().captions[row].text for row in fixed_rows("eval", per_task).tolist())
+    return tuple(catalog().captions[row].text for row in fixed_rows("eval", per_task).tolist())
 
 
-def grid_hook(lab: Lab, cfg: RunConfig) -> Callable[[int, Path | None], None]:
+def grid_hook(components: Components, cfg: RunConfig) -> Callable[[int, Path | None], None]:
     """Draws the grid of a step: the same captions from the same noise every time. No path: nothing is written."""
     shapes = cfg.model.kind == "shapes"
-    captions = grid_captions() if shapes else tuple(lab.stream.groups[0][:REAL_ROWS])
+    captions = grid_captions() if shapes else tuple(components.stream.groups[0][:REAL_ROWS])
     columns = GRID_COLUMNS if shapes else REAL_ROWS
     texts = [text for text in captions for _ in range(columns)]
 
     def grid(step: int, path: Path | None) -> None:
-        cells = images_of(student_row(cfg, lab), lab, texts, cfg.eval.seed, image_batch(cfg))
+        cells = images_of(student_row(cfg, components), components, texts, cfg.eval.seed, image_batch(cfg))
         if path is not None:
             write_grid(path, cells.unflatten(0, (len(captions), columns)), captions, scale=3 if shapes else 1)
 
@@ -56,9 +56,9 @@ def row_key(cfg: RunConfig, sampler: Sampler, weights: str = "") -> str:
     return content_hash(json.dumps(settings), base_content(cfg.model), weights, *scorers)
 
 
-def measure(cfg: RunConfig, lab: Lab, sampler: Sampler, split: Split = "eval", step: int = 0) -> Row:
+def measure(cfg: RunConfig, components: Components, sampler: Sampler, split: Split = "eval", step: int = 0) -> Row:
     """One row of a table: the sampler on the fixed prompt set of the recipe's size."""
-    row = evaluate(sampler, lab, cfg.eval, scorers_of(cfg), split).json()
+    row = evaluate(sampler, components, cfg.eval, scorers_of(cfg), split).json()
     return row | ({"step": step} if step else {})
 
 
@@ -71,28 +71,28 @@ def measure_named(
     """
     if what not in TEACHERS:
         require_shapes(config_of(Path(what)), what)
-    cfg, lab, sampler, step = open_named(what, which)
+    cfg, components, sampler, step = open_named(what, which)
     own = cfg.eval.model_copy(update={key: value for key, value in given.items() if value is not None})
     cfg = cfg.model_copy(update={"eval": own})
-    return sampler.name, measure(cfg, lab, sampler, split, step), cfg
+    return sampler.name, measure(cfg, components, sampler, split, step), cfg
 
 
-def finish_run(cfg: RunConfig, folder: Path, lab: Lab, step: int) -> tuple[Row, Path]:
+def finish_run(cfg: RunConfig, folder: Path, components: Components, step: int) -> tuple[Row, Path]:
     """After training: measure the EMA student, compare it with the teacher from the same noise, write report.html."""
     saved = checkpoint.load_chosen(folder / "checkpoints", str(step))
     assert saved is not None
-    load_ema(lab, saved)
-    student = student_row(cfg, lab)
+    load_ema(components, saved)
+    student = student_row(cfg, components)
     key = row_key(cfg, student, checkpoint_content(folder, step))
-    row = measure(cfg, lab, student, step=step)
+    row = measure(cfg, components, student, step=step)
     save_rows(folder, dict(read_rows(folder)) | {student.name: dict(row) | {"key": key}})
-    compare(folder, cfg, lab, (teacher_row(cfg, lab, "teacher"), student))
+    compare(folder, cfg, components, (teacher_row(cfg, components, "teacher"), student))
     return row, report_run(folder)
 
 
-def compare(folder: Path, cfg: RunConfig, lab: Lab, samplers: tuple[Sampler, ...]) -> None:
+def compare(folder: Path, cfg: RunConfig, components: Components, samplers: tuple[Sampler, ...]) -> None:
     """grids/comparison.png: the samplers side by side from the same noise."""
-    write_comparison(folder / "grids" / "comparison.png", samplers, lab, grid_captions(), cfg.eval.seed)
+    write_comparison(folder / "grids" / "comparison.png", samplers, components, grid_captions(), cfg.eval.seed)
 
 
 def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
@@ -107,16 +107,16 @@ def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
                 f"run with: gdmd eval preference {typed(folder)} --prompts FILE"
             )
         return report_run(folder)
-    lab, step = open_student(cfg, folder)
+    components, step = open_student(cfg, folder)
     rows = {} if fresh else dict(read_rows(folder))
-    student = student_row(cfg, lab)
-    rows_in_order = (*(teacher_row(cfg, lab, what) for what in TEACHERS), student)
+    student = student_row(cfg, components)
+    rows_in_order = (*(teacher_row(cfg, components, what) for what in TEACHERS), student)
     samplers = tuple({sampler.name: sampler for sampler in rows_in_order}.values())  # eval.teacher_steps may be 4
     for sampler in samplers:
         own = sampler is student
         key = row_key(cfg, sampler, checkpoint_content(folder, step) if own else "")
         if rows.get(sampler.name, {}).get("key") != key:
-            rows[sampler.name] = dict(measure(cfg, lab, sampler, step=step if own else 0)) | {"key": key}
+            rows[sampler.name] = dict(measure(cfg, components, sampler, step=step if own else 0)) | {"key": key}
     save_rows(folder, {sampler.name: rows[sampler.name] for sampler in samplers})
-    compare(folder, cfg, lab, samplers)
+    compare(folder, cfg, components, samplers)
     return report_run(folder)

@@ -26,7 +26,7 @@ def model_card(
     merged: bool,
     measured: Mapping[str, Any] | None = None,
 ) -> str:
-    """README.md: front matter of the hub, lines of use, training, metrics, licences, configuration.
+    """README.md: front matter of the hub, lines of use, training, metrics, licenses, configuration.
 
     measured: what ``gdmd eval preference`` wrote for this very checkpoint; None = not evaluated.
     """
@@ -44,7 +44,7 @@ def model_card(
         ("## Use", "```python", *_use(family, given, merged), "```", *_ADVICE, *_safety(family, merged)),
         ("## Training", *_table(cfg, facts, rewards)),
         ("## Metrics", *_metrics(measured)),
-        ("## Licences", *_licences(cfg, rewards)),
+        ("## Licenses", *_licenses(cfg, rewards)),
         ("## Configuration", "```json", config, "```"),
     )
     lines = [*_front_matter(cfg), *(line for section in sections for line in (*section, ""))]
@@ -70,7 +70,7 @@ def _safety(family: Family, merged: bool) -> Sequence[str]:
 
 
 def _front_matter(cfg: RunConfig) -> Sequence[str]:
-    """The licence is that of the base model, which only its owner can name: "other" until the fields are filled in."""
+    """The license is that of the base model, which only its owner can name: "other" until the fields are filled in."""
     return (
         "---",
         f"base_model: {_base(cfg)}",
@@ -198,14 +198,14 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _licences(cfg: RunConfig, rewards: Sequence[str]) -> Sequence[str]:
+def _licenses(cfg: RunConfig, rewards: Sequence[str]) -> Sequence[str]:
     """To be filled in by the owner: nothing here can know them."""
     base = cfg.model.path if cfg.model.kind == "diffusers" else "-"
     return (
-        "| what | | licence |",
+        "| what | | license |",
         "|---|---|---|",
         f"| base model | {base} | fill in; its terms bind this student |",
         *(f"| reward model | {reward} | fill in |" for reward in rewards),
-        f"| prompts | {Path(cfg.prompts.file).name if cfg.prompts.file else '-'} | fill in source and licence |",
-        *(f"| real images | {name} | fill in source and licence |" for name in _names(cfg)),
+        f"| prompts | {Path(cfg.prompts.file).name if cfg.prompts.file else '-'} | fill in source and license |",
+        *(f"| real images | {name} | fill in source and license |" for name in _names(cfg)),
     )

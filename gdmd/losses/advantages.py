@@ -109,10 +109,10 @@ def group_advantage(reward: Tensor, group: Tensor, spread: Literal["global", "gr
     together = group[:, None] == group[None]  # [B, B]
     mean = _mean(reward, together & scored)
     own = together if spread == "group" else torch.ones_like(together)
-    centre = _mean(reward, own & scored)
-    variance = _mean((reward.double()[None] - centre[:, None]).square(), own & scored)
+    center = _mean(reward, own & scored)
+    variance = _mean((reward.double()[None] - center[:, None]).square(), own & scored)
     std = variance.sqrt()
-    seen = std > 1e-12 * centre.abs()  # below: the rounding of a constant reward
+    seen = std > 1e-12 * center.abs()  # below: the rounding of a constant reward
     advantage = (reward.double() - mean) / torch.where(seen, std, 1)
     return torch.where(scored, torch.where(seen, advantage, 0), torch.nan).to(reward.dtype)
 

@@ -7,25 +7,25 @@ from torch import Tensor
 
 from gdmd.losses.denoising import mean_square
 
-SMALLEST_NORMALISER = 1e-6
+SMALLEST_NORMALIZER = 1e-6
 """Floor of n: a teacher that reproduces x0 to 1e-6 leaves nothing to learn, and 0 / 0 must not end a run."""
 
 
-def normaliser(x0: Tensor, x0_real: Tensor) -> Tensor:
-    """DMD2's per-sample normaliser n = mean_{C,H,W} |x0 - x0_real|, floored at 1e-6. [B, C, H, W] -> [B, 1, 1, 1]"""
+def normalizer(x0: Tensor, x0_real: Tensor) -> Tensor:
+    """DMD2's per-sample normalizer n = mean_{C,H,W} |x0 - x0_real|, floored at 1e-6. [B, C, H, W] -> [B, 1, 1, 1]"""
     n = (x0 - x0_real).abs().mean(tuple(range(1, x0.ndim)), keepdim=True)
-    return n.clamp_min(SMALLEST_NORMALISER)
+    return n.clamp_min(SMALLEST_NORMALIZER)
 
 
 @torch.no_grad()
-def dmd_gradient(x0: Tensor, x0_real: Tensor, x0_fake: Tensor, *, normalise: bool = True) -> Tensor:
+def dmd_gradient(x0: Tensor, x0_real: Tensor, x0_fake: Tensor, *, normalize: bool = True) -> Tensor:
     """grad = (x0_fake(x_t) - x0_real(x_t)) / n, DMD's gradient in x0-space (arXiv 2604.19009, section 3.1).
 
     x0 student prediction, x0_real guided teacher prediction, x0_fake fake prediction: [B, C, H, W] in fp32 (or
-    float64). Without ``normalise`` n = 1. Returns [B, C, H, W], no gradient.
+    float64). Without ``normalize`` n = 1. Returns [B, C, H, W], no gradient.
     """
     raw = x0_fake - x0_real
-    return raw / normaliser(x0, x0_real) if normalise else raw
+    return raw / normalizer(x0, x0_real) if normalize else raw
 
 
 def dmd_loss(x0: Tensor, x_tar: Tensor) -> Tensor:

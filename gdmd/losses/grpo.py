@@ -11,7 +11,7 @@ def grpo_loss(log_prob: Tensor, log_prob_old: Tensor, advantage: Tensor, clip: f
 
     log_prob [B] of the current policy carries the gradient; log_prob_old [B] (of the policy that sampled) and
     advantage [B] are constants. The log-probabilities are means over C, H, W, so ``clip`` is small (1e-5 ... 1e-4).
-    Gradient: -rho A d log_prob, and 0 where the ratio has already left the clip on the side that A favours.
+    Gradient: -rho A d log_prob, and 0 where the ratio has already left the clip on the side that A favors.
     """
     ratio = torch.exp(log_prob - log_prob_old.detach())
     advantage = advantage.detach()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdmd.config.methods.base import DistillationConfig
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.guidance import Pair, predict_pair
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import backward_simulation
@@ -64,7 +64,7 @@ def last_stop(prompts: PromptBatch, stop: Tensor) -> int | None:
     """The largest of ``stop`` [b] in the global batch, so that all ranks call the student equally often; None alone."""
     if prompts.ranks is ALONE:
         return None
-    return int(prompts.ranks.gather(sent(stop, prompts.index.device)).max())
+    return int(prompts.ranks.gather(to_device_async(stop, prompts.index.device)).max())
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Distillation(Generic[AnyConfig]):
     def rollout(self, prompts: PromptBatch, rng: SampleRng) -> Rollout:
         """x_tau by backward simulation or from real data, then x0 = S(G(x_tau, tau, c))."""
         stop = self._draw_steps(rng.on_host(), len(self.cfg.student_steps))
-        tau = sent(torch.tensor(self.cfg.student_steps)[stop], rng.index.device)
+        tau = to_device_async(torch.tensor(self.cfg.student_steps)[stop], rng.index.device)
         noise = rng.normal("noise", self.latent_shape)
         if self.cfg.student_input == "data":
             assert self.real_latents is not None
@@ -146,11 +146,11 @@ class Distillation(Generic[AnyConfig]):
         return self.roles.teacher
 
     def target(self, r: Rollout, scores: Scores, guidance: float) -> Tensor:
-        """x_tar = x0 - grad, with or without the normaliser n. [B, C, H, W]"""
+        """x_tar = x0 - grad, with or without the normalizer n. [B, C, H, W]"""
         x0_real = scores.teacher.at(guidance)
         self._stats["gap/real"] = (r.x0 - x0_real).abs().mean()
         self._stats["gap/grad"] = mean_square(scores.x0_fake - x0_real).sqrt().mean()
-        return implicit_target(r.x0, dmd_gradient(r.x0, x0_real, scores.x0_fake, normalise=self.cfg.normalise))
+        return implicit_target(r.x0, dmd_gradient(r.x0, x0_real, scores.x0_fake, normalize=self.cfg.normalize))
 
     def stats(self) -> Mapping[str, Tensor]:
         return self._stats

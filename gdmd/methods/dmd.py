@@ -1,4 +1,4 @@
-"""DMD (arXiv 2311.18828) with DMD2's normaliser and two-time-scale updates (arXiv 2405.14867)."""
+"""DMD (arXiv 2311.18828) with DMD2's normalizer and two-time-scale updates (arXiv 2405.14867)."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ class Dmd(Distillation[DmdConfig]):
 
     def paired_loss(self, batch: PairedBatch) -> Loss:
         """L_DMD + regression_weight || G(z, c) - y ||^2: the student's first step from the noise of a pair."""
-        distil = self.student_loss(batch).per_sample
+        distill = self.student_loss(batch).per_sample
         first = torch.full_like(batch.tau, self.cfg.student_steps[0])
         x0 = self.roles.student(batch.pairs.noise, first, batch.pairs.cond).x0
         regress = regression_loss(x0, batch.pairs.x0_ode)
-        loss = distil + self.cfg.regression_weight * regress
+        loss = distill + self.cfg.regression_weight * regress
         return Loss(loss, {"loss/student": loss.detach(), "loss/regression": regress.detach()})
 
     def state(self) -> Mapping[str, Tensor]:

@@ -66,13 +66,13 @@ class DmdGrpo(Distillation[DmdGrpoConfig]):
 
     def policy_loss(self, batch: PolicyBatch) -> Loss:
         """L_DMD + rl_weight mean_i L_GRPO(move i); an unscored sample has L_DMD only."""
-        distil = self.student_loss(batch).per_sample
+        distill = self.student_loss(batch).per_sample
         log_prob = self.log_prob(batch)  # [B, N - 1]
         scored = ~batch.advantage.isnan()
         advantage = torch.where(scored, batch.advantage, 0.0)[:, None]
         steer = grpo_loss(log_prob, batch.log_prob_old, advantage, self.cfg.ratio_clip).mean(1)
         steer = torch.where(scored, steer, 0.0)
-        loss = distil + self.cfg.rl_weight * steer
+        loss = distill + self.cfg.rl_weight * steer
         moved = (log_prob - batch.log_prob_old).abs()
         clipped = (moved > self.cfg.ratio_clip).float().mean(1)
         seen = {"loss/student": loss, "loss/grpo": steer, "policy/moved": moved.mean(1), "policy/clipped": clipped}

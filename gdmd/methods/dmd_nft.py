@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gdmd.config.methods.dmd_reward import DmdNftConfig
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import renoise
 from gdmd.losses.dmd import dmd_loss
@@ -68,7 +68,7 @@ class DmdNft(Distillation[DmdNftConfig]):
     def scored_batch(self, batch: StudentBatch, collected: Collected, rng: SampleRng, i: int) -> ScoredBatch:
         """Draw i of (t, eps) on the scored samples, and what the old policy answers there."""
         x_s, times = collected.trajectory.x0, self.cfg.renoised_to
-        t = sent(torch.tensor(times), x_s.device)[rng.integer("nft_t", len(times), i)]
+        t = to_device_async(torch.tensor(times), x_s.device)[rng.integer("nft_t", len(times), i)]
         x_t = renoise(x_s, t, rng.normal("nft_eps", self.latent_shape, i), self.roles.schedule)
         optimal = nft_optimality(collected.advantage, self.cfg.advantage_clip)
         x0_old = self.roles.old(x_t, t, batch.cond).x0
@@ -81,13 +81,13 @@ class DmdNft(Distillation[DmdNftConfig]):
 
     def scored_loss(self, batch: ScoredBatch) -> Loss:
         """L_DMD + rl_weight L_NFT at the two places x_tau and x_t; an unscored sample has L_DMD only."""
-        distil = self.student_loss(batch).per_sample
+        distill = self.student_loss(batch).per_sample
         x0 = self.roles.student(batch.x_t, batch.t, batch.cond).x0
         scored, clip = ~batch.r.isnan(), self.cfg.advantage_clip
-        r, normalise = torch.where(scored, batch.r, 0.5), self.cfg.self_normalise
-        steer = nft_loss(x0, batch.x0_old, batch.x_s, r, self.cfg.beta, scale=clip, normalise=normalise)
+        r, normalize = torch.where(scored, batch.r, 0.5), self.cfg.self_normalize
+        steer = nft_loss(x0, batch.x0_old, batch.x_s, r, self.cfg.beta, scale=clip, normalize=normalize)
         steer = torch.where(scored, steer, 0.0)
-        loss = distil + self.cfg.rl_weight * steer
+        loss = distill + self.cfg.rl_weight * steer
         seen = {"loss/student": loss, "loss/nft": steer, "weight/r": batch.r}
         return Loss(loss, {name: value.detach() for name, value in seen.items()})
 

@@ -179,6 +179,6 @@ class Dmdr(Distillation[DmdrConfig]):
         steer = preference_loss(self.roles.student, batch.pairs, batch.cond, self.cfg.dpo_beta)
         return self._joined(self.student_loss(batch).per_sample, steer)
 
-    def _joined(self, distil: Tensor, steer: Tensor) -> Loss:
-        loss = distil + self.cfg.rl_weight * steer
+    def _joined(self, distill: Tensor, steer: Tensor) -> Loss:
+        loss = distill + self.cfg.rl_weight * steer
         return Loss(loss, {"loss/student": loss.detach(), "loss/rl": steer.detach()})

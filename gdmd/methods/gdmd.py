@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from gdmd.config.methods.gdmd import GdmdConfig
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import continuation
 from gdmd.losses.advantages import RunningBaseline, RunningScale, softmax_weights
 from gdmd.losses.denoising import mean_square
-from gdmd.losses.dmd import dmd_gradient, dmd_loss, normaliser
+from gdmd.losses.dmd import dmd_gradient, dmd_loss, normalizer
 from gdmd.losses.gdmd import implicit_target, napo_loss, optimality, step_weight
 from gdmd.methods.base import Distillation, Rollout
 from gdmd.methods.scorer import Scorer, mean_advantage
@@ -137,7 +137,7 @@ class Gdmd(Distillation[GdmdConfig]):
 
     def _merit(self, scores: Tensor) -> Tensor:
         """mean_k R_k / Z_k by the Z of the steps before; 0 for an unscored sample and in the first step. [R, B] -> [B]"""
-        z = sent(self.scale.value(), scores.device)
+        z = to_device_async(self.scale.value(), scores.device)
         merit = mean_advantage(scores, torch.zeros_like(scores), z)
         return torch.where(merit.isnan(), 0.0, merit)
 
@@ -151,7 +151,7 @@ class Gdmd(Distillation[GdmdConfig]):
             g = self.cfg.guidance
             tilt = self.cfg.continuation_weight * (group.ends - group.ends.mean(1, keepdim=True))
             tilt = tilt if group.pull is None else tilt + group.pull[:, None]
-            n = normaliser(r.x0, scores.teacher.at(g))[:, None] if self.cfg.normalise else 1
+            n = normalizer(r.x0, scores.teacher.at(g))[:, None] if self.cfg.normalize else 1
             group.x_tar.append(self.target(r, scores, g)[:, None] + tilt / n)
             return
         group.x_tar.append(torch.stack([self.target(r, scores, g) for g in guidances], 1))
@@ -161,9 +161,9 @@ class Gdmd(Distillation[GdmdConfig]):
         for place, g in enumerate(guidances):
             match self.cfg.score_target:
                 case "raw":
-                    raw = dmd_gradient(r.x0, scores.teacher.at(g), scores.x0_fake, normalise=False)
+                    raw = dmd_gradient(r.x0, scores.teacher.at(g), scores.x0_fake, normalize=False)
                     shown = implicit_target(r.x0, raw)
-                case "normalised":
+                case "normalized":
                     shown = group.x_tar[-1][:, place]
                 case "real":
                     shown = scores.teacher.at(g)
@@ -248,7 +248,7 @@ class Gdmd(Distillation[GdmdConfig]):
 
     def _running_mean(self, optimal: Tensor) -> Tensor:
         """EMA of mean r, 0-d; a step in which nothing was scored changes nothing."""
-        mean, before = optimal.nanmean().double(), sent(self.mean_r, optimal.device)
+        mean, before = optimal.nanmean().double(), to_device_async(self.mean_r, optimal.device)
         fresh = torch.stack([mean, torch.ones_like(mean)])
         self.mean_r = torch.where(mean.isnan(), before, MEAN_DECAY * before + (1 - MEAN_DECAY) * fresh)
         return (self.mean_r[0] / self.mean_r[1]).to(optimal.dtype)
@@ -263,14 +263,14 @@ class Gdmd(Distillation[GdmdConfig]):
 
     def _napo(self, x0: Tensor, batch: StudentBatch, g: int) -> Tensor:
         x_tar, r = batch.x_tar[:, g], batch.r[:, g]
-        distil = dmd_loss(x0, x_tar)
+        distill = dmd_loss(x0, x_tar)
         if self.cfg.control == "indicator":
-            return torch.where(r.isnan(), 1.0, (r > 0.5).float()) * distil
+            return torch.where(r.isnan(), 1.0, (r > 0.5).float()) * distill
         if self.cfg.gamma == 0:
-            return self.cfg.dmd_weight * distil
+            return self.cfg.dmd_weight * distill
         scored = ~r.isnan()
         steer = napo_loss(x0, batch.x0_old, x_tar, torch.where(scored, r, 0.5), self.cfg.beta)
-        return self.cfg.dmd_weight * distil + self.cfg.gamma * torch.where(scored, steer, 0.0)
+        return self.cfg.dmd_weight * distill + self.cfg.gamma * torch.where(scored, steer, 0.0)
 
     def _softmax(self, x0: Tensor, batch: StudentBatch, g: int) -> Tensor:
         return self.cfg.dmd_weight * batch.share[:, g] * dmd_loss(x0, batch.x_tar[:, g])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import ode_sample, times
@@ -63,7 +63,7 @@ class TeacherPairs:
     def _solve(self, prompts: PromptBatch, rng: SampleRng) -> Pairs:
         noise = rng.normal("pair_noise", self.latent_shape)
         teacher = Guided(self.roles.teacher, self.guidance, prompts.uncond, self.roles.guide)
-        clock = sent(self.teacher_times(self.steps), noise.device)
+        clock = to_device_async(self.teacher_times(self.steps), noise.device)
         return Pairs(noise, ode_sample(teacher, noise, clock, prompts.cond, self.roles.schedule), prompts.cond)
 
     def state(self) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ class Trunk:
         return self.net
 
     def _dress(self, wanted: Wear) -> None:
-        # PEFT's own set_adapter also switches requires_grad off and on, which belongs to the optimisers here
+        # PEFT's own set_adapter also switches requires_grad off and on, which belongs to the optimizers here
         for layer in self._layers:
             layer._disable_adapters = wanted.adapter is None
             layer._active_adapter = [] if wanted.adapter is None else [wanted.adapter]

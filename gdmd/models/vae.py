@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 
 TILE = 512
 """Pixels along the side of a tile. The VAE's own choice is the size it was made for: one tile for a whole image of 1024."""
@@ -75,7 +75,7 @@ class VaeCodec:
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(scale, shift) beside the latents, where they then stay."""
-        self._scale, self._shift = sent(self._scale, device), sent(self._shift, device)
+        self._scale, self._shift = to_device_async(self._scale, device), to_device_async(self._shift, device)
         return self._scale, self._shift
 
     def decode_chunk(self, z: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ class Parts:
 class Trained:
     """A role as the network between GPUs sees it: bytes of its own fp32 weights; the rest per iteration.
 
-    updates: optimiser steps; cut: whether FSDP cuts it (a full copy; adapters stay whole); plain: calls without
+    updates: optimizer steps; cut: whether FSDP cuts it (a full copy; adapters stay whole); plain: calls without
     gradient; rows: samples of all of them per sample of the batch; graded: calls with a backward pass, in one part;
     losses: backward passes, each through one or more of these calls.
     """
@@ -193,7 +193,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Sharding:
-    """What FSDP cuts. cut: bytes of copies, their optimiser and EMA; gradients: of the larger role, where it is cut;
+    """What FSDP cuts. cut: bytes of copies, their optimizer and EMA; gradients: of the larger role, where it is cut;
     block: of the largest block of a copy; root: of what is in no block; units: blocks and root, each a message of its
     own; chunk: rows of one call without gradient; micro: samples of one with (0: all)."""
 
@@ -266,12 +266,12 @@ def scaling_row(
     busy = parts.seconds(own, gpu, efficiency)
     ddp = sum(role.ddp((gpus - 1) / gpus) for role in roles)
     ddp_s = _wire(ddp, sum(role.updates for role in roles), gpus, gpu)
-    sent = Sent.of_all([role.sharded(cut, own, gpus, 1) for role in roles])
-    fsdp_s = _wire(sent.among, sent.among_messages, gpus, gpu)
+    to_device_async = Sent.of_all([role.sharded(cut, own, gpus, 1) for role in roles])
+    fsdp_s = _wire(to_device_async.among, to_device_async.among_messages, gpus, gpu)
     sharded = parts.total(own, cut.less(gpus, own))
     return Row(
         *(gpus, whole, parts.total(own) / GIB, ddp / 1e9, whole / (busy + ddp_s), busy / (busy + ddp_s)),
-        *(sharded / GIB, sent.among / 1e9, whole / (busy + fsdp_s), busy / (busy + fsdp_s)),
+        *(sharded / GIB, to_device_async.among / 1e9, whole / (busy + fsdp_s), busy / (busy + fsdp_s)),
         _hybrid(parts, roles, cut, gpus, gpu, (own, whole, busy)),
     )
 
@@ -284,11 +284,11 @@ def _hybrid(
         return None
     own, whole, busy = work
     nodes = gpus // NODE
-    sent = Sent.of_all([role.sharded(cut, own, NODE, nodes) for role in roles])
-    seconds = busy + _wire(sent.among, sent.among_messages, NODE, gpu)
-    seconds += _wire(sent.across, sent.across_messages, gpus, gpu)
+    to_device_async = Sent.of_all([role.sharded(cut, own, NODE, nodes) for role in roles])
+    seconds = busy + _wire(to_device_async.among, to_device_async.among_messages, NODE, gpu)
+    seconds += _wire(to_device_async.across, to_device_async.across_messages, gpus, gpu)
     gib = parts.total(own, cut.less(NODE, own)) / GIB
-    return Hybrid(gib, sent.among / 1e9, sent.across / 1e9, whole / seconds, busy / seconds)
+    return Hybrid(gib, to_device_async.among / 1e9, to_device_async.across / 1e9, whole / seconds, busy / seconds)
 
 
 def _wire(traffic: float, collectives: float, gpus: int, gpu: Gpu) -> float:

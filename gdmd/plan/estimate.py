@@ -34,7 +34,7 @@ from gdmd.training.adamw8bit import moment_bytes
 from gdmd.training.distributed import blocks_of
 
 ADAM = 8
-"""Bytes of the optimiser per trained weight: two fp32 moments."""
+"""Bytes of the optimizer per trained weight: two fp32 moments."""
 _DTYPE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -225,7 +225,7 @@ def _static(cfg: RunConfig, nets: Networks, counted: Tally) -> dict[str, int]:
         "old policy": _bytes(student.values())
         if counted.old_policy or not isinstance(cfg.model, DiffusersModel)
         else 0,
-        "optimiser": moments,
+        "optimizer": moments,
         "EMA": _bytes(student.values()) if cfg.loop.ema else 0,
         "text encoders": nets.encoders * nets.narrow if live else 0,
         "decoder": sum(_bytes(codec.vae.parameters()) for codec in decoders),
@@ -312,7 +312,7 @@ def _sharding(cfg: RunConfig, nets: Networks, static: Mapping[str, int], trained
     """FSDP2 cuts full copies, their moments, the EMA and the old policy; adapters, trunk, decoder, rewards stay whole."""
     copied = _copied(cfg)
     cut = sum(static[role] for role in copied)
-    cut += sum(static["optimiser"] * trained[role] // sum(trained.values()) for role in copied)
+    cut += sum(static["optimizer"] * trained[role] // sum(trained.values()) for role in copied)
     cut += static["EMA"] + static["old policy"] if "student" in copied else 0
     units = [_numbers(block) for block in blocks_of(nets.trunk)]
     parts = (

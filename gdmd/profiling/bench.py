@@ -1,6 +1,6 @@
 """What ``gdmd bench`` does: time iterations of a recipe beside their bare calls, count passes, FLOP and host syncs.
 
-Every round makes one outer iteration three times on the same prompts: with its optimisers as in training; without them,
+Every round makes one outer iteration three times on the same prompts: with its optimizers as in training; without them,
 its calls recorded by hooks; and the recorded calls alone. Rounds are short, so that a busy machine slows all three.
 """
 
@@ -25,14 +25,14 @@ from gdmd.config.describe import student_updates
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.data.text_cache import CachedText
-from gdmd.diffusion.device import checks_read_later
+from gdmd.diffusion.device import deferred_checks
 from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.pass_counter import BACKWARD, FROZEN_BACKWARD, Counted
 from gdmd.models.full_copy import Copy
 from gdmd.models.lora import Wear
 from gdmd.models.roles import DiffusersRoles
 from gdmd.profiling.recorded_calls import DENOISERS, Call, Watched, recorded, replay
-from gdmd.recipes.build import Lab, build, compile_networks
+from gdmd.recipes.build import Components, build, compile_networks
 from gdmd.recipes.pass_formulas import Trained, drawn_places, every_place, iteration_passes
 from gdmd.training.role_state import RoleState, role_states
 from gdmd.types import PromptBatch, Role
@@ -47,7 +47,7 @@ SYNC_WARNING = "called a synchronizing CUDA operation"
 class Times:
     """Seconds of each round."""
 
-    training: list[float] = field(default_factory=list)  # the iteration with its optimiser steps and EMA
+    training: list[float] = field(default_factory=list)  # the iteration with its optimizer steps and EMA
     gradients: list[float] = field(default_factory=list)  # without them
     networks: list[float] = field(default_factory=list)  # the bare calls, those for rewards apart
     scoring: list[float] = field(default_factory=list)
@@ -63,19 +63,19 @@ class Bench:
     clock: seconds; ``time.process_time`` leaves out what other programs take of a shared processor.
     """
 
-    def __init__(self, cfg: RunConfig, lab: Lab | None = None, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, cfg: RunConfig, components: Components | None = None, clock: Clock = time.perf_counter) -> None:
         began = time.perf_counter()
         if cfg.loop.threads:
             torch.set_num_threads(cfg.loop.threads)
-        self.cfg, self.lab = cfg, lab or build(cfg)
-        compile_networks(cfg, self.lab)
-        if isinstance(self.lab.encoder, CachedText):
-            self.lab.encoder.prepare([text for group in self.lab.stream.groups for text in group])
+        self.cfg, self.components = cfg, components or build(cfg)
+        compile_networks(cfg, self.components)
+        if isinstance(self.components.encoder, CachedText):
+            self.components.encoder.prepare([text for group in self.components.stream.groups for text in group])
         self.clock = clock
-        nets = [one.net for one in watched(self.lab.roles) if one.who() != GAN_HEAD]
-        self.method = Counted(self.lab.method, nets, share_of(self.lab.roles), backward_of(self.lab.roles))
-        self.reading, self.trained_f = reading(self.lab.roles), trained_f(cfg)
-        self.states: dict[Role, RoleState] = role_states(self.lab.roles, cfg.loop)
+        nets = [one.net for one in watched(self.components.roles) if one.who() != GAN_HEAD]
+        self.method = Counted(self.components.method, nets, share_of(self.components.roles), backward_of(self.components.roles))
+        self.reading, self.trained_f = reading(self.components.roles), trained_f(cfg)
+        self.states: dict[Role, RoleState] = role_states(self.components.roles, cfg.loop)
         self.device = next(iter(self.states["student"].parameters.values())).device
         self.times, self.calls = Times(), list[Call]()
         self.counted, self.expected = list[float](), list[float]()
@@ -83,16 +83,16 @@ class Bench:
 
     def round(self, step: int) -> None:
         """Iteration ``step`` three times: trained, its gradients alone, and its bare calls."""
-        prompts = self.lab.stream.at(step)
+        prompts = self.components.stream.at(step)
         self.trained(step)
-        with recorded(self.lab.method, watched(self.lab.roles)) as self.calls:
+        with recorded(self.components.method, watched(self.components.roles)) as self.calls:
             self.times.gradients.append(timed(lambda: self.gradients(step, prompts), self.clock))
         self.times.networks.append(timed(lambda: replay(self.calls, scoring=False), self.clock))
         self.times.scoring.append(timed(lambda: replay(self.calls, scoring=True), self.clock))
 
     def trained(self, step: int) -> None:
         """Iteration ``step`` as in training, timed; its passes by hooks and by the method's own count."""
-        prompts = self.lab.stream.at(step)
+        prompts = self.components.stream.at(step)
         rng = self._rng(step, prompts)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -103,14 +103,14 @@ class Bench:
 
     def train(self, step: int, prompts: PromptBatch) -> None:
         """One outer iteration as the training loop makes it, without its log."""
-        with checks_read_later():
+        with deferred_checks():
             for update in self.method.iteration(step, prompts, self._rng(step, prompts)):
                 self.states[update.role].apply(update)
 
     def gradients(self, step: int, prompts: PromptBatch) -> None:
-        """The same without optimiser, EMA and finite checks: forward and backward passes only."""
-        with checks_read_later():
-            for update in self.lab.method.iteration(step, prompts, self._rng(step, prompts)):
+        """The same without optimizer, EMA and finite checks: forward and backward passes only."""
+        with deferred_checks():
+            for update in self.components.method.iteration(step, prompts, self._rng(step, prompts)):
                 update.loss(update.batch).per_sample.mean().backward()
                 for parameter in self.states[update.role].parameters.values():
                     parameter.grad = None
@@ -119,8 +119,8 @@ class Bench:
         return SampleRng(self.cfg.loop.seed, step, prompts.index, prompts.host)
 
     def flop(self, step: int) -> int:
-        """Floating-point operations of iteration ``step``, forward and backward, without the optimiser."""
-        prompts = self.lab.stream.at(step)
+        """Floating-point operations of iteration ``step``, forward and backward, without the optimizer."""
+        prompts = self.components.stream.at(step)
         with FlopCounterMode(display=False) as counter:
             self.gradients(step, prompts)
         return int(counter.get_total_flops())
@@ -129,7 +129,7 @@ class Bench:
         """How often each line of the iteration makes the host wait for the GPU; None where there is no GPU."""
         if self.device.type != "cuda":
             return None
-        prompts = self.lab.stream.at(step)
+        prompts = self.components.stream.at(step)
         torch.cuda.synchronize()
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("warn")
@@ -164,7 +164,7 @@ class Bench:
             "mean_passes_per_update": mean / updates,
             "passes_agree": all(abs(a - b) < 1e-6 for a, b in zip(self.counted, self.expected, strict=True)),
             "iteration_s": middle["training"],
-            "without_optimiser_s": middle["gradients"],
+            "without_optimizer_s": middle["gradients"],
             "bare_calls_s": statistics.median(bare),
             "overhead": statistics.median(a / b for a, b in zip(times.gradients, bare, strict=True)),
             "images_per_s": batch / middle["training"],
@@ -291,10 +291,10 @@ def describe(m: Mapping[str, Any]) -> str:
         f"{m['iterations']} iterations of {m['student_updates_per_iteration']} student update(s)",
         f"passes per update     {m['passes_per_update']:9.2f} F    {counted}",
         f"FLOP per update       {m['flop_per_update'] / 1e9:9.2f} G    {m['flop_per_s'] / 1e9:.2f} G a second",
-        f"iteration             {1e3 * m['iteration_s']:9.1f} ms   with its optimiser steps",
-        f"  without optimiser   {1e3 * m['without_optimiser_s']:9.1f} ms",
+        f"iteration             {1e3 * m['iteration_s']:9.1f} ms   with its optimizer steps",
+        f"  without optimizer   {1e3 * m['without_optimizer_s']:9.1f} ms",
         f"  its bare calls      {1e3 * m['bare_calls_s']:9.1f} ms",
-        f"overhead              {m['overhead']:9.3f}      without optimiser / bare calls, median of the rounds",
+        f"overhead              {m['overhead']:9.3f}      without optimizer / bare calls, median of the rounds",
         f"images per second     {m['images_per_s']:9.1f}",
         f"student updates / s   {m['student_updates_per_s']:9.2f}",
         f"scoring               {100 * m['scoring_share']:9.1f} %    of the iteration",

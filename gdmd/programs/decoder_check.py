@@ -20,7 +20,7 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import ode_sample
 from gdmd.io import RunError, content_hash, write_atomic
 from gdmd.methods.scorer import Scorer
-from gdmd.recipes.build import Lab
+from gdmd.recipes.build import Components
 from gdmd.recipes.contents import base_content
 from gdmd.recipes.reward_identity import scorer_identity
 from gdmd.rewards.weights import weights_content
@@ -29,18 +29,18 @@ from gdmd.types import Codec, PromptBatch, Reward
 FILE = "scoring_decoder.json"
 
 
-def check_decoder(cfg: RunConfig, lab: Lab, run: Path, console: Console) -> None:
+def check_decoder(cfg: RunConfig, components: Components, run: Path, console: Console) -> None:
     """Measure, print, and write RUN/scoring_decoder.json, where it does not hold these numbers already.
 
     Nothing for a run without a scoring decoder.
     """
     model, file = cfg.model, run / FILE
-    if not isinstance(model, DiffusersModel) or lab.scoring is None or not model.scoring_check or not lab.rewards:
+    if not isinstance(model, DiffusersModel) or components.scoring is None or not model.scoring_check or not components.rewards:
         return
-    key = _key(cfg, model, lab.stream.at(0, 0, model.scoring_check).text)
+    key = _key(cfg, model, components.stream.at(0, 0, model.scoring_check).text)
     if file.exists() and _read(file).get("key") == key:
         return
-    gaps = measured_gaps(cfg, lab, model.scoring_check)
+    gaps = measured_gaps(cfg, components, model.scoring_check)
     steps = cfg.eval.teacher_steps
     found = {
         "key": key,
@@ -55,15 +55,15 @@ def check_decoder(cfg: RunConfig, lab: Lab, run: Path, console: Console) -> None
 
 
 @torch.no_grad()
-def measured_gaps(cfg: RunConfig, lab: Lab, images: int) -> tuple[DecoderGap, ...]:
+def measured_gaps(cfg: RunConfig, components: Components, images: int) -> tuple[DecoderGap, ...]:
     """On the teacher's guided samples for the first prompts of the run, at most a batch."""
-    assert lab.scoring is not None
-    prompts = lab.stream.at(0, 0, images)
-    noise = SampleRng(cfg.eval.seed, 0, prompts.index).normal("eval_noise", lab.latent_shape)
-    guided = Guided(lab.roles.teacher, cfg.method.guidance, prompts.uncond, lab.roles.guide)
-    path = lab.teacher_times(cfg.eval.teacher_steps).to(noise.device)
-    latents = ode_sample(guided, noise, path, prompts.cond, lab.roles.schedule)
-    return decoder_gaps(lab.codec, lab.scoring, lab.rewards, latents, prompts)
+    assert components.scoring is not None
+    prompts = components.stream.at(0, 0, images)
+    noise = SampleRng(cfg.eval.seed, 0, prompts.index).normal("eval_noise", components.latent_shape)
+    guided = Guided(components.roles.teacher, cfg.method.guidance, prompts.uncond, components.roles.guide)
+    path = components.teacher_times(cfg.eval.teacher_steps).to(noise.device)
+    latents = ode_sample(guided, noise, path, prompts.cond, components.roles.schedule)
+    return decoder_gaps(components.codec, components.scoring, components.rewards, latents, prompts)
 
 
 def _key(cfg: RunConfig, model: DiffusersModel, texts: Sequence[str]) -> str:

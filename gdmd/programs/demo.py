@@ -1,4 +1,4 @@
-"""What ``gdmd demo`` does: distil DMD and GDMD from the same teacher and measure all five rows, in one run."""
+"""What ``gdmd demo`` does: distill DMD and GDMD from the same teacher and measure all five rows, in one run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gdmd.evaluation.run_report import Provenance, read_rows, save_rows, write_r
 from gdmd.evaluation.runs import Row, grid_captions, measure, row_key
 from gdmd.io import typed
 from gdmd.programs.train import go
-from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build import Components, build
 from gdmd.recipes.contents import checkpoint_content
 from gdmd.recipes.open_run import load_ema, student_row, teacher_row
 from gdmd.recipes.run_folders import TEACHERS
@@ -110,7 +110,7 @@ class _Stages:
         of = len(TEACHERS) + 2 * len(METHODS)  # a measurement each, and a training per method
         self.console.print(f"[{self._number}/{of}] {message}", markup=False, highlight=False)
 
-    def row(self, cfg: RunConfig, lab: Lab, sampler: Sampler, step: int = 0, weights: str = "") -> None:
+    def row(self, cfg: RunConfig, components: Components, sampler: Sampler, step: int = 0, weights: str = "") -> None:
         """Measure a sampler, unless this demo has measured the same before. weights: ``checkpoint_content``."""
         images = 6 * cfg.eval.per_task * cfg.eval.images
         self.say(f"measuring {sampler.name} ({sampler.nfe} network calls per image) on {images} images")
@@ -118,7 +118,7 @@ class _Stages:
         key = row_key(cfg, sampler, weights)
         if self.rows.get(sampler.name, {}).get("key") != key:
             with self.console.status(sampler.name):
-                self.rows[sampler.name] = dict(measure(cfg, lab, sampler, step=step)) | {"key": key}
+                self.rows[sampler.name] = dict(measure(cfg, components, sampler, step=step)) | {"key": key}
             save_rows(self.folder, self.rows)
             how = f"{time.perf_counter() - began:.0f} s"
         overall = self.rows[sampler.name]["shapeseval"]["overall"]
@@ -135,19 +135,19 @@ def _run(folder: Path, cfg: RunConfig) -> Run:
     return create(folder, config, sys.argv)
 
 
-def _load(lab: Lab, run: Run, step: int) -> None:
+def _load(components: Components, run: Run, step: int) -> None:
     """The EMA student of exactly this step; RunError where its checkpoint is damaged."""
     saved = checkpoint.load_chosen(run.checkpoints, str(step))
     assert saved is not None
-    load_ema(lab, saved)
+    load_ema(components, saved)
 
 
 def _report(
-    cfg: RunConfig, folder: Path, runs: Mapping[str, Run], samplers: list[Sampler], rows: Mapping[str, Row], lab: Lab
+    cfg: RunConfig, folder: Path, runs: Mapping[str, Run], samplers: list[Sampler], rows: Mapping[str, Row], components: Components
 ) -> Path:
     """report.html of the whole demo, with all samplers side by side from the same noise."""
     grid = folder / "comparison.png"
-    write_comparison(grid, samplers, lab, grid_captions(), cfg.eval.seed)
+    write_comparison(grid, samplers, components, grid_captions(), cfg.eval.seed)
     facts = read_facts(runs["gdmd"].path)
     return write_report(
         folder,

@@ -105,11 +105,11 @@ def writable() -> str:
 def smoke() -> str:
     """One iteration of the smoke recipe in a folder that is removed again."""
     cfg = read_recipe("shapes_smoke", ["loop.steps=1", "loop.batch_size=4", "loop.grid_every=0"])
-    lab = build(cfg)
+    components = build(cfg)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="gdmd-doctor-") as folder:
         run = create(Path(folder) / "run", cfg.model_dump(mode="json"))
-        train(lab.method, lab.roles, lab.stream, cfg.loop, run)
+        train(components.method, components.roles, components.stream, cfg.loop, run)
     return f"done in {time.perf_counter() - began:.1f} s"
 
 

@@ -25,14 +25,14 @@ from gdmd.evaluation.run_report import report_run
 from gdmd.evaluation.runs import finish_run, grid_hook
 from gdmd.io import SHARDS_STAY, typed, writing
 from gdmd.programs.decoder_check import check_decoder
-from gdmd.recipes.build import Lab, build, compile_networks
+from gdmd.recipes.build import Components, build, compile_networks
 from gdmd.recipes.build_rewards import reason_unscored, require_weights, reward_stats, try_rewards
 from gdmd.recipes.hub_revisions import tell_commits
 from gdmd.recipes.inputs import check_start, settle_inputs
 from gdmd.recipes.long_prompts import warn_of_lab
 from gdmd.recipes.run_folders import check_resumable, new_folder, resumed
 from gdmd.runs.run_folder import Run, create, open_run
-from gdmd.shapes.grammar import catalogue
+from gdmd.shapes.grammar import catalog
 from gdmd.training.adamw8bit import require_torchao
 from gdmd.training.distributed import SINGLE, World
 from gdmd.training.loop import Hooks, Silent, TrainEnd, train
@@ -89,13 +89,13 @@ def start(
     require_start(cfg.loop.start_from)
     check_model(cfg.loop.start_from, cfg.model_dump(mode="json"))
     world.on_first(lambda: check_start(cfg, accept=accept))
-    lab = ready(cfg, world, console)
-    check_roles(cfg.loop.start_from, lab.roles)
+    components = ready(cfg, world, console)
+    check_roles(cfg.loop.start_from, components.roles)
 
     def make() -> str:
         return str(create(folder or new_folder(cfg), cfg.model_dump(mode="json"), command).path)
 
-    return go(cfg, open_run(Path(world.on_first(make))), lab, console, evaluation=evaluation, world=world)
+    return go(cfg, open_run(Path(world.on_first(make))), components, console, evaluation=evaluation, world=world)
 
 
 def take_up(
@@ -121,7 +121,7 @@ def take_up(
     return resumed(folder, recipe, overrides)
 
 
-def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> Lab:
+def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> Components:
     """The live objects of a recipe, its prompts checked to the last line and, where they have a folder, embedded."""
     if world.size > 1:
         world.span(cfg.loop.batch_size)
@@ -131,31 +131,31 @@ def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> La
         require_weights(cfg.rewards)
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
-    lab = build(cfg)
-    world.on_first(lambda: _try_rewards(cfg, lab))
-    compile_networks(cfg, lab)
-    texts = [text for group in lab.stream.groups for text in group]
-    warn_of_lab(lab, texts, say=world.first)
-    if isinstance(lab.encoder, CachedText):
-        encoder = lab.encoder
+    components = build(cfg)
+    world.on_first(lambda: _try_rewards(cfg, components))
+    compile_networks(cfg, components)
+    texts = [text for group in components.stream.groups for text in group]
+    warn_of_lab(components, texts, say=world.first)
+    if isinstance(components.encoder, CachedText):
+        encoder = components.encoder
         world.on_first(lambda: embed(encoder, texts, console))  # the cache is of all ranks: one of them writes it
         if not world.first:
             encoder.refresh()
             encoder.prepare(texts)
-    return lab
+    return components
 
 
-def _try_rewards(cfg: RunConfig, lab: Lab) -> None:
+def _try_rewards(cfg: RunConfig, components: Components) -> None:
     if not cfg.method.rewarded:
         return
-    device = next(iter(lab.roles.parameters("student").values())).device
+    device = next(iter(components.roles.parameters("student").values())).device
     if isinstance(cfg.model, DiffusersModel):
         size = (cfg.model.height, cfg.model.width)
     else:
-        height, width = lab.codec.decode(torch.zeros(1, *lab.latent_shape, device=device)).shape[2:]
+        height, width = components.codec.decode(torch.zeros(1, *components.latent_shape, device=device)).shape[2:]
         size = (height, width)
-    meta = lab.stream.meta[0][0] if lab.stream.meta else None
-    try_rewards(lab.rewards, size, lab.stream.groups[0][0], meta, str(device))
+    meta = components.stream.meta[0][0] if components.stream.meta else None
+    try_rewards(components.rewards, size, components.stream.groups[0][0], meta, str(device))
 
 
 def embed(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) -> None:
@@ -181,7 +181,7 @@ def check_prompts(cfg: RunConfig, console: Console = QUIET) -> None:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     if cfg.model.kind != "shapes":
         return
-    table = catalogue()
+    table = catalog()
     for prompt in found.prompts:
         try:
             table.row(prompt.text)
@@ -189,7 +189,7 @@ def check_prompts(cfg: RunConfig, console: Console = QUIET) -> None:
             raise ValueError(f"prompt file {cfg.prompts.file}, {prompt.where}: {error}") from error
 
 
-def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool, world: World = SINGLE) -> Trained:
+def go(cfg: RunConfig, run: Run, components: Components, console: Console, *, evaluation: bool, world: World = SINGLE) -> Trained:
     """Train ``run`` from where it stands to its last step; then evaluate and report unless it was interrupted."""
     console.print(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name, markup=False, highlight=False)
     console.print(f"{student(cfg)}; {length(cfg)}", markup=False, highlight=False)
@@ -198,17 +198,17 @@ def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool
     model = cfg.model
     if isinstance(model, DiffusersModel):
         world.on_first(lambda: tell_commits(model, run, console))
-    world.on_first(lambda: check_decoder(cfg, lab, run.path, console))
+    world.on_first(lambda: check_decoder(cfg, components, run.path, console))
     began = time.perf_counter()
     with progress_for(cfg.loop.steps, console) as progress:
         watcher = progress if world.first else Silent()
-        scorer = getattr(lab.method, "scorer", None)  # of the methods that read rewards
+        scorer = getattr(components.method, "scorer", None)  # of the methods that read rewards
 
         def stats() -> Mapping[str, Any]:
-            return {**reward_stats(lab.rewards), **(scorer.stats() if scorer else {})}
+            return {**reward_stats(components.rewards), **(scorer.stats() if scorer else {})}
 
-        hooks = Hooks(watcher, grid_hook(lab, cfg), stats, lambda name: reason_unscored(lab.rewards, name))
-        end = train(lab.method, lab.roles, lab.stream, cfg.loop, run, hooks, world)
+        hooks = Hooks(watcher, grid_hook(components, cfg), stats, lambda name: reason_unscored(components.rewards, name))
+        end = train(components.method, components.roles, components.stream, cfg.loop, run, hooks, world)
     trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began)
     if end.signal is not None or not evaluation or not world.first:
         return trained
@@ -218,6 +218,6 @@ def go(cfg: RunConfig, run: Run, lab: Lab, console: Console, *, evaluation: bool
             console.print(said, markup=False, highlight=False, soft_wrap=True)
         return replace(trained, report=report_run(run.path))
     console.print("evaluating the EMA student on the fixed evaluation set", markup=False)
-    whole = lab if world.size == 1 else build(cfg)  # the other ranks have gone, and with them their shards
+    whole = components if world.size == 1 else build(cfg)  # the other ranks have gone, and with them their shards
     row, report = finish_run(cfg, run.path, whole, end.step)
     return replace(trained, evaluation=row, report=report)

@@ -46,7 +46,7 @@ from gdmd.types import Codec, Critic, Denoiser, Method, Native, Reward, Roles, T
 
 
 @dataclass(frozen=True)
-class Lab:
+class Components:
     """Everything a run is made of."""
 
     roles: Any  # BuiltRoles; each program knows the kind it asked for
@@ -61,7 +61,7 @@ class Lab:
     scoring: Codec | None = None  # through which rewards see latents, where it is another one than ``codec``
 
 
-def build(cfg: RunConfig, device: str | None = None) -> Lab:
+def build(cfg: RunConfig, device: str | None = None) -> Components:
     """Load the networks, wrap them, and put the method of the recipe on top; on the GPU where there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     match cfg.model:
@@ -71,7 +71,7 @@ def build(cfg: RunConfig, device: str | None = None) -> Lab:
             return _diffusers(cfg, model, device)
 
 
-def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Lab:
+def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Components:
     bf16 = cfg.loop.precision == "bf16"
     teacher = load_dit(*_tensors(model.teacher, "shapes_teacher")).to(device)
     codec = ShapesCodec(load_vae(*_tensors(model.vae, "shapes_vae")).to(device))
@@ -84,10 +84,10 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Lab:
     check_prompts(cfg.rewards, (text for group in groups for text in group))
     stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed, cfg.method.prompt_group)
     real = RenderedLatents(codec) if cfg.method.student_input == "data" or roles.critic else None
-    return Lab(roles, codec, encoder, rewards, method_of(cfg, roles, codec, rewards, SHAPES, real), stream)
+    return Components(roles, codec, encoder, rewards, method_of(cfg, roles, codec, rewards, SHAPES, real), stream)
 
 
-def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
+def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components:
     """Times in the recipe are uniform; the method gets them through the family's clock."""
     real = real_latents_of(cfg, model)
     prompts, meta = training_prompts(cfg, real)
@@ -110,7 +110,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Lab:
     place = Place(family.latent_shape, family.native, family.teacher_times)
     codec = scoring_codec(family, device)
     method = method_of(cfg.model_copy(update={"method": own}), roles, codec, rewards, place, real)
-    return Lab(
+    return Components(
         *(roles, family.codec, encoder, rewards, method, stream, family.latent_shape),
         student_steps=own.student_steps,
         teacher_times=family.teacher_times,
@@ -129,14 +129,14 @@ def head_seed(cfg: RunConfig) -> int | None:
     return cfg.loop.seed if judged else None
 
 
-def compile_networks(cfg: RunConfig, lab: Lab) -> None:
+def compile_networks(cfg: RunConfig, components: Components) -> None:
     """torch.compile where model.compile asks for it. For programs that train; few images are made sooner without."""
     if not (isinstance(cfg.model, DiffusersModel) and cfg.model.compile):
         return
     from gdmd.models.compile import require_compiler
 
-    require_compiler(next(iter(lab.roles.parameters("student").values())).device.type)
-    lab.roles.compile()
+    require_compiler(next(iter(components.roles.parameters("student").values())).device.type)
+    components.roles.compile()
 
 
 class BuiltRoles(Roles, Protocol):

@@ -39,7 +39,7 @@ from gdmd.rewards.geneval.detector import Detector
 from gdmd.rewards.geneval.reward import GenEvalCredit
 from gdmd.rewards.hps import Hps
 from gdmd.rewards.imagereward import ImageReward as BlipReward
-from gdmd.rewards.ocr import OcrReward, Reader, asked_text, normalised
+from gdmd.rewards.ocr import OcrReward, Reader, asked_text, normalized
 from gdmd.rewards.pickscore import PickScore
 from gdmd.rewards.remote import RemoteScorer
 from gdmd.rewards.weights import CLIP_H, CLIP_L, DETECTOR, OCR, PICKSCORE, place_of
@@ -115,7 +115,7 @@ def check_prompts(specs: Sequence[RewardConfig], prompts: Iterable[str]) -> None
     parts = [part.reward for spec in specs if isinstance(spec, CompositeReward) for part in spec.parts]
     if not any(isinstance(one, OcrConfig) for one in [*specs, *parts]):
         return
-    if not any(normalised(asked_text(text)) for text in prompts):
+    if not any(normalized(asked_text(text)) for text in prompts):
         raise ValueError(
             "reward ocr reads the text that a prompt quotes, and no prompt quotes any; write prompts like "
             "'a sign that says \"OPEN\"', or take the shipped ones: prompts.file=text_rendering"

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from gdmd.recipes.build import Lab
+from gdmd.recipes.build import Components
 from gdmd.rewards.base import PretrainedReward
 from gdmd.rewards.composite import Composite
 from gdmd.types import Reward
@@ -14,11 +14,11 @@ from gdmd.types import Reward
 log = logging.getLogger(__name__)
 
 
-def warn_of_lab(lab: Lab, texts: Sequence[str], *, say: bool = True) -> None:
+def warn_of_lab(components: Components, texts: Sequence[str], *, say: bool = True) -> None:
     """About the text encoders of a real model and all rewards. ``say`` is false on all ranks but the first."""
-    family: Any = getattr(lab.roles, "family", None)
+    family: Any = getattr(components.roles, "family", None)
     found = [family.encoder.long_prompts(texts)] if family is not None else []
-    found += [reward.long_prompts(texts) for reward in _published(lab.rewards)]
+    found += [reward.long_prompts(texts) for reward in _published(components.rewards)]
     for message in found:
         if say and message:
             log.warning("%s", message)

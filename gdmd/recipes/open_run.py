@@ -11,7 +11,7 @@ from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import SHIPPED
 from gdmd.diffusion.generate import BATCH, Sampler, student_sampler, teacher_sampler
 from gdmd.io import RunError, typed
-from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build import Components, build
 from gdmd.recipes.inputs import on_base
 from gdmd.recipes.run_folders import TEACHERS, config_of
 from gdmd.runs import checkpoint
@@ -21,14 +21,14 @@ FEW_STEPS = 4
 """Steps of the teacher's plain few-step row."""
 
 
-def open_student(cfg: RunConfig, folder: Path, which: str = "last") -> tuple[Lab, int]:
+def open_student(cfg: RunConfig, folder: Path, which: str = "last") -> tuple[Components, int]:
     """The lab of a run whose student holds the EMA weights of a checkpoint (best, last or a step), and its step."""
     saved = checkpoint.load_chosen(folder / "checkpoints", which)
     if saved is None:
         raise RunError(f"{folder} has no checkpoint yet. Train it first: gdmd train --resume {typed(folder)}.")
-    lab = build(_drawing(cfg))
-    load_ema(lab, saved)
-    return lab, saved.step
+    components = build(_drawing(cfg))
+    load_ema(components, saved)
+    return components, saved.step
 
 
 def _drawing(cfg: RunConfig) -> RunConfig:
@@ -44,20 +44,20 @@ def _drawing(cfg: RunConfig) -> RunConfig:
     return cfg.model_copy(update=parts | {"rewards": (), "real_data": None})
 
 
-def load_ema(lab: Lab, saved: checkpoint.Checkpoint) -> None:
+def load_ema(components: Components, saved: checkpoint.Checkpoint) -> None:
     """Put the averaged student (the plain one of a run without EMA) into ``lab.roles.student``."""
-    load_named(lab.roles.parameters("student"), saved.part("ema") or saved.part("student"), "the student")
+    load_named(components.roles.parameters("student"), saved.part("ema") or saved.part("student"), "the student")
 
 
-def open_named(what: str, which: str = "last", base: str | None = None) -> tuple[RunConfig, Lab, Sampler, int]:
+def open_named(what: str, which: str = "last", base: str | None = None) -> tuple[RunConfig, Components, Sampler, int]:
     """A run folder or one of TEACHERS as something that makes images; and the step of the student (else 0).
 
     ``base``: the base model of a run, where it has moved.
     """
     if what in TEACHERS:
         cfg = RunConfig(name="teacher", loop=LoopConfig())
-        lab = build(cfg)
-        return cfg, lab, teacher_row(cfg, lab, what), 0
+        components = build(cfg)
+        return cfg, components, teacher_row(cfg, components, what), 0
     cfg = config_of(Path(what))
     if cfg.model.kind == "diffusers":
         cfg = on_base(cfg, Path(what), base, f"{what},base=FOLDER")
@@ -65,22 +65,22 @@ def open_named(what: str, which: str = "last", base: str | None = None) -> tuple
         raise ValueError(
             f"{what},base={base}: a run of the Shapes world has its base model in the package; leave it out"
         )
-    lab, step = open_student(cfg, Path(what), which)
-    return cfg, lab, student_row(cfg, lab), step
+    components, step = open_student(cfg, Path(what), which)
+    return cfg, components, student_row(cfg, components), step
 
 
-def teacher_row(cfg: RunConfig, lab: Lab, what: str) -> Sampler:
+def teacher_row(cfg: RunConfig, components: Components, what: str) -> Sampler:
     """The teacher: guided in eval.teacher_steps steps, guided in four, and four plain steps (a student's 4 calls)."""
     steps = cfg.eval.teacher_steps if what == "teacher" else FEW_STEPS
     if what == "teacher-4-plain":
-        return teacher_sampler(lab, steps, 1.0, f"teacher, {steps} plain steps")
-    return teacher_sampler(lab, steps, cfg.method.guidance, f"teacher, {steps} steps")
+        return teacher_sampler(components, steps, 1.0, f"teacher, {steps} plain steps")
+    return teacher_sampler(components, steps, cfg.method.guidance, f"teacher, {steps} steps")
 
 
-def student_row(cfg: RunConfig, lab: Lab, name: str = "") -> Sampler:
+def student_row(cfg: RunConfig, components: Components, name: str = "") -> Sampler:
     """The few-step student as it is now."""
-    steps = lab.student_steps or cfg.method.student_steps
-    return student_sampler(lab, lab.roles.student, steps, f"{name or cfg.method.kind.upper()}, {len(steps)} steps")
+    steps = components.student_steps or cfg.method.student_steps
+    return student_sampler(components, components.roles.student, steps, f"{name or cfg.method.kind.upper()}, {len(steps)} steps")
 
 
 def image_batch(cfg: RunConfig) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gdmd.diffusion.generate import Lab, Sampler, images_of
+from gdmd.diffusion.generate import Components, Sampler, images_of
 from gdmd.io import write_atomic, writing
 
 if TYPE_CHECKING:
@@ -85,19 +85,19 @@ def draw_grid(cells: Cells, captions: Sequence[str], headers: Sequence[str] = ()
 
 
 def same_noise_cells(
-    samplers: Sequence[Sampler], lab: Lab, captions: Sequence[str], seed: int, per_caption: int = 2
+    samplers: Sequence[Sampler], components: Components, captions: Sequence[str], seed: int, per_caption: int = 2
 ) -> Tensor:
     """[R, len(samplers) * per_caption, 3, S, S]: every sampler makes image (caption, k) from the same noise."""
     texts = [text for text in captions for _ in range(per_caption)]
-    sides = [images_of(sampler, lab, texts, seed).unflatten(0, (len(captions), per_caption)) for sampler in samplers]
+    sides = [images_of(sampler, components, texts, seed).unflatten(0, (len(captions), per_caption)) for sampler in samplers]
     return torch.cat(sides, 1)
 
 
 def write_comparison(
-    path: Path, samplers: Sequence[Sampler], lab: Lab, captions: Sequence[str], seed: int, per_caption: int = 2
+    path: Path, samplers: Sequence[Sampler], components: Components, captions: Sequence[str], seed: int, per_caption: int = 2
 ) -> Path:
     """The side-by-side grid of samplers (the teacher first, then students) from the same noise."""
-    cells = same_noise_cells(samplers, lab, captions, seed, per_caption)
+    cells = same_noise_cells(samplers, components, captions, seed, per_caption)
     return write_grid(path, cells, captions, [f"{sampler.name} ({sampler.nfe} NFE)" for sampler in samplers])
 
 

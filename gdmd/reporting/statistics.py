@@ -1,6 +1,6 @@
 """Small-sample statistics of a comparison: t intervals, paired t tests over seeds, Holm's correction. Standard library only.
 
-Student's t is computed from the regularised incomplete beta function,
+Student's t is computed from the regularized incomplete beta function,
 
     P(|T_v| > t) = I_x(v / 2, 1 / 2),    x = v / (v + t^2),
 
@@ -46,10 +46,10 @@ class PairedTest:
     p: float
 
 
-def summarise(values: Sequence[float]) -> Summary:
+def summarize(values: Sequence[float]) -> Summary:
     """mean +- t_{.975, n-1} std / sqrt(n). ValueError for no values."""
     if not values:
-        raise ValueError("there are no values to summarise; give at least one seed")
+        raise ValueError("there are no values to summarize; give at least one seed")
     count = len(values)
     mean = math.fsum(values) / count
     if count == 1:
@@ -67,7 +67,7 @@ def paired_t(a: Mapping[int, float], b: Mapping[int, float]) -> PairedTest | Non
     seeds = sorted(a.keys() & b.keys())
     if len(seeds) < 2:
         return None
-    found = summarise([a[seed] - b[seed] for seed in seeds])
+    found = summarize([a[seed] - b[seed] for seed in seeds])
     if found.std == 0:
         t = math.copysign(math.inf, found.mean) if found.mean else 0.0
     else:
@@ -119,7 +119,7 @@ def t_quantile(probability: float, dof: float) -> float:
 
 
 def incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised I_x(a, b) of a, b > 0 and x in [0, 1]."""
+    """The regularized I_x(a, b) of a, b > 0 and x in [0, 1]."""
     if not (a > 0 and b > 0 and 0 <= x <= 1):
         raise ValueError(f"I_x(a, b) needs a, b > 0 and x in [0, 1], got a = {a}, b = {b}, x = {x}")
     if x in (0.0, 1.0):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.rewards.preprocessing import Preprocess, check_finite, check_images
 from gdmd.rewards.weights import PaddedTokenizer
@@ -119,7 +119,7 @@ class PretrainedReward(ABC):
 
     @abstractmethod
     def _formula(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
-        """Normalised pixels [b, 3, S, S] fp32 -> scores [b], fp32."""
+        """Normalized pixels [b, 3, S, S] fp32 -> scores [b], fp32."""
 
     def _scored(self, images: Tensor, texts: Sequence[str], prepare: Callable[[Tensor], Tensor]) -> Tensor:
         if not len(images):
@@ -170,7 +170,7 @@ class PretrainedReward(ABC):
         assert tokenize is not None, f"{self.name} was built without a tokenizer"
         if message := self.long_prompts(texts):
             log.warning("%s", message)
-        return {key: sent(value, self.placement.device) for key, value in tokenize(texts).items()}
+        return {key: to_device_async(value, self.placement.device) for key, value in tokenize(texts).items()}
 
 
 def already(net: nn.Module, tokenize: Tokenize | None, head: nn.Module | None = None) -> Callable[[], Loaded]:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from gdmd.config.names import near
 from gdmd.config.rewards import function_label
-from gdmd.diffusion.device import refuse_where, sent
+from gdmd.diffusion.device import raise_where, to_device_async
 from gdmd.io import content_hash
 from gdmd.rewards.preprocessing import check_images
 
@@ -76,13 +76,13 @@ class CallableReward:
                 f"reward {self.name} returned shape {list(scores.shape)} for {len(images)} images; "
                 "return one number per image"
             )
-        refuse_where(
+        raise_where(
             scores.isinf(),
             lambda places: ValueError(
                 f"reward {self.name} is infinite at samples {places}; return NaN for an image without a score"
             ),
         )
-        return sent(scores, images.device)
+        return to_device_async(scores, images.device)
 
 
 def called(what: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -3,7 +3,7 @@
     R = sum_k w_k (R_k - mean_k) / std_k / sum_k w_k
 
 mean_k and std_k are constants of the recipe (measure them once on images of the teacher), never statistics of a batch:
-the reward of an image must not depend on its neighbours. Without them a PickScore near 20 would drown a cosine near .3.
+the reward of an image must not depend on its neighbors. Without them a PickScore near 20 would drown a cosine near .3.
 An image that one part did not score (NaN) is not scored. Every part is kept for the log in its own units.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One reward of a composite: weight > 0 of its score, standardised by mean and std > 0."""
+    """One reward of a composite: weight > 0 of its score, standardized by mean and std > 0."""
 
     reward: Reward
     weight: float = 1.0
@@ -33,7 +33,7 @@ class Part:
 
 
 class Composite:
-    """The weighted mean of standardised rewards; differentiable when all of them are."""
+    """The weighted mean of standardized rewards; differentiable when all of them are."""
 
     def __init__(self, parts: Sequence[Part], name: str = "composite") -> None:
         names = [part.reward.name for part in parts]

@@ -3,7 +3,7 @@
     score = <f_image, f_text> / (|f_image| |f_text|), no logit scale; about .20 to .35
 
 The image is made a float tensor first, its longest side resized to 224 (bicubic, antialias), zeros put around it, and
-then normalised; no centre crop. A paper's "HPS 28.1" is 100 times this score, ".2810" is this score; v2 and v2.1 are two
+then normalized; no center crop. A paper's "HPS 28.1" is 100 times this score, ".2810" is this score; v2 and v2.1 are two
 sets of weights whose scores must not be compared. Exact GELU, 77 tokens of texts that are cleaned as open_clip cleans
 them (``clean``). The authors publish open_clip .pt files: see ``gdmd rewards fetch hps`` and ``gdmd rewards convert hps``.
 """

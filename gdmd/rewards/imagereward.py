@@ -60,7 +60,7 @@ class ImageRewardTowers(nn.Module):
 
 
 class ImageReward(PretrainedReward):
-    """The standardised score."""
+    """The standardized score."""
 
     @classmethod
     def from_modules(

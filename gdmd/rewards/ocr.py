@@ -45,7 +45,7 @@ def asked_text(prompt: str) -> str:
     return " ".join(next(filter(None, found.groups())) for found in _QUOTED.finditer(prompt))
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """The letters that are compared: NFKC, straight quotes and hyphens, no case, no white space."""
     return "".join(unicodedata.normalize("NFKC", text).translate(_ALIKE).casefold().split())
 
@@ -62,10 +62,10 @@ def edit_distance(asked: str, read: str, anywhere: bool = False) -> int:
 
 def ocr_score(prompt: str, read: str, other_text: OtherText = "error") -> float:
     """max(0, 1 - d / n); NaN for a prompt without quoted text."""
-    asked = normalised(asked_text(prompt))
+    asked = normalized(asked_text(prompt))
     if not asked:
         return math.nan
-    return max(0.0, 1 - edit_distance(asked, normalised(read), other_text == "free") / len(asked))
+    return max(0.0, 1 - edit_distance(asked, normalized(read), other_text == "free") / len(asked))
 
 
 class OcrReward:
@@ -88,7 +88,7 @@ class OcrReward:
 
     def score_pil(self, images: Sequence[Image], texts: Sequence[str]) -> Tensor:
         """8-bit images -> [N], fp32, on the CPU; what ``score`` gives for them."""
-        asks = [bool(normalised(asked_text(text))) for text in texts]
+        asks = [bool(normalized(asked_text(text))) for text in texts]
         self._seen, self._unasked = self._seen + len(asks), self._unasked + asks.count(False)
         scores = [
             ocr_score(text, self._words(image), self.other_text) if asked else math.nan

@@ -3,7 +3,7 @@
     score = exp(logit_scale) <f_image, f_text> / (|f_image| |f_text|); exp(logit_scale) is about 100, scores about 19 to 24
 
 Some code divides by 26 to bring it near [0, 1]; here it is never divided. A paper's "PickScore 22.1" is this score,
-".221" is the cosine. Preprocessed by transformers' CLIP processor (centre crop rounded down). 77 tokens.
+".221" is the cosine. Preprocessed by transformers' CLIP processor (center crop rounded down). 77 tokens.
 """
 
 from __future__ import annotations

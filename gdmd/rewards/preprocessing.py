@@ -3,8 +3,8 @@
   ``Preprocess.pil``     PIL on 8-bit images, what the models' authors ran: for numbers that are reported
   ``Preprocess.tensor``  torch on [0, 1] floats, differentiable: for training
 
-fit "crop": shortest side to ``size`` (bicubic, antialias), then the centre square; CLIP, PickScore, ImageReward.
-fit "pad":  longest side to ``size``, then zeros around it to a square, before the normalisation; HPSv2.
+fit "crop": shortest side to ``size`` (bicubic, antialias), then the center square; CLIP, PickScore, ImageReward.
+fit "pad":  longest side to ``size``, then zeros around it to a square, before the normalization; HPSv2.
 On 8-bit images the two paths of "crop" differ by the rounding of PIL's two 8-bit passes alone (mean below 0.35/255, at
 most 1.5/255 per value, before the division by std); of "pad" they are the same function.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdmd.diffusion.device import refuse_where
+from gdmd.diffusion.device import raise_where
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +33,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class Preprocess:
     """How an image becomes the input of a vision tower, [B, 3, size, size].
 
-    corner: where the centre square begins when an odd number of pixels is cut: "round" (half to even, torchvision: the
+    corner: where the center square begins when an odd number of pixels is cut: "round" (half to even, torchvision: the
     originals of CLIP and ImageReward) or "floor" (transformers: the original of PickScore). Equal for even numbers.
     """
 
@@ -50,18 +50,18 @@ class Preprocess:
         """
         height, width = self._resized(images.shape[-2], images.shape[-1])
         if self.fit == "pad":
-            return self._normalised(_padded(_bicubic(images.float(), (height, width)), self.size))
+            return self._normalized(_padded(_bicubic(images.float(), (height, width)), self.size))
         # PIL resizes the rows, then the columns; bicubic overshoots at edges, and its 8-bit images cannot
         narrow = _bicubic(images.float(), (images.shape[-2], width)).clamp(0, 1)
         small = _bicubic(narrow, (height, width)).clamp(0, 1)
         top, left = self._corner(height), self._corner(width)
-        return self._normalised(small[..., top : top + self.size, left : left + self.size])
+        return self._normalized(small[..., top : top + self.size, left : left + self.size])
 
     def pil(self, images: Sequence[Image]) -> Tensor:
         """PIL images of any size and mode -> [B, 3, size, size], fp32."""
         if self.fit == "pad":  # the original makes a float tensor first and resizes that
             return torch.cat([self.tensor(from_pil([image])) for image in images])
-        return self._normalised(torch.cat([from_pil([self._cropped(image)]) for image in images]))
+        return self._normalized(torch.cat([from_pil([self._cropped(image)]) for image in images]))
 
     def _cropped(self, image: Image) -> Image:
         from PIL.Image import Resampling
@@ -84,7 +84,7 @@ class Preprocess:
         spare = side - self.size
         return round(spare / 2) if self.corner == "round" else spare // 2
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def _normalized(self, images: Tensor) -> Tensor:
         mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return (images - mean) / std
 
@@ -139,4 +139,4 @@ def check_finite(name: str, scores: Tensor, texts: Sequence[str]) -> None:
             "or the weights do not fit their dtype: look at the decoder, and try dtype fp32"
         )
 
-    refuse_where(~torch.isfinite(scores.detach()), refusal)
+    raise_where(~torch.isfinite(scores.detach()), refusal)

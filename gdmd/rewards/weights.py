@@ -76,7 +76,7 @@ PUBLISHED = (
     Published("hps_v2", "HPSv2: the first weights of the same model", "[-1, 1]", _HPS, "HPS_v2_compressed.pt", CLIP_H),
     Published("pickscore", "PickScore v1: exp(logit_scale) x cosine (arXiv 2305.01569)", "about 15 to 27", PICKSCORE,
               tokenizer=CLIP_H),
-    Published("imagereward", "ImageReward v1: BLIP + MLP, standardised (arXiv 2304.05977)", "about -3 to 3",
+    Published("imagereward", "ImageReward v1: BLIP + MLP, standardized (arXiv 2304.05977)", "about -3 to 3",
               _IMAGEREWARD, "ImageReward.pt", BERT),
     Published("aesthetic", "LAION aesthetic v2: linear layers on CLIP ViT-L/14 embeddings", "about 1 to 10",
               Hub("trl-lib/ddpo-aesthetic-predictor"), "aesthetic-model.pth", reads="image"),

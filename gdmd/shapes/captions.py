@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from gdmd.shapes.grammar import TASKS, catalogue
+from gdmd.shapes.grammar import TASKS, catalog
 
 
 def training_captions() -> list[list[str]]:
     """The training captions of the Shapes language, a list per task."""
-    table = catalogue()
+    table = catalog()
     return [[table.captions[row].text for row in table.rows("train", task).tolist()] for task in range(len(TASKS))]

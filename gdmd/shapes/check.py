@@ -22,7 +22,7 @@ SLACK, DIRECTION = 0.1, 0.5
 
 
 def shapeseval(images: Tensor | Detections, rows: Tensor, world: World = WORLD32) -> Tensor:
-    """Strict correctness, images [B, 3, S, S] (or what ``detect`` found in them), catalogue rows [B] -> [B] bool."""
+    """Strict correctness, images [B, 3, S, S] (or what ``detect`` found in them), catalog rows [B] -> [B] bool."""
     found = _found(images, rows, world)
     table = world.captions
     rows = rows.to(found.shape.device)
@@ -86,7 +86,7 @@ def matched(found: Detections, rows: Tensor, world: World = WORLD32) -> Tensor:
 
 def _found(images: Tensor | Detections, rows: Tensor, world: World) -> Detections:
     if len(images) != len(rows):
-        raise ValueError(f"got {len(images)} images and {len(rows)} rows; pass the catalogue row of every image")
+        raise ValueError(f"got {len(images)} images and {len(rows)} rows; pass the catalog row of every image")
     return images if isinstance(images, Detections) else detect(images, world)
 
 

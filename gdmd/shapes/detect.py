@@ -3,7 +3,7 @@
 1. Unmix: every pixel is background + alpha (color - background) for the palette color that explains it best.
 2. Segment: connected pixels of one color with alpha > INSIDE are one component; small ones are specks.
 3. Fit: each component is compared with exact re-renders of all six shapes of the same mass and centroid; the best two
-   are refined by Gauss-Newton steps on centre and radius. Confidence = 1 - residual energy / component energy.
+   are refined by Gauss-Newton steps on center and radius. Confidence = 1 - residual energy / component energy.
 
 Everything is batched over images and components and runs on any device; no gradient.
 """
@@ -73,7 +73,7 @@ class Detections:
 
     shape: Tensor  # [B, M] index into SHAPES
     color: Tensor  # [B, M] index into COLORS
-    x: Tensor  # [B, M] centre
+    x: Tensor  # [B, M] center
     y: Tensor  # [B, M]
     radius: Tensor  # [B, M]
     confidence: Tensor  # [B, M] in [0, 1]
@@ -95,7 +95,7 @@ class Detections:
 
     @property
     def box(self) -> Tensor:
-        """Bounding boxes: centre x, centre y, width, height. [B, M, 4]"""
+        """Bounding boxes: center x, center y, width, height. [B, M, 4]"""
         s = self.shape.clamp_min(0)  # an empty slot has radius 0, so any shape gives it an empty box
         half, top, bottom = self.radius.new_tensor([HALF_WIDTH, TOP, BOTTOM])
         y = self.y + self.radius * (top + bottom)[s] / 2
@@ -179,9 +179,9 @@ def _unmix(contrast: Tensor, paint: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _label(alpha: Tensor, color: Tensor) -> Tensor:
-    """Connected components of one color (4 neighbours): the largest pixel number in it, from 1; 0 outside. [b, P]
+    """Connected components of one color (4 neighbors): the largest pixel number in it, from 1; 0 outside. [b, P]
 
-    Labels spread by the maximum over neighbours; then each pixel asks the pixel its label names: twice the reach.
+    Labels spread by the maximum over neighbors; then each pixel asks the pixel its label names: twice the reach.
     """
     count, size, _ = alpha.shape
     inside = alpha > INSIDE

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from gdmd.config.run import EvalConfig
 from gdmd.data.prompts import batch_of
-from gdmd.diffusion.generate import Lab, Sampler, generate
+from gdmd.diffusion.generate import Components, Sampler, generate
 from gdmd.io import finite_or_none
 from gdmd.reporting.distances import frechet_distance, pairwise_distance
 from gdmd.shapes.check import shapeseval, summarize
 from gdmd.shapes.detect import detect
-from gdmd.shapes.grammar import Split, catalogue, fixed_rows
+from gdmd.shapes.grammar import Split, catalog, fixed_rows
 from gdmd.shapes.measures import coverage, fidelity
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.types import Reward, TextEncoder
@@ -66,7 +66,7 @@ class Evaluation:
 
 
 def evaluate(
-    sampler: Sampler, lab: Lab, cfg: EvalConfig, scorers: Sequence[Reward], split: Split = "eval"
+    sampler: Sampler, components: Components, cfg: EvalConfig, scorers: Sequence[Reward], split: Split = "eval"
 ) -> Evaluation:
     """Make ``cfg.images`` images of each caption of the fixed set and measure them all.
 
@@ -74,19 +74,19 @@ def evaluate(
     """
     features = _features(scorers)
     rows = fixed_rows(split, cfg.per_task).repeat_interleave(cfg.images)
-    texts = tuple(catalogue().captions[row].text for row in rows.tolist())
-    made = generate(sampler, lab, texts, cfg.seed)
+    texts = tuple(catalog().captions[row].text for row in rows.tolist())
+    made = generate(sampler, components, texts, cfg.seed)
     images = made.images
     _check_finite(images, sampler.name)
     detections = detect(images)
     correct = shapeseval(detections, rows)
-    task = catalogue().task[rows].to(correct.device)
+    task = catalog().task[rows].to(correct.device)
     reals = render(draw_scenes(rows, torch.Generator().manual_seed(cfg.seed))).to(images.device)
     seen = _in_batches(features, images)
     return Evaluation(
         name=sampler.name,
         shapeseval=summarize(correct, task),
-        rewards={scorer.name: mean_score(scorer, images, texts, lab.encoder) for scorer in scorers},
+        rewards={scorer.name: mean_score(scorer, images, texts, components.encoder) for scorer in scorers},
         fidelity=float(fidelity(images, detections).mean()),
         coverage=coverage(detections, rows, correct),
         diversity=pairwise_distance(seen, rows) if len(rows.unique()) < len(rows) else math.nan,

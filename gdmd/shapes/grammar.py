@@ -1,6 +1,6 @@
 """The language of the Shapes world: six tasks that mirror GenEval (arXiv 2310.11513), their captions and splits.
 
-A caption fixes some attributes of a scene and leaves the others free. Every caption is a row of a ``Catalogue``
+A caption fixes some attributes of a scene and leaves the others free. Every caption is a row of a ``Catalog``
 of integer tensors, so that scenes, checks and embeddings are all index arithmetic.
 
 Splits are by combination: for two_object, position and color_attr the classes below are divided into train, dev and
@@ -107,7 +107,7 @@ def _divide(captions: Sequence[Caption]) -> dict[tuple[int, tuple[object, ...]],
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Catalog:
     """All captions as tensors, one row each; the columns of absent second objects hold ANY (count 0)."""
 
     captions: tuple[Caption, ...]
@@ -165,11 +165,11 @@ def tokenize(text: str) -> list[int]:
 
 
 @lru_cache(maxsize=4)
-def catalogue(max_count: int = 4) -> Catalogue:
+def catalog(max_count: int = 4) -> Catalog:
     """The captions of a world whose counting task goes up to ``max_count`` (4 at 32 x 32, up to 6 at 64 x 64)."""
     captions = _all_captions(max_count)
     split = _divide(captions)
-    return Catalogue(
+    return Catalog(
         captions=tuple(captions),
         task=torch.tensor([c.task for c in captions]),
         shape=_pair(captions, lambda c: c.shape, ANY),
@@ -182,8 +182,8 @@ def catalogue(max_count: int = 4) -> Catalogue:
 
 
 def draw_rows(count: int, generator: torch.Generator, split: Split = "train", max_count: int = 4) -> Tensor:
-    """``count`` random catalogue rows: the task uniform, then the caption uniform within it. [count]"""
-    table = catalogue(max_count)
+    """``count`` random catalog rows: the task uniform, then the caption uniform within it. [count]"""
+    table = catalog(max_count)
     task = torch.randint(len(TASKS), (count,), generator=generator)
     unit = torch.rand(count, generator=generator)
     rows = torch.empty(count, dtype=torch.int64)
@@ -200,7 +200,7 @@ def fixed_rows(split: Split, per_task: int = 50, max_count: int = 4) -> Tensor:
     Each task's captions are shuffled once and then taken in turn, so every caption occurs equally often (+-1); tasks
     with fewer captions than ``per_task`` (single_object has 6) repeat them, as other images from other noise.
     """
-    table = catalogue(max_count)
+    table = catalog(max_count)
     chosen = []
     for task in range(len(TASKS)):
         own = table.rows(split, task).tolist()

@@ -1,4 +1,4 @@
-"""Scenes and their anti-aliased pictures: vectorised, seeded, on any device.
+"""Scenes and their anti-aliased pictures: vectorized, seeded, on any device.
 
 A scene is a set of objects that do not touch, on a plain background. Lengths are in units of the canvas (0 ... 1,
 x to the right, y down); an object's ``radius`` is about its half extent.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdmd.shapes.grammar import ANY, COLORS, SHAPES, Catalogue, catalogue
+from gdmd.shapes.grammar import ANY, COLORS, SHAPES, Catalog, catalog
 
 BACKGROUND = (0.10, 0.11, 0.14)
 RGB = (
@@ -44,8 +44,8 @@ class World:
     """A relation's direction cosine is at least this in data; the checker asks for 0.5 (GenEval's rule)."""
 
     @property
-    def captions(self) -> Catalogue:
-        return catalogue(self.max_count)
+    def captions(self) -> Catalog:
+        return catalog(self.max_count)
 
 
 WORLD32 = World()
@@ -57,7 +57,7 @@ class Scenes:
 
     shape: Tensor  # [B, K] index into SHAPES
     color: Tensor  # [B, K] index into COLORS
-    x: Tensor  # [B, K] centre
+    x: Tensor  # [B, K] center
     y: Tensor  # [B, K]
     radius: Tensor  # [B, K]
 
@@ -77,7 +77,7 @@ class Scenes:
 
 
 def draw_scenes(rows: Tensor, generator: torch.Generator, world: World = WORLD32) -> Scenes:
-    """Random scenes that satisfy the captions ``rows`` ([B] of the catalogue); what they leave open is uniform."""
+    """Random scenes that satisfy the captions ``rows`` ([B] of the catalog); what they leave open is uniform."""
     table = world.captions
     count = table.count[rows]  # [B, 2]
     slots = torch.arange(max(world.max_count, 2))[None]  # [1, K]
@@ -99,7 +99,7 @@ def draw_scenes(rows: Tensor, generator: torch.Generator, world: World = WORLD32
 def _place(
     radius: Tensor, present: Tensor, relation: Tensor, generator: torch.Generator, world: World
 ) -> tuple[Tensor, Tensor]:
-    """Rejection: draw all centres of a scene at once until no two touch and the relation holds. Exactly uniform."""
+    """Rejection: draw all centers of a scene at once until no two touch and the relation holds. Exactly uniform."""
     x, y = torch.zeros_like(radius), torch.zeros_like(radius)
     todo = torch.arange(len(radius))
     while len(todo):
@@ -161,15 +161,15 @@ def coverage_maps(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor, size: int
 
     Objects are grouped by shape, so each pixel pays for one outline only. Differentiable in x, y and radius.
     """
-    centres = (torch.arange(size, device=x.device, dtype=x.dtype) + 0.5) / size
+    centers = (torch.arange(size, device=x.device, dtype=x.dtype) + 0.5) / size
     order = torch.argsort(shape, stable=True)
     pieces: list[Tensor] = []
     for index, share in enumerate(torch.bincount(shape, minlength=len(SHAPES)).tolist()):
         start = sum(p.shape[0] for p in pieces)
         own = order[start : start + share]
         r = radius[own, None, None]
-        ux = (centres[None, None, :] - x[own, None, None]) / r
-        uy = (centres[None, :, None] - y[own, None, None]) / r
+        ux = (centers[None, None, :] - x[own, None, None]) / r
+        uy = (centers[None, :, None] - y[own, None, None]) / r
         pieces.append((0.5 - signed_distance(index, ux, uy) * (r * size)).clamp(0, 1).expand(share, size, size))
     return torch.cat(pieces)[torch.argsort(order)]
 

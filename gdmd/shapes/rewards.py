@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gdmd.shapes.check import partial_credit
-from gdmd.shapes.grammar import catalogue
+from gdmd.shapes.grammar import catalog
 
 
 class _Said:
@@ -48,11 +48,11 @@ class _Said:
         # Alone, so that its bits do not depend on the captions beside it: a resumed run meets them in another order.
         import torch
 
-        from gdmd.diffusion.device import sent
+        from gdmd.diffusion.device import to_device_async
         from gdmd.shapes.grammar import tokenize
 
         with torch.no_grad():
-            return self.net.text_features(sent(torch.tensor([tokenize(text)]), device))[0]
+            return self.net.text_features(to_device_async(torch.tensor([tokenize(text)]), device))[0]
 
 
 class ShapesScorer:
@@ -102,9 +102,9 @@ class ShapesScorer:
     def _check_finite(self, scores: Tensor) -> None:
         import torch
 
-        from gdmd.diffusion.device import refuse_where
+        from gdmd.diffusion.device import raise_where
 
-        refuse_where(
+        raise_where(
             ~torch.isfinite(scores.detach()),
             lambda bad: ValueError(
                 f"{self.name} gave a score that is not finite at samples {bad}; the images there hold NaN or infinity: "
@@ -202,6 +202,6 @@ class PartialCredit:
     @torch.no_grad()
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
         """images [B, 3, S, S] in [0, 1] -> [B]. ValueError for text that is not a caption of the Shapes language."""
-        table = catalogue()
+        table = catalog()
         rows = torch.tensor([table.row(text) for text in prompts.text], device=images.device)
         return partial_credit(images, rows).float()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import Parameter
 
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.models.gan_head import FeatureCritic, seeded_head
@@ -151,7 +151,7 @@ class ShapesTextEncoder:
         self.device = device
 
     def encode(self, texts: Sequence[str]) -> Cond:
-        return {"tokens": sent(torch.tensor([tokenize(text) for text in texts]), self.device)}
+        return {"tokens": to_device_async(torch.tensor([tokenize(text) for text in texts]), self.device)}
 
     def null(self, count: int) -> Cond:
         return {"tokens": torch.full((count, CAPTION_TOKENS), NULL, device=self.device)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.shapes.grammar import CAPTION_TOKENS, WORDS
 from gdmd.shapes.render import BACKGROUND
 
@@ -23,9 +23,9 @@ GRID = 4  # cells per side of the feature grid that the image towers hand on: on
 FIRST_SCALE = 10.0  # inverse temperature of the contrastive loss at the start, learned
 
 
-def centred(images: Tensor) -> Tensor:
+def centered(images: Tensor) -> Tensor:
     """Pictures with the background at 0 and spread of about 1 on objects, so that colors are seen first."""
-    background = sent(torch.tensor(BACKGROUND), images.device)[:, None, None]
+    background = to_device_async(torch.tensor(BACKGROUND), images.device)[:, None, None]
     return (2.5 * (images - background)).contiguous(memory_format=torch.channels_last)
 
 
@@ -66,7 +66,7 @@ class Stem(nn.Module):
         self.place = nn.Parameter(0.1 * torch.randn(GRID * GRID, width))
 
     def forward(self, images: Tensor) -> Tensor:
-        cells = self.convs(centred(images))
+        cells = self.convs(centered(images))
         tokens: Tensor = cells.flatten(2).mT + self.place
         return tokens
 
@@ -143,7 +143,7 @@ class ConvTower(nn.Module):
         self.read = nn.Sequential(nn.Linear(80 * GRID * GRID, 192), nn.SiLU(), nn.Linear(192, features))
 
     def forward(self, images: Tensor) -> Tensor:
-        grid = self.body(centred(images))
+        grid = self.body(centered(images))
         features: Tensor = self.read(grid.flatten(1))
         return features  # [B, features]
 

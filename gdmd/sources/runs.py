@@ -14,7 +14,7 @@ from gdmd.config.image_source import SourceConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.generate import Sampler
 from gdmd.diffusion.rng import SampleRng
-from gdmd.recipes.build import Lab
+from gdmd.recipes.build import Components
 from gdmd.recipes.contents import base_content, checkpoint_content
 from gdmd.recipes.long_prompts import warn_of_lab
 from gdmd.recipes.open_run import image_batch, open_named
@@ -33,20 +33,20 @@ log = logging.getLogger(__name__)
 class RunSource:
     """The EMA student of a run (or a row of the teacher) with its own sampler and codec."""
 
-    def __init__(self, facts: Facts, lab: Lab, sampler: Sampler) -> None:
-        self.facts, self.lab, self.sampler = facts, lab, sampler
+    def __init__(self, facts: Facts, components: Components, sampler: Sampler) -> None:
+        self.facts, self.components, self.sampler = facts, components, sampler
 
     @classmethod
     def open(cls, cfg: SourceConfig) -> RunSource:
         """Checkpoint ``cfg.checkpoint`` of the run in ``cfg.where``."""
-        recipe, lab, sampler, step = open_named(cfg.where, cfg.checkpoint, cfg.base)
+        recipe, components, sampler, step = open_named(cfg.where, cfg.checkpoint, cfg.base)
         teacher = cfg.where in TEACHERS
         if isinstance(recipe.model, DiffusersModel):
             from gdmd.models.loading import checker_off, local_or_hub_index
 
             if message := checker_off(local_or_hub_index(recipe.model), recipe.model.path):
                 log.warning("%s", message)
-        device = next(iter(lab.roles.parameters("student").values())).device
+        device = next(iter(components.roles.parameters("student").values())).device
         facts = Facts(
             name=cfg.name,
             kind="teacher" if teacher else "run",
@@ -66,16 +66,16 @@ class RunSource:
                 "weights": None if teacher else checkpoint_content(Path(cfg.where), step),
             },
         )
-        return cls(facts, lab, sampler)
+        return cls(facts, components, sampler)
 
     def check(self, texts: Sequence[str]) -> None:
         for text in texts if self.facts.shapes else ():
             tokenize(text)
-        warn_of_lab(self.lab, texts)
+        warn_of_lab(self.components, texts)
 
     @torch.no_grad()
     def make(self, places: Sequence[Place], seed: int) -> list[Image]:
-        device = next(iter(self.lab.roles.parameters("student").values())).device
+        device = next(iter(self.components.roles.parameters("student").values())).device
         rng = SampleRng(seed, 0, torch.tensor([place.key for place in places], device=device))
         latents = self.sampler.latents([place.text for place in places], rng)
-        return to_images(self.lab.codec.decode(latents).float(), self.facts.name)
+        return to_images(self.components.codec.decode(latents).float(), self.facts.name)

@@ -40,9 +40,9 @@ def _draws(path: Path) -> bool:
 
 
 def _captions(per_task: int) -> Prompts:
-    from gdmd.shapes.grammar import TASKS, catalogue, fixed_rows
+    from gdmd.shapes.grammar import TASKS, catalog, fixed_rows
 
-    captions = [catalogue().captions[row].text for row in fixed_rows("eval", per_task).tolist()]
+    captions = [catalog().captions[row].text for row in fixed_rows("eval", per_task).tolist()]
     return [(text, TASKS[place // per_task]) for place, text in enumerate(captions)]
 
 

@@ -34,7 +34,7 @@ BLOCKS = 8
 
 @dataclass(frozen=True)
 class Prepared:
-    """The plan, and what the organiser should know before inviting anybody."""
+    """The plan, and what the organizer should know before inviting anybody."""
 
     plan: Plan
     tokens: tuple[str, ...]
@@ -130,7 +130,7 @@ def link(address: str, token: str) -> str:
 
 
 def write_private(path: Path, text: str) -> None:
-    """For the organiser's eyes: readable by the owner only."""
+    """For the organizer's eyes: readable by the owner only."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)

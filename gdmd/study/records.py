@@ -1,6 +1,6 @@
-"""The nouns of a study: Prompt, Trial, Rater, Plan (the organiser's secret) and Vote (one answer, models put back).
+"""The nouns of a study: Prompt, Trial, Rater, Plan (the organizer's secret) and Vote (one answer, models put back).
 
-A study folder holds ``plan.json`` (who is who: for the organiser only), ``raters.csv`` (one link per rater),
+A study folder holds ``plan.json`` (who is who: for the organizer only), ``raters.csv`` (one link per rater),
 ``images/<random id>.png`` (re-encoded: no metadata) and ``votes.sqlite``.
 """
 

@@ -1,7 +1,7 @@
 """The study's web server: one page, a handful of JSON routes, images by random id. FastAPI, imported with this file.
 
 Rules, each with a test: a rater sees no model, pair name, kind of screen or right answer; votes count only for the screen
-at hand and only once; images go only to the rater whose screens show them; results need the organiser's token; a body
+at hand and only once; images go only to the rater whose screens show them; results need the organizer's token; a body
 above 8 KiB is refused unread; without a valid token there is nothing but the page itself.
 """
 
@@ -52,25 +52,25 @@ class Ballot(Config):
 class Desk:
     """The study as the routes see it: who a token is, what comes next, what may be shown."""
 
-    def __init__(self, folder: Path, plan: Plan, store: Store, organiser_token: str) -> None:
+    def __init__(self, folder: Path, plan: Plan, store: Store, organizer_token: str) -> None:
         self.folder, self.plan, self.store = folder, plan, store
-        self.organiser = token_hash(checked_token(organiser_token))
+        self.organizer = token_hash(checked_token(organizer_token))
         self.numbers = {rater.token_sha256: number for number, rater in enumerate(plan.raters)}
         self.consent_sha256 = token_hash(plan.consent)
-        if self.organiser in self.numbers:
-            raise ValueError("the organiser's token is a rater's token, who could read the results; choose another")
+        if self.organizer in self.numbers:
+            raise ValueError("the organizer's token is a rater's token, who could read the results; choose another")
 
     def rater(self, request: Request) -> int:
         """The number of the rater whose token the request carries; 401 otherwise."""
         number = self.numbers.get(token_hash(_bearer(request)))
         if number is None:
-            raise HTTPException(401, "This link is not valid. Ask the organiser for yours.")
+            raise HTTPException(401, "This link is not valid. Ask the organizer for yours.")
         return number
 
-    def require_organiser(self, request: Request) -> None:
-        """401 unless the request carries the organiser's token; compared in constant time."""
-        if not hmac.compare_digest(token_hash(_bearer(request)), self.organiser):
-            raise HTTPException(401, "This needs the organiser's token.")
+    def require_organizer(self, request: Request) -> None:
+        """401 unless the request carries the organizer's token; compared in constant time."""
+        if not hmac.compare_digest(token_hash(_bearer(request)), self.organizer):
+            raise HTTPException(401, "This needs the organizer's token.")
 
     def open_screens(self, number: int) -> list[Trial]:
         """The rater's screens without an answer, in order."""
@@ -120,24 +120,24 @@ class Desk:
             raise HTTPException(404, "There is no such image.")
         file = self.folder / IMAGES / f"{id_}.png"
         if not file.is_file():
-            raise HTTPException(410, "This image is gone. Tell the organiser.")
+            raise HTTPException(410, "This image is gone. Tell the organizer.")
         return file
 
     def progress(self) -> dict[str, Any]:
-        """How far every rater is: for the organiser."""
+        """How far every rater is: for the organizer."""
         done = [len(rater.trials) - len(self.open_screens(k)) for k, rater in enumerate(self.plan.raters)]
         total = [len(rater.trials) for rater in self.plan.raters]
         listed = [{"rater": k, "done": d, "total": t} for k, (d, t) in enumerate(zip(done, total, strict=True))]
         return {"done": sum(done), "total": sum(total), "raters": listed}
 
 
-def create_app(folder: Path, organiser_token: str) -> FastAPI:
-    """The application of one study folder. ValueError for a weak organiser's token, RunError for a bad folder."""
+def create_app(folder: Path, organizer_token: str) -> FastAPI:
+    """The application of one study folder. ValueError for a weak organizer's token, RunError for a bad folder."""
     plan = read_plan(folder)
-    desk = Desk(folder, plan, Store(folder / VOTES), organiser_token)
+    desk = Desk(folder, plan, Store(folder / VOTES), organizer_token)
     app = FastAPI(title="study", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_closing(desk.store))
     _add_rater_routes(app, desk)
-    _add_organiser_routes(app, desk)
+    _add_organizer_routes(app, desk)
     app.add_exception_handler(RequestValidationError, _brief)
     app.add_middleware(Guard)
     return app
@@ -182,8 +182,8 @@ def _add_rater_routes(app: FastAPI, desk: Desk) -> None:
         return FileResponse(desk.image(number, id_), media_type="image/png")
 
 
-def _add_organiser_routes(app: FastAPI, desk: Desk) -> None:
-    only = [Depends(desk.require_organiser)]
+def _add_organizer_routes(app: FastAPI, desk: Desk) -> None:
+    only = [Depends(desk.require_organizer)]
 
     @app.get("/api/progress", dependencies=only)
     def _progress() -> dict[str, Any]:
@@ -278,7 +278,7 @@ def checked_token(token: str) -> str:
     """The token, or ValueError where it could be guessed."""
     if len(token) < SHORTEST_TOKEN or len(set(token)) < SHORTEST_TOKEN // 2:
         raise ValueError(
-            f"the organiser's token has {len(token)} characters ({len(set(token))} different); take at least "
+            f"the organizer's token has {len(token)} characters ({len(set(token))} different); take at least "
             f"{SHORTEST_TOKEN} random ones, for example from: openssl rand -hex 16"
         )
     return token
@@ -337,10 +337,10 @@ def address_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run_server(folder: Path, listening: socket.socket, organiser_token: str) -> None:
+def run_server(folder: Path, listening: socket.socket, organizer_token: str) -> None:
     """Serve until Ctrl-C. The access log is off: it would tie addresses to answers."""
     import uvicorn
 
-    app = create_app(folder, organiser_token)
+    app = create_app(folder, organizer_token)
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])

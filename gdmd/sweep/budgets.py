@@ -11,7 +11,7 @@ from gdmd.config.run import RunConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.io import read_json, write_atomic
 from gdmd.methods.pass_counter import Counted, Pace, measure_pace
-from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build import Components, build
 from gdmd.runs.run_folder import config_hash
 from gdmd.shapes.roles import ShapesRoles
 
@@ -24,9 +24,9 @@ CLOSER = 24
 """Iterations of the second probe of a method with stages: a stage's share of the training is met to a 48th."""
 
 
-def counted(lab: Lab) -> Counted:
+def counted(components: Components) -> Counted:
     """The method of a lab with its cost counted by hooks on the four denoisers."""
-    return Counted(lab.method, networks(lab.roles))
+    return Counted(components.method, networks(components.roles))
 
 
 def networks(roles: ShapesRoles) -> list[Any]:
@@ -66,11 +66,11 @@ def pace_of(recipe: Mapping[str, Any], updates: int, probes: Path, count: int = 
 
 def probe(cfg: RunConfig, updates: int, count: int) -> Pace:
     """Passes and student updates per iteration: one iteration to learn the updates, then ``count`` over the training."""
-    lab = build(cfg)
-    first = measure_pace(counted(lab), [_batch(lab, cfg, 0)])
+    components = build(cfg)
+    first = measure_pace(counted(components), [_batch(components, cfg, 0)])
     steps = first.steps_for_updates(updates)
-    lab = build(cfg)
-    return measure_pace(counted(lab), (_batch(lab, cfg, place) for place in places(steps, count)))
+    components = build(cfg)
+    return measure_pace(counted(components), (_batch(components, cfg, place) for place in places(steps, count)))
 
 
 def places(steps: int, count: int) -> list[int]:
@@ -78,6 +78,6 @@ def places(steps: int, count: int) -> list[int]:
     return [int((k + 0.5) * steps / count) for k in range(count)]
 
 
-def _batch(lab: Lab, cfg: RunConfig, step: int) -> Any:
-    prompts = lab.stream.at(step)
+def _batch(components: Components, cfg: RunConfig, step: int) -> Any:
+    prompts = components.stream.at(step)
     return step, prompts, SampleRng(cfg.loop.seed, step, prompts.index)

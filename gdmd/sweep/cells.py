@@ -42,7 +42,7 @@ class Cell:
     """One line of the table. Cells of equal ``identity`` share their folder and are trained once.
 
     identity: what determines the result, without the fields that stand at their defaults: so a new option that leaves
-    the old behaviour as its default leaves all results valid. ``outdated`` finds defaults that were changed.
+    the old behavior as its default leaves all results valid. ``outdated`` finds defaults that were changed.
     """
 
     method: str

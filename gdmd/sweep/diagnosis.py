@@ -13,14 +13,14 @@ from gdmd.config.run import RunConfig, ShapesReward
 from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.pass_counter import without_cost
 from gdmd.methods.scorer import Scorer
-from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build import Components, build
 from gdmd.recipes.build_rewards import build_rewards, scorers_of
 from gdmd.recipes.open_run import load_ema, student_row
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import Run
 from gdmd.shapes.evaluate import HELDOUT, evaluate
 from gdmd.shapes.grammar import Split
-from gdmd.sweep.divergence import apply_iteration, divergence, fixed_states, realised_change, student_gradient
+from gdmd.sweep.divergence import apply_iteration, divergence, fixed_states, realized_change, student_gradient
 from gdmd.training.distributed import SINGLE
 from gdmd.training.ema import load_named
 from gdmd.training.optimizer import lr_factor
@@ -38,7 +38,7 @@ def diagnose(cfg: RunConfig, run: Run, how: Mapping[str, Any], split: Split) -> 
 
 
 def _point(cfg: RunConfig, saved: checkpoint.Checkpoint | None, how: Mapping[str, Any], split: Split) -> dict[str, Any]:
-    """Rewards and ShapesEval of the EMA student, then the divergence of the two gradients and the realised change."""
+    """Rewards and ShapesEval of the EMA student, then the divergence of the two gradients and the realized change."""
     step = saved.step if saved else 0
     updates = saved.state["roles"]["student"]["updates"] if saved else 0
     return {
@@ -51,13 +51,13 @@ def _point(cfg: RunConfig, saved: checkpoint.Checkpoint | None, how: Mapping[str
 
 
 def _curve(cfg: RunConfig, saved: checkpoint.Checkpoint | None, how: Mapping[str, Any], split: Split) -> dict[str, Any]:
-    lab = build(cfg)
+    components = build(cfg)
     if saved:
-        load_ema(lab, saved)
+        load_ema(components, saved)
     else:
-        begin(lab, cfg)
+        begin(components, cfg)
     size = cfg.eval.model_copy(update={"per_task": how["per_task"], "images": how["images"]})
-    row = evaluate(student_row(cfg, lab), lab, size, all_scorers(cfg), split).json()
+    row = evaluate(student_row(cfg, components), components, size, all_scorers(cfg), split).json()
     return {"shapeseval": row["shapeseval"]["overall"], "rewards": row["rewards"], "fidelity": row["fidelity"]}
 
 
@@ -69,30 +69,30 @@ def _gradients(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -
     labs = build(cfg), build(_with_method(cfg, plain))
     prompts, rng = draws(labs[0], cfg, step)  # the method's own groups of prompts, for both
     found = []
-    for lab in labs:
-        restore(lab, saved) if saved else begin(lab, cfg)
-        found.append(student_gradient(lab.method, lab.roles, step, prompts, rng))
+    for components in labs:
+        restore(components, saved) if saved else begin(components, cfg)
+        found.append(student_gradient(components.method, components.roles, step, prompts, rng))
     both = divergence(*found)
     return {"cosine": both.cosine, "ratio": both.ratio, "weight": both.weight}
 
 
 def _change(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -> dict[str, Any]:
-    """Reward change of the next iteration, as the loop would make it: the same optimiser state and learning rate."""
-    lab = build(cfg)
-    states = role_states(lab.roles, cfg.loop)
+    """Reward change of the next iteration, as the loop would make it: the same optimizer state and learning rate."""
+    components = build(cfg)
+    states = role_states(components.roles, cfg.loop)
     if saved:
-        restore(lab, saved)
+        restore(components, saved)
         for state in states.values():
             state.load(saved.part, saved.state["roles"][state.role])
     else:
-        begin(lab, cfg)
-    prompts, rng = draws(lab, cfg, step)
-    fixed = fixed_states(lab.roles, prompts, rng, cfg.method.student_steps, lab.latent_shape)
+        begin(components, cfg)
+    prompts, rng = draws(components, cfg, step)
+    fixed = fixed_states(components.roles, prompts, rng, cfg.method.student_steps, components.latent_shape)
     progress = min(step, cfg.loop.steps - 1) / cfg.loop.steps
     factor = lr_factor(cfg.loop.lr_schedule, progress, states["student"].updates, cfg.loop.warmup)
     appliers = {role: _applier(state, factor) for role, state in states.items()}
-    iterate = partial(apply_iteration, lab.method, appliers, step, prompts, rng)
-    change = realised_change(iterate, lab.roles, fixed, partial(_scores, cfg, lab, prompts))
+    iterate = partial(apply_iteration, components.method, appliers, step, prompts, rng)
+    change = realized_change(iterate, components.roles, fixed, partial(_scores, cfg, components, prompts))
     trained = {reward.kind for reward in cfg.rewards}
     seen = [value for name, value in change.items() if name in trained]
     return {"change": sum(seen) / len(seen) if seen else None, "change_heldout": change[HELDOUT]}
@@ -103,23 +103,23 @@ def all_scorers(cfg: RunConfig) -> tuple[Reward, ...]:
     return (*scorers_of(cfg), *build_rewards([ShapesReward(kind="shapes_partial_credit")]))
 
 
-def restore(lab: Lab, saved: checkpoint.Checkpoint) -> None:
+def restore(components: Components, saved: checkpoint.Checkpoint) -> None:
     """Networks, old policy and method as they were at a checkpoint (not the EMA)."""
     for role in ROLES:
-        load_named(lab.roles.parameters(role), saved.part(role), f"the {role}")
-    lab.roles.load_old_state(saved.part("old"))
-    lab.method.load(without_cost(saved.part("method")))
+        load_named(components.roles.parameters(role), saved.part(role), f"the {role}")
+    components.roles.load_old_state(saved.part("old"))
+    components.method.load(without_cost(saved.part("method")))
 
 
-def begin(lab: Lab, cfg: RunConfig) -> None:
+def begin(components: Components, cfg: RunConfig) -> None:
     """Networks as the training found them: the teacher's weights, or those of a first stage."""
     if cfg.loop.start_from:
-        begin_from(cfg.loop.start_from, role_states(lab.roles, cfg.loop), SINGLE, cfg.model_dump(mode="json"))
+        begin_from(cfg.loop.start_from, role_states(components.roles, cfg.loop), SINGLE, cfg.model_dump(mode="json"))
 
 
-def draws(lab: Lab, cfg: RunConfig, step: int) -> tuple[PromptBatch, SampleRng]:
+def draws(components: Components, cfg: RunConfig, step: int) -> tuple[PromptBatch, SampleRng]:
     """The prompts and draws that the training has (or would have) at this step."""
-    prompts = lab.stream.at(step)
+    prompts = components.stream.at(step)
     return prompts, SampleRng(cfg.loop.seed, step, prompts.index)
 
 
@@ -127,9 +127,9 @@ def _applier(state: RoleState, factor: float) -> Callable[[Update], object]:
     return lambda update: state.apply(update, factor)
 
 
-def _scores(cfg: RunConfig, lab: Lab, prompts: PromptBatch, x0: Tensor) -> dict[str, Tensor]:
+def _scores(cfg: RunConfig, components: Components, prompts: PromptBatch, x0: Tensor) -> dict[str, Tensor]:
     rewards = all_scorers(cfg)
-    scored = Scorer(lab.codec, rewards)(x0, prompts)
+    scored = Scorer(components.codec, rewards)(x0, prompts)
     return {reward.name: own for reward, own in zip(rewards, scored, strict=True)}
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import backward_simulation
 from gdmd.types import Cond, Method, PromptBatch, Role, Roles, Update
@@ -71,10 +71,10 @@ def fixed_states(
     noise = rng.normal("diagnosis_noise", shape)
     again = lambda i: rng.normal("diagnosis_rollout", shape, i)  # noqa: E731
     x_tau = backward_simulation(roles.student, noise, steps, stop, prompts.cond, again, roles.schedule)
-    return Fixed(x_tau, sent(torch.tensor(steps)[stop], x_tau.device), prompts.cond)
+    return Fixed(x_tau, to_device_async(torch.tensor(steps)[stop], x_tau.device), prompts.cond)
 
 
-def realised_change(
+def realized_change(
     iterate: Callable[[], int], roles: Roles, fixed: Fixed, score: Callable[[Tensor], Mapping[str, Tensor]]
 ) -> dict[str, float]:
     """Change of every reward per student update, in units of its spread over the batch before.

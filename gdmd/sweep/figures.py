@@ -57,10 +57,10 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     ),
     "fig3_features.png": (
         "Fig. 3: feature space of the held-out scorer",
-        "Two principal components (of all panels together) of images of 8 colours x 6 objects; the colour of a point is "
-        "the colour asked for, its marker the object (a plus is a cross, a star a ring). Spread is the mean distance to the "
-        "cluster's own centre: lower is tighter, which is also less diverse, so the mean pairwise distance inside a cluster "
-        "stands beside it. Outliers (black rings) lie nearer to the centre of another cluster's true renders than to their "
+        "Two principal components (of all panels together) of images of 8 colors x 6 objects; the color of a point is "
+        "the color asked for, its marker the object (a plus is a cross, a star a ring). Spread is the mean distance to the "
+        "cluster's own center: lower is tighter, which is also less diverse, so the mean pairwise distance inside a cluster "
+        "stands beside it. Outliers (black rings) lie nearer to the center of another cluster's true renders than to their "
         "own.",
     ),
     "fig4_divergence.png": (
@@ -196,7 +196,7 @@ def divergence_figure(results: Results) -> Figure | None:
     top.set(title="cosine of RL and DMD gradients", xlabel="student updates", ylim=(-1.08, 1.08))
     spread.axvline(0.5, color=SOFT, linestyle="--", linewidth=0.8)
     spread.set(title="distribution of r", xlabel="r", ylabel="share of targets", xlim=(0, 1))
-    change.set(title="realised reward change per update", xlabel="student updates", ylabel="batch std")
+    change.set(title="realized reward change per update", xlabel="student updates", ylabel="batch std")
     handles = {
         text: line
         for axes in (top, change, spread)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdmd.diffusion.generate import Lab, Sampler, images_of
+from gdmd.diffusion.generate import Components, Sampler, images_of
 from gdmd.io import write_atomic
 from gdmd.reporting.distances import cluster_spread, pairwise_distance
 from gdmd.reporting.grids import write_grid
 from gdmd.shapes.evaluate import HELDOUT
-from gdmd.shapes.grammar import TASKS, catalogue, fixed_rows
+from gdmd.shapes.grammar import TASKS, catalog, fixed_rows
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.shapes.rewards import ShapesClip, shipped_scorer
 from gdmd.sweep.cells import GRIDS, Cell, pictures_key, shown_cells
@@ -30,7 +30,7 @@ from gdmd.sweep.worker import cell_sampler
 
 PER_CAPTION = 2
 RENDERS = 16
-"""True renders per cluster, whose mean is the cluster's true centre."""
+"""True renders per cluster, whose mean is the cluster's true center."""
 MARKERS = ("o", "s", "^", "D", "P", "*")
 """For circle, square, triangle, diamond, cross, ring."""
 COLORS = ("#d62728", "#ff8c1a", "#e6c700", "#2ca02c", "#17becf", "#1f4fd6", "#8e44ad", "#ffffff")
@@ -43,7 +43,7 @@ class Shown:
     """A finished cell that is drawn."""
 
     title: str
-    lab: Lab
+    components: Components
     sampler: Sampler
 
 
@@ -67,31 +67,31 @@ def feature_panels(shown: Sequence[Shown], per_cluster: int, seed: int) -> list[
     """PCA of held-out image features; the components are those of all images together.
 
     spread: mean distance to the cluster's own mean. diversity: mean 1 - cosine of pairs inside a cluster. outliers:
-    share of images nearer to the true centre of another cluster than to their own.
+    share of images nearer to the true center of another cluster than to their own.
     """
     scorer = shipped_scorer(HELDOUT)
     assert isinstance(scorer, ShapesClip)
-    rows = torch.nonzero(catalogue().task == TASKS.index("colors"))[:, 0]  # one caption per colour and object
+    rows = torch.nonzero(catalog().task == TASKS.index("colors"))[:, 0]  # one caption per color and object
     cluster = torch.arange(len(rows)).repeat_interleave(per_cluster)
-    texts = [catalogue().captions[row].text for row in rows[cluster].tolist()]
+    texts = [catalog().captions[row].text for row in rows[cluster].tolist()]
     renders = render(draw_scenes(rows.repeat_interleave(RENDERS), torch.Generator().manual_seed(seed)))
     with torch.no_grad():
-        centre = scorer.image_features(renders).unflatten(0, (len(rows), RENDERS)).mean(1)  # [K, D]
-        features = [scorer.image_features(images_of(each.sampler, each.lab, texts, seed)) for each in shown]
+        center = scorer.image_features(renders).unflatten(0, (len(rows), RENDERS)).mean(1)  # [K, D]
+        features = [scorer.image_features(images_of(each.sampler, each.components, texts, seed)) for each in shown]
     plane = _plane(torch.cat(features))
-    looks = [(COLORS[int(catalogue().color[row, 0])], MARKERS[int(catalogue().shape[row, 0])]) for row in rows]
+    looks = [(COLORS[int(catalog().color[row, 0])], MARKERS[int(catalog().shape[row, 0])]) for row in rows]
     return [
-        {"title": each.title, **_panel(own, cluster, centre, plane, looks)}
+        {"title": each.title, **_panel(own, cluster, center, plane, looks)}
         for each, own in zip(shown, features, strict=True)
     ]
 
 
 def _panel(
-    own: Tensor, cluster: Tensor, centre: Tensor, plane: tuple[Tensor, Tensor], looks: Sequence[tuple[str, str]]
+    own: Tensor, cluster: Tensor, center: Tensor, plane: tuple[Tensor, Tensor], looks: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
     mean, axes = plane
     xy = ((own - mean) @ axes).tolist()
-    outlier = torch.cdist(own, centre).argmin(1) != cluster
+    outlier = torch.cdist(own, center).argmin(1) != cluster
     points = [
         [round(x, 4), round(y, 4), *looks[k], bool(far)]
         for (x, y), k, far in zip(xy, cluster.tolist(), outlier.tolist(), strict=True)
@@ -99,7 +99,7 @@ def _panel(
     return {
         "points": points,
         "spread": cluster_spread(own, cluster),
-        "diversity": pairwise_distance(own, cluster) if len(cluster) > len(centre) else 0.0,
+        "diversity": pairwise_distance(own, cluster) if len(cluster) > len(center) else 0.0,
         "outliers": float(outlier.float().mean()),
     }
 
@@ -116,7 +116,7 @@ def _plane(features: Tensor) -> tuple[Tensor, Tensor]:
 def _grid(path: Path, shown: Sequence[Shown], captions: Sequence[str], seed: int) -> None:
     texts = [text for text in captions for _ in range(PER_CAPTION)]
     sides = [
-        images_of(each.sampler, each.lab, texts, seed).unflatten(0, (len(captions), PER_CAPTION)) for each in shown
+        images_of(each.sampler, each.components, texts, seed).unflatten(0, (len(captions), PER_CAPTION)) for each in shown
     ]
     write_grid(path, torch.cat(sides, 1), captions, [each.title for each in shown], scale=2, option="--out")
 
@@ -125,13 +125,13 @@ def _captions(tasks: Sequence[str], count: int) -> list[str]:
     """About ``count`` captions of the evaluation set, equally many of each of these tasks."""
     each = -(-count // len(tasks))
     rows = fixed_rows("eval", each).tolist()
-    own = [row for row in rows if TASKS[int(catalogue().task[row])] in tasks]
-    return [catalogue().captions[row].text for row in own]
+    own = [row for row in rows if TASKS[int(catalog().task[row])] in tasks]
+    return [catalog().captions[row].text for row in own]
 
 
 def _shown(comparison: Comparison, cell: Cell, folder: Path) -> Shown:
-    lab, sampler = cell_sampler(cell.job, cell.folder(folder))
-    return Shown(comparison.spec.titles[cell.method], lab, sampler)
+    components, sampler = cell_sampler(cell.job, cell.folder(folder))
+    return Shown(comparison.spec.titles[cell.method], components, sampler)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gdmd.reporting.statistics import PairedTest, Summary, holm, paired_t, summarise
+from gdmd.reporting.statistics import PairedTest, Summary, holm, paired_t, summarize
 from gdmd.shapes.evaluate import HELDOUT
 from gdmd.shapes.grammar import TASKS
 
@@ -49,7 +49,7 @@ class Results:
     def summary(self, name: str, place: Place, budget: str = "updates") -> Summary | None:
         """Over the seeds; None where nothing was measured."""
         values = self.values(name, place, budget)
-        return summarise(list(values.values())) if values else None
+        return summarize(list(values.values())) if values else None
 
     def present(self, budget: str = "updates", keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
         """The rows that have a finished cell under this budget."""

@@ -25,7 +25,7 @@ import torch
 from gdmd.config.run import EvalConfig, RunConfig
 from gdmd.diffusion.generate import Sampler, teacher_sampler
 from gdmd.io import finite_or_none, read_json, write_atomic
-from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build import Components, build
 from gdmd.recipes.open_run import load_ema, student_row
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import Run, check_same_config, commit, create, open_run, read_metrics, versions
@@ -79,23 +79,23 @@ def teacher_config(job: Mapping[str, Any]) -> RunConfig:
     return RunConfig.model_validate({**job["recipe"], "name": "teacher", "loop": {}})
 
 
-def cell_sampler(job: Mapping[str, Any], folder: Path) -> tuple[Lab, Sampler]:
+def cell_sampler(job: Mapping[str, Any], folder: Path) -> tuple[Components, Sampler]:
     """What a finished cell makes images with: its EMA student, or the teacher."""
     if "teacher" in job:
-        lab = build(teacher_config(job))
-        return lab, teacher_sampler(lab, job["teacher"]["steps"], job["teacher"]["guidance"])
+        components = build(teacher_config(job))
+        return components, teacher_sampler(components, job["teacher"]["steps"], job["teacher"]["guidance"])
     run = open_run(folder / "run")
     cfg = RunConfig.model_validate(run.config)
-    lab = build(cfg)
-    _load(lab, run)
-    return lab, student_row(cfg, lab)
+    components = build(cfg)
+    _load(components, run)
+    return components, student_row(cfg, components)
 
 
 def _teacher(job: Mapping[str, Any]) -> dict[str, Any]:
     cfg, began = teacher_config(job), time.perf_counter()
-    lab = build(cfg)
-    sampler = teacher_sampler(lab, job["teacher"]["steps"], job["teacher"]["guidance"])
-    measured = measures(cfg, lab, sampler, job["split"])
+    components = build(cfg)
+    sampler = teacher_sampler(components, job["teacher"]["steps"], job["teacher"]["guidance"])
+    measured = measures(cfg, components, sampler, job["split"])
     costs = {"student_updates": 0, "steps": 0, "passes": 0, "seconds": 0.0, "peak_memory_mib": memory_mib()}
     return measured | costs | _facts(cfg, began)
 
@@ -105,10 +105,10 @@ def _student(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
     began = time.perf_counter()
     cfg = settings(job, iterations(job, folder.parent.parent / "probes"), folder.parent)
     run = _run(folder / "run", cfg)
-    lab = build(cfg)
-    method = counted(lab)
+    components = build(cfg)
+    method = counted(components)
     progress = PlainProgress(cfg.loop.steps)
-    end = train(method, lab.roles, lab.stream, cfg.loop, run, Hooks(progress))
+    end = train(method, components.roles, components.stream, cfg.loop, run, Hooks(progress))
     if end.signal is not None:
         return end
     cost = {
@@ -118,17 +118,17 @@ def _student(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
         "seconds": round(method.cost.seconds, 2),
         "peak_memory_mib": memory_mib(),
     }
-    _load(lab, run)
-    measured = measures(cfg, lab, student_row(cfg, lab), job["split"])
+    _load(components, run)
+    measured = measures(cfg, components, student_row(cfg, components), job["split"])
     points = diagnose(cfg, run, job["diagnosis"], job["split"]) if job["diagnosis"] else []
     for step in checkpoint.steps(run.checkpoints)[:-1]:
         _remove(run.checkpoints / f"step_{step:06d}")
     return measured | cost | {"statistics": statistics_of(run), "points": points} | _facts(cfg, began)
 
 
-def measures(cfg: RunConfig, lab: Lab, sampler: Sampler, split: Any, size: EvalConfig | None = None) -> dict[str, Any]:
+def measures(cfg: RunConfig, components: Components, sampler: Sampler, split: Any, size: EvalConfig | None = None) -> dict[str, Any]:
     """The measured part of a table line; ``shapeseval`` is the overall score, ``tasks`` holds the six."""
-    row = evaluate(sampler, lab, size or cfg.eval, all_scorers(cfg), split).json()
+    row = evaluate(sampler, components, size or cfg.eval, all_scorers(cfg), split).json()
     tasks = dict(row.pop("shapeseval"))
     trained = [reward.kind for reward in cfg.rewards]
     return {"shapeseval": tasks.pop("overall"), "tasks": tasks, **row, "trained": trained}
@@ -168,11 +168,11 @@ def _run(path: Path, cfg: RunConfig) -> Run:
     return create(path, cfg.model_dump(mode="json"), sys.argv)
 
 
-def _load(lab: Lab, run: Run) -> None:
+def _load(components: Components, run: Run) -> None:
     """The EMA of the last step; RunError where that checkpoint is damaged, an older one is another student."""
     saved = checkpoint.load_chosen(run.checkpoints, str(run.config["loop"]["steps"]))
     assert saved is not None
-    load_ema(lab, saved)
+    load_ema(components, saved)
 
 
 def _remove(path: Path) -> None:

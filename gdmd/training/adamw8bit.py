@@ -1,4 +1,4 @@
-"""AdamW with moments of 8 bits (arXiv 2110.02861) through torchao: a quarter of the optimiser's memory.
+"""AdamW with moments of 8 bits (arXiv 2110.02861) through torchao: a quarter of the optimizer's memory.
 
 A moment of a parameter with at least SMALLEST numbers in whole blocks is held as one code of 8 bits per number and an
 fp32 scale per BLOCK numbers; those of other parameters, all weights and the arithmetic of a step are fp32.
@@ -24,12 +24,12 @@ SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
 class EightBit:
-    """The optimiser's state of a parameter as plain named tensors, codes and scales apart, and back."""
+    """The optimizer's state of a parameter as plain named tensors, codes and scales apart, and back."""
 
     def shapes(self, parameter: Parameter) -> dict[str, tuple[int, ...]]:
         """Name of each tensor of the state -> its shape."""
         whole = tuple(parameter.shape)
-        if not quantised(parameter.numel()):
+        if not quantized(parameter.numel()):
             return {**dict.fromkeys(SIGNED, whole), "step": ()}
         codes = {f"{moment}.codes": whole for moment in SIGNED}
         return codes | {f"{moment}.scale": (parameter.numel() // BLOCK,) for moment in SIGNED} | {"step": ()}
@@ -78,14 +78,14 @@ def require_torchao() -> None:
         )
 
 
-def quantised(numbers: int) -> bool:
+def quantized(numbers: int) -> bool:
     """Whether a parameter of that many numbers has moments of 8 bits."""
     return numbers >= SMALLEST and numbers % BLOCK == 0
 
 
 def moment_bytes(numbers: int) -> int:
     """Bytes of both moments of a parameter."""
-    return 2 * (numbers + 4 * numbers // BLOCK + TABLE) if quantised(numbers) else 8 * numbers
+    return 2 * (numbers + 4 * numbers // BLOCK + TABLE) if quantized(numbers) else 8 * numbers
 
 
 def _inner(moment: str, held: Any) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from gdmd.diffusion.device import sent
-from gdmd.training.rank import Seat, attempt, module_words, seat
+from gdmd.diffusion.device import to_device_async
+from gdmd.training.rank import RankInfo, attempt, module_words, rank_info
 from gdmd.training.watchdog import RANK_LOST, watching
 
 if TYPE_CHECKING:
@@ -46,18 +46,18 @@ class OtherRankError(ValueError):
 class World:
     """The processes of a run and what they tell each other. All ranks must call the same methods in the same order."""
 
-    def __init__(self, place: Seat | None = None) -> None:
-        self.seat = place or Seat()
+    def __init__(self, place: RankInfo | None = None) -> None:
+        self.rank_info = place or RankInfo()
         self.calls = 0  # collectives entered, the pulse that the watchdog compares
         self._cut: WeakSet[Any] = WeakSet()  # modules that FSDP2 shards
 
     @property
     def size(self) -> int:
-        return self.seat.size
+        return self.rank_info.size
 
     @property
     def first(self) -> bool:
-        return self.seat.first
+        return self.rank_info.first
 
     def span(self, batch_size: int) -> tuple[int, int]:
         """First and last + 1 sample of the global batch that are this rank's. ValueError when ranks do not divide it."""
@@ -67,7 +67,7 @@ class World:
                 f"use a multiple of {self.size}: it is the batch of all ranks together"
             )
         own = batch_size // self.size
-        return self.seat.rank * own, (self.seat.rank + 1) * own
+        return self.rank_info.rank * own, (self.rank_info.rank + 1) * own
 
     @torch.no_grad()
     def gather(self, own: Tensor, dim: int = 0) -> Tensor:
@@ -84,7 +84,7 @@ class World:
 
     def share(self, whole: Tensor, dim: int = 0) -> Tensor:
         """The inverse of ``gather``: this rank's samples."""
-        return whole.chunk(self.size, dim)[self.seat.rank] if self.size > 1 else whole
+        return whole.chunk(self.size, dim)[self.rank_info.rank] if self.size > 1 else whole
 
     @torch.no_grad()
     def average(self, parameters: Sequence[Tensor]) -> None:
@@ -101,7 +101,7 @@ class World:
             self.calls += 1
             here = torch.tensor([one.grad is not None for one in bucket], dtype=bucket[0].dtype)
             parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in bucket]
-            flat = torch.cat([*(one.flatten() for one in parts), sent(here, parts[0].device)])
+            flat = torch.cat([*(one.flatten() for one in parts), to_device_async(here, parts[0].device)])
             dist.all_reduce(flat)
             flat /= self.size
             *means, users = flat.split([*(one.numel() for one in bucket), len(bucket)])
@@ -143,7 +143,7 @@ class World:
         mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
         seats = zip(placements, mesh.get_coordinate(), strict=True)
         own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-        if own.numel() == 0 or any(placement.is_replicate() and seat > 0 for placement, seat in seats):
+        if own.numel() == 0 or any(placement.is_replicate() and rank_info > 0 for placement, rank_info in seats):
             return None
         (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
         return own, tuple(chunk.offsets)
@@ -230,7 +230,7 @@ class World:
 
         if how == "full":
             return init_device_mesh(device, (self.size,), mesh_dim_names=("shard",))
-        local = self.seat.local_size
+        local = self.rank_info.local_size
         if self.size % local:
             raise ValueError(f"loop.sharding = hybrid: {self.size} ranks do not divide into machines of {local}")
         return init_device_mesh(device, (self.size // local, local), mesh_dim_names=("replicate", "shard"))
@@ -244,7 +244,7 @@ class World:
         if self.size == 1:
             yield
             return
-        with watching(self.seat, lambda: self.calls, self._store(patience), patience, standing):
+        with watching(self.rank_info, lambda: self.calls, self._store(patience), patience, standing):
             try:
                 yield
             except RuntimeError as error:
@@ -273,7 +273,7 @@ SINGLE = World()
 @contextmanager
 def session(patience: float = 600.0) -> Iterator[World]:
     """The world of this process: alone, or joined with the others that torchrun (or SLURM) has started."""
-    place = seat()
+    place = rank_info()
     if place.size == 1:
         yield World(place)
         return

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gdmd.config.training import LoopConfig
-from gdmd.diffusion.device import checks_read_later
+from gdmd.diffusion.device import deferred_checks
 from gdmd.diffusion.rng import SampleRng
 from gdmd.io import writing
 from gdmd.runs import checkpoint
@@ -218,7 +218,7 @@ class _Trainer:
         prompts = replace(prompts, ranks=self.world) if self.world.size > 1 else prompts
         rng = SampleRng(self.cfg.seed, step, prompts.index, prompts.host)
         try:
-            with checks_read_later():
+            with deferred_checks():
                 for update in self.method.iteration(step, prompts, rng):
                     self.means.add(self.states[update.role].apply(update, self._factor(step)))
         except NonFiniteError as error:

@@ -21,7 +21,7 @@ class Means:
         self._parts: dict[str, list[Tensor]] = {}
 
     def add(self, stats: Mapping[str, Tensor]) -> None:
-        """Keep detached references: [B] or 0-d tensors, no copy, no host synchronisation."""
+        """Keep detached references: [B] or 0-d tensors, no copy, no host synchronization."""
         for key, value in stats.items():
             self._parts.setdefault(key, []).append(value.detach().reshape(-1))
 

@@ -18,7 +18,7 @@ Kind = Literal["adamw", "adamw8bit"]
 
 
 class Layout(Protocol):
-    """How the optimiser's state of one parameter is written as plain tensors."""
+    """How the optimizer's state of one parameter is written as plain tensors."""
 
     def shapes(self, parameter: Parameter) -> Mapping[str, tuple[int, ...]]: ...
 
@@ -123,7 +123,7 @@ class RoleOptimizer:
         }
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Restore ``tensors()`` exactly. ValueError when it belongs to other parameters, or to another optimiser."""
+        """Restore ``tensors()`` exactly. ValueError when it belongs to other parameters, or to another optimizer."""
         state: dict[str, dict[str, Tensor]] = {}
         for key, tensor in saved.items():
             part, _, name = key.partition("/")
@@ -134,7 +134,7 @@ class RoleOptimizer:
             parameter = self.parameters[name]
             needed = self._layout.shapes(parameter)
             if parts.keys() != needed.keys():
-                raise ValueError(f"the saved optimiser state of {name} has {sorted(parts)}, needs {sorted(needed)}.")
+                raise ValueError(f"the saved optimizer state of {name} has {sorted(parts)}, needs {sorted(needed)}.")
             self._adamw.state[parameter] = self._layout.restored(parts, parameter)
 
     def _check(self, key: str, part: str, name: str, tensor: Tensor) -> None:
@@ -143,14 +143,14 @@ class RoleOptimizer:
             return
         what = "an unknown name" if part not in shapes else f"shape {tuple(tensor.shape)}"
         raise ValueError(
-            f"the saved optimiser state does not fit: {key} has {what}. Use the checkpoint of this configuration "
+            f"the saved optimizer state does not fit: {key} has {what}. Use the checkpoint of this configuration "
             "(loop.optimizer as it was)."
         )
 
 
 def _check_parameters(parameters: Mapping[str, Parameter]) -> None:
     if not parameters:
-        raise ValueError("a trained role has no parameters: nothing can be optimised. Check the roles of the recipe.")
+        raise ValueError("a trained role has no parameters: nothing can be optimized. Check the roles of the recipe.")
     for name, parameter in parameters.items():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankInfo:
     """rank of size processes; local_rank of local_size on this machine. One process is rank 0 of 1."""
 
     rank: int = 0
@@ -23,19 +23,19 @@ class Seat:
         return self.rank == 0
 
 
-def seat(environment: Mapping[str, str] | None = None) -> Seat:
+def rank_info(environment: Mapping[str, str] | None = None) -> RankInfo:
     """The seat of this process. ValueError when only a part of torchrun's variables is set."""
     given = os.environ if environment is None else environment
     size = _number(given, "WORLD_SIZE", 1)
     if size == 1:
-        return Seat()
+        return RankInfo()
     lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]
     if lacking:
         raise ValueError(
             f"WORLD_SIZE is {size}, but {', '.join(lacking)} is not set: start several processes with torchrun or "
             "gdmd train --gpus N, or unset WORLD_SIZE"
         )
-    found = Seat(
+    found = RankInfo(
         _number(given, "RANK", 0), size, _number(given, "LOCAL_RANK", 0), _number(given, "LOCAL_WORLD_SIZE", 1)
     )
     if not 0 <= found.rank < size or not 0 <= found.local_rank < found.local_size:

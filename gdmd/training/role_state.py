@@ -30,7 +30,7 @@ class NonFiniteError(ValueError):
 
 @dataclass
 class RoleState:
-    """The trainable side of a role. ``updates`` counts optimiser steps, ``skipped`` the non-finite ones left out."""
+    """The trainable side of a role. ``updates`` counts optimizer steps, ``skipped`` the non-finite ones left out."""
 
     role: Role
     parameters: Mapping[str, Parameter]
@@ -43,12 +43,12 @@ class RoleState:
     skipped: int = 0
 
     def apply(self, update: Update, factor: float = 1.0) -> dict[str, Tensor]:
-        """One optimiser step on mean_B loss.per_sample, whatever the micro-batch; returns statistics [b] or 0-d.
+        """One optimizer step on mean_B loss.per_sample, whatever the micro-batch; returns statistics [b] or 0-d.
 
         factor: what the learning rate is multiplied by. The gradient of every micro-batch is that of
         sum(per_sample) / b, so 8 micro-batches add up to one, and the mean over ranks of equal b is that of the global
-        batch. Whether all losses and the gradient are finite is asked *before* the optimiser step, by all ranks alike,
-        so that bad numbers never reach weights or moments: one host synchronisation per update.
+        batch. Whether all losses and the gradient are finite is asked *before* the optimizer step, by all ranks alike,
+        so that bad numbers never reach weights or moments: one host synchronization per update.
         """
         self.optimizer.zero_grad()
         count = batch_size(update.batch)
@@ -109,7 +109,7 @@ class RoleState:
 
 
 def role_states(roles: Roles, cfg: LoopConfig, world: World = SINGLE) -> dict[Role, RoleState]:
-    """Optimisers for student and fake, and the student's EMA, as the configuration says."""
+    """Optimizers for student and fake, and the student's EMA, as the configuration says."""
     states: dict[Role, RoleState] = {}
     rates: dict[Role, float] = {"student": cfg.lr_student, "fake": cfg.lr_fake}
     for role, lr in rates.items():

@@ -158,7 +158,7 @@ class Saver:
                 piece = self.world.piece(tensor.detach())
                 if piece is not None:
                     own[f"{part}/{name}"], offsets[f"{part}/{name}"] = self._host(piece[0]), piece[1]
-        name, header = shard_name(self.world.seat.rank, self.world.size), offsets_header(offsets)
+        name, header = shard_name(self.world.rank_info.rank, self.world.size), offsets_header(offsets)
         return lambda: checkpoint.write(place, name, own, header) if own else {}
 
     def _host(self, tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from gdmd.training.rank import Seat
+from gdmd.training.rank import RankInfo
 
 RANK_LOST = 4
 """Exit code of a run that ended because a rank hung or was lost."""
@@ -28,14 +28,14 @@ class Store(Protocol):
 
 @contextmanager
 def watching(
-    seat: Seat, pulse: Callable[[], int], store: Store, patience: float, standing: Callable[[], str]
+    rank_info: RankInfo, pulse: Callable[[], int], store: Store, patience: float, standing: Callable[[], str]
 ) -> Iterator[None]:
     """Inside, a thread publishes ``pulse`` and ends this process when the run hangs, with exit code RANK_LOST.
 
     Only differences count: while all ranks stand at the same pulse they work, however long that takes. ``standing`` may
     finish what is being saved before it says which checkpoint is the last good one.
     """
-    dog = _Watchdog(seat, pulse, store, patience, standing)
+    dog = _Watchdog(rank_info, pulse, store, patience, standing)
     dog.publish()
     dog.start()
     try:
@@ -47,10 +47,10 @@ def watching(
 
 class _Watchdog(threading.Thread):
     def __init__(
-        self, seat: Seat, pulse: Callable[[], int], store: Store, patience: float, standing: Callable[[], str]
+        self, rank_info: RankInfo, pulse: Callable[[], int], store: Store, patience: float, standing: Callable[[], str]
     ) -> None:
         super().__init__(name="gdmd-watchdog", daemon=True)
-        self.seat, self.pulse, self.store, self.patience, self.standing = seat, pulse, store, patience, standing
+        self.rank_info, self.pulse, self.store, self.patience, self.standing = rank_info, pulse, store, patience, standing
         self.stopping = threading.Event()
         self._host = socket.gethostname()
 
@@ -74,14 +74,14 @@ class _Watchdog(threading.Thread):
                     self._end(lost, stuck=waited > self.patience)
 
     def _compare(self, waited: float) -> None:
-        pulses = [self.store.get(f"gdmd/pulse/{rank}").decode().split(" ", 1) for rank in range(self.seat.size)]
+        pulses = [self.store.get(f"gdmd/pulse/{rank}").decode().split(" ", 1) for rank in range(self.rank_info.size)]
         counts = [int(count) for count, _ in pulses]
         behind = [rank for rank, count in enumerate(counts) if count < max(counts)]
         names = ", ".join(f"rank {rank} (on {pulses[rank][1]})" for rank in behind)
-        if behind and self.seat.rank not in behind:
+        if behind and self.rank_info.rank not in behind:
             one = "hangs or is" if len(behind) == 1 else "hang or are"
             self._end(f"{names} {one} too slow: the others have waited for {waited:.0f} s (loop.rank_timeout)")
-        if self.seat.rank in behind and waited > 2 * self.patience:
+        if self.rank_info.rank in behind and waited > 2 * self.patience:
             self._end(f"rank {self.seat.rank} hung for {waited:.0f} s", stuck=True)
 
     def _end(self, why: str, *, stuck: bool = False) -> None:

@@ -10,7 +10,7 @@ from gdmd.reporting.statistics import (
     holm,
     incomplete_beta,
     paired_t,
-    summarise,
+    summarize,
     t_cdf,
     t_quantile,
     two_sided_p,
@@ -45,13 +45,13 @@ def test_the_incomplete_beta_function_agrees_with_polynomials() -> None:
 
 
 def test_an_interval_is_the_t_interval_of_the_mean() -> None:
-    found = summarise([0.52, 0.55, 0.49, 0.58, 0.51])
+    found = summarize([0.52, 0.55, 0.49, 0.58, 0.51])
     assert found.mean == pytest.approx(0.53)
     assert found.std == pytest.approx(0.035355339, rel=1e-8)
     assert found.high - found.mean == pytest.approx(2.7764451 * 0.035355339 / math.sqrt(5), rel=1e-7)
-    assert math.isnan(summarise([0.5]).std)
+    assert math.isnan(summarize([0.5]).std)
     with pytest.raises(ValueError, match="no values"):
-        summarise([])
+        summarize([])
 
 
 def test_the_paired_test_is_that_of_students_sleep_data() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gdmd.losses.denoising import denoising_loss, mean_square
-from gdmd.losses.dmd import dmd_gradient, dmd_loss, normaliser
+from gdmd.losses.dmd import dmd_gradient, dmd_loss, normalizer
 from gdmd.losses.gdmd import implicit_target
 from gdmd.types import Prediction
 
@@ -22,26 +22,26 @@ def three() -> tuple[Tensor, Tensor, Tensor]:
     return x0, x0 + scale * x0_real, x0 + scale * x0_fake
 
 
-def test_the_gradient_is_the_difference_of_scores_over_the_normaliser_of_each_sample() -> None:
+def test_the_gradient_is_the_difference_of_scores_over_the_normalizer_of_each_sample() -> None:
     x0, x0_real, x0_fake = three()
     a, b, c = x0.numpy(), x0_real.numpy(), x0_fake.numpy()
     wanted = np.stack([(c[i] - b[i]) / np.sum(np.abs(a[i] - b[i])) * a[i].size for i in range(len(a))])
     np.testing.assert_allclose(dmd_gradient(x0, x0_real, x0_fake).numpy(), wanted, rtol=1e-12)
 
 
-def test_without_the_normaliser_the_gradient_is_the_difference_itself() -> None:
+def test_without_the_normalizer_the_gradient_is_the_difference_itself() -> None:
     x0, x0_real, x0_fake = three()
-    raw = dmd_gradient(x0, x0_real, x0_fake, normalise=False)
+    raw = dmd_gradient(x0, x0_real, x0_fake, normalize=False)
     assert torch.equal(raw, x0_fake - x0_real) and torch.equal(implicit_target(x0, raw), x0 - (x0_fake - x0_real))
 
 
-def test_the_normaliser_is_of_one_sample_and_broadcasts() -> None:
+def test_the_normalizer_is_of_one_sample_and_broadcasts() -> None:
     x0, x0_real, _ = three()
-    n = normaliser(x0, x0_real)
+    n = normalizer(x0, x0_real)
     assert n.shape == (4, 1, 1, 1)
     other = x0_real.clone()
     other[1:] += 5
-    assert torch.equal(normaliser(x0, other)[0], n[0])
+    assert torch.equal(normalizer(x0, other)[0], n[0])
 
 
 def test_the_gradient_follows_a_change_of_units_by_not_changing() -> None:

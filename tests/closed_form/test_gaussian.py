@@ -33,11 +33,11 @@ class Gaussian:
         return from_x0(self.mean + gain * (x_t - alpha * self.mean), x_t, t, self.schedule)
 
 
-def distil(teacher: Gaussian, r: float | None, steps: int = 250) -> tuple[float, float]:
+def distill(teacher: Gaussian, r: float | None, steps: int = 250) -> tuple[float, float]:
     """Train x0 = scale z + shift by DMD (or, with r, by DMD + NaPO); the fake is exact. Returns (mean, std)."""
     scale, shift = torch.tensor(0.3, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
-    optimiser = torch.optim.Adam([scale, shift], lr=0.05)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    optimizer = torch.optim.Adam([scale, shift], lr=0.05)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         x0 = scale * torch.randn(512, *SHAPE) + shift
         t = 0.02 + 0.96 * torch.rand(len(x0))
@@ -48,22 +48,22 @@ def distil(teacher: Gaussian, r: float | None, steps: int = 250) -> tuple[float,
         loss = dmd_loss(x0, x_tar)
         if r is not None:
             loss = loss + napo_loss(x0, x0.detach(), x_tar, torch.full((len(x0),), r))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.mean().backward()
-        optimiser.step()
+        optimizer.step()
         decay.step()
     return shift.item(), scale.abs().item()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_dmd_student_reaches_the_mean_and_std_of_its_teacher(schedule: Schedule) -> None:
-    mean, std = distil(Gaussian(1.5, 0.7, schedule), None)
+    mean, std = distill(Gaussian(1.5, 0.7, schedule), None)
     assert mean == pytest.approx(1.5, abs=0.05) and std == pytest.approx(0.7, abs=0.05)
 
 
 @pytest.mark.parametrize("r", [0.3, 0.9])
 def test_a_constant_positive_weight_keeps_the_fixed_point(r: float) -> None:
-    mean, std = distil(Gaussian(1.5, 0.7, FlowSchedule()), r)
+    mean, std = distill(Gaussian(1.5, 0.7, FlowSchedule()), r)
     assert mean == pytest.approx(1.5, abs=0.05) and std == pytest.approx(0.7, abs=0.05)
 
 

@@ -58,7 +58,7 @@ def test_a_restored_scale_continues_bit_for_bit() -> None:
     assert torch.equal(first.mean, second.mean) and torch.equal(first.weight, second.weight)
 
 
-def test_each_reward_is_normalised_before_the_mean_so_none_dominates() -> None:
+def test_each_reward_is_normalized_before_the_mean_so_none_dominates() -> None:
     target, sample = torch.tensor([[[3.0, 1.0]], [[500.0, 300.0]]]), torch.tensor([[2.0, 2.0], [400.0, 400.0]])
     advantage = mean_advantage(target, sample, torch.tensor([2.0, 100.0]))  # [R = 2, E = 1, B = 2]
     torch.testing.assert_close(advantage, torch.tensor([[(0.5 + 1) / 2, (-0.5 - 1) / 2]]))

@@ -91,7 +91,7 @@ def nft_numbers() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x0.reshape(shape), x0_old.reshape(shape), target.reshape(shape), r
 
 
-def test_the_self_normalised_loss_of_nft_is_the_golden_number() -> None:
+def test_the_self_normalized_loss_of_nft_is_the_golden_number() -> None:
     # sample 0, beta 1/2: x+ = (.75, -.5), x- = (.25, 2.5); errors (.75, -3.5), (.25, -.5); means |e| 2.125, .375
     # (5 / .5) [.8 (.5625 + 12.25) / 2 / 2.125 + .2 (.0625 + .25) / 2 / .375] = 24.9509803922
     # sample 1: x+ = (.25, -.375), x- = (-.25, -1.625); errors (-.75, -1.375), (-1.25, -2.625); means 1.0625, 1.9375
@@ -101,7 +101,7 @@ def test_the_self_normalised_loss_of_nft_is_the_golden_number() -> None:
     np.testing.assert_allclose(loss.numpy(), [24.9509803922, 20.7874762808], rtol=1e-10)
 
 
-def test_the_normaliser_of_nft_carries_no_gradient() -> None:
+def test_the_normalizer_of_nft_carries_no_gradient() -> None:
     x0, x0_old, target, r = nft_numbers()
     x0 = x0.requires_grad_()
     beta, wide = 0.5, (2, 1, 1, 1)
@@ -117,7 +117,7 @@ def test_on_policy_a_neutral_sample_moves_nothing_and_a_good_one_attracts() -> N
     neutral = gradient(nft_loss(x0, x0_old, target, torch.full((4,), 0.5).double(), 0.7), x0)
     assert neutral.abs().max() < 1e-15
     r = torch.rand(4).double()
-    plain = gradient(nft_loss(x0, x0_old, target, r, 0.7, normalise=False), x0)
+    plain = gradient(nft_loss(x0, x0_old, target, r, 0.7, normalize=False), x0)
     torch.testing.assert_close(plain, 5 * 2 / 27 * (2 * r - 1)[:, None, None, None] * (x0_old - target))
 
 

@@ -20,12 +20,12 @@ from gdmd.study.prepare import prepare
 from gdmd.study.records import LINKS, Plan
 
 MODELS = ("Secret-Alpha", "Secret-Beta")
-ORGANISER = "organiser-0123456789-token"
+ORGANIZER = "organizer-0123456789-token"
 TASKS = ("counting", "position")
 
 
 def write_images(folder: Path, model: str, prompts: int, side: int = 32) -> Path:
-    """One image per prompt, of one colour per model and prompt, with the model's name in the file."""
+    """One image per prompt, of one color per model and prompt, with the model's name in the file."""
     for k in range(prompts):
         samples = folder / f"{k:05d}" / "samples"
         samples.mkdir(parents=True)
@@ -61,7 +61,7 @@ class Server:
         )
         root = str(Path(__file__).resolve().parents[2])
         environment: Mapping[str, str] = {**os.environ, "PYTHONPATH": root}
-        command = [sys.executable, "-c", code, str(study), ORGANISER, str(port)]
+        command = [sys.executable, "-c", code, str(study), ORGANIZER, str(port)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         found = re.search(r"port (\d+)", self.process.stdout.readline())

@@ -413,14 +413,14 @@ def test_the_fake_loss_is_the_error_of_what_the_network_predicts(saved: Callable
     folder = saved("sdxl", diffusers.DDIMScheduler(**UNETS[kind]))
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(CAPTIONS))
-    lab = build(run_config(folder, prompts), "cpu")
-    x0, eps = torch.randn(2, 2, *lab.latent_shape)
-    t, cond, schedule = torch.tensor([0.3, 1.0]), lab.encoder.encode(CAPTIONS), lab.roles.schedule
+    components = build(run_config(folder, prompts), "cpu")
+    x0, eps = torch.randn(2, 2, *components.latent_shape)
+    t, cond, schedule = torch.tensor([0.3, 1.0]), components.encoder.encode(CAPTIONS), components.roles.schedule
     alpha, sigma = (value[:, None, None, None] for value in (schedule.alpha(t), schedule.sigma(t)))
     batch = FakeBatch(x0, alpha * x0 + sigma * eps, t, eps, cond)
-    answer = lab.roles.family.call(lab.roles.family.net, batch.x_t, t, cond)
+    answer = components.roles.family.call(components.roles.family.net, batch.x_t, t, cond)
     wanted = (answer - (x0 if kind == "x0" else alpha * eps - sigma * x0)).square().flatten(1).mean(1)
-    method: Any = lab.method
+    method: Any = components.method
     torch.testing.assert_close(method.fake_loss(batch).per_sample, wanted, rtol=1e-4, atol=1e-6)
 
 

@@ -137,8 +137,8 @@ def test_eval_measures_the_averaged_student_and_not_the_last_one(gdmd: Gdmd) -> 
     from gdmd.recipes.open_run import open_named
 
     assert saved
-    lab = open_named("run")[1]
-    for name, weight in lab.roles.parameters("student").items():
+    components = open_named("run")[1]
+    for name, weight in components.roles.parameters("student").items():
         assert torch.equal(weight, saved.part("ema")[name])
     assert any(not torch.equal(saved.part("ema")[name], value) for name, value in saved.part("student").items())
 

@@ -70,9 +70,9 @@ def images(source: Source) -> Tensor:
 
 def answers(run: Any, role: str) -> Tensor:
     """x0 of a role of a run for one noise, one time and the captions."""
-    noise = torch.randn(2, *run.lab.latent_shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, *run.components.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found: Tensor = getattr(run.lab.roles, role)(noise, torch.full((2,), 0.9), run.lab.encoder.encode(CAPTIONS)).x0
+        found: Tensor = getattr(run.components.roles, role)(noise, torch.full((2,), 0.9), run.components.encoder.encode(CAPTIONS)).x0
     return found
 
 
@@ -102,13 +102,13 @@ def test_regression_pairs_are_samples_of_the_teacher_at_its_own_times(
     """Shifted times, the training steps of a VP model, and a path stretched to its last time."""
     method = DmdConfig(regression_weight=0.25, regression_steps=3, fake_updates=1, guidance=3.0)
     cfg = recipe(pipeline(name), "none").model_copy(update={"method": method, "rewards": ()})
-    lab = build(cfg, "cpu")
-    prompts = lab.stream.at(0)
-    noise = SampleRng(0, 0, prompts.index).normal("pair_noise", lab.latent_shape)
-    guided = Guided(lab.roles.teacher, 3.0, prompts.uncond, lab.roles.guide)
+    components = build(cfg, "cpu")
+    prompts = components.stream.at(0)
+    noise = SampleRng(0, 0, prompts.index).normal("pair_noise", components.latent_shape)
+    guided = Guided(components.roles.teacher, 3.0, prompts.uncond, components.roles.guide)
     own, uniform = (
-        ode_sample(guided, noise, t, prompts.cond, lab.roles.schedule) for t in (lab.teacher_times(3), times(3))
+        ode_sample(guided, noise, t, prompts.cond, components.roles.schedule) for t in (components.teacher_times(3), times(3))
     )
-    assert isinstance(lab.method, Dmd)
-    found = lab.method.pairs.at(0, prompts, SampleRng(0, 0, prompts.index))
+    assert isinstance(components.method, Dmd)
+    found = components.method.pairs.at(0, prompts, SampleRng(0, 0, prompts.index))
     assert torch.equal(found.x0_ode, own) and not torch.allclose(own, uniform, atol=1e-3)

@@ -32,7 +32,7 @@ from gdmd.plan.meta_pipeline import hollow_family
 from gdmd.plan.text import described
 from gdmd.profiling.bench import Bench, table
 from gdmd.profiling.recorded_calls import replay
-from gdmd.recipes.build import Lab
+from gdmd.recipes.build import Components
 from gdmd.recipes.call_counts import tally
 from gdmd.types import PromptBatch
 
@@ -117,7 +117,7 @@ def test_bench_counts_what_the_method_counts_and_makes_the_calls_again(folders: 
     roles, method = judged(cfg)
     family = roles.family
     stream = PromptStream([list(tiny.WORDS)], family.encoder, 2, 0, 1)
-    bench = Bench(cfg, Lab(roles, family.codec, family.encoder, (), method, stream, family.latent_shape))
+    bench = Bench(cfg, Components(roles, family.codec, family.encoder, (), method, stream, family.latent_shape))
     bench.round(0)
     assert bench.counted == pytest.approx(bench.expected, abs=1e-6)
     said = {(call["who"], call["backward"]): call["samples"] for call in table(bench.calls)}

@@ -39,7 +39,7 @@ def roles_of(root: Path, kind: str) -> DiffusersRoles:
     return DiffusersRoles(open_family(tiny.config(root / name, **changes)), head_seed=3)
 
 
-def distil(root: Path, kind: str, place: str, world: World = SINGLE) -> None:
+def distill(root: Path, kind: str, place: str, world: World = SINGLE) -> None:
     folder, changes = root / f"{kind}_{place}", KINDS[kind][1]
     world.on_first(lambda: create(folder, {}).path.name)
     roles = roles_of(root, kind)
@@ -67,7 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def all_kinds(place: str, world: World = SINGLE) -> None:
         for kind in KINDS:
-            distil(root, kind, place, world)
+            distill(root, kind, place, world)
 
     try:
         with linear_steps():

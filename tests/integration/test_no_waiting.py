@@ -1,4 +1,4 @@
-"""The host never waits for a GPU in an iteration, but for one look before every optimiser step (bad numbers stop there).
+"""The host never waits for a GPU in an iteration, but for one look before every optimizer step (bad numbers stop there).
 
 There is no GPU in CI: ``elsewhere`` pretends one. ``gdmd bench`` counts the same on a real one.
 """
@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "invariants"))
 from rank_world import linear_steps  # noqa: E402
 
 from gdmd.config.run import RunConfig
-from gdmd.diffusion.device import checks_read_later, confirmed, refuse_where
+from gdmd.diffusion.device import deferred_checks, confirmed, raise_where
 from gdmd.diffusion.rng import SampleRng
 from gdmd.profiling.bench import Bench
-from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build import Components, build
 from gdmd.recipes.read import read_recipe
 from gdmd.rewards.preprocessing import check_finite
 from gdmd.runs import checkpoint
@@ -44,13 +44,13 @@ def redness(images: Tensor, prompts: PromptBatch) -> Tensor:
     return images[:, 0].mean((1, 2))
 
 
-def waits_of(cfg: RunConfig, lab: Lab, waits: Waits) -> tuple[dict[str, int], int]:
-    """(waits by place, optimiser steps) of iteration 1; the first may still move tables to the device."""
-    bench = Bench(cfg, lab)
-    bench.train(0, lab.stream.at(0))
+def waits_of(cfg: RunConfig, components: Components, waits: Waits) -> tuple[dict[str, int], int]:
+    """(waits by place, optimizer steps) of iteration 1; the first may still move tables to the device."""
+    bench = Bench(cfg, components)
+    bench.train(0, components.stream.at(0))
     before = sum(state.updates for state in bench.states.values())
     waits.counting = True
-    bench.train(1, lab.stream.at(1))
+    bench.train(1, components.stream.at(1))
     waits.counting = False
     return dict(waits.places), sum(state.updates for state in bench.states.values()) - before
 
@@ -79,13 +79,13 @@ def test_no_family_waits_between_updates(monkeypatch: pytest.MonkeyPatch, tmp_pa
     own = [f"model.{key}={value}" for key, value in model.items()] + [f"prompts.file={tmp_path / 'prompts.txt'}"]
     own += [reward, "loop.batch_size=2", "loop.precision=fp32", "method.group_size=1", "method.continuations=2"]
     cfg = read_recipe(f"{family}_gdmd", own)
-    lab = build(cfg, "cpu")
-    lab.encoder.prepare([text for group in lab.stream.groups for text in group])  # type: ignore[attr-defined]
+    components = build(cfg, "cpu")
+    components.encoder.prepare([text for group in components.stream.groups for text in group])  # type: ignore[attr-defined]
     with pretended(monkeypatch) as waits:
-        lab.roles.trunk.net.to(DEVICE)
-        lab.codec.vae.to(DEVICE)  # type: ignore[attr-defined]
-        lab.encoder.device, lab.encoder._null = DEVICE, None  # type: ignore[attr-defined]
-        found, updates = waits_of(cfg, lab, waits)
+        components.roles.trunk.net.to(DEVICE)
+        components.codec.vae.to(DEVICE)  # type: ignore[attr-defined]
+        components.encoder.device, components.encoder._null = DEVICE, None  # type: ignore[attr-defined]
+        found, updates = waits_of(cfg, components, waits)
     assert updates == 2 and found.pop(LOOK) == updates
     assert found.keys() == OTHERS.get(family, set())
 
@@ -96,8 +96,8 @@ def test_a_run_on_the_device_is_the_run_on_the_host(monkeypatch: pytest.MonkeyPa
 
     def run(name: str, device: str) -> dict[str, Tensor]:
         create(tmp_path / name, {})
-        lab = build(cfg, device)
-        end = train(lab.method, lab.roles, lab.stream, cfg.loop, open_run(tmp_path / name))
+        components = build(cfg, device)
+        end = train(components.method, components.roles, components.stream, cfg.loop, open_run(tmp_path / name))
         assert end.step == 2
         saved = checkpoint.load_newest(tmp_path / name / "checkpoints")
         assert saved is not None
@@ -133,21 +133,21 @@ def test_a_score_that_is_not_finite_stops_before_the_step_that_would_use_it(monk
     with pretended(monkeypatch):
         good = torch.ones((), dtype=torch.bool).to(DEVICE)
         scores = torch.tensor([0.0, torch.nan]).to(DEVICE)
-        with pytest.raises(ValueError, match=r"aesthetic gave a score .* at samples 1 \('b'\)"), checks_read_later():
+        with pytest.raises(ValueError, match=r"aesthetic gave a score .* at samples 1 \('b'\)"), deferred_checks():
             check_finite("aesthetic", scores, ("a", "b"))  # goes on
             confirmed(good)
-        with pytest.raises(ValueError, match="aesthetic"), checks_read_later():
+        with pytest.raises(ValueError, match="aesthetic"), deferred_checks():
             check_finite("aesthetic", scores, ("a", "b"))  # nothing asks any more
         with pytest.raises(ValueError, match="aesthetic"):
             check_finite("aesthetic", scores, ("a", "b"))  # nobody said later
-        with checks_read_later():
-            refuse_where(scores > 1, lambda bad: ValueError(str(bad)))
+        with deferred_checks():
+            raise_where(scores > 1, lambda bad: ValueError(str(bad)))
             assert confirmed(good)
 
 
 def test_on_the_host_a_check_is_read_at_once() -> None:
-    with checks_read_later(), pytest.raises(ValueError, match=r"\[2\]"):
-        refuse_where(torch.tensor([False, False, True]), lambda bad: ValueError(str(bad)))
+    with deferred_checks(), pytest.raises(ValueError, match=r"\[2\]"):
+        raise_where(torch.tensor([False, False, True]), lambda bad: ValueError(str(bad)))
 
 
 def test_draws_on_the_host_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from gdmd.plan.meta_pipeline import hollow_family
 from gdmd.plan.model_configs import MODELS
 from gdmd.plan.networks import networks_of
 from gdmd.plan.text import described
-from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build import Components, build
 from gdmd.recipes.call_counts import tally
 from gdmd.recipes.read import read_recipe
 from gdmd.training.adamw8bit import moment_bytes
@@ -72,8 +72,8 @@ def planned(cfg: RunConfig) -> Plan:
     return _MADE[key]
 
 
-def numel(lab: Lab, role: Role) -> int:
-    return sum(weights.numel() for weights in lab.roles.parameters(role).values())
+def numel(components: Components, role: Role) -> int:
+    return sum(weights.numel() for weights in components.roles.parameters(role).values())
 
 
 def flop_of(work: Any) -> int:
@@ -106,27 +106,27 @@ def test_attention_is_counted_by_its_products_without_its_matrix() -> None:
 @pytest.mark.parametrize("name", tiny.BUILD)
 def test_weights_and_flop_are_those_of_the_loaded_pipeline(folders: Path, name: str) -> None:
     cfg = recipe(folders, name)
-    said, lab = planned(cfg), build(cfg, "cpu")
-    net = lab.roles.trunk.net
+    said, components = planned(cfg), build(cfg, "cpu")
+    net = components.roles.trunk.net
     trunk = sum(weights.numel() for key, weights in net.named_parameters() if ".lora_" not in key)
-    decoder = sum(weights.numel() for weights in lab.roles.family.pipe.vae.parameters())
+    decoder = sum(weights.numel() for weights in components.roles.family.pipe.vae.parameters())
     assert {key: said.weights[key] for key in ("trunk", "student", "fake", "decoder")} == {
         "trunk": trunk,
-        "student": numel(lab, "student"),
-        "fake": numel(lab, "fake"),
+        "student": numel(components, "student"),
+        "fake": numel(components, "fake"),
         "decoder": decoder,
     }
-    assert said.parts.static["student"] == 4 * numel(lab, "student")
-    assert said.parts.static["optimiser"] == 8 * (numel(lab, "student") + numel(lab, "fake"))
-    encoders = [part for key, part in lab.roles.family.pipe.components.items() if key.startswith("text_encoder")]
+    assert said.parts.static["student"] == 4 * numel(components, "student")
+    assert said.parts.static["optimizer"] == 8 * (numel(components, "student") + numel(components, "fake"))
+    encoders = [part for key, part in components.roles.family.pipe.components.items() if key.startswith("text_encoder")]
     held = sum(weights.numel() for part in encoders for weights in {id(p): p for p in part.parameters()}.values())
     assert said.weights["text encoders"] == pytest.approx(held, rel=0.02)  # buffers are in the files as well
-    cond = lab.roles.family.blank_text(1)
-    real = lab.encoder.encode([tiny.WORDS[0]])
+    cond = components.roles.family.blank_text(1)
+    real = components.encoder.encode([tiny.WORDS[0]])
     assert {key: value.shape for key, value in real.items()} == {key: value.shape for key, value in cond.items()}
-    noise = torch.randn(1, *lab.latent_shape)
+    noise = torch.randn(1, *components.latent_shape)
     with torch.no_grad():
-        flop = flop_of(lambda: lab.roles.teacher(noise, torch.tensor([0.5]), cond))
+        flop = flop_of(lambda: components.roles.teacher(noise, torch.tensor([0.5]), cond))
     assert said.costs.forward["teacher"] == flop
 
 
@@ -147,18 +147,18 @@ def test_memory_and_flop_of_an_update_are_what_is_measured(folders: Path, name: 
         if name == "shapes"
         else recipe(folders, name, batch=batch, **model)
     )
-    said, lab = planned(cfg), build(cfg, "cpu")
-    cond = lab.encoder.null(batch) if name == "shapes" else lab.roles.family.blank_text(batch)
-    noise, t = torch.randn(batch, *lab.latent_shape), torch.rand(batch)
+    said, components = planned(cfg), build(cfg, "cpu")
+    cond = components.encoder.null(batch) if name == "shapes" else components.roles.family.blank_text(batch)
+    noise, t = torch.randn(batch, *components.latent_shape), torch.rand(batch)
 
     def update() -> None:
-        lab.roles.student(noise, t, cond).x0.square().mean().backward()
+        components.roles.student(noise, t, cond).x0.square().mean().backward()
 
     update()  # the gradients are there from here on, as they are counted apart
     assert said.costs.graded["student"].flop == pytest.approx(flop_of(update), rel=0.01)
     assert said.costs.graded["student"].bytes == pytest.approx(peak_of(update), rel=0.15)
     with torch.no_grad():
-        peak = peak_of(lambda: lab.roles.teacher(torch.cat([noise] * 2), torch.cat([t] * 2), _twice(cond)))
+        peak = peak_of(lambda: components.roles.teacher(torch.cat([noise] * 2), torch.cat([t] * 2), _twice(cond)))
     assert said.parts.chunk == (math.inf if name == "shapes" else 8)
     assert said.parts.forward(2 * batch) == pytest.approx(peak, rel=0.15)
 
@@ -194,12 +194,12 @@ def test_every_method_is_counted_through_its_own_stages() -> None:
 
 def test_the_real_method_makes_as_many_passes_as_counted() -> None:
     cfg = read_recipe("shapes_smoke", ["loop.batch_size=8", "method.step_draw=sample"])
-    lab, calls = build(cfg, "cpu"), []
+    components, calls = build(cfg, "cpu"), []
     for who in ("student", "fake", "teacher"):
-        net = getattr(lab.roles, who).net
+        net = getattr(components.roles, who).net
         net.register_forward_hook(lambda net, given, answer, who=who: calls.append((who, len(answer))))
-    prompts = lab.stream.at(0)
-    for update in lab.method.iteration(0, prompts, SampleRng(0, 0, prompts.index)):
+    prompts = components.stream.at(0)
+    for update in components.method.iteration(0, prompts, SampleRng(0, 0, prompts.index)):
         update.loss(update.batch)
     counted = tally(cfg)
     for who in ("fake", "teacher"):
@@ -265,7 +265,7 @@ def test_rewards_that_wait_on_the_cpu_are_counted_one_at_a_time_unless_they_are_
 def test_moments_of_8_bits_are_counted(folders: Path) -> None:
     cfg = recipe(folders, "sd3", full="student")
     small = cfg.model_copy(update={"loop": cfg.loop.model_copy(update={"optimizer": "adamw8bit"})})
-    wide, narrow = (planned(one).parts.static["optimiser"] for one in (cfg, small))
+    wide, narrow = (planned(one).parts.static["optimizer"] for one in (cfg, small))
     own = networks_of(cfg).roles
     numbers = [p.numel() for role in ("student", "fake") for p in own.parameters(role).values()]
     assert wide == 8 * sum(numbers)

@@ -34,7 +34,7 @@ from gdmd.diffusion.rng import SampleRng  # noqa: E402
 from gdmd.plan.cost_model import Sent, gpu_of  # noqa: E402
 from gdmd.plan.estimate import Plan, plan  # noqa: E402
 from gdmd.programs.latents import compute_latents  # noqa: E402
-from gdmd.recipes.build import Lab, build  # noqa: E402
+from gdmd.recipes.build import Components, build  # noqa: E402
 from gdmd.training.distributed import Sharding, World  # noqa: E402
 from gdmd.training.role_state import RoleState, role_states  # noqa: E402
 from gdmd.types import PromptBatch  # noqa: E402
@@ -123,10 +123,10 @@ class Wire(TorchDispatchMode):
         self.messages[where] += 1
 
 
-def one_iteration(lab: Lab, states: dict[Any, RoleState], world: World, step: int) -> Wire:
-    prompts = lab.stream.at(step, *world.span(BATCH))
+def one_iteration(components: Components, states: dict[Any, RoleState], world: World, step: int) -> Wire:
+    prompts = components.stream.at(step, *world.span(BATCH))
     with Wire() as wire:
-        for update in lab.method.iteration(step, prompts, SampleRng(0, step, prompts.index)):
+        for update in components.method.iteration(step, prompts, SampleRng(0, step, prompts.index)):
             states[update.role].apply(update)
             wire.bytes["among" if world.size == NODE else "across"] -= flags(states[update.role], world.size)
     return wire
@@ -138,14 +138,14 @@ def flags(state: RoleState, size: int) -> int:
     return 2 * (size - 1) * 4 * len(replicas) // size
 
 
-def sent(cfg: RunConfig, world: World, how: Sharding) -> dict[str, Any]:
+def to_device_async(cfg: RunConfig, world: World, how: Sharding) -> dict[str, Any]:
     """By this rank in an iteration, the second of NFT, when its old policy is there; and the bytes of weights it holds."""
-    lab = build(cfg)
+    components = build(cfg)
     if how != "none":
-        lab.roles.shard(lambda module: world.shard(module, how))
-    states = role_states(lab.roles, cfg.loop, world)
+        components.roles.shard(lambda module: world.shard(module, how))
+    states = role_states(components.roles, cfg.loop, world)
     steps = range(2 if isinstance(cfg.method, DmdNftConfig) else 1)
-    wire = [one_iteration(lab, states, world, step) for step in steps][-1]
+    wire = [one_iteration(components, states, world, step) for step in steps][-1]
     whole = [own for state in states.values() for named in state.tensors().values() for own in named.values()]
     own = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in whole]
     return {"bytes": wire.bytes, "messages": wire.messages, "held": sum(tensor.nbytes for tensor in own)}
@@ -158,11 +158,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save("sd3", root / "sd3")
     (root / "prompts.txt").write_text("\n".join(tiny.WORDS))
     draw_images(root)
-    lab = build(recipe(root, "adapters"))
-    lab.encoder.prepare([text for group in lab.stream.groups for text in group])
+    components = build(recipe(root, "adapters"))
+    components.encoder.prepare([text for group in components.stream.groups for text in group])
 
     def work(world: World, asked: list[tuple[str, Sharding]]) -> None:
-        found = {f"{kind}, {how}": sent(recipe(root, kind), world, how) for kind, how in asked}
+        found = {f"{kind}, {how}": to_device_async(recipe(root, kind), world, how) for kind, how in asked}
         if world.first:
             (root / f"sent_{world.size}.json").write_text(json.dumps(found))
 
@@ -221,7 +221,7 @@ def test_machines_of_two_send_inside_and_between_them_what_the_plan_says_of_hybr
 def test_a_rank_holds_the_part_of_weights_and_moments_that_the_plan_says(root: Path, kind: str) -> None:
     """But for one number of Adam per tensor."""
     said, found = planned(root, kind), measured(root, 2, f"{kind}, full")
-    held = sum(said.parts.static[what] for what in ("student", "fake", "optimiser", "EMA"))
+    held = sum(said.parts.static[what] for what in ("student", "fake", "optimizer", "EMA"))
     old = said.parts.static["old policy"]
     assert found["held"] == pytest.approx(held - (said.sharding.cut - old) / 2, rel=0.01)
 

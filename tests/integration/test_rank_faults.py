@@ -49,8 +49,8 @@ def two(
         cfg = toy_config(20, **changes)
         world.on_first(lambda: None if run.exists() else create(run, {}).path.name)
         roles = ToyRoles()
-        own = poison if world.seat.rank == 1 else None
-        stream = ToyStream(8, lambda step: at_step(world.seat.rank, step))
+        own = poison if world.rank_info.rank == 1 else None
+        stream = ToyStream(8, lambda step: at_step(world.rank_info.rank, step))
         return train(ToyMethod(roles, poison=own), roles, stream, cfg, open_run(run), world=world).exit_code
 
     return run_ranks(work, folder, seconds=120, meanwhile=meanwhile)

@@ -51,15 +51,15 @@ def recipe(root: Path, kind: str) -> RunConfig:
 
 def trained(cfg: RunConfig, world: World, backend: str | None) -> dict[str, Tensor]:
     """All weights of the student, whole, after two updates."""
-    lab = build(cfg)
+    components = build(cfg)
     if backend is not None:
-        lab.roles.compile(backend)
-    lab.roles.shard(lambda module: world.shard(module, "full"))
-    state, prompts = role_states(lab.roles, cfg.loop, world)["student"], lab.stream.at(0, *world.span(2))
-    noise = SampleRng(0, 0, prompts.index).normal("noise", lab.latent_shape)
+        components.roles.compile(backend)
+    components.roles.shard(lambda module: world.shard(module, "full"))
+    state, prompts = role_states(components.roles, cfg.loop, world)["student"], components.stream.at(0, *world.span(2))
+    noise = SampleRng(0, 0, prompts.index).normal("noise", components.latent_shape)
 
     def loss(x_t: Tensor) -> Loss:
-        x0 = lab.roles.student(x_t, torch.full((len(x_t),), 0.5), prompts.cond).x0
+        x0 = components.roles.student(x_t, torch.full((len(x_t),), 0.5), prompts.cond).x0
         return Loss((x0 - 1).square().mean((1, 2, 3)))
 
     for _ in range(2):
@@ -73,8 +73,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("compiled")
     tiny.save("qwen_image", root / "qwen_image")  # one block: one graph
     (root / "prompts.txt").write_text("\n".join(tiny.WORDS))
-    lab = build(recipe(root, "adapters"))
-    lab.encoder.prepare([text for group in lab.stream.groups for text in group])
+    components = build(recipe(root, "adapters"))
+    components.encoder.prepare([text for group in components.stream.groups for text in group])
 
     def work(world: World) -> None:
         for kind in KINDS:

@@ -1,4 +1,4 @@
-"""Two ranks distil a tiny real pipeline through the program: adapters with cached text, and sharded full copies."""
+"""Two ranks distill a tiny real pipeline through the program: adapters with cached text, and sharded full copies."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_distil_the_same_student_as_one(root: Path, kind: str) -> None:
+def test_two_ranks_distill_the_same_student_as_one(root: Path, kind: str) -> None:
     alone, ranks = (checkpoint.load_newest(root / f"{kind}_{place}" / "checkpoints") for place in ("alone", "ranks"))
     assert alone is not None and ranks is not None
     begun = build(recipe(root, kind, "alone")).roles

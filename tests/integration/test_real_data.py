@@ -79,11 +79,11 @@ def test_the_program_computes_latents_once_and_trains_on_them(
     prompts.write_text("an unknown thing")
     assert gdmd("train", str(file), f"prompts.file={prompts}", "--run", str(tmp_path / "other")) == 2
     assert "1 of 1 prompts have no image in real_data ('an unknown thing')" in capsys.readouterr().err
-    lab = build(cfg, "cpu")
-    batch = lab.stream.at(0)
+    components = build(cfg, "cpu")
+    batch = components.stream.at(0)
     content = [(tmp_path / "images" / f"{tiny.WORDS.index(text)}.png").read_bytes() for text in batch.text]
-    direct = lab.codec.encode(torch.stack([pixels(own, tiny.SIZE, tiny.SIZE) for own in content]).float() / 255)
-    stored = lab.method.real_latents(batch, SampleRng(0, 0, batch.index))  # type: ignore[attr-defined]
+    direct = components.codec.encode(torch.stack([pixels(own, tiny.SIZE, tiny.SIZE) for own in content]).float() / 255)
+    stored = components.method.real_latents(batch, SampleRng(0, 0, batch.index))  # type: ignore[attr-defined]
     torch.testing.assert_close(stored, direct, rtol=1e-4, atol=1e-4)
 
 
@@ -101,7 +101,7 @@ def test_the_gan_of_dmd2_reads_them(pipeline: Path, tmp_path: Path) -> None:
     assert gdmd("export", str(tmp_path / "run")) == 0
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert "| prompts | the captions of the real images |\n| real images | images |" in card
-    assert "| real images | images | fill in source and licence |" in card
+    assert "| real images | images | fill in source and license |" in card
 
 
 @pytest.mark.parametrize(

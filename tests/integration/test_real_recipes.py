@@ -83,13 +83,13 @@ def test_a_recipe_trains_a_tiny_pipeline_of_its_family(folders: Path, name: str)
     if name.endswith(("_gdmd", "_dmdr")):
         changed.append("rewards=[{kind: callable, target: 'test_real_recipes:redness', differentiable: true}]")
     cfg = read_recipe(name, changed)
-    lab = build(cfg, "cpu")
+    components = build(cfg, "cpu")
     for step in (0, cfg.loop.steps - 1):
-        prompts, roles = lab.stream.at(step), []
-        for update in lab.method.iteration(step, prompts, SampleRng(0, step, prompts.index)):
+        prompts, roles = components.stream.at(step), []
+        for update in components.method.iteration(step, prompts, SampleRng(0, step, prompts.index)):
             loss = update.loss(update.batch).per_sample.mean()
             torch.autograd.backward(loss)
-            weights = [w for key, w in lab.roles.parameters(update.role).items() if "lora_B" in key]
+            weights = [w for key, w in components.roles.parameters(update.role).items() if "lora_B" in key]
             found = [w.grad for w in weights if w.grad is not None]  # what the last block gives the text is not read
             assert loss.isfinite() and len(found) > len(weights) / 2
             assert all(grad.isfinite().all() for grad in found)

@@ -37,7 +37,7 @@ from gdmd.models.roles import DiffusersRoles
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.programs.export import export_run
 from gdmd.programs.train import ready, start
-from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build import Components, build
 from gdmd.runs.run_folder import Run, create, read_facts
 from gdmd.sources.base import EXPORT_FILE
 from gdmd.sources.draw import draw
@@ -73,14 +73,14 @@ def recipe(folders: Path, name: str, steps: int, method: Any = None, **model: An
     )
 
 
-def trained(cfg: RunConfig, folder: Path) -> tuple[Lab, Run]:
-    lab, run = build(cfg, "cpu"), create(folder, cfg.model_dump(mode="json"))
-    train(lab.method, lab.roles, lab.stream, cfg.loop, run)
-    return lab, run
+def trained(cfg: RunConfig, folder: Path) -> tuple[Components, Run]:
+    components, run = build(cfg, "cpu"), create(folder, cfg.model_dump(mode="json"))
+    train(components.method, components.roles, components.stream, cfg.loop, run)
+    return components, run
 
 
-def frozen_part(lab: Lab) -> dict[str, Tensor]:
-    net = lab.roles.trunk.net
+def frozen_part(components: Components) -> dict[str, Tensor]:
+    net = components.roles.trunk.net
     return {name: weights.detach().clone() for name, weights in net.named_parameters() if not weights.requires_grad}
 
 
@@ -89,19 +89,19 @@ def frozen_part(lab: Lab) -> dict[str, Tensor]:
 def test_two_iterations_move_only_the_adapters(folders: Path, tmp_path: Path, name: str, kind: str) -> None:
     own = {"group_size": 2, "guidance": 3.0, "step_draw": "batch"}
     cfg = recipe(folders, name, 2, GdmdConfig(**own) if kind == "gdmd" else None)
-    lab, run = build(cfg, "cpu"), create(tmp_path / "run", cfg.model_dump(mode="json"))
-    before = frozen_part(lab)
-    moved = {k: v.detach().clone() for role in ("student", "fake") for k, v in lab.roles.parameters(role).items()}
-    train(lab.method, lab.roles, lab.stream, cfg.loop, run)
-    after = frozen_part(lab)
+    components, run = build(cfg, "cpu"), create(tmp_path / "run", cfg.model_dump(mode="json"))
+    before = frozen_part(components)
+    moved = {k: v.detach().clone() for role in ("student", "fake") for k, v in components.roles.parameters(role).items()}
+    train(components.method, components.roles, components.stream, cfg.loop, run)
+    after = frozen_part(components)
     assert all(torch.equal(before[key], after[key]) for key in before)
     for role in ("student", "fake"):
-        ups = {k: v for k, v in lab.roles.parameters(role).items() if "lora_B" in k}
+        ups = {k: v for k, v in components.roles.parameters(role).items() if "lora_B" in k}
         assert all(weights.isfinite().all() for weights in ups.values())
         assert sum(not torch.equal(weights, moved[k]) for k, weights in ups.items()) > len(ups) / 2
     (checkpoint,) = [path for path in run.checkpoints.iterdir() if path.name.endswith("000002")]
     saved = load_file(checkpoint / "student.safetensors")
-    assert saved.keys() == lab.roles.parameters("student").keys()
+    assert saved.keys() == components.roles.parameters("student").keys()
     trunk = sum(weights.numel() for weights in before.values()) * 4
     assert (checkpoint / "student.safetensors").stat().st_size < trunk / 3
 
@@ -114,22 +114,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(folders: Path, tmp_path: Path, n
     halves = build(cfg, "cpu")
     train(halves.method, halves.roles, halves.stream, cfg.loop, run)
     for role in ("student", "fake"):
-        wanted, found = (lab.roles.parameters(role) for lab in (whole, halves))
+        wanted, found = (components.roles.parameters(role) for components in (whole, halves))
         assert all(torch.equal(wanted[key], found[key]) for key in wanted)
 
 
 def test_full_weights_train_as_copies(folders: Path, tmp_path: Path) -> None:
-    lab, _ = trained(recipe(folders, "sd3", 1, full="both"), tmp_path / "run")
-    teacher = dict(lab.roles.trunk.net.named_parameters())
-    student = lab.roles.parameters("student")
+    components, _ = trained(recipe(folders, "sd3", 1, full="both"), tmp_path / "run")
+    teacher = dict(components.roles.trunk.net.named_parameters())
+    student = components.roles.parameters("student")
     assert student.keys() == teacher.keys()
     assert sum(not torch.equal(student[key], teacher[key]) for key in student) > len(student) / 2
 
 
 def test_the_recipes_uniform_times_go_through_the_familys_shift(folders: Path) -> None:
-    lab = build(recipe(folders, "sd3", 1), "cpu")
-    assert lab.method.cfg.student_steps == pytest.approx((1, 0.9, 0.75, 0.5))  # type: ignore[attr-defined]
-    assert len(lab.teacher_times(5)) == 6
+    components = build(recipe(folders, "sd3", 1), "cpu")
+    assert components.method.cfg.student_steps == pytest.approx((1, 0.9, 0.75, 0.5))  # type: ignore[attr-defined]
+    assert len(components.teacher_times(5)) == 6
 
 
 def test_a_real_model_without_prompts_or_real_images_is_refused(folders: Path) -> None:
@@ -173,13 +173,13 @@ def test_a_run_draws_grids_and_samples_and_is_exported(
 def test_embeddings_on_disk_train_the_same_student_without_encoders(folders: Path, tmp_path: Path, name: str) -> None:
     """The encoders read captions in batches of another size, so that an embedding is another one by its rounding."""
     cfg = recipe(folders, name, 1, embeddings=str(tmp_path / "embeddings"))
-    lab = ready(cfg)
-    assert lab.roles.family.pipe.text_encoder is None
+    components = ready(cfg)
+    assert components.roles.family.pipe.text_encoder is None
     begun = build(cfg, "cpu")
     with linear_steps():
         live, _ = trained(recipe(folders, name, 1), tmp_path / "live")
-        train(lab.method, lab.roles, lab.stream, cfg.loop, create(tmp_path / "run", cfg.model_dump(mode="json")))
-    weights = ({k: v.detach() for k, v in one.roles.parameters("student").items()} for one in (live, lab, begun))
+        train(components.method, components.roles, components.stream, cfg.loop, create(tmp_path / "run", cfg.model_dump(mode="json")))
+    weights = ({k: v.detach() for k, v in one.roles.parameters("student").items()} for one in (live, components, begun))
     assert apart(*weights) < 1e-3
 
 
@@ -195,9 +195,9 @@ def test_with_all_captions_on_disk_no_text_encoder_is_ever_read(
     more = cfg.model_copy(update={"prompts": cfg.prompts.model_copy(update={"file": str(tmp_path / "more.txt")})})
     for kind in (CLIPTextModelWithProjection, T5EncoderModel):
         monkeypatch.setattr(kind, "from_pretrained", refuse)
-    lab = ready(cfg)
-    train(lab.method, lab.roles, lab.stream, cfg.loop, create(tmp_path / "run", cfg.model_dump(mode="json")))
-    parts = lab.roles.family.pipe.components
+    components = ready(cfg)
+    train(components.method, components.roles, components.stream, cfg.loop, create(tmp_path / "run", cfg.model_dump(mode="json")))
+    parts = components.roles.family.pipe.components
     assert [parts[name] for name in ("text_encoder", "text_encoder_2", "text_encoder_3")] == [None] * 3
     with pytest.raises(AssertionError, match="a text encoder was loaded"):
         ready(more)
@@ -226,10 +226,10 @@ def test_rewards_see_latents_through_the_tiny_decoder(folders: Path, tmp_path: P
     shape = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "latent_channels": 4}
     blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     AutoencoderTiny(**shape, **blocks).save_pretrained(tmp_path / "taesd")
-    lab = build(recipe(folders, "sd3", 1, GdmdConfig(), scoring_decoder=str(tmp_path / "taesd")), "cpu")
-    codec = lab.method.scorer.codec  # type: ignore[attr-defined]
-    assert type(codec.vae) is AutoencoderTiny and type(lab.codec.vae) is AutoencoderKL  # type: ignore[attr-defined]
-    assert codec.decode(torch.randn(2, *lab.latent_shape)).shape == (2, 3, tiny.SIZE, tiny.SIZE)
+    components = build(recipe(folders, "sd3", 1, GdmdConfig(), scoring_decoder=str(tmp_path / "taesd")), "cpu")
+    codec = components.method.scorer.codec  # type: ignore[attr-defined]
+    assert type(codec.vae) is AutoencoderTiny and type(components.codec.vae) is AutoencoderKL  # type: ignore[attr-defined]
+    assert codec.decode(torch.randn(2, *components.latent_shape)).shape == (2, 3, tiny.SIZE, tiny.SIZE)
     AutoencoderTiny(**(shape | {"latent_channels": 16}), **blocks).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="decodes 16 channels, but latents of sd3 have 4"):
         build(recipe(folders, "sd3", 1, scoring_decoder=str(tmp_path / "other")), "cpu")
@@ -374,5 +374,5 @@ def test_a_training_with_compile_compiles_and_sampling_does_not(folders: Path, m
     build(cfg, "cpu")
     ready(recipe(folders, "sd3", 1))
     assert asked == []
-    lab = ready(cfg)
-    assert asked == [lab.roles]
+    components = ready(cfg)
+    assert asked == [components.roles]

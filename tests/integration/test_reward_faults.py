@@ -156,7 +156,7 @@ def test_a_run_without_a_score_fails_again_when_it_is_resumed(gdmd: Gdmd) -> Non
 def test_a_run_that_no_reward_has_steered_fails(gdmd: Gdmd, function: str, method: str) -> None:
     if method == "softmax":
         chosen = "score_target: continuation, continuations: 2, weighting: softmax, student_target: mean"
-        words = [f"method={{kind: gdmd, {chosen}, normalise: false, group_size: 1}}"]
+        words = [f"method={{kind: gdmd, {chosen}, normalize: false, group_size: 1}}"]
     else:
         words = [f"method={{kind: {method}}}"]
     finished = train(gdmd, function, *words, "loop.batch_size=16")

@@ -27,6 +27,6 @@ def test_a_composite_of_a_python_function_trains_and_its_parts_are_in_the_log(
     sys.modules.pop("bright_reward", None)
     assert finished.code == 0, finished.err
     for row in read_metrics(Path("run")):
-        raw, standardised = row["reward/composite/bright_reward:bright"], row["reward/composite/target"]
-        assert 0 <= raw <= 1 and abs(standardised) <= 10
+        raw, standardized = row["reward/composite/bright_reward:bright"], row["reward/composite/target"]
+        assert 0 <= raw <= 1 and abs(standardized) <= 10
         assert "reward/shapes_clip/sample" in row

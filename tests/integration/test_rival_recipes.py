@@ -29,18 +29,18 @@ RUNS = {
 def test_six_iterations_are_finite_and_change_the_student(name: str, tmp_path: Path) -> None:
     recipe, options, wanted = RUNS[name]
     cfg = read_recipe(recipe, [*SMALL, *options])
-    lab = build(cfg, "cpu")
-    before = {key: value.detach().clone() for key, value in lab.roles.parameters("student").items()}
-    teacher = [value.clone() for value in lab.roles.teacher.net.parameters()]
+    components = build(cfg, "cpu")
+    before = {key: value.detach().clone() for key, value in components.roles.parameters("student").items()}
+    teacher = [value.clone() for value in components.roles.teacher.net.parameters()]
     run = create(tmp_path / "run", cfg.model_dump(mode="json"))
-    assert train(lab.method, lab.roles, lab.stream, cfg.loop, run).step == 6
+    assert train(components.method, components.roles, components.stream, cfg.loop, run).step == 6
     rows = read_metrics(tmp_path / "run")
     assert wanted <= set().union(*rows)
     losses = [value for row in rows for key, value in row.items() if key.startswith(("loss/", "grad_norm/"))]
     assert all(math.isfinite(value) for value in losses)
-    after = lab.roles.parameters("student")
+    after = components.roles.parameters("student")
     assert any(not torch.equal(before[key], value) for key, value in after.items())
-    assert all(torch.equal(a, b) for a, b in zip(teacher, lab.roles.teacher.net.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(teacher, components.roles.teacher.net.parameters(), strict=True))
 
 
 def test_the_head_of_a_recipe_depends_on_its_seed_and_other_recipes_have_none() -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from gdmd.diffusion.generate import images_of, teacher_sampler
-from gdmd.recipes.build import Lab, build
+from gdmd.recipes.build import Components, build
 from gdmd.recipes.read import read_recipe
 from gdmd.runs.assets import asset_folder, asset_path, load_asset
 from gdmd.shapes.check import shapeseval, summarize
-from gdmd.shapes.grammar import catalogue, draw_rows, fixed_rows
+from gdmd.shapes.grammar import catalog, draw_rows, fixed_rows
 from gdmd.shapes.pretrain.scorer_data import draw_negatives, may_be_true
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.shapes.roles import ShapesCodec, load_vae
@@ -20,7 +20,7 @@ NAMES = ("shapes_vae", "shapes_teacher", "shapes_clip", "shapes_clip_heldout", "
 
 
 @lru_cache(maxsize=1)
-def _lab() -> Lab:
+def _lab() -> Components:
     return build(read_recipe("shapes"), "cpu")
 
 
@@ -47,8 +47,8 @@ def test_at_most_1_percent_of_reconstructed_hard_negatives_pass() -> None:
 
 def test_the_teacher_with_guidance_is_far_better_than_its_plain_four_steps() -> None:
     rows = fixed_rows("eval", 25)
-    texts = [catalogue().captions[row].text for row in rows.tolist()]
-    task = catalogue().task[rows]
+    texts = [catalog().captions[row].text for row in rows.tolist()]
+    task = catalog().task[rows]
     long, short = (
         summarize(shapeseval(images_of(teacher_sampler(_lab(), steps, guidance), _lab(), texts, 3), rows), task)
         for steps, guidance in ((25, 5.0), (4, 1.0))

@@ -227,16 +227,16 @@ def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[An
     model = tiny.config(pipeline(folders, name), **changes)
     reward = {"kind": "callable", "target": "builtins:len"}
     cfg = RunConfig(name=name, model=model, loop=LoopConfig(), prompts={"file": str(prompts)}, rewards=[reward])
-    lab = build(cfg, "cpu")
+    components = build(cfg, "cpu")
     with torch.no_grad():
-        for weights in lab.roles.parameters("student").values():
+        for weights in components.roles.parameters("student").values():
             weights.add_(0.2 * torch.randn_like(weights))
     family, uniform = open_family(model), cfg.method.student_steps
-    save_lora(family, lab.roles.parameters("student"), target)
+    save_lora(family, components.roles.parameters("student"), target)
     student_scheduler(family, uniform).save_pretrained(target / "scheduler")
     facts = describe(cfg, family, call_arguments(family, uniform), 7, merged=False)
     (target / "gdmd_export.json").write_text(json.dumps(facts))
-    return (cfg, lab), target
+    return (cfg, components), target
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"])
@@ -245,8 +245,8 @@ def test_an_export_makes_the_images_of_its_run(folders: Path, tmp_path: Path, na
     from gdmd.sources.runs import RunSource
 
     pipeline(folders, name)
-    (cfg, lab), folder = exported(folders, name, tmp_path / "export")
-    run = RunSource(Facts(name, "run", "run"), lab, student_row(cfg, lab))
+    (cfg, components), folder = exported(folders, name, tmp_path / "export")
+    run = RunSource(Facts(name, "run", "run"), components, student_row(cfg, components))
     source = open_source(read_source(str(folder)))
     wanted = pixels(run, CAPTIONS)
     assert close(pixels(source, CAPTIONS), wanted)
@@ -260,12 +260,12 @@ def test_a_student_without_t5_is_exported_and_described_without_it(folders: Path
     from gdmd.recipes.open_run import student_row
     from gdmd.sources.runs import RunSource
 
-    (cfg, lab), folder = exported(folders, "sd3", tmp_path / "export", t5=False)
+    (cfg, components), folder = exported(folders, "sd3", tmp_path / "export", t5=False)
     source: Any = open_source(read_source(str(folder)))
     assert source.pipe.text_encoder_3 is None and source.pipe.tokenizer_3 is None
-    run = RunSource(Facts("sd3", "run", "run"), lab, student_row(cfg, lab))
+    run = RunSource(Facts("sd3", "run", "run"), components, student_row(cfg, components))
     assert close(pixels(source, CAPTIONS), pixels(run, CAPTIONS))
-    card = model_card(cfg, lab.roles.family, {}, {}, merged=False)
+    card = model_card(cfg, components.roles.family, {}, {}, merged=False)
     assert "dtype=torch.bfloat16, text_encoder_3=None, tokenizer_3=None)" in card
 
 

@@ -1,4 +1,4 @@
-"""The server's rules, in process: no leak, no second vote, resume, consent, organiser's token, limits, many raters."""
+"""The server's rules, in process: no leak, no second vote, resume, consent, organizer's token, limits, many raters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytest.importorskip("httpx")
 
 from fastapi.testclient import TestClient  # noqa: E402
 from PIL import Image  # noqa: E402
-from study_world import MODELS, ORGANISER, write_images, write_study  # noqa: E402
+from study_world import MODELS, ORGANIZER, write_images, write_study  # noqa: E402
 
 from gdmd.config.study import StudyConfig  # noqa: E402
 from gdmd.study.prepare import prepare  # noqa: E402
@@ -29,11 +29,11 @@ from gdmd.study.store import AlreadyVoted, Store  # noqa: E402
 
 
 class Desk:
-    """A study, its client, and the headers of a rater or the organiser."""
+    """A study, its client, and the headers of a rater or the organizer."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.study, self.plan, self.tokens = write_study(folder, **settings)
-        self.client = TestClient(create_app(self.study, ORGANISER))
+        self.client = TestClient(create_app(self.study, ORGANIZER))
 
     def head(self, rater: int) -> dict[str, str]:
         return {"authorization": f"Bearer {self.tokens[rater]}"}
@@ -52,7 +52,7 @@ class Desk:
         return [trial.id for trial in self.plan.raters[rater].trials]
 
 
-ORGANISER_HEAD = {"authorization": f"Bearer {ORGANISER}"}
+ORGANIZER_HEAD = {"authorization": f"Bearer {ORGANIZER}"}
 
 
 @pytest.fixture
@@ -105,16 +105,16 @@ def test_without_a_token_there_is_only_the_page(desk: Desk) -> None:
     assert desk.client.get("/docs").status_code == desk.client.get("/openapi.json").status_code == 404
 
 
-def test_results_need_the_organisers_token_and_a_raters_is_not_enough(desk: Desk) -> None:
+def test_results_need_the_organizers_token_and_a_raters_is_not_enough(desk: Desk) -> None:
     desk.consent()
     desk.vote(desk.trials()[0])
     for path in ("/api/progress", "/api/votes.csv", "/api/votes.jsonl"):
         assert desk.client.get(path, headers=desk.head(0)).status_code == 401
-        assert desk.client.get(path, headers=ORGANISER_HEAD).status_code == 200
-    assert desk.client.get("/api/state", headers=ORGANISER_HEAD).status_code == 401
-    progress = desk.client.get("/api/progress", headers=ORGANISER_HEAD).json()
+        assert desk.client.get(path, headers=ORGANIZER_HEAD).status_code == 200
+    assert desk.client.get("/api/state", headers=ORGANIZER_HEAD).status_code == 401
+    progress = desk.client.get("/api/progress", headers=ORGANIZER_HEAD).json()
     assert progress["done"] == 1 and progress["raters"][0]["done"] == 1
-    rows = [json.loads(line) for line in desk.client.get("/api/votes.jsonl", headers=ORGANISER_HEAD).text.splitlines()]
+    rows = [json.loads(line) for line in desk.client.get("/api/votes.jsonl", headers=ORGANIZER_HEAD).text.splitlines()]
     assert {row["question"] for row in rows} == set(desk.plan.questions)
     assert {row["first"] for row in rows} <= set(MODELS)
 
@@ -159,7 +159,7 @@ def test_a_rater_sees_no_image_of_another_raters_screens_only(tmp_path: Path) ->
 def test_a_rater_comes_back_after_a_restart_where_they_stopped(desk: Desk) -> None:
     desk.consent()
     desk.vote(desk.trials()[0])
-    again = TestClient(create_app(desk.study, ORGANISER)).get("/api/state", headers=desk.head(0)).json()
+    again = TestClient(create_app(desk.study, ORGANIZER)).get("/api/state", headers=desk.head(0)).json()
     assert again["consented"] and again["done"] == 1
     assert [screen["trial"] for screen in again["screens"]] == desk.trials()[1:4]
 
@@ -243,9 +243,9 @@ def test_the_file_itself_refuses_a_second_vote_and_an_unknown_answer(tmp_path: P
     file.close()
 
 
-def test_a_weak_organisers_token_and_a_raters_token_are_refused(desk: Desk) -> None:
+def test_a_weak_organizers_token_and_a_raters_token_are_refused(desk: Desk) -> None:
     for weak in ("", "short", "a" * 40):
-        with pytest.raises(ValueError, match="organiser's token has"):
+        with pytest.raises(ValueError, match="organizer's token has"):
             create_app(desk.study, weak)
     with pytest.raises(ValueError, match="is a rater's token"):
         create_app(desk.study, desk.tokens[0])

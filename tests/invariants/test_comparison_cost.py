@@ -16,7 +16,7 @@ from torch import Tensor
 from gdmd.methods.pass_counter import Counted, Pace, measure_pace, without_cost
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles
 from gdmd.sweep import budgets as compare_budget
-from gdmd.sweep.divergence import divergence, fixed_states, realised_change, student_gradient
+from gdmd.sweep.divergence import divergence, fixed_states, realized_change, student_gradient
 from gdmd.types import Method, PromptBatch
 
 ONE_STEP = {"student_steps": (1.0,)}
@@ -151,12 +151,12 @@ def test_measuring_gradients_applies_nothing_and_no_reward_gives_no_direction() 
     assert divergence(plain, plain).weight == pytest.approx(1.0)
 
 
-def test_the_realised_change_is_per_update_and_in_units_of_the_spread() -> None:
+def test_the_realized_change_is_per_update_and_in_units_of_the_spread() -> None:
     roles, codec = tiny_roles(), ToyCodec()
     fixed = fixed_states(roles, prompts(), rng(), (1.0, 0.5), LATENT_SHAPE)
     assert set(fixed.tau.tolist()) <= {1.0, 0.5}
     score: Callable[[Tensor], dict[str, Tensor]] = lambda x0: {"mean": codec.decode(x0).mean((1, 2, 3)).detach()}  # noqa: E731
-    assert realised_change(lambda: 3, roles, fixed, score) == {"mean": 0.0}
+    assert realized_change(lambda: 3, roles, fixed, score) == {"mean": 0.0}
 
     def climb() -> int:
         """Two steps up the score itself."""
@@ -168,6 +168,6 @@ def test_the_realised_change_is_per_update_and_in_units_of_the_spread() -> None:
         return 2
 
     before = score(roles.student(fixed.x_tau, fixed.tau, fixed.cond).x0)["mean"]
-    change = realised_change(climb, roles, fixed, score)["mean"]
+    change = realized_change(climb, roles, fixed, score)["mean"]
     after = score(roles.student(fixed.x_tau, fixed.tau, fixed.cond).x0)["mean"]
     assert change == pytest.approx(float((after - before).mean() / before.std()) / 2, rel=1e-4) and change > 0

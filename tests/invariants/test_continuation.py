@@ -122,11 +122,11 @@ def test_gamma_zero_is_the_loop_without_continuations() -> None:
     assert distance(train(gdmd(third, **ON | EACH, gamma=4.0), third), plain) > 1e-5
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_the_mean_target_is_dmds_with_the_tilt_of_the_ends(normalise: bool) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_mean_target_is_dmds_with_the_tilt_of_the_ends(normalize: bool) -> None:
     """x_tar = x0 - (x0_fake - x0_real - kappa (E_w y - E y)) / n, with everything recomputed from the calls."""
     roles, reward = tiny_roles(), Toy()
-    how = ON | {"gamma": 2.0, "continuation_weight": 1.5, "group_size": 1, "normalise": normalise}
+    how = ON | {"gamma": 2.0, "continuation_weight": 1.5, "group_size": 1, "normalize": normalize}
     method = gdmd(roles, reward, **how)
     with torch.no_grad():
         r = method.rollout(prompts(), rng())
@@ -137,9 +137,9 @@ def test_the_mean_target_is_dmds_with_the_tilt_of_the_ends(normalise: bool) -> N
         tilt = torch.einsum("kb,bkchw->bchw", w.float(), group.ends) - group.ends.mean(1)
     update = first_student(method, roles)
     other = tiny_roles()
-    plain = first_student(gdmd(other, gamma=0.0, group_size=1, normalise=normalise), other)
+    plain = first_student(gdmd(other, gamma=0.0, group_size=1, normalize=normalize), other)
     moved = update.batch.x_tar[:, 0] - plain.batch.x_tar[:, 0]
-    if not normalise:
+    if not normalize:
         torch.testing.assert_close(moved, 1.5 * tilt, rtol=1e-3, atol=1e-4)
     ratio = (moved / (1.5 * tilt)).flatten(1).median(1).values
     torch.testing.assert_close(moved, ratio[:, None, None, None] * 1.5 * tilt, rtol=1e-2, atol=1e-3)

@@ -28,7 +28,7 @@ from tiny_roles import (
 from torch import Tensor
 
 from gdmd.diffusion.schedule import renoise
-from gdmd.losses.dmd import dmd_loss, normaliser
+from gdmd.losses.dmd import dmd_loss, normalizer
 from gdmd.losses.gdmd import step_weight
 from gdmd.methods.gdmd import Gdmd, Group
 from gdmd.types import Update
@@ -193,16 +193,16 @@ def _student_batch(r: Any, group: Group, optimal: Tensor, i: int) -> Any:
     return StudentBatch(r.x_tau, r.tau, r.cond, r.x0, group.x_tar[i], optimal[i].T, torch.ones_like(optimal[i].T))
 
 
-@pytest.mark.parametrize("target", ["raw", "normalised", "real"])
-def test_the_reward_sees_the_chosen_target_and_the_loss_the_normalised_one(target: str) -> None:
+@pytest.mark.parametrize("target", ["raw", "normalized", "real"])
+def test_the_reward_sees_the_chosen_target_and_the_loss_the_normalized_one(target: str) -> None:
     roles, codec, size = tiny_roles(), ToyCodec(), len(prompts())
     diary = watch(roles)
     update = first_student(gdmd(roles, codec=codec, score_target=target, guidance=3.0, group_size=1), roles)
     place = next(k for k, call in enumerate(diary) if call.name == "teacher")
     cond, uncond = diary[place].x0.split(size)
     x0_real, x0_fake, x0 = uncond + 3 * (cond - uncond), diary[place + 1].x0, update.batch.x0_old
-    x_tar = x0 - (x0_fake - x0_real) / normaliser(x0, x0_real)
-    shown = {"raw": x0 - x0_fake + x0_real, "normalised": x_tar, "real": x0_real}[target]
+    x_tar = x0 - (x0_fake - x0_real) / normalizer(x0, x0_real)
+    shown = {"raw": x0 - x0_fake + x0_real, "normalized": x_tar, "real": x0_real}[target]
     torch.testing.assert_close(codec.shown[0], shown)
     assert len(codec.shown) == 2 and torch.equal(codec.shown[1], x0)
     torch.testing.assert_close(update.batch.x_tar[:, 0], x_tar)
@@ -219,9 +219,9 @@ def test_a_frozen_teacher_asked_the_same_again_is_scored_once_and_counts_once_in
     torch.testing.assert_close(method.scale.value(), teacher.detach().double().std().float()[None], rtol=1e-5, atol=0)
 
 
-def test_without_the_normaliser_the_target_is_the_raw_one() -> None:
+def test_without_the_normalizer_the_target_is_the_raw_one() -> None:
     roles, codec = tiny_roles(), ToyCodec()
-    update = first_student(gdmd(roles, codec=codec, normalise=False), roles)
+    update = first_student(gdmd(roles, codec=codec, normalize=False), roles)
     torch.testing.assert_close(update.batch.x_tar[:, 0], codec.shown[0])
 
 

@@ -74,7 +74,7 @@ def test_a_guided_sampler_at_scale_one_is_the_plain_sampler_at_half_the_cost() -
 def test_guidance_reaches_the_targets_linearly() -> None:
     def target(guidance: float) -> torch.Tensor:
         roles = tiny_roles()
-        return first_student(gdmd(roles, guidance=guidance, normalise=False, group_size=1), roles).batch.x_tar
+        return first_student(gdmd(roles, guidance=guidance, normalize=False, group_size=1), roles).batch.x_tar
 
     at = {guidance: target(guidance) for guidance in (0.0, 1.0, 3.0)}
     torch.testing.assert_close(at[3.0] - at[0.0], 3 * (at[1.0] - at[0.0]), rtol=1e-3, atol=1e-4)

@@ -41,7 +41,7 @@ from gdmd.runs.run_folder import create, open_run, read_facts, read_metrics
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
 from gdmd.training.distributed import SINGLE, World
 from gdmd.training.loop import train
-from gdmd.training.rank import Seat, seat
+from gdmd.training.rank import RankInfo, rank_info
 from gdmd.types import Method, PromptBatch
 
 TEXTS = ["a circle", "a red square", "two rings", "a circle and a square"]
@@ -215,7 +215,7 @@ def test_what_is_left_of_a_group_goes_on_with_the_same_global_batch(runs: Path, 
         at = PromptStream.at
 
         def deadly(stream: PromptStream, step: int, *place: Any) -> PromptBatch:
-            if (world.seat.rank, step) == (1, STEPS - 1):
+            if (world.rank_info.rank, step) == (1, STEPS - 1):
                 os.kill(os.getpid(), signal.SIGKILL)
             return at(stream, step, *place)
 
@@ -312,7 +312,7 @@ def test_all_ranks_call_each_other_equally_often_although_their_students_do_not_
 
 def test_a_batch_that_ranks_do_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"loop.batch_size = 9 does not divide among 2 ranks; use a multiple of 2"):
-        World(Seat(0, 2)).span(9)
+        World(RankInfo(0, 2)).span(9)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +324,6 @@ def test_a_batch_that_ranks_do_not_divide_is_refused() -> None:
     ],
 )
 def test_a_half_set_environment_is_refused(given: dict[str, str], what: str) -> None:
-    assert seat({}) == seat({"RANK": "0", "WORLD_SIZE": "1"}) == Seat()
+    assert rank_info({}) == rank_info({"RANK": "0", "WORLD_SIZE": "1"}) == RankInfo()
     with pytest.raises(ValueError, match=what):
-        seat(given)
+        rank_info(given)

@@ -22,7 +22,7 @@ ON: dict[str, Any] = {
     "continuation_weight": 1.0,
     "weighting": "softmax",
     "group_size": 1,
-    "normalise": False,
+    "normalize": False,
 }
 WEIGHT = 0.25
 Z = torch.tensor([0.5, 2.0], dtype=torch.float64)
@@ -62,9 +62,9 @@ def test_the_target_moves_up_the_mean_gradient_of_two_ends() -> None:
     torch.testing.assert_close((moved - plain).double(), want[:, None].expand_as(moved).double(), rtol=1e-4, atol=1e-5)
 
 
-def test_with_the_normaliser_the_move_is_divided_as_the_gradient_is() -> None:
+def test_with_the_normalizer_the_move_is_divided_as_the_gradient_is() -> None:
     free = targets(WEIGHT, Toy())[0] - targets(0.0, Toy())[0]
-    divided = targets(WEIGHT, Toy(), normalise=True)[0] - targets(0.0, Toy(), normalise=True)[0]
+    divided = targets(WEIGHT, Toy(), normalize=True)[0] - targets(0.0, Toy(), normalize=True)[0]
     n = (free.flatten(2).norm(dim=2) / divided.flatten(2).norm(dim=2))[:, :, None, None, None]
     torch.testing.assert_close(divided * n, free, rtol=1e-3, atol=1e-5)
     assert n.std() > 0  # each sample has its own

@@ -325,16 +325,16 @@ def _train_in(folder: Path, kind: str, at_step: Callable[[int], None]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_six_iterations_on_shapes_are_finite_and_change_the_student(kind: str) -> None:
     cfg = read_recipe(kind, ["loop.batch_size=8", "loop.steps=6", "method.fake_updates=2", "loop.warmup=0"])
-    lab = build(cfg, "cpu")
-    states = role_states(lab.roles, cfg.loop)
-    before = {name: p.detach().clone() for name, p in lab.roles.parameters("student").items()}
+    components = build(cfg, "cpu")
+    states = role_states(components.roles, cfg.loop)
+    before = {name: p.detach().clone() for name, p in components.roles.parameters("student").items()}
     for step in range(6):
-        batch = lab.stream.at(step)
+        batch = components.stream.at(step)
         assert len(set(batch.text)) <= (8 if kind == "dmd_refl" else 1)
-        for update in lab.method.iteration(step, batch, SampleRng(0, step, batch.index)):
+        for update in components.method.iteration(step, batch, SampleRng(0, step, batch.index)):
             stats = states[update.role].apply(update, 1.0)
             assert all(value.isfinite().all() for name, value in stats.items() if not name.startswith("fake_loss"))
-    after = lab.roles.parameters("student")
+    after = components.roles.parameters("student")
     assert all(p.isfinite().all() for p in after.values()) and states["student"].updates == 6
     assert distance(before, {name: p.detach() for name, p in after.items()}) > 1e-5
 

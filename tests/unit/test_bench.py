@@ -20,7 +20,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.profiling import bench
 from gdmd.profiling.recorded_calls import recorded, replay
-from gdmd.recipes.build import SHAPES, Lab, method_of
+from gdmd.recipes.build import SHAPES, Components, method_of
 from gdmd.recipes.pass_formulas import every_place, iteration_passes
 from gdmd.shapes.captions import training_captions
 from gdmd.shapes.latents import RenderedLatents
@@ -43,7 +43,7 @@ def tiny(*overrides: str) -> bench.Bench:
     )
     stream = PromptStream(training_captions(), encoder, 4, cfg.loop.seed, cfg.method.prompt_group)
     method = method_of(cfg, roles, codec, rewards, SHAPES, RenderedLatents(codec))
-    return bench.Bench(cfg, Lab(roles, codec, encoder, rewards, method, stream))
+    return bench.Bench(cfg, Components(roles, codec, encoder, rewards, method, stream))
 
 
 def calls_of(measured: bench.Bench) -> dict[tuple[str, bool], tuple[int, int]]:
@@ -124,27 +124,27 @@ def test_flop_are_those_of_the_passes() -> None:
 
 def test_measuring_leaves_the_method_its_scorer_and_no_hooks() -> None:
     measured = tiny()
-    scorer, net = measured.lab.method.scorer, measured.lab.roles.student.net
+    scorer, net = measured.components.method.scorer, measured.components.roles.student.net
     hooks = list(net._forward_hooks)
-    with recorded(measured.lab.method, bench.watched(measured.lab.roles)) as calls:
-        measured.gradients(0, measured.lab.stream.at(0))
-    before = {k: v.detach().clone() for k, v in measured.lab.roles.parameters("student").items()}
+    with recorded(measured.components.method, bench.watched(measured.components.roles)) as calls:
+        measured.gradients(0, measured.components.stream.at(0))
+    before = {k: v.detach().clone() for k, v in measured.components.roles.parameters("student").items()}
     replay(calls, scoring=False)
     replay(calls, scoring=True)
-    assert measured.lab.method.scorer is scorer and list(net._forward_hooks) == hooks
+    assert measured.components.method.scorer is scorer and list(net._forward_hooks) == hooks
     assert all(
-        torch.equal(before[k], v) and v.grad is None for k, v in measured.lab.roles.parameters("student").items()
+        torch.equal(before[k], v) and v.grad is None for k, v in measured.components.roles.parameters("student").items()
     )
 
 
 def test_a_scorer_is_recorded_whatever_the_method_calls_it() -> None:
-    lab = tiny().lab
-    prompts = lab.stream.at(0)
-    method: Any = SimpleNamespace(judge=lab.method.scorer)
+    components = tiny().components
+    prompts = components.stream.at(0)
+    method: Any = SimpleNamespace(judge=components.method.scorer)
     with recorded(method, []) as calls:
-        method.judge(torch.zeros(len(prompts), *lab.latent_shape), prompts)
+        method.judge(torch.zeros(len(prompts), *components.latent_shape), prompts)
     assert [call.who for call in calls][0] == "decoder" and all(call.scoring for call in calls) and len(calls) > 1
-    assert method.judge is lab.method.scorer
+    assert method.judge is components.method.scorer
 
 
 def test_waiting_for_the_gpu_is_counted_by_the_line_that_waits() -> None:

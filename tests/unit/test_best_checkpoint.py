@@ -126,7 +126,7 @@ def test_the_value_is_the_mean_of_the_scored_rows_of_the_window() -> None:
     assert again.at(20) == judge.at(20)
 
 
-def test_a_metric_that_is_not_logged_is_named_with_its_neighbour() -> None:
+def test_a_metric_that_is_not_logged_is_named_with_its_neighbor() -> None:
     judge = Judge("reward/targt", "max", 10)
     judge.add(10, {"loss/student": 1.0, "reward/target": 2.0})
     assert judge.at(10) is None

@@ -155,7 +155,7 @@ def test_a_hash_is_that_of_what_is_computed(tmp_path: Path) -> None:
 
 
 def test_a_field_at_its_default_is_no_part_of_the_hash_but_the_kind_of_method_is(tmp_path: Path) -> None:
-    """A new option whose default is the old behaviour must not throw finished cells away."""
+    """A new option whose default is the old behavior must not throw finished cells away."""
     before = {cell.place: cell.hash for cell in plan(comparison(tmp_path))}
     written = ROWS.replace("name: gdmd, kind: gdmd", "name: gdmd, kind: gdmd, overrides: {method.beta: 1.0}")
     assert {cell.place: cell.hash for cell in plan(comparison(tmp_path, HEAD + written))} == before

@@ -53,7 +53,7 @@ def test_a_constant_offset_is_a_difference_without_error_and_keeps_the_order() -
     assert "+1 on 4 images" in found.line() and "100% of pairs" in found.line()
 
 
-def test_an_error_that_swaps_two_neighbours_costs_one_pair_of_six() -> None:
+def test_an_error_that_swaps_two_neighbors_costs_one_pair_of_six() -> None:
     found = gap([0.3, 0.0, 0.0, 0.0])
     assert found.agreement == pytest.approx(5 / 6)
     assert found.error == pytest.approx(torch.tensor([3.0, 0, 0, 0]).std().item(), abs=1e-5)

@@ -16,7 +16,7 @@ from gdmd.diffusion.generate import Sampler
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import times
 from gdmd.shapes.evaluate import bootstrap_interval, evaluate, mean_score
-from gdmd.shapes.grammar import TASKS, catalogue, fixed_rows
+from gdmd.shapes.grammar import TASKS, catalog, fixed_rows
 from gdmd.shapes.networks import ShapesDit
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.shapes.rewards import ShapesClip
@@ -63,7 +63,7 @@ def pixel_lab() -> PixelLab:
 
 def truth(texts: tuple[str, ...], rng: SampleRng) -> Tensor:
     """True renders of the captions."""
-    rows = torch.tensor([catalogue().row(text) for text in texts])
+    rows = torch.tensor([catalog().row(text) for text in texts])
     return render(draw_scenes(rows, torch.Generator().manual_seed(int(rng.index[0]))))
 
 
@@ -104,7 +104,7 @@ def test_the_fixed_set_of_the_split_is_asked_for() -> None:
     for split in ("eval", "dev"):
         asked.clear()
         evaluate(Sampler("note", 1, note), pixel_lab(), CFG, [HELDOUT], split)
-        wanted = [catalogue().captions[row].text for row in fixed_rows(split, 6).tolist() for _ in range(2)]
+        wanted = [catalog().captions[row].text for row in fixed_rows(split, 6).tolist() for _ in range(2)]
         assert asked[-72:] == wanted
 
 

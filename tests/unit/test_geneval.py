@@ -17,7 +17,7 @@ from gdmd.evaluation.geneval_scores import (
     judge_recorded,
     read_metadata,
     recording,
-    summarise,
+    summarize,
 )
 from gdmd.rewards.geneval.rules import (
     COLORS,
@@ -283,7 +283,7 @@ def rows_of(correct: Mapping[str, Sequence[Sequence[int]]]) -> list[Judged]:
 
 
 def test_overall_is_the_unweighted_mean_of_the_tasks_whatever_their_sizes() -> None:
-    scores = summarise(rows_of({"colors": [[1, 1, 0, 0]], "counting": [[1, 1], [1, 1], [0, 1]]}))
+    scores = summarize(rows_of({"colors": [[1, 1, 0, 0]], "counting": [[1, 1], [1, 1], [0, 1]]}))
     assert scores["colors"].value == 0.5 and scores["counting"].value == pytest.approx(5 / 6)
     assert scores["overall"].value == pytest.approx((0.5 + 5 / 6) / 2)
     assert (scores["counting"].images, scores["counting"].prompts, scores["overall"].prompts) == (6, 3, 4)
@@ -293,21 +293,21 @@ def test_overall_is_the_unweighted_mean_of_the_tasks_whatever_their_sizes() -> N
 def test_the_interval_is_as_wide_as_independent_prompts_make_it() -> None:
     rng = np.random.default_rng(0)
     prompts = [[int(right)] * 4 for right in rng.random(400) < 0.5]  # four equal images are one observation
-    score = summarise(rows_of({"colors": prompts}))["colors"]
+    score = summarize(rows_of({"colors": prompts}))["colors"]
     width = (score.high - score.low) / 2
     assert width == pytest.approx(1.96 * np.sqrt(0.25 / 400), rel=0.1)
     mixed = [[1, 0, 1, 0]] * 400  # all the variance lies within prompts
-    score = summarise(rows_of({"colors": mixed}))["colors"]
+    score = summarize(rows_of({"colors": mixed}))["colors"]
     assert score.low == score.value == score.high == 0.5
-    assert summarise(rows_of({"colors": prompts})) == summarise(rows_of({"colors": prompts}))
+    assert summarize(rows_of({"colors": prompts})) == summarize(rows_of({"colors": prompts}))
 
 
 def test_images_that_count_twice_or_not_at_all_are_errors() -> None:
     with pytest.raises(ValueError, match="no judged images"):
-        summarise([])
+        summarize([])
     rows = rows_of({"colors": [[1]]})
     with pytest.raises(ValueError, match="image 0 of prompt 0 was judged twice"):
-        summarise(rows * 2)
+        summarize(rows * 2)
 
 
 # ---------------------------------------------------------------- prompts

@@ -36,7 +36,7 @@ def test_coco_has_80_classes_under_genevals_names() -> None:
         ((300, 400), (800, 1067), (800, 1088)),
     ],
 )
-def test_images_fit_1333_by_800_and_are_padded_with_grey_before_they_are_normalised(
+def test_images_fit_1333_by_800_and_are_padded_with_grey_before_they_are_normalized(
     size: tuple[int, int], resized: tuple[int, int], padded: tuple[int, int]
 ) -> None:
     pixels, inner = prepared(Image.new("RGB", size[::-1], (255, 0, 128)))
@@ -209,7 +209,7 @@ def test_the_color_is_that_of_the_mask_not_of_what_surrounds_it() -> None:
     assert classifier.colors(image, "apple", [], masks) == []
 
 
-def test_the_ten_classifiers_are_the_normalised_means_of_three_normalised_templates() -> None:
+def test_the_ten_classifiers_are_the_normalized_means_of_three_normalized_templates() -> None:
     net = ColorSpace()
     found = ColorClassifier.from_modules(net, words)._texts("dog")
     for row, color in enumerate(COLORS):

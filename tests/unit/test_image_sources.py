@@ -101,7 +101,7 @@ def test_names_of_a_tar_write_nothing_and_a_cut_one_is_refused(tmp_path: Path) -
         found(inner / "t.tar")
 
 
-def test_an_image_is_turned_upright_covers_the_size_and_is_cropped_at_the_centre() -> None:
+def test_an_image_is_turned_upright_covers_the_size_and_is_cropped_at_the_center() -> None:
     picture = Image.new("RGB", (30, 10))
     picture.paste((200, 0, 0), (10, 0, 20, 10))
     turned, file = Image.Exif(), io.BytesIO()

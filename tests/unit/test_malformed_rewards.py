@@ -126,8 +126,8 @@ def test_a_request_of_any_bytes_is_scored_or_refused_with_a_reason(body: bytes, 
 @CASES
 @given(header=st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=40) | st.sampled_from([TOKEN, ""]))
 def test_no_other_header_than_the_token_opens_the_server(header: str, web: Any) -> None:
-    for sent in (header, f"Bearer {header}x", f"bearer {TOKEN}", f"Bearer {TOKEN[:-1]}"):
-        answer = web.post("/score", content=json.dumps(GOOD).encode(), headers={"Authorization": sent})
+    for to_device_async in (header, f"Bearer {header}x", f"bearer {TOKEN}", f"Bearer {TOKEN[:-1]}"):
+        answer = web.post("/score", content=json.dumps(GOOD).encode(), headers={"Authorization": to_device_async})
         assert answer.status_code == 401
         check_answer(answer)
 

@@ -20,7 +20,7 @@ from gdmd.study.prepare import prepare
 from gdmd.study.records import Plan, Prompt, Rater, Trial, read_plan, token_hash, vote_of
 from gdmd.study.report import html_text
 
-ORGANISER, TOKEN, OTHER = "organiser-0123456789-token", "rater-0123456789-abcdef", "rater-9876543210-fedcba"
+ORGANIZER, TOKEN, OTHER = "organizer-0123456789-token", "rater-0123456789-abcdef", "rater-9876543210-fedcba"
 NASTY = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 
 
@@ -54,13 +54,13 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("study")
     (folder / "images").mkdir()
     (folder / "plan.json").write_text(small_plan().model_dump_json())
-    with TestClient(create_app(folder, ORGANISER)) as client:
+    with TestClient(create_app(folder, ORGANIZER)) as client:
         client.post("/api/consent", headers={"authorization": f"Bearer {TOKEN}"})
         yield client
 
 
 def votes(client: Any) -> str:
-    return client.get("/api/votes.csv", headers={"authorization": f"Bearer {ORGANISER}"}).text
+    return client.get("/api/votes.csv", headers={"authorization": f"Bearer {ORGANIZER}"}).text
 
 
 BALLOT = b'{"trial": "00", "answers": {"overall": "left"}, "elapsed_ms": 5}'
@@ -88,7 +88,7 @@ def test_any_request_is_answered_and_stores_a_whole_vote_or_none(
         assert votes(client) == before
     if answer.status_code >= 400 and method != "HEAD":
         assert answer.json()["detail"]
-        assert TOKEN not in answer.text and ORGANISER not in answer.text
+        assert TOKEN not in answer.text and ORGANIZER not in answer.text
 
 
 @CASES

@@ -24,7 +24,7 @@ from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.recipes.build_rewards import build_rewards, check_prompts, reward_stats
 from gdmd.rewards.composite import Composite, Part
 from gdmd.rewards.golden import TEXTS, compare, golden_words, record
-from gdmd.rewards.ocr import OcrReward, Reader, asked_text, edit_distance, normalised, ocr_score
+from gdmd.rewards.ocr import OcrReward, Reader, asked_text, edit_distance, normalized, ocr_score
 from gdmd.rewards.preprocessing import from_pil
 from gdmd.types import PromptBatch
 
@@ -77,7 +77,7 @@ def test_the_text_asked_for_is_what_stands_in_quotes(prompt: str, asked: str) ->
 
 
 def test_case_white_space_and_the_shape_of_quotes_and_hyphens_do_not_count_but_punctuation_does() -> None:
-    assert normalised("  Don’t\nＴＯＵＣＨ – it ") == "don'ttouch-it"
+    assert normalized("  Don’t\nＴＯＵＣＨ – it ") == "don'ttouch-it"
     assert ocr_score('"SOUP OF THE DAY"', "soup of\nthe  day") == 1
     assert ocr_score('"stop"', "stop!") == 0.75
 
@@ -104,7 +104,7 @@ def test_the_distance_is_the_fewest_edits_and_anywhere_the_fewest_to_any_stretch
 def test_a_score_is_in_the_unit_interval_and_1_for_the_text_itself(words: str, read: str) -> None:
     prompt = f'a sign "{words}"'
     score = ocr_score(prompt, read)
-    if not normalised(asked_text(prompt)):
+    if not normalized(asked_text(prompt)):
         assert math.isnan(score)
         return
     assert 0 <= score <= ocr_score(prompt, read, "free") <= 1
@@ -148,7 +148,7 @@ def test_broken_images_and_readers_that_give_no_text_are_named() -> None:
 
 def test_the_shipped_prompts_all_ask_for_a_text_and_no_two_for_the_same() -> None:
     prompts = read_prompts("text_rendering").texts
-    asked = [normalised(asked_text(prompt)) for prompt in prompts]
+    asked = [normalized(asked_text(prompt)) for prompt in prompts]
     assert 40 <= len(prompts) <= 60 and all(asked) and len(set(asked)) == len(asked)
     assert prompt_file("some/where.txt") == Path("some/where.txt")
 

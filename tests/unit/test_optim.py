@@ -62,7 +62,7 @@ def test_small_gradients_and_clip_zero_change_nothing(clip: float) -> None:
     assert torch.equal(parameters["w"].grad, before)
 
 
-def test_a_restored_optimiser_makes_exactly_the_same_steps() -> None:
+def test_a_restored_optimizer_makes_exactly_the_same_steps() -> None:
     first_parameters = named()
     first = RoleOptimizer(first_parameters, 0.1, clip=1.0)
     for seed in (1, 2):

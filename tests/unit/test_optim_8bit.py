@@ -1,4 +1,4 @@
-"""The 8-bit optimiser: steps near AdamW's, exact restore from plain tensors, its bytes, and the absent library."""
+"""The 8-bit optimizer: steps near AdamW's, exact restore from plain tensors, its bytes, and the absent library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.programs.train import ready
-from gdmd.training.adamw8bit import moment_bytes, quantised
+from gdmd.training.adamw8bit import moment_bytes, quantized
 from gdmd.training.optimizer import RoleOptimizer
 
 absent = importlib.util.find_spec("torchao") is None
@@ -84,7 +84,7 @@ def test_a_restored_8_bit_state_is_plain_tensors_and_makes_exactly_the_same_step
 
 
 @with_torchao
-def test_a_state_of_the_other_optimiser_is_refused(eager: None) -> None:
+def test_a_state_of_the_other_optimizer_is_refused(eager: None) -> None:
     plain, small = RoleOptimizer(named(), 1e-2), RoleOptimizer(named(), 1e-2, kind="adamw8bit")
     for optimizer in (plain, small):
         step(optimizer, 1)
@@ -105,7 +105,7 @@ def test_the_planned_bytes_are_those_of_the_state(eager: None) -> None:
 
 
 def test_only_large_parameters_of_whole_blocks_are_planned_with_8_bits() -> None:
-    assert [quantised(n) for n in (256, 4095, 4096, 4097, 64 * 1280)] == [False, False, True, False, True]
+    assert [quantized(n) for n in (256, 4095, 4096, 4097, 64 * 1280)] == [False, False, True, False, True]
     assert moment_bytes(10) == 80
     assert moment_bytes(2**20) == 2 * (2**20 + 2**20 // 64 + 1024)
 

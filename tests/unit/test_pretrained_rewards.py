@@ -135,7 +135,7 @@ def test_the_corner_of_an_odd_crop_is_rounded_half_to_even_or_down() -> None:
         torch.testing.assert_close(Preprocess(corner=corner).tensor(own), want)  # type: ignore[arg-type]
 
 
-def test_the_padding_keeps_the_whole_image_and_fills_with_black_before_normalising() -> None:
+def test_the_padding_keeps_the_whole_image_and_fills_with_black_before_normalizing() -> None:
     how = Preprocess(fit="pad")
     image = pictures(1, 112, 224)
     pixels = how.tensor(image)
@@ -155,7 +155,7 @@ def test_8_bit_images_survive_the_way_to_pil_and_back() -> None:
 # ---------------------------------------------------------------- formulas in float64
 
 
-def normalised(vector: Tensor) -> Tensor:
+def normalized(vector: Tensor) -> Tensor:
     return vector / vector.square().sum(-1, keepdim=True).sqrt()
 
 
@@ -166,7 +166,7 @@ def cosines(model: Any, pixels: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
     states = model.text_model(**tokens).last_hidden_state
     ends = (tokens["input_ids"] == 63).int().argmax(1)
     read = states[torch.arange(len(ends)), ends] @ model.text_projection.weight.T
-    return (normalised(seen) * normalised(read)).sum(-1)
+    return (normalized(seen) * normalized(read)).sum(-1)
 
 
 @pytest.mark.parametrize(("kind", "scaled"), [("clip", False), ("hps", False), ("pickscore", True)])
@@ -187,7 +187,7 @@ def test_the_aesthetic_head_is_one_affine_map_of_the_unit_embedding() -> None:
     scores = reward.score(images, batch_of(TEXTS))
     model, head = tiny_clip().double(), reward.loaded.head
     pixels = reward.preprocess.tensor(images).double()
-    x = normalised(model.vision_model(pixel_values=pixels).pooler_output @ model.visual_projection.weight.T)
+    x = normalized(model.vision_model(pixel_values=pixels).pooler_output @ model.visual_projection.weight.T)
     for layer in head.children():  # type: ignore[union-attr]
         x = x @ layer.weight.double().T + layer.bias.double()
     torch.testing.assert_close(scores.double(), x[:, 0], rtol=0, atol=1e-6)
@@ -195,7 +195,7 @@ def test_the_aesthetic_head_is_one_affine_map_of_the_unit_embedding() -> None:
 
 
 @torch.no_grad()
-def test_imagereward_standardises_the_heads_answer_on_the_cls_state() -> None:
+def test_imagereward_standardizes_the_heads_answer_on_the_cls_state() -> None:
     reward, images = make("imagereward"), pictures()
     scores = reward.score(images, batch_of(TEXTS))
     tokens, towers = tokenize(TEXTS), reward.loaded.net.double()
@@ -214,7 +214,7 @@ def test_imagereward_standardises_the_heads_answer_on_the_cls_state() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_score_depends_neither_on_its_neighbours_nor_on_their_order_nor_on_the_chunk(kind: str) -> None:
+def test_a_score_depends_neither_on_its_neighbors_nor_on_their_order_nor_on_the_chunk(kind: str) -> None:
     reward, images = make(kind), pictures()
     together = reward.score(images, batch_of(TEXTS))
     alone = torch.cat([reward.score(images[i : i + 1], batch_of(TEXTS[i : i + 1])) for i in range(4)])

@@ -12,7 +12,7 @@ from gdmd.data.prompt_files import LONGEST_PROMPT
 from gdmd.data.prompts import PromptStream, batch_of, read_prompts
 from gdmd.diffusion.rng import SampleRng
 from gdmd.shapes.captions import training_captions
-from gdmd.shapes.grammar import NULL, TASKS, catalogue, tokenize
+from gdmd.shapes.grammar import NULL, TASKS, catalog, tokenize
 from gdmd.shapes.latents import RenderedLatents
 from gdmd.shapes.roles import ShapesTextEncoder
 
@@ -71,7 +71,7 @@ def test_a_missing_file_or_a_folder_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_an_orange_square_is_a_caption_as_well() -> None:
     assert tokenize("an orange  square") == tokenize("a orange square")
-    assert catalogue().row("a red circle and an orange square") == catalogue().row("a red circle and a orange square")
+    assert catalog().row("a red circle and an orange square") == catalog().row("a red circle and a orange square")
     with pytest.raises(ValueError, match="unknown word 'ant'"):
         tokenize("ant orange square")
 
@@ -108,7 +108,7 @@ def test_a_group_size_that_does_not_divide_the_batch_is_an_error(group: int) -> 
 
 
 def test_the_stream_never_yields_a_held_out_caption_and_visits_every_task() -> None:
-    table = catalogue()
+    table = catalog()
     held_out = {c.text for c, split in zip(table.captions, table.split.tolist(), strict=True) if split > 0}
     assert len(held_out) > 500
     seen = [text for step in range(150) for text in stream(batch=64).at(step).text]
@@ -118,7 +118,7 @@ def test_the_stream_never_yields_a_held_out_caption_and_visits_every_task() -> N
 
 
 def test_training_captions_are_the_train_split_of_every_task() -> None:
-    table, groups = catalogue(), training_captions()
+    table, groups = catalog(), training_captions()
     assert len(groups) == len(TASKS) and all(groups)
     for task, group in enumerate(groups):
         rows = [table.row(text) for text in group]

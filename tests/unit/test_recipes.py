@@ -40,6 +40,6 @@ def test_gdmd_paper_is_algorithm_1_with_its_inferred_defaults() -> None:
     assert isinstance(method, GdmdConfig)
     assert (method.group_size, method.collection, method.old_policy) == (4, "all", "snapshot")
     assert method.dmd_weight == method.gamma == method.beta == 1.0
-    assert (method.score_target, method.normalise, method.weighting) == ("normalised", True, "napo")
+    assert (method.score_target, method.normalize, method.weighting) == ("normalized", True, "napo")
     assert method.scored_guidances == ()
     assert method.student_input == "simulation"

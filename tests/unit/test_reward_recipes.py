@@ -47,7 +47,7 @@ def pictures() -> Tensor:
 # ---------------------------------------------------------------- composite and callable
 
 
-def test_a_composite_is_the_weighted_mean_of_standardised_scores_and_logs_every_part_in_its_own_units() -> None:
+def test_a_composite_is_the_weighted_mean_of_standardized_scores_and_logs_every_part_in_its_own_units() -> None:
     parts = [
         Part(CallableReward(red, "red", True), 1.0, 0.5, 0.1),
         Part(CallableReward(wide, "wide", True), 3.0, 105, 2),

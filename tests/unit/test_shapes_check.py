@@ -201,5 +201,5 @@ def test_frechet_distance_of_scaled_and_shifted_gaussians_has_its_closed_form():
     shift = torch.tensor([1.0, 0.0, -2.0], dtype=torch.float64)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(a, a + shift) == pytest.approx(5, abs=1e-9)
-    centred = a - a.mean(0)
-    assert frechet_distance(centred, 3 * centred) == pytest.approx(4 * torch.cov(a.T).trace().item(), abs=1e-8)
+    centered = a - a.mean(0)
+    assert frechet_distance(centered, 3 * centered) == pytest.approx(4 * torch.cov(a.T).trace().item(), abs=1e-8)

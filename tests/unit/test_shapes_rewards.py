@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdmd.shapes.grammar import ANY, SPLITS, TASKS, catalogue, draw_rows
+from gdmd.shapes.grammar import ANY, SPLITS, TASKS, catalog, draw_rows
 from gdmd.shapes.pretrain.scorer_data import (
     DAMAGES,
     Damage,
@@ -33,7 +33,7 @@ def batch_of(texts: tuple[str, ...]) -> PromptBatch:
 
 
 def pictures(texts: tuple[str, ...] = TEXTS, seed: int = 0) -> Tensor:
-    rows = torch.tensor([catalogue().row(text) for text in texts])
+    rows = torch.tensor([catalog().row(text) for text in texts])
     return render(draw_scenes(rows, torch.Generator().manual_seed(seed)))
 
 
@@ -61,7 +61,7 @@ def test_a_caption_is_read_once_and_its_score_is_that_of_the_whole_network(kind:
     turned = scorer.score(images.flip(0), batch_of(TEXTS[::-1])).flip(0)
     assert read == [1, 1, 1, 1]  # alone, so that its bits do not depend on what it was met with
     torch.testing.assert_close(turned, first, rtol=0, atol=1e-5)  # of scores near 1: a hundred roundings of fp32
-    said = scorer.net.text_features(catalogue().tokens[torch.tensor([catalogue().row(text) for text in TEXTS])])
+    said = scorer.net.text_features(catalog().tokens[torch.tensor([catalog().row(text) for text in TEXTS])])
     torch.testing.assert_close(first, scorer.net(images, said), rtol=0, atol=1e-5)
 
 
@@ -118,7 +118,7 @@ def test_tensors_of_another_scorer_and_a_missing_file_are_user_errors(tmp_path: 
 
 
 def test_hard_negatives_share_the_task_ask_for_something_else_and_keep_out_of_dev_and_eval():
-    table = catalogue()
+    table = catalog()
     near, count = hard_negatives("train")
     train = torch.nonzero((table.split == SPLITS.index("train")) | (table.split == ANY))[:, 0]
     assert (count[train] > 0).all()
@@ -130,7 +130,7 @@ def test_hard_negatives_share_the_task_ask_for_something_else_and_keep_out_of_de
 
 def test_training_material_holds_no_caption_of_dev_or_eval():
     stock = draw_stock(256, torch.Generator().manual_seed(1))
-    split = catalogue().split[torch.cat([stock.rows, stock.near])]
+    split = catalog().split[torch.cat([stock.rows, stock.near])]
     assert set(split.tolist()) <= {ANY, SPLITS.index("train")}
 
 
@@ -140,12 +140,12 @@ def test_what_may_be_true_of_a_scene_holds_for_its_caption_and_for_no_undirected
     scenes = draw_scenes(rows, generator)
     assert may_be_true(scenes, rows).diagonal().all()
     near = draw_negatives(rows, generator)
-    placed = catalogue().task[rows] == TASKS.index("position")  # "left of" and "above" may hold at once
+    placed = catalog().task[rows] == TASKS.index("position")  # "left of" and "above" may hold at once
     assert not may_be_true(scenes, near).diagonal()[~placed].any()
 
 
 def test_a_more_generous_caption_may_be_true_of_a_more_specific_scene():
-    table = catalogue()
+    table = catalog()
     scene = Scenes(
         *(torch.tensor([v]) for v in ([1, 0], [0, 5])),
         *(torch.tensor([v]) for v in ([0.2, 0.8], [0.5, 0.5], [0.1, 0.1])),
@@ -159,7 +159,7 @@ def test_a_more_generous_caption_may_be_true_of_a_more_specific_scene():
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_grows_with_its_level_and_is_absent_at_level_zero(name: str):
     generator = torch.Generator().manual_seed(3)
-    rows = torch.tensor([catalogue().row("a red circle and a blue square")] * 6)
+    rows = torch.tensor([catalog().row("a red circle and a blue square")] * 6)
     scenes, others = draw_scenes(rows, generator), draw_scenes(rows, generator)
     kind = torch.full((6,), DAMAGES.index(name))
     away = []
@@ -199,7 +199,7 @@ def test_the_shipped_preference_is_about_one_for_true_renders_and_falls_with_dam
     generator = torch.Generator().manual_seed(4)
     rows = draw_rows(64, generator)
     scenes, others = draw_scenes(rows, generator), draw_scenes(rows, generator)
-    prompts = batch_of(tuple(catalogue().captions[int(r)].text for r in rows))
+    prompts = batch_of(tuple(catalog().captions[int(r)].text for r in rows))
     means = []
     for level in (0.0, 0.4, 0.8):
         blur = Damage(torch.full((64,), DAMAGES.index("blur")), torch.full((64,), level))

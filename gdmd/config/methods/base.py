@@ -35,9 +35,9 @@ class DistillationConfig(Config):
         default="native",
         description="native = eps- or velocity-MSE (DMD2, DMDR); x0 = the paper's eq. 2, whose weight sits at late t.",
     )
-    normalise: bool = Field(
+    normalize: bool = Field(
         default=True,
-        description="Divide the regressed gradient by DMD2's per-sample normaliser n; false keeps x0_fake - x0_real.",
+        description="Divide the regressed gradient by DMD2's per-sample normalizer n; false keeps x0_fake - x0_real.",
     )
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from gdmd.config.methods.base import DistillationConfig
 
 
 class DmdConfig(DistillationConfig):
-    """Distribution matching distillation (arXiv 2311.18828) with DMD2's normaliser and update ratio."""
+    """Distribution matching distillation (arXiv 2311.18828) with DMD2's normalizer and update ratio."""
 
     kind: Literal["dmd"] = "dmd"
     fake_updates: Count = Field(default=5, description="Fake updates per outer iteration (DMD2: 5 : 1).")

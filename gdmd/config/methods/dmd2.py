@@ -24,7 +24,7 @@ class Dmd2Config(DistillationConfig):
     head_weight: NonNegative = Field(
         default=1e-2,
         description="Weight of the head's GAN loss in the fake's update; it also trains the fake (DMD2's SDXL script). "
-        "The head shares the fake's optimiser and learning rate, as in DMD2's code.",
+        "The head shares the fake's optimizer and learning rate, as in DMD2's code.",
     )
     gan_low: Probability = Field(
         default=0.0, description="Lowest re-noising t of the head's input (DMD2's script: 0 of 1000)."

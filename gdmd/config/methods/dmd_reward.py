@@ -83,7 +83,7 @@ class DmdNftConfig(GroupedDmdConfig):
     kind: Literal["dmd_nft"] = "dmd_nft"
     rl_weight: NonNegative = Field(
         default=1.0,
-        description="[I] Weight of L_NFT beside L_DMD; 0 is DMD. On Shapes, with normalise = false, its gradient at 1 is .2 "
+        description="[I] Weight of L_NFT beside L_DMD; 0 is DMD. On Shapes, with normalize = false, its gradient at 1 is .2 "
         "to 2.6 times as long as L_DMD's, and training diverges; .02 to .5 equals 1 / 3 to 3 of the plain r, 1 - r loss.",
     )
     noise_level: Probability = Field(
@@ -95,7 +95,7 @@ class DmdNftConfig(GroupedDmdConfig):
         default=0.1,
         description="beta of v+ and v- (DiffusionNFT's code: .1 for several rewards, as on Shapes; 1 for a single one).",
     )
-    self_normalise: bool = Field(
+    self_normalize: bool = Field(
         default=True, description="Divide each branch by its detached mean |x - target| (DiffusionNFT's code)."
     )
     old_decay: Probability = Field(

@@ -21,9 +21,9 @@ class GdmdConfig(DistillationConfig):
         default="all",
         description="DaGC: what varies in the group: t (one fake), fake versions (one t, eps), or all (the best).",
     )
-    score_target: Literal["raw", "normalised", "real", "continuation"] = Field(
+    score_target: Literal["raw", "normalized", "real", "continuation"] = Field(
         default="raw",
-        description="[I] What the reward sees: raw = x0 + x0_real - x0_fake, normalised = x0 - grad (can leave "
+        description="[I] What the reward sees: raw = x0 + x0_real - x0_fake, normalized = x0 - grad (can leave "
         "the data manifold), real = x0_real; continuation (beyond the paper) = finished pictures, see `continuations`.",
     )
     continuations: Count = Field(

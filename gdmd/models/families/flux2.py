@@ -1,4 +1,4 @@
-"""FLUX.2: rectified flow on packed latents that are normalised patch by patch, captions from three layers of one encoder.
+"""FLUX.2: rectified flow on packed latents that are normalized patch by patch, captions from three layers of one encoder.
 
 Two pipelines share it: dev has its guidance embedded, klein is guided in the plain way (its distilled checkpoints: not
 at all).
@@ -29,7 +29,7 @@ class Flux2(FlowFamily):
     """The network reads t itself, four numbers of place for every token, and (dev) model.embedded_guidance.
 
     The embedded guidance belongs to every role: set method.guidance = 1 to make no unconditional pass on top of it.
-    Latents are those of the VAE, normalised (``PatchCodec``); the pipeline's own are the same in patches of 2 x 2.
+    Latents are those of the VAE, normalized (``PatchCodec``); the pipeline's own are the same in patches of 2 x 2.
     """
 
     name: ClassVar[FamilyName] = "flux2"

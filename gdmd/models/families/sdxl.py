@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.config.model import DiffusersModel
-from gdmd.diffusion.device import sent
+from gdmd.diffusion.device import to_device_async
 from gdmd.models.families.base import PipelineText, network_dtype
 from gdmd.models.families.unet import UnetFamily
 from gdmd.types import Cond
@@ -33,7 +33,7 @@ class Sdxl(UnetFamily):
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
         size = torch.tensor([self.cfg.height, self.cfg.width, 0, 0, self.cfg.height, self.cfg.width])
-        time_ids = sent(size, x_t.device).to(dtype).expand(len(x_t), 6)
+        time_ids = to_device_async(size, x_t.device).to(dtype).expand(len(x_t), 6)
         return net(
             x_t.to(dtype),
             self.clock.step(t),

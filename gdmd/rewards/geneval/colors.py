@@ -1,7 +1,7 @@
 """GenEval's color classifier: zero-shot CLIP ViT-L/14 on each object, cut out by its mask (arXiv 2310.11513, section 3.2).
 
 The pixels of the mask on grey #999, cropped to the box, through CLIP's preprocessing. For each of the ten colors the unit
-text embeddings of three templates are averaged and normalised again; the color with the largest cosine wins.
+text embeddings of three templates are averaged and normalized again; the color with the largest cosine wins.
 """
 
 from __future__ import annotations

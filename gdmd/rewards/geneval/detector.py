@@ -1,7 +1,7 @@
 """GenEval's object detector without mmdet: Mask2Former Swin-S of transformers, its answers read as mmdet reads them.
 
 Input: the image resized to fit 1333 x 800 keeping its ratio (bilinear without antialias, 8 bits), padded with grey 128
-to multiples of 32, normalised. Output per image, of Q queries with class logits over C + 1 and mask logits:
+to multiples of 32, normalized. Output per image, of Q queries with class logits over C + 1 and mask logits:
 
     class score  softmax over C + 1 without "no object"; the best 100 of all Q x C (query, class) pairs
     mask         logits upsampled to the padded size, padding cut off, bilinear to the original size, > 0

@@ -37,5 +37,5 @@ class Mask2Former(Mask2FormerPreTrainedModel):
 
     def forward(self, pixel_values: Tensor) -> Queries:
         found = self.model(pixel_values=pixel_values, output_hidden_states=True)
-        normalised = found.transformer_decoder_intermediate_states[-1].transpose(0, 1)  # [B, Q, D], after the last norm
-        return Queries(self.class_predictor(normalised), found.masks_queries_logits[-1])
+        normalized = found.transformer_decoder_intermediate_states[-1].transpose(0, 1)  # [B, Q, D], after the last norm
+        return Queries(self.class_predictor(normalized), found.masks_queries_logits[-1])

@@ -6,7 +6,7 @@ Pure functions of detections and of a color classifier; no network, no image, no
   ``partial_credit``  share of the elementary demands that are met, in [0, 1]: a reward for training, not GenEval.
 
 Objects of a class are kept above a confidence of .3 (.9 where the task is counting), at most 16, best first. A color or
-a position is asked of the ``count`` best objects; all of them must answer. Position: with centres c and sizes s,
+a position is asked of the ``count`` best objects; all of them must answer. Position: with centers c and sizes s,
 
     offset = c_a - c_b,  rev = max(|offset| - 0.1 (s_a + s_b), 0) sign(offset),  (dx, dy) = rev / |offset|
 

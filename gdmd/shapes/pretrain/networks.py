@@ -19,12 +19,12 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import FlowSchedule, expand, renoise
 from gdmd.io import content_hash
 from gdmd.runs.assets import load_asset, save_asset
-from gdmd.shapes.grammar import NULL, catalogue, draw_rows
+from gdmd.shapes.grammar import NULL, catalog, draw_rows
 from gdmd.shapes.networks import ShapesDit, ShapesVae
 from gdmd.shapes.render import draw_scenes, render
 
 KL_WEIGHT = 3e-4
-"""Small: the latents shall be smooth, not Gaussian (their scale is normalised afterwards)."""
+"""Small: the latents shall be smooth, not Gaussian (their scale is normalized afterwards)."""
 CAPTION_DROPOUT = 0.1
 
 
@@ -55,16 +55,16 @@ def learning_rate(step: int, job: PretrainJob) -> float:
 
 
 class _Fit:
-    """The state of a running job: network, optimiser, EMA; saved as one safetensors file beside the asset."""
+    """The state of a running job: network, optimizer, EMA; saved as one safetensors file beside the asset."""
 
     def __init__(self, job: PretrainJob) -> None:
         self.job = job
         self.params = dict(job.module.named_parameters())
         self.shadow = {k: p.detach().clone() for k, p in self.params.items()}
-        self.optimiser = torch.optim.AdamW(self.params.values(), lr=job.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.params.values(), lr=job.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
     def step(self, step: int) -> Tensor:
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.job)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.job.bf16):
             loss = self.job.loss(step)
@@ -72,8 +72,8 @@ class _Fit:
         norm = nn.utils.clip_grad_norm_(self.params.values(), 1.0)
         if not bool(torch.isfinite(norm)):
             raise ValueError(f"{self.job.name}: gradient norm is {norm.item()} at step {step}; nothing was stepped")
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         decay = min(self.job.ema, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.shadow.values()), list(self.params.values()), 1 - decay)
@@ -83,7 +83,7 @@ class _Fit:
         found = {f"net.{k}": p.detach() for k, p in self.params.items()}
         found |= {f"ema.{k}": p for k, p in self.shadow.items()}
         for name, p in self.params.items():
-            found |= {f"opt.{key}.{name}": value for key, value in self.optimiser.state.get(p, {}).items()}
+            found |= {f"opt.{key}.{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -92,7 +92,7 @@ class _Fit:
                 p.copy_(tensors[f"net.{name}"])
                 self.shadow[name].copy_(tensors[f"ema.{name}"])
                 keys = ("step", "exp_avg", "exp_avg_sq")
-                self.optimiser.state[p] = {k: tensors[f"opt.{k}.{name}"].clone() for k in keys}
+                self.optimizer.state[p] = {k: tensors[f"opt.{k}.{name}"].clone() for k in keys}
 
     def finish(self) -> None:
         with torch.no_grad():
@@ -130,14 +130,14 @@ def fit(job: PretrainJob, target: Path, *, resume: bool = False, save_every: int
 
 
 def _batch(seed: int, step: int, count: int) -> tuple[Tensor, Tensor]:
-    """Fresh training images [B, 3, 32, 32] and their catalogue rows [B], from (seed, step) alone."""
+    """Fresh training images [B, 3, 32, 32] and their catalog rows [B], from (seed, step) alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     rows = draw_rows(count, generator)
     return render(draw_scenes(rows, generator)), rows
 
 
 def vae_job(steps: int = 1300, seed: int = 1, batch: int = 128) -> PretrainJob:
-    """KL-VAE: mean squared error + KL_WEIGHT x KL; at the end the latents are normalised per channel."""
+    """KL-VAE: mean squared error + KL_WEIGHT x KL; at the end the latents are normalized per channel."""
     torch.manual_seed(seed)
     vae = ShapesVae()
 
@@ -162,7 +162,7 @@ def vae_job(steps: int = 1300, seed: int = 1, batch: int = 128) -> PretrainJob:
 def teacher_job(vae: ShapesVae, steps: int = 12000, seed: int = 2, batch: int = 64) -> PretrainJob:
     """Flow matching (velocity MSE) with logit-normal t (arXiv 2403.03206) and CAPTION_DROPOUT for guidance."""
     torch.manual_seed(seed)
-    dit, schedule, tokens = ShapesDit(), FlowSchedule(), catalogue().tokens
+    dit, schedule, tokens = ShapesDit(), FlowSchedule(), catalog().tokens
 
     def loss(step: int) -> Tensor:
         images, rows = _batch(seed, step, batch)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gdmd.shapes.grammar import TASKS, Split, catalogue
+from gdmd.shapes.grammar import TASKS, Split, catalog
 from gdmd.shapes.pretrain.scorer_data import DAMAGES, Damage, damaged, draw_negatives, may_be_true, minimal_pair
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.shapes.scorer_networks import DualEncoder, Preference
@@ -45,7 +45,7 @@ def _with_mean(shares: list[float]) -> dict[str, float]:
 def _hard(net: DualEncoder | Preference, split: Split, task: int, count: int) -> dict[str, Any]:
     """Accuracy of one task; negatives may come from any split."""
     generator = torch.Generator().manual_seed(_SEED + task)
-    table = catalogue()
+    table = catalog()
     own = table.rows(split, task)
     rows = own[(torch.rand(count, generator=generator) * len(own)).long()]
     scenes = draw_scenes(rows, generator)
@@ -62,7 +62,7 @@ def _hard(net: DualEncoder | Preference, split: Split, task: int, count: int) ->
 def _graded(net: DualEncoder | Preference, kind: int, count: int) -> float:
     """Share of right orders between two levels of one damage to the same scene, on two-object captions of eval."""
     generator = torch.Generator().manual_seed(_SEED + 100 + kind)
-    table = catalogue()
+    table = catalog()
     own = table.rows("eval", TASKS.index("two_object"))
     rows = own[(torch.rand(count, generator=generator) * len(own)).long()]
     scenes, others = draw_scenes(rows, generator), draw_scenes(rows, generator)

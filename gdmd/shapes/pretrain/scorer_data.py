@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdmd.shapes.grammar import ANY, COLORS, INVERSE, SHAPES, SPLITS, TASKS, Caption, Split, catalogue, draw_rows
+from gdmd.shapes.grammar import ANY, COLORS, INVERSE, SHAPES, SPLITS, TASKS, Caption, Split, catalog, draw_rows
 from gdmd.shapes.render import BACKGROUND, WORLD32, Scenes, draw_scenes, render
 
 COUNTING, POSITION = TASKS.index("counting"), TASKS.index("position")
@@ -27,7 +27,7 @@ def hard_negatives(split: Split | None = "train") -> tuple[Tensor, Tensor]:
     split: the negatives themselves belong to this split or to all; None allows any. Returns ([P, N], count [P]),
     the rows padded with ANY.
     """
-    table = catalogue()
+    table = catalog()
     place = {_asked(c): row for row, c in enumerate(table.captions)}
     near: list[list[int]] = []
     for caption in table.captions:
@@ -69,7 +69,7 @@ def draw_negatives(rows: Tensor, generator: torch.Generator, split: Split | None
     """One uniformly drawn hard negative of each row, [B]; a row that has none in the split is an error."""
     near, count = hard_negatives(split)
     if bool((count[rows] == 0).any()):
-        lonely = [catalogue().captions[int(r)].text for r in rows if count[r] == 0]
+        lonely = [catalog().captions[int(r)].text for r in rows if count[r] == 0]
         raise ValueError(f"captions without a hard negative in split {split!r}: {lonely}; draw them from another split")
     choice = (torch.rand(len(rows), generator=generator) * count[rows]).long()
     return near[rows, choice]
@@ -80,7 +80,7 @@ def may_be_true(scenes: Scenes, rows: Tensor) -> Tensor:
 
     A counted caption needs its exact number, any other at least one; a relation needs a direction cosine of AXIS.
     """
-    table = catalogue()
+    table = catalog()
     shape, color, wanted = table.shape[rows], table.color[rows], table.count[rows]  # [N, 2]
     same = (scenes.shape[:, None, None] == shape[None, ..., None]) & scenes.present[:, None, None]  # [B, N, 2, K]
     same &= (color == ANY)[None, ..., None] | (scenes.color[:, None, None] == color[None, ..., None])
@@ -97,7 +97,7 @@ def may_be_true(scenes: Scenes, rows: Tensor) -> Tensor:
 
 def minimal_pair(scenes: Scenes, rows: Tensor, generator: torch.Generator) -> Scenes:
     """Scenes of the captions ``rows`` that copy from ``scenes`` whatever those captions leave open or share."""
-    table = catalogue()
+    table = catalog()
     fresh = draw_scenes(rows, generator)
     slots = fresh.shape.shape[1]
     second = (torch.arange(slots)[None] >= table.count[rows, :1]).long()
@@ -224,7 +224,7 @@ def _joined(scenes: Scenes, generator: torch.Generator) -> Scenes:
 
 
 def _blurred(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of width sigma [B] in pixels, as one matrix per side, renormalised at the edges."""
+    """Gaussian blur of width sigma [B] in pixels, as one matrix per side, renormalized at the edges."""
     place = torch.arange(float(images.shape[-1]))
     apart = (place[:, None] - place) / sigma[:, None, None].clamp_min(0.05)
     rows = torch.softmax(-0.5 * apart**2, -1)[:, None]  # [B, 1, 32, 32]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdmd.runs.assets import asset_path, load_asset, save_asset
-from gdmd.shapes.grammar import catalogue, draw_rows
+from gdmd.shapes.grammar import catalog, draw_rows
 from gdmd.shapes.pretrain.scorer_accuracy import measure
 from gdmd.shapes.pretrain.scorer_data import (
     DAMAGES,
@@ -37,7 +37,7 @@ from gdmd.shapes.scorer_networks import KINDS, DualEncoder, Kind, Preference, bu
 Net = DualEncoder | Preference
 LABEL_SHARPNESS = 3.0  # log odds of preferring a picture that is better by one wrong attribute
 POOL = 32  # steps whose scenes are drawn together
-MAX_SCALE = 50.0  # cap of the learned inverse temperature: a colder softmax only memorises
+MAX_SCALE = 50.0  # cap of the learned inverse temperature: a colder softmax only memorizes
 SHIPPED: dict[Kind, tuple[int, int]] = {  # (steps, seed) of the assets
     "shapes_clip": (1700, 0),
     "shapes_clip_heldout": (1500, 1),
@@ -102,7 +102,7 @@ def contrastive_loss(net: DualEncoder, stock: Stock, generator: torch.Generator)
     further = torch.cat([draw_negatives(rows, generator) for _ in range(2)])
     every = torch.cat([rows, further])  # [N], N = 3 * 2 * batch
     images = net.image_features(render(scenes))  # [2 batch, D]
-    texts = net.text_features(catalogue().tokens[every])  # [N, D]
+    texts = net.text_features(catalog().tokens[every])  # [N, D]
     own = torch.eye(len(rows), len(every), dtype=torch.bool)
     left_out = may_be_true(scenes, every) & ~own
     scale = net.log_scale.exp().clamp(max=MAX_SCALE)
@@ -154,7 +154,7 @@ def preference_loss(net: Preference, stock: Stock, generator: torch.Generator) -
     carry the loss; pairs across captions (weight 1/4) put all captions on one scale.
     """
     graded, batch = draw_graded(stock, generator), len(stock.rows)
-    tokens = catalogue().tokens[graded.rows.flatten()]
+    tokens = catalog().tokens[graded.rows.flatten()]
     r = net.raw(graded.images.flatten(0, 1), net.text_features(tokens)).view(4, batch)
     a, b = torch.triu_indices(4, 4, offset=1)
     within = _bradley_terry(r[a] - r[b], graded.severity[b] - graded.severity[a])
@@ -203,15 +203,15 @@ def pretrain_scorer(
     steps, seed = own_steps if steps is None else steps, own_seed if seed is None else seed
     cfg = ScorerConfig(kind, steps, seed, batch, checkpoint_every=checkpoint_every)
     net = _untrained(cfg)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98))
     path = None if target is None else Path(target)
-    first = load_checkpoint(checkpoint_path(path), cfg, net, optimiser) if resume and path else 0
+    first = load_checkpoint(checkpoint_path(path), cfg, net, optimizer) if resume and path else 0
     with _bar(cfg, first, progress) as advance:
         for step in range(first, cfg.steps):
-            loss = _train_step(cfg, net, optimiser, step)
+            loss = _train_step(cfg, net, optimizer, step)
             advance(loss)
             if path and (step + 1) % cfg.checkpoint_every == 0 and step + 1 < cfg.steps:
-                save_checkpoint(checkpoint_path(path), cfg, net, optimiser, step + 1)
+                save_checkpoint(checkpoint_path(path), cfg, net, optimizer, step + 1)
             if on_step is not None:
                 on_step(step, loss)
     net.requires_grad_(False).eval()
@@ -230,9 +230,9 @@ def _untrained(cfg: ScorerConfig) -> Net:
     return net
 
 
-def _train_step(cfg: ScorerConfig, net: Net, optimiser: torch.optim.Optimizer, step: int) -> float:
+def _train_step(cfg: ScorerConfig, net: Net, optimizer: torch.optim.Optimizer, step: int) -> float:
     generator, stock = step_generator(cfg.seed, step), stock_at(cfg, step)
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
     if isinstance(net, Preference):
         loss = preference_loss(net, stock, generator)
@@ -242,10 +242,10 @@ def _train_step(cfg: ScorerConfig, net: Net, optimiser: torch.optim.Optimizer, s
         raise ValueError(
             f"{cfg.kind}: the loss of step {step} is {loss.item()}; lower lr (now {cfg.lr}) and start again"
         )
-    optimiser.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    optimiser.step()
+    optimizer.step()
     return float(loss.detach())
 
 
@@ -254,7 +254,7 @@ def calibrate(net: Preference, seed: int, count: int = 1024) -> None:
     """Set ``origin`` to the mean of r on true renders of train captions and ``unit`` to LABEL_SHARPNESS."""
     generator = step_generator(seed, (1 << 32) - 1)
     rows = draw_rows(count, generator)
-    r = net.raw(render(draw_scenes(rows, generator)), net.text_features(catalogue().tokens[rows]))
+    r = net.raw(render(draw_scenes(rows, generator)), net.text_features(catalog().tokens[rows]))
     net.get_buffer("origin").copy_(r.mean())
     net.get_buffer("unit").fill_(LABEL_SHARPNESS)
 
@@ -280,17 +280,17 @@ def checkpoint_path(asset: Path) -> Path:
     return asset.with_suffix(".part")
 
 
-def save_checkpoint(path: Path, cfg: ScorerConfig, net: Net, optimiser: torch.optim.Optimizer, step: int) -> None:
+def save_checkpoint(path: Path, cfg: ScorerConfig, net: Net, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Weights, AdamW moments and the number of finished steps, written atomically."""
     tensors = {f"net/{name}": value for name, value in net.state_dict().items()}
     for name, parameter in net.named_parameters():
-        for part, value in optimiser.state[parameter].items():
+        for part, value in optimizer.state[parameter].items():
             tensors[f"{part}/{name}"] = value
     facts = {"step": step, "config": asdict(cfg)}
     save_asset(path, tensors, command=cfg.command, seed=cfg.seed, metadata=facts)
 
 
-def load_checkpoint(path: Path, cfg: ScorerConfig, net: Net, optimiser: torch.optim.Optimizer) -> int:
+def load_checkpoint(path: Path, cfg: ScorerConfig, net: Net, optimizer: torch.optim.Optimizer) -> int:
     """Restore a checkpoint in place; the number of finished steps (0 where there is none).
 
     ValueError when it belongs to another configuration, RunError when it is corrupt.
@@ -308,7 +308,7 @@ def load_checkpoint(path: Path, cfg: ScorerConfig, net: Net, optimiser: torch.op
     net.load_state_dict({name[4:]: value for name, value in saved.tensors.items() if name.startswith("net/")})
     for name, parameter in net.named_parameters():
         parts = ("step", "exp_avg", "exp_avg_sq")
-        optimiser.state[parameter] = {part: saved.tensors[f"{part}/{name}"] for part in parts}
+        optimizer.state[parameter] = {part: saved.tensors[f"{part}/{name}"] for part in parts}
     return int(saved.metadata["step"])
 
 
