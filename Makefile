@@ -26,10 +26,10 @@ test: $(VENV)/.installed-dev  ## run all tests
 	$(ONE_THREAD) $(PYTEST)
 
 fuzz: $(VENV)/.installed-dev  ## thousands of malformed inputs, other ones each time (minutes)
-	$(ONE_THREAD) $(PYTEST) --hypothesis-profile=fuzz tests/unit/test_malformed_*.py
+	$(ONE_THREAD) $(PYTEST) --hypothesis-profile=fuzz tests/*/test_malformed_*.py
 
 soak: $(VENV)/.installed-dev  ## 200 random kills and resumes of a tiny run, compared with the whole one (minutes)
-	$(ONE_THREAD) $(BIN)/python tests/soak/soak.py
+	$(ONE_THREAD) $(BIN)/python tests/support/soak.py
 
 lint: $(VENV)/.installed-dev  ## ruff, format check, and mypy (strict on levels 0 to 2)
 	$(BIN)/ruff check .

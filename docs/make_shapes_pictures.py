@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 
-from gdmd.shapes.roles import ShapesCodec, load_vae
-from gdmd.reporting.grids import write_grid
 from gdmd.diffusion.generate import images_of, teacher_sampler
 from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe
+from gdmd.reporting.grids import write_grid
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.shapes.detect import detect
 from gdmd.shapes.grammar import TASKS, catalogue, fixed_rows
 from gdmd.shapes.render import draw_scenes, render
+from gdmd.shapes.roles import ShapesCodec, load_vae
 
 FOLDER = Path(__file__).parent / "img"
 COLUMNS = 8

@@ -11,12 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gdmd.cli import evaluate as results
-from gdmd.cli import export, latents
-from gdmd.cli import info as components
-from gdmd.cli import profile as bench
-from gdmd.cli import sweep as compare
-from gdmd.cli import train as training
+from gdmd.cli import evaluate, export, info, latents, profile, sweep, train
 from gdmd.cli.geneval import eval_app
 from gdmd.cli.plan import plan_command
 from gdmd.cli.rewards import rewards_app
@@ -31,19 +26,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-app.command("train")(training.train_command)
+app.command("train")(train.train_command)
 app.command("plan")(plan_command)
 app.command("latents")(latents.latents_command)
-app.command("demo")(training.demo_command)
-app.command("compare")(compare.compare_command)
+app.command("demo")(train.demo_command)
+app.command("sweep")(sweep.sweep_command)
 app.add_typer(eval_app, name="eval")
-app.command("sample")(results.sample_command)
-app.command("report")(results.report_command)
+app.command("sample")(evaluate.sample_command)
+app.command("report")(evaluate.report_command)
 app.command("export")(export.export_command)
-app.command("recipes")(components.recipes_command)
-app.command("bench")(bench.bench_command)
-app.command("doctor")(components.doctor_command)
-app.command("pretrain")(components.pretrain_command)
+app.command("recipes")(info.recipes_command)
+app.command("profile")(profile.profile_command)
+app.command("doctor")(info.doctor_command)
+app.command("pretrain")(info.pretrain_command)
 app.add_typer(rewards_app, name="rewards")
 app.add_typer(study_app, name="study")
 

@@ -1,4 +1,4 @@
-"""``gdmd bench``."""
+"""``gdmd profile``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from gdmd.cli.common import Json, print_json
 
 
-def bench_command(
+def profile_command(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, or a .yaml file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Measured outer iterations, after one to warm up.")] = 8,
@@ -23,9 +23,9 @@ def bench_command(
 
     \b
     Examples:
-      gdmd bench shapes
-      gdmd bench shapes_smoke loop.threads=1 --iterations 3
-      gdmd bench dmd2 loop.batch_size=32 --json > dmd2.json
+      gdmd profile shapes
+      gdmd profile shapes_smoke loop.threads=1 --iterations 3
+      gdmd profile dmd2 loop.batch_size=32 --json > dmd2.json
     """
     from gdmd.recipes.read import read_recipe
 

@@ -1,4 +1,4 @@
-"""``gdmd compare``."""
+"""``gdmd sweep``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from gdmd.sweep.spec import Comparison
 
 Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A comparison: a shipped one's name, or a .yaml file.")]
-Out = Annotated[
-    Path | None, typer.Option("--out", help="Folder of cells, table and pages; default: runs/compare-SPEC.")
-]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of cells, table and pages; default: runs/sweep-SPEC.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Cells at a time, one CPU thread each; default: the cores.")]
 Only = Annotated[
     list[str] | None,
@@ -26,7 +24,7 @@ Only = Annotated[
 PagesOnly = Annotated[bool, typer.Option("--pages-only", help="Make the pages again from the table.")]
 
 
-def compare_command(
+def sweep_command(
     spec: Spec,
     folder: Out = None,
     jobs: Jobs = None,
@@ -41,11 +39,11 @@ def compare_command(
 
     \b
     Examples:
-      gdmd compare smoke                                  every table and figure from tiny budgets
-      gdmd compare headline --out runs/headline
-      gdmd compare headline --out runs/headline --only gdmd --only 'dmd*/0'
-      gdmd compare mine.yaml --jobs 4 --json > summary.json
-      gdmd compare headline --out docs/results --pages-only
+      gdmd sweep smoke                                  every table and figure from tiny budgets
+      gdmd sweep headline --out runs/headline
+      gdmd sweep headline --out runs/headline --only gdmd --only 'dmd*/0'
+      gdmd sweep mine.yaml --jobs 4 --json > summary.json
+      gdmd sweep headline --out docs/results --pages-only
 
     \b
     Exit codes: 0 done, 1 a cell failed (the others are done), 2 bad input, 130 Ctrl-C, 143 SIGTERM.
@@ -56,7 +54,7 @@ def compare_command(
     from gdmd.sweep.cells import chosen, plan
     from gdmd.sweep.pool import Outcome, run_comparison
 
-    where = folder or Path("runs") / f"compare-{comparison.spec.name}"
+    where = folder or Path("runs") / f"sweep-{comparison.spec.name}"
     chosen(plan(comparison), only or [])  # a wrong pattern is an error before anything is written
     outcome = Outcome(where)
     if not pages_only:

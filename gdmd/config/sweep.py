@@ -98,7 +98,7 @@ class PictureSpec(Config):
 
 
 class CompareSpec(Config):
-    """``gdmd compare SPEC``: rows x seeds x budgets."""
+    """``gdmd sweep SPEC``: rows x seeds x budgets."""
 
     name: RowName
     about: str = ""

@@ -146,7 +146,9 @@ class CachedText:
                         rows[file, row] = {name: part[row : row + 1] for name, part in slices.items()}
                         self._written.check((file, row), rows[file, row])
         names = rows[wanted[0]].keys()
-        return {name: to_device_async(torch.cat([rows[place][name] for place in wanted]), self.device) for name in names}
+        return {
+            name: to_device_async(torch.cat([rows[place][name] for place in wanted]), self.device) for name in names
+        }
 
 
 def shard_of(folder: Path, entries: Sequence[str]) -> Path:

@@ -68,13 +68,17 @@ class Generation:
     images_per_s_decoded: float  # sampler and decoder
 
 
-def student_sampler(components: Components, denoiser: Denoiser, steps: Sequence[float], name: str = "student") -> Sampler:
+def student_sampler(
+    components: Components, denoiser: Denoiser, steps: Sequence[float], name: str = "student"
+) -> Sampler:
     """Predict x0, re-noise to the next of ``steps`` (times from 1 down): len(steps) NFE."""
 
     def latents(texts: Sequence[str], rng: SampleRng) -> Tensor:
         noise = rng.normal("eval_noise", components.latent_shape)
         again = lambda i: rng.normal("eval_rollout", components.latent_shape, i)  # noqa: E731
-        return few_step_sample(denoiser, noise, steps, components.encoder.encode(texts), again, components.roles.schedule)
+        return few_step_sample(
+            denoiser, noise, steps, components.encoder.encode(texts), again, components.roles.schedule
+        )
 
     return Sampler(name, len(steps), latents)
 
@@ -99,7 +103,9 @@ def images_of(sampler: Sampler, components: Components, texts: Sequence[str], se
 
 
 @torch.no_grad()
-def generate(sampler: Sampler, components: Components, texts: Sequence[str], seed: int, batch: int = BATCH) -> Generation:
+def generate(
+    sampler: Sampler, components: Components, texts: Sequence[str], seed: int, batch: int = BATCH
+) -> Generation:
     """The same images, timed: median over the batches of equal size, after an untimed call."""
     device = _device(components)
     for own, rng in _batches(texts[:WARM_UP], seed, WARM_UP, device):

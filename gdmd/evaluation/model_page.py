@@ -12,6 +12,7 @@ from typing import Any
 
 from gdmd.io import write_atomic
 from gdmd.reporting.plots import axes_radar, radar
+from gdmd.shapes.grammar import TASKS
 from gdmd.sources.folders import read_image
 
 LARGEST = 320
@@ -165,7 +166,7 @@ def _facts(row: Row) -> str:
 
 def _radar(rows: Mapping[str, Row]) -> str:
     if all(row.get("shapeseval") for row in rows.values()):
-        return radar(rows)
+        return radar(rows, TASKS)
     labels = [line.title for line in score_lines(rows)]
     values = {name: [(row["scores"].get(label) or {}).get("mean") for label in labels] for name, row in rows.items()}
     return axes_radar(labels, values, "Scorers, each from the worst model (inner ring) to the best (rim)")

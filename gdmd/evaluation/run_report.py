@@ -102,7 +102,7 @@ def write_report(
         columns=columns,
         table=_table(rows, columns),
         trained=sorted(trained),
-        radar=radar(rows) if rows else "",
+        radar=radar(rows, TASKS) if rows else "",
         speed=bars(_speeds(rows), "Sampling speed without decoding", "images / s"),
         grids=[(name, _embedded(png)) for name, png in (grids or {}).items()],
         facts=facts or {},

@@ -1,4 +1,4 @@
-"""What ``gdmd bench`` does: time iterations of a recipe beside their bare calls, count passes, FLOP and host syncs.
+"""What ``gdmd profile`` does: time iterations of a recipe beside their bare calls, count passes, FLOP and host syncs.
 
 Every round makes one outer iteration three times on the same prompts: with its optimizers as in training; without them,
 its calls recorded by hooks; and the recorded calls alone. Rounds are short, so that a busy machine slows all three.
@@ -73,7 +73,9 @@ class Bench:
             self.components.encoder.prepare([text for group in self.components.stream.groups for text in group])
         self.clock = clock
         nets = [one.net for one in watched(self.components.roles) if one.who() != GAN_HEAD]
-        self.method = Counted(self.components.method, nets, share_of(self.components.roles), backward_of(self.components.roles))
+        self.method = Counted(
+            self.components.method, nets, share_of(self.components.roles), backward_of(self.components.roles)
+        )
         self.reading, self.trained_f = reading(self.components.roles), trained_f(cfg)
         self.states: dict[Role, RoleState] = role_states(self.components.roles, cfg.loop)
         self.device = next(iter(self.states["student"].parameters.values())).device

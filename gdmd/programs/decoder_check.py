@@ -35,7 +35,12 @@ def check_decoder(cfg: RunConfig, components: Components, run: Path, console: Co
     Nothing for a run without a scoring decoder.
     """
     model, file = cfg.model, run / FILE
-    if not isinstance(model, DiffusersModel) or components.scoring is None or not model.scoring_check or not components.rewards:
+    if (
+        not isinstance(model, DiffusersModel)
+        or components.scoring is None
+        or not model.scoring_check
+        or not components.rewards
+    ):
         return
     key = _key(cfg, model, components.stream.at(0, 0, model.scoring_check).text)
     if file.exists() and _read(file).get("key") == key:

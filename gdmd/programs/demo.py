@@ -143,7 +143,12 @@ def _load(components: Components, run: Run, step: int) -> None:
 
 
 def _report(
-    cfg: RunConfig, folder: Path, runs: Mapping[str, Run], samplers: list[Sampler], rows: Mapping[str, Row], components: Components
+    cfg: RunConfig,
+    folder: Path,
+    runs: Mapping[str, Run],
+    samplers: list[Sampler],
+    rows: Mapping[str, Row],
+    components: Components,
 ) -> Path:
     """report.html of the whole demo, with all samplers side by side from the same noise."""
     grid = folder / "comparison.png"

@@ -189,7 +189,9 @@ def check_prompts(cfg: RunConfig, console: Console = QUIET) -> None:
             raise ValueError(f"prompt file {cfg.prompts.file}, {prompt.where}: {error}") from error
 
 
-def go(cfg: RunConfig, run: Run, components: Components, console: Console, *, evaluation: bool, world: World = SINGLE) -> Trained:
+def go(
+    cfg: RunConfig, run: Run, components: Components, console: Console, *, evaluation: bool, world: World = SINGLE
+) -> Trained:
     """Train ``run`` from where it stands to its last step; then evaluate and report unless it was interrupted."""
     console.print(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name, markup=False, highlight=False)
     console.print(f"{student(cfg)}; {length(cfg)}", markup=False, highlight=False)
@@ -207,7 +209,9 @@ def go(cfg: RunConfig, run: Run, components: Components, console: Console, *, ev
         def stats() -> Mapping[str, Any]:
             return {**reward_stats(components.rewards), **(scorer.stats() if scorer else {})}
 
-        hooks = Hooks(watcher, grid_hook(components, cfg), stats, lambda name: reason_unscored(components.rewards, name))
+        hooks = Hooks(
+            watcher, grid_hook(components, cfg), stats, lambda name: reason_unscored(components.rewards, name)
+        )
         end = train(components.method, components.roles, components.stream, cfg.loop, run, hooks, world)
     trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began)
     if end.signal is not None or not evaluation or not world.first:

@@ -80,7 +80,9 @@ def teacher_row(cfg: RunConfig, components: Components, what: str) -> Sampler:
 def student_row(cfg: RunConfig, components: Components, name: str = "") -> Sampler:
     """The few-step student as it is now."""
     steps = components.student_steps or cfg.method.student_steps
-    return student_sampler(components, components.roles.student, steps, f"{name or cfg.method.kind.upper()}, {len(steps)} steps")
+    return student_sampler(
+        components, components.roles.student, steps, f"{name or cfg.method.kind.upper()}, {len(steps)} steps"
+    )
 
 
 def image_batch(cfg: RunConfig) -> int:

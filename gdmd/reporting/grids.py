@@ -89,12 +89,19 @@ def same_noise_cells(
 ) -> Tensor:
     """[R, len(samplers) * per_caption, 3, S, S]: every sampler makes image (caption, k) from the same noise."""
     texts = [text for text in captions for _ in range(per_caption)]
-    sides = [images_of(sampler, components, texts, seed).unflatten(0, (len(captions), per_caption)) for sampler in samplers]
+    sides = [
+        images_of(sampler, components, texts, seed).unflatten(0, (len(captions), per_caption)) for sampler in samplers
+    ]
     return torch.cat(sides, 1)
 
 
 def write_comparison(
-    path: Path, samplers: Sequence[Sampler], components: Components, captions: Sequence[str], seed: int, per_caption: int = 2
+    path: Path,
+    samplers: Sequence[Sampler],
+    components: Components,
+    captions: Sequence[str],
+    seed: int,
+    per_caption: int = 2,
 ) -> Path:
     """The side-by-side grid of samplers (the teacher first, then students) from the same noise."""
     cells = same_noise_cells(samplers, components, captions, seed, per_caption)

@@ -11,8 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gdmd.shapes.grammar import TASKS
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -61,19 +59,19 @@ def curves(metrics: Metrics, keys: Mapping[str, str], title: str, unit: str = ""
         return _svg(figure, title)
 
 
-def radar(rows: Mapping[str, Mapping[str, Any]], title: str = "ShapesEval by task") -> str:
-    """One closed line per row (name -> Evaluation.json()) over the six tasks, 0 in the middle, 1 at the rim."""
+def radar(rows: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], title: str = "ShapesEval by task") -> str:
+    """One closed line per row (name -> Evaluation.json()) over the tasks, 0 in the middle, 1 at the rim."""
     with _styled(title):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(5.6, 4.2), layout="constrained")
         axes: Any = figure.add_subplot(projection="polar")
-        angles = [2 * math.pi * k / len(TASKS) for k in range(len(TASKS))]
+        angles = [2 * math.pi * k / len(tasks) for k in range(len(tasks))]
         for k, (name, row) in enumerate(rows.items()):
-            values = [_number(row["shapeseval"].get(task)) for task in TASKS]
+            values = [_number(row["shapeseval"].get(task)) for task in tasks]
             axes.plot([*angles, angles[0]], [*values, values[0]], color=PALETTE[k % 8], label=name, linewidth=1.8)
             axes.fill(angles, values, color=PALETTE[k % 8], alpha=0.06)
-        axes.set_xticks(angles, [task.replace("_", " ") for task in TASKS])
+        axes.set_xticks(angles, [task.replace("_", " ") for task in tasks])
         axes.tick_params(axis="x", pad=10)
         axes.set_ylim(0, 1)
         axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["", ".5", "", "1"])

@@ -89,7 +89,7 @@ def evaluate(
         rewards={scorer.name: mean_score(scorer, images, texts, components.encoder) for scorer in scorers},
         fidelity=float(fidelity(images, detections).mean()),
         coverage=coverage(detections, rows, correct),
-        diversity=pairwise_distance(seen, rows) if len(rows.unique()) < len(rows) else math.nan,
+        diversity=pairwise_distance(seen, rows) if len(rows.unique()) < len(rows) else math.nan,  # type: ignore[no-untyped-call]
         frechet=frechet_distance(seen, _in_batches(features, reals)),
         interval=bootstrap_interval(correct, task, texts, cfg.seed),
         texts=texts,
@@ -120,7 +120,7 @@ def bootstrap_interval(
     """
     generator = torch.Generator().manual_seed(seed)
     means = []
-    for index in task.unique().tolist():
+    for index in task.unique().tolist():  # type: ignore[no-untyped-call]
         mine = torch.nonzero(task == index)[:, 0].tolist()
         order = {text: place for place, text in enumerate(dict.fromkeys(texts[i] for i in mine))}
         cluster = torch.tensor([order[texts[i]] for i in mine])
@@ -144,7 +144,7 @@ def _features(scorers: Sequence[Reward]) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def _in_batches(features: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return torch.cat([features(part) for part in images.split(SCORED)])
+    return torch.cat([features(part) for part in images.split(SCORED)])  # type: ignore[no-untyped-call]
 
 
 def _check_finite(images: Tensor, name: str) -> None:

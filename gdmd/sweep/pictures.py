@@ -116,7 +116,8 @@ def _plane(features: Tensor) -> tuple[Tensor, Tensor]:
 def _grid(path: Path, shown: Sequence[Shown], captions: Sequence[str], seed: int) -> None:
     texts = [text for text in captions for _ in range(PER_CAPTION)]
     sides = [
-        images_of(each.sampler, each.components, texts, seed).unflatten(0, (len(captions), PER_CAPTION)) for each in shown
+        images_of(each.sampler, each.components, texts, seed).unflatten(0, (len(captions), PER_CAPTION))
+        for each in shown
     ]
     write_grid(path, torch.cat(sides, 1), captions, [each.title for each in shown], scale=2, option="--out")
 

@@ -1,4 +1,4 @@
-"""What ``gdmd compare`` does: run the cells that are not finished, several at once, then write the pages. No torch here.
+"""What ``gdmd sweep`` does: run the cells that are not finished, several at once, then write the pages. No torch here.
 
 Every cell is a process of its own (``programs.compare_job``), so that a failing one stops no other, memory is measured
 per method, and a signal reaches each training at the end of an iteration.
@@ -105,7 +105,7 @@ class Table:
     def add(self, cell: Cell) -> dict[str, Any]:
         """Append the line of a finished cell, unless it is there; that of an earlier result is replaced."""
         file = cell.folder(self.path.parent) / "result.json"
-        command = f"gdmd compare {typed(self.source)} --only {cell.place}"
+        command = f"gdmd sweep {typed(self.source)} --only {cell.place}"
         line = line_of(cell, read_json(file, "Delete it, and the cell is measured again."), command)
         known = self._rows.get(cell.key)
         self._rows[cell.key] = line
@@ -245,7 +245,7 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunError(f"{folder}: another gdmd compare is running there; wait for it or use --out") from error
+            raise RunError(f"{folder}: another gdmd sweep is running there; wait for it or use --out") from error
         yield
 
 

@@ -44,7 +44,7 @@ def write_pages(comparison: Comparison, source: str, folder: Path, *, required: 
     about = About(
         title=f"Comparison on Shapes: {spec.name}",
         about=spec.about,
-        command=f"gdmd compare {typed(source)}",  # without --out: that folder is nobody else's
+        command=f"gdmd sweep {typed(source)}",  # without --out: that folder is nobody else's
         beginning=beginning(spec),
         seeds=spec.seeds,
         reference=reference,
@@ -85,7 +85,7 @@ def other_seeds(spec: CompareSpec) -> str:
 
 
 def summary(comparison: Comparison, outcome: Outcome) -> dict[str, Any]:
-    """What ``gdmd compare --json`` prints."""
+    """What ``gdmd sweep --json`` prints."""
     results, missing = results_of(comparison, outcome.folder)
     tests = {each.row.name: each for each in against_headline(results, OVERALL)}
     return {

@@ -50,7 +50,7 @@ def main(folder: Path, parent: int | None = None) -> int:
         if (folder / "result.json").exists():
             return 0
         try:
-            job = read_json(folder / "job.json", "Start gdmd compare again, which writes it.")
+            job = read_json(folder / "job.json", "Start gdmd sweep again, which writes it.")
             result = _teacher(job) if "teacher" in job else _student(job, folder)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -126,7 +126,9 @@ def _student(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
     return measured | cost | {"statistics": statistics_of(run), "points": points} | _facts(cfg, began)
 
 
-def measures(cfg: RunConfig, components: Components, sampler: Sampler, split: Any, size: EvalConfig | None = None) -> dict[str, Any]:
+def measures(
+    cfg: RunConfig, components: Components, sampler: Sampler, split: Any, size: EvalConfig | None = None
+) -> dict[str, Any]:
     """The measured part of a table line; ``shapeseval`` is the overall score, ``tasks`` holds the six."""
     row = evaluate(sampler, components, size or cfg.eval, all_scorers(cfg), split).json()
     tasks = dict(row.pop("shapeseval"))

@@ -50,7 +50,13 @@ class _Watchdog(threading.Thread):
         self, rank_info: RankInfo, pulse: Callable[[], int], store: Store, patience: float, standing: Callable[[], str]
     ) -> None:
         super().__init__(name="gdmd-watchdog", daemon=True)
-        self.rank_info, self.pulse, self.store, self.patience, self.standing = rank_info, pulse, store, patience, standing
+        self.rank_info, self.pulse, self.store, self.patience, self.standing = (
+            rank_info,
+            pulse,
+            store,
+            patience,
+            standing,
+        )
         self.stopping = threading.Event()
         self._host = socket.gethostname()
 

@@ -14,13 +14,13 @@ from source_rules import (
 )
 
 GDMD = sources("gdmd")
-PURE = sources("gdmd/diffusion", "gdmd/losses", "gdmd/shapes")
+PURE = sources("gdmd/diffusion", "gdmd/losses")
 NOUNS = {**sources("gdmd/config"), "gdmd/types.py": GDMD["gdmd/types.py"]}
 
 
 def test_the_checks_see_the_package() -> None:
     assert len(GDMD) > 20
-    assert {path.split("/")[1] for path in PURE} == {"diffusion", "losses", "shapes"}
+    assert {path.split("/")[1] for path in PURE} == {"diffusion", "losses"}
     assert "gdmd/config/load.py" in NOUNS
     folders = {folder.name for folder in PACKAGE.iterdir() if list(folder.glob("*.py"))}
     assert folders <= LEVELS.keys(), f"packages without a level: {folders - LEVELS.keys()}"

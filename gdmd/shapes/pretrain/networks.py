@@ -68,7 +68,7 @@ class _Fit:
             group["lr"] = learning_rate(step, self.job)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.job.bf16):
             loss = self.job.loss(step)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.params.values(), 1.0)
         if not bool(torch.isfinite(norm)):
             raise ValueError(f"{self.job.name}: gradient norm is {norm.item()} at step {step}; nothing was stepped")

@@ -132,8 +132,12 @@ def draw_graded(stock: Stock, generator: torch.Generator) -> Graded:
     swapped, failed, clean = unit[0] < 1 / 3, unit[1] < 0.4, unit[2] < 0.8
     second = choose(swapped, stock.true, stock.wrong)
     fourth = choose(failed, stock.wrong_again, stock.again)
-    ghosts = (stock.again, choose(swapped, stock.again, stock.wrong_again), stock.true)
-    ghosts = joined(*ghosts, choose(failed, stock.wrong, stock.true))
+    ghosts = joined(
+        stock.again,
+        choose(swapped, stock.again, stock.wrong_again),
+        stock.true,
+        choose(failed, stock.wrong, stock.true),
+    )
     overlap = DAMAGES.index("overlap")
     kind = 1 + torch.randint(len(DAMAGES) - 1, (batch,), generator=generator)
     kind = torch.where((kind == overlap) & ~stock.again.present[:, 1], 1, kind)
@@ -144,7 +148,7 @@ def draw_graded(stock: Stock, generator: torch.Generator) -> Graded:
     right = torch.zeros(batch)
     severity = damage.severity.view(4, batch) + torch.stack([right, right + 1, right, failed.float()])
     judged = torch.stack([stock.rows, torch.where(swapped, stock.near, stock.rows), stock.rows, stock.rows])
-    return Graded(images.unflatten(0, (4, batch)), judged, severity)
+    return Graded(images.unflatten(0, (4, batch)), judged, severity)  # type: ignore[no-untyped-call]
 
 
 def preference_loss(net: Preference, stock: Stock, generator: torch.Generator) -> Tensor:
@@ -243,7 +247,7 @@ def _train_step(cfg: ScorerConfig, net: Net, optimizer: torch.optim.Optimizer, s
             f"{cfg.kind}: the loss of step {step} is {loss.item()}; lower lr (now {cfg.lr}) and start again"
         )
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
     return float(loss.detach())

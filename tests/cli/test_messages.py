@@ -1,0 +1,207 @@
+"""What the program says to common mistakes, word for word: the sentence that counts first, then what to write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli_world import Gdmd
+
+from gdmd.cli.app import main
+
+KINDS = (
+    "shapes_clip, shapes_pref, shapes_clip_heldout, shapes_partial_credit, clip, hps, hps_v2, pickscore, imagereward, "
+    "aesthetic, geneval, ocr, callable, remote, composite"
+)
+
+
+@pytest.fixture
+def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gdmd:
+    """The program in an empty current folder."""
+    return Gdmd(main, tmp_path / "none", tmp_path, monkeypatch, capsys)
+
+
+def lines(gdmd: Gdmd, *arguments: str) -> list[str]:
+    """What is on stderr after exit code 2, without the label; never a traceback, a library's name or an empty part."""
+    finished = gdmd(*arguments)
+    assert finished.code == 2 and finished.out == "", finished
+    for word in ("Traceback", "pydantic", "Value error", ": :", "valid tuple", "Input tag", "(the whole config)"):
+        assert word not in finished.err, finished.err
+    return [line.removeprefix("error: ") for line in finished.err.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rewards=clip", "rewards: got 'clip': should be a list of {kind: ...}; write 'rewards=[{kind: clip}]'"),
+        (
+            "rewards=clip,pickscore",
+            "rewards: got 'clip,pickscore': should be a list of {kind: ...}; "
+            "write 'rewards=[{kind: clip}, {kind: pickscore}]'",
+        ),
+        (
+            "rewards=my_rewards:warm",
+            "rewards: got 'my_rewards:warm': should be a list of {kind: ...}; "
+            "write 'rewards=[{kind: callable, target: my_rewards:warm}]'",
+        ),
+        (
+            "rewards=my_rewards.py",
+            "rewards: got 'my_rewards.py': should be a list of {kind: ...}; "
+            "write 'rewards=[{kind: callable, target: my_rewards.py:FUNCTION}]'",
+        ),
+        ("rewards={kind: clip}", "rewards: should be a list of {kind: ...}; write 'rewards=[{kind: clip}]'"),
+        ("rewards=[clip]", "rewards.0: got 'clip': should be {kind: ...}; write {kind: clip}"),
+        ("rewards.0=hps", "rewards.0: got 'hps': should be {kind: ...}; write {kind: hps}"),
+        ("rewards=[{kind: clipp}]", "rewards.0.kind: got 'clipp': unknown kind; did you mean 'clip'?"),
+        ("rewards=CLIP", "rewards: got 'CLIP': should be a list of {kind: ...}; write 'rewards=[{kind: clip}]'"),
+        ("rewards=[{kind: HPSv2}]", "rewards.0.kind: got 'HPSv2': unknown kind; did you mean 'hps_v2'?"),
+        (
+            "rewards=[{kind: clip, weight: 2}]",
+            "rewards.0.weight: got 2: unknown key; weights belong to the parts of a composite: "
+            "{kind: composite, parts: [{reward: {kind: ...}, weight: ...}]}",
+        ),
+        (
+            "rewards=[{kind: composite, parts: [clip]}]",
+            "rewards.0.parts.0: got 'clip': should be a mapping; write {reward: {kind: clip}}",
+        ),
+        (
+            "rewards=[{kind: composite, parts: [{reward: clip}]}]",
+            "rewards.0.parts.0.reward: got 'clip': should be {kind: ...}; write {kind: clip}",
+        ),
+        ("model=/models/sdxl", "model: got '/models/sdxl': should be a mapping; write 'model.path=/models/sdxl'"),
+        (
+            "rewards=[{kid: clip}]",
+            f"rewards.0: the key 'kind' is missing; write {{kind: ..., ...}}; known are: {KINDS}",
+        ),
+        (
+            "rewards=[{kind: callable, target: my_rewards.py}]",
+            "rewards.0.target: got 'my_rewards.py': names a file without its function; write my_rewards.py:FUNCTION",
+        ),
+        (
+            "rewards=[{kind: callable, target: warm}]",
+            "rewards.0.target: got 'warm': does not name a function; write module:function or path/to/file.py:function, "
+            "like my_rewards.py:warm",
+        ),
+        (
+            "rewards=[{kind: remote, url: 'host:8766', reward: hps}]",
+            "rewards.0.url: got 'host:8766': is not an address; write http://HOST:PORT, like http://host:8766",
+        ),
+        ("loop.lr=1e-4", "loop.lr: got '1e-4': unknown key; did you mean loop.lr_student or loop.lr_fake?"),
+        ("learning_rate=0.1", "learning_rate: got 0.1: unknown key; did you mean loop.lr_student or loop.lr_fake?"),
+        ("max_train_steps=9", "max_train_steps: got 9: unknown key; did you mean loop.steps?"),
+        (
+            "loop.gradient_accumulation_steps=2",
+            "loop.gradient_accumulation_steps: got 2: unknown key; did you mean loop.micro_batch?",
+        ),
+        ("mixed_precision=bf16", "mixed_precision: got 'bf16': unknown key; did you mean loop.precision?"),
+        ("batch_size=8", "batch_size: got 8: unknown key; did you mean loop.batch_size?"),
+        ("gamma=1", "gamma: got 1: unknown key; did you mean method.gamma?"),
+        ("loop.gamma=1", "loop.gamma: got 1: unknown key; did you mean method.gamma?"),
+        ("method.guidance_scale=3", "method.guidance_scale: got 3: unknown key; did you mean method.guidance?"),
+        ("output_dir=x", "output_dir: got 'x': unknown key; it is the option --run FOLDER"),
+        ("loop.qqq=1", "loop.qqq: got 1: unknown key; `gdmd recipes RECIPE` prints every key of a recipe"),
+        ("prompts=p.txt", "prompts: got 'p.txt': should be a mapping; write 'prompts.file=p.txt'"),
+        ("loop.betas=0.9", "loop.betas: got 0.9: should be a list; write 'loop.betas=[0.9]'"),
+        ("loop.betas=[0.9, 0.9, 0.9]", "loop.betas: got [0.9, 0.9, 0.9]: should have at most 2 items, not 3"),
+        ("loop.ema_warmup=maybe", "loop.ema_warmup: got 'maybe': should be true or false"),
+    ],
+)
+def test_a_wrong_override_says_what_to_write(gdmd: Gdmd, override: str, message: str) -> None:
+    assert lines(gdmd, "train", "shapes_smoke", override) == [f"shapes_smoke.yaml (override '{override}'): {message}"]
+    assert not list(gdmd.folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rewards=[]"], "shapes_smoke.yaml: method gdmd reads rewards and needs at least one under `rewards`"),
+        (
+            ["loop.batch_size=10", "loop.micro_batch=3"],
+            "shapes_smoke.yaml: loop: micro_batch = 3 does not divide batch_size = 10: the parts would be unequal and the "
+            "mean over samples wrong. Use 0 (whole batch) or a divisor of 10.",
+        ),
+        (
+            ["rewards=[{kind:"],
+            "override 'rewards=[{kind:': line 1, column 8: expected the node content, but found '<stream end>' (while "
+            "parsing a flow node); the shell cuts words at spaces: put the whole word into quotes, like 'rewards=[...]'",
+        ),
+    ],
+)
+def test_a_config_is_not_dumped(gdmd: Gdmd, overrides: list[str], message: str) -> None:
+    assert lines(gdmd, "train", "shapes_smoke", *overrides) == [message]
+
+
+def test_keys_of_another_kind_name_the_kind_that_has_them(gdmd: Gdmd) -> None:
+    said = lines(gdmd, "train", "shapes_smoke", "method.kind=dmd")
+    assert said == [
+        "shapes_smoke.yaml: method.group_size: got 2: kind 'dmd' has no such key ('gdmd' has); "
+        "replace the whole section: 'method={kind: dmd, ...}'"
+    ]
+
+
+def test_all_mistakes_are_listed_at_once(gdmd: Gdmd) -> None:
+    said = lines(gdmd, "train", "shapes_smoke", "loop.lr=1", "rewards=clip", "model.rank=8", "rubbish", "lora_r=4")
+    assert len(said) == 5
+    assert any("rubbish" in line and "is not KEY=VALUE" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "no recipe was named; write, for example, gdmd train shapes_smoke; `gdmd recipes` lists them"),
+        (
+            ["train", "shape"],
+            "unknown recipe 'shape'; did you mean 'shapes', 'shapes_dmd' or 'shapes_gdmd'? `gdmd recipes` lists them",
+        ),
+        (
+            ["recipes", "sdxl"],
+            "unknown recipe 'sdxl'; did you mean 'sdxl_gdmd', 'sdxl_dmd' or 'sdxl_dmd2'? `gdmd recipes` lists them",
+        ),
+        (["plan", "qqq"], "unknown recipe 'qqq'; `gdmd recipes` lists them"),
+        (["sweep", "headlin"], "unknown comparison 'headlin'; did you mean 'headline'? Or give a .yaml file"),
+        (
+            ["eval", "preference", "teacher", "--scorer", "clipp", "-o", "x"],
+            "scorer 'clipp': kind: got 'clipp': unknown kind; did you mean 'clip'?",
+        ),
+        (
+            ["eval", "preference", "teacher", "--scorer", "clip,dtpe=bf16", "-o", "x"],
+            "scorer 'clip,dtpe=bf16': dtpe: got 'bf16': unknown key; did you mean 'dtype'?",
+        ),
+        (["rewards", "serve", "clipp"], "reward 'clipp': kind: got 'clipp': unknown kind; did you mean 'clip'?"),
+        (
+            ["rewards", "serve", "own.py"],
+            "reward 'own.py': target: got 'own.py': names a file without its function; write own.py:FUNCTION",
+        ),
+        (
+            ["study", "plan", "a=x", "b=y", "-o", "s", "--raters", "2"],
+            "study: votes_per_pair is 3, above raters = 2: nobody judges the same pair twice; lower votes_per_pair or "
+            "invite more raters",
+        ),
+    ],
+)
+def test_a_wrong_name_gets_three_suggestions_at_most(gdmd: Gdmd, arguments: list[str], message: str) -> None:
+    assert lines(gdmd, *arguments) == [message]
+
+
+def test_a_recipe_file_or_a_run_that_was_meant_is_named(gdmd: Gdmd) -> None:
+    Path("mine.yaml").write_text("name: x\n")
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("name: x\n")
+    assert "did you mean the file mine.yaml?" in lines(gdmd, "train", "mine")[0]
+    assert "it is a run folder; continue it with gdmd train --resume run" in lines(gdmd, "train", "run")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "vea"], "Invalid value for 'network': 'vea' is not one of 'vae', 'teacher', 'scorers'."),
+        (
+            ["study", "plan", "a=x", "b=y", "-o", "s", "--question", "foo"],
+            "Invalid value for '--question': 'foo' is not one of 'overall', 'quality', 'alignment'.",
+        ),
+        (["doctr"], "No such command 'doctr'. Did you mean 'doctor'?"),
+    ],
+)
+def test_a_wrong_argument_is_reported_without_a_library_label(gdmd: Gdmd, arguments: list[str], message: str) -> None:
+    usage, *_, last = lines(gdmd, *arguments)
+    assert usage.startswith("Usage: gdmd") and last == f"Error: {message}"

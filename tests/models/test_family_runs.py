@@ -1,0 +1,117 @@
+"""Every family from recipe to images: GDMD for three iterations, resumed on the way, exported, reloaded and sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import tiny_pipelines as tiny
+from rich.console import Console
+from torch import Tensor
+
+from gdmd.config.image_source import read_source
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.run import RunConfig
+from gdmd.config.training import LoopConfig
+from gdmd.diffusion.guidance import Guided
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import ode_sample, times
+from gdmd.methods.dmd import Dmd
+from gdmd.programs.export import export_run
+from gdmd.programs.train import go, ready, start, take_up
+from gdmd.recipes.build import build
+from gdmd.rewards.preprocessing import from_pil
+from gdmd.sources.base import Source, places_of
+from gdmd.sources.open import open_source
+from gdmd.training.distributed import SINGLE
+from gdmd.types import PromptBatch
+
+QUIET = Console(quiet=True)
+CAPTIONS = list(tiny.WORDS[:2])
+
+
+def greenness(images: Tensor, prompts: PromptBatch) -> Tensor:
+    """A reward."""
+    return images[:, 1].mean((1, 2))
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's tiny pipeline, made when a test first asks for it."""
+    place = tmp_path_factory.mktemp("pipelines")
+    (place / "prompts.txt").write_text("\n".join(tiny.WORDS))
+    return lambda name: place / name if (place / name).exists() else tiny.save(name, place / name)
+
+
+def recipe(folder: Path, full: str) -> RunConfig:
+    loop: dict[str, Any] = {"batch_size": 2, "checkpoint_every": 1, "grid_every": 0, "log_every": 1, "threads": 1}
+    return RunConfig(
+        name="tiny",
+        model=tiny.config(folder, full=full),
+        method=GdmdConfig(group_size=1, guidance=3.0, step_draw="batch"),
+        loop=LoopConfig(steps=2, lr_student=1e-2, lr_fake=1e-2, ema=0.5, **loop),
+        prompts={"file": str(folder.parent / "prompts.txt")},
+        rewards=[{"kind": "callable", "target": "test_family_runs:greenness"}],
+    )
+
+
+def images(source: Source) -> Tensor:
+    """What ``gdmd sample`` draws: four of each caption. [8, 3, H, W]"""
+    return from_pil(source.make(places_of(CAPTIONS, 4), seed=3))
+
+
+def answers(run: Any, role: str) -> Tensor:
+    """x0 of a role of a run for one noise, one time and the captions."""
+    noise = torch.randn(2, *run.components.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found: Tensor = getattr(run.components.roles, role)(
+            noise, torch.full((2,), 0.9), run.components.encoder.encode(CAPTIONS)
+        ).x0
+    return found
+
+
+@pytest.mark.parametrize("full", ["none", "both"])
+@pytest.mark.parametrize("name", tiny.BUILD)
+def test_a_run_is_resumed_exported_reloaded_and_sampled(
+    pipeline: Callable[[str], Path], tmp_path: Path, name: str, full: str
+) -> None:
+    folder, run = pipeline(name), tmp_path / "run"
+    start(recipe(folder, full), run, QUIET, evaluation=False, command=["gdmd", "train"])
+    cfg, opened = take_up(run, None, ["loop.steps=3"], SINGLE)
+    done = go(cfg, opened, ready(cfg), QUIET, evaluation=False)
+    assert (done.end.step, done.end.signal) == (3, None)
+    files = [file.name for file in export_run(run)]
+    assert ("pytorch_lora_weights.safetensors" in files) == (full == "none")
+    exported = run / ("export" if full == "none" else "export-merged")
+    student = open_source(read_source(str(run)))
+    exported = open_source(read_source(str(run / ("export" if full == "none" else "export-merged"))))
+    assert (images(exported) - images(student)).abs().max() < 1.01 / 255
+    assert not torch.allclose(answers(student, "student"), answers(student, "teacher"), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "qwen_image"])
+def test_regression_pairs_are_samples_of_the_teacher_at_its_own_times(
+    pipeline: Callable[[str], Path], name: str
+) -> None:
+    """Shifted times, the training steps of a VP model, and a path stretched to its last time."""
+    method = DmdConfig(regression_weight=0.25, regression_steps=3, fake_updates=1, guidance=3.0)
+    cfg = recipe(pipeline(name), "none").model_copy(update={"method": method, "rewards": ()})
+    components = build(cfg, "cpu")
+    prompts = components.stream.at(0)
+    noise = SampleRng(0, 0, prompts.index).normal("pair_noise", components.latent_shape)
+    guided = Guided(components.roles.teacher, 3.0, prompts.uncond, components.roles.guide)
+    own, uniform = (
+        ode_sample(guided, noise, t, prompts.cond, components.roles.schedule)
+        for t in (components.teacher_times(3), times(3))
+    )
+    assert isinstance(components.method, Dmd)
+    found = components.method.pairs.at(0, prompts, SampleRng(0, 0, prompts.index))
+    assert torch.equal(found.x0_ode, own) and not torch.allclose(own, uniform, atol=1e-3)

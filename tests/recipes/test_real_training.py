@@ -1,0 +1,389 @@
+"""Distilling tiny real pipelines: what moves, what is saved, and that a resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import tiny_pipelines as tiny
+from diffusers import AutoencoderKL, AutoencoderTiny
+from ranks import apart, linear_steps
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+from gdmd.config.image_source import read_source
+from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.run import RunConfig
+from gdmd.config.training import LoopConfig
+from gdmd.io import RunError
+from gdmd.models.roles import DiffusersRoles
+from gdmd.programs.decoder_check import check_decoder
+from gdmd.programs.export import export_run
+from gdmd.programs.train import ready, start
+from gdmd.recipes.build import Components, build
+from gdmd.runs.run_folder import Run, create, read_facts
+from gdmd.sources.base import EXPORT_FILE
+from gdmd.sources.draw import draw
+from gdmd.training.loop import train
+from gdmd.types import PromptBatch
+
+FAST: dict[str, Any] = {"log_every": 1, "grid_every": 0, "checkpoint_every": 1, "threads": 1, "ema": 0.9}
+
+
+def brightness(images: Tensor, prompts: PromptBatch) -> Tensor:
+    """A reward: the mean of the red channel."""
+    return images[:, 0].mean((1, 2))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipelines")
+
+
+def recipe(folders: Path, name: str, steps: int, method: Any = None, **model: Any) -> RunConfig:
+    folder = folders / name
+    if not folder.exists():
+        tiny.save(name, folder)
+    prompts = folders / "prompts.txt"
+    prompts.write_text("\n".join(tiny.WORDS))
+    return RunConfig(
+        name="tiny",
+        model=tiny.config(folder, **model),
+        method=method or DmdConfig(fake_updates=2, guidance=3.0, step_draw="batch"),
+        loop=LoopConfig(steps=steps, batch_size=2, lr_student=1e-2, lr_fake=1e-2, **FAST),
+        prompts={"file": str(prompts)},
+        rewards=[{"kind": "callable", "target": "test_real_training:brightness"}],
+    )
+
+
+def trained(cfg: RunConfig, folder: Path) -> tuple[Components, Run]:
+    components, run = build(cfg, "cpu"), create(folder, cfg.model_dump(mode="json"))
+    train(components.method, components.roles, components.stream, cfg.loop, run)
+    return components, run
+
+
+def frozen_part(components: Components) -> dict[str, Tensor]:
+    net = components.roles.trunk.net
+    return {name: weights.detach().clone() for name, weights in net.named_parameters() if not weights.requires_grad}
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+@pytest.mark.parametrize("kind", ["dmd", "gdmd"])
+def test_two_iterations_move_only_the_adapters(folders: Path, tmp_path: Path, name: str, kind: str) -> None:
+    own = {"group_size": 2, "guidance": 3.0, "step_draw": "batch"}
+    cfg = recipe(folders, name, 2, GdmdConfig(**own) if kind == "gdmd" else None)
+    components, run = build(cfg, "cpu"), create(tmp_path / "run", cfg.model_dump(mode="json"))
+    before = frozen_part(components)
+    moved = {
+        k: v.detach().clone() for role in ("student", "fake") for k, v in components.roles.parameters(role).items()
+    }
+    train(components.method, components.roles, components.stream, cfg.loop, run)
+    after = frozen_part(components)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    for role in ("student", "fake"):
+        ups = {k: v for k, v in components.roles.parameters(role).items() if "lora_B" in k}
+        assert all(weights.isfinite().all() for weights in ups.values())
+        assert sum(not torch.equal(weights, moved[k]) for k, weights in ups.items()) > len(ups) / 2
+    (checkpoint,) = [path for path in run.checkpoints.iterdir() if path.name.endswith("000002")]
+    saved = load_file(checkpoint / "student.safetensors")
+    assert saved.keys() == components.roles.parameters("student").keys()
+    trunk = sum(weights.numel() for weights in before.values()) * 4
+    assert (checkpoint / "student.safetensors").stat().st_size < trunk / 3
+
+
+@pytest.mark.parametrize(("name", "full"), [("sd3", "none"), ("flux2_klein", "student"), ("sana", "both")])
+def test_a_resumed_run_is_the_uninterrupted_one(folders: Path, tmp_path: Path, name: str, full: str) -> None:
+    whole, _ = trained(recipe(folders, name, 2, full=full), tmp_path / "whole")
+    _, run = trained(recipe(folders, name, 1, full=full), tmp_path / "halves")
+    cfg = recipe(folders, name, 2, full=full)
+    halves = build(cfg, "cpu")
+    train(halves.method, halves.roles, halves.stream, cfg.loop, run)
+    for role in ("student", "fake"):
+        wanted, found = (components.roles.parameters(role) for components in (whole, halves))
+        assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+def test_full_weights_train_as_copies(folders: Path, tmp_path: Path) -> None:
+    components, _ = trained(recipe(folders, "sd3", 1, full="both"), tmp_path / "run")
+    teacher = dict(components.roles.trunk.net.named_parameters())
+    student = components.roles.parameters("student")
+    assert student.keys() == teacher.keys()
+    assert sum(not torch.equal(student[key], teacher[key]) for key in student) > len(student) / 2
+
+
+def test_the_recipes_uniform_times_go_through_the_familys_shift(folders: Path) -> None:
+    components = build(recipe(folders, "sd3", 1), "cpu")
+    assert components.method.cfg.student_steps == pytest.approx((1, 0.9, 0.75, 0.5))  # type: ignore[attr-defined]
+    assert len(components.teacher_times(5)) == 6
+
+
+def test_a_real_model_without_prompts_or_real_images_is_refused(folders: Path) -> None:
+    cfg = recipe(folders, "sd3", 1)
+    with pytest.raises(ValueError, match=r"prompts.file is not set"):
+        build(cfg.model_copy(update={"prompts": type(cfg.prompts)()}))
+    with pytest.raises(ValueError, match="student_input = data needs real images"):
+        build(recipe(folders, "sd3", 1, DmdConfig(student_input="data")))
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("sd3", 0.0), ("flux2", 3.5)])
+def test_a_run_draws_grids_and_samples_and_is_exported(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, guidance: float
+) -> None:
+    cfg, prompts = recipe(folders, name, 1), tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(tiny.WORDS))
+    parts = {"loop": cfg.loop.model_copy(update={"grid_every": 1}), "prompts": type(cfg.prompts)(file=str(prompts))}
+    cfg = cfg.model_copy(update=parts)
+    done = start(cfg, tmp_path / "run", Console(quiet=True), evaluation=True, command=["gdmd", "train"])
+    assert done.evaluation is None and done.report == tmp_path / "run" / "report.html"
+    assert len(list((tmp_path / "run" / "grids").iterdir())) == 2
+    prompts.unlink()
+    monkeypatch.setattr("gdmd.recipes.build.build_rewards", None)  # who draws needs none of them
+    assert draw(read_source(str(tmp_path / "run")), ["two red dogs"], 2, 0, tmp_path / "a.png", 4) > 0
+    lora = export_run(tmp_path / "run")
+    assert [file.name for file in lora] == ["pytorch_lora_weights.safetensors", "scheduler", EXPORT_FILE, "README.md"]
+    card = lora[-1].read_text()
+    for part in (
+        "base_model: ",
+        f"guidance_scale={guidance}",
+        "sigmas=[1.0, 0.75, 0.5, 0.25]",
+        "license:",
+        "```sh\ngdmd train\n```",
+    ):
+        assert part in card
+    merged = export_run(tmp_path / "run", tmp_path / "whole", merged=True)
+    assert (merged[0] / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux2"])
+def test_embeddings_on_disk_train_the_same_student_without_encoders(folders: Path, tmp_path: Path, name: str) -> None:
+    """The encoders read captions in batches of another size, so that an embedding is another one by its rounding."""
+    cfg = recipe(folders, name, 1, embeddings=str(tmp_path / "embeddings"))
+    components = ready(cfg)
+    assert components.roles.family.pipe.text_encoder is None
+    begun = build(cfg, "cpu")
+    with linear_steps():
+        live, _ = trained(recipe(folders, name, 1), tmp_path / "live")
+        train(
+            components.method,
+            components.roles,
+            components.stream,
+            cfg.loop,
+            create(tmp_path / "run", cfg.model_dump(mode="json")),
+        )
+    weights = ({k: v.detach() for k, v in one.roles.parameters("student").items()} for one in (live, components, begun))
+    assert apart(*weights) < 1e-3
+
+
+def test_with_all_captions_on_disk_no_text_encoder_is_ever_read(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a text encoder was loaded")
+
+    cfg = recipe(folders, "sd3", 1, embeddings=str(tmp_path / "embeddings"))
+    ready(cfg)
+    (tmp_path / "more.txt").write_text("\n".join((*tiny.WORDS, "a new one")))
+    more = cfg.model_copy(update={"prompts": cfg.prompts.model_copy(update={"file": str(tmp_path / "more.txt")})})
+    for kind in (CLIPTextModelWithProjection, T5EncoderModel):
+        monkeypatch.setattr(kind, "from_pretrained", refuse)
+    components = ready(cfg)
+    train(
+        components.method,
+        components.roles,
+        components.stream,
+        cfg.loop,
+        create(tmp_path / "run", cfg.model_dump(mode="json")),
+    )
+    parts = components.roles.family.pipe.components
+    assert [parts[name] for name in ("text_encoder", "text_encoder_2", "text_encoder_3")] == [None] * 3
+    with pytest.raises(AssertionError, match="a text encoder was loaded"):
+        ready(more)
+    monkeypatch.undo()
+    assert "a new one" in ready(more).encoder  # type: ignore[operator]
+
+
+def test_embedding_says_what_it_does_and_a_full_disk_is_one_error(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    cfg = recipe(folders, "sd3", 1, embeddings=str(tmp_path / "embeddings"))
+    with monkeypatch.context() as patch, pytest.raises(RunError) as found:
+        patch.setattr("safetensors.torch.save_file", full)
+        ready(cfg)
+    assert "cannot write the text embeddings" in str(found.value) and "No space left" in str(found.value)
+    assert "Free some disk space, or choose another folder with model.embeddings." in str(found.value)
+    for told in (True, False):
+        ready(cfg, console=Console(file=(said := io.StringIO()), width=400))
+        assert (f"embedding {len(tiny.WORDS)} prompts once into {tmp_path}" in said.getvalue()) == told
+
+
+def test_rewards_see_latents_through_the_tiny_decoder(folders: Path, tmp_path: Path) -> None:
+    shape = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "latent_channels": 4}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    AutoencoderTiny(**shape, **blocks).save_pretrained(tmp_path / "taesd")
+    components = build(recipe(folders, "sd3", 1, GdmdConfig(), scoring_decoder=str(tmp_path / "taesd")), "cpu")
+    codec = components.method.scorer.codec  # type: ignore[attr-defined]
+    assert type(codec.vae) is AutoencoderTiny and type(components.codec.vae) is AutoencoderKL  # type: ignore[attr-defined]
+    assert codec.decode(torch.randn(2, *components.latent_shape)).shape == (2, 3, tiny.SIZE, tiny.SIZE)
+    AutoencoderTiny(**(shape | {"latent_channels": 16}), **blocks).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="decodes 16 channels, but latents of sd3 have 4"):
+        build(recipe(folders, "sd3", 1, scoring_decoder=str(tmp_path / "other")), "cpu")
+
+
+def test_a_run_says_once_what_its_tiny_decoder_does_to_each_reward_and_so_does_the_card(
+    folders: Path, tmp_path: Path
+) -> None:
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        latent_channels=4,
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(tmp_path / "taesd")
+    own = GdmdConfig(group_size=2, guidance=3.0, step_draw="batch")
+    cfg = recipe(folders, "sd3", 1, own, scoring_decoder=str(tmp_path / "taesd"), scoring_check=2)
+    cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"teacher_steps": 2})})
+    said, run = io.StringIO(), tmp_path / "run"
+    start(cfg, run, Console(file=said, width=200), evaluation=False, command=["test"])
+    file = run / "scoring_decoder.json"
+    (row,) = json.loads(file.read_text())["rewards"]
+    assert row["images"] == 2 and row["difference"] == pytest.approx(row["rough"] - row["full"])
+    assert row["difference"] != 0 and f"brightness: {row['difference']:+.4g} on 2 images" in said.getvalue()
+    before = file.stat().st_mtime_ns
+    check_decoder(cfg, build(cfg, "cpu"), run, Console(file=said))
+    assert file.stat().st_mtime_ns == before
+    export_run(run)
+    card = (run / "export" / "README.md").read_text()
+    assert "| rewards seen through | taesd; " in card and f"{row['difference']:+.4g} on 2 images" in card
+    weights = next((tmp_path / "taesd").glob("*.safetensors"))
+    save_file({name: 0.5 * value for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    check_decoder(cfg, build(cfg, "cpu"), run, Console(file=said))
+    (again,) = json.loads(file.read_text())["rewards"]
+    assert again["rough"] != row["rough"] and again["full"] == pytest.approx(row["full"])
+
+
+def test_a_run_whose_base_moved_is_sampled_and_exported_in_any_precision(
+    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, moved, run = tmp_path / "base", tmp_path / "lr=1e-4, moved", tmp_path / "run"
+    cfg = recipe(folders, "sd3", 1, dtype="bf16")
+    shutil.copytree(folders / "sd3", base)
+    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(base)})})
+    start(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+    base.rename(moved)
+    with pytest.raises(ValueError, match="there is no such folder.*give its new location with --base"):
+        export_run(run)
+    with pytest.raises(ValueError, match="there is no such folder.*,base=FOLDER"):
+        draw(read_source(str(run)), ["two red dogs"], 1, 0, tmp_path / "a.png", 1)
+    files = export_run(run, base=str(moved))
+    assert (
+        json.loads((run / "export" / EXPORT_FILE).read_text())["base"] == str(moved)
+        and str(moved) in files[-1].read_text()
+    )
+    for number, where in enumerate((run, run / "export")):
+        source = read_source(f'{where},base="{moved}"')
+        assert draw(source, ["two red dogs"], 1, 0, tmp_path / f"{number}.png", 1) > 0
+    for dtype in ("bf16", "fp32"):
+        caplog.clear()
+        export_run(run, tmp_path / dtype, merged=True, base=str(moved), dtype=dtype)
+        facts = json.loads((tmp_path / dtype / EXPORT_FILE).read_text())
+        assert facts["dtype"] == dtype and (facts["undone_by_rounding"] > 0) == (dtype == "bf16")
+        said = f"rounding to bf16 undoes {100 * facts['undone_by_rounding']:.1f} % of the weights"
+        assert (said in caplog.text) == (dtype == "bf16") and "should be kept in float32" not in caplog.text
+        kinds = {
+            weights.dtype for file in (tmp_path / dtype).rglob("*.safetensors") for weights in load_file(file).values()
+        }
+        assert kinds - {torch.int64} == {getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype])}
+    with pytest.raises(ValueError, match="--dtype applies to a merged pipeline only"):
+        export_run(run, base=str(moved), dtype="fp32")
+
+
+def test_another_base_is_refused_where_it_is_named_and_said_where_it_changed(
+    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, copy, run = tmp_path / "base", tmp_path / "copy", tmp_path / "run"
+    cfg = recipe(folders, "sd3", 1)
+    for place in (base, copy):
+        shutil.copytree(folders / "sd3", place)
+    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(base)})})
+    start(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+    export_run(run, base=str(copy))
+    source = read_source(f"{run / 'export'},base={copy}")
+    assert draw(source, ["a"], 1, 0, tmp_path / "a.png", 1) > 0 and "another" not in caplog.text
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({key: 0.5 * value for key, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match="^--base: the student of .* another base model. model.path: .* different content"
+    ):
+        export_run(run, base=str(copy))
+    with pytest.raises(ValueError, match=",base=FOLDER: the student of .* was trained on another base model"):
+        draw(read_source(f"{run},base={copy}"), ["a"], 1, 0, tmp_path / "a.png", 1)
+    draw(source, ["a"], 1, 0, tmp_path / "a.png", 1)
+    assert "trained on another base model" in caplog.text
+    caplog.clear()
+    shutil.rmtree(base)
+    copy.rename(base)
+    export_run(run)
+    assert "may not fit its base model. model.path: " in caplog.text and "has different content" in caplog.text
+    caplog.clear()
+    (run / "run.json").write_text(json.dumps({k: v for k, v in read_facts(run).items() if k != "inputs"}))
+    export_run(run)
+    assert "base model" not in caplog.text  # an old run in its own place
+    export_run(run, base=str(base))
+    assert "recorded no fingerprint of its base model" in caplog.text
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o027])
+def test_checkpoints_and_exports_have_the_mode_of_any_new_file(folders: Path, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        run = tmp_path / "run"
+        cfg = recipe(folders, "sdxl", 1, embeddings=str(tmp_path / "embeddings"))
+        start(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+        export_run(run)
+        export_run(run, merged=True)
+    finally:
+        os.umask(before)
+    files = [file for file in (*run.rglob("*"), *(tmp_path / "embeddings").rglob("*")) if file.is_file()]
+    assert {file.suffix for file in files} >= {".safetensors", ".json", ".yaml", ".md"}
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {oct(0o666 & ~umask)}
+
+
+def test_rewards_of_the_shapes_world_are_refused(folders: Path) -> None:
+    cfg = recipe(folders, "sd3", 1, GdmdConfig()).model_dump(mode="json")
+    with pytest.raises(ValueError, match="judge captions of the Shapes world"):
+        RunConfig.model_validate(cfg | {"rewards": [{"kind": "shapes_clip"}]})
+
+
+def test_a_run_of_the_shapes_lab_is_not_exported(tmp_path: Path) -> None:
+    cfg = RunConfig(name="shapes", loop=LoopConfig())
+    create(tmp_path / "run", cfg.model_dump(mode="json"))
+    with pytest.raises(ValueError, match="is a run of the Shapes lab"):
+        export_run(tmp_path / "run")
+
+
+def test_a_training_with_compile_compiles_and_sampling_does_not(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[DiffusersRoles] = []
+    monkeypatch.setattr(DiffusersRoles, "compile", lambda roles: asked.append(roles))
+    cfg = recipe(folders, "sd3", 1, compile=True)
+    build(cfg, "cpu")
+    ready(recipe(folders, "sd3", 1))
+    assert asked == []
+    components = ready(cfg)
+    assert asked == [components.roles]

@@ -1,0 +1,111 @@
+"""``gdmd rewards fetch`` from a hub on this machine: what is fetched can be used, and what cannot be had is one line."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from local_hub import gdmd, hub
+
+pytest.importorskip("transformers")
+pytest.importorskip("huggingface_hub")
+
+from test_reward_conversion import WIDTH, OpenClip, save_pt, wild
+from tiny_rewards import clip, words_of_clip
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repositories of CLIP, PickScore and HPSv2, tiny."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("hub")
+    clip(root / "openai" / "clip-vit-large-patch14")
+    words_of_clip(root / "openai" / "clip-vit-large-patch14")
+    words_of_clip(root / "laion" / "CLIP-ViT-H-14-laion2B-s32B-b79K")
+    clip(root / "yuvalkirstain" / "PickScore_v1")
+    tensors = wild(OpenClip()).float().state_dict() | {"positional_embedding": torch.randn(77, WIDTH)}
+    (root / "xswu" / "HPSv2").mkdir(parents=True)
+    save_pt(root / "xswu" / "HPSv2" / "HPS_v2.1_compressed.pt", {"state_dict": tensors})
+    return root
+
+
+def test_fetch_hps_downloads_converts_and_verifies_and_a_second_one_asks_nobody(
+    published: Path, tmp_path: Path
+) -> None:
+    with hub(published) as (address, asked):
+        done = gdmd(tmp_path, address, "rewards", "fetch", "hps")
+        assert done.returncode == 0, done.stderr
+        assert any("697403c78157020a1ae59d23f111aa58ced35b0a/HPS_v2.1_compressed.pt" in path for path in asked)
+    ready = tmp_path / "rewards" / "hps"
+    assert "converted and verified" in done.stderr and f"ready: {ready}" in done.stderr
+    assert json.loads((ready / "converted.json").read_text())["file"] == "HPS_v2.1_compressed.pt"
+    again = gdmd(tmp_path, None, "rewards", "fetch", "hps")
+    assert again.returncode == 0 and "was converted before" in again.stderr
+
+
+def test_what_was_fetched_is_found_without_a_network_and_without_a_path(published: Path, tmp_path: Path) -> None:
+    with hub(published) as (address, _):
+        done = gdmd(tmp_path, address, "rewards", "fetch", "pickscore")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    scored = gdmd(tmp_path, None, "rewards", "check", "pickscore", "--json")
+    assert scored.returncode == 0 and len(json.loads(scored.stdout)) == 5, scored.stderr
+
+
+def test_a_folder_that_was_asked_for_holds_weights_and_tokenizer(published: Path, tmp_path: Path) -> None:
+    with hub(published) as (address, _):
+        done = gdmd(tmp_path, address, "rewards", "fetch", "pickscore", "-o", "mine")
+    assert done.returncode == 0 and "{kind: pickscore, path: mine}" in done.stderr, done.stderr
+    assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= {
+        one.name for one in (tmp_path / "mine").iterdir()
+    }
+    assert json.loads((tmp_path / "mine" / "config.json").read_text())["projection_dim"] == 16, (
+        "the model's, not the words'"
+    )
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_after_one_attempt(tmp_path: Path) -> None:
+    with hub(tmp_path) as (address, _):
+        pass  # a port where nobody listens any more
+    began = time.monotonic()
+    done = gdmd(tmp_path, address, "rewards", "fetch", "hps")
+    assert done.returncode == 2 and time.monotonic() - began < 20  # six attempts pause for 23 s between them
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: cannot fetch xswu/HPSv2@697403c78157: the hub cannot be reached") and address in line
+    assert "Check the network" in line
+
+
+def test_a_model_on_a_hub_that_cannot_be_reached_is_one_line_after_one_attempt(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    with hub(tmp_path) as (address, _):
+        pass
+    done = gdmd(tmp_path, address, "train", "sd15_gdmd", "model.path=org/model", "prompts.file=prompts.txt")
+    (line,) = [line for line in done.stderr.splitlines() if "warn" not in line.lower()]
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
+    assert "not in the cache, and the hub cannot be reached" in line and address in line
+
+
+def test_weights_without_a_finite_score_are_not_left_behind(tmp_path: Path) -> None:
+    tensors = wild(OpenClip()).float().state_dict() | {"positional_embedding": torch.full((77, WIDTH), torch.nan)}
+    (tmp_path / "hub" / "xswu" / "HPSv2").mkdir(parents=True)
+    save_pt(tmp_path / "hub" / "xswu" / "HPSv2" / "HPS_v2.1_compressed.pt", {"state_dict": tensors})
+    words_of_clip(tmp_path / "hub" / "laion" / "CLIP-ViT-H-14-laion2B-s32B-b79K")
+    with hub(tmp_path / "hub") as (address, _):
+        done = gdmd(tmp_path, address, "rewards", "fetch", "hps")
+    assert done.returncode == 2 and "hps gave a score" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "rewards" / "hps").exists()
+
+
+@pytest.mark.parametrize(
+    ("gated", "words"),
+    [((), "it holds no HPS_v2.1_compressed.pt"), (("xswu/HPSv2",), "access is gated; accept its terms")],
+)
+def test_what_the_hub_refuses_is_one_line(gated: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    (tmp_path / "hub" / "xswu" / "HPSv2").mkdir(parents=True)
+    with hub(tmp_path / "hub", gated) as (address, _):
+        done = gdmd(tmp_path, address, "rewards", "fetch", "hps")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and words in line and "Traceback" not in line
