@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdmd.evaluation.verdict import PER_IMAGE, Estimate, paired
+from gdmd.evaluation.table import TITLES
+from gdmd.evaluation.verdict import FEW, PER_IMAGE, Estimate, paired
 from gdmd.io import write_atomic
 from gdmd.reporting.pages import (
     MISSING,
@@ -57,6 +58,7 @@ def write_page(path: Path, rows: Rows, galleries: Sequence[Gallery], prompts: Se
         verdict=verdict(rows),
         plots=plots(rows),
         groups=groups(rows),
+        checked=any(one.right for one in galleries),
         prompts=[(text, [_shown(one, k) for one in galleries]) for k, text in enumerate(prompts)],
     )
     write_atomic(path, page, "the page")
@@ -69,28 +71,32 @@ def verdict(rows: Rows) -> Verdict:
     found = {name: differences(rows, name) for name in later}
     if not any(found.values()):
         return Verdict(f"{', '.join(rows)}: the models have no common scores.")
-    sentence = " ".join(_sentence(name, first, rows, own) for name, own in found.items() if own)
     label = _headline(rows, next(own for own in found.values() if own))
+    answers = [f"{name} is {_words(own[label])}" for name, own in found.items() if label in own]
     numbers = [
         Number(f"{label}, {name} minus {first}", _signed(own[label])) for name, own in found.items() if label in own
     ]
     if len(later) == 1:
         numbers = [Number(f"{label} of {name}", _mean(row, label)) for name, row in rows.items()] + numbers
-    notes = ["Differences are paired: the same prompts, image by image. Brackets and ±: 95 % interval over prompts."]
+    notes = [text for name, own in found.items() if (text := _others_than(label, name, rows, own))]
+    notes.append(
+        "Differences are paired: the same prompts, image by image. Brackets and ±: 95\u00a0% interval over prompts."
+    )
     if any(_trained(row, one) for row in rows.values() for one in row["scores"]):
         notes.append("† trained on this score: a gain proves little.")
-    return Verdict(sentence, numbers, notes)
+    return Verdict(f"{_marked(rows, label)} against {first}: {', '.join(answers)}.", numbers, notes)
 
 
 def differences(rows: Rows, name: str) -> dict[str, Estimate]:
-    """A model minus the first one by score; ShapesEval, where the images were checked, goes first."""
+    """A model minus the first one by score, ShapesEval first if the images were checked. No interval below FEW prompts."""
     first = next(iter(rows.values()))
     found = {}
     if PER_IMAGE in first and PER_IMAGE in rows[name] and (own := paired(rows[name], first)) is not None:
         found[SHAPESEVAL] = own
     for label, one in rows[name]["against_first"].items():
         if one["mean"] is not None:
-            found[label] = Estimate(*(math.nan if one[key] is None else one[key] for key in ("mean", "low", "high")))
+            ends = (one["low"], one["high"]) if rows[name]["prompts"] >= FEW else (None, None)
+            found[label] = Estimate(one["mean"], *(_or_nan(end) for end in ends))
     return found
 
 
@@ -144,7 +150,7 @@ def task_lines(rows: Rows) -> list[TableRow]:
             ends = [row["shapeseval_interval"] if task == "overall" else (None, None) for row in rows.values()]
             values = [row["shapeseval"].get(task) for row in rows.values()]
             cells = [{"mean": v, "low": low, "high": high} for v, (low, high) in zip(values, ends, strict=True)]
-            found.append(_line(f"{SHAPESEVAL} {task.replace('_', ' ')}", cells, "mean"))
+            found.append(_line(f"{SHAPESEVAL} {TITLES.get(task, task)}", cells, "mean"))
         return found
     scored = [row.get("geneval") or {} for row in rows.values()]
     tasks = dict.fromkeys(task for own in scored for task in own)
@@ -204,18 +210,28 @@ def _shown(gallery: Gallery, k: int) -> tuple[str, bool | None]:
     return image_uri(gallery.files[k]), gallery.right[k] if gallery.right else None
 
 
-def _sentence(name: str, first: str, rows: Rows, found: Mapping[str, Estimate]) -> str:
-    marks = {label: label + (" †" if _trained(rows[name], label) else "") for label in found}
-    signs = {1: "is higher than", -1: "is lower than", 0: "is not distinguishable from"}
-    parts = [
-        f"{words} {first} on {_listed(marks[label] for label, one in found.items() if one.sign == sign)}"
-        for sign, words in signs.items()
-        if any(one.sign == sign for one in found.values())
-    ]
-    return f"{name} {'; it '.join(parts)}."
+def _others_than(label: str, name: str, rows: Rows, found: Mapping[str, Estimate]) -> str:
+    """How a model differs on the other scores, in a sentence; "" where there are none."""
+    words: dict[str, list[str]] = {}
+    for one, own in found.items():
+        if one != label:
+            words.setdefault(_words(own), []).append(one + " †" * _trained(rows[name], one))
+    parts = [f"{text} on {_listed(labels)}" for text, labels in words.items()]
+    return f"{name} on the other scores: {'; '.join(parts)}." if parts else ""
 
 
-def _listed(words: Iterable[str]) -> str:
+def _words(found: Estimate) -> str:
+    if math.isnan(found.low):
+        return f"not judged (fewer than {FEW} prompts)"
+    return {1: "higher", -1: "lower", 0: "not distinguishable"}[found.sign]
+
+
+def _marked(rows: Rows, label: str) -> str:
+    """A score with a dagger where a model was trained on it."""
+    return label + " †" * any(_trained(row, label) for row in rows.values())
+
+
+def _listed(words: Sequence[str]) -> str:
     *most, last = words
     return f"{', '.join(most)} and {last}" if most else last
 

@@ -141,7 +141,7 @@ def _signed(value: float, digits: int) -> str:
 
 def digits_for(halves: Sequence[float]) -> int:
     """Decimals that show two digits of the smallest half width, at least three and at most five."""
-    known = [half for half in halves if half > 0 and math.isfinite(half)]
+    known = [half for half in halves if half > 1e-6 and math.isfinite(half)]  # below: rounding
     return 3 if not known else min(5, max(3, 1 - math.floor(math.log10(min(known)))))
 
 

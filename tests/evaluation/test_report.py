@@ -292,7 +292,7 @@ def test_stored_scores_are_shown_with_their_step(tmp_path: Path, caplog: pytest.
         checkpoint.save(run.checkpoints, step, {"student": {"w": torch.ones(1)}}, {})
     source = {"name": "run", "kind": "run", "where": str(run.path), "nfe": 4, "step": 10, "trained": []}
     score = {"mean": 0.25, "low": 0.2, "high": 0.3, "unscored": 0, "trained": False}
-    scored = {"source": source, "prompt_file": NASTY, "prompts": 3, "images_per_prompt": 2, "seed": 7}
+    scored = {"source": source, "prompt_file": NASTY, "prompts": 30, "images_per_prompt": 2, "seed": 7}
     against = {"clip": {"mean": 0.125, "low": 0.1, "high": 0.15, "wins": 0.9, "images": 6}}
     scored |= {"scores": {"clip": score}, "against_first": against, "seconds_per_image": None}
     other = scored | {"source": source | {"name": "other", "where": "org/other", "step": None}}
@@ -307,7 +307,7 @@ def test_stored_scores_are_shown_with_their_step(tmp_path: Path, caplog: pytest.
     page = Page(text)
     assert page.text.count("step 10, and the run has trained to step 20 since") == 2 and "<script" not in text
     assert "0.250 ± 0.050" in page.text and "Comparison (all)" in page.text
-    assert "run is higher than other on clip." in page.text  # of the two evaluations, the comparison is the verdict
+    assert "clip against other: run is higher." in page.text  # of the two evaluations, the comparison is the verdict
     assert 'class="best">0.250' in text and 'class="best">0.125' not in text
     damaged = run.checkpoints / "step_000020" / "student.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
