@@ -80,6 +80,11 @@ class DotPlot:
     reference: float | None = None
     note: str = ""
 
+    @property
+    def long(self) -> bool:
+        """Whether labels and values leave no room for the axis between them in a narrow panel."""
+        return max(len(dot.label) + len(dot.text) for dot, *_ in self.rows) > 38
+
 
 def dot_plot(title: str, dots: Sequence[Dot], reference: float | None = None, note: str = "") -> DotPlot | None:
     """The plot of the dots that have a mean; None without any."""
