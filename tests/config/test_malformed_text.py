@@ -16,7 +16,7 @@ from gdmd.config.strict_yaml import LONGEST_TEXT, YamlError, parse_yaml
 from gdmd.data.prompt_files import LONGEST_PROMPT
 from gdmd.data.prompts import read_prompts
 from gdmd.recipes.read import FOLDER, read_recipe
-from gdmd.sweep.spec import _words, read_comparison
+from gdmd.sweep.spec import _arguments, read_sweep
 
 RECIPES = [(FOLDER / f"{name}.yaml").read_text() for name in ("shapes_smoke", "gdmd_paper", "dmd_grpo")]
 COMPARISON = """name: mine
@@ -72,19 +72,19 @@ def test_a_whole_number_that_cannot_be_printed_is_named_by_its_size(key: str, nu
 def test_a_damaged_comparison_loads_or_is_a_config_error(text: str) -> None:
     path = Path(_folder()) / "mutated.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    refusal(lambda: read_comparison(str(path)))
+    refusal(lambda: read_sweep(str(path)))
 
 
 @CASES
 @given(st.text() | st.text().map(lambda text: text + ".yaml"))
 def test_any_name_of_a_recipe_or_comparison_is_known_or_a_config_error(name: str) -> None:
     refusal(lambda: read_recipe(name))
-    refusal(lambda: read_comparison(name))
+    refusal(lambda: read_sweep(name))
 
 
 @pytest.mark.parametrize("name", ["x" * 5000 + ".yaml", "a\0b.yaml", "x" * 100_000, "", ".yaml", "/.yaml"])
 def test_a_name_that_cannot_be_a_file_is_a_config_error(name: str) -> None:
-    for read in (read_recipe, read_comparison):
+    for read in (read_recipe, read_sweep):
         with pytest.raises(ConfigError):
             read(name)
 
@@ -95,11 +95,11 @@ def test_a_row_cannot_lead_out_of_the_comparisons_folder(name: str, tmp_path: Pa
         path = tmp_path / "spec.yaml"
         path.write_text(COMPARISON.replace(old, old.replace("mine", repr(name)).replace("dmd", repr(name))))
         with pytest.raises(ConfigError, match="name"):
-            read_comparison(str(path))
+            read_sweep(str(path))
 
 
 def test_overrides_of_a_comparison_arrive_as_they_were_written() -> None:
-    (word,) = _words({"model.teacher": "\U0001f600"})
+    (word,) = _arguments({"model.teacher": "\U0001f600"})
     assert parse_yaml(word.partition("=")[2]) == "\U0001f600"
 
 
