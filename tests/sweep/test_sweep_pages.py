@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 import shutil
 import struct
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gdmd.io import RunError
+from gdmd.reporting.plots import COLORS
 from gdmd.shapes.grammar import TASKS
+from gdmd.shapes.same_noise import Column, SameNoise
 from gdmd.sweep import results
+from gdmd.sweep.figures import _look, row_colors
+from gdmd.sweep.page import verdict
 from gdmd.sweep.pool import Outcome
 from gdmd.sweep.results import beginning, stored_results, summary, write_pages
 from gdmd.sweep.runs import IMAGES, SweepRun, images_key, line_of, plan, shown_runs
@@ -173,12 +180,49 @@ def test_a_page_has_every_table_and_figure(smoke: Sweep, tmp_path: Path) -> None
     assert "Unfinished" not in text and "nan" not in text and "None" not in text and "earlier version" not in text
     assert "shapes_clip † |" in text and "shapes_clip_heldout † |" not in text
     drawn = {path.name for path in (tmp_path / "figures").glob("*.png")}
-    assert {"overall.png", "fig3_features.png", "fig4_divergence.png", "fig4_curves.png"} <= drawn
+    assert drawn == {"overall.png", "fig1_measures.png", "fig3_features.png", "fig4_divergence.png", "fig4_curves.png"}
     for name in drawn:
         assert f"(figures/{name})" in text
         content = (tmp_path / "figures" / name).read_bytes()
         width, height = struct.unpack(">II", content[16:24])
         assert content.startswith(b"\x89PNG") and width > 500 and height > 250 and len(content) < 300_000
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_both_pages_begin_with_the_verdict_and_escape_titles(smoke: Sweep, tmp_path: Path) -> None:
+    row = smoke.config.rows[0].model_copy(update={"label": "<script>alert(1)</script>"})
+    sweep = Sweep(smoke.config.model_copy(update={"rows": (row, *smoke.config.rows[1:])}), smoke.recipes)
+    write_table(sweep, tmp_path)
+    (tmp_path / "figures").mkdir()
+    image = base64.b64encode(b"png").decode()
+    images = SameNoise(["a ring"], [Column(name, 4, [[image]], [[name == "GDMD"]]) for name in ("DMD", "GDMD")])
+    (tmp_path / "figures" / "fig6_grid.png").write_bytes(b"png")
+    (tmp_path / "figures" / "fig6_grid.json").write_text(json.dumps(asdict(images)))
+    text = page_of(sweep, tmp_path)
+    html = (tmp_path / "shapes.html").read_text()
+    assert text.splitlines()[2].startswith("**On ShapesEval over 2 seeds, ")
+    assert html.index("On ShapesEval over 2 seeds, ") < html.index("<h2>")
+    assert "<script" not in html and "&lt;script" in html and not re.search(r'(src|href)="(?!data:image/png)', html)
+    assert html.count('class="shot right tiny"') == html.count('class="shot wrong tiny"') == 1
+    assert 'alt="a ring, GDMD: right"' in html and "Table 1: quality" in html
+
+
+def test_verdict_claims_only_what_is_left_after_holms_correction() -> None:
+    own = made_up(gdmd=[0.60, 0.62, 0.64], dmd=[0.50, 0.52, 0.54], dmdr=[0.60, 0.61, 0.65], refl=[0.7, 0.72, 0.74])
+    found = verdict(own)
+    assert found.sentence == (
+        "On ShapesEval over 3 seeds, GDMD is better than DMD; it is worse than REFL; it is not distinguishable from DMDR."
+    )
+    assert [number.value for number in found.numbers][0] == "0.620 +- 0.020"
+    assert "cannot be compared yet" in verdict(made_up(gdmd=[0.6], dmd=[0.5])).sentence
+
+
+def test_rows_have_the_colors_of_their_methods() -> None:
+    own = made_up(gdmd_paper=[0.5], gdmd=[0.6], dmd=[0.5], **{f"row{k}": [0.5] for k in range(20)})
+    colors = row_colors(own)
+    assert (colors["gdmd"], colors["dmd"]) == (COLORS["gdmd"], COLORS["dmd"])
+    looks = [_look(own, row) for row in own.rows]
+    assert len({(look["color"], str(look["linestyle"])) for look in looks}) == len(looks)
 
 
 @pytest.mark.usefixtures("no_figures")
