@@ -31,9 +31,10 @@ fuzz: $(VENV)/.installed-dev  ## thousands of malformed inputs, other ones each 
 soak: $(VENV)/.installed-dev  ## 200 random kills and resumes of a tiny run, compared with the whole one (minutes)
 	$(ONE_THREAD) $(BIN)/python tests/support/soak.py
 
-lint: $(VENV)/.installed-dev  ## ruff, format check, and mypy (strict on levels 0 to 2)
+lint: $(VENV)/.installed-dev  ## ruff, format check, import contract and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 
 clean:  ## remove the virtual environment and the caches (never a run)
