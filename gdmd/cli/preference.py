@@ -97,7 +97,7 @@ def compare_command(
     gallery: Annotated[int, typer.Option(min=1, help="Prompts shown on the page, spread over all.")] = 24,
     json: Json = False,
 ) -> None:
-    """Several models on the same prompts and noise: tables, differences, radar, images side by side, speed.
+    """Several models on the same prompts and noise: paired differences, tables, images side by side, speed.
 
     \b
     Examples:
@@ -164,7 +164,7 @@ def _print(rows: Mapping[str, Mapping[str, Any]]) -> None:
     from gdmd.reporting.tables import Cell, Table
 
     sections = [
-        [[Cell(line.title), *(Cell(text, k in line.best) for k, text in enumerate(line.cells))] for line in lines]
+        [[Cell(line.title), *line.cells] for line in lines]
         for lines in (score_lines(rows), task_lines(rows), other_lines(rows))
     ]
     console = Console()

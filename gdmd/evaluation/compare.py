@@ -22,6 +22,7 @@ from gdmd.evaluation.measures import (
     geneval_scores,
     reference_files,
     render_features,
+    right_images,
     rows_of,
     shapes_measures,
 )
@@ -90,7 +91,8 @@ def compare(sources: Sequence[SourceConfig], wanted: Wanted, folder: Path, say: 
     write_atomic(folder / RESULT, json.dumps(content, indent=2) + "\n", "the comparison")
     count = len(asked.texts)
     numbers = [k * count // min(wanted.gallery, count) for k in range(min(wanted.gallery, count))]  # spread over all
-    galleries = [_gallery(own, cfg, asked, numbers) for own, cfg in zip(folders, sources, strict=True)]
+    shapes = any("shapeseval" in row for row in rows)
+    galleries = [_gallery(own, cfg, asked, numbers, shapes) for own, cfg in zip(folders, sources, strict=True)]
     write_page(folder / PAGE, shown, galleries, [asked.texts[number] for number in numbers])
     say(f"page: {folder / PAGE}")
     return content
@@ -223,9 +225,11 @@ def _placed(cfg: SourceConfig, wanted: Wanted) -> SourceConfig:
     return cfg.changed({"device": wanted.device}) if movable else cfg
 
 
-def _gallery(folder: Path, cfg: SourceConfig, asked: Asked, numbers: Sequence[int]) -> Gallery:
-    """The file of the first image of these prompts."""
+def _gallery(folder: Path, cfg: SourceConfig, asked: Asked, numbers: Sequence[int], shapes: bool) -> Gallery:
+    """The file of the first image of these prompts; of Shapes, whether it is right."""
     if kind_of(cfg) != "images":
-        return Gallery(cfg.name, [image_file(folder / "images", number, 0) for number in numbers])
-    source, places = FolderSource(cfg), asked.places[:: asked.images]
-    return Gallery(cfg.name, [source.file(places[k]) for k in numbers])
+        files = [image_file(folder / "images", number, 0) for number in numbers]
+    else:
+        source, places = FolderSource(cfg), asked.places[:: asked.images]
+        files = [source.file(places[k]) for k in numbers]
+    return Gallery(cfg.name, files, right_images(files, [asked.texts[k] for k in numbers]) if shapes else ())

@@ -117,7 +117,8 @@ def number(value: float | None, digits: int = 3, *, signed: bool = False) -> str
     """0.644 or 1,200; with ``signed`` +0.644."""
     if value is None or math.isnan(value):
         return MISSING
-    return f"{value:{'+' if signed else ''},.{digits}f}"
+    rounded = round(value, digits) + 0.0  # -0.0 is 0
+    return f"{rounded:{'+' if signed else ''},.{digits}f}"
 
 
 def plus_minus(mean: float | None, std: float, digits: int = 3) -> str:
