@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 
 from gdmd.io import numbered_jsonl
+from gdmd.reporting.statistics import REPLICATES, Floats, bootstrap_means, percentile_interval
 from gdmd.rewards.geneval.rules import COLORS, TASKS, ColorOf, Found, Task, judge, partial_credit, read_task
 from gdmd.sources.folders import images_in
-
-REPLICATES, LEVEL = 2000, 0.95
 
 
 @dataclass(frozen=True)
@@ -149,35 +148,21 @@ def summarize(rows: Sequence[Judged], replicates: int = REPLICATES, seed: int = 
         raise ValueError(f"image {twice[1]} of prompt {twice[0]} was judged twice; each image counts once")
     rng = np.random.default_rng(seed)
     scores: dict[str, Score] = {}
-    drawn: list[np.ndarray] = []
+    drawn: list[Floats] = []
     for tag in TASKS:
         own = [row for row in rows if row.task.tag == tag]
         if not own:
             continue
-        right, images = _by_prompt(own)
-        again = rng.integers(len(images), size=(replicates, len(images)))
-        means = right[again].sum(1) / images[again].sum(1)
-        drawn.append(means)
-        scores[tag] = _score(float(right.sum() / images.sum()), means, len(own), len(images))
+        right, prompts = [float(row.correct) for row in own], [row.prompt for row in own]
+        drawn.append(bootstrap_means(right, prompts, replicates, rng))
+        scores[tag] = _score(sum(right) / len(right), drawn[-1], len(own), len(set(prompts)))
     mean = sum(score.value for score in scores.values()) / len(scores)
-    prompts = sum(score.prompts for score in scores.values())
-    return {"overall": _score(mean, np.mean(drawn, 0), len(rows), prompts), **scores}
+    count = sum(score.prompts for score in scores.values())
+    return {"overall": _score(mean, np.mean(drawn, 0), len(rows), count), **scores}
 
 
-def _by_prompt(rows: Sequence[Judged]) -> tuple[np.ndarray, np.ndarray]:
-    """(right images, images) of each prompt, float64."""
-    numbers = sorted({row.prompt for row in rows})
-    place = {number: index for index, number in enumerate(numbers)}
-    right, images = np.zeros(len(numbers)), np.zeros(len(numbers))
-    for row in rows:
-        right[place[row.prompt]] += row.correct
-        images[place[row.prompt]] += 1
-    return right, images
-
-
-def _score(value: float, replicates: np.ndarray, images: int, prompts: int) -> Score:
-    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Score(value, float(low), float(high), images, prompts)
+def _score(value: float, replicates: Floats, images: int, prompts: int) -> Score:
+    return Score(value, *percentile_interval(replicates), images, prompts)
 
 
 def _objects(rows: Any) -> tuple[dict[str, list[Found]], dict[tuple[str, int], str | None]]:
