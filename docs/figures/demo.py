@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def draw(folder: Path, out: Path = OUT) -> None:
         axes.text(left + IMAGES / 2, -0.08, title, ha="center", va="bottom", fontsize=11)
         for y, (text, files) in enumerate(rows[k]):
             if k == 0:
-                axes.text(-0.15, y + 0.5, text, ha="right", va="center", fontsize=9)
+                axes.text(-0.15, y + 0.5, textwrap.fill(text, 24), ha="right", va="center", fontsize=9)
             for j, file in enumerate(files[:IMAGES]):
                 box = (left + j + 0.03, left + j + 0.97, y + 0.97, y + 0.03)
                 axes.imshow(Image.open(file), extent=box, interpolation="nearest")

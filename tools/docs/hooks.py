@@ -225,7 +225,9 @@ def _parameters(command: Any) -> list[str]:
     for one in command.params:
         if "--help" in one.opts:
             continue
-        names = [*one.opts, *one.secondary_opts] if one.param_type_name == "option" else [one.metavar or one.name.upper()]
+        names = (
+            [*one.opts, *one.secondary_opts] if one.param_type_name == "option" else [one.metavar or one.name.upper()]
+        )
         default = one.default if isinstance(one.default, (int, float, str, Path)) and one.default != "" else None
         shown = "required" if one.required else "" if default is None or default is False else f"`{default}`"
         described = _text(getattr(one, "help", "") or "")
