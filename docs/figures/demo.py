@@ -44,7 +44,7 @@ def draw(folder: Path, out: Path = OUT) -> None:
 
     rows = [prompts(folder / name / "images") for name, _ in COLUMNS]
     height, width = len(rows[0]), len(COLUMNS) * IMAGES + (len(COLUMNS) - 1) * GAP
-    figure = Figure(figsize=(9.2, 9.2 * height / (width + 3.3)))
+    figure = Figure(figsize=(9.2, 9.2 * 0.745 * height / width / 0.94))  # square images in the box below
     axes = figure.add_axes((0.25, 0, 0.745, 0.94))
     for k, (_, title) in enumerate(COLUMNS):
         left = k * (IMAGES + GAP)
