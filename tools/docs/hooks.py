@@ -7,6 +7,7 @@ imports torch.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -78,10 +79,10 @@ def contributing() -> str:
 
 
 def configuration() -> str:
-    """Every section of a recipe with its fields, types, defaults and descriptions."""
+    """Every field of a recipe, a sweep config and a source, with types, defaults and descriptions."""
+    from gdmd.config import image_source, sweep
     from gdmd.config.run import RunConfig
 
-    schema = RunConfig.model_json_schema()
     parts = [
         "# Configuration",
         "",
@@ -92,14 +93,39 @@ def configuration() -> str:
         "",
         "## Top level",
         "",
-        *_table(schema),
+        *_described(RunConfig.model_json_schema()),
+        "",
+        "## Sweep configs",
+        "",
+        "The YAML file of [`gdmd sweep`](../guides/compare-methods.md).",
+        "",
+        *_described(_with_fields(sweep, "rows", "seeds", "base").model_json_schema(), "sweep"),
+        "",
+        "## Sources",
+        "",
+        "The settings of a [source](../guides/evaluate.md#sources), written as `,key=value`.",
+        "",
+        *_described(_with_fields(image_source, "where").model_json_schema(), "source"),
     ]
+    return "\n".join(parts) + "\n"
+
+
+def _with_fields(module: Any, *names: str) -> Any:
+    """The config class of a module that has these fields."""
+    classes = [one for one in vars(module).values() if set(names) <= set(getattr(one, "model_fields", ()))]
+    return classes[0]
+
+
+def _described(schema: Mapping[str, Any], name: str = "") -> list[str]:
+    """The table of a config, then a section for each config in it."""
+    lines = _table(schema)
     for path, definition in _sections(schema):
         kind = definition["properties"].get("kind", {})
         values = kind.get("enum") or ([kind["const"]] if "const" in kind else [])
-        title = f"`{path}`" + (f", `kind: {' | '.join(values)}`" if values else "")
-        parts += ["", f"## {title}", "", _text(definition.get("description", "")), "", *_table(definition)]
-    return "\n".join(parts) + "\n"
+        place = f"{name}: {path}" if name else path
+        title = f"`{place}`" + (f", `kind: {' | '.join(values)}`" if values else "")
+        lines += ["", f"### {title}", "", _text(definition.get("description", "")), "", *_table(definition)]
+    return lines
 
 
 def _sections(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -156,17 +182,19 @@ def _type(field: Mapping[str, Any]) -> str:
     high = [f"<= {field['maximum']}"] if field.get("maximum", 2**63) < 2**62 else []
     high += [f"< {field['exclusiveMaximum']}"] if "exclusiveMaximum" in field else []
     names = {"integer": "int", "number": "float", "string": "text", "boolean": "true or false", "null": "null"}
+    names["object"] = "mapping"
     return " ".join([names.get(field.get("type", ""), "any"), *low, *high])
 
 
 def _default(field: Mapping[str, Any]) -> str:
+    """A default as YAML; "see below" for a section."""
     if "default" not in field:
         return ""
     value = field["default"]
-    if isinstance(value, (dict, list)) and value:
-        return "see below" if any(isinstance(one, dict) for one in value) or isinstance(value, dict) else f"`{value}`"
-    shown = {None: "null", True: "true", False: "false", "": '""'}.get(value) if not isinstance(value, list) else "[]"
-    return f"`{value if shown is None or isinstance(value, (int, float)) and not isinstance(value, bool) else shown}`"
+    nested = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, dict) and value or any(isinstance(one, dict) for one in nested):
+        return "see below"
+    return f"`{json.dumps(value)}`" if not isinstance(value, str) or not value else f"`{value}`"
 
 
 def _cell(text: str) -> str:
@@ -214,7 +242,8 @@ def _help(text: str) -> list[str]:
     for block in re.split(r"\n\s*\n", text.split("\f")[0]):
         if "\b" in block:
             first, *rest = [line.rstrip() for line in block.replace("\b", "").strip("\n").splitlines()]
-            lines += [_text(first), "", "```text", *(line.removeprefix("  ") for line in rest), "```", ""]
+            shown = ["```text", *(line.removeprefix("  ") for line in rest), "```", ""] if rest else []
+            lines += [_text(first), "", *shown]
         elif block.strip():
             lines += [_text(block), ""]
     return lines
@@ -229,7 +258,13 @@ def _parameters(command: Any) -> list[str]:
             [*one.opts, *one.secondary_opts] if one.param_type_name == "option" else [one.metavar or one.name.upper()]
         )
         default = one.default if isinstance(one.default, (int, float, str, Path)) and one.default != "" else None
-        shown = "required" if one.required else "" if default is None or default is False else f"`{default}`"
+        shown = (
+            "required"
+            if one.required
+            else ""
+            if default is None or default is False
+            else f"`{str(default).lower() if default is True else default}`"
+        )
         described = _text(getattr(one, "help", "") or "")
         lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {shown} | {described} |")
     return lines if len(lines) > 2 else []
