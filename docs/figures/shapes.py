@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/shapes.md: ``python docs/make_shapes_pictures.py``. Seeded; needs the shipped assets."""
+"""Draws the figures of docs/concepts/shapes.md: ``python docs/figures/shapes.py``. Seeded; needs the shipped assets."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from gdmd.shapes.grammar import TASKS, catalogue, fixed_rows
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.shapes.roles import ShapesCodec, load_vae
 
-FOLDER = Path(__file__).parent / "img"
+FOLDER = Path(__file__).parents[1] / "img"
 COLUMNS = 8
 SEED = 7
 

@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/study.md: ``python docs/make_study_pictures.py STUDY`` with a study of Shapes models.
+"""Draws the figures of docs/guides/human-study.md: ``python docs/figures/study.py STUDY`` with a study of Shapes models.
 
     gdmd study plan "50 steps, guided=teacher" "4 steps, guided=teacher-4" "4 steps, plain=teacher-4-plain" \\
         -o STUDY --raters 12 --pairs 45
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "integration"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 
 from study_world import Server  # noqa: E402
 from webdriver import Browser  # noqa: E402
@@ -33,9 +33,9 @@ from gdmd.study.records import IMAGES, LINKS, VOTES, Plan, Trial, read_plan, vot
 from gdmd.study.report import write_report  # noqa: E402
 from gdmd.study.store import Store  # noqa: E402
 
-FOLDER = Path(__file__).parent / "img"
+FOLDER = Path(__file__).parents[1] / "img"
 SHOWN = 17
-"""Screens of the first rater that are answered before the picture is taken."""
+"""Screens of the first rater that are answered before the screenshot."""
 READY = "return !document.querySelector('#screen').hidden && document.querySelectorAll('.side img.ready').length === 2"
 
 
