@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gdmd.rewards.geneval import detector as geneval_detector
 from gdmd.rewards.geneval.colors import ColorClassifier, cut_out
 from gdmd.rewards.geneval.detector import CLASSES, Detections, Detector, prepared, read_instances
 from gdmd.rewards.geneval.reward import GenEvalCredit
-from gdmd.rewards.geneval import detector as geneval_detector
 from gdmd.rewards.geneval.rules import COLORS, Found
 from gdmd.types import PromptBatch
 
