@@ -64,7 +64,7 @@ def judged(cfg: RunConfig) -> tuple[DiffusersRoles, Dmd2]:
     family = open_family(cfg.model)
     roles, shape = DiffusersRoles(family, head_seed=0), family.latent_shape
     real = lambda prompts, rng: rng.normal("real", shape)  # noqa: E731
-    return roles, Dmd2(cfg.method, roles, shape, family.native, real).attach(roles.critic)
+    return roles, Dmd2(cfg.method, roles, shape, family.native, real, critic=roles.critic)
 
 
 def peak_of(work: Any) -> int:
