@@ -7,15 +7,8 @@ import yaml
 
 from gdmd.config.load import ConfigError
 from gdmd.config.methods.gdmd import GdmdConfig
-<<<<<<< HEAD
-from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
-from gdmd.recipes.read import read_recipe, recipe_names
-
-UNSEEN = {"shapes_clip_heldout", "shapes_partial_credit"}
-=======
 from gdmd.config.model import DiffusersModel
 from gdmd.recipes.read import FOLDER, family_names, method_names, read_recipe, recipe_names, shapes_names
->>>>>>> config
 
 
 def test_every_recipe_loads() -> None:
@@ -24,17 +17,6 @@ def test_every_recipe_loads() -> None:
     assert {"shapes", "shapes_demo", "shapes_smoke", "gdmd_paper", "sdxl_gdmd"} <= recipes.keys()
 
 
-<<<<<<< HEAD
-def test_the_names_that_scripts_rely_on_exist() -> None:
-    assert {"shapes", "shapes_demo", "shapes_smoke", "gdmd_paper"} <= set(recipe_names())
-    changed = read_recipe(
-        "shapes",
-        ["method.gamma=0.5", "method.group_size=2", "loop.steps=3", "loop.checkpoint_every=2", "loop.seed=9"],
-    )
-    assert isinstance(changed.method, GdmdTiltedConfig)
-    assert (changed.method.gamma, changed.method.group_size) == (0.5, 2)
-    assert (changed.loop.steps, changed.loop.checkpoint_every, changed.loop.seed) == (3, 2, 9)
-=======
 @pytest.mark.parametrize("family", family_names())
 def test_family_recipes(family: str) -> None:
     """Every method makes 3,000 student updates with a 4-step student; both sides can be set to 512 pixels."""
@@ -43,7 +25,6 @@ def test_family_recipes(family: str) -> None:
         assert isinstance(cfg.model, DiffusersModel) and cfg.model.family == family
         assert cfg.method.kind.startswith(method) and len(cfg.method.student_steps) == 4
         assert cfg.loop.steps * (cfg.method.group_size if method == "gdmd" else 1) == 3000
->>>>>>> config
 
 
 def test_family_values_win_over_the_method_preset() -> None:

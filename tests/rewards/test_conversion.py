@@ -1,4 +1,4 @@
-"""Third-party .pt files of reward models: the converted network is the original one, and nothing but tensors is read."""
+"""Converted networks equal independent implementations of the originals, and nothing but tensors is read from a .pt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from gdmd.rewards.convert import (
 )
 
 transformers = pytest.importorskip("transformers")
-WIDTH, LAYERS, HEADS, WORDS, LENGTH = 32, 2, 16, 50, 7
+
+import tiny_rewards
+from tiny_rewards import WORDS, prompt_batch, words_of_clip
+
+WIDTH, LAYERS, HEADS, LENGTH = 32, 2, 16, 7
 
 
 class Block(nn.Module):
@@ -40,7 +44,7 @@ class Block(nn.Module):
         return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
 
 
-class Trunk(nn.Module):
+class Transformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(Block() for _ in range(LAYERS))
@@ -58,7 +62,7 @@ class Visual(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(WIDTH))
         self.positional_embedding = nn.Parameter(torch.randn(17, WIDTH))
         self.ln_pre, self.ln_post = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.transformer = Trunk()
+        self.transformer = Transformer()
         self.proj = nn.Parameter(torch.randn(WIDTH, 12))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -72,7 +76,7 @@ class OpenClip(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.visual, self.transformer = Visual(), Trunk()
+        self.visual, self.transformer = Visual(), Transformer()
         self.token_embedding = nn.Embedding(WORDS, WIDTH)
         self.positional_embedding = nn.Parameter(torch.randn(LENGTH, WIDTH))
         self.ln_final = nn.LayerNorm(WIDTH)
@@ -119,20 +123,20 @@ class TimmVit(nn.Module):
 
 
 def wild(net: nn.Module) -> Any:
-    """Every weight random, so that a swapped pair of tensors cannot hide behind ones and zeros."""
+    """Randomize all weights, so that swapped tensors cannot hide behind ones and zeros."""
     for p in net.parameters():
         nn.init.normal_(p, std=0.3)
     return net.double().eval()
 
 
 def save_pt(path: Path, content: Any) -> Path:
-    saver = getattr(torch, "save")  # noqa: B009 (what a third party did; the package itself never pickles)
+    saver = getattr(torch, "save")  # noqa: B009 (as a third party saved it; the package itself never pickles)
     saver(content, path)
     return path
 
 
 @torch.no_grad()
-def test_a_converted_open_clip_network_gives_the_originals_embeddings_in_float64() -> None:
+def test_open_clip() -> None:
     theirs = wild(OpenClip())
     named = clip_from_open_clip(theirs.state_dict())
     config = transformers.CLIPConfig(**clip_config(named))
@@ -169,7 +173,7 @@ def small_towers() -> tuple[Any, dict[str, Any], dict[str, Any]]:
 
 
 @torch.no_grad()
-def test_a_converted_imagereward_sees_what_the_original_vision_tower_sees() -> None:
+def test_imagereward() -> None:
     towers, _, _ = small_towers()
     vit, head, towers = wild(TimmVit()), linear_head(WIDTH), wild(towers)
     named = imagereward_from_blip(blip_file(towers, head, vit))
@@ -182,9 +186,9 @@ def test_a_converted_imagereward_sees_what_the_original_vision_tower_sees() -> N
     assert all(torch.equal(split["mlp."][k], v) for k, v in head.state_dict().items())
 
 
-def test_a_key_that_is_missing_or_unknown_is_an_error() -> None:
+def test_missing_and_unexpected_keys() -> None:
     tensors = OpenClip().state_dict()
-    with pytest.raises(ValueError, match="nothing is known of.*surprise"):
+    with pytest.raises(ValueError, match="unexpected keys.*surprise"):
         clip_from_open_clip({**tensors, "surprise.weight": torch.zeros(1)})
     del tensors["visual.ln_post.bias"]
     with pytest.raises(ValueError, match=r"have no 'visual.ln_post.bias'"):
@@ -193,7 +197,7 @@ def test_a_key_that_is_missing_or_unknown_is_an_error() -> None:
         aesthetic_from_layers({"layers.0.weight": torch.zeros(3, 3), "layers.0.bias": torch.zeros(3)})
 
 
-def test_only_tensors_are_read_from_a_pt_file(tmp_path: Path) -> None:
+def test_only_tensors_are_read(tmp_path: Path) -> None:
     good = save_pt(tmp_path / "good.pt", {"state_dict": {"module.a": torch.ones(2)}})
     assert torch.equal(read_pt(good)["a"], torch.ones(2))
     with pytest.raises(ValueError, match="could run code; refused"):
@@ -207,14 +211,10 @@ def test_only_tensors_are_read_from_a_pt_file(tmp_path: Path) -> None:
         read_pt(tmp_path / "none.pt")
 
 
-def test_a_converted_folder_of_the_aesthetic_head_loads_and_scores_like_the_original_layers(tmp_path: Path) -> None:
+def test_aesthetic(tmp_path: Path) -> None:
     from gdmd.rewards.aesthetic import Aesthetic
 
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = transformers.CLIPConfig(
-        text_config=small | {"vocab_size": WORDS}, vision_config=small | {"patch_size": 56}, projection_dim=16
-    )
-    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    tiny_rewards.clip(tmp_path / "clip")
     head = linear_head(16)
     source = save_pt(tmp_path / "head.pth", {f"layers.{k}": v for k, v in head.state_dict().items()})
     folder = convert("aesthetic", source, tmp_path / "made")
@@ -228,41 +228,17 @@ def test_a_converted_folder_of_the_aesthetic_head_loads_and_scores_like_the_orig
         convert("clip", source, tmp_path / "other")
 
 
-def test_a_converted_hps_folder_holds_network_and_tokenizer_and_needs_no_network(tmp_path: Path) -> None:
+def test_hps_folder_is_complete(tmp_path: Path) -> None:
     from gdmd.rewards.hps import Hps
-    from gdmd.types import PromptBatch
 
-    signs = [chr(c) for c in range(97, 110)]
-    vocab = {sign: i for i, sign in enumerate(signs + [sign + "</w>" for sign in signs])}
-    vocab |= {"<|startoftext|>": WORDS - 2, "<|endoftext|>": WORDS - 1}
-    transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77).save_pretrained(tmp_path / "words")
+    (tmp_path / "words").mkdir()
+    words_of_clip(tmp_path / "words")
     net = wild(OpenClip()).float()
     tensors = net.state_dict() | {"positional_embedding": torch.randn(77, WIDTH)}
     folder = convert(
         "hps", save_pt(tmp_path / "h.pt", {"state_dict": tensors}), tmp_path / "hps", str(tmp_path / "words")
     )
-    index = torch.arange(2)
     reward = Hps.from_pretrained(str(folder))
     assert reward.preprocess.size == 64 and reward.preprocess.fit == "pad"
-    found = reward.score(torch.rand(2, 3, 40, 50), PromptBatch(index, ("abc", "ked"), index, {}, {}))
-    assert found.shape == (2,) and found.abs().max() <= 1
-
-    golden = tmp_path / "hps.json"
-    assert run("check", "hps", "--path", str(folder), "--record", str(golden)) == 0
-    written = json.loads(golden.read_text())
-    assert (
-        written["reward"] == "hps" and written["weights"]["origin"]["file"] == "h.pt" and len(written["entries"]) == 5
-    )
-    assert run("check", "hps", "--path", str(folder), "--against", str(golden)) == 0
-    written["entries"][2]["tensor"] += 0.01
-    golden.write_text(json.dumps(written))
-    assert run("check", "hps", "--path", str(folder), "--against", str(golden)) == 2
-
-
-def run(*words: str) -> int:
-    """Exit code of ``gdmd rewards``."""
-    from gdmd.cli.app import main
-
-    with pytest.raises(SystemExit) as ended:
-        main(["rewards", *words])
-    return int(ended.value.code or 0)
+    scores = reward.score(torch.rand(2, 3, 40, 50), prompt_batch(("abc", "ked")))
+    assert scores.shape == (2,) and scores.abs().max() <= 1
