@@ -97,7 +97,7 @@ def compare_command(
     gallery: Annotated[int, typer.Option(min=1, help="Prompts shown on the page, spread over all.")] = 24,
     json: Json = False,
 ) -> None:
-    """Several models on the same prompts and noise: tables, differences, radar, images side by side, speed.
+    """Several models on the same prompts and noise: paired differences, tables, images side by side, speed.
 
     \b
     Examples:
@@ -169,11 +169,11 @@ def _print(rows: Mapping[str, Mapping[str, Any]]) -> None:
         table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for section in (score_lines(rows), task_lines(rows), other_lines(rows)):
         for line in section:
-            table.add_row(line.title, *line.cells)
+            table.add_row(line.title, *(cell.text for cell in line.cells))
         table.add_section()
     console = Console()
     console.print(table)
-    console.print("[low, high]: 95 % over prompts. † trained on; ? not known; others are unseen.", markup=False)
+    console.print("± 95 % interval over prompts. † trained on; ? not known; others are unseen.", markup=False)
 
 
 def _say(text: str) -> None:
