@@ -16,7 +16,7 @@ from gdmd.shapes.grammar import ANY, TASKS
 from gdmd.shapes.render import WORLD32, World
 
 COUNT_KEEP = 0.6
-"""Least confidence of an object that is counted (GenEval's 0.9 on its own scale); see docs/concepts/shapes.md."""
+"""Least confidence of an object that is counted (GenEval's 0.9 on its own scale); see docs/shapes.md."""
 SLACK, DIRECTION = 0.1, 0.5
 """GenEval's position rule: share of the boxes' sizes taken off the offset, and the least direction cosine."""
 

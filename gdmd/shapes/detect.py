@@ -41,7 +41,7 @@ INSIDE = 0.4
 SPECK = 0.3
 """A component with less than this share of the smallest possible object's area is not an object."""
 KEEP = 0.6
-"""Least confidence of a detection (GenEval's 0.3 on its own scale); chosen by measurement, see docs/concepts/shapes.md."""
+"""Least confidence of a detection (GenEval's 0.3 on its own scale); chosen by measurement, see docs/shapes.md."""
 GROWTH = 2
 """Pixels by which cores are grown to take in their anti-aliased (or blurred) fringe."""
 REFINED, STEPS, NUDGE = 2, 2, 0.2
