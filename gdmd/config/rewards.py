@@ -33,8 +33,8 @@ FunctionName = Annotated[str, AfterValidator(_function)]
 """A Python function, in a module or a file."""
 
 
-class Placed(Config):
-    """A network that may run elsewhere than the student."""
+class DeviceOptions(Config):
+    """Device and precision of a reward's networks."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Of the weights and towers; preprocessing, cosine and head are always fp32."
@@ -42,14 +42,14 @@ class Placed(Config):
     device: str | None = Field(default=None, description='"cuda:1", "cpu", ...; default: where the student is.')
 
 
-class Towers(Placed):
-    """A network that scores batches and may wait elsewhere."""
+class NetworkReward(DeviceOptions):
+    """A neural reward; its weights can be offloaded to the CPU between calls."""
 
     offload: bool = Field(default=False, description="Keep the weights on the CPU between calls.")
     chunk: NonNegativeCount = Field(default=0, description="Images per forward pass; 0 = the whole batch.")
 
 
-class ClipReward(Towers):
+class ClipReward(NetworkReward):
     """CLIPScore: the cosine, in [-1, 1]."""
 
     kind: Literal["clip"] = "clip"
@@ -61,7 +61,7 @@ class ClipReward(Towers):
         return self.kind
 
 
-class HpsReward(Towers):
+class HpsReward(NetworkReward):
     """HPSv2.1 ("hps") or HPSv2 ("hps_v2"): the cosine of their own ViT-H/14."""
 
     kind: Literal["hps", "hps_v2"] = "hps"
@@ -72,7 +72,7 @@ class HpsReward(Towers):
         return self.kind
 
 
-class PickScoreReward(Towers):
+class PickScoreReward(NetworkReward):
     """PickScore v1: exp(logit_scale) times the cosine, about 15 to 27."""
 
     kind: Literal["pickscore"] = "pickscore"
@@ -85,7 +85,7 @@ class PickScoreReward(Towers):
         return self.kind
 
 
-class ImageRewardReward(Towers):
+class ImageRewardReward(NetworkReward):
     """ImageReward v1: standardized, about -3 to 3."""
 
     kind: Literal["imagereward"] = "imagereward"
@@ -96,7 +96,7 @@ class ImageRewardReward(Towers):
         return self.kind
 
 
-class AestheticReward(Towers):
+class AestheticReward(NetworkReward):
     """LAION aesthetic v2: reads the image alone, about 1 to 10."""
 
     kind: Literal["aesthetic"] = "aesthetic"
@@ -109,7 +109,7 @@ class AestheticReward(Towers):
         return self.kind
 
 
-class GenEvalReward(Placed):
+class GenEvalReward(DeviceOptions):
     """GenEval partial credit, in [0, 1]: not the metric. Prompts need GenEval metadata."""
 
     kind: Literal["geneval"] = "geneval"
@@ -121,7 +121,7 @@ class GenEvalReward(Placed):
         return self.kind
 
 
-class OcrConfig(Placed):
+class OcrConfig(DeviceOptions):
     """OCR: 1 - edit distance / length of the text quoted in the prompt, in [0, 1]; NaN for a prompt without quotes."""
 
     kind: Literal["ocr"] = "ocr"

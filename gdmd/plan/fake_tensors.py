@@ -25,7 +25,7 @@ class Measured:
     bytes: int
 
 
-def weightless() -> AbstractContextManager[Any]:
+def fake_mode() -> AbstractContextManager[Any]:
     """Inside, tensors are made without memory. What is computed with them has a shape and no value."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 

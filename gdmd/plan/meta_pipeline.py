@@ -27,11 +27,11 @@ from gdmd.models.loading import (
     require_diffusers,
 )
 from gdmd.models.pipeline_files import absent, local_index, weight_files
-from gdmd.plan.model_configs import MODELS, Published, model_of
+from gdmd.plan.model_configs import MODELS, KnownModel, model_of
 
 
 @dataclass(frozen=True)
-class Hollow:
+class MetaPipeline:
     """A family whose networks hold nothing; ``encoders``: numbers of weights of the text encoders; ``source``: of all."""
 
     family: Family
@@ -39,7 +39,7 @@ class Hollow:
     source: str
 
 
-def hollow_family(cfg: DiffusersModel) -> Hollow:
+def meta_family(cfg: DiffusersModel) -> MetaPipeline:
     """The pipeline of cfg.path as a Family on the meta device. No weight is read and nothing is downloaded.
 
     A folder is read config by config. For a hub id the published config of the model is used (``published``); an id
@@ -57,10 +57,10 @@ def hollow_family(cfg: DiffusersModel) -> Hollow:
     net, vae = model.net, model.vae
     pipe = _pipe(cfg, family, _made(net.kind, net.options), _made(vae.kind, vae.options), model.scheduler)
     same = "" if cfg.path in MODELS else f", the standard model of family {model.family}"
-    return Hollow(family(pipe, cfg), _encoders(model, cfg), f"published config of {model.name}{same}")
+    return MetaPipeline(family(pipe, cfg), _encoders(model, cfg), f"published config of {model.name}{same}")
 
 
-def hollow_decoder(cfg: DiffusersModel, channels: int) -> nn.Module:
+def meta_decoder(cfg: DiffusersModel, channels: int) -> nn.Module:
     """The AutoencoderTiny of cfg.scoring_decoder: from its folder, or as published (TAESD) for a hub id."""
     given = str(cfg.scoring_decoder)
     if is_local(given, "model.scoring_decoder", "config.json"):
@@ -68,7 +68,7 @@ def hollow_decoder(cfg: DiffusersModel, channels: int) -> nn.Module:
     return _cast(_made("AutoencoderTiny", {"latent_channels": channels}), cfg)
 
 
-def _from_folder(cfg: DiffusersModel, folder: Path) -> Hollow:
+def _from_folder(cfg: DiffusersModel, folder: Path) -> MetaPipeline:
     index = local_index(folder)
     family = family_of(index, cfg)
     check_pipeline(folder, index, family, cfg)
@@ -79,7 +79,7 @@ def _from_folder(cfg: DiffusersModel, folder: Path) -> Hollow:
     names = [name for name in index if name.startswith("text_encoder") and (cfg.t5 or name != "text_encoder_3")]
     parts = [folder / name for name in names if name not in absent(index, names, folder)]
     encoders = sum(weights_in(file) for part in parts for file in weight_files(part, cfg.variant))
-    return Hollow(family(pipe, cfg), encoders, f"configs in {folder}")
+    return MetaPipeline(family(pipe, cfg), encoders, f"configs in {folder}")
 
 
 def _pipe(
@@ -133,7 +133,7 @@ def _cast(net: nn.Module, cfg: DiffusersModel) -> nn.Module:
     return nn.Module.to(net, DTYPES[cfg.dtype])
 
 
-def _encoders(model: Published, cfg: DiffusersModel) -> int:
+def _encoders(model: KnownModel, cfg: DiffusersModel) -> int:
     return model.encoders - (0 if cfg.t5 else model.t5)
 
 

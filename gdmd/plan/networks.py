@@ -14,7 +14,7 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.gradients import frozen
 from gdmd.models.vae import VaeCodec
-from gdmd.plan.fake_tensors import Measured, hollow, measure, weightless
+from gdmd.plan.fake_tensors import Measured, fake_mode, hollow, measure
 from gdmd.recipes.build import head_seed
 from gdmd.shapes.networks import ShapesDit, ShapesVae
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesCodec, ShapesRoles, ShapesTextEncoder
@@ -23,7 +23,7 @@ from gdmd.types import Cond, Role
 
 @dataclass(frozen=True)
 class Networks:
-    """Roles and decoders that can be called inside ``weightless``; ``weights``: numbers and bytes by what."""
+    """Roles and decoders that can be called inside ``fake_mode``; ``weights``: numbers and bytes by what."""
 
     roles: Any
     trunk: nn.Module
@@ -64,9 +64,9 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
     from gdmd.models.distilled import check_guidance
     from gdmd.models.loading import check_tiny, require_tiny
     from gdmd.models.roles import DiffusersRoles
-    from gdmd.plan.meta_pipeline import hollow_decoder, hollow_family
+    from gdmd.plan.meta_pipeline import meta_decoder, meta_family
 
-    opened = hollow_family(model)
+    opened = meta_family(model)
     family = opened.family
     check_guidance(family, (cfg.method.guidance,))
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
@@ -75,7 +75,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
     scoring: Any = family.codec
     if model.scoring_decoder is not None:
         require_tiny(family)
-        tiny = hollow_decoder(model, family.latent_channels)
+        tiny = meta_decoder(model, family.latent_channels)
         if Path(model.scoring_decoder).is_dir():  # a hub id stands for the published one
             check_tiny(family, tiny)
         scoring = VaeCodec(tiny, model.decode_chunk)
@@ -114,7 +114,7 @@ def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, steered: bool) -> Cos
     own = cfg.model if isinstance(cfg.model, DiffusersModel) else None
     chunk = own.decode_chunk if own else cfg.loop.batch_size
     texts = {count: nets.text(count) for count in {1, rows, micro}}
-    with weightless():
+    with fake_mode():
         for net in nets.own:
             hollow(net)
         calls = {count: _call(nets, "teacher", texts[count], count) for count in {1, rows}}
@@ -131,7 +131,7 @@ def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, steered: bool) -> Cos
     chosen, rest = (largest, other) if own is not None and own.checkpointing else (other, largest)
     flop = {"teacher": float(calls[1].flop), **dict.fromkeys(("old", "student", "fake"), float(worn.flop))}
     memory = (chosen, largest if rest is None else rest)
-    reading = 1.0 if own is None else nets.roles.family.reading
+    reading = 1.0 if own is None else nets.roles.family.feature_cost
     return Costs(flop, (calls[1].bytes - slope, slope), graded, micro, *memory, decode, chunk, through, reading)
 
 
@@ -180,9 +180,9 @@ def _forget(parameter: Tensor) -> None:
 
 def _other(nets: Networks, role: Role, on: bool, text: Cond) -> int:
     """Bytes of a micro-batch with the other choice of checkpointing; without it the end of the forward pass is most."""
-    nets.roles.recompute(on=on)
+    nets.roles.set_checkpointing(on=on)
     measured = _graded(nets, role, text, len(next(iter(text.values()))), backward=on)
-    nets.roles.recompute(on=not on)
+    nets.roles.set_checkpointing(on=not on)
     return measured.bytes
 
 

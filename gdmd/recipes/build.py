@@ -59,7 +59,7 @@ class Components:
     method: Method
     stream: PromptStream
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
-    student_steps: tuple[float, ...] = ()  # through the family's clock; empty: those of the recipe
+    student_steps: tuple[float, ...] = ()  # through the family's timestep mapping; empty: those of the recipe
     teacher_times: Callable[[int], Tensor] = times
     scoring: Codec | None = None  # through which rewards see latents, where it is another one than ``codec``
 
@@ -93,19 +93,19 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Components:
 
 
 def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components:
-    """Times in the recipe are uniform; the method gets them through the family's clock."""
+    """Times in the recipe are uniform; the method gets them through the family's timestep mapping."""
     real = real_latents_of(cfg, model)
     prompts, meta = training_prompts(cfg, real)
     check_prompts(cfg.rewards, prompts)
     from gdmd.models.distilled import check_guidance
-    from gdmd.models.loading import LateText, encoder_identity, open_family, scoring_codec
+    from gdmd.models.loading import LazyTextEncoder, encoder_identity, open_family, scoring_codec
     from gdmd.models.roles import DiffusersRoles
 
     family = open_family(model, device, encoders=model.embeddings is None)
     check_guidance(family, (cfg.method.guidance,))
     encoder: TextEncoder = family.encoder
     if model.embeddings is not None:
-        encoder = CachedText(LateText(family), Path(model.embeddings), encoder_identity(family), device)
+        encoder = CachedText(LazyTextEncoder(family), Path(model.embeddings), encoder_identity(family), device)
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
     rewards = build_rewards(cfg.rewards, device) if cfg.method.rewarded else ()

@@ -27,8 +27,8 @@ from gdmd.models.loading import FAMILIES, open_family
 from gdmd.models.roles import DiffusersRoles
 from gdmd.plan.cost_model import gpu_of
 from gdmd.plan.estimate import Plan, plan
-from gdmd.plan.fake_tensors import UNCOUNTED, hollow, measure, weightless
-from gdmd.plan.meta_pipeline import hollow_family
+from gdmd.plan.fake_tensors import UNCOUNTED, fake_mode, hollow, measure
+from gdmd.plan.meta_pipeline import meta_family
 from gdmd.plan.text import described
 from gdmd.profiling.bench import Bench, table
 from gdmd.profiling.recorded_calls import replay
@@ -138,14 +138,14 @@ def test_what_a_call_for_features_costs_is_that_of_the_published_networks() -> N
         "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     }
-    assert {family.name for family in FAMILIES if family.reading != 1} == set(standard)
+    assert {family.name for family in FAMILIES if family.feature_cost != 1} == set(standard)
     for name, path in standard.items():
-        family = hollow_family(DiffusersModel(path=path, height=512, width=512)).family
+        family = meta_family(DiffusersModel(path=path, height=512, width=512)).family
         at = (family.net, torch.empty(1, *family.latent_shape), torch.ones(1), family.blank_text(1))
-        with weightless(), torch.no_grad():
+        with fake_mode(), torch.no_grad():
             hollow(family.net)
             whole, part = (measure(partial(call, *at)).flop for call in (family.predict, family.features))
-        assert part / whole == pytest.approx(family.reading, abs=0.01), name
+        assert part / whole == pytest.approx(family.feature_cost, abs=0.01), name
 
 
 def test_the_tally_tells_the_heads_calls_from_the_others(folders: Path) -> None:

@@ -28,8 +28,8 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.models.roles import DiffusersRoles
 from gdmd.plan.cost_model import CLIP_H, CLIP_L, GIB, Gpu, gpu_of
 from gdmd.plan.estimate import Plan, plan
-from gdmd.plan.fake_tensors import UNCOUNTED, measure, weightless
-from gdmd.plan.meta_pipeline import hollow_family
+from gdmd.plan.fake_tensors import UNCOUNTED, fake_mode, measure
+from gdmd.plan.meta_pipeline import meta_family
 from gdmd.plan.model_configs import MODELS
 from gdmd.plan.networks import networks_of
 from gdmd.plan.text import described
@@ -95,7 +95,7 @@ def peak_of(work: Any) -> int:
 
 
 def test_attention_is_counted_by_its_products_without_its_matrix() -> None:
-    with weightless():
+    with fake_mode():
         q, k, v = (torch.empty(2, 3, length, 16, requires_grad=True) for length in (500, 700, 700))
         attend = torch.nn.functional.scaled_dot_product_attention
         measured = measure(lambda: attend(q, k, v).sum().backward(), [q, k, v])
@@ -107,7 +107,7 @@ def test_attention_is_counted_by_its_products_without_its_matrix() -> None:
 def test_weights_and_flop_are_those_of_the_loaded_pipeline(folders: Path, name: str) -> None:
     cfg = recipe(folders, name)
     said, components = planned(cfg), build(cfg, "cpu")
-    net = components.roles.trunk.net
+    net = components.roles.backbone.net
     trunk = sum(weights.numel() for key, weights in net.named_parameters() if ".lora_" not in key)
     decoder = sum(weights.numel() for weights in components.roles.family.pipe.vae.parameters())
     assert {key: said.weights[key] for key in ("trunk", "student", "fake", "decoder")} == {
@@ -218,23 +218,23 @@ def test_the_real_method_makes_as_many_passes_as_counted() -> None:
     ],
 )
 def test_the_published_models_have_their_published_sizes(name: str, weights: int) -> None:
-    opened = hollow_family(DiffusersModel(path=name))
+    opened = meta_family(DiffusersModel(path=name))
     assert sum(own.numel() for own in opened.family.net.parameters()) == weights
     assert all(own.device.type == "meta" for own in opened.family.net.parameters())
 
 
 def test_an_unknown_hub_id_is_planned_by_its_family_or_refused() -> None:
     with pytest.raises(ValueError, match="set model.family"):
-        hollow_family(DiffusersModel(path="somebody/own-model"))
-    opened = hollow_family(DiffusersModel(path="somebody/own-model", family="sd15"))
+        meta_family(DiffusersModel(path="somebody/own-model"))
+    opened = meta_family(DiffusersModel(path="somebody/own-model", family="sd15"))
     assert "the standard model of family sd15" in opened.source
     with pytest.raises(ValueError, match="is of family sdxl, but model.family = sd3"):
-        hollow_family(DiffusersModel(path="stabilityai/stable-diffusion-xl-base-1.0", family="sd3"))
+        meta_family(DiffusersModel(path="stabilityai/stable-diffusion-xl-base-1.0", family="sd3"))
     assert {model.family for model in MODELS.values()} == set(tiny.BUILD)
 
 
 def test_adapters_are_made_on_the_hollow_network_without_memory() -> None:
-    family = hollow_family(DiffusersModel(path="stable-diffusion-v1-5/stable-diffusion-v1-5", lora_rank=8)).family
+    family = meta_family(DiffusersModel(path="stable-diffusion-v1-5/stable-diffusion-v1-5", lora_rank=8)).family
     weights = DiffusersRoles(family).parameters("student").values()
     assert {own.device.type for own in weights} == {"meta"} and sum(own.numel() for own in weights) > 1e6
 
