@@ -145,7 +145,7 @@ def lab_of(cfg: RunConfig, device: str) -> Components:
     encoder = RandomText(family.blank_text(1), device)
     reward = CallableReward(brightness, "brightness")
     place = Place(family.latent_shape, family.native)
-    method = method_of(cfg.model_copy(update={"method": own}), roles, codec, (reward,), place, None)
+    method = method_of(own, roles, codec, (reward,), place, None)
     stream = PromptStream([WORDS], encoder, cfg.loop.batch_size, cfg.loop.seed)
     return Components(roles, family.codec, encoder, (reward,), method, stream, family.latent_shape, own.student_steps)
 

@@ -92,7 +92,7 @@ def real_latents(shape: tuple[int, int, int]) -> Callable[[PromptBatch, SampleRn
 def dmd2(roles: DiffusersRoles, **options: Any) -> Dmd2:
     cfg = Dmd2Config(**{"fake_updates": 1, "head_weight": 1.0, "gan_weight": 1.0, "guidance": 3.0} | options)
     shape = roles.family.latent_shape
-    return Dmd2(cfg, roles, shape, roles.family.native, real_latents(shape)).attach(roles.critic)
+    return Dmd2(cfg, roles, shape, roles.family.native, real_latents(shape), critic=roles.critic)
 
 
 def updates(roles: DiffusersRoles, **options: Any) -> Iterator[Update]:

@@ -3,6 +3,7 @@
 import pytest
 
 from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
 from gdmd.recipes.read import read_recipe, recipe_names
 
 UNSEEN = {"shapes_clip_heldout", "shapes_partial_credit"}
@@ -21,7 +22,7 @@ def test_the_names_that_scripts_rely_on_exist() -> None:
         "shapes",
         ["method.gamma=0.5", "method.group_size=2", "loop.steps=3", "loop.checkpoint_every=2", "loop.seed=9"],
     )
-    assert isinstance(changed.method, GdmdConfig)
+    assert isinstance(changed.method, GdmdTiltedConfig)
     assert (changed.method.gamma, changed.method.group_size) == (0.5, 2)
     assert (changed.loop.steps, changed.loop.checkpoint_every, changed.loop.seed) == (3, 2, 9)
 
@@ -40,6 +41,5 @@ def test_gdmd_paper_is_algorithm_1_with_its_inferred_defaults() -> None:
     assert isinstance(method, GdmdConfig)
     assert (method.group_size, method.collection, method.old_policy) == (4, "all", "snapshot")
     assert method.dmd_weight == method.gamma == method.beta == 1.0
-    assert (method.score_target, method.normalize, method.weighting) == ("normalized", True, "napo")
-    assert method.scored_guidances == ()
+    assert (method.score_target, method.normalize) == ("normalized", True)
     assert method.student_input == "simulation"

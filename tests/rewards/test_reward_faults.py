@@ -151,12 +151,11 @@ def test_a_run_without_a_score_fails_again_when_it_is_resumed(gdmd: Gdmd) -> Non
     assert finished.code == 2 and "error: step 3: reward mine:unscored scored no image" in finished.err
 
 
-@pytest.mark.parametrize("method", ["gdmd", "dmd_grpo", "softmax"])
+@pytest.mark.parametrize("method", ["gdmd", "dmd_grpo", "gdmd_tilted"])
 @pytest.mark.parametrize("function", ["constant", "by_prompt", "rounding"])
 def test_a_run_that_no_reward_has_steered_fails(gdmd: Gdmd, function: str, method: str) -> None:
-    if method == "softmax":
-        chosen = "score_target: continuation, continuations: 2, weighting: softmax, student_target: mean"
-        words = [f"method={{kind: gdmd, {chosen}, normalize: false, group_size: 1}}"]
+    if method == "gdmd_tilted":
+        words = ["method={kind: gdmd_tilted, continuations: 2, normalize: false, group_size: 1}"]
     else:
         words = [f"method={{kind: {method}}}"]
     finished = train(gdmd, function, *words, "loop.batch_size=16")
