@@ -17,15 +17,15 @@ from gdmd.config.rewards import (
     CallableConfig,
     ClipReward,
     CompositeReward,
+    DeviceOptions,
     GenEvalReward,
     HpsReward,
     ImageReward,
     ImageRewardReward,
+    NetworkReward,
     OcrConfig,
     PickScoreReward,
-    Placed,
     RemoteReward,
-    Towers,
 )
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
 from gdmd.recipes.reward_identity import SHAPES_KINDS
@@ -162,9 +162,9 @@ def _reader(spec: OcrConfig, device: str) -> Reader:
     return Reader.from_pretrained(spec.path, spec.revision, _placement(spec, device), spec.tokens)
 
 
-def _placement(spec: Placed, device: str) -> Placement:
+def _placement(spec: DeviceOptions, device: str) -> Placement:
     plain = Placement(spec.device or device, _DTYPES[spec.dtype])
-    return replace(plain, offload=spec.offload, chunk=spec.chunk) if isinstance(spec, Towers) else plain
+    return replace(plain, offload=spec.offload, chunk=spec.chunk) if isinstance(spec, NetworkReward) else plain
 
 
 def scorers_of(cfg: RunConfig) -> tuple[Reward, ...]:
