@@ -245,7 +245,7 @@ SingleReward = Annotated[
 class CompositePart(Config):
     """A reward in a composite: weight x (score - mean) / std."""
 
-    reward: SingleReward
+    reward: SingleReward = Field(description="The reward of this part.")
     weight: Positive = Field(default=1.0, description="Weight in the mean.")
     mean: Finite = Field(default=0.0, description="Mean to subtract from the score; measure it on teacher images.")
     std: Positive = Field(

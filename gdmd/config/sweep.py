@@ -128,18 +128,24 @@ class CompareSpec(Config):
         default="",
         description="Row whose number of passes the budget `passes` gives to every row; default: headline.",
     )
-    seeds: Seeds = (0, 1, 2, 3, 4)
+    seeds: Seeds = Field(default=(0, 1, 2, 3, 4), description="Training seeds of every row.")
     student_updates: Count = Field(description="Student updates of every row under the budget `updates`.")
-    budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = ("updates",)
-    rows: Annotated[tuple[RowSpec, ...], Field(min_length=1)]
-    teachers: tuple[TeacherRow, ...] = (
-        TeacherRow(name="teacher_100", label="teacher, 100 NFE", steps=50),
-        TeacherRow(name="teacher_50", label="teacher, 50 NFE, no guidance", steps=50, guidance=1.0),
-        TeacherRow(name="teacher_4", label="teacher, 4 NFE, no guidance", steps=4, guidance=1.0),
+    budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = Field(
+        default=("updates",),
+        description="What rows have in common: the number of student updates, or of network passes in training.",
     )
-    evaluation: EvaluationSpec = EvaluationSpec()
-    diagnosis: DiagnosisSpec = DiagnosisSpec()
-    pictures: PictureSpec = PictureSpec()
+    rows: Annotated[tuple[RowSpec, ...], Field(min_length=1)] = Field(description="The students to train.")
+    teachers: tuple[TeacherRow, ...] = Field(
+        default=(
+            TeacherRow(name="teacher_100", label="teacher, 100 NFE", steps=50),
+            TeacherRow(name="teacher_50", label="teacher, 50 NFE, no guidance", steps=50, guidance=1.0),
+            TeacherRow(name="teacher_4", label="teacher, 4 NFE, no guidance", steps=4, guidance=1.0),
+        ),
+        description="Rows of the teacher's sampler.",
+    )
+    evaluation: EvaluationSpec = Field(default=EvaluationSpec(), description="How every run is evaluated.")
+    diagnosis: DiagnosisSpec = Field(default=DiagnosisSpec(), description="What is measured during training.")
+    pictures: PictureSpec = Field(default=PictureSpec(), description="The figures that show images.")
 
     @model_validator(mode="after")
     def _consistent(self) -> CompareSpec:
