@@ -1,6 +1,6 @@
-"""A comparison: which methods are trained with which seeds to which budget, how they are measured, and against which row.
+"""A sweep: which methods are trained with which seeds to which budget, and how they are evaluated and compared.
 
-Every row is a recipe with overrides, so that whatever ``gdmd train`` can train can be compared.
+Every row is a recipe with overrides, so that everything that ``gdmd train`` trains can be compared.
 """
 
 from __future__ import annotations
@@ -12,112 +12,140 @@ from pydantic import Field, StringConstraints, model_validator
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount
 
 RowName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-"""Letters, digits, "_", "." and "-": names stand in file names and in ``--only``."""
+"""Letters, digits, "_", "." and "-", since names are used in file names and in ``--only``."""
 Budget = Literal["updates", "passes"]
 Table = Literal["strategy", "collection"]
 Seeds = Annotated[tuple[NonNegativeCount, ...], Field(min_length=1)]
 Overrides = dict[str, Any]
 """Dotted path of a recipe -> value, as in ``gdmd train RECIPE a.b=c``."""
 
-SET_BY_THE_COMPARISON = (
+SET_BY_THE_SWEEP = (
     *("loop.steps", "loop.seed", "loop.threads", "loop.checkpoint_every", "loop.keep_checkpoints"),
     "loop.start_from",
 )
-"""Fields of a recipe that come from seeds, budget, first stage and diagnosis; and everything under ``eval``."""
+"""Recipe fields that the sweep sets from seeds, budget, first stage and diagnosis; so is everything under ``eval``."""
 
 
 class RowSpec(Config):
-    """One student of the comparison."""
+    """One student of the sweep."""
 
-    name: RowName = Field(description="`method` in the table: `gdmd` for the shipped default, `gdmd_paper`, `dmd`, ...")
+    name: RowName = Field(description="Name of the row, such as gdmd or dmd: `method` in the table.")
     kind: Literal["rival", "gdmd", "control"]
-    label: str = Field(default="", description="Name on the page and in figures; default: the name.")
-    recipe: str = Field(default="", description="A recipe's name or .yaml file; default: `base` of the comparison.")
-    overrides: Overrides = Field(default={}, description="Overrides of this row, after those of the comparison.")
-    budgets: tuple[Budget, ...] | None = Field(default=None, description="Default: `budgets` of the comparison.")
-    tables: tuple[Table, ...] = Field(default=(), description="Also a row of Table 3 (strategy) or 4 (collection).")
+    label: str = Field(default="", description="Label in tables and figures; default: the name.")
+    recipe: str = Field(default="", description="A recipe's name or .yaml file; default: `base` of the sweep.")
+    overrides: Overrides = Field(default={}, description="Overrides of this row, after those of the sweep.")
+    budgets: tuple[Budget, ...] | None = Field(
+        default=None,
+        description="Budgets of this row; default: `budgets` of the sweep.",
+    )
+    tables: tuple[Table, ...] = Field(
+        default=(),
+        description="Ablation tables that also show this row: Table 3 (strategy), Table 4 (collection).",
+    )
     start_from: str = Field(
         default="",
-        description="The row whose student and fake, of the same seed and the budget `updates`, this one begins with; "
-        "default: the teacher.",
+        description="Row whose student and fake score, of the same seed and the budget `updates`, this row starts "
+        "from; default: the teacher.",
     )
     student_updates: Count | None = Field(
-        default=None, description="Default: that of the comparison; a first stage has more."
+        default=None, description="Student updates of this row; default: those of the sweep."
     )
-    seeds: Seeds | None = Field(
-        default=None, description="Default: those of the comparison; more where the spread of a row asks for them."
-    )
+    seeds: Seeds | None = Field(default=None, description="Seeds of this row; default: those of the sweep.")
 
     @property
     def title(self) -> str:
-        """What a reader sees."""
+        """The label, else the name."""
         return self.label or self.name
 
 
 class TeacherRow(Config):
-    """The teacher's deterministic sampler as a row."""
+    """The teacher's deterministic sampler as a row of the tables."""
 
-    name: RowName
-    label: str = ""
-    steps: Count = Field(description="ODE steps; 2 NFE each with guidance, 1 without.")
-    guidance: NonNegative | None = Field(default=None, description="Default: that of the headline row's recipe.")
-    seeds: Seeds | None = Field(default=None, description="Default: those of the comparison.")
+    name: RowName = Field(description="Name of the row.")
+    label: str = Field(default="", description="Label in tables and figures; default: the name.")
+    steps: Count = Field(description="ODE steps; each takes 2 NFE with guidance, 1 without.")
+    guidance: NonNegative | None = Field(
+        default=None,
+        description="Guidance scale; default: that of the headline row's recipe.",
+    )
+    seeds: Seeds | None = Field(default=None, description="Seeds of this row; default: those of the sweep.")
 
     @property
     def title(self) -> str:
-        """What a reader sees."""
+        """The label, else the name."""
         return self.label or self.name
 
 
 class EvaluationSpec(Config):
-    """How every cell is measured."""
+    """How every run is evaluated."""
 
-    split: Literal["dev", "eval"] = Field(default="eval", description="dev: for choosing settings; eval: for results.")
+    split: Literal["dev", "eval"] = Field(
+        default="eval",
+        description="Captions to evaluate on: dev to choose settings, eval for results.",
+    )
     per_task: Count = Field(default=50, description="Captions per task; 50 x 4 images x 6 tasks = 1,200 images.")
     images: Count = Field(default=4, description="Images per caption.")
     seed: NonNegativeCount = Field(
-        default=777, description="Seed of the evaluation noise; the cell's seed is added, so that rows stay paired."
+        default=777, description="Seed of the evaluation noise; the run's seed is added, so that rows stay paired."
     )
 
 
 class DiagnosisSpec(Config):
-    """What is measured along the training: curves, and the divergence of RL and DMD gradients."""
+    """What is measured during training: curves, and the divergence of RL and DMD gradients."""
 
-    seeds: NonNegativeCount = Field(default=1, description="So many of the first seeds are diagnosed; 0 = none.")
-    points: Count = Field(default=4, description="Equally spaced checkpoints that are looked at, besides the start.")
-    per_task: Count = Field(default=20, description="Captions per task of a curve's point.")
-    images: Count = Field(default=2, description="Images per caption of a curve's point.")
+    seeds: NonNegativeCount = Field(default=1, description="Number of seeds that are diagnosed; 0 = none.")
+    points: Count = Field(
+        default=4,
+        description="Number of equally spaced checkpoints that are measured, in addition to the start.",
+    )
+    per_task: Count = Field(default=20, description="Captions per task for each point of a curve.")
+    images: Count = Field(default=2, description="Images per caption for each point of a curve.")
 
 
 class PictureSpec(Config):
-    """The figures that show images; made with the students of the first seed."""
+    """The figures that show images of the first seed's students."""
 
-    rows: tuple[str, ...] = Field(default=(), description="Rows shown side by side; default: teachers, rivals, gdmd.")
-    per_cluster: Count = Field(default=6, description="Images per color and object in the feature-space figure.")
-    captions: Count = Field(default=8, description="Captions of each same-noise grid.")
+    rows: tuple[str, ...] = Field(
+        default=(),
+        description="Rows shown side by side; default: teachers, baselines, gdmd.",
+    )
+    per_cluster: Count = Field(default=6, description="Images per color and object in the figure of the feature space.")
+    captions: Count = Field(default=8, description="Captions of each grid of images from the same noise.")
 
 
 class CompareSpec(Config):
     """``gdmd sweep SPEC``: rows x seeds x budgets."""
 
-    name: RowName
-    about: str = ""
-    base: str = Field(description="Recipe of the rows that name none.")
-    overrides: Overrides = Field(default={}, description="Overrides of every row (batch, rates, EMA, rewards, ...).")
-    headline: str = Field(default="gdmd", description="The row against which the paired tests go.")
-    reference: str = Field(default="", description="The row whose passes the budget `passes` gives to every other one.")
-    seeds: Seeds = (0, 1, 2, 3, 4)
-    student_updates: Count = Field(description="Student updates of every row under the budget `updates`.")
-    budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = ("updates",)
-    rows: Annotated[tuple[RowSpec, ...], Field(min_length=1)]
-    teachers: tuple[TeacherRow, ...] = (
-        TeacherRow(name="teacher_100", label="teacher, 100 NFE", steps=50),
-        TeacherRow(name="teacher_50", label="teacher, 50 NFE, no guidance", steps=50, guidance=1.0),
-        TeacherRow(name="teacher_4", label="teacher, 4 NFE, no guidance", steps=4, guidance=1.0),
+    name: RowName = Field(description="Name of the sweep; its folder is named after it.")
+    about: str = Field(default="", description="One sentence about the sweep.")
+    base: str = Field(description="Recipe of the rows that name no recipe.")
+    overrides: Overrides = Field(
+        default={},
+        description="Overrides of every row, such as batch, learning rates and rewards.",
     )
-    evaluation: EvaluationSpec = EvaluationSpec()
-    diagnosis: DiagnosisSpec = DiagnosisSpec()
-    pictures: PictureSpec = PictureSpec()
+    headline: str = Field(default="gdmd", description="Row that all others are tested against (paired tests).")
+    reference: str = Field(
+        default="",
+        description="Row whose number of passes the budget `passes` gives to every row; default: headline.",
+    )
+    seeds: Seeds = Field(default=(0, 1, 2, 3, 4), description="Training seeds of every row.")
+    student_updates: Count = Field(description="Student updates of every row under the budget `updates`.")
+    budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = Field(
+        default=("updates",),
+        description="What rows have in common: the number of student updates, or of network passes in training.",
+    )
+    rows: Annotated[tuple[RowSpec, ...], Field(min_length=1)] = Field(description="The students to train.")
+    teachers: tuple[TeacherRow, ...] = Field(
+        default=(
+            TeacherRow(name="teacher_100", label="teacher, 100 NFE", steps=50),
+            TeacherRow(name="teacher_50", label="teacher, 50 NFE, no guidance", steps=50, guidance=1.0),
+            TeacherRow(name="teacher_4", label="teacher, 4 NFE, no guidance", steps=4, guidance=1.0),
+        ),
+        description="Rows of the teacher's sampler.",
+    )
+    evaluation: EvaluationSpec = Field(default=EvaluationSpec(), description="How every run is evaluated.")
+    diagnosis: DiagnosisSpec = Field(default=DiagnosisSpec(), description="What is measured during training.")
+    pictures: PictureSpec = Field(default=PictureSpec(), description="The figures that show images.")
 
     @model_validator(mode="after")
     def _consistent(self) -> CompareSpec:
@@ -138,7 +166,7 @@ class CompareSpec(Config):
             if name not in students:
                 found.append(f"{field} '{name}' is not among the rows {', '.join(students)}")
         unknown = [name for name in self.pictures.rows if name not in names]
-        return found + [f"pictures.rows names '{name}', which is no row" for name in unknown]
+        return found + [f"pictures.rows names '{name}', which is not a row" for name in unknown]
 
     def _start_problems(self) -> list[str]:
         rows = {row.name: row for row in self.rows}
@@ -149,7 +177,7 @@ class CompareSpec(Config):
             if row.start_from and first is None:
                 found.append(f"{where}, which is not among the rows {', '.join(rows)}")
             elif first is not None and first.start_from:
-                found.append(f"{where}, which begins from '{first.start_from}' itself: there are two stages, not more")
+                found.append(f"{where}, which itself starts from '{first.start_from}': there are two stages, not more")
             elif first is not None and "updates" not in self.budgets_of(first):
                 found.append(f"{where}, which is not trained under the budget updates")
             elif first is not None and (lost := set(self.seeds_of(row)) - set(self.seeds_of(first))):
@@ -159,11 +187,11 @@ class CompareSpec(Config):
     def _override_problems(self) -> list[str]:
         places = [("overrides", self.overrides), *((f"row '{row.name}'", row.overrides) for row in self.rows)]
         return [
-            f"{place} sets '{key}', which the comparison sets itself (seeds, student_updates, start_from, evaluation, "
+            f"{place} sets '{key}', which the sweep sets itself (seeds, student_updates, start_from, evaluation, "
             "diagnosis)"
             for place, overrides in places
             for key in overrides
-            if key in (*SET_BY_THE_COMPARISON, "loop", "name", "about") or key.split(".")[0] == "eval"
+            if key in (*SET_BY_THE_SWEEP, "loop", "name", "about") or key.split(".")[0] == "eval"
         ]
 
     def budgets_of(self, row: RowSpec) -> tuple[Budget, ...]:
@@ -181,7 +209,7 @@ class CompareSpec(Config):
 
     @property
     def every_seed(self) -> tuple[int, ...]:
-        """The seeds of the comparison, then those that only some rows have."""
+        """The seeds of the sweep, then those that only some rows have."""
         own = (seed for row in self.every_row for seed in self.seeds_of(row))
         return tuple(dict.fromkeys((*self.seeds, *own)))
 
@@ -190,12 +218,12 @@ class CompareSpec(Config):
         return self.student_updates if row.student_updates is None else row.student_updates
 
     def row(self, name: str) -> RowSpec:
-        """The student row of that name."""
+        """The student row with this name."""
         return next(row for row in self.rows if row.name == name)
 
     @property
     def titles(self) -> dict[str, str]:
-        """name -> what a reader sees, teachers first."""
+        """name -> title, teachers first."""
         return {row.name: row.title for row in self.every_row}
 
 

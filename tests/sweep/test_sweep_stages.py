@@ -83,7 +83,7 @@ def test_only_a_second_stage_brings_its_first_before_it(tmp_path: Path) -> None:
         ),
         ("student_updates: 7", "start_from: dmd, student_updates: 7", "two stages, not more"),
         ("student_updates: 7, budgets: [updates]", "budgets: [passes]", "not trained under the budget updates"),
-        ("budgets: [passes]", "overrides: {loop.start_from: runs/x}", "'loop.start_from', which the comparison sets"),
+        ("budgets: [passes]", "overrides: {loop.start_from: runs/x}", "'loop.start_from', which the sweep sets"),
     ],
 )
 def test_a_wrong_first_stage_is_named(tmp_path: Path, before: str, after: str, said: str) -> None:
