@@ -283,14 +283,11 @@ def _web() -> Any:
 
 def _print_duels(found: Any) -> None:
     from rich.console import Console
-    from rich.table import Table
 
+    from gdmd.reporting.tables import Table, texts
     from gdmd.study.report import DUEL_HEAD, duel_cells
 
-    table = Table(*DUEL_HEAD)
-    for duel in found.duels:
-        table.add_row(*duel_cells(duel))
-    Console().print(table)
+    Console().print(Table(DUEL_HEAD, [[texts(*duel_cells(duel)) for duel in found.duels]]).rich())
 
 
 def _say(text: str) -> None:

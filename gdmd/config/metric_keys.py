@@ -53,7 +53,9 @@ def _rewards(cfg: RunConfig) -> tuple[RewardConfig, ...]:
 
 
 def _of_method(cfg: RunConfig) -> tuple[str, ...]:
-    samples, targets = (tuple(f"reward/{_name(spec)}/{what}" for spec in _rewards(cfg)) for what in ("sample", "target"))
+    samples, targets = (
+        tuple(f"reward/{_name(spec)}/{what}" for spec in _rewards(cfg)) for what in ("sample", "target")
+    )
     match cfg.method:
         case DmdConfig() as own:
             return ("loss/regression",) if own.regression_weight > 0 else ()

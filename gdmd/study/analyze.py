@@ -210,7 +210,7 @@ def _strengths(plan: Plan, question: Question, votes: Sequence[Vote], replicates
     firsts, seconds = [place[vote.first] for vote in votes], [place[vote.second] for vote in votes]
     scores = np.array([vote.score for vote in votes])
     wins = stats.win_matrix(len(place), firsts, seconds, scores.tolist())
-    if not stats.has_strengths(wins):
+    if not stats.has_maximum(wins):
         why = "one model (or group of models) won or lost every vote against the rest, so its strength has no bound"
         return Strengths(question, {}, {}, 0, 0, why)
     values = stats.bradley_terry(wins)
@@ -222,7 +222,7 @@ def _strengths(plan: Plan, question: Question, votes: Sequence[Vote], replicates
         for k, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
             drawn[:, first, second] += weights[:, k] * scores[k]
             drawn[:, second, first] += weights[:, k] * (1 - scores[k])
-        good = np.array([stats.has_strengths(matrix) for matrix in drawn])
+        good = np.array([stats.has_maximum(matrix) for matrix in drawn])
         degenerate += int((~good).sum())
         draws.append(stats.bradley_terry(drawn[good]) if good.any() else values[:0, None])
     low, high = stats.two_way_interval(values, draws, min(len(set(prompts)), len(set(raters))))

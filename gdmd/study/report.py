@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdmd.io import writing
-from gdmd.reporting.pages import Cell, Dot, DotPlot, Group, Number, TableRow, Verdict, dot_plot, render
+from gdmd.reporting.pages import Dot, DotPlot, Group, Number, TableRow, Verdict, dot_plot, render
 from gdmd.reporting.plots import INK, STYLE
+from gdmd.reporting.tables import Cell
 from gdmd.study.analyze import Analysis, Duel
 from gdmd.study.export import csv_text, jsonl_text
 from gdmd.study.records import Vote

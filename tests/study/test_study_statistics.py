@@ -66,9 +66,9 @@ def test_bradley_terry_recovers_true_strengths() -> None:
     assert stats.bradley_terry(np.stack([wins, 2 * wins]))[1] == pytest.approx(truth, abs=1e-7)
 
 
-def test_no_strengths_for_a_model_that_never_lost() -> None:
-    assert not stats.has_strengths(np.array([[0.0, 5.0, 3.0], [0.0, 0.0, 2.0], [0.0, 2.0, 0.0]]))
-    assert stats.has_strengths(np.array([[0.0, 5.0, 0.0], [0.0, 0.0, 2.0], [1.0, 0.0, 0.0]]))
+def test_no_maximum_for_a_model_that_never_lost() -> None:
+    assert not stats.has_maximum(np.array([[0.0, 5.0, 3.0], [0.0, 0.0, 2.0], [0.0, 2.0, 0.0]]))
+    assert stats.has_maximum(np.array([[0.0, 5.0, 0.0], [0.0, 0.0, 2.0], [1.0, 0.0, 0.0]]))
 
 
 def test_a_tie_is_half_a_win() -> None:
