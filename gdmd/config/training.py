@@ -18,11 +18,11 @@ Decay = Annotated[Probability, Field(lt=1)]
 class LoopConfig(Config):
     """The ``loop`` section of a recipe."""
 
-    steps: Count = Field(200, description="Outer iterations in all; a resumed run goes on to the same number.")
+    steps: Count = Field(200, description="Outer iterations in all, of a resumed run too.")
     start_from: str = Field(
         "",
-        description="Folder of another run, whose student (EMA) and fake this one begins with; optimizers, schedule and "
-        'EMA begin anew. Give it another seed than that run. "" = begin with the teacher.',
+        description="Folder of another run to start from: its student (EMA) and fake score; optimizers, schedule and "
+        'EMA start fresh. Use another seed than that run. "" = start from the teacher.',
     )
     batch_size: Count = Field(32, description="Samples (prompt, noise) of one outer iteration.")
     micro_batch: NonNegativeCount = Field(
@@ -40,7 +40,7 @@ class LoopConfig(Config):
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw",
-        description="adamw8bit (arXiv 2110.02861): moments of 8 bits, a quarter of the memory; weights stay fp32. "
+        description="adamw8bit (arXiv 2110.02861): 8-bit moments, a quarter of the memory; weights stay fp32. "
         "Needs pip install -e '.[8bit]'.",
     )
     betas: tuple[Decay, Decay] = Field(
@@ -65,23 +65,20 @@ class LoopConfig(Config):
         False,
         description="Decay min(ema, (1 + n) / (10 + n)) at update n: short runs forget the initial weights sooner.",
     )
-    checkpoint_every: Count = Field(100, description="Steps between checkpoints: the most that a kill -9 can cost.")
+    checkpoint_every: Count = Field(
+        100, description="Steps between checkpoints: at most this many are lost on SIGKILL."
+    )
     keep_checkpoints: NonNegativeCount = Field(
         2, description="Newest checkpoints kept; two, so that one good one is left when the last is damaged. 0 = all."
     )
     checkpoint_async: bool = Field(
         False,
-        description="Copy the state to host memory and write it beside the training; a kill may then cost the steps "
-        "made meanwhile, too. false: the loop waits, without the copy, and a kill costs at most checkpoint_every.",
-    )
-    checkpoint_format: Literal["auto", "single", "sharded"] = Field(
-        "auto",
-        description="single: rank 0 writes whole tensors; sharded: every rank writes its own pieces; auto: sharded "
-        "where loop.sharding has cut the weights. Any number of ranks resumes from either.",
+        description="Copy the state to host memory and write it in a background thread; on SIGKILL the steps made "
+        "meanwhile may be lost, too. false: the loop waits for the write, without the copy.",
     )
     best_metric: str = Field(
         "",
-        description="Key of metrics.jsonl by which a best checkpoint is kept beside the newest, such as reward/target; "
+        description="Key of metrics.jsonl that selects a best checkpoint, kept next to the newest, such as reward/target; "
         'its mean over the last checkpoint_every steps counts. "" = none.',
     )
     best_direction: Literal["max", "min"] = Field("max", description="Whether more or less of best_metric is better.")
@@ -105,8 +102,8 @@ class LoopConfig(Config):
     )
     rank_timeout: Positive = Field(
         600.0,
-        description="Seconds that ranks wait for one that is behind before the run ends and names it; more than saving "
-        "a checkpoint takes.",
+        description="Seconds that ranks wait for each other before the run ends (the timeout of torch's process "
+        "groups); longer than one iteration and than saving a checkpoint.",
     )
     skip_limit: Count = Field(
         10, description="Updates of one run that may be skipped in all (on_nonfinite = skip) before it stops after all."
@@ -125,7 +122,7 @@ class LoopConfig(Config):
     def _whole_moments(self) -> Self:
         if self.optimizer == "adamw8bit" and self.sharding != "none":
             raise ValueError(
-                f"optimizer = adamw8bit and sharding = {self.sharding}: blocks of 8-bit moments are not cut into "
-                "shards. Use sharding = none, or optimizer = adamw (its state is sharded)."
+                f"optimizer = adamw8bit and sharding = {self.sharding}: blocks of 8-bit moments cannot be "
+                "sharded. Use sharding = none, or optimizer = adamw (its state is sharded)."
             )
         return self

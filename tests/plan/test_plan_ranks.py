@@ -32,7 +32,7 @@ from gdmd.plan.cost_model import Sent, gpu_of
 from gdmd.plan.estimate import Plan, plan
 from gdmd.programs.latents import compute_latents
 from gdmd.recipes.build import Components, build
-from gdmd.training.distributed import Sharding, World
+from gdmd.training.distributed import DistributedContext, Sharding
 from gdmd.training.role_state import RoleState, role_states
 from gdmd.types import PromptBatch
 
@@ -120,12 +120,12 @@ class Wire(TorchDispatchMode):
         self.messages[where] += 1
 
 
-def one_iteration(components: Components, states: dict[Any, RoleState], world: World, step: int) -> Wire:
-    prompts = components.stream.at(step, *world.span(BATCH))
+def one_iteration(components: Components, states: dict[Any, RoleState], context: DistributedContext, step: int) -> Wire:
+    prompts = components.stream.at(step, *context.local_slice(BATCH))
     with Wire() as wire:
         for update in components.method.iteration(step, prompts, SampleRng(0, step, prompts.index)):
             states[update.role].apply(update)
-            wire.bytes["among" if world.size == NODE else "across"] -= flags(states[update.role], world.size)
+            wire.bytes["among" if context.size == NODE else "across"] -= flags(states[update.role], context.size)
     return wire
 
 
@@ -135,14 +135,14 @@ def flags(state: RoleState, size: int) -> int:
     return 2 * (size - 1) * 4 * len(replicas) // size
 
 
-def to_device_async(cfg: RunConfig, world: World, how: Sharding) -> dict[str, Any]:
+def to_device_async(cfg: RunConfig, context: DistributedContext, how: Sharding) -> dict[str, Any]:
     """By this rank in an iteration, the second of NFT, when its old policy is there; and the bytes of weights it holds."""
     components = build(cfg)
     if how != "none":
-        components.roles.shard(lambda module: world.shard(module, how))
-    states = role_states(components.roles, cfg.loop, world)
+        components.roles.shard(lambda module: context.shard(module, how))
+    states = role_states(components.roles, cfg.loop, context)
     steps = range(2 if isinstance(cfg.method, DmdNftConfig) else 1)
-    wire = [one_iteration(components, states, world, step) for step in steps][-1]
+    wire = [one_iteration(components, states, context, step) for step in steps][-1]
     whole = [own for state in states.values() for named in state.tensors().values() for own in named.values()]
     own = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in whole]
     return {"bytes": wire.bytes, "messages": wire.messages, "held": sum(tensor.nbytes for tensor in own)}
@@ -158,16 +158,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     components = build(recipe(root, "adapters"))
     components.encoder.prepare([text for group in components.stream.groups for text in group])
 
-    def work(world: World, asked: list[tuple[str, Sharding]]) -> None:
-        found = {f"{kind}, {how}": to_device_async(recipe(root, kind), world, how) for kind, how in asked}
-        if world.first:
-            (root / f"sent_{world.size}.json").write_text(json.dumps(found))
+    def work(context: DistributedContext, asked: list[tuple[str, Sharding]]) -> None:
+        found = {f"{kind}, {how}": to_device_async(recipe(root, kind), context, how) for kind, how in asked}
+        if context.is_main:
+            (root / f"sent_{context.size}.json").write_text(json.dumps(found))
 
     whole, cut = [(kind, "none") for kind in WHOLE], ["adapters", *COPIES]
     two = [*whole, *((kind, "full") for kind in cut)]
     four = [(kind, "hybrid") for kind in ("copies in micro-batches", "a copied student")]
     for size, asked in ((2, two), (4, four)):
-        ended = run_ranks(lambda world, asked=asked: work(world, asked), root, size, local_size=NODE)
+        ended = run_ranks(lambda context, asked=asked: work(context, asked), root, size, local_size=NODE)
         assert [end.code for end in ended] == [0] * size, ended
     return root
 
