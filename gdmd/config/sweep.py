@@ -62,7 +62,7 @@ class StudentRow(NamedRow):
 
 
 class TeacherRow(Config):
-    """The teacher's deterministic sampler as a row."""
+    """The teacher's deterministic sampler as a row of the tables."""
 
     name: RowName
     label: str = ""

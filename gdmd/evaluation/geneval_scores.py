@@ -21,7 +21,7 @@ import numpy as np
 
 from gdmd.io import numbered_jsonl
 from gdmd.reporting.statistics import REPLICATES, Floats, bootstrap_means, percentile_interval
-from gdmd.rewards.geneval.rules import COLORS, TASKS, ColorOf, Found, Task, judge, partial_credit, read_task
+from gdmd.rewards.geneval.rules import COLORS, TASKS, ColorOf, DetectedObject, Task, judge, partial_credit, read_task
 from gdmd.sources.folders import images_in
 
 
@@ -88,14 +88,20 @@ def image_files(folder: Path) -> Iterator[tuple[int, Task, int, Path]]:
             yield int(one.name), found[0], int(path.stem), path
 
 
-def judged(prompt: int, image: int, task: Task, found: Mapping[str, Sequence[Found]], color_of: ColorOf) -> Judged:
+def judged(
+    prompt: int, image: int, task: Task, found: Mapping[str, Sequence[DetectedObject]], color_of: ColorOf
+) -> Judged:
     """Metric and partial credit of one image."""
     verdict = judge(task, found, color_of)
     return Judged(prompt, image, task, verdict.correct, verdict.reasons, partial_credit(task, found, color_of))
 
 
 def recording(
-    prompt: int, image: int, task: Task, found: Mapping[str, Sequence[Found]], colors: Mapping[tuple[str, int], str]
+    prompt: int,
+    image: int,
+    task: Task,
+    found: Mapping[str, Sequence[DetectedObject]],
+    colors: Mapping[tuple[str, int], str],
 ) -> dict[str, Any]:
     """A line of detections.jsonl; colors by (class, key)."""
     objects = {
@@ -129,7 +135,7 @@ def judge_recorded(path: Path, tasks: Mapping[int, Task]) -> list[Judged]:
 def recorded_colors(colors: Mapping[tuple[str, int], str | None], where: str) -> ColorOf:
     """A classifier that looks up recorded colors. ValueError if a color that is needed was not recorded."""
 
-    def color_of(name: str, objects: Sequence[Found]) -> list[str]:
+    def color_of(name: str, objects: Sequence[DetectedObject]) -> list[str]:
         known = [colors.get((name, one.key)) for one in objects]
         if None in known:
             raise ValueError(f"{where}: the color of a {name} is needed but was not recorded; detect it again")
@@ -165,8 +171,8 @@ def _score(value: float, replicates: Floats, images: int, prompts: int) -> Score
     return Score(value, *percentile_interval(replicates), images, prompts)
 
 
-def _objects(rows: Any) -> tuple[dict[str, list[Found]], dict[tuple[str, int], str | None]]:
-    found: dict[str, list[Found]] = {}
+def _objects(rows: Any) -> tuple[dict[str, list[DetectedObject]], dict[tuple[str, int], str | None]]:
+    found: dict[str, list[DetectedObject]] = {}
     colors: dict[tuple[str, int], str | None] = {}
     for name, ones in rows.items():
         for key, one in enumerate(ones):
@@ -174,6 +180,6 @@ def _objects(rows: Any) -> tuple[dict[str, list[Found]], dict[tuple[str, int], s
             color = one.get("color")
             if color is not None and color not in COLORS:
                 raise ValueError(f"color {color!r} is none of {', '.join(COLORS)}")
-            found.setdefault(name, []).append(Found((x0, y0, x1, y1), float(one["confidence"]), key))
+            found.setdefault(name, []).append(DetectedObject((x0, y0, x1, y1), float(one["confidence"]), key))
             colors[name, key] = color
     return found, colors

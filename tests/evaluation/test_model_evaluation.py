@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gdmd.cli.app import main
 from gdmd.config.image_source import read_source
-from gdmd.evaluation.compare import Wanted, compare, preference
+from gdmd.evaluation.compare import EvalOptions, compare, preference
 from gdmd.evaluation.geneval import images_key
 from gdmd.evaluation.scorers import read_scorer, read_scorers
 from gdmd.recipes.reward_identity import scorer_identity
@@ -76,8 +76,8 @@ def world(gdmd: Gdmd) -> tuple[Path, Path]:
     return painted(gdmd.folder / "a", prompts, shades), painted(gdmd.folder / "b", prompts, brighter)
 
 
-def settings(**changes: Any) -> Wanted:
-    return Wanted(**({"prompts": "prompts.txt", "images": 2, "scorers": SCORERS, "device": "cpu"} | changes))
+def settings(**changes: Any) -> EvalOptions:
+    return EvalOptions(**({"prompts": "prompts.txt", "images": 2, "scorers": SCORERS, "device": "cpu"} | changes))
 
 
 def test_means_intervals_and_marks_of_known_images(gdmd: Gdmd) -> None:
@@ -108,7 +108,7 @@ def test_distances_and_diversity_use_the_given_features(gdmd: Gdmd) -> None:
 
 def test_a_killed_evaluation_goes_on_where_it_was(gdmd: Gdmd) -> None:
     gdmd.train("--run", "run")
-    asked = Wanted(per_task=1, images=2, scorers=SCORERS[:1], device="cpu")
+    asked = EvalOptions(per_task=1, images=2, scorers=SCORERS[:1], device="cpu")
     whole = preference(read_source("run,batch=5"), asked, Path("whole"), quiet)
     count = sum(calls)
 
@@ -148,15 +148,15 @@ def test_shards_make_the_images_of_one_process(gdmd: Gdmd) -> None:
 
 def test_a_folder_of_another_source_seed_or_prompt_is_refused(gdmd: Gdmd) -> None:
     gdmd.train("--run", "run")
-    asked = Wanted(per_task=1, images=1, limit=2, device="cpu")
+    asked = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
     preference(read_source("run"), asked, Path("eval"), quiet)
     with pytest.raises(ValueError, match="another source .*sampler"):
         preference(read_source("teacher-4"), asked, Path("eval"), quiet)
     with pytest.raises(ValueError, match=r"another source \(seed"):
-        preference(read_source("run"), Wanted(per_task=1, images=1, limit=2, seed=1), Path("eval"), quiet)
+        preference(read_source("run"), EvalOptions(per_task=1, images=1, limit=2, seed=1), Path("eval"), quiet)
     Path("p.txt").write_text("a red ring\ntwo squares\n")
     with pytest.raises(ValueError, match="00000 holds another prompt"):
-        preference(read_source("run"), Wanted(prompts="p.txt", images=1, device="cpu"), Path("eval"), quiet)
+        preference(read_source("run"), EvalOptions(prompts="p.txt", images=1, device="cpu"), Path("eval"), quiet)
     (Path("eval") / "settings.json").unlink()
     with pytest.raises(ValueError, match="images of an unknown source"):
         preference(read_source("run"), asked, Path("eval"), quiet)
@@ -327,7 +327,7 @@ def test_a_hub_branch_is_known_by_its_commit_and_else_equal_to_nothing(
 def test_a_retrained_run_of_the_same_settings_and_step_is_another_source(gdmd: Gdmd) -> None:
     gdmd.train("--run", "run")
     gdmd.train("--run", "other", "loop.seed=1")
-    asked = Wanted(per_task=1, images=1, limit=2, device="cpu")
+    asked = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
     preference(read_source("run"), asked, Path("eval"), quiet)
     preference(read_source("run"), asked, Path("eval"), quiet)
     shutil.rmtree("run/checkpoints")

@@ -152,9 +152,7 @@ def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert not (tmp_path / "three").exists()
 
 
-def test_plan_draws_shapes_models_from_the_same_noise(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_draws_shapes_models_from_the_same_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ("--raters", "1", "--votes", "1", "--pairs", "6", "--repeats", "0", "--checks", "0", "--per-task", "1")
     study = tmp_path / "study"
     named = ("plain=teacher-4-plain", "again=teacher-4-plain", "guided=teacher-4")
