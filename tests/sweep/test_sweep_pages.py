@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 import struct
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gdmd.io import RunError
+from gdmd.reporting.plots import COLORS
+from gdmd.shapes.same_noise import Column, SameNoise
 from gdmd.sweep import results as sweep_results
+from gdmd.sweep.figures import _look, row_colors
+from gdmd.sweep.page import verdict
 from gdmd.sweep.pool import Outcome
 from gdmd.sweep.results import beginning, stored_results, summary, write_pages
 from gdmd.sweep.runs import IMAGES, images_key, plan, read_table, shown_runs
@@ -78,7 +85,7 @@ def test_a_page_has_every_table_and_figure(headline: Sweep, tmp_path: Path) -> N
     assert "Unfinished" not in text and "nan" not in text and "None" not in text
     assert "shapes_clip † |" in text and "shapes_clip_heldout † |" not in text
     drawn = {path.name for path in (tmp_path / "figures").glob("*.png")}
-    assert {"overall.png", "fig3_features.png", "fig4_divergence.png", "fig4_curves.png"} <= drawn
+    assert drawn == {"overall.png", "fig1_measures.png", "fig3_features.png", "fig4_divergence.png", "fig4_curves.png"}
     for name in drawn:
         assert f"(figures/{name})" in text
         content = (tmp_path / "figures" / name).read_bytes()
@@ -88,6 +95,25 @@ def test_a_page_has_every_table_and_figure(headline: Sweep, tmp_path: Path) -> N
     assert found["past"] > 0 and found["missing"] == 0 and found["rows"]["gdmd"]["behind_headline"] is None
     assert found["rows"]["dmd"]["behind_headline"] == pytest.approx(0.038, abs=5e-4)
     assert found["rows"]["dmd"]["p_holm"] == pytest.approx(0.042, abs=5e-4)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_both_pages_begin_with_the_verdict_and_escape_titles(headline: Sweep, tmp_path: Path) -> None:
+    row = headline.config.rows[0].model_copy(update={"label": "<script>alert(1)</script>"})
+    config = headline.config.model_copy(update={"rows": (row, *headline.config.rows[1:])})
+    write_table(tmp_path, HEADLINE)
+    (tmp_path / "figures").mkdir()
+    image = base64.b64encode(b"png").decode()
+    images = SameNoise(["a ring"], [Column(name, 4, [[image]], [[name == "GDMD"]]) for name in ("DMD", "GDMD")])
+    (tmp_path / "figures" / "fig6_grid.png").write_bytes(b"png")
+    (tmp_path / "figures" / "fig6_grid.json").write_text(json.dumps(asdict(images)))
+    text = page_of(Sweep(config, headline.recipes), tmp_path)
+    html = (tmp_path / "shapes.html").read_text()
+    assert text.splitlines()[2].startswith("**On ShapesEval over 5 seeds, ")
+    assert html.index("On ShapesEval over 5 seeds, ") < html.index("<h2>")
+    assert "<script" not in html and "&lt;script" in html and not re.search(r'(src|href)="(?!data:image/png)', html)
+    assert html.count('class="shot right tiny"') == html.count('class="shot wrong tiny"') == 1
+    assert 'alt="a ring, GDMD: right"' in html and "Table 1: quality" in html
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -182,3 +208,21 @@ def test_the_best_student_of_a_column_is_bold() -> None:
     assert "**0.650 +- 0.071**" in text and "0.550 +- 0.071" in text and text.count("**") == 2
     tied = made_up(gdmd=[0.6], dmd=[0.6])
     assert "**" not in str(table(tied, tied.rows, quality(tied)))
+
+
+def test_verdict_claims_only_what_is_left_after_holms_correction() -> None:
+    own = made_up(gdmd=[0.60, 0.62, 0.64], dmd=[0.50, 0.52, 0.54], dmdr=[0.60, 0.61, 0.65], refl=[0.7, 0.72, 0.74])
+    found = verdict(own)
+    assert found.sentence == (
+        "On ShapesEval over 3 seeds, GDMD is better than DMD; it is worse than REFL; it is not distinguishable from DMDR."
+    )
+    assert [number.value for number in found.numbers][0] == "0.620 +- 0.020"
+    assert "cannot be compared yet" in verdict(made_up(gdmd=[0.6], dmd=[0.5])).sentence
+
+
+def test_rows_have_the_colors_of_their_methods() -> None:
+    own = made_up(gdmd_paper=[0.5], gdmd=[0.6], dmd=[0.5], **{f"row{k}": [0.5] for k in range(20)})
+    colors = row_colors(own)
+    assert (colors["gdmd"], colors["dmd"]) == (COLORS["gdmd"], COLORS["dmd"])
+    looks = [_look(own, row) for row in own.rows]
+    assert len({(look["color"], str(look["linestyle"])) for look in looks}) == len(looks)
