@@ -141,3 +141,9 @@ def test_every_page_is_in_the_navigation() -> None:
     for page in PAGES:
         if page.is_relative_to(ROOT / "docs") and not page.is_relative_to(ROOT / "docs" / "results"):
             assert str(page.relative_to(ROOT / "docs")) in navigation
+
+
+def test_pages_named_in_the_code_exist() -> None:
+    for file in [*(ROOT / "gdmd").rglob("*.py"), *(ROOT / "gdmd").rglob("*.yaml")]:
+        for page in re.findall(r"\bdocs/[\w/-]+\.md\b", file.read_text(encoding="utf-8")):
+            assert (ROOT / page).is_file(), f"{named(file)}: {page}"
