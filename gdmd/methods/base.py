@@ -44,6 +44,8 @@ class Rollout:
 
 @dataclass(frozen=True)
 class FakeBatch:
+    """A batch of the fake score's own denoising loss."""
+
     x0: Tensor
     x_t: Tensor
     t: Tensor
