@@ -10,12 +10,16 @@ from gdmd.config.methods.dmd2 import Dmd2Config
 from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.methods.dmdr import DmdrConfig
 from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import CompositeReward, RemoteReward
 from gdmd.config.run import RewardConfig, RunConfig
 
 METHODS = {
     "gdmd": "GDMD (arXiv 2604.19009)",
+    "gdmd_tilted": "tilted GDMD (beyond arXiv 2604.19009)",
+    "gdmd_ablation": "GDMD with a control (arXiv 2604.19009)",
+    "gdmd_tilted_shuffled": "tilted GDMD, rewards shuffled",
     "dmd": "DMD (arXiv 2311.18828)",
     "dmd2": "DMD2 (arXiv 2405.14867)",
     "dmdr": "DMDR (arXiv 2511.13649)",
@@ -29,7 +33,7 @@ METHODS = {
 def student_updates(method: MethodConfig) -> int:
     """Student updates of one iteration."""
     match method:
-        case GdmdConfig():
+        case GdmdConfig() | GdmdTiltedConfig():
             return method.group_size
         case DmdConfig() | DmdReflConfig() | DmdNftConfig() | DmdGrpoConfig():
             return method.student_updates

@@ -10,6 +10,7 @@ from gdmd.config.methods.dmd2 import Dmd2Config
 from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.methods.dmdr import DmdrConfig
 from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig, GdmdTiltedShuffledConfig
 from gdmd.config.rewards import CompositeReward, OcrConfig, RemoteReward
 from gdmd.config.run import RewardConfig, RunConfig
 
@@ -52,7 +53,9 @@ def _rewards(cfg: RunConfig) -> tuple[RewardConfig, ...]:
 
 
 def _of_method(cfg: RunConfig) -> tuple[str, ...]:
-    samples = tuple(f"reward/{_name(spec)}/sample" for spec in _rewards(cfg))
+    samples, targets = (
+        tuple(f"reward/{_name(spec)}/{what}" for spec in _rewards(cfg)) for what in ("sample", "target")
+    )
     match cfg.method:
         case DmdConfig() as own:
             return ("loss/regression",) if own.regression_weight > 0 else ()
@@ -68,12 +71,12 @@ def _of_method(cfg: RunConfig) -> tuple[str, ...]:
             return ("loss/nft", "weight/r", *_COLLECTED, *samples)
         case DmdGrpoConfig():
             return ("loss/grpo", "policy/moved", "policy/clipped", *_COLLECTED, *samples)
-        case GdmdConfig() as own:
-            targets = tuple(f"reward/{_name(spec)}/target" for spec in _rewards(cfg))
-            softmax = ("weight/effective",) if own.weighting == "softmax" else ()
-            pull = ("gap/pull",) if own.continued and own.reward_gradient > 0 else ()
-            compared = (*_OPTIMALITY, *samples) if own.compares_sample else ()
-            return (*_TARGETS, *compared, *softmax, *pull, *targets)
+        case GdmdConfig():
+            return (*_TARGETS, *_OPTIMALITY, *samples, *targets)
+        case GdmdTiltedConfig() as own:
+            gradient = ("gap/pull",) if own.reward_gradient > 0 else ()
+            compared = (*_OPTIMALITY, *samples) if isinstance(own, GdmdTiltedShuffledConfig) else ()
+            return (*_TARGETS, *compared, "weight/effective", *gradient, *targets)
 
 
 def _of_dmdr(own: DmdrConfig, samples: tuple[str, ...]) -> Iterator[str]:

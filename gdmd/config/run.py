@@ -12,6 +12,7 @@ from gdmd.config.methods.dmd2 import Dmd2Config
 from gdmd.config.methods.dmd_reward import DmdReflConfig
 from gdmd.config.methods.dmdr import DmdrConfig
 from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedShuffledConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import ImageReward
@@ -150,10 +151,14 @@ class RunConfig(Config):
                 f"group size does not divide: method {self.method.kind} compares {self.method.prompt_group} images per "
                 f"prompt, and loop.batch_size is {self.loop.batch_size}; give a multiple of the group size"
             )
-        if isinstance(self.method, GdmdConfig) and self.method.exchanged and self.loop.batch_size == 1:
+        if (
+            isinstance(self.method, GdmdTiltedShuffledConfig)
+            and self.method.reward_gradient > 0
+            and self.loop.batch_size == 1
+        ):
             raise ValueError(
-                "method.control 'shuffled' with reward_gradient gives each sample the gradient of another, and "
-                "loop.batch_size is 1; give 2 or more"
+                "method gdmd_tilted_shuffled gives each sample the reward gradient of another, and loop.batch_size is 1; "
+                "give 2 or more"
             )
         names = [r.label for r in self.rewards]
         if len(set(names)) < len(names):

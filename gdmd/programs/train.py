@@ -27,9 +27,9 @@ from gdmd.io import SHARDS_STAY, typed, writing
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.recipes.build import Components, build, compile_networks
 from gdmd.recipes.build_rewards import reason_unscored, require_weights, reward_stats, try_rewards
-from gdmd.recipes.hub_revisions import tell_commits
-from gdmd.recipes.inputs import check_start, settle_inputs
-from gdmd.recipes.long_prompts import warn_of_lab
+from gdmd.recipes.hub_revisions import record_commits
+from gdmd.recipes.inputs import check_inputs, check_start
+from gdmd.recipes.long_prompts import warn_long_prompts
 from gdmd.recipes.run_folders import check_resumable, new_folder, resumed
 from gdmd.runs.run_folder import Run, create, open_run
 from gdmd.shapes.grammar import catalog
@@ -114,7 +114,7 @@ def take_up(
 
     def settle() -> None:
         cfg = check_resumable(folder, recipe, overrides)
-        settle_inputs(cfg, open_run(folder), console, accept=accept)
+        check_inputs(cfg, open_run(folder), console, accept=accept)
         resumed(folder, recipe, overrides)
 
     world.on_first(settle)
@@ -135,7 +135,7 @@ def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> Co
     world.on_first(lambda: _try_rewards(cfg, components))
     compile_networks(cfg, components)
     texts = [text for group in components.stream.groups for text in group]
-    warn_of_lab(components, texts, say=world.first)
+    warn_long_prompts(components, texts, say=world.first)
     if isinstance(components.encoder, CachedText):
         encoder = components.encoder
         world.on_first(lambda: embed(encoder, texts, console))  # the cache is of all ranks: one of them writes it
@@ -196,10 +196,10 @@ def go(
     console.print(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name, markup=False, highlight=False)
     console.print(f"{student(cfg)}; {length(cfg)}", markup=False, highlight=False)
     console.print(f"run folder {run.path}", markup=False, highlight=False)
-    world.on_first(lambda: settle_inputs(cfg, run, console))  # again after a resume: hub ids are resolved by now
+    world.on_first(lambda: check_inputs(cfg, run, console))  # again after a resume: hub ids are resolved by now
     model = cfg.model
     if isinstance(model, DiffusersModel):
-        world.on_first(lambda: tell_commits(model, run, console))
+        world.on_first(lambda: record_commits(model, run, console))
     world.on_first(lambda: check_decoder(cfg, components, run.path, console))
     began = time.perf_counter()
     with progress_for(cfg.loop.steps, console) as progress:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from gdmd.data.prompts import batch_of
 from gdmd.diffusion.generate import Components, Sampler, generate
 from gdmd.io import finite_or_none
 from gdmd.reporting.distances import frechet_distance, pairwise_distance
+from gdmd.reporting.statistics import REPLICATES, bootstrap_means, percentile_interval
 from gdmd.shapes.check import shapeseval, summarize
 from gdmd.shapes.detect import detect
 from gdmd.shapes.grammar import Split, catalog, fixed_rows
@@ -26,7 +28,6 @@ HELDOUT = "shapes_clip_heldout"
 """The scorer whose image features measure diversity and the Fréchet distance; never used for training."""
 SCORED = 256
 """Images per call of a scorer."""
-REPLICATES, LEVEL = 2000, 0.95
 
 
 class FeatureReward(Reward, Protocol):
@@ -118,19 +119,12 @@ def bootstrap_interval(
 
     Images of one caption are correlated, so whole captions are resampled, within their task.
     """
-    generator = torch.Generator().manual_seed(seed)
-    means = []
+    rng, captions = np.random.default_rng(seed), np.array(texts)
+    drawn = []
     for index in task.unique().tolist():  # type: ignore[no-untyped-call]
-        mine = torch.nonzero(task == index)[:, 0].tolist()
-        order = {text: place for place, text in enumerate(dict.fromkeys(texts[i] for i in mine))}
-        cluster = torch.tensor([order[texts[i]] for i in mine])
-        size = torch.bincount(cluster, minlength=len(order)).double()
-        hits = torch.bincount(cluster, correct.cpu()[mine].double(), minlength=len(order))
-        drawn = torch.randint(len(order), (replicates, len(order)), generator=generator)
-        means.append(hits[drawn].sum(1) / size[drawn].sum(1))
-    overall = torch.stack(means).mean(0)
-    edges = overall.quantile(torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.double))
-    return float(edges[0]), float(edges[1])
+        own = (task == index).cpu().numpy()
+        drawn.append(bootstrap_means(correct.cpu().numpy()[own], captions[own], replicates, rng))
+    return percentile_interval(np.mean(drawn, 0))
 
 
 def _features(scorers: Sequence[Reward]) -> Callable[[Tensor], Tensor]:

@@ -14,9 +14,9 @@ from typing import Any
 
 from gdmd.config.study import Question
 from gdmd.io import finite_or_none
+from gdmd.reporting.statistics import Interval, holm
 from gdmd.study import statistics as stats
 from gdmd.study.records import Plan, Vote
-from gdmd.study.statistics import Interval
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _duel(votes: Sequence[Vote], task: str, replicates: int, seed: int) -> Duel:
 
 
 def _adjusted(duels: Sequence[Duel]) -> list[Duel]:
-    adjusted = stats.holm([duel.p for duel in duels])
+    adjusted = holm([duel.p for duel in duels])
     return [replace(duel, p_holm=p) for duel, p in zip(duels, adjusted, strict=True)]
 
 

@@ -177,7 +177,7 @@ def against_headline(results: Results, place: Place, budget: str = "updates") ->
         )
         if found is not None and row.name != results.headline:
             tests[row.name] = found
-    adjusted = holm({name: test.p for name, test in tests.items()})
+    adjusted = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
     return [Comparison(row, tests[row.name], adjusted[row.name]) for row in results.rows if row.name in tests]
 
 

@@ -135,7 +135,7 @@ def test_all_errors_at_once() -> None:
         ("loop: {steps: 1}\nmethod: {kind: gdmdd}", "method.kind: got 'gdmdd': unknown kind; did you mean 'gdmd'?"),
         (
             "loop: {steps: 1}\nmethod: {kind: dmd_grpo, gamma: 1}",
-            "method.gamma: got 1: kind 'dmd_grpo' has no such key ('gdmd' has); replace the whole section: "
+            "method.gamma: got 1: kind 'dmd_grpo' has no such key, only gdmd; replace the whole section: "
             "method: {kind: dmd_grpo, ...}",
         ),
         (

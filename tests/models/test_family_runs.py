@@ -29,7 +29,7 @@ from gdmd.programs.export import export_run
 from gdmd.programs.train import go, ready, start, take_up
 from gdmd.recipes.build import build
 from gdmd.rewards.preprocessing import from_pil
-from gdmd.sources.base import Source, places_of
+from gdmd.sources.base import Source, image_slots
 from gdmd.sources.open import open_source
 from gdmd.training.distributed import SINGLE
 from gdmd.types import PromptBatch
@@ -65,7 +65,7 @@ def recipe(folder: Path, full: str) -> RunConfig:
 
 def images(source: Source) -> Tensor:
     """What ``gdmd sample`` draws: four of each caption. [8, 3, H, W]"""
-    return from_pil(source.make(places_of(CAPTIONS, 4), seed=3))
+    return from_pil(source.generate(image_slots(CAPTIONS, 4), seed=3))
 
 
 def answers(run: Any, role: str) -> Tensor:

@@ -12,7 +12,7 @@ pytest.importorskip("huggingface_hub")
 from rich.console import Console
 
 from gdmd.config.model import DiffusersModel
-from gdmd.recipes.hub_revisions import tell_commits
+from gdmd.recipes.hub_revisions import record_commits
 from gdmd.runs.run_folder import create, read_facts
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -28,7 +28,7 @@ def downloaded(cache: Path, name: str, file: str, commit: str) -> None:
 
 def told(model: DiffusersModel, run: Path, cache: Path) -> str:
     console = Console(file=io.StringIO(), width=400)
-    tell_commits(model, create(run, {}), console, cache)
+    record_commits(model, create(run, {}), console, cache)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -38,7 +38,7 @@ def test_unpinned_ids_are_reported(tmp_path: Path) -> None:
     downloaded(cache, "org/teacher", "model_index.json", OLD)
     downloaded(cache, "org/tiny", "config.json", OLD)
     said = told(model, run, cache).splitlines()
-    assert said[0] == f"org/teacher is not pinned to a commit; model.revision={OLD} repeats this run"
+    assert said[0] == f"org/teacher is not pinned to a commit; model.revision={OLD} reproduces this run"
     assert f"model.scoring_decoder_revision={OLD}" in said[1]
     assert read_facts(run)["hub_commits"] == {"org/teacher": OLD, "org/tiny": OLD}
 
@@ -48,9 +48,9 @@ def test_accepted_change_updates_the_commit(tmp_path: Path) -> None:
     run, model = create(tmp_path / "run", {}), DiffusersModel(path="org/teacher")
     for commit in (OLD, NEW):
         downloaded(cache, "org/teacher", "model_index.json", commit)
-        tell_commits(model, run, console, cache)
+        record_commits(model, run, console, cache)
     said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert said[-1] == f"org/teacher is not pinned to a commit; model.revision={NEW} repeats this run"
+    assert said[-1] == f"org/teacher is not pinned to a commit; model.revision={NEW} reproduces this run"
     assert read_facts(run.path)["hub_commits"] == {"org/teacher": NEW}
 
 

@@ -77,7 +77,7 @@ def trained(cfg: RunConfig, folder: Path) -> tuple[Components, Run]:
 
 
 def frozen_part(components: Components) -> dict[str, Tensor]:
-    net = components.roles.trunk.net
+    net = components.roles.backbone.net
     return {name: weights.detach().clone() for name, weights in net.named_parameters() if not weights.requires_grad}
 
 
@@ -118,7 +118,7 @@ def test_resume_is_bit_exact(folders: Path, tmp_path: Path, name: str, full: str
 
 def test_full_weights_train_as_copies(folders: Path, tmp_path: Path) -> None:
     components, _ = trained(recipe(folders, "sd3", 1, full="both"), tmp_path / "run")
-    teacher = dict(components.roles.trunk.net.named_parameters())
+    teacher = dict(components.roles.backbone.net.named_parameters())
     student = components.roles.parameters("student")
     assert student.keys() == teacher.keys()
     assert sum(not torch.equal(student[key], teacher[key]) for key in student) > len(student) / 2

@@ -44,7 +44,7 @@ def distill(root: Path, kind: str, place: str, world: World = SINGLE) -> None:
     cfg = Dmd2Config(fake_updates=1, head_weight=1.0, gan_weight=1.0, guidance=3.0)
     shape = roles.family.latent_shape
     real = lambda prompts, rng: 2 + rng.normal("real", shape)  # noqa: E731
-    method = Dmd2(cfg, roles, shape, roles.family.native, real).attach(roles.critic)
+    method = Dmd2(cfg, roles, shape, roles.family.native, real, critic=roles.critic)
     loop = {"steps": 2, "batch_size": 2, "lr_student": 0.1, "lr_fake": 0.1, "log_every": 1, "grid_every": 0}
     sharding = "full" if "full" in changes else "none"
     train(

@@ -19,30 +19,26 @@ import pytest
 import torch
 from ranks import apart, linear_steps, run_ranks
 from safetensors.torch import save_file
-from tiny_roles import Toy, ToyCodec, tiny_roles
+from tiny_roles import Toy, ToyCodec, real_latents, tiny_roles
 from torch import Tensor
 
 from gdmd.config.methods.dmd import DmdConfig
 from gdmd.config.methods.dmd2 import Dmd2Config
 from gdmd.config.methods.dmd_reward import DmdNftConfig
 from gdmd.config.methods.dmdr import DmdrConfig
-from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd import GdmdAblationConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig, GdmdTiltedShuffledConfig
 from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.diffusion.rng import SampleRng
-from gdmd.methods.dmd import Dmd
-from gdmd.methods.dmd2 import Dmd2
-from gdmd.methods.dmd_nft import DmdNft
-from gdmd.methods.dmdr import Dmdr
-from gdmd.methods.gdmd import Gdmd
-from gdmd.methods.scorer import Scorer
+from gdmd.recipes.build import SHAPES, method_of
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import create, open_run, read_facts, read_metrics
-from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
+from gdmd.shapes.roles import ShapesRoles, ShapesTextEncoder
 from gdmd.training.distributed import SINGLE, World
 from gdmd.training.loop import train
 from gdmd.training.rank import RankInfo, rank_info
-from gdmd.types import Method, PromptBatch
+from gdmd.types import PromptBatch
 
 TEXTS = ["a circle", "a red square", "two rings", "a circle and a square"]
 LR, STEPS = 0.05, 3
@@ -50,17 +46,11 @@ APART = 1e-4
 """The largest distance of two runs, as a part of the way that their weights went, or of the length of moments and Z;
 counters are equal. fp32 rounds a weight to 6e-8 of it, some 1e-5 of its way here; one micro-batch of four at a third
 of its weight is a tenth of the gradient."""
-CONTINUED: dict[str, Any] = {
-    "group_size": 1,
-    "score_target": "continuation",
-    "continuations": 2,
-    "weighting": "softmax",
-    "reward_gradient": 0.1,
-}
+TILTED: dict[str, Any] = {"group_size": 1, "continuations": 2, "gamma": 1.0, "reward_gradient": 0.1}
 CONFIGS: dict[str, Any] = {
-    "gdmd": GdmdConfig(group_size=2, old_policy="ema", control="shuffled", score_baseline="time"),
-    "continued": GdmdConfig(**CONTINUED),
-    "shuffled": GdmdConfig(**CONTINUED, control="shuffled"),
+    "gdmd": GdmdAblationConfig(group_size=2, old_policy="ema", control="shuffled"),
+    "tilted": GdmdTiltedConfig(**TILTED),
+    "shuffled": GdmdTiltedShuffledConfig(**TILTED),
     "nft": DmdNftConfig(fake_updates=2, images_per_prompt=8, rl_weight=1.0),  # one prompt's group lies on both ranks
     "dmdr_dpo": DmdrConfig(fake_updates=1, cold_start=1, strategy="dpo", images_per_prompt=8),
     "dmd2_gan": Dmd2Config(fake_updates=1),
@@ -69,7 +59,7 @@ CONFIGS: dict[str, Any] = {
 SHARDED = {
     "gdmd_full": ("gdmd", "full"),
     "gdmd_hybrid": ("gdmd", "hybrid"),
-    "continued_full": ("continued", "full"),
+    "tilted_full": ("tilted", "full"),
     "dmd2_gan_full": ("dmd2_gan", "full"),
 }
 
@@ -86,25 +76,6 @@ def _linear_and_no_waiting_for_the_disk() -> Iterator[None]:
     os.fsync = before
 
 
-def real_latents(batch: PromptBatch, rng: SampleRng) -> Tensor:
-    return 2 + rng.normal("real", LATENT_SHAPE)
-
-
-def method_of(cfg: Any, roles: ShapesRoles) -> Method:
-    parts = (cfg, roles, LATENT_SHAPE, "velocity", real_latents)
-    scorer = Scorer(ToyCodec(), (Toy(unscored=(6,)), Toy("green", 1)))
-    match cfg:
-        case GdmdConfig():
-            return Gdmd(*parts).attach(scorer)
-        case DmdNftConfig():
-            return DmdNft(*parts).attach(scorer)
-        case DmdrConfig():
-            return Dmdr(*parts).attach(scorer, roles.blended_teacher)
-        case Dmd2Config():
-            return Dmd2(*parts).attach(roles.critic)
-    return Dmd(*parts)
-
-
 def run(name: str, folder: Path, world: World = SINGLE, steps: int = STEPS, **changes: Any) -> None:
     """Train the tiny networks by CONFIGS[name] to ``steps``, going on where the folder's run stopped."""
     cfg = CONFIGS[name]
@@ -116,7 +87,8 @@ def run(name: str, folder: Path, world: World = SINGLE, steps: int = STEPS, **ch
     world.on_first(lambda: None if folder.exists() else create(folder, {}).path.name)
     roles = roles_of(cfg)
     stream = PromptStream([TEXTS], ShapesTextEncoder(), 8, 1, cfg.prompt_group)
-    train(method_of(cfg, roles), roles, stream, loop, open_run(folder), world=world)
+    method = method_of(cfg, roles, ToyCodec(), (Toy(unscored=(6,)), Toy("green", 1)), SHAPES, real_latents)
+    train(method, roles, stream, loop, open_run(folder), world=world)
 
 
 @pytest.fixture(scope="module")
