@@ -60,7 +60,7 @@ def plan_command(
     ] = ADDRESS,
     title: Annotated[
         str, typer.Option(help="What raters read on top; must not name a model.")
-    ] = "Which picture do you prefer?",
+    ] = "Which image do you prefer?",
     seed: Seed = 0,
 ) -> None:
     """Write a blind study: who sees which images on which side; images under random names; one link per rater.
