@@ -158,22 +158,18 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 
 def _print(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Scores, tasks and the rest, a column per model."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     from gdmd.evaluation.model_page import other_lines, score_lines, task_lines
+    from gdmd.reporting.tables import Cell, Table
 
-    table = Table(pad_edge=False, box=box.SIMPLE)
-    for name in ("", *rows):
-        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
-    for section in (score_lines(rows), task_lines(rows), other_lines(rows)):
-        for line in section:
-            table.add_row(line.title, *(cell.text for cell in line.cells))
-        table.add_section()
+    sections = [
+        [[Cell(line.title), *line.cells] for line in lines]
+        for lines in (score_lines(rows), task_lines(rows), other_lines(rows))
+    ]
     console = Console()
-    console.print(table)
-    console.print("± 95 % interval over prompts. † trained on; ? not known; others are unseen.", markup=False)
+    console.print(Table(["", *rows], sections).rich())
+    console.print("[low, high]: 95 % over prompts. † trained on; ? not known; others are unseen.", markup=False)
 
 
 def _say(text: str) -> None:

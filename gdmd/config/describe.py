@@ -54,7 +54,13 @@ def student(cfg: RunConfig) -> str:
 def length(cfg: RunConfig) -> str:
     """Iterations, batch and student updates: "750 iterations of 32 samples, 3,000 student updates"."""
     updates = cfg.loop.steps * student_updates(cfg.method)
-    return f"{cfg.loop.steps:,} iterations of {cfg.loop.batch_size} samples, {updates:,} student updates"
+    iterations, samples = counted(cfg.loop.steps, "iteration"), counted(cfg.loop.batch_size, "sample")
+    return f"{iterations} of {samples}, {counted(updates, 'student update')}"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 step", "2,000 steps"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def facts(cfg: RunConfig) -> dict[str, str]:

@@ -87,11 +87,6 @@ class LoopConfig(Config):
         description="Copy the state to host memory and write it while training continues; steps made during the write "
         "may be lost on SIGKILL, too. false: training waits until the checkpoint is written.",
     )
-    checkpoint_format: Literal["auto", "single", "sharded"] = Field(
-        "auto",
-        description="single: rank 0 writes whole tensors; sharded: every rank writes its shards; auto: sharded if "
-        "loop.sharding shards the weights. Either can be resumed with any number of ranks.",
-    )
     best_metric: str = Field(
         "",
         description="Key of metrics.jsonl, such as reward/target, by which the best checkpoint is also kept; it is "
@@ -124,8 +119,8 @@ class LoopConfig(Config):
     )
     rank_timeout: Positive = Field(
         600.0,
-        description="Seconds that ranks wait for a slower one before the run stops and names it; must exceed the time "
-        "to save a checkpoint.",
+        description="Seconds that ranks wait for each other before the run ends (the timeout of torch's process "
+        "groups); longer than one iteration and than saving a checkpoint.",
     )
     skip_limit: Count = Field(
         10, description="With on_nonfinite = skip: number of skipped updates in one run after which it stops."

@@ -13,8 +13,6 @@ from gdmd.evaluation.table import TITLES
 from gdmd.evaluation.verdict import FEW, PER_IMAGE, Estimate, paired
 from gdmd.io import write_atomic
 from gdmd.reporting.pages import (
-    MISSING,
-    Cell,
     Dot,
     DotPlot,
     Group,
@@ -22,13 +20,12 @@ from gdmd.reporting.pages import (
     TableRow,
     Verdict,
     data_uri,
-    difference,
     digits_for,
     dot_plot,
-    number,
     render,
 )
 from gdmd.reporting.plots import colors_of
+from gdmd.reporting.tables import MISSING, Cell, best_of, difference, estimate, number
 from gdmd.sources.folders import read_image
 
 LARGEST = 320
@@ -79,9 +76,7 @@ def verdict(rows: Rows) -> Verdict:
     if len(later) == 1:
         numbers = [Number(f"{label} of {name}", _mean(row, label)) for name, row in rows.items()] + numbers
     notes = [text for name, own in found.items() if (text := _others_than(label, name, rows, own))]
-    notes.append(
-        "Differences are paired: the same prompts, image by image. Brackets and ±: 95\u00a0% interval over prompts."
-    )
+    notes.append("Differences are paired: the same prompts, image by image. Brackets: 95\u00a0% interval over prompts.")
     if any(_trained(row, one) for row in rows.values() for one in row["scores"]):
         notes.append("† trained on this score: a gain proves little.")
     return Verdict(f"{_marked(rows, label)} against {first}: {', '.join(answers)}.", numbers, notes)
@@ -112,7 +107,7 @@ def plots(rows: Rows) -> list[DotPlot]:
         cells = {name: _score(row, label) for name, row in rows.items()}
         digits = digits_for([(c["high"] - c["low"]) / 2 for c in cells.values() if c and c["low"] is not None])
         dots = [
-            Dot(name, colors[name], c["mean"], _or_nan(c["low"]), _or_nan(c["high"]), _number(c, digits))
+            Dot(name, colors[name], c["mean"], _or_nan(c["low"]), _or_nan(c["high"]), number(c["mean"], digits))
             for name, c in cells.items()
             if c and c["mean"] is not None
         ]
@@ -260,7 +255,7 @@ def _mean(row: Row, label: str) -> str:
 
 
 def _number(cell: Mapping[str, Any], digits: int) -> str:
-    return number(cell["mean"], cell["low"], cell["high"], digits)
+    return estimate(cell["mean"], cell["low"], cell["high"], digits)
 
 
 def _signed(found: Estimate) -> str:
@@ -285,7 +280,7 @@ def _cell(cell: Mapping[str, Any] | None, key: str, digits: int) -> str:
         return MISSING
     mark = {True: " †", False: "", None: " ?"}[cell.get("trained", False)]
     missing = f" ({cell['unscored']} not scored)" if cell.get("unscored") else ""
-    return number(cell[key], cell.get("low"), cell.get("high"), digits) + mark + missing
+    return estimate(cell[key], cell.get("low"), cell.get("high"), digits) + mark + missing
 
 
 def _difference(row: Row, found: Estimate | None, label: str) -> str:
@@ -297,10 +292,10 @@ def _difference(row: Row, found: Estimate | None, label: str) -> str:
 
 def _table_row(title: str, texts: Sequence[str], values: Sequence[float | None], sign: int) -> TableRow:
     """The best value is shaded, several in a tie; none without an order, and none where all are equal."""
-    known = [sign * value for value in values if value is not None]
-    top = max(known) if sign and len(set(known)) > 1 else None
-    best = [top is not None and value is not None and sign * value == top for value in values]
-    return TableRow(title, [Cell(text, own) for text, own in zip(texts, best, strict=True)])
+    top = best_of(values, sign)
+    return TableRow(
+        title, [Cell(text, value is not None and value == top) for text, value in zip(texts, values, strict=True)]
+    )
 
 
 def _facts(row: Row) -> str:

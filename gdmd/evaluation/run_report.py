@@ -24,22 +24,11 @@ from gdmd.evaluation.health import Panel, health_panels, summary, training_curve
 from gdmd.evaluation.run_results import Result, run_results
 from gdmd.evaluation.same_noise import SameNoise, read_same_noise
 from gdmd.evaluation.table import TITLES
-from gdmd.evaluation.verdict import estimate, is_teacher, paired, scores_of, shapes_verdict
+from gdmd.evaluation.verdict import is_teacher, paired, scores_of, shapes_verdict, task_mean
 from gdmd.io import RunError, write_atomic
-from gdmd.reporting.pages import (
-    Cell,
-    Dot,
-    DotPlot,
-    Group,
-    TableRow,
-    Verdict,
-    data_uri,
-    difference,
-    dot_plot,
-    number,
-    render,
-)
+from gdmd.reporting.pages import Dot, DotPlot, Group, TableRow, Verdict, data_uri, dot_plot, render
 from gdmd.reporting.plots import Metrics, colors_of
+from gdmd.reporting.tables import Cell, Measure, best_of, difference, estimate, number, value_at
 from gdmd.runs import reward_signal
 from gdmd.runs.best_checkpoint import named_best
 from gdmd.runs.checkpoint import newest_intact, steps
@@ -85,16 +74,6 @@ class Training:
         """The counts of the panels' statuses; a finding about the rewards counts as bad."""
         flagged = [f"{len(self.findings)} bad reward{'s' * (len(self.findings) > 1)}"] if self.findings else []
         return ", ".join([*flagged, *filter(None, [summary(self.panels)])])
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A row of the table. best: +1 higher, -1 lower is better, 0 no order."""
-
-    title: str
-    path: tuple[str, ...]
-    best: int = 0
-    digits: int = 3
 
 
 def write_report(
@@ -260,7 +239,7 @@ def _groups(rows: Rows, trained: Collection[str]) -> list[Group]:
         *(Measure(name, ("rewards", name), 1) for name in rewards if name not in trained),
         Measure("render fidelity", ("fidelity",), 1),
         Measure("attribute coverage", ("coverage",), 1),
-        Measure("diversity within a caption", ("diversity",)),
+        Measure("diversity within a caption", ("diversity",), 0),
         Measure("Fréchet distance (lower is better)", ("frechet",), -1),
     ]
     rewarded = [Measure(name, ("rewards", name), 1) for name in rewards if name in trained]
@@ -278,10 +257,10 @@ def _groups(rows: Rows, trained: Collection[str]) -> list[Group]:
 
 
 def _row(rows: Rows, measure: Measure) -> TableRow:
-    values = [_value(row, measure.path) for row in rows.values()]
-    top = _best(values, measure.best)
+    values = [measure.of(row) for row in rows.values()]
+    top = best_of(values, measure.best)
     texts = [
-        number(value, *_ends(row, measure.path), digits=measure.digits)
+        estimate(value, *_ends(row, measure.place), measure.digits)
         for value, row in zip(values, rows.values(), strict=True)
     ]
     return TableRow(
@@ -295,7 +274,7 @@ def _ends(row: Mapping[str, Any], path: tuple[str, ...]) -> tuple[float | None, 
         low, high = row.get("interval") or (None, None)
         return low, high
     if path[0] == "shapeseval" and path[1] in (scores := scores_of(row)):
-        found = estimate({path[1]: scores[path[1]]})
+        found = task_mean({path[1]: scores[path[1]]})
         return (None, None) if found.low == found.high else (found.low, found.high)  # all right or all wrong: unknown
     return None, None
 
@@ -320,25 +299,10 @@ def _plots(rows: Rows) -> list[DotPlot]:
         dots = []
         for name, row in rows.items():
             ends = tuple(math.nan if end is None else end for end in _ends(row, path))
-            value = _value(row, path)
-            dots.append(Dot(name, color[name], math.nan if value is None else value, *ends, number(value, *ends)))
+            value = value_at(row, path)
+            dots.append(Dot(name, color[name], math.nan if value is None else value, *ends, number(value)))
         plots.append(dot_plot(f"ShapesEval {TITLES.get(task, task)}", dots))
     return [plot for plot in plots if plot]
-
-
-def _value(row: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
-    found: Any = row
-    for key in path:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return None if found is None else float(found)
-
-
-def _best(values: Sequence[float | None], direction: int) -> float | None:
-    """The best of different values; None where all are equal."""
-    known = {value for value in values if value is not None}
-    if len(known) < 2 or not direction:
-        return None
-    return max(known) if direction > 0 else min(known)
 
 
 def _stored_grids(folder: Path) -> dict[str, bytes]:

@@ -66,7 +66,7 @@ def _preference(file: Path, row: Mapping[str, Any], newest: int | None) -> Resul
     answer = Verdict(
         f"{name} is scored, but not yet compared with another model on the same prompts.",
         numbers[:4],
-        ["± 95 % interval over prompts. gdmd eval compare TEACHER RUN measures the paired difference to the teacher."],
+        ["Brackets: 95 % interval over prompts. gdmd eval compare TEACHER RUN measures the difference to the teacher."],
     )
     return Result(
         f"Scores ({folder.name})",
@@ -100,7 +100,7 @@ def _note(row: Mapping[str, Any], newest: int | None) -> str:
     asked = f"{row['prompts']} prompts of {row['prompt_file']}, {count} images per prompt, seed {row['seed']}"
     measured = "" if step is None else f"; step {step}"
     later = f", and the run has trained to step {newest} since" if step and newest and newest > step else ""
-    return f"{asked}{measured}{later}. ± 95 % interval over prompts. † trained on; ? not known."
+    return f"{asked}{measured}{later}. Brackets: 95 % interval over prompts. † trained on; ? not known."
 
 
 def _images(home: Path) -> list[tuple[str, str]]:

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from gdmd.reporting.pages import Number, Verdict, difference, number
+from gdmd.reporting.pages import Number, Verdict
 from gdmd.reporting.plots import method_in
+from gdmd.reporting.statistics import REPLICATES, bootstrap_means, percentile_interval
+from gdmd.reporting.tables import difference, estimate
 
 PER_IMAGE = "per_image"
 FEW = 5
 """Captions per task below which no interval is given: so few say nothing about their spread."""
-REPLICATES, LEVEL, _BLOCK = 2000, 0.95, 100
 Row = Mapping[str, Any]
 Scores = Mapping[str, np.ndarray]
 """Task -> the share of right images of each caption (or a difference of shares)."""
@@ -66,21 +67,17 @@ def paired(a: Row, b: Row) -> Estimate | None:
     own, other = scores_of(a), scores_of(b)
     if {task: len(found) for task, found in own.items()} != {task: len(found) for task, found in other.items()}:
         return None
-    return estimate({task: found - other[task] for task, found in own.items()})
+    return task_mean({task: found - other[task] for task, found in own.items()})
 
 
-def estimate(scores: Scores, seed: int = 0) -> Estimate:
+def task_mean(scores: Scores, seed: int = 0) -> Estimate:
     """Mean of task means, and its interval when captions are drawn again within their task."""
     mean = float(np.mean([found.mean() for found in scores.values()]))
     if min(map(len, scores.values())) < FEW:
         return Estimate(mean)
     rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(0, REPLICATES, _BLOCK):
-        means = [found[rng.integers(len(found), size=(_BLOCK, len(found)))].mean(1) for found in scores.values()]
-        drawn.append(np.mean(means, axis=0))
-    low, high = np.quantile(np.concatenate(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(mean, float(low), float(high))
+    drawn = [bootstrap_means(found, range(len(found)), REPLICATES, rng) for found in scores.values()]
+    return Estimate(mean, *percentile_interval(np.mean(drawn, axis=0)))
 
 
 def is_teacher(name: str) -> bool:
@@ -127,7 +124,7 @@ def _note(found: Estimate, row: Row) -> str:
         return f"No interval of the difference is known, because {why}; so nothing is claimed."
     return (
         f"ShapesEval: share of {row['images']:,} images in which the checker finds everything the caption asks for, mean "
-        "of six tasks. ± and brackets: 95\u00a0% interval over captions. It does not cover another training seed; gdmd "
+        "of six tasks. Brackets: 95\u00a0% interval over captions. It does not cover another training seed; gdmd "
         "sweep does."
     )
 
@@ -139,7 +136,7 @@ def _words(found: Estimate) -> str:
 
 
 def _overall(row: Row) -> str:
-    return number(_value(row), *(row.get("interval") or (None, None)))
+    return estimate(_value(row), *(row.get("interval") or (None, None)))
 
 
 def _value(row: Row) -> float:

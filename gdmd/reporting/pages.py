@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: one look, one way to write numbers, dot plots with intervals in plain HTML.
+"""Self-contained HTML pages: one look, and dot plots with intervals in plain HTML.
 
 Templates extend ``reporting/base.html.jinja`` and take their parts from ``reporting/macros.html.jinja``. Every text is
 escaped; a page loads nothing and runs nothing.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-MISSING = "–"
+from gdmd.reporting.tables import Cell
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,6 @@ class Verdict:
     sentence: str
     numbers: Sequence[Number] = ()
     notes: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number in a table; ``best`` is shaded."""
-
-    text: str
-    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,31 +109,6 @@ def _axis(values: Sequence[float]) -> tuple[float, float, list[tuple[float, str]
     count = math.floor(high / step) - first + 1
     ticks = [(k * step, f"{k * step:.{digits}f}") for k in range(first, first + count)]
     return low, high, [(value, "0" if float(text) == 0 else text) for value, text in ticks]
-
-
-def number(mean: float | None, low: float | None = None, high: float | None = None, digits: int = 3) -> str:
-    """0.644 ± 0.020: a mean and half the width of its 95 % interval."""
-    if mean is None or math.isnan(mean):
-        return MISSING
-    text = f"{mean:,.{digits}f}"
-    if low is None or high is None or math.isnan(low) or math.isnan(high):
-        return text
-    return f"{text} ± {(high - low) / 2:.{digits}f}"
-
-
-def difference(mean: float | None, low: float | None = None, high: float | None = None, digits: int = 3) -> str:
-    """+0.056 [+0.033, +0.079]: a difference and its 95 % interval."""
-    if mean is None or math.isnan(mean):
-        return MISSING
-    text = _signed(mean, digits)
-    if low is None or high is None or math.isnan(low) or math.isnan(high):
-        return text
-    return f"{text} [{_signed(low, digits)}, {_signed(high, digits)}]"
-
-
-def _signed(value: float, digits: int) -> str:
-    """With its sign; what rounds to 0 is +0."""
-    return f"{round(value, digits) + 0.0:+,.{digits}f}"
 
 
 def digits_for(halves: Sequence[float]) -> int:

@@ -484,7 +484,7 @@ def test_pipelines_are_compared_with_their_speed_and_geneval_beside_them(gdmd: G
     (images / "geneval.json").write_text(json.dumps(scores | {"images": images_key(images)}))
     compare(sources, wanted, Path("eval"), quiet)
     page = Path("eval/compare.html").read_text()
-    assert "GenEval (HF detector) overall" in page and "0.500 ± 0.250" in page
+    assert "GenEval (HF detector) overall" in page and "0.500 [0.250, 0.750]" in page
     (images / "geneval.json").write_text(json.dumps(scores | {"images": "of another time"}))
     said: list[str] = []
     assert compare(sources, wanted, Path("eval"), said.append)["rows"]["2"]["geneval"] is None

@@ -157,7 +157,7 @@ def test_trained_and_unseen_measures_are_separate(whole: str) -> None:
 
 
 def test_table_shows_intervals_and_the_best_value(whole: str) -> None:
-    assert 'class="best">0.700 ± 0.030</td>' in whole and ">–</td>" in whole
+    assert 'class="best">0.700 [0.670, 0.730]</td>' in whole and ">-</td>" in whole
     assert 'class="best">0.600' not in whole
 
 
@@ -306,7 +306,7 @@ def test_stored_scores_are_shown_with_their_step(tmp_path: Path, caplog: pytest.
     text = report_run(run.path).read_text()
     page = Page(text)
     assert page.text.count("step 10, and the run has trained to step 20 since") == 2 and "<script" not in text
-    assert "0.250 ± 0.050" in page.text and "Comparison (all)" in page.text
+    assert "0.250 [0.200, 0.300]" in page.text and "Comparison (all)" in page.text
     assert "clip against other: run is higher." in page.text  # of the two evaluations, the comparison is the verdict
     assert 'class="best">0.250' in text and 'class="best">0.125' not in text
     damaged = run.checkpoints / "step_000020" / "student.safetensors"
