@@ -159,7 +159,7 @@ def test_all_mistakes_are_listed_at_once(gdmd: Gdmd) -> None:
             "unknown recipe 'sdxl'; did you mean 'sdxl_gdmd', 'sdxl_dmd' or 'sdxl_dmd2'? `gdmd recipes` lists them",
         ),
         (["plan", "qqq"], "unknown recipe 'qqq'; `gdmd recipes` lists them"),
-        (["sweep", "headlin"], "unknown comparison 'headlin'; did you mean 'headline'? Or give a .yaml file"),
+        (["sweep", "headlin"], "unknown sweep 'headlin'; did you mean 'headline'? Or give a .yaml file"),
         (
             ["eval", "preference", "teacher", "--scorer", "clipp", "-o", "x"],
             "scorer 'clipp': kind: got 'clipp': unknown kind; did you mean 'clip'?",
