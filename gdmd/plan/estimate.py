@@ -41,7 +41,7 @@ from gdmd.plan.cost_model import (
 )
 from gdmd.plan.fake_tensors import measure
 from gdmd.plan.networks import Costs, Networks, costs_of, heads_of, networks_of
-from gdmd.recipes.call_counts import Tally, tally
+from gdmd.recipes.call_counts import Tally, forward_passes, tally
 from gdmd.training.adamw8bit import moment_bytes
 from gdmd.training.distributed import blocks_of
 
@@ -90,11 +90,7 @@ class TrainingPlan:
     def passes(self) -> float:
         """Forward passes per student update and sample; a backward counts 2, through a frozen backbone 1."""
         full = self.cfg.model.full if isinstance(self.cfg.model, DiffusersModel) else "both"
-        extra = {who: 2 if full in (who, "both") else 1 for who in ("student", "fake")}
-        counted = sum(self.counts.passes.values())
-        counted += sum(share * (1 + extra.get(who, 1)) for who, share in self.counts.graded.items())
-        counted -= self.counts.read * (1 + extra["fake"]) * (1 - self.costs.feature_cost)
-        return counted / self.counts.updates["student"]
+        return forward_passes(self.counts, full, self.costs.feature_cost)
 
     def scaling(self, counts: list[int]) -> list[ScalingRow]:
         """One row per number of GPUs."""

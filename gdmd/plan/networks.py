@@ -15,7 +15,7 @@ from gdmd.config.run import RunConfig
 from gdmd.diffusion.gradients import frozen
 from gdmd.models.vae import VaeCodec
 from gdmd.plan.fake_tensors import Measured, fake_mode, fake_weights, measure
-from gdmd.recipes.build import guidances_of, head_seed
+from gdmd.recipes.build import head_seed
 from gdmd.shapes.networks import ShapesDit, ShapesVae
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesCodec, ShapesRoles, ShapesTextEncoder
 from gdmd.types import Cond, Role
@@ -68,7 +68,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
 
     opened = meta_family(model)
     family = opened.family
-    check_guidance(family, guidances_of(cfg.method))
+    check_guidance(family, cfg.method.guidance)
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     vae: Any = family.pipe.vae
     nets = [*roles.modules(), *heads_of(roles), vae]
