@@ -594,7 +594,7 @@ def test_a_qwen_teacher_is_guided_by_its_pipelines_default(saved: Callable[..., 
         calls[more] = []
         source.pipe.transformer.register_forward_hook(lambda *_, seen=calls[more]: seen.append(1))
         source.pipe(prompt=["a"], max_sequence_length=64, **source.arguments)
-        calls[more].append(source.facts.identity["guidance"])
+        calls[more].append(source.info.identity["guidance"])
     assert calls == {"": [1, 1, 1, 1, 4.0], ",guidance=1": [1, 1, 1.0], ",guidance=4": [1, 1, 1, 1, 4.0]}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -34,7 +34,10 @@ class GdmdConfig(DistillationConfig):
         default="snapshot", description="[I] x_old: the stored x0 of the iteration, or an EMA student's prediction."
     )
 
-    _removed = model_validator(mode="before")(refuse_removed)
+    @model_validator(mode="before")
+    @classmethod
+    def _removed(cls, given: Any) -> Any:
+        return refuse_removed(given, cls.model_fields)
 
     @property
     def rewarded(self) -> bool:

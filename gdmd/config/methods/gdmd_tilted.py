@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,7 +39,10 @@ class GdmdTiltedConfig(DistillationConfig):
     )
     dmd_weight: NonNegative = Field(default=1.0, description="Weight of the loss.")
 
-    _removed = model_validator(mode="before")(refuse_removed)
+    @model_validator(mode="before")
+    @classmethod
+    def _removed(cls, given: Any) -> Any:
+        return refuse_removed(given, cls.model_fields)
 
     @model_validator(mode="after")
     def _continues(self) -> GdmdTiltedConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 TILTED = "kind: gdmd_tilted, without score_target, weighting and student_target"
@@ -19,14 +19,16 @@ REMOVED = {
 """Key -> advice."""
 
 
-def refuse_removed(given: Any) -> Any:
-    """ValueError for a removed key or value, with what to write now; everything else is passed on."""
+def refuse_removed(given: Any, fields: Container[str]) -> Any:
+    """ValueError for a removed key or value, with what to write now; everything else is passed on.
+
+    fields: the keys that the chosen kind has.
+    """
     if not isinstance(given, Mapping):
         return given
     if given.get("score_target") == "continuation":
         raise ValueError(f"score_target 'continuation' is a separate method now; write {TILTED}{_control(given)}")
-    allowed = ("control",) if given.get("kind") == "gdmd_ablation" else ()
-    found = [f"{key} was removed: {advice}" for key, advice in REMOVED.items() if key in given and key not in allowed]
+    found = [f"{key} was removed: {advice}" for key, advice in REMOVED.items() if key in given and key not in fields]
     if found:
         raise ValueError("; ".join(found))
     return given
