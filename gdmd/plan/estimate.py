@@ -41,7 +41,7 @@ from gdmd.plan.cost_model import (
 )
 from gdmd.plan.fake_tensors import measure
 from gdmd.plan.networks import Costs, Networks, costs_of, heads_of, networks_of
-from gdmd.recipes.call_counts import Tally, tally
+from gdmd.recipes.call_counts import Tally, forward_passes, tally
 from gdmd.training.adamw8bit import moment_bytes
 from gdmd.training.distributed import blocks_of
 
@@ -90,11 +90,7 @@ class TrainingPlan:
     def passes(self) -> float:
         """Forward passes per student update and sample; a backward counts 2, through a frozen backbone 1."""
         full = self.cfg.model.full if isinstance(self.cfg.model, DiffusersModel) else "both"
-        extra = {who: 2 if full in (who, "both") else 1 for who in ("student", "fake")}
-        counted = sum(self.counts.passes.values())
-        counted += sum(share * (1 + extra.get(who, 1)) for who, share in self.counts.graded.items())
-        counted -= self.counts.read * (1 + extra["fake"]) * (1 - self.costs.feature_cost)
-        return counted / self.counts.updates["student"]
+        return forward_passes(self.counts, full, self.costs.feature_cost)
 
     def scaling(self, counts: list[int]) -> list[ScalingRow]:
         """One row per number of GPUs."""
@@ -226,7 +222,7 @@ def _shapes_reward(spec: RewardConfig) -> RewardNet:
 def _static(cfg: RunConfig, nets: Networks, counted: Tally) -> dict[str, int]:
     """Bytes held during the whole training, by role."""
     student, fake = (nets.roles.parameters(role) for role in ("student", "fake"))
-    numbers = [p.numel() for own in (student, fake) for p in own.values()]
+    numbers = [p.numel() for weights in (student, fake) for p in weights.values()]
     moments = sum(moment_bytes(n) for n in numbers) if cfg.loop.optimizer == "adamw8bit" else ADAM * sum(numbers)
     live = isinstance(cfg.model, DiffusersModel) and cfg.model.embeddings is None
     decoders = _unique(nets.codec, nets.scoring)
@@ -253,14 +249,14 @@ def _base(nets: Networks) -> list[Tensor]:
 def _weights(nets: Networks, rewards: list[_HeldReward]) -> dict[str, int]:
     """Numbers of weights."""
     base = [p for name, p in nets.base.named_parameters() if ".lora_" not in name]
-    own = {role: sum(p.numel() for p in nets.roles.parameters(role).values()) for role in ("student", "fake")}
+    trained = {role: sum(p.numel() for p in nets.roles.parameters(role).values()) for role in ("student", "fake")}
     head = sum(p.numel() for net in heads_of(nets.roles) for p in net.parameters())
-    own |= {"fake": own["fake"] - head, "GAN head": head} if head else {}
+    trained |= {"fake": trained["fake"] - head, "GAN head": head} if head else {}
     decoder = sum(p.numel() for codec in _unique(nets.codec, nets.scoring) for p in codec.vae.parameters())
     held = sum(reward.weights for reward in rewards)
     return {
         "base model": sum(p.numel() for p in base),
-        **own,
+        **trained,
         "decoder": decoder,
         "rewards": held,
         "text encoders": nets.encoders,

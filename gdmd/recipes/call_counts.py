@@ -19,6 +19,7 @@ from gdmd.config.run import RunConfig
 from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import FlowSchedule
+from gdmd.methods.pass_counter import BACKWARD, FROZEN_BACKWARD
 from gdmd.recipes.build import Place, method_of
 from gdmd.types import Cond, Prediction, PromptBatch, Role
 
@@ -186,3 +187,15 @@ def _means(log: _Log, iterations: int, batch: int) -> Tally:
         widest=log.widest / batch,
         old_policy=log.followed,
     )
+
+
+def forward_passes(counts: Tally, full: str = "both", feature_cost: float = 1.0) -> float:
+    """Forward passes per student update and sample of the batch: a backward counts 2, or 1 through a frozen backbone.
+
+    full: which roles train all weights (model.full); feature_cost: forward passes of a call for features.
+    """
+    backward = {who: BACKWARD if full in (who, "both") else FROZEN_BACKWARD for who in ("student", "fake")}
+    total = sum(counts.passes.values())
+    total += sum(share * (1 + backward.get(who, FROZEN_BACKWARD)) for who, share in counts.graded.items())
+    total -= counts.read * (1 + backward["fake"]) * (1 - feature_cost)
+    return total / counts.updates["student"]
