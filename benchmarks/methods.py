@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from gdmd.config.describe import student_updates
-from gdmd.profiling.bench import Bench
-from gdmd.recipes.pass_formulas import every_place, iteration_passes
+from gdmd.profiling.bench import Bench, mean_passes
 from gdmd.recipes.read import read_recipe
 
 REFERENCE = "gdmd"
@@ -80,12 +79,12 @@ def row(name: str, entry: Entry, bench: Bench, reference: Bench) -> dict[str, An
     updates, base = student_updates(method), student_updates(reference.cfg.method)
     times, others = bench.times.training[1:], reference.times.training[1:]
     speeds = [(updates / own) / (base / other) for own, other in zip(times, others, strict=True)]
-    places, last = every_place(method), len(times)
+    last = len(times)
     return {
         **{"name": name, "title": entry.title, "recipe": entry.recipe, "overrides": list(entry.overrides)},
         "student_updates": updates,
         "passes_per_update": statistics.mean(bench.counted) / updates,
-        "mean_passes_per_update": iteration_passes(method, last, places) / updates,
+        "mean_passes_per_update": mean_passes(bench.cfg, last) / updates,
         "passes_agree": all(abs(a - b) < 1e-6 for a, b in zip(bench.counted, bench.expected, strict=True)),
         "flop_per_update": bench.flop(last) / updates,
         "seconds_per_update": statistics.median(times) / updates,

@@ -19,6 +19,8 @@ from gdmd.types import Loss, PromptBatch, Update
 
 @dataclass(frozen=True)
 class PairedBatch(StudentBatch):
+    """With pairs for the regression."""
+
     pairs: OdePairs
 
 

@@ -28,12 +28,16 @@ class NoisyLatents:
 
 @dataclass(frozen=True)
 class GanFakeBatch(FakeBatch):
+    """With what the head tells apart."""
+
     real: NoisyLatents
     student: NoisyLatents
 
 
 @dataclass(frozen=True)
 class GanStudentBatch(StudentBatch):
+    """With the draws for the head."""
+
     t: Tensor  # [B], of the re-noising for the GAN head
     eps: Tensor  # [B, C, H, W]
 

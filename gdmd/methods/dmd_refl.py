@@ -21,6 +21,8 @@ from gdmd.types import Loss, PromptBatch, Update
 
 @dataclass(frozen=True)
 class RewardedBatch(StudentBatch):
+    """With the prompts, which rewards read."""
+
     prompts: PromptBatch
 
 

@@ -42,11 +42,15 @@ Blend = Callable[[float], Denoiser]
 
 @dataclass(frozen=True)
 class TiltedBatch(StudentBatch):
+    """With RT-DM's weights."""
+
     weight: Tensor  # [B], of the DMD gradient
 
 
 @dataclass(frozen=True)
 class PreferredBatch(StudentBatch):
+    """With pairs for DPO."""
+
     pairs: PreferencePairs
 
 

@@ -33,6 +33,8 @@ class Group:
 
 @dataclass(frozen=True)
 class NapoBatch(StudentBatch):
+    """With x_old and r, for NaPO."""
+
     x_old: Tensor  # [B, C, H, W]
     r: Tensor  # [B] in [0, 1], NaN = not scored
 

@@ -33,7 +33,7 @@ from gdmd.models.lora import ActiveAdapter
 from gdmd.models.roles import DiffusersRoles
 from gdmd.profiling.recorded_calls import DENOISERS, Call, Watched, recorded, replay
 from gdmd.recipes.build import Components, build, compile_networks
-from gdmd.recipes.pass_formulas import Trained, drawn_places, every_place, iteration_passes
+from gdmd.recipes.call_counts import DryRun, dry_run
 from gdmd.training.role_state import RoleState, role_states
 from gdmd.types import PromptBatch, Role
 
@@ -76,7 +76,7 @@ class Bench:
         self.method = Counted(
             self.components.method, nets, share_of(self.components.roles), backward_of(self.components.roles)
         )
-        self.reading, self.trained_f = reading(self.components.roles), trained_f(cfg)
+        self.dry_run, self.backward = DryRun(cfg), backward_cost(cfg)
         self.states: dict[Role, RoleState] = role_states(self.components.roles, cfg.loop)
         self.device = next(iter(self.states["student"].parameters.values())).device
         self.times, self.calls = Times(), list[Call]()
@@ -99,8 +99,10 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.times.training.append(timed(lambda: self.train(step, prompts), self.clock))
-        places = drawn_places(self.cfg.method, rng)
-        self.expected.append(iteration_passes(self.cfg.method, step, places, self.reading, self.trained_f))
+        self.dry_run.iteration(step, rng.on_host())
+        counts, feature_cost = self.dry_run.counts(), reading(self.components.roles)
+        whole = (len(self.expected) + 1) * counts.forwards(self.backward, feature_cost)
+        self.expected.append(whole - sum(self.expected))
         self.counted.append(self.method.cost.passes / len(prompts) - sum(self.counted))
 
     def train(self, step: int, prompts: PromptBatch) -> None:
@@ -153,9 +155,7 @@ class Bench:
         updates, batch = student_updates(cfg.method), cfg.loop.batch_size
         middle = {name: statistics.median(own) for name, own in vars(times).items()}
         bare = [a + b for a, b in zip(times.networks, times.scoring, strict=True)]
-        places = every_place(cfg.method)
-        count = lambda step: iteration_passes(cfg.method, step, places, self.reading, self.trained_f)  # noqa: E731
-        mean = statistics.mean(count(step) for step in range(len(self.counted)))
+        mean = mean_passes(cfg, len(self.counted), reading(self.components.roles))
         peak, what = self.peak()
         return {
             **{"recipe": cfg.name, "method": cfg.method.kind, "device": _device_name(self.device)},
@@ -229,11 +229,16 @@ def backward_of(roles: Any) -> Callable[[Any], float]:
     return lambda net: FROZEN_BACKWARD if net is trunk else BACKWARD
 
 
-def trained_f(cfg: RunConfig) -> Trained:
-    """F of a trained call of each role, as the recipe says: adapters on one trunk, or all weights."""
+def backward_cost(cfg: RunConfig) -> dict[str, float]:
+    """F that a backward pass adds, by role, as the recipe says: adapters on one base model, or all weights."""
     full = cfg.model.full if isinstance(cfg.model, DiffusersModel) else "both"
-    adapted = {role: 1 + FROZEN_BACKWARD for role in ("student", "fake") if full not in (role, "both")}
-    return Trained(**adapted)
+    return {role: BACKWARD if full in (role, "both") else FROZEN_BACKWARD for role in ("student", "fake")}
+
+
+def mean_passes(cfg: RunConfig, iterations: int, feature_cost: float = 1.0) -> float:
+    """F of one of the first ``iterations``, by a dry run: the expected value over the student's steps."""
+    runs = [dry_run(cfg, range(iterations), first) for first in range(len(cfg.method.student_steps))]
+    return statistics.mean(run.forwards(backward_cost(cfg), feature_cost) for run in runs)
 
 
 def _trunk(roles: DiffusersRoles) -> Watched:

@@ -112,9 +112,9 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components
     stream = PromptStream(
         [prompts], encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, [meta] if meta else None
     )
-    place = Place(family.latent_shape, family.native, family.teacher_times)
+    latents = LatentSpec(family.latent_shape, family.native, family.teacher_times)
     codec = scoring_codec(family, device)
-    method = method_of(own, roles, codec, rewards, place, real)
+    method = method_of(own, roles, codec, rewards, latents, real)
     return Components(
         *(roles, family.codec, encoder, rewards, method, stream, family.latent_shape),
         student_steps=own.student_steps,
@@ -148,15 +148,15 @@ class BuiltRoles(Roles, Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a method works."""
+class LatentSpec:
+    """The latents of a model: their shape, what its networks predict, and its own sampling times."""
 
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
     native: Native = "velocity"
     teacher_times: Callable[[int], Tensor] = times
 
 
-SHAPES = Place()
+SHAPES = LatentSpec()
 
 
 def method_of(
@@ -164,15 +164,15 @@ def method_of(
     roles: BuiltRoles,
     codec: Codec,
     rewards: tuple[Reward, ...],
-    place: Place,
+    latents: LatentSpec,
     real: RealLatents | None,
 ) -> Method:
     """The method of this configuration on these objects."""
-    parts = (roles, place.latent_shape, place.native, real)
+    parts = (roles, latents.latent_shape, latents.native, real)
     scorer = Scorer(codec, rewards)
     match cfg:
         case DmdConfig() as own:
-            return Dmd(own, *parts, teacher_times=place.teacher_times)
+            return Dmd(own, *parts, teacher_times=latents.teacher_times)
         case Dmd2Config() as own:
             return Dmd2(own, *parts, critic=roles.critic)
         case DmdrConfig() as own:

@@ -19,37 +19,36 @@ from gdmd.config.run import RunConfig
 from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import FlowSchedule
-from gdmd.recipes.build import Place, method_of
+from gdmd.recipes.build import LatentSpec, method_of
 from gdmd.types import Cond, Prediction, PromptBatch, Role
 
 ITERATIONS = 16
-"""Spread evenly over the run: the student's step is drawn, and methods with stages change on the way."""
+"""Spread evenly over the run: methods with stages change on the way."""
 LATENT = (1, 2, 2)
 MODEL_ROLES = ("student", "fake", "teacher", "old")
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Means per outer iteration. ``passes``, ``graded``, ``decoded``, ``steered``: samples per sample of the batch.
-
-    passes: without gradient, by role; graded: with a backward pass, by role; decoded: latents decoded and scored;
-    steered: the same with a backward pass through reward and decoder. calls, graded_calls: network calls without and
-    with gradient, by role; losses: losses that have calls of the second kind, by role.
-    read: samples of those calls of the fake, all of them with gradient, that a GAN head's features come from.
-    widest: samples of the largest call without gradient, in batches (2: guidance in one call).
-    """
+    """Means per outer iteration. ``passes``, ``graded``, ``decoded``, ``steered``: samples per sample of the batch."""
 
     updates: Mapping[Role, float]
-    passes: Mapping[str, float]
-    graded: Mapping[str, float]
-    decoded: float
-    steered: float
-    calls: Mapping[str, float]
-    graded_calls: Mapping[str, float]
-    losses: Mapping[str, float]
-    read: float
-    widest: float
+    passes: Mapping[str, float]  # without gradient, by role
+    graded: Mapping[str, float]  # with a backward pass, by role
+    decoded: float  # latents decoded and scored
+    steered: float  # the same with a backward pass through reward and decoder
+    calls: Mapping[str, float]  # network calls without gradient, by role
+    graded_calls: Mapping[str, float]  # and with gradient
+    losses: Mapping[str, float]  # losses that have calls with gradient, by role
+    read: float  # samples of the fake's calls with gradient that a GAN head's features come from
+    widest: float  # samples of the largest call without gradient, in batches (2: guidance in one call)
     old_policy: bool
+
+    def forwards(self, backward: Mapping[str, float], feature_cost: float = 1.0) -> float:
+        """All passes in units of one forward. backward: what a backward pass adds, by role; feature_cost: a forward that
+        ends where a GAN head reads its features."""
+        whole = sum(self.passes.values()) + sum(n * (1 + backward[who]) for who, n in self.graded.items() if n)
+        return whole - self.read * (1 + backward["fake"]) * (1 - feature_cost)
 
 
 @dataclass
@@ -70,7 +69,7 @@ class _Log:
 
 
 class _Net:
-    """A denoiser of one weight; also the trunk of a critic."""
+    """A denoiser of one weight; also the base model of a GAN head."""
 
     def __init__(self, who: str, log: _Log, *, trained: bool) -> None:
         self.who, self.log, self.schedule = who, log, FlowSchedule()
@@ -95,11 +94,11 @@ class _Critic:
 class _Roles:
     """Every role by one weight."""
 
-    def __init__(self, log: _Log, *, judged: bool) -> None:
+    def __init__(self, log: _Log, *, gan: bool) -> None:
         self.log, self.schedule, self.guide = log, FlowSchedule(), plain
         self.student, self.fake = (_Net(who, log, trained=True) for who in ("student", "fake"))
         self.teacher, self.old = (_Net(who, log, trained=False) for who in ("teacher", "old"))
-        self.critic = _Critic(self.fake) if judged else None
+        self.critic = _Critic(self.fake) if gan else None
 
     def parameters(self, role: Role) -> Mapping[str, Parameter]:
         """The one weight of a role."""
@@ -121,8 +120,8 @@ class _Roles:
         """Nothing is kept."""
 
 
-class _Pictures:
-    """Codec and reward in one: latents are their own pictures."""
+class _Images:
+    """Codec and reward in one: latents are their own images."""
 
     name, differentiable = "counted", True
 
@@ -137,31 +136,65 @@ class _Pictures:
         return images
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
-        """Different for different pictures, as an advantage needs."""
+        """Different for different images, as an advantage needs."""
         return images.mean((1, 2, 3))
 
 
-def tally(cfg: RunConfig, iterations: int = ITERATIONS) -> Tally:
-    """The mean cost of an outer iteration of this recipe, in units of its batch."""
-    log = _Log()
-    judged = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
-    roles, pictures = _Roles(log, judged=judged), _Pictures(log)
-    real = lambda prompts, rng: rng.normal("real", LATENT)  # noqa: E731
-    rewards = (pictures,) if cfg.method.rewarded else ()
-    method: Any = method_of(cfg.method, roles, pictures, rewards, Place(LATENT), real)
-    batch = cfg.loop.batch_size
-    for step in _steps(cfg.loop.steps, iterations):
-        index = torch.arange(batch)
-        for update in method.iteration(step, _prompts(index, cfg.method.prompt_group), SampleRng(0, step, index)):
-            log.updates[update.role] += 1
-            before = log.calls.copy()
+class DryRun:
+    """The method of a recipe on networks of one weight; ``counts`` are of all iterations so far."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.cfg, self._iterations, self._log = cfg, 0, _Log()
+        gan = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
+        roles, images = _Roles(self._log, gan=gan), _Images(self._log)
+        real = lambda prompts, rng: rng.normal("real", LATENT)  # noqa: E731
+        rewards = (images,) if cfg.method.rewarded else ()
+        self._method: Any = method_of(cfg.method, roles, images, rewards, LatentSpec(LATENT), real)
+
+    def iteration(self, step: int, rng: SampleRng) -> None:
+        """Iteration ``step`` with these draws."""
+        self._iterations += 1
+        for update in self._method.iteration(step, _prompts(rng.index, self.cfg.method.prompt_group), rng):
+            self._log.updates[update.role] += 1
+            before = self._log.calls.copy()
             update.loss(update.batch)
-            log.losses.update(who for who in MODEL_ROLES if log.calls[who, True] > before[who, True])
-    return _means(log, iterations, batch)
+            graded = (who for who in MODEL_ROLES if self._log.calls[who, True] > before[who, True])
+            self._log.losses.update(graded)
+
+    def counts(self) -> Tally:
+        """Means over the iterations."""
+        return _means(self._log, self._iterations, self.cfg.loop.batch_size)
 
 
-def _steps(steps: int, iterations: int) -> Sequence[int]:
-    return [int((place + 0.5) * steps / iterations) for place in range(iterations)]
+@dataclass(frozen=True)
+class _EveryStep(SampleRng):
+    """Draws whose tau goes through all student steps in turn, so that mean costs are the expected ones."""
+
+    turn: int = 0
+
+    def integer(self, purpose: str, high: int, i: int = 0) -> Tensor:
+        """As before, but for tau: sample k takes step (k + turn) mod N."""
+        return (self.index + self.turn) % high if purpose == "tau" else super().integer(purpose, high, i)
+
+    def on_host(self) -> SampleRng:
+        return self
+
+
+def tally(cfg: RunConfig, iterations: int = ITERATIONS) -> Tally:
+    """The mean cost of an outer iteration of this recipe, in units of its batch.
+
+    From ``iterations`` or a few more of them, spread evenly over the run.
+    """
+    rounds = -(-iterations // len(cfg.method.student_steps)) * len(cfg.method.student_steps)
+    return dry_run(cfg, [int((turn + 0.5) * cfg.loop.steps / rounds) for turn in range(rounds)])
+
+
+def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0) -> Tally:
+    """The mean cost of these iterations, whose tau goes through the student's steps in turn from number ``first`` on."""
+    run = DryRun(cfg)
+    for turn, step in enumerate(steps, first):
+        run.iteration(step, _EveryStep(0, step, torch.arange(cfg.loop.batch_size), turn=turn))
+    return run.counts()
 
 
 def _prompts(index: Tensor, group: int) -> PromptBatch:
