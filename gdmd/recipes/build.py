@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -47,12 +47,15 @@ from gdmd.shapes.roles import (
 )
 from gdmd.types import Codec, Critic, Denoiser, Method, Native, Reward, Roles, TextEncoder
 
+if TYPE_CHECKING:
+    from gdmd.models.roles import DiffusersRoles
+
 
 @dataclass(frozen=True)
 class Components:
     """Everything a run is made of."""
 
-    roles: Any  # BuiltRoles; each program knows the kind it asked for
+    roles: ShapesRoles | DiffusersRoles
     codec: Codec
     encoder: TextEncoder
     rewards: tuple[Reward, ...]
@@ -134,15 +137,18 @@ def compile_networks(cfg: RunConfig, components: Components) -> None:
     if not (isinstance(cfg.model, DiffusersModel) and cfg.model.compile):
         return
     from gdmd.models.compile import require_compiler
+    from gdmd.models.roles import DiffusersRoles
 
+    assert isinstance(components.roles, DiffusersRoles)
     require_compiler(next(iter(components.roles.parameters("student").values())).device.type)
     components.roles.compile()
 
 
-class BuiltRoles(Roles, Protocol):
-    """What the methods below ask of roles beyond their Protocol."""
+class MethodRoles(Roles, Protocol):
+    """Roles with a GAN head, for DMD2, and a blended real score, for DMDR."""
 
-    critic: Critic | None
+    @property
+    def critic(self) -> Critic | None: ...
 
     def blended_teacher(self, share: float) -> Denoiser: ...
 
@@ -161,7 +167,7 @@ SHAPES = LatentSpec()
 
 def method_of(
     cfg: MethodConfig,
-    roles: BuiltRoles,
+    roles: MethodRoles,
     codec: Codec,
     rewards: tuple[Reward, ...],
     latents: LatentSpec,

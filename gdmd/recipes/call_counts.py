@@ -6,7 +6,7 @@ So the count is the method's own, whatever its options; nothing is loaded and no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,9 @@ class _Roles:
         """Remember that there is an old policy."""
         self.log.followed = True
 
+    def shard(self, shard: Callable[[Any], None]) -> None:
+        """Nothing to do."""
+
     def old_state(self) -> Mapping[str, Tensor]:
         """Nothing is kept."""
         return {}
@@ -149,7 +152,7 @@ class DryRun:
         roles, images = _Roles(self._log, gan=gan), _Images(self._log)
         real = lambda prompts, rng: rng.normal("real", LATENT)  # noqa: E731
         rewards = (images,) if cfg.method.rewarded else ()
-        self._method: Any = method_of(cfg.method, roles, images, rewards, LatentSpec(LATENT), real)
+        self._method = method_of(cfg.method, roles, images, rewards, LatentSpec(LATENT), real)
 
     def iteration(self, step: int, rng: SampleRng) -> None:
         """Iteration ``step`` with these draws."""

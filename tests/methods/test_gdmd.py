@@ -16,6 +16,7 @@ from tiny_roles import (
     plain_dmd,
     prompts,
     rng,
+    scored,
     student_gradient,
     tiny_roles,
     train,
