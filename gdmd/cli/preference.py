@@ -97,7 +97,7 @@ def compare_command(
     gallery: Annotated[int, typer.Option(min=1, help="Prompts shown on the page, spread over all.")] = 24,
     json: Json = False,
 ) -> None:
-    """Several models on the same prompts and noise: tables, differences, radar, images side by side, speed.
+    """Several models on the same prompts and noise: paired differences, tables, images side by side, speed.
 
     \b
     Examples:
@@ -158,21 +158,17 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 
 def _print(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Scores, tasks and the rest, a column per model."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     from gdmd.evaluation.model_page import other_lines, score_lines, task_lines
+    from gdmd.reporting.tables import Cell, Table
 
-    table = Table(pad_edge=False, box=box.SIMPLE)
-    for name in ("", *rows):
-        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
-    for section in (score_lines(rows), task_lines(rows), other_lines(rows)):
-        for line in section:
-            table.add_row(line.title, *line.cells)
-        table.add_section()
+    sections = [
+        [[Cell(line.title), *line.cells] for line in lines]
+        for lines in (score_lines(rows), task_lines(rows), other_lines(rows))
+    ]
     console = Console()
-    console.print(table)
+    console.print(Table(["", *rows], sections).rich())
     console.print("[low, high]: 95 % over prompts. † trained on; ? not known; others are unseen.", markup=False)
 
 

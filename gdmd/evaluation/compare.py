@@ -22,6 +22,7 @@ from gdmd.evaluation.measures import (
     geneval_scores,
     reference_files,
     render_features,
+    right_images,
     rows_of,
     shapes_measures,
 )
@@ -90,7 +91,8 @@ def compare(sources: Sequence[SourceConfig], options: EvalOptions, folder: Path,
     write_atomic(folder / RESULT, json.dumps(content, indent=2) + "\n", "the comparison")
     count = len(prompt_set.texts)
     numbers = [k * count // min(options.gallery, count) for k in range(min(options.gallery, count))]  # spread over all
-    galleries = [_gallery(own, cfg, prompt_set, numbers) for own, cfg in zip(folders, sources, strict=True)]
+    shapes = any("shapeseval" in row for row in rows)
+    galleries = [_gallery(own, cfg, prompt_set, numbers, shapes) for own, cfg in zip(folders, sources, strict=True)]
     write_page(folder / PAGE, shown, galleries, [prompt_set.texts[number] for number in numbers])
     say(f"page: {folder / PAGE}")
     return content
@@ -227,9 +229,11 @@ def _placed(cfg: SourceConfig, options: EvalOptions) -> SourceConfig:
     return cfg.changed({"device": options.device}) if movable else cfg
 
 
-def _gallery(folder: Path, cfg: SourceConfig, prompt_set: PromptSet, numbers: Sequence[int]) -> Gallery:
-    """The file of the first image of these prompts."""
+def _gallery(folder: Path, cfg: SourceConfig, prompt_set: PromptSet, numbers: Sequence[int], shapes: bool) -> Gallery:
+    """The file of the first image of these prompts; of Shapes, whether it is right."""
     if kind_of(cfg) != "images":
-        return Gallery(cfg.name, [image_file(folder / "images", number, 0) for number in numbers])
-    source, slots = FolderSource(cfg), prompt_set.slots[:: prompt_set.images]
-    return Gallery(cfg.name, [source.file(slots[k]) for k in numbers])
+        files = [image_file(folder / "images", number, 0) for number in numbers]
+    else:
+        source, slots = FolderSource(cfg), prompt_set.slots[:: prompt_set.images]
+        files = [source.file(slots[k]) for k in numbers]
+    return Gallery(cfg.name, files, right_images(files, [prompt_set.texts[k] for k in numbers]) if shapes else ())

@@ -5,8 +5,8 @@
 
 Score of a task = mean over its images; overall = unweighted mean of the tasks' scores. The 95 % intervals resample whole
 prompts within each task (images of one prompt are not independent). A recorded detection file holds, per image, every
-object above .3 with its confidence and, where the prompt asks for one, its color: rules can be applied again without the
-detector.
+object above 0.3 with its confidence and, if the prompt asks for one, its color, so that the rules can be applied again
+without the detector.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gdmd.sources.folders import images_in
 
 @dataclass(frozen=True)
 class Judged:
-    """One image: the number of its prompt, whether it is right, why not, and its partial credit."""
+    """One image: the number of its prompt, whether it is correct, why not, and its partial credit."""
 
     prompt: int
     image: int
@@ -56,10 +56,10 @@ class Score:
 
 
 def read_metadata(path: Path) -> tuple[Task, ...]:
-    """The lines of an evaluation_metadata.jsonl. ValueError with file and line for any that is not GenEval's."""
+    """The lines of an evaluation_metadata.jsonl. ValueError with file and line for a line that is not GenEval's."""
     rows = numbered_jsonl(path)
     if not rows:
-        raise ValueError(f"{path}: is empty; it needs at least one line")
+        raise ValueError(f"{path}: the file is empty; it needs at least one line")
     return tuple(read_task(row, f"{path}, line {number}") for number, row in rows)
 
 
@@ -133,21 +133,21 @@ def judge_recorded(path: Path, tasks: Mapping[int, Task]) -> list[Judged]:
 
 
 def recorded_colors(colors: Mapping[tuple[str, int], str | None], where: str) -> ColorOf:
-    """The classifier that only remembers. ValueError where a color is asked for that was not recorded."""
+    """A classifier that looks up recorded colors. ValueError if a color that is needed was not recorded."""
 
     def color_of(name: str, objects: Sequence[DetectedObject]) -> list[str]:
         known = [colors.get((name, one.key)) for one in objects]
         if None in known:
-            raise ValueError(f"{where}: the color of a {name} is asked for and not recorded; detect it again")
+            raise ValueError(f"{where}: the color of a {name} is needed but was not recorded; detect it again")
         return [str(color) for color in known]
 
     return color_of
 
 
 def summarize(rows: Sequence[Judged], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Score]:
-    """Scores by task and "overall". ValueError without rows, and for an image that was judged twice."""
+    """Scores by task and "overall". ValueError without rows, or if an image was judged twice."""
     if not rows:
-        raise ValueError("there are no judged images to summarize; score at least one")
+        raise ValueError("there are no judged images; score at least one")
     places = [(row.prompt, row.image) for row in rows]
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)

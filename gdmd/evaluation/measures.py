@@ -13,12 +13,13 @@ from torch import Tensor
 from gdmd.evaluation.geneval import images_key
 from gdmd.evaluation.preference import GeneratedImages, PromptSet
 from gdmd.evaluation.scorers import Features
+from gdmd.evaluation.verdict import PER_IMAGE, per_image
 from gdmd.reporting.distances import cluster_spread, frechet_distance, mmd, pairwise_distance
 from gdmd.rewards.preprocessing import from_pil, to_pil
 from gdmd.shapes.check import shapeseval, summarize
 from gdmd.shapes.detect import detect
 from gdmd.shapes.evaluate import bootstrap_interval
-from gdmd.shapes.grammar import catalog
+from gdmd.shapes.grammar import TASKS, catalog
 from gdmd.shapes.measures import coverage, fidelity
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.sources.folders import images_in, read_image
@@ -32,7 +33,7 @@ GENEVAL = "geneval.json"
 
 
 def shapes_measures(generated: GeneratedImages, prompt_set: PromptSet) -> dict[str, Any]:
-    """ShapesEval by task with the interval of overall, fidelity and coverage, of the 8-bit images."""
+    """ShapesEval by task with the interval of overall and which images are right, fidelity and coverage; 8-bit images."""
     rows = rows_of(prompt_set)
     images = from_pil([read_image(generated.files[p.prompt, p.image]) for p in prompt_set.slots])
     found = detect(images)
@@ -41,9 +42,23 @@ def shapes_measures(generated: GeneratedImages, prompt_set: PromptSet) -> dict[s
     return {
         "shapeseval": summarize(correct, task),
         "shapeseval_interval": list(bootstrap_interval(correct, task, texts, prompt_set.seed)),
+        PER_IMAGE: per_image(
+            correct.tolist(),
+            [TASKS[k] for k in task[:: prompt_set.images].tolist()],
+            prompt_set.images,
+            prompt_set.file,
+            prompt_set.seed,
+        ),
         "fidelity": float(fidelity(images, found).mean()),
         "coverage": coverage(found, rows, correct),
     }
+
+
+def right_images(files: Sequence[Path], captions: Sequence[str]) -> list[bool]:
+    """Whether the checker finds in each image what its caption asks for."""
+    rows = torch.tensor([catalog().row(text) for text in captions])
+    found: list[bool] = shapeseval(from_pil([read_image(file) for file in files]), rows).tolist()
+    return found
 
 
 def shapes_renders(prompt_set: PromptSet) -> list[Image]:

@@ -131,8 +131,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def cluster_counts(clusters: int, replicates: int, rng: np.random.Generator) -> Iterator[Floats]:
     """Bootstrap replicates in blocks [b, clusters]: how often each cluster is drawn, with replacement."""
     for start in range(0, replicates, _BLOCK):
-        drawn = rng.integers(clusters, size=(min(_BLOCK, replicates - start), clusters))
-        yield np.stack([np.bincount(row, minlength=clusters) for row in drawn]).astype(np.float64)
+        size = min(_BLOCK, replicates - start)
+        drawn = rng.integers(clusters, size=(size, clusters)) + clusters * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * clusters).reshape(size, clusters).astype(np.float64)
 
 
 def bootstrap_means(

@@ -131,7 +131,7 @@ class Catalog:
 
         near = difflib.get_close_matches(text, index, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"not a caption of the Shapes language: {text!r}{hint} (see docs/shapes.md)")
+        raise ValueError(f"not a caption of the Shapes language: {text!r}{hint} (see docs/concepts/shapes.md)")
 
     @cached_property
     def _index(self) -> dict[str, int]:

@@ -277,14 +277,14 @@ def test_every_reader_of_a_run_names_the_checkpoint_that_it_reads_in_the_place_o
     first = gdmd("eval", "run", "--json", *size)
     assert json.loads(first.out)["step"] == 2 and "note:" not in first.err
     (Path("run/checkpoints/step_000002/student.safetensors")).write_bytes(b"")
-    note = "step 2 was passed over; step 1 is used"
+    note = "step 2 was skipped; step 1 is used"
     measured = gdmd("eval", "run", "--json", *size)
     assert json.loads(measured.out)["step"] == 1 and measured.err.count(note) == 1
     sampled = gdmd("sample", "run", "-p", "a red ring", "-n", "1", "-o", "a.png")
     assert sampled.code == 0 and note in sampled.err
     assert note in gdmd("report", "run").err
     assert note in gdmd("eval", "preference", "run", "--per-task", "1", "-n", "1", "--json").err
-    assert "step 2 was passed over" in gdmd.train("loop.start_from=run", "loop.seed=1", "--run", "next").err
+    assert "step 2 was skipped" in gdmd.train("loop.start_from=run", "loop.seed=1", "--run", "next").err
     chosen = gdmd("eval", "run", "--checkpoint", "2", "--json", *size)
     assert chosen.code == 2 and "student.safetensors is damaged" in chosen.err and not chosen.out
 
@@ -294,7 +294,7 @@ def test_a_run_without_its_checkpoints_says_that_it_starts_over(gdmd: Gdmd) -> N
     shutil.rmtree("run/checkpoints")
     again = gdmd("train", "--resume", "run", "loop.steps=1", "--no-eval")
     assert again.code == 0
-    assert "run/checkpoints holds no checkpoint: the run starts over, without its 2 logged steps" in again.err
+    assert "run/checkpoints holds no checkpoint: the run starts over, without its 2 logged rows" in again.err
 
 
 def test_the_teacher_and_plain_dmd_are_trained_on_no_reward(gdmd: Gdmd) -> None:

@@ -25,9 +25,9 @@ from gdmd.models.families.base import Family
 from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
 from gdmd.runs import checkpoint
-from gdmd.training.distributed import SINGLE
+from gdmd.training.distributed import SINGLE_PROCESS
 from gdmd.training.role_state import role_states
-from gdmd.training.warm_start import begin_from, check_model, check_roles
+from gdmd.training.warm_start import check_model, check_roles, warm_start
 from gdmd.types import Role
 
 ROLES: tuple[Role, Role] = ("student", "fake")
@@ -257,7 +257,7 @@ def test_a_run_begins_with_the_same_networks_whatever_its_lora_alpha(
     config = {"model": second.family.cfg.model_dump(mode="json"), "method": {"student_steps": [1.0, 0.5]}}
     run = as_a_run(first, tmp_path / "first")
     check_roles(run, second)
-    told = begin_from(run, role_states(second, LoopConfig(ema=0.0)), SINGLE, config)
+    told = warm_start(run, role_states(second, LoopConfig(ema=0.0)), SINGLE_PROCESS, config)
     at = states(first)
     found, wanted = answers(second, at), answers(first, at)
     assert all(torch.allclose(found[role], wanted[role], atol=1e-6) for role in ROLES)
@@ -269,7 +269,7 @@ def test_a_scale_that_no_network_has_is_not_noted(folders: Path, tmp_path: Path)
     first, second = (roles_of(folders, full="both", lora_alpha=alpha) for alpha in (4.0, 8.0))
     run = as_a_run(first, tmp_path / "first")
     config = {"model": second.family.cfg.model_dump(mode="json"), "method": {"student_steps": [1.0, 0.5]}}
-    told = begin_from(run, role_states(second, LoopConfig(ema=0.0)), SINGLE, config)
+    told = warm_start(run, role_states(second, LoopConfig(ema=0.0)), SINGLE_PROCESS, config)
     assert "lora_alpha" not in told
     assert all(torch.equal(w, second.parameters("student")[k]) for k, w in first.parameters("student").items())
 

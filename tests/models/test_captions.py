@@ -24,7 +24,7 @@ from gdmd.config.run import RunConfig
 from gdmd.models.families.base import Family
 from gdmd.models.loading import encoder_identity, open_family
 from gdmd.models.tokens import readers_of
-from gdmd.programs.train import ready
+from gdmd.programs.train import prepare
 from gdmd.recipes.build_data import vae_identity
 from gdmd.sources.open import open_source
 from gdmd.types import Cond
@@ -99,7 +99,7 @@ def test_training_warns_once_of_long_prompts(folders: Path, tmp_path: Path, capl
             rewards=[],
         )
         caplog.clear()
-        ready(cfg)
+        prepare(cfg)
         (said,) = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
         assert "2 of 3 prompts are longer" in said and "2 different prompts are the same" in said
 

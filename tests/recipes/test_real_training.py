@@ -33,7 +33,7 @@ from gdmd.io import RunError
 from gdmd.models.roles import DiffusersRoles
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.programs.export import export_run
-from gdmd.programs.train import ready, start
+from gdmd.programs.train import create_run, prepare
 from gdmd.recipes.build import Components, build
 from gdmd.runs.run_folder import Run, create, read_facts
 from gdmd.sources.base import EXPORT_FILE
@@ -146,7 +146,7 @@ def test_grids_samples_and_exports(
     prompts.write_text("\n".join(tiny.WORDS))
     parts = {"loop": cfg.loop.model_copy(update={"grid_every": 1}), "prompts": type(cfg.prompts)(file=str(prompts))}
     cfg = cfg.model_copy(update=parts)
-    done = start(cfg, tmp_path / "run", Console(quiet=True), evaluation=True, command=["gdmd", "train"])
+    done = create_run(cfg, tmp_path / "run", Console(quiet=True), evaluation=True, command=["gdmd", "train"])
     assert done.evaluation is None and done.report == tmp_path / "run" / "report.html"
     assert len(list((tmp_path / "run" / "grids").iterdir())) == 2
     prompts.unlink()
@@ -171,7 +171,7 @@ def test_grids_samples_and_exports(
 def test_cached_embeddings_train_the_same_student(folders: Path, tmp_path: Path, name: str) -> None:
     """The encoders read captions in batches of another size, so that an embedding is another one by its rounding."""
     cfg = recipe(folders, name, 1, embeddings=str(tmp_path / "embeddings"))
-    components = ready(cfg)
+    components = prepare(cfg)
     assert components.roles.family.pipe.text_encoder is None
     begun = build(cfg, "cpu")
     with linear_steps():
@@ -192,12 +192,12 @@ def test_cached_embeddings_load_no_encoder(folders: Path, tmp_path: Path, monkey
         raise AssertionError("a text encoder was loaded")
 
     cfg = recipe(folders, "sd3", 1, embeddings=str(tmp_path / "embeddings"))
-    ready(cfg)
+    prepare(cfg)
     (tmp_path / "more.txt").write_text("\n".join((*tiny.WORDS, "a new one")))
     more = cfg.model_copy(update={"prompts": cfg.prompts.model_copy(update={"file": str(tmp_path / "more.txt")})})
     for kind in (CLIPTextModelWithProjection, T5EncoderModel):
         monkeypatch.setattr(kind, "from_pretrained", refuse)
-    components = ready(cfg)
+    components = prepare(cfg)
     train(
         components.method,
         components.roles,
@@ -208,9 +208,9 @@ def test_cached_embeddings_load_no_encoder(folders: Path, tmp_path: Path, monkey
     parts = components.roles.family.pipe.components
     assert [parts[name] for name in ("text_encoder", "text_encoder_2", "text_encoder_3")] == [None] * 3
     with pytest.raises(AssertionError, match="a text encoder was loaded"):
-        ready(more)
+        prepare(more)
     monkeypatch.undo()
-    assert "a new one" in ready(more).encoder  # type: ignore[operator]
+    assert "a new one" in prepare(more).encoder  # type: ignore[operator]
 
 
 def test_embedding_messages(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,12 +220,12 @@ def test_embedding_messages(folders: Path, tmp_path: Path, monkeypatch: pytest.M
     cfg = recipe(folders, "sd3", 1, embeddings=str(tmp_path / "embeddings"))
     with monkeypatch.context() as patch, pytest.raises(RunError) as found:
         patch.setattr("safetensors.torch.save_file", full)
-        ready(cfg)
+        prepare(cfg)
     assert "cannot write the text embeddings" in str(found.value) and "No space left" in str(found.value)
     assert "Free some disk space, or choose another folder with model.embeddings." in str(found.value)
     for told in (True, False):
-        ready(cfg, console=Console(file=(said := io.StringIO()), width=400))
-        assert (f"embedding {len(tiny.WORDS)} prompts once into {tmp_path}" in said.getvalue()) == told
+        prepare(cfg, console=Console(file=(said := io.StringIO()), width=400))
+        assert (f"encoding {len(tiny.WORDS)} prompts once into {tmp_path}" in said.getvalue()) == told
 
 
 def test_scoring_decoder(folders: Path, tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_scoring_decoder_check(folders: Path, tmp_path: Path) -> None:
     cfg = recipe(folders, "sd3", 1, own, scoring_decoder=str(tmp_path / "taesd"), scoring_check=2)
     cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"teacher_steps": 2})})
     said, run = io.StringIO(), tmp_path / "run"
-    start(cfg, run, Console(file=said, width=200), evaluation=False, command=["test"])
+    create_run(cfg, run, Console(file=said, width=200), evaluation=False, command=["test"])
     file = run / "scoring_decoder.json"
     (row,) = json.loads(file.read_text())["rewards"]
     assert row["images"] == 2 and row["difference"] == pytest.approx(row["rough"] - row["full"])
@@ -276,7 +276,7 @@ def test_moved_base_and_precisions(folders: Path, tmp_path: Path, caplog: pytest
     cfg = recipe(folders, "sd3", 1, dtype="bf16")
     shutil.copytree(folders / "sd3", base)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(base)})})
-    start(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+    create_run(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
     base.rename(moved)
     with pytest.raises(ValueError, match="there is no such folder.*give its new location with --base"):
         export_run(run)
@@ -311,7 +311,7 @@ def test_another_base_model(folders: Path, tmp_path: Path, caplog: pytest.LogCap
     for place in (base, copy):
         shutil.copytree(folders / "sd3", place)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(base)})})
-    start(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+    create_run(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
     export_run(run, base=str(copy))
     source = read_source(f"{run / 'export'},base={copy}")
     assert draw(source, ["a"], 1, 0, tmp_path / "a.png", 1) > 0 and "another" not in caplog.text
@@ -344,7 +344,7 @@ def test_file_modes_follow_umask(folders: Path, tmp_path: Path, umask: int) -> N
     try:
         run = tmp_path / "run"
         cfg = recipe(folders, "sdxl", 1, embeddings=str(tmp_path / "embeddings"))
-        start(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+        create_run(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
         export_run(run)
         export_run(run, merged=True)
     finally:
@@ -372,7 +372,7 @@ def test_compile_applies_to_training_only(folders: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(DiffusersRoles, "compile", lambda roles: asked.append(roles))
     cfg = recipe(folders, "sd3", 1, compile=True)
     build(cfg, "cpu")
-    ready(recipe(folders, "sd3", 1))
+    prepare(recipe(folders, "sd3", 1))
     assert asked == []
-    components = ready(cfg)
+    components = prepare(cfg)
     assert asked == [components.roles]

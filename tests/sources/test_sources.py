@@ -543,7 +543,7 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
         assert drawn.code == 0 and Path(name).is_file(), drawn.err
     Path("run/checkpoints/step_000002/ema.safetensors").write_bytes(b"")
     exported = gdmd("export", "run", "-o", "older")
-    assert exported.code == 0 and "step 2 was passed over; step 1 is used" in exported.err
+    assert exported.code == 0 and "step 2 was skipped; step 1 is used" in exported.err
     assert json.loads(Path("older/gdmd_export.json").read_text())["step"] == 1
 
 

@@ -181,9 +181,8 @@ def _type(field: Mapping[str, Any]) -> str:
     low += [f"> {field['exclusiveMinimum']}"] if "exclusiveMinimum" in field else []
     high = [f"<= {field['maximum']}"] if field.get("maximum", 2**63) < 2**62 else []
     high += [f"< {field['exclusiveMaximum']}"] if "exclusiveMaximum" in field else []
-    names = {"integer": "int", "number": "float", "string": "text", "boolean": "true or false", "null": "null"}
-    names["object"] = "mapping"
-    return " ".join([names.get(field.get("type", ""), "any"), *low, *high])
+    names = {"integer": "int", "number": "float", "string": "text", "boolean": "true or false", "object": "mapping"}
+    return " ".join([names.get(field.get("type", ""), field.get("type", "any")), *low, *high])
 
 
 def _default(field: Mapping[str, Any]) -> str:

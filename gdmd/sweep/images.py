@@ -1,7 +1,7 @@
-"""Images of a comparison's figures, in their own process: ``python -m gdmd.sweep.pictures OUT``.
+"""Images of a sweep's figures, in a separate process: ``python -m gdmd.sweep.images OUT``.
 
-Draws the students of the first seed (and the teacher) from the same noise: two grids, and the feature-space panels as
-pictures.json.
+Samples the students of the first seed (and the teacher) from the same noise: two grids, and the feature-space panels in
+images.json.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from gdmd.shapes.evaluate import HELDOUT
 from gdmd.shapes.grammar import TASKS, catalog, fixed_rows
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.shapes.rewards import ShapesClip, shipped_scorer
-from gdmd.sweep.cells import GRIDS, Cell, pictures_key, shown_cells
-from gdmd.sweep.spec import Comparison, read_comparison
-from gdmd.sweep.worker import cell_sampler
+from gdmd.sweep.runs import GRIDS, IMAGES, SweepRun, images_key, shown_runs
+from gdmd.sweep.spec import Sweep, read_sweep
+from gdmd.sweep.worker import run_sampler
 
 PER_CAPTION = 2
 RENDERS = 16
@@ -40,7 +40,7 @@ HARDEST = ("position", "color_attr")
 
 @dataclass(frozen=True)
 class Shown:
-    """A finished cell that is drawn."""
+    """A finished run whose images are shown."""
 
     title: str
     components: Components
@@ -48,26 +48,25 @@ class Shown:
 
 
 def main(folder: Path) -> int:
-    """Write figures/fig6_grid.png, figures/fig7_grid.png and pictures.json; the exit code."""
+    """Write figures/fig6_grid.png, figures/fig7_grid.png and images.json; returns the exit code."""
     torch.set_num_threads(1)
-    comparison = read_comparison(str(folder / "comparison.yaml"))
-    cells = shown_cells(comparison, folder)
-    shown = [_shown(comparison, cell, folder) for cell in cells]
-    seed = comparison.spec.evaluation.seed
-    count = comparison.spec.pictures.captions
+    sweep = read_sweep(str(folder / "sweep.yaml"))
+    shown = [_shown(sweep, run, folder) for run in shown_runs(sweep, folder)]
+    seed = sweep.config.evaluation.seed
+    count = sweep.config.images.captions
     for name, tasks in zip(GRIDS, (TASKS, HARDEST), strict=True):
         _grid(folder / "figures" / name, shown, _captions(tasks, count), seed)
-    panels = feature_panels(shown, comparison.spec.pictures.per_cluster, seed)
-    content = {"key": pictures_key(comparison, folder), "panels": panels}
-    write_atomic(folder / "pictures.json", json.dumps(content), "the features")
+    panels = feature_panels(shown, sweep.config.images.per_cluster, seed)
+    content = {"key": images_key(sweep, folder), "panels": panels}
+    write_atomic(folder / IMAGES, json.dumps(content), "the features")
     return 0
 
 
 def feature_panels(shown: Sequence[Shown], per_cluster: int, seed: int) -> list[dict[str, Any]]:
     """PCA of held-out image features; the components are those of all images together.
 
-    spread: mean distance to the cluster's own mean. diversity: mean 1 - cosine of pairs inside a cluster. outliers:
-    share of images nearer to the true center of another cluster than to their own.
+    spread: mean distance to the mean of the cluster. diversity: mean 1 - cosine of pairs within a cluster. outliers:
+    share of images closer to the true center of another cluster than to that of their own.
     """
     scorer = shipped_scorer(HELDOUT)
     assert isinstance(scorer, ShapesClip)
@@ -130,9 +129,9 @@ def _captions(tasks: Sequence[str], count: int) -> list[str]:
     return [catalog().captions[row].text for row in own]
 
 
-def _shown(comparison: Comparison, cell: Cell, folder: Path) -> Shown:
-    components, sampler = cell_sampler(cell.job, cell.folder(folder))
-    return Shown(comparison.spec.titles[cell.method], components, sampler)
+def _shown(sweep: Sweep, run: SweepRun, folder: Path) -> Shown:
+    components, sampler = run_sampler(run.job, run.folder(folder))
+    return Shown(sweep.config.titles[run.method], components, sampler)
 
 
 if __name__ == "__main__":
