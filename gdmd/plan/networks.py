@@ -68,7 +68,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
 
     opened = meta_family(model)
     family = opened.family
-    check_guidance(family, (cfg.method.guidance,))
+    check_guidance(family, cfg.method.guidance)
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     vae: Any = family.pipe.vae
     nets = [*roles.modules(), *heads_of(roles), vae]

@@ -105,7 +105,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components
     from gdmd.models.roles import DiffusersRoles
 
     family = open_family(model, device, encoders=model.embeddings is None)
-    check_guidance(family, (cfg.method.guidance,))
+    check_guidance(family, cfg.method.guidance)
     encoder: TextEncoder = family.encoder
     if model.embeddings is not None:
         encoder = CachedText(LazyTextEncoder(family), Path(model.embeddings), encoder_identity(family), device)

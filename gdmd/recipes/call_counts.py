@@ -19,6 +19,7 @@ from gdmd.config.run import RunConfig
 from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import FlowSchedule
+from gdmd.methods.pass_counter import BACKWARD, FROZEN_BACKWARD
 from gdmd.recipes.build import LatentSpec, method_of
 from gdmd.types import Cond, Prediction, PromptBatch, Role
 
@@ -29,26 +30,20 @@ MODEL_ROLES = ("student", "fake", "teacher", "old")
 
 
 @dataclass(frozen=True)
-class Tally:
-    """Means per outer iteration. ``passes``, ``graded``, ``decoded``, ``steered``: samples per sample of the batch."""
+class CallCounts:
+    """Means per outer iteration. Passes, and what is decoded, are samples per sample of the batch."""
 
     updates: Mapping[Role, float]
     passes: Mapping[str, float]  # without gradient, by role
-    graded: Mapping[str, float]  # with a backward pass, by role
+    with_grad: Mapping[str, float]  # passes with a backward pass, by role
     decoded: float  # latents decoded and scored
-    steered: float  # the same with a backward pass through reward and decoder
+    decoded_with_grad: float  # the same with a backward pass through reward and decoder
     calls: Mapping[str, float]  # network calls without gradient, by role
-    graded_calls: Mapping[str, float]  # and with gradient
+    calls_with_grad: Mapping[str, float]
     losses: Mapping[str, float]  # losses that have calls with gradient, by role
-    read: float  # samples of the fake's calls with gradient that a GAN head's features come from
-    widest: float  # samples of the largest call without gradient, in batches (2: guidance in one call)
+    feature_passes: float  # of the fake score with gradient, from whose features a GAN head reads
+    max_batch: float  # samples of the largest call without gradient, in batches (2: guidance in one call)
     old_policy: bool
-
-    def forwards(self, backward: Mapping[str, float], feature_cost: float = 1.0) -> float:
-        """All passes in units of one forward. backward: what a backward pass adds, by role; feature_cost: a forward that
-        ends where a GAN head reads its features."""
-        whole = sum(self.passes.values()) + sum(n * (1 + backward[who]) for who, n in self.graded.items() if n)
-        return whole - self.read * (1 + backward["fake"]) * (1 - feature_cost)
 
 
 @dataclass
@@ -57,7 +52,7 @@ class _Log:
     calls: Counter[tuple[str, bool]] = field(default_factory=Counter)
     updates: Counter[str] = field(default_factory=Counter)
     losses: Counter[str] = field(default_factory=Counter)
-    widest: int = 0
+    max_batch: int = 0
     followed: bool = False
 
     def note(self, who: str, answer: Tensor) -> None:
@@ -65,7 +60,7 @@ class _Log:
         self.samples[who, answer.requires_grad] += len(answer)
         self.calls[who, answer.requires_grad] += 1
         if who in MODEL_ROLES and not answer.requires_grad:
-            self.widest = max(self.widest, len(answer))
+            self.max_batch = max(self.max_batch, len(answer))
 
 
 class _Net:
@@ -143,32 +138,6 @@ class _Images:
         return images.mean((1, 2, 3))
 
 
-class DryRun:
-    """The method of a recipe on networks of one weight; ``counts`` are of all iterations so far."""
-
-    def __init__(self, cfg: RunConfig) -> None:
-        self.cfg, self._iterations, self._log = cfg, 0, _Log()
-        gan = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
-        roles, images = _Roles(self._log, gan=gan), _Images(self._log)
-        real = lambda prompts, rng: rng.normal("real", LATENT)  # noqa: E731
-        rewards = (images,) if cfg.method.rewarded else ()
-        self._method = method_of(cfg.method, roles, images, rewards, LatentSpec(LATENT), real)
-
-    def iteration(self, step: int, rng: SampleRng) -> None:
-        """Iteration ``step`` with these draws."""
-        self._iterations += 1
-        for update in self._method.iteration(step, _prompts(rng.index, self.cfg.method.prompt_group), rng):
-            self._log.updates[update.role] += 1
-            before = self._log.calls.copy()
-            update.loss(update.batch)
-            graded = (who for who in MODEL_ROLES if self._log.calls[who, True] > before[who, True])
-            self._log.losses.update(graded)
-
-    def counts(self) -> Tally:
-        """Means over the iterations."""
-        return _means(self._log, self._iterations, self.cfg.loop.batch_size)
-
-
 @dataclass(frozen=True)
 class _EveryStep(SampleRng):
     """Draws whose tau goes through all student steps in turn, so that mean costs are the expected ones."""
@@ -183,7 +152,7 @@ class _EveryStep(SampleRng):
         return self
 
 
-def tally(cfg: RunConfig, iterations: int = ITERATIONS) -> Tally:
+def count_calls(cfg: RunConfig, iterations: int = ITERATIONS) -> CallCounts:
     """The mean cost of an outer iteration of this recipe, in units of its batch.
 
     From ``iterations`` or a few more of them, spread evenly over the run.
@@ -192,12 +161,22 @@ def tally(cfg: RunConfig, iterations: int = ITERATIONS) -> Tally:
     return dry_run(cfg, [int((turn + 0.5) * cfg.loop.steps / rounds) for turn in range(rounds)])
 
 
-def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0) -> Tally:
+def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0) -> CallCounts:
     """The mean cost of these iterations, whose tau goes through the student's steps in turn from number ``first`` on."""
-    run = DryRun(cfg)
+    log = _Log()
+    roles = _Roles(log, gan=isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial)
+    images, rewards = _Images(log), (_Images(log),) if cfg.method.rewarded else ()
+    real = lambda prompts, rng: rng.normal("real", LATENT)  # noqa: E731
+    method = method_of(cfg.method, roles, images, rewards, LatentSpec(LATENT), real)
+    index = torch.arange(cfg.loop.batch_size)
     for turn, step in enumerate(steps, first):
-        run.iteration(step, _EveryStep(0, step, torch.arange(cfg.loop.batch_size), turn=turn))
-    return run.counts()
+        rng = _EveryStep(0, step, index, turn=turn)
+        for update in method.iteration(step, _prompts(index, cfg.method.prompt_group), rng):
+            log.updates[update.role] += 1
+            before = log.calls.copy()
+            update.loss(update.batch)
+            log.losses.update(who for who in MODEL_ROLES if log.calls[who, True] > before[who, True])
+    return _means(log, len(steps), cfg.loop.batch_size)
 
 
 def _prompts(index: Tensor, group: int) -> PromptBatch:
@@ -205,20 +184,32 @@ def _prompts(index: Tensor, group: int) -> PromptBatch:
     return PromptBatch(index, ("",) * len(index), index // group, cond, cond)
 
 
-def _means(log: _Log, iterations: int, batch: int) -> Tally:
-    def share(who: str, graded: bool) -> float:
-        return log.samples[who, graded] / iterations / batch
+def _means(log: _Log, iterations: int, batch: int) -> CallCounts:
+    def share(who: str, with_grad: bool) -> float:
+        return log.samples[who, with_grad] / iterations / batch
 
-    return Tally(
+    return CallCounts(
         updates={"student": log.updates["student"] / iterations, "fake": log.updates["fake"] / iterations},
         passes={who: share(who, False) for who in MODEL_ROLES},
-        graded={who: share(who, True) for who in MODEL_ROLES},
+        with_grad={who: share(who, True) for who in MODEL_ROLES},
         decoded=share("decoder", False),
-        steered=share("decoder", True),
+        decoded_with_grad=share("decoder", True),
         calls={who: log.calls[who, False] / iterations for who in MODEL_ROLES},
-        graded_calls={who: log.calls[who, True] / iterations for who in MODEL_ROLES},
+        calls_with_grad={who: log.calls[who, True] / iterations for who in MODEL_ROLES},
         losses={who: log.losses[who] / iterations for who in MODEL_ROLES},
-        read=share("critic", True),
-        widest=log.widest / batch,
+        feature_passes=share("critic", True),
+        max_batch=log.max_batch / batch,
         old_policy=log.followed,
     )
+
+
+def forward_passes(counts: CallCounts, full: str = "both", feature_cost: float = 1.0) -> float:
+    """Forward passes per student update and sample of the batch: a backward counts 2, or 1 through a frozen backbone.
+
+    full: which roles train all weights (model.full); feature_cost: forward passes of a call for features.
+    """
+    backward = {who: BACKWARD if full in (who, "both") else FROZEN_BACKWARD for who in ("student", "fake")}
+    total = sum(counts.passes.values())
+    total += sum(share * (1 + backward.get(who, FROZEN_BACKWARD)) for who, share in counts.with_grad.items())
+    total -= counts.feature_passes * (1 + backward["fake"]) * (1 - feature_cost)
+    return total / counts.updates["student"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.device import confirmed, deferred_checks, raise_where
 from gdmd.diffusion.rng import SampleRng
-from gdmd.profiling.bench import Bench
+from gdmd.profiling.profiler import Profiler
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.read import read_recipe
 from gdmd.rewards.preprocessing import check_finite
@@ -43,7 +43,7 @@ def redness(images: Tensor, prompts: PromptBatch) -> Tensor:
 
 def waits_of(cfg: RunConfig, components: Components, waits: Waits) -> tuple[dict[str, int], int]:
     """(waits by place, optimizer steps) of iteration 1; the first may still move tables to the device."""
-    bench = Bench(cfg, components)
+    bench = Profiler(cfg, components)
     bench.train(0, components.stream.at(0))
     before = sum(state.updates for state in bench.states.values())
     waits.counting = True
