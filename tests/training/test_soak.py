@@ -1,4 +1,4 @@
-"""A few kills of ``make soak`` in every test run; and that it would see a difference, a leftover or a leak."""
+"""A few kills of ``make soak``; and that it would notice a difference, a leftover or a leak."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_soak_notices_differences(tmp_path: Path) -> None:
 
 
 def test_soak_notices_deaths_and_leaks() -> None:
-    assert soak.life(lambda: None) == 0 and soak.life(lambda: os.kill(os.getpid(), 15)) == -15
+    assert soak.attempt(lambda: None) == 0 and soak.attempt(lambda: os.kill(os.getpid(), 15)) == -15
     assert soak.Flat(9, [6, 6], [200.0, 201.0], [450.0, 455.0]).ok()
     assert not soak.Flat(9, [6, 7], [200.0, 201.0], [450.0, 455.0]).ok()
     assert not soak.Flat(9, [6, 6], [200.0, 230.0], [450.0, 455.0]).ok()
