@@ -160,7 +160,9 @@ def _gain(metrics: Metrics) -> tuple[Status, str]:
         return "unknown", "The gain was not logged."
     spread = pstdev(middle)
     fall = (fmean(middle) - fmean(windows[-1])) / spread if spread else 0.0
-    return _within(fall, 2.0, 4.0), f"At the end {fmean(windows[-1]):+.3g}; before {fmean(middle):+.3g} ± {spread:.2g}."
+    return _within(
+        fall, 2.0, 4.0
+    ), f"At the end {fmean(windows[-1]):+.3g}; before {fmean(middle):+.3g} +- {spread:.2g}."
 
 
 def _optimality(metrics: Metrics) -> tuple[Status, str]:

@@ -76,9 +76,7 @@ def verdict(rows: Rows) -> Verdict:
     if len(later) == 1:
         numbers = [Number(f"{label} of {name}", _mean(row, label)) for name, row in rows.items()] + numbers
     notes = [text for name, own in found.items() if (text := _others_than(label, name, rows, own))]
-    notes.append(
-        "Differences are paired: the same prompts, image by image. Brackets and ±: 95\u00a0% interval over prompts."
-    )
+    notes.append("Differences are paired: the same prompts, image by image. Brackets: 95\u00a0% interval over prompts.")
     if any(_trained(row, one) for row in rows.values() for one in row["scores"]):
         notes.append("† trained on this score: a gain proves little.")
     return Verdict(f"{_marked(rows, label)} against {first}: {', '.join(answers)}.", numbers, notes)

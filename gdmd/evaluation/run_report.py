@@ -24,11 +24,11 @@ from gdmd.evaluation.health import Panel, health_panels, summary, training_curve
 from gdmd.evaluation.run_results import Result, run_results
 from gdmd.evaluation.same_noise import SameNoise, read_same_noise
 from gdmd.evaluation.table import TITLES
-from gdmd.evaluation.verdict import estimate, is_teacher, paired, scores_of, shapes_verdict
+from gdmd.evaluation.verdict import is_teacher, paired, scores_of, shapes_verdict, task_mean
 from gdmd.io import RunError, write_atomic
 from gdmd.reporting.pages import Dot, DotPlot, Group, TableRow, Verdict, data_uri, dot_plot, render
 from gdmd.reporting.plots import Metrics, colors_of
-from gdmd.reporting.tables import Cell, Measure, best_of, difference, number, value_at
+from gdmd.reporting.tables import Cell, Measure, best_of, difference, estimate, number, value_at
 from gdmd.runs import reward_signal
 from gdmd.runs.best_checkpoint import named_best
 from gdmd.runs.checkpoint import newest_intact, steps
@@ -260,7 +260,7 @@ def _row(rows: Rows, measure: Measure) -> TableRow:
     values = [measure.of(row) for row in rows.values()]
     top = best_of(values, measure.best)
     texts = [
-        number(value, *_ends(row, measure.place), digits=measure.digits)
+        estimate(value, *_ends(row, measure.place), measure.digits)
         for value, row in zip(values, rows.values(), strict=True)
     ]
     return TableRow(
@@ -274,7 +274,7 @@ def _ends(row: Mapping[str, Any], path: tuple[str, ...]) -> tuple[float | None, 
         low, high = row.get("interval") or (None, None)
         return low, high
     if path[0] == "shapeseval" and path[1] in (scores := scores_of(row)):
-        found = estimate({path[1]: scores[path[1]]})
+        found = task_mean({path[1]: scores[path[1]]})
         return (None, None) if found.low == found.high else (found.low, found.high)  # all right or all wrong: unknown
     return None, None
 

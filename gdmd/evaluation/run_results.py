@@ -66,9 +66,7 @@ def _preference(file: Path, row: Mapping[str, Any], newest: int | None) -> Resul
     answer = Verdict(
         f"{name} is scored, but not yet compared with another model on the same prompts.",
         numbers[:4],
-        [
-            "Brackets: 95 % interval over prompts. gdmd eval compare TEACHER RUN measures the paired difference to the teacher."
-        ],
+        ["Brackets: 95 % interval over prompts. gdmd eval compare TEACHER RUN measures the difference to the teacher."],
     )
     return Result(
         f"Scores ({folder.name})",

@@ -20,8 +20,7 @@ import numpy as np
 from gdmd.reporting.pages import Number, Verdict
 from gdmd.reporting.plots import method_in
 from gdmd.reporting.statistics import REPLICATES, bootstrap_means, percentile_interval
-from gdmd.reporting.tables import difference
-from gdmd.reporting.tables import estimate as with_interval
+from gdmd.reporting.tables import difference, estimate
 
 PER_IMAGE = "per_image"
 FEW = 5
@@ -68,10 +67,10 @@ def paired(a: Row, b: Row) -> Estimate | None:
     own, other = scores_of(a), scores_of(b)
     if {task: len(found) for task, found in own.items()} != {task: len(found) for task, found in other.items()}:
         return None
-    return estimate({task: found - other[task] for task, found in own.items()})
+    return task_mean({task: found - other[task] for task, found in own.items()})
 
 
-def estimate(scores: Scores, seed: int = 0) -> Estimate:
+def task_mean(scores: Scores, seed: int = 0) -> Estimate:
     """Mean of task means, and its interval when captions are drawn again within their task."""
     mean = float(np.mean([found.mean() for found in scores.values()]))
     if min(map(len, scores.values())) < FEW:
@@ -137,7 +136,7 @@ def _words(found: Estimate) -> str:
 
 
 def _overall(row: Row) -> str:
-    return with_interval(_value(row), *(row.get("interval") or (None, None)))
+    return estimate(_value(row), *(row.get("interval") or (None, None)))
 
 
 def _value(row: Row) -> float:

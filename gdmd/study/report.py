@@ -14,7 +14,7 @@ from gdmd.io import writing
 from gdmd.reporting.pages import Dot, DotPlot, Group, Number, TableRow, Verdict, dot_plot, render
 from gdmd.reporting.plots import INK, STYLE
 from gdmd.reporting.tables import Cell
-from gdmd.study.analyze import Analysis, Duel
+from gdmd.study.analyze import Analysis, PairResult
 from gdmd.study.export import csv_text, jsonl_text
 from gdmd.study.records import Vote
 from gdmd.study.statistics import Interval
@@ -44,11 +44,11 @@ def write_report(analysis: Analysis, votes: Sequence[Vote], folder: Path) -> Pat
     return path
 
 
-def bars_of(analysis: Analysis) -> list[tuple[str, list[Duel]]]:
+def bars_of(analysis: Analysis) -> list[tuple[str, list[PairResult]]]:
     """Per model pair its duels, one per question; the study's first model is on the left wherever it takes part."""
-    names = dict.fromkeys((duel.first, duel.second) for duel in analysis.duels)
+    names = dict.fromkeys((duel.first, duel.second) for duel in analysis.pairs)
     return [
-        (f"{first} vs {second}", [duel for duel in analysis.duels if (duel.first, duel.second) == (first, second)])
+        (f"{first} vs {second}", [duel for duel in analysis.pairs if (duel.first, duel.second) == (first, second)])
         for first, second in names
     ]
 
@@ -94,7 +94,7 @@ def _figure(analysis: Analysis, ink: str) -> Figure:
     return figure
 
 
-def _bar(axes: Any, place: float, duel: Duel) -> None:
+def _bar(axes: Any, place: float, duel: PairResult) -> None:
     start = 0.0
     for count, color in ((duel.wins, WINS), (duel.ties, TIES), (duel.losses, LOSSES)):
         share = count / duel.votes
@@ -109,10 +109,15 @@ def _bar(axes: Any, place: float, duel: Duel) -> None:
 def markdown_text(analysis: Analysis) -> str:
     """The tables as Markdown, for a paper's appendix or an issue."""
     lines = [f"# {analysis.title}", "", _summary(analysis), ""]
-    for heading, duels in (("Win rates", analysis.duels), ("By task", analysis.by_task)):
+    for heading, duels in (("Win rates", analysis.pairs), ("By task", analysis.by_task)):
         if duels:
             lines += [f"## {heading}", "", *_markdown_table(DUEL_HEAD, [duel_cells(duel) for duel in duels]), ""]
-    lines += ["## Strengths, agreement, bias", "", *(f"- {sentence}" for sentence in sentences(analysis)), ""]
+    lines += [
+        "## Bradley-Terry scores, agreement, bias",
+        "",
+        *(f"- {sentence}" for sentence in sentences(analysis)),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -120,7 +125,7 @@ DUEL_HEAD = ("question", "task", "first", "second", "wins", "ties", "losses", "w
              "p", "p (Holm)")  # fmt: skip
 
 
-def duel_cells(duel: Duel) -> tuple[str, ...]:
+def duel_cells(duel: PairResult) -> tuple[str, ...]:
     """One row of the win-rate tables."""
     counts = (str(duel.wins), str(duel.ties), str(duel.losses))
     shares = (_share(duel.win_rate, duel.wilson), _share(duel.score, duel.clustered))
@@ -129,17 +134,17 @@ def duel_cells(duel: Duel) -> tuple[str, ...]:
 
 
 def sentences(analysis: Analysis) -> list[str]:
-    """Strengths, agreement and bias in words, one sentence each."""
+    """Bradley-Terry scores, agreement and bias in words, one sentence each."""
     found = []
-    for strength in analysis.strengths:
-        label = LABELS[strength.question]
-        if strength.why_not:
-            found.append(f"{label}: no Bradley-Terry strengths, because {strength.why_not}.")
+    for fit in analysis.bradley_terry:
+        label = LABELS[fit.question]
+        if fit.why_not:
+            found.append(f"{label}: no Bradley-Terry scores, because {fit.why_not}.")
             continue
-        order = sorted(strength.values, key=lambda name: -strength.values[name])
-        listed = ", ".join(f"{name} {_signed(strength.values[name], strength.intervals[name])}" for name in order)
-        left_out = f" ({strength.degenerate} of {strength.replicates} replicates had no maximum)"
-        found.append(f"{label}: Bradley-Terry log strengths {listed}{left_out if strength.degenerate else ''}.")
+        order = sorted(fit.scores, key=lambda name: -fit.scores[name])
+        listed = ", ".join(f"{name} {_signed(fit.scores[name], fit.intervals[name])}" for name in order)
+        left_out = f" ({fit.degenerate} of {fit.replicates} replicates had no maximum)"
+        found.append(f"{label}: Bradley-Terry log scores {listed}{left_out if fit.degenerate else ''}.")
     for own in analysis.agreement:
         alpha = "not measurable" if math.isnan(own.alpha) else f"{own.alpha:.2f}"
         pairwise = "-" if math.isnan(own.pairwise) else f"{100 * own.pairwise:.0f} %"
@@ -165,7 +170,7 @@ class Bar:
 
 def html_text(analysis: Analysis) -> str:
     """The page, without outside references."""
-    tables = (("Win rates", analysis.duels), ("By task", analysis.by_task))
+    tables = (("Win rates", analysis.pairs), ("By task", analysis.by_task))
     return render(
         "study/report.html.jinja",
         a=analysis,
@@ -182,8 +187,8 @@ def html_text(analysis: Analysis) -> str:
 
 def verdict(analysis: Analysis) -> Verdict:
     """For every pair of models, whom the raters prefer on the first question; nothing inside the interval."""
-    question = analysis.duels[0].question
-    duels = [duel for duel in analysis.duels if duel.question == question]
+    question = analysis.pairs[0].question
+    duels = [duel for duel in analysis.pairs if duel.question == question]
     numbers = [Number(f"{duel.first} against {duel.second}", _share(duel.score, duel.clustered)) for duel in duels]
     text = f"{LABELS[question]}: {'; '.join(map(_preferred, duels))}."
     note = (
@@ -193,7 +198,7 @@ def verdict(analysis: Analysis) -> Verdict:
     return Verdict(text, numbers, [note])
 
 
-def _preferred(duel: Duel) -> str:
+def _preferred(duel: PairResult) -> str:
     low, high = duel.clustered
     if low > 0.5:
         return f"raters prefer {duel.first} to {duel.second}"
@@ -204,7 +209,7 @@ def _preferred(duel: Duel) -> str:
     return f"{duel.first} and {duel.second} are not distinguishable"
 
 
-def _answers(duel: Duel) -> Bar:
+def _answers(duel: PairResult) -> Bar:
     counts = ((duel.wins, WINS), (duel.ties, TIES), (duel.losses, LOSSES))
     parts = [(round(100 * count / duel.votes, 2), count, color) for count, color in counts if count]
     return Bar(LABELS[duel.question], parts, f"{duel.votes} votes")
@@ -213,7 +218,7 @@ def _answers(duel: Duel) -> Bar:
 def _plots(analysis: Analysis) -> list[DotPlot]:
     """The score of every pair of models with its interval, a plot for each question."""
     found = []
-    for question in dict.fromkeys(duel.question for duel in analysis.duels):
+    for question in dict.fromkeys(duel.question for duel in analysis.pairs):
         dots = [
             Dot(
                 f"{duel.first} against {duel.second}",
@@ -222,14 +227,14 @@ def _plots(analysis: Analysis) -> list[DotPlot]:
                 *(100 * end for end in duel.clustered),
                 _share(duel.score, duel.clustered),
             )
-            for duel in analysis.duels
+            for duel in analysis.pairs
             if duel.question == question
         ]
         found.append(dot_plot(f"{LABELS[question]}: score in %", dots, 50.0))
     return [plot for plot in found if plot]
 
 
-def _groups(duels: Sequence[Duel]) -> list[Group]:
+def _groups(duels: Sequence[PairResult]) -> list[Group]:
     """A row for each question (and task) below its pair of models."""
     pairs: dict[str, list[TableRow]] = {}
     for duel in duels:

@@ -93,7 +93,7 @@ def win_matrix(models: int, firsts: Sequence[int], seconds: Sequence[int], score
 
 
 def has_maximum(wins: Floats) -> bool:
-    """Whether the Bradley-Terry likelihood has one: no group of models lost (or won) every vote against the rest (Ford 1957)."""
+    """Whether the Bradley-Terry likelihood has one: no group of models lost, or won, every vote against the rest."""
     count = len(wins)
     reach = (wins > 0) | np.eye(count, dtype=bool)
     for middle in range(count):

@@ -19,7 +19,7 @@ from gdmd.config import extras
 from gdmd.config.base import Config, Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.load import MAX_YAML_CHARS, ConfigError, dump_config, load_config
 from gdmd.config.rewards import CompositeReward, RemoteReward
-from gdmd.config.sweep import CompareSpec
+from gdmd.config.sweep import SweepConfig
 
 
 class Gdmd(Config):
@@ -326,7 +326,7 @@ def test_command_line_redacts_passwords(capsys: pytest.CaptureFixture[str]) -> N
 def test_sweep_rows_are_file_names(name: str) -> None:
     row = {"name": name, "kind": "gdmd"}
     with pytest.raises(ConfigError, match=r"rows\.0\.name"):
-        load_config(CompareSpec, {"name": "x", "base": "shapes", "headline": "x", "rows": [row]})
+        load_config(SweepConfig, {"name": "x", "base": "shapes", "headline": "x", "rows": [row]})
 
 
 recipes = st.builds(

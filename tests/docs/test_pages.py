@@ -16,7 +16,7 @@ from typer.main import get_command
 from gdmd.cli.app import app
 from gdmd.config.image_source import read_source
 from gdmd.config.run import RewardConfig, RunConfig
-from gdmd.config.sweep import CompareSpec
+from gdmd.config.sweep import SweepConfig
 from gdmd.recipes.read import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ def test_yaml_block_is_valid(page: str, text: str) -> None:
     """A sweep config, or sections of a recipe."""
     given = yaml.safe_load(text)
     if "rows" in given:
-        assert CompareSpec.model_validate(given)
+        assert SweepConfig.model_validate(given)
     for reward in given.get("rewards", ()):
         assert TypeAdapter(RewardConfig).validate_python(reward)
 
