@@ -40,7 +40,7 @@ def answer(status: int) -> Any:
         (lambda: errors.GatedRepoError("no", response=answer(403)), "access is gated; accept its terms.*hf auth login"),
         (lambda: errors.RevisionNotFoundError("no", response=answer(404)), "it has no revision 'v9'"),
         (lambda: errors.RepositoryNotFoundError("no", response=answer(404)), "the hub has no such id"),
-        (lambda: errors.RemoteEntryNotFoundError("no", response=answer(404)), "it holds no model_index.json"),
+        (lambda: errors.RemoteEntryNotFoundError("no", response=answer(404)), "it has no file model_index.json"),
         (lambda: errors.LocalEntryNotFoundError("no"), "not in the cache, and the hub cannot be reached"),
         (lambda: errors.HfHubHTTPError("too many", response=answer(429)), r"the hub cannot be read \(too many"),
     ],
