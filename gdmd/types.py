@@ -98,49 +98,51 @@ class Reward(Protocol):
         ...
 
 
-class Pending(Protocol):
-    """Scores [B] that are being worked on elsewhere."""
+class Future(Protocol):
+    """Scores [B] that are computed in the background."""
 
     def result(self) -> Tensor:
-        """Wait for them."""
+        """Wait for the scores."""
         ...
 
     def cancel(self) -> None:
-        """Start nothing more of it."""
+        """Cancel what has not started yet."""
         ...
 
 
 @runtime_checkable
-class DistantReward(Reward, Protocol):
-    """A reward that another machine computes, so that this one can work meanwhile."""
+class AsyncReward(Reward, Protocol):
+    """A reward that is computed elsewhere, in parallel with other work."""
 
-    def submit(self, images: Tensor, prompts: PromptBatch) -> Pending:
-        """Start the work of ``score`` and return at once."""
+    def submit(self, images: Tensor, prompts: PromptBatch) -> Future:
+        """Start scoring and return at once."""
         ...
 
 
 @runtime_checkable
 class Explains(Protocol):
-    """A reward that knows why images had no score."""
+    """A reward that can explain why images have no score."""
 
     def unscored_because(self) -> str:
-        """A sentence for an error or a warning; "" where there is nothing to say."""
+        """The reason, for an error or a warning; "" if there is none."""
         ...
 
 
 def score_all(rewards: Sequence[Reward], images: Tensor, prompts: PromptBatch) -> list[Tensor]:
-    """The scores [B] of each reward. Distant ones are asked first and awaited last, so they work side by side, and beside
-    those of this machine. After an error of one, nothing more is asked of the others."""
-    pending: dict[int, Pending] = {}
+    """The scores [B] of each reward; async rewards run in parallel with each other and with the others.
+
+    If one reward fails, pending requests to the others are cancelled.
+    """
+    pending: dict[int, Future] = {}
     try:
-        for place, reward in enumerate(rewards):
-            if isinstance(reward, DistantReward):
-                pending[place] = reward.submit(images, prompts)
-        own = {place: one.score(images, prompts) for place, one in enumerate(rewards) if place not in pending}
-        return [pending[place].result() if place in pending else own[place] for place in range(len(rewards))]
+        for k, reward in enumerate(rewards):
+            if isinstance(reward, AsyncReward):
+                pending[k] = reward.submit(images, prompts)
+        local = {k: reward.score(images, prompts) for k, reward in enumerate(rewards) if k not in pending}
+        return [pending[k].result() if k in pending else local[k] for k in range(len(rewards))]
     except BaseException:
-        for one in pending.values():
-            one.cancel()
+        for future in pending.values():
+            future.cancel()
         raise
 
 
@@ -153,12 +155,23 @@ class Guide(Protocol):
 class Roles(Protocol):
     """The networks of one distillation, whatever their storage (full copies, or adapters on one trunk)."""
 
-    schedule: Schedule
-    guide: Guide
-    student: Denoiser
-    fake: Denoiser
-    teacher: Denoiser
-    old: Denoiser
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def guide(self) -> Guide: ...
+
+    @property
+    def student(self) -> Denoiser: ...
+
+    @property
+    def fake(self) -> Denoiser: ...
+
+    @property
+    def teacher(self) -> Denoiser: ...
+
+    @property
+    def old(self) -> Denoiser: ...
 
     def parameters(self, role: Role) -> Mapping[str, Parameter]:
         """The trainable parameters of a role by their stable name."""

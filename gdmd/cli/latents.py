@@ -13,10 +13,10 @@ def latents_command(
     words: Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Recipe and overrides.")],
     json: Json = False,
 ) -> None:
-    """Latents of the real images of a recipe (real_data), computed once for DMD2's GAN and method.student_input=data.
+    """Encode the real images of a recipe (real_data) once, for DMD2's GAN and method.student_input=data.
 
-    Images are turned upright, scaled to cover model.height x model.width and cropped at the center. What is there
-    already is not computed again; a kill costs at most 64 images. What cannot be read is named and counted.
+    Images are rotated upright, resized to cover model.height x model.width and center-cropped. Latents that exist are
+    kept; an interruption loses at most 64 images. Images that cannot be read are listed and counted.
 
     \b
     Examples:
@@ -27,7 +27,7 @@ def latents_command(
     from gdmd.recipes.read import read_recipe
 
     if "=" in words[0]:
-        raise ValueError(f"no recipe was named before {words[0]!r}; `gdmd recipes` lists them")
+        raise ValueError(f"give a recipe before {words[0]!r}; `gdmd recipes` lists them")
     cfg = read_recipe(words[0], words[1:])
     from gdmd.programs.latents import compute_latents
 

@@ -1,4 +1,4 @@
-"""``gdmd rewards``: the published reward models: list, fetch, convert, check, serve."""
+"""``gdmd rewards``: list, fetch, convert and serve reward models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gdmd.cli.common import Json, messages, print_json
 
 rewards_app = typer.Typer(
     no_args_is_help=True,
-    help="Reward models: list, fetch, convert, check, serve.",
+    help="Reward models: list, fetch, convert, serve.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 Kind = Annotated[
@@ -23,7 +23,7 @@ TOKEN_VARIABLE = "GDMD_REWARD_TOKEN"
 
 @rewards_app.command("list")
 def list_command(json: Json = False) -> None:
-    """Every published reward: formula, range, weights, and whether they are converted here.
+    """List the pretrained rewards: formula, range and weights.
 
     \b
     Examples:
@@ -48,10 +48,10 @@ def list_command(json: Json = False) -> None:
 def fetch_command(
     kind: Kind,
     folder: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder to write to; default: where recipes look.")
+        Path | None, typer.Option("--out", "-o", help="Output folder; default: where recipes look.")
     ] = None,
 ) -> None:
-    """Download the published weights at their pinned revision; a .pt is converted to safetensors and verified at once.
+    """Download published weights at their pinned revision; a .pt file is converted to safetensors and verified.
 
     \b
     Examples:
@@ -68,76 +68,40 @@ def fetch_command(
 def convert_command(
     kind: Kind,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The authors' .pt file.")],
-    folder: Annotated[Path | None, typer.Option("--out", "-o", help="Where to; default: the rewards folder.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; default: the pinned one.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Output folder; default: where recipes look.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; default: the published one, pinned.")] = None,
 ) -> None:
-    """Convert a third-party .pt once to safetensors; only tensors are read from it.
+    """Convert a third-party .pt file to safetensors; nothing but tensors is read from it.
 
     \b
     Examples:
       gdmd rewards convert hps HPS_v2.1_compressed.pt
       gdmd rewards convert imagereward ImageReward.pt --tokenizer models/bert-base-uncased -o models/imagereward
     """
-    from gdmd.rewards.weights import published
+    from gdmd.rewards.weights import pretrained_weights
 
-    published(kind)
+    pretrained_weights(kind)
     from gdmd.rewards.convert import convert
 
     _say(f"converted to {convert(kind, file, folder, tokenizer)}")
 
 
-@rewards_app.command("check")
-def check_command(
-    kind: Kind,
-    path: Annotated[str | None, typer.Option(help="Folder or hub id of the weights; default: the pinned ones.")] = None,
-    clip: Annotated[str | None, typer.Option(help="Folder or hub id of CLIP, for aesthetic.")] = None,
-    record: Annotated[Path | None, typer.Option(help="Write the scores to this golden file.")] = None,
-    against: Annotated[
-        Path | None, typer.Option(help="Compare with this golden file; exit code 2 if not equal.")
-    ] = None,
-    tolerance: Annotated[float, typer.Option(min=0, help="Allowed difference, relative to 1 + |score|.")] = 1e-3,
-    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
-    json: Json = False,
-) -> None:
-    """Score five built-in images; record the scores once, or compare with recorded ones.
-
-    \b
-    Examples:
-      gdmd rewards check clip --record golden/clip.json
-      gdmd rewards check clip --against golden/clip.json
-    """
-    if record and against:
-        raise ValueError("give --record or --against, not both")
-    from gdmd.rewards.weights import published
-
-    published(kind)
-    from gdmd.programs.reward_tools import check
-
-    given = {"path": path, "clip": clip}
-    spec = {"kind": kind, **{key: value for key, value in given.items() if value is not None}}
-    rows = check(spec, record, against, tolerance, device)
-    if json:
-        print_json(rows)
-    else:
-        for row in rows:
-            print(f"{row['pil']:10.5f} {row['tensor']:10.5f}  {row['prompt'][:60]!r}")
-    _say(f"recorded in {record}" if record else f"equal to {against}" if against else "pil, tensor, prompt")
-
-
 @rewards_app.command("serve")
 def serve_command(
     rewards: Annotated[list[str], typer.Argument(metavar="KIND...", help="clip, hps, ..., or module:function.")],
-    host: Annotated[str, typer.Option(help="Address; other than loopback needs a token.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address; any but a loopback address needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port.")] = 8766,
-    device: Annotated[str, typer.Option(help="Where the rewards run.")] = "cpu",
-    batch: Annotated[int, typer.Option(min=1, help="Most images per request.")] = 64,
-    megabytes: Annotated[int, typer.Option(min=1, help="Largest request.")] = 256,
-    rate: Annotated[int, typer.Option(min=1, help="Requests per minute and client.")] = 600,
+    device: Annotated[str, typer.Option(help="Device of the rewards.")] = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="Maximum images per request.")] = 64,
+    megabytes: Annotated[int, typer.Option(min=1, help="Maximum size of a request, in megabytes.")] = 256,
+    rate: Annotated[int, typer.Option(min=1, help="Maximum requests per minute and client.")] = 600,
 ) -> None:
-    """Serve rewards to trainings on other machines (a reward of kind remote there). JSON and PNG.
+    """Serve rewards over HTTP to training runs on other machines, which name them with kind: remote.
 
     \b
-    The bearer token comes from GDMD_REWARD_TOKEN; without one only loopback addresses are served.
+    The bearer token is read from GDMD_REWARD_TOKEN; without one, only loopback addresses are allowed.
     Examples:
       gdmd rewards serve clip pickscore --device cuda
       GDMD_REWARD_TOKEN=$(openssl rand -hex 16) gdmd rewards serve hps --host 0.0.0.0

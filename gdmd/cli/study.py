@@ -60,7 +60,7 @@ def plan_command(
     ] = ADDRESS,
     title: Annotated[
         str, typer.Option(help="What raters read on top; must not name a model.")
-    ] = "Which picture do you prefer?",
+    ] = "Which image do you prefer?",
     seed: Seed = 0,
 ) -> None:
     """Write a blind study: who sees which images on which side; images under random names; one link per rater.
@@ -125,7 +125,7 @@ def analyze_command(
     max_failed: Annotated[int, typer.Option(min=0, help="Attention checks a rater may fail and still count.")] = 0,
     replicates: Annotated[int, typer.Option(min=200, help="Bootstrap replicates.")] = 2000,
 ) -> None:
-    """Win rates, intervals, tests, strengths, agreement, bias: report.html, report.md, figure, CSV, JSON.
+    """Win rates, intervals, tests, Bradley-Terry scores, agreement, bias: report.html, report.md, figure, CSV, JSON.
 
     \b
     Examples:
@@ -148,7 +148,7 @@ def analyze_command(
     if json:
         print_json(found.json())
     else:
-        _print_duels(found)
+        _print_pairs(found)
     _say(f"report: {path}")
 
 
@@ -244,15 +244,10 @@ def _write_study(cfg: StudyConfig, models: list[str], study: Path, common: bool,
 
 
 def _config(**fields: Any) -> StudyConfig:
-    """ValueError in one line per mistake, instead of pydantic's own layout."""
-    from pydantic import ValidationError
+    from gdmd.config.load import validated
 
-    from gdmd.config.explain import explain
-
-    try:
-        return StudyConfig(**fields)
-    except ValidationError as error:
-        raise ValueError("\n".join(explain(StudyConfig, error, "study"))) from None
+    config: StudyConfig = validated(StudyConfig, fields, "study")
+    return config
 
 
 def _consent(path: Path | None) -> str:
@@ -281,13 +276,12 @@ def _web() -> Any:
     return serve
 
 
-def _print_duels(found: Any) -> None:
+def _print_pairs(found: Any) -> None:
     from rich.console import Console
 
-    from gdmd.reporting.tables import Table, texts
-    from gdmd.study.report import DUEL_HEAD, duel_cells
+    from gdmd.study.report import result_table
 
-    Console().print(Table(DUEL_HEAD, [[texts(*duel_cells(duel)) for duel in found.duels]]).rich())
+    Console().print(result_table(found.pairs).rich())
 
 
 def _say(text: str) -> None:

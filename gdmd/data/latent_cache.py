@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +21,10 @@ from torch import Tensor
 from gdmd.data.captioned_images import Captioned, Unusable, captioned_images, files_below, pixels
 from gdmd.data.checksums import Verified, checksums, opened
 from gdmd.data.image_files import DECODING, plain
-from gdmd.data.text_cache import shard_of, unfinished
+from gdmd.data.text_cache import shard_of
 from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
-from gdmd.io import content_hash, follow_umask
+from gdmd.io import content_hash, follow_umask, replaced
 from gdmd.types import PromptBatch
 
 SHARD = 64
@@ -131,11 +130,11 @@ class LatentStore:
         if not latents.isfinite().all():
             raise ValueError(f"{self.what}: encodes images to numbers that are not finite; try model.dtype=fp32")
         file = shard_of(self.folder, list(waiting))
-        own = unfinished(file)
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": latents}, own, {"images": json.dumps(list(waiting)), **checksums({"latents": latents})})
-        follow_umask(own)
-        os.replace(own, file)
+        header = {"images": json.dumps(list(waiting)), **checksums({"latents": latents})}
+        with replaced(file) as partial:
+            save_file({"latents": latents}, partial, header)
+            follow_umask(partial)
         count = len(waiting)
         waiting.clear()
         self._add(file)
@@ -163,9 +162,8 @@ class LatentStore:
         passed = [{"name": found.name, "why": found.why} for found in unusable]
         state = [self._state(Path(source)) for source in self.source]
         content = {"source": self.source, "state": state, "decoding": DECODING, "images": rows, "unusable": passed}
-        own = unfinished(self.folder / INDEX)
-        own.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(own, self.folder / INDEX)
+        with replaced(self.folder / INDEX) as partial:
+            partial.write_text(json.dumps(content), encoding="utf-8")
 
     def open(self) -> StoredLatents:
         """The finished store. ValueError with the command where it is missing, damaged or of other images."""

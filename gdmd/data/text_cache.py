@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from gdmd.data.checksums import Verified, checksums, opened
 from gdmd.diffusion.device import to_device_async
-from gdmd.io import follow_umask
+from gdmd.io import follow_umask, replaced
 from gdmd.types import Cond, TextEncoder
 
 SHARD = 64
@@ -156,17 +154,11 @@ def shard_of(folder: Path, entries: Sequence[str]) -> Path:
     return folder / f"shard_{hashlib.sha256(json.dumps(list(entries)).encode()).hexdigest()[:16]}.safetensors"
 
 
-def unfinished(file: Path) -> Path:
-    """Where a file is written before it gets its name: another place for each process."""
-    return file.with_name(f".{file.name}.{socket.gethostname()}-{os.getpid()}.partial")
-
-
 def _save(file: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """Whole or absent: written beside its place, then renamed."""
+    """Write a shard atomically."""
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    own = unfinished(file)
-    save_file({name: part.detach().cpu().contiguous().clone() for name, part in tensors.items()}, own, header)
-    follow_umask(own)
-    os.replace(own, file)
+    with replaced(file) as partial:
+        save_file({name: part.detach().cpu().contiguous().clone() for name, part in tensors.items()}, partial, header)
+        follow_umask(partial)

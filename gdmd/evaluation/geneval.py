@@ -21,7 +21,7 @@ from gdmd.evaluation.geneval_scores import (
     summarize,
 )
 from gdmd.io import RunError, append_jsonl, content_hash, file_hash, read_jsonl, write_atomic
-from gdmd.rewards.geneval.rules import Found, Task, as_row
+from gdmd.rewards.geneval.rules import DetectedObject, Task, as_row
 from gdmd.sources.base import Source, image_slots, record_settings
 from gdmd.sources.folders import image_file, read_image, write_image, write_metadata
 
@@ -130,7 +130,7 @@ def detect(
     found = detector(image)
     known: dict[tuple[str, int], str] = {}
 
-    def color_of(name: str, objects: Sequence[Found]) -> Sequence[str]:
+    def color_of(name: str, objects: Sequence[DetectedObject]) -> Sequence[str]:
         answer = colors.colors(image, name, objects, found.masks)
         known.update({(name, one.key): color for one, color in zip(objects, answer, strict=True)})
         return answer

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Collection
 
 from gdmd.rewards.geneval.detector import CLASSES
-from gdmd.rewards.geneval.rules import COLORS, RELATIONS, TASKS, Task, Wanted
+from gdmd.rewards.geneval.rules import COLORS, RELATIONS, TASKS, Requirement, Task
 
 NUMBERS = ("two", "three", "four")
 _COLORED = CLASSES[1:]  # without "person"
@@ -53,37 +53,39 @@ def _fresh(draw: Callable[[random.Random], Task], rng: random.Random, count: int
 
 
 def _single(name: str) -> Task:
-    return Task("single_object", f"a photo of {_a(name)}", (Wanted(name, 1),))
+    return Task("single_object", f"a photo of {_a(name)}", (Requirement(name, 1),))
 
 
 def _two(rng: random.Random) -> Task:
     first, second = rng.sample(CLASSES, 2)
-    return Task("two_object", f"a photo of {_a(first)} and {_a(second)}", (Wanted(first, 1), Wanted(second, 1)))
+    return Task(
+        "two_object", f"a photo of {_a(first)} and {_a(second)}", (Requirement(first, 1), Requirement(second, 1))
+    )
 
 
 def _counting(rng: random.Random) -> Task:
     name, count = rng.choice(CLASSES), rng.randint(2, 4)
     plural = _PLURALS.get(name, f"{name}s")
     prompt = f"a photo of {NUMBERS[count - 2]} {plural}"
-    return Task("counting", prompt, (Wanted(name, count),), (Wanted(name, count + 1),))
+    return Task("counting", prompt, (Requirement(name, count),), (Requirement(name, count + 1),))
 
 
 def _colors(rng: random.Random) -> Task:
     name, color = rng.choice(_COLORED), rng.choice(COLORS)
-    return Task("colors", f"a photo of {_a(color)} {name}", (Wanted(name, 1, color),))
+    return Task("colors", f"a photo of {_a(color)} {name}", (Requirement(name, 1, color),))
 
 
 def _position(rng: random.Random) -> Task:
     first, second = rng.sample(CLASSES, 2)
     relation = rng.choice(RELATIONS)
     prompt = f"a photo of {_a(first)} {relation} {_a(second)}"
-    return Task("position", prompt, (Wanted(second, 1), Wanted(first, 1, relation=relation, target=0)))
+    return Task("position", prompt, (Requirement(second, 1), Requirement(first, 1, relation=relation, target=0)))
 
 
 def _color_attr(rng: random.Random) -> Task:
     (first, second), (one, other) = rng.sample(_COLORED, 2), rng.sample(COLORS, 2)
     prompt = f"a photo of {_a(one)} {first} and {_a(other)} {second}"
-    return Task("color_attr", prompt, (Wanted(first, 1, one), Wanted(second, 1, other)))
+    return Task("color_attr", prompt, (Requirement(first, 1, one), Requirement(second, 1, other)))
 
 
 def _a(name: str) -> str:

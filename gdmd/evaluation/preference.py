@@ -23,7 +23,7 @@ from gdmd.config.run import RewardConfig
 from gdmd.data.prompts import read_prompts
 from gdmd.evaluation.scorers import may_fail, reads_metadata, scores_of
 from gdmd.io import RunError, append_jsonl, content_hash, file_hash, finite_or_none, numbered_jsonl, write_atomic
-from gdmd.recipes.long_prompts import warn_of_rewards
+from gdmd.recipes.long_prompts import warn_long_prompts_of_rewards
 from gdmd.recipes.reward_identity import scorer_identity
 from gdmd.reporting.statistics import Scores, clustered_mean, speed
 from gdmd.reporting.waiting import counted
@@ -127,7 +127,7 @@ def score(
         again = may_fail(spec)
         todo = [p for p in prompt_set.slots if keys[p] not in known or (again and math.isnan(known[keys[p]]))]
         if todo:
-            warn_of_rewards([reward], prompt_set.texts)
+            warn_long_prompts_of_rewards([reward], prompt_set.texts)
         for part in counted(_parts(todo), f"{generated.info.name}: scoring with {label}", len(todo)):
             pixels = [read_image(generated.files[slot.prompt, slot.image]) for slot in part]
             meta = [prompt_set.meta[slot.prompt] for slot in part]

@@ -17,7 +17,7 @@ from gdmd.evaluation.run_report import read_rows, report_run, save_rows
 from gdmd.evaluation.verdict import PER_IMAGE, per_image
 from gdmd.io import content_hash, typed
 from gdmd.recipes.build import Components
-from gdmd.recipes.build_rewards import _scorer_specs, scorers_of
+from gdmd.recipes.build_rewards import scorer_specs, scorers_of
 from gdmd.recipes.contents import base_content, checkpoint_content
 from gdmd.recipes.open_run import image_batch, load_ema, open_named, open_student, student_row, teacher_row
 from gdmd.recipes.reward_identity import scorer_identity
@@ -61,7 +61,7 @@ def grid_hook(components: Components, cfg: RunConfig) -> Callable[[int, Path | N
 def row_key(cfg: RunConfig, sampler: Sampler, weights: str = "") -> str:
     """What a row of the report depends on. weights: ``checkpoint_content`` of a student."""
     settings = (sampler.name, cfg.method.student_steps, cfg.method.guidance, cfg.eval.model_dump(mode="json"))
-    scorers = [scorer_identity(spec) for spec in _scorer_specs(cfg)]
+    scorers = [scorer_identity(spec) for spec in scorer_specs(cfg)]
     return content_hash(_VERSION, json.dumps(settings), base_content(cfg.model), weights, *scorers)
 
 

@@ -15,13 +15,14 @@ from rich.console import Console
 from gdmd.config.describe import trained_rewards
 from gdmd.config.methods.all import without_rewards
 from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
 from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.generate import Sampler
 from gdmd.evaluation.run_report import Provenance, read_rows, save_rows, write_report
 from gdmd.evaluation.runs import Row, compare, measure, row_key
 from gdmd.io import typed
-from gdmd.programs.train import go
+from gdmd.programs.train import run_training
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.contents import checkpoint_content
 from gdmd.recipes.open_run import load_ema, student_row, teacher_row
@@ -56,7 +57,7 @@ class Demo:
 
 def control(cfg: RunConfig) -> RunConfig:
     """The same recipe without its rewards: plain DMD with as many student updates. ValueError where none are read."""
-    if cfg.model.kind != "shapes" or not isinstance(cfg.method, GdmdConfig):
+    if cfg.model.kind != "shapes" or not isinstance(cfg.method, GdmdConfig | GdmdTiltedConfig):
         raise ValueError(
             f"the demo compares GDMD with DMD in the Shapes world, but recipe {cfg.name} has model.kind = "
             f"{cfg.model.kind} and method.kind = {cfg.method.kind}; train it with gdmd train"
@@ -83,10 +84,10 @@ def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
     samplers = [teacher_row(cfg, labs["gdmd"], what) for what in TEACHERS]
     for name in METHODS:
         stages.say(f"training {name.upper()}: {cfg.loop.steps} iterations of {cfg.loop.batch_size}, from the teacher")
-        trained = go(configs[name], runs[name], labs[name], console, evaluation=False)
+        trained = run_training(configs[name], runs[name], labs[name], console, evaluation=False)
         if trained.end.signal is not None:
             again = f"gdmd demo --run {typed(folder)}"
-            console.print(f"stopped and saved; go on with: {again}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"stopped and saved; continue with: {again}", markup=False, highlight=False, soft_wrap=True)
             return Demo(folder, time.perf_counter() - began, signal=trained.end.signal)
         _load(labs[name], runs[name], trained.end.step)
         samplers.append(student_row(cfg, labs[name], name.upper()))

@@ -1,4 +1,4 @@
-"""What ``gdmd latents`` does: every image of real_data.source through the family's VAE, once."""
+"""What ``gdmd latents`` does: encode every image of real_data.source with the family's VAE, once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from gdmd.io import SHARDS_STAY, writing
 from gdmd.recipes.build_data import encoder_of, store_of
 
 SHOWN = 20
-"""Unusable images that are printed; all of them are in the index and in --json."""
+"""Unusable images that are printed; the index and --json have all of them."""
 
 
 def compute_latents(cfg: RunConfig, console: Console) -> dict[str, Any]:
-    """Fill the folder of the recipe; what is there already stays. ValueError for a recipe without real_data."""
+    """Encode the images whose latents are not stored yet. ValueError for a recipe without real_data."""
     model = cfg.model
     if not isinstance(model, DiffusersModel) or cfg.real_data is None:
         raise ValueError(
@@ -33,7 +33,7 @@ def compute_latents(cfg: RunConfig, console: Console) -> dict[str, Any]:
     store = store_of(real, model)
     with writing("the latents", store.folder, SHARDS_STAY, "real_data.latents"):
         computed = _prepared(store, real, model, console)
-    _tell(computed, store, console)
+    _print_summary(computed, store, console)
     return {
         "folder": str(store.folder),
         "images": computed.images,
@@ -57,17 +57,17 @@ def _prepared(store: LatentStore, real: RealDataConfig, model: DiffusersModel, c
         return store.prepare((model.height, model.width), encoder, real.unreadable, lambda: progress.advance(bar))
 
 
-def _tell(computed: Computed, store: LatentStore, console: Console) -> None:
+def _print_summary(computed: Computed, store: LatentStore, console: Console) -> None:
     lines = [_line(found) for found in computed.unusable[:SHOWN]]
     if len(computed.unusable) > SHOWN:
         lines.append(f"and {len(computed.unusable) - SHOWN} more: `unusable` in {store.folder / 'index.json'}")
     lines.append(
         f"{computed.images} images, {computed.captions} captions; {computed.encoded} encoded now, "
-        f"{len(computed.unusable)} passed over; {store.folder}"
+        f"{len(computed.unusable)} skipped; {store.folder}"
     )
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _line(found: Unusable) -> str:
-    return f"passed over {found.name!r}: {found.why}"
+    return f"skipped {found.name!r}: {found.why}"

@@ -1,8 +1,8 @@
-"""What ``gdmd rewards serve`` does: rewards behind HTTP, in JSON and PNG; the protocol is in ``rewards.remote``.
+"""What ``gdmd rewards serve`` does: serve rewards over HTTP; ``rewards.remote`` documents the protocol.
 
-Loopback by default; any other address needs a bearer token, checked before the body is read. Requests above a size, a
-number of images, a number of pixels or a rate are refused before an image is decoded. One request is scored at a time.
-Put a TLS proxy in front of any address that others can reach.
+Loopback by default; any other address needs a bearer token, checked before the body is read. Requests above the limits
+on bytes, images, pixels or rate are refused before an image is decoded. One request is scored at a time. Put a TLS proxy
+in front of any address that other machines can reach.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import base64
 import binascii
 import hmac
 import io
-import json
 import math
 import threading
 import time
@@ -19,7 +18,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gdmd.config.extras import install
 from gdmd.data.image_files import to_rgb
@@ -32,40 +33,40 @@ if TYPE_CHECKING:
     from gdmd.config.rewards import ImageReward
     from gdmd.types import Reward
 
-SHORTEST_TOKEN = 16
-LARGEST_SIDE = 4096
-"""Pixels; a PNG of a few kilobytes may claim to be far larger."""
-MOST_PIXELS = 64 * 1024 * 1024
-"""Of all images of a request: 64 of 1024 x 1024, 0.8 GB as numbers."""
-LONGEST_PROMPT = 4000
+MIN_TOKEN_LENGTH = 16
+MAX_SIDE = 4096
+"""Pixels; a PNG of a few kilobytes can claim to be far larger."""
+MAX_PIXELS = 64 * 1024 * 1024
+"""Of all images in a request: 64 of 1024 x 1024, 0.8 GB in fp32."""
+MAX_PROMPT_LENGTH = 4000
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client may ask: images and bytes per request, requests per minute."""
+    """Limits of one client: images and bytes per request, requests per minute."""
 
     images: int = 64
     size: int = 256_000_000
     rate: int = 600
 
 
-class Refused(Exception):
-    """A request that is not answered: HTTP status and reason."""
+class HTTPError(Exception):
+    """An error response: HTTP status and reason."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status = status
 
 
-class Rates:
-    """Requests of the last minute, by client."""
+class RateLimiter:
+    """Limits the requests per minute of each client."""
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._clock = limit, clock
         self._times: dict[str, deque[float]] = {}
 
     def check(self, client: str) -> None:
-        """Count a request; Refused (429) above the limit."""
+        """Count a request. HTTPError (429) above the limit."""
         now = self._clock()
         for name in [name for name, times in self._times.items() if not times or times[-1] < now - 60]:
             del self._times[name]
@@ -73,7 +74,7 @@ class Rates:
         while times and times[0] < now - 60:
             times.popleft()
         if len(times) >= self._limit:
-            raise Refused(429, f"more than {self._limit} requests in a minute; slow down")
+            raise HTTPError(429, f"more than {self._limit} requests in a minute; slow down")
         times.append(now)
 
 
@@ -83,17 +84,17 @@ def make_app(
     limits: Limits = Limits(),  # noqa: B008
     identities: Mapping[str, str] = MappingProxyType({}),
 ) -> FastAPI:
-    """The server of these rewards, by the names that clients use. identities: ``scorers.scorer_identity`` of each."""
+    """The server of these rewards, by the names that clients use; identities: ``scorer_identity`` of each."""
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
     from starlette.concurrency import run_in_threadpool
 
     app = FastAPI(title="gdmd rewards", docs_url=None, redoc_url=None, openapi_url=None)
-    rates, scoring = Rates(limits.rate), threading.Lock()
+    rates, scoring = RateLimiter(limits.rate), threading.Lock()
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, Refused)
+    @app.exception_handler(HTTPError)
+    async def http_error(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPError)
         return JSONResponse({"error": str(error)}, error.status)
 
     def admit(request: Request) -> None:
@@ -107,8 +108,8 @@ def make_app(
         from gdmd import __version__
 
         admit(request)
-        own = {"rewards": sorted(rewards), "identities": dict(identities)}
-        return JSONResponse({"protocol": PROTOCOL, "gdmd": __version__, **own})
+        served = {"rewards": sorted(rewards), "identities": dict(identities)}
+        return JSONResponse({"protocol": PROTOCOL, "gdmd": __version__, **served})
 
     async def score(request: Request) -> JSONResponse:
         admit(request)
@@ -123,79 +124,86 @@ def make_app(
 
 
 def check_token(header: str, token: str | None) -> None:
-    """Refused (401) unless the header carries the token; in constant time."""
+    """HTTPError (401) unless the header has the token; compared in constant time."""
     if token is not None and not hmac.compare_digest(header.encode(), f"Bearer {token}".encode()):
-        raise Refused(401, "wrong or missing bearer token")
+        raise HTTPError(401, "wrong or missing bearer token")
 
 
 async def read_body(request: Any, limit: int) -> bytes:
-    """The body; Refused (413) as soon as it is longer than ``limit`` bytes, whatever its header claims."""
+    """The body. HTTPError (413) as soon as more than ``limit`` bytes arrived, whatever the header says."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > limit:
-            raise Refused(413, f"request larger than {limit} bytes")
+            raise HTTPError(413, f"request larger than {limit} bytes")
         parts.append(part)
     return b"".join(parts)
 
 
 def _scored(body: bytes, rewards: Mapping[str, Reward], limits: Limits, scoring: threading.Lock) -> dict[str, Any]:
-    name, prompts, meta, images = read_request(body, rewards, limits)
+    request, images = read_request(body, rewards, limits)
     try:
         with scoring:
-            scores = score_images(rewards[name], images, prompts, meta)
+            scores = score_images(rewards[request.reward], images, request.prompts, request.meta)
     except ValueError as error:
-        raise Refused(422, str(error)[:300]) from error
-    return {"protocol": PROTOCOL, "reward": name, "scores": scores}
+        raise HTTPError(422, str(error)[:300]) from error
+    return {"protocol": PROTOCOL, "reward": request.reward, "scores": scores}
 
 
-def read_request(
-    body: bytes, rewards: Mapping[str, Reward], limits: Limits
-) -> tuple[str, list[str], list[dict[str, Any]], list[Image]]:
-    """(reward, prompts, metadata, images) of a body. Refused (400, 404, 413) for anything else."""
+class ScoreRequest(BaseModel):
+    """The body of POST /score; see ``rewards.remote``."""
+
+    model_config = ConfigDict(strict=True)
+
+    protocol: int
+    reward: str
+    prompts: list[Annotated[str, Field(max_length=MAX_PROMPT_LENGTH)]]
+    images: list[str]
+    meta: list[dict[str, Any]] = []
+
+
+def read_request(body: bytes, rewards: Mapping[str, Reward], limits: Limits) -> tuple[ScoreRequest, list[Image]]:
+    """A request and its decoded images. HTTPError (400, 404, 413) for anything else."""
     try:
-        row = json.loads(body)
-        name, prompts, meta, pictures = row["reward"], row["prompts"], row.get("meta", []), row["images"]
-        spoken = repr(row.get("protocol"))[:40]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Refused(400, "expected a JSON object with reward, prompts and images") from error
-    if row.get("protocol") != PROTOCOL:
-        raise Refused(400, f"this server speaks protocol {PROTOCOL}, got {spoken}")
-    if not isinstance(name, str) or name not in rewards:
-        raise Refused(404, f"no reward {str(name)[:40]!r} here; there are {sorted(rewards)}")
-    texts = isinstance(prompts, list) and all(isinstance(one, str) and len(one) <= LONGEST_PROMPT for one in prompts)
-    objects = isinstance(meta, list) and all(isinstance(one, dict) for one in meta)
-    if not texts or not objects or not isinstance(pictures, list) or len(pictures) != len(prompts):
-        raise Refused(400, "prompts and images should be lists of one length, meta a list of objects")
-    if meta and len(meta) != len(prompts):
-        raise Refused(400, f"{len(meta)} metadata for {len(prompts)} prompts")
-    if not 0 < len(pictures) <= limits.images:
-        raise Refused(413, f"{len(pictures)} images in a request, from 1 to {limits.images} are allowed")
+        request = ScoreRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the body"
+        raise HTTPError(400, f"{field}: {first['msg'][:200]}; expected protocol, reward, prompts and images") from error
+    count = len(request.images)
+    if request.protocol != PROTOCOL:
+        raise HTTPError(400, f"this server speaks protocol {PROTOCOL}, got {request.protocol}")
+    if request.reward not in rewards:
+        raise HTTPError(404, f"no reward {request.reward[:40]!r} on this server; it has {sorted(rewards)}")
+    if len(request.prompts) != count or len(request.meta) not in (0, count):
+        raise HTTPError(400, f"{count} images, {len(request.prompts)} prompts, {len(request.meta)} metadata objects")
+    if not 0 < count <= limits.images:
+        raise HTTPError(413, f"{count} images in a request; from 1 to {limits.images} are allowed")
     images: list[Image] = []
-    for one in pictures:
-        images.append(read_png(one, MOST_PIXELS - sum(image.width * image.height for image in images)))
-    return name, prompts, meta, images
+    for text in request.images:
+        images.append(read_png(text, MAX_PIXELS - sum(image.width * image.height for image in images)))
+    return request, images
 
 
-def read_png(text: Any, most: int = MOST_PIXELS) -> Image:
-    """An image from base64. Refused (400) for what is no PNG, and for one of too many pixels, before it is decoded."""
+def read_png(text: str, max_pixels: int = MAX_PIXELS) -> Image:
+    """An image from base64. HTTPError, before decoding, if it is not a PNG (400) or has too many pixels (413)."""
     from PIL import Image as pillow
 
     try:
         image = pillow.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
-        if max(image.size) > LARGEST_SIDE:
-            raise Refused(413, f"an image of {image.width} x {image.height} pixels; at most {LARGEST_SIDE} a side")
-        if image.width * image.height > most:
-            raise Refused(413, f"more than {MOST_PIXELS} pixels in a request; give a smaller batch")
+        if max(image.size) > MAX_SIDE:
+            raise HTTPError(413, f"an image of {image.width} x {image.height} pixels; at most {MAX_SIDE} per side")
+        if image.width * image.height > max_pixels:
+            raise HTTPError(413, f"more than {MAX_PIXELS} pixels in a request; use a smaller batch")
         return to_rgb(image, "an image of a request")
     except (binascii.Error, TypeError, ValueError, OSError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise Refused(400, "an image is not a base64 PNG") from error
+        raise HTTPError(400, "an image is not a base64 PNG") from error
 
 
 def score_images(
     reward: Reward, images: Sequence[Image], prompts: Sequence[str], meta: Sequence[dict[str, Any]]
 ) -> list[float | None]:
-    """Scores as JSON numbers; None = not scored (NaN). Images of one size are scored together."""
+    """One score per image, None for NaN (not scored). Images of the same size are scored as one batch."""
     import torch
 
     from gdmd.rewards.preprocessing import from_pil
@@ -203,32 +211,27 @@ def score_images(
 
     scores: list[float | None] = [None] * len(images)
     for size in dict.fromkeys(image.size for image in images):
-        places = [k for k, image in enumerate(images) if image.size == size]
-        index = torch.arange(len(places))
-        own = tuple(meta[k] for k in places) if meta else ()
-        batch = PromptBatch(index, tuple(prompts[k] for k in places), index, {}, {}, own)
+        rows = [k for k, image in enumerate(images) if image.size == size]
+        index = torch.arange(len(rows))
+        batch_meta = tuple(meta[k] for k in rows) if meta else ()
+        batch = PromptBatch(index, tuple(prompts[k] for k in rows), index, {}, {}, batch_meta)
         with torch.no_grad():
-            found = reward.score(from_pil([images[k] for k in places]), batch).tolist()
-        for k, score in zip(places, found, strict=True):
+            batch_scores = reward.score(from_pil([images[k] for k in rows]), batch).tolist()
+        for k, score in zip(rows, batch_scores, strict=True):
             scores[k] = score if math.isfinite(score) else None
     return scores
 
 
 def read_names(names: Sequence[str]) -> dict[str, ImageReward]:
-    """Configs of kinds and module:function targets, by the word they were asked for with."""
-    from pydantic import TypeAdapter, ValidationError
-
-    from gdmd.config.explain import explain
+    """Configs of reward kinds and module:function targets, by the name that was given."""
+    from gdmd.config.load import validated
     from gdmd.config.rewards import TaggedReward
 
-    found: dict[str, ImageReward] = {}
+    specs: dict[str, ImageReward] = {}
     for name in names:
         spec = {"kind": "callable", "target": name} if ":" in name or name.endswith(".py") else {"kind": name}
-        try:
-            found[name] = TypeAdapter(TaggedReward).validate_python(spec)
-        except ValidationError as error:
-            raise ValueError("\n".join(explain(TaggedReward, error, f"reward {name!r}"))) from None
-    return found
+        specs[name] = validated(TaggedReward, spec, f"reward {name!r}")
+    return specs
 
 
 def serve(
@@ -240,18 +243,18 @@ def serve(
     limits: Limits,
     say: Callable[[str], None],
 ) -> None:
-    """Serve until Ctrl-C. ValueError for an open address without a token, and for a token that is too short."""
+    """Serve until Ctrl-C. ValueError for a public address without a token, and for a short token."""
     if token is None and not is_loopback(host):
         raise ValueError(
-            f"{host} can be reached from other machines, so a token is needed; set GDMD_REWARD_TOKEN to "
-            f"{SHORTEST_TOKEN} characters or more, or keep the default --host 127.0.0.1"
+            f"{host} can be reached from other machines, so a token is needed: set GDMD_REWARD_TOKEN to "
+            f"{MIN_TOKEN_LENGTH} characters or more, or keep the default --host 127.0.0.1"
         )
-    if token is not None and len(token) < SHORTEST_TOKEN:
-        raise ValueError(f"the token has {len(token)} characters, at least {SHORTEST_TOKEN} are needed")
+    if token is not None and len(token) < MIN_TOKEN_LENGTH:
+        raise ValueError(f"the token has {len(token)} characters; use at least {MIN_TOKEN_LENGTH}")
     try:
         import uvicorn
     except ImportError as error:
-        raise ValueError(f"serving needs fastapi and uvicorn; do: {install('study')}") from error
+        raise ValueError(f"serving needs fastapi and uvicorn; do: {install('serve')}") from error
     from gdmd.recipes.build_rewards import image_reward
     from gdmd.recipes.reward_identity import scorer_identity
 

@@ -1,4 +1,4 @@
-"""Real images of a real model: from the recipe to the store of their latents, and the prompts that go with them."""
+"""Real images of a real model: the store of their latents, and the prompts of training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from gdmd.types import Codec
 
 
 def store_of(real: RealDataConfig, model: DiffusersModel) -> LatentStore:
-    """Where the latents of these images by this VAE are, finished or not."""
+    """The store of the latents of these images from this VAE, complete or not."""
     what = f"the VAE of {model.path} ({model.dtype}) at {model.height} x {model.width} pixels"
     return LatentStore(Path(real.latents), vae_identity(model), real.source, what)
 
 
 def vae_identity(model: DiffusersModel) -> str:
-    """What latents depend on: content of the VAE, precision, tiles, size of the images, libraries."""
+    """Everything that changes latents: content of the VAE, precision, tiling, image size, library versions."""
     from gdmd.models.loading import content_of, versions
 
     facts = [model.dtype, model.decode_tiled, model.height, model.width, *versions(), *content_of(model, ["vae"])]
@@ -32,7 +32,7 @@ def vae_identity(model: DiffusersModel) -> str:
 
 
 def real_latents_of(cfg: RunConfig, model: DiffusersModel) -> StoredLatents | None:
-    """The finished latents where the method reads real images. ValueError where there are none."""
+    """The stored latents, if the method reads real images. ValueError if they are missing."""
     if not cfg.needs_real:
         return None
     if cfg.real_data is None:
@@ -47,7 +47,7 @@ def real_latents_of(cfg: RunConfig, model: DiffusersModel) -> StoredLatents | No
 def training_prompts(
     cfg: RunConfig, real: StoredLatents | None
 ) -> tuple[list[str], tuple[Mapping[str, Any], ...] | None]:
-    """Those of prompts.file and their metadata, each with an image where there are real images; else their captions."""
+    """Prompts and metadata of prompts.file (with real images, each must have one), else the captions of the real images."""
     if cfg.prompts.file is not None:
         prompts = read_prompts(cfg.prompts.file, cfg.prompts.column)
         if real is not None:
@@ -59,12 +59,12 @@ def training_prompts(
 
 
 def encoder_of(codec: Codec, shape: tuple[int, int, int], device: str) -> Callable[[Tensor], Tensor]:
-    """codec.encode on ``device``. ValueError where its latents have another shape than the network's."""
+    """codec.encode on ``device``. ValueError if the shape of its latents is not the network's."""
 
     def encode(images: Tensor) -> Tensor:
         latents = codec.encode(images.to(device))
         if tuple(latents.shape[1:]) != shape:
-            raise ValueError(f"the VAE gives latents {tuple(latents.shape[1:])}, and the network reads {shape}")
+            raise ValueError(f"the VAE's latents have shape {tuple(latents.shape[1:])}, the network expects {shape}")
         return latents
 
     return encode

@@ -1,4 +1,4 @@
-"""From the config of a reward of real images to the live reward; networks are loaded on first use."""
+"""Build rewards from their configs; networks are loaded on first use."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from gdmd.config.rewards import (
     CallableConfig,
     ClipReward,
     CompositeReward,
+    DeviceOptions,
     GenEvalReward,
     HpsReward,
     ImageReward,
     ImageRewardReward,
+    NetworkReward,
     OcrConfig,
     PickScoreReward,
-    Placed,
     RemoteReward,
-    Towers,
 )
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
 from gdmd.recipes.reward_identity import SHAPES_KINDS
@@ -39,10 +39,10 @@ from gdmd.rewards.geneval.detector import Detector
 from gdmd.rewards.geneval.reward import GenEvalCredit
 from gdmd.rewards.hps import Hps
 from gdmd.rewards.imagereward import ImageReward as BlipReward
-from gdmd.rewards.ocr import OcrReward, Reader, asked_text, normalized
+from gdmd.rewards.ocr import OcrReader, OcrReward, asked_text, normalized
 from gdmd.rewards.pickscore import PickScore
 from gdmd.rewards.remote import RemoteScorer
-from gdmd.rewards.weights import CLIP_H, CLIP_L, DETECTOR, OCR, PICKSCORE, place_of
+from gdmd.rewards.weights import CLIP_H, CLIP_L, DETECTOR, OCR, PICKSCORE, locate_weights
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.shapes.rewards import PartialCredit, load_scorer
 from gdmd.types import Explains, PromptBatch, Reward
@@ -51,7 +51,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def image_reward(spec: ImageReward, device: str) -> Reward:
-    """The reward that ``spec`` describes. ValueError for a path without weights, before anything is loaded."""
+    """Build a reward of real images. ValueError for a path without weights, before anything is loaded."""
     match spec:
         case ClipReward():
             return ClipScore.from_pretrained(spec.path, spec.revision, _placement(spec, device))
@@ -64,11 +64,11 @@ def image_reward(spec: ImageReward, device: str) -> Reward:
         case AestheticReward():
             return Aesthetic.from_pretrained(spec.path, spec.clip, spec.revision, _placement(spec, device))
         case GenEvalReward():
-            place = _placement(spec, device)
-            colors = ColorClassifier.from_pretrained(spec.clip, placement=place)
-            return GenEvalCredit(Detector.from_pretrained(spec.detector, placement=place), colors)
+            placement = _placement(spec, device)
+            colors = ColorClassifier.from_pretrained(spec.clip, placement=placement)
+            return GenEvalCredit(Detector.from_pretrained(spec.detector, placement=placement), colors)
         case OcrConfig():
-            read = _own_reader(spec.reader) if spec.reader else _reader(spec, device)
+            read = _custom_reader(spec.reader) if spec.reader else _ocr_reader(spec, device)
             return OcrReward(read, spec.other_text)
         case CallableConfig():
             return CallableReward.from_target(spec.target, spec.differentiable)
@@ -79,28 +79,28 @@ def image_reward(spec: ImageReward, device: str) -> Reward:
 
 
 def require_weights(specs: Iterable[RewardConfig]) -> None:
-    """ValueError, before anything is trained or embedded, for weights on a hub that can neither be read nor are cached."""
+    """ValueError for weights on a hub that are neither cached nor can be downloaded; called before training starts."""
     for spec in specs:
         match spec:
             case ClipReward():
-                place_of(spec.path, spec.revision, CLIP_L).require()
+                locate_weights(spec.path, spec.revision, CLIP_L).require()
             case PickScoreReward():
-                place_of(spec.path, spec.revision, PICKSCORE).require()
+                locate_weights(spec.path, spec.revision, PICKSCORE).require()
                 if spec.path is None:
-                    place_of(spec.tokenizer, None, CLIP_H).require()
+                    locate_weights(spec.tokenizer, None, CLIP_H).require()
             case AestheticReward():
-                place_of(spec.clip, spec.revision, CLIP_L).require()
+                locate_weights(spec.clip, spec.revision, CLIP_L).require()
             case GenEvalReward():
-                place_of(spec.detector, None, DETECTOR).require()
-                place_of(spec.clip, None, CLIP_L).require()
+                locate_weights(spec.detector, None, DETECTOR).require()
+                locate_weights(spec.clip, None, CLIP_L).require()
             case OcrConfig(reader=None):
-                place_of(spec.path, spec.revision, OCR).require()
+                locate_weights(spec.path, spec.revision, OCR).require()
             case CompositeReward():
                 require_weights(part.reward for part in spec.parts)
 
 
 def reward_stats(rewards: Sequence[Reward]) -> Mapping[str, Tensor]:
-    """What rewards made of parts, and remote ones, have to say for the log beyond their scores."""
+    """Statistics of rewards beyond their scores, for the log: parts of composites, failures of servers."""
     stats: dict[str, Tensor] = {}
     for reward in rewards:
         if isinstance(reward, Composite):
@@ -111,31 +111,30 @@ def reward_stats(rewards: Sequence[Reward]) -> Mapping[str, Tensor]:
 
 
 def check_prompts(specs: Sequence[RewardConfig], prompts: Iterable[str]) -> None:
-    """ValueError when a reward could score none of the prompts: OCR without a single quoted text."""
+    """ValueError if a reward cannot score any of the prompts: OCR without a single quoted text."""
     parts = [part.reward for spec in specs if isinstance(spec, CompositeReward) for part in spec.parts]
     if not any(isinstance(one, OcrConfig) for one in [*specs, *parts]):
         return
     if not any(normalized(asked_text(text)) for text in prompts):
         raise ValueError(
-            "reward ocr reads the text that a prompt quotes, and no prompt quotes any; write prompts like "
-            "'a sign that says \"OPEN\"', or take the shipped ones: prompts.file=text_rendering"
+            "reward ocr needs prompts that quote a text, and no prompt quotes any; write prompts like "
+            "'a sign that says \"OPEN\"', or use the shipped ones: prompts.file=text_rendering"
         )
 
 
 def try_rewards(
     rewards: Sequence[Reward], size: tuple[int, int], prompt: str, meta: Mapping[str, Any] | None, device: str
 ) -> None:
-    """Score a gray image and one of noise, before anything is embedded or trained; the reward's own ValueError if it fails.
+    """Score a gray image and a noise image with each reward before training starts; raises the reward's ValueError.
 
-    size: height and width in pixels. NaN is not an error here: the prompt may be one that the reward does not judge.
+    size: height and width in pixels. NaN is allowed: the reward may not apply to the prompt.
     """
     noise = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
     images = torch.cat([torch.full_like(noise, 0.5), noise]).to(device)
     index = torch.arange(2, device=device)
     prompts = PromptBatch(index, (prompt, prompt), index, {}, {}, meta=(meta, meta) if meta is not None else ())
     for reward in rewards:
-        own = images.clone().requires_grad_(reward.differentiable)
-        scores = reward.score(own, prompts)
+        scores = reward.score(images.clone().requires_grad_(reward.differentiable), prompts)
         if scores.shape != (2,):
             raise ValueError(
                 f"reward {reward.name} returned shape {list(scores.shape)} for 2 images; return one number per image"
@@ -143,38 +142,39 @@ def try_rewards(
 
 
 def reason_unscored(rewards: Sequence[Reward], name: str) -> str:
-    """Why the reward ``name``, or the parts of it, left images without a score; "" where that is not known."""
+    """Why the reward ``name``, or a part of it, did not score images; "" if unknown."""
     for reward in rewards:
         parts = [part.reward for part in reward.parts] if isinstance(reward, Composite) else []
         if reward.name == name and isinstance(reward, Explains):
             return reward.unscored_because()
         if reward.name == name and parts:
-            said = {part.name: reason_unscored([part], part.name) for part in parts}
-            return "; ".join(f"{part}: {reason}" for part, reason in said.items() if reason)
+            reasons = {part.name: reason_unscored([part], part.name) for part in parts}
+            return "; ".join(f"{part}: {reason}" for part, reason in reasons.items() if reason)
     return ""
 
 
-def _own_reader(target: str) -> Callable[[Any], Any]:
+def _custom_reader(target: str) -> Callable[[Any], Any]:
     return partial(called, f"text reader {target}", imported(target))
 
 
-def _reader(spec: OcrConfig, device: str) -> Reader:
-    return Reader.from_pretrained(spec.path, spec.revision, _placement(spec, device), spec.tokens)
+def _ocr_reader(spec: OcrConfig, device: str) -> OcrReader:
+    return OcrReader.from_pretrained(spec.path, spec.revision, _placement(spec, device), spec.tokens)
 
 
-def _placement(spec: Placed, device: str) -> Placement:
+def _placement(spec: DeviceOptions, device: str) -> Placement:
     plain = Placement(spec.device or device, _DTYPES[spec.dtype])
-    return replace(plain, offload=spec.offload, chunk=spec.chunk) if isinstance(spec, Towers) else plain
+    return replace(plain, offload=spec.offload, chunk=spec.chunk) if isinstance(spec, NetworkReward) else plain
 
 
 def scorers_of(cfg: RunConfig) -> tuple[Reward, ...]:
-    """The rewards of the recipe, then the shipped scorers that it does not train on; the held-out one is last."""
-    return build_rewards(_scorer_specs(cfg))
+    """All scorers of the Shapes world, with the options of the recipe for those that it trains on; held-out last."""
+    return build_rewards(scorer_specs(cfg))
 
 
-def _scorer_specs(cfg: RunConfig) -> list[RewardConfig]:
-    own = {spec.kind: spec for spec in cfg.rewards}
-    return [own.get(kind, ShapesReward(kind=kind)) for kind in SHAPES_KINDS]
+def scorer_specs(cfg: RunConfig) -> list[RewardConfig]:
+    """Their configs."""
+    given = {spec.kind: spec for spec in cfg.rewards}
+    return [given.get(kind, ShapesReward(kind=kind)) for kind in SHAPES_KINDS]
 
 
 def _tensors(given: str | None, name: str) -> tuple[dict[str, torch.Tensor], str]:

@@ -1,4 +1,4 @@
-"""Hashes of the weights behind images: what results that are kept belong to."""
+"""Hashes of the weights that generated images, to which stored results belong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gdmd.runs.assets import asset_path
 
 
 def base_content(model: DiffusersModel | ShapesModel) -> str:
-    """A hash of the frozen weights below a student, or the hub's commit."""
+    """A hash of the frozen base model, or its commit on the hub."""
     if isinstance(model, ShapesModel):
         given = {"shapes_teacher": model.teacher, "shapes_vae": model.vae}
         return content_hash(*(file_hash(Path(path or asset_path(name))) for name, path in given.items()))
@@ -20,5 +20,5 @@ def base_content(model: DiffusersModel | ShapesModel) -> str:
 
 
 def checkpoint_content(run: Path, step: int) -> str:
-    """A hash of a checkpoint: its state.json holds those of all its files."""
+    """A hash of a checkpoint: of its state.json, which has the hashes of all its files."""
     return file_hash(run / "checkpoints" / f"step_{step:06d}" / "state.json")

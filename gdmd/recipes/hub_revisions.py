@@ -1,4 +1,4 @@
-"""At which commits a run read its hub ids: said where the recipe pins none, kept in run.json, compared on resume."""
+"""The commits at which a run reads its hub ids: reported if not pinned, kept in run.json, compared on resume."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gdmd.config.model import DiffusersModel
 from gdmd.runs.run_folder import Run, read_facts, write_facts
 
 KEY = "hub_commits"
-"""Of run.json."""
+"""Key in run.json."""
 PINNED = re.compile(r"[0-9a-f]{40}")
-"""A commit; branches and tags can be moved."""
+"""A commit; branches and tags can move."""
 
 
-def tell_commits(model: DiffusersModel, run: Run, console: Console, cache: Path | None = None) -> None:
-    """Note the commits in run.json; say which are not pinned. ``programs.inputs`` refuses a branch that moved."""
+def record_commits(model: DiffusersModel, run: Run, console: Console, cache: Path | None = None) -> None:
+    """Store the commits in run.json, and report those that are not pinned. ``check_inputs`` rejects a moved branch."""
     found = hub_commits(model, cache)
     if not found:
         return
@@ -26,15 +26,15 @@ def tell_commits(model: DiffusersModel, run: Run, console: Console, cache: Path 
     before: Mapping[str, str] = facts.get(KEY, {})
     for field, (name, revision, commit) in found.items():
         if revision is None or not PINNED.fullmatch(revision):
-            said = f"{name} is not pinned to a commit; {field}={commit} repeats this run"
-            console.print(said, markup=False, highlight=False, soft_wrap=True)
+            note = f"{name} is not pinned to a commit; {field}={commit} reproduces this run"
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
     known = {**before, **{name: commit for name, _, commit in found.values()}}
     if known != before:
         write_facts(run.path, facts | {KEY: known})
 
 
 def hub_commits(model: DiffusersModel, cache: Path | None = None) -> dict[str, tuple[str, str | None, str]]:
-    """(hub id, revision asked for, commit in the hub's cache) by the field that pins it. Nothing is downloaded."""
+    """(hub id, given revision, commit in the hub's cache) by the field that pins it. Without the network."""
     from huggingface_hub import try_to_load_from_cache
 
     asked = {

@@ -1,4 +1,4 @@
-"""Is a run resumed with what it was started with? Its prompts, base model, rewards and latents, compared by content."""
+"""Check that a resumed run has the inputs that it started with: prompts, base model, rewards and latents, by content."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from gdmd.recipes.hub_revisions import KEY as COMMITS
 from gdmd.recipes.hub_revisions import hub_commits
 from gdmd.recipes.run_folders import SOURCES, WEIGHTS
 from gdmd.rewards.callable import source_hash
-from gdmd.rewards.weights import converted_folder, published
+from gdmd.rewards.weights import converted_folder, pretrained_weights
 from gdmd.runs import checkpoint
 from gdmd.runs.assets import asset_path
 from gdmd.runs.inputs import Change, Input, changes_of, record, recorded
 from gdmd.runs.run_folder import Run, read_facts
 
 BASE = ("model.path", "model.teacher")
-"""The frozen teacher that a student is a change of."""
+"""The frozen teacher, whose weights the student's adapters modify."""
 _log = logging.getLogger(__name__)
 
 
-def settle_inputs(cfg: RunConfig, run: Run, console: Console, *, accept: bool = False) -> None:
-    """Record the inputs of a new run; of a resumed one, refuse those that changed (RunError) or record that with ``accept``.
+def check_inputs(cfg: RunConfig, run: Run, console: Console, *, accept: bool = False) -> None:
+    """Record the inputs of a new run; for a resumed run, RunError if any changed, unless ``accept`` (then record that).
 
-    A place that changed while the content stayed is noted. A run of an older version has no fingerprints: it says so once.
+    Inputs that moved without a change of content are reported, and runs of older versions, which have no fingerprints.
     """
     inputs, before = inputs_of(cfg), recorded(run.path)
     steps = checkpoint.steps(run.checkpoints)
@@ -51,8 +51,8 @@ def settle_inputs(cfg: RunConfig, run: Run, console: Console, *, accept: bool = 
     if old:
         _say(
             console,
-            f"note: {run.path} was started by a version that recorded no fingerprints: whether its prompts, base model and "
-            "rewards have changed since cannot be checked. They are recorded from now on",
+            f"note: {run.path} was started by a version of gdmd that recorded no fingerprints, so changes of its prompts, "
+            "base model and rewards cannot be detected. They are recorded from now on",
         )
     moved = [
         field for field, one in inputs.items() if before and field in before and before[field]["given"] != one.given
@@ -69,7 +69,7 @@ def settle_inputs(cfg: RunConfig, run: Run, console: Console, *, accept: bool = 
 
 
 def check_start(cfg: RunConfig, *, accept: bool = False) -> None:
-    """RunError where loop.start_from names a run of another base model: its adapters are changes of that one."""
+    """RunError if loop.start_from names a run of another base model, which its adapters would not fit."""
     if not cfg.loop.start_from or accept:
         return
     run = Path(cfg.loop.start_from)
@@ -80,17 +80,16 @@ def check_start(cfg: RunConfig, *, accept: bool = False) -> None:
     for change in changes_of(theirs, own):
         if change.known:
             raise RunError(
-                f"loop.start_from={cfg.loop.start_from} was trained on another base model. {change}. Give the base model "
+                f"loop.start_from={cfg.loop.start_from} was trained on another base model. {change}. Use the base model "
                 "of that run, or accept the difference with --accept-changes"
             )
 
 
 def on_base(cfg: RunConfig, run: Path, base: str | None, option: str) -> RunConfig:
-    """The configuration of a run of a real model with its base model at ``base``, where it has moved (None: as recorded).
+    """The configuration of a run with its base model at ``base``, if that has moved (None: where the run recorded it).
 
-    A student is a change of its base model. ValueError, with the ``option`` that names another place, for a base that is
-    not there, and for a ``base`` of another content than the run recorded; a warning where its own base has changed since,
-    and where the content cannot be compared.
+    ValueError that suggests ``option`` for a missing base model, and for a ``base`` whose content differs from what the
+    run recorded. Warns if the recorded base model has changed since, and if the content cannot be compared.
     """
     from gdmd.models.loading import is_local
 
@@ -105,21 +104,19 @@ def on_base(cfg: RunConfig, run: Path, base: str | None, option: str) -> RunConf
     known = recorded(run) if (run / "run.json").is_file() else None  # a copy may lack it
     was = (known or {}).get("model.path")
     if was is None and base is not None:
-        _log.warning(
-            "%s recorded no fingerprint of its base model: whether %s is the same cannot be checked", run, base
-        )
+        _log.warning("%s recorded no fingerprint of its base model, so it cannot be compared with %s", run, base)
     own = {"model.path": _pipeline(model)["model.path"]} if was else {}
     for change in changes_of({"model.path": was or {}}, own):
         if base is not None and change.known:
             raise ValueError(
-                f"{option}: the student of {run} was trained on another base model. {change}. Give a copy of that model"
+                f"{option}: the student of {run} was trained on another base model. {change}. Use a copy of that model"
             )
         _log.warning("the student of %s may not fit its base model. %s", run, change)
     return cfg.model_copy(update={"model": model})
 
 
 def inputs_of(cfg: RunConfig) -> dict[str, Input]:
-    """Every file and folder that the run of a recipe reads, by its field."""
+    """All files and folders that a run reads, by config field."""
     found: dict[str, Input] = {}
     if cfg.prompts.file is not None:
         found["prompts.file"] = _prompts(cfg.prompts.file, cfg.prompts.column)
@@ -127,13 +124,13 @@ def inputs_of(cfg: RunConfig) -> dict[str, Input]:
     if isinstance(cfg.model, DiffusersModel) and cfg.needs_real and cfg.real_data is not None:
         found |= _latents(cfg.real_data, cfg.model)
     if cfg.method.rewarded:
-        for place, reward in _rewards(cfg.rewards):
-            found |= {f"{place}.{field}": one for field, one in _reward(reward).items()}
+        for path, reward in _rewards(cfg.rewards):
+            found |= {f"{path}.{field}": one for field, one in _reward(reward).items()}
     return found
 
 
 def _base(model: DiffusersModel | ShapesModel) -> dict[str, Input]:
-    """The frozen networks below a student."""
+    """The frozen networks that the student is trained from."""
     if isinstance(model, DiffusersModel):
         return _pipeline(model)
     given = {name: getattr(model, name) for name in ("teacher", "vae")}
@@ -152,14 +149,14 @@ def _pipeline(model: DiffusersModel) -> dict[str, Input]:
 
 
 def _prompts(given: str, column: str | None) -> Input:
-    """The prompts and their rows: the same ones in another format are the same input."""
+    """Fingerprint of the prompts and their metadata, independent of the file format."""
     if not prompt_file(given).exists():
         return Input(given, None, missing=True)
     return Input(given, f"sha256:{read_prompts(given, column).fingerprint()}")
 
 
 def _latents(real: RealDataConfig, model: DiffusersModel) -> dict[str, Input]:
-    """Stored latents by their images and captions. Nothing where they are to be computed first: opening them says so."""
+    """Fingerprint of the images and captions of stored latents; nothing if they are not computed yet."""
     if not Path(real.latents).exists():
         return {"real_data.latents": Input(real.latents, None, missing=True)}
     fingerprint = store_of(real, model).fingerprint()
@@ -167,7 +164,7 @@ def _latents(real: RealDataConfig, model: DiffusersModel) -> dict[str, Input]:
 
 
 def _rewards(rewards: tuple[RewardConfig, ...]) -> Iterator[tuple[str, Any]]:
-    """Each single reward with its place in the configuration."""
+    """Each single reward with its path in the configuration."""
     for number, reward in enumerate(rewards):
         if isinstance(reward, CompositeReward):
             yield from ((f"rewards.{number}.parts.{k}.reward", part.reward) for k, part in enumerate(reward.parts))
@@ -191,21 +188,21 @@ def _reward(reward: Any) -> dict[str, Input]:
 
 def _converted(kind: str) -> bool:
     try:
-        return published(kind).converted
-    except ValueError:  # a function, a server, Shapes
+        return pretrained_weights(kind).converted
+    except ValueError:  # not a pretrained reward
         return False
 
 
 def _source(target: str) -> Input:
-    """A function, by its code and the modules of its folder that it imports."""
+    """Fingerprint of a function's code, and of the modules of its folder that it imports."""
     try:
         return Input(target, f"sha256:{source_hash(target)}")
-    except ValueError:  # loading the reward says what is wrong
+    except ValueError:  # building the reward reports the reason
         return Input(target, None)
 
 
 def _weights(given: str, commit: str | None, variant: str | None = None) -> Input:
-    """Of a folder or file its content; of a hub id its commit, where that is known."""
+    """Fingerprint of a folder or file: its content; of a hub id: its commit, if known."""
     path = Path(given).expanduser()
     if path.exists():
         cached = re.search(r"/models--[^/]+/snapshots/([0-9a-f]{40})/?$", os.path.abspath(path))
@@ -220,7 +217,7 @@ def _local(given: str, path: Path, variant: str | None = None) -> Input:
 
 
 def _places(run: Run, inputs: Mapping[str, Input]) -> dict[str, dict[str, Any]]:
-    """The inputs in the configuration of a run whose version recorded no content, but the commits of hub ids."""
+    """Inputs of a run of an older version, which recorded only the commits of hub ids."""
     leaves = {field: _at(run.config, field) for field in inputs}
     facts = read_facts(run.path)
     since, commits = facts.get("started", "its start"), facts.get(COMMITS, {})
@@ -243,10 +240,10 @@ def _refusal(run: Run, changes: list[Change], gone: list[Change]) -> str:
     lines = [f"{run.path} cannot be resumed as the same run: {reason}.", *map(str, changes)]
     if not sure:
         return "\n".join(
-            [*lines, "Give the former path or, if you know that the content is the same, add --accept-changes."]
+            [*lines, "Use the previous path or, if you know that the content is the same, add --accept-changes."]
         )
-    places = " ".join(f"{one.field}=PATH" for one in changes)
-    command = f"gdmd train --resume {typed(run.path)} {places}"
+    overrides = " ".join(f"{one.field}=PATH" for one in changes)
+    command = f"gdmd train --resume {typed(run.path)} {overrides}"
     advice = f"Restore what changed, or give the new path of the same content: {command}."
     accept = " To continue with the new content, add --accept-changes; run.json, the report and the model card show it."
     return "\n".join([*lines, advice + ("" if gone else accept)])

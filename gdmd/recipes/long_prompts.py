@@ -1,4 +1,4 @@
-"""A warning about prompts that text encoders and rewards cannot read to their end, once per program."""
+"""Warn about prompts that are longer than text encoders and rewards can read, once per program."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from gdmd.types import Reward
 log = logging.getLogger(__name__)
 
 
-def warn_of_lab(components: Components, texts: Sequence[str], *, say: bool = True) -> None:
-    """About the text encoders of a real model and all rewards. ``say`` is false on all ranks but the first."""
+def warn_long_prompts(components: Components, texts: Sequence[str], *, say: bool = True) -> None:
+    """Check the text encoders of a real model and all rewards. ``say``: only rank 0 logs."""
     family: Any = getattr(components.roles, "family", None)
     found = [family.encoder.long_prompts(texts)] if family is not None else []
-    found += [reward.long_prompts(texts) for reward in _published(components.rewards)]
+    found += [reward.long_prompts(texts) for reward in _pretrained(components.rewards)]
     for message in found:
         if say and message:
             log.warning("%s", message)
 
 
-def warn_of_rewards(rewards: Iterable[Reward], texts: Sequence[str]) -> None:
-    """About the rewards alone."""
-    for reward in _published(rewards):
+def warn_long_prompts_of_rewards(rewards: Iterable[Reward], texts: Sequence[str]) -> None:
+    """Check the rewards only."""
+    for reward in _pretrained(rewards):
         if message := reward.long_prompts(texts):
             log.warning("%s", message)
 
 
-def _published(rewards: Iterable[Reward]) -> Iterator[PretrainedReward]:
+def _pretrained(rewards: Iterable[Reward]) -> Iterator[PretrainedReward]:
     for reward in rewards:
         if isinstance(reward, Composite):
-            yield from _published(part.reward for part in reward.parts)
+            yield from _pretrained(part.reward for part in reward.parts)
         elif isinstance(reward, PretrainedReward):
             yield reward

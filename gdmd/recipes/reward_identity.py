@@ -1,4 +1,4 @@
-"""A hash of everything that changes a reward's scores, so that stored scores are reused only where they hold."""
+"""A hash of everything that changes a reward's scores, so that stored scores are reused only if they are still valid."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gdmd import __version__
 from gdmd.config.rewards import (
@@ -31,33 +30,28 @@ from gdmd.rewards.weights import (
     DETECTOR,
     OCR,
     PICKSCORE,
-    Hub,
+    HubRepo,
     converted_folder,
-    place_of,
+    locate_weights,
     weights_content,
 )
 from gdmd.runs.assets import asset_path
 from gdmd.shapes.evaluate import HELDOUT
 
-if TYPE_CHECKING:
-    pass
-
-
 _NOT_HASHED = frozenset(
-    ("device", "offload", "chunk", "differentiable")  # where and how, not what
+    ("device", "offload", "chunk", "differentiable")  # do not change scores
     + ("url", "token_variable", "timeout_s", "retries", "batch", "on_failure", "max_unscored")
     + ("path", "revision", "tokenizer", "clip", "detector", "reader", "asset", "parts")  # hashed by their content
 )
-"""Fields of a scorer's config that its identity does not take as they are; a field that is new counts."""
-
+"""Config fields whose values do not enter the identity. New fields do, unless they are added here."""
 
 SHAPES_KINDS = ("shapes_clip", "shapes_pref", HELDOUT)
 
 
 def scorer_identity(spec: RewardConfig) -> str:
-    """A hash of everything that changes a scorer's result: settings, content of its weights, source of a function.
+    """A hash of everything that changes a reward's scores: settings, content of its weights, source of a function.
 
-    Where that cannot be known (a hub branch that is not in the cache, an old server) the identity never equals itself.
+    If that is unknown (a hub branch that is not cached, an old server), the identity is random, so it never matches.
     RemoteError for a server that does not answer.
     """
     settings = spec.model_dump(mode="json", exclude=set(_NOT_HASHED))
@@ -65,7 +59,7 @@ def scorer_identity(spec: RewardConfig) -> str:
 
 
 def _contents(spec: RewardConfig) -> list[str]:
-    """What lies behind the paths, hub ids, functions and servers of a scorer."""
+    """Identities of the content behind the paths, hub ids, functions and servers of a reward."""
     match spec:
         case ShapesReward():
             return (
@@ -98,6 +92,6 @@ def detector_contents(detector: str | None, clip: str | None) -> list[str]:
     return [_content(detector, None, DETECTOR), _content(clip, None, CLIP_L)]
 
 
-def _content(given: str | None, revision: str | None, default: Hub) -> str:
-    place = place_of(given, revision, default)
-    return weights_content(place.where, place.revision)
+def _content(given: str | None, revision: str | None, default: HubRepo) -> str:
+    location = locate_weights(given, revision, default)
+    return weights_content(location.name_or_path, location.revision)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import stdev
 from typing import Any
 
@@ -92,6 +93,7 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(count, mean, std, mean - half, mean + half)
 
 
+@cache
 def t_quantile(dof: int) -> float:
     """The half width of a 95 % t interval in standard errors."""
     from scipy import stats
@@ -131,8 +133,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def cluster_counts(clusters: int, replicates: int, rng: np.random.Generator) -> Iterator[Floats]:
     """Bootstrap replicates in blocks [b, clusters]: how often each cluster is drawn, with replacement."""
     for start in range(0, replicates, _BLOCK):
-        drawn = rng.integers(clusters, size=(min(_BLOCK, replicates - start), clusters))
-        yield np.stack([np.bincount(row, minlength=clusters) for row in drawn]).astype(np.float64)
+        size = min(_BLOCK, replicates - start)
+        drawn = rng.integers(clusters, size=(size, clusters)) + clusters * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * clusters).reshape(size, clusters).astype(np.float64)
 
 
 def bootstrap_means(

@@ -1,8 +1,10 @@
-"""What the published reward models have in common: frozen weights loaded on first use, fp32 scores, one per image.
+"""Base class of the pretrained rewards. To add a reward:
 
-A subclass says how it looks at pixels (``fit``) and gives its formula in ``_formula``. ``score`` is the
-differentiable path of training, ``score_pil`` the path of reported numbers. A score never depends on the other samples
-of its batch. Weights are safetensors: a local folder never touches the network, a hub id is pinned by its revision.
+1. Write gdmd/rewards/NAME.py: a subclass of ``PretrainedReward`` with ``from_pretrained`` and ``_formula`` (see clip.py).
+2. Name its weights in gdmd/rewards/weights.py (``PRETRAINED``); a .pt of its authors is converted once by convert.py.
+3. Describe its options in gdmd/config/rewards.py, and build it in gdmd/recipes/build_rewards.py.
+4. Add it to ``REWARDS`` in tests/support/tiny_rewards.py: tests/rewards/test_contract.py checks what every reward promises.
+A reward without a pretrained network needs no class: name a Python function (``kind: callable``, see callable.py).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Loaded:
-    """The network of a reward, its tokenizer (None where it reads no text) and its head, which stays fp32."""
+    """The network of a reward, its tokenizer (None if it reads no text) and its head, which stays in fp32."""
 
     net: nn.Module
     tokenize: Tokenize | None
@@ -45,9 +47,10 @@ class Loaded:
 class Placement:
     """Where and how a reward runs.
 
-    dtype: of the weights and the towers; preprocessing, cosine and head are fp32.
-    offload: the weights wait on the CPU between calls. After a call with gradient they stay until the next one without.
-    chunk: images per forward; 0 = the whole batch at once.
+    dtype: of the weights and the towers; preprocessing, cosine and head are always fp32.
+    offload: keep the weights on the CPU between calls. After a call with gradient they stay on the device, for the
+        backward pass, until the next call without gradient.
+    chunk: images per forward pass; 0 = the whole batch.
     """
 
     device: str = "cpu"
@@ -56,24 +59,27 @@ class Placement:
     chunk: int = 0
 
 
-HERE = Placement()
+DEFAULT_PLACEMENT = Placement()
 
 
 class PretrainedReward(ABC):
-    """A frozen, differentiable scorer of images as a ``Reward``."""
+    """A frozen, differentiable image scorer, loaded on first use. A score never depends on the rest of the batch.
+
+    ``score`` is the differentiable path, for training; ``score_pil`` preprocesses as the authors did, for reported numbers.
+    """
 
     fit: ClassVar[Preprocess] = Preprocess()
-    """The preprocessing but for its size, which is that of the network."""
+    """The preprocessing; its size is replaced by that of the network."""
     differentiable = True
 
-    def __init__(self, name: str, load: Callable[[], Loaded], placement: Placement = HERE) -> None:
+    def __init__(self, name: str, load: Callable[[], Loaded], placement: Placement = DEFAULT_PLACEMENT) -> None:
         self.name, self.placement = name, placement
         self._load = load
         self._loaded: Loaded | None = None
         self._warned = False
 
     def to(self, device: str) -> Self:
-        """Run on another device. Images may come from anywhere; scores go back to where they came from."""
+        """Move to another device. Images may be on any device; scores are returned on the device of the images."""
         self.placement = replace(self.placement, device=device)
         return self
 
@@ -81,30 +87,30 @@ class PretrainedReward(ABC):
     def loaded(self) -> Loaded:
         """The network, loaded and frozen on first use."""
         if self._loaded is None:
-            found = self._load()
-            found.net.to(self.placement.dtype).eval().requires_grad_(False)
-            if found.head is not None:
-                found.head.float().eval().requires_grad_(False).to(self.placement.device)
-            self._loaded = found
+            loaded = self._load()
+            loaded.net.to(self.placement.dtype).eval().requires_grad_(False)
+            if loaded.head is not None:
+                loaded.head.float().eval().requires_grad_(False).to(self.placement.device)
+            self._loaded = loaded
         return self._loaded
 
     @property
     def preprocess(self) -> Preprocess:
-        """How images are made ready for this network."""
+        """The preprocessing at the input size of this network."""
         return replace(self.fit, size=self._image_size(self.loaded.net))
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> [B], fp32, with gradient to the images (the path of training).
+        """images [B, 3, H, W] in [0, 1] -> [B], fp32, with gradient to the images (for training).
 
-        ValueError for other shapes and for a score that is not finite; the error names the sample.
+        ValueError for other shapes, and for a score that is not finite; the error names the sample.
         """
         check_images(self.name, images, len(prompts))
-        how = self.preprocess
-        return self._scored(images, prompts.text, lambda part: how.tensor(part.to(self.placement.device)))
+        preprocess = self.preprocess
+        return self._scored(images, prompts.text, lambda part: preprocess.tensor(part.to(self.placement.device)))
 
     @torch.no_grad()
     def score_pil(self, images: Sequence[Image], texts: Sequence[str]) -> Tensor:
-        """PIL images -> [N], fp32, on the CPU, preprocessed as the model's authors did (the path of reports)."""
+        """PIL images -> [N], fp32, on the CPU, preprocessed as the model's authors did (for reported numbers)."""
         if len(images) != len(texts):
             raise ValueError(
                 f"{self.name} got {len(images)} images for {len(texts)} prompts; give one prompt per image"
@@ -114,7 +120,7 @@ class PretrainedReward(ABC):
 
     @staticmethod
     def _image_size(net: Any) -> int:
-        """The side of the network's input: 224, or 336 for some larger CLIPs."""
+        """Input size in pixels: 224, or 336 for some larger CLIPs."""
         return int(net.config.vision_config.image_size)
 
     @abstractmethod
@@ -126,7 +132,7 @@ class PretrainedReward(ABC):
             return images.new_zeros(0, dtype=torch.float32)
         step = self.placement.chunk or len(images)
         kind = torch.device(self.placement.device).type
-        with self._at_work(), torch.autocast(kind, enabled=False):
+        with self._on_device(), torch.autocast(kind, enabled=False):
             parts = [
                 self._formula(prepare(images[start : start + step]), texts[start : start + step])
                 for start in range(0, len(images), step)
@@ -136,10 +142,10 @@ class PretrainedReward(ABC):
         return scores
 
     @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """The network on its device; back on the CPU where it offloads and no backward pass will need it.
+    def _on_device(self) -> Iterator[None]:
+        """Keep the network on its device inside the block; offload it afterwards unless a backward pass needs it.
 
-        After an error none will.
+        After an error no backward pass follows, so it is offloaded.
         """
         needed = False
         try:
@@ -157,7 +163,7 @@ class PretrainedReward(ABC):
         return scores
 
     def long_prompts(self, texts: Sequence[str]) -> str | None:
-        """A message about prompts that are longer than this reward reads, for the first texts that have any."""
+        """A warning about prompts longer than this reward reads, or None; it is returned only once."""
         tokenize = self.loaded.tokenize
         if self._warned or not isinstance(tokenize, PaddedTokenizer):
             return None
@@ -173,6 +179,6 @@ class PretrainedReward(ABC):
         return {key: to_device_async(value, self.placement.device) for key, value in tokenize(texts).items()}
 
 
-def already(net: nn.Module, tokenize: Tokenize | None, head: nn.Module | None = None) -> Callable[[], Loaded]:
-    """The loader of modules that exist already (tests, and rewards that share a network)."""
+def from_loaded(net: nn.Module, tokenize: Tokenize | None, head: nn.Module | None = None) -> Callable[[], Loaded]:
+    """A loader for modules that are already loaded."""
     return lambda: Loaded(net, tokenize, head)

@@ -2,8 +2,7 @@
 
     def function(images: Tensor[B, 3, H, W] in [0, 1], prompts: Sequence[str]) -> Tensor[B] | Sequence[float]
 
-The function runs in this process with all its rights: name only code you trust. NaN, or None in a list, means "not
-scored".
+It runs in this process with all its rights: name only code that you trust. NaN, or None in a list, means "not scored".
 """
 
 from __future__ import annotations
@@ -41,20 +40,20 @@ Scoring = Callable[[Tensor, Sequence[str]], "Tensor | Sequence[float]"]
 
 
 class CallableReward:
-    """A function as a ``Reward``. Without ``differentiable`` it runs without gradient."""
+    """A function as a ``Reward``; unless ``differentiable``, it runs without gradient."""
 
     def __init__(self, function: Scoring, name: str, differentiable: bool = False) -> None:
         self.function, self.name, self.differentiable = function, name, differentiable
 
     @classmethod
     def from_target(cls, target: str, differentiable: bool = False) -> CallableReward:
-        """From "module:function" or "file.py:function". ValueError when it cannot be imported or is no function."""
+        """From "module:function" or "file.py:function". ValueError if it cannot be imported or is not a function."""
         return cls(imported(target), function_label(target), differentiable)
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B], fp32.
 
-        ValueError unless the function gives one number per image, leaves the images as they are and, with
+        ValueError unless the function returns one number per image, does not modify the images and, if
         ``differentiable``, passes a gradient to them.
         """
         check_images(self.name, images, len(prompts))
@@ -63,7 +62,7 @@ class CallableReward:
             answer = called(f"reward {self.name}", self.function, images, prompts.text)
         if images._version != before:
             raise ValueError(
-                f"reward {self.name} changed the images in place, which other rewards also read; use images.clone()"
+                f"reward {self.name} modified the images in place, but other rewards also read them; use images.clone()"
             )
         scores = _numbers(self.name, answer)
         if images.requires_grad and self.differentiable and not scores.requires_grad:
@@ -78,26 +77,26 @@ class CallableReward:
             )
         raise_where(
             scores.isinf(),
-            lambda places: ValueError(
-                f"reward {self.name} is infinite at samples {places}; return NaN for an image without a score"
+            lambda samples: ValueError(
+                f"reward {self.name} is infinite at samples {samples}; return NaN for an image without a score"
             ),
         )
         return to_device_async(scores, images.device)
 
 
 def called(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments). What it raises, sys.exit included, becomes one ValueError that shows the user's own line."""
+    """function(*arguments). Any exception, also sys.exit, becomes a ValueError that shows the failing line of the user."""
     try:
         with _torch_defaults_kept():
             return function(*arguments)
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is the call above
+        frames = traceback.extract_tb(error.__traceback__)[1:]  # the first frame is the call above
         raise ValueError(f"{what} failed{_own_line(frames)}: {_named(error)}") from error
 
 
 @contextmanager
 def _torch_defaults_kept() -> Iterator[None]:
-    """Code of the user may turn off gradients or set a default dtype or device; the training must not notice."""
+    """Restore grad mode, default dtype and default device, which the user's code may change."""
     grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
     try:
         yield
@@ -113,21 +112,21 @@ def _named(error: BaseException) -> str:
 
 
 def _own_line(frames: Sequence[traceback.FrameSummary]) -> str:
-    """The deepest frame of the files beside that of the first: the user's, not a library's."""
+    """The deepest frame in the folder of the first one: the user's code, not a library's."""
     if not frames:
         return " when it was called"
-    home = str(Path(frames[0].filename).parent)
-    own = [frame for frame in frames if frame.filename.startswith(home)][-1]
+    folder = str(Path(frames[0].filename).parent)
+    own = [frame for frame in frames if frame.filename.startswith(folder)][-1]
     return f" at {own.filename}:{own.lineno}, in {own.name}: `{own.line}`"
 
 
 def _numbers(name: str, answer: Any) -> Tensor:
-    """What a function returned, as fp32."""
+    """The scores that a function returned, as fp32."""
     try:
         if isinstance(answer, (list, tuple)):
             answer = [math.nan if one is None else one for one in answer]
         elif isinstance(answer, np.ndarray) and answer.dtype.kind not in "USc":
-            answer = answer.astype(np.float32)  # a copy: the given one may be read-only; None becomes NaN
+            answer = answer.astype(np.float32)  # a copy: the array may be read-only; None becomes NaN
         if isinstance(answer, Tensor) and answer.is_complex():
             raise TypeError("complex numbers")
         return torch.as_tensor(answer, dtype=torch.float32)
@@ -141,7 +140,7 @@ def _numbers(name: str, answer: Any) -> Tensor:
 def imported(target: str) -> Any:
     """The function "module:function" or "path/to/file.py:function". ValueError if it cannot be loaded.
 
-    Modules are looked up as Python does, the current folder last (the ``gdmd`` program itself lies elsewhere).
+    Modules are found as usual, and in the current folder last (it is not on the path of the ``gdmd`` program).
     """
     module, colon, name = target.rpartition(":")
     if not (module and colon and name):
@@ -154,7 +153,7 @@ def imported(target: str) -> Any:
         raise ValueError(
             f"reward function {target!r}: {error.filename}:{error.lineno}: `{line}`: {error.msg}"
         ) from error
-    except (Exception, SystemExit) as error:  # whatever the module does when it is loaded
+    except (Exception, SystemExit) as error:  # the module may do anything when it is imported
         raise ValueError(f"reward function {target!r}{_not_imported(error)}") from error
     found = getattr(loaded, name, None)
     if found is None and getattr(loaded, "__file__", None) is None and hasattr(loaded, "__path__"):
@@ -175,10 +174,10 @@ def imported(target: str) -> Any:
 
 
 def _not_imported(error: BaseException) -> str:
-    """Why loading failed: the module is not there, or a line of it."""
+    """Why the import failed: the module was not found, or one of its lines raised."""
     own = [one for one in traceback.extract_tb(error.__traceback__) if not _is_import_machinery(one.filename)]
     if own:
-        exits = '; put what runs as a program below `if __name__ == "__main__":`'
+        exits = '; put code that runs as a program below `if __name__ == "__main__":`'
         advice = exits if isinstance(error, SystemExit) else ""
         return f": importing it failed{_own_line(own)}: {_named(error)}{advice}"
     return (
@@ -198,7 +197,7 @@ def _from_module(module: str) -> Any:
 
 
 def _from_file(file: str) -> Any:
-    """A file as a module, once; what lies beside it can be imported by it."""
+    """Import a file as a module, once; it can import modules next to it."""
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise ImportError(f"there is no file {path}")
@@ -220,13 +219,13 @@ def _from_file(file: str) -> Any:
 
 
 def source_hash(target: str) -> str:
-    """A hash of the code behind "package.module:function": its module and the modules of its folder that it imports.
+    """A hash of the code of a function: its module, and the modules of the same folder that it imports.
 
-    Files that the function reads and installed packages do not enter. A module without a file never equals itself.
+    Data files and installed packages do not count. A module without a file gets a random hash.
     """
     imported(target)
-    place, _, name = target.rpartition(":")
-    module = sys.modules.get(place) or _loaded_from(Path(place).expanduser().resolve())
+    path, _, name = target.rpartition(":")
+    module = sys.modules.get(path) or _loaded_from(Path(path).expanduser().resolve())
     return content_hash(name, _module_hash(module))
 
 
@@ -234,7 +233,7 @@ def _loaded_from(file: Path) -> ModuleType:
     return next(module for module in list(sys.modules.values()) if getattr(module, "__file__", None) == str(file))
 
 
-@cache  # the code that was imported is what counts, also where the file changes later
+@cache  # of the code that was imported, even if the file changes later
 def _module_hash(module: ModuleType) -> str:
     if not module.__file__:
         return secrets.token_hex()
@@ -246,20 +245,20 @@ def _module_hash(module: ModuleType) -> str:
 
 
 def _collect(file: Path, name: str, root: Path, found: dict[Path, bytes]) -> None:
-    """Read a module and, where they lie below ``root`` (the folder it is imported from), those that it imports."""
+    """Read a module and the modules below ``root`` (the folder it is imported from) that it imports."""
     found[file] = file.read_bytes()
     package = name if file.stem == "__init__" else name.rpartition(".")[0]
     for other in _imports(found[file], package):
         if root.name in ("site-packages", "dist-packages") and other.split(".")[0] != name.split(".")[0]:
             continue
-        place = root.joinpath(*other.split("."))
-        for candidate in (place.with_suffix(".py"), place / "__init__.py"):
+        path = root.joinpath(*other.split("."))
+        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
             if candidate.is_file() and candidate not in found:
                 _collect(candidate, other, root, found)
 
 
 def _imports(source: bytes, package: str) -> Iterator[str]:
-    """The absolute names that a module may import; none where the file is not Python source."""
+    """Absolute names that a module may import; none if it is not Python source."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):

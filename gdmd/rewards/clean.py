@@ -1,4 +1,4 @@
-"""The cleaning that the original rewards apply to a text before their tokenizer."""
+"""Text cleaning that the original code of a reward applies before its tokenizer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import html
 
 
 def open_clip_clean(text: str) -> str:
-    """As open_clip's SimpleTokenizer, which HPS was trained and is published with.
+    """Clean a text as open_clip's SimpleTokenizer does, with which HPS was trained and published.
 
-    Broken encodings are mended (ftfy), HTML entities resolved twice, white space joined, letters made lower case.
-    ValueError where ftfy is not installed.
+    Fix broken encodings (ftfy), unescape HTML twice, collapse white space, lowercase. ValueError without ftfy.
     """
     try:
         import ftfy

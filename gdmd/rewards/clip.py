@@ -1,9 +1,9 @@
-"""CLIPScore: the cosine of CLIP's image and text embeddings (arXiv 2104.08718, eq. 1 without its 2.5 max(., 0)).
+"""CLIPScore: the cosine of CLIP's image and text embeddings (arXiv 2104.08718, eq. 1 without 2.5 max(., 0)).
 
-    score = <f_image, f_text> / (|f_image| |f_text|), in [-1, 1]; matching pairs reach .2 to .35 with ViT-L/14
+    score = <f_image, f_text> / (|f_image| |f_text|), in [-1, 1]; matching pairs reach 0.2 to 0.35 with ViT-L/14
 
-A paper's "CLIP score .29" is this cosine, "29" is 100 times it (torchmetrics), and the CLIPScore of arXiv 2104.08718 is
-2.5 times it. 77 tokens, the rest of a longer prompt is not read.
+A paper's "CLIP score 0.29" is this cosine, "29" is 100 times it (torchmetrics), and the CLIPScore of arXiv 2104.08718 is
+2.5 times it. Prompts are truncated to 77 tokens.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdmd.rewards.base import HERE, Loaded, Placement, PretrainedReward, Tokenize, already
-from gdmd.rewards.weights import CLIP_L, load_clip, load_tokenizer, place_of
+from gdmd.rewards.base import DEFAULT_PLACEMENT, Loaded, Placement, PretrainedReward, Tokenize, from_loaded
+from gdmd.rewards.weights import CLIP_L, load_clip, load_tokenizer, locate_weights
 
 
 def tokens_of(model: Any) -> int:
-    """How many tokens the text tower of a ``CLIPModel`` reads: 77 in every published one."""
+    """Tokens that the text tower of a ``CLIPModel`` reads: 77 in all published ones."""
     return int(model.config.text_config.max_position_embeddings)
 
 
@@ -27,20 +27,20 @@ class ClipScore(PretrainedReward):
     """Cosine of image and text embeddings of a ``transformers.CLIPModel``."""
 
     @classmethod
-    def from_modules(cls, model: Any, tokenize: Tokenize, placement: Placement = HERE) -> ClipScore:
-        """From a ``CLIPModel`` and a tokenizer; nothing is loaded."""
-        return cls("clip", already(model, tokenize), placement)
+    def from_modules(cls, model: Any, tokenize: Tokenize, placement: Placement = DEFAULT_PLACEMENT) -> ClipScore:
+        """From a ``CLIPModel`` and a tokenizer that are already loaded."""
+        return cls("clip", from_loaded(model, tokenize), placement)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | None = None, revision: str | None = None, placement: Placement = HERE
+        cls, path: str | None = None, revision: str | None = None, placement: Placement = DEFAULT_PLACEMENT
     ) -> ClipScore:
         """From a folder in transformers' format (no network) or a hub id; default: ViT-L/14 of OpenAI, pinned."""
-        place = place_of(path, revision, CLIP_L)
+        location = locate_weights(path, revision, CLIP_L)
 
         def load() -> Loaded:
-            net = load_clip(place, placement)
-            return Loaded(net, load_tokenizer(place, tokens_of(net)))
+            net = load_clip(location, placement)
+            return Loaded(net, load_tokenizer(location, tokens_of(net)))
 
         return cls("clip", load, placement)
 
@@ -49,7 +49,7 @@ class ClipScore(PretrainedReward):
 
 
 def cosine(model: Any, pixels: Tensor, tokens: dict[str, Tensor]) -> Tensor:
-    """pixels [b, 3, S, S], tokens [b, L] -> cosines [b], fp32 from the embeddings on."""
+    """pixels [b, 3, S, S], tokens [b, L] -> cosines [b]; fp32 from the embeddings on."""
     return (image_embedding(model, pixels) * text_embedding(model, tokens)).sum(-1)
 
 

@@ -1,10 +1,10 @@
-"""Several rewards as one number: each part brought to a common scale by fixed constants, then a weighted mean.
+"""Several rewards as one number: a weighted mean of scores standardized by fixed constants.
 
     R = sum_k w_k (R_k - mean_k) / std_k / sum_k w_k
 
-mean_k and std_k are constants of the recipe (measure them once on images of the teacher), never statistics of a batch:
-the reward of an image must not depend on its neighbors. Without them a PickScore near 20 would drown a cosine near .3.
-An image that one part did not score (NaN) is not scored. Every part is kept for the log in its own units.
+mean_k and std_k are constants of the recipe (measure them once on images of the teacher), never batch statistics: the
+reward of an image must not depend on the rest of the batch. Without them, a PickScore near 20 would dominate a cosine
+near 0.3. An image that any part does not score (NaN) is not scored. Each part is logged in its own units.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One reward of a composite: weight > 0 of its score, standardized by mean and std > 0."""
+    """One reward of a composite; weight and std are positive."""
 
     reward: Reward
     weight: float = 1.0
@@ -33,7 +33,7 @@ class Part:
 
 
 class Composite:
-    """The weighted mean of standardized rewards; differentiable when all of them are."""
+    """The weighted mean of standardized rewards; differentiable if all of them are."""
 
     def __init__(self, parts: Sequence[Part], name: str = "composite") -> None:
         names = [part.reward.name for part in parts]
@@ -48,7 +48,7 @@ class Composite:
         self._last: dict[str, Tensor] = {}
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> [B], fp32; the raw scores of the parts go to ``stats``."""
+        """images [B, 3, H, W] in [0, 1] -> [B], fp32; ``stats`` has the raw scores of the parts."""
         total = images.new_zeros(len(images), dtype=torch.float32)
         scores = score_all([part.reward for part in self.parts], images, prompts)
         for part, raw in zip(self.parts, (one.float() for one in scores), strict=True):
@@ -57,5 +57,5 @@ class Composite:
         return total / sum(part.weight for part in self.parts)
 
     def stats(self) -> Mapping[str, Tensor]:
-        """The mean raw score of each part in the last call, keys reward/COMPOSITE/PART."""
+        """Mean raw score of each part in the last call, under reward/COMPOSITE/PART."""
         return dict(self._last)

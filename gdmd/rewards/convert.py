@@ -1,7 +1,7 @@
-"""Third-party .pt files of reward models -> safetensors in transformers' naming, once, read with ``weights_only=True``.
+"""Convert third-party .pt files of reward models to safetensors with transformers' names, once.
 
-Nothing in a converted folder can run code. The mapping is checked strictly: a key that is missing or left over is an
-error, and a converted network was compared with an independent implementation of the original (tests).
+Files are read with ``weights_only=True``, so nothing in them can run code. A missing or unexpected key is an error, and
+tests compare the converted networks with independent implementations of the originals.
 
   hps, hps_v2   open_clip ViT-H/14 {"state_dict": ...}       -> a folder of ``transformers.CLIPModel``
   imagereward   {"blip.visual_encoder...", "blip.text_encoder...", "mlp.layers..."} -> towers.json + model.safetensors
@@ -10,7 +10,6 @@ error, and a converted network was compared with an independent implementation o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -22,9 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdmd.io import follow_umask
+from gdmd.io import file_hash, follow_umask
 from gdmd.rewards.aesthetic import linear_head
-from gdmd.rewards.weights import CONVERTED, home, place_of, published
+from gdmd.rewards.weights import (
+    CONVERTED,
+    WeightsLocation,
+    cache_dir,
+    locate_weights,
+    pretrained_weights,
+    raw_tokenizer,
+)
 
 Tensors = dict[str, Tensor]
 _BOTH = ("weight", "bias")
@@ -55,11 +61,11 @@ _BLIP_BLOCK = {
     "mlp.fc2": "mlp.fc2",
 }
 _UNUSED = re.compile(r"(blip\.(vision_proj|text_proj)\.|.*position_ids$|attn_mask$)")
-"""Buffers and projections that the score does not use."""
+"""Buffers and projections that do not affect the score."""
 
 
 def read_pt(path: Path) -> Tensors:
-    """The tensors of a .pt file, on the CPU; a file that holds anything but tensors in dictionaries is an error."""
+    """The tensors of a .pt file, on the CPU. ValueError for a file with anything but tensors in dictionaries."""
     if not path.is_file():
         raise ValueError(f"weights {path}: no such file; get it with gdmd rewards fetch")
     try:
@@ -68,11 +74,11 @@ def read_pt(path: Path) -> Tensors:
         raise ValueError(
             f"weights {path} cannot be read as tensors only: {str(error)[:200]}; fetch it again"
         ) from error
-    except Exception as error:  # the unpickler refuses foreign objects with an error of its own module
+    except Exception as error:  # UnpicklingError of a foreign object: its class is in the pickle module
         if type(error).__name__ != "UnpicklingError":
             raise
         raise ValueError(
-            f"weights {path} hold objects that are not tensors, which could run code; refused. Get the published file"
+            f"weights {path} contain objects that are not tensors and could run code; refused. Use the published file"
         ) from error
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
@@ -81,30 +87,30 @@ def read_pt(path: Path) -> Tensors:
 
 
 def clip_from_open_clip(tensors: Mapping[str, Tensor]) -> Tensors:
-    """open_clip's CLIP (text tower at the top level, tower "visual") -> ``transformers.CLIPModel``."""
-    left = _Left(tensors)
+    """open_clip's CLIP (text tower at the top level, image tower "visual") -> ``transformers.CLIPModel``."""
+    remaining = _Remaining(tensors)
     named: Tensors = {}
     for theirs, ours in (("visual.transformer", "vision_model"), ("transformer", "text_model")):
-        for layer in range(left.layers(f"{theirs}.resblocks")):
+        for layer in range(remaining.layers(f"{theirs}.resblocks")):
             source, target = f"{theirs}.resblocks.{layer}", f"{ours}.encoder.layers.{layer}"
             for kind in _BOTH:
-                parts = left.take(f"{source}.attn.in_proj_{kind}").chunk(3)
+                parts = remaining.take(f"{source}.attn.in_proj_{kind}").chunk(3)
                 for letter, part in zip("qkv", parts, strict=True):
                     named[f"{target}.self_attn.{letter}_proj.{kind}"] = part
-            left.rename(named, source, target, _BLOCK)
-    left.rename(named, "", "", _CLIP_REST)
-    named["visual_projection.weight"] = left.take("visual.proj").T
-    named["text_projection.weight"] = left.take("text_projection").T
-    left.finish("an open_clip CLIP")
+            remaining.rename(named, source, target, _BLOCK)
+    remaining.rename(named, "", "", _CLIP_REST)
+    named["visual_projection.weight"] = remaining.take("visual.proj").T
+    named["text_projection.weight"] = remaining.take("text_projection").T
+    remaining.finish("an open_clip CLIP")
     return named
 
 
 def clip_config(tensors: Mapping[str, Tensor], heads: int = 16) -> dict[str, Any]:
-    """The ``CLIPConfig`` of converted tensors, read off their shapes; exact GELU and ``heads`` heads as in ViT-H/14."""
+    """The ``CLIPConfig`` that fits the shapes of converted tensors; exact GELU and ``heads`` heads as in ViT-H/14."""
     patch = tensors["vision_model.embeddings.patch_embedding.weight"]
     words = tensors["text_model.embeddings.token_embedding.weight"]
-    places = tensors["vision_model.embeddings.position_embedding.weight"]
-    side = round((len(places) - 1) ** 0.5)
+    positions = tensors["vision_model.embeddings.position_embedding.weight"]
+    side = round((len(positions) - 1) ** 0.5)
 
     def tower(name: str, width: int) -> dict[str, Any]:
         layers = {key.split(".")[3] for key in tensors if key.startswith(f"{name}.encoder.layers.")}
@@ -129,27 +135,29 @@ def clip_config(tensors: Mapping[str, Tensor], heads: int = 16) -> dict[str, Any
 
 def imagereward_from_blip(tensors: Mapping[str, Tensor]) -> Tensors:
     """ImageReward.pt -> vision.*, text.* (``ImageRewardTowers``) and mlp.* (``linear_head``)."""
-    left = _Left(tensors)
+    remaining = _Remaining(tensors)
     visual = "blip.visual_encoder"
     named: Tensors = {
-        "vision.embeddings.class_embedding": left.take(f"{visual}.cls_token"),
-        "vision.embeddings.position_embedding": left.take(f"{visual}.pos_embed"),
+        "vision.embeddings.class_embedding": remaining.take(f"{visual}.cls_token"),
+        "vision.embeddings.position_embedding": remaining.take(f"{visual}.pos_embed"),
     }
-    left.rename(named, visual, "vision", {"patch_embed.proj": "embeddings.patch_embedding", "norm": "post_layernorm"})
-    for layer in range(left.layers(f"{visual}.blocks")):
-        left.rename(named, f"{visual}.blocks.{layer}", f"vision.encoder.layers.{layer}", _BLIP_BLOCK)
+    remaining.rename(
+        named, visual, "vision", {"patch_embed.proj": "embeddings.patch_embedding", "norm": "post_layernorm"}
+    )
+    for layer in range(remaining.layers(f"{visual}.blocks")):
+        remaining.rename(named, f"{visual}.blocks.{layer}", f"vision.encoder.layers.{layer}", _BLIP_BLOCK)
     for theirs, ours in (("blip.text_encoder.", "text."), ("mlp.layers.", "mlp.")):
-        for key in left.under(theirs):
-            named[ours + key.removeprefix(theirs)] = left.take(key)
-    left.finish("ImageReward")
+        for key in remaining.under(theirs):
+            named[ours + key.removeprefix(theirs)] = remaining.take(key)
+    remaining.finish("ImageReward")
     return named
 
 
 def aesthetic_from_layers(tensors: Mapping[str, Tensor]) -> Tensors:
     """layers.N.weight -> N.weight, as in ``linear_head``."""
-    left = _Left(tensors)
-    named = {key.removeprefix("layers."): left.take(key) for key in left.under("layers.")}
-    left.finish("the aesthetic predictor")
+    remaining = _Remaining(tensors)
+    named = {key.removeprefix("layers."): remaining.take(key) for key in remaining.under("layers.")}
+    remaining.finish("the aesthetic predictor")
     width = named["0.weight"].shape[1] if "0.weight" in named else 0
     want = {key: value.shape for key, value in linear_head(width or 1).state_dict().items()}
     if want != {key: value.shape for key, value in named.items()}:
@@ -157,8 +165,8 @@ def aesthetic_from_layers(tensors: Mapping[str, Tensor]) -> Tensors:
     return named
 
 
-class _Left:
-    """The tensors that nobody has taken yet."""
+class _Remaining:
+    """The tensors that are not converted yet."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = {key: value for key, value in tensors.items() if not _UNUSED.match(key)}
@@ -169,7 +177,7 @@ class _Left:
         return self._tensors.pop(key)
 
     def rename(self, named: Tensors, source: str, target: str, table: Mapping[str, str]) -> None:
-        """Take every entry of the table, a tensor or a layer with weight and bias."""
+        """Take all entries of the table: tensors, or layers with weight and bias."""
         for theirs, ours in table.items():
             alone = _dotted(source, theirs)
             for end in ("",) if alone in self._tensors else _BOTH:
@@ -184,7 +192,7 @@ class _Left:
 
     def finish(self, what: str) -> None:
         if self._tensors:
-            raise ValueError(f"these weights are not {what}: nothing is known of {sorted(self._tensors)[:4]}")
+            raise ValueError(f"these weights are not {what}: unexpected keys {sorted(self._tensors)[:4]}")
 
 
 def _dotted(*parts: str) -> str:
@@ -192,15 +200,15 @@ def _dotted(*parts: str) -> str:
 
 
 def convert(kind: str, source: Path, folder: Path | None = None, tokenizer: str | None = None) -> Path:
-    """Convert a published .pt once and return the folder, ready for ``from_pretrained``.
+    """Convert a published .pt file; returns the folder, ready for ``from_pretrained``.
 
-    tokenizer: folder or hub id whose files are copied in, so that the folder is complete; default: the pinned one.
-    ValueError for a reward that needs no conversion, an unsafe or foreign file, and a folder that is not empty.
+    tokenizer: folder or hub id of the tokenizer that is copied into it; default: the published one, pinned.
+    ValueError for a reward that needs no conversion, an unsafe or unknown file, and a folder that is not empty.
     """
-    known = published(kind)
+    known = pretrained_weights(kind)
     if not known.converted:
         raise ValueError(f"reward {kind} is published as safetensors and needs no conversion; use it by its id")
-    folder = folder or home() / kind
+    folder = folder or cache_dir() / kind
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give another folder with --out, or remove it")
     tensors = read_pt(source)
@@ -214,32 +222,29 @@ def convert(kind: str, source: Path, folder: Path | None = None, tokenizer: str 
     else:
         tensors = clip_from_open_clip(tensors)
         files = {"config.json": clip_config(tensors) | {"model_type": "clip", "architectures": ["CLIPModel"]}}
-    files[CONVERTED] = {"reward": kind, "file": source.name, "sha256": sha256(source), "published": known.weights.name}
-    words = place_of(tokenizer, None, known.tokenizer) if known.tokenizer else None
-    _write(folder, tensors, files, words)
+    files[CONVERTED] = {
+        "reward": kind,
+        "file": source.name,
+        "sha256": file_hash(source),
+        "published": known.weights.name,
+    }
+    location = locate_weights(tokenizer, None, known.tokenizer) if known.tokenizer else None
+    _write(folder, tensors, files, location)
     return folder
 
 
-def _write(whole: Path, tensors: Tensors, files: Mapping[str, Any], words: Any) -> None:
-    """The tokenizer first (it may fail on the network); the folder appears when all of it is written."""
+def _write(whole: Path, tensors: Tensors, files: Mapping[str, Any], tokenizer: WeightsLocation | None) -> None:
+    """Write the tokenizer first (its download may fail); the folder appears once it is complete."""
     from safetensors.torch import save_file
-
-    from gdmd.rewards.weights import raw_tokenizer
 
     folder = whole.absolute().with_name(f".{whole.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if words is not None:
-        raw_tokenizer(words).save_pretrained(str(folder))
+    if tokenizer is not None:
+        raw_tokenizer(tokenizer).save_pretrained(str(folder))
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     plain = {key: value.contiguous().clone() for key, value in tensors.items()}
     save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
     follow_umask(folder / "model.safetensors")
     folder.replace(whole)  # an empty folder may be there
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

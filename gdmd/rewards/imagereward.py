@@ -1,10 +1,10 @@
-"""ImageReward v1: BLIP-large sees the image, BERT reads the prompt with cross-attention to it (arXiv 2304.05977).
+"""ImageReward v1: a BLIP-large image tower, and a BERT that cross-attends to it (arXiv 2304.05977).
 
     score = (MLP(h_[CLS]) - 0.16717362830052426) / 1.0333394966054072
 
-mean and std of the raw score on the authors' validation set, so about N(0, 1) there. The MLP 768-1024-128-64-16-1 has
-dropout in training and no activation. Prompt padded and cut to 35 word pieces. The text tower attends in both
-directions. The authors publish a .pt file: see ``gdmd rewards fetch imagereward`` and ``gdmd rewards convert``.
+The constants are mean and std of the raw score on the authors' validation set. The MLP 768-1024-128-64-16-1 has dropout
+in training and no activations. Prompts are padded and truncated to 35 word pieces; the text tower attends in both
+directions. The authors publish a .pt file: ``gdmd rewards fetch imagereward``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.rewards.aesthetic import linear_head
-from gdmd.rewards.base import HERE, Loaded, Placement, PretrainedReward, Tokenize, already
-from gdmd.rewards.weights import BERT, converted_folder, load_tokenizer, place_of
+from gdmd.rewards.base import DEFAULT_PLACEMENT, Loaded, Placement, PretrainedReward, Tokenize, from_loaded
+from gdmd.rewards.weights import BERT, converted_folder, load_tokenizer, locate_weights
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 TOKENS = 35
@@ -32,7 +32,7 @@ TEXT = {
     "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 512, "hidden_act": "gelu",
     "layer_norm_eps": 1e-12, "pad_token_id": 0, "is_decoder": True,
 }  # fmt: skip
-"""BERT-base; ``is_decoder`` makes the cross-attention weights, the forward pass is called without it."""
+"""BERT-base; ``is_decoder`` creates the cross-attention weights, and the forward pass is called without it."""
 
 
 class ImageRewardTowers(nn.Module):
@@ -46,7 +46,7 @@ class ImageRewardTowers(nn.Module):
         self.text = BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """pixels [b, 3, 224, 224], tokens [b, 35] -> state of [CLS], [b, D]."""
+        """pixels [b, 3, 224, 224], tokens [b, 35] -> hidden state of [CLS], [b, D]."""
         patches = self.vision(pixel_values=pixels).last_hidden_state  # [b, N, D]
         states = self.text(
             input_ids=input_ids,
@@ -55,8 +55,8 @@ class ImageRewardTowers(nn.Module):
             encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device),
             is_decoder=False,
         ).last_hidden_state
-        first: Tensor = states[:, 0]
-        return first
+        cls: Tensor = states[:, 0]
+        return cls
 
 
 class ImageReward(PretrainedReward):
@@ -64,29 +64,27 @@ class ImageReward(PretrainedReward):
 
     @classmethod
     def from_modules(
-        cls, towers: ImageRewardTowers, head: nn.Module, tokenize: Tokenize, placement: Placement = HERE
+        cls, towers: ImageRewardTowers, head: nn.Module, tokenize: Tokenize, placement: Placement = DEFAULT_PLACEMENT
     ) -> ImageReward:
-        """From towers, a head such as ``linear_head`` and a tokenizer of 35 columns; nothing is loaded."""
-        return cls("imagereward", already(towers, tokenize, head), placement)
+        """From towers, a head such as ``linear_head`` and a tokenizer of 35 columns that are already loaded."""
+        return cls("imagereward", from_loaded(towers, tokenize, head), placement)
 
     @classmethod
-    def from_pretrained(cls, path: str | None = None, placement: Placement = HERE) -> ImageReward:
+    def from_pretrained(cls, path: str | None = None, placement: Placement = DEFAULT_PLACEMENT) -> ImageReward:
         """From a converted folder (default: the one ``gdmd rewards convert imagereward`` writes)."""
         folder = converted_folder("imagereward", path)
-        place = place_of(str(folder), None, BERT)
+        location = locate_weights(str(folder), None, BERT)
 
         def load() -> Loaded:
             from safetensors.torch import load_file
 
             config = json.loads((folder / "towers.json").read_text(encoding="utf-8"))
-            towers, head = (
-                ImageRewardTowers(config["vision"], config["text"]),
-                linear_head(config["text"]["hidden_size"]),
-            )
+            towers = ImageRewardTowers(config["vision"], config["text"])
+            head = linear_head(config["text"]["hidden_size"])
             tensors = load_file(folder / "model.safetensors")
             head.load_state_dict({key[4:]: tensors.pop(key) for key in list(tensors) if key.startswith("mlp.")})
             towers.load_state_dict(tensors)
-            return Loaded(towers, load_tokenizer(place, TOKENS), head)
+            return Loaded(towers, load_tokenizer(location, TOKENS), head)
 
         return cls("imagereward", load, placement)
 
@@ -95,6 +93,6 @@ class ImageReward(PretrainedReward):
         return int(net.vision.config.image_size)
 
     def _formula(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
-        first: Tensor = self.loaded.net(pixels.to(self.placement.dtype), **self._tokens(texts))
-        raw: Tensor = self._head(first.float())[:, 0]
+        cls: Tensor = self.loaded.net(pixels.to(self.placement.dtype), **self._tokens(texts))
+        raw: Tensor = self._head(cls.float())[:, 0]
         return (raw - MEAN) / STD

@@ -1,15 +1,15 @@
-"""OCR: is the text that the prompt asks for in quotes what can be read in the image? (arXiv 2505.05470, text rendering)
+"""OCR: does the image show the text that the prompt quotes? (arXiv 2505.05470, text rendering)
 
-    score = max(0, 1 - d / n)    in [0, 1]; 1 = letter by letter
+    score = max(0, 1 - d / n)    in [0, 1]; 1 = exact match
 
-  n  characters of the text asked for
-  d  edit distance (insertions, deletions, substitutions) between it and what the reader reads
+  n  characters of the requested text
+  d  edit distance (insertions, deletions, substitutions) between it and the text that the OCR model reads
 
-Both texts are compared after NFKC, with straight quotes and hyphens, without case and without white space; other
-punctuation counts. Several quoted pieces of a prompt are one text, in their order. Apostrophes quote nothing.
-other_text "error": what the image says beyond the text asked for counts in d, so that walls of letters gain nothing;
-"free": d is that of the best-matching stretch of what was read, for scenes that may hold other signs.
-A prompt without quoted text is not scored (NaN): it asks nothing that a reader could judge. Not differentiable.
+Both texts are normalized: NFKC, straight quotes and hyphens, no case, no white space; other punctuation counts. Several
+quoted parts of a prompt are joined in order. Apostrophes are not quotes.
+other_text "error": text beyond the requested one counts in d, so filling the image with letters gains nothing;
+"free": d is that of the best-matching substring, for scenes that may contain other signs.
+A prompt without quoted text is not scored (NaN). Not differentiable.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from gdmd.rewards.base import HERE, Placement
-from gdmd.rewards.preprocessing import check_images, to_pil
-from gdmd.rewards.weights import OCR, ReadingNet, load_reader, place_of
+from gdmd.rewards.base import DEFAULT_PLACEMENT, Placement
+from gdmd.rewards.preprocessing import check_finite_images, check_images, to_pil
+from gdmd.rewards.weights import OCR, OcrModel, load_ocr_model, locate_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from gdmd.types import PromptBatch
 
 Read = Callable[["Image"], str]
-"""What is written in an 8-bit image; "" where nothing is."""
+"""The text in an 8-bit image; "" if there is none."""
 OtherText = Literal["error", "free"]
 _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»|「([^」]+)」')
 _ALIKE = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "‐": "-", "‑": "-", "–": "-", "—": "-"})
@@ -41,20 +41,20 @@ _END_OF_TURN = "<|im_end|>"
 
 
 def asked_text(prompt: str) -> str:
-    """The quoted pieces of a prompt, joined by spaces; "" where there is none. Quotes: "..." “...” „...“ «...» 「...」"""
+    """The quoted parts of a prompt, joined by spaces; "" if there are none. Quotes: "..." “...” „...“ «...» 「...」"""
     return " ".join(next(filter(None, found.groups())) for found in _QUOTED.finditer(prompt))
 
 
 def normalized(text: str) -> str:
-    """The letters that are compared: NFKC, straight quotes and hyphens, no case, no white space."""
+    """The characters that are compared: NFKC, straight quotes and hyphens, no case, no white space."""
     return "".join(unicodedata.normalize("NFKC", text).translate(_ALIKE).casefold().split())
 
 
 def edit_distance(asked: str, read: str, anywhere: bool = False) -> int:
-    """Fewest insertions, deletions and substitutions from ``read`` (or its best stretch) to ``asked``."""
+    """Fewest insertions, deletions and substitutions from ``read`` (``anywhere``: its best substring) to ``asked``."""
     row = [0] * (len(read) + 1) if anywhere else list(range(len(read) + 1))
-    for place, letter in enumerate(asked, 1):
-        above, row = row, [place]
+    for line, letter in enumerate(asked, 1):
+        above, row = row, [line]
         for column, other in enumerate(read, 1):
             row.append(min(above[column] + 1, row[-1] + 1, above[column - 1] + (letter != other)))
     return min(row) if anywhere else row[-1]
@@ -69,101 +69,107 @@ def ocr_score(prompt: str, read: str, other_text: OtherText = "error") -> float:
 
 
 class OcrReward:
-    """A reader as a ``Reward``. Images whose prompt quotes no text are not read."""
+    """An OCR function as a ``Reward``. Images whose prompt quotes no text are not read."""
 
     name = "ocr"
     differentiable = False
 
     def __init__(self, read: Read, other_text: OtherText = "error") -> None:
         self.read, self.other_text = read, other_text
-        self._seen = self._unasked = 0
+        self._total = self._without_text = 0
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> [B] in [0, 1]; NaN where the prompt quotes no text."""
+        """images [B, 3, H, W] in [0, 1] -> [B] in [0, 1]; NaN if the prompt quotes no text."""
         check_images(self.name, images, len(prompts))
-        if not torch.isfinite(images).all():
-            bad = torch.nonzero(~torch.isfinite(images).flatten(1).all(1))[:, 0].tolist()
-            raise ValueError(f"ocr got images that are not finite at samples {bad}; look at the decoder")
+        check_finite_images(self.name, images)
         return self.score_pil(to_pil(images), prompts.text).to(images.device)
 
     def score_pil(self, images: Sequence[Image], texts: Sequence[str]) -> Tensor:
-        """8-bit images -> [N], fp32, on the CPU; what ``score`` gives for them."""
-        asks = [bool(normalized(asked_text(text))) for text in texts]
-        self._seen, self._unasked = self._seen + len(asks), self._unasked + asks.count(False)
+        """8-bit images -> [N], fp32, on the CPU; the same scores as ``score``."""
+        quotes = [bool(normalized(asked_text(text))) for text in texts]
+        self._total, self._without_text = self._total + len(quotes), self._without_text + quotes.count(False)
         scores = [
-            ocr_score(text, self._words(image), self.other_text) if asked else math.nan
-            for image, text, asked in zip(images, texts, asks, strict=True)
+            ocr_score(text, self._read(image), self.other_text) if quoted else math.nan
+            for image, text, quoted in zip(images, texts, quotes, strict=True)
         ]
         return torch.tensor(scores, dtype=torch.float32)
 
     def stats(self) -> Mapping[str, Tensor]:
-        """Share of images whose prompt quoted no text, since the start."""
-        return {f"reward/{self.name}/unasked": torch.tensor(self._unasked / max(self._seen, 1))}
+        """Fraction of images so far whose prompt quotes no text."""
+        return {f"reward/{self.name}/unasked": torch.tensor(self._without_text / max(self._total, 1))}
 
     def unscored_because(self) -> str:
-        share = self._unasked / max(self._seen, 1)
-        return f"{share:.0%} of the images have a prompt that quotes no text to read" if self._unasked else ""
+        share = self._without_text / max(self._total, 1)
+        return f"{share:.0%} of the images have a prompt that quotes no text" if self._without_text else ""
 
-    def _words(self, image: Image) -> str:
-        words = self.read(image)
-        if not isinstance(words, str):
-            raise ValueError(f"the text reader gave a {type(words).__name__} for an image; it must return a string")
-        return words
+    def _read(self, image: Image) -> str:
+        text = self.read(image)
+        if not isinstance(text, str):
+            raise ValueError(f"the text reader returned a {type(text).__name__} for an image; it must return a string")
+        return text
 
 
-class Reader:
-    """A frozen image-to-text model of transformers as image -> text, one image at a time, greedily.
+class OcrReader:
+    """A frozen image-to-text model of transformers as image -> text: one image at a time, greedy decoding.
 
-    For a model that reads whole scenes (GOT-OCR 2.0, arXiv 2409.01704). One that reads a single cropped line (TrOCR)
-    loads and runs as well, but suits images that are one line of text only.
+    For models that read whole scenes (GOT-OCR 2.0, arXiv 2409.01704). A line reader (TrOCR) also runs, but suits only
+    images of a single line of text.
     """
 
-    def __init__(self, load: Callable[[], ReadingNet], placement: Placement = HERE, tokens: int = 128) -> None:
+    def __init__(
+        self, load: Callable[[], OcrModel], placement: Placement = DEFAULT_PLACEMENT, tokens: int = 128
+    ) -> None:
         self._load, self.placement, self.tokens = load, placement, tokens
-        self._parts: ReadingNet | None = None
+        self._parts: OcrModel | None = None
 
     @classmethod
-    def from_modules(cls, net: Any, processor: Any, placement: Placement = HERE, tokens: int = 128) -> Reader:
-        """From a model with ``generate`` and its processor; nothing is loaded."""
-        return cls(lambda: ReadingNet(net, processor), placement, tokens)
+    def from_modules(
+        cls, net: Any, processor: Any, placement: Placement = DEFAULT_PLACEMENT, tokens: int = 128
+    ) -> OcrReader:
+        """From a loaded model with ``generate`` and its processor."""
+        return cls(lambda: OcrModel(net, processor), placement, tokens)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | None = None, revision: str | None = None, placement: Placement = HERE, tokens: int = 128
-    ) -> Reader:
+        cls,
+        path: str | None = None,
+        revision: str | None = None,
+        placement: Placement = DEFAULT_PLACEMENT,
+        tokens: int = 128,
+    ) -> OcrReader:
         """From a folder (no network) or a hub id; default: GOT-OCR 2.0 at a pinned commit."""
-        place = place_of(path, revision, OCR)
-        return cls(lambda: load_reader(place, placement), placement, tokens)
+        location = locate_weights(path, revision, OCR)
+        return cls(lambda: load_ocr_model(location, placement), placement, tokens)
 
     @property
-    def parts(self) -> ReadingNet:
+    def parts(self) -> OcrModel:
         """Network and processor, loaded and frozen on first use."""
         if self._parts is None:
-            found = self._load()
-            found.net.to(self.placement.device, self.placement.dtype).eval().requires_grad_(False)
-            self._parts = found
+            model = self._load()
+            model.net.to(self.placement.device, self.placement.dtype).eval().requires_grad_(False)
+            self._parts = model
         return self._parts
 
     @torch.no_grad()
     def __call__(self, image: Image) -> str:
-        """What is written in the image; at most ``tokens`` tokens of it are read."""
+        """The text in the image, at most ``tokens`` tokens of it."""
         net, processor = self.parts.net, self.parts.processor
-        given = {
+        inputs = {
             key: value.to(self.placement.device, self.placement.dtype if value.is_floating_point() else None)
             for key, value in processor(images=image.convert("RGB"), return_tensors="pt").items()
         }
-        words = processor.tokenizer
+        tokenizer = processor.tokenizer
         ids = net.generate(
-            **given, max_new_tokens=self.tokens, do_sample=False, num_beams=1,
-            eos_token_id=_ends(words), pad_token_id=words.pad_token_id,
+            **inputs, max_new_tokens=self.tokens, do_sample=False, num_beams=1,
+            eos_token_id=_end_tokens(tokenizer), pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        prefix = 0 if net.config.is_encoder_decoder else given["input_ids"].shape[1]
-        text: str = words.decode(ids[0, prefix:], skip_special_tokens=True)
+        prefix = 0 if net.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        text: str = tokenizer.decode(ids[0, prefix:], skip_special_tokens=True)
         return text.strip()
 
 
-def _ends(words: Any) -> list[int]:
-    """Tokens that end a reading: the tokenizer's own end, and the end of a turn where it knows one."""
-    turn = words.convert_tokens_to_ids(_END_OF_TURN)
-    found = {words.eos_token_id} | ({turn} if turn != words.unk_token_id else set())
-    return sorted(found - {None})
+def _end_tokens(tokenizer: Any) -> list[int]:
+    """Tokens that end the text: the end of the sequence, and the end of a turn if the tokenizer has one."""
+    turn = tokenizer.convert_tokens_to_ids(_END_OF_TURN)
+    ends = {tokenizer.eos_token_id} | ({turn} if turn != tokenizer.unk_token_id else set())
+    return sorted(ends - {None})

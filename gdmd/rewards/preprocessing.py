@@ -1,12 +1,12 @@
-"""Images as reward models see them: one description of a preprocessing, two implementations of it.
+"""Image preprocessing of the reward models, in two implementations.
 
-  ``Preprocess.pil``     PIL on 8-bit images, what the models' authors ran: for numbers that are reported
-  ``Preprocess.tensor``  torch on [0, 1] floats, differentiable: for training
+  ``Preprocess.pil``     PIL on 8-bit images, as the models' authors ran it: for reported numbers
+  ``Preprocess.tensor``  torch on floats in [0, 1], differentiable: for training
 
-fit "crop": shortest side to ``size`` (bicubic, antialias), then the center square; CLIP, PickScore, ImageReward.
-fit "pad":  longest side to ``size``, then zeros around it to a square, before the normalization; HPSv2.
-On 8-bit images the two paths of "crop" differ by the rounding of PIL's two 8-bit passes alone (mean below 0.35/255, at
-most 1.5/255 per value, before the division by std); of "pad" they are the same function.
+fit "crop": resize the shortest side to ``size`` (bicubic, antialias), then center crop; CLIP, PickScore, ImageReward.
+fit "pad":  resize the longest side to ``size``, then pad with zeros to a square, before normalization; HPSv2.
+For "crop" on 8-bit images the two differ only by the rounding of PIL's two 8-bit passes (mean below 0.35/255, at most
+1.5/255 per value, before the division by std); for "pad" they are the same function.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes the input of a vision tower, [B, 3, size, size].
+    """Images to the input of a vision tower, [B, 3, size, size].
 
-    corner: where the center square begins when an odd number of pixels is cut: "round" (half to even, torchvision: the
-    originals of CLIP and ImageReward) or "floor" (transformers: the original of PickScore). Equal for even numbers.
+    corner: rounding of the crop's offset when an odd number of pixels is cropped: "round" (half to even, as torchvision
+    does for CLIP and ImageReward) or "floor" (as transformers does for PickScore). The same for even numbers.
     """
 
     size: int = 224
@@ -46,12 +46,12 @@ class Preprocess:
     def tensor(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B, 3, size, size], fp32, with gradient to the images.
 
-        fp32 whatever the input is: the bicubic kernel with antialias has no bf16 version on the CPU.
+        Always in fp32: the antialiased bicubic kernel has no bf16 version on the CPU.
         """
         height, width = self._resized(images.shape[-2], images.shape[-1])
         if self.fit == "pad":
             return self._normalized(_padded(_bicubic(images.float(), (height, width)), self.size))
-        # PIL resizes the rows, then the columns; bicubic overshoots at edges, and its 8-bit images cannot
+        # PIL resizes rows, then columns, and clips after each: bicubic overshoots at edges, 8-bit values cannot
         narrow = _bicubic(images.float(), (images.shape[-2], width)).clamp(0, 1)
         small = _bicubic(narrow, (height, width)).clamp(0, 1)
         top, left = self._corner(height), self._corner(width)
@@ -59,7 +59,7 @@ class Preprocess:
 
     def pil(self, images: Sequence[Image]) -> Tensor:
         """PIL images of any size and mode -> [B, 3, size, size], fp32."""
-        if self.fit == "pad":  # the original makes a float tensor first and resizes that
+        if self.fit == "pad":  # the original converts to a float tensor before it resizes
             return torch.cat([self.tensor(from_pil([image])) for image in images])
         return self._normalized(torch.cat([from_pil([self._cropped(image)]) for image in images]))
 
@@ -72,7 +72,7 @@ class Preprocess:
         return small.crop((left, top, left + self.size, top + self.size))
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) after the resize. Sides are cut to whole pixels (crop) or rounded (pad), as the originals do."""
+        """(height, width) after the resize; sides are truncated (crop) or rounded (pad), as in the originals."""
         if self.fit == "pad":
             scale = self.size / max(height, width)
             return max(1, round(height * scale)), max(1, round(width * scale))
@@ -96,7 +96,7 @@ def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _padded(images: Tensor, size: int) -> Tensor:
-    """Zeros around the image; an odd pixel goes below and to the right."""
+    """Pad with zeros to a square; an odd pixel goes to the bottom and right."""
     down, right = size - images.shape[-2], size - images.shape[-1]
     return F.pad(images, (right // 2, right - right // 2, down // 2, down - down // 2))
 
@@ -110,11 +110,11 @@ def from_pil(images: Sequence[Image]) -> Tensor:
 
 
 def to_pil(images: Tensor) -> list[Image]:
-    """[B, 3, H, W] in [0, 1] -> 8-bit images as they would be saved (rounded to the nearest of 256 levels)."""
+    """[B, 3, H, W] in [0, 1] -> 8-bit images as they would be saved (rounded to 256 levels)."""
     from PIL import Image as pillow
 
     levels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [pillow.fromarray(one) for one in levels]
+    return [pillow.fromarray(image) for image in levels]
 
 
 def check_images(name: str, images: Tensor, prompts: int) -> None:
@@ -131,12 +131,19 @@ def check_images(name: str, images: Tensor, prompts: int) -> None:
 def check_finite(name: str, scores: Tensor, texts: Sequence[str]) -> None:
     """ValueError that names the samples (position and prompt) whose score is NaN or infinite."""
 
-    def refusal(bad: list[int]) -> ValueError:
-        named = ", ".join(f"{place} ({texts[place][:40]!r})" for place in bad[:8])
+    def error(bad: list[int]) -> ValueError:
+        shown = ", ".join(f"{index} ({texts[index][:40]!r})" for index in bad[:8])
         more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
         return ValueError(
-            f"{name} gave a score that is not finite at samples {named}{more}; the images there hold NaN or infinity, "
-            "or the weights do not fit their dtype: look at the decoder, and try dtype fp32"
+            f"{name} gave a score that is not finite at samples {shown}{more}: their images contain NaN or infinity, or "
+            "the weights overflow in their dtype. Check the decoder, and try dtype fp32"
         )
 
-    raise_where(~torch.isfinite(scores.detach()), refusal)
+    raise_where(~torch.isfinite(scores.detach()), error)
+
+
+def check_finite_images(name: str, images: Tensor) -> None:
+    """ValueError that names the samples whose images contain NaN or infinity. Waits for the device."""
+    if not torch.isfinite(images).all():
+        bad = torch.nonzero(~torch.isfinite(images).flatten(1).all(1))[:, 0].tolist()
+        raise ValueError(f"{name} got images that are not finite at samples {bad}; check the decoder")

@@ -1,4 +1,4 @@
-"""The evaluation of a sampler on the Shapes world: ShapesEval, reward models, fidelity, coverage, diversity, speed."""
+"""Evaluate a sampler on the Shapes world: ShapesEval, reward models, fidelity, coverage, diversity, speed."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ SCORED = 256
 
 
 class FeatureReward(Reward, Protocol):
-    """A reward whose image tower can be used on its own."""
+    """A reward whose image features can be used separately."""
 
     def image_features(self, images: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one sampler reached on the fixed evaluation set; ``json`` is its public form.
+    """Results of one sampler on the fixed evaluation set; ``json`` is the public form.
 
     interval: 95 % prompt-cluster bootstrap of the overall ShapesEval. frechet: against real renders of the same captions.
     """
@@ -59,7 +59,7 @@ class Evaluation:
     correct: Tensor = field(repr=False)  # [N] bool
 
     def json(self) -> dict[str, Any]:
-        """Plain data; a number that does not exist (no image to measure it on) is null."""
+        """Plain data; null for a number that could not be measured (no images)."""
         names = ("shapeseval", "rewards", "fidelity", "coverage", "diversity", "frechet")
         costs = ("nfe", "images_per_s", "images_per_s_decoded", "interval")
         measured: dict[str, Any] = finite_or_none({name: getattr(self, name) for name in (*names, *costs)})
@@ -69,9 +69,9 @@ class Evaluation:
 def evaluate(
     sampler: Sampler, components: Components, cfg: EvalConfig, scorers: Sequence[Reward], split: Split = "eval"
 ) -> Evaluation:
-    """Make ``cfg.images`` images of each caption of the fixed set and measure them all.
+    """Generate ``cfg.images`` images of each caption of the fixed set and measure them all.
 
-    scorers: must hold the held-out dual encoder, whose features are used; all of them are reported.
+    scorers: all are reported; the held-out dual encoder, whose features are used, must be among them.
     """
     features = _features(scorers)
     rows = fixed_rows(split, cfg.per_task).repeat_interleave(cfg.images)
@@ -115,9 +115,9 @@ def mean_score(scorer: Reward, images: Tensor, texts: Sequence[str], encoder: Te
 def bootstrap_interval(
     correct: Tensor, task: Tensor, texts: Sequence[str], seed: int = 0, replicates: int = REPLICATES
 ) -> tuple[float, float]:
-    """95 % interval of the mean of task means when prompts are drawn anew. correct [N] bool, task [N].
+    """95 % bootstrap interval of the mean of task means. correct [N] bool, task [N].
 
-    Images of one caption succeed or fail together, so whole captions are resampled, within their task.
+    Images of one caption are correlated, so whole captions are resampled, within their task.
     """
     rng, captions = np.random.default_rng(seed), np.array(texts)
     drawn = []

@@ -27,6 +27,7 @@ from gdmd.hub import unreachable
 from gdmd.io import RunError
 from gdmd.models.distilled import why_distilled
 from gdmd.models.loading import (
+    DTYPES,
     FAMILIES,
     check_libraries,
     check_t5,
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 BINNING = "use_resolution_binning"
 """Argument of pipelines that replace the size asked for by one of a table, and scale the image back."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNKEYED = (
     *(torch.normal, torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.bernoulli),
     *(torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.random_, torch.Tensor.bernoulli_),

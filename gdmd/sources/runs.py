@@ -16,7 +16,7 @@ from gdmd.diffusion.generate import Sampler
 from gdmd.diffusion.rng import SampleRng
 from gdmd.recipes.build import Components
 from gdmd.recipes.contents import base_content, checkpoint_content
-from gdmd.recipes.long_prompts import warn_of_lab
+from gdmd.recipes.long_prompts import warn_long_prompts
 from gdmd.recipes.open_run import image_batch, open_named
 from gdmd.recipes.run_folders import TEACHERS
 from gdmd.runs.run_folder import config_hash
@@ -71,7 +71,7 @@ class RunSource:
     def check(self, texts: Sequence[str]) -> None:
         for text in texts if self.info.shapes else ():
             tokenize(text)
-        warn_of_lab(self.components, texts)
+        warn_long_prompts(self.components, texts)
 
     @torch.no_grad()
     def generate(self, slots: Sequence[ImageSlot], seed: int) -> list[Image]:

@@ -92,8 +92,8 @@ def win_matrix(models: int, firsts: Sequence[int], seconds: Sequence[int], score
     return matrix
 
 
-def has_strengths(wins: Floats) -> bool:
-    """Ford's condition (1957): the maximum exists where no group of models lost (or won) every vote against the rest."""
+def has_maximum(wins: Floats) -> bool:
+    """Whether the Bradley-Terry likelihood has one: no group of models lost, or won, every vote against the rest."""
     count = len(wins)
     reach = (wins > 0) | np.eye(count, dtype=bool)
     for middle in range(count):
@@ -102,22 +102,22 @@ def has_strengths(wins: Floats) -> bool:
 
 
 def bradley_terry(wins: Floats) -> Floats:
-    """Log strengths, mean 0, of P(i beats j) = s_i / (s_i + s_j); [..., models, models] -> [..., models].
+    """Log scores, mean 0, of P(i beats j) = s_i / (s_i + s_j); [..., models, models] -> [..., models].
 
-    MM iteration (Hunter 2004, equation 3): s_i <- w_i / sum_j n_ij / (s_i + s_j). The caller asks ``has_strengths``
-    first; ValueError where it has not converged.
+    MM iteration (Hunter 2004, equation 3): s_i <- w_i / sum_j n_ij / (s_i + s_j). Check ``has_maximum`` first; ValueError
+    if the iteration does not converge.
     """
     games, total = wins + np.swapaxes(wins, -1, -2), wins.sum(-1)
-    strengths = np.ones(wins.shape[:-1])
+    scores = np.ones(wins.shape[:-1])
     for _ in range(_ITERATIONS):
-        sums = strengths[..., :, None] + strengths[..., None, :]
+        sums = scores[..., :, None] + scores[..., None, :]
         fresh = total / (games / sums).sum(-1)
         fresh /= np.exp(np.log(fresh).mean(-1, keepdims=True))
-        change = np.abs(np.log(fresh / strengths)).max()
-        strengths = fresh
+        change = np.abs(np.log(fresh / scores)).max()
+        scores = fresh
         if change < _CLOSE:
-            return np.log(strengths)
-    raise ValueError("the Bradley-Terry strengths have not converged: one model wins or loses almost every vote")
+            return np.log(scores)
+    raise ValueError("the Bradley-Terry scores have not converged: one model wins or loses almost every vote")
 
 
 def krippendorff_alpha(units: Sequence[Sequence[str]]) -> float:
@@ -126,7 +126,7 @@ def krippendorff_alpha(units: Sequence[Sequence[str]]) -> float:
         alpha = 1 - D_o / D_e,   D_o = sum_u (pairs of unequal answers in u) / (m_u - 1) / n,
         D_e = sum_{c != k} n_c n_k / (n (n - 1))
 
-    over units with at least two answers (Krippendorff 2011, "Computing Krippendorff's alpha-reliability"). NaN where
+    over units with at least two answers (Krippendorff 2011, "Computing Krippendorff's alpha-reliability"). NaN if
     no unit has two answers, or all answers are the same.
     """
     counts = [Counter(unit) for unit in units if len(unit) > 1]

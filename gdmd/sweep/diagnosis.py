@@ -22,11 +22,11 @@ from gdmd.runs.run_folder import Run
 from gdmd.shapes.evaluate import HELDOUT, evaluate
 from gdmd.shapes.grammar import Split
 from gdmd.sweep.divergence import apply_iteration, divergence, fixed_states, realized_change, student_gradient
-from gdmd.training.distributed import SINGLE
+from gdmd.training.distributed import SINGLE_PROCESS
 from gdmd.training.ema import load_named
 from gdmd.training.optimizer import lr_factor
 from gdmd.training.role_state import RoleState, role_states
-from gdmd.training.warm_start import begin_from
+from gdmd.training.warm_start import warm_start
 from gdmd.types import PromptBatch, Reward, Role, Update
 
 ROLES: tuple[Role, Role] = ("student", "fake")
@@ -114,7 +114,9 @@ def restore(components: Components, saved: checkpoint.Checkpoint) -> None:
 def begin(components: Components, cfg: RunConfig) -> None:
     """Load the weights that the training started from: the teacher's, or those of a first stage."""
     if cfg.loop.start_from:
-        begin_from(cfg.loop.start_from, role_states(components.roles, cfg.loop), SINGLE, cfg.model_dump(mode="json"))
+        warm_start(
+            cfg.loop.start_from, role_states(components.roles, cfg.loop), SINGLE_PROCESS, cfg.model_dump(mode="json")
+        )
 
 
 def draws(components: Components, cfg: RunConfig, step: int) -> tuple[PromptBatch, SampleRng]:

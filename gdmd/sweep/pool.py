@@ -6,23 +6,20 @@ and each training handles a signal at the end of an iteration.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
-from types import FrameType
 from typing import IO, Any
 
 from gdmd.config.load import dump_config
 from gdmd.io import RunError, append_jsonl, read_json, typed, write_atomic, writing
+from gdmd.runs.process import folder_lock, stop_signals
 from gdmd.sweep.runs import (
     GRIDS,
     SweepRun,
@@ -38,7 +35,7 @@ from gdmd.sweep.runs import (
     with_first_stages,
 )
 from gdmd.sweep.spec import Sweep
-from gdmd.training.rank import module_words
+from gdmd.training.rank import module_arguments
 
 Say = Callable[[str], None]
 POLL, PATIENCE = 0.1, 120.0
@@ -102,13 +99,13 @@ def run_sweep(
         )
     with writing("the sweep", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with folder_lock(folder / ".lock", f"{folder}: another gdmd sweep is running there; wait for it or use --out"):
         write_atomic(folder / "sweep.yaml", dump_config(sweep.config), "the sweep config")
         table = Table(folder, source)
         outcome = Outcome(folder, len(wanted))
         todo = _unfinished(wanted, folder, table, outcome)
         say(f"{len(wanted)} runs, {outcome.cached} already finished, {len(todo)} to do, {jobs} at once, in {folder}")
-        with _stop_signals() as stopped:
+        with stop_signals() as stopped:
             _Pool(folder, jobs, table, wanted, outcome, say, show).run(todo, stopped)
             outcome.signal = stopped[0] if stopped else None
         if outcome.signal is None and not _images_drawn(sweep, folder):
@@ -260,7 +257,7 @@ def _images_drawn(sweep: Sweep, folder: Path) -> bool:
 def _worker(module: str, folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
     """A process in a separate session, so that Ctrl-C reaches only us, and we pass it on. It exits when we are gone."""
     return subprocess.Popen(
-        [sys.executable, *module_words(module), str(folder), str(os.getpid())],
+        [sys.executable, *module_arguments(module), str(folder), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
@@ -285,36 +282,3 @@ def _reason(log: Path) -> str:
     printed = [line for line in lines if line.strip()]
     errors = [line for line in printed if line.startswith("error: ")]
     return shorten((errors or printed or [""])[-1].removeprefix("error: "), 200)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One sweep per folder at a time."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{folder}: another gdmd sweep is running there; wait for it or use --out") from error
-        yield
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that receives the first SIGINT or SIGTERM; the second one has its usual effect."""
-    stopped: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        stopped.append(number)
-        restore()
-
-    for number in before:
-        signal.signal(number, on_signal)
-    try:
-        yield stopped
-    finally:
-        restore()

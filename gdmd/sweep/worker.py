@@ -7,16 +7,11 @@ Reads job.json, trains (or resumes) run/, evaluates, and writes result.json last
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import resource
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +24,7 @@ from gdmd.methods.pass_counter import Counted
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.open_run import load_ema, student_row
 from gdmd.runs import checkpoint
+from gdmd.runs.process import folder_lock, stop_with_parent
 from gdmd.runs.run_folder import Run, check_same_config, commit, create, open_run, read_metrics, versions
 from gdmd.shapes.evaluate import evaluate
 from gdmd.sweep.budgets import iterations
@@ -45,9 +41,9 @@ KEPT = ("weight/", "reward/", "histogram/", "latent/", "gap/")
 def main(folder: Path, parent: int | None = None) -> int:
     """Finish the run of a folder; returns the exit code. parent: exit when this process is gone."""
     if parent is not None:
-        _stop_with(parent)
+        stop_with_parent(parent)
     torch.set_num_threads(1)
-    with _alone(folder):
+    with folder_lock(folder / "lock"):  # a worker whose sweep was killed may still be saving
         if (folder / "result.json").exists():
             return 0
         try:
@@ -148,7 +144,7 @@ def statistics_of(run: Run) -> dict[str, float]:
 
 
 def memory_mib() -> float:
-    """Peak memory of this process, or of its GPU where it has one."""
+    """Peak memory of the GPU, or of this process if there is none."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -183,28 +179,6 @@ def _remove(path: Path) -> None:
     import shutil
 
     shutil.rmtree(path)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process works on this run: one whose sweep was killed may still be saving."""
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _stop_with(parent: int) -> None:
-    """Send SIGTERM to ourselves, which saves a checkpoint, when the sweep that started us is gone.
-
-    Its id is an argument: if the sweep exits before we could ask for it, our parent is already another process.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzzing import CASES, mutated, refusal
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gdmd.data.prompt_files import LONGEST_PROMPT
 from gdmd.data.prompts import PromptStream, batch_of, read_prompts
@@ -54,6 +57,13 @@ def test_a_jsonl_file_has_one_object_a_line(tmp_path: Path) -> None:
         ("p.jsonl", '"a ring"', "line 1: expected"),
         ("p.jsonl", '{"prompt": " "}', "line 1: the prompt is empty"),
         ("p.jsonl", json.dumps({"prompt": "x" * 10_000}), "line 1: 10000 characters"),
+        ("p.txt", "a\n\nä\0", "line 3: the character U+0000"),
+        ("p.txt", "a ring\n".encode("utf-16-le"), "line 1: the character U+0000"),
+        ("p.txt", "a\n\ufeffb", "line 2: the character U+FEFF"),
+        ("p.jsonl", r'{"prompt": "\ud800"}', "U+D800"),
+        ("p.jsonl", r'{"prompt": "a\u0000"}', "U+0000"),
+        ("p.jsonl", "[" * 100_000, "line 1: cannot be read as JSON"),
+        ("p.jsonl", '{"prompt": ' + "9" * 5000 + "}", "line 1: cannot be read as JSON"),
     ],
 )
 def test_a_bad_prompt_file_is_one_clear_error(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -61,6 +71,25 @@ def test_a_bad_prompt_file_is_one_clear_error(tmp_path: Path, name: str, content
     with pytest.raises(ValueError) as caught:
         read_prompts(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_line_separator_inside_a_prompt_is_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", '\ufeff{"prompt": "a\u2028b"}\n')
+    assert read_prompts(path).texts == ("a\u2028b",)
+
+
+PIECES = st.sampled_from([b"", b"\n", b"\r", b"\r\n\r\n", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"}"])
+ORIGINALS = ["a red ring\nzwei Ringe \u00e4\n\u4e00\n".encode(), b'{"prompt": "a"}\n{"prompt": "b"}\n']
+
+
+@CASES
+@given(content=mutated(ORIGINALS, PIECES) | st.binary(), suffix=st.sampled_from([".txt", ".jsonl"]))
+def test_a_damaged_file_loses_no_line(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
+    path = write(tmp_path_factory.mktemp("prompts") / f"p{suffix}", content)
+    found: list[str] = []
+    if not refusal(lambda: found.extend(read_prompts(path).texts)):
+        lines = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r", b"\n").decode().split("\n")
+        assert len(found) == sum(bool(line.strip()) for line in lines)
 
 
 def test_a_missing_file_or_a_folder_is_one_clear_error(tmp_path: Path) -> None:

@@ -24,13 +24,13 @@ from gdmd.evaluation.geneval import (
 )
 from gdmd.evaluation.geneval_scores import read_metadata
 from gdmd.rewards.geneval.detector import Detections
-from gdmd.rewards.geneval.rules import Found, Task, Wanted, as_row
+from gdmd.rewards.geneval.rules import DetectedObject, Requirement, Task, as_row
 from gdmd.sources.base import SourceInfo
 
 TASKS = (
-    Task("single_object", "a photo of a dog", (Wanted("dog", 1),)),
-    Task("colors", "a photo of a red dog", (Wanted("dog", 1, "red"),)),
-    Task("counting", "a photo of two dogs", (Wanted("dog", 2),), (Wanted("dog", 3),)),
+    Task("single_object", "a photo of a dog", (Requirement("dog", 1),)),
+    Task("colors", "a photo of a red dog", (Requirement("dog", 1, "red"),)),
+    Task("counting", "a photo of two dogs", (Requirement("dog", 2),), (Requirement("dog", 3),)),
 )
 
 
@@ -55,7 +55,9 @@ class OneDog:
         if self.calls > self.stop_after:
             raise KeyboardInterrupt
         number = image.getpixel((0, 0))[1]  # type: ignore[index]
-        dogs = [Found((0.0, 0.0, 2.0, 2.0), 0.95, 0), Found((2.0, 2.0, 4.0, 4.0), 0.93, 1)][: 1 + number % 2]
+        dogs = [DetectedObject((0.0, 0.0, 2.0, 2.0), 0.95, 0), DetectedObject((2.0, 2.0, 4.0, 4.0), 0.93, 1)][
+            : 1 + number % 2
+        ]
         return Detections({"dog": dogs}, torch.ones(2, 4, 4, dtype=torch.bool))
 
 

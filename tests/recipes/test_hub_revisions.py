@@ -12,7 +12,7 @@ pytest.importorskip("huggingface_hub")
 from rich.console import Console
 
 from gdmd.config.model import DiffusersModel
-from gdmd.recipes.hub_revisions import tell_commits
+from gdmd.recipes.hub_revisions import record_commits
 from gdmd.runs.run_folder import create, read_facts
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -28,33 +28,33 @@ def downloaded(cache: Path, name: str, file: str, commit: str) -> None:
 
 def told(model: DiffusersModel, run: Path, cache: Path) -> str:
     console = Console(file=io.StringIO(), width=400)
-    tell_commits(model, create(run, {}), console, cache)
+    record_commits(model, create(run, {}), console, cache)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_what_nothing_pins_is_said_and_kept(tmp_path: Path) -> None:
+def test_unpinned_ids_are_reported(tmp_path: Path) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"
     model = DiffusersModel(path="org/teacher", scoring_decoder="org/tiny", scoring_decoder_revision="main")
     downloaded(cache, "org/teacher", "model_index.json", OLD)
     downloaded(cache, "org/tiny", "config.json", OLD)
     said = told(model, run, cache).splitlines()
-    assert said[0] == f"org/teacher is not pinned to a commit; model.revision={OLD} repeats this run"
+    assert said[0] == f"org/teacher is not pinned to a commit; model.revision={OLD} reproduces this run"
     assert f"model.scoring_decoder_revision={OLD}" in said[1]
     assert read_facts(run)["hub_commits"] == {"org/teacher": OLD, "org/tiny": OLD}
 
 
-def test_the_commit_of_an_accepted_change_is_the_one_that_repeats_the_run(tmp_path: Path) -> None:
+def test_accepted_change_updates_the_commit(tmp_path: Path) -> None:
     cache, console = tmp_path / "cache", Console(file=io.StringIO(), width=400)
     run, model = create(tmp_path / "run", {}), DiffusersModel(path="org/teacher")
     for commit in (OLD, NEW):
         downloaded(cache, "org/teacher", "model_index.json", commit)
-        tell_commits(model, run, console, cache)
+        record_commits(model, run, console, cache)
     said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert said[-1] == f"org/teacher is not pinned to a commit; model.revision={NEW} repeats this run"
+    assert said[-1] == f"org/teacher is not pinned to a commit; model.revision={NEW} reproduces this run"
     assert read_facts(run.path)["hub_commits"] == {"org/teacher": NEW}
 
 
-def test_of_a_pinned_id_and_a_folder_nothing_is_said(tmp_path: Path) -> None:
+def test_pinned_ids_and_folders_are_silent(tmp_path: Path) -> None:
     downloaded(tmp_path / "cache", "org/teacher", "model_index.json", OLD)
     (tmp_path / "own").mkdir()
     assert told(DiffusersModel(path="org/teacher", revision=OLD), tmp_path / "pinned", tmp_path / "cache") == ""

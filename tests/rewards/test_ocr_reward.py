@@ -1,8 +1,7 @@
-"""The OCR reward: what is compared, with what, and what a prompt without a text gets; readers faked and tiny."""
+"""The OCR reward: text in quotes, edit distance, and readers with tiny networks."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Sequence
@@ -15,26 +14,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
+from tiny_rewards import prompt_batch
 from torch import Tensor
 
-from gdmd.cli.app import main
 from gdmd.config.load import ConfigError, load_config
 from gdmd.config.run import RunConfig
 from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.recipes.build_rewards import build_rewards, check_prompts, reward_stats
 from gdmd.rewards.composite import Composite, Part
-from gdmd.rewards.golden import TEXTS, compare, golden_words, record
-from gdmd.rewards.ocr import OcrReward, Reader, asked_text, edit_distance, normalized, ocr_score
+from gdmd.rewards.ocr import OcrReader, OcrReward, asked_text, edit_distance, normalized, ocr_score
 from gdmd.rewards.preprocessing import from_pil
-from gdmd.types import PromptBatch
 
 RECIPE = "name: x\nloop: {}\nrewards:\n"
 WORDS = ("OPEN", "OPEN ALL NIGHT", "SOUP", "SOAP", "go team", "")
-
-
-def batch_of(texts: Sequence[str]) -> PromptBatch:
-    index = torch.arange(len(texts))
-    return PromptBatch(index, tuple(texts), index, {}, {})
 
 
 @cache
@@ -45,14 +37,14 @@ def written(words: str) -> Image.Image:
     return picture
 
 
-def fake_reader(image: Image.Image) -> str:
-    """Reads by comparing with all that could be written."""
+def lookup_reader(image: Image.Image) -> str:
+    """Finds the text whose image is equal."""
     return next(words for words in WORDS if written(words).tobytes() == image.tobytes())
 
 
 def scored(prompts: Sequence[str], images: Sequence[str], **settings: Any) -> list[float]:
     pixels = from_pil([written(words) for words in images])
-    return OcrReward(fake_reader, **settings).score(pixels, batch_of(prompts)).tolist()
+    return OcrReward(lookup_reader, **settings).score(pixels, prompt_batch(prompts)).tolist()
 
 
 # ---------------------------------------------------------------- the formula
@@ -72,11 +64,11 @@ def scored(prompts: Sequence[str], images: Sequence[str], **settings: Any) -> li
         ('an empty "" pair', ""),
     ],
 )
-def test_the_text_asked_for_is_what_stands_in_quotes(prompt: str, asked: str) -> None:
+def test_text_in_quotes(prompt: str, asked: str) -> None:
     assert asked_text(prompt) == asked
 
 
-def test_case_white_space_and_the_shape_of_quotes_and_hyphens_do_not_count_but_punctuation_does() -> None:
+def test_normalization() -> None:
     assert normalized("  Don’t\nＴＯＵＣＨ – it ") == "don'ttouch-it"
     assert ocr_score('"SOUP OF THE DAY"', "soup of\nthe  day") == 1
     assert ocr_score('"stop"', "stop!") == 0.75
@@ -94,14 +86,14 @@ def reference(asked: str, read: str) -> int:
 
 
 @given(st.text("abc", max_size=5), st.text("abc", max_size=5))
-def test_the_distance_is_the_fewest_edits_and_anywhere_the_fewest_to_any_stretch(asked: str, read: str) -> None:
+def test_edit_distance(asked: str, read: str) -> None:
     assert edit_distance(asked, read) == reference(asked, read)
     stretches = [read[i:j] for i in range(len(read) + 1) for j in range(i, len(read) + 1)]
     assert edit_distance(asked, read, anywhere=True) == min(reference(asked, one) for one in stretches)
 
 
 @given(st.text(max_size=12), st.text(max_size=40))
-def test_a_score_is_in_the_unit_interval_and_1_for_the_text_itself(words: str, read: str) -> None:
+def test_score_range(words: str, read: str) -> None:
     prompt = f'a sign "{words}"'
     score = ocr_score(prompt, read)
     if not normalized(asked_text(prompt)):
@@ -114,52 +106,45 @@ def test_a_score_is_in_the_unit_interval_and_1_for_the_text_itself(words: str, r
 # ---------------------------------------------------------------- the reward
 
 
-def test_images_are_scored_by_what_they_say_whatever_else_is_in_the_batch() -> None:
+def test_scores() -> None:
     prompts = ('a sign "open"', 'a can of "SOUP"', 'a can of "SOUP"', 'a scarf "GO TEAM"', 'a sign "OPEN"')
     images = ("OPEN", "SOUP", "SOAP", "", "OPEN ALL NIGHT")
-    together = scored(prompts, images)
-    assert together == [1, 1, 0.75, 0, 0]
-    assert [scored([prompt], [image])[0] for prompt, image in zip(prompts, images, strict=True)] == together
+    assert scored(prompts, images) == [1, 1, 0.75, 0, 0]
     assert scored(prompts[-1:], images[-1:], other_text="free") == [1]
 
 
-def test_a_prompt_without_a_quoted_text_is_not_read_not_scored_and_counted() -> None:
+def test_prompts_without_quotes_are_not_scored() -> None:
     seen: list[Image.Image] = []
-    reward = OcrReward(lambda image: seen.append(image) or fake_reader(image))  # type: ignore[func-returns-value]
+    reward = OcrReward(lambda image: seen.append(image) or lookup_reader(image))  # type: ignore[func-returns-value]
     pixels = from_pil([written("OPEN")] * 4)
-    scores = reward.score(pixels, batch_of(("a dog", 'says "OPEN"', "a dog's sign", '"  "')))
+    scores = reward.score(pixels, prompt_batch(("a dog", 'says "OPEN"', "a dog's sign", '"  "')))
     assert scores.isnan().tolist() == [True, False, True, True] and len(seen) == 1
     assert float(reward_stats([reward])["reward/ocr/unasked"]) == 0.75
     assert "reward/ocr/unasked" in reward_stats([Composite([Part(reward)])])
-    assert not reward.differentiable
 
 
-def test_broken_images_and_readers_that_give_no_text_are_named() -> None:
-    broken = from_pil([written("OPEN")] * 2)
-    broken[1, 0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"not finite at samples \[1\]"):
-        OcrReward(fake_reader).score(broken, batch_of(('"a"', '"b"')))
-    with pytest.raises(ValueError, match="gave a list for an image; it must return a string"):
-        OcrReward(lambda image: [image]).score(broken[:1], batch_of(('"a"',)))  # type: ignore[arg-type, return-value]
+def test_reader_must_return_a_string() -> None:
+    with pytest.raises(ValueError, match="returned a list for an image; it must return a string"):
+        OcrReward(lambda image: [image]).score(from_pil([written("OPEN")]), prompt_batch(('"a"',)))  # type: ignore[arg-type, return-value]
 
 
 # ---------------------------------------------------------------- recipes and prompts
 
 
-def test_the_shipped_prompts_all_ask_for_a_text_and_no_two_for_the_same() -> None:
+def test_shipped_prompts() -> None:
     prompts = read_prompts("text_rendering").texts
     asked = [normalized(asked_text(prompt)) for prompt in prompts]
     assert 40 <= len(prompts) <= 60 and all(asked) and len(set(asked)) == len(asked)
     assert prompt_file("some/where.txt") == Path("some/where.txt")
 
 
-def test_a_recipe_names_a_reader_of_its_own_or_a_model_but_not_both(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_with_a_custom_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "own_reader", sys.modules[__name__])
-    text = RECIPE + "  - {kind: ocr, reader: 'own_reader:fake_reader', other_text: free}\n"
+    text = RECIPE + "  - {kind: ocr, reader: 'own_reader:lookup_reader', other_text: free}\n"
     (reward,) = build_rewards(load_config(RunConfig, text).rewards)
-    assert isinstance(reward, OcrReward) and reward.read.args[1] is fake_reader and reward.other_text == "free"
+    assert isinstance(reward, OcrReward) and reward.read.args[1] is lookup_reader and reward.other_text == "free"
     (lazy,) = build_rewards(load_config(RunConfig, RECIPE + "  - {kind: ocr}\n").rewards)  # nothing is downloaded
-    assert isinstance(lazy, OcrReward) and isinstance(lazy.read, Reader)
+    assert isinstance(lazy, OcrReward) and isinstance(lazy.read, OcrReader)
     for line, message in (
         ("{kind: ocr, reader: 'a:b', path: models/ocr}", "give reader, or path and revision"),
         ("{kind: ocr, offload: true}", "offload"),
@@ -167,11 +152,11 @@ def test_a_recipe_names_a_reader_of_its_own_or_a_model_but_not_both(monkeypatch:
     ):
         with pytest.raises(ConfigError, match=message):
             load_config(RunConfig, RECIPE + f"  - {line}\n")
-    with pytest.raises(ValueError, match="no folder with weights"):
+    with pytest.raises(ValueError, match="not a folder with weights"):
         build_rewards(load_config(RunConfig, RECIPE + "  - {kind: ocr, path: ./missing}\n").rewards)
 
 
-def test_ocr_over_prompts_that_never_quote_a_text_is_refused_before_training() -> None:
+def test_prompts_that_never_quote_a_text_are_an_error() -> None:
     plain = ("a dog", "a dog's bowl")
     alone = load_config(RunConfig, RECIPE + "  - {kind: ocr}\n").rewards
     part = load_config(RunConfig, RECIPE + "  - {kind: composite, parts: [{reward: {kind: ocr}}]}\n").rewards
@@ -247,25 +232,23 @@ def tiny_trocr(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("maker", [tiny_got, tiny_trocr])
-def test_a_model_is_loaded_from_its_folder_on_first_use_and_reads_each_image_on_its_own(
-    maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transformers_models(maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     spec = f"  - {{kind: ocr, path: '{maker(tmp_path / 'model')}', tokens: 6}}\n"
     (reward,) = build_rewards(load_config(RunConfig, RECIPE + spec).rewards)
-    assert isinstance(reward, OcrReward) and isinstance(reward.read, Reader)
+    assert isinstance(reward, OcrReward) and isinstance(reward.read, OcrReader)
     pixels = from_pil([written(words) for words in WORDS[:3]])
-    prompts = batch_of(('"OPEN"', "a dog", '"SOUP"'))
+    prompts = prompt_batch(('"OPEN"', "a dog", '"SOUP"'))
     scores = reward.score(pixels, prompts)
     assert scores.isnan().tolist() == [False, True, False]
     torch.testing.assert_close(
-        reward.score(pixels.flip(0), batch_of(prompts.text[::-1])).flip(0), scores, equal_nan=True
+        reward.score(pixels.flip(0), prompt_batch(prompts.text[::-1])).flip(0), scores, equal_nan=True
     )
     net = reward.read.parts.net
     assert not net.training and not any(one.requires_grad for one in net.parameters())
     assert len(reward.read(written("OPEN"))) <= 6 * 4
     (again,) = build_rewards(load_config(RunConfig, RECIPE + spec).rewards)
-    assert isinstance(again, OcrReward) and isinstance(again.read, Reader) and again.read.parts is reward.read.parts
+    assert isinstance(again, OcrReward) and isinstance(again.read, OcrReader) and again.read.parts is reward.read.parts
 
 
 class Spelling:
@@ -313,36 +296,8 @@ class Letters:
 
 
 @pytest.mark.parametrize("encoder_decoder", [True, False])
-def test_the_instruction_is_not_part_of_the_reading_and_a_turn_ends_it(encoder_decoder: bool) -> None:
+def test_decoding(encoder_decoder: bool) -> None:
     net = Spelling([*map(ord, " SOUP"), 2], encoder_decoder)
-    reader = Reader.from_modules(net, Letters(), tokens=9)
+    reader = OcrReader.from_modules(net, Letters(), tokens=9)
     assert reader(written("OPEN")) == "SOUP"
     assert net.asked["eos_token_id"] == [1, 2] and net.asked["max_new_tokens"] == 9 and not net.asked["do_sample"]
-
-
-# ---------------------------------------------------------------- golden scores
-
-
-def test_the_golden_images_say_what_they_should_on_every_machine_and_a_perfect_reader_gets_known_scores() -> None:
-    images = golden_words()
-    said = {image.tobytes(): words for image, (_, words) in zip(images, TEXTS, strict=True)}
-    assert len(said) == len(TEXTS)
-    joined = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
-    assert joined == "3dd08cc5e8057254e27d2e0fda26e2687938e7df4cb5c3dbbb548afe2ad35863"
-    golden = record(OcrReward(lambda image: said[image.tobytes()]), {})
-    assert [entry["pil"] for entry in golden["entries"]] == pytest.approx([1, 0.9, 1, 0, 0.375])
-    assert [entry["pil"] for entry in golden["entries"]] == [entry["tensor"] for entry in golden["entries"]]
-    assert not compare(OcrReward(lambda image: said[image.tobytes()]), golden)
-    assert {one.entry for one in compare(OcrReward(lambda image: "OPEN"), golden)} == {1, 2, 3, 4}
-
-
-def test_a_reader_is_recorded_and_checked_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    folder, golden = tiny_trocr(tmp_path / "model"), tmp_path / "ocr.json"
-    for option in ("--record", "--against"):
-        with pytest.raises(SystemExit) as ended:
-            main(["rewards", "check", "ocr", "--path", str(folder), option, str(golden)])
-        assert not ended.value.code, capsys.readouterr().err
-    assert "equal to" in capsys.readouterr().err

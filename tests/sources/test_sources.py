@@ -56,13 +56,13 @@ def test_a_source_is_one_word_with_settings() -> None:
     ("text", "message"),
     [
         ("x,step=4", "did you mean steps"),
-        ("x,steps=four", "steps = 'four'"),
+        ("x,steps=four", "steps: got 'four'"),
         ("x,steps=4,steps=5", "given twice"),
-        ("x,guidance=-1", "guidance = '-1'"),
-        ("x,scheduler=magic", "scheduler = 'magic'"),
+        ("x,guidance=-1", "guidance: got '-1'"),
+        ("x,scheduler=magic", "scheduler: got 'magic'"),
         ("=x", "names no place"),
-        ("x,timesteps=999+half", r"timesteps.0 = '999'|timesteps.1 = 'half'"),
-        ("x,shift=0", "shift = '0'"),
+        ("x,timesteps=999+half", r"timesteps.0: got '999'|timesteps.1: got 'half'"),
+        ("x,shift=0", "shift: got '0'"),
         ("x,steps", "is not a key=value"),
         ("x,lora=a,b.safetensors", "'b.safetensors' is not a key=value.*needs quotes"),
     ],
@@ -543,7 +543,7 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
         assert drawn.code == 0 and Path(name).is_file(), drawn.err
     Path("run/checkpoints/step_000002/ema.safetensors").write_bytes(b"")
     exported = gdmd("export", "run", "-o", "older")
-    assert exported.code == 0 and "step 2 was passed over; step 1 is used" in exported.err
+    assert exported.code == 0 and "step 2 was skipped; step 1 is used" in exported.err
     assert json.loads(Path("older/gdmd_export.json").read_text())["step"] == 1
 
 

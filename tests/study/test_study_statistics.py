@@ -53,12 +53,12 @@ def test_agreement_at_chance_and_at_one() -> None:
 
 
 def test_bradley_terry_of_two_models() -> None:
-    strengths = stats.bradley_terry(np.array([[0.0, 60.0], [40.0, 0.0]]))
-    assert strengths[0] - strengths[1] == pytest.approx(math.log(60 / 40), rel=1e-8)
-    assert strengths.sum() == pytest.approx(0, abs=1e-12)
+    scores = stats.bradley_terry(np.array([[0.0, 60.0], [40.0, 0.0]]))
+    assert scores[0] - scores[1] == pytest.approx(math.log(60 / 40), rel=1e-8)
+    assert scores.sum() == pytest.approx(0, abs=1e-12)
 
 
-def test_bradley_terry_recovers_true_strengths() -> None:
+def test_bradley_terry_recovers_the_true_scores() -> None:
     truth = np.array([0.8, 0.1, -0.3, -0.6])
     chances = 1 / (1 + np.exp(truth[None] - truth[:, None]))
     wins = 50 * chances * (1 - np.eye(4))
@@ -66,9 +66,9 @@ def test_bradley_terry_recovers_true_strengths() -> None:
     assert stats.bradley_terry(np.stack([wins, 2 * wins]))[1] == pytest.approx(truth, abs=1e-7)
 
 
-def test_no_strengths_for_a_model_that_never_lost() -> None:
-    assert not stats.has_strengths(np.array([[0.0, 5.0, 3.0], [0.0, 0.0, 2.0], [0.0, 2.0, 0.0]]))
-    assert stats.has_strengths(np.array([[0.0, 5.0, 0.0], [0.0, 0.0, 2.0], [1.0, 0.0, 0.0]]))
+def test_no_maximum_for_a_model_that_never_lost() -> None:
+    assert not stats.has_maximum(np.array([[0.0, 5.0, 3.0], [0.0, 0.0, 2.0], [0.0, 2.0, 0.0]]))
+    assert stats.has_maximum(np.array([[0.0, 5.0, 0.0], [0.0, 0.0, 2.0], [1.0, 0.0, 0.0]]))
 
 
 def test_a_tie_is_half_a_win() -> None:

@@ -1,15 +1,15 @@
-"""GenEval's object detector without mmdet: Mask2Former Swin-S of transformers, its answers read as mmdet reads them.
+"""GenEval's object detector without mmdet: Mask2Former Swin-S of transformers, post-processed as in mmdet.
 
-Input: the image resized to fit 1333 x 800 keeping its ratio (bilinear without antialias, 8 bits), padded with grey 128
-to multiples of 32, normalized. Output per image, of Q queries with class logits over C + 1 and mask logits:
+Input: the image resized to fit 1333 x 800 at its aspect ratio (bilinear without antialias, 8 bits), padded with gray 128
+to multiples of 32, normalized. Output per image, from Q queries with class logits over C + 1 and mask logits:
 
     class score  softmax over C + 1 without "no object"; the best 100 of all Q x C (query, class) pairs
     mask         logits upsampled to the padded size, padding cut off, bilinear to the original size, > 0
     confidence   class score x mean of sigmoid(logits) inside the mask
     box          of the mask, its end exclusive
 
-transformers' own post-processing (nearest, no cut, overlaps overwritten) answers another question. Classes are mapped by
-index, never by label strings. The published numbers were made with mmdet's weights: name results "GenEval (HF detector)".
+transformers' post-processing differs (nearest, padding kept, overlaps overwritten), so it is not used. Classes are mapped
+by index, never by label. The published numbers used mmdet's weights: call your results "GenEval (HF detector)".
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdmd.rewards.base import HERE, Placement
-from gdmd.rewards.geneval.rules import KEEP, Found
+from gdmd.rewards.base import DEFAULT_PLACEMENT, Placement
+from gdmd.rewards.geneval.rules import KEEP, DetectedObject
 from gdmd.rewards.preprocessing import from_pil
-from gdmd.rewards.weights import DETECTOR, load_detector, place_of
+from gdmd.rewards.weights import DETECTOR, load_detector, locate_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,80 +41,86 @@ CLASSES = (
     "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
 """GenEval's names of COCO's 80 classes, in COCO's order."""
-LONG, SHORT, DIVISOR, GREY = 1333, 800, 32, 128
+LONG, SHORT, DIVISOR, GRAY = 1333, 800, 32, 128
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-MOST_PAIRS = 100
+MAX_PAIRS = 100
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image: objects by class, and the mask of each by its key."""
+    """The objects in one image by class, and their masks, indexed by ``DetectedObject.key``."""
 
-    objects: dict[str, list[Found]]
+    objects: dict[str, list[DetectedObject]]
     masks: Tensor  # [K, H, W] bool, on the CPU
 
 
 class Detector:
     """A frozen Mask2Former as image -> ``Detections``."""
 
-    def __init__(self, load: Callable[[], Any], placement: Placement = HERE, classes: Sequence[str] = CLASSES) -> None:
+    def __init__(
+        self, load: Callable[[], Any], placement: Placement = DEFAULT_PLACEMENT, classes: Sequence[str] = CLASSES
+    ) -> None:
         self._load, self.placement, self.classes = load, placement, tuple(classes)
         self._net: Any = None
 
     @classmethod
-    def from_modules(cls, model: Any, placement: Placement = HERE, classes: Sequence[str] = CLASSES) -> Detector:
-        """From a ``mask2former.Mask2Former``; classes: names of its labels, in their order."""
+    def from_modules(
+        cls, model: Any, placement: Placement = DEFAULT_PLACEMENT, classes: Sequence[str] = CLASSES
+    ) -> Detector:
+        """From a ``Mask2FormerForUniversalSegmentation``; classes: the names of its labels in order."""
         return cls(lambda: model, placement, classes)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | None = None, revision: str | None = None, placement: Placement = HERE
+        cls, path: str | None = None, revision: str | None = None, placement: Placement = DEFAULT_PLACEMENT
     ) -> Detector:
         """From a folder (no network) or a hub id; default: the COCO instance weights with Swin-S."""
-        place = place_of(path, revision, DETECTOR)
-        return cls(lambda: load_detector(place, placement), placement)
+        location = locate_weights(path, revision, DETECTOR)
+        return cls(lambda: load_detector(location, placement), placement)
 
     @property
     def net(self) -> Any:
-        """The network, loaded and frozen on first use. ValueError for one with other classes."""
+        """The network, loaded and frozen on first use. ValueError if its classes are not COCO's."""
         if self._net is None:
             net = self._load()
             labels = int(net.config.num_labels)
             if labels != len(self.classes):
                 raise ValueError(
-                    f"the detector knows {labels} classes, GenEval needs COCO's {len(self.classes)}; "
-                    f"give {DETECTOR.name} or another COCO instance model"
+                    f"the detector has {labels} classes, GenEval needs COCO's {len(self.classes)}; "
+                    f"use {DETECTOR.name} or another COCO instance model"
                 )
             self._net = net.to(self.placement.device, self.placement.dtype).eval().requires_grad_(False)
         return self._net
 
     @torch.no_grad()
     def __call__(self, image: Image) -> Detections:
-        """One image at a time, so that the answer cannot depend on others."""
+        """Detect in one image at a time, so that the result cannot depend on other images."""
         pixels, resized = prepared(image)
-        answer = self.net(pixel_values=pixels.to(self.placement.device, self.placement.dtype))
+        output = self.net(pixel_values=pixels.to(self.placement.device, self.placement.dtype))
         instances = read_instances(
-            answer.class_queries_logits[0], answer.masks_queries_logits[0],
+            output.class_queries_logits[0], output.masks_queries_logits[0],
             (pixels.shape[-2], pixels.shape[-1]), resized, (image.height, image.width),
         )  # fmt: skip
         return self._named(instances)
 
     def _named(self, instances: Instances) -> Detections:
-        """Objects by class; those below every threshold of GenEval are left out."""
+        """Objects by class; those below GenEval's lowest confidence threshold are dropped."""
         strong = instances.confidence > KEEP
-        objects: dict[str, list[Found]] = {}
+        objects: dict[str, list[DetectedObject]] = {}
         rows = zip(
             instances.box[strong].tolist(), instances.confidence[strong].tolist(), instances.label[strong].tolist(),
             strict=True,
         )  # fmt: skip
         for key, (box, confidence, label) in enumerate(rows):
-            objects.setdefault(self.classes[label], []).append(Found((box[0], box[1], box[2], box[3]), confidence, key))
+            objects.setdefault(self.classes[label], []).append(
+                DetectedObject((box[0], box[1], box[2], box[3]), confidence, key)
+            )
         return Detections(objects, instances.mask[strong].cpu())
 
 
 @dataclass(frozen=True)
 class Instances:
-    """mmdet's instance predictions of one image, K of them."""
+    """The K instance predictions for one image, as in mmdet."""
 
     box: Tensor  # [K, 4]
     label: Tensor  # [K] int64
@@ -130,7 +136,7 @@ def prepared(image: Image) -> tuple[Tensor, tuple[int, int]]:
     size = (int(height * scale + 0.5), int(width * scale + 0.5))
     resized = F.interpolate(levels, size, mode="bilinear", align_corners=False).round().clamp(0, 255)
     down, right = (-side % DIVISOR for side in size)
-    padded = F.pad(resized, (0, right, 0, down), value=GREY)
+    padded = F.pad(resized, (0, right, 0, down), value=GRAY)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (padded - mean) / std, size
 
@@ -138,11 +144,11 @@ def prepared(image: Image) -> tuple[Tensor, tuple[int, int]]:
 def read_instances(
     class_logits: Tensor, mask_logits: Tensor, padded: tuple[int, int], resized: tuple[int, int], size: tuple[int, int]
 ) -> Instances:
-    """class_logits [Q, C + 1], mask_logits [Q, h, w]; (height, width) of the input, of it without padding, of the image."""
+    """class_logits [Q, C + 1], mask_logits [Q, h, w]; sizes of the input, of the input without padding, of the image."""
     big = F.interpolate(mask_logits[None].float(), padded, mode="bilinear", align_corners=False)
     big = F.interpolate(big[..., : resized[0], : resized[1]], size, mode="bilinear", align_corners=False)[0]
     scores = class_logits.float().softmax(-1)[:, :-1]  # [Q, C]
-    best, pair = scores.flatten().topk(min(MOST_PAIRS, scores.numel()))
+    best, pair = scores.flatten().topk(min(MAX_PAIRS, scores.numel()))
     query = pair // scores.shape[1]
     inside = (big > 0)[query]
     area = inside.flatten(1).sum(1)
@@ -151,7 +157,7 @@ def read_instances(
 
 
 def _boxes(masks: Tensor) -> Tensor:
-    """[K, H, W] bool -> x0, y0, x1, y1 with exclusive ends; zeros for an empty mask. [K, 4]"""
+    """[K, H, W] bool -> x0, y0, x1, y1 with exclusive ends, [K, 4]; zeros for an empty mask."""
 
     def ends(line: Tensor) -> tuple[Tensor, Tensor]:
         line = line.int()

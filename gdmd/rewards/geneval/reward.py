@@ -1,7 +1,7 @@
-"""GenEval's partial credit as a reward: detector and color classifier on each image, demands from the prompt's metadata.
+"""GenEval's partial credit as a reward: detector and color classifier on each image, requirements from the metadata.
 
-It is not the metric: it is smooth where the metric is 0 or 1, and training on the metric's own detector makes the metric
-blind to what the student learns to please it with. Report GenEval of such a student with care.
+It is not the metric: it is graded where the metric is 0 or 1. Training on the metric's own detector can exploit that
+detector's errors, so report GenEval of such a student with care.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from gdmd.rewards.geneval.colors import ColorClassifier
 from gdmd.rewards.geneval.detector import Detector
 from gdmd.rewards.geneval.rules import partial_credit, read_task
-from gdmd.rewards.preprocessing import check_images, to_pil
+from gdmd.rewards.preprocessing import check_finite_images, check_images, to_pil
 
 if TYPE_CHECKING:
     from gdmd.types import PromptBatch
@@ -31,7 +31,7 @@ class GenEvalCredit:
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> [B]. ValueError for a prompt without GenEval metadata, by its position."""
+        """images [B, 3, H, W] in [0, 1] -> [B]. ValueError that names a prompt without GenEval metadata."""
         check_images(self.name, images, len(prompts))
         if len(prompts.meta) != len(prompts):
             raise ValueError(
@@ -39,9 +39,7 @@ class GenEvalCredit:
                 "give a jsonl prompt file in the format of evaluation_metadata.jsonl"
             )
         tasks = [read_task(meta, f"prompt {place}") for place, meta in enumerate(prompts.meta)]
-        if not torch.isfinite(images).all():
-            bad = torch.nonzero(~torch.isfinite(images).flatten(1).all(1))[:, 0].tolist()
-            raise ValueError(f"geneval got images that are not finite at samples {bad}; look at the decoder")
+        check_finite_images(self.name, images)
         scores = []
         for image, task in zip(to_pil(images), tasks, strict=True):
             found = self.detector(image)

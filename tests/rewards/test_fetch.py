@@ -1,0 +1,113 @@
+"""``gdmd rewards fetch`` from a local hub: the weights can be used, and a failure is a one-line error."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from local_hub import gdmd, hub
+
+pytest.importorskip("transformers")
+pytest.importorskip("huggingface_hub")
+
+from test_conversion import WIDTH, OpenClip, save_pt, wild
+from tiny_rewards import clip, prompt_batch, random_images, words_of_clip
+
+from gdmd.rewards.pickscore import PickScore
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny repositories of CLIP, PickScore and HPSv2."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("hub")
+    clip(root / "openai" / "clip-vit-large-patch14")
+    words_of_clip(root / "openai" / "clip-vit-large-patch14")
+    words_of_clip(root / "laion" / "CLIP-ViT-H-14-laion2B-s32B-b79K")
+    clip(root / "yuvalkirstain" / "PickScore_v1")
+    tensors = wild(OpenClip()).float().state_dict() | {"positional_embedding": torch.randn(77, WIDTH)}
+    (root / "xswu" / "HPSv2").mkdir(parents=True)
+    save_pt(root / "xswu" / "HPSv2" / "HPS_v2.1_compressed.pt", {"state_dict": tensors})
+    return root
+
+
+def test_fetch_converts_and_verifies_once(published: Path, tmp_path: Path) -> None:
+    with hub(published) as (address, asked):
+        done = gdmd(tmp_path, address, "rewards", "fetch", "hps")
+        assert done.returncode == 0, done.stderr
+        assert any("697403c78157020a1ae59d23f111aa58ced35b0a/HPS_v2.1_compressed.pt" in path for path in asked)
+    ready = tmp_path / "rewards" / "hps"
+    assert "converted and verified" in done.stderr and f"ready: {ready}" in done.stderr
+    assert json.loads((ready / "converted.json").read_text())["file"] == "HPS_v2.1_compressed.pt"
+    again = gdmd(tmp_path, None, "rewards", "fetch", "hps")
+    assert again.returncode == 0 and "is already converted" in again.stderr
+
+
+def test_fetched_weights_are_found_offline(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hub(published) as (address, _):
+        done = gdmd(tmp_path, address, "rewards", "fetch", "pickscore")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    scores = PickScore.from_pretrained().score(random_images(1), prompt_batch(["a bad"]))
+    assert scores.isfinite().all()
+
+
+def test_fetch_into_a_folder(published: Path, tmp_path: Path) -> None:
+    with hub(published) as (address, _):
+        done = gdmd(tmp_path, address, "rewards", "fetch", "pickscore", "-o", "mine")
+    assert done.returncode == 0 and "{kind: pickscore, path: mine}" in done.stderr, done.stderr
+    assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= {
+        one.name for one in (tmp_path / "mine").iterdir()
+    }
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    assert config["projection_dim"] == 16  # of the model, not of the tokenizer
+
+
+def test_unreachable_hub(tmp_path: Path) -> None:
+    with hub(tmp_path) as (address, _):
+        pass  # a port that is closed now
+    start = time.monotonic()
+    done = gdmd(tmp_path, address, "rewards", "fetch", "hps")
+    assert done.returncode == 2 and time.monotonic() - start < 20  # six attempts pause for 23 s between them
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: cannot fetch xswu/HPSv2@697403c78157: the hub cannot be reached") and address in line
+    assert "Check the network" in line
+
+
+def test_model_on_an_unreachable_hub(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    with hub(tmp_path) as (address, _):
+        pass
+    done = gdmd(tmp_path, address, "train", "sd15_gdmd", "model.path=org/model", "prompts.file=prompts.txt")
+    (line,) = [line for line in done.stderr.splitlines() if "warn" not in line.lower()]
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
+    assert "not in the cache, and the hub cannot be reached" in line and address in line
+
+
+def test_weights_without_a_finite_score_are_removed(tmp_path: Path) -> None:
+    tensors = wild(OpenClip()).float().state_dict() | {"positional_embedding": torch.full((77, WIDTH), torch.nan)}
+    (tmp_path / "hub" / "xswu" / "HPSv2").mkdir(parents=True)
+    save_pt(tmp_path / "hub" / "xswu" / "HPSv2" / "HPS_v2.1_compressed.pt", {"state_dict": tensors})
+    words_of_clip(tmp_path / "hub" / "laion" / "CLIP-ViT-H-14-laion2B-s32B-b79K")
+    with hub(tmp_path / "hub") as (address, _):
+        done = gdmd(tmp_path, address, "rewards", "fetch", "hps")
+    assert done.returncode == 2 and "hps gave a score" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "rewards" / "hps").exists()
+
+
+@pytest.mark.parametrize(
+    ("gated", "words"),
+    [((), "it holds no HPS_v2.1_compressed.pt"), (("xswu/HPSv2",), "access is gated; accept its terms")],
+)
+def test_missing_file_and_gated_repository(gated: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    (tmp_path / "hub" / "xswu" / "HPSv2").mkdir(parents=True)
+    with hub(tmp_path / "hub", gated) as (address, _):
+        done = gdmd(tmp_path, address, "rewards", "fetch", "hps")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and words in line and "Traceback" not in line
