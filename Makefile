@@ -13,7 +13,7 @@ $(error VENV="$(VENV)" holds a space, which make cannot read in a name: give a p
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz soak lint clean
+.PHONY: help demo test docs fuzz soak lint clean
 
 help:  ## show this help
 	@echo "make TARGET   (PYTHON=$(PYTHON) VENV=$(VENV))"
@@ -25,15 +25,19 @@ demo: $(VENV)/.installed  ## distill a four-step student on the Shapes lab and w
 test: $(VENV)/.installed-dev  ## run all tests
 	$(ONE_THREAD) $(PYTEST)
 
+docs: $(VENV)/.installed-docs  ## build the documentation site into build/site, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 fuzz: $(VENV)/.installed-dev  ## thousands of malformed inputs, other ones each time (minutes)
 	$(ONE_THREAD) $(PYTEST) --hypothesis-profile=fuzz tests/*/test_malformed_*.py
 
 soak: $(VENV)/.installed-dev  ## 200 random kills and resumes of a tiny run, compared with the whole one (minutes)
 	$(ONE_THREAD) $(BIN)/python tests/support/soak.py
 
-lint: $(VENV)/.installed-dev  ## ruff, format check, and mypy (strict on levels 0 to 2)
+lint: $(VENV)/.installed-dev  ## ruff, format check, import contract and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 
 clean:  ## remove the virtual environment and the caches (never a run)
@@ -54,4 +58,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.created
 $(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/.created
 	@echo "installing gdmd and the test tools into $(VENV) (a minute or more, torch is large)"
 	@$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt $(VENV)/.created
+	@echo "installing gdmd and the documentation tools into $(VENV)"
+	@$(PIP) -e '.[docs]'
 	@touch $@ $(VENV)/.installed

@@ -27,7 +27,7 @@ from gdmd.config.training import LoopConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.read import read_recipe
-from gdmd.training.distributed import SINGLE
+from gdmd.training.distributed import SINGLE_PROCESS
 from gdmd.training.role_state import role_states
 from gdmd.training.saver import Saver
 
@@ -88,10 +88,10 @@ def student_pass(components: Components) -> Callable[[], None]:
 
 
 def measure(state: State, work: Callable[[], None], rounds: int, folder: Path | None) -> dict[str, Any]:
-    """Medians over rounds. held_s: how long save() keeps the caller; written_s: until the checkpoint stands."""
+    """Medians over rounds. held_s: how long save() keeps the caller; written_s: until the checkpoint is complete."""
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=folder, prefix="checkpoints-") as place:
-        savers = {on: Saver(Path(place) / str(on), config(on), SINGLE) for on in (False, True)}
+        savers = {on: Saver(Path(place) / str(on), config(on), SINGLE_PROCESS) for on in (False, True)}
         for step in range(1, rounds + 2):
             seen = {key: value for on, own in savers.items() for key, value in one(own, step, state, work, on).items()}
             if step > 1:  # the first one makes the folders and fills the caches
@@ -127,7 +127,7 @@ def one(own: Saver, step: int, state: State, work: Callable[[], None], beside: b
         work()
         passes += 1
     written = time.perf_counter() - began
-    own.settle()
+    own.wait()
     alone = _speed(work)
     slower = max(written - held, 1e-9)
     return {

@@ -31,7 +31,7 @@ from gdmd.models.roles import DiffusersRoles
 from gdmd.models.vae import VaeCodec
 from gdmd.plan.cost_model import GPUS, Gpu
 from gdmd.plan.estimate import plan
-from gdmd.plan.meta_pipeline import hollow_decoder, hollow_family
+from gdmd.plan.meta_pipeline import meta_decoder, meta_family
 from gdmd.profiling.bench import Bench, measure
 from gdmd.recipes.build import Components, Place, method_of
 from gdmd.recipes.read import read_recipe
@@ -133,19 +133,19 @@ def _fill(net: nn.Module) -> None:
 def lab_of(cfg: RunConfig, device: str) -> Components:
     """The objects of a recipe with random weights of the published sizes."""
     model: Any = cfg.model
-    family = hollow_family(model).family
+    family = meta_family(model).family
     pipe: Any = family.pipe
     for part in (family.net, pipe.vae):
         filled(part, device)
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16")
     codec: Any = family.codec
     if model.scoring_decoder is not None:
-        codec = VaeCodec(filled(hollow_decoder(model, family.latent_channels), device), model.decode_chunk)
+        codec = VaeCodec(filled(meta_decoder(model, family.latent_channels), device), model.decode_chunk)
     own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
     encoder = RandomText(family.blank_text(1), device)
     reward = CallableReward(brightness, "brightness")
     place = Place(family.latent_shape, family.native)
-    method = method_of(cfg.model_copy(update={"method": own}), roles, codec, (reward,), place, None)
+    method = method_of(own, roles, codec, (reward,), place, None)
     stream = PromptStream([WORDS], encoder, cfg.loop.batch_size, cfg.loop.seed)
     return Components(roles, family.codec, encoder, (reward,), method, stream, family.latent_shape, own.student_steps)
 

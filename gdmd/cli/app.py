@@ -155,7 +155,7 @@ def exit_code(error: ValueError) -> int:
 
 def _first() -> bool:
     try:
-        return rank_info().first
+        return rank_info().is_main
     except ValueError:  # the seat itself is what is wrong
         return True
 

@@ -26,7 +26,7 @@ def messages() -> Console:
     """Where people read: stderr, so that stdout is free for results. Among several ranks only rank 0 speaks."""
     from rich.console import Console
 
-    return Console(stderr=True, quiet=not rank_info().first)
+    return Console(stderr=True, quiet=not rank_info().is_main)
 
 
 def print_json(value: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -39,16 +41,35 @@ def recipes_command(
 
         cfg = read_recipe(name, overrides or [])
         print_json(cfg.model_dump(mode="json")) if json else print(dump_config(cfg), end="")
-        return
-    from gdmd.config.describe import length, student
+    elif json:
+        print_json({known: read_recipe(known).about for known in recipe_names()})
+    else:
+        print("\n".join(_recipe_list()))
 
-    recipes = {known: read_recipe(known) for known in recipe_names()}
-    if json:
-        print_json({known: cfg.about for known, cfg in recipes.items()})
-        return
-    width = max(map(len, recipes))
-    for known, cfg in recipes.items():
-        print(f"{known:{width}}  {cfg.about} {student(cfg)}; {length(cfg)}.")
+
+def _recipe_list() -> Iterator[str]:
+    """Shapes recipes one by one; recipes for real models as a list of families and a list of methods. 80 columns."""
+    from gdmd.config.describe import length, student
+    from gdmd.recipes.read import family_names, method_about, method_names, read_recipe, shapes_names
+
+    shapes = {name: read_recipe(name) for name in shapes_names()}
+    yield "The Shapes world (embedded, trains on a laptop): gdmd train NAME"
+    yield from _entries({name: f"{cfg.about} {student(cfg)}; {length(cfg)}." for name, cfg in shapes.items()})
+    families, methods = family_names(), method_names()
+    by_family = {family: read_recipe(f"{family}_{methods[0]}").model for family in families}
+    yield "\nReal models: gdmd train FAMILY_METHOD, such as sdxl_gdmd; every pair exists"
+    yield "\nFAMILY"
+    yield from _entries({name: f"{m.path}, {m.width} x {m.height}" for name, m in by_family.items()})
+    yield "\nMETHOD"
+    by_method = {method: read_recipe(f"{families[0]}_{method}") for method in methods}
+    yield from _entries({name: f"{method_about(name)} {length(cfg)}." for name, cfg in by_method.items()})
+
+
+def _entries(texts: Mapping[str, str]) -> Iterator[str]:
+    """Names in a column, each with its text wrapped next to it."""
+    width = max(map(len, texts)) + 4
+    for name, text in texts.items():
+        yield textwrap.fill(f"  {name:{width - 2}}{text}", 80, subsequent_indent=" " * width)
 
 
 def doctor_command(json: Json = False) -> None:

@@ -10,20 +10,23 @@ from gdmd.cli.common import Json, print_json
 
 
 def plan_command(
-    words: Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Recipe and overrides.")],
+    arguments: Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Recipe and overrides.")],
     gpu: Annotated[str, typer.Option("--gpu", help="A GPU of the table: h100, a100-80, rtx4090, ...")] = "h100",
     gpus: Annotated[
-        str | None, typer.Option("--gpus", metavar="N|table", help="Also DDP and FSDP on N GPUs, or a table to 512.")
+        str | None,
+        typer.Option(
+            "--gpus", metavar="N|table", help="Also DDP and FSDP on N GPUs of one node, or a table of 1 to 8."
+        ),
     ] = None,
     efficiency: Annotated[
-        float, typer.Option("--efficiency", min=0.01, max=1.0, help="Share of the GPU's peak that is reached.")
+        float, typer.Option("--efficiency", min=0.01, max=1.0, help="Assumed share of the GPU's peak FLOP/s.")
     ] = 0.4,
     json: Json = False,
 ) -> None:
-    """Memory by role, passes, FLOP and expected speed of a recipe, before anything is loaded; says whether it fits.
+    """Estimate memory by role, forward passes, FLOP and speed of a recipe, and whether it fits, before anything is loaded.
 
-    Weights and activations are counted on the real architecture, with tensors that have no memory. A folder's own
-    configs are used; for a hub id, the published config of that model. Speed and N GPUs are a model.
+    Weights and activations are counted on the real architecture, with fake tensors. A folder's own configs are used;
+    for a hub id, the known config of that model. Speed and several GPUs are estimates.
 
     \b
     Examples:
@@ -35,17 +38,17 @@ def plan_command(
     from gdmd.plan.cost_model import gpu_of
     from gdmd.recipes.read import read_recipe
 
-    if "=" in words[0]:
-        raise ValueError(f"no recipe was named before {words[0]!r}; `gdmd recipes` lists them")
+    if "=" in arguments[0]:
+        raise ValueError(f"name a recipe before {arguments[0]!r}; `gdmd recipes` lists them")
     card = gpu_of(gpu)
-    cfg = read_recipe(words[0], words[1:])
+    cfg = read_recipe(arguments[0], arguments[1:])
     from gdmd.plan.estimate import counts_of, plan
 
     counts = counts_of(gpus)
-    made = plan(cfg, card, efficiency)
+    estimate = plan(cfg, card, efficiency)
     if json:
-        print_json(made.json(counts))
+        print_json(estimate.json(counts))
         return
     from gdmd.plan.text import described
 
-    print(described(made, made.scaling(counts)))
+    print(described(estimate, estimate.scaling(counts)))

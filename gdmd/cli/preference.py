@@ -70,14 +70,14 @@ def preference_command(
     """
     source, where = _one(what, folder)
     part = _shard(shard)
-    from gdmd.evaluation.compare import Wanted, make_only, preference
+    from gdmd.evaluation.compare import EvalOptions, make_only, preference
 
     given = (prompts, limit, per_task, images, seed, tuple(scorer or ()), features, reference, device)
-    wanted = Wanted(*given, part or (0, 1), column=prompt_column)
+    options = EvalOptions(*given, part or (0, 1), column=prompt_column)
     if part:
-        _say(f"{make_only(source, wanted, where, _say)} prompts have their images in {where / 'images'}")
+        _say(f"{make_only(source, options, where, _say)} prompts have their images in {where / 'images'}")
         return
-    row = preference(source, wanted, where, _say)
+    row = preference(source, options, where, _say)
     _show(row, {source.name: row}, json)
 
 
@@ -97,7 +97,7 @@ def compare_command(
     gallery: Annotated[int, typer.Option(min=1, help="Prompts shown on the page, spread over all.")] = 24,
     json: Json = False,
 ) -> None:
-    """Several models on the same prompts and noise: tables, differences, radar, images side by side, speed.
+    """Several models on the same prompts and noise: paired differences, tables, images side by side, speed.
 
     \b
     Examples:
@@ -107,10 +107,10 @@ def compare_command(
         -o eval/sdxl --prompts parti.txt --scorer clip --scorer hps --scorer pickscore --features clip
     """
     sources = _several(what)
-    from gdmd.evaluation.compare import Wanted, compare
+    from gdmd.evaluation.compare import EvalOptions, compare
 
     given = (prompts, limit, per_task, images, seed, tuple(scorer or ()), features, reference, device)
-    content = compare(sources, Wanted(*given, gallery=gallery, column=prompt_column), folder, _say)
+    content = compare(sources, EvalOptions(*given, gallery=gallery, column=prompt_column), folder, _say)
     _show(content, content["rows"], json)
 
 
@@ -158,21 +158,17 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 
 def _print(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Scores, tasks and the rest, a column per model."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     from gdmd.evaluation.model_page import other_lines, score_lines, task_lines
+    from gdmd.reporting.tables import Cell, Table
 
-    table = Table(pad_edge=False, box=box.SIMPLE)
-    for name in ("", *rows):
-        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
-    for section in (score_lines(rows), task_lines(rows), other_lines(rows)):
-        for line in section:
-            table.add_row(line.title, *line.cells)
-        table.add_section()
+    sections = [
+        [[Cell(line.title), *line.cells] for line in lines]
+        for lines in (score_lines(rows), task_lines(rows), other_lines(rows))
+    ]
     console = Console()
-    console.print(table)
+    console.print(Table(["", *rows], sections).rich())
     console.print("[low, high]: 95 % over prompts. † trained on; ? not known; others are unseen.", markup=False)
 
 

@@ -125,7 +125,7 @@ def analyze_command(
     max_failed: Annotated[int, typer.Option(min=0, help="Attention checks a rater may fail and still count.")] = 0,
     replicates: Annotated[int, typer.Option(min=200, help="Bootstrap replicates.")] = 2000,
 ) -> None:
-    """Win rates, intervals, tests, strengths, agreement, bias: report.html, report.md, figure, CSV, JSON.
+    """Win rates, intervals, tests, Bradley-Terry scores, agreement, bias: report.html, report.md, figure, CSV, JSON.
 
     \b
     Examples:
@@ -148,7 +148,7 @@ def analyze_command(
     if json:
         print_json(found.json())
     else:
-        _print_duels(found)
+        _print_pairs(found)
     _say(f"report: {path}")
 
 
@@ -281,16 +281,13 @@ def _web() -> Any:
     return serve
 
 
-def _print_duels(found: Any) -> None:
+def _print_pairs(found: Any) -> None:
     from rich.console import Console
-    from rich.table import Table
 
+    from gdmd.reporting.tables import Table, texts
     from gdmd.study.report import DUEL_HEAD, duel_cells
 
-    table = Table(*DUEL_HEAD)
-    for duel in found.duels:
-        table.add_row(*duel_cells(duel))
-    Console().print(table)
+    Console().print(Table(DUEL_HEAD, [[texts(*duel_cells(duel)) for duel in found.pairs]]).rich())
 
 
 def _say(text: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,31 +13,31 @@ import typer
 from gdmd.cli.common import Json, messages, print_json
 
 if TYPE_CHECKING:
-    from gdmd.sweep.pool import Outcome, Say
-    from gdmd.sweep.spec import Comparison
+    from gdmd.sweep.pool import Outcome, Say, Show
+    from gdmd.sweep.spec import Sweep
 
-Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A comparison: a shipped one's name, or a .yaml file.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of cells, table and pages; default: runs/sweep-SPEC.")]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Cells at a time, one CPU thread each; default: the cores.")]
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sweep config: a shipped one's name, or a .yaml file.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of runs, table and pages; default: runs/sweep-CONFIG.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at a time, one CPU thread each; default: the cores.")]
 Only = Annotated[
     list[str] | None,
-    typer.Option(metavar="METHOD[/SEED[/BUDGET]]", help="Only these cells; * stands for any. May be repeated."),
+    typer.Option(metavar="METHOD[/SEED[/BUDGET]]", help="Only these runs; * matches any. May be repeated."),
 ]
-PagesOnly = Annotated[bool, typer.Option("--pages-only", help="Make the pages again from the table.")]
+PagesOnly = Annotated[bool, typer.Option("--pages-only", help="Only rebuild the pages from the table.")]
 
 
 def sweep_command(
-    spec: Spec,
+    config: Config,
     folder: Out = None,
     jobs: Jobs = None,
     only: Only = None,
     pages_only: PagesOnly = False,
     json: Json = False,
 ) -> None:
-    """Train and measure methods x seeds x budgets, and write the tables and figures of the comparison.
+    """Train and evaluate methods x seeds x budgets, and write tables and figures that compare them.
 
-    A comparison that was stopped or killed goes on with the same command; finished cells are not done again. After each
-    cell a line is added to OUT/table.jsonl; OUT/shapes.md is the page.
+    The same command continues a sweep that was stopped or killed; finished runs are not repeated. Each finished run adds
+    a line to OUT/table.jsonl; OUT/shapes.md is the page.
 
     \b
     Examples:
@@ -46,38 +48,59 @@ def sweep_command(
       gdmd sweep headline --out docs/results --pages-only
 
     \b
-    Exit codes: 0 done, 1 a cell failed (the others are done), 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+    Exit codes: 0 done, 1 a run failed (the others are done), 2 bad input, 130 Ctrl-C, 143 SIGTERM.
     """
-    from gdmd.sweep.spec import read_comparison
+    from gdmd.sweep.spec import read_sweep
 
-    comparison = read_comparison(spec)
-    from gdmd.sweep.cells import chosen, plan
-    from gdmd.sweep.pool import Outcome, run_comparison
+    sweep = read_sweep(config)
+    from gdmd.sweep.pool import Outcome, run_sweep
+    from gdmd.sweep.runs import plan, selected
 
-    where = folder or Path("runs") / f"sweep-{comparison.spec.name}"
-    chosen(plan(comparison), only or [])  # a wrong pattern is an error before anything is written
+    where = folder or Path("runs") / f"sweep-{sweep.config.name}"
+    selected(plan(sweep), only or [])  # report a wrong pattern before anything is written
     outcome = Outcome(where)
     if not pages_only:
-        outcome = run_comparison(comparison, spec, where, jobs or _cores(), only or [], _say)
-    _report(comparison, spec, outcome, required=pages_only, json=json, say=_say)
+        with _progress() as (say, show):
+            outcome = run_sweep(sweep, config, where, jobs or _cores(), only or [], say, show)
+    _report(sweep, config, outcome, pages_only=pages_only, json=json)
     raise typer.Exit(outcome.exit_code)
 
 
-def _report(comparison: Comparison, source: str, outcome: Outcome, *, required: bool, json: bool, say: Say) -> None:
+def _report(sweep: Sweep, source: str, outcome: Outcome, *, pages_only: bool, json: bool) -> None:
     """Pages, the JSON summary, and what failed."""
     from gdmd.sweep.results import summary, write_pages
 
-    outcome.page = write_pages(comparison, source, outcome.folder, required=required)
+    outcome.page = write_pages(sweep, source, outcome.folder, only_pages=pages_only)
     if outcome.page:
-        say(f"page: {outcome.page}")
+        _say(f"page: {outcome.page}")
     if json:
-        print_json(summary(comparison, outcome))
-    for place, reason in outcome.failed.items():
-        say(f"failed: {place}: {reason}")
+        print_json(summary(sweep, outcome, only_pages=pages_only))
+    for name, reason in outcome.failed.items():
+        _say(f"failed: {name}: {reason}")
 
 
-def _say(message: str) -> None:
-    messages().print(message, markup=False, highlight=False, soft_wrap=True)
+@contextmanager
+def _progress() -> Iterator[tuple[Say, Show]]:
+    """A bar below the messages on a terminal (runs done, time left, what is running); messages only elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from gdmd.sweep.pool import Status, duration
+
+    console = messages()
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(status: Status) -> None:
+            left = "" if status.seconds_left is None else f"about {duration(status.seconds_left)} left; "
+            text = f"{left}running {', '.join(status.running) or 'nothing'}"
+            bar.update(task, completed=status.done, total=status.total, description=text)
+
+        yield lambda text: bar.console.print(text, markup=False, highlight=False, soft_wrap=True), show
+
+
+def _say(text: str) -> None:
+    messages().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _cores() -> int:

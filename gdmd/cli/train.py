@@ -11,7 +11,8 @@ import typer
 
 from gdmd.cli.common import Json, RunFolder, messages, print_json
 from gdmd.io import typed
-from gdmd.training.rank import attempt, rank_info
+from gdmd.training.progress import waiting
+from gdmd.training.rank import RankInfo, rank_info, restart_count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,35 +22,36 @@ if TYPE_CHECKING:
 
 
 def train_command(
-    words: Annotated[
+    arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="Recipe (name or .yaml) and overrides."),
     ] = None,
     run: RunFolder = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Continue this run, bit for bit; needs no recipe.")
+        Path | None, typer.Option("--resume", help="Resume this run, bit for bit; needs no recipe.")
     ] = None,
     evaluation: Annotated[
         bool, typer.Option("--eval/--no-eval", help="Evaluate the EMA student at the end and write report.html.")
     ] = True,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", min=1, metavar="N", help="N processes on this machine, by torchrun.")
+        int | None, typer.Option("--gpus", min=1, metavar="N", help="Start N processes on this machine with torchrun.")
     ] = None,
     restarts: Annotated[
-        int, typer.Option("--restarts", min=0, help="With --gpus: go on by itself after a failure, so many times.")
+        int,
+        typer.Option("--restarts", min=0, help="With --gpus: restart after a failure, at most this often."),
     ] = 0,
     accept: Annotated[
         bool,
         typer.Option(
             "--accept-changes",
-            help="Resume although the prompt file, base model or a reward changed; the run records it.",
+            help="Resume even if the prompt file, base model or a reward changed; the run records it.",
         ),
     ] = False,
     json: Json = False,
 ) -> None:
     """Train a recipe: checkpoints, metrics.jsonl, TensorBoard, sample grids and a report in one run folder.
 
-    Ctrl-C saves a checkpoint and exits with code 130; `gdmd train --resume FOLDER` goes on from it.
+    Ctrl-C saves a checkpoint and exits with code 130; `gdmd train --resume FOLDER` continues from it.
 
     \b
     Examples:
@@ -57,21 +59,21 @@ def train_command(
       gdmd train shapes loop.seed=1 method.gamma=0    any field by its path
       gdmd train my_recipe.yaml --run runs/mine --no-eval
       gdmd train --resume runs/shapes-seed0           or more steps: loop.steps=2000
-      gdmd train shapes --gpus 4 --restarts 3         continues after a failure
+      gdmd train shapes --gpus 4 --restarts 3         restarts after a failure
       gdmd train shapes_smoke --json > finished.json
 
     `gdmd recipes` lists the recipes, `gdmd recipes NAME` prints every field of one.
     """
-    recipe, overrides = _split_words(words or [], needed=resume is None)
+    recipe, overrides = _split_arguments(arguments or [], needed=resume is None)
     if resume is not None and run is not None:
         raise ValueError("--run and --resume were both given: --resume already names the folder of the run")
-    asked = Asked(recipe, tuple(overrides), run, resume, evaluation, json, accept)
-    raise typer.Exit(_run(asked, gpus or 1, restarts))
+    options = TrainOptions(recipe, tuple(overrides), run, resume, evaluation, json, accept)
+    raise typer.Exit(_run(options, gpus or 1, restarts))
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the words of ``gdmd train`` say."""
+class TrainOptions:
+    """The arguments of ``gdmd train``."""
 
     recipe: str | None
     overrides: tuple[str, ...]
@@ -91,95 +93,100 @@ class Asked:
 
         return check_resumable(self.resume, self.recipe, self.overrides)
 
-    def again(self) -> Asked:
-        """The same words when torchrun has started the ranks again: what there is of the run is continued."""
-        if self.resume is not None or not attempt():
+    def after_restart(self) -> TrainOptions:
+        """The same options if torchrun has restarted the ranks: resume the run if its folder was created."""
+        if self.resume is not None or not restart_count():
             return self
         if self.run is None:
             raise ValueError(
-                "torchrun has started the ranks again (--max-restarts), but no --run names the folder to go on with: "
-                "give one, or use gdmd train --gpus N --restarts K"
+                "torchrun has restarted the ranks (--max-restarts), but no --run names the folder to resume: give one, "
+                "or use gdmd train --gpus N --restarts K"
             )
         return replace(self, resume=self.run, run=None) if (self.run / "config.yaml").is_file() else self
 
-    def words(self, folder: Path) -> list[str]:
-        """The same as words, for the processes that a launcher starts."""
+    def arguments(self, folder: Path) -> list[str]:
+        """The options as arguments, for the processes that torchrun starts."""
         chosen = ["--run", str(folder)] if self.resume is None else ["--resume", str(self.resume)]
         flags = ["--eval" if self.evaluation else "--no-eval", *(["--json"] if self.json else [])]
         flags += ["--accept-changes"] if self.accept else []
         return ["train", *([self.recipe] if self.recipe else []), *self.overrides, *chosen, *flags]
 
 
-def _run(asked: Asked, processes: int, restarts: int) -> int:
+def _run(options: TrainOptions, processes: int, restarts: int) -> int:
     if restarts and processes < 2:
-        raise ValueError("--restarts belongs to --gpus N: one process alone is started again with --resume")
-    return _launched(asked, processes, restarts) if processes > 1 else _train(asked)
+        raise ValueError("--restarts needs --gpus N: resume a single process with --resume")
+    return _launch(options, processes, restarts) if processes > 1 else _train(options)
 
 
-def _launched(asked: Asked, processes: int, restarts: int) -> int:
-    """Everything that can be wrong with the words is said once, here; then torchrun's launcher does the rest."""
+def _launch(options: TrainOptions, processes: int, restarts: int) -> int:
+    """Check all arguments once, here; torchrun's launcher does the rest. Returns the exit code."""
     if rank_info().size > 1:
         raise ValueError("--gpus inside torchrun would start processes of processes: use one of the two")
-    cfg = asked.config()
+    cfg = options.config()
     from gdmd.recipes.run_folders import new_folder
-    from gdmd.training.distributed import RankInfo, World, launch
+    from gdmd.training.distributed import DistributedContext, launch
 
-    World(RankInfo(0, processes)).span(cfg.loop.batch_size)
-    folder = asked.resume or asked.run or new_folder(cfg)
-    code = launch(asked.words(folder), processes, restarts)
-    if code not in (0, 2, 130, 143) and folder.exists():  # after a signal rank 0 has said so
-        messages().print(
-            f"go on with: gdmd train --resume {typed(folder)} --gpus {processes}", markup=False, soft_wrap=True
-        )
+    DistributedContext(RankInfo(0, processes)).local_slice(cfg.loop.batch_size)
+    folder = options.resume or options.run or new_folder(cfg)
+    code = launch(options.arguments(folder), processes, restarts, cfg.loop.rank_timeout)
+    if code not in (0, 2, 130, 143) and folder.exists():  # after a signal rank 0 has printed it
+        hint = f"resume with: gdmd train --resume {typed(folder)} --gpus {processes}"
+        messages().print(hint, markup=False, soft_wrap=True)
     return code
 
 
-def _train(asked: Asked) -> int:
+def _train(options: TrainOptions) -> int:
     """Train in this process, alone or as one of the ranks that torchrun has started; the exit code."""
-    asked = asked.again()
-    cfg, console = asked.config(), messages()
-    from gdmd.programs.train import go, ready, start, take_up
-    from gdmd.training.distributed import session
+    options = options.after_restart()
+    cfg, console = options.config(), messages()
+    with waiting(console, "starting", plain=False):  # importing torch
+        from gdmd.programs.train import create_run, prepare, resume_run, run_training
+        from gdmd.training.distributed import session
 
-    with session(cfg.loop.rank_timeout) as world:
-        if asked.resume is None:
-            again = {"evaluation": asked.evaluation, "world": world}
-            trained = start(cfg, asked.run, console, command=sys.argv, accept=asked.accept, **again)
+    evaluation, accept = options.evaluation, options.accept
+    with session() as context:
+        if options.resume is None:
+            trained = create_run(
+                cfg, options.run, console, evaluation=evaluation, command=sys.argv, context=context, accept=accept
+            )
         else:
-            cfg, run = take_up(asked.resume, asked.recipe, asked.overrides, world, console, accept=asked.accept)
-            trained = go(cfg, run, ready(cfg, world, console), console, evaluation=asked.evaluation, world=world)
-        if asked.json and world.first:
+            cfg, run = resume_run(options.resume, options.recipe, options.overrides, context, console, accept=accept)
+            components = prepare(cfg, context, console)
+            trained = run_training(cfg, run, components, console, evaluation=evaluation, context=context)
+        if options.json and context.is_main:
             print_json(trained.json())
-        _say_end(trained, console)
+        _print_end(trained, console)
         if trained.end.signal is not None:
-            world.largest(0)  # a launcher ends the others when the first one has gone
+            context.barrier()  # a launcher ends the others when the first one has exited
     return trained.end.exit_code
 
 
-def _split_words(words: list[str], *, needed: bool) -> tuple[str | None, list[str]]:
+def _split_arguments(arguments: list[str], *, needed: bool) -> tuple[str | None, list[str]]:
     """(recipe or None, overrides): the recipe comes first and is an existing file or holds no equals sign."""
-    if words and ("=" not in words[0] or Path(words[0]).is_file()):
-        return words[0], words[1:]
+    if arguments and ("=" not in arguments[0] or Path(arguments[0]).is_file()):
+        return arguments[0], arguments[1:]
     if needed:
         raise ValueError("no recipe was named; write, for example, gdmd train shapes_smoke; `gdmd recipes` lists them")
-    return None, words
+    return None, arguments
 
 
-def _say_end(trained: Trained, console: Console) -> None:
+def _print_end(trained: Trained, console: Console) -> None:
     """The last lines: what was done and what to type next."""
+    from gdmd.config.describe import counted
+
     if trained.end.signal is not None:
         console.print(
             f"stopped at step {trained.end.step} of {trained.steps}; checkpoint {trained.end.checkpoint} is saved. "
-            f"Go on with: gdmd train --resume {typed(trained.run)}",
+            f"Resume with: gdmd train --resume {typed(trained.run)}",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
         return
-    said = f"finished {trained.steps} steps in {trained.seconds:.0f} s"
+    message = f"finished {counted(trained.steps, 'step')} in {trained.seconds:.0f} s"
     overall = trained.evaluation["shapeseval"]["overall"] if trained.evaluation else None
-    said += f"; ShapesEval {overall:.3f} (EMA student)" if overall is not None else ""
-    console.print(said, markup=False, highlight=False)
+    message += f"; ShapesEval {overall:.3f} (EMA student)" if overall is not None else ""
+    console.print(message, markup=False, highlight=False)
     if trained.report:
         console.print(f"report: {trained.report}", markup=False, highlight=False, soft_wrap=True)
 
@@ -194,10 +201,10 @@ def demo_command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe.")
     ] = None,
 ) -> None:
-    """Distill two 4-step students on the Shapes lab, DMD and GDMD, and compare them with their teacher.
+    """Distill two 4-step students on the Shapes world, DMD and GDMD, and compare them with their teacher.
 
     Trains and measures every row of the table in this run: at most 8 minutes on two cores. The same command with
-    the same --run goes on where an interrupted demo stopped.
+    the same --run continues an interrupted demo.
 
     \b
     Examples:
@@ -221,5 +228,5 @@ def demo_command(
         from gdmd.evaluation.table import print_table
 
         print_table(demo.rows, demo.trained)
-    said = f"finished in {demo.seconds:.0f} s; report: {demo.report}"
-    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    message = f"finished in {demo.seconds:.0f} s; report: {demo.report}"
+    console.print(message, markup=False, highlight=False, soft_wrap=True)

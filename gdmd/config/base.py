@@ -1,4 +1,4 @@
-"""What every config is made of: the frozen base class and the number types that say what a field may be."""
+"""The base class of all configs, and number types with bounds."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ LARGEST_COUNT = 2**63 - 1
 
 
 class Config(BaseModel):
-    """A typed, frozen value; an unknown key is an error and defaults are checked like given values."""
+    """A frozen pydantic model; unknown keys are errors and defaults are validated, too."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _home(cls, given: Any) -> Any:
-        """~/models is below the home folder, as a shell reads it, where that path exists."""
-        return {key: in_home(value) for key, value in given.items()} if isinstance(given, Mapping) else given
+    def _expand_home(cls, given: Any) -> Any:
+        """Expand ~/models to the home folder, as a shell does, if that path exists."""
+        return {key: expand_home(value) for key, value in given.items()} if isinstance(given, Mapping) else given
 
 
-def in_home(value: Any) -> Any:
-    """The path below the home folder that a text starting with ~/ names, if it exists; any other value as it is."""
+def expand_home(value: Any) -> Any:
+    """Expand a text that starts with ~/ if that path exists; any other value is returned unchanged."""
     if isinstance(value, list | tuple):
-        return [in_home(item) for item in value]
+        return [expand_home(item) for item in value]
     there = os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else ""
     return there if os.path.exists(there) else value
 
@@ -40,19 +40,19 @@ def _not_a_bool(value: Any) -> Any:
 
 
 Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST_COUNT)]
-"""How many: 1, 2, ...; never a float, a string or a truth value."""
+"""A number of things, at least 1; not a float, string or bool."""
 
 NonNegativeCount = Annotated[int, Field(strict=True, ge=0, le=LARGEST_COUNT)]
-"""How many, zero included (a seed, a number of warm-up steps)."""
+"""A number of things, 0 included (a seed, warm-up steps)."""
 
 Finite = Annotated[float, BeforeValidator(_not_a_bool), Field(allow_inf_nan=False)]
-"""Any finite number; "1e-5", which YAML reads as a string, is one."""
+"""Any finite number; also "1e-5", which YAML reads as a string."""
 
 Positive = Annotated[float, BeforeValidator(_not_a_bool), Field(gt=0, allow_inf_nan=False)]
-"""A finite number above zero."""
+"""A finite number above 0."""
 
 NonNegative = Annotated[float, BeforeValidator(_not_a_bool), Field(ge=0, allow_inf_nan=False)]
-"""A finite number, zero included."""
+"""A finite number, at least 0."""
 
 Probability = Annotated[float, BeforeValidator(_not_a_bool), Field(ge=0, le=1, allow_inf_nan=False)]
 """A number in [0, 1]."""

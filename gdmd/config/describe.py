@@ -1,4 +1,4 @@
-"""A recipe in a few words, computed from its fields so that overrides are included: method, student, length, rewards."""
+"""Short descriptions of a recipe, computed from its fields: method, student, length, rewards."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from gdmd.config.methods.dmd2 import Dmd2Config
 from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.methods.dmdr import DmdrConfig
 from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import CompositeReward, RemoteReward
 from gdmd.config.run import RewardConfig, RunConfig
 
 METHODS = {
     "gdmd": "GDMD (arXiv 2604.19009)",
+    "gdmd_tilted": "tilted GDMD (beyond arXiv 2604.19009)",
+    "gdmd_ablation": "GDMD with a control (arXiv 2604.19009)",
+    "gdmd_tilted_shuffled": "tilted GDMD, rewards shuffled",
     "dmd": "DMD (arXiv 2311.18828)",
     "dmd2": "DMD2 (arXiv 2405.14867)",
     "dmdr": "DMDR (arXiv 2511.13649)",
@@ -29,7 +33,7 @@ METHODS = {
 def student_updates(method: MethodConfig) -> int:
     """Student updates of one iteration."""
     match method:
-        case GdmdConfig():
+        case GdmdConfig() | GdmdTiltedConfig():
             return method.group_size
         case DmdConfig() | DmdReflConfig() | DmdNftConfig() | DmdGrpoConfig():
             return method.student_updates
@@ -50,7 +54,13 @@ def student(cfg: RunConfig) -> str:
 def length(cfg: RunConfig) -> str:
     """Iterations, batch and student updates: "750 iterations of 32 samples, 3,000 student updates"."""
     updates = cfg.loop.steps * student_updates(cfg.method)
-    return f"{cfg.loop.steps:,} iterations of {cfg.loop.batch_size} samples, {updates:,} student updates"
+    iterations, samples = counted(cfg.loop.steps, "iteration"), counted(cfg.loop.batch_size, "sample")
+    return f"{iterations} of {samples}, {counted(updates, 'student update')}"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 step", "2,000 steps"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def facts(cfg: RunConfig) -> dict[str, str]:
@@ -63,17 +73,17 @@ def facts(cfg: RunConfig) -> dict[str, str]:
         "rewards": ", ".join(trained_rewards(cfg)) or "none",
         "prompts": Path(cfg.prompts.file).name if cfg.prompts.file else "captions of the training data",
         **({"real images": ", ".join(cfg.real_data.source)} if cfg.real_data else {}),
-        **({"begun from": cfg.loop.start_from} if cfg.loop.start_from else {}),
+        **({"started from": cfg.loop.start_from} if cfg.loop.start_from else {}),
     }
 
 
 def trained_rewards(cfg: RunConfig) -> tuple[str, ...]:
-    """Labels of the rewards that a run is trained on, the parts of composites included; () for a method without."""
+    """Labels of the rewards that train a run, including the parts of composites; () for a method without rewards."""
     return tuple(label for spec in cfg.rewards for label in labels_of(spec)) if cfg.method.rewarded else ()
 
 
 def labels_of(spec: RewardConfig) -> tuple[str, ...]:
-    """A reward's label; a composite's and those of its parts; of a remote one also its name on the server."""
+    """A reward's label and those of its parts; for a remote reward also its name on the server."""
     if isinstance(spec, CompositeReward):
         return (spec.label, *(label for part in spec.parts for label in labels_of(part.reward)))
     return (spec.label, spec.reward) if isinstance(spec, RemoteReward) else (spec.label,)

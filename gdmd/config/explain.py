@@ -1,37 +1,39 @@
-"""Turn pydantic's errors into sentences: location, value, what it should be, what to write."""
+"""Turn pydantic's errors into one line each: source, dotted path, value, reason, what to write."""
 
 from __future__ import annotations
 
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from gdmd.config.fields import Key, Models, all_paths, children, kinds, models_in
 from gdmd.config.names import listed, near, similar_fields
-from gdmd.config.places import Key, Place, every_path, place_of
 
-_LONGEST_LIST = 16  # of known keys in an error; more would hide the error itself
-_MAPPINGS = {"model_type", "model_attributes_type", "dict_type", "dataclass_type", "mapping_type"}
-_PLAIN = {
+MOST_KEYS = 16
+"""Known keys listed in an error; a longer list would hide the error itself."""
+
+_MESSAGES = {
     "bool_type": "should be true or false",
     "bool_parsing": "should be true or false",
     "float_type": "should be a number",
     "float_parsing": "should be a number",
     "string_type": "should be text",
 }
+_MAPPINGS = {"model_type", "model_attributes_type", "dict_type", "dataclass_type", "mapping_type"}
 
 
-def unsecret(text: str) -> str:
-    """Redact the user:password part of URLs, since errors may be logged."""
+def redacted(text: str) -> str:
+    """The text without the user:password part of URLs, since errors may be logged."""
     return re.sub(r"://[^/\s]*@", "://...@", text)
 
 
 class _Shorten(reprlib.Repr):
     def repr_str(self, x: str, level: int) -> str:
-        return super().repr_str(unsecret(x), level)  # before it is cut: a cut may take the @ away
+        return super().repr_str(redacted(x), level)  # before it is shortened: that may remove the @
 
     def repr_int(self, x: int, level: int) -> str:
         return f"a whole number of {x.bit_length()} bits" if x.bit_length() > 200 else repr(x)
@@ -41,166 +43,171 @@ _SHORTEN = _Shorten()
 _SHORTEN.maxstring = _SHORTEN.maxother = 60
 
 
-def explain(
-    kind: Any, error: ValidationError, name: str, paths: Mapping[tuple[str, ...], str] | None = None, tree: Any = None
-) -> list[str]:
-    """One line per mistake: ``name``, dotted path, the value, the reason, what to write.
-
-    kind: the config class or annotation that was validated. paths: which override set which path. tree: what was
-    validated, which tells the fields of a chosen kind from those of another.
-    """
-    details = error.errors(include_url=False)
-    return [
-        unsecret(_line(kind, detail, name, paths or {}, tree))
-        for detail in details
-        if detail["type"] != "too_short" or not _has_bad_element(detail["loc"], details)
-    ]
-
-
-def _has_bad_element(path: Sequence[Key], details: Sequence[ErrorDetails]) -> bool:
-    """Pydantic counts an element of a list that has an error as missing, too."""
-    return any(len(one["loc"]) > len(path) and one["loc"][: len(path)] == tuple(path) for one in details)
-
-
 def show(value: Any) -> str:
-    """A value on one short line, with its type where that is the likely surprise."""
+    """A value on one short line."""
     return "nothing (null)" if value is None else _SHORTEN.repr(value)
 
 
-def _line(kind: Any, detail: ErrorDetails, name: str, paths: Mapping[tuple[str, ...], str], tree: Any) -> str:
-    place, value, context = place_of(kind, detail["loc"]), detail["input"], detail.get("ctx", {})
-    path = place.path
-    made = detail["type"] == "extra_forbidden"
-    shell = _override_of(tuple(map(str, path)), paths, made) is not None
+class _Location(NamedTuple):
+    """Where an error is: its path without pydantic's labels for union members, and the config classes around it."""
+
+    path: tuple[Key, ...]
+    models: Models  # that the value may be
+    owners: Models  # in which the last key of the path was looked up
+    union: Models  # from which the owner was chosen
+    label: str  # by this kind
+
+    @property
+    def dotted(self) -> str:
+        return ".".join(str(key) if re.fullmatch(r"[\w-]+", str(key)) else repr(key) for key in self.path)
+
+
+def explain(
+    annotation: Any,
+    error: ValidationError,
+    name: str,
+    overrides: Mapping[tuple[str, ...], str] | None = None,
+    tree: Any = None,
+) -> list[str]:
+    """One line per mistake: ``name``, dotted path, the value, the reason, what to write.
+
+    annotation: the config class or union that was validated. overrides: path -> the override that set it. tree: what
+    was validated, which tells the fields of a chosen kind from those of another.
+    """
+    details = error.errors(include_url=False)
+    shown = [one for one in details if one["type"] != "too_short" or not _has_bad_element(one, details)]
+    return [redacted(_line(annotation, one, name, overrides or {}, tree)) for one in shown]
+
+
+def _has_bad_element(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
+    """Pydantic also counts an element of a list that has an error as missing."""
+    path = detail["loc"]
+    return any(len(one["loc"]) > len(path) and one["loc"][: len(path)] == path for one in details)
+
+
+def _locate(annotation: Any, location: Sequence[Key]) -> _Location:
+    """What a pydantic location means: after a field or index with a union, its first text is the chosen kind."""
+    models, owners, union = models_in(annotation), Models(), Models()
+    path, label, chosen = tuple[Key, ...](), "", False
+    for item in location:
+        if len(models) > 1 and not chosen and item in kinds(models):
+            label, chosen, union = str(item), True, models
+            models = [model for model in models if item in kinds([model])]
+        else:
+            union = union if chosen else []
+            path, owners, models, chosen = (*path, item), models, children(models, item), False
+    return _Location(path, models, owners, union, label)
+
+
+def _line(annotation: Any, detail: ErrorDetails, name: str, overrides: Mapping[tuple[str, ...], str], tree: Any) -> str:
+    at, value, context = _locate(annotation, detail["loc"]), detail["input"], detail.get("ctx", {})
+    if detail["type"] == "union_tag_invalid":
+        at = at._replace(path=(*at.path, "kind"))
+    override = _override_of(at.path, overrides, created=detail["type"] == "extra_forbidden")
     match detail["type"]:
         case "extra_forbidden":
-            reason = f"unknown key{_other_key(str(path[-1]), place, every_path(kind, tree))}"
-            if kinds := place.kinds_with(str(path[-1])):
-                reason = f"kind '{place.chosen}' has no such key ({listed(kinds)} has); replace the whole section: "
-                section = tuple(map(str, path[:-1]))
-                chosen_here = any(given[: len(section)] == section for given in paths)
-                reason += _assigned(section, f"{{kind: {place.chosen}, ...}}", chosen_here)
+            reason = _unknown_key(at, list(all_paths(annotation, tree)), overrides)
         case "missing":
             value, reason = {}, "is missing; this key is required"
         case "union_tag_not_found":
-            place_key = f"{'.'.join(map(str, path))}.path"
-            if shell and isinstance(value, str) and place_key in every_path(kind, tree):
-                reason = f"should be a mapping; write '{place_key}={value}'"
-            else:
-                reason = _untagged(place, context["discriminator"].strip("'()"))
+            reason = _without_kind(at, value, override)
         case "union_tag_invalid":
-            tag, value = context["discriminator"].strip("'()"), context["tag"]
-            path, reason = (*path, tag), f"unknown {tag}{_other_value(value, _names(context['expected_tags']))}"
+            value = context["tag"]
+            reason = f"unknown kind{_other_value(value, kinds(at.models))}"
         case "literal_error":
-            given = value if isinstance(value, str) else show(value)
-            reason = f"unknown value{_other_value(given, _names(context['expected']))}"
+            known = re.findall(r"'([^']*)'", context["expected"]) or re.split(r", | or ", context["expected"])
+            reason = f"unknown value{_other_value(value if isinstance(value, str) else show(value), known)}"
         case "tuple_type" | "list_type":
-            reason = f"should be a list{_as_list(place, value, shell)}"
-        case wrong if wrong in _MAPPINGS and (kinds := place.tags("kind")):
-            reason = f"should be {{kind: ...}}{_as_kind(value, kinds)}"
+            reason = f"should be a list{_as_list(at, value, override)}"
+        case wrong if wrong in _MAPPINGS and kinds(at.models):
+            reason = f"should be {{kind: ...}}{_as_kind(value, kinds(at.models))}"
         case wrong if wrong in _MAPPINGS:
-            reason = f"should be a mapping{_example(place, value, shell)}"
+            reason = f"should be a mapping{_as_mapping(at, value, override)}"
         case "too_short" | "too_long":
             reason = re.sub(r"^\w+ (.*?) after validation", r"\1", detail["msg"])
         case other:
-            message = _PLAIN.get(other, detail["msg"].removeprefix("Value error, "))
+            message = _MESSAGES.get(other, detail["msg"].removeprefix("Value error, "))
             reason = message[:1].lower() + message[1:]
-    got = "" if isinstance(value, Mapping) else f"got {show(value)}: "  # a mapping would hide the sentence that counts
-    override = _override_of(tuple(map(str, path)), paths, made)
+    got = "" if isinstance(value, Mapping) else f"got {show(value)}: "  # a mapping would hide the reason
     source = f"{name} (override '{override}')" if override else name
-    dotted = ".".join(map(_show_key, path))
-    return f"{source}: {dotted}: {got}{reason}" if dotted else f"{source}: {reason}"
+    return f"{source}: {at.dotted}: {got}{reason}" if at.path else f"{source}: {reason}"
 
 
-def _override_of(path: tuple[str, ...], paths: Mapping[tuple[str, ...], str], made: bool) -> str | None:
-    """The last override that set this path or something around it; if the path was ``made`` by it, something within."""
-    around = [override for given, override in paths.items() if path[: len(given)] == given]
-    within = [override for given, override in paths.items() if made and given[: len(path)] == path]
-    fitting = around or within
-    return fitting[-1] if fitting else None
+def _override_of(path: tuple[Key, ...], overrides: Mapping[tuple[str, ...], str], created: bool) -> str | None:
+    """The last override that set this path or a section around it; if it ``created`` the path, something inside it."""
+    own = tuple(map(str, path))
+    around = [override for given, override in overrides.items() if own[: len(given)] == given]
+    inside = [override for given, override in overrides.items() if created and given[: len(own)] == own]
+    return next(reversed(around or inside), None)
 
 
-def _other_key(got: str, place: Place, fields: Sequence[str]) -> str:
-    """What may have been meant, else the known keys where they are few."""
-    known = place.sibling_names()
-    if got == "weight" and {"kind"} < set(known) and place.path[0] == "rewards":
-        return "; weights belong to the parts of a composite: {kind: composite, parts: [{reward: {kind: ...}, weight: ...}]}"
-    if meant := similar_fields(got, known, fields):
-        return meant
-    if not known:
-        return "; nothing can be set here"
-    few = len(known) <= _LONGEST_LIST
-    return f"; known are: {', '.join(known)}" if few else "; `gdmd recipes RECIPE` prints every key of a recipe"
+def _unknown_key(at: _Location, fields: Sequence[str], overrides: Mapping[tuple[str, ...], str]) -> str:
+    """What may have been meant, else the known keys if they are few."""
+    key, known = str(at.path[-1]), sorted({name for model in at.owners for name in model.model_fields})
+    if others := [model for model in at.union if key in model.model_fields]:
+        section = at.path[:-1]
+        shell = any(given[: len(section)] == tuple(map(str, section)) for given in overrides)
+        whole = _assignment(section, f"{{kind: {at.label}, ...}}", shell)
+        return f"kind '{at.label}' has no such key ({listed(kinds(others))} has); replace the whole section: {whole}"
+    if key == "weight" and "kind" in known and at.path[0] == "rewards":
+        parts = "{kind: composite, parts: [{reward: {kind: ...}, weight: ...}]}"
+        return f"unknown key; weights belong to the parts of a composite: {parts}"
+    if meant := similar_fields(key, known, fields):
+        return f"unknown key{meant}"
+    if len(known) <= MOST_KEYS:
+        return f"unknown key; known are: {', '.join(known)}"
+    return "unknown key; `gdmd recipes RECIPE` prints every key of a recipe"
 
 
 def _other_value(got: str, known: Sequence[str]) -> str:
-    """'; did you mean ...?' where a known value is near, else all of them."""
+    """'; did you mean ...?' if a known value is near, else all of them."""
     meant = near(got, known)
     return f"; did you mean '{meant[0]}'?" if meant else f"; known are: {', '.join(known)}"
 
 
-def _untagged(place: Place, tag: str) -> str:
-    return f"the key '{tag}' is missing; write {{{tag}: ..., ...}}{_of(place.tags(tag))}"
+def _without_kind(at: _Location, value: Any, override: str | None) -> str:
+    if override and isinstance(value, str) and any("path" in model.model_fields for model in at.models):
+        return f"should be a mapping; write {_assignment((*at.path, 'path'), value, True)}"
+    return f"the key 'kind' is missing; write {{kind: ..., ...}}; known are: {', '.join(kinds(at.models))}"
 
 
-def _of(known: Sequence[str]) -> str:
-    return f"; known are: {', '.join(known)}" if len(known) > 1 else ""
+def _as_list(at: _Location, value: Any, override: str | None) -> str:
+    """How the value is written as a list: rewards are often given as words, such as clip or my_rewards:warm."""
+    known = kinds(at.models)
+    if not known:
+        return f"; write {_assignment(at.path, f'[{value}]', bool(override))}" if isinstance(value, str | float) else ""
+    words = re.split(r"[,+ ]+", value.strip()) if isinstance(value, str) and value.strip() else []
+    meant = [_section(word, known) for word in words]
+    if isinstance(value, Mapping) and value.get("kind") in known:
+        meant = [f"{{kind: {value['kind']}{', ...' if len(value) > 1 else ''}}}"]
+    inner = ", ".join(filter(None, meant)) if meant and None not in meant else "{kind: ...}"
+    return f" of {{kind: ...}}; write {_assignment(at.path, f'[{inner}]', bool(override))}"
 
 
-def _as_list(place: Place, value: Any, shell: bool) -> str:
-    """How the value is written as a list; rewards are named by people as words: clip, my_rewards:warm."""
-    element = place.under(0)
-    kinds = element.tags("kind")
-    if kinds:
-        words = re.split(r"[,+ ]+", value.strip()) if isinstance(value, str) and value.strip() else []
-        meant = [_tagged(word, kinds) for word in words]
-        if isinstance(value, Mapping) and value.get("kind") in kinds:
-            words, meant = [value["kind"]], [f"{{kind: {value['kind']}{', ...' if len(value) > 1 else ''}}}"]
-        inner = "{kind: ...}" if not words or None in meant else ", ".join(filter(None, meant))
-        return f" of {{kind: ...}}; write {_assigned(place.path, f'[{inner}]', shell)}"
-    if isinstance(value, (str, int, float)):
-        return f"; write {_assigned(place.path, f'[{value}]', shell)}"
-    return ""
+def _as_kind(value: Any, known: Sequence[str]) -> str:
+    meant = _section(value, known) if isinstance(value, str) else None
+    return f"; write {meant}" if meant else f"; known are: {', '.join(known)}"
 
 
-def _as_kind(value: Any, kinds: Sequence[str]) -> str:
-    meant = _tagged(value, kinds) if isinstance(value, str) else None
-    return f"; write {meant}" if meant else _of(kinds)
+def _as_mapping(at: _Location, value: Any, override: str | None) -> str:
+    """How a section is written for which text was given: nearly always a file, or the word for a reward."""
+    keys = sorted({name for model in at.models for name in model.model_fields})
+    files = [key for key in ("file", "path", "source") if key in keys]
+    if override and files and isinstance(value, str):
+        return f"; write {_assignment((*at.path, files[0]), value, True)}"
+    if isinstance(value, str) and (meant := _section(value, kinds(children(at.models, "reward")))):
+        return f"; write {{reward: {meant}}}"
+    return f", like {{{keys[0]}: ...}}; known keys are: {', '.join(keys)}" if 0 < len(keys) <= MOST_KEYS else ""
 
 
-def _tagged(word: str, kinds: Sequence[str]) -> str | None:
+def _section(word: str, known: Sequence[str]) -> str | None:
     """clip -> {kind: clip}; module:function -> {kind: callable, target: module:function}; None for neither."""
-    if ":" in word and "callable" in kinds:
-        return f"{{kind: callable, target: {word}}}"
-    if word.endswith(".py") and "callable" in kinds:
-        return f"{{kind: callable, target: {word}:FUNCTION}}"
-    meant = near(word, kinds)
+    if "callable" in known and (":" in word or word.endswith(".py")):
+        return f"{{kind: callable, target: {word}{'' if ':' in word else ':FUNCTION'}}}"
+    meant = near(word, known)
     return f"{{kind: {meant[0]}}}" if meant else None
 
 
-def _assigned(path: Sequence[Key], value: str, shell: bool) -> str:
+def _assignment(path: Sequence[Key], value: str, shell: bool) -> str:
     """KEY=VALUE as one word of a shell, or the line of a file."""
     return f"'{'.'.join(map(str, path))}={value}'" if shell else f"{path[-1] if path else ''}: {value}"
-
-
-def _example(place: Place, value: Any, shell: bool) -> str:
-    keys = place.field_names()
-    files = [
-        key for key in ("file", "path", "source") if key in keys
-    ]  # a text in place of a section is nearly always one
-    if shell and files and isinstance(value, str):
-        return f"; write {_assigned((*place.path, files[0]), value, shell)}"
-    if isinstance(value, str) and (meant := _tagged(value, place.under("reward").tags("kind"))):
-        return f"; write {{reward: {meant}}}"
-    return f", like {{{keys[0]}: ...}}; known keys are: {', '.join(keys)}" if 0 < len(keys) <= _LONGEST_LIST else ""
-
-
-def _names(expected: str) -> list[str]:
-    """The names in pydantic's "'a', 'b' or 'c'"; numbers of a Literal have no quotes."""
-    return re.findall(r"'([^']*)'", expected) or re.split(r", | or ", expected)
-
-
-def _show_key(key: Key) -> str:
-    if isinstance(key, int):
-        return str(key)
-    return key if re.fullmatch(r"[\w-]+", key) else repr(key)

@@ -1,4 +1,4 @@
-"""Things that make images, as one word of the command line: [NAME=]WHERE[,key=value ...]."""
+"""Sources of images as one command-line argument: [NAME=]WHERE[,key=value ...]."""
 
 from __future__ import annotations
 
@@ -11,52 +11,62 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability, in_home
+from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability, expand_home
 from gdmd.config.model import Pixels
 
 SchedulerName = Literal["lcm", "tcd", "ddim", "euler", "euler_ancestral", "flow_euler", "flow_dpm"]
 
 
 class SourceConfig(Config):
-    """One source of images. All but name, where, batch, trained and a run's checkpoint is of diffusers pipelines alone."""
+    """One source of images. Fields other than name, where, batch, trained and checkpoint are for diffusers pipelines."""
 
-    name: str = Field(description="What it is called in tables, and its folder in a comparison.")
+    name: str = Field(description="Name in tables and of the folder of its images.")
     where: str = Field(
         description="A run, an exported folder, a pipeline (folder or hub id), images, or a teacher row."
     )
-    steps: Count | None = Field(default=None, description="Steps of a pipeline; default: its own.")
-    guidance: NonNegative | None = Field(default=None, description="Guidance scale of a pipeline; default: its own.")
+    steps: Count | None = Field(default=None, description="Sampling steps; default: those of the pipeline.")
+    guidance: NonNegative | None = Field(default=None, description="Guidance scale; default: that of the pipeline.")
     guidance_rescale: Probability | None = Field(
-        default=None, description="Rescaled guidance of Stable Diffusion 1, 2 and XL; default: off."
+        default=None, description="Guidance rescale of Stable Diffusion 1, 2 and XL; default: off."
     )
     lora: str | None = Field(
         default=None,
-        description="LoRA on top: a .safetensors file, a folder (PEFT's, too), ORG/NAME or ORG/NAME/FILE.safetensors.",
+        description="LoRA to load: a .safetensors file, a folder (also PEFT's), ORG/NAME or ORG/NAME/FILE.safetensors.",
     )
-    lora_scale: Positive = Field(default=1.0, description="The LoRA's weight.")
+    lora_scale: Positive = Field(default=1.0, description="Weight of the LoRA.")
     lora_partial: bool = Field(
-        default=False, description="Use a LoRA although the pipeline lacks some of its layers; they are left out."
+        default=False, description="Load a LoRA although the pipeline lacks some of its layers, which are skipped."
     )
-    scheduler: SchedulerName | None = Field(default=None, description="Another scheduler, from the pipeline's betas.")
+    scheduler: SchedulerName | None = Field(
+        default=None,
+        description="Scheduler, with the pipeline's betas; default: that of the pipeline.",
+    )
     spacing: Literal["trailing", "leading", "linspace"] | None = Field(
-        default=None, description="Where its timesteps lie; SDXL-Lightning and Turbo need trailing."
+        default=None, description="Timestep spacing of the scheduler; SDXL-Lightning and Turbo need trailing."
     )
-    shift: Positive | None = Field(default=None, description="Static shift of a flow model's scheduler.")
+    shift: Positive | None = Field(
+        default=None,
+        description="Static shift of a flow-matching scheduler; default: its own.",
+    )
     timesteps: tuple[NonNegativeCount, ...] = Field(
-        default=(), description="Training steps at which the network is called, joined by +; sets steps."
+        default=(), description="Timesteps at which the network is called, joined by +; replaces steps."
     )
-    eta: NonNegative | None = Field(default=None, description="Noise that tcd or ddim adds at every step; default: 0.")
-    height: Pixels | None = Field(default=None, description="Pixels; default: the pipeline's.")
-    width: Pixels | None = Field(default=None, description="Pixels; default: the pipeline's.")
-    base: str | None = Field(default=None, description="The base model of a run or an exported LoRA, if it has moved.")
-    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+    eta: NonNegative | None = Field(default=None, description="Stochasticity of tcd or ddim; default: 0.")
+    height: Pixels | None = Field(default=None, description="Image height in pixels; default: that of the pipeline.")
+    width: Pixels | None = Field(default=None, description="Image width in pixels; default: that of the pipeline.")
+    base: str | None = Field(
+        default=None,
+        description="New location of the base model of a run or an exported LoRA, if it has moved.",
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the hub id.")
     variant: str | None = Field(default=None, description='Variant of the weight files, for example "fp16".')
     dtype: Literal["fp32", "bf16", "fp16"] = Field(default="bf16", description="Precision of a pipeline.")
-    device: str | None = Field(default=None, description="Where it runs; default: the GPU where there is one.")
-    checkpoint: str = Field(default="last", description="Which checkpoint of a run: best, last or a step.")
-    batch: Count | None = Field(default=None, description="Images per call; default: 100 Shapes images, else 4.")
+    device: str | None = Field(default=None, description="Device; default: the GPU if there is one.")
+    checkpoint: str = Field(default="last", description="Checkpoint of a run: best, last or a step.")
+    batch: Count | None = Field(default=None, description="Images per call; default: 100 for Shapes, else 4.")
     trained: tuple[str, ...] = Field(
-        default=(), description="Rewards a foreign model was trained on, joined by +; runs and exports know theirs."
+        default=(),
+        description="Rewards that a foreign model was trained on, joined by +; runs and exports record theirs.",
     )
 
     @model_validator(mode="after")
@@ -68,23 +78,23 @@ class SourceConfig(Config):
 
     @property
     def slug(self) -> str:
-        """The name as a folder's."""
+        """The name as a folder name."""
         return re.sub(r"[^\w.-]+", "-", self.name).strip(".-") or "source"
 
     def changed(self, given: Mapping[str, Any]) -> SourceConfig:
-        """The same with other settings, validated again."""
+        """A copy with other settings, validated again."""
         return checked(SourceConfig, self.model_dump(exclude_unset=True) | dict(given), f"source {self.where!r}")
 
 
 _NUMBERS = {"steps", "height", "width", "batch"}
-_SEVERAL = {"trained", "timesteps"}
+_JOINED = {"trained", "timesteps"}
 
 
 def read_source(text: str) -> SourceConfig:
-    """``[NAME=]WHERE[,key=value ...]`` -> its config. ValueError that names the key and what is possible.
+    """Parse ``[NAME=]WHERE[,key=value ...]``. ValueError that names the wrong key and the known ones.
 
-    An existing path wins over every other reading, the longest first: ``runs/lr=1e-4`` and ``a,b`` are folders where
-    they exist. Quotes around WHERE or a value keep commas and equals signs: ``x="runs/a,b",steps=4``.
+    The longest existing path takes precedence over other readings: ``runs/lr=1e-4`` and ``a,b`` are folders if they
+    exist. Quotes around WHERE or a value keep commas and equals signs: ``x="runs/a,b",steps=4``.
     """
     pieces = split_settings(text)
     name, where, used = _named(pieces)
@@ -94,7 +104,7 @@ def read_source(text: str) -> SourceConfig:
 
 
 def named_place(text: str) -> tuple[str, str]:
-    """``[NAME=]WHERE`` -> both, without settings; an existing path wins, and quotes are taken off."""
+    """Parse ``[NAME=]WHERE`` without settings; an existing path takes precedence, quotes are removed."""
     if _exists(text):
         return _last(text), text
     name, equals, where = text.partition("=")
@@ -104,7 +114,7 @@ def named_place(text: str) -> tuple[str, str]:
 
 
 def _named(pieces: Sequence[str]) -> tuple[str, str, int]:
-    """Name, place, and how many pieces of the text they take."""
+    """Name, location, and the number of pieces that they use."""
     for count in range(len(pieces), 0, -1):
         joined = ",".join(pieces[:count])
         name, where = named_place(joined)
@@ -114,7 +124,7 @@ def _named(pieces: Sequence[str]) -> tuple[str, str, int]:
 
 
 def _exists(path: str) -> bool:
-    return os.path.exists(in_home(path))
+    return os.path.exists(expand_home(path))
 
 
 def _last(where: str) -> str:
@@ -123,12 +133,12 @@ def _last(where: str) -> str:
 
 
 def split_settings(text: str) -> list[str]:
-    """The parts of a text between its commas; a part in quotes, or a value in quotes, keeps its own."""
+    """Split at commas, except at those inside a quoted part or a quoted value."""
     return re.findall(r"""(?:^|,)((?:[^,"'=]*=)?(?:"[^"]*"|'[^']*')(?=,|$)|[^,]*)""", text)
 
 
 def unquoted(value: str) -> str:
-    """Without the quotes around it."""
+    """The value without surrounding quotes."""
     return value[1:-1] if len(value) > 1 and value[0] in "\"'" and value[-1] == value[0] else value
 
 
@@ -146,14 +156,14 @@ def _pairs(text: str, parts: Sequence[str]) -> dict[str, Any]:
         if key in given:
             raise ValueError(f"source {text!r}: {key} is given twice; give it once")
         number = key in _NUMBERS and re.fullmatch(r"\d{1,18}", value)
-        given[key] = int(value) if number else _several(value, key) if key in _SEVERAL else value
+        given[key] = int(value) if number else _joined(value, key) if key in _JOINED else value
     return given
 
 
 def settings_of(parts: Sequence[str]) -> Iterator[tuple[str, str, str | None]]:
-    """(part, key, value) of each ``key=value``, quotes taken off; None for a part without an equals sign.
+    """(part, key, value) of each ``key=value`` without quotes; value None for a part without an equals sign.
 
-    A value takes the parts after it where they are one existing path together: ``lora=a,b.safetensors``.
+    The following parts belong to a value if together they are an existing path: ``lora=a,b.safetensors``.
     """
     first = 0
     while first < len(parts):
@@ -168,8 +178,8 @@ def _value(parts: Sequence[str]) -> str:
     return ",".join(parts).partition("=")[2]
 
 
-def _several(value: str, key: str) -> tuple[str | int, ...]:
-    """What + joins; numbers as numbers where numbers are wanted."""
+def _joined(value: str, key: str) -> tuple[str | int, ...]:
+    """The parts joined by +; timesteps as integers."""
     parts = value.split("+")
     if key == "timesteps" and all(re.fullmatch(r"\d{1,6}", part) for part in parts):
         return tuple(int(part) for part in parts)
@@ -177,7 +187,7 @@ def _several(value: str, key: str) -> tuple[str | int, ...]:
 
 
 def read_sources(texts: Sequence[str]) -> tuple[SourceConfig, ...]:
-    """Several sources, whose names must differ (as folders, too)."""
+    """Parse several sources; their names must differ, also as folder names."""
     sources = tuple(read_source(text) for text in texts)
     slugs = [source.slug.lower() for source in sources]
     twice = [source.name for source in sources if slugs.count(source.slug.lower()) > 1]
@@ -187,7 +197,7 @@ def read_sources(texts: Sequence[str]) -> tuple[SourceConfig, ...]:
 
 
 def checked(cls: type[SourceConfig], given: dict[str, Any], what: str) -> SourceConfig:
-    """The validated config. ValueError with every mistake in one line each."""
+    """The validated config. ValueError with one line for each mistake."""
     try:
         return cls.model_validate(given)
     except ValidationError as error:

@@ -1,45 +1,51 @@
-"""YAML and ``a.b=c`` overrides -> a validated config; every mistake is listed at once, with its place and a suggestion.
+"""YAML and ``a.b=c`` overrides -> a validated config; every mistake is listed at once, with its path and a suggestion.
 
-Nothing here imports torch: a misspelt key is reported in a blink.
+Imports no torch, so that a misspelled key is reported at once.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from gdmd.config.explain import explain, show, unsecret
-from gdmd.config.places import Key, default_at, takes_text
-from gdmd.config.strict_yaml import YamlError, parse_yaml
+from gdmd.config.explain import explain, redacted, show
+from gdmd.config.fields import Key, field_at
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
+MAX_YAML_CHARS = 1_000_000
+"""A longer file is not a configuration."""
+
 
 class ConfigError(ValueError):
-    """All that is wrong with a config; ``str`` has one line for each error, which ``errors`` holds too."""
+    """All mistakes in a config: ``str`` has one line for each error, which ``errors`` holds too."""
 
     def __init__(self, errors: Sequence[str]) -> None:
-        self.errors = tuple(unsecret(" ".join(error.split())) for error in errors)
+        self.errors = tuple(redacted(" ".join(error.split())) for error in errors)
         super().__init__("\n".join(self.errors))
 
 
 def load_config(
-    cls: type[AnyConfig], source: str | Path, overrides: Sequence[str] = (), where: str | None = None
+    cls: type[AnyConfig],
+    source: str | Path | Mapping[Key, Any],
+    overrides: Sequence[str] = (),
+    where: str | None = None,
 ) -> AnyConfig:
     """Read a config of class ``cls`` and apply the overrides in order.
 
-    source: a ``Path`` is a file to read, a ``str`` is YAML text. overrides: "a.b=c", where c is YAML and a whole number
-    in the path is the index of a list; a part left out of the file is filled from its default first. An existing path
-    given to a field of text is taken as it is.
+    source: a ``Path`` is a file to read, a ``str`` is YAML text, a mapping is taken as parsed. overrides: "a.b=c",
+    where c is YAML and a whole number in the path is the index of a list; a section that the source leaves out starts
+    from its default. An existing path given to a text field is taken literally, not as YAML.
     where: the name of the source in errors (default: the path). Raises ``ConfigError``.
     """
     name = where or (str(source) if isinstance(source, Path) else "config")
-    tree = _read_tree(source, name)
+    tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else read_yaml(source, name)
     errors: list[str] = []
     paths: dict[tuple[str, ...], str] = {}
     for override in overrides:
@@ -61,23 +67,55 @@ def dump_config(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-def _read_tree(source: str | Path, name: str) -> dict[Key, Any]:
-    """The mapping that the source holds."""
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and reads dates as text: no field is a date, but a folder's name may be."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in lines:
+                problem = f"duplicate key {key.value!r} (first on line {lines[key.value]}): keep one of the two"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return node
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of one YAML document (None for an empty text). ValueError with the line and column of the mistake."""
+    if len(text) > MAX_YAML_CHARS:
+        raise ValueError(f"has {len(text)} characters, at most {MAX_YAML_CHARS}; give a configuration file")
     try:
-        text = source if isinstance(source, str) else source.read_text(encoding="utf-8")
-        tree = parse_yaml(text)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{place}{error.problem}{f' ({error.context})' if error.context else ''}") from error
+    except RecursionError as error:
+        raise ValueError("values are nested too deeply") from error
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot be read as YAML: {' '.join(str(error).split())}") from error
+
+
+def read_yaml(source: str | Path, name: str | None = None) -> dict[Key, Any]:
+    """The mapping in a file or a text. ConfigError that begins with ``name`` for anything else."""
+    name = name or str(source)
+    try:
+        tree = parse_yaml(source if isinstance(source, str) else source.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"{name}: cannot be read ({error.strerror}); give the path of a YAML file"]) from error
     except UnicodeDecodeError as error:
         raise ConfigError([f"{name}: is not UTF-8 text ({error.reason} at byte {error.start})"]) from error
-    except YamlError as error:
+    except ValueError as error:
         raise ConfigError([f"{name}: {error}"]) from error
-    except ValueError as error:  # a path with a null character
-        raise ConfigError([f"{name!r}: is not a path ({error})"]) from error
-    if tree is None:
-        raise ConfigError([f"{name}: is empty; expected 'key: value' lines"])
     if not isinstance(tree, dict):
-        raise ConfigError([f"{name}: got {show(tree)}, expected 'key: value' lines (a mapping)"])
+        got = "is empty" if tree is None else f"got {show(tree)}"
+        raise ConfigError([f"{name}: {got}; expected 'key: value' lines (a mapping)"])
     return tree
 
 
@@ -91,31 +129,47 @@ def _apply(cls: type[BaseModel], tree: dict[Key, Any], override: str) -> tuple[s
     walked: list[Key] = []
     for part in path[:-1]:
         key = _key(parent, part, walked)
-        if isinstance(parent, dict) and parent.get(key) is None:
-            parent[key] = default_at(cls, tree, (*walked, key))
-        parent = parent[key]
         walked.append(key)
+        if isinstance(parent, dict) and parent.get(key) is None:
+            parent[key] = _default(cls, tree, walked)
+        parent = parent[key]
     key = _key(parent, path[-1], walked)
-    parent[key] = right if takes_text(cls, tree, (*walked, key)) and _is_path(right) else _override_value(left, right)
+    parent[key] = _override_value(left, right, _takes_text(cls, tree, [*walked, key]))
     return path
 
 
-def _is_path(text: str) -> bool:
-    """Whether a text names an existing path, which YAML might read as a number, or cut at a #."""
-    return text not in ("null", "~") and os.path.exists(text)
+def _default(cls: type[BaseModel], tree: Any, path: Sequence[Key]) -> Any:
+    """The default of a field as plain YAML values; an empty mapping for None and where there is none."""
+    field = field_at(cls, tree, path)
+    if field is None or field.is_required():
+        return {}
+    return _plain(field.get_default(call_default_factory=True))
 
 
-def _override_value(left: str, right: str) -> Any:
-    """The YAML after the equals sign. An open bracket at its end is nearly always a shell that cut the word at a space."""
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return [_plain(item) for item in value] if isinstance(value, tuple) else {} if value is None else value
+
+
+def _takes_text(cls: type[BaseModel], tree: Any, path: Sequence[Key]) -> bool:
+    field = field_at(cls, tree, path)
+    return field is not None and (field.annotation is str or str in get_args(field.annotation))
+
+
+def _override_value(left: str, right: str, text: bool) -> Any:
+    """The YAML after the equals sign; for a text field an existing path, which YAML might read as a number or cut at #."""
+    if text and right not in ("null", "~") and os.path.exists(right):
+        return right
     try:
         return parse_yaml(right)
-    except YamlError as error:
+    except ValueError as error:
         cut = right.count("[") > right.count("]") or right.count("{") > right.count("}")
         hint = f"; the shell cuts words at spaces: put the whole word into quotes, like '{left}=[...]'" if cut else ""
-        raise YamlError(f"{error}{hint}") from error
+        raise ValueError(f"{error}{hint}") from error
 
 
-def _key(parent: Any, part: str, walked: list[Key]) -> Key:
+def _key(parent: Any, part: str, walked: Sequence[Key]) -> Key:
     """One part of an override's path as a key of ``parent``: a name in a mapping, an index in a list."""
     place = ".".join(map(str, walked))
     if isinstance(parent, dict):

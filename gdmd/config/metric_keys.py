@@ -1,4 +1,4 @@
-"""The keys of metrics.jsonl that a recipe will log, so that a mistyped loop.best_metric is refused before training."""
+"""The keys of metrics.jsonl that a recipe logs, so that a misspelled loop.best_metric is refused before training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from gdmd.config.methods.dmd2 import Dmd2Config
 from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.methods.dmdr import DmdrConfig
 from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig, GdmdTiltedShuffledConfig
 from gdmd.config.rewards import CompositeReward, OcrConfig, RemoteReward
 from gdmd.config.run import RewardConfig, RunConfig
 
@@ -29,7 +30,7 @@ _OPTIMALITY = (
 
 
 def check_best_metric(cfg: RunConfig) -> None:
-    """ValueError for a loop.best_metric that the training never logs, with the nearest key that it does log."""
+    """ValueError for a loop.best_metric that training never logs, with the most similar key that it logs."""
     wanted, known = cfg.loop.best_metric, metric_keys(cfg)
     if not wanted or wanted in known:
         return
@@ -42,17 +43,19 @@ def check_best_metric(cfg: RunConfig) -> None:
 
 
 def metric_keys(cfg: RunConfig) -> tuple[str, ...]:
-    """Every key that a row of metrics.jsonl can hold; some begin later, with a second stage."""
-    rewards = [key for spec in _read(cfg) for key in (*_scored(spec), *_of_reward(spec))]
+    """Every key that a row of metrics.jsonl can hold; some appear only in a second stage."""
+    rewards = [key for spec in _rewards(cfg) for key in (*_scored(spec), *_of_reward(spec))]
     return tuple(dict.fromkeys((*_ALWAYS, *_of_method(cfg), *rewards)))
 
 
-def _read(cfg: RunConfig) -> tuple[RewardConfig, ...]:
+def _rewards(cfg: RunConfig) -> tuple[RewardConfig, ...]:
     return cfg.rewards if cfg.method.rewarded else ()
 
 
 def _of_method(cfg: RunConfig) -> tuple[str, ...]:
-    samples = tuple(f"reward/{_name(spec)}/sample" for spec in _read(cfg))
+    samples, targets = (
+        tuple(f"reward/{_name(spec)}/{what}" for spec in _rewards(cfg)) for what in ("sample", "target")
+    )
     match cfg.method:
         case DmdConfig() as own:
             return ("loss/regression",) if own.regression_weight > 0 else ()
@@ -68,12 +71,12 @@ def _of_method(cfg: RunConfig) -> tuple[str, ...]:
             return ("loss/nft", "weight/r", *_COLLECTED, *samples)
         case DmdGrpoConfig():
             return ("loss/grpo", "policy/moved", "policy/clipped", *_COLLECTED, *samples)
-        case GdmdConfig() as own:
-            targets = tuple(f"reward/{_name(spec)}/target" for spec in _read(cfg))
-            softmax = ("weight/effective",) if own.weighting == "softmax" else ()
-            pull = ("gap/pull",) if own.continued and own.reward_gradient > 0 else ()
-            compared = (*_OPTIMALITY, *samples) if own.compares_sample else ()
-            return (*_TARGETS, *compared, *softmax, *pull, *targets)
+        case GdmdConfig():
+            return (*_TARGETS, *_OPTIMALITY, *samples, *targets)
+        case GdmdTiltedConfig() as own:
+            gradient = ("gap/pull",) if own.reward_gradient > 0 else ()
+            compared = (*_OPTIMALITY, *samples) if isinstance(own, GdmdTiltedShuffledConfig) else ()
+            return (*_TARGETS, *compared, "weight/effective", *gradient, *targets)
 
 
 def _of_dmdr(own: DmdrConfig, samples: tuple[str, ...]) -> Iterator[str]:
@@ -88,12 +91,12 @@ def _of_dmdr(own: DmdrConfig, samples: tuple[str, ...]) -> Iterator[str]:
 
 
 def _scored(spec: RewardConfig) -> tuple[str, str]:
-    """What tells whether a reward says anything (runs.reward_signal)."""
+    """Keys that show whether a reward carries a signal (runs.reward_signal)."""
     return f"scores/{_name(spec)}/unscored", f"scores/{_name(spec)}/spread"
 
 
 def _of_reward(spec: RewardConfig) -> Iterator[str]:
-    """What a reward logs of itself."""
+    """Keys that a reward logs itself."""
     name = _name(spec)
     match spec:
         case OcrConfig():
@@ -109,5 +112,5 @@ def _of_reward(spec: RewardConfig) -> Iterator[str]:
 
 
 def _name(spec: RewardConfig) -> str:
-    """The name under which a reward logs: its label, but for a remote one."""
+    """The name of a reward in keys: its label, without the space of a remote one."""
     return f"remote_{spec.reward}" if isinstance(spec, RemoteReward) else spec.label

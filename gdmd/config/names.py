@@ -1,11 +1,11 @@
-"""Names that people know from diffusers, TRL and accelerate, and what each is called here; and near misses."""
+"""Suggestions for unknown names: near misses, and what options of diffusers, TRL and accelerate are called here."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 
-ELSEWHERE: dict[str, tuple[str, ...]] = {
+FROM_OTHER_LIBRARIES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("lr", "learning_rate"), ("loop.lr_student", "loop.lr_fake")),
     **dict.fromkeys(("student_lr", "generator_lr", "lr_generator"), ("loop.lr_student",)),
     **dict.fromkeys(("fake_lr", "critic_lr", "guidance_lr", "lr_critic", "fake_score_lr"), ("loop.lr_fake",)),
@@ -51,18 +51,18 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     ),
     "train_data_dir": ("real_data.source",),
 }
-"""Last part of a key, in lower case with "_" -> the fields here that do the same or nearly so."""
+"""Option of another library, in lower case with "_" -> the fields that do the same or nearly the same."""
 
 OPTIONS = {
     **dict.fromkeys(("output_dir", "output", "run", "run_dir", "logging_dir"), "--run FOLDER"),
     **dict.fromkeys(("resume", "resume_from", "resume_from_checkpoint"), "--resume FOLDER"),
     **dict.fromkeys(("num_processes", "num_gpus", "gpus", "nproc_per_node"), "--gpus N"),
 }
-"""What is an option of ``gdmd train`` instead of a field."""
+"""Option of another library -> the command-line option of ``gdmd train``."""
 
 
 def near(got: str, known: Sequence[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
-    """The nearest of the known names, best first; capitals do not matter."""
+    """The most similar known names, best first, ignoring case."""
     plain = {name.lower(): name for name in known}
     return [plain[one] for one in difflib.get_close_matches(got[:100].lower(), list(plain), n=most, cutoff=cutoff)]
 
@@ -74,14 +74,14 @@ def listed(names: Sequence[str], quoted: bool = True) -> str:
 
 
 def similar_fields(got: str, siblings: Sequence[str], fields: Sequence[str]) -> str:
-    """What may have been meant by an unknown key: ", did you mean ...?" with its whole path, or "".
+    """Suggestion for an unknown key, "; did you mean ...?", or "".
 
-    siblings: the keys that are known beside it; fields: every path of the config.
+    siblings: the known keys of the same section; fields: every path of the config.
     """
     name = got.lower().replace("-", "_").removeprefix("__")
     if name in OPTIONS and "loop" in fields:
         return f"; it is the option {OPTIONS[name]}"
-    meant = [path for path in ELSEWHERE.get(name, ()) if path in fields]
+    meant = [path for path in FROM_OTHER_LIBRARIES.get(name, ()) if path in fields]
     if meant:
         return f"; did you mean {' and '.join(meant)}?" if name in ("resolution", "image_size", "size") else _ask(meant)
     if beside := near(got, siblings):

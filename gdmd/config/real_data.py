@@ -1,4 +1,4 @@
-"""Real images of a real model: where they are, and where their latents are kept."""
+"""Real images for training a real model, and the cache of their latents."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from gdmd.config.base import Config, NonNegativeCount
 
 
 class RealDataConfig(Config):
-    """Images with captions for a GAN's real side (DMD2) and for x_tau = re-noised real latents (student_input: data)."""
+    """Images with captions: the real samples of DMD2's GAN, and the data for method.student_input = data."""
 
     source: tuple[str, ...] = Field(
-        description="A folder of images with captions (same-stem .txt, .caption or .json; or metadata.jsonl or metadata.csv "
-        "with file_name and text), or WebDataset tars (KEY.jpg|png|webp|... beside KEY.txt, KEY.caption or KEY.json with a "
-        "caption).",
+        description="Folders of images with captions (same-stem .txt, .caption or .json; or metadata.jsonl or "
+        "metadata.csv with file_name and text), or WebDataset tars (KEY.jpg|png|webp|... next to KEY.txt, KEY.caption "
+        "or KEY.json with a caption).",
     )
     latents: str = Field(
-        description="Folder of the latents of this one data set; `gdmd latents RECIPE` computes them once."
+        description="Folder for the latents of this data set; `gdmd latents RECIPE` computes them once."
     )
     unreadable: NonNegativeCount = Field(
         default=100,
-        description="Images that `gdmd latents` may pass over, each named (damaged, no caption); one more stops it.",
+        description="Number of images that `gdmd latents` may skip, each with a message (damaged, no caption), before "
+        "it stops.",
     )
 
     @field_validator("source", mode="before")

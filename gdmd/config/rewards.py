@@ -1,4 +1,4 @@
-"""Reward models of real images: which, from where, on what device; and rewards made of others."""
+"""Rewards of real images: which model, its weights and device; functions, servers, and composites of rewards."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ def _function(given: str) -> str:
     named = module.endswith(".py") or all(part.isidentifier() for part in module.split("."))
     if colon and named and name.isidentifier():
         return given
-    what = f"names a file without its function; write {given}:FUNCTION" if given.endswith(".py") else ""
+    without = f"names a file without its function; write {given}:FUNCTION" if given.endswith(".py") else ""
     raise ValueError(
-        what or "does not name a function; write module:function or path/to/file.py:function, like my_rewards.py:warm"
+        without
+        or "does not name a function; write module:function or path/to/file.py:function, like my_rewards.py:warm"
     )
 
 
 def function_label(target: str) -> str:
-    """The name of a function's scores: module:function, without the folder of a file."""
+    """Label of a function: module:function, without the folder of a file."""
     module, _, name = target.rpartition(":")
     return f"{PurePath(module).stem}:{name}" if module.endswith(".py") else target
 
@@ -34,18 +35,20 @@ FunctionName = Annotated[str, AfterValidator(_function)]
 
 
 class DeviceOptions(Config):
-    """Device and precision of a reward's networks."""
+    """Precision and device of a neural reward."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="Of the weights and towers; preprocessing, cosine and head are always fp32."
+        default="fp32", description="Precision of weights and encoders; preprocessing, cosine and head are always fp32."
     )
-    device: str | None = Field(default=None, description='"cuda:1", "cpu", ...; default: where the student is.')
+    device: str | None = Field(default=None, description='Device, such as "cuda:1" or "cpu"; default: the student\'s.')
 
 
 class NetworkReward(DeviceOptions):
     """A neural reward; its weights can be offloaded to the CPU between calls."""
 
-    offload: bool = Field(default=False, description="Keep the weights on the CPU between calls.")
+    offload: bool = Field(
+        default=False, description="Keep the weights on the CPU between calls: less GPU memory, slower calls."
+    )
     chunk: NonNegativeCount = Field(default=0, description="Images per forward pass; 0 = the whole batch.")
 
 
@@ -53,8 +56,10 @@ class ClipReward(NetworkReward):
     """CLIPScore: the cosine, in [-1, 1]."""
 
     kind: Literal["clip"] = "clip"
-    path: str | None = Field(default=None, description="Folder or hub id of a CLIPModel; default: ViT-L/14, pinned.")
-    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+    path: str | None = Field(
+        default=None, description="Folder or hub id of a CLIPModel; default: ViT-L/14 at a pinned commit."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the hub id.")
 
     @property
     def label(self) -> str:
@@ -62,10 +67,12 @@ class ClipReward(NetworkReward):
 
 
 class HpsReward(NetworkReward):
-    """HPSv2.1 ("hps") or HPSv2 ("hps_v2"): the cosine of their own ViT-H/14."""
+    """HPSv2.1 ("hps") or HPSv2 ("hps_v2"): the cosine of a fine-tuned CLIP ViT-H/14."""
 
     kind: Literal["hps", "hps_v2"] = "hps"
-    path: str | None = Field(default=None, description="Converted folder; default: what `gdmd rewards convert` wrote.")
+    path: str | None = Field(
+        default=None, description="Folder of converted weights; default: the output of `gdmd rewards convert`."
+    )
 
     @property
     def label(self) -> str:
@@ -76,9 +83,13 @@ class PickScoreReward(NetworkReward):
     """PickScore v1: exp(logit_scale) times the cosine, about 15 to 27."""
 
     kind: Literal["pickscore"] = "pickscore"
-    path: str | None = Field(default=None, description="Folder or hub id; default: the published weights, pinned.")
-    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
-    tokenizer: str | None = Field(default=None, description="Folder or hub id of the tokenizer; default: CLIP-H's.")
+    path: str | None = Field(
+        default=None, description="Folder or hub id; default: the published weights at a pinned commit."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the hub id.")
+    tokenizer: str | None = Field(
+        default=None, description="Folder or hub id of the tokenizer; default: that of CLIP ViT-H/14."
+    )
 
     @property
     def label(self) -> str:
@@ -86,10 +97,12 @@ class PickScoreReward(NetworkReward):
 
 
 class ImageRewardReward(NetworkReward):
-    """ImageReward v1: standardized, about -3 to 3."""
+    """ImageReward v1: a standardized score, about -3 to 3."""
 
     kind: Literal["imagereward"] = "imagereward"
-    path: str | None = Field(default=None, description="Converted folder; default: what `gdmd rewards convert` wrote.")
+    path: str | None = Field(
+        default=None, description="Folder of converted weights; default: the output of `gdmd rewards convert`."
+    )
 
     @property
     def label(self) -> str:
@@ -97,11 +110,16 @@ class ImageRewardReward(NetworkReward):
 
 
 class AestheticReward(NetworkReward):
-    """LAION aesthetic v2: reads the image alone, about 1 to 10."""
+    """LAION aesthetic predictor v2: scores the image without the prompt, about 1 to 10."""
 
     kind: Literal["aesthetic"] = "aesthetic"
-    path: str | None = Field(default=None, description="Converted folder of the head; default: the converted one.")
-    clip: str | None = Field(default=None, description="Folder or hub id of CLIP ViT-L/14; default: pinned.")
+    path: str | None = Field(
+        default=None, description="Folder of the converted head; default: the output of `gdmd rewards convert`."
+    )
+    clip: str | None = Field(
+        default=None,
+        description="Folder or hub id of CLIP ViT-L/14; default: the published weights at a pinned commit.",
+    )
     revision: str | None = Field(default=None, description="Branch, tag or commit of clip.")
 
     @property
@@ -110,11 +128,16 @@ class AestheticReward(NetworkReward):
 
 
 class GenEvalReward(DeviceOptions):
-    """GenEval partial credit, in [0, 1]: not the metric. Prompts need GenEval metadata."""
+    """GenEval partial credit, in [0, 1]; not the GenEval metric. Prompts need GenEval metadata."""
 
     kind: Literal["geneval"] = "geneval"
-    detector: str | None = Field(default=None, description="Folder or hub id of a COCO Mask2Former.")
-    clip: str | None = Field(default=None, description="Folder or hub id of CLIP ViT-L/14, the color classifier.")
+    detector: str | None = Field(
+        default=None, description="Folder or hub id of a Mask2Former for COCO; default: the published weights."
+    )
+    clip: str | None = Field(
+        default=None,
+        description="Folder or hub id of CLIP ViT-L/14, which classifies colors; default: the published weights.",
+    )
 
     @property
     def label(self) -> str:
@@ -122,19 +145,20 @@ class GenEvalReward(DeviceOptions):
 
 
 class OcrConfig(DeviceOptions):
-    """OCR: 1 - edit distance / length of the text quoted in the prompt, in [0, 1]; NaN for a prompt without quotes."""
+    """OCR: 1 - edit distance / length of the text quoted in the prompt, in [0, 1]; a prompt without quotes is not scored."""
 
     kind: Literal["ocr"] = "ocr"
     path: str | None = Field(
-        default=None, description="Folder or hub id of a reading model; default: GOT-OCR 2.0, pinned."
+        default=None, description="Folder or hub id of an OCR model; default: GOT-OCR 2.0 at a pinned commit."
     )
-    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the hub id.")
     reader: FunctionName | None = Field(
-        default=None, description='"module:function" or "file.py:function", PIL image -> str, instead of a model.'
+        default=None,
+        description='Function "module:function" or "file.py:function", PIL image -> str, used instead of a model.',
     )
-    tokens: Count = Field(default=128, description="Longest reading of the model.")
+    tokens: Count = Field(default=128, description="Maximum number of tokens that the model reads.")
     other_text: Literal["error", "free"] = Field(
-        default="error", description="Whether text beyond the one asked for counts as an error."
+        default="error", description="Whether text that the prompt does not ask for counts as an error."
     )
 
     @property
@@ -149,13 +173,16 @@ class OcrConfig(DeviceOptions):
 
 
 class CallableConfig(Config):
-    """A Python function(images, prompts) -> one number per image."""
+    """A Python function (images, prompts) -> one number per image."""
 
     kind: Literal["callable"] = "callable"
     target: FunctionName = Field(
-        description='"module:function" or "path/to/file.py:function"; it runs with all your rights.'
+        description='"module:function" or "path/to/file.py:function". The code runs with all your permissions.'
     )
-    differentiable: bool = Field(default=False, description="Whether its gradient with respect to the images is right.")
+    differentiable: bool = Field(
+        default=False,
+        description="Whether the function returns a tensor with a correct gradient with respect to the images.",
+    )
 
     @property
     def label(self) -> str:
@@ -163,22 +190,29 @@ class CallableConfig(Config):
 
 
 class RemoteReward(Config):
-    """A reward of another machine: ``gdmd rewards serve`` there."""
+    """A reward computed on another machine, by ``gdmd rewards serve``."""
 
     kind: Literal["remote"] = "remote"
-    url: str = Field(description="For example http://127.0.0.1:8766.")
+    url: str = Field(description="Address of the server, for example http://127.0.0.1:8766.")
     reward: str = Field(description="Name of one of the server's rewards.")
-    token_variable: str = Field(default="GDMD_REWARD_TOKEN", description="Environment variable with the bearer token.")
-    timeout_s: Positive = Field(default=60.0, description="Longest wait for one request.")
-    retries: NonNegativeCount = Field(default=3, description="Further tries of a request, with growing pauses.")
+    token_variable: str = Field(
+        default="GDMD_REWARD_TOKEN", description="Environment variable that holds the bearer token."
+    )
+    timeout_s: Positive = Field(default=60.0, description="Seconds to wait for one request.")
+    retries: NonNegativeCount = Field(default=3, description="Retries of a failed request, with growing pauses.")
     batch: Count = Field(default=8, description="Images per request.")
-    on_failure: Literal["stop", "skip"] = Field(default="stop", description="skip: such images are not scored (NaN).")
-    max_unscored: Probability = Field(default=0.1, description="With skip: stop above this share of all images.")
+    on_failure: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="On a request that failed after all retries: stop, or leave its images unscored (NaN).",
+    )
+    max_unscored: Probability = Field(
+        default=0.1, description="With on_failure = skip: stop if more than this share of all images is unscored."
+    )
 
     @field_validator("url")
     @classmethod
     def _address_only(cls, url: str) -> str:
-        """A config is written to the run folder and the model card: no place for a secret."""
+        """A config is written to the run folder and the model card, so it must not hold a secret."""
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"is not an address; write http://HOST:PORT, like http://{url.strip('/') or 'HOST:8766'}")
         parts = urlsplit(url)
@@ -211,17 +245,19 @@ SingleReward = Annotated[
 class CompositePart(Config):
     """A reward in a composite: weight x (score - mean) / std."""
 
-    reward: SingleReward
-    weight: Positive = Field(default=1.0, description="Share in the weighted mean.")
-    mean: Finite = Field(default=0.0, description="Subtracted from the score; measure it on images of the teacher.")
-    std: Positive = Field(default=1.0, description="The score is divided by it; measure it on images of the teacher.")
+    reward: SingleReward = Field(description="The reward of this part.")
+    weight: Positive = Field(default=1.0, description="Weight in the mean.")
+    mean: Finite = Field(default=0.0, description="Mean to subtract from the score; measure it on teacher images.")
+    std: Positive = Field(
+        default=1.0, description="Standard deviation to divide the score by; measure it on teacher images."
+    )
 
 
 class CompositeReward(Config):
-    """Several rewards as one number; every part is logged in its own units."""
+    """Weighted mean of several standardized rewards; every part is also logged in its own units."""
 
     kind: Literal["composite"] = "composite"
-    parts: tuple[CompositePart, ...] = Field(min_length=1, description="The rewards and how they are weighed.")
+    parts: tuple[CompositePart, ...] = Field(min_length=1, description="The rewards, their weights and their scales.")
 
     @property
     def label(self) -> str:
@@ -250,4 +286,4 @@ ImageReward = (
 """Every reward of real images."""
 
 TaggedReward = Annotated[ImageReward, Field(discriminator="kind")]
-"""The same, chosen by ``kind`` alone: one error for a wrong one."""
+"""ImageReward as a union discriminated by ``kind``, which gives one error for a wrong kind."""

@@ -1,4 +1,4 @@
-"""A recipe: everything that one training run is, and what the comparison of two runs has to hold equal."""
+"""A recipe: the complete configuration of a training run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gdmd.config.methods.dmd2 import Dmd2Config
 from gdmd.config.methods.dmd_reward import DmdReflConfig
 from gdmd.config.methods.dmdr import DmdrConfig
 from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedShuffledConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import ImageReward
@@ -19,7 +20,7 @@ from gdmd.config.training import LoopConfig
 
 
 class ShapesModel(Config):
-    """The embedded Shapes world; the teacher and the VAE ship with the package unless paths are given."""
+    """The embedded Shapes world; teacher and VAE ship with the package."""
 
     kind: Literal["shapes"] = "shapes"
     teacher: str | None = Field(
@@ -28,19 +29,19 @@ class ShapesModel(Config):
     vae: str | None = Field(default=None, description="safetensors file of another VAE; default: the shipped one.")
 
 
-def kind(given: Any) -> Any:
-    """A model section without ``kind`` is the Shapes world's."""
+def _model_kind(given: Any) -> Any:
+    """A model section without ``kind`` is a ShapesModel."""
     return given.get("kind", "shapes") if isinstance(given, dict) else getattr(given, "kind", None)
 
 
 ModelConfig = Annotated[
-    Annotated[ShapesModel, Tag("shapes")] | Annotated[DiffusersModel, Tag("diffusers")], Discriminator(kind)
+    Annotated[ShapesModel, Tag("shapes")] | Annotated[DiffusersModel, Tag("diffusers")], Discriminator(_model_kind)
 ]
 """What is distilled."""
 
 
 class ShapesReward(Config):
-    """One reward of the Shapes world."""
+    """A reward of the Shapes world."""
 
     kind: Literal["shapes_clip", "shapes_pref", "shapes_clip_heldout", "shapes_partial_credit"]
     asset: str | None = Field(default=None, description="safetensors file of another scorer; default: the shipped one.")
@@ -50,8 +51,8 @@ class ShapesReward(Config):
         return self.kind
 
 
-LOWEST = {"pickscore": 10.0, "aesthetic": 1.0}
-"""Lower bounds on the scores of rewards that are far from [-1, 1]."""
+LOWEST_SCORE = {"pickscore": 10.0, "aesthetic": 1.0}
+"""Lower bounds of the rewards whose scores are far above 1."""
 
 RewardConfig = Annotated[ShapesReward | ImageReward, Field(discriminator="kind")]
 """Every reward that can train a student."""
@@ -62,11 +63,12 @@ class PromptConfig(Config):
 
     file: str | None = Field(
         default=None,
-        description="txt (one prompt a line), csv or tsv (a prompt column), jsonl or ndjson ({'prompt': ...} a line), json "
-        "(an array), parquet, tar (WebDataset), or a shipped set: text_rendering; default: the training captions.",
+        description="File of prompts: txt (one per line), csv or tsv (a prompt column), jsonl or ndjson ({'prompt': "
+        "...} per line), json (an array), parquet, tar (WebDataset); or the shipped set text_rendering. Default: the "
+        "Shapes captions.",
     )
     column: str | None = Field(
-        default=None, description="Column or key with the prompts; default: prompt, else caption or text."
+        default=None, description="Column or key of the prompts; default: prompt, else caption or text."
     )
 
     @model_validator(mode="after")
@@ -77,35 +79,35 @@ class PromptConfig(Config):
 
 
 class EvalConfig(Config):
-    """The evaluation at the end of a run and of ``gdmd eval``."""
+    """The Shapes evaluation at the end of a run and by ``gdmd eval``."""
 
     per_task: Count = Field(default=50, description="Prompts per task of the fixed evaluation set.")
     images: Count = Field(default=4, description="Images per prompt.")
     seed: Annotated[int, Field(ge=0)] = Field(default=777, description="Seed of the evaluation noise.")
-    teacher_steps: Count = Field(default=50, description="ODE steps of the teacher's rows.")
+    teacher_steps: Count = Field(default=50, description="ODE steps of the teacher.")
 
 
 class RunConfig(Config):
     """A recipe. ``gdmd train RECIPE a.b=c`` overrides any field by its path."""
 
-    name: str = Field(description="Name of the recipe, used for the run folder.")
-    about: str = Field(default="", description="What the recipe is for, in a sentence.")
-    model: ModelConfig = ShapesModel()
-    method: MethodConfig = Field(default_factory=GdmdConfig)
+    name: str = Field(description="Name of the recipe; the run folder is named after it.")
+    about: str = Field(default="", description="One sentence about the recipe.")
+    model: ModelConfig = Field(default=ShapesModel(), description="The model to distill.")
+    method: MethodConfig = Field(default_factory=GdmdConfig, description="The distillation method and its options.")
     rewards: tuple[RewardConfig, ...] = Field(
         default=(ShapesReward(kind="shapes_clip"), ShapesReward(kind="shapes_pref")),
-        description="Reward models that train the student; each is divided by its own Z, then they are averaged.",
+        description="Rewards that train the student. Each is divided by its running scale Z, then they are averaged.",
     )
-    prompts: PromptConfig = PromptConfig()
+    prompts: PromptConfig = Field(default=PromptConfig(), description="The training prompts.")
     real_data: RealDataConfig | None = Field(
-        default=None, description="Real models: images for a GAN and for method.student_input = data; null = none."
+        default=None, description="Real models: images for a GAN and for method.student_input = data; default: none."
     )
     loop: LoopConfig = Field(description="Steps, batch, optimizer, checkpoints.")
-    eval: EvalConfig = EvalConfig()
+    eval: EvalConfig = Field(default=EvalConfig(), description="The evaluation at the end of a run (Shapes world).")
 
     @property
     def needs_real(self) -> str:
-        """The field by which the method asks for real images, as it is set; "" where it asks for none."""
+        """The setting for which the method needs real images; "" if it needs none."""
         if isinstance(self.method, Dmd2Config) and self.method.adversarial:
             return "method.gan_weight > 0"
         return "method.student_input = data" if self.method.student_input == "data" else ""
@@ -123,12 +125,12 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _below_the_margin(self) -> RunConfig:
-        """ReFL ignores a reward above the margin: one that is always above it would silently have no effect."""
+        """ReFL ignores a reward above the margin; one that is always above it would have no effect."""
         refl = isinstance(self.method, DmdrConfig) and self.method.strategy == "refl"
         if not (isinstance(self.method, DmdrConfig | DmdReflConfig) and (refl or self.method.kind == "dmd_refl")):
             return self
         margin = self.method.margin
-        above = [r.kind for r in self.rewards if r.kind in LOWEST and margin <= LOWEST[r.kind]]
+        above = [r.kind for r in self.rewards if r.kind in LOWEST_SCORE and margin <= LOWEST_SCORE[r.kind]]
         if above and self.method.rl_weight > 0:
             raise ValueError(
                 f"method.margin {margin} is below every score of {', '.join(above)}, which would have no effect; raise the "
@@ -141,18 +143,22 @@ class RunConfig(Config):
     def _rewarded(self) -> RunConfig:
         if self.method.rewarded and not self.rewards:
             raise ValueError(f"method {self.method.kind} reads rewards and needs at least one under `rewards`")
-        alien = [r.kind for r in self.rewards if r.kind.startswith("shapes_")]
-        if self.model.kind == "diffusers" and self.method.rewarded and alien:
-            raise ValueError(f"rewards {alien} judge captions of the Shapes world; list rewards of real images")
+        wrong = [r.kind for r in self.rewards if r.kind.startswith("shapes_")]
+        if self.model.kind == "diffusers" and self.method.rewarded and wrong:
+            raise ValueError(f"rewards {wrong} judge captions of the Shapes world; list rewards of real images")
         if self.loop.batch_size % self.method.prompt_group:
             raise ValueError(
                 f"group size does not divide: method {self.method.kind} compares {self.method.prompt_group} images per "
                 f"prompt, and loop.batch_size is {self.loop.batch_size}; give a multiple of the group size"
             )
-        if isinstance(self.method, GdmdConfig) and self.method.exchanged and self.loop.batch_size == 1:
+        if (
+            isinstance(self.method, GdmdTiltedShuffledConfig)
+            and self.method.reward_gradient > 0
+            and self.loop.batch_size == 1
+        ):
             raise ValueError(
-                "method.control 'shuffled' with reward_gradient gives each sample the gradient of another, and "
-                "loop.batch_size is 1; give 2 or more"
+                "method gdmd_tilted_shuffled gives each sample the reward gradient of another, and loop.batch_size is 1; "
+                "give 2 or more"
             )
         names = [r.label for r in self.rewards]
         if len(set(names)) < len(names):

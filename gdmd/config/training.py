@@ -1,4 +1,4 @@
-"""How long, how fast and how safely a method is trained: everything the loop owns and no algorithm knows.
+"""The training loop's options: length, batch, optimizer, EMA, checkpoints, logging, precision and several GPUs.
 
 One step is one outer iteration of the method. Learning-rate warm-up and the EMA count student updates.
 """
@@ -12,27 +12,35 @@ from pydantic import Field, model_validator
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability
 
 Decay = Annotated[Probability, Field(lt=1)]
-"""A fraction kept per update, in [0, 1): at 1 an average would never move."""
+"""Fraction kept per update, in [0, 1): with 1 an average would never change."""
 
 
 class LoopConfig(Config):
     """The ``loop`` section of a recipe."""
 
-    steps: Count = Field(200, description="Outer iterations in all; a resumed run goes on to the same number.")
+    steps: Count = Field(
+        200, description="Total number of outer iterations; a resumed run continues up to this number."
+    )
     start_from: str = Field(
         "",
-        description="Folder of another run, whose student (EMA) and fake this one begins with; optimizers, schedule and "
-        'EMA begin anew. Give it another seed than that run. "" = begin with the teacher.',
+        description="Folder of a finished run to start from: its EMA student and its fake score. Optimizers, schedule "
+        'and EMA start fresh; use a different seed than that run. Default "": start from the teacher.',
     )
-    batch_size: Count = Field(32, description="Samples (prompt, noise) of one outer iteration.")
+    batch_size: Count = Field(
+        32, description="Samples, each a prompt and a noise, per outer iteration, over all ranks."
+    )
     micro_batch: NonNegativeCount = Field(
         0,
-        description="Samples per backward pass, to save memory; 0 = the whole batch. Must divide batch_size: "
-        "equal parts keep the mean over samples exact.",
+        description="Samples per backward pass, to save memory; 0 = the whole batch. Must divide batch_size, which "
+        "keeps the mean over samples exact.",
     )
-    seed: NonNegativeCount = Field(0, description="Every random draw is keyed by (seed, step, sample, purpose).")
+    seed: NonNegativeCount = Field(
+        0, description="Seed of all random draws; each is keyed by (seed, step, sample, purpose)."
+    )
     lr_student: Positive = Field(
-        3e-5, description="Learning rate of the student. LoRA of rank 32-64: 3e-5 (arXiv 2605.26108); full SDXL 5e-7."
+        3e-5,
+        description="Learning rate of the student. LoRA of rank 32-64: 3e-5 (arXiv 2605.26108); all SDXL weights: "
+        "5e-7.",
     )
     lr_fake: Positive = Field(
         3e-5,
@@ -40,76 +48,82 @@ class LoopConfig(Config):
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw",
-        description="adamw8bit (arXiv 2110.02861): moments of 8 bits, a quarter of the memory; weights stay fp32. "
-        "Needs pip install -e '.[8bit]'.",
+        description="adamw8bit (arXiv 2110.02861) keeps the optimizer state in 8 bits, a quarter of the memory; "
+        "weights stay fp32. Needs pip install -e '.[8bit]'.",
     )
     betas: tuple[Decay, Decay] = Field(
-        (0.9, 0.999), description="AdamW moments, both roles (arXiv 2605.26108, 2511.13649)."
+        (0.9, 0.999), description="AdamW's betas, for both roles (arXiv 2605.26108, 2511.13649)."
     )
     weight_decay: NonNegative = Field(
-        0.0, description="AdamW's decoupled decay, both roles; 0 as in arXiv 2605.26108 (arXiv 2511.13649: 0.01)."
+        0.0,
+        description="AdamW's decoupled weight decay, for both roles; 0 as in arXiv 2605.26108 (arXiv 2511.13649: "
+        "0.01).",
     )
     clip: NonNegative = Field(
-        1.0, description="Largest global gradient norm of one update (arXiv 2605.26108, 2511.13649); 0 = no clipping."
+        1.0, description="Maximum global gradient norm of an update (1: arXiv 2605.26108, 2511.13649); 0 = no clipping."
     )
     warmup: NonNegativeCount = Field(
-        0, description="Student updates over which both learning rates rise linearly to their value; 0 = at once."
+        0, description="Student updates over which both learning rates rise linearly to their value; 0 = no warm-up."
     )
     lr_schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="Course of both learning rates over the steps; cosine and linear end at 0."
+        "constant", description="Schedule of both learning rates over the steps; cosine and linear end at 0."
     )
     ema: Decay = Field(
-        0.99, description="Decay of the student's EMA per student update (arXiv 2605.26108); 0 = no EMA."
+        0.99, description="Decay of the student's EMA per student update (0.99: arXiv 2605.26108); 0 = no EMA."
     )
     ema_warmup: bool = Field(
         False,
-        description="Decay min(ema, (1 + n) / (10 + n)) at update n: short runs forget the initial weights sooner.",
+        description="Use the decay min(ema, (1 + n) / (10 + n)) at update n, so that a short run forgets the initial "
+        "weights sooner.",
     )
-    checkpoint_every: Count = Field(100, description="Steps between checkpoints: the most that a kill -9 can cost.")
+    checkpoint_every: Count = Field(
+        100, description="Steps between checkpoints; at most this many are lost on SIGKILL."
+    )
     keep_checkpoints: NonNegativeCount = Field(
-        2, description="Newest checkpoints kept; two, so that one good one is left when the last is damaged. 0 = all."
+        2, description="Number of newest checkpoints to keep: 2, so that one is intact if the last is damaged. 0 = all."
     )
     checkpoint_async: bool = Field(
         False,
-        description="Copy the state to host memory and write it beside the training; a kill may then cost the steps "
-        "made meanwhile, too. false: the loop waits, without the copy, and a kill costs at most checkpoint_every.",
-    )
-    checkpoint_format: Literal["auto", "single", "sharded"] = Field(
-        "auto",
-        description="single: rank 0 writes whole tensors; sharded: every rank writes its own pieces; auto: sharded "
-        "where loop.sharding has cut the weights. Any number of ranks resumes from either.",
+        description="Copy the state to host memory and write it while training continues; steps made during the write "
+        "may be lost on SIGKILL, too. false: training waits until the checkpoint is written.",
     )
     best_metric: str = Field(
         "",
-        description="Key of metrics.jsonl by which a best checkpoint is kept beside the newest, such as reward/target; "
-        'its mean over the last checkpoint_every steps counts. "" = none.',
+        description="Key of metrics.jsonl, such as reward/target, by which the best checkpoint is also kept; it is "
+        'averaged over the last checkpoint_every steps. Default "": no best checkpoint.',
     )
-    best_direction: Literal["max", "min"] = Field("max", description="Whether more or less of best_metric is better.")
-    log_every: Count = Field(10, description="Steps per line of metrics.jsonl; a line holds means over these steps.")
-    grid_every: NonNegativeCount = Field(100, description="Steps between sample grids (EMA weights); 0 = none.")
+    best_direction: Literal["max", "min"] = Field("max", description="Whether a high or a low best_metric is better.")
+    log_every: Count = Field(
+        10, description="Steps per line of metrics.jsonl; a line holds the means over these steps."
+    )
+    grid_every: NonNegativeCount = Field(
+        100, description="Steps between grids of validation images (EMA weights); 0 = none."
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="bf16: student, fake, teacher and old policy compute in bf16 (autocast); their weights, losses, all x0 "
-        "arithmetic, decoder and rewards stay as they are.",
+        description="bf16: student, fake score, teacher and old policy run under bf16 autocast; weights, losses, x0 "
+        "arithmetic, decoder and rewards keep their precision.",
     )
     threads: NonNegativeCount = Field(
-        0, description="CPU threads of torch; 0 leaves its choice. Bitwise repetition needs the same number."
+        0, description="CPU threads of torch; 0 = torch's default. Bit-exact repetition needs the same number."
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="A loss or gradient that is not finite: stop with an error, or skip that update and count."
+        "stop",
+        description="On a loss or gradient that is not finite: stop with an error, or skip the update and count it.",
     )
     sharding: Literal["none", "full", "hybrid"] = Field(
         "none",
-        description="Several ranks only. none: every rank holds all weights, gradients are averaged (adapters, small "
-        "nets); full: FSDP2 shards full weights over all ranks; hybrid: inside a machine, replicas across machines.",
+        description="Several ranks only. none: every rank holds all weights and gradients are averaged (for adapters "
+        "and small networks); full: FSDP2 shards the weights over all ranks; hybrid: shards within a machine, replicas "
+        "across machines.",
     )
     rank_timeout: Positive = Field(
         600.0,
-        description="Seconds that ranks wait for one that is behind before the run ends and names it; more than saving "
-        "a checkpoint takes.",
+        description="Seconds that ranks wait for each other before the run ends (the timeout of torch's process "
+        "groups); longer than one iteration and than saving a checkpoint.",
     )
     skip_limit: Count = Field(
-        10, description="Updates of one run that may be skipped in all (on_nonfinite = skip) before it stops after all."
+        10, description="With on_nonfinite = skip: number of skipped updates in one run after which it stops."
     )
 
     @model_validator(mode="after")
@@ -122,10 +136,10 @@ class LoopConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _whole_moments(self) -> Self:
+    def _unsharded_8bit_state(self) -> Self:
         if self.optimizer == "adamw8bit" and self.sharding != "none":
             raise ValueError(
-                f"optimizer = adamw8bit and sharding = {self.sharding}: blocks of 8-bit moments are not cut into "
-                "shards. Use sharding = none, or optimizer = adamw (its state is sharded)."
+                f"optimizer = adamw8bit and sharding = {self.sharding}: 8-bit optimizer state cannot "
+                "be sharded. Use sharding = none, or optimizer = adamw (its state is sharded)."
             )
         return self

@@ -22,16 +22,17 @@ from gdmd.evaluation.measures import (
     geneval_scores,
     reference_files,
     render_features,
+    right_images,
     rows_of,
     shapes_measures,
 )
 from gdmd.evaluation.model_page import Gallery, write_page
 from gdmd.evaluation.preference import (
-    Asked,
-    Produced,
+    GeneratedImages,
+    PromptSet,
     Say,
-    asked_of,
-    produce,
+    generate_images,
+    read_prompt_set,
     score,
     summary,
     write_summary,
@@ -50,7 +51,7 @@ SHAPESEVAL = "ShapesEval"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvalOptions:
     """What is measured: the options of both commands.
 
     prompts: None = the fixed captions of the Shapes world; column: where a table has them. scorers, features: as written
@@ -72,75 +73,76 @@ class Wanted:
     column: str | None = None
 
 
-def preference(cfg: SourceConfig, wanted: Wanted, folder: Path, say: Say) -> dict[str, Any]:
+def preference(cfg: SourceConfig, options: EvalOptions, folder: Path, say: Say) -> dict[str, Any]:
     """One source: images, scores, summary in ``folder``."""
-    _, (row,) = _measured([cfg], wanted, [folder], say)
+    _, (row,) = _measured([cfg], options, [folder], say)
     write_summary(folder, row)
     return row
 
 
-def compare(sources: Sequence[SourceConfig], wanted: Wanted, folder: Path, say: Say) -> dict[str, Any]:
+def compare(sources: Sequence[SourceConfig], options: EvalOptions, folder: Path, say: Say) -> dict[str, Any]:
     """Several: each in DIR/NAME, then DIR/compare.json and the page DIR/compare.html."""
     folders = [folder / source.slug for source in sources]
-    asked, rows = _measured(sources, wanted, folders, say)
+    prompt_set, rows = _measured(sources, options, folders, say)
     for own, row in zip(folders, rows, strict=True):
         write_summary(own, row)
     shown = {row["source"]["name"]: row for row in rows}
     content = {"rows": shown, "against": next(iter(shown))}
     write_atomic(folder / RESULT, json.dumps(content, indent=2) + "\n", "the comparison")
-    count = len(asked.texts)
-    numbers = [k * count // min(wanted.gallery, count) for k in range(min(wanted.gallery, count))]  # spread over all
-    galleries = [_gallery(own, cfg, asked, numbers) for own, cfg in zip(folders, sources, strict=True)]
-    write_page(folder / PAGE, shown, galleries, [asked.texts[number] for number in numbers])
+    count = len(prompt_set.texts)
+    numbers = [k * count // min(options.gallery, count) for k in range(min(options.gallery, count))]  # spread over all
+    shapes = any("shapeseval" in row for row in rows)
+    galleries = [_gallery(own, cfg, prompt_set, numbers, shapes) for own, cfg in zip(folders, sources, strict=True)]
+    write_page(folder / PAGE, shown, galleries, [prompt_set.texts[number] for number in numbers])
     say(f"page: {folder / PAGE}")
     return content
 
 
-def make_only(cfg: SourceConfig, wanted: Wanted, folder: Path, say: Say) -> int:
+def make_only(cfg: SourceConfig, options: EvalOptions, folder: Path, say: Say) -> int:
     """This process's share of the images, without scores; the number of its prompts."""
-    asked = _asked(wanted)
-    produce(open_source(_placed(cfg, wanted)), asked, folder, say, wanted.shard)
-    return len(range(wanted.shard[0], len(asked.texts), wanted.shard[1]))
+    prompt_set = _asked(options)
+    generate_images(open_source(_placed(cfg, options)), prompt_set, folder, say, options.shard)
+    return len(range(options.shard[0], len(prompt_set.texts), options.shard[1]))
 
 
 def _measured(
-    sources: Sequence[SourceConfig], wanted: Wanted, folders: Sequence[Path], say: Say
-) -> tuple[Asked, list[dict[str, Any]]]:
+    sources: Sequence[SourceConfig], options: EvalOptions, folders: Sequence[Path], say: Say
+) -> tuple[PromptSet, list[dict[str, Any]]]:
     """The prompts and a summary per source. Everything that can be wrong is found before the first image is made."""
     shapes = any(_shapes(source) for source in sources)
-    if wanted.prompts is None and not shapes:
+    if options.prompts is None and not shapes:
         raise ValueError("--prompts is missing: only sources of the Shapes world have a prompt set of their own")
-    name = wanted.features or ("shapes" if shapes else None)
-    if wanted.reference is not None and name is None:
+    name = options.features or ("shapes" if shapes else None)
+    if options.reference is not None and name is None:
         raise ValueError("--reference changes nothing without --features: name the features to compare, such as clip")
-    specs = _specs(wanted, sources, shapes)
-    asked = _asked(wanted)
-    if asked.note:
-        say(asked.note)
+    specs = _specs(options, sources, shapes)
+    prompt_set = _asked(options)
+    if prompt_set.note:
+        say(prompt_set.note)
     if shapes:
-        rows_of(asked)
-    real = reference_files(wanted.reference) if wanted.reference is not None else ()
-    _check_sources(sources, asked, real, _shapes_readers(specs, name, shapes))
-    device = wanted.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        rows_of(prompt_set)
+    real = reference_files(options.reference) if options.reference is not None else ()
+    _check_sources(sources, prompt_set, real, _shapes_readers(specs, name, shapes))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rewards = load_scorers(specs, device)
     make = feature_maker(name, device) if name else None
     made = [
-        produce(open_source(_placed(source, wanted)), asked, own, say)
+        generate_images(open_source(_placed(source, options)), prompt_set, own, say)
         for source, own in zip(sources, folders, strict=True)
     ]
-    scores = [score(one, asked, own, specs, rewards, say) for one, own in zip(made, folders, strict=True)]
-    extra = _by_task(made, folders, asked, shapes, say)
+    scores = [score(one, prompt_set, own, specs, rewards, say) for one, own in zip(made, folders, strict=True)]
+    extra = _by_task(made, folders, prompt_set, shapes, say)
     if make and name:
-        reference = _reference(make, asked, real, shapes)
+        reference = _reference(make, prompt_set, real, shapes)
         extra = [
-            row | feature_measures(one, asked, make, name, reference) for one, row in zip(made, extra, strict=True)
+            row | feature_measures(one, prompt_set, make, name, reference) for one, row in zip(made, extra, strict=True)
         ]
     rows = []
     for one, own, more in zip(made, scores, extra, strict=True):
-        row = summary(one, asked, own) | more
+        row = summary(one, prompt_set, own) | more
         row["against_first"] = _against(own, scores[0]) if one is not made[0] else {}
         rows.append(finite_or_none(row))
-    return asked, rows
+    return prompt_set, rows
 
 
 def _shapes_readers(specs: Sequence[RewardConfig], features: str | None, shapes: bool) -> list[str]:
@@ -149,7 +151,9 @@ def _shapes_readers(specs: Sequence[RewardConfig], features: str | None, shapes:
     return [*([SHAPESEVAL] if shapes else []), *scorers, *(["features shapes"] if features == "shapes" else [])]
 
 
-def _check_sources(sources: Sequence[SourceConfig], asked: Asked, real: Sequence[Path], readers: Sequence[str]) -> None:
+def _check_sources(
+    sources: Sequence[SourceConfig], prompt_set: PromptSet, real: Sequence[Path], readers: Sequence[str]
+) -> None:
     """ValueError for a folder without the images that are asked for, and for images that ``readers`` cannot judge.
 
     real: images to compare with.
@@ -160,7 +164,7 @@ def _check_sources(sources: Sequence[SourceConfig], asked: Asked, real: Sequence
     for source in sources:
         if kind_of(source) == "images":
             folder = FolderSource(source)
-            files += [folder.file(place) for place in asked.places]
+            files += [folder.file(slot) for slot in prompt_set.slots]
         elif readers and not _shapes(source):
             raise ValueError(f"{source.where} draws images of a real model. {limits}")
     for file in files if readers else ():
@@ -169,40 +173,42 @@ def _check_sources(sources: Sequence[SourceConfig], asked: Asked, real: Sequence
 
 
 def _by_task(
-    made: Sequence[Produced], folders: Sequence[Path], asked: Asked, shapes: bool, say: Say
+    made: Sequence[GeneratedImages], folders: Sequence[Path], prompt_set: PromptSet, shapes: bool, say: Say
 ) -> list[dict[str, Any]]:
     """ShapesEval, or the GenEval scores that lie beside the images."""
     if shapes:
-        return [shapes_measures(one, asked) for one in made]
+        return [shapes_measures(one, prompt_set) for one in made]
     homes = [
-        Path(one.facts.where) if one.facts.kind == "images" else own / "images"
+        Path(one.info.where) if one.info.kind == "images" else own / "images"
         for one, own in zip(made, folders, strict=True)
     ]
     return [{"geneval": geneval_scores(home, say)} for home in homes]
 
 
-def _reference(make: Features, asked: Asked, real: Sequence[Path], shapes: bool) -> Tensor | None:
+def _reference(make: Features, prompt_set: PromptSet, real: Sequence[Path], shapes: bool) -> Tensor | None:
     """The features to compare with: of the given images, or of true renders of the same captions."""
     if real:
         return features_of(make, real)
-    return render_features(make, asked) if shapes else None
+    return render_features(make, prompt_set) if shapes else None
 
 
 def _against(own: Mapping[str, Scores], first: Mapping[str, Scores]) -> dict[str, Any]:
     return {label: asdict(paired_difference(own[label], first[label])) for label in own}
 
 
-def _asked(wanted: Wanted) -> Asked:
-    if wanted.prompts is not None:
-        return asked_of(wanted.prompts, wanted.images, wanted.seed, wanted.limit, wanted.column)
-    texts = tuple(catalog().captions[row].text for row in fixed_rows("eval", wanted.per_task).tolist())
-    texts = texts[: wanted.limit]
-    return Asked("the Shapes evaluation set", texts, tuple({"prompt": t} for t in texts), wanted.images, wanted.seed)
+def _asked(options: EvalOptions) -> PromptSet:
+    if options.prompts is not None:
+        return read_prompt_set(options.prompts, options.images, options.seed, options.limit, options.column)
+    texts = tuple(catalog().captions[row].text for row in fixed_rows("eval", options.per_task).tolist())
+    texts = texts[: options.limit]
+    return PromptSet(
+        "the Shapes evaluation set", texts, tuple({"prompt": t} for t in texts), options.images, options.seed
+    )
 
 
-def _specs(wanted: Wanted, sources: Sequence[SourceConfig], shapes: bool) -> tuple[RewardConfig, ...]:
-    if wanted.scorers:
-        return read_scorers(wanted.scorers)
+def _specs(options: EvalOptions, sources: Sequence[SourceConfig], shapes: bool) -> tuple[RewardConfig, ...]:
+    if options.scorers:
+        return read_scorers(options.scorers)
     if shapes:
         return shapes_scorers()
     for source in sources:
@@ -217,15 +223,17 @@ def _shapes(source: SourceConfig) -> bool:
     return source.where in TEACHERS
 
 
-def _placed(cfg: SourceConfig, wanted: Wanted) -> SourceConfig:
+def _placed(cfg: SourceConfig, options: EvalOptions) -> SourceConfig:
     """The command's device, where the source has none of its own."""
-    movable = kind_of(cfg) in ("pipeline", "export") and cfg.device is None and wanted.device is not None
-    return cfg.changed({"device": wanted.device}) if movable else cfg
+    movable = kind_of(cfg) in ("pipeline", "export") and cfg.device is None and options.device is not None
+    return cfg.changed({"device": options.device}) if movable else cfg
 
 
-def _gallery(folder: Path, cfg: SourceConfig, asked: Asked, numbers: Sequence[int]) -> Gallery:
-    """The file of the first image of these prompts."""
+def _gallery(folder: Path, cfg: SourceConfig, prompt_set: PromptSet, numbers: Sequence[int], shapes: bool) -> Gallery:
+    """The file of the first image of these prompts; of Shapes, whether it is right."""
     if kind_of(cfg) != "images":
-        return Gallery(cfg.name, [image_file(folder / "images", number, 0) for number in numbers])
-    source, places = FolderSource(cfg), asked.places[:: asked.images]
-    return Gallery(cfg.name, [source.file(places[k]) for k in numbers])
+        files = [image_file(folder / "images", number, 0) for number in numbers]
+    else:
+        source, slots = FolderSource(cfg), prompt_set.slots[:: prompt_set.images]
+        files = [source.file(slots[k]) for k in numbers]
+    return Gallery(cfg.name, files, right_images(files, [prompt_set.texts[k] for k in numbers]) if shapes else ())

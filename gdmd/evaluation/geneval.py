@@ -22,7 +22,7 @@ from gdmd.evaluation.geneval_scores import (
 )
 from gdmd.io import RunError, append_jsonl, content_hash, file_hash, read_jsonl, write_atomic
 from gdmd.rewards.geneval.rules import DetectedObject, Task, as_row
-from gdmd.sources.base import Source, places_of, settle
+from gdmd.sources.base import Source, image_slots, record_settings
 from gdmd.sources.folders import image_file, read_image, write_image, write_metadata
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def write_prompts(path: Path, per_task: int, seed: int, without: Path | None = N
 def generate_from(source: Source, tasks: Sequence[Task], folder: Path, images: int, seed: int) -> int:
     """``generate`` with a source. ValueError for prompts it cannot show, and for images of another source or seed."""
     source.check([task.prompt for task in tasks])
-    settle(folder, source.facts, seed, folder)
-    later = [place for place in folder.glob("*") if place.name.isdecimal() and int(place.name) >= len(tasks)]
+    record_settings(folder, source.info, seed, folder)
+    later = [slot for slot in folder.glob("*") if slot.name.isdecimal() and int(slot.name) >= len(tasks)]
     if later:
         raise RunError(
             f"{folder} holds images of {len(later)} prompts beyond the {len(tasks)} of this metadata, and gdmd eval geneval "
@@ -160,8 +160,8 @@ def source_maker(source: Source) -> Maker:
     """Any source of images as a ``Maker``; its noise is that of image k of prompt 0 at the given seed."""
 
     def make(prompt: str, count: int, seed: int) -> list[Image]:
-        places, step = places_of([prompt], count), source.facts.batch
-        return [image for k in range(0, count, step) for image in source.make(places[k : k + step], seed)]
+        slots, step = image_slots([prompt], count), source.info.batch
+        return [image for k in range(0, count, step) for image in source.generate(slots[k : k + step], seed)]
 
     return make
 

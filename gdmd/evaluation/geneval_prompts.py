@@ -58,7 +58,9 @@ def _single(name: str) -> Task:
 
 def _two(rng: random.Random) -> Task:
     first, second = rng.sample(CLASSES, 2)
-    return Task("two_object", f"a photo of {_a(first)} and {_a(second)}", (Requirement(first, 1), Requirement(second, 1)))
+    return Task(
+        "two_object", f"a photo of {_a(first)} and {_a(second)}", (Requirement(first, 1), Requirement(second, 1))
+    )
 
 
 def _counting(rng: random.Random) -> Task:

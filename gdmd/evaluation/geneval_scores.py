@@ -5,8 +5,8 @@
 
 Score of a task = mean over its images; overall = unweighted mean of the tasks' scores. The 95 % intervals resample whole
 prompts within each task (images of one prompt are not independent). A recorded detection file holds, per image, every
-object above .3 with its confidence and, where the prompt asks for one, its color: rules can be applied again without the
-detector.
+object above 0.3 with its confidence and, if the prompt asks for one, its color, so that the rules can be applied again
+without the detector.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from typing import Any
 import numpy as np
 
 from gdmd.io import numbered_jsonl
+from gdmd.reporting.statistics import REPLICATES, Floats, bootstrap_means, percentile_interval
 from gdmd.rewards.geneval.rules import COLORS, TASKS, ColorOf, DetectedObject, Task, judge, partial_credit, read_task
 from gdmd.sources.folders import images_in
-
-REPLICATES, LEVEL = 2000, 0.95
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One image: the number of its prompt, whether it is right, why not, and its partial credit."""
+    """One image: the number of its prompt, whether it is correct, why not, and its partial credit."""
 
     prompt: int
     image: int
@@ -57,10 +56,10 @@ class Score:
 
 
 def read_metadata(path: Path) -> tuple[Task, ...]:
-    """The lines of an evaluation_metadata.jsonl. ValueError with file and line for any that is not GenEval's."""
+    """The lines of an evaluation_metadata.jsonl. ValueError with file and line for a line that is not GenEval's."""
     rows = numbered_jsonl(path)
     if not rows:
-        raise ValueError(f"{path}: is empty; it needs at least one line")
+        raise ValueError(f"{path}: the file is empty; it needs at least one line")
     return tuple(read_task(row, f"{path}, line {number}") for number, row in rows)
 
 
@@ -89,14 +88,20 @@ def image_files(folder: Path) -> Iterator[tuple[int, Task, int, Path]]:
             yield int(one.name), found[0], int(path.stem), path
 
 
-def judged(prompt: int, image: int, task: Task, found: Mapping[str, Sequence[DetectedObject]], color_of: ColorOf) -> Judged:
+def judged(
+    prompt: int, image: int, task: Task, found: Mapping[str, Sequence[DetectedObject]], color_of: ColorOf
+) -> Judged:
     """Metric and partial credit of one image."""
     verdict = judge(task, found, color_of)
     return Judged(prompt, image, task, verdict.correct, verdict.reasons, partial_credit(task, found, color_of))
 
 
 def recording(
-    prompt: int, image: int, task: Task, found: Mapping[str, Sequence[DetectedObject]], colors: Mapping[tuple[str, int], str]
+    prompt: int,
+    image: int,
+    task: Task,
+    found: Mapping[str, Sequence[DetectedObject]],
+    colors: Mapping[tuple[str, int], str],
 ) -> dict[str, Any]:
     """A line of detections.jsonl; colors by (class, key)."""
     objects = {
@@ -128,56 +133,42 @@ def judge_recorded(path: Path, tasks: Mapping[int, Task]) -> list[Judged]:
 
 
 def recorded_colors(colors: Mapping[tuple[str, int], str | None], where: str) -> ColorOf:
-    """The classifier that only remembers. ValueError where a color is asked for that was not recorded."""
+    """A classifier that looks up recorded colors. ValueError if a color that is needed was not recorded."""
 
     def color_of(name: str, objects: Sequence[DetectedObject]) -> list[str]:
         known = [colors.get((name, one.key)) for one in objects]
         if None in known:
-            raise ValueError(f"{where}: the color of a {name} is asked for and not recorded; detect it again")
+            raise ValueError(f"{where}: the color of a {name} is needed but was not recorded; detect it again")
         return [str(color) for color in known]
 
     return color_of
 
 
 def summarize(rows: Sequence[Judged], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Score]:
-    """Scores by task and "overall". ValueError without rows, and for an image that was judged twice."""
+    """Scores by task and "overall". ValueError without rows, or if an image was judged twice."""
     if not rows:
-        raise ValueError("there are no judged images to summarize; score at least one")
+        raise ValueError("there are no judged images; score at least one")
     places = [(row.prompt, row.image) for row in rows]
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)
         raise ValueError(f"image {twice[1]} of prompt {twice[0]} was judged twice; each image counts once")
     rng = np.random.default_rng(seed)
     scores: dict[str, Score] = {}
-    drawn: list[np.ndarray] = []
+    drawn: list[Floats] = []
     for tag in TASKS:
         own = [row for row in rows if row.task.tag == tag]
         if not own:
             continue
-        right, images = _by_prompt(own)
-        again = rng.integers(len(images), size=(replicates, len(images)))
-        means = right[again].sum(1) / images[again].sum(1)
-        drawn.append(means)
-        scores[tag] = _score(float(right.sum() / images.sum()), means, len(own), len(images))
+        right, prompts = [float(row.correct) for row in own], [row.prompt for row in own]
+        drawn.append(bootstrap_means(right, prompts, replicates, rng))
+        scores[tag] = _score(sum(right) / len(right), drawn[-1], len(own), len(set(prompts)))
     mean = sum(score.value for score in scores.values()) / len(scores)
-    prompts = sum(score.prompts for score in scores.values())
-    return {"overall": _score(mean, np.mean(drawn, 0), len(rows), prompts), **scores}
+    count = sum(score.prompts for score in scores.values())
+    return {"overall": _score(mean, np.mean(drawn, 0), len(rows), count), **scores}
 
 
-def _by_prompt(rows: Sequence[Judged]) -> tuple[np.ndarray, np.ndarray]:
-    """(right images, images) of each prompt, float64."""
-    numbers = sorted({row.prompt for row in rows})
-    place = {number: index for index, number in enumerate(numbers)}
-    right, images = np.zeros(len(numbers)), np.zeros(len(numbers))
-    for row in rows:
-        right[place[row.prompt]] += row.correct
-        images[place[row.prompt]] += 1
-    return right, images
-
-
-def _score(value: float, replicates: np.ndarray, images: int, prompts: int) -> Score:
-    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Score(value, float(low), float(high), images, prompts)
+def _score(value: float, replicates: Floats, images: int, prompts: int) -> Score:
+    return Score(value, *percentile_interval(replicates), images, prompts)
 
 
 def _objects(rows: Any) -> tuple[dict[str, list[DetectedObject]], dict[tuple[str, int], str | None]]:

@@ -1,42 +1,77 @@
-"""The health monitor of a run: which statistics to watch, and a sentence each on what healthy looks like."""
+"""The health of a training run: statistics to watch, each with a rule that says ok, look or bad.
+
+Rules compare windows of a fifth of the logged rows: "at the end" is the mean of the last fifth.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import Literal
 
-from gdmd.reporting.plots import Metrics, curves, r_histogram
+from gdmd.reporting.plots import BINS, Metrics, curves, r_histogram
+
+Status = Literal["ok", "look", "bad", "unknown"]
+WINDOWS = 5
+FEW = 10
+"""Logged rows below which nothing is judged."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure (SVG text) and what to look for in it."""
+    """A figure (SVG text), its status, the finding in a sentence, and the rule behind it."""
 
     title: str
     svg: str
-    healthy: str
+    status: Status
+    finding: str
+    rule: str
+
+
+Judge = Callable[[Metrics], tuple[Status, str]]
+
+
+@dataclass(frozen=True)
+class _Watched:
+    title: str
+    keys: Mapping[str, str]
+    rule: str
+    judge: Judge
 
 
 def health_panels(metrics: Metrics) -> list[Panel]:
     """The panels for which the run has logged values."""
-    drawn = [Panel(title, curves(metrics, keys, title, unit), healthy) for title, keys, unit, healthy in _WATCHED]
-    drawn.append(Panel("Histogram of r", r_histogram(metrics), _R_HEALTHY))
-    return [panel for panel in drawn if panel.svg]
-
-
-def training_curves(metrics: Metrics) -> list[str]:
-    """Losses, rewards of sample and target (in all and by model), mean weight, share of r below one half."""
-    losses = {"loss/student": "student", "loss/fake": "fake"}
-    figures = [
-        curves(metrics, losses, "Losses"),
-        curves(metrics, {"reward/sample": "sample", "reward/target": "implicit target"}, "Reward, all models"),
-        *(curves(metrics, _pair(name), f"Reward {name}") for name in reward_names(metrics)),
-        curves(metrics, {"weight/mean": "mean weight w", "weight/r_mean": "mean r"}, "Weight of the DMD step"),
-        curves(metrics, {"weight/effective": "(sum w)^2 / sum w^2"}, "Effective number of targets"),
-        curves(metrics, {"weight/share_below_half": "r < 1/2", "weight/share_clipped": "r = 0 or 1"}, "Shares of r"),
-        curves(metrics, {"speed/images_per_s": "images/s"}, "Training speed", "images / s"),
+    drawn = [(watched, curves(metrics, watched.keys, watched.title)) for watched in _WATCHED]
+    drawn.append((_OPTIMALITY, r_histogram(metrics)))
+    return [
+        Panel(watched.title, svg, *(_FEW_ROWS if len(metrics) < FEW else watched.judge(metrics)), watched.rule)
+        for watched, svg in drawn
+        if svg
     ]
-    return [figure for figure in figures if figure]
+
+
+def summary(panels: Sequence[Panel]) -> str:
+    """How many panels have each status: "4 ok, 1 look"."""
+    counts = {status: sum(panel.status == status for panel in panels) for status in ("ok", "look", "bad", "unknown")}
+    names = {"unknown": "not judged"}
+    return ", ".join(f"{count} {names.get(status, status)}" for status, count in counts.items() if count)
+
+
+def training_curves(metrics: Metrics) -> list[tuple[str, str]]:
+    """(title, SVG) of losses, rewards of sample and target (in all and by model), mean weight, share of r below one half."""
+    drawn = [
+        ("Losses", {"loss/student": "student", "loss/fake": "fake score"}),
+        ("Reward, all models", {"reward/sample": "sample", "reward/target": "implicit target"}),
+        *((f"Reward {name}", _pair(name)) for name in reward_names(metrics)),
+        ("Weight of the DMD step", {"weight/mean": "mean weight w", "weight/r_mean": "mean r"}),
+        ("Effective number of targets", {"weight/effective": "(sum w)^2 / sum w^2"}),
+        ("Shares of r", {"weight/share_below_half": "r < 1/2", "weight/share_clipped": "r = 0 or 1"}),
+        ("Training speed, images/s", {"speed/images_per_s": "images/s"}),
+    ]
+    figures = [(title, curves(metrics, keys, title)) for title, keys in drawn]
+    return [(title, svg) for title, svg in figures if svg]
 
 
 def reward_names(metrics: Metrics) -> list[str]:
@@ -51,44 +86,137 @@ def _pair(name: str) -> Mapping[str, str]:
     return {f"reward/{name}/sample": "sample", f"reward/{name}/target": "implicit target"}
 
 
-_R_HEALTHY = (
-    "Healthy: r spreads over several bins on both sides of 1/2 (dashed) and keeps doing so. One bright line at 1/2 means "
-    "that the rewards cannot tell the targets from the sample; bright lines at 0 and 1 mean that Z is too small."
+def _windows(metrics: Metrics, key: str) -> list[list[float]]:
+    """The finite values of a key in WINDOWS parts of equal length, from first to last."""
+    values = [row[key] for row in metrics if math.isfinite(row.get(key, math.nan))]
+    edges = [round(k * len(values) / WINDOWS) for k in range(WINDOWS + 1)]
+    return [values[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _end(metrics: Metrics, key: str) -> float:
+    """The mean over the last window; NaN without values."""
+    last = _windows(metrics, key)[-1]
+    return fmean(last) if last else math.nan
+
+
+def _within(value: float, ok: float, look: float) -> Status:
+    """Below ``ok``, below ``look``, or above both. NaN: unknown."""
+    return "unknown" if math.isnan(value) else "ok" if value <= ok else "look" if value <= look else "bad"
+
+
+def _worst(*found: Status) -> Status:
+    order: Sequence[Status] = ("unknown", "ok", "look", "bad")
+    return max(found, key=order.index)
+
+
+_FEW_ROWS: tuple[Status, str] = ("unknown", f"Fewer than {FEW} logged rows: too few to judge.")
+
+
+def _latents(metrics: Metrics) -> tuple[Status, str]:
+    mean, std = _end(metrics, "latent/mean"), _end(metrics, "latent/std")
+    if math.isnan(std) or math.isnan(mean):
+        return "unknown", "Mean or std was not logged."
+    spread: Status = "ok" if 0.7 <= std <= 1.4 else "look" if 0.5 <= std <= 2 else "bad"
+    status = _worst(spread, _within(abs(mean), 0.3, 1.0))
+    text = f"At the end: mean {mean:+.2f}, std {std:.2f}."
+    scored = _end(metrics, "latent/scored_std")
+    if math.isfinite(scored):
+        status = _worst(status, _within(scored / std, 1.5, 2.5))
+        text += f" What the rewards score has {scored / std:.2f} times that std."
+    return status, text
+
+
+def _gap(metrics: Metrics) -> tuple[Status, str]:
+    means = [fmean(window) for window in _windows(metrics, "gap/real") if window]
+    if len(means) < WINDOWS or min(means) <= 0:
+        return "unknown", "The gap was not logged."
+    ratio = means[-1] / min(means)
+    text = f"At the end {means[-1]:.3g}, {ratio:.2f} times the lowest fifth."
+    reward, distilled = _end(metrics, "gap/pull"), _end(metrics, "gap/grad")
+    if math.isfinite(reward) and distilled > 0:
+        share = reward / distilled
+        return _worst(_within(ratio, 1.15, 1.5), _within(share, 0.5, 1.0)), (
+            f"{text} The reward gradient's part is {share:.2f} times the distillation gradient."
+        )
+    return _within(ratio, 1.15, 1.5), text
+
+
+def _fake_score(metrics: Metrics) -> tuple[Status, str]:
+    ratios = {}
+    for key, name in _THIRDS.items():
+        means = [fmean(window) for window in _windows(metrics, key) if window]
+        if len(means) == WINDOWS and means[1] > 0:
+            ratios[name] = means[-1] / means[1]
+    if not ratios:
+        return "unknown", "The loss was not logged."
+    worst = max(ratios, key=lambda name: ratios[name])
+    return _within(ratios[worst], 1.15, 1.5), f"At most {ratios[worst]:.2f} times the second fifth (at {worst})."
+
+
+def _gain(metrics: Metrics) -> tuple[Status, str]:
+    windows = _windows(metrics, "reward/gain")
+    middle = [value for window in windows[1:-1] for value in window]
+    if len(middle) < 3 or not windows[-1]:
+        return "unknown", "The gain was not logged."
+    spread = pstdev(middle)
+    fall = (fmean(middle) - fmean(windows[-1])) / spread if spread else 0.0
+    return _within(
+        fall, 2.0, 4.0
+    ), f"At the end {fmean(windows[-1]):+.3g}; before {fmean(middle):+.3g} +- {spread:.2g}."
+
+
+def _optimality(metrics: Metrics) -> tuple[Status, str]:
+    shares = [_end(metrics, f"histogram/r_{k}") for k in range(BINS)]
+    if any(map(math.isnan, shares)) or not (total := sum(shares)):
+        return "unknown", "The histogram was not logged."
+    center, ends = (sum(shares[k] for k in places) / total for places in ((4, 5), (0, BINS - 1)))
+    status = _worst(_within(center, 0.9, 0.99), _within(ends, 0.5, 0.9))
+    return status, f"At the end {center:.0%} of r are in 0.4 to 0.6, and {ends:.0%} below 0.1 or above 0.9."
+
+
+_THIRDS = {"fake_loss/t0": "t below 1/3", "fake_loss/t1": "t in 1/3 to 2/3", "fake_loss/t2": "t above 2/3"}
+_OPTIMALITY = _Watched(
+    "Optimality r",
+    {},
+    "ok: at most 90 % of r in 0.4 to 0.6 and at most half of them in the outer tenths. bad: above 99 % (the rewards cannot "
+    "tell the targets from the sample) or above 90 % (Z is too small). look: between.",
+    _optimality,
 )
-_WATCHED: Sequence[tuple[str, Mapping[str, str], str, str]] = (
-    (
+_WATCHED: Sequence[_Watched] = (
+    _Watched(
         "Latent mean and std",
         {"latent/mean": "mean", "latent/std": "std", "latent/scored_std": "std of what is scored"},
-        "",
-        "Healthy: after the first iterations the mean stays near 0 and the std near 1, the scale of the data's latents. "
-        "A std that falls steadily is collapse to grey; one that climbs is over-saturation. The scored std should stay "
-        "close to the sample's: far above it, the rewards judge pictures off the data manifold.",
+        "ok: std in 0.7 to 1.4, |mean| up to 0.3, scored std up to 1.5 times the std. bad: std below 0.5 (collapse to gray) "
+        "or above 2 (over-saturation), |mean| above 1, or scored std above 2.5 times (rewards judge images off the data "
+        "manifold). look: between.",
+        _latents,
     ),
-    (
+    _Watched(
         "Gap to the teacher, mean |x0 - x0_real|",
         {
             "gap/real": "|x0 - x0_real|",
             "gap/grad": "rms of x0_fake - x0_real",
-            "gap/pull": "rms of the rewards' gradient's part",
+            "gap/pull": "rms of the reward gradient",
         },
-        "",
-        "Healthy: falls quickly, then flattens. It does not reach 0, because guidance keeps pulling; a rise after the "
-        "plateau means that the student runs away from the teacher (reward hacking, or a fake that lags behind). "
-        "With method.reward_gradient its part should stay well below the rms of x0_fake - x0_real.",
+        "ok: at the end at most 1.15 times its lowest fifth. bad: above 1.5 times: the student leaves the teacher (reward "
+        "hacking, or a fake score that lags behind). look: between. A reward gradient is ok up to 0.5 and bad above 1 times "
+        "the distillation gradient. The gap does not reach 0, because guidance keeps pulling.",
+        _gap,
     ),
-    (
-        "Fake loss by thirds of t",
-        {"fake_loss/t0": "t below 1/3", "fake_loss/t1": "1/3 to 2/3", "fake_loss/t2": "above 2/3"},
-        "",
-        "Healthy: three flat, ordered lines. A line that climbs means that the fake no longer follows the student there: "
-        "the DMD gradient is then wrong; raise the fake's learning rate or its updates.",
+    _Watched(
+        "Loss of the fake score by thirds of t",
+        {key: name.removeprefix("t ") for key, name in _THIRDS.items()},
+        "ok: at the end at most 1.15 times the second fifth of the run, in every third. bad: above 1.5 times: the fake "
+        "score no longer follows the student, and the DMD gradient is wrong; raise its learning rate or updates. look: "
+        "between.",
+        _fake_score,
     ),
-    (
+    _Watched(
         "Gain of the target, R(target) - R(sample)",
         {"reward/gain": "gain"},
-        "",
-        "Healthy: near 0 without a sudden fall. Targets from late t are blurrier than the student's own picture, so a "
-        "good student's mean gain lies below 0; what steers is how it differs between the targets of a group. A gain "
-        "that keeps falling says that distillation and rewards pull apart, and that NaPO holds most steps back.",
+        "ok: the last fifth is at most two standard deviations below the middle of the run. bad: more than four: "
+        "distillation and rewards pull apart. look: between. A negative mean is normal: targets from late t are blurrier "
+        "than the student's own image.",
+        _gain,
     ),
 )

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from gdmd.evaluation.geneval import images_key
-from gdmd.evaluation.preference import Asked, Produced
+from gdmd.evaluation.preference import GeneratedImages, PromptSet
 from gdmd.evaluation.scorers import Features
+from gdmd.evaluation.verdict import PER_IMAGE, per_image
 from gdmd.reporting.distances import cluster_spread, frechet_distance, mmd, pairwise_distance
 from gdmd.rewards.preprocessing import from_pil, to_pil
 from gdmd.shapes.check import shapeseval, summarize
 from gdmd.shapes.detect import detect
 from gdmd.shapes.evaluate import bootstrap_interval
-from gdmd.shapes.grammar import catalog
+from gdmd.shapes.grammar import TASKS, catalog
 from gdmd.shapes.measures import coverage, fidelity
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.sources.folders import images_in, read_image
@@ -31,41 +32,55 @@ GENEVAL = "geneval.json"
 """What ``gdmd eval geneval score`` leaves in an image folder."""
 
 
-def shapes_measures(produced: Produced, asked: Asked) -> dict[str, Any]:
-    """ShapesEval by task with the interval of overall, fidelity and coverage, of the 8-bit images."""
-    rows = rows_of(asked)
-    images = from_pil([read_image(produced.files[p.prompt, p.image]) for p in asked.places])
+def shapes_measures(generated: GeneratedImages, prompt_set: PromptSet) -> dict[str, Any]:
+    """ShapesEval by task with the interval of overall and which images are right, fidelity and coverage; 8-bit images."""
+    rows = rows_of(prompt_set)
+    images = from_pil([read_image(generated.files[p.prompt, p.image]) for p in prompt_set.slots])
     found = detect(images)
     correct = shapeseval(found, rows)
-    task, texts = catalog().task[rows], [place.text for place in asked.places]
+    task, texts = catalog().task[rows], [slot.text for slot in prompt_set.slots]
     return {
         "shapeseval": summarize(correct, task),
-        "shapeseval_interval": list(bootstrap_interval(correct, task, texts, asked.seed)),
+        "shapeseval_interval": list(bootstrap_interval(correct, task, texts, prompt_set.seed)),
+        PER_IMAGE: per_image(
+            correct.tolist(),
+            [TASKS[k] for k in task[:: prompt_set.images].tolist()],
+            prompt_set.images,
+            prompt_set.file,
+            prompt_set.seed,
+        ),
         "fidelity": float(fidelity(images, found).mean()),
         "coverage": coverage(found, rows, correct),
     }
 
 
-def shapes_renders(asked: Asked) -> list[Image]:
+def right_images(files: Sequence[Path], captions: Sequence[str]) -> list[bool]:
+    """Whether the checker finds in each image what its caption asks for."""
+    rows = torch.tensor([catalog().row(text) for text in captions])
+    found: list[bool] = shapeseval(from_pil([read_image(file) for file in files]), rows).tolist()
+    return found
+
+
+def shapes_renders(prompt_set: PromptSet) -> list[Image]:
     """True pictures of the same captions, one per image: the reference of the Fréchet distance in the Shapes world."""
-    return to_pil(render(draw_scenes(rows_of(asked), torch.Generator().manual_seed(asked.seed))))
+    return to_pil(render(draw_scenes(rows_of(prompt_set), torch.Generator().manual_seed(prompt_set.seed))))
 
 
-def rows_of(asked: Asked) -> Tensor:
+def rows_of(prompt_set: PromptSet) -> Tensor:
     """The catalog row of every image. ValueError for a prompt that is no caption."""
-    return torch.tensor([catalog().row(place.text) for place in asked.places])
+    return torch.tensor([catalog().row(slot.text) for slot in prompt_set.slots])
 
 
 def feature_measures(
-    produced: Produced, asked: Asked, make: Features, name: str, reference: Tensor | None
+    generated: GeneratedImages, prompt_set: PromptSet, make: Features, name: str, reference: Tensor | None
 ) -> dict[str, Any]:
     """Diversity and spread within prompts, and distances to the reference's features where there are any.
 
     null: not measurable, for example diversity of one image per prompt.
     """
-    own = features_of(make, [produced.files[p.prompt, p.image] for p in asked.places])
-    prompt = torch.tensor([place.prompt for place in asked.places])
-    several = asked.images > 1
+    own = features_of(make, [generated.files[p.prompt, p.image] for p in prompt_set.slots])
+    prompt = torch.tensor([slot.prompt for slot in prompt_set.slots])
+    several = prompt_set.images > 1
     compared = reference is not None and len(own) > 1
     return {
         "features": name,
@@ -90,9 +105,9 @@ def reference_files(folder: Path) -> list[Path]:
     return files
 
 
-def render_features(make: Features, asked: Asked) -> Tensor:
+def render_features(make: Features, prompt_set: PromptSet) -> Tensor:
     """Of the true pictures of a Shapes evaluation."""
-    images = shapes_renders(asked)
+    images = shapes_renders(prompt_set)
     return torch.cat([make(images[k : k + _BATCH]) for k in range(0, len(images), _BATCH)])
 
 

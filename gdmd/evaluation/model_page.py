@@ -1,118 +1,193 @@
-"""One self-contained page that compares models: tables, radar, images side by side. All text is escaped."""
+"""compare.html: models on the same prompts. The verdict, dot plots with intervals, images side by side, one table."""
 
 from __future__ import annotations
 
-import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from gdmd.evaluation.table import TITLES
+from gdmd.evaluation.verdict import FEW, PER_IMAGE, Estimate, paired
 from gdmd.io import write_atomic
-from gdmd.reporting.plots import axes_radar, radar
-from gdmd.shapes.grammar import TASKS
+from gdmd.reporting.pages import (
+    Dot,
+    DotPlot,
+    Group,
+    Number,
+    TableRow,
+    Verdict,
+    data_uri,
+    digits_for,
+    dot_plot,
+    render,
+)
+from gdmd.reporting.plots import colors_of
+from gdmd.reporting.tables import MISSING, Cell, best_of, difference, estimate, number
 from gdmd.sources.folders import read_image
 
 LARGEST = 320
 """Pixels of the longer side in the gallery; the originals stay in their folders."""
+SHAPESEVAL = "ShapesEval"
 Row = Mapping[str, Any]
+Rows = Mapping[str, Row]
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """A model's name and one image file per shown prompt."""
+    """A model's name and one image file per shown prompt; for Shapes, whether each image is right."""
 
     name: str
     files: Sequence[Path]
+    right: Sequence[bool | None] = ()
 
 
-@dataclass(frozen=True)
-class Line:
-    """A row of a table: title, one text per model, and which of them are best (several in a tie, none where all tie)."""
-
-    title: str
-    cells: Sequence[str]
-    best: frozenset[int] = frozenset()
-
-
-def write_page(path: Path, rows: Mapping[str, Row], galleries: Sequence[Gallery], prompts: Sequence[str]) -> Path:
+def write_page(path: Path, rows: Rows, galleries: Sequence[Gallery], prompts: Sequence[str]) -> Path:
     """rows: model -> summary of ``gdmd eval compare``; galleries in the same order, one image per prompt."""
-    page = _template().render(
-        names=list(rows),
+    names = list(rows)
+    page = render(
+        "evaluation/models.html.jinja",
+        names=names,
+        colors=colors_of(names),
         facts=[_facts(row) for row in rows.values()],
-        first=next(iter(rows)),
-        table1=score_lines(rows),
-        table2=task_lines(rows),
-        others=other_lines(rows),
-        differences=difference_lines(rows),
-        radar=_radar(rows),
-        prompts=[(text, [picture(one.files[k]) for one in galleries]) for k, text in enumerate(prompts)],
+        verdict=verdict(rows),
+        plots=plots(rows),
+        groups=groups(rows),
+        checked=any(one.right for one in galleries),
+        prompts=[(text, [_shown(one, k) for one in galleries]) for k, text in enumerate(prompts)],
     )
     write_atomic(path, page, "the page")
     return path
 
 
-def score_lines(rows: Mapping[str, Row]) -> list[Line]:
-    """Table 1: mean and interval of every scorer; a dagger where that model was trained on it, "?" where unknown."""
-    labels = list(dict.fromkeys(label for row in rows.values() for label in row["scores"]))
+def verdict(rows: Rows) -> Verdict:
+    """Every later model against the first: on which scores it is higher, lower, or not distinguishable."""
+    first, *later = rows
+    found = {name: differences(rows, name) for name in later}
+    if not any(found.values()):
+        return Verdict(f"{', '.join(rows)}: the models have no common scores.")
+    label = _headline(rows, next(own for own in found.values() if own))
+    answers = [f"{name} is {_words(own[label])}" for name, own in found.items() if label in own]
+    numbers = [
+        Number(f"{label}, {name} minus {first}", _signed(own[label])) for name, own in found.items() if label in own
+    ]
+    if len(later) == 1:
+        numbers = [Number(f"{label} of {name}", _mean(row, label)) for name, row in rows.items()] + numbers
+    notes = [text for name, own in found.items() if (text := _others_than(label, name, rows, own))]
+    notes.append("Differences are paired: the same prompts, image by image. Brackets: 95\u00a0% interval over prompts.")
+    if any(_trained(row, one) for row in rows.values() for one in row["scores"]):
+        notes.append("† trained on this score: a gain proves little.")
+    return Verdict(f"{_marked(rows, label)} against {first}: {', '.join(answers)}.", numbers, notes)
+
+
+def differences(rows: Rows, name: str) -> dict[str, Estimate]:
+    """A model minus the first one by score, ShapesEval first if the images were checked. No interval below FEW prompts."""
+    first = next(iter(rows.values()))
+    found = {}
+    if PER_IMAGE in first and PER_IMAGE in rows[name] and (own := paired(rows[name], first)) is not None:
+        found[SHAPESEVAL] = own
+    for label, one in rows[name]["against_first"].items():
+        if one["mean"] is not None:
+            ends = (one["low"], one["high"]) if rows[name]["prompts"] >= FEW else (None, None)
+            found[label] = Estimate(one["mean"], *(_or_nan(end) for end in ends))
+    return found
+
+
+def plots(rows: Rows) -> list[DotPlot]:
+    """Every score with its interval, and next to it the differences to the first model."""
+    names = list(rows)
+    colors = dict(zip(names, colors_of(names), strict=True))
+    labels = dict.fromkeys(label for row in rows.values() for label in row["scores"])
+    if all(row.get("shapeseval") for row in rows.values()):
+        labels = dict.fromkeys([SHAPESEVAL, *labels])
+    drawn = []
+    for label in labels:
+        cells = {name: _score(row, label) for name, row in rows.items()}
+        digits = digits_for([(c["high"] - c["low"]) / 2 for c in cells.values() if c and c["low"] is not None])
+        dots = [
+            Dot(name, colors[name], c["mean"], _or_nan(c["low"]), _or_nan(c["high"]), number(c["mean"], digits))
+            for name, c in cells.items()
+            if c and c["mean"] is not None
+        ]
+        drawn.append(dot_plot(label, dots))
+        found = {name: differences(rows, name).get(label) for name in names[1:]}
+        dots = [Dot(name, colors[name], d.mean, d.low, d.high, _signed(d)) for name, d in found.items() if d]
+        drawn.append(dot_plot(f"{label}, minus {names[0]}", dots, 0.0))
+    return [plot for plot in drawn if plot]
+
+
+def groups(rows: Rows) -> list[Group]:
+    """The table: scores, differences to the first model, tasks, distances and cost."""
+    first = next(iter(rows))
+    titled = (
+        ("Scores, mean over images", score_lines(rows)),
+        (f"Difference to {first}, and the share of images that score higher", difference_lines(rows)),
+        ("By task", task_lines(rows)),
+        ("Distances, diversity, cost (no best value for diversity and spread)", other_lines(rows)),
+    )
+    return [Group(title, lines) for title, lines in titled if lines]
+
+
+def score_lines(rows: Rows) -> list[TableRow]:
+    """Mean and interval of every scorer; a dagger where that model was trained on it, "?" where unknown."""
+    labels = dict.fromkeys(label for row in rows.values() for label in row["scores"])
     return [_line(label, [row["scores"].get(label) for row in rows.values()], "mean") for label in labels]
 
 
-def task_lines(rows: Mapping[str, Row]) -> list[Line]:
-    """Table 2: ShapesEval by task, or GenEval where the folders were scored; empty where neither was."""
+def task_lines(rows: Rows) -> list[TableRow]:
+    """ShapesEval by task, or GenEval where the folders were scored; empty where neither was."""
     if all(row.get("shapeseval") for row in rows.values()):
-        tasks = list(dict.fromkeys(task for row in rows.values() for task in row["shapeseval"]))
+        tasks = dict.fromkeys(task for row in rows.values() for task in row["shapeseval"])
         found = []
         for task in tasks:
             ends = [row["shapeseval_interval"] if task == "overall" else (None, None) for row in rows.values()]
             values = [row["shapeseval"].get(task) for row in rows.values()]
             cells = [{"mean": v, "low": low, "high": high} for v, (low, high) in zip(values, ends, strict=True)]
-            found.append(_line(f"ShapesEval {task.replace('_', ' ')}", cells, "mean"))
+            found.append(_line(f"{SHAPESEVAL} {TITLES.get(task, task)}", cells, "mean"))
         return found
-    if any(row.get("geneval") for row in rows.values()):
-        tasks = list(dict.fromkeys(task for row in rows.values() for task in row.get("geneval") or {}))
-        return [
-            _line(
-                f"GenEval (HF detector) {task}",
-                [(row.get("geneval") or {}).get(task) for row in rows.values()],
-                "value",
-            )
-            for task in tasks
-        ]
-    return []
+    scored = [row.get("geneval") or {} for row in rows.values()]
+    tasks = dict.fromkeys(task for own in scored for task in own)
+    return [_line(f"GenEval (HF detector) {task}", [own.get(task) for own in scored], "value") for task in tasks]
 
 
-def other_lines(rows: Mapping[str, Row]) -> list[Line]:
-    """Fidelity, coverage, distances, diversity and cost; lower is better for frechet, mmd and seconds."""
-    signs = {
-        "fidelity": 1,
-        "coverage": 1,
-        "diversity": 0,
-        "spread": 0,
-        "frechet": -1,
-        "mmd": -1,
-        "seconds_per_image": -1,
-    }
+_OTHERS = {
+    "fidelity": ("render fidelity", 1),
+    "coverage": ("attribute coverage", 1),
+    "diversity": ("diversity", 0),
+    "spread": ("spread", 0),
+    "frechet": ("Fréchet distance (lower is better)", -1),
+    "mmd": ("MMD (lower is better)", -1),
+    "seconds_per_image": ("seconds per image, first batch left out", -1),
+}
+
+
+def other_lines(rows: Rows) -> list[TableRow]:
+    """Fidelity, coverage, distances, diversity and cost."""
     found = []
-    for key, sign in signs.items():
+    for key, (title, sign) in _OTHERS.items():
         values = [row.get(key) for row in rows.values()]
         if any(value is not None for value in values):
-            cells = ["-" if value is None else f"{value:.4g}" for value in values]
-            found.append(Line(key.replace("_", " "), cells, _best(values, sign)))
-    calls = ["-" if row["source"]["nfe"] is None else str(row["source"]["nfe"]) for row in rows.values()]
-    return [*found, Line("network calls per image", calls)]
+            texts = [MISSING if value is None else f"{value:.4g}" for value in values]
+            found.append(_table_row(title, texts, values, sign))
+    calls = [row["source"]["nfe"] for row in rows.values()]
+    return [*found, _table_row("network calls per image", [MISSING if n is None else str(n) for n in calls], calls, 0)]
 
 
-def difference_lines(rows: Mapping[str, Row]) -> list[Line]:
-    """Every scorer, model minus the first model on the same prompts and noise: mean, interval, share of wins."""
-    later = list(rows.values())[1:]
-    labels = list(dict.fromkeys(label for row in later for label in row["against_first"]))
-    return [Line(label, [_difference(row["against_first"].get(label)) for row in later]) for label in labels]
+def difference_lines(rows: Rows) -> list[TableRow]:
+    """Every score, model minus the first model: mean, interval, share of images on which it is higher."""
+    found = {name: differences(rows, name) for name in list(rows)[1:]}
+    labels = dict.fromkeys(label for own in found.values() for label in own)
+    return [
+        TableRow(
+            label, [Cell(""), *(Cell(_difference(rows[name], own.get(label), label)) for name, own in found.items())]
+        )
+        for label in labels
+    ]
 
 
-def picture(file: Path) -> str:
+def image_uri(file: Path) -> str:
     """A data URI of at most LARGEST pixels a side, a small image enlarged to squares; PNG, whatever the file is."""
     from PIL import Image
 
@@ -123,59 +198,111 @@ def picture(file: Path) -> str:
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(buffer.getvalue())
 
 
-def _line(title: str, cells: Sequence[Mapping[str, Any] | None], key: str) -> Line:
-    return Line(title, [_cell(cell, key) for cell in cells], _best([cell[key] if cell else None for cell in cells], 1))
+def _shown(gallery: Gallery, k: int) -> tuple[str, bool | None]:
+    return image_uri(gallery.files[k]), gallery.right[k] if gallery.right else None
 
 
-def _cell(cell: Mapping[str, Any] | None, key: str) -> str:
+def _others_than(label: str, name: str, rows: Rows, found: Mapping[str, Estimate]) -> str:
+    """How a model differs on the other scores, in a sentence; "" where there are none."""
+    words: dict[str, list[str]] = {}
+    for one, own in found.items():
+        if one != label:
+            words.setdefault(_words(own), []).append(one + " †" * _trained(rows[name], one))
+    parts = [f"{text} on {_listed(labels)}" for text, labels in words.items()]
+    return f"{name} on the other scores: {'; '.join(parts)}." if parts else ""
+
+
+def _words(found: Estimate) -> str:
+    if math.isnan(found.low):
+        return f"not judged (fewer than {FEW} prompts)"
+    return {1: "higher", -1: "lower", 0: "not distinguishable"}[found.sign]
+
+
+def _marked(rows: Rows, label: str) -> str:
+    """A score with a dagger where a model was trained on it."""
+    return label + " †" * any(_trained(row, label) for row in rows.values())
+
+
+def _listed(words: Sequence[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _headline(rows: Rows, found: Mapping[str, Estimate]) -> str:
+    """The score of the numbers at the top: the first that no model was trained on."""
+    unseen = [label for label in found if not any(_trained(row, label) for row in rows.values())]
+    return next(iter(unseen or found))
+
+
+def _trained(row: Row, label: str) -> bool:
+    return bool((row["scores"].get(label) or {}).get("trained"))
+
+
+def _score(row: Row, label: str) -> Mapping[str, Any] | None:
+    if label == SHAPESEVAL and row.get("shapeseval"):
+        low, high = row["shapeseval_interval"]
+        return {"mean": row["shapeseval"]["overall"], "low": low, "high": high}
+    cell: Mapping[str, Any] | None = row["scores"].get(label)
+    return cell
+
+
+def _mean(row: Row, label: str) -> str:
+    cell = _score(row, label)
+    return MISSING if cell is None else _number(cell, _digits([cell]))
+
+
+def _number(cell: Mapping[str, Any], digits: int) -> str:
+    return estimate(cell["mean"], cell["low"], cell["high"], digits)
+
+
+def _signed(found: Estimate) -> str:
+    return difference(found.mean, found.low, found.high, digits_for([(found.high - found.low) / 2]))
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _digits(cells: Sequence[Mapping[str, Any] | None]) -> int:
+    return digits_for([(c["high"] - c["low"]) / 2 for c in cells if c and c.get("low") is not None])
+
+
+def _line(title: str, cells: Sequence[Mapping[str, Any] | None], key: str) -> TableRow:
+    texts = [_cell(cell, key, _digits(cells)) for cell in cells]
+    return _table_row(title, texts, [cell[key] if cell else None for cell in cells], 1)
+
+
+def _cell(cell: Mapping[str, Any] | None, key: str, digits: int) -> str:
     if cell is None:
-        return "-"
-    ends = f" [{cell['low']:.4f}, {cell['high']:.4f}]" if cell.get("low") is not None else ""
+        return MISSING
     mark = {True: " †", False: "", None: " ?"}[cell.get("trained", False)]
     missing = f" ({cell['unscored']} not scored)" if cell.get("unscored") else ""
-    return f"{'-' if cell[key] is None else format(cell[key], '.4f')}{ends}{mark}{missing}"
+    return estimate(cell[key], cell.get("low"), cell.get("high"), digits) + mark + missing
 
 
-def _difference(found: Mapping[str, Any] | None) -> str:
-    if found is None or found["mean"] is None:
-        return "-"
-    ends = f" [{found['low']:+.4f}, {found['high']:+.4f}]" if found["low"] is not None else ""
-    return f"{found['mean']:+.4f}{ends}, wins {100 * found['wins']:.0f} %"
+def _difference(row: Row, found: Estimate | None, label: str) -> str:
+    if found is None:
+        return MISSING
+    wins = (row["against_first"].get(label) or {}).get("wins")
+    return _signed(found) + ("" if wins is None else f", {100 * wins:.0f} %")
 
 
-def _best(values: Sequence[float | None], sign: int) -> frozenset[int]:
-    """The places of the best value; none without a direction, and where all are equal."""
-    known = {k: sign * value for k, value in enumerate(values) if value is not None}
-    if not sign or len(set(known.values())) < 2:
-        return frozenset()
-    top = max(known.values())
-    return frozenset(k for k, value in known.items() if value == top)
+def _table_row(title: str, texts: Sequence[str], values: Sequence[float | None], sign: int) -> TableRow:
+    """The best value is shaded, several in a tie; none without an order, and none where all are equal."""
+    top = best_of(values, sign)
+    return TableRow(
+        title, [Cell(text, value is not None and value == top) for text, value in zip(texts, values, strict=True)]
+    )
 
 
 def _facts(row: Row) -> str:
     source = row["source"]
     step = f", step {source['step']}" if source["step"] else ""
-    trained = {None: "training not known"}.get(source["trained"], "") if source["trained"] is None else (
-        f"trained on {', '.join(source['trained'])}" if source["trained"] else "trained on no reward"
-    )  # fmt: skip
+    if source["trained"] is None:
+        trained = "training not known"
+    else:
+        trained = f"trained on {', '.join(source['trained'])}" if source["trained"] else "trained on no reward"
     return f"{source['kind']} {source['where']}{step}; {trained}"
-
-
-def _radar(rows: Mapping[str, Row]) -> str:
-    if all(row.get("shapeseval") for row in rows.values()):
-        return radar(rows, TASKS)
-    labels = [line.title for line in score_lines(rows)]
-    values = {name: [(row["scores"].get(label) or {}).get("mean") for label in labels] for name, row in rows.items()}
-    return axes_radar(labels, values, "Scorers, each from the worst model (inner ring) to the best (rim)")
-
-
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
-
-    text = resources.files("gdmd.evaluation").joinpath("models.html.jinja").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        text
-    )

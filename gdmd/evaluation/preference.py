@@ -26,7 +26,7 @@ from gdmd.io import RunError, append_jsonl, content_hash, file_hash, finite_or_n
 from gdmd.recipes.long_prompts import warn_long_prompts_of_rewards
 from gdmd.recipes.reward_identity import scorer_identity
 from gdmd.reporting.statistics import Scores, clustered_mean, speed
-from gdmd.sources.base import Facts, Place, Source, places_of, settle
+from gdmd.sources.base import ImageSlot, Source, SourceInfo, image_slots, record_settings
 from gdmd.sources.folders import FolderSource, image_file, read_image, write_image, write_metadata
 from gdmd.types import Reward
 
@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptSet:
     """The prompts of an evaluation and how many images of each, from which noise."""
 
     file: str
@@ -49,57 +49,61 @@ class Asked:
     note: str = ""
 
     @property
-    def places(self) -> list[Place]:
-        return places_of(self.texts, self.images)
+    def slots(self) -> list[ImageSlot]:
+        return image_slots(self.texts, self.images)
 
 
 @dataclass(frozen=True)
-class Produced:
+class GeneratedImages:
     """The images of a source: its facts, where they lie, and seconds per image (None = not measured)."""
 
-    facts: Facts
+    info: SourceInfo
     files: Mapping[tuple[int, int], Path]
     seconds: float | None
 
 
-def asked_of(given: str | Path, images: int, seed: int, limit: int | None = None, column: str | None = None) -> Asked:
+def read_prompt_set(
+    given: str | Path, images: int, seed: int, limit: int | None = None, column: str | None = None
+) -> PromptSet:
     """The first ``limit`` prompts of a file or a shipped set, each with its row."""
     found = read_prompts(given, column)
     meta = found.meta or tuple({"prompt": text} for text in found.texts)
-    return Asked(found.path.name, found.texts[:limit], meta[:limit], images, seed, found.note())
+    return PromptSet(found.path.name, found.texts[:limit], meta[:limit], images, seed, found.note())
 
 
-def produce(source: Source, asked: Asked, folder: Path, say: Say, shard: tuple[int, int] = (0, 1)) -> Produced:
+def generate_images(
+    source: Source, prompt_set: PromptSet, folder: Path, say: Say, shard: tuple[int, int] = (0, 1)
+) -> GeneratedImages:
     """Make the images that are missing. shard (k, n): only prompts k, k + n, ...; the images do not depend on it."""
-    source.check(asked.texts)
+    source.check(prompt_set.texts)
     if isinstance(source, FolderSource):
-        files = {(p.prompt, p.image): source.file(p) for p in asked.places}
-        settle(folder, source.facts, asked.seed, folder)
-        return Produced(source.facts, files, None)
+        files = {(p.prompt, p.image): source.file(p) for p in prompt_set.slots}
+        record_settings(folder, source.info, prompt_set.seed, folder)
+        return GeneratedImages(source.info, files, None)
     home = folder / "images"
-    settle(folder, source.facts, asked.seed, home)
-    own = [place for place in asked.places if place.prompt % shard[1] == shard[0]]
-    for prompt in dict.fromkeys(place.prompt for place in own):
-        write_metadata(home, prompt, asked.meta[prompt])
-    missing = [place for place in own if not image_file(home, place.prompt, place.image).exists()]
-    batch, device = source.facts.batch, source.facts.device
+    record_settings(folder, source.info, prompt_set.seed, home)
+    own = [slot for slot in prompt_set.slots if slot.prompt % shard[1] == shard[0]]
+    for prompt in dict.fromkeys(slot.prompt for slot in own):
+        write_metadata(home, prompt, prompt_set.meta[prompt])
+    missing = [slot for slot in own if not image_file(home, slot.prompt, slot.image).exists()]
+    batch, device = source.info.batch, source.info.device
     for start in range(0, len(missing), batch):
         part = missing[start : start + batch]
         began = time.perf_counter()
-        made = source.make(part, asked.seed)
+        made = source.generate(part, prompt_set.seed)
         seconds = time.perf_counter() - began
-        for place, image in zip(part, made, strict=True):
-            write_image(image_file(home, place.prompt, place.image), image)
+        for slot, image in zip(part, made, strict=True):
+            write_image(image_file(home, slot.prompt, slot.image), image)
         timed = {"images": len(part), "seconds": seconds, "first": int(start == 0), "batch": batch, "device": device}
         append_jsonl(folder / TIMING, [timed], "the times", option="--out")
-        say(f"{source.facts.name}: {start + len(part)} of {len(missing)} images made")
-    files = {(p.prompt, p.image): image_file(home, p.prompt, p.image) for p in asked.places}
-    return Produced(source.facts, files, speed(_rows(folder / TIMING, _TIMING_KEYS)))
+        say(f"{source.info.name}: {start + len(part)} of {len(missing)} images made")
+    files = {(p.prompt, p.image): image_file(home, p.prompt, p.image) for p in prompt_set.slots}
+    return GeneratedImages(source.info, files, speed(_rows(folder / TIMING, _TIMING_KEYS)))
 
 
 def score(
-    produced: Produced,
-    asked: Asked,
+    generated: GeneratedImages,
+    prompt_set: PromptSet,
     folder: Path,
     specs: Sequence[RewardConfig],
     rewards: Mapping[str, Reward],
@@ -111,48 +115,48 @@ def score(
     scorer's identity.
     """
     known = _known_scores(folder / SCORES)
-    images = {place: file_hash(produced.files[place.prompt, place.image]) for place in asked.places}
+    images = {slot: file_hash(generated.files[slot.prompt, slot.image]) for slot in prompt_set.slots}
     found: dict[str, Scores] = {}
     for spec, (label, reward) in zip(specs, rewards.items(), strict=True):
         scorer, reads = scorer_identity(spec), reads_metadata(spec)
         keys = {
-            place: _score_key(scorer, images[place], place.text, asked.meta[place.prompt] if reads else None)
-            for place in asked.places
+            slot: _score_key(scorer, images[slot], slot.text, prompt_set.meta[slot.prompt] if reads else None)
+            for slot in prompt_set.slots
         }
         again = may_fail(spec)
-        todo = [p for p in asked.places if keys[p] not in known or (again and math.isnan(known[keys[p]]))]
+        todo = [p for p in prompt_set.slots if keys[p] not in known or (again and math.isnan(known[keys[p]]))]
         if todo:
-            warn_long_prompts_of_rewards([reward], asked.texts)
+            warn_long_prompts_of_rewards([reward], prompt_set.texts)
         for part in _parts(todo):
-            pixels = [read_image(produced.files[place.prompt, place.image]) for place in part]
-            meta = [asked.meta[place.prompt] for place in part]
-            values = scores_of(reward, pixels, [place.text for place in part], meta)
-            own = {keys[place]: value for place, value in zip(part, values, strict=True)}
+            pixels = [read_image(generated.files[slot.prompt, slot.image]) for slot in part]
+            meta = [prompt_set.meta[slot.prompt] for slot in part]
+            values = scores_of(reward, pixels, [slot.text for slot in part], meta)
+            own = {keys[slot]: value for slot, value in zip(part, values, strict=True)}
             rows = [{"scorer": label, "prompt": p.prompt, "image": p.image, "key": keys[p]} for p in part]
             scored = [row | {"score": own[row["key"]]} for row in rows]
             append_jsonl(folder / SCORES, scored, "the scores", option="--out")
             known |= own
         if todo:
-            scored_now = sum(not math.isnan(known[keys[place]]) for place in todo)
+            scored_now = sum(not math.isnan(known[keys[slot]]) for slot in todo)
             of = "" if scored_now == len(todo) else f" of {len(todo)}"
-            say(f"{produced.facts.name}: {label} scored {scored_now}{of} images")
-        found[label] = {(place.prompt, place.image): known[keys[place]] for place in asked.places}
+            say(f"{generated.info.name}: {label} scored {scored_now}{of} images")
+        found[label] = {(slot.prompt, slot.image): known[keys[slot]] for slot in prompt_set.slots}
         if all(math.isnan(value) for value in found[label].values()):
-            say(f"warning: {label} left every image of {produced.facts.name} without a score, so it has no mean")
+            say(f"warning: {label} left every image of {generated.info.name} without a score, so it has no mean")
     return found
 
 
-def summary(produced: Produced, asked: Asked, scores: Mapping[str, Scores]) -> dict[str, Any]:
+def summary(generated: GeneratedImages, prompt_set: PromptSet, scores: Mapping[str, Scores]) -> dict[str, Any]:
     """The public form: the source and, per scorer, mean, interval and whether it was trained on (null = not known)."""
-    trained = produced.facts.trained
+    trained = generated.info.trained
     return {
-        "source": produced.facts.json(),
-        "weights": produced.facts.identity.get("weights"),
-        "prompt_file": asked.file,
-        "prompts": len(asked.texts),
-        "images_per_prompt": asked.images,
-        "seed": asked.seed,
-        "seconds_per_image": produced.seconds,
+        "source": generated.info.json(),
+        "weights": generated.info.identity.get("weights"),
+        "prompt_file": prompt_set.file,
+        "prompts": len(prompt_set.texts),
+        "images_per_prompt": prompt_set.images,
+        "seed": prompt_set.seed,
+        "seconds_per_image": generated.seconds,
         "scores": {
             label: finite_or_none(asdict(clustered_mean(own)) | {"trained": _trained(label, trained)})
             for label, own in scores.items()
@@ -171,9 +175,9 @@ def write_summary(folder: Path, content: Mapping[str, Any]) -> Path:
     return folder / SUMMARY
 
 
-def _parts(places: Sequence[Place]) -> Iterator[Sequence[Place]]:
-    for start in range(0, len(places), SCORED):
-        yield places[start : start + SCORED]
+def _parts(slots: Sequence[ImageSlot]) -> Iterator[Sequence[ImageSlot]]:
+    for start in range(0, len(slots), SCORED):
+        yield slots[start : start + SCORED]
 
 
 def _score_key(scorer: str, image: str, text: str, meta: Mapping[str, Any] | None) -> str:

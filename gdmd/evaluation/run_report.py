@@ -1,15 +1,16 @@
-"""report.html: one self-contained page about a run. Everything that comes from outside is escaped by the template."""
+"""report.html of a run: the verdict, images, measures, health, curves and how to repeat it, in one file.
+
+Gathered here; the HTML is report.html.jinja.
+"""
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ from gdmd.config import describe
 from gdmd.config.load import load_config
 from gdmd.config.run import RunConfig
 from gdmd.data.image_files import open_image
-from gdmd.evaluation.health import health_panels, training_curves
+from gdmd.evaluation.health import Panel, health_panels, summary, training_curves
 from gdmd.evaluation.run_results import Result, run_results
+from gdmd.evaluation.same_noise import SameNoise, read_same_noise
+from gdmd.evaluation.table import TITLES
+from gdmd.evaluation.verdict import is_teacher, paired, scores_of, shapes_verdict, task_mean
 from gdmd.io import RunError, write_atomic
-from gdmd.reporting.plots import Metrics, bars, radar
+from gdmd.reporting.pages import Dot, DotPlot, Group, TableRow, Verdict, data_uri, dot_plot, render
+from gdmd.reporting.plots import Metrics, colors_of
+from gdmd.reporting.tables import Cell, Measure, best_of, difference, estimate, number, value_at
 from gdmd.runs import reward_signal
 from gdmd.runs.best_checkpoint import named_best
 from gdmd.runs.checkpoint import newest_intact, steps
@@ -33,15 +39,14 @@ from gdmd.shapes.grammar import TASKS
 _log = logging.getLogger(__name__)
 EVALUATION = "evaluation.json"
 """In a run folder: {row name: Evaluation.json()}, written with ``save_rows``."""
-COMPARISON = "comparison*.png"
-"""In grids/ of a Shapes run: teacher and students from the same noise, shown first."""
 WIDEST = 1600
 """Pixels of an embedded grid; the original stays in grids/."""
+Rows = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is needed to make the run again."""
+    """What is needed to repeat the run."""
 
     command: str = ""
     commit: str | None = None
@@ -55,28 +60,28 @@ class Provenance:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A measure of the summary table. seen: "trained", "unseen" or "" (a cost)."""
+class Training:
+    """The curves of a run, its health panels, and what is wrong with its rewards."""
 
-    title: str
-    path: tuple[str, ...]
-    seen: str
-    best: int = 0  # +1 higher, -1 lower is better, 0 no ranking
-    digits: int = 3
+    name: str
+    anchor: str
+    figures: Sequence[tuple[str, str]]
+    panels: Sequence[Panel]
+    findings: Sequence[str] = ()
 
-
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    seen: str
-    best: bool
+    @property
+    def summary(self) -> str:
+        """The counts of the panels' statuses; a finding about the rewards counts as bad."""
+        flagged = [f"{len(self.findings)} bad reward{'s' * (len(self.findings) > 1)}"] if self.findings else []
+        return ", ".join([*flagged, *filter(None, [summary(self.panels)])])
 
 
 def write_report(
     path: Path,
     title: str,
-    rows: Mapping[str, Mapping[str, Any]],
+    rows: Rows,
     *,
+    same_noise: SameNoise | None = None,
     grids: Mapping[str, bytes] | None = None,
     metrics: Mapping[str, Metrics] | None = None,
     trained: Collection[str] = (),
@@ -87,29 +92,34 @@ def write_report(
     shapes: bool = True,
     findings: Sequence[str] = (),
 ) -> Path:
-    """Write the page to ``path`` (a file, or a folder that gets report.html) and return where it lies.
+    """Write the page to ``path`` (a file, or a folder that gets report.html) and return its path.
 
-    rows: row name -> ``Evaluation.json()``, the teacher first. grids: caption -> PNG. metrics: run name -> rows of
-    metrics.jsonl. trained: names of the rewards the student was trained on; all other measures are marked unseen.
-    facts: settings of the run. results: other evaluations of it. shapes: whether ``rows`` are what is expected.
-    findings: what is wrong with the training, in sentences.
+    rows: row name -> ``Evaluation.json()``, the teacher first, the student last. same_noise: images to show. grids:
+    caption -> PNG. metrics: run name -> rows of metrics.jsonl. trained: names of the rewards the student was trained on;
+    all other measures are unseen. facts: settings of the run. results: other evaluations of it. shapes: whether ``rows``
+    are expected. findings: what is wrong with the rewards, in sentences.
     """
     target = path if path.suffix == ".html" else path / "report.html"
-    columns = _columns(rows, trained)
-    page = _template().render(
+    trainings = [
+        Training(name, f"health-{k}", training_curves(own), health_panels(own), findings)
+        for k, (name, own) in enumerate((metrics or {}).items())
+    ]
+    page = render(
+        "evaluation/report.html.jinja",
         title=title,
         about=about,
-        columns=columns,
-        table=_table(rows, columns),
-        trained=sorted(trained),
-        radar=radar(rows, TASKS) if rows else "",
-        speed=bars(_speeds(rows), "Sampling speed without decoding", "images / s"),
+        verdict=_shapes_answer(rows) if shapes else _answer(results),
+        names=list(rows),
+        colors=colors_of(list(rows)),
+        groups=_groups(rows, trained),
+        plots=_plots(rows),
+        same_noise=same_noise,
         grids=[(name, _embedded(png)) for name, png in (grids or {}).items()],
         facts=facts or {},
         results=results,
         shapes=shapes,
-        runs=[(name, training_curves(own), health_panels(own)) for name, own in (metrics or {}).items()],
-        findings=findings,
+        trainings=trainings,
+        judged=[training for training in trainings if training.panels or training.findings],
         provenance=provenance or Provenance(),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -118,9 +128,9 @@ def write_report(
 
 
 def report_run(folder: Path) -> Path:
-    """(Re)write report.html of a run folder from what lies in it; what is missing is left out.
+    """(Re)write report.html of a run folder from its files; what is missing is left out.
 
-    The rows of ``evaluation.json`` and the comparisons in grids/ belong to the Shapes world: a real model's page has none.
+    evaluation.json and the comparison in grids/ belong to Shapes: a real model's page has neither.
     """
     run = open_run(folder)
     cfg = load_config(RunConfig, folder / "config.yaml")
@@ -133,7 +143,8 @@ def report_run(folder: Path) -> Path:
         folder,
         f"gdmd run: {cfg.name}",
         read_rows(folder) if shapes else {},
-        grids=_stored_grids(folder, COMPARISON if shapes else None),
+        same_noise=read_same_noise(folder / "grids") if shapes else None,
+        grids=_stored_grids(folder),
         metrics={cfg.name: metrics},
         trained=describe.trained_rewards(cfg),
         provenance=_provenance(run),
@@ -177,14 +188,14 @@ def _progress(run: Run, metrics: Metrics, damaged: Sequence[str]) -> dict[str, s
 
 
 def save_rows(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Keep the evaluations of a run (row name -> ``Evaluation.json()``) for its report."""
+    """Store the evaluations of a run (row name -> ``Evaluation.json()``) for its report."""
     path = folder / EVALUATION
     write_atomic(path, json.dumps(rows, indent=2), "the evaluation")
     return path
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """The evaluations that ``save_rows`` kept; none yet is an empty mapping, a damaged file a RunError."""
+    """The evaluations that ``save_rows`` stored; empty without any. RunError for a damaged file."""
     path = folder / EVALUATION
     if not path.exists():
         return {}
@@ -192,80 +203,122 @@ def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
         rows = json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(row["shapeseval"], dict) for row in rows.values()):
             raise ValueError("a row without ShapesEval")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for row in rows.values():
+            scores_of(row)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise RunError(f"cannot read {path}: {error}. Delete it: its rows are measured again.") from error
     return dict(rows)
 
 
-def _columns(rows: Mapping[str, Mapping[str, Any]], trained: Collection[str]) -> list[Column]:
-    """ShapesEval and its costs first, then its tasks, then what was trained on beside what was not."""
+def _shapes_answer(rows: Rows) -> Verdict:
+    if not rows:
+        return Verdict("Nothing has been evaluated yet; gdmd report RUN measures the student and its teacher.")
+    return shapes_verdict(rows)
+
+
+def _answer(results: Sequence[Result]) -> Verdict:
+    """A real model has no checker: the newest comparison, else the newest scores, else how to get them."""
+    known = [result.verdict for result in results if result.verdict]
+    if known:
+        return known[-1]
+    how = "gdmd eval preference RUN --prompts FILE --scorer clip"
+    return Verdict(
+        "Not scored yet: the page shows how the training went, and not how good the student is.",
+        notes=[
+            f"{how} draws images and scores them below the run folder; gdmd report RUN then shows the results here."
+        ],
+    )
+
+
+def _groups(rows: Rows, trained: Collection[str]) -> list[Group]:
+    """The table: what no reward saw, what the student was trained on, what images cost."""
     rewards = dict.fromkeys(name for row in rows.values() for name in row.get("rewards", {}))
-    ordered = sorted(rewards, key=lambda name: name not in trained)
-    return [
-        Column("overall", ("shapeseval", "overall"), "unseen", 1),
-        Column("NFE", ("nfe",), "", 0, 0),
-        Column("images/s", ("images_per_s",), "", 1, 1),
-        Column("with decode", ("images_per_s_decoded",), "", 1, 1),
-        *(Column(task.replace("_", " "), ("shapeseval", task), "unseen", 1, 2) for task in TASKS),
-        *(Column(name, ("rewards", name), "trained" if name in trained else "unseen", 1) for name in ordered),
-        Column("fidelity", ("fidelity",), "unseen", 1),
-        Column("coverage", ("coverage",), "unseen", 1),
-        Column("diversity", ("diversity",), "unseen"),
-        Column("Fréchet", ("frechet",), "unseen", -1),
+    unseen = [
+        Measure("ShapesEval", ("shapeseval", "overall"), 1),
+        *(Measure(f"ShapesEval {TITLES.get(task, task)}", ("shapeseval", task), 1) for task in TASKS),
+        *(Measure(name, ("rewards", name), 1) for name in rewards if name not in trained),
+        Measure("render fidelity", ("fidelity",), 1),
+        Measure("attribute coverage", ("coverage",), 1),
+        Measure("diversity within a caption", ("diversity",), 0),
+        Measure("Fréchet distance (lower is better)", ("frechet",), -1),
     ]
+    rewarded = [Measure(name, ("rewards", name), 1) for name in rewards if name in trained]
+    costs = [
+        Measure("network calls per image (NFE)", ("nfe",), 0, 0),
+        Measure("images/s", ("images_per_s",), 1, 1),
+        Measure("images/s with decoding", ("images_per_s_decoded",), 1, 1),
+    ]
+    titled = (
+        ("Unseen in training", "unseen", unseen),
+        ("Trained on: a gain proves little", "trained", rewarded),
+        ("Cost, on this machine at one batch size", "", costs),
+    )
+    return [Group(title, [_row(rows, m) for m in own], mark) for title, mark, own in titled if own and rows]
 
 
-def _table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[Column]) -> list[tuple[str, list[Cell]]]:
-    best = [_best([_value(row, column) for row in rows.values()], column.best) for column in columns]
-    table = []
-    for name, row in rows.items():
-        cells = []
-        for column, top in zip(columns, best, strict=True):
-            value = _value(row, column)
-            text = "–" if value is None else f"{value:,.{column.digits}f}"
-            if column.path == ("shapeseval", "overall") and None not in (row.get("interval") or [None]):
-                text += " [{:.3f}, {:.3f}]".format(*row["interval"])
-            cells.append(Cell(text, column.seen, value is not None and value == top and len(rows) > 1))
-        table.append((name, cells))
-    return table
+def _row(rows: Rows, measure: Measure) -> TableRow:
+    values = [measure.of(row) for row in rows.values()]
+    top = best_of(values, measure.best)
+    texts = [
+        estimate(value, *_ends(row, measure.place), measure.digits)
+        for value, row in zip(values, rows.values(), strict=True)
+    ]
+    return TableRow(
+        measure.title, [Cell(text, v is not None and v == top) for text, v in zip(texts, values, strict=True)]
+    )
 
 
-def _value(row: Mapping[str, Any], column: Column) -> float | None:
-    found: Any = row
-    for key in column.path:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return None if found is None else float(found)
+def _ends(row: Mapping[str, Any], path: tuple[str, ...]) -> tuple[float | None, float | None]:
+    """The interval of a part of ShapesEval; (None, None) where none is known."""
+    if path == ("shapeseval", "overall"):
+        low, high = row.get("interval") or (None, None)
+        return low, high
+    if path[0] == "shapeseval" and path[1] in (scores := scores_of(row)):
+        found = task_mean({path[1]: scores[path[1]]})
+        return (None, None) if found.low == found.high else (found.low, found.high)  # all right or all wrong: unknown
+    return None, None
 
 
-def _best(values: Sequence[float | None], direction: int) -> float | None:
-    """The best of different values: where all are equal none is better."""
-    known = {value for value in values if value is not None}
-    if len(known) < 2 or not direction:
-        return None
-    return max(known) if direction > 0 else min(known)
+def _plots(rows: Rows) -> list[DotPlot]:
+    """Differences of the student to every other row, then ShapesEval and its tasks."""
+    names = list(rows)
+    color = dict(zip(names, colors_of(names), strict=True))
+    plots = []
+    if students := [name for name in rows if not is_teacher(name)]:
+        own = students[-1]
+        found = {name: paired(rows[own], rows[name]) for name in names if name != own}
+        dots = [
+            Dot(f"minus {name}", color[name], one.mean, one.low, one.high, difference(one.mean, one.low, one.high))
+            for name, one in found.items()
+            if one is not None
+        ]
+        note = "Paired by caption and noise; right of the dashed line the student is better."
+        plots.append(dot_plot(f"ShapesEval of {own}", dots, 0.0, note))
+    for task in ("overall", *TASKS):
+        path = ("shapeseval", task)
+        dots = []
+        for name, row in rows.items():
+            ends = tuple(math.nan if end is None else end for end in _ends(row, path))
+            value = value_at(row, path)
+            dots.append(Dot(name, color[name], math.nan if value is None else value, *ends, number(value)))
+        plots.append(dot_plot(f"ShapesEval {TITLES.get(task, task)}", dots))
+    return [plot for plot in plots if plot]
 
 
-def _speeds(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    return {name: row.get("images_per_s") for name, row in rows.items()}
-
-
-def _stored_grids(folder: Path, comparisons: str | None) -> dict[str, bytes]:
-    """Comparisons, then the first and the last grid of the training."""
-    compared = sorted((folder / "grids").glob(comparisons)) if comparisons else []
+def _stored_grids(folder: Path) -> dict[str, bytes]:
+    """The first and the last grid of the training."""
     numbered = {int(path.stem[5:]): path for path in (folder / "grids").glob("step_*.png") if path.stem[5:].isdigit()}
-    shown = {f"The same noise through each sampler ({path.stem})": path for path in compared}
-    for step in sorted({min(numbered), max(numbered)}) if numbered else []:
-        shown[f"Student (EMA) after {step:,} iterations"] = numbered[step]
-    return {name: _whole(path) for name, path in shown.items()}
+    shown = sorted({min(numbered), max(numbered)}) if numbered else []
+    return {f"Student (EMA) after {step:,} iterations": _whole(numbered[step]) for step in shown}
 
 
 def _whole(path: Path) -> bytes:
-    """The content of an image file. RunError for one that was cut off."""
+    """The content of an image file. RunError for a truncated one."""
     content = path.read_bytes()
     try:
         open_image(content)
     except ValueError as error:
-        raise RunError(f"{path} {error}; delete it, and the report does without it") from error
+        raise RunError(f"{path} {error}; delete it, and the report leaves it out") from error
     return content
 
 
@@ -275,21 +328,8 @@ def _embedded(png: bytes) -> str:
 
     with Image.open(io.BytesIO(png)) as grid:
         if grid.width <= WIDEST:
-            return _data_uri("png", png)
+            return data_uri(png)
         small = grid.convert("RGB").resize((WIDEST, round(grid.height * WIDEST / grid.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=90)
-    return _data_uri("jpeg", buffer.getvalue())
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64," + base64.b64encode(content).decode()
-
-
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
-
-    text = resources.files("gdmd.evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        text
-    )
+    return data_uri(buffer.getvalue(), "jpeg")

@@ -1,4 +1,4 @@
-"""What `gdmd eval preference` and `gdmd eval compare` wrote below a run folder, for the report of the run."""
+"""Results of `gdmd eval preference` and `gdmd eval compare` below a run folder, for the report of the run."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdmd.evaluation.model_page import Line, difference_lines, other_lines, picture, score_lines, task_lines
+from gdmd.evaluation.model_page import groups, image_uri, plots, score_lines, verdict
 from gdmd.io import RunError
+from gdmd.reporting.pages import DotPlot, Group, Number, Verdict
 from gdmd.sources.folders import read_images
 
 PREFERENCE, COMPARISON = "preference.json", "compare.json"
 SHOWN = 8
-"""Images of an evaluation in the report, spread over its prompts."""
+"""Images of an evaluation in the report, spread evenly over its prompts."""
 Rows = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Lines of numbers under the names of their columns."""
+    """Groups of measures under the names of the models."""
 
     names: Sequence[str]
-    lines: Sequence[Line]
+    groups: Sequence[Group]
 
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluation: its folder, its options, its tables, and (prompt, data URI) of some of its images."""
+    """One evaluation: its folder, its options, its verdict, plots and table, and (prompt, data URI) of some images."""
 
     title: str
     note: str
-    tables: Sequence[Table]
+    verdict: Verdict
+    table: Table
+    plots: Sequence[DotPlot] = ()
     images: Sequence[tuple[str, str]] = ()
 
 
@@ -56,26 +59,39 @@ def _each(run: Path, name: str, read: Any, newest: int | None) -> Iterator[Resul
 
 def _preference(file: Path, row: Mapping[str, Any], newest: int | None) -> Result:
     folder = file.parent
-    rows = {str(row["source"]["name"]): row}
+    name = str(row["source"]["name"])
+    rows = {name: row}
     home = folder / "images" if row["source"]["kind"] != "images" else Path(row["source"]["where"])
-    return Result(f"Scores ({folder.name})", _note(row, newest), _tables(rows), _images(home))
+    numbers = [Number(line.title, line.cells[0].text) for line in score_lines(rows)]
+    answer = Verdict(
+        f"{name} is scored, but not yet compared with another model on the same prompts.",
+        numbers[:4],
+        ["Brackets: 95 % interval over prompts. gdmd eval compare TEACHER RUN measures the difference to the teacher."],
+    )
+    return Result(
+        f"Scores ({folder.name})",
+        _note(row, newest),
+        answer,
+        Table([name], groups(rows)),
+        images=_images(home),
+    )
 
 
 def _comparison(file: Path, content: Mapping[str, Any], newest: int | None) -> Result:
     rows: Rows = content["rows"]
-    first = next(iter(rows))
-    tables = _tables(rows)
-    if differences := difference_lines(rows):
-        tables.append(Table([f"{name} minus {first}" for name in list(rows)[1:]], differences))
     own = next((row for row in rows.values() if _same(row["source"]["where"], file)), None)
-    note = _note(own or rows[first], newest if own else None)
+    note = _note(own or next(iter(rows.values())), newest if own else None)
     return Result(
-        f"Comparison ({file.parent.name})", f"{note} Images side by side: {file.parent / 'compare.html'}", tables
+        f"Comparison ({file.parent.name})",
+        f"{note} Images side by side: {file.parent / 'compare.html'}",
+        verdict(rows),
+        Table(list(rows), groups(rows)),
+        plots(rows),
     )
 
 
 def _same(where: str, file: Path) -> bool:
-    """Whether a source is the run below which the file lies."""
+    """Whether a source is the run that contains the file."""
     return Path(where).resolve() in file.resolve().parents
 
 
@@ -84,19 +100,14 @@ def _note(row: Mapping[str, Any], newest: int | None) -> str:
     asked = f"{row['prompts']} prompts of {row['prompt_file']}, {count} images per prompt, seed {row['seed']}"
     measured = "" if step is None else f"; step {step}"
     later = f", and the run has trained to step {newest} since" if step and newest and newest > step else ""
-    return f"{asked}{measured}{later}. 95 % intervals over prompts. † trained on; ? not known."
-
-
-def _tables(rows: Rows) -> list[Table]:
-    parts = (score_lines(rows), task_lines(rows), other_lines(rows))
-    return [Table(list(rows), lines) for lines in parts if lines]
+    return f"{asked}{measured}{later}. Brackets: 95 % interval over prompts. † trained on; ? not known."
 
 
 def _images(home: Path) -> list[tuple[str, str]]:
-    """The first image of SHOWN prompts; nothing where the images were moved."""
+    """The first image of SHOWN prompts; empty if the images were moved."""
     if not home.is_dir():
         return []
     rows = [row for row in read_images(home).values() if row.images]
     count = min(SHOWN, len(rows))
     chosen = [rows[k * len(rows) // count] for k in range(count)]
-    return [(row.text, picture(row.images[0])) for row in chosen]
+    return [(row.text, image_uri(row.images[0])) for row in chosen]

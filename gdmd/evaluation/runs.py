@@ -1,15 +1,21 @@
-"""What ``gdmd eval`` and ``gdmd report`` do: a run's EMA student, or the teacher, on a fixed prompt set."""
+"""``gdmd eval`` and ``gdmd report``: a run's EMA student, or the teacher, on a fixed prompt set."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gdmd.config.run import RunConfig
-from gdmd.diffusion.generate import Sampler, images_of
+from gdmd.diffusion.generate import WARM_UP, Sampler, images_of
+from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.run_report import read_rows, report_run, save_rows
+from gdmd.evaluation.same_noise import SameNoise, write_same_noise
+from gdmd.evaluation.verdict import PER_IMAGE, per_image
 from gdmd.io import content_hash, typed
 from gdmd.recipes.build import Components
 from gdmd.recipes.build_rewards import scorer_specs, scorers_of
@@ -17,16 +23,19 @@ from gdmd.recipes.contents import base_content, checkpoint_content
 from gdmd.recipes.open_run import image_batch, load_ema, open_named, open_student, student_row, teacher_row
 from gdmd.recipes.reward_identity import scorer_identity
 from gdmd.recipes.run_folders import TEACHERS, config_of, require_shapes
-from gdmd.reporting.grids import write_comparison, write_grid
+from gdmd.reporting.grids import write_grid
+from gdmd.reporting.waiting import waiting
 from gdmd.runs import checkpoint
 from gdmd.shapes.evaluate import evaluate
-from gdmd.shapes.grammar import Split, catalog, fixed_rows
+from gdmd.shapes.grammar import TASKS, Split, catalog, fixed_rows
 
 GRID_COLUMNS = 6
 REAL_ROWS = 3
 """Rows and columns of a real model's grid: its images are large."""
 Row = Mapping[str, Any]
-"""``Evaluation.json()``, and for a student the "step" of its checkpoint."""
+"""``Evaluation.json()``, which images are right, and for a student the "step" of its checkpoint."""
+_VERSION = "2"
+"""Of a row: rows of an earlier one are measured again."""
 
 
 def grid_captions(per_task: int = 2) -> tuple[str, ...]:
@@ -53,13 +62,30 @@ def row_key(cfg: RunConfig, sampler: Sampler, weights: str = "") -> str:
     """What a row of the report depends on. weights: ``checkpoint_content`` of a student."""
     settings = (sampler.name, cfg.method.student_steps, cfg.method.guidance, cfg.eval.model_dump(mode="json"))
     scorers = [scorer_identity(spec) for spec in scorer_specs(cfg)]
-    return content_hash(json.dumps(settings), base_content(cfg.model), weights, *scorers)
+    return content_hash(_VERSION, json.dumps(settings), base_content(cfg.model), weights, *scorers)
 
 
 def measure(cfg: RunConfig, components: Components, sampler: Sampler, split: Split = "eval", step: int = 0) -> Row:
     """One row of a table: the sampler on the fixed prompt set of the recipe's size."""
-    row = evaluate(sampler, components, cfg.eval, scorers_of(cfg), split).json()
+    size = cfg.eval
+    count = len(TASKS) * size.per_task * size.images
+    what = f"measuring {sampler.name} on {count:,} images"
+    with waiting(what, count + min(WARM_UP, count), then="scoring") as advance:
+        found = evaluate(_counting(sampler, advance), components, size, scorers_of(cfg), split)
+    tasks = [TASKS[int(catalog().task[row])] for row in fixed_rows(split, size.per_task)]
+    row = found.json() | {PER_IMAGE: per_image(found.correct.tolist(), tasks, size.images, split, size.seed)}
     return row | ({"step": step} if step else {})
+
+
+def _counting(sampler: Sampler, advance: Callable[[int], None]) -> Sampler:
+    """The same sampler; it tells ``advance`` how many images it has drawn."""
+
+    def latents(texts: Sequence[str], rng: SampleRng) -> Tensor:
+        drawn = sampler.latents(texts, rng)
+        advance(len(texts))
+        return drawn
+
+    return replace(sampler, latents=latents)
 
 
 def measure_named(
@@ -67,7 +93,7 @@ def measure_named(
 ) -> tuple[str, Row, RunConfig]:
     """``gdmd eval``: (name of the row, row, configuration) of a run's EMA student or of the teacher.
 
-    ``given``: fields of EvalConfig in the place of the recipe's, None where that holds.
+    ``given``: fields of EvalConfig that replace the recipe's; None keeps it.
     """
     if what not in TEACHERS:
         require_shapes(config_of(Path(what)), what)
@@ -86,19 +112,22 @@ def finish_run(cfg: RunConfig, folder: Path, components: Components, step: int) 
     key = row_key(cfg, student, checkpoint_content(folder, step))
     row = measure(cfg, components, student, step=step)
     save_rows(folder, dict(read_rows(folder)) | {student.name: dict(row) | {"key": key}})
-    compare(folder, cfg, components, (teacher_row(cfg, components, "teacher"), student))
+    compare(folder / "grids", cfg, components, (teacher_row(cfg, components, "teacher"), student))
     return row, report_run(folder)
 
 
-def compare(folder: Path, cfg: RunConfig, components: Components, samplers: tuple[Sampler, ...]) -> None:
-    """grids/comparison.png: the samplers side by side from the same noise."""
-    write_comparison(folder / "grids" / "comparison.png", samplers, components, grid_captions(), cfg.eval.seed)
+def compare(folder: Path, cfg: RunConfig, components: Components, samplers: Sequence[Sampler]) -> SameNoise:
+    """comparison.png and comparison.json in ``folder``: the samplers next to each other from the same noise."""
+    captions, per_caption = grid_captions(), 2
+    with waiting("drawing the same noise through each sampler", len(samplers) * per_caption * len(captions)) as advance:
+        counting = [_counting(sampler, advance) for sampler in samplers]
+        return write_same_noise(folder, counting, components, captions, cfg.eval.seed, per_caption)
 
 
 def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
     """``gdmd report``: measure the teacher's rows and the student where they are missing, then write the page.
 
-    A real model is not loaded: its page shows what lies in the folder. ValueError for ``fresh`` there.
+    A real model is not loaded: its page shows the files of the folder. ValueError for ``fresh`` there.
     """
     if cfg.model.kind != "shapes":
         if fresh:
@@ -118,5 +147,5 @@ def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
         if rows.get(sampler.name, {}).get("key") != key:
             rows[sampler.name] = dict(measure(cfg, components, sampler, step=step if own else 0)) | {"key": key}
     save_rows(folder, {sampler.name: rows[sampler.name] for sampler in samplers})
-    compare(folder, cfg, components, samplers)
+    compare(folder / "grids", cfg, components, samplers)
     return report_run(folder)

@@ -1,19 +1,18 @@
-"""Evaluations side by side on a terminal: a column per sampler, so that it fits in 80 characters."""
+"""Evaluations side by side on a terminal: a column per sampler, to fit in 80 characters."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from gdmd.reporting.tables import Cell, Measure, Table, number
 from gdmd.shapes.grammar import TASKS
 
 TITLES = {"single_object": "single object", "two_object": "two objects", "color_attr": "attribute binding"}
-Line = tuple[str, tuple[str, ...], str]
-"""(title, place in an evaluation's JSON, format)."""
+WIDTH = 11
+"""Of a sampler's column."""
 
 
 def print_table(
@@ -21,41 +20,32 @@ def print_table(
 ) -> None:
     """Print evaluations (name -> ``Evaluation.json()``); ``trained`` marks the rewards the students were trained on."""
     console = console or Console()
-    table = Table(title="Shapes lab, fixed evaluation set", title_justify="left", pad_edge=False, box=box.SIMPLE)
-    table.add_column("", no_wrap=True, min_width=21)
-    for name in rows:
-        table.add_column(name, justify="right", max_width=11)
-    for section in _sections(rows, trained):
-        for title, place, form in section:
-            table.add_row(title, *(_cell(row, place, form) for row in rows.values()))
-        table.add_section()
-    console.print(table)
+    sections = [
+        [[Cell(one.title), *(Cell(number(one.of(row), one.digits)) for row in rows.values())] for one in section]
+        for section in _sections(rows, trained)
+    ]
+    console.print(Table(["", *rows], sections).rich("Shapes, fixed evaluation set", width=WIDTH))
     console.print(
         "* trained on; all other measures are unseen in training. NFE: network calls per image.", markup=False
     )
 
 
-def _sections(rows: Mapping[str, Mapping[str, Any]], trained: Collection[str]) -> list[list[Line]]:
-    tasks: list[Line] = [(f"  {TITLES.get(task, task)}", ("shapeseval", task), ".3f") for task in TASKS]
+def _sections(rows: Mapping[str, Mapping[str, Any]], trained: Collection[str]) -> list[list[Measure]]:
     names = dict.fromkeys(name for row in rows.values() for name in row["rewards"])
-    scores: list[Line] = [
-        (name + (" *" if name in trained else ""), ("rewards", name), ".3f")
-        for name in sorted(names, key=lambda name: name not in trained)
-    ]
+    ordered = sorted(names, key=lambda name: name not in trained)
     return [
-        [("ShapesEval overall", ("shapeseval", "overall"), ".3f"), *tasks],
-        [*scores, ("fidelity", ("fidelity",), ".3f"), ("coverage", ("coverage",), ".3f")],
         [
-            ("NFE", ("nfe",), "d"),
-            ("images/s, sampler", ("images_per_s",), ".0f"),
-            ("images/s, with decode", ("images_per_s_decoded",), ".0f"),
+            Measure("ShapesEval overall", ("shapeseval", "overall")),
+            *(Measure(f"  {TITLES.get(task, task)}", ("shapeseval", task)) for task in TASKS),
+        ],
+        [
+            *(Measure(name + (" *" if name in trained else ""), ("rewards", name)) for name in ordered),
+            Measure("fidelity", ("fidelity",)),
+            Measure("coverage", ("coverage",)),
+        ],
+        [
+            Measure("NFE", ("nfe",), digits=0),
+            Measure("images/s, sampler", ("images_per_s",), digits=0),
+            Measure("images/s, with decode", ("images_per_s_decoded",), digits=0),
         ],
     ]
-
-
-def _cell(row: Mapping[str, Any], place: tuple[str, ...], form: str) -> str:
-    """What was not measured reads "-"."""
-    value: Any = row
-    for key in place:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return "-" if value is None else format(value, form)

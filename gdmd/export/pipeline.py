@@ -47,10 +47,12 @@ def call_arguments(family: Family, uniform: Sequence[float]) -> dict[str, Any]:
     """Keyword arguments of ``pipe(prompt=..., ...)`` for the student: its steps, size and caption length, no guidance."""
     arguments: dict[str, Any] = {"num_inference_steps": len(uniform)}
     if isinstance(family, UnetFamily):
-        arguments["timesteps"] = family.clock.step(torch.tensor(family.student_times(uniform))).round().int().tolist()
+        arguments["timesteps"] = (
+            family.timesteps.network_step(torch.tensor(family.student_times(uniform))).round().int().tolist()
+        )
     else:
         arguments["sigmas"] = list(uniform)
-    if family.cfg.max_tokens and family.name not in ("sd15", "sdxl"):
+    if family.cfg.max_tokens and not family.fixed_captions:
         arguments["max_sequence_length"] = family.cfg.max_tokens
     arguments |= NO_GUIDANCE[family.name]
     if family.guidance_is_embedded:

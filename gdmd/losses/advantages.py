@@ -1,4 +1,4 @@
-"""Statistics over groups of scores: running scale Z and baseline, softmax weights and advantages of a group."""
+"""Statistics over groups of scores: running scale Z, softmax weights and advantages of a group."""
 
 from __future__ import annotations
 
@@ -44,41 +44,10 @@ class RunningScale:
         return torch.where(known, self.mean / torch.where(known, self.weight, 1), 0).float()
 
     def state(self) -> dict[str, Tensor]:
-        return {"mean": self.mean, "weight": self.weight}
+        return {"scale.mean": self.mean, "scale.weight": self.weight}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        self.mean, self.weight = state["mean"].clone(), state["weight"].clone()
-
-
-class RunningBaseline:
-    """b[g, k]: running mean of the advantage of targets at guidance g whose t lies in bin k of [0, 1].
-
-    A target re-noised far looks rough and one re-noised little looks like the sample, so their scores differ by t and
-    guidance alone; what is left above b says something about this target. State: ``total`` [2, G, K], the discounted
-    sum of advantages and of their number, the current batch included; saved in checkpoints.
-    """
-
-    def __init__(self, guidances: int, decay: float = 0.9, bins: int = 8) -> None:
-        self.decay, self.bins = decay, bins
-        self.total = torch.zeros(2, guidances, bins, dtype=torch.float64)
-
-    @torch.no_grad()
-    def update(self, advantage: Tensor, t: Tensor) -> Tensor:
-        """advantage [E, G, B] of the global batch, NaN = not scored; t [E, B] in [0, 1] -> b at their places [E, G, B]."""
-        edges = torch.arange(1, self.bins, device=t.device) / self.bins
-        inside = torch.nn.functional.one_hot(torch.bucketize(t, edges, right=True), self.bins).double()  # [E, B, K]
-        scored = ~advantage.isnan()
-        seen = torch.stack([torch.where(scored, advantage, 0).double(), scored.double()])  # [2, E, G, B]
-        fresh = torch.einsum("negb,ebk->ngk", seen, inside)
-        self.total = self.decay * self.total.to(fresh.device, non_blocking=True) + fresh
-        mean = self.total[0] / torch.where(self.total[1] > 0, self.total[1], 1)
-        return torch.einsum("gk,ebk->egb", mean.to(inside.device), inside).to(advantage.dtype)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"total": self.total}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        self.total = state["total"].clone()
+        self.mean, self.weight = state["scale.mean"].clone(), state["scale.weight"].clone()
 
 
 def softmax_weights(advantage: Tensor, sharpness: float) -> Tensor:

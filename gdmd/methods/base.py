@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from gdmd.config.methods.base import DistillationConfig
 from gdmd.diffusion.device import to_device_async
-from gdmd.diffusion.guidance import Pair, predict_pair
+from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import backward_simulation
 from gdmd.diffusion.schedule import renoise, to_native
 from gdmd.losses.denoising import denoising_loss, mean_square
-from gdmd.losses.dmd import dmd_gradient
+from gdmd.losses.dmd import dmd_gradient, dmd_loss
 from gdmd.losses.gdmd import implicit_target
-from gdmd.types import ALONE, Cond, Denoiser, Loss, Native, Prediction, PromptBatch, Roles
+from gdmd.types import ALONE, Cond, Denoiser, Loss, Native, Prediction, PromptBatch, Roles, Update
 
 
 class RealLatents(Protocol):
@@ -52,12 +52,21 @@ class FakeBatch:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The two scores at one re-noising of x0: a teacher pair and the fake's prediction."""
+class StudentBatch:
+    """What L_DMD needs: the student predicts x0 from x_tau and regresses it to x_tar."""
 
-    teacher: Pair
+    x_tau: Tensor  # [B, C, H, W]
+    tau: Tensor  # [B]
+    cond: Cond
+    x_tar: Tensor  # [B, C, H, W]
+
+
+@dataclass(frozen=True)
+class DmdScores:
+    """The real (guided) and the fake score at one re-noising of x0, as x0-predictions."""
+
+    x0_real: Tensor  # [B, C, H, W]
     x0_fake: Tensor  # [B, C, H, W]
-    t: Tensor  # [B]
 
 
 def last_stop(prompts: PromptBatch, stop: Tensor) -> int | None:
@@ -104,6 +113,18 @@ class Distillation(Generic[AnyConfig]):
         first = SampleRng(rng.seed, rng.step, torch.zeros_like(rng.index))
         return first.integer("tau", steps)
 
+    def fake_updates(
+        self, r: Rollout, rng: SampleRng, fakes: int, students: int = 1
+    ) -> Generator[Update, None, list[StudentBatch]]:
+        """``fakes`` updates of the fake score on one rollout; each of the last ``students`` is followed by a DMD gradient,
+        which is returned as a student batch."""
+        batches = []
+        for i in range(fakes):
+            yield Update("fake", self.fake_loss, self.fake_batch(r, rng, i))
+            if i >= fakes - students:
+                batches.append(StudentBatch(r.x_tau, r.tau, r.cond, self.target(r, self.scores(r, rng, i))))
+        return batches
+
     @torch.no_grad()
     def fake_batch(self, r: Rollout, rng: SampleRng, i: int) -> FakeBatch:
         """The fake's own fresh t and eps on sg(x0)."""
@@ -126,12 +147,12 @@ class Distillation(Generic[AnyConfig]):
         return Loss(loss, {"loss/fake": seen, **thirds})
 
     @torch.no_grad()
-    def scores(self, r: Rollout, rng: SampleRng, i: int, *, both: bool) -> Scores:
-        """Both scores at draw i of (t, eps). ``both``: the teacher also answers without the caption."""
+    def scores(self, r: Rollout, rng: SampleRng, i: int) -> DmdScores:
+        """Both scores at draw i of (t, eps)."""
         t = self.renoise_time(rng, i)
         x_t = renoise(r.x0, t, rng.normal("renoise_eps", self.latent_shape, i), self.roles.schedule)
-        teacher = predict_pair(self.real_score(), x_t, t, r.cond, r.uncond, self.roles.guide, both=both)
-        return Scores(teacher, self.roles.fake(x_t, t, r.cond).x0, t)
+        real_score = Guided(self.real_score(), self.cfg.guidance, r.uncond, self.roles.guide)
+        return DmdScores(real_score(x_t, t, r.cond).x0, self.roles.fake(x_t, t, r.cond).x0)
 
     def fake_time(self, rng: SampleRng, i: int) -> Tensor:
         """t of the fake's own training draw i, U(0, 1). [B]"""
@@ -145,12 +166,17 @@ class Distillation(Generic[AnyConfig]):
         """The network of the real score: the teacher."""
         return self.roles.teacher
 
-    def target(self, r: Rollout, scores: Scores, guidance: float) -> Tensor:
+    def target(self, r: Rollout, scores: DmdScores) -> Tensor:
         """x_tar = x0 - grad, with or without the normalizer n. [B, C, H, W]"""
-        x0_real = scores.teacher.at(guidance)
+        x0_real, x0_fake = scores.x0_real, scores.x0_fake
         self._stats["gap/real"] = (r.x0 - x0_real).abs().mean()
-        self._stats["gap/grad"] = mean_square(scores.x0_fake - x0_real).sqrt().mean()
-        return implicit_target(r.x0, dmd_gradient(r.x0, x0_real, scores.x0_fake, normalize=self.cfg.normalize))
+        self._stats["gap/grad"] = mean_square(x0_fake - x0_real).sqrt().mean()
+        return implicit_target(r.x0, dmd_gradient(r.x0, x0_real, x0_fake, normalize=self.cfg.normalize))
+
+    def student_loss(self, batch: StudentBatch) -> Loss:
+        """L_DMD = || x0 - x_tar ||^2 with x0 by the current student."""
+        loss = dmd_loss(self.roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar)
+        return Loss(loss, {"loss/student": loss.detach()})
 
     def stats(self) -> Mapping[str, Tensor]:
         return self._stats

@@ -11,28 +11,20 @@ from torch import Tensor
 from gdmd.config.methods.dmd import DmdConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import times
-from gdmd.losses.dmd import dmd_loss, regression_loss
-from gdmd.methods.base import Distillation
-from gdmd.methods.ode_pairs import Pairs, TeacherPairs
-from gdmd.types import Cond, Loss, PromptBatch, Update
-
-
-@dataclass(frozen=True)
-class StudentBatch:
-    x_tau: Tensor
-    tau: Tensor
-    cond: Cond
-    x_tar: Tensor
+from gdmd.losses.dmd import regression_loss
+from gdmd.methods.base import Distillation, StudentBatch
+from gdmd.methods.ode_pairs import OdePairs, TeacherPairs
+from gdmd.types import Loss, PromptBatch, Update
 
 
 @dataclass(frozen=True)
 class PairedBatch(StudentBatch):
-    pairs: Pairs
+    pairs: OdePairs
 
 
 @dataclass
 class Dmd(Distillation[DmdConfig]):
-    """fake_updates of the fake on one student output; the last student_updates of them give a gradient each."""
+    """fake_updates of the fake score on one student output; the last student_updates of them give a gradient each."""
 
     teacher_times: Callable[[int], Tensor] = times
     pairs: TeacherPairs = field(init=False)
@@ -47,26 +39,14 @@ class Dmd(Distillation[DmdConfig]):
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
         """One outer iteration: fake updates, then one student update per collected gradient."""
         r = self.rollout(prompts, rng)
-        first = self.cfg.fake_updates - self.cfg.student_updates
-        targets = []
-        for i in range(self.cfg.fake_updates):
-            yield Update("fake", self.fake_loss, self.fake_batch(r, rng, i))
-            if i >= first:
-                scores = self.scores(r, rng, i, both=self.cfg.guidance != 1)
-                targets.append(self.target(r, scores, self.cfg.guidance))
-        if self.cfg.regression_weight > 0:
-            pairs = self.pairs.at(step, prompts, rng)
-            for x_tar in targets:
-                yield Update("student", self.paired_loss, PairedBatch(r.x_tau, r.tau, r.cond, x_tar, pairs))
+        batches = yield from self.fake_updates(r, rng, self.cfg.fake_updates, self.cfg.student_updates)
+        if self.cfg.regression_weight == 0:
+            for batch in batches:
+                yield Update("student", self.student_loss, batch)
             return
-        for x_tar in targets:
-            yield Update("student", self.student_loss, StudentBatch(r.x_tau, r.tau, r.cond, x_tar))
-
-    def student_loss(self, batch: StudentBatch) -> Loss:
-        """L_DMD = || x0 - x_tar ||^2 with x0 by the current student."""
-        x0 = self.roles.student(batch.x_tau, batch.tau, batch.cond).x0
-        loss = dmd_loss(x0, batch.x_tar)
-        return Loss(loss, {"loss/student": loss.detach()})
+        pairs = self.pairs.at(step, prompts, rng)
+        for batch in batches:
+            yield Update("student", self.paired_loss, PairedBatch(**vars(batch), pairs=pairs))
 
     def paired_loss(self, batch: PairedBatch) -> Loss:
         """L_DMD + regression_weight || G(z, c) - y ||^2: the student's first step from the noise of a pair."""

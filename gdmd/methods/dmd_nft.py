@@ -1,12 +1,12 @@
-"""DMD + NFT on samples: L_DMD and DiffusionNFT's loss (arXiv 2509.16117) on scored roll-outs of the student.
+"""DMD + NFT on samples: L_DMD and DiffusionNFT's loss (arXiv 2509.16117) on scored rollouts of the student.
 
-The rival "DMD + NFT" of arXiv 2604.19009: the reward sees the finished few-step sample x_s, not the implicit target.
+The baseline "DMD + NFT" of arXiv 2604.19009: the reward sees the finished few-step sample x_s, not the implicit target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,10 +15,9 @@ from gdmd.config.methods.dmd_reward import DmdNftConfig
 from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import renoise
-from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.nft import nft_loss, nft_optimality
-from gdmd.methods.base import Distillation
-from gdmd.methods.dmd import StudentBatch
+from gdmd.methods.base import Distillation, StudentBatch
+from gdmd.methods.old_policy import EmaPolicy
 from gdmd.methods.rollouts import Collected, collect, collection_stats
 from gdmd.methods.scorer import Scorer
 from gdmd.types import Loss, PromptBatch, Update
@@ -33,36 +32,30 @@ class ScoredBatch(StudentBatch):
     r: Tensor  # [B], NaN = not scored
 
 
+@dataclass
 class DmdNft(Distillation[DmdNftConfig]):
     """DMD's iteration; each student update also learns from K scored samples per prompt."""
 
-    def attach(self, scorer: Scorer) -> DmdNft:
-        """Give the method its rewards; returns itself."""
-        self.scorer, self.student_updates = scorer, 0
-        return self
+    scorer: Scorer = field(kw_only=True)
+    old: EmaPolicy = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.old = EmaPolicy(self.roles, self.cfg.old_decay)
 
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
-        """One outer iteration: fake updates, scored roll-outs, then one student update per collected gradient."""
+        """One outer iteration: fake updates, scored rollouts, then one student update per collected gradient."""
         r = self.rollout(prompts, rng)
-        first = self.cfg.fake_updates - self.cfg.student_updates
-        targets = []
-        for i in range(self.cfg.fake_updates):
-            yield Update("fake", self.fake_loss, self.fake_batch(r, rng, i))
-            if i >= first:
-                targets.append(self.target(r, self.scores(r, rng, i, both=self.cfg.guidance != 1), self.cfg.guidance))
-        batches = [StudentBatch(r.x_tau, r.tau, r.cond, x_tar) for x_tar in targets]
-        if self.cfg.rl_weight == 0:
+        batches = yield from self.fake_updates(r, rng, self.cfg.fake_updates, self.cfg.student_updates)
+        if not self.cfg.rewarded:
             for batch in batches:
                 yield Update("student", self.student_loss, batch)
             return
-        if self.student_updates == 0:
-            self.roles.follow(0.0)  # the old policy begins as the student, wherever that begins
+        self.old.start()
         collected = collect(self.roles, self.scorer, self.cfg, prompts, rng, self.latent_shape)
         self._stats |= collection_stats(collected, self.scorer.rewards)
         for i, batch in enumerate(batches):
             yield Update("student", self.scored_loss, self.scored_batch(batch, collected, rng, i))
-            self.student_updates += 1
-            self.roles.follow(min(1e-3 * self.student_updates, self.cfg.old_decay))
+            self.old.follow()
 
     @torch.no_grad()
     def scored_batch(self, batch: StudentBatch, collected: Collected, rng: SampleRng, i: int) -> ScoredBatch:
@@ -74,26 +67,21 @@ class DmdNft(Distillation[DmdNftConfig]):
         x0_old = self.roles.old(x_t, t, batch.cond).x0
         return ScoredBatch(**vars(batch), x_s=x_s, x_t=x_t, t=t, x0_old=x0_old, r=optimal)
 
-    def student_loss(self, batch: StudentBatch) -> Loss:
-        """L_DMD = || x0 - x_tar ||^2 with x0 by the current student."""
-        loss = dmd_loss(self.roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar)
-        return Loss(loss, {"loss/student": loss.detach()})
-
     def scored_loss(self, batch: ScoredBatch) -> Loss:
         """L_DMD + rl_weight L_NFT at the two places x_tau and x_t; an unscored sample has L_DMD only."""
         distill = self.student_loss(batch).per_sample
         x0 = self.roles.student(batch.x_t, batch.t, batch.cond).x0
         scored, clip = ~batch.r.isnan(), self.cfg.advantage_clip
         r, normalize = torch.where(scored, batch.r, 0.5), self.cfg.self_normalize
-        steer = nft_loss(x0, batch.x0_old, batch.x_s, r, self.cfg.beta, scale=clip, normalize=normalize)
-        steer = torch.where(scored, steer, 0.0)
-        loss = distill + self.cfg.rl_weight * steer
-        seen = {"loss/student": loss, "loss/nft": steer, "weight/r": batch.r}
+        nft = nft_loss(x0, batch.x0_old, batch.x_s, r, self.cfg.beta, scale=clip, normalize=normalize)
+        nft = torch.where(scored, nft, 0.0)
+        loss = distill + self.cfg.rl_weight * nft
+        seen = {"loss/student": loss, "loss/nft": nft, "weight/r": batch.r}
         return Loss(loss, {name: value.detach() for name, value in seen.items()})
 
     def state(self) -> Mapping[str, Tensor]:
-        """The count of student updates: the clock of the old policy's decay."""
-        return {"student_updates": torch.tensor([self.student_updates], dtype=torch.int64)}
+        """The number of student updates, on which the decay of the old policy depends."""
+        return self.old.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        self.student_updates = int(state["student_updates"])
+        self.old.load(state)

@@ -1,11 +1,11 @@
 """DMDR (arXiv 2511.13649v4): reward-tilted DMD with two annealed schedules, then DMD and a reward loss together.
 
 Stage 1, ``cold_start`` iterations: RT-DM weighs the DMD gradient of a sample by exp(r / ||r||), r the reward of its
-complete few-step picture; DynaDG lends the real score a share of the fake's displacement, so that the two distributions
+finished few-step image; DynaDG lends the real score a share of the fake's displacement, so that the two distributions
 overlap at the start; DynaRS re-noises at late times first. Both are annealed to DMD by one cosine.
 Stage 2: L_DMD + lambda_rl L_rl, L_rl by ReFL, GRPO or DPO. 5 fake updates per student update throughout.
 
-DynaDG by full copies: the paper has one frozen trunk whose LoRA, at scale 2, is the fake, and evaluates the real score
+DynaDG by full copies: the paper has one frozen base model whose LoRA, at scale 2, is the fake, and evaluates the real score
 with the same LoRA at scale .5 c. For copies that is the interpolation of *weights*, teacher + (.5 / 2) c (fake -
 teacher), in both of the guidance passes. Interpolated predictions would be its first order only, and would leave the
 unconditional pass without the fake's share.
@@ -14,7 +14,8 @@ unconditional pass without the fake's share.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,12 +27,12 @@ from gdmd.diffusion.sampling import few_step_sample
 from gdmd.losses.advantages import mean_group_advantage
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.grpo import grpo_loss
-from gdmd.losses.refl import refl_loss
+from gdmd.losses.refl import mean_refl_loss
 from gdmd.losses.reward_tilt import reward_tilt
-from gdmd.methods.base import Distillation
-from gdmd.methods.dmd import StudentBatch
-from gdmd.methods.preference_pairs import Pairs, preference_loss, preference_pairs
-from gdmd.methods.rollouts import collect, collection_stats, moves_log_prob
+from gdmd.methods.base import Distillation, StudentBatch
+from gdmd.methods.dmd_refl import RewardedBatch
+from gdmd.methods.preference_pairs import PreferencePairs, preference_loss, preference_pairs
+from gdmd.methods.rollouts import PolicyBatch, collect, collection_stats, moves_log_prob, policy_batch
 from gdmd.methods.scorer import Scorer
 from gdmd.types import Denoiser, Loss, PromptBatch, Update
 
@@ -45,40 +46,30 @@ class TiltedBatch(StudentBatch):
 
 
 @dataclass(frozen=True)
-class RewardedBatch(StudentBatch):
-    prompts: PromptBatch
-
-
-@dataclass(frozen=True)
 class PreferredBatch(StudentBatch):
-    pairs: Pairs
+    pairs: PreferencePairs
 
 
-@dataclass(frozen=True)
-class PolicyBatch(StudentBatch):
-    x: Tensor  # [B, N, C, H, W], states of a stochastic roll-out
-    log_prob_old: Tensor  # [B, N - 1]
-    advantage: Tensor  # [B], NaN = not scored
-
-
+@dataclass
 class Dmdr(Distillation[DmdrConfig]):
-    """DMD's iteration with the schedules of its step, and the student loss of its stage."""
+    """DMD's iteration with the schedules of its step, and the student loss of its stage.
 
-    def attach(self, scorer: Scorer, blend: Blend) -> Dmdr:
-        """Give the method its rewards and the interpolated real score; returns itself."""
+    ValueError for strategy refl with rewards that are not differentiable.
+    """
+
+    scorer: Scorer = field(kw_only=True)
+    blend: Blend = field(kw_only=True)
+    pace: float = field(default=0.0, init=False)  # c of the schedules
+
+    def __post_init__(self) -> None:
         if self.cfg.strategy == "refl" and self.cfg.rl_weight > 0:
-            scorer.require_differentiable("dmdr with strategy refl")
-        self.scorer, self.blend, self.pace = scorer, blend, 0.0
-        return self
+            self.scorer.require_differentiable("dmdr with strategy refl")
 
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
         """One outer iteration; ``step`` is also the number of student updates made."""
         self.pace = cosine_anneal(step, self.cfg.anneal)
         r = self.rollout(prompts, rng)
-        for i in range(self.cfg.fake_updates):
-            yield Update("fake", self.fake_loss, self.fake_batch(r, rng, i))
-        scores = self.scores(r, rng, self.cfg.fake_updates - 1, both=self.cfg.guidance != 1)
-        batch = StudentBatch(r.x_tau, r.tau, r.cond, self.target(r, scores, self.cfg.guidance))
+        (batch,) = yield from self.fake_updates(r, rng, self.cfg.fake_updates)
         self._stats["schedule/c"] = torch.tensor(self.pace)
         if step < self.cfg.cold_start:
             yield self._tilted(batch, prompts, rng)
@@ -107,7 +98,7 @@ class Dmdr(Distillation[DmdrConfig]):
         return beta_quantile(uniform, *annealed_shape(self.cfg.beta_a, self.cfg.beta_b, self.pace))
 
     def _tilted(self, batch: StudentBatch, prompts: PromptBatch, rng: SampleRng) -> Update:
-        """RT-DM: each sample's DMD gradient by the reward of the picture that its roll-out ends in."""
+        """RT-DM: each sample's DMD gradient by the reward of the finished image of its rollout."""
         if self.cfg.tilt == 0:
             return Update("student", self.student_loss, batch)
         reward = self.scorer(self._complete(prompts, rng), prompts)
@@ -117,7 +108,7 @@ class Dmdr(Distillation[DmdrConfig]):
 
     @torch.no_grad()
     def _complete(self, prompts: PromptBatch, rng: SampleRng) -> Tensor:
-        """The finished few-step sample from the noise and re-noisings of the step's own roll-out. [B, C, H, W]"""
+        """The finished few-step sample from the noise and re-noisings of the step's own rollout. [B, C, H, W]"""
         noise = rng.normal("noise", self.latent_shape)
         again = lambda i: rng.normal("rollout", self.latent_shape, i)  # noqa: E731
         steps, schedule = self.cfg.student_steps, self.roles.schedule
@@ -131,24 +122,17 @@ class Dmdr(Distillation[DmdrConfig]):
             case "grpo":
                 collected = collect(self.roles, self.scorer, self.cfg, prompts, rng, self.latent_shape)
                 self._stats |= collection_stats(collected, self.scorer.rewards)
-                x, log_prob = collected.trajectory.x, collected.trajectory.log_prob
-                own = PolicyBatch(**vars(batch), x=x, log_prob_old=log_prob, advantage=collected.advantage)
-                return Update("student", self.grpo_student_loss, own)
+                return Update("student", self.grpo_student_loss, policy_batch(batch, collected))
             case "dpo":
                 if step == self.cfg.cold_start:
                     self.roles.follow(0.0)  # the reference of DPO is the student with which stage 2 begins
                 x0 = self._complete(prompts, rng)
                 rewards = self.scorer(x0, prompts)
                 whole = prompts.ranks.gather
-                merit = mean_group_advantage(whole(rewards, 1), whole(prompts.group))
-                pairs = preference_pairs(x0, merit, prompts, rng, self.cfg.student_steps, self.roles)
+                advantage = mean_group_advantage(whole(rewards, 1), whole(prompts.group))
+                pairs = preference_pairs(x0, advantage, prompts, rng, self.cfg.student_steps, self.roles)
                 self._stats |= {"reward/complete": rewards.mean(0), "reward/paired": pairs.known.float()}
                 return Update("student", self.dpo_student_loss, PreferredBatch(**vars(batch), pairs=pairs))
-
-    def student_loss(self, batch: StudentBatch) -> Loss:
-        """L_DMD = || x0 - x_tar ||^2 with x0 by the current student."""
-        loss = dmd_loss(self.roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar)
-        return Loss(loss, {"loss/student": loss.detach()})
 
     def tilted_loss(self, batch: TiltedBatch) -> Loss:
         """exp(r / ||r||) L_DMD."""
@@ -158,27 +142,22 @@ class Dmdr(Distillation[DmdrConfig]):
     def refl_student_loss(self, batch: RewardedBatch) -> Loss:
         """L_DMD + lambda_rl mean_k relu(m - R_k(D(x0))): through reward and decoder into the one student step."""
         x0 = self.roles.student(batch.x_tau, batch.tau, batch.cond).x0
-        steer = self.scorer.through(x0, batch.prompts, self._hinge)
-        return self._joined(dmd_loss(x0, batch.x_tar), steer)
-
-    def _hinge(self, rewards: Tensor) -> Tensor:
-        """[R, B] -> [B]; 0 for a sample that some reward left unscored."""
-        scored = ~rewards.isnan().any(0)
-        return refl_loss(torch.where(scored, rewards, self.cfg.margin), self.cfg.margin).mean(0)
+        refl = self.scorer.with_gradient(x0, batch.prompts, partial(mean_refl_loss, margin=self.cfg.margin))
+        return self._joined(dmd_loss(x0, batch.x_tar), refl)
 
     def grpo_student_loss(self, batch: PolicyBatch) -> Loss:
-        """L_DMD + lambda_rl L_GRPO, mean over the moves of a stochastic roll-out; an unscored sample has L_DMD only."""
+        """L_DMD + lambda_rl L_GRPO, mean over the moves of a stochastic rollout; an unscored sample has L_DMD only."""
         log_prob = moves_log_prob(self.roles, batch.x, batch.cond, self.cfg)  # [B, N - 1]
         advantage = batch.advantage[:, None]
         scored = ~advantage.isnan()
-        steer = grpo_loss(log_prob, batch.log_prob_old, torch.where(scored, advantage, 0), self.cfg.ratio_clip)
-        return self._joined(self.student_loss(batch).per_sample, torch.where(scored, steer, 0).mean(1))
+        grpo = grpo_loss(log_prob, batch.log_prob_old, torch.where(scored, advantage, 0), self.cfg.ratio_clip)
+        return self._joined(self.student_loss(batch).per_sample, torch.where(scored, grpo, 0).mean(1))
 
     def dpo_student_loss(self, batch: PreferredBatch) -> Loss:
-        """L_DMD + lambda_rl L_DPO on the best and the worst picture of each prompt's group."""
-        steer = preference_loss(self.roles.student, batch.pairs, batch.cond, self.cfg.dpo_beta)
-        return self._joined(self.student_loss(batch).per_sample, steer)
+        """L_DMD + lambda_rl L_DPO on the best and the worst image of each prompt's group."""
+        dpo = preference_loss(self.roles.student, batch.pairs, batch.cond, self.cfg.dpo_beta)
+        return self._joined(self.student_loss(batch).per_sample, dpo)
 
-    def _joined(self, distill: Tensor, steer: Tensor) -> Loss:
-        loss = distill + self.cfg.rl_weight * steer
-        return Loss(loss, {"loss/student": loss.detach(), "loss/rl": steer.detach()})
+    def _joined(self, distill: Tensor, rl: Tensor) -> Loss:
+        loss = distill + self.cfg.rl_weight * rl
+        return Loss(loss, {"loss/student": loss.detach(), "loss/rl": rl.detach()})

@@ -1,4 +1,4 @@
-"""Pairs of noise and the teacher's ODE sample, for the regression term of DMD (arXiv 2311.18828, section 3.3)."""
+"""OdePairs of noise and the teacher's ODE sample, for the regression term of DMD (arXiv 2311.18828, section 3.3)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from gdmd.types import Cond, PromptBatch, Ranks, Roles
 
 
 @dataclass(frozen=True)
-class Pairs:
+class OdePairs:
     """One batch of pairs."""
 
     noise: Tensor  # [B, C, H, W]
     x0_ode: Tensor  # [B, C, H, W], the teacher's guided ODE sample from this noise
     cond: Cond
 
-    def gathered(self, ranks: Ranks) -> Pairs:
+    def gathered(self, ranks: Ranks) -> OdePairs:
         """Those of the global batch."""
         cond = {name: ranks.gather(value) for name, value in self.cond.items()}
-        return Pairs(ranks.gather(self.noise), ranks.gather(self.x0_ode), cond)
+        return OdePairs(ranks.gather(self.noise), ranks.gather(self.x0_ode), cond)
 
-    def shared(self, ranks: Ranks) -> Pairs:
+    def shared(self, ranks: Ranks) -> OdePairs:
         """This rank's part."""
         cond = {name: ranks.share(value) for name, value in self.cond.items()}
-        return Pairs(ranks.share(self.noise), ranks.share(self.x0_ode), cond)
+        return OdePairs(ranks.share(self.noise), ranks.share(self.x0_ode), cond)
 
 
 @dataclass
@@ -48,9 +48,9 @@ class TeacherPairs:
     steps: int
     batches: int
     teacher_times: Callable[[int], Tensor] = times  # N -> the N + 1 times of the teacher's own sampler, 1 ... 0
-    kept: dict[int, Pairs] = field(default_factory=dict)
+    kept: dict[int, OdePairs] = field(default_factory=dict)
 
-    def at(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Pairs:
+    def at(self, step: int, prompts: PromptBatch, rng: SampleRng) -> OdePairs:
         """The pairs of iteration ``step``."""
         if not self.batches:
             return self._solve(prompts, rng)
@@ -60,11 +60,11 @@ class TeacherPairs:
         return self.kept[place].shared(prompts.ranks)
 
     @torch.no_grad()
-    def _solve(self, prompts: PromptBatch, rng: SampleRng) -> Pairs:
+    def _solve(self, prompts: PromptBatch, rng: SampleRng) -> OdePairs:
         noise = rng.normal("pair_noise", self.latent_shape)
         teacher = Guided(self.roles.teacher, self.guidance, prompts.uncond, self.roles.guide)
         clock = to_device_async(self.teacher_times(self.steps), noise.device)
-        return Pairs(noise, ode_sample(teacher, noise, clock, prompts.cond, self.roles.schedule), prompts.cond)
+        return OdePairs(noise, ode_sample(teacher, noise, clock, prompts.cond, self.roles.schedule), prompts.cond)
 
     def state(self) -> dict[str, Tensor]:
         """Kept pairs as "PLACE.noise", "PLACE.x0_ode" and "PLACE.cond.NAME"."""
@@ -80,4 +80,4 @@ class TeacherPairs:
         for place in sorted({int(name.partition(".")[0]) for name in state}):
             own = {k.removeprefix(f"{place}."): v.to(device) for k, v in state.items() if k.startswith(f"{place}.")}
             cond = {name.removeprefix("cond."): value for name, value in own.items() if name.startswith("cond.")}
-            self.kept[place] = Pairs(own["noise"], own["x0_ode"], cond)
+            self.kept[place] = OdePairs(own["noise"], own["x0_ode"], cond)

@@ -96,33 +96,3 @@ def answered(answer: Any) -> tuple[list[Tensor], int]:
     if isinstance(answer, tuple):
         answer = answer[0]
     return ([answer], len(answer)) if isinstance(answer, Tensor) else (list(answer), len(answer))
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Means per outer iteration."""
-
-    passes: float
-    updates: float
-
-    def steps_for_updates(self, updates: int) -> int:
-        """The fewest outer iterations with at least so many student updates."""
-        return max(1, -int(-updates // self.updates))
-
-    def steps_for_passes(self, passes: float) -> int:
-        """The number of outer iterations that comes nearest to so many passes."""
-        return max(1, round(passes / self.passes))
-
-
-def measure_pace(counted: Counted, batches: Iterable[tuple[int, PromptBatch, SampleRng]]) -> Pace:
-    """Run the iterations of (step, prompts, rng) without applying an update: every forward is made and counted."""
-    number = 0
-    for step, prompts, rng in batches:
-        for update in counted.iteration(step, prompts, rng):
-            update.loss(update.batch)
-        number += 1
-    if not counted.cost.updates:
-        raise ValueError(
-            f"no student update in {number} iterations of {type(counted.method).__name__}; nothing to pace"
-        )
-    return Pace(counted.cost.passes / number, counted.cost.updates / number)

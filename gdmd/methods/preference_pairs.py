@@ -1,4 +1,4 @@
-"""Preference pairs of a student's own pictures: best and worst of a prompt's group, for Diffusion-DPO.
+"""Preference pairs of a student's own images: best and worst of a prompt's group, for Diffusion-DPO.
 
 DMDR (arXiv 2511.13649v4) names DPO as a strategy of its second stage without the construction of the pairs; best and
 worst of a group, the student's own steps as times and errors in x0-space (the space of all student losses) are [I].
@@ -20,8 +20,8 @@ from gdmd.types import Cond, Denoiser, PromptBatch, Roles
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """For every sample the pair of its group, at a time and noise of its own, and the reference's errors there."""
+class PreferencePairs:
+    """For every sample the pair of its group, at a separate time and noise, and the reference's errors there."""
 
     x0_win: Tensor  # [B, C, H, W]
     x0_lose: Tensor  # [B, C, H, W]
@@ -30,20 +30,20 @@ class Pairs:
     t: Tensor  # [B]
     ref_win: Tensor  # [B]
     ref_lose: Tensor  # [B]
-    known: Tensor  # [B] bool, false where no two pictures of the group were told apart
+    known: Tensor  # [B] bool, false where no two images of the group were told apart
 
 
 @torch.no_grad()
 def preference_pairs(
-    x0: Tensor, merit: Tensor, prompts: PromptBatch, rng: SampleRng, steps: Sequence[float], roles: Roles
-) -> Pairs:
-    """Pairs among complete samples x0 [b, C, H, W] by the global batch's merit [B] (NaN = not scored).
+    x0: Tensor, advantage: Tensor, prompts: PromptBatch, rng: SampleRng, steps: Sequence[float], roles: Roles
+) -> PreferencePairs:
+    """Pairs among complete samples x0 [b, C, H, W] by the global batch's advantage [B] (NaN = not scored).
 
-    The reference is ``roles.old``. The samples of a group share its pair and look at it with draws of (t, eps) of their
-    own, t one of ``steps``.
+    The reference is ``roles.old``. The samples of a group share its pair, with separate draws of (t, eps); t is one of
+    ``steps``.
     """
     ranks = prompts.ranks
-    best, worst, known = (ranks.share(found) for found in extremes(merit, ranks.gather(prompts.group)))
+    best, worst, known = (ranks.share(found) for found in extremes(advantage, ranks.gather(prompts.group)))
     everyone = ranks.gather(x0)  # [B, C, H, W]: a prompt's group may lie on several ranks
     x0_win, x0_lose = everyone[best], everyone[worst]
     t = torch.tensor(steps, device=x0.device)[rng.integer("preference_t", len(steps))]
@@ -51,21 +51,21 @@ def preference_pairs(
     win_t, lose_t = (renoise(x, t, eps, roles.schedule) for x in (x0_win, x0_lose))
     ref_win = mean_square(roles.old(win_t, t, prompts.cond).x0 - x0_win)
     ref_lose = mean_square(roles.old(lose_t, t, prompts.cond).x0 - x0_lose)
-    return Pairs(x0_win, x0_lose, win_t, lose_t, t, ref_win, ref_lose, known)
+    return PreferencePairs(x0_win, x0_lose, win_t, lose_t, t, ref_win, ref_lose, known)
 
 
-def extremes(merit: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def extremes(advantage: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Positions of the best and of the worst scored sample of each sample's group, [B] int64; and whether they differ.
 
-    merit, group [B]. A sample that was not scored (NaN) is never a part of a pair that differs.
+    advantage, group [B]. A sample that was not scored (NaN) is never a part of a pair that differs.
     """
-    members = (group[:, None] == group[None]) & ~merit.isnan()[None]  # [B, B], a row per sample
-    best = torch.where(members, merit[None], -torch.inf).max(1)
-    worst = torch.where(members, merit[None], torch.inf).min(1)
+    members = (group[:, None] == group[None]) & ~advantage.isnan()[None]  # [B, B], a row per sample
+    best = torch.where(members, advantage[None], -torch.inf).max(1)
+    worst = torch.where(members, advantage[None], torch.inf).min(1)
     return best.indices, worst.indices, best.values > worst.values
 
 
-def preference_loss(student: Denoiser, pairs: Pairs, cond: Cond, beta: float) -> Tensor:
+def preference_loss(student: Denoiser, pairs: PreferencePairs, cond: Cond, beta: float) -> Tensor:
     """L_DPO [B], 0 where there is no pair. The student's errors carry the gradient."""
     error_win = mean_square(student(pairs.win_t, pairs.t, cond).x0 - pairs.x0_win)
     error_lose = mean_square(student(pairs.lose_t, pairs.t, cond).x0 - pairs.x0_lose)

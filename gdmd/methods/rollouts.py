@@ -1,4 +1,4 @@
-"""Scored roll-outs of the stochastic few-step student: what NFT and GRPO learn from."""
+"""Scored rollouts of the stochastic few-step student: what NFT and GRPO learn from."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch import Tensor
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.stochastic_sampling import Trajectory, cps_log_prob, cps_mean, stochastic_rollout
 from gdmd.losses.advantages import mean_group_advantage
+from gdmd.methods.base import StudentBatch
+from gdmd.methods.score_stats import sample_stats
 from gdmd.methods.scorer import Scorer
 from gdmd.types import Cond, PromptBatch, Reward, Roles
 
 
 class PolicyOptions(Protocol):
-    """What a configuration says about stochastic roll-outs and their advantages (fields of the rivals' configs)."""
+    """What a configuration says about stochastic rollouts and their advantages (fields of the baselines' configs)."""
 
     @property
     def student_steps(self) -> tuple[float, ...]: ...
@@ -34,18 +36,33 @@ class PolicyOptions(Protocol):
 
 @dataclass(frozen=True)
 class Collected:
-    """One complete sample per place of the batch; nothing holds a gradient."""
+    """One finished sample per prompt of the batch, without gradient."""
 
     trajectory: Trajectory
     rewards: Tensor  # [R, B], raw, NaN = not scored
     advantage: Tensor  # [B], clipped to +-advantage_clip; NaN = not scored by some reward
 
 
+@dataclass(frozen=True)
+class PolicyBatch(StudentBatch):
+    """L_DMD's batch and the stochastic rollouts of GRPO."""
+
+    x: Tensor  # [B, N, C, H, W], states of the rollout
+    log_prob_old: Tensor  # [B, N - 1]
+    advantage: Tensor  # [B], NaN = not scored
+
+
+def policy_batch(batch: StudentBatch, collected: Collected) -> PolicyBatch:
+    """Both parts of the student loss."""
+    own = collected.trajectory
+    return PolicyBatch(**vars(batch), x=own.x, log_prob_old=own.log_prob, advantage=collected.advantage)
+
+
 @torch.no_grad()
 def collect(
     roles: Roles, scorer: Scorer, cfg: PolicyOptions, prompts: PromptBatch, rng: SampleRng, shape: tuple[int, ...]
 ) -> Collected:
-    """Roll the student out with CPS noise, score the finished pictures, compare each with its group."""
+    """Sample the student with CPS noise, score the finished images, compare each with its group."""
     trajectory = stochastic_rollout(
         roles.student,
         rng.normal("policy_noise", shape),
@@ -63,7 +80,7 @@ def collect(
 
 
 def moves_log_prob(roles: Roles, x: Tensor, cond: Cond, cfg: PolicyOptions) -> Tensor:
-    """log pi(x[i + 1] | x[i]) of every move of the roll-outs x [B, N, C, H, W] under the current student. [B, N - 1]"""
+    """log pi(x[i + 1] | x[i]) of every move of the rollouts x [B, N, C, H, W] under the current student. [B, N - 1]"""
     found = []
     for i, (here, there) in enumerate(zip(cfg.student_steps, cfg.student_steps[1:], strict=False)):
         t, t_next = (torch.full((len(x),), when, device=x.device) for when in (here, there))
@@ -74,11 +91,8 @@ def moves_log_prob(roles: Roles, x: Tensor, cond: Cond, cfg: PolicyOptions) -> T
 
 def collection_stats(collected: Collected, rewards: Sequence[Reward]) -> dict[str, Tensor]:
     """Statistics of what was scored, a value per sample; unscored ones (NaN) are left out of all but their own count."""
-    own = {f"reward/{reward.name}/sample": collected.rewards[k] for k, reward in enumerate(rewards)}
-    return {
+    return sample_stats(rewards, collected.rewards) | {
         "reward/sample": collected.rewards.flatten(),
-        "reward/unscored": collected.advantage.isnan().float(),
         "advantage/size": collected.advantage.abs(),
         "advantage/share_zero": (collected.advantage == 0).float(),
-        **own,
     }

@@ -47,7 +47,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Latents -> one score per reward. A call passes no gradient through decoder or reward, only ``through`` does."""
+    """Latents -> one score per reward. A call passes no gradient through decoder or reward, only ``with_gradient`` does."""
 
     codec: Codec
     rewards: Sequence[Reward]
@@ -65,23 +65,23 @@ class Scorer:
         """
         return self._raw(self.codec.decode(latents).float().clamp(0, 1), prompts)
 
-    def through(self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    def with_gradient(self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """loss(raw scores [R, B]) [B] with gradient to the latents, and to nothing else: the reward back-propagated.
 
         ``loss`` must treat every sample on its own and give a number for an unscored one (no gradient is taken
         there). The gradient is found here, by one backward pass through rewards and decoder, whose weights and graph
         it never reaches. The rewards must be differentiable: see ``require_differentiable``.
         """
-        return self.through_scored(latents, prompts, loss)[0]
+        return self.scored_with_gradient(latents, prompts, loss)[0]
 
-    def through_scored(
+    def scored_with_gradient(
         self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """``through``, and the raw scores [R, B] without gradient."""
-        value, slope, scores = self.slope(latents, prompts, loss)
-        return value + (slope * (latents - latents.detach())).flatten(1).sum(1), scores
+        """``with_gradient``, and the raw scores [R, B] without gradient."""
+        value, gradient, scores = self.gradient(latents, prompts, loss)
+        return value + (gradient * (latents - latents.detach())).flatten(1).sum(1), scores
 
-    def slope(
+    def gradient(
         self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """loss [B], d loss / d latents [B, C, H, W] (0 for an unscored sample) and raw scores [R, B], without gradient."""
@@ -90,8 +90,8 @@ class Scorer:
             images = self.codec.decode(own).float().clamp(0, 1)
             scores = self._raw(images, prompts)
             value = loss(scores)
-            (slope,) = torch.autograd.grad(value.sum(), own)
-        return value.detach(), torch.where(expand(scores.isnan().any(0), slope), 0, slope), scores.detach()
+            (gradient,) = torch.autograd.grad(value.sum(), own)
+        return value.detach(), torch.where(expand(scores.isnan().any(0), gradient), 0, gradient), scores.detach()
 
     def require_differentiable(self, method: str) -> None:
         """ValueError when ``method`` cannot back-propagate one of the rewards."""

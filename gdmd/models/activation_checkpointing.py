@@ -11,22 +11,22 @@ from torch.utils.checkpoint import checkpoint
 from gdmd.diffusion.gradients import frozen
 
 
-def recomputed(
+def checkpointed(
     block: nn.Module, inputs: Sequence[Any], trained: Callable[[], bool], ready: Callable[[], object] = lambda: None
 ) -> Any:
-    """block(*inputs), computed again in the backward pass as it was: after ``ready``, and frozen if it was frozen.
+    """Checkpoint ``block(*inputs)``; the recomputation calls ``ready()`` first, and freezes the block if it was frozen.
 
-    A GAN's critic is frozen while the student's loss is computed and free again in its backward pass; what a free
-    weight saves for its own gradient would be more than the forward pass saved. ``trained``: whether the weights of
-    the role ask for gradients now. It looks at one of them: listing a block's weights costs as much as launching it.
+    A GAN head's backbone is frozen while the student's loss is computed and trainable again in its backward pass; what
+    a trainable weight saves for its own gradient would cost more than the forward pass saved. ``trained``: whether the
+    role's weights require gradients now. It looks at one weight: listing a block's weights costs as much as launching it.
     """
-    before = trained()
+    trained_before = trained()
 
-    def run(*again: Any) -> Any:
+    def run(*inputs: Any) -> Any:
         ready()
-        if before or not trained():
-            return block(*again)
+        if trained_before or not trained():
+            return block(*inputs)
         with frozen(block.parameters()):
-            return block(*again)
+            return block(*inputs)
 
-    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing draws: eval mode
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)  # eval mode: no random numbers

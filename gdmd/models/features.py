@@ -1,8 +1,8 @@
-"""Calls of a network that answer with hidden features, for a GAN head on them.
+"""Network calls that return hidden features, for a GAN head on them.
 
-The features are what the network's own call answers, so that what watches the call from outside (FSDP2, counts of
-passes) sees them, and hooks are there during the call only. Both places lie outside of activation checkpointing: what
-is computed again in the backward pass does not come by here.
+The features are the return value of the network's own call, so that everything that hooks into the call (FSDP2, pass
+counters) sees them; our hooks exist during the call only. Both capture points lie outside of activation checkpointing:
+the recomputation in the backward pass does not reach them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import nn
 
 
 @contextmanager
-def answering_before(net: nn.Module, layer: nn.Module) -> Iterator[None]:
-    """Inside, a call of ``net`` answers (what ``layer`` is given first,); the rest of it is computed and dropped."""
-    given: list[Any] = []
+def capture_features(net: nn.Module, layer: nn.Module) -> Iterator[None]:
+    """Inside, a call of ``net`` returns (the input of ``layer``,); the rest of the call is computed and dropped."""
+    captured: list[Any] = []
 
     def keep(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        given.append(inputs[0])
+        captured.append(inputs[0])
 
-    def answer(net: nn.Module, inputs: Any, own: Any) -> tuple[Any]:
-        return (given.pop(),)
+    def replace(net: nn.Module, inputs: Any, output: Any) -> tuple[Any]:
+        return (captured.pop(),)
 
-    handles = [layer.register_forward_pre_hook(keep), net.register_forward_hook(answer, prepend=True)]
+    handles = [layer.register_forward_pre_hook(keep), net.register_forward_hook(replace, prepend=True)]
     try:
         yield
     finally:
@@ -34,13 +34,13 @@ def answering_before(net: nn.Module, layer: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def ending_in_the_middle(unet: Any) -> Iterator[None]:
-    """Inside, a call of a UNet of diffusers ends after its mid block and answers (what that gave, [B, C, h, w],)."""
+def stop_after_mid_block(unet: Any) -> Iterator[None]:
+    """Inside, a call of a diffusers UNet stops after its mid block and returns (its output [B, C, h, w],)."""
     names = ("up_blocks", "conv_norm_out", "conv_out")
-    own = {name: getattr(unet, name) for name in names}
+    removed = {name: getattr(unet, name) for name in names}
     unet.up_blocks, unet.conv_norm_out, unet.conv_out = nn.ModuleList(), None, nn.Identity()
     try:
         yield
     finally:
-        for name, module in own.items():
+        for name, module in removed.items():
             setattr(unet, name, module)

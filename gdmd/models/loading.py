@@ -1,6 +1,6 @@
-"""Opening a diffusers pipeline: which family it is, what is missing, and errors that say what to do.
+"""Open a diffusers pipeline: find its family, check that it is complete, and explain what to do if it is not.
 
-A folder never touches the network. Heavy libraries are imported inside the functions.
+A local folder never needs the network. Heavy libraries are imported inside the functions.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from gdmd.models.pipeline_files import (
     local_index,
     refuse_quantized,
 )
-from gdmd.models.tokens import ENCODER, FIXED, MOST, fit_limits
+from gdmd.models.tokens import ENCODER, fit_limits
 from gdmd.models.vae import VaeCodec
 from gdmd.types import Codec, Cond
 
 log = logging.getLogger(__name__)
 FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage, Sana)
-BEYOND = {"PixtralProcessor": "torchvision"}
-"""Classes of transformers that are there only with one library more (FLUX.2-dev's tokenizer)."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXTRA_LIBRARIES = {"PixtralProcessor": "torchvision"}
+"""Classes of transformers that need another library (FLUX.2-dev's tokenizer)."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtypes of configs."""
 
 
 def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = True, extras: bool = False) -> Family:
-    """The pipeline at cfg.path as a Family, its weights frozen, in cfg.dtype, on ``device``.
+    """Open the pipeline at cfg.path as a Family, its weights frozen, in cfg.dtype, on ``device``.
 
-    Without ``encoders`` the text encoders are not read; ``LateText`` reads them when they are needed. ``extras``: with
-    its safety checker and the like, for an export of the whole pipeline.
-    ValueError for a path or id that does not exist or is closed to you, an unknown or other family, and a missing
-    component.
+    Without ``encoders`` the text encoders are not loaded; ``LazyTextEncoder`` loads them on first use. ``extras``: also
+    load its safety checker and the like, for an export of the whole pipeline.
+    ValueError for a path or id that does not exist or is gated, an unknown or different family, or a missing component.
     """
     require_diffusers()
     local, index = is_local(cfg.path), local_or_hub_index(cfg)
@@ -78,28 +78,28 @@ def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = Tr
     return opened
 
 
-class LateText:
-    """The text encoders of a family that was opened without them, read when a caption is first embedded."""
+class LazyTextEncoder:
+    """The text encoders of a family that was opened without them, loaded when a caption is first embedded."""
 
     def __init__(self, family: Family) -> None:
-        self.family, self._there = family, False
+        self.family, self._loaded = family, False
 
     def encode(self, texts: Sequence[str]) -> Cond:
         """See PipelineText."""
-        return self._read().encode(texts)
+        return self._load().encode(texts)
 
     def null(self, count: int) -> Cond:
         """See PipelineText."""
-        return self._read().null(count)
+        return self._load().null(count)
 
     def unload(self) -> None:
-        """Give their memory back; nothing to do where they were never needed."""
-        if self._there:
+        """Free their memory; a no-op if they were never loaded."""
+        if self._loaded:
             self.family.encoder.unload()
 
-    def _read(self) -> PipelineText:
+    def _load(self) -> PipelineText:
         encoder, pipe = self.family.encoder, self.family.pipe
-        if not self._there:
+        if not self._loaded:
             kept = (ENCODER, "tokenizer")
             others = dict.fromkeys(name for name in pipe.components if not name.startswith(kept))
             missing = _left_out(local_or_hub_index(self.family.cfg), type(self.family), self.family.cfg)
@@ -107,12 +107,12 @@ class LateText:
             _freeze(own, str(encoder.device))
             pipe.register_modules(**{name: part for name, part in own.components.items() if name.startswith(ENCODER)})
             fit_limits(pipe, lambda encoder: None)
-            self._there = True
+            self._loaded = True
         return encoder
 
 
 def scoring_codec(family: Family, device: str = "cpu") -> Codec:
-    """What rewards see latents through: the tiny decoder of cfg.scoring_decoder, or the pipeline's own VAE."""
+    """The decoder for rewards: the tiny decoder cfg.scoring_decoder, or the pipeline's own VAE."""
     cfg = family.cfg
     if cfg.scoring_decoder is None:
         return family.codec
@@ -137,7 +137,7 @@ def scoring_codec(family: Family, device: str = "cpu") -> Codec:
 
 
 def require_tiny(family: Family) -> None:
-    """ValueError for a scoring decoder of a family that has none."""
+    """ValueError for a scoring decoder on a family without tiny decoders."""
     if not family.tiny_decoder:
         known = ", ".join(kind.name for kind in FAMILIES if kind.tiny_decoder)
         raise ValueError(
@@ -147,13 +147,13 @@ def require_tiny(family: Family) -> None:
 
 
 def check_tiny(family: Family, tiny: Any) -> None:
-    """ValueError for an AutoencoderTiny of other latents: other channels, or other pixels per latent."""
+    """ValueError for an AutoencoderTiny of different latents: other channels, or other pixels per latent."""
     config = tiny.config
     what = f"model.scoring_decoder {family.cfg.scoring_decoder!r}"
     if config.latent_channels != family.latent_channels:
         raise ValueError(
             f"{what} decodes {config.latent_channels} channels, but latents of {family.name} have "
-            f"{family.latent_channels}; give the one of this family"
+            f"{family.latent_channels}; give one for this family"
         )
     if family.pipe.vae.config.get("latents_mean") is not None and config.get("latents_mean") is None:
         raise ValueError(
@@ -163,15 +163,16 @@ def check_tiny(family: Family, tiny: Any) -> None:
     pixels = config.upsampling_scaling_factor ** (len(config.decoder_block_out_channels) - 1)
     if pixels != family.pixels_per_latent:
         raise ValueError(
-            f"{what} makes {pixels} x {pixels} pixels of a latent position, but that of {family.name} has "
-            f"{family.pixels_per_latent} x {family.pixels_per_latent}; give the one of this family"
+            f"{what} decodes a latent position to {pixels} x {pixels} pixels, but one of {family.name} is "
+            f"{family.pixels_per_latent} x {family.pixels_per_latent}; give one for this family"
         )
 
 
 def encoder_identity(family: Family) -> str:
     """What the text embeddings of a pipeline depend on: content of encoders and tokenizers, precision, length, libraries.
 
-    The location of a folder does not matter: a moved copy shares the embeddings, another model in its place does not.
+    The location of a folder does not matter: a moved copy shares the embeddings, a different model at the same path does
+    not.
     """
     cfg, index = family.cfg, local_or_hub_index(family.cfg)
     left_out = _left_out(index, type(family), cfg)
@@ -183,47 +184,47 @@ def encoder_identity(family: Family) -> str:
 
 
 def content_of(cfg: DiffusersModel, names: Sequence[str]) -> list[object]:
-    """What identifies the content of these components: fingerprints of a folder's, id and commit of a hub id."""
+    """What identifies the content of these components: fingerprints in a folder, or a hub id with its commit."""
     if is_local(cfg.path):
         return [[name, weights_fingerprint(Path(cfg.path) / name, cfg.variant)] for name in names]
     return [cfg.path, snapshot_of(cfg).name, cfg.variant, list(names)]
 
 
 def snapshot_of(cfg: DiffusersModel) -> Path:
-    """The folder at cfg.path; of a hub id its folder in the cache, whose name is the commit."""
+    """The folder at cfg.path; for a hub id its folder in the cache, whose name is the commit."""
     return snapshot(cfg.path, cfg.revision, f"model.path {cfg.path!r}")
 
 
 def snapshot(path: str, revision: str | None, what: str) -> Path:
-    """The folder at ``path``, or that of a hub id at a revision in the cache. ValueError beginning with ``what``."""
+    """The folder at ``path``, or that of a hub id at a revision in the cache. ValueError starting with ``what``."""
     return _index_file(path, revision, what, local=is_local(path)).parent
 
 
 def versions() -> tuple[str, str]:
-    """Of the libraries that compute embeddings and latents: templates and attention change between them."""
+    """Versions of the libraries that compute embeddings and latents: templates and attention change between them."""
     from importlib.metadata import version
 
     return f"diffusers {version('diffusers')}", f"transformers {version('transformers')}"
 
 
 def _positions(cfg: DiffusersModel, encoder: str) -> int | None:
-    """Length of the position table of a text encoder that is not loaded; None if its config is not available."""
+    """Size of the position table of a text encoder that is not loaded; None if its config is not available."""
     file = snapshot_of(cfg) / encoder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         return int(config["max_position_embeddings"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # not read yet: the limit is set when the encoder is
+        return None  # not downloaded yet: the limit is set when the encoder is loaded
 
 
 def _check_tokens(family: type[Family], cfg: DiffusersModel) -> None:
-    """ValueError for more caption tokens than the pipeline's call takes: neither it nor the export could use them."""
-    if cfg.max_tokens and family.pipeline in FIXED:
+    """ValueError for more caption tokens than the pipeline accepts: neither it nor the export could use them."""
+    if cfg.max_tokens and family.fixed_captions:
         log.warning(
             "model.max_tokens = %d has no effect: the encoders of a %s read 77 tokens; leave it out",
             *(cfg.max_tokens, family.pipeline),
         )
-    most = MOST.get(family.pipeline)
+    most = family.caption_limit
     if most is not None and cfg.max_tokens > most:
         raise ValueError(
             f"model.max_tokens = {cfg.max_tokens}: a {family.pipeline} reads at most {most} caption tokens; set {most} or "
@@ -232,7 +233,7 @@ def _check_tokens(family: type[Family], cfg: DiffusersModel) -> None:
 
 
 def require_diffusers() -> None:
-    """ValueError with the install command when the optional libraries are not there."""
+    """ValueError with the install command if the optional libraries are missing."""
     from importlib.util import find_spec
 
     missing = [name for name in ("diffusers", "transformers", "peft", "accelerate") if find_spec(name) is None]
@@ -241,7 +242,7 @@ def require_diffusers() -> None:
 
 
 def is_local(path: str, field: str = "model.path", holds: str = INDEX) -> bool:
-    """Whether ``path`` is a folder; false for a hub id. ValueError, for ``field``, for a folder that is not there."""
+    """Whether ``path`` is a folder; false for a hub id. ValueError, naming ``field``, for a folder that does not exist."""
     if Path(path).is_dir():
         return True
     if Path(path).is_file():
@@ -250,16 +251,16 @@ def is_local(path: str, field: str = "model.path", holds: str = INDEX) -> bool:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.is_dir():
         return False
     raise ValueError(
-        f"{field} {path!r}: there is no such folder, and it is not a hub id (ORG/NAME). {_meant(path, holds)}"
+        f"{field} {path!r}: there is no such folder, and it is not a hub id (ORG/NAME). {_suggestion(path, holds)}"
     )
 
 
-def _meant(path: str, holds: str) -> str:
-    """What to give in the place of a path that is none."""
+def _suggestion(path: str, holds: str) -> str:
+    """What to give instead of a path that does not exist."""
     if found := re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", path):
         return f"Give the id: {found[1]}"
     if path.startswith("~") and Path(path).expanduser().exists():
-        return f"A shell does not replace ~ here: give {Path(path).expanduser()}"
+        return f"~ is not expanded here: give {Path(path).expanduser()}"
     return f"Give the folder that holds {holds}, or an id."
 
 
@@ -285,7 +286,7 @@ _FROM_IMAGES = ("Img2Img", "Inpaint", "ControlNet")
 
 
 def from_an_image(named: Any) -> str | None:
-    """What to do with a pipeline that starts from an image, by the name of its class; None for other classes."""
+    """What to do about a pipeline that starts from an image, by its class name; None for other classes."""
     if not isinstance(named, str) or not any(word in named for word in _FROM_IMAGES):
         return None
     plain = [family.pipeline for family in FAMILIES if named.startswith(family.pipeline.removesuffix("Pipeline"))]
@@ -295,7 +296,7 @@ def from_an_image(named: Any) -> str | None:
             "save its model as a text-to-image pipeline once, in diffusers: "
             f"{max(plain, key=len)}.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
         )
-    return f"it starts from an image, and prompts alone are given here: {remedy}"
+    return f"it starts from an image, but gdmd gives only prompts: {remedy}"
 
 
 def family_of_pipeline(pipe: Any) -> type[Family] | None:
@@ -304,9 +305,9 @@ def family_of_pipeline(pipe: Any) -> type[Family] | None:
 
 
 def check_pipeline(folder: Path, index: Mapping[str, Any], family: type[Family], cfg: DiffusersModel) -> None:
-    """ValueError for a folder that lacks what the family needs, or holds what cannot be loaded as it is.
+    """ValueError for a folder that lacks what the family needs, or contains what cannot be loaded as it is.
 
-    Folders of configs without weights, which can be planned, are only asked for their components.
+    Folders with configs but no weights, which can be planned, are only checked for their components.
     """
     what = f"model.path {cfg.path!r}"
     left_out = _left_out(index, family, cfg)
@@ -319,7 +320,7 @@ def check_pipeline(folder: Path, index: Mapping[str, Any], family: type[Family],
 
 
 def check_t5(folder: Path, index: Mapping[str, Any], family: type[Family], what: str, remedy: str) -> None:
-    """ValueError for a T5 without its tokenizer; a note on one that the index names and the folder does not hold."""
+    """ValueError for a T5 without its tokenizer; a warning for one that the index names but the folder lacks."""
     lacks = absent(index, family.optional, folder)
     encoders = [name for name in family.optional if name.startswith(ENCODER)]
     if lacks and any(name not in lacks for name in encoders):
@@ -328,16 +329,16 @@ def check_t5(folder: Path, index: Mapping[str, Any], family: type[Family], what:
             + (f" with {remedy}" if remedy else "")
         )
     for name in set(encoders) & set(lacks) & set(components(index)):
-        log.warning("%s: %s has no folder, so captions are read without it", what, name)
+        log.warning("%s: %s has no folder, so captions are encoded without it", what, name)
 
 
 def check_libraries(index: dict[str, Any], what: str) -> None:
-    """ValueError for a component whose class needs a library that is not installed; diffusers' own word is a riddle."""
+    """ValueError for a component whose class needs a missing library; diffusers' own message does not name it."""
     from importlib.util import find_spec
 
     kinds = {name: given[1] for name, given in index.items() if isinstance(given, list) and len(given) == 2}
     for name, kind in kinds.items():
-        library = BEYOND.get(str(kind))
+        library = EXTRA_LIBRARIES.get(str(kind))
         if library is not None and find_spec(library) is None:
             raise ValueError(
                 f"{what}: component {name!r} ({kind}) needs {library}: install it with pip install {library}"
@@ -347,7 +348,7 @@ def check_libraries(index: dict[str, Any], what: str) -> None:
 def _left_out(
     index: Mapping[str, Any], family: type[Family], cfg: DiffusersModel, *, extras: bool = False
 ) -> dict[str, None]:
-    """Optional components that are not wanted, or not there: they are passed as None."""
+    """Optional components that are unwanted or missing, to be passed as None."""
     optional = (*family.optional, *(name for name in EXTRAS if name in index))
     missing = absent(index, optional, Path(cfg.path))
     unwanted = () if cfg.t5 else family.optional
@@ -355,15 +356,15 @@ def _left_out(
 
 
 def has_safety_checker(index: Mapping[str, Any]) -> bool:
-    """Whether the stock pipeline replaces images that it flags by black ones."""
+    """Whether the stock pipeline replaces flagged images by black ones."""
     return "safety_checker" in components(index)
 
 
 def checker_off(index: Mapping[str, Any], where: str) -> str | None:
-    """A message for a pipeline whose safety checker is not used; None where it has none."""
+    """A message for a pipeline whose safety checker is not used; None if it has none."""
     if not has_safety_checker(index):
         return None
-    return f"the safety checker of {where} is off, so no image is replaced by a black one"
+    return f"the safety checker of {where} is off, so no image is blacked out"
 
 
 def local_or_hub_index(cfg: DiffusersModel) -> dict[str, Any]:
@@ -372,12 +373,12 @@ def local_or_hub_index(cfg: DiffusersModel) -> dict[str, Any]:
 
 
 def read_index(path: str, revision: str | None, what: str, *, local: bool) -> dict[str, Any]:
-    """The model_index.json of a folder or a hub id. ValueError beginning with ``what`` where it cannot be had."""
+    """The model_index.json of a folder or a hub id. ValueError starting with ``what`` if it cannot be read."""
     return local_index(_index_file(path, revision, what, local=local).parent, what)
 
 
 def _index_file(path: str, revision: str | None, what: str, *, local: bool) -> Path:
-    """The file itself; of a hub id in the snapshot of its revision in the cache."""
+    """The file itself; for a hub id, in the snapshot of its revision in the cache."""
     return Path(path) / INDEX if local else _hub_index(path, revision, what)
 
 
@@ -388,11 +389,11 @@ def _hub_index(path: str, revision: str | None, what: str) -> Path:
         return Path(hub_file(path, INDEX, revision))
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
         away = offline()
-        raise ValueError(f"{what}: no folder here, and {hub_reason(error, INDEX, revision, away)}") from error
+        raise ValueError(f"{what}: no such folder, and {hub_reason(error, INDEX, revision, away)}") from error
 
 
 def _freeze(pipe: Any, device: str) -> None:
-    """All networks of a pipeline: no gradients, no dropout, on ``device``."""
+    """All networks of a pipeline: no gradients, eval mode, on ``device``."""
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval().to(device)
@@ -401,7 +402,7 @@ def _freeze(pipe: Any, device: str) -> None:
 def load_errors() -> tuple[type[Exception], ...]:
     """What ``from_pretrained`` raises for files that are missing, damaged, of another shape or of an unknown class.
 
-    diffusers turns a truncated weight file into an OSError; transformers, which reads the text encoders, does not.
+    diffusers turns a truncated weight file into an OSError; transformers, which loads the text encoders, does not.
     """
     from safetensors import SafetensorError
 
@@ -409,7 +410,7 @@ def load_errors() -> tuple[type[Exception], ...]:
 
 
 def explain(error: Exception, path: str, revision: str | None, what: str, *, local: bool) -> None:
-    """Raise a clearer ValueError for what is known only after a hub id is downloaded: quantized, or of a variant."""
+    """Raise a clearer ValueError for what is known only after the download of a hub id: quantized, or another variant."""
     if local:
         return
     folder = _index_file(path, revision, what, local=False).parent

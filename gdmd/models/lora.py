@@ -1,7 +1,7 @@
-"""One frozen network that wears one adapter at a time: LoRA (arXiv 2106.09685) through PEFT.
+"""LoRA (arXiv 2106.09685) through PEFT: several adapters on one frozen network, of which at most one is active at a time.
 
-y = W x + scale (alpha / rank) B A x with W frozen in the trunk's dtype, A and B in fp32; B = 0 at the start, so that
-every adapter begins as the trunk itself.
+y = W x + scale (alpha / rank) B A x with W frozen in the backbone's dtype, A and B in fp32; B = 0 at the start, so that
+every adapter starts as the backbone itself.
 """
 
 from __future__ import annotations
@@ -18,63 +18,63 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from gdmd.models.activation_checkpointing import recomputed
+from gdmd.models.activation_checkpointing import checkpointed
 
 
 @dataclass(frozen=True)
-class Wear:
-    """Which adapter is on, and how strongly; no adapter is the frozen network."""
+class ActiveAdapter:
+    """Which adapter is active, and its scale; without one the network is the frozen backbone."""
 
-    adapter: str | None = None
+    name: str | None = None
     scale: float = 1.0
 
 
-BARE = Wear()
+NO_ADAPTER = ActiveAdapter()
 
 
-class NarrowLinear(nn.Linear):
+class CastingLinear(nn.Linear):
     """A linear layer that keeps fp32 weights and computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype))
 
 
-class Trunk:
-    """The network, its adapters, and what it wears now.
+class SharedBackbone:
+    """A frozen network, its adapters, and which of them is active.
 
-    What is worn stays on until the next ``wear``: everybody who runs the network says first what it shall wear, and
-    a block that is recomputed in the backward pass puts on again what it wore in the forward pass.
+    Callers must select the adapter with ``set_adapter`` before each forward pass; a checkpointed block restores the
+    adapter that was active in its forward pass.
     """
 
     def __init__(self, net: Any, rank: int, alpha: float, targets: Sequence[str], *, checkpointing: bool) -> None:
         self.net = net.requires_grad_(False).eval()
         self.rank, self.alpha, self.targets = rank, alpha, tuple(targets)
-        self.worn = BARE
+        self.active = NO_ADAPTER
         self.compiled = False
         self._layers: list[Any] = []
         if checkpointing:
-            self.recompute(on=True)
+            self.set_checkpointing(on=True)
 
     def add(self, adapter: str, seed: int) -> None:
-        """A new adapter with B = 0 and A uniform in +-1/sqrt(inputs), drawn from ``seed`` alone."""
+        """Add an adapter with B = 0 and A uniform in +-1/sqrt(inputs), drawn from ``seed`` alone."""
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
         config: Any = LoraConfig(r=self.rank, target_modules=list(self.targets))
         config.lora_alpha = self.alpha
-        with warnings.catch_warnings():  # PEFT warns of the second adapter on a network, which is the point here
+        with warnings.catch_warnings():  # PEFT warns of a second adapter on a network, which is what we want
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(config, self.net, adapter)
         self._layers = [module for module in self.net.modules() if isinstance(module, LoraLayer)]
         generator = torch.Generator().manual_seed(seed)
         for layer in self._layers:
-            _start(layer, adapter, generator)
+            _initialize(layer, adapter, generator)
         self.net.requires_grad_(False)
         for name, weights in self.net.named_parameters():
             weights.requires_grad_(_trained(name))
-        self._dress(self.worn)
+        self._activate(self.active)
 
-    def recompute(self, *, on: bool) -> None:
+    def set_checkpointing(self, *, on: bool) -> None:
         """Switch activation checkpointing."""
         if on:
             self.net.enable_gradient_checkpointing(self._checkpointed)
@@ -82,46 +82,46 @@ class Trunk:
             self.net.disable_gradient_checkpointing()
 
     def weights(self, adapter: str) -> dict[str, Parameter]:
-        """The adapter's A and B by names that do not hold the adapter's: BLOCK.to_q.lora_A.weight."""
+        """The adapter's A and B, by names without the adapter's own: BLOCK.to_q.lora_A.weight."""
         own = f".{adapter}."
         return {k.replace(own, "."): v for k, v in self.net.named_parameters() if own in k and ".lora_" in k}
 
-    def wear(self, wanted: Wear) -> Any:
-        """Put on an adapter, or none, and return the network."""
-        if wanted != self.worn:
-            self._dress(wanted)
+    def set_adapter(self, adapter: ActiveAdapter) -> Any:
+        """Activate an adapter, or none, and return the network."""
+        if adapter != self.active:
+            self._activate(adapter)
         return self.net
 
-    def _dress(self, wanted: Wear) -> None:
-        # PEFT's own set_adapter also switches requires_grad off and on, which belongs to the optimizers here
+    def _activate(self, adapter: ActiveAdapter) -> None:
+        # PEFT's own set_adapter also toggles requires_grad, which belongs to the optimizers here
         for layer in self._layers:
-            layer._disable_adapters = wanted.adapter is None
-            layer._active_adapter = [] if wanted.adapter is None else [wanted.adapter]
-            if wanted.adapter is not None:
-                layer.scaling[wanted.adapter] = self._scaling(wanted.scale)
-        self.worn = wanted
+            layer._disable_adapters = adapter.name is None
+            layer._active_adapter = [] if adapter.name is None else [adapter.name]
+            if adapter.name is not None:
+                layer.scaling[adapter.name] = self._scaling(adapter.scale)
+        self.active = adapter
 
     def _scaling(self, scale: float) -> float | Tensor:
-        """scale alpha / rank. A graph is compiled for every number but for no value of a 0-d tensor (annealed scales).
+        """scale alpha / rank. A compiled graph is specialized on a number, not on the value of a 0-d tensor.
 
-        Not for scale 1, which most calls wear: a number is folded into their graphs.
+        So annealed scales are tensors. Scale 1, which most calls use, is a number that is folded into their graphs.
         """
         number = scale * self.alpha / self.rank
         return torch.tensor(number, device="cpu") if self.compiled and scale != 1 else number
 
     def _checkpointed(self, block: nn.Module, *inputs: Any) -> Any:
-        """Activation checkpointing of one block, recomputed in what it wears now."""
-        worn = self.worn
-        return recomputed(block, inputs, lambda: self._trained(worn), lambda: self.wear(worn))
+        """Activation checkpointing of one block, recomputed with the adapter that is active now."""
+        active = self.active
+        return checkpointed(block, inputs, lambda: self._requires_grad(active), lambda: self.set_adapter(active))
 
-    def _trained(self, worn: Wear) -> bool:
-        return worn.adapter is not None and bool(self._layers[0].lora_A[worn.adapter].weight.requires_grad)
+    def _requires_grad(self, adapter: ActiveAdapter) -> bool:
+        return adapter.name is not None and bool(self._layers[0].lora_A[adapter.name].weight.requires_grad)
 
 
 def check_targets(net: nn.Module, targets: Sequence[str]) -> None:
-    """ValueError that names every target of model.lora_targets without a layer, or with one that takes no adapter.
+    """ValueError that names every entry of model.lora_targets that matches no layer, or one that cannot take an adapter.
 
-    A target is a layer's name, or the end of one, as PEFT reads a list; its patterns and "all-linear" are not read.
+    A target is a layer's name, or the end of one, as in a PEFT list; patterns and "all-linear" are not supported.
     """
     layers = {name: module for name, module in net.named_modules() if name}
     wrong = []
@@ -130,8 +130,8 @@ def check_targets(net: nn.Module, targets: Sequence[str]) -> None:
         refused = next((name for name in matched if not _adaptable(layers[name])), None)
         if not matched and (target == "all-linear" or re.search(r"[^\w.\s-]", target)):
             wrong.append(
-                f"{target!r} is a pattern, and only names of layers or ends of them are read, such as to_q; [] takes the "
-                "usual ones of the model"
+                f"{target!r} is a pattern, but only names of layers or their ends are supported, such as to_q; [] takes "
+                "the default ones of the model"
             )
         elif not matched:
             wrong.append(f"{target!r} matches no layer{_nearest(target, layers)}")
@@ -146,12 +146,12 @@ def check_targets(net: nn.Module, targets: Sequence[str]) -> None:
 
 
 def _adaptable(layer: nn.Module) -> bool:
-    """Linear layers and ungrouped convolutions: what adapters are made for, merged and exported here."""
+    """Linear layers and ungrouped convolutions: what we add adapters to, merge and export."""
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
 
 
 def _nearest(target: str, layers: Mapping[str, nn.Module]) -> str:
-    """The words "; did you mean ...?" with the layer whose name, or end of a name of as many parts, is most like it."""
+    """A hint "; did you mean ...?" with the most similar layer name, or end of one with as many parts."""
     counts = (target.count(".") + 1, target.count(".") + 2)
     names = [name.split(".")[-n:] for name, module in layers.items() if _adaptable(module) for n in counts]
     ends = {".".join(parts).lower(): ".".join(parts) for parts in names if not parts[0].isdigit()}
@@ -160,23 +160,23 @@ def _nearest(target: str, layers: Mapping[str, nn.Module]) -> str:
 
 
 def _trained(name: str) -> bool:
-    """Student and fake are trained; the old policy only follows."""
+    """Student and fake score are trained; the old policy only follows."""
     return ".lora_" in name and (".student." in name or ".fake." in name)
 
 
 @torch.no_grad()
-def _start(layer: Any, adapter: str, generator: torch.Generator) -> None:
+def _initialize(layer: Any, adapter: str, generator: torch.Generator) -> None:
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     bound = 1 / math.sqrt(down.weight[0].numel())
     start = (2 * torch.rand(down.weight.shape, generator=generator) - 1) * bound
     down.weight.data = start.to(down.weight.device)
     up.weight.data = torch.zeros_like(up.weight, dtype=torch.float32)
     if isinstance(down, nn.Linear):
-        layer.lora_A[adapter], layer.lora_B[adapter] = _narrow(down), _narrow(up)
+        layer.lora_A[adapter], layer.lora_B[adapter] = _casting(down), _casting(up)
         layer.cast_input_dtype_enabled = False
 
 
-def _narrow(linear: nn.Linear) -> NarrowLinear:
-    own = NarrowLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+def _casting(linear: nn.Linear) -> CastingLinear:
+    own = CastingLinear(linear.in_features, linear.out_features, bias=False, device="meta")
     own.weight = linear.weight
     return own

@@ -19,6 +19,6 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def in_patches(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, 4 C, H / 2, W / 2], the tokens of ``pack`` where they stand: FLUX.2's first noise."""
+    """[B, C, H, W] -> [B, 4 C, H / 2, W / 2], the tokens of ``pack`` on their grid: FLUX.2's initial noise."""
     b, c, h, w = x.shape
     return pack(x).transpose(1, 2).reshape(b, 4 * c, h // 2, w // 2)

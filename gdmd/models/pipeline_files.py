@@ -1,4 +1,4 @@
-"""What the folder of a pipeline holds, seen before anything is loaded: its index, components, weights and tokenizers."""
+"""Check the folder of a pipeline before anything is loaded: its index, components, weights and tokenizers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from gdmd.io import weight_variant
 log = logging.getLogger(__name__)
 INDEX = "model_index.json"
 EXTRAS = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
-"""Components of stock pipelines that judge, mark or read images; no image here goes through them."""
+"""Components of stock pipelines that check, mark or read images; not used here."""
 _PICKLES = ("*.bin", "*.pt", "*.ckpt")
 
 
 def local_index(folder: Path, what: str | None = None) -> dict[str, Any]:
-    """The model_index.json of a folder; ``what`` begins the error of a folder that is not a pipeline."""
+    """The model_index.json of a folder; ``what`` starts the error for a folder that is not a pipeline."""
     file = folder / INDEX
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         named = what or f"model.path {str(folder)!r}"
         raise ValueError(
-            f"{named}: it holds no {INDEX}, so it is not a diffusers pipeline.{instead_of_pipeline(folder)}"
+            f"{named}: not a diffusers pipeline: {INDEX} is missing.{instead_of_pipeline(folder)}"
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read as JSON ({error}); copy the pipeline again") from error
@@ -35,14 +35,14 @@ def local_index(folder: Path, what: str | None = None) -> dict[str, Any]:
 
 
 def instead_of_pipeline(path: Path) -> str:
-    """A sentence, with a space before it, on what lies at ``path`` in place of a pipeline; empty where it is not known."""
+    """A sentence, after a space, about what is at ``path`` instead of a pipeline; empty if unknown."""
     if path.is_file():
         return _single_file(path)
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     if names & {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}:
         return _LORA
     if "config.yaml" in names:
-        return " It is a run folder of gdmd: give its base model, and the run as loop.start_from."
+        return " It is a gdmd run folder: give its base model, and the run as loop.start_from."
     inner = [
         *(entry.parent for entry in sorted(path.glob(f"*/{INDEX}"))),
         *(entry.parent for entry in sorted(path.glob(f"snapshots/*/{INDEX}"))),
@@ -76,21 +76,21 @@ def _single_file(path: Path) -> str:
     if lora:
         return _LORA
     return (
-        f" {path.name} is a single-file checkpoint: turn it into a pipeline once, in diffusers: "
+        f" {path.name} is a single-file checkpoint: convert it to a pipeline once, in diffusers: "
         "StableDiffusionXLPipeline (the class of its family).from_single_file(FILE).save_pretrained(FOLDER)."
     )
 
 
 def components(index: Mapping[str, Any], without: Container[str] = ()) -> dict[str, str]:
-    """The components that an index names, with their classes."""
+    """The components named in an index, with their classes."""
     given = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     return {name: str(value[1]) for name, value in given.items() if value[1] and name not in without}
 
 
 def absent(index: Mapping[str, Any], names: Sequence[str], folder: Path | None = None) -> list[str]:
-    """Those of these components that the index does not name, or, in a ``folder``, whose own is not there.
+    """Which of these components the index does not name, or have no subfolder in ``folder``.
 
-    A safety checker without its feature extractor counts as absent: diffusers refuses it.
+    A safety checker without its feature extractor counts as absent: diffusers rejects it.
     """
     named = components(index)
     lacks = [name for name in names if name not in named]
@@ -102,7 +102,7 @@ def absent(index: Mapping[str, Any], names: Sequence[str], folder: Path | None =
 
 
 def check_needed(index: Mapping[str, Any], needs: Sequence[str], pipeline: str, what: str) -> None:
-    """ValueError, beginning with ``what``, for the first component that a ``pipeline`` needs and the index lacks."""
+    """ValueError, starting with ``what``, for the first component that a ``pipeline`` needs and the index lacks."""
     for name in needs:
         if name not in components(index):
             raise ValueError(
@@ -112,7 +112,7 @@ def check_needed(index: Mapping[str, Any], needs: Sequence[str], pipeline: str, 
 
 
 def check_folders(folder: Path, index: Mapping[str, Any], without: Container[str], what: str) -> None:
-    """ValueError for a component without a folder, from which diffusers would read files of other components."""
+    """ValueError for a component without a folder: diffusers would read files of other components instead."""
     for name, kind in components(index, without).items():
         if not (folder / name).is_dir():
             raise ValueError(
@@ -124,10 +124,10 @@ def check_folders(folder: Path, index: Mapping[str, Any], without: Container[str
 def check_files(
     folder: Path, index: Mapping[str, Any], without: Container[str], variant: str | None, what: str, option: str
 ) -> None:
-    """ValueError for components that cannot be loaded as they are, or would be loaded as others.
+    """ValueError for components that cannot be loaded, or would be loaded wrongly.
 
-    Such are quantized networks, weights in pickles or of another variant only (``option`` sets it), and tokenizers
-    without their vocabulary, which transformers reads as empty ones.
+    These are quantized networks, weights in pickles or only in another variant (``option`` sets it), and tokenizers
+    without their vocabulary, which transformers loads as empty ones.
     """
     found: set[str | None] = set()
     for name in components(index, without):
@@ -140,18 +140,20 @@ def check_files(
         if variants and not variants & {None, variant}:
             there = sorted(map(str, variants))
             raise ValueError(
-                f"{what}: component {name!r} has only weight files of the variant {', '.join(there)}; set "
+                f"{what}: component {name!r} has weight files of the variant {', '.join(there)} only; set "
                 f"{option}={there[0]}"
             )
         if not variants and any(file for kind in _PICKLES for file in part.glob(kind)):
             raise ValueError(
                 f"{what}: the weights of component {name!r} are pickles (.bin), which are not read because they can run "
-                "code. If you trust them, write them as safetensors once, in diffusers: "
+                "code. If you trust them, convert them to safetensors once, in diffusers: "
                 "DiffusionPipeline.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
             )
         found |= variants
     if variant is not None and found and variant not in found:
-        log.warning("%s: no component has weight files of the variant %r; those without one are read", what, variant)
+        log.warning(
+            "%s: no component has weight files of the variant %r; those without a variant are read", what, variant
+        )
 
 
 def _check_vocabulary(folder: Path, what: str) -> None:
@@ -159,18 +161,18 @@ def _check_vocabulary(folder: Path, what: str) -> None:
     whole = any(name in ("tokenizer.json", "vocab.txt", "tekken.json") or name.endswith(".model") for name in there)
     if not whole and not {"vocab.json", "merges.txt"} <= there:
         raise ValueError(
-            f"{what}: {folder} holds no vocabulary (tokenizer.json, vocab.json with merges.txt, or a .model file): all "
-            "captions would be read as empty; copy the folder again"
+            f"{what}: {folder} contains no vocabulary (tokenizer.json, vocab.json with merges.txt, or a .model file): "
+            "all captions would be read as empty; copy the folder again"
         )
 
 
 def refuse_quantized(folder: Path, name: str, what: str) -> None:
-    """ValueError for a component whose config says that its weights are quantized."""
+    """ValueError for a component with quantized weights, as its config says."""
     try:
         quantized = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
         method = quantized.get("quant_method")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # no config of a network, or a damaged one, which loading will name
+        return  # not a network's config, or a damaged one, which loading will report
     raise ValueError(
         f"{what}: component {name!r} is quantized ({method}), which is not supported; give the pipeline with its "
         "original weights (bf16 or fp32)"
@@ -178,7 +180,7 @@ def refuse_quantized(folder: Path, name: str, what: str) -> None:
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The safetensors of a component that are loaded: those of the variant, or else those without one."""
+    """The safetensors of a component that are loaded: those of the variant, else those without one."""
     files = sorted(folder.glob("*.safetensors"))
     own = [file for file in files if weight_variant(file.name) == variant]
     return own or [file for file in files if weight_variant(file.name) is None]

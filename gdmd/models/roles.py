@@ -1,4 +1,4 @@
-"""The roles of one distillation of a real model: adapters on one trunk, full copies, or one of each."""
+"""The roles of one distillation of a real model: adapters on one shared backbone, full copies, or one of each."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from torch.nn import Parameter
 
 from gdmd.models.compile import compile_blocks
 from gdmd.models.families.base import Family, network_dtype
-from gdmd.models.full_copy import Copy
+from gdmd.models.full_copy import FullCopy
 from gdmd.models.gan_head import FeatureCritic, GanHead, seeded_head
-from gdmd.models.lora import BARE, Trunk, Wear, check_targets
+from gdmd.models.lora import NO_ADAPTER, ActiveAdapter, SharedBackbone, check_targets
 from gdmd.types import Cond, Denoiser, Prediction, Role
 
 SEEDS: Mapping[Role, int] = {"student": 1, "fake": 2}
-"""What the adapters' A are drawn from; the run's seed moves noise and prompts only."""
+"""Seeds of the adapters' A; the run's seed affects noise and prompts only."""
 
 
-class Net(Protocol):
-    """A network that may first have to put on its role."""
+class RoleNetwork(Protocol):
+    """The network behind a role."""
 
     def ready(self) -> Any:
-        """The module, ready to be called for this role."""
+        """The module, with this role's adapter active."""
         ...
 
 
-class Worn:
-    """The trunk in one role."""
+class AdapterView:
+    """The shared backbone in one role."""
 
-    def __init__(self, trunk: Trunk, wear: Wear) -> None:
-        self.trunk, self.wear = trunk, wear
+    def __init__(self, backbone: SharedBackbone, adapter: ActiveAdapter) -> None:
+        self.backbone, self.adapter = backbone, adapter
 
     def ready(self) -> Any:
-        return self.trunk.wear(self.wear)
+        return self.backbone.set_adapter(self.adapter)
 
 
 class RoleDenoiser:
-    """A role as a Denoiser. With ``half``, networks that are stored in fp32 compute in bf16 under autocast.
+    """A role as a Denoiser. With ``half``, networks stored in fp32 compute in bf16 under autocast.
 
-    A call without gradient on more than cfg.forward_chunk rows is made in parts of that size.
+    A call without gradient on more than cfg.forward_chunk rows is split into chunks of that size.
     """
 
-    def __init__(self, family: Family, net: Net, *, half: bool) -> None:
+    def __init__(self, family: Family, net: RoleNetwork, *, half: bool) -> None:
         self.family, self.net, self.half = family, net, half
         self.schedule = family.schedule
-        self.reading = False  # while a call is made for features
+        self.in_feature_mode = False  # during a call for features
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        most = self.family.cfg.forward_chunk
-        if torch.is_grad_enabled() or not 0 < most < len(x_t):
+        chunk = self.family.cfg.forward_chunk
+        if torch.is_grad_enabled() or not 0 < chunk < len(x_t):
             return self._predict(x_t, t, cond)
-        cuts = [slice(first, first + most) for first in range(0, len(x_t), most)]
+        cuts = [slice(first, first + chunk) for first in range(0, len(x_t), chunk)]
         parts = [self._predict(x_t[cut], t[cut], {k: v[cut] for k, v in cond.items()}) for cut in cuts]
         return Prediction(torch.cat([part.x0 for part in parts]), torch.cat([part.eps for part in parts]))
 
@@ -63,13 +63,13 @@ class RoleDenoiser:
             return self.family.predict(net, x_t, t, cond)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Hidden states of the image tokens where the family is read, [B, N, D], fp32."""
-        net, self.reading = self.net.ready(), True
+        """Hidden states of the image tokens at the family's feature layer, [B, N, D], fp32."""
+        net, self.in_feature_mode = self.net.ready(), True
         try:
             with self._precision(net, x_t):
                 return self.family.features(net, x_t, t, cond).float()
         finally:
-            self.reading = False
+            self.in_feature_mode = False
 
     def _precision(self, net: Any, x_t: Tensor) -> torch.autocast:
         narrow = self.half and network_dtype(net) == torch.float32
@@ -77,11 +77,11 @@ class RoleDenoiser:
 
 
 class DiffusersRoles:
-    """Teacher, student, fake and old policy of a family; before the first step all of them are the teacher.
+    """Teacher, student, fake score and old policy of a family; before the first step all of them equal the teacher.
 
-    cfg.full says which trained roles are full fp32 copies; the others are fp32 adapters on the frozen trunk.
-    ``head_seed`` makes a GAN head on the fake's features (``critic``), with weights from that seed; they are trained
-    with the fake, under the names "gan_head.*" of its parameters. Without it there is none, in memory or checkpoints.
+    cfg.full says which trained roles are full fp32 copies; the others are fp32 adapters on the frozen backbone.
+    ``head_seed`` adds a GAN head on the fake score's features (``critic``), initialized from that seed; it is trained
+    with the fake score, as "gan_head.*" of its parameters. None = no head, neither in memory nor in checkpoints.
     """
 
     def __init__(self, family: Family, *, half: bool = False, head_seed: int | None = None) -> None:
@@ -89,14 +89,14 @@ class DiffusersRoles:
         self.family, self.schedule, self.guide = family, family.schedule, family.guide
         check_targets(family.net, cfg.lora_targets)
         self._half = half or cfg.dtype == "bf16"
-        self._copies: dict[Role, Copy] = {}
+        self._copies: dict[Role, FullCopy] = {}
         self._shard: Callable[[Any], None] | None = None
         self._backend: str | None = None
         both: tuple[Role, Role] = ("student", "fake")
         for role in both:
             if cfg.full in (role, "both"):
-                self._copies[role] = Copy(family.net, checkpointing=cfg.checkpointing)
-        self.trunk = Trunk(
+                self._copies[role] = FullCopy(family.net, checkpointing=cfg.checkpointing)
+        self.backbone = SharedBackbone(
             family.net,
             cfg.lora_rank,
             cfg.lora_alpha,
@@ -105,24 +105,24 @@ class DiffusersRoles:
         )
         for role in both:
             if role not in self._copies:
-                self.trunk.add(role, SEEDS[role])
-        self.teacher = self._denoiser(Worn(self.trunk, BARE))
+                self.backbone.add(role, SEEDS[role])
+        self.teacher = self._denoiser(AdapterView(self.backbone, NO_ADAPTER))
         self.student, self.fake = (self._denoiser(self._net(role)) for role in both)
-        self.old = self._denoiser(Worn(self.trunk, BARE))
+        self.old = self._denoiser(AdapterView(self.backbone, NO_ADAPTER))
         self.critic = None if head_seed is None else FeatureCritic(self.fake, _head_of(family, head_seed))
         self._old: Mapping[str, Tensor] = {}
 
     def compile(self, backend: str = "inductor") -> None:
-        """torch.compile the repeated blocks of all networks, those of a later old policy too; before ``shard``."""
+        """torch.compile the repeated blocks of all networks, including those of a later old policy; before ``shard``."""
         assert self._shard is None, "compile before shard: FSDP's hooks belong outside of the graphs"
-        self._backend, self.trunk.compiled = backend, True
+        self._backend, self.backbone.compiled = backend, True
         for net in self.modules():
             compile_blocks(net, self.family.blocks, backend)
 
     def shard(self, shard: Callable[[Any], None]) -> None:
-        """The full copies, and the old policy's when it is made; adapters and the frozen trunk stay whole.
+        """Shard the full copies, and the old policy's once it exists; adapters and the frozen backbone are replicated.
 
-        A GAN head goes with its fake: one role is all shards or all whole.
+        A GAN head is sharded with its fake score: all weights of a role are sharded, or none.
         """
         self._shard = shard
         for own in self._copies.values():
@@ -132,35 +132,35 @@ class DiffusersRoles:
 
     def parameters(self, role: Role) -> Mapping[str, Parameter]:
         own = self._copies.get(role)
-        weights = own.weights() if own else self.trunk.weights(role)
+        weights = own.weights() if own else self.backbone.weights(role)
         if role == "fake" and self.critic is not None:
             weights |= {f"gan_head.{name}": value for name, value in self.critic.head.named_parameters()}
         return weights
 
     def modules(self) -> tuple[Any, ...]:
-        """Every network that holds weights of a role: the trunk, then the copies."""
-        return self.trunk.net, *(own.net for own in self._copies.values())
+        """Every network that holds weights of a role: the backbone, then the copies."""
+        return self.backbone.net, *(own.net for own in self._copies.values())
 
-    def recompute(self, *, on: bool) -> None:
-        """Switch activation checkpointing of all of them."""
-        owners: list[Trunk | Copy] = [self.trunk, *self._copies.values()]
+    def set_checkpointing(self, *, on: bool) -> None:
+        """Switch activation checkpointing of all networks."""
+        owners: list[SharedBackbone | FullCopy] = [self.backbone, *self._copies.values()]
         for own in owners:
-            own.recompute(on=on)
+            own.set_checkpointing(on=on)
 
     def blended_teacher(self, share: float) -> Denoiser:
-        """The teacher with ``share`` of the fake's displacement (DynaDG, arXiv 2511.13649v4), no gradient kept apart.
+        """The teacher moved by ``share`` of the fake score's displacement (DynaDG, arXiv 2511.13649v4).
 
-        An adapter is worn at this scale; a full copy is mixed, teacher + share (fake - teacher).
+        An adapter is activated at this scale; a full copy is mixed: teacher + share (fake - teacher).
         """
         own = self._copies.get("fake")
         if own is None:
-            return self._denoiser(Worn(self.trunk, Wear("fake", share)))
+            return self._denoiser(AdapterView(self.backbone, ActiveAdapter("fake", share)))
         if self._shard is not None:
             raise ValueError(
-                "loop.sharding is on, and a sharded fake cannot be mixed with the teacher (method dmdr, overlap > 0); "
+                "loop.sharding is on, and a sharded fake score cannot be mixed with the teacher (method dmdr, overlap > 0); "
                 "set method.overlap = 0 or loop.sharding = none"
             )
-        return self._denoiser(own.blended(self.trunk.wear(BARE), share))
+        return self._denoiser(own.blended(self.backbone.set_adapter(NO_ADAPTER), share))
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
@@ -181,32 +181,32 @@ class DiffusersRoles:
             wrong = sorted(self._old.keys() ^ tensors.keys())
             raise ValueError(
                 f"the saved old policy does not fit: {len(wrong)} names differ, first {wrong[0]!r}. "
-                "It is of another network: use the checkpoint of this configuration."
+                "It belongs to another network: use the checkpoint of this configuration."
             )
         for name, old in self._old.items():
             old.copy_(tensors[name])
 
     def _make_old(self) -> None:
-        """The student as it was before its first step; its memory is taken only when a method asks for it."""
+        """Create the old policy as the student before its first step; only methods that ask for it pay the memory."""
         if self._old:
             return
         if "student" in self._copies:
-            own = Copy(self.trunk.wear(BARE), checkpointing=False)
+            own = FullCopy(self.backbone.set_adapter(NO_ADAPTER), checkpointing=False)
             if self._backend is not None:
                 compile_blocks(own.net, self.family.blocks, self._backend)
             if self._shard is not None:
                 self._shard(own.net)
             self.old.net, self._old = own, own.weights()
         else:
-            self.trunk.add("old", SEEDS["student"])
-            self.old.net, self._old = Worn(self.trunk, Wear("old")), self.trunk.weights("old")
+            self.backbone.add("old", SEEDS["student"])
+            self.old.net, self._old = AdapterView(self.backbone, ActiveAdapter("old")), self.backbone.weights("old")
         for weights in self._old.values():
             weights.requires_grad_(False)
 
-    def _net(self, role: Role) -> Net:
-        return self._copies.get(role) or Worn(self.trunk, Wear(role))
+    def _net(self, role: Role) -> RoleNetwork:
+        return self._copies.get(role) or AdapterView(self.backbone, ActiveAdapter(role))
 
-    def _denoiser(self, net: Net) -> RoleDenoiser:
+    def _denoiser(self, net: RoleNetwork) -> RoleDenoiser:
         return RoleDenoiser(self.family, net, half=self._half)
 
 

@@ -1,8 +1,8 @@
-"""Read what a base model's scheduler says about the model; each diffusers class has its own keys.
+"""Read what a base model's scheduler says about the model; each diffusers class has different keys.
 
-A config of another class has other keys for the same thing (``flow_shift`` and ``shift``), so every class is named here
-with what is read of it. What belongs to a sampler and not to the model (order, Karras spacing, clipping) is known and
-not read; any other key that differs from its default is refused.
+The same setting has different keys in different classes (``flow_shift`` and ``shift``), so every class is listed here with
+the keys that are read. Keys of the sampler rather than the model (order, Karras spacing, clipping) are known and ignored;
+any other key that differs from its default is an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from gdmd.diffusion.schedule import VpSchedule
-from gdmd.models.timesteps import FlowClock, Spacing, VpClock
+from gdmd.models.timesteps import FlowTimesteps, Spacing, VpTimesteps
 from gdmd.types import Native
 
 Kind = Literal["flow", "vp", "edm", "unknown"]
@@ -24,7 +24,7 @@ _SOLVERS = (
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
     *("DEISMultistepScheduler", "SASolverScheduler"),
 )
-"""Solvers of both kinds of model: of a flow with use_flow_sigmas, whose shift they call flow_shift."""
+"""Solvers for both kinds of model: for flow models with use_flow_sigmas; their shift is called flow_shift."""
 _BETAS = (
     *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler"),
     *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler"),
@@ -33,7 +33,7 @@ _BETAS = (
 )
 _EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 FEW_STEPS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
-"""Schedulers that only few-step students are sampled with."""
+"""Schedulers used only to sample few-step models."""
 
 _SPACED = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
 _SAMPLER = {
@@ -43,7 +43,7 @@ _SAMPLER = {
     *("thresholding", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps", "noise_sampler_seed"),
     *("original_inference_steps", "timestep_scaling", "stochastic_sampling", "upscale_mode"),
 }
-"""How a pipeline solves, not what its network predicts."""
+"""Settings of the solver, not of the network."""
 _OF_FLOW = {
     *("num_train_timesteps", "shift", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"),
     *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "prediction_type", "use_flow_sigmas"),
@@ -58,7 +58,7 @@ _PREDICTS: Mapping[str, Native] = {"epsilon": "eps", "v_prediction": "v", "sampl
 
 
 def kind_of(scheduler: Any) -> Kind:
-    """What kind of model a diffusers scheduler belongs to."""
+    """The kind of model a diffusers scheduler belongs to."""
     name, config = type(scheduler).__name__, scheduler.config
     if name in _SHIFTED:
         return "flow"
@@ -75,18 +75,18 @@ KINDS: Mapping[Kind, str] = {
     "edm": "EDM models",
     "unknown": "others",
 }
-"""In words."""
+"""Names for messages."""
 
 
 def shift_key(kind: type[Any]) -> str | None:
-    """What a class of scheduler calls the shift of flow times; None where it has none."""
+    """The key of the flow shift in a scheduler class; None if it has none."""
     if kind.__name__ in _SOLVERS:
         return "flow_shift"
     return "shift" if kind.__name__ in _SHIFTED else None
 
 
 def check_kind(scheduler: Any, wanted: Kind, model: str) -> None:
-    """ValueError for the scheduler of another kind of model; ``model`` begins the sentence."""
+    """ValueError for a scheduler of another kind of model; ``model`` starts the message."""
     found, name = kind_of(scheduler), type(scheduler).__name__
     if found == wanted:
         return
@@ -98,7 +98,7 @@ def check_kind(scheduler: Any, wanted: Kind, model: str) -> None:
             "base model with a beta schedule, such as SDXL"
         )
     own = f", prediction_type = {scheduler.config.prediction_type!r}" if "prediction_type" in scheduler.config else ""
-    what = f"is for {KINDS[found]}" if found != "unknown" else "is not one that gdmd can read"
+    what = f"is for {KINDS[found]}" if found != "unknown" else "is not supported by gdmd"
     take = "FlowMatchEulerDiscreteScheduler" if wanted == "flow" else "DDIMScheduler or EulerDiscreteScheduler"
     take += (
         ", or this one with use_flow_sigmas = true, prediction_type = 'flow_prediction' and its flow_shift"
@@ -107,12 +107,12 @@ def check_kind(scheduler: Any, wanted: Kind, model: str) -> None:
     )
     raise ValueError(
         f"{model} is {of[wanted]}, but its scheduler ({name}{own}) {what}. Save the pipeline with the "
-        f"scheduler that it was trained with: {take}"
+        f"scheduler it was trained with: {take}"
     )
 
 
 def _check_keys(scheduler: Any, known: set[str]) -> None:
-    """ValueError for a key of this class that is not in ``known`` and not at its default."""
+    """ValueError for a key of this class that is not in ``known`` and differs from its default."""
     name, config = type(scheduler).__name__, scheduler.config
     for key, parameter in inspect.signature(type(scheduler).__init__).parameters.items():
         if key in known or key in ("self", "kwargs") or key not in config:
@@ -129,7 +129,7 @@ def _check_keys(scheduler: Any, known: set[str]) -> None:
 class FlowSettings:
     """A flow model's times: a constant ``shift``, or with ``dynamic`` one that grows with the image.
 
-    ``terminal``: the last time of the teacher's path; ``train_steps``: t = 1 is this number for the network.
+    ``terminal``: the teacher's last time; ``train_steps``: the network reads t = 1 as this number.
     """
 
     train_steps: int = 1000
@@ -142,14 +142,14 @@ class FlowSettings:
     kind: Literal["exponential", "linear"] = "exponential"
     terminal: float | None = None
 
-    def clock(self, tokens: int, mu: float | None = None) -> FlowClock:
-        """For an image of ``tokens`` patches. ``mu``, of a pipeline with a formula of its own, replaces the linear one."""
+    def timesteps(self, tokens: int, mu: float | None = None) -> FlowTimesteps:
+        """For an image of ``tokens`` patches. ``mu`` overrides the linear formula, for pipelines with a different one."""
         if not self.dynamic:
-            return FlowClock(self.shift, self.terminal)
+            return FlowTimesteps(self.shift, self.terminal)
         if mu is None:
             rise = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
             mu = self.base_shift + (tokens - self.base_tokens) * rise
-        return FlowClock(mu if self.kind == "linear" else math.exp(mu), self.terminal)
+        return FlowTimesteps(mu if self.kind == "linear" else math.exp(mu), self.terminal)
 
     def euler(self) -> dict[str, Any]:
         """The config of a FlowMatchEulerDiscreteScheduler with these times."""
@@ -166,14 +166,14 @@ class FlowSettings:
         }
 
     def stochastic(self) -> dict[str, Any]:
-        """The config of one that samples a student: a terminal would stretch its few steps, too."""
+        """The config of one that samples a student; without terminal, which would stretch its few steps too."""
         return self.euler() | {"shift_terminal": None, "stochastic_sampling": True}
 
 
 def read_flow(scheduler: Any, model: str, max_shift: float = 1.15) -> FlowSettings:
-    """The times of a flow pipeline's scheduler. ``max_shift``: what its pipeline assumes where the config has none.
+    """The times of a flow pipeline's scheduler. ``max_shift``: the pipeline's default if the config has none.
 
-    ValueError for a scheduler of another kind of model, and for settings that cannot be kept.
+    ValueError for a scheduler of another kind of model, and for unsupported settings.
     """
     check_kind(scheduler, "flow", model)
     name, config = type(scheduler).__name__, scheduler.config
@@ -199,7 +199,7 @@ def read_flow(scheduler: Any, model: str, max_shift: float = 1.15) -> FlowSettin
 
 
 def _own(scheduler: Any, key: str) -> Any:
-    """A key that the scheduler's class reads. Configs also keep the keys of the class that they were made from."""
+    """A key that the scheduler's class reads. Configs also keep keys of the class they were converted from."""
     return scheduler.config.get(key) if key in inspect.signature(type(scheduler).__init__).parameters else None
 
 
@@ -226,7 +226,7 @@ class VpSettings:
 
     schedule: VpSchedule
     predicts: Native
-    clock: VpClock
+    timesteps: VpTimesteps
 
     def few_steps(self, steps: int) -> dict[str, Any]:
         """The config of an LCMScheduler that samples a student of ``steps`` steps."""
@@ -248,7 +248,7 @@ class VpSettings:
 def read_vp(scheduler: Any, model: str) -> VpSettings:
     """The betas and the prediction of a VP pipeline's scheduler.
 
-    ValueError for a scheduler of another kind of model, and for settings that cannot be kept or cannot be right.
+    ValueError for a scheduler of another kind of model, and for unsupported or impossible settings.
     """
     check_kind(scheduler, "vp", model)
     name, config = type(scheduler).__name__, scheduler.config
@@ -294,4 +294,4 @@ def read_vp(scheduler: Any, model: str) -> VpSettings:
             f"the pipeline's scheduler ({name}) has timestep_spacing = {spacing!r}; supported are "
             f"{', '.join(get_args(Spacing))}"
         )
-    return VpSettings(schedule, predicts, VpClock(steps, spacing, int(_own(scheduler, "steps_offset") or 0), first))
+    return VpSettings(schedule, predicts, VpTimesteps(steps, spacing, int(_own(scheduler, "steps_offset") or 0), first))

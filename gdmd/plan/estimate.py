@@ -1,4 +1,15 @@
-"""What ``gdmd plan`` does: a recipe's parameters, memory, passes, FLOP and expected speed, without its weights."""
+"""What ``gdmd plan`` computes: a recipe's memory, work and speed before any weight is loaded.
+
+1. Networks: the model's real classes from its config files, on the meta device (``meta_pipeline``, ``networks``).
+2. Weights: counted on these networks -> bytes of base model, roles, optimizer state, EMA, encoders, decoder, rewards.
+3. Activations: one call of every kind (teacher; student and fake score forward + backward; decoding) on fake tensors,
+   which have shapes but no memory; every allocation is followed, and the peak kept (``fake_tensors``).
+4. FLOP of the same calls: torch's formulas for matrix products, convolutions and attention.
+5. Calls per iteration: the recipe's method itself, run on one-weight networks (``recipes.call_counts``).
+6. Memory = 2. + gradients + tensors of the batch + the largest phase of 3. + a reserve of 1 GiB.
+7. Seconds = 4. x 5. / (GPU peak x --efficiency).
+8. --gpus N: the batch is divided; DDP and FSDP traffic over the link between the GPUs of one node (``cost_model``).
+"""
 
 from __future__ import annotations
 
@@ -11,20 +22,21 @@ from typing import Any
 from torch import Tensor
 
 from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import CompositeReward
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
 from gdmd.plan.cost_model import (
     GIB,
+    MAX_GPUS,
     REWARD_ROW,
     REWARDS,
     Gpu,
-    Parts,
+    ProcessCost,
     RewardNet,
-    Row,
-    Sharding,
-    Trained,
-    gpu_counts,
+    RoleTraffic,
+    ScalingRow,
+    Sharded,
     scaling_row,
 )
 from gdmd.plan.fake_tensors import measure
@@ -39,17 +51,17 @@ _DTYPE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that is said about a recipe on a GPU. ``uncounted``: rewards whose network is not known here."""
+class TrainingPlan:
+    """The estimate of a recipe on a GPU. ``uncounted``: rewards whose network is not known here."""
 
     cfg: RunConfig
     source: str
     weights: Mapping[str, int]
-    tally: Tally
+    counts: Tally
     costs: Costs
-    parts: Parts
-    roles: tuple[Trained, ...]
-    sharding: Sharding
+    cost: ProcessCost
+    roles: tuple[RoleTraffic, ...]
+    sharded: Sharded
     text_bytes: int
     embedding: int
     uncounted: tuple[str, ...]
@@ -62,8 +74,8 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """Bytes at the worst moment, the embedding of the prompts included."""
-        return max(self.parts.total(self.batch), self.embedding)
+        """Peak bytes, including the embedding of the prompts."""
+        return max(self.cost.total(self.batch), self.embedding)
 
     @property
     def fits(self) -> bool:
@@ -72,41 +84,41 @@ class Plan:
     @property
     def seconds(self) -> float:
         """One outer iteration."""
-        return self.parts.seconds(self.batch, self.gpu, self.efficiency)
+        return self.cost.seconds(self.batch, self.gpu, self.efficiency)
 
     @property
     def passes(self) -> float:
-        """Forwards per student update and sample; a backward counts 2, through a frozen trunk 1."""
+        """Forward passes per student update and sample; a backward counts 2, through a frozen backbone 1."""
         full = self.cfg.model.full if isinstance(self.cfg.model, DiffusersModel) else "both"
         extra = {who: 2 if full in (who, "both") else 1 for who in ("student", "fake")}
-        counted = sum(self.tally.passes.values())
-        counted += sum(share * (1 + extra.get(who, 1)) for who, share in self.tally.graded.items())
-        counted -= self.tally.read * (1 + extra["fake"]) * (1 - self.costs.reading)
-        return counted / self.tally.updates["student"]
+        counted = sum(self.counts.passes.values())
+        counted += sum(share * (1 + extra.get(who, 1)) for who, share in self.counts.graded.items())
+        counted -= self.counts.read * (1 + extra["fake"]) * (1 - self.costs.feature_cost)
+        return counted / self.counts.updates["student"]
 
-    def scaling(self, counts: list[int]) -> list[Row]:
+    def scaling(self, counts: list[int]) -> list[ScalingRow]:
         """One row per number of GPUs."""
         return [
-            scaling_row(self.parts, self.roles, self.sharding, self.batch, count, self.gpu, self.efficiency)
+            scaling_row(self.cost, self.roles, self.sharded, self.batch, count, self.gpu, self.efficiency)
             for count in counts
         ]
 
     def json(self, counts: list[int]) -> dict[str, Any]:
-        """What ``gdmd plan --json`` prints. Memory in bytes."""
-        updates = self.tally.updates["student"]
-        flop = sum(self.parts.flop.values()) * self.batch
+        """The object of ``gdmd plan --json``. Memory in bytes."""
+        updates = self.counts.updates["student"]
+        flop = sum(self.cost.flop.values()) * self.batch
         return {
             "recipe": self.cfg.name,
             "source": self.source,
             "weights": dict(self.weights),
-            "static_bytes": dict(self.parts.static),
-            "gradient_bytes": self.parts.gradients,
-            "peak_bytes": self.parts.peaks(self.batch),
+            "static_bytes": dict(self.cost.static),
+            "gradient_bytes": self.cost.gradients,
+            "peak_bytes": self.cost.peaks(self.batch),
             "activations": {"checkpointed": self.costs.with_checkpointing, "stored": self.costs.without},
             "text_bytes_per_prompt": self.text_bytes,
             "embedding_bytes": self.embedding,
             "total_bytes": self.total,
-            "updates": dict(self.tally.updates),
+            "updates": dict(self.counts.updates),
             "passes_per_student_update": self.passes,
             "forward_tflop": self.costs.forward["teacher"] / 1e12,
             "tflop_per_student_update": flop / updates / 1e12,
@@ -121,37 +133,37 @@ class Plan:
         }
 
 
-def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> Plan:
-    """The plan of a recipe. ValueError for a model whose configs are not here."""
+def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> TrainingPlan:
+    """Estimate a recipe. ValueError for a hub model whose config is not known here."""
     nets = networks_of(cfg)
     counted = tally(cfg)
     rows = max(round(min(counted.widest * cfg.loop.batch_size, _chunk(cfg))), 1)
-    costs = costs_of(cfg, nets, rows, steered=counted.steered > 0)
+    costs = costs_of(cfg, nets, rows, reward_gradient=counted.steered > 0)
     rewards, uncounted = _reward_nets(cfg)
-    stay = [r for r in rewards if not r.waits or counted.steered > 0]  # with gradient an offloading one stays, too
+    stay = [r for r in rewards if not r.offloaded or counted.steered > 0]  # with gradient it stays on the device
     static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in stay)}
     visiting = max((r.bytes for r in rewards if r not in stay), default=0)  # one after the other
     trained = {role: _bytes(nets.roles.parameters(role).values()) for role in ("student", "fake")}
     row = nets.text(1)
     text = sum(value.numel() * value.element_size() for value in row.values())
-    parts = Parts(
+    cost = ProcessCost(
         static=static,
         gradients=max(trained.values()),
         call=costs.call,
         rows=counted.widest,
         chunk=_chunk(cfg),
-        answer=2 * 4 * math.prod(nets.latent_shape),  # fp32
-        graded=max(costs.graded["student"].bytes, costs.graded["fake"].bytes),
-        picture=_picture(counted, costs) + visiting,
+        output=2 * 4 * math.prod(nets.latent_shape),  # fp32
+        update=max(measured.bytes for measured in costs.update.values()),
+        decoding=_decoding(counted, costs) + visiting,
         per_sample=_per_sample(cfg, nets, text, scored=counted.decoded > 0),
-        scored=REWARD_ROW if rewards and isinstance(cfg.model, DiffusersModel) else 0,
+        scoring=REWARD_ROW if rewards and isinstance(cfg.model, DiffusersModel) else 0,
         flop=_flop(counted, costs, sum(r.flop for r in rewards)),
     )
-    loading = sum(static[name] for name in ("trunk", "student", "fake", "decoder")) + nets.encoders * nets.narrow
-    return Plan(
-        *(cfg, nets.source, _weights(nets, rewards), counted, costs, parts),
+    loading = sum(static[name] for name in ("base model", "student", "fake", "decoder")) + nets.encoders * nets.itemsize
+    return TrainingPlan(
+        *(cfg, nets.source, _weights(nets, rewards), counted, costs, cost),
         roles=_roles(cfg, trained, counted),
-        sharding=_sharding(cfg, nets, static, trained),
+        sharded=_sharded(cfg, nets, static, trained),
         text_bytes=text if isinstance(cfg.model, DiffusersModel) else 0,
         embedding=loading if nets.encoders else 0,
         uncounted=uncounted,
@@ -161,23 +173,23 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> Plan:
 
 
 def _chunk(cfg: RunConfig) -> float:
-    """Rows of one call without gradient, at most."""
+    """Rows of a call without gradient at most."""
     most = cfg.model.forward_chunk if isinstance(cfg.model, DiffusersModel) else 0
     return most or math.inf
 
 
 @dataclass(frozen=True)
 class _HeldReward:
-    """bytes and flop on the student's device; waits: the weights are on the CPU between calls (offload)."""
+    """A reward's bytes and FLOP on the student's device; offloaded: its weights are on the CPU between calls."""
 
     weights: int
     bytes: int
     flop: int
-    waits: bool = False
+    offloaded: bool = False
 
 
 def _reward_nets(cfg: RunConfig) -> tuple[list[_HeldReward], tuple[str, ...]]:
-    """The reward networks on the student's device, and the names of those whose size is not known."""
+    """The reward networks on the student's device, and the names of those of unknown size."""
     if not cfg.method.rewarded:
         return [], ()
     found, unknown = [], []
@@ -189,13 +201,13 @@ def _reward_nets(cfg: RunConfig) -> tuple[list[_HeldReward], tuple[str, ...]]:
                 continue
             here = isinstance(one, ShapesReward) or getattr(one, "device", None) in (None, "cuda", "cuda:0")
             size = _DTYPE[getattr(one, "dtype", "fp32")]
-            waits = getattr(one, "offload", False)
-            found.append(_HeldReward(net.weights, net.weights * size * here, net.flop * here, waits))
+            offloaded = getattr(one, "offload", False)
+            found.append(_HeldReward(net.weights, net.weights * size * here, net.flop * here, offloaded))
     return found, tuple(unknown)
 
 
 def _shapes_reward(spec: RewardConfig) -> RewardNet:
-    """A scorer of the Shapes lab: small enough to be built and run once."""
+    """A scorer of the Shapes world: small enough to be built and run once."""
     import torch
 
     from gdmd.shapes.grammar import CAPTION_TOKENS
@@ -206,20 +218,20 @@ def _shapes_reward(spec: RewardConfig) -> RewardNet:
     net = build_net(spec.kind)
     images, words = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), torch.zeros(1, CAPTION_TOKENS, dtype=torch.int64)
     with torch.no_grad():
-        said = net.text_features(words)  # once per caption, so no part of a score's cost
-        flop = measure(lambda: net(images, said)).flop
+        text = net.text_features(words)  # once per caption, so not part of a score
+        flop = measure(lambda: net(images, text)).flop
     return RewardNet(sum(p.numel() for p in net.parameters()), flop)
 
 
 def _static(cfg: RunConfig, nets: Networks, counted: Tally) -> dict[str, int]:
-    """Bytes that are held during the whole training, by role."""
+    """Bytes held during the whole training, by role."""
     student, fake = (nets.roles.parameters(role) for role in ("student", "fake"))
     numbers = [p.numel() for own in (student, fake) for p in own.values()]
     moments = sum(moment_bytes(n) for n in numbers) if cfg.loop.optimizer == "adamw8bit" else ADAM * sum(numbers)
     live = isinstance(cfg.model, DiffusersModel) and cfg.model.embeddings is None
     decoders = _unique(nets.codec, nets.scoring)
     return {
-        "trunk": _bytes(_base(nets)),
+        "base model": _bytes(_base(nets)),
         "student": _bytes(student.values()),
         "fake": _bytes(fake.values()),
         "old policy": _bytes(student.values())
@@ -227,27 +239,27 @@ def _static(cfg: RunConfig, nets: Networks, counted: Tally) -> dict[str, int]:
         else 0,
         "optimizer": moments,
         "EMA": _bytes(student.values()) if cfg.loop.ema else 0,
-        "text encoders": nets.encoders * nets.narrow if live else 0,
+        "text encoders": nets.encoders * nets.itemsize if live else 0,
         "decoder": sum(_bytes(codec.vae.parameters()) for codec in decoders),
     }
 
 
 def _base(nets: Networks) -> list[Tensor]:
     """The frozen network without adapters."""
-    named = [*nets.trunk.named_parameters(), *nets.trunk.named_buffers()]
+    named = [*nets.base.named_parameters(), *nets.base.named_buffers()]
     return [weights for name, weights in named if ".lora_" not in name]
 
 
 def _weights(nets: Networks, rewards: list[_HeldReward]) -> dict[str, int]:
     """Numbers of weights."""
-    base = [p for name, p in nets.trunk.named_parameters() if ".lora_" not in name]
+    base = [p for name, p in nets.base.named_parameters() if ".lora_" not in name]
     own = {role: sum(p.numel() for p in nets.roles.parameters(role).values()) for role in ("student", "fake")}
     head = sum(p.numel() for net in heads_of(nets.roles) for p in net.parameters())
     own |= {"fake": own["fake"] - head, "GAN head": head} if head else {}
     decoder = sum(p.numel() for codec in _unique(nets.codec, nets.scoring) for p in codec.vae.parameters())
     held = sum(reward.weights for reward in rewards)
     return {
-        "trunk": sum(p.numel() for p in base),
+        "base model": sum(p.numel() for p in base),
         **own,
         "decoder": decoder,
         "rewards": held,
@@ -256,51 +268,55 @@ def _weights(nets: Networks, rewards: list[_HeldReward]) -> dict[str, int]:
 
 
 def _per_sample(cfg: RunConfig, nets: Networks, text: int, *, scored: bool) -> int:
-    """What a sample of the batch keeps: about 8 latents and two per target, its text three times, its pictures."""
+    """Bytes kept per sample of the batch: about 8 latents and two per target, its text three times, its images."""
     method = cfg.method
-    targets = method.group_size * method.targets if isinstance(method, GdmdConfig) else 1
+    targets = method.group_size if isinstance(method, GdmdConfig | GdmdTiltedConfig) else 1
+    targets *= method.continuations if isinstance(method, GdmdTiltedConfig) and method.rewarded else 1
     channels, height, width = nets.latent_shape
     sides = (cfg.model.height, cfg.model.width) if isinstance(cfg.model, DiffusersModel) else (4 * height, 4 * width)
-    pictures = 3 * 3 * 4 * sides[0] * sides[1] if scored else 0  # decoded, rescaled, cut to [0, 1]; fp32
-    return 4 * channels * height * width * (8 + 2 * targets) + 3 * text + pictures
+    images = 3 * 3 * 4 * sides[0] * sides[1] if scored else 0  # decoded, rescaled, clamped; fp32
+    return 4 * channels * height * width * (8 + 2 * targets) + 3 * text + images
 
 
-def _picture(counted: Tally, costs: Costs) -> int:
+def _decoding(counted: Tally, costs: Costs) -> int:
     """Bytes of decoding."""
     if counted.decoded + counted.steered == 0:
         return 0
-    return max(costs.decode.bytes, costs.steered.bytes if costs.steered else 0)
+    return max(costs.decode.bytes, costs.decode_with_grad.bytes if costs.decode_with_grad else 0)
 
 
 def _flop(counted: Tally, costs: Costs, rewards: int) -> dict[str, float]:
-    """One outer iteration per sample of the batch, by what is done."""
+    """FLOP of one outer iteration per sample of the batch, by kind of work."""
     without = sum(share * costs.forward[who] for who, share in counted.passes.items())
-    graded = {role: measured.flop / costs.micro for role, measured in costs.graded.items()}
-    updated = {**counted.graded, "fake": counted.graded["fake"] - counted.read}  # a head's calls are in graded
-    steered = costs.steered.flop / costs.micro if costs.steered else 0
-    pictures = counted.decoded * (costs.decode.flop / costs.chunk + rewards)
+    update = {role: measured.flop / costs.micro for role, measured in costs.update.items()}
+    calls = {
+        **counted.graded,
+        "fake": counted.graded["fake"] - counted.read,
+    }  # a GAN head's calls are part of the update
+    with_grad = costs.decode_with_grad.flop / costs.micro if costs.decode_with_grad else 0
+    scored = counted.decoded * (costs.decode.flop / costs.chunk + rewards)
     return {
         "passes without gradient": without,
-        "passes with gradient": sum(updated[role] * flop for role, flop in graded.items()),
-        "decoding and rewards": pictures + counted.steered * (steered + 3 * rewards),
+        "passes with gradient": sum(calls[role] * flop for role, flop in update.items()),
+        "decoding and rewards": scored + counted.steered * (with_grad + 3 * rewards),
     }
 
 
 def _copied(cfg: RunConfig) -> set[str]:
-    """The roles that have all weights of their own: what FSDP2 cuts."""
+    """The roles that are full copies: what FSDP2 shards."""
     full = cfg.model.full if isinstance(cfg.model, DiffusersModel) else "both"
     return {role for role in ("student", "fake") if full in (role, "both")}
 
 
-def _roles(cfg: RunConfig, trained: Mapping[str, int], counted: Tally) -> tuple[Trained, ...]:
-    """Student, fake and old policy; the old one is a copy where the student is one."""
+def _roles(cfg: RunConfig, trained: Mapping[str, int], counted: Tally) -> tuple[RoleTraffic, ...]:
+    """Student, fake score and old policy, which is a copy if the student is one."""
     copied = _copied(cfg)
     found = [
         *((role, role, trained[role], float(counted.updates[role])) for role in ("student", "fake")),
         *([("old", "student", trained["student"], 0.0)] if counted.old_policy else []),
     ]
     return tuple(
-        Trained(
+        RoleTraffic(
             *(size, updates, like in copied),
             *(counted.calls[who], counted.passes[who], counted.graded_calls[who], counted.losses[who]),
         )
@@ -308,19 +324,16 @@ def _roles(cfg: RunConfig, trained: Mapping[str, int], counted: Tally) -> tuple[
     )
 
 
-def _sharding(cfg: RunConfig, nets: Networks, static: Mapping[str, int], trained: Mapping[str, int]) -> Sharding:
-    """FSDP2 cuts full copies, their moments, the EMA and the old policy; adapters, trunk, decoder, rewards stay whole."""
+def _sharded(cfg: RunConfig, nets: Networks, static: Mapping[str, int], trained: Mapping[str, int]) -> Sharded:
+    """FSDP2 shards full copies, their optimizer state, EMA and old policy; everything else is replicated."""
     copied = _copied(cfg)
-    cut = sum(static[role] for role in copied)
-    cut += sum(static["optimizer"] * trained[role] // sum(trained.values()) for role in copied)
-    cut += static["EMA"] + static["old policy"] if "student" in copied else 0
-    units = [_numbers(block) for block in blocks_of(nets.trunk)]
-    parts = (
-        max((trained[role] for role in copied), default=0),
-        4 * max(units),
-        4 * (_numbers(nets.trunk) - sum(units)),
-    )
-    return Sharding(cut, *(parts if copied else (0, 0, 0)), len(units) + 1, _chunk(cfg), cfg.loop.micro_batch)
+    if not copied:
+        return Sharded(0, 0, 0, _chunk(cfg), cfg.loop.micro_batch)
+    held = sum(static[role] + static["optimizer"] * trained[role] // sum(trained.values()) for role in copied)
+    held += static["EMA"] + static["old policy"] if "student" in copied else 0
+    blocks = [_numbers(block) for block in blocks_of(nets.base)]
+    gathered = 4 * (_numbers(nets.base) - sum(blocks) + 2 * max(blocks))
+    return Sharded(held, max(trained[role] for role in copied), gathered, _chunk(cfg), cfg.loop.micro_batch)
 
 
 def _numbers(net: Any) -> int:
@@ -337,11 +350,14 @@ def _bytes(tensors: Any) -> int:
 
 
 def counts_of(gpus: str | None) -> list[int]:
-    """--gpus: none, a number, or "table". ValueError for anything else."""
+    """--gpus: none, a number of GPUs in one node, or "table". ValueError for anything else."""
     if gpus is None:
         return []
     if gpus == "table":
-        return gpu_counts()
-    if gpus.isascii() and gpus.isdigit() and 1 <= int(gpus[:9]) <= 65536:
+        return [1, 2, 4, MAX_GPUS]
+    if gpus.isascii() and gpus.isdigit() and 1 <= int(gpus[:9]) <= MAX_GPUS:
         return [int(gpus)]
-    raise ValueError(f"--gpus {gpus[:40]!r} is no number from 1 to 65536, and not the word table")
+    raise ValueError(
+        f"--gpus {gpus[:40]!r} must be an integer in 1..{MAX_GPUS} (the GPUs of one node; several nodes are not estimated) "
+        "or 'table'"
+    )

@@ -1,4 +1,4 @@
-"""FLOP and live memory of a computation, found without computing it: tensors have shapes, but no numbers."""
+"""FLOP and peak memory of a computation without running it: fake tensors have shapes but no data."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 @dataclass(frozen=True)
 class Measured:
-    """flop: of matrix products, convolutions and attention, a multiply-add counts 2. bytes: largest sum of storages
-    that were alive at once, without those that were there before."""
+    """The cost of a computation."""
 
-    flop: int
-    bytes: int
+    flop: int  # of matrix products, convolutions and attention; a multiply-add counts 2
+    bytes: int  # largest sum of storages alive at once, without those from before
 
 
-def weightless() -> AbstractContextManager[Any]:
-    """Inside, tensors are made without memory. What is computed with them has a shape and no value."""
+def fake_mode() -> AbstractContextManager[Any]:
+    """Inside, tensors have a shape but no memory and no values."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def hollow(module: nn.Module) -> None:
-    """Exchange all weights and buffers for ones without memory, on the CPU as far as code can see."""
+def fake_weights(module: nn.Module) -> None:
+    """Replace all parameters and buffers by fake tensors that report device 'cpu'."""
     for part in module.modules():
         for name, weights in part._parameters.items():
             if weights is not None:
@@ -52,21 +51,21 @@ def attention(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
 
 
 def attention_backward(gradient: Any, q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
-    """Five products where the forward has two: the scores are computed again."""
+    """Five products where the forward has two: the scores are recomputed."""
     return 5 * attention(q, k, v) // 2
 
 
 _aten: Any = torch.ops.aten
-UNCOUNTED = {
+CPU_ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }
-"""The attention of the CPU, which torch's counter does not know (2.13)."""
-_FLOP = {**flop_registry, **{packet: shape_wrapper(formula) for packet, formula in UNCOUNTED.items()}}
+"""CPU attention, which torch's counter does not know (2.13)."""
+_FLOP = {**flop_registry, **{packet: shape_wrapper(formula) for packet, formula in CPU_ATTENTION.items()}}
 
 
 def measure(work: Callable[[], object], held: Iterable[Tensor] = ()) -> Measured:
-    """Run ``work`` and watch it. ``held``: weights and inputs, whose memory was there before."""
+    """Run ``work`` and measure it. ``held``: weights and inputs, allocated before."""
     live = _Live(held)
     with live:
         work()
@@ -74,9 +73,9 @@ def measure(work: Callable[[], object], held: Iterable[Tensor] = ()) -> Measured
 
 
 class _Live(TorchDispatchMode):
-    """Follows every storage from the operation that made it to its end, and counts FLOP by torch's formulas.
+    """Follows every storage from its allocation to its release, and counts FLOP by torch's formulas.
 
-    torch's own FlopCounterMode would keep what activation checkpointing computes again alive (its hooks on modules).
+    Not torch's FlopCounterMode: its module hooks would keep alive what activation checkpointing recomputes.
     """
 
     def __init__(self, held: Iterable[Tensor]) -> None:
@@ -86,23 +85,23 @@ class _Live(TorchDispatchMode):
         self._known: Any = weakref.WeakSet(self._held)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = operation(*args, **(kwargs or {}))
+        result = operation(*args, **(kwargs or {}))
         formula = _FLOP.get(operation._overloadpacket)
         if formula is not None:
-            self.flop += formula(*args, **(kwargs or {}), out_val=made)
-        for leaf in tree_leaves(made):
+            self.flop += formula(*args, **(kwargs or {}), out_val=result)
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
-        return made
+                self._track(leaf.untyped_storage())
+        return result
 
-    def _see(self, storage: Any) -> None:
+    def _track(self, storage: Any) -> None:
         if storage in self._known:
             return
         self._known.add(storage)
         size = storage.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, size)
+        weakref.finalize(storage, self._release, size)
 
-    def _forget(self, size: int) -> None:
+    def _release(self, size: int) -> None:
         self.now -= size

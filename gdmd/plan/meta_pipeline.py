@@ -1,6 +1,6 @@
-"""A pipeline without its weights: real classes from config files, or from the published configs of known models.
+"""A pipeline without its weights, for ``gdmd plan``: real classes from config files or from ``model_configs``.
 
-Networks stand on the "meta" device: they have shapes and names, but no memory. For plans (``gdmd plan``).
+Networks are on the "meta" device: they have shapes and names, but no memory.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from gdmd.models.loading import (
     require_diffusers,
 )
 from gdmd.models.pipeline_files import absent, local_index, weight_files
-from gdmd.plan.model_configs import MODELS, Published, model_of
+from gdmd.plan.model_configs import MODELS, KnownModel, model_of
 
 
 @dataclass(frozen=True)
-class Hollow:
-    """A family whose networks hold nothing; ``encoders``: numbers of weights of the text encoders; ``source``: of all."""
+class MetaPipeline:
+    """A family on the meta device."""
 
     family: Family
-    encoders: int
-    source: str
+    encoders: int  # number of weights of the text encoders
+    source: str  # where the configs are from, for people
 
 
-def hollow_family(cfg: DiffusersModel) -> Hollow:
+def meta_family(cfg: DiffusersModel) -> MetaPipeline:
     """The pipeline of cfg.path as a Family on the meta device. No weight is read and nothing is downloaded.
 
-    A folder is read config by config. For a hub id the published config of the model is used (``published``); an id
-    that is not known there needs model.family and stands for the standard model of that family.
+    A folder's own configs are used; for a hub id, the known config of that model (``model_configs``). An unknown id needs
+    model.family, and is planned as the standard model of that family.
     """
     require_diffusers()
     if is_local(cfg.path):
@@ -55,31 +55,31 @@ def hollow_family(cfg: DiffusersModel) -> Hollow:
             f"model.path {cfg.path!r} is of family {model.family}, but model.family = {cfg.family}; drop model.family"
         )
     net, vae = model.net, model.vae
-    pipe = _pipe(cfg, family, _made(net.kind, net.options), _made(vae.kind, vae.options), model.scheduler)
+    pipe = _pipe(cfg, family, _build(net.kind, net.options), _build(vae.kind, vae.options), model.scheduler)
     same = "" if cfg.path in MODELS else f", the standard model of family {model.family}"
-    return Hollow(family(pipe, cfg), _encoders(model, cfg), f"published config of {model.name}{same}")
+    return MetaPipeline(family(pipe, cfg), _encoders(model, cfg), f"published config of {model.name}{same}")
 
 
-def hollow_decoder(cfg: DiffusersModel, channels: int) -> nn.Module:
-    """The AutoencoderTiny of cfg.scoring_decoder: from its folder, or as published (TAESD) for a hub id."""
+def meta_decoder(cfg: DiffusersModel, channels: int) -> nn.Module:
+    """The AutoencoderTiny of cfg.scoring_decoder: from its folder, or TAESD for a hub id."""
     given = str(cfg.scoring_decoder)
     if is_local(given, "model.scoring_decoder", "config.json"):
-        return _cast(_made("AutoencoderTiny", _read(Path(given) / "config.json")), cfg)
-    return _cast(_made("AutoencoderTiny", {"latent_channels": channels}), cfg)
+        return _cast(_build("AutoencoderTiny", _read(Path(given) / "config.json")), cfg)
+    return _cast(_build("AutoencoderTiny", {"latent_channels": channels}), cfg)
 
 
-def _from_folder(cfg: DiffusersModel, folder: Path) -> Hollow:
+def _from_folder(cfg: DiffusersModel, folder: Path) -> MetaPipeline:
     index = local_index(folder)
     family = family_of(index, cfg)
     check_pipeline(folder, index, family, cfg)
     name = "unet" if "unet" in family.needs else "transformer"
-    net, vae = (_made(index[part][1], _read(folder / part / "config.json")) for part in (name, "vae"))
+    net, vae = (_build(index[part][1], _read(folder / part / "config.json")) for part in (name, "vae"))
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
     pipe = _pipe(cfg, family, net, vae, (index["scheduler"][1], scheduler), index)
     names = [name for name in index if name.startswith("text_encoder") and (cfg.t5 or name != "text_encoder_3")]
     parts = [folder / name for name in names if name not in absent(index, names, folder)]
     encoders = sum(weights_in(file) for part in parts for file in weight_files(part, cfg.variant))
-    return Hollow(family(pipe, cfg), encoders, f"configs in {folder}")
+    return MetaPipeline(family(pipe, cfg), encoders, f"configs in {folder}")
 
 
 def _pipe(
@@ -90,25 +90,25 @@ def _pipe(
     scheduler: tuple[str, Mapping[str, Any]],
     index: Mapping[str, Any] | None = None,
 ) -> SimpleNamespace:
-    """What a family asks of a pipeline. ``index``: its model_index.json."""
+    """What a family needs of a pipeline. ``index``: its model_index.json."""
     import diffusers
 
     own: Any = vae
     kind, options = scheduler
     try:
-        made = getattr(diffusers, kind).from_config(dict(options))
+        built = getattr(diffusers, kind).from_config(dict(options))
     except load_errors() as error:  # an unknown class, a library that it needs, a setting that it refuses
         raise ValueError(f"model.path {cfg.path!r}: its scheduler ({kind}) cannot be loaded: {error}") from error
     parts = {
         "unet" if "unet" in family.needs else "transformer": _cast(net, cfg),
         "vae": _cast(own, cfg),
-        "scheduler": made,
+        "scheduler": built,
     }
     return SimpleNamespace(**parts, components=parts, vae_scale_factor=2 ** _halvings(own), config=dict(index or {}))
 
 
 def _halvings(vae: Any) -> int:
-    """How often a VAE halves the sides of an image."""
+    """How many times a VAE halves the sides of an image."""
     config = vae.config
     for key in ("encoder_block_out_channels", "block_out_channels"):  # AutoencoderDC, AutoencoderKL
         if key in config:
@@ -116,7 +116,7 @@ def _halvings(vae: Any) -> int:
     return len(vae.temperal_downsample)
 
 
-def _made(kind: str, options: Mapping[str, Any]) -> nn.Module:
+def _build(kind: str, options: Mapping[str, Any]) -> nn.Module:
     """A network of diffusers on the meta device."""
     import diffusers
 
@@ -129,11 +129,11 @@ def _made(kind: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _cast(net: nn.Module, cfg: DiffusersModel) -> nn.Module:
-    """In the dtype of the model; diffusers' own ``to`` would warn of weights that are only there when loading."""
+    """To the dtype of the model; diffusers' own ``to`` would warn about weights that exist only after loading."""
     return nn.Module.to(net, DTYPES[cfg.dtype])
 
 
-def _encoders(model: Published, cfg: DiffusersModel) -> int:
+def _encoders(model: KnownModel, cfg: DiffusersModel) -> int:
     return model.encoders - (0 if cfg.t5 else model.t5)
 
 
@@ -148,12 +148,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def weights_in(file: Path) -> int:
-    """How many numbers a safetensors file holds; only its header is read."""
+    """Number of weights in a safetensors file; only its header is read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as opened:
             shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: no safetensors file ({error}); copy the pipeline again") from error
+        raise ValueError(f"{file}: not a safetensors file ({error}); copy the pipeline again") from error
     return sum(torch.Size(shape).numel() for shape in shapes)

@@ -1,7 +1,7 @@
-"""Published configs of the models that recipes name by hub id, so that they can be planned without their files.
+"""Configs of the models that recipes name by hub id, so that they can be planned without their files.
 
-Each is the config.json of the repository named (unet or transformer, vae, scheduler), shortened by what is diffusers'
-default. Text encoders are numbers of weights: CLIP-L 123 M, OpenCLIP bigG 695 M, T5-XXL's encoder 4.76 B, Qwen3-4B and 8B,
+Each is the config.json of the named repository (unet or transformer, vae, scheduler) without diffusers' defaults. Text
+encoders are given by their number of weights: CLIP-L 123 M, OpenCLIP bigG 695 M, T5-XXL's encoder 4.76 B, Qwen3-4B and 8B,
 Qwen2.5-VL-7B, Mistral Small 3 24B, Gemma 2 2B.
 """
 
@@ -19,27 +19,27 @@ QWEN3_8B, MISTRAL_SMALL_3, GEMMA2_2B = 8_190_735_360, 24_011_361_280, 2_614_341_
 
 
 @dataclass(frozen=True)
-class Net:
-    """A class of diffusers and the options of its config."""
+class NetworkConfig:
+    """A diffusers class and its config."""
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Published:
-    """One model; ``encoders``: weights of all text encoders, ``t5``: those of them that model.t5 = false leaves out."""
+class KnownModel:
+    """One model; ``encoders``: weights of all text encoders, ``t5``: those that model.t5 = false leaves out."""
 
     name: str
     family: FamilyName
-    net: Net
-    vae: Net
+    net: NetworkConfig
+    vae: NetworkConfig
     scheduler: tuple[str, Mapping[str, Any]]
     encoders: int
     t5: int = 0
 
 
-def _kl(channels: int, **options: Any) -> Net:
+def _kl(channels: int, **options: Any) -> NetworkConfig:
     """The AutoencoderKL of Stable Diffusion: three halvings."""
     shape = {
         "block_out_channels": (128, 256, 512, 512),
@@ -47,7 +47,7 @@ def _kl(channels: int, **options: Any) -> Net:
         "up_block_types": ("UpDecoderBlock2D",) * 4,
         "layers_per_block": 2,
     }
-    return Net("AutoencoderKL", {**shape, "latent_channels": channels, **options})
+    return NetworkConfig("AutoencoderKL", {**shape, "latent_channels": channels, **options})
 
 
 _NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
@@ -58,12 +58,14 @@ _SD3_KL = _kl(16, scaling_factor=1.5305, shift_factor=0.0609, **_NO_QUANT)
 _FLUX_KL = _kl(16, scaling_factor=0.3611, shift_factor=0.1159, **_NO_QUANT)
 
 
-def _sd15(name: str) -> Published:
-    net = Net("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8})
-    return Published(name, "sd15", net, _kl(4, scaling_factor=0.18215), _VP, CLIP_L)
+def _sd15(name: str) -> KnownModel:
+    net = NetworkConfig(
+        "UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+    )
+    return KnownModel(name, "sd15", net, _kl(4, scaling_factor=0.18215), _VP, CLIP_L)
 
 
-def _sdxl(name: str) -> Published:
+def _sdxl(name: str) -> KnownModel:
     net = {
         "sample_size": 128,
         "block_out_channels": (320, 640, 1280),
@@ -78,10 +80,10 @@ def _sdxl(name: str) -> Published:
         "use_linear_projection": True,
     }
     vae = _kl(4, scaling_factor=0.13025, sample_size=1024)
-    return Published(name, "sdxl", Net("UNet2DConditionModel", net), vae, _VP, CLIP_L + CLIP_BIG_G)
+    return KnownModel(name, "sdxl", NetworkConfig("UNet2DConditionModel", net), vae, _VP, CLIP_L + CLIP_BIG_G)
 
 
-def _sd3(name: str, heads: int = 24, **options: Any) -> Published:
+def _sd3(name: str, heads: int = 24, **options: Any) -> KnownModel:
     net = {
         "sample_size": 128,
         "in_channels": 16,
@@ -96,22 +98,22 @@ def _sd3(name: str, heads: int = 24, **options: Any) -> Published:
         **options,
     }
     text = CLIP_L_PROJECTED + CLIP_BIG_G + T5_XXL
-    return Published(name, "sd3", Net("SD3Transformer2DModel", net), _SD3_KL, _FLOW, text, T5_XXL)
+    return KnownModel(name, "sd3", NetworkConfig("SD3Transformer2DModel", net), _SD3_KL, _FLOW, text, T5_XXL)
 
 
-def _flux(name: str, *, guided: bool) -> Published:
-    net = Net("FluxTransformer2DModel", {"guidance_embeds": guided})
+def _flux(name: str, *, guided: bool) -> KnownModel:
+    net = NetworkConfig("FluxTransformer2DModel", {"guidance_embeds": guided})
     scheduler = _DYNAMIC if guided else ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0})
-    return Published(name, "flux", net, _FLUX_KL, scheduler, CLIP_L + T5_XXL)
+    return KnownModel(name, "flux", net, _FLUX_KL, scheduler, CLIP_L + T5_XXL)
 
 
-def _flux2(name: str) -> Published:
-    net, vae = Net("Flux2Transformer2DModel"), Net("AutoencoderKLFlux2")
-    return Published(name, "flux2", net, vae, _DYNAMIC, MISTRAL_SMALL_3)
+def _flux2(name: str) -> KnownModel:
+    net, vae = NetworkConfig("Flux2Transformer2DModel"), NetworkConfig("AutoencoderKLFlux2")
+    return KnownModel(name, "flux2", net, vae, _DYNAMIC, MISTRAL_SMALL_3)
 
 
-def _flux2_klein(name: str, blocks: tuple[int, int], heads: int, text: int) -> Published:
-    """blocks: of two streams, of one."""
+def _flux2_klein(name: str, blocks: tuple[int, int], heads: int, text: int) -> KnownModel:
+    """blocks: double-stream, single-stream."""
     net = {
         "num_layers": blocks[0],
         "num_single_layers": blocks[1],
@@ -119,20 +121,20 @@ def _flux2_klein(name: str, blocks: tuple[int, int], heads: int, text: int) -> P
         "joint_attention_dim": 320 * heads,  # three layers of Qwen3
         "guidance_embeds": False,
     }
-    kind = Net("Flux2Transformer2DModel", net)
-    return Published(name, "flux2_klein", kind, Net("AutoencoderKLFlux2"), _DYNAMIC, text)
+    kind = NetworkConfig("Flux2Transformer2DModel", net)
+    return KnownModel(name, "flux2_klein", kind, NetworkConfig("AutoencoderKLFlux2"), _DYNAMIC, text)
 
 
-def _z_image(name: str) -> Published:
-    return Published(name, "z_image", Net("ZImageTransformer2DModel"), _kl(16, **_NO_QUANT), _FLOW, QWEN3_4B)
+def _z_image(name: str) -> KnownModel:
+    return KnownModel(name, "z_image", NetworkConfig("ZImageTransformer2DModel"), _kl(16, **_NO_QUANT), _FLOW, QWEN3_4B)
 
 
-def _qwen_image(name: str) -> Published:
-    net = Net("QwenImageTransformer2DModel", {"in_channels": 64, "out_channels": 16})
-    return Published(name, "qwen_image", net, Net("AutoencoderKLQwenImage"), _DYNAMIC, QWEN25_VL_7B)
+def _qwen_image(name: str) -> KnownModel:
+    net = NetworkConfig("QwenImageTransformer2DModel", {"in_channels": 64, "out_channels": 16})
+    return KnownModel(name, "qwen_image", net, NetworkConfig("AutoencoderKLQwenImage"), _DYNAMIC, QWEN25_VL_7B)
 
 
-def _sana(name: str, **options: Any) -> Published:
+def _sana(name: str, **options: Any) -> KnownModel:
     kinds = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
     vae = {
         "encoder_block_types": kinds,
@@ -145,7 +147,14 @@ def _sana(name: str, **options: Any) -> Published:
         "DPMSolverMultistepScheduler",
         {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
     )
-    return Published(name, "sana", Net("SanaTransformer2DModel", options), Net("AutoencoderDC", vae), solver, GEMMA2_2B)
+    return KnownModel(
+        name,
+        "sana",
+        NetworkConfig("SanaTransformer2DModel", options),
+        NetworkConfig("AutoencoderDC", vae),
+        solver,
+        GEMMA2_2B,
+    )
 
 
 _DUAL: dict[str, Any] = {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
@@ -164,18 +173,18 @@ _KNOWN = (
     _qwen_image("Qwen/Qwen-Image"),
     _sana("Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", qk_norm="rms_norm_across_heads"),
 )
-MODELS: Mapping[str, Published] = {model.name: model for model in _KNOWN}
-"""By hub id; the first of a family is its standard model."""
+MODELS: Mapping[str, KnownModel] = {model.name: model for model in _KNOWN}
+"""By hub id; the first model of a family is its standard model."""
 
 
-def model_of(path: str, family: FamilyName | None) -> Published:
-    """The model of a hub id, or the standard one of its family. ValueError when neither is known."""
+def model_of(path: str, family: FamilyName | None) -> KnownModel:
+    """The model of a hub id, or the standard one of its family. ValueError if neither is known."""
     if path in MODELS:
         return MODELS[path]
     standard = [model for model in _KNOWN if model.family == family]
     if not standard:
         raise ValueError(
-            f"model.path {path!r}: its config is not known here and nothing is downloaded for a plan; set model.family, "
-            f"which plans the standard model of that family, or give a folder. Known are {', '.join(MODELS)}"
+            f"model.path {path!r}: its config is not known and a plan downloads nothing; set model.family to plan the "
+            f"standard model of that family, or give a folder. Known are {', '.join(MODELS)}"
         )
     return standard[0]

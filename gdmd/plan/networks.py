@@ -14,8 +14,8 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.gradients import frozen
 from gdmd.models.vae import VaeCodec
-from gdmd.plan.fake_tensors import Measured, hollow, measure, weightless
-from gdmd.recipes.build import guidances_of, head_seed
+from gdmd.plan.fake_tensors import Measured, fake_mode, fake_weights, measure
+from gdmd.recipes.build import head_seed
 from gdmd.shapes.networks import ShapesDit, ShapesVae
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesCodec, ShapesRoles, ShapesTextEncoder
 from gdmd.types import Cond, Role
@@ -23,26 +23,26 @@ from gdmd.types import Cond, Role
 
 @dataclass(frozen=True)
 class Networks:
-    """Roles and decoders that can be called inside ``weightless``; ``weights``: numbers and bytes by what."""
+    """Roles and decoders that can be called inside ``fake_mode``."""
 
     roles: Any
-    trunk: nn.Module
-    own: tuple[nn.Module, ...]  # all modules that hold weights
+    base: nn.Module  # the frozen base model
+    all: tuple[nn.Module, ...]  # every module that holds weights
     codec: Any
-    scoring: Any
+    scoring: Any  # the decoder for rewards
     latent_shape: tuple[int, int, int]
     text: Callable[[int], Cond]
-    narrow: int  # bytes of a number in the computing precision
-    encoders: int
+    itemsize: int  # bytes per weight of the text encoders
+    encoders: int  # number of weights of the text encoders
     source: str
 
     def held(self) -> list[Tensor]:
         """Every weight and buffer."""
-        return [t for net in self.own for t in (*net.parameters(), *net.buffers())]
+        return [t for net in self.all for t in (*net.parameters(), *net.buffers())]
 
 
 def networks_of(cfg: RunConfig) -> Networks:
-    """Made from configs. Nothing is loaded."""
+    """Built from configs; no weights are loaded."""
     if isinstance(cfg.model, DiffusersModel):
         return _diffusers(cfg, cfg.model)
     bf16 = cfg.loop.precision == "bf16"
@@ -51,12 +51,12 @@ def networks_of(cfg: RunConfig) -> Networks:
     nets = [roles.teacher.net, roles.student.net, roles.fake.net, codec.vae]
     nets += heads_of(roles)
     text = ShapesTextEncoder().null
-    source = "the networks of the Shapes lab"
+    source = "the networks of the Shapes world"
     return Networks(roles, roles.teacher.net, tuple(nets), codec, codec, LATENT_SHAPE, text, 4, 0, source)
 
 
 def heads_of(roles: Any) -> list[nn.Module]:
-    """The GAN head, where there is one."""
+    """The GAN head, if there is one."""
     return [] if roles.critic is None else [roles.critic.head]
 
 
@@ -64,19 +64,19 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
     from gdmd.models.distilled import check_guidance
     from gdmd.models.loading import check_tiny, require_tiny
     from gdmd.models.roles import DiffusersRoles
-    from gdmd.plan.meta_pipeline import hollow_decoder, hollow_family
+    from gdmd.plan.meta_pipeline import meta_decoder, meta_family
 
-    opened = hollow_family(model)
+    opened = meta_family(model)
     family = opened.family
-    check_guidance(family, guidances_of(cfg.method))
+    check_guidance(family, (cfg.method.guidance,))
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     vae: Any = family.pipe.vae
     nets = [*roles.modules(), *heads_of(roles), vae]
     scoring: Any = family.codec
     if model.scoring_decoder is not None:
         require_tiny(family)
-        tiny = hollow_decoder(model, family.latent_channels)
-        if Path(model.scoring_decoder).is_dir():  # a hub id stands for the published one
+        tiny = meta_decoder(model, family.latent_channels)
+        if Path(model.scoring_decoder).is_dir():  # a hub id means the published TAESD
             check_tiny(family, tiny)
         scoring = VaeCodec(tiny, model.decode_chunk)
         nets.append(tiny)
@@ -90,49 +90,46 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOP per sample and bytes of calls. call: bytes (fixed, per row) without gradient.
+    """FLOP and bytes of every kind of call."""
 
-    graded: forward and backward of one micro-batch of an update, a GAN head's calls with it; with_checkpointing and
-    without: its bytes in the heavier role, of which one is the recipe's own. reading: F of a call for features.
-    """
-
-    forward: Mapping[str, float]
-    call: tuple[float, float]
-    graded: Mapping[Role, Measured]
+    forward: Mapping[str, float]  # FLOP per sample of a forward pass, by role
+    call: tuple[float, float]  # bytes (fixed, per row) of a call without gradient
+    update: Mapping[Role, Measured]  # forward and backward of one micro-batch, including the GAN head's calls
     micro: int
-    with_checkpointing: int | None
+    with_checkpointing: int | None  # bytes of an update of the heavier role with activation checkpointing
     without: int
-    decode: Measured
+    decode: Measured  # of ``chunk`` images
     chunk: int
-    steered: Measured | None  # decoding one micro-batch with gradient
-    reading: float = 1.0
+    decode_with_grad: Measured | None  # of one micro-batch
+    feature_cost: float = 1.0  # forward passes of a call for features
 
 
-def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, steered: bool) -> Costs:
-    """Call every network once with each kind of gradient, without computing."""
+def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, reward_gradient: bool) -> Costs:
+    """Measure one call of every network with each kind of gradient, on fake tensors."""
     micro = cfg.loop.micro_batch or cfg.loop.batch_size
     own = cfg.model if isinstance(cfg.model, DiffusersModel) else None
     chunk = own.decode_chunk if own else cfg.loop.batch_size
     texts = {count: nets.text(count) for count in {1, rows, micro}}
-    with weightless():
-        for net in nets.own:
-            hollow(net)
+    with fake_mode():
+        for net in nets.all:
+            fake_weights(net)
         calls = {count: _call(nets, "teacher", texts[count], count) for count in {1, rows}}
-        slope = (calls[rows].bytes - calls[1].bytes) / max(rows - 1, 1)
-        worn = _call(nets, "student", texts[1], 1)
-        graded: dict[Role, Measured] = {"student": _graded(nets, "student", texts[micro], micro)}
+        per_row = (calls[rows].bytes - calls[1].bytes) / max(rows - 1, 1)
+        adapted = _call(nets, "student", texts[1], 1)
+        update: dict[Role, Measured] = {"student": _update(nets, "student", texts[micro], micro)}
         alike = nets.roles.critic is None and (own is None or own.full in ("none", "both"))
-        graded["fake"] = graded["student"] if alike else _graded(nets, "fake", texts[micro], micro)
+        update["fake"] = update["student"] if alike else _update(nets, "fake", texts[micro], micro)
         decode = measure(lambda: _decode(nets, chunk), nets.held())
-        through = measure(lambda: _steer(nets, micro), nets.held()) if steered else None
-        heavy = max(graded, key=lambda role: graded[role].bytes)
-        largest = graded[heavy].bytes
+        with_grad = measure(lambda: _decode_with_grad(nets, micro), nets.held()) if reward_gradient else None
+        heavy = max(update, key=lambda role: update[role].bytes)
+        largest = update[heavy].bytes
         other = None if own is None else _other(nets, heavy, not own.checkpointing, texts[micro])
     chosen, rest = (largest, other) if own is not None and own.checkpointing else (other, largest)
-    flop = {"teacher": float(calls[1].flop), **dict.fromkeys(("old", "student", "fake"), float(worn.flop))}
+    flop = {"teacher": float(calls[1].flop), **dict.fromkeys(("old", "student", "fake"), float(adapted.flop))}
     memory = (chosen, largest if rest is None else rest)
-    reading = 1.0 if own is None else nets.roles.family.reading
-    return Costs(flop, (calls[1].bytes - slope, slope), graded, micro, *memory, decode, chunk, through, reading)
+    features = 1.0 if own is None else nets.roles.family.feature_cost
+    call = (calls[1].bytes - per_row, per_row)
+    return Costs(flop, call, update, micro, *memory, decode, chunk, with_grad, features)
 
 
 def _latents(nets: Networks, count: int) -> Tensor:
@@ -144,16 +141,16 @@ def _call(nets: Networks, role: str, text: Cond, count: int) -> Measured:
         return measure(lambda: getattr(nets.roles, role)(_latents(nets, count), torch.rand(count), text), nets.held())
 
 
-def _graded(nets: Networks, role: Role, text: Cond, count: int, *, backward: bool = True) -> Measured:
-    """Forward and backward. A gradient goes as soon as it is there, as from the second micro-batch on it is added."""
+def _update(nets: Networks, role: Role, text: Cond, count: int, *, backward: bool = True) -> Measured:
+    """Forward and backward. Gradients are dropped at once: their memory is counted separately."""
     weights = nets.roles.parameters(role).values()
-    hooks = [parameter.register_post_accumulate_grad_hook(_forget) for parameter in weights]
+    hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in weights]
 
     def work() -> Tensor:
         prediction = getattr(nets.roles, role)(_latents(nets, count), torch.rand(count), text)
         loss: Tensor = prediction.x0.square().mean()
         if nets.roles.critic is not None:
-            loss = loss + _judged(nets, role, prediction.x0, text)
+            loss = loss + _gan(nets, role, prediction.x0, text)
         if backward:
             torch.autograd.backward(loss)
         return loss
@@ -164,8 +161,8 @@ def _graded(nets: Networks, role: Role, text: Cond, count: int, *, backward: boo
     return measured
 
 
-def _judged(nets: Networks, role: Role, x0: Tensor, text: Cond) -> Tensor:
-    """What a GAN adds to an update: for the fake its head reads real and student latents, for the student x0, frozen."""
+def _gan(nets: Networks, role: Role, x0: Tensor, text: Cond) -> Tensor:
+    """What a GAN adds: the fake score's update reads real and student latents, the student's its x0 with frozen weights."""
     t = torch.rand(len(x0))
     if role == "fake":
         logits: Tensor = sum(nets.roles.critic(_latents(nets, len(x0)), t, text) for _ in range(2))
@@ -174,15 +171,15 @@ def _judged(nets: Networks, role: Role, x0: Tensor, text: Cond) -> Tensor:
         return nets.roles.critic(x0, t, text).mean()
 
 
-def _forget(parameter: Tensor) -> None:
+def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
 def _other(nets: Networks, role: Role, on: bool, text: Cond) -> int:
-    """Bytes of a micro-batch with the other choice of checkpointing; without it the end of the forward pass is most."""
-    nets.roles.recompute(on=on)
-    measured = _graded(nets, role, text, len(next(iter(text.values()))), backward=on)
-    nets.roles.recompute(on=not on)
+    """Bytes of a micro-batch with the other choice of checkpointing; without, the end of the forward pass is the peak."""
+    nets.roles.set_checkpointing(on=on)
+    measured = _update(nets, role, text, len(next(iter(text.values()))), backward=on)
+    nets.roles.set_checkpointing(on=not on)
     return measured.bytes
 
 
@@ -191,5 +188,5 @@ def _decode(nets: Networks, count: int) -> None:
     nets.scoring.decode(_latents(nets, count))
 
 
-def _steer(nets: Networks, count: int) -> None:
+def _decode_with_grad(nets: Networks, count: int) -> None:
     torch.autograd.backward(nets.scoring.decode(_latents(nets, count).requires_grad_()).sum())

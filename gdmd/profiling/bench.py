@@ -28,8 +28,8 @@ from gdmd.data.text_cache import CachedText
 from gdmd.diffusion.device import deferred_checks
 from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.pass_counter import BACKWARD, FROZEN_BACKWARD, Counted
-from gdmd.models.full_copy import Copy
-from gdmd.models.lora import Wear
+from gdmd.models.full_copy import FullCopy
+from gdmd.models.lora import ActiveAdapter
 from gdmd.models.roles import DiffusersRoles
 from gdmd.profiling.recorded_calls import DENOISERS, Call, Watched, recorded, replay
 from gdmd.recipes.build import Components, build, compile_networks
@@ -198,7 +198,7 @@ def watched(roles: Any) -> list[Watched]:
         copies = [
             Watched(net.net, _always(name), around=_around(roles, net.net))
             for name, net in nets
-            if isinstance(net, Copy)
+            if isinstance(net, FullCopy)
         ]
         return [_trunk(roles), *copies, *heads]
     return [Watched(getattr(roles, name).net, _always(name)) for name in DENOISERS] + heads
@@ -210,22 +210,22 @@ def _always(name: str) -> Callable[[], str]:
 
 def _around(roles: DiffusersRoles, net: Any) -> Callable[[], Callable[[], AbstractContextManager[None]]]:
     """A call that only reads features is made again as one."""
-    return lambda: (lambda: roles.family.reads(net)) if roles.fake.reading else nullcontext
+    return lambda: (lambda: roles.family.feature_mode(net)) if roles.fake.in_feature_mode else nullcontext
 
 
 def reading(roles: Any) -> float:
     """F of a call for features."""
-    return roles.family.reading if isinstance(roles, DiffusersRoles) else 1.0
+    return roles.family.feature_cost if isinstance(roles, DiffusersRoles) else 1.0
 
 
 def share_of(roles: Any) -> Callable[[], float]:
     """F of the call that is being made."""
-    return lambda: reading(roles) if isinstance(roles, DiffusersRoles) and roles.fake.reading else 1.0
+    return lambda: reading(roles) if isinstance(roles, DiffusersRoles) and roles.fake.in_feature_mode else 1.0
 
 
 def backward_of(roles: Any) -> Callable[[Any], float]:
     """F of a backward pass through a network, as the hooks see it: the trunk is frozen."""
-    trunk = roles.trunk.net if isinstance(roles, DiffusersRoles) else None
+    trunk = roles.backbone.net if isinstance(roles, DiffusersRoles) else None
     return lambda net: FROZEN_BACKWARD if net is trunk else BACKWARD
 
 
@@ -238,15 +238,15 @@ def trained_f(cfg: RunConfig) -> Trained:
 
 def _trunk(roles: DiffusersRoles) -> Watched:
     """The one network of several roles: the adapter that it wears says whose call it is."""
-    trunk = roles.trunk
-    worn: dict[str, Wear] = {}
+    backbone = roles.backbone
+    seen: dict[str, ActiveAdapter] = {}
 
     def who() -> str:
-        name = trunk.worn.adapter or "teacher"
-        worn[name] = trunk.worn
+        name = backbone.active.name or "teacher"
+        seen[name] = backbone.active
         return name
 
-    return Watched(trunk.net, who, lambda name: trunk.wear(worn[name]), _around(roles, trunk.net))
+    return Watched(backbone.net, who, lambda name: backbone.set_adapter(seen[name]), _around(roles, backbone.net))
 
 
 def timed(work: Callable[[], None], clock: Clock = time.perf_counter) -> float:

@@ -15,18 +15,18 @@ from rich.console import Console
 from gdmd.config.describe import trained_rewards
 from gdmd.config.methods.all import without_rewards
 from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
 from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.generate import Sampler
 from gdmd.evaluation.run_report import Provenance, read_rows, save_rows, write_report
-from gdmd.evaluation.runs import Row, grid_captions, measure, row_key
+from gdmd.evaluation.runs import Row, compare, measure, row_key
 from gdmd.io import typed
-from gdmd.programs.train import go
+from gdmd.programs.train import run_training
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.contents import checkpoint_content
 from gdmd.recipes.open_run import load_ema, student_row, teacher_row
 from gdmd.recipes.run_folders import TEACHERS
-from gdmd.reporting.grids import write_comparison
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import Run, check_same_config, create, open_run, read_facts, read_metrics
 
@@ -57,7 +57,7 @@ class Demo:
 
 def control(cfg: RunConfig) -> RunConfig:
     """The same recipe without its rewards: plain DMD with as many student updates. ValueError where none are read."""
-    if cfg.model.kind != "shapes" or not isinstance(cfg.method, GdmdConfig):
+    if cfg.model.kind != "shapes" or not isinstance(cfg.method, GdmdConfig | GdmdTiltedConfig):
         raise ValueError(
             f"the demo compares GDMD with DMD in the Shapes world, but recipe {cfg.name} has model.kind = "
             f"{cfg.model.kind} and method.kind = {cfg.method.kind}; train it with gdmd train"
@@ -84,10 +84,10 @@ def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
     samplers = [teacher_row(cfg, labs["gdmd"], what) for what in TEACHERS]
     for name in METHODS:
         stages.say(f"training {name.upper()}: {cfg.loop.steps} iterations of {cfg.loop.batch_size}, from the teacher")
-        trained = go(configs[name], runs[name], labs[name], console, evaluation=False)
+        trained = run_training(configs[name], runs[name], labs[name], console, evaluation=False)
         if trained.end.signal is not None:
             again = f"gdmd demo --run {typed(folder)}"
-            console.print(f"stopped and saved; go on with: {again}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"stopped and saved; continue with: {again}", markup=False, highlight=False, soft_wrap=True)
             return Demo(folder, time.perf_counter() - began, signal=trained.end.signal)
         _load(labs[name], runs[name], trained.end.step)
         samplers.append(student_row(cfg, labs[name], name.upper()))
@@ -113,12 +113,11 @@ class _Stages:
     def row(self, cfg: RunConfig, components: Components, sampler: Sampler, step: int = 0, weights: str = "") -> None:
         """Measure a sampler, unless this demo has measured the same before. weights: ``checkpoint_content``."""
         images = 6 * cfg.eval.per_task * cfg.eval.images
-        self.say(f"measuring {sampler.name} ({sampler.nfe} network calls per image) on {images} images")
+        self.say(f"{sampler.name} ({sampler.nfe} network calls per image) on {images} images")
         began, how = time.perf_counter(), "measured before"
         key = row_key(cfg, sampler, weights)
         if self.rows.get(sampler.name, {}).get("key") != key:
-            with self.console.status(sampler.name):
-                self.rows[sampler.name] = dict(measure(cfg, components, sampler, step=step)) | {"key": key}
+            self.rows[sampler.name] = dict(measure(cfg, components, sampler, step=step)) | {"key": key}
             save_rows(self.folder, self.rows)
             how = f"{time.perf_counter() - began:.0f} s"
         overall = self.rows[sampler.name]["shapeseval"]["overall"]
@@ -151,14 +150,12 @@ def _report(
     components: Components,
 ) -> Path:
     """report.html of the whole demo, with all samplers side by side from the same noise."""
-    grid = folder / "comparison.png"
-    write_comparison(grid, samplers, components, grid_captions(), cfg.eval.seed)
     facts = read_facts(runs["gdmd"].path)
     return write_report(
         folder,
         "gdmd demo: four steps instead of a hundred calls",
         rows,
-        grids={"The same noise through each sampler": grid.read_bytes()},
+        same_noise=compare(folder, cfg, components, samplers),
         metrics={name.upper(): read_metrics(runs[name].path) for name in METHODS},
         trained=trained_rewards(cfg),
         provenance=Provenance(

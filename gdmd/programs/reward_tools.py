@@ -113,7 +113,7 @@ def _fetched(hub: HubRepo, file: str, download: Callable[[bool], str]) -> Path:
         reason = f"the hub cannot be reached ({away})" if away else hub_reason(error, file, hub.revision)
         raise ValueError(
             f"cannot fetch {_named(hub)}: {reason}. Check the network and fetch again, or copy the files here "
-            "(docs/rewards.md)"
+            "(docs/guides/rewards.md)"
         ) from error
 
 

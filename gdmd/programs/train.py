@@ -1,6 +1,6 @@
 """What ``gdmd train`` does: build the recipe, train it, evaluate the EMA student, write the report.
 
-With several ranks (``world``) all of them build and train; rank 0 makes the folder, prints, evaluates and reports.
+With several ranks (``context``) all of them build and train; rank 0 creates the folder, prints, evaluates and reports.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from gdmd.config.describe import length, student
+from gdmd.config.describe import counted, length, student
 from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
@@ -34,22 +34,22 @@ from gdmd.recipes.run_folders import check_resumable, new_folder, resumed
 from gdmd.runs.run_folder import Run, create, open_run
 from gdmd.shapes.grammar import catalog
 from gdmd.training.adamw8bit import require_torchao
-from gdmd.training.distributed import SINGLE, World
-from gdmd.training.loop import Hooks, Silent, TrainEnd, train
-from gdmd.training.progress import progress_for
+from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
+from gdmd.training.loop import Hooks, NoProgress, TrainEnd, train
+from gdmd.training.progress import progress_for, waiting
 from gdmd.training.warm_start import check_model, check_roles, require_start
 
 QUIET = Console(quiet=True)
-AFTER = {
+NEXT_STEPS = {
     "score the student": "eval preference {run} --prompts FILE --scorer clip",
     "export it for diffusers": "export {run}",
 }
-"""What comes after the training of a real model, which has no built-in evaluation."""
+"""The commands after the training of a real model, which has no built-in evaluation."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished or interrupted training run left behind."""
+    """The outcome of a finished or interrupted training run."""
 
     run: Path
     end: TrainEnd
@@ -59,7 +59,7 @@ class Trained:
     report: Path | None = None
 
     def json(self) -> dict[str, Any]:
-        """What ``gdmd train --json`` prints."""
+        """The output of ``gdmd train --json``."""
         return {
             "run": str(self.run),
             "step": self.end.step,
@@ -72,42 +72,43 @@ class Trained:
         }
 
 
-def start(
+def create_run(
     cfg: RunConfig,
     folder: Path | None,
     console: Console,
     *,
     evaluation: bool,
     command: Sequence[str],
-    world: World = SINGLE,
+    context: DistributedContext = SINGLE_PROCESS,
     accept: bool = False,
 ) -> Trained:
-    """Train a recipe in a new folder. Everything that can be wrong with the input is found before it is made.
+    """Train a recipe in a new folder. All errors of the input are found before the folder is created.
 
     ``accept``: loop.start_from may be a run of another base model.
     """
     require_start(cfg.loop.start_from)
     check_model(cfg.loop.start_from, cfg.model_dump(mode="json"))
-    world.on_first(lambda: check_start(cfg, accept=accept))
-    components = ready(cfg, world, console)
+    context.on_main(lambda: check_start(cfg, accept=accept))
+    components = prepare(cfg, context, console)
     check_roles(cfg.loop.start_from, components.roles)
 
-    def make() -> str:
+    def new_run() -> str:
         return str(create(folder or new_folder(cfg), cfg.model_dump(mode="json"), command).path)
 
-    return go(cfg, open_run(Path(world.on_first(make))), components, console, evaluation=evaluation, world=world)
+    run = open_run(Path(context.on_main(new_run)))
+    return run_training(cfg, run, components, console, evaluation=evaluation, context=context)
 
 
-def take_up(
+def resume_run(
     folder: Path,
     recipe: str | None,
     overrides: Sequence[str],
-    world: World,
+    context: DistributedContext,
     console: Console = QUIET,
     *,
     accept: bool = False,
 ) -> tuple[RunConfig, Run]:
-    """The run to continue: rank 0 checks its inputs and writes what has changed in its configuration, then all read it.
+    """The run to continue: rank 0 checks its inputs and writes what changed in its configuration, then all read it.
 
     RunError for inputs whose content changed, unless ``accept``.
     """
@@ -117,37 +118,38 @@ def take_up(
         check_inputs(cfg, open_run(folder), console, accept=accept)
         resumed(folder, recipe, overrides)
 
-    world.on_first(settle)
+    context.on_main(settle)
     return resumed(folder, recipe, overrides)
 
 
-def ready(cfg: RunConfig, world: World = SINGLE, console: Console = QUIET) -> Components:
-    """The live objects of a recipe, its prompts checked to the last line and, where they have a folder, embedded."""
-    if world.size > 1:
-        world.span(cfg.loop.batch_size)
+def prepare(cfg: RunConfig, context: DistributedContext = SINGLE_PROCESS, console: Console = QUIET) -> Components:
+    """The live objects of a recipe: every prompt is checked and, if the recipe names a cache, encoded."""
+    if context.size > 1:
+        context.local_slice(cfg.loop.batch_size)
     check_best_metric(cfg)
     check_prompts(cfg, console)
     if cfg.method.rewarded:
         require_weights(cfg.rewards)
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
-    components = build(cfg)
-    world.on_first(lambda: _try_rewards(cfg, components))
-    compile_networks(cfg, components)
+    with waiting(console, "loading the networks"):
+        components = build(cfg)
+    if cfg.method.rewarded:
+        with waiting(console, "trying the rewards on one image"):
+            context.on_main(lambda: _try_rewards(cfg, components))
+    compile_networks(cfg, components)  # in the first iteration
     texts = [text for group in components.stream.groups for text in group]
-    warn_long_prompts(components, texts, say=world.first)
+    warn_long_prompts(components, texts, say=context.is_main)
     if isinstance(components.encoder, CachedText):
         encoder = components.encoder
-        world.on_first(lambda: embed(encoder, texts, console))  # the cache is of all ranks: one of them writes it
-        if not world.first:
+        context.on_main(lambda: encode(encoder, texts, console))  # the ranks share the cache: one of them writes it
+        if not context.is_main:
             encoder.refresh()
             encoder.prepare(texts)
     return components
 
 
 def _try_rewards(cfg: RunConfig, components: Components) -> None:
-    if not cfg.method.rewarded:
-        return
     device = next(iter(components.roles.parameters("student").values())).device
     if isinstance(cfg.model, DiffusersModel):
         size = (cfg.model.height, cfg.model.width)
@@ -158,22 +160,24 @@ def _try_rewards(cfg: RunConfig, components: Components) -> None:
     try_rewards(components.rewards, size, components.stream.groups[0][0], meta, str(device))
 
 
-def embed(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) -> None:
-    """The captions that are not on disk yet, which takes a while: how many is said, and on a terminal how far it is."""
-    count = len(encoder.missing(texts))
-    if count:
-        console.print(f"embedding {count} prompts once into {encoder.folder}", markup=False, highlight=False)
+def encode(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) -> None:
+    """Encode the prompts that the cache lacks, with their number and, on a terminal, a bar."""
+    missing = len(encoder.missing(texts))
+    if missing:
+        console.print(
+            f"encoding {counted(missing, 'prompt')} once into {encoder.folder}", markup=False, highlight=False
+        )
     columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn())
     with (
         writing("the text embeddings", encoder.folder, SHARDS_STAY, "model.embeddings"),
-        Progress(*columns, console=console, disable=not (count and console.is_terminal), transient=True) as progress,
+        Progress(*columns, console=console, disable=not (missing and console.is_terminal), transient=True) as progress,
     ):
-        bar = progress.add_task("prompts", total=count)
+        bar = progress.add_task("prompts", total=missing)
         encoder.prepare(texts, lambda done: progress.advance(bar, done))
 
 
 def check_prompts(cfg: RunConfig, console: Console = QUIET) -> None:
-    """Say what the prompt file's reader skipped; ValueError with its line for a prompt outside the Shapes language."""
+    """Report what the reader of the prompt file skipped; ValueError with the line of a prompt outside Shapes' grammar."""
     if cfg.prompts.file is None:
         return
     found = read_prompts(cfg.prompts.file, cfg.prompts.column)
@@ -189,39 +193,56 @@ def check_prompts(cfg: RunConfig, console: Console = QUIET) -> None:
             raise ValueError(f"prompt file {cfg.prompts.file}, {prompt.where}: {error}") from error
 
 
-def go(
-    cfg: RunConfig, run: Run, components: Components, console: Console, *, evaluation: bool, world: World = SINGLE
+def run_training(
+    cfg: RunConfig,
+    run: Run,
+    components: Components,
+    console: Console,
+    *,
+    evaluation: bool,
+    context: DistributedContext = SINGLE_PROCESS,
 ) -> Trained:
-    """Train ``run`` from where it stands to its last step; then evaluate and report unless it was interrupted."""
+    """Train ``run`` to its last step, from its newest checkpoint; then evaluate and report unless it was interrupted."""
     console.print(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name, markup=False, highlight=False)
     console.print(f"{student(cfg)}; {length(cfg)}", markup=False, highlight=False)
     console.print(f"run folder {run.path}", markup=False, highlight=False)
-    world.on_first(lambda: check_inputs(cfg, run, console))  # again after a resume: hub ids are resolved by now
-    model = cfg.model
-    if isinstance(model, DiffusersModel):
-        world.on_first(lambda: record_commits(model, run, console))
-    world.on_first(lambda: check_decoder(cfg, components, run.path, console))
+    with waiting(console, "checking the inputs and the decoder", plain=False):
+        context.on_main(lambda: check_inputs(cfg, run, console))  # also after a resume: hub ids are resolved by now
+        model = cfg.model
+        if isinstance(model, DiffusersModel):
+            context.on_main(lambda: record_commits(model, run, console))
+        context.on_main(lambda: check_decoder(cfg, components, run.path, console))
     began = time.perf_counter()
-    with progress_for(cfg.loop.steps, console) as progress:
-        watcher = progress if world.first else Silent()
-        scorer = getattr(components.method, "scorer", None)  # of the methods that read rewards
-
-        def stats() -> Mapping[str, Any]:
-            return {**reward_stats(components.rewards), **(scorer.stats() if scorer else {})}
-
-        hooks = Hooks(
-            watcher, grid_hook(components, cfg), stats, lambda name: reason_unscored(components.rewards, name)
-        )
-        end = train(components.method, components.roles, components.stream, cfg.loop, run, hooks, world)
+    end = _train(cfg, run, components, console, context)
     trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began)
-    if end.signal is not None or not evaluation or not world.first:
+    if end.signal is not None or not evaluation or not context.is_main:
         return trained
     if cfg.model.kind != "shapes":
-        for what, words in AFTER.items():
-            said = f"{what} with: gdmd {words.format(run=typed(run.path))}"
-            console.print(said, markup=False, highlight=False, soft_wrap=True)
-        return replace(trained, report=report_run(run.path))
-    console.print("evaluating the EMA student on the fixed evaluation set", markup=False)
-    whole = components if world.size == 1 else build(cfg)  # the other ranks have gone, and with them their shards
-    row, report = finish_run(cfg, run.path, whole, end.step)
+        for what, arguments in NEXT_STEPS.items():
+            hint = f"{what} with: gdmd {arguments.format(run=typed(run.path))}"
+            console.print(hint, markup=False, highlight=False, soft_wrap=True)
+        with waiting(console, "writing the report"):
+            return replace(trained, report=report_run(run.path))
+    with waiting(console, "evaluating the EMA student on the fixed evaluation set"):
+        whole = (
+            components if context.size == 1 else build(cfg)
+        )  # the other ranks have exited, and with them their shards
+        row, report = finish_run(cfg, run.path, whole, end.step)
     return replace(trained, evaluation=row, report=report)
+
+
+def _train(cfg: RunConfig, run: Run, components: Components, console: Console, context: DistributedContext) -> TrainEnd:
+    """The loop, with its progress display and sample images."""
+    scorer = getattr(components.method, "scorer", None)  # of the methods that read rewards
+
+    def stats() -> Mapping[str, Any]:
+        return {**reward_stats(components.rewards), **(scorer.stats() if scorer else {})}
+
+    with progress_for(cfg.loop.steps, console) as progress:
+        hooks = Hooks(
+            progress if context.is_main else NoProgress(),
+            grid_hook(components, cfg),
+            stats,
+            lambda name: reason_unscored(components.rewards, name),
+        )
+        return train(components.method, components.roles, components.stream, cfg.loop, run, hooks, context)

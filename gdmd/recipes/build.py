@@ -15,7 +15,8 @@ from gdmd.config.methods.dmd import DmdConfig
 from gdmd.config.methods.dmd2 import Dmd2Config
 from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.methods.dmdr import DmdrConfig
-from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd import GdmdAblationConfig, GdmdConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig, GdmdTiltedShuffledConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig, ShapesModel
 from gdmd.data.prompts import PromptStream, read_prompts
@@ -29,6 +30,8 @@ from gdmd.methods.dmd_nft import DmdNft
 from gdmd.methods.dmd_refl import DmdRefl
 from gdmd.methods.dmdr import Dmdr
 from gdmd.methods.gdmd import Gdmd
+from gdmd.methods.gdmd_ablations import CONTROLS, GdmdTiltedShuffled
+from gdmd.methods.gdmd_tilted import GdmdTilted
 from gdmd.methods.scorer import Scorer
 from gdmd.recipes.build_data import real_latents_of, training_prompts
 from gdmd.recipes.build_rewards import asset_tensors, build_rewards, check_prompts
@@ -56,7 +59,7 @@ class Components:
     method: Method
     stream: PromptStream
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
-    student_steps: tuple[float, ...] = ()  # through the family's clock; empty: those of the recipe
+    student_steps: tuple[float, ...] = ()  # through the family's timestep mapping; empty: those of the recipe
     teacher_times: Callable[[int], Tensor] = times
     scoring: Codec | None = None  # through which rewards see latents, where it is another one than ``codec``
 
@@ -84,23 +87,25 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Components:
     check_prompts(cfg.rewards, (text for group in groups for text in group))
     stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed, cfg.method.prompt_group)
     real = RenderedLatents(codec) if cfg.method.student_input == "data" or roles.critic else None
-    return Components(roles, codec, encoder, rewards, method_of(cfg, roles, codec, rewards, SHAPES, real), stream)
+    return Components(
+        roles, codec, encoder, rewards, method_of(cfg.method, roles, codec, rewards, SHAPES, real), stream
+    )
 
 
 def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components:
-    """Times in the recipe are uniform; the method gets them through the family's clock."""
+    """Times in the recipe are uniform; the method gets them through the family's timestep mapping."""
     real = real_latents_of(cfg, model)
     prompts, meta = training_prompts(cfg, real)
     check_prompts(cfg.rewards, prompts)
     from gdmd.models.distilled import check_guidance
-    from gdmd.models.loading import LateText, encoder_identity, open_family, scoring_codec
+    from gdmd.models.loading import LazyTextEncoder, encoder_identity, open_family, scoring_codec
     from gdmd.models.roles import DiffusersRoles
 
     family = open_family(model, device, encoders=model.embeddings is None)
-    check_guidance(family, guidances_of(cfg.method))
+    check_guidance(family, (cfg.method.guidance,))
     encoder: TextEncoder = family.encoder
     if model.embeddings is not None:
-        encoder = CachedText(LateText(family), Path(model.embeddings), encoder_identity(family), device)
+        encoder = CachedText(LazyTextEncoder(family), Path(model.embeddings), encoder_identity(family), device)
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
     rewards = build_rewards(cfg.rewards, device) if cfg.method.rewarded else ()
@@ -109,18 +114,13 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components
     )
     place = Place(family.latent_shape, family.native, family.teacher_times)
     codec = scoring_codec(family, device)
-    method = method_of(cfg.model_copy(update={"method": own}), roles, codec, rewards, place, real)
+    method = method_of(own, roles, codec, rewards, place, real)
     return Components(
         *(roles, family.codec, encoder, rewards, method, stream, family.latent_shape),
         student_steps=own.student_steps,
         teacher_times=family.teacher_times,
         scoring=codec if model.scoring_decoder is not None else None,
     )
-
-
-def guidances_of(method: MethodConfig) -> tuple[float, ...]:
-    """Every guidance scale of the teacher in this method."""
-    return method.guidances if isinstance(method, GdmdConfig) else (method.guidance,)
 
 
 def head_seed(cfg: RunConfig) -> int | None:
@@ -160,27 +160,34 @@ SHAPES = Place()
 
 
 def method_of(
-    cfg: RunConfig,
+    cfg: MethodConfig,
     roles: BuiltRoles,
     codec: Codec,
     rewards: tuple[Reward, ...],
     place: Place,
     real: RealLatents | None,
 ) -> Method:
-    """The method of a recipe on these objects."""
+    """The method of this configuration on these objects."""
     parts = (roles, place.latent_shape, place.native, real)
-    match cfg.method:
+    scorer = Scorer(codec, rewards)
+    match cfg:
         case DmdConfig() as own:
             return Dmd(own, *parts, teacher_times=place.teacher_times)
         case Dmd2Config() as own:
-            return Dmd2(own, *parts).attach(roles.critic)
+            return Dmd2(own, *parts, critic=roles.critic)
         case DmdrConfig() as own:
-            return Dmdr(own, *parts).attach(Scorer(codec, rewards), roles.blended_teacher)
+            return Dmdr(own, *parts, scorer=scorer, blend=roles.blended_teacher)
         case DmdReflConfig() as own:
-            return DmdRefl(own, *parts).attach(Scorer(codec, rewards))
+            return DmdRefl(own, *parts, scorer=scorer)
         case DmdNftConfig() as own:
-            return DmdNft(own, *parts).attach(Scorer(codec, rewards))
+            return DmdNft(own, *parts, scorer=scorer)
         case DmdGrpoConfig() as own:
-            return DmdGrpo(own, *parts).attach(Scorer(codec, rewards))
+            return DmdGrpo(own, *parts, scorer=scorer)
+        case GdmdTiltedShuffledConfig() as own:
+            return GdmdTiltedShuffled(own, *parts, scorer=scorer)
+        case GdmdTiltedConfig() as own:
+            return GdmdTilted(own, *parts, scorer=scorer)
+        case GdmdAblationConfig() as own:
+            return CONTROLS[own.control](own, *parts, scorer=scorer)
         case GdmdConfig() as own:
-            return Gdmd(own, *parts).attach(Scorer(codec, rewards))
+            return Gdmd(own, *parts, scorer=scorer)

@@ -162,8 +162,8 @@ def _ocr_reader(spec: OcrConfig, device: str) -> OcrReader:
 
 
 def _placement(spec: DeviceOptions, device: str) -> Placement:
-    placement = Placement(spec.device or device, _DTYPES[spec.dtype])
-    return replace(placement, offload=spec.offload, chunk=spec.chunk) if isinstance(spec, NetworkReward) else placement
+    plain = Placement(spec.device or device, _DTYPES[spec.dtype])
+    return replace(plain, offload=spec.offload, chunk=spec.chunk) if isinstance(spec, NetworkReward) else plain
 
 
 def scorers_of(cfg: RunConfig) -> tuple[Reward, ...]:

@@ -148,7 +148,7 @@ def tally(cfg: RunConfig, iterations: int = ITERATIONS) -> Tally:
     roles, pictures = _Roles(log, judged=judged), _Pictures(log)
     real = lambda prompts, rng: rng.normal("real", LATENT)  # noqa: E731
     rewards = (pictures,) if cfg.method.rewarded else ()
-    method: Any = method_of(cfg, roles, pictures, rewards, Place(LATENT), real)
+    method: Any = method_of(cfg.method, roles, pictures, rewards, Place(LATENT), real)
     batch = cfg.loop.batch_size
     for step in _steps(cfg.loop.steps, iterations):
         index = torch.arange(batch)

@@ -19,6 +19,7 @@ from gdmd.config.methods.dmd2 import Dmd2Config
 from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.methods.dmdr import DmdrConfig
 from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.pass_counter import BACKWARD
 
@@ -57,10 +58,11 @@ def iteration_passes(
     rollout, score = depth + 1, (1 if method.guidance == 1 else 2) + 1  # teacher, then fake
     match method:
         case GdmdConfig():
-            teacher = 2 if any(guidance != 1 for guidance in method.guidances) else 1
             old = 1 if method.old_policy == "ema" else 0
-            rollout += method.continuations * _tail(method, places) if method.continued else 0
-            return rollout + old + method.group_size * (trained.fake + teacher + 1 + trained.student)
+            return rollout + old + method.group_size * (trained.fake + score + trained.student)
+        case GdmdTiltedConfig():
+            rollout += method.continuations * _tail(method, places) if method.rewarded else 0
+            return rollout + method.group_size * (trained.fake + score + trained.student)
         case Dmd2Config():
             judged = (
                 trained.fake * reading if method.adversarial else 0

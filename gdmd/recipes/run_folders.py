@@ -19,7 +19,7 @@ from gdmd.runs.run_folder import Run, check_same_config, open_run
 
 MAY_CHANGE = (
     *("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every", "loop.grid_every"),
-    *("loop.sharding", "loop.rank_timeout", "loop.checkpoint_async", "loop.checkpoint_format"),
+    *("loop.sharding", "loop.rank_timeout", "loop.checkpoint_async"),
     *("loop.best_metric", "loop.best_direction", "loop.on_nonfinite", "loop.skip_limit"),
 )
 """What a resumed run may change: how long it trains, what it writes and on what it runs, and what it does about numbers

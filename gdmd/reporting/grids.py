@@ -1,4 +1,4 @@
-"""Sample grids as PNG: a row per caption, pixels shown as squares so that 32 x 32 images can be judged by eye."""
+"""Image grids as PNG: a row per caption, pixels enlarged to squares so that 32 x 32 images can be judged by eye."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FONT, MARGIN, GAP = 13, 8, 3
 Cells = Tensor | Sequence[Sequence[Tensor]]
 """Images in [0, 1]: [R, C, 3, H, W], or R rows of C images [3, H, W], whose sizes may differ."""
 LINE = 48
-"""Characters of a line of a caption: prompts of real models are paragraphs, and would be wider than their images."""
+"""Characters per line of a caption: prompts of real models are paragraphs, wider than their images."""
 
 
 def write_grid(
@@ -33,9 +33,9 @@ def write_grid(
     scale: int = 3,
     option: str = "--run",
 ) -> Path:
-    """Save ``draw_grid`` to ``path`` (PNG), whole or not at all; its folder is made.
+    """Save ``draw_grid`` to ``path`` (PNG) atomically; its folder is created.
 
-    RunError where that cannot be written; ``option`` names another place.
+    RunError if it cannot be written; ``option`` is the option that names another place.
     """
     content = png_bytes(draw_grid(cells, captions, headers, scale))
     with writing("the images", path, option=option):
@@ -51,10 +51,18 @@ def png_bytes(image: Image) -> bytes:
     return buffer.getvalue()
 
 
-def draw_grid(cells: Cells, captions: Sequence[str], headers: Sequence[str] = (), scale: int = 3) -> Image:
-    """R rows of C images under ``headers`` (a divisor of C many, over equal spans of columns), a caption beside each row.
+def to_image(image: Tensor) -> Image:
+    """[3, H, W] in [0, 1] -> an 8-bit image."""
+    from PIL import Image
 
-    A pixel of an image is a square of ``scale`` pixels, whatever the image's shape; smaller images are centered.
+    pixels = (image.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels)
+
+
+def draw_grid(cells: Cells, captions: Sequence[str], headers: Sequence[str] = (), scale: int = 3) -> Image:
+    """R rows of C images under ``headers`` (a divisor of C many, over equal spans of columns), a caption next to each row.
+
+    A pixel of an image becomes a square of ``scale`` pixels; smaller images are centered.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -87,25 +95,12 @@ def draw_grid(cells: Cells, captions: Sequence[str], headers: Sequence[str] = ()
 def same_noise_cells(
     samplers: Sequence[Sampler], components: Components, captions: Sequence[str], seed: int, per_caption: int = 2
 ) -> Tensor:
-    """[R, len(samplers) * per_caption, 3, S, S]: every sampler makes image (caption, k) from the same noise."""
+    """[R, len(samplers) * per_caption, 3, S, S]: image (caption, k) of every sampler starts from the same noise."""
     texts = [text for text in captions for _ in range(per_caption)]
     sides = [
         images_of(sampler, components, texts, seed).unflatten(0, (len(captions), per_caption)) for sampler in samplers
     ]
     return torch.cat(sides, 1)
-
-
-def write_comparison(
-    path: Path,
-    samplers: Sequence[Sampler],
-    components: Components,
-    captions: Sequence[str],
-    seed: int,
-    per_caption: int = 2,
-) -> Path:
-    """The side-by-side grid of samplers (the teacher first, then students) from the same noise."""
-    cells = same_noise_cells(samplers, components, captions, seed, per_caption)
-    return write_grid(path, cells, captions, [f"{sampler.name} ({sampler.nfe} NFE)" for sampler in samplers])
 
 
 def _checked(cells: Cells, captions: Sequence[str], headers: Sequence[str]) -> list[list[Tensor]]:
@@ -124,7 +119,7 @@ def _checked(cells: Cells, captions: Sequence[str], headers: Sequence[str]) -> l
 
 
 def _lines(caption: str, height: int) -> list[str]:
-    """A caption in lines beside a row of ``height`` pixels, cut off where the row ends."""
+    """A caption in lines next to a row of ``height`` pixels, cut off where the row ends."""
     most = max(height // (FONT + GAP), 1)
     return textwrap.wrap(caption, LINE, max_lines=most, placeholder=" ...") or [""]
 
@@ -132,6 +127,5 @@ def _lines(caption: str, height: int) -> list[str]:
 def _scaled(image: Tensor, scale: int) -> Image:
     from PIL import Image
 
-    pixels = (image.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-    small = Image.fromarray(pixels)
+    small = to_image(image)
     return small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST)

@@ -1,6 +1,6 @@
-"""Figures of a report as inline SVG text: they take the page's text color, so they read on light and dark ground.
+"""Curves of a report as inline SVG text, in the page's text color; and the color of every method.
 
-Every function gives one <svg> element without scripts or outside references. matplotlib is imported on first use.
+Every function returns one <svg> element without scripts or outside references. matplotlib is imported on first use.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,18 @@ Metrics = Sequence[Mapping[str, float]]
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7a5195", "#8c564b")
 """Distinct for color-blind readers (after Okabe and Ito), and visible on white and on near black."""
+COLORS: Mapping[str, str] = {
+    "teacher": "#7d8590",
+    "dmd": PALETTE[0],
+    "gdmd": PALETTE[1],
+    "dmdr": PALETTE[2],
+    "dmd_refl": PALETTE[3],
+    "gdmd_tilted": PALETTE[4],
+    "dmd2": PALETTE[5],
+    "dmd_nft": PALETTE[6],
+    "dmd_grpo": PALETTE[7],
+}
+"""The color of a method in every figure and page, by method.kind."""
 INK = "#123456"  # stands for the page's text color until the SVG is written
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -42,74 +55,39 @@ STYLE: dict[str, Any] = {
     "legend.fontsize": 9,
 }
 BINS = 10
-MARGINS = {"left": 0.15, "right": 0.98, "bottom": 0.16, "top": 0.9}
-"""Of curves, which so stand below each other in a column: room for seven digits and a unit."""
+MARGINS = {"left": 0.15, "right": 0.97, "bottom": 0.18, "top": 0.96}
+"""Of curves, the same for all, so that their axes align in a column: room for seven digits and a unit."""
+
+
+def method_in(name: str) -> str | None:
+    """The method that the name of a model or sampler mentions: "GDMD, 4 steps" -> gdmd; None without one."""
+    words = f"_{re.sub('[^a-z0-9]+', '_', name.lower())}_"
+    found = [kind for kind in COLORS if f"_{kind}_" in words]
+    return max(found, key=len, default=None)
+
+
+def colors_of(names: Sequence[str]) -> list[str]:
+    """The color of each name: its method's for the first that mentions it (every teacher), else one that is free."""
+    methods = [method_in(name) for name in names]
+    methods = [m if m == "teacher" or m not in methods[:k] else None for k, m in enumerate(methods)]
+    free = [color for color in PALETTE if color not in {COLORS[m] for m in methods if m}] or list(PALETTE)
+    others = [k for k, method in enumerate(methods) if method is None]
+    return [COLORS[m] if m else free[others.index(k) % len(free)] for k, m in enumerate(methods)]
 
 
 def curves(metrics: Metrics, keys: Mapping[str, str], title: str, unit: str = "") -> str:
-    """Lines over outer iterations; ``keys`` maps a key of the metrics to its name in the legend. "" without values."""
+    """Lines over outer iterations; ``keys`` maps a key of the metrics to its name in the legend. "" without values.
+
+    The title names the figure to a screen reader and is not drawn.
+    """
     with _styled(title):
         figure, axes = _figure(MARGINS)
         drawn = [_line(axes, metrics, key, name, PALETTE[k % 8]) for k, (key, name) in enumerate(keys.items())]
         if not any(drawn):
             return ""
-        axes.set(xlabel="outer iteration", ylabel=unit, title=title)
+        axes.set(xlabel="outer iteration", ylabel=unit)
         if len(keys) > 1:
             axes.legend()
-        return _svg(figure, title)
-
-
-def radar(rows: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], title: str = "ShapesEval by task") -> str:
-    """One closed line per row (name -> Evaluation.json()) over the tasks, 0 in the middle, 1 at the rim."""
-    with _styled(title):
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(5.6, 4.2), layout="constrained")
-        axes: Any = figure.add_subplot(projection="polar")
-        angles = [2 * math.pi * k / len(tasks) for k in range(len(tasks))]
-        for k, (name, row) in enumerate(rows.items()):
-            values = [_number(row["shapeseval"].get(task)) for task in tasks]
-            axes.plot([*angles, angles[0]], [*values, values[0]], color=PALETTE[k % 8], label=name, linewidth=1.8)
-            axes.fill(angles, values, color=PALETTE[k % 8], alpha=0.06)
-        axes.set_xticks(angles, [task.replace("_", " ") for task in tasks])
-        axes.tick_params(axis="x", pad=10)
-        axes.set_ylim(0, 1)
-        axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["", ".5", "", "1"])
-        axes.set_theta_offset(math.pi / 2)
-        axes.spines["polar"].set_visible(True)
-        if rows:
-            figure.legend(loc="outside lower center", ncols=2)
-        return _svg(figure, title)
-
-
-def axes_radar(axes_names: Sequence[str], rows: Mapping[str, Sequence[float | None]], title: str) -> str:
-    """One closed line per row; an axis runs from the worst row (inner ring) to the best (rim), values at its name.
-
-    "" below three axes or two rows, and where a value is missing.
-    """
-    values = [list(column) for column in zip(*rows.values(), strict=True)]
-    if len(axes_names) < 3 or len(rows) < 2 or any(value is None for column in values for value in column):
-        return ""
-    known = [[_number(value) for value in column] for column in values]
-    with _styled(title):
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(5.6, 4.2), layout="constrained")
-        axes: Any = figure.add_subplot(projection="polar")
-        angles = [2 * math.pi * k / len(axes_names) for k in range(len(axes_names))]
-        for k, name in enumerate(rows):
-            spans = [(column[k] - min(column), max(column) - min(column)) for column in known]
-            radii = [0.2 + 0.8 * (up / span if span else 1.0) for up, span in spans]
-            axes.plot([*angles, angles[0]], [*radii, radii[0]], color=PALETTE[k % 8], label=name, linewidth=1.8)
-        ends = [
-            f"{name}\n{min(column):.4g} to {max(column):.4g}" for name, column in zip(axes_names, known, strict=True)
-        ]
-        axes.set_xticks(angles, ends)
-        axes.tick_params(axis="x", pad=12)
-        axes.set_ylim(0, 1.03)
-        axes.set_yticks([0.2, 0.6, 1.0], ["", "", ""])
-        axes.set_theta_offset(math.pi / 2)
-        figure.legend(loc="outside lower center", ncols=2)
         return _svg(figure, title)
 
 
@@ -136,25 +114,8 @@ def r_histogram(metrics: Metrics, title: str = "Optimality r over training") -> 
             vmin=0,
         )
         axes.axhline(0.5, color="white", linewidth=0.8, linestyle="--")
-        axes.set(xlabel="outer iteration", ylabel="r", title=title)
+        axes.set(xlabel="outer iteration", ylabel="r")
         figure.colorbar(shown, ax=axes, label="share of targets")
-        return _svg(figure, title)
-
-
-def bars(values: Mapping[str, float | None], title: str, unit: str) -> str:
-    """Horizontal bars on a logarithmic axis, with their numbers; for speeds that differ by orders of magnitude."""
-    known = {name: value for name, value in values.items() if value is not None and value > 0}
-    if not known:
-        return ""
-    with _styled(title):
-        figure, axes = _figure(height=0.9 + 0.4 * len(known))
-        names = list(known)[::-1]
-        drawn = axes.barh(names, [known[name] for name in names], color=PALETTE[0])
-        axes.bar_label(drawn, [f"{known[name]:,.1f}" for name in names], padding=4, color=INK)
-        axes.set(xscale="log", title=title, xlabel=f"{unit} (logarithmic)")
-        axes.margins(x=0.15)
-        axes.grid(visible=False)
-        axes.tick_params(axis="x", which="both", bottom=False, labelbottom=False)  # the bars carry their numbers
         return _svg(figure, title)
 
 
@@ -170,10 +131,6 @@ def _marker(points: Sequence[tuple[float, float]]) -> str:
     return "o" if len(points) < 3 else ""
 
 
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
 def _styled(salt: str) -> Any:
     """Our style alone; the salt keeps the ids of two figures on one page apart, and the same from run to run."""
     from matplotlib import rc_context
@@ -181,11 +138,11 @@ def _styled(salt: str) -> Any:
     return rc_context({**STYLE, "svg.hashsalt": salt})
 
 
-def _figure(margins: Mapping[str, float] | None = None, height: float = 3.0) -> tuple[Figure, Axes]:
-    """``margins`` None: made to fit, which takes more than half of the time of a figure."""
+def _figure(margins: Mapping[str, float] | None = None) -> tuple[Figure, Axes]:
+    """``margins`` None: fitted to the labels, which takes more than half of the time of a figure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, height), layout="none" if margins else "constrained")
+    figure = Figure(figsize=(4.6, 2.8), layout="none" if margins else "constrained")
     if margins:
         figure.subplots_adjust(**margins)
     return figure, figure.add_subplot()
@@ -198,4 +155,5 @@ def _svg(figure: Figure, title: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
     return text.replace(INK, "currentColor")

@@ -1,23 +1,31 @@
-"""Small-sample statistics of a comparison: t intervals, paired t tests over seeds, Holm's correction. Standard library only.
+"""Small-sample statistics of evaluations: t intervals, paired t tests, Holm's correction, bootstraps over clusters.
 
-Student's t is computed from the regularized incomplete beta function,
+Distributions and tests are scipy's, imported on first use because that takes a second. Two things are ours:
 
-    P(|T_v| > t) = I_x(v / 2, 1 / 2),    x = v / (v + t^2),
-
-and I_x by its continued fraction (DLMF 8.17.22) in float64.
+- Holm's correction, eight lines: statsmodels would bring pandas, patsy and four more packages for it.
+- The bootstrap over clusters: ``scipy.stats.bootstrap`` resamples single observations and returns no weights, which the
+  Bradley-Terry intervals of the human study need.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 LEVEL = 0.95
-_TERMS, _CLOSE = 500, 1e-15  # of the continued fraction; it needs about sqrt(max(a, b)) terms
+REPLICATES = 2000
+_BLOCK = 100  # replicates at a time: bounds memory
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+Scores = Mapping[tuple[int, int], float]
+"""(prompt, image) -> score; NaN = not scored."""
 
 
 @dataclass(frozen=True)
@@ -46,125 +54,9 @@ class PairedTest:
     p: float
 
 
-def summarize(values: Sequence[float]) -> Summary:
-    """mean +- t_{.975, n-1} std / sqrt(n). ValueError for no values."""
-    if not values:
-        raise ValueError("there are no values to summarize; give at least one seed")
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count == 1:
-        return Summary(1, mean, math.nan, math.nan, math.nan)
-    std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    half = t_quantile((1 + LEVEL) / 2, count - 1) * std / math.sqrt(count)
-    return Summary(count, mean, std, mean - half, mean + half)
-
-
-def paired_t(a: Mapping[int, float], b: Mapping[int, float]) -> PairedTest | None:
-    """The test over the seeds that both sides have (seed -> value); None below two common seeds.
-
-    Differences that are all equal have no spread: p = 0 where they differ from 0, and p = 1 where they are 0.
-    """
-    seeds = sorted(a.keys() & b.keys())
-    if len(seeds) < 2:
-        return None
-    found = summarize([a[seed] - b[seed] for seed in seeds])
-    if found.std == 0:
-        t = math.copysign(math.inf, found.mean) if found.mean else 0.0
-    else:
-        t = found.mean / (found.std / math.sqrt(found.count))
-    return PairedTest(found.count, found.mean, found.low, found.high, t, two_sided_p(t, found.count - 1))
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment: p'_(k) = max_{j <= k} min(1, (m - j + 1) p_(j)), by name, in the given order."""
-    order = sorted(p_values, key=lambda name: p_values[name])
-    adjusted: dict[str, float] = {}
-    highest = 0.0
-    for place, name in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - place) * p_values[name]))
-        adjusted[name] = highest
-    return {name: adjusted[name] for name in p_values}
-
-
-def two_sided_p(t: float, dof: float) -> float:
-    """P(|T| > |t|) for Student's t with ``dof`` degrees of freedom."""
-    if dof <= 0:
-        raise ValueError(f"Student's t needs at least one degree of freedom, got {dof}")
-    if math.isinf(t):
-        return 0.0
-    return incomplete_beta(dof / 2, 0.5, dof / (dof + t * t))
-
-
-def t_cdf(t: float, dof: float) -> float:
-    """P(T <= t)."""
-    tail = two_sided_p(t, dof) / 2
-    return 1 - tail if t >= 0 else tail
-
-
-def t_quantile(probability: float, dof: float) -> float:
-    """The t with P(T <= t) = probability, by bisection to float64 precision."""
-    if not 0 < probability < 1:
-        raise ValueError(f"a quantile needs a probability strictly between 0 and 1, got {probability}")
-    if probability < 0.5:
-        return -t_quantile(1 - probability, dof)
-    low, high = 0.0, 1.0
-    while t_cdf(high, dof) < probability:
-        low, high = high, 2 * high
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if t_cdf(middle, dof) < probability else (low, middle)
-    return (low + high) / 2
-
-
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularized I_x(a, b) of a, b > 0 and x in [0, 1]."""
-    if not (a > 0 and b > 0 and 0 <= x <= 1):
-        raise ValueError(f"I_x(a, b) needs a, b > 0 and x in [0, 1], got a = {a}, b = {b}, x = {x}")
-    if x in (0.0, 1.0):
-        return x
-    if x > (a + 1) / (a + b + 2):  # the fraction converges fast on the other side
-        return 1 - incomplete_beta(b, a, 1 - x)
-    logarithm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    return math.exp(logarithm) / (a * _fraction(a, b, x))
-
-
-def _fraction(a: float, b: float, x: float) -> float:
-    """1 + d_1 / (1 + d_2 / (1 + ...)) of DLMF 8.17.22, by the modified Lentz method."""
-    value, above, below = 1.0, 1.0, 0.0
-    for n in range(1, _TERMS + 1):
-        m = n // 2
-        if n % 2:
-            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        else:
-            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        below = 1 / _not_zero(1 + term * below)
-        above = _not_zero(1 + term / above)
-        value *= above * below
-        if abs(above * below - 1) < _CLOSE:
-            return value
-    raise ValueError(f"I_{x}({a}, {b}) did not converge in {_TERMS} terms; the degrees of freedom are too many")
-
-
-def _not_zero(value: float) -> float:
-    """Lentz's guard against a division by zero."""
-    return value if abs(value) > 1e-300 else 1e-300
-
-
-REPLICATES, LEVEL = 2000, 0.95
-
-
-_BLOCK = 100
-
-
-Scores = Mapping[tuple[int, int], float]
-"""(prompt, image) -> score; NaN = not scored."""
-
-
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over images and its 95 % interval over prompts; NaN where there is none (no score, one prompt)."""
+    """A mean over images and its 95 % interval over prompts; NaN if there are no scores, or one prompt only."""
 
     mean: float
     low: float
@@ -178,7 +70,7 @@ class Estimate:
 class Difference:
     """mean(a - b) over the images that both have, its interval, and the share of images on which a is higher.
 
-    A tie counts half. The interval says whether the models differ on prompts like these, not whether people would.
+    A tie counts half. The interval says whether the models differ on prompts like these, not whether people would agree.
     """
 
     mean: float
@@ -188,25 +80,97 @@ class Difference:
     images: int
 
 
+def summarize(values: Sequence[float]) -> Summary:
+    """mean +- t_{.975, n-1} std / sqrt(n). ValueError for no values."""
+    if not values:
+        raise ValueError("there are no values to summarize; give at least one seed")
+    count, mean = len(values), math.fsum(values) / len(values)
+    if count == 1:
+        return Summary(1, mean, math.nan, math.nan, math.nan)
+    std = stdev(values)
+    half = t_quantile(count - 1) * std / math.sqrt(count)
+    return Summary(count, mean, std, mean - half, mean + half)
+
+
+def t_quantile(dof: int) -> float:
+    """The half width of a 95 % t interval in standard errors."""
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + LEVEL) / 2, dof))
+
+
+def paired_t(a: Mapping[int, float], b: Mapping[int, float]) -> PairedTest | None:
+    """The test over the seeds that both sides have (seed -> value); None below two common seeds.
+
+    If all differences are equal, there is no spread: p = 0 if they are not 0, and p = 1 if they are.
+    """
+    from scipy import stats
+
+    seeds = sorted(a.keys() & b.keys())
+    if len(seeds) < 2:
+        return None
+    differences = [a[seed] - b[seed] for seed in seeds]
+    found = summarize(differences)
+    if found.std == 0:
+        t, p = (math.copysign(math.inf, found.mean), 0.0) if found.mean else (0.0, 1.0)
+    else:
+        t, p = map(float, stats.ttest_1samp(differences, 0.0))
+    return PairedTest(found.count, found.mean, found.low, found.high, t, p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (1979): p'_(k) = max_{j <= k} min(1, (m - j + 1) p_(j)), in the given order."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = highest
+    return adjusted
+
+
+def cluster_counts(clusters: int, replicates: int, rng: np.random.Generator) -> Iterator[Floats]:
+    """Bootstrap replicates in blocks [b, clusters]: how often each cluster is drawn, with replacement."""
+    for start in range(0, replicates, _BLOCK):
+        size = min(_BLOCK, replicates - start)
+        drawn = rng.integers(clusters, size=(size, clusters)) + clusters * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * clusters).reshape(size, clusters).astype(np.float64)
+
+
+def bootstrap_means(
+    values: Sequence[float] | Floats, labels: Sequence[Any], replicates: int, rng: np.random.Generator
+) -> Floats:
+    """[replicates]: means of ``values`` when whole clusters (values with equal ``labels``) are drawn with replacement.
+
+    For example, images of one prompt succeed or fail together, so whole prompts are resampled.
+    """
+    _, place = np.unique(np.asarray(labels), return_inverse=True)
+    total, size = np.bincount(place, np.asarray(values, dtype=np.float64)), np.bincount(place)
+    return np.concatenate([(n @ total) / (n @ size) for n in cluster_counts(len(size), replicates, rng)])
+
+
+def percentile_interval(replicates: Floats) -> Interval:
+    """The middle 95 % of bootstrap replicates."""
+    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
 def clustered_mean(scores: Scores, seed: int = 0, replicates: int = REPLICATES) -> Estimate:
     """sum_p sum_k s_pk / number of images, with prompts p drawn with replacement for the interval."""
     kept = {place: score for place, score in scores.items() if not math.isnan(score)}
     missing = len(scores) - len(kept)
     if not kept:
         return Estimate(math.nan, math.nan, math.nan, 0, 0, missing)
-    prompts = sorted({prompt for prompt, _ in kept})
-    place = {prompt: k for k, prompt in enumerate(prompts)}
-    total, count = np.zeros(len(prompts)), np.zeros(len(prompts))
-    for (prompt, _), score in kept.items():
-        total[place[prompt]] += score
-        count[place[prompt]] += 1
-    low, high = _interval(total, count, seed, replicates)
-    mean = math.fsum(kept.values()) / len(kept)
-    return Estimate(mean, low, high, len(kept), len(prompts), missing)
+    prompts = [prompt for prompt, _ in kept]
+    count = len(set(prompts))
+    low, high = math.nan, math.nan
+    if count > 1:
+        rng = np.random.default_rng(seed)
+        low, high = percentile_interval(bootstrap_means(list(kept.values()), prompts, replicates, rng))
+    return Estimate(math.fsum(kept.values()) / len(kept), low, high, len(kept), count, missing)
 
 
 def paired_difference(a: Scores, b: Scores, seed: int = 0) -> Difference:
-    """Over the places that both have scored; same noise on both sides makes the pairs alike."""
+    """Over the images that both sides have scored; with the same noise on both sides, pairs are alike."""
     both = [place for place in a if place in b and not math.isnan(a[place]) and not math.isnan(b[place])]
     found = clustered_mean({place: a[place] - b[place] for place in both}, seed)
     wins = sum((a[place] > b[place]) + 0.5 * (a[place] == b[place]) for place in both)
@@ -216,8 +180,8 @@ def paired_difference(a: Scores, b: Scores, seed: int = 0) -> Difference:
 def speed(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Seconds per image from lines of {images, seconds, first, batch, device}.
 
-    The first batch of a process warms up and is left out. Times of different batch sizes or devices are not mixed: those
-    of the pair that timed most images count. None where nothing but warm-up was timed.
+    The first batch of a process warms up and is left out. Times of different batch sizes or devices are not mixed: the
+    pair that timed the most images counts. None if only warm-up was timed.
     """
     totals: dict[tuple[Any, Any], list[float]] = {}
     for row in rows:
@@ -227,15 +191,3 @@ def speed(rows: Sequence[Mapping[str, Any]]) -> float | None:
             total[1] += row["seconds"]
     images, seconds = max(totals.values(), default=(0, 0.0), key=lambda total: total[0])
     return seconds / images if images else None
-
-
-def _interval(total: np.ndarray, count: np.ndarray, seed: int, replicates: int) -> tuple[float, float]:
-    if len(total) < 2:
-        return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(0, replicates, _BLOCK):
-        drawn = rng.integers(len(total), size=(_BLOCK, len(total)))
-        means.append(total[drawn].sum(1) / count[drawn].sum(1))
-    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)

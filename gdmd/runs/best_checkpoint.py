@@ -26,23 +26,23 @@ class Best:
     direction: Direction
     value: float
 
-    def beats(self, other: Best | None) -> bool:
-        """Whether it takes the other's place: a strictly better value, or one of another metric or direction."""
+    def improves_on(self, other: Best | None) -> bool:
+        """Whether it replaces the other: a strictly better value, or one of another metric or direction."""
         if other is None or (other.metric, other.direction) != (self.metric, self.direction):
             return True
         return self.value > other.value if self.direction == "max" else self.value < other.value
 
 
-class Judge:
-    """Means of one metric of metrics.jsonl over the last ``window`` steps, so that one lucky batch chooses nothing."""
+class BestCheckpointTracker:
+    """Scores checkpoints by the mean of one metric over the last ``window`` steps, so one lucky batch does not decide."""
 
     def __init__(self, metric: str, direction: Direction, window: int) -> None:
         self.metric, self.direction, self.window = metric, direction, window
         self._rows: deque[tuple[int, float]] = deque()
         self._keys: tuple[str, ...] = ()
 
-    def take_up(self, rows: Iterable[Mapping[str, float]]) -> None:
-        """Start from the rows that a resumed run has kept."""
+    def resume(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """Start from the rows that a resumed run has logged."""
         self._rows.clear()
         for row in rows:
             self.add(int(row["step"]), row)
@@ -54,21 +54,21 @@ class Judge:
         while self._rows[0][0] <= step - self.window:
             self._rows.popleft()
 
-    def at(self, step: int) -> Best | None:
-        """What checkpoint ``step`` is worth: the mean over the scored rows of its window; None without one."""
+    def score(self, step: int) -> Best | None:
+        """The score of checkpoint ``step``: the mean over the scored rows of its window; None without one."""
         values = [value for row, value in self._rows if step - self.window < row <= step and math.isfinite(value)]
         return Best(step, self.metric, self.direction, sum(values) / len(values)) if values else None
 
-    def complaint(self, step: int) -> str:
-        """What to tell the user where ``at`` is None."""
+    def why_unscored(self, step: int) -> str:
+        """The message for the user if ``score`` is None."""
         near = difflib.get_close_matches(self.metric, self._keys, 1)
         advice = f"did you mean {near[0]}?" if near else f"the last row has {', '.join(self._keys) or 'nothing'}"
         last = f"steps {max(step - self.window, 0) + 1} ... {step}"
-        return f"loop.best_metric = {self.metric} has no value in {last}: no best checkpoint is chosen there; {advice}"
+        return f"loop.best_metric = {self.metric} has no value in {last}: no best checkpoint is chosen; {advice}"
 
 
 def named_best(folder: Path) -> Best | None:
-    """What best.json of ``folder`` (checkpoints/) names, whether that checkpoint is there or not; None without it."""
+    """What best.json of ``folder`` (checkpoints/) names, whether or not that checkpoint exists; None without the file."""
     file = Path(folder) / FILE
     if not file.exists():
         return None
@@ -76,9 +76,11 @@ def named_best(folder: Path) -> Best | None:
         body = json.loads(file.read_text(encoding="utf-8"))
         return Best(int(body["step"]), str(body["metric"]), body["direction"], float(body["value"]))
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise RunError(f"cannot read {file}: {error}. Delete it; the next checkpoints choose anew.") from error
+        raise RunError(
+            f"cannot read {file}: {error}. Delete it; the next checkpoints are scored from scratch."
+        ) from error
 
 
 def write_best(folder: Path, best: Best) -> None:
-    """Name ``best`` in best.json, whole or not at all."""
+    """Name ``best`` in best.json, atomically."""
     write_atomic(Path(folder) / FILE, json.dumps(asdict(best), indent=2) + "\n", "the name of the best checkpoint")

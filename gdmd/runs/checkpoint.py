@@ -1,10 +1,7 @@
-"""Checkpoints that are whole or absent: step_000040/ with one safetensors file per part and state.json.
+"""Checkpoints that are complete or absent: step_000040/ with one safetensors file per part and state.json.
 
-A checkpoint is written into a hidden sibling, fsynced and renamed; state.json holds the sha256 of every file and of
-itself. Reading takes the newest that verifies and says which file of a newer one was damaged. No pickle.
-
-Sharded ones hold a file per rank instead (``runs.shards``); reading puts their tensors together, so that nobody who
-reads a checkpoint has to know which kind it is.
+A checkpoint is written to a hidden sibling folder, fsynced and renamed; state.json holds the sha256 of every file and
+of itself. Reading takes the newest that verifies and names the damaged file of a newer one. No pickle.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +25,7 @@ from gdmd.runs.best_checkpoint import Best, named_best, write_best
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT, SHARDED = 1, 2
+FORMAT = 1
 _NAME = re.compile(r"step_(\d{6}|[1-9]\d{6,})", re.ASCII)  # as save() writes it: one name per step
 _FILE = re.compile(r"[^/\\\0]+\.safetensors")  # inside the checkpoint's folder
 _log = logging.getLogger(__name__)
@@ -41,7 +38,7 @@ class DamagedCheckpoint(RunError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved. ``messages`` tells of newer checkpoints that were damaged and passed over."""
+    """What was saved. ``messages`` name newer checkpoints that are damaged and were skipped."""
 
     step: int
     path: Path
@@ -55,16 +52,11 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where checkpoint ``step`` goes. ``keep`` newest stay besides it (0 = all), and the best one.
-
-    ``candidate``: what this checkpoint is worth; it becomes the best one if it beats the one before.
-    """
+class _Target:
+    """Where checkpoint ``step`` goes."""
 
     folder: Path
     step: int
-    keep: int = 0
-    candidate: Best | None = None
 
     @property
     def final(self) -> Path:
@@ -74,8 +66,8 @@ class Place:
     def partial(self) -> Path:
         return self.folder / f".step_{self.step:06d}.partial"
 
-    def left(self) -> str:
-        """What a failed save leaves."""
+    def consequence(self) -> str:
+        """What a failed save leaves, for the error."""
         return f"Nothing was half-written; {len(steps(self.folder))} older checkpoint(s) are intact."
 
 
@@ -87,71 +79,65 @@ def save(
     keep: int = 0,
     candidate: Best | None = None,
 ) -> Path:
-    """Write checkpoint ``step`` and delete all but the ``keep`` newest (0 = keep all). Returns its folder.
+    """Write checkpoint ``step`` and delete all but the ``keep`` newest (0 = keep all) and the best. Returns its folder.
 
-    On failure (full disk, ...) nothing is left behind, the older checkpoints stay, and a RunError says so.
+    ``candidate``: the score of this checkpoint; it becomes the best one if it improves on the previous best. On failure
+    (full disk, ...) nothing is left behind, the older checkpoints stay, and a RunError says so.
     """
-    place = Place(Path(folder), step, keep, candidate)
-    begin(place)
-    digests: dict[str, str] = {}
-    for part, named in tensors.items():
-        if named:
-            digests |= write(place, f"{part}.safetensors", named)
-    return commit(place, digests, state, FORMAT)
+    target = _Target(Path(folder), step)
+    with _complete_or_absent(target):
+        _clear(target.folder)
+        target.partial.mkdir(parents=True)
+        digests = {f"{part}.safetensors": _write(target, part, named) for part, named in tensors.items() if named}
+        _commit(target, digests, state)
+    with writing("the checkpoint", target.final, target.consequence()):
+        _choose_and_rotate(target, keep, candidate)
+    return target.final
 
 
-def begin(place: Place) -> None:
-    """Make the hidden folder of a checkpoint; what a killed save left behind is removed."""
-    with _whole_or_absent(place):
-        _clear(place.folder)
-        place.partial.mkdir(parents=True)
-
-
-def write(
-    place: Place, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """Write one safetensors file into the hidden folder; its sha256 by its name."""
+def _write(target: _Target, part: str, tensors: Mapping[str, Tensor]) -> str:
+    """Write one safetensors file into the hidden folder; its sha256."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    file = place.partial / name
-    with _whole_or_absent(place):
-        try:
-            save_file(_separate(tensors), file, **({"metadata": dict(metadata)} if metadata else {}))
-        except SafetensorError as error:  # its writer wraps the OSError in a message
-            raise OSError(number_in(str(error)), f"{name}: {error}") from error
-        follow_umask(file)
-        _fsync(file)
-        return {name: _sha256(file)}
+    file = target.partial / f"{part}.safetensors"
+    try:
+        save_file(_separate(tensors), file)
+    except SafetensorError as error:  # its writer wraps the OSError in a message
+        raise OSError(number_in(str(error)), f"{file.name}: {error}") from error
+    follow_umask(file)
+    _fsync(file)
+    return _sha256(file)
 
 
-def commit(place: Place, digests: Mapping[str, str], state: Mapping[str, Any], layout: int) -> Path:
-    """Sign the files, rename the hidden folder, name the best checkpoint and delete those that are too many."""
-    final, folder = place.final, place.folder
-    with _whole_or_absent(place):
-        body = {"format": layout, "step": place.step, "files": dict(digests), "state": dict(state)}
-        with (place.partial / "state.json").open("w", encoding="utf-8") as text:
-            json.dump(body | {"sha256": _digest(body)}, text, indent=2)
-            text.flush()
-            os.fsync(text.fileno())
-        _fsync(place.partial)
-        if final.exists():  # a damaged or abandoned one of the same step
-            final.rename(folder / f".step_{place.step:06d}.replaced")
-        place.partial.rename(final)
-        _fsync(folder)
-        _clear(folder)
-    with writing("the checkpoint", final, place.left()):
-        _choose_and_rotate(place)
-    return final
+def _commit(target: _Target, digests: Mapping[str, str], state: Mapping[str, Any]) -> None:
+    """Sign the files and rename the hidden folder: from then on the checkpoint exists."""
+    final, folder = target.final, target.folder
+    body = {"format": FORMAT, "step": target.step, "files": dict(digests), "state": dict(state)}
+    with (target.partial / "state.json").open("w", encoding="utf-8") as text:
+        json.dump(body | {"sha256": _digest(body)}, text, indent=2)
+        text.flush()
+        os.fsync(text.fileno())
+    _fsync(target.partial)
+    if final.exists():  # a damaged or abandoned one of the same step
+        final.rename(folder / f".step_{target.step:06d}.replaced")
+    target.partial.rename(final)
+    _fsync(folder)
+    _clear(folder)
 
 
 def load(path: Path, *, verify: bool = True) -> Checkpoint:
     """Read and verify one checkpoint folder; a DamagedCheckpoint names the file that is wrong.
 
-    ``verify`` may be false where another rank has just compared the sums.
+    ``verify`` may be false if another rank has just compared the sums.
     """
+    from safetensors.torch import load_file
+
     state = _checked(path, verify=verify)
-    tensors = _parts(path, state["files"]) if state["format"] == FORMAT else _shards(path, state["files"])
+    tensors = {}
+    for name in state["files"]:
+        with _damage(path / name):
+            tensors[(path / name).stem] = load_file(path / name)
     return Checkpoint(state["step"], path, tensors, state["state"])
 
 
@@ -169,7 +155,7 @@ def newest_intact(folder: Path) -> tuple[int | None, tuple[str, ...]]:
 
 
 def _checked(path: Path, *, verify: bool) -> dict[str, Any]:
-    """state.json of a checkpoint whose files are all there and, if ``verify``, have the content that was saved."""
+    """state.json of a checkpoint whose files all exist and, if ``verify``, have the content that was saved."""
     state = _read_state(path)
     for name, digest in state["files"].items():
         file = path / name
@@ -182,17 +168,11 @@ def _checked(path: Path, *, verify: bool) -> dict[str, Any]:
 
 
 def shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of a part's whole tensors by name, from the headers of a checkpoint's files alone."""
+    """The shapes of a part's tensors by name, from the header of its file alone."""
     from safetensors import safe_open
 
-    files = _read_state(path)
-    if files["format"] == SHARDED:
-        from gdmd.runs.sharded_checkpoint import whole_shapes
-
-        with _damage(path):
-            return whole_shapes([path / name for name in files["files"]], part)
     file = path / f"{part}.safetensors"
-    if file.name not in files["files"]:
+    if file.name not in _read_state(path)["files"]:
         return {}
     with _damage(file), safe_open(file, framework="pt") as opened:
         return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
@@ -201,8 +181,8 @@ def shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
 def load_chosen(folder: Path, which: str = "last") -> Checkpoint | None:
     """Checkpoint "best", "last" (the newest that verifies) or of a step; None when "last" finds none at all.
 
-    A damaged newest one is passed over with a warning that names the step in its place; a damaged or missing best one,
-    or step, is a RunError.
+    A damaged newest one is skipped with a warning that names the step used instead; a damaged or missing best one, or
+    step, is a RunError.
     """
     folder = Path(folder)
     if which == "last":
@@ -245,7 +225,7 @@ def load_newest(folder: Path) -> Checkpoint | None:
         try:
             checkpoint = load(Path(folder) / f"step_{step:06d}")
         except DamagedCheckpoint as error:
-            messages.append(f"{error}; checkpoint step {step} was passed over")
+            messages.append(f"{error}; checkpoint step {step} was skipped")
             continue
         return Checkpoint(checkpoint.step, checkpoint.path, checkpoint.tensors, checkpoint.state, tuple(messages))
     if found:
@@ -274,63 +254,42 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
     return moved
 
 
-def _choose_and_rotate(place: Place) -> None:
-    """The best one is named before anything is deleted, and never deleted."""
-    best = named_best(place.folder)
-    if best and best.step not in steps(place.folder):
-        _log.warning("the best checkpoint, step %d (%s = %g), is no longer there", best.step, best.metric, best.value)
+def _choose_and_rotate(target: _Target, keep: int, candidate: Best | None) -> None:
+    """The best checkpoint is named before anything is deleted, and never deleted."""
+    folder = target.folder
+    best = named_best(folder)
+    if best and best.step not in steps(folder):
+        _log.warning("the best checkpoint, step %d (%s = %g), is missing", best.step, best.metric, best.value)
         best = None
-    if place.candidate is not None and place.candidate.beats(best):
-        best = place.candidate
-        write_best(place.folder, best)
-    older = [number for number in steps(place.folder) if number <= place.step]
-    for number in older[: -place.keep] if place.keep else []:
+    if candidate is not None and candidate.improves_on(best):
+        best = candidate
+        write_best(folder, best)
+    older = [number for number in steps(folder) if number <= target.step]
+    for number in older[:-keep] if keep else []:
         if best is None or number != best.step:
-            shutil.rmtree(place.folder / f"step_{number:06d}")
+            shutil.rmtree(folder / f"step_{number:06d}")
 
 
 @contextmanager
-def _whole_or_absent(place: Place) -> Iterator[None]:
+def _complete_or_absent(target: _Target) -> Iterator[None]:
     """An OSError inside removes the hidden folder and becomes a RunError."""
-    with writing("the checkpoint", place.final, place.left()):
+    with writing("the checkpoint", target.final, target.consequence()):
         try:
             yield
         except OSError:
-            shutil.rmtree(place.partial, ignore_errors=True)
+            shutil.rmtree(target.partial, ignore_errors=True)
             raise
 
 
 @contextmanager
 def _damage(file: Path) -> Iterator[None]:
-    """What cannot be read is a damaged checkpoint."""
+    """An unreadable file means a damaged checkpoint."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{file} cannot be read ({error})") from error
-
-
-def _parts(path: Path, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Format 1: a file per part."""
-    from safetensors.torch import load_file
-
-    tensors = {}
-    for name in names:
-        with _damage(path / name):
-            tensors[(path / name).stem] = load_file(path / name)
-    return tensors
-
-
-def _shards(path: Path, names: Iterable[str]) -> Mapping[str, Mapping[str, Tensor]]:
-    """Format 2: a file per rank."""
-    from gdmd.runs.sharded_checkpoint import IncompleteShards, assembled
-
-    with _damage(path):
-        try:
-            return assembled([path / name for name in names])
-        except IncompleteShards as error:
-            raise DamagedCheckpoint(f"{path}: {error}") from error
 
 
 def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -359,9 +318,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{file} is damaged ({error})") from error
     if not verifies:
         raise DamagedCheckpoint(f"{file} is damaged (its sha256 differs)")
-    if body.get("format") not in (FORMAT, SHARDED):
-        known = f"{FORMAT} or {SHARDED}"
-        raise RunError(f"{file} has format {body.get('format')}, not {known}: use the gdmd that wrote it.")
+    if body.get("format") != FORMAT:
+        raise RunError(f"{file} has format {body.get('format')}, not {FORMAT}: use the version of gdmd that wrote it.")
     files, kinds = body.get("files"), (int, dict, dict)
     whole = all(isinstance(body.get(key), kind) for key, kind in zip(("step", "files", "state"), kinds, strict=True))
     if not whole or not all(_FILE.fullmatch(name) for name in files):

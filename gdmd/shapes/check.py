@@ -1,8 +1,8 @@
-"""ShapesEval: does a picture show what its caption asks for? GenEval's logic (arXiv 2310.11513) on exact detections.
+"""ShapesEval: does an image show what its caption asks for? GenEval's logic (arXiv 2310.11513) on exact detections.
 
-Strict: every requirement holds. Counting is exact and asks for more confidence. Colors are read from the most
-confident objects of the shape. A relation must hold for every pair of found objects, after 0.1 of both widths (heights)
-is taken off the offset. ``partial_credit`` is another, smooth score, meant as a reward and never reported as
+Strict: every requirement must hold. Counting is exact and needs a higher confidence. Colors are read from the most
+confident objects of the shape. A relation must hold for every pair of detected objects, after 0.1 of both widths
+(heights) is subtracted from the offset. ``partial_credit`` is a different, smooth score: a reward, never reported as
 ShapesEval.
 """
 
@@ -16,9 +16,9 @@ from gdmd.shapes.grammar import ANY, TASKS
 from gdmd.shapes.render import WORLD32, World
 
 COUNT_KEEP = 0.6
-"""Least confidence of an object that is counted (GenEval's 0.9 on its own scale); see docs/shapes.md."""
+"""Minimum confidence of a counted object (GenEval: 0.9, on another scale); see docs/shapes.md."""
 SLACK, DIRECTION = 0.1, 0.5
-"""GenEval's position rule: share of the boxes' sizes taken off the offset, and the least direction cosine."""
+"""GenEval's position rule: share of the boxes' sizes subtracted from the offset, and the minimum direction cosine."""
 
 
 def shapeseval(images: Tensor | Detections, rows: Tensor, world: World = WORLD32) -> Tensor:
@@ -27,7 +27,7 @@ def shapeseval(images: Tensor | Detections, rows: Tensor, world: World = WORLD32
     table = world.captions
     rows = rows.to(found.shape.device)
     task = table.task.to(rows.device)[rows]
-    first, second = (_asked(found, rows, side, world) for side in (0, 1))
+    first, second = (_requested(found, rows, side, world) for side in (0, 1))
     present = _right(found, first, rows, 0, world) & _right(found, second, rows, 1, world)
     counting = task == TASKS.index("counting")
     shape, count = (c.to(rows.device)[rows, 0] for c in (table.shape, table.count))
@@ -40,11 +40,11 @@ def shapeseval(images: Tensor | Detections, rows: Tensor, world: World = WORLD32
 
 
 def partial_credit(images: Tensor | Detections, rows: Tensor, world: World = WORLD32) -> Tensor:
-    """Mean degree to which the caption's requirements are met, smooth in confidences and places. [B] in [0, 1]
+    """Mean degree to which the caption's requirements are met, smooth in confidences and positions. [B] in [0, 1]
 
     Presence: confidence of the best object of the shape, or half the best fit of that shape to another object.
-    Color: the same with the object's color fit. Number: 1 - |confidence sum - count| / count. Relation: (cosine + 1)
-    / 1.5, cut at 1, for the chosen pair, 0 where one is missing.
+    Color: the same times the object's color fit. Number: 1 - |sum of confidences - count| / count. Relation:
+    (cosine + 1) / 1.5, at most 1, for the chosen pair; 0 if one is missing.
     """
     found = _found(images, rows, world)
     table = world.captions
@@ -80,8 +80,8 @@ def summarize(correct: Tensor, task: Tensor) -> dict[str, float]:
 
 
 def matched(found: Detections, rows: Tensor, world: World = WORLD32) -> Tensor:
-    """The objects that the captions ask for: the most confident ``count`` of each asked shape. [B, M] bool"""
-    return _asked(found, rows, 0, world) | _asked(found, rows, 1, world)
+    """The objects that the captions ask for: the most confident ``count`` of each requested shape. [B, M] bool"""
+    return _requested(found, rows, 0, world) | _requested(found, rows, 1, world)
 
 
 def _found(images: Tensor | Detections, rows: Tensor, world: World) -> Detections:
@@ -90,7 +90,7 @@ def _found(images: Tensor | Detections, rows: Tensor, world: World) -> Detection
     return images if isinstance(images, Detections) else detect(images, world)
 
 
-def _asked(found: Detections, rows: Tensor, side: int, world: World) -> Tensor:
+def _requested(found: Detections, rows: Tensor, side: int, world: World) -> Tensor:
     """The top ``count`` objects of the caption's first (side 0) or second shape, by confidence. [B, M] bool"""
     table = world.captions
     shape, count = (c.to(rows.device)[rows, side].to(found.shape.device) for c in (table.shape, table.count))
@@ -99,7 +99,7 @@ def _asked(found: Detections, rows: Tensor, side: int, world: World) -> Tensor:
 
 
 def _right(found: Detections, asked: Tensor, rows: Tensor, side: int, world: World) -> Tensor:
-    """Enough objects of a shape, and all of them in the color. [B] bool"""
+    """Whether there are enough objects of a shape, all in the right color. [B] bool"""
     table = world.captions
     color, count = (c.to(rows.device)[rows, side] for c in (table.color, table.count))
     painted = (color[:, None] == ANY) | (found.color == color[:, None]) | ~asked
@@ -107,7 +107,7 @@ def _right(found: Detections, asked: Tensor, rows: Tensor, side: int, world: Wor
 
 
 def _along(found: Detections, relation: Tensor) -> Tensor:
-    """GenEval's direction cosine of object i from object j along the caption's relation, 0 where none. [B, M, M]"""
+    """GenEval's direction cosine of object i from object j along the caption's relation, 0 if there is none. [B, M, M]"""
     box = found.box
     offset = box[:, :, None, :2] - box[:, None, :, :2]  # [B, M, M, 2]
     slack = SLACK * (box[:, :, None, 2:] + box[:, None, :, 2:])
@@ -123,12 +123,12 @@ def _presence(found: Detections, shape: Tensor) -> tuple[Tensor, Tensor]:
     same = (found.shape == shape[:, None]) & found.present
     index = shape.clamp_min(0)[:, None, None].expand(-1, found.shape.shape[1], 1)
     degree = torch.where(same, found.confidence, 0.5 * found.shape_fit.gather(2, index)[..., 0])
-    best, chosen = (torch.where(same, degree + 1, degree)).max(1)  # a true object goes before any lookalike
+    best, chosen = (torch.where(same, degree + 1, degree)).max(1)  # a real object comes before any lookalike
     return torch.where(best > 1, best - 1, best), chosen
 
 
 def _relation_degree(found: Detections, rows: Tensor, relation: Tensor, world: World) -> Tensor:
-    first, second = (_asked(found, rows, side, world) for side in (0, 1))
+    first, second = (_requested(found, rows, side, world) for side in (0, 1))
     both = first.any(1) & second.any(1)
     i, j = first.int().argmax(1), second.int().argmax(1)
     along = _along(found, relation)[torch.arange(len(rows), device=rows.device), i, j]

@@ -1,4 +1,5 @@
-"""The detector of the Shapes world: pictures -> objects. It plays the part of GenEval's Mask2Former (arXiv 2310.11513).
+"""The detector of the Shapes world: images -> objects. Its role is that of Mask2Former in GenEval
+(arXiv 2310.11513).
 
 1. Unmix: every pixel is background + alpha (color - background) for the palette color that explains it best.
 2. Segment: connected pixels of one color with alpha > INSIDE are one component; small ones are specks.
@@ -35,15 +36,15 @@ from gdmd.shapes.render import (
 )
 
 SLOTS = 8
-"""Most objects reported per picture; data has at most 6."""
+"""Maximum number of objects per image; data has at most 6."""
 INSIDE = 0.4
-"""A pixel belongs to an object's core above this alpha; below 1/2 so that thin rings stay in one piece under blur."""
+"""A pixel above this alpha belongs to an object's core; below 1/2, so that thin rings stay connected under blur."""
 SPECK = 0.3
 """A component with less than this share of the smallest possible object's area is not an object."""
 KEEP = 0.6
-"""Least confidence of a detection (GenEval's 0.3 on its own scale); chosen by measurement, see docs/shapes.md."""
+"""Minimum confidence of a detection (GenEval: 0.3, on another scale); chosen by measurement, see docs/shapes.md."""
 GROWTH = 2
-"""Pixels by which cores are grown to take in their anti-aliased (or blurred) fringe."""
+"""Pixels by which cores are dilated to include their anti-aliased (or blurred) edge."""
 REFINED, STEPS, NUDGE = 2, 2, 0.2
 """Shapes that are refined, Gauss-Newton steps, and their finite difference in pixels."""
 RING = RING_MIDDLE + RING_HALF
@@ -65,7 +66,7 @@ BOTTOM = (1.0, SQUARE, TRIANGLE_BASE, DIAMOND, 1.0, RING)
 
 @dataclass(frozen=True)
 class Detections:
-    """Objects found in B pictures, most confident first; shape and color are ANY (-1) in empty slots, the rest 0.
+    """Objects found in B images, most confident first; shape and color are ANY (-1) in empty slots, the rest 0.
 
     Lengths are in units of the canvas, as in ``Scenes``. ``shape_fit`` and ``color_fit`` say how well each shape and
     each color would explain the component (share of its energy, 0 ... 1): the smooth part of partial credit.
@@ -103,7 +104,7 @@ class Detections:
 
 
 def from_scenes(scenes: Scenes) -> Detections:
-    """What a perfect detector would report: the scene itself with confidence 1 (at most SLOTS objects)."""
+    """The output of a perfect detector: the scene itself with confidence 1 (at most SLOTS objects)."""
     missing = SLOTS - scenes.shape.shape[1]
     shape, color = (
         F.pad(torch.where(scenes.present, t, ANY), (0, missing), value=ANY) for t in (scenes.shape, scenes.color)
@@ -119,20 +120,20 @@ def from_scenes(scenes: Scenes) -> Detections:
 
 @torch.no_grad()
 def detect(images: Tensor, world: World = WORLD32, keep: float = KEEP) -> Detections:
-    """The objects in pictures, images [B, 3, S, S] in [0, 1] (values outside are taken as they are), S = world.size.
+    """The objects in images, images [B, 3, S, S] in [0, 1] (values outside are taken as they are), S = world.size.
 
     ValueError for another shape or for values that are not finite.
     """
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, world.size, world.size):
         want = f"[B, 3, {world.size}, {world.size}]"
-        raise ValueError(f"detect needs images {want}, got {list(images.shape)}; pass the world they were made for")
+        raise ValueError(f"detect needs images {want}, got {list(images.shape)}; pass their world")
     if not torch.isfinite(images).all():
-        raise ValueError("detect got images with NaN or infinite values: the network that made them has diverged")
+        raise ValueError("detect got images with NaN or infinite values: the network that generated them has diverged")
     if not len(images):
         return _by_confidence(
             _detect_block(images.new_zeros(1, 3, world.size, world.size).float(), world, keep), slice(0)
         )
-    block = 256 if images.device.type == "cpu" else 4096  # about what the cache, or the device's memory, likes
+    block = 256 if images.device.type == "cpu" else 4096  # fits into the cache, or the device's memory
     parts = [_detect_block(part, world, keep) for part in torch.split(images.float(), block)]
     return Detections(*(torch.cat([getattr(p, name) for p in parts]) for name in Detections.__dataclass_fields__))
 
@@ -181,7 +182,8 @@ def _unmix(contrast: Tensor, paint: Tensor) -> tuple[Tensor, Tensor]:
 def _label(alpha: Tensor, color: Tensor) -> Tensor:
     """Connected components of one color (4 neighbors): the largest pixel number in it, from 1; 0 outside. [b, P]
 
-    Labels spread by the maximum over neighbors; then each pixel asks the pixel its label names: twice the reach.
+    Labels spread by the maximum over neighbors; then each pixel takes the label of the pixel that its label names,
+    which doubles the reach.
     """
     count, size, _ = alpha.shape
     inside = alpha > INSIDE
@@ -220,9 +222,9 @@ class _Parts:
     """N components, each in a window of W x W pixels."""
 
     contrast: Tensor  # [N, 3, W * W]
-    own: Tensor  # [N, W * W] 1 for pixels of the component
+    own: Tensor  # [N, W * W] 1 for the component's pixels
     fair: Tensor  # [N, W * W] 1 for pixels of the canvas that no other component owns
-    energy: Tensor  # [N] of all own pixels, those outside the window too
+    energy: Tensor  # [N] of all the component's pixels, also outside the window
     left: Tensor  # [N] column of the window's first pixel
     top: Tensor  # [N]
     width: int
@@ -292,7 +294,7 @@ def _fit(parts: _Parts, paint: Tensor, size: int) -> _Objects:
     lost = parts.energy - power * (alpha.square() * parts.own).sum(1)
     target = _Target(alpha, parts.own, parts.fair, power, lost, parts.energy, parts.width)
     shape, pose, residual, shape_fit = _best_shape(target)
-    confidence = (1 - residual / parts.energy).clamp_min(0)  # worse than an empty re-render is no evidence at all
+    confidence = (1 - residual / parts.energy).clamp_min(0)  # worse than an empty re-render: no evidence
     color_fit = (by_color / parts.energy[:, None]).clamp(0, 1)
     x, y = (parts.left + pose[:, 0]) / size, (parts.top + pose[:, 1]) / size
     return _Objects(shape, color, x, y, pose[:, 2] / size, confidence, shape_fit, color_fit)
@@ -303,27 +305,27 @@ def _best_shape(target: _Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first = _first_poses(target)  # [N, 6, 3]
     count, kinds = first.shape[:2]
     shapes = torch.arange(kinds, device=first.device)
-    everyone = torch.arange(count, device=first.device)
-    repeated = everyone.repeat_interleave(kinds)
+    indices = torch.arange(count, device=first.device)
+    repeated = indices.repeat_interleave(kinds)
     rough = _residual(target[repeated], _cover(shapes.repeat(count), first.flatten(0, 1), target.width))
     rough = rough.view(count, kinds)
     leaders = rough.topk(REFINED, 1, largest=False).indices  # [N, 2]
-    who = everyone.repeat_interleave(REFINED)
+    who = indices.repeat_interleave(REFINED)
     poses, residual = _refine(
         target[who], leaders.flatten(), first[who, leaders.flatten()], rough[who, leaders.flatten()]
     )
     rough = rough.scatter(1, leaders, residual.view(count, REFINED))
     best = residual.view(count, REFINED).argmin(1)
     fit = (1 - rough / target.energy[:, None]).clamp(0, 1)
-    place = everyone * REFINED + best
-    return leaders[everyone, best], poses[place], residual[place], fit
+    place = indices * REFINED + best
+    return leaders[indices, best], poses[place], residual[place], fit
 
 
 def _first_poses(target: _Target) -> Tensor:
     """For each shape the pose with the component's mass and centroid, [N, 6, 3]."""
     near = torch.arange(target.width, device=target.alpha.device, dtype=target.alpha.dtype) + 0.5
     weight = (target.alpha * target.own).view(-1, target.width, target.width)
-    mass = weight.sum((1, 2)).clamp_min(1)  # a core has more than that; only deeply negative fringes could take it away
+    mass = weight.sum((1, 2)).clamp_min(1)  # only a strongly negative edge can have less
     x = (weight.sum(1) * near).sum(1) / mass
     y = (weight.sum(2) * near).sum(1) / mass
     radius = (mass[:, None] / mass.new_tensor(AREA)).sqrt()
@@ -337,22 +339,22 @@ def _cover(shape: Tensor, pose: Tensor, width: int) -> Tensor:
 
 
 def _residual(target: _Target, cover: Tensor) -> Tensor:
-    """Energy that the re-render leaves, over the component's and the re-render's pixels. [n]"""
+    """Energy that the re-render does not explain, over the component's and the re-render's pixels. [n]"""
     seen = torch.maximum(target.own, (cover > 0).to(cover.dtype)) * target.fair
     return target.lost + target.power * ((target.alpha - cover).square() * seen).sum(1)
 
 
 def _refine(target: _Target, shape: Tensor, pose: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss-Newton steps on x, y and radius that are kept where the residual falls. pose [n, 3], residual [n]."""
-    ridge = 0.1 * torch.eye(3, device=pose.device)  # pixels^2; keeps a step finite where a map has no edges
+    """Gauss-Newton steps on x, y and radius, kept if the residual falls. pose [n, 3], residual [n]."""
+    ridge = 0.1 * torch.eye(3, device=pose.device)  # pixels^2; keeps a step finite if a map has no edges
     for _ in range(STEPS):
         cover = _cover(shape, pose, target.width)
         moved = pose[None] + NUDGE * torch.eye(3, device=pose.device)[:, None]  # [3, n, 3]
-        slopes = (_cover(shape.repeat(3), moved.flatten(0, 1), target.width).view(3, *cover.shape) - cover) / NUDGE
-        slopes = slopes * target.fair
-        normal = torch.einsum("inp,jnp->nij", slopes, slopes) + ridge
-        pull = torch.einsum("inp,np->ni", slopes, target.alpha - cover)
-        step = torch.linalg.solve(normal, pull).clamp(-1, 1)  # a linear model holds for about a pixel
+        gradients = (_cover(shape.repeat(3), moved.flatten(0, 1), target.width).view(3, *cover.shape) - cover) / NUDGE
+        gradients = gradients * target.fair
+        normal = torch.einsum("inp,jnp->nij", gradients, gradients) + ridge
+        projection = torch.einsum("inp,np->ni", gradients, target.alpha - cover)
+        step = torch.linalg.solve(normal, projection).clamp(-1, 1)  # a linear model holds for about a pixel
         tried = pose + step
         tried = torch.cat([tried[:, :2], tried[:, 2:].clamp_min(1)], 1)
         left = _residual(target, _cover(shape, tried, target.width))
@@ -362,7 +364,7 @@ def _refine(target: _Target, shape: Tensor, pose: Tensor, residual: Tensor) -> t
 
 
 def _fill(found: Tensor, objects: _Objects, keep: float) -> Detections:
-    """Objects back into the slots of their pictures, those below ``keep`` left out."""
+    """Write objects with a confidence above ``keep`` into the slots of their images."""
     kept = objects.confidence > keep
     image, slot = (index[kept] for index in torch.nonzero(found, as_tuple=True))
 

@@ -1,4 +1,4 @@
-"""The evaluation of a sampler on the Shapes world: ShapesEval, reward models, fidelity, coverage, diversity, speed."""
+"""Evaluate a sampler on the Shapes world: ShapesEval, reward models, fidelity, coverage, diversity, speed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from gdmd.data.prompts import batch_of
 from gdmd.diffusion.generate import Components, Sampler, generate
 from gdmd.io import finite_or_none
 from gdmd.reporting.distances import frechet_distance, pairwise_distance
+from gdmd.reporting.statistics import REPLICATES, bootstrap_means, percentile_interval
 from gdmd.shapes.check import shapeseval, summarize
 from gdmd.shapes.detect import detect
 from gdmd.shapes.grammar import Split, catalog, fixed_rows
@@ -26,18 +28,17 @@ HELDOUT = "shapes_clip_heldout"
 """The scorer whose image features measure diversity and the Fréchet distance; never used for training."""
 SCORED = 256
 """Images per call of a scorer."""
-REPLICATES, LEVEL = 2000, 0.95
 
 
 class FeatureReward(Reward, Protocol):
-    """A reward whose image tower can be used on its own."""
+    """A reward whose image features can be used separately."""
 
     def image_features(self, images: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one sampler reached on the fixed evaluation set; ``json`` is its public form.
+    """Results of one sampler on the fixed evaluation set; ``json`` is the public form.
 
     interval: 95 % prompt-cluster bootstrap of the overall ShapesEval. frechet: against real renders of the same captions.
     """
@@ -58,7 +59,7 @@ class Evaluation:
     correct: Tensor = field(repr=False)  # [N] bool
 
     def json(self) -> dict[str, Any]:
-        """Plain data; a number that does not exist (no image to measure it on) is null."""
+        """Plain data; null for a number that could not be measured (no images)."""
         names = ("shapeseval", "rewards", "fidelity", "coverage", "diversity", "frechet")
         costs = ("nfe", "images_per_s", "images_per_s_decoded", "interval")
         measured: dict[str, Any] = finite_or_none({name: getattr(self, name) for name in (*names, *costs)})
@@ -68,9 +69,9 @@ class Evaluation:
 def evaluate(
     sampler: Sampler, components: Components, cfg: EvalConfig, scorers: Sequence[Reward], split: Split = "eval"
 ) -> Evaluation:
-    """Make ``cfg.images`` images of each caption of the fixed set and measure them all.
+    """Generate ``cfg.images`` images of each caption of the fixed set and measure them all.
 
-    scorers: must hold the held-out dual encoder, whose features are used; all of them are reported.
+    scorers: all are reported; the held-out dual encoder, whose features are used, must be among them.
     """
     features = _features(scorers)
     rows = fixed_rows(split, cfg.per_task).repeat_interleave(cfg.images)
@@ -114,23 +115,16 @@ def mean_score(scorer: Reward, images: Tensor, texts: Sequence[str], encoder: Te
 def bootstrap_interval(
     correct: Tensor, task: Tensor, texts: Sequence[str], seed: int = 0, replicates: int = REPLICATES
 ) -> tuple[float, float]:
-    """95 % interval of the mean of task means when prompts are drawn anew. correct [N] bool, task [N].
+    """95 % bootstrap interval of the mean of task means. correct [N] bool, task [N].
 
-    Images of one caption succeed or fail together, so whole captions are resampled, within their task.
+    Images of one caption are correlated, so whole captions are resampled, within their task.
     """
-    generator = torch.Generator().manual_seed(seed)
-    means = []
+    rng, captions = np.random.default_rng(seed), np.array(texts)
+    drawn = []
     for index in task.unique().tolist():  # type: ignore[no-untyped-call]
-        mine = torch.nonzero(task == index)[:, 0].tolist()
-        order = {text: place for place, text in enumerate(dict.fromkeys(texts[i] for i in mine))}
-        cluster = torch.tensor([order[texts[i]] for i in mine])
-        size = torch.bincount(cluster, minlength=len(order)).double()
-        hits = torch.bincount(cluster, correct.cpu()[mine].double(), minlength=len(order))
-        drawn = torch.randint(len(order), (replicates, len(order)), generator=generator)
-        means.append(hits[drawn].sum(1) / size[drawn].sum(1))
-    overall = torch.stack(means).mean(0)
-    edges = overall.quantile(torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.double))
-    return float(edges[0]), float(edges[1])
+        own = (task == index).cpu().numpy()
+        drawn.append(bootstrap_means(correct.cpu().numpy()[own], captions[own], replicates, rng))
+    return percentile_interval(np.mean(drawn, 0))
 
 
 def _features(scorers: Sequence[Reward]) -> Callable[[Tensor], Tensor]:

@@ -69,7 +69,7 @@ class Caption:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The combination class: equal for captions that ask for the same thing in other words."""
+        """The combination class: equal for captions that describe the same scene in other words."""
         if self.task == TASKS.index("position"):
             a, b = self.shape
             return (a, b, self.relation) if a < b else (b, a, INVERSE[self.relation])
@@ -108,7 +108,7 @@ def _divide(captions: Sequence[Caption]) -> dict[tuple[int, tuple[object, ...]],
 
 @dataclass(frozen=True)
 class Catalog:
-    """All captions as tensors, one row each; the columns of absent second objects hold ANY (count 0)."""
+    """All captions as tensors, one row each; ANY (and count 0) where there is no second object."""
 
     captions: tuple[Caption, ...]
     task: Tensor  # [P]
@@ -124,14 +124,14 @@ class Catalog:
 
     def row(self, text: str) -> int:
         """The row of a caption. ValueError for text outside the language, with the nearest caption."""
-        index, said = self._index, spoken(text)
-        if said in index:
-            return index[said]
+        index, given = self._index, normalized(text)
+        if given in index:
+            return index[given]
         import difflib
 
         near = difflib.get_close_matches(text, index, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"not a caption of the Shapes language: {text!r}{hint} (see docs/shapes.md)")
+        raise ValueError(f"not a caption of the Shapes language: {text!r}{hint} (see docs/concepts/shapes.md)")
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -147,15 +147,15 @@ def _pair(captions: Sequence[Caption], pick: Callable[[Caption], tuple[int, ...]
     return torch.tensor([(*pick(c), missing)[:2] for c in captions])
 
 
-def spoken(text: str) -> str:
-    """As captions say it: "an" before a vowel is "a", and words are one space apart."""
+def normalized(text: str) -> str:
+    """Normalized as captions are: "an" becomes "a", words are one space apart."""
     return " ".join("a" if word == "an" else word for word in text.split())
 
 
 def tokenize(text: str) -> list[int]:
-    """Word ids of a caption (as spoken), padded to CAPTION_TOKENS. ValueError for an unknown word or a longer text."""
+    """Word ids of a caption (normalized), padded to CAPTION_TOKENS. ValueError for an unknown word or a longer text."""
     ids = []
-    for word in spoken(text).split():
+    for word in normalized(text).split():
         if word not in WORDS[2:]:
             raise ValueError(f"unknown word {word!r} in caption {text!r}; the vocabulary is {', '.join(WORDS[2:])}")
         ids.append(WORDS.index(word))
@@ -198,7 +198,7 @@ def fixed_rows(split: Split, per_task: int = 50, max_count: int = 4) -> Tensor:
     """The fixed prompt set of a split: ``per_task`` rows of each task, tasks in order. [6 * per_task]
 
     Each task's captions are shuffled once and then taken in turn, so every caption occurs equally often (+-1); tasks
-    with fewer captions than ``per_task`` (single_object has 6) repeat them, as other images from other noise.
+    with fewer captions than ``per_task`` (single_object has 6) repeat them, each time with other noise.
     """
     table = catalog(max_count)
     chosen = []

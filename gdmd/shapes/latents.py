@@ -1,4 +1,4 @@
-"""Real latents for methods that interpolate data and noise."""
+"""Latents of rendered scenes, the real data of the Shapes world."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact fidelity and diversity in the Shapes world."""
+"""Render fidelity and attribute coverage of Shapes images, exact because the truth can be rendered."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gdmd.shapes.grammar import ANY, COLORS
 from gdmd.shapes.render import BACKGROUND, WORLD32, World, draw_scenes, render
 
 PLACES, SIZES, REPEATS, DATA_SEED = 4, 6, 16, 20260438
-"""Bins per axis of the place, bins of the size, scenes drawn per row for the data's side, and their seed."""
+"""Bins per axis of the position, bins of the size, data scenes drawn per row, and their seed."""
 
 
 def fidelity(images: Tensor, found: Detections, world: World = WORLD32) -> Tensor:
-    """1 - |I - R|^2 / (|I - bg|^2 + |R - bg|^2), R the re-render of the detected scene. [B] in [0, 1]
+    """Render fidelity 1 - |I - R|^2 / (|I - bg|^2 + |R - bg|^2), R the re-render of the detected scene. [B] in [0, 1]
 
-    0 where nothing was detected, and where picture and re-render are anti-correlated.
+    0 if nothing was detected, or if image and re-render are anti-correlated.
     """
     background = images.new_tensor(BACKGROUND)[:, None, None]
     again = render(found.scenes, world)
@@ -29,16 +29,16 @@ def fidelity(images: Tensor, found: Detections, world: World = WORLD32) -> Tenso
 
 
 def coverage(found: Detections, rows: Tensor, correct: Tensor, world: World = WORLD32) -> float:
-    """Mean over the attributes of ``coverage_by_attribute``; 0 where no picture is correct."""
+    """Attribute coverage: the mean of ``coverage_by_attribute``; 0 if no image is correct."""
     scores = coverage_by_attribute(found, rows, correct, world)
     return sum(scores.values()) / len(scores) if scores else 0.0
 
 
 def coverage_by_attribute(found: Detections, rows: Tensor, correct: Tensor, world: World = WORLD32) -> dict[str, float]:
-    """1 - JSD (base 2) of color, place and size between the correct pictures' asked-for objects and data's.
+    """1 - JSD (base 2) between the colors, places and sizes of the objects that captions ask for and those of the data.
 
-    rows, correct [B]. Data is drawn for the rows of the correct pictures. Colors count where the caption leaves them
-    free; an attribute that is free nowhere is left out.
+    rows, correct [B]. Only correct images count; data scenes are drawn for the same rows. Colors count if the caption
+    leaves them free; an attribute that no caption leaves free is left out.
     """
     own = rows[correct.to(rows.device)].cpu()
     if not len(own):
@@ -56,7 +56,7 @@ def _select(found: Detections, mine: Tensor) -> Detections:
 
 
 def _histograms(found: Detections, rows: Tensor, world: World) -> dict[str, Tensor]:
-    """Counts of color [8], place [16] and size [6] of the asked-for objects; other sizes go to the end bins."""
+    """Counts of color [8], place [16] and size [6] of the requested objects; other sizes go to the end bins."""
     asked = matched(found, rows.to(found.shape.device), world)
     free = asked & (world.captions.color[rows, 0] == ANY)[:, None].to(asked.device)
     low, high = world.radius

@@ -1,4 +1,4 @@
-"""Scenes and their anti-aliased pictures: vectorized, seeded, on any device.
+"""Scenes and their anti-aliased images: vectorized, seeded, on any device.
 
 A scene is a set of objects that do not touch, on a plain background. Lengths are in units of the canvas (0 ... 1,
 x to the right, y down); an object's ``radius`` is about its half extent.
@@ -31,7 +31,7 @@ TRIANGLE_TOP, TRIANGLE_BASE = -1.05, 0.80
 
 @dataclass(frozen=True)
 class World:
-    """The knobs of the world; the default is the 32 x 32 one on which everything is measured."""
+    """Settings of the world; everything is measured on the default, 32 x 32 pixels."""
 
     size: int = 32
     max_count: int = 4
@@ -39,9 +39,9 @@ class World:
     crowd: float = 0.0175
     """The largest radius falls by this for every object beyond the second: four large ones would not fit."""
     gap: float = 0.05
-    """Least free space between two objects, and half of it at the border."""
+    """Minimum free space between two objects; half of it at the border."""
     axis: float = 0.75
-    """A relation's direction cosine is at least this in data; the checker asks for 0.5 (GenEval's rule)."""
+    """Minimum direction cosine of a relation in the data; the checker requires 0.5 (GenEval's rule)."""
 
     @property
     def captions(self) -> Catalog:
@@ -77,7 +77,7 @@ class Scenes:
 
 
 def draw_scenes(rows: Tensor, generator: torch.Generator, world: World = WORLD32) -> Scenes:
-    """Random scenes that satisfy the captions ``rows`` ([B] of the catalog); what they leave open is uniform."""
+    """Random scenes that satisfy the captions ``rows`` ([B] of the catalog); free attributes are uniform."""
     table = world.captions
     count = table.count[rows]  # [B, 2]
     slots = torch.arange(max(world.max_count, 2))[None]  # [1, K]
@@ -99,11 +99,11 @@ def draw_scenes(rows: Tensor, generator: torch.Generator, world: World = WORLD32
 def _place(
     radius: Tensor, present: Tensor, relation: Tensor, generator: torch.Generator, world: World
 ) -> tuple[Tensor, Tensor]:
-    """Rejection: draw all centers of a scene at once until no two touch and the relation holds. Exactly uniform."""
+    """Rejection sampling: draw all centers of a scene until no two objects touch and the relation holds."""
     x, y = torch.zeros_like(radius), torch.zeros_like(radius)
     todo = torch.arange(len(radius))
     while len(todo):
-        tries = min(512, max(8, 4096 // len(todo)))  # few scenes left: more tries at once, fewer rounds
+        tries = min(512, max(8, 4096 // len(todo)))  # more tries at once for the last few scenes
         r = radius[todo, None]  # [n, 1, K]
         edge = 1.15 * r + world.gap / 2
         unit = torch.rand(2, len(todo), tries, r.shape[-1], generator=generator)
@@ -159,7 +159,7 @@ def signed_distance(shape: int, ux: Tensor, uy: Tensor) -> Tensor:
 def coverage_maps(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor, size: int) -> Tensor:
     """How much of each pixel an object covers: shape, x, y, radius [N] -> [N, size, size] in [0, 1].
 
-    Objects are grouped by shape, so each pixel pays for one outline only. Differentiable in x, y and radius.
+    Objects are grouped by shape, so that only one outline is computed for each. Differentiable in x, y and radius.
     """
     centers = (torch.arange(size, device=x.device, dtype=x.dtype) + 0.5) / size
     order = torch.argsort(shape, stable=True)
@@ -175,7 +175,7 @@ def coverage_maps(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor, size: int
 
 
 def render(scenes: Scenes, world: World = WORLD32) -> Tensor:
-    """Pictures of the scenes, [B, 3, size, size] in [0, 1]: background plus coverage times (color - background)."""
+    """Images of the scenes, [B, 3, size, size] in [0, 1]: background plus coverage times (color - background)."""
     device = scenes.x.device
     background = torch.tensor(BACKGROUND, device=device)
     scene, slot = torch.nonzero(scenes.present, as_tuple=True)

@@ -1,4 +1,4 @@
-"""The Shapes networks behind the Protocols: denoisers, codec and text encoder; roles as full copies."""
+"""The Shapes networks as Denoiser, Codec, TextEncoder and Roles; each role is a full copy of the teacher."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gdmd.types import Cond, Prediction, Role
 LATENT_SHAPE = (LATENT_CHANNELS, 8, 8)
 AnyNet = TypeVar("AnyNet", bound=nn.Module)
 NO_BLEND = (
-    "loop.sharding is on, and a sharded fake cannot be mixed with the teacher (method dmdr, overlap > 0); "
+    "loop.sharding is on, and a sharded fake score cannot be blended with the teacher (method dmdr, overlap > 0); "
     "set method.overlap = 0 or loop.sharding = none"
 )
 
@@ -46,7 +46,7 @@ class DitDenoiser:
 
 
 class BlendedDit:
-    """A ShapesDit that computes with other weights than its own, for one method call; its hooks see the calls."""
+    """A ShapesDit called with substituted weights (``functional_call``); hooks of the network see the calls."""
 
     def __init__(self, net: ShapesDit, weights: Mapping[str, Tensor], *, bf16: bool = False) -> None:
         self.net, self.weights, self.bf16, self.schedule = net, dict(weights), bf16, FlowSchedule()
@@ -58,10 +58,10 @@ class BlendedDit:
 
 
 class ShapesRoles:
-    """Student, fake and old policy as full copies of the teacher.
+    """Student, fake score and old policy as full copies of the teacher.
 
-    ``head_seed`` makes a GAN head on the fake's features (``critic``), with weights from that seed; they are trained
-    with the fake, under the names "gan_head.*" of its parameters. Without it there is none, in memory or checkpoints.
+    ``head_seed``: add a GAN head on the fake score's features (``critic``), initialized from that seed. It is trained
+    with the fake score, as its parameters "gan_head.*". None: no head, neither in memory nor in checkpoints.
     """
 
     def __init__(self, teacher: ShapesDit, *, bf16: bool = False, head_seed: int | None = None) -> None:
@@ -88,7 +88,7 @@ class ShapesRoles:
         return own
 
     def shard(self, shard: Callable[[nn.Module], None]) -> None:
-        """Student, fake, old policy and GAN head; the small frozen teacher stays whole."""
+        """Shard student, fake score, old policy and GAN head; the small frozen teacher is not sharded."""
         self._sharded = True
         head = [] if self.critic is None else [self.critic.head]
         for net in (*self._nets.values(), self._old, *head):
@@ -96,9 +96,9 @@ class ShapesRoles:
 
     @torch.no_grad()
     def blended_teacher(self, share: float) -> BlendedDit:
-        """The teacher with a share of the fake's displacement: weights teacher + share (fake - teacher), no gradient.
+        """The teacher with weights teacher + share (fake score - teacher), no gradient.
 
-        What scaling one LoRA is for adapters (DynaDG, arXiv 2511.13649v4), for networks stored as full copies.
+        For full copies what scaling a LoRA adapter is for adapters (DynaDG, arXiv 2511.13649v4).
         """
         if self._sharded:
             raise ValueError(NO_BLEND)
@@ -128,7 +128,7 @@ def _trainable(net: ShapesDit) -> ShapesDit:
 class ShapesCodec:
     """The VAE as a Codec: latents [B, 8, h, w] <-> images [B, 3, 4h, 4w].
 
-    Convolutions run with the channels last, 1.7 times as fast on a CPU as with the channels first.
+    Convolutions run in channels_last format, 1.7 times as fast on a CPU.
     """
 
     def __init__(self, vae: ShapesVae) -> None:
@@ -158,12 +158,12 @@ class ShapesTextEncoder:
 
 
 def load_dit(tensors: Mapping[str, Tensor], source: str = "the file") -> ShapesDit:
-    """A ShapesDit with these weights; ValueError, naming ``source``, when they are another network's."""
+    """A ShapesDit with these weights; ValueError that names ``source`` if they do not fit."""
     return _filled(ShapesDit(), tensors, "teacher", source)
 
 
 def load_vae(tensors: Mapping[str, Tensor], source: str = "the file") -> ShapesVae:
-    """A ShapesVae with these weights; ValueError, naming ``source``, when they are another network's."""
+    """A ShapesVae with these weights; ValueError that names ``source`` if they do not fit."""
     return _filled(ShapesVae(), tensors, "vae", source)
 
 
@@ -173,8 +173,8 @@ def _filled(net: AnyNet, tensors: Mapping[str, Tensor], what: str, source: str) 
     if wanted != given:
         wrong = sorted(name for name in wanted | given if wanted.get(name) != given.get(name))
         raise ValueError(
-            f"{source} holds no Shapes {what}: {len(wrong)} names or shapes differ, first {wrong[0]!r} "
-            f"(wanted {wanted.get(wrong[0])}, got {given.get(wrong[0])}). Give what `gdmd pretrain {what}` made."
+            f"{source} is not a Shapes {what}: {len(wrong)} names or shapes differ, first {wrong[0]!r} "
+            f"(expected {wanted.get(wrong[0])}, got {given.get(wrong[0])}). Give the output of `gdmd pretrain {what}`."
         )
     net.load_state_dict({name: value.float() for name, value in tensors.items()})
     return net

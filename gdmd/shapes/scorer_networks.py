@@ -1,7 +1,7 @@
-"""The three scoring networks of the Shapes world: two unlike dual encoders and a preference net tuned from the first.
+"""The scoring networks of the Shapes world: two different dual encoders and a preference model tuned from the first.
 
-All keep where things are: the images are cut to a grid of features that is read with positions, not averaged. No batch
-statistics anywhere, so a score does not depend on the other samples of its batch. fp32.
+All keep positions: image features are a grid that is read out with positions, not averaged. No batch statistics, so a
+score does not depend on the other samples of its batch. fp32.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from gdmd.shapes.render import BACKGROUND
 Kind = Literal["shapes_clip", "shapes_clip_heldout", "shapes_pref"]
 KINDS: tuple[Kind, ...] = ("shapes_clip", "shapes_clip_heldout", "shapes_pref")
 IMAGE_SIZE = 32
-GRID = 4  # cells per side of the feature grid that the image towers hand on: one cell is about one object
-FIRST_SCALE = 10.0  # inverse temperature of the contrastive loss at the start, learned
+GRID = 4  # cells per side of the image towers' feature grid: one cell is about one object
+FIRST_SCALE = 10.0  # initial inverse temperature of the contrastive loss (learned)
 
 
 def centered(images: Tensor) -> Tensor:
-    """Pictures with the background at 0 and spread of about 1 on objects, so that colors are seen first."""
+    """Images with the background at 0 and values of about 1 on objects, so that colors dominate."""
     background = to_device_async(torch.tensor(BACKGROUND), images.device)[:, None, None]
     return (2.5 * (images - background)).contiguous(memory_format=torch.channels_last)
 
@@ -86,7 +86,7 @@ class Words(nn.Module):
 
 
 class PatchTower(nn.Module):
-    """Convolutional stem, transformer over the 4 x 4 grid, all cells read out by one linear map."""
+    """Convolutional stem, transformer over the 4 x 4 grid, all cells read out by one linear layer."""
 
     def __init__(self, width: int = 96, depth: int = 2, features: int = 128) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class PatchTower(nn.Module):
 
 
 class SentenceTower(nn.Module):
-    """Transformer over the words, all positions read out by one linear map."""
+    """Transformer over the words, all positions read out by one linear layer."""
 
     def __init__(self, width: int = 64, depth: int = 2, features: int = 128) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class SentenceTower(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions around a skip."""
+    """Two 3 x 3 convolutions with a skip connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Residual(nn.Module):
 
 
 class ConvTower(nn.Module):
-    """A small residual network whose last 4 x 4 grid is flattened, so that place survives; no attention."""
+    """A small residual network whose last 4 x 4 grid is flattened, which keeps positions; no attention."""
 
     def __init__(self, features: int = 128) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class ConvTower(nn.Module):
 
 
 class BagTower(nn.Module):
-    """Words with positions, concatenated and read by a perceptron; no attention."""
+    """Word embeddings with positions, concatenated and read by an MLP; no attention."""
 
     def __init__(self, features: int = 128) -> None:
         super().__init__()
@@ -184,9 +184,9 @@ class DualEncoder(nn.Module):
         """[B, 8] -> unit vectors [B, D]."""
         return F.normalize(self.text(tokens), dim=-1)
 
-    def forward(self, images: Tensor, said: Tensor) -> Tensor:
-        """Scores of images against text features [B, D], which need computing once per caption only, [B]."""
-        return (self.image_features(images) * said).sum(-1)
+    def forward(self, images: Tensor, text: Tensor) -> Tensor:
+        """Scores of images against text features [B, D] (computed once per caption), [B]."""
+        return (self.image_features(images) * text).sum(-1)
 
 
 class Preference(nn.Module):
@@ -208,17 +208,17 @@ class Preference(nn.Module):
         """[B, 8] -> unit vectors [B, D]."""
         return self.match.text_features(tokens)
 
-    def raw(self, images: Tensor, said: Tensor) -> Tensor:
-        """The Bradley-Terry scale itself, against text features [B, D]: [B]."""
+    def raw(self, images: Tensor, text: Tensor) -> Tensor:
+        """The Bradley-Terry score before calibration, against text features [B, D]: [B]."""
         seen = self.match.image(images)
-        cosine = (F.normalize(seen, dim=-1) * said).sum(-1)
+        cosine = (F.normalize(seen, dim=-1) * text).sum(-1)
         score: Tensor = self.match.log_scale.exp() * cosine + self.quality(seen)[:, 0]
         return score
 
-    def forward(self, images: Tensor, said: Tensor) -> Tensor:
+    def forward(self, images: Tensor, text: Tensor) -> Tensor:
         """Scores of images against text features [B, D], [B]."""
         origin, unit = self.get_buffer("origin"), self.get_buffer("unit")
-        return 1 + (self.raw(images, said) - origin) / unit
+        return 1 + (self.raw(images, text) - origin) / unit
 
 
 def build_net(kind: Kind, seed: int = 0) -> DualEncoder | Preference:

@@ -33,7 +33,7 @@ MOST_IMAGES = 4096
 
 
 @dataclass(frozen=True)
-class Place:
+class ImageSlot:
     """One image: the text and number of its prompt, its own number, and which occurrence of the text this is."""
 
     prompt: int
@@ -48,7 +48,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Facts:
+class SourceInfo:
     """What is known of a source.
 
     nfe: network calls per image, where known. trained: labels of the rewards it was trained on; None = not known.
@@ -77,33 +77,33 @@ class Source(Protocol):
     """Something that makes images."""
 
     @property
-    def facts(self) -> Facts: ...
+    def info(self) -> SourceInfo: ...
 
     def check(self, texts: Sequence[str]) -> None:
         """ValueError for prompts that it cannot show."""
         ...
 
-    def make(self, places: Sequence[Place], seed: int) -> list[Image]:
+    def generate(self, slots: Sequence[ImageSlot], seed: int) -> list[Image]:
         """One image per place."""
         ...
 
 
-def places_of(texts: Sequence[str], images: int) -> list[Place]:
+def image_slots(texts: Sequence[str], images: int) -> list[ImageSlot]:
     """Every image of a list of prompts, prompt by prompt."""
     if not 1 <= images <= MOST_IMAGES:
         raise ValueError(f"images per prompt = {images}: 1 to {MOST_IMAGES} are possible")
     seen: Counter[str] = Counter()
     found = []
     for number, text in enumerate(texts):
-        found += [Place(number, image, text, seen[text]) for image in range(images)]
+        found += [ImageSlot(number, image, text, seen[text]) for image in range(images)]
         seen[text] += 1
     return found
 
 
-def settle(folder: Path, facts: Facts, seed: int, home: Path) -> None:
+def record_settings(folder: Path, info: SourceInfo, seed: int, home: Path) -> None:
     """Note in FOLDER/settings.json what makes the images in ``home``. RunError where they are another source's."""
-    drawn = facts.kind != "images"
-    wanted = json.loads(json.dumps({"identity": dict(facts.identity), **({"seed": seed} if drawn else {})}))
+    drawn = info.kind != "images"
+    wanted = json.loads(json.dumps({"identity": dict(info.identity), **({"seed": seed} if drawn else {})}))
     path = folder / SETTINGS
     with writing("the images", folder):
         folder.mkdir(parents=True, exist_ok=True)

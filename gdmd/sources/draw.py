@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gdmd.config.image_source import SourceConfig
 from gdmd.reporting.grids import write_grid
 from gdmd.rewards.preprocessing import from_pil
-from gdmd.sources.base import Source, places_of
+from gdmd.sources.base import Source, image_slots
 from gdmd.sources.open import open_source
 
 if TYPE_CHECKING:
@@ -40,5 +40,5 @@ def draw(cfg: SourceConfig, prompts: Sequence[str], count: int, seed: int, path:
 
 def images_of_source(source: Source, prompts: Sequence[str], count: int, seed: int) -> list[Image]:
     """``count`` images of each prompt, prompt by prompt; those of a folder may differ in size."""
-    places, step = places_of(prompts, count), source.facts.batch
-    return [one for k in range(0, len(places), step) for one in source.make(places[k : k + step], seed)]
+    slots, step = image_slots(prompts, count), source.info.batch
+    return [one for k in range(0, len(slots), step) for one in source.generate(slots[k : k + step], seed)]

@@ -13,21 +13,15 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gdmd.config.image_source import SourceConfig
 from gdmd.data.image_files import is_image, open_image
 from gdmd.io import RunError, read_jsonl, write_atomic, writing
-from gdmd.sources.base import Facts, Place, places_of
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from gdmd.config.image_source import SourceConfig
+from gdmd.sources.base import ImageSlot, SourceInfo, image_slots
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,9 +46,7 @@ def read_images(folder: Path) -> dict[Key, ImageRow]:
     if (folder / "prompts.jsonl").is_file():
         rows = _flat(folder)
     else:
-        rows = [
-            _official(place) for place in sorted(folder.iterdir(), key=_in_order) if re.fullmatch(r"\d+", place.name)
-        ]
+        rows = [_official(slot) for slot in sorted(folder.iterdir(), key=_in_order) if re.fullmatch(r"\d+", slot.name)]
     if not rows:
         raise RunError(
             f"{folder} holds neither prompts.jsonl nor folders 00000, 00001, ... with metadata.jsonl and samples/; "
@@ -80,14 +72,14 @@ def image_file(folder: Path, prompt: int, image: int) -> Path:
 
 def write_metadata(folder: Path, prompt: int, row: Mapping[str, Any]) -> None:
     """metadata.jsonl of a prompt. RunError where the folder holds another prompt in this place."""
-    place = folder / f"{prompt:05d}"
-    path, line = place / "metadata.jsonl", json.dumps(dict(row)) + "\n"
-    with writing("the images", place):
-        (place / "samples").mkdir(parents=True, exist_ok=True)
+    slot = folder / f"{prompt:05d}"
+    path, line = slot / "metadata.jsonl", json.dumps(dict(row)) + "\n"
+    with writing("the images", slot):
+        (slot / "samples").mkdir(parents=True, exist_ok=True)
         if path.exists() and path.read_text(encoding="utf-8") == line:
             return
         if path.exists() and path.read_text(encoding="utf-8").endswith("\n"):  # a torn line is written again
-            raise RunError(f"{place} holds another prompt; give an empty folder with --out")
+            raise RunError(f"{slot} holds another prompt; give an empty folder with --out")
         path.write_text(line, encoding="utf-8")
 
 
@@ -106,10 +98,10 @@ def read_image(path: Path) -> Image:
         raise ValueError(f"image {path} cannot be read: {error}; replace the file") from error
 
 
-def _official(place: Path) -> ImageRow:
-    meta = place / "metadata.jsonl"
+def _official(slot: Path) -> ImageRow:
+    meta = slot / "metadata.jsonl"
     (line,) = _json_lines(meta, only=1)
-    return ImageRow(*_prompt(line, meta, 1), tuple(images_in((place / "samples").glob("*"))))
+    return ImageRow(*_prompt(line, meta, 1), tuple(images_in((slot / "samples").glob("*"))))
 
 
 def _flat(folder: Path) -> list[ImageRow]:
@@ -173,28 +165,28 @@ class FolderSource:
         self.rows = read_images(Path(cfg.where))
         identity = {"kind": "images"}  # nothing is drawn; scores go by the content of the files
         trained = cfg.trained or None
-        self.facts = Facts(cfg.name, "images", cfg.where, trained=trained, batch=cfg.batch or 16, identity=identity)
+        self.info = SourceInfo(cfg.name, "images", cfg.where, trained=trained, batch=cfg.batch or 16, identity=identity)
 
-    def file(self, place: Place) -> Path:
+    def file(self, slot: ImageSlot) -> Path:
         """The image's file. ValueError where the prompt, or the image, is not there."""
-        row = self.rows.get((place.text, place.occurrence))
+        row = self.rows.get((slot.text, slot.occurrence))
         if row is None:
             raise ValueError(
-                f"{self.facts.where} has no images of the prompt {place.text[:60]!r}; add them, or give the prompts that "
+                f"{self.info.where} has no images of the prompt {slot.text[:60]!r}; add them, or give the prompts that "
                 "its images were generated for"
             )
-        if place.image >= (count := len(row.images)):
+        if slot.image >= (count := len(row.images)):
             fewer = f", or ask for at most {count} with -n" if count else ""
             raise ValueError(
-                f"{self.facts.where} has {count} image{'s' * (count != 1)} of {place.text[:60]!r}, but image "
-                f"{place.image + 1} is needed; add images{fewer}"
+                f"{self.info.where} has {count} image{'s' * (count != 1)} of {slot.text[:60]!r}, but image "
+                f"{slot.image + 1} is needed; add images{fewer}"
             )
-        return row.images[place.image]
+        return row.images[slot.image]
 
     def check(self, texts: Sequence[str]) -> None:
-        for place in places_of(texts, 1):
-            self.file(place)
+        for slot in image_slots(texts, 1):
+            self.file(slot)
 
-    def make(self, places: Sequence[Place], seed: int) -> list[Image]:
+    def generate(self, slots: Sequence[ImageSlot], seed: int) -> list[Image]:
         """The images as they are; the seed of whoever made them is not known here."""
-        return [read_image(self.file(place)) for place in places]
+        return [read_image(self.file(slot)) for slot in slots]

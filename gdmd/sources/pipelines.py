@@ -27,6 +27,7 @@ from gdmd.hub import unreachable
 from gdmd.io import RunError
 from gdmd.models.distilled import why_distilled
 from gdmd.models.loading import (
+    DTYPES,
     FAMILIES,
     check_libraries,
     check_t5,
@@ -43,7 +44,7 @@ from gdmd.models.packing import in_patches, pack
 from gdmd.models.pipeline_files import EXTRAS, INDEX, absent, check_files, check_folders, check_needed
 from gdmd.models.tokens import fit_limits, readers_of
 from gdmd.rewards.weights import weights_content
-from gdmd.sources.base import EXPORT_FILE, Facts, Place, device_name, to_images
+from gdmd.sources.base import EXPORT_FILE, ImageSlot, SourceInfo, device_name, to_images
 from gdmd.sources.loras import add_lora, lora_content
 from gdmd.sources.schedulers import check_scheduler, set_scheduler, step_arguments
 
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 BINNING = "use_resolution_binning"
 """Argument of pipelines that replace the size asked for by one of a table, and scale the image back."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNKEYED = (
     *(torch.normal, torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.bernoulli),
     *(torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.random_, torch.Tensor.bernoulli_),
@@ -123,7 +123,7 @@ class KeyedNoise(TorchFunctionMode):
 class PipelineSource:
     """A diffusers pipeline and the arguments of its call."""
 
-    facts: Facts
+    info: SourceInfo
     pipe: Any
     arguments: Mapping[str, Any]
 
@@ -134,14 +134,14 @@ class PipelineSource:
             log.warning("%s", message)
 
     @torch.no_grad()
-    def make(self, places: Sequence[Place], seed: int) -> list[Image]:
-        rng = SampleRng(seed, 0, torch.tensor([place.key for place in places]))
-        words = [hashlib.sha256(f"image {seed} {place.key}".encode()).digest() for place in places]
+    def generate(self, slots: Sequence[ImageSlot], seed: int) -> list[Image]:
+        rng = SampleRng(seed, 0, torch.tensor([slot.key for slot in slots]))
+        words = [hashlib.sha256(f"image {seed} {slot.key}".encode()).digest() for slot in slots]
         generators = [torch.Generator().manual_seed(int.from_bytes(word[:6], "big")) for word in words]
-        texts, patched = [place.text for place in places], type(self.pipe).__name__.startswith("Flux2")
+        texts, patched = [slot.text for slot in slots], type(self.pipe).__name__.startswith("Flux2")
         with KeyedNoise(rng, generators, patched=patched):
             made = self.pipe(prompt=texts, generator=generators, output_type="pt", **self.arguments)
-        return to_images(made.images.float(), self.facts.name)
+        return to_images(made.images.float(), self.info.name)
 
 
 def open_pipeline(cfg: SourceConfig) -> PipelineSource:
@@ -165,7 +165,7 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
         "weights": weights_content(cfg.where, cfg.revision, cfg.variant),
         "lora": cfg.lora and lora_content(cfg.lora),
     }
-    facts = Facts(
+    info = SourceInfo(
         name=cfg.name,
         kind="pipeline",
         where=cfg.where,
@@ -174,7 +174,7 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
         device=device_name(pipe.device),
         identity={"kind": "pipeline", **settings, **weights, **_unprocessed(pipe)},
     )
-    return PipelineSource(facts, pipe, arguments)
+    return PipelineSource(info, pipe, arguments)
 
 
 def _unprocessed(pipe: Any) -> dict[str, bool]:
@@ -220,52 +220,52 @@ def _check_size(pipe: Any, cfg: SourceConfig) -> None:
 def open_export(cfg: SourceConfig) -> PipelineSource:
     """An exported folder: its LoRA on the base pipeline, or the merged pipeline, called as its card says."""
     folder = Path(cfg.where)
-    facts = read_export(folder)
+    info = read_export(folder)
     given = set(cfg.model_fields_set)
-    own = cfg if "dtype" in given else cfg.model_copy(update={"dtype": facts["dtype"]})
+    own = cfg if "dtype" in given else cfg.model_copy(update={"dtype": info["dtype"]})
     base = None
-    if facts["merged"]:
-        pipe = _load(own, cfg.where, facts["without"])
+    if info["merged"]:
+        pipe = _load(own, cfg.where, info["without"])
     else:
-        revision = {key: facts.get(key) for key in ("revision", "variant") if key not in given and not cfg.base}
-        below, where = own.model_copy(update=revision), cfg.base or facts["base"]
-        pipe = _load(below, where, facts["without"])
+        revision = {key: info.get(key) for key in ("revision", "variant") if key not in given and not cfg.base}
+        below, where = own.model_copy(update=revision), cfg.base or info["base"]
+        pipe = _load(below, where, info["without"])
         base = weights_content(where, below.revision, below.variant)
-        trained_on = facts.get("base_content", base)
+        trained_on = info.get("base_content", base)
         if base != trained_on and "@" not in base + trained_on:  # a hub id and a folder cannot be compared
             log.warning("the LoRA in %s was trained on another base model: %s has different content", folder, where)
         add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0, quiet=True)
-        pipe.scheduler = _from_folder(facts["scheduler"], folder / "scheduler")
+        pipe.scheduler = _from_folder(info["scheduler"], folder / "scheduler")
     weights = {"weights": weights_content(cfg.where), "base": base, **_unprocessed(pipe)}
-    known = Facts(
+    known = SourceInfo(
         name=cfg.name,
         kind="export",
         where=cfg.where,
-        nfe=int(facts["arguments"]["num_inference_steps"]),
-        step=facts["step"],
-        trained=cfg.trained or tuple(facts["rewards"]),
+        nfe=int(info["arguments"]["num_inference_steps"]),
+        step=info["step"],
+        trained=cfg.trained or tuple(info["rewards"]),
         batch=cfg.batch or 4,
         device=device_name(pipe.device),
-        identity={"kind": "export", **weights, "dtype": own.dtype, "arguments": facts["arguments"]},
+        identity={"kind": "export", **weights, "dtype": own.dtype, "arguments": info["arguments"]},
     )
-    return PipelineSource(known, pipe, facts["arguments"])
+    return PipelineSource(known, pipe, info["arguments"])
 
 
 def read_export(folder: Path) -> dict[str, Any]:
     """The facts that ``gdmd export`` wrote. RunError for a damaged file."""
     path = folder / EXPORT_FILE
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"base", "dtype", "merged", "scheduler", "arguments", "rewards", "step"} - facts.keys()
+        info = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"base", "dtype", "merged", "scheduler", "arguments", "rewards", "step"} - info.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise RunError(f"{path} cannot be read ({error}); export the run again") from error
-    if missing or not isinstance(facts["arguments"], dict) or "num_inference_steps" not in facts["arguments"]:
+    if missing or not isinstance(info["arguments"], dict) or "num_inference_steps" not in info["arguments"]:
         raise RunError(f"{path} lacks {', '.join(sorted(missing)) or 'its arguments'}; export the run again")
-    facts.setdefault("without", [])
-    lists = all(isinstance(facts[key], list) for key in ("rewards", "without"))
-    if facts["dtype"] not in DTYPES or not isinstance(facts["base"], str) or not lists:
+    info.setdefault("without", [])
+    lists = all(isinstance(info[key], list) for key in ("rewards", "without"))
+    if info["dtype"] not in DTYPES or not isinstance(info["base"], str) or not lists:
         raise RunError(f"{path} is damaged; export the run again")
-    return dict(facts)
+    return dict(info)
 
 
 def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:

@@ -21,7 +21,7 @@ from gdmd.recipes.open_run import image_batch, open_named
 from gdmd.recipes.run_folders import TEACHERS
 from gdmd.runs.run_folder import config_hash
 from gdmd.shapes.grammar import tokenize
-from gdmd.sources.base import Facts, Place, device_name, to_images
+from gdmd.sources.base import ImageSlot, SourceInfo, device_name, to_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 class RunSource:
     """The EMA student of a run (or a row of the teacher) with its own sampler and codec."""
 
-    def __init__(self, facts: Facts, components: Components, sampler: Sampler) -> None:
-        self.facts, self.components, self.sampler = facts, components, sampler
+    def __init__(self, info: SourceInfo, components: Components, sampler: Sampler) -> None:
+        self.info, self.components, self.sampler = info, components, sampler
 
     @classmethod
     def open(cls, cfg: SourceConfig) -> RunSource:
@@ -47,7 +47,7 @@ class RunSource:
             if message := checker_off(local_or_hub_index(recipe.model), recipe.model.path):
                 log.warning("%s", message)
         device = next(iter(components.roles.parameters("student").values())).device
-        facts = Facts(
+        info = SourceInfo(
             name=cfg.name,
             kind="teacher" if teacher else "run",
             where=cfg.where,
@@ -66,16 +66,16 @@ class RunSource:
                 "weights": None if teacher else checkpoint_content(Path(cfg.where), step),
             },
         )
-        return cls(facts, components, sampler)
+        return cls(info, components, sampler)
 
     def check(self, texts: Sequence[str]) -> None:
-        for text in texts if self.facts.shapes else ():
+        for text in texts if self.info.shapes else ():
             tokenize(text)
         warn_long_prompts(self.components, texts)
 
     @torch.no_grad()
-    def make(self, places: Sequence[Place], seed: int) -> list[Image]:
+    def generate(self, slots: Sequence[ImageSlot], seed: int) -> list[Image]:
         device = next(iter(self.components.roles.parameters("student").values())).device
-        rng = SampleRng(seed, 0, torch.tensor([place.key for place in places], device=device))
-        latents = self.sampler.latents([place.text for place in places], rng)
-        return to_images(self.components.codec.decode(latents).float(), self.facts.name)
+        rng = SampleRng(seed, 0, torch.tensor([slot.key for slot in slots], device=device))
+        latents = self.sampler.latents([slot.text for slot in slots], rng)
+        return to_images(self.components.codec.decode(latents).float(), self.info.name)

@@ -1,6 +1,7 @@
-"""From votes to statistics: win rates with two kinds of interval, tests, strengths, agreement, bias, attention.
+"""From votes to statistics: win rates with two kinds of interval, tests, Bradley-Terry scores, agreement, bias, attention.
 
-Repeats and attention checks never enter a win rate. Raters who failed more checks than allowed are left out, and counted.
+Repeats and attention checks are not part of any win rate. Raters who failed more checks than allowed are left out and
+counted.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import Any
 
 from gdmd.config.study import Question
 from gdmd.io import finite_or_none
+from gdmd.reporting.statistics import Interval, holm
 from gdmd.study import statistics as stats
 from gdmd.study.records import Plan, Vote
-from gdmd.study.statistics import Interval
 
 
 @dataclass(frozen=True)
-class Duel:
-    """One model pair on one question (and task; "" = all tasks).
+class PairResult:
+    """The votes on one pair of models, for one question (and task; "" = all tasks).
 
     win_rate: wins of ``first`` among decided votes, with Wilson's interval; score: (wins + ties / 2) / votes with the
     interval of the bootstraps over prompts and raters; p: exact sign test, ``p_holm`` adjusted over the question's pairs.
@@ -50,14 +51,14 @@ class Duel:
 
 
 @dataclass(frozen=True)
-class Strengths:
-    """Bradley-Terry log strengths (mean 0) with intervals over prompts and raters; ``why_not`` where there are none.
+class BradleyTerry:
+    """Log scores (mean 0) with intervals over prompts and raters; ``why_not`` if there are none.
 
     ``degenerate``: replicates without a maximum, left out of the intervals.
     """
 
     question: Question
-    values: Mapping[str, float]
+    scores: Mapping[str, float]
     intervals: Mapping[str, Interval]
     replicates: int
     degenerate: int
@@ -102,13 +103,13 @@ class RaterRow:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that the report shows."""
+    """Everything the report shows."""
 
     title: str
     models: tuple[str, ...]
-    duels: tuple[Duel, ...]
-    by_task: tuple[Duel, ...]
-    strengths: tuple[Strengths, ...]
+    pairs: tuple[PairResult, ...]
+    by_task: tuple[PairResult, ...]
+    bradley_terry: tuple[BradleyTerry, ...]
     agreement: tuple[Agreement, ...]
     bias: tuple[Bias, ...]
     raters: tuple[RaterRow, ...]
@@ -118,7 +119,7 @@ class Analysis:
     max_failed_checks: int
 
     def json(self) -> dict[str, Any]:
-        """For machines; what was not measured is null."""
+        """Plain data; what was not measured is null."""
         found: dict[str, Any] = finite_or_none(asdict(self))
         return found
 
@@ -126,9 +127,9 @@ class Analysis:
 def analyze(
     plan: Plan, votes: Sequence[Vote], max_failed_checks: int = 0, replicates: int = 2000, seed: int = 0
 ) -> Analysis:
-    """All statistics of a study. ValueError where nobody has voted yet, or nobody who passed the checks."""
+    """All statistics of a study. ValueError without votes, or if no rater passed the attention checks."""
     if not votes:
-        raise ValueError("there are no votes yet; analyze the study once somebody has voted")
+        raise ValueError("there are no votes yet; analyze the study after raters have voted")
     raters = _raters(plan, votes, max_failed_checks)
     used = {row.rater for row in raters if row.used}
     kept = [vote for vote in votes if vote.rater in used]
@@ -136,22 +137,22 @@ def analyze(
     if not pairs:
         raise ValueError(
             f"no votes are left: all {len(raters)} raters failed more than {max_failed_checks} attention checks; "
-            "allow more with --max-failed, and read the result with care"
+            "allow more with --max-failed, and interpret the result with care"
         )
     by_models = _models_in_order(plan)
-    duels, by_task, strengths = [], [], []
+    results, by_task, fits = [], [], []
     for question in plan.questions:
         own = [vote for vote in pairs if vote.question == question]
-        duels += _adjusted([_duel(group, "", replicates, seed) for group in _grouped(own, by_models)])
+        results += _adjusted([_pair_result(group, "", replicates, seed) for group in _grouped(own, by_models)])
         tasks = _grouped([vote for vote in own if vote.task], lambda vote: (*by_models(vote), vote.task))
-        by_task += _adjusted([_duel(group, group[0].task, replicates, seed) for group in tasks])
-        strengths.append(_strengths(plan, question, own, replicates // 4, seed))
+        by_task += _adjusted([_pair_result(group, group[0].task, replicates, seed) for group in tasks])
+        fits.append(_bradley_terry(plan, question, own, replicates // 4, seed))
     return Analysis(
         title=plan.title,
         models=plan.models,
-        duels=tuple(duels),
+        pairs=tuple(results),
         by_task=tuple(by_task),
-        strengths=tuple(strengths),
+        bradley_terry=tuple(fits),
         agreement=tuple(_agreement(question, kept) for question in plan.questions),
         bias=tuple(_bias(question, pairs) for question in plan.questions),
         raters=tuple(raters),
@@ -175,11 +176,11 @@ def _grouped(votes: Iterable[Vote], key: Any) -> list[list[Vote]]:
     return [groups[name] for name in sorted(groups)]
 
 
-def _duel(votes: Sequence[Vote], task: str, replicates: int, seed: int) -> Duel:
+def _pair_result(votes: Sequence[Vote], task: str, replicates: int, seed: int) -> PairResult:
     wins, losses = (sum(vote.score == score for vote in votes) for score in (1.0, 0.0))
     prompts, raters = [vote.prompt for vote in votes], [vote.rater for vote in votes]
     scores = [vote.score for vote in votes]
-    return Duel(
+    return PairResult(
         question=votes[0].question,
         task=task,
         first=votes[0].first,
@@ -198,21 +199,21 @@ def _duel(votes: Sequence[Vote], task: str, replicates: int, seed: int) -> Duel:
     )
 
 
-def _adjusted(duels: Sequence[Duel]) -> list[Duel]:
-    adjusted = stats.holm([duel.p for duel in duels])
-    return [replace(duel, p_holm=p) for duel, p in zip(duels, adjusted, strict=True)]
+def _adjusted(results: Sequence[PairResult]) -> list[PairResult]:
+    adjusted = holm([result.p for result in results])
+    return [replace(result, p_holm=p) for result, p in zip(results, adjusted, strict=True)]
 
 
-def _strengths(plan: Plan, question: Question, votes: Sequence[Vote], replicates: int, seed: int) -> Strengths:
+def _bradley_terry(plan: Plan, question: Question, votes: Sequence[Vote], replicates: int, seed: int) -> BradleyTerry:
     import numpy as np
 
     place = {name: k for k, name in enumerate(plan.models)}
     firsts, seconds = [place[vote.first] for vote in votes], [place[vote.second] for vote in votes]
     scores = np.array([vote.score for vote in votes])
     wins = stats.win_matrix(len(place), firsts, seconds, scores.tolist())
-    if not stats.has_strengths(wins):
-        why = "one model (or group of models) won or lost every vote against the rest, so its strength has no bound"
-        return Strengths(question, {}, {}, 0, 0, why)
+    if not stats.has_maximum(wins):
+        why = "one model (or group of models) won or lost every vote against the rest, so its score has no bound"
+        return BradleyTerry(question, {}, {}, 0, 0, why)
     values = stats.bradley_terry(wins)
     prompts, raters = [vote.prompt for vote in votes], [vote.rater for vote in votes]
     draws, degenerate = [], 0
@@ -222,11 +223,11 @@ def _strengths(plan: Plan, question: Question, votes: Sequence[Vote], replicates
         for k, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
             drawn[:, first, second] += weights[:, k] * scores[k]
             drawn[:, second, first] += weights[:, k] * (1 - scores[k])
-        good = np.array([stats.has_strengths(matrix) for matrix in drawn])
+        good = np.array([stats.has_maximum(matrix) for matrix in drawn])
         degenerate += int((~good).sum())
         draws.append(stats.bradley_terry(drawn[good]) if good.any() else values[:0, None])
     low, high = stats.two_way_interval(values, draws, min(len(set(prompts)), len(set(raters))))
-    return Strengths(
+    return BradleyTerry(
         question,
         {name: float(values[k]) for name, k in place.items()},
         {name: (float(low[k]), float(high[k])) for name, k in place.items()},
@@ -263,7 +264,7 @@ def _bias(question: Question, votes: Sequence[Vote]) -> Bias:
 
 
 def _raters(plan: Plan, votes: Sequence[Vote], max_failed_checks: int) -> list[RaterRow]:
-    """A check counts as passed where the first question was answered as expected."""
+    """A check is passed if the first question was answered as expected."""
     rows = []
     for rater in sorted({vote.rater for vote in votes}):
         screens = [vote for vote in votes if vote.rater == rater and vote.question == plan.questions[0]]

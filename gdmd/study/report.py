@@ -1,19 +1,20 @@
-"""The analysis for readers: report.html (self-contained), report.md, the stacked win-rate figure, and files for tools."""
+"""The analysis of a study for readers: report.html (self-contained), report.md, the win-rate figure, and files for tools."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdmd.io import writing
+from gdmd.reporting.pages import Dot, DotPlot, Group, Number, TableRow, Verdict, dot_plot, render
 from gdmd.reporting.plots import INK, STYLE
-from gdmd.study.analyze import Analysis, Duel
+from gdmd.reporting.tables import Cell
+from gdmd.study.analyze import Analysis, PairResult
 from gdmd.study.export import csv_text, jsonl_text
 from gdmd.study.records import Vote
 from gdmd.study.statistics import Interval
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 WINS, TIES, LOSSES = "#0072b2", "#8a8f98", "#d55e00"
 """Distinct for color-blind readers (after Okabe and Ito)."""
+FIGURE_INK = "#1d1f24"
 LABELS = {"overall": "Overall", "quality": "Visual quality", "alignment": "Prompt alignment"}
 
 
@@ -33,9 +35,8 @@ def write_report(analysis: Analysis, votes: Sequence[Vote], folder: Path) -> Pat
         path = folder / "report.html"
         path.write_text(html_text(analysis), encoding="utf-8")
         (folder / "report.md").write_text(markdown_text(analysis), encoding="utf-8")
-        (folder / "figure.svg").write_text(figure_svg(analysis).replace("currentColor", "#1d1f24"), encoding="utf-8")
-        for suffix in ("png", "pdf"):
-            (folder / f"figure.{suffix}").write_bytes(_rendered(analysis, suffix))
+        for suffix in ("svg", "png", "pdf"):
+            (folder / f"figure.{suffix}").write_bytes(figure(analysis, suffix))
         text = json.dumps(analysis.json(), indent=2, ensure_ascii=False, allow_nan=False)
         (folder / "analysis.json").write_text(text + "\n", encoding="utf-8")
         (folder / "votes.csv").write_text(csv_text(votes), encoding="utf-8")
@@ -43,36 +44,24 @@ def write_report(analysis: Analysis, votes: Sequence[Vote], folder: Path) -> Pat
     return path
 
 
-def bars_of(analysis: Analysis) -> list[tuple[str, list[Duel]]]:
+def bars_of(analysis: Analysis) -> list[tuple[str, list[PairResult]]]:
     """Per model pair its duels, one per question; the study's first model is on the left wherever it takes part."""
-    names = dict.fromkeys((duel.first, duel.second) for duel in analysis.duels)
+    names = dict.fromkeys((duel.first, duel.second) for duel in analysis.pairs)
     return [
-        (f"{first} vs {second}", [duel for duel in analysis.duels if (duel.first, duel.second) == (first, second)])
+        (f"{first} vs {second}", [duel for duel in analysis.pairs if (duel.first, duel.second) == (first, second)])
         for first, second in names
     ]
 
 
-def figure_svg(analysis: Analysis) -> str:
-    """The stacked win-rate figure as one <svg> in the page's text color."""
+def figure(analysis: Analysis, kind: str) -> bytes:
+    """The stacked win-rate figure as an svg, png or pdf file."""
     from matplotlib import rc_context
 
-    with rc_context({**STYLE, "svg.hashsalt": "study"}):
-        buffer = io.StringIO()
-        meta = {"Date": None, "Title": "Share of votes"}
-        _figure(analysis, INK).savefig(buffer, format="svg", transparent=True, metadata=meta)
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    return text.replace(INK, "currentColor")
-
-
-def _rendered(analysis: Analysis, kind: str) -> bytes:
-    from matplotlib import rc_context
-
-    ink = "#1d1f24"
-    style = {key: ink if value == INK else value for key, value in STYLE.items()}
-    with rc_context({**style, "pdf.fonttype": 42}):
+    style = {key: FIGURE_INK if value == INK else value for key, value in STYLE.items()}
+    meta = {"Date": None, "Title": "Share of votes"} if kind == "svg" else None
+    with rc_context({**style, "pdf.fonttype": 42, "svg.hashsalt": "study"}):
         buffer = io.BytesIO()
-        _figure(analysis, ink).savefig(buffer, format=kind, dpi=200)
+        _figure(analysis, FIGURE_INK).savefig(buffer, format=kind, dpi=200, metadata=meta)
     return buffer.getvalue()
 
 
@@ -105,7 +94,7 @@ def _figure(analysis: Analysis, ink: str) -> Figure:
     return figure
 
 
-def _bar(axes: Any, place: float, duel: Duel) -> None:
+def _bar(axes: Any, place: float, duel: PairResult) -> None:
     start = 0.0
     for count, color in ((duel.wins, WINS), (duel.ties, TIES), (duel.losses, LOSSES)):
         share = count / duel.votes
@@ -120,10 +109,15 @@ def _bar(axes: Any, place: float, duel: Duel) -> None:
 def markdown_text(analysis: Analysis) -> str:
     """The tables as Markdown, for a paper's appendix or an issue."""
     lines = [f"# {analysis.title}", "", _summary(analysis), ""]
-    for heading, duels in (("Win rates", analysis.duels), ("By task", analysis.by_task)):
+    for heading, duels in (("Win rates", analysis.pairs), ("By task", analysis.by_task)):
         if duels:
             lines += [f"## {heading}", "", *_markdown_table(DUEL_HEAD, [duel_cells(duel) for duel in duels]), ""]
-    lines += ["## Strengths, agreement, bias", "", *(f"- {sentence}" for sentence in sentences(analysis)), ""]
+    lines += [
+        "## Bradley-Terry scores, agreement, bias",
+        "",
+        *(f"- {sentence}" for sentence in sentences(analysis)),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -131,7 +125,7 @@ DUEL_HEAD = ("question", "task", "first", "second", "wins", "ties", "losses", "w
              "p", "p (Holm)")  # fmt: skip
 
 
-def duel_cells(duel: Duel) -> tuple[str, ...]:
+def duel_cells(duel: PairResult) -> tuple[str, ...]:
     """One row of the win-rate tables."""
     counts = (str(duel.wins), str(duel.ties), str(duel.losses))
     shares = (_share(duel.win_rate, duel.wilson), _share(duel.score, duel.clustered))
@@ -140,17 +134,17 @@ def duel_cells(duel: Duel) -> tuple[str, ...]:
 
 
 def sentences(analysis: Analysis) -> list[str]:
-    """Strengths, agreement and bias in words, one sentence each."""
+    """Bradley-Terry scores, agreement and bias in words, one sentence each."""
     found = []
-    for strength in analysis.strengths:
-        label = LABELS[strength.question]
-        if strength.why_not:
-            found.append(f"{label}: no Bradley-Terry strengths, because {strength.why_not}.")
+    for fit in analysis.bradley_terry:
+        label = LABELS[fit.question]
+        if fit.why_not:
+            found.append(f"{label}: no Bradley-Terry scores, because {fit.why_not}.")
             continue
-        order = sorted(strength.values, key=lambda name: -strength.values[name])
-        listed = ", ".join(f"{name} {_signed(strength.values[name], strength.intervals[name])}" for name in order)
-        left_out = f" ({strength.degenerate} of {strength.replicates} replicates had no maximum)"
-        found.append(f"{label}: Bradley-Terry log strengths {listed}{left_out if strength.degenerate else ''}.")
+        order = sorted(fit.scores, key=lambda name: -fit.scores[name])
+        listed = ", ".join(f"{name} {_signed(fit.scores[name], fit.intervals[name])}" for name in order)
+        left_out = f" ({fit.degenerate} of {fit.replicates} replicates had no maximum)"
+        found.append(f"{label}: Bradley-Terry log scores {listed}{left_out if fit.degenerate else ''}.")
     for own in analysis.agreement:
         alpha = "not measurable" if math.isnan(own.alpha) else f"{own.alpha:.2f}"
         pairwise = "-" if math.isnan(own.pairwise) else f"{100 * own.pairwise:.0f} %"
@@ -165,21 +159,91 @@ def sentences(analysis: Analysis) -> list[str]:
     return found
 
 
-def html_text(analysis: Analysis) -> str:
-    """One page without outside references."""
-    from jinja2 import Environment
+@dataclass(frozen=True)
+class Bar:
+    """The answers to one question on a pair of models: (share in percent, count, color) of wins, ties, losses."""
 
-    source = files("gdmd.study").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
-    return template.render(
+    label: str
+    parts: Sequence[tuple[float, int, str]]
+    text: str
+
+
+def html_text(analysis: Analysis) -> str:
+    """The page, without outside references."""
+    tables = (("Win rates", analysis.pairs), ("By task", analysis.by_task))
+    return render(
+        "study/report.html.jinja",
         a=analysis,
-        figure=figure_svg(analysis),
+        verdict=verdict(analysis),
         summary=_summary(analysis),
-        head=DUEL_HEAD,
-        tables=[(name, [duel_cells(duel) for duel in duels]) for name, duels in
-                (("Win rates", analysis.duels), ("By task", analysis.by_task)) if duels],
+        bars=[(name, [_answers(duel) for duel in duels]) for name, duels in bars_of(analysis)],
+        legend=(("first preferred", WINS), ("tie", TIES), ("second preferred", LOSSES)),
+        plots=_plots(analysis),
+        columns=("wins / ties / losses", "score [clustered]", "win rate [Wilson]", "p", "p (Holm)"),
+        tables=[(name, _groups(duels)) for name, duels in tables if duels],
         sentences=sentences(analysis),
-    )  # fmt: skip
+    )
+
+
+def verdict(analysis: Analysis) -> Verdict:
+    """For every pair of models, whom the raters prefer on the first question; nothing inside the interval."""
+    question = analysis.pairs[0].question
+    duels = [duel for duel in analysis.pairs if duel.question == question]
+    numbers = [Number(f"{duel.first} against {duel.second}", _share(duel.score, duel.clustered)) for duel in duels]
+    text = f"{LABELS[question]}: {'; '.join(map(_preferred, duels))}."
+    note = (
+        "Score: wins plus half the ties, as a share of all votes; 50\u00a0% is a draw. Brackets: 95\u00a0% interval over "
+        "prompts, raters and votes."
+    )
+    return Verdict(text, numbers, [note])
+
+
+def _preferred(duel: PairResult) -> str:
+    low, high = duel.clustered
+    if low > 0.5:
+        return f"raters prefer {duel.first} to {duel.second}"
+    if high < 0.5:
+        return f"raters prefer {duel.second} to {duel.first}"
+    if math.isnan(low):
+        return f"too few votes to compare {duel.first} and {duel.second}"
+    return f"{duel.first} and {duel.second} are not distinguishable"
+
+
+def _answers(duel: PairResult) -> Bar:
+    counts = ((duel.wins, WINS), (duel.ties, TIES), (duel.losses, LOSSES))
+    parts = [(round(100 * count / duel.votes, 2), count, color) for count, color in counts if count]
+    return Bar(LABELS[duel.question], parts, f"{duel.votes} votes")
+
+
+def _plots(analysis: Analysis) -> list[DotPlot]:
+    """The score of every pair of models with its interval, a plot for each question."""
+    found = []
+    for question in dict.fromkeys(duel.question for duel in analysis.pairs):
+        dots = [
+            Dot(
+                f"{duel.first} against {duel.second}",
+                WINS if duel.clustered[0] > 0.5 else LOSSES if duel.clustered[1] < 0.5 else TIES,
+                100 * duel.score,
+                *(100 * end for end in duel.clustered),
+                _share(duel.score, duel.clustered),
+            )
+            for duel in analysis.pairs
+            if duel.question == question
+        ]
+        found.append(dot_plot(f"{LABELS[question]}: score in %", dots, 50.0))
+    return [plot for plot in found if plot]
+
+
+def _groups(duels: Sequence[PairResult]) -> list[Group]:
+    """A row for each question (and task) below its pair of models."""
+    pairs: dict[str, list[TableRow]] = {}
+    for duel in duels:
+        counts = f"{duel.wins} / {duel.ties} / {duel.losses}"
+        shares = (_share(duel.score, duel.clustered), _share(duel.win_rate, duel.wilson))
+        cells = [Cell(text) for text in (counts, *shares, _p(duel.p), _p(duel.p_holm))]
+        title = f"{LABELS[duel.question]}, {duel.task}" if duel.task else LABELS[duel.question]
+        pairs.setdefault(f"{duel.first} against {duel.second}", []).append(TableRow(title, cells))
+    return [Group(title, rows) for title, rows in pairs.items()]
 
 
 def _summary(analysis: Analysis) -> str:

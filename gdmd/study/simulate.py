@@ -91,7 +91,7 @@ def recovery(plan: Plan, taste: Taste, studies: int, seed: int = 0, replicates: 
     rates, wilson, clustered, found = [], 0, 0, 0
     for k in range(studies):
         votes = simulated_votes(plan, taste, seed + k)
-        first = analyze(plan, votes, replicates=replicates, seed=seed + k).duels[0]
+        first = analyze(plan, votes, replicates=replicates, seed=seed + k).pairs[0]
         rates.append(first.win_rate)
         wilson += first.wilson[0] <= seen <= first.wilson[1]
         clustered += first.clustered[0] <= score <= first.clustered[1]

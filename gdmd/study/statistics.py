@@ -1,6 +1,6 @@
 """Statistics of paired preferences: Wilson, sign test, two-way clustered bootstrap, Bradley-Terry, agreement.
 
-A score is 1 (first preferred), 0 (second preferred) or 1/2 (tie). numpy float64; no other library.
+A score is 1 (first preferred), 0 (second preferred) or 1/2 (tie). numpy float64.
 """
 
 from __future__ import annotations
@@ -8,54 +8,46 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gdmd.reporting.statistics import t_quantile
+from gdmd.reporting.statistics import LEVEL, Floats, Interval, bootstrap_means, cluster_counts, t_quantile
 
-Floats = NDArray[np.float64]
-Interval = tuple[float, float]
-LEVEL = 0.95
 NONE: Interval = (math.nan, math.nan)
 _ITERATIONS, _CLOSE = 20_000, 1e-10
-_CHUNK = 250  # replicates at a time: bounds memory
 
 
-def wilson(wins: int, count: int, level: float = LEVEL) -> Interval:
-    """Wilson's score interval of a share (Wilson 1927): the p with |p_hat - p| <= z sqrt(p (1 - p) / n). NaN for n = 0.
+def wilson(wins: int, count: int) -> Interval:
+    """Wilson's 95 % score interval of a share (Wilson 1927). NaN for no votes.
 
-    It takes the votes as independent: with several votes per prompt or rater, read the clustered interval beside it.
+    It treats votes as independent: with several votes per prompt or rater, read the clustered interval next to it.
     """
+    from scipy import stats
+
     if not 0 <= wins <= count:
-        raise ValueError(f"{wins} wins of {count} votes; wins must lie between 0 and the votes")
+        raise ValueError(f"{wins} wins of {count} votes; wins must be between 0 and the number of votes")
     if count == 0:
         return NONE
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share, shrink = wins / count, 1 + z * z / count
-    middle = (share + z * z / (2 * count)) / shrink
-    half = z / shrink * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (max(0.0, middle - half), min(1.0, middle + half))
+    found = stats.binomtest(wins, count).proportion_ci(LEVEL, "wilson")
+    return float(found.low), float(found.high)
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Exact two-sided p of Binomial(wins + losses, 1/2), ties left out: min(1, 2 P(X <= min(wins, losses)))."""
-    count, fewer = wins + losses, min(wins, losses)
-    if fewer < 0:
+    """Exact two-sided p of Binomial(wins + losses, 1/2); ties are left out."""
+    from scipy import stats
+
+    if min(wins, losses) < 0:
         raise ValueError(f"wins and losses are counts, got {wins} and {losses}")
-    whole = math.lgamma(count + 1) - count * math.log(2)
-    logs = [whole - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(fewer + 1)]
-    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def cluster_weights(labels: Sequence[int], replicates: int, seed: int) -> Floats:
     """[replicates, votes]: how often each vote is drawn when whole clusters (equal labels) are drawn with replacement."""
     names, place = np.unique(np.asarray(labels), return_inverse=True)
-    share = np.full(len(names), 1 / len(names))
-    counts = np.random.default_rng(seed).multinomial(len(names), share, size=replicates)
-    return counts[:, place].astype(np.float64)
+    counts = np.concatenate(list(cluster_counts(len(names), replicates, np.random.default_rng(seed))))
+    weights: Floats = counts[:, place]
+    return weights
 
 
 def bootstrap_mean(
@@ -63,46 +55,33 @@ def bootstrap_mean(
 ) -> Interval:
     """95 % interval of the mean score, clustered by prompt and by rater; NaN below two prompts or two raters.
 
-    Three bootstraps (drawing prompts, raters, votes) combine as in ``two_way_interval``. An interval that reaches
-    beyond a possible score ends at 0 or 1.
+    Three bootstraps (drawing prompts, raters, votes) are combined as in ``two_way_interval``. The interval is cut off
+    at 0 and 1.
     """
     if not scores:
         return NONE
-    values = np.asarray(scores, dtype=np.float64)
-    means = [
-        np.concatenate(
-            [_means(values, labels, size, seed * 1_000_003 + start) for start, size in _chunks(replicates)]
-        )  # fmt: skip
-        for labels in (prompts, raters, range(len(scores)))
+    draws = [
+        bootstrap_means(scores, labels, replicates, np.random.default_rng((seed, k)))
+        for k, labels in enumerate((prompts, raters, range(len(scores))))
     ]
-    low, high = two_way_interval(values.mean(), means, min(len(set(prompts)), len(set(raters))))
+    low, high = two_way_interval(np.mean(scores), draws, min(len(set(prompts)), len(set(raters))))
     return NONE if math.isnan(low) else (max(0.0, float(low)), min(1.0, float(high)))
 
 
 def two_way_interval(value: Any, draws: Sequence[Floats], clusters: int) -> tuple[Any, Any]:
     """value -+ t_{.975, G - 1} sqrt(V),  V = max(V_prompt + V_rater - V_vote, V_prompt, V_rater),  G = ``clusters``.
 
-    ``draws``: bootstrap replicates [replicates, ...] of the value with prompts, raters and votes drawn. Votes on the same
-    prompt, and of the same rater, rise and fall together; what is counted twice is taken away once (Cameron, Gelbach
-    and Miller 2011, equation 2.11), and the maximum keeps V above either one-way variance. t, because G is often
-    small. Drawing prompts and raters at once (Owen 2007, arXiv 0712.1111) would count the noise of a vote three times.
+    ``draws``: bootstrap replicates [replicates, ...] of the value with prompts, raters and votes drawn. Votes on the
+    same prompt, and of the same rater, are correlated; what is counted twice is subtracted once (Cameron, Gelbach and
+    Miller 2011, equation 2.11), and the maximum keeps V above either one-way variance. t, because G is often small.
+    Drawing prompts and raters at once (Owen 2007, arXiv 0712.1111) would count the noise of a vote three times.
     """
     if clusters < 2 or any(len(own) < 2 for own in draws):
         return value * math.nan, value * math.nan
     by_prompt, by_rater, by_vote = (own.var(axis=0, ddof=1) for own in draws)
     variance = np.maximum(by_prompt + by_rater - by_vote, np.maximum(by_prompt, by_rater))
-    half = t_quantile((1 + LEVEL) / 2, clusters - 1) * np.sqrt(variance)
+    half = t_quantile(clusters - 1) * np.sqrt(variance)
     return value - half, value + half
-
-
-def _chunks(replicates: int) -> list[tuple[int, int]]:
-    return [(start, min(_CHUNK, replicates - start)) for start in range(0, replicates, _CHUNK)]
-
-
-def _means(values: Floats, labels: Sequence[int], replicates: int, seed: int) -> Floats:
-    weights = cluster_weights(labels, replicates, seed)
-    means: Floats = (weights @ values) / weights.sum(1)
-    return means
 
 
 def win_matrix(models: int, firsts: Sequence[int], seconds: Sequence[int], scores: Sequence[float]) -> Floats:
@@ -113,8 +92,8 @@ def win_matrix(models: int, firsts: Sequence[int], seconds: Sequence[int], score
     return matrix
 
 
-def has_strengths(wins: Floats) -> bool:
-    """Ford's condition (1957): the maximum exists where no group of models lost (or won) every vote against the rest."""
+def has_maximum(wins: Floats) -> bool:
+    """Whether the Bradley-Terry likelihood has one: no group of models lost, or won, every vote against the rest."""
     count = len(wins)
     reach = (wins > 0) | np.eye(count, dtype=bool)
     for middle in range(count):
@@ -123,22 +102,22 @@ def has_strengths(wins: Floats) -> bool:
 
 
 def bradley_terry(wins: Floats) -> Floats:
-    """Log strengths, mean 0, of P(i beats j) = s_i / (s_i + s_j); [..., models, models] -> [..., models].
+    """Log scores, mean 0, of P(i beats j) = s_i / (s_i + s_j); [..., models, models] -> [..., models].
 
-    MM iteration (Hunter 2004, equation 3): s_i <- w_i / sum_j n_ij / (s_i + s_j). The caller asks ``has_strengths``
-    first; ValueError where it has not converged.
+    MM iteration (Hunter 2004, equation 3): s_i <- w_i / sum_j n_ij / (s_i + s_j). Check ``has_maximum`` first; ValueError
+    if the iteration does not converge.
     """
     games, total = wins + np.swapaxes(wins, -1, -2), wins.sum(-1)
-    strengths = np.ones(wins.shape[:-1])
+    scores = np.ones(wins.shape[:-1])
     for _ in range(_ITERATIONS):
-        sums = strengths[..., :, None] + strengths[..., None, :]
+        sums = scores[..., :, None] + scores[..., None, :]
         fresh = total / (games / sums).sum(-1)
         fresh /= np.exp(np.log(fresh).mean(-1, keepdims=True))
-        change = np.abs(np.log(fresh / strengths)).max()
-        strengths = fresh
+        change = np.abs(np.log(fresh / scores)).max()
+        scores = fresh
         if change < _CLOSE:
-            return np.log(strengths)
-    raise ValueError("the Bradley-Terry strengths have not converged: one model wins or loses almost every vote")
+            return np.log(scores)
+    raise ValueError("the Bradley-Terry scores have not converged: one model wins or loses almost every vote")
 
 
 def krippendorff_alpha(units: Sequence[Sequence[str]]) -> float:
@@ -147,7 +126,7 @@ def krippendorff_alpha(units: Sequence[Sequence[str]]) -> float:
         alpha = 1 - D_o / D_e,   D_o = sum_u (pairs of unequal answers in u) / (m_u - 1) / n,
         D_e = sum_{c != k} n_c n_k / (n (n - 1))
 
-    over units with at least two answers (Krippendorff 2011, "Computing Krippendorff's alpha-reliability"). NaN where
+    over units with at least two answers (Krippendorff 2011, "Computing Krippendorff's alpha-reliability"). NaN if
     no unit has two answers, or all answers are the same.
     """
     counts = [Counter(unit) for unit in units if len(unit) > 1]
@@ -160,31 +139,8 @@ def krippendorff_alpha(units: Sequence[Sequence[str]]) -> float:
     return 1 - (count - 1) * math.fsum(unequal) / expected
 
 
-def fleiss_kappa(units: Sequence[Sequence[str]]) -> float:
-    """Fleiss' kappa (1971) for equally many answers per unit: (P - P_e) / (1 - P_e). NaN where chance agrees always."""
-    sizes = {len(unit) for unit in units}
-    if len(sizes) != 1 or min(sizes) < 2:
-        raise ValueError(f"Fleiss' kappa needs the same number (2 or more) of answers per unit, got {sorted(sizes)}")
-    (size,) = sizes
-    counts = [Counter(unit) for unit in units]
-    agree = [(sum(v * v for v in c.values()) - size) / (size * (size - 1)) for c in counts]
-    totals: Counter[str] = sum(counts, Counter())
-    chance = sum((value / (size * len(units))) ** 2 for value in totals.values())
-    return math.nan if chance == 1 else (math.fsum(agree) / len(units) - chance) / (1 - chance)
-
-
 def pairwise_agreement(units: Sequence[Sequence[str]]) -> float:
     """Share of pairs of raters that gave the same answer to the same unit; NaN without such a pair."""
     counts = [Counter(unit) for unit in units]
     pairs = sum(c.total() * (c.total() - 1) for c in counts)
     return sum(v * (v - 1) for c in counts for v in c.values()) / pairs if pairs else math.nan
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p values (1979), in the given order."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    adjusted, largest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = largest
-    return adjusted

@@ -1,83 +1,61 @@
-"""How many outer iterations a budget is: the pace of a recipe is probed by hooks, once for all its seeds."""
+"""How many outer iterations a budget is, from a dry run of the method (``recipes.call_counts``)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from gdmd.config.run import RunConfig
-from gdmd.diffusion.rng import SampleRng
-from gdmd.io import read_json, write_atomic
-from gdmd.methods.pass_counter import Counted, Pace, measure_pace
-from gdmd.recipes.build import Components, build
-from gdmd.runs.run_folder import config_hash
-from gdmd.shapes.roles import ShapesRoles
+from gdmd.methods.pass_counter import BACKWARD
+from gdmd.recipes.call_counts import tally
 
-PROBED = 6
-"""Iterations of a probe, spread over the training so that stages of a method are seen: the roll-out's length varies
-from batch to batch by about 2 % of an iteration."""
-STAGES = 0.015
-"""About twice what two probes of one pace differ by; a method with stages differs by more over another length."""
-CLOSER = 24
-"""Iterations of the second probe of a method with stages: a stage's share of the training is met to a 48th."""
+COUNTED = 48
+"""Iterations of a dry run, spread over the training: a roll-out's length is drawn, and methods have stages."""
 
 
-def counted(components: Components) -> Counted:
-    """The method of a lab with its cost counted by hooks on the four denoisers."""
-    return Counted(components.method, networks(components.roles))
+@dataclass(frozen=True)
+class Pace:
+    """Means per outer iteration: network passes (a backward counts two forwards) and student updates."""
+
+    passes: float
+    updates: float
+
+    def steps_for_updates(self, updates: int) -> int:
+        """The fewest outer iterations with at least this many student updates."""
+        return max(1, -int(-updates // self.updates))
+
+    def steps_for_passes(self, passes: float) -> int:
+        """The number of outer iterations that comes closest to this many passes."""
+        return max(1, round(passes / self.passes))
 
 
-def networks(roles: ShapesRoles) -> list[Any]:
-    """The networks behind the roles."""
-    return [roles.student.net, roles.fake.net, roles.teacher.net, roles.old.net]
+def iterations(job: Mapping[str, Any]) -> int:
+    """The outer iterations of a student's run.
 
-
-def iterations(job: Mapping[str, Any], probes: Path) -> int:
-    """The outer iterations of a student cell.
-
-    updates: the fewest with at least the asked student updates. passes: the number whose expected passes come nearest
-    to those of the reference row under the budget of updates. A method whose stages differ in cost has another pace
-    over that number of iterations, and is probed over them once more, at more places.
+    updates: the fewest with at least the given number of student updates. passes: the number whose passes come closest
+    to those of the reference row under the budget ``updates``. A method with a first stage of fixed length has another
+    pace over another number of iterations, so it is counted again over the number that was found.
     """
-    own = pace_of(job["recipe"], job["student_updates"], probes)
+    steps = _steps_for_updates(job["recipe"], job["student_updates"])
     if job["passes_of"] is None:
-        return own.steps_for_updates(job["student_updates"])
-    reference = pace_of(job["passes_of"], job["student_updates"], probes)
-    passes = reference.passes * reference.steps_for_updates(job["student_updates"])
-    steps = own.steps_for_passes(passes)
-    there = pace_of(job["recipe"], round(steps * own.updates), probes, CLOSER)
-    return there.steps_for_passes(passes) if abs(there.passes / own.passes - 1) > STAGES else steps
+        return steps
+    reference = _steps_for_updates(job["passes_of"], job["student_updates"])
+    passes = reference * pace(job["passes_of"], reference).passes
+    for _ in range(2):
+        steps = pace(job["recipe"], steps).steps_for_passes(passes)
+    return steps
 
 
-def pace_of(recipe: Mapping[str, Any], updates: int, probes: Path, count: int = PROBED) -> Pace:
-    """The pace of a recipe, from the file of an earlier probe where there is one."""
+def _steps_for_updates(recipe: Mapping[str, Any], updates: int) -> int:
+    """Student updates per iteration do not depend on the length of the training."""
+    return pace(recipe, updates, 1).steps_for_updates(updates)
+
+
+def pace(recipe: Mapping[str, Any], steps: int, count: int = COUNTED) -> Pace:
+    """The pace of a recipe over a training of ``steps`` iterations, from ``count`` of them."""
     tree = {key: recipe[key] for key in ("model", "method", "rewards", "prompts", "loop")}
-    tree |= {"name": "probe", "loop": {**tree["loop"], "seed": 0}}
-    path = probes / f"{config_hash({**tree, 'updates': updates, 'count': count})[:16]}.json"
-    if path.exists():
-        return Pace(**read_json(path, "Delete it, and the recipe is probed again."))
-    pace = probe(RunConfig.model_validate(tree), updates, count)
-    probes.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps({"passes": pace.passes, "updates": pace.updates}), "the probe", option="--out")
-    return pace
-
-
-def probe(cfg: RunConfig, updates: int, count: int) -> Pace:
-    """Passes and student updates per iteration: one iteration to learn the updates, then ``count`` over the training."""
-    components = build(cfg)
-    first = measure_pace(counted(components), [_batch(components, cfg, 0)])
-    steps = first.steps_for_updates(updates)
-    components = build(cfg)
-    return measure_pace(counted(components), (_batch(components, cfg, place) for place in places(steps, count)))
-
-
-def places(steps: int, count: int) -> list[int]:
-    """The middles of ``count`` equal parts of a training, as iterations."""
-    return [int((k + 0.5) * steps / count) for k in range(count)]
-
-
-def _batch(components: Components, cfg: RunConfig, step: int) -> Any:
-    prompts = components.stream.at(step)
-    return step, prompts, SampleRng(cfg.loop.seed, step, prompts.index)
+    cfg = RunConfig.model_validate(tree | {"name": "pace", "loop": {**tree["loop"], "steps": steps}})
+    calls = tally(cfg, count)
+    passes = sum(calls.passes[role] + (1 + BACKWARD) * calls.graded[role] for role in calls.passes)
+    return Pace(cfg.loop.batch_size * passes, calls.updates["student"])

@@ -1,8 +1,9 @@
-"""Looking back along a training: at the start and at each kept checkpoint, what do rewards and gradients say?"""
+"""Diagnosis of a training, at its start and at each kept checkpoint: rewards, gradients, and what an update changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -21,11 +22,11 @@ from gdmd.runs.run_folder import Run
 from gdmd.shapes.evaluate import HELDOUT, evaluate
 from gdmd.shapes.grammar import Split
 from gdmd.sweep.divergence import apply_iteration, divergence, fixed_states, realized_change, student_gradient
-from gdmd.training.distributed import SINGLE
+from gdmd.training.distributed import SINGLE_PROCESS
 from gdmd.training.ema import load_named
 from gdmd.training.optimizer import lr_factor
 from gdmd.training.role_state import RoleState, role_states
-from gdmd.training.warm_start import begin_from
+from gdmd.training.warm_start import warm_start
 from gdmd.types import PromptBatch, Reward, Role, Update
 
 ROLES: tuple[Role, Role] = ("student", "fake")
@@ -66,18 +67,17 @@ def _gradients(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -
     plain = without_rewards(cfg.method)
     if plain is None:
         return {}
-    labs = build(cfg), build(_with_method(cfg, plain))
-    prompts, rng = draws(labs[0], cfg, step)  # the method's own groups of prompts, for both
+    both = build(cfg), build(_with_method(cfg, plain))
+    prompts, rng = draws(both[0], cfg, step)  # the method's own groups of prompts, for both
     found = []
-    for components in labs:
+    for components in both:
         restore(components, saved) if saved else begin(components, cfg)
         found.append(student_gradient(components.method, components.roles, step, prompts, rng))
-    both = divergence(*found)
-    return {"cosine": both.cosine, "ratio": both.ratio, "weight": both.weight}
+    return asdict(divergence(*found))
 
 
 def _change(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -> dict[str, Any]:
-    """Reward change of the next iteration, as the loop would make it: the same optimizer state and learning rate."""
+    """Change of the rewards in the next iteration of the loop, with its optimizer state and learning rate."""
     components = build(cfg)
     states = role_states(components.roles, cfg.loop)
     if saved:
@@ -99,12 +99,12 @@ def _change(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -> d
 
 
 def all_scorers(cfg: RunConfig) -> tuple[Reward, ...]:
-    """Every reward of the world, whatever a row is trained on: the three scorers and the checker's partial credit."""
+    """All rewards of the Shapes world, whatever a row is trained on: three scorers and the checker's partial credit."""
     return (*scorers_of(cfg), *build_rewards([ShapesReward(kind="shapes_partial_credit")]))
 
 
 def restore(components: Components, saved: checkpoint.Checkpoint) -> None:
-    """Networks, old policy and method as they were at a checkpoint (not the EMA)."""
+    """Load networks, old policy and method state of a checkpoint (not the EMA)."""
     for role in ROLES:
         load_named(components.roles.parameters(role), saved.part(role), f"the {role}")
     components.roles.load_old_state(saved.part("old"))
@@ -112,13 +112,15 @@ def restore(components: Components, saved: checkpoint.Checkpoint) -> None:
 
 
 def begin(components: Components, cfg: RunConfig) -> None:
-    """Networks as the training found them: the teacher's weights, or those of a first stage."""
+    """Load the weights that the training started from: the teacher's, or those of a first stage."""
     if cfg.loop.start_from:
-        begin_from(cfg.loop.start_from, role_states(components.roles, cfg.loop), SINGLE, cfg.model_dump(mode="json"))
+        warm_start(
+            cfg.loop.start_from, role_states(components.roles, cfg.loop), SINGLE_PROCESS, cfg.model_dump(mode="json")
+        )
 
 
 def draws(components: Components, cfg: RunConfig, step: int) -> tuple[PromptBatch, SampleRng]:
-    """The prompts and draws that the training has (or would have) at this step."""
+    """The prompts and the random draws of this step of the training."""
     prompts = components.stream.at(step)
     return prompts, SampleRng(cfg.loop.seed, step, prompts.index)
 

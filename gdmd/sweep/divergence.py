@@ -1,12 +1,12 @@
-"""Do reward and distillation pull a student in the same direction? (the question of arXiv 2604.19009, Fig. 4)
+"""Do the reward and the DMD gradient of a student have the same direction? (arXiv 2604.19009, Fig. 4)
 
-Method-blind: the same iteration is asked for twice with identical draws, once by the method and once by the same method
-with its reward weight at 0, which is plain DMD. Nothing is applied. In the student's parameter space, summed over all
-student updates of the iteration,
+Works for any method: the gradients of one iteration are computed twice with identical draws, by the method and by the
+same method with reward weight 0, which is plain DMD. Nothing is applied. In the student's parameter space, summed over
+all student updates of the iteration,
 
     g_RL = g_full - g_DMD,    cosine = <g_RL, g_DMD> / (|g_RL| |g_DMD|),    weight = <g_full, g_DMD> / |g_DMD|^2.
 
-A second measure is what an iteration *does*: the rewards of the student's one-step prediction x0 from fixed x_tau
+A second measure is what an iteration changes: the rewards of the student's one-step prediction x0 from fixed x_tau,
 before and after it.
 """
 
@@ -35,7 +35,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Fixed:
-    """States from which the student is asked for x0 before and after an iteration."""
+    """States from which the student predicts x0 before and after an iteration."""
 
     x_tau: Tensor  # [B, C, H, W]
     tau: Tensor  # [B]
@@ -57,20 +57,20 @@ def student_gradient(method: Method, roles: Roles, step: int, prompts: PromptBat
 
 def divergence(full: Tensor, plain: Tensor) -> Divergence:
     """From the gradients of the method and of plain DMD on the same draws, both [P]."""
-    steer, length = full - plain, plain.norm()
-    cosine = steer @ plain / (steer.norm() * length)  # 0 / 0 is NaN: there is no direction
-    return Divergence(float(cosine), float(steer.norm() / length), float(full @ plain / length.square()))
+    reward, norm = full - plain, plain.norm()
+    cosine = reward @ plain / (reward.norm() * norm)  # 0 / 0 is NaN: no direction
+    return Divergence(float(cosine), float(reward.norm() / norm), float(full @ plain / norm.square()))
 
 
 @torch.no_grad()
 def fixed_states(
     roles: Roles, prompts: PromptBatch, rng: SampleRng, steps: Sequence[float], shape: tuple[int, int, int]
 ) -> Fixed:
-    """x_tau by the student's own roll-out to a uniformly drawn one of its steps."""
+    """x_tau from the student's rollout to one of its steps, drawn uniformly."""
     stop = rng.on_host().integer("diagnosis_tau", len(steps))
     noise = rng.normal("diagnosis_noise", shape)
-    again = lambda i: rng.normal("diagnosis_rollout", shape, i)  # noqa: E731
-    x_tau = backward_simulation(roles.student, noise, steps, stop, prompts.cond, again, roles.schedule)
+    renoise = lambda i: rng.normal("diagnosis_rollout", shape, i)  # noqa: E731
+    x_tau = backward_simulation(roles.student, noise, steps, stop, prompts.cond, renoise, roles.schedule)
     return Fixed(x_tau, to_device_async(torch.tensor(steps)[stop], x_tau.device), prompts.cond)
 
 
@@ -80,7 +80,7 @@ def realized_change(
     """Change of every reward per student update, in units of its spread over the batch before.
 
     iterate: applies one outer iteration and returns the number of student updates. score: x0 [B, C, H, W] -> name ->
-    [B]. Unscored samples (NaN) are left out; a reward without spread gives NaN.
+    [B]. Samples without a score (NaN) are left out; a reward without spread gives NaN.
     """
     before = score(_x0(roles, fixed))
     updates = iterate()
@@ -91,7 +91,7 @@ def realized_change(
 def apply_iteration(
     method: Method, apply: Mapping[Role, Callable[[Update], object]], step: int, prompts: PromptBatch, rng: SampleRng
 ) -> int:
-    """One outer iteration, every update applied by its role's function; the number of student updates."""
+    """Run one outer iteration, applying each update with its role's function; returns the number of student updates."""
     updates = 0
     for update in method.iteration(step, prompts, rng):
         apply[update.role](update)

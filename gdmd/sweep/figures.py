@@ -160,7 +160,7 @@ def radar_figure(results: Results) -> Figure | None:
 
 
 def feature_figure(panels: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Scatter plots from ``programs.compare_pictures``: title, points (x, y, color, marker, outlier), three scores."""
+    """Scatter plots from ``sweep.images``: title, points (x, y, color, marker, outlier), three scores."""
     if not panels:
         return None
     from matplotlib.figure import Figure
@@ -282,19 +282,19 @@ def _scatter(axes: Axes, panel: Mapping[str, Any]) -> None:
 
 
 def _diagnosed(results: Results) -> list[tuple[Row, Line]]:
-    """Each student with its diagnosed cell of the lowest seed."""
+    """Each student with its diagnosed run of the lowest seed."""
     found = []
     for row in results.present(keep=lambda row: row.kind != "teacher"):
-        own = [line for _, line in sorted(results.cells(row.name).items()) if line.get("points")]
+        own = [line for _, line in sorted(results.runs(row.name).items()) if line.get("points")]
         found += [(row, own[0])] if own else []
     return found
 
 
 def _shown(results: Results) -> list[Row]:
-    """Rows of the radar: the first teacher, the headline, every rival, and other GDMD rows while there is room."""
+    """Rows of the radar: the first teacher, the headline, every baseline, and other GDMD rows while there is room."""
     teachers = results.present(keep=lambda row: row.kind == "teacher")[:1]
-    others = results.present(keep=lambda row: row.kind in ("rival", "gdmd"))
-    first = sorted(others, key=lambda row: (row.name != results.headline, row.kind != "rival"))[:MOST_LINES]
+    others = results.present(keep=lambda row: row.kind in ("baseline", "gdmd"))
+    first = sorted(others, key=lambda row: (row.name != results.headline, row.kind != "baseline"))[:MOST_LINES]
     return [*teachers, *[row for row in others if row in first]]
 
 

@@ -17,8 +17,8 @@ from gdmd.sweep.tables import (
     costs,
     quality,
     significance,
-    steering,
     table,
+    weight_statistics,
 )
 
 
@@ -47,14 +47,14 @@ def write_page(path: Path, results: Results, about: About, figures: Sequence[str
 
 
 def _head(results: Results, about: About) -> str:
-    missing = f"\n**Unfinished: {about.missing} cells are not in the table yet.**\n" if about.missing else ""
+    missing = f"\n**Unfinished: {about.missing} runs are not in the table yet.**\n" if about.missing else ""
     return f"""# {about.title}
 
 {about.about}
 {missing}
 {about.beginning} A number
 is the mean over {len(about.seeds)} seeds ({", ".join(map(str, about.seeds))}) of {about.images:,} images each
-({about.split} captions, EMA weights){about.others}; ± is the standard deviation over seeds. † marks rewards that
+({about.split} captions, EMA weights){about.others}; +- is the standard deviation over seeds. † marks rewards that
 students were trained on; **everything else is unseen in training**: the checker behind ShapesEval, the held-out
 scorer, fidelity, coverage.
 Bold is the best student.{_foreign(results)}
@@ -124,12 +124,12 @@ hooks; a backward counts two forwards).
 
 def _cost(results: Results) -> str:
     students = results.present(keep=lambda row: row.kind != "teacher")
-    weights = table(results, [row for row in students if results.summary(row.name, _R_MEAN)], steering())
+    weights = table(results, [row for row in students if results.summary(row.name, _R_MEAN)], weight_statistics())
     extra = f"\nWhat the weights did over the second half of the training:\n\n{weights}" if weights else ""
     return f"""## Cost per method
 
 Passes: forwards of a denoiser (student, fake, teacher, old policy) on one sample, a backward counts two; decoder and
-rewards are not counted. Seconds: inside iterations, one CPU thread or one GPU per cell.
+rewards are not counted. Seconds: inside iterations, one CPU thread or one GPU per run.
 
 {table(results, students, costs())}{extra}"""
 
@@ -156,7 +156,7 @@ def _made(results: Results, about: About) -> str:
 - {len(results.lines)} lines of the table, {len(cells)} trainings and evaluations, {hours:.1f} hours of one worker in all.
 - Commit {_listed(results, "commit")}; torch {_listed(results, "torch")}; on {_listed(results, "device")}.
 - Trained on {", ".join(results.trained) or "no reward"}; measured besides on {unseen} ({HELDOUT} has another architecture).
-- Any cell can be made again by the `command` of its line in the table; its `hash` is that of recipe, evaluation and budget.
+- Any run can be repeated with the `command` of its line in the table; its `hash` is that of recipe, evaluation and budget.
 """
 
 

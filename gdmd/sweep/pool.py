@@ -1,59 +1,70 @@
-"""What ``gdmd sweep`` does: run the cells that are not finished, several at once, then write the pages. No torch here.
+"""What ``gdmd sweep`` does: run what is not finished, several runs at once, then draw the images. No torch here.
 
-Every cell is a process of its own (``programs.compare_job``), so that a failing one stops no other, memory is measured
-per method, and a signal reaches each training at the end of an iteration.
+Every run is a separate process (``sweep.worker``), so that a failing run stops no other, memory is measured per method,
+and each training handles a signal at the end of an iteration.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
-from types import FrameType
 from typing import IO, Any
 
 from gdmd.config.load import dump_config
 from gdmd.io import RunError, append_jsonl, read_json, typed, write_atomic, writing
-from gdmd.sweep.cells import (
+from gdmd.runs.process import folder_lock, stop_signals
+from gdmd.sweep.runs import (
     GRIDS,
-    Cell,
-    chosen,
+    SweepRun,
+    images_are_current,
     key_of,
     line_of,
     outdated,
-    pictured,
     plan,
     read_table,
-    shown_cells,
+    selected,
+    shown_runs,
     unique,
     with_first_stages,
 )
-from gdmd.sweep.spec import Comparison
-from gdmd.training.rank import module_words
+from gdmd.sweep.spec import Sweep
+from gdmd.training.rank import module_arguments
 
 Say = Callable[[str], None]
 POLL, PATIENCE = 0.1, 120.0
-"""Seconds between looks at the workers, and how long a stopped one may finish its iteration and save."""
+"""Seconds between checks of the workers, and how long a stopped one may take to finish its iteration and save."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-PICTURES = "gdmd.sweep.pictures"
-JOB = "gdmd.sweep.worker"
+IMAGES = "gdmd.sweep.images"
+WORKER = "gdmd.sweep.worker"
+FAILED_FIRST, MISSING_FIRST = "its first stage failed", "its first stage has no result"
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a sweep is. seconds_left: from the mean time of the runs finished so far; None before the first."""
+
+    done: int
+    total: int
+    running: Sequence[str]
+    seconds_left: float | None
+
+
+Show = Callable[[Status], None]
 
 
 @dataclass
 class Outcome:
-    """What a call of the program did. failed: place of the cell -> last line of its log."""
+    """What one call of ``gdmd sweep`` did. failed: name of a run -> the error in its log."""
 
     folder: Path
-    cells: int = 0
+    runs: int = 0
     trained: list[str] = field(default_factory=list)
     cached: int = 0
     failed: dict[str, str] = field(default_factory=dict)
@@ -62,53 +73,62 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0, 1 when a cell failed, 128 + signal when it was stopped."""
+        """0, 1 if a run failed, 128 + signal if the sweep was stopped."""
         return 128 + self.signal if self.signal is not None else int(bool(self.failed))
 
 
-def run_comparison(
-    comparison: Comparison, source: str, folder: Path, jobs: int, only: Sequence[str], say: Say
+def run_sweep(
+    sweep: Sweep,
+    source: str,
+    folder: Path,
+    jobs: int,
+    only: Sequence[str],
+    say: Say,
+    show: Show = lambda status: None,
 ) -> Outcome:
-    """Finish every chosen cell of the comparison in ``folder``; what is finished there is not done again."""
-    wanted = with_first_stages(chosen(plan(comparison), only))
+    """Finish every selected run of the sweep in ``folder``; finished runs are not repeated.
+
+    say: gets messages; show: gets the status whenever a run starts or ends.
+    """
+    wanted = with_first_stages(selected(plan(sweep), only))
     old = outdated(unique(wanted), folder)
     if old:
         raise RunError(
-            f"{len(old)} cells were made with other defaults (there -> here): {'; '.join(old[:3])}. "
-            "Delete these folders to make them again, or choose another --out."
+            f"{len(old)} runs were made with other defaults (then -> now): {'; '.join(old[:3])}. "
+            "Delete these folders to repeat the runs, or choose another --out."
         )
-    with writing("the comparison", folder):
+    with writing("the sweep", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        write_atomic(folder / "comparison.yaml", dump_config(comparison.spec), "the comparison")
+    with folder_lock(folder / ".lock", f"{folder}: another gdmd sweep is running there; wait for it or use --out"):
+        write_atomic(folder / "sweep.yaml", dump_config(sweep.config), "the sweep config")
         table = Table(folder, source)
         outcome = Outcome(folder, len(wanted))
         todo = _unfinished(wanted, folder, table, outcome)
-        say(f"{len(wanted)} cells, {outcome.cached} finished before, {len(todo)} to run, {jobs} at once, in {folder}")
-        with _stop_signals() as stopped:
-            _Pool(folder, jobs, table, wanted, outcome, say).run(todo, stopped)
+        say(f"{len(wanted)} runs, {outcome.cached} already finished, {len(todo)} to do, {jobs} at once, in {folder}")
+        with stop_signals() as stopped:
+            _Pool(folder, jobs, table, wanted, outcome, say, show).run(todo, stopped)
             outcome.signal = stopped[0] if stopped else None
-        if outcome.signal is None and not _pictured(comparison, folder):
+        if outcome.signal is None and not _images_drawn(sweep, folder):
             say("drawing the images of the figures")
-            if _finish(PICTURES, folder, folder / "pictures.log") != 0:
-                outcome.failed["pictures"] = _reason(folder / "pictures.log")
+            if _finish(IMAGES, folder, folder / "images.log") != 0:
+                outcome.failed["images"] = _reason(folder / "images.log")
     return outcome
 
 
 class Table:
-    """OUT/table.jsonl: one line per cell; each is written at once and whole, or not at all."""
+    """OUT/table.jsonl: one line per run, appended as soon as the run is finished."""
 
     def __init__(self, folder: Path, source: str) -> None:
         self.path, self.source = folder / "table.jsonl", source
         self._rows = {key_of(row): row for row in read_table(self.path)}
 
-    def add(self, cell: Cell) -> dict[str, Any]:
-        """Append the line of a finished cell, unless it is there; that of an earlier result is replaced."""
-        file = cell.folder(self.path.parent) / "result.json"
-        command = f"gdmd sweep {typed(self.source)} --only {cell.place}"
-        line = line_of(cell, read_json(file, "Delete it, and the cell is measured again."), command)
-        known = self._rows.get(cell.key)
-        self._rows[cell.key] = line
+    def add(self, run: SweepRun) -> dict[str, Any]:
+        """Append the line of a finished run unless it is there; a line of an earlier result is replaced."""
+        file = run.result(self.path.parent)
+        command = f"gdmd sweep {typed(self.source)} --only {run.name}"
+        line = line_of(run, read_json(file, "Delete it to measure the run again."), command)
+        known = self._rows.get(run.key)
+        self._rows[run.key] = line
         if known is None:
             append_jsonl(self.path, [line], "the table", option="--out")
         elif known | {"command": command} != line:
@@ -116,72 +136,90 @@ class Table:
         return line
 
 
+@dataclass
 class _Pool:
     """At most ``jobs`` workers at a time."""
 
-    def __init__(
-        self, folder: Path, jobs: int, table: Table, wanted: Sequence[Cell], outcome: Outcome, say: Say
-    ) -> None:
-        self.folder, self.jobs, self.table, self.wanted, self.outcome = folder, jobs, table, wanted, outcome
-        self.say, self._done, self._running = say, 0, dict[subprocess.Popen[bytes], tuple[Cell, float]]()
-        self._failed = set[str]()  # hashes: rows of other names may share a cell
+    folder: Path
+    jobs: int
+    table: Table
+    wanted: Sequence[SweepRun]
+    outcome: Outcome
+    say: Say
+    show: Show
+    _total: int = 0
+    _seconds: list[float] = field(default_factory=list)  # of the runs that ended
+    _running: dict[subprocess.Popen[bytes], tuple[SweepRun, float]] = field(default_factory=dict)
+    _failed: set[str] = field(default_factory=set)  # hashes: rows of different names may share a run
 
-    def run(self, todo: Sequence[Cell], stopped: Sequence[int]) -> None:
-        """Until all are done, or a signal arrives: then the running ones save and end."""
-        waiting = list(todo)
+    def run(self, todo: Sequence[SweepRun], stopped: Sequence[int]) -> None:
+        """Until all are done or a signal arrives; then the running ones save and exit."""
+        waiting, self._total = list(todo), len(todo)
         while (waiting or self._running) and not stopped:
-            while len(self._running) < self.jobs and (cell := self._next(waiting)):
-                waiting.remove(cell)
-                self._start(cell)
+            while len(self._running) < self.jobs and (run := self._next(waiting)):
+                waiting.remove(run)
+                self._start(run)
             time.sleep(POLL)
             for worker in [worker for worker in self._running if worker.poll() is not None]:
-                self._end(worker, len(todo))
+                self._end(worker)
         if self._running:
             self._stop()
 
-    def _next(self, waiting: list[Cell]) -> Cell | None:
-        """The first cell that can begin; those whose first stage failed, or is gone, fail with it."""
-        for cell in [each for each in waiting if each.first and each.first.hash in self._failed]:
-            waiting.remove(cell)
-            self._fail(cell, "its first stage failed")
-        ready = next((cell for cell in waiting if self._ready(cell)), None)
-        if ready is None and not self._running:  # nothing that still runs could make one of them ready
-            for cell in waiting:
-                self._fail(cell, "its first stage has no result")
+    def _next(self, waiting: list[SweepRun]) -> SweepRun | None:
+        """The first run that can start; a second stage fails if its first stage failed or has no result."""
+        for run in [each for each in waiting if each.first_stage and each.first_stage.hash in self._failed]:
+            waiting.remove(run)
+            self._fail(run, FAILED_FIRST)
+        ready = next((run for run in waiting if self._ready(run)), None)
+        if ready is None and not self._running:  # no run is left that could produce the missing result
+            for run in waiting:
+                self._fail(run, MISSING_FIRST)
             waiting.clear()
         return ready
 
-    def _fail(self, cell: Cell, reason: str) -> None:
-        self._failed.add(cell.hash)
-        self.outcome.failed[cell.place] = reason
+    def _fail(self, run: SweepRun, reason: str) -> None:
+        self._failed.add(run.hash)
+        self.outcome.failed[run.name] = reason
 
-    def _ready(self, cell: Cell) -> bool:
-        return cell.first is None or (cell.first.folder(self.folder) / "result.json").exists()
+    def _ready(self, run: SweepRun) -> bool:
+        return run.first_stage is None or run.first_stage.result(self.folder).exists()
 
-    def _start(self, cell: Cell) -> None:
-        folder = cell.folder(self.folder)
-        with writing("the cell", folder):
+    def _start(self, run: SweepRun) -> None:
+        folder = run.folder(self.folder)
+        with writing("the run", folder):
             folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "job.json", json.dumps(cell.job, indent=1), "the cell's job")
+        write_atomic(folder / "job.json", json.dumps(run.job, indent=1), "the run's job")
         with (folder / "log.txt").open("ab") as log:
-            self._running[_worker(JOB, folder, log)] = cell, time.perf_counter()
+            self._running[_worker(WORKER, folder, log)] = run, time.perf_counter()
+        self.show(self.status())
 
-    def _end(self, worker: subprocess.Popen[bytes], total: int) -> None:
-        cell, began = self._running.pop(worker)
-        self._done += 1
-        head = f"[{self._done}/{total}] {cell.place}"
+    def _end(self, worker: subprocess.Popen[bytes]) -> None:
+        run, began = self._running.pop(worker)
+        self._seconds.append(time.perf_counter() - began)
+        status = self.status()
+        head = f"[{status.done}/{status.total}] {run.name}"
         if worker.returncode != 0:
-            reason = _reason(cell.folder(self.folder) / "log.txt") or f"exit code {worker.returncode}"
-            self._fail(cell, reason)
-            self.say(f"{head} FAILED ({reason}); log: {cell.folder(self.folder) / 'log.txt'}")
-            return
-        self.outcome.trained.append(cell.place)
-        for same in [each for each in self.wanted if each.hash == cell.hash]:
-            line = self.table.add(same)
-        self.say(f"{head}: ShapesEval {line['shapeseval']:.3f} ({time.perf_counter() - began:.0f} s)")
+            log = run.folder(self.folder) / "log.txt"
+            reason = _reason(log) or f"exit code {worker.returncode}"
+            self._fail(run, reason)
+            self.say(f"{head} FAILED ({reason}); log: {log}")
+        else:
+            self.outcome.trained.append(run.name)
+            for same in [each for each in self.wanted if each.hash == run.hash]:
+                line = self.table.add(same)
+            left = f", about {duration(status.seconds_left)} left" if status.seconds_left else ""
+            self.say(f"{head}: ShapesEval {line['shapeseval']:.3f} ({duration(self._seconds[-1])}{left})")
+        self.show(status)
+
+    def status(self) -> Status:
+        """How far the pool is."""
+        done = len(self._seconds)
+        each = sum(self._seconds) / done if done else None
+        left = None if each is None else each * (self._total - done) / min(self.jobs, max(self._total - done, 1))
+        return Status(done, self._total, [run.name for run, _ in self._running.values()], left)
 
     def _stop(self) -> None:
-        self.say(f"stopping: {len(self._running)} cells save their state; the same command goes on from there")
+        self.say(f"stopping: {len(self._running)} runs save their state; the same command continues")
         for worker in self._running:
             worker.terminate()
         for worker in self._running:
@@ -192,26 +230,34 @@ class _Pool:
                 worker.wait()
 
 
-def _unfinished(wanted: Sequence[Cell], folder: Path, table: Table, outcome: Outcome) -> list[Cell]:
-    """The cells to run; lines of cells that finished without one (a crash in between) are added."""
-    finished = [cell for cell in wanted if (cell.folder(folder) / "result.json").exists()]
-    for cell in finished:
-        table.add(cell)
+def duration(seconds: float) -> str:
+    """58 s, 12 min or 3 h 05 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _unfinished(wanted: Sequence[SweepRun], folder: Path, table: Table, outcome: Outcome) -> list[SweepRun]:
+    """The runs to do; if a crash left a finished run without its line, the line is added."""
+    finished = [run for run in wanted if run.result(folder).exists()]
+    for run in finished:
+        table.add(run)
     outcome.cached = len(finished)
-    done = {cell.hash for cell in finished}
-    return [cell for cell in unique(wanted) if cell.hash not in done]
+    done = {run.hash for run in finished}
+    return [run for run in unique(wanted) if run.hash not in done]
 
 
-def _pictured(comparison: Comparison, folder: Path) -> bool:
+def _images_drawn(sweep: Sweep, folder: Path) -> bool:
     """Whether the images of the figures are drawn (or there are none to draw)."""
     grids = all((folder / "figures" / name).exists() for name in GRIDS)
-    return not shown_cells(comparison, folder) or (grids and pictured(comparison, folder))
+    return not shown_runs(sweep, folder) or (grids and images_are_current(sweep, folder))
 
 
 def _worker(module: str, folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """A process in its own session: Ctrl-C reaches us alone, and we pass it on. It ends when we are gone."""
+    """A process in a separate session, so that Ctrl-C reaches only us, and we pass it on. It exits when we are gone."""
     return subprocess.Popen(
-        [sys.executable, *module_words(module), str(folder), str(os.getpid())],
+        [sys.executable, *module_arguments(module), str(folder), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
@@ -231,41 +277,8 @@ def _finish(module: str, folder: Path, log: Path) -> int:
 
 
 def _reason(log: Path) -> str:
-    """The newest error of a log (a traceback's last line where there is none), on one short line."""
+    """The newest error of a log (else its last line, as of a traceback), on one short line."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    told = [line for line in lines if line.strip()]
-    errors = [line for line in told if line.startswith("error: ")]
-    return shorten((errors or told or [""])[-1].removeprefix("error: "), 200)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One comparison per folder at a time."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{folder}: another gdmd sweep is running there; wait for it or use --out") from error
-        yield
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that receives the first SIGINT or SIGTERM; the second one has its usual effect."""
-    stopped: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        stopped.append(number)
-        restore()
-
-    for number in before:
-        signal.signal(number, on_signal)
-    try:
-        yield stopped
-    finally:
-        restore()
+    printed = [line for line in lines if line.strip()]
+    errors = [line for line in printed if line.startswith("error: ")]
+    return shorten((errors or printed or [""])[-1].removeprefix("error: "), 200)

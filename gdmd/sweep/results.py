@@ -1,93 +1,125 @@
-"""The pages of a comparison, made again from its table whenever they are asked for."""
+"""The pages of a sweep, rebuilt from its table on request."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdmd.config.sweep import CompareSpec
+from gdmd.config.sweep import SweepConfig
 from gdmd.io import RunError, read_json, typed
-from gdmd.sweep.cells import GRIDS, key_of, pictured, plan, read_table
 from gdmd.sweep.figures import draw_all
 from gdmd.sweep.page import About, write_page
 from gdmd.sweep.pool import Outcome
-from gdmd.sweep.spec import Comparison
-from gdmd.sweep.tables import OVERALL, Results, Row, against_headline
+from gdmd.sweep.runs import GRIDS, IMAGES, images_are_current, key_of, plan, read_table
+from gdmd.sweep.spec import Sweep
+from gdmd.sweep.tables import OVERALL, Line, Results, Row, against_headline
 
-PAGE, TABLE, PICTURES, FEATURES = "shapes.md", "table.jsonl", "pictures.json", "fig3_features.png"
-
-
-def results_of(comparison: Comparison, folder: Path) -> tuple[Results, int]:
-    """The lines of this comparison (those of other settings in the same table are left out); how many are missing."""
-    spec = comparison.spec
-    keys = dict.fromkeys(cell.key for cell in plan(comparison))
-    known = {key_of(line): line for line in read_table(_table(folder)) if key_of(line) in keys}
-    rows = [Row(row.name, row.title, "teacher") for row in spec.teachers]
-    rows += [Row(row.name, row.title, row.kind, tuple(row.tables)) for row in spec.rows]
-    return Results(rows, [known[key] for key in keys if key in known], spec.headline), len(keys) - len(known)
+PAGE, TABLE, FEATURES = "shapes.md", "table.jsonl", "fig3_features.png"
 
 
-def write_pages(comparison: Comparison, source: str, folder: Path, *, required: bool) -> Path | None:
-    """Write the figures and shapes.md; None (or, if ``required``, an error) while no cell is finished."""
-    results, missing = results_of(comparison, folder)
+@dataclass(frozen=True)
+class Stored:
+    """What a table holds of a sweep. missing: runs without a line; past: lines of other settings or of removed rows."""
+
+    results: Results
+    missing: int = 0
+    past: int = 0
+
+
+def stored_results(sweep: Sweep, folder: Path, *, past: bool = False) -> Stored:
+    """The lines of this sweep.
+
+    past: where the table has no run of a row under its present settings, take the lines that it has. A finished table
+    stays readable so after options were renamed or removed. Otherwise lines of other settings are left out.
+    """
+    config = sweep.config
+    keys = dict.fromkeys(run.key for run in plan(sweep))
+    table = read_table(_table(folder))
+    exact = {key_of(line): line for line in table if key_of(line) in keys}
+    old: dict[tuple[str, int, str], Line] = {}
+    if past:
+        done = {(method, budget) for method, _, budget, _ in exact}
+        shown = {row.name for row in (*config.every_row, *config.past_rows)}
+        left = (line for line in table if line["method"] in shown and (line["method"], line["budget"]) not in done)
+        old = {(line["method"], line["seed"], line["budget"]): line for line in left}
+    rows = [Row(row.name, row.title, "teacher") for row in config.teachers]
+    rows += [Row(row.name, row.title, row.kind, tuple(row.tables)) for row in (*config.rows, *config.past_rows)]
+    lines = [exact[key] for key in keys if key in exact]
+    missing = sum(key not in exact and key[:3] not in old for key in keys)
+    return Stored(Results(rows, [*lines, *old.values()], config.headline), missing, len(old))
+
+
+def write_pages(sweep: Sweep, source: str, folder: Path, *, only_pages: bool) -> Path | None:
+    """Write the figures and shapes.md; None (an error with ``only_pages``) if no run is finished.
+
+    only_pages: nothing was trained, so lines of earlier settings are shown too.
+    """
+    stored = stored_results(sweep, folder, past=only_pages)
+    config, results = sweep.config, stored.results
     if not results.lines:
-        if required:
-            raise RunError(
-                f"{_table(folder)} holds no line of comparison {comparison.spec.name!r}; run it first without --pages-only"
-            )
+        if only_pages:
+            raise RunError(f"{_table(folder)} has no line of sweep {config.name!r}; run it first, without --pages-only")
         return None
-    stale = (folder / PICTURES).exists() and not pictured(comparison, folder)
+    stale = (folder / IMAGES).exists() and not images_are_current(sweep, folder)
     draw_all(results, folder / "figures", [] if stale else _features(folder))
-    spec = comparison.spec
-    reference = spec.titles[spec.reference or spec.headline] if "passes" in spec.budgets else ""
     about = About(
-        title=f"Comparison on Shapes: {spec.name}",
-        about=spec.about,
-        command=f"gdmd sweep {typed(source)}",  # without --out: that folder is nobody else's
-        beginning=beginning(spec),
-        seeds=spec.seeds,
-        reference=reference,
-        split=spec.evaluation.split,
+        title=f"Sweep on Shapes: {config.name}",
+        about=config.about + _past_note(stored),
+        command=f"gdmd sweep {typed(source)}",  # without --out: readers do not have that folder
+        beginning=beginning(config),
+        seeds=config.seeds,
+        reference=config.titles[config.reference or config.headline] if "passes" in config.budgets else "",
+        split=config.evaluation.split,
         images=int(results.lines[0]["images"]),
-        missing=missing,
-        others=other_seeds(spec),
+        missing=stored.missing,
+        others=other_seeds(config),
     )
     drawn = [path.name for path in (folder / "figures").glob("*.png")]
-    if stale:  # images of other cells or settings
+    if stale:  # images of other runs or settings
         drawn = [name for name in drawn if name not in (*GRIDS, FEATURES)]
     return write_page(folder / PAGE, results, about, drawn)
 
 
-def beginning(spec: CompareSpec) -> str:
-    """Where the students of a comparison begin and how many updates they take, in sentences."""
-    firsts = [row for row in spec.rows if row.name in {each.start_from for each in spec.rows}]
+def _past_note(stored: Stored) -> str:
+    if not stored.past:
+        return ""
+    return (
+        f"\n\n{stored.past} of {len(stored.results.lines)} lines of the table were measured with an earlier version of "
+        "the settings or of the code; the commit of each is in the table."
+    )
+
+
+def beginning(config: SweepConfig) -> str:
+    """Where the students of a sweep start and how many updates they take, in sentences."""
+    firsts = [row for row in config.rows if row.name in {each.start_from for each in config.rows}]
     who = "Students take" if firsts else "Every student starts from the same teacher, without a cold start, and takes"
-    text = f"{who} {spec.student_updates:,} updates."
+    text = f"{who} {config.student_updates:,} updates."
     for first in firsts:
-        text += f" {first.title} starts from the teacher; with its student of the same seed begin"
-        later = [row for row in spec.rows if row.start_from == first.name]
-        for updates in dict.fromkeys(map(spec.updates_of, later)):
-            titles = ", ".join(row.title for row in later if spec.updates_of(row) == updates)
+        text += f" {first.title} starts from the teacher; from its student of the same seed start"
+        later = [row for row in config.rows if row.start_from == first.name]
+        for updates in dict.fromkeys(map(config.updates_of, later)):
+            titles = ", ".join(row.title for row in later if config.updates_of(row) == updates)
             text += f", for {updates:,} updates: {titles};"
         text = text[:-1] + "."
-    others = [row for row in spec.rows if row.student_updates is not None and not row.start_from]
+    others = [row for row in config.rows if row.student_updates is not None and not row.start_from]
     return text + "".join(f" {row.title} takes {row.student_updates:,} updates." for row in others)
 
 
-def other_seeds(spec: CompareSpec) -> str:
-    """Which rows have other seeds than the comparison, as a part of a sentence; "" without any."""
+def other_seeds(config: SweepConfig) -> str:
+    """The rows whose seeds are not those of the sweep, as a part of a sentence; "" without any."""
     found: dict[tuple[int, ...], list[str]] = {}
-    for row in spec.every_row:
-        if spec.seeds_of(row) != spec.seeds:
-            found.setdefault(spec.seeds_of(row), []).append(f"**{row.title}**")
+    for row in config.every_row:
+        if config.seeds_of(row) != config.seeds:
+            found.setdefault(config.seeds_of(row), []).append(f"**{row.title}**")
     return "".join(f", {' and '.join(rows)} over seeds {', '.join(map(str, own))}" for own, rows in found.items())
 
 
-def summary(comparison: Comparison, outcome: Outcome) -> dict[str, Any]:
+def summary(sweep: Sweep, outcome: Outcome, *, only_pages: bool = False) -> dict[str, Any]:
     """What ``gdmd sweep --json`` prints."""
-    results, missing = results_of(comparison, outcome.folder)
-    tests = {each.row.name: each for each in against_headline(results, OVERALL)}
+    stored = stored_results(sweep, outcome.folder, past=only_pages)
+    tests = {each.row.name: each for each in against_headline(stored.results, OVERALL)}
     return {
         "folder": str(outcome.folder),
         "table": str(_table(outcome.folder)),
@@ -95,8 +127,9 @@ def summary(comparison: Comparison, outcome: Outcome) -> dict[str, Any]:
         "trained": outcome.trained,
         "cached": outcome.cached,
         "failed": outcome.failed,
-        "missing": missing,
-        "rows": {row.name: _row(results, row, tests) for row in results.present()},
+        "missing": stored.missing,
+        "past": stored.past,
+        "rows": {row.name: _row(stored.results, row, tests) for row in stored.results.present()},
     }
 
 
@@ -114,16 +147,14 @@ def _row(results: Results, row: Row, tests: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _table(folder: Path) -> Path:
-    """table.jsonl of a comparison's folder, or the committed shapes.jsonl."""
+    """table.jsonl of a sweep's folder, or the committed shapes.jsonl."""
     committed = folder / "shapes.jsonl"
     return committed if committed.exists() and not (folder / TABLE).exists() else folder / TABLE
 
 
 def _features(folder: Path) -> Sequence[Mapping[str, Any]]:
-    path = folder / PICTURES
+    path = folder / IMAGES
     if not path.exists():
         return []
-    panels: Sequence[Mapping[str, Any]] = read_json(path, "Delete it, and the images are drawn again.").get(
-        "panels", []
-    )
+    panels: Sequence[Mapping[str, Any]] = read_json(path, "Delete it to draw the images again.").get("panels", [])
     return panels

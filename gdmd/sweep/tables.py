@@ -1,26 +1,39 @@
-"""Tables of a comparison from the lines of its table file, as Markdown. Numbers are means over seeds."""
+"""Tables of a sweep from the lines of its table file. Numbers are means over seeds."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gdmd.reporting.statistics import PairedTest, Summary, holm, paired_t, summarize
+from gdmd.reporting.tables import (
+    MISSING,
+    Cell,
+    Measure,
+    Place,
+    Table,
+    best_of,
+    difference,
+    interval,
+    number,
+    p_value,
+    plus_minus,
+    texts,
+    value_at,
+)
 from gdmd.shapes.evaluate import HELDOUT
 from gdmd.shapes.grammar import TASKS
 
 Line = Mapping[str, Any]
 """A line of table.jsonl."""
-Place = tuple[str, ...]
 OVERALL: Place = ("shapeseval",)
 TRAINED_MARK = " †"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the tables. kind: teacher | rival | gdmd | control; tables: strategy and collection where it belongs."""
+    """A row of the tables. kind: teacher | baseline | gdmd | control; tables: strategy, collection or both."""
 
     name: str
     title: str
@@ -30,29 +43,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """The lines of one comparison, its rows in order, and the row against which the others are tested."""
+    """The lines of one sweep, its rows in order, and the row against which the others are tested."""
 
     rows: Sequence[Row]
     lines: Sequence[Line]
     headline: str
 
-    def cells(self, name: str, budget: str = "updates") -> dict[int, Line]:
+    def runs(self, name: str, budget: str = "updates") -> dict[int, Line]:
         """seed -> line."""
         own = (line for line in self.lines if (line["method"], line["budget"]) == (name, budget))
         return {line["seed"]: line for line in own}
 
     def values(self, name: str, place: Place, budget: str = "updates") -> dict[int, float]:
-        """seed -> number; seeds where it was not measured (null) are left out."""
-        found = {seed: number_at(line, place) for seed, line in self.cells(name, budget).items()}
+        """seed -> number; seeds without a value (null) are left out."""
+        found = {seed: value_at(line, place) for seed, line in self.runs(name, budget).items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
     def summary(self, name: str, place: Place, budget: str = "updates") -> Summary | None:
-        """Over the seeds; None where nothing was measured."""
+        """Over the seeds; None if nothing was measured."""
         values = self.values(name, place, budget)
         return summarize(list(values.values())) if values else None
 
     def present(self, budget: str = "updates", keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
-        """The rows that have a finished cell under this budget."""
+        """The rows that have a finished run under this budget."""
         measured = {line["method"] for line in self.lines if line["budget"] == budget}
         return [row for row in self.rows if row.name in measured and keep(row)]
 
@@ -62,12 +75,12 @@ class Results:
 
     @property
     def trained(self) -> list[str]:
-        """The rewards that the headline row was trained on (any row's, while it is not finished)."""
+        """The rewards that the headline row was trained on (those of any row while it is unfinished)."""
         own = [line for line in self.lines if line["method"] == self.headline] or self.lines
         return list(dict.fromkeys(name for line in own for name in line.get("trained", ())))
 
     def foreign(self, name: str) -> list[str]:
-        """Rewards that this row was trained on and the headline row was not: what is no unseen measure of it."""
+        """Rewards that this row was trained on and the headline row was not: they are not unseen measures of it."""
         own = (line for line in self.lines if line["method"] == name)
         return [
             reward
@@ -82,27 +95,8 @@ class Results:
         return sorted(names, key=lambda name: (name not in self.trained, name))
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A column: higher or lower is better (+1, -1) or neither (0)."""
-
-    title: str
-    place: Place
-    best: int = 1
-    digits: int = 3
-    scale: float = 1.0
-
-
-def number_at(line: Line, place: Place) -> float | None:
-    """The number at a place of a line; None where it was not measured."""
-    found: Any = line
-    for key in place:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return None if found is None else float(found)
-
-
 def quality(results: Results) -> list[Measure]:
-    """Table 1: what was trained on (†), what was not, fidelity, coverage, diversity."""
+    """Table 1: rewards trained on (†), unseen rewards, fidelity, coverage, diversity."""
     rewards = [Measure(_reward_title(results, name), ("rewards", name)) for name in results.rewards]
     return [
         Measure("ShapesEval", OVERALL),
@@ -133,8 +127,8 @@ def costs() -> list[Measure]:
     ]
 
 
-def steering() -> list[Measure]:
-    """What the weights of a method did, over the second half of its training."""
+def weight_statistics() -> list[Measure]:
+    """Statistics of the optimality weights over the second half of training."""
     return [
         Measure("mean r", ("statistics", "weight/r_mean"), 0),
         Measure("std of r", ("statistics", "weight/r_std"), 0),
@@ -145,20 +139,22 @@ def steering() -> list[Measure]:
     ]
 
 
-def table(results: Results, rows: Sequence[Row], measures: Sequence[Measure], budget: str = "updates") -> str:
-    """mean ± std per row and measure; the best student of a column, of those with the headline's rewards, is bold.
+def table(results: Results, rows: Sequence[Row], measures: Sequence[Measure], budget: str = "updates") -> Table:
+    """Mean +- std per row and measure; columns without any value are left out.
 
-    Columns nobody has are left out.
+    The best student of a column, of those trained on the same rewards as the headline row, is marked.
     """
     known = [m for m in measures if any(results.summary(row.name, m.place, budget) for row in rows)]
-    best = {m.title: _best(results, rows, m, budget) for m in known}
-    head = ["", *(m.title for m in known)]
-    body = [[row.title, *(_cell(results, row, m, budget, best[m.title]) for m in known)] for row in rows]
-    return markdown(head, body)
+    best = [_best(results, rows, m, budget) for m in known]
+    body = [
+        [Cell(row.title), *(_cell(results, row, m, budget, top) for m, top in zip(known, best, strict=True))]
+        for row in rows
+    ]
+    return Table(["", *(m.title for m in known)], [body])
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AgainstHeadline:
     """One row against the headline row: headline - row, paired over seeds."""
 
     row: Row
@@ -166,91 +162,73 @@ class Comparison:
     adjusted: float  # p after Holm's correction over all rows
 
 
-def against_headline(results: Results, place: Place, budget: str = "updates") -> list[Comparison]:
-    """Paired tests of every other row with two or more common seeds; Holm's family is this list."""
+def against_headline(results: Results, place: Place, budget: str = "updates") -> list[AgainstHeadline]:
+    """Paired tests of every other row with at least two common seeds; this list is the family of Holm's correction."""
     own = results.values(results.headline, place, budget)
     tests: dict[str, PairedTest] = {}
     for row in results.rows:
-        same = budget if results.cells(row.name, budget) else "updates"  # a teacher has no budget
-        found = (
-            paired_t(own, results.values(row.name, place, same)) if row.kind == "teacher" or same == budget else None
-        )
-        if found is not None and row.name != results.headline:
+        if row.name == results.headline or (row.kind != "teacher" and not results.runs(row.name, budget)):
+            continue
+        same = "updates" if row.kind == "teacher" else budget  # a teacher has no budget
+        if found := paired_t(own, results.values(row.name, place, same)):
             tests[row.name] = found
-    adjusted = holm({name: test.p for name, test in tests.items()})
-    return [Comparison(row, tests[row.name], adjusted[row.name]) for row in results.rows if row.name in tests]
+    adjusted = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
+    return [AgainstHeadline(row, tests[row.name], adjusted[row.name]) for row in results.rows if row.name in tests]
 
 
-def significance(results: Results, place: Place, budget: str = "updates") -> str:
+def significance(results: Results, place: Place, budget: str = "updates") -> Table:
     """Mean, std and interval of every row, and the paired test of the headline row against it."""
     tests = {each.row.name: each for each in against_headline(results, place, budget)}
-    rows = [row for row in results.rows if row.name in tests or results.cells(row.name, budget)]
     body = []
-    for row in rows:
-        found = results.summary(row.name, place, budget) or results.summary(row.name, place)
-        if found is None:
-            continue
-        cells = [str(found.count), f"{found.mean:.3f}", _maybe(found.std), _interval(found.low, found.high)]
-        title = f"**{row.title}**" if row.name == results.headline else row.title
-        body.append([title, *cells, *_test_cells(tests.get(row.name))])
+    for row in results.rows:
+        found = results.summary(row.name, place, budget)
+        if found is None and row.name in tests:
+            found = results.summary(row.name, place)
+        if found is not None:
+            cells = texts(str(found.count), plus_minus(found.mean, found.std), interval(found.low, found.high))
+            title = Cell(row.title, best=row.name == results.headline)
+            body.append([title, *cells, *_test_cells(tests.get(row.name))])
     name = results.title(results.headline)
-    return markdown(["", "seeds", "mean", "std", "95 % interval", f"{name} - row", "t", "p", "p (Holm)"], body)
+    return Table(["", "seeds", "mean", "95 % interval", f"{name} - row", "t", "p", "p (Holm)"], [body])
 
 
-def brief_significance(results: Results, budget: str = "updates") -> str:
-    """Differences to the headline row on the measures that nobody is trained on, with Holm's p in brackets."""
+def brief_significance(results: Results, budget: str = "updates") -> Table:
+    """Differences to the headline row on the measures that no row is trained on, with Holm's p in parentheses."""
     measures = {HELDOUT: ("rewards", HELDOUT), "fidelity": ("fidelity",), "coverage": ("coverage",)}
     found = {
-        name: {c.row.name: c for c in against_headline(results, place, budget)} for name, place in measures.items()
+        name: {each.row.name: each for each in against_headline(results, place, budget)}
+        for name, place in measures.items()
     }
     rows = [row for row in results.rows if any(row.name in own for own in found.values())]
-    body = [[row.title, *(_brief(found[name].get(row.name)) for name in measures)] for row in rows]
-    return markdown(["", *measures], body)
+    body = [[Cell(row.title), *(_brief(found[name].get(row.name)) for name in measures)] for row in rows]
+    return Table(["", *measures], [body])
 
 
-def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right; "" without rows."""
-    if not body:
-        return ""
-    ruler = [":--", *("--:" for _ in head[1:])]
-    lines = [head, ruler, *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
-
-
-def _test_cells(found: Comparison | None) -> list[str]:
+def _test_cells(found: AgainstHeadline | None) -> list[Cell]:
     if found is None:
-        return ["", "", "", ""]
+        return texts("", "", "", "")
     test = found.test
-    difference = f"{test.difference:+.3f} {_interval(test.low, test.high, '+.3f')}"
-    return [difference, f"{test.t:.2f}", p_text(test.p), p_text(found.adjusted)]
+    shown = difference(test.difference, test.low, test.high)
+    return texts(shown, number(test.t, 2), p_value(test.p), p_value(found.adjusted))
 
 
-def _brief(found: Comparison | None) -> str:
-    return "–" if found is None else f"{found.test.difference:+.3f} ({p_text(found.adjusted)})"
+def _brief(found: AgainstHeadline | None) -> Cell:
+    text = MISSING if found is None else f"{number(found.test.difference, signed=True)} ({p_value(found.adjusted)})"
+    return Cell(text)
 
 
-def p_text(p: float) -> str:
-    """Three digits, or that it is smaller."""
-    return "< .001" if p < 0.001 else f"{p:.3f}"
-
-
-def _cell(results: Results, row: Row, measure: Measure, budget: str, best: float | None) -> str:
+def _cell(results: Results, row: Row, measure: Measure, budget: str, best: float | None) -> Cell:
     found = results.summary(row.name, measure.place, budget)
     if found is None:
-        return "–"
-    text = f"{found.mean * measure.scale:,.{measure.digits}f}"
-    if measure.best and found.count > 1:
-        text += f" ± {found.std * measure.scale:.{measure.digits}f}"
-    is_best = best is not None and found.mean == best and _competes(results, row)
-    return f"**{text}**" if is_best else text
+        return Cell()
+    mean, std = found.mean * measure.scale, found.std * measure.scale
+    text = plus_minus(mean, std, measure.digits) if measure.best else number(mean, measure.digits)
+    return Cell(text, best=found.mean == best and _competes(results, row))
 
 
 def _best(results: Results, rows: Sequence[Row], measure: Measure, budget: str) -> float | None:
     found = [results.summary(row.name, measure.place, budget) for row in rows if _competes(results, row)]
-    means = [each.mean for each in found if each is not None]
-    if not measure.best or not means or min(means) == max(means):
-        return None
-    return max(means) if measure.best > 0 else min(means)
+    return best_of([each and each.mean for each in found], measure.best)
 
 
 def _competes(results: Results, row: Row) -> bool:
@@ -260,11 +238,3 @@ def _competes(results: Results, row: Row) -> bool:
 
 def _reward_title(results: Results, name: str) -> str:
     return name + (TRAINED_MARK if name in results.trained else "")
-
-
-def _interval(low: float, high: float, form: str = ".3f") -> str:
-    return "–" if math.isnan(low) else f"[{low:{form}}, {high:{form}}]"
-
-
-def _maybe(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"

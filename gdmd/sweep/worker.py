@@ -1,22 +1,17 @@
-"""One cell of a comparison in its own process: ``python -m gdmd.sweep.worker OUT/cells/HASH [PID]``.
+"""One run of a sweep in a separate process: ``python -m gdmd.sweep.worker OUT/runs/HASH [PID]``.
 
-PID: the comparison that started it; when that is gone, the cell saves its state and ends.
-Reads job.json, trains (or goes on with) run/, measures, and writes result.json last. Exit codes are those of ``gdmd``:
+PID: the sweep that started it; when that process is gone, the run saves its state and exits.
+Reads job.json, trains (or resumes) run/, evaluates, and writes result.json last. Exit codes are those of ``gdmd``:
 0 done, 2 bad input, 3 not finite, 130 and 143 stopped with a checkpoint.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import resource
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +20,14 @@ import torch
 from gdmd.config.run import EvalConfig, RunConfig
 from gdmd.diffusion.generate import Sampler, teacher_sampler
 from gdmd.io import finite_or_none, read_json, write_atomic
+from gdmd.methods.pass_counter import Counted
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.open_run import load_ema, student_row
 from gdmd.runs import checkpoint
+from gdmd.runs.process import folder_lock, stop_with_parent
 from gdmd.runs.run_folder import Run, check_same_config, commit, create, open_run, read_metrics, versions
 from gdmd.shapes.evaluate import evaluate
-from gdmd.sweep.budgets import counted, iterations
+from gdmd.sweep.budgets import iterations
 from gdmd.sweep.diagnosis import all_scorers, diagnose
 from gdmd.training.loop import Hooks, TrainEnd, train
 from gdmd.training.progress import PlainProgress
@@ -38,49 +35,49 @@ from gdmd.training.role_state import NonFiniteError
 
 BAD_INPUT, NOT_FINITE = 2, 3
 KEPT = ("weight/", "reward/", "histogram/", "latent/", "gap/")
-"""Statistics of the training that go into the table, by the beginning of their key."""
+"""Training statistics that go into the table, by the prefix of their key."""
 
 
 def main(folder: Path, parent: int | None = None) -> int:
-    """Finish the cell of a folder; the exit code. parent: the process with which to stop."""
+    """Finish the run of a folder; returns the exit code. parent: exit when this process is gone."""
     if parent is not None:
-        _stop_with(parent)
+        stop_with_parent(parent)
     torch.set_num_threads(1)
-    with _alone(folder):
+    with folder_lock(folder / "lock"):  # a worker whose sweep was killed may still be saving
         if (folder / "result.json").exists():
             return 0
         try:
-            job = read_json(folder / "job.json", "Start gdmd sweep again, which writes it.")
+            job = read_json(folder / "job.json", "Start gdmd sweep again to write it.")
             result = _teacher(job) if "teacher" in job else _student(job, folder)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return NOT_FINITE if isinstance(error, NonFiniteError) else BAD_INPUT
         if isinstance(result, TrainEnd):
             return result.exit_code
-        write_atomic(folder / "result.json", json.dumps(finite_or_none(result), indent=1), "the cell's result")
+        write_atomic(folder / "result.json", json.dumps(finite_or_none(result), indent=1), "the run's result")
         return 0
 
 
-def settings(job: Mapping[str, Any], steps: int, cells: Path) -> RunConfig:
-    """The configuration of a cell's run: checkpoints at the diagnosed points (all are kept), else ten along the way.
+def settings(job: Mapping[str, Any], steps: int, runs: Path) -> RunConfig:
+    """The config of a run: checkpoints at the diagnosed points (all are kept), otherwise ten (two are kept).
 
-    cells: the folder of all cells, where a second stage finds its first.
+    runs: the folder of all runs, where a second stage finds its first.
     """
     points = job["diagnosis"]["points"] if job["diagnosis"] else 10
     kept = 0 if job["diagnosis"] else 2
     own: dict[str, Any] = {"steps": steps, "checkpoint_every": max(1, steps // points), "keep_checkpoints": kept}
     if "first_stage" in job:
-        own["start_from"] = str(cells.resolve() / job["first_stage"] / "run")
+        own["start_from"] = str(runs.resolve() / job["first_stage"] / "run")
     return RunConfig.model_validate({**job["recipe"], "loop": {**job["recipe"]["loop"], **own}})
 
 
 def teacher_config(job: Mapping[str, Any]) -> RunConfig:
-    """A configuration around the networks and the evaluation of a teacher's cell."""
+    """A config with the networks and the evaluation of a teacher's run."""
     return RunConfig.model_validate({**job["recipe"], "name": "teacher", "loop": {}})
 
 
-def cell_sampler(job: Mapping[str, Any], folder: Path) -> tuple[Components, Sampler]:
-    """What a finished cell makes images with: its EMA student, or the teacher."""
+def run_sampler(job: Mapping[str, Any], folder: Path) -> tuple[Components, Sampler]:
+    """What a finished run samples with: its EMA student, or the teacher."""
     if "teacher" in job:
         components = build(teacher_config(job))
         return components, teacher_sampler(components, job["teacher"]["steps"], job["teacher"]["guidance"])
@@ -101,12 +98,13 @@ def _teacher(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _student(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
-    """Train, measure, look back at the checkpoints; a ``TrainEnd`` when a signal stopped the training."""
+    """Train, evaluate, diagnose the checkpoints; a ``TrainEnd`` if a signal stopped the training."""
     began = time.perf_counter()
-    cfg = settings(job, iterations(job, folder.parent.parent / "probes"), folder.parent)
+    cfg = settings(job, iterations(job), folder.parent)
     run = _run(folder / "run", cfg)
     components = build(cfg)
-    method = counted(components)
+    roles = components.roles
+    method = Counted(components.method, [roles.student.net, roles.fake.net, roles.teacher.net, roles.old.net])
     progress = PlainProgress(cfg.loop.steps)
     end = train(method, components.roles, components.stream, cfg.loop, run, Hooks(progress))
     if end.signal is not None:
@@ -137,7 +135,7 @@ def measures(
 
 
 def statistics_of(run: Run) -> dict[str, float]:
-    """Means over the second half of the training of what the method logged about rewards and weights."""
+    """Means over the second half of training of what the method logged about rewards and weights."""
     rows = read_metrics(run.path)
     late = rows[len(rows) // 2 :]
     keys = [key for key in dict.fromkeys(key for row in late for key in row) if key.startswith(KEPT)]
@@ -160,18 +158,18 @@ def _facts(cfg: RunConfig, began: float) -> dict[str, Any]:
 
 
 def _run(path: Path, cfg: RunConfig) -> Run:
-    """The cell's run folder, new or as a killed cell left it."""
+    """The run folder, new or as a killed worker left it."""
     if (path / "config.yaml").exists():
         run = open_run(path)
         before = RunConfig.model_validate(run.config).model_dump(mode="json")
-        # start_from follows from the cell's first stage, and moves with the folder of the comparison
+        # start_from follows from the first stage, and moves with the folder of the sweep
         check_same_config(Run(path, before), cfg.model_dump(mode="json"), ["loop.start_from"])
         return run
     return create(path, cfg.model_dump(mode="json"), sys.argv)
 
 
 def _load(components: Components, run: Run) -> None:
-    """The EMA of the last step; RunError where that checkpoint is damaged, an older one is another student."""
+    """The EMA of the last step; RunError if that checkpoint is damaged (an older one would be another student)."""
     saved = checkpoint.load_chosen(run.checkpoints, str(run.config["loop"]["steps"]))
     assert saved is not None
     load_ema(components, saved)
@@ -181,28 +179,6 @@ def _remove(path: Path) -> None:
     import shutil
 
     shutil.rmtree(path)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process works on this cell: one whose comparison was killed may still be saving."""
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _stop_with(parent: int) -> None:
-    """SIGTERM to ourselves, which saves a checkpoint, when the comparison that started us is gone.
-
-    Its id is given: if it ended before we asked, our parent is already another process.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""AdamW with moments of 8 bits (arXiv 2110.02861) through torchao: a quarter of the optimizer's memory.
+"""AdamW with 8-bit moments (arXiv 2110.02861) through torchao: a quarter of the optimizer's memory.
 
-A moment of a parameter with at least SMALLEST numbers in whole blocks is held as one code of 8 bits per number and an
-fp32 scale per BLOCK numbers; those of other parameters, all weights and the arithmetic of a step are fp32.
+A moment of a parameter with at least SMALLEST elements in complete blocks is stored as one 8-bit code per element and
+an fp32 scale per BLOCK elements; other moments, all weights and the arithmetic of a step are fp32.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from gdmd.config.extras import install
 BLOCK = 256
 SMALLEST = 4096
 TABLE = 4 * 256
-"""Bytes of the table from codes to fp32 values; every moment has its own."""
+"""Bytes of the table from codes to fp32 values, one per moment."""
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
-class EightBit:
-    """The optimizer's state of a parameter as plain named tensors, codes and scales apart, and back."""
+class QuantizedState:
+    """The optimizer state of a parameter as plain named tensors, with codes and scales separate."""
 
     def shapes(self, parameter: Parameter) -> dict[str, tuple[int, ...]]:
-        """Name of each tensor of the state -> its shape."""
-        whole = tuple(parameter.shape)
+        """Name of each tensor -> its shape."""
+        full = tuple(parameter.shape)
         if not quantized(parameter.numel()):
-            return {**dict.fromkeys(SIGNED, whole), "step": ()}
-        codes = {f"{moment}.codes": whole for moment in SIGNED}
+            return {**dict.fromkeys(SIGNED, full), "step": ()}
+        codes = {f"{moment}.codes": full for moment in SIGNED}
         return codes | {f"{moment}.scale": (parameter.numel() // BLOCK,) for moment in SIGNED} | {"step": ()}
 
-    def flat(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    def to_tensors(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The state of torchao's optimizer as named tensors."""
         named: dict[str, Tensor] = {"step": state["step"]}
         for moment in SIGNED:
-            held = state[moment]
-            named |= {moment: held} if type(held) is Tensor else _inner(moment, held)
+            value = state[moment]
+            named |= {moment: value} if type(value) is Tensor else _codes_and_scale(moment, value)
         return named
 
-    def restored(self, named: Mapping[str, Tensor], parameter: Parameter) -> dict[str, Any]:
-        """The state that ``flat`` took apart, exactly, as a copy on the parameter's device."""
+    def from_tensors(self, named: Mapping[str, Tensor], parameter: Parameter) -> dict[str, Any]:
+        """The inverse of ``to_tensors``, exact, as a copy on the parameter's device."""
         from torchao.optim.subclass_8bit import OptimState8bit
 
         state: dict[str, Any] = {"step": named["step"].to("cpu", copy=True)}
@@ -50,10 +51,10 @@ class EightBit:
             if moment in named:
                 state[moment] = named[moment].to(parameter.device, copy=True)
                 continue
-            held = OptimState8bit.zeros(parameter.shape, signed, BLOCK, parameter.device, parameter.dtype)
-            for part, tensor in _inner(moment, held).items():
-                tensor.copy_(named[part])
-            state[moment] = held
+            value = OptimState8bit.zeros(parameter.shape, signed, BLOCK, parameter.device, parameter.dtype)
+            for key, tensor in _codes_and_scale(moment, value).items():
+                tensor.copy_(named[key])
+            state[moment] = value
         return state
 
 
@@ -65,12 +66,12 @@ def adamw_8bit(
     from torchao.optim import AdamW8bit
 
     kind: Any = AdamW8bit
-    made: torch.optim.Optimizer = kind(parameters, lr=lr, betas=betas, weight_decay=weight_decay, block_size=BLOCK)
-    return made
+    adamw: torch.optim.Optimizer = kind(parameters, lr=lr, betas=betas, weight_decay=weight_decay, block_size=BLOCK)
+    return adamw
 
 
 def require_torchao() -> None:
-    """ValueError with the install command when torchao is not there."""
+    """ValueError with the install command unless torchao is installed."""
     if find_spec("torchao") is None:
         raise ValueError(
             f"loop.optimizer = adamw8bit needs torchao, which is not installed; do: {install('8bit')}, "
@@ -78,15 +79,15 @@ def require_torchao() -> None:
         )
 
 
-def quantized(numbers: int) -> bool:
-    """Whether a parameter of that many numbers has moments of 8 bits."""
-    return numbers >= SMALLEST and numbers % BLOCK == 0
+def quantized(elements: int) -> bool:
+    """Whether a parameter of that many elements has 8-bit moments."""
+    return elements >= SMALLEST and elements % BLOCK == 0
 
 
-def moment_bytes(numbers: int) -> int:
+def moment_bytes(elements: int) -> int:
     """Bytes of both moments of a parameter."""
-    return 2 * (numbers + 4 * numbers // BLOCK + TABLE) if quantized(numbers) else 8 * numbers
+    return 2 * (elements + 4 * elements // BLOCK + TABLE) if quantized(elements) else 8 * elements
 
 
-def _inner(moment: str, held: Any) -> dict[str, Tensor]:
-    return {f"{moment}.codes": held.codes, f"{moment}.scale": held.scale}
+def _codes_and_scale(moment: str, value: Any) -> dict[str, Tensor]:
+    return {f"{moment}.codes": value.codes, f"{moment}.scale": value.scale}

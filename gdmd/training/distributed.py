@@ -1,13 +1,13 @@
-"""Several processes, one run: the only file that knows torch.distributed. One process takes the same paths as identity.
+"""Several processes, one run: the only file that knows torch.distributed. With one process every method is the identity.
 
-Every rank works on its slice of the global batch; gradients are averaged; what a method computes over the batch it
+Each rank works on its slice of the global batch; gradients are averaged; what a method computes over the batch it
 computes on ``gather``. Small weights (adapters, small networks) are replicated and their gradients averaged as DDP
-does; full weights are sharded by FSDP2 (``fully_shard``). Control messages go over gloo on the CPU.
+does; full weights are sharded by FSDP2 (``fully_shard``). Control messages use gloo on the CPU. A rank that hangs or
+exits is found by the timeouts of torch's process groups; restarts are torchrun's.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -21,53 +21,63 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.diffusion.device import to_device_async
-from gdmd.training.rank import RankInfo, attempt, module_words, rank_info
-from gdmd.training.watchdog import RANK_LOST, watching
+from gdmd.runs.process import stop_with_parent
+from gdmd.training.rank import RANK_LOST, RankInfo, module_arguments, rank_info, restart_count
 
 if TYPE_CHECKING:
-    from torch.distributed import PrefixStore
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 Sharding = Literal["none", "full", "hybrid"]
 BUCKET = 1 << 24
 """Numbers per all-reduce of replicated gradients: 64 MiB of fp32, large enough for full bandwidth."""
-SLOWEST_START = 3600.0
-"""Seconds that ranks wait for each other at least: one may embed all captions while the others have nothing to do."""
+STARTUP_TIMEOUT = 3600.0
+"""Seconds that ranks wait for each other before training: rank 0 may encode all captions meanwhile."""
+ROLL_CALL_SECONDS = 10.0
+"""After a failed message: how long the ranks that still answer are counted."""
 
 
 class RanksError(ValueError):
-    """The ranks lost each other: one ended, or a message did not arrive. The last good checkpoint stands."""
+    """Lost contact with another rank: it exited, or a message timed out. The last checkpoint is intact."""
 
 
 class OtherRankError(ValueError):
-    """Rank 0 failed and has said why; this rank ends with it."""
+    """Rank 0 failed and has reported the error; this rank exits too."""
 
 
-class World:
-    """The processes of a run and what they tell each other. All ranks must call the same methods in the same order."""
+class DistributedContext:
+    """The processes of a run and their messages. All ranks must call the same methods in the same order.
 
-    def __init__(self, place: RankInfo | None = None) -> None:
+    ``control``: a gloo group of all ranks that carries no other messages, to find out which ranks still answer.
+    """
+
+    def __init__(self, place: RankInfo | None = None, control: ProcessGroup | None = None) -> None:
         self.rank_info = place or RankInfo()
-        self.calls = 0  # collectives entered, the pulse that the watchdog compares
-        self._cut: WeakSet[Any] = WeakSet()  # modules that FSDP2 shards
+        self._control = control
+        self._sharded: WeakSet[Any] = WeakSet()  # modules that FSDP2 shards
+
+    @property
+    def rank(self) -> int:
+        return self.rank_info.rank
 
     @property
     def size(self) -> int:
         return self.rank_info.size
 
     @property
-    def first(self) -> bool:
-        return self.rank_info.first
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints, logs and writes."""
+        return self.rank_info.is_main
 
-    def span(self, batch_size: int) -> tuple[int, int]:
-        """First and last + 1 sample of the global batch that are this rank's. ValueError when ranks do not divide it."""
+    def local_slice(self, batch_size: int) -> tuple[int, int]:
+        """Start and stop of this rank's samples in the global batch. ValueError unless the ranks divide the batch."""
         if batch_size % self.size:
             raise ValueError(
                 f"loop.batch_size = {batch_size} does not divide among {self.size} ranks; "
                 f"use a multiple of {self.size}: it is the batch of all ranks together"
             )
-        own = batch_size // self.size
-        return self.rank_info.rank * own, (self.rank_info.rank + 1) * own
+        count = batch_size // self.size
+        return self.rank * count, (self.rank + 1) * count
 
     @torch.no_grad()
     def gather(self, own: Tensor, dim: int = 0) -> Tensor:
@@ -76,132 +86,116 @@ class World:
             return own
         import torch.distributed as dist
 
-        self.calls += 1
-        mine = own.detach().contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine)
+        local = own.detach().contiguous()
+        parts = [torch.empty_like(local) for _ in range(self.size)]
+        with self._messages():
+            dist.all_gather(parts, local)
         return torch.cat(parts, dim)
 
     def share(self, whole: Tensor, dim: int = 0) -> Tensor:
         """The inverse of ``gather``: this rank's samples."""
-        return whole.chunk(self.size, dim)[self.rank_info.rank] if self.size > 1 else whole
+        return whole.chunk(self.size, dim)[self.rank] if self.size > 1 else whole
 
     @torch.no_grad()
-    def average(self, parameters: Sequence[Tensor]) -> None:
-        """Replace the gradients of replicated parameters by their mean over ranks, in buckets of these parameters.
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace the gradients of replicated parameters by their mean over ranks, in buckets of parameters.
 
-        A parameter without gradient on some ranks counts as 0 there; without one on all ranks it stays without. So all
-        ranks send the same messages whatever their losses used. FSDP2 has averaged the sharded ones.
+        A parameter without a gradient on some ranks counts as 0 there; without one on all ranks it stays without. So
+        all ranks send the same messages whatever their losses used. FSDP2 averages the gradients of sharded parameters.
         """
         if self.size == 1:
             return
         import torch.distributed as dist
 
-        for bucket in _buckets([one for one in parameters if not _sharded(one)]):
-            self.calls += 1
-            here = torch.tensor([one.grad is not None for one in bucket], dtype=bucket[0].dtype)
+        for bucket in _buckets([one for one in parameters if not is_sharded(one)]):
+            present = torch.tensor([one.grad is not None for one in bucket], dtype=bucket[0].dtype)
             parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in bucket]
-            flat = torch.cat([*(one.flatten() for one in parts), to_device_async(here, parts[0].device)])
-            dist.all_reduce(flat)
+            flat = torch.cat([*(one.flatten() for one in parts), to_device_async(present, parts[0].device)])
+            with self._messages():
+                dist.all_reduce(flat)
             flat /= self.size
             *means, users = flat.split([*(one.numel() for one in bucket), len(bucket)])
             if any(one.grad is None for one in bucket):
                 used = users.tolist()
-                for place, one in enumerate(bucket):
-                    one.grad = parts[place] if used[place] else None
+                for index, one in enumerate(bucket):
+                    one.grad = parts[index] if used[index] else None
             for one, mean in zip(bucket, means, strict=True):
                 if one.grad is not None:
                     one.grad.copy_(mean.view_as(one))
 
-    def reduce_gradients(self, *, now: bool) -> None:
-        """Whether the next backward passes reduce sharded gradients over ranks, or add them up for the last one."""
-        for module in self._cut:
-            module.set_requires_gradient_sync(now)
+    def set_gradient_sync(self, *, sync: bool) -> None:
+        """Whether the next backward pass reduces sharded gradients over ranks, or accumulates them for the last one."""
+        for module in self._sharded:
+            module.set_requires_gradient_sync(sync)
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """All of a tensor that may be sharded; a replicated one itself."""
-        if not _sharded(tensor):
+    def full_tensor(self, tensor: Tensor) -> Tensor:
+        """All of a tensor that may be sharded; a replicated one itself. Called by all ranks."""
+        if not is_sharded(tensor):
             return tensor
-        self.calls += 1
-        full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        with self._messages():
+            full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
         return full
 
-    def placed(self, whole: Tensor, like: Tensor) -> Tensor:
-        """This rank's shard of ``whole``, laid out like the tensor ``like``; without messages."""
-        if not _sharded(like):
-            return whole
+    def distribute_like(self, full: Tensor, like: Tensor) -> Tensor:
+        """This rank's shard of ``full``, laid out like the tensor ``like``; without messages."""
+        if not is_sharded(like):
+            return full
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-        own: Tensor = distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)
-        return own
+        shard: Tensor = distribute_tensor(full.to(like.device), mesh, placements, src_data_rank=None)
+        return shard
 
-    def piece(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]] | None:
-        """What this rank has to save of a tensor and where in the whole it begins; None where another rank saves it."""
-        if not _sharded(tensor):
-            return (tensor, (0,) * tensor.ndim) if self.first else None
-        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-        seats = zip(placements, mesh.get_coordinate(), strict=True)
-        own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-        if own.numel() == 0 or any(placement.is_replicate() and rank_info > 0 for placement, rank_info in seats):
-            return None
-        (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
-        return own, tuple(chunk.offsets)
-
-    def collect(self, value: Any) -> list[Any]:
-        """A JSON value of every rank, by rank."""
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """A plain value of every rank, by rank."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
 
-        self.calls += 2
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(text)]))
-        longest = int(max(lengths))
-        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(texts, torch.cat([text, text.new_zeros(longest - len(text))]))
-        both = zip(texts, lengths, strict=True)
-        return [json.loads(bytes(part[: int(length)].tolist())) for part, length in both]
+        values: list[Any] = [None] * self.size
+        with self._messages():
+            dist.all_gather_object(values, value)
+        return values
 
-    def largest(self, number: int) -> int:
-        """The maximum over ranks."""
-        return self.maxima([number])[0]
-
-    def maxima(self, numbers: Sequence[int]) -> list[int]:
+    def all_reduce_max(self, numbers: Sequence[int]) -> list[int]:
         """The maximum of each number over ranks, in one message."""
-        own = [int(number) for number in numbers]
+        local = [int(number) for number in numbers]
         if self.size == 1:
-            return own
+            return local
         import torch.distributed as dist
 
-        self.calls += 1
-        found = torch.tensor(own)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return [int(number) for number in found]
+        largest = torch.tensor(local)
+        with self._messages():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return [int(number) for number in largest]
 
-    def on_first(self, action: Callable[[], Any]) -> Any:
-        """Rank 0 does it, all get its JSON value. An error is raised on rank 0 and ends the others too."""
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.all_reduce_max([0])
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Rank 0 does it and all ranks get its result. An error is raised on rank 0 and ends the other ranks too."""
         if self.size == 1:
             return action()
-        value, failure = None, None
-        if self.first:
+        result, failure = None, None
+        if self.is_main:
             try:
-                value = action()
+                result = action()
             except Exception as error:
                 failure = error
-        said = self.collect([value, str(failure) if failure else None])[0]
+        result, message = self.all_gather_object([result, str(failure) if failure else None])[0]
         if failure is not None:
             raise failure
-        if said[1] is not None:
-            raise OtherRankError(said[1])
-        return said[0]
+        if message is not None:
+            raise OtherRankError(message)
+        return result
 
-    def check_same(self, tensors: Mapping[str, Tensor], what: str) -> None:
-        """ValueError unless all ranks hold the same replicated weights; afterwards equal updates keep them equal."""
+    def check_equal_weights(self, tensors: Mapping[str, Tensor], what: str) -> None:
+        """ValueError unless all ranks hold the same replicated weights; equal updates then keep them equal."""
         if self.size == 1:
             return
-        sums = self.collect(sum(float(one.detach().double().sum()) for one in tensors.values() if not _sharded(one)))
+        total = sum(float(one.detach().double().sum()) for one in tensors.values() if not is_sharded(one))
+        sums = self.all_gather_object(total)
         if len(set(sums)) > 1:
             raise ValueError(
                 f"the ranks start {what} from different weights (their sums are {sums[:4]}): every machine must read "
@@ -209,7 +203,10 @@ class World:
             )
 
     def shard(self, module: nn.Module, how: Sharding) -> None:
-        """FSDP2 on a module, in place: a unit per transformer block, the rest in one. Its parameters are new objects."""
+        """Shard a module in place with FSDP2: one unit per transformer block, the rest in one.
+
+        Its parameters are new objects afterwards.
+        """
         if how == "none" or self.size == 1:
             return
         from torch.distributed.fsdp import fully_shard
@@ -217,12 +214,7 @@ class World:
         mesh = self._mesh(next(module.parameters()).device.type, how)
         for unit in (*blocks_of(module), module):
             fully_shard(unit, mesh=mesh, reshard_after_forward=True)  # also the root: parameters() are always shards
-            unit.register_forward_pre_hook(self._count, prepend=True)
-        self._cut.add(module)
-
-    def _count(self, module: nn.Module, given: Any) -> None:
-        """A sharded unit is about to be gathered."""
-        self.calls += 1
+        self._sharded.add(module)
 
     def _mesh(self, device: str, how: Sharding) -> DeviceMesh:
         """All ranks in one group, or for ``hybrid`` shards inside a machine and replicas across machines."""
@@ -236,79 +228,92 @@ class World:
         return init_device_mesh(device, (self.size // local, local), mesh_dim_names=("replicate", "shard"))
 
     @contextmanager
-    def watched(self, patience: float, standing: Callable[[], str]) -> Iterator[None]:
-        """Inside, a rank that stops for ``patience`` seconds while others wait for it ends the run and is named.
+    def training(self, timeout: float, last_checkpoint: Callable[[], str]) -> Iterator[None]:
+        """Inside, a message that takes longer than ``timeout`` seconds ends the run with a RanksError.
 
-        A lost connection becomes a RanksError; ``standing`` says which checkpoint stands.
+        On GPUs torch's NCCL watchdog may abort the process first, with the same effect. ``last_checkpoint()`` says
+        which checkpoint is intact, for the error.
         """
         if self.size == 1:
             yield
             return
-        with watching(self.rank_info, lambda: self.calls, self._store(patience), patience, standing):
-            try:
-                yield
-            except RuntimeError as error:
-                if not _lost_contact(error):
-                    raise
-                why = str(error).splitlines()[0].split(". ")[0][:200]
-                raise RanksError(
-                    f"rank {self.seat.rank} lost contact with another rank ({why}). The rank that ended first says why, "
-                    f"or was killed. {standing()}"
-                ) from error
-            self.largest(0)  # nobody takes its leave while another still counts on it
+        import torch.distributed as dist
+        from torch.distributed.distributed_c10d import _set_pg_timeout  # as torchtitan does: there is no public name
 
-    def _store(self, patience: float) -> PrefixStore:
-        """A connection of its own to the run's key-value store, so that no collective can block it."""
-        from torch.distributed import PrefixStore, TCPStore
+        self.barrier()
+        _set_pg_timeout(timedelta(seconds=timeout))
+        try:
+            yield
+            self.barrier()  # no rank may exit while another still waits for it
+        except (RanksError, dist.DistError) as error:
+            raise RanksError(f"{_first_line(error)}. {last_checkpoint()}") from error
 
-        where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        own = TCPStore(where, port, is_master=False, timeout=timedelta(seconds=max(10.0, patience)))
-        return PrefixStore(f"attempt/{attempt()}", own)
+    @contextmanager
+    def _messages(self) -> Iterator[None]:
+        """Turn the failure of a message inside into a RanksError that names the ranks which do not answer."""
+        try:
+            yield
+        except RuntimeError as error:  # gloo raises no class of its own
+            why = f"rank {self.rank} lost contact with another rank ({_first_line(error)})"
+            raise RanksError(f"{why}{self._roll_call()}") from error
+
+    def _roll_call(self) -> str:
+        """Which ranks do not answer, as far as torch can tell; empty on all ranks but 0."""
+        import torch.distributed as dist
+
+        if self._control is None or not self.is_main:
+            return ""
+        try:
+            dist.monitored_barrier(self._control, timedelta(seconds=ROLL_CALL_SECONDS), wait_all_ranks=True)
+        except RuntimeError as error:
+            return f"; {_first_line(error)}"
+        return ""
 
 
-SINGLE = World()
-"""One process."""
+SINGLE_PROCESS = DistributedContext()
+"""A run of one process."""
 
 
 @contextmanager
-def session(patience: float = 600.0) -> Iterator[World]:
-    """The world of this process: alone, or joined with the others that torchrun (or SLURM) has started."""
+def session() -> Iterator[DistributedContext]:
+    """The context of this process: alone, or joined with the others that torchrun (or SLURM) has started."""
     place = rank_info()
     if place.size == 1:
-        yield World(place)
+        yield DistributedContext(place)
         return
     import torch.distributed as dist
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent(os.getppid())  # torchrun: ranks must not train on after it was killed
     backend, device = "gloo", None
     if torch.cuda.is_available():
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
-    longest = timedelta(seconds=max(2 * patience, SLOWEST_START))
-    shared, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=longest))
-    store = dist.PrefixStore(f"attempt/{attempt()}", shared)  # torchrun keeps the store, with the addresses of the dead
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # the flight recorder: what hung,
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # written to /tmp/nccl_trace_rank_N
+    timeout = timedelta(seconds=STARTUP_TIMEOUT)
+    shared, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=timeout))
+    store = dist.PrefixStore(f"attempt/{restart_count()}", shared)  # a restart meets the addresses of the last attempt
     dist.init_process_group(
-        backend, store=store, timeout=longest, device_id=device, rank=place.rank, world_size=place.size
+        backend, store=store, timeout=timeout, device_id=device, rank=place.rank, world_size=place.size
     )
-    try:
-        yield World(place)
-    finally:
-        dist.destroy_process_group()
+    yield DistributedContext(place, dist.new_group(backend="gloo", timeout=timeout))
+    dist.destroy_process_group()  # not after an error: it would wait for messages that never come
 
 
-def launch(words: Sequence[str], processes: int, restarts: int = 0) -> int:
-    """What ``torchrun --standalone --nproc-per-node N -m -- gdmd WORDS`` does; returns the exit code of the run.
+def launch(arguments: Sequence[str], processes: int, restarts: int = 0, shutdown_timeout: float = 600.0) -> int:
+    """Run ``torchrun --standalone --nproc-per-node N -m -- gdmd ARGUMENTS``; returns the exit code of the run.
 
-    After a failure all ranks are started again, at most ``restarts`` times; they go on from the newest checkpoint.
+    After a failure torchrun starts all ranks again, at most ``restarts`` times; they resume from the newest checkpoint.
     0, the code of the rank that failed first, or 128 + signal for a rank (or this process) that a signal ended.
+    ``shutdown_timeout``: seconds between SIGTERM and SIGKILL, enough to save a checkpoint.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _check_devices(processes)
-    os.environ.setdefault(
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"
-    )  # seconds between SIGTERM and SIGKILL: a checkpoint's
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(round(shutdown_timeout)))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun: N processes with all threads each fight for the cores
     config = LaunchConfig(
         min_nodes=1,
@@ -321,32 +326,29 @@ def launch(words: Sequence[str], processes: int, restarts: int = 0) -> int:
     )
     with _quiet_launcher():
         try:
-            elastic_launch(config, sys.executable)(*module_words("gdmd"), *words)
+            elastic_launch(config, sys.executable)(*module_arguments("gdmd"), *arguments)
         except ChildFailedError as error:
-            return _told(*_first_failure(error.failures))
+            return _exit_code(error.failures)
         except SignalException as error:
             return 128 + int(error.sigval)
     return 0
 
 
-def _first_failure(failures: Mapping[int, Any]) -> tuple[int, int, int]:
-    """(rank, process, exit code) of the rank that failed first.
+def _exit_code(failures: Mapping[int, Any]) -> int:
+    """The exit code of the rank that failed first; a signal, which the rank could not report itself, is printed.
 
-    The launcher's times are whole seconds, in which the others lose contact or get its SIGTERM: those come after.
+    The launcher's times are whole seconds, in which the other ranks lose contact or get its SIGTERM: those come after.
     """
     after = (RANK_LOST, -signal.SIGTERM, 128 + signal.SIGTERM)
     rank = min(failures, key=lambda rank: (failures[rank].exitcode in after, failures[rank].timestamp))
-    return rank, failures[rank].pid, failures[rank].exitcode
-
-
-def _told(rank: int, pid: int, code: int) -> int:
-    """Say which rank ended first, where it could not say so itself; its exit code."""
-    if code < 0:
-        print(
-            f"error: rank {rank} (process {pid}) was ended by {signal.Signals(-code).name}; so the others were",
-            file=sys.stderr,
-        )
-    return code if code >= 0 else 128 - code
+    code: int = failures[rank].exitcode
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    print(f"error: rank {rank} (process {failures[rank].pid}) was ended by {name}; the others stopped", file=sys.stderr)
+    if -code == signal.SIGABRT:  # so torch ends a process whose NCCL message timed out, after saying so
+        return RANK_LOST
+    return 128 - code
 
 
 def _check_devices(processes: int) -> None:
@@ -359,7 +361,7 @@ def _check_devices(processes: int) -> None:
 
 @contextmanager
 def _quiet_launcher() -> Iterator[None]:
-    """The launcher's log of its own doings is not for users; what failed is said in one line."""
+    """Inside, torchrun's own log is off: what failed is reported in one line."""
     import logging
 
     log = logging.getLogger("torch.distributed.elastic")
@@ -370,14 +372,14 @@ def _quiet_launcher() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _sharded(tensor: Tensor) -> bool:
-    """Whether FSDP2 cut it. Without importing DTensor, which takes a second, where nothing was sharded."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether FSDP2 shards it. Does not import DTensor, which takes a second, unless something was sharded."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of gradients of one dtype with at most BUCKET numbers; a larger one is alone."""
+    """Consecutive parameters of one dtype with at most BUCKET numbers; a larger one is alone."""
     bucket: list[Tensor] = []
     for one in gradients:
         full = sum(own.numel() for own in bucket) + one.numel() > BUCKET
@@ -398,10 +400,5 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "Connection refused", "NCCL")
-
-
-def _lost_contact(error: RuntimeError) -> bool:
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST)
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].split(". ")[0][:300]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gdmd.training.distributed import SINGLE, World
+from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 
 
 class Ema:
@@ -20,11 +20,15 @@ class Ema:
     """
 
     def __init__(
-        self, parameters: Mapping[str, Parameter], decay: float, warmup: bool = False, world: World = SINGLE
+        self,
+        parameters: Mapping[str, Parameter],
+        decay: float,
+        warmup: bool = False,
+        context: DistributedContext = SINGLE_PROCESS,
     ) -> None:
-        self.decay, self.warmup, self.updates, self._world = decay, warmup, 0, world
+        self.decay, self.warmup, self.updates, self._context = decay, warmup, 0, context
         self._parameters = dict(parameters)
-        self.shadow = {name: _wide(parameter) for name, parameter in parameters.items()}
+        self.shadow = {name: _at_least_fp32(parameter) for name, parameter in parameters.items()}
 
     def decay_at(self, update: int) -> float:
         """The decay of update n."""
@@ -32,7 +36,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the shadow towards the parameters as they are now."""
+        """Move the shadow towards the present parameters."""
         shadows = list(self.shadow.values())
         now = [self._parameters[name].to(shadow.dtype) for name, shadow in self.shadow.items()]
         torch._foreach_lerp_(shadows, now, 1 - self.decay_at(self.updates))
@@ -40,7 +44,7 @@ class Ema:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside, the parameters hold the averaged values; afterwards, also after an error, exactly the old ones."""
+        """Inside, the parameters hold the averaged values; afterwards, also after an error, their former ones."""
         before = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._write(self.shadow)
         try:
@@ -49,8 +53,8 @@ class Ema:
             self._write(before)
 
     def load(self, shadow: Mapping[str, Tensor], updates: int) -> None:
-        """Continue from a saved average. ValueError when the names or shapes are of another network."""
-        load_named(self.shadow, shadow, "the EMA", self._world)
+        """Continue from a saved average. ValueError if its names or shapes belong to another network."""
+        load_named(self.shadow, shadow, "the EMA", self._context)
         self.updates = updates
 
     @torch.no_grad()
@@ -60,24 +64,26 @@ class Ema:
 
 
 @torch.no_grad()
-def load_named(into: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str, world: World = SINGLE) -> None:
-    """Copy saved (whole) tensors in place by name; a ValueError names the tensors that do not fit."""
+def load_named(
+    into: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str, context: DistributedContext = SINGLE_PROCESS
+) -> None:
+    """Copy saved tensors in place by name, sharded as the target is; a ValueError names those that do not fit."""
     missing, unknown = sorted(into.keys() - saved.keys()), sorted(saved.keys() - into.keys())
     if missing or unknown:
         raise ValueError(
             f"the saved tensors do not fit {what}: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}. "
-            "They are of another network: use the checkpoint of this configuration."
+            "They belong to another network: use the checkpoint of this configuration."
         )
     for name, target in into.items():
-        own = saved[name]
-        if target.shape != own.shape:
+        full = saved[name]
+        if target.shape != full.shape:
             raise ValueError(
-                f"{what}: {name} has shape {tuple(target.shape)}, the saved one {tuple(own.shape)}. "
-                "It is of another network: use the checkpoint of this configuration."
+                f"{what}: {name} has shape {tuple(target.shape)}, the saved one {tuple(full.shape)}. "
+                "It belongs to another network: use the checkpoint of this configuration."
             )
-        target.copy_(world.placed(own, target))
+        target.copy_(context.distribute_like(full, target))
 
 
-def _wide(parameter: Parameter) -> Tensor:
+def _at_least_fp32(parameter: Parameter) -> Tensor:
     narrow = parameter.dtype in (torch.float16, torch.bfloat16)
     return parameter.detach().to(torch.float32 if narrow else parameter.dtype, copy=True)

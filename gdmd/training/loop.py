@@ -1,20 +1,17 @@
 """The training loop: prompts by index, the method's updates, logs, grids and checkpoints. It knows no algorithm.
 
-Everything random is keyed by (seed, step, sample), so a checkpoint needs no generator state, and a resumed run is the
-uninterrupted one bit for bit (same machine, same number of threads). Several ranks run this same loop, each on its
-slice of every batch; only rank 0 writes.
+Everything random is keyed by (seed, step, sample), so a checkpoint needs no generator state, and a resumed run equals
+the uninterrupted one bit for bit (same machine, same number of threads). All ranks run this loop, each on its slice of
+every batch; only rank 0 writes.
 """
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -25,15 +22,16 @@ from gdmd.diffusion.device import deferred_checks
 from gdmd.diffusion.rng import SampleRng
 from gdmd.io import writing
 from gdmd.runs import checkpoint
-from gdmd.runs.best_checkpoint import Judge
-from gdmd.runs.reward_signal import RewardSignal
+from gdmd.runs.best_checkpoint import BestCheckpointTracker
+from gdmd.runs.process import stop_signals
 from gdmd.runs.run_folder import Run, read_metrics
-from gdmd.training.distributed import SINGLE, OtherRankError, World
+from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext, OtherRankError
 from gdmd.training.metrics import Means
 from gdmd.training.optimizer import lr_factor
+from gdmd.training.reward_monitor import RewardMonitor
 from gdmd.training.role_state import NonFiniteError, RoleState, ema_weights, role_states
 from gdmd.training.saver import Saver
-from gdmd.training.warm_start import begin_from, newest
+from gdmd.training.warm_start import newest, warm_start
 from gdmd.types import Method, PromptBatch, Role, Roles
 
 if TYPE_CHECKING:
@@ -49,20 +47,23 @@ class Stream(Protocol):
 
 
 class Progress(Protocol):
-    """Who watches: ``training.progress`` shows a bar or plain lines, tests collect rows."""
+    """What the user sees: ``training.progress`` shows a bar or plain lines, tests collect rows."""
 
     def advance(self, step: int) -> None:
         """``step`` outer iterations are finished."""
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        """A line was logged."""
+        """A row was logged."""
 
     def note(self, message: str) -> None:
-        """Something the user should read once."""
+        """A message for the user."""
+
+    def status(self, doing: str) -> None:
+        """What the program is doing instead of training, such as "saving a checkpoint"; "" = training again."""
 
 
-class Silent:
-    """Nobody watches."""
+class NoProgress:
+    """Shows nothing."""
 
     def advance(self, step: int) -> None:
         return
@@ -71,25 +72,28 @@ class Silent:
         return
 
     def note(self, message: str) -> None:
+        return
+
+    def status(self, doing: str) -> None:
         return
 
 
 @dataclass(frozen=True)
 class Hooks:
     """grid(step, path): called with the EMA weights swapped in, by all ranks (a sharded network needs them all);
-    writes an image to ``path``, or nothing where that is None.
+    writes an image to ``path``, or nothing if it is None.
 
-    stats(): what others than the method have to say for the log after an iteration, such as the parts of a reward.
+    stats(): statistics from outside the method that are logged after an iteration, such as the parts of a reward.
     reason(name): why the reward ``name`` left images without a score, for an error.
     """
 
-    progress: Progress = field(default_factory=Silent)
+    progress: Progress = field(default_factory=NoProgress)
     grid: Callable[[int, Path | None], None] | None = None
     stats: Callable[[], Mapping[str, Tensor]] = dict
     reason: Callable[[str], str] = lambda name: ""
 
 
-WATCHED_BY_NOBODY = Hooks()
+NO_HOOKS = Hooks()
 
 
 @dataclass(frozen=True)
@@ -112,268 +116,239 @@ def train(
     stream: Stream,
     cfg: LoopConfig,
     run: Run,
-    hooks: Hooks = WATCHED_BY_NOBODY,
-    world: World = SINGLE,
+    hooks: Hooks = NO_HOOKS,
+    context: DistributedContext = SINGLE_PROCESS,
 ) -> TrainEnd:
-    """Train to ``cfg.steps`` outer iterations, going on from the newest good checkpoint of ``run`` if it has one.
+    """Train to ``cfg.steps`` outer iterations, from the newest good checkpoint of ``run`` if it has one.
 
-    SIGINT and SIGTERM, to any rank, end it after the current iteration, with a checkpoint; alone, a second one ends it
-    at once. Errors: RunError (disk), NonFiniteError (numbers), RanksError; the last good checkpoint stands.
+    SIGINT and SIGTERM, to any rank, end it after the current iteration, with a checkpoint; a second one to a single
+    process ends it at once. Errors: RunError (disk), NonFiniteError (numbers), RanksError; the last checkpoint is kept.
     """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    place = world.span(cfg.batch_size) if world.size > 1 else (0, None)
-    if world.size > 1 and cfg.sharding != "none":
-        roles.shard(lambda module: world.shard(module, cfg.sharding))
-    trainer = _Trainer(method, roles, cfg, run, hooks, world)
-    with world.watched(cfg.rank_timeout, trainer.saver.last_words), _stop_signals(world) as stopped:
+    if context.size > 1:
+        context.local_slice(cfg.batch_size)  # checks that the ranks divide the batch
+        if cfg.sharding != "none":
+            roles.shard(lambda module: context.shard(module, cfg.sharding))
+    trainer = _Trainer(method, roles, stream, cfg, run, hooks, context)
+    saver = trainer.saver
+    with context.training(cfg.rank_timeout, saver.last_checkpoint_at_exit), stop_signals(context.size) as signals:
         start = trainer.resume()
-        with _tensorboard(run, start) if world.first else nullcontext() as board, closing(trainer.saver):
-            return _steps(trainer, lambda step: stream.at(step, *place), start, stopped, board)
-
-
-def _steps(
-    trainer: _Trainer,
-    batch_at: Callable[[int], PromptBatch],
-    start: int,
-    stopped: list[int],
-    board: SummaryWriter | None,
-) -> TrainEnd:
-    """The iterations from ``start`` on; ``stopped`` receives the first signal of this rank."""
-    cfg, signal_number = trainer.cfg, 0
-    if start == 0:
-        trainer.grid(0)
-    step = start
-    for step in range(start + 1, cfg.steps + 1):  # step counts finished iterations from here on
-        trainer.iterate(step - 1, batch_at(step - 1))
-        signal_number = trainer.agree(stopped[0] if stopped else 0)
-        last = step == cfg.steps or signal_number > 0
-        trainer.report(step, last, board)
-        if cfg.grid_every and (step % cfg.grid_every == 0 or step == cfg.steps):
-            trainer.grid(step)
-        if last or step % cfg.checkpoint_every == 0:
-            trainer.save(step)
-        if last:
-            break
-    newest = trainer.saved(step)
-    trainer.require_signal(step, ended=True)
-    return TrainEnd(step, newest, signal_number or None)
+        with _tensorboard(run, start) if context.is_main else nullcontext() as board, closing(saver):
+            return trainer.train(start, signals, board)
 
 
 class _Trainer:
     """The objects of one run, and what the loop does with them."""
 
     def __init__(
-        self, method: Method, roles: Roles, cfg: LoopConfig, run: Run, hooks: Hooks, world: World = SINGLE
+        self,
+        method: Method,
+        roles: Roles,
+        stream: Stream,
+        cfg: LoopConfig,
+        run: Run,
+        hooks: Hooks,
+        context: DistributedContext,
     ) -> None:
-        self.method, self.roles, self.cfg, self.run, self.hooks = method, roles, cfg, run, hooks
-        self.world = world
-        self.states: dict[Role, RoleState] = role_states(roles, cfg, world)
+        self.method, self.roles, self.stream, self.cfg, self.run, self.hooks = method, roles, stream, cfg, run, hooks
+        self.context, self.progress = context, hooks.progress
+        self.states: dict[Role, RoleState] = role_states(roles, cfg, context)
         self.means = Means()
-        self.saver = Saver(run.checkpoints, cfg, world, hooks.progress.note)
-        self.judge = Judge(cfg.best_metric, cfg.best_direction, max(cfg.checkpoint_every, cfg.log_every))
-        self.signal, self._warned = RewardSignal(cfg.batch_size), set[str]()
+        self.saver = Saver(run.checkpoints, cfg, context, self.progress.note)
+        window = max(cfg.checkpoint_every, cfg.log_every)
+        self.best = BestCheckpointTracker(cfg.best_metric, cfg.best_direction, window)
+        self.rewards = RewardMonitor(cfg.batch_size, cfg.steps, hooks.reason)
         self._images, self._clock = 0, time.perf_counter()
 
-    def resume(self) -> int:
-        """Load the newest good checkpoint, or what cfg.start_from names; returns the number of finished iterations."""
-        saved = newest(self.run.checkpoints, self.world)
-        step = saved.step if saved else 0
-        if saved:
-            for state in self.states.values():
-                state.load(saved.part, saved.state["roles"][state.role])
-            weights = self.states["student"].parameters  # an old policy is laid out as the student
-            old = {name: self.world.placed(own, weights[name]) for name, own in saved.part("old").items()}
-            self.roles.load_old_state(old)
-            self.method.load(saved.part("method"))
-            self.saver.newest = saved.path
-        elif self.cfg.start_from:
-            self.hooks.progress.note(begin_from(self.cfg.start_from, self.states, self.world, self.run.config))
-        for state in self.states.values():
-            self.world.check_same(state.parameters, f"the {state.role}")
-        self.signal = RewardSignal.load(self.world.on_first(lambda: self._take_up(saved)))
-        self._clock = time.perf_counter()
-        return step
+    def train(self, start: int, signals: list[int], board: SummaryWriter | None) -> TrainEnd:
+        """The iterations after ``start``; ``signals`` receives those of this rank."""
+        cfg, signal, step = self.cfg, 0, start
+        if start == 0:
+            self.draw_grid(0)
+        for step in range(start + 1, cfg.steps + 1):  # step counts finished iterations from here on
+            self.train_step(step - 1)
+            signal = self.synchronize(signals[0] if signals else 0)
+            last = step == cfg.steps or signal > 0
+            self.progress.advance(step)
+            if last or step % cfg.log_every == 0:
+                self.log(step, board)
+            if cfg.grid_every and (step % cfg.grid_every == 0 or step == cfg.steps):
+                self.draw_grid(step)
+            if last or step % cfg.checkpoint_every == 0:
+                self.save(step)
+            if last:
+                break
+        newest = self.finish_saving(step)
+        self.require_rewards(step, ended=True)
+        return TrainEnd(step, newest, signal or None)
 
-    def _take_up(self, saved: checkpoint.Checkpoint | None) -> Any:
-        """Record a start or resume in the run folder; return the reward signal of its rows."""
-        if saved:
-            checkpoint.set_aside_after(self.run.checkpoints, saved.step)
-            self.run.note_resume(saved.step)
-            for message in (*saved.messages, f"resumed from step {saved.step} ({saved.path})"):
-                self.hooks.progress.note(message)
-        elif logged := len(read_metrics(self.run.path)):
-            self.hooks.progress.note(
-                f"{self.run.checkpoints} holds no checkpoint: the run starts over, without its {logged} logged steps"
-            )
-        self.run.rewind(saved.step if saved else 0)
-        rows = read_metrics(self.run.path)
-        self.judge.take_up(rows if self.judge.metric else ())
-        for row in rows:
-            self.signal.add(int(row["step"]), row)
-        return asdict(self.signal)
-
-    def iterate(self, step: int, prompts: PromptBatch) -> None:
+    def train_step(self, step: int) -> None:
         """One outer iteration: apply every update the method asks for, in its order."""
-        prompts = replace(prompts, ranks=self.world) if self.world.size > 1 else prompts
+        prompts = self._prompts(step)
         rng = SampleRng(self.cfg.seed, step, prompts.index, prompts.host)
         try:
             with deferred_checks():
                 for update in self.method.iteration(step, prompts, rng):
-                    self.means.add(self.states[update.role].apply(update, self._factor(step)))
+                    self.means.add(self.states[update.role].apply(update, self._lr_factor(step)))
         except NonFiniteError as error:
             raise self._explained(error, step, prompts) from error
         except ValueError as error:
-            if type(error) is not ValueError:  # those of the disk and of the ranks say what to do
+            if type(error) is not ValueError:  # errors of the disk and of the ranks say what to do
                 raise
-            where = f"{self.saver.last_words()} Continue with: gdmd train --resume {self.run.path}"
-            raise ValueError(f"step {step + 1}: {error}. {where}") from error
+            cure = f"{self.saver.last_checkpoint_at_exit()} Continue with: gdmd train --resume {self.run.path}"
+            raise ValueError(f"step {step + 1}: {error}. {cure}") from error
         self._check_skipped(step)
         self.means.add({**self.hooks.stats(), **self.method.stats()})
-        self._images += len(prompts) * self.world.size
+        self._images += len(prompts) * self.context.size
 
-    def report(self, step: int, last: bool, board: SummaryWriter | None) -> None:
-        """Advance the progress; every ``log_every`` steps write a row of means to metrics.jsonl and TensorBoard."""
-        self.hooks.progress.advance(step)
-        if step % self.cfg.log_every and not last:
-            return
-        values = self.means.read(self.world)
-        seconds = time.perf_counter() - self._clock
-        values["speed/images_per_s"] = self._images / seconds
+    def synchronize(self, signal: int) -> int:
+        """The signal that any rank received, 0 = none. Ends a save that is complete, or that failed on some rank."""
+        signal, failed, writing_still = self.context.all_reduce_max([signal, self.saver.failed, self.saver.writing])
+        if failed or not writing_still:
+            self.saver.wait()
+        return signal
+
+    def log(self, step: int, board: SummaryWriter | None) -> None:
+        """Write a row of means since the last one to metrics.jsonl and TensorBoard, and check the rewards."""
+        values = self.means.read(self.context)
+        values["speed/images_per_s"] = self._images / (time.perf_counter() - self._clock)
         for role, state in self.states.items():
-            values[f"lr/{role}"] = state.optimizer.lr * self._factor(step - 1)
+            values[f"lr/{role}"] = state.optimizer.lr * self._lr_factor(step - 1)
             values[f"updates/{role}"] = state.updates
             values[f"skipped/{role}"] = state.skipped
         self._images, self._clock = 0, time.perf_counter()
-        self.world.on_first(lambda: self._write_row(step, values, board))
-        self.hooks.progress.row(step, values)
-        self._check_rewards(step, values)
-
-    def _check_rewards(self, step: int, values: Mapping[str, float]) -> None:
-        """Stop where a reward scores nothing, warn once where it scores little or gives no signal; all ranks alike."""
-        finished = step == self.cfg.steps
-        self.signal.add(step, values)
-        if self.signal.silent(finished):
+        self.context.on_main(lambda: self._write_row(step, values, board))
+        self.progress.row(step, values)
+        self.rewards.add(step, values)
+        if self.rewards.failure(step):
             self.save(step)
-            self.saver.settle()
-        self.require_signal(step)
-        for name, share in self.signal.sparse(finished).items():
-            self._warn(
-                f"sparse {name}", f"reward {name} left {share:.0%} of the images without a score{self._reason(name)}"
-            )
-        constant = self.signal.constant(finished)
-        for name in constant:
-            count = self.signal.counts[name].constant
-            self._warn(
-                f"constant {name}",
-                f"reward {name} gave every image of {count} iterations the same score: it gives no signal",
-            )
-        if self.signal.no_signal(finished) and len(constant) < len(self.signal.counts):
-            count = self.signal.flat
-            self._warn(
-                "flat", f"no reward told the images of a prompt apart in {count} iterations: they give no signal"
-            )
+            self.saver.wait()
+        self.require_rewards(step)
+        for message in self.rewards.warnings(step):
+            self.progress.note(message)
 
-    def require_signal(self, step: int, *, ended: bool = False) -> None:
-        """ValueError where a reward scored nothing, and at the ``end`` of the run where none gave a signal at all."""
-        finished = step == self.cfg.steps
-        if silent := self.signal.silent(finished):
-            text = " ".join(self._scores_nothing(name) for name in silent)
-        elif ended and self.signal.failed(finished):
-            text = (
-                f"no reward told two images of a prompt apart in {self.signal.flat} iterations: distillation alone has "
-                "trained this run."
-            )
-        else:
+    def draw_grid(self, step: int) -> None:
+        """Draw the sample grid of this step with the EMA weights."""
+        if self.hooks.grid is None or not self.cfg.grid_every:
             return
-        fix = (
-            "Fix the reward and train again, or train without rewards (a dmd recipe)."
-            if finished
-            else "Fix the reward and resume (a changed one needs --accept-changes), or train without it."
-        )
-        message = f"step {step}: {text} {self.saver.stands()} {fix}"
-        raise (ValueError if self.world.first else OtherRankError)(message)
+        path = self.run.grid(step)
+        self.progress.status("drawing sample images")
+        with writing("the sample grid", path), torch.no_grad(), ema_weights(self.states["student"]):
+            path.parent.mkdir(exist_ok=True)
+            self.hooks.grid(step, path if self.context.is_main else None)
+        self.progress.status("")
 
-    def _scores_nothing(self, name: str) -> str:
-        iterations = self.signal.counts[name].silent
-        return f"reward {name} scored no image in {iterations} iterations (all NaN){self._reason(name)}."
+    def save(self, step: int) -> None:
+        """Start a checkpoint of everything that is not a pure function of the configuration and the step."""
+        self.progress.status("saving a checkpoint")
+        parts: dict[str, Mapping[str, Tensor]] = {"old": self.roles.old_state(), "method": self.method.state()}
+        for state in self.states.values():
+            parts |= state.tensors()
+        facts: dict[str, Any] = {"roles": {role: state.counters() for role, state in self.states.items()}}
+        score = None
+        if self.best.metric and self.context.is_main:
+            score = self.best.score(step)
+            if score is None:
+                self.progress.note(self.best.why_unscored(step))
+        self.saver.save(step, parts, facts, score)
+        self.progress.status("")
 
-    def _reason(self, name: str) -> str:
-        said = self.hooks.reason(name)
-        return f": {said}" if said else ""
+    def finish_saving(self, step: int) -> Path:
+        """The newest checkpoint, once it is complete; one of ``step`` if there is none."""
+        self.saver.wait()
+        if self.saver.newest is None:
+            self.save(step)
+            self.saver.wait()
+        assert self.saver.newest is not None
+        return self.saver.newest
 
-    def _warn(self, kind: str, text: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            self.hooks.progress.note(f"warning: {text}")
+    def require_rewards(self, step: int, *, ended: bool = False) -> None:
+        """ValueError if a reward scored nothing, or if no reward gave a signal in a run that ``ended``."""
+        if failure := self.rewards.failure(step, ended=ended):
+            message = f"step {step}: {failure} {self.saver.last_checkpoint()} {self.rewards.cure(step)}"
+            raise (ValueError if self.context.is_main else OtherRankError)(message)
+
+    # ---------------------------------------------------------------- resuming
+
+    def resume(self) -> int:
+        """Load the newest good checkpoint, or what cfg.start_from names; returns the number of finished iterations."""
+        saved = newest(self.run.checkpoints, self.context)
+        if saved:
+            self._load(saved)
+        elif self.cfg.start_from:
+            self.progress.note(warm_start(self.cfg.start_from, self.states, self.context, self.run.config))
+        for state in self.states.values():
+            self.context.check_equal_weights(state.parameters, f"the {state.role}")
+        self.rewards.load(self.context.on_main(lambda: self._resume_folder(saved)))
+        self._clock = time.perf_counter()
+        return saved.step if saved else 0
+
+    def _load(self, saved: checkpoint.Checkpoint) -> None:
+        for state in self.states.values():
+            state.load(saved.part, saved.state["roles"][state.role])
+        weights = self.states["student"].parameters  # the old policy is sharded as the student is
+        old = {name: self.context.distribute_like(full, weights[name]) for name, full in saved.part("old").items()}
+        self.roles.load_old_state(old)
+        self.method.load(saved.part("method"))
+        self.saver.newest = saved.path
+
+    def _resume_folder(self, saved: checkpoint.Checkpoint | None) -> dict[str, Any]:
+        """Record a start or resume in the run folder; returns the state of the reward monitor after its rows."""
+        if saved:
+            checkpoint.set_aside_after(self.run.checkpoints, saved.step)
+            self.run.note_resume(saved.step)
+            for message in (*saved.messages, f"resumed from step {saved.step} ({saved.path})"):
+                self.progress.note(message)
+        elif logged := len(read_metrics(self.run.path)):
+            self.progress.note(
+                f"{self.run.checkpoints} holds no checkpoint: the run starts over, without its {logged} logged rows"
+            )
+        self.run.rewind(saved.step if saved else 0)
+        rows = read_metrics(self.run.path)
+        self.best.resume(rows if self.best.metric else ())
+        return self.rewards.state_of(rows)
+
+    # ---------------------------------------------------------------- details
+
+    def _prompts(self, step: int) -> PromptBatch:
+        """This rank's prompts of a step."""
+        if self.context.size == 1:
+            return self.stream.at(step)
+        return replace(self.stream.at(step, *self.context.local_slice(self.cfg.batch_size)), ranks=self.context)
+
+    def _lr_factor(self, step: int) -> float:
+        updates = self.states["student"].updates
+        return lr_factor(self.cfg.lr_schedule, step / self.cfg.steps, updates, self.cfg.warmup)
 
     def _write_row(self, step: int, values: Mapping[str, float], board: SummaryWriter | None) -> None:
         assert board is not None
         self.run.log(step, values)
-        self.judge.add(step, values)
+        self.best.add(step, values)
         with writing("the TensorBoard log", self.run.tensorboard):
             for key, value in values.items():
                 board.add_scalar(key, value, step)
             board.flush()
 
-    def grid(self, step: int) -> None:
-        """Ask for the sample grid of this step, drawn with the EMA weights."""
-        if self.hooks.grid is None or not self.cfg.grid_every:
-            return
-        path = self.run.grid(step)
-        with writing("the sample grid", path), torch.no_grad(), ema_weights(self.states["student"]):
-            path.parent.mkdir(exist_ok=True)
-            self.hooks.grid(step, path if self.world.first else None)
-
-    def agree(self, signal_number: int) -> int:
-        """The signal that any rank has got, 0 = none; a checkpoint that all have written, or one has not, is settled."""
-        found, failed, writing_still = self.world.maxima([signal_number, self.saver.failed, self.saver.writing])
-        if failed or not writing_still:
-            self.saver.settle()
-        return found
-
-    def save(self, step: int) -> None:
-        """Begin a checkpoint of everything that is not a pure function of the configuration and the step."""
-        parts: dict[str, Mapping[str, Tensor]] = {"old": self.roles.old_state(), "method": self.method.state()}
-        for state in self.states.values():
-            parts |= state.tensors()
-        facts: dict[str, Any] = {"roles": {role: state.counters() for role, state in self.states.items()}}
-        candidate = self.judge.at(step) if self.judge.metric and self.world.first else None
-        if self.judge.metric and self.world.first and candidate is None:
-            self.hooks.progress.note(self.judge.complaint(step))
-        self.saver.save(step, parts, facts, candidate)
-
-    def saved(self, step: int) -> Path:
-        """The newest checkpoint, once it stands; one of ``step`` where there is none."""
-        self.saver.settle()
-        if self.saver.newest is None:
-            self.save(step)
-            self.saver.settle()
-        assert self.saver.newest is not None
-        return self.saver.newest
-
-    def _factor(self, step: int) -> float:
-        done = self.states["student"].updates
-        return lr_factor(self.cfg.lr_schedule, step / self.cfg.steps, done, self.cfg.warmup)
-
     def _check_skipped(self, step: int) -> None:
         skipped = sum(state.skipped for state in self.states.values())
         if skipped > self.cfg.skip_limit:
-            self.saver.settle()
+            self.saver.wait()
             raise ValueError(
                 f"step {step}: {skipped} updates of this run were skipped because they were not finite, more "
-                f"than loop.skip_limit = {self.cfg.skip_limit}. {self.saver.stands()} Resume with a larger one, or begin "
-                "another run with lower learning rates (loop.start_from)."
+                f"than loop.skip_limit = {self.cfg.skip_limit}. {self.saver.last_checkpoint()} Resume with a larger "
+                "limit, or start another run with lower learning rates (loop.start_from)."
             )
 
     def _explained(self, error: NonFiniteError, step: int, prompts: PromptBatch) -> NonFiniteError:
-        self.saver.settle()
-        index = self.world.gather(prompts.index).tolist()
-        within = all(place < len(index) for place in error.positions)
-        where = f", sample(s) {[index[place] if within else place for place in error.positions[:8]]}"
+        self.saver.wait()
+        index = self.context.gather(prompts.index).tolist()
+        known = all(position < len(index) for position in error.positions)
+        samples = [index[position] if known else position for position in error.positions[:8]]
+        where = f", sample(s) {samples}" if error.positions else ""
         message = (
-            f"step {step}{where if error.positions else ''}: {error}. The update was not applied. {self.saver.stands()} "
-            "Resume with loop.on_nonfinite=skip, or begin another run (loop.start_from) with a lower loop.lr_student and "
+            f"step {step}{where}: {error}. The update was not applied. {self.saver.last_checkpoint()} Resume with "
+            "loop.on_nonfinite=skip, or start another run (loop.start_from) with a lower loop.lr_student and "
             "loop.lr_fake, or in fp32."
         )
         return NonFiniteError(message, error.role, error.positions)
@@ -381,7 +356,7 @@ class _Trainer:
 
 @contextmanager
 def _tensorboard(run: Run, start: int) -> Iterator[SummaryWriter]:
-    """A TensorBoard writer; what the log holds beyond the resumed step is hidden."""
+    """A TensorBoard writer that hides what was logged beyond the resumed step."""
     from torch.utils.tensorboard import SummaryWriter
 
     with writing("the TensorBoard log", run.tensorboard):
@@ -391,32 +366,3 @@ def _tensorboard(run: Run, start: int) -> Iterator[SummaryWriter]:
     finally:
         with writing("the TensorBoard log", run.tensorboard):
             board.close()
-
-
-@contextmanager
-def _stop_signals(world: World) -> Iterator[list[int]]:
-    """A list that receives the first SIGINT or SIGTERM; the second one has its usual effect.
-
-    Among several ranks it has none: a scheduler and torchrun may both pass on the one signal.
-    """
-    stopped: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
-        yield stopped
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        stopped.append(number)
-        if world.size == 1:
-            restore()
-
-    for number in before:
-        signal.signal(number, on_signal)
-    try:
-        yield stopped
-    finally:
-        restore()

@@ -1,4 +1,4 @@
-"""Means of statistics between two log lines, kept on their device so that the hot loop never waits for it."""
+"""Means of statistics between two log lines, kept on their device so that the loop never waits for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gdmd.training.distributed import SINGLE, World
+from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 
 
 class Means:
@@ -25,8 +25,8 @@ class Means:
         for key, value in stats.items():
             self._parts.setdefault(key, []).append(value.detach().reshape(-1))
 
-    def read(self, world: World = SINGLE) -> dict[str, float]:
-        """Mean of each key over all ranks since the last read, in one transfer per device; then start anew."""
+    def read(self, context: DistributedContext = SINGLE_PROCESS) -> dict[str, float]:
+        """Mean of each key over all ranks since the last read, in one transfer per device; then start over."""
         by_device: dict[torch.device, dict[str, Tensor]] = {}
         for key, parts in self._parts.items():
             values = torch.cat([part.double() for part in parts])
@@ -36,7 +36,7 @@ class Means:
         own: dict[str, list[float]] = {}
         for totals in by_device.values():
             own |= dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
-        every = world.collect(own)
+        every = context.all_gather_object(own)
         keys = dict.fromkeys(key for totals in every for key in totals)
         return {key: _mean([totals[key] for totals in every if key in totals]) for key in keys}
 

@@ -1,98 +1,191 @@
-"""What the user sees while training: a bar on a terminal, one plain line per logged step elsewhere."""
+"""What the user sees while training: on a terminal a bar with the metrics below it, elsewhere one line per log interval."""
 
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import isnan
 from typing import IO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 SHOWN = {
-    "loss/student": "student",
-    "loss/fake": "fake",
-    "loss/dmd": "dmd",
-    "loss/rl": "rl",
-    "reward/sample": "R(x0)",
-    "reward/target": "R(target)",
-    "weight/mean": "w",
-    "weight/effective": "targets",
-    "weight/share_below_half": "r<1/2",
-    "speed/images_per_s": "images/s",
+    "loss/student": ("student", "loss of the student"),
+    "loss/fake": ("fake", "loss of the fake score"),
+    "loss/dmd": ("dmd", "distribution-matching part of the student's loss"),
+    "loss/rl": ("rl", "reward part of the student's loss"),
+    "reward/sample": ("R(x0)", "reward of the student's images"),
+    "reward/target": ("R(target)", "reward of the targets"),
+    "weight/mean": ("w", "weight of the step to the targets"),
+    "weight/effective": ("targets", "effective number of targets"),
+    "weight/share_below_half": ("r<1/2", "share of targets with r < 1/2"),
+    "speed/images_per_s": ("images/s", "samples trained per second"),
 }
-"""Statistics that are shown when a method gives them, by their short name; other loss/... keys follow loss/rl."""
+"""The statistics that are shown if a method has them: short name and meaning. Other loss/... keys follow loss/rl."""
+FIRST = "first iteration: slower, kernels are compiled and caches filled"
+SLOW_SECONDS = 5.0
+"""A wait that took longer leaves a line on the terminal."""
 
 
-def summary(values: Mapping[str, float]) -> str:
-    """One line of the shown statistics, in their order; what was not scored reads "-"."""
-    parts = {key: key.removeprefix("loss/") for key in values if key.startswith("loss/")}
-    names = {key: SHOWN.get(key, parts.get(key)) for key in [*SHOWN, *parts]}
-    shown = {key: names[key] for key in sorted(names, key=_place) if key in values}
-    texts = {key: "-" if isnan(values[key]) else f"{values[key]:.3g}" for key in shown}
-    return "  ".join(f"{name} {texts[key]}" for key, name in shown.items())
+def summary(values: Mapping[str, float]) -> list[str]:
+    """ "NAME VALUE" of each shown statistic, in their order; the value of what was not scored is "-"."""
+    texts = {key: "-" if isnan(value) else f"{value:.3g}" for key, value in values.items()}
+    return [f"{_short(key)} {texts[key]}" for key in _shown(values)]
+
+
+def legend(values: Mapping[str, float]) -> str:
+    """What the short names of ``summary`` mean, in one line."""
+    return "; ".join(f"{SHOWN[key][0]}: {SHOWN[key][1]}" for key in _shown(values) if key in SHOWN)
+
+
+class Pace:
+    """Seconds per step in this process. The first step does not count: it compiles and fills caches."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._first: tuple[int, float] | None = None
+        self._last = (0, 0.0)
+
+    def advance(self, step: int) -> None:
+        """``step`` steps are finished."""
+        self._last = (step, time.perf_counter())
+        self._first = self._first or self._last
+
+    @property
+    def per_step(self) -> float | None:
+        """None until two steps are finished."""
+        if self._first is None or self._last[0] == self._first[0]:
+            return None
+        return (self._last[1] - self._first[1]) / (self._last[0] - self._first[0])
+
+    def eta(self) -> str:
+        """The time that is left, such as "1:02:03"; "-:--" while it is unknown."""
+        return "-:--" if self.per_step is None else duration(self.per_step * (self.steps - self._last[0]))
 
 
 class PlainProgress:
-    """One line per logged step, for files, pipes and CI."""
+    """One line per log interval, for files, pipes and CI."""
 
     def __init__(self, steps: int, stream: IO[str] | None = None) -> None:
-        self.steps, self._stream = steps, stream or sys.stderr
-        self._first: int | None = None
-        self._start = time.perf_counter()
+        self._pace, self._stream = Pace(steps), stream or sys.stderr
+        self._explained = False
 
     def advance(self, step: int) -> None:
-        if self._first is None:
-            self._first, self._start = step, time.perf_counter()
+        self._pace.advance(step)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        done = step - (self._first or 0)
-        per_step = (time.perf_counter() - self._start) / done if done else float("nan")
-        left = "" if isnan(per_step) else f"  ETA {_clock(per_step * (self.steps - step))}"
-        self.note(f"step {step}/{self.steps}  {summary(values)}{left}")
+        if not self._explained and legend(values):
+            self.note(f"metrics: {legend(values)}")
+        self._explained = True
+        eta = "" if self._pace.per_step is None else f"ETA {self._pace.eta()}"
+        self.note("  ".join(filter(None, [f"step {step}/{self._pace.steps}", *summary(values), eta])))
 
     def note(self, message: str) -> None:
         print(message, file=self._stream, flush=True)
 
+    def status(self, doing: str) -> None:
+        return
+
+
+class _TwoLines(Progress):
+    """A bar with a text of its own below it."""
+
+    text = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.text:
+            items = self.text.replace("  ", "\t").replace(" ", "\xa0").replace("\t", "  ")
+            for line in textwrap.wrap(items, max(20, self.console.width - 1)):  # a name stays with its value
+                yield Text(line.replace("\xa0", " "), no_wrap=True)
+
 
 class BarProgress:
-    """A rich bar with the newest row below it."""
+    """A bar with step, pace and ETA; the newest row, or what the program is doing, below it."""
 
-    def __init__(self, steps: int, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("training", total=steps, row="")
+    def __init__(self, steps: int, progress: _TwoLines) -> None:
+        self._progress, self._pace, self._row, self._explained = progress, Pace(steps), FIRST, False
+        self._task = progress.add_task("train", total=steps, pace="", eta="-:--")
+        self._show(FIRST)
 
     def advance(self, step: int) -> None:
-        self._progress.update(self._task, completed=step)
+        self._pace.advance(step)
+        pace = "" if self._pace.per_step is None else f"{self._pace.per_step:.3g} s/step"
+        self._progress.update(self._task, completed=step, pace=pace, eta=self._pace.eta())
+        self._row = "" if self._row == FIRST else self._row
+        self._show(self._row)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        self._progress.update(self._task, row=summary(values))
+        if not self._explained and legend(values):
+            self.note(f"metrics: {legend(values)}")
+        self._explained = True
+        self._row = "  ".join(summary(values))
+        self._show(self._row)
 
     def note(self, message: str) -> None:
         self._progress.console.print(message, markup=False, highlight=False)
 
+    def status(self, doing: str) -> None:
+        self._show(doing or self._row)
+
+    def _show(self, text: str) -> None:
+        self._progress.text = text
+
 
 @contextmanager
 def progress_for(steps: int, console: Console | None = None) -> Iterator[PlainProgress | BarProgress]:
-    """A bar when the console is a terminal, plain lines otherwise; both go to stderr."""
+    """A bar if the console is a terminal, plain lines otherwise; the console is stderr by default."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
         yield PlainProgress(steps, console.file)
         return
-    columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn(), TextColumn("{task.fields[row]}"))
-    with Progress(*columns, console=console) as progress:
+    columns = (
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:.0f}%"),
+        TextColumn("{task.fields[pace]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA {task.fields[eta]}"),
+    )
+    with _TwoLines(*columns, console=console, expand=True) as progress:
         yield BarProgress(steps, progress)
 
 
-def _place(key: str) -> tuple[int, str]:
-    order = list(SHOWN)
-    return (order.index(key), "") if key in SHOWN else (order.index("loss/rl"), key)
+@contextmanager
+def waiting(console: Console, what: str, *, plain: bool = True) -> Iterator[None]:
+    """Show a wait while it lasts: a spinner with the elapsed time on a terminal; elsewhere one line if ``plain``."""
+    if not console.is_terminal:
+        if plain:
+            console.print(what, markup=False, highlight=False, soft_wrap=True)
+        yield
+        return
+    began = time.perf_counter()
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
+    if (seconds := time.perf_counter() - began) > SLOW_SECONDS:
+        console.print(f"{what}: {duration(seconds)}", markup=False, highlight=False)
 
 
-def _clock(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Such as "0:07", "12:34" or "1:02:03"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _shown(values: Mapping[str, float]) -> list[str]:
+    order = list(SHOWN)
+    known = [key for key in order if key in values]
+    others = sorted(key for key in values if key.startswith("loss/") and key not in SHOWN)
+    return sorted([*known, *others], key=lambda key: order.index(key if key in SHOWN else "loss/rl"))
+
+
+def _short(key: str) -> str:
+    return SHOWN[key][0] if key in SHOWN else key.removeprefix("loss/")

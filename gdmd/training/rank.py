@@ -1,4 +1,4 @@
-"""Where this process sits among the processes of a run, as torchrun tells it in the environment. No torch here."""
+"""The rank of this process, from the environment variables that torchrun sets. No torch here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+RANK_LOST = 4
+"""Exit code of a run that ended because a rank hung or was lost."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,13 @@ class RankInfo:
     local_size: int = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that prints, logs and writes."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints, logs and writes."""
         return self.rank == 0
 
 
 def rank_info(environment: Mapping[str, str] | None = None) -> RankInfo:
-    """The seat of this process. ValueError when only a part of torchrun's variables is set."""
+    """The rank of this process. ValueError when only some of torchrun's variables are set."""
     given = os.environ if environment is None else environment
     size = _number(given, "WORLD_SIZE", 1)
     if size == 1:
@@ -40,20 +43,20 @@ def rank_info(environment: Mapping[str, str] | None = None) -> RankInfo:
     )
     if not 0 <= found.rank < size or not 0 <= found.local_rank < found.local_size:
         raise ValueError(
-            f"RANK {found.rank} of {size}, LOCAL_RANK {found.local_rank} of {found.local_size}: no such seat"
+            f"RANK {found.rank} of {size}, LOCAL_RANK {found.local_rank} of {found.local_size} contradict each other"
         )
     return found
 
 
-def attempt() -> int:
-    """How often torchrun has started the ranks again after one of them failed (--max-restarts)."""
+def restart_count() -> int:
+    """How often torchrun has restarted the ranks after one of them failed (--max-restarts)."""
     return _number(os.environ, "TORCHELASTIC_RESTART_COUNT", 0)
 
 
-def module_words(module: str) -> list[str]:
-    """Words after ``python`` that run a module which looks others up as this process does.
+def module_arguments(module: str) -> list[str]:
+    """Arguments of ``python`` that run a module with the import path of this process.
 
-    ``-m`` alone puts the current folder first, where a file of the user such as random.py hides Python's own.
+    ``-m`` alone puts the current folder first, where a user's file such as random.py would hide Python's own.
     """
     return [*([] if sys.path[0] in ("", os.getcwd()) else ["-P"]), "-m", module]
 

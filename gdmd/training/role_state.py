@@ -1,4 +1,4 @@
-"""What is trained of one role, and how one update is applied to it: micro-batches, finite check, clip, AdamW, EMA."""
+"""The trainable side of one role, and how an update is applied to it: micro-batches, finite check, clip, AdamW, EMA."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.nn import Parameter
 
 from gdmd.config.training import LoopConfig
 from gdmd.diffusion.device import confirmed
-from gdmd.training.distributed import SINGLE, World
+from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.training.ema import Ema, load_named
 from gdmd.training.optimizer import RoleOptimizer
 from gdmd.types import Loss, Role, Roles, Update
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient that is not finite. ``positions`` are the places of the bad samples in the update's batch."""
+    """A loss or gradient that is not finite. ``positions``: of the bad samples in the update's global batch."""
 
     def __init__(self, message: str, role: Role, positions: Sequence[int]) -> None:
         super().__init__(message)
@@ -30,7 +30,7 @@ class NonFiniteError(ValueError):
 
 @dataclass
 class RoleState:
-    """The trainable side of a role. ``updates`` counts optimizer steps, ``skipped`` the non-finite ones left out."""
+    """The trainable side of a role. ``updates`` counts optimizer steps, ``skipped`` the non-finite ones it left out."""
 
     role: Role
     parameters: Mapping[str, Parameter]
@@ -38,30 +38,30 @@ class RoleState:
     ema: Ema | None = None
     micro_batch: int = 0
     skip_nonfinite: bool = False
-    world: World = SINGLE
+    context: DistributedContext = SINGLE_PROCESS
     updates: int = 0
     skipped: int = 0
 
     def apply(self, update: Update, factor: float = 1.0) -> dict[str, Tensor]:
         """One optimizer step on mean_B loss.per_sample, whatever the micro-batch; returns statistics [b] or 0-d.
 
-        factor: what the learning rate is multiplied by. The gradient of every micro-batch is that of
-        sum(per_sample) / b, so 8 micro-batches add up to one, and the mean over ranks of equal b is that of the global
-        batch. Whether all losses and the gradient are finite is asked *before* the optimizer step, by all ranks alike,
-        so that bad numbers never reach weights or moments: one host synchronization per update.
+        factor: of the learning rate. The gradient of every micro-batch is that of sum(per_sample) / b, so 8
+        micro-batches add up to one batch, and the mean over ranks of equal b is the gradient of the global batch. All
+        ranks check that losses and gradient are finite *before* the optimizer step, so that bad numbers never reach
+        weights or optimizer state: one host synchronization per update.
         """
         self.optimizer.zero_grad()
         count = batch_size(update.batch)
         parts = list(split(update.batch, self.micro_batch or count))
         losses = []
-        for place, part in enumerate(parts, 1):
-            self.world.reduce_gradients(now=place == len(parts))
+        for number, part in enumerate(parts, 1):
+            self.context.set_gradient_sync(sync=number == len(parts))
             losses.append(self._backward(update, part, count))
-        self.optimizer.average()
-        own = torch.cat([loss.per_sample.detach() for loss in losses])  # [b]
-        per_sample = self.world.gather(own)  # [B]
+        self.optimizer.average_gradients()
+        local = torch.cat([loss.per_sample.detach() for loss in losses])  # [b]
+        per_sample = self.context.gather(local)  # [B]
         norm = self.optimizer.grad_norm()
-        stats = {f"loss/{self.role}": own, f"grad_norm/{self.role}": norm}
+        stats = {f"loss/{self.role}": local, f"grad_norm/{self.role}": norm}
         stats |= {key: torch.cat([_flat(loss.stats[key]) for loss in losses]) for key in losses[0].stats}
         if not confirmed(per_sample.isfinite().all() & norm.isfinite()):
             self._reject(per_sample, norm)
@@ -80,12 +80,12 @@ class RoleState:
         return parts | ({"ema": self.ema.shadow} if self.ema is not None else {})
 
     def counters(self) -> dict[str, int]:
-        """What else must survive a restart."""
+        """The counters that must survive a restart."""
         return {"updates": self.updates, "skipped": self.skipped, "ema_updates": self.ema.updates if self.ema else 0}
 
     def load(self, part: Callable[[str], Mapping[str, Tensor]], counters: Mapping[str, int]) -> None:
-        """Restore what ``tensors`` and ``counters`` gave; ``part`` finds the tensors of a part by its name."""
-        load_named(self.parameters, part(self.role), f"the {self.role}", self.world)
+        """Restore ``tensors()`` and ``counters()``; ``part(name)`` gives the tensors of a part of the checkpoint."""
+        load_named(self.parameters, part(self.role), f"the {self.role}", self.context)
         self.optimizer.load(part(f"optim_{self.role}"))
         self.updates, self.skipped = counters["updates"], counters["skipped"]
         if self.ema is not None:
@@ -108,8 +108,8 @@ class RoleState:
         raise NonFiniteError(f"{what} of the {self.role} is not finite", self.role, positions)
 
 
-def role_states(roles: Roles, cfg: LoopConfig, world: World = SINGLE) -> dict[Role, RoleState]:
-    """Optimizers for student and fake, and the student's EMA, as the configuration says."""
+def role_states(roles: Roles, cfg: LoopConfig, context: DistributedContext = SINGLE_PROCESS) -> dict[Role, RoleState]:
+    """Optimizers of student and fake score, and the student's EMA, from the configuration."""
     states: dict[Role, RoleState] = {}
     rates: dict[Role, float] = {"student": cfg.lr_student, "fake": cfg.lr_fake}
     for role, lr in rates.items():
@@ -117,18 +117,18 @@ def role_states(roles: Roles, cfg: LoopConfig, world: World = SINGLE) -> dict[Ro
         states[role] = RoleState(
             role,
             parameters,
-            RoleOptimizer(parameters, lr, cfg.betas, cfg.weight_decay, cfg.clip, world, cfg.optimizer),
-            Ema(parameters, cfg.ema, cfg.ema_warmup, world) if role == "student" and cfg.ema else None,
+            RoleOptimizer(parameters, lr, cfg.betas, cfg.weight_decay, cfg.clip, context, cfg.optimizer),
+            Ema(parameters, cfg.ema, cfg.ema_warmup, context) if role == "student" and cfg.ema else None,
             cfg.micro_batch,
             cfg.on_nonfinite == "skip",
-            world,
+            context,
         )
     return states
 
 
 @contextmanager
 def ema_weights(state: RoleState) -> Iterator[None]:
-    """Inside, the role's networks hold the EMA weights (for grids and evaluation); without EMA nothing changes."""
+    """Inside, the role's network holds the EMA weights (for grids and evaluation); without EMA nothing changes."""
     if state.ema is None:
         yield
         return
@@ -145,7 +145,7 @@ def batch_size(batch: Any) -> int:
 
 
 def split(batch: Any, size: int) -> Iterator[Any]:
-    """Micro-batches of ``size`` samples. The parts of a batch may be smaller than size when it is not divisible."""
+    """Micro-batches of ``size`` samples; the last one is smaller if the batch is not divisible."""
     count = batch_size(batch)
     if size >= count:
         yield batch
@@ -157,8 +157,8 @@ def split(batch: Any, size: int) -> Iterator[Any]:
 def cut(part: Any, start: int, stop: int, count: int) -> Any:
     """Samples start ... stop - 1 of a batch of ``count``: dataclasses, mappings and sequences are followed.
 
-    A sequence without tensors (captions) is cut itself when it has one entry per sample. 0-d tensors, numbers,
-    strings, functions and empty sequences belong to all samples and stay.
+    A sequence without tensors (captions) must have one entry per sample and is sliced. 0-d tensors, numbers, strings,
+    functions and empty sequences belong to all samples and are kept.
     """
     if isinstance(part, Tensor):
         assert part.ndim == 0 or part.shape[0] == count, f"a tensor {tuple(part.shape)} in a batch of {count} samples"

@@ -1,8 +1,9 @@
-"""Checkpoints of a running training: copied to host memory in the loop, written aside by one background thread.
+"""Checkpoints of a running training: copied to host memory in the loop, optionally written by a background thread.
 
-At most one is being written: the next save waits for it. An error of the writer (full disk, ...) is raised in the loop
-by all ranks, at the same iteration. A checkpoint gets its name when all its files are whole, so that a kill in the
-middle costs that checkpoint alone: the one before stands.
+Rank 0 gathers sharded tensors one by one and writes complete ones, so that any number of ranks resumes from them. At
+most one checkpoint is being written: the next save waits for it. An error of the writer (full disk, ...) is raised in
+the loop by all ranks, in the same iteration. A checkpoint gets its name when all its files are complete, so that a kill
+while writing loses only that checkpoint.
 """
 
 from __future__ import annotations
@@ -18,149 +19,121 @@ from torch import Tensor
 from gdmd.config.training import LoopConfig
 from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import Best
-from gdmd.runs.sharded_checkpoint import offsets_header, shard_name
-from gdmd.training.distributed import OtherRankError, World
+from gdmd.training.distributed import DistributedContext
 
-LAST_WAIT = 60.0
+EXIT_WAIT = 60.0
 """Seconds that an exiting process waits for the checkpoint that it is writing."""
-LONG = 1.0
-"""Seconds of waiting for the previous checkpoint from which on the user is told."""
+SLOW_SAVE_SECONDS = 1.0
+"""Waiting longer than this for the previous checkpoint is reported."""
 Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 class _Writer(threading.Thread):
-    """One checkpoint on its way to the disk. ``digests``: the sums of the files of this rank, for a sharded one."""
+    """One checkpoint on its way to the disk."""
 
-    def __init__(self, place: checkpoint.Place, facts: Mapping[str, Any], work: Callable[[], Any]) -> None:
+    def __init__(self, write: Callable[[], Path]) -> None:
         super().__init__(name="gdmd-checkpoint", daemon=True)  # a second Ctrl-C need not wait
-        self.place, self.facts, self._work = place, facts, work
-        self.digests: dict[str, str] = {}
+        self._write: Callable[[], Path] | None = write
+        self.path: Path | None = None
         self.error: BaseException | None = None
         self.done = threading.Event()
 
     def run(self) -> None:
+        assert self._write is not None
         try:
-            self.digests = self._work() or {}
-        except BaseException as error:  # raised again by Saver.settle, in the loop
+            self.path = self._write()
+        except BaseException as error:  # raised again by Saver.wait, in the loop
             self.error = error
-        self._work = dict  # what was copied to host memory is free again
+        self._write = None  # frees the copy in host memory
         self.done.set()
 
-    def finish(self) -> None:
-        """Wait for it; afterwards there is no thread."""
+    def finish(self) -> str:
+        """Wait for it and end the thread; the checkpoint's folder, or the error of the write."""
         self.done.wait()
         if self.ident is not None:
             self.join()
+        if self.error is not None:
+            raise self.error
+        return str(self.path)
 
 
 class Saver:
-    """Saves checkpoints of one run. ``newest``: the last one that stands."""
+    """Saves the checkpoints of one run. ``newest``: the last complete one."""
 
     def __init__(
-        self, folder: Path, cfg: LoopConfig, world: World, note: Callable[[str], None] = lambda said: None
+        self,
+        folder: Path,
+        cfg: LoopConfig,
+        context: DistributedContext,
+        note: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self.folder, self.cfg, self.world, self._note = folder, cfg, world, note
+        self.folder, self.cfg, self.context, self._note = folder, cfg, context, note
         self.newest: Path | None = None
+        self._pending = False  # on all ranks; rank 0 has the writer
         self._writer: _Writer | None = None
-        cut = cfg.checkpoint_format == "sharded" or (cfg.checkpoint_format == "auto" and cfg.sharding != "none")
-        self._sharded = cut and world.size > 1
 
     @property
     def writing(self) -> bool:
-        """Whether this rank is writing just now."""
+        """Whether this rank is writing now."""
         return self._writer is not None and not self._writer.done.is_set()
 
     @property
     def failed(self) -> bool:
         """Whether this rank could not write."""
-        return self._writer is not None and self._writer.error is not None
+        return self._writer is not None and self._writer.done.is_set() and self._writer.error is not None
 
     def save(self, step: int, parts: Parts, facts: Mapping[str, Any], candidate: Best | None = None) -> None:
-        """Begin a checkpoint of ``parts``, which may change as soon as this returns. Called by all ranks."""
+        """Start saving ``parts``, which may change as soon as this returns. Called by all ranks."""
         began = time.perf_counter()
-        self.settle()
+        self.wait()
         waited = time.perf_counter() - began
-        if waited > LONG:
+        if waited > SLOW_SAVE_SECONDS:
             self._note(f"step {step} waited {waited:.1f} s for the previous checkpoint; raise loop.checkpoint_every")
-        place = checkpoint.Place(self.folder, step, self.cfg.keep_checkpoints, candidate)
-        work = self._own_shard(place, parts) if self._sharded else self._all_of_it(place, parts, facts)
-        self._writer = _Writer(place, facts, work)
-        if self.cfg.checkpoint_async:
-            self._writer.start()
-        else:
-            self._writer.run()
-            self.settle()
+        tensors = self._on_host(parts)
+        self._pending = True
+        if self.context.is_main:
+            folder, keep = self.folder, self.cfg.keep_checkpoints
+            self._writer = _Writer(lambda: checkpoint.save(folder, step, tensors, facts, keep, candidate))
+            if self.cfg.checkpoint_async:
+                self._writer.start()
+            else:
+                self._writer.run()
+        if not self.cfg.checkpoint_async:
+            self.wait()
 
-    def settle(self) -> None:
-        """Wait until the checkpoint stands, or raise why it does not. Called by all ranks; nothing to do is quick."""
-        if self._writer is None:
+    def wait(self) -> None:
+        """Wait until the checkpoint is complete, or raise the error of its writer. Called by all ranks."""
+        if not self._pending:
             return
-        writer, self._writer = self._writer, None
-        writer.finish()
-        told = self.world.collect([writer.digests, str(writer.error) if writer.error else None])
-        if writer.error is not None:
-            raise writer.error
-        for _, failure in told:
-            if failure is not None:
-                raise OtherRankError(failure)
-        if self._sharded:
-            digests = {name: digest for own, _ in told for name, digest in own.items()}
-            facts, layout = writer.facts, checkpoint.SHARDED
-            self.world.on_first(lambda: str(checkpoint.commit(writer.place, digests, facts, layout)))
-        self.newest = writer.place.final
+        writer, self._writer, self._pending = self._writer, None, False
+        self.newest = Path(self.context.on_main(lambda: writer.finish() if writer else ""))
 
-    def stands(self) -> str:
-        """Which checkpoint a failure leaves."""
-        writer, newest = self._writer, self.newest
-        if writer is not None and writer.done.is_set() and writer.error is None and not self._sharded:
-            newest = writer.place.final
+    def last_checkpoint(self) -> str:
+        """Which checkpoint is intact, for an error."""
+        newest = self._writer.path if self._writer and self._writer.path else self.newest
         return f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
 
-    def last_words(self) -> str:
-        """``stands``, after waiting at most LAST_WAIT seconds for a checkpoint that this rank can finish alone."""
-        writer = self._writer
-        if writer is not None and not self._sharded:
-            writer.done.wait(LAST_WAIT)
-        return self.stands()
+    def last_checkpoint_at_exit(self) -> str:
+        """``last_checkpoint``, after at most EXIT_WAIT seconds for the one that this rank is writing."""
+        if self._writer is not None:
+            self._writer.done.wait(EXIT_WAIT)
+        return self.last_checkpoint()
 
     def close(self) -> None:
-        """However the run ended: this rank finishes its files, and says if it could not."""
+        """Finish what this rank is writing, however the run ended; an error is reported, not raised."""
         if self._writer is None:
             return
-        self._writer.finish()
-        if self._writer.error is not None:
-            self._note(str(self._writer.error))
+        try:
+            self._writer.finish()
+        except Exception as error:
+            self._note(str(error))
 
-    def _all_of_it(self, place: checkpoint.Place, parts: Parts, facts: Mapping[str, Any]) -> Callable[[], Any]:
-        """Rank 0 gets the tensors without their sharding, one after the other, and writes them."""
-        whole: dict[str, dict[str, Tensor]] = {}
+    def _on_host(self, parts: Parts) -> dict[str, dict[str, Tensor]]:
+        """Complete tensors in rank 0's memory; copies if the loop continues while they are written."""
+        tensors: dict[str, dict[str, Tensor]] = {}
         for part, named in parts.items():
             for name, tensor in named.items():
-                own = self.world.whole(tensor.detach())
-                if self.world.first:
-                    whole.setdefault(part, {})[name] = self._host(own)
-        if not self.world.first:
-            return dict
-        folder, step, keep = place.folder, place.step, place.keep
-
-        def work() -> None:
-            checkpoint.save(folder, step, whole, facts, keep, place.candidate)
-
-        return work
-
-    def _own_shard(self, place: checkpoint.Place, parts: Parts) -> Callable[[], Any]:
-        """Every rank writes the pieces that it holds; of what several hold, the first one writes it."""
-        self.world.on_first(lambda: checkpoint.begin(place))
-        own: dict[str, Tensor] = {}
-        offsets: dict[str, tuple[int, ...]] = {}
-        for part, named in parts.items():
-            for name, tensor in named.items():
-                piece = self.world.piece(tensor.detach())
-                if piece is not None:
-                    own[f"{part}/{name}"], offsets[f"{part}/{name}"] = self._host(piece[0]), piece[1]
-        name, header = shard_name(self.world.rank_info.rank, self.world.size), offsets_header(offsets)
-        return lambda: checkpoint.write(place, name, own, header) if own else {}
-
-    def _host(self, tensor: Tensor) -> Tensor:
-        """In host memory; a copy where the loop will go on changing it meanwhile."""
-        return tensor.to("cpu", copy=self.cfg.checkpoint_async)
+                full = self.context.full_tensor(tensor.detach())
+                if self.context.is_main:
+                    tensors.setdefault(part, {})[name] = full.to("cpu", copy=self.cfg.checkpoint_async)
+        return tensors

@@ -1,4 +1,4 @@
-"""Where a training begins: at the teacher, at its own newest checkpoint, or at the networks of another run."""
+"""Start a run from the student and fake score of another one (loop.start_from), or find its own newest checkpoint."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from gdmd.io import near_name
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import open_run
-from gdmd.training.distributed import World
+from gdmd.training.distributed import DistributedContext
 from gdmd.training.ema import load_named
 from gdmd.training.role_state import RoleState
 from gdmd.types import Role, Roles
 
 HEAD = "gan_head."
-"""Of a GAN head, which the other run may not have had: it begins anew."""
+"""Prefix of a GAN head's parameters, which the other run may not have: a head always starts fresh."""
 
 
-def newest(checkpoints: Path, world: World) -> checkpoint.Checkpoint | None:
+def newest(checkpoints: Path, context: DistributedContext) -> checkpoint.Checkpoint | None:
     """The newest good checkpoint of a folder: rank 0 finds it, the others read the same one."""
     found: list[checkpoint.Checkpoint | None] = []
 
@@ -29,7 +29,7 @@ def newest(checkpoints: Path, world: World) -> checkpoint.Checkpoint | None:
         found.append(checkpoint.load_newest(checkpoints))
         return str(found[0].path) if found[0] else None
 
-    path = world.on_first(find)
+    path = context.on_main(find)
     return found[0] if found else checkpoint.load(Path(path), verify=False) if path else None
 
 
@@ -37,14 +37,14 @@ def require_start(run: str) -> None:
     """ValueError unless loop.start_from names a run with a checkpoint."""
     if not run or checkpoint.steps(Path(run) / "checkpoints"):
         return
-    what = "has no checkpoint" if Path(run).is_dir() else "is not there"
+    what = "has no checkpoint" if Path(run).is_dir() else "does not exist"
     above = next((folder for folder in list(Path(run).parents)[:2] if checkpoint.steps(folder / "checkpoints")), None)
     near = f" Did you mean {above}?" if above else "" if Path(run).is_dir() else near_name(run)
     raise ValueError(f"loop.start_from: the run folder {run} {what}; give one that `gdmd train` has written.{near}")
 
 
 def check_model(run: str, config: Mapping[str, Any]) -> None:
-    """ValueError where the run that loop.start_from names stores its roles otherwise: a comparison of configs alone."""
+    """ValueError if the configuration of loop.start_from stores its roles differently; reads no weights."""
     if not run:
         return
     theirs, own = open_run(Path(run)).config.get("model", {}), config["model"]
@@ -60,14 +60,11 @@ def check_model(run: str, config: Mapping[str, Any]) -> None:
 
 
 def check_roles(run: str, roles: Roles) -> None:
-    """ValueError unless the student and fake of that run have the layers of ``roles``, in their sizes.
-
-    Only the headers of its newest checkpoint's files are read.
-    """
+    """ValueError unless student and fake score of that run have the tensors of ``roles``; reads file headers only."""
     for step in reversed(checkpoint.steps(Path(run) / "checkpoints") if run else []):
         try:
             return _compare(run, Path(run) / "checkpoints" / f"step_{step:06d}", roles)
-        except checkpoint.DamagedCheckpoint:  # passed over, and named, where it is loaded
+        except checkpoint.DamagedCheckpoint:  # reported where it is loaded
             continue
 
 
@@ -79,42 +76,47 @@ def _compare(run: str, folder: Path, roles: Roles) -> None:
         wrong = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
         if wrong:
             raise ValueError(
-                f"loop.start_from: the {role} of {run} is of another network: {len(wrong)} of its "
+                f"loop.start_from: the {role} of {run} belongs to another network: {len(wrong)} of its "
                 f"{len(own.keys() | theirs.keys())} tensors differ in name or size, first {wrong[0]}. Start from a run of "
                 "the same family, model size and model.lora_targets"
             )
 
 
-def begin_from(run: str, states: Mapping[Role, RoleState], world: World, config: Mapping[str, Any]) -> str:
-    """Student and fake as another run left them, the student averaged where that run has an EMA; returns what to tell.
+def warm_start(
+    run: str, states: Mapping[Role, RoleState], context: DistributedContext, config: Mapping[str, Any]
+) -> str:
+    """Load student (its EMA if there is one) and fake score of another run; returns the message for the user.
 
-    ``config``: of the run that begins. Where its adapters have another lora_alpha, B is scaled so that they change the
-    base model by the same. Optimizers, counters and the schedule begin anew, and the EMA at these weights. ValueError
-    when the networks differ.
+    ``config``: of the new run. If its adapters have another lora_alpha, B is scaled so that they change the base model
+    equally. Optimizers, counters and schedule start fresh, and the EMA starts at these weights. ValueError if the
+    networks differ.
     """
     require_start(run)
-    saved = newest(Path(run) / "checkpoints", world)
+    saved = newest(Path(run) / "checkpoints", context)
     assert saved is not None
     before = _config_of(run)
     factor = _scale(before) / _scale(config)
     averaged = saved.part("ema")
-    given: dict[Role, Mapping[str, Tensor]] = {"student": averaged or saved.part("student"), "fake": saved.part("fake")}
+    tensors: dict[Role, Mapping[str, Tensor]] = {
+        "student": averaged or saved.part("student"),
+        "fake": saved.part("fake"),
+    }
     for role, state in states.items():
         own = {name: weights for name, weights in state.parameters.items() if not name.startswith(HEAD)}
         theirs = {
             name: weights * factor if factor != 1 and ".lora_B." in name else weights
-            for name, weights in given[role].items()
+            for name, weights in tensors[role].items()
             if not name.startswith(HEAD)
         }
-        load_named(own, theirs, f"the {role} of loop.start_from = {run}", world)
+        load_named(own, theirs, f"the {role} of loop.start_from = {run}", context)
         if state.ema is not None:
-            _restart(state.ema.shadow, own)
-    begun = f"student{' (EMA)' if averaged else ''} and fake start from step {saved.step} of {run}"
-    return "\n".join([*saved.messages, begun, *_notes(before, config)])
+            _copy(state.ema.shadow, own)
+    message = f"student{' (EMA)' if averaged else ''} and fake start from step {saved.step} of {run}"
+    return "\n".join([*saved.messages, message, *_notes(before, config)])
 
 
 def _config_of(run: str) -> Mapping[str, Any]:
-    """The configuration of a run; empty for a folder that holds checkpoints alone."""
+    """The configuration of a run; empty for a folder that holds only checkpoints."""
     return open_run(Path(run)).config if (Path(run) / "config.yaml").is_file() else {}
 
 
@@ -125,7 +127,7 @@ def _scale(config: Mapping[str, Any]) -> float:
 
 
 def _notes(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Allowed differences that change the student or its images."""
+    """Differences that are allowed, although they change the student or its images."""
     keys = (("model", "lora_alpha"), ("model", "path"), ("model", "dtype"), ("method", "student_steps"))
     notes = []
     for section, key in keys:
@@ -139,6 +141,6 @@ def _notes(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
 
 
 @torch.no_grad()
-def _restart(shadow: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def _copy(shadow: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     for name, average in shadow.items():
         average.copy_(weights[name])

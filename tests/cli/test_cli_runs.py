@@ -19,7 +19,6 @@ import torch
 from cli_world import TINY, Gdmd, make_assets
 
 from gdmd.cli.app import main
-from gdmd.config.methods.base import DistillationConfig
 from gdmd.config.metric_keys import metric_keys
 from gdmd.programs import pretrain
 from gdmd.programs.demo import control
@@ -62,7 +61,9 @@ def test_recipes_are_listed_with_what_they_are_for(gdmd: Gdmd) -> None:
     listed = json.loads(gdmd("recipes", "--json").out)
     assert {"shapes", "shapes_demo", "shapes_smoke", "gdmd_paper"} <= listed.keys()
     lines = gdmd("recipes").out.splitlines()
-    assert len(lines) == len(listed) and all(listed[line.split()[0]] in line for line in lines)
+    first = {line.split()[0] for line in lines if line}
+    assert {"shapes", "gdmd_paper", "sdxl", "flux2_klein", "gdmd", "dmd2"} <= first and "sdxl_gdmd" in listed
+    assert all(len(line) <= 80 for line in lines) and listed["shapes_smoke"] in " ".join(" ".join(lines).split())
 
 
 def test_a_printed_recipe_can_be_trained_again(gdmd: Gdmd) -> None:
@@ -221,12 +222,7 @@ def test_the_control_of_a_demo_is_plain_dmd_with_as_many_student_updates(name: s
             control(cfg)
         return
     plain = control(cfg)
-    shared = set(DistillationConfig.model_fields) | {"group_size", "collection", "dmd_weight"}
-    for field in shared:
-        assert getattr(plain.method, field) == getattr(cfg.method, field)
-    unset = ("score_target", "score_baseline", "weighting", "student_target", "reward_gradient", "control")
-    assert [getattr(plain.method, field) for field in unset] == ["raw", "sample", "napo", "each", 0.0, "none"]
-    assert not plain.method.rewarded
+    assert plain.method == cfg.method.model_copy(update={"gamma": 0.0}) and not plain.method.rewarded
     assert (plain.loop, plain.eval, plain.rewards) == (cfg.loop, cfg.eval, cfg.rewards)
 
 
@@ -273,7 +269,6 @@ def test_the_printed_length_is_that_of_this_run(gdmd: Gdmd) -> None:
     finished = gdmd.train("method.group_size=2", "loop.steps=3", "--run", "run")
     assert "4-step student; 3 iterations of 2 samples, 6 student updates" in finished.err
     assert not [name for name in recipe_names() if re.search(r"\d updates|student updates", read_recipe(name).about)]
-    assert "4-step LoRA of rank 64 at 1024 x 1024; 750 iterations of 32 samples, 3,000 student" in gdmd("recipes").out
 
 
 def test_every_reader_of_a_run_names_the_checkpoint_that_it_reads_in_the_place_of_a_damaged_one(gdmd: Gdmd) -> None:
@@ -282,14 +277,14 @@ def test_every_reader_of_a_run_names_the_checkpoint_that_it_reads_in_the_place_o
     first = gdmd("eval", "run", "--json", *size)
     assert json.loads(first.out)["step"] == 2 and "note:" not in first.err
     (Path("run/checkpoints/step_000002/student.safetensors")).write_bytes(b"")
-    note = "step 2 was passed over; step 1 is used"
+    note = "step 2 was skipped; step 1 is used"
     measured = gdmd("eval", "run", "--json", *size)
     assert json.loads(measured.out)["step"] == 1 and measured.err.count(note) == 1
     sampled = gdmd("sample", "run", "-p", "a red ring", "-n", "1", "-o", "a.png")
     assert sampled.code == 0 and note in sampled.err
     assert note in gdmd("report", "run").err
     assert note in gdmd("eval", "preference", "run", "--per-task", "1", "-n", "1", "--json").err
-    assert "step 2 was passed over" in gdmd.train("loop.start_from=run", "loop.seed=1", "--run", "next").err
+    assert "step 2 was skipped" in gdmd.train("loop.start_from=run", "loop.seed=1", "--run", "next").err
     chosen = gdmd("eval", "run", "--checkpoint", "2", "--json", *size)
     assert chosen.code == 2 and "student.safetensors is damaged" in chosen.err and not chosen.out
 
@@ -299,7 +294,7 @@ def test_a_run_without_its_checkpoints_says_that_it_starts_over(gdmd: Gdmd) -> N
     shutil.rmtree("run/checkpoints")
     again = gdmd("train", "--resume", "run", "loop.steps=1", "--no-eval")
     assert again.code == 0
-    assert "run/checkpoints holds no checkpoint: the run starts over, without its 2 logged steps" in again.err
+    assert "run/checkpoints holds no checkpoint: the run starts over, without its 2 logged rows" in again.err
 
 
 def test_the_teacher_and_plain_dmd_are_trained_on_no_reward(gdmd: Gdmd) -> None:

@@ -92,6 +92,9 @@ def test_prose_is_not_taken_for_another_format(tmp_path: Path, first: str) -> No
         ("p.txt", "\n   \t\n", "is empty"),
         ("p.txt", "a " * 5000, f"line 1: 10000 characters; at most {LONGEST_PROMPT}"),
         ("p.txt", b"a ring\n\xff\xfe broken", "not UTF-8 at byte 7; convert it"),
+        ("p.txt", "a\n\nä\0", "line 3: the character U+0000"),
+        ("p.txt", "a ring\n".encode("utf-16-le"), "line 1: the character U+0000"),
+        ("p.txt", "a\n\ufeffb", "line 2: the character U+FEFF"),
         ("p.txt", '{"prompt": "a ring"}\n{"prompt": "a cross"}\n', "use the extension .jsonl"),
         ("p.txt", '["a ring", "a cross"]', "use the extension .jsonl, or .json"),
         ("p.txt", "Prompt\tCategory\na ring\tBasic\n", "use the extension .csv or .tsv"),
@@ -109,6 +112,10 @@ def test_prose_is_not_taken_for_another_format(tmp_path: Path, first: str) -> No
         ("p.jsonl", '"a ring"', "line 1: expected"),
         ("p.jsonl", '{"prompt": " "}', "line 1: the prompt is empty"),
         ("p.jsonl", json.dumps({"prompt": "x" * 10_000}), "line 1: 10000 characters"),
+        ("p.jsonl", r'{"prompt": "\ud800"}', "U+D800"),
+        ("p.jsonl", r'{"prompt": "a\u0000"}', "U+0000"),
+        ("p.jsonl", "[" * 100_000, "line 1: cannot be read as JSON"),
+        ("p.jsonl", '{"prompt": ' + "9" * 5000 + "}", "line 1: cannot be read as JSON"),
         ("p.json", "", "the file: not JSON"),
         ("p.json", "[]", "is empty; it needs at least one prompt"),
         ("p.json", '{"prompt": "a ring"}', "got dict; for one object per line use the extension .jsonl"),
@@ -267,19 +274,28 @@ FILES = [
     ("p.tar", tar([("000.txt", b"a red ring"), ("000.png", b"\x89PNG"), ("001.json", b'{"prompt": "b", "k": 1}')])),
     ("p.jsonl", '{"prompt": "a\u2028b", "k": "\u0085"}\n{"prompt": "b", "k": [1]}\n'.encode()),
     ("p.csv", b'id,prompt\n1,"a ""big"" dog"\n'),
+    ("p.txt", "a red ring\nzwei Ringe \u00e4\n\u4e00\n".encode()),
 ]
-PIECES = st.sampled_from([b"", b"\0" * 512, b"7777777", b"\x80" + b"\xff" * 11, b"../../x", b"\n", b'"', b"[" * 3000])
+PIECES = st.sampled_from(
+    [b"", b"\0" * 512, b"7777777", b"\x80" + b"\xff" * 11, b"../../x", b'"', b"[" * 3000]
+    + [b"\n", b"\r\n\r\n", b"\xef\xbb\xbf", b"\xe2\x80\xa8"]
+)
 
 
-@pytest.mark.parametrize(("name", "content"), FILES)
+@pytest.mark.parametrize(("name", "original"), FILES)
 @CASES
 @given(data=st.data())
 def test_mutated_files_are_read_or_an_error(
-    tmp_path_factory: pytest.TempPathFactory, name: str, content: bytes, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, name: str, original: bytes, data: st.DataObject
 ) -> None:
+    """Lines are never lost silently."""
     path = tmp_path_factory.getbasetemp() / name
-    path.write_bytes(data.draw(mutated([content], PIECES | st.binary(max_size=6))))
+    content = data.draw(mutated([original], PIECES | st.binary(max_size=6)))
+    path.write_bytes(content)
     texts: list[str] = []
-    assert refusal(lambda: texts.extend(prompts_in(path).texts)) or all(
-        0 < len(text) <= LONGEST_PROMPT for text in texts
-    )
+    if refusal(lambda: texts.extend(prompts_in(path).texts)):
+        return
+    assert all(0 < len(text) <= LONGEST_PROMPT for text in texts)
+    if path.suffix in (".txt", ".jsonl"):
+        lines = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r", b"\n").decode().split("\n")
+        assert len(texts) == sum(bool(line.strip()) for line in lines)

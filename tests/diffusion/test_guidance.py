@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from tiny_roles import Call, first_student, gdmd, prompts, rng, tiny_roles, train, watch
 
@@ -32,11 +31,6 @@ def test_another_guidance_runs_both_passes_in_one_call_at_the_same_x_t() -> None
     for call in teacher_calls(guidance=5.0):
         assert torch.equal(call.cond["tokens"], torch.cat([batch.cond["tokens"], batch.uncond["tokens"]]))
         assert torch.equal(call.x_t[:SIZE], call.x_t[SIZE:]) and torch.equal(call.t[:SIZE], call.t[SIZE:])
-
-
-@pytest.mark.parametrize(("guidances", "size"), [((1.0,), SIZE), ((1.0, 4.0), 2 * SIZE), ((0.0,), 2 * SIZE)])
-def test_scored_guidances_ask_for_the_second_pass_only_when_one_of_them_needs_it(guidances: Any, size: int) -> None:
-    assert [len(call.t) for call in teacher_calls(scored_guidances=guidances, guidance=7.0)] == [size, size]
 
 
 def test_student_fake_and_old_policy_are_never_guided() -> None:

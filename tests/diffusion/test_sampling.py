@@ -1,12 +1,13 @@
-"""The student's roll-out: predict, re-noise with fresh noise, stop where each sample's tau says."""
+"""The student's rollout: predict, re-noise with fresh noise, stop at each sample's tau, continue from there."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from gdmd.diffusion.rng import SampleRng
-from gdmd.diffusion.sampling import backward_simulation, few_step_sample, ode_sample, times
+from gdmd.diffusion.sampling import backward_simulation, continuation, few_step_sample, ode_sample, times
 from gdmd.diffusion.schedule import FlowSchedule, VpSchedule, from_x0, renoise
 from gdmd.types import Cond, Prediction
 
@@ -129,3 +130,58 @@ def test_an_ode_step_of_vp_is_ddim() -> None:
     eps = (x_t - schedule.alpha(here) * torch.tanh(x_t)) / schedule.sigma(here)
     wanted = schedule.alpha(there) * torch.tanh(x_t) + schedule.sigma(there) * eps
     torch.testing.assert_close(ode_sample(net, x_t, torch.cat([here, there]), {}, schedule), wanted)
+
+
+class Affine:
+    """A student whose x0 depends on every argument, and that counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        self.calls.append(len(x_t))
+        return Prediction(x0=(0.3 + t[:, None, None, None]) * x_t + cond["shift"][:, None, None, None], eps=x_t)
+
+
+def draw(purpose: str, i: int = 0) -> Tensor:
+    seed = sum(map(ord, purpose)) + i
+    return torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_stopped_and_continued_rollout_is_the_sampler() -> None:
+    student, stop = Affine(), torch.tensor([0, 1, 2, 1])
+    cond = {"shift": torch.tensor([0.1, 0.2, -0.3, 0.4], dtype=torch.float64)}
+    again = lambda i: draw("again", i)  # noqa: E731
+    whole = few_step_sample(student, draw("start"), STEPS, cond, again, FlowSchedule())
+    x_tau = backward_simulation(student, draw("start"), STEPS, stop, cond, again, FlowSchedule())
+    x0 = student(x_tau, torch.tensor(STEPS, dtype=torch.float64)[stop], cond).x0
+    student.calls.clear()
+    end = continuation(student, x0, stop, STEPS, cond, again, FlowSchedule())
+    torch.testing.assert_close(end, whole, rtol=1e-6, atol=1e-6)
+    assert sum(student.calls) == sum(3 - s for s in stop.tolist())
+
+
+def test_the_last_step_is_made_again_from_fresh_draw() -> None:
+    student, stop = Affine(), torch.full((4,), 3)
+    cond = {"shift": torch.zeros(4, dtype=torch.float64)}
+    end = continuation(student, draw("x0"), stop, STEPS, cond, lambda i: draw("again", i), FlowSchedule())
+    x_t = 0.75 * draw("x0") + 0.25 * draw("again", 3)
+    torch.testing.assert_close(end, (0.3 + 0.25) * x_t, rtol=1e-6, atol=1e-6)
+    assert student.calls == [4]
+
+
+def test_together_only_changes_the_calls() -> None:
+    stop, cond = torch.tensor([3, 2, 3, 2]), {"shift": torch.ones(4, dtype=torch.float64)}
+    ends, calls = [], []
+    for together in (False, True):
+        student = Affine()
+        again = lambda i: draw("again", i)  # noqa: E731
+        ends.append(continuation(student, draw("x0"), stop, STEPS, cond, again, FlowSchedule(), together=together))
+        calls.append(student.calls)
+    assert torch.equal(*ends) and calls == [[4], [1, 1, 4]]
+
+
+def test_one_step_has_no_continuation() -> None:
+    stop = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="has no step after the first"):
+        continuation(Affine(), draw("x0"), stop, (1.0,), {}, lambda i: draw("a"), FlowSchedule())

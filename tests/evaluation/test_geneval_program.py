@@ -24,8 +24,8 @@ from gdmd.evaluation.geneval import (
 )
 from gdmd.evaluation.geneval_scores import read_metadata
 from gdmd.rewards.geneval.detector import Detections
-from gdmd.rewards.geneval.rules import DetectedObject, Task, Requirement, as_row
-from gdmd.sources.base import Facts
+from gdmd.rewards.geneval.rules import DetectedObject, Requirement, Task, as_row
+from gdmd.sources.base import SourceInfo
 
 TASKS = (
     Task("single_object", "a photo of a dog", (Requirement("dog", 1),)),
@@ -55,7 +55,9 @@ class OneDog:
         if self.calls > self.stop_after:
             raise KeyboardInterrupt
         number = image.getpixel((0, 0))[1]  # type: ignore[index]
-        dogs = [DetectedObject((0.0, 0.0, 2.0, 2.0), 0.95, 0), DetectedObject((2.0, 2.0, 4.0, 4.0), 0.93, 1)][: 1 + number % 2]
+        dogs = [DetectedObject((0.0, 0.0, 2.0, 2.0), 0.95, 0), DetectedObject((2.0, 2.0, 4.0, 4.0), 0.93, 1)][
+            : 1 + number % 2
+        ]
         return Detections({"dog": dogs}, torch.ones(2, 4, 4, dtype=torch.bool))
 
 
@@ -119,12 +121,12 @@ class Plain:
     """A source of one color."""
 
     def __init__(self, name: str) -> None:
-        self.facts = Facts(name, "pipeline", name, identity={"kind": "pipeline", "weights": name})
+        self.info = SourceInfo(name, "pipeline", name, identity={"kind": "pipeline", "weights": name})
 
     def check(self, texts: Any) -> None:
         """Anything is a prompt."""
 
-    def make(self, places: Any, seed: int) -> list[Image.Image]:
+    def generate(self, places: Any, seed: int) -> list[Image.Image]:
         return [Image.new("RGB", (4, 4), "red") for _ in places]
 
 
@@ -145,13 +147,13 @@ def test_generated_images_of_another_source_or_seed_are_not_mixed(tmp_path: Path
 def test_an_image_depends_on_its_seed_and_not_on_the_batch() -> None:
     class Source:
         def __init__(self, batch: int) -> None:
-            self.facts = Facts("x", "pipeline", "x", batch=batch)
+            self.info = SourceInfo("x", "pipeline", "x", batch=batch)
             self.calls: list[int] = []
 
         def check(self, texts: Any) -> None:
             """Anything is a prompt."""
 
-        def make(self, places: Any, seed: int) -> list[Any]:
+        def generate(self, places: Any, seed: int) -> list[Any]:
             self.calls.append(len(places))
             return [(place.text, place.key, seed) for place in places]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gdmd.cli.app import main
 from gdmd.config.image_source import read_source
-from gdmd.evaluation.compare import Requirement, compare, preference
+from gdmd.evaluation.compare import EvalOptions, compare, preference
 from gdmd.evaluation.geneval import images_key
 from gdmd.evaluation.scorers import read_scorer, read_scorers
 from gdmd.recipes.reward_identity import scorer_identity
@@ -76,8 +76,8 @@ def world(gdmd: Gdmd) -> tuple[Path, Path]:
     return painted(gdmd.folder / "a", prompts, shades), painted(gdmd.folder / "b", prompts, brighter)
 
 
-def settings(**changes: Any) -> Requirement:
-    return Requirement(**({"prompts": "prompts.txt", "images": 2, "scorers": SCORERS, "device": "cpu"} | changes))
+def settings(**changes: Any) -> EvalOptions:
+    return EvalOptions(**({"prompts": "prompts.txt", "images": 2, "scorers": SCORERS, "device": "cpu"} | changes))
 
 
 def test_means_intervals_and_marks_of_known_images(gdmd: Gdmd) -> None:
@@ -108,7 +108,7 @@ def test_distances_and_diversity_use_the_given_features(gdmd: Gdmd) -> None:
 
 def test_a_killed_evaluation_goes_on_where_it_was(gdmd: Gdmd) -> None:
     gdmd.train("--run", "run")
-    asked = Requirement(per_task=1, images=2, scorers=SCORERS[:1], device="cpu")
+    asked = EvalOptions(per_task=1, images=2, scorers=SCORERS[:1], device="cpu")
     whole = preference(read_source("run,batch=5"), asked, Path("whole"), quiet)
     count = sum(calls)
 
@@ -148,15 +148,15 @@ def test_shards_make_the_images_of_one_process(gdmd: Gdmd) -> None:
 
 def test_a_folder_of_another_source_seed_or_prompt_is_refused(gdmd: Gdmd) -> None:
     gdmd.train("--run", "run")
-    asked = Requirement(per_task=1, images=1, limit=2, device="cpu")
+    asked = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
     preference(read_source("run"), asked, Path("eval"), quiet)
     with pytest.raises(ValueError, match="another source .*sampler"):
         preference(read_source("teacher-4"), asked, Path("eval"), quiet)
     with pytest.raises(ValueError, match=r"another source \(seed"):
-        preference(read_source("run"), Requirement(per_task=1, images=1, limit=2, seed=1), Path("eval"), quiet)
+        preference(read_source("run"), EvalOptions(per_task=1, images=1, limit=2, seed=1), Path("eval"), quiet)
     Path("p.txt").write_text("a red ring\ntwo squares\n")
     with pytest.raises(ValueError, match="00000 holds another prompt"):
-        preference(read_source("run"), Requirement(prompts="p.txt", images=1, device="cpu"), Path("eval"), quiet)
+        preference(read_source("run"), EvalOptions(prompts="p.txt", images=1, device="cpu"), Path("eval"), quiet)
     (Path("eval") / "settings.json").unlink()
     with pytest.raises(ValueError, match="images of an unknown source"):
         preference(read_source("run"), asked, Path("eval"), quiet)
@@ -327,7 +327,7 @@ def test_a_hub_branch_is_known_by_its_commit_and_else_equal_to_nothing(
 def test_a_retrained_run_of_the_same_settings_and_step_is_another_source(gdmd: Gdmd) -> None:
     gdmd.train("--run", "run")
     gdmd.train("--run", "other", "loop.seed=1")
-    asked = Requirement(per_task=1, images=1, limit=2, device="cpu")
+    asked = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
     preference(read_source("run"), asked, Path("eval"), quiet)
     preference(read_source("run"), asked, Path("eval"), quiet)
     shutil.rmtree("run/checkpoints")
@@ -355,6 +355,8 @@ def test_a_comparison_pairs_the_images_and_its_page_is_closed(gdmd: Gdmd) -> Non
     assert "<script" not in page and "&lt;script&gt;" in page and "&lt;b&gt;two" in page and "<b>two" not in page
     assert page.count("<img ") == 6 and not re.search(r"(src|href)=\"(?!data:image/png)", page)
     assert not re.search(r"url\((?!['\"]?#)", page)
+    assert f"{SCORERS[0]} against one: &lt;b&gt;two is not judged (fewer than 5 prompts)." in page
+    assert "+0.200, 100 %" in page and "+0.200 [" not in page
 
 
 def test_shapes_models_are_compared_with_nothing_but_the_shipped_parts(gdmd: Gdmd) -> None:
@@ -369,7 +371,8 @@ def test_shapes_models_are_compared_with_nothing_but_the_shipped_parts(gdmd: Gdm
     for row in rows.values():
         assert 0 <= row["shapeseval"]["overall"] <= 1 and row["frechet"] > 0 and row["diversity"] > 0
     page = Path("eval/compare.html").read_text()
-    assert "<svg" in page and "ShapesEval overall" in page and "†" in page
+    assert "ShapesEval against teacher-4-plain: run" in page and "ShapesEval overall" in page and "†" in page
+    assert page.count('class="shot right"') + page.count('class="shot wrong"') == page.count("<img ") == 12
     printed = gdmd("eval", "compare", "teacher-4-plain", "run", "-o", "eval", "--per-task", "1", "-n", "2")
     assert "ShapesEval overall" in printed.out and "made" not in printed.err  # nothing was made again
 
@@ -481,7 +484,7 @@ def test_pipelines_are_compared_with_their_speed_and_geneval_beside_them(gdmd: G
     (images / "geneval.json").write_text(json.dumps(scores | {"images": images_key(images)}))
     compare(sources, wanted, Path("eval"), quiet)
     page = Path("eval/compare.html").read_text()
-    assert "GenEval (HF detector) overall" in page and "0.5000 [0.2500, 0.7500]" in page
+    assert "GenEval (HF detector) overall" in page and "0.500 [0.250, 0.750]" in page
     (images / "geneval.json").write_text(json.dumps(scores | {"images": "of another time"}))
     said: list[str] = []
     assert compare(sources, wanted, Path("eval"), said.append)["rows"]["2"]["geneval"] is None

@@ -34,7 +34,7 @@ from gdmd.models.families.base import Family
 from gdmd.models.loading import check_tiny, open_family
 from gdmd.models.roles import DiffusersRoles
 from gdmd.models.schedulers import read_flow, read_vp
-from gdmd.plan.meta_pipeline import hollow_family
+from gdmd.plan.meta_pipeline import meta_family
 from gdmd.plan.networks import networks_of
 from gdmd.recipes.build import build
 from gdmd.sources.open import open_source
@@ -86,11 +86,11 @@ def saved(folders: Path, tmp_path: Path) -> Callable[..., Path]:
 def both(folder: Path, **changes: Any) -> list[Family]:
     """As training opens it, and as a plan does."""
     config = tiny.config(folder, **changes)
-    return [open_family(config), hollow_family(config).family]
+    return [open_family(config), meta_family(config).family]
 
 
 def refused(folder: Path, message: str, **changes: Any) -> None:
-    for opening in (open_family, hollow_family):
+    for opening in (open_family, meta_family):
         with pytest.raises(ValueError, match=message):
             opening(tiny.config(folder, **changes))
 
@@ -192,7 +192,7 @@ def test_another_number_of_training_steps_is_the_networks_time(saved: Callable[.
         ("sd3", diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "prediction_type = 'epsilon'"),
         ("sd3", diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas = False"),
         ("sd3", diffusers.EDMEulerScheduler(), "flow model.*EDM models"),
-        ("sd3", diffusers.LTXEulerAncestralRFScheduler(), "not one that gdmd can read"),
+        ("sd3", diffusers.LTXEulerAncestralRFScheduler(), "not supported by gdmd"),
         ("sd3", diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), "use_karras_sigmas = True"),
         ("sd3", diffusers.FlowMatchEulerDiscreteScheduler(use_exponential_sigmas=True), "use_exponential_sigmas"),
         ("flux", diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas = True"),
@@ -359,7 +359,7 @@ def test_an_exported_unet_makes_the_trainers_images(
             weights.add_(0.2 * torch.randn_like(weights))
     noises = [torch.randn(2, *roles.family.latent_shape) for _ in UNIFORM]
     wanted, pipe = trainers_images(roles, noises), roles.family.pipe
-    roles.trunk.wear(roles.student.net.wear)  # type: ignore[union-attr]
+    roles.backbone.set_adapter(roles.student.net.adapter)  # type: ignore[union-attr]
     pipe.scheduler = student_scheduler(roles.family, UNIFORM)
     torch.testing.assert_close(stock_images(pipe, roles, noises, monkeypatch), wanted, rtol=0, atol=1e-5)
 
@@ -376,7 +376,7 @@ def test_an_exported_unet_makes_the_trainers_images(
         (diffusers.DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule = 'sigmoid'"),
         (diffusers.DDPMScheduler(variance_type="learned_range"), "variance_type = 'learned_range'"),
         (diffusers.DDIMScheduler(**BETAS, num_train_timesteps=9, trained_betas=[0.1, 0.2]), "one beta for each"),
-        (diffusers.IPNDMScheduler(), "not one that gdmd can read"),
+        (diffusers.IPNDMScheduler(), "not supported by gdmd"),
         (
             diffusers.DDIMScheduler(timestep_spacing="quad"),
             "timestep_spacing = 'quad'; supported are trailing, leading",
@@ -537,7 +537,7 @@ def test_a_name_is_a_few_step_models_where_published_names_have_the_word(name: s
 @pytest.mark.parametrize(
     ("name", "called", "note"),
     [
-        ("sdxl", "my-turbo-dog", "contains 'turbo', but nothing shows a few-step model"),
+        ("sdxl", "my-turbo-dog", "contains 'turbo', but nothing else indicates a few-step model"),
         ("flux", "base", "method.guidance = 3 is applied on top of model.embedded_guidance = 3.5"),
     ],
 )
@@ -594,7 +594,7 @@ def test_a_qwen_teacher_is_guided_by_its_pipelines_default(saved: Callable[..., 
         calls[more] = []
         source.pipe.transformer.register_forward_hook(lambda *_, seen=calls[more]: seen.append(1))
         source.pipe(prompt=["a"], max_sequence_length=64, **source.arguments)
-        calls[more].append(source.facts.identity["guidance"])
+        calls[more].append(source.info.identity["guidance"])
     assert calls == {"": [1, 1, 1, 1, 4.0], ",guidance=1": [1, 1, 1.0], ",guidance=4": [1, 1, 1, 1, 4.0]}
 
 

@@ -29,7 +29,7 @@ from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
 from gdmd.models.loading import open_family
 from gdmd.models.packing import in_patches, pack
 from gdmd.models.roles import DiffusersRoles
-from gdmd.sources.base import places_of
+from gdmd.sources.base import image_slots
 from gdmd.sources.open import open_source
 
 UNIFORM = (1.0, 0.75, 0.5, 0.25)
@@ -259,7 +259,7 @@ def test_a_safety_checker_is_exported_and_never_used_here(
     for folder in [tmp_path / "base", *([tmp_path / "export"] if merged else [])]:
         caplog.clear()
         source = open_source(read_source(f"{folder},steps=1,height=32,width=32,dtype=fp32,device=cpu"))
-        (image,) = source.make(places_of(["a dog"], 1), 0)
+        (image,) = source.generate(image_slots(["a dog"], 1), 0)
         assert max(high for _, high in image.getextrema()) > 0
         assert caplog.text.count("the safety checker of") == 1
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gdmd.losses.advantages import RunningBaseline, RunningScale, softmax_weights
+from gdmd.losses.advantages import RunningScale, softmax_weights
 from gdmd.losses.gdmd import optimality
 from gdmd.methods.scorer import mean_advantage
 
@@ -112,34 +112,3 @@ def test_an_unscored_target_weighs_one_and_the_others_share_the_rest() -> None:
     assert weights[:, 1].tolist() == [1.0] * 4 and weights[0, 0] == 1
     torch.testing.assert_close(weights[1:, 0], softmax_weights(advantage[1:, :1], 1.0)[:, 0])
     assert weights[:, 0].mean().item() == pytest.approx(1)
-
-
-def test_the_baseline_is_the_discounted_mean_of_the_advantages_of_its_guidance_and_bin() -> None:
-    """b[g, k] = sum_s decay^(n-s) sum A / sum_s decay^(n-s) count, over what was scored at guidance g with t in bin k."""
-    baseline = RunningBaseline(2, decay=0.5, bins=2)
-    times = torch.tensor([[0.1, 0.4, 0.5]])  # the edge .5 belongs to the second bin
-    first = torch.tensor([[[1.0, 3.0, 10.0], [0.0, 2.0, torch.nan]]])  # [E, G, B]
-    torch.testing.assert_close(baseline.update(first, times), torch.tensor([[[2.0, 2.0, 10.0], [1.0, 1.0, 0.0]]]))
-    second = torch.tensor([[[5.0, 7.0, 4.0], [4.0, torch.nan, 6.0]]])
-    torch.testing.assert_close(
-        baseline.update(second, times),
-        torch.tensor([[[(2 + 12) / 3, (2 + 12) / 3, (5 + 4) / 1.5], [(1 + 4) / 2, (1 + 4) / 2, 6.0]]]),
-    )
-
-
-def test_scores_that_depend_on_time_and_guidance_alone_leave_nothing_above_the_baseline() -> None:
-    baseline, times = RunningBaseline(3), (torch.arange(8) + 0.5).div(8).repeat(4, 2)  # [E, B], one value per bin
-    advantage = times[:, None] * torch.tensor([1.0, -2.0, 5.0])[:, None] + 7
-    for _ in range(3):
-        torch.testing.assert_close(baseline.update(advantage, times), advantage)
-
-
-def test_a_restored_baseline_continues_bit_for_bit() -> None:
-    first, second = RunningBaseline(2), RunningBaseline(2)
-    draws = [(torch.randn(3, 2, 8), torch.rand(3, 8)) for _ in range(4)]
-    for draw in draws[:2]:
-        first.update(*draw)
-    second.load(first.state())
-    for draw in draws[2:]:
-        assert torch.equal(first.update(*draw), second.update(*draw))
-    assert not torch.equal(first.total, torch.zeros_like(first.total))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ import torch
 from tiny_roles import LR, ToyCodec, apply, dmd, gdmd, prompts, rng, same, tiny_roles, weights
 from torch import Tensor
 
-from gdmd.methods.pass_counter import Counted, Pace, measure_pace, without_cost
+from gdmd.methods.pass_counter import Counted, without_cost
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles
-from gdmd.sweep import budgets as compare_budget
 from gdmd.sweep.divergence import divergence, fixed_states, realized_change, student_gradient
 from gdmd.types import Method, PromptBatch
 
@@ -87,32 +85,6 @@ def test_the_sums_survive_a_restart_with_the_state_of_the_method() -> None:
     assert again.cost == before.cost
     assert same(dict(again.method.state()), dict(before.method.state()))
     assert without_cost(before.state()).keys() == before.method.state().keys()
-
-
-def test_a_pace_turns_budgets_into_iterations() -> None:
-    assert [Pace(90.0, 4.0).steps_for_updates(n) for n in (1, 4, 5, 8)] == [1, 1, 2, 2]
-    assert [Pace(90.0, 4.0).steps_for_passes(p) for p in (1, 134, 136, 900)] == [1, 1, 2, 10]
-    roles = tiny_roles()
-    pace = measure_pace(counted(gdmd(roles, **ONE_STEP), roles), [(k, prompts(), rng(k)) for k in range(2)])
-    assert pace == Pace(BATCH * (1 + 3 * 9), 3.0)
-
-
-@pytest.mark.parametrize(("early", "updates", "cost"), [(15.5, 200, 25.5), (15.5, 190, 20.0), (11.6, 190, 20.0)])
-def test_equal_passes_hold_for_a_method_whose_first_stage_costs_more(
-    monkeypatch: pytest.MonkeyPatch, early: float, updates: int, cost: float
-) -> None:
-    """100 iterations cost ``early``, all later ones 11.5, and a probe sees single iterations of both."""
-
-    def pace(recipe: dict[str, float], updates: int, probes: Path, count: int = compare_budget.PROBED) -> Pace:
-        if "passes" in recipe:
-            return Pace(recipe["passes"], 1.0)
-        seen = [early if place < 100 else 11.5 for place in compare_budget.places(updates, count)]
-        return Pace(sum(seen) / count, 1.0)
-
-    monkeypatch.setattr(compare_budget, "pace_of", pace)
-    job = {"recipe": {}, "passes_of": {"passes": cost}, "student_updates": updates}
-    found = compare_budget.iterations(job, Path())
-    assert 100 * early + (found - 100) * 11.5 == pytest.approx(updates * cost, rel=0.012)
 
 
 @dataclass

@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tiny_roles import Toy, ToyCodec, apply, distance, dmd, rng, same, student_gradient, tiny_roles, watch, weights
+from tiny_roles import Toy, ToyCodec, apply, dmd, make, rng, same, student_gradient, tiny_roles, watch, weights
 from torch import Tensor
 
 from gdmd.config.methods.all import MethodConfig, without_rewards
 from gdmd.config.methods.dmd import DmdConfig
 from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
 from gdmd.config.run import RunConfig
-from gdmd.config.training import LoopConfig
-from gdmd.data.prompts import PromptStream, batch_of
-from gdmd.diffusion.rng import SampleRng
+from gdmd.data.prompts import batch_of
 from gdmd.diffusion.schedule import renoise
 from gdmd.losses.advantages import group_advantage
 from gdmd.losses.dmd import dmd_loss
-from gdmd.methods.dmd_grpo import DmdGrpo
-from gdmd.methods.dmd_nft import DmdNft
-from gdmd.methods.dmd_refl import DmdRefl
-from gdmd.methods.rollouts import collect
-from gdmd.methods.scorer import Scorer
-from gdmd.recipes.build import build
-from gdmd.recipes.read import read_recipe
-from gdmd.runs import checkpoint
-from gdmd.runs.run_folder import create, open_run
+from gdmd.methods.rollouts import collect, moves_log_prob
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
-from gdmd.training.loop import train as loop
-from gdmd.training.role_state import role_states, split
 from gdmd.types import Method, PromptBatch, Reward, Update
 
 KINDS = ["dmd_refl", "dmd_nft", "dmd_grpo"]
@@ -45,16 +30,8 @@ TEXTS = ("a circle",) * 3 + ("a red square",) * 3
 GROUP = torch.tensor([4, 4, 4, 9, 9, 9])
 
 
-def rival(kind: str, roles: ShapesRoles, *rewards: Reward, codec: ToyCodec | None = None, **options: Any) -> Any:
-    scorer = Scorer(codec or ToyCodec(), rewards or (Toy(),))
-    own = {**UPDATES, **options}
-    match kind:
-        case "dmd_refl":
-            return DmdRefl(DmdReflConfig(**own), roles, LATENT_SHAPE, "velocity").attach(scorer)
-        case "dmd_nft":
-            return DmdNft(DmdNftConfig(**own), roles, LATENT_SHAPE, "velocity").attach(scorer)
-        case _:
-            return DmdGrpo(DmdGrpoConfig(**own), roles, LATENT_SHAPE, "velocity").attach(scorer)
+def baseline(kind: str, roles: ShapesRoles, *rewards: Reward, codec: ToyCodec | None = None, **options: Any) -> Any:
+    return make(kind, roles, *rewards, codec=codec, **{**UPDATES, **options})
 
 
 def grouped() -> PromptBatch:
@@ -82,68 +59,10 @@ def plain(roles: ShapesRoles, batch: Any) -> Tensor:
     return dmd_loss(roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_weight_zero_is_dmd_bit_for_bit_and_scores_nothing(kind: str) -> None:
-    first, second, third, codec = tiny_roles(), tiny_roles(), tiny_roles(), ToyCodec()
-    wanted = train(dmd(first, **UPDATES), first)
-    assert same(train(rival(kind, second, codec=codec, rl_weight=0.0), second), wanted)
-    assert not codec.shown and not second.old_state()
-    assert distance(wanted, weights(tiny_roles())) > 1e-4
-    assert distance(train(rival(kind, third), third), wanted) > 1e-6
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradient_reaches_the_updated_role_only(kind: str) -> None:
-    roles, codec, reward = tiny_roles(), ToyCodec(), Toy()
-    nets = {name: list(getattr(roles, name).net.parameters()) for name in ("student", "fake", "teacher", "old")}
-    for parameter in sum(nets.values(), []):
-        parameter.requires_grad_(True)
-    batch, seen = grouped(), []
-    for update in rival(kind, roles, reward, codec=codec).iteration(0, batch, rng(0, batch)):
-        tensors = [value for value in vars(update.batch).values() if isinstance(value, Tensor)]
-        assert not any(value.requires_grad for value in tensors)
-        update.loss(update.batch).per_sample.mean().backward()
-        assert {name for name, own in nets.items() if any(p.grad is not None for p in own)} == {update.role}
-        assert codec.gain.grad is None and reward.gain.grad is None
-        for parameter in nets[update.role]:
-            parameter.grad = None
-        seen.append(update.role)
-    assert seen == ["fake"] * 3 + ["student"] * 2
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_unscored_sample_takes_a_plain_dmd_step_and_is_counted(kind: str) -> None:
-    roles = tiny_roles()
-    method = rival(kind, roles, Toy(), Toy("other", 1, unscored=(2,)))
-    others = [0, 1, 3, 4, 5]
-    for update in run(method, roles):
-        loss, wanted = update.loss(update.batch), plain(roles, update.batch)
-        assert loss.per_sample[2] == wanted[2] and (loss.per_sample != wanted)[others].all()
-        assert loss.per_sample.isfinite().all() and student_gradient(update, roles).isfinite().all()
-        counted = loss.stats if kind == "dmd_refl" else method.stats()
-        assert counted["reward/unscored"].mean().item() == pytest.approx(1 / 6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_without_any_score_is_plain_dmd(kind: str) -> None:
-    first, second = tiny_roles(), tiny_roles()
-    silent = Toy(unscored=tuple(range(6)))
-    assert same(train(rival(kind, second, silent), second), train(dmd(first, **UPDATES), first))
-
-
-@pytest.mark.parametrize("spread", ["global", "group"])
-@pytest.mark.parametrize("kind", BLACK_BOX)
-def test_rewards_in_other_units_change_nothing(kind: str, spread: str) -> None:
-    first, second = tiny_roles(), tiny_roles()
-    wanted = train(rival(kind, first, Toy(), Toy("b", 1), spread=spread), first)
-    other = Toy(factor=40.0, offset=-3.0), Toy("b", 1, factor=0.2, offset=0.5)
-    assert distance(train(rival(kind, second, *other, spread=spread), second), wanted) < 2e-5
-
-
 @pytest.mark.parametrize("kind", BLACK_BOX)
 def test_permuting_the_samples_permutes_their_advantages(kind: str) -> None:
     roles, batch, order = tiny_roles(), grouped(), torch.tensor([5, 0, 3, 2, 4, 1])
-    method = rival(kind, roles)
+    method = baseline(kind, roles)
     texts = tuple(TEXTS[k] for k in order)
     mixed = batch_of(texts, ShapesTextEncoder(), order, GROUP[order])
     one, two = (
@@ -156,7 +75,7 @@ def test_permuting_the_samples_permutes_their_advantages(kind: str) -> None:
 @pytest.mark.parametrize("kind", BLACK_BOX)
 def test_samples_are_compared_inside_their_group_by_the_integer_id(kind: str) -> None:
     roles, batch, codec = tiny_roles(), grouped(), ToyCodec()
-    method = rival(kind, roles, Toy(), codec=codec)
+    method = baseline(kind, roles, Toy(), codec=codec)
     collected = collect(roles, method.scorer, method.cfg, batch, rng(0, batch), LATENT_SHAPE)
     assert torch.equal(codec.shown[-1], collected.trajectory.x0)
     reward = Toy().score(codec.decode(codec.shown[-1]), batch).detach()
@@ -166,19 +85,9 @@ def test_samples_are_compared_inside_their_group_by_the_integer_id(kind: str) ->
     assert torch.equal(lonely.advantage, torch.zeros(6))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_micro_batches_are_the_whole_batch(kind: str) -> None:
-    roles = tiny_roles()
-    for update in run(rival(kind, roles, Toy(unscored=(1,))), roles):
-        whole = update.loss(update.batch)
-        parts = [update.loss(part) for part in split(update.batch, 2)]
-        torch.testing.assert_close(torch.cat([p.per_sample for p in parts]), whole.per_sample, rtol=1e-4, atol=1e-5)
-        assert all(value.shape == (6,) and not value.requires_grad for value in whole.stats.values())
-
-
 def test_refl_is_the_reward_back_propagated_through_decoder_and_reward() -> None:
     roles, codec, rewards = tiny_roles(), ToyCodec(), (Toy(), Toy("other", 2, factor=3.0))
-    update = next(run(rival("dmd_refl", roles, *rewards, codec=codec, rl_weight=0.5, margin=0.9), roles))
+    update = next(run(baseline("dmd_refl", roles, *rewards, codec=codec, rl_weight=0.5, margin=0.9), roles))
 
     def wanted(batch: Any) -> Tensor:
         x0 = roles.student(batch.x_tau, batch.tau, batch.cond).x0
@@ -195,7 +104,7 @@ def test_refl_is_the_reward_back_propagated_through_decoder_and_reward() -> None
 def test_refl_leaves_pictures_above_the_margin_to_dmd() -> None:
     first, second = tiny_roles(), tiny_roles()
     wanted = train(dmd(first, **UPDATES), first)
-    assert same(train(rival("dmd_refl", second, Toy(offset=5.0), margin=0.7), second), wanted)
+    assert same(train(baseline("dmd_refl", second, Toy(offset=5.0), margin=0.7), second), wanted)
 
 
 def test_refl_refuses_a_black_box_reward_unless_it_is_not_used() -> None:
@@ -203,13 +112,13 @@ def test_refl_refuses_a_black_box_reward_unless_it_is_not_used() -> None:
     with pytest.raises(
         ValueError, match="dmd_refl back-propagates its rewards, and checker is not differentiable; give"
     ):
-        rival("dmd_refl", tiny_roles(), Toy(), box)
-    rival("dmd_refl", tiny_roles(), box, rl_weight=0.0)
+        baseline("dmd_refl", tiny_roles(), Toy(), box)
+    baseline("dmd_refl", tiny_roles(), box, rl_weight=0.0)
 
 
 def test_nft_learns_at_re_noisings_of_the_samples_that_were_scored() -> None:
     roles, codec = tiny_roles(), ToyCodec()
-    batches = [update.batch for update in run(rival("dmd_nft", roles, codec=codec, nft_steps=(0.9, 0.3)), roles)]
+    batches = [update.batch for update in run(baseline("dmd_nft", roles, codec=codec, nft_steps=(0.9, 0.3)), roles)]
     assert len(codec.shown) == 1
     for i, batch in enumerate(batches):
         assert torch.equal(batch.x_s, codec.shown[0]) and set(batch.t.tolist()) <= {
@@ -223,37 +132,28 @@ def test_nft_learns_at_re_noisings_of_the_samples_that_were_scored() -> None:
     assert not torch.equal(batches[0].x_t, batches[1].x_t)
 
 
-def test_the_old_policy_of_nft_is_an_ema_whose_decay_grows_to_its_limit() -> None:
-    roles, decays = tiny_roles(), []
-    follow = roles.follow
-    roles.follow = lambda decay: (decays.append(decay), follow(decay))[1]  # type: ignore[method-assign]
-    method = rival("dmd_nft", roles, old_decay=0.003)
-    train(method, roles, 2)
-    assert decays == pytest.approx([0.0, 0.001, 0.002, 0.003, 0.003]) and roles.old_state()
-    update = next(run(method, roles))
-    wanted = roles.old(update.batch.x_t, update.batch.t, update.batch.cond).x0
-    torch.testing.assert_close(update.batch.x0_old, wanted)
-    assert (wanted - roles.student(update.batch.x_t, update.batch.t, update.batch.cond).x0).abs().max() > 1e-4
-
-
 def test_nft_is_neutral_where_all_rewards_of_a_group_are_equal_and_the_student_is_the_old_policy() -> None:
     roles = tiny_roles()
     roles.follow(0.0)
-    update = next(run(rival("dmd_nft", roles, Toy(factor=0.0, offset=2.0)), roles))
+    update = next(run(baseline("dmd_nft", roles, Toy(factor=0.0, offset=2.0)), roles))
     assert torch.equal(update.batch.r, torch.full((6,), 0.5))
     wanted = student_gradient(update, roles, lambda batch: plain(roles, batch))
     torch.testing.assert_close(student_gradient(update, roles), wanted, rtol=1e-4, atol=1e-5)
 
 
+def log_prob_of(method: Any, batch: Any) -> Tensor:
+    return moves_log_prob(method.roles, batch.x, batch.cond, method.cfg)
+
+
 def test_the_first_grpo_update_is_the_policy_gradient_and_the_second_is_clipped() -> None:
     roles = tiny_roles()
-    method = rival("dmd_grpo", roles, rl_weight=3.0, ratio_clip=1e-6)
+    method = baseline("dmd_grpo", roles, rl_weight=3.0, ratio_clip=1e-6)
     for place, update in enumerate(run(method, roles)):
-        log_prob = method.log_prob(update.batch)
+        log_prob = log_prob_of(method, update.batch)
         moved = (log_prob - update.batch.log_prob_old).abs().max()
         if place == 0:
             assert moved < 1e-6
-            gain = lambda b: plain(roles, b) - 3 * b.advantage * method.log_prob(b).mean(1)  # noqa: E731
+            gain = lambda b: plain(roles, b) - 3 * b.advantage * log_prob_of(method, b).mean(1)  # noqa: E731
             wanted = student_gradient(update, roles, gain)
             torch.testing.assert_close(student_gradient(update, roles), wanted, rtol=1e-3, atol=1e-5)
         else:
@@ -262,9 +162,9 @@ def test_the_first_grpo_update_is_the_policy_gradient_and_the_second_is_clipped(
 
 def test_the_gradient_of_grpo_raises_the_likelihood_of_better_samples() -> None:
     roles = tiny_roles()
-    method = rival("dmd_grpo", roles, rl_weight=1e4, student_updates=1)
+    method = baseline("dmd_grpo", roles, rl_weight=1e4, student_updates=1)
     update = next(run(method, roles))
-    before = method.log_prob(update.batch).mean(1).detach()
+    before = log_prob_of(method, update.batch).mean(1).detach()
     gradient = student_gradient(update, roles)
     with torch.no_grad():
         place = 0
@@ -272,14 +172,14 @@ def test_the_gradient_of_grpo_raises_the_likelihood_of_better_samples() -> None:
             step = gradient[place : place + parameter.numel()].reshape(parameter.shape)
             parameter.sub_(1e-3 * step / gradient.norm())
             place += parameter.numel()
-    gained = method.log_prob(update.batch).mean(1).detach() - before
+    gained = log_prob_of(method, update.batch).mean(1).detach() - before
     assert (gained * update.batch.advantage).sum() > 0
 
 
 def test_the_policy_rolls_out_with_the_students_weights_before_its_update() -> None:
     roles = tiny_roles()
     diary = watch(roles)
-    update = next(run(rival("dmd_grpo", roles, noise_level=0.8), roles))
+    update = next(run(baseline("dmd_grpo", roles, noise_level=0.8), roles))
     calls = [call for call in diary if call.name == "student"][-4:]
     assert [call.t[0].item() for call in calls] == [1.0, 0.75, 0.5, 0.25]
     assert torch.equal(torch.stack([call.x_t for call in calls], 1), update.batch.x)
@@ -288,55 +188,6 @@ def test_the_policy_rolls_out_with_the_students_weights_before_its_update() -> N
     wanted = -(0.75 * math.sin(0.4 * math.pi) * noise).square().mean((1, 2, 3))
     torch.testing.assert_close(update.batch.log_prob_old[:, 0], wanted)
     assert (mean - 0.25 * calls[0].x0).abs().max() > 1e-3  # the rest of the noise is the prediction's own
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    _train_in(whole, kind, lambda step: None)
-    _train_in(halves, kind, lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 1 else None)
-    assert max(checkpoint.steps(halves / "checkpoints")) == 2
-    _train_in(halves, kind, lambda step: None)
-    one, two = (checkpoint.load_newest(folder / "checkpoints") for folder in (whole, halves))
-    assert one is not None and two is not None and one.step == two.step == 4
-    assert all(same(one.tensors[part], two.tensors[part]) for part in one.tensors)
-    assert bool(one.tensors.get("old")) == (kind == "dmd_nft")
-
-
-def _train_in(folder: Path, kind: str, at_step: Callable[[int], None]) -> None:
-    cfg = LoopConfig(steps=4, batch_size=6, micro_batch=3, checkpoint_every=4, grid_every=0, threads=1, lr_student=1e-2)
-    roles = tiny_roles()
-    method = rival(kind, roles, Toy(), Toy("other", 1))
-
-    class Stream(PromptStream):
-        def at(self, step: int, start: int = 0, stop: int | None = None) -> PromptBatch:
-            at_step(step)
-            return super().at(step, start, stop)
-
-    stream = Stream([["a circle", "two rings"], ["a red square"]], ShapesTextEncoder(), 6, 0, 3)
-    exists = (folder / "config.yaml").exists()
-    home = open_run(folder) if exists else create(folder, cfg.model_dump(mode="json"))
-    loop(method, roles, stream, cfg, home)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_six_iterations_on_shapes_are_finite_and_change_the_student(kind: str) -> None:
-    cfg = read_recipe(kind, ["loop.batch_size=8", "loop.steps=6", "method.fake_updates=2", "loop.warmup=0"])
-    components = build(cfg, "cpu")
-    states = role_states(components.roles, cfg.loop)
-    before = {name: p.detach().clone() for name, p in components.roles.parameters("student").items()}
-    for step in range(6):
-        batch = components.stream.at(step)
-        assert len(set(batch.text)) <= (8 if kind == "dmd_refl" else 1)
-        for update in components.method.iteration(step, batch, SampleRng(0, step, batch.index)):
-            stats = states[update.role].apply(update, 1.0)
-            assert all(value.isfinite().all() for name, value in stats.items() if not name.startswith("fake_loss"))
-    after = components.roles.parameters("student")
-    assert all(p.isfinite().all() for p in after.values()) and states["student"].updates == 6
-    assert distance(before, {name: p.detach() for name, p in after.items()}) > 1e-5
 
 
 def recipe(**method: Any) -> RunConfig:

@@ -25,9 +25,9 @@ from gdmd.models.families.base import Family
 from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
 from gdmd.runs import checkpoint
-from gdmd.training.distributed import SINGLE
+from gdmd.training.distributed import SINGLE_PROCESS
 from gdmd.training.role_state import role_states
-from gdmd.training.warm_start import begin_from, check_model, check_roles
+from gdmd.training.warm_start import check_model, check_roles, warm_start
 from gdmd.types import Role
 
 ROLES: tuple[Role, Role] = ("student", "fake")
@@ -107,17 +107,17 @@ def gradients(roles: DiffusersRoles, role: Role, at: Any, between: Callable[[], 
 
 @pytest.mark.parametrize("name", ["sd3", "sdxl", "z_image", "flux2"])
 def test_checkpointed_blocks_are_recomputed_in_their_own_role(folders: Path, name: str) -> None:
-    plain, recomputed = (roles_of(folders, name, checkpointing=on) for on in (False, True))
-    for roles in (plain, recomputed):
+    plain, checkpointed = (roles_of(folders, name, checkpointing=on) for on in (False, True))
+    for roles in (plain, checkpointed):
         wake(roles, "fake", 1)
         wake(roles, "student", 2)
     at = states(plain)
-    for role, other in zip(ROLES, (recomputed.teacher, recomputed.student), strict=True):
+    for role, other in zip(ROLES, (checkpointed.teacher, checkpointed.student), strict=True):
         wanted = gradients(plain, role, at)
-        found = gradients(recomputed, role, at, partial(other, *at))
+        found = gradients(checkpointed, role, at, partial(other, *at))
         assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(found, wanted, strict=True))
         assert any(grad.any() for grad in found)
-    assert torch.equal(recomputed.teacher(*at).x0, plain.teacher(*at).x0)  # after a backward pass, too
+    assert torch.equal(checkpointed.teacher(*at).x0, plain.teacher(*at).x0)  # after a backward pass, too
 
 
 def test_two_roles_in_one_loss_keep_their_own_gradients(folders: Path) -> None:
@@ -139,7 +139,7 @@ def test_the_trunk_is_frozen_and_the_roles_hold_fp32_adapters_of_their_own(folde
     assert {weights.dtype for weights in (*student.values(), *fake.values())} == {torch.float32}
     assert not {id(weights) for weights in student.values()} & {id(weights) for weights in fake.values()}
     trained = {id(w) for w in (*student.values(), *fake.values())}
-    for name, weights in roles.trunk.net.named_parameters():
+    for name, weights in roles.backbone.net.named_parameters():
         assert weights.requires_grad == (id(weights) in trained), name
         assert id(weights) in trained or weights.dtype == torch.bfloat16
 
@@ -257,7 +257,7 @@ def test_a_run_begins_with_the_same_networks_whatever_its_lora_alpha(
     config = {"model": second.family.cfg.model_dump(mode="json"), "method": {"student_steps": [1.0, 0.5]}}
     run = as_a_run(first, tmp_path / "first")
     check_roles(run, second)
-    told = begin_from(run, role_states(second, LoopConfig(ema=0.0)), SINGLE, config)
+    told = warm_start(run, role_states(second, LoopConfig(ema=0.0)), SINGLE_PROCESS, config)
     at = states(first)
     found, wanted = answers(second, at), answers(first, at)
     assert all(torch.allclose(found[role], wanted[role], atol=1e-6) for role in ROLES)
@@ -269,7 +269,7 @@ def test_a_scale_that_no_network_has_is_not_noted(folders: Path, tmp_path: Path)
     first, second = (roles_of(folders, full="both", lora_alpha=alpha) for alpha in (4.0, 8.0))
     run = as_a_run(first, tmp_path / "first")
     config = {"model": second.family.cfg.model_dump(mode="json"), "method": {"student_steps": [1.0, 0.5]}}
-    told = begin_from(run, role_states(second, LoopConfig(ema=0.0)), SINGLE, config)
+    told = warm_start(run, role_states(second, LoopConfig(ema=0.0)), SINGLE_PROCESS, config)
     assert "lora_alpha" not in told
     assert all(torch.equal(w, second.parameters("student")[k]) for k, w in first.parameters("student").items())
 
@@ -369,7 +369,7 @@ def test_every_family_names_blocks_that_its_network_has(folders: Path) -> None:
 
 
 def test_a_network_without_the_named_blocks_is_not_compiled() -> None:
-    with pytest.raises(ValueError, match=r"Linear holds none of the blocks \['Block'\].*model.compile = false"):
+    with pytest.raises(ValueError, match=r"Linear has none of the blocks \['Block'\].*model.compile = false"):
         compile_blocks(torch.nn.Linear(2, 2), ("Block",))
 
 
@@ -386,7 +386,7 @@ def test_calls_without_gradient_are_made_in_parts_and_say_the_same(folders: Path
     x_t, t = torch.randn(5, *whole.family.latent_shape), torch.linspace(0.9, 0.3, 5)
     cond = whole.family.encoder.encode((tiny.WORDS * 2)[:5])
     calls: list[int] = []
-    parts.trunk.net.register_forward_pre_hook(lambda net, given, named: calls.append(1), with_kwargs=True)
+    parts.backbone.net.register_forward_pre_hook(lambda net, given, named: calls.append(1), with_kwargs=True)
     with torch.no_grad():
         one, other = (roles.student(x_t, t, cond) for roles in (whole, parts))
     assert len(calls) == 3

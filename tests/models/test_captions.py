@@ -24,7 +24,7 @@ from gdmd.config.run import RunConfig
 from gdmd.models.families.base import Family
 from gdmd.models.loading import encoder_identity, open_family
 from gdmd.models.tokens import readers_of
-from gdmd.programs.train import ready
+from gdmd.programs.train import prepare
 from gdmd.recipes.build_data import vae_identity
 from gdmd.sources.open import open_source
 from gdmd.types import Cond
@@ -99,7 +99,7 @@ def test_training_warns_once_of_long_prompts(folders: Path, tmp_path: Path, capl
             rewards=[],
         )
         caplog.clear()
-        ready(cfg)
+        prepare(cfg)
         (said,) = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
         assert "2 of 3 prompts are longer" in said and "2 different prompts are the same" in said
 
@@ -214,8 +214,8 @@ def test_the_unconditional_embedding_belongs_to_the_rule_of_its_pipeline(folders
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae", "tokenizer"])
 def test_images_of_a_pipeline_belong_to_its_content(folders: Path, tmp_path: Path, part: str) -> None:
     def identity(folder: Path) -> object:
-        facts = open_source(read_source(f"{folder},dtype=fp32,device=cpu")).facts
-        return {key: value for key, value in facts.identity.items() if key != "where"}
+        info = open_source(read_source(f"{folder},dtype=fp32,device=cpu")).info
+        return {key: value for key, value in info.identity.items() if key != "where"}
 
     before = identity(saved(folders, "sd15"))
     folder = Path(shutil.copytree(saved(folders, "sd15"), tmp_path / "sd15"))
@@ -231,4 +231,4 @@ def test_a_pipeline_draws_the_size_that_was_asked_for(folders: Path) -> None:
     """Sana's call would draw the nearest size of its table, and scale the image."""
     source: Any = open_source(read_source(f"{saved(folders, 'sana')},dtype=fp32,device=cpu,height=32,width=64"))
     assert source.arguments["use_resolution_binning"] is False
-    assert source.facts.identity["use_resolution_binning"] is False
+    assert source.info.identity["use_resolution_binning"] is False

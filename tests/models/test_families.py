@@ -21,9 +21,9 @@ from torch import Tensor
 from gdmd.config.image_source import read_source
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.sampling import ode_sample
-from gdmd.models import vae as codecs
+from gdmd.models import vae
 from gdmd.models.families.base import Family
-from gdmd.models.loading import LateText, open_family
+from gdmd.models.loading import LazyTextEncoder, open_family
 from gdmd.models.packing import in_patches, pack, unpack
 from gdmd.sources.open import open_source
 from gdmd.types import Cond, Prediction
@@ -132,7 +132,7 @@ def test_tiles_are_smaller_than_the_image_and_one_is_kept_for_the_backward_pass(
     folders: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 16 pixels here; the VAE's own are of the size that it was made for, at which nothing would be divided."""
-    monkeypatch.setattr(codecs, "TILE", 16)
+    monkeypatch.setattr(vae, "TILE", 16)
     whole, tiled = opened(folders, name), opened(folders, name, decode_tiled=True)
     calls: list[torch.Size] = []
     tiled.pipe.vae.decoder.conv_in.register_forward_hook(lambda layer, given, answer: calls.append(answer.shape[-2:]))
@@ -194,7 +194,7 @@ def test_unloaded_encoders_leave_the_unconditional_input(folders: Path) -> None:
 def test_encoders_that_are_read_late_say_what_those_read_at_once_say(folders: Path, name: str) -> None:
     at_once, late = opened(folders, name), open_family(tiny.config(folders / name), encoders=False)
     assert late.pipe.text_encoder is None
-    text = LateText(late)
+    text = LazyTextEncoder(late)
     text.unload()
     assert late.pipe.text_encoder is None
     for wanted, found in (
@@ -278,7 +278,7 @@ def test_another_or_an_unknown_family_is_refused(folders: Path, tmp_path: Path) 
 def test_a_path_that_is_neither_folder_nor_reachable_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no such folder, and it is not a hub id"):
         open_family(tiny.config(tmp_path / "gone"))
-    with pytest.raises(ValueError, match="holds no model_index.json"):
+    with pytest.raises(ValueError, match="model_index.json is missing"):
         open_family(tiny.config(tmp_path))
     (tmp_path / "own.safetensors").touch()
     with pytest.raises(ValueError, match="own.safetensors' is a file.*from_single_file.*save_pretrained"):

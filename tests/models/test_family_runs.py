@@ -26,12 +26,12 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import ode_sample, times
 from gdmd.methods.dmd import Dmd
 from gdmd.programs.export import export_run
-from gdmd.programs.train import go, ready, start, take_up
+from gdmd.programs.train import create_run, prepare, resume_run, run_training
 from gdmd.recipes.build import build
 from gdmd.rewards.preprocessing import from_pil
-from gdmd.sources.base import Source, places_of
+from gdmd.sources.base import Source, image_slots
 from gdmd.sources.open import open_source
-from gdmd.training.distributed import SINGLE
+from gdmd.training.distributed import SINGLE_PROCESS
 from gdmd.types import PromptBatch
 
 QUIET = Console(quiet=True)
@@ -65,7 +65,7 @@ def recipe(folder: Path, full: str) -> RunConfig:
 
 def images(source: Source) -> Tensor:
     """What ``gdmd sample`` draws: four of each caption. [8, 3, H, W]"""
-    return from_pil(source.make(places_of(CAPTIONS, 4), seed=3))
+    return from_pil(source.generate(image_slots(CAPTIONS, 4), seed=3))
 
 
 def answers(run: Any, role: str) -> Tensor:
@@ -84,9 +84,9 @@ def test_a_run_is_resumed_exported_reloaded_and_sampled(
     pipeline: Callable[[str], Path], tmp_path: Path, name: str, full: str
 ) -> None:
     folder, run = pipeline(name), tmp_path / "run"
-    start(recipe(folder, full), run, QUIET, evaluation=False, command=["gdmd", "train"])
-    cfg, opened = take_up(run, None, ["loop.steps=3"], SINGLE)
-    done = go(cfg, opened, ready(cfg), QUIET, evaluation=False)
+    create_run(recipe(folder, full), run, QUIET, evaluation=False, command=["gdmd", "train"])
+    cfg, opened = resume_run(run, None, ["loop.steps=3"], SINGLE_PROCESS)
+    done = run_training(cfg, opened, prepare(cfg), QUIET, evaluation=False)
     assert (done.end.step, done.end.signal) == (3, None)
     files = [file.name for file in export_run(run)]
     assert ("pytorch_lora_weights.safetensors" in files) == (full == "none")

@@ -92,7 +92,7 @@ def real_latents(shape: tuple[int, int, int]) -> Callable[[PromptBatch, SampleRn
 def dmd2(roles: DiffusersRoles, **options: Any) -> Dmd2:
     cfg = Dmd2Config(**{"fake_updates": 1, "head_weight": 1.0, "gan_weight": 1.0, "guidance": 3.0} | options)
     shape = roles.family.latent_shape
-    return Dmd2(cfg, roles, shape, roles.family.native, real_latents(shape)).attach(roles.critic)
+    return Dmd2(cfg, roles, shape, roles.family.native, real_latents(shape), critic=roles.critic)
 
 
 def updates(roles: DiffusersRoles, **options: Any) -> Iterator[Update]:
@@ -176,7 +176,7 @@ def test_the_tokens_of_a_transformer_are_those_that_its_last_layers_turn_into_th
 def test_each_loss_reaches_its_learner_and_nobody_else_with_and_without_checkpointing(
     folders: Path, name: str, full: str
 ) -> None:
-    plain, recomputed = (gradients(roles_of(folders, name, full=full, checkpointing=on)) for on in (False, True))
+    plain, checkpointed = (gradients(roles_of(folders, name, full=full, checkpointing=on)) for on in (False, True))
     assert plain["fake/student"] == plain["student/fake"] == {}
     heads = {key for key in plain["fake/fake"] if key.startswith("gan_head.")}
     assert heads == {f"gan_head.{key}" for key in ("conv.weight", "conv.bias", "norm.weight", "norm.bias")} | {
@@ -184,11 +184,11 @@ def test_each_loss_reaches_its_learner_and_nobody_else_with_and_without_checkpoi
         "gan_head.logit.bias",
     }
     assert all(plain["fake/fake"][key].any() for key in heads)
-    assert plain.keys() == recomputed.keys()
+    assert plain.keys() == checkpointed.keys()
     for learner in plain:
-        assert plain[learner].keys() == recomputed[learner].keys()
+        assert plain[learner].keys() == checkpointed[learner].keys()
         for key, grad in plain[learner].items():
-            torch.testing.assert_close(recomputed[learner][key], grad, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(checkpointed[learner][key], grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -206,7 +206,7 @@ def test_the_head_judges_the_fake_and_leaves_every_role_as_it_was(folders: Path,
     roles = roles_of(folders, name, checkpointing=True)
     assert roles.critic is not None
     at, every = states(roles), ("teacher", "student", "fake", "old")
-    net: Any = roles.trunk.net
+    net: Any = roles.backbone.net
     modules, hooks = list(net.state_dict()), [len(own._forward_hooks) for own in net.modules()]
     with torch.no_grad():
         before = {role: getattr(roles, role)(*at).x0 for role in every}
@@ -226,10 +226,10 @@ def test_the_head_judges_the_fake_and_leaves_every_role_as_it_was(folders: Path,
 def test_a_call_that_fails_leaves_the_network_whole(folders: Path, name: str) -> None:
     roles = roles_of(folders, name)
     x_t, t, cond = states(roles)
-    before = list(roles.trunk.net.state_dict())
+    before = list(roles.backbone.net.state_dict())
     with pytest.raises(RuntimeError):
         roles.fake.features(x_t, t, cond | {"embeds": cond["embeds"][..., :3]})
-    assert list(roles.trunk.net.state_dict()) == before and not roles.fake.reading
+    assert list(roles.backbone.net.state_dict()) == before and not roles.fake.in_feature_mode
     assert roles.fake(x_t, t, cond).x0.shape == x_t.shape
 
 

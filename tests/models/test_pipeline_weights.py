@@ -20,16 +20,16 @@ from safetensors.torch import load_file, save_file
 from gdmd.config.image_source import read_source
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
-from gdmd.models import loading as pipelines
+from gdmd.models import loading
 from gdmd.models.loading import open_family, scoring_codec
-from gdmd.plan.meta_pipeline import hollow_family
+from gdmd.plan.meta_pipeline import meta_family
 from gdmd.plan.networks import networks_of
 from gdmd.sources.open import open_source
 
 
 def refused(folder: Path, message: str, **model: Any) -> None:
     """In training, in a plan and as a source of images."""
-    for load in (open_family, hollow_family):
+    for load in (open_family, meta_family):
         with pytest.raises(ValueError, match=f"^model.path .*{message}"):
             load(tiny.config(folder, **model))
     with pytest.raises(ValueError, match=f"^source .*{message}"):
@@ -90,8 +90,8 @@ def test_what_is_loaded_is_pinned_and_a_folder_never_asks_the_network(
 
     folder = tiny.save("sd15", tmp_path / "sd15")
     family = open_family(tiny.config(folder, scoring_decoder="org/taesd", scoring_decoder_revision="c0ffee"))
-    monkeypatch.setattr(pipelines, "_hub_index", lambda *_: folder / pipelines.INDEX)
-    monkeypatch.setattr(pipelines, "unreachable", lambda *_: "")
+    monkeypatch.setattr(loading, "_hub_index", lambda *_: folder / loading.INDEX)
+    monkeypatch.setattr(loading, "unreachable", lambda *_: "")
     for kind in (diffusers.StableDiffusionPipeline, diffusers.AutoencoderTiny):
         monkeypatch.setattr(kind, "from_pretrained", refuse)
     for path in ("org/sd15", str(folder)):
@@ -129,7 +129,7 @@ def test_a_scoring_decoder_of_other_latents_is_refused_by_run_and_plan(tmp_path:
         with pytest.raises(ValueError, match="^model.scoring_decoder .*no such folder.*holds config.json"):
             look()
     for decoder, message in (
-        (tiny_decoder(tmp_path / "8", 4), r"makes 8 x 8 pixels of a latent position.*sd15 has 2 x 2"),
+        (tiny_decoder(tmp_path / "8", 4), r"decodes a latent position to 8 x 8 pixels.*sd15 is 2 x 2"),
         (tiny_decoder(tmp_path / "16", 2, channels=16), "decodes 16 channels, but latents of sd15 have 4"),
     ):
         model = tiny.config(folder, scoring_decoder=decoder)
@@ -155,8 +155,8 @@ def test_a_folder_of_another_variant_names_it(tmp_path: Path, part: str) -> None
     folder = tiny.save("sd15", tmp_path / "sd15")
     for file in (folder / part).glob("*.safetensors"):
         file.rename(file.with_suffix(".fp16.safetensors"))
-    refused(folder, f"'{part}' has only weight files of the variant fp16; set (model.)?variant=fp16")
-    hollow_family(tiny.config(folder, variant="fp16"))
+    refused(folder, f"'{part}' has weight files of the variant fp16 only; set (model.)?variant=fp16")
+    meta_family(tiny.config(folder, variant="fp16"))
     assert open_family(tiny.config(folder, variant="fp16")).net is not None
     open_source(read_source(f"{folder},dtype=fp32,variant=fp16,device=cpu"))
 
@@ -195,7 +195,7 @@ def test_a_tokenizer_without_vocabulary_is_refused(tmp_path: Path, name: str, pa
         file.unlink()
     for other in kept:
         (folder / part / other).write_text("{}")
-    refused(folder, f"{part} holds no vocabulary")
+    refused(folder, f"{part} contains no vocabulary")
 
 
 def test_a_component_without_a_folder_is_refused(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_an_sd3_that_lost_its_t5_is_noted_and_half_of_it_is_refused(
     assert "text_encoder_3" not in caplog.text
     shutil.rmtree(folder / "text_encoder_3")
     assert open_family(tiny.config(folder)).pipe.text_encoder_3 is None
-    assert caplog.text.count("text_encoder_3 has no folder, so captions are read without it") == 1
+    assert caplog.text.count("text_encoder_3 has no folder, so captions are encoded without it") == 1
     caplog.clear()
     open_family(tiny.config(folder, t5=False))
     rewritten(folder / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
@@ -260,7 +260,7 @@ def test_what_diffusers_cannot_build_is_one_error(
     rewritten(folder / file, **changes)
     for load in (
         lambda: open_family(tiny.config(folder)),
-        lambda: hollow_family(tiny.config(folder)),
+        lambda: meta_family(tiny.config(folder)),
         lambda: open_source(read_source(f"{folder},dtype=fp32")),
     ):
         with pytest.raises(ValueError, match=message):
@@ -273,12 +273,12 @@ def test_what_diffusers_cannot_build_is_one_error(
         (("pytorch_lora_weights.safetensors",), ".", "It is a LoRA: give its base model"),
         (("adapter_config.json", "adapter_model.safetensors"), ".", "It is a LoRA"),
         (("dogs.safetensors",), "dogs.safetensors", "It is a LoRA"),
-        (("config.yaml", "metrics.jsonl"), ".", "It is a run folder of gdmd"),
+        (("config.yaml", "metrics.jsonl"), ".", "It is a gdmd run folder"),
         (("sdxl.ckpt",), "sdxl.ckpt", "sdxl.ckpt is a single-file checkpoint"),
         (("model_index.json", "unet/config.json"), "unet", "Give .*[^t]$"),
         (("model_index.json",), "model_index.json", "Give .*"),
         (("snapshots/1a2b/model_index.json",), ".", "Give .*1a2b"),
-        (("notes.txt",), ".", "not a diffusers pipeline.$"),
+        (("notes.txt",), ".", "not a diffusers pipeline: model_index.json is missing.$"),
     ],
 )
 def test_what_lies_in_the_place_of_a_pipeline_is_named(
@@ -289,7 +289,7 @@ def test_what_lies_in_the_place_of_a_pipeline_is_named(
         (tmp_path / name).write_text("{}")
     if files == ("dogs.safetensors",):
         save_file({"lora_unet_down.lora_down.weight": torch.zeros(1)}, tmp_path / files[0])
-    for load in (open_family, hollow_family):
+    for load in (open_family, meta_family):
         with pytest.raises(ValueError, match=message):
             load(DiffusersModel(path=str(tmp_path / given)))
 
@@ -297,12 +297,12 @@ def test_what_lies_in_the_place_of_a_pipeline_is_named(
 def test_an_address_is_answered_with_its_id() -> None:
     for given in ("https://huggingface.co/org/name", "huggingface.co/org/name/tree/main", "https://hf.co/org/name"):
         with pytest.raises(ValueError, match="Give the id: org/name$"):
-            hollow_family(DiffusersModel(path=given))
+            meta_family(DiffusersModel(path=given))
 
 
 def test_a_plan_counts_the_text_encoders_that_are_loaded(tmp_path: Path) -> None:
     folder = tiny.save("sdxl", tmp_path / "sdxl")
-    alone = hollow_family(tiny.config(folder)).encoders
+    alone = meta_family(tiny.config(folder)).encoders
     for file in folder.glob("text_encoder*/*.safetensors"):
         shutil.copy(file, file.with_suffix(".fp16.safetensors"))
-    assert {hollow_family(tiny.config(folder, variant=variant)).encoders for variant in (None, "fp16")} == {alone}
+    assert {meta_family(tiny.config(folder, variant=variant)).encoders for variant in (None, "fp16")} == {alone}

@@ -42,7 +42,7 @@ def tiny(*overrides: str) -> bench.Bench:
         (ShapesPref("p", build_net("shapes_pref")),),
     )
     stream = PromptStream(training_captions(), encoder, 4, cfg.loop.seed, cfg.method.prompt_group)
-    method = method_of(cfg, roles, codec, rewards, SHAPES, RenderedLatents(codec))
+    method = method_of(cfg.method, roles, codec, rewards, SHAPES, RenderedLatents(codec))
     return bench.Bench(cfg, Components(roles, codec, encoder, rewards, method, stream))
 
 
@@ -65,7 +65,7 @@ METHODS: dict[str, list[str]] = {
     "gdmd with an old policy": ["method.old_policy=ema", "method.group_size=2"],
     "gdmd without guidance and reward": ["method.guidance=1.0", "method.gamma=0"],
     "gdmd, one step for all": ["method.step_draw=batch"],
-    "gdmd, continued": ["method.score_target=continuation", "method.continuations=3"],
+    "gdmd_tilted": ["method.kind=gdmd_tilted", "method.continuations=3"],
     "gdmd on data": ["method.student_input=data"],
     "dmd": ["method.kind=dmd"],
     "dmd with regression": ["method.kind=dmd", "method.regression_weight=0.2", "method.regression_steps=3"],

@@ -18,12 +18,12 @@ SLOW = 0.3
 def test_a_slow_disk_holds_the_loop_that_writes_and_not_the_one_beside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(*given: Any) -> Path:
+    def slow(*given: Any) -> None:
         time.sleep(SLOW)
-        return commit(*given)
+        commit(*given)
 
-    commit = checkpoint.commit
-    monkeypatch.setattr(checkpoint, "commit", slow)
+    commit = checkpoint._commit
+    monkeypatch.setattr(checkpoint, "_commit", slow)
     monkeypatch.setattr(checkpoints, "ALONE_S", 0.01)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     state = checkpoints.large_state(1)

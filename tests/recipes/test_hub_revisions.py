@@ -32,7 +32,7 @@ def told(model: DiffusersModel, run: Path, cache: Path) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_what_nothing_pins_is_said_and_kept(tmp_path: Path) -> None:
+def test_unpinned_ids_are_reported(tmp_path: Path) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"
     model = DiffusersModel(path="org/teacher", scoring_decoder="org/tiny", scoring_decoder_revision="main")
     downloaded(cache, "org/teacher", "model_index.json", OLD)
@@ -43,7 +43,7 @@ def test_what_nothing_pins_is_said_and_kept(tmp_path: Path) -> None:
     assert read_facts(run)["hub_commits"] == {"org/teacher": OLD, "org/tiny": OLD}
 
 
-def test_the_commit_of_an_accepted_change_is_the_one_that_repeats_the_run(tmp_path: Path) -> None:
+def test_accepted_change_updates_the_commit(tmp_path: Path) -> None:
     cache, console = tmp_path / "cache", Console(file=io.StringIO(), width=400)
     run, model = create(tmp_path / "run", {}), DiffusersModel(path="org/teacher")
     for commit in (OLD, NEW):
@@ -54,7 +54,7 @@ def test_the_commit_of_an_accepted_change_is_the_one_that_repeats_the_run(tmp_pa
     assert read_facts(run.path)["hub_commits"] == {"org/teacher": NEW}
 
 
-def test_of_a_pinned_id_and_a_folder_nothing_is_said(tmp_path: Path) -> None:
+def test_pinned_ids_and_folders_are_silent(tmp_path: Path) -> None:
     downloaded(tmp_path / "cache", "org/teacher", "model_index.json", OLD)
     (tmp_path / "own").mkdir()
     assert told(DiffusersModel(path="org/teacher", revision=OLD), tmp_path / "pinned", tmp_path / "cache") == ""

@@ -1,45 +1,73 @@
-"""The shipped recipes: they load, train only on what they may, and gdmd_paper is the paper."""
+"""The shipped recipes: they load, presets merge as documented, students train on the allowed scorers only."""
+
+from __future__ import annotations
 
 import pytest
+import yaml
 
+from gdmd.config.load import ConfigError
 from gdmd.config.methods.gdmd import GdmdConfig
-from gdmd.recipes.read import read_recipe, recipe_names
-
-UNSEEN = {"shapes_clip_heldout", "shapes_partial_credit"}
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_a_shipped_recipe_loads_and_is_named_like_its_file(name: str) -> None:
-    recipe = read_recipe(name)
-    assert recipe.name == name
-    assert recipe.about
+from gdmd.config.model import DiffusersModel
+from gdmd.recipes.read import FOLDER, family_names, method_names, read_recipe, recipe_names, shapes_names
 
 
-def test_the_names_that_scripts_rely_on_exist() -> None:
-    assert {"shapes", "shapes_demo", "shapes_smoke", "gdmd_paper"} <= set(recipe_names())
-    changed = read_recipe(
-        "shapes",
-        ["method.gamma=0.5", "method.group_size=2", "loop.steps=3", "loop.checkpoint_every=2", "loop.seed=9"],
-    )
-    assert isinstance(changed.method, GdmdConfig)
-    assert (changed.method.gamma, changed.method.group_size) == (0.5, 2)
-    assert (changed.loop.steps, changed.loop.checkpoint_every, changed.loop.seed) == (3, 2, 9)
+def test_every_recipe_loads() -> None:
+    recipes = {name: read_recipe(name) for name in recipe_names()}
+    assert all(cfg.name == name and cfg.about for name, cfg in recipes.items())
+    assert {"shapes", "shapes_demo", "shapes_smoke", "gdmd_paper", "sdxl_gdmd"} <= recipes.keys()
 
 
-@pytest.mark.parametrize(
-    "name", ["shapes", "shapes_demo", "shapes_smoke", "gdmd_paper", "dmd_refl", "dmd_nft", "dmd_grpo"]
-)
-def test_students_are_trained_on_the_two_seen_scorers_only(name: str) -> None:
-    kinds = {reward.kind for reward in read_recipe(name).rewards}
-    assert kinds == {"shapes_clip", "shapes_pref"}
-    assert not kinds & UNSEEN
+@pytest.mark.parametrize("family", family_names())
+def test_family_recipes(family: str) -> None:
+    """Every method makes 3,000 student updates with a 4-step student; both sides can be set to 512 pixels."""
+    for method in method_names():
+        cfg = read_recipe(f"{family}_{method}", ["model.height=512", "model.width=512"])
+        assert isinstance(cfg.model, DiffusersModel) and cfg.model.family == family
+        assert cfg.method.kind.startswith(method) and len(cfg.method.student_steps) == 4
+        assert cfg.loop.steps * (cfg.method.group_size if method == "gdmd" else 1) == 3000
 
 
-def test_gdmd_paper_is_algorithm_1_with_its_inferred_defaults() -> None:
+def test_family_values_win_over_the_method_preset() -> None:
+    """families/sdxl.yaml sets the guidance of all methods, and another learning rate for DMD2 only."""
+    family = yaml.safe_load((FOLDER / "families" / "sdxl.yaml").read_text())
+    method = yaml.safe_load((FOLDER / "methods" / "dmd2.yaml").read_text())
+    special, plain = read_recipe("sdxl_dmd2"), read_recipe("sdxl_dmd")
+    assert special.method.guidance == plain.method.guidance == family["method"]["guidance"]
+    assert special.loop.lr_student == family["for_method"]["dmd2"]["loop"]["lr_student"] != plain.loop.lr_student
+    assert special.loop.steps == method["loop"]["steps"] and special.model.lora_rank == method["model"]["lora_rank"]
+    assert special.about == f"SDXL distilled with {method['about']}; needs {method['needs']}."
+
+
+def test_errors_in_overrides_name_the_recipe() -> None:
+    with pytest.raises(ConfigError, match=r"^sdxl_gdmd \(override 'loop.stps=3'\): loop.stps: .*'steps'"):
+        read_recipe("sdxl_gdmd", ["loop.stps=3"])
+    with pytest.raises(ConfigError, match="unknown recipe 'sdxl_gdmdd'; did you mean 'sdxl_gdmd'"):
+        read_recipe("sdxl_gdmdd")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000 + ".yaml", "a\0b.yaml", "x" * 100_000, "", ".yaml", "/.yaml"])
+def test_names_that_cannot_be_files(name: str) -> None:
+    with pytest.raises(ConfigError):
+        read_recipe(name)
+
+
+def test_students_train_on_the_two_seen_scorers_only() -> None:
+    for name in shapes_names():
+        assert {reward.kind for reward in read_recipe(name).rewards} <= {"shapes_clip", "shapes_pref"}, name
+
+
+def test_gdmd_paper_is_algorithm_1() -> None:
     method = read_recipe("gdmd_paper").method
     assert isinstance(method, GdmdConfig)
     assert (method.group_size, method.collection, method.old_policy) == (4, "all", "snapshot")
     assert method.dmd_weight == method.gamma == method.beta == 1.0
-    assert (method.score_target, method.normalize, method.weighting) == ("normalized", True, "napo")
-    assert method.scored_guidances == ()
+    assert (method.score_target, method.normalize) == ("normalized", True)
     assert method.student_input == "simulation"
+
+
+def test_refused_before_loading() -> None:
+    with pytest.raises(ConfigError, match="method dmdr reads rewards"):
+        read_recipe("dmdr", ["rewards=[]"])
+    read_recipe("dmdr", ["rewards=[]", "method.rl_weight=0", "method.tilt=0"])
+    with pytest.raises(ConfigError, match="compares 8 images per prompt"):
+        read_recipe("dmdr", ["method.strategy=dpo", "loop.batch_size=12"])

@@ -20,26 +20,26 @@ def older_run(tmp_path: Path) -> Path:
     return create(tmp_path / "run", config).path
 
 
-def test_fields_that_are_new_count_as_their_defaults(tmp_path: Path) -> None:
+def test_new_fields_count_as_defaults(tmp_path: Path) -> None:
     run = older_run(tmp_path)
     cfg, again = resumed(run, None, ["loop.steps=9"])
     assert cfg.real_data is None and cfg.loop.steps == 9
     assert again.config == yaml.safe_load((run / "config.yaml").read_text()) == cfg.model_dump(mode="json")
 
 
-def test_a_new_field_at_another_value_is_another_configuration(tmp_path: Path) -> None:
+def test_new_field_with_another_value(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="loop.start_from:  -> elsewhere"):
         check_resumable(older_run(tmp_path), None, ["loop.start_from=elsewhere"])
 
 
-def test_a_recipe_given_again_is_compared_with_the_completed_one(tmp_path: Path) -> None:
+def test_recipe_given_again(tmp_path: Path) -> None:
     run = older_run(tmp_path)
     assert check_resumable(run, "shapes_smoke", ["loop.steps=9"]).loop.steps == 9
     with pytest.raises(RunError, match="method.gamma"):
         check_resumable(run, "shapes_smoke", ["method.gamma=0.25"])
 
 
-def test_what_is_done_about_bad_numbers_may_change_as_the_error_advises(tmp_path: Path) -> None:
+def test_nonfinite_policy_may_change(tmp_path: Path) -> None:
     run = older_run(tmp_path)
     cfg, _ = resumed(run, None, ["loop.on_nonfinite=skip", "loop.skip_limit=99"])
     assert (cfg.loop.on_nonfinite, cfg.loop.skip_limit) == ("skip", 99)
@@ -51,7 +51,7 @@ REMOTE = "{kind: remote, url: 'http://127.0.0.1:1', reward: clip}"
 
 
 @pytest.mark.parametrize("where", ["0", "1.parts.0.reward"])
-def test_a_reward_server_may_come_back_elsewhere(tmp_path: Path, where: str) -> None:
+def test_reward_server_may_move(tmp_path: Path, where: str) -> None:
     composite = f"{{kind: composite, parts: [{{reward: {REMOTE.replace('clip', 'hps')}}}]}}"
     cfg = read_recipe("sd15_gdmd", ["prompts.file=words.txt", f"rewards=[{REMOTE}, {composite}]"])
     run = create(tmp_path / "run", cfg.model_dump(mode="json")).path

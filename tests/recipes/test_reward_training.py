@@ -16,9 +16,7 @@ FUNCTION = "def bright(images, prompts):\n    return images.mean((1, 2, 3))\n"
 COMPOSITE = "{kind: composite, parts: [{reward: {kind: callable, target: 'bright_reward:bright'}, std: 0.1}]}"
 
 
-def test_a_composite_of_a_python_function_trains_and_its_parts_are_in_the_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_composite_of_a_python_function_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     gdmd = Gdmd(main, make_assets(tmp_path / "assets"), tmp_path, monkeypatch, capsys)
     (tmp_path / "bright_reward.py").write_text(FUNCTION)
     monkeypatch.syspath_prepend(tmp_path)

@@ -142,10 +142,7 @@ def test_a_reward_without_any_score_stops_the_run(gdmd: Gdmd) -> None:
     assert finished.code == 2 and "error: step 3: reward mine:unscored scored no image" in finished.err
 
 
-TILTED = (
-    "method={kind: gdmd, score_target: continuation, continuations: 2, weighting: softmax, student_target: mean, "
-    "normalize: false, group_size: 1}"
-)
+TILTED = "method={kind: gdmd_tilted, continuations: 2, normalize: false, group_size: 1}"
 
 
 @pytest.mark.parametrize(

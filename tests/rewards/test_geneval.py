@@ -266,7 +266,7 @@ def test_recorded_detections(tmp_path: Path) -> None:
     assert [row.correct for row in judge_recorded(path, tasks)] == want
     colorless = recording(0, 0, Task("colors", "", (Requirement("dog", 1, "red"),)), dogs(0.9), {})
     path.write_text(json.dumps(colorless))
-    with pytest.raises(ValueError, match="color of a dog is asked for and not recorded"):
+    with pytest.raises(ValueError, match="color of a dog is needed but was not recorded"):
         judge_recorded(path, {0: Task("colors", "", (Requirement("dog", 1, "red"),))})
     with pytest.raises(ValueError, match="prompt 0 is not among"):
         judge_recorded(path, {})

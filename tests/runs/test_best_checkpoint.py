@@ -1,4 +1,4 @@
-"""The best checkpoint: chosen by the mean of a metric, kept beside the newest, and found by name."""
+"""The best checkpoint: chosen by the mean of a metric, kept next to the newest, and found by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from gdmd.io import RunError
 from gdmd.runs import checkpoint
-from gdmd.runs.best_checkpoint import Best, Judge, named_best
+from gdmd.runs.best_checkpoint import Best, BestCheckpointTracker, named_best
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def chosen(folder: Path, which: str) -> int:
     return saved.step
 
 
-def test_the_best_one_stays_beside_the_newest_until_a_better_one_comes(tmp_path: Path) -> None:
+def test_best_is_kept_next_to_the_newest(tmp_path: Path) -> None:
     save(tmp_path, (5, 0.1), (10, 0.7), (15, 0.3), (20, 0.7), (25, None))
     assert checkpoint.steps(tmp_path) == [10, 20, 25]
     assert named_best(tmp_path) == Best(10, "reward", "max", 0.7)
@@ -42,19 +42,17 @@ def test_the_best_one_stays_beside_the_newest_until_a_better_one_comes(tmp_path:
     assert checkpoint.steps(tmp_path) == [30, 35, 40] and chosen(tmp_path, "best") == 30
 
 
-def test_less_can_be_better_and_another_metric_begins_anew(tmp_path: Path) -> None:
+def test_direction_and_change_of_metric(tmp_path: Path) -> None:
     save(tmp_path, (5, 0.1), (10, 0.7), (15, 0.3), direction="min")
     assert chosen(tmp_path, "best") == 5
     save(tmp_path, (20, -3.0), (25, -4.0), metric="other")
     assert chosen(tmp_path, "best") == 20
 
 
-def test_a_kill_between_rename_and_rotation_loses_neither_best_nor_newest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kill_before_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, (5, 0.9), (10, 0.2), (15, 0.1))
 
-    def killed(place: checkpoint.Place) -> None:
+    def killed(*given: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -64,7 +62,7 @@ def test_a_kill_between_rename_and_rotation_loses_neither_best_nor_newest(
     assert (chosen(tmp_path, "best"), chosen(tmp_path, "last")) == (5, 20)
 
 
-def test_a_best_checkpoint_that_was_set_aside_is_none(tmp_path: Path) -> None:
+def test_best_was_set_aside(tmp_path: Path) -> None:
     save(tmp_path, (5, 0.1), (10, 0.2))
     checkpoint.set_aside_after(tmp_path, 5)
     with pytest.raises(RunError, match=r"best.json names step 10 .*choose another checkpoint: last, or a step"):
@@ -73,7 +71,7 @@ def test_a_best_checkpoint_that_was_set_aside_is_none(tmp_path: Path) -> None:
     assert chosen(tmp_path, "best") == 15
 
 
-def test_what_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+def test_unknown_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.load_chosen(tmp_path, "last") is None
     with pytest.raises(RunError, match=r"no best checkpoint.*loop\.best_metric"):
         checkpoint.load_chosen(tmp_path, "best")
@@ -86,49 +84,45 @@ def test_what_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
         checkpoint.load_chosen(tmp_path, "best")
 
 
-def test_a_damaged_best_checkpoint_is_not_replaced_by_another_in_silence(tmp_path: Path) -> None:
+def test_damaged_best_is_an_error(tmp_path: Path) -> None:
     save(tmp_path, (5, 0.9), (10, 0.1))
     (tmp_path / "step_000005" / "student.safetensors").write_bytes(b"")
     with pytest.raises(RunError, match=r"student\.safetensors is damaged.*choose another checkpoint"):
         checkpoint.load_chosen(tmp_path, "best")
 
 
-def test_a_best_pointer_to_a_missing_step_is_named_with_what_is_there(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_best_points_to_a_missing_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, (5, 0.9), (10, 0.1), (15, 0.2))
     shutil.rmtree(tmp_path / "step_000005")
     with pytest.raises(RunError, match=r"best\.json names step 5 \(reward = 0\.9\).*\(there are: 10, 15\)"):
         checkpoint.load_chosen(tmp_path, "best")
     save(tmp_path, (20, 0.3))
-    assert "step 5 (reward = 0.9), is no longer there" in caplog.text and chosen(tmp_path, "best") == 20
+    assert "step 5 (reward = 0.9), is missing" in caplog.text and chosen(tmp_path, "best") == 20
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_that_names_both_steps(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_newest_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, (5, None), (10, None))
     assert chosen(tmp_path, "last") == 10 and not caplog.messages
     (tmp_path / "step_000010" / "student.safetensors").write_bytes(b"")
     assert chosen(tmp_path, "last") == 5
     (said,) = caplog.messages
-    assert "student.safetensors is damaged" in said and "step 10 was passed over; step 5 is used" in said
+    assert "student.safetensors is damaged" in said and "checkpoint step 10 was skipped; step 5 is used" in said
 
 
-def test_the_value_is_the_mean_of_the_scored_rows_of_the_window() -> None:
-    judge = Judge("reward", "max", 10)
-    assert judge.at(10) is None
+def test_score_is_the_mean_of_the_window() -> None:
+    tracker = BestCheckpointTracker("reward", "max", 10)
+    assert tracker.score(10) is None
     for step, value in ((5, 9.0), (10, 9.0), (15, 1.0), (18, math.nan), (20, 2.0)):
-        judge.add(step, {"reward": value})
-    assert judge.at(20) == Best(20, "reward", "max", 1.5)
-    again = Judge("reward", "max", 10)
-    again.take_up([{"step": step, "reward": value} for step, value in ((10, 9.0), (15, 1.0), (20, 2.0))])
-    assert again.at(20) == judge.at(20)
+        tracker.add(step, {"reward": value})
+    assert tracker.score(20) == Best(20, "reward", "max", 1.5)
+    resumed = BestCheckpointTracker("reward", "max", 10)
+    resumed.resume([{"step": step, "reward": value} for step, value in ((10, 9.0), (15, 1.0), (20, 2.0))])
+    assert resumed.score(20) == tracker.score(20)
 
 
-def test_a_metric_that_is_not_logged_is_named_with_its_neighbor() -> None:
-    judge = Judge("reward/targt", "max", 10)
-    judge.add(10, {"loss/student": 1.0, "reward/target": 2.0})
-    assert judge.at(10) is None
-    assert "reward/targt has no value in steps 1 ... 10" in judge.complaint(10)
-    assert "did you mean reward/target?" in judge.complaint(10)
+def test_metric_that_is_not_logged() -> None:
+    tracker = BestCheckpointTracker("reward/targt", "max", 10)
+    tracker.add(10, {"loss/student": 1.0, "reward/target": 2.0})
+    assert tracker.score(10) is None
+    assert "reward/targt has no value in steps 1 ... 10" in tracker.why_unscored(10)
+    assert "did you mean reward/target?" in tracker.why_unscored(10)

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, verify, and fall back; assets carry their history and fail clearly."""
+"""Checkpoints are complete or absent, verify, and fall back; assets carry their history and fail clearly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def damage(file: Path) -> None:
     file.write_bytes(bytes(content))
 
 
-def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
+def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
     save_steps(tmp_path, 12)
     loaded = checkpoint.load_newest(tmp_path)
     assert loaded is not None
@@ -45,26 +45,26 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
             assert torch.equal(loaded.part(part)[name], tensor)
 
 
-def test_tensors_that_share_memory_are_saved_as_separate_ones(tmp_path: Path) -> None:
+def test_tensors_that_share_memory(tmp_path: Path) -> None:
     base = torch.arange(8.0)
     checkpoint.save(tmp_path, 1, {"student": {"x": base[::2], "y": base}}, {})
     loaded = checkpoint.load_newest(tmp_path)
     assert loaded is not None and torch.equal(loaded.part("student")["x"], base[::2])
 
 
-def test_a_folder_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
+def test_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.load_newest(tmp_path) is None
     assert checkpoint.load_newest(tmp_path / "absent") is None
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_rotation(tmp_path: Path) -> None:
     save_steps(tmp_path, 5, 10, 15, 20, keep=2)
     assert checkpoint.steps(tmp_path) == [15, 20]
     save_steps(tmp_path, 25, keep=0)
     assert checkpoint.steps(tmp_path) == [15, 20, 25]
 
 
-def test_a_step_that_is_saved_again_replaces_the_old_one(tmp_path: Path) -> None:
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_steps(tmp_path, 5)
     checkpoint.save(tmp_path, 5, {"student": {"new": torch.ones(1)}}, {})
     loaded = checkpoint.load_newest(tmp_path)
@@ -74,7 +74,7 @@ def test_a_step_that_is_saved_again_replaces_the_old_one(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["student.safetensors", "ema.safetensors", "state.json"])
 @pytest.mark.parametrize("how", ["damaged", "missing", "truncated"])
-def test_a_bad_file_makes_the_previous_checkpoint_the_newest_and_is_named(tmp_path: Path, name: str, how: str) -> None:
+def test_bad_file_is_named_and_the_previous_checkpoint_used(tmp_path: Path, name: str, how: str) -> None:
     save_steps(tmp_path, 5, 10)
     file = tmp_path / "step_000010" / name
     if how == "missing":
@@ -92,7 +92,7 @@ def test_a_bad_file_makes_the_previous_checkpoint_the_newest_and_is_named(tmp_pa
     assert checkpoint.newest_intact(tmp_path) == (None, damaged)
 
 
-def test_a_changed_counter_in_state_json_is_noticed(tmp_path: Path) -> None:
+def test_edited_state_json(tmp_path: Path) -> None:
     save_steps(tmp_path, 5)
     file = tmp_path / "step_000005" / "state.json"
     file.write_text(file.read_text().replace('"updates": 5', '"updates": 6'))
@@ -100,7 +100,7 @@ def test_a_changed_counter_in_state_json_is_noticed(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "step_000005")
 
 
-def test_a_renamed_checkpoint_is_not_another_step(tmp_path: Path) -> None:
+def test_renamed_checkpoint(tmp_path: Path) -> None:
     save_steps(tmp_path, 5, 10)
     (tmp_path / "step_000010").rename(tmp_path / "step_000012")
     loaded = checkpoint.load_newest(tmp_path)
@@ -109,7 +109,7 @@ def test_a_renamed_checkpoint_is_not_another_step(tmp_path: Path) -> None:
         checkpoint.load_chosen(tmp_path, "12")
 
 
-def test_when_all_are_damaged_the_error_names_each_file_and_says_what_to_do(tmp_path: Path) -> None:
+def test_all_checkpoints_damaged(tmp_path: Path) -> None:
     save_steps(tmp_path, 5, 10)
     for step in ("step_000005", "step_000010"):
         damage(tmp_path / step / "student.safetensors")
@@ -117,19 +117,17 @@ def test_when_all_are_damaged_the_error_names_each_file_and_says_what_to_do(tmp_
         checkpoint.load_newest(tmp_path)
 
 
-def test_a_checkpoint_of_a_later_format_is_refused_not_passed_over(tmp_path: Path, monkeypatch) -> None:
+def test_later_format_is_an_error(tmp_path: Path, monkeypatch) -> None:
     save_steps(tmp_path, 5)
     monkeypatch.setattr(checkpoint, "FORMAT", 3)
     save_steps(tmp_path, 10)
     monkeypatch.setattr(checkpoint, "FORMAT", 1)
-    with pytest.raises(RunError, match="has format 3, not 1 or 2"):
+    with pytest.raises(RunError, match="has format 3, not 1"):
         checkpoint.load_newest(tmp_path)
 
 
 @pytest.mark.parametrize("moment", ["first file", "state.json", "rename"])
-def test_a_save_that_fails_leaves_the_older_checkpoints_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
+def test_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     save_steps(tmp_path, 5)
 
     def full(*args: object, **kwargs: object) -> None:
@@ -145,9 +143,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoints_and_nothing_else(
     assert loaded is not None and loaded.step == 5
 
 
-def test_an_io_error_inside_safetensors_is_reported_as_what_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_io_error_inside_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors.torch
     from safetensors import SafetensorError
 
@@ -159,7 +155,7 @@ def test_an_io_error_inside_safetensors_is_reported_as_what_it_was(
         save_steps(tmp_path, 10)
 
 
-def test_what_a_killed_save_left_behind_is_ignored_and_cleared(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_save(tmp_path: Path) -> None:
     save_steps(tmp_path, 5)
     shutil.copytree(tmp_path / "step_000005", tmp_path / ".step_000010.partial")
     assert checkpoint.steps(tmp_path) == [5]
@@ -167,15 +163,15 @@ def test_what_a_killed_save_left_behind_is_ignored_and_cleared(tmp_path: Path) -
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_000005", "step_000015"]
 
 
-def test_checkpoints_after_the_resumed_step_are_set_aside(tmp_path: Path) -> None:
+def test_set_aside_after(tmp_path: Path) -> None:
     save_steps(tmp_path, 5, 10, 15)
     moved = checkpoint.set_aside_after(tmp_path, 5)
     assert [path.name for path in moved] == ["step_000010.damaged", "step_000015.damaged"]
     assert checkpoint.steps(tmp_path) == [5]
 
 
-def test_an_asset_comes_back_with_its_command_seed_and_facts(tmp_path: Path) -> None:
-    path = tmp_path / "made" / "vae.safetensors"
+def test_asset_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "vae.safetensors"
     weights = {"w": torch.randn(3)}
     assets.save_asset(path, weights, command=["gdmd", "pretrain", "vae"], seed=4, metadata={"width": 32, "ok": True})
     asset = assets.load_asset(path)
@@ -184,7 +180,7 @@ def test_an_asset_comes_back_with_its_command_seed_and_facts(tmp_path: Path) -> 
     assert [entry.name for entry in path.parent.iterdir()] == ["vae.safetensors"]
 
 
-def test_a_missing_or_corrupt_asset_is_one_clear_error(tmp_path: Path) -> None:
+def test_missing_or_corrupt_asset(tmp_path: Path) -> None:
     path = tmp_path / "vae.safetensors"
     with pytest.raises(RunError, match=r"vae\.safetensors is missing.*gdmd pretrain"):
         assets.load_asset(path)
@@ -195,18 +191,18 @@ def test_a_missing_or_corrupt_asset_is_one_clear_error(tmp_path: Path) -> None:
             assets.load_asset(path)
 
 
-def test_an_asset_that_cannot_be_written_leaves_no_part_of_it(tmp_path: Path) -> None:
+def test_unwritable_asset(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write the asset"):
         assets.save_asset(tmp_path / "file" / "vae.safetensors", {"w": torch.zeros(1)}, command="x", seed=0)
 
 
-def test_the_shipped_assets_lie_in_the_package() -> None:
+def test_asset_path() -> None:
     assert assets.asset_path("shapes_vae") == assets.asset_folder() / "shapes_vae.safetensors"
     assert (assets.asset_folder().parent / "types.py").is_file()
 
 
-def test_state_json_lists_a_sha256_for_every_file(tmp_path: Path) -> None:
+def test_state_json_has_a_sha256_per_file(tmp_path: Path) -> None:
     save_steps(tmp_path, 5)
     body = json.loads((tmp_path / "step_000005" / "state.json").read_text())
     assert set(body["files"]) == {"student.safetensors", "ema.safetensors"}

@@ -1,4 +1,4 @@
-"""Checkpoints, assets, metrics and image folders that are damaged or hostile: told apart, passed over, never run."""
+"""Checkpoints, assets, metrics and image folders that are damaged or malicious: noticed, skipped, never executed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fresh(work: Path) -> Path:
 
 
 def resign(folder: Path, body: Any) -> None:
-    """Write state.json with a right sum: damage that no sum can show."""
+    """Write state.json with a correct checksum: damage that no checksum shows."""
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     (folder / "state.json").write_text(json.dumps(body | {"sha256": digest}))
 
@@ -54,9 +54,7 @@ def resign(folder: Path, body: Any) -> None:
 @given(
     name=st.sampled_from(FILES), how=st.sampled_from(["cut", "flip", "grow", "lose", "noise"]), where=st.floats(0, 1)
 )
-def test_any_damage_of_the_newest_checkpoint_gives_the_previous_one_and_names_the_file(
-    name: str, how: str, where: float, work: Path
-) -> None:
+def test_any_damage_is_noticed(name: str, how: str, where: float, work: Path) -> None:
     run = fresh(work)
     file = run / "step_000002" / name
     content = bytearray(file.read_bytes())
@@ -70,7 +68,7 @@ def test_any_damage_of_the_newest_checkpoint_gives_the_previous_one_and_names_th
     found = checkpoint.load_newest(run)
     assert found is not None and found.step == 1 and torch.equal(found.part("student")["w"], PARTS["student"]["w"])
     (message,) = found.messages
-    assert name in message and "step 2 was passed over" in message
+    assert name in message and "step 2 was skipped" in message
     shutil.rmtree(run / "step_000001")
     with pytest.raises(RunError, match="no checkpoint in"):
         checkpoint.load_newest(run)
@@ -81,9 +79,7 @@ def test_any_damage_of_the_newest_checkpoint_gives_the_previous_one_and_names_th
     changes=st.dictionaries(st.sampled_from(["format", "step", "files", "state", "more"]), JSON, min_size=1),
     lost=st.sets(st.sampled_from(["step", "files", "state"]), max_size=1),
 )
-def test_a_signed_state_with_wrong_content_is_refused_or_read(
-    changes: dict[str, Any], lost: set[str], work: Path
-) -> None:
+def test_signed_state_with_wrong_content(changes: dict[str, Any], lost: set[str], work: Path) -> None:
     run = fresh(work)
     body = json.loads((run / "step_000002" / "state.json").read_text())
     del body["sha256"]
@@ -94,7 +90,7 @@ def test_a_signed_state_with_wrong_content_is_refused_or_read(
 @pytest.mark.parametrize(
     "name", ["../../outside.safetensors", "/etc/outside.safetensors", "a/b.safetensors", "x.pt", ""]
 )
-def test_a_checkpoint_names_no_file_outside_its_folder(name: str, work: Path) -> None:
+def test_no_file_outside_the_checkpoint(name: str, work: Path) -> None:
     run = fresh(work)
     body = json.loads((run / "step_000002" / "state.json").read_text())
     del body["sha256"]
@@ -104,7 +100,7 @@ def test_a_checkpoint_names_no_file_outside_its_folder(name: str, work: Path) ->
     assert found is not None and found.step == 1 and "outside its folder" in found.messages[0]
 
 
-def test_a_state_nested_without_end_is_damage(work: Path) -> None:
+def test_deeply_nested_state(work: Path) -> None:
     run = fresh(work)
     (run / "step_000002" / "state.json").write_text("[" * 100_000)
     found = checkpoint.load_newest(run)
@@ -113,7 +109,7 @@ def test_a_state_nested_without_end_is_damage(work: Path) -> None:
 
 @CASES
 @given(content=st.binary() | mutated([assets.asset_path("shapes_vae").read_bytes()[:600]], st.binary(max_size=8)))
-def test_a_signed_part_of_any_bytes_is_refused_or_read(content: bytes, work: Path) -> None:
+def test_signed_part_of_any_bytes(content: bytes, work: Path) -> None:
     run = fresh(work)
     file = run / "step_000002" / "student.safetensors"
     file.write_bytes(content)
@@ -134,7 +130,7 @@ names = st.text("0123456789²٣_ -+x.", max_size=9) | st.text(max_size=9)
 
 @CASES
 @given(name=names.filter(possible).filter(lambda name: not any(0xD800 <= ord(c) < 0xE000 for c in name)))
-def test_only_names_that_a_save_writes_count_as_checkpoints(name: str, work: Path) -> None:
+def test_names_that_count_as_checkpoints(name: str, work: Path) -> None:
     run = fresh(work)
     (run / f"step_{name}").mkdir(exist_ok=True)
     assert [f"step_{step:06d}" for step in checkpoint.steps(run)] == sorted(
@@ -159,7 +155,7 @@ class Trap:
         return (Path.touch, (self.mark,))
 
 
-def test_a_pickle_given_as_asset_scorer_or_checkpoint_is_refused_unread(work: Path, tmp_path: Path) -> None:
+def test_pickles_are_not_loaded(work: Path, tmp_path: Path) -> None:
     from gdmd.shapes.rewards import from_asset
 
     mark, trap = tmp_path / "ran", tmp_path / "shapes_clip.safetensors"
@@ -187,7 +183,7 @@ BITS = st.sampled_from([b"Infinity", b"NaN", b"[" * 3000, b"9" * 5000, b"\xff", 
 
 @CASES
 @given(content=mutated(ROWS, BITS | st.binary(max_size=4)))
-def test_damaged_metrics_and_facts_are_refused_or_read(content: bytes, work: Path) -> None:
+def test_damaged_metrics_and_facts(content: bytes, work: Path) -> None:
     (work / "metrics.jsonl").write_bytes(content)
     (work / "run.json").write_bytes(content)
     refusal(lambda: read_metrics(work))

@@ -43,7 +43,7 @@ def same(unscored: float, spread: float, steps: int) -> list[dict[str, float]]:
         (same(0.99, 0.1, 100), IMAGES, True, False),
     ],
 )
-def test_a_reward_that_scores_nothing(rows: list[dict[str, float]], batch: int, finished: bool, silent: bool) -> None:
+def test_silent(rows: list[dict[str, float]], batch: int, finished: bool, silent: bool) -> None:
     assert signal(rows, batch).silent(finished) == (["a/b"] if silent else [])
 
 
@@ -59,7 +59,7 @@ def test_a_reward_that_scores_nothing(rows: list[dict[str, float]], batch: int, 
         (same(1, NAN, 100), True, False),
     ],
 )
-def test_a_reward_whose_scores_are_all_the_same(rows: list[dict[str, float]], finished: bool, constant: bool) -> None:
+def test_constant(rows: list[dict[str, float]], finished: bool, constant: bool) -> None:
     assert signal(rows).constant(finished) == (["a/b"] if constant else [])
 
 
@@ -77,33 +77,33 @@ def test_a_reward_whose_scores_are_all_the_same(rows: list[dict[str, float]], fi
         ({"weight/effective": 1.0}, False),  # one of the targets has all the weight
     ],
 )
-def test_scores_that_tell_no_images_of_a_prompt_apart(more: dict[str, float], flat: bool) -> None:
+def test_no_signal(more: dict[str, float], flat: bool) -> None:
     found = signal([one | more for one in same(0, 0.5, WINDOW)])
     assert found.no_signal(False) == found.failed(True) == flat and not found.failed(False)
 
 
-def test_a_few_images_of_a_discrete_reward_are_no_failure() -> None:
+def test_few_images_are_not_a_failure() -> None:
     assert not signal(same(0, 0, 3), batch=2).failed(True) and signal(same(0, 0, 16), batch=2).failed(True)
     assert not signal([*same(0, 0, 99), row(100, 0, 0.5)], batch=2).failed(True)
 
 
-def test_a_spread_within_the_rounding_of_the_scores_is_none() -> None:
+def test_rounding_is_not_a_spread() -> None:
     near = [one | {"reward/a/b/sample": 20.0} for one in same(0, 1e-6, 4)]
     assert signal(near).constant(True) == ["a/b"] and signal(same(0, 1e-6, 4)).constant(True) == []
 
 
-def test_more_than_half_without_a_score_is_named_with_its_share() -> None:
+def test_sparse() -> None:
     assert signal(same(0.75, 0.1, WINDOW)).sparse(False) == {"a/b": 0.75}
     assert signal(same(0.5, 0.1, WINDOW)).sparse(False) == {} == signal(same(0.75, 0.1, 3)).sparse(False)
 
 
-def test_a_tally_goes_through_json_and_rows_of_older_versions_count_as_time_only() -> None:
+def test_state_round_trip_and_older_rows() -> None:
     older = [{"step": 5, "loss/student": 1.0}, row(7, 1, NAN)]
     found = signal(older)
     assert found.counts["a/b"].silent == 2 and RewardSignal.load(asdict(found)) == found
 
 
-def test_a_report_names_them() -> None:
+def test_findings() -> None:
     assert findings(same(1, NAN, 4), 2, 4) == [
         "Reward a/b scored no image: its samples were trained by distillation alone."
     ]
@@ -115,7 +115,7 @@ def test_a_report_names_them() -> None:
     assert findings(same(0.1, 0.1, 4), 2, 4) == [] == findings(same(1, NAN, 4), 2, 100)
 
 
-def test_the_scores_of_several_calls_become_what_is_logged() -> None:
+def test_scores_of_several_calls() -> None:
     seen = Seen()
     seen.add(torch.tensor([[NAN, 2.0], [NAN, NAN], [1.0, 1.0]]))
     seen.add(torch.tensor([[3.0, NAN], [NAN, NAN], [1.0, NAN]]))

@@ -19,7 +19,7 @@ from gdmd.runs import run_folder as rundir
 CONFIG = {"method": {"gamma": 1.0, "modes": ("t", "fake")}, "loop": {"steps": 10, "seed": 0}}
 
 
-def test_a_new_run_folder_records_configuration_versions_and_command(tmp_path: Path) -> None:
+def test_create(tmp_path: Path) -> None:
     run = rundir.create(tmp_path / "a" / "b", CONFIG, ["gdmd", "train", "shapes"])
     assert rundir.open_run(run.path).config == {
         "method": {"gamma": 1.0, "modes": ["t", "fake"]},
@@ -33,18 +33,18 @@ def test_a_new_run_folder_records_configuration_versions_and_command(tmp_path: P
     assert {entry.name for entry in run.path.iterdir()} == {"config.yaml", "run.json", "tb", "grids", "checkpoints"}
 
 
-def test_the_hash_depends_on_values_and_not_on_the_order_of_keys() -> None:
+def test_config_hash() -> None:
     assert rundir.config_hash({"a": 1, "b": 2}) == rundir.config_hash({"b": 2, "a": 1})
     assert rundir.config_hash({"a": 1, "b": 2}) != rundir.config_hash({"a": 1, "b": 3})
 
 
-def test_a_loop_configuration_equals_itself_after_the_round_trip_through_the_folder(tmp_path: Path) -> None:
+def test_config_round_trip(tmp_path: Path) -> None:
     cfg = LoopConfig(lr_student=3e-5)
     run = rundir.create(tmp_path / "run", cfg.model_dump(mode="json"))
     assert LoopConfig(**rundir.open_run(run.path).config) == cfg
 
 
-def test_a_folder_with_a_run_of_another_configuration_is_refused_with_the_differing_keys(tmp_path: Path) -> None:
+def test_folder_of_another_configuration(tmp_path: Path) -> None:
     rundir.create(tmp_path, CONFIG)
     other = {"method": {"gamma": 0.5, "modes": ["t", "fake"]}, "loop": {"steps": 10, "seed": 0, "clip": 1}}
     with pytest.raises(RunError) as caught:
@@ -55,7 +55,7 @@ def test_a_folder_with_a_run_of_another_configuration_is_refused_with_the_differ
     assert rundir.open_run(tmp_path).config["method"]["gamma"] == 1.0
 
 
-def test_resuming_allows_only_the_named_keys_to_differ(tmp_path: Path) -> None:
+def test_check_same_config(tmp_path: Path) -> None:
     run = rundir.create(tmp_path, CONFIG)
     longer = {"method": CONFIG["method"], "loop": {"steps": 20, "seed": 0}}
     rundir.check_same_config(run, longer, allowed=["loop.steps"])
@@ -63,7 +63,7 @@ def test_resuming_allows_only_the_named_keys_to_differ(tmp_path: Path) -> None:
         rundir.check_same_config(run, longer)
 
 
-def test_the_same_run_starts_over_only_while_it_has_no_checkpoint(tmp_path: Path) -> None:
+def test_same_run_starts_over_without_checkpoints(tmp_path: Path) -> None:
     run = rundir.create(tmp_path, CONFIG)
     run.log(1, {"loss/student": 1.0})
     assert rundir.read_metrics(rundir.create(tmp_path, CONFIG).path) == []
@@ -72,21 +72,21 @@ def test_the_same_run_starts_over_only_while_it_has_no_checkpoint(tmp_path: Path
         rundir.create(tmp_path, CONFIG)
 
 
-def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_folder_with_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RunError, match=r"not empty and is not a run folder.*thesis\.tex"):
         rundir.create(tmp_path, CONFIG)
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_folder_left_by_a_kill_during_its_making_can_be_used(tmp_path: Path) -> None:
+def test_folder_of_a_killed_create(tmp_path: Path) -> None:
     (tmp_path / "tb").mkdir()
     (tmp_path / ".config.yaml.partial").write_text("half")
     rundir.create(tmp_path, CONFIG)
     assert rundir.open_run(tmp_path).config["loop"]["steps"] == 10
 
 
-def test_a_path_that_is_or_lies_below_a_file_is_a_clear_error(tmp_path: Path) -> None:
+def test_path_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="is a file, not a folder"):
         rundir.create(tmp_path / "file", CONFIG)
@@ -98,9 +98,7 @@ def test_a_path_that_is_or_lies_below_a_file_is_a_clear_error(tmp_path: Path) ->
     ("number", "advice"),
     [(errno.ENOSPC, "Free some disk space"), (errno.EACCES, "permissions"), (errno.EROFS, "read-only")],
 )
-def test_an_unwritable_place_or_full_disk_is_one_error_with_advice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
-) -> None:
+def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -117,21 +115,21 @@ def test_an_unwritable_place_or_full_disk_is_one_error_with_advice(
 
 
 @pytest.mark.parametrize("content", ["", "just words", "a: [1", "\0"])
-def test_a_damaged_config_is_a_clear_error(tmp_path: Path, content: str) -> None:
+def test_damaged_config(tmp_path: Path, content: str) -> None:
     rundir.create(tmp_path, CONFIG)
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(RunError, match=r"config\.yaml.*Restore it"):
         rundir.open_run(tmp_path)
 
 
-def test_a_folder_that_is_no_run_cannot_be_opened(tmp_path: Path) -> None:
+def test_not_a_run_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="it does not exist"):
         rundir.open_run(tmp_path / "absent")
     with pytest.raises(RunError, match=r"it holds no config\.yaml"):
         rundir.open_run(tmp_path)
 
 
-def test_metrics_come_back_in_order_and_what_was_not_scored_is_nan(tmp_path: Path) -> None:
+def test_metrics_round_trip(tmp_path: Path) -> None:
     run = rundir.create(tmp_path, CONFIG)
     run.log(1, {"loss/student": 0.5, "reward/sample": math.nan})
     run.log(2, {"loss/student": 0.25, "reward/sample": 1.0})
@@ -142,7 +140,7 @@ def test_metrics_come_back_in_order_and_what_was_not_scored_is_nan(tmp_path: Pat
 
 
 @pytest.mark.parametrize("torn", ['{"step": 4, "lo', "\0\0\0", '{"ste'])
-def test_a_torn_last_line_and_lines_beyond_the_resumed_step_are_dropped(tmp_path: Path, torn: str) -> None:
+def test_rewind(tmp_path: Path, torn: str) -> None:
     run = rundir.create(tmp_path, CONFIG)
     for step in (1, 2, 3):
         run.log(step, {"loss/student": float(step)})
@@ -161,7 +159,7 @@ def test_a_torn_last_line_and_lines_beyond_the_resumed_step_are_dropped(tmp_path
     ]
 
 
-def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_damaged_line(tmp_path: Path) -> None:
     run = rundir.create(tmp_path, CONFIG)
     for line in ("not json", "[]", "{}", '{"step": "x"}', '{"step": null}'):
         run.metrics.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
@@ -169,14 +167,14 @@ def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) 
             rundir.read_metrics(run.path)
 
 
-def test_a_last_line_that_lacks_only_its_newline_counts(tmp_path: Path) -> None:
+def test_last_line_without_newline(tmp_path: Path) -> None:
     run = rundir.create(tmp_path, CONFIG)
     run.metrics.write_text('{"step": 1}\n{"step": 2}')
     run.log(3, {})
     assert [row["step"] for row in rundir.read_metrics(run.path)] == [1, 2, 3]
 
 
-def test_resuming_is_noted_with_its_step(tmp_path: Path) -> None:
+def test_note_resume(tmp_path: Path) -> None:
     run = rundir.create(tmp_path, CONFIG)
     run.note_resume(5)
     run.note_resume(8)
@@ -184,7 +182,7 @@ def test_resuming_is_noted_with_its_step(tmp_path: Path) -> None:
     assert [entry["step"] for entry in facts["resumed"]] == [5, 8] and "started" in facts
 
 
-def test_run_folders_are_read_and_checked_without_torch() -> None:
+def test_no_torch_import() -> None:
     script = (
         "import sys, gdmd.runs.run_folder, gdmd.runs.assets, gdmd.runs.checkpoint; sys.exit('torch' in sys.modules)"
     )
@@ -208,10 +206,10 @@ def test_run_folders_are_read_and_checked_without_torch() -> None:
         ("lr_schedule", "cos", "'constant', 'cosine' or 'linear'"),
     ],
 )
-def test_a_loop_configuration_that_makes_no_sense_is_refused(field: str, value: object, message: str) -> None:
+def test_invalid_loop_config(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoopConfig(**{field: value})
 
 
-def test_every_loop_field_says_what_it_is() -> None:
+def test_every_loop_field_has_a_description() -> None:
     assert [name for name, field in LoopConfig.model_fields.items() if not field.description] == []

@@ -29,7 +29,7 @@ HELDOUT = ShapesClip("shapes_clip_heldout", build_net("shapes_clip_heldout"))
 
 
 class NoCodec:
-    """Latents are the pictures themselves."""
+    """Latents are the images themselves."""
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents
@@ -39,7 +39,7 @@ class NoCodec:
 
 
 @dataclass(frozen=True)
-class PixelLab:
+class PixelComponents:
     roles: ShapesRoles
     codec: NoCodec
     encoder: ShapesTextEncoder
@@ -57,8 +57,8 @@ class HalfScored:
         return torch.where(torch.arange(len(images)) % 2 == 0, 1.0, torch.nan)
 
 
-def pixel_lab() -> PixelLab:
-    return PixelLab(ShapesRoles(ShapesDit(width=16, depth=1, heads=2)), NoCodec(), ShapesTextEncoder())
+def pixel_components() -> PixelComponents:
+    return PixelComponents(ShapesRoles(ShapesDit(width=16, depth=1, heads=2)), NoCodec(), ShapesTextEncoder())
 
 
 def truth(texts: tuple[str, ...], rng: SampleRng) -> Tensor:
@@ -67,21 +67,21 @@ def truth(texts: tuple[str, ...], rng: SampleRng) -> Tensor:
     return render(draw_scenes(rows, torch.Generator().manual_seed(int(rng.index[0]))))
 
 
-def grey(texts: tuple[str, ...], rng: SampleRng) -> Tensor:
+def gray(texts: tuple[str, ...], rng: SampleRng) -> Tensor:
     return torch.full((len(texts), 3, 32, 32), 0.1)
 
 
-def test_true_renders_reach_the_top_and_grey_the_bottom() -> None:
-    best = evaluate(Sampler("truth", 1, truth), pixel_lab(), CFG, [HELDOUT])
-    worst = evaluate(Sampler("grey", 1, grey), pixel_lab(), CFG, [HELDOUT])
+def test_truth_beats_gray() -> None:
+    best = evaluate(Sampler("truth", 1, truth), pixel_components(), CFG, [HELDOUT])
+    worst = evaluate(Sampler("gray", 1, gray), pixel_components(), CFG, [HELDOUT])
     assert best.shapeseval["overall"] > 0.97 and best.fidelity > 0.98 and best.interval[1] > 0.99
     assert worst.shapeseval["overall"] == 0 and worst.fidelity == 0 and worst.interval == (0, 0)
     assert best.coverage > worst.coverage and best.diversity > 10 * abs(worst.diversity)
     assert best.frechet < worst.frechet
 
 
-def test_the_public_form_has_exactly_these_keys_and_is_strict_json() -> None:
-    made = evaluate(Sampler("truth", 4, truth), pixel_lab(), CFG, [HELDOUT, HalfScored()])
+def test_json_form() -> None:
+    made = evaluate(Sampler("truth", 4, truth), pixel_components(), CFG, [HELDOUT, HalfScored()])
     public = made.json()
     assert set(public) == {
         "shapeseval", "rewards", "fidelity", "coverage", "diversity", "frechet", "nfe",
@@ -94,39 +94,39 @@ def test_the_public_form_has_exactly_these_keys_and_is_strict_json() -> None:
     json.dumps(public, allow_nan=False)
 
 
-def test_the_fixed_set_of_the_split_is_asked_for() -> None:
+def test_fixed_prompts_of_the_split() -> None:
     asked: list[str] = []
 
     def note(texts: tuple[str, ...], rng: SampleRng) -> Tensor:
         asked.extend(texts)
-        return grey(texts, rng)
+        return gray(texts, rng)
 
     for split in ("eval", "dev"):
         asked.clear()
-        evaluate(Sampler("note", 1, note), pixel_lab(), CFG, [HELDOUT], split)
+        evaluate(Sampler("note", 1, note), pixel_components(), CFG, [HELDOUT], split)
         wanted = [catalog().captions[row].text for row in fixed_rows(split, 6).tolist() for _ in range(2)]
         assert asked[-72:] == wanted
 
 
-def test_unscored_images_are_left_out_of_the_mean() -> None:
+def test_unscored_images_do_not_count() -> None:
     images, texts = torch.zeros(600, 3, 4, 4), ["a ring"] * 600
     assert mean_score(HalfScored(), images, texts, ShapesTextEncoder()) == 1
 
 
-def test_without_pairs_there_is_no_diversity() -> None:
-    made = evaluate(Sampler("truth", 1, truth), pixel_lab(), EvalConfig(per_task=5, images=1), [HELDOUT])
+def test_diversity_needs_pairs() -> None:
+    made = evaluate(Sampler("truth", 1, truth), pixel_components(), EvalConfig(per_task=5, images=1), [HELDOUT])
     assert math.isnan(made.diversity) and made.json()["diversity"] is None
 
 
-def test_the_heldout_scorer_is_needed_and_broken_images_are_named() -> None:
+def test_evaluate_errors() -> None:
     with pytest.raises(ValueError, match="shapes_clip_heldout"):
-        evaluate(Sampler("grey", 1, grey), pixel_lab(), CFG, [HalfScored()])
-    broken = Sampler("sick", 1, lambda texts, rng: grey(texts, rng) * torch.nan)
+        evaluate(Sampler("gray", 1, gray), pixel_components(), CFG, [HalfScored()])
+    broken = Sampler("sick", 1, lambda texts, rng: gray(texts, rng) * torch.nan)
     with pytest.raises(ValueError, match="72 of 72 images of 'sick' are not finite"):
-        evaluate(broken, pixel_lab(), CFG, [HELDOUT])
+        evaluate(broken, pixel_components(), CFG, [HELDOUT])
 
 
-def test_the_interval_resamples_captions_not_images() -> None:
+def test_interval_resamples_captions() -> None:
     """Images that agree within a caption carry one vote together: 20 votes, not 2,000."""
     votes = torch.rand(20) < 0.5
     texts = [f"caption {k}" for k in range(20) for _ in range(100)]
@@ -137,7 +137,7 @@ def test_the_interval_resamples_captions_not_images() -> None:
     assert low < p < high
 
 
-def test_the_interval_weighs_tasks_alike() -> None:
+def test_interval_weighs_tasks_equally() -> None:
     """A task that always succeeds and one that never does: 1/2, whatever their sizes."""
     task = torch.tensor([0] * 90 + [1] * 10)
     texts = [f"{int(t)}/{i // 2}" for i, t in enumerate(task)]

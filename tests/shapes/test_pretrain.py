@@ -22,7 +22,7 @@ def _teacher_job() -> PretrainJob:
 
 
 @pytest.mark.parametrize(("make", "load"), [(_vae_job, load_vae), (_teacher_job, load_dit)], ids=["vae", "teacher"])
-def test_a_few_steps_make_a_loadable_asset_that_names_its_command_and_seed(make, load, tmp_path: Path) -> None:
+def test_asset_is_loadable(make, load, tmp_path: Path) -> None:
     losses = [loss for _, loss in fit(make(), tmp_path / "net.safetensors")]
     asset = load_asset(tmp_path / "net.safetensors")
     load(asset.tensors)
@@ -31,7 +31,7 @@ def test_a_few_steps_make_a_loadable_asset_that_names_its_command_and_seed(make,
 
 
 @pytest.mark.parametrize("make", [_vae_job, _teacher_job], ids=["vae", "teacher"])
-def test_an_interrupted_job_continues_bit_for_bit(make, tmp_path: Path) -> None:
+def test_resume_is_bit_exact(make, tmp_path: Path) -> None:
     straight, broken = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     list(fit(make(), straight, save_every=1))
     list(islice(fit(make(), broken, save_every=1), 3))  # stopped while step 2 is not saved yet
@@ -43,14 +43,14 @@ def test_an_interrupted_job_continues_bit_for_bit(make, tmp_path: Path) -> None:
         assert torch.equal(value, load_asset(broken).tensors[name]), name
 
 
-def test_the_state_of_another_job_is_refused(tmp_path: Path) -> None:
+def test_state_of_another_job(tmp_path: Path) -> None:
     target = tmp_path / "net.safetensors"
     list(islice(fit(_vae_job(), target, save_every=1), 2))
     with pytest.raises(ValueError, match="delete it or use its settings"):
         list(fit(vae_job(steps=4, seed=4, batch=4), target, resume=True))
 
 
-def test_a_teacher_does_not_continue_on_the_latents_of_another_vae(tmp_path: Path) -> None:
+def test_teacher_needs_the_same_vae(tmp_path: Path) -> None:
     target = tmp_path / "teacher.safetensors"
     list(islice(fit(_teacher_job(), target, save_every=1), 3))
     other = teacher_job(ShapesVae().eval().requires_grad_(False), steps=4, seed=3, batch=4)
@@ -58,6 +58,6 @@ def test_a_teacher_does_not_continue_on_the_latents_of_another_vae(tmp_path: Pat
         list(fit(other, target, resume=True))
 
 
-def test_training_reduces_the_loss_of_the_vae(tmp_path: Path) -> None:
+def test_vae_loss_falls(tmp_path: Path) -> None:
     losses = [float(loss) for _, loss in fit(vae_job(steps=12, seed=0, batch=8), tmp_path / "net.safetensors")]
     assert losses[-1] < 0.8 * losses[0]

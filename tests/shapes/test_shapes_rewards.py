@@ -10,11 +10,11 @@ from torch import Tensor
 
 from gdmd.shapes.grammar import ANY, SPLITS, TASKS, catalog, draw_rows
 from gdmd.shapes.pretrain.scorer_data import (
-    DAMAGES,
-    Damage,
-    damaged,
+    CORRUPTIONS,
+    Corruption,
+    corrupt,
     draw_negatives,
-    draw_stock,
+    draw_scene_batch,
     hard_negatives,
     may_be_true,
 )
@@ -32,7 +32,7 @@ def batch_of(texts: tuple[str, ...]) -> PromptBatch:
     return PromptBatch(index, texts, index, {}, {})
 
 
-def pictures(texts: tuple[str, ...] = TEXTS, seed: int = 0) -> Tensor:
+def renders(texts: tuple[str, ...] = TEXTS, seed: int = 0) -> Tensor:
     rows = torch.tensor([catalog().row(text) for text in texts])
     return render(draw_scenes(rows, torch.Generator().manual_seed(seed)))
 
@@ -42,8 +42,8 @@ def untrained(kind: Kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_score_is_fp32_per_image_and_its_gradient_reaches_every_image_but_no_weight(kind: Kind):
-    scorer, images = untrained(kind), pictures().requires_grad_()
+def test_scores_and_gradients(kind: Kind):
+    scorer, images = untrained(kind), renders().requires_grad_()
     scores = scorer.score(images, batch_of(TEXTS))
     assert scores.shape == (4,) and scores.dtype == torch.float32 and scorer.differentiable and scorer.name == kind
     (grad,) = torch.autograd.grad(scores.sum(), images)
@@ -52,8 +52,8 @@ def test_a_score_is_fp32_per_image_and_its_gradient_reaches_every_image_but_no_w
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_caption_is_read_once_and_its_score_is_that_of_the_whole_network(kind: Kind):
-    scorer, images = untrained(kind), pictures()
+def test_captions_are_encoded_once(kind: Kind):
+    scorer, images = untrained(kind), renders()
     read: list[int] = []
     encoder = scorer.net.match if isinstance(scorer.net, Preference) else scorer.net
     encoder.text.register_forward_hook(lambda net, given, answer: read.append(len(given[0])))
@@ -66,48 +66,48 @@ def test_a_caption_is_read_once_and_its_score_is_that_of_the_whole_network(kind:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_score_does_not_depend_on_the_other_samples_of_the_batch(kind: Kind):
-    scorer, images = untrained(kind), pictures()
+def test_batch_independence(kind: Kind):
+    scorer, images = untrained(kind), renders()
     together = scorer.score(images, batch_of(TEXTS))
     alone = torch.cat([scorer.score(images[i : i + 1], batch_of(TEXTS[i : i + 1])) for i in range(4)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_score_stays_fp32_inside_the_callers_autocast(kind: Kind):
-    scorer, images = untrained(kind), pictures()
+def test_fp32_inside_autocast(kind: Kind):
+    scorer, images = untrained(kind), renders()
     with torch.autocast("cpu", torch.bfloat16):
         inside = scorer.score(images, batch_of(TEXTS))
     assert torch.equal(inside, scorer.score(images, batch_of(TEXTS)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_broken_image_is_an_error_that_names_its_position(kind: Kind):
-    images = pictures()
+def test_broken_image_is_named(kind: Kind):
+    images = renders()
     images[2, 0, 5, 5] = float("nan")
     with pytest.raises(ValueError, match=r"not finite at samples \[2\]"):
         untrained(kind).score(images, batch_of(TEXTS))
 
 
-def test_images_of_another_size_and_too_few_prompts_and_foreign_words_are_user_errors():
+def test_input_errors():
     scorer = untrained("shapes_clip")
     with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\], got \[4, 3, 64, 64\]"):
         scorer.score(torch.zeros(4, 3, 64, 64), batch_of(TEXTS))
     with pytest.raises(ValueError, match="4 images for 3 prompts"):
-        scorer.score(pictures(), batch_of(TEXTS[:3]))
+        scorer.score(renders(), batch_of(TEXTS[:3]))
     with pytest.raises(ValueError, match="unknown word 'dog'"):
-        scorer.score(pictures()[:1], batch_of(("a dog",)))
+        scorer.score(renders()[:1], batch_of(("a dog",)))
 
 
-def test_a_clip_score_is_the_cosine_of_its_features():
+def test_clip_score_is_a_cosine():
     scorer = untrained("shapes_clip_heldout")
     assert isinstance(scorer, ShapesClip)
-    features = scorer.image_features(pictures())
+    features = scorer.image_features(renders())
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(4))
-    assert scorer.score(pictures(), batch_of(TEXTS)).abs().max() <= 1
+    assert scorer.score(renders(), batch_of(TEXTS)).abs().max() <= 1
 
 
-def test_tensors_of_another_scorer_and_a_missing_file_are_user_errors(tmp_path: Path):
+def test_asset_errors(tmp_path: Path):
     with pytest.raises(ValueError, match="these tensors are not a shapes_pref"):
         load_scorer("shapes_pref", build_net("shapes_clip").state_dict())
     with pytest.raises(ValueError, match="cannot be read"):
@@ -117,7 +117,7 @@ def test_tensors_of_another_scorer_and_a_missing_file_are_user_errors(tmp_path: 
         from_asset(tmp_path / "shapes_clip.safetensors")
 
 
-def test_hard_negatives_share_the_task_ask_for_something_else_and_keep_out_of_dev_and_eval():
+def test_hard_negatives():
     table = catalog()
     near, count = hard_negatives("train")
     train = torch.nonzero((table.split == SPLITS.index("train")) | (table.split == ANY))[:, 0]
@@ -128,13 +128,13 @@ def test_hard_negatives_share_the_task_ask_for_something_else_and_keep_out_of_de
             assert table.split[other] in (ANY, SPLITS.index("train"))
 
 
-def test_training_material_holds_no_caption_of_dev_or_eval():
-    stock = draw_stock(256, torch.Generator().manual_seed(1))
-    split = catalog().split[torch.cat([stock.rows, stock.near])]
+def test_no_dev_or_eval_captions_in_training():
+    batch = draw_scene_batch(256, torch.Generator().manual_seed(1))
+    split = catalog().split[torch.cat([batch.rows, batch.near])]
     assert set(split.tolist()) <= {ANY, SPLITS.index("train")}
 
 
-def test_what_may_be_true_of_a_scene_holds_for_its_caption_and_for_no_undirected_hard_negative():
+def test_may_be_true_of_drawn_scenes():
     generator = torch.Generator().manual_seed(2)
     rows = draw_rows(300, generator)
     scenes = draw_scenes(rows, generator)
@@ -144,7 +144,7 @@ def test_what_may_be_true_of_a_scene_holds_for_its_caption_and_for_no_undirected
     assert not may_be_true(scenes, near).diagonal()[~placed].any()
 
 
-def test_a_more_generous_caption_may_be_true_of_a_more_specific_scene():
+def test_may_be_true_is_lenient():
     table = catalog()
     scene = Scenes(
         *(torch.tensor([v]) for v in ([1, 0], [0, 5])),
@@ -156,16 +156,16 @@ def test_a_more_generous_caption_may_be_true_of_a_more_specific_scene():
     assert may_be_true(scene, rows)[0].tolist() == [True] * len(true) + [False] * len(false)
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damage_grows_with_its_level_and_is_absent_at_level_zero(name: str):
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruption_grows_with_level(name: str):
     generator = torch.Generator().manual_seed(3)
     rows = torch.tensor([catalog().row("a red circle and a blue square")] * 6)
     scenes, others = draw_scenes(rows, generator), draw_scenes(rows, generator)
-    kind = torch.full((6,), DAMAGES.index(name))
+    kind = torch.full((6,), CORRUPTIONS.index(name))
     away = []
     for level in (0.0, 0.3, 1.0):
-        damage = Damage(kind, torch.full((6,), level))
-        images = damaged(scenes, others, damage, torch.Generator().manual_seed(0))
+        corruption = Corruption(kind, torch.full((6,), level))
+        images = corrupt(scenes, others, corruption, torch.Generator().manual_seed(0))
         away.append(float((images - render(scenes)).square().mean()))
     assert away[0] < 1e-6
     if name == "none":
@@ -175,7 +175,7 @@ def test_damage_grows_with_its_level_and_is_absent_at_level_zero(name: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_shipped_scorers_tell_the_truth_from_hard_negatives_on_combinations_never_trained_on(kind: Kind):
+def test_shipped_scorers_generalize(kind: Kind):
     from gdmd.shapes.pretrain.scorer_accuracy import measure
 
     scorer = from_asset(ASSETS / f"{kind}.safetensors")
@@ -185,7 +185,7 @@ def test_the_shipped_scorers_tell_the_truth_from_hard_negatives_on_combinations_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_shipped_scorer_is_small_and_says_how_it_was_made(kind: Kind):
+def test_shipped_scorer_metadata(kind: Kind):
     from gdmd.runs.assets import load_asset
 
     path = ASSETS / f"{kind}.safetensors"
@@ -194,7 +194,7 @@ def test_a_shipped_scorer_is_small_and_says_how_it_was_made(kind: Kind):
     assert facts["command"].startswith(f"gdmd pretrain scorers --kind {kind}") and facts["accuracy"]["eval"]
 
 
-def test_the_shipped_preference_is_about_one_for_true_renders_and_falls_with_damage():
+def test_preference_falls_with_corruption():
     scorer = from_asset(ASSETS / "shapes_pref.safetensors")
     generator = torch.Generator().manual_seed(4)
     rows = draw_rows(64, generator)
@@ -202,12 +202,12 @@ def test_the_shipped_preference_is_about_one_for_true_renders_and_falls_with_dam
     prompts = batch_of(tuple(catalog().captions[int(r)].text for r in rows))
     means = []
     for level in (0.0, 0.4, 0.8):
-        blur = Damage(torch.full((64,), DAMAGES.index("blur")), torch.full((64,), level))
-        means.append(float(scorer.score(damaged(scenes, others, blur, generator), prompts).mean()))
+        blur = Corruption(torch.full((64,), CORRUPTIONS.index("blur")), torch.full((64,), level))
+        means.append(float(scorer.score(corrupt(scenes, others, blur, generator), prompts).mean()))
     assert abs(means[0] - 1) < 0.3 and means[0] > means[1] + 0.1 > means[2] + 0.2
 
 
-def test_image_features_come_from_the_held_out_scorer_by_default():
+def test_image_features_default():
     own = from_asset(ASSETS / "shapes_clip_heldout.safetensors")
     assert isinstance(own, ShapesClip)
-    assert torch.equal(image_features(pictures()), own.image_features(pictures()))
+    assert torch.equal(image_features(renders()), own.image_features(renders()))

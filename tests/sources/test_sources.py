@@ -17,7 +17,7 @@ from cli_world import Gdmd, make_assets
 from gdmd.cli.app import main
 from gdmd.config.image_source import read_source, read_sources
 from gdmd.rewards.preprocessing import from_pil
-from gdmd.sources.base import Facts, Source, places_of, settle
+from gdmd.sources.base import Source, SourceInfo, image_slots, record_settings
 from gdmd.sources.open import kind_of, open_source
 
 DAMAGED = (
@@ -27,8 +27,8 @@ DAMAGED = (
 
 
 def pixels(source: Source, texts: list[str], images: int = 2, batch: int = 100, seed: int = 5) -> torch.Tensor:
-    places = places_of(texts, images)
-    made = [one for k in range(0, len(places), batch) for one in source.make(places[k : k + batch], seed)]
+    slots = image_slots(texts, images)
+    made = [one for k in range(0, len(slots), batch) for one in source.generate(slots[k : k + batch], seed)]
     return from_pil(made)
 
 
@@ -148,12 +148,12 @@ def test_an_image_of_a_run_depends_on_prompt_and_number_alone(gdmd: Gdmd) -> Non
     assert close(whole, pixels(source, texts, images=2, batch=1))
     assert close(whole[0::2], pixels(source, texts, images=1))  # fewer images are the first ones
     assert not close(whole, pixels(source, texts, images=2, seed=6))
-    assert source.facts.trained and source.facts.nfe == 4 and source.facts.step == 2
+    assert source.info.trained and source.info.nfe == 4 and source.info.step == 2
 
 
 def test_the_teacher_is_a_source_and_knows_its_language(gdmd: Gdmd) -> None:
     source = open_source(read_source("teacher-4-plain"))
-    assert source.facts.trained == () and source.facts.nfe == 4
+    assert source.info.trained == () and source.info.nfe == 4
     with pytest.raises(ValueError, match="unknown word 'dog'"):
         source.check(["a dog"])
 
@@ -167,12 +167,12 @@ def test_images_that_exist_are_found_by_their_prompt(gdmd: Gdmd) -> None:
     for number, shade in enumerate((10, 20, 30)):
         Image.new("RGB", (4, 4), (shade, 0, 0)).save(folder / f"{number:05d}_0.png")
     source = open_source(read_source("made"))
-    made = source.make(places_of(["a dog", "a cat", "a cat"], 1), seed=0)
+    made = source.generate(image_slots(["a dog", "a cat", "a cat"], 1), seed=0)
     assert [image.getpixel((0, 0))[0] for image in made] == [20, 10, 30]  # type: ignore[index]
     with pytest.raises(ValueError, match="no images of the prompt 'a bird'"):
         source.check(["a bird"])
     with pytest.raises(ValueError, match="but image 2 is needed; add images, or ask for at most 1 with -n"):
-        source.make(places_of(["a dog"], 2), seed=0)
+        source.generate(image_slots(["a dog"], 2), seed=0)
 
 
 # ---------------------------------------------------------------- diffusers
@@ -186,14 +186,14 @@ def test_images_of_a_prompt_are_counted_by_number_without_hidden_files(tmp_path:
 
     names = ["2", "10", "1", "._1"]
     if layout == "official":
-        place = tmp_path / "00000" / "samples"
-        place.mkdir(parents=True)
-        (place.parent / "metadata.jsonl").write_text('{"prompt": "a cat"}')
+        slot = tmp_path / "00000" / "samples"
+        slot.mkdir(parents=True)
+        (slot.parent / "metadata.jsonl").write_text('{"prompt": "a cat"}')
     else:
-        place, names = tmp_path, [f"00000_{name}" for name in names[:-1]] + ["._00000_1"]
-        (place / "prompts.jsonl").write_text('{"prompt": "a cat"}')
+        slot, names = tmp_path, [f"00000_{name}" for name in names[:-1]] + ["._00000_1"]
+        (slot / "prompts.jsonl").write_text('{"prompt": "a cat"}')
     for name in names:
-        (place / f"{name}.png").write_bytes(b"")
+        (slot / f"{name}.png").write_bytes(b"")
     (row,) = read_images(tmp_path).values()
     assert [image.stem.rpartition("_")[2] for image in row.images] == ["1", "2", "10"]
 
@@ -234,8 +234,8 @@ def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[An
     family, uniform = open_family(model), cfg.method.student_steps
     save_lora(family, components.roles.parameters("student"), target)
     student_scheduler(family, uniform).save_pretrained(target / "scheduler")
-    facts = describe(cfg, family, call_arguments(family, uniform), 7, merged=False)
-    (target / "gdmd_export.json").write_text(json.dumps(facts))
+    info = describe(cfg, family, call_arguments(family, uniform), 7, merged=False)
+    (target / "gdmd_export.json").write_text(json.dumps(info))
     return (cfg, components), target
 
 
@@ -246,13 +246,13 @@ def test_an_export_makes_the_images_of_its_run(folders: Path, tmp_path: Path, na
 
     pipeline(folders, name)
     (cfg, components), folder = exported(folders, name, tmp_path / "export")
-    run = RunSource(Facts(name, "run", "run"), components, student_row(cfg, components))
+    run = RunSource(SourceInfo(name, "run", "run"), components, student_row(cfg, components))
     source = open_source(read_source(str(folder)))
     wanted = pixels(run, CAPTIONS)
     assert close(pixels(source, CAPTIONS), wanted)
     assert close(pixels(source, CAPTIONS, batch=1), wanted) and not torch.equal(wanted[0], wanted[1])
-    assert (source.facts.kind, source.facts.step, source.facts.nfe) == ("export", 7, 4)
-    assert source.facts.trained == ("builtins:len",)
+    assert (source.info.kind, source.info.step, source.info.nfe) == ("export", 7, 4)
+    assert source.info.trained == ("builtins:len",)
 
 
 def test_a_student_without_t5_is_exported_and_described_without_it(folders: Path, tmp_path: Path) -> None:
@@ -263,22 +263,22 @@ def test_a_student_without_t5_is_exported_and_described_without_it(folders: Path
     (cfg, components), folder = exported(folders, "sd3", tmp_path / "export", t5=False)
     source: Any = open_source(read_source(str(folder)))
     assert source.pipe.text_encoder_3 is None and source.pipe.tokenizer_3 is None
-    run = RunSource(Facts("sd3", "run", "run"), components, student_row(cfg, components))
+    run = RunSource(SourceInfo("sd3", "run", "run"), components, student_row(cfg, components))
     assert close(pixels(source, CAPTIONS), pixels(run, CAPTIONS))
     card = model_card(cfg, components.roles.family, {}, {}, merged=False)
     assert "dtype=torch.bfloat16, text_encoder_3=None, tokenizer_3=None)" in card
 
 
 def test_a_pipeline_takes_a_lora_a_scheduler_and_a_guidance(folders: Path, tmp_path: Path) -> None:
-    place = pipeline(folders, "sdxl")
+    slot = pipeline(folders, "sdxl")
     _, folder = exported(folders, "sdxl", tmp_path / "export")
-    plain = f"{place},dtype=fp32,steps=4,guidance=0,height=32,width=32"
+    plain = f"{slot},dtype=fp32,steps=4,guidance=0,height=32,width=32"
     lora = f"{plain},lora={folder / 'pytorch_lora_weights.safetensors'}"
     texts = CAPTIONS[:1]
     bare, with_lora, lcm = (open_source(read_source(word)) for word in (plain, lora, f"{lora},scheduler=lcm"))
     alone = pixels(bare, texts, 2)
     assert close(alone, pixels(bare, texts, 2, batch=1))
-    assert not close(alone, pixels(with_lora, texts, 2)) and bare.facts.identity != with_lora.facts.identity
+    assert not close(alone, pixels(with_lora, texts, 2)) and bare.info.identity != with_lora.info.identity
     assert type(lcm.pipe).__name__ == "StableDiffusionXLPipeline"  # type: ignore[attr-defined]
     assert type(lcm.pipe.scheduler).__name__ == "LCMScheduler"  # type: ignore[attr-defined]
     assert close(pixels(lcm, texts, 2), pixels(lcm, texts, 2, batch=1))
@@ -305,7 +305,7 @@ def test_timesteps_noise_and_shift_are_those_that_were_asked_for(folders: Path) 
     pixels(source, texts, 1)
     assert seen == [999, 749, 499, 249] and source.arguments["num_inference_steps"] == 4
     calm, noisy = (opened(f"{unet},{small},scheduler=tcd,steps=4{more}") for more in ("", ",eta=0.3"))
-    assert not close(pixels(calm, texts, 1), pixels(noisy, texts, 1)) and "eta" not in calm.facts.identity
+    assert not close(pixels(calm, texts, 1), pixels(noisy, texts, 1)) and "eta" not in calm.info.identity
     assert close(pixels(noisy, texts, 2), pixels(noisy, texts, 2, batch=1)), "the noise is keyed by image"
     for scheduler in ("flow_euler", "flow_dpm"):
         called = []
@@ -317,15 +317,15 @@ def test_timesteps_noise_and_shift_are_those_that_were_asked_for(folders: Path) 
 
 
 def test_a_local_pipeline_never_touches_the_network(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = pipeline(folders, "sd3")
+    slot = pipeline(folders, "sd3")
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a socket was opened")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    source = open_source(read_source(f"{place},dtype=fp32,steps=1,height=32,width=32"))
-    assert len(source.make(places_of(CAPTIONS[:1], 1), 0)) == 1
+    source = open_source(read_source(f"{slot},dtype=fp32,steps=1,height=32,width=32"))
+    assert len(source.generate(image_slots(CAPTIONS[:1], 1), 0)) == 1
 
 
 @pytest.mark.parametrize(
@@ -344,10 +344,10 @@ def test_a_local_pipeline_never_touches_the_network(folders: Path, monkeypatch: 
 def test_mistakes_with_a_pipeline_are_named(
     folders: Path, settings: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = pipeline(folders, "sdxl")
+    slot = pipeline(folders, "sdxl")
     monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(ValueError, match=message):
-        open_source(read_source(f"{place}{settings}"))
+        open_source(read_source(f"{slot}{settings}"))
 
 
 def test_a_truncated_lora_is_named(folders: Path, tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_images_that_are_not_finite_are_an_error(folders: Path) -> None:
     with torch.no_grad():
         next(iter(source.pipe.transformer.parameters())).fill_(float("nan"))
     with pytest.raises(ValueError, match="are not finite"):
-        source.make(places_of(CAPTIONS[:1], 1), 0)
+        source.generate(image_slots(CAPTIONS[:1], 1), 0)
 
 
 def scaled(file: Path) -> None:
@@ -402,7 +402,7 @@ def test_an_export_on_another_base_or_with_another_lora_is_another_source(
     _, folder = exported(folders, "sd3", tmp_path / "export")
 
     def identity() -> Any:
-        return open_source(read_source(f"{folder},base={base}")).facts.identity
+        return open_source(read_source(f"{folder},base={base}")).info.identity
 
     first = identity()
     assert identity() == first
@@ -428,13 +428,13 @@ def test_an_export_on_another_base_or_with_another_lora_is_another_source(
 def test_a_folder_of_drawn_images_knows_every_setting(
     tmp_path: Path, before: dict[str, Any], now: dict[str, Any], keys: list[str]
 ) -> None:
-    settle(tmp_path, Facts("x", "pipeline", "x", identity=before), 0, tmp_path)
-    facts = Facts("x", "pipeline", "x", identity=now)
+    record_settings(tmp_path, SourceInfo("x", "pipeline", "x", identity=before), 0, tmp_path)
+    info = SourceInfo("x", "pipeline", "x", identity=now)
     if not keys:
-        settle(tmp_path, facts, 0, tmp_path)
+        record_settings(tmp_path, info, 0, tmp_path)
         return
     with pytest.raises(ValueError, match=f"{keys[0]} differ"):
-        settle(tmp_path, facts, 0, tmp_path)
+        record_settings(tmp_path, info, 0, tmp_path)
 
 
 class Drawing:
@@ -452,7 +452,7 @@ def drawing(draw: Callable[[torch.Tensor], torch.Tensor]) -> Source:
     pytest.importorskip("diffusers")
     from gdmd.sources.pipelines import PipelineSource
 
-    return PipelineSource(Facts("x", "pipeline", "x"), Drawing(draw), {})
+    return PipelineSource(SourceInfo("x", "pipeline", "x"), Drawing(draw), {})
 
 
 def test_randn_like_is_keyed_by_image_too() -> None:
@@ -507,7 +507,7 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
     assert "gdmd eval preference run --prompts FILE" in trained.err and "gdmd export run" in trained.err
     assert "Not scored yet" in Path("run/report.html").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("gdmd.evaluation.runs.build", None)  # nothing is loaded for these
+        patch.setattr("gdmd.recipes.open_run.build", None)  # nothing is loaded for these
         refused = gdmd("eval", "run")
         assert refused.code == 2 and "gdmd eval preference run --prompts FILE" in refused.err
         assert "ShapesEval" in refused.err and gdmd("report", "run", "--fresh").code == 2
@@ -543,7 +543,7 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
         assert drawn.code == 0 and Path(name).is_file(), drawn.err
     Path("run/checkpoints/step_000002/ema.safetensors").write_bytes(b"")
     exported = gdmd("export", "run", "-o", "older")
-    assert exported.code == 0 and "step 2 was passed over; step 1 is used" in exported.err
+    assert exported.code == 0 and "step 2 was skipped; step 1 is used" in exported.err
     assert json.loads(Path("older/gdmd_export.json").read_text())["step"] == 1
 
 

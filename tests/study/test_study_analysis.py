@@ -1,4 +1,4 @@
-"""From votes to a report: known votes give known numbers, simulated raters' taste is found again, the commands work."""
+"""From votes to a report: known votes give known numbers, simulated preferences are recovered, the commands work."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ def prefers(model: str) -> Any:
     return lambda _, trial: trial.expected or ("left" if trial.left_model == model else "right")
 
 
-def test_raters_who_all_prefer_one_model_win_every_vote_whatever_its_side() -> None:
+def test_unanimous_raters() -> None:
     found = analyze(PLAN, votes_by(PLAN, prefers("ours")), replicates=200)
-    (duel,) = found.duels
+    (duel,) = found.pairs
     assert (duel.wins, duel.ties, duel.losses) == (8 * 24, 0, 0), "repeats and checks are no votes"
     assert duel.win_rate == duel.score == 1 and duel.p < 1e-50
-    assert "no bound" in found.strengths[0].why_not
+    assert "no bound" in found.bradley_terry[0].why_not
     assert found.agreement[0].pairwise == 1 and found.agreement[0].self_same == found.agreement[0].self_count == 32
     assert found.bias[0].share == pytest.approx(0.5)
     assert all(row.used and row.checks_passed == 2 for row in found.raters)
 
 
-def test_raters_who_always_say_left_show_as_bias_and_not_as_a_preference() -> None:
+def test_always_left_is_bias_not_preference() -> None:
     found = analyze(PLAN, votes_by(PLAN, lambda *_: "left"), max_failed_checks=2, replicates=200)
     assert found.bias[0].share == 1 and found.bias[0].p < 1e-50
-    assert found.duels[0].win_rate == pytest.approx(0.5)
+    assert found.pairs[0].win_rate == pytest.approx(0.5)
     assert found.agreement[0].self_same == 0, "a repeat has the sides exchanged"
 
 
-def test_raters_who_fail_a_check_are_left_out_and_counted() -> None:
+def test_raters_who_fail_a_check_are_left_out() -> None:
     def taste(rater: int, trial: Trial) -> str:
         if rater == 3:
             return "tie"
@@ -68,15 +68,15 @@ def test_raters_who_fail_a_check_are_left_out_and_counted() -> None:
     votes = votes_by(PLAN, taste)
     found = analyze(PLAN, votes, replicates=200)
     assert [row.rater for row in found.raters if not row.used] == [3]
-    assert found.duels[0].ties == 0 and found.duels[0].raters == 7
-    assert analyze(PLAN, votes, max_failed_checks=2, replicates=200).duels[0].ties == 24
+    assert found.pairs[0].ties == 0 and found.pairs[0].raters == 7
+    assert analyze(PLAN, votes, max_failed_checks=2, replicates=200).pairs[0].ties == 24
     with pytest.raises(ValueError, match="--max-failed"):
         analyze(PLAN, votes_by(PLAN, lambda *_: "tie"), replicates=200)
     with pytest.raises(ValueError, match="no votes yet"):
         analyze(PLAN, [])
 
 
-def test_a_known_win_rate_is_found_again_and_the_clustered_interval_holds_it() -> None:
+def test_clustered_interval_covers_a_known_win_rate() -> None:
     found = recovery(PLAN, Taste(win_rate=0.65, prompt_spread=0.6, rater_spread=0.6), studies=40, replicates=200)
     assert found.mean_win_rate == pytest.approx(found.truth, abs=0.025)
     assert found.truth < 0.65, "the spread draws the average to one half"
@@ -84,22 +84,22 @@ def test_a_known_win_rate_is_found_again_and_the_clustered_interval_holds_it() -
     assert found.wilson_covered < found.clustered_covered, "votes that cluster are fewer than they seem"
 
 
-def test_equal_models_are_rarely_found_different() -> None:
+def test_equal_models_are_rarely_different() -> None:
     found = recovery(PLAN, Taste(win_rate=0.5, tie_rate=0.3), studies=40, replicates=200)
     assert found.found <= 0.05 and 0.88 <= found.wilson_covered
     assert found.mean_win_rate == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_strengths_of_three_models_are_ordered_by_their_wins() -> None:
+def test_bradley_terry_scores_of_three_models() -> None:
     plan = synthetic_plan(CFG.model_copy(update={"pairs_per_rater": 30}), ("ours", "b", "c"), 60)
     found = analyze(plan, simulated_votes(plan, Taste(win_rate=0.8), 1), replicates=400)
-    strengths = found.strengths[0].values
-    assert max(strengths, key=strengths.__getitem__) == "ours"
-    assert strengths["ours"] - (strengths["b"] + strengths["c"]) / 2 == pytest.approx(1.39 * 0.83, abs=0.5)
-    low, high = found.strengths[0].intervals["ours"]
-    assert low < strengths["ours"] < high
-    assert all(duel.p_holm >= duel.p for duel in found.duels)
-    assert [(duel.first, duel.second) for duel in found.duels] == [("ours", "b"), ("ours", "c"), ("b", "c")]
+    scores = found.bradley_terry[0].scores
+    assert max(scores, key=scores.__getitem__) == "ours"
+    assert scores["ours"] - (scores["b"] + scores["c"]) / 2 == pytest.approx(1.39 * 0.83, abs=0.5)
+    low, high = found.bradley_terry[0].intervals["ours"]
+    assert low < scores["ours"] < high
+    assert all(duel.p_holm >= duel.p for duel in found.pairs)
+    assert [(duel.first, duel.second) for duel in found.pairs] == [("ours", "b"), ("ours", "c"), ("b", "c")]
 
 
 @pytest.fixture
@@ -124,11 +124,11 @@ def test_analyze_writes_report_figure_and_exports(voted: tuple[Path, Plan], caps
     study, plan = voted
     assert run("study", "analyze", str(study), "--json", "--replicates", "200") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["duels"][0]["wins"] == 20 and found["duels"][0]["ties"] == 4
+    assert found["pairs"][0]["wins"] == 20 and found["pairs"][0]["ties"] == 4
     assert {duel["task"] for duel in found["by_task"]} == {"counting", "position"}
     folder = study / "report"
     page = (folder / "report.html").read_text()
-    assert "<svg" in page and MODELS[0] in page and "http" not in page.replace("http://www.w3.org", "")
+    assert "Overall: raters prefer" in page and MODELS[0] in page and "://" not in page
     assert "| Overall | all | Secret-Alpha | Secret-Beta | 20 | 4 | 0 |" in (folder / "report.md").read_text()
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "figure.pdf").read_bytes().startswith(b"%PDF")
@@ -139,7 +139,7 @@ def test_analyze_writes_report_figure_and_exports(voted: tuple[Path, Plan], caps
     assert {row["kind"] for row in rows} == {"pair", "repeat", "check"}
 
 
-def test_a_study_is_planned_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_study(tmp_path)
     named = [f"{name}={tmp_path / 'images' / name}" for name in MODELS]
     sizes = ("--raters", "3", "--pairs", "6", "--question", "overall")
@@ -152,9 +152,7 @@ def test_a_study_is_planned_from_the_command_line(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "three").exists()
 
 
-def test_models_of_the_shapes_world_are_drawn_for_the_study_from_the_same_noise(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_draws_shapes_models_from_the_same_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ("--raters", "1", "--votes", "1", "--pairs", "6", "--repeats", "0", "--checks", "0", "--per-task", "1")
     study = tmp_path / "study"
     named = ("plain=teacher-4-plain", "again=teacher-4-plain", "guided=teacher-4")
@@ -181,7 +179,7 @@ def test_models_of_the_shapes_world_are_drawn_for_the_study_from_the_same_noise(
     assert not (tmp_path / "two").exists()
 
 
-def test_serving_to_others_demands_a_token(
+def test_serving_to_others_needs_a_token(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("fastapi")

@@ -23,7 +23,7 @@ import torch.utils.tensorboard  # noqa: F401
 from torch import Tensor
 
 from gdmd.cli.app import exit_code, report
-from gdmd.training.distributed import World, session
+from gdmd.training.distributed import DistributedContext, session
 
 BROKEN = 99
 """Exit code of a rank that failed in a way that the program does not know."""
@@ -58,7 +58,7 @@ class Ended:
 
 
 def run_ranks(
-    work: Callable[[World], int | None],
+    work: Callable[[DistributedContext], int | None],
     folder: Path,
     size: int = 2,
     seconds: float = 300,
@@ -94,7 +94,7 @@ def run_ranks(
     return [Ended(process.exitcode or 0, text) for process, text in zip(processes, said, strict=True)]
 
 
-def _rank(work: Callable[[World], int | None], place: dict[str, str], log: Path, seconds: float) -> None:
+def _rank(work: Callable[[DistributedContext], int | None], place: dict[str, str], log: Path, seconds: float) -> None:
     os.environ.update(place)
     sys.stderr = log.open("w", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
@@ -102,8 +102,8 @@ def _rank(work: Callable[[World], int | None], place: dict[str, str], log: Path,
     torch.set_num_threads(1)
     code = BROKEN
     try:
-        with session() as world:
-            code = work(world) or 0
+        with session() as context:
+            code = work(context) or 0
     except ValueError as error:
         report(error)
         code = exit_code(error)

@@ -8,27 +8,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from gdmd.config.methods.dmd import DmdConfig
-from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.all import MethodConfig
 from gdmd.data.prompts import batch_of
 from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.gdmd import Gdmd
-from gdmd.methods.scorer import Scorer
+from gdmd.methods.gdmd_tilted import GdmdTilted
+from gdmd.recipes.build import SHAPES, method_of
 from gdmd.shapes.networks import ShapesDit
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
-from gdmd.types import Cond, Denoiser, Prediction, PromptBatch, Reward, Role, Update
+from gdmd.types import Cond, Denoiser, Method, Prediction, PromptBatch, Reward, Role, Update
 
 TEXTS = ("a circle", "a red square", "two rings", "a circle and a square")
 LR = 0.02
 
 
-def tiny_roles(seed: int = 0) -> ShapesRoles:
-    """Teacher, student and fake that differ, with no layer left at zero."""
+def tiny_roles(seed: int = 0, *, head: bool = False) -> ShapesRoles:
+    """Teacher, student and fake score that differ, with no layer left at zero; ``head``: a GAN head, too."""
     torch.manual_seed(seed)
-    roles = ShapesRoles(_awake(ShapesDit(width=32, depth=1)))
+    roles = ShapesRoles(_awake(ShapesDit(width=32, depth=1)), head_seed=5 if head else None)
     with torch.no_grad():
         for role in ("student", "fake"):
             for parameter in roles.parameters(role).values():  # type: ignore[arg-type]
@@ -83,13 +84,28 @@ class Toy:
         return torch.where(torch.isin(batch.index, torch.tensor(self.unscored)), torch.nan, scores)
 
 
-def gdmd(roles: ShapesRoles, *rewards: Reward, codec: ToyCodec | None = None, **options: Any) -> Gdmd:
-    method = Gdmd(GdmdConfig(**{"group_size": 3, **options}), roles, LATENT_SHAPE, "velocity")
-    return method.attach(Scorer(codec or ToyCodec(), rewards or (Toy(),)))
+def real_latents(batch: PromptBatch, draws: SampleRng) -> Tensor:
+    """Stand-ins for encoded images."""
+    return 2 + draws.normal("real", LATENT_SHAPE)
+
+
+def make(kind: str, roles: ShapesRoles, *rewards: Reward, codec: ToyCodec | None = None, **options: Any) -> Any:
+    """The method of that kind on tiny networks, by the same function that recipes use."""
+    cfg: Any = TypeAdapter(MethodConfig).validate_python({"kind": kind, **options})
+    return method_of(cfg, roles, codec or ToyCodec(), rewards or (Toy(),), SHAPES, real_latents)
+
+
+def gdmd(roles: ShapesRoles, *rewards: Reward, **options: Any) -> Gdmd:
+    return make("gdmd", roles, *rewards, **{"group_size": 3, **options})
+
+
+def tilted(roles: ShapesRoles, *rewards: Reward, kind: str = "gdmd_tilted", **options: Any) -> GdmdTilted:
+    small = {"group_size": 3, "continuations": 3, "continuation_weight": 1.0}
+    return make(kind, roles, *rewards, **small | options)
 
 
 def dmd(roles: ShapesRoles, **options: Any) -> Dmd:
-    return Dmd(DmdConfig(**options), roles, LATENT_SHAPE, "velocity")
+    return make("dmd", roles, **options)
 
 
 def apply(update: Update, roles: ShapesRoles) -> None:
@@ -101,19 +117,23 @@ def apply(update: Update, roles: ShapesRoles) -> None:
             parameter.sub_(LR * grad)
 
 
-def updates(method: Gdmd | Dmd, roles: ShapesRoles, step: int = 0, role: Role | None = None) -> Iterator[Update]:
+def updates(
+    method: Method, roles: ShapesRoles, step: int = 0, role: Role | None = None, batch: PromptBatch | None = None
+) -> Iterator[Update]:
     """The updates of one iteration, each handed out before it is applied."""
-    batch = prompts()
+    batch = batch or prompts()
     for update in method.iteration(step, batch, rng(step, batch)):
         if role in (None, update.role):
             yield update
         apply(update, roles)
 
 
-def train(method: Gdmd | Dmd, roles: ShapesRoles, steps: int = 2, start: int = 0) -> dict[str, Tensor]:
+def train(
+    method: Method, roles: ShapesRoles, steps: int = 2, start: int = 0, batch: PromptBatch | None = None
+) -> dict[str, Tensor]:
     """Weights of student and fake after some iterations."""
     for step in range(start, start + steps):
-        for _ in updates(method, roles, step):
+        for _ in updates(method, roles, step, batch=batch):
             pass
     return weights(roles)
 
@@ -139,7 +159,7 @@ def student_gradient(update: Update, roles: ShapesRoles, loss: Callable[[Any], T
     return torch.cat([grad.flatten() for grad in grads])
 
 
-def first_student(method: Gdmd | Dmd, roles: ShapesRoles) -> Update:
+def first_student(method: Method, roles: ShapesRoles) -> Update:
     """The first student update of an iteration whose fake updates were applied."""
     return next(updates(method, roles, role="student"))
 
@@ -175,6 +195,12 @@ class Call:
     t: Tensor
     cond: Cond
     x0: Tensor
+
+
+def grouped(size: int = 4) -> PromptBatch:
+    """Two prompts, ``size`` images of each."""
+    index = torch.arange(2 * size)
+    return batch_of(("a circle",) * size + ("two rings",) * size, ShapesTextEncoder(), index, index // size)
 
 
 def watch(roles: ShapesRoles) -> list[Call]:

@@ -1,11 +1,10 @@
-"""A comparison as a program: stopped and continued, a failing cell beside good ones, nothing done twice."""
+"""A sweep end to end: stopped and continued, a failing run next to good ones, nothing done twice."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -18,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from gdmd.sweep import worker as compare_job
-from gdmd.sweep.cells import plan, read_table
-from gdmd.sweep.pool import run_comparison
-from gdmd.sweep.spec import read_comparison
+from gdmd.sweep import worker
+from gdmd.sweep.pool import run_sweep
+from gdmd.sweep.runs import SweepRun, plan, read_table
+from gdmd.sweep.spec import read_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
-SPEC = """name: tiny
+CONFIG = """name: tiny
 base: shapes_smoke
 student_updates: 30
 seeds: [3]
@@ -35,10 +34,10 @@ rows:
 teachers: [{name: teacher_1, steps: 1, guidance: 1.0}]
 evaluation: {per_task: 1, images: 2}
 diagnosis: {seeds: 0}
-pictures: {rows: [gdmd], per_cluster: 1, captions: 2}
+images: {rows: [gdmd], per_cluster: 1, captions: 2}
 """
 VARYING = {"seconds", "cell_seconds", "images_per_s", "images_per_s_decoded", "peak_memory_mib", "commit"}
-"""Times and the state of the checkout; all else must be equal to the last bit."""
+"""Times and the state of the checkout; everything else must be equal bit for bit."""
 LIMIT = 300.0
 """Seconds that a wait may take on a busy machine."""
 
@@ -51,25 +50,25 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class World:
-    """What two calls of the program left: the first was interrupted, the second went on to the end."""
+class Done:
+    """What two calls of the command left: the first was interrupted, the second continued to the end."""
 
     folder: Path
-    spec: Path
+    config: Path
     steps_at_stop: list[str]
     stopped: Finished
     ended: Finished
 
     @property
-    def table(self) -> list[dict[str, Any]]:
-        return read_table(self.folder / "table.jsonl")
+    def line(self) -> dict[str, Any]:
+        return next(line for line in read_table(self.folder / "table.jsonl") if line["method"] == "gdmd")
 
 
-def start(spec: Path, folder: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "gdmd", "sweep", str(spec), "--out", str(folder), "--jobs", "3", *more]
+def start(config: Path, folder: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "gdmd", "sweep", str(config), "--out", str(folder), "--jobs", "3", *more]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=spec.parent
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=config.parent
     )
 
 
@@ -81,148 +80,118 @@ def end(process: subprocess.Popen[str]) -> Finished:
     return Finished(process.returncode, out_text, err_text)
 
 
-def gdmd_cell(spec: Path) -> Any:
-    return next(cell for cell in plan(read_comparison(str(spec))) if cell.method == "gdmd")
+def gdmd_run(config: Path) -> SweepRun:
+    return next(run for run in plan(read_sweep(str(config))) if run.method == "gdmd")
+
+
+def work(run: SweepRun, out: Path) -> dict[str, Any]:
+    """Run the worker in this process; its result."""
+    run.folder(out).mkdir(parents=True)
+    (run.folder(out) / "job.json").write_text(json.dumps(run.job))
+    assert worker.main(run.folder(out)) == 0
+    found: dict[str, Any] = json.loads(run.result(out).read_text())
+    return found
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    here = tmp_path_factory.mktemp("compare")
-    spec, folder = here / "tiny.yaml", here / "made"
-    spec.write_text(SPEC)
-    first = start(spec, folder, "--only", "gdmd")
-    checkpoints = gdmd_cell(spec).folder(folder) / "run" / "checkpoints"
+def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+    here = tmp_path_factory.mktemp("sweep")
+    config, folder = here / "tiny.yaml", here / "out"
+    config.write_text(CONFIG)
+    first = start(config, folder, "--only", "gdmd")
+    checkpoints = gdmd_run(config).folder(folder) / "run" / "checkpoints"
     until = time.monotonic() + LIMIT
     while not list(checkpoints.glob("step_*")) and first.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     first.send_signal(signal.SIGINT)
     stopped = end(first)
     steps = sorted(path.name for path in checkpoints.glob("step_*"))
-    yield World(folder, spec, steps, stopped, end(start(spec, folder, "--json")))
+    yield Done(folder, config, steps, stopped, end(start(config, folder, "--json")))
 
 
-def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(world: World) -> None:
-    assert world.stopped.code == 130, world.stopped.err
-    assert world.steps_at_stop and "step_000015" not in world.steps_at_stop
-    assert "the same command goes on" in world.stopped.err and "Traceback" not in world.stopped.err
+def test_ctrl_c_saves_a_checkpoint(done: Done) -> None:
+    assert done.stopped.code == 130, done.stopped.err
+    assert done.steps_at_stop and "step_000015" not in done.steps_at_stop
+    assert "the same command continues" in done.stopped.err and "Traceback" not in done.stopped.err
 
 
-def test_a_failing_cell_is_reported_and_the_others_are_finished(world: World) -> None:
-    assert world.ended.code == 1, world.ended.err
-    told = json.loads(world.ended.out)
+def test_a_failing_run_is_reported_and_the_others_are_finished(done: Done) -> None:
+    assert done.ended.code == 1, done.ended.err
+    told = json.loads(done.ended.out)
     assert list(told["failed"]) == ["broken/3/updates"] and "not finite" in told["failed"]["broken/3/updates"]
-    assert {line["method"] for line in world.table} == {"gdmd", "teacher_1"}
-    assert told["missing"] == 1 and Path(told["page"]).is_file()
-    assert {"fig6_grid.png", "fig7_grid.png", "fig3_features.png"} <= {
-        p.name for p in (world.folder / "figures").iterdir()
-    }
+    assert told["rows"].keys() == {"gdmd", "teacher_1"} and told["missing"] == 1
+    assert Path(told["page"]).is_file()
+    names = {path.name for path in (done.folder / "figures").iterdir()}
+    assert {"fig6_grid.png", "fig7_grid.png", "fig3_features.png"} <= names
+    assert "[1/3] " in done.ended.err and " left)" in done.ended.err
 
 
-def test_a_stopped_comparison_ends_with_the_table_of_an_uninterrupted_one(world: World, tmp_path: Path) -> None:
-    cell = gdmd_cell(world.spec)
-    resumed = json.loads((cell.folder(world.folder) / "run" / "run.json").read_text())["resumed"]
+def test_resume_equals_an_uninterrupted_run(done: Done, tmp_path: Path) -> None:
+    run, line = gdmd_run(done.config), done.line
+    resumed = json.loads((run.folder(done.folder) / "run" / "run.json").read_text())["resumed"]
     assert len(resumed) == 1 and 0 < resumed[0]["step"] < 15
-    folder = cell.folder(tmp_path)
-    folder.mkdir(parents=True)
-    (folder / "job.json").write_text(json.dumps(cell.job))
-    assert compare_job.main(folder) == 0
-    alone = json.loads((folder / "result.json").read_text())
-    line = next(line for line in world.table if line["method"] == "gdmd")
+    alone = work(run, tmp_path)
     assert {k: (alone[k], line[k]) for k in alone.keys() - VARYING if alone[k] != line[k]} == {}
     assert line["student_updates"] == 30 and line["steps"] == 15 and line["nfe"] == 4 and line["seed"] == 3
     assert line["passes"] > 15 * 2 * (1 + 2 * 9) and line["trained"] == ["shapes_clip", "shapes_pref"]
-    assert line["command"].endswith("--only gdmd/3/updates") and line["hash"] == cell.hash
+    assert line["command"].endswith("--only gdmd/3/updates") and line["hash"] == run.hash
 
 
-def test_a_finished_comparison_trains_nothing_again(world: World) -> None:
-    before = {path: path.stat().st_mtime_ns for path in world.folder.rglob("*") if "cells" in path.parts}
-    table = (world.folder / "table.jsonl").read_text()
-    said: list[str] = []
-    comparison = read_comparison(str(world.spec))
-    outcome = run_comparison(comparison, "tiny.yaml", world.folder, 1, ["gdmd", "teacher_1"], said.append)
-    assert (outcome.trained, outcome.cached, outcome.exit_code) == ([], 2, 0)
+def test_finished_runs_are_not_repeated_and_a_lost_line_is_restored(done: Done) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (done.folder / "runs").rglob("*")}
+    path = done.folder / "table.jsonl"
+    lines = path.read_text().splitlines()
+    for text in (path.read_text(), path.read_text()[:-30]):  # the second as after a crash
+        path.write_text(text)
+        messages: list[str] = []
+        sweep = read_sweep(str(done.config))
+        outcome = run_sweep(sweep, str(done.config), done.folder, 1, ["gdmd", "teacher_1"], messages.append)
+        assert (outcome.trained, outcome.cached, outcome.exit_code) == ([], 2, 0)
+        assert "2 already finished, 0 to do" in messages[0] and len(messages) == 1
+        assert sorted(path.read_text().splitlines()) == sorted(lines)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert (world.folder / "table.jsonl").read_text() == table
-    assert "2 finished before, 0 to run" in said[0] and len(said) == 1
 
 
-def test_a_line_lost_in_a_crash_is_added_again(world: World) -> None:
-    path = world.folder / "table.jsonl"
-    text = path.read_text()
-    path.write_text(text[:-30])
-    run_comparison(read_comparison(str(world.spec)), "tiny.yaml", world.folder, 1, ["gdmd", "teacher_1"], print)
-    assert sorted(path.read_text().splitlines()) == sorted(
-        line.replace(f"compare {world.spec}", "compare tiny.yaml") if line in text.splitlines()[-1:] else line
-        for line in text.splitlines()
-    )
-
-
-def test_a_finished_cell_can_be_evaluated_like_any_run(world: World) -> None:
+def test_a_finished_run_can_be_evaluated_like_any_run(done: Done) -> None:
     from gdmd.evaluation.runs import measure_named
 
-    _, row, _ = measure_named(str(gdmd_cell(world.spec).folder(world.folder) / "run"), "eval", {})
-    line = next(line for line in world.table if line["method"] == "gdmd")
-    assert row["shapeseval"]["overall"] == line["shapeseval"] and row["fidelity"] == line["fidelity"]
+    _, row, _ = measure_named(str(gdmd_run(done.config).folder(done.folder) / "run"), "eval", {})
+    assert row["shapeseval"]["overall"] == done.line["shapeseval"] and row["fidelity"] == done.line["fidelity"]
 
 
-def test_a_second_stage_begins_with_the_averaged_student_of_its_first(tmp_path: Path) -> None:
-    spec = tmp_path / "stages.yaml"
-    rows = "  - {name: first, kind: rival, recipe: dmd, student_updates: 3, overrides: {method.fake_updates: 1}}\n"
+def test_a_half_trained_run_with_another_config_is_refused(
+    done: Done, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = gdmd_run(done.config)
+    shutil.copytree(run.folder(done.folder), run.folder(tmp_path))
+    run.result(tmp_path).unlink()
+    config = run.folder(tmp_path) / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("clip: 1.0", "clip: 2.0"))
+    assert worker.main(run.folder(tmp_path)) == worker.BAD_INPUT
+    assert "loop.clip: 2.0 -> 1.0" in capsys.readouterr().err
+
+
+def test_a_second_stage_starts_with_the_averaged_student_of_its_first(tmp_path: Path) -> None:
+    rows = "  - {name: first, kind: baseline, recipe: dmd, student_updates: 3, overrides: {method.fake_updates: 1}}\n"
     rows += "  - {name: gdmd, kind: gdmd, start_from: first}\n"
-    text = SPEC.replace("student_updates: 30", "student_updates: 2").replace("diagnosis: {seeds: 0}\n", "")
-    text = text[: text.index("  - ")] + rows + text[text.index("teachers:") :]
-    spec.write_text(text + "diagnosis: {seeds: 1, points: 1, per_task: 1, images: 2}\n")
-    results = {}
-    for cell in plan(read_comparison(str(spec)))[1:]:
-        folder = cell.folder(tmp_path)
-        folder.mkdir(parents=True)
-        (folder / "job.json").write_text(json.dumps(cell.job))
-        assert compare_job.main(folder) == 0
-        results[cell.method] = json.loads((folder / "result.json").read_text())
+    text = CONFIG.replace("student_updates: 30", "student_updates: 2")
+    text = text.replace("{seeds: 0}", "{seeds: 1, points: 1, per_task: 1, images: 2}")
+    path = tmp_path / "stages.yaml"
+    path.write_text(text[: text.index("  - ")] + rows + text[text.index("teachers:") :])
+    results = {run.method: work(run, tmp_path) for run in plan(read_sweep(str(path)))[1:]}
     first, second = results["first"], results["gdmd"]
     assert first["student_updates"] == 3 and second["student_updates"] == 2
-    at_start = second["points"][0]
-    same = {key: at_start[key] for key in ("shapeseval", "rewards", "fidelity")}
-    assert same == {key: first[key] for key in same}
-    assert same != {key: first["points"][0][key] for key in same}  # which began as the teacher
+    at_start = {key: second["points"][0][key] for key in ("shapeseval", "rewards", "fidelity")}
+    assert at_start == {key: first[key] for key in at_start}
+    assert at_start != {key: first["points"][0][key] for key in at_start}  # which started as the teacher
 
 
-STAGED = """  - {name: gdmd, kind: gdmd, start_from: again}
-  - {name: first, kind: rival, recipe: dmd, overrides: {loop.lr_fake: 1.0e+30, method.fake_updates: 1}}
-  - {name: again, kind: rival, recipe: dmd, overrides: {loop.lr_fake: 1.0e+30, method.fake_updates: 1}}
-  - {name: late, kind: rival, recipe: dmd, start_from: first}
-"""
-
-
-def test_a_comparison_whose_shared_first_stage_fails_ends(tmp_path: Path) -> None:
-    spec = tmp_path / "staged.yaml"
-    spec.write_text(SPEC[: SPEC.index("  - ")] + STAGED + SPEC[SPEC.index("evaluation:") :])
-    done = end(start(spec, tmp_path / "made", "--json"))
-    assert done.code == 1, done.err
-    failed = json.loads(done.out)["failed"]
-    assert failed["gdmd/3/updates"] == failed["late/3/updates"] == "its first stage failed"
-    assert "not finite" in failed.get("first/3/updates", failed.get("again/3/updates"))
-
-
-def test_a_cell_ends_when_the_comparison_that_started_it_is_gone(tmp_path: Path) -> None:
+def test_a_run_exits_when_its_sweep_is_gone(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (tmp_path / "job.json").write_text("{}")
-    with (tmp_path / "lock").open("w") as held:  # it waits for the lock, and would for ever
+    with (tmp_path / "lock").open("w") as held:  # the worker would wait for the lock forever
         fcntl.flock(held, fcntl.LOCK_EX)
         command = [sys.executable, "-m", "gdmd.sweep.worker", str(tmp_path), str(gone.pid)]
-        cell = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        assert cell.wait(LIMIT) == -signal.SIGTERM
-
-
-def test_a_half_trained_cell_of_another_configuration_is_refused(tmp_path: Path, world: World) -> None:
-    cell = gdmd_cell(world.spec)
-    folder = Path(shutil.copytree(cell.folder(world.folder), cell.folder(tmp_path)))
-    (folder / "result.json").unlink()
-    config = folder / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("clip: 1.0", "clip: 2.0"))
-    message = "loop.clip: 2.0 -> 1.0"
-    probes = shutil.copytree(world.folder / "probes", tmp_path / "probes")
-    assert list(probes.iterdir()) and compare_job.main(folder) == compare_job.BAD_INPUT
-    with pytest.raises(ValueError, match=re.escape(message)):
-        compare_job._student(cell.job, folder)
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert process.wait(LIMIT) == -signal.SIGTERM

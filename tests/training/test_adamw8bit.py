@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
-from gdmd.programs.train import ready
+from gdmd.programs.train import prepare
 from gdmd.training.adamw8bit import moment_bytes, quantized
 from gdmd.training.optimizer import RoleOptimizer
 
@@ -116,11 +116,11 @@ def test_without_the_library_a_run_is_refused_before_anything_is_loaded(monkeypa
     monkeypatch.setattr("gdmd.programs.train.build", lambda cfg: pytest.fail("something was loaded"))
     cfg = RunConfig(name="shapes", loop=LoopConfig(optimizer="adamw8bit"))
     with pytest.raises(ValueError, match=r"needs torchao.*pip install -e '\.\[8bit\]'.*loop.optimizer = adamw"):
-        ready(cfg)
+        prepare(cfg)
     with pytest.raises(ValueError, match="needs torchao"):
         RoleOptimizer(named(), 1e-2, kind="adamw8bit")
 
 
 def test_moments_of_8_bits_are_not_sharded() -> None:
-    with pytest.raises(ValueError, match="optimizer = adamw8bit and sharding = full.*not cut into shards"):
+    with pytest.raises(ValueError, match="optimizer = adamw8bit and sharding = full.*cannot be sharded"):
         LoopConfig(optimizer="adamw8bit", sharding="full")

@@ -22,7 +22,7 @@ from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import create, open_run
-from gdmd.training.distributed import SINGLE, World
+from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.training.loop import train
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,20 +36,20 @@ def roles_of(root: Path, kind: str) -> DiffusersRoles:
     return DiffusersRoles(open_family(tiny.config(root / name, **changes)), head_seed=3)
 
 
-def distill(root: Path, kind: str, place: str, world: World = SINGLE) -> None:
+def distill(root: Path, kind: str, place: str, context: DistributedContext = SINGLE_PROCESS) -> None:
     folder, changes = root / f"{kind}_{place}", KINDS[kind][1]
-    world.on_first(lambda: create(folder, {}).path.name)
+    context.on_main(lambda: create(folder, {}).path.name)
     roles = roles_of(root, kind)
     stream = PromptStream([list(tiny.WORDS)], roles.family.encoder, 2, 0, 1)
     cfg = Dmd2Config(fake_updates=1, head_weight=1.0, gan_weight=1.0, guidance=3.0)
     shape = roles.family.latent_shape
     real = lambda prompts, rng: 2 + rng.normal("real", shape)  # noqa: E731
-    method = Dmd2(cfg, roles, shape, roles.family.native, real).attach(roles.critic)
+    method = Dmd2(cfg, roles, shape, roles.family.native, real, critic=roles.critic)
     loop = {"steps": 2, "batch_size": 2, "lr_student": 0.1, "lr_fake": 0.1, "log_every": 1, "grid_every": 0}
     sharding = "full" if "full" in changes else "none"
     train(
         method, roles, stream, LoopConfig(**loop, threads=1, rank_timeout=60, sharding=sharding),  # type: ignore[arg-type]
-        open_run(folder), world=world,
+        open_run(folder), context=context,
     )  # fmt: skip
 
 
@@ -62,14 +62,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (root / name).exists():
             tiny.save(name, root / name)
 
-    def all_kinds(place: str, world: World = SINGLE) -> None:
+    def all_kinds(place: str, context: DistributedContext = SINGLE_PROCESS) -> None:
         for kind in KINDS:
-            distill(root, kind, place, world)
+            distill(root, kind, place, context)
 
     try:
         with linear_steps():
             all_kinds("alone")
-            ended = run_ranks(lambda world: all_kinds("ranks", world), root)
+            ended = run_ranks(lambda context: all_kinds("ranks", context), root)
     finally:
         os.fsync = before
     assert [end.code for end in ended] == [0, 0], ended

@@ -1,24 +1,26 @@
-"""The real `gdmd train --gpus 2`: its launcher is killed outright, and its run goes on with another number of ranks."""
+"""`gdmd train --gpus 2`: kills, signals and restarts through torchrun's launcher; and the example scripts."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from gdmd.cli.app import main
+from gdmd.cli.train import TrainOptions
 from gdmd.runs import checkpoint
-from gdmd.runs.run_folder import read_facts, read_metrics
-from gdmd.training.distributed import _first_failure, _told
-from gdmd.training.rank import module_words
+from gdmd.runs.run_folder import create, read_facts, read_metrics
+from gdmd.training.distributed import _exit_code
+from gdmd.training.rank import module_arguments
 from gdmd.types import PromptBatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,141 +29,193 @@ name: tiny
 model: {kind: shapes}
 method: {kind: gdmd, group_size: 1}
 loop: {steps: STEPS, batch_size: 4, checkpoint_every: 1, log_every: 1, grid_every: 0, threads: 1}
-rewards: [{kind: callable, target: 'test_launcher:signed'}]
+rewards: [{kind: callable, target: 'test_launcher:deadly'}]
 """
 
 
-def signed(images: Tensor, prompts: PromptBatch) -> Tensor:
-    """A reward that leaves the number of its process in the folder PIDS."""
-    (Path(os.environ["PIDS"]) / str(os.getpid())).touch()
+def deadly(images: Tensor, prompts: PromptBatch) -> Tensor:
+    """A reward that kills rank 1 in the launcher's first attempt, as soon as there is a checkpoint."""
+    saved, fresh = Path(os.environ["GDMD_TEST_RUN"]) / "checkpoints", os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if os.environ["RANK"] == "1" and fresh and os.environ["GDMD_TEST_KILL"] and list(saved.glob("step_*")):
+        os.kill(os.getpid(), signal.SIGKILL)
     return images.mean((1, 2, 3))
 
 
-def command(folder: Path, *words: str) -> tuple[Sequence[str], dict[str, str]]:
-    """Words and environment of `gdmd train` with two ranks on this CPU."""
-    (folder / "pids").mkdir(exist_ok=True)
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PIDS": str(folder / "pids")}
-    return [sys.executable, "-m", "gdmd", "train", *words, "--no-eval"], os.environ | own
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., tuple[subprocess.Popen[bytes], Path]]:
+    """Starts `gdmd train ... --gpus 2`; returns the launcher and the file of its output."""
+    started: list[subprocess.Popen[bytes]] = []
 
+    def start(*arguments: str, kill: bool = False) -> tuple[subprocess.Popen[bytes], Path]:
+        paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+        own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GDMD_TEST_RUN": str(tmp_path / "run")}
+        command = [sys.executable, "-m", "gdmd", "train", *arguments, "--no-eval", "--gpus", "2"]
+        log = tmp_path / f"log_{len(started)}"
+        with log.open("w") as output:
+            environment = os.environ | own | {"GDMD_TEST_KILL": "1" if kill else ""}
+            started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+        return started[-1], log
 
-def test_a_file_of_the_current_folder_hides_no_module_of_a_rank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "random.py").write_text("raise SystemExit('the wrong random')")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT))  # as the program ``gdmd`` is found: not by the current folder
-    call = [sys.executable, *module_words("gdmd"), "--version"]
-    found = subprocess.run(call, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert found.returncode == 0 and found.stdout.startswith("gdmd "), found.stderr
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert module_words("gdmd") == ["-m", "gdmd"]  # python -m gdmd: its ranks find what it finds
+    yield start
+    for launcher in started:
+        launcher.kill()
 
 
 def recipe(folder: Path, steps: int) -> str:
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.replace("STEPS", str(steps)))
-    return str(path)
+    (folder / "recipe.yaml").write_text(RECIPE.replace("STEPS", str(steps)))
+    return str(folder / "recipe.yaml")
 
 
-def ranks(folder: Path) -> list[int]:
-    """The processes that have scored something and are still there; one that only waits to be collected is not."""
-    return [int(pid.name) for pid in (folder / "pids").iterdir() if _works(pid.name)]
-
-
-def _works(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait(seconds: float, what: str, told: Path, done: Callable[[], bool]) -> None:
-    """Until ``done()``; AssertionError with the end of the log after that."""
+def wait(seconds: float, log: Path, done: Callable[[], bool]) -> None:
     end = time.monotonic() + seconds
     while not done():
-        assert time.monotonic() < end, f"{what}: not within {seconds} s\n{told.read_text()[-3000:]}"
+        assert time.monotonic() < end, log.read_text()
         time.sleep(0.1)
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
-def test_a_killed_launcher_a_killed_rank_and_sigterm_end_all_ranks_and_the_run_goes_on_each_time(
-    tmp_path: Path,
+def test_killed_rank_is_restarted(tmp_path: Path, launch: Callable[..., tuple[subprocess.Popen[bytes], Path]]) -> None:
+    """With --restarts torchrun starts all ranks again and the run ends; without, the exit code is that of SIGKILL."""
+    run = tmp_path / "run"
+    launcher, log = launch(recipe(tmp_path, 3), "--run", str(run), kill=True)
+    assert launcher.wait(250) == 137, log.read_text()
+    assert "was ended by SIGKILL" in log.read_text()
+    assert f"resume with: gdmd train --resume {run} --gpus 2" in log.read_text()
+
+    launcher, log = launch("--resume", str(run), "loop.steps=4", "--restarts", "1", kill=True)
+    assert launcher.wait(250) == 0, log.read_text()
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4]
+    assert len(read_facts(run)["resumed"]) >= 2 and "resumed from step" in log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_launcher(
+    tmp_path: Path, launch: Callable[..., tuple[subprocess.Popen[bytes], Path]], number: int
 ) -> None:
-    run, saved = tmp_path / "run", tmp_path / "run" / "checkpoints"
-    launched: list[subprocess.Popen[bytes]] = []
-
-    def life(name: str, *words: str) -> tuple[subprocess.Popen[bytes], Path]:
-        asked, environment = command(tmp_path, *words, "--gpus", "2")
-        log = tmp_path / name
-        with log.open("w") as told:
-            launched.append(subprocess.Popen(asked, env=environment, stdout=told, stderr=told, start_new_session=True))
-        return launched[-1], log
-
-    reached = lambda: int(rows[-1]["step"]) if (rows := read_metrics(run)) else 0  # noqa: E731
-    try:
-        launcher, log = life("first", recipe(tmp_path, 10_000), "--run", str(run))
-        wait(200, "two ranks with a checkpoint", log, lambda: saved.exists() and len(checkpoint.steps(saved)) > 1)
-        assert len(ranks(tmp_path)) == 2
-        launcher.send_signal(signal.SIGKILL)
-        launcher.wait(20)
-        wait(100, "the end of both ranks", log, lambda: not ranks(tmp_path))
-        assert "lost" in log.read_text(), log.read_text()[-3000:]
-
-        before = checkpoint.load_newest(saved).step
-        launcher, log = life("second", "--resume", str(run))
-        wait(200, "a checkpoint after the resume", log, lambda: checkpoint.steps(saved)[-1] > before)
-        assert len(ranks(tmp_path)) == 2
-        os.kill(ranks(tmp_path)[1], signal.SIGKILL)
-        assert launcher.wait(100) == 137, log.read_text()[-3000:]
-        assert "was ended by SIGKILL" in log.read_text()
-        assert f"go on with: gdmd train --resume {run} --gpus 2" in log.read_text()
-
-        before = reached()
-        launcher, log = life("third", "--resume", str(run), "loop.checkpoint_every=10000")
-        wait(200, "a step after the resume", log, lambda: reached() > before)
-        launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(100) == 143, log.read_text()[-3000:]
-        assert "stopped at step" in log.read_text()
-    finally:
-        for launcher in launched:
-            launcher.kill()
-        for pid in ranks(tmp_path):
-            os.kill(pid, signal.SIGKILL)
-    assert checkpoint.steps(saved)[-1] == reached() > before
-    assert [row["step"] for row in read_metrics(run)] == list(range(1, reached() + 1))
+    """All ranks finish their iteration, save a checkpoint and exit; also if the launcher was killed outright."""
+    run = tmp_path / "run"
+    launcher, log = launch(recipe(tmp_path, 10_000), "--run", str(run), "loop.checkpoint_every=10000")
+    wait(200, log, lambda: bool(read_metrics(run)))
+    launcher.send_signal(number)
+    assert launcher.wait(100) == (143 if number == signal.SIGTERM else -number), log.read_text()
+    wait(60, log, lambda: "stopped at step" in log.read_text())
+    reached = int(read_metrics(run)[-1]["step"])
+    assert checkpoint.steps(run / "checkpoints") == [reached]
 
 
-@pytest.mark.parametrize(("other", "code"), [(4, 137), (-15, 137), (143, 137), (2, 2)])
-def test_the_code_is_that_of_the_rank_that_failed_before_the_others_lost_it(other: int, code: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "other", "code"), [(-9, 4, 137), (-9, -15, 137), (-9, 143, 137), (2, 4, 2), (-6, 4, 4)]
+)
+def test_exit_code_of_a_failed_run(first: int, other: int, code: int) -> None:
+    """That of the rank that failed before the others lost it; an abort is NCCL's timeout."""
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-    failures = {rank: ProcessFailure(rank, 100 + rank, end, "") for rank, end in enumerate((other, -9))}
+    failures = {rank: ProcessFailure(rank, 100 + rank, end, "") for rank, end in enumerate((other, first))}
     for failure in failures.values():
-        failure.timestamp = 7  # whole seconds: in one of them the others end, too
-    assert _told(*_first_failure(failures)) == code
+        failure.timestamp = 7  # whole seconds: the others end within the same one
+    assert _exit_code(failures) == code
 
 
-def test_a_run_of_one_process_goes_on_with_two_and_ends_as_the_undisturbed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_module_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of the current folder does not hide a module of a rank."""
+    (tmp_path / "random.py").write_text("raise SystemExit('the wrong random')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))  # as the program ``gdmd`` is found: not by the current folder
+    call = [sys.executable, *module_arguments("gdmd"), "--version"]
+    found = subprocess.run(call, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.startswith("gdmd "), found.stderr
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert module_arguments("gdmd") == ["-m", "gdmd"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["loop.batch_size=3", "--gpus", "2"], "loop.batch_size = 3 does not divide among 2 ranks"),
+        (["--restarts", "2"], "--restarts needs --gpus N"),
+    ],
+)
+def test_launch_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "shapes_smoke", *arguments, "--run", str(tmp_path / "run")])
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+    assert message in capsys.readouterr().err
+
+
+def test_restarted_ranks_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `torchrun --max-restarts` starts again with the same arguments resumes the run, if there is one."""
+    options = TrainOptions("shapes_smoke", (), tmp_path / "run", None, False, False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert options.after_restart() == options
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert options.after_restart() == options  # killed before there was a run
+    create(tmp_path / "run", {})
+    assert options.after_restart() == replace(options, run=None, resume=tmp_path / "run")
+    with pytest.raises(ValueError, match="no --run names the folder"):
+        replace(options, run=None).after_restart()
+
+
+# ---------------------------------------------------------------- examples/*.sh
+
+
+JOB = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "4"}
+HEAD = {"HEAD": "node1", "NODES": "2"}
+
+
+@pytest.fixture
+def example(tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs an example with a torchrun and a gdmd that only print their arguments, one per line."""
+    (tmp_path / "bin").mkdir()
+    stubs = {"nvidia-smi": 'printf "GPU\\nGPU\\nGPU\\n"', "srun": 'exec "$@"', "scontrol": 'printf "node1\\nnode2\\n"'}
+    stubs |= {name: f'printf "%s\\n" {name} "$@"' for name in ("torchrun", "gdmd")}
+    for name, stub in stubs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{stub}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def run(script: str, *arguments: str, **environment: str) -> list[str]:
+        path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        line = ["bash", str(ROOT / "examples" / script), *arguments]
+        done = subprocess.run(line, env={"PATH": path} | environment, capture_output=True, text=True, cwd=tmp_path)
+        if done.returncode:
+            raise ValueError(done.stderr)
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_example_for_one_machine(example: Callable[..., list[str]], tmp_path: Path) -> None:
+    fresh = example("one_node.sh", "sdxl_gdmd", "prompts.file=a file.txt")
+    assert fresh == shlex.split("gdmd train sdxl_gdmd 'prompts.file=a file.txt' --run runs/sdxl_gdmd --gpus 3")
+    (tmp_path / "runs/sdxl_gdmd/checkpoints/step_000050").mkdir(parents=True)
+    again = example("one_node.sh", "sdxl_gdmd", "prompts.file=a file.txt", GPUS="2")
+    assert again == shlex.split("gdmd train --resume runs/sdxl_gdmd --gpus 2")
+    with pytest.raises(ValueError, match="give a recipe"):
+        example("one_node.sh")
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "asked"),
+    [
+        ("several_nodes.sh", HEAD, ("2", "3", "node1:29500", "sdxl")),
+        ("slurm_train.sh", JOB, ("2", "4", "node1:29500", "17")),
+    ],
+)
+def test_examples_for_several_machines(
+    example: Callable[..., list[str]], tmp_path: Path, script: str, environment: dict[str, str], asked: tuple[str, ...]
 ) -> None:
-    asked, environment = command(tmp_path, "--resume", str(tmp_path / "grown"), "loop.steps=4", "--gpus", "2")
-    monkeypatch.setenv("PIDS", environment["PIDS"])
+    """torchrun understands them, and the same command resumes the run."""
+    from torch.distributed.run import parse_args
 
-    def run_to_end(*words: str) -> None:
-        with pytest.raises(SystemExit) as ended:
-            main(["train", recipe(tmp_path, 4), *words, "--no-eval"])
-        assert not ended.value.code
-
-    alone, grown = tmp_path / "alone", tmp_path / "grown"
-    run_to_end("--run", str(alone))
-    run_to_end("--run", str(grown), "loop.steps=2")
-    done = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    assert read_facts(grown)["resumed"][0]["step"] == 2
-    assert [row["step"] for row in read_metrics(grown)] == [1, 2, 3, 4]
-    ends = [checkpoint.load_newest(folder / "checkpoints").tensors for folder in (alone, grown)]
-    for part in ("student", "ema", "fake"):
-        one, two = (torch.cat([end[part][name].double().flatten() for name in sorted(end[part])]) for end in ends)
-        assert (one - two).norm() < 1e-5 * one.norm(), part
-        assert not torch.equal(one, torch.zeros_like(one))
+    given = environment | {"RUN": str(tmp_path / "sdxl")}
+    torchrun, *arguments = example(script, "sdxl_gdmd", "prompts.file=p.txt", **given)
+    found = parse_args(arguments)
+    assert torchrun == "torchrun" and found.module and found.training_script == "gdmd"
+    assert (found.nnodes, found.nproc_per_node, found.rdzv_endpoint, found.rdzv_id) == asked
+    fresh = f"train sdxl_gdmd prompts.file=p.txt --run {given['RUN']} --no-eval"
+    assert found.training_script_args == shlex.split(fresh)
+    (tmp_path / "sdxl/checkpoints/step_000050").mkdir(parents=True)
+    again = parse_args(example(script, "sdxl_gdmd", **given)[1:])
+    assert again.training_script_args == shlex.split(f"train --resume {given['RUN']} --no-eval")
+    if script == "several_nodes.sh":
+        for missing in given:
+            with pytest.raises(ValueError, match=missing):
+                example(script, "sdxl_gdmd", **{name: value for name, value in given.items() if name != missing})

@@ -6,6 +6,7 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -24,7 +25,7 @@ from gdmd.runs import checkpoint
 from gdmd.runs import run_folder as rundir
 from gdmd.runs.best_checkpoint import named_best
 from gdmd.training.loop import Hooks
-from gdmd.training.progress import PlainProgress, progress_for, summary
+from gdmd.training.progress import SHOWN, PlainProgress, legend, progress_for, summary
 from gdmd.training.role_state import NonFiniteError
 
 
@@ -48,6 +49,9 @@ class Watcher:
 
     def note(self, message: str) -> None:
         self.notes.append(message)
+
+    def status(self, doing: str) -> None:
+        return
 
 
 def poison_at(*steps: int):  # noqa: ANN201
@@ -247,29 +251,41 @@ def test_bf16_trains_with_fp32_weights(tmp_path: Path) -> None:
     assert toy.roles.student.layers[0].weight.dtype == torch.float32
 
 
-def test_the_summary_has_the_known_statistics_in_order_and_shows_what_was_not_scored() -> None:
+def test_summary_and_legend() -> None:
+    """Known statistics in their order with their meaning; what was not scored reads "-"."""
     values = {"reward/target": math.nan, "loss/fake": 0.25, "loss/gan": 2.0, "loss/student": 0.5, "lr/fake": 1.0}
-    assert summary(values) == "student 0.5  fake 0.25  gan 2  R(target) -"
+    assert summary(values) == ["student 0.5", "fake 0.25", "gan 2", "R(target) -"]
+    assert (
+        legend(values) == "student: loss of the student; fake: loss of the fake score; R(target): reward of the targets"
+    )
 
 
-def test_without_a_terminal_each_row_is_one_plain_line_with_eta() -> None:
+def test_plain_progress() -> None:
+    """Without a terminal: the legend once, then one line per row, with an ETA from the second step on."""
     stream = io.StringIO()
     progress = PlainProgress(10, stream)
     for step in (1, 2):
         progress.advance(step)
         progress.row(step, {"loss/student": 1.0, "weight/share_below_half": 0.25})
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "step 1/10  student 1  r<1/2 0.25"
-    assert lines[1].startswith("step 2/10  student 1  r<1/2 0.25  ETA 0:")
+    assert lines[0].startswith("metrics: student: ") and len(lines) == 3
+    assert lines[1] == "step 1/10  student 1  r<1/2 0.25"
+    assert lines[2].startswith("step 2/10  student 1  r<1/2 0.25  ETA 0:")
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_is_shown_on_a_terminal_only(terminal: bool) -> None:
+def test_terminal_progress_at_80_columns(terminal: bool) -> None:
+    """On a terminal: step, ETA and whole metrics fit 80 columns; elsewhere there are no escape codes."""
     stream = io.StringIO()
-    with progress_for(4, Console(file=stream, force_terminal=terminal, width=120)) as progress:
-        progress.advance(2)
-        progress.row(2, {"loss/student": 0.5, "speed/images_per_s": 12.0})
+    values = dict.fromkeys(SHOWN, 0.123456)
+    with progress_for(4, Console(file=stream, force_terminal=terminal, width=80)) as progress:
+        for step in (1, 2):
+            progress.advance(step)
+        progress.row(2, values)
         progress.note("resumed from step 1")
     text = stream.getvalue()
-    assert "student 0.5" in text and "images/s 12" in text and "resumed from step 1" in text
-    assert ("\x1b" in text) == terminal
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    assert ("\x1b" in text) == terminal and "resumed from step 1" in text
+    assert "student 0.123" in plain and "images/s 0.123" in plain and "ETA 0:" in plain
+    if terminal:
+        assert "step 2/4" in plain and max(map(len, re.split(r"[\r\n]", plain))) <= 80

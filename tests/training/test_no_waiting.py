@@ -79,7 +79,7 @@ def test_no_family_waits_between_updates(monkeypatch: pytest.MonkeyPatch, tmp_pa
     components = build(cfg, "cpu")
     components.encoder.prepare([text for group in components.stream.groups for text in group])  # type: ignore[attr-defined]
     with pretended(monkeypatch) as waits:
-        components.roles.trunk.net.to(DEVICE)
+        components.roles.backbone.net.to(DEVICE)
         components.codec.vae.to(DEVICE)  # type: ignore[attr-defined]
         components.encoder.device, components.encoder._null = DEVICE, None  # type: ignore[attr-defined]
         found, updates = waits_of(cfg, components, waits)

@@ -162,7 +162,7 @@ def rewarded_training(folder: Path, url: str) -> int:
     stream = PromptStream(training_captions(), ShapesTextEncoder(), 4, cfg.loop.seed)
     exists = (folder / "config.yaml").exists()
     run = rundir.open_run(folder) if exists else rundir.create(folder, cfg.model_dump(mode="json"))
-    method = method_of(cfg, roles, codec, rewards, SHAPES, None)
+    method = method_of(cfg.method, roles, codec, rewards, SHAPES, None)
     return train(method, roles, stream, cfg.loop, run).step
 
 

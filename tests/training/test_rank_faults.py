@@ -1,4 +1,4 @@
-"""Two ranks when things go wrong: a signal to one, a hung one, a killed one, bad numbers in one, a full disk."""
+"""Two ranks when one gets a signal, hangs, is killed, sees bad numbers, fails, or cannot write."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,18 @@ from ranks import Ended, run_ranks
 from torch import Tensor
 from toy_training import Toy, ToyMethod, ToyRoles, ToyStream, toy_config
 
-from gdmd.cli.app import main
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import create, open_run, read_metrics
-from gdmd.training.distributed import World
+from gdmd.training.distributed import DistributedContext
 from gdmd.training.loop import train
 
 AT = 6
-"""The step at which it happens; checkpoints are made every five."""
+"""The step at which it happens; a checkpoint is saved every five steps."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _loaded(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What training imports on first use, before the ranks are forked: in each of them it would take seconds."""
+    """Imports what training imports on first use before the ranks are forked: in each of them it would take seconds."""
     Toy(tmp_path_factory.mktemp("loaded") / "run", toy_config(1)).train()
 
 
@@ -36,119 +35,104 @@ def two(
     folder: Path,
     at_step: Callable[[int, int], None] = lambda rank, step: None,
     poison: Callable[[int, str, Tensor], Tensor] | None = None,
-    meanwhile: Callable[[Sequence[Any]], None] = lambda processes: None,
     **changes: Any,
 ) -> list[Ended]:
-    """A toy run of 20 steps by two ranks."""
+    """A toy run of 20 steps by two ranks; ``poison`` is for rank 1."""
     run = folder / "run"
 
-    def work(world: World) -> int:
+    def work(context: DistributedContext) -> int:
         cfg = toy_config(20, **changes)
-        world.on_first(lambda: None if run.exists() else create(run, {}).path.name)
+        context.on_main(lambda: None if run.exists() else create(run, {}).path.name)
         roles = ToyRoles()
-        own = poison if world.rank_info.rank == 1 else None
-        stream = ToyStream(8, lambda step: at_step(world.rank_info.rank, step))
-        return train(ToyMethod(roles, poison=own), roles, stream, cfg, open_run(run), world=world).exit_code
+        method = ToyMethod(roles, poison=poison if context.rank == 1 else None)
+        stream = ToyStream(8, lambda step: at_step(context.rank, step))
+        return train(method, roles, stream, cfg, open_run(run), context=context).exit_code
 
-    return run_ranks(work, folder, seconds=120, meanwhile=meanwhile)
+    return run_ranks(work, folder, seconds=120)
 
 
 def steps(folder: Path) -> list[int]:
     return checkpoint.steps(folder / "run" / "checkpoints")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_rank_stops_all_with_one_checkpoint_and_its_exit_code(tmp_path: Path, number: int) -> None:
+def codes(ended: list[Ended]) -> list[int]:
+    return [end.code for end in ended]
+
+
+def test_signal_to_one_rank_stops_all(tmp_path: Path) -> None:
+    """All ranks stop after the same iteration with a checkpoint and the signal's code; the run resumes."""
+
     def at(rank: int, step: int) -> None:
         if (rank, step) == (1, AT):
             for _ in range(2):  # a scheduler and a launcher may both send it
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    ended = two(tmp_path, at)
-    assert [end.code for end in ended] == [128 + number] * 2
+    assert codes(two(tmp_path, at)) == [143, 143]
     assert steps(tmp_path) == [5, AT + 1]
-    assert [end.code for end in two(tmp_path)] == [0, 0]
+    assert codes(two(tmp_path)) == [0, 0]
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 21))
 
 
-def test_bad_numbers_in_one_rank_stop_all_before_the_step_and_name_the_sample(tmp_path: Path) -> None:
+def test_nonfinite_loss_on_one_rank(tmp_path: Path) -> None:
+    """All ranks stop before the optimizer step, and the error names the sample by its global index; or all skip it."""
+
     def poison(step: int, role: str, per_sample: Tensor) -> Tensor:
         return per_sample / (torch.arange(4) != 2) if (step, role) == (AT, "fake") else per_sample
 
-    ended = two(tmp_path, poison=poison)
-    assert [end.code for end in ended] == [3, 3]
+    for name in ("stop", "skip"):
+        (tmp_path / name).mkdir()
+    ended = two(tmp_path / "stop", poison=poison)
+    assert codes(ended) == [3, 3]
     assert "step 6, sample(s) [6]: the loss of 1 sample(s) of the fake is not finite" in ended[0].said
     assert "step_000005" in ended[0].said and ended[1].said == ""
-    assert steps(tmp_path) == [5]
+    assert steps(tmp_path / "stop") == [5]
 
-
-def test_bad_numbers_in_one_rank_can_be_skipped_by_all(tmp_path: Path) -> None:
-    def poison(step: int, role: str, per_sample: Tensor) -> Tensor:
-        return per_sample * torch.inf if (step, role) == (AT, "fake") else per_sample
-
-    assert [end.code for end in two(tmp_path, poison=poison, on_nonfinite="skip")] == [0, 0]
-    row = read_metrics(tmp_path / "run")[-1]
+    assert codes(two(tmp_path / "skip", poison=poison, on_nonfinite="skip")) == [0, 0]
+    row = read_metrics(tmp_path / "skip" / "run")[-1]
     assert (row["skipped/fake"], row["updates/fake"], row["updates/student"]) == (2, 38, 40)
 
 
-def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path) -> None:
-    def at(rank: int, step: int) -> None:
-        if (rank, step) == (1, AT):
-            time.sleep(30)
-
-    began = time.monotonic()
-    ended = two(tmp_path, at, rank_timeout=1)
-    assert time.monotonic() - began < 20
-    assert [end.code for end in ended] == [4, 4]
-    assert "rank 1 (on " in ended[0].said and "the others have waited for" in ended[0].said
-    assert "step_000005" in ended[0].said
-    assert "test_rank_faults.py" in ended[1].said and " in at\n" in ended[1].said  # the place where it hung
-
-
-def test_a_run_that_ends_itself_finishes_the_checkpoint_that_it_is_writing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rank 1 hangs at once after a checkpoint, whose writer on rank 0 takes longer than rank 0 waits for rank 1."""
-    commit = checkpoint.commit
-
-    def slow(place: checkpoint.Place, *rest: Any) -> Path:
-        time.sleep(4)
-        return commit(place, *rest)
+@pytest.mark.parametrize("saving", [False, True])
+def test_hung_rank_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: bool) -> None:
+    """After loop.rank_timeout the others exit with RANK_LOST, name the rank, and finish the checkpoint in progress."""
 
     def at(rank: int, step: int) -> None:
-        if (rank, step) == (1, 5):
-            time.sleep(30)
+        if (rank, step) == (1, 5 if saving else AT):
+            time.sleep(10)
 
-    monkeypatch.setattr(checkpoint, "commit", slow)
-    ended = two(tmp_path, at, rank_timeout=1, checkpoint_async=True)
-    assert ended[0].code == 4 and "rank 1 (on " in ended[0].said
+    if saving:  # it takes longer than rank 0 waits for rank 1
+        commit = checkpoint._commit
+        monkeypatch.setattr(checkpoint, "_commit", lambda *parts: (time.sleep(4), commit(*parts)))
+    monkeypatch.setattr("gdmd.training.distributed.ROLL_CALL_SECONDS", 2)
+    ended = two(tmp_path, at, rank_timeout=2, checkpoint_async=saving)
+    assert codes(ended) == [4, 4]
+    assert "rank 0 lost contact" in ended[0].said and "Ranks 1 failed to pass monitoredBarrier" in ended[0].said
     assert "The last good checkpoint is" in ended[0].said and "step_000005" in ended[0].said
     assert steps(tmp_path) == [5]
 
 
-def test_a_killed_rank_ends_the_others_with_a_clear_error(tmp_path: Path) -> None:
-    def at(rank: int, step: int) -> None:
-        if (rank, step) == (1, AT):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    ended = two(tmp_path, at)
-    assert [end.code for end in ended] == [4, -signal.SIGKILL]
-    assert "rank 0 lost contact with another rank" in ended[0].said and "step_000005" in ended[0].said
-    assert [end.code for end in two(tmp_path)] == [0, 0]
-
-
 @pytest.mark.parametrize("sharding", ["none", "full"])
-def test_all_ranks_killed_at_once_go_on_and_end_as_the_undisturbed_run(tmp_path: Path, sharding: str) -> None:
-    def at(rank: int, step: int) -> None:
+def test_killed_ranks_resume_bit_for_bit(tmp_path: Path, sharding: str) -> None:
+    """Killed while they write a checkpoint, or just after; with one rank killed the other exits with RANK_LOST."""
+
+    def all_die(rank: int, step: int) -> None:
         if step == AT:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    changes = {"sharding": sharding, "checkpoint_async": True}  # killed while they write, or just after
+    def one_dies(rank: int, step: int) -> None:
+        if (rank, step) == (1, 2 * AT):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    changes = {"sharding": sharding, "checkpoint_async": True}
     (tmp_path / "whole").mkdir()
-    assert [end.code for end in two(tmp_path / "whole", **changes)] == [0, 0]
-    assert [end.code for end in two(tmp_path, at, **changes)] == [-signal.SIGKILL] * 2
+    assert codes(two(tmp_path / "whole", **changes)) == [0, 0]
+    assert codes(two(tmp_path, all_die, **changes)) == [-signal.SIGKILL] * 2
     assert set(steps(tmp_path)) <= {5}
-    assert [end.code for end in two(tmp_path, **changes)] == [0, 0]
+    if sharding == "none":
+        ended = two(tmp_path, one_dies, **changes)
+        assert codes(ended) == [4, -signal.SIGKILL] and "rank 0 lost contact with another rank" in ended[0].said
+        assert "step_000010" in ended[0].said
+    assert codes(two(tmp_path, **changes)) == [0, 0]
     whole, other = (checkpoint.load_newest(folder / "run" / "checkpoints") for folder in (tmp_path / "whole", tmp_path))
     assert whole is not None and other is not None and whole.step == other.step == 20 and whole.state == other.state
     for part in ("student", "fake", "ema", "optim_student", "method"):
@@ -156,53 +140,24 @@ def test_all_ranks_killed_at_once_go_on_and_end_as_the_undisturbed_run(tmp_path:
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
-def test_a_full_disk_of_rank_0_ends_all_and_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_on_one_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is printed once: by rank 0 for its full disk, by rank 1 for its reward server."""
+
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_fsync", full)
-    ended = two(tmp_path)
-    assert [end.code for end in ended] == [2, 2]
-    assert "step_000005: No space left" in ended[0].said and ended[1].said == ""
-    assert steps(tmp_path) == []
-
-
-def test_a_rank_that_cannot_write_its_shard_ends_all_in_one_iteration_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(place: checkpoint.Place, name: str, *rest: Any) -> dict[str, str]:
-        with checkpoint._whole_or_absent(place):
-            if place.step == 10 and name.startswith("shard-00002"):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(place, name, *rest)
-
-    write = checkpoint.write
-    monkeypatch.setattr(checkpoint, "write", full)
-    ended = two(tmp_path, sharding="full")
-    assert [end.code for end in ended] == [2, 2]
-    assert "step_000010: No space left" in ended[1].said
-    assert "step_000010" in ended[0].said or ended[0].said == ""  # it may have met the folder already taken away
-    assert steps(tmp_path) == [5]
-    monkeypatch.undo()
-    assert [end.code for end in two(tmp_path, sharding="full")] == [0, 0]
-    assert steps(tmp_path) == [15, 20]
-
-
-def test_an_error_in_one_rank_is_said_by_it_and_ends_the_others(tmp_path: Path) -> None:
     def at(rank: int, step: int) -> None:
         if (rank, step) == (1, AT):
             raise ValueError("the reward server of this machine is gone")
 
-    ended = two(tmp_path, at)
-    assert [end.code for end in ended] == [4, 2]
+    for name in ("disk", "server"):
+        (tmp_path / name).mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_fsync", full)
+        ended = two(tmp_path / "disk")
+    assert codes(ended) == [2, 2] and steps(tmp_path / "disk") == []
+    assert "step_000005: No space left" in ended[0].said and ended[1].said == ""
+
+    ended = two(tmp_path / "server", at)
+    assert codes(ended) == [4, 2]
     assert ended[1].said == "error: the reward server of this machine is gone\n"
-
-
-def test_gpus_that_do_not_divide_the_batch_are_refused_before_anything_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["train", "shapes_smoke", "loop.batch_size=3", "--gpus", "2", "--run", str(tmp_path / "run")]
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
-    assert "loop.batch_size = 3 does not divide among 2 ranks" in capsys.readouterr().err

@@ -1,15 +1,12 @@
-"""2 ranks x batch 4 == 1 rank x batch 8 == 8 micro-batches of 1: weights, EMA, moments, old policy, Z and statistics.
+"""2 ranks x batch 4 == 1 rank x batch 8 == 8 micro-batches of 1: weights, EMA, optimizer state, old policy, Z, statistics.
 
-Why not bit for bit: sums over samples are added in another order, which moves a gradient by some 1e-7 of its size. The
-steps of these runs are linear in the gradient (``linear_steps``), so that the weights differ by no more of their way.
+Not bit for bit: sums over samples are added in another order, which changes a gradient by about 1e-7 of its size. The
+steps of these runs are linear in the gradient (``linear_steps``), so that the weights differ by as little.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,49 +15,37 @@ from typing import Any
 import pytest
 import torch
 from ranks import apart, linear_steps, run_ranks
-from safetensors.torch import save_file
-from tiny_roles import Toy, ToyCodec, tiny_roles
+from tiny_roles import Toy, ToyCodec, real_latents, tiny_roles
 from torch import Tensor
 
 from gdmd.config.methods.dmd import DmdConfig
 from gdmd.config.methods.dmd2 import Dmd2Config
 from gdmd.config.methods.dmd_reward import DmdNftConfig
 from gdmd.config.methods.dmdr import DmdrConfig
-from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd import GdmdAblationConfig
+from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig, GdmdTiltedShuffledConfig
 from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import PromptStream
-from gdmd.diffusion.rng import SampleRng
-from gdmd.methods.dmd import Dmd
-from gdmd.methods.dmd2 import Dmd2
-from gdmd.methods.dmd_nft import DmdNft
-from gdmd.methods.dmdr import Dmdr
-from gdmd.methods.gdmd import Gdmd
-from gdmd.methods.scorer import Scorer
+from gdmd.recipes.build import SHAPES, method_of
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import create, open_run, read_facts, read_metrics
-from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
-from gdmd.training.distributed import SINGLE, World
+from gdmd.shapes.roles import ShapesRoles, ShapesTextEncoder
+from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.training.loop import train
 from gdmd.training.rank import RankInfo, rank_info
-from gdmd.types import Method, PromptBatch
+from gdmd.types import PromptBatch
 
 TEXTS = ["a circle", "a red square", "two rings", "a circle and a square"]
 LR, STEPS = 0.05, 3
 APART = 1e-4
-"""The largest distance of two runs, as a part of the way that their weights went, or of the length of moments and Z;
-counters are equal. fp32 rounds a weight to 6e-8 of it, some 1e-5 of its way here; one micro-batch of four at a third
-of its weight is a tenth of the gradient."""
-CONTINUED: dict[str, Any] = {
-    "group_size": 1,
-    "score_target": "continuation",
-    "continuations": 2,
-    "weighting": "softmax",
-    "reward_gradient": 0.1,
-}
+"""The largest distance of two runs, relative to the distance that their weights moved, or to the norm of optimizer state
+and Z; counters are equal. fp32 rounds a weight to 6e-8 of it, about 1e-5 of its movement here; one micro-batch of four
+at a third of its weight is a tenth of the gradient."""
+TILTED: dict[str, Any] = {"group_size": 1, "continuations": 2, "gamma": 1.0, "reward_gradient": 0.1}
 CONFIGS: dict[str, Any] = {
-    "gdmd": GdmdConfig(group_size=2, old_policy="ema", control="shuffled", score_baseline="time"),
-    "continued": GdmdConfig(**CONTINUED),
-    "shuffled": GdmdConfig(**CONTINUED, control="shuffled"),
+    "gdmd": GdmdAblationConfig(group_size=2, old_policy="ema", control="shuffled"),
+    "tilted": GdmdTiltedConfig(**TILTED),
+    "shuffled": GdmdTiltedShuffledConfig(**TILTED),
     "nft": DmdNftConfig(fake_updates=2, images_per_prompt=8, rl_weight=1.0),  # one prompt's group lies on both ranks
     "dmdr_dpo": DmdrConfig(fake_updates=1, cold_start=1, strategy="dpo", images_per_prompt=8),
     "dmd2_gan": Dmd2Config(fake_updates=1),
@@ -69,7 +54,7 @@ CONFIGS: dict[str, Any] = {
 SHARDED = {
     "gdmd_full": ("gdmd", "full"),
     "gdmd_hybrid": ("gdmd", "hybrid"),
-    "continued_full": ("continued", "full"),
+    "tilted_full": ("tilted", "full"),
     "dmd2_gan_full": ("dmd2_gan", "full"),
 }
 
@@ -86,26 +71,9 @@ def _linear_and_no_waiting_for_the_disk() -> Iterator[None]:
     os.fsync = before
 
 
-def real_latents(batch: PromptBatch, rng: SampleRng) -> Tensor:
-    return 2 + rng.normal("real", LATENT_SHAPE)
-
-
-def method_of(cfg: Any, roles: ShapesRoles) -> Method:
-    parts = (cfg, roles, LATENT_SHAPE, "velocity", real_latents)
-    scorer = Scorer(ToyCodec(), (Toy(unscored=(6,)), Toy("green", 1)))
-    match cfg:
-        case GdmdConfig():
-            return Gdmd(*parts).attach(scorer)
-        case DmdNftConfig():
-            return DmdNft(*parts).attach(scorer)
-        case DmdrConfig():
-            return Dmdr(*parts).attach(scorer, roles.blended_teacher)
-        case Dmd2Config():
-            return Dmd2(*parts).attach(roles.critic)
-    return Dmd(*parts)
-
-
-def run(name: str, folder: Path, world: World = SINGLE, steps: int = STEPS, **changes: Any) -> None:
+def run(
+    name: str, folder: Path, context: DistributedContext = SINGLE_PROCESS, steps: int = STEPS, **changes: Any
+) -> None:
     """Train the tiny networks by CONFIGS[name] to ``steps``, going on where the folder's run stopped."""
     cfg = CONFIGS[name]
     loop = LoopConfig(
@@ -113,10 +81,11 @@ def run(name: str, folder: Path, world: World = SINGLE, steps: int = STEPS, **ch
         | {"threads": 1, "seed": 1, "ema": 0.9, "rank_timeout": 120}
         | changes
     )
-    world.on_first(lambda: None if folder.exists() else create(folder, {}).path.name)
+    context.on_main(lambda: None if folder.exists() else create(folder, {}).path.name)
     roles = roles_of(cfg)
     stream = PromptStream([TEXTS], ShapesTextEncoder(), 8, 1, cfg.prompt_group)
-    train(method_of(cfg, roles), roles, stream, loop, open_run(folder), world=world)
+    method = method_of(cfg, roles, ToyCodec(), (Toy(unscored=(6,)), Toy("green", 1)), SHAPES, real_latents)
+    train(method, roles, stream, loop, open_run(folder), context=context)
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +97,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("gdmd", root / "gdmd_micro", micro_batch=1)
     run("gdmd", root / "one_to_two", steps=2)
 
-    def work(world: World) -> None:
+    def work(context: DistributedContext) -> None:
         for name in CONFIGS:
-            run(name, root / f"{name}_2", world)
+            run(name, root / f"{name}_2", context)
         for name, (method, how) in SHARDED.items():
-            run(method, root / f"{name}_2", world, sharding=how)
+            run(method, root / f"{name}_2", context, sharding=how)
         for name, how in MICRO.items():
-            run("gdmd", root / name, world, sharding=how, micro_batch=1)
-        run("gdmd", root / "two_to_one", world, steps=2, sharding="full")
-        run("gdmd", root / "one_to_two", world, sharding="full", checkpoint_format="single")
-        (root / f"calls_{world.seat.rank}.json").write_text(json.dumps(world.calls))
+            run("gdmd", root / name, context, sharding=how, micro_batch=1)
+        run("gdmd", root / "two_to_one", context, steps=2, sharding="full")
+        run("gdmd", root / "one_to_two", context, sharding="full")
 
     ended = run_ranks(work, root, local_size=1)  # for hybrid: two machines
     assert [end.code for end in ended] == [0, 0], ended
@@ -177,124 +145,61 @@ def assert_equal(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_ranks_train_what_one_rank_trains(runs: Path, name: str) -> None:
+def test_two_ranks_equal_one(runs: Path, name: str) -> None:
     assert_equal(runs / name, runs / f"{name}_2")
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_sharded_weights_train_what_one_rank_trains_and_are_read_whole(runs: Path, name: str) -> None:
+def test_sharded_weights_equal_one_rank(runs: Path, name: str) -> None:
     assert_equal(runs / SHARDED[name][0], runs / f"{name}_2")
 
 
 @pytest.mark.parametrize("name", ["gdmd_2", "gdmd_full_2", "gdmd_micro"])
-def test_z_is_that_of_the_global_batch(runs: Path, name: str) -> None:
+def test_z_of_the_global_batch(runs: Path, name: str) -> None:
     a, b = tensors_of(runs / "gdmd"), tensors_of(runs / name)
     assert a["method/scale.mean"].min() > 0
     assert torch.allclose(a["method/scale.mean"], b["method/scale.mean"], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", ["gdmd_2", "gdmd_full_2"])
-def test_micro_batches_train_what_two_ranks_train(runs: Path, name: str) -> None:
+def test_micro_batches_equal_two_ranks(runs: Path, name: str) -> None:
     assert_equal(runs / "gdmd_micro", runs / name)
 
 
 @pytest.mark.parametrize("name", MICRO)
-def test_two_ranks_of_micro_batches_train_what_one_rank_of_them_trains(runs: Path, name: str) -> None:
+def test_two_ranks_with_micro_batches_equal_one(runs: Path, name: str) -> None:
     assert_equal(runs / "gdmd_micro", runs / name)
 
 
 @pytest.mark.parametrize("name", ["two_to_one", "one_to_two"])
-def test_a_run_goes_on_with_another_number_of_ranks(runs: Path, name: str) -> None:
+def test_resume_with_another_number_of_ranks(runs: Path, name: str) -> None:
     assert_equal(runs / "gdmd", runs / name)
 
 
-def test_what_is_left_of_a_group_goes_on_with_the_same_global_batch(runs: Path, tmp_path: Path) -> None:
+def test_resume_with_fewer_ranks_after_a_kill(runs: Path, tmp_path: Path) -> None:
     """Two ranks of four samples, one of them is killed: one rank of eight ends where the undisturbed run ends."""
 
-    def work(world: World) -> None:
+    def work(context: DistributedContext) -> None:
         at = PromptStream.at
 
         def deadly(stream: PromptStream, step: int, *place: Any) -> PromptBatch:
-            if (world.rank_info.rank, step) == (1, STEPS - 1):
+            if (context.rank, step) == (1, STEPS - 1):
                 os.kill(os.getpid(), signal.SIGKILL)
             return at(stream, step, *place)
 
         PromptStream.at = deadly  # type: ignore[method-assign]  # in this process, which is a rank of its own
-        run("gdmd", tmp_path / "lost", world, sharding="full", checkpoint_every=1)
+        run("gdmd", tmp_path / "lost", context, checkpoint_every=1)
 
     ended = run_ranks(work, tmp_path)
     assert [end.code for end in ended] == [4, -signal.SIGKILL], ended
-    assert len(list(newest(tmp_path / "lost", STEPS - 1).glob("shard-*"))) == 2
     run("gdmd", tmp_path / "lost")
     assert [row["step"] for row in read_metrics(tmp_path / "lost")] == list(range(1, STEPS + 1))
     assert [one["step"] for one in read_facts(tmp_path / "lost")["resumed"]] == [STEPS - 1]
     assert_equal(runs / "gdmd", tmp_path / "lost")
 
 
-def newest(folder: Path, step: int = STEPS) -> Path:
-    return folder / "checkpoints" / f"step_{step:06d}"
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_sharded_weights_are_saved_by_the_rank_that_holds_them(runs: Path, name: str) -> None:
-    files = sorted(newest(runs / f"{name}_2").glob("*.safetensors"))
-    names = ["shard-00001-of-00002.safetensors", "shard-00002-of-00002.safetensors"]
-    assert [file.name for file in files] == (names[:1] if "hybrid" in name else names)  # replicas: one saves
-    size = sum(value.nbytes for value in tensors_of(runs / f"{name}_2").values())
-    headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
-    assert sum(file.stat().st_size for file in files) - headers == size  # no number twice
-    if len(files) == 2:
-        assert all(file.stat().st_size > 0.2 * size for file in files)
-
-
-def test_whole_weights_and_asked_for_single_files_are_saved_by_rank_0(runs: Path) -> None:
-    for name in ("gdmd_2", "one_to_two"):
-        assert (newest(runs / name) / "student.safetensors").is_file()
-
-
-def test_a_sharded_checkpoint_becomes_single_files_bit_for_bit(runs: Path, tmp_path: Path) -> None:
-    saved = checkpoint.load(newest(runs / "gdmd_full_2"))
-    path = checkpoint.save(tmp_path, saved.step, saved.tensors, saved.state)
-    single = checkpoint.load(path)
-    assert (path / "student.safetensors").is_file() and single.state == saved.state
-    assert single.tensors.keys() == saved.tensors.keys()
-    for part, named in saved.tensors.items():
-        assert all(torch.equal(single.part(part)[name], value) for name, value in named.items()), part
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_the_reader_of_torch_distributed_checkpoint_reads_it(runs: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    saved = checkpoint.load(newest(runs / "gdmd_full_2"))
-    whole = {f"{part}/{name}": value for part, named in saved.tensors.items() for name, value in named.items()}
-    read = {name: torch.zeros_like(value) for name, value in whole.items()}
-    dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(saved.path)), no_dist=True)
-    assert all(torch.equal(read[name], value) for name, value in whole.items())
-
-
-@pytest.mark.parametrize("how", ["flipped", "missing", "offsets"])
-def test_a_damaged_shard_is_named_and_the_previous_checkpoint_taken(runs: Path, tmp_path: Path, how: str) -> None:
-    copy = tmp_path / "checkpoints"
-    shutil.copytree(runs / "gdmd" / "checkpoints", copy)
-    shutil.copytree(newest(runs / "gdmd_full_2"), copy / "step_000009")
-    file, state = copy / "step_000009" / "shard-00002-of-00002.safetensors", copy / "step_000009" / "state.json"
-    body = {key: value for key, value in json.loads(state.read_text()).items() if key != "sha256"} | {"step": 9}
-    if how == "missing":
-        file.unlink()
-    else:
-        content = file.read_bytes()
-        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    if how == "offsets":  # a signed file without them
-        save_file({"student/w": torch.zeros(1)}, file)
-        body["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    state.write_text(json.dumps(body | {"sha256": checkpoint._digest(body)}))
-    found = checkpoint.load_newest(copy)
-    assert found is not None and found.step == STEPS and file.name in found.messages[0]
-
-
 @pytest.mark.parametrize("name", ["gdmd", "nft"])
-def test_logged_statistics_are_those_of_the_global_batch(runs: Path, name: str) -> None:
+def test_logged_statistics_of_the_global_batch(runs: Path, name: str) -> None:
     local = {"speed/images_per_s", "latent/std", "latent/scored_std"}  # a std per rank, averaged
     for alone, ranks in zip(read_metrics(runs / name), read_metrics(runs / f"{name}_2"), strict=True):
         assert alone.keys() == ranks.keys()
@@ -302,17 +207,9 @@ def test_logged_statistics_are_those_of_the_global_batch(runs: Path, name: str) 
             assert ranks[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6, nan_ok=True), key
 
 
-def test_all_ranks_call_each_other_equally_often_although_their_students_do_not_draw_the_same_steps(runs: Path) -> None:
-    counts = [json.loads((runs / f"calls_{rank}.json").read_text()) for rank in range(2)]
-    assert counts[0] == counts[1] > 0
-    steps = len(CONFIGS["gdmd"].student_steps)
-    drawn = [SampleRng(1, step, torch.arange(8)).integer("tau", steps) for step in range(STEPS)]
-    assert any(int(own[:4].max()) != int(own[4:].max()) for own in drawn)
-
-
-def test_a_batch_that_ranks_do_not_divide_is_refused() -> None:
+def test_indivisible_batch() -> None:
     with pytest.raises(ValueError, match=r"loop.batch_size = 9 does not divide among 2 ranks; use a multiple of 2"):
-        World(RankInfo(0, 2)).span(9)
+        DistributedContext(RankInfo(0, 2)).local_slice(9)
 
 
 @pytest.mark.parametrize(
@@ -320,10 +217,13 @@ def test_a_batch_that_ranks_do_not_divide_is_refused() -> None:
     [
         ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
-        (dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"), "3"), "no such seat"),
+        (
+            dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"), "3"),
+            "contradict each other",
+        ),
     ],
 )
-def test_a_half_set_environment_is_refused(given: dict[str, str], what: str) -> None:
+def test_incomplete_environment(given: dict[str, str], what: str) -> None:
     assert rank_info({}) == rank_info({"RANK": "0", "WORLD_SIZE": "1"}) == RankInfo()
     with pytest.raises(ValueError, match=what):
         rank_info(given)

@@ -23,7 +23,7 @@ from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.recipes.build import build
-from gdmd.training.distributed import World
+from gdmd.training.distributed import DistributedContext
 from gdmd.training.role_state import role_states
 from gdmd.types import Loss, Update
 
@@ -46,13 +46,16 @@ def recipe(root: Path, kind: str) -> RunConfig:
     )
 
 
-def trained(cfg: RunConfig, world: World, backend: str | None) -> dict[str, Tensor]:
+def trained(cfg: RunConfig, context: DistributedContext, backend: str | None) -> dict[str, Tensor]:
     """All weights of the student, whole, after two updates."""
     components = build(cfg)
     if backend is not None:
         components.roles.compile(backend)
-    components.roles.shard(lambda module: world.shard(module, "full"))
-    state, prompts = role_states(components.roles, cfg.loop, world)["student"], components.stream.at(0, *world.span(2))
+    components.roles.shard(lambda module: context.shard(module, "full"))
+    state, prompts = (
+        role_states(components.roles, cfg.loop, context)["student"],
+        components.stream.at(0, *context.local_slice(2)),
+    )
     noise = SampleRng(0, 0, prompts.index).normal("noise", components.latent_shape)
 
     def loss(x_t: Tensor) -> Loss:
@@ -61,7 +64,7 @@ def trained(cfg: RunConfig, world: World, backend: str | None) -> dict[str, Tens
 
     for _ in range(2):
         state.apply(Update("student", loss, noise))
-    return {name: world.whole(own.detach()).clone() for name, own in state.parameters.items()}
+    return {name: context.full_tensor(own.detach()).clone() for name, own in state.parameters.items()}
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +76,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     components = build(recipe(root, "adapters"))
     components.encoder.prepare([text for group in components.stream.groups for text in group])
 
-    def work(world: World) -> None:
+    def work(context: DistributedContext) -> None:
         for kind in KINDS:
             for backend in (None, BACKEND):
                 before = dynamo.utils.counters["stats"]["unique_graphs"]
-                weights = trained(recipe(root, kind), world, backend)
+                weights = trained(recipe(root, kind), context, backend)
                 graphs = dynamo.utils.counters["stats"]["unique_graphs"] - before
-                save_file(weights, root / f"{kind}_{backend}_{world.seat.rank}.safetensors", {"graphs": str(graphs)})
+                save_file(weights, root / f"{kind}_{backend}_{context.rank}.safetensors", {"graphs": str(graphs)})
 
     with linear_steps():
         ended = run_ranks(work, root, seconds=200 if BACKEND == "aot_eager" else 900)

@@ -20,10 +20,10 @@ from torch import Tensor
 from gdmd.config.methods.dmd_reward import DmdNftConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
-from gdmd.programs.train import start as start_run
+from gdmd.programs.train import create_run
 from gdmd.recipes.build import build
 from gdmd.runs import checkpoint
-from gdmd.training.distributed import SINGLE, World
+from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.types import PromptBatch
 
 KINDS: dict[str, dict[str, Any]] = {"adapters": {}, "full": {"full": "both", "checkpointing": True}}
@@ -54,15 +54,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save("sd3", root / "sd3")
     (root / "prompts.txt").write_text("\n".join(tiny.WORDS))
 
-    def all_kinds(place: str, world: World = SINGLE) -> None:
+    def all_kinds(place: str, context: DistributedContext = SINGLE_PROCESS) -> None:
         for kind in KINDS:
             folder, console = root / f"{kind}_{place}", Console(file=io.StringIO())
-            start_run(recipe(root, kind, place), folder, console, evaluation=True, command=["test"], world=world)
+            create_run(recipe(root, kind, place), folder, console, evaluation=True, command=["test"], context=context)
 
     try:
         with linear_steps():
             all_kinds("alone")
-            ended = run_ranks(lambda world: all_kinds("ranks", world), root)
+            ended = run_ranks(lambda context: all_kinds("ranks", context), root)
     finally:
         os.fsync = before
     assert [end.code for end in ended] == [0, 0], ended

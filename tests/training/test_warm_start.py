@@ -15,9 +15,9 @@ from toy_training import Toy, toy_config
 from gdmd.runs import checkpoint
 from gdmd.shapes.networks import ShapesDit
 from gdmd.shapes.roles import ShapesRoles
-from gdmd.training.distributed import SINGLE
+from gdmd.training.distributed import SINGLE_PROCESS
 from gdmd.training.role_state import role_states
-from gdmd.training.warm_start import begin_from, check_roles, require_start
+from gdmd.training.warm_start import check_roles, require_start, warm_start
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_student_begins_as_the_others_average_and_fake_as_its_fake(finished: Path, tmp_path: Path) -> None:
     toy, saved = Toy(tmp_path / "run", toy_config()), last(finished)
     states = role_states(toy.roles, toy.cfg)
-    told = begin_from(str(finished), states, SINGLE, {})
+    told = warm_start(str(finished), states, SINGLE_PROCESS, {})
     assert "step 10" in told and "EMA" in told
     assert not equal(dict(saved.part("ema")), dict(saved.part("student")))
     assert equal(dict(states["student"].parameters), dict(saved.part("ema")))
@@ -53,7 +53,7 @@ def test_student_begins_as_the_others_average_and_fake_as_its_fake(finished: Pat
 def test_without_an_average_the_student_itself_is_taken(tmp_path: Path) -> None:
     Toy(tmp_path / "first", toy_config(5, ema=0.0)).train()
     states = role_states((toy := Toy(tmp_path / "run", toy_config())).roles, toy.cfg)
-    assert "EMA" not in begin_from(str(tmp_path / "first"), states, SINGLE, {})
+    assert "EMA" not in warm_start(str(tmp_path / "first"), states, SINGLE_PROCESS, {})
     assert equal(dict(states["student"].parameters), dict(last(tmp_path / "first").part("student")))
 
 
@@ -98,11 +98,11 @@ def test_a_gan_head_begins_anew_where_the_first_run_had_none(tmp_path: Path) -> 
     states = role_states(judged, toy_config())
     before = {k: v.detach().clone() for k, v in states["fake"].parameters.items() if k.startswith("gan_head.")}
     assert before
-    begin_from(str(tmp_path / "run"), states, SINGLE, {})
+    warm_start(str(tmp_path / "run"), states, SINGLE_PROCESS, {})
     assert equal(before, {k: v for k, v in states["fake"].parameters.items() if k in before})
 
 
-@pytest.mark.parametrize(("made", "said"), [(False, "is not there"), (True, "has no checkpoint")])
+@pytest.mark.parametrize(("made", "said"), [(False, "does not exist"), (True, "has no checkpoint")])
 def test_a_folder_without_a_checkpoint_is_refused_before_anything_is_loaded(
     tmp_path: Path, made: bool, said: str
 ) -> None:
@@ -124,10 +124,12 @@ def test_another_network_is_refused_before_its_weights_are_read(
     same = Toy(tmp_path / "run", toy_config()).roles
     monkeypatch.setattr(checkpoint, "load", None)
     check_roles(str(finished), same)
-    with pytest.raises(ValueError, match="the student of .* is of another network: .* tensors differ in name or size"):
+    with pytest.raises(
+        ValueError, match="the student of .* belongs to another network: .* tensors differ in name or size"
+    ):
         check_roles(str(finished), tiny_roles())
 
 
 def test_another_network_is_refused_by_name(finished: Path) -> None:
     with pytest.raises(ValueError, match="do not fit the student of loop.start_from"):
-        begin_from(str(finished), role_states(tiny_roles(), toy_config()), SINGLE, {})
+        warm_start(str(finished), role_states(tiny_roles(), toy_config()), SINGLE_PROCESS, {})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gdmd.config.base import Config, NonNegative, Positive, Probability
+from gdmd.config.base import Config, Count, NonNegative, Positive, Probability
+
+GroupSize = Annotated[Count, Field(ge=2)]
+"""Samples that are compared with each other: a group of one has no advantage."""
 
 
 class DistillationConfig(Config):

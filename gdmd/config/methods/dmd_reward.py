@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from gdmd.config.base import Count, Finite, NonNegative, Positive, Probability
-from gdmd.config.methods.base import DistillationConfig
-
-GroupSize = Annotated[Count, Field(ge=2)]
-"""A group of one has no advantage."""
+from gdmd.config.methods.base import DistillationConfig, GroupSize
 
 
 class RewardedDmdConfig(DistillationConfig):

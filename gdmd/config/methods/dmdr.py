@@ -7,13 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from gdmd.config.base import Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
-from gdmd.config.methods.base import DistillationConfig
+from gdmd.config.methods.base import DistillationConfig, GroupSize
 
 BetaShape = Annotated[Positive, Field(ge=1)]
 """A shape parameter of a Beta distribution with a bounded density."""
-
-GroupSize = Annotated[Count, Field(ge=2)]
-"""A group of one has neither an advantage nor a pair."""
 
 
 class DmdrConfig(DistillationConfig):

@@ -1,6 +1,6 @@
-"""What a model family is: one diffusers pipeline seen as denoiser, codec, text encoder and clock.
+"""A model family: one diffusers pipeline as denoiser, codec, text encoder and timestep mapping.
 
-The quirks of a model (packing, micro-conditioning, shifts, its own time) live in its subclass only.
+The quirks of a model (packing, micro-conditioning, shifts, its time scale) live in its subclass only.
 """
 
 from __future__ import annotations
@@ -18,33 +18,28 @@ from torch import Tensor, nn
 from gdmd.config.model import DiffusersModel, FamilyName
 from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.prompt_length import long_prompts
-from gdmd.models.features import answering_before
+from gdmd.models.features import capture_features
 from gdmd.models.tokens import readers_of
 from gdmd.models.vae import check_scaling
 from gdmd.types import Codec, Cond, Guide, Native, Prediction, Schedule
 
 
 class Family(ABC):
-    """One opened pipeline. ``pipe`` is diffusers' object: its components are used, its ``__call__`` never.
-
-    Class facts: ``name``; ``pipeline``, the class named in model_index.json; ``needs`` and ``optional``, the
-    components that must and may be there; ``native``, what the network predicts and its fake loss compares; ``targets``,
-    the layers that take adapters; ``patch``, latent positions along the side of a token; ``blocks``, the classes of the
-    repeated blocks; ``scaling``, the keys of the VAE that the pipeline reads; ``reading``, what a call for features costs,
-    in whole calls; ``tiny_decoder``, whether there are AutoencoderTinys that take its latents as they are.
-    """
+    """One opened pipeline. ``pipe`` is diffusers' object: its components are used, its ``__call__`` never."""
 
     name: ClassVar[FamilyName]
-    pipeline: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]]
+    pipeline: ClassVar[str]  # the class named in model_index.json
+    needs: ClassVar[tuple[str, ...]]  # required components
     optional: ClassVar[tuple[str, ...]] = ()
-    native: Native
-    targets: tuple[str, ...]
-    patch: ClassVar[int] = 1
-    blocks: ClassVar[tuple[str, ...]] = ()
-    scaling: ClassVar[tuple[str, ...]] = ("scaling_factor", "shift_factor")
-    reading: ClassVar[float] = 1.0
-    tiny_decoder: ClassVar[bool] = True
+    native: Native  # what the network predicts; the fake score's loss compares it
+    targets: tuple[str, ...]  # the layers that get adapters by default
+    patch: ClassVar[int] = 1  # latent positions along the side of a token
+    blocks: ClassVar[tuple[str, ...]] = ()  # classes of the repeated blocks
+    scaling: ClassVar[tuple[str, ...]] = ("scaling_factor", "shift_factor")  # VAE keys that the pipeline reads
+    feature_cost: ClassVar[float] = 1.0  # of a call for features, in whole calls
+    tiny_decoder: ClassVar[bool] = True  # whether an AutoencoderTiny decodes its latents as they are
+    caption_limit: ClassVar[int | None] = None  # largest max_sequence_length that the pipeline accepts
+    fixed_captions: ClassVar[bool] = False  # its CLIP encoders always read all of their positions
 
     schedule: Schedule
     guide: Guide = staticmethod(plain)
@@ -72,7 +67,7 @@ class Family(ABC):
 
     @classmethod
     def most_tokens(cls, net: Any) -> tuple[int, int] | None:
-        """Rows and columns of image tokens for which the network has positions; None = any number."""
+        """Rows and columns of image tokens for which the network has position embeddings; None = any number."""
         del net
         return None
 
@@ -80,7 +75,7 @@ class Family(ABC):
     def check_positions(cls, net: Any, unit: int, height: int | None, width: int | None, where: str) -> None:
         """ValueError for an image with more tokens, of ``unit`` pixels a side, than the network has positions.
 
-        ``where`` begins the error's names of height and width; None is the network's own size.
+        ``where``: prefix of height and width in the error. None is the network's native size.
         """
         most = cls.most_tokens(net) or (math.inf, math.inf)
         for side, pixels, limit in (("height", height, most[0]), ("width", width, most[1])):
@@ -91,11 +86,11 @@ class Family(ABC):
                 )
 
     def blank_text(self, count: int) -> Cond:
-        """What ``encoder`` gives for ``count`` captions of full length, all zeros and without its memory: for plans."""
+        """What ``encoder`` returns for ``count`` captions of full length, as zeros that take no memory: for plans."""
         raise ValueError(f"{self.name} cannot be planned: its adapter does not say what its conditioning looks like")
 
     def _blank(self, count: int, *shape: int) -> Tensor:
-        """Zeros [count, *shape] in the network's dtype that take the memory of one number."""
+        """Zeros [count, *shape] in the network's dtype, expanded from one number."""
         return torch.zeros(1, dtype=network_dtype(self.net)).expand(count, *shape)
 
     @property
@@ -107,7 +102,7 @@ class Family(ABC):
     @property
     @abstractmethod
     def student_scheduler(self) -> str:
-        """The class of diffusers' scheduler with which the stock pipeline samples a student as in training."""
+        """The diffusers scheduler with which the stock pipeline samples a student as in training."""
 
     @abstractmethod
     def student_settings(self, steps: int) -> dict[str, Any]:
@@ -123,29 +118,29 @@ class Family(ABC):
         return int(self.pipe.vae.config.latent_channels)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        """One call of ``net`` (the trunk or a copy of it). x_t [B, C, H, W], t [B] in [0, 1]; answers in fp32."""
+        """One call of ``net`` (the backbone or a copy of it). x_t [B, C, H, W], t [B] in [0, 1]; returns fp32."""
         return self.prediction(self.call(net, x_t, t, cond), x_t, t)
 
     @abstractmethod
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
-        """The same call, answered as the network answers: the first thing that it returns."""
+        """The same call, returning the network's raw output (its first return value)."""
 
     @abstractmethod
-    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        """What an answer of the network at x_t and t means."""
+    def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        """Convert the network's raw output at x_t and t to x0 and eps."""
 
     def features(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Hidden states of the image tokens, which a GAN head reads. [B, N, D], N = rows columns of feature_shape"""
-        with self.reads(net):
+        """Hidden states of the image tokens, for a GAN head. [B, N, D], N = rows * columns of feature_shape"""
+        with self.feature_mode(net):
             hidden = self.call(net, x_t, t, cond)
         return self.image_tokens(hidden)
 
-    def reads(self, net: Any) -> AbstractContextManager[None]:
-        """Inside, ``net`` answers with its hidden states: of transformers, those after the last block."""
-        return answering_before(net, net.norm_out)
+    def feature_mode(self, net: Any) -> AbstractContextManager[None]:
+        """Inside, ``net`` returns hidden states: for transformers, those after the last block."""
+        return capture_features(net, net.norm_out)
 
     def image_tokens(self, hidden: Tensor) -> Tensor:
-        """The image's part of these hidden states. [B, N, D]"""
+        """The image tokens of these hidden states. [B, N, D]"""
         return hidden
 
     @property
@@ -157,11 +152,11 @@ class Family(ABC):
 
     @abstractmethod
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
-        """Uniform times in (0, 1], falling -> the family's own clock (its shift, or its discrete training steps)."""
+        """Uniform times in (0, 1], descending -> the family's times (its shift, or its discrete training steps)."""
 
     @abstractmethod
     def teacher_times(self, steps: int) -> Tensor:
-        """steps + 1 times from 1 to 0: those of the pipeline's own sampler. [steps + 1], fp32"""
+        """The times of the pipeline's own sampler, from 1 to 0. [steps + 1], fp32"""
 
 
 class PipelineText(ABC):
@@ -182,24 +177,24 @@ class PipelineText(ABC):
 
     @torch.no_grad()
     def null(self, count: int) -> Cond:
-        """The unconditional input, embedded once and shared."""
+        """The unconditional input, embedded once and expanded."""
         if self._null is None:
             self._null = self.embed_null()
         return {name: value.expand(count, *value.shape[1:]) for name, value in self._null.items()}
 
     def embed_null(self) -> Cond:
-        """One row: the empty caption, unless a family says otherwise. [1, ...]"""
+        """One row: the empty caption, unless a family overrides it. [1, ...]"""
         return self.embed([""])
 
     def long_prompts(self, texts: Sequence[str]) -> str | None:
-        """A message about captions that are longer than the encoders read; only the tokenizers are needed."""
+        """A message about captions longer than the encoders read; needs only the tokenizers."""
         given = f" (now {self.cfg.max_tokens})" if self.cfg.max_tokens else ""
         longer = "max_sequence_length" in inspect.signature(type(self.pipe).__call__).parameters
         remedy = f"shorten them, or raise model.max_tokens{given}" if longer else "shorten them"
         return long_prompts(readers_of(self.pipe, self.cfg.max_tokens), texts, remedy)
 
     def unload(self) -> None:
-        """Forget the encoders (their memory is free once nobody else holds them); ``null`` stays."""
+        """Drop the encoders (their memory is freed with the last reference); ``null`` is kept."""
         self.null(1)
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
             if name in self.pipe.components:
@@ -207,5 +202,5 @@ class PipelineText(ABC):
 
 
 def network_dtype(net: nn.Module) -> torch.dtype:
-    """The dtype of the weights that a network computes with (its first parameter)."""
+    """The dtype of a network's weights (of its first parameter)."""
     return next(net.parameters()).dtype

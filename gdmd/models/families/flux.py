@@ -21,9 +21,9 @@ LONGEST = 512
 
 
 class Flux(FlowFamily):
-    """The network reads t itself, places of its tokens, and (dev, not schnell) model.embedded_guidance.
+    """The network reads t itself, the positions of its tokens, and (dev, not schnell) model.embedded_guidance.
 
-    The embedded guidance belongs to every role: set method.guidance = 1 to make no unconditional pass on top of it.
+    All roles use the embedded guidance: set method.guidance = 1 to avoid an unconditional pass on top of it.
     """
 
     name = "flux"
@@ -35,6 +35,7 @@ class Flux(FlowFamily):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
     )
     patch = 2
+    caption_limit = 512
     blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
@@ -42,7 +43,7 @@ class Flux(FlowFamily):
         self.net: nn.Module = pipe.transformer
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = FluxText(pipe, cfg)
-        self.clock = self.times.clock(self.tokens)
+        self.timesteps = self.settings.timesteps(self.tokens)
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
@@ -56,12 +57,12 @@ class Flux(FlowFamily):
             pooled_projections=cond["pooled"].to(dtype),
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
-            img_ids=_places(height // 2, width // 2, x_t.device).to(dtype),
+            img_ids=_positions(height // 2, width // 2, x_t.device).to(dtype),
             return_dict=False,
         )[0]
 
-    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        return from_velocity(unpack(answer, *x_t.shape[-2:]), x_t, t, self.schedule)
+    def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        return from_velocity(unpack(output, *x_t.shape[-2:]), x_t, t, self.schedule)
 
     def blank_text(self, count: int) -> Cond:
         config = self.pipe.transformer.config
@@ -69,7 +70,7 @@ class Flux(FlowFamily):
         return {"embeds": embeds, "pooled": self._blank(count, config.pooled_projection_dim)}
 
 
-def _places(rows: int, columns: int, device: torch.device) -> Tensor:
+def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
     """(0, row, column) of every image token. [rows columns, 3]"""
     each = [torch.arange(count, device=device) for count in (rows, columns)]
     row, column = torch.meshgrid(*each, indexing="ij")

@@ -1,23 +1,25 @@
 """FLUX.2: rectified flow on packed latents that are normalized patch by patch, captions from three layers of one encoder.
 
-Two pipelines share it: dev has its guidance embedded, klein is guided in the plain way (its distilled checkpoints: not
-at all).
+Two pipelines: dev has embedded guidance, klein uses classifier-free guidance (its distilled checkpoints: none).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gdmd.config.model import DiffusersModel, FamilyName
+from gdmd.diffusion.prompt_length import Reader
 from gdmd.diffusion.schedule import from_velocity
 from gdmd.models.families.base import PipelineText, network_dtype
 from gdmd.models.families.flow import FlowFamily
 from gdmd.models.packing import pack, unpack
-from gdmd.models.timesteps import FlowClock
+from gdmd.models.timesteps import FlowTimesteps
+from gdmd.models.tokens import TEMPLATES, chat_reader
 from gdmd.models.vae import VaeCodec
 from gdmd.types import Cond, Prediction
 
@@ -26,10 +28,10 @@ LONGEST = 512
 
 
 class Flux2(FlowFamily):
-    """The network reads t itself, four numbers of place for every token, and (dev) model.embedded_guidance.
+    """The network reads t itself, four coordinates of every token, and (dev) model.embedded_guidance.
 
-    The embedded guidance belongs to every role: set method.guidance = 1 to make no unconditional pass on top of it.
-    Latents are those of the VAE, normalized (``PatchCodec``); the pipeline's own are the same in patches of 2 x 2.
+    All roles use the embedded guidance: set method.guidance = 1 to avoid an unconditional pass on top of it.
+    Latents are the VAE's, normalized (``PatchCodec``); the pipeline's own are the same in patches of 2 x 2.
     """
 
     name: ClassVar[FamilyName] = "flux2"
@@ -49,7 +51,7 @@ class Flux2(FlowFamily):
         self.net: nn.Module = pipe.transformer
         self.codec = PatchCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = Flux2Text(pipe, cfg)
-        self.clock_of(1)  # refuses a size that does not fit
+        self.timesteps_for(1)  # raises for a size that does not fit
         singles = range(pipe.transformer.config.num_single_layers)
         # "attn.to_out" alone would also name the double blocks' lists of layers
         self.targets = (*self.targets, *(f"single_transformer_blocks.{i}.attn.to_out" for i in singles))
@@ -64,25 +66,25 @@ class Flux2(FlowFamily):
             timestep=self.network_time(t),
             guidance=torch.full_like(t, self.cfg.embedded_guidance, dtype=torch.float32) if guided else None,
             encoder_hidden_states=embeds,
-            txt_ids=_places(1, 1, embeds.shape[1], x_t.device),
-            img_ids=_places(height // 2, width // 2, 1, x_t.device),
+            txt_ids=_positions(1, 1, embeds.shape[1], x_t.device),
+            img_ids=_positions(height // 2, width // 2, 1, x_t.device),
             return_dict=False,
         )[0]
 
-    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        return from_velocity(unpack(answer, *x_t.shape[-2:]), x_t, t, self.schedule)
+    def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        return from_velocity(unpack(output, *x_t.shape[-2:]), x_t, t, self.schedule)
 
     def blank_text(self, count: int) -> Cond:
         width = self.pipe.transformer.config.joint_attention_dim
         return {"embeds": self._blank(count, self.cfg.max_tokens or LONGEST, width)}
 
-    def clock_of(self, steps: int) -> FlowClock:
-        """Its shift depends on the number of steps, too."""
-        return self.times.clock(self.tokens, empirical_mu(self.tokens, steps))
+    def timesteps_for(self, steps: int) -> FlowTimesteps:
+        """Its shift also depends on the number of steps."""
+        return self.settings.timesteps(self.tokens, empirical_mu(self.tokens, steps))
 
 
 class Flux2Klein(Flux2):
-    """Nothing is embedded. Its distilled checkpoints know no guidance: set method.guidance = 1 for them."""
+    """No embedded guidance. Its distilled checkpoints are used without guidance: set method.guidance = 1 for them."""
 
     name = "flux2_klein"
     pipeline = "Flux2KleinPipeline"
@@ -97,13 +99,13 @@ def empirical_mu(tokens: int, steps: int) -> float:
     return many if tokens > 4300 else many + (many - few) * (steps - 200) / 190
 
 
-def _places(rows: int, columns: int, words: int, device: torch.device) -> Tensor:
+def _positions(rows: int, columns: int, words: int, device: torch.device) -> Tensor:
     """(0, row, column, word) of every token: of an image words = 1, of a caption rows = columns = 1. [N, 4]"""
     return torch.cartesian_prod(*(torch.arange(count, device=device) for count in (1, rows, columns, words)))
 
 
 class PatchCodec(VaeCodec):
-    """AutoencoderKLFlux2: z = latent std + mean, one pair for each channel and place in a patch of 2 x 2.
+    """AutoencoderKLFlux2: z = latent std + mean, with one pair per channel and position in a patch of 2 x 2.
 
     They are the running statistics of the VAE's batch norm, std^2 = its variance + batch_norm_eps.
     """
@@ -125,9 +127,26 @@ class PatchCodec(VaeCodec):
 
 
 class Flux2Text(PipelineText):
-    """embeds [B, T, 3 D]: three hidden layers side by side, what fills up a caption as well (nothing is masked)."""
+    """embeds [B, T, 3 D]: three hidden layers concatenated, padding included (nothing is masked)."""
 
     def embed(self, texts: Sequence[str]) -> Cond:
         longest = self.cfg.max_tokens or LONGEST
         embeds, _ = self.pipe.encode_prompt(list(texts), device=self.device, max_sequence_length=longest)
         return {"embeds": embeds}
+
+
+def _dev_reader(pipe: Any, name: str, longest: int) -> Reader:
+    """Captions after a long system message, which counts."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+    def tokens(texts: Sequence[str]) -> list[list[int]]:
+        messages = format_input(list(texts), pipe.system_message)
+        options = {"add_generation_prompt": False, "tokenize": True, "return_dict": True, "truncation": False}
+        ids: list[list[int]] = pipe.tokenizer.apply_chat_template(messages, padding=False, **options)["input_ids"]
+        return ids
+
+    return Reader(name, longest, tokens, plain=False)
+
+
+TEMPLATES[Flux2.pipeline] = _dev_reader
+TEMPLATES[Flux2Klein.pipeline] = partial(chat_reader, thinking=False)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.guidance import KeepTokenNorm
+from gdmd.diffusion.prompt_length import Reader
 from gdmd.diffusion.schedule import from_velocity
 from gdmd.models.families.base import PipelineText, network_dtype
 from gdmd.models.families.flow import FlowFamily
 from gdmd.models.packing import pack, unpack
+from gdmd.models.tokens import TEMPLATES, token_ids
 from gdmd.models.vae import VaeCodec
 from gdmd.types import Cond, Prediction
 
@@ -32,6 +34,7 @@ class QwenImage(FlowFamily):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     patch = 2
+    caption_limit = 1024
     scaling = ("latents_mean", "latents_std")
     tiny_decoder = False
     blocks = ("QwenImageTransformerBlock",)
@@ -42,7 +45,7 @@ class QwenImage(FlowFamily):
         self.net: nn.Module = pipe.transformer
         self.codec = FrameCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = QwenText(pipe, cfg)
-        self.clock = self.times.clock(self.tokens)
+        self.timesteps = self.settings.timesteps(self.tokens)
 
     @property
     def latent_channels(self) -> int:
@@ -62,8 +65,8 @@ class QwenImage(FlowFamily):
             return_dict=False,
         )[0]
 
-    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        return from_velocity(unpack(answer, *x_t.shape[-2:]), x_t, t, self.schedule)
+    def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        return from_velocity(unpack(output, *x_t.shape[-2:]), x_t, t, self.schedule)
 
     @classmethod
     def most_tokens(cls, net: Any) -> tuple[int, int]:
@@ -88,12 +91,25 @@ class FrameCodec(VaeCodec):
 
 
 class QwenText(PipelineText):
-    """embeds [B, T, D], zeros behind the caption; mask [B, T], true where the caption is."""
+    """embeds [B, T, D], zeros after the caption; mask [B, T], true for the caption."""
 
     def embed(self, texts: Sequence[str]) -> Cond:
         longest = self.cfg.max_tokens or LONGEST
         embeds, mask = self.pipe.encode_prompt(list(texts), device=self.device, max_sequence_length=longest)
-        if mask is None:  # what the pipeline answers when no caption needed padding
+        if mask is None:  # what the pipeline returns if no caption needed padding
             mask = embeds.new_ones(embeds.shape[:2])
         more = longest - embeds.shape[1]
         return {"embeds": nn.functional.pad(embeds, (0, 0, 0, more)), "mask": nn.functional.pad(mask, (0, more)).bool()}
+
+
+def _reader(pipe: Any, name: str, longest: int) -> Reader:
+    """The first tokens of the template are dropped and do not count; the pipeline truncates twice."""
+    dropped, most = pipe.prompt_template_encode_start_idx, pipe.tokenizer_max_length
+
+    def tokens(texts: Sequence[str]) -> list[list[int]]:
+        return token_ids(pipe.tokenizer, [pipe.prompt_template_encode.format(text) for text in texts])
+
+    return Reader(name, dropped + min(longest, most), tokens, plain=False)
+
+
+TEMPLATES[QwenImage.pipeline] = _reader

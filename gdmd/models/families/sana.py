@@ -1,4 +1,4 @@
-"""Sana (arXiv 2410.10629): linear attention on latents of a deep autoencoder, captions behind a long instruction."""
+"""Sana (arXiv 2410.10629): linear attention on latents of a deep autoencoder, captions after a long instruction."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.prompt_length import Reader
 from gdmd.diffusion.schedule import from_velocity
 from gdmd.models.families.base import PipelineText, network_dtype
 from gdmd.models.families.flow import FlowFamily
+from gdmd.models.tokens import TEMPLATES, token_ids
 from gdmd.models.vae import VaeCodec
 from gdmd.types import Cond, Prediction
 
@@ -23,8 +25,8 @@ LONGEST = 300
 class Sana(FlowFamily):
     """The network reads 1000 t (timestep_scale) and predicts eps - x0.
 
-    The published scheduler is a DPM-Solver; teacher and student here follow Euler's with the same shift, which the
-    stock pipeline takes as well.
+    The published scheduler is a DPM-Solver; teacher and student here use Euler's method with the same shift, which the
+    stock pipeline supports too.
     """
 
     name = "sana"
@@ -40,12 +42,12 @@ class Sana(FlowFamily):
         self.net: nn.Module = pipe.transformer
         self.codec = DeepCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = SanaText(pipe, cfg)
-        if self.times.dynamic:
+        if self.settings.dynamic:
             raise ValueError(
-                f"model.path {cfg.path!r}: its scheduler has use_dynamic_shifting, which SanaPipeline does not do; save "
-                "it with a constant shift"
+                f"model.path {cfg.path!r}: its scheduler has use_dynamic_shifting, which SanaPipeline does not support; "
+                "save it with a constant shift"
             )
-        self.clock = self.times.clock(self.tokens)
+        self.timesteps = self.settings.timesteps(self.tokens)
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
@@ -57,8 +59,8 @@ class Sana(FlowFamily):
             return_dict=False,
         )[0]
 
-    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        return from_velocity(answer[:, : x_t.shape[1]], x_t, t, self.schedule)  # some networks add a variance
+    def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        return from_velocity(output[:, : x_t.shape[1]], x_t, t, self.schedule)  # some networks add a variance
 
     @property
     def feature_shape(self) -> tuple[int, int, int]:
@@ -75,7 +77,7 @@ class Sana(FlowFamily):
 
 
 class DeepCodec(VaeCodec):
-    """An AutoencoderDC, which encodes to one latent and no distribution."""
+    """An AutoencoderDC, which encodes to a latent instead of a distribution."""
 
     def encode_chunk(self, images: Tensor) -> Tensor:
         z: Tensor = self.vae.encode(images, return_dict=False)[0]
@@ -83,13 +85,13 @@ class DeepCodec(VaeCodec):
 
 
 class SanaText(PipelineText):
-    """embeds [B, T, D]: the first token and the last T - 1 behind the pipeline's instruction; mask [B, T], 1 = caption."""
+    """embeds [B, T, D]: the first token and the last T - 1 after the pipeline's instruction; mask [B, T], 1 = caption."""
 
     def embed(self, texts: Sequence[str]) -> Cond:
         return self._embed(texts, inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default)
 
     def embed_null(self) -> Cond:
-        """The pipeline gives its negative caption no instruction."""
+        """The pipeline embeds its negative caption without the instruction."""
         return self._embed([""], None)
 
     def _embed(self, texts: Sequence[str], instruction: Sequence[str] | None) -> Cond:
@@ -101,3 +103,17 @@ class SanaText(PipelineText):
             complex_human_instruction=instruction,
         )
         return {"embeds": embeds, "mask": mask}
+
+
+def _reader(pipe: Any, name: str, longest: int) -> Reader:
+    """Captions after an instruction, of which only two tokens count."""
+    lines = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+    instruction = "\n".join(lines)
+
+    def tokens(texts: Sequence[str]) -> list[list[int]]:
+        return token_ids(pipe.tokenizer, [instruction + text.lower().strip() for text in texts])
+
+    return Reader(name, len(pipe.tokenizer.encode(instruction)) + longest - 2, tokens, plain=False)
+
+
+TEMPLATES[Sana.pipeline] = _reader

@@ -20,9 +20,10 @@ class Sd15(UnetFamily):
     pipeline = "StableDiffusionPipeline"
     needs = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     targets = ("to_q", "to_k", "to_v", "to_out.0")
+    fixed_captions = True
     blocks = ("BasicTransformerBlock",)
     scaling = ("scaling_factor",)
-    reading = 0.33  # of the published UNet at 512, rank 64
+    feature_cost = 0.33  # of the published UNet at 512, rank 64
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
@@ -30,7 +31,7 @@ class Sd15(UnetFamily):
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
-        steps, embeds, guidance = self.clock.step(t), cond["embeds"].to(dtype), self.guidance_input(t)
+        steps, embeds, guidance = self.timesteps.network_step(t), cond["embeds"].to(dtype), self.guidance_input(t)
         return net(x_t.to(dtype), steps, embeds, timestep_cond=guidance, return_dict=False)[0]
 
     def blank_text(self, count: int) -> Cond:

@@ -30,6 +30,7 @@ class Sd3(FlowFamily):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     patch = 2
+    caption_limit = 512
     max_shift = 1.16
     blocks = ("JointTransformerBlock",)
 
@@ -38,7 +39,7 @@ class Sd3(FlowFamily):
         self.net: nn.Module = pipe.transformer
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = Sd3Text(pipe, cfg)
-        self.clock = self.times.clock(self.tokens)
+        self.timesteps = self.settings.timesteps(self.tokens)
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
@@ -50,8 +51,8 @@ class Sd3(FlowFamily):
             return_dict=False,
         )[0]
 
-    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        return from_velocity(answer, x_t, t, self.schedule)
+    def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        return from_velocity(output, x_t, t, self.schedule)
 
     def blank_text(self, count: int) -> Cond:
         config = self.pipe.transformer.config
@@ -68,7 +69,7 @@ class Sd3(FlowFamily):
 
 
 class Sd3Text(PipelineText):
-    """embeds [B, 77 + T, D]: both CLIPs side by side, then T5 (zeros where the pipeline has none); pooled [B, P]."""
+    """embeds [B, 77 + T, D]: both CLIPs concatenated, then T5 (zeros without one); pooled [B, P]."""
 
     def embed(self, texts: Sequence[str]) -> Cond:
         embeds, _, pooled, _ = self.pipe.encode_prompt(

@@ -1,4 +1,8 @@
-"""Stable Diffusion XL (arXiv 2307.01952): a UNet on a VP schedule, micro-conditioning, two CLIPs."""
+"""Stable Diffusion XL (arXiv 2307.01952): a UNet on a VP schedule, micro-conditioning, two CLIPs.
+
+Time: ours is t in [0, 1]; the UNet reads the training step 999 t (``timesteps.VpTimesteps``), and alpha and sigma come from
+the scheduler's betas (``diffusion.schedule.VpSchedule``).
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,16 @@ from gdmd.types import Cond
 
 
 class Sdxl(UnetFamily):
-    """The network reads the training step, 999 t, and size and crop as six numbers (original size, corner, target size)."""
+    """The network reads the training step 999 t, and size and crop as six numbers (original size, corner, target size)."""
 
     name = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
     needs = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
     targets = ("to_q", "to_k", "to_v", "to_out.0")
+    fixed_captions = True
     blocks = ("BasicTransformerBlock",)
     scaling = ("scaling_factor", "latents_mean", "latents_std")
-    reading = 0.43  # of the published UNet at 512 and 1024, rank 64
+    feature_cost = 0.43  # of the published UNet at 512 and 1024, rank 64
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
@@ -36,7 +41,7 @@ class Sdxl(UnetFamily):
         time_ids = to_device_async(size, x_t.device).to(dtype).expand(len(x_t), 6)
         return net(
             x_t.to(dtype),
-            self.clock.step(t),
+            self.timesteps.network_step(t),  # 999 t
             encoder_hidden_states=cond["embeds"].to(dtype),
             timestep_cond=self.guidance_input(t),
             added_cond_kwargs={"text_embeds": cond["pooled"].to(dtype), "time_ids": time_ids},
@@ -50,7 +55,7 @@ class Sdxl(UnetFamily):
 
 
 class SdxlText(PipelineText):
-    """embeds [B, 77, D]: the last hidden states but one of both CLIPs; pooled [B, P] of the second."""
+    """embeds [B, 77, D]: the penultimate hidden states of both CLIPs; pooled [B, P] of the second."""
 
     def embed(self, texts: Sequence[str]) -> Cond:
         embeds, _, pooled, _ = self.pipe.encode_prompt(
@@ -59,7 +64,7 @@ class SdxlText(PipelineText):
         return {"embeds": embeds, "pooled": pooled}
 
     def embed_null(self) -> Cond:
-        """Zeros where the pipeline was trained so (force_zeros_for_empty_prompt), else the empty caption."""
+        """Zeros if the pipeline was trained that way (force_zeros_for_empty_prompt), else the empty caption."""
         empty = self.embed([""])
         if not self.pipe.config.get("force_zeros_for_empty_prompt"):
             return empty

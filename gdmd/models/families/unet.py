@@ -1,4 +1,4 @@
-"""What the families of UNets share: a VP schedule, what they predict, and where a GAN head reads them."""
+"""What UNet families share: a VP schedule, what the UNet predicts, and where a GAN head reads it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.guidance import Rescaled
 from gdmd.diffusion.schedule import from_native
 from gdmd.models.families.base import Family
-from gdmd.models.features import ending_in_the_middle
+from gdmd.models.features import stop_after_mid_block
 from gdmd.models.schedulers import read_vp
 from gdmd.models.vae import VaeCodec
 from gdmd.types import Prediction
@@ -23,14 +23,18 @@ from gdmd.types import Prediction
 class UnetFamily(Family):
     """A UNet that predicts eps, v or x0 on a VP schedule, as its scheduler says.
 
-    A GAN head reads it where DMD2 does (arXiv 2405.14867, section 4.3): after its mid block. The rest is not computed.
+    A GAN head reads it after its mid block, as in DMD2 (arXiv 2405.14867, section 4.3). The rest is not computed.
     """
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
         self.net: nn.Module = pipe.unet
         self.settings = read_vp(pipe.scheduler, f"model.path {cfg.path!r}")
-        self.schedule, self.native, self.clock = self.settings.schedule, self.settings.predicts, self.settings.clock
+        self.schedule, self.native, self.timesteps = (
+            self.settings.schedule,
+            self.settings.predicts,
+            self.settings.timesteps,
+        )
         if cfg.guidance_rescale:
             self.guide = Rescaled(cfg.guidance_rescale, self.native, self.schedule)
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
@@ -41,8 +45,8 @@ class UnetFamily(Family):
                 f"have {self.latent_channels}; inpainting, editing and variance-predicting models are not supported"
             )
 
-    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        return from_native(answer, self.native, x_t, t, self.schedule)
+    def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        return from_native(output, self.native, x_t, t, self.schedule)
 
     def guidance_input(self, t: Tensor) -> Tensor | None:
         """An LCM's embedded guidance (arXiv 2310.04378): sines and cosines of 1000 (guidance - 1). [B, D], or None"""
@@ -63,21 +67,21 @@ class UnetFamily(Family):
         return self.settings.few_steps(steps)
 
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
-        return self.clock.times(uniform)
+        return self.timesteps.student(uniform)
 
     def teacher_times(self, steps: int) -> Tensor:
-        """Those of DDIM with the pipeline's spacing."""
-        return self.clock.path(steps)
+        """DDIM's times with the pipeline's spacing."""
+        return self.timesteps.teacher(steps)
 
-    def reads(self, net: Any) -> AbstractContextManager[None]:
-        return ending_in_the_middle(net)
+    def feature_mode(self, net: Any) -> AbstractContextManager[None]:
+        return stop_after_mid_block(net)
 
     def image_tokens(self, hidden: Tensor) -> Tensor:
         return hidden.flatten(2).transpose(1, 2)  # [B, C, h, w] -> [B, h w, C]
 
     @property
     def feature_shape(self) -> tuple[int, int, int]:
-        """Every level of the UNet but the last halves the latent, rounding up."""
+        """Every level of the UNet except the last halves the latent, rounding up."""
         net: Any = self.net
         widths, (_, height, width) = net.config.block_out_channels, self.latent_shape
         unit = 2 ** (len(widths) - 1)

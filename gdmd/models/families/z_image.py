@@ -1,9 +1,10 @@
-"""Z-Image (arXiv 2511.22699): a single-stream flow transformer on captions of their own length."""
+"""Z-Image (arXiv 2511.22699): a single-stream flow transformer on unpadded captions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.schedule import from_velocity
 from gdmd.models.families.base import PipelineText, network_dtype
 from gdmd.models.families.flow import FlowFamily
-from gdmd.models.features import answering_before
+from gdmd.models.features import capture_features
+from gdmd.models.tokens import TEMPLATES, chat_reader
 from gdmd.models.vae import VaeCodec
 from gdmd.types import Cond, Prediction
 
@@ -22,7 +24,7 @@ LONGEST = 512
 
 
 class ZImage(FlowFamily):
-    """The network's time runs the other way (1 - t) and it predicts x0 - eps, the negative velocity."""
+    """The network reads 1 - t and predicts x0 - eps, the negative velocity."""
 
     name = "z_image"
     pipeline = "ZImagePipeline"
@@ -39,7 +41,7 @@ class ZImage(FlowFamily):
         self.net: nn.Module = pipe.transformer
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = ZImageText(pipe, cfg)
-        self.clock = self.times.clock(self.tokens)
+        self.timesteps = self.settings.timesteps(self.tokens)
         longest, places = cfg.max_tokens or LONGEST, int(pipe.transformer.config.axes_lens[0])
         if -(-longest // 32) * 32 + 2 > places:
             raise ValueError(
@@ -53,14 +55,14 @@ class ZImage(FlowFamily):
         frames = list(x_t.to(dtype)[:, :, None].unbind(0))  # B x [C, 1, H, W]
         return net(frames, 1 - self.network_time(t), captions, return_dict=False)[0]
 
-    def prediction(self, answer: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        return from_velocity(-torch.stack(answer)[:, :, 0], x_t, t, self.schedule)
+    def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        return from_velocity(-torch.stack(output)[:, :, 0], x_t, t, self.schedule)
 
-    def reads(self, net: Any) -> AbstractContextManager[None]:
-        return answering_before(net, net.all_final_layer["2-1"])
+    def feature_mode(self, net: Any) -> AbstractContextManager[None]:
+        return capture_features(net, net.all_final_layer["2-1"])
 
     def image_tokens(self, hidden: Tensor) -> Tensor:
-        """Of [image, its filling to a multiple of 32, caption, filling of the batch]."""
+        """The tokens are [image, padding to a multiple of 32, caption, padding of the batch]."""
         _, rows, columns = self.feature_shape
         return hidden[:, : rows * columns]
 
@@ -81,7 +83,7 @@ class ZImage(FlowFamily):
 
 
 class ZImageText(PipelineText):
-    """embeds [B, T, D], zeros behind the caption; tokens [B], how many are the caption's."""
+    """embeds [B, T, D], zeros after the caption; tokens [B], the caption's length."""
 
     def embed(self, texts: Sequence[str]) -> Cond:
         longest = self.cfg.max_tokens or LONGEST
@@ -90,3 +92,6 @@ class ZImageText(PipelineText):
         )
         embeds = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
         return {"embeds": embeds, "tokens": torch.tensor([len(row) for row in rows], device=embeds.device)}
+
+
+TEMPLATES[ZImage.pipeline] = partial(chat_reader, thinking=True)

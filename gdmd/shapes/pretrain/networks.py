@@ -1,4 +1,4 @@
-"""Re-making the shipped networks of the Shapes world: the VAE and the teacher, each a seeded, resumable job.
+"""Train the shipped networks of the Shapes world: the VAE and the teacher, each a seeded, resumable job.
 
 Data are rendered on the fly from (seed, step), so a resumed job continues bit for bit.
 """
@@ -24,15 +24,15 @@ from gdmd.shapes.networks import ShapesDit, ShapesVae
 from gdmd.shapes.render import draw_scenes, render
 
 KL_WEIGHT = 3e-4
-"""Small: the latents shall be smooth, not Gaussian (their scale is normalized afterwards)."""
+"""Small: the latents should be smooth, not Gaussian (their scale is normalized afterwards)."""
 CAPTION_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """One network to make: ``loss(step)`` draws its own batch and returns a scalar with gradient.
+    """One network to train: ``loss(step)`` draws its batch and returns a scalar with gradient.
 
-    reads: a hash of the network that the loss reads, if there is one.
+    reads: hash of the frozen network that the loss uses, if there is one.
     """
 
     name: str
@@ -55,7 +55,7 @@ def learning_rate(step: int, job: PretrainJob) -> float:
 
 
 class _Fit:
-    """The state of a running job: network, optimizer, EMA; saved as one safetensors file beside the asset."""
+    """The state of a running job: network, optimizer, EMA; saved as one safetensors file next to the asset."""
 
     def __init__(self, job: PretrainJob) -> None:
         self.job = job
@@ -71,7 +71,7 @@ class _Fit:
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.params.values(), 1.0)
         if not bool(torch.isfinite(norm)):
-            raise ValueError(f"{self.job.name}: gradient norm is {norm.item()} at step {step}; nothing was stepped")
+            raise ValueError(f"{self.job.name}: gradient norm is {norm.item()} at step {step}; no update was made")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         decay = min(self.job.ema, (step + 1) / (step + 10))
@@ -104,7 +104,7 @@ class _Fit:
 def fit(job: PretrainJob, target: Path, *, resume: bool = False, save_every: int = 500) -> Iterator[tuple[int, Tensor]]:
     """Run a job to its end and write the asset ``target``; yields (step, loss) after every step.
 
-    The state lies in ``<target>.part`` until the job is finished; ``resume`` continues from it.
+    Until the job is finished its state is in ``<target>.part``; ``resume`` continues from there.
     """
     torch.manual_seed(job.seed)
     part, start, state = target.with_suffix(".part"), 0, _Fit(job)
@@ -130,7 +130,7 @@ def fit(job: PretrainJob, target: Path, *, resume: bool = False, save_every: int
 
 
 def _batch(seed: int, step: int, count: int) -> tuple[Tensor, Tensor]:
-    """Fresh training images [B, 3, 32, 32] and their catalog rows [B], from (seed, step) alone."""
+    """New training images [B, 3, 32, 32] and their catalog rows [B], from (seed, step) alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     rows = draw_rows(count, generator)
     return render(draw_scenes(rows, generator)), rows

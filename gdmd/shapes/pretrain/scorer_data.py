@@ -1,7 +1,7 @@
-"""Training material of the Shapes scorers: hard negatives, what is true of a scene, and graded corruptions.
+"""Training data of the Shapes scorers: hard negatives, which captions are true of a scene, and graded corruptions.
 
-Every label comes from the scene that was drawn and from the corruption that was applied to it, never from looking at
-the picture. All draws come from one generator that the caller keys by (seed, step).
+Every label comes from the scene that was drawn and the corruption that was applied, never from the image itself. All
+draws come from one generator that the caller keys by (seed, step).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from gdmd.shapes.grammar import ANY, COLORS, INVERSE, SHAPES, SPLITS, TASKS, Cap
 from gdmd.shapes.render import BACKGROUND, WORLD32, Scenes, draw_scenes, render
 
 COUNTING, POSITION = TASKS.index("counting"), TASKS.index("position")
-AXIS = 0.45  # a relation may hold from this direction cosine on (the rule is 0.5): below it, it surely does not
+AXIS = 0.45  # a relation may hold above this direction cosine (the checker's rule: 0.5); below it, it does not
 
 
 @lru_cache(maxsize=8)
 def hard_negatives(split: Split | None = "train") -> tuple[Tensor, Tensor]:
-    """Rows of captions of the same task with one attribute, count or relation changed, or two of them exchanged.
+    """Rows of captions of the same task with one attribute, count or relation changed, or two attributes swapped.
 
-    split: the negatives themselves belong to this split or to all; None allows any. Returns ([P, N], count [P]),
+    split: the negatives belong to this split or to all splits; None allows any. Returns ([P, N], count [P]),
     the rows padded with ANY.
     """
     table = catalog()
@@ -76,9 +76,10 @@ def draw_negatives(rows: Tensor, generator: torch.Generator, split: Split | None
 
 
 def may_be_true(scenes: Scenes, rows: Tensor) -> Tensor:
-    """Whether a scene satisfies a caption in its most generous reading, [B, N] bool: never use those as negatives.
+    """Whether a caption may be true of a scene, [B, N] bool; such a pair must not be used as a negative.
 
-    A counted caption needs its exact number, any other at least one; a relation needs a direction cosine of AXIS.
+    Lenient: a count must be exact, any other object must occur at least once, a relation needs a direction cosine of
+    AXIS.
     """
     table = catalog()
     shape, color, wanted = table.shape[rows], table.color[rows], table.count[rows]  # [N, 2]
@@ -96,7 +97,7 @@ def may_be_true(scenes: Scenes, rows: Tensor) -> Tensor:
 
 
 def minimal_pair(scenes: Scenes, rows: Tensor, generator: torch.Generator) -> Scenes:
-    """Scenes of the captions ``rows`` that copy from ``scenes`` whatever those captions leave open or share."""
+    """Scenes of the captions ``rows`` that copy everything from ``scenes`` that these captions leave open or share."""
     table = catalog()
     fresh = draw_scenes(rows, generator)
     slots = fresh.shape.shape[1]
@@ -112,20 +113,21 @@ def minimal_pair(scenes: Scenes, rows: Tensor, generator: torch.Generator) -> Sc
 
 
 def joined(*parts: Scenes) -> Scenes:
-    """Scenes one after the other."""
+    """Concatenate batches of scenes."""
     fields = ("shape", "color", "x", "y", "radius")
     return Scenes(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
 
 
 def choose(mask: Tensor, yes: Scenes, no: Scenes) -> Scenes:
-    """Scene by scene ``yes`` where mask [B], else ``no``."""
+    """``yes`` where mask [B] is true, else ``no``, per scene."""
     pick = torch.where(mask, torch.arange(len(mask)), torch.arange(len(mask)) + len(mask))
     return joined(yes, no)[pick]
 
 
 @dataclass(frozen=True)
-class Stock:
-    """n captions, a hard negative of each, and two scenes of both; the scenes of a pair differ minimally."""
+class SceneBatch:
+    """n captions, a hard negative of each, and two scenes for both: ``true``/``wrong`` and ``again``/``wrong_again`` are
+    minimal pairs."""
 
     rows: Tensor  # [n]
     near: Tensor  # [n]
@@ -134,26 +136,28 @@ class Stock:
     wrong: Scenes
     wrong_again: Scenes
 
-    def __getitem__(self, part: slice) -> Stock:
-        return Stock(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
+    def __getitem__(self, part: slice) -> SceneBatch:
+        return SceneBatch(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
 
 
-def draw_stock(count: int, generator: torch.Generator) -> Stock:
-    """Material from captions of the train split. Placing objects by rejection is cheaper for many scenes at once."""
+def draw_scene_batch(count: int, generator: torch.Generator) -> SceneBatch:
+    """Scenes for captions of the train split. Rejection sampling of places is cheaper for many scenes at once."""
     rows = draw_rows(count, generator)
     near = draw_negatives(rows, generator)
     true, again = draw_scenes(rows, generator), draw_scenes(rows, generator)
-    return Stock(rows, near, true, again, minimal_pair(true, near, generator), minimal_pair(again, near, generator))
+    return SceneBatch(
+        rows, near, true, again, minimal_pair(true, near, generator), minimal_pair(again, near, generator)
+    )
 
 
-DAMAGES = ("none", "blur", "noise", "tint", "faint", "ghost", "deform", "overlap", "extra")
-"""Kinds of damage to a true or wrong picture, each with a level in [0, 1]."""
+CORRUPTIONS = ("none", "blur", "noise", "tint", "faint", "ghost", "deform", "overlap", "extra")
+"""Kinds of corruption, each with a level in [0, 1]."""
 WORST = (0.0, 1.2, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 1.0)  # severity at level 1, in wrong attributes
 
 
 @dataclass(frozen=True)
-class Damage:
-    """What is done to B pictures: kind [B] index into DAMAGES, level [B] in [0, 1]."""
+class Corruption:
+    """How B images are corrupted: kind [B] index into CORRUPTIONS, level [B] in [0, 1]."""
 
     kind: Tensor
     level: Tensor
@@ -164,23 +168,25 @@ class Damage:
         return torch.tensor(WORST)[self.kind] * self.level
 
 
-def damaged(scenes: Scenes, others: Scenes, damage: Damage, generator: torch.Generator) -> Tensor:
-    """Pictures of ``scenes`` ([B]) with damage, [B, 3, 32, 32]; every kind grows with its level.
+def corrupt(scenes: Scenes, others: Scenes, corruption: Corruption, generator: torch.Generator) -> Tensor:
+    """Corrupted images of ``scenes`` ([B]), [B, 3, 32, 32]; the difference grows with the level.
 
-    others: [B] scenes of the same captions, the ghosts that shine through.
+    others: [B] scenes of the same captions, which the kind "ghost" blends in.
     """
-    images = render(_moved(scenes, damage))
-    for index, name in enumerate(DAMAGES):
-        mine = torch.nonzero(damage.kind == index)[:, 0]
+    images = render(_overlapped(scenes, corruption))
+    for index, name in enumerate(CORRUPTIONS):
+        mine = torch.nonzero(corruption.kind == index)[:, 0]
         if len(mine):
-            images[mine] = _harm(name, images[mine], scenes[mine], others[mine], damage.level[mine], generator)
+            images[mine] = _corrupt_one(
+                name, images[mine], scenes[mine], others[mine], corruption.level[mine], generator
+            )
     return images.clamp(0, 1)
 
 
-def _harm(
+def _corrupt_one(
     name: str, images: Tensor, scenes: Scenes, others: Scenes, level: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """One kind of damage to n pictures, [n, 3, 32, 32]."""
+    """Apply one kind of corruption to n images, [n, 3, 32, 32]."""
     share = level[:, None, None, None]
     match name:
         case "blur":
@@ -198,22 +204,22 @@ def _harm(
         case "deform":
             return _warped(images, share, generator)
         case "extra":
-            return images.lerp(render(_joined(scenes, generator)), share)
-    return images  # "none", and "overlap", which moves objects before they are painted
+            return images.lerp(render(_with_extra(scenes, generator)), share)
+    return images  # "none", and "overlap", which moves objects before rendering
 
 
-def _moved(scenes: Scenes, damage: Damage) -> Scenes:
-    """Damage "overlap": the second object (if any) slides onto the first, up to 0.7 of the way."""
-    mine = (damage.kind == DAMAGES.index("overlap")) & scenes.present[:, 1]
-    share = torch.where(mine, 0.7 * damage.level, 0.0)
+def _overlapped(scenes: Scenes, corruption: Corruption) -> Scenes:
+    """Corruption "overlap": the second object (if any) slides onto the first, up to 0.7 of the way."""
+    mine = (corruption.kind == CORRUPTIONS.index("overlap")) & scenes.present[:, 1]
+    share = torch.where(mine, 0.7 * corruption.level, 0.0)
     x, y = scenes.x.clone(), scenes.y.clone()
     x[:, 1] = x[:, 1].lerp(x[:, 0], share)
     y[:, 1] = y[:, 1].lerp(y[:, 0], share)
     return replace(scenes, x=x, y=y)
 
 
-def _joined(scenes: Scenes, generator: torch.Generator) -> Scenes:
-    """The scenes with one more object of a present shape at a random place (it may overlap), [B, K + 1]."""
+def _with_extra(scenes: Scenes, generator: torch.Generator) -> Scenes:
+    """The scenes with one more object of an existing shape at a random place (it may overlap), [B, K + 1]."""
     unit = torch.rand(4, len(scenes), 1, generator=generator)
     low, high = WORLD32.radius
     color = torch.where(unit[0] < 0.5, scenes.color[:, :1], (unit[1] * len(COLORS)).long())
@@ -224,7 +230,7 @@ def _joined(scenes: Scenes, generator: torch.Generator) -> Scenes:
 
 
 def _blurred(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of width sigma [B] in pixels, as one matrix per side, renormalized at the edges."""
+    """Gaussian blur of width sigma [B] in pixels, separable, renormalized at the edges."""
     place = torch.arange(float(images.shape[-1]))
     apart = (place[:, None] - place) / sigma[:, None, None].clamp_min(0.05)
     rows = torch.softmax(-0.5 * apart**2, -1)[:, None]  # [B, 1, 32, 32]

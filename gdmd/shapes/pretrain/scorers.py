@@ -1,4 +1,4 @@
-"""Pretraining of the three Shapes scorers: contrastive for the dual encoders, Bradley-Terry for the preference model.
+"""Train the three Shapes scorers: contrastive loss for the dual encoders, Bradley-Terry for the preference model.
 
 Each is a function of (kind, steps, seed): the batch of a step is drawn from a generator keyed by (seed, step), so a
 resumed run equals an uninterrupted one bit for bit. Scorers learn from captions of the train split only.
@@ -21,13 +21,13 @@ from gdmd.runs.assets import asset_path, load_asset, save_asset
 from gdmd.shapes.grammar import catalog, draw_rows
 from gdmd.shapes.pretrain.scorer_accuracy import measure
 from gdmd.shapes.pretrain.scorer_data import (
-    DAMAGES,
-    Damage,
-    Stock,
+    CORRUPTIONS,
+    Corruption,
+    SceneBatch,
     choose,
-    damaged,
+    corrupt,
     draw_negatives,
-    draw_stock,
+    draw_scene_batch,
     joined,
     may_be_true,
 )
@@ -35,9 +35,9 @@ from gdmd.shapes.render import draw_scenes, render
 from gdmd.shapes.scorer_networks import KINDS, DualEncoder, Kind, Preference, build_net
 
 Net = DualEncoder | Preference
-LABEL_SHARPNESS = 3.0  # log odds of preferring a picture that is better by one wrong attribute
-POOL = 32  # steps whose scenes are drawn together
-MAX_SCALE = 50.0  # cap of the learned inverse temperature: a colder softmax only memorizes
+LABEL_SHARPNESS = 3.0  # log odds of preferring an image with one wrong attribute less
+POOL = 32  # steps whose scenes are drawn at once
+MAX_SCALE = 50.0  # cap of the learned inverse temperature; above it the model memorizes
 SHIPPED: dict[Kind, tuple[int, int]] = {  # (steps, seed) of the assets
     "shapes_clip": (1700, 0),
     "shapes_clip_heldout": (1500, 1),
@@ -55,7 +55,7 @@ class ScorerConfig:
     steps: int
     seed: int
     batch: int = 64
-    """Captions per step; a dual encoder sees 2 pictures of each, the preference model 4."""
+    """Captions per step; a dual encoder sees 2 images of each, the preference model 4."""
     lr: float = 1.5e-3
     weight_decay: float = 0.01
     warmup: int = 100
@@ -76,29 +76,29 @@ class ScorerConfig:
 
 
 @lru_cache(maxsize=2)
-def _pool(seed: int, batch: int, pool: int) -> Stock:
-    return draw_stock(batch * POOL, step_generator(seed, (1 << 31) + pool))
+def _pool(seed: int, batch: int, pool: int) -> SceneBatch:
+    return draw_scene_batch(batch * POOL, step_generator(seed, (1 << 31) + pool))
 
 
-def stock_at(cfg: ScorerConfig, step: int) -> Stock:
+def batch_at(cfg: ScorerConfig, step: int) -> SceneBatch:
     """The scenes of one step, [batch]: drawn for POOL steps at once, by (seed, step // 2 POOL).
 
-    The second POOL steps go through the same captions with the other scene of each in front.
+    The next POOL steps use the same captions with the roles of the two scenes swapped.
     """
     place = step % POOL
-    stock = _pool(cfg.seed, cfg.batch, step // (2 * POOL))[slice(place * cfg.batch, (place + 1) * cfg.batch)]
+    batch = _pool(cfg.seed, cfg.batch, step // (2 * POOL))[slice(place * cfg.batch, (place + 1) * cfg.batch)]
     if step // POOL % 2 == 0:
-        return stock
-    return replace(stock, true=stock.again, again=stock.true, wrong=stock.wrong_again, wrong_again=stock.wrong)
+        return batch
+    return replace(batch, true=batch.again, again=batch.true, wrong=batch.wrong_again, wrong_again=batch.wrong)
 
 
-def contrastive_loss(net: DualEncoder, stock: Stock, generator: torch.Generator) -> Tensor:
-    """Symmetric InfoNCE over pictures of captions and of their hard negatives, with further hard captions. 0-d.
+def contrastive_loss(net: DualEncoder, batch: SceneBatch, generator: torch.Generator) -> Tensor:
+    """Symmetric InfoNCE over images of captions and of their hard negatives, with more hard captions. Scalar.
 
-    A (picture, caption) entry is left out of the softmax when the caption may be true of the picture's scene without
-    being its own; so equal captions never compete.
+    An (image, caption) pair is masked in the softmax when the caption may be true of the image's scene although it is
+    not the caption it was drawn for; so equal captions never compete.
     """
-    rows, scenes = torch.cat([stock.rows, stock.near]), joined(stock.true, stock.wrong)
+    rows, scenes = torch.cat([batch.rows, batch.near]), joined(batch.true, batch.wrong)
     further = torch.cat([draw_negatives(rows, generator) for _ in range(2)])
     every = torch.cat([rows, further])  # [N], N = 3 * 2 * batch
     images = net.image_features(render(scenes))  # [2 batch, D]
@@ -113,58 +113,58 @@ def contrastive_loss(net: DualEncoder, stock: Stock, generator: torch.Generator)
 
 
 @dataclass(frozen=True)
-class Graded:
-    """Pictures with the caption they are judged by and how bad they are for it."""
+class RankedImages:
+    """Images, the captions they are judged by, and how bad they are for these."""
 
     images: Tensor  # [4, B, 3, 32, 32]
     rows: Tensor  # [4, B]
-    severity: Tensor  # [4, B] in wrong attributes, 0 = true and undamaged
+    severity: Tensor  # [4, B] in wrong attributes, 0 = true and clean
 
 
-def draw_graded(stock: Stock, generator: torch.Generator) -> Graded:
-    """Four pictures per caption: true | one thing wrong | true, damaged | right or wrong, damaged more or less.
+def draw_ranked(batch: SceneBatch, generator: torch.Generator) -> RankedImages:
+    """Four images per caption: true | one thing wrong | true, corrupted | right or wrong, corrupted more or less.
 
     The second is a minimal pair of the first. For a third of the captions it is the first scene itself, judged by the
-    wrong caption. One kind of damage per caption; the first two pictures are mostly undamaged, else equally damaged.
+    wrong caption. One kind of corruption per caption; the first two images are mostly clean, else equally corrupted.
     """
-    batch = len(stock.rows)
-    unit = torch.rand(6, batch, generator=generator)
+    count = len(batch.rows)
+    unit = torch.rand(6, count, generator=generator)
     swapped, failed, clean = unit[0] < 1 / 3, unit[1] < 0.4, unit[2] < 0.8
-    second = choose(swapped, stock.true, stock.wrong)
-    fourth = choose(failed, stock.wrong_again, stock.again)
+    second = choose(swapped, batch.true, batch.wrong)
+    fourth = choose(failed, batch.wrong_again, batch.again)
     ghosts = joined(
-        stock.again,
-        choose(swapped, stock.again, stock.wrong_again),
-        stock.true,
-        choose(failed, stock.wrong, stock.true),
+        batch.again,
+        choose(swapped, batch.again, batch.wrong_again),
+        batch.true,
+        choose(failed, batch.wrong, batch.true),
     )
-    overlap = DAMAGES.index("overlap")
-    kind = 1 + torch.randint(len(DAMAGES) - 1, (batch,), generator=generator)
-    kind = torch.where((kind == overlap) & ~stock.again.present[:, 1], 1, kind)
+    overlap = CORRUPTIONS.index("overlap")
+    kind = 1 + torch.randint(len(CORRUPTIONS) - 1, (count,), generator=generator)
+    kind = torch.where((kind == overlap) & ~batch.again.present[:, 1], 1, kind)
     first = torch.where(clean | (kind == overlap), 0, kind)
     level = torch.stack([unit[3] * ~clean, unit[3] * ~clean, unit[4], unit[5]])
-    damage = Damage(torch.stack([first, first, kind, kind]).flatten(), level.flatten())
-    images = damaged(joined(stock.true, second, stock.again, fourth), ghosts, damage, generator)
-    right = torch.zeros(batch)
-    severity = damage.severity.view(4, batch) + torch.stack([right, right + 1, right, failed.float()])
-    judged = torch.stack([stock.rows, torch.where(swapped, stock.near, stock.rows), stock.rows, stock.rows])
-    return Graded(images.unflatten(0, (4, batch)), judged, severity)  # type: ignore[no-untyped-call]
+    corruption = Corruption(torch.stack([first, first, kind, kind]).flatten(), level.flatten())
+    images = corrupt(joined(batch.true, second, batch.again, fourth), ghosts, corruption, generator)
+    right = torch.zeros(count)
+    severity = corruption.severity.view(4, count) + torch.stack([right, right + 1, right, failed.float()])
+    judged = torch.stack([batch.rows, torch.where(swapped, batch.near, batch.rows), batch.rows, batch.rows])
+    return RankedImages(images.unflatten(0, (4, count)), judged, severity)  # type: ignore[no-untyped-call]
 
 
-def preference_loss(net: Preference, stock: Stock, generator: torch.Generator) -> Tensor:
-    """Bradley-Terry with soft labels: P(a preferred to b) = sigmoid(LABEL_SHARPNESS (severity_b - severity_a)). 0-d.
+def preference_loss(net: Preference, batch: SceneBatch, generator: torch.Generator) -> Tensor:
+    """Bradley-Terry with soft labels: P(a preferred to b) = sigmoid(LABEL_SHARPNESS (severity_b - severity_a)). Scalar.
 
-    A judge who is surer the larger the difference gives graded scores that do not saturate. Pairs within a caption
-    carry the loss; pairs across captions (weight 1/4) put all captions on one scale.
+    Labels that grow with the difference give scores that do not saturate. Pairs across captions (weight 1/4) put all
+    captions on one scale.
     """
-    graded, batch = draw_graded(stock, generator), len(stock.rows)
-    tokens = catalog().tokens[graded.rows.flatten()]
-    r = net.raw(graded.images.flatten(0, 1), net.text_features(tokens)).view(4, batch)
+    ranked, count = draw_ranked(batch, generator), len(batch.rows)
+    tokens = catalog().tokens[ranked.rows.flatten()]
+    r = net.raw(ranked.images.flatten(0, 1), net.text_features(tokens)).view(4, count)
     a, b = torch.triu_indices(4, 4, offset=1)
-    within = _bradley_terry(r[a] - r[b], graded.severity[b] - graded.severity[a])
-    shift = torch.randint(1, batch, (), generator=generator).item()
-    other, worse = r.roll(int(shift), 1), graded.severity.roll(int(shift), 1)
-    across = _bradley_terry(r[a] - other[b], worse[b] - graded.severity[a])
+    within = _bradley_terry(r[a] - r[b], ranked.severity[b] - ranked.severity[a])
+    shift = torch.randint(1, count, (), generator=generator).item()
+    other, worse = r.roll(int(shift), 1), ranked.severity.roll(int(shift), 1)
+    across = _bradley_terry(r[a] - other[b], worse[b] - ranked.severity[a])
     return within + 0.25 * across + 1e-4 * r.square().mean()
 
 
@@ -199,7 +199,7 @@ def pretrain_scorer(
 ) -> Net:
     """Train one scorer, measure it, save it; return it in eval mode, frozen. steps, seed: by default the shipped ones.
 
-    target: the asset to write, None for none; with suffix .part it holds the state until the run is finished.
+    target: the asset to write, None for none; the state of an unfinished run is next to it, with suffix .part.
     resume: continue from that state. ValueError when it belongs to another configuration.
     on_step: called after each step with (step, loss). per_task: captions per task of the measurement.
     """
@@ -210,7 +210,7 @@ def pretrain_scorer(
     optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98))
     path = None if target is None else Path(target)
     first = load_checkpoint(checkpoint_path(path), cfg, net, optimizer) if resume and path else 0
-    with _bar(cfg, first, progress) as advance:
+    with _progress_bar(cfg, first, progress) as advance:
         for step in range(first, cfg.steps):
             loss = _train_step(cfg, net, optimizer, step)
             advance(loss)
@@ -227,7 +227,7 @@ def pretrain_scorer(
 
 
 def _untrained(cfg: ScorerConfig) -> Net:
-    """Fresh weights of the seed; the preference model's two towers are those of the shipped FOUNDATION."""
+    """Weights initialized from the seed; the preference model starts from the shipped FOUNDATION's towers."""
     net = build_net(cfg.kind, cfg.seed)
     if isinstance(net, Preference):
         net.match.load_state_dict({k: v.float() for k, v in load_asset(asset_path(FOUNDATION)).tensors.items()})
@@ -235,13 +235,13 @@ def _untrained(cfg: ScorerConfig) -> Net:
 
 
 def _train_step(cfg: ScorerConfig, net: Net, optimizer: torch.optim.Optimizer, step: int) -> float:
-    generator, stock = step_generator(cfg.seed, step), stock_at(cfg, step)
+    generator, batch = step_generator(cfg.seed, step), batch_at(cfg, step)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
     if isinstance(net, Preference):
-        loss = preference_loss(net, stock, generator)
+        loss = preference_loss(net, batch, generator)
     else:
-        loss = contrastive_loss(net, stock, generator)
+        loss = contrastive_loss(net, batch, generator)
     if not bool(torch.isfinite(loss)):
         raise ValueError(
             f"{cfg.kind}: the loss of step {step} is {loss.item()}; lower lr (now {cfg.lr}) and start again"
@@ -263,8 +263,8 @@ def calibrate(net: Preference, seed: int, count: int = 1024) -> None:
     net.get_buffer("unit").fill_(LABEL_SHARPNESS)
 
 
-def _bar(cfg: ScorerConfig, first: int, shown: bool) -> Any:
-    """A context that gives ``advance(loss)``: a rich progress bar, or nothing."""
+def _progress_bar(cfg: ScorerConfig, first: int, shown: bool) -> Any:
+    """A context that yields ``advance(loss)`` of a rich progress bar, hidden unless ``shown``."""
     from contextlib import contextmanager
 
     @contextmanager
@@ -285,7 +285,7 @@ def checkpoint_path(asset: Path) -> Path:
 
 
 def save_checkpoint(path: Path, cfg: ScorerConfig, net: Net, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Weights, AdamW moments and the number of finished steps, written atomically."""
+    """Weights, optimizer state and the number of finished steps, written atomically."""
     tensors = {f"net/{name}": value for name, value in net.state_dict().items()}
     for name, parameter in net.named_parameters():
         for part, value in optimizer.state[parameter].items():
@@ -317,7 +317,7 @@ def load_checkpoint(path: Path, cfg: ScorerConfig, net: Net, optimizer: torch.op
 
 
 def _finish(path: Path, cfg: ScorerConfig, net: Net, per_task: int) -> None:
-    """Round to fp16, measure what will be shipped, write the asset, drop the checkpoint."""
+    """Round to fp16, measure the rounded network, write the asset, delete the checkpoint."""
     for value in net.state_dict().values():
         value.copy_(value.half().float())
     facts = {"kind": cfg.kind, "config": asdict(cfg), "accuracy": measure(net, per_task), "torch": torch.__version__}

@@ -1,0 +1,71 @@
+"""Options of tilted GDMD, which is ours and not in arXiv 2604.19009, and of its control."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from gdmd.config.base import Count, NonNegative
+from gdmd.config.methods.base import DistillationConfig, GroupSize
+from gdmd.config.methods.removed import refuse_removed
+
+
+class GdmdTiltedConfig(DistillationConfig):
+    """Tilted GDMD: rewards score finished rollouts and tilt the DMD target; gamma = 0 is plain DMD at eta : eta."""
+
+    kind: Literal["gdmd_tilted"] = "gdmd_tilted"
+    group_size: Count = Field(
+        default=4,
+        description="eta: fake score updates, gradients and student updates per iteration. All student updates follow "
+        "the mean target.",
+    )
+    continuations: GroupSize = Field(
+        default=8, description="K: how often the sampler continues from x0 with fresh noise to a finished sample y_k."
+    )
+    continuation_weight: NonNegative = Field(
+        default=6.0,
+        description="kappa: weight of sum_k w_k (y_k - mean y) in the target. On Shapes 6 with one student update per "
+        "rollout, 3 with four, which follow the same samples four times (8 drowns the teacher there).",
+    )
+    gamma: NonNegative = Field(
+        default=2.0, description="Sharpness of w = softmax(gamma R(y_k) / Z) over the K samples; 0 is DMD."
+    )
+    reward_gradient: NonNegative = Field(
+        default=0.0,
+        description="Weight of the rewards' own gradient at the first two finished samples, as if x0 moved with them; 0 = "
+        "rewards stay black boxes. In units of mean R / Z against the mean square of L_DMD; needs differentiable "
+        "rewards. Unused at gamma 0.",
+    )
+    dmd_weight: NonNegative = Field(default=1.0, description="Weight of the loss.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _removed(cls, given: Any) -> Any:
+        return refuse_removed(given, cls.model_fields)
+
+    @model_validator(mode="after")
+    def _continues(self) -> GdmdTiltedConfig:
+        if len(self.student_steps) < 2:
+            raise ValueError(
+                "continuations follow the first of at least 2 student_steps, got "
+                f"{list(self.student_steps)}; add a step, or use kind: gdmd"
+            )
+        return self
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether rollouts are finished and scored."""
+        return self.gamma > 0
+
+
+class GdmdTiltedShuffledConfig(GdmdTiltedConfig):
+    """The control of tilted GDMD: scores permuted over the batch, and each sample gets the reward gradient of another."""
+
+    kind: Literal["gdmd_tilted_shuffled"] = "gdmd_tilted_shuffled"  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _weighted(self) -> GdmdTiltedShuffledConfig:
+        if self.gamma == 0:
+            raise ValueError("kind gdmd_tilted_shuffled permutes scores, which gamma = 0 does not use; set gamma > 0")
+        return self

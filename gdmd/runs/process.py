@@ -1,0 +1,80 @@
+"""For processes that write a folder: an exclusive lock on it, and signals that stop the work at a safe point."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from gdmd.io import RunError
+
+STUCK_SECONDS = 60
+"""After a stop signal to one of several ranks: when it prints where it is, if it has not ended by then."""
+
+
+@contextmanager
+def folder_lock(file: Path, busy: str = "") -> Iterator[None]:
+    """Hold the lock ``file``. If another process holds it: RunError(``busy``), or wait for it where that is empty."""
+    import fcntl  # not on Windows, where single runs work without it
+
+    with file.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError as error:
+            raise RunError(busy) from error
+        yield
+
+
+@contextmanager
+def stop_signals(ranks: int = 1) -> Iterator[list[int]]:
+    """A list that receives SIGINT or SIGTERM, so that work can stop at a safe point; a second signal acts as usual.
+
+    Among several ranks further signals are recorded too, since a scheduler and torchrun may both pass on the same
+    one; a rank that does not end within STUCK_SECONDS prints its stack.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if ranks == 1:
+            restore()
+        elif len(received) == 1:
+            faulthandler.dump_traceback_later(STUCK_SECONDS, file=sys.__stderr__ or sys.stderr)
+
+    for number in before:
+        signal.signal(number, on_signal)
+    try:
+        yield received
+    finally:
+        restore()
+        if ranks > 1 and received:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def stop_with_parent(parent: int) -> None:
+    """Send SIGTERM to this process, which saves a checkpoint, once its ``parent`` process has exited.
+
+    The parent's id is an argument: if it has already exited, ``os.getppid()`` is that of another process.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
