@@ -178,6 +178,7 @@ def scorer_specs(cfg: RunConfig) -> list[RewardConfig]:
 
 
 def asset_tensors(given: str | None, name: str) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of a given file or a shipped asset, and its path."""
     path = Path(given) if given else asset_path(name)
     return load_asset(path).tensors, str(path)
 
