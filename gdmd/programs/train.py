@@ -223,11 +223,8 @@ def run_training(
             console.print(hint, markup=False, highlight=False, soft_wrap=True)
         with waiting(console, "writing the report"):
             return replace(trained, report=report_run(run.path))
-    with waiting(console, "evaluating the EMA student on the fixed evaluation set"):
-        whole = (
-            components if context.size == 1 else build(cfg)
-        )  # the other ranks have exited, and with them their shards
-        row, report = finish_run(cfg, run.path, whole, end.step)
+    whole = components if context.size == 1 else build(cfg)  # the other ranks have exited, and with them their shards
+    row, report = finish_run(cfg, run.path, whole, end.step)  # shows its own progress
     return replace(trained, evaluation=row, report=report)
 
 
