@@ -75,7 +75,7 @@ class DotPlot:
     @property
     def long(self) -> bool:
         """Whether labels and values leave no room for the axis between them in a narrow panel."""
-        return max(len(dot.label) + len(dot.text) for dot, *_ in self.rows) > 38
+        return max(len(dot.label) + len(dot.text) for dot, *_ in self.rows) > 30
 
 
 def dot_plot(title: str, dots: Sequence[Dot], reference: float | None = None, note: str = "") -> DotPlot | None:
