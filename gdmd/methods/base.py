@@ -44,7 +44,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class FakeBatch:
-    """What the denoising loss of the fake score needs."""
+    """A batch of the fake score's own denoising loss."""
 
     x0: Tensor
     x_t: Tensor

@@ -19,7 +19,7 @@ from gdmd.types import Loss, PromptBatch, Update
 
 @dataclass(frozen=True)
 class PairedBatch(StudentBatch):
-    """With pairs for the regression."""
+    """The student's batch with pairs of noise and the teacher's ODE sample."""
 
     pairs: OdePairs
 

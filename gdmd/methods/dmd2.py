@@ -28,7 +28,7 @@ class NoisyLatents:
 
 @dataclass(frozen=True)
 class GanFakeBatch(FakeBatch):
-    """With what the head tells apart."""
+    """The fake score's batch with real and student latents for the GAN head."""
 
     real: NoisyLatents
     student: NoisyLatents
@@ -36,7 +36,7 @@ class GanFakeBatch(FakeBatch):
 
 @dataclass(frozen=True)
 class GanStudentBatch(StudentBatch):
-    """With the draws for the head."""
+    """The student's batch with the re-noising at which the GAN head sees it."""
 
     t: Tensor  # [B], of the re-noising for the GAN head
     eps: Tensor  # [B, C, H, W]

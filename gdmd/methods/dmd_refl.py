@@ -21,7 +21,7 @@ from gdmd.types import Loss, PromptBatch, Update
 
 @dataclass(frozen=True)
 class RewardedBatch(StudentBatch):
-    """With the prompts, which rewards read."""
+    """The student's batch with the prompts that its reward reads."""
 
     prompts: PromptBatch
 

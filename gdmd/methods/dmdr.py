@@ -42,14 +42,14 @@ Blend = Callable[[float], Denoiser]
 
 @dataclass(frozen=True)
 class TiltedBatch(StudentBatch):
-    """With RT-DM's weights."""
+    """The student's batch with a weight of each sample's DMD gradient."""
 
     weight: Tensor  # [B], of the DMD gradient
 
 
 @dataclass(frozen=True)
 class PreferredBatch(StudentBatch):
-    """With pairs for DPO."""
+    """The student's batch with preference pairs."""
 
     pairs: PreferencePairs
 

@@ -33,7 +33,7 @@ class Group:
 
 @dataclass(frozen=True)
 class NapoBatch(StudentBatch):
-    """With x_old and r, for NaPO."""
+    """The student's batch with the old prediction and the optimality r of the target."""
 
     x_old: Tensor  # [B, C, H, W]
     r: Tensor  # [B] in [0, 1], NaN = not scored

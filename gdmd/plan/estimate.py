@@ -224,7 +224,7 @@ def _shapes_reward(spec: RewardConfig) -> RewardNet:
 def _static(cfg: RunConfig, nets: Networks, counted: CallCounts) -> dict[str, int]:
     """Bytes held during the whole training, by role."""
     student, fake = (nets.roles.parameters(role) for role in ("student", "fake"))
-    numbers = [p.numel() for own in (student, fake) for p in own.values()]
+    numbers = [p.numel() for weights in (student, fake) for p in weights.values()]
     moments = sum(moment_bytes(n) for n in numbers) if cfg.loop.optimizer == "adamw8bit" else ADAM * sum(numbers)
     live = isinstance(cfg.model, DiffusersModel) and cfg.model.embeddings is None
     decoders = _unique(nets.codec, nets.scoring)
@@ -251,14 +251,14 @@ def _base(nets: Networks) -> list[Tensor]:
 def _weights(nets: Networks, rewards: list[_HeldReward]) -> dict[str, int]:
     """Numbers of weights."""
     base = [p for name, p in nets.base.named_parameters() if ".lora_" not in name]
-    own = {role: sum(p.numel() for p in nets.roles.parameters(role).values()) for role in ("student", "fake")}
+    trained = {role: sum(p.numel() for p in nets.roles.parameters(role).values()) for role in ("student", "fake")}
     head = sum(p.numel() for net in heads_of(nets.roles) for p in net.parameters())
-    own |= {"fake": own["fake"] - head, "GAN head": head} if head else {}
+    trained |= {"fake": trained["fake"] - head, "GAN head": head} if head else {}
     decoder = sum(p.numel() for codec in _unique(nets.codec, nets.scoring) for p in codec.vae.parameters())
     held = sum(reward.weights for reward in rewards)
     return {
         "base model": sum(p.numel() for p in base),
-        **own,
+        **trained,
         "decoder": decoder,
         "rewards": held,
         "text encoders": nets.encoders,
