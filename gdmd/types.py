@@ -183,28 +183,28 @@ class Roles(Protocol):
 
 
 class Ranks(Protocol):
-    """The processes that share one global batch, as a method sees them: what is global is computed on ``gather``."""
+    """The processes that share one global batch, as a method sees them: what is global is computed on ``all_gather``."""
 
-    def gather(self, own: Tensor, dim: int = 0) -> Tensor:
+    def all_gather(self, local: Tensor, dim: int = 0) -> Tensor:
         """The samples of all ranks along ``dim``, in the order of the global batch: b -> B. No gradient."""
         ...
 
-    def share(self, whole: Tensor, dim: int = 0) -> Tensor:
+    def local_shard(self, full: Tensor, dim: int = 0) -> Tensor:
         """The inverse: this rank's samples along ``dim`` of a tensor of the global batch, B -> b."""
         ...
 
 
-class Alone:
+class SingleProcess:
     """One process: its batch is the global batch."""
 
-    def gather(self, own: Tensor, dim: int = 0) -> Tensor:
-        return own
+    def all_gather(self, local: Tensor, dim: int = 0) -> Tensor:
+        return local
 
-    def share(self, whole: Tensor, dim: int = 0) -> Tensor:
-        return whole
+    def local_shard(self, full: Tensor, dim: int = 0) -> Tensor:
+        return full
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class PromptBatch:
     index: global position of each sample in the step's batch, the key of its random draws.
     host: the same on the CPU, where it is known there, so that Python may read draws without waiting for the device.
     group: integer id, equal for samples of one prompt group (groups are never rebuilt from text).
-    ranks: with whom the global batch is shared; this is its part that belongs to this rank.
+    ranks: the processes that share the global batch, of which this is the part of one rank.
     """
 
     index: Tensor  # [B] int64
@@ -223,7 +223,7 @@ class PromptBatch:
     cond: Cond
     uncond: Cond
     meta: tuple[Mapping[str, Any], ...] = ()
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
     host: Tensor | None = None
 
     def __len__(self) -> int:

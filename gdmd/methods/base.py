@@ -18,7 +18,7 @@ from gdmd.diffusion.schedule import renoise, to_native
 from gdmd.losses.denoising import denoising_loss, mean_square
 from gdmd.losses.dmd import dmd_gradient, dmd_loss
 from gdmd.losses.gdmd import implicit_target
-from gdmd.types import ALONE, Cond, Denoiser, Loss, Native, Prediction, PromptBatch, Roles, Update
+from gdmd.types import SINGLE_PROCESS, Cond, Denoiser, Loss, Native, Prediction, PromptBatch, Roles, Update
 
 
 class RealLatents(Protocol):
@@ -71,9 +71,9 @@ class DmdScores:
 
 def last_stop(prompts: PromptBatch, stop: Tensor) -> int | None:
     """The largest of ``stop`` [b] in the global batch, so that all ranks call the student equally often; None alone."""
-    if prompts.ranks is ALONE:
+    if prompts.ranks is SINGLE_PROCESS:
         return None
-    return int(prompts.ranks.gather(to_device_async(stop, prompts.index.device)).max())
+    return int(prompts.ranks.all_gather(to_device_async(stop, prompts.index.device)).max())
 
 
 @dataclass
