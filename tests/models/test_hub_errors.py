@@ -1,4 +1,4 @@
-"""What cannot be had from a model hub, or not be loaded, is one clear message, for training and as a source of images."""
+"""Models that cannot be downloaded or loaded give one clear message, in training and as a source of images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def answer(status: int) -> Any:
         (lambda: errors.HfHubHTTPError("too many", response=answer(429)), r"the hub cannot be read \(too many"),
     ],
 )
-def test_an_id_that_cannot_be_had_says_why(
+def test_hub_errors_say_why(
     what: str, error: Callable[[], Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -57,7 +57,7 @@ def test_an_id_that_cannot_be_had_says_why(
 
 
 @pytest.mark.parametrize("what", OPEN)
-def test_an_id_that_needs_one_library_more_names_it(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_named(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, there = tmp_path / "model_index.json", importlib.util.find_spec
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(file))
     parts = dict.fromkeys(("transformer", "vae", "text_encoder", "scheduler"), ["diffusers", "Part"])
