@@ -84,7 +84,7 @@ def test_old_policy_starts_as_the_student() -> None:
     roles = tiny_roles()
     method = gdmd(roles, old_policy="ema")
     r = method.rollout(prompts(), rng())
-    torch.testing.assert_close(method._old_prediction(r), r.x0, rtol=0, atol=0)
+    torch.testing.assert_close(method.old_prediction(r), r.x0, rtol=0, atol=0)
 
 
 def test_gan_head_starts_fresh(tmp_path: Path) -> None:
