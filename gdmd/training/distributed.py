@@ -238,7 +238,7 @@ class DistributedContext:
             yield
             return
         import torch.distributed as dist
-        from torch.distributed.distributed_c10d import _set_pg_timeout  # as torchtitan does: there is no public name
+        from torch.distributed.distributed_c10d import _set_pg_timeout  # as torchtitan does; it has no public name
 
         self.barrier()
         _set_pg_timeout(timedelta(seconds=timeout))
@@ -253,7 +253,7 @@ class DistributedContext:
         """Turn the failure of a message inside into a RanksError that names the ranks which do not answer."""
         try:
             yield
-        except RuntimeError as error:  # gloo raises no class of its own
+        except RuntimeError as error:  # gloo's errors have no class
             why = f"rank {self.rank} lost contact with another rank ({_first_line(error)})"
             raise RanksError(f"{why}{self._roll_call()}") from error
 

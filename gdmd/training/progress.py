@@ -91,7 +91,7 @@ class PlainProgress:
 
 
 class _TwoLines(Progress):
-    """A bar with a text of its own below it."""
+    """A bar with lines of text below it."""
 
     text = ""
 
