@@ -33,7 +33,7 @@ from gdmd.plan.cost_model import GPUS, Gpu
 from gdmd.plan.estimate import plan
 from gdmd.plan.meta_pipeline import meta_decoder, meta_family
 from gdmd.profiling.profiler import Profiler, measure
-from gdmd.recipes.build import Components, Place, method_of
+from gdmd.recipes.build import Components, LatentSpec, method_of
 from gdmd.recipes.read import read_recipe
 from gdmd.rewards.callable import CallableReward
 from gdmd.types import Cond
@@ -144,7 +144,7 @@ def components_of(cfg: RunConfig, device: str) -> Components:
     own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
     encoder = RandomText(family.blank_text(1), device)
     reward = CallableReward(brightness, "brightness")
-    place = Place(family.latent_shape, family.native)
+    place = LatentSpec(family.latent_shape, family.native)
     method = method_of(own, roles, codec, (reward,), place, None)
     stream = PromptStream([WORDS], encoder, cfg.loop.batch_size, cfg.loop.seed)
     return Components(roles, family.codec, encoder, (reward,), method, stream, family.latent_shape, own.student_steps)

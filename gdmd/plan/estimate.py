@@ -41,7 +41,7 @@ from gdmd.plan.cost_model import (
 )
 from gdmd.plan.fake_tensors import measure
 from gdmd.plan.networks import Costs, Networks, costs_of, heads_of, networks_of
-from gdmd.recipes.call_counts import Tally, forward_passes, tally
+from gdmd.recipes.call_counts import CallCounts, count_calls, forward_passes
 from gdmd.training.adamw8bit import moment_bytes
 from gdmd.training.distributed import blocks_of
 
@@ -57,7 +57,7 @@ class TrainingPlan:
     cfg: RunConfig
     source: str
     weights: Mapping[str, int]
-    counts: Tally
+    counts: CallCounts
     costs: Costs
     cost: ProcessCost
     roles: tuple[RoleTraffic, ...]
@@ -132,11 +132,13 @@ class TrainingPlan:
 def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> TrainingPlan:
     """Estimate a recipe. ValueError for a hub model whose config is not known here."""
     nets = networks_of(cfg)
-    counted = tally(cfg)
-    rows = max(round(min(counted.widest * cfg.loop.batch_size, _chunk(cfg))), 1)
-    costs = costs_of(cfg, nets, rows, reward_gradient=counted.steered > 0)
+    counted = count_calls(cfg)
+    rows = max(round(min(counted.max_batch * cfg.loop.batch_size, _chunk(cfg))), 1)
+    costs = costs_of(cfg, nets, rows, reward_gradient=counted.decoded_with_grad > 0)
     rewards, uncounted = _reward_nets(cfg)
-    stay = [r for r in rewards if not r.offloaded or counted.steered > 0]  # with gradient it stays on the device
+    stay = [
+        r for r in rewards if not r.offloaded or counted.decoded_with_grad > 0
+    ]  # with gradient it stays on the device
     static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in stay)}
     visiting = max((r.bytes for r in rewards if r not in stay), default=0)  # one after the other
     trained = {role: _bytes(nets.roles.parameters(role).values()) for role in ("student", "fake")}
@@ -146,7 +148,7 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> TrainingPlan:
         static=static,
         gradients=max(trained.values()),
         call=costs.call,
-        rows=counted.widest,
+        rows=counted.max_batch,
         chunk=_chunk(cfg),
         output=2 * 4 * math.prod(nets.latent_shape),  # fp32
         update=max(measured.bytes for measured in costs.update.values()),
@@ -219,7 +221,7 @@ def _shapes_reward(spec: RewardConfig) -> RewardNet:
     return RewardNet(sum(p.numel() for p in net.parameters()), flop)
 
 
-def _static(cfg: RunConfig, nets: Networks, counted: Tally) -> dict[str, int]:
+def _static(cfg: RunConfig, nets: Networks, counted: CallCounts) -> dict[str, int]:
     """Bytes held during the whole training, by role."""
     student, fake = (nets.roles.parameters(role) for role in ("student", "fake"))
     numbers = [p.numel() for weights in (student, fake) for p in weights.values()]
@@ -274,27 +276,27 @@ def _per_sample(cfg: RunConfig, nets: Networks, text: int, *, scored: bool) -> i
     return 4 * channels * height * width * (8 + 2 * targets) + 3 * text + images
 
 
-def _decoding(counted: Tally, costs: Costs) -> int:
+def _decoding(counted: CallCounts, costs: Costs) -> int:
     """Bytes of decoding."""
-    if counted.decoded + counted.steered == 0:
+    if counted.decoded + counted.decoded_with_grad == 0:
         return 0
     return max(costs.decode.bytes, costs.decode_with_grad.bytes if costs.decode_with_grad else 0)
 
 
-def _flop(counted: Tally, costs: Costs, rewards: int) -> dict[str, float]:
+def _flop(counted: CallCounts, costs: Costs, rewards: int) -> dict[str, float]:
     """FLOP of one outer iteration per sample of the batch, by kind of work."""
     without = sum(share * costs.forward[who] for who, share in counted.passes.items())
     update = {role: measured.flop / costs.micro for role, measured in costs.update.items()}
     calls = {
-        **counted.graded,
-        "fake": counted.graded["fake"] - counted.read,
+        **counted.with_grad,
+        "fake": counted.with_grad["fake"] - counted.feature_passes,
     }  # a GAN head's calls are part of the update
     with_grad = costs.decode_with_grad.flop / costs.micro if costs.decode_with_grad else 0
     scored = counted.decoded * (costs.decode.flop / costs.chunk + rewards)
     return {
         "passes without gradient": without,
         "passes with gradient": sum(calls[role] * flop for role, flop in update.items()),
-        "decoding and rewards": scored + counted.steered * (with_grad + 3 * rewards),
+        "decoding and rewards": scored + counted.decoded_with_grad * (with_grad + 3 * rewards),
     }
 
 
@@ -304,7 +306,7 @@ def _copied(cfg: RunConfig) -> set[str]:
     return {role for role in ("student", "fake") if full in (role, "both")}
 
 
-def _roles(cfg: RunConfig, trained: Mapping[str, int], counted: Tally) -> tuple[RoleTraffic, ...]:
+def _roles(cfg: RunConfig, trained: Mapping[str, int], counted: CallCounts) -> tuple[RoleTraffic, ...]:
     """Student, fake score and old policy, which is a copy if the student is one."""
     copied = _copied(cfg)
     found = [
@@ -314,7 +316,7 @@ def _roles(cfg: RunConfig, trained: Mapping[str, int], counted: Tally) -> tuple[
     return tuple(
         RoleTraffic(
             *(size, updates, like in copied),
-            *(counted.calls[who], counted.passes[who], counted.graded_calls[who], counted.losses[who]),
+            *(counted.calls[who], counted.passes[who], counted.calls_with_grad[who], counted.losses[who]),
         )
         for who, like, size, updates in found
     )

@@ -35,7 +35,7 @@ from gdmd.methods.pass_counter import BACKWARD, FROZEN_BACKWARD, answered
 from gdmd.models.full_copy import FullCopy
 from gdmd.models.roles import DiffusersRoles
 from gdmd.recipes.build import Components, build, compile_networks
-from gdmd.recipes.call_counts import forward_passes, tally
+from gdmd.recipes.call_counts import count_calls, forward_passes
 from gdmd.training.role_state import RoleState, role_states
 from gdmd.types import PromptBatch, Role, Update
 
@@ -170,7 +170,7 @@ class Profiler:
             **{"threads": torch.get_num_threads(), "batch_size": batch, "iterations": len(rounds)},
             "student_updates_per_iteration": updates,
             "passes_per_update": statistics.mean(passes),
-            "expected_passes_per_update": forward_passes(tally(cfg), full, _feature_cost(self.components.roles)),
+            "expected_passes_per_update": forward_passes(count_calls(cfg), full, _feature_cost(self.components.roles)),
             "iteration_s": iteration,
             "section_s": {name: statistics.median(seconds[name] for seconds in rounds) for name in SECTIONS},
             "overhead": statistics.median((a + b["method"]) / a for a, b in zip(bare, rounds, strict=True)),

@@ -327,7 +327,7 @@ def response(status: int) -> Any:
         ),
         (lambda: errors.RevisionNotFoundError("no", response=response(404)), "it has no revision 'v9'"),
         (lambda: errors.RepositoryNotFoundError("no", response=response(404)), "the hub has no such id"),
-        (lambda: errors.RemoteEntryNotFoundError("no", response=response(404)), "it holds no model_index.json"),
+        (lambda: errors.RemoteEntryNotFoundError("no", response=response(404)), "it has no file model_index.json"),
         (lambda: errors.LocalEntryNotFoundError("no"), "not in the cache, and the hub cannot be reached"),
         (lambda: errors.HfHubHTTPError("too many", response=response(429)), r"the hub cannot be read \(too many"),
     ],
