@@ -26,6 +26,7 @@ from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import CompositeReward
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
+from gdmd.models.loading import DTYPES
 from gdmd.plan.cost_model import (
     GIB,
     MAX_GPUS,
@@ -47,7 +48,6 @@ from gdmd.training.distributed import blocks_of
 
 ADAM = 8
 """Bytes of the optimizer per trained weight: two fp32 moments."""
-_DTYPE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _reward_nets(cfg: RunConfig) -> tuple[list[_HeldReward], tuple[str, ...]]:
                 unknown.append(one.label)
                 continue
             here = isinstance(one, ShapesReward) or getattr(one, "device", None) in (None, "cuda", "cuda:0")
-            size = _DTYPE[getattr(one, "dtype", "fp32")]
+            size = DTYPES[getattr(one, "dtype", "fp32")].itemsize
             offloaded = getattr(one, "offload", False)
             found.append(_HeldReward(net.weights, net.weights * size * here, net.flop * here, offloaded))
     return found, tuple(unknown)

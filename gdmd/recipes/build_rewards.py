@@ -28,6 +28,7 @@ from gdmd.config.rewards import (
     RemoteReward,
 )
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
+from gdmd.models.loading import DTYPES
 from gdmd.recipes.reward_identity import SHAPES_KINDS
 from gdmd.rewards.aesthetic import Aesthetic
 from gdmd.rewards.base import Placement
@@ -46,8 +47,6 @@ from gdmd.rewards.weights import CLIP_H, CLIP_L, DETECTOR, OCR, PICKSCORE, locat
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.shapes.rewards import PartialCredit, load_scorer
 from gdmd.types import Explains, PromptBatch, Reward
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def image_reward(spec: ImageReward, device: str) -> Reward:
@@ -162,7 +161,7 @@ def _ocr_reader(spec: OcrConfig, device: str) -> OcrReader:
 
 
 def _placement(spec: DeviceOptions, device: str) -> Placement:
-    plain = Placement(spec.device or device, _DTYPES[spec.dtype])
+    plain = Placement(spec.device or device, DTYPES[spec.dtype])
     return replace(plain, offload=spec.offload, chunk=spec.chunk) if isinstance(spec, NetworkReward) else plain
 
 
