@@ -9,16 +9,16 @@ from pathlib import Path
 
 from gdmd import __version__
 from gdmd.config.rewards import (
-    AestheticReward,
+    AestheticConfig,
     CallableConfig,
-    ClipReward,
-    CompositeReward,
-    GenEvalReward,
-    HpsReward,
-    ImageRewardReward,
+    ClipConfig,
+    CompositeConfig,
+    GenEvalConfig,
+    HpsConfig,
+    ImageRewardConfig,
     OcrConfig,
-    PickScoreReward,
-    RemoteReward,
+    PickScoreConfig,
+    RemoteConfig,
 )
 from gdmd.config.run import RewardConfig, ShapesReward
 from gdmd.io import content_hash, file_hash
@@ -65,25 +65,25 @@ def _contents(spec: RewardConfig) -> list[str]:
             return (
                 [] if spec.kind == "shapes_partial_credit" else [file_hash(Path(spec.asset or asset_path(spec.kind)))]
             )
-        case ClipReward():
+        case ClipConfig():
             return [_content(spec.path, spec.revision, CLIP_L)]
-        case HpsReward() | ImageRewardReward():
+        case HpsConfig() | ImageRewardConfig():
             return [weights_content(str(converted_folder(spec.kind, spec.path)))]
-        case PickScoreReward():
+        case PickScoreConfig():
             return [_content(spec.path, spec.revision, PICKSCORE), _content(spec.tokenizer, None, CLIP_H)]
-        case AestheticReward():
+        case AestheticConfig():
             head = weights_content(str(converted_folder(spec.kind, spec.path)))
             return [head, _content(spec.clip, spec.revision, CLIP_L)]
-        case GenEvalReward():
+        case GenEvalConfig():
             return detector_contents(spec.detector, spec.clip)
         case OcrConfig():
             return [source_hash(spec.reader) if spec.reader else _content(spec.path, spec.revision, OCR)]
         case CallableConfig():
             return [source_hash(spec.target)]
-        case RemoteReward():
+        case RemoteConfig():
             served = RemoteScorer(spec, os.environ.get(spec.token_variable)).version().get("identities", {})
             return [str(served.get(spec.reward) or secrets.token_hex())]
-        case CompositeReward():
+        case CompositeConfig():
             return [f"{scorer_identity(p.reward)} {p.weight} {p.mean} {p.std}" for p in spec.parts]
 
 

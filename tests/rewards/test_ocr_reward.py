@@ -22,7 +22,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.recipes.build_rewards import build_rewards, check_prompts, reward_stats
 from gdmd.rewards.composite import Composite, Part
-from gdmd.rewards.ocr import OcrReader, OcrReward, asked_text, edit_distance, normalized, ocr_score
+from gdmd.rewards.ocr import OcrReader, OcrReward, edit_distance, normalized, ocr_score, requested_text
 from gdmd.rewards.preprocessing import from_pil
 
 RECIPE = "name: x\nloop: {}\nrewards:\n"
@@ -32,9 +32,9 @@ WORDS = ("OPEN", "OPEN ALL NIGHT", "SOUP", "SOAP", "go team", "")
 @cache
 def written(words: str) -> Image.Image:
     """An image that says ``words``, in Pillow's own font."""
-    picture = Image.new("RGB", (160, 32), "white")
-    ImageDraw.Draw(picture).text((4, 4), words, fill="black", font=ImageFont.load_default(18))
-    return picture
+    image = Image.new("RGB", (160, 32), "white")
+    ImageDraw.Draw(image).text((4, 4), words, fill="black", font=ImageFont.load_default(18))
+    return image
 
 
 def lookup_reader(image: Image.Image) -> str:
@@ -51,7 +51,7 @@ def scored(prompts: Sequence[str], images: Sequence[str], **settings: Any) -> li
 
 
 @pytest.mark.parametrize(
-    ("prompt", "asked"),
+    ("prompt", "requested"),
     [
         ('a sign that says "OPEN"', "OPEN"),
         ("a sign that says “Open” in red", "Open"),
@@ -64,8 +64,8 @@ def scored(prompts: Sequence[str], images: Sequence[str], **settings: Any) -> li
         ('an empty "" pair', ""),
     ],
 )
-def test_text_in_quotes(prompt: str, asked: str) -> None:
-    assert asked_text(prompt) == asked
+def test_text_in_quotes(prompt: str, requested: str) -> None:
+    assert requested_text(prompt) == requested
 
 
 def test_normalization() -> None:
@@ -74,33 +74,33 @@ def test_normalization() -> None:
     assert ocr_score('"stop"', "stop!") == 0.75
 
 
-def reference(asked: str, read: str) -> int:
+def reference(requested: str, read: str) -> int:
     """Edit distance by its definition."""
-    if not asked or not read:
-        return len(asked) + len(read)
+    if not requested or not read:
+        return len(requested) + len(read)
     return min(
-        reference(asked[1:], read) + 1,
-        reference(asked, read[1:]) + 1,
-        reference(asked[1:], read[1:]) + (asked[0] != read[0]),
+        reference(requested[1:], read) + 1,
+        reference(requested, read[1:]) + 1,
+        reference(requested[1:], read[1:]) + (requested[0] != read[0]),
     )
 
 
 @given(st.text("abc", max_size=5), st.text("abc", max_size=5))
-def test_edit_distance(asked: str, read: str) -> None:
-    assert edit_distance(asked, read) == reference(asked, read)
+def test_edit_distance(requested: str, read: str) -> None:
+    assert edit_distance(requested, read) == reference(requested, read)
     stretches = [read[i:j] for i in range(len(read) + 1) for j in range(i, len(read) + 1)]
-    assert edit_distance(asked, read, anywhere=True) == min(reference(asked, one) for one in stretches)
+    assert edit_distance(requested, read, anywhere=True) == min(reference(requested, one) for one in stretches)
 
 
 @given(st.text(max_size=12), st.text(max_size=40))
 def test_score_range(words: str, read: str) -> None:
     prompt = f'a sign "{words}"'
     score = ocr_score(prompt, read)
-    if not normalized(asked_text(prompt)):
+    if not normalized(requested_text(prompt)):
         assert math.isnan(score)
         return
     assert 0 <= score <= ocr_score(prompt, read, "free") <= 1
-    assert ocr_score(prompt, asked_text(prompt)) == 1
+    assert ocr_score(prompt, requested_text(prompt)) == 1
 
 
 # ---------------------------------------------------------------- the reward
@@ -133,8 +133,8 @@ def test_reader_must_return_a_string() -> None:
 
 def test_shipped_prompts() -> None:
     prompts = read_prompts("text_rendering").texts
-    asked = [normalized(asked_text(prompt)) for prompt in prompts]
-    assert 40 <= len(prompts) <= 60 and all(asked) and len(set(asked)) == len(asked)
+    requested = [normalized(requested_text(prompt)) for prompt in prompts]
+    assert 40 <= len(prompts) <= 60 and all(requested) and len(set(requested)) == len(requested)
     assert prompt_file("some/where.txt") == Path("some/where.txt")
 
 
