@@ -155,12 +155,23 @@ class Guide(Protocol):
 class Roles(Protocol):
     """The networks of one distillation, whatever their storage (full copies, or adapters on one trunk)."""
 
-    schedule: Schedule
-    guide: Guide
-    student: Denoiser
-    fake: Denoiser
-    teacher: Denoiser
-    old: Denoiser
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def guide(self) -> Guide: ...
+
+    @property
+    def student(self) -> Denoiser: ...
+
+    @property
+    def fake(self) -> Denoiser: ...
+
+    @property
+    def teacher(self) -> Denoiser: ...
+
+    @property
+    def old(self) -> Denoiser: ...
 
     def parameters(self, role: Role) -> Mapping[str, Parameter]:
         """The trainable parameters of a role by their stable name."""

@@ -10,7 +10,7 @@ from gdmd.recipes.read import read_recipe
 from gdmd.reporting.grids import write_grid
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.shapes.detect import detect
-from gdmd.shapes.grammar import TASKS, catalogue, fixed_rows
+from gdmd.shapes.grammar import TASKS, catalog, fixed_rows
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.shapes.roles import ShapesCodec, load_vae
 
@@ -24,7 +24,7 @@ def main() -> None:
     torch.set_num_threads(2)
     generator = torch.Generator().manual_seed(SEED)
     rows = fixed_rows("eval", 1)
-    captions = [catalogue().captions[row].text for row in rows.tolist()]
+    captions = [catalog().captions[row].text for row in rows.tolist()]
     many = rows.repeat_interleave(COLUMNS)
     images = render(draw_scenes(many, generator)).unflatten(0, (len(TASKS), COLUMNS))
     write_grid(FOLDER / "shapes_renders.png", images, captions)

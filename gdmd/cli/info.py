@@ -14,7 +14,7 @@ from gdmd.cli.common import Json, messages, print_json
 
 
 class Network(StrEnum):
-    """The shipped networks that can be made again."""
+    """The shipped networks that can be trained again."""
 
     vae = "vae"
     teacher = "teacher"
@@ -26,13 +26,13 @@ def recipes_command(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
     json: Json = False,
 ) -> None:
-    """List the recipes, or print one with every field written out.
+    """List the recipes, or print one with all its fields.
 
     \b
     Examples:
       gdmd recipes
       gdmd recipes shapes
-      gdmd recipes shapes method.gamma=0 > mine.yaml       a start for a recipe of one's own
+      gdmd recipes sdxl_gdmd > mine.yaml      a copy to edit; train it with gdmd train mine.yaml
     """
     from gdmd.recipes.read import read_recipe, recipe_names
 
@@ -54,14 +54,15 @@ def _recipe_list() -> Iterator[str]:
 
     shapes = {name: read_recipe(name) for name in shapes_names()}
     yield "The Shapes world (embedded, trains on a laptop): gdmd train NAME"
-    yield from _entries({name: f"{cfg.about} {student(cfg)}; {length(cfg)}." for name, cfg in shapes.items()})
+    yield from _entries({name: f"{cfg.about} {length(cfg)}." for name, cfg in shapes.items()})
     families, methods = family_names(), method_names()
     by_family = {family: read_recipe(f"{family}_{methods[0]}").model for family in families}
     yield "\nReal models: gdmd train FAMILY_METHOD, such as sdxl_gdmd; every pair exists"
     yield "\nFAMILY"
     yield from _entries({name: f"{m.path}, {m.width} x {m.height}" for name, m in by_family.items()})
-    yield "\nMETHOD"
     by_method = {method: read_recipe(f"{families[0]}_{method}") for method in methods}
+    students = dict.fromkeys(student(cfg).partition(" at ")[0] for cfg in by_method.values())
+    yield f"\nMETHOD ({' or '.join(students)})"
     yield from _entries({name: f"{method_about(name)} {length(cfg)}." for name, cfg in by_method.items()})
 
 
@@ -73,7 +74,7 @@ def _entries(texts: Mapping[str, str]) -> Iterator[str]:
 
 
 def doctor_command(json: Json = False) -> None:
-    """Check the installation: versions, device, shipped networks, one training step. Exit code 2 if one fails.
+    """Check the installation: versions, device, shipped networks, one training step. Exit code 2 if a check fails.
 
     \b
     Examples:
@@ -94,19 +95,19 @@ def doctor_command(json: Json = False) -> None:
 
 
 def pretrain_command(
-    network: Annotated[Network, typer.Argument(help="What to make.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default: those of the shipped one.")] = None,
+    network: Annotated[Network, typer.Argument(help="The network to train.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default: as the shipped one.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of weights and data; default: the shipped one's.")
+        int | None, typer.Option(min=0, help="Seed of weights and data; default: as the shipped one.")
     ] = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the .safetensors files.")] = Path("pretrained"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
-    kind: Annotated[list[str] | None, typer.Option(help="scorers: only this one; may be given again.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
+    kind: Annotated[list[str] | None, typer.Option(help="scorers: train only this one; repeat for several.")] = None,
 ) -> None:
-    """Make the networks of the Shapes lab again: the VAE, the teacher (needs the VAE), the three scorers.
+    """Train the networks of the Shapes world from scratch: the VAE, the teacher (needs the VAE), the three scorers.
 
-    The teacher takes FOLDER/shapes_vae.safetensors where there is one, else the shipped VAE. An interrupted training
-    goes on with the same command and --resume. Use the result with, say,
+    The teacher uses FOLDER/shapes_vae.safetensors if there is one, else the shipped VAE. To continue an interrupted
+    training, repeat the command with --resume. To use the result:
     `gdmd train shapes model.teacher=pretrained/shapes_teacher.safetensors`.
 
     \b
@@ -117,7 +118,7 @@ def pretrain_command(
       gdmd pretrain scorers --kind shapes_pref
     """
     if kind and network is not Network.scorers:
-        raise ValueError(f"--kind names a scorer, but the network to make is {network.value}; leave it out")
+        raise ValueError(f"--kind selects a scorer, but the network to train is {network.value}; leave it out")
     from gdmd.programs.pretrain import pretrain
 
     console = messages()

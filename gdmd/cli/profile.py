@@ -15,11 +15,11 @@ def profile_command(
     iterations: Annotated[int, typer.Option(min=1, help="Measured outer iterations, after one to warm up.")] = 8,
     json: Json = False,
 ) -> None:
-    """Measure the speed of a recipe on this machine: passes, FLOP, overhead, images/s, memory. Writes nothing.
+    """Measure a recipe on this machine: forward passes, FLOP, where the time goes, images/s, memory. Writes nothing.
 
-    Passes are denoiser forwards in units of the batch (F), a backward counts two; those that hooks see are compared
-    with the method's own count. Overhead is the time of an iteration without its optimizer over that of the same
-    network, decoder and reward calls alone. Host syncs need a GPU. Give loop.threads=1 on a shared machine.
+    Passes are denoiser forwards in units of the batch (F); a backward counts two, or one through a frozen base model.
+    Overhead is the time of an iteration without its optimizer over that of its network calls, backward passes and
+    scoring. Host syncs need a GPU. Set loop.threads=1 on a shared machine.
 
     \b
     Examples:
@@ -30,7 +30,7 @@ def profile_command(
     from gdmd.recipes.read import read_recipe
 
     cfg = read_recipe(recipe, overrides or [])
-    from gdmd.profiling.bench import Bench, describe, measure
+    from gdmd.profiling.profiler import Profiler, describe, measure
 
-    measured = measure(Bench(cfg), iterations)
+    measured = measure(Profiler(cfg), iterations)
     print_json(measured) if json else print(describe(measured))

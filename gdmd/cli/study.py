@@ -60,7 +60,7 @@ def plan_command(
     ] = ADDRESS,
     title: Annotated[
         str, typer.Option(help="What raters read on top; must not name a model.")
-    ] = "Which picture do you prefer?",
+    ] = "Which image do you prefer?",
     seed: Seed = 0,
 ) -> None:
     """Write a blind study: who sees which images on which side; images under random names; one link per rater.
@@ -244,15 +244,10 @@ def _write_study(cfg: StudyConfig, models: list[str], study: Path, common: bool,
 
 
 def _config(**fields: Any) -> StudyConfig:
-    """ValueError in one line per mistake, instead of pydantic's own layout."""
-    from pydantic import ValidationError
+    from gdmd.config.load import validated
 
-    from gdmd.config.explain import explain
-
-    try:
-        return StudyConfig(**fields)
-    except ValidationError as error:
-        raise ValueError("\n".join(explain(StudyConfig, error, "study"))) from None
+    config: StudyConfig = validated(StudyConfig, fields, "study")
+    return config
 
 
 def _consent(path: Path | None) -> str:

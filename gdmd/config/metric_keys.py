@@ -57,12 +57,12 @@ def _of_method(cfg: RunConfig) -> tuple[str, ...]:
         tuple(f"reward/{_name(spec)}/{what}" for spec in _rewards(cfg)) for what in ("sample", "target")
     )
     match cfg.method:
-        case DmdConfig() as own:
-            return ("loss/regression",) if own.regression_weight > 0 else ()
-        case Dmd2Config() as own:
-            return ("loss/head", "loss/gan", "gan/real", "gan/student") if own.adversarial else ()
-        case DmdrConfig() as own:
-            return ("schedule/c", *_of_dmdr(own, samples))
+        case DmdConfig() as method:
+            return ("loss/regression",) if method.regression_weight > 0 else ()
+        case Dmd2Config() as method:
+            return ("loss/head", "loss/gan", "gan/real", "gan/student") if method.adversarial else ()
+        case DmdrConfig() as method:
+            return ("schedule/c", *_of_dmdr(method, samples))
         case _ if not cfg.method.rewarded:
             return ()
         case DmdReflConfig():
@@ -73,20 +73,20 @@ def _of_method(cfg: RunConfig) -> tuple[str, ...]:
             return ("loss/grpo", "policy/moved", "policy/clipped", *_COLLECTED, *samples)
         case GdmdConfig():
             return (*_TARGETS, *_OPTIMALITY, *samples, *targets)
-        case GdmdTiltedConfig() as own:
-            gradient = ("gap/pull",) if own.reward_gradient > 0 else ()
-            compared = (*_OPTIMALITY, *samples) if isinstance(own, GdmdTiltedShuffledConfig) else ()
+        case GdmdTiltedConfig() as method:
+            gradient = ("gap/pull",) if method.reward_gradient > 0 else ()
+            compared = (*_OPTIMALITY, *samples) if isinstance(method, GdmdTiltedShuffledConfig) else ()
             return (*_TARGETS, *compared, "weight/effective", *gradient, *targets)
 
 
-def _of_dmdr(own: DmdrConfig, samples: tuple[str, ...]) -> Iterator[str]:
-    if own.tilt > 0 and own.cold_start > 0:
+def _of_dmdr(method: DmdrConfig, samples: tuple[str, ...]) -> Iterator[str]:
+    if method.tilt > 0 and method.cold_start > 0:
         yield from ("weight/tilt", "reward/complete")
-    if own.rl_weight > 0:
+    if method.rl_weight > 0:
         yield "loss/rl"
-        if own.strategy == "grpo":
+        if method.strategy == "grpo":
             yield from (*_COLLECTED, *samples)
-        if own.strategy == "dpo":
+        if method.strategy == "dpo":
             yield from ("reward/complete", "reward/paired")
 
 

@@ -26,6 +26,7 @@ from gdmd.io import RunError, append_jsonl, content_hash, file_hash, finite_or_n
 from gdmd.recipes.long_prompts import warn_long_prompts_of_rewards
 from gdmd.recipes.reward_identity import scorer_identity
 from gdmd.reporting.statistics import Scores, clustered_mean, speed
+from gdmd.reporting.waiting import counted
 from gdmd.sources.base import ImageSlot, Source, SourceInfo, image_slots, record_settings
 from gdmd.sources.folders import FolderSource, image_file, read_image, write_image, write_metadata
 from gdmd.types import Reward
@@ -127,7 +128,7 @@ def score(
         todo = [p for p in prompt_set.slots if keys[p] not in known or (again and math.isnan(known[keys[p]]))]
         if todo:
             warn_long_prompts_of_rewards([reward], prompt_set.texts)
-        for part in _parts(todo):
+        for part in counted(_parts(todo), f"{generated.info.name}: scoring with {label}", len(todo)):
             pixels = [read_image(generated.files[slot.prompt, slot.image]) for slot in part]
             meta = [prompt_set.meta[slot.prompt] for slot in part]
             values = scores_of(reward, pixels, [slot.text for slot in part], meta)

@@ -22,7 +22,6 @@ from gdmd.config.run import RunConfig
 from gdmd.data.image_files import open_image
 from gdmd.evaluation.health import Panel, health_panels, summary, training_curves
 from gdmd.evaluation.run_results import Result, run_results
-from gdmd.evaluation.same_noise import SameNoise, read_same_noise
 from gdmd.evaluation.table import TITLES
 from gdmd.evaluation.verdict import is_teacher, paired, scores_of, shapes_verdict, task_mean
 from gdmd.io import RunError, write_atomic
@@ -35,6 +34,7 @@ from gdmd.runs.checkpoint import newest_intact, steps
 from gdmd.runs.inputs import change_lines, input_lines
 from gdmd.runs.run_folder import Run, open_run, read_facts, read_metrics
 from gdmd.shapes.grammar import TASKS
+from gdmd.shapes.same_noise import SameNoise, read_same_noise
 
 _log = logging.getLogger(__name__)
 EVALUATION = "evaluation.json"
@@ -143,7 +143,7 @@ def report_run(folder: Path) -> Path:
         folder,
         f"gdmd run: {cfg.name}",
         read_rows(folder) if shapes else {},
-        same_noise=read_same_noise(folder / "grids") if shapes else None,
+        same_noise=read_same_noise(folder / "grids" / "comparison.png") if shapes else None,
         grids=_stored_grids(folder),
         metrics={cfg.name: metrics},
         trained=describe.trained_rewards(cfg),

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from gdmd.config.explain import explain
 from gdmd.config.image_source import settings_of, split_settings
+from gdmd.config.load import validated
 from gdmd.config.rewards import (
     CompositeConfig,
     GenEvalConfig,
@@ -50,11 +49,8 @@ def read_scorer(text: str) -> RewardConfig:
         key: int(value) if re.fullmatch(r"\d+", value) else value for _, key, value in settings if value is not None
     }
     head = {"kind": "callable", "target": kind} if ":" in kind or kind.endswith(".py") else {"kind": kind}
-    adapter: TypeAdapter[RewardConfig] = TypeAdapter(RewardConfig)
-    try:
-        return adapter.validate_python(head | given)
-    except ValidationError as error:
-        raise ValueError("\n".join(explain(RewardConfig, error, f"scorer {text!r}"))) from None
+    config: RewardConfig = validated(RewardConfig, head | given, f"scorer {text!r}")
+    return config
 
 
 def read_scorers(texts: Sequence[str]) -> tuple[RewardConfig, ...]:

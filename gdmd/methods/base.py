@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -44,6 +44,8 @@ class Rollout:
 
 @dataclass(frozen=True)
 class FakeBatch:
+    """A batch of the fake score's own denoising loss."""
+
     x0: Tensor
     x_t: Tensor
     t: Tensor
@@ -110,8 +112,7 @@ class Distillation(Generic[AnyConfig]):
         """[B] int64. Per sample, or one for all from sample number 0, which every rank can draw."""
         if self.cfg.step_draw == "sample":
             return rng.integer("tau", steps)
-        first = SampleRng(rng.seed, rng.step, torch.zeros_like(rng.index))
-        return first.integer("tau", steps)
+        return replace(rng, index=torch.zeros_like(rng.index)).integer("tau", steps)
 
     def fake_updates(
         self, r: Rollout, rng: SampleRng, fakes: int, students: int = 1

@@ -19,6 +19,8 @@ from gdmd.types import Loss, PromptBatch, Update
 
 @dataclass(frozen=True)
 class PairedBatch(StudentBatch):
+    """The student's batch with pairs of noise and the teacher's ODE sample."""
+
     pairs: OdePairs
 
 

@@ -42,11 +42,15 @@ Blend = Callable[[float], Denoiser]
 
 @dataclass(frozen=True)
 class TiltedBatch(StudentBatch):
+    """The student's batch with a weight of each sample's DMD gradient."""
+
     weight: Tensor  # [B], of the DMD gradient
 
 
 @dataclass(frozen=True)
 class PreferredBatch(StudentBatch):
+    """The student's batch with preference pairs."""
+
     pairs: PreferencePairs
 
 

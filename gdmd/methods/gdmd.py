@@ -33,6 +33,8 @@ class Group:
 
 @dataclass(frozen=True)
 class NapoBatch(StudentBatch):
+    """The student's batch with the old prediction and the optimality r of the target."""
+
     x_old: Tensor  # [B, C, H, W]
     r: Tensor  # [B] in [0, 1], NaN = not scored
 

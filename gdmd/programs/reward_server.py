@@ -224,18 +224,13 @@ def score_images(
 
 def read_names(names: Sequence[str]) -> dict[str, RealRewardConfig]:
     """Configs of reward kinds and module:function targets, by the name that was given."""
-    from pydantic import TypeAdapter, ValidationError
-
-    from gdmd.config.explain import explain
+    from gdmd.config.load import validated
     from gdmd.config.rewards import TaggedReward
 
     specs: dict[str, RealRewardConfig] = {}
     for name in names:
         spec = {"kind": "callable", "target": name} if ":" in name or name.endswith(".py") else {"kind": name}
-        try:
-            specs[name] = TypeAdapter(TaggedReward).validate_python(spec)
-        except ValidationError as error:
-            raise ValueError("\n".join(explain(TaggedReward, error, f"reward {name!r}"))) from None
+        specs[name] = validated(TaggedReward, spec, f"reward {name!r}")
     return specs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -47,12 +47,15 @@ from gdmd.shapes.roles import (
 )
 from gdmd.types import Codec, Critic, Denoiser, Method, Native, Reward, Roles, TextEncoder
 
+if TYPE_CHECKING:
+    from gdmd.models.roles import DiffusersRoles
+
 
 @dataclass(frozen=True)
 class Components:
     """Everything a run is made of."""
 
-    roles: Any  # BuiltRoles; each program knows the kind it asked for
+    roles: ShapesRoles | DiffusersRoles
     codec: Codec
     encoder: TextEncoder
     rewards: tuple[Reward, ...]
@@ -102,7 +105,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components
     from gdmd.models.roles import DiffusersRoles
 
     family = open_family(model, device, encoders=model.embeddings is None)
-    check_guidance(family, (cfg.method.guidance,))
+    check_guidance(family, cfg.method.guidance)
     encoder: TextEncoder = family.encoder
     if model.embeddings is not None:
         encoder = CachedText(LazyTextEncoder(family), Path(model.embeddings), encoder_identity(family), device)
@@ -112,9 +115,9 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components
     stream = PromptStream(
         [prompts], encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, [meta] if meta else None
     )
-    place = Place(family.latent_shape, family.native, family.teacher_times)
+    latents = LatentSpec(family.latent_shape, family.native, family.teacher_times)
     codec = scoring_codec(family, device)
-    method = method_of(own, roles, codec, rewards, place, real)
+    method = method_of(own, roles, codec, rewards, latents, real)
     return Components(
         *(roles, family.codec, encoder, rewards, method, stream, family.latent_shape),
         student_steps=own.student_steps,
@@ -134,45 +137,48 @@ def compile_networks(cfg: RunConfig, components: Components) -> None:
     if not (isinstance(cfg.model, DiffusersModel) and cfg.model.compile):
         return
     from gdmd.models.compile import require_compiler
+    from gdmd.models.roles import DiffusersRoles
 
+    assert isinstance(components.roles, DiffusersRoles)
     require_compiler(next(iter(components.roles.parameters("student").values())).device.type)
     components.roles.compile()
 
 
-class BuiltRoles(Roles, Protocol):
-    """What the methods below ask of roles beyond their Protocol."""
+class MethodRoles(Roles, Protocol):
+    """Roles with a GAN head, for DMD2, and a blended real score, for DMDR."""
 
-    critic: Critic | None
+    @property
+    def critic(self) -> Critic | None: ...
 
     def blended_teacher(self, share: float) -> Denoiser: ...
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a method works."""
+class LatentSpec:
+    """The latents of a model: their shape, what its networks predict, and its own sampling times."""
 
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
     native: Native = "velocity"
     teacher_times: Callable[[int], Tensor] = times
 
 
-SHAPES = Place()
+SHAPES = LatentSpec()
 
 
 def method_of(
     cfg: MethodConfig,
-    roles: BuiltRoles,
+    roles: MethodRoles,
     codec: Codec,
     rewards: tuple[Reward, ...],
-    place: Place,
+    latents: LatentSpec,
     real: RealLatents | None,
 ) -> Method:
     """The method of this configuration on these objects."""
-    parts = (roles, place.latent_shape, place.native, real)
+    parts = (roles, latents.latent_shape, latents.native, real)
     scorer = Scorer(codec, rewards)
     match cfg:
         case DmdConfig() as own:
-            return Dmd(own, *parts, teacher_times=place.teacher_times)
+            return Dmd(own, *parts, teacher_times=latents.teacher_times)
         case Dmd2Config() as own:
             return Dmd2(own, *parts, critic=roles.critic)
         case DmdrConfig() as own:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+Part = TypeVar("Part", bound=Sequence)
 
 
 @contextmanager
@@ -28,3 +31,13 @@ def waiting(what: str, total: int, console: Console | None = None, then: str = "
                 progress.update(task, description=f"{what}: {then}", total=None)  # a bar without an end
 
         yield advance
+
+
+def counted(parts: Iterable[Part], what: str, total: int) -> Iterator[Part]:
+    """The parts of ``total`` items one by one, with the progress shown. Silent without items."""
+    if not total:
+        return
+    with waiting(what, total) as advance:
+        for part in parts:
+            yield part
+            advance(len(part))

@@ -16,7 +16,7 @@ from gdmd.shapes.grammar import ANY, TASKS
 from gdmd.shapes.render import WORLD32, World
 
 COUNT_KEEP = 0.6
-"""Minimum confidence of a counted object (GenEval: 0.9, on another scale); see docs/shapes.md."""
+"""Minimum confidence of a counted object (GenEval: 0.9, on another scale); see docs/concepts/shapes.md."""
 SLACK, DIRECTION = 0.1, 0.5
 """GenEval's position rule: share of the boxes' sizes subtracted from the offset, and the minimum direction cosine."""
 

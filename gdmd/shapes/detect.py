@@ -42,7 +42,7 @@ INSIDE = 0.4
 SPECK = 0.3
 """A component with less than this share of the smallest possible object's area is not an object."""
 KEEP = 0.6
-"""Minimum confidence of a detection (GenEval: 0.3, on another scale); chosen by measurement, see docs/shapes.md."""
+"""Minimum confidence of a detection (GenEval: 0.3, on another scale); chosen by measurement, see docs/concepts/shapes.md."""
 GROWTH = 2
 """Pixels by which cores are dilated to include their anti-aliased (or blurred) edge."""
 REFINED, STEPS, NUDGE = 2, 2, 0.2

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from gdmd.config.image_source import SourceConfig
 from gdmd.reporting.grids import write_grid
+from gdmd.reporting.waiting import counted
 from gdmd.rewards.preprocessing import from_pil
 from gdmd.sources.base import Source, image_slots
 from gdmd.sources.open import open_source
@@ -41,4 +42,6 @@ def draw(cfg: SourceConfig, prompts: Sequence[str], count: int, seed: int, path:
 def images_of_source(source: Source, prompts: Sequence[str], count: int, seed: int) -> list[Image]:
     """``count`` images of each prompt, prompt by prompt; those of a folder may differ in size."""
     slots, step = image_slots(prompts, count), source.info.batch
-    return [one for k in range(0, len(slots), step) for one in source.generate(slots[k : k + step], seed)]
+    parts = (slots[k : k + step] for k in range(0, len(slots), step))
+    counted_parts = counted(parts, f"sampling {source.info.name}", len(slots))
+    return [one for part in counted_parts for one in source.generate(part, seed)]

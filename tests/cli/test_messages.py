@@ -134,7 +134,8 @@ def test_a_config_is_not_dumped(gdmd: Gdmd, overrides: list[str], message: str) 
 def test_keys_of_another_kind_name_the_kind_that_has_them(gdmd: Gdmd) -> None:
     said = lines(gdmd, "train", "shapes_smoke", "method.kind=dmd")
     assert said == [
-        "shapes_smoke.yaml: method.group_size: got 2: kind 'dmd' has no such key ('gdmd' has); "
+        "shapes_smoke.yaml: method.group_size: got 2: kind 'dmd' has no such key, only gdmd, gdmd_tilted, "
+        "gdmd_ablation, gdmd_tilted_shuffled; "
         "replace the whole section: 'method={kind: dmd, ...}'"
     ]
 
@@ -158,7 +159,7 @@ def test_all_mistakes_are_listed_at_once(gdmd: Gdmd) -> None:
             "unknown recipe 'sdxl'; did you mean 'sdxl_gdmd', 'sdxl_dmd' or 'sdxl_dmd2'? `gdmd recipes` lists them",
         ),
         (["plan", "qqq"], "unknown recipe 'qqq'; `gdmd recipes` lists them"),
-        (["sweep", "headlin"], "unknown comparison 'headlin'; did you mean 'headline'? Or give a .yaml file"),
+        (["sweep", "headlin"], "unknown sweep 'headlin'; did you mean 'headline'? Or give a .yaml file"),
         (
             ["eval", "preference", "teacher", "--scorer", "clipp", "-o", "x"],
             "scorer 'clipp': kind: got 'clipp': unknown kind; did you mean 'clip'?",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, TypeAdapter, ValidationError
 
+import gdmd.config
 from gdmd.cli.app import main
 from gdmd.config import extras
 from gdmd.config.base import Config, Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
@@ -135,7 +138,7 @@ def test_all_errors_at_once() -> None:
         ("loop: {steps: 1}\nmethod: {kind: gdmdd}", "method.kind: got 'gdmdd': unknown kind; did you mean 'gdmd'?"),
         (
             "loop: {steps: 1}\nmethod: {kind: dmd_grpo, gamma: 1}",
-            "method.gamma: got 1: kind 'dmd_grpo' has no such key ('gdmd' has); replace the whole section: "
+            "method.gamma: got 1: kind 'dmd_grpo' has no such key, only gdmd; replace the whole section: "
             "method: {kind: dmd_grpo, ...}",
         ),
         (
@@ -378,3 +381,12 @@ def test_install_advice_names_the_checkout(tmp_path: Path, monkeypatch: pytest.M
     assert extras.install("study") == f"pip install -e '.[study]' in {tmp_path}"
     monkeypatch.setattr(extras, "ROOT", tmp_path / "deeper")
     assert extras.install("8bit") == "pip install -e '.[8bit]' in a checkout of gdmd"
+
+
+def test_every_field_is_described() -> None:
+    """The configuration reference is generated from the descriptions."""
+    for module in pkgutil.walk_packages(gdmd.config.__path__, "gdmd.config."):
+        for name, cls in vars(importlib.import_module(module.name)).items():
+            if isinstance(cls, type) and issubclass(cls, Config):
+                missing = [key for key, field in cls.model_fields.items() if not field.description and key != "kind"]
+                assert not missing, (name, missing)

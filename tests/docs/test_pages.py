@@ -46,8 +46,8 @@ def commands() -> Iterator[tuple[str, str]]:
                     yield named(page), " ".join(line.split("  #")[0].split())
 
 
-def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
-    """Full name and parameters of a gdmd command; click's error if it does not parse."""
+def parsed(words: list[str]) -> tuple[str, list[str], dict[str, Any]]:
+    """Full name, positional arguments and parameters of a gdmd command; click's error if it does not parse."""
     command: Any = get_command(app)
     path: list[str] = []
     while hasattr(command, "commands"):
@@ -55,7 +55,10 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
         assert name in command.commands, f"there is no command {' '.join(['gdmd', *path, name])}"
         command = command.commands[name]
         path.append(name)
-    return " ".join(path), command.make_context(path[-1], list(words)).params
+    given = command.make_context(path[-1], list(words)).params
+    named = [given[one.name] for one in command.params if one.param_type_name == "argument"]
+    flat = [[value] if isinstance(value, str) else value for value in named if isinstance(value, str | list | tuple)]
+    return " ".join(path), [value for values in flat for value in values], given
 
 
 @pytest.mark.parametrize(("page", "line"), list(commands()))
@@ -73,14 +76,11 @@ def test_command_parses(page: str, line: str) -> None:
         return
     if len(words) == 2 and words[1] in ("demo", "doctor"):
         return
-    name, given = parsed(words[1:])
-    if name in WITH_RECIPE and not given.get("resume"):
-        recipe, *overrides = given.get("words") or [given["recipe"], *given["overrides"]]
-        if not recipe.endswith(".yaml"):
-            assert isinstance(read_recipe(recipe, overrides), RunConfig)
+    name, arguments, given = parsed(words[1:])
+    if name in WITH_RECIPE and not given.get("resume") and not arguments[0].endswith(".yaml"):
+        assert isinstance(read_recipe(arguments[0], arguments[1:]), RunConfig)
     if name in ("eval compare", "eval preference", "sample"):
-        given_sources = given.get("what") or given["source"]
-        for source in [given_sources] if isinstance(given_sources, str) else given_sources:
+        for source in arguments:
             assert read_source(source)
 
 
@@ -141,3 +141,9 @@ def test_every_page_is_in_the_navigation() -> None:
     for page in PAGES:
         if page.is_relative_to(ROOT / "docs") and not page.is_relative_to(ROOT / "docs" / "results"):
             assert str(page.relative_to(ROOT / "docs")) in navigation
+
+
+def test_pages_named_in_the_code_exist() -> None:
+    for file in [*(ROOT / "gdmd").rglob("*.py"), *(ROOT / "gdmd").rglob("*.yaml")]:
+        for page in re.findall(r"\bdocs/[\w/-]+\.md\b", file.read_text(encoding="utf-8")):
+            assert (ROOT / page).is_file(), f"{named(file)}: {page}"

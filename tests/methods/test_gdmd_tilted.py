@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gdmd.losses.advantages import softmax_weights
 from gdmd.methods.gdmd_tilted import Finished, GdmdTilted, weighted_mean
-from gdmd.recipes.call_counts import tally
+from gdmd.recipes.call_counts import count_calls
 from gdmd.recipes.read import read_recipe
 
 WEIGHT = 0.25
@@ -80,8 +80,8 @@ def test_rollouts_are_finished_once_for_all_draws() -> None:
     assert len(codec.shown) == 3  # x0 itself is not scored
     assert sum(call.name == "teacher" for call in diary) == 4
     assert len(x_tar) == 4 and all(one is x_tar[0] for one in x_tar)
-    assert tally(read_recipe("shapes_gdmd")).decoded == 8
-    assert tally(read_recipe("shapes_gdmd", ["method.kind=gdmd_tilted_shuffled"])).decoded == 9
+    assert count_calls(read_recipe("shapes_gdmd")).decoded == 8
+    assert count_calls(read_recipe("shapes_gdmd", ["method.kind=gdmd_tilted_shuffled"])).decoded == 9
 
 
 def test_weights_are_those_of_scores_measured_from_the_sample() -> None:
@@ -197,8 +197,8 @@ def test_two_rollouts_are_differentiated() -> None:
     roles, codec = tiny_roles(), ToyCodec()
     list(updates(tilted(roles, codec=codec, reward_gradient=WEIGHT), roles))
     assert [latents.requires_grad for latents in codec.shown] == [True, True, False]
-    counted = tally(read_recipe("shapes_gdmd", ["method.reward_gradient=0.1"]))
-    assert (counted.steered, counted.decoded) == (2, 6)
+    counted = count_calls(read_recipe("shapes_gdmd", ["method.reward_gradient=0.1"]))
+    assert (counted.decoded_with_grad, counted.decoded) == (2, 6)
 
 
 def test_reward_gradient_zero_is_off() -> None:

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from pass_formulas import every_place, iteration_passes
 from tiny_roles import LR, ToyCodec, apply, dmd, gdmd, prompts, rng, same, tiny_roles, weights
 from torch import Tensor
 
+from gdmd.config.run import RunConfig
 from gdmd.methods.pass_counter import Counted, without_cost
+from gdmd.recipes.call_counts import count_calls, dry_run, forward_passes
+from gdmd.recipes.read import read_recipe
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles
 from gdmd.sweep.divergence import divergence, fixed_states, realized_change, student_gradient
 from gdmd.types import Method, PromptBatch
@@ -143,3 +147,47 @@ def test_the_realized_change_is_per_update_and_in_units_of_the_spread() -> None:
     change = realized_change(climb, roles, fixed, score)["mean"]
     after = score(roles.student(fixed.x_tau, fixed.tau, fixed.cond).x0)["mean"]
     assert change == pytest.approx(float((after - before).mean() / before.std()) / 2, rel=1e-4) and change > 0
+
+
+GROUPS = {"images_per_prompt": 4}
+COSTS: dict[str, dict[str, Any]] = {
+    "gdmd": {"kind": "gdmd"},
+    "gdmd, old policy": {"kind": "gdmd", "old_policy": "ema"},
+    "gdmd, no guidance or reward": {"kind": "gdmd", "guidance": 1.0, "gamma": 0.0},
+    "gdmd, one step for all": {"kind": "gdmd", "step_draw": "batch"},
+    "gdmd on data": {"kind": "gdmd", "student_input": "data"},
+    "gdmd_tilted": {"kind": "gdmd_tilted", "continuations": 3, "reward_gradient": 0.1},
+    "dmd": {"kind": "dmd"},
+    "dmd, regression": {"kind": "dmd", "regression_weight": 0.2, "regression_steps": 3},
+    "dmd2": {"kind": "dmd2"},
+    "dmd2, no GAN": {"kind": "dmd2", "gan_weight": 0.0},
+    "dmdr, stage 1": {"kind": "dmdr"},
+    "dmdr, refl": {"kind": "dmdr", "cold_start": 0},
+    "dmdr, grpo": {"kind": "dmdr", "cold_start": 0, "strategy": "grpo", **GROUPS},
+    "dmdr, dpo": {"kind": "dmdr", "cold_start": 0, "strategy": "dpo", **GROUPS},
+    "dmd_refl": {"kind": "dmd_refl", "student_updates": 2},
+    "dmd_nft": {"kind": "dmd_nft", "student_updates": 2, **GROUPS},
+    "dmd_grpo": {"kind": "dmd_grpo", "student_updates": 2, **GROUPS},
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_dry_run_is_the_closed_form(name: str) -> None:
+    cfg = RunConfig.model_validate({"name": "x", "method": COSTS[name], "loop": {"batch_size": 4, "steps": 8}})
+    expected = sum(iteration_passes(cfg.method, step, every_place(cfg.method)) for step in range(2)) / 2
+    runs = [dry_run(cfg, range(2), first) for first in range(len(cfg.method.student_steps))]
+    counted = [forward_passes(run) * run.updates["student"] for run in runs]
+    assert sum(counted) / len(counted) == pytest.approx(expected)
+
+
+def test_costs_of_the_papers_schedules() -> None:
+    """Per student update: x0 and its depth, then fake score 3, teacher 2 or 1, fake score 1, student 3."""
+    for recipe, words, cost in (
+        ("gdmd_paper", [], 2.5 / 4 + 9),
+        ("gdmd_paper", ["method.guidance=1"], 2.5 / 4 + 8),
+        ("dmd", [], 2.5 + 15 + 3 + 3),
+        ("dmd2", ["method.gan_weight=0"], 2.5 + 15 + 3 + 3),
+        ("dmd2", [], 2.5 + 5 * 9 + 3 + 3 + 3),
+    ):
+        counts = count_calls(read_recipe(recipe, ["loop.batch_size=4", *words]))
+        assert forward_passes(counts) == pytest.approx(cost)

@@ -1,4 +1,4 @@
-"""What cannot be had from a model hub, or not be loaded, is one clear message, for training and as a source of images."""
+"""Models that cannot be downloaded or loaded give one clear message, in training and as a source of images."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def answer(status: int) -> Any:
         (lambda: errors.GatedRepoError("no", response=answer(403)), "access is gated; accept its terms.*hf auth login"),
         (lambda: errors.RevisionNotFoundError("no", response=answer(404)), "it has no revision 'v9'"),
         (lambda: errors.RepositoryNotFoundError("no", response=answer(404)), "the hub has no such id"),
-        (lambda: errors.RemoteEntryNotFoundError("no", response=answer(404)), "it holds no model_index.json"),
+        (lambda: errors.RemoteEntryNotFoundError("no", response=answer(404)), "it has no file model_index.json"),
         (lambda: errors.LocalEntryNotFoundError("no"), "not in the cache, and the hub cannot be reached"),
         (lambda: errors.HfHubHTTPError("too many", response=answer(429)), r"the hub cannot be read \(too many"),
     ],
 )
-def test_an_id_that_cannot_be_had_says_why(
+def test_hub_errors_say_why(
     what: str, error: Callable[[], Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -57,7 +57,7 @@ def test_an_id_that_cannot_be_had_says_why(
 
 
 @pytest.mark.parametrize("what", OPEN)
-def test_an_id_that_needs_one_library_more_names_it(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_named(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, there = tmp_path / "model_index.json", importlib.util.find_spec
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(file))
     parts = dict.fromkeys(("transformer", "vae", "text_encoder", "scheduler"), ["diffusers", "Part"])

@@ -80,7 +80,7 @@ class ToyBatch:
 
 @dataclass
 class ToyMethod:
-    """Two fake updates, two student updates, an old policy that follows, a running scale that must survive."""
+    """Two fake updates, two student updates, an old policy that follows, a running scale that a resume restores."""
 
     roles: ToyRoles
     scale: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -127,7 +127,7 @@ class ToyMethod:
 
 @dataclass
 class ToyStream:
-    """Prompts of the Shapes kind are not needed: an index and a wait. ``at_step`` is called before each step."""
+    """Only indices; ``at_step`` is called before each step."""
 
     batch_size: int
     at_step: Callable[[int], None] = lambda step: None
@@ -146,7 +146,7 @@ def toy_config(steps: int = 40, **changes: Any) -> LoopConfig:
 
 @dataclass
 class Toy:
-    """One toy run and everything that a test may look at afterwards."""
+    """One toy run and its objects."""
 
     folder: Path
     cfg: LoopConfig

@@ -37,8 +37,8 @@ HEARD: list[str | None] = []
 
 
 @pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These processes survive, so that nothing depends on fsync; on a slow disk it is most of the time."""
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These processes survive, so nothing depends on fsync; on a slow disk it takes most of the time."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -57,9 +57,7 @@ def same_run(first: Path, second: Path) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a) and rows[0] == rows[1]
 
 
-def test_a_clock_that_jumps_changes_neither_the_run_nor_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_system_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Toy(tmp_path / "steady", toy_config(12)).train()
     real, draws = time.time, random.Random(0)
     monkeypatch.setattr(time, "time", lambda: real() + draws.choice((-1, 1)) * draws.uniform(0, 1e6))
@@ -76,9 +74,7 @@ def test_a_clock_that_jumps_changes_neither_the_run_nor_its_log(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard writes in a thread
-def test_a_disk_that_fills_under_the_tensorboard_log_is_one_error_and_the_run_goes_on_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_full_for_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     def full(*_: object) -> None:
@@ -96,9 +92,7 @@ def test_a_disk_that_fills_under_the_tensorboard_log_is_one_error_and_the_run_go
     assert same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_folder_that_becomes_read_only_is_one_error_and_older_checkpoints_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_becomes_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Path.mkdir
 
     def locked(self: Path, *arguments: Any, **options: Any) -> None:
@@ -166,9 +160,7 @@ def rewarded_training(folder: Path, url: str) -> int:
     return train(method, roles, stream, cfg.loop, run).step
 
 
-def test_a_reward_server_that_goes_away_and_comes_back_costs_no_step(
-    tmp_path: Path, server: tuple[str, Callable[[int], None]]
-) -> None:
+def test_reward_server_outage_costs_no_step(tmp_path: Path, server: tuple[str, Callable[[int], None]]) -> None:
     url, limit = server
     assert rewarded_training(tmp_path / "whole", url) == 3
     limit(4)  # three requests an iteration: it goes away inside the second one
@@ -181,7 +173,7 @@ def test_a_reward_server_that_goes_away_and_comes_back_costs_no_step(
     assert any(row["reward/target"] > 0 for row in rundir.read_metrics(tmp_path / "run"))
 
 
-def test_the_token_of_a_reward_server_is_sent_and_written_nowhere(
+def test_reward_server_token_is_not_written(
     tmp_path: Path,
     server: tuple[str, Callable[[int], None]],
     monkeypatch: pytest.MonkeyPatch,

@@ -37,7 +37,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_student_begins_as_the_others_average_and_fake_as_its_fake(finished: Path, tmp_path: Path) -> None:
+def test_student_starts_from_the_ema(finished: Path, tmp_path: Path) -> None:
     toy, saved = Toy(tmp_path / "run", toy_config()), last(finished)
     states = role_states(toy.roles, toy.cfg)
     told = warm_start(str(finished), states, SINGLE_PROCESS, {})
@@ -50,16 +50,14 @@ def test_student_begins_as_the_others_average_and_fake_as_its_fake(finished: Pat
     assert states["student"].updates == 0
 
 
-def test_without_an_average_the_student_itself_is_taken(tmp_path: Path) -> None:
+def test_student_without_ema(tmp_path: Path) -> None:
     Toy(tmp_path / "first", toy_config(5, ema=0.0)).train()
     states = role_states((toy := Toy(tmp_path / "run", toy_config())).roles, toy.cfg)
     assert "EMA" not in warm_start(str(tmp_path / "first"), states, SINGLE_PROCESS, {})
     assert equal(dict(states["student"].parameters), dict(last(tmp_path / "first").part("student")))
 
 
-def test_a_run_that_began_there_resumes_bit_for_bit_without_the_first_run(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_without_the_first_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     first = tmp_path / "first"
     shutil.copytree(finished, first)
@@ -82,14 +80,14 @@ def test_a_run_that_began_there_resumes_bit_for_bit_without_the_first_run(
     assert not equal(dict(whole.part("student")), dict(last(tmp_path / "teacher").part("student")))
 
 
-def test_the_old_policy_begins_as_the_student_and_not_as_the_teacher() -> None:
+def test_old_policy_starts_as_the_student() -> None:
     roles = tiny_roles()
     method = gdmd(roles, old_policy="ema")
     r = method.rollout(prompts(), rng())
     torch.testing.assert_close(method._old_prediction(r), r.x0, rtol=0, atol=0)
 
 
-def test_a_gan_head_begins_anew_where_the_first_run_had_none(tmp_path: Path) -> None:
+def test_gan_head_starts_fresh(tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = ShapesDit(width=32, depth=1)
     bare, judged = ShapesRoles(teacher), ShapesRoles(teacher, head_seed=3)
@@ -103,9 +101,7 @@ def test_a_gan_head_begins_anew_where_the_first_run_had_none(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("made", "said"), [(False, "does not exist"), (True, "has no checkpoint")])
-def test_a_folder_without_a_checkpoint_is_refused_before_anything_is_loaded(
-    tmp_path: Path, made: bool, said: str
-) -> None:
+def test_start_from_a_folder_without_checkpoint(tmp_path: Path, made: bool, said: str) -> None:
     if made:
         (tmp_path / "first").mkdir()
     with pytest.raises(ValueError, match=f"loop.start_from.*{said}"):
@@ -113,14 +109,12 @@ def test_a_folder_without_a_checkpoint_is_refused_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("part", ["checkpoints", "checkpoints/step_000001"])
-def test_a_folder_inside_of_a_run_names_the_run(finished: Path, part: str) -> None:
+def test_start_from_a_folder_inside_a_run(finished: Path, part: str) -> None:
     with pytest.raises(ValueError, match=rf"Did you mean {finished}\?"):
         require_start(str(finished / part))
 
 
-def test_another_network_is_refused_before_its_weights_are_read(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_network_is_found_from_headers(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = Toy(tmp_path / "run", toy_config()).roles
     monkeypatch.setattr(checkpoint, "load", None)
     check_roles(str(finished), same)
@@ -130,6 +124,6 @@ def test_another_network_is_refused_before_its_weights_are_read(
         check_roles(str(finished), tiny_roles())
 
 
-def test_another_network_is_refused_by_name(finished: Path) -> None:
+def test_another_network(finished: Path) -> None:
     with pytest.raises(ValueError, match="do not fit the student of loop.start_from"):
         warm_start(str(finished), role_states(tiny_roles(), toy_config()), SINGLE_PROCESS, {})
