@@ -103,7 +103,7 @@ def test_weights_without_a_finite_score_are_removed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("gated", "words"),
-    [((), "it holds no HPS_v2.1_compressed.pt"), (("xswu/HPSv2",), "access is gated; accept its terms")],
+    [((), "it has no file HPS_v2.1_compressed.pt"), (("xswu/HPSv2",), "access is gated; accept its terms")],
 )
 def test_missing_file_and_gated_repository(gated: tuple[str, ...], words: str, tmp_path: Path) -> None:
     (tmp_path / "hub" / "xswu" / "HPSv2").mkdir(parents=True)
