@@ -28,6 +28,7 @@ from gdmd.config.rewards import (
     RemoteConfig,
 )
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
+from gdmd.models.loading import DTYPES
 from gdmd.recipes.reward_identity import SHAPES_KINDS
 from gdmd.rewards.aesthetic import Aesthetic
 from gdmd.rewards.base import Placement
@@ -46,8 +47,6 @@ from gdmd.rewards.weights import CLIP_H, CLIP_L, DETECTOR, OCR, PICKSCORE, locat
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.shapes.rewards import PartialCredit, load_scorer
 from gdmd.types import Explains, PromptBatch, Reward
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def image_reward(spec: RealRewardConfig, device: str) -> Reward:
@@ -162,8 +161,10 @@ def _ocr_reader(spec: OcrConfig, device: str) -> OcrReader:
 
 
 def _placement(spec: DeviceOptions, device: str) -> Placement:
-    plain = Placement(spec.device or device, _DTYPES[spec.dtype])
-    return replace(plain, offload=spec.offload, chunk=spec.chunk) if isinstance(spec, NetworkReward) else plain
+    placement = Placement(spec.device or device, DTYPES[spec.dtype])
+    if isinstance(spec, NetworkReward):
+        return replace(placement, offload=spec.offload, chunk=spec.chunk)
+    return placement
 
 
 def scorers_of(cfg: RunConfig) -> tuple[Reward, ...]:
@@ -172,7 +173,7 @@ def scorers_of(cfg: RunConfig) -> tuple[Reward, ...]:
 
 
 def scorer_specs(cfg: RunConfig) -> list[RewardConfig]:
-    """Their configs."""
+    """The configs of ``scorers_of``."""
     given = {spec.kind: spec for spec in cfg.rewards}
     return [given.get(kind, ShapesReward(kind=kind)) for kind in SHAPES_KINDS]
 
