@@ -29,7 +29,7 @@ from gdmd.config.rewards import (
 )
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
 from gdmd.models.loading import DTYPES
-from gdmd.recipes.reward_identity import SHAPES_KINDS
+from gdmd.recipes.reward_identity import SHAPES_KINDS, weight_locations
 from gdmd.rewards.aesthetic import Aesthetic
 from gdmd.rewards.base import Placement
 from gdmd.rewards.callable import CallableReward, called, imported
@@ -43,7 +43,6 @@ from gdmd.rewards.imagereward import ImageReward
 from gdmd.rewards.ocr import OcrReader, OcrReward, normalized, requested_text
 from gdmd.rewards.pickscore import PickScore
 from gdmd.rewards.remote import RemoteScorer
-from gdmd.rewards.weights import CLIP_H, CLIP_L, DETECTOR, OCR, PICKSCORE, locate_weights
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.shapes.rewards import PartialCredit, load_scorer
 from gdmd.types import Explains, PromptBatch, Reward
@@ -80,22 +79,8 @@ def image_reward(spec: RealRewardConfig, device: str) -> Reward:
 def require_weights(specs: Iterable[RewardConfig]) -> None:
     """ValueError for weights on a hub that are neither cached nor can be downloaded; called before training starts."""
     for spec in specs:
-        match spec:
-            case ClipConfig():
-                locate_weights(spec.path, spec.revision, CLIP_L).require()
-            case PickScoreConfig():
-                locate_weights(spec.path, spec.revision, PICKSCORE).require()
-                if spec.path is None:
-                    locate_weights(spec.tokenizer, None, CLIP_H).require()
-            case AestheticConfig():
-                locate_weights(spec.clip, spec.revision, CLIP_L).require()
-            case GenEvalConfig():
-                locate_weights(spec.detector, None, DETECTOR).require()
-                locate_weights(spec.clip, None, CLIP_L).require()
-            case OcrConfig(reader=None):
-                locate_weights(spec.path, spec.revision, OCR).require()
-            case CompositeConfig():
-                require_weights(part.reward for part in spec.parts)
+        for location in weight_locations(spec):
+            location.require()
 
 
 def reward_stats(rewards: Sequence[Reward]) -> Mapping[str, Tensor]:
