@@ -134,7 +134,7 @@ def numbered_jsonl(path: Path, *, torn_tail: bool = False) -> list[tuple[int, di
     rows = []
     for number, line, whole in _lines(path):
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8-sig"))
             if not isinstance(row, dict):
                 raise ValueError(f"expected a JSON object, got {type(row).__name__}")
         except (ValueError, RecursionError) as error:

@@ -23,8 +23,12 @@ def export_command(
     folder: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write; default: RUN/export or RUN/export-merged.")
     ] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="Write the whole pipeline with the student merged in.")] = False,
-    averaged: Annotated[bool, typer.Option("--ema/--no-ema", help="The EMA of the student, or its last weights.")] = True,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Write the whole pipeline with the student merged in.")
+    ] = False,
+    averaged: Annotated[
+        bool, typer.Option("--ema/--no-ema", help="The EMA of the student, or its last weights.")
+    ] = True,
     which: Which = "last",
     base: Annotated[
         str | None, typer.Option("--base", help="The base model, if it has moved: folder or hub id.")

@@ -34,7 +34,7 @@ from gdmd.methods.gdmd_ablations import CONTROLS, GdmdTiltedShuffled
 from gdmd.methods.gdmd_tilted import GdmdTilted
 from gdmd.methods.scorer import Scorer
 from gdmd.recipes.build_data import real_latents_of, training_prompts
-from gdmd.recipes.build_rewards import _tensors, build_rewards, check_prompts
+from gdmd.recipes.build_rewards import asset_tensors, build_rewards, check_prompts
 from gdmd.shapes.captions import training_captions
 from gdmd.shapes.latents import RenderedLatents
 from gdmd.shapes.roles import (
@@ -79,8 +79,8 @@ def build(cfg: RunConfig, device: str | None = None) -> Components:
 
 def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Components:
     bf16 = cfg.loop.precision == "bf16"
-    teacher = load_dit(*_tensors(model.teacher, "shapes_teacher")).to(device)
-    codec = ShapesCodec(load_vae(*_tensors(model.vae, "shapes_vae")).to(device))
+    teacher = load_dit(*asset_tensors(model.teacher, "shapes_teacher")).to(device)
+    codec = ShapesCodec(load_vae(*asset_tensors(model.vae, "shapes_vae")).to(device))
     roles = ShapesRoles(teacher, bf16=bf16, head_seed=head_seed(cfg))
     encoder = ShapesTextEncoder(device)
     rewards = build_rewards(cfg.rewards, device)

@@ -177,7 +177,8 @@ def scorer_specs(cfg: RunConfig) -> list[RewardConfig]:
     return [given.get(kind, ShapesReward(kind=kind)) for kind in SHAPES_KINDS]
 
 
-def _tensors(given: str | None, name: str) -> tuple[dict[str, torch.Tensor], str]:
+def asset_tensors(given: str | None, name: str) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of a given file or a shipped asset, and its path."""
     path = Path(given) if given else asset_path(name)
     return load_asset(path).tensors, str(path)
 
@@ -192,6 +193,6 @@ def _reward(spec: RewardConfig, device: str) -> Reward:
         case ShapesReward(kind="shapes_partial_credit"):
             return PartialCredit()
         case ShapesReward(kind=kind):
-            return load_scorer(kind, _tensors(spec.asset, kind)[0]).to(device)
+            return load_scorer(kind, asset_tensors(spec.asset, kind)[0]).to(device)
         case _:
             return image_reward(spec, device)

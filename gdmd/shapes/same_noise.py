@@ -59,7 +59,7 @@ def write_same_noise(
     columns, sides = [], []
     for sampler, components in samplers:
         images = same_noise_cells([sampler], components, captions, seed, per_caption)  # [R, per_caption, 3, S, S]
-        right = shapeseval(images.flatten(0, 1), rows).view(images.shape[:2]).tolist()
+        right = shapeseval(images.flatten(0, 1), rows).unflatten(0, images.shape[:2]).tolist()  # type: ignore[no-untyped-call]
         files = [[base64.b64encode(png_bytes(to_image(one))).decode() for one in own] for own in images]
         columns.append(Column(sampler.name, sampler.nfe, files, right))
         sides.append(images)

@@ -226,9 +226,7 @@ def main() -> int:
     parser.add_argument("--flat-steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time, printed")
     parser.add_argument("--json", type=Path)
-    parser.add_argument(
-        "--background", action="store_true", help="save in a thread; a kill may cost two intervals"
-    )
+    parser.add_argument("--background", action="store_true", help="save in a thread; a kill may cost two intervals")
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     torch.set_num_threads(1)  # no thread pool before a fork
