@@ -69,7 +69,14 @@ def verdict(rows: Rows) -> Verdict:
     if not any(found.values()):
         return Verdict(f"{', '.join(rows)}: the models have no common scores.")
     label = _headline(rows, next(own for own in found.values() if own))
-    answers = [f"{name} is {_words(own[label])}" for name, own in found.items() if label in own]
+    words = {1: "is higher than", -1: "is lower than", 0: "is not distinguishable from"}
+    answers = [
+        f"{name} {words[own[label].sign]} {first}"
+        if math.isfinite(own[label].low)
+        else f"{name} is {_words(own[label])}"
+        for name, own in found.items()
+        if label in own
+    ]
     numbers = [
         Number(f"{label}, {name} minus {first}", _signed(own[label])) for name, own in found.items() if label in own
     ]
@@ -79,7 +86,7 @@ def verdict(rows: Rows) -> Verdict:
     notes.append("Differences are paired: the same prompts, image by image. Brackets: 95\u00a0% interval over prompts.")
     if any(_trained(row, one) for row in rows.values() for one in row["scores"]):
         notes.append("† trained on this score: a gain proves little.")
-    return Verdict(f"{_marked(rows, label)} against {first}: {', '.join(answers)}.", numbers, notes)
+    return Verdict(f"On {_marked(rows, label)}, {_listed(answers)}.", numbers, notes)
 
 
 def differences(rows: Rows, name: str) -> dict[str, Estimate]:

@@ -217,10 +217,10 @@ def _shapes_answer(rows: Rows) -> Verdict:
 
 
 def _answer(results: Sequence[Result]) -> Verdict:
-    """A real model has no checker: the newest comparison, else the newest scores, else how to get them."""
-    known = [result.verdict for result in results if result.verdict]
-    if known:
-        return known[-1]
+    """A real model has no checker: the last comparison, else the last scores, else how to get them."""
+    compared = [result for result in results if result.plots]
+    if results:
+        return (compared or results)[-1].verdict
     how = "gdmd eval preference RUN --prompts FILE --scorer clip"
     return Verdict(
         "Not scored yet: the page shows how the training went, and not how good the student is.",

@@ -224,9 +224,8 @@ def run_training(
             console.print(hint, markup=False, highlight=False, soft_wrap=True)
         with phase("writing the report", console):
             return replace(trained, report=report_run(run.path))
-    console.print("evaluating the EMA student on the fixed evaluation set", markup=False)  # which shows its progress
-    whole = components if context.size == 1 else build(cfg)  # the other ranks and their shards are gone
-    row, report = finish_run(cfg, run.path, whole, end.step)
+    whole = components if context.size == 1 else build(cfg)  # the other ranks have exited, and with them their shards
+    row, report = finish_run(cfg, run.path, whole, end.step)  # shows its own progress
     return replace(trained, evaluation=row, report=report)
 
 
