@@ -80,9 +80,8 @@ def teacher_row(cfg: RunConfig, components: Components, what: str) -> Sampler:
 def student_row(cfg: RunConfig, components: Components, name: str = "") -> Sampler:
     """The few-step student as it is now."""
     steps = components.student_steps or cfg.method.student_steps
-    return student_sampler(
-        components, components.roles.student, steps, f"{name or cfg.method.kind.upper()}, {len(steps)} steps"
-    )
+    label = name or cfg.method.kind.upper().replace("_", " ")
+    return student_sampler(components, components.roles.student, steps, f"{label}, {len(steps)} steps")
 
 
 def image_batch(cfg: RunConfig) -> int:
