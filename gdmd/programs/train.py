@@ -31,7 +31,7 @@ from gdmd.recipes.hub_revisions import record_commits
 from gdmd.recipes.inputs import check_inputs, check_start
 from gdmd.recipes.long_prompts import warn_long_prompts
 from gdmd.recipes.run_folders import check_resumable, new_folder, resumed
-from gdmd.reporting.waiting import phase
+from gdmd.reporting.progress_bar import phase
 from gdmd.runs.run_folder import Run, create, open_run
 from gdmd.shapes.grammar import catalog
 from gdmd.training.adamw8bit import require_torchao
