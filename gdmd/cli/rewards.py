@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import Json, messages, print_json
+from gdmd.cli.common import SETTINGS, Json, log, print_json
 
 rewards_app = typer.Typer(
     no_args_is_help=True,
     help="Reward models: list, fetch, convert, serve.",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings=SETTINGS,
 )
 Kind = Annotated[
     str, typer.Argument(metavar="KIND", help="clip, hps, hps_v2, pickscore, imagereward, aesthetic or ocr.")
@@ -60,8 +60,8 @@ def fetch_command(
     """
     from gdmd.programs.reward_tools import fetch
 
-    path = fetch(kind, folder, _say)
-    _say(f"ready: {path}; use it as {{kind: {kind}{f', path: {folder}' if folder else ''}}}")
+    path = fetch(kind, folder, log)
+    log(f"ready: {path}; use it as {{kind: {kind}{f', path: {folder}' if folder else ''}}}")
 
 
 @rewards_app.command("convert")
@@ -85,7 +85,7 @@ def convert_command(
     pretrained_weights(kind)
     from gdmd.rewards.convert import convert
 
-    _say(f"converted to {convert(kind, file, folder, tokenizer)}")
+    log(f"converted to {convert(kind, file, folder, tokenizer)}")
 
 
 @rewards_app.command("serve")
@@ -108,8 +108,4 @@ def serve_command(
     """
     from gdmd.programs.reward_server import Limits, serve
 
-    serve(rewards, host, port, device, os.environ.get(TOKEN_VARIABLE), Limits(batch, megabytes * 1_000_000, rate), _say)
-
-
-def _say(text: str) -> None:
-    messages().print(text, markup=False, highlight=False, soft_wrap=True)
+    serve(rewards, host, port, device, os.environ.get(TOKEN_VARIABLE), Limits(batch, megabytes * 1_000_000, rate), log)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gdmd.cli.common import Json, messages, print_json
+from gdmd.cli.common import Json, log, messages, print_json
 
 if TYPE_CHECKING:
     from gdmd.sweep.pool import Outcome, Say, Show
@@ -72,11 +72,11 @@ def _report(sweep: Sweep, source: str, outcome: Outcome, *, pages_only: bool, js
 
     outcome.page = write_pages(sweep, source, outcome.folder, only_pages=pages_only)
     if outcome.page:
-        _say(f"page: {outcome.page}")
+        log(f"page: {outcome.page}")
     if json:
         print_json(summary(sweep, outcome, only_pages=pages_only))
     for name, reason in outcome.failed.items():
-        _say(f"failed: {name}: {reason}")
+        log(f"failed: {name}: {reason}")
 
 
 @contextmanager
@@ -97,10 +97,6 @@ def _progress() -> Iterator[tuple[Say, Show]]:
             bar.update(task, completed=status.done, total=status.total, description=text)
 
         yield lambda text: bar.console.print(text, markup=False, highlight=False, soft_wrap=True), show
-
-
-def _say(text: str) -> None:
-    messages().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _cores() -> int:

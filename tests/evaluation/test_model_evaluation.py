@@ -24,6 +24,7 @@ from gdmd.evaluation.scorers import read_scorer, read_scorers
 from gdmd.recipes.reward_identity import scorer_identity
 from gdmd.reporting.statistics import speed
 from gdmd.runs.assets import asset_path, load_asset, save_asset
+from gdmd.sources.runs import RunSource
 
 SCORERS = ("test_model_evaluation:brightness", "test_model_evaluation:green")
 calls: list[int] = []
@@ -106,27 +107,37 @@ def test_distances_and_diversity_use_the_given_features(gdmd: Gdmd) -> None:
     assert one["diversity"] is None and one["frechet"] is None and row["spread"] > 0
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(gdmd: Gdmd) -> None:
+def stop_after(calls: int, function: Any) -> Any:
+    """``function``, interrupted by Ctrl-C after this many calls."""
+    left = [calls]
+
+    def stopping(*given: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return function(*given)
+
+    return stopping
+
+
+def test_killed_evaluation_resumes(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
     gdmd.train("--run", "run")
-    asked = EvalOptions(per_task=1, images=2, scorers=SCORERS[:1], device="cpu")
-    whole = preference(read_source("run,batch=5"), asked, Path("whole"), quiet)
+    options = EvalOptions(per_task=1, images=2, scorers=SCORERS[:1], device="cpu")
+    whole = preference(read_source("run,batch=5"), options, Path("whole"), quiet)
     count = sum(calls)
 
-    def stop(message: str) -> None:
-        if "5 of" in message:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        preference(read_source("run,batch=5"), asked, Path("half"), stop)
-    made = sorted(Path("half/images").rglob("*.png"))
-    assert len(made) == 5
-    dates = [file.stat().st_mtime_ns for file in made]
-    preference(read_source("run,batch=3"), asked, Path("half"), quiet)
-    assert [file.stat().st_mtime_ns for file in made] == dates
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("gdmd.sources.runs.RunSource.generate", stop_after(1, RunSource.generate))
+        preference(read_source("run,batch=5"), options, Path("half"), quiet)
+    generated = sorted(Path("half/images").rglob("*.png"))
+    assert len(generated) == 5
+    dates = [file.stat().st_mtime_ns for file in generated]
+    preference(read_source("run,batch=3"), options, Path("half"), quiet)
+    assert [file.stat().st_mtime_ns for file in generated] == dates
     scores = Path("half/scores.jsonl")
     scores.write_text(scores.read_text()[:-7])  # the last line was being written
     calls.clear()
-    again = preference(read_source("run"), asked, Path("half"), quiet)
+    again = preference(read_source("run"), options, Path("half"), quiet)
     assert sum(calls) == 1 and count == 12
     assert again["scores"][SCORERS[0]]["mean"] == pytest.approx(whole["scores"][SCORERS[0]]["mean"], abs=1 / 255)
     assert again["shapeseval"].keys() == whole["shapeseval"].keys() and again["seconds_per_image"] > 0
@@ -141,17 +152,17 @@ def test_shards_make_the_images_of_one_process(gdmd: Gdmd) -> None:
     whole, parts = (folder_state(Path(name) / "images") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and len([name for name in whole if name.endswith(".png")]) == 6
     for name in (name for name in whole if name.endswith(".png")):
-        pictures = [torch.tensor(list(Image.open(Path(f) / "images" / name).tobytes())) for f in ("whole", "parts")]
-        assert (pictures[0] - pictures[1]).abs().max() <= 1
+        images_ = [torch.tensor(list(Image.open(Path(f) / "images" / name).tobytes())) for f in ("whole", "parts")]
+        assert (images_[0] - images_[1]).abs().max() <= 1
     assert "write K/N" in gdmd(*words, "x", "--shard", "2/2").err
 
 
 def test_a_folder_of_another_source_seed_or_prompt_is_refused(gdmd: Gdmd) -> None:
     gdmd.train("--run", "run")
-    asked = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
-    preference(read_source("run"), asked, Path("eval"), quiet)
+    options = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
+    preference(read_source("run"), options, Path("eval"), quiet)
     with pytest.raises(ValueError, match="another source .*sampler"):
-        preference(read_source("teacher-4"), asked, Path("eval"), quiet)
+        preference(read_source("teacher-4"), options, Path("eval"), quiet)
     with pytest.raises(ValueError, match=r"another source \(seed"):
         preference(read_source("run"), EvalOptions(per_task=1, images=1, limit=2, seed=1), Path("eval"), quiet)
     Path("p.txt").write_text("a red ring\ntwo squares\n")
@@ -159,11 +170,11 @@ def test_a_folder_of_another_source_seed_or_prompt_is_refused(gdmd: Gdmd) -> Non
         preference(read_source("run"), EvalOptions(prompts="p.txt", images=1, device="cpu"), Path("eval"), quiet)
     (Path("eval") / "settings.json").unlink()
     with pytest.raises(ValueError, match="images of an unknown source"):
-        preference(read_source("run"), asked, Path("eval"), quiet)
+        preference(read_source("run"), options, Path("eval"), quiet)
 
 
 def mean_of(source: Path, out: str = "eval", **changes: Any) -> float:
-    """The mean of the first scorer, asked into a folder that may hold earlier scores."""
+    """The mean of the first scorer, options into a folder that may hold earlier scores."""
     row = preference(read_source(str(source)), settings(**{"scorers": SCORERS[:1], **changes}), Path(out), quiet)
     return float(next(iter(row["scores"].values()))["mean"] * 255)
 
@@ -228,7 +239,7 @@ def test_a_scorer_that_scores_nothing_is_named(gdmd: Gdmd) -> None:
     done = gdmd(*words)
     assert f"{SCORERS[1]} scored 0 of 2 images" in done.err and "(2 not scored)" in done.out
     for again in (done, gdmd(*words)):
-        assert f"warning: {SCORERS[1]} left every image of a without a score, so it has no mean" in again.err
+        assert f"warning: {SCORERS[1]} scored no image of a, so it has no mean" in again.err
 
 
 def test_a_scorer_without_weights_is_refused_before_images_are_generated(
@@ -274,7 +285,7 @@ def test_a_changed_function_or_a_module_that_it_imports_is_another_scorer(
         "from scoring.scale import FACTOR\n\ndef red(images, prompts):\n    return images[:, 0].mean((1, 2)) * FACTOR\n"
     )
 
-    def asked(scale: str, first: str = "") -> float:
+    def options(scale: str, first: str = "") -> float:
         (package / "scale.py").write_text(scale)
         (package / "shades.py").write_text(first + (package / "shades.py").read_text())
         for name in ("scoring", "scoring.shades", "scoring.scale"):
@@ -282,7 +293,12 @@ def test_a_changed_function_or_a_module_that_it_imports_is_another_scorer(
         shutil.rmtree(package / "__pycache__", ignore_errors=True)
         return mean_of(a, scorers=("scoring.shades:red",))
 
-    found = [asked("FACTOR = 1\n"), asked("FACTOR = 2\n"), asked("FACTOR = 1\n"), asked("FACTOR = 1\n", "# new\n")]
+    found = [
+        options("FACTOR = 1\n"),
+        options("FACTOR = 2\n"),
+        options("FACTOR = 1\n"),
+        options("FACTOR = 1\n", "# new\n"),
+    ]
     assert found == pytest.approx([102, 204, 102, 102])
     lines = [json.loads(line) for line in Path("eval/scores.jsonl").read_text().splitlines()]
     assert len(lines) == 18, "the third question was answered before, the fourth is another file"
@@ -327,13 +343,13 @@ def test_a_hub_branch_is_known_by_its_commit_and_else_equal_to_nothing(
 def test_a_retrained_run_of_the_same_settings_and_step_is_another_source(gdmd: Gdmd) -> None:
     gdmd.train("--run", "run")
     gdmd.train("--run", "other", "loop.seed=1")
-    asked = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
-    preference(read_source("run"), asked, Path("eval"), quiet)
-    preference(read_source("run"), asked, Path("eval"), quiet)
+    options = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
+    preference(read_source("run"), options, Path("eval"), quiet)
+    preference(read_source("run"), options, Path("eval"), quiet)
     shutil.rmtree("run/checkpoints")
     shutil.copytree("other/checkpoints", "run/checkpoints")
     with pytest.raises(ValueError, match=r"another source \(weights differ"):
-        preference(read_source("run"), asked, Path("eval"), quiet)
+        preference(read_source("run"), options, Path("eval"), quiet)
 
 
 def test_times_of_two_batch_sizes_or_devices_are_not_mixed() -> None:
@@ -374,7 +390,7 @@ def test_shapes_models_are_compared_with_nothing_but_the_shipped_parts(gdmd: Gdm
     assert "ShapesEval against teacher-4-plain: run" in page and "ShapesEval overall" in page and "†" in page
     assert page.count('class="shot right"') + page.count('class="shot wrong"') == page.count("<img ") == 12
     printed = gdmd("eval", "compare", "teacher-4-plain", "run", "-o", "eval", "--per-task", "1", "-n", "2")
-    assert "ShapesEval overall" in printed.out and "made" not in printed.err  # nothing was made again
+    assert "ShapesEval overall" in printed.out and "generating" not in printed.err  # nothing was generated again
 
 
 def test_a_shapes_source_is_compared_with_images_of_its_world_only(gdmd: Gdmd) -> None:
@@ -426,7 +442,7 @@ def test_mistakes_are_found_before_the_first_image_is_drawn(gdmd: Gdmd, more: li
     [
         (
             ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--scorer", SCORERS[0], "--reference", "b"],
-            "--reference changes nothing without --features",
+            "--reference has no effect without --features",
         ),
         (
             ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "-n", "1", "--scorer", "shapes_clip"],

@@ -19,7 +19,7 @@ import tiny_pipelines as tiny
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gdmd.cli.app import QUIETER, _worth_saying
+from gdmd.cli.app import FILTERED_LOGGERS, _should_log
 from gdmd.config.image_source import read_source
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.sampling import few_step_sample
@@ -279,7 +279,7 @@ def test_training_holds_no_safety_checker(tmp_path: Path) -> None:
 )
 def test_what_libraries_say_of_a_student_without_t5_is_left_out(message: str, kept: bool) -> None:
     record = logging.LogRecord("diffusers.pipelines.pipeline_utils", logging.WARNING, "", 0, message, None, None)
-    assert record.name in QUIETER and _worth_saying(record) == kept
+    assert record.name in FILTERED_LOGGERS and _should_log(record) == kept
 
 
 def test_the_cards_lines_of_use_load_the_lora_without_a_warning(

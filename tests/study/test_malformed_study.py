@@ -14,13 +14,13 @@ from PIL import Image
 
 from gdmd.config.study import StudyConfig
 from gdmd.io import RunError
+from gdmd.sources.folders import read_images
 from gdmd.study.analyze import analyze
-from gdmd.study.folders import read_folder
 from gdmd.study.prepare import prepare
 from gdmd.study.records import Plan, Prompt, Rater, Trial, read_plan, token_hash, vote_of
 from gdmd.study.report import html_text
 
-ORGANIZER, TOKEN, OTHER = "organizer-0123456789-token", "rater-0123456789-abcdef", "rater-9876543210-fedcba"
+ADMIN, TOKEN, OTHER = "admin-0123456789-token", "rater-0123456789-abcdef", "rater-9876543210-fedcba"
 NASTY = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 
 
@@ -54,13 +54,13 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("study")
     (folder / "images").mkdir()
     (folder / "plan.json").write_text(small_plan().model_dump_json())
-    with TestClient(create_app(folder, ORGANIZER)) as client:
+    with TestClient(create_app(folder, ADMIN)) as client:
         client.post("/api/consent", headers={"authorization": f"Bearer {TOKEN}"})
         yield client
 
 
 def votes(client: Any) -> str:
-    return client.get("/api/votes.csv", headers={"authorization": f"Bearer {ORGANIZER}"}).text
+    return client.get("/api/votes.csv", headers={"authorization": f"Bearer {ADMIN}"}).text
 
 
 BALLOT = b'{"trial": "00", "answers": {"overall": "left"}, "elapsed_ms": 5}'
@@ -88,7 +88,7 @@ def test_any_request_is_answered_and_stores_a_whole_vote_or_none(
         assert votes(client) == before
     if answer.status_code >= 400 and method != "HEAD":
         assert answer.json()["detail"]
-        assert TOKEN not in answer.text and ORGANIZER not in answer.text
+        assert TOKEN not in answer.text and ADMIN not in answer.text
 
 
 @CASES
@@ -143,7 +143,7 @@ def test_a_damaged_prompt_list_is_refused_or_read(content: bytes) -> None:
     folder = Path(_FOLDER[-1])
     (folder / "prompts.jsonl").write_bytes(content)
     Image.new("RGB", (8, 8)).save(folder / "00000.png")
-    refusal(lambda: read_folder(folder))
+    refusal(lambda: read_images(folder))
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_a_prompt_list_reaches_no_file_outside_its_folder(files: str, tmp_path: 
     inside.mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     (inside / "prompts.jsonl").write_text(f'{{"prompt": "a", "files": {files}}}')
-    with pytest.raises(RunError, match="there is no file|no list of names"):
-        read_folder(inside)
+    with pytest.raises(RunError, match="there is no file|not a list of names"):
+        read_images(inside)
 
 
 @CASES

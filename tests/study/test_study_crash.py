@@ -25,8 +25,8 @@ def rate(url: str, plan: Plan, rater: int, token: str, acknowledged: list[str]) 
             client.post("/api/consent")
             for trial in plan.raters[rater].trials:
                 answers = dict.fromkeys(plan.questions, "left")
-                ballot = {"trial": trial.id, "answers": answers, "elapsed_ms": 900}
-                if client.post("/api/vote", json=ballot).status_code == 200:
+                request = {"trial": trial.id, "answers": answers, "elapsed_ms": 900}
+                if client.post("/api/vote", json=request).status_code == 200:
                     acknowledged.append(trial.id)
         except httpx.TransportError:
             return

@@ -11,8 +11,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from gdmd.config.study import StudyConfig
+from gdmd.sources.folders import read_images
 from gdmd.study.design import draw_plan
-from gdmd.study.folders import common_rows, named_folders, read_folder
+from gdmd.study.folders import common_rows, named_folders
 from gdmd.study.records import Plan, Prompt
 
 MODELS = ("ours", "dmd2", "sdxl")
@@ -35,8 +36,8 @@ def test_the_seed_fixes_pairs_sides_and_order_but_never_what_a_rater_sees() -> N
 def test_every_rater_gets_each_model_pair_equally_often_and_half_of_it_flipped() -> None:
     plan = draw_plan(CFG, MODELS, PROMPTS).plan
     for rater in range(9):
-        duels = Counter(frozenset(models) for _, *models in pairs_of(plan, rater))
-        assert len(duels) == 3 and max(duels.values()) - min(duels.values()) <= 1
+        model_pairs = Counter(frozenset(models) for _, *models in pairs_of(plan, rater))
+        assert len(model_pairs) == 3 and max(model_pairs.values()) - min(model_pairs.values()) <= 1
         sides = Counter((left, right) for _, left, right in pairs_of(plan, rater))
         for left, right in sides:
             assert abs(sides[left, right] - sides[right, left]) <= 1
@@ -80,8 +81,8 @@ def test_a_check_shows_one_model_beside_its_ruin_and_knows_the_answer() -> None:
 
 def test_against_compares_one_model_with_each_other() -> None:
     plan = draw_plan(CFG.model_copy(update={"against": "dmd2"}), MODELS, PROMPTS).plan
-    duels = {frozenset(models) for rater in range(9) for _, *models in pairs_of(plan, rater)}
-    assert duels == {frozenset(("ours", "dmd2")), frozenset(("dmd2", "sdxl"))}
+    model_pairs = {frozenset(models) for rater in range(9) for _, *models in pairs_of(plan, rater)}
+    assert model_pairs == {frozenset(("ours", "dmd2")), frozenset(("dmd2", "sdxl"))}
     with pytest.raises(ValueError, match="against names 'gan'"):
         draw_plan(CFG.model_copy(update={"against": "gan"}), MODELS, PROMPTS)
 
@@ -104,16 +105,16 @@ def flat(folder: Path, lines: list[dict[str, object]], files: list[str]) -> Path
 
 def test_flat_folders_are_read_by_number_or_by_name(tmp_path: Path) -> None:
     lines = [{"prompt": "a", "task": "one"}, {"prompt": "b", "file": "cat.png"}]
-    rows = read_folder(flat(tmp_path / "flat", lines, ["00000_0.png", "00000_1.png", "000001.png", "cat.png"]))
+    rows = read_images(flat(tmp_path / "flat", lines, ["00000_0.png", "00000_1.png", "000001.png", "cat.png"]))
     assert [image.name for image in rows["a", 0].images] == ["00000_0.png", "00000_1.png"]
     assert [image.name for image in rows["b", 0].images] == ["cat.png"]
-    assert rows["a", 0].prompt.task == "one"
+    assert rows["a", 0].task == "one"
 
 
 def test_a_file_outside_the_folder_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
     with pytest.raises(ValueError, match="line 1: there is no file"):
-        read_folder(flat(tmp_path / "flat", [{"prompt": "a", "file": "../other.png"}], []))
+        read_images(flat(tmp_path / "flat", [{"prompt": "a", "file": "../other.png"}], []))
 
 
 def test_models_with_different_prompts_are_refused_unless_the_common_ones_are_wanted(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_models_with_different_prompts_are_refused_unless_the_common_ones_are_wa
         common_rows({"one": one, "two": two}, 1, common=False)
     (row,) = common_rows({"one": one, "two": two}, 1, common=True)
     assert row["one"].images[0].name == "00001.png" and row["two"].images[0].name == "00000.png"
-    with pytest.raises(ValueError, match="1 images of 'b', 2 are wanted"):
+    with pytest.raises(ValueError, match="1 images of 'b', but 2 are needed"):
         common_rows({"one": one, "two": two}, 2, common=True)
 
 
