@@ -29,7 +29,7 @@ eval_app = typer.Typer(
 
 \b
 Examples:
-  gdmd eval runs/shapes-seed0 --json              options: gdmd eval run --help
+  gdmd eval runs/shapes-seed0 --json        options: gdmd eval run --help
   gdmd eval teacher-4 --per-task 10
   gdmd eval preference runs/sdxl-seed0 --prompts parti.txt --scorer clip
   gdmd eval compare teacher dmd=runs/dmd gdmd=runs/shapes-seed0 -o eval/shapes
@@ -46,7 +46,7 @@ class Split(StrEnum):
     dev = "dev"
 
 
-@eval_app.command("run")
+@eval_app.command("run", short_help="Measure a Shapes student or the teacher (the default).")
 def eval_command(
     what: Annotated[
         str,
@@ -90,8 +90,8 @@ def eval_command(
     print_table({name: row}, () if what in TEACHERS else trained_rewards(cfg))
 
 
-eval_app.command("preference")(preference.preference_command)
-eval_app.command("compare")(preference.compare_command)
+eval_app.command("preference", short_help="Score the images of one model.")(preference.preference_command)
+eval_app.command("compare", short_help="Compare models on the same prompts and noise.")(preference.compare_command)
 eval_app.add_typer(geneval.geneval_app, name="geneval")
 
 
@@ -121,11 +121,11 @@ def sample_command(
     \b
     Examples:
       gdmd sample runs/shapes-seed0 --prompt "a red circle and a blue ring"
-      gdmd sample runs/shapes-seed0 -p "three squares" -p "a ring" -n 6 -o rows.png
+      gdmd sample runs/shapes-seed0 -p "three squares" -p "a ring" -o rows.png
       gdmd sample runs/shapes-seed0 -p "a ring" --checkpoint best
       gdmd sample teacher -p "a green diamond"
       gdmd sample runs/sdxl-seed0/export -p "two red apples on a table" -n 4
-      gdmd sample models/sdxl,lora=lcm.safetensors,scheduler=lcm,steps=4 -p "apples"
+      gdmd sample org/sdxl,lora=org/lcm,scheduler=lcm,steps=4 -p "two red apples"
     """
     from gdmd.config.image_source import read_source
     from gdmd.recipes.run_folders import check_png

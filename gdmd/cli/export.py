@@ -34,7 +34,7 @@ def export_command(
       gdmd export runs/sdxl-seed0
       gdmd export runs/sdxl-seed0 --merged --dtype fp32 -o my-four-step-sdxl
       gdmd export runs/sdxl-seed0 --base /elsewhere/sdxl-base
-      gdmd export runs/sdxl-seed0 --checkpoint best       by loop.best_metric, or a step
+      gdmd export runs/sdxl-seed0 --checkpoint best
     """
     from gdmd.recipes.run_folders import config_of
 

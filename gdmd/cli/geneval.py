@@ -13,12 +13,12 @@ from gdmd.cli.common import SETTINGS, Dtype, ImagesPerPrompt, Json, NoiseSeed, S
 
 geneval_app = typer.Typer(
     no_args_is_help=True,
-    help="GenEval (arXiv 2310.11513) without mmdet: prompts, generate, score.",
+    help="GenEval (arXiv 2310.11513): prompts, generate, score.",
     context_settings=SETTINGS,
 )
 
 
-@geneval_app.command("prompts")
+@geneval_app.command("prompts", short_help="Draw new prompts of the six tasks.")
 def prompts_command(
     path: Annotated[Path, typer.Option("--out", "-o", help="The .jsonl to write, in the official format.")],
     per_task: Annotated[int, typer.Option(min=1, help="Prompts per task; single_object has 80.")] = 100,
@@ -36,7 +36,7 @@ def prompts_command(
     log(f"{write_prompts(path, per_task, seed, without)} prompts -> {path}")
 
 
-@geneval_app.command("generate")
+@geneval_app.command("generate", short_help="Generate the images of every prompt.")
 def generate_command(
     what: Source,
     folder: Annotated[Path, typer.Option("--out", "-o", help="The image folder, in the official layout.")],
@@ -54,8 +54,8 @@ def generate_command(
     \b
     Examples:
       gdmd eval geneval generate runs/sdxl-seed0 --metadata m.jsonl -o images/ours
-      gdmd eval geneval generate org/model,lora=org/lcm-lora,scheduler=lcm --steps 4 \\
-        --metadata m.jsonl -o images/lcm
+      gdmd eval geneval generate org/model,lora=org/lcm,scheduler=lcm \\
+        --metadata m.jsonl -o images/lcm --steps 4
       gdmd eval geneval generate org/model --metadata m.jsonl -o images/teacher \\
         --steps 50 --guidance 7 --device cuda
     """
@@ -72,7 +72,7 @@ def generate_command(
     log(f"{generate(open_source(source), tasks, folder, images, seed)} images generated -> {folder}")
 
 
-@geneval_app.command("score")
+@geneval_app.command("score", short_help="Score images or recorded detections.")
 def score_command(
     source: Annotated[Path, typer.Argument(metavar="FOLDER|DETECTIONS", help="Images, or a detections.jsonl.")],
     metadata: Annotated[Path | None, typer.Option(help="The prompts of a detections.jsonl, in order.")] = None,
@@ -89,7 +89,7 @@ def score_command(
     \b
     Examples:
       gdmd eval geneval score images/ours --device cuda
-      gdmd eval geneval score images/ours/detections.jsonl --metadata m.jsonl --json
+      gdmd eval geneval score images/ours/detections.jsonl --metadata m.jsonl
     """
     scores = _scores(source, metadata, detector, clip, device)
     if json:

@@ -32,7 +32,7 @@ def recipes_command(
     Examples:
       gdmd recipes
       gdmd recipes shapes
-      gdmd recipes shapes method.gamma=0 > mine.yaml       a starting point for a recipe
+      gdmd recipes shapes method.gamma=0 > mine.yaml
     """
     from gdmd.recipes.read import read_recipe, recipe_names
 

@@ -64,7 +64,7 @@ def preference_command(
 
     \b
     Examples:
-      gdmd eval preference runs/sdxl-seed0 --prompts parti.txt --scorer clip --scorer hps
+      gdmd eval preference runs/sdxl-seed0 --prompts parti.txt --scorer clip
       gdmd eval preference org/sdxl,steps=30,guidance=7 -o eval/teacher \\
         --prompts parti.txt --scorer imagereward
       gdmd eval preference images/theirs -o eval/theirs --prompts parti.txt \\
@@ -110,7 +110,7 @@ def compare_command(
       gdmd eval compare ours=runs/sdxl-seed0/export \\
         teacher=org/sdxl,steps=30,guidance=7 \\
         lcm=org/sdxl,lora=org/lcm-lora,scheduler=lcm,steps=4,guidance=1 \\
-        -o eval/sdxl --prompts parti.txt --scorer clip --scorer hps --features clip
+        -o eval/sdxl --prompts parti.txt --scorer clip --features clip
     """
     sources = _several(what)
     from gdmd.evaluation.compare import EvalOptions, compare

@@ -44,7 +44,7 @@ def list_command(json: Json = False) -> None:
         print(f"{'':12} range {row['range']}; {row['weights']}; {ready}")
 
 
-@rewards_app.command("fetch")
+@rewards_app.command("fetch", short_help="Download published weights.")
 def fetch_command(
     kind: Kind,
     folder: Annotated[
@@ -64,7 +64,7 @@ def fetch_command(
     log(f"ready: {path}; use it as {{kind: {kind}{f', path: {folder}' if folder else ''}}}")
 
 
-@rewards_app.command("convert")
+@rewards_app.command("convert", short_help="Convert a third-party .pt file to safetensors.")
 def convert_command(
     kind: Kind,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The authors' .pt file.")],
@@ -78,7 +78,7 @@ def convert_command(
     \b
     Examples:
       gdmd rewards convert hps HPS_v2.1_compressed.pt
-      gdmd rewards convert imagereward ImageReward.pt --tokenizer models/bert-base-uncased -o models/imagereward
+      gdmd rewards convert imagereward ImageReward.pt -o models/imagereward
     """
     from gdmd.rewards.weights import pretrained_weights
 
@@ -88,7 +88,7 @@ def convert_command(
     log(f"converted to {convert(kind, file, folder, tokenizer)}")
 
 
-@rewards_app.command("serve")
+@rewards_app.command("serve", short_help="Serve rewards over HTTP.")
 def serve_command(
     rewards: Annotated[list[str], typer.Argument(metavar="KIND...", help="clip, hps, ..., or module:function.")],
     host: Annotated[str, typer.Option(help="Address; any but a loopback address needs a token.")] = "127.0.0.1",
@@ -100,11 +100,13 @@ def serve_command(
 ) -> None:
     """Serve rewards over HTTP to training runs on other machines, which name them with kind: remote.
 
-    \b
     The bearer token is read from GDMD_REWARD_TOKEN; without one, only loopback addresses are allowed.
+
+    \b
     Examples:
       gdmd rewards serve clip pickscore --device cuda
-      GDMD_REWARD_TOKEN=$(openssl rand -hex 16) gdmd rewards serve hps --host 0.0.0.0
+      export GDMD_REWARD_TOKEN=$(openssl rand -hex 16)
+      gdmd rewards serve hps --host 0.0.0.0
     """
     from gdmd.programs.reward_server import Limits, serve
 

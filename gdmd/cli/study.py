@@ -42,7 +42,7 @@ class QuestionName(StrEnum):
     alignment = "alignment"
 
 
-@study_app.command("plan")
+@study_app.command("plan", short_help="Write a blind study: plan, images, links for raters.")
 def plan_command(
     models: Annotated[
         list[str], typer.Argument(metavar="NAME=FOLDER...", help="Two or more image folders or Shapes runs.")
@@ -79,8 +79,8 @@ def plan_command(
     \b
     Examples:
       gdmd study plan ours=images/ours dmd2=images/dmd2 -o studies/one
-      gdmd study plan ours=a dmd2=b sdxl=c -o studies/two --against ours --raters 20
-      gdmd study plan student=runs/shapes-seed0 teacher -o studies/shapes --per-task 10
+      gdmd study plan ours=a dmd2=b sdxl=c -o studies/two --against ours
+      gdmd study plan student=runs/shapes-seed0 teacher -o studies/shapes
     """
     questions = tuple(dict.fromkeys(one.value for one in question)) if question else StudyConfig().questions
     cfg = _config(
@@ -90,7 +90,7 @@ def plan_command(
     _write_study(cfg, models, study, common, per_task, _checked_address(address))
 
 
-@study_app.command("serve")
+@study_app.command("serve", short_help="Serve the study until Ctrl-C.")
 def serve_command(
     study: Study,
     host: Annotated[str, typer.Option(help="Address to listen on; other than loopback needs a token.")] = "127.0.0.1",
@@ -106,7 +106,8 @@ def serve_command(
     \b
     Examples:
       gdmd study serve studies/one
-      GDMD_STUDY_TOKEN=$(openssl rand -hex 16) gdmd study serve studies/one --host 0.0.0.0
+      export GDMD_STUDY_TOKEN=$(openssl rand -hex 16)
+      gdmd study serve studies/one --host 0.0.0.0
     """
     from gdmd.study.records import read_plan
 
@@ -129,7 +130,7 @@ def serve_command(
     serve.run_server(study, listening, token)
 
 
-@study_app.command("analyze")
+@study_app.command("analyze", short_help="Analyze the votes and write a report.")
 def analyze_command(
     study: Study,
     json: Json = False,
@@ -165,7 +166,7 @@ def analyze_command(
     log(f"report: {path}")
 
 
-@study_app.command("simulate")
+@study_app.command("simulate", short_help="Simulate raters: what can a study detect?")
 def simulate_command(
     study: Annotated[
         Path | None, typer.Argument(metavar="[STUDY]", help="A planned study; default: a hypothetical one.")

@@ -41,14 +41,15 @@ def sweep_command(
 
     \b
     Examples:
-      gdmd sweep smoke                                  every table and figure from tiny budgets
+      gdmd sweep smoke                        every table and figure, tiny budgets
       gdmd sweep headline --out runs/headline
       gdmd sweep headline --out runs/headline --only gdmd --only 'dmd*/0'
       gdmd sweep mine.yaml --jobs 4 --json > summary.json
       gdmd sweep headline --out docs/results --pages-only
 
     \b
-    Exit codes: 0 done, 1 a run failed (the others are done), 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+    Exit codes: 0 done, 1 a run failed (the others are done), 2 bad input,
+    130 Ctrl-C, 143 SIGTERM.
     """
     from gdmd.sweep.spec import read_sweep
 

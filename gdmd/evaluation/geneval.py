@@ -58,8 +58,8 @@ def generate(source: Source, tasks: Sequence[Task], folder: Path, images: int, s
     later = [slot for slot in folder.glob("*") if slot.name.isdecimal() and int(slot.name) >= len(tasks)]
     if later:
         raise RunError(
-            f"{folder} holds images of {counted(len(later), 'prompt')} beyond the {len(tasks)} of this metadata, and gdmd eval geneval "
-            "score would count them; give an empty folder with --out, or delete them"
+            f"{folder} holds images of {counted(len(later), 'prompt')} beyond the {len(tasks)} of this metadata, and "
+            "gdmd eval geneval score would count them; give an empty folder with --out, or delete them"
         )
     for number, task in enumerate(tasks):
         write_metadata(folder, number, as_row(task))

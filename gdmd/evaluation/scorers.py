@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,23 +76,26 @@ def load_scorers(specs: Sequence[RewardConfig], device: str) -> dict[str, Reward
 
 def reads_metadata(spec: RewardConfig) -> bool:
     """Whether a scorer reads a prompt's metadata, not only its text."""
-    if isinstance(spec, CompositeReward):
-        return any(reads_metadata(part.reward) for part in spec.parts)
-    return isinstance(spec, GenEvalReward | RemoteReward)
+    return any(isinstance(part, GenEvalReward | RemoteReward) for part in _parts(spec))
 
 
 def judges_shapes(spec: RewardConfig) -> bool:
     """Whether a scorer applies to Shapes images only."""
-    if isinstance(spec, CompositeReward):
-        return any(judges_shapes(part.reward) for part in spec.parts)
-    return isinstance(spec, ShapesReward)
+    return any(isinstance(part, ShapesReward) for part in _parts(spec))
 
 
 def may_fail(spec: RewardConfig) -> bool:
     """Whether a missing score can be due to a failure rather than the image, so that it is worth another try."""
+    return any(isinstance(part, RemoteReward) and part.on_failure == "skip" for part in _parts(spec))
+
+
+def _parts(spec: RewardConfig) -> Iterator[RewardConfig]:
+    """The scorer itself, or the parts of a composite."""
     if isinstance(spec, CompositeReward):
-        return any(may_fail(part.reward) for part in spec.parts)
-    return isinstance(spec, RemoteReward) and spec.on_failure == "skip"
+        for part in spec.parts:
+            yield from _parts(part.reward)
+    else:
+        yield spec
 
 
 @torch.no_grad()

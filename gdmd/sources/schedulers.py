@@ -11,6 +11,15 @@ from gdmd.models.families.flow import FlowFamily
 from gdmd.models.loading import family_of_pipeline
 from gdmd.models.schedulers import KINDS, FlowSettings, check_kind, kind_of, read_flow, shift_key
 
+CLASSES = {
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "flow_euler": "FlowMatchEulerDiscreteScheduler",
+}
+"""scheduler= -> class of diffusers."""
 SOLVER_PIPELINES = ("StableDiffusion3Pipeline", "SanaPipeline")
 """Pipelines that leave the shift to a solver; the others pass one of their own."""
 SCHEDULERS_BY_KIND = {"flow": "flow_euler", "vp": "ddim, euler, euler_ancestral, lcm or tcd"}
@@ -21,29 +30,14 @@ def set_scheduler(pipe: Any, cfg: SourceConfig) -> None:
     import diffusers
 
     own = pipe.scheduler
-    if cfg.scheduler != "flow_dpm":
-        _check_model(own, cfg)
-    match cfg.scheduler:
-        case "lcm":
-            kind: Any = diffusers.LCMScheduler
-        case "tcd":
-            kind = diffusers.TCDScheduler
-        case "ddim":
-            kind = diffusers.DDIMScheduler
-        case "euler":
-            kind = diffusers.EulerDiscreteScheduler
-        case "euler_ancestral":
-            kind = diffusers.EulerAncestralDiscreteScheduler
-        case "flow_euler":
-            kind = diffusers.FlowMatchEulerDiscreteScheduler
-            if not isinstance(own, kind):
-                pipe.scheduler = kind(**_flow(cfg, own).euler())
-                return
-        case "flow_dpm":
-            pipe.scheduler = _flow_solver(pipe, cfg)
-            return
-        case None:
-            kind = type(own)
+    if cfg.scheduler == "flow_dpm":
+        pipe.scheduler = _flow_solver(pipe, cfg)
+        return
+    _check_model(own, cfg)
+    kind: Any = getattr(diffusers, CLASSES[cfg.scheduler]) if cfg.scheduler else type(own)
+    if cfg.scheduler == "flow_euler" and not isinstance(own, kind):
+        pipe.scheduler = kind(**_flow(cfg, own).euler())
+        return
     pipe.scheduler = kind.from_config(own.config, **_changes(cfg, own, kind))
 
 

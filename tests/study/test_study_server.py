@@ -62,7 +62,7 @@ def session(tmp_path: Path) -> Iterator[Session]:
         yield world
 
 
-def test_nothing_that_a_rater_receives_depends_on_the_models(session: Session) -> None:
+def test_responses_do_not_reveal_the_model(session: Session) -> None:
     session.consent()
     received = [session.client.get("/"), session.client.get("/api/state", headers=session.head(0))]
     for trial in session.plan.raters[0].trials:
@@ -78,7 +78,7 @@ def test_nothing_that_a_rater_receives_depends_on_the_models(session: Session) -
     assert not [word for word in hidden if word.lower().encode() in everything.lower()]
 
 
-def test_images_are_pixels_only_with_one_date_and_a_name_that_says_nothing(session: Session) -> None:
+def test_images_are_anonymous(session: Session) -> None:
     for file in (session.study / IMAGES).iterdir():
         with Image.open(file) as picture:
             assert not picture.info and picture.format == "PNG"
@@ -87,7 +87,7 @@ def test_images_are_pixels_only_with_one_date_and_a_name_that_says_nothing(sessi
     assert both == {"pair", "repeat", "check"}
 
 
-def test_an_image_is_the_models_own_pixels(session: Session) -> None:
+def test_image_pixels(session: Session) -> None:
     session.consent()
     trial = next(trial for trial in session.plan.raters[0].trials if trial.kind == "pair")
     content = session.client.get(f"/api/image/{trial.left}", headers=session.head(0)).content
@@ -96,7 +96,7 @@ def test_an_image_is_the_models_own_pixels(session: Session) -> None:
         assert got.tobytes() == made.tobytes()
 
 
-def test_without_a_token_there_is_only_the_page(session: Session) -> None:
+def test_no_token(session: Session) -> None:
     assert session.client.get("/").status_code == session.client.get("/api/health").status_code == 200
     image = session.plan.raters[0].trials[0].left
     for head in ({}, {"authorization": "Bearer wrong"}, {"authorization": session.tokens[0]}):
@@ -107,7 +107,7 @@ def test_without_a_token_there_is_only_the_page(session: Session) -> None:
     assert session.client.get("/docs").status_code == session.client.get("/openapi.json").status_code == 404
 
 
-def test_results_need_the_admin_token_and_a_raters_is_not_enough(session: Session) -> None:
+def test_results_need_the_admin_token(session: Session) -> None:
     session.consent()
     session.vote(session.trials()[0])
     for path in ("/api/progress", "/api/votes.csv", "/api/votes.jsonl"):
@@ -121,7 +121,7 @@ def test_results_need_the_admin_token_and_a_raters_is_not_enough(session: Sessio
     assert {row["first"] for row in rows} <= set(MODELS)
 
 
-def test_nobody_votes_twice_and_a_repeated_request_changes_nothing(session: Session) -> None:
+def test_one_vote_per_screen(session: Session) -> None:
     session.consent()
     first = session.trials()[0]
     assert session.vote(first, answer="left").json()["done"] == 1
@@ -132,7 +132,7 @@ def test_nobody_votes_twice_and_a_repeated_request_changes_nothing(session: Sess
     store.close()
 
 
-def test_screens_come_in_order_belong_to_one_rater_and_need_consent_and_all_answers(session: Session) -> None:
+def test_vote_rules(session: Session) -> None:
     first, second = session.trials()[:2]
     assert session.vote(first).status_code == 403
     assert session.state()["screens"] == []
@@ -151,7 +151,7 @@ def test_screens_come_in_order_belong_to_one_rater_and_need_consent_and_all_answ
     assert session.vote(first).status_code == 200
 
 
-def test_a_rater_sees_no_image_of_another_raters_screens_only(tmp_path: Path) -> None:
+def test_images_of_other_raters(tmp_path: Path) -> None:
     session = Session(tmp_path, prompts=12, votes_per_pair=1)
     session.consent()
     own = {image for trial in session.plan.raters[0].trials for image in (trial.left, trial.right)}
@@ -161,7 +161,7 @@ def test_a_rater_sees_no_image_of_another_raters_screens_only(tmp_path: Path) ->
         assert session.client.get(f"/api/image/{image}", headers=session.head(0)).status_code == 404, image
 
 
-def test_a_rater_comes_back_after_a_restart_where_they_stopped(session: Session) -> None:
+def test_server_restart(session: Session) -> None:
     session.consent()
     session.vote(session.trials()[0])
     again = TestClient(create_app(session.study, ADMIN)).get("/api/state", headers=session.head(0)).json()
@@ -169,7 +169,7 @@ def test_a_rater_comes_back_after_a_restart_where_they_stopped(session: Session)
     assert [screen["trial"] for screen in again["screens"]] == session.trials()[1:4]
 
 
-def test_a_large_body_is_refused_whether_or_not_it_says_its_size(session: Session) -> None:
+def test_large_body(session: Session) -> None:
     session.consent()
     large = b'{"trial": "' + b"x" * MAX_BODY + b'"}'
     assert session.client.post("/api/vote", headers=session.head(0), content=large).status_code == 413
@@ -179,7 +179,7 @@ def test_a_large_body_is_refused_whether_or_not_it_says_its_size(session: Sessio
     assert reply.status_code == 422 and "script" not in reply.text
 
 
-def test_answers_carry_the_headers_that_keep_them_private(session: Session) -> None:
+def test_privacy_headers(session: Session) -> None:
     for path in ("/", "/api/health", "/api/state"):
         headers = session.client.get(path).headers
         assert headers["cache-control"] == "no-store" and headers["x-frame-options"] == "DENY"
@@ -188,12 +188,12 @@ def test_answers_carry_the_headers_that_keep_them_private(session: Session) -> N
     assert "default-src 'none'" in policy and "unsafe" not in policy
 
 
-def test_the_page_asks_nothing_of_another_server(session: Session) -> None:
+def test_page_needs_no_other_server(session: Session) -> None:
     page = session.client.get("/").text
     assert "http://" not in page and "https://" not in page and " src=" not in page
 
 
-def test_ten_raters_at_once_lose_nothing_and_a_screen_is_taken_once(tmp_path: Path) -> None:
+def test_ten_raters_at_once(tmp_path: Path) -> None:
     session = Session(tmp_path, raters=10, prompts=20, pairs_per_rater=6)
     failures: list[str] = []
 
@@ -214,7 +214,7 @@ def test_ten_raters_at_once_lose_nothing_and_a_screen_is_taken_once(tmp_path: Pa
     store.close()
 
 
-def test_two_writers_of_one_screen_leave_the_answers_of_one(tmp_path: Path) -> None:
+def test_concurrent_votes_on_one_screen(tmp_path: Path) -> None:
     stores = [Store(tmp_path / "votes.sqlite") for _ in range(2)]
     for k in range(30):
         kept: list[str] = []
@@ -238,7 +238,7 @@ def test_two_writers_of_one_screen_leave_the_answers_of_one(tmp_path: Path) -> N
         assert {answer for trial, _, answer, *_ in stores[0].rows() if trial == f"screen {k}"} == set(kept)
 
 
-def test_the_file_itself_refuses_a_second_vote_and_an_unknown_answer(tmp_path: Path) -> None:
+def test_database_constraints(tmp_path: Path) -> None:
     Store(tmp_path / "votes.sqlite").vote(0, "a", {"overall": "left"}, 10)
     file = sqlite3.connect(tmp_path / "votes.sqlite")
     with pytest.raises(sqlite3.IntegrityError):
@@ -248,7 +248,7 @@ def test_the_file_itself_refuses_a_second_vote_and_an_unknown_answer(tmp_path: P
     file.close()
 
 
-def test_a_weak_admin_token_and_a_raters_token_are_refused(session: Session) -> None:
+def test_bad_admin_tokens(session: Session) -> None:
     for weak in ("", "short", "a" * 40):
         with pytest.raises(ValueError, match="admin token has"):
             create_app(session.study, weak)
@@ -256,7 +256,7 @@ def test_a_weak_admin_token_and_a_raters_token_are_refused(session: Session) -> 
         create_app(session.study, session.tokens[0])
 
 
-def test_the_plan_holds_no_token_and_is_for_the_owner_only(session: Session) -> None:
+def test_plan_holds_no_token(session: Session) -> None:
     text = (session.study / "plan.json").read_text()
     assert session.tokens[0] not in text and token_hash(session.tokens[0]) in text
     for name in ("plan.json", "raters.csv"):
@@ -274,11 +274,11 @@ def test_the_plan_holds_no_token_and_is_for_the_owner_only(session: Session) -> 
         ("example.org", False),
     ],
 )
-def test_loopback_is_told_from_addresses_that_others_reach(host: str, safe: bool) -> None:
+def test_loopback(host: str, safe: bool) -> None:
     assert is_loopback(host) is safe
 
 
-def test_a_plan_is_never_written_over_another(session: Session) -> None:
+def test_plan_is_not_overwritten(session: Session) -> None:
     folders = {model: session.study.parent / "images" / model for model in MODELS}
     before = (session.study / "plan.json").read_bytes()
     with pytest.raises(ValueError, match="never written over another"):
@@ -291,7 +291,7 @@ def links_of(study: Path) -> list[str]:
         return [row["link"] for row in csv.DictReader(file)]
 
 
-def test_links_are_whole_addresses_and_follow_the_port_that_is_served(tmp_path: Path) -> None:
+def test_links_follow_the_port(tmp_path: Path) -> None:
     study, _, tokens = write_study(tmp_path)
     assert links_of(study) == [f"http://127.0.0.1:8765/#token={token}" for token in tokens]
     with listen("127.0.0.1", 0) as listening:
@@ -305,7 +305,7 @@ def test_links_are_whole_addresses_and_follow_the_port_that_is_served(tmp_path: 
             listen("127.0.0.1", port)
 
 
-def test_the_address_that_was_planned_is_kept_where_it_is_served_from_elsewhere(tmp_path: Path) -> None:
+def test_planned_address_is_kept(tmp_path: Path) -> None:
     folders = {model: write_images(tmp_path / model, model, 6) for model in MODELS}
     cfg = StudyConfig(raters=2, pairs_per_rater=4, votes_per_pair=2, repeats=1, checks=1)
     prepared = prepare(cfg, folders, tmp_path / "study", address="https://study.example.org/round1/")
@@ -313,7 +313,7 @@ def test_the_address_that_was_planned_is_kept_where_it_is_served_from_elsewhere(
     assert served_links(tmp_path / "study", "http://127.0.0.1:9") == expected == links_of(tmp_path / "study")
 
 
-def test_a_table_of_the_time_before_whole_links_is_written_anew(tmp_path: Path) -> None:
+def test_old_table_of_links(tmp_path: Path) -> None:
     study, _, tokens = write_study(tmp_path)
     rows = [f"{number},{token},/#token={token}" for number, token in enumerate(tokens)]
     (study / LINKS).write_text("\n".join(["rater,token,link", *rows]) + "\n")
@@ -323,6 +323,6 @@ def test_a_table_of_the_time_before_whole_links_is_written_anew(tmp_path: Path) 
     assert served_links(study, "http://127.0.0.1:9000") == []
 
 
-def test_all_addresses_are_linked_by_the_machines_name() -> None:
+def test_link_to_all_addresses() -> None:
     with listen("0.0.0.0", 0) as listening:
         assert address_of(listening) == f"http://{socket.gethostname()}:{listening.getsockname()[1]}"
