@@ -52,7 +52,7 @@ class StudyConfig(Config):
         default=None,
         description="Compare only this model with each other one, as Fig. 8 of arXiv 2604.19009; default: all pairs.",
     )
-    title: Words = Field(default="Which picture do you prefer?", description="Title of the page.")
+    title: Words = Field(default="Which image do you prefer?", description="Title of the page.")
     consent: Words = Field(default=CONSENT, description="Text that a rater agrees to before the first pair.")
 
     @model_validator(mode="after")

@@ -186,13 +186,19 @@ def _score_key(scorer: str, image: str, text: str, meta: Mapping[str, Any] | Non
 
 
 def _known_scores(path: Path) -> dict[str, float]:
-    """Scores by key, NaN = not scored. Lines of older versions have no key and are ignored."""
+    """Scores by key, NaN = not scored."""
     rows = _rows(path, _SCORE_KEYS)
-    return {row["key"]: math.nan if row["score"] is None else float(row["score"]) for row in rows if "key" in row}
+    return {row["key"]: math.nan if row["score"] is None else float(row["score"]) for row in rows}
 
 
 _Number = (int, float)
-_SCORE_KEYS: Mapping[str, Any] = {"scorer": str, "prompt": int, "image": int, "score": (*_Number, type(None))}
+_SCORE_KEYS: Mapping[str, Any] = {
+    "key": str,
+    "scorer": str,
+    "prompt": int,
+    "image": int,
+    "score": (*_Number, type(None)),
+}
 _TIMING_KEYS: Mapping[str, Any] = {"images": int, "seconds": _Number, "first": int}
 
 

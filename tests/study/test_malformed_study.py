@@ -78,9 +78,7 @@ TOKENS = st.sampled_from([b"Bearer " + TOKEN.encode(), b"Bearer " + OTHER.encode
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"]),
     token=TOKENS | st.binary(max_size=8).filter(lambda value: b"\n" not in value and b"\r" not in value),
 )
-def test_any_request(
-    body: bytes, path: str, method: str, token: bytes, client: Any
-) -> None:
+def test_any_request(body: bytes, path: str, method: str, token: bytes, client: Any) -> None:
     before = votes(client)
     answer = client.request(method, path, content=body, headers={"authorization": token}, follow_redirects=False)
     assert answer.status_code < 500

@@ -50,9 +50,7 @@ def begin(browser: Browser, server: Server, token: str) -> None:
         browser.click("#agree")
 
 
-def test_keyboard_and_resume(
-    world: tuple[Path, Plan, list[str], Server], browser: Browser
-) -> None:
+def test_keyboard_and_resume(world: tuple[Path, Plan, list[str], Server], browser: Browser) -> None:
     study, plan, tokens, server = world
     total = len(plan.raters[0].trials)
     browser.open(f"{server.url}/#token={tokens[0]}")
@@ -85,9 +83,7 @@ def test_keyboard_and_resume(
     assert all(vote.elapsed_ms > 0 for vote in votes)
 
 
-def test_zoom(
-    world: tuple[Path, Plan, list[str], Server], browser: Browser
-) -> None:
+def test_zoom(world: tuple[Path, Plan, list[str], Server], browser: Browser) -> None:
     _, plan, tokens, server = world
     begin(browser, server, tokens[1])
     browser.until(at(1, len(plan.raters[1].trials)))
@@ -100,9 +96,7 @@ def test_zoom(
     browser.until("return document.querySelector('#zoom').hidden")
 
 
-def test_preloading_and_blinding(
-    world: tuple[Path, Plan, list[str], Server], browser: Browser
-) -> None:
+def test_preloading_and_blinding(world: tuple[Path, Plan, list[str], Server], browser: Browser) -> None:
     _, plan, tokens, server = world
     browser.errors()
     begin(browser, server, tokens[1])
@@ -116,9 +110,7 @@ def test_preloading_and_blinding(
     assert browser.errors() == []
 
 
-def test_bad_links(
-    world: tuple[Path, Plan, list[str], Server], browser: Browser
-) -> None:
+def test_bad_links(world: tuple[Path, Plan, list[str], Server], browser: Browser) -> None:
     server = world[3]
     browser.open(f"{server.url}/#token=nobody")
     browser.until("return document.querySelector('#message p').textContent.includes('not valid')")
@@ -126,9 +118,7 @@ def test_bad_links(
     browser.until("return document.querySelector('#message h1').textContent.includes('incomplete')")
 
 
-def test_phone(
-    world: tuple[Path, Plan, list[str], Server], tmp_path: Path
-) -> None:
+def test_phone(world: tuple[Path, Plan, list[str], Server], tmp_path: Path) -> None:
     study, plan, tokens, server = world
     total = len(plan.raters[2].trials)
     phone = Browser(tmp_path / "phone", mobile=True)
