@@ -194,13 +194,13 @@ class Roles(Protocol):
 
 
 class Ranks(Protocol):
-    """The processes that share a global batch. Global statistics are computed on the result of ``gather``."""
+    """The processes that share a global batch. Global statistics are computed on the result of ``all_gather``."""
 
-    def gather(self, own: Tensor, dim: int = 0) -> Tensor:
+    def all_gather(self, local: Tensor, dim: int = 0) -> Tensor:
         """The samples of all ranks along ``dim``, in the order of the global batch: b -> B. No gradient."""
         ...
 
-    def share(self, whole: Tensor, dim: int = 0) -> Tensor:
+    def local_shard(self, full: Tensor, dim: int = 0) -> Tensor:
         """The inverse: this rank's samples along ``dim`` of a tensor of the global batch, B -> b."""
         ...
 
@@ -208,11 +208,11 @@ class Ranks(Protocol):
 class SingleProcess:
     """One process: its batch is the global batch."""
 
-    def gather(self, own: Tensor, dim: int = 0) -> Tensor:
-        return own
+    def all_gather(self, local: Tensor, dim: int = 0) -> Tensor:
+        return local
 
-    def share(self, whole: Tensor, dim: int = 0) -> Tensor:
-        return whole
+    def local_shard(self, full: Tensor, dim: int = 0) -> Tensor:
+        return full
 
 
 SINGLE_PROCESS = SingleProcess()

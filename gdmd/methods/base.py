@@ -75,7 +75,7 @@ def last_stop(prompts: PromptBatch, stop: Tensor) -> int | None:
     """Largest of ``stop`` [b] in the global batch: all ranks call the student equally often. None for a single process."""
     if prompts.ranks is SINGLE_PROCESS:
         return None
-    return int(prompts.ranks.gather(to_device_async(stop, prompts.index.device)).max())
+    return int(prompts.ranks.all_gather(to_device_async(stop, prompts.index.device)).max())
 
 
 @dataclass

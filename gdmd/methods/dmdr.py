@@ -106,7 +106,7 @@ class Dmdr(Distillation[DmdrConfig]):
         if self.cfg.tilt == 0:
             return Update("student", self.student_loss, batch)
         reward = self.scorer(self._complete(prompts, rng), prompts)
-        weight = prompts.ranks.share(reward_tilt(prompts.ranks.gather(reward, 1), self.cfg.tilt))
+        weight = prompts.ranks.local_shard(reward_tilt(prompts.ranks.all_gather(reward, 1), self.cfg.tilt))
         self._stats |= {"weight/tilt": weight, "reward/complete": reward.mean(0)}
         return Update("student", self.tilted_loss, TiltedBatch(**vars(batch), weight=weight))
 
@@ -132,7 +132,7 @@ class Dmdr(Distillation[DmdrConfig]):
                     self.roles.follow(0.0)  # the reference of DPO is the student with which stage 2 begins
                 x0 = self._complete(prompts, rng)
                 rewards = self.scorer(x0, prompts)
-                whole = prompts.ranks.gather
+                whole = prompts.ranks.all_gather
                 advantage = mean_group_advantage(whole(rewards, 1), whole(prompts.group))
                 pairs = preference_pairs(x0, advantage, prompts, rng, self.cfg.student_steps, self.roles)
                 self._stats |= {"reward/complete": rewards.mean(0), "reward/paired": pairs.known.float()}

@@ -102,13 +102,13 @@ class Gdmd(Distillation[GdmdConfig]):
         eta, ranks = self.cfg.group_size, prompts.ranks
         if self.cfg.gamma == 0:
             return torch.full((eta, len(prompts)), 0.5, device=rollout.x0.device)
-        target = ranks.gather(torch.stack(group.scores, 1), 2)  # [R, eta, B]
-        sample = ranks.gather(self.scorer(rollout.x0, prompts), 1)  # [R, B]
+        target = ranks.all_gather(torch.stack(group.scores, 1), 2)  # [R, eta, B]
+        sample = ranks.all_gather(self.scorer(rollout.x0, prompts), 1)  # [R, B]
         advantage = mean_advantage(target, sample, self.scale.update(target)).expand(eta, -1)  # [eta, B]
         r = optimality(advantage, torch.zeros_like(advantage), 1.0)
         w = step_weight(r, self.cfg.dmd_weight, self.cfg.gamma, self.cfg.beta)
         self._stats |= optimality_stats(self.scorer.rewards, target, sample, r, w)
-        return ranks.share(r, 1)
+        return ranks.local_shard(r, 1)
 
     def napo_student_loss(self, batch: NapoBatch) -> Loss:
         """NaPO: L = lambda L_DMD + gamma L_RL, x0 by the current student; an unscored sample has lambda L_DMD only."""

@@ -110,11 +110,11 @@ class GdmdTilted(Distillation[GdmdTiltedConfig]):
     @torch.no_grad()
     def weigh(self, finished: Finished, rollout: Rollout, prompts: PromptBatch, rng: SampleRng) -> Tensor:
         """Softmax weights of all eta K targets, mean 1, by the Z of the global batch. [eta, K, b]"""
-        scores = prompts.ranks.gather(finished.scores, 2)  # [R, K, B]
+        scores = prompts.ranks.all_gather(finished.scores, 2)  # [R, K, B]
         z = self.scale.update(scores)  # every score counts once
         advantage = mean_advantage(scores, scores.nanmean(1), z)  # [K, B]; a softmax does not see what is subtracted
         self._stats |= target_stats(self.scorer.rewards, scores, advantage.isnan())
-        return prompts.ranks.share(self.softmax(advantage.expand(self.cfg.group_size, -1, -1)), 2)
+        return prompts.ranks.local_shard(self.softmax(advantage.expand(self.cfg.group_size, -1, -1)), 2)
 
     def softmax(self, advantage: Tensor) -> Tensor:
         """Weights over eta K targets of each sample, mean 1; 1 for an unscored one. [eta, K, B] -> [eta, K, B]"""

@@ -25,13 +25,13 @@ class OdePairs:
 
     def gathered(self, ranks: Ranks) -> OdePairs:
         """The pairs of the global batch."""
-        cond = {name: ranks.gather(value) for name, value in self.cond.items()}
-        return OdePairs(ranks.gather(self.noise), ranks.gather(self.x0_ode), cond)
+        cond = {name: ranks.all_gather(value) for name, value in self.cond.items()}
+        return OdePairs(ranks.all_gather(self.noise), ranks.all_gather(self.x0_ode), cond)
 
     def shared(self, ranks: Ranks) -> OdePairs:
         """The pairs of this rank."""
-        cond = {name: ranks.share(value) for name, value in self.cond.items()}
-        return OdePairs(ranks.share(self.noise), ranks.share(self.x0_ode), cond)
+        cond = {name: ranks.local_shard(value) for name, value in self.cond.items()}
+        return OdePairs(ranks.local_shard(self.noise), ranks.local_shard(self.x0_ode), cond)
 
 
 @dataclass

@@ -74,8 +74,8 @@ def collect(
     )
     rewards = scorer(trajectory.x0, prompts)
     ranks = prompts.ranks
-    everyone = mean_group_advantage(ranks.gather(rewards, 1), ranks.gather(prompts.group), cfg.spread)
-    advantage = ranks.share(everyone)
+    everyone = mean_group_advantage(ranks.all_gather(rewards, 1), ranks.all_gather(prompts.group), cfg.spread)
+    advantage = ranks.local_shard(everyone)
     return Collected(trajectory, rewards, advantage.clamp(-cfg.advantage_clip, cfg.advantage_clip))
 
 

@@ -144,7 +144,7 @@ def statistics_of(run: Run) -> dict[str, float]:
 
 
 def memory_mib() -> float:
-    """Peak memory of this process, or of its GPU where it has one."""
+    """Peak memory of the GPU, or of this process if there is none."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     unit = 2**20 if sys.platform == "darwin" else 2**10
