@@ -11,7 +11,7 @@ import typer
 
 from gdmd.cli.common import Json, RunFolder, messages, print_json
 from gdmd.io import typed
-from gdmd.reporting.waiting import phase
+from gdmd.reporting.progress_bar import phase
 from gdmd.training.rank import RankInfo, rank_info, restart_count
 
 if TYPE_CHECKING:

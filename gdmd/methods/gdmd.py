@@ -11,8 +11,8 @@ from torch import Tensor
 from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.advantages import RunningScale
-from gdmd.losses.dmd import dmd_gradient, dmd_loss
-from gdmd.losses.gdmd import implicit_target, napo_loss, optimality, step_weight
+from gdmd.losses.dmd import dmd_loss
+from gdmd.losses.gdmd import napo_loss, optimality, step_weight
 from gdmd.methods.base import Distillation, Rollout, StudentBatch
 from gdmd.methods.old_policy import EmaPolicy
 from gdmd.methods.score_stats import optimality_stats
@@ -85,8 +85,7 @@ class Gdmd(Distillation[GdmdConfig]):
             return
         match self.cfg.score_target:
             case "raw":
-                raw = dmd_gradient(rollout.x0, at.x0_real, at.x0_fake, normalize=False)
-                scored = implicit_target(rollout.x0, raw)
+                scored = rollout.x0 - (at.x0_fake - at.x0_real)
             case "normalized":
                 scored = group.x_tar[-1]
             case "real":
@@ -98,7 +97,7 @@ class Gdmd(Distillation[GdmdConfig]):
     def weigh(self, group: Group, rollout: Rollout, prompts: PromptBatch, rng: SampleRng) -> Tensor:
         """IGS: r = 1/2 + 1/2 clip(mean_k (R_k(D(x_tar)) - R_k(D(x0))) / Z_k, -1, 1). [eta, b], NaN = not scored
 
-        Z and the statistics are those of the global batch B; the result is this rank's part b.
+        Z and the statistics are those of the global batch B; the result is this rank's part b. ``rng``: for controls.
         """
         eta, ranks = self.cfg.group_size, prompts.ranks
         if self.cfg.gamma == 0:

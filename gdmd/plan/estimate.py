@@ -24,8 +24,9 @@ from torch import Tensor
 from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
 from gdmd.config.model import DiffusersModel
-from gdmd.config.rewards import CompositeReward
+from gdmd.config.rewards import CompositeConfig
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
+from gdmd.models.loading import DTYPES
 from gdmd.plan.cost_model import (
     GIB,
     MAX_GPUS,
@@ -47,7 +48,6 @@ from gdmd.training.distributed import blocks_of
 
 ADAM = 8
 """Bytes of the optimizer per trained weight: two fp32 moments."""
-_DTYPE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,13 @@ def _reward_nets(cfg: RunConfig) -> tuple[list[_HeldReward], tuple[str, ...]]:
         return [], ()
     found, unknown = [], []
     for spec in cfg.rewards:
-        for one in [part.reward for part in spec.parts] if isinstance(spec, CompositeReward) else [spec]:
+        for one in [part.reward for part in spec.parts] if isinstance(spec, CompositeConfig) else [spec]:
             net = _shapes_reward(one) if isinstance(one, ShapesReward) else REWARDS.get(one.kind)
             if net is None:
                 unknown.append(one.label)
                 continue
             here = isinstance(one, ShapesReward) or getattr(one, "device", None) in (None, "cuda", "cuda:0")
-            size = _DTYPE[getattr(one, "dtype", "fp32")]
+            size = DTYPES[getattr(one, "dtype", "fp32")].itemsize
             offloaded = getattr(one, "offload", False)
             found.append(_HeldReward(net.weights, net.weights * size * here, net.flop * here, offloaded))
     return found, tuple(unknown)

@@ -31,7 +31,7 @@ from gdmd.recipes.hub_revisions import record_commits
 from gdmd.recipes.inputs import check_inputs, check_start
 from gdmd.recipes.long_prompts import warn_long_prompts
 from gdmd.recipes.run_folders import check_resumable, new_folder, resumed
-from gdmd.reporting.waiting import phase
+from gdmd.reporting.progress_bar import phase
 from gdmd.runs.run_folder import Run, create, open_run
 from gdmd.shapes.grammar import catalog
 from gdmd.training.adamw8bit import require_torchao
@@ -224,9 +224,8 @@ def run_training(
             console.print(hint, markup=False, highlight=False, soft_wrap=True)
         with phase("writing the report", console):
             return replace(trained, report=report_run(run.path))
-    console.print("evaluating the EMA student on the fixed evaluation set", markup=False)  # which shows its progress
-    whole = components if context.size == 1 else build(cfg)  # the other ranks and their shards are gone
-    row, report = finish_run(cfg, run.path, whole, end.step)
+    whole = components if context.size == 1 else build(cfg)  # the other ranks have exited, and with them their shards
+    row, report = finish_run(cfg, run.path, whole, end.step)  # shows its own progress
     return replace(trained, evaluation=row, report=report)
 
 

@@ -197,7 +197,7 @@ def test_other_number_of_training_steps(saved: Callable[..., Path], name: str) -
         ("sd3", diffusers.FlowMatchEulerDiscreteScheduler(use_exponential_sigmas=True), "use_exponential_sigmas"),
         ("flux", diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas = True"),
         ("sd3", diffusers.FlowMatchLCMScheduler(scale_factors=[0.5, 1.0]), "scale_factors"),
-        ("sana", diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "SanaPipeline does not do"),
+        ("sana", diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "SanaPipeline does not support"),
         (
             "flux",
             diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=256),

@@ -289,9 +289,9 @@ def fresh_graphs() -> Iterator[Any]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "sdxl"])
-def test_compiled_and_checkpointed_blocks_equal_eager_ones(folders: Path, name: str, fresh_graphs: Any) -> None:
-    plain, compiled = (roles_of(folders, name, checkpointing=on) for on in (False, True))
+def test_compiled_and_checkpointed_blocks_equal_eager_ones(folders: Path, fresh_graphs: Any) -> None:
+    """On a UNet; a transformer is compiled below."""
+    plain, compiled = (roles_of(folders, "sdxl", checkpointing=on) for on in (False, True))
     compiled.compile(backend="eager")
     for roles in (plain, compiled):
         wake(roles, "fake", 1)

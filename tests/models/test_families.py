@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import socket
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,12 @@ pytest.importorskip("peft")
 import tiny_pipelines as tiny
 from torch import Tensor
 
-from gdmd.config.image_source import read_source
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.sampling import ode_sample
 from gdmd.models import vae
 from gdmd.models.families.base import Family
 from gdmd.models.loading import LazyTextEncoder, open_family
 from gdmd.models.packing import in_patches, pack, unpack
-from gdmd.sources.open import open_source
 from gdmd.types import Cond, Prediction
 
 STEPS = 4
@@ -205,18 +201,6 @@ def test_lazy_text_encoder(folders: Path, name: str) -> None:
     assert late.pipe.text_encoder is None
 
 
-def test_local_folder_needs_no_network(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("a local folder used the network")
-
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    for name in ("sdxl", "sd3", "qwen_image"):
-        opened(folders, name)
-
-
 def test_wrong_size_suggests_a_valid_one(folders: Path) -> None:
     folder = saved(folders, "flux")
     config = tiny.config(folder, height=40)  # 40 / 2 = 20 latents: even; the real VAE's factor 8 would refuse
@@ -226,60 +210,3 @@ def test_wrong_size_suggests_a_valid_one(folders: Path) -> None:
     family.cfg = tiny.config(folder, height=40)
     with pytest.raises(ValueError, match=r"model.height = 40.*multiples of 16.*use 32"):
         _ = family.latent_shape
-
-
-def test_missing_component(folders: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "broken"
-    shutil.copytree(saved(folders, "sdxl"), folder)
-    shutil.rmtree(folder / "vae")
-    with pytest.raises(ValueError, match="'vae'.*has no folder"):
-        open_family(tiny.config(folder))
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"unet": [None, None]}))
-    with pytest.raises(ValueError, match="component 'unet' is missing"):
-        open_family(tiny.config(folder))
-
-
-def test_missing_weight_file(folders: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "broken"
-    shutil.copytree(saved(folders, "sd3"), folder)
-    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="cannot be loaded.*diffusion_pytorch_model"):
-        open_family(tiny.config(folder))
-    with pytest.raises(ValueError, match="cannot be loaded.*fp16"):
-        opened(folders, "sdxl", variant="fp16")
-
-
-def test_damaged_weights(folders: Path, tmp_path: Path) -> None:
-    """transformers raises other errors where diffusers has ValueError and OSError."""
-    cut, other = tmp_path / "cut", tmp_path / "other"
-    for folder in (cut, other):
-        shutil.copytree(saved(folders, "sd15"), folder)
-    weights, config = cut / "text_encoder" / "model.safetensors", other / "text_encoder" / "config.json"
-    weights.write_bytes(weights.read_bytes()[:2000])
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 99}))
-    for folder, why in ((cut, "deserializing header"), (other, "mismatched_sizes")):
-        with pytest.raises(ValueError, match=f"StableDiffusionPipeline cannot be loaded: .*{why}"):
-            open_family(tiny.config(folder))
-        with pytest.raises(ValueError, match=f"{folder.name}': the pipeline cannot be loaded: .*{why}"):
-            open_source(read_source(str(folder)))
-
-
-def test_wrong_or_unknown_family(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="family sd3.*model.family = sdxl"):
-        opened(folders, "sd3", family="sdxl")
-    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    with pytest.raises(ValueError, match="'WanPipeline', which has no adapter here; supported: .*FluxPipeline"):
-        open_family(tiny.config(tmp_path))
-
-
-def test_path_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no such folder, and it is not a hub id"):
-        open_family(tiny.config(tmp_path / "gone"))
-    with pytest.raises(ValueError, match="model_index.json is missing"):
-        open_family(tiny.config(tmp_path))
-    (tmp_path / "own.safetensors").touch()
-    with pytest.raises(ValueError, match="own.safetensors' is a file.*from_single_file.*save_pretrained"):
-        open_family(tiny.config(tmp_path / "own.safetensors"))
-    with pytest.raises(ValueError, match="not in the cache, and the hub cannot be reached"):
-        open_family(tiny.config(Path("nobody-here/no-such-model")))

@@ -164,12 +164,12 @@ def test_activation_checkpointing_is_reported_with_and_without(folders: Path) ->
 def test_gan_head_is_planned_only_with_a_gan(folders: Path) -> None:
     method = Dmd2Config(fake_updates=2, guidance=3.0, step_draw="batch")
     with_gan, without = (
-        planned(recipe(folders, "sdxl", method.model_copy(update={"gan_weight": weight}))) for weight in (1.0, 0.0)
+        planned(recipe(folders, "sd3", method.model_copy(update={"gan_weight": weight}))) for weight in (1.0, 0.0)
     )
     assert "GAN head" not in without.weights and "GAN head" in described(with_gan, [])
     assert with_gan.weights["GAN head"] + with_gan.weights["fake"] == with_gan.cost.static["fake"] // 4
     feature_calls = 2 * method.fake_updates + 1  # real and student latents per fake update, and the student's x0
-    assert with_gan.passes - without.passes == pytest.approx(feature_calls * 2 * 0.43)  # a frozen backbone: 1 + 1
+    assert with_gan.passes - without.passes == pytest.approx(feature_calls * 2)  # a frozen backbone: 1 + 1
     assert with_gan.total > without.total and with_gan.seconds > without.seconds
 
 

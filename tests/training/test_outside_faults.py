@@ -18,7 +18,7 @@ import torch
 from toy_training import Toy, toy_config
 
 from gdmd.config.load import load_config
-from gdmd.config.rewards import RemoteReward
+from gdmd.config.rewards import RemoteConfig
 from gdmd.config.run import RunConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.io import RunError
@@ -150,7 +150,7 @@ def rewarded_training(folder: Path, url: str) -> int:
     cfg = load_config(RunConfig, text, ["loop.grid_every=0", "loop.log_every=1", "loop.lr_student=0.01"])
     torch.manual_seed(0)
     roles, codec = ShapesRoles(ShapesDit(width=16, depth=1, heads=2)), ShapesCodec(ShapesVae(16))
-    remote = RemoteReward(url=url, reward="length", timeout_s=10, retries=1)
+    remote = RemoteConfig(url=url, reward="length", timeout_s=10, retries=1)
     cfg = cfg.model_copy(update={"rewards": (remote,)})
     rewards = (RemoteScorer(remote, os.environ.get(remote.token_variable), pause=lambda seconds: None),)
     stream = PromptStream(training_captions(), ShapesTextEncoder(), 4, cfg.loop.seed)

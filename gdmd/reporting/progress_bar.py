@@ -24,7 +24,9 @@ SLOW_SECONDS = 5.0
 
 
 @contextmanager
-def waiting(what: str, total: int, console: Console | None = None, then: str = "") -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    what: str, total: int, console: Console | None = None, then: str = ""
+) -> Iterator[Callable[[int], None]]:
     """A function that counts finished parts of ``total``. then: what is done after the last part."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
@@ -48,7 +50,7 @@ def counted(parts: Iterable[Part], what: str, total: int) -> Iterator[Part]:
     """The parts of ``total`` items one by one, with the progress shown. Silent without items."""
     if not total:
         return
-    with waiting(what, total) as advance:
+    with progress_bar(what, total) as advance:
         for part in parts:
             yield part
             advance(len(part))
