@@ -303,7 +303,7 @@ def _state(file: os.stat_result) -> str:
 
 
 def content_hash(*parts: str | bytes) -> str:
-    """SHA-256 of several pieces of content, in hexadecimal; where one part ends and the next begins counts."""
+    """SHA-256 of several parts, in hexadecimal; the boundaries between the parts count."""
     digest = hashlib.sha256()
     for part in parts:
         raw = part.encode("utf-8", errors="surrogatepass") if isinstance(part, str) else part

@@ -81,7 +81,7 @@ def test_hashes(tmp_path: Path) -> None:
 
 
 def pipeline(folder: Path) -> Path:
-    """The files of a pipeline, with other files beside them."""
+    """The files of a pipeline, next to other files."""
     index = {"_class_name": "X", "unet": ["diffusers", "Y"], "tokenizer": ["transformers", "Z"], "extra": [None, None]}
     files = {
         "model_index.json": json.dumps(index),

@@ -279,10 +279,9 @@ def _web() -> Any:
 def _print_pairs(found: Any) -> None:
     from rich.console import Console
 
-    from gdmd.reporting.tables import Table, texts
-    from gdmd.study.report import DUEL_HEAD, duel_cells
+    from gdmd.study.report import result_table
 
-    Console().print(Table(DUEL_HEAD, [[texts(*duel_cells(duel)) for duel in found.pairs]]).rich())
+    Console().print(result_table(found.pairs).rich())
 
 
 def _say(text: str) -> None:

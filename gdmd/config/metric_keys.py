@@ -11,7 +11,7 @@ from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflC
 from gdmd.config.methods.dmdr import DmdrConfig
 from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig, GdmdTiltedShuffledConfig
-from gdmd.config.rewards import CompositeReward, OcrConfig, RemoteReward
+from gdmd.config.rewards import CompositeConfig, OcrConfig, RemoteConfig
 from gdmd.config.run import RewardConfig, RunConfig
 
 _ROLES = ("student", "fake")
@@ -101,9 +101,9 @@ def _of_reward(spec: RewardConfig) -> Iterator[str]:
     match spec:
         case OcrConfig():
             yield f"reward/{name}/unasked"
-        case RemoteReward():
+        case RemoteConfig():
             yield from (f"reward/{name}/unscored", f"reward/{name}/retries")
-        case CompositeReward():
+        case CompositeConfig():
             for part in spec.parts:
                 yield f"reward/{name}/{_name(part.reward)}"
                 yield from _of_reward(part.reward)
@@ -113,4 +113,4 @@ def _of_reward(spec: RewardConfig) -> Iterator[str]:
 
 def _name(spec: RewardConfig) -> str:
     """The name of a reward in keys: its label, without the space of a remote one."""
-    return f"remote_{spec.reward}" if isinstance(spec, RemoteReward) else spec.label
+    return f"remote_{spec.reward}" if isinstance(spec, RemoteConfig) else spec.label

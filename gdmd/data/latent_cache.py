@@ -186,7 +186,7 @@ class LatentStore:
         )
         if there:
             raise ValueError(f"{what}; {AGAIN} (only such images are encoded again)")
-        _log.warning("%s. If the data set holds such images, %s where its files are", what, AGAIN)
+        _log.warning("%s. If the data set has such images, %s where its files are", what, AGAIN)
 
     def _state(self, source: Path) -> str:
         """A hash of the names, sizes and times of a source's files, to detect changes without reading them."""

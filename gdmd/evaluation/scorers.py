@@ -13,9 +13,9 @@ from torch import Tensor
 from gdmd.config.image_source import settings_of, split_settings
 from gdmd.config.load import validated
 from gdmd.config.rewards import (
-    CompositeReward,
-    GenEvalReward,
-    RemoteReward,
+    CompositeConfig,
+    GenEvalConfig,
+    RemoteConfig,
 )
 from gdmd.config.run import RewardConfig, ShapesReward
 from gdmd.recipes.build_rewards import build_rewards, require_weights
@@ -76,23 +76,23 @@ def load_scorers(specs: Sequence[RewardConfig], device: str) -> dict[str, Reward
 
 def reads_metadata(spec: RewardConfig) -> bool:
     """Whether a scorer reads more of a prompt than its text."""
-    if isinstance(spec, CompositeReward):
+    if isinstance(spec, CompositeConfig):
         return any(reads_metadata(part.reward) for part in spec.parts)
-    return isinstance(spec, GenEvalReward | RemoteReward)
+    return isinstance(spec, GenEvalConfig | RemoteConfig)
 
 
 def judges_shapes(spec: RewardConfig) -> bool:
     """Whether a scorer reads images and captions of the Shapes world only."""
-    if isinstance(spec, CompositeReward):
+    if isinstance(spec, CompositeConfig):
         return any(judges_shapes(part.reward) for part in spec.parts)
     return isinstance(spec, ShapesReward)
 
 
 def may_fail(spec: RewardConfig) -> bool:
     """Whether an image may be left without a score by a failure, not by its content: it is worth another try."""
-    if isinstance(spec, CompositeReward):
+    if isinstance(spec, CompositeConfig):
         return any(may_fail(part.reward) for part in spec.parts)
-    return isinstance(spec, RemoteReward) and spec.on_failure == "skip"
+    return isinstance(spec, RemoteConfig) and spec.on_failure == "skip"
 
 
 @torch.no_grad()

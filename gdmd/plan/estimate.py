@@ -24,7 +24,7 @@ from torch import Tensor
 from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
 from gdmd.config.model import DiffusersModel
-from gdmd.config.rewards import CompositeReward
+from gdmd.config.rewards import CompositeConfig
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
 from gdmd.models.loading import DTYPES
 from gdmd.plan.cost_model import (
@@ -192,7 +192,7 @@ def _reward_nets(cfg: RunConfig) -> tuple[list[_HeldReward], tuple[str, ...]]:
         return [], ()
     found, unknown = [], []
     for spec in cfg.rewards:
-        for one in [part.reward for part in spec.parts] if isinstance(spec, CompositeReward) else [spec]:
+        for one in [part.reward for part in spec.parts] if isinstance(spec, CompositeConfig) else [spec]:
             net = _shapes_reward(one) if isinstance(one, ShapesReward) else REWARDS.get(one.kind)
             if net is None:
                 unknown.append(one.label)

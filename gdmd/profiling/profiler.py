@@ -31,7 +31,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.text_cache import CachedText
 from gdmd.diffusion.device import deferred_checks
 from gdmd.diffusion.rng import SampleRng
-from gdmd.methods.pass_counter import BACKWARD, FROZEN_BACKWARD, answered
+from gdmd.methods.pass_counter import BACKWARD, FROZEN_BACKWARD, output_samples
 from gdmd.models.full_copy import FullCopy
 from gdmd.models.roles import DiffusersRoles
 from gdmd.recipes.build import Components, build, compile_networks
@@ -238,7 +238,7 @@ def _recording_hook(
 
     def hook(net: nn.Module, inputs: Any, output: Any) -> None:
         timer.stop()
-        tensors, samples = answered(output)
+        tensors, samples = output_samples(output)
         with_grad, name = tensors[0].requires_grad, who()
         features = isinstance(roles, DiffusersRoles) and roles.fake.in_feature_mode and name != GAN_HEAD
         cost = (1 + (FROZEN_BACKWARD if net is frozen_base else BACKWARD) * with_grad) * (name != GAN_HEAD)

@@ -64,11 +64,11 @@ class Components:
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
     student_steps: tuple[float, ...] = ()  # through the family's timestep mapping; empty: those of the recipe
     teacher_times: Callable[[int], Tensor] = times
-    scoring: Codec | None = None  # through which rewards see latents, where it is another one than ``codec``
+    scoring: Codec | None = None  # decoder for rewards, if not ``codec``
 
 
 def build(cfg: RunConfig, device: str | None = None) -> Components:
-    """Load the networks, wrap them, and put the method of the recipe on top; on the GPU where there is one."""
+    """Load the networks, wrap them, and build the method of the recipe; on a GPU if there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     match cfg.model:
         case ShapesModel() as model:
@@ -127,13 +127,13 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components
 
 
 def head_seed(cfg: RunConfig) -> int | None:
-    """What a GAN head's weights are drawn from; None where the method needs no head."""
+    """Seed of the GAN head's weights; None without a GAN."""
     judged = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
     return cfg.loop.seed if judged else None
 
 
 def compile_networks(cfg: RunConfig, components: Components) -> None:
-    """torch.compile where model.compile asks for it. For programs that train; few images are made sooner without."""
+    """torch.compile where model.compile asks for it. For programs that train: a few images are faster without."""
     if not (isinstance(cfg.model, DiffusersModel) and cfg.model.compile):
         return
     from gdmd.models.compile import require_compiler

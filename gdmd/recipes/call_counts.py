@@ -1,6 +1,6 @@
-"""What a method asks of its networks, counted by running the method itself on networks of one weight.
+"""A method's network calls, counted by running the method itself on networks of one weight.
 
-So the count is the method's own, whatever its options; nothing is loaded and nothing large is computed.
+So the count holds for all options; nothing is loaded and nothing large is computed.
 """
 
 from __future__ import annotations

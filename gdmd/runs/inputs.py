@@ -79,7 +79,7 @@ def changes_of(before: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Inp
             and current.given == was["given"]
             and str(was.get("fingerprint")).startswith("sha256:")
         ):
-            current = replace(current, missing=True)  # it was a folder; a hub id that is not cached looks the same
+            current = replace(current, missing=True)  # a hub id that is not cached looks the same
         if was.get("fingerprint") is not None and current.fingerprint is not None:
             same = was["fingerprint"] in (current.fingerprint, f"commit:{current.commit}")
         else:

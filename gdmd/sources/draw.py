@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gdmd.config.image_source import SourceConfig
 from gdmd.reporting.grids import write_grid
-from gdmd.reporting.waiting import counted
+from gdmd.reporting.progress_bar import counted
 from gdmd.rewards.preprocessing import from_pil
 from gdmd.sources.base import Source, image_slots
 from gdmd.sources.open import open_source

@@ -211,7 +211,7 @@ def test_the_demo_trains_both_students_measures_five_rows_and_prints_them_again_
 
 
 SHAPES = [name for name in recipe_names() if read_recipe(name).model.kind == "shapes"]
-GDMD = [name for name in SHAPES if read_recipe(name).method.kind == "gdmd"]
+GDMD = [name for name in SHAPES if read_recipe(name).method.kind in ("gdmd", "gdmd_tilted")]
 
 
 @pytest.mark.parametrize("name", SHAPES)

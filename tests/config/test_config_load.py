@@ -21,7 +21,7 @@ from gdmd.cli.app import main
 from gdmd.config import extras
 from gdmd.config.base import Config, Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.load import MAX_YAML_CHARS, ConfigError, dump_config, load_config
-from gdmd.config.rewards import CompositeReward, RemoteReward
+from gdmd.config.rewards import CompositeConfig, RemoteConfig
 from gdmd.config.sweep import SweepConfig
 
 
@@ -305,17 +305,17 @@ URLS = [
 def test_passwords_in_urls_are_refused_and_redacted(url: str) -> None:
     """A config is written to run folders and model cards, its errors to logs."""
     with pytest.raises(ConfigError, match=r"url: got .*token_variable") as refused:
-        load_config(RemoteReward, f"{{url: '{url}', reward: clip}}", ["retires=3"])
+        load_config(RemoteConfig, f"{{url: '{url}', reward: clip}}", ["retires=3"])
     assert SECRET not in str(refused.value) and "://...@" in str(refused.value) and len(refused.value.errors) == 2
     with pytest.raises(ConfigError, match="parts") as refused:
-        load_config(CompositeReward, f"{{kind: composite, parts: {{reward: {{url: '{url}'}}}}}}")
+        load_config(CompositeConfig, f"{{kind: composite, parts: {{reward: {{url: '{url}'}}}}}}")
     assert SECRET not in str(refused.value)
 
 
 @pytest.mark.parametrize("rest", ["?key=x", "/#x"])
 def test_urls_with_a_query_are_refused(rest: str) -> None:
     with pytest.raises(ConfigError, match="address only"):
-        load_config(RemoteReward, f"{{url: 'http://localhost{rest}', reward: clip}}")
+        load_config(RemoteConfig, f"{{url: 'http://localhost{rest}', reward: clip}}")
 
 
 def test_command_line_redacts_passwords(capsys: pytest.CaptureFixture[str]) -> None:

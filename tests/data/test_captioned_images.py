@@ -44,18 +44,18 @@ def read(source: Path) -> list[tuple[str, int]]:
 
 
 def test_folder_table_and_tar_give_the_same_images(tmp_path: Path) -> None:
-    beside, listed = tmp_path / "beside" / "deep", tmp_path / "listed"
-    for folder in (beside, listed):
+    siblings, listed = tmp_path / "siblings" / "deep", tmp_path / "listed"
+    for folder in (siblings, listed):
         folder.mkdir(parents=True)
         for name, red in (("a", 1), ("b", 2)):
             (folder / f"{name}.png").write_bytes(png(red))
-    (beside / "a.txt").write_text("one\n")
-    (beside / "b.txt").write_text("two")
+    (siblings / "a.txt").write_text("one\n")
+    (siblings / "b.txt").write_text("two")
     lines = ['{"file_name": "a.png", "text": "one"}', '{"file_name": "b.png", "text": "two"}']
     (listed / "metadata.jsonl").write_text("\n".join(lines))
     (tmp_path / "t.tar").write_bytes(GOOD)
     wanted = [("one", 1), ("two", 2)]
-    assert read(tmp_path / "beside") == read(listed) == read(tmp_path / "t.tar") == wanted
+    assert read(tmp_path / "siblings") == read(listed) == read(tmp_path / "t.tar") == wanted
 
 
 def test_images_without_captions_are_reported(tmp_path: Path) -> None:

@@ -114,24 +114,6 @@ def test_other_vaes_and_sources_are_errors(tmp_path: Path) -> None:
         store(tmp_path, source, "another").open()
     with pytest.raises(ValueError, match="computed from "):
         store(tmp_path, tmp_path).open()
-    (shard,) = (tmp_path / "latents").rglob("*.safetensors")
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="damaged"):
-        store(tmp_path, source)
-
-
-def test_flipped_bit(tmp_path: Path) -> None:
-    source = many(tmp_path / "images", 2)
-    store(tmp_path, source).prepare((8, 8), lambda: doubled, 0)
-    (shard,) = (tmp_path / "latents").rglob("*.safetensors")
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    index = torch.zeros(1, dtype=torch.long)
-    drawn_by = [SampleRng(seed, 0, index) for seed in range(20)]  # both images of the caption are drawn
-    latents = store(tmp_path, source).open()
-    with pytest.raises(ValueError, match=f"{shard.name}: damaged.*row 1"):
-        [latents(PromptBatch(index, ("caption 0",), index, {}, {}), rng) for rng in drawn_by]
 
 
 def test_damaged_images_are_reported_up_to_a_limit(tmp_path: Path) -> None:
@@ -165,10 +147,8 @@ def test_deleted_shard_is_computed_again(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"latents of {SHARD} images are missing"):
         store(tmp_path, source).open()
     assert store(tmp_path, source).prepare((8, 8), lambda: doubled, 0).encoded == SHARD
-    latents = store(tmp_path, source).open()
-    index = torch.zeros(1, dtype=torch.long)
-    drawn = latents(PromptBatch(index, (f"caption {SHARD // 2}",), index, {}, {}), SampleRng(0, 0, index))
-    assert round(float(drawn[0, 0, 0, 0]) * 255 / 2) in (SHARD, SHARD + 1)
+    latents = store(tmp_path, source).open()(*drawn([f"caption {SHARD // 2}"]))
+    assert round(float(latents[0, 0, 0, 0]) * 255 / 2) in (SHARD, SHARD + 1)
 
 
 def test_images_whose_decoding_changed_are_encoded_again(tmp_path: Path, caplog: Any) -> None:
@@ -192,7 +172,7 @@ def test_images_whose_decoding_changed_are_encoded_again(tmp_path: Path, caplog:
     seen = {text: float(latents(*drawn([text]))[0, 0, 0, 0]) for text in contents}
     assert seen == {"plain": 0, "gray": 1, "clear": 1}
     (old.folder / INDEX).write_text(json.dumps({key: value for key, value in index.items() if key != "decoding"}))
-    source.rename(tmp_path / "elsewhere")  # nothing to look at: said, not refused
+    source.rename(tmp_path / "elsewhere")  # nothing to compare with: a warning
     store(tmp_path, source).open()
     assert "clipped 16-bit images" in caplog.text
 
@@ -232,16 +212,13 @@ def test_folder_of_tars(tmp_path: Path) -> None:
         store(tmp_path, tmp_path).prepare((8, 8), lambda: torch.zeros_like, 0)
 
 
-def test_latents_in_the_folder_of_images_and_a_missing_shard(tmp_path: Path) -> None:
+def test_latents_in_the_folder_of_images(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(1))
     (tmp_path / "a.txt").write_text("one")
     own = store(tmp_path, tmp_path)
     own.prepare((8, 8), lambda: torch.zeros_like, 0)
     latents = own.open()
     assert latents(*drawn(["one"])).shape == (1, 3, 8, 8)
-    next(own.folder.glob("shard_*")).unlink()
-    with pytest.raises(ValueError, match="shard_.*: cannot be read .no such file.*gdmd latents"):
-        latents(*drawn(["one"]))
 
 
 def test_moved_images(tmp_path: Path, monkeypatch: Any) -> None:

@@ -69,8 +69,8 @@ def test_latents_are_computed_once_and_trained_on(
     assert "run `gdmd latents`" in capsys.readouterr().err and not (tmp_path / "run").exists()
     for encoded in (3, 0):
         assert gdmd("latents", str(file), "--json") == 0
-        told = json.loads(capsys.readouterr().out)
-        assert (told["images"], told["encoded"], told["unusable"]) == (3, encoded, [])
+        summary = json.loads(capsys.readouterr().out)
+        assert (summary["images"], summary["encoded"], summary["unusable"]) == (3, encoded, [])
     assert gdmd("train", str(file), "--run", str(tmp_path / "run"), "--json") == 0
     assert json.loads(capsys.readouterr().out)["step"] == 2
     assert gdmd("train", str(file), "model.height=64", "--run", str(tmp_path / "other")) == 2
@@ -150,4 +150,4 @@ def test_resume_after_images_were_touched_moved_and_changed(
     Path("images/0.png").write_bytes(Path("images/1.png").read_bytes())
     assert gdmd("latents", str(file)) == 0
     assert gdmd("train", "--resume", "run", "loop.steps=4", f"real_data.source={tmp_path / 'images'}") == 2
-    assert "real_data.latents: " in (said := capsys.readouterr().err) and "has different content" in said
+    assert "real_data.latents: " in (error := capsys.readouterr().err) and "has different content" in error

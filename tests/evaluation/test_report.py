@@ -307,7 +307,7 @@ def test_stored_scores_are_shown_with_their_step(tmp_path: Path, caplog: pytest.
     page = Page(text)
     assert page.text.count("step 10, and the run has trained to step 20 since") == 2 and "<script" not in text
     assert "0.250 [0.200, 0.300]" in page.text and "Comparison (all)" in page.text
-    assert "clip against other: run is higher." in page.text  # of the two evaluations, the comparison is the verdict
+    assert "On clip, compared with other: run is higher." in page.text  # not the preference scores
     assert 'class="best">0.250' in text and 'class="best">0.125' not in text
     damaged = run.checkpoints / "step_000020" / "student.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,10 +26,13 @@ from tiny_roles import (
 )
 from torch import Tensor
 
+from gdmd.config.load import ConfigError
 from gdmd.losses.advantages import softmax_weights
 from gdmd.methods.gdmd_tilted import Finished, GdmdTilted, weighted_mean
 from gdmd.recipes.call_counts import count_calls
 from gdmd.recipes.read import read_recipe
+from gdmd.recipes.run_folders import config_of
+from gdmd.runs.run_folder import create
 
 WEIGHT = 0.25
 Z = torch.tensor([0.5, 2.0], dtype=torch.float64)
@@ -239,3 +243,16 @@ def test_rollouts_need_steps_and_company(options: dict[str, Any], message: str) 
 def test_removed_options_name_what_to_use(kind: str, options: dict[str, Any], advice: str) -> None:
     with pytest.raises(ValidationError, match=advice):
         make(kind, tiny_roles(), **options)
+
+
+def test_run_of_an_older_version_names_what_to_use(tmp_path: Path) -> None:
+    old = {
+        "kind": "gdmd",
+        "score_target": "continuation",
+        "weighting": "softmax",
+        "student_target": "mean",
+        "z_decay": 0.99,
+    }
+    create(tmp_path / "run", {"name": "x", "method": old, "loop": {"steps": 2}})
+    with pytest.raises(ConfigError, match="method: score_target 'continuation' is a separate method now; write kind"):
+        config_of(tmp_path / "run")

@@ -14,7 +14,7 @@ from tiny_roles import LR, ToyCodec, apply, dmd, gdmd, prompts, rng, same, tiny_
 from torch import Tensor
 
 from gdmd.config.run import RunConfig
-from gdmd.methods.pass_counter import Counted, without_cost
+from gdmd.methods.pass_counter import CountedMethod, without_cost
 from gdmd.recipes.call_counts import count_calls, dry_run, forward_passes
 from gdmd.recipes.read import read_recipe
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles
@@ -25,11 +25,11 @@ ONE_STEP = {"student_steps": (1.0,)}
 BATCH = len(prompts())
 
 
-def counted(method: Method, roles: ShapesRoles) -> Counted:
-    return Counted(method, [getattr(roles, name).net for name in ("student", "fake", "teacher", "old")])
+def counted(method: Method, roles: ShapesRoles) -> CountedMethod:
+    return CountedMethod(method, [getattr(roles, name).net for name in ("student", "fake", "teacher", "old")])
 
 
-def run(method: Counted, roles: ShapesRoles, steps: int = 1) -> Counted:
+def run(method: CountedMethod, roles: ShapesRoles, steps: int = 1) -> CountedMethod:
     for step in range(steps):
         for update in method.iteration(step, prompts(), rng(step)):
             apply(update, roles)

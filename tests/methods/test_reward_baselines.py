@@ -19,7 +19,7 @@ from gdmd.data.prompts import batch_of
 from gdmd.diffusion.schedule import renoise
 from gdmd.losses.advantages import group_advantage
 from gdmd.losses.dmd import dmd_loss
-from gdmd.methods.rollouts import collect, moves_log_prob
+from gdmd.methods.rollouts import collect, step_log_prob
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
 from gdmd.types import Method, PromptBatch, Reward, Update
 
@@ -142,7 +142,7 @@ def test_nft_is_neutral_where_all_rewards_of_a_group_are_equal_and_the_student_i
 
 
 def log_prob_of(method: Any, batch: Any) -> Tensor:
-    return moves_log_prob(method.roles, batch.x, batch.cond, method.cfg)
+    return step_log_prob(method.roles, batch.x, batch.cond, method.cfg)
 
 
 def test_the_first_grpo_update_is_the_policy_gradient_and_the_second_is_clipped() -> None:

@@ -77,8 +77,6 @@ def test_hooks_count_what_the_dry_run_counts(name: str) -> None:
     assert found["section_s"]["network calls"] > 0 and found["section_s"]["backward passes"] > 0
 
 
-
-
 def test_summary_is_json_and_its_sections_add_up() -> None:
     measured = measure(tiny(), 1)
     json.dumps(measured, allow_nan=False)

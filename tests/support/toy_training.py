@@ -98,7 +98,7 @@ class ToyMethod:
             yield Update("fake", self.fake_loss, ToyBatch(rng.normal("fake", (SIZE,), i), x0, t))
         with torch.no_grad():
             grad = self.roles.fake(x_t, t, {}).x0 - self.roles.teacher(x_t, t, {}).x0
-        self.scale = 0.9 * self.scale + 0.1 * prompts.ranks.gather(grad).std()  # of all ranks
+        self.scale = 0.9 * self.scale + 0.1 * prompts.ranks.all_gather(grad).std()  # of all ranks
         for _ in range(2):
             yield Update("student", self.student_loss, ToyBatch(x_t, x_old - grad / (1 + self.scale), t))
         self.roles.follow(0.9)

@@ -14,10 +14,10 @@ import torch
 from gdmd.diffusion import device
 from gdmd.diffusion.device import confirmed, deferred_checks, raise_where
 from gdmd.diffusion.rng import SampleRng
-from gdmd.profiling.profiler import Profiler
 from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe
 from gdmd.rewards.preprocessing import check_finite
+from gdmd.training.role_state import role_states
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -27,7 +27,17 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_one_wait_per_update(monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
     """Every other synchronization raises an error."""
     cfg = read_recipe(recipe, ["loop.batch_size=8", "loop.threads=1"])
-    bench, read, reads = Profiler(cfg, build(cfg, "cuda")), device._read, []
+    components, read, reads = build(cfg, "cuda"), device._read, []
+    states = role_states(components.roles, cfg.loop)
+    batches = [components.stream.at(step) for step in range(2)]
+
+    def iterate(step: int) -> int:
+        """One outer iteration; the number of its updates."""
+        before, prompts = sum(state.updates for state in states.values()), batches[step]
+        with deferred_checks():
+            for update in components.method.iteration(step, prompts, SampleRng(0, step, prompts.index, prompts.host)):
+                states[update.role].apply(update)
+        return sum(state.updates for state in states.values()) - before
 
     def allowed(*given: Any) -> list[bool]:
         torch.cuda.set_sync_debug_mode("default")
@@ -37,16 +47,13 @@ def test_one_wait_per_update(monkeypatch: pytest.MonkeyPatch, recipe: str) -> No
             torch.cuda.set_sync_debug_mode("error")
         return reads[-1]
 
-    bench.train(0, bench.components.stream.at(0))  # moves tables to the device
-    before = sum(state.updates for state in bench.states.values())
-    prompts = bench.components.stream.at(1)
+    iterate(0)  # moves tables to the device
     monkeypatch.setattr(device, "_read", allowed)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        bench.train(1, prompts)
+        updates = iterate(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    updates = sum(state.updates for state in bench.states.values()) - before
     assert updates >= 2 and len([values for values in reads if values]) == updates
 
 

@@ -1,4 +1,4 @@
-"""What the world does to a run: its clock jumps, its reward server goes away and comes back, its disk fills or locks."""
+"""Faults outside a run: the clock jumps, the reward server fails and recovers, the disk fills or becomes read-only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from toy_training import Toy, toy_config
 
 from gdmd.config.load import load_config
-from gdmd.config.rewards import RemoteReward
+from gdmd.config.rewards import RemoteConfig
 from gdmd.config.run import RunConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.io import RunError
@@ -111,7 +111,7 @@ def test_folder_becomes_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, Callable[[int], None]]]:
-    """A reward server that scores by the length of its pictures; ``limit(n)``: it is gone after n more requests."""
+    """A reward server that scores images by their length in bytes; ``limit(n)``: it fails after n more requests."""
     left = [10**9]
 
     class Handler(BaseHTTPRequestHandler):
@@ -122,7 +122,7 @@ def server() -> Iterator[tuple[str, Callable[[int], None]]]:
             if left[0] < 0:
                 self.connection.close()
                 return
-            scores = [len(picture) % 97 / 97 for picture in body["images"]]
+            scores = [len(image) % 97 / 97 for image in body["images"]]
             answer = json.dumps({"protocol": 1, "reward": body["reward"], "scores": scores}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(answer)))
@@ -133,7 +133,7 @@ def server() -> Iterator[tuple[str, Callable[[int], None]]]:
             return
 
     web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.handle_error = lambda *_: None  # type: ignore[method-assign]  # hanging up is what it is told to do
+    web.handle_error = lambda *_: None  # type: ignore[method-assign]  # closed connections are intended
     threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
 
     def limit(requests: int) -> None:
@@ -145,12 +145,12 @@ def server() -> Iterator[tuple[str, Callable[[int], None]]]:
 
 
 def rewarded_training(folder: Path, url: str) -> int:
-    """Three iterations of GDMD on tiny networks with the server's reward, from where the run stands."""
+    """Three iterations of GDMD on tiny networks with the server's reward, resumed if there is a checkpoint."""
     text = "{name: tiny, method: {kind: gdmd, group_size: 2}, loop: {steps: 3, batch_size: 4, checkpoint_every: 1}}"
     cfg = load_config(RunConfig, text, ["loop.grid_every=0", "loop.log_every=1", "loop.lr_student=0.01"])
     torch.manual_seed(0)
     roles, codec = ShapesRoles(ShapesDit(width=16, depth=1, heads=2)), ShapesCodec(ShapesVae(16))
-    remote = RemoteReward(url=url, reward="length", timeout_s=10, retries=1)
+    remote = RemoteConfig(url=url, reward="length", timeout_s=10, retries=1)
     cfg = cfg.model_copy(update={"rewards": (remote,)})
     rewards = (RemoteScorer(remote, os.environ.get(remote.token_variable), pause=lambda seconds: None),)
     stream = PromptStream(training_captions(), ShapesTextEncoder(), 4, cfg.loop.seed)

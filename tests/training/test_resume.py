@@ -91,10 +91,10 @@ def test_resume_after_sigkill_is_bit_exact(uninterrupted: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("moment", "stands"), [("_sha256", 5), ("_digest", 5), ("_choose_and_rotate", 10)], ids=lambda value: str(value)
+    ("moment", "newest"), [("_sha256", 5), ("_digest", 5), ("_choose_and_rotate", 10)], ids=lambda value: str(value)
 )
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_sigkill_while_writing(uninterrupted: Path, tmp_path: Path, moment: str, stands: int) -> None:
+def test_sigkill_while_writing(uninterrupted: Path, tmp_path: Path, moment: str, newest: int) -> None:
     folder, real = tmp_path / "run", getattr(checkpoint, moment)
 
     def killed(*given: object) -> object:
@@ -112,7 +112,7 @@ def test_sigkill_while_writing(uninterrupted: Path, tmp_path: Path, moment: str,
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     saved = checkpoint.load_newest(folder / "checkpoints")
-    assert saved is not None and saved.step == stands and saved.messages == ()
+    assert saved is not None and saved.step == newest and saved.messages == ()
     Toy(folder, toy_config(40)).train()
     assert_same_run(uninterrupted, folder)
     assert not list((folder / "checkpoints").glob(".*"))

@@ -1,4 +1,4 @@
-"""A run that begins with the networks of another one (loop.start_from)."""
+"""A run that starts from the networks of another one (loop.start_from)."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_student_starts_from_the_ema(finished: Path, tmp_path: Path) -> None:
     toy, saved = Toy(tmp_path / "run", toy_config()), last(finished)
     states = role_states(toy.roles, toy.cfg)
-    told = warm_start(str(finished), states, SINGLE_PROCESS, {})
-    assert "step 10" in told and "EMA" in told
+    notes = warm_start(str(finished), states, SINGLE_PROCESS, {})
+    assert "step 10" in notes and "EMA" in notes
     assert not equal(dict(saved.part("ema")), dict(saved.part("student")))
     assert equal(dict(states["student"].parameters), dict(saved.part("ema")))
     assert equal(dict(states["fake"].parameters), dict(saved.part("fake")))
@@ -61,17 +61,17 @@ def test_resume_without_the_first_run(finished: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     first = tmp_path / "first"
     shutil.copytree(finished, first)
-    told: list[str] = []
+    notes: list[str] = []
 
     def run(name: str, steps: int) -> Toy:
         toy = Toy(tmp_path / name, toy_config(steps, start_from=str(first), lr_schedule="constant", seed=4))
-        monkeypatch.setattr(toy.hooks.progress, "note", told.append)
+        monkeypatch.setattr(toy.hooks.progress, "note", notes.append)
         toy.train()
         return toy
 
     run("whole", 12)
     run("parts", 5)
-    assert sum("start from step 10" in line for line in told) == 2
+    assert sum("start from step 10" in line for line in notes) == 2
     shutil.rmtree(first)
     run("parts", 12)
     whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
@@ -84,7 +84,7 @@ def test_old_policy_starts_as_the_student() -> None:
     roles = tiny_roles()
     method = gdmd(roles, old_policy="ema")
     r = method.rollout(prompts(), rng())
-    torch.testing.assert_close(method._old_prediction(r), r.x0, rtol=0, atol=0)
+    torch.testing.assert_close(method.old_prediction(r), r.x0, rtol=0, atol=0)
 
 
 def test_gan_head_starts_fresh(tmp_path: Path) -> None:
@@ -100,11 +100,11 @@ def test_gan_head_starts_fresh(tmp_path: Path) -> None:
     assert equal(before, {k: v for k, v in states["fake"].parameters.items() if k in before})
 
 
-@pytest.mark.parametrize(("made", "said"), [(False, "does not exist"), (True, "has no checkpoint")])
-def test_start_from_a_folder_without_checkpoint(tmp_path: Path, made: bool, said: str) -> None:
-    if made:
+@pytest.mark.parametrize(("exists", "message"), [(False, "does not exist"), (True, "has no checkpoint")])
+def test_start_from_a_folder_without_checkpoint(tmp_path: Path, exists: bool, message: str) -> None:
+    if exists:
         (tmp_path / "first").mkdir()
-    with pytest.raises(ValueError, match=f"loop.start_from.*{said}"):
+    with pytest.raises(ValueError, match=f"loop.start_from.*{message}"):
         require_start(str(tmp_path / "first"))
 
 

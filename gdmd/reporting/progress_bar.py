@@ -1,19 +1,32 @@
-"""Progress of a long wait: a bar on a terminal, one line elsewhere. Written to stderr."""
+"""Progress of a long wait: a bar or spinner on a terminal, one line elsewhere. Written to stderr."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Part = TypeVar("Part", bound=Sequence)
+SLOW_SECONDS = 5.0
+"""A wait that took longer leaves a line on the terminal."""
 
 
 @contextmanager
-def waiting(what: str, total: int, console: Console | None = None, then: str = "") -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    what: str, total: int, console: Console | None = None, then: str = ""
+) -> Iterator[Callable[[int], None]]:
     """A function that counts finished parts of ``total``. then: what is done after the last part."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
@@ -37,7 +50,24 @@ def counted(parts: Iterable[Part], what: str, total: int) -> Iterator[Part]:
     """The parts of ``total`` items one by one, with the progress shown. Silent without items."""
     if not total:
         return
-    with waiting(what, total) as advance:
+    with progress_bar(what, total) as advance:
         for part in parts:
             yield part
             advance(len(part))
+
+
+@contextmanager
+def phase(what: str, console: Console, *, plain: bool = True) -> Iterator[None]:
+    """Show a wait of unknown length: a spinner with the elapsed time on a terminal; elsewhere one line if ``plain``."""
+    if not console.is_terminal:
+        if plain:
+            console.print(what, markup=False, highlight=False, soft_wrap=True)
+        yield
+        return
+    began = time.perf_counter()
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
+    if (seconds := time.perf_counter() - began) > SLOW_SECONDS:
+        console.print(f"{what}: {seconds:.0f} s", markup=False, highlight=False)
