@@ -28,8 +28,8 @@ test: $(VENV)/.installed-dev  ## run all tests
 docs: $(VENV)/.installed-docs  ## build the documentation site into build/site, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-fuzz: $(VENV)/.installed-dev  ## thousands of malformed inputs, other ones each time (minutes)
-	$(ONE_THREAD) $(PYTEST) --hypothesis-profile=fuzz tests/*/test_malformed_*.py
+fuzz: $(VENV)/.installed-dev  ## thousands of malformed inputs, different ones each time (minutes)
+	$(ONE_THREAD) $(PYTEST) --hypothesis-profile=fuzz $$(grep -rlE "import (.*, )?given" tests)
 
 soak: $(VENV)/.installed-dev  ## 200 random kills and resumes of a tiny run, compared with the whole one (minutes)
 	$(ONE_THREAD) $(BIN)/python tests/support/soak.py

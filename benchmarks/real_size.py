@@ -4,12 +4,12 @@
     python benchmarks/real_size.py --only sdxl/1024 --seconds 500
     python benchmarks/real_size.py --only sd3/512 --tiny FOLDER    # the configs of a pipeline folder instead, also on a CPU
 
-For each model, resolution and setting (micro-batch, activation checkpointing, model.compile, tiny decoder) one GDMD run with
-adapters in bf16 makes a few iterations: peak memory, images/s, TFLOP/s by counted FLOP and as a share of the card's measured
-bf16 matrix rate, the iteration over its bare calls, and what ``gdmd plan`` says of the same recipe. Prompts are random
-embeddings of full length, the reward is the brightness of the picture (a real one adds its own time). The JSON file is
-written after every setting, so that a run that is cut keeps what it has; settings that it already holds are not measured
-again. On a CPU the FLOP leave out fused attention, which PyTorch counts on a GPU only.
+For each model, resolution and setting (micro-batch, activation checkpointing, model.compile, tiny decoder), a GDMD run with
+adapters in bf16 trains a few iterations. Reported: peak memory, images/s, TFLOP/s by counted FLOP and as a share of the
+GPU's measured bf16 matrix rate, the overhead of ``gdmd profile``, and the estimate of ``gdmd plan``. Prompts are random
+embeddings of full length; the reward is the brightness of the image (a real one adds its own time). The JSON file is
+written after every setting, so an interrupted run keeps its results, and settings in the file are not measured again. On a
+CPU the FLOP omit fused attention, which PyTorch counts on a GPU only.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from gdmd.models.vae import VaeCodec
 from gdmd.plan.cost_model import GPUS, Gpu
 from gdmd.plan.estimate import plan
 from gdmd.plan.meta_pipeline import meta_decoder, meta_family
-from gdmd.profiling.bench import Bench, measure
-from gdmd.recipes.build import Components, Place, method_of
+from gdmd.profiling.profiler import Profiler, measure
+from gdmd.recipes.build import Components, LatentSpec, method_of
 from gdmd.recipes.read import read_recipe
 from gdmd.rewards.callable import CallableReward
 from gdmd.types import Cond
@@ -41,7 +41,7 @@ from gdmd.types import Cond
 RECIPES = {"sdxl": "sdxl_gdmd", "sd3": "sd3_gdmd"}
 WORDS = ["one", "two", "three", "four"]
 TAESD = "madebyollin/taesd"
-"""Its published shape stands for the tiny decoder; the id is not fetched."""
+"""The tiny decoder is built with its published shape; nothing is downloaded."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Setting:
 
 
 def settings() -> Iterator[Setting]:
-    """What is measured, the goals of 24 GB first."""
+    """All measurements, the 24 GB targets first."""
     for model in RECIPES:
         for side in (1024, 512):
             yield Setting(model, side)
@@ -80,15 +80,15 @@ def settings() -> Iterator[Setting]:
 
 
 class RandomText:
-    """Embeddings of the right shapes in place of text encoders: every caption its own random ones."""
+    """Random embeddings of the right shapes instead of text encoders."""
 
     def __init__(self, blank: Cond, device: str) -> None:
         self.blank, self.device = blank, device
 
     def encode(self, texts: Sequence[str]) -> Cond:
-        """Random numbers; ones where the embedding holds whole numbers (masks)."""
-        made = self.null(len(texts))
-        return {name: torch.randn_like(v) if v.is_floating_point() else v for name, v in made.items()}
+        """Random numbers; ones for integers (masks)."""
+        ones = self.null(len(texts))
+        return {name: torch.randn_like(v) if v.is_floating_point() else v for name, v in ones.items()}
 
     def null(self, count: int) -> Cond:
         """Ones of the same shapes."""
@@ -97,7 +97,7 @@ class RandomText:
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The reward: mean of the picture."""
+    """The reward: the mean of the image."""
     return images.mean((1, 2, 3))
 
 
@@ -114,7 +114,7 @@ def recipe_of(setting: Setting, tiny: Path | None) -> RunConfig:
     return read_recipe(RECIPES[setting.model], own)
 
 
-def filled(net: nn.Module, device: str) -> nn.Module:
+def randomized(net: nn.Module, device: str) -> nn.Module:
     """The network of the meta device with random weights on ``device``, small enough to stay finite in bf16."""
     net.to_empty(device=device)
     with torch.no_grad():
@@ -130,28 +130,28 @@ def _fill(net: nn.Module) -> None:
             weights.zero_()
 
 
-def lab_of(cfg: RunConfig, device: str) -> Components:
-    """The objects of a recipe with random weights of the published sizes."""
+def components_of(cfg: RunConfig, device: str) -> Components:
+    """The components of a recipe with random weights of the published sizes."""
     model: Any = cfg.model
     family = meta_family(model).family
     pipe: Any = family.pipe
     for part in (family.net, pipe.vae):
-        filled(part, device)
+        randomized(part, device)
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16")
     codec: Any = family.codec
     if model.scoring_decoder is not None:
-        codec = VaeCodec(filled(meta_decoder(model, family.latent_channels), device), model.decode_chunk)
+        codec = VaeCodec(randomized(meta_decoder(model, family.latent_channels), device), model.decode_chunk)
     own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
     encoder = RandomText(family.blank_text(1), device)
     reward = CallableReward(brightness, "brightness")
-    place = Place(family.latent_shape, family.native)
+    place = LatentSpec(family.latent_shape, family.native)
     method = method_of(own, roles, codec, (reward,), place, None)
     stream = PromptStream([WORDS], encoder, cfg.loop.batch_size, cfg.loop.seed)
     return Components(roles, family.codec, encoder, (reward,), method, stream, family.latent_shape, own.student_steps)
 
 
 def matrix_rate(device: str, seconds: float = 1.0) -> float:
-    """TFLOP/s of a large bf16 product on this device: what a network could reach at best."""
+    """TFLOP/s of a large bf16 matrix product on this device: the upper limit for a network."""
     side = 8192 if device == "cuda" else 256
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
@@ -172,36 +172,32 @@ def _wait(device: str) -> None:
 
 
 def measured(setting: Setting, tiny: Path | None, device: str, rate: float, iterations: int) -> dict[str, Any]:
-    """One line of the JSON: what was measured, and what the plan says of the same recipe."""
+    """One entry of the JSON: the measurement, and the plan of the same recipe."""
     cfg = recipe_of(setting, tiny)
-    bench = Bench(cfg, lab_of(cfg, device))
-    for step in range(2):  # alone: the rounds below keep their calls to make them again
-        bench.trained(step)
-    peak = bench.peak()[0] / 1024
-    own = measure(Bench(cfg, bench.components), iterations)
-    said = plan(cfg, gpu_here(device), 0.4)
-    kept = ("images_per_s", "iteration_s", "bare_calls_s", "overhead", "passes_per_update", "passes_agree")
-    rows = {name: own[name] for name in (*kept, "scoring_share", "host_syncs_per_iteration", "host_syncs_at")}
-    tflops = own["flop_per_s"] / 1e12
-    return rows | {
-        "peak_gib": peak,
+    profiler = Profiler(cfg, components_of(cfg, device))
+    result = measure(profiler, iterations)
+    estimate = plan(cfg, gpu_here(device), 0.4)
+    kept = ("images_per_s", "iteration_s", "section_s", "overhead", "passes_per_update", "expected_passes_per_update")
+    tflops = result["flop_per_s"] / 1e12
+    return {name: result[name] for name in (*kept, "scoring_share", "host_syncs_per_iteration", "host_syncs_at")} | {
+        "peak_gib": result["peak_memory_mib"] / 1024,
         "tflop_per_s": tflops,
         "share_of_matrix_rate": tflops / rate,
-        "planned_gib": said.parts.total(setting.batch) / 2**30,
-        "planned_tflop": sum(said.parts.flop.values()) * setting.batch / 1e12,
-        "measured_tflop": tflops * own["iteration_s"],
-        "source": said.source,
+        "planned_gib": estimate.cost.total(setting.batch) / 2**30,
+        "planned_tflop": sum(estimate.cost.flop.values()) * setting.batch / 1e12,
+        "measured_tflop": tflops * result["iteration_s"],
+        "source": estimate.source,
     }
 
 
 def gpu_here(device: str) -> Gpu:
-    """The data sheet of this GPU; the H100's where it is not known."""
+    """The data sheet of this GPU; the H100's for an unknown one."""
     name = torch.cuda.get_device_name().lower() if device == "cuda" else ""
     return next((gpu for key, gpu in GPUS.items() if key in name), GPUS["h100"])
 
 
-def said(name: str, line: dict[str, Any]) -> str:
-    """A setting for the terminal."""
+def line_of(name: str, line: dict[str, Any]) -> str:
+    """One line of text for a setting."""
     if "error" in line:
         return f"{name:60s} {line['error']}"
     return (
@@ -211,7 +207,7 @@ def said(name: str, line: dict[str, Any]) -> str:
 
 
 def attempt(setting: Setting, tiny: Path | None, device: str, rate: float, iterations: int) -> dict[str, Any]:
-    """``measured``, or why it could not be: a setting that does not fit must not end the others."""
+    """``measured``, or the error: a setting that does not fit must not stop the others."""
     try:
         return measured(setting, tiny, device, rate, iterations)
     except torch.OutOfMemoryError as error:
@@ -221,33 +217,33 @@ def attempt(setting: Setting, tiny: Path | None, device: str, rate: float, itera
             torch.cuda.empty_cache()
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Measure what is asked for; 0, or 2 when nothing matched."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the chosen settings; returns 0, or 2 if none matched."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="PREFIX", help="settings whose name starts so, such as sdxl/1024")
+    parser.add_argument("--only", default="", metavar="PREFIX", help="settings with this prefix, such as sdxl/1024")
     parser.add_argument(
         "--tiny", type=Path, metavar="FOLDER", help="configs of this pipeline instead of the published ones"
     )
     parser.add_argument("--iterations", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no further setting after so long")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further setting after this time")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/real_size.json"))
-    asked = parser.parse_args(words)
-    chosen = [setting for setting in settings() if setting.name.startswith(asked.only)]
+    options = parser.parse_args(arguments)
+    chosen = [setting for setting in settings() if setting.name.startswith(options.only)]
     if not chosen:
-        print(f"--only {asked.only}: no setting starts so; there are {', '.join(s.name for s in settings())}")
+        print(f"--only {options.only}: no setting starts with this; known are {', '.join(s.name for s in settings())}")
         return 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rate, began = matrix_rate(device, 1.0 if device == "cuda" else 0.05), time.perf_counter()
-    found = json.loads(asked.out.read_text()) if asked.out.is_file() else {"settings": {}}
+    found = json.loads(options.out.read_text()) if options.out.is_file() else {"settings": {}}
     found |= {"device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "torch": torch.__version__}
     found["matrix_tflop_per_s"] = rate
     for setting in chosen:
-        if setting.name in found["settings"] or time.perf_counter() - began > asked.seconds:
+        if setting.name in found["settings"] or time.perf_counter() - began > options.seconds:
             continue
-        found["settings"][setting.name] = attempt(setting, asked.tiny, device, rate, asked.iterations)
-        print(said(setting.name, found["settings"][setting.name]), flush=True)
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps(found, indent=2) + "\n")
+        found["settings"][setting.name] = attempt(setting, options.tiny, device, rate, options.iterations)
+        print(line_of(setting.name, found["settings"][setting.name]), flush=True)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 

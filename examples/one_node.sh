@@ -1,10 +1,10 @@
 #!/bin/bash
-# Train on all GPUs of this machine; started again with the same words it goes on where it stopped:
+# Train on all GPUs of this machine. Run it again with the same arguments to resume:
 #   examples/one_node.sh sdxl_gdmd prompts.file=prompts.txt
 #   GPUS=2 RUN=runs/try examples/one_node.sh sd15_gdmd prompts.file=prompts.txt
 set -euo pipefail
 
-RUN=${RUN:-runs/${1:?give a recipe, then KEY=VALUE words}}
+RUN=${RUN:-runs/${1:?give a recipe, then KEY=VALUE overrides}}
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 
 if compgen -G "$RUN/checkpoints/step_*" > /dev/null; then

@@ -1,7 +1,7 @@
-"""Ask the model hub once before loading from it: an answer after one attempt instead of a minute of retries.
+"""Probe the model hub once before loading from it, instead of waiting a minute for retries.
 
-Libraries that read the hub try every file six times with growing pauses. If the hub does not answer, they read only
-their cache. Nothing here is imported before it is needed.
+Libraries that read the hub try every file six times with growing pauses; if the hub does not answer, they read only
+their cache. Heavy imports are local.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import sys
 from functools import cache
 from pathlib import Path
 
-PATIENCE = 10.0
+TIMEOUT = 10.0
 """Seconds to wait for the hub's answer."""
 
 
 def hub_file(name: str, file: str, revision: str | None = None) -> Path:
-    """A file of the repository ``name``, from the cache or downloaded. The hub's own errors; see ``hub_reason``."""
+    """A file of the repository ``name``, from the cache or downloaded. Raises the hub's errors; see ``hub_reason``."""
     import huggingface_hub
 
     cached_only = bool(unreachable(name, file, revision))
@@ -24,9 +24,9 @@ def hub_file(name: str, file: str, revision: str | None = None) -> Path:
 
 @cache
 def unreachable(name: str, file: str, revision: str | None = None) -> str:
-    """Why the hub cannot be asked for a file, so that only its cache is left; "" if it can.
+    """Why the hub cannot be reached for a file, so that only its cache can be used; "" if it can.
 
-    Raises what the hub says for certain: no such id, revision or file, or access that is gated.
+    Raises the hub's definite answers: no such id, revision or file, or gated access.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -39,8 +39,8 @@ def unreachable(name: str, file: str, revision: str | None = None) -> str:
     if away := offline():
         return away
     try:
-        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=PATIENCE)
-    except RepositoryNotFoundError as error:  # unknown, private or gated; what was downloaded before may still be used
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=TIMEOUT)
+    except RepositoryNotFoundError as error:  # unknown, private or gated; a cached file may still be used
         if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             raise
         return _first_line(error)
@@ -53,20 +53,20 @@ def unreachable(name: str, file: str, revision: str | None = None) -> str:
 
 @cache
 def offline() -> str:
-    """Why the hub does not answer at all, found by one request in a process; "" where it does."""
+    """Why the hub does not answer at all, from one request per process; "" if it does."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
-        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
     except (OSError, *transport_errors()) as error:
         return f"{constants.ENDPOINT}: {_first_line(error)}"
     return ""
 
 
 def hub_reason(error: Exception, file: str, revision: str | None = None, away: str = "") -> str:
-    """What an error of the hub means and what to do, in a few words. away: what ``unreachable`` found."""
+    """The meaning and cure of an error of the hub, in a few words. away: the result of ``unreachable``."""
     from huggingface_hub import errors
 
     match error:
@@ -82,7 +82,7 @@ def hub_reason(error: Exception, file: str, revision: str | None = None, away: s
                 f"it is not in the cache, and the hub cannot be reached{why}; check the network, or give a local folder"
             )
         case errors.EntryNotFoundError():
-            return f"it holds no {file}"
+            return f"it has no file {file}"
     return f"the hub cannot be read ({_first_line(error)}); try again, or give a local folder"
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import socket
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,8 +21,6 @@ from typing import Any
 
 SHARDS_STAY = "Finished shards are kept; run the same command again to continue."
 """The consequence of a full disk for work that is done in shards."""
-
-
 READ_WITH_WEIGHTS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Configs and vocabularies next to safetensors."""
 REMEMBERED = 4 * 2**20
@@ -47,7 +46,7 @@ _ADVICE = {
 def writing(what: str, path: Path, consequence: str = "", option: str = "--run") -> Iterator[None]:
     """Turn a full disk or unwritable folder met while writing ``path`` into one clear RunError.
 
-    ``option``: what names the folder. safetensors has an error of its own kind, with the system's in its message.
+    ``option``: the option that names the folder. The errors of safetensors have the system's in their message.
     """
     try:
         yield
@@ -69,21 +68,28 @@ def number_in(message: str) -> int:
 
 
 def write_atomic(path: Path, content: str | bytes, what: str, option: str = "--run") -> None:
-    """Write a file so that a reader, or a crash, sees the old or the new content and never a part of it.
+    """Write a file so that a reader, also after a crash, sees the old or the new content and never a part of it.
 
     ``what`` and ``option`` are for the error: what could not be written, and which option names another folder.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two processes may write the same file
-    with writing(what, path, option=option):
-        try:
-            with partial.open("wb") as file:
-                file.write(content.encode("utf-8") if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+    with writing(what, path, option=option), replaced(path) as partial, partial.open("wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A hidden file next to ``path`` to write to; it replaces ``path`` if the block succeeds and is deleted otherwise.
+
+    Each process has its own, also on a shared file system. Use with ``writing``, which explains the errors.
+    """
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def follow_umask(*files: Path) -> None:
@@ -104,7 +110,7 @@ def follow_umask(*files: Path) -> None:
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:
-    """The JSON object in a file. RunError that names the file and ends with ``advice`` where it holds anything else."""
+    """The JSON object in a file. RunError with the file's name and ``advice`` if it holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -129,7 +135,7 @@ def numbered_jsonl(path: Path, *, torn_tail: bool = False) -> list[tuple[int, di
     rows = []
     for number, line, whole in _lines(path):
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8-sig"))
             if not isinstance(row, dict):
                 raise ValueError(f"expected a JSON object, got {type(row).__name__}")
         except (ValueError, RecursionError) as error:
@@ -268,7 +274,7 @@ def weight_variant(name: str) -> str | None:
 
 
 def _remembered_hash(path: Path) -> str:
-    """``file_hash``, kept from one program to the next where the file is large."""
+    """``file_hash``, remembered between programs for large files."""
     try:
         before = path.stat()
     except OSError as error:
@@ -298,7 +304,7 @@ def _state(file: os.stat_result) -> str:
 
 
 def content_hash(*parts: str | bytes) -> str:
-    """SHA-256 of several pieces of content, in hexadecimal; where one part ends and the next begins counts."""
+    """SHA-256 of several parts, in hexadecimal; the boundaries between the parts count."""
     digest = hashlib.sha256()
     for part in parts:
         raw = part.encode("utf-8", errors="surrogatepass") if isinstance(part, str) else part

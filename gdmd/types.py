@@ -1,8 +1,8 @@
-"""The nouns of the project and the Protocols through which the packages of level 2 meet.
+"""The common types, and the protocols between packages that do not import each other.
 
-Legend of shapes: B samples of the global batch, b samples of one micro-batch, C H W the latent (or image) grid,
-L caption tokens, K objects of a scene, E targets of one group (eta of Algorithm 1, arXiv 2604.19009).
-Nothing here imports torch at run time: the file is read by ``--help``.
+Shapes: B samples of the global batch, b of one rank or micro-batch, C H W latent (or image), N tokens or steps, R rewards,
+K rollouts, eta targets of a group (Algorithm 1, arXiv 2604.19009).
+Nothing here imports torch at run time: ``--help`` must stay fast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gdmd.diffusion.rng import SampleRng
 
 Role = Literal["student", "fake"]
-"""The networks that are trained. The teacher is frozen and the old policy only follows the student."""
+"""The trained networks. The teacher is frozen; the old policy follows the student."""
 
 Native = Literal["eps", "velocity", "v", "x0"]
 """What a network predicts: velocity = eps - x0, v = alpha eps - sigma x0 (VP, arXiv 2202.00512)."""
@@ -29,7 +29,7 @@ Cond = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """One network answer in every parameterisation; build it with ``diffusion.schedule``.
+    """A network's prediction in every parameterization; build it with ``diffusion.schedule``.
 
     x0 and eps have the shape of x_t, fp32. ``velocity`` is eps - x0 in every family (never the VP "v").
     """
@@ -58,7 +58,7 @@ class Denoiser(Protocol):
 
 
 class FeatureDenoiser(Denoiser, Protocol):
-    """A denoiser whose trunk can be read, for a GAN head on it (DMD2, arXiv 2405.14867)."""
+    """A denoiser with features for a GAN head (DMD2, arXiv 2405.14867)."""
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Hidden states of the image tokens, [B, N, D]: of a transformer after its last block, of a UNet its middle."""
@@ -66,7 +66,7 @@ class FeatureDenoiser(Denoiser, Protocol):
 
 
 class Critic(Protocol):
-    """A GAN head on the fake's features: x_t [B,C,H,W], t [B] in [0,1] -> logits [B], high = real."""
+    """A GAN head on the fake score's features: x_t [B,C,H,W], t [B] in [0,1] -> logits [B], high = real."""
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
 
@@ -147,20 +147,31 @@ def score_all(rewards: Sequence[Reward], images: Tensor, prompts: PromptBatch) -
 
 
 class Guide(Protocol):
-    """Classifier-free guidance of a model: its answers with and without the caption at the same x_t and t [B], as one."""
+    """Classifier-free guidance: combines the predictions with and without the caption at the same x_t and t [B]."""
 
     def __call__(self, cond: Prediction, uncond: Prediction, guidance: float, t: Tensor) -> Prediction: ...
 
 
 class Roles(Protocol):
-    """The networks of one distillation, whatever their storage (full copies, or adapters on one trunk)."""
+    """The networks of one distillation, whatever their storage (full copies, or adapters on one backbone)."""
 
-    schedule: Schedule
-    guide: Guide
-    student: Denoiser
-    fake: Denoiser
-    teacher: Denoiser
-    old: Denoiser
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def guide(self) -> Guide: ...
+
+    @property
+    def student(self) -> Denoiser: ...
+
+    @property
+    def fake(self) -> Denoiser: ...
+
+    @property
+    def teacher(self) -> Denoiser: ...
+
+    @property
+    def old(self) -> Denoiser: ...
 
     def parameters(self, role: Role) -> Mapping[str, Parameter]:
         """The trainable parameters of a role by their stable name."""
@@ -171,50 +182,50 @@ class Roles(Protocol):
         ...
 
     def old_state(self) -> Mapping[str, Tensor]:
-        """Weights of the old policy by the student's parameter names; empty until ``follow`` was called."""
+        """Weights of the old policy by the student's parameter names; empty until ``follow`` is called."""
         ...
 
     def load_old_state(self, tensors: Mapping[str, Tensor]) -> None: ...
 
     def shard(self, shard: Callable[[Any], None]) -> None:
-        """Before training on several ranks: call ``shard`` with every module whose weights are all trained or follow
-        (now, and when it is made later). Adapters and frozen networks stay whole. Parameters are new objects then."""
+        """Before training on several ranks: call ``shard`` with every module whose weights are all trained or follow the
+        student, also those created later. Adapters and frozen networks stay whole. Parameters become new objects."""
         ...
 
 
 class Ranks(Protocol):
-    """The processes that share one global batch, as a method sees them: what is global is computed on ``gather``."""
+    """The processes that share a global batch. Global statistics are computed on the result of ``all_gather``."""
 
-    def gather(self, own: Tensor, dim: int = 0) -> Tensor:
+    def all_gather(self, local: Tensor, dim: int = 0) -> Tensor:
         """The samples of all ranks along ``dim``, in the order of the global batch: b -> B. No gradient."""
         ...
 
-    def share(self, whole: Tensor, dim: int = 0) -> Tensor:
+    def local_shard(self, full: Tensor, dim: int = 0) -> Tensor:
         """The inverse: this rank's samples along ``dim`` of a tensor of the global batch, B -> b."""
         ...
 
 
-class Alone:
+class SingleProcess:
     """One process: its batch is the global batch."""
 
-    def gather(self, own: Tensor, dim: int = 0) -> Tensor:
-        return own
+    def all_gather(self, local: Tensor, dim: int = 0) -> Tensor:
+        return local
 
-    def share(self, whole: Tensor, dim: int = 0) -> Tensor:
-        return whole
+    def local_shard(self, full: Tensor, dim: int = 0) -> Tensor:
+        return full
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """The prompts of one outer iteration; position i belongs to sample i of every tensor of the step.
+    """The prompts of one outer iteration; entry i belongs to sample i of every tensor of the step.
 
     index: global position of each sample in the step's batch, the key of its random draws.
-    host: the same on the CPU, where it is known there, so that Python may read draws without waiting for the device.
-    group: integer id, equal for samples of one prompt group (groups are never rebuilt from text).
-    ranks: with whom the global batch is shared; this is its part that belongs to this rank.
+    host: ``index`` on the CPU, if known, so that Python reads draws without a synchronization.
+    group: integer id, equal for samples of one prompt group (never derived from text).
+    ranks: the processes that share the global batch, of which this is the part of one rank.
     """
 
     index: Tensor  # [B] int64
@@ -223,7 +234,7 @@ class PromptBatch:
     cond: Cond
     uncond: Cond
     meta: tuple[Mapping[str, Any], ...] = ()
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
     host: Tensor | None = None
 
     def __len__(self) -> int:
@@ -240,10 +251,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step that a method asks of the loop.
+    """One optimizer step for the loop to make.
 
-    ``batch`` is a dataclass (or mapping) of tensors with the sample as first dimension, so that the loop may cut
-    it into micro-batches; ``loss`` is deterministic and differentiable: every random draw is already in the batch.
+    ``batch`` is a dataclass (or mapping) of tensors with the sample as first dimension, which the loop may split
+    into micro-batches; ``loss`` is deterministic and differentiable: all random draws are in the batch.
     """
 
     role: Role
@@ -257,7 +268,7 @@ class Method(Protocol):
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]: ...
 
     def stats(self) -> Mapping[str, Tensor]:
-        """Statistics of the last iteration, 0-d or [B] tensors; the loop logs their means. Keys read place/name."""
+        """Statistics of the last iteration, 0-d or [B] tensors; the loop logs their means. Keys are group/name."""
         ...
 
     def state(self) -> Mapping[str, Tensor]:

@@ -22,7 +22,7 @@ from gdmd.io import (
 )
 
 
-def test_rows_come_back_as_written(tmp_path: Path) -> None:
+def test_jsonl_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, [{"text": "a\u2028b", "value": 1.5}], "the rows")
     append_jsonl(path, [{"text": "c", "value": float("nan")}], "the rows")
@@ -30,7 +30,7 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tail", [b'{"b": 2', b'{"b": "\xc3', b"{", b"12"])
-def test_only_a_torn_last_line_is_left_out(tmp_path: Path, tail: bytes) -> None:
+def test_torn_last_line(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n' + tail)
     assert read_jsonl(path, torn_tail=True) == [{"a": 1}]
@@ -42,7 +42,7 @@ def test_only_a_torn_last_line_is_left_out(tmp_path: Path, tail: bytes) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "", '{"a": \x00}'])
-def test_a_damaged_json_file_is_named_with_what_to_do(tmp_path: Path, content: str) -> None:
+def test_damaged_json(tmp_path: Path, content: str) -> None:
     (tmp_path / "result.json").write_text(content)
     with pytest.raises(RunError, match=r"cannot read .*result\.json: .*\. Delete it\.$"):
         read_json(tmp_path / "result.json", "Delete it.")
@@ -51,20 +51,20 @@ def test_a_damaged_json_file_is_named_with_what_to_do(tmp_path: Path, content: s
 
 
 @pytest.mark.parametrize(("tail", "kept"), [(b'{"b": 2', []), (b'{"b": 2}', [{"b": 2}])])
-def test_appending_never_joins_two_lines(tmp_path: Path, tail: bytes, kept: list[dict[str, int]]) -> None:
+def test_append_after_a_torn_line(tmp_path: Path, tail: bytes, kept: list[dict[str, int]]) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n' + tail)
     append_jsonl(path, [{"c": 3}], "the rows")
     assert read_jsonl(path) == [{"a": 1}, *kept, {"c": 3}]
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
+def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}\r\n')
     assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
 
 
-def test_files_are_written_with_the_users_own_permissions(tmp_path: Path) -> None:
+def test_write_atomic_follows_the_umask(tmp_path: Path) -> None:
     mask = os.umask(0o022)
     try:
         write_atomic(tmp_path / "x", "content", "the file")
@@ -73,7 +73,7 @@ def test_files_are_written_with_the_users_own_permissions(tmp_path: Path) -> Non
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
 
 
-def test_hashes_depend_on_content_and_on_where_parts_end(tmp_path: Path) -> None:
+def test_hashes(tmp_path: Path) -> None:
     write_atomic(tmp_path / "x", b"abc", "the file")
     assert file_hash(tmp_path / "x").startswith("ba7816bf")
     assert content_hash("ab", "c") != content_hash("a", "bc")
@@ -81,7 +81,7 @@ def test_hashes_depend_on_content_and_on_where_parts_end(tmp_path: Path) -> None
 
 
 def pipeline(folder: Path) -> Path:
-    """The files of a pipeline, with other files beside them."""
+    """The files of a pipeline, next to other files."""
     index = {"_class_name": "X", "unet": ["diffusers", "Y"], "tokenizer": ["transformers", "Z"], "extra": [None, None]}
     files = {
         "model_index.json": json.dumps(index),
@@ -101,7 +101,7 @@ def pipeline(folder: Path) -> Path:
 @pytest.mark.parametrize(
     "name", ["model_index.json", "unet/config.json", "unet/model.safetensors", "tokenizer/vocab.json"]
 )
-def test_a_fingerprint_notices_content_of_the_same_size_and_time(
+def test_fingerprint_notices_edits_of_same_size_and_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -116,7 +116,7 @@ def test_a_fingerprint_notices_content_of_the_same_size_and_time(
     assert file.stat().st_size == before.st_size and weights_fingerprint(base) != first
 
 
-def test_a_remembered_hash_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remembered_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(gdmd.io, "REMEMBERED", 0)
     monkeypatch.setattr("gdmd.io.time.time", lambda: 1e10)
@@ -127,7 +127,7 @@ def test_a_remembered_hash_is_not_computed_again(tmp_path: Path, monkeypatch: py
         assert weights_fingerprint(base) == first
 
 
-def test_a_fingerprint_needs_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_without_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = pipeline(tmp_path / "base")
     first = weights_fingerprint(base)
     monkeypatch.setattr(gdmd.io, "REMEMBERED", 0)
@@ -140,7 +140,7 @@ def test_a_fingerprint_needs_no_home_folder(tmp_path: Path, monkeypatch: pytest.
     assert weights_fingerprint(base) == first and sorted(file.name for file in tmp_path.iterdir()) == ["base"]
 
 
-def test_a_fingerprint_is_that_of_what_is_loaded(tmp_path: Path) -> None:
+def test_fingerprint_covers_what_is_loaded(tmp_path: Path) -> None:
     base, moved = pipeline(tmp_path / "base"), pipeline(tmp_path / "moved")
     assert weights_fingerprint(base) == weights_fingerprint(moved)
     half = weights_fingerprint(base, "fp16")
@@ -167,12 +167,12 @@ def test_a_fingerprint_is_that_of_what_is_loaded(tmp_path: Path) -> None:
         ("diffusion_pytorch_model.non_ema.safetensors", "non_ema"),
     ],
 )
-def test_the_variant_of_a_weight_file(name: str, variant: str | None) -> None:
+def test_weight_variant(name: str, variant: str | None) -> None:
     assert weight_variant(name) == variant
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o027])
-def test_weights_of_an_asset_and_of_a_checkpoint_have_the_mode_of_any_new_file(tmp_path: Path, umask: int) -> None:
+def test_weights_follow_the_umask(tmp_path: Path, umask: int) -> None:
     import torch
 
     from gdmd.runs import checkpoint

@@ -32,7 +32,7 @@ def recipes_command(
     Examples:
       gdmd recipes
       gdmd recipes shapes
-      gdmd recipes shapes method.gamma=0 > mine.yaml
+      gdmd recipes sdxl_gdmd > mine.yaml      a copy to edit and train
     """
     from gdmd.recipes.read import read_recipe, recipe_names
 
@@ -54,14 +54,15 @@ def _recipe_list() -> Iterator[str]:
 
     shapes = {name: read_recipe(name) for name in shapes_names()}
     yield "The Shapes world (embedded, trains on a laptop): gdmd train NAME"
-    yield from _entries({name: f"{cfg.about} {student(cfg)}; {length(cfg)}." for name, cfg in shapes.items()})
+    yield from _entries({name: f"{cfg.about} {length(cfg)}." for name, cfg in shapes.items()})
     families, methods = family_names(), method_names()
     by_family = {family: read_recipe(f"{family}_{methods[0]}").model for family in families}
     yield "\nReal models: gdmd train FAMILY_METHOD, such as sdxl_gdmd; every pair exists"
     yield "\nFAMILY"
     yield from _entries({name: f"{m.path}, {m.width} x {m.height}" for name, m in by_family.items()})
-    yield "\nMETHOD"
     by_method = {method: read_recipe(f"{families[0]}_{method}") for method in methods}
+    students = dict.fromkeys(student(cfg).partition(" at ")[0] for cfg in by_method.values())
+    yield f"\nMETHOD ({' or '.join(students)})"
     yield from _entries({name: f"{method_about(name)} {length(cfg)}." for name, cfg in by_method.items()})
 
 
@@ -118,7 +119,7 @@ def pretrain_command(
       gdmd pretrain scorers --kind shapes_pref
     """
     if kind and network is not Network.scorers:
-        raise ValueError(f"--kind names a scorer, but the network is {network.value}; leave it out")
+        raise ValueError(f"--kind selects a scorer, but the network to train is {network.value}; leave it out")
     from gdmd.programs.pretrain import pretrain
 
     for path in pretrain(network.value, steps, seed, folder, resume, kind or [], messages()):

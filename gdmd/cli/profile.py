@@ -14,11 +14,11 @@ def profile_command(
     iterations: Annotated[int, typer.Option(min=1, help="Measured outer iterations, after one to warm up.")] = 8,
     json: Json = False,
 ) -> None:
-    """Measure the speed of a recipe on this machine: passes, FLOP, overhead, images/s, memory.
+    """Measure the speed of a recipe on this machine: forward passes, FLOP, time, images/s, memory.
 
-    Passes are denoiser forward passes of one batch (a backward pass counts as two), counted by hooks and compared with
-    the method's own count. Overhead is the time of an iteration without its optimizer, relative to its network, decoder
-    and reward calls alone. Host syncs need a GPU. Use loop.threads=1 on a shared machine. Nothing is written.
+    Passes are denoiser forward passes of one batch; a backward pass counts as two, or as one through a frozen base model.
+    Overhead is the time of an iteration without its optimizer, relative to its network calls, backward passes and scoring.
+    Host syncs need a GPU. Use loop.threads=1 on a shared machine. Nothing is written.
 
     \b
     Examples:
@@ -27,7 +27,7 @@ def profile_command(
       gdmd profile dmd2 loop.batch_size=32 --json > dmd2.json
     """
     cfg = recipe_of(arguments)
-    from gdmd.profiling.bench import Bench, describe, measure
+    from gdmd.profiling.profiler import Profiler, describe, measure
 
-    measured = measure(Bench(cfg), iterations)
+    measured = measure(Profiler(cfg), iterations)
     print_json(measured) if json else print(describe(measured))

@@ -16,7 +16,7 @@ from gdmd.cli.common import SETTINGS, Json, log, messages, print_json
 from gdmd.config.extras import install
 from gdmd.config.study import ADDRESS, CONSENT, PORT, StudyConfig
 from gdmd.io import is_loopback, typed
-from gdmd.training.progress import waiting
+from gdmd.reporting.progress_bar import phase
 
 study_app = typer.Typer(
     no_args_is_help=True,
@@ -156,7 +156,7 @@ def analyze_command(
     store = Store(study / VOTES)
     votes = votes_of(plan, store.rows())
     store.close()
-    with waiting(messages(), f"analyzing {len(votes)} votes", plain=False):
+    with phase(f"analyzing {len(votes)} votes", messages(), plain=False):
         found = analyze(plan, votes, max_failed, replicates)
     path = write_report(found, votes, report or study / "report")
     if json:
@@ -259,15 +259,10 @@ def _write_study(cfg: StudyConfig, models: list[str], study: Path, common: bool,
 
 
 def _config(**fields: Any) -> StudyConfig:
-    """The settings. ValueError with one line per mistake, instead of pydantic's layout."""
-    from pydantic import ValidationError
+    from gdmd.config.load import validated
 
-    from gdmd.config.explain import explain
-
-    try:
-        return StudyConfig(**fields)
-    except ValidationError as error:
-        raise ValueError("\n".join(explain(StudyConfig, error, "study"))) from None
+    config: StudyConfig = validated(StudyConfig, fields, "study")
+    return config
 
 
 def _consent(path: Path | None) -> str:
@@ -299,7 +294,6 @@ def _web() -> Any:
 def _print_pairs(found: Any) -> None:
     from rich.console import Console
 
-    from gdmd.reporting.tables import Table, texts
-    from gdmd.study.report import DUEL_HEAD, duel_cells
+    from gdmd.study.report import result_table
 
-    Console().print(Table(DUEL_HEAD, [[texts(*duel_cells(duel)) for duel in found.pairs]]).rich())
+    Console().print(result_table(found.pairs).rich())

@@ -93,8 +93,8 @@ def _progress() -> Iterator[tuple[Say, Show]]:
         task = bar.add_task("", total=None)
 
         def show(status: Status) -> None:
-            left = "" if status.seconds_left is None else f"about {duration(status.seconds_left)} left; "
-            text = f"{left}running {', '.join(status.running) or 'nothing'}"
+            left = f"about {duration(status.seconds_left)} left; " if status.seconds_left else ""
+            text = f"{left}running {', '.join(status.running)}" if status.running else ""
             bar.update(task, completed=status.done, total=status.total, description=text)
 
         yield lambda text: bar.console.print(text, markup=False, highlight=False, soft_wrap=True), show

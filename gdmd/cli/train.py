@@ -11,7 +11,7 @@ import typer
 
 from gdmd.cli.common import Json, RunFolder, log, messages, print_json
 from gdmd.io import typed
-from gdmd.training.progress import waiting
+from gdmd.reporting.progress_bar import phase
 from gdmd.training.rank import RankInfo, rank_info, restart_count
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _train(options: TrainOptions) -> int:
     """Train in this process, alone or as one of the ranks that torchrun has started; the exit code."""
     options = options.after_restart()
     cfg, console = options.config(), messages()
-    with waiting(console, "starting", plain=False):  # importing torch
+    with phase("starting", console, plain=False):  # importing torch
         from gdmd.programs.train import create_run, prepare, resume_run, run_training
         from gdmd.training.distributed import session
 

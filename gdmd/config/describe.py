@@ -12,7 +12,7 @@ from gdmd.config.methods.dmdr import DmdrConfig
 from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
 from gdmd.config.model import DiffusersModel
-from gdmd.config.rewards import CompositeReward, RemoteReward
+from gdmd.config.rewards import CompositeConfig, RemoteConfig
 from gdmd.config.run import RewardConfig, RunConfig
 
 METHODS = {
@@ -84,6 +84,6 @@ def trained_rewards(cfg: RunConfig) -> tuple[str, ...]:
 
 def labels_of(spec: RewardConfig) -> tuple[str, ...]:
     """A reward's label and those of its parts; for a remote reward also its name on the server."""
-    if isinstance(spec, CompositeReward):
+    if isinstance(spec, CompositeConfig):
         return (spec.label, *(label for part in spec.parts for label in labels_of(part.reward)))
-    return (spec.label, spec.reward) if isinstance(spec, RemoteReward) else (spec.label,)
+    return (spec.label, spec.reward) if isinstance(spec, RemoteConfig) else (spec.label,)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gdmd.config.fields import Key, Models, all_paths, children, kinds, models_in
-from gdmd.config.names import listed, near, similar_fields
+from gdmd.config.names import near, similar_fields
 
 MOST_KEYS = 16
 """Known keys listed in an error; a longer list would hide the error itself."""
@@ -148,7 +148,8 @@ def _unknown_key(at: _Location, fields: Sequence[str], overrides: Mapping[tuple[
         section = at.path[:-1]
         shell = any(given[: len(section)] == tuple(map(str, section)) for given in overrides)
         whole = _assignment(section, f"{{kind: {at.label}, ...}}", shell)
-        return f"kind '{at.label}' has no such key ({listed(kinds(others))} has); replace the whole section: {whole}"
+        having = ", ".join(kinds(others))
+        return f"kind '{at.label}' has no such key, only {having}; replace the whole section: {whole}"
     if key == "weight" and "kind" in known and at.path[0] == "rewards":
         parts = "{kind: composite, parts: [{reward: {kind: ...}, weight: ...}]}"
         return f"unknown key; weights belong to the parts of a composite: {parts}"

@@ -28,7 +28,7 @@ def kinds(models: Iterable[type[BaseModel]]) -> list[str]:
 
 
 def fitting(models: Models, value: Any) -> Models:
-    """The classes that have the ``kind`` of ``value``; all of them where it has none."""
+    """The classes that have the ``kind`` of ``value``; all of them if it has none."""
     kind = value.get("kind") if isinstance(value, Mapping) else None
     return [model for model in models if kind in kinds([model])] or models
 

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, model_validator
 
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability, expand_home
+from gdmd.config.load import validated
 from gdmd.config.model import Pixels
 
 SchedulerName = Literal["lcm", "tcd", "ddim", "euler", "euler_ancestral", "flow_euler", "flow_dpm"]
@@ -83,7 +83,7 @@ class SourceConfig(Config):
 
     def changed(self, given: Mapping[str, Any]) -> SourceConfig:
         """A copy with other settings, validated again."""
-        return checked(SourceConfig, self.model_dump(exclude_unset=True) | dict(given), f"source {self.where!r}")
+        return _validated(self.model_dump(exclude_unset=True) | dict(given), f"source {self.where!r}")
 
 
 _NUMBERS = {"steps", "height", "width", "batch"}
@@ -100,7 +100,7 @@ def read_source(text: str) -> SourceConfig:
     name, where, used = _named(pieces)
     if not where.strip() or not name.strip():
         raise ValueError(f"source {text!r} names no place; write [NAME=]WHERE[,key=value ...]")
-    return checked(SourceConfig, {"name": name, "where": where, **_pairs(text, pieces[used:])}, f"source {text!r}")
+    return _validated({"name": name, "where": where, **_pairs(text, pieces[used:])}, f"source {text!r}")
 
 
 def named_place(text: str) -> tuple[str, str]:
@@ -196,15 +196,6 @@ def read_sources(texts: Sequence[str]) -> tuple[SourceConfig, ...]:
     return sources
 
 
-def checked(cls: type[SourceConfig], given: dict[str, Any], what: str) -> SourceConfig:
-    """The validated config. ValueError with one line for each mistake."""
-    try:
-        return cls.model_validate(given)
-    except ValidationError as error:
-        lines = [f"{what}: {_mistake(one)}" for one in error.errors()]
-        raise ValueError("\n".join(lines)) from None
-
-
-def _mistake(detail: ErrorDetails) -> str:
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(map(str, detail['loc']))} = {detail['input']!r}: {message}" if detail["loc"] else message
+def _validated(given: dict[str, Any], name: str) -> SourceConfig:
+    source: SourceConfig = validated(SourceConfig, given, name)
+    return source

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from gdmd.config.explain import explain, redacted, show
 from gdmd.config.fields import Key, field_at
@@ -60,6 +60,14 @@ def load_config(
     if errors:
         raise ConfigError(errors)
     return config
+
+
+def validated(annotation: Any, value: Any, name: str) -> Any:
+    """A value as a config class or a union of them. ConfigError, each line beginning with ``name``, lists all mistakes."""
+    try:
+        return TypeAdapter(annotation).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(explain(annotation, error, name, tree=value)) from None
 
 
 def dump_config(config: BaseModel) -> str:

@@ -11,7 +11,7 @@ from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflC
 from gdmd.config.methods.dmdr import DmdrConfig
 from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig, GdmdTiltedShuffledConfig
-from gdmd.config.rewards import CompositeReward, OcrConfig, RemoteReward
+from gdmd.config.rewards import CompositeConfig, OcrConfig, RemoteConfig
 from gdmd.config.run import RewardConfig, RunConfig
 
 _ROLES = ("student", "fake")
@@ -57,12 +57,12 @@ def _of_method(cfg: RunConfig) -> tuple[str, ...]:
         tuple(f"reward/{_name(spec)}/{what}" for spec in _rewards(cfg)) for what in ("sample", "target")
     )
     match cfg.method:
-        case DmdConfig() as own:
-            return ("loss/regression",) if own.regression_weight > 0 else ()
-        case Dmd2Config() as own:
-            return ("loss/head", "loss/gan", "gan/real", "gan/student") if own.adversarial else ()
-        case DmdrConfig() as own:
-            return ("schedule/c", *_of_dmdr(own, samples))
+        case DmdConfig() as method:
+            return ("loss/regression",) if method.regression_weight > 0 else ()
+        case Dmd2Config() as method:
+            return ("loss/head", "loss/gan", "gan/real", "gan/student") if method.adversarial else ()
+        case DmdrConfig() as method:
+            return ("schedule/c", *_of_dmdr(method, samples))
         case _ if not cfg.method.rewarded:
             return ()
         case DmdReflConfig():
@@ -73,20 +73,20 @@ def _of_method(cfg: RunConfig) -> tuple[str, ...]:
             return ("loss/grpo", "policy/moved", "policy/clipped", *_COLLECTED, *samples)
         case GdmdConfig():
             return (*_TARGETS, *_OPTIMALITY, *samples, *targets)
-        case GdmdTiltedConfig() as own:
-            gradient = ("gap/pull",) if own.reward_gradient > 0 else ()
-            compared = (*_OPTIMALITY, *samples) if isinstance(own, GdmdTiltedShuffledConfig) else ()
+        case GdmdTiltedConfig() as method:
+            gradient = ("gap/pull",) if method.reward_gradient > 0 else ()
+            compared = (*_OPTIMALITY, *samples) if isinstance(method, GdmdTiltedShuffledConfig) else ()
             return (*_TARGETS, *compared, "weight/effective", *gradient, *targets)
 
 
-def _of_dmdr(own: DmdrConfig, samples: tuple[str, ...]) -> Iterator[str]:
-    if own.tilt > 0 and own.cold_start > 0:
+def _of_dmdr(method: DmdrConfig, samples: tuple[str, ...]) -> Iterator[str]:
+    if method.tilt > 0 and method.cold_start > 0:
         yield from ("weight/tilt", "reward/complete")
-    if own.rl_weight > 0:
+    if method.rl_weight > 0:
         yield "loss/rl"
-        if own.strategy == "grpo":
+        if method.strategy == "grpo":
             yield from (*_COLLECTED, *samples)
-        if own.strategy == "dpo":
+        if method.strategy == "dpo":
             yield from ("reward/complete", "reward/paired")
 
 
@@ -101,9 +101,9 @@ def _of_reward(spec: RewardConfig) -> Iterator[str]:
     match spec:
         case OcrConfig():
             yield f"reward/{name}/unasked"
-        case RemoteReward():
+        case RemoteConfig():
             yield from (f"reward/{name}/unscored", f"reward/{name}/retries")
-        case CompositeReward():
+        case CompositeConfig():
             for part in spec.parts:
                 yield f"reward/{name}/{_name(part.reward)}"
                 yield from _of_reward(part.reward)
@@ -113,4 +113,4 @@ def _of_reward(spec: RewardConfig) -> Iterator[str]:
 
 def _name(spec: RewardConfig) -> str:
     """The name of a reward in keys: its label, without the space of a remote one."""
-    return f"remote_{spec.reward}" if isinstance(spec, RemoteReward) else spec.label
+    return f"remote_{spec.reward}" if isinstance(spec, RemoteConfig) else spec.label

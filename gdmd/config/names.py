@@ -84,8 +84,8 @@ def similar_fields(got: str, siblings: Sequence[str], fields: Sequence[str]) -> 
     meant = [path for path in FROM_OTHER_LIBRARIES.get(name, ()) if path in fields]
     if meant:
         return f"; did you mean {' and '.join(meant)}?" if name in ("resolution", "image_size", "size") else _ask(meant)
-    if beside := near(got, siblings):
-        return f"; did you mean '{beside[0]}'?"
+    if similar := near(got, siblings):
+        return f"; did you mean '{similar[0]}'?"
     last = {path: path.rpartition(".")[2] for path in fields if "." in path}
     same = [path for path, own in last.items() if own == name][:3]
     spelled = near(name, list(last.values()), cutoff=0.85)

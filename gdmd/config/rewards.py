@@ -52,7 +52,7 @@ class NetworkReward(DeviceOptions):
     chunk: NonNegativeCount = Field(default=0, description="Images per forward pass; 0 = the whole batch.")
 
 
-class ClipReward(NetworkReward):
+class ClipConfig(NetworkReward):
     """CLIPScore: the cosine, in [-1, 1]."""
 
     kind: Literal["clip"] = "clip"
@@ -66,7 +66,7 @@ class ClipReward(NetworkReward):
         return self.kind
 
 
-class HpsReward(NetworkReward):
+class HpsConfig(NetworkReward):
     """HPSv2.1 ("hps") or HPSv2 ("hps_v2"): the cosine of a fine-tuned CLIP ViT-H/14."""
 
     kind: Literal["hps", "hps_v2"] = "hps"
@@ -79,7 +79,7 @@ class HpsReward(NetworkReward):
         return self.kind
 
 
-class PickScoreReward(NetworkReward):
+class PickScoreConfig(NetworkReward):
     """PickScore v1: exp(logit_scale) times the cosine, about 15 to 27."""
 
     kind: Literal["pickscore"] = "pickscore"
@@ -96,8 +96,8 @@ class PickScoreReward(NetworkReward):
         return self.kind
 
 
-class ImageRewardReward(NetworkReward):
-    """ImageReward v1: a standardized score, about -3 to 3."""
+class ImageRewardConfig(NetworkReward):
+    """RealRewardConfig v1: a standardized score, about -3 to 3."""
 
     kind: Literal["imagereward"] = "imagereward"
     path: str | None = Field(
@@ -109,7 +109,7 @@ class ImageRewardReward(NetworkReward):
         return self.kind
 
 
-class AestheticReward(NetworkReward):
+class AestheticConfig(NetworkReward):
     """LAION aesthetic predictor v2: scores the image without the prompt, about 1 to 10."""
 
     kind: Literal["aesthetic"] = "aesthetic"
@@ -127,7 +127,7 @@ class AestheticReward(NetworkReward):
         return self.kind
 
 
-class GenEvalReward(DeviceOptions):
+class GenEvalConfig(DeviceOptions):
     """GenEval partial credit, in [0, 1]; not the GenEval metric. Prompts need GenEval metadata."""
 
     kind: Literal["geneval"] = "geneval"
@@ -189,7 +189,7 @@ class CallableConfig(Config):
         return function_label(self.target)
 
 
-class RemoteReward(Config):
+class RemoteConfig(Config):
     """A reward computed on another machine, by ``gdmd rewards serve``."""
 
     kind: Literal["remote"] = "remote"
@@ -229,15 +229,15 @@ class RemoteReward(Config):
 
 
 SingleReward = Annotated[
-    ClipReward
-    | HpsReward
-    | PickScoreReward
-    | ImageRewardReward
-    | AestheticReward
-    | GenEvalReward
+    ClipConfig
+    | HpsConfig
+    | PickScoreConfig
+    | ImageRewardConfig
+    | AestheticConfig
+    | GenEvalConfig
     | OcrConfig
     | CallableConfig
-    | RemoteReward,
+    | RemoteConfig,
     Field(discriminator="kind"),
 ]
 
@@ -253,7 +253,7 @@ class CompositePart(Config):
     )
 
 
-class CompositeReward(Config):
+class CompositeConfig(Config):
     """Weighted mean of several standardized rewards; every part is also logged in its own units."""
 
     kind: Literal["composite"] = "composite"
@@ -271,19 +271,19 @@ class CompositeReward(Config):
         return self
 
 
-ImageReward = (
-    ClipReward
-    | HpsReward
-    | PickScoreReward
-    | ImageRewardReward
-    | AestheticReward
-    | GenEvalReward
+RealRewardConfig = (
+    ClipConfig
+    | HpsConfig
+    | PickScoreConfig
+    | ImageRewardConfig
+    | AestheticConfig
+    | GenEvalConfig
     | OcrConfig
     | CallableConfig
-    | RemoteReward
-    | CompositeReward
+    | RemoteConfig
+    | CompositeConfig
 )
 """Every reward of real images."""
 
-TaggedReward = Annotated[ImageReward, Field(discriminator="kind")]
-"""ImageReward as a union discriminated by ``kind``, which gives one error for a wrong kind."""
+TaggedReward = Annotated[RealRewardConfig, Field(discriminator="kind")]
+"""RealRewardConfig as a union discriminated by ``kind``, which gives one error for a wrong kind."""

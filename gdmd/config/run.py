@@ -15,7 +15,7 @@ from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.methods.gdmd_tilted import GdmdTiltedShuffledConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
-from gdmd.config.rewards import ImageReward
+from gdmd.config.rewards import RealRewardConfig
 from gdmd.config.training import LoopConfig
 
 
@@ -54,7 +54,7 @@ class ShapesReward(Config):
 LOWEST_SCORE = {"pickscore": 10.0, "aesthetic": 1.0}
 """Lower bounds of the rewards whose scores are far above 1."""
 
-RewardConfig = Annotated[ShapesReward | ImageReward, Field(discriminator="kind")]
+RewardConfig = Annotated[ShapesReward | RealRewardConfig, Field(discriminator="kind")]
 """Every reward that can train a student."""
 
 

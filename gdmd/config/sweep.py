@@ -47,28 +47,35 @@ class StudentRow(NamedRow):
 
     recipe: str = Field(default="", description="A recipe's name or .yaml file; default: `base` of the sweep.")
     overrides: Overrides = Field(default={}, description="Overrides of this row, after those of the sweep.")
-    budgets: tuple[Budget, ...] | None = Field(default=None, description="Default: `budgets` of the sweep.")
+    budgets: tuple[Budget, ...] | None = Field(
+        default=None,
+        description="Budgets of this row; default: those of the sweep.",
+    )
     start_from: str = Field(
         default="",
         description="Start from the student and the fake score of this row (same seed, budget `updates`); default: "
         "start from the teacher.",
     )
     student_updates: Count | None = Field(
-        default=None, description="Default: that of the sweep; a first stage usually has more."
+        default=None,
+        description="Student updates of this row; default: that of the sweep. A first stage usually has more.",
     )
     seeds: Seeds | None = Field(
-        default=None, description="Default: those of the sweep; more for a row with a large spread."
+        default=None, description="Seeds of this row; default: those of the sweep. More for a row with a large spread."
     )
 
 
 class TeacherRow(Config):
     """The teacher's deterministic sampler as a row of the tables."""
 
-    name: RowName
-    label: str = ""
+    name: RowName = Field(description="Name of the row.")
+    label: str = Field(default="", description="Name on the page and in figures; default: the name.")
     steps: Count = Field(description="ODE steps; 2 NFE each with guidance, 1 without.")
-    guidance: NonNegative | None = Field(default=None, description="Default: that of the headline row's recipe.")
-    seeds: Seeds | None = Field(default=None, description="Default: those of the sweep.")
+    guidance: NonNegative | None = Field(
+        default=None,
+        description="Guidance scale; default: that of the headline row's recipe.",
+    )
+    seeds: Seeds | None = Field(default=None, description="Seeds of this row; default: those of the sweep.")
 
     @property
     def title(self) -> str:
@@ -91,7 +98,10 @@ class SweepDiagnosis(Config):
     """What is measured during training: reward curves, and the divergence of reward and DMD gradients."""
 
     seeds: NonNegativeCount = Field(default=1, description="How many of the first seeds are diagnosed; 0 = none.")
-    points: Count = Field(default=4, description="Equally spaced checkpoints that are measured, besides the start.")
+    points: Count = Field(
+        default=4,
+        description="Equally spaced checkpoints that are measured, in addition to the start.",
+    )
     per_task: Count = Field(default=20, description="Captions per task of a point.")
     images: Count = Field(default=2, description="Images per caption of a point.")
 
@@ -107,31 +117,36 @@ class SweepImages(Config):
 class SweepConfig(Config):
     """``gdmd sweep CONFIG``: rows x seeds x budgets."""
 
-    name: RowName
-    about: str = ""
+    name: RowName = Field(description="Name of the sweep.")
+    about: str = Field(default="", description="One sentence about the sweep.")
     base: str = Field(description="Recipe of the rows that name none.")
     overrides: Overrides = Field(default={}, description="Overrides of every row (batch, rates, EMA, rewards, ...).")
     headline: str = Field(default="gdmd", description="The row that is tested against every other row.")
     reference: str = Field(
         default="", description="The row whose network passes set the budget `passes` of every other row."
     )
-    seeds: Seeds = (0, 1, 2, 3, 4)
+    seeds: Seeds = Field(default=(0, 1, 2, 3, 4), description="Training seeds of every row.")
     student_updates: Count = Field(description="Student updates of every row under the budget `updates`.")
-    budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = ("updates",)
-    rows: Annotated[tuple[StudentRow, ...], Field(min_length=1)]
+    budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = Field(
+        default=("updates",), description="What is equal for all rows: student updates, or network passes in training."
+    )
+    rows: Annotated[tuple[StudentRow, ...], Field(min_length=1)] = Field(description="The students to train.")
     past_rows: tuple[NamedRow, ...] = Field(
         default=(),
         description="Rows that can no longer be trained, because options of their method were removed; shown if the "
         "table has them.",
     )
-    teachers: tuple[TeacherRow, ...] = (
-        TeacherRow(name="teacher_100", label="teacher, 100 NFE", steps=50),
-        TeacherRow(name="teacher_50", label="teacher, 50 NFE, no guidance", steps=50, guidance=1.0),
-        TeacherRow(name="teacher_4", label="teacher, 4 NFE, no guidance", steps=4, guidance=1.0),
+    teachers: tuple[TeacherRow, ...] = Field(
+        default=(
+            TeacherRow(name="teacher_100", label="teacher, 100 NFE", steps=50),
+            TeacherRow(name="teacher_50", label="teacher, 50 NFE, no guidance", steps=50, guidance=1.0),
+            TeacherRow(name="teacher_4", label="teacher, 4 NFE, no guidance", steps=4, guidance=1.0),
+        ),
+        description="Rows of the teacher's sampler.",
     )
-    evaluation: SweepEvaluation = SweepEvaluation()
-    diagnosis: SweepDiagnosis = SweepDiagnosis()
-    images: SweepImages = SweepImages()
+    evaluation: SweepEvaluation = Field(default=SweepEvaluation(), description="How every run is evaluated.")
+    diagnosis: SweepDiagnosis = Field(default=SweepDiagnosis(), description="What is measured during training.")
+    images: SweepImages = Field(default=SweepImages(), description="The figures that show images.")
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:

@@ -1,9 +1,8 @@
-"""Latents of real images computed once: shards of safetensors on disk, read row by row while training.
+"""Latents of real images computed once and stored on disk, read row by row during training.
 
-FOLDER/KEY/shard_NAME.safetensors holds "latents" [n, C, h, w] of up to SHARD images and the SHA-256 of their files in
-its header, with the version of the decoding where that changed; index.json the images of the data set with their
-captions. KEY is a hash of the VAE's identity (content, precision) and of the size, so that latents of another VAE or size
-are never read.
+FOLDER/KEY holds the shards (see ``shards``; keys: the SHA-256 of image files, with the decoding version where that
+matters) and index.json, the images of the data set with their captions. KEY is a hash of the VAE's identity (content,
+precision) and of the image size, so that latents of another VAE or size are never read.
 """
 
 from __future__ import annotations
@@ -11,27 +10,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gdmd.data.captioned_images import Captioned, Unusable, captioned_images, files_below, pixels
-from gdmd.data.checksums import Verified, checksums, opened
 from gdmd.data.image_files import DECODING, plain
-from gdmd.data.text_cache import shard_of, unfinished
+from gdmd.data.shards import SHARD, Shards
 from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
-from gdmd.io import content_hash, follow_umask
+from gdmd.io import content_hash, write_atomic
 from gdmd.types import PromptBatch
 
-SHARD = 64
-"""Images per file: what an interruption costs at most."""
 BATCH = 4
-"""Images per call of the codec, which divides them by model.decode_chunk."""
+"""Images per call of the codec, which splits them by model.decode_chunk."""
 INDEX = "index.json"
 SHOWN = 5
 """Examples in an error."""
@@ -54,19 +49,19 @@ class Computed:
 
 @dataclass
 class LatentStore:
-    """The latents of one data set, VAE and size. ``identity``: what they depend on; ``what``: the same for people."""
+    """The latents of one data set, VAE and image size.
+
+    ``identity``: everything that changes latents; ``what``: a description of it, for errors.
+    """
 
     root: Path
     identity: str
     source: tuple[str, ...]
     what: str
-    _place: dict[str, tuple[Path, int]] = field(default_factory=dict)
-    _written: Verified = field(default_factory=Verified)
 
     def __post_init__(self) -> None:
         self.folder = self.root / hashlib.sha256(self.identity.encode()).hexdigest()[:16]
-        for shard in sorted(self.folder.glob("shard_*.safetensors")):
-            self._add(shard)
+        self.shards = Shards(self.folder, "images", "latents", f"if it is damaged, delete it; then {AGAIN}")
 
     def prepare(
         self,
@@ -75,9 +70,10 @@ class LatentStore:
         most_unusable: int,
         seen: Callable[[], None] = lambda: None,
     ) -> Computed:
-        """Encode what is not on disk, shard by shard, then write the index. ``encoder`` is called if it is needed.
+        """Encode the images that are not on disk, shard by shard, then write the index.
 
-        ``seen`` is called after every image. ValueError for more than ``most_unusable`` unusable images, or for no image.
+        ``encoder`` is called only if needed, ``seen`` after every image. ValueError for more than ``most_unusable``
+        unusable images, and if there are no images.
         """
         rows: list[dict[str, str]] = []
         unusable: list[Unusable] = []
@@ -98,21 +94,21 @@ class LatentStore:
             encoded += self._write(waiting, encode or encoder())
         if not rows:
             raise ValueError(
-                f"real_data.source {_joined(self.source)}: holds no image with a caption. {_named(unusable)}"
+                f"real_data.source {_joined(self.source)}: contains no image with a caption. {_named(unusable)}"
                 f"{_tars_in(self.source)}"
             )
         self._save_index(rows, unusable)
         return Computed(len(rows), encoded, len({row["caption"] for row in rows}), tuple(unusable))
 
     def _images(self, size: tuple[int, int], waiting: dict[str, Tensor]) -> Iterator[dict[str, str] | Unusable]:
-        """Rows of the index; the pixels of images that are not on disk go to ``waiting``."""
+        """Rows of the index; adds the pixels of images that are not on disk to ``waiting``."""
         for source in self.source:
             for found in captioned_images(Path(source)):
                 yield found if isinstance(found, Unusable) else self._known(found, size, waiting)
 
     def _known(self, found: Captioned, size: tuple[int, int], waiting: dict[str, Tensor]) -> dict[str, str] | Unusable:
         digest = _key(found.content)
-        if digest not in self._place and digest not in waiting:
+        if digest not in self.shards and digest not in waiting:
             try:
                 waiting[digest] = pixels(found.content, *size, found.name)
             except ValueError as error:
@@ -120,72 +116,41 @@ class LatentStore:
         return {"image": digest, "caption": found.caption, "name": found.name}
 
     def _write(self, waiting: dict[str, Tensor], encode: Encode) -> int:
-        """One shard, whole or absent; empties ``waiting``."""
-        from safetensors.torch import save_file
-
+        """Encode and write one shard; empties ``waiting``."""
         images = list(waiting.values())
         parts = [
             encode(torch.stack(images[start : start + BATCH]).float() / 255) for start in range(0, len(images), BATCH)
         ]
-        latents = torch.cat(parts).float().cpu().contiguous()
+        latents = torch.cat(parts).float().cpu()
         if not latents.isfinite().all():
-            raise ValueError(f"{self.what}: encodes images to numbers that are not finite; try model.dtype=fp32")
-        file = shard_of(self.folder, list(waiting))
-        own = unfinished(file)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": latents}, own, {"images": json.dumps(list(waiting)), **checksums({"latents": latents})})
-        follow_umask(own)
-        os.replace(own, file)
-        count = len(waiting)
+            raise ValueError(f"{self.what}: the latents are not finite; try model.dtype=fp32")
+        self.shards.write(list(waiting), {"latents": latents})
         waiting.clear()
-        self._add(file)
-        return count
-
-    def _add(self, shard: Path) -> None:
-        """Remember where the images of a shard are; only its header is read."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(shard, "pt") as found:
-                header = found.metadata()
-                images = json.loads(header["images"])
-                rows = found.get_slice("latents").get_shape()[0]
-            if not isinstance(images, list) or len(images) != rows:
-                raise ValueError("its header does not fit its latents")
-            self._written.learn(shard, header, rows)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"latents {shard}: damaged ({error}); delete the file, and `gdmd latents` computes it again"
-            ) from error
-        self._place |= {str(image): (shard, row) for row, image in enumerate(images)}
+        return len(images)
 
     def _save_index(self, rows: Sequence[Mapping[str, str]], unusable: Sequence[Unusable]) -> None:
         passed = [{"name": found.name, "why": found.why} for found in unusable]
         state = [self._state(Path(source)) for source in self.source]
         content = {"source": self.source, "state": state, "decoding": DECODING, "images": rows, "unusable": passed}
-        own = unfinished(self.folder / INDEX)
-        own.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(own, self.folder / INDEX)
+        write_atomic(self.folder / INDEX, json.dumps(content), "the latents", "real_data.latents")
 
     def open(self) -> StoredLatents:
-        """The finished store. ValueError with the command where it is missing, damaged or of other images."""
+        """The complete store. ValueError with the command to run if it is missing, damaged or of other images."""
         index = self._index()
         if index is None:
-            raise ValueError(f"real_data.latents {str(self.root)!r}: no finished latents of {self.what}; {AGAIN}")
+            raise ValueError(f"real_data.latents {str(self.root)!r}: no complete latents of {self.what}; {AGAIN}")
         self._check_source(index)
-        places = [(caption, self._place.get(image)) for image, caption in index.images]
-        if lost := sum(place is None for _, place in places):
+        if lost := sum(image not in self.shards for image, _ in index.images):
             raise ValueError(f"{self.folder}: the latents of {lost} images are missing; {AGAIN}")
-        known = tuple((caption, place) for caption, place in places if place)
-        return StoredLatents(known, self.folder, self._written)
+        return StoredLatents(index.images, self.shards)
 
     def fingerprint(self) -> str | None:
-        """A hash of the images and captions, in their order; None where there are no finished latents."""
+        """A hash of the images and captions in order; None if there are no complete latents."""
         index = self._index()
         return content_hash(*(part for row in index.images for part in row)) if index else None
 
     def _index(self) -> _Index | None:
-        """index.json; None where there is none. ValueError for a damaged one."""
+        """The content of index.json; None if it does not exist. ValueError if it is damaged."""
         file = self.folder / INDEX
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -199,12 +164,12 @@ class LatentStore:
             raise ValueError(f"{file}: damaged ({error}); {AGAIN}") from error
 
     def _check_source(self, index: _Index) -> None:
-        """ValueError where the images, as far as they are there, are others now, or are decoded in another way."""
+        """ValueError if the images changed or would be decoded differently now; sources that are gone are not checked."""
         there = [name for name in self.source if Path(name).exists()]
         now = {name: self._state(Path(name)) for name in there}
         if index.source != self.source and [now.get(name) for name in self.source] != list(index.states.values()):
             raise ValueError(
-                f"real_data.latents {str(self.root)!r}: made of {_joined(index.source)}, but real_data.source is "
+                f"real_data.latents {str(self.root)!r}: computed from {_joined(index.source)}, but real_data.source is "
                 f"{_joined(self.source)}; {AGAIN}, or give another folder"
             )
         changed = [name for name in there if now[name] != index.states.get(name, now[name])]
@@ -221,14 +186,14 @@ class LatentStore:
         )
         if there:
             raise ValueError(f"{what}; {AGAIN} (only such images are encoded again)")
-        _log.warning("%s. If the data set holds such images, %s where its files are", what, AGAIN)
+        _log.warning("%s. If the data set has such images, %s where its files are", what, AGAIN)
 
     def _state(self, source: Path) -> str:
-        """A hash of names, sizes and times of the files of a source: whether images or captions changed. None is read."""
-        root = self.root.resolve()  # the latents may lie in the folder of the images
+        """A hash of the names, sizes and times of a source's files, to detect changes without reading them."""
+        root = self.root.resolve()  # the latents may be in the folder of the images
         files = [file for file in files_below(source) if not file.resolve().is_relative_to(root)]
-        there = [(str(file.relative_to(source)), file.stat()) for file in (files if source.is_dir() else [source])]
-        return content_hash(*(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in there))
+        found = [(str(file.relative_to(source)), file.stat()) for file in (files if source.is_dir() else [source])]
+        return content_hash(*(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in found))
 
 
 @dataclass(frozen=True)
@@ -242,18 +207,19 @@ class _Index:
 
 
 class StoredLatents:
-    """RealLatents from disk: an image of each prompt's caption, drawn from (seed, step, sample) alone."""
+    """RealLatents from disk: a random image of each prompt's caption, a function of (seed, step, sample) only."""
 
-    def __init__(self, images: Sequence[tuple[str, tuple[Path, int]]], folder: Path, written: Verified) -> None:
-        self.folder, self._written = folder, written
-        self._of: dict[str, list[tuple[Path, int]]] = {}
-        for caption, place in images:
-            self._of.setdefault(caption, []).append(place)
-        self.captions = tuple(caption for caption, _ in images)
+    def __init__(self, images: Sequence[tuple[str, str]], shards: Shards) -> None:
+        """images: (key, caption) of each."""
+        self._shards = shards
+        self._images: dict[str, list[str]] = {}
+        for key, caption in images:
+            self._images.setdefault(caption, []).append(key)
+        self.captions = tuple(caption for _, caption in images)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """ValueError that counts and shows the prompts without an image."""
-        missing = [text for text in dict.fromkeys(prompts) if text not in self._of]
+        """ValueError that counts and lists the prompts without an image."""
+        missing = [text for text in dict.fromkeys(prompts) if text not in self._images]
         if missing:
             shown = ", ".join(repr(text[:60]) for text in missing[:SHOWN])
             raise ValueError(
@@ -264,23 +230,13 @@ class StoredLatents:
     def __call__(self, prompts: PromptBatch, rng: SampleRng) -> Tensor:
         """[B, C, H, W], fp32; all images of a caption are equally likely."""
         draws = rng.on_host().uniform("real_image").tolist()
-        chosen = [self._of[text] for text in prompts.text]
-        places = [own[int(draw * len(own))] for own, draw in zip(chosen, draws, strict=True)]
-        return to_device_async(self._read(places), prompts.index.device)
-
-    def _read(self, places: Sequence[tuple[Path, int]]) -> Tensor:
-        rows: dict[tuple[Path, int], Tensor] = {}
-        for shard in {file for file, _ in places}:
-            with opened(shard, f"delete it where it is damaged, and {AGAIN}") as stored:
-                latents = stored.get_slice("latents")
-                rows |= {(file, row): latents[row : row + 1] for file, row in places if file == shard}
-        for place, latents in rows.items():
-            self._written.check(place, {"latents": latents})
-        return torch.cat([rows[place] for place in places])
+        choices = [self._images[text] for text in prompts.text]
+        keys = [images[int(draw * len(images))] for images, draw in zip(choices, draws, strict=True)]
+        return to_device_async(self._shards.read(keys)["latents"], prompts.index.device)
 
 
 def _key(content: bytes) -> str:
-    """What the latents of an image file belong to: its content, and how it is decoded where that has changed."""
+    """The key of an image file: a hash of its content, with the decoding version where that matters."""
     digest = hashlib.sha256(content).hexdigest()
     return digest if plain(content) else f"{digest}:{DECODING}"
 
@@ -288,19 +244,19 @@ def _key(content: bytes) -> str:
 def _refuse_many(unusable: Sequence[Unusable], most: int) -> None:
     if len(unusable) > most:
         raise ValueError(
-            f"more than real_data.unreadable = {most} images cannot be used. {_named(unusable)}; mend or remove them, or "
-            "raise the limit (finished latents stay)"
+            f"more than real_data.unreadable = {most} images cannot be used. {_named(unusable)}; fix or remove them, or "
+            "raise the limit (finished latents are kept)"
         )
 
 
 def _named(unusable: Sequence[Unusable]) -> str:
     shown = "; ".join(f"{found.name!r} {found.why}" for found in unusable[-SHOWN:])
-    return f"Of {len(unusable)}: {shown}" if unusable else "None was found"
+    return f"Of {len(unusable)}: {shown}" if unusable else "No images were found"
 
 
 def _tars_in(source: Sequence[str]) -> str:
     tars = [tar for folder in source if Path(folder).is_dir() for tar in sorted(Path(folder).glob("*.tar"))]
-    return f". It holds .tar files: list them, as in real_data.source=[{tars[0]}, ...]" if tars else ""
+    return f". It contains .tar files: list them, as in real_data.source=[{tars[0]}, ...]" if tars else ""
 
 
 def _joined(source: Sequence[str]) -> str:

@@ -15,24 +15,24 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.types import PromptBatch, TextEncoder
 
 SHIPPED = {"text_rendering": "images that show a given text, quoted in the prompt: for the OCR reward"}
-"""Prompt sets of the package, by the name that a recipe may give in the place of a path."""
+"""Prompt sets of the package; a recipe can give their names instead of a path."""
 
 
 def prompt_file(given: str) -> Path:
-    """The file of a shipped set, or the path that was given."""
+    """The path of a shipped set, or the given path."""
     return Path(__file__).parent / f"{given}.txt" if given in SHIPPED else Path(given)
 
 
 def read_prompts(given: str | Path, column: str | None = None) -> PromptFile:
-    """The prompts of a file or a shipped set, in order; see ``prompt_files``. ValueError for anything malformed."""
+    """The prompts of a file or a shipped set in order; see ``prompt_files``. ValueError for a malformed file."""
     return prompts_in(prompt_file(str(given)), column)
 
 
 class PromptStream:
     """Batches of prompts drawn from a list, uniformly over its groups (tasks), then over the members of a group.
 
-    ``group``: samples per prompt. Sample i shows prompt i // group, whose number is its group id; the prompts are the
-    first ones of the batch with one sample each. ``meta``: what else is known of each prompt, laid out as ``groups``.
+    ``group``: samples per prompt. Sample i has prompt i // group, which is also its group id; the prompts are the first
+    ones of a batch with one sample each. ``meta``: metadata of each prompt, laid out as ``groups``.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class PromptStream:
         self.meta = meta
 
     def at(self, step: int, start: int = 0, stop: int | None = None) -> PromptBatch:
-        """Samples start ... stop - 1 of the step's batch; only their captions are encoded."""
+        """Samples start ... stop - 1 of the step's batch; only their prompts are encoded."""
         index = torch.arange(self.batch_size)
         rng = SampleRng(self.seed, step, index[:: self.group] // self.group)  # on the CPU: read by Python
         which = rng.integer("prompt_group", len(self.groups)).tolist()
-        place = rng.uniform("prompt").tolist()
-        drawn = [(g, int(p * len(self.groups[g]))) for g, p in zip(which, place, strict=True)]
+        position = rng.uniform("prompt").tolist()
+        drawn = [(g, int(p * len(self.groups[g]))) for g, p in zip(which, position, strict=True)]
         rows = [row for row in drawn for _ in range(self.group)][start:stop]
         texts = tuple(self.groups[g][k] for g, k in rows)
         batch = batch_of(texts, self.encoder, index[start:stop], (index // self.group)[start:stop])
@@ -73,10 +73,10 @@ def batch_of(
     index: torch.Tensor | None = None,
     group: torch.Tensor | None = None,
 ) -> PromptBatch:
-    """A PromptBatch; without ``group`` every sample is its own group."""
+    """A PromptBatch; without ``group`` every sample is a separate group."""
     cond = encoder.encode(texts)
     device = next(iter(cond.values())).device
-    where = torch.arange(len(texts)) if index is None else index
-    own = where if group is None else group
+    host = torch.arange(len(texts)) if index is None else index
+    groups = host if group is None else group
     null = encoder.null(len(texts))
-    return PromptBatch(to_device_async(where, device), texts, to_device_async(own, device), cond, null, host=where)
+    return PromptBatch(to_device_async(host, device), texts, to_device_async(groups, device), cond, null, host=host)

@@ -1,8 +1,8 @@
-"""Host and device without waiting: what Python knows is sent ahead, what only the device knows is read in one go.
+"""Host and device without synchronization: host tensors are copied asynchronously, device values are read in one go.
 
-An accelerator works behind the host, and every number read from it empties its queue. So draws that Python decides by
-are made on the host (``SampleRng.on_host``), small tensors are sent asynchronously, and a check whose answer lies on
-the device waits until the one place of an update where the host must look anyway: before the optimizer step.
+Reading a number from an accelerator waits for all of its queued work. So draws on which Python branches are made on the
+host (``SampleRng.on_host``), small tensors are copied asynchronously, and a check of device values is deferred to the
+one place of an update where the host must synchronize anyway: before the optimizer step.
 """
 
 from __future__ import annotations
@@ -14,59 +14,56 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-Refusal = Callable[[list[int]], Exception]
-"""The error of a check, made from the positions where it failed."""
+MakeError = Callable[[list[int]], Exception]
+"""The error of a check, from the positions where it failed."""
 
-_noted: ContextVar[list[tuple[Tensor, Refusal]] | None] = ContextVar("checks to be read later", default=None)
+_deferred: ContextVar[list[tuple[Tensor, MakeError]] | None] = ContextVar("deferred checks", default=None)
 
 
 def to_device_async(values: Tensor, device: torch.device | str) -> Tensor:
-    """``values`` of the host on the device, copied in the order of its work; the host goes on. Itself if it is there."""
-    place = torch.device(device)
-    if place.type == "cuda" and values.device.type == "cpu":
-        values = values.pin_memory()  # a copy from pageable memory waits
-    return values.to(place, non_blocking=True)
+    """Copy a host tensor to the device without blocking (pinned memory); a no-op if it is already there."""
+    target = torch.device(device)
+    if target.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()  # a copy from pageable memory blocks
+    return values.to(target, non_blocking=True)
 
 
 @contextmanager
 def deferred_checks() -> Iterator[None]:
-    """Inside, ``refuse_where`` only takes note of what lies on a device; ``confirmed`` reads it, at the latest the end."""
-    notes: list[tuple[Tensor, Refusal]] = []
-    token = _noted.set(notes)
+    """Inside, failed checks of device tensors are collected, and raised by the next ``confirmed`` or on exit."""
+    notes: list[tuple[Tensor, MakeError]] = []
+    token = _deferred.set(notes)
     try:
         yield
         _read(notes, [])
     finally:
-        _noted.reset(token)
+        _deferred.reset(token)
 
 
-def raise_where(bad: Tensor, refusal: Refusal) -> None:
-    """Raise refusal(positions) if ``bad`` [B] (bool) is true anywhere: at once, or inside ``checks_read_later`` later."""
-    notes = _noted.get()
+def raise_where(bad: Tensor, error: MakeError) -> None:
+    """Raise error(positions) if ``bad`` [B] (bool) is true anywhere: at once, or later inside ``deferred_checks``."""
+    notes = _deferred.get()
     if notes is not None and bad.device.type != "cpu":
-        notes.append((bad.detach(), refusal))
+        notes.append((bad.detach(), error))
     else:
-        _read([(bad, refusal)], [])
+        _read([(bad, error)], [])
 
 
 def confirmed(fine: Tensor) -> bool:
-    """The value of ``fine`` (0-d bool), after all checks that were noted on the way: one read for all of them.
-
-    Errors: the refusal of the first check that failed.
-    """
-    notes = _noted.get()
+    """The value of ``fine`` (0-d bool) after all deferred checks: one read for all. Raises the first check that failed."""
+    notes = _deferred.get()
     return _read([] if notes is None else notes, [fine])[0]
 
 
-def _read(notes: list[tuple[Tensor, Refusal]], others: list[Tensor]) -> list[bool]:
-    """The values of ``others``, if no note has failed. The notes are taken off the list."""
+def _read(notes: list[tuple[Tensor, MakeError]], others: list[Tensor]) -> list[bool]:
+    """The values of ``others`` if no check failed. Empties ``notes``."""
     taken = notes[:]
     notes.clear()
     asked = [bad.any() for bad, _ in taken] + others
     if not asked:
         return []
     answers: list[bool] = torch.stack([one.to(asked[-1].device, non_blocking=True) for one in asked]).tolist()
-    for failed, (bad, refusal) in zip(answers, taken, strict=False):
+    for failed, (bad, error) in zip(answers, taken, strict=False):
         if failed:
-            raise refusal(torch.nonzero(bad)[:, 0].tolist())
+            raise error(torch.nonzero(bad)[:, 0].tolist())
     return answers[len(taken) :]

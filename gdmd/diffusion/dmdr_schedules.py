@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _PANELS = 16384
-"""Intervals of the table of a Beta distribution function."""
+"""Intervals of the tabulated Beta distribution function."""
 
 
 def cosine_anneal(step: int, length: int) -> float:
@@ -39,11 +39,11 @@ def beta_quantile(uniform: Tensor, a: float, b: float) -> Tensor:
     log_density = (2 * a - 1) * angle.sin().log() + (2 * b - 1) * angle.flip(0).sin().log()
     density = (log_density - log_density.max()).exp()  # [P + 1], of the angle
     area = torch.cumulative_trapezoid(density, angle)
-    reached = torch.cat([area.new_zeros(1), area / area[-1]])  # [P + 1], the distribution function on the grid
-    wanted = uniform.double().contiguous()
-    right = torch.searchsorted(reached, wanted).clamp(1, _PANELS)
+    cdf = torch.cat([area.new_zeros(1), area / area[-1]])  # [P + 1], the distribution function on the grid
+    target = uniform.double().contiguous()
+    right = torch.searchsorted(cdf, target).clamp(1, _PANELS)
     left = right - 1
     start, end = density[left], density[right]
-    part = (start + end) / 2 * (wanted - reached[left]) / (reached[right] - reached[left])
+    part = (start + end) / 2 * (target - cdf[left]) / (cdf[right] - cdf[left])
     share = 2 * part / (start + (start**2 + 2 * (end - start) * part).sqrt())  # start s + (end - start) s^2 / 2 = part
     return torch.lerp(angle[left], angle[right], share.clamp(0, 1)).sin().square().to(uniform.dtype)

@@ -26,7 +26,7 @@ WARM_UP = 8
 
 
 class Components(Protocol):
-    """What is needed to make images; ``recipes.build.Lab`` is one."""
+    """What is needed to generate images; ``recipes.build.Components`` has it."""
 
     @property
     def roles(self) -> Roles: ...
@@ -48,9 +48,9 @@ class Components(Protocol):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A way to make latents: latents(captions, draws of these images) -> x0 [B, C, H, W].
+    """A way to generate latents: latents(captions, draws of these images) -> x0 [B, C, H, W].
 
-    nfe: network forwards per image, a guided step counts two.
+    nfe: forward passes per image; a guided step counts two.
     """
 
     name: str
@@ -60,9 +60,9 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Generation:
-    """Images of a list of captions and how fast they were made."""
+    """Images of a list of captions, and how fast they were generated."""
 
-    latents: Tensor  # [N, C, H, W], on the CPU as the images are: the measures are small
+    latents: Tensor  # [N, C, H, W], on the CPU, like the images
     images: Tensor  # [N, 3, S, S] in [0, 1]
     images_per_s: float  # the sampler alone, its noise included
     images_per_s_decoded: float  # sampler and decoder
@@ -110,23 +110,23 @@ def generate(
     device = _device(components)
     for own, rng in _batches(texts[:WARM_UP], seed, WARM_UP, device):
         _decode(components, sampler.latents(own, rng))
-    made, decoded, speeds = [], [], []
+    latents, decoded, speeds = [], [], []
     for own, rng in _batches(texts, seed, batch, device):
         start = _now(device)
-        made.append(sampler.latents(own, rng))
+        latents.append(sampler.latents(own, rng))
         middle = _now(device)
-        decoded.append(_decode(components, made[-1]))
+        decoded.append(_decode(components, latents[-1]))
         speeds.append((len(own), middle - start, _now(device) - start))
     full = [entry for entry in speeds if entry[0] == speeds[0][0]]
     alone, both = (torch.tensor([entry[k] / entry[0] for entry in full]).median().item() for k in (1, 2))
-    return Generation(torch.cat(made).cpu(), torch.cat(decoded).cpu(), 1 / alone, 1 / both)
+    return Generation(torch.cat(latents).cpu(), torch.cat(decoded).cpu(), 1 / alone, 1 / both)
 
 
 def _batches(
     texts: Sequence[str], seed: int, batch: int, device: torch.device
 ) -> Iterator[tuple[Sequence[str], SampleRng]]:
     if not len(texts):
-        raise ValueError("there are no captions to make images of; give at least one")
+        raise ValueError("there are no captions to generate images of; give at least one")
     for start in range(0, len(texts), batch):
         own = texts[start : start + batch]
         yield own, SampleRng(seed, 0, torch.arange(start, start + len(own), device=device))

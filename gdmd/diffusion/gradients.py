@@ -1,4 +1,4 @@
-"""Which weights a part of a graph differentiates."""
+"""Freezing parameters for a part of a graph."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.nn import Parameter
 
 @contextmanager
 def frozen(parameters: Iterable[Parameter]) -> Iterator[None]:
-    """Inside, the parameters ask for no gradient: what is computed through them differentiates its inputs only."""
-    asking = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in asking:
+    """Inside, the parameters do not require gradients: a backward pass reaches the inputs only."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(True)

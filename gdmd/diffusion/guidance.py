@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598): both passes in one batched call, none at guidance 1."""
+"""Classifier-free guidance (arXiv 2207.12598): both passes in one batched call, no unconditional pass at guidance 1."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def plain(cond: Prediction, uncond: Prediction, guidance: float, t: Tensor) -> P
 
 @dataclass(frozen=True)
 class KeepTokenNorm:
-    """Plain guidance of the velocity, then every token as long as it is with the caption alone: v |v_cond| / |v|.
+    """Plain guidance of the velocity, then each token rescaled to its norm with the caption alone: v |v_cond| / |v|.
 
     A token is ``patch`` x ``patch`` positions with all their channels. Rectified flow only: x0 = x_t - t v. Not linear
     in the guidance. What the pipeline of Qwen-Image (arXiv 2508.02324) does.
@@ -44,9 +44,9 @@ class KeepTokenNorm:
 
 @dataclass(frozen=True)
 class Rescaled:
-    """Plain guidance of the network's answer y, then y (phi std(y_cond) / std(y) + 1 - phi), phi = ``rescale``.
+    """Plain guidance of the network's output y, then y (phi std(y_cond) / std(y) + 1 - phi), phi = ``rescale``.
 
-    The std is that of a sample's C, H, W (arXiv 2305.08891, section 3.4): for models with zero terminal SNR, which plain
+    The std is over a sample's C, H, W (arXiv 2305.08891, section 3.4): for models with zero terminal SNR, which plain
     guidance overexposes. Not linear in the guidance. What diffusers calls guidance_rescale.
     """
 
@@ -65,33 +65,6 @@ class Rescaled:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The teacher's two answers at the same x_t; ``uncond`` is None when only guidance 1 was asked for."""
-
-    cond: Prediction  # [B, C, H, W]
-    uncond: Prediction | None
-    t: Tensor  # [B]
-    guide: Guide = plain
-
-    def at(self, guidance: float) -> Tensor:
-        """x0 at a guidance, [B, C, H, W]; ValueError without the pass that it needs."""
-        if guidance == 1.0:
-            return self.cond.x0
-        if self.uncond is None:
-            raise ValueError(f"guidance {guidance} needs the unconditional pass, which was not made")
-        return self.guide(self.cond, self.uncond, guidance, self.t).x0
-
-
-def predict_pair(
-    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, guide: Guide = plain, *, both: bool = True
-) -> Pair:
-    """One call on 2B samples (or B when ``both`` is false). x_t [B, C, H, W], t [B]."""
-    if not both:
-        return Pair(denoiser(x_t, t, cond), None, t, guide)
-    return Pair(*_twice(denoiser, x_t, t, cond, uncond), t, guide)
-
-
-@dataclass(frozen=True)
 class Guided:
     """A denoiser with guidance built in, for samplers."""
 
@@ -107,7 +80,7 @@ class Guided:
 
 
 def _twice(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> tuple[Prediction, Prediction]:
-    """The answers with and without the caption from one call."""
+    """The predictions with and without the caption, from one call on 2B samples."""
     joined = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
     both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), joined)
     (x0_cond, x0_uncond), (eps_cond, eps_uncond) = both.x0.chunk(2), both.eps.chunk(2)

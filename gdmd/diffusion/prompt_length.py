@@ -1,4 +1,4 @@
-"""How many tokens of a prompt are read: what text encoders and reward models cut off is counted and named."""
+"""How many tokens of a prompt are read: reports what text encoders and reward models cut off."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SHOWN = 60
 
 @dataclass(frozen=True)
 class Reader:
-    """A text encoder, as far as the length of prompts goes.
+    """A text encoder and its limit of tokens.
 
-    name: of the encoder. limit: how many token ids it reads. tokens: prompts -> all ids that it would read without a
-    limit, those of a template around the prompt included. plain: whether the ids come from the bare tokenizer, which
+    limit: token ids that it reads. tokens: prompts -> all ids without a limit, those of a template around the prompt
+    included. plain: whether the ids come from the bare tokenizer, which
     keeps the end mark where it cuts.
     """
 
@@ -99,6 +99,6 @@ def _same(cut: Mapping[str, None], reached: Sequence[Mapping[str, tuple[int, tup
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Ids with which both begin."""
+    """Length of the common prefix."""
     differ = [k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b]
     return differ[0] if differ else min(len(one), len(other))

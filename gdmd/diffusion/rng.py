@@ -22,7 +22,7 @@ _ROUNDS = 10
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of a * b for 32-bit values held in int64.
 
-    The product may wrap into the sign, which keeps all of its 64 bits; the mask takes off what the shift copies of the sign.
+    The product may overflow into the sign bit, which keeps all 64 bits; the mask removes the sign bits of the shift.
     """
     whole = b * a
     return (whole >> 32) & _MASK, whole & _MASK
@@ -44,8 +44,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 class SampleRng:
     """Draws for the samples ``index`` ([B] int64) of one step.
 
-    ``purpose`` names what a draw is for ("noise", "renoise_t", ...); ``i`` is the place in a group or a roll-out.
-    host: the same numbers on the CPU, where ``index`` lies on an accelerator.
+    ``purpose`` names what a draw is for ("noise", "renoise_t", ...); ``i`` is its number in a group or a rollout.
+    host: ``index`` on the CPU, if ``index`` is on an accelerator.
     """
 
     seed: int
@@ -88,5 +88,5 @@ class SampleRng:
         return replace(self, step=step)
 
     def on_host(self) -> SampleRng:
-        """The same draws on the CPU, for those that Python reads; with ``host`` known nothing is waited for."""
+        """The same draws on the CPU, for those that Python reads; no synchronization if ``host`` is given."""
         return SampleRng(self.seed, self.step, self.index.cpu() if self.host is None else self.host)

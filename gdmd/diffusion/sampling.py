@@ -1,4 +1,4 @@
-"""Samplers: the teacher's ODE and the student's predict-and-re-noise. Both know nothing of the network."""
+"""Samplers: the teacher's ODE and the student's predict-and-re-noise. Neither depends on the network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gdmd.diffusion.schedule import expand, renoise, shift_time, widen
 from gdmd.types import Cond, Denoiser, Schedule
 
 NoiseAt = Callable[[int], Tensor]
-"""Fresh noise [B, C, H, W] for the i-th re-noising of a roll-out (i >= 1)."""
+"""Fresh noise [B, C, H, W] for the i-th re-noising of a rollout (i >= 1)."""
 
 
 def times(steps: int, shift: float = 1.0, device: torch.device | str = "cpu") -> Tensor:
@@ -60,11 +60,11 @@ def backward_simulation(
     schedule: Schedule,
     last: int | None = None,
 ) -> Tensor:
-    """The same roll-out stopped before step ``stop`` [B] (int64, on the CPU): x_tau at tau = steps[stop]. [B, C, H, W]
+    """The same rollout stopped before step ``stop`` [B] (int64, on the CPU): x_tau at tau = steps[stop]. [B, C, H, W]
 
     Sample i costs stop[i] forwards: finished samples leave the batch. With ``last`` >= max(stop) the student is called
-    exactly ``last`` times, on a finished sample when none is left: a network that is sharded over several ranks waits
-    for ever where one of them calls it more often than another.
+    exactly ``last`` times, on a finished sample when none is left: ranks that share a sharded network deadlock if one of
+    them calls it more often than another.
     """
     x_tau = noise.clone()
     left = torch.arange(len(noise), device=stop.device)
@@ -72,13 +72,13 @@ def backward_simulation(
         left = left[stop[left] >= i]
         if last is None and not len(left):
             break
-        going = to_device_async(left, noise.device)
-        asked = going if len(left) else to_device_async(torch.zeros_like(stop[:1]), noise.device)
-        own = {name: value[asked] for name, value in cond.items()}
-        before = torch.full((len(asked),), steps[i - 1], device=noise.device)
-        x0 = student(x_tau[asked], before, own).x0[: len(going)]
-        after = torch.full((len(going),), steps[i], device=noise.device)
-        x_tau[going] = renoise(x0, after, noise_at(i)[going], schedule)
+        active = to_device_async(left, noise.device)
+        called = active if len(left) else to_device_async(torch.zeros_like(stop[:1]), noise.device)
+        own = {name: value[called] for name, value in cond.items()}
+        before = torch.full((len(called),), steps[i - 1], device=noise.device)
+        x0 = student(x_tau[called], before, own).x0[: len(active)]
+        after = torch.full((len(active),), steps[i], device=noise.device)
+        x_tau[active] = renoise(x0, after, noise_at(i)[active], schedule)
     return x_tau
 
 
@@ -94,7 +94,7 @@ def continuation(
     *,
     together: bool = False,
 ) -> Tensor:
-    """The rest of the sampler for x0 predicted at step ``stop`` [B] (int64, CPU): re-noise to the next step, predict, on.
+    """The rest of the sampler for x0 predicted at step ``stop`` [B] (int64, CPU): re-noise, predict, ...
 
     The last step has no next one: its x0 is re-noised to the last step again. x0 [B, C, H, W] -> [B, C, H, W].
     Sample i costs max(1, N - 1 - stop[i]) forwards. ``together`` calls the student exactly N - 1 times, on one sample
@@ -104,16 +104,16 @@ def continuation(
         raise ValueError(
             f"a sampler of {len(steps)} step(s) has no step after the first; continuations need two or more"
         )
-    end = x0.clone()
+    y = x0.clone()
     entry = (stop + 1).clamp_max(len(steps) - 1)
     for i in range(1, len(steps)):
         ready = torch.nonzero(entry <= i)[:, 0]
         if not len(ready) and not together:
             continue
         due = to_device_async(ready, x0.device)
-        asked = due if len(ready) else to_device_async(torch.zeros_like(stop[:1]), x0.device)
-        when = torch.full((len(asked),), steps[i], device=x0.device)
-        x_t = renoise(end[asked], when, noise_at(i)[asked], schedule)
-        own = {name: value[asked] for name, value in cond.items()}
-        end[due] = student(x_t, when, own).x0[: len(due)]
-    return end
+        called = due if len(ready) else to_device_async(torch.zeros_like(stop[:1]), x0.device)
+        when = torch.full((len(called),), steps[i], device=x0.device)
+        x_t = renoise(y[called], when, noise_at(i)[called], schedule)
+        own = {name: value[called] for name, value in cond.items()}
+        y[due] = student(x_t, when, own).x0[: len(due)]
+    return y

@@ -151,14 +151,14 @@ def to_v_vp(prediction: Prediction, t: Tensor, schedule: Schedule) -> Tensor:
     return alpha * prediction.eps - sigma * prediction.x0
 
 
-def from_native(answer: Tensor, native: Native, x_t: Tensor, t: Tensor, schedule: Schedule) -> Prediction:
-    """What a network's answer at x_t means, by what it predicts."""
+def from_native(output: Tensor, native: Native, x_t: Tensor, t: Tensor, schedule: Schedule) -> Prediction:
+    """The prediction that a network's output at x_t stands for."""
     convert = {"eps": from_eps, "velocity": from_velocity, "v": from_v_vp, "x0": from_x0}[native]
-    return convert(answer, x_t, t, schedule)
+    return convert(output, x_t, t, schedule)
 
 
 def to_native(prediction: Prediction, native: Native, t: Tensor, schedule: Schedule) -> Tensor:
-    """The inverse: the answer of a network that predicts ``native``."""
+    """The inverse: the output of a network that predicts ``native``."""
     if native == "v":
         return to_v_vp(prediction, t, schedule)
     return {"eps": prediction.eps, "velocity": prediction.velocity, "x0": prediction.x0}[native]

@@ -19,17 +19,17 @@ from gdmd.types import Cond, Denoiser, Prediction, Schedule
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One stochastic roll-out per sample over N steps; tensors hold no gradient."""
+    """One stochastic rollout per sample over N steps, without gradient."""
 
     x: Tensor  # [B, N, C, H, W], the states at the steps t_1 > ... > t_N; x[:, 0] is noise
-    log_prob: Tensor  # [B, N - 1], of the moves x[:, i] -> x[:, i + 1] under the policy that made them
+    log_prob: Tensor  # [B, N - 1], of the moves x[:, i] -> x[:, i + 1] under the policy that sampled them
     x0: Tensor  # [B, C, H, W], the finished sample: the prediction at the last step
 
 
 def cps_mean(prediction: Prediction, t_next: Tensor, noise_level: float, schedule: Schedule) -> Tensor:
     """alpha(s') x0 + sigma(s') cos(th) eps, th = noise_level pi / 2: the mean of the next state. [B, C, H, W]
 
-    prediction: of the network at the present state; t_next = s' [B]; noise_level in [0, 1]. Flow: (1 - s') x0 + ...
+    prediction: of the network at the current state; t_next = s' [B]; noise_level in [0, 1]. Flow: (1 - s') x0 + ...
     """
     x0 = prediction.x0
     alpha, sigma = expand(schedule.alpha(t_next), x0), expand(schedule.sigma(t_next), x0)
@@ -74,5 +74,5 @@ def stochastic_rollout(
         states.append(cps_step(prediction, t, noise_at(i), noise_level, schedule))
         log_probs.append(cps_log_prob(states[-1], cps_mean(prediction, t, noise_level, schedule)))
         prediction = student(states[-1], t, cond)
-    made = torch.stack(log_probs, 1) if log_probs else noise.new_zeros(len(noise), 0)
-    return Trajectory(torch.stack(states, 1), made, prediction.x0)
+    log_prob = torch.stack(log_probs, 1) if log_probs else noise.new_zeros(len(noise), 0)
+    return Trajectory(torch.stack(states, 1), log_prob, prediction.x0)

@@ -22,10 +22,9 @@ from gdmd.evaluation.geneval_scores import (
     summarize,
 )
 from gdmd.io import RunError, append_jsonl, content_hash, file_hash, read_jsonl, write_atomic
-from gdmd.reporting.waiting import waiting
+from gdmd.reporting.progress_bar import progress_bar
 from gdmd.rewards.geneval.rules import DetectedObject, Task, as_row
-from gdmd.sources.base import Source, record_settings
-from gdmd.sources.draw import images_of_source
+from gdmd.sources.base import Source, image_slots, record_settings
 from gdmd.sources.folders import image_file, read_image, write_image, write_metadata
 
 if TYPE_CHECKING:
@@ -64,12 +63,14 @@ def generate(source: Source, tasks: Sequence[Task], folder: Path, images: int, s
     for number, task in enumerate(tasks):
         write_metadata(folder, number, as_row(task))
     files = [[image_file(folder, number, k) for k in range(images)] for number in range(len(tasks))]
+    step = source.info.batch
     missing = [number for number, own in enumerate(files) if not all(file.exists() for file in own)]
-    with waiting(
+    with progress_bar(
         f"{source.info.name}: generating images of {counted(len(missing), 'prompt')}", len(missing)
     ) as advance:
         for number in missing:
-            found = images_of_source(source, [tasks[number].prompt], images, prompt_seed(seed, number))
+            slots, own_seed = image_slots([tasks[number].prompt], images), prompt_seed(seed, number)
+            found = [one for k in range(0, images, step) for one in source.generate(slots[k : k + step], own_seed)]
             for file, image in zip(files[number], found, strict=True):
                 write_image(file, image)
             advance(1)
@@ -92,7 +93,7 @@ def score_folder(folder: Path, detector: Detector, colors: ColorClassifier, by: 
     keys = [_key(by, prompt, number, file, task) for prompt, task, number, file in files]
     done = _recorded(path, set(keys))
     todo = [(key, one) for key, one in zip(keys, files, strict=True) if key not in done]
-    with waiting(f"detecting objects in {counted(len(todo), 'image')}", len(todo)) as advance:
+    with progress_bar(f"detecting objects in {counted(len(todo), 'image')}", len(todo)) as advance:
         for key, (prompt, task, number, file) in todo:
             row = detect(file, prompt, number, task, detector, colors)
             append_jsonl(path, [row | {"key": key}], "the detections")

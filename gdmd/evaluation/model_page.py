@@ -31,6 +31,8 @@ from gdmd.sources.folders import read_image
 LARGEST = 320
 """Pixels of the longer side in the gallery; the originals stay in their folders."""
 SHAPESEVAL = "ShapesEval"
+MOST = 3
+"""Models besides the first whose numbers are in the verdict; the plots show those of more."""
 Row = Mapping[str, Any]
 Rows = Mapping[str, Row]
 
@@ -69,17 +71,21 @@ def verdict(rows: Rows) -> Verdict:
     if not any(found.values()):
         return Verdict(f"{', '.join(rows)}: the models have no common scores.")
     label = _headline(rows, next(own for own in found.values() if own))
-    answers = [f"{name} is {_words(own[label])}" for name, own in found.items() if label in own]
-    numbers = [
-        Number(f"{label}, {name} minus {first}", _signed(own[label])) for name, own in found.items() if label in own
-    ]
-    if len(later) == 1:
-        numbers = [Number(f"{label} of {name}", _mean(row, label)) for name, row in rows.items()] + numbers
-    notes = [text for name, own in found.items() if (text := _others_than(label, name, rows, own))]
-    notes.append("Differences are paired: the same prompts, image by image. Brackets: 95\u00a0% interval over prompts.")
+    own = {name: each[label] for name, each in found.items() if label in each}
+    answers: dict[str, list[str]] = {}
+    for name, each in own.items():
+        answers.setdefault(_words(each), []).append(name)
+    parts = [f"{_listed(names)} {'are' if len(names) > 1 else 'is'} {words}" for words, names in answers.items()]
+    notes = ["Differences are paired: the same prompts, image by image. Brackets: 95\u00a0% interval over prompts."]
     if any(_trained(row, one) for row in rows.values() for one in row["scores"]):
         notes.append("† trained on this score: a gain proves little.")
-    return Verdict(f"{_marked(rows, label)} against {first}: {', '.join(answers)}.", numbers, notes)
+    numbers = []
+    if len(later) <= MOST:
+        notes = [*filter(None, (_on_the_rest(label, name, rows, each) for name, each in found.items())), *notes]
+        numbers = [Number(f"{label}, {name} minus {first}", _signed(each)) for name, each in own.items()]
+    if len(later) == 1:
+        numbers = [Number(f"{label} of {name}", _mean(row, label)) for name, row in rows.items()] + numbers
+    return Verdict(f"On {_marked(rows, label)}, compared with {first}: {'; '.join(parts)}.", numbers, notes)
 
 
 def differences(rows: Rows, name: str) -> dict[str, Estimate]:
@@ -205,7 +211,7 @@ def _shown(gallery: Gallery, k: int) -> tuple[str, bool | None]:
     return image_uri(gallery.files[k]), gallery.right[k] if gallery.right else None
 
 
-def _others_than(label: str, name: str, rows: Rows, found: Mapping[str, Estimate]) -> str:
+def _on_the_rest(label: str, name: str, rows: Rows, found: Mapping[str, Estimate]) -> str:
     """How a model differs on the other scores, in a sentence; "" where there are none."""
     words: dict[str, list[str]] = {}
     for one, own in found.items():

@@ -21,27 +21,24 @@ from gdmd.config.load import load_config
 from gdmd.config.run import RunConfig
 from gdmd.data.image_files import open_image
 from gdmd.evaluation.health import Panel, health_panels, summary, training_curves
+from gdmd.evaluation.run_measures import Rows, measure_groups, measure_plots
 from gdmd.evaluation.run_results import Result, run_results
-from gdmd.evaluation.same_noise import SameNoise, read_same_noise
-from gdmd.evaluation.table import TITLES
-from gdmd.evaluation.verdict import is_teacher, paired, scores_of, shapes_verdict, task_mean
+from gdmd.evaluation.verdict import scores_of, shapes_verdict
 from gdmd.io import RunError, write_atomic
-from gdmd.reporting.pages import Dot, DotPlot, Group, TableRow, Verdict, data_uri, dot_plot, render
+from gdmd.reporting.pages import Verdict, data_uri, render
 from gdmd.reporting.plots import Metrics, colors_of
-from gdmd.reporting.tables import Cell, Measure, best_of, difference, estimate, number, value_at
 from gdmd.runs import reward_signal
 from gdmd.runs.best_checkpoint import named_best
 from gdmd.runs.checkpoint import newest_intact, steps
 from gdmd.runs.inputs import change_lines, input_lines
 from gdmd.runs.run_folder import Run, open_run, read_facts, read_metrics
-from gdmd.shapes.grammar import TASKS
+from gdmd.shapes.same_noise import SameNoise, read_same_noise
 
 _log = logging.getLogger(__name__)
 EVALUATION = "evaluation.json"
 """In a run folder: {row name: Evaluation.json()}, written with ``save_rows``."""
 WIDEST = 1600
 """Pixels of an embedded grid; the original stays in grids/."""
-Rows = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,8 @@ def write_report(
         verdict=_shapes_answer(rows) if shapes else _answer(results),
         names=list(rows),
         colors=colors_of(list(rows)),
-        groups=_groups(rows, trained),
-        plots=_plots(rows),
+        groups=measure_groups(rows, trained),
+        plots=measure_plots(rows),
         same_noise=same_noise,
         grids=[(name, _embedded(png)) for name, png in (grids or {}).items()],
         facts=facts or {},
@@ -143,7 +140,7 @@ def report_run(folder: Path) -> Path:
         folder,
         f"gdmd run: {cfg.name}",
         read_rows(folder) if shapes else {},
-        same_noise=read_same_noise(folder / "grids") if shapes else None,
+        same_noise=read_same_noise(folder / "grids" / "comparison.png") if shapes else None,
         grids=_stored_grids(folder),
         metrics={cfg.name: metrics},
         trained=describe.trained_rewards(cfg),
@@ -217,10 +214,10 @@ def _shapes_answer(rows: Rows) -> Verdict:
 
 
 def _answer(results: Sequence[Result]) -> Verdict:
-    """A real model has no checker: the newest comparison, else the newest scores, else how to get them."""
-    known = [result.verdict for result in results if result.verdict]
-    if known:
-        return known[-1]
+    """A real model has no checker: the last comparison, else the last scores, else how to get them."""
+    compared = [result for result in results if result.plots]
+    if results:
+        return (compared or results)[-1].verdict
     how = "gdmd eval preference RUN --prompts FILE --scorer clip"
     return Verdict(
         "Not scored yet: the page shows how the training went, and not how good the student is.",
@@ -228,81 +225,6 @@ def _answer(results: Sequence[Result]) -> Verdict:
             f"{how} draws images and scores them below the run folder; gdmd report RUN then shows the results here."
         ],
     )
-
-
-def _groups(rows: Rows, trained: Collection[str]) -> list[Group]:
-    """The table: what no reward saw, what the student was trained on, what images cost."""
-    rewards = dict.fromkeys(name for row in rows.values() for name in row.get("rewards", {}))
-    unseen = [
-        Measure("ShapesEval", ("shapeseval", "overall"), 1),
-        *(Measure(f"ShapesEval {TITLES.get(task, task)}", ("shapeseval", task), 1) for task in TASKS),
-        *(Measure(name, ("rewards", name), 1) for name in rewards if name not in trained),
-        Measure("render fidelity", ("fidelity",), 1),
-        Measure("attribute coverage", ("coverage",), 1),
-        Measure("diversity within a caption", ("diversity",), 0),
-        Measure("Fréchet distance (lower is better)", ("frechet",), -1),
-    ]
-    rewarded = [Measure(name, ("rewards", name), 1) for name in rewards if name in trained]
-    costs = [
-        Measure("network calls per image (NFE)", ("nfe",), 0, 0),
-        Measure("images/s", ("images_per_s",), 1, 1),
-        Measure("images/s with decoding", ("images_per_s_decoded",), 1, 1),
-    ]
-    titled = (
-        ("Unseen in training", "unseen", unseen),
-        ("Trained on: a gain proves little", "trained", rewarded),
-        ("Cost, on this machine at one batch size", "", costs),
-    )
-    return [Group(title, [_row(rows, m) for m in own], mark) for title, mark, own in titled if own and rows]
-
-
-def _row(rows: Rows, measure: Measure) -> TableRow:
-    values = [measure.of(row) for row in rows.values()]
-    top = best_of(values, measure.best)
-    texts = [
-        estimate(value, *_ends(row, measure.place), measure.digits)
-        for value, row in zip(values, rows.values(), strict=True)
-    ]
-    return TableRow(
-        measure.title, [Cell(text, v is not None and v == top) for text, v in zip(texts, values, strict=True)]
-    )
-
-
-def _ends(row: Mapping[str, Any], path: tuple[str, ...]) -> tuple[float | None, float | None]:
-    """The interval of a part of ShapesEval; (None, None) where none is known."""
-    if path == ("shapeseval", "overall"):
-        low, high = row.get("interval") or (None, None)
-        return low, high
-    if path[0] == "shapeseval" and path[1] in (scores := scores_of(row)):
-        found = task_mean({path[1]: scores[path[1]]})
-        return (None, None) if found.low == found.high else (found.low, found.high)  # all right or all wrong: unknown
-    return None, None
-
-
-def _plots(rows: Rows) -> list[DotPlot]:
-    """Differences of the student to every other row, then ShapesEval and its tasks."""
-    names = list(rows)
-    color = dict(zip(names, colors_of(names), strict=True))
-    plots = []
-    if students := [name for name in rows if not is_teacher(name)]:
-        own = students[-1]
-        found = {name: paired(rows[own], rows[name]) for name in names if name != own}
-        dots = [
-            Dot(f"minus {name}", color[name], one.mean, one.low, one.high, difference(one.mean, one.low, one.high))
-            for name, one in found.items()
-            if one is not None
-        ]
-        note = "Paired by caption and noise; right of the dashed line the student is better."
-        plots.append(dot_plot(f"ShapesEval of {own}", dots, 0.0, note))
-    for task in ("overall", *TASKS):
-        path = ("shapeseval", task)
-        dots = []
-        for name, row in rows.items():
-            ends = tuple(math.nan if end is None else end for end in _ends(row, path))
-            value = value_at(row, path)
-            dots.append(Dot(name, color[name], math.nan if value is None else value, *ends, number(value)))
-        plots.append(dot_plot(f"ShapesEval {TITLES.get(task, task)}", dots))
-    return [plot for plot in plots if plot]
 
 
 def _stored_grids(folder: Path) -> dict[str, bytes]:

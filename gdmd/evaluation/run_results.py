@@ -40,11 +40,11 @@ class Result:
 
 
 def run_results(run: Path, newest: int | None) -> list[Result]:
-    """Every evaluation below ``run``, at most one folder deep. newest: the step of the run's newest checkpoint.
+    """Every evaluation below ``run``, at most one folder deep, comparisons first. newest: step of the newest checkpoint.
 
     RunError for a damaged file.
     """
-    return [*_each(run, PREFERENCE, _preference, newest), *_each(run, COMPARISON, _comparison, newest)]
+    return [*_each(run, COMPARISON, _comparison, newest), *_each(run, PREFERENCE, _preference, newest)]
 
 
 def _each(run: Path, name: str, read: Any, newest: int | None) -> Iterator[Result]:

@@ -14,7 +14,6 @@ from gdmd.config.run import RunConfig
 from gdmd.diffusion.generate import WARM_UP, Sampler, images_of
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.run_report import read_rows, report_run, save_rows
-from gdmd.evaluation.same_noise import SameNoise, write_same_noise
 from gdmd.evaluation.verdict import PER_IMAGE, per_image
 from gdmd.io import content_hash, typed
 from gdmd.recipes.build import Components
@@ -24,10 +23,11 @@ from gdmd.recipes.open_run import image_batch, load_ema, open_named, open_studen
 from gdmd.recipes.reward_identity import scorer_identity
 from gdmd.recipes.run_folders import TEACHERS, config_of, require_shapes
 from gdmd.reporting.grids import write_grid
-from gdmd.reporting.waiting import waiting
+from gdmd.reporting.progress_bar import progress_bar
 from gdmd.runs import checkpoint
 from gdmd.shapes.evaluate import evaluate
 from gdmd.shapes.grammar import TASKS, Split, catalog, fixed_rows
+from gdmd.shapes.same_noise import PER_CAPTION, SameNoise, write_same_noise
 
 GRID_COLUMNS = 6
 REAL_ROWS = 3
@@ -70,7 +70,7 @@ def measure(cfg: RunConfig, components: Components, sampler: Sampler, split: Spl
     size = cfg.eval
     count = len(TASKS) * size.per_task * size.images
     what = f"measuring {sampler.name} on {count:,} images"
-    with waiting(what, count + min(WARM_UP, count), then="scoring") as advance:
+    with progress_bar(what, count + min(WARM_UP, count), then="scoring") as advance:
         found = evaluate(_counting(sampler, advance), components, size, scorers_of(cfg), split)
     tasks = [TASKS[int(catalog().task[row])] for row in fixed_rows(split, size.per_task)]
     row = found.json() | {PER_IMAGE: per_image(found.correct.tolist(), tasks, size.images, split, size.seed)}
@@ -118,10 +118,12 @@ def finish_run(cfg: RunConfig, folder: Path, components: Components, step: int) 
 
 def compare(folder: Path, cfg: RunConfig, components: Components, samplers: Sequence[Sampler]) -> SameNoise:
     """comparison.png and comparison.json in ``folder``: the samplers next to each other from the same noise."""
-    captions, per_caption = grid_captions(), 2
-    with waiting("drawing the same noise through each sampler", len(samplers) * per_caption * len(captions)) as advance:
-        counting = [_counting(sampler, advance) for sampler in samplers]
-        return write_same_noise(folder, counting, components, captions, cfg.eval.seed, per_caption)
+    captions = grid_captions()
+    with progress_bar(
+        "drawing the same noise through each sampler", len(samplers) * PER_CAPTION * len(captions)
+    ) as advance:
+        counting = [(_counting(sampler, advance), components) for sampler in samplers]
+        return write_same_noise(folder / "comparison.png", counting, captions, cfg.eval.seed)
 
 
 def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from gdmd.config.explain import explain
 from gdmd.config.image_source import settings_of, split_settings
-from gdmd.config.rewards import CompositeReward, GenEvalReward, RemoteReward
+from gdmd.config.load import validated
+from gdmd.config.rewards import CompositeConfig, GenEvalConfig, RemoteConfig
 from gdmd.config.run import RewardConfig, ShapesReward
 from gdmd.recipes.build_rewards import build_rewards, require_weights
 from gdmd.recipes.reward_identity import SHAPES_KINDS
@@ -46,11 +45,8 @@ def read_scorer(text: str) -> RewardConfig:
         key: int(value) if re.fullmatch(r"\d+", value) else value for _, key, value in settings if value is not None
     }
     head = {"kind": "callable", "target": kind} if ":" in kind or kind.endswith(".py") else {"kind": kind}
-    adapter: TypeAdapter[RewardConfig] = TypeAdapter(RewardConfig)
-    try:
-        return adapter.validate_python(head | given)
-    except ValidationError as error:
-        raise ValueError("\n".join(explain(RewardConfig, error, f"scorer {text!r}"))) from None
+    config: RewardConfig = validated(RewardConfig, head | given, f"scorer {text!r}")
+    return config
 
 
 def read_scorers(texts: Sequence[str]) -> tuple[RewardConfig, ...]:
@@ -76,7 +72,7 @@ def load_scorers(specs: Sequence[RewardConfig], device: str) -> dict[str, Reward
 
 def reads_metadata(spec: RewardConfig) -> bool:
     """Whether a scorer reads a prompt's metadata, not only its text."""
-    return any(isinstance(part, GenEvalReward | RemoteReward) for part in _parts(spec))
+    return any(isinstance(part, GenEvalConfig | RemoteConfig) for part in _parts(spec))
 
 
 def judges_shapes(spec: RewardConfig) -> bool:
@@ -86,12 +82,12 @@ def judges_shapes(spec: RewardConfig) -> bool:
 
 def may_fail(spec: RewardConfig) -> bool:
     """Whether a missing score can be due to a failure rather than the image, so that it is worth another try."""
-    return any(isinstance(part, RemoteReward) and part.on_failure == "skip" for part in _parts(spec))
+    return any(isinstance(part, RemoteConfig) and part.on_failure == "skip" for part in _parts(spec))
 
 
 def _parts(spec: RewardConfig) -> Iterator[RewardConfig]:
     """The scorer itself, or the parts of a composite."""
-    if isinstance(spec, CompositeReward):
+    if isinstance(spec, CompositeConfig):
         for part in spec.parts:
             yield from _parts(part.reward)
     else:

@@ -1,4 +1,4 @@
-"""The model card of an exported student: what it is, how to call it, what it was trained with and what was measured."""
+"""The model card of an exported student: what it is, how to use it, how it was trained and what was measured."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def model_card(
     merged: bool,
     measured: Mapping[str, Any] | None = None,
 ) -> str:
-    """README.md: front matter of the hub, lines of use, training, metrics, licenses, configuration.
+    """README.md: the hub's front matter, example code, training, metrics, licenses, configuration.
 
-    measured: what ``gdmd eval preference`` wrote for this very checkpoint; None = not evaluated.
+    measured: the results of ``gdmd eval preference`` for this checkpoint; None = not evaluated.
     """
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     rewards = [reward.label for reward in cfg.rewards] if cfg.method.rewarded else []
@@ -58,10 +58,10 @@ _ADVICE = (
 
 
 def _safety(family: Family, merged: bool) -> Sequence[str]:
-    """What diffusers and gdmd do with the safety checker of the base."""
+    """What diffusers and gdmd do with the safety checker of the base model."""
     if not has_safety_checker(local_or_hub_index(family.cfg)) or "safety_checker" in left_out(family):
         return ()
-    whose = "This folder keeps the safety checker of its base" if merged else "The base has a safety checker"
+    whose = "This folder includes the base model's safety checker" if merged else "The base model has a safety checker"
     return (
         "",
         f"{whose}: diffusers returns a black image for what it flags. To load without it, add `safety_checker=None, "
@@ -70,7 +70,7 @@ def _safety(family: Family, merged: bool) -> Sequence[str]:
 
 
 def _front_matter(cfg: RunConfig) -> Sequence[str]:
-    """The license is that of the base model, which only its owner can name: "other" until the fields are filled in."""
+    """The license is the base model's, which only the owner can fill in: "other" until then."""
     return (
         "---",
         f"base_model: {_base(cfg)}",
@@ -78,7 +78,7 @@ def _front_matter(cfg: RunConfig) -> Sequence[str]:
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
         "license: other",
-        'license_name: ""  # fill in: that of the base model',
+        'license_name: ""  # fill in: the license of the base model',
         'license_link: ""  # fill in',
         f"tags: [{', '.join(['text-to-image', 'diffusers', 'distillation', 'few-step', cfg.method.kind])}]",
         "---",
@@ -87,7 +87,7 @@ def _front_matter(cfg: RunConfig) -> Sequence[str]:
 
 
 def _base(cfg: RunConfig) -> str:
-    """A hub id; the hub refuses a card that names a folder."""
+    """A hub id; the hub rejects a card that names a folder."""
     path = cfg.model.path if cfg.model.kind == "diffusers" else ""
     return f'""  # fill in: its hub id; here the folder {Path(path).name}' if Path(path).is_dir() else json.dumps(path)
 
@@ -114,7 +114,7 @@ def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
         "import torch, diffusers",
         f'pipe = diffusers.{family.pipeline}.from_pretrained({base}).to("cuda")',
         f'pipe.scheduler = diffusers.{family.student_scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")',
-        # load_lora_weights would warn that the file holds nothing for the text encoders
+        # load_lora_weights would warn that the file has no weights for the text encoders
         f'pipe.{net}.load_lora_adapter("THIS_FOLDER", weight_name="{DIFFUSERS_FILE}", prefix="{net}")',
         f'image = pipe(prompt="a red cube on a blue sphere", {given}).images[0]',
     )
@@ -140,7 +140,7 @@ def _table(cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str]) -> 
 
 
 def _command(words: Sequence[str]) -> Sequence[str]:
-    """As it is typed into a shell; the program by its name, wherever it was."""
+    """As typed into a shell, the program without its folder."""
     if not words:
         return ("Command: not recorded.",)
     program, *rest = map(str, words)
@@ -149,12 +149,12 @@ def _command(words: Sequence[str]) -> Sequence[str]:
 
 
 def _scoring(found: Mapping[str, Any] | None) -> Mapping[str, str]:
-    """The row of a run whose rewards saw latents through another decoder."""
-    return {"rewards seen through": "; ".join([Path(found["decoder"]).name, *found["lines"]])} if found else {}
+    """The row of a run whose rewards used another decoder."""
+    return {"decoder for rewards": "; ".join([Path(found["decoder"]).name, *found["lines"]])} if found else {}
 
 
 def _data(cfg: RunConfig, facts: Mapping[str, Any]) -> Mapping[str, str]:
-    """The rows of what was seen: prompts, and real images where the method read some."""
+    """The rows of training data: prompts, and real images if the method read any."""
     if cfg.real_data is None:
         return {"prompts": _prompts(cfg.prompts.file, facts)}
     captions = "the captions of the real images"
@@ -163,12 +163,12 @@ def _data(cfg: RunConfig, facts: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def _names(cfg: RunConfig) -> Sequence[str]:
-    """Of the folders and archives of real images, without the places where they lie."""
+    """Names of the folders and archives of real images, without their location."""
     return [Path(source).name for source in cfg.real_data.source] if cfg.real_data else []
 
 
 def _prompts(file: str | None, facts: Mapping[str, Any]) -> str:
-    """The name of the prompt file and the SHA-256 that the run recorded, whatever lies in its place now."""
+    """The name of the prompt file and the SHA-256 that the run recorded."""
     if file is None:
         return "not recorded"
     fingerprint = facts.get(INPUTS, {}).get("prompts.file", {}).get("fingerprint") or ""
@@ -176,7 +176,7 @@ def _prompts(file: str | None, facts: Mapping[str, Any]) -> str:
 
 
 def _metrics(measured: Mapping[str, Any] | None) -> Sequence[str]:
-    """A row per scorer with its 95 % interval over prompts, and whether the student was trained on it."""
+    """A row per scorer: mean, 95 % interval over prompts, and whether the student was trained on it."""
     if not measured:
         return ("Not evaluated. `gdmd eval preference RUN --prompts FILE`, then export again.",)
     head = f"{measured['prompts']} prompts of {measured['prompt_file']}, {measured['images_per_prompt']} images each, "
@@ -199,7 +199,7 @@ def _number(value: float | None) -> str:
 
 
 def _licenses(cfg: RunConfig, rewards: Sequence[str]) -> Sequence[str]:
-    """To be filled in by the owner: nothing here can know them."""
+    """A table for the owner to fill in."""
     base = cfg.model.path if cfg.model.kind == "diffusers" else "-"
     return (
         "| what | | license |",

@@ -18,8 +18,8 @@ KOHYA_FILE = "comfyui_lora.safetensors"
 def save_lora(family: Family, weights: Mapping[str, Tensor], folder: Path) -> list[Path]:
     """Write the adapter ``weights`` (BLOCK.lora_A.weight, ...) in the formats of the family; returns the files.
 
-    The scale alpha / rank is multiplied into B, so that no reader can miss it. UNets also get kohya's key format,
-    which ComfyUI reads; transformers need none: it reads diffusers' keys.
+    The scale alpha / rank is multiplied into B, so that no reader can miss it. UNets also get a file with kohya's keys
+    for ComfyUI; for transformers it reads diffusers' keys.
     """
     scale = family.cfg.lora_alpha / family.cfg.lora_rank
     folded = {k: (v * scale if "lora_B" in k else v).detach().cpu().contiguous() for k, v in weights.items()}
@@ -44,7 +44,7 @@ def _save_kohya(folder: Path) -> Path:
 
 
 def check_fits(family: Family, weights: Mapping[str, Tensor]) -> None:
-    """ValueError unless the student's layers are those of ``family.net``, in their sizes: a base of another model."""
+    """ValueError if the names or sizes of the student's layers differ from ``family.net``: the base is another model."""
     shapes = {name: tuple(value.shape) for name, value in family.net.named_parameters()}
     wrong = [name for name, value in weights.items() if ".lora_" not in name and shapes.get(name) != tuple(value.shape)]
     adapters = [name for name in weights if name.endswith(".lora_A.weight")]
@@ -62,10 +62,10 @@ def check_fits(family: Family, weights: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def merge(family: Family, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> float:
-    """Put the student into ``family.net``: W + alpha / rank B A, or all weights of a full student.
+    """Merge the student into ``family.net``: W + alpha / rank B A, or all weights of a full student.
 
-    ``dtype``: of the merged weights; default: their own. Returns the share of the changed weights that rounding to it
-    puts back to where they were.
+    ``dtype``: of the merged weights; default: their own. Returns the share of changed weights whose change is lost by
+    rounding to it.
     """
     changed = lost = 0
     for name, value in _students(family, weights):
@@ -79,7 +79,7 @@ def merge(family: Family, weights: Mapping[str, Tensor], dtype: torch.dtype | No
 
 
 def _students(family: Family, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each weight of the network that the student changes, as the student has it, in fp32."""
+    """Each weight of the network that the student changes, with its new value, in fp32."""
     net: nn.Module = family.net
     if family.cfg.full in ("student", "both"):
         for name, value in weights.items():

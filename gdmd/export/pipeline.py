@@ -1,6 +1,6 @@
-"""The trained sampler as a stock diffusers scheduler and the arguments of the stock call.
+"""The student's sampler as a stock diffusers scheduler, and the arguments of the stock pipeline call.
 
-Student sampling is predict x0, then re-noise: LCMScheduler for VP models, FlowMatchEulerDiscreteScheduler with
+The student predicts x0, then re-noises it: LCMScheduler for VP models, FlowMatchEulerDiscreteScheduler with
 stochastic_sampling for flow models.
 """
 
@@ -31,13 +31,13 @@ NO_GUIDANCE: Mapping[str, Mapping[str, float | bool]] = {
     "qwen_image": {"true_cfg_scale": 1.0},
     "sana": {"guidance_scale": 1.0, "use_resolution_binning": False},
 }
-"""What switches classifier-free guidance off in the stock call; FLUX.1 and FLUX.2-dev have an embedded one only.
+"""Arguments that switch off classifier-free guidance; FLUX.1 and FLUX.2-dev have embedded guidance only.
 
 Sana's pipeline would also replace sizes that are not in its table."""
 
 
 def student_scheduler(family: Family, uniform: Sequence[float]) -> Any:
-    """A scheduler with which the stock pipeline re-noises as in training; the betas or shift are the pipeline's own."""
+    """A scheduler with which the stock pipeline re-noises as in training, with the pipeline's betas or shift."""
     import diffusers
 
     return getattr(diffusers, family.student_scheduler)(**family.student_settings(len(uniform)))
@@ -63,8 +63,8 @@ def call_arguments(family: Family, uniform: Sequence[float]) -> dict[str, Any]:
 def left_out(family: Family) -> list[str]:
     """Components that the stock pipeline must be loaded without.
 
-    Those the student was trained without (model.t5 = false, or a base without T5), and those that the base names but
-    does not hold.
+    These are the ones the student was trained without (model.t5 = false, or a base without T5), and the ones that the
+    base's index names but its folder lacks.
     """
     index = local_or_hub_index(family.cfg)
     trained = [name for name in family.optional if family.pipe.components.get(name) is None]
@@ -73,7 +73,7 @@ def left_out(family: Family) -> list[str]:
 
 
 def _cast(pipe: Any, dtype: torch.dtype) -> None:
-    """All floating-point weights of a pipeline. Its own ``to`` warns of modules kept in fp32 even where there are none."""
+    """Cast all floating-point weights of a pipeline. Its own ``to`` warns about fp32 modules even if there are none."""
     networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     for weights in (one for net in networks for one in (*net.parameters(), *net.buffers())):
         if weights.is_floating_point():
@@ -87,10 +87,10 @@ def save_merged(
     folder: Path,
     dtype: torch.dtype | None = None,
 ) -> float:
-    """Write the whole pipeline with the student in it and its scheduler, loadable with ``from_pretrained``.
+    """Write the whole pipeline with the student and its scheduler, loadable with ``from_pretrained``.
 
-    ``family`` is used up: its network becomes the student. It must be opened without adapters on it. ``dtype``: of all
-    weights; default: as they were loaded. Returns the share of the changed weights that rounding has undone.
+    ``family`` must be opened without adapters; its network is overwritten by the student. ``dtype``: of all weights;
+    default: as loaded. Returns the share of changed weights whose change is lost by rounding.
     """
     undone = merge(family, weights, dtype)
     if dtype is not None:

@@ -27,7 +27,7 @@ class RunningScale:
         A reward with fewer than two scored values leaves its Z as it was (0 if it never had one).
         """
         flat = scores.double().flatten(1)
-        self.mean = self.mean.to(flat.device, non_blocking=True)  # beside the scores, so that nobody waits
+        self.mean = self.mean.to(flat.device, non_blocking=True)  # on the device of the scores: no synchronization
         self.weight = self.weight.to(flat.device, non_blocking=True)
         seen = ~flat.isnan()
         count = seen.sum(1)
@@ -53,7 +53,7 @@ class RunningScale:
 def softmax_weights(advantage: Tensor, sharpness: float) -> Tensor:
     """w = E softmax(sharpness x advantage) over the group, mean 1. advantage [E, B] -> [E, B].
 
-    A target that was not scored (NaN) has weight 1 - the plain DMD step - and the others share the rest.
+    A target without a score (NaN) has weight 1, the plain DMD step; the others share the rest.
     """
     scored = ~advantage.isnan()
     logits = torch.where(scored, sharpness * advantage, -torch.inf)
@@ -68,9 +68,9 @@ def group_advantage(reward: Tensor, group: Tensor, spread: Literal["global", "gr
 
     The mean is over the scored samples of the group. std: "global" over the scored samples of the whole batch
     (DiffusionNFT, arXiv 2509.16117, and Flow-GRPO's code), "group" over those of the group (GRPO, arXiv 2402.03300,
-    section 4.1.2). Both are population values, as in those codes; their 1e-4 beside std is left out, so that
-    R -> p R + q with p > 0 changes nothing, and std = 0 gives A = 0. NaN reward ("not scored"): A = NaN, counted
-    nowhere else. Computed in float64, returned in the reward's dtype. No gradient.
+    section 4.1.2). Both are population values, as in those codes; the 1e-4 that they add to std is left out, so that
+    R -> p R + q with p > 0 changes nothing, and std = 0 gives A = 0. NaN reward ("not scored"): A = NaN, and left
+    out of all statistics. Computed in float64, returned in the reward's dtype. No gradient.
     """
     if spread not in ("global", "group"):
         raise ValueError(f"spread must be 'global' or 'group', got {spread!r}")

@@ -28,7 +28,7 @@ def nft_loss(
     x+ = beta x0 + (1 - beta) x_old,  x- = (1 + beta) x_old - beta x0,  m+- = sg(mean_{C,H,W} |x+- - x|), floored at
     1e-5; without ``normalize`` m+- = 1. The paper mixes velocities: at one x_t this is the same mixture in x0.
     x0 [B, C, H, W] by the student from the re-noised sample carries the gradient; x0_old by the old policy at the
-    same place, x_target and r [B] in [0, 1] are constants. ``scale`` is the clip of the advantage in their code.
+    same x_t, x_target and r [B] in [0, 1] are constants. ``scale`` is the clip of the advantage in their code.
     On-policy gradient without normalization: scale (2 / (C H W)) (2r - 1) (x_old - x).
     """
     x0_old, x_target, r = x0_old.detach(), x_target.detach(), r.detach()

@@ -1,9 +1,9 @@
-"""What DMD and its descendants share: the roll-out, the fake's update and the DMD gradient."""
+"""What DMD and its descendants share: the rollout, the update of the fake score and the DMD gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from gdmd.diffusion.schedule import renoise, to_native
 from gdmd.losses.denoising import denoising_loss, mean_square
 from gdmd.losses.dmd import dmd_gradient, dmd_loss
 from gdmd.losses.gdmd import implicit_target
-from gdmd.types import ALONE, Cond, Denoiser, Loss, Native, Prediction, PromptBatch, Roles, Update
+from gdmd.types import SINGLE_PROCESS, Cond, Denoiser, Loss, Native, Prediction, PromptBatch, Roles, Update
 
 
 class RealLatents(Protocol):
@@ -39,11 +39,13 @@ class Rollout:
     x0: Tensor  # [B, C, H, W], the student's prediction from x_tau: x_old of the snapshot policy
     cond: Cond
     uncond: Cond
-    stop: Tensor  # [B] int64, tau = student_steps[stop]; on the CPU, since Python decides by it who is called
+    stop: Tensor  # [B] int64, tau = student_steps[stop]; on the CPU: Python branches on it
 
 
 @dataclass(frozen=True)
 class FakeBatch:
+    """A batch of the fake score's own denoising loss."""
+
     x0: Tensor
     x_t: Tensor
     t: Tensor
@@ -70,10 +72,10 @@ class DmdScores:
 
 
 def last_stop(prompts: PromptBatch, stop: Tensor) -> int | None:
-    """The largest of ``stop`` [b] in the global batch, so that all ranks call the student equally often; None alone."""
-    if prompts.ranks is ALONE:
+    """Largest of ``stop`` [b] in the global batch: all ranks call the student equally often. None for a single process."""
+    if prompts.ranks is SINGLE_PROCESS:
         return None
-    return int(prompts.ranks.gather(to_device_async(stop, prompts.index.device)).max())
+    return int(prompts.ranks.all_gather(to_device_async(stop, prompts.index.device)).max())
 
 
 @dataclass
@@ -107,11 +109,10 @@ class Distillation(Generic[AnyConfig]):
         return Rollout(x_tau, tau, x0, prompts.cond, prompts.uncond, stop)
 
     def _draw_steps(self, rng: SampleRng, steps: int) -> Tensor:
-        """[B] int64. Per sample, or one for all from sample number 0, which every rank can draw."""
+        """[B] int64. Per sample, or for all the draw of sample number 0, which every rank can make."""
         if self.cfg.step_draw == "sample":
             return rng.integer("tau", steps)
-        first = SampleRng(rng.seed, rng.step, torch.zeros_like(rng.index))
-        return first.integer("tau", steps)
+        return replace(rng, index=torch.zeros_like(rng.index)).integer("tau", steps)
 
     def fake_updates(
         self, r: Rollout, rng: SampleRng, fakes: int, students: int = 1
@@ -127,7 +128,7 @@ class Distillation(Generic[AnyConfig]):
 
     @torch.no_grad()
     def fake_batch(self, r: Rollout, rng: SampleRng, i: int) -> FakeBatch:
-        """The fake's own fresh t and eps on sg(x0)."""
+        """Draw i of the fake score's training: fresh t and eps on sg(x0)."""
         t = self.fake_time(rng, i)
         eps = rng.normal("fake_eps", self.latent_shape, i)
         return FakeBatch(r.x0, renoise(r.x0, t, eps, self.roles.schedule), t, eps, r.cond)
@@ -137,9 +138,9 @@ class Distillation(Generic[AnyConfig]):
         prediction = self.roles.fake(batch.x_t, batch.t, batch.cond)
         kind = "x0" if self.cfg.fake_loss == "x0" else self.native
         if kind == "v":
-            answers = (prediction, Prediction(batch.x0, batch.eps))
-            found, wanted = (to_native(one, kind, batch.t, self.roles.schedule) for one in answers)
-            loss = mean_square(found - wanted)
+            both = (prediction, Prediction(batch.x0, batch.eps))
+            v, v_target = (to_native(one, kind, batch.t, self.roles.schedule) for one in both)
+            loss = mean_square(v - v_target)
         else:
             loss = denoising_loss(prediction, batch.x0, batch.eps, kind)
         seen = loss.detach()
@@ -155,7 +156,7 @@ class Distillation(Generic[AnyConfig]):
         return DmdScores(real_score(x_t, t, r.cond).x0, self.roles.fake(x_t, t, r.cond).x0)
 
     def fake_time(self, rng: SampleRng, i: int) -> Tensor:
-        """t of the fake's own training draw i, U(0, 1). [B]"""
+        """t of the fake score's training, draw i, U(0, 1). [B]"""
         return rng.uniform("fake_t", i)
 
     def renoise_time(self, rng: SampleRng, i: int) -> Tensor:

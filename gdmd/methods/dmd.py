@@ -19,6 +19,8 @@ from gdmd.types import Loss, PromptBatch, Update
 
 @dataclass(frozen=True)
 class PairedBatch(StudentBatch):
+    """The student's batch with pairs of noise and the teacher's ODE sample."""
+
     pairs: OdePairs
 
 
@@ -49,7 +51,7 @@ class Dmd(Distillation[DmdConfig]):
             yield Update("student", self.paired_loss, PairedBatch(**vars(batch), pairs=pairs))
 
     def paired_loss(self, batch: PairedBatch) -> Loss:
-        """L_DMD + regression_weight || G(z, c) - y ||^2: the student's first step from the noise of a pair."""
+        """L_DMD + regression_weight || G(z, c) - y ||^2, with the student's first step from the noise of a pair."""
         distill = self.student_loss(batch).per_sample
         first = torch.full_like(batch.tau, self.cfg.student_steps[0])
         x0 = self.roles.student(batch.pairs.noise, first, batch.pairs.cond).x0

@@ -28,12 +28,16 @@ class NoisyLatents:
 
 @dataclass(frozen=True)
 class GanFakeBatch(FakeBatch):
+    """The fake score's batch with real and student latents for the GAN head."""
+
     real: NoisyLatents
     student: NoisyLatents
 
 
 @dataclass(frozen=True)
 class GanStudentBatch(StudentBatch):
+    """The student's batch with the re-noising at which the GAN head sees it."""
+
     t: Tensor  # [B], of the re-noising for the GAN head
     eps: Tensor  # [B, C, H, W]
 

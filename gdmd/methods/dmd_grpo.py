@@ -15,7 +15,7 @@ from gdmd.config.methods.dmd_reward import DmdGrpoConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.grpo import grpo_loss
 from gdmd.methods.base import Distillation
-from gdmd.methods.rollouts import PolicyBatch, collect, collection_stats, moves_log_prob, policy_batch
+from gdmd.methods.rollouts import PolicyBatch, collect, collection_stats, policy_batch, step_log_prob
 from gdmd.methods.scorer import Scorer
 from gdmd.types import Loss, PromptBatch, Update
 
@@ -42,7 +42,7 @@ class DmdGrpo(Distillation[DmdGrpoConfig]):
     def policy_loss(self, batch: PolicyBatch) -> Loss:
         """L_DMD + rl_weight mean_i L_GRPO(move i); an unscored sample has L_DMD only."""
         distill = self.student_loss(batch).per_sample
-        log_prob = moves_log_prob(self.roles, batch.x, batch.cond, self.cfg)  # [B, N - 1]
+        log_prob = step_log_prob(self.roles, batch.x, batch.cond, self.cfg)  # [B, N - 1]
         scored = ~batch.advantage.isnan()
         advantage = torch.where(scored, batch.advantage, 0.0)[:, None]
         grpo = grpo_loss(log_prob, batch.log_prob_old, advantage, self.cfg.ratio_clip).mean(1)

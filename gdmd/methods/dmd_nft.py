@@ -25,6 +25,8 @@ from gdmd.types import Loss, PromptBatch, Update
 
 @dataclass(frozen=True)
 class ScoredBatch(StudentBatch):
+    """The student's batch with a scored sample, re-noised, and its reward weight."""
+
     x_s: Tensor  # [B, C, H, W], the scored sample
     x_t: Tensor  # [B, C, H, W], x_s re-noised to t
     t: Tensor  # [B]

@@ -21,6 +21,8 @@ from gdmd.types import Loss, PromptBatch, Update
 
 @dataclass(frozen=True)
 class RewardedBatch(StudentBatch):
+    """The student's batch with the prompts that its reward reads."""
+
     prompts: PromptBatch
 
 

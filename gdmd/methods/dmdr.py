@@ -1,14 +1,14 @@
 """DMDR (arXiv 2511.13649v4): reward-tilted DMD with two annealed schedules, then DMD and a reward loss together.
 
 Stage 1, ``cold_start`` iterations: RT-DM weighs the DMD gradient of a sample by exp(r / ||r||), r the reward of its
-finished few-step image; DynaDG lends the real score a share of the fake's displacement, so that the two distributions
-overlap at the start; DynaRS re-noises at late times first. Both are annealed to DMD by one cosine.
+finished few-step image; DynaDG moves the real score by a share of the fake score's displacement, so that the two
+distributions overlap at the start; DynaRS re-noises at late times first. One cosine anneals both to DMD.
 Stage 2: L_DMD + lambda_rl L_rl, L_rl by ReFL, GRPO or DPO. 5 fake updates per student update throughout.
 
 DynaDG by full copies: the paper has one frozen base model whose LoRA, at scale 2, is the fake, and evaluates the real score
 with the same LoRA at scale .5 c. For copies that is the interpolation of *weights*, teacher + (.5 / 2) c (fake -
-teacher), in both of the guidance passes. Interpolated predictions would be its first order only, and would leave the
-unconditional pass without the fake's share.
+teacher), in both of the guidance passes. Interpolating predictions would only be a first-order approximation, and would
+leave out the unconditional pass.
 """
 
 from __future__ import annotations
@@ -32,21 +32,25 @@ from gdmd.losses.reward_tilt import reward_tilt
 from gdmd.methods.base import Distillation, StudentBatch
 from gdmd.methods.dmd_refl import RewardedBatch
 from gdmd.methods.preference_pairs import PreferencePairs, preference_loss, preference_pairs
-from gdmd.methods.rollouts import PolicyBatch, collect, collection_stats, moves_log_prob, policy_batch
+from gdmd.methods.rollouts import PolicyBatch, collect, collection_stats, policy_batch, step_log_prob
 from gdmd.methods.scorer import Scorer
 from gdmd.types import Denoiser, Loss, PromptBatch, Update
 
 Blend = Callable[[float], Denoiser]
-"""share -> the real score with that share of the fake's displacement."""
+"""share -> the real score with that share of the fake score's displacement."""
 
 
 @dataclass(frozen=True)
 class TiltedBatch(StudentBatch):
+    """The student's batch with a weight of each sample's DMD gradient."""
+
     weight: Tensor  # [B], of the DMD gradient
 
 
 @dataclass(frozen=True)
 class PreferredBatch(StudentBatch):
+    """The student's batch with preference pairs."""
+
     pairs: PreferencePairs
 
 
@@ -102,7 +106,7 @@ class Dmdr(Distillation[DmdrConfig]):
         if self.cfg.tilt == 0:
             return Update("student", self.student_loss, batch)
         reward = self.scorer(self._complete(prompts, rng), prompts)
-        weight = prompts.ranks.share(reward_tilt(prompts.ranks.gather(reward, 1), self.cfg.tilt))
+        weight = prompts.ranks.local_shard(reward_tilt(prompts.ranks.all_gather(reward, 1), self.cfg.tilt))
         self._stats |= {"weight/tilt": weight, "reward/complete": reward.mean(0)}
         return Update("student", self.tilted_loss, TiltedBatch(**vars(batch), weight=weight))
 
@@ -128,7 +132,7 @@ class Dmdr(Distillation[DmdrConfig]):
                     self.roles.follow(0.0)  # the reference of DPO is the student with which stage 2 begins
                 x0 = self._complete(prompts, rng)
                 rewards = self.scorer(x0, prompts)
-                whole = prompts.ranks.gather
+                whole = prompts.ranks.all_gather
                 advantage = mean_group_advantage(whole(rewards, 1), whole(prompts.group))
                 pairs = preference_pairs(x0, advantage, prompts, rng, self.cfg.student_steps, self.roles)
                 self._stats |= {"reward/complete": rewards.mean(0), "reward/paired": pairs.known.float()}
@@ -147,7 +151,7 @@ class Dmdr(Distillation[DmdrConfig]):
 
     def grpo_student_loss(self, batch: PolicyBatch) -> Loss:
         """L_DMD + lambda_rl L_GRPO, mean over the moves of a stochastic rollout; an unscored sample has L_DMD only."""
-        log_prob = moves_log_prob(self.roles, batch.x, batch.cond, self.cfg)  # [B, N - 1]
+        log_prob = step_log_prob(self.roles, batch.x, batch.cond, self.cfg)  # [B, N - 1]
         advantage = batch.advantage[:, None]
         scored = ~advantage.isnan()
         grpo = grpo_loss(log_prob, batch.log_prob_old, torch.where(scored, advantage, 0), self.cfg.ratio_clip)

@@ -11,8 +11,8 @@ from torch import Tensor
 from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.advantages import RunningScale
-from gdmd.losses.dmd import dmd_gradient, dmd_loss
-from gdmd.losses.gdmd import implicit_target, napo_loss, optimality, step_weight
+from gdmd.losses.dmd import dmd_loss
+from gdmd.losses.gdmd import napo_loss, optimality, step_weight
 from gdmd.methods.base import Distillation, Rollout, StudentBatch
 from gdmd.methods.old_policy import EmaPolicy
 from gdmd.methods.score_stats import optimality_stats
@@ -33,6 +33,8 @@ class Group:
 
 @dataclass(frozen=True)
 class NapoBatch(StudentBatch):
+    """The student's batch with the old prediction and the optimality r of the target."""
+
     x_old: Tensor  # [B, C, H, W]
     r: Tensor  # [B] in [0, 1], NaN = not scored
 
@@ -83,8 +85,7 @@ class Gdmd(Distillation[GdmdConfig]):
             return
         match self.cfg.score_target:
             case "raw":
-                raw = dmd_gradient(rollout.x0, at.x0_real, at.x0_fake, normalize=False)
-                scored = implicit_target(rollout.x0, raw)
+                scored = rollout.x0 - (at.x0_fake - at.x0_real)
             case "normalized":
                 scored = group.x_tar[-1]
             case "real":
@@ -96,18 +97,18 @@ class Gdmd(Distillation[GdmdConfig]):
     def weigh(self, group: Group, rollout: Rollout, prompts: PromptBatch, rng: SampleRng) -> Tensor:
         """IGS: r = 1/2 + 1/2 clip(mean_k (R_k(D(x_tar)) - R_k(D(x0))) / Z_k, -1, 1). [eta, b], NaN = not scored
 
-        Z and the statistics are those of the global batch B; the result is this rank's part b.
+        Z and the statistics are those of the global batch B; the result is this rank's part b. ``rng``: for controls.
         """
         eta, ranks = self.cfg.group_size, prompts.ranks
         if self.cfg.gamma == 0:
             return torch.full((eta, len(prompts)), 0.5, device=rollout.x0.device)
-        target = ranks.gather(torch.stack(group.scores, 1), 2)  # [R, eta, B]
-        sample = ranks.gather(self.scorer(rollout.x0, prompts), 1)  # [R, B]
+        target = ranks.all_gather(torch.stack(group.scores, 1), 2)  # [R, eta, B]
+        sample = ranks.all_gather(self.scorer(rollout.x0, prompts), 1)  # [R, B]
         advantage = mean_advantage(target, sample, self.scale.update(target)).expand(eta, -1)  # [eta, B]
         r = optimality(advantage, torch.zeros_like(advantage), 1.0)
         w = step_weight(r, self.cfg.dmd_weight, self.cfg.gamma, self.cfg.beta)
         self._stats |= optimality_stats(self.scorer.rewards, target, sample, r, w)
-        return ranks.share(r, 1)
+        return ranks.local_shard(r, 1)
 
     def napo_student_loss(self, batch: NapoBatch) -> Loss:
         """NaPO: L = lambda L_DMD + gamma L_RL, x0 by the current student; an unscored sample has lambda L_DMD only."""

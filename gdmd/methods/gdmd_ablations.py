@@ -28,8 +28,8 @@ class GdmdShuffled(Gdmd):
     @torch.no_grad()
     def weigh(self, group: Group, rollout: Rollout, prompts: PromptBatch, rng: SampleRng) -> Tensor:
         """[eta, b]"""
-        r = prompts.ranks.gather(super().weigh(group, rollout, prompts, rng), 1)
-        return prompts.ranks.share(shuffled(r, global_rng(prompts, rng)), 1)
+        r = prompts.ranks.all_gather(super().weigh(group, rollout, prompts, rng), 1)
+        return prompts.ranks.local_shard(shuffled(r, global_rng(prompts, rng)), 1)
 
 
 @dataclass
@@ -46,7 +46,7 @@ class GdmdConstant(Gdmd):
     def weigh(self, group: Group, rollout: Rollout, prompts: PromptBatch, rng: SampleRng) -> Tensor:
         """[eta, b]; unscored targets stay unscored."""
         own = super().weigh(group, rollout, prompts, rng)
-        return torch.where(own.isnan(), own, self.running_mean(prompts.ranks.gather(own, 1)))
+        return torch.where(own.isnan(), own, self.running_mean(prompts.ranks.all_gather(own, 1)))
 
     def running_mean(self, r: Tensor) -> Tensor:
         """EMA of mean r, 0-d; a step in which nothing was scored changes nothing."""
@@ -91,13 +91,13 @@ class GdmdTiltedShuffled(GdmdTilted):
     def weigh(self, finished: Finished, rollout: Rollout, prompts: PromptBatch, rng: SampleRng) -> Tensor:
         """Softmax weights of permuted advantages over the score of x0, which differs from sample to sample. [eta, K, b]"""
         ranks = prompts.ranks
-        scores = ranks.gather(finished.scores, 2)  # [R, K, B]
-        sample = ranks.gather(self.scorer(rollout.x0, prompts), 1)  # [R, B]
+        scores = ranks.all_gather(finished.scores, 2)  # [R, K, B]
+        sample = ranks.all_gather(self.scorer(rollout.x0, prompts), 1)  # [R, B]
         advantage = mean_advantage(scores, sample, self.scale.update(scores)).expand(self.cfg.group_size, -1, -1)
         r = optimality(advantage, torch.zeros_like(advantage), 1.0)
         w = step_weight(r, self.cfg.dmd_weight, self.cfg.gamma)
         self._stats |= optimality_stats(self.scorer.rewards, scores, sample, r, w)
-        return ranks.share(self.softmax(shuffled(advantage, global_rng(prompts, rng))), 2)
+        return ranks.local_shard(self.softmax(shuffled(advantage, global_rng(prompts, rng))), 2)
 
 
 CONTROLS: Mapping[str, type[Gdmd]] = {
@@ -116,13 +116,13 @@ def shuffled(values: Tensor, rng: SampleRng) -> Tensor:
 
 def exchanged(own: Tensor, prompts: PromptBatch, rng: SampleRng) -> Tensor:
     """A random cyclic shift of ``own`` [b, ...] over the global batch, so that no sample keeps its own."""
-    whole = prompts.ranks.gather(own)
+    whole = prompts.ranks.all_gather(own)
     order = global_rng(prompts, rng).uniform("shuffle/gradient").argsort()
     mixed = torch.empty_like(whole)
     mixed[order.roll(1)] = whole[order]
-    return prompts.ranks.share(mixed)
+    return prompts.ranks.local_shard(mixed)
 
 
 def global_rng(prompts: PromptBatch, rng: SampleRng) -> SampleRng:
     """The draws of the whole batch, which all ranks make alike."""
-    return replace(rng, index=prompts.ranks.gather(rng.index), host=None)
+    return replace(rng, index=prompts.ranks.all_gather(rng.index), host=None)

@@ -24,7 +24,7 @@ from gdmd.losses.dmd import normalizer
 from gdmd.methods.base import Distillation, Rollout, StudentBatch
 from gdmd.methods.score_stats import target_stats
 from gdmd.methods.scorer import Scorer, mean_advantage
-from gdmd.types import ALONE, Loss, PromptBatch, Update
+from gdmd.types import SINGLE_PROCESS, Loss, PromptBatch, Update
 
 GRADIENT_ROLLOUTS = 2
 """Finished rollouts that get a reward gradient: two halve its variance; each costs one backward pass."""
@@ -73,7 +73,7 @@ class GdmdTilted(Distillation[GdmdTiltedConfig]):
         for k in range(self.cfg.continuations):
             again = lambda i, k=k: rng.normal(f"continuation/{k}", self.latent_shape, i)  # noqa: E731
             student, steps, schedule = self.roles.student, self.cfg.student_steps, self.roles.schedule
-            together = prompts.ranks is not ALONE
+            together = prompts.ranks is not SINGLE_PROCESS
             y = continuation(student, rollout.x0, rollout.stop, steps, rollout.cond, again, schedule, together=together)
             if self.cfg.reward_gradient > 0 and k < GRADIENT_ROLLOUTS:
                 _, gradient, score = self.scorer.gradient(y, prompts, self.normalized_reward)
@@ -110,11 +110,11 @@ class GdmdTilted(Distillation[GdmdTiltedConfig]):
     @torch.no_grad()
     def weigh(self, finished: Finished, rollout: Rollout, prompts: PromptBatch, rng: SampleRng) -> Tensor:
         """Softmax weights of all eta K targets, mean 1, by the Z of the global batch. [eta, K, b]"""
-        scores = prompts.ranks.gather(finished.scores, 2)  # [R, K, B]
+        scores = prompts.ranks.all_gather(finished.scores, 2)  # [R, K, B]
         z = self.scale.update(scores)  # every score counts once
         advantage = mean_advantage(scores, scores.nanmean(1), z)  # [K, B]; a softmax does not see what is subtracted
         self._stats |= target_stats(self.scorer.rewards, scores, advantage.isnan())
-        return prompts.ranks.share(self.softmax(advantage.expand(self.cfg.group_size, -1, -1)), 2)
+        return prompts.ranks.local_shard(self.softmax(advantage.expand(self.cfg.group_size, -1, -1)), 2)
 
     def softmax(self, advantage: Tensor) -> Tensor:
         """Weights over eta K targets of each sample, mean 1; 1 for an unscored one. [eta, K, B] -> [eta, K, B]"""

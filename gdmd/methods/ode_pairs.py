@@ -24,22 +24,22 @@ class OdePairs:
     cond: Cond
 
     def gathered(self, ranks: Ranks) -> OdePairs:
-        """Those of the global batch."""
-        cond = {name: ranks.gather(value) for name, value in self.cond.items()}
-        return OdePairs(ranks.gather(self.noise), ranks.gather(self.x0_ode), cond)
+        """The pairs of the global batch."""
+        cond = {name: ranks.all_gather(value) for name, value in self.cond.items()}
+        return OdePairs(ranks.all_gather(self.noise), ranks.all_gather(self.x0_ode), cond)
 
     def shared(self, ranks: Ranks) -> OdePairs:
-        """This rank's part."""
-        cond = {name: ranks.share(value) for name, value in self.cond.items()}
-        return OdePairs(ranks.share(self.noise), ranks.share(self.x0_ode), cond)
+        """The pairs of this rank."""
+        cond = {name: ranks.local_shard(value) for name, value in self.cond.items()}
+        return OdePairs(ranks.local_shard(self.noise), ranks.local_shard(self.x0_ode), cond)
 
 
 @dataclass
 class TeacherPairs:
-    """Solves pairs from the step's prompts: new ones each time (batches = 0), or the first ``batches`` in turn.
+    """Solves pairs for the step's prompts: new ones each time (batches = 0), or the first ``batches`` in turn.
 
-    Kept pairs are a part of the method's state, so that a resumed run goes on with the same ones; they are those of
-    the global batch, so that it may go on with another number of ranks.
+    Kept pairs are a part of the method's state, so that a resumed run continues with the same ones; they are those of
+    the global batch, so that it may continue with another number of ranks.
     """
 
     roles: Roles
@@ -54,30 +54,30 @@ class TeacherPairs:
         """The pairs of iteration ``step``."""
         if not self.batches:
             return self._solve(prompts, rng)
-        place = step % self.batches
-        if place not in self.kept:
-            self.kept[place] = self._solve(prompts, rng).gathered(prompts.ranks)
-        return self.kept[place].shared(prompts.ranks)
+        slot = step % self.batches
+        if slot not in self.kept:
+            self.kept[slot] = self._solve(prompts, rng).gathered(prompts.ranks)
+        return self.kept[slot].shared(prompts.ranks)
 
     @torch.no_grad()
     def _solve(self, prompts: PromptBatch, rng: SampleRng) -> OdePairs:
         noise = rng.normal("pair_noise", self.latent_shape)
         teacher = Guided(self.roles.teacher, self.guidance, prompts.uncond, self.roles.guide)
-        clock = to_device_async(self.teacher_times(self.steps), noise.device)
-        return OdePairs(noise, ode_sample(teacher, noise, clock, prompts.cond, self.roles.schedule), prompts.cond)
+        t = to_device_async(self.teacher_times(self.steps), noise.device)
+        return OdePairs(noise, ode_sample(teacher, noise, t, prompts.cond, self.roles.schedule), prompts.cond)
 
     def state(self) -> dict[str, Tensor]:
-        """Kept pairs as "PLACE.noise", "PLACE.x0_ode" and "PLACE.cond.NAME"."""
+        """Kept pairs as "SLOT.noise", "SLOT.x0_ode" and "SLOT.cond.NAME"."""
         named: dict[str, Tensor] = {}
-        for place, pairs in self.kept.items():
-            named |= {f"{place}.noise": pairs.noise, f"{place}.x0_ode": pairs.x0_ode}
-            named |= {f"{place}.cond.{name}": value for name, value in pairs.cond.items()}
+        for slot, pairs in self.kept.items():
+            named |= {f"{slot}.noise": pairs.noise, f"{slot}.x0_ode": pairs.x0_ode}
+            named |= {f"{slot}.cond.{name}": value for name, value in pairs.cond.items()}
         return named
 
     def load(self, state: Mapping[str, Tensor], device: torch.device) -> None:
         """Restore ``state()`` exactly."""
         self.kept = {}
-        for place in sorted({int(name.partition(".")[0]) for name in state}):
-            own = {k.removeprefix(f"{place}."): v.to(device) for k, v in state.items() if k.startswith(f"{place}.")}
+        for slot in sorted({int(name.partition(".")[0]) for name in state}):
+            own = {k.removeprefix(f"{slot}."): v.to(device) for k, v in state.items() if k.startswith(f"{slot}.")}
             cond = {name.removeprefix("cond."): value for name, value in own.items() if name.startswith("cond.")}
-            self.kept[place] = OdePairs(own["noise"], own["x0_ode"], cond)
+            self.kept[slot] = OdePairs(own["noise"], own["x0_ode"], cond)

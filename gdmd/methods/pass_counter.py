@@ -1,9 +1,9 @@
-"""What a training costs, counted by hooks on the networks: passes, student updates, seconds.
+"""The cost of a training, counted by hooks on the networks: forward passes, student updates, seconds.
 
 One pass is one forward of one denoiser (student, fake, teacher or old policy) on one sample; a backward counts two more, or
 one through a frozen network, of which only the adapters are trained.
-A call that ends early, because only features are read, is the share of a forward that is computed. Decoder and rewards
-are left out: METHOD's budgets compare denoiser calls.
+A call for features, which ends early, counts as the share of a forward that it computes. Decoder and rewards are not
+counted.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _KEYS = ("cost.passes", "cost.updates", "cost.seconds")
 
 @dataclass
 class Cost:
-    """Sums since the beginning of a training. seconds: inside iterations, so without logs, grids and checkpoints."""
+    """Sums since the start of a training. seconds: inside iterations, without logs, grids and checkpoints."""
 
     passes: float = 0
-    updates: int = 0  # student updates that the method asked for
+    updates: int = 0  # student updates
     seconds: float = 0.0
 
 
 @dataclass
-class Counted:
-    """A method whose cost is counted; it computes what the method alone would compute.
+class CountedMethod:
+    """A method whose cost is counted; its updates are unchanged.
 
-    ``share``: what the call that is being made costs, in forwards; ``backward``: what a backward pass of a network adds to
-    a forward. The sums are saved with the method's state, so that they survive a restart like everything else.
+    ``share``: cost of the current call in forwards; ``backward``: what a backward pass of a network adds to a forward. The
+    sums are saved with the method's state, so that they survive a restart.
     """
 
     method: Method
@@ -54,14 +54,14 @@ class Counted:
         for net in {id(net): net for net in self.networks}.values():
             net.register_forward_hook(self._on_forward)
 
-    def _on_forward(self, net: nn.Module, given: tuple[Any, ...], answer: Any) -> None:
+    def _on_forward(self, net: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if self._counting:
-            tensors, samples = answered(answer)
+            tensors, samples = output_samples(output)
             self.cost.passes += samples * (1 + self.backward(net) * tensors[0].requires_grad) * self.share()
 
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
         """The method's own updates; everything until the last one is applied is counted."""
-        began = time.perf_counter()
+        start = time.perf_counter()
         self._counting = True
         try:
             for update in self.method.iteration(step, prompts, rng):
@@ -69,7 +69,7 @@ class Counted:
                 yield update
         finally:
             self._counting = False
-            self.cost.seconds += time.perf_counter() - began
+            self.cost.seconds += time.perf_counter() - start
 
     def stats(self) -> Mapping[str, Tensor]:
         return self.method.stats()
@@ -87,11 +87,11 @@ class Counted:
 
 
 def without_cost(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A saved method state without the sums of ``Counted``."""
+    """A saved method state without the sums of ``CountedMethod``."""
     return {key: value for key, value in state.items() if key not in _KEYS}
 
 
-def answered(answer: Any) -> tuple[list[Tensor], int]:
+def output_samples(answer: Any) -> tuple[list[Tensor], int]:
     """What a network answers, and for how many samples: [B, ...], a list with a tensor of each, or a tuple of these."""
     if isinstance(answer, tuple):
         answer = answer[0]

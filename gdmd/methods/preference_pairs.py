@@ -43,8 +43,8 @@ def preference_pairs(
     ``steps``.
     """
     ranks = prompts.ranks
-    best, worst, known = (ranks.share(found) for found in extremes(advantage, ranks.gather(prompts.group)))
-    everyone = ranks.gather(x0)  # [B, C, H, W]: a prompt's group may lie on several ranks
+    best, worst, known = (ranks.local_shard(found) for found in extremes(advantage, ranks.all_gather(prompts.group)))
+    everyone = ranks.all_gather(x0)  # [B, C, H, W]: a prompt's group may lie on several ranks
     x0_win, x0_lose = everyone[best], everyone[worst]
     t = torch.tensor(steps, device=x0.device)[rng.integer("preference_t", len(steps))]
     eps = rng.normal("preference_eps", tuple(x0.shape[1:]))

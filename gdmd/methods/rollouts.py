@@ -74,13 +74,13 @@ def collect(
     )
     rewards = scorer(trajectory.x0, prompts)
     ranks = prompts.ranks
-    everyone = mean_group_advantage(ranks.gather(rewards, 1), ranks.gather(prompts.group), cfg.spread)
-    advantage = ranks.share(everyone)
+    everyone = mean_group_advantage(ranks.all_gather(rewards, 1), ranks.all_gather(prompts.group), cfg.spread)
+    advantage = ranks.local_shard(everyone)
     return Collected(trajectory, rewards, advantage.clamp(-cfg.advantage_clip, cfg.advantage_clip))
 
 
-def moves_log_prob(roles: Roles, x: Tensor, cond: Cond, cfg: PolicyOptions) -> Tensor:
-    """log pi(x[i + 1] | x[i]) of every move of the rollouts x [B, N, C, H, W] under the current student. [B, N - 1]"""
+def step_log_prob(roles: Roles, x: Tensor, cond: Cond, cfg: PolicyOptions) -> Tensor:
+    """log pi(x[i + 1] | x[i]) of every step of the rollouts x [B, N, C, H, W] under the current student. [B, N - 1]"""
     found = []
     for i, (here, there) in enumerate(zip(cfg.student_steps, cfg.student_steps[1:], strict=False)):
         t, t_next = (torch.full((len(x),), when, device=x.device) for when in (here, there))

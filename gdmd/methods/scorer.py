@@ -12,8 +12,8 @@ from gdmd.diffusion.schedule import expand
 from gdmd.types import Codec, PromptBatch, Reward, score_all
 
 
-class Seen:
-    """Statistics of raw scores since the last read, summed on the device: no score waits for the host."""
+class ScoreStats:
+    """Statistics of raw scores since the last read, summed on the device without a synchronization."""
 
     def __init__(self) -> None:
         self._first: Tensor | None = None  # [R], the first score of each reward; NaN before there is one
@@ -47,30 +47,30 @@ class Seen:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Latents -> one score per reward. A call passes no gradient through decoder or reward, only ``with_gradient`` does."""
+    """Latents -> a score per reward. A call passes no gradient through decoder or reward, only ``with_gradient`` does."""
 
     codec: Codec
     rewards: Sequence[Reward]
-    seen: Seen = field(default_factory=Seen, repr=False, compare=False)
+    seen: ScoreStats = field(default_factory=ScoreStats, repr=False, compare=False)
 
     def stats(self) -> Mapping[str, Tensor]:
-        """Whether each reward scores, and whether its scores differ, since the last call; nothing if it was not asked."""
+        """Share of unscored images and spread of each reward since the last call; empty without scores."""
         return self.seen.stats([reward.name for reward in self.rewards])
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, prompts: PromptBatch) -> Tensor:
         """latents [B, C, H, W] -> raw scores [R, B], fp32, in each reward's own units; NaN = not scored.
 
-        The decoded image is clipped to [0, 1], the range in which a reward is defined (what saving it would do).
+        The decoded image is clipped to [0, 1], as when it is saved.
         """
         return self._raw(self.codec.decode(latents).float().clamp(0, 1), prompts)
 
     def with_gradient(self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """loss(raw scores [R, B]) [B] with gradient to the latents, and to nothing else: the reward back-propagated.
 
-        ``loss`` must treat every sample on its own and give a number for an unscored one (no gradient is taken
-        there). The gradient is found here, by one backward pass through rewards and decoder, whose weights and graph
-        it never reaches. The rewards must be differentiable: see ``require_differentiable``.
+        ``loss`` must treat each sample separately and give a number for an unscored one, whose gradient is 0. The gradient
+        is computed here, by one backward pass through rewards and decoder to the latents. The rewards must be
+        differentiable: see ``require_differentiable``.
         """
         return self.scored_with_gradient(latents, prompts, loss)[0]
 
@@ -103,7 +103,7 @@ class Scorer:
             )
 
     def _raw(self, images: Tensor, prompts: PromptBatch) -> Tensor:
-        """[R, B], fp32. Rewards of other machines work side by side."""
+        """[R, B], fp32. Remote rewards run in parallel."""
         scores = score_all(self.rewards, images, prompts)
         for reward, one in zip(self.rewards, scores, strict=True):
             if one.shape != (len(images),):

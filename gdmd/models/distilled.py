@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,26 +59,25 @@ def _words(path: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", name.lower())
 
 
-def check_guidance(family: Family, guidances: Iterable[float]) -> None:
+def check_guidance(family: Family, guidance: float) -> None:
     """ValueError for classifier-free guidance on a distilled base; without guidance, a warning.
 
     A guidance-distilled network predicts what its teacher predicted with guidance; guiding it applies guidance twice.
     """
     cfg = family.cfg
     why = why_distilled(family.pipe, cfg.path) if cfg.distilled is None else "model.distilled = true"
-    guided = [guidance for guidance in guidances if guidance != 1]
     if why is None or cfg.distilled is False:
-        if guided and cfg.distilled is None:
-            _warn_if_maybe_distilled(family, guided[0])
+        if guidance != 1 and cfg.distilled is None:
+            _warn_if_maybe_distilled(family, guidance)
         return
     embedded = (
         f" Its guidance is an input: model.embedded_guidance = {cfg.embedded_guidance:g}."
         if family.guidance_is_embedded
         else " model.embedded_guidance does nothing for it."
     )
-    if guided:
+    if guidance != 1:
         raise ValueError(
-            f"method.guidance = {guided[0]:g}, but model.path {cfg.path!r} is a distilled model ({why}): guidance is built "
+            f"method.guidance = {guidance:g}, but model.path {cfg.path!r} is a distilled model ({why}): guidance is built "
             f"into its weights, and must not be applied again.{embedded} Set method.guidance=1, or give the model "
             "it was distilled from. If it is not distilled, set model.distilled=false"
         )

@@ -103,9 +103,11 @@ class LazyTextEncoder:
             kept = (ENCODER, "tokenizer")
             others = dict.fromkeys(name for name in pipe.components if not name.startswith(kept))
             missing = _left_out(local_or_hub_index(self.family.cfg), type(self.family), self.family.cfg)
-            own = _load(type(self.family), self.family.cfg, is_local(self.family.cfg.path), others | missing)
-            _freeze(own, str(encoder.device))
-            pipe.register_modules(**{name: part for name, part in own.components.items() if name.startswith(ENCODER)})
+            loaded = _load(type(self.family), self.family.cfg, is_local(self.family.cfg.path), others | missing)
+            _freeze(loaded, str(encoder.device))
+            pipe.register_modules(
+                **{name: part for name, part in loaded.components.items() if name.startswith(ENCODER)}
+            )
             fit_limits(pipe, lambda encoder: None)
             self._loaded = True
         return encoder

@@ -83,8 +83,8 @@ class SharedBackbone:
 
     def weights(self, adapter: str) -> dict[str, Parameter]:
         """The adapter's A and B, by names without the adapter's own: BLOCK.to_q.lora_A.weight."""
-        own = f".{adapter}."
-        return {k.replace(own, "."): v for k, v in self.net.named_parameters() if own in k and ".lora_" in k}
+        infix = f".{adapter}."
+        return {k.replace(infix, "."): v for k, v in self.net.named_parameters() if infix in k and ".lora_" in k}
 
     def set_adapter(self, adapter: ActiveAdapter) -> Any:
         """Activate an adapter, or none, and return the network."""
@@ -177,6 +177,6 @@ def _initialize(layer: Any, adapter: str, generator: torch.Generator) -> None:
 
 
 def _casting(linear: nn.Linear) -> CastingLinear:
-    own = CastingLinear(linear.in_features, linear.out_features, bias=False, device="meta")
-    own.weight = linear.weight
-    return own
+    casting = CastingLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+    casting.weight = linear.weight
+    return casting

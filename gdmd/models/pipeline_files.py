@@ -138,10 +138,10 @@ def check_files(
         refuse_quantized(part, name, what)
         variants = {weight_variant(file.name) for file in part.glob("*.safetensors")}
         if variants and not variants & {None, variant}:
-            there = sorted(map(str, variants))
+            found_variants = sorted(map(str, variants))
             raise ValueError(
-                f"{what}: component {name!r} has weight files of the variant {', '.join(there)} only; set "
-                f"{option}={there[0]}"
+                f"{what}: component {name!r} has weight files of the variant {', '.join(found_variants)} only; set "
+                f"{option}={found_variants[0]}"
             )
         if not variants and any(file for kind in _PICKLES for file in part.glob(kind)):
             raise ValueError(
@@ -157,9 +157,9 @@ def check_files(
 
 
 def _check_vocabulary(folder: Path, what: str) -> None:
-    there = {file.name for file in folder.iterdir()}
-    whole = any(name in ("tokenizer.json", "vocab.txt", "tekken.json") or name.endswith(".model") for name in there)
-    if not whole and not {"vocab.json", "merges.txt"} <= there:
+    names = {file.name for file in folder.iterdir()}
+    whole = any(name in ("tokenizer.json", "vocab.txt", "tekken.json") or name.endswith(".model") for name in names)
+    if not whole and not {"vocab.json", "merges.txt"} <= names:
         raise ValueError(
             f"{what}: {folder} contains no vocabulary (tokenizer.json, vocab.json with merges.txt, or a .model file): "
             "all captions would be read as empty; copy the folder again"
@@ -182,5 +182,5 @@ def refuse_quantized(folder: Path, name: str, what: str) -> None:
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The safetensors of a component that are loaded: those of the variant, else those without one."""
     files = sorted(folder.glob("*.safetensors"))
-    own = [file for file in files if weight_variant(file.name) == variant]
-    return own or [file for file in files if weight_variant(file.name) is None]
+    chosen = [file for file in files if weight_variant(file.name) == variant]
+    return chosen or [file for file in files if weight_variant(file.name) is None]

@@ -125,42 +125,42 @@ class DiffusersRoles:
         A GAN head is sharded with its fake score: all weights of a role are sharded, or none.
         """
         self._shard = shard
-        for own in self._copies.values():
-            shard(own.net)
+        for copy in self._copies.values():
+            shard(copy.net)
         if self.critic is not None and "fake" in self._copies:
             shard(self.critic.head)
 
     def parameters(self, role: Role) -> Mapping[str, Parameter]:
-        own = self._copies.get(role)
-        weights = own.weights() if own else self.backbone.weights(role)
+        copy = self._copies.get(role)
+        weights = copy.weights() if copy else self.backbone.weights(role)
         if role == "fake" and self.critic is not None:
             weights |= {f"gan_head.{name}": value for name, value in self.critic.head.named_parameters()}
         return weights
 
     def modules(self) -> tuple[Any, ...]:
         """Every network that holds weights of a role: the backbone, then the copies."""
-        return self.backbone.net, *(own.net for own in self._copies.values())
+        return self.backbone.net, *(copy.net for copy in self._copies.values())
 
     def set_checkpointing(self, *, on: bool) -> None:
         """Switch activation checkpointing of all networks."""
-        owners: list[SharedBackbone | FullCopy] = [self.backbone, *self._copies.values()]
-        for own in owners:
-            own.set_checkpointing(on=on)
+        networks: list[SharedBackbone | FullCopy] = [self.backbone, *self._copies.values()]
+        for net in networks:
+            net.set_checkpointing(on=on)
 
     def blended_teacher(self, share: float) -> Denoiser:
         """The teacher moved by ``share`` of the fake score's displacement (DynaDG, arXiv 2511.13649v4).
 
         An adapter is activated at this scale; a full copy is mixed: teacher + share (fake - teacher).
         """
-        own = self._copies.get("fake")
-        if own is None:
+        copy = self._copies.get("fake")
+        if copy is None:
             return self._denoiser(AdapterView(self.backbone, ActiveAdapter("fake", share)))
         if self._shard is not None:
             raise ValueError(
                 "loop.sharding is on, and a sharded fake score cannot be mixed with the teacher (method dmdr, overlap > 0); "
                 "set method.overlap = 0 or loop.sharding = none"
             )
-        return self._denoiser(own.blended(self.backbone.set_adapter(NO_ADAPTER), share))
+        return self._denoiser(copy.blended(self.backbone.set_adapter(NO_ADAPTER), share))
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
@@ -191,12 +191,12 @@ class DiffusersRoles:
         if self._old:
             return
         if "student" in self._copies:
-            own = FullCopy(self.backbone.set_adapter(NO_ADAPTER), checkpointing=False)
+            copy = FullCopy(self.backbone.set_adapter(NO_ADAPTER), checkpointing=False)
             if self._backend is not None:
-                compile_blocks(own.net, self.family.blocks, self._backend)
+                compile_blocks(copy.net, self.family.blocks, self._backend)
             if self._shard is not None:
-                self._shard(own.net)
-            self.old.net, self._old = own, own.weights()
+                self._shard(copy.net)
+            self.old.net, self._old = copy, copy.weights()
         else:
             self.backbone.add("old", SEEDS["student"])
             self.old.net, self._old = AdapterView(self.backbone, ActiveAdapter("old")), self.backbone.weights("old")

@@ -97,7 +97,9 @@ def check_kind(scheduler: Any, wanted: Kind, model: str) -> None:
             "log sigma. EDM is not supported, because no diffusers scheduler could sample its few-step student. Use a "
             "base model with a beta schedule, such as SDXL"
         )
-    own = f", prediction_type = {scheduler.config.prediction_type!r}" if "prediction_type" in scheduler.config else ""
+    prediction = (
+        f", prediction_type = {scheduler.config.prediction_type!r}" if "prediction_type" in scheduler.config else ""
+    )
     what = f"is for {KINDS[found]}" if found != "unknown" else "is not supported by gdmd"
     take = "FlowMatchEulerDiscreteScheduler" if wanted == "flow" else "DDIMScheduler or EulerDiscreteScheduler"
     take += (
@@ -106,7 +108,7 @@ def check_kind(scheduler: Any, wanted: Kind, model: str) -> None:
         else ""
     )
     raise ValueError(
-        f"{model} is {of[wanted]}, but its scheduler ({name}{own}) {what}. Save the pipeline with the "
+        f"{model} is {of[wanted]}, but its scheduler ({name}{prediction}) {what}. Save the pipeline with the "
         f"scheduler it was trained with: {take}"
     )
 
@@ -186,19 +188,19 @@ def read_flow(scheduler: Any, model: str, max_shift: float = 1.15) -> FlowSettin
     found = FlowSettings(
         train_steps=int(config.num_train_timesteps),
         shift=float(config[shift_key(type(scheduler))]),
-        dynamic=bool(_own(scheduler, "use_dynamic_shifting")),
+        dynamic=bool(_read(scheduler, "use_dynamic_shifting")),
         base_shift=config.get("base_shift", 0.5),
         max_shift=config.get("max_shift", max_shift),
         base_tokens=config.get("base_image_seq_len", 256),
         max_tokens=config.get("max_image_seq_len", 4096),
-        kind=_own(scheduler, "time_shift_type") or "exponential",
-        terminal=_own(scheduler, "shift_terminal") or None,
+        kind=_read(scheduler, "time_shift_type") or "exponential",
+        terminal=_read(scheduler, "shift_terminal") or None,
     )
     _check_flow(found, name)
     return found
 
 
-def _own(scheduler: Any, key: str) -> Any:
+def _read(scheduler: Any, key: str) -> Any:
     """A key that the scheduler's class reads. Configs also keep keys of the class they were converted from."""
     return scheduler.config.get(key) if key in inspect.signature(type(scheduler).__init__).parameters else None
 
@@ -230,14 +232,14 @@ class VpSettings:
 
     def few_steps(self, steps: int) -> dict[str, Any]:
         """The config of an LCMScheduler that samples a student of ``steps`` steps."""
-        own, named = self.schedule, {value: key for key, value in _PREDICTS.items()}
+        schedule, named = self.schedule, {value: key for key, value in _PREDICTS.items()}
         return {
-            "num_train_timesteps": own.train_steps,
-            "beta_start": own.beta_start,
-            "beta_end": own.beta_end,
-            "beta_schedule": own.beta_schedule,
-            "trained_betas": list(own.trained_betas) or None,
-            "rescale_betas_zero_snr": own.zero_snr,
+            "num_train_timesteps": schedule.train_steps,
+            "beta_start": schedule.beta_start,
+            "beta_end": schedule.beta_end,
+            "beta_schedule": schedule.beta_schedule,
+            "trained_betas": list(schedule.trained_betas) or None,
+            "rescale_betas_zero_snr": schedule.zero_snr,
             "prediction_type": named[self.predicts],
             "original_inference_steps": steps,
             "timestep_scaling": 10.0,
@@ -261,7 +263,7 @@ def read_vp(scheduler: Any, model: str) -> VpSettings:
             f"the pipeline's scheduler ({name}) has prediction_type = {config.prediction_type!r}; supported are "
             f"{', '.join(_PREDICTS)}"
         )
-    zero = bool(_own(scheduler, "rescale_betas_zero_snr"))
+    zero = bool(_read(scheduler, "rescale_betas_zero_snr"))
     if zero and predicts == "eps":
         raise ValueError(
             f"the pipeline's scheduler ({name}) has rescale_betas_zero_snr with prediction_type = 'epsilon': the last "
@@ -282,16 +284,18 @@ def read_vp(scheduler: Any, model: str) -> VpSettings:
             "2 steps or more, and one beta for each"
         )
     schedule = VpSchedule(float(config.beta_start), float(config.beta_end), steps, betas, trained, zero)
-    own = schedule.betas()
-    if not bool(((own > 0) & (own < 1)).all()):
+    table = schedule.betas()
+    if not bool(((table > 0) & (table < 1)).all()):
         raise ValueError(
-            f"the pipeline's scheduler ({name}) has betas from {own.min():g} to {own.max():g}; they must lie between 0 and 1"
+            f"the scheduler ({name}) has betas from {table.min():g} to {table.max():g}; they must be between 0 and 1"
         )
-    first = _own(scheduler, "set_alpha_to_one") is False or _own(scheduler, "final_sigmas_type") == "sigma_min"
-    spacing: Spacing = _own(scheduler, "timestep_spacing") or "linspace"
+    first = _read(scheduler, "set_alpha_to_one") is False or _read(scheduler, "final_sigmas_type") == "sigma_min"
+    spacing: Spacing = _read(scheduler, "timestep_spacing") or "linspace"
     if spacing not in get_args(Spacing):
         raise ValueError(
             f"the pipeline's scheduler ({name}) has timestep_spacing = {spacing!r}; supported are "
             f"{', '.join(get_args(Spacing))}"
         )
-    return VpSettings(schedule, predicts, VpTimesteps(steps, spacing, int(_own(scheduler, "steps_offset") or 0), first))
+    return VpSettings(
+        schedule, predicts, VpTimesteps(steps, spacing, int(_read(scheduler, "steps_offset") or 0), first)
+    )

@@ -137,15 +137,17 @@ class RoleTraffic:
         """Bytes that a GPU sends: a ring all-reduce of the gradients per update."""
         return 2 * (gpus - 1) / gpus * self.bytes * self.updates
 
-    def fsdp(self, gpus: int, own: int, chunk: float, micro: int) -> float:
-        """Bytes that a GPU with ``own`` samples sends under FSDP.
+    def fsdp(self, gpus: int, samples: int, chunk: float, micro: int) -> float:
+        """Bytes that a GPU with ``samples`` samples sends under FSDP.
 
         The weights are gathered once per call without gradient, twice per micro-batch of a call with one (forward and
         backward), and the gradients are reduced once per loss. An upper bound: FSDP keeps the outermost layers gathered.
         """
         if not self.sharded:
             return self.ddp(gpus)
-        gathers = max(self.calls, self.rows * own / chunk) + 2 * self.calls_with_grad * micro_batches(own, micro)
+        gathers = max(self.calls, self.rows * samples / chunk) + 2 * self.calls_with_grad * micro_batches(
+            samples, micro
+        )
         return (gpus - 1) / gpus * self.bytes * (gathers + self.losses)
 
 
@@ -159,15 +161,15 @@ class Sharded:
     chunk: float  # rows of a call without gradient at most
     micro: int  # samples per micro-batch; 0 = all
 
-    def elsewhere(self, gpus: int, own: int) -> float:
-        """Bytes that a GPU with ``own`` samples does not hold. Gradients of micro-batches accumulate unsharded."""
-        gradients = self.gradients if micro_batches(own, self.micro) == 1 else 0
+    def elsewhere(self, gpus: int, samples: int) -> float:
+        """Bytes that a GPU with ``samples`` samples does not hold. Gradients of micro-batches accumulate unsharded."""
+        gradients = self.gradients if micro_batches(samples, self.micro) == 1 else 0
         return (self.static + gradients) * (1 - 1 / gpus) - self.gathered * (gpus > 1)
 
 
-def micro_batches(own: int, micro: int) -> int:
-    """Number of micro-batches of ``own`` samples."""
-    return math.ceil(own / (micro or own))
+def micro_batches(samples: int, micro: int) -> int:
+    """Number of micro-batches of ``samples`` samples."""
+    return math.ceil(samples / (micro or samples))
 
 
 @dataclass(frozen=True)
@@ -197,13 +199,13 @@ def scaling_row(
 ) -> ScalingRow:
     """The batch is divided among the GPUs; it grows if there are more GPUs than samples. No overlap with computation."""
     whole = max(batch, gpus)
-    own = math.ceil(whole / gpus)
-    compute = cost.seconds(own, gpu, efficiency)
+    samples = math.ceil(whole / gpus)
+    compute = cost.seconds(samples, gpu, efficiency)
     ddp = sum(role.ddp(gpus) for role in roles)
-    fsdp = sum(role.fsdp(gpus, own, sharded.chunk, sharded.micro) for role in roles)
+    fsdp = sum(role.fsdp(gpus, samples, sharded.chunk, sharded.micro) for role in roles)
     ddp_s, fsdp_s = (compute + sent / (gpu.link * 1e9 * LINK_EFFICIENCY) for sent in (ddp, fsdp))
-    fsdp_gib = cost.total(own, sharded.elsewhere(gpus, own)) / GIB
+    fsdp_gib = cost.total(samples, sharded.elsewhere(gpus, samples)) / GIB
     return ScalingRow(
-        *(gpus, whole, cost.total(own) / GIB, ddp / 1e9, whole / ddp_s, compute / ddp_s),
+        *(gpus, whole, cost.total(samples) / GIB, ddp / 1e9, whole / ddp_s, compute / ddp_s),
         *(fsdp_gib, fsdp / 1e9, whole / fsdp_s, compute / fsdp_s),
     )

@@ -24,8 +24,9 @@ from torch import Tensor
 from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
 from gdmd.config.model import DiffusersModel
-from gdmd.config.rewards import CompositeReward
+from gdmd.config.rewards import CompositeConfig
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
+from gdmd.models.loading import DTYPES
 from gdmd.plan.cost_model import (
     GIB,
     MAX_GPUS,
@@ -41,13 +42,12 @@ from gdmd.plan.cost_model import (
 )
 from gdmd.plan.fake_tensors import measure
 from gdmd.plan.networks import Costs, Networks, costs_of, heads_of, networks_of
-from gdmd.recipes.call_counts import Tally, tally
+from gdmd.recipes.call_counts import CallCounts, count_calls, forward_passes
 from gdmd.training.adamw8bit import moment_bytes
 from gdmd.training.distributed import blocks_of
 
 ADAM = 8
 """Bytes of the optimizer per trained weight: two fp32 moments."""
-_DTYPE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TrainingPlan:
     cfg: RunConfig
     source: str
     weights: Mapping[str, int]
-    counts: Tally
+    counts: CallCounts
     costs: Costs
     cost: ProcessCost
     roles: tuple[RoleTraffic, ...]
@@ -90,11 +90,7 @@ class TrainingPlan:
     def passes(self) -> float:
         """Forward passes per student update and sample; a backward counts 2, through a frozen backbone 1."""
         full = self.cfg.model.full if isinstance(self.cfg.model, DiffusersModel) else "both"
-        extra = {who: 2 if full in (who, "both") else 1 for who in ("student", "fake")}
-        counted = sum(self.counts.passes.values())
-        counted += sum(share * (1 + extra.get(who, 1)) for who, share in self.counts.graded.items())
-        counted -= self.counts.read * (1 + extra["fake"]) * (1 - self.costs.feature_cost)
-        return counted / self.counts.updates["student"]
+        return forward_passes(self.counts, full, self.costs.feature_cost)
 
     def scaling(self, counts: list[int]) -> list[ScalingRow]:
         """One row per number of GPUs."""
@@ -136,11 +132,13 @@ class TrainingPlan:
 def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> TrainingPlan:
     """Estimate a recipe. ValueError for a hub model whose config is not known here."""
     nets = networks_of(cfg)
-    counted = tally(cfg)
-    rows = max(round(min(counted.widest * cfg.loop.batch_size, _chunk(cfg))), 1)
-    costs = costs_of(cfg, nets, rows, reward_gradient=counted.steered > 0)
+    counted = count_calls(cfg)
+    rows = max(round(min(counted.max_batch * cfg.loop.batch_size, _chunk(cfg))), 1)
+    costs = costs_of(cfg, nets, rows, reward_gradient=counted.decoded_with_grad > 0)
     rewards, uncounted = _reward_nets(cfg)
-    stay = [r for r in rewards if not r.offloaded or counted.steered > 0]  # with gradient it stays on the device
+    stay = [
+        r for r in rewards if not r.offloaded or counted.decoded_with_grad > 0
+    ]  # with gradient it stays on the device
     static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in stay)}
     visiting = max((r.bytes for r in rewards if r not in stay), default=0)  # one after the other
     trained = {role: _bytes(nets.roles.parameters(role).values()) for role in ("student", "fake")}
@@ -150,7 +148,7 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> TrainingPlan:
         static=static,
         gradients=max(trained.values()),
         call=costs.call,
-        rows=counted.widest,
+        rows=counted.max_batch,
         chunk=_chunk(cfg),
         output=2 * 4 * math.prod(nets.latent_shape),  # fp32
         update=max(measured.bytes for measured in costs.update.values()),
@@ -194,13 +192,13 @@ def _reward_nets(cfg: RunConfig) -> tuple[list[_HeldReward], tuple[str, ...]]:
         return [], ()
     found, unknown = [], []
     for spec in cfg.rewards:
-        for one in [part.reward for part in spec.parts] if isinstance(spec, CompositeReward) else [spec]:
+        for one in [part.reward for part in spec.parts] if isinstance(spec, CompositeConfig) else [spec]:
             net = _shapes_reward(one) if isinstance(one, ShapesReward) else REWARDS.get(one.kind)
             if net is None:
                 unknown.append(one.label)
                 continue
             here = isinstance(one, ShapesReward) or getattr(one, "device", None) in (None, "cuda", "cuda:0")
-            size = _DTYPE[getattr(one, "dtype", "fp32")]
+            size = DTYPES[getattr(one, "dtype", "fp32")].itemsize
             offloaded = getattr(one, "offload", False)
             found.append(_HeldReward(net.weights, net.weights * size * here, net.flop * here, offloaded))
     return found, tuple(unknown)
@@ -223,10 +221,10 @@ def _shapes_reward(spec: RewardConfig) -> RewardNet:
     return RewardNet(sum(p.numel() for p in net.parameters()), flop)
 
 
-def _static(cfg: RunConfig, nets: Networks, counted: Tally) -> dict[str, int]:
+def _static(cfg: RunConfig, nets: Networks, counted: CallCounts) -> dict[str, int]:
     """Bytes held during the whole training, by role."""
     student, fake = (nets.roles.parameters(role) for role in ("student", "fake"))
-    numbers = [p.numel() for own in (student, fake) for p in own.values()]
+    numbers = [p.numel() for weights in (student, fake) for p in weights.values()]
     moments = sum(moment_bytes(n) for n in numbers) if cfg.loop.optimizer == "adamw8bit" else ADAM * sum(numbers)
     live = isinstance(cfg.model, DiffusersModel) and cfg.model.embeddings is None
     decoders = _unique(nets.codec, nets.scoring)
@@ -253,14 +251,14 @@ def _base(nets: Networks) -> list[Tensor]:
 def _weights(nets: Networks, rewards: list[_HeldReward]) -> dict[str, int]:
     """Numbers of weights."""
     base = [p for name, p in nets.base.named_parameters() if ".lora_" not in name]
-    own = {role: sum(p.numel() for p in nets.roles.parameters(role).values()) for role in ("student", "fake")}
+    trained = {role: sum(p.numel() for p in nets.roles.parameters(role).values()) for role in ("student", "fake")}
     head = sum(p.numel() for net in heads_of(nets.roles) for p in net.parameters())
-    own |= {"fake": own["fake"] - head, "GAN head": head} if head else {}
+    trained |= {"fake": trained["fake"] - head, "GAN head": head} if head else {}
     decoder = sum(p.numel() for codec in _unique(nets.codec, nets.scoring) for p in codec.vae.parameters())
     held = sum(reward.weights for reward in rewards)
     return {
         "base model": sum(p.numel() for p in base),
-        **own,
+        **trained,
         "decoder": decoder,
         "rewards": held,
         "text encoders": nets.encoders,
@@ -278,27 +276,27 @@ def _per_sample(cfg: RunConfig, nets: Networks, text: int, *, scored: bool) -> i
     return 4 * channels * height * width * (8 + 2 * targets) + 3 * text + images
 
 
-def _decoding(counted: Tally, costs: Costs) -> int:
+def _decoding(counted: CallCounts, costs: Costs) -> int:
     """Bytes of decoding."""
-    if counted.decoded + counted.steered == 0:
+    if counted.decoded + counted.decoded_with_grad == 0:
         return 0
     return max(costs.decode.bytes, costs.decode_with_grad.bytes if costs.decode_with_grad else 0)
 
 
-def _flop(counted: Tally, costs: Costs, rewards: int) -> dict[str, float]:
+def _flop(counted: CallCounts, costs: Costs, rewards: int) -> dict[str, float]:
     """FLOP of one outer iteration per sample of the batch, by kind of work."""
     without = sum(share * costs.forward[who] for who, share in counted.passes.items())
     update = {role: measured.flop / costs.micro for role, measured in costs.update.items()}
     calls = {
-        **counted.graded,
-        "fake": counted.graded["fake"] - counted.read,
+        **counted.with_grad,
+        "fake": counted.with_grad["fake"] - counted.feature_passes,
     }  # a GAN head's calls are part of the update
     with_grad = costs.decode_with_grad.flop / costs.micro if costs.decode_with_grad else 0
     scored = counted.decoded * (costs.decode.flop / costs.chunk + rewards)
     return {
         "passes without gradient": without,
         "passes with gradient": sum(calls[role] * flop for role, flop in update.items()),
-        "decoding and rewards": scored + counted.steered * (with_grad + 3 * rewards),
+        "decoding and rewards": scored + counted.decoded_with_grad * (with_grad + 3 * rewards),
     }
 
 
@@ -308,7 +306,7 @@ def _copied(cfg: RunConfig) -> set[str]:
     return {role for role in ("student", "fake") if full in (role, "both")}
 
 
-def _roles(cfg: RunConfig, trained: Mapping[str, int], counted: Tally) -> tuple[RoleTraffic, ...]:
+def _roles(cfg: RunConfig, trained: Mapping[str, int], counted: CallCounts) -> tuple[RoleTraffic, ...]:
     """Student, fake score and old policy, which is a copy if the student is one."""
     copied = _copied(cfg)
     found = [
@@ -318,7 +316,7 @@ def _roles(cfg: RunConfig, trained: Mapping[str, int], counted: Tally) -> tuple[
     return tuple(
         RoleTraffic(
             *(size, updates, like in copied),
-            *(counted.calls[who], counted.passes[who], counted.graded_calls[who], counted.losses[who]),
+            *(counted.calls[who], counted.passes[who], counted.calls_with_grad[who], counted.losses[who]),
         )
         for who, like, size, updates in found
     )

@@ -68,7 +68,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
 
     opened = meta_family(model)
     family = opened.family
-    check_guidance(family, (cfg.method.guidance,))
+    check_guidance(family, cfg.method.guidance)
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     vae: Any = family.pipe.vae
     nets = [*roles.modules(), *heads_of(roles), vae]
@@ -107,8 +107,8 @@ class Costs:
 def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, reward_gradient: bool) -> Costs:
     """Measure one call of every network with each kind of gradient, on fake tensors."""
     micro = cfg.loop.micro_batch or cfg.loop.batch_size
-    own = cfg.model if isinstance(cfg.model, DiffusersModel) else None
-    chunk = own.decode_chunk if own else cfg.loop.batch_size
+    model = cfg.model if isinstance(cfg.model, DiffusersModel) else None
+    chunk = model.decode_chunk if model else cfg.loop.batch_size
     texts = {count: nets.text(count) for count in {1, rows, micro}}
     with fake_mode():
         for net in nets.all:
@@ -117,17 +117,17 @@ def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, reward_gradient: bool
         per_row = (calls[rows].bytes - calls[1].bytes) / max(rows - 1, 1)
         adapted = _call(nets, "student", texts[1], 1)
         update: dict[Role, Measured] = {"student": _update(nets, "student", texts[micro], micro)}
-        alike = nets.roles.critic is None and (own is None or own.full in ("none", "both"))
+        alike = nets.roles.critic is None and (model is None or model.full in ("none", "both"))
         update["fake"] = update["student"] if alike else _update(nets, "fake", texts[micro], micro)
         decode = measure(lambda: _decode(nets, chunk), nets.held())
         with_grad = measure(lambda: _decode_with_grad(nets, micro), nets.held()) if reward_gradient else None
         heavy = max(update, key=lambda role: update[role].bytes)
         largest = update[heavy].bytes
-        other = None if own is None else _other(nets, heavy, not own.checkpointing, texts[micro])
-    chosen, rest = (largest, other) if own is not None and own.checkpointing else (other, largest)
+        other = None if model is None else _other(nets, heavy, not model.checkpointing, texts[micro])
+    chosen, rest = (largest, other) if model is not None and model.checkpointing else (other, largest)
     flop = {"teacher": float(calls[1].flop), **dict.fromkeys(("old", "student", "fake"), float(adapted.flop))}
     memory = (chosen, largest if rest is None else rest)
-    features = 1.0 if own is None else nets.roles.family.feature_cost
+    features = 1.0 if model is None else nets.roles.family.feature_cost
     call = (calls[1].bytes - per_row, per_row)
     return Costs(flop, call, update, micro, *memory, decode, chunk, with_grad, features)
 

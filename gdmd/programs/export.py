@@ -1,4 +1,4 @@
-"""What ``gdmd export`` does: the student of a run as a LoRA or a pipeline for diffusers, with a model card."""
+"""``gdmd export``: write the student of a run as a LoRA or a pipeline for diffusers, with a model card."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def export_run(
     base: str | None = None,
     dtype: Literal["fp32", "bf16"] | None = None,
 ) -> list[Path]:
-    """Write the student of ``run`` (its EMA, unless ``averaged`` is false) and return what was written.
+    """Write the student of ``run`` (its EMA, unless ``averaged`` is false) and return the written files.
 
-    ``which``: the checkpoint, best, last or a step; the pieces of a sharded one are put together. ``base``: the base
-    model, where it has moved. ``dtype``: of a merged pipeline; default: that of the run.
+    ``which``: the checkpoint: best, last or a step; a sharded one is joined. ``base``: the new location of the base
+    model. ``dtype``: of a merged pipeline; default: the run's.
 
-    Default folder: RUN/export or RUN/export-merged. ``merged`` writes the whole pipeline, as a full student always is;
-    else the LoRA and the scheduler. ValueError for a run of the Shapes lab and for a base of another model, RunError for
-    a run without a checkpoint.
+    Default folder: RUN/export or RUN/export-merged. ``merged`` writes the whole pipeline, which a full student always
+    needs; else the LoRA and the scheduler are written. ValueError for a run of the Shapes world and for a base of
+    another model, RunError for a run without a checkpoint.
     """
     _real(config_of(run), run)
     cfg = on_base(config_of(run), run, base, "--base")
@@ -88,8 +88,8 @@ def export_run(
 def _warn_of_rounding(undone: float, dtype: str) -> None:
     if undone:
         _log.warning(
-            "rounding to %s undoes %.1f %% of the weights that the student changed; the LoRA keeps them, and so does a "
-            "merged pipeline in fp32 (--dtype fp32)",
+            "rounding to %s loses the change of %.1f %% of the weights that the student changed; the LoRA and a merged "
+            "pipeline in fp32 (--dtype fp32) keep it",
             *(dtype, 100 * undone),
         )
 
@@ -97,7 +97,7 @@ def _warn_of_rounding(undone: float, dtype: str) -> None:
 def describe(
     cfg: RunConfig, family: Family, arguments: Mapping[str, Any], step: int, *, merged: bool
 ) -> dict[str, Any]:
-    """gdmd_export.json: what gdmd needs to make images with the export."""
+    """gdmd_export.json: what gdmd needs to sample from the export."""
     model = family.cfg
     base = str(Path(model.path).resolve()) if Path(model.path).is_dir() else model.path
     return {
@@ -117,7 +117,7 @@ def describe(
 
 
 def measured_at(run: Path, step: int) -> dict[str, Any] | None:
-    """RUN/preference/preference.json where it was measured with this step's weights, else None."""
+    """RUN/preference/preference.json if it was measured with this step's weights, else None."""
     file = run / "preference" / "preference.json"
     if not file.is_file():
         return None
@@ -135,7 +135,7 @@ def measured_at(run: Path, step: int) -> dict[str, Any] | None:
 def _real(cfg: RunConfig, run: Path) -> DiffusersModel:
     if not isinstance(cfg.model, DiffusersModel):
         raise ValueError(
-            f"{run} is a run of the Shapes lab, which diffusers cannot load; its student is in {run / 'checkpoints'} "
+            f"{run} is a run of the Shapes world, which diffusers cannot load; its student is in {run / 'checkpoints'} "
             "as safetensors"
         )
     return cfg.model

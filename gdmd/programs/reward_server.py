@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from PIL.Image import Image
 
-    from gdmd.config.rewards import ImageReward
+    from gdmd.config.rewards import RealRewardConfig
     from gdmd.types import Reward
 
 MIN_TOKEN_LENGTH = 16
@@ -223,20 +223,15 @@ def score_images(
     return scores
 
 
-def read_names(names: Sequence[str]) -> dict[str, ImageReward]:
+def read_names(names: Sequence[str]) -> dict[str, RealRewardConfig]:
     """Configs of reward kinds and module:function targets, by the name that was given."""
-    from pydantic import TypeAdapter, ValidationError
-
-    from gdmd.config.explain import explain
+    from gdmd.config.load import validated
     from gdmd.config.rewards import TaggedReward
 
-    specs: dict[str, ImageReward] = {}
+    specs: dict[str, RealRewardConfig] = {}
     for name in names:
         spec = {"kind": "callable", "target": name} if ":" in name or name.endswith(".py") else {"kind": name}
-        try:
-            specs[name] = TypeAdapter(TaggedReward).validate_python(spec)
-        except ValidationError as error:
-            raise ValueError("\n".join(explain(TaggedReward, error, f"reward {name!r}"))) from None
+        specs[name] = validated(TaggedReward, spec, f"reward {name!r}")
     return specs
 
 

@@ -31,12 +31,13 @@ from gdmd.recipes.hub_revisions import record_commits
 from gdmd.recipes.inputs import check_inputs, check_start
 from gdmd.recipes.long_prompts import warn_long_prompts
 from gdmd.recipes.run_folders import check_resumable, new_folder, resumed
+from gdmd.reporting.progress_bar import phase
 from gdmd.runs.run_folder import Run, create, open_run
 from gdmd.shapes.grammar import catalog
 from gdmd.training.adamw8bit import require_torchao
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.training.loop import Hooks, NoProgress, TrainEnd, train
-from gdmd.training.progress import progress_for, waiting
+from gdmd.training.progress import progress_for
 from gdmd.training.warm_start import check_model, check_roles, require_start
 
 QUIET = Console(quiet=True)
@@ -132,10 +133,10 @@ def prepare(cfg: RunConfig, context: DistributedContext = SINGLE_PROCESS, consol
         require_weights(cfg.rewards)
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
-    with waiting(console, "loading the networks"):
+    with phase("loading the networks", console):
         components = build(cfg)
     if cfg.method.rewarded:
-        with waiting(console, "trying the rewards on one image"):
+        with phase("trying the rewards on one image", console):
             context.on_main(lambda: _try_rewards(cfg, components))
     compile_networks(cfg, components)  # in the first iteration
     texts = [text for group in components.stream.groups for text in group]
@@ -206,7 +207,7 @@ def run_training(
     console.print(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name, markup=False, highlight=False)
     console.print(f"{student(cfg)}; {length(cfg)}", markup=False, highlight=False)
     console.print(f"run folder {run.path}", markup=False, highlight=False)
-    with waiting(console, "checking the inputs and the decoder", plain=False):
+    with phase("checking the inputs and the decoder", console, plain=False):
         context.on_main(lambda: check_inputs(cfg, run, console))  # also after a resume: hub ids are resolved by now
         model = cfg.model
         if isinstance(model, DiffusersModel):
@@ -221,13 +222,10 @@ def run_training(
         for what, arguments in NEXT_STEPS.items():
             hint = f"{what} with: gdmd {arguments.format(run=typed(run.path))}"
             console.print(hint, markup=False, highlight=False, soft_wrap=True)
-        with waiting(console, "writing the report"):
+        with phase("writing the report", console):
             return replace(trained, report=report_run(run.path))
-    with waiting(console, "evaluating the EMA student on the fixed evaluation set"):
-        whole = (
-            components if context.size == 1 else build(cfg)
-        )  # the other ranks have exited, and with them their shards
-        row, report = finish_run(cfg, run.path, whole, end.step)
+    whole = components if context.size == 1 else build(cfg)  # the other ranks have exited, and with them their shards
+    row, report = finish_run(cfg, run.path, whole, end.step)  # shows its own progress
     return replace(trained, evaluation=row, report=report)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from gdmd.methods.gdmd_ablations import CONTROLS, GdmdTiltedShuffled
 from gdmd.methods.gdmd_tilted import GdmdTilted
 from gdmd.methods.scorer import Scorer
 from gdmd.recipes.build_data import real_latents_of, training_prompts
-from gdmd.recipes.build_rewards import _tensors, build_rewards, check_prompts
+from gdmd.recipes.build_rewards import asset_tensors, build_rewards, check_prompts
 from gdmd.shapes.captions import training_captions
 from gdmd.shapes.latents import RenderedLatents
 from gdmd.shapes.roles import (
@@ -47,12 +47,15 @@ from gdmd.shapes.roles import (
 )
 from gdmd.types import Codec, Critic, Denoiser, Method, Native, Reward, Roles, TextEncoder
 
+if TYPE_CHECKING:
+    from gdmd.models.roles import DiffusersRoles
+
 
 @dataclass(frozen=True)
 class Components:
     """Everything a run is made of."""
 
-    roles: Any  # BuiltRoles; each program knows the kind it asked for
+    roles: ShapesRoles | DiffusersRoles
     codec: Codec
     encoder: TextEncoder
     rewards: tuple[Reward, ...]
@@ -61,11 +64,11 @@ class Components:
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
     student_steps: tuple[float, ...] = ()  # through the family's timestep mapping; empty: those of the recipe
     teacher_times: Callable[[int], Tensor] = times
-    scoring: Codec | None = None  # through which rewards see latents, where it is another one than ``codec``
+    scoring: Codec | None = None  # decoder for rewards, if not ``codec``
 
 
 def build(cfg: RunConfig, device: str | None = None) -> Components:
-    """Load the networks, wrap them, and put the method of the recipe on top; on the GPU where there is one."""
+    """Load the networks, wrap them, and build the method of the recipe; on a GPU if there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     match cfg.model:
         case ShapesModel() as model:
@@ -76,8 +79,8 @@ def build(cfg: RunConfig, device: str | None = None) -> Components:
 
 def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Components:
     bf16 = cfg.loop.precision == "bf16"
-    teacher = load_dit(*_tensors(model.teacher, "shapes_teacher")).to(device)
-    codec = ShapesCodec(load_vae(*_tensors(model.vae, "shapes_vae")).to(device))
+    teacher = load_dit(*asset_tensors(model.teacher, "shapes_teacher")).to(device)
+    codec = ShapesCodec(load_vae(*asset_tensors(model.vae, "shapes_vae")).to(device))
     roles = ShapesRoles(teacher, bf16=bf16, head_seed=head_seed(cfg))
     encoder = ShapesTextEncoder(device)
     rewards = build_rewards(cfg.rewards, device)
@@ -102,7 +105,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components
     from gdmd.models.roles import DiffusersRoles
 
     family = open_family(model, device, encoders=model.embeddings is None)
-    check_guidance(family, (cfg.method.guidance,))
+    check_guidance(family, cfg.method.guidance)
     encoder: TextEncoder = family.encoder
     if model.embeddings is not None:
         encoder = CachedText(LazyTextEncoder(family), Path(model.embeddings), encoder_identity(family), device)
@@ -112,9 +115,9 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components
     stream = PromptStream(
         [prompts], encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, [meta] if meta else None
     )
-    place = Place(family.latent_shape, family.native, family.teacher_times)
+    latents = LatentSpec(family.latent_shape, family.native, family.teacher_times)
     codec = scoring_codec(family, device)
-    method = method_of(own, roles, codec, rewards, place, real)
+    method = method_of(own, roles, codec, rewards, latents, real)
     return Components(
         *(roles, family.codec, encoder, rewards, method, stream, family.latent_shape),
         student_steps=own.student_steps,
@@ -124,55 +127,58 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components
 
 
 def head_seed(cfg: RunConfig) -> int | None:
-    """What a GAN head's weights are drawn from; None where the method needs no head."""
+    """Seed of the GAN head's weights; None without a GAN."""
     judged = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
     return cfg.loop.seed if judged else None
 
 
 def compile_networks(cfg: RunConfig, components: Components) -> None:
-    """torch.compile where model.compile asks for it. For programs that train; few images are made sooner without."""
+    """torch.compile where model.compile asks for it. For programs that train: a few images are faster without."""
     if not (isinstance(cfg.model, DiffusersModel) and cfg.model.compile):
         return
     from gdmd.models.compile import require_compiler
+    from gdmd.models.roles import DiffusersRoles
 
+    assert isinstance(components.roles, DiffusersRoles)
     require_compiler(next(iter(components.roles.parameters("student").values())).device.type)
     components.roles.compile()
 
 
-class BuiltRoles(Roles, Protocol):
-    """What the methods below ask of roles beyond their Protocol."""
+class MethodRoles(Roles, Protocol):
+    """Roles with a GAN head, for DMD2, and a blended real score, for DMDR."""
 
-    critic: Critic | None
+    @property
+    def critic(self) -> Critic | None: ...
 
     def blended_teacher(self, share: float) -> Denoiser: ...
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a method works."""
+class LatentSpec:
+    """The latents of a model: their shape, what its networks predict, and its own sampling times."""
 
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
     native: Native = "velocity"
     teacher_times: Callable[[int], Tensor] = times
 
 
-SHAPES = Place()
+SHAPES = LatentSpec()
 
 
 def method_of(
     cfg: MethodConfig,
-    roles: BuiltRoles,
+    roles: MethodRoles,
     codec: Codec,
     rewards: tuple[Reward, ...],
-    place: Place,
+    latents: LatentSpec,
     real: RealLatents | None,
 ) -> Method:
     """The method of this configuration on these objects."""
-    parts = (roles, place.latent_shape, place.native, real)
+    parts = (roles, latents.latent_shape, latents.native, real)
     scorer = Scorer(codec, rewards)
     match cfg:
         case DmdConfig() as own:
-            return Dmd(own, *parts, teacher_times=place.teacher_times)
+            return Dmd(own, *parts, teacher_times=latents.teacher_times)
         case Dmd2Config() as own:
             return Dmd2(own, *parts, critic=roles.critic)
         case DmdrConfig() as own:

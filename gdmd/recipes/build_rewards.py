@@ -13,22 +13,23 @@ import torch
 from torch import Tensor
 
 from gdmd.config.rewards import (
-    AestheticReward,
+    AestheticConfig,
     CallableConfig,
-    ClipReward,
-    CompositeReward,
+    ClipConfig,
+    CompositeConfig,
     DeviceOptions,
-    GenEvalReward,
-    HpsReward,
-    ImageReward,
-    ImageRewardReward,
+    GenEvalConfig,
+    HpsConfig,
+    ImageRewardConfig,
     NetworkReward,
     OcrConfig,
-    PickScoreReward,
-    RemoteReward,
+    PickScoreConfig,
+    RealRewardConfig,
+    RemoteConfig,
 )
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
-from gdmd.recipes.reward_identity import SHAPES_KINDS
+from gdmd.models.loading import DTYPES
+from gdmd.recipes.reward_identity import SHAPES_KINDS, weight_locations
 from gdmd.rewards.aesthetic import Aesthetic
 from gdmd.rewards.base import Placement
 from gdmd.rewards.callable import CallableReward, called, imported
@@ -38,32 +39,29 @@ from gdmd.rewards.geneval.colors import ColorClassifier
 from gdmd.rewards.geneval.detector import Detector
 from gdmd.rewards.geneval.reward import GenEvalCredit
 from gdmd.rewards.hps import Hps
-from gdmd.rewards.imagereward import ImageReward as BlipReward
-from gdmd.rewards.ocr import OcrReader, OcrReward, asked_text, normalized
+from gdmd.rewards.imagereward import ImageReward
+from gdmd.rewards.ocr import OcrReader, OcrReward, normalized, requested_text
 from gdmd.rewards.pickscore import PickScore
 from gdmd.rewards.remote import RemoteScorer
-from gdmd.rewards.weights import CLIP_H, CLIP_L, DETECTOR, OCR, PICKSCORE, locate_weights
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.shapes.rewards import PartialCredit, load_scorer
 from gdmd.types import Explains, PromptBatch, Reward
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-def image_reward(spec: ImageReward, device: str) -> Reward:
+def image_reward(spec: RealRewardConfig, device: str) -> Reward:
     """Build a reward of real images. ValueError for a path without weights, before anything is loaded."""
     match spec:
-        case ClipReward():
+        case ClipConfig():
             return ClipScore.from_pretrained(spec.path, spec.revision, _placement(spec, device))
-        case HpsReward():
+        case HpsConfig():
             return Hps.from_pretrained(spec.path, _placement(spec, device), spec.kind)
-        case PickScoreReward():
+        case PickScoreConfig():
             return PickScore.from_pretrained(spec.path, spec.revision, _placement(spec, device), spec.tokenizer)
-        case ImageRewardReward():
-            return BlipReward.from_pretrained(spec.path, _placement(spec, device))
-        case AestheticReward():
+        case ImageRewardConfig():
+            return ImageReward.from_pretrained(spec.path, _placement(spec, device))
+        case AestheticConfig():
             return Aesthetic.from_pretrained(spec.path, spec.clip, spec.revision, _placement(spec, device))
-        case GenEvalReward():
+        case GenEvalConfig():
             placement = _placement(spec, device)
             colors = ColorClassifier.from_pretrained(spec.clip, placement=placement)
             return GenEvalCredit(Detector.from_pretrained(spec.detector, placement=placement), colors)
@@ -72,31 +70,17 @@ def image_reward(spec: ImageReward, device: str) -> Reward:
             return OcrReward(read, spec.other_text)
         case CallableConfig():
             return CallableReward.from_target(spec.target, spec.differentiable)
-        case RemoteReward():
+        case RemoteConfig():
             return RemoteScorer(spec, os.environ.get(spec.token_variable))
-        case CompositeReward():
+        case CompositeConfig():
             return Composite([Part(image_reward(p.reward, device), p.weight, p.mean, p.std) for p in spec.parts])
 
 
 def require_weights(specs: Iterable[RewardConfig]) -> None:
     """ValueError for weights on a hub that are neither cached nor can be downloaded; called before training starts."""
     for spec in specs:
-        match spec:
-            case ClipReward():
-                locate_weights(spec.path, spec.revision, CLIP_L).require()
-            case PickScoreReward():
-                locate_weights(spec.path, spec.revision, PICKSCORE).require()
-                if spec.path is None:
-                    locate_weights(spec.tokenizer, None, CLIP_H).require()
-            case AestheticReward():
-                locate_weights(spec.clip, spec.revision, CLIP_L).require()
-            case GenEvalReward():
-                locate_weights(spec.detector, None, DETECTOR).require()
-                locate_weights(spec.clip, None, CLIP_L).require()
-            case OcrConfig(reader=None):
-                locate_weights(spec.path, spec.revision, OCR).require()
-            case CompositeReward():
-                require_weights(part.reward for part in spec.parts)
+        for location in weight_locations(spec):
+            location.require()
 
 
 def reward_stats(rewards: Sequence[Reward]) -> Mapping[str, Tensor]:
@@ -112,10 +96,10 @@ def reward_stats(rewards: Sequence[Reward]) -> Mapping[str, Tensor]:
 
 def check_prompts(specs: Sequence[RewardConfig], prompts: Iterable[str]) -> None:
     """ValueError if a reward cannot score any of the prompts: OCR without a single quoted text."""
-    parts = [part.reward for spec in specs if isinstance(spec, CompositeReward) for part in spec.parts]
+    parts = [part.reward for spec in specs if isinstance(spec, CompositeConfig) for part in spec.parts]
     if not any(isinstance(one, OcrConfig) for one in [*specs, *parts]):
         return
-    if not any(normalized(asked_text(text)) for text in prompts):
+    if not any(normalized(requested_text(text)) for text in prompts):
         raise ValueError(
             "reward ocr needs prompts that quote a text, and no prompt quotes any; write prompts like "
             "'a sign that says \"OPEN\"', or use the shipped ones: prompts.file=text_rendering"
@@ -162,8 +146,10 @@ def _ocr_reader(spec: OcrConfig, device: str) -> OcrReader:
 
 
 def _placement(spec: DeviceOptions, device: str) -> Placement:
-    plain = Placement(spec.device or device, _DTYPES[spec.dtype])
-    return replace(plain, offload=spec.offload, chunk=spec.chunk) if isinstance(spec, NetworkReward) else plain
+    placement = Placement(spec.device or device, DTYPES[spec.dtype])
+    if isinstance(spec, NetworkReward):
+        return replace(placement, offload=spec.offload, chunk=spec.chunk)
+    return placement
 
 
 def scorers_of(cfg: RunConfig) -> tuple[Reward, ...]:
@@ -172,12 +158,13 @@ def scorers_of(cfg: RunConfig) -> tuple[Reward, ...]:
 
 
 def scorer_specs(cfg: RunConfig) -> list[RewardConfig]:
-    """Their configs."""
+    """The configs of ``scorers_of``."""
     given = {spec.kind: spec for spec in cfg.rewards}
     return [given.get(kind, ShapesReward(kind=kind)) for kind in SHAPES_KINDS]
 
 
-def _tensors(given: str | None, name: str) -> tuple[dict[str, torch.Tensor], str]:
+def asset_tensors(given: str | None, name: str) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of a given file or a shipped asset, and its path."""
     path = Path(given) if given else asset_path(name)
     return load_asset(path).tensors, str(path)
 
@@ -192,6 +179,6 @@ def _reward(spec: RewardConfig, device: str) -> Reward:
         case ShapesReward(kind="shapes_partial_credit"):
             return PartialCredit()
         case ShapesReward(kind=kind):
-            return load_scorer(kind, _tensors(spec.asset, kind)[0]).to(device)
+            return load_scorer(kind, asset_tensors(spec.asset, kind)[0]).to(device)
         case _:
             return image_reward(spec, device)

@@ -1,12 +1,12 @@
-"""What a method asks of its networks, counted by running the method itself on networks of one weight.
+"""A method's network calls, counted by running the method itself on networks of one weight.
 
-So the count is the method's own, whatever its options; nothing is loaded and nothing large is computed.
+So the count holds for all options; nothing is loaded and nothing large is computed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,36 +19,30 @@ from gdmd.config.run import RunConfig
 from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import FlowSchedule
-from gdmd.recipes.build import Place, method_of
+from gdmd.methods.pass_counter import BACKWARD, FROZEN_BACKWARD
+from gdmd.recipes.build import LatentSpec, method_of
 from gdmd.types import Cond, Prediction, PromptBatch, Role
 
 ITERATIONS = 16
-"""Spread evenly over the run: the student's step is drawn, and methods with stages change on the way."""
+"""Spread evenly over the run: methods with stages change on the way."""
 LATENT = (1, 2, 2)
 MODEL_ROLES = ("student", "fake", "teacher", "old")
 
 
 @dataclass(frozen=True)
-class Tally:
-    """Means per outer iteration. ``passes``, ``graded``, ``decoded``, ``steered``: samples per sample of the batch.
-
-    passes: without gradient, by role; graded: with a backward pass, by role; decoded: latents decoded and scored;
-    steered: the same with a backward pass through reward and decoder. calls, graded_calls: network calls without and
-    with gradient, by role; losses: losses that have calls of the second kind, by role.
-    read: samples of those calls of the fake, all of them with gradient, that a GAN head's features come from.
-    widest: samples of the largest call without gradient, in batches (2: guidance in one call).
-    """
+class CallCounts:
+    """Means per outer iteration. Passes, and what is decoded, are samples per sample of the batch."""
 
     updates: Mapping[Role, float]
-    passes: Mapping[str, float]
-    graded: Mapping[str, float]
-    decoded: float
-    steered: float
-    calls: Mapping[str, float]
-    graded_calls: Mapping[str, float]
-    losses: Mapping[str, float]
-    read: float
-    widest: float
+    passes: Mapping[str, float]  # without gradient, by role
+    with_grad: Mapping[str, float]  # passes with a backward pass, by role
+    decoded: float  # latents decoded and scored
+    decoded_with_grad: float  # the same with a backward pass through reward and decoder
+    calls: Mapping[str, float]  # network calls without gradient, by role
+    calls_with_grad: Mapping[str, float]
+    losses: Mapping[str, float]  # losses that have calls with gradient, by role
+    feature_passes: float  # of the fake score with gradient, from whose features a GAN head reads
+    max_batch: float  # samples of the largest call without gradient, in batches (2: guidance in one call)
     old_policy: bool
 
 
@@ -58,7 +52,7 @@ class _Log:
     calls: Counter[tuple[str, bool]] = field(default_factory=Counter)
     updates: Counter[str] = field(default_factory=Counter)
     losses: Counter[str] = field(default_factory=Counter)
-    widest: int = 0
+    max_batch: int = 0
     followed: bool = False
 
     def note(self, who: str, answer: Tensor) -> None:
@@ -66,11 +60,11 @@ class _Log:
         self.samples[who, answer.requires_grad] += len(answer)
         self.calls[who, answer.requires_grad] += 1
         if who in MODEL_ROLES and not answer.requires_grad:
-            self.widest = max(self.widest, len(answer))
+            self.max_batch = max(self.max_batch, len(answer))
 
 
 class _Net:
-    """A denoiser of one weight; also the trunk of a critic."""
+    """A denoiser of one weight; also the base model of a GAN head."""
 
     def __init__(self, who: str, log: _Log, *, trained: bool) -> None:
         self.who, self.log, self.schedule = who, log, FlowSchedule()
@@ -95,11 +89,11 @@ class _Critic:
 class _Roles:
     """Every role by one weight."""
 
-    def __init__(self, log: _Log, *, judged: bool) -> None:
+    def __init__(self, log: _Log, *, gan: bool) -> None:
         self.log, self.schedule, self.guide = log, FlowSchedule(), plain
         self.student, self.fake = (_Net(who, log, trained=True) for who in ("student", "fake"))
         self.teacher, self.old = (_Net(who, log, trained=False) for who in ("teacher", "old"))
-        self.critic = _Critic(self.fake) if judged else None
+        self.critic = _Critic(self.fake) if gan else None
 
     def parameters(self, role: Role) -> Mapping[str, Parameter]:
         """The one weight of a role."""
@@ -113,6 +107,9 @@ class _Roles:
         """Remember that there is an old policy."""
         self.log.followed = True
 
+    def shard(self, shard: Callable[[Any], None]) -> None:
+        """Nothing to do."""
+
     def old_state(self) -> Mapping[str, Tensor]:
         """Nothing is kept."""
         return {}
@@ -121,8 +118,8 @@ class _Roles:
         """Nothing is kept."""
 
 
-class _Pictures:
-    """Codec and reward in one: latents are their own pictures."""
+class _Images:
+    """Codec and reward in one: latents are their own images."""
 
     name, differentiable = "counted", True
 
@@ -137,31 +134,49 @@ class _Pictures:
         return images
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
-        """Different for different pictures, as an advantage needs."""
+        """Different for different images, as an advantage needs."""
         return images.mean((1, 2, 3))
 
 
-def tally(cfg: RunConfig, iterations: int = ITERATIONS) -> Tally:
-    """The mean cost of an outer iteration of this recipe, in units of its batch."""
+@dataclass(frozen=True)
+class _EveryStep(SampleRng):
+    """Draws whose tau goes through all student steps in turn, so that mean costs are the expected ones."""
+
+    turn: int = 0
+
+    def integer(self, purpose: str, high: int, i: int = 0) -> Tensor:
+        """As before, but for tau: sample k takes step (k + turn) mod N."""
+        return (self.index + self.turn) % high if purpose == "tau" else super().integer(purpose, high, i)
+
+    def on_host(self) -> SampleRng:
+        return self
+
+
+def count_calls(cfg: RunConfig, iterations: int = ITERATIONS) -> CallCounts:
+    """The mean cost of an outer iteration of this recipe, in units of its batch.
+
+    From ``iterations`` or a few more of them, spread evenly over the run.
+    """
+    rounds = -(-iterations // len(cfg.method.student_steps)) * len(cfg.method.student_steps)
+    return dry_run(cfg, [int((turn + 0.5) * cfg.loop.steps / rounds) for turn in range(rounds)])
+
+
+def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0) -> CallCounts:
+    """The mean cost of these iterations, whose tau goes through the student's steps in turn from number ``first`` on."""
     log = _Log()
-    judged = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
-    roles, pictures = _Roles(log, judged=judged), _Pictures(log)
+    roles = _Roles(log, gan=isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial)
+    images, rewards = _Images(log), (_Images(log),) if cfg.method.rewarded else ()
     real = lambda prompts, rng: rng.normal("real", LATENT)  # noqa: E731
-    rewards = (pictures,) if cfg.method.rewarded else ()
-    method: Any = method_of(cfg.method, roles, pictures, rewards, Place(LATENT), real)
-    batch = cfg.loop.batch_size
-    for step in _steps(cfg.loop.steps, iterations):
-        index = torch.arange(batch)
-        for update in method.iteration(step, _prompts(index, cfg.method.prompt_group), SampleRng(0, step, index)):
+    method = method_of(cfg.method, roles, images, rewards, LatentSpec(LATENT), real)
+    index = torch.arange(cfg.loop.batch_size)
+    for turn, step in enumerate(steps, first):
+        rng = _EveryStep(0, step, index, turn=turn)
+        for update in method.iteration(step, _prompts(index, cfg.method.prompt_group), rng):
             log.updates[update.role] += 1
             before = log.calls.copy()
             update.loss(update.batch)
             log.losses.update(who for who in MODEL_ROLES if log.calls[who, True] > before[who, True])
-    return _means(log, iterations, batch)
-
-
-def _steps(steps: int, iterations: int) -> Sequence[int]:
-    return [int((place + 0.5) * steps / iterations) for place in range(iterations)]
+    return _means(log, len(steps), cfg.loop.batch_size)
 
 
 def _prompts(index: Tensor, group: int) -> PromptBatch:
@@ -169,20 +184,32 @@ def _prompts(index: Tensor, group: int) -> PromptBatch:
     return PromptBatch(index, ("",) * len(index), index // group, cond, cond)
 
 
-def _means(log: _Log, iterations: int, batch: int) -> Tally:
-    def share(who: str, graded: bool) -> float:
-        return log.samples[who, graded] / iterations / batch
+def _means(log: _Log, iterations: int, batch: int) -> CallCounts:
+    def share(who: str, with_grad: bool) -> float:
+        return log.samples[who, with_grad] / iterations / batch
 
-    return Tally(
+    return CallCounts(
         updates={"student": log.updates["student"] / iterations, "fake": log.updates["fake"] / iterations},
         passes={who: share(who, False) for who in MODEL_ROLES},
-        graded={who: share(who, True) for who in MODEL_ROLES},
+        with_grad={who: share(who, True) for who in MODEL_ROLES},
         decoded=share("decoder", False),
-        steered=share("decoder", True),
+        decoded_with_grad=share("decoder", True),
         calls={who: log.calls[who, False] / iterations for who in MODEL_ROLES},
-        graded_calls={who: log.calls[who, True] / iterations for who in MODEL_ROLES},
+        calls_with_grad={who: log.calls[who, True] / iterations for who in MODEL_ROLES},
         losses={who: log.losses[who] / iterations for who in MODEL_ROLES},
-        read=share("critic", True),
-        widest=log.widest / batch,
+        feature_passes=share("critic", True),
+        max_batch=log.max_batch / batch,
         old_policy=log.followed,
     )
+
+
+def forward_passes(counts: CallCounts, full: str = "both", feature_cost: float = 1.0) -> float:
+    """Forward passes per student update and sample of the batch: a backward counts 2, or 1 through a frozen backbone.
+
+    full: which roles train all weights (model.full); feature_cost: forward passes of a call for features.
+    """
+    backward = {who: BACKWARD if full in (who, "both") else FROZEN_BACKWARD for who in ("student", "fake")}
+    total = sum(counts.passes.values())
+    total += sum(share * (1 + backward.get(who, FROZEN_BACKWARD)) for who, share in counts.with_grad.items())
+    total -= counts.feature_passes * (1 + backward["fake"]) * (1 - feature_cost)
+    return total / counts.updates["student"]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
-from gdmd.config.rewards import CompositeReward
+from gdmd.config.rewards import CompositeConfig
 from gdmd.config.run import RewardConfig, RunConfig, ShapesModel
 from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.io import RunError, typed, weights_fingerprint
@@ -166,7 +166,7 @@ def _latents(real: RealDataConfig, model: DiffusersModel) -> dict[str, Input]:
 def _rewards(rewards: tuple[RewardConfig, ...]) -> Iterator[tuple[str, Any]]:
     """Each single reward with its path in the configuration."""
     for number, reward in enumerate(rewards):
-        if isinstance(reward, CompositeReward):
+        if isinstance(reward, CompositeConfig):
             yield from ((f"rewards.{number}.parts.{k}.reward", part.reward) for k, part in enumerate(reward.parts))
         else:
             yield f"rewards.{number}", reward

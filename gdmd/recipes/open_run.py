@@ -22,37 +22,37 @@ FEW_STEPS = 4
 
 
 def open_student(cfg: RunConfig, folder: Path, which: str = "last") -> tuple[Components, int]:
-    """The lab of a run whose student holds the EMA weights of a checkpoint (best, last or a step), and its step."""
+    """The components of a run with the EMA weights of a checkpoint (best, last or a step) in its student, and its step."""
     saved = checkpoint.load_chosen(folder / "checkpoints", which)
     if saved is None:
         raise RunError(f"{folder} has no checkpoint yet. Train it first: gdmd train --resume {typed(folder)}.")
-    components = build(_drawing(cfg))
+    components = build(_sampling_only(cfg))
     load_ema(components, saved)
     return components, saved.step
 
 
-def _drawing(cfg: RunConfig) -> RunConfig:
-    """What makes the images of a real model's student: no rewards, prompts, real images or fake of the training."""
+def _sampling_only(cfg: RunConfig) -> RunConfig:
+    """The part of a real model's run that generates images: no rewards, training prompts, real images or fake score."""
     if cfg.model.kind == "shapes":
         return cfg
     full: Literal["none", "student"] = "student" if cfg.model.full in ("student", "both") else "none"
     parts = {
         "model": cfg.model.model_copy(update={"full": full}),
         "method": DmdConfig(student_steps=cfg.method.student_steps),
-        "prompts": PromptConfig(file=next(iter(SHIPPED))),  # a lab has some; none of them is drawn
+        "prompts": PromptConfig(file=next(iter(SHIPPED))),  # required, but none of them is used
     }
     return cfg.model_copy(update=parts | {"rewards": (), "real_data": None})
 
 
 def load_ema(components: Components, saved: checkpoint.Checkpoint) -> None:
-    """Put the averaged student (the plain one of a run without EMA) into ``lab.roles.student``."""
+    """Put the averaged student (the plain one of a run without EMA) into ``components.roles.student``."""
     load_named(components.roles.parameters("student"), saved.part("ema") or saved.part("student"), "the student")
 
 
 def open_named(what: str, which: str = "last", base: str | None = None) -> tuple[RunConfig, Components, Sampler, int]:
-    """A run folder or one of TEACHERS as something that makes images; and the step of the student (else 0).
+    """A run folder or one of TEACHERS as a sampler; and the step of the student (else 0).
 
-    ``base``: the base model of a run, where it has moved.
+    ``base``: the base model of a run, if it has moved.
     """
     if what in TEACHERS:
         cfg = RunConfig(name="teacher", loop=LoopConfig())
@@ -70,7 +70,7 @@ def open_named(what: str, which: str = "last", base: str | None = None) -> tuple
 
 
 def teacher_row(cfg: RunConfig, components: Components, what: str) -> Sampler:
-    """The teacher: guided in eval.teacher_steps steps, guided in four, and four plain steps (a student's 4 calls)."""
+    """The teacher: guided in eval.teacher_steps steps, guided in four, and four plain steps (4 NFE, as a student)."""
     steps = cfg.eval.teacher_steps if what == "teacher" else FEW_STEPS
     if what == "teacher-4-plain":
         return teacher_sampler(components, steps, 1.0, f"teacher, {steps} plain steps")
@@ -80,9 +80,8 @@ def teacher_row(cfg: RunConfig, components: Components, what: str) -> Sampler:
 def student_row(cfg: RunConfig, components: Components, name: str = "") -> Sampler:
     """The few-step student as it is now."""
     steps = components.student_steps or cfg.method.student_steps
-    return student_sampler(
-        components, components.roles.student, steps, f"{name or cfg.method.kind.upper()}, {len(steps)} steps"
-    )
+    label = name or cfg.method.kind.upper().replace("_", " ")
+    return student_sampler(components, components.roles.student, steps, f"{label}, {len(steps)} steps")
 
 
 def image_batch(cfg: RunConfig) -> int:

@@ -9,28 +9,28 @@ from pathlib import Path
 
 from gdmd import __version__
 from gdmd.config.rewards import (
-    AestheticReward,
+    AestheticConfig,
     CallableConfig,
-    ClipReward,
-    CompositeReward,
-    GenEvalReward,
-    HpsReward,
-    ImageRewardReward,
+    ClipConfig,
+    CompositeConfig,
+    GenEvalConfig,
+    HpsConfig,
+    ImageRewardConfig,
     OcrConfig,
-    PickScoreReward,
-    RemoteReward,
+    PickScoreConfig,
+    RemoteConfig,
 )
 from gdmd.config.run import RewardConfig, ShapesReward
 from gdmd.io import content_hash, file_hash
 from gdmd.rewards.callable import source_hash
+from gdmd.rewards.pickscore import tokenizer_location
 from gdmd.rewards.remote import RemoteScorer
 from gdmd.rewards.weights import (
-    CLIP_H,
     CLIP_L,
     DETECTOR,
     OCR,
     PICKSCORE,
-    HubRepo,
+    WeightsLocation,
     converted_folder,
     locate_weights,
     weights_content,
@@ -62,36 +62,41 @@ def _contents(spec: RewardConfig) -> list[str]:
     """Identities of the content behind the paths, hub ids, functions and servers of a reward."""
     match spec:
         case ShapesReward():
-            return (
-                [] if spec.kind == "shapes_partial_credit" else [file_hash(Path(spec.asset or asset_path(spec.kind)))]
-            )
-        case ClipReward():
-            return [_content(spec.path, spec.revision, CLIP_L)]
-        case HpsReward() | ImageRewardReward():
-            return [weights_content(str(converted_folder(spec.kind, spec.path)))]
-        case PickScoreReward():
-            return [_content(spec.path, spec.revision, PICKSCORE), _content(spec.tokenizer, None, CLIP_H)]
-        case AestheticReward():
-            head = weights_content(str(converted_folder(spec.kind, spec.path)))
-            return [head, _content(spec.clip, spec.revision, CLIP_L)]
-        case GenEvalReward():
-            return detector_contents(spec.detector, spec.clip)
-        case OcrConfig():
-            return [source_hash(spec.reader) if spec.reader else _content(spec.path, spec.revision, OCR)]
-        case CallableConfig():
-            return [source_hash(spec.target)]
-        case RemoteReward():
+            shipped = spec.kind != "shapes_partial_credit"
+            return [file_hash(Path(spec.asset or asset_path(spec.kind)))] if shipped else []
+        case CallableConfig(target=function) | OcrConfig(reader=str(function)):
+            return [source_hash(function)]
+        case RemoteConfig():
             served = RemoteScorer(spec, os.environ.get(spec.token_variable)).version().get("identities", {})
             return [str(served.get(spec.reward) or secrets.token_hex())]
-        case CompositeReward():
+        case CompositeConfig():
             return [f"{scorer_identity(p.reward)} {p.weight} {p.mean} {p.std}" for p in spec.parts]
+        case HpsConfig() | ImageRewardConfig() | AestheticConfig():
+            converted = [weights_content(str(converted_folder(spec.kind, spec.path)))]
+        case _:
+            converted = []
+    return converted + [weights_content(one.name_or_path, one.revision) for one in weight_locations(spec)]
+
+
+def weight_locations(spec: RewardConfig) -> list[WeightsLocation]:
+    """The folders and hub ids that a reward loads as they are; converted folders are not among them."""
+    match spec:
+        case ClipConfig():
+            return [locate_weights(spec.path, spec.revision, CLIP_L)]
+        case PickScoreConfig():
+            weights = locate_weights(spec.path, spec.revision, PICKSCORE)
+            return [weights, tokenizer_location(weights, spec.tokenizer)]
+        case AestheticConfig():
+            return [locate_weights(spec.clip, spec.revision, CLIP_L)]
+        case GenEvalConfig():
+            return [locate_weights(spec.detector, None, DETECTOR), locate_weights(spec.clip, None, CLIP_L)]
+        case OcrConfig(reader=None):
+            return [locate_weights(spec.path, spec.revision, OCR)]
+        case CompositeConfig():
+            return [location for part in spec.parts for location in weight_locations(part.reward)]
+    return []
 
 
 def detector_contents(detector: str | None, clip: str | None) -> list[str]:
-    """The weights of GenEval's detector and color classifier: folders or hub ids, None = the published ones."""
-    return [_content(detector, None, DETECTOR), _content(clip, None, CLIP_L)]
-
-
-def _content(given: str | None, revision: str | None, default: HubRepo) -> str:
-    location = locate_weights(given, revision, default)
-    return weights_content(location.name_or_path, location.revision)
+    """Identities of GenEval's detector and color classifier: folders or hub ids, None: the published ones."""
+    return _contents(GenEvalConfig(detector=detector, clip=clip))

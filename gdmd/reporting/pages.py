@@ -75,7 +75,7 @@ class DotPlot:
     @property
     def long(self) -> bool:
         """Whether labels and values leave no room for the axis between them in a narrow panel."""
-        return max(len(dot.label) + len(dot.text) for dot, *_ in self.rows) > 38
+        return max(len(dot.label) + len(dot.text) for dot, *_ in self.rows) > 30
 
 
 def dot_plot(title: str, dots: Sequence[Dot], reference: float | None = None, note: str = "") -> DotPlot | None:
@@ -98,16 +98,17 @@ def dot_plot(title: str, dots: Sequence[Dot], reference: float | None = None, no
 
 
 def _axis(values: Sequence[float]) -> tuple[float, float, list[tuple[float, str]]]:
-    """Ends of an axis around the values and at least three round ticks on it."""
+    """Ends of an axis around the values and round ticks on it; fewer where their labels are long."""
     low, high = min(values), max(values)
     pad = 0.06 * (high - low) or 0.05 * abs(low) or 0.05
     low, high = low - pad, high + pad
-    step = 10.0 ** math.floor(math.log10((high - low) / 3))
-    step *= next(factor for factor in (5, 2, 1) if (high - low) / (factor * step) >= 3 or factor == 1)
-    digits = max(0, -math.floor(math.log10(step)))
+    power = math.floor(math.log10((high - low) / 5))
+    digits = max(0, -power)
+    most = {0: 6, 1: 5, 2: 4}.get(digits, 3)
+    step = next(f * 10.0**power for f in (1, 2, 5, 10, 20, 50) if (high - low) / (f * 10.0**power) <= most)
+    digits = max(0, -math.floor(math.log10(step * 1.0001)))
     first = math.ceil(low / step)
-    count = math.floor(high / step) - first + 1
-    ticks = [(k * step, f"{k * step:.{digits}f}") for k in range(first, first + count)]
+    ticks = [(k * step, f"{k * step:.{digits}f}") for k in range(first, math.floor(high / step) + 1)]
     return low, high, [(value, "0" if float(text) == 0 else text) for value, text in ticks]
 
 

@@ -33,6 +33,7 @@ COLORS: Mapping[str, str] = {
     "dmd_grpo": PALETTE[7],
 }
 """The color of a method in every figure and page, by method.kind."""
+_MORE = ("#3b3b98", "#a0a000", "#00838f", "#ad1457", "#6d8b00", "#5d6d7e")
 INK = "#123456"  # stands for the page's text color until the SVG is written
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -67,12 +68,17 @@ def method_in(name: str) -> str | None:
 
 
 def colors_of(names: Sequence[str]) -> list[str]:
-    """The color of each name: its method's for the first that mentions it (every teacher), else one that is free."""
-    methods = [method_in(name) for name in names]
-    methods = [m if m == "teacher" or m not in methods[:k] else None for k, m in enumerate(methods)]
-    free = [color for color in PALETTE if color not in {COLORS[m] for m in methods if m}] or list(PALETTE)
-    others = [k for k, method in enumerate(methods) if method is None]
-    return [COLORS[m] if m else free[others.index(k) % len(free)] for k, m in enumerate(methods)]
+    """The color of each name: its method's for every teacher and for the first that mentions it, else one that is free.
+
+    A name that is the method's own goes before one that mentions it: of gdmd_paper and gdmd, gdmd has the color.
+    """
+    owner: dict[str, int] = {}
+    for k in sorted(range(len(names)), key=lambda k: names[k] not in COLORS):
+        owner.setdefault(method_in(names[k]) or "", k)
+    own = [m if (m := method_in(name)) and (m == "teacher" or owner[m] == k) else None for k, name in enumerate(names)]
+    free = [color for color in (*PALETTE, *_MORE) if color not in {COLORS[m] for m in own if m}]
+    others = [k for k, method in enumerate(own) if method is None]
+    return [COLORS[m] if m else free[others.index(k) % len(free)] for k, m in enumerate(own)]
 
 
 def curves(metrics: Metrics, keys: Mapping[str, str], title: str, unit: str = "") -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import stdev
 from typing import Any
 
@@ -92,6 +93,7 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(count, mean, std, mean - half, mean + half)
 
 
+@cache
 def t_quantile(dof: int) -> float:
     """The half width of a 95 % t interval in standard errors."""
     from scipy import stats

@@ -2,7 +2,7 @@
 
 1. Write gdmd/rewards/NAME.py: a subclass of ``PretrainedReward`` with ``from_pretrained`` and ``_formula`` (see clip.py).
 2. Name its weights in gdmd/rewards/weights.py (``PRETRAINED``); a .pt of its authors is converted once by convert.py.
-3. Describe its options in gdmd/config/rewards.py, and build it in gdmd/recipes/build_rewards.py.
+3. Describe its options in config/rewards.py, build it in recipes/build_rewards.py, list its weights in reward_identity.py.
 4. Add it to ``REWARDS`` in tests/support/tiny_rewards.py: tests/rewards/test_contract.py checks what every reward promises.
 A reward without a pretrained network needs no class: name a Python function (``kind: callable``, see callable.py).
 """

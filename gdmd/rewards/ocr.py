@@ -40,7 +40,7 @@ _ALIKE = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "‐": "
 _END_OF_TURN = "<|im_end|>"
 
 
-def asked_text(prompt: str) -> str:
+def requested_text(prompt: str) -> str:
     """The quoted parts of a prompt, joined by spaces; "" if there are none. Quotes: "..." “...” „...“ «...» 「...」"""
     return " ".join(next(filter(None, found.groups())) for found in _QUOTED.finditer(prompt))
 
@@ -50,10 +50,10 @@ def normalized(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).translate(_ALIKE).casefold().split())
 
 
-def edit_distance(asked: str, read: str, anywhere: bool = False) -> int:
-    """Fewest insertions, deletions and substitutions from ``read`` (``anywhere``: its best substring) to ``asked``."""
+def edit_distance(requested: str, read: str, anywhere: bool = False) -> int:
+    """Fewest insertions, deletions and substitutions from ``read`` (``anywhere``: its best substring) to ``requested``."""
     row = [0] * (len(read) + 1) if anywhere else list(range(len(read) + 1))
-    for line, letter in enumerate(asked, 1):
+    for line, letter in enumerate(requested, 1):
         above, row = row, [line]
         for column, other in enumerate(read, 1):
             row.append(min(above[column] + 1, row[-1] + 1, above[column - 1] + (letter != other)))
@@ -62,10 +62,10 @@ def edit_distance(asked: str, read: str, anywhere: bool = False) -> int:
 
 def ocr_score(prompt: str, read: str, other_text: OtherText = "error") -> float:
     """max(0, 1 - d / n); NaN for a prompt without quoted text."""
-    asked = normalized(asked_text(prompt))
-    if not asked:
+    requested = normalized(requested_text(prompt))
+    if not requested:
         return math.nan
-    return max(0.0, 1 - edit_distance(asked, normalized(read), other_text == "free") / len(asked))
+    return max(0.0, 1 - edit_distance(requested, normalized(read), other_text == "free") / len(requested))
 
 
 class OcrReward:
@@ -86,7 +86,7 @@ class OcrReward:
 
     def score_pil(self, images: Sequence[Image], texts: Sequence[str]) -> Tensor:
         """8-bit images -> [N], fp32, on the CPU; the same scores as ``score``."""
-        quotes = [bool(normalized(asked_text(text))) for text in texts]
+        quotes = [bool(normalized(requested_text(text))) for text in texts]
         self._total, self._without_text = self._total + len(quotes), self._without_text + quotes.count(False)
         scores = [
             ocr_score(text, self._read(image), self.other_text) if quoted else math.nan

@@ -17,7 +17,7 @@ from torch import Tensor
 from gdmd.rewards.base import DEFAULT_PLACEMENT, Loaded, Placement, PretrainedReward, Tokenize, from_loaded
 from gdmd.rewards.clip import cosine, tokens_of
 from gdmd.rewards.preprocessing import Preprocess
-from gdmd.rewards.weights import CLIP_H, PICKSCORE, load_clip, load_tokenizer, locate_weights
+from gdmd.rewards.weights import CLIP_H, PICKSCORE, WeightsLocation, load_clip, load_tokenizer, locate_weights
 
 
 class PickScore(PretrainedReward):
@@ -43,8 +43,7 @@ class PickScore(PretrainedReward):
         tokenizer: folder or hub id; default: the folder itself if it has a tokenizer, else CLIP-H's, pinned.
         """
         location = locate_weights(path, revision, PICKSCORE)
-        own = location.local and tokenizer is None and (Path(location.name_or_path) / "tokenizer_config.json").is_file()
-        words = location if own else locate_weights(tokenizer, None, CLIP_H)
+        words = tokenizer_location(location, tokenizer)
 
         def load() -> Loaded:
             net = load_clip(location, placement)
@@ -56,3 +55,10 @@ class PickScore(PretrainedReward):
         model: Any = self.loaded.net
         scale: Tensor = model.logit_scale.float().exp()
         return scale * cosine(model, pixels.to(self.placement.dtype), self._tokens(texts))
+
+
+def tokenizer_location(weights: WeightsLocation, tokenizer: str | None) -> WeightsLocation:
+    """The given tokenizer, else that in a local folder of weights, else CLIP-H's."""
+    if tokenizer is None and weights.local and (Path(weights.name_or_path) / "tokenizer_config.json").is_file():
+        return weights
+    return locate_weights(tokenizer, None, CLIP_H)

@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from gdmd.config.rewards import RemoteReward
+from gdmd.config.rewards import RemoteConfig
 from gdmd.io import is_loopback
 from gdmd.rewards.preprocessing import check_finite_images, check_images, to_pil
 
@@ -88,7 +88,7 @@ class RemoteScorer:
     differentiable = False
 
     def __init__(
-        self, cfg: RemoteReward, token: str | None = None, pause: Callable[[float], None] = time.sleep
+        self, cfg: RemoteConfig, token: str | None = None, pause: Callable[[float], None] = time.sleep
     ) -> None:
         self.cfg, self.name = cfg, f"remote_{cfg.reward}"
         self._token, self._pause = token, pause

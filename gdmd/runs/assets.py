@@ -1,4 +1,4 @@
-"""Weights as single safetensors files with their history in the header; the shipped ones lie in gdmd/assets."""
+"""Weights as single safetensors files with their history in the header; the shipped ones are in gdmd/assets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdmd.io import RunError, follow_umask, writing
+from gdmd.io import RunError, follow_umask, replaced, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ _KEY = "gdmd"  # the header of a safetensors file maps strings to strings; ours 
 
 @dataclass(frozen=True)
 class Asset:
-    """Named tensors and what is known about them (command, seed, configuration, ...)."""
+    """Named tensors and their history (command, seed, configuration, ...)."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
@@ -31,7 +31,7 @@ def asset_folder() -> Path:
 
 
 def asset_path(name: str) -> Path:
-    """Where the shipped asset ``name`` (such as "shapes_vae") lies."""
+    """The path of the shipped asset ``name`` (such as "shapes_vae")."""
     return asset_folder() / f"{name}.safetensors"
 
 
@@ -41,7 +41,7 @@ def load_asset(path: Path | str) -> Asset:
 
     path = Path(path)
     if not path.is_file():
-        raise RunError(f"asset {path} is missing. Reinstall gdmd, or make it again with gdmd pretrain.")
+        raise RunError(f"asset {path} is missing. Reinstall gdmd, or train it again with gdmd pretrain.")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -50,7 +50,7 @@ def load_asset(path: Path | str) -> Asset:
         if not isinstance(metadata, dict):
             raise ValueError("its header holds no JSON object")
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        cure = "Reinstall gdmd, or make it again with gdmd pretrain."
+        cure = "Reinstall gdmd, or train it again with gdmd pretrain."
         raise RunError(f"asset {path} is corrupt ({error}). {cure}") from error
     return Asset(tensors, metadata)
 
@@ -63,23 +63,16 @@ def save_asset(
     seed: int,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an asset atomically; ``command`` and ``seed`` say how to make it again."""
-    from safetensors import SafetensorError
+    """Write an asset atomically; ``command`` and ``seed`` reproduce it."""
     from safetensors.torch import save_file
 
     path = Path(path)
-    words = command if isinstance(command, str) else " ".join(command)
-    header = {_KEY: json.dumps({"command": words, "seed": seed, **(metadata or {})}, sort_keys=True)}
+    line = command if isinstance(command, str) else " ".join(command)
+    header = {_KEY: json.dumps({"command": line, "seed": seed, **(metadata or {})}, sort_keys=True)}
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    partial = path.with_name(f".{path.name}.partial")
     with writing("the asset", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replaced(path) as partial:
             save_file(plain, partial, metadata=header)
             follow_umask(partial)
-            partial.replace(path)
-        except SafetensorError as error:
-            raise OSError(0, str(error)) from error
-        finally:
-            partial.unlink(missing_ok=True)
     return path

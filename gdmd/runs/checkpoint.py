@@ -68,7 +68,7 @@ class _Target:
 
     def consequence(self) -> str:
         """What a failed save leaves, for the error."""
-        return f"Nothing was half-written; {len(steps(self.folder))} older checkpoint(s) are intact."
+        return f"No partial checkpoint was left; {len(steps(self.folder))} older checkpoint(s) are intact."
 
 
 def save(

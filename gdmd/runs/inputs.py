@@ -1,4 +1,4 @@
-"""What a run reads from outside, by content: kept in run.json, compared when the run is resumed. No torch here.
+"""Fingerprints of the files a run reads: kept in run.json, compared when the run is resumed. No torch here.
 
 "inputs":  {"prompts.file": {"given": "p.txt", "fingerprint": "sha256:...", "since": "2026-01-31T12:00:00+0000"}, ...}
 "changes": [{"at": ..., "step": ..., "input": "prompts.file", "was": {...}, "now": {...}}]   those that were accepted
@@ -18,7 +18,7 @@ INPUTS, CHANGES = "inputs", "changes"
 
 @dataclass(frozen=True)
 class Input:
-    """A file or folder that a run reads. ``fingerprint``: of its content, with its kind; None = cannot be known here.
+    """A file or folder that a run reads. ``fingerprint``: of its content, with its kind; None = unknown here.
 
     ``commit``: of a folder in the hub's cache, so that it equals the hub id at that commit.
     """
@@ -31,7 +31,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Change:
-    """An input whose content is not that of the run so far, or not known to be."""
+    """An input whose content has changed since the run started, or may have."""
 
     field: str
     was: Mapping[str, Any]
@@ -62,24 +62,30 @@ class Change:
 
 
 def recorded(run: Path) -> dict[str, dict[str, Any]] | None:
-    """The inputs in run.json of a run folder; None for a run of a version that did not record them."""
+    """The inputs in run.json of a run folder; None for a run of an older version."""
     found = read_facts(run).get(INPUTS)
     return dict(found) if isinstance(found, dict) else None
 
 
 def changes_of(before: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Input]) -> list[Change]:
-    """The inputs whose content differs from the recorded one; where it is not known, another place counts as another."""
+    """The inputs whose content differs from the record; if it is unknown, another path counts as different."""
     found = []
-    for field, own in inputs.items():
+    for field, current in inputs.items():
         was = before.get(field)
         if was is None:
             continue
-        if own.fingerprint is None and own.given == was["given"] and str(was.get("fingerprint")).startswith("sha256:"):
-            own = replace(own, missing=True)  # it was a folder; a hub id that is not cached looks the same
-        known = was.get("fingerprint") is not None and own.fingerprint is not None
-        same = was["fingerprint"] in (own.fingerprint, f"commit:{own.commit}") if known else was["given"] == own.given
-        if own.missing or not same:
-            found.append(Change(field, was, own))
+        if (
+            current.fingerprint is None
+            and current.given == was["given"]
+            and str(was.get("fingerprint")).startswith("sha256:")
+        ):
+            current = replace(current, missing=True)  # a hub id that is not cached looks the same
+        if was.get("fingerprint") is not None and current.fingerprint is not None:
+            same = was["fingerprint"] in (current.fingerprint, f"commit:{current.commit}")
+        else:
+            same = was["given"] == current.given
+        if current.missing or not same:
+            found.append(Change(field, was, current))
     return found
 
 
@@ -87,12 +93,12 @@ def record(run: Run, inputs: Mapping[str, Input], accepted: list[Change], step: 
     """Write the inputs, and the changes that the user accepted, into run.json."""
     facts = read_facts(run.path)
     before: Mapping[str, Mapping[str, Any]] = facts.get(INPUTS, {})
-    rows = dict(before)  # one that cannot be read now keeps its record
-    for field, own in inputs.items():
+    rows = dict(before)  # an input that cannot be read now keeps its record
+    for field, current in inputs.items():
         was = before.get(field, {})
-        fingerprint = own.fingerprint or was.get("fingerprint")
+        fingerprint = current.fingerprint or was.get("fingerprint")
         since = was["since"] if was and was.get("fingerprint") == fingerprint else now()
-        rows[field] = {"given": own.given, "fingerprint": fingerprint, "since": since}
+        rows[field] = {"given": current.given, "fingerprint": fingerprint, "since": since}
     changes = [
         {"at": now(), "step": step, "input": one.field, "was": dict(one.was), "now": rows[one.field]}
         for one in accepted

@@ -3,11 +3,11 @@
 The rows hold, for each reward and log window,
     scores/NAME/unscored   share of images without a score (NaN)
     scores/NAME/spread     mean |score - the first score|; 0 = all scores are the same
-Rules: a reward that scored no image of WINDOW iterations in a row and IMAGES prompts, or of a whole finished run, scores
-nothing. One whose scores were all the same as long gives no signal. One that left out more than half is a warning.
-Methods compare the images of one prompt: where no reward told these apart in a whole finished run, distillation alone
-has trained it. A single batch is never enough: rare NaN and discrete scores are legitimate, and so is a reward that says
-nothing at first, such as OCR of a student that cannot write yet.
+Rules: a reward that scored no image in WINDOW iterations in a row with IMAGES prompts, or in a whole finished run, scores
+nothing. One whose scores were all equal for as long gives no signal. One that left out more than half of the images is a
+warning. Methods compare the images of one prompt: if no reward told them apart in a whole finished run, the run was
+trained by distillation alone. A single batch is never enough: rare NaN and discrete scores are legitimate, and so is a
+reward without scores at first, such as OCR of a student that cannot write yet.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ WINDOW = 20
 IMAGES = 256
 """Prompts of these iterations."""
 FEW = 32
-"""Prompts of a finished run of which no reward told two images apart, so that it has failed."""
+"""A finished run has failed if no reward told two images apart in this many prompts."""
 ROUNDING = 1e-6
-"""Scores that differ by less than this share of them are the same in fp32."""
+"""Scores whose relative difference is smaller are equal in fp32."""
 UNSCORED, SPREAD = "unscored", "spread"
 
 
@@ -35,7 +35,7 @@ def key(name: str, what: str) -> str:
 
 @dataclass
 class RewardCounts:
-    """Iterations of one reward: all, those in a row without a score, those in a row with one and the same score."""
+    """Iterations of one reward: all, consecutive ones without a score, consecutive ones with equal scores."""
 
     iterations: int = 0
     unscored: float = 0.0  # share times iterations
@@ -47,7 +47,7 @@ class RewardCounts:
         self.iterations += iterations
         self.unscored += unscored * iterations
         self.silent = self.silent + iterations if unscored == 1 else 0
-        if not math.isnan(spread):  # NaN: nothing was scored, which says nothing of the spread
+        if not math.isnan(spread):  # NaN: nothing was scored, so the spread is unknown
             self.constant = self.constant + iterations if spread == 0 else 0
 
 
@@ -55,7 +55,7 @@ class RewardCounts:
 class RewardSignal:
     """The counts of all rewards. ``finished``: the run is at its last step, and all of it counts as a window.
 
-    scored: iterations with a score; flat: those in a row in which no reward told the images of a prompt apart.
+    scored: iterations with a score; flat: consecutive ones in which no reward told the images of a prompt apart.
     """
 
     batch_size: int
@@ -85,15 +85,15 @@ class RewardSignal:
         return [name for name, own in self.counts.items() if self._enough(own.silent, own, finished)]
 
     def constant(self, finished: bool) -> list[str]:
-        """Rewards whose scores are all the same."""
+        """Rewards whose scores are all equal."""
         return [name for name, own in self.counts.items() if self._enough(own.constant, own, finished)]
 
     def no_signal(self, finished: bool) -> bool:
-        """Whether no reward told the images of a prompt apart, for as long as counts."""
+        """Whether no reward told the images of a prompt apart for long enough."""
         return self.failed(finished) or (self.flat >= WINDOW and self.flat * self.batch_size >= IMAGES)
 
     def failed(self, finished: bool) -> bool:
-        """Whether that is so of a whole finished run, and no accident of a few images."""
+        """Whether that holds for a whole finished run with enough images."""
         return finished and 1 < self.scored == self.flat and self.flat * self.batch_size >= FEW
 
     def sparse(self, finished: bool) -> dict[str, float]:
@@ -108,15 +108,15 @@ class RewardSignal:
 
 
 def spread(values: Mapping[str, float], name: str) -> float:
-    """How far the scores of a reward lie apart in a row: 0 where that is rounding, NaN where nothing was scored."""
+    """The spread of a reward's scores in a row: 0 if it is rounding, NaN if nothing was scored."""
     found = values.get(key(name, SPREAD), math.nan)
     mean = values.get(f"reward/{name}/sample", values.get(f"reward/{name}/target", 0.0))
     return 0.0 if found <= ROUNDING * abs(mean) else found
 
 
 def _flat(values: Mapping[str, float]) -> bool:
-    """Whether no reward told the images of a prompt apart: all scores alike, all r = 1/2, all advantages 0, or all
-    softmax weights equal (their effective number is a whole one)."""
+    """Whether no reward told the images of a prompt apart: all scores equal, all r = 1/2, all advantages 0, or all
+    softmax weights equal (their effective number is an integer)."""
     if all(spread(values, name) == 0 or math.isnan(spread(values, name)) for name in names(values)):
         return True
     if "weight/r_std" in values and values.get("weight/r_mean") == 0.5:
@@ -134,7 +134,7 @@ def names(values: Mapping[str, float]) -> list[str]:
 
 
 def findings(rows: list[dict[str, float]], batch_size: int, steps: int) -> list[str]:
-    """What a report has to say about the rewards of a run, from its metrics."""
+    """Sentences for a report about the rewards of a run, from its metrics."""
     signal = RewardSignal(batch_size)
     for row in rows:
         signal.add(int(row["step"]), row)

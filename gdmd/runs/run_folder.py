@@ -2,7 +2,7 @@
 
 config.yaml      the resolved configuration
 run.json         versions, git commit, command, hash of the configuration, when started and resumed
-metrics.jsonl    one JSON object per logged step; "step" counts finished outer iterations; null = nothing scored
+metrics.jsonl    one JSON object per logged step; "step" counts finished outer iterations; null = not scored
 tb/              the same numbers for TensorBoard
 grids/           step_000040.png: images from fixed noise
 checkpoints/     step_000040/: see ``runs.checkpoint``
@@ -51,7 +51,7 @@ class Run:
         return self.path / "metrics.jsonl"
 
     def grid(self, step: int) -> Path:
-        """Where the grid of a step belongs."""
+        """The file of the sample grid of a step."""
         return self.path / "grids" / f"step_{step:06d}.png"
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -59,7 +59,7 @@ class Run:
         append_jsonl(self.metrics, [{"step": step, **values}], "the metrics")
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged and drawn after ``step`` (and a torn last line): the run continues from there."""
+        """Remove rows and grids after ``step`` (and a torn last line): the run continues from there."""
         for grid in (self.path / "grids").glob("step_*.png"):
             if grid.stem[5:].isdigit() and int(grid.stem[5:]) > step:
                 with writing("the sample grids", grid):
@@ -70,16 +70,16 @@ class Run:
         write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in rows), "the metrics")
 
     def note_resume(self, step: int) -> None:
-        """Write into run.json that the run was continued from ``step``, and with which versions."""
+        """Record in run.json that the run was resumed from ``step``, and with which versions."""
         facts = read_facts(self.path)
         resumed = [*facts.get("resumed", []), {"at": now(), "step": step, "versions": versions()}]
         write_facts(self.path, facts | {"resumed": resumed})
 
 
 def create(path: Path, config: Mapping[str, Any], command: Sequence[str] | None = None) -> Run:
-    """Make a run folder for ``config`` (JSON-able), or start an interrupted one over that has no checkpoint yet.
+    """Create a run folder for ``config`` (JSON-able), or start an interrupted run over that has no checkpoint yet.
 
-    Refused: a folder with other files, a run of another configuration (its keys are named), a run with checkpoints.
+    RunError for a folder with other files, a run of another configuration (its keys are named), or with checkpoints.
     """
     path = Path(path)
     with writing("the run folder", path):
@@ -110,14 +110,14 @@ def open_run(path: Path) -> Run:
     path = Path(path)
     if not (path / "config.yaml").is_file():
         seen = "it holds no config.yaml." if path.exists() else f"it does not exist.{near_name(path)}"
-        raise RunError(f"{path} is not a run folder: {seen} Name a folder that gdmd train has written.")
+        raise RunError(f"{path} is not a run folder: {seen} Name a folder written by gdmd train.")
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # a YAML error has several lines
         raise RunError(f"cannot read {path / 'config.yaml'}: {reason}. Restore it or start a new run.") from error
     if not isinstance(config, dict):
-        raise RunError(f"{path / 'config.yaml'} holds no configuration. Restore it or start a new run.")
+        raise RunError(f"{path / 'config.yaml'} is not a mapping. Restore it or start a new run.")
     return Run(path, config)
 
 
@@ -171,7 +171,7 @@ MISSING = Missing()
 
 @dataclass(frozen=True)
 class Change:
-    """A dotted key whose value differs between two configurations; MISSING where one side lacks the key."""
+    """A dotted key whose value differs between two configurations; MISSING if one side lacks the key."""
 
     key: str
     before: Any
@@ -226,7 +226,7 @@ def _refuse_foreign(path: Path, config: Mapping[str, Any]) -> None:
                 "or choose another folder with --run."
             )
         return
-    ours = {"tb", "grids", "checkpoints", "run.json"}  # a run that was killed while its folder was being made
+    ours = {"tb", "grids", "checkpoints", "run.json"}  # a run that was killed while its folder was being created
     others = sorted(
         entry.name for entry in path.iterdir() if entry.name not in ours and not entry.name.endswith(".partial")
     )
@@ -238,7 +238,7 @@ def _refuse_foreign(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _metric_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows, each with a whole number as its step; a last line that a crash cut off is left out."""
+    """The rows, with integer steps; a last line that a crash cut off is left out."""
     rows = numbered_jsonl(file, torn_tail=True)
     for number, row in rows:
         try:
@@ -257,7 +257,7 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Through JSON and back: tuples become lists, so that a stored configuration equals the one it came from."""
+    """Through JSON and back: tuples become lists, so that a stored configuration equals the original."""
     plain: dict[str, Any] = json.loads(json.dumps(config))
     return plain
 

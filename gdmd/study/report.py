@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gdmd.io import writing
 from gdmd.reporting.pages import Dot, DotPlot, Group, Number, TableRow, Verdict, dot_plot, render
 from gdmd.reporting.plots import INK, STYLE
-from gdmd.reporting.tables import Cell
+from gdmd.reporting.tables import MISSING, Cell, Table, difference, p_value, texts
 from gdmd.study.analyze import Analysis, PairResult
 from gdmd.study.export import csv_text, jsonl_text
 from gdmd.study.records import Vote
@@ -45,10 +45,13 @@ def write_report(analysis: Analysis, votes: Sequence[Vote], folder: Path) -> Pat
 
 
 def bars_of(analysis: Analysis) -> list[tuple[str, list[PairResult]]]:
-    """Per model pair its duels, one per question; the study's first model is on the left wherever it takes part."""
-    names = dict.fromkeys((duel.first, duel.second) for duel in analysis.pairs)
+    """Per model pair its results, one per question; the study's first model is on the left wherever it takes part."""
+    names = dict.fromkeys((result.first, result.second) for result in analysis.pairs)
     return [
-        (f"{first} vs {second}", [duel for duel in analysis.pairs if (duel.first, duel.second) == (first, second)])
+        (
+            f"{first} vs {second}",
+            [result for result in analysis.pairs if (result.first, result.second) == (first, second)],
+        )
         for first, second in names
     ]
 
@@ -70,17 +73,17 @@ def _figure(analysis: Analysis, ink: str) -> Figure:
     from matplotlib.figure import Figure
 
     blocks = bars_of(analysis)
-    rows = sum(len(duels) for _, duels in blocks) + 0.9 * len(blocks)
+    rows = sum(len(results) for _, results in blocks) + 0.9 * len(blocks)
     figure = Figure(figsize=(7.2, 0.75 + 0.36 * rows), layout="constrained")
     axes = figure.add_subplot()
     height, ticks = 0.0, []
-    for name, duels in blocks:
+    for name, results in blocks:
         axes.text(0, height - 0.05, name, fontweight="bold", va="center", fontsize=10.5)
-        for duel in duels:
+        for result in results:
             height += 1
-            _bar(axes, height, duel)
-            ticks.append((height, LABELS[duel.question]))
-        half = (height - len(duels) + 0.55, height + 0.45)
+            _bar(axes, height, result)
+            ticks.append((height, LABELS[result.question]))
+        half = (height - len(results) + 0.55, height + 0.45)
         axes.plot([0.5, 0.5], half, color=ink, linewidth=0.8, linestyle=":", alpha=0.6)
         height += 1.5
     axes.set(xlim=(0, 1), ylim=(height - 0.8, -0.6), xticks=[])
@@ -94,10 +97,10 @@ def _figure(analysis: Analysis, ink: str) -> Figure:
     return figure
 
 
-def _bar(axes: Any, place: float, duel: PairResult) -> None:
+def _bar(axes: Any, place: float, result: PairResult) -> None:
     start = 0.0
-    for count, color in ((duel.wins, WINS), (duel.ties, TIES), (duel.losses, LOSSES)):
-        share = count / duel.votes
+    for count, color in ((result.wins, WINS), (result.ties, TIES), (result.losses, LOSSES)):
+        share = count / result.votes
         axes.barh([place], [share], left=start, color=color, height=0.74)
         if share > 0.06:
             axes.text(
@@ -109,9 +112,9 @@ def _bar(axes: Any, place: float, duel: PairResult) -> None:
 def markdown_text(analysis: Analysis) -> str:
     """The tables as Markdown, for a paper's appendix or an issue."""
     lines = [f"# {analysis.title}", "", _summary(analysis), ""]
-    for heading, duels in (("Win rates", analysis.pairs), ("By task", analysis.by_task)):
-        if duels:
-            lines += [f"## {heading}", "", *_markdown_table(DUEL_HEAD, [duel_cells(duel) for duel in duels]), ""]
+    for heading, results in (("Win rates", analysis.pairs), ("By task", analysis.by_task)):
+        if results:
+            lines += [f"## {heading}", "", str(result_table(results))]
     lines += [
         "## Bradley-Terry scores, agreement, bias",
         "",
@@ -121,16 +124,20 @@ def markdown_text(analysis: Analysis) -> str:
     return "\n".join(lines)
 
 
-DUEL_HEAD = ("question", "task", "first", "second", "wins", "ties", "losses", "win rate [Wilson]", "score [clustered]",
-             "p", "p (Holm)")  # fmt: skip
+def result_table(results: Sequence[PairResult]) -> Table:
+    """Votes, shares with intervals and tests, a row per pair, question and task."""
+    columns = (
+        *("question", "task", "first", "second", "wins", "ties", "losses"),
+        *("win rate [Wilson]", "score [clustered]", "p", "p (Holm)"),
+    )
+    return Table(columns, [[_result_row(result) for result in results]])
 
 
-def duel_cells(duel: PairResult) -> tuple[str, ...]:
-    """One row of the win-rate tables."""
-    counts = (str(duel.wins), str(duel.ties), str(duel.losses))
-    shares = (_share(duel.win_rate, duel.wilson), _share(duel.score, duel.clustered))
-    return (LABELS[duel.question], duel.task or "all", duel.first, duel.second, *counts, *shares, _p(duel.p),
-            _p(duel.p_holm))  # fmt: skip
+def _result_row(result: PairResult) -> list[Cell]:
+    counts = (str(result.wins), str(result.ties), str(result.losses))
+    shares = (_share(result.win_rate, result.wilson), _share(result.score, result.clustered))
+    names = (LABELS[result.question], result.task or "all", result.first, result.second)
+    return texts(*names, *counts, *shares, p_value(result.p), p_value(result.p_holm))
 
 
 def sentences(analysis: Analysis) -> list[str]:
@@ -142,7 +149,7 @@ def sentences(analysis: Analysis) -> list[str]:
             found.append(f"{label}: no Bradley-Terry scores, because {fit.why_not}.")
             continue
         order = sorted(fit.scores, key=lambda name: -fit.scores[name])
-        listed = ", ".join(f"{name} {_signed(fit.scores[name], fit.intervals[name])}" for name in order)
+        listed = ", ".join(f"{name} {difference(fit.scores[name], *fit.intervals[name], 2)}" for name in order)
         left_out = f" ({fit.degenerate} of {fit.replicates} replicates had no maximum)"
         found.append(f"{label}: Bradley-Terry log scores {listed}{left_out if fit.degenerate else ''}.")
     for own in analysis.agreement:
@@ -155,7 +162,7 @@ def sentences(analysis: Analysis) -> list[str]:
         )
     for bias in analysis.bias:
         rate = _share(bias.share, bias.wilson)
-        found.append(f"{LABELS[bias.question]}: the left image won {rate} of the decided votes (p {_p(bias.p)}).")
+        found.append(f"{LABELS[bias.question]}: the left image won {rate} of the decided votes (p {p_value(bias.p)}).")
     return found
 
 
@@ -176,11 +183,11 @@ def html_text(analysis: Analysis) -> str:
         a=analysis,
         verdict=verdict(analysis),
         summary=_summary(analysis),
-        bars=[(name, [_answers(duel) for duel in duels]) for name, duels in bars_of(analysis)],
+        bars=[(name, [_answers(result) for result in results]) for name, results in bars_of(analysis)],
         legend=(("first preferred", WINS), ("tie", TIES), ("second preferred", LOSSES)),
         plots=_plots(analysis),
         columns=("wins / ties / losses", "score [clustered]", "win rate [Wilson]", "p", "p (Holm)"),
-        tables=[(name, _groups(duels)) for name, duels in tables if duels],
+        tables=[(name, _groups(results)) for name, results in tables if results],
         sentences=sentences(analysis),
     )
 
@@ -188,9 +195,11 @@ def html_text(analysis: Analysis) -> str:
 def verdict(analysis: Analysis) -> Verdict:
     """For every pair of models, whom the raters prefer on the first question; nothing inside the interval."""
     question = analysis.pairs[0].question
-    duels = [duel for duel in analysis.pairs if duel.question == question]
-    numbers = [Number(f"{duel.first} against {duel.second}", _share(duel.score, duel.clustered)) for duel in duels]
-    text = f"{LABELS[question]}: {'; '.join(map(_preferred, duels))}."
+    results = [result for result in analysis.pairs if result.question == question]
+    numbers = [
+        Number(f"{result.first} against {result.second}", _share(result.score, result.clustered)) for result in results
+    ]
+    text = f"{LABELS[question]}: {'; '.join(map(_preferred, results))}."
     note = (
         "Score: wins plus half the ties, as a share of all votes; 50\u00a0% is a draw. Brackets: 95\u00a0% interval over "
         "prompts, raters and votes."
@@ -198,51 +207,51 @@ def verdict(analysis: Analysis) -> Verdict:
     return Verdict(text, numbers, [note])
 
 
-def _preferred(duel: PairResult) -> str:
-    low, high = duel.clustered
+def _preferred(result: PairResult) -> str:
+    low, high = result.clustered
     if low > 0.5:
-        return f"raters prefer {duel.first} to {duel.second}"
+        return f"raters prefer {result.first} to {result.second}"
     if high < 0.5:
-        return f"raters prefer {duel.second} to {duel.first}"
+        return f"raters prefer {result.second} to {result.first}"
     if math.isnan(low):
-        return f"too few votes to compare {duel.first} and {duel.second}"
-    return f"{duel.first} and {duel.second} are not distinguishable"
+        return f"too few votes to compare {result.first} and {result.second}"
+    return f"{result.first} and {result.second} are not distinguishable"
 
 
-def _answers(duel: PairResult) -> Bar:
-    counts = ((duel.wins, WINS), (duel.ties, TIES), (duel.losses, LOSSES))
-    parts = [(round(100 * count / duel.votes, 2), count, color) for count, color in counts if count]
-    return Bar(LABELS[duel.question], parts, f"{duel.votes} votes")
+def _answers(result: PairResult) -> Bar:
+    counts = ((result.wins, WINS), (result.ties, TIES), (result.losses, LOSSES))
+    parts = [(round(100 * count / result.votes, 2), count, color) for count, color in counts if count]
+    return Bar(LABELS[result.question], parts, f"{result.votes} votes")
 
 
 def _plots(analysis: Analysis) -> list[DotPlot]:
     """The score of every pair of models with its interval, a plot for each question."""
     found = []
-    for question in dict.fromkeys(duel.question for duel in analysis.pairs):
+    for question in dict.fromkeys(result.question for result in analysis.pairs):
         dots = [
             Dot(
-                f"{duel.first} against {duel.second}",
-                WINS if duel.clustered[0] > 0.5 else LOSSES if duel.clustered[1] < 0.5 else TIES,
-                100 * duel.score,
-                *(100 * end for end in duel.clustered),
-                _share(duel.score, duel.clustered),
+                f"{result.first} against {result.second}",
+                WINS if result.clustered[0] > 0.5 else LOSSES if result.clustered[1] < 0.5 else TIES,
+                100 * result.score,
+                *(100 * end for end in result.clustered),
+                _share(result.score, result.clustered),
             )
-            for duel in analysis.pairs
-            if duel.question == question
+            for result in analysis.pairs
+            if result.question == question
         ]
         found.append(dot_plot(f"{LABELS[question]}: score in %", dots, 50.0))
     return [plot for plot in found if plot]
 
 
-def _groups(duels: Sequence[PairResult]) -> list[Group]:
+def _groups(results: Sequence[PairResult]) -> list[Group]:
     """A row for each question (and task) below its pair of models."""
     pairs: dict[str, list[TableRow]] = {}
-    for duel in duels:
-        counts = f"{duel.wins} / {duel.ties} / {duel.losses}"
-        shares = (_share(duel.score, duel.clustered), _share(duel.win_rate, duel.wilson))
-        cells = [Cell(text) for text in (counts, *shares, _p(duel.p), _p(duel.p_holm))]
-        title = f"{LABELS[duel.question]}, {duel.task}" if duel.task else LABELS[duel.question]
-        pairs.setdefault(f"{duel.first} against {duel.second}", []).append(TableRow(title, cells))
+    for result in results:
+        counts = f"{result.wins} / {result.ties} / {result.losses}"
+        shares = (_share(result.score, result.clustered), _share(result.win_rate, result.wilson))
+        cells = [Cell(text) for text in (counts, *shares, p_value(result.p), p_value(result.p_holm))]
+        title = f"{LABELS[result.question]}, {result.task}" if result.task else LABELS[result.question]
+        pairs.setdefault(f"{result.first} against {result.second}", []).append(TableRow(title, cells))
     return [Group(title, rows) for title, rows in pairs.items()]
 
 
@@ -257,23 +266,10 @@ def _summary(analysis: Analysis) -> str:
     )
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    shown = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in (head, ["---"] * len(head), *rows)]
-    return [f"| {line} |" for line in shown]
-
-
 def _share(value: float, interval: Interval) -> str:
     if math.isnan(value):
-        return "-"
+        return MISSING
     return f"{100 * value:.1f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-
-
-def _signed(value: float, interval: Interval) -> str:
-    return f"{value:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
-
-
-def _p(value: float) -> str:
-    return "-" if math.isnan(value) else "< .001" if value < 0.001 else f"{value:.3f}"
 
 
 def plain_table(rows: Mapping[str, object]) -> str:

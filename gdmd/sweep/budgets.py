@@ -8,7 +8,7 @@ from typing import Any
 
 from gdmd.config.run import RunConfig
 from gdmd.methods.pass_counter import BACKWARD
-from gdmd.recipes.call_counts import tally
+from gdmd.recipes.call_counts import count_calls
 
 COUNTED = 48
 """Iterations of a dry run, spread over the training: a roll-out's length is drawn, and methods have stages."""
@@ -56,6 +56,6 @@ def pace(recipe: Mapping[str, Any], steps: int, count: int = COUNTED) -> Pace:
     """The pace of a recipe over a training of ``steps`` iterations, from ``count`` of them."""
     tree = {key: recipe[key] for key in ("model", "method", "rewards", "prompts", "loop")}
     cfg = RunConfig.model_validate(tree | {"name": "pace", "loop": {**tree["loop"], "steps": steps}})
-    calls = tally(cfg, count)
-    passes = sum(calls.passes[role] + (1 + BACKWARD) * calls.graded[role] for role in calls.passes)
+    calls = count_calls(cfg, count)
+    passes = sum(calls.passes[role] + (1 + BACKWARD) * calls.with_grad[role] for role in calls.passes)
     return Pace(cfg.loop.batch_size * passes, calls.updates["student"])

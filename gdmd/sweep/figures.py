@@ -1,6 +1,6 @@
-"""Figures of a comparison that need only its table: radar, scores, divergence of gradients, curves of the rewards.
+"""Figures of a sweep that need only its table: scores, all measures, divergence of gradients, reward curves.
 
-Each is a PNG on white, so that a page shows it the same everywhere. matplotlib is imported on first use.
+Each is a PNG on white, so that it looks the same on every page. matplotlib is imported on first use.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from gdmd.io import writing
-from gdmd.reporting.plots import BINS, PALETTE
+from gdmd.reporting.plots import BINS, COLORS, colors_of
 from gdmd.shapes.evaluate import HELDOUT
-from gdmd.sweep.tables import OVERALL, Line, Measure, Results, Row, quality
+from gdmd.sweep.tables import OVERALL, Line, Results, Row, quality
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,41 +41,42 @@ STYLE: dict[str, Any] = {
 }
 DPI = 110
 MARGIN = 0.08
-"""Of the score on both sides of the seeds; an interval that is wider leaves the figure."""
+"""Of the score on both sides of the seeds; wider intervals are cut off."""
 MOST_LINES = 8
-"""Students in the radar."""
+"""Students in the figure of all measures."""
+COLUMNS = 4
+"""Measures side by side in it."""
 FIGURES: Mapping[str, tuple[str, str]] = {
     "overall.png": (
         "ShapesEval overall",
-        "Dots are seeds, bars the 95 % t interval of the mean (a wide one leaves the figure); the dashed line is the best "
+        "Dots are seeds, diamonds their mean, bars its 95 % t interval (a wide one is cut off); the dashed line is the best "
         "teacher row.",
     ),
-    "fig1_radar.png": (
-        "Fig. 1: all metrics",
-        "Each axis runs from the worst row (inner ring) to the best (rim) of those shown; their values stand at the axis. "
-        "†: trained on. Fréchet is inverted, so that outside is always better.",
+    "fig1_measures.png": (
+        "Fig. 1: all measures",
+        "Means over seeds with 95 % t intervals (a wide one is cut off). †: trained on. Fréchet: lower is better.",
     ),
     "fig3_features.png": (
         "Fig. 3: feature space of the held-out scorer",
         "Two principal components (of all panels together) of images of 8 colors x 6 objects; the color of a point is "
-        "the color asked for, its marker the object (a plus is a cross, a star a ring). Spread is the mean distance to the "
-        "cluster's own center: lower is tighter, which is also less diverse, so the mean pairwise distance inside a cluster "
-        "stands beside it. Outliers (black rings) lie nearer to the center of another cluster's true renders than to their "
-        "own.",
+        "the caption's color, its marker the object (a plus is a cross, a star a ring). Spread is the mean distance to the "
+        "center of the cluster: lower is tighter but also less diverse, so the mean pairwise distance within a cluster is "
+        "given too. Outliers (black rings) are closer to the center of another cluster's true renders than to that of "
+        "their own.",
     ),
     "fig4_divergence.png": (
-        "Fig. 4: do reward and distillation pull the same way?",
+        "Fig. 4: do reward and distillation gradients agree?",
         "First seed. Cosine of the reward's gradient and of DMD's in parameter space on identical draws (1: the reward "
-        "only rescales the DMD step; 0: unrelated; below 0: against it); share of targets with r < 1/2; distribution of r "
-        "over the second half (W = r at lambda = gamma, beta = 1; a row with softmax weights only draws them from the same "
-        "scores); change of the trained rewards of the one-step output per student update, in standard deviations of the "
-        "batch. That is one iteration on one batch at each point, so small changes are noise, most of all of a reward of "
-        "few values; they end at 0 with the learning rate.",
+        "only rescales the DMD step; 0: unrelated; below 0: opposed); share of targets with r < 1/2; distribution of r "
+        "over the second half (W = r at lambda = gamma, beta = 1; softmax weights come from the same scores); change of the "
+        "trained rewards of the one-step output per student update, in standard deviations of the "
+        "batch. Each point is one iteration on one batch, so small changes are noise, above all for a reward with few "
+        "values; they end at 0 with the learning rate.",
     ),
     "fig4_curves.png": (
         "Fig. 4: without a cold start",
-        "First seed, from the first update on: the rewards that a row was trained on (mean change since the start) beside "
-        "what was never trained on. Trained up and unseen down would be reward hacking.",
+        "First seed, from the first update on: the rewards that a row was trained on (mean change since the start) next to "
+        "measures that no row was trained on. Trained rewards up and unseen measures down would be reward hacking.",
     ),
     "fig6_grid.png": ("Fig. 6: the same noise, method by method", "Two images per caption and method."),
     "fig7_grid.png": (
@@ -92,7 +93,7 @@ def draw_all(results: Results, folder: Path, features: Sequence[Mapping[str, Any
 
     drawers: dict[str, Callable[[], Figure | None]] = {
         "overall.png": lambda: overall_figure(results),
-        "fig1_radar.png": lambda: radar_figure(results),
+        "fig1_measures.png": lambda: measure_figure(results),
         "fig3_features.png": lambda: feature_figure(features),
         "fig4_divergence.png": lambda: divergence_figure(results),
         "fig4_curves.png": lambda: curve_figure(results),
@@ -114,14 +115,10 @@ def overall_figure(results: Results) -> Figure | None:
     figure, axes = _figure(7.2, 0.9 + 0.3 * len(rows))
     for place, row in enumerate(rows):
         values = list(results.values(row.name, OVERALL).values())
-        found = results.summary(row.name, OVERALL)
-        color = _color(results, row)
-        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.45, markersize=4)
-        if found is None:
-            continue
-        half = 0.0 if math.isnan(found.low) else found.mean - found.low
-        axes.errorbar(found.mean, place, xerr=half, fmt="D", color=color, capsize=3, markersize=5, linewidth=1.6)
-        axes.annotate(f"{found.mean:.3f}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
+        axes.plot(values, [place] * len(values), "o", color=_color(results, row), alpha=0.45, markersize=4)
+        _dot(axes, results, row, OVERALL, place)
+        text = f"{_mean(results, row, OVERALL):.3f}"
+        axes.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
     top = max((row for row in rows if row.kind == "teacher"), key=lambda r: _mean(results, r, OVERALL), default=None)
     if top is not None:
         axes.axvline(_mean(results, top, OVERALL), color=SOFT, linestyle="--", linewidth=1)
@@ -133,30 +130,40 @@ def overall_figure(results: Results) -> Figure | None:
     return figure
 
 
-def radar_figure(results: Results) -> Figure | None:
-    """One closed line per row over all quality measures, each scaled to the range of the rows shown."""
-    rows = _shown(results)
-    measures = [m for m in quality(results) if m.best and all(results.summary(r.name, m.place) for r in rows)]
-    if len(rows) < 2 or len(measures) < 3:
+def measure_figure(results: Results) -> Figure | None:
+    """A dot plot of every quality measure: mean and interval, row by row."""
+    rows = _shown(results)[::-1]
+    measures = [m for m in quality(results) if m.best and any(results.summary(r.name, m.place) for r in rows)]
+    if len(rows) < 2:
         return None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 5.6), layout="constrained")
-    axes: Any = figure.add_subplot(projection="polar")
-    angles = [2 * math.pi * k / len(measures) for k in range(len(measures))]
-    for row in rows:
-        radii = [_radius(results, rows, measure, row) for measure in measures]
-        axes.plot([*angles, angles[0]], [*radii, radii[0]], label=row.title, **_look(results, row))
-    axes.set_xticks(angles, [_range_label(results, rows, measure) for measure in measures], fontsize=8.5)
-    axes.tick_params(axis="x", pad=6)
-    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
-        label.set_horizontalalignment(_away(angle))
-    axes.set_yticks([0.2, 0.6, 1.0], ["", "", ""])
-    axes.set_ylim(0, 1.03)
-    axes.set_theta_offset(math.pi / 2)
-    axes.spines["polar"].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3)
+    lines = -(-len(measures) // COLUMNS)
+    figure = Figure(figsize=(10.2, lines * (0.9 + 0.24 * len(rows))), layout="constrained")
+    grid = figure.subplots(lines, COLUMNS, sharey=True, squeeze=False)
+    for axes, measure in zip(grid.flat, measures, strict=False):
+        for place, row in enumerate(rows):
+            _dot(axes, results, row, measure.place, place)
+        means = [_mean(results, row, measure.place) for row in rows]
+        known = [mean for mean in means if math.isfinite(mean)]
+        pad = 0.35 * (max(known) - min(known)) + 0.01 * abs(max(known))
+        axes.set(title=measure.title, xlim=(min(known) - pad, max(known) + pad), ylim=(-0.6, len(rows) - 0.4))
+        axes.set_yticks(range(len(rows)), [row.title for row in rows])
+        axes.locator_params(axis="x", nbins=4)
+        axes.grid(axis="y", visible=False)
+    for axes in list(grid.flat)[len(measures) :]:
+        axes.set_visible(False)
     return figure
+
+
+def _dot(axes: Axes, results: Results, row: Row, place: tuple[str, ...], height: float) -> None:
+    """The mean of a row and its interval, where it has several seeds."""
+    found = results.summary(row.name, place)
+    if found is None:
+        return
+    half = 0.0 if math.isnan(found.low) else found.mean - found.low
+    color = _color(results, row)
+    axes.errorbar(found.mean, height, xerr=half, fmt="D", color=color, capsize=3, markersize=5, linewidth=1.6)
 
 
 def feature_figure(panels: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -291,28 +298,11 @@ def _diagnosed(results: Results) -> list[tuple[Row, Line]]:
 
 
 def _shown(results: Results) -> list[Row]:
-    """Rows of the radar: the first teacher, the headline, every baseline, and other GDMD rows while there is room."""
+    """Rows of that figure: the first teacher, the headline, every baseline, and other GDMD rows while there is room."""
     teachers = results.present(keep=lambda row: row.kind == "teacher")[:1]
     others = results.present(keep=lambda row: row.kind in ("baseline", "gdmd"))
     first = sorted(others, key=lambda row: (row.name != results.headline, row.kind != "baseline"))[:MOST_LINES]
     return [*teachers, *[row for row in others if row in first]]
-
-
-def _radius(results: Results, rows: Sequence[Row], measure: Measure, row: Row) -> float:
-    low, high = _range(results, rows, measure)
-    value = _mean(results, row, measure.place)
-    share = 1.0 if high == low else (value - low) / (high - low)
-    return 0.2 + 0.8 * (share if measure.best > 0 else 1 - share)
-
-
-def _range(results: Results, rows: Sequence[Row], measure: Measure) -> tuple[float, float]:
-    values = [_mean(results, row, measure.place) for row in rows]
-    return min(values), max(values)
-
-
-def _range_label(results: Results, rows: Sequence[Row], measure: Measure) -> str:
-    low, high = _range(results, rows, measure)
-    return f"{measure.title}\n{low:.3f} to {high:.3f}"
 
 
 def _mean(results: Results, row: Row, place: tuple[str, ...]) -> float:
@@ -320,43 +310,33 @@ def _mean(results: Results, row: Row, place: tuple[str, ...]) -> float:
     return math.nan if found is None else found.mean
 
 
+def row_colors(results: Results) -> dict[str, str]:
+    """The color of every row, the same in all figures; the headline row has its method's."""
+    names = sorted((row.name for row in results.rows), key=lambda name: name != results.headline)
+    colors = dict(zip(names, colors_of(names), strict=True))
+    return colors | {row.name: COLORS["teacher"] for row in results.rows if row.kind == "teacher"}
+
+
 def _color(results: Results, row: Row) -> str:
-    """Teachers are black, the headline row is vermilion, the others follow in the table's order."""
-    if row.kind == "teacher":
-        return INK
-    if row.name == results.headline:
-        return PALETTE[1]
-    return _OTHERS[_place(results, row) % len(_OTHERS)]
+    return row_colors(results)[row.name]
 
 
-_OTHERS = (PALETTE[0], *PALETTE[2:], "#3b3b98", "#a0a000", "#00838f", "#ad1457", "#6d8b00", "#5d6d7e")
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)))
-"""Lines of the rows that have the colors for the first, second and third time."""
+"""Lines of the first, second and third row that has a color."""
 _HATCHES = ("", "///", "...")
 
 
-def _place(results: Results, row: Row) -> int:
-    others = [each.name for each in results.rows if each.kind != "teacher" and each.name != results.headline]
-    return others.index(row.name)
-
-
 def _cycle(results: Results, row: Row) -> int:
-    """How often the colors were used up before this row; 0 for teachers and the headline."""
-    if row.kind == "teacher" or row.name == results.headline:
-        return 0
-    return _place(results, row) // len(_OTHERS) % len(_DASHES)
+    """How many rows before this one have its color."""
+    colors = row_colors(results)
+    same = [name for name, color in colors.items() if color == colors[row.name]]
+    return same.index(row.name) % len(_DASHES)
 
 
 def _look(results: Results, row: Row) -> dict[str, Any]:
-    """Color, width and dashes of a row's line: no two rows of a comparison of 39 look alike."""
+    """Color, width and dashes of the line of a row."""
     width = 2.4 if row.name == results.headline else 1.3
     return {"color": _color(results, row), "linewidth": width, "linestyle": _DASHES[_cycle(results, row)]}
-
-
-def _away(angle: float) -> Literal["left", "center", "right"]:
-    """How a label at the rim is set, so that it does not run into the figure; the angle counts from the top, leftwards."""
-    side = math.sin(angle)
-    return "center" if abs(side) < 0.1 else "right" if side > 0 else "left"
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

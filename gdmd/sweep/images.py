@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ from torch import Tensor
 from gdmd.diffusion.generate import Components, Sampler, images_of
 from gdmd.io import write_atomic
 from gdmd.reporting.distances import cluster_spread, pairwise_distance
-from gdmd.reporting.grids import write_grid
 from gdmd.shapes.evaluate import HELDOUT
 from gdmd.shapes.grammar import TASKS, catalog, fixed_rows
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.shapes.rewards import ShapesClip, shipped_scorer
+from gdmd.shapes.same_noise import write_same_noise
 from gdmd.sweep.runs import GRIDS, IMAGES, SweepRun, images_key, shown_runs
 from gdmd.sweep.spec import Sweep, read_sweep
 from gdmd.sweep.worker import run_sampler
 
-PER_CAPTION = 2
 RENDERS = 16
 """True renders per cluster, whose mean is the cluster's true center."""
 MARKERS = ("o", "s", "^", "D", "P", "*")
@@ -55,7 +54,9 @@ def main(folder: Path) -> int:
     seed = sweep.config.evaluation.seed
     count = sweep.config.images.captions
     for name, tasks in zip(GRIDS, (TASKS, HARDEST), strict=True):
-        _grid(folder / "figures" / name, shown, _captions(tasks, count), seed)
+        samplers = [(replace(each.sampler, name=each.title), each.components) for each in shown]
+        path = folder / "figures" / name
+        write_same_noise(path, samplers, _captions(tasks, count), seed, scale=2, option="--out")
     panels = feature_panels(shown, sweep.config.images.per_cluster, seed)
     content = {"key": images_key(sweep, folder), "panels": panels}
     write_atomic(folder / IMAGES, json.dumps(content), "the features")
@@ -110,15 +111,6 @@ def _plane(features: Tensor) -> tuple[Tensor, Tensor]:
     axes = directions[:2].T
     largest = axes.abs().argmax(0)
     return mean, (axes * axes[largest, torch.arange(2)].sign()).to(features.dtype)
-
-
-def _grid(path: Path, shown: Sequence[Shown], captions: Sequence[str], seed: int) -> None:
-    texts = [text for text in captions for _ in range(PER_CAPTION)]
-    sides = [
-        images_of(each.sampler, each.components, texts, seed).unflatten(0, (len(captions), PER_CAPTION))
-        for each in shown
-    ]
-    write_grid(path, torch.cat(sides, 1), captions, [each.title for each in shown], scale=2, option="--out")
 
 
 def _captions(tasks: Sequence[str], count: int) -> list[str]:

@@ -31,8 +31,8 @@ class Stored:
 def stored_results(sweep: Sweep, folder: Path, *, past: bool = False) -> Stored:
     """The lines of this sweep.
 
-    past: where the table has no run of a row under its present settings, take the lines that it has. A finished table
-    stays readable so after options were renamed or removed. Otherwise lines of other settings are left out.
+    past: for a row without any line under the present settings, take the lines that the table has, so that a finished
+    table can be shown after options were renamed or removed. Otherwise lines of other settings are left out.
     """
     config = sweep.config
     keys = dict.fromkeys(run.key for run in plan(sweep))

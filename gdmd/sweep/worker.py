@@ -20,7 +20,7 @@ import torch
 from gdmd.config.run import EvalConfig, RunConfig
 from gdmd.diffusion.generate import Sampler, teacher_sampler
 from gdmd.io import finite_or_none, read_json, write_atomic
-from gdmd.methods.pass_counter import Counted
+from gdmd.methods.pass_counter import CountedMethod
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.open_run import load_ema, student_row
 from gdmd.runs import checkpoint
@@ -104,7 +104,7 @@ def _student(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
     run = _run(folder / "run", cfg)
     components = build(cfg)
     roles = components.roles
-    method = Counted(components.method, [roles.student.net, roles.fake.net, roles.teacher.net, roles.old.net])
+    method = CountedMethod(components.method, [roles.student.net, roles.fake.net, roles.teacher.net, roles.old.net])
     progress = PlainProgress(cfg.loop.steps)
     end = train(method, components.roles, components.stream, cfg.loop, run, Hooks(progress))
     if end.signal is not None:
@@ -144,7 +144,7 @@ def statistics_of(run: Run) -> dict[str, float]:
 
 
 def memory_mib() -> float:
-    """Peak memory of this process, or of its GPU where it has one."""
+    """Peak memory of the GPU, or of this process if there is none."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     unit = 2**20 if sys.platform == "darwin" else 2**10

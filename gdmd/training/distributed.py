@@ -1,7 +1,7 @@
 """Several processes, one run: the only file that knows torch.distributed. With one process every method is the identity.
 
 Each rank works on its slice of the global batch; gradients are averaged; what a method computes over the batch it
-computes on ``gather``. Small weights (adapters, small networks) are replicated and their gradients averaged as DDP
+computes on ``all_gather``. Small weights (adapters, small networks) are replicated and their gradients averaged as DDP
 does; full weights are sharded by FSDP2 (``fully_shard``). Control messages use gloo on the CPU. A rank that hangs or
 exits is found by the timeouts of torch's process groups; restarts are torchrun's.
 """
@@ -9,6 +9,7 @@ exits is found by the timeouts of torch's process groups; restarts are torchrun'
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,21 +81,21 @@ class DistributedContext:
         return self.rank * count, (self.rank + 1) * count
 
     @torch.no_grad()
-    def gather(self, own: Tensor, dim: int = 0) -> Tensor:
+    def all_gather(self, local: Tensor, dim: int = 0) -> Tensor:
         """The samples of all ranks in the order of the global batch; ranks hold equal parts. No gradient."""
         if self.size == 1:
-            return own
+            return local
         import torch.distributed as dist
 
-        local = own.detach().contiguous()
+        local = local.detach().contiguous()
         parts = [torch.empty_like(local) for _ in range(self.size)]
         with self._messages():
             dist.all_gather(parts, local)
         return torch.cat(parts, dim)
 
-    def share(self, whole: Tensor, dim: int = 0) -> Tensor:
-        """The inverse of ``gather``: this rank's samples."""
-        return whole.chunk(self.size, dim)[self.rank] if self.size > 1 else whole
+    def local_shard(self, full: Tensor, dim: int = 0) -> Tensor:
+        """The inverse of ``all_gather``: this rank's samples."""
+        return full.chunk(self.size, dim)[self.rank] if self.size > 1 else full
 
     @torch.no_grad()
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
@@ -238,7 +239,7 @@ class DistributedContext:
             yield
             return
         import torch.distributed as dist
-        from torch.distributed.distributed_c10d import _set_pg_timeout  # as torchtitan does: there is no public name
+        from torch.distributed.distributed_c10d import _set_pg_timeout  # as torchtitan does; it has no public name
 
         self.barrier()
         _set_pg_timeout(timedelta(seconds=timeout))
@@ -253,7 +254,7 @@ class DistributedContext:
         """Turn the failure of a message inside into a RanksError that names the ranks which do not answer."""
         try:
             yield
-        except RuntimeError as error:  # gloo raises no class of its own
+        except RuntimeError as error:  # gloo's errors have no class
             why = f"rank {self.rank} lost contact with another rank ({_first_line(error)})"
             raise RanksError(f"{why}{self._roll_call()}") from error
 
@@ -266,7 +267,8 @@ class DistributedContext:
         try:
             dist.monitored_barrier(self._control, timedelta(seconds=ROLL_CALL_SECONDS), wait_all_ranks=True)
         except RuntimeError as error:
-            return f"; {_first_line(error)}"
+            if "monitoredBarrier" in str(error):  # it names ranks; otherwise the connection itself is lost
+                return f"; {_first_line(error)}"
         return ""
 
 
@@ -401,4 +403,6 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].split(". ")[0][:300]
+    """The first sentence, without the place in torch's source that gloo puts before it."""
+    line = re.sub(r"^\[\S+\.cc:\d+\] ", "", str(error).splitlines()[0])
+    return line.split(". ")[0][:300]

@@ -342,7 +342,7 @@ class _Trainer:
 
     def _explained(self, error: NonFiniteError, step: int, prompts: PromptBatch) -> NonFiniteError:
         self.saver.wait()
-        index = self.context.gather(prompts.index).tolist()
+        index = self.context.all_gather(prompts.index).tolist()
         known = all(position < len(index) for position in error.positions)
         samples = [index[position] if known else position for position in error.positions[:8]]
         where = f", sample(s) {samples}" if error.positions else ""

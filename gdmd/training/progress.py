@@ -11,7 +11,7 @@ from math import isnan
 from typing import IO
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 SHOWN = {
@@ -28,8 +28,6 @@ SHOWN = {
 }
 """The statistics that are shown if a method has them: short name and meaning. Other loss/... keys follow loss/rl."""
 FIRST = "first iteration: slower, kernels are compiled and caches filled"
-SLOW_SECONDS = 5.0
-"""A wait that took longer leaves a line on the terminal."""
 
 
 def summary(values: Mapping[str, float]) -> list[str]:
@@ -93,7 +91,7 @@ class PlainProgress:
 
 
 class _TwoLines(Progress):
-    """A bar with a text of its own below it."""
+    """A bar with lines of text below it."""
 
     text = ""
 
@@ -142,6 +140,7 @@ def progress_for(steps: int, console: Console | None = None) -> Iterator[PlainPr
     """A bar if the console is a terminal, plain lines otherwise; the console is stderr by default."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
+        console.print(FIRST)
         yield PlainProgress(steps, console.file)
         return
     columns = (
@@ -154,23 +153,6 @@ def progress_for(steps: int, console: Console | None = None) -> Iterator[PlainPr
     )
     with _TwoLines(*columns, console=console, expand=True) as progress:
         yield BarProgress(steps, progress)
-
-
-@contextmanager
-def waiting(console: Console, what: str, *, plain: bool = True) -> Iterator[None]:
-    """Show a wait while it lasts: a spinner with the elapsed time on a terminal; elsewhere one line if ``plain``."""
-    if not console.is_terminal:
-        if plain:
-            console.print(what, markup=False, highlight=False, soft_wrap=True)
-        yield
-        return
-    began = time.perf_counter()
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        progress.add_task(what, total=None)
-        yield
-    if (seconds := time.perf_counter() - began) > SLOW_SECONDS:
-        console.print(f"{what}: {duration(seconds)}", markup=False, highlight=False)
 
 
 def duration(seconds: float) -> str:

@@ -59,7 +59,7 @@ class RoleState:
             losses.append(self._backward(update, part, count))
         self.optimizer.average_gradients()
         local = torch.cat([loss.per_sample.detach() for loss in losses])  # [b]
-        per_sample = self.context.gather(local)  # [B]
+        per_sample = self.context.all_gather(local)  # [B]
         norm = self.optimizer.grad_norm()
         stats = {f"loss/{self.role}": local, f"grad_norm/{self.role}": norm}
         stats |= {key: torch.cat([_flat(loss.stats[key]) for loss in losses]) for key in losses[0].stats}

@@ -59,7 +59,7 @@ def test_bad_arguments(gdmd: Gdmd, arguments: list[str], words: list[str]) -> No
         ("empty.txt", b"", ["is empty"]),
         ("gap.txt", b"a ring\n\na red dog\n", ["line 3", "a red dog"]),
         ("header.csv", b"a ring\na cross\n", ["line 1", "no column", "prompts.column"]),
-        ("list.yaml", b"prompts:\n  - a ring\n", ["'.yaml' is not known", ".csv"]),
+        ("list.yaml", b"prompts:\n  - a ring\n", ["unknown extension '.yaml'", ".csv"]),
         ("latin.txt", b"a ring\n\xff\xfe\n", ["not UTF-8"]),
         ("broken.jsonl", b'{"prompt": "a ring"}\n{"prompt": \n', ["line 2", "not JSON"]),
         ("keys.jsonl", b'{"text": "a ring"}\n', ["line 1", '"prompt"']),

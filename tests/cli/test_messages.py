@@ -126,8 +126,8 @@ def test_config_is_not_dumped(gdmd: Gdmd, overrides: list[str], message: str) ->
 def test_key_of_another_kind(gdmd: Gdmd) -> None:
     said = lines(gdmd, "train", "shapes_smoke", "method.kind=dmd")
     assert said == [
-        "shapes_smoke.yaml: method.group_size: got 2: kind 'dmd' has no such key ('gdmd', 'gdmd_tilted', 'gdmd_ablation' or "
-        "'gdmd_tilted_shuffled' has); "
+        "shapes_smoke.yaml: method.group_size: got 2: kind 'dmd' has no such key, only gdmd, gdmd_tilted, "
+        "gdmd_ablation, gdmd_tilted_shuffled; "
         "replace the whole section: 'method={kind: dmd, ...}'"
     ]
 

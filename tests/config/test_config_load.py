@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, TypeAdapter, ValidationError
 
+import gdmd.config
 from gdmd.cli.app import main
 from gdmd.config import extras
 from gdmd.config.base import Config, Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.load import MAX_YAML_CHARS, ConfigError, dump_config, load_config
-from gdmd.config.rewards import CompositeReward, RemoteReward
+from gdmd.config.rewards import CompositeConfig, RemoteConfig
 from gdmd.config.sweep import SweepConfig
 
 
@@ -135,7 +138,7 @@ def test_all_errors_at_once() -> None:
         ("loop: {steps: 1}\nmethod: {kind: gdmdd}", "method.kind: got 'gdmdd': unknown kind; did you mean 'gdmd'?"),
         (
             "loop: {steps: 1}\nmethod: {kind: dmd_grpo, gamma: 1}",
-            "method.gamma: got 1: kind 'dmd_grpo' has no such key ('gdmd' has); replace the whole section: "
+            "method.gamma: got 1: kind 'dmd_grpo' has no such key, only gdmd; replace the whole section: "
             "method: {kind: dmd_grpo, ...}",
         ),
         (
@@ -302,17 +305,17 @@ URLS = [
 def test_passwords_in_urls_are_refused_and_redacted(url: str) -> None:
     """A config is written to run folders and model cards, its errors to logs."""
     with pytest.raises(ConfigError, match=r"url: got .*token_variable") as refused:
-        load_config(RemoteReward, f"{{url: '{url}', reward: clip}}", ["retires=3"])
+        load_config(RemoteConfig, f"{{url: '{url}', reward: clip}}", ["retires=3"])
     assert SECRET not in str(refused.value) and "://...@" in str(refused.value) and len(refused.value.errors) == 2
     with pytest.raises(ConfigError, match="parts") as refused:
-        load_config(CompositeReward, f"{{kind: composite, parts: {{reward: {{url: '{url}'}}}}}}")
+        load_config(CompositeConfig, f"{{kind: composite, parts: {{reward: {{url: '{url}'}}}}}}")
     assert SECRET not in str(refused.value)
 
 
 @pytest.mark.parametrize("rest", ["?key=x", "/#x"])
 def test_urls_with_a_query_are_refused(rest: str) -> None:
     with pytest.raises(ConfigError, match="address only"):
-        load_config(RemoteReward, f"{{url: 'http://localhost{rest}', reward: clip}}")
+        load_config(RemoteConfig, f"{{url: 'http://localhost{rest}', reward: clip}}")
 
 
 def test_command_line_redacts_passwords(capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,3 +381,12 @@ def test_install_advice_names_the_checkout(tmp_path: Path, monkeypatch: pytest.M
     assert extras.install("study") == f"pip install -e '.[study]' in {tmp_path}"
     monkeypatch.setattr(extras, "ROOT", tmp_path / "deeper")
     assert extras.install("8bit") == "pip install -e '.[8bit]' in a checkout of gdmd"
+
+
+def test_every_field_is_described() -> None:
+    """The configuration reference is generated from the descriptions."""
+    for module in pkgutil.walk_packages(gdmd.config.__path__, "gdmd.config."):
+        for name, cls in vars(importlib.import_module(module.name)).items():
+            if isinstance(cls, type) and issubclass(cls, Config):
+                missing = [key for key, field in cls.model_fields.items() if not field.description and key != "kind"]
+                assert not missing, (name, missing)

@@ -1,4 +1,4 @@
-"""Real images on tiny pipelines: latents computed by the command, read by DMD on data and by DMD2's GAN."""
+"""Training on real images with tiny pipelines: `gdmd latents`, DMD on data, and DMD2's GAN."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def gdmd(*words: str) -> int:
     return 0
 
 
-def test_the_program_computes_latents_once_and_trains_on_them(
+def test_latents_are_computed_once_and_trained_on(
     pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = recipe(pipeline, tmp_path, DMD)
@@ -69,12 +69,12 @@ def test_the_program_computes_latents_once_and_trains_on_them(
     assert "run `gdmd latents`" in capsys.readouterr().err and not (tmp_path / "run").exists()
     for encoded in (3, 0):
         assert gdmd("latents", str(file), "--json") == 0
-        told = json.loads(capsys.readouterr().out)
-        assert (told["images"], told["encoded"], told["unusable"]) == (3, encoded, [])
+        summary = json.loads(capsys.readouterr().out)
+        assert (summary["images"], summary["encoded"], summary["unusable"]) == (3, encoded, [])
     assert gdmd("train", str(file), "--run", str(tmp_path / "run"), "--json") == 0
     assert json.loads(capsys.readouterr().out)["step"] == 2
     assert gdmd("train", str(file), "model.height=64", "--run", str(tmp_path / "other")) == 2
-    assert "no finished latents" in capsys.readouterr().err
+    assert "no complete latents" in capsys.readouterr().err
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("an unknown thing")
     assert gdmd("train", str(file), f"prompts.file={prompts}", "--run", str(tmp_path / "other")) == 2
@@ -87,7 +87,7 @@ def test_the_program_computes_latents_once_and_trains_on_them(
     torch.testing.assert_close(stored, direct, rtol=1e-4, atol=1e-4)
 
 
-def test_the_gan_of_dmd2_reads_them(pipeline: Path, tmp_path: Path) -> None:
+def test_gan_of_dmd2(pipeline: Path, tmp_path: Path) -> None:
     cfg = recipe(pipeline, tmp_path, GAN)
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
@@ -109,13 +109,11 @@ def test_the_gan_of_dmd2_reads_them(pipeline: Path, tmp_path: Path) -> None:
     [
         ("images/0.txt", "its files changed since the latents were computed"),
         ("images/0.png", "its files changed since the latents were computed"),
-        ("sdxl/vae/diffusion_pytorch_model.safetensors", "no finished latents"),
+        ("sdxl/vae/diffusion_pytorch_model.safetensors", "no complete latents"),
         ("sdxl/unet/diffusion_pytorch_model.safetensors", ""),
     ],
 )
-def test_latents_of_other_captions_images_or_vaes_are_not_read(
-    pipeline: Path, tmp_path: Path, changed: str, message: str
-) -> None:
+def test_changed_captions_images_and_vaes(pipeline: Path, tmp_path: Path, changed: str, message: str) -> None:
     base = Path(shutil.copytree(pipeline, tmp_path / "sdxl"))
     cfg = recipe(base, tmp_path, DMD)
     assert cfg.real_data is not None and isinstance(cfg.model, DiffusersModel)
@@ -132,7 +130,7 @@ def test_latents_of_other_captions_images_or_vaes_are_not_read(
         store_of(cfg.real_data, cfg.model).open()
 
 
-def test_a_run_on_real_images_is_resumed_after_they_were_touched_and_not_after_one_changed(
+def test_resume_after_images_were_touched_moved_and_changed(
     pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -152,4 +150,4 @@ def test_a_run_on_real_images_is_resumed_after_they_were_touched_and_not_after_o
     Path("images/0.png").write_bytes(Path("images/1.png").read_bytes())
     assert gdmd("latents", str(file)) == 0
     assert gdmd("train", "--resume", "run", "loop.steps=4", f"real_data.source={tmp_path / 'images'}") == 2
-    assert "real_data.latents: " in (said := capsys.readouterr().err) and "has different content" in said
+    assert "real_data.latents: " in (error := capsys.readouterr().err) and "has different content" in error

@@ -350,7 +350,7 @@ def test_compare_pairs_images(gdmd: Gdmd) -> None:
     assert "<script" not in page and "&lt;script&gt;" in page and "&lt;b&gt;two" in page and "<b>two" not in page
     assert page.count("<img ") == 6 and not re.search(r"(src|href)=\"(?!data:image/png)", page)
     assert not re.search(r"url\((?!['\"]?#)", page)
-    assert f"{SCORERS[0]} against one: &lt;b&gt;two is not judged (fewer than 5 prompts)." in page
+    assert f"On {SCORERS[0]}, compared with one: &lt;b&gt;two is not judged (fewer than 5 prompts)." in page
     assert "+0.200, 100 %" in page and "+0.200 [" not in page
 
 
@@ -366,7 +366,9 @@ def test_compare_shapes_models(gdmd: Gdmd) -> None:
     for row in rows.values():
         assert 0 <= row["shapeseval"]["overall"] <= 1 and row["frechet"] > 0 and row["diversity"] > 0
     page = Path("eval/compare.html").read_text()
-    assert "ShapesEval against teacher-4-plain: run" in page and "ShapesEval overall" in page and "†" in page
+    assert (
+        "On ShapesEval, compared with teacher-4-plain: run is" in page and "ShapesEval overall" in page and "†" in page
+    )
     assert page.count('class="shot right"') + page.count('class="shot wrong"') == page.count("<img ") == 12
     printed = gdmd("eval", "compare", "teacher-4-plain", "run", "-o", "eval", "--per-task", "1", "-n", "2")
     assert "ShapesEval overall" in printed.out and "generating" not in printed.err  # nothing was generated again

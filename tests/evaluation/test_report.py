@@ -17,7 +17,6 @@ from PIL import Image
 
 from gdmd.evaluation.health import health_panels
 from gdmd.evaluation.run_report import Provenance, read_rows, report_run, save_rows, write_report
-from gdmd.evaluation.same_noise import Column, SameNoise, read_same_noise
 from gdmd.evaluation.verdict import PER_IMAGE, paired, per_image, shapes_verdict
 from gdmd.io import RunError
 from gdmd.reporting.grids import draw_grid, png_bytes
@@ -25,6 +24,7 @@ from gdmd.reporting.plots import COLORS, colors_of, curves, method_in, r_histogr
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import Run, create
 from gdmd.shapes.grammar import TASKS
+from gdmd.shapes.same_noise import Column, SameNoise, read_same_noise
 
 NASTY = '<script>alert("x")</script>&"\''
 
@@ -307,7 +307,7 @@ def test_stored_scores_are_shown_with_their_step(tmp_path: Path, caplog: pytest.
     page = Page(text)
     assert page.text.count("step 10, and the run has trained to step 20 since") == 2 and "<script" not in text
     assert "0.250 [0.200, 0.300]" in page.text and "Comparison (all)" in page.text
-    assert "clip against other: run is higher." in page.text  # of the two evaluations, the comparison is the verdict
+    assert "On clip, compared with other: run is higher." in page.text  # not the preference scores
     assert 'class="best">0.250' in text and 'class="best">0.125' not in text
     damaged = run.checkpoints / "step_000020" / "student.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -371,13 +371,14 @@ def test_damaged_evaluation_is_one_error(tmp_path: Path) -> None:
 
 
 def test_damaged_comparison_is_one_error(tmp_path: Path) -> None:
-    assert read_same_noise(tmp_path) is None
+    path = tmp_path / "comparison.png"
+    assert read_same_noise(path) is None
     good = asdict(same_noise())
     wrong = good | {"columns": [good["columns"][0] | {"images": [["<script>"]]}]}
     for content in ("{", "[]", json.dumps(good | {"captions": ["a", "b"]}), json.dumps(wrong)):
         (tmp_path / "comparison.json").write_text(content)
-        with pytest.raises(RunError, match="Delete it: gdmd report draws its images again"):
-            read_same_noise(tmp_path)
+        with pytest.raises(RunError, match="Delete it to draw the images again"):
+            read_same_noise(path)
 
 
 @pytest.mark.parametrize("content", [b"", png()[:100], b"<html>"], ids=["empty", "truncated", "not an image"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from tiny_roles import (
@@ -13,33 +11,26 @@ from tiny_roles import (
     dmd,
     first_student,
     gdmd,
+    grouped,
+    make,
+    plain_dmd,
     prompts,
     rng,
+    scored,
     student_gradient,
     tiny_roles,
     train,
     updates,
     watch,
 )
-from torch import Tensor
 
 from gdmd.diffusion.schedule import renoise
-from gdmd.losses.dmd import dmd_loss, normalizer
+from gdmd.losses.dmd import normalizer
 from gdmd.losses.gdmd import step_weight
-from gdmd.methods.gdmd import Gdmd, Group, NapoBatch
+from gdmd.methods.gdmd import Group, NapoBatch
 from gdmd.types import Update
 
 ETA = 3
-
-
-def scored(method: Gdmd, roles: Any, step: int = 0) -> Tensor:
-    """r of every student update of one iteration, [eta, B]."""
-    return torch.stack([update.batch.r for update in updates(method, roles, step, "student")])
-
-
-def plain_dmd(roles: Any, batch: Any) -> Tensor:
-    """L_DMD per sample of a student batch."""
-    return dmd_loss(roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar)
 
 
 def test_constant_reward_is_dmd_on_policy() -> None:
@@ -151,8 +142,6 @@ def test_student_updates_keep_targets_and_recompute_x0() -> None:
 @pytest.mark.parametrize("kind", ["gdmd", "dmd_nft"])
 def test_ema_old_policy(kind: str) -> None:
     """It starts as the student, and its decay grows by 1e-3 per student update."""
-    from tiny_roles import grouped, make
-
     roles, decays = tiny_roles(), []
     follow = roles.follow
     roles.follow = lambda decay: (decays.append(decay), follow(decay))[1]  # type: ignore[method-assign]

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from test_gdmd import plain_dmd, scored
-from tiny_roles import Toy, gdmd, make, prompts, rng, tilted, tiny_roles, updates
+from tiny_roles import Toy, gdmd, make, plain_dmd, prompts, rng, scored, tilted, tiny_roles, updates
 
 from gdmd.config.load import ConfigError
 from gdmd.methods.gdmd_ablations import exchanged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,10 +26,13 @@ from tiny_roles import (
 )
 from torch import Tensor
 
+from gdmd.config.load import ConfigError
 from gdmd.losses.advantages import softmax_weights
 from gdmd.methods.gdmd_tilted import Finished, GdmdTilted, weighted_mean
-from gdmd.recipes.call_counts import tally
+from gdmd.recipes.call_counts import count_calls
 from gdmd.recipes.read import read_recipe
+from gdmd.recipes.run_folders import config_of
+from gdmd.runs.run_folder import create
 
 WEIGHT = 0.25
 Z = torch.tensor([0.5, 2.0], dtype=torch.float64)
@@ -80,8 +84,8 @@ def test_rollouts_are_finished_once_for_all_draws() -> None:
     assert len(codec.shown) == 3  # x0 itself is not scored
     assert sum(call.name == "teacher" for call in diary) == 4
     assert len(x_tar) == 4 and all(one is x_tar[0] for one in x_tar)
-    assert tally(read_recipe("shapes_gdmd")).decoded == 8
-    assert tally(read_recipe("shapes_gdmd", ["method.kind=gdmd_tilted_shuffled"])).decoded == 9
+    assert count_calls(read_recipe("shapes_gdmd")).decoded == 8
+    assert count_calls(read_recipe("shapes_gdmd", ["method.kind=gdmd_tilted_shuffled"])).decoded == 9
 
 
 def test_weights_are_those_of_scores_measured_from_the_sample() -> None:
@@ -184,7 +188,7 @@ def test_loss_gradient_is_that_of_a_reward_loss() -> None:
     torch.testing.assert_close(grads[0] - grads[1], WEIGHT * gradient.float(), rtol=1e-3, atol=1e-6)
 
 
-def test_no_reward_gradient_for_unscored_samples_and_in_the_first_step() -> None:
+def test_no_reward_gradient_without_scores_or_z() -> None:
     plain, _ = targets(0.0, Toy(unscored=(2,)))
     moved, _ = targets(WEIGHT, Toy(unscored=(2,)))
     still = [torch.equal(moved[i], plain[i]) for i in range(4)]
@@ -197,8 +201,8 @@ def test_two_rollouts_are_differentiated() -> None:
     roles, codec = tiny_roles(), ToyCodec()
     list(updates(tilted(roles, codec=codec, reward_gradient=WEIGHT), roles))
     assert [latents.requires_grad for latents in codec.shown] == [True, True, False]
-    counted = tally(read_recipe("shapes_gdmd", ["method.reward_gradient=0.1"]))
-    assert (counted.steered, counted.decoded) == (2, 6)
+    counted = count_calls(read_recipe("shapes_gdmd", ["method.reward_gradient=0.1"]))
+    assert (counted.decoded_with_grad, counted.decoded) == (2, 6)
 
 
 def test_reward_gradient_zero_is_off() -> None:
@@ -239,3 +243,16 @@ def test_rollouts_need_steps_and_company(options: dict[str, Any], message: str) 
 def test_removed_options_name_what_to_use(kind: str, options: dict[str, Any], advice: str) -> None:
     with pytest.raises(ValidationError, match=advice):
         make(kind, tiny_roles(), **options)
+
+
+def test_run_of_an_older_version_names_what_to_use(tmp_path: Path) -> None:
+    old = {
+        "kind": "gdmd",
+        "score_target": "continuation",
+        "weighting": "softmax",
+        "student_target": "mean",
+        "z_decay": 0.99,
+    }
+    create(tmp_path / "run", {"name": "x", "method": old, "loop": {"steps": 2}})
+    with pytest.raises(ConfigError, match="method: score_target 'continuation' is a separate method now; write kind"):
+        config_of(tmp_path / "run")

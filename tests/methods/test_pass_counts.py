@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from pass_formulas import every_place, iteration_passes
 from tiny_roles import LR, ToyCodec, apply, dmd, gdmd, prompts, rng, same, tiny_roles, weights
 from torch import Tensor
 
-from gdmd.methods.pass_counter import Counted, without_cost
+from gdmd.config.run import RunConfig
+from gdmd.methods.pass_counter import CountedMethod, without_cost
+from gdmd.recipes.call_counts import count_calls, dry_run, forward_passes
+from gdmd.recipes.read import read_recipe
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles
 from gdmd.sweep.divergence import divergence, fixed_states, realized_change, student_gradient
 from gdmd.types import Method, PromptBatch
@@ -21,11 +25,11 @@ ONE_STEP = {"student_steps": (1.0,)}
 BATCH = len(prompts())
 
 
-def counted(method: Method, roles: ShapesRoles) -> Counted:
-    return Counted(method, [getattr(roles, name).net for name in ("student", "fake", "teacher", "old")])
+def counted(method: Method, roles: ShapesRoles) -> CountedMethod:
+    return CountedMethod(method, [getattr(roles, name).net for name in ("student", "fake", "teacher", "old")])
 
 
-def run(method: Counted, roles: ShapesRoles, steps: int = 1) -> Counted:
+def run(method: CountedMethod, roles: ShapesRoles, steps: int = 1) -> CountedMethod:
     for step in range(steps):
         for update in method.iteration(step, prompts(), rng(step)):
             apply(update, roles)
@@ -42,7 +46,8 @@ def test_passes_of_gdmd_are_those_of_the_algorithm(group: int, guidance: float, 
     assert method.cost.updates == group and method.cost.seconds > 0
 
 
-def test_passes_of_dmd_are_five_fake_updates_and_one_student_update() -> None:
+def test_passes_of_dmd() -> None:
+    """Five fake score updates and one student update."""
     roles = tiny_roles()
     method = run(counted(dmd(roles, **ONE_STEP), roles), roles, steps=2)
     assert method.cost.passes == 2 * BATCH * (1 + 5 * 3 + 2 + 1 + 3)
@@ -56,7 +61,8 @@ def test_the_roll_out_costs_what_its_depth_is() -> None:
     assert method.cost.passes == depth + BATCH * (1 + 3 + 2 + 1 + 3)
 
 
-def test_counting_changes_nothing_and_counts_only_inside_iterations() -> None:
+def test_counting_changes_nothing() -> None:
+    """... and counts only inside iterations."""
     plain, watched = tiny_roles(), tiny_roles()
     for step in range(2):
         for update in gdmd_iteration(plain, step):
@@ -114,7 +120,8 @@ def test_the_cosine_is_the_sign_of_2r_minus_1(better: float, cosine: float, weig
     assert found.weight == pytest.approx(weight, abs=1e-4) and found.ratio == pytest.approx(1.0, abs=1e-4)
 
 
-def test_measuring_gradients_applies_nothing_and_no_reward_gives_no_direction() -> None:
+def test_measuring_gradients_applies_nothing() -> None:
+    """Without a reward there is no direction: the cosine is NaN."""
     roles = tiny_roles()
     before = weights(roles)
     plain = student_gradient(dmd(roles), roles, 0, prompts(), rng())
@@ -123,7 +130,8 @@ def test_measuring_gradients_applies_nothing_and_no_reward_gives_no_direction() 
     assert divergence(plain, plain).weight == pytest.approx(1.0)
 
 
-def test_the_realized_change_is_per_update_and_in_units_of_the_spread() -> None:
+def test_realized_change() -> None:
+    """Per student update, in units of the spread."""
     roles, codec = tiny_roles(), ToyCodec()
     fixed = fixed_states(roles, prompts(), rng(), (1.0, 0.5), LATENT_SHAPE)
     assert set(fixed.tau.tolist()) <= {1.0, 0.5}
@@ -143,3 +151,47 @@ def test_the_realized_change_is_per_update_and_in_units_of_the_spread() -> None:
     change = realized_change(climb, roles, fixed, score)["mean"]
     after = score(roles.student(fixed.x_tau, fixed.tau, fixed.cond).x0)["mean"]
     assert change == pytest.approx(float((after - before).mean() / before.std()) / 2, rel=1e-4) and change > 0
+
+
+GROUPS = {"images_per_prompt": 4}
+COSTS: dict[str, dict[str, Any]] = {
+    "gdmd": {"kind": "gdmd"},
+    "gdmd, old policy": {"kind": "gdmd", "old_policy": "ema"},
+    "gdmd, no guidance or reward": {"kind": "gdmd", "guidance": 1.0, "gamma": 0.0},
+    "gdmd, one step for all": {"kind": "gdmd", "step_draw": "batch"},
+    "gdmd on data": {"kind": "gdmd", "student_input": "data"},
+    "gdmd_tilted": {"kind": "gdmd_tilted", "continuations": 3, "reward_gradient": 0.1},
+    "dmd": {"kind": "dmd"},
+    "dmd, regression": {"kind": "dmd", "regression_weight": 0.2, "regression_steps": 3},
+    "dmd2": {"kind": "dmd2"},
+    "dmd2, no GAN": {"kind": "dmd2", "gan_weight": 0.0},
+    "dmdr, stage 1": {"kind": "dmdr"},
+    "dmdr, refl": {"kind": "dmdr", "cold_start": 0},
+    "dmdr, grpo": {"kind": "dmdr", "cold_start": 0, "strategy": "grpo", **GROUPS},
+    "dmdr, dpo": {"kind": "dmdr", "cold_start": 0, "strategy": "dpo", **GROUPS},
+    "dmd_refl": {"kind": "dmd_refl", "student_updates": 2},
+    "dmd_nft": {"kind": "dmd_nft", "student_updates": 2, **GROUPS},
+    "dmd_grpo": {"kind": "dmd_grpo", "student_updates": 2, **GROUPS},
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_dry_run_is_the_closed_form(name: str) -> None:
+    cfg = RunConfig.model_validate({"name": "x", "method": COSTS[name], "loop": {"batch_size": 4, "steps": 8}})
+    expected = sum(iteration_passes(cfg.method, step, every_place(cfg.method)) for step in range(2)) / 2
+    runs = [dry_run(cfg, range(2), first) for first in range(len(cfg.method.student_steps))]
+    counted = [forward_passes(run) * run.updates["student"] for run in runs]
+    assert sum(counted) / len(counted) == pytest.approx(expected)
+
+
+def test_costs_of_the_papers_schedules() -> None:
+    """Per student update: x0 and its depth, then fake score 3, teacher 2 or 1, fake score 1, student 3."""
+    for recipe, words, cost in (
+        ("gdmd_paper", [], 2.5 / 4 + 9),
+        ("gdmd_paper", ["method.guidance=1"], 2.5 / 4 + 8),
+        ("dmd", [], 2.5 + 15 + 3 + 3),
+        ("dmd2", ["method.gan_weight=0"], 2.5 + 15 + 3 + 3),
+        ("dmd2", [], 2.5 + 5 * 9 + 3 + 3 + 3),
+    ):
+        counts = count_calls(read_recipe(recipe, ["loop.batch_size=4", *words]))
+        assert forward_passes(counts) == pytest.approx(cost)

@@ -1,4 +1,4 @@
-"""Student, fake, teacher and old policy on one trunk: what one role does never shows in another."""
+"""Student, fake score, teacher and old policy on one shared backbone: no role affects another."""
 
 from __future__ import annotations
 
@@ -72,17 +72,16 @@ def answers(roles: DiffusersRoles, at: Any) -> dict[str, Tensor]:
         return {name: getattr(roles, name)(*at).velocity for name in ("teacher", "student", "fake", "old")}
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl"])
-@pytest.mark.parametrize("full", ["none", "student", "fake", "both"])
-def test_before_the_first_step_every_role_is_the_teacher(folders: Path, name: str, full: str) -> None:
+@pytest.mark.parametrize(("name", "full"), [("sdxl", "none"), ("sd3", "none"), ("sd3", "fake"), ("sd3", "both")])
+def test_every_role_starts_as_the_teacher(folders: Path, name: str, full: str) -> None:
     roles = roles_of(folders, name, full=full)
     found = answers(roles, states(roles))
     for role in ("student", "fake", "old"):
         assert torch.allclose(found[role], found["teacher"], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"])
-def test_a_moved_role_shows_in_no_other(folders: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["sdxl", "flux2", "z_image"])
+def test_roles_are_independent(folders: Path, name: str) -> None:
     roles = roles_of(folders, name)
     at = states(roles)
     before = answers(roles, at)
@@ -105,8 +104,8 @@ def gradients(roles: DiffusersRoles, role: Role, at: Any, between: Callable[[], 
     return list(torch.autograd.grad(loss, own, allow_unused=True, materialize_grads=True))
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "z_image", "flux2"])
-def test_checkpointed_blocks_are_recomputed_in_their_own_role(folders: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_checkpointed_blocks_keep_their_role(folders: Path, name: str) -> None:
     plain, checkpointed = (roles_of(folders, name, checkpointing=on) for on in (False, True))
     for roles in (plain, checkpointed):
         wake(roles, "fake", 1)
@@ -120,7 +119,7 @@ def test_checkpointed_blocks_are_recomputed_in_their_own_role(folders: Path, nam
     assert torch.equal(checkpointed.teacher(*at).x0, plain.teacher(*at).x0)  # after a backward pass, too
 
 
-def test_two_roles_in_one_loss_keep_their_own_gradients(folders: Path) -> None:
+def test_two_roles_in_one_loss(folders: Path) -> None:
     roles = roles_of(folders, checkpointing=True)
     for seed, role in enumerate(ROLES):
         wake(roles, role, seed)
@@ -132,7 +131,7 @@ def test_two_roles_in_one_loss_keep_their_own_gradients(folders: Path) -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted[0] + wanted[1], strict=True))
 
 
-def test_the_trunk_is_frozen_and_the_roles_hold_fp32_adapters_of_their_own(folders: Path) -> None:
+def test_frozen_backbone_and_separate_fp32_adapters(folders: Path) -> None:
     roles = roles_of(folders, dtype="bf16")
     student, fake = (roles.parameters(role) for role in ROLES)
     assert student.keys() == fake.keys() and len(student) == 2 * 15  # the last block has no context output
@@ -142,16 +141,12 @@ def test_the_trunk_is_frozen_and_the_roles_hold_fp32_adapters_of_their_own(folde
     for name, weights in roles.backbone.net.named_parameters():
         assert weights.requires_grad == (id(weights) in trained), name
         assert id(weights) in trained or weights.dtype == torch.bfloat16
-
-
-def test_a_bf16_trunk_trains_fp32_adapters_with_finite_gradients(folders: Path) -> None:
-    roles = roles_of(folders, dtype="bf16")
     found = gradients(roles, "student", states(roles))
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in found)
-    assert any(grad.abs().sum() > 0 for grad in found)
+    assert any(grad.any() for grad in found)
 
 
-def test_a_full_copy_learns_without_moving_the_teacher(folders: Path) -> None:
+def test_full_copies_leave_the_teacher_alone(folders: Path) -> None:
     roles = roles_of(folders, full="both", dtype="bf16")
     at = states(roles)
     before = answers(roles, at)
@@ -163,7 +158,7 @@ def test_a_full_copy_learns_without_moving_the_teacher(folders: Path) -> None:
 
 
 @pytest.mark.parametrize("full", ["none", "student"])
-def test_the_old_policy_follows_the_student_from_where_it_began(folders: Path, full: str) -> None:
+def test_old_policy_follows_the_student(folders: Path, full: str) -> None:
     roles = roles_of(folders, full=full)
     at = states(roles)
     start = {name: weights.detach().clone() for name, weights in roles.parameters("student").items()}
@@ -182,13 +177,13 @@ def test_the_old_policy_follows_the_student_from_where_it_began(folders: Path, f
     assert torch.allclose(roles.old(*at).x0, roles.student(*at).x0, atol=1e-5)
 
 
-def test_an_old_policy_of_another_network_is_refused(folders: Path) -> None:
+def test_old_policy_of_another_network_is_an_error(folders: Path) -> None:
     with pytest.raises(ValueError, match="1 names differ|names differ, first"):
         roles_of(folders).load_old_state({"elsewhere.lora_A.weight": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("full", ["none", "fake"])
-def test_the_blended_teacher_goes_from_the_teacher_to_the_fake(folders: Path, full: str) -> None:
+def test_blended_teacher(folders: Path, full: str) -> None:
     roles = roles_of(folders, full=full)
     wake(roles, "fake", 1)
     at = states(roles)
@@ -202,14 +197,13 @@ def test_the_blended_teacher_goes_from_the_teacher_to_the_fake(folders: Path, fu
     assert torch.equal(answers(roles, at)["fake"], found["fake"])
 
 
-def test_adapters_begin_the_same_in_every_process(folders: Path) -> None:
+def test_adapters_start_the_same_in_every_process(folders: Path) -> None:
     one = roles_of(folders).parameters("student")
     torch.manual_seed(99)
     other = roles_of(folders).parameters("student")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("full", ["none", "both"])
 @pytest.mark.parametrize(
     ("name", "targets", "messages"),
     [
@@ -224,15 +218,13 @@ def test_adapters_begin_the_same_in_every_process(folders: Path) -> None:
         ("sdxl", ["to_q", "norm1"], [r"'norm1' matches .*\((Group|Layer)Norm\), not a linear layer"]),
     ],
 )
-def test_every_target_that_fits_no_linear_layer_is_named(
-    folders: Path, name: str, targets: list[str], messages: list[str], full: str
-) -> None:
+def test_wrong_lora_targets(folders: Path, name: str, targets: list[str], messages: list[str]) -> None:
     with pytest.raises(ValueError, match="model.lora_targets do not fit") as caught:
-        roles_of(folders, name, lora_targets=tuple(targets), full=full)
+        roles_of(folders, name, lora_targets=tuple(targets))
     assert all(re.search(message, str(caught.value)) for message in messages), caught.value
 
 
-def test_targets_that_fit_train_their_layers_and_no_others(folders: Path) -> None:
+def test_lora_targets_choose_the_layers(folders: Path) -> None:
     names = roles_of(folders, "sdxl", lora_targets=("attn1.to_q", "conv1")).parameters("student")
     assert {name.rpartition(".lora_")[0].split(".")[-1] for name in names} == {"to_q", "conv1"}
     assert not any("attn2" in name for name in names)
@@ -247,10 +239,8 @@ def as_a_run(roles: DiffusersRoles, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("alpha", [4.0, 1.0, 16.0])
-def test_a_run_begins_with_the_same_networks_whatever_its_lora_alpha(
-    folders: Path, tmp_path: Path, alpha: float
-) -> None:
+@pytest.mark.parametrize("alpha", [4.0, 16.0])
+def test_start_from_a_run_with_another_lora_alpha(folders: Path, tmp_path: Path, alpha: float) -> None:
     first, second = roles_of(folders, lora_alpha=4.0), roles_of(folders, lora_alpha=alpha)
     for seed, role in enumerate(ROLES):
         wake(first, role, seed)
@@ -265,25 +255,16 @@ def test_a_run_begins_with_the_same_networks_whatever_its_lora_alpha(
     assert ("model.lora_alpha was 4.0 there" in told) == (alpha != 4.0)
 
 
-def test_a_scale_that_no_network_has_is_not_noted(folders: Path, tmp_path: Path) -> None:
-    first, second = (roles_of(folders, full="both", lora_alpha=alpha) for alpha in (4.0, 8.0))
-    run = as_a_run(first, tmp_path / "first")
-    config = {"model": second.family.cfg.model_dump(mode="json"), "method": {"student_steps": [1.0, 0.5]}}
-    told = warm_start(run, role_states(second, LoopConfig(ema=0.0)), SINGLE_PROCESS, config)
-    assert "lora_alpha" not in told
-    assert all(torch.equal(w, second.parameters("student")[k]) for k, w in first.parameters("student").items())
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("sd3", {"lora_rank": 4}, "model.lora_rank is 2 there and 4 here"),
         ("sd3", {"full": "student"}, "model.full is 'none' there and 'student' here"),
-        ("sd3", {"lora_targets": ("attn.to_q",)}, "is of another network: .*model.lora_targets"),
-        ("sdxl", {}, "is of another network: .*same family"),
+        ("sd3", {"lora_targets": ("attn.to_q",)}, "belongs to another network: .*model.lora_targets"),
+        ("sdxl", {}, "belongs to another network: .*same family"),
     ],
 )
-def test_a_run_that_cannot_be_continued_is_refused_in_one_sentence(
+def test_start_from_a_run_that_does_not_fit(
     folders: Path, tmp_path: Path, name: str, changes: dict[str, Any], message: str
 ) -> None:
     run = as_a_run(roles_of(folders), tmp_path / "first")
@@ -295,7 +276,7 @@ def test_a_run_that_cannot_be_continued_is_refused_in_one_sentence(
 
 @pytest.fixture
 def fresh_graphs() -> Iterator[Any]:
-    """Counts of the graphs that are made; eager ones, because making fast ones takes minutes."""
+    """Counters of compiled graphs; with the eager backend, because inductor takes minutes."""
     import torch._dynamo.utils as dynamo
 
     torch._dynamo.reset()
@@ -304,11 +285,9 @@ def fresh_graphs() -> Iterator[Any]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "sdxl"])
-def test_compiled_blocks_keep_their_roles_apart_under_checkpointing(
-    folders: Path, name: str, fresh_graphs: Any
-) -> None:
-    plain, compiled = (roles_of(folders, name, checkpointing=on) for on in (False, True))
+def test_compiled_and_checkpointed_blocks_equal_eager_ones(folders: Path, fresh_graphs: Any) -> None:
+    """On a UNet; a transformer is compiled below."""
+    plain, compiled = (roles_of(folders, "sdxl", checkpointing=on) for on in (False, True))
     compiled.compile(backend="eager")
     for roles in (plain, compiled):
         wake(roles, "fake", 1)
@@ -328,7 +307,7 @@ def test_compiled_blocks_keep_their_roles_apart_under_checkpointing(
     assert fresh_graphs["unique_graphs"] == made  # a role that comes again finds its graph
 
 
-def test_compiled_roles_are_blended_by_any_share_in_one_graph(folders: Path, fresh_graphs: Any) -> None:
+def test_all_blend_shares_use_one_graph(folders: Path, fresh_graphs: Any) -> None:
     plain, compiled = (roles_of(folders, "qwen_image") for _ in range(2))
     compiled.compile(backend="eager")
     at, made = states(plain), set[int]()
@@ -342,17 +321,7 @@ def test_compiled_roles_are_blended_by_any_share_in_one_graph(folders: Path, fre
     assert len(made) == 1 and made != {0}
 
 
-def test_compiling_changes_no_name_of_a_weight(folders: Path) -> None:
-    plain, compiled = (roles_of(folders, full="student") for _ in range(2))
-    compiled.compile(backend="eager")
-    for one, other in zip(plain.modules(), compiled.modules(), strict=True):
-        assert list(other.state_dict()) == list(one.state_dict())
-        assert [type(module) for module in other.modules()] == [type(module) for module in one.modules()]
-    for role in ROLES:
-        assert list(compiled.parameters(role)) == list(plain.parameters(role))
-
-
-def test_the_old_policy_of_compiled_copies_is_compiled_too(folders: Path, fresh_graphs: Any) -> None:
+def test_old_policy_of_compiled_copies_is_compiled(folders: Path, fresh_graphs: Any) -> None:
     roles = roles_of(folders, "qwen_image", full="student")
     roles.compile(backend="eager")
     roles.follow(0.5)
@@ -361,25 +330,25 @@ def test_the_old_policy_of_compiled_copies_is_compiled_too(folders: Path, fresh_
     assert fresh_graphs["unique_graphs"] > 0
 
 
-def test_every_family_names_blocks_that_its_network_has(folders: Path) -> None:
+def test_families_name_existing_blocks(folders: Path) -> None:
     for name in tiny.BUILD:
         family = opened(folders / name, "fp32")
         found = {type(module).__name__ for module in family.net.modules()}
         assert family.blocks and set(family.blocks) <= found
 
 
-def test_a_network_without_the_named_blocks_is_not_compiled() -> None:
+def test_compiling_without_blocks_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"Linear has none of the blocks \['Block'\].*model.compile = false"):
         compile_blocks(torch.nn.Linear(2, 2), ("Block",))
 
 
-def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_without_a_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match="needs a C.. compiler .no-such-compiler.*model.compile = false"):
         require_compiler("cpu")
 
 
-def test_calls_without_gradient_are_made_in_parts_and_say_the_same(folders: Path) -> None:
+def test_forward_chunk(folders: Path) -> None:
     whole, parts = roles_of(folders, forward_chunk=0), roles_of(folders, forward_chunk=2)
     for roles in (whole, parts):
         wake(roles, "student", 3)

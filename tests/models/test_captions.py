@@ -1,4 +1,4 @@
-"""What text encoders read of captions: prompts that are too long are named, limits that files lack, keys of caches."""
+"""What text encoders read of captions: warnings for long prompts, limits missing from files, cache keys."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def equal(one: Cond, other: Cond) -> bool:
 
 
 @pytest.mark.parametrize("name", tiny.BUILD)
-def test_prompts_are_called_the_same_exactly_when_the_encoders_see_no_difference(folders: Path, name: str) -> None:
+def test_prompts_are_reported_as_equal_exactly_if_their_embeddings_are(folders: Path, name: str) -> None:
     encoder = shared(saved(folders, name)).encoder
     readers = readers_of(encoder.pipe, encoder.cfg.max_tokens)
     last = max(readers, key=lambda reader: reader.room)
@@ -72,20 +72,22 @@ def test_prompts_are_called_the_same_exactly_when_the_encoders_see_no_difference
 
 
 @pytest.mark.parametrize("name", tiny.BUILD)
-def test_prompts_that_fit_are_not_mentioned(folders: Path, name: str) -> None:
+def test_prompts_that_fit_are_not_reported(folders: Path, name: str) -> None:
     encoder = shared(saved(folders, name)).encoder
     room = min(reader.room for reader in readers_of(encoder.pipe, encoder.cfg.max_tokens))
     assert encoder.long_prompts(["", "a dog", "é" * (room // 4), "x" * (room - 2)]) is None
 
 
-def test_the_default_length_is_that_of_the_pipeline(folders: Path) -> None:
+def test_default_length(folders: Path) -> None:
     pipe = shared(saved(folders, "sana")).pipe
     (reader,) = readers_of(pipe)
     assert reader.room == 298  # of 300 two are the instruction's last token and the first of all
     assert readers_of(shared(saved(folders, "flux")).pipe)[1].limit == 512
 
 
-def test_training_warns_once_of_long_prompts(folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_warns_once_about_long_prompts(
+    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a dog\n" + "x" * 300 + "a\n" + "x" * 300 + "b\n")
     loop = {"steps": 1, "batch_size": 2, "threads": 1}
@@ -104,15 +106,13 @@ def test_training_warns_once_of_long_prompts(folders: Path, tmp_path: Path, capl
         assert "2 of 3 prompts are longer" in said and "2 different prompts are the same" in said
 
 
-def test_sampling_a_pipeline_warns_of_long_prompts(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_sampling_warns_about_long_prompts(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = open_source(read_source(f"{saved(folders, 'sdxl')},dtype=fp32,device=cpu"))
     source.check(["a dog", "x" * 80])
     assert "1 of 2 prompts are longer" in caplog.text and "text_encoder_2 reads 75 tokens: 1 longer" in caplog.text
 
 
-def test_a_length_that_the_pipeline_cannot_read_is_said_to_have_no_effect(
-    folders: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_max_tokens_without_effect(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("sdxl", "sd3"):
         open_family(tiny.config(saved(folders, name), max_tokens=64))
     said = [one for one in caplog.messages if "max_tokens" in one]
@@ -122,7 +122,7 @@ def test_a_length_that_the_pipeline_cannot_read_is_said_to_have_no_effect(
 
 
 @pytest.mark.parametrize(("name", "most"), [("sd3", 512), ("flux", 512), ("qwen_image", 1024)])
-def test_more_caption_tokens_than_the_pipeline_takes_are_refused(folders: Path, name: str, most: int) -> None:
+def test_max_tokens_above_the_pipelines_limit(folders: Path, name: str, most: int) -> None:
     with pytest.raises(ValueError, match=f"model.max_tokens = {most + 1}.*at most {most}"):
         open_family(tiny.config(saved(folders, name), max_tokens=most + 1))
 
@@ -130,11 +130,8 @@ def test_more_caption_tokens_than_the_pipeline_takes_are_refused(folders: Path, 
 # ---------------------------------------------------------------- limits
 
 
-@pytest.mark.parametrize("given", [None, 512])
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
-def test_a_tokenizer_without_the_right_length_gets_that_of_its_encoder(
-    folders: Path, tmp_path: Path, name: str, given: int | None
-) -> None:
+@pytest.mark.parametrize(("name", "given"), [("sd15", 512), ("sdxl", None), ("sd3", 512)])
+def test_tokenizer_gets_its_encoders_length(folders: Path, tmp_path: Path, name: str, given: int | None) -> None:
     wanted = shared(saved(folders, name))
     folder = Path(shutil.copytree(saved(folders, name), tmp_path / name))
     for file in folder.glob("tokenizer*/tokenizer_config.json"):
@@ -176,9 +173,7 @@ def last_byte(content: bytes) -> bytes:
         ("transformer/diffusion_pytorch_model.safetensors", False, False),
     ],
 )
-def test_a_cache_belongs_to_the_content_it_was_made_with(
-    folders: Path, tmp_path: Path, file: str, text: bool, images: bool
-) -> None:
+def test_cache_key_depends_on_content(folders: Path, tmp_path: Path, file: str, text: bool, images: bool) -> None:
     def identities(folder: Path) -> tuple[str, str]:
         cfg = tiny.config(folder)
         return encoder_identity(open_family(cfg, encoders=False)), vae_identity(cfg)
@@ -193,7 +188,7 @@ def test_a_cache_belongs_to_the_content_it_was_made_with(
     assert (after[0] != before[0], after[1] != before[1]) == (text, images)
 
 
-def test_a_cache_belongs_to_the_settings_it_was_made_with(folders: Path, tmp_path: Path) -> None:
+def test_cache_key_depends_on_settings(folders: Path, tmp_path: Path) -> None:
     folder = saved(folders, "sd3")
     changes: list[dict[str, Any]] = [{}, {"max_tokens": 128}, {"dtype": "bf16"}, {"t5": False}]
     texts = [encoder_identity(open_family(tiny.config(folder, **one), encoders=False)) for one in changes]
@@ -202,7 +197,7 @@ def test_a_cache_belongs_to_the_settings_it_was_made_with(folders: Path, tmp_pat
     assert len({vae_identity(tiny.config(folder, **one)) for one in sizes}) == len(sizes)
 
 
-def test_the_unconditional_embedding_belongs_to_the_rule_of_its_pipeline(folders: Path, tmp_path: Path) -> None:
+def test_cache_key_depends_on_the_empty_prompt_rule(folders: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved(folders, "sdxl"), tmp_path / "sdxl"))
     before = encoder_identity(open_family(tiny.config(folder), encoders=False))
     index = json.loads((folder / "model_index.json").read_text())
@@ -212,7 +207,7 @@ def test_the_unconditional_embedding_belongs_to_the_rule_of_its_pipeline(folders
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae", "tokenizer"])
-def test_images_of_a_pipeline_belong_to_its_content(folders: Path, tmp_path: Path, part: str) -> None:
+def test_image_identity_depends_on_content(folders: Path, tmp_path: Path, part: str) -> None:
     def identity(folder: Path) -> object:
         info = open_source(read_source(f"{folder},dtype=fp32,device=cpu")).info
         return {key: value for key, value in info.identity.items() if key != "where"}
@@ -227,7 +222,7 @@ def test_images_of_a_pipeline_belong_to_its_content(folders: Path, tmp_path: Pat
     assert identity(folder) != before
 
 
-def test_a_pipeline_draws_the_size_that_was_asked_for(folders: Path) -> None:
+def test_sana_source_uses_the_requested_size(folders: Path) -> None:
     """Sana's call would draw the nearest size of its table, and scale the image."""
     source: Any = open_source(read_source(f"{saved(folders, 'sana')},dtype=fp32,device=cpu,height=32,width=64"))
     assert source.arguments["use_resolution_binning"] is False

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import socket
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,12 @@ pytest.importorskip("peft")
 import tiny_pipelines as tiny
 from torch import Tensor
 
-from gdmd.config.image_source import read_source
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.sampling import ode_sample
 from gdmd.models import vae
 from gdmd.models.families.base import Family
 from gdmd.models.loading import LazyTextEncoder, open_family
 from gdmd.models.packing import in_patches, pack, unpack
-from gdmd.sources.open import open_source
 from gdmd.types import Cond, Prediction
 
 STEPS = 4
@@ -45,7 +41,7 @@ STOCK: dict[str, dict[str, Any]] = {  # what the stock call needs for classifier
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A place for saved pipelines; each is made when a test first asks for it."""
+    """A folder for saved pipelines; each is created on first use."""
     return tmp_path_factory.mktemp("pipelines")
 
 
@@ -82,7 +78,7 @@ def stock(family: Family, noise: Tensor, kind: str) -> Tensor:
 
 
 @pytest.mark.parametrize("name", tiny.BUILD)
-def test_teacher_sampling_is_the_pipelines_own(folders: Path, name: str) -> None:
+def test_teacher_sampling_equals_the_pipeline(folders: Path, name: str) -> None:
     family = shared(saved(folders, name))
     noise = torch.randn(2, *family.latent_shape)
     guidance = 1.0 if name == "flux2" else 3.0
@@ -95,8 +91,8 @@ def test_teacher_sampling_is_the_pipelines_own(folders: Path, name: str) -> None
     assert images.std() > 0.01
 
 
-@pytest.mark.parametrize("name", tiny.BUILD)
-def test_the_answer_depends_on_caption_and_time_and_is_fp32(folders: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image"])
+def test_prediction_is_fp32_and_depends_on_caption_and_time(folders: Path, name: str) -> None:
     family = opened(folders, name, dtype="bf16")
     denoiser, x_t = teacher(family), torch.randn(2, *family.latent_shape)
     cond, t = family.encoder.encode(CAPTIONS), torch.tensor([0.9, 0.9])
@@ -108,7 +104,7 @@ def test_the_answer_depends_on_caption_and_time_and_is_fp32(folders: Path, name:
 
 
 @pytest.mark.parametrize("name", tiny.BUILD)
-def test_conditioning_of_captions_of_any_length_can_be_joined(folders: Path, name: str) -> None:
+def test_conditioning_shapes_do_not_depend_on_the_caption(folders: Path, name: str) -> None:
     encoder = shared(saved(folders, name)).encoder
     short, long = encoder.encode(["a"]), encoder.encode(["a long caption of many words " * 2])
     null = encoder.null(3)
@@ -116,8 +112,8 @@ def test_conditioning_of_captions_of_any_length_can_be_joined(folders: Path, nam
     assert all(null[key].shape == (3, *short[key].shape[1:]) for key in short)
 
 
-@pytest.mark.parametrize("name", ["sd3", "qwen_image", "flux2", "sana"])
-def test_decoding_in_chunks_changes_nothing_and_passes_a_gradient(folders: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["sd3", "qwen_image"])
+def test_decoding_in_chunks(folders: Path, name: str) -> None:
     family = shared(saved(folders, name))
     latents = torch.randn(3, *family.latent_shape, requires_grad=True)
     one_by_one = family.codec.decode(latents)
@@ -128,10 +124,8 @@ def test_decoding_in_chunks_changes_nothing_and_passes_a_gradient(folders: Path,
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux2"])
-def test_tiles_are_smaller_than_the_image_and_one_is_kept_for_the_backward_pass(
-    folders: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of 16 pixels here; the VAE's own are of the size that it was made for, at which nothing would be divided."""
+def test_tiled_decoding_is_checkpointed(folders: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 pixels here; at the VAE's own tile size the image would not be split."""
     monkeypatch.setattr(vae, "TILE", 16)
     whole, tiled = opened(folders, name), opened(folders, name, decode_tiled=True)
     calls: list[torch.Size] = []
@@ -150,7 +144,7 @@ def test_tiles_are_smaller_than_the_image_and_one_is_kept_for_the_backward_pass(
 
 
 @pytest.mark.parametrize("name", ["sd3", "qwen_image", "flux2", "sana"])
-def test_encoding_undoes_the_scaling_of_decoding(folders: Path, name: str) -> None:
+def test_encoding_inverts_the_scaling(folders: Path, name: str) -> None:
     codec = shared(saved(folders, name)).codec
     images = torch.rand(1, 3, tiny.SIZE, tiny.SIZE)
     latents = codec.encode(images)
@@ -159,20 +153,20 @@ def test_encoding_undoes_the_scaling_of_decoding(folders: Path, name: str) -> No
     assert torch.allclose(z, codec.encode_chunk(frames), atol=1e-5)  # type: ignore[attr-defined]
 
 
-def test_packing_has_an_inverse_in_float64() -> None:
+def test_packing_has_an_inverse() -> None:
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
     assert pack(x).shape == (2, 6, 12)
     assert torch.equal(unpack(pack(x), 4, 6), x)
 
 
-def test_student_times_go_through_the_familys_clock(folders: Path) -> None:
+def test_student_times(folders: Path) -> None:
     uniform = (1.0, 0.75, 0.5, 0.25)
     assert shared(saved(folders, "sd3")).student_times(uniform) == pytest.approx((1, 0.9, 0.75, 0.5))
     discrete = [999 * t for t in shared(saved(folders, "sdxl")).student_times(uniform)]
     assert discrete == pytest.approx([999, 749, 499, 249])
 
 
-def test_sd3_works_without_its_t5(folders: Path, tmp_path: Path) -> None:
+def test_sd3_without_t5(folders: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sd3"
     shutil.copytree(saved(folders, "sd3"), folder)
     shutil.rmtree(folder / "text_encoder_3")
@@ -182,7 +176,7 @@ def test_sd3_works_without_its_t5(folders: Path, tmp_path: Path) -> None:
         assert embeds.shape == (2, 77 + 256, 32) and not embeds[:, 77:].any()
 
 
-def test_unloaded_encoders_leave_the_unconditional_input(folders: Path) -> None:
+def test_unload_keeps_the_unconditional_input(folders: Path) -> None:
     encoder = opened(folders, "sdxl").encoder
     before = encoder.null(2)
     encoder.unload()
@@ -190,8 +184,8 @@ def test_unloaded_encoders_leave_the_unconditional_input(folders: Path) -> None:
     assert all(torch.equal(before[key], value) for key, value in encoder.null(2).items())
 
 
-@pytest.mark.parametrize("name", tiny.BUILD)
-def test_encoders_that_are_read_late_say_what_those_read_at_once_say(folders: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2"])
+def test_lazy_text_encoder(folders: Path, name: str) -> None:
     at_once, late = opened(folders, name), open_family(tiny.config(folders / name), encoders=False)
     assert late.pipe.text_encoder is None
     text = LazyTextEncoder(late)
@@ -207,19 +201,7 @@ def test_encoders_that_are_read_late_say_what_those_read_at_once_say(folders: Pa
     assert late.pipe.text_encoder is None
 
 
-def test_a_folder_is_opened_without_any_network(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("a local folder reached for the network")
-
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    for name in ("sdxl", "sd3", "qwen_image"):
-        opened(folders, name)
-
-
-def test_a_size_that_does_not_fit_is_refused_with_one_that_does(folders: Path) -> None:
+def test_wrong_size_suggests_a_valid_one(folders: Path) -> None:
     folder = saved(folders, "flux")
     config = tiny.config(folder, height=40)  # 40 / 2 = 20 latents: even; the real VAE's factor 8 would refuse
     assert open_family(config).latent_shape == (4, 20, 16)
@@ -228,60 +210,3 @@ def test_a_size_that_does_not_fit_is_refused_with_one_that_does(folders: Path) -
     family.cfg = tiny.config(folder, height=40)
     with pytest.raises(ValueError, match=r"model.height = 40.*multiples of 16.*use 32"):
         _ = family.latent_shape
-
-
-def test_a_component_that_is_missing_is_named(folders: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "broken"
-    shutil.copytree(saved(folders, "sdxl"), folder)
-    shutil.rmtree(folder / "vae")
-    with pytest.raises(ValueError, match="'vae'.*has no folder"):
-        open_family(tiny.config(folder))
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"unet": [None, None]}))
-    with pytest.raises(ValueError, match="component 'unet' is missing"):
-        open_family(tiny.config(folder))
-
-
-def test_a_weight_file_that_is_missing_is_a_clear_error(folders: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "broken"
-    shutil.copytree(saved(folders, "sd3"), folder)
-    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="cannot be loaded.*diffusion_pytorch_model"):
-        open_family(tiny.config(folder))
-    with pytest.raises(ValueError, match="cannot be loaded.*fp16"):
-        opened(folders, "sdxl", variant="fp16")
-
-
-def test_damaged_weights_of_any_component_are_a_clear_error(folders: Path, tmp_path: Path) -> None:
-    """transformers raises errors of its own kinds, where diffusers has ValueError and OSError."""
-    cut, other = tmp_path / "cut", tmp_path / "other"
-    for folder in (cut, other):
-        shutil.copytree(saved(folders, "sd15"), folder)
-    weights, config = cut / "text_encoder" / "model.safetensors", other / "text_encoder" / "config.json"
-    weights.write_bytes(weights.read_bytes()[:2000])
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 99}))
-    for folder, why in ((cut, "deserializing header"), (other, "mismatched_sizes")):
-        with pytest.raises(ValueError, match=f"StableDiffusionPipeline cannot be loaded: .*{why}"):
-            open_family(tiny.config(folder))
-        with pytest.raises(ValueError, match=f"{folder.name}': the pipeline cannot be loaded: .*{why}"):
-            open_source(read_source(str(folder)))
-
-
-def test_another_or_an_unknown_family_is_refused(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="family sd3.*model.family = sdxl"):
-        opened(folders, "sd3", family="sdxl")
-    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    with pytest.raises(ValueError, match="'WanPipeline', which has no adapter here; supported: .*FluxPipeline"):
-        open_family(tiny.config(tmp_path))
-
-
-def test_a_path_that_is_neither_folder_nor_reachable_id_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no such folder, and it is not a hub id"):
-        open_family(tiny.config(tmp_path / "gone"))
-    with pytest.raises(ValueError, match="model_index.json is missing"):
-        open_family(tiny.config(tmp_path))
-    (tmp_path / "own.safetensors").touch()
-    with pytest.raises(ValueError, match="own.safetensors' is a file.*from_single_file.*save_pretrained"):
-        open_family(tiny.config(tmp_path / "own.safetensors"))
-    with pytest.raises(ValueError, match="not in the cache, and the hub cannot be reached"):
-        open_family(tiny.config(Path("nobody-here/no-such-model")))

@@ -1,4 +1,4 @@
-"""What only FLUX.2 does, each against diffusers' own code; the rest is in the tests of all families."""
+"""Features of FLUX.2 only, each against diffusers' own code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def klein(folder: Path) -> Family:
-    """On images that are no squares."""
+    """On images that are not square."""
     return open_family(tiny.config(folder, height=32, width=48))
 
 
@@ -54,33 +54,31 @@ def stock_latents(family: Family, steps: int, guidance: float, noise: torch.Tens
 
 @pytest.mark.parametrize("tokens", [64, 1024, 4096, 4300, 4301, 9216])
 @pytest.mark.parametrize("steps", [1, 4, 10, 50, 200])
-def test_the_shift_is_that_of_the_pipelines_for_any_size_and_number_of_steps(tokens: int, steps: int) -> None:
+def test_shift_equals_the_pipelines(tokens: int, steps: int) -> None:
     for pipeline in (pipeline_flux2, pipeline_flux2_klein):
         assert empirical_mu(tokens, steps) == pytest.approx(pipeline.compute_empirical_mu(tokens, steps), rel=1e-6)
 
 
 @pytest.mark.parametrize(("steps", "guidance"), [(2, 1.0), (7, 5.0)])
-def test_other_numbers_of_steps_and_other_shapes_are_sampled_as_in_the_pipeline(
-    klein: Family, steps: int, guidance: float
-) -> None:
+def test_sampling_at_other_steps_and_shapes(klein: Family, steps: int, guidance: float) -> None:
     noise = torch.randn(1, *klein.latent_shape)
     wanted = stock_latents(klein, steps, guidance, noise)
     assert torch.allclose(teachers_latents(klein, steps, guidance, noise), wanted, atol=1e-4)
 
 
-def test_a_distilled_klein_is_sampled_without_guidance(klein: Family) -> None:
+def test_distilled_klein_has_no_guidance(klein: Family) -> None:
     klein.pipe.register_to_config(is_distilled=True)
     noise = torch.randn(1, *klein.latent_shape)
     wanted = stock_latents(klein, 2, 5.0, noise)
     assert torch.allclose(teachers_latents(klein, 2, 1.0, noise), wanted, atol=1e-4)
 
 
-def test_the_clock_of_the_student_is_that_of_its_own_number_of_steps(klein: Family) -> None:
+def test_student_times_depend_on_the_number_of_steps(klein: Family) -> None:
     four, two = klein.student_times((1.0, 0.75, 0.5, 0.25)), klein.student_times((1.0, 0.5))
     assert four[2] != two[1] and four[2] == pytest.approx(float(klein.teacher_times(4)[2]))
 
 
-def test_images_are_encoded_to_the_latents_of_the_pipeline_and_back(klein: Family) -> None:
+def test_encoding_equals_the_pipelines(klein: Family) -> None:
     codec: Any = klein.codec
     images = torch.rand(2, 3, 32, 48)
     latents = codec.encode(images)
@@ -90,21 +88,19 @@ def test_images_are_encoded_to_the_latents_of_the_pipeline_and_back(klein: Famil
     assert torch.allclose(codec.from_vae(codec.to_vae(latents)), latents, atol=1e-5)
 
 
-def test_patches_stand_where_their_tokens_are() -> None:
+def test_patches_are_the_packed_tokens() -> None:
     x = torch.randn(2, 3, 4, 6)
     assert torch.equal(in_patches(x).flatten(2).transpose(1, 2), pack(x))
     assert torch.equal(in_patches(x), diffusers.Flux2Pipeline._patchify_latents(x))
 
 
-def test_every_linear_layer_of_the_blocks_takes_an_adapter(klein: Family) -> None:
+def test_every_linear_layer_gets_an_adapter(klein: Family) -> None:
     linear = {name for name, layer in klein.net.named_modules() if isinstance(layer, nn.Linear) and "blocks." in name}
     worn = {name.split(".lora_")[0] for name in DiffusersRoles(klein).parameters("student")}
     assert worn == linear and "single_transformer_blocks.1.attn.to_out" in worn
 
 
-def test_a_processor_whose_library_is_missing_is_a_clear_error(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_library_of_the_processor(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folder, tmp_path / "dev")
     index = tmp_path / "dev" / "model_index.json"
     given = json.loads(index.read_text())

@@ -1,4 +1,4 @@
-"""DMD2's GAN head on the features of every family: what it reads, and whom each of its losses teaches."""
+"""DMD2's GAN head on the features of every family: what it reads, and which weights each loss trains."""
 
 from __future__ import annotations
 
@@ -41,9 +41,8 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "qwen_image": lambda net: net.transformer_blocks[-1],
     "sana": lambda net: net.transformer_blocks[-1],
 }
-"""The module after which a family is read, found apart from the families' own words."""
-FAMILIES = list(LAST)
-EACH = [(name, "none") for name in FAMILIES]
+"""The module after which a family is read, independent of the families' own code."""
+EACH = [(name, "none") for name in LAST]
 
 
 @pytest.fixture(scope="session")
@@ -132,10 +131,8 @@ def from_block(roles: DiffusersRoles, net: Any, at: tuple[Tensor, Tensor, Any]) 
     return hidden[:, -count:] if roles.family.name.startswith("flux2") else hidden[:, :count]
 
 
-@pytest.mark.parametrize(("name", "full"), [*EACH, ("sdxl", "fake"), ("sd3", "both")])
-def test_the_features_are_what_the_block_computes_in_an_ordinary_call_of_the_fake(
-    folders: Path, name: str, full: str
-) -> None:
+@pytest.mark.parametrize(("name", "full"), [*EACH, ("sd3", "both")])
+def test_features_are_the_last_blocks_output(folders: Path, name: str, full: str) -> None:
     roles = roles_of(folders, name, (32, 48), full=full)
     at = states(roles)
     net = roles.fake.net.ready()
@@ -145,8 +142,8 @@ def test_the_features_are_what_the_block_computes_in_an_ordinary_call_of_the_fak
     torch.testing.assert_close(found.detach(), from_block(roles, net, at))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_picture_has_the_features_that_it_has_alone_whatever_the_other_captions(folders: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["sdxl", "z_image"])
+def test_features_do_not_depend_on_the_batch(folders: Path, name: str) -> None:
     """36 tokens, which Z-Image fills up to 64, in front of captions of their own lengths."""
     roles = roles_of(folders, name, (24, 24))
     x_t, t, cond = states(roles, 3)
@@ -157,25 +154,8 @@ def test_a_picture_has_the_features_that_it_has_alone_whatever_the_other_caption
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_the_tokens_of_a_transformer_are_those_that_its_last_layers_turn_into_the_answer(folders: Path) -> None:
-    roles = roles_of(folders, "z_image", (24, 24))
-    x_t, t, cond = states(roles, 3)
-    seen: dict[str, Any] = {}
-    net: Any = roles.fake.net.ready()
-    layer = net.all_final_layer["2-1"]
-    handle = layer.register_forward_pre_hook(lambda layer, given, named: seen.update(named), with_kwargs=True)
-    with torch.no_grad():
-        velocity = roles.fake(x_t, t, cond).velocity
-        patches = layer(roles.fake.features(x_t, t, cond), seen["c"])  # [B, 36, 2 x 2 x C]
-    handle.remove()
-    image = patches.unflatten(1, (6, 6)).unflatten(3, (2, 2, -1)).permute(0, 5, 1, 3, 2, 4).reshape(x_t.shape)
-    torch.testing.assert_close(-image, velocity, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize(("name", "full"), [*EACH, ("sdxl", "fake"), ("sd3", "both"), ("z_image", "student")])
-def test_each_loss_reaches_its_learner_and_nobody_else_with_and_without_checkpointing(
-    folders: Path, name: str, full: str
-) -> None:
+@pytest.mark.parametrize(("name", "full"), [("sdxl", "none"), ("sd3", "both"), ("z_image", "student")])
+def test_each_loss_trains_its_role_only(folders: Path, name: str, full: str) -> None:
     plain, checkpointed = (gradients(roles_of(folders, name, full=full, checkpointing=on)) for on in (False, True))
     assert plain["fake/student"] == plain["student/fake"] == {}
     heads = {key for key in plain["fake/fake"] if key.startswith("gan_head.")}
@@ -191,8 +171,8 @@ def test_each_loss_reaches_its_learner_and_nobody_else_with_and_without_checkpoi
             torch.testing.assert_close(checkpointed[learner][key], grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_gan_adds_to_the_gradients_of_fake_and_student(folders: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_gan_gradient_reaches_fake_and_student(folders: Path, name: str) -> None:
     roles = roles_of(folders, name)
     whole, small = gradients(roles), gradients(roles, head_weight=1e-9, gan_weight=1e-9)
     for learner in ("fake/fake", "student/student"):
@@ -201,8 +181,8 @@ def test_the_gan_adds_to_the_gradients_of_fake_and_student(folders: Path, name: 
         assert len(moved) > len(trunk) / 4, learner  # of a UNet the first half learns of it
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_head_judges_the_fake_and_leaves_every_role_as_it_was(folders: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["sdxl", "z_image"])
+def test_head_reads_the_fake_score_and_changes_no_role(folders: Path, name: str) -> None:
     roles = roles_of(folders, name, checkpointing=True)
     assert roles.critic is not None
     at, every = states(roles), ("teacher", "student", "fake", "old")
@@ -223,7 +203,7 @@ def test_the_head_judges_the_fake_and_leaves_every_role_as_it_was(folders: Path,
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
-def test_a_call_that_fails_leaves_the_network_whole(folders: Path, name: str) -> None:
+def test_failed_feature_call_restores_the_network(folders: Path, name: str) -> None:
     roles = roles_of(folders, name)
     x_t, t, cond = states(roles)
     before = list(roles.backbone.net.state_dict())
@@ -233,19 +213,7 @@ def test_a_call_that_fails_leaves_the_network_whole(folders: Path, name: str) ->
     assert roles.fake(x_t, t, cond).x0.shape == x_t.shape
 
 
-def test_compiled_blocks_give_the_same_gradients(folders: Path) -> None:
-    plain, compiled = (roles_of(folders, "sdxl", checkpointing=on) for on in (False, True))
-    torch._dynamo.reset()
-    compiled.compile(backend="eager")
-    wanted, found = gradients(plain), gradients(compiled)
-    torch._dynamo.reset()
-    for learner in wanted:
-        assert wanted[learner].keys() == found[learner].keys()
-        for key, grad in wanted[learner].items():
-            torch.testing.assert_close(found[learner][key], grad, rtol=1e-3, atol=1e-5)
-
-
-def test_there_is_a_head_only_where_one_is_asked_for_in_fp32_and_from_its_seed(folders: Path) -> None:
+def test_head_is_optional_fp32_and_seeded(folders: Path) -> None:
     without, one, same, other = (roles_of(folders, "sd3", head=seed, dtype="bf16") for seed in (None, 3, 3, 4))
     assert without.critic is None and not any("gan_head" in key for key in without.parameters("fake"))
     heads = [{k: v for k, v in r.parameters("fake").items() if "gan_head" in k} for r in (one, same, other)]
@@ -269,10 +237,8 @@ def distilled(folders: Path, name: str, run: Path, steps: int, **changes: Any) -
     return roles
 
 
-@pytest.mark.parametrize(("name", "full"), [("sdxl", "none"), ("sd3", "fake")])
-def test_the_head_is_trained_saved_and_resumed_with_the_fake_alone(
-    folders: Path, tmp_path: Path, name: str, full: str
-) -> None:
+@pytest.mark.parametrize(("name", "full"), [("sd3", "fake")])
+def test_head_is_saved_and_resumed_with_the_fake_score(folders: Path, tmp_path: Path, name: str, full: str) -> None:
     fresh = roles_of(folders, name, full=full).parameters("fake")
     whole = distilled(folders, name, tmp_path / "whole", 2, full=full)
     distilled(folders, name, tmp_path / "halves", 1, full=full)

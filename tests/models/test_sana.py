@@ -1,4 +1,4 @@
-"""What only Sana does; the rest is in the tests of all families."""
+"""Features of Sana only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def with_solver(folder: Path, **options: object) -> Family:
     return open_family(tiny.config(folder))
 
 
-def test_a_dpm_solvers_shift_is_kept_for_teacher_student_and_export(folder: Path) -> None:
+def test_dpm_solvers_shift_is_used_everywhere(folder: Path) -> None:
     family = with_solver(folder)
     assert type(family.pipe.scheduler) is DPMSolverMultistepScheduler
     times = family.student_times(UNIFORM)
@@ -45,12 +45,12 @@ def test_a_dpm_solvers_shift_is_kept_for_teacher_student_and_export(folder: Path
     assert stock.sigmas[:-1].tolist() == pytest.approx(times, abs=1e-6) and stock.config.stochastic_sampling
 
 
-def test_a_solver_of_another_prediction_is_refused(folder: Path) -> None:
+def test_solver_of_another_prediction_is_an_error(folder: Path) -> None:
     with pytest.raises(ValueError, match="is a flow model, but its scheduler .*'epsilon'.* is for models with a beta"):
         with_solver(folder, prediction_type="epsilon", use_flow_sigmas=False)
 
 
-def test_captions_stand_behind_the_instruction_and_the_empty_one_does_not(folder: Path) -> None:
+def test_instruction_precedes_captions_but_not_the_empty_one(folder: Path) -> None:
     family = with_solver(folder)
     wanted = family.pipe.encode_prompt([tiny.WORDS[0]], max_sequence_length=256)
     ours, null = family.encoder.encode(tiny.WORDS[:1]), family.encoder.null(1)

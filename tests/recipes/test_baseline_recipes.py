@@ -17,7 +17,6 @@ SMALL = ["loop.steps=6", "loop.batch_size=4", "loop.grid_every=0", "loop.log_eve
 TWO_STAGES = ["method.cold_start=3", "method.anneal=3", "method.fake_updates=2", "method.images_per_prompt=2"]
 RUNS = {
     "dmd2": ("dmd2", ["method.fake_updates=2"], {"loss/head", "loss/gan", "gan/real", "gan/student"}),
-    "refl": ("dmdr", TWO_STAGES, {"loss/rl", "weight/tilt", "schedule/c"}),
     "grpo": ("dmdr", [*TWO_STAGES, "method.strategy=grpo"], {"loss/rl", "advantage/size"}),
     "dpo": ("dmdr", [*TWO_STAGES, "method.strategy=dpo"], {"loss/rl", "reward/paired"}),
     "pairs": ("dmd", ["method.regression_weight=.25", "method.regression_steps=2"], {"loss/regression"}),

@@ -263,7 +263,7 @@ def test_scoring_decoder_check(folders: Path, tmp_path: Path) -> None:
     assert file.stat().st_mtime_ns == before
     export_run(run)
     card = (run / "export" / "README.md").read_text()
-    assert "| rewards seen through | taesd; " in card and f"{row['difference']:+.4g} on 2 images" in card
+    assert "| decoder for rewards | taesd; " in card and f"{row['difference']:+.4g} on 2 images" in card
     weights = next((tmp_path / "taesd").glob("*.safetensors"))
     save_file({name: 0.5 * value for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
     check_decoder(cfg, build(cfg, "cpu"), run, Console(file=said))
@@ -295,7 +295,7 @@ def test_moved_base_and_precisions(folders: Path, tmp_path: Path, caplog: pytest
         export_run(run, tmp_path / dtype, merged=True, base=str(moved), dtype=dtype)
         facts = json.loads((tmp_path / dtype / EXPORT_FILE).read_text())
         assert facts["dtype"] == dtype and (facts["undone_by_rounding"] > 0) == (dtype == "bf16")
-        said = f"rounding to bf16 undoes {100 * facts['undone_by_rounding']:.1f} % of the weights"
+        said = f"rounding to bf16 loses the change of {100 * facts['undone_by_rounding']:.1f} % of the weights"
         assert (said in caplog.text) == (dtype == "bf16") and "should be kept in float32" not in caplog.text
         kinds = {
             weights.dtype for file in (tmp_path / dtype).rglob("*.safetensors") for weights in load_file(file).values()
@@ -363,7 +363,7 @@ def test_shapes_rewards_are_refused(folders: Path) -> None:
 def test_shapes_runs_are_not_exported(tmp_path: Path) -> None:
     cfg = RunConfig(name="shapes", loop=LoopConfig())
     create(tmp_path / "run", cfg.model_dump(mode="json"))
-    with pytest.raises(ValueError, match="is a run of the Shapes lab"):
+    with pytest.raises(ValueError, match="is a run of the Shapes world"):
         export_run(tmp_path / "run")
 
 

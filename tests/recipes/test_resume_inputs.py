@@ -9,30 +9,47 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cli_world import Gdmd, make_assets
+from cli_world import TINY, Gdmd, make_assets
 
 from gdmd.cli.app import main
 from gdmd.export.card import _table
 from gdmd.recipes.inputs import _places, _weights
 from gdmd.recipes.run_folders import config_of
+from gdmd.runs import assets
 from gdmd.runs.inputs import changes_of
 from gdmd.runs.run_folder import open_run, read_facts, write_facts
 
 REWARD = "rewards=[{kind: callable, target: 'own_reward:red'}]"
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with assets and "here": a prompt file, a reward, a teacher and a run of one step on them."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        here = folder / "here"
+        here.mkdir()
+        patch.chdir(here)
+        patch.syspath_prepend(str(here))
+        patch.delitem(sys.modules, "own_reward", raising=False)
+        patch.setattr(assets, "asset_folder", lambda: make_assets(folder / "assets"))
+        Path("p.txt").write_text("a red ring\na blue cross\n")
+        Path("own_reward.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+        shutil.copy(make_assets(folder / "assets") / "shapes_teacher.safetensors", "teacher.safetensors")
+        given = ("model.teacher=teacher.safetensors", "prompts.file=p.txt", REWARD, "loop.steps=1", "--run", "run")
+        with pytest.raises(SystemExit, match="0"):
+            main(["train", "shapes_smoke", *TINY, *given, "--no-eval"])
+    sys.modules.pop("own_reward", None)
+    return folder
+
+
 @pytest.fixture
-def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gdmd:
-    """The program in a folder with a prompt file, a teacher of its own and a run of one step on them."""
-    gdmd = Gdmd(main, make_assets(tmp_path / "assets"), tmp_path, monkeypatch, capsys)
+def gdmd(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gdmd:
+    """The program in a copy of that folder."""
+    gdmd = Gdmd(main, trained / "assets", tmp_path, monkeypatch, capsys)
+    shutil.copytree(trained / "here", gdmd.folder, dirs_exist_ok=True)
     monkeypatch.syspath_prepend(str(gdmd.folder))
     monkeypatch.delitem(sys.modules, "own_reward", raising=False)
-    Path("p.txt").write_text("a red ring\na blue cross\n")
-    Path("own_reward.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
-    shutil.copy(gdmd.assets / "shapes_teacher.safetensors", "teacher.safetensors")
-    own = ("model.teacher=teacher.safetensors", "prompts.file=p.txt", REWARD, "loop.steps=1", "--run", "run")
-    finished = gdmd.train(*own)
-    assert finished.code == 0, finished.err
     return gdmd
 
 
@@ -110,7 +127,7 @@ def test_moved_input(gdmd: Gdmd, field: str, name: str) -> None:
 
 def test_moved_reward_code(gdmd: Gdmd) -> None:
     shutil.move("own_reward.py", "moved_reward.py")
-    sys.modules.pop("own_reward")
+    sys.modules.pop("own_reward", None)
     said = resume(gdmd)
     assert "rewards.0.target: own_reward:red is missing" in said and "rewards.0.target=PATH" in said
     said = resume(gdmd, "rewards.0.target=moved_reward.py:red")
@@ -131,14 +148,13 @@ def test_run_without_fingerprints(gdmd: Gdmd) -> None:
     assert "recorded no fingerprints" not in resume(gdmd, steps=3)
 
 
-@pytest.mark.parametrize("column", ["prompt", "Prompts"])
-def test_prompts_in_another_format(gdmd: Gdmd, column: str) -> None:
+def test_prompts_in_another_format(gdmd: Gdmd) -> None:
     Path("p.txt").write_bytes(b"\xef\xbb\xbfa red ring\r\n\r\na blue cross")
     assert resume(gdmd).endswith("exit code 0")
-    Path("p.csv").write_text(f"{column}\na red ring\na blue cross\n")
+    Path("p.csv").write_text("Prompts\na red ring\na blue cross\n")
     said = resume(gdmd, "prompts.file=p.csv", steps=3)
     assert "prompts.file moved from p.txt to p.csv; the content is the same" in said and said.endswith("exit code 0")
-    Path("p.csv").write_text(f"{column}\na blue cross\na red ring\n")  # another order draws other batches
+    Path("p.csv").write_text("Prompts\na blue cross\na red ring\n")  # another order draws other batches
     assert resume(gdmd, steps=4).endswith("exit code 2")
 
 

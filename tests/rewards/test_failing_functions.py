@@ -6,9 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("transformers")
+
 from cli_world import Finished, Gdmd, make_assets
+from tiny_rewards import prompt_batch, random_images
 
 from gdmd.cli.app import main
+from gdmd.rewards.callable import CallableReward
 from gdmd.runs.run_folder import read_metrics
 
 MINE = """import torch
@@ -67,6 +72,15 @@ odd = Odd()
 
 
 @pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module of rewards that can be imported."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (tmp_path / "mine.py").write_text(MINE)
+    return tmp_path / "mine.py"
+
+
+@pytest.fixture
 def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gdmd:
     """The program in a folder with a module of rewards."""
     gdmd = Gdmd(main, make_assets(tmp_path / "assets"), tmp_path, monkeypatch, capsys)
@@ -98,10 +112,17 @@ def train(gdmd: Gdmd, function: str, *words: str, more: str = "") -> Finished:
         ("numbers", "marked differentiable, but its scores carry no gradient"),
     ],
 )
-def test_errors_before_the_run_is_created(gdmd: Gdmd, function: str, message: str) -> None:
-    finished = train(gdmd, function, more=", differentiable: true" if function == "numbers" else "")
-    assert finished.code == 2 and f"error: reward mine:{function} " in finished.err and message in finished.err
-    assert len(finished.err.splitlines()) == 1 and not Path("run").exists()
+def test_errors_of_functions(module: Path, function: str, message: str) -> None:
+    reward = CallableReward.from_target(f"mine:{function}", differentiable=function == "numbers")
+    with pytest.raises(ValueError) as error:
+        reward.score(random_images(2, 8, 8).requires_grad_(), prompt_batch("ab"))
+    assert str(error.value).startswith(f"reward mine:{function} ") and message in str(error.value)
+
+
+def test_an_error_before_the_run_is_created(gdmd: Gdmd) -> None:
+    finished = train(gdmd, "broken")
+    assert finished.code == 2 and "error: reward mine:broken failed at " in finished.err
+    assert finished.err.count("error: ") == 1 and not Path("run").exists()
 
 
 @pytest.mark.parametrize(
@@ -122,11 +143,11 @@ def test_errors_before_the_run_is_created(gdmd: Gdmd, function: str, message: st
         ("f = 3\n", "is of type int, not a function"),
     ],
 )
-def test_modules_that_cannot_be_imported(gdmd: Gdmd, content: str, message: str) -> None:
-    Path("mine.py").write_text(content)
-    finished = train(gdmd, "f")
-    assert finished.code == 2 and len(finished.err.splitlines()) == 1
-    assert message.replace("{here}", str(gdmd.folder)) in finished.err
+def test_modules_that_cannot_be_imported(module: Path, content: str, message: str) -> None:
+    module.write_text(content)
+    with pytest.raises(ValueError) as error:
+        CallableReward.from_target("mine:f")
+    assert message.replace("{here}", str(module.parent)) in str(error.value)
 
 
 def test_a_reward_without_any_score_stops_the_run(gdmd: Gdmd) -> None:

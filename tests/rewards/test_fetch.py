@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ pytest.importorskip("huggingface_hub")
 from test_conversion import WIDTH, OpenClip, save_pt, wild
 from tiny_rewards import clip, prompt_batch, random_images, words_of_clip
 
+from gdmd.programs import reward_tools
+from gdmd.rewards import convert
 from gdmd.rewards.pickscore import PickScore
 
 
@@ -79,31 +82,22 @@ def test_unreachable_hub(tmp_path: Path) -> None:
     assert "Check the network" in line
 
 
-def test_model_on_an_unreachable_hub(tmp_path: Path) -> None:
-    pytest.importorskip("diffusers")
-    (tmp_path / "prompts.txt").write_text("a cat\n")
-    with hub(tmp_path) as (address, _):
-        pass
-    done = gdmd(tmp_path, address, "train", "sd15_gdmd", "model.path=org/model", "prompts.file=prompts.txt")
-    (line,) = [line for line in done.stderr.splitlines() if "warn" not in line.lower()]
-    assert done.returncode == 2 and not (tmp_path / "runs").exists()
-    assert "not in the cache, and the hub cannot be reached" in line and address in line
-
-
-def test_weights_without_a_finite_score_are_removed(tmp_path: Path) -> None:
+def test_weights_without_a_finite_score_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = wild(OpenClip()).float().state_dict() | {"positional_embedding": torch.full((77, WIDTH), torch.nan)}
-    (tmp_path / "hub" / "xswu" / "HPSv2").mkdir(parents=True)
-    save_pt(tmp_path / "hub" / "xswu" / "HPSv2" / "HPS_v2.1_compressed.pt", {"state_dict": tensors})
-    words_of_clip(tmp_path / "hub" / "laion" / "CLIP-ViT-H-14-laion2B-s32B-b79K")
-    with hub(tmp_path / "hub") as (address, _):
-        done = gdmd(tmp_path, address, "rewards", "fetch", "hps")
-    assert done.returncode == 2 and "hps gave a score" in done.stderr and "Traceback" not in done.stderr
+    file = save_pt(tmp_path / "HPS_v2.1_compressed.pt", {"state_dict": tensors})
+    words_of_clip(tmp_path / "tokenizer")
+    local = partial(convert.convert, tokenizer=str(tmp_path / "tokenizer"))
+    monkeypatch.setenv("GDMD_REWARDS", str(tmp_path / "rewards"))
+    monkeypatch.setattr(convert, "convert", local)
+    monkeypatch.setattr(reward_tools, "_file", lambda *_: file)
+    with pytest.raises(ValueError, match="hps gave a score that is not finite"):
+        reward_tools.fetch("hps")
     assert not (tmp_path / "rewards" / "hps").exists()
 
 
 @pytest.mark.parametrize(
     ("gated", "words"),
-    [((), "it holds no HPS_v2.1_compressed.pt"), (("xswu/HPSv2",), "access is gated; accept its terms")],
+    [((), "it has no file HPS_v2.1_compressed.pt"), (("xswu/HPSv2",), "access is gated; accept its terms")],
 )
 def test_missing_file_and_gated_repository(gated: tuple[str, ...], words: str, tmp_path: Path) -> None:
     (tmp_path / "hub" / "xswu" / "HPSv2").mkdir(parents=True)

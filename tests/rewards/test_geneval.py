@@ -323,8 +323,8 @@ def test_drawn_prompts() -> None:
     assert tasks == draw_tasks(100, seed=5) != draw_tasks(100, seed=6)
     for task in tasks:
         assert read_task(as_row(task), "x") == task
-        assert all(wanted.color is None or wanted.name != "person" for wanted in task.include)
-        assert len({wanted.name for wanted in task.include}) == len(task.include)
+        assert all(need.color is None or need.name != "person" for need in task.include)
+        assert len({need.name for need in task.include}) == len(task.include)
         if task.tag == "counting":
             assert task.exclude[0].count == task.include[0].count + 1
     fresh = draw_tasks(50, seed=7, without={task.prompt for task in tasks})

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.recipes.build_rewards import build_rewards, check_prompts, reward_stats
 from gdmd.rewards.composite import Composite, Part
-from gdmd.rewards.ocr import OcrReader, OcrReward, asked_text, edit_distance, normalized, ocr_score
+from gdmd.rewards.ocr import OcrReader, OcrReward, edit_distance, normalized, ocr_score, requested_text
 from gdmd.rewards.preprocessing import from_pil
 
 RECIPE = "name: x\nloop: {}\nrewards:\n"
@@ -32,9 +33,9 @@ WORDS = ("OPEN", "OPEN ALL NIGHT", "SOUP", "SOAP", "go team", "")
 @cache
 def written(words: str) -> Image.Image:
     """An image that says ``words``, in Pillow's own font."""
-    picture = Image.new("RGB", (160, 32), "white")
-    ImageDraw.Draw(picture).text((4, 4), words, fill="black", font=ImageFont.load_default(18))
-    return picture
+    image = Image.new("RGB", (160, 32), "white")
+    ImageDraw.Draw(image).text((4, 4), words, fill="black", font=ImageFont.load_default(18))
+    return image
 
 
 def lookup_reader(image: Image.Image) -> str:
@@ -51,7 +52,7 @@ def scored(prompts: Sequence[str], images: Sequence[str], **settings: Any) -> li
 
 
 @pytest.mark.parametrize(
-    ("prompt", "asked"),
+    ("prompt", "requested"),
     [
         ('a sign that says "OPEN"', "OPEN"),
         ("a sign that says “Open” in red", "Open"),
@@ -64,8 +65,8 @@ def scored(prompts: Sequence[str], images: Sequence[str], **settings: Any) -> li
         ('an empty "" pair', ""),
     ],
 )
-def test_text_in_quotes(prompt: str, asked: str) -> None:
-    assert asked_text(prompt) == asked
+def test_text_in_quotes(prompt: str, requested: str) -> None:
+    assert requested_text(prompt) == requested
 
 
 def test_normalization() -> None:
@@ -74,33 +75,33 @@ def test_normalization() -> None:
     assert ocr_score('"stop"', "stop!") == 0.75
 
 
-def reference(asked: str, read: str) -> int:
+def reference(requested: str, read: str) -> int:
     """Edit distance by its definition."""
-    if not asked or not read:
-        return len(asked) + len(read)
+    if not requested or not read:
+        return len(requested) + len(read)
     return min(
-        reference(asked[1:], read) + 1,
-        reference(asked, read[1:]) + 1,
-        reference(asked[1:], read[1:]) + (asked[0] != read[0]),
+        reference(requested[1:], read) + 1,
+        reference(requested, read[1:]) + 1,
+        reference(requested[1:], read[1:]) + (requested[0] != read[0]),
     )
 
 
 @given(st.text("abc", max_size=5), st.text("abc", max_size=5))
-def test_edit_distance(asked: str, read: str) -> None:
-    assert edit_distance(asked, read) == reference(asked, read)
+def test_edit_distance(requested: str, read: str) -> None:
+    assert edit_distance(requested, read) == reference(requested, read)
     stretches = [read[i:j] for i in range(len(read) + 1) for j in range(i, len(read) + 1)]
-    assert edit_distance(asked, read, anywhere=True) == min(reference(asked, one) for one in stretches)
+    assert edit_distance(requested, read, anywhere=True) == min(reference(requested, one) for one in stretches)
 
 
 @given(st.text(max_size=12), st.text(max_size=40))
 def test_score_range(words: str, read: str) -> None:
     prompt = f'a sign "{words}"'
     score = ocr_score(prompt, read)
-    if not normalized(asked_text(prompt)):
+    if not normalized(requested_text(prompt)):
         assert math.isnan(score)
         return
     assert 0 <= score <= ocr_score(prompt, read, "free") <= 1
-    assert ocr_score(prompt, asked_text(prompt)) == 1
+    assert ocr_score(prompt, requested_text(prompt)) == 1
 
 
 # ---------------------------------------------------------------- the reward
@@ -133,8 +134,8 @@ def test_reader_must_return_a_string() -> None:
 
 def test_shipped_prompts() -> None:
     prompts = read_prompts("text_rendering").texts
-    asked = [normalized(asked_text(prompt)) for prompt in prompts]
-    assert 40 <= len(prompts) <= 60 and all(asked) and len(set(asked)) == len(asked)
+    requested = [normalized(requested_text(prompt)) for prompt in prompts]
+    assert 40 <= len(prompts) <= 60 and all(requested) and len(set(requested)) == len(requested)
     assert prompt_file("some/where.txt") == Path("some/where.txt")
 
 
@@ -198,43 +199,9 @@ def tiny_got(folder: Path) -> Path:
     return folder
 
 
-def tiny_trocr(folder: Path) -> Path:
-    """A TrOCR of some thousand weights: ViT, and a causal decoder that attends to it."""
-    pytest.importorskip("transformers")
-    from tokenizers import pre_tokenizers
-    from transformers import (
-        RobertaTokenizer,
-        TrOCRConfig,
-        TrOCRProcessor,
-        VisionEncoderDecoderConfig,
-        VisionEncoderDecoderModel,
-        ViTConfig,
-    )
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
-    table = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    words = RobertaTokenizer(vocab={piece: place for place, piece in enumerate(table)}, merges=[])
-    torch.manual_seed(1)
-    vision = ViTConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    decoder = TrOCRConfig(
-        vocab_size=len(words), d_model=16, decoder_ffn_dim=16, decoder_layers=1, decoder_attention_heads=2,
-        max_position_embeddings=160, cross_attention_hidden_size=16, decoder_start_token_id=0,
-    )  # fmt: skip
-    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, decoder)
-    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 0, 1, 2
-    net = VisionEncoderDecoderModel(config)
-    net.generation_config.decoder_start_token_id = 0
-    net.save_pretrained(folder)
-    TrOCRProcessor(ViTImageProcessorPil(size={"height": 32, "width": 32}), words).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("maker", [tiny_got, tiny_trocr])
-def test_transformers_models(maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    spec = f"  - {{kind: ocr, path: '{maker(tmp_path / 'model')}', tokens: 6}}\n"
+def test_model_of_transformers(tmp_path: Path) -> None:
+    """Loaded once, frozen, and independent of the rest of the batch."""
+    spec = f"  - {{kind: ocr, path: '{tiny_got(tmp_path / 'model')}', tokens: 6}}\n"
     (reward,) = build_rewards(load_config(RunConfig, RECIPE + spec).rewards)
     assert isinstance(reward, OcrReward) and isinstance(reward.read, OcrReader)
     pixels = from_pil([written(words) for words in WORDS[:3]])
@@ -251,26 +218,18 @@ def test_transformers_models(maker: Any, tmp_path: Path, monkeypatch: pytest.Mon
     assert isinstance(again, OcrReward) and isinstance(again.read, OcrReader) and again.read.parts is reward.read.parts
 
 
-class Spelling:
-    """A model that writes given tokens after its prompt, as a decoder does."""
+class FixedModel(torch.nn.Module):
+    """Generates the given tokens: after the input tokens as a decoder, alone as an encoder-decoder."""
 
-    def __init__(self, tail: Sequence[int], encoder_decoder: bool) -> None:
-        self.tail, self.asked = list(tail), {}
-        self.config = type("C", (), {"is_encoder_decoder": encoder_decoder})()
+    def __init__(self, tokens: Sequence[int], encoder_decoder: bool) -> None:
+        super().__init__()
+        self.tokens, self.options = list(tokens), {}
+        self.config = SimpleNamespace(is_encoder_decoder=encoder_decoder)
 
-    def to(self, *_: object) -> Spelling:
-        return self
-
-    def eval(self) -> Spelling:
-        return self
-
-    def requires_grad_(self, _: bool) -> Spelling:
-        return self
-
-    def generate(self, **asked: Any) -> Tensor:
-        self.asked = asked
-        before = [] if self.config.is_encoder_decoder else asked["input_ids"][0].tolist()
-        return torch.tensor([[*before, *self.tail]])
+    def generate(self, **options: Any) -> Tensor:
+        self.options = options
+        before = [] if self.config.is_encoder_decoder else options["input_ids"][0].tolist()
+        return torch.tensor([[*before, *self.tokens]])
 
 
 class Letters:
@@ -297,7 +256,8 @@ class Letters:
 
 @pytest.mark.parametrize("encoder_decoder", [True, False])
 def test_decoding(encoder_decoder: bool) -> None:
-    net = Spelling([*map(ord, " SOUP"), 2], encoder_decoder)
+    net = FixedModel([*map(ord, " SOUP"), 2], encoder_decoder)
     reader = OcrReader.from_modules(net, Letters(), tokens=9)
     assert reader(written("OPEN")) == "SOUP"
-    assert net.asked["eos_token_id"] == [1, 2] and net.asked["max_new_tokens"] == 9 and not net.asked["do_sample"]
+    assert net.options["eos_token_id"] == [1, 2] and net.options["max_new_tokens"] == 9
+    assert not net.options["do_sample"]

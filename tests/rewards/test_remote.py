@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 
 from tiny_rewards import prompt_batch, random_images
 
-from gdmd.config.rewards import RemoteReward
+from gdmd.config.rewards import RemoteConfig
 from gdmd.programs.reward_server import Limits, make_app, read_png
 from gdmd.recipes.build_rewards import reward_stats
 from gdmd.recipes.reward_identity import scorer_identity
@@ -50,7 +50,7 @@ def expected(count: int = 5) -> Tensor:
 
 
 def client(url: str, token: str | None = None, pauses: list[float] | None = None, **settings: Any) -> RemoteScorer:
-    cfg = RemoteReward(**{"url": url, "reward": "bright", "timeout_s": 0.5, "retries": 2, "batch": 2} | settings)
+    cfg = RemoteConfig(**{"url": url, "reward": "bright", "timeout_s": 0.5, "retries": 2, "batch": 2} | settings)
     return RemoteScorer(cfg, token, ([] if pauses is None else pauses).append)
 
 

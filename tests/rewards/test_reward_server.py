@@ -96,7 +96,7 @@ def test_bad_requests(web: Any, body: Any, status: int, reason: str) -> None:
 
 
 @CASES
-@given(body=mutated([json.dumps(GOOD).encode()], st.sampled_from([b"", b"null", b'"\ud800"']) | st.binary(max_size=6)))
+@given(body=mutated([json.dumps(GOOD).encode()], st.sampled_from([b"", b"null", rb'"\ud800"']) | st.binary(max_size=6)))
 def test_any_bytes_are_scored_or_refused(body: bytes, web: Any) -> None:
     answer = web.post("/score", content=body, headers=AUTHORIZED)
     row = json.loads(answer.text)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from gdmd.methods.scorer import Seen
+from gdmd.methods.scorer import ScoreStats
 from gdmd.runs.reward_signal import IMAGES, WINDOW, RewardSignal, findings, names
 
 NAN = math.nan
@@ -116,7 +116,7 @@ def test_findings() -> None:
 
 
 def test_scores_of_several_calls() -> None:
-    seen = Seen()
+    seen = ScoreStats()
     seen.add(torch.tensor([[NAN, 2.0], [NAN, NAN], [1.0, 1.0]]))
     seen.add(torch.tensor([[3.0, NAN], [NAN, NAN], [1.0, NAN]]))
     found = {name: float(value) for name, value in seen.stats(["a", "b", "c"]).items()}

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gdmd.reporting.distances import frechet_distance, pairwise_distance
 from gdmd.shapes import detect as detector
 from gdmd.shapes.check import partial_credit, shapeseval, summarize
 from gdmd.shapes.detect import detect, from_scenes
@@ -181,25 +180,3 @@ def test_named_colors_are_not_free():
     rows = WORLD32.captions.rows("train", TASKS.index("colors"))
     found = from_scenes(draw_scenes(rows, torch.Generator().manual_seed(0)))
     assert set(coverage_by_attribute(found, rows, torch.ones(len(rows), dtype=torch.bool))) == {"place", "size"}
-
-
-def test_pairwise_distance():
-    features = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    group = torch.tensor([4, 4, 4, 9, 9, 2, 4])
-    unit = F.normalize(features, dim=1)
-
-    def mean(ids):
-        return sum(1 - unit[i] @ unit[j] for k, i in enumerate(ids) for j in ids[:k]) / math.comb(len(ids), 2)
-
-    assert pairwise_distance(features, group) == pytest.approx(((mean([0, 1, 2, 6]) + mean([3, 4])) / 2).item())
-    with pytest.raises(ValueError, match="two pictures|two images"):
-        pairwise_distance(features, torch.arange(7))
-
-
-def test_frechet_distance_closed_form():
-    a = torch.randn(400, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    shift = torch.tensor([1.0, 0.0, -2.0], dtype=torch.float64)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(a, a + shift) == pytest.approx(5, abs=1e-9)
-    centered = a - a.mean(0)
-    assert frechet_distance(centered, 3 * centered) == pytest.approx(4 * torch.cov(a.T).trace().item(), abs=1e-8)

@@ -12,7 +12,7 @@ from study_world import MODELS, write_images, write_study
 
 from gdmd.cli.app import main
 from gdmd.config.model import DiffusersModel
-from gdmd.config.rewards import ClipReward
+from gdmd.config.rewards import ClipConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.study import StudyConfig
 from gdmd.config.training import LoopConfig
@@ -171,7 +171,7 @@ def test_plan_draws_shapes_models_from_the_same_noise(tmp_path: Path, capsys: py
     folder = write_images(tmp_path / "own", MODELS[0], 2)
     assert run("study", "plan", f"own={folder}", "teacher-4", "-o", str(tmp_path / "two"), *sizes) == 2
     assert "thing" in capsys.readouterr().err  # the folder's prompts are not in the language of the Shapes world
-    cfg = RunConfig(name="x", loop=LoopConfig(), model=DiffusersModel(path="a/b"), rewards=(ClipReward(),))
+    cfg = RunConfig(name="x", loop=LoopConfig(), model=DiffusersModel(path="a/b"), rewards=(ClipConfig(),))
     create(tmp_path / "real", cfg.model_dump(mode="json"), ["gdmd"])
     assert run("study", "plan", f"real={tmp_path / 'real'}", "teacher-4", "-o", str(tmp_path / "two"), *sizes) == 2
     real, said = tmp_path / "real", capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Malformed inputs, and what may come of them: a value, or one of this package's own errors with a message. In time."""
+"""Malformed inputs must give a value or one of this package's errors, within a time limit."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ OWN = (ValueError, ConfigError, RunError, DamagedCheckpoint)
 LONGEST_S = 10
 _MOST = settings.default.max_examples
 CASES = settings(max_examples=25 if _MOST == 100 else _MOST)
-"""Few in every test run, all that the profile asks for in ``make fuzz``."""
+"""Few examples in a test run; as many as the profile sets in ``make fuzz``."""
 
 
 class Hang(BaseException):
-    """Not an Exception, so that no handler takes it for a malformed input."""
+    """Not an Exception, so that no handler catches it as a malformed input."""
 
 
 def refusal(action: Callable[[], Any]) -> str:
-    """The message with which ``action`` refuses its input; "" where it takes it. Other errors and hangs pass through."""
+    """The error message of ``action``, "" if it succeeds. Other errors and timeouts are raised."""
 
     def stop(*_: object) -> None:
         raise Hang(f"no answer within {LONGEST_S} s")
@@ -35,9 +35,9 @@ def refusal(action: Callable[[], Any]) -> str:
     try:
         action()
     except OWN as error:
-        assert type(error) in OWN, f"{type(error).__name__} shows how it is read inside: {error}"
+        assert type(error) in OWN, f"{type(error).__name__} is an internal error: {error}"
         message = str(error)
-        assert len(message) > 15, f"says too little: {message!r}"
+        assert len(message) > 15, f"too short: {message!r}"
         message.encode()  # can be printed
         return message
     finally:
@@ -48,7 +48,7 @@ def refusal(action: Callable[[], Any]) -> str:
 
 @st.composite
 def mutated(draw: st.DrawFn, originals: Sequence[Any], fragments: st.SearchStrategy[Any]) -> Any:
-    """An original (text or bytes) with one to three places overwritten, cut out or inserted."""
+    """An original (text or bytes) with one to three parts overwritten, removed or inserted."""
     content = draw(st.sampled_from(originals))
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(content)))

@@ -1,4 +1,4 @@
-"""A model hub on this machine: files of repositories over HTTP, as huggingface_hub asks for them."""
+"""A local model hub: repository files over HTTP, as huggingface_hub requests them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Hub(BaseHTTPRequestHandler):
     asked: list[str]
 
     def log_message(self, *_: Any) -> None:
-        """Nothing on stderr."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -75,7 +75,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub(folder: Path, gated: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
-    """Serves folder/ORG/NAME/...; (address, paths that were asked for)."""
+    """Serve folder/ORG/NAME/...; yields (address, requested paths)."""
     handler = type("Hub", (_Hub,), {"folder": folder, "gated": gated, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     Thread(target=server.serve_forever, daemon=True).start()
@@ -87,7 +87,7 @@ def hub(folder: Path, gated: tuple[str, ...] = ()) -> Iterator[tuple[str, list[s
 
 
 def gdmd(home: Path, address: str | None, *words: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
-    """The program with its caches in ``home`` and the hub at ``address`` (None: offline), started in ``home``."""
+    """Run gdmd in ``home`` with its caches there and the hub at ``address`` (None: offline)."""
     code = "import json, sys; from gdmd.cli.app import main; main(json.loads(sys.argv[1]))"
     hub_at = {"HF_HUB_OFFLINE": "1"} if address is None else {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address}
     own = {"HF_HOME": str(home / "hf"), "GDMD_REWARDS": str(home / "rewards"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

@@ -1,4 +1,4 @@
-"""Several ranks for a test: forked processes (torch is loaded already) that meet over gloo on this machine."""
+"""Several ranks for a test: forked processes (torch is loaded already) connected by gloo."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,10 +30,10 @@ BROKEN = 99
 
 @contextmanager
 def linear_steps() -> Iterator[None]:
-    """Inside, AdamW is made with eps 1: a step of lr x gradient, so that weights tell gradients apart as they are.
+    """Inside, AdamW has eps 1: a step of about lr x gradient, so that weights differ as little as gradients do.
 
-    With eps 1e-8 a gradient that is nothing but rounding moves its weight by a part of a whole step, another one on every
-    processor. Checkpoints, moments and clipping are those of AdamW.
+    With eps 1e-8 a gradient that is only rounding error moves its weight by a fraction of a full step, differently on
+    every processor. Checkpoints, optimizer state and clipping are those of AdamW.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1.0))
@@ -42,7 +41,7 @@ def linear_steps() -> Iterator[None]:
 
 
 def apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None) -> float:
-    """|one - other| / |one - start|, all tensors in one vector; start: 0 where it is not given."""
+    """|one - other| / |one - start|, all tensors in one vector; start: 0 by default."""
     assert one.keys() == other.keys() and one
     a, b = (torch.cat([named[name].double().flatten() for name in one]) for named in (one, other))
     begin = 0 if start is None else torch.cat([start[name].double().flatten() for name in one])
@@ -62,10 +61,9 @@ def run_ranks(
     folder: Path,
     size: int = 2,
     seconds: float = 300,
-    meanwhile: Callable[[Sequence[Any]], None] = lambda processes: None,
     local_size: int | None = None,
 ) -> list[Ended]:
-    """Do ``work`` in ``size`` ranks; ``meanwhile`` gets the processes. What they print on stderr is read at the end."""
+    """Do ``work`` in ``size`` ranks and collect their stderr."""
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -81,7 +79,6 @@ def run_ranks(
     ]
     for process in processes:
         process.start()
-    meanwhile(processes)
     end = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
@@ -98,7 +95,7 @@ def _rank(work: Callable[[DistributedContext], int | None], place: dict[str, str
     os.environ.update(place)
     sys.stderr = log.open("w", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
-    faulthandler.dump_traceback_later(0.8 * seconds, file=sys.stderr)  # where a rank stands that will be late
+    faulthandler.dump_traceback_later(0.8 * seconds, file=sys.stderr)  # where a late rank hangs
     torch.set_num_threads(1)
     code = BROKEN
     try:

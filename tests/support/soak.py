@@ -1,12 +1,11 @@
-"""Kill a tiny run at random moments, resume it, and compare its end with the uninterrupted run: ``make soak``.
+"""Kill a tiny run at random moments, resume it, and compare the result with the uninterrupted run: ``make soak``.
 
-    python tests/support/soak.py [--kills 200] [--steps 60] [--flat-steps 3000] [--seed N] [--json FILE] [--beside]
+    python tests/support/soak.py [--kills 200] [--steps 60] [--flat-steps 3000] [--seed N] [--json FILE] [--background]
 
-A life is a child forked from a process that has loaded all modules and has one thread, so that a kill costs no start-up.
-It is killed with SIGKILL after a random time, which falls into steps, saves, log lines, or the making and the resuming of
-the run. A run that gets to its end is compared, bit for bit, and the next one begins. Then one long run shows that
-memory, file handles and log lines do not grow. fsync is left out: kill -9 does not lose what the system has taken.
-Linux only: it reads /proc.
+Each attempt is a child forked from a process that has loaded all modules and has one thread, so it starts at once. It
+gets SIGKILL after a random time: during steps, saves, log lines, or while the run is created or resumed. A finished run
+is compared bit for bit, and the next one starts. Then one long run shows that memory, file handles and log lines do not
+grow. fsync is off: SIGKILL does not lose what the kernel has. Linux only: it reads /proc.
 """
 
 from __future__ import annotations
@@ -35,20 +34,20 @@ from gdmd.runs.run_folder import read_metrics
 
 TIMED = "speed/images_per_s"
 LONGEST_S = 300
-"""A life that neither ends nor is killed by then hangs."""
+"""An attempt that neither ends nor is killed by then hangs."""
 THREAD_ENDS_S = 10.0
-"""A thread that is still there by then was never joined."""
+"""A thread that still exists by then was never joined."""
 KNOWN = {"config.yaml", "run.json", "metrics.jsonl", "tb", "grids", "checkpoints"}
 
 
 @dataclass
 class Kills:
-    """What the kills showed; everything in the second part must be empty or at most the checkpoint interval."""
+    """The findings; the fields after ``seconds`` must be empty or at most the checkpoint interval."""
 
     kills: int = 0
     runs: int = 0
     kills_before_first_checkpoint: int = 0
-    log_growth_per_life: float = 0.0  # bytes of the TensorBoard folder per life, beyond those of the whole run
+    log_growth_per_attempt: float = 0.0  # bytes of the TensorBoard folder, beyond those of the uninterrupted run
     handles: tuple[int, int] = (0, 0)  # of the process that forks, at its start and end
     rss_mib: tuple[float, float] = (0.0, 0.0)
     seconds: float = 0.0
@@ -67,25 +66,27 @@ def soak(folder: Path, kills: int, cfg: LoopConfig, seed: int) -> Kills:
     warm_up(folder / "warm")
     began, draws, seen = time.monotonic(), random.Random(seed), Kills()
     whole = folder / "whole"
-    assert life(lambda: Toy(whole, cfg).train()) == 0, "the run fails without any kill"
-    longest = (time.monotonic() - began) / 3  # so that some lives get further than the next checkpoint
+    assert attempt(lambda: Toy(whole, cfg).train()) == 0, "the run fails without any kill"
+    longest = (time.monotonic() - began) / 3  # so that some attempts get past the next checkpoint
     seen.handles, seen.rss_mib = (handles(), 0), (rss_mib(), 0.0)
     while seen.kills < kills:
         run = folder / f"run_{seen.runs:04d}"
         killed = seen.kills
         while seen.kills < kills:
-            end = life(lambda run=run: Toy(run, cfg).train(), draws.uniform(0, longest))
+            end = attempt(lambda run=run: Toy(run, cfg).train(), draws.uniform(0, longest))
             if end == 0:
                 break
             _look(seen, run, end)
-        if seen.kills == kills:  # the last run ends in peace
-            end = life(lambda run=run: Toy(run, cfg).train())
+        if seen.kills == kills:  # the last run is not killed
+            end = attempt(lambda run=run: Toy(run, cfg).train())
             seen.died_by_themselves += [end] if end else []
         seen.runs += 1
         seen.different += [f"{run.name}: {name}" for name in differences(whole, run)]
         seen.leftovers += leftovers(run)
-        lives = seen.kills - killed + 1
-        seen.log_growth_per_life = max(seen.log_growth_per_life, (size(run / "tb") - size(whole / "tb")) / lives)
+        attempts = seen.kills - killed + 1
+        seen.log_growth_per_attempt = max(
+            seen.log_growth_per_attempt, (size(run / "tb") - size(whole / "tb")) / attempts
+        )
     seen.handles, seen.rss_mib = (seen.handles[0], handles()), (seen.rss_mib[0], rss_mib())
     seen.seconds = time.monotonic() - began
     return seen
@@ -101,8 +102,8 @@ def warm_up(folder: Path) -> None:
     assert len(threads) == 1, f"{len(threads)} threads: a forked child would inherit their locks"
 
 
-def life(work: Callable[[], Any], limit: float | None = None, longest: float = LONGEST_S) -> int:
-    """Do ``work`` in a forked child; after ``limit`` seconds it is killed. Its exit code, or minus the signal.
+def attempt(work: Callable[[], Any], limit: float | None = None, longest: float = LONGEST_S) -> int:
+    """Do ``work`` in a forked child, killed after ``limit`` seconds; returns its exit code, or minus the signal.
 
     Without a limit the child is expected to end; AssertionError when it hangs for ``longest`` seconds.
     """
@@ -125,12 +126,12 @@ def life(work: Callable[[], Any], limit: float | None = None, longest: float = L
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     finally:
         os.close(handle)
-    assert ended or limit is not None, f"a life did not end within {longest} s"
+    assert ended or limit is not None, f"an attempt did not end within {longest} s"
     return code
 
 
 def _look(seen: Kills, run: Path, end: int) -> None:
-    """Count a kill, and the steps that the next life has to make again."""
+    """Count a kill, and the steps that the next attempt repeats."""
     if end != -signal.SIGKILL:
         seen.died_by_themselves.append(end)
     seen.kills += 1
@@ -183,8 +184,8 @@ class Flat:
         return self.handles[1] <= self.handles[0] and grown < 8 and abs(rows - 1) < 0.05
 
 
-def flat(folder: Path, steps: int, beside: bool) -> Flat:
-    """Train ``steps`` steps in one life and look at it twice."""
+def flat(folder: Path, steps: int, background: bool) -> Flat:
+    """Train ``steps`` steps in one attempt and measure it twice."""
     run, report = folder / "long", folder / "flat.json"
     seen = Flat(steps)
 
@@ -196,8 +197,8 @@ def flat(folder: Path, steps: int, beside: bool) -> Flat:
         seen.bytes_per_row.append((run / "metrics.jsonl").stat().st_size / step)
         report.write_text(json.dumps(asdict(seen)))
 
-    cfg = toy_config(steps, checkpoint_every=25, checkpoint_async=beside)
-    assert life(lambda: Toy(run, cfg, look).train(), longest=LONGEST_S + steps) == 0, "the long run failed"
+    cfg = toy_config(steps, checkpoint_every=25, checkpoint_async=background)
+    assert attempt(lambda: Toy(run, cfg, look).train(), longest=LONGEST_S + steps) == 0, "the long run failed"
     return Flat(**json.loads(report.read_text()))
 
 
@@ -218,28 +219,32 @@ def size(folder: Path) -> int:
 
 
 def main() -> int:
-    """Run both parts, print and write what they showed; exit code 1 where something is wrong."""
+    """Run both parts, print and write their findings; exit code 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--flat-steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time, printed")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--beside", action="store_true", help="checkpoints by a thread; a kill may cost two intervals")
+    parser.add_argument("--background", action="store_true", help="save in a thread; a kill may cost two intervals")
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     torch.set_num_threads(1)  # no thread pool before a fork
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        cfg = toy_config(options.steps, checkpoint_async=options.beside)
+        cfg = toy_config(options.steps, checkpoint_async=options.background)
         killed = soak(Path(folder), options.kills, cfg, seed)
         print(json.dumps(asdict(killed), indent=2), flush=True)
-        long = flat(Path(folder), options.flat_steps, options.beside)
+        long = flat(Path(folder), options.flat_steps, options.background)
         print(json.dumps(asdict(long), indent=2))
-    ok = killed.ok(cfg.checkpoint_every * (2 if options.beside else 1)) and long.ok()
+    ok = killed.ok(cfg.checkpoint_every * (2 if options.background else 1)) and long.ok()
     if options.json:
         options.json.write_text(json.dumps({"seed": seed, "kills": asdict(killed), "flat": asdict(long), "ok": ok}))
-    print("soak: every killed run ended as the whole one; handles, memory and logs are flat" if ok else "soak: FAILED")
+    print(
+        "soak: every killed run equals the uninterrupted one; handles, memory and logs are flat"
+        if ok
+        else "soak: FAILED"
+    )
     return 0 if ok else 1
 
 

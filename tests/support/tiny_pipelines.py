@@ -1,4 +1,4 @@
-"""Tiny random pipelines of the real diffusers classes, made without a download; about 0.1 M weights each."""
+"""Tiny random pipelines of the real diffusers classes, built without a download; about 0.1 M weights each."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def qwen_image() -> QwenImagePipeline:
 
 
 def sana() -> SanaPipeline:
-    """With the scheduler of its first release, whose teacher is Euler's as here."""
+    """With the scheduler of its first release, which uses Euler's method as we do."""
     words = qwen_words()
     encoder = Gemma2Model(
         Gemma2Config(
@@ -366,16 +366,16 @@ BUILD: Mapping[str, Callable[[], Any]] = {
 
 
 def save(name: str, folder: Path) -> Path:
-    """The pipeline of a family in a folder, its weights from seed 0."""
+    """Save the pipeline of a family in a folder, with weights from seed 0."""
     torch.manual_seed(0)
     pipe = BUILD[name]()
-    _awake(pipe)
+    _fill_zeros(pipe)
     pipe.save_pretrained(folder)
     return folder
 
 
 def save_with_checker(folder: Path) -> Path:
-    """sd15 as it is published, with a safety checker; this one flags every image."""
+    """sd15 as published, with a safety checker that flags every image."""
     config = CLIPConfig(
         vision_config={
             **{"image_size": 32, "patch_size": 16, "hidden_size": 16, "intermediate_size": 16},
@@ -397,8 +397,8 @@ def save_with_checker(folder: Path) -> Path:
     return folder
 
 
-def _awake(pipe: Any) -> None:
-    """No layer of the denoiser at zero: what is multiplied by it would go untested."""
+def _fill_zeros(pipe: Any) -> None:
+    """Randomize the denoiser's layers that start at zero: they would hide what they are multiplied by."""
     net = pipe.components.get("unet") or pipe.transformer
     for weights in net.parameters():
         if not weights.any():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gdmd.config.methods.all import MethodConfig
 from gdmd.data.prompts import batch_of
 from gdmd.diffusion.rng import SampleRng
+from gdmd.losses.dmd import dmd_loss
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.gdmd import Gdmd
 from gdmd.methods.gdmd_tilted import GdmdTilted
@@ -162,6 +163,16 @@ def student_gradient(update: Update, roles: ShapesRoles, loss: Callable[[Any], T
 def first_student(method: Method, roles: ShapesRoles) -> Update:
     """The first student update of an iteration whose fake updates were applied."""
     return next(updates(method, roles, role="student"))
+
+
+def scored(method: Gdmd, roles: ShapesRoles, step: int = 0) -> Tensor:
+    """r of every student update of one iteration, [eta, B]."""
+    return torch.stack([update.batch.r for update in updates(method, roles, step, "student")])
+
+
+def plain_dmd(roles: ShapesRoles, batch: Any) -> Tensor:
+    """L_DMD per sample of a student batch."""
+    return dmd_loss(roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar)
 
 
 def cut(value: Any, start: int, stop: int) -> Any:

@@ -1,4 +1,4 @@
-"""Tokenizers and text encoders of the real classes, made without a download."""
+"""Tokenizers and text encoders of the real classes, built without a download."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class ToyBatch:
 
 @dataclass
 class ToyMethod:
-    """Two fake updates, two student updates, an old policy that follows, a running scale that must survive."""
+    """Two fake updates, two student updates, an old policy that follows, a running scale that a resume restores."""
 
     roles: ToyRoles
     scale: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -98,7 +98,7 @@ class ToyMethod:
             yield Update("fake", self.fake_loss, ToyBatch(rng.normal("fake", (SIZE,), i), x0, t))
         with torch.no_grad():
             grad = self.roles.fake(x_t, t, {}).x0 - self.roles.teacher(x_t, t, {}).x0
-        self.scale = 0.9 * self.scale + 0.1 * prompts.ranks.gather(grad).std()  # of all ranks
+        self.scale = 0.9 * self.scale + 0.1 * prompts.ranks.all_gather(grad).std()  # of all ranks
         for _ in range(2):
             yield Update("student", self.student_loss, ToyBatch(x_t, x_old - grad / (1 + self.scale), t))
         self.roles.follow(0.9)
@@ -127,7 +127,7 @@ class ToyMethod:
 
 @dataclass
 class ToyStream:
-    """Prompts of the Shapes kind are not needed: an index and a wait. ``at_step`` is called before each step."""
+    """Only indices; ``at_step`` is called before each step."""
 
     batch_size: int
     at_step: Callable[[int], None] = lambda step: None
@@ -146,7 +146,7 @@ def toy_config(steps: int = 40, **changes: Any) -> LoopConfig:
 
 @dataclass
 class Toy:
-    """One toy run and everything that a test may look at afterwards."""
+    """One toy run and its objects."""
 
     folder: Path
     cfg: LoopConfig

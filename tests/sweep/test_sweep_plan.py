@@ -120,16 +120,13 @@ def test_unknown_sweeps_are_named() -> None:
         read_sweep("nowhere.yaml")
 
 
-@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["smoke", "--only", "nobody"], 2)])
-def test_help_and_errors_import_no_torch(words: list[str], code: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "gdmd", "sweep", *words]
+def test_errors_import_no_torch_and_write_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "gdmd", "sweep", "smoke", "--only", "nobody"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert done.returncode == code and "gdmd.cli.sweep" in modules
-    assert not {"torch", "matplotlib", "numpy", "scipy"} & modules
-    assert "Examples:" in done.stdout if code == 0 else "error: " in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert done.returncode == 2 and "gdmd.cli.sweep" in modules and "error: --only nobody" in done.stderr
+    assert not {"torch", "matplotlib", "numpy", "scipy"} & modules and not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- runs and their hashes
@@ -220,12 +217,8 @@ def test_only_selects_by_pattern(tmp_path: Path) -> None:
 def test_read_table_reports_damage(tmp_path: Path) -> None:
     line = '{"method": "dmd", "seed": 0, "budget": "updates", "hash": "x", "shapeseval": 0.5}\n'
     path = tmp_path / "table.jsonl"
-    assert read_table(path) == []
     path.write_text(line + line[:20])  # cut off by a crash
     assert len(read_table(path)) == 1
-    path.write_text(line[:20] + "\n" + line)
-    with pytest.raises(ValueError, match="line 1: "):
-        read_table(path)
     path.write_text('{"method": "dmd"}\n' + line)
     with pytest.raises(ValueError, match="line 1 is not a line of a sweep"):
         read_table(path)
@@ -314,24 +307,22 @@ def instant_pool(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_second_stages_wait_for_their_first(tmp_path: Path, instant_pool: pytest.MonkeyPatch, fails: bool) -> None:
+def test_second_stages_wait_for_their_first(tmp_path: Path, instant_pool: pytest.MonkeyPatch) -> None:
+    """The first stage of seed 0 fails."""
     sweep = read(tmp_path, HEAD + STAGES)
     by_hash = {run.hash: run for run in plan(sweep)}
-    begun: list[SweepRun] = []
+    begun: list[str] = []
 
     def worker(module: str, folder: Path, log: Any) -> Worker:
-        begun.append(by_hash[folder.name])
-        return Worker(folder, fails=fails and (begun[-1].method, begun[-1].seed) == ("first", 0))
+        begun.append("{0.method}/{0.seed}".format(by_hash[folder.name]))
+        return Worker(folder, fails=begun[-1] == "first/0")
 
     instant_pool.setattr(pool, "_worker", worker)
     shown: list[pool.Status] = []
     outcome = run_sweep(sweep, "mine.yaml", tmp_path / "out", 3, [], lambda text: None, shown.append)
-    order = [f"{run.method}/{run.seed}" for run in begun]
-    assert order.index("first/1") < min(order.index("gdmd/1"), order.index("dmd/1"))
-    assert ("gdmd/0" in order) == (not fails)
-    own = {"gdmd/0/updates", "dmd/0/passes"} if fails else set()
-    assert {name for name, why in outcome.failed.items() if why == FAILED_FIRST} == own
+    assert begun.index("first/1") < min(begun.index("gdmd/1"), begun.index("dmd/1"))
+    lost = {name for name, why in outcome.failed.items() if why == FAILED_FIRST}
+    assert lost == {"gdmd/0/updates", "dmd/0/passes"} and not {"gdmd/0", "dmd/0"} & set(begun)
     assert (shown[0].done, shown[0].seconds_left) == (0, None) and shown[0].running and shown[-1].done == len(begun)
 
 

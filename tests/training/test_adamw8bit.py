@@ -47,7 +47,7 @@ def step(optimizer: RoleOptimizer, seed: int, factor: float = 1.0) -> None:
 
 
 @with_torchao
-def test_steps_of_8_bits_are_near_those_of_adamw(eager: None) -> None:
+def test_steps_are_close_to_adamw(eager: None) -> None:
     plain, small = named(), named()
     optimizers = RoleOptimizer(plain, 1e-2), RoleOptimizer(small, 1e-2, kind="adamw8bit")
     for optimizer in optimizers:
@@ -61,7 +61,7 @@ def test_steps_of_8_bits_are_near_those_of_adamw(eager: None) -> None:
 
 
 @with_torchao
-def test_a_restored_8_bit_state_is_plain_tensors_and_makes_exactly_the_same_steps(eager: None, tmp_path: Path) -> None:
+def test_restored_state_is_bit_exact(eager: None, tmp_path: Path) -> None:
     parameters = named()
     first = RoleOptimizer(parameters, 1e-2, kind="adamw8bit")
     for seed in (1, 2):
@@ -84,7 +84,7 @@ def test_a_restored_8_bit_state_is_plain_tensors_and_makes_exactly_the_same_step
 
 
 @with_torchao
-def test_a_state_of_the_other_optimizer_is_refused(eager: None) -> None:
+def test_state_of_the_other_optimizer(eager: None) -> None:
     plain, small = RoleOptimizer(named(), 1e-2), RoleOptimizer(named(), 1e-2, kind="adamw8bit")
     for optimizer in (plain, small):
         step(optimizer, 1)
@@ -94,7 +94,7 @@ def test_a_state_of_the_other_optimizer_is_refused(eager: None) -> None:
 
 
 @with_torchao
-def test_the_planned_bytes_are_those_of_the_state(eager: None) -> None:
+def test_planned_bytes(eager: None) -> None:
     optimizer = RoleOptimizer(named(), 1e-2, kind="adamw8bit")
     step(optimizer, 1)
     for name, parameter in optimizer.parameters.items():
@@ -104,13 +104,13 @@ def test_the_planned_bytes_are_those_of_the_state(eager: None) -> None:
         assert sum(t.numel() * t.element_size() for t in tensors) == moment_bytes(parameter.numel()), name
 
 
-def test_only_large_parameters_of_whole_blocks_are_planned_with_8_bits() -> None:
+def test_quantized_parameters() -> None:
     assert [quantized(n) for n in (256, 4095, 4096, 4097, 64 * 1280)] == [False, False, True, False, True]
     assert moment_bytes(10) == 80
     assert moment_bytes(2**20) == 2 * (2**20 + 2**20 // 64 + 1024)
 
 
-def test_without_the_library_a_run_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr("gdmd.training.adamw8bit.find_spec", lambda name: None if name == "torchao" else find(name))
     monkeypatch.setattr("gdmd.programs.train.build", lambda cfg: pytest.fail("something was loaded"))
@@ -121,6 +121,6 @@ def test_without_the_library_a_run_is_refused_before_anything_is_loaded(monkeypa
         RoleOptimizer(named(), 1e-2, kind="adamw8bit")
 
 
-def test_moments_of_8_bits_are_not_sharded() -> None:
+def test_no_sharding() -> None:
     with pytest.raises(ValueError, match="optimizer = adamw8bit and sharding = full.*cannot be sharded"):
         LoopConfig(optimizer="adamw8bit", sharding="full")

@@ -19,14 +19,14 @@ def set_all(named: dict[str, Parameter], value: float) -> None:
         parameter.fill_(value)
 
 
-def test_it_starts_at_the_parameters_as_a_copy() -> None:
+def test_starts_as_a_copy() -> None:
     named = parameters()
     ema = Ema(named, 0.9)
     set_all(named, 7.0)
     assert ema.shadow["a"].tolist() == [1.0, -2.0]
 
 
-def test_each_update_is_decay_times_shadow_plus_the_rest_times_parameter() -> None:
+def test_formula() -> None:
     named = parameters()
     ema, expected = Ema(named, 0.9), torch.tensor([1.0, -2.0], dtype=torch.float64)
     for value in (5.0, 6.0, -1.0):
@@ -37,7 +37,7 @@ def test_each_update_is_decay_times_shadow_plus_the_rest_times_parameter() -> No
     assert ema.updates == 3
 
 
-def test_warm_up_lets_the_first_updates_move_faster_and_reaches_the_decay() -> None:
+def test_warmup() -> None:
     ema = Ema(parameters(), 0.99, warmup=True)
     assert ema.decay_at(0) == pytest.approx(1 / 10)
     assert ema.decay_at(90) == pytest.approx(91 / 100)
@@ -45,7 +45,7 @@ def test_warm_up_lets_the_first_updates_move_faster_and_reaches_the_decay() -> N
     assert Ema(parameters(), 0.99).decay_at(0) == 0.99
 
 
-def test_the_average_of_half_precision_weights_is_fp32_and_moves() -> None:
+def test_half_precision_weights_have_an_fp32_average() -> None:
     named = parameters(torch.bfloat16)
     ema = Ema(named, 0.999)
     set_all(named, 1.5)
@@ -54,7 +54,7 @@ def test_the_average_of_half_precision_weights_is_fp32_and_moves() -> None:
     assert 1.0 < ema.shadow["a"][0].item() < 1.001
 
 
-def test_swapped_in_weights_are_the_average_and_come_back_exactly_even_after_an_error() -> None:
+def test_swapped_in() -> None:
     named = parameters()
     ema = Ema(named, 0.5)
     set_all(named, 4.1)
@@ -67,7 +67,7 @@ def test_swapped_in_weights_are_the_average_and_come_back_exactly_even_after_an_
     assert not torch.equal(named["a"], ema.shadow["a"])
 
 
-def test_a_saved_average_goes_on_where_it_was() -> None:
+def test_load_continues() -> None:
     named = parameters()
     first = Ema(named, 0.99, warmup=True)
     set_all(named, 5.0)
@@ -79,7 +79,7 @@ def test_a_saved_average_goes_on_where_it_was() -> None:
     assert torch.equal(first.shadow["a"], second.shadow["a"])
 
 
-def test_an_average_of_another_network_is_refused_by_name() -> None:
+def test_average_of_another_network() -> None:
     ema = Ema(parameters(), 0.9)
     with pytest.raises(ValueError, match=r"the EMA: missing \['b'\], unknown \['c'\]"):
         ema.load({"a": torch.zeros(2), "c": torch.zeros(())}, 1)

@@ -28,15 +28,14 @@ RECIPE = """
 name: tiny
 model: {kind: shapes}
 method: {kind: gdmd, group_size: 1}
-loop: {steps: STEPS, batch_size: 4, checkpoint_every: 1, log_every: 1, grid_every: 0, threads: 1}
+loop: {steps: 10000, batch_size: 4, checkpoint_every: 10000, log_every: 1, grid_every: 0, threads: 1}
 rewards: [{kind: callable, target: 'test_launcher:deadly'}]
 """
 
 
 def deadly(images: Tensor, prompts: PromptBatch) -> Tensor:
-    """A reward that kills rank 1 in the launcher's first attempt, as soon as there is a checkpoint."""
-    saved, fresh = Path(os.environ["GDMD_TEST_RUN"]) / "checkpoints", os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if os.environ["RANK"] == "1" and fresh and os.environ["GDMD_TEST_KILL"] and list(saved.glob("step_*")):
+    """A reward that kills rank 1 in the launcher's first attempt."""
+    if os.environ["GDMD_TEST_KILL"] and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
         os.kill(os.getpid(), signal.SIGKILL)
     return images.mean((1, 2, 3))
 
@@ -48,7 +47,7 @@ def launch(tmp_path: Path) -> Callable[..., tuple[subprocess.Popen[bytes], Path]
 
     def start(*arguments: str, kill: bool = False) -> tuple[subprocess.Popen[bytes], Path]:
         paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-        own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GDMD_TEST_RUN": str(tmp_path / "run")}
+        own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "gdmd", "train", *arguments, "--no-eval", "--gpus", "2"]
         log = tmp_path / f"log_{len(started)}"
         with log.open("w") as output:
@@ -61,8 +60,8 @@ def launch(tmp_path: Path) -> Callable[..., tuple[subprocess.Popen[bytes], Path]
         launcher.kill()
 
 
-def recipe(folder: Path, steps: int) -> str:
-    (folder / "recipe.yaml").write_text(RECIPE.replace("STEPS", str(steps)))
+def recipe(folder: Path) -> str:
+    (folder / "recipe.yaml").write_text(RECIPE)
     return str(folder / "recipe.yaml")
 
 
@@ -73,33 +72,38 @@ def wait(seconds: float, log: Path, done: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def test_killed_rank_is_restarted(tmp_path: Path, launch: Callable[..., tuple[subprocess.Popen[bytes], Path]]) -> None:
-    """With --restarts torchrun starts all ranks again and the run ends; without, the exit code is that of SIGKILL."""
-    run = tmp_path / "run"
-    launcher, log = launch(recipe(tmp_path, 3), "--run", str(run), kill=True)
-    assert launcher.wait(250) == 137, log.read_text()
-    assert "was ended by SIGKILL" in log.read_text()
-    assert f"resume with: gdmd train --resume {run} --gpus 2" in log.read_text()
+def test_kill_restart_and_sigterm(tmp_path: Path, launch: Callable[..., tuple[subprocess.Popen[bytes], Path]]) -> None:
+    """Ranks save and stop when their launcher is killed; torchrun restarts a killed rank; SIGTERM stops them all."""
+    run, saved = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    reached = lambda: int(rows[-1]["step"]) if (rows := read_metrics(run)) else 0  # noqa: E731
 
-    launcher, log = launch("--resume", str(run), "loop.steps=4", "--restarts", "1", kill=True)
-    assert launcher.wait(250) == 0, log.read_text()
-    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4]
-    assert len(read_facts(run)["resumed"]) >= 2 and "resumed from step" in log.read_text()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_launcher(
-    tmp_path: Path, launch: Callable[..., tuple[subprocess.Popen[bytes], Path]], number: int
-) -> None:
-    """All ranks finish their iteration, save a checkpoint and exit; also if the launcher was killed outright."""
-    run = tmp_path / "run"
-    launcher, log = launch(recipe(tmp_path, 10_000), "--run", str(run), "loop.checkpoint_every=10000")
-    wait(200, log, lambda: bool(read_metrics(run)))
-    launcher.send_signal(number)
-    assert launcher.wait(100) == (143 if number == signal.SIGTERM else -number), log.read_text()
+    launcher, log = launch(recipe(tmp_path), "--run", str(run))
+    wait(200, log, lambda: reached() > 0)
+    launcher.kill()
     wait(60, log, lambda: "stopped at step" in log.read_text())
-    reached = int(read_metrics(run)[-1]["step"])
-    assert checkpoint.steps(run / "checkpoints") == [reached]
+    before = reached()
+    assert checkpoint.steps(saved) == [before]
+
+    launcher, log = launch("--resume", str(run), "--restarts", "1", kill=True)
+    wait(250, log, lambda: reached() > before)
+    assert [one["step"] for one in read_facts(run)["resumed"]] == [before, before]
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(100) == 143, log.read_text()
+    assert "stopped at step" in log.read_text()
+    assert checkpoint.steps(saved)[-1] == reached()
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, reached() + 1))
+
+
+@pytest.mark.parametrize(("code", "hint"), [(137, True), (4, True), (2, False), (143, False)])
+def test_resume_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, hint: bool
+) -> None:
+    """After a failure of a rank; not after bad input or a signal, which rank 0 reports itself."""
+    monkeypatch.setattr("gdmd.training.distributed.launch", lambda *given: code)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "shapes_smoke", "--gpus", "2", "--run", str(tmp_path)])
+    assert stopped.value.code == code
+    assert (f"resume with: gdmd train --resume {tmp_path} --gpus 2" in capsys.readouterr().err) == hint
 
 
 @pytest.mark.parametrize(

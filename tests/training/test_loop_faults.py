@@ -30,8 +30,8 @@ from gdmd.training.role_state import NonFiniteError
 
 
 @pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These processes survive, so that nothing depends on fsync; on a slow disk it is most of the time."""
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These processes survive, so nothing depends on fsync; on a slow disk it takes most of the time."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -62,7 +62,7 @@ def poison_at(*steps: int):  # noqa: ANN201
     return poison
 
 
-def test_a_nonfinite_loss_stops_with_step_role_sample_and_last_good_checkpoint(tmp_path: Path) -> None:
+def test_nonfinite_loss(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError) as caught:
         Toy(tmp_path / "run", toy_config(20), poison=poison_at(12)).train()
     message = str(caught.value)
@@ -72,12 +72,12 @@ def test_a_nonfinite_loss_stops_with_step_role_sample_and_last_good_checkpoint(t
     assert Toy(tmp_path / "run", toy_config(20)).train().step == 20
 
 
-def test_a_nonfinite_loss_before_any_checkpoint_says_that_there_is_none(tmp_path: Path) -> None:
+def test_nonfinite_loss_without_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="no checkpoint yet"):
         Toy(tmp_path / "run", toy_config(20), poison=poison_at(0)).train()
 
 
-def test_skipping_counts_the_updates_and_ends_at_the_limit(tmp_path: Path) -> None:
+def test_skip_nonfinite(tmp_path: Path) -> None:
     few = toy_config(20, on_nonfinite="skip", skip_limit=4)
     toy = Toy(tmp_path / "few", few, poison=poison_at(3, 8))  # two fake updates in each of the two steps
     assert toy.train().exit_code == 0
@@ -87,7 +87,7 @@ def test_skipping_counts_the_updates_and_ends_at_the_limit(tmp_path: Path) -> No
         Toy(tmp_path / "many", few, poison=poison_at(3, 8, 9)).train()
 
 
-def test_the_first_signal_saves_and_the_handlers_are_given_back(tmp_path: Path) -> None:
+def test_first_signal_saves(tmp_path: Path) -> None:
     def terminate(step: int) -> None:
         if step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -98,7 +98,7 @@ def test_the_first_signal_saves_and_the_handlers_are_given_back(tmp_path: Path) 
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+def test_second_ctrl_c(tmp_path: Path) -> None:
     def interrupt(step: int) -> None:
         if step == 6:
             first = signal.getsignal(signal.SIGINT)
@@ -117,9 +117,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5]
 
 
-def test_a_full_disk_is_one_error_and_the_run_can_go_on_afterwards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_full_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(step: int) -> None:
         if step == 7:
             monkeypatch.setattr(checkpoint, "_fsync", full)
@@ -136,9 +134,7 @@ def test_a_full_disk_is_one_error_and_the_run_can_go_on_afterwards(
     assert [row["step"] for row in rundir.read_metrics(tmp_path / "run")] == list(range(1, 21))
 
 
-def test_an_error_of_the_writer_ends_the_run_in_the_iteration_after_it_not_at_the_next_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_background_writer_error_ends_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_only(path: Path) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -153,9 +149,7 @@ def test_an_error_of_the_writer_ends_the_run_in_the_iteration_after_it_not_at_th
     assert watcher.steps[-1] <= 6
 
 
-def test_sigterm_waits_for_the_checkpoint_that_is_being_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sigterm_waits_for_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(path: Path) -> None:
         time.sleep(0.05)
 
@@ -170,7 +164,7 @@ def test_sigterm_waits_for_the_checkpoint_that_is_being_written(
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5, 6]
 
 
-def test_the_best_checkpoint_of_a_run_is_kept_and_judged_alike_after_a_resume(tmp_path: Path) -> None:
+def test_best_checkpoint_after_a_resume(tmp_path: Path) -> None:
     changes = {"best_metric": "loss/student", "best_direction": "min", "keep_checkpoints": 1}
     Toy(tmp_path / "whole", toy_config(40, **changes)).train()
 
@@ -188,13 +182,13 @@ def test_the_best_checkpoint_of_a_run_is_kept_and_judged_alike_after_a_resume(tm
     assert checkpoint.steps(tmp_path / "whole" / "checkpoints") == sorted({best.step, 40})
 
 
-def test_a_best_metric_that_is_not_logged_is_said(tmp_path: Path) -> None:
+def test_best_metric_that_is_not_logged(tmp_path: Path) -> None:
     watcher = Watcher()
     Toy(tmp_path / "run", toy_config(5, best_metric="loss/studnt"), hooks=Hooks(watcher)).train()
     assert any("did you mean loss/student?" in note for note in watcher.notes)
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(tmp_path: Path) -> None:
+def test_damaged_newest_checkpoint(tmp_path: Path) -> None:
     Toy(tmp_path / "run", toy_config(10)).train()
     (tmp_path / "run" / "checkpoints" / "step_000010" / "fake.safetensors").write_bytes(b"")
     watcher = Watcher()
@@ -203,14 +197,14 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(tmp_path
     assert watcher.steps == [6, 7, 8, 9, 10]
 
 
-def test_a_finished_run_is_resumed_without_doing_anything(tmp_path: Path) -> None:
+def test_resume_of_a_finished_run(tmp_path: Path) -> None:
     first = Toy(tmp_path / "run", toy_config(6)).train()
     watcher = Watcher()
     assert Toy(tmp_path / "run", toy_config(6), hooks=Hooks(watcher)).train() == first
     assert watcher.steps == [] and first.checkpoint.name == "step_000006"
 
 
-def test_rows_are_means_of_the_interval_with_rates_and_speed(tmp_path: Path) -> None:
+def test_logged_rows(tmp_path: Path) -> None:
     watcher = Watcher()
     Toy(tmp_path / "run", toy_config(10, log_every=4, lr_schedule="linear", warmup=0), hooks=Hooks(watcher)).train()
     assert [step for step, _ in watcher.rows] == [4, 8, 10]
@@ -222,7 +216,7 @@ def test_rows_are_means_of_the_interval_with_rates_and_speed(tmp_path: Path) -> 
     assert list((tmp_path / "run" / "tb").glob("events*"))
 
 
-def test_grids_see_the_ema_weights_and_leave_the_training_weights(tmp_path: Path) -> None:
+def test_grids_use_the_ema_weights(tmp_path: Path) -> None:
     seen: list[tuple[int, str, Tensor]] = []
     toy = Toy(tmp_path / "run", toy_config(7, grid_every=3, ema=0.9))
     weight = toy.roles.student.layers[0].weight
@@ -236,7 +230,7 @@ def test_grids_see_the_ema_weights_and_leave_the_training_weights(tmp_path: Path
     assert not torch.equal(seen[-1][2], weight)
 
 
-def test_micro_batches_train_the_same_student_to_rounding(tmp_path: Path) -> None:
+def test_micro_batches(tmp_path: Path) -> None:
     weights = []
     for micro_batch in (0, 2):
         toy = Toy(tmp_path / str(micro_batch), toy_config(5, micro_batch=micro_batch))
@@ -245,7 +239,7 @@ def test_micro_batches_train_the_same_student_to_rounding(tmp_path: Path) -> Non
     assert torch.allclose(*weights, atol=1e-5)
 
 
-def test_bf16_trains_with_fp32_weights(tmp_path: Path) -> None:
+def test_bf16(tmp_path: Path) -> None:
     toy = Toy(tmp_path / "run", toy_config(5, precision="bf16"))
     assert toy.train().exit_code == 0
     assert toy.roles.student.layers[0].weight.dtype == torch.float32

@@ -63,7 +63,7 @@ def apply(micro_batch: int, count: int = 8) -> tuple[RoleState, dict[str, Tensor
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 3])
-def test_micro_batches_give_the_same_weights_and_statistics_as_the_whole_batch(micro_batch: int) -> None:
+def test_micro_batches_equal_the_whole_batch(micro_batch: int) -> None:
     whole, whole_stats = apply(0)
     parts, parts_stats = apply(micro_batch)
     assert torch.allclose(whole.parameters["w"], parts.parameters["w"], rtol=0, atol=1e-12)
@@ -76,7 +76,7 @@ def test_micro_batches_give_the_same_weights_and_statistics_as_the_whole_batch(m
     assert parts_stats["place/index"].tolist() == list(range(8))
 
 
-def test_the_gradient_is_that_of_the_mean_over_samples() -> None:
+def test_gradient_of_the_mean() -> None:
     state, batch = make_state(2), make_batch(8)
     loss = loss_of(state)(batch).per_sample.mean()
     expected = torch.autograd.grad(loss, state.parameters["w"])[0].norm()
@@ -84,7 +84,7 @@ def test_the_gradient_is_that_of_the_mean_over_samples() -> None:
     assert torch.allclose(stats["grad_norm/student"], expected)
 
 
-def test_a_batch_is_cut_everywhere_and_put_together_again() -> None:
+def test_split_follows_nested_batches() -> None:
     batch = make_batch(8)
     parts = list(split(batch, 3))
     assert [batch_size(part) for part in parts] == [3, 3, 2]
@@ -93,12 +93,12 @@ def test_a_batch_is_cut_everywhere_and_put_together_again() -> None:
     assert all(part.scale is batch.scale and part.name == "all" and part.prompts.meta == () for part in parts)
 
 
-def test_a_tensor_without_the_sample_dimension_is_a_programming_error() -> None:
+def test_tensor_without_sample_dimension() -> None:
     with pytest.raises(AssertionError, match=r"a tensor \(5, 3\) in a batch of 8"):
         list(split({"x": torch.zeros(8, 3), "y": torch.zeros(5, 3)}, 2))
 
 
-def test_gradients_that_another_loss_left_behind_do_not_count() -> None:
+def test_leftover_gradients_do_not_count() -> None:
     clean, dirty = make_state(0), make_state(0)
     dirty.parameters["w"].grad = torch.full((3, 3), 100.0, dtype=torch.float64)
     for state in (clean, dirty):
@@ -108,7 +108,7 @@ def test_gradients_that_another_loss_left_behind_do_not_count() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("skip", [False, True])
-def test_a_loss_that_is_not_finite_never_reaches_weights_or_moments(bad: float, skip: bool) -> None:
+def test_nonfinite_loss_changes_nothing(bad: float, skip: bool) -> None:
     state = make_state(2, skip_nonfinite=skip)
     state.apply(Update("student", loss_of(state), make_batch(8)))
     before = {key: value.clone() for part in state.tensors().values() for key, value in part.items()}
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_never_reaches_weights_or_moments(bad: float, 
     assert (state.updates, state.skipped) == (1, 1)
 
 
-def test_a_gradient_that_is_not_finite_is_caught_although_the_loss_is() -> None:
+def test_nonfinite_gradient_of_a_finite_loss() -> None:
     state = make_state(0)
 
     def loss(batch: Batch) -> Loss:
@@ -139,7 +139,7 @@ def test_a_gradient_that_is_not_finite_is_caught_although_the_loss_is() -> None:
         state.apply(Update("student", loss, make_batch(4)))
 
 
-def test_ema_follows_each_student_update_and_the_fake_has_none() -> None:
+def test_ema_follows_student_updates() -> None:
     states = role_states(ToyRoles(), toy_config(ema=0.5))
     student, fake = states["student"], states["fake"]
     assert fake.ema is None and student.ema is not None

@@ -28,7 +28,7 @@ def step(optimizer: RoleOptimizer, seed: int, factor: float = 1.0) -> None:
     optimizer.step(optimizer.grad_norm(), factor)
 
 
-def test_a_step_is_adamw_written_out_by_hand() -> None:
+def test_step_equals_adamw_by_hand() -> None:
     parameters = named()
     optimizer = RoleOptimizer(parameters, lr=0.1, betas=(0.9, 0.99), weight_decay=0.2)
     x, m, v = parameters["w"].detach().clone(), torch.zeros(4).double(), torch.zeros(4).double()
@@ -40,7 +40,7 @@ def test_a_step_is_adamw_written_out_by_hand() -> None:
     assert torch.allclose(parameters["w"], x, rtol=0, atol=1e-12)
 
 
-def test_clipping_limits_the_global_norm_and_reports_the_norm_before() -> None:
+def test_clipping() -> None:
     parameters = named()
     optimizer = RoleOptimizer(parameters, lr=0.0, clip=0.5)
     give_gradients(parameters, 1)
@@ -53,7 +53,7 @@ def test_clipping_limits_the_global_norm_and_reports_the_norm_before() -> None:
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e6])
-def test_small_gradients_and_clip_zero_change_nothing(clip: float) -> None:
+def test_no_clipping(clip: float) -> None:
     parameters = named()
     optimizer = RoleOptimizer(parameters, lr=0.0, clip=clip)
     give_gradients(parameters, 1)
@@ -62,7 +62,7 @@ def test_small_gradients_and_clip_zero_change_nothing(clip: float) -> None:
     assert torch.equal(parameters["w"].grad, before)
 
 
-def test_a_restored_optimizer_makes_exactly_the_same_steps() -> None:
+def test_restored_optimizer_is_bit_exact() -> None:
     first_parameters = named()
     first = RoleOptimizer(first_parameters, 0.1, clip=1.0)
     for seed in (1, 2):
@@ -78,7 +78,7 @@ def test_a_restored_optimizer_makes_exactly_the_same_steps() -> None:
     assert not torch.equal(first_parameters["w"], fresh_parameters["w"])
 
 
-def test_the_restored_state_is_a_copy_and_does_not_alias_the_saved_tensors() -> None:
+def test_restored_state_is_a_copy() -> None:
     optimizer = RoleOptimizer(named(), 0.1)
     step(optimizer, 1)
     saved = {key: tensor.clone() for key, tensor in optimizer.tensors().items()}
@@ -88,7 +88,7 @@ def test_the_restored_state_is_a_copy_and_does_not_alias_the_saved_tensors() -> 
     assert all(torch.equal(saved[key], tensor) for key, tensor in optimizer.tensors().items())
 
 
-def test_the_state_has_three_flat_tensors_per_updated_parameter() -> None:
+def test_state_names() -> None:
     optimizer = RoleOptimizer(named(), 0.1)
     assert optimizer.tensors() == {}
     step(optimizer, 1)
@@ -105,7 +105,7 @@ def test_the_state_has_three_flat_tensors_per_updated_parameter() -> None:
         ({"exp_avg/w": None}, "state of w has"),
     ],
 )
-def test_the_state_of_other_parameters_is_refused(change: dict, message: str) -> None:
+def test_state_of_other_parameters(change: dict, message: str) -> None:
     optimizer = RoleOptimizer(named(), 0.1)
     step(optimizer, 1)
     saved = {key: tensor for key, tensor in (optimizer.tensors() | change).items() if tensor is not None}
@@ -113,14 +113,14 @@ def test_the_state_of_other_parameters_is_refused(change: dict, message: str) ->
         RoleOptimizer(named(), 0.1).load(saved)
 
 
-def test_half_precision_or_missing_parameters_are_refused() -> None:
+def test_invalid_parameters() -> None:
     with pytest.raises(ValueError, match="w is torch.bfloat16.*fp32"):
         RoleOptimizer({"w": Parameter(torch.zeros(1, dtype=torch.bfloat16))}, 0.1)
     with pytest.raises(ValueError, match="no parameters"):
         RoleOptimizer({}, 0.1)
 
 
-def test_learning_rate_courses_start_at_one_and_end_at_zero() -> None:
+def test_lr_schedules() -> None:
     assert lr_factor("constant", 0.99, 100, 0) == 1
     assert [lr_factor("linear", p, 100, 0) for p in (0, 0.25, 1)] == [1, 0.75, 0]
     assert lr_factor("cosine", 0.0, 100, 0) == 1
@@ -128,12 +128,12 @@ def test_learning_rate_courses_start_at_one_and_end_at_zero() -> None:
     assert lr_factor("cosine", 1.0, 100, 0) == pytest.approx(0)
 
 
-def test_warm_up_rises_by_equal_parts_and_never_starts_at_zero() -> None:
+def test_lr_warmup() -> None:
     assert [lr_factor("constant", 0.0, n, 4) for n in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert lr_factor("linear", 0.5, 0, 4) == 0.125
 
 
-def test_means_run_over_all_samples_and_leave_out_the_unscored() -> None:
+def test_means_leave_out_nan() -> None:
     means = Means()
     means.add({"reward/sample": torch.tensor([1.0, float("nan"), 3.0]), "loss/student": torch.tensor(2.0)})
     means.add({"reward/sample": torch.tensor([5.0]), "loss/student": torch.tensor(4.0)})

@@ -1,4 +1,4 @@
-"""What the world does to a run: its clock jumps, its reward server goes away and comes back, its disk fills or locks."""
+"""Faults outside a run: the clock jumps, the reward server fails and recovers, the disk fills or becomes read-only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from toy_training import Toy, toy_config
 
 from gdmd.config.load import load_config
-from gdmd.config.rewards import RemoteReward
+from gdmd.config.rewards import RemoteConfig
 from gdmd.config.run import RunConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.io import RunError
@@ -37,8 +37,8 @@ HEARD: list[str | None] = []
 
 
 @pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These processes survive, so that nothing depends on fsync; on a slow disk it is most of the time."""
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These processes survive, so nothing depends on fsync; on a slow disk it takes most of the time."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -57,9 +57,7 @@ def same_run(first: Path, second: Path) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a) and rows[0] == rows[1]
 
 
-def test_a_clock_that_jumps_changes_neither_the_run_nor_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_system_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Toy(tmp_path / "steady", toy_config(12)).train()
     real, draws = time.time, random.Random(0)
     monkeypatch.setattr(time, "time", lambda: real() + draws.choice((-1, 1)) * draws.uniform(0, 1e6))
@@ -76,9 +74,7 @@ def test_a_clock_that_jumps_changes_neither_the_run_nor_its_log(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard writes in a thread
-def test_a_disk_that_fills_under_the_tensorboard_log_is_one_error_and_the_run_goes_on_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_full_for_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     def full(*_: object) -> None:
@@ -96,9 +92,7 @@ def test_a_disk_that_fills_under_the_tensorboard_log_is_one_error_and_the_run_go
     assert same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_folder_that_becomes_read_only_is_one_error_and_older_checkpoints_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_becomes_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Path.mkdir
 
     def locked(self: Path, *arguments: Any, **options: Any) -> None:
@@ -117,7 +111,7 @@ def test_a_folder_that_becomes_read_only_is_one_error_and_older_checkpoints_stay
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, Callable[[int], None]]]:
-    """A reward server that scores by the length of its pictures; ``limit(n)``: it is gone after n more requests."""
+    """A reward server that scores images by their length in bytes; ``limit(n)``: it fails after n more requests."""
     left = [10**9]
 
     class Handler(BaseHTTPRequestHandler):
@@ -128,7 +122,7 @@ def server() -> Iterator[tuple[str, Callable[[int], None]]]:
             if left[0] < 0:
                 self.connection.close()
                 return
-            scores = [len(picture) % 97 / 97 for picture in body["images"]]
+            scores = [len(image) % 97 / 97 for image in body["images"]]
             answer = json.dumps({"protocol": 1, "reward": body["reward"], "scores": scores}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(answer)))
@@ -139,7 +133,7 @@ def server() -> Iterator[tuple[str, Callable[[int], None]]]:
             return
 
     web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.handle_error = lambda *_: None  # type: ignore[method-assign]  # hanging up is what it is told to do
+    web.handle_error = lambda *_: None  # type: ignore[method-assign]  # closed connections are intended
     threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
 
     def limit(requests: int) -> None:
@@ -151,12 +145,12 @@ def server() -> Iterator[tuple[str, Callable[[int], None]]]:
 
 
 def rewarded_training(folder: Path, url: str) -> int:
-    """Three iterations of GDMD on tiny networks with the server's reward, from where the run stands."""
+    """Three iterations of GDMD on tiny networks with the server's reward, resumed if there is a checkpoint."""
     text = "{name: tiny, method: {kind: gdmd, group_size: 2}, loop: {steps: 3, batch_size: 4, checkpoint_every: 1}}"
     cfg = load_config(RunConfig, text, ["loop.grid_every=0", "loop.log_every=1", "loop.lr_student=0.01"])
     torch.manual_seed(0)
     roles, codec = ShapesRoles(ShapesDit(width=16, depth=1, heads=2)), ShapesCodec(ShapesVae(16))
-    remote = RemoteReward(url=url, reward="length", timeout_s=10, retries=1)
+    remote = RemoteConfig(url=url, reward="length", timeout_s=10, retries=1)
     cfg = cfg.model_copy(update={"rewards": (remote,)})
     rewards = (RemoteScorer(remote, os.environ.get(remote.token_variable), pause=lambda seconds: None),)
     stream = PromptStream(training_captions(), ShapesTextEncoder(), 4, cfg.loop.seed)
@@ -166,9 +160,7 @@ def rewarded_training(folder: Path, url: str) -> int:
     return train(method, roles, stream, cfg.loop, run).step
 
 
-def test_a_reward_server_that_goes_away_and_comes_back_costs_no_step(
-    tmp_path: Path, server: tuple[str, Callable[[int], None]]
-) -> None:
+def test_reward_server_outage_costs_no_step(tmp_path: Path, server: tuple[str, Callable[[int], None]]) -> None:
     url, limit = server
     assert rewarded_training(tmp_path / "whole", url) == 3
     limit(4)  # three requests an iteration: it goes away inside the second one
@@ -181,7 +173,7 @@ def test_a_reward_server_that_goes_away_and_comes_back_costs_no_step(
     assert any(row["reward/target"] > 0 for row in rundir.read_metrics(tmp_path / "run"))
 
 
-def test_the_token_of_a_reward_server_is_sent_and_written_nowhere(
+def test_reward_server_token_is_not_written(
     tmp_path: Path,
     server: tuple[str, Callable[[int], None]],
     monkeypatch: pytest.MonkeyPatch,

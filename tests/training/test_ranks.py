@@ -63,7 +63,7 @@ MICRO = {"gdmd_micro_2": "none", "gdmd_micro_full_2": "full"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _linear_and_no_waiting_for_the_disk() -> Iterator[None]:
+def _linear_and_without_fsync() -> Iterator[None]:
     before = os.fsync
     os.fsync = lambda handle: None
     with linear_steps():

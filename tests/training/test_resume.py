@@ -26,8 +26,8 @@ TIMED = "speed/images_per_s"
 
 
 @pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These processes survive, so that nothing depends on fsync; on a slow disk it is most of the time."""
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These processes survive, so nothing depends on fsync; on a slow disk it takes most of the time."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -59,9 +59,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stop", [1, 7, 20, 39])
-def test_a_run_stopped_by_ctrl_c_and_resumed_equals_the_uninterrupted_run(
-    stop: int, uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_resume_after_ctrl_c_is_bit_exact(stop: int, uninterrupted: Path, tmp_path: Path) -> None:
     def interrupt(step: int) -> None:
         if step == stop - 1:
             os.kill(os.getpid(), signal.SIGINT)
@@ -73,9 +71,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_the_uninterrupted_run(
     assert_same_run(uninterrupted, folder)
 
 
-def test_a_run_killed_with_sigkill_at_a_random_moment_and_resumed_equals_the_uninterrupted_run(
-    uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_resume_after_sigkill_is_bit_exact(uninterrupted: Path, tmp_path: Path) -> None:
     folder, environment = tmp_path / "run", os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, str(ROOT / "tests" / "support" / "toy_training.py"), str(folder), "40", "0.02"]
     steps = random.SystemRandom().randint(2, 35)
@@ -95,12 +91,10 @@ def test_a_run_killed_with_sigkill_at_a_random_moment_and_resumed_equals_the_uni
 
 
 @pytest.mark.parametrize(
-    ("moment", "stands"), [("_sha256", 5), ("_digest", 5), ("_choose_and_rotate", 10)], ids=lambda value: str(value)
+    ("moment", "newest"), [("_sha256", 5), ("_digest", 5), ("_choose_and_rotate", 10)], ids=lambda value: str(value)
 )
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_kill_9_while_the_writer_is_at_work_leaves_no_half_checkpoint_and_loses_nothing_else(
-    uninterrupted: Path, tmp_path: Path, moment: str, stands: int
-) -> None:
+def test_sigkill_while_writing(uninterrupted: Path, tmp_path: Path, moment: str, newest: int) -> None:
     folder, real = tmp_path / "run", getattr(checkpoint, moment)
 
     def killed(*given: object) -> object:
@@ -118,15 +112,13 @@ def test_kill_9_while_the_writer_is_at_work_leaves_no_half_checkpoint_and_loses_
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     saved = checkpoint.load_newest(folder / "checkpoints")
-    assert saved is not None and saved.step == stands and saved.messages == ()
+    assert saved is not None and saved.step == newest and saved.messages == ()
     Toy(folder, toy_config(40)).train()
     assert_same_run(uninterrupted, folder)
     assert not list((folder / "checkpoints").glob(".*"))
 
 
-def test_a_run_resumed_from_an_older_checkpoint_after_damage_equals_the_uninterrupted_run(
-    uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_resume_after_damage_is_bit_exact(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
 
     def terminate(step: int) -> None:

@@ -1,4 +1,4 @@
-"""A few kills of ``make soak`` in every test run; and that it would see a difference, a leftover or a leak."""
+"""A few kills of ``make soak``; and that it would notice a difference, a leftover or a leak."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import soak  # noqa: E402
 from toy_training import Toy, toy_config  # noqa: E402
 
 
-def test_runs_killed_five_times_at_random_end_as_the_whole_one(tmp_path: Path) -> None:
+def test_killed_runs_equal_the_whole_one(tmp_path: Path) -> None:
     report = tmp_path / "soak.json"
     words = ["--kills", "5", "--steps", "30", "--flat-steps", "50", "--json", str(report)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -30,7 +30,7 @@ def test_runs_killed_five_times_at_random_end_as_the_whole_one(tmp_path: Path) -
     assert found["ok"] and found["kills"]["kills"] == 5 and found["kills"]["runs"] >= 1
 
 
-def test_the_soak_sees_another_student_a_lost_row_and_a_leftover(tmp_path: Path) -> None:
+def test_soak_notices_differences(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     for run, seed in ((one, 3), (other, 4)):
         Toy(run, toy_config(5, seed=seed)).train()
@@ -41,8 +41,8 @@ def test_the_soak_sees_another_student_a_lost_row_and_a_leftover(tmp_path: Path)
     assert soak.leftovers(one) == ["core", ".step_000005.partial"]
 
 
-def test_a_life_tells_how_it_ended_and_a_leak_is_not_flat() -> None:
-    assert soak.life(lambda: None) == 0 and soak.life(lambda: os.kill(os.getpid(), 15)) == -15
+def test_soak_notices_deaths_and_leaks() -> None:
+    assert soak.attempt(lambda: None) == 0 and soak.attempt(lambda: os.kill(os.getpid(), 15)) == -15
     assert soak.Flat(9, [6, 6], [200.0, 201.0], [450.0, 455.0]).ok()
     assert not soak.Flat(9, [6, 7], [200.0, 201.0], [450.0, 455.0]).ok()
     assert not soak.Flat(9, [6, 6], [200.0, 230.0], [450.0, 455.0]).ok()

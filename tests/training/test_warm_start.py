@@ -1,4 +1,4 @@
-"""A run that begins with the networks of another one (loop.start_from)."""
+"""A run that starts from the networks of another one (loop.start_from)."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_student_begins_as_the_others_average_and_fake_as_its_fake(finished: Path, tmp_path: Path) -> None:
+def test_student_starts_from_the_ema(finished: Path, tmp_path: Path) -> None:
     toy, saved = Toy(tmp_path / "run", toy_config()), last(finished)
     states = role_states(toy.roles, toy.cfg)
-    told = warm_start(str(finished), states, SINGLE_PROCESS, {})
-    assert "step 10" in told and "EMA" in told
+    notes = warm_start(str(finished), states, SINGLE_PROCESS, {})
+    assert "step 10" in notes and "EMA" in notes
     assert not equal(dict(saved.part("ema")), dict(saved.part("student")))
     assert equal(dict(states["student"].parameters), dict(saved.part("ema")))
     assert equal(dict(states["fake"].parameters), dict(saved.part("fake")))
@@ -50,30 +50,28 @@ def test_student_begins_as_the_others_average_and_fake_as_its_fake(finished: Pat
     assert states["student"].updates == 0
 
 
-def test_without_an_average_the_student_itself_is_taken(tmp_path: Path) -> None:
+def test_student_without_ema(tmp_path: Path) -> None:
     Toy(tmp_path / "first", toy_config(5, ema=0.0)).train()
     states = role_states((toy := Toy(tmp_path / "run", toy_config())).roles, toy.cfg)
     assert "EMA" not in warm_start(str(tmp_path / "first"), states, SINGLE_PROCESS, {})
     assert equal(dict(states["student"].parameters), dict(last(tmp_path / "first").part("student")))
 
 
-def test_a_run_that_began_there_resumes_bit_for_bit_without_the_first_run(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_without_the_first_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     first = tmp_path / "first"
     shutil.copytree(finished, first)
-    told: list[str] = []
+    notes: list[str] = []
 
     def run(name: str, steps: int) -> Toy:
         toy = Toy(tmp_path / name, toy_config(steps, start_from=str(first), lr_schedule="constant", seed=4))
-        monkeypatch.setattr(toy.hooks.progress, "note", told.append)
+        monkeypatch.setattr(toy.hooks.progress, "note", notes.append)
         toy.train()
         return toy
 
     run("whole", 12)
     run("parts", 5)
-    assert sum("start from step 10" in line for line in told) == 2
+    assert sum("start from step 10" in line for line in notes) == 2
     shutil.rmtree(first)
     run("parts", 12)
     whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
@@ -82,14 +80,14 @@ def test_a_run_that_began_there_resumes_bit_for_bit_without_the_first_run(
     assert not equal(dict(whole.part("student")), dict(last(tmp_path / "teacher").part("student")))
 
 
-def test_the_old_policy_begins_as_the_student_and_not_as_the_teacher() -> None:
+def test_old_policy_starts_as_the_student() -> None:
     roles = tiny_roles()
     method = gdmd(roles, old_policy="ema")
     r = method.rollout(prompts(), rng())
-    torch.testing.assert_close(method._old_prediction(r), r.x0, rtol=0, atol=0)
+    torch.testing.assert_close(method.old_prediction(r), r.x0, rtol=0, atol=0)
 
 
-def test_a_gan_head_begins_anew_where_the_first_run_had_none(tmp_path: Path) -> None:
+def test_gan_head_starts_fresh(tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = ShapesDit(width=32, depth=1)
     bare, judged = ShapesRoles(teacher), ShapesRoles(teacher, head_seed=3)
@@ -102,25 +100,21 @@ def test_a_gan_head_begins_anew_where_the_first_run_had_none(tmp_path: Path) -> 
     assert equal(before, {k: v for k, v in states["fake"].parameters.items() if k in before})
 
 
-@pytest.mark.parametrize(("made", "said"), [(False, "does not exist"), (True, "has no checkpoint")])
-def test_a_folder_without_a_checkpoint_is_refused_before_anything_is_loaded(
-    tmp_path: Path, made: bool, said: str
-) -> None:
-    if made:
+@pytest.mark.parametrize(("exists", "message"), [(False, "does not exist"), (True, "has no checkpoint")])
+def test_start_from_a_folder_without_checkpoint(tmp_path: Path, exists: bool, message: str) -> None:
+    if exists:
         (tmp_path / "first").mkdir()
-    with pytest.raises(ValueError, match=f"loop.start_from.*{said}"):
+    with pytest.raises(ValueError, match=f"loop.start_from.*{message}"):
         require_start(str(tmp_path / "first"))
 
 
 @pytest.mark.parametrize("part", ["checkpoints", "checkpoints/step_000001"])
-def test_a_folder_inside_of_a_run_names_the_run(finished: Path, part: str) -> None:
+def test_start_from_a_folder_inside_a_run(finished: Path, part: str) -> None:
     with pytest.raises(ValueError, match=rf"Did you mean {finished}\?"):
         require_start(str(finished / part))
 
 
-def test_another_network_is_refused_before_its_weights_are_read(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_network_is_found_from_headers(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = Toy(tmp_path / "run", toy_config()).roles
     monkeypatch.setattr(checkpoint, "load", None)
     check_roles(str(finished), same)
@@ -130,6 +124,6 @@ def test_another_network_is_refused_before_its_weights_are_read(
         check_roles(str(finished), tiny_roles())
 
 
-def test_another_network_is_refused_by_name(finished: Path) -> None:
+def test_another_network(finished: Path) -> None:
     with pytest.raises(ValueError, match="do not fit the student of loop.start_from"):
         warm_start(str(finished), role_states(tiny_roles(), toy_config()), SINGLE_PROCESS, {})

@@ -13,7 +13,7 @@ GroupSize = Annotated[Count, Field(ge=2)]
 
 
 class DistillationConfig(Config):
-    """What every method of the family shares: the roll-out, the re-noising and the two DMD losses."""
+    """What every method of the family shares: the rollout, the re-noising and the two DMD losses."""
 
     guidance: NonNegative = Field(
         default=5.0,
@@ -26,11 +26,11 @@ class DistillationConfig(Config):
     )
     step_draw: Literal["sample", "batch"] = Field(
         default="sample",
-        description="[I] tau is drawn per sample (cheap roll-outs) or once for the whole batch (large models).",
+        description="[I] tau is drawn per sample (cheap rollouts) or once for the whole batch (large models).",
     )
     student_input: Literal["simulation", "data"] = Field(
         default="simulation",
-        description="x_tau from the student's own roll-out (backward simulation, arXiv 2405.14867) or real latents.",
+        description="x_tau from the student's own rollout (backward simulation, arXiv 2405.14867) or real latents.",
     )
     renoise_low: Probability = Field(default=0.02, description="Lowest t of the DMD gradient (DMD2 clamps to .02).")
     renoise_high: Probability = Field(default=0.98, description="Highest t of the DMD gradient.")
@@ -59,5 +59,5 @@ class DistillationConfig(Config):
 
     @property
     def prompt_group(self) -> int:
-        """Samples of each prompt in a batch: above 1 for methods that compare pictures of one prompt."""
+        """Samples of each prompt in a batch: above 1 for methods that compare images of one prompt."""
         return 1

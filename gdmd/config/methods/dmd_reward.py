@@ -19,7 +19,7 @@ class RewardedDmdConfig(DistillationConfig):
     student_updates: Count = Field(
         default=1, description="Student updates per iteration; the last so many fakes give one gradient each."
     )
-    rl_weight: NonNegative = Field(default=1.0, description="[I] Weight of the reward loss beside L_DMD; 0 is DMD.")
+    rl_weight: NonNegative = Field(default=1.0, description="[I] Weight of the reward loss next to L_DMD; 0 is DMD.")
 
     @model_validator(mode="after")
     def _enough_fakes(self) -> RewardedDmdConfig:
@@ -41,7 +41,7 @@ class DmdReflConfig(RewardedDmdConfig):
 
     kind: Literal["dmd_refl"] = "dmd_refl"
     rl_weight: NonNegative = Field(
-        default=0.5, description="Weight of L_ReFL beside L_DMD (DMDR, arXiv 2511.13649v4: lambda_rl .5); 0 is DMD."
+        default=0.5, description="Weight of L_ReFL next to L_DMD (DMDR, arXiv 2511.13649v4: lambda_rl .5); 0 is DMD."
     )
     margin: Finite = Field(
         default=0.7,
@@ -51,7 +51,7 @@ class DmdReflConfig(RewardedDmdConfig):
 
 
 class GroupedDmdConfig(RewardedDmdConfig):
-    """What the two black-box methods share: several stochastic roll-outs of one prompt, compared with each other."""
+    """What the two black-box methods share: several stochastic rollouts of one prompt, compared with each other."""
 
     images_per_prompt: GroupSize = Field(
         default=8,
@@ -65,7 +65,7 @@ class GroupedDmdConfig(RewardedDmdConfig):
     advantage_clip: Positive = Field(default=5.0, description="Largest |A| (DiffusionNFT's and Flow-GRPO's code: 5).")
     noise_level: Probability = Field(
         default=0.9,
-        description="CPS noise of the roll-outs: th = noise_level pi / 2; 0 is the ODE, 1 the student's own sampler.",
+        description="CPS noise of the rollouts: th = noise_level pi / 2; 0 is the ODE, 1 the student's own sampler.",
     )
 
     @property
@@ -80,12 +80,12 @@ class DmdNftConfig(GroupedDmdConfig):
     kind: Literal["dmd_nft"] = "dmd_nft"
     rl_weight: NonNegative = Field(
         default=1.0,
-        description="[I] Weight of L_NFT beside L_DMD; 0 is DMD. On Shapes, with normalize = false, its gradient at 1 is .2 "
+        description="[I] Weight of L_NFT next to L_DMD; 0 is DMD. On Shapes, normalize = false, its gradient at 1 is .2 "
         "to 2.6 times as long as L_DMD's, and training diverges; .02 to .5 equals 1 / 3 to 3 of the plain r, 1 - r loss.",
     )
     noise_level: Probability = Field(
         default=1.0,
-        description="CPS noise of the roll-outs, th = noise_level pi / 2 (arXiv 2604.19009 samples by an SDE); [I] 1 "
+        description="CPS noise of the rollouts, th = noise_level pi / 2 (arXiv 2604.19009 samples by an SDE); [I] 1 "
         "is the student's own sampler, in whose steps all noise is fresh; 0 is the ODE.",
     )
     beta: Positive = Field(
@@ -121,7 +121,7 @@ class DmdGrpoConfig(GroupedDmdConfig):
     kind: Literal["dmd_grpo"] = "dmd_grpo"
     rl_weight: NonNegative = Field(
         default=10.0,
-        description="[I] Weight of L_GRPO beside L_DMD; at 1 its gradient is 2 to 5 % of L_DMD's on Shapes. 0 is DMD.",
+        description="[I] Weight of L_GRPO next to L_DMD; at 1 its gradient is 2 to 5 % of L_DMD's on Shapes. 0 is DMD.",
     )
     noise_level: Probability = Field(
         default=0.9,

@@ -71,7 +71,7 @@ class DmdrConfig(DistillationConfig):
     dpo_beta: Positive = Field(
         default=10.0,
         description="[I] beta of Diffusion-DPO on mean errors. Its authors' 2000 to 5000 (arXiv 2311.12908) is for DPO "
-        "alone: beside L_DMD that gradient, beta / 4 times a regression's, would leave nothing of DMD after clipping.",
+        "alone: next to L_DMD that gradient, beta / 4 times a regression's, would leave nothing of DMD after clipping.",
     )
 
     @model_validator(mode="after")

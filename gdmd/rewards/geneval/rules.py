@@ -24,8 +24,8 @@ from typing import Any, Literal
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
-KEEP, KEEP_COUNTING, MOST = 0.3, 0.9, 16
-SLACK, NOWHERE, DIRECTION = 0.1, 1e-3, 0.5
+KEEP, KEEP_COUNTING, MAX_OBJECTS = 0.3, 0.9, 16
+SLACK, MIN_OFFSET, DIRECTION = 0.1, 1e-3, 0.5
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of the image; y grows downwards."""
 
@@ -78,7 +78,9 @@ def kept(detected: Detected, tag: str) -> dict[str, tuple[DetectedObject, ...]]:
     """The objects that count: confident enough for the task, best first, at most 16 of a class."""
     least = KEEP_COUNTING if tag == "counting" else KEEP
     order = {name: sorted(objects, key=lambda one: -one.confidence) for name, objects in detected.items()}
-    best = {name: tuple(one for one in objects if one.confidence > least)[:MOST] for name, objects in order.items()}
+    best = {
+        name: tuple(one for one in objects if one.confidence > least)[:MAX_OBJECTS] for name, objects in order.items()
+    }
     return {name: objects for name, objects in best.items() if objects}
 
 
@@ -132,7 +134,7 @@ def relations(a: Box, b: Box) -> frozenset[str]:
     offset = [(a[i] + a[i + 2]) / 2 - (b[i] + b[i + 2]) / 2 for i in (0, 1)]
     sizes = [abs(a[i + 2] - a[i]) + abs(b[i + 2] - b[i]) for i in (0, 1)]
     rev = [math.copysign(max(abs(o) - SLACK * s, 0.0), o) for o, s in zip(offset, sizes, strict=True)]
-    if all(abs(part) < NOWHERE for part in rev):
+    if all(abs(part) < MIN_OFFSET for part in rev):
         return frozenset()
     dx, dy = (part / math.hypot(*offset) for part in rev)
     holds = (dx < -DIRECTION, dx > DIRECTION, dy < -DIRECTION, dy > DIRECTION)

@@ -1,4 +1,4 @@
-"""Images of several Shapes samplers from the same noise, each marked right or wrong by the checker."""
+"""Images of several samplers from the same noise, each marked right or wrong by the checker."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +17,7 @@ from gdmd.reporting.grids import png_bytes, same_noise_cells, to_image, write_gr
 from gdmd.shapes.check import shapeseval
 from gdmd.shapes.grammar import catalog
 
-FILE = "comparison.json"
-"""Next to comparison.png."""
+PER_CAPTION = 2
 
 
 @dataclass(frozen=True)
@@ -45,35 +45,38 @@ class SameNoise:
 
 
 def write_same_noise(
-    folder: Path,
-    samplers: Sequence[Sampler],
-    components: Components,
+    path: Path,
+    samplers: Sequence[tuple[Sampler, Components]],
     captions: Sequence[str],
     seed: int,
-    per_caption: int = 2,
+    per_caption: int = PER_CAPTION,
+    *,
+    scale: int = 3,
+    option: str = "--run",
 ) -> SameNoise:
-    """Draw the images; write comparison.png (one grid) and comparison.json (image by image, with marks)."""
+    """Draw the images; write one grid to ``path`` (.png), and next to it each image with its mark (.json)."""
     rows = torch.tensor([catalog().row(text) for text in captions]).repeat_interleave(per_caption)
-    cells = same_noise_cells(samplers, components, captions, seed, per_caption)
-    columns = []
-    for sampler, own in zip(samplers, cells.split(per_caption, 1), strict=True):  # own [R, per_caption, 3, S, S]
-        right = shapeseval(own.flatten(0, 1), rows).unflatten(0, own.shape[:2]).tolist()
-        files = [[base64.b64encode(png_bytes(to_image(image))).decode() for image in images] for images in own]
+    columns, sides = [], []
+    for sampler, components in samplers:
+        images = same_noise_cells([sampler], components, captions, seed, per_caption)  # [R, per_caption, 3, S, S]
+        right = shapeseval(images.flatten(0, 1), rows).unflatten(0, images.shape[:2]).tolist()  # type: ignore[no-untyped-call]
+        files = [[base64.b64encode(png_bytes(to_image(one))).decode() for one in own] for own in images]
         columns.append(Column(sampler.name, sampler.nfe, files, right))
-    headers = [f"{sampler.name} ({sampler.nfe} NFE)" for sampler in samplers]
-    write_grid(folder / "comparison.png", cells, captions, headers)
+        sides.append(images)
+    headers = [f"{column.name} ({column.nfe} NFE)" for column in columns]
+    write_grid(path, torch.cat(sides, 1), captions, headers, scale, option)
     found = SameNoise(tuple(captions), columns)
-    write_atomic(folder / FILE, json.dumps(asdict(found)), "the images")
+    write_atomic(path.with_suffix(".json"), json.dumps(asdict(found)), "the images", option)
     return found
 
 
-def read_same_noise(folder: Path) -> SameNoise | None:
-    """What ``write_same_noise`` wrote; None where nothing was. RunError for a damaged file."""
-    path = folder / FILE
+def read_same_noise(path: Path) -> SameNoise | None:
+    """The images next to the grid at ``path``; None where there are none. RunError for a damaged file."""
+    path = path.with_suffix(".json")
     if not path.exists():
         return None
     try:
-        found: Mapping = json.loads(path.read_text(encoding="utf-8"))
+        found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         columns = [Column(**column) for column in found["columns"]]
         shapes = [[len(own) for own in part] for column in columns for part in (column.images, column.right)]
         if any(shape != shapes[0] or len(shape) != len(found["captions"]) for shape in shapes):
@@ -83,5 +86,5 @@ def read_same_noise(folder: Path) -> SameNoise | None:
                 for text in own:
                     base64.b64decode(text, validate=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"cannot read {path}: {error}. Delete it: gdmd report draws its images again.") from error
+        raise RunError(f"cannot read {path}: {error}. Delete it to draw the images again.") from error
     return SameNoise(found["captions"], columns)

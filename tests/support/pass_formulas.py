@@ -1,4 +1,4 @@
-"""What one iteration of a method costs by its own algorithm, to be compared with what hooks count.
+"""Closed forms of what one iteration of a method costs, an independent check of the dry run (``recipes.call_counts``).
 
 The unit is F, one denoiser forward on the batch; a backward counts two more, so a trained call is 3 F, and one more through
 a frozen network with adapters: 2 F. Guidance makes the teacher's call 2 F. Decoder and rewards are left out, as in
@@ -6,8 +6,6 @@ a frozen network with adapters: 2 F. Guidance makes the teacher's call 2 F. Deco
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,20 +18,10 @@ from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflC
 from gdmd.config.methods.dmdr import DmdrConfig
 from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
-from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.pass_counter import BACKWARD
 
-
-@dataclass(frozen=True)
-class Trained:
-    """F of a call with its backward pass, by role."""
-
-    student: float = 1 + BACKWARD
-    fake: float = 1 + BACKWARD
-
-
-FULL = Trained()
-"""All weights of both roles are trained."""
+TRAINED = 1 + BACKWARD
+"""F of a call with its backward pass."""
 
 
 def every_place(method: DistillationConfig) -> Tensor:
@@ -41,38 +29,25 @@ def every_place(method: DistillationConfig) -> Tensor:
     return torch.arange(len(method.student_steps))
 
 
-def drawn_places(method: DistillationConfig, rng: SampleRng) -> Tensor:
-    """The places of the steps that an iteration really draws. [B] int64"""
-    index = rng.index if method.step_draw == "sample" else rng.index * 0
-    return SampleRng(rng.seed, rng.step, index).integer("tau", len(method.student_steps))
-
-
-def iteration_passes(
-    method: MethodConfig, step: int, places: Tensor, reading: float = 1.0, trained: Trained = FULL
-) -> float:
-    """F of iteration ``step`` whose samples are trained at the steps ``places``: each costs as many forwards before.
-
-    ``reading``: F of a forward that is made for features only (a UNet's ends in its middle).
-    """
+def iteration_passes(method: MethodConfig, step: int, places: Tensor) -> float:
+    """F of iteration ``step`` whose samples are trained at the steps ``places``: each costs as many forwards before."""
     depth = 0.0 if method.student_input == "data" else float(places.float().mean())
     rollout, score = depth + 1, (1 if method.guidance == 1 else 2) + 1  # teacher, then fake
     match method:
         case GdmdConfig():
             old = 1 if method.old_policy == "ema" else 0
-            return rollout + old + method.group_size * (trained.fake + score + trained.student)
+            return rollout + old + method.group_size * (TRAINED + score + TRAINED)
         case GdmdTiltedConfig():
             rollout += method.continuations * _tail(method, places) if method.rewarded else 0
-            return rollout + method.group_size * (trained.fake + score + trained.student)
+            return rollout + method.group_size * (TRAINED + score + TRAINED)
         case Dmd2Config():
-            judged = (
-                trained.fake * reading if method.adversarial else 0
-            )  # a head's trunk is the fake: real and student latents
-            return rollout + method.fake_updates * (trained.fake + 2 * judged) + score + trained.student + judged
+            judged = TRAINED if method.adversarial else 0  # a head's trunk is the fake: real and student latents
+            return rollout + method.fake_updates * (TRAINED + 2 * judged) + score + TRAINED + judged
         case DmdrConfig():
-            return rollout + method.fake_updates * trained.fake + score + _dmdr_student(method, step, trained.student)
+            return rollout + method.fake_updates * TRAINED + score + _dmdr_student(method, step)
         case DmdConfig() | DmdReflConfig() | DmdNftConfig() | DmdGrpoConfig():
-            updates = method.student_updates * (score + trained.student)
-            return rollout + method.fake_updates * trained.fake + updates + _added(method, step, trained.student)
+            updates = method.student_updates * (score + TRAINED)
+            return rollout + method.fake_updates * TRAINED + updates + _added(method, step)
 
 
 def _tail(method: DistillationConfig, places: Tensor) -> float:
@@ -80,29 +55,29 @@ def _tail(method: DistillationConfig, places: Tensor) -> float:
     return float((len(method.student_steps) - 1 - places).clamp_min(1).float().mean())
 
 
-def _dmdr_student(method: DmdrConfig, step: int, trained: float) -> float:
+def _dmdr_student(method: DmdrConfig, step: int) -> float:
     """Stage 1 finishes a picture for its tilt; stage 2 adds what its strategy needs."""
     steps = len(method.student_steps)
     if step < method.cold_start:
-        return trained + (steps if method.tilt > 0 else 0)
+        return TRAINED + (steps if method.tilt > 0 else 0)
     if method.rl_weight == 0 or method.strategy == "refl":
-        return trained
+        return TRAINED
     if method.strategy == "grpo":
-        return trained + steps + trained * (steps - 1)
-    return trained + steps + 2 + 2 * trained  # dpo: the reference and the student on winner and loser
+        return TRAINED + steps + TRAINED * (steps - 1)
+    return TRAINED + steps + 2 + 2 * TRAINED  # dpo: the reference and the student on winner and loser
 
 
-def _added(method: DmdConfig | DmdReflConfig | DmdNftConfig | DmdGrpoConfig, step: int, trained: float) -> float:
+def _added(method: DmdConfig | DmdReflConfig | DmdNftConfig | DmdGrpoConfig, step: int) -> float:
     """What comes to DMD's own calls: pairs of the teacher's ODE, or scored roll-outs and their loss."""
     steps, updates = len(method.student_steps), method.student_updates
     match method:
         case DmdConfig() if method.regression_weight > 0:
             solved = not method.regression_batches or step < method.regression_batches
             guided = 1 if method.guidance == 1 else 2
-            return solved * method.regression_steps * guided + updates * trained
+            return solved * method.regression_steps * guided + updates * TRAINED
         case DmdNftConfig() if method.rl_weight > 0:
-            return steps + updates * (1 + trained)  # the old policy, then the student at the scored sample
+            return steps + updates * (1 + TRAINED)  # the old policy, then the student at the scored sample
         case DmdGrpoConfig() if method.rl_weight > 0:
-            return steps + updates * trained * (steps - 1)
+            return steps + updates * TRAINED * (steps - 1)
         case _:
             return 0.0
