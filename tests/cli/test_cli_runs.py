@@ -352,9 +352,9 @@ def test_signal_saves_a_checkpoint(shared_assets: Path, tmp_path: Path) -> None:
     while not (metrics.exists() and metrics.read_text()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert "gdmd train --resume run" in said and "Traceback" not in said
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 130, printed
+    assert "gdmd train --resume run" in printed and "Traceback" not in printed
     assert checkpoint.load_newest(tmp_path / "run" / "checkpoints") is not None
 
 

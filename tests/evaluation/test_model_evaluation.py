@@ -218,12 +218,12 @@ def test_changed_metadata(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch, reads: bo
 
 def test_failed_scores_are_retried(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
     a, _ = world(gdmd)
-    for fails, tried in ((False, []), (True, ["a: test_model_evaluation:green scored 0 of 2 images"])):
+    for fails, expected in ((False, []), (True, ["a: test_model_evaluation:green scored 0 of 2 images"])):
         monkeypatch.setattr("gdmd.evaluation.preference.may_fail", lambda spec, fails=fails: fails)
         mean_of(a, scorers=SCORERS[1:])
-        said: list[str] = []
-        preference(read_source(str(a)), settings(scorers=SCORERS[1:]), Path("eval"), said.append)
-        assert said == tried
+        logged: list[str] = []
+        preference(read_source(str(a)), settings(scorers=SCORERS[1:]), Path("eval"), logged.append)
+        assert logged == expected
 
 
 def test_scorer_without_scores(gdmd: Gdmd) -> None:
@@ -471,24 +471,24 @@ def test_compare_pipelines_with_geneval(gdmd: Gdmd, tmp_path: Path) -> None:
     row = {"tag": "single_object", "prompt": "a photo of a dog", "include": [{"class": "dog", "count": 1}]}
     Path("prompts.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"prompt": "three dogs"}) + "\n")
     sources = [read_source(f"{n}={place},dtype=fp32,steps={n},height=32,width=32,batch=1") for n in ("1", "2")]
-    wanted = settings(prompts="prompts.jsonl", images=1)
-    content = compare(sources, wanted, Path("eval"), quiet)
+    options = settings(prompts="prompts.jsonl", images=1)
+    content = compare(sources, options, Path("eval"), quiet)
     assert json.loads(Path("eval/1/images/00000/metadata.jsonl").read_text()) == row
     found = content["rows"]["2"]
     assert found["seconds_per_image"] > 0 and found["against_first"][SCORERS[0]]["mean"] != 0
     scores = {"scores": {"overall": {"value": 0.5, "low": 0.25, "high": 0.75}}}
     images = Path("eval/2/images")
     (images / "geneval.json").write_text(json.dumps(scores | {"images": images_key(images)}))
-    compare(sources, wanted, Path("eval"), quiet)
+    compare(sources, options, Path("eval"), quiet)
     page = Path("eval/compare.html").read_text()
     assert "GenEval (HF detector) overall" in page and "0.500 [0.250, 0.750]" in page
     (images / "geneval.json").write_text(json.dumps(scores | {"images": "of another time"}))
-    said: list[str] = []
-    assert compare(sources, wanted, Path("eval"), said.append)["rows"]["2"]["geneval"] is None
-    assert any("holds scores of other images" in line for line in said)
+    logged: list[str] = []
+    assert compare(sources, options, Path("eval"), logged.append)["rows"]["2"]["geneval"] is None
+    assert any("holds scores of other images" in line for line in logged)
     other = read_source(f"1={place},dtype=fp32,steps=3,height=32,width=32")
     with pytest.raises(ValueError, match="another source .*steps"):
-        preference(other, wanted, Path("eval/1"), quiet)
+        preference(other, options, Path("eval/1"), quiet)
 
 
 @pytest.mark.parametrize(
