@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import Json, print_json
+from gdmd.cli.common import Arguments, Json, print_json
 
 
 def profile_command(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, or a .yaml file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
+    arguments: Arguments,
     iterations: Annotated[int, typer.Option(min=1, help="Measured outer iterations, after one to warm up.")] = 8,
     json: Json = False,
 ) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from stock_pipelines import UNIFORM, stock_images, trainers_images
 from torch import Tensor
 
-from gdmd.cli.app import QUIETER, _worth_saying
+from gdmd.cli.app import FILTERED_LOGGERS, _should_log
 from gdmd.config.image_source import read_source
 from gdmd.config.run import RunConfig
 from gdmd.export.card import model_card
@@ -240,7 +240,7 @@ def test_training_loads_no_safety_checker(tmp_path: Path) -> None:
 )
 def test_expected_warnings_of_libraries_are_filtered(message: str, kept: bool) -> None:
     record = logging.LogRecord("diffusers.pipelines.pipeline_utils", logging.WARNING, "", 0, message, None, None)
-    assert record.name in QUIETER and _worth_saying(record) == kept
+    assert record.name in FILTERED_LOGGERS and _should_log(record) == kept
 
 
 def test_cards_code_loads_the_lora_without_warnings(
