@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import Arguments, Json, print_json
+from gdmd.cli.common import Arguments, Json, print_json, recipe_of
 
 
 def profile_command(
@@ -26,9 +26,7 @@ def profile_command(
       gdmd profile shapes_smoke loop.threads=1 --iterations 3
       gdmd profile dmd2 loop.batch_size=32 --json > dmd2.json
     """
-    from gdmd.recipes.read import read_recipe
-
-    cfg = read_recipe(recipe, overrides or [])
+    cfg = recipe_of(arguments)
     from gdmd.profiling.profiler import Profiler, describe, measure
 
     measured = measure(Profiler(cfg), iterations)

@@ -26,7 +26,7 @@ from gdmd.evaluation.scorers import may_fail, reads_metadata, scores_of
 from gdmd.io import RunError, append_jsonl, content_hash, file_hash, finite_or_none, numbered_jsonl, write_atomic
 from gdmd.recipes.long_prompts import warn_long_prompts_of_rewards
 from gdmd.recipes.reward_identity import scorer_identity
-from gdmd.reporting.progress_bar import counted, progress_bar
+from gdmd.reporting.progress_bar import progress_bar
 from gdmd.reporting.statistics import Scores, clustered_mean, speed
 from gdmd.sources.base import ImageSlot, Source, SourceInfo, image_slots, record_settings
 from gdmd.sources.folders import FolderSource, image_file, read_image, write_image, write_metadata

@@ -21,7 +21,7 @@ from PIL import Image as Pil
 
 from gdmd.config.study import ADDRESS, StudyConfig
 from gdmd.io import RunError, writing
-from gdmd.reporting.waiting import waiting
+from gdmd.reporting.progress_bar import progress_bar
 from gdmd.sources.folders import ImageRow, read_image
 from gdmd.study.design import PlanWithKey, draw_plan
 from gdmd.study.folders import common_rows
@@ -87,7 +87,7 @@ def _write_images(
             raise RunError(f"{path} has {image.width} x {image.height} pixels, at most {MAX_SIDE} a side; shrink it")
         return image
 
-    with waiting("writing the images", len(draft.images) + len(draft.ruined)) as advance:
+    with progress_bar("writing the images", len(draft.images) + len(draft.ruined)) as advance:
         for id_, (model, prompt, index) in sorted(draft.images.items()):
             image = opened(model, prompt, index)
             sizes[model].add(image.size)

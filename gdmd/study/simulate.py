@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from gdmd.config.base import Config, NonNegative, Probability
 from gdmd.config.study import StudyConfig
-from gdmd.reporting.waiting import waiting
+from gdmd.reporting.progress_bar import progress_bar
 from gdmd.study.analyze import analyze
 from gdmd.study.design import draw_plan
 from gdmd.study.records import ANSWERS, Answer, Plan, Prompt, Trial, Vote, vote_of
@@ -90,7 +90,7 @@ def recovery(plan: Plan, rater_model: RaterModel, studies: int, seed: int = 0, r
         (1 - rater_model.left_bias) * (1 - rater_model.tie_rate) + rater_model.left_bias
     )
     rates, wilson, clustered, found = [], 0, 0, 0
-    with waiting(f"simulating {studies} studies", studies) as advance:
+    with progress_bar(f"simulating {studies} studies", studies) as advance:
         for k in range(studies):
             votes = simulated_votes(plan, rater_model, seed + k)
             first = analyze(plan, votes, replicates=replicates, seed=seed + k).pairs[0]
