@@ -133,13 +133,14 @@ def _measured(
         generate_images(_opened(source, options), prompt_set, own) for source, own in zip(sources, folders, strict=True)
     ]
     scores = [score(one, prompt_set, own, specs, rewards, log) for one, own in zip(generated, folders, strict=True)]
-    extra = _by_task(generated, folders, prompt_set, shapes, log)
-    if make and name:
-        reference = _reference(make, prompt_set, real, shapes)
-        extra = [
-            row | feature_measures(one, prompt_set, make, name, reference)
-            for one, row in zip(generated, extra, strict=True)
-        ]
+    with phase("measuring the images", plain=False):
+        extra = _by_task(generated, folders, prompt_set, shapes, log)
+        if make and name:
+            reference = _reference(make, prompt_set, real, shapes)
+            extra = [
+                row | feature_measures(one, prompt_set, make, name, reference)
+                for one, row in zip(generated, extra, strict=True)
+            ]
     rows = []
     for one, own, more in zip(generated, scores, extra, strict=True):
         row = summary(one, prompt_set, own) | more
