@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gdmd.cli.common import Json, messages, print_json
+from gdmd.cli.common import Json, log, messages, print_json
 
 if TYPE_CHECKING:
     from gdmd.sweep.pool import Outcome, Say, Show
@@ -41,14 +41,15 @@ def sweep_command(
 
     \b
     Examples:
-      gdmd sweep smoke                                  every table and figure from tiny budgets
+      gdmd sweep smoke                        every table and figure, tiny budgets
       gdmd sweep headline --out runs/headline
       gdmd sweep headline --out runs/headline --only gdmd --only 'dmd*/0'
       gdmd sweep mine.yaml --jobs 4 --json > summary.json
       gdmd sweep headline --out docs/results --pages-only
 
     \b
-    Exit codes: 0 done, 1 a run failed (the others are done), 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+    Exit codes: 0 done, 1 a run failed (the others are done), 2 bad input,
+    130 Ctrl-C, 143 SIGTERM.
     """
     from gdmd.sweep.spec import read_sweep
 
@@ -72,11 +73,11 @@ def _report(sweep: Sweep, source: str, outcome: Outcome, *, pages_only: bool, js
 
     outcome.page = write_pages(sweep, source, outcome.folder, only_pages=pages_only)
     if outcome.page:
-        _say(f"page: {outcome.page}")
+        log(f"page: {outcome.page}")
     if json:
         print_json(summary(sweep, outcome, only_pages=pages_only))
     for name, reason in outcome.failed.items():
-        _say(f"failed: {name}: {reason}")
+        log(f"failed: {name}: {reason}")
 
 
 @contextmanager
@@ -97,10 +98,6 @@ def _progress() -> Iterator[tuple[Say, Show]]:
             bar.update(task, completed=status.done, total=status.total, description=text)
 
         yield lambda text: bar.console.print(text, markup=False, highlight=False, soft_wrap=True), show
-
-
-def _say(text: str) -> None:
-    messages().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _cores() -> int:

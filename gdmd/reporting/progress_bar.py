@@ -21,17 +21,33 @@ from rich.progress import (
 Part = TypeVar("Part", bound=Sequence)
 SLOW_SECONDS = 5.0
 """A wait that took longer leaves a line on the terminal."""
+SECONDS_PER_LINE = 10.0
 
 
 @contextmanager
 def progress_bar(
-    what: str, total: int, console: Console | None = None, then: str = ""
+    what: str, total: int | None, console: Console | None = None, then: str = ""
 ) -> Iterator[Callable[[int], None]]:
-    """A function that counts finished parts of ``total``. then: what is done after the last part."""
+    """A function that counts finished parts of ``total`` (None = unknown). then: what is done after the last part.
+
+    Off a terminal: a line at the start, then at most one every ten seconds. Nothing to do: nothing is shown.
+    """
+    if total == 0:
+        yield lambda count: None
+        return
     console = console or Console(stderr=True)
     if not console.is_terminal:
         console.print(f"{what} ...", markup=False, highlight=False, soft_wrap=True)
-        yield lambda count: None
+        done, last = 0, time.monotonic()
+
+        def line(count: int) -> None:
+            nonlocal done, last
+            done += count
+            if time.monotonic() - last > SECONDS_PER_LINE:
+                last = time.monotonic()
+                console.print(f"{what}: {done} of {total}", markup=False, highlight=False, soft_wrap=True)
+
+        yield line
         return
     text = TextColumn("{task.description}", markup=False)
     columns = (text, BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn())

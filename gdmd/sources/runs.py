@@ -1,4 +1,4 @@
-"""gdmd runs and the rows of the Shapes teacher as sources of images."""
+"""gdmd runs and the Shapes teacher as sources of images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class RunSource:
-    """The EMA student of a run (or a row of the teacher) with its own sampler and codec."""
+    """The EMA student of a run, or the teacher, with its sampler and codec."""
 
     def __init__(self, info: SourceInfo, components: Components, sampler: Sampler) -> None:
         self.info, self.components, self.sampler = info, components, sampler

@@ -1,36 +1,38 @@
-"""Images for ``gdmd study plan`` from what makes them: runs of the Shapes world and the rows of its teacher."""
+"""Images for ``gdmd study plan`` from Shapes runs and the Shapes teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gdmd.config.describe import counted
 from gdmd.config.image_source import SourceConfig
 from gdmd.recipes.run_folders import TEACHERS, config_of
+from gdmd.reporting.progress_bar import progress_bar
 from gdmd.sources.folders import image_file, read_images, write_image, write_metadata
 
 Prompts = Sequence[tuple[str, str]]
 """(text, task) of each."""
 
 
-def draw_models(named: Mapping[str, Path], per_task: int, count: int, seed: int, place: Path) -> dict[str, Path]:
-    """Folders of images for all of ``named``: those that are folders of images as they are, the others drawn into ``place``.
+def draw_models(named: Mapping[str, Path], per_task: int, count: int, seed: int, temporary: Path) -> dict[str, Path]:
+    """One image folder per model: existing folders as they are, runs and teachers sampled into ``temporary``.
 
-    The prompts are those of the first folder of images, else ``per_task`` of each task of the fixed evaluation set.
-    Image j of prompt i starts from the same noise whoever draws it. ValueError for a run of a real model.
+    The prompts are those of the first existing folder, else ``per_task`` of each task of the fixed evaluation set.
+    Image j of prompt i starts from the same noise for every model. ValueError for a run of a real model.
     """
     models = [name for name, path in named.items() if _draws(path)]
     for name in models:
         if str(named[name]) not in TEACHERS and config_of(named[name]).model.kind != "shapes":
             raise ValueError(
-                f"{name} is a run of a real model, whose images take long: generate them first, with gdmd eval preference "
-                f"{named[name]} --prompts FILE, and give {name}={named[name] / 'preference' / 'images'}"
+                f"{name} is a run of a real model, whose images take long to generate: do that first with gdmd eval "
+                f"preference {named[name]} --prompts FILE, and give {name}={named[name] / 'preference' / 'images'}"
             )
     given = [path for name, path in named.items() if name not in models]
     prompts = [(row.text, row.task) for row in read_images(given[0]).values()] if given else _captions(per_task)
     folders = dict(named)
     for number, name in enumerate(models):
-        folders[name] = place / str(number)
+        folders[name] = temporary / str(number)
         _draw(SourceConfig(name=name, where=str(named[name])), prompts, count, seed, folders[name])
     return folders
 
@@ -52,7 +54,9 @@ def _draw(cfg: SourceConfig, prompts: Prompts, count: int, seed: int, folder: Pa
 
     source, texts = open_source(cfg), [text for text, _ in prompts]
     source.check(texts)
-    images = images_of_source(source, texts, count, seed)
+    total = len(texts) * count
+    with progress_bar(f"{cfg.name}: generating {counted(total, 'image')}", total) as advance:
+        images = images_of_source(source, texts, count, seed, advance)
     for number, (text, task) in enumerate(prompts):
         write_metadata(folder, number, {"prompt": text, "tag": task})
         for k in range(count):

@@ -36,7 +36,7 @@ def ends_well(*words: str) -> None:
     assert not ended.value.code
 
 
-def test_tokens_are_in_no_file_of_a_run_or_its_export_and_not_on_the_terminal(
+def test_tokens_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, secret in SECRETS.items():

@@ -1,4 +1,4 @@
-"""LoRAs of others: every layer changes by the file's own alpha / rank B A, or the file is refused."""
+"""Third-party LoRAs: every layer changes by alpha / rank B A of the file, or the file is an error."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def same(found: Deltas, wanted: Mapping[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_diffusers_keys_change_every_layer_with_ranks_of_their_own(
+def test_diffusers_keys(
     built: Callable[[str], Any], tmp_path: Path, text: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = built("sdxl")
@@ -131,9 +131,7 @@ def test_diffusers_keys_change_every_layer_with_ranks_of_their_own(
     assert ("text_encoder_2 2 of 2" in caplog.text) == text and "unet 8 of 8" in caplog.text
 
 
-def test_kohya_keys_change_unet_and_text_encoders_by_their_own_alphas(
-    built: Callable[[str], Any], tmp_path: Path
-) -> None:
+def test_kohya_keys_of_unet_and_text_encoders(built: Callable[[str], Any], tmp_path: Path) -> None:
     pipe = built("sdxl")
     made, wanted = kohya_keys(pipe, ("to_q", "to_out.0", "q_proj", "out_proj", "fc1"))
     assert {name.partition(".")[0] for name in wanted} == {"unet", "text_encoder", "text_encoder_2"}
@@ -142,7 +140,7 @@ def test_kohya_keys_change_unet_and_text_encoders_by_their_own_alphas(
     assert same(changes(pipe), {name: 0.5 * delta for name, delta in wanted.items()})
 
 
-def test_kohyas_keys_of_a_transformer_keep_their_alphas(built: Callable[[str], Any], tmp_path: Path) -> None:
+def test_kohya_keys_of_a_transformer(built: Callable[[str], Any], tmp_path: Path) -> None:
     pipe = built("flux")
     block = pipe.transformer.transformer_blocks[0].attn
     made, wanted = {}, {}
@@ -162,17 +160,13 @@ def test_kohyas_keys_of_a_transformer_keep_their_alphas(built: Callable[[str], A
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("sd3", {"lora_alpha": 8}),
         ("sd3", {"lora_alpha": 3, "use_rslora": True, "init_lora_weights": "gaussian"}),
         ("sdxl", {"lora_alpha": 8, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"attn1.to_q": 6, "to_q": 1}}),
         ("flux", {"lora_alpha": 16}),
-        ("flux2", {"lora_alpha": 16}),
         ("z_image", {"lora_alpha": 16}),
-        ("qwen_image", {"lora_alpha": 16}),
-        ("sana", {"lora_alpha": 16}),
     ],
 )
-def test_a_peft_folder_changes_what_peft_itself_changes(
+def test_peft_folder_equals_peft(
     built: Callable[[str], Any], tmp_path: Path, name: str, settings: dict[str, Any]
 ) -> None:
     wanted = peft_folder(built(name), tmp_path / "adapter", ("to_q", "to_k"), **settings)
@@ -193,11 +187,16 @@ FORMS: Mapping[str, Callable[[str, str], str]] = {
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3", "flux", "flux2", "z_image", "qwen_image", "sana"])
-def test_layers_by_their_names_in_diffusers_load_whatever_the_keys_around_them(
-    built: Callable[[str], Any], tmp_path: Path, name: str, form: str
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *(("sdxl", form) for form in FORMS),
+        *(("sd3", form) for form in FORMS),
+        *((name, "kohya") for name in ("sd15", "flux", "flux2", "z_image", "qwen_image", "sana")),
+        *(("flux", form) for form in ("bare", "ComfyUI")),
+    ],
+)
+def test_key_formats_of_the_families(built: Callable[[str], Any], tmp_path: Path, name: str, form: str) -> None:
     """All linear layers and convolutions of a denoiser in fp16, with several ranks, and bf16 alphas if the form has them."""
     pipe = built(name)
     component = "unet" if "unet" in pipe.components else "transformer"
@@ -219,7 +218,7 @@ def test_layers_by_their_names_in_diffusers_load_whatever_the_keys_around_them(
     assert same(changes(pipe), wanted)
 
 
-def test_the_alpha_in_a_files_header_holds(built: Callable[[str], Any], tmp_path: Path) -> None:
+def test_alpha_in_the_header(built: Callable[[str], Any], tmp_path: Path) -> None:
     """As ``save_lora_weights`` of diffusers writes it."""
     pipe = built("sd3")
     own, wanted = {}, {}
@@ -261,7 +260,7 @@ def flux_keys(pipe: Any, before: str, parts: tuple[str, str]) -> Made:
         ("diffusion_model.", ("lora_A", "lora_B")),
     ],
 )
-def test_black_forest_labs_names_load_with_the_layers_outside_of_the_blocks(
+def test_black_forest_labs_names(
     built: Callable[[str], Any], tmp_path: Path, before: str, parts: tuple[str, str]
 ) -> None:
     pipe = built("flux")
@@ -271,7 +270,7 @@ def test_black_forest_labs_names_load_with_the_layers_outside_of_the_blocks(
     assert len(wanted) == 7 and same(changes(pipe), wanted)
 
 
-def test_fused_layers_do_not_hide_that_another_one_is_lost(built: Callable[[str], Any], tmp_path: Path) -> None:
+def test_lost_layer_next_to_fused_ones(built: Callable[[str], Any], tmp_path: Path) -> None:
     pipe = built("flux")
     made, _ = flux_keys(pipe, "lora_unet_", ("lora_down", "lora_up"))
     other = "lora_te2_encoder_block_0_layer_0_SelfAttention_q"
@@ -281,7 +280,7 @@ def test_fused_layers_do_not_hide_that_another_one_is_lost(built: Callable[[str]
         add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
 
 
-def test_a_fused_layer_beside_its_own_parts_is_not_missed(built: Callable[[str], Any], tmp_path: Path) -> None:
+def test_fused_layer_with_its_parts(built: Callable[[str], Any], tmp_path: Path) -> None:
     """As some trainers of Z-Image write both."""
     pipe = built("z_image")
     width = pipe.transformer.layers[0].attention.to_q.in_features
@@ -347,7 +346,7 @@ def other_adapter(made: dict[str, Tensor]) -> dict[str, Tensor]:
         ),
     ],
 )
-def test_a_file_that_does_not_fit_as_a_whole_is_refused(
+def test_bad_files(
     built: Callable[[str], Any], tmp_path: Path, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
 ) -> None:
     pipe = built("sdxl")
@@ -360,7 +359,7 @@ def test_a_file_that_does_not_fit_as_a_whole_is_refused(
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
 @pytest.mark.parametrize("spoil", [of_a_bigger_model, with_foreign_text_encoder])
-def test_a_partial_file_is_used_on_request_and_reported(
+def test_partial_file_on_request(
     built: Callable[[str], Any],
     tmp_path: Path,
     spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]],
@@ -390,7 +389,7 @@ def test_a_partial_file_is_used_on_request_and_reported(
         ({"something_new": {"on": 1}}, "something_new"),
     ],
 )
-def test_a_peft_folder_of_another_kind_is_refused_by_name(
+def test_other_peft_adapters(
     built: Callable[[str], Any], tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
     pipe = built("sd3")
@@ -401,7 +400,7 @@ def test_a_peft_folder_of_another_kind_is_refused_by_name(
         add_lora(pipe, str(tmp_path), 1.0)
 
 
-def test_a_folder_above_the_adapter_names_it(built: Callable[[str], Any], tmp_path: Path) -> None:
+def test_folder_above_the_adapter(built: Callable[[str], Any], tmp_path: Path) -> None:
     pipe = built("sd3")
     peft_folder(pipe, tmp_path / "lora", ("to_q",), lora_alpha=8)
     with pytest.raises(ValueError, match=f"did you mean {tmp_path / 'lora'}"):
@@ -409,7 +408,7 @@ def test_a_folder_above_the_adapter_names_it(built: Callable[[str], Any], tmp_pa
 
 
 @pytest.mark.parametrize("setting", ["lora_scale=0.5", "lora_partial=true"])
-def test_a_setting_of_a_lora_without_one_is_refused(setting: str) -> None:
+def test_lora_settings_without_lora(setting: str) -> None:
     with pytest.raises(ValueError, match="without lora changes nothing"):
         read_source(f"x,{setting}")
     assert read_source("x,lora=y.safetensors,lora_partial=true").lora_partial is True

@@ -20,7 +20,7 @@ from gdmd.study.prepare import prepare
 from gdmd.study.records import LINKS, Plan
 
 MODELS = ("Secret-Alpha", "Secret-Beta")
-ORGANIZER = "organizer-0123456789-token"
+ADMIN = "admin-0123456789-token"
 TASKS = ("counting", "position")
 
 
@@ -61,7 +61,7 @@ class Server:
         )
         root = str(Path(__file__).resolve().parents[2])
         environment: Mapping[str, str] = {**os.environ, "PYTHONPATH": root}
-        command = [sys.executable, "-c", code, str(study), ORGANIZER, str(port)]
+        command = [sys.executable, "-c", code, str(study), ADMIN, str(port)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         found = re.search(r"port (\d+)", self.process.stdout.readline())
