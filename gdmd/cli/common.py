@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,14 +29,6 @@ Checkpoint = Annotated[
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="[NAME=]WHERE[,key=value ...]: see gdmd sample.")]
 ImagesPerPrompt = Annotated[int, typer.Option("--images", "-n", min=1, max=4096, help="Images per prompt.")]
 NoiseSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")]
-
-
-class Dtype(StrEnum):
-    """Precision of a pipeline."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 def messages() -> Console:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import Checkpoint, Dtype, Json, log, print_json
+from gdmd.cli.common import Checkpoint, Json, log, print_json
+
+
+class Dtype(StrEnum):
+    """Precision of a merged pipeline."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 def export_command(
@@ -23,7 +31,7 @@ def export_command(
     ] = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option("--dtype", help="Precision of a merged pipeline; 16 bits may round away a short run's changes."),
+        typer.Option("--dtype", help="Precision of a merged pipeline; bf16 may round away a short run's changes."),
     ] = None,
     json: Json = False,
 ) -> None:

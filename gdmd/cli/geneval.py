@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gdmd import __version__
-from gdmd.cli.common import SETTINGS, Dtype, ImagesPerPrompt, Json, NoiseSeed, Source, log, print_json
+from gdmd.cli.common import SETTINGS, ImagesPerPrompt, Json, NoiseSeed, Source, log, print_json
 
 geneval_app = typer.Typer(
     no_args_is_help=True,
     help="GenEval (arXiv 2310.11513): prompts, generate, score.",
     context_settings=SETTINGS,
 )
+
+
+class Dtype(StrEnum):
+    """Precision of a pipeline."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
 
 
 @geneval_app.command("prompts", short_help="Draw new prompts of the six tasks.")

@@ -32,7 +32,7 @@ def recipes_command(
     Examples:
       gdmd recipes
       gdmd recipes shapes
-      gdmd recipes shapes method.gamma=0 > mine.yaml
+      gdmd recipes sdxl_gdmd > mine.yaml      a copy to edit and train
     """
     from gdmd.recipes.read import read_recipe, recipe_names
 
@@ -119,7 +119,7 @@ def pretrain_command(
       gdmd pretrain scorers --kind shapes_pref
     """
     if kind and network is not Network.scorers:
-        raise ValueError(f"--kind names a scorer, but the network is {network.value}; leave it out")
+        raise ValueError(f"--kind selects a scorer, but the network to train is {network.value}; leave it out")
     from gdmd.programs.pretrain import pretrain
 
     for path in pretrain(network.value, steps, seed, folder, resume, kind or [], messages()):

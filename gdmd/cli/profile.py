@@ -14,11 +14,11 @@ def profile_command(
     iterations: Annotated[int, typer.Option(min=1, help="Measured outer iterations, after one to warm up.")] = 8,
     json: Json = False,
 ) -> None:
-    """Measure a recipe on this machine: forward passes, FLOP, where the time goes, images/s, memory. Writes nothing.
+    """Measure the speed of a recipe on this machine: forward passes, FLOP, time, images/s, memory.
 
-    Passes are denoiser forwards in units of the batch (F); a backward counts two, or one through a frozen base model.
-    Overhead is the time of an iteration without its optimizer over that of its network calls, backward passes and
-    scoring. Host syncs need a GPU. Set loop.threads=1 on a shared machine.
+    Passes are denoiser forward passes of one batch; a backward pass counts as two, or as one through a frozen base model.
+    Overhead is the time of an iteration without its optimizer, relative to its network calls, backward passes and scoring.
+    Host syncs need a GPU. Use loop.threads=1 on a shared machine. Nothing is written.
 
     \b
     Examples:

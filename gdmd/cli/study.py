@@ -67,7 +67,7 @@ def plan_command(
         str, typer.Option(metavar="URL", help="Address of the page for raters; their links begin with it.")
     ] = ADDRESS,
     title: Annotated[
-        str, typer.Option(help="What raters read on top; must not name a model.")
+        str, typer.Option(help="Title of the page; must not name a model.")
     ] = "Which image do you prefer?",
     seed: Seed = 0,
 ) -> None:

@@ -40,7 +40,7 @@ from gdmd.evaluation.preference import (
 from gdmd.evaluation.scorers import Features, feature_maker, judges_shapes, load_scorers, read_scorers, shapes_scorers
 from gdmd.io import finite_or_none, write_atomic
 from gdmd.recipes.run_folders import TEACHERS, config_of
-from gdmd.reporting.progress_bar import progress_bar
+from gdmd.reporting.progress_bar import phase
 from gdmd.reporting.statistics import Scores, paired_difference
 from gdmd.shapes.grammar import catalog, fixed_rows
 from gdmd.shapes.scorer_networks import IMAGE_SIZE
@@ -126,7 +126,7 @@ def _measured(
     real = reference_files(options.reference) if options.reference is not None else ()
     _check_sources(sources, prompt_set, real, _shapes_only(specs, name, shapes))
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with progress_bar(f"loading {', '.join(spec.label for spec in specs)}", None):
+    with phase(f"loading {', '.join(spec.label for spec in specs)}"):
         rewards = load_scorers(specs, device)
         make = feature_maker(name, device) if name else None
     generated = [
@@ -229,7 +229,7 @@ def _shapes(source: SourceConfig) -> bool:
 def _opened(cfg: SourceConfig, options: EvalOptions) -> Source:
     """The source, on the command's device unless it names one."""
     movable = kind_of(cfg) in ("pipeline", "export") and cfg.device is None and options.device is not None
-    with progress_bar(f"loading {cfg.name}", None):
+    with phase(f"loading {cfg.name}"):
         return open_source(cfg.changed({"device": options.device}) if movable else cfg)
 
 

@@ -24,8 +24,7 @@ from gdmd.evaluation.geneval_scores import (
 from gdmd.io import RunError, append_jsonl, content_hash, file_hash, read_jsonl, write_atomic
 from gdmd.reporting.progress_bar import progress_bar
 from gdmd.rewards.geneval.rules import DetectedObject, Task, as_row
-from gdmd.sources.base import Source, record_settings
-from gdmd.sources.draw import images_of_source
+from gdmd.sources.base import Source, image_slots, record_settings
 from gdmd.sources.folders import image_file, read_image, write_image, write_metadata
 
 if TYPE_CHECKING:
@@ -64,12 +63,14 @@ def generate(source: Source, tasks: Sequence[Task], folder: Path, images: int, s
     for number, task in enumerate(tasks):
         write_metadata(folder, number, as_row(task))
     files = [[image_file(folder, number, k) for k in range(images)] for number in range(len(tasks))]
+    step = source.info.batch
     missing = [number for number, own in enumerate(files) if not all(file.exists() for file in own)]
     with progress_bar(
         f"{source.info.name}: generating images of {counted(len(missing), 'prompt')}", len(missing)
     ) as advance:
         for number in missing:
-            found = images_of_source(source, [tasks[number].prompt], images, prompt_seed(seed, number))
+            slots, own_seed = image_slots([tasks[number].prompt], images), prompt_seed(seed, number)
+            found = [one for k in range(0, images, step) for one in source.generate(slots[k : k + step], own_seed)]
             for file, image in zip(files[number], found, strict=True):
                 write_image(file, image)
             advance(1)

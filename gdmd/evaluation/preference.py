@@ -14,19 +14,18 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gdmd.config.describe import counted
 from gdmd.config.run import RewardConfig
 from gdmd.data.prompts import read_prompts
 from gdmd.evaluation.scorers import may_fail, reads_metadata, scores_of
 from gdmd.io import RunError, append_jsonl, content_hash, file_hash, finite_or_none, numbered_jsonl, write_atomic
 from gdmd.recipes.long_prompts import warn_long_prompts_of_rewards
 from gdmd.recipes.reward_identity import scorer_identity
-from gdmd.reporting.progress_bar import progress_bar
+from gdmd.reporting.progress_bar import counted
 from gdmd.reporting.statistics import Scores, clustered_mean, speed
 from gdmd.sources.base import ImageSlot, Source, SourceInfo, image_slots, record_settings
 from gdmd.sources.folders import FolderSource, image_file, read_image, write_image, write_metadata
@@ -89,17 +88,15 @@ def generate_images(
         write_metadata(home, prompt, prompt_set.meta[prompt])
     missing = [slot for slot in own if not image_file(home, slot.prompt, slot.image).exists()]
     batch, device = source.info.batch, source.info.device
-    with progress_bar(f"{source.info.name}: generating {counted(len(missing), 'image')}", len(missing)) as advance:
-        for start in range(0, len(missing), batch):
-            part = missing[start : start + batch]
-            began = time.perf_counter()
-            images = source.generate(part, prompt_set.seed)
-            seconds = time.perf_counter() - began
-            for slot, image in zip(part, images, strict=True):
-                write_image(image_file(home, slot.prompt, slot.image), image)
-            row = {"images": len(part), "seconds": seconds, "first": int(start == 0), "batch": batch, "device": device}
-            append_jsonl(folder / TIMING, [row], "the times", option="--out")
-            advance(len(part))
+    what = f"{source.info.name}: generating {len(missing):,} images"
+    for part in counted(_parts(missing, batch), what, len(missing)):
+        began = time.perf_counter()
+        images = source.generate(part, prompt_set.seed)
+        seconds, first = time.perf_counter() - began, int(part[0] is missing[0])
+        for slot, image in zip(part, images, strict=True):
+            write_image(image_file(home, slot.prompt, slot.image), image)
+        row = {"images": len(part), "seconds": seconds, "first": first, "batch": batch, "device": device}
+        append_jsonl(folder / TIMING, [row], "the times", option="--out")
     files = {(p.prompt, p.image): image_file(home, p.prompt, p.image) for p in prompt_set.slots}
     return GeneratedImages(source.info, files, speed(_rows(folder / TIMING, _TIMING_KEYS)))
 
@@ -129,18 +126,15 @@ def score(
         todo = [p for p in prompt_set.slots if keys[p] not in known or (retry and math.isnan(known[keys[p]]))]
         if todo:
             warn_long_prompts_of_rewards([reward], prompt_set.texts)
-        with progress_bar(f"{generated.info.name}: scoring with {label}", len(todo)) as advance:
-            for start in range(0, len(todo), SCORER_BATCH):
-                part = todo[start : start + SCORER_BATCH]
-                pixels = [read_image(generated.files[slot.prompt, slot.image]) for slot in part]
-                meta = [prompt_set.meta[slot.prompt] for slot in part]
-                values = scores_of(reward, pixels, [slot.text for slot in part], meta)
-                own = {keys[slot]: value for slot, value in zip(part, values, strict=True)}
-                rows = [{"scorer": label, "prompt": p.prompt, "image": p.image, "key": keys[p]} for p in part]
-                scored = [row | {"score": own[row["key"]]} for row in rows]
-                append_jsonl(folder / SCORES, scored, "the scores", option="--out")
-                known |= own
-                advance(len(part))
+        for part in counted(_parts(todo, SCORER_BATCH), f"{generated.info.name}: scoring with {label}", len(todo)):
+            pixels = [read_image(generated.files[slot.prompt, slot.image]) for slot in part]
+            meta = [prompt_set.meta[slot.prompt] for slot in part]
+            values = scores_of(reward, pixels, [slot.text for slot in part], meta)
+            own = {keys[slot]: value for slot, value in zip(part, values, strict=True)}
+            rows = [{"scorer": label, "prompt": p.prompt, "image": p.image, "key": keys[p]} for p in part]
+            scored = [row | {"score": own[row["key"]]} for row in rows]
+            append_jsonl(folder / SCORES, scored, "the scores", option="--out")
+            known |= own
         if todo:
             scored_now = sum(not math.isnan(known[keys[slot]]) for slot in todo)
             of = "" if scored_now == len(todo) else f" of {len(todo)}"
@@ -180,19 +174,29 @@ def write_summary(folder: Path, content: Mapping[str, Any]) -> Path:
     return folder / SUMMARY
 
 
+def _parts(slots: Sequence[ImageSlot], size: int) -> Iterator[Sequence[ImageSlot]]:
+    return (slots[start : start + size] for start in range(0, len(slots), size))
+
+
 def _score_key(scorer: str, image: str, text: str, meta: Mapping[str, Any] | None) -> str:
     """What a score depends on. scorer, image: their hashes; meta: the metadata that the scorer reads."""
     return content_hash(scorer, image, text, json.dumps(meta, sort_keys=True))
 
 
 def _known_scores(path: Path) -> dict[str, float]:
-    """Scores by key, NaN = not scored. Lines of older versions have no key and are ignored."""
+    """Scores by key, NaN = not scored."""
     rows = _rows(path, _SCORE_KEYS)
-    return {row["key"]: math.nan if row["score"] is None else float(row["score"]) for row in rows if "key" in row}
+    return {row["key"]: math.nan if row["score"] is None else float(row["score"]) for row in rows}
 
 
 _Number = (int, float)
-_SCORE_KEYS: Mapping[str, Any] = {"scorer": str, "prompt": int, "image": int, "score": (*_Number, type(None))}
+_SCORE_KEYS: Mapping[str, Any] = {
+    "key": str,
+    "scorer": str,
+    "prompt": int,
+    "image": int,
+    "score": (*_Number, type(None)),
+}
 _TIMING_KEYS: Mapping[str, Any] = {"images": int, "seconds": _Number, "first": int}
 
 

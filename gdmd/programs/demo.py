@@ -27,7 +27,7 @@ from gdmd.recipes.build import Components, build
 from gdmd.recipes.contents import checkpoint_content
 from gdmd.recipes.open_run import load_ema, student_row, teacher_row
 from gdmd.recipes.run_folders import TEACHERS
-from gdmd.reporting.progress_bar import progress_bar
+from gdmd.reporting.progress_bar import phase
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import Run, check_same_config, create, open_run, read_facts, read_metrics
 
@@ -77,7 +77,7 @@ def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
     for own in configs.values():
         check_best_metric(own)
     began = time.perf_counter()
-    with progress_bar("loading the networks", None):
+    with phase("loading the networks", console):
         components = {name: build(own) for name, own in configs.items()}
     runs = {name: _run(folder / name, own) for name, own in configs.items()}
     stages = _Stages(folder, console)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gdmd.config.describe import counted
 from gdmd.config.image_source import SourceConfig
 from gdmd.reporting.grids import write_grid
-from gdmd.reporting.progress_bar import progress_bar
+from gdmd.reporting.progress_bar import counted, phase
 from gdmd.rewards.preprocessing import from_pil
 from gdmd.sources.base import Source, image_slots
 from gdmd.sources.open import open_source
@@ -29,13 +28,11 @@ def draw(cfg: SourceConfig, prompts: Sequence[str], count: int, seed: int, path:
     Image k of a prompt depends only on (seed, number of the prompt, k). scale: enlargement; None = ENLARGED for small
     images, else 1. ValueError for a prompt that is not a caption of a Shapes source.
     """
-    with progress_bar(f"loading {cfg.name}", None):
+    with phase(f"loading {cfg.name}"):
         source = open_source(cfg)
     source.check(prompts)
     began = time.perf_counter()
-    total = len(prompts) * count
-    with progress_bar(f"generating {counted(total, 'image')}", total) as advance:
-        images = images_of_source(source, prompts, count, seed, advance)
+    images = images_of_source(source, prompts, count, seed)
     seconds = time.perf_counter() - began
     small = max(max(image.size) for image in images) <= SMALL
     cells = [[from_pil([image])[0] for image in images[k : k + count]] for k in range(0, len(images), count)]
@@ -43,14 +40,9 @@ def draw(cfg: SourceConfig, prompts: Sequence[str], count: int, seed: int, path:
     return seconds
 
 
-def images_of_source(
-    source: Source, prompts: Sequence[str], count: int, seed: int, advance: Callable[[int], None] | None = None
-) -> list[Image]:
-    """``count`` images of each prompt, prompt by prompt; those of a folder may differ in size. advance: counts images."""
-    slots, images = image_slots(prompts, count), list["Image"]()
-    for start in range(0, len(slots), source.info.batch):
-        part = slots[start : start + source.info.batch]
-        images += source.generate(part, seed)
-        if advance:
-            advance(len(part))
-    return images
+def images_of_source(source: Source, prompts: Sequence[str], count: int, seed: int) -> list[Image]:
+    """``count`` images of each prompt, prompt by prompt; those of a folder may differ in size."""
+    slots, step = image_slots(prompts, count), source.info.batch
+    parts = (slots[k : k + step] for k in range(0, len(slots), step))
+    shown = counted(parts, f"{source.info.name}: generating {len(slots):,} images", len(slots))
+    return [one for part in shown for one in source.generate(part, seed)]

@@ -444,7 +444,8 @@ def _folded(weights: Mapping[str, Tensor], scales: Mapping[str, float], *, kept:
 
     kept: set alpha to the rank instead of removing it, as the conversions for transformers need it.
     """
-    ranks, ready = _ranks(weights), {}
+    ranks = _ranks(weights)
+    ready: dict[str, Tensor] = {}
     for key, value in weights.items():
         layer = _layer_of(key)
         if key.endswith(".alpha"):

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gdmd.config.describe import counted
 from gdmd.config.image_source import SourceConfig
 from gdmd.recipes.run_folders import TEACHERS, config_of
-from gdmd.reporting.progress_bar import progress_bar
 from gdmd.sources.folders import image_file, read_images, write_image, write_metadata
 
 Prompts = Sequence[tuple[str, str]]
@@ -54,9 +52,7 @@ def _draw(cfg: SourceConfig, prompts: Prompts, count: int, seed: int, folder: Pa
 
     source, texts = open_source(cfg), [text for text, _ in prompts]
     source.check(texts)
-    total = len(texts) * count
-    with progress_bar(f"{cfg.name}: generating {counted(total, 'image')}", total) as advance:
-        images = images_of_source(source, texts, count, seed, advance)
+    images = images_of_source(source, texts, count, seed)
     for number, (text, task) in enumerate(prompts):
         write_metadata(folder, number, {"prompt": text, "tag": task})
         for k in range(count):

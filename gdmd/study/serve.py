@@ -111,13 +111,9 @@ class StudySession:
         screens = self.open_screens(number)
         if any(trial.id == request.trial for trial in screens[1:]):
             raise HTTPException(409, "Another screen comes first. Reload the page.")
+        answers = {str(question): str(answer) for question, answer in request.answers.items()}
         try:
-            self.store.vote(
-                number,
-                request.trial,
-                {str(key): str(answer) for key, answer in request.answers.items()},
-                request.elapsed_ms,
-            )
+            self.store.vote(number, request.trial, answers, request.elapsed_ms)
         except AlreadyVoted:
             raise HTTPException(409, "This screen was answered before; the first answers are kept.") from None
 

@@ -1,4 +1,4 @@
-"""Bad input is one clear error on stderr, exit code 2, no traceback, and nothing half-written."""
+"""Bad input gives one error on stderr, exit code 2, no traceback and no partial files."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from cli_world import Finished, Gdmd, folder_state
 from gdmd.cli.app import main
 
 
-def refused(finished: Finished, *words: str) -> None:
+def refused(finished: Finished, *parts: str) -> None:
     """The assertions that every bad input shares."""
     assert finished.code == 2, finished.err
     assert finished.out == "", "stdout is for results"
     errors = [line for line in finished.err.splitlines() if line.lower().startswith("error: ")]
     assert len(errors) == 1, finished.err
     assert "Traceback" not in finished.err
-    for word in words:
+    for word in parts:
         assert word in errors[0], f"{word!r} is not in {errors[0]!r}"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "parts"),
     [
         (["train", "shapes_smok"], ["unknown recipe", "did you mean 'shapes_smoke'"]),
         (["train", "shapes_smoke", "method.gama=1"], ["method.gama", "did you mean 'gamma'"]),
@@ -48,27 +48,27 @@ def refused(finished: Finished, *words: str) -> None:
         (["pretrain", "scorers", "--kind", "clip"], ["unknown scorer", "shapes_clip"]),
     ],
 )
-def test_bad_arguments(gdmd: Gdmd, arguments: list[str], words: list[str]) -> None:
-    refused(gdmd(*arguments), *words)
+def test_bad_arguments(gdmd: Gdmd, arguments: list[str], parts: list[str]) -> None:
+    refused(gdmd(*arguments), *parts)
     assert not list(gdmd.folder.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "parts"),
     [
         ("empty.txt", b"", ["is empty"]),
         ("gap.txt", b"a ring\n\na red dog\n", ["line 3", "a red dog"]),
         ("header.csv", b"a ring\na cross\n", ["line 1", "no column", "prompts.column"]),
-        ("list.yaml", b"prompts:\n  - a ring\n", ["'.yaml' is not known", ".csv"]),
+        ("list.yaml", b"prompts:\n  - a ring\n", ["unknown extension '.yaml'", ".csv"]),
         ("latin.txt", b"a ring\n\xff\xfe\n", ["not UTF-8"]),
         ("broken.jsonl", b'{"prompt": "a ring"}\n{"prompt": \n', ["line 2", "not JSON"]),
         ("keys.jsonl", b'{"text": "a ring"}\n', ["line 1", '"prompt"']),
         ("dog.txt", b"a ring\na red dog\n", ["line 2", "a red dog"]),
     ],
 )
-def test_malformed_prompt_files(gdmd: Gdmd, name: str, content: bytes, words: list[str]) -> None:
+def test_malformed_prompt_files(gdmd: Gdmd, name: str, content: bytes, parts: list[str]) -> None:
     (gdmd.folder / name).write_bytes(content)
-    refused(gdmd("train", "shapes_smoke", f"prompts.file={name}", "--run", "run"), name, *words)
+    refused(gdmd("train", "shapes_smoke", f"prompts.file={name}", "--run", "run"), name, *parts)
     assert not Path("run").exists()
 
 
@@ -107,8 +107,8 @@ def test_corrupt_checkpoint(gdmd: Gdmd, command: str) -> None:
     gdmd.trained("loop.keep_checkpoints=1")
     for file in Path("run/checkpoints").glob("*/student.safetensors"):
         file.write_bytes(b"not what was saved")
-    words = [word.replace("ring", "a ring") for word in command.split()]
-    refused(gdmd(*words), "student.safetensors", "damaged")
+    parts = [word.replace("ring", "a ring") for word in command.split()]
+    refused(gdmd(*parts), "student.safetensors", "damaged")
 
 
 def test_run_without_checkpoint(gdmd: Gdmd) -> None:
@@ -173,10 +173,10 @@ def _failing(number: int, original: Callable[..., object], name: str) -> Callabl
 def test_library_warnings_are_filtered(place: str, needless: str) -> None:
     pytest.importorskip(place)
     logger = logging.getLogger(place)
-    said: list[str] = []
+    printed: list[str] = []
     handler = logging.Handler()
     # A handler of the test's own: the library keeps the stderr that it found when it was imported.
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: printed.append(record.getMessage())  # type: ignore[method-assign]
     with pytest.raises(SystemExit):
         main(["--version"])
     logger.addHandler(handler)
@@ -185,4 +185,4 @@ def test_library_warnings_are_filtered(place: str, needless: str) -> None:
         logger.error("something else is wrong")
     finally:
         logger.removeHandler(handler)
-    assert said == ["something else is wrong"]
+    assert printed == ["something else is wrong"]

@@ -13,11 +13,14 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cli_world import TINY, Gdmd
+from typer.main import get_command
 
+from gdmd.cli.app import app
 from gdmd.config.methods.all import without_rewards
 from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
@@ -30,7 +33,15 @@ from gdmd.runs.run_folder import read_metrics
 from gdmd.shapes.grammar import TASKS
 from gdmd.shapes.pretrain import scorers as pretrain_scorers
 
-COMMANDS = ("train", "demo", "eval", "sample", "report", "recipes", "doctor", "pretrain")
+
+def commands(group: Any = None, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every command with its sub-commands."""
+    group = group or get_command(app)
+    if not hasattr(group, "commands"):
+        return [path]
+    return [one for name, part in group.commands.items() for one in commands(part, (*path, name))]
+
+
 EVALUATION = ("shapeseval", "rewards", "fidelity", "coverage", "nfe", "images_per_s")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,11 +51,20 @@ def sets(*overrides: str) -> list[str]:
     return [one for override in overrides for one in ("--set", override)]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_examples(gdmd: Gdmd, command: str) -> None:
-    finished = gdmd(command, "--help")
-    assert finished.code == 0
-    assert f"gdmd {command}" in finished.out.split("Examples:")[1]
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_help_has_examples(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    finished = gdmd(*command, "--help")
+    name = " ".join(command).removesuffix(" run")
+    assert finished.code == 0 and f"gdmd {name}" in finished.out.split("Examples:")[1]
+    assert max(map(len, finished.out.splitlines())) <= 80
+
+
+def test_short_help_fits(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for group in ((), ("eval",), ("eval", "geneval"), ("rewards",), ("study",)):
+        listed = gdmd(*group, "--help").out.split("Commands:")[1]
+        assert "..." not in listed, listed
 
 
 def test_version(gdmd: Gdmd) -> None:
@@ -332,9 +352,9 @@ def test_signal_saves_a_checkpoint(shared_assets: Path, tmp_path: Path) -> None:
     while not (metrics.exists() and metrics.read_text()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert "gdmd train --resume run" in said and "Traceback" not in said
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 130, printed
+    assert "gdmd train --resume run" in printed and "Traceback" not in printed
     assert checkpoint.load_newest(tmp_path / "run" / "checkpoints") is not None
 
 

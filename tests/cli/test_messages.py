@@ -1,4 +1,4 @@
-"""What the program says to common mistakes, word for word: the sentence that counts first, then what to write."""
+"""Error messages for common mistakes, verbatim."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_bad_overrides(gdmd: Gdmd, override: str, message: str) -> None:
         (
             ["rewards=[{kind:"],
             "override 'rewards=[{kind:': line 1, column 8: expected the node content, but found '<stream end>' (while "
-            "parsing a flow node); the shell cuts words at spaces: put the whole word into quotes, like 'rewards=[...]'",
+            "parsing a flow node); the shell cuts parts at spaces: put the whole word into quotes, like 'rewards=[...]'",
         ),
     ],
 )
@@ -124,8 +124,8 @@ def test_config_is_not_dumped(gdmd: Gdmd, overrides: list[str], message: str) ->
 
 
 def test_key_of_another_kind(gdmd: Gdmd) -> None:
-    said = lines(gdmd, "train", "shapes_smoke", "method.kind=dmd")
-    assert said == [
+    printed = lines(gdmd, "train", "shapes_smoke", "method.kind=dmd")
+    assert printed == [
         "shapes_smoke.yaml: method.group_size: got 2: kind 'dmd' has no such key, only gdmd, gdmd_tilted, "
         "gdmd_ablation, gdmd_tilted_shuffled; "
         "replace the whole section: 'method={kind: dmd, ...}'"
@@ -133,9 +133,9 @@ def test_key_of_another_kind(gdmd: Gdmd) -> None:
 
 
 def test_all_errors_at_once(gdmd: Gdmd) -> None:
-    said = lines(gdmd, "train", "shapes_smoke", "loop.lr=1", "rewards=clip", "model.rank=8", "rubbish", "lora_r=4")
-    assert len(said) == 5
-    assert any("rubbish" in line and "is not KEY=VALUE" in line for line in said)
+    printed = lines(gdmd, "train", "shapes_smoke", "loop.lr=1", "rewards=clip", "model.rank=8", "rubbish", "lora_r=4")
+    assert len(printed) == 5
+    assert any("rubbish" in line and "is not KEY=VALUE" in line for line in printed)
 
 
 @pytest.mark.parametrize(

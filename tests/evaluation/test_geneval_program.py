@@ -1,4 +1,4 @@
-"""``gdmd eval geneval``: prompts, images in the official layout, detections that survive a kill, scores."""
+"""``gdmd eval geneval``: prompts, images, resumable detections, scores."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def painted(folder: Path, tasks: Any = TASKS, images: int = 4, source: Any = Non
 
 
 class OneDog:
-    """Finds one dog in even images and two in odd ones; counts how often it was asked."""
+    """Finds one dog in even images and two in odd ones; counts how often it was detected."""
 
     def __init__(self, stop_after: int = 99) -> None:
         self.calls, self.stop_after = 0, stop_after
@@ -101,17 +101,17 @@ def test_score_resumes_after_a_kill(tmp_path: Path) -> None:
 def test_detections_depend_on_image_prompt_and_detector(tmp_path: Path) -> None:
     painted(tmp_path, images=2)
 
-    def asked(by: str) -> int:
+    def detected(by: str) -> int:
         detector = OneDog()
         score_folder(tmp_path, detector, AlwaysRed(), by=by)
         return detector.calls
 
-    assert [asked("one"), asked("one"), asked("two")] == [6, 0, 6]
+    assert [detected("one"), detected("one"), detected("two")] == [6, 0, 6]
     image = tmp_path / "00001" / "samples" / "0001.png"
     image.write_bytes((tmp_path / "00002" / "samples" / "0000.png").read_bytes())
     metadata = tmp_path / "00000" / "metadata.jsonl"
     metadata.write_text(json.dumps(as_row(TASKS[0]) | {"include": [{"class": "dog", "count": 2}]}) + "\n")
-    assert asked("two") == 1 + 2
+    assert detected("two") == 1 + 2
     lines = [json.loads(line) for line in (tmp_path / "detections.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and len({line["key"] for line in lines}) == 6
     shutil.rmtree(tmp_path / "00002")
@@ -147,9 +147,6 @@ def test_unreadable_image(tmp_path: Path) -> None:
     (tmp_path / "00000" / "samples" / "0000.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="0000.png cannot be read"):
         score_folder(tmp_path, OneDog(), AlwaysRed())
-
-
-# ---------------------------------------------------------------- the program
 
 
 @pytest.fixture

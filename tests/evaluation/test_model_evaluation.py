@@ -1,4 +1,4 @@
-"""gdmd eval preference and compare: exact numbers, restarts, marks, pages that hold nothing from outside."""
+"""gdmd eval preference and compare: exact numbers, restarts, errors, self-contained pages."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def colors(images: list[Image.Image]) -> Tensor:
 
 
 def quiet(_: str) -> None:
-    """Nobody listens."""
+    """Drop a message."""
 
 
 @pytest.fixture(autouse=True)
@@ -143,16 +143,16 @@ def test_killed_evaluation_resumes(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) 
 
 def test_shards_equal_one_process(gdmd: Gdmd) -> None:
     gdmd.trained()
-    words = ("eval", "preference", "run", "--per-task", "1", "-n", "1", "-o")
-    assert gdmd(*words, "whole").code == 0
+    arguments = ("eval", "preference", "run", "--per-task", "1", "-n", "1", "-o")
+    assert gdmd(*arguments, "whole").code == 0
     for k in ("0/2", "1/2"):
-        assert gdmd(*words, "parts", "--shard", k).code == 0
+        assert gdmd(*arguments, "parts", "--shard", k).code == 0
     whole, parts = (folder_state(Path(name) / "images") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and len([name for name in whole if name.endswith(".png")]) == 6
     for name in (name for name in whole if name.endswith(".png")):
         images_ = [torch.tensor(list(Image.open(Path(f) / "images" / name).tobytes())) for f in ("whole", "parts")]
         assert (images_[0] - images_[1]).abs().max() <= 1
-    assert "write K/N" in gdmd(*words, "x", "--shard", "2/2").err
+    assert "write K/N" in gdmd(*arguments, "x", "--shard", "2/2").err
 
 
 def test_folder_of_another_source_seed_or_prompt(gdmd: Gdmd) -> None:
@@ -218,21 +218,21 @@ def test_changed_metadata(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch, reads: bo
 
 def test_failed_scores_are_retried(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
     a, _ = world(gdmd)
-    for fails, tried in ((False, []), (True, ["a: test_model_evaluation:green scored 0 of 2 images"])):
+    for fails, expected in ((False, []), (True, ["a: test_model_evaluation:green scored 0 of 2 images"])):
         monkeypatch.setattr("gdmd.evaluation.preference.may_fail", lambda spec, fails=fails: fails)
         mean_of(a, scorers=SCORERS[1:])
-        said: list[str] = []
-        preference(read_source(str(a)), settings(scorers=SCORERS[1:]), Path("eval"), said.append)
-        assert said == tried
+        logged: list[str] = []
+        preference(read_source(str(a)), settings(scorers=SCORERS[1:]), Path("eval"), logged.append)
+        assert logged == expected
 
 
 def test_scorer_without_scores(gdmd: Gdmd) -> None:
     painted(gdmd.folder / "a", ["a cat?", "a dog?"], [[(0, 0, 0)], [(0, 0, 0)]])
     Path("prompts.txt").write_text("a cat?\na dog?\n")
-    words = ("eval", "preference", "a", "-o", "eval", "--prompts", "prompts.txt", "-n", "1", "--scorer", SCORERS[1])
-    done = gdmd(*words)
+    arguments = ("eval", "preference", "a", "-o", "eval", "--prompts", "prompts.txt", "-n", "1", "--scorer", SCORERS[1])
+    done = gdmd(*arguments)
     assert f"{SCORERS[1]} scored 0 of 2 images" in done.err and "(2 not scored)" in done.out
-    for again in (done, gdmd(*words)):
+    for again in (done, gdmd(*arguments)):
         assert f"warning: {SCORERS[1]} scored no image of a, so it has no mean" in again.err
 
 
@@ -244,15 +244,6 @@ def test_scorer_without_weights(gdmd: Gdmd, tmp_path: Path, monkeypatch: pytest.
     assert finished.code == 2 and "cannot load yuvalkirstain" in finished.err and not Path("out/images").exists(), (
         finished.err
     )
-
-
-def test_old_scores_without_keys(gdmd: Gdmd) -> None:
-    a, _ = world(gdmd)
-    Path("eval").mkdir()
-    Path("eval/scores.jsonl").write_text(
-        json.dumps({"scorer": SCORERS[0], "prompt": 0, "image": 0, "score": 9.0}) + "\n"
-    )
-    assert mean_of(a) == pytest.approx(612 / 6)
 
 
 @pytest.mark.parametrize("damage", ["deleted", "truncated"])
@@ -307,12 +298,12 @@ def test_scorer_identity(gdmd: Gdmd, tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("model.safetensors", "config.json", "vocab.txt"):
         (folder / name).write_text("{}")
-    words = [f"clip,path={folder}", f"clip,path={folder},dtype=bf16", f"pickscore,path={folder}"]
-    known = [scorer_identity(read_scorer(word)) for word in words]
+    arguments = [f"clip,path={folder}", f"clip,path={folder},dtype=bf16", f"pickscore,path={folder}"]
+    known = [scorer_identity(read_scorer(word)) for word in arguments]
     assert len(set(known)) == 3
-    assert scorer_identity(read_scorer(f"{words[0]},device=cuda:1,chunk=2,offload=true")) == known[0]
+    assert scorer_identity(read_scorer(f"{arguments[0]},device=cuda:1,chunk=2,offload=true")) == known[0]
     (folder / "vocab.txt").write_text("[]")
-    assert scorer_identity(read_scorer(words[0])) != known[0]
+    assert scorer_identity(read_scorer(arguments[0])) != known[0]
 
 
 def test_scorer_identity_of_a_hub_branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,14 +377,14 @@ def test_compare_shapes_models(gdmd: Gdmd) -> None:
 def test_shapes_measures_need_shapes_images(gdmd: Gdmd) -> None:
     drawn = gdmd("eval", "preference", "teacher-4", "-o", "drawn", "--per-task", "1", "-n", "1")
     assert drawn.code == 0, drawn.err
-    words = ("eval", "compare", "teacher-4", "drawn/images", "--per-task", "1", "-n", "1", "--json")
-    done = gdmd(*words, "-o", "same")
+    arguments = ("eval", "compare", "teacher-4", "drawn/images", "--per-task", "1", "-n", "1", "--json")
+    done = gdmd(*arguments, "-o", "same")
     assert done.code == 0, done.err
     first, second = json.loads(done.out)["rows"].values()
     assert first["shapeseval"] == second["shapeseval"] and first["frechet"] == second["frechet"]
     last = sorted(Path("drawn/images").glob("*/samples/*.png"))[-1]
     Image.open(last).resize((48, 32)).save(last)
-    refused = gdmd(*words, "-o", "other", "--scorer", SCORERS[0])
+    refused = gdmd(*arguments, "-o", "other", "--scorer", SCORERS[0])
     assert refused.code == 2 and f"{last} is 48 x 32. ShapesEval, features shapes: for 32 x 32 images" in refused.err
     assert not Path("other").exists()  # found before the first image is drawn
 
@@ -422,13 +413,13 @@ def test_images_of_several_sizes(gdmd: Gdmd) -> None:
 def test_errors_before_the_first_image(gdmd: Gdmd, more: list[str], message: str) -> None:
     world(gdmd)
     Path("captions.txt").write_text("a red circle\n")
-    words = ("eval", "compare", "teacher-4", "plain=teacher-4-plain", *more, "-o", "x", "--prompts", "captions.txt")
-    done = gdmd(*words, "-n", "1", "--scorer", SCORERS[0])
+    arguments = ("eval", "compare", "teacher-4", "plain=teacher-4-plain", *more, "-o", "x", "--prompts", "captions.txt")
+    done = gdmd(*arguments, "-n", "1", "--scorer", SCORERS[0])
     assert done.code == 2 and message in done.err and not Path("x").exists(), done.err
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (
             ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--scorer", SCORERS[0], "--reference", "b"],
@@ -456,9 +447,9 @@ def test_errors_before_the_first_image(gdmd: Gdmd, more: list[str], message: str
         ),
     ],
 )
-def test_bad_arguments(gdmd: Gdmd, words: list[str], message: str) -> None:
+def test_bad_arguments(gdmd: Gdmd, arguments: list[str], message: str) -> None:
     world(gdmd)
-    done = gdmd("eval", *words)
+    done = gdmd("eval", *arguments)
     assert done.code == 2 and message in done.err and "Traceback" not in done.err
 
 
@@ -480,24 +471,24 @@ def test_compare_pipelines_with_geneval(gdmd: Gdmd, tmp_path: Path) -> None:
     row = {"tag": "single_object", "prompt": "a photo of a dog", "include": [{"class": "dog", "count": 1}]}
     Path("prompts.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"prompt": "three dogs"}) + "\n")
     sources = [read_source(f"{n}={place},dtype=fp32,steps={n},height=32,width=32,batch=1") for n in ("1", "2")]
-    wanted = settings(prompts="prompts.jsonl", images=1)
-    content = compare(sources, wanted, Path("eval"), quiet)
+    options = settings(prompts="prompts.jsonl", images=1)
+    content = compare(sources, options, Path("eval"), quiet)
     assert json.loads(Path("eval/1/images/00000/metadata.jsonl").read_text()) == row
     found = content["rows"]["2"]
     assert found["seconds_per_image"] > 0 and found["against_first"][SCORERS[0]]["mean"] != 0
     scores = {"scores": {"overall": {"value": 0.5, "low": 0.25, "high": 0.75}}}
     images = Path("eval/2/images")
     (images / "geneval.json").write_text(json.dumps(scores | {"images": images_key(images)}))
-    compare(sources, wanted, Path("eval"), quiet)
+    compare(sources, options, Path("eval"), quiet)
     page = Path("eval/compare.html").read_text()
     assert "GenEval (HF detector) overall" in page and "0.500 [0.250, 0.750]" in page
     (images / "geneval.json").write_text(json.dumps(scores | {"images": "of another time"}))
-    said: list[str] = []
-    assert compare(sources, wanted, Path("eval"), said.append)["rows"]["2"]["geneval"] is None
-    assert any("holds scores of other images" in line for line in said)
+    logged: list[str] = []
+    assert compare(sources, options, Path("eval"), logged.append)["rows"]["2"]["geneval"] is None
+    assert any("holds scores of other images" in line for line in logged)
     other = read_source(f"1={place},dtype=fp32,steps=3,height=32,width=32")
     with pytest.raises(ValueError, match="another source .*steps"):
-        preference(other, wanted, Path("eval/1"), quiet)
+        preference(other, options, Path("eval/1"), quiet)
 
 
 @pytest.mark.parametrize(

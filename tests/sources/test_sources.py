@@ -1,4 +1,4 @@
-"""Sources of images: one interface, one noise per image, whoever makes it and in whatever batch."""
+"""Image sources: arguments, noise keyed by image, exports, pipelines and their errors."""
 
 from __future__ import annotations
 
@@ -33,16 +33,13 @@ DAMAGED = (
 
 def pixels(source: Source, texts: list[str], images: int = 2, batch: int = 100, seed: int = 5) -> torch.Tensor:
     slots = image_slots(texts, images)
-    made = [one for k in range(0, len(slots), batch) for one in source.generate(slots[k : k + batch], seed)]
-    return from_pil(made)
+    parts = (slots[k : k + batch] for k in range(0, len(slots), batch))
+    return from_pil([one for part in parts for one in source.generate(part, seed)])
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal up to one of the 256 levels: another batch, or another order of sums."""
     return bool(((a - b).abs() < 1.01 / 255).all())
-
-
-# ---------------------------------------------------------------- what is a source
 
 
 def test_source_with_settings() -> None:
@@ -73,7 +70,7 @@ def test_bad_source_arguments(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("runs/lr=1e-4", {"name": "lr=1e-4", "where": "runs/lr=1e-4"}),  # 1e-4 exists, too: the whole path wins
         ("runs/lr=1e-4/,checkpoint=best", {"name": "lr=1e-4", "where": "runs/lr=1e-4/", "checkpoint": "best"}),
@@ -90,13 +87,13 @@ def test_bad_source_arguments(text: str, message: str) -> None:
     ],
 )
 def test_paths_with_commas_and_equals_signs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, wanted: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: dict[str, Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("runs/lr=1e-4", "1e-4", "2e-4", "runs/a,b Ünï", "a,steps=4", "it's"):
         Path(folder).mkdir(parents=True)
     Path("p,q=r.safetensors").touch()
-    assert read_source(text).model_dump(exclude_unset=True) == wanted
+    assert read_source(text).model_dump(exclude_unset=True) == expected
 
 
 def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +131,6 @@ def test_pipeline_settings_of_a_run(gdmd: Gdmd) -> None:
         kind_of(read_source("run,steps=4"))
 
 
-# ---------------------------------------------------------------- Shapes
-
-
 def test_run_images_do_not_depend_on_the_batch(gdmd: Gdmd) -> None:
     gdmd.trained()
     source = open_source(read_source("run"))
@@ -159,21 +153,19 @@ def test_teacher_source(gdmd: Gdmd) -> None:
 def test_folder_source(gdmd: Gdmd) -> None:
     from PIL import Image
 
-    folder = gdmd.folder / "made"
+    folder = gdmd.folder / "images"
     folder.mkdir()
     (folder / "prompts.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}\n{"prompt": "a cat"}\n')
     for number, shade in enumerate((10, 20, 30)):
         Image.new("RGB", (4, 4), (shade, 0, 0)).save(folder / f"{number:05d}_0.png")
-    source = open_source(read_source("made"))
-    made = source.generate(image_slots(["a dog", "a cat", "a cat"], 1), seed=0)
-    assert [image.getpixel((0, 0))[0] for image in made] == [20, 10, 30]  # type: ignore[index]
+    source = open_source(read_source("images"))
+    images = source.generate(image_slots(["a dog", "a cat", "a cat"], 1), seed=0)
+    assert [image.getpixel((0, 0))[0] for image in images] == [20, 10, 30]  # type: ignore[index]
     with pytest.raises(ValueError, match="no images of the prompt 'a bird'"):
         source.check(["a bird"])
     with pytest.raises(ValueError, match="but image 2 is needed; add images, or ask for at most 1 with -n"):
         source.generate(image_slots(["a dog"], 2), seed=0)
 
-
-# ---------------------------------------------------------------- diffusers
 
 CAPTIONS = ["a photo of two red apples", "a blue ring"]
 
@@ -209,7 +201,7 @@ def pipeline(folders: Path, name: str) -> Path:
 
 
 def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[Any, Path]:
-    """A student that left its teacher: its lab, and its export without a training run."""
+    """A changed student: its components, and its export without a training run."""
     import tiny_pipelines as tiny
 
     from gdmd.config.run import RunConfig
@@ -238,7 +230,7 @@ def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[An
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"])
-def test_an_export_makes_the_images_of_its_run(folders: Path, tmp_path: Path, name: str) -> None:
+def test_export_round_trip(folders: Path, tmp_path: Path, name: str) -> None:
     from gdmd.recipes.open_run import student_row
     from gdmd.sources.runs import RunSource
 
@@ -246,9 +238,9 @@ def test_an_export_makes_the_images_of_its_run(folders: Path, tmp_path: Path, na
     (cfg, components), folder = exported(folders, name, tmp_path / "export")
     run = RunSource(SourceInfo(name, "run", "run"), components, student_row(cfg, components))
     source = open_source(read_source(str(folder)))
-    wanted = pixels(run, CAPTIONS)
-    assert close(pixels(source, CAPTIONS), wanted)
-    assert close(pixels(source, CAPTIONS, batch=1), wanted) and not torch.equal(wanted[0], wanted[1])
+    expected = pixels(run, CAPTIONS)
+    assert close(pixels(source, CAPTIONS), expected)
+    assert close(pixels(source, CAPTIONS, batch=1), expected) and not torch.equal(expected[0], expected[1])
     assert (source.info.kind, source.info.step, source.info.nfe) == ("export", 7, 4)
     assert source.info.trained == ("builtins:len",)
 
@@ -472,9 +464,6 @@ def test_unkeyed_noise(draw: Any) -> None:
         pixels(drawing(draw), CAPTIONS)
 
 
-# ---------------------------------------------------------------- a run, its evaluation and its export
-
-
 def test_real_run_end_to_end(folders: Path, gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
     import tiny_pipelines as tiny
     import yaml
@@ -507,8 +496,8 @@ def test_real_run_end_to_end(folders: Path, gdmd: Gdmd, monkeypatch: pytest.Monk
         assert mixed.code == 2 and "no prompts or scorers suit both" in mixed.err
     assert gdmd("export", "run", "-o", "before").code == 0
     assert "Not evaluated" in Path("before/README.md").read_text()
-    words = ("--prompts", "prompts.txt", "-n", "2", "--scorer", "test_sources:brightness")
-    done = gdmd("eval", "preference", "run", *words)
+    arguments = ("--prompts", "prompts.txt", "-n", "2", "--scorer", "test_sources:brightness")
+    done = gdmd("eval", "preference", "run", *arguments)
     assert done.code == 0 and "test_sources" in done.out, done.err
     Path("run/evaluation.json").write_text("{}")  # as an earlier version left it
     assert gdmd("report", "run").code == 0
@@ -559,8 +548,8 @@ def test_grid_of_several_sizes(gdmd: Gdmd) -> None:
     for k, size in enumerate([(80, 48), (30, 60)]):
         Image.new("RGB", size, (250, 0, 0)).save(f"images/00000_{k}.png")
     Path("images/prompts.jsonl").write_text('{"prompt": "a cat"}')
-    words = ("sample", "images", "-p", "a cat", "-n")
-    few = gdmd(*words, "5")
+    arguments = ("sample", "images", "-p", "a cat", "-n")
+    few = gdmd(*arguments, "5")
     assert few.code == 2 and "has 2 images of 'a cat'" in few.err and "ask for at most 2 with -n" in few.err
 
     def boxes(name: str) -> list[tuple[int, int]]:
@@ -570,6 +559,6 @@ def test_grid_of_several_sizes(gdmd: Gdmd) -> None:
         edges = (columns.diff().nonzero().flatten() + 1).tolist()
         return [(b - a, int(red[:, a:b].any(1).sum())) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
-    assert gdmd(*words, "2", "-o", "plain.png").code == 0 and boxes("plain.png") == [(80, 48), (30, 60)]
-    assert gdmd(*words, "2", "-o", "twice.png", "--scale", "2").code == 0
+    assert gdmd(*arguments, "2", "-o", "plain.png").code == 0 and boxes("plain.png") == [(80, 48), (30, 60)]
+    assert gdmd(*arguments, "2", "-o", "twice.png", "--scale", "2").code == 0
     assert boxes("twice.png") == [(160, 96), (60, 120)]

@@ -1,4 +1,4 @@
-"""Requests, plans and image folders of the preference study: whatever comes in, an answer below 500 and whole files."""
+"""Malformed requests, plans and image folders: a clear error, status below 500, and no partial files."""
 
 from __future__ import annotations
 

@@ -60,12 +60,12 @@ def test_always_left_is_bias_not_preference() -> None:
 
 
 def test_raters_who_fail_a_check_are_left_out() -> None:
-    def taste(rater: int, trial: Trial) -> str:
+    def answer(rater: int, trial: Trial) -> str:
         if rater == 3:
             return "tie"
         return str(prefers("ours")(rater, trial))
 
-    votes = votes_by(PLAN, taste)
+    votes = votes_by(PLAN, answer)
     found = analyze(PLAN, votes, replicates=200)
     assert [row.rater for row in found.raters if not row.used] == [3]
     assert found.pairs[0].ties == 0 and found.pairs[0].raters == 7
@@ -174,8 +174,8 @@ def test_plan_draws_shapes_models_from_the_same_noise(tmp_path: Path, capsys: py
     cfg = RunConfig(name="x", loop=LoopConfig(), model=DiffusersModel(path="a/b"), rewards=(ClipConfig(),))
     create(tmp_path / "real", cfg.model_dump(mode="json"), ["gdmd"])
     assert run("study", "plan", f"real={tmp_path / 'real'}", "teacher-4", "-o", str(tmp_path / "two"), *sizes) == 2
-    real, said = tmp_path / "real", capsys.readouterr().err
-    assert f"gdmd eval preference {real} --prompts FILE, and give real={real}/preference/images" in said
+    real, printed = tmp_path / "real", capsys.readouterr().err
+    assert f"gdmd eval preference {real} --prompts FILE, and give real={real}/preference/images" in printed
     assert not (tmp_path / "two").exists()
 
 

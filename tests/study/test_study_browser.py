@@ -1,4 +1,4 @@
-"""A rater's whole study in a real browser: consent, keyboard, zoom, resume, touch on a phone, a server that dies."""
+"""A rater's study in a real browser: consent, keyboard, zoom, resume, phone, lost server."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def at(number: int, total: int) -> str:
 
 
 def begin(browser: Browser, server: Server, token: str) -> None:
-    """Open a rater's link and agree where the page still asks: the tests of this file may run in any order."""
+    """Open a rater's link and agree if the page asks for it."""
     browser.open(f"{server.url}/#token={token}")
     browser.until("return !document.querySelector('#consent').hidden || !document.querySelector('#screen').hidden")
     if not browser.run("return document.querySelector('#consent').hidden"):

@@ -1,4 +1,4 @@
-"""kill -9 in the middle of voting: whatever was acknowledged is on disk, and nothing is there by half."""
+"""kill -9 during voting: every acknowledged answer is on disk, and no screen is stored partially."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gdmd.study.store import Store
 
 
 def rate(url: str, plan: Plan, rater: int, token: str, acknowledged: list[str]) -> None:
-    """Vote on screen after screen until the server is gone; note what it acknowledged."""
+    """Vote on screen after screen until the server is gone; record what it acknowledged."""
     with httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, trust_env=False) as client:
         try:
             client.post("/api/consent")

@@ -1,4 +1,4 @@
-"""The blind plan: balance, sides, repeats, checks; and what is read from image folders."""
+"""The blind plan (balance, sides, repeats, checks) and the image folders."""
 
 from __future__ import annotations
 
@@ -129,9 +129,9 @@ def test_common_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [(["a=x"], "at least two models"), (["a=x", "a=y"], "two models are called 'a'"), (["=x", "b=y"], "no name")],
 )
-def test_bad_model_arguments(arguments: list[str], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_bad_model_arguments(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         named_folders(arguments)
