@@ -1,6 +1,6 @@
 """Draws the figures of docs/guides/human-study.md: ``python docs/figures/study.py STUDY`` with a study of Shapes models.
 
-    gdmd study plan "50 steps, guided=teacher" "4 steps, guided=teacher-4" "4 steps, plain=teacher-4-plain" \\
+    gdmd study plan "50 guided steps=teacher" "4 guided steps=teacher-4" "4 plain steps=teacher-4-plain" \\
         -o STUDY --raters 12 --pairs 45
 
 The votes are simulated: alignment follows the checker's partial credit of the two images, quality the preference
@@ -13,6 +13,7 @@ import math
 import random
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from webdriver import Browser  # noqa: E402
 
 from gdmd.config.run import ShapesReward  # noqa: E402
 from gdmd.data.prompts import batch_of  # noqa: E402
-from gdmd.recipes.build_rewards import build_rewards
+from gdmd.recipes.build_rewards import build_rewards  # noqa: E402
 from gdmd.rewards.preprocessing import from_pil  # noqa: E402
 from gdmd.study.analyze import analyze  # noqa: E402
 from gdmd.study.records import IMAGES, LINKS, VOTES, Plan, Trial, read_plan, votes_of  # noqa: E402
@@ -100,6 +101,7 @@ def main() -> None:
         window.open(f"{server.url}/#token={token}")
         window.until(READY, 60)
         window.press("left", "down")
+        time.sleep(2)  # the page fades in
         window.picture(FOLDER / "study_page.png")
         window.send("POST", window.session + "/window/rect", {"width": 1180, "height": 1290})
         window.open(page.resolve().as_uri())
