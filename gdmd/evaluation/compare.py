@@ -203,8 +203,7 @@ def _against(own: Mapping[str, Scores], first: Mapping[str, Scores]) -> dict[str
 def _prompt_set(options: EvalOptions) -> PromptSet:
     if options.prompts is not None:
         return read_prompt_set(options.prompts, options.images, options.seed, options.limit, options.column)
-    texts = tuple(catalog().captions[row].text for row in fixed_rows("eval", options.per_task).tolist())
-    texts = texts[: options.limit]
+    texts = catalog().texts(fixed_rows("eval", options.per_task))[: options.limit]
     return PromptSet(
         "the Shapes evaluation set", texts, tuple({"prompt": t} for t in texts), options.images, options.seed
     )
