@@ -13,7 +13,7 @@ import typer
 from gdmd.cli.common import Json, log, messages, print_json
 
 if TYPE_CHECKING:
-    from gdmd.sweep.pool import Outcome, Say, Show
+    from gdmd.sweep.pool import Log, Outcome, Show
     from gdmd.sweep.spec import Sweep
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sweep config: a shipped one's name, or a .yaml file.")]
@@ -61,8 +61,8 @@ def sweep_command(
     selected(plan(sweep), only or [])  # report a wrong pattern before anything is written
     outcome = Outcome(where)
     if not pages_only:
-        with _progress() as (say, show):
-            outcome = run_sweep(sweep, config, where, jobs or _cores(), only or [], say, show)
+        with _progress() as (write, show):
+            outcome = run_sweep(sweep, config, where, jobs or _cores(), only or [], write, show)
     _report(sweep, config, outcome, pages_only=pages_only, json=json)
     raise typer.Exit(outcome.exit_code)
 
@@ -81,7 +81,7 @@ def _report(sweep: Sweep, source: str, outcome: Outcome, *, pages_only: bool, js
 
 
 @contextmanager
-def _progress() -> Iterator[tuple[Say, Show]]:
+def _progress() -> Iterator[tuple[Log, Show]]:
     """A bar below the messages on a terminal (runs done, time left, what is running); messages only elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

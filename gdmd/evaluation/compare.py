@@ -133,13 +133,14 @@ def _measured(
         generate_images(_opened(source, options), prompt_set, own) for source, own in zip(sources, folders, strict=True)
     ]
     scores = [score(one, prompt_set, own, specs, rewards, log) for one, own in zip(generated, folders, strict=True)]
-    extra = _by_task(generated, folders, prompt_set, shapes, log)
-    if make and name:
-        reference = _reference(make, prompt_set, real, shapes)
-        extra = [
-            row | feature_measures(one, prompt_set, make, name, reference)
-            for one, row in zip(generated, extra, strict=True)
-        ]
+    with phase("measuring the images", plain=False):
+        extra = _by_task(generated, folders, prompt_set, shapes, log)
+        if make and name:
+            reference = _reference(make, prompt_set, real, shapes)
+            extra = [
+                row | feature_measures(one, prompt_set, make, name, reference)
+                for one, row in zip(generated, extra, strict=True)
+            ]
     rows = []
     for one, own, more in zip(generated, scores, extra, strict=True):
         row = summary(one, prompt_set, own) | more
@@ -202,8 +203,7 @@ def _against(own: Mapping[str, Scores], first: Mapping[str, Scores]) -> dict[str
 def _prompt_set(options: EvalOptions) -> PromptSet:
     if options.prompts is not None:
         return read_prompt_set(options.prompts, options.images, options.seed, options.limit, options.column)
-    texts = tuple(catalog().captions[row].text for row in fixed_rows("eval", options.per_task).tolist())
-    texts = texts[: options.limit]
+    texts = catalog().texts(fixed_rows("eval", options.per_task))[: options.limit]
     return PromptSet(
         "the Shapes evaluation set", texts, tuple({"prompt": t} for t in texts), options.images, options.seed
     )

@@ -40,7 +40,7 @@ _VERSION = "2"
 
 def grid_captions(per_task: int = 2) -> tuple[str, ...]:
     """The captions of the sample grids, from every task of the evaluation set."""
-    return tuple(catalog().captions[row].text for row in fixed_rows("eval", per_task).tolist())
+    return catalog().texts(fixed_rows("eval", per_task))
 
 
 def grid_hook(components: Components, cfg: RunConfig) -> Callable[[int, Path | None], None]:
@@ -105,15 +105,20 @@ def measure_named(
 
 def finish_run(cfg: RunConfig, folder: Path, components: Components, step: int) -> tuple[Row, Path]:
     """After training: measure the EMA student, compare it with the teacher from the same noise, write report.html."""
-    saved = checkpoint.load_chosen(folder / "checkpoints", str(step))
-    assert saved is not None
-    load_ema(components, saved)
+    load_student(components, folder, step)
     student = student_row(cfg, components)
     key = row_key(cfg, student, checkpoint_content(folder, step))
     row = measure(cfg, components, student, step=step)
     save_rows(folder, dict(read_rows(folder)) | {student.name: dict(row) | {"key": key}})
     compare(folder / "grids", cfg, components, (teacher_row(cfg, components, "teacher"), student))
     return row, report_run(folder)
+
+
+def load_student(components: Components, folder: Path, step: int) -> None:
+    """Load the EMA student of this step of a run. RunError if its checkpoint is damaged."""
+    saved = checkpoint.load_chosen(folder / "checkpoints", str(step))
+    assert saved is not None
+    load_ema(components, saved)
 
 
 def compare(folder: Path, cfg: RunConfig, components: Components, samplers: Sequence[Sampler]) -> SameNoise:

@@ -20,15 +20,14 @@ from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.generate import Sampler
 from gdmd.evaluation.run_report import Provenance, read_rows, save_rows, write_report
-from gdmd.evaluation.runs import Row, compare, measure, row_key
+from gdmd.evaluation.runs import Row, compare, load_student, measure, row_key
 from gdmd.io import typed
 from gdmd.programs.train import run_training
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.contents import checkpoint_content
-from gdmd.recipes.open_run import load_ema, student_row, teacher_row
+from gdmd.recipes.open_run import student_row, teacher_row
 from gdmd.recipes.run_folders import TEACHERS
 from gdmd.reporting.progress_bar import phase
-from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import Run, check_same_config, create, open_run, read_facts, read_metrics
 
 METHODS = ("dmd", "gdmd")
@@ -91,7 +90,7 @@ def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
             again = f"gdmd demo --run {typed(folder)}"
             console.print(f"stopped and saved; continue with: {again}", markup=False, highlight=False, soft_wrap=True)
             return Demo(folder, time.perf_counter() - began, signal=trained.end.signal)
-        _load(components[name], runs[name], trained.end.step)
+        load_student(components[name], runs[name].path, trained.end.step)
         samplers.append(student_row(cfg, components[name], name.upper()))
         weights = checkpoint_content(runs[name].path, trained.end.step)
         stages.row(cfg, components[name], samplers[-1], trained.end.step, weights)
@@ -134,13 +133,6 @@ def _run(folder: Path, cfg: RunConfig) -> Run:
         check_same_config(run, config)
         return run
     return create(folder, config, sys.argv)
-
-
-def _load(components: Components, run: Run, step: int) -> None:
-    """Load the EMA student of this step. RunError if its checkpoint is damaged."""
-    saved = checkpoint.load_chosen(run.checkpoints, str(step))
-    assert saved is not None
-    load_ema(components, saved)
 
 
 def _report(

@@ -35,6 +35,7 @@ class RunSource:
 
     def __init__(self, info: SourceInfo, components: Components, sampler: Sampler) -> None:
         self.info, self.components, self.sampler = info, components, sampler
+        self.device = next(iter(components.roles.parameters("student").values())).device
 
     @classmethod
     def open(cls, cfg: SourceConfig) -> RunSource:
@@ -75,7 +76,6 @@ class RunSource:
 
     @torch.no_grad()
     def generate(self, slots: Sequence[ImageSlot], seed: int) -> list[Image]:
-        device = next(iter(self.components.roles.parameters("student").values())).device
-        rng = SampleRng(seed, 0, torch.tensor([slot.key for slot in slots], device=device))
+        rng = SampleRng(seed, 0, torch.tensor([slot.key for slot in slots], device=self.device))
         latents = self.sampler.latents([slot.text for slot in slots], rng)
         return to_images(self.components.codec.decode(latents).float(), self.info.name)

@@ -42,8 +42,8 @@ def _draws(path: Path) -> bool:
 def _captions(per_task: int) -> Prompts:
     from gdmd.shapes.grammar import TASKS, catalog, fixed_rows
 
-    captions = [catalog().captions[row].text for row in fixed_rows("eval", per_task).tolist()]
-    return [(text, TASKS[place // per_task]) for place, text in enumerate(captions)]
+    captions = catalog().texts(fixed_rows("eval", per_task))
+    return [(text, TASKS[number // per_task]) for number, text in enumerate(captions)]
 
 
 def _draw(cfg: SourceConfig, prompts: Prompts, count: int, seed: int, folder: Path) -> None:

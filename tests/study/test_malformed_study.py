@@ -63,7 +63,7 @@ def votes(client: Any) -> str:
     return client.get("/api/votes.csv", headers={"authorization": f"Bearer {ADMIN}"}).text
 
 
-BALLOT = b'{"trial": "00", "answers": {"overall": "left"}, "elapsed_ms": 5}'
+VOTE = b'{"trial": "00", "answers": {"overall": "left"}, "elapsed_ms": 5}'
 BITS = st.sampled_from(
     [b'"\\ud800": 1, ', b"\xff", b"[" * 3000, b"9" * 5000, b"1e999", b"NaN", b"null", b"\0", b'"x": ', b"{", b"}", b"-1"]
 ) | st.binary(max_size=4)  # fmt: skip
@@ -73,7 +73,7 @@ TOKENS = st.sampled_from([b"Bearer " + TOKEN.encode(), b"Bearer " + OTHER.encode
 
 @CASES
 @given(
-    body=mutated([BALLOT], BITS) | st.binary() | st.just(b"x" * 9000),
+    body=mutated([VOTE], BITS) | st.binary() | st.just(b"x" * 9000),
     path=st.sampled_from(PATHS) | st.text("az./%0?#\\~", max_size=12).map(lambda text: f"/api/{text}"),
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"]),
     token=TOKENS | st.binary(max_size=8).filter(lambda value: b"\n" not in value and b"\r" not in value),
@@ -90,7 +90,7 @@ def test_any_request(body: bytes, path: str, method: str, token: bytes, client: 
 
 
 @CASES
-@given(body=mutated([BALLOT], BITS) | st.binary())
+@given(body=mutated([VOTE], BITS) | st.binary())
 def test_malformed_vote(body: bytes, client: Any) -> None:
     headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
     answer = client.post("/api/vote", content=body, headers=headers)
@@ -99,7 +99,7 @@ def test_malformed_vote(body: bytes, client: Any) -> None:
 
 def test_unknown_fields_are_not_echoed(client: Any) -> None:
     for name in (r"\ud800", NASTY.replace('"', "'")):
-        body = BALLOT.replace(b"{", b'{"' + name.encode() + b'": 1, ', 1)
+        body = VOTE.replace(b"{", b'{"' + name.encode() + b'": 1, ', 1)
         answer = client.post("/api/vote", content=body, headers={"authorization": f"Bearer {TOKEN}"})
         assert answer.status_code == 422 and "<" not in answer.text and "ud800" not in answer.text
 
