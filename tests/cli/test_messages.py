@@ -115,7 +115,7 @@ def test_bad_overrides(gdmd: Gdmd, override: str, message: str) -> None:
         (
             ["rewards=[{kind:"],
             "override 'rewards=[{kind:': line 1, column 8: expected the node content, but found '<stream end>' (while "
-            "parsing a flow node); the shell cuts words at spaces: put the whole word into quotes, like 'rewards=[...]'",
+            "parsing a flow node); the shell splits arguments at spaces: put the whole argument in quotes, like 'rewards=[...]'",
         ),
     ],
 )
@@ -151,6 +151,10 @@ def test_all_errors_at_once(gdmd: Gdmd) -> None:
             "unknown recipe 'sdxl'; did you mean 'sdxl_gdmd', 'sdxl_dmd' or 'sdxl_dmd2'? `gdmd recipes` lists them",
         ),
         (["plan", "qqq"], "unknown recipe 'qqq'; `gdmd recipes` lists them"),
+        (
+            ["train", "sdxl_gdmd"],
+            "prompts.file is not set: a real model needs a file of prompts, for example prompts.txt",
+        ),
         (["sweep", "headlin"], "unknown sweep 'headlin'; did you mean 'headline'? Or give a .yaml file"),
         (
             ["eval", "preference", "teacher", "--scorer", "clipp", "-o", "x"],
