@@ -97,7 +97,7 @@ class PickScoreConfig(NetworkReward):
 
 
 class ImageRewardConfig(NetworkReward):
-    """RealRewardConfig v1: a standardized score, about -3 to 3."""
+    """ImageReward v1: a standardized score, about -3 to 3."""
 
     kind: Literal["imagereward"] = "imagereward"
     path: str | None = Field(
