@@ -115,7 +115,7 @@ def test_bad_overrides(gdmd: Gdmd, override: str, message: str) -> None:
         (
             ["rewards=[{kind:"],
             "override 'rewards=[{kind:': line 1, column 8: expected the node content, but found '<stream end>' (while "
-            "parsing a flow node); the shell splits arguments at spaces: put the whole argument in quotes, like 'rewards=[...]'",
+            "parsing a flow node); the shell splits at spaces: put the whole argument in quotes, like 'rewards=[...]'",
         ),
     ],
 )
