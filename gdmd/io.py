@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import hashlib
+import ipaddress
 import json
 import math
 import os
@@ -309,3 +310,11 @@ def content_hash(*parts: str | bytes) -> str:
         raw = part.encode("utf-8", errors="surrogatepass") if isinstance(part, str) else part
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return digest.hexdigest()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address. Of all host names, only localhost counts."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

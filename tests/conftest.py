@@ -10,6 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from cli_world import gdmd, shared_assets  # noqa: F401
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start

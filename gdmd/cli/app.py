@@ -1,4 +1,4 @@
-"""The ``gdmd`` program: words -> recipe -> call. Nothing here imports torch before it is needed."""
+"""The ``gdmd`` program: arguments -> recipe -> call. Nothing here imports torch before it is needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from gdmd.cli import evaluate, export, info, latents, profile, sweep, train
-from gdmd.cli.geneval import eval_app
+from gdmd.cli.common import SETTINGS
 from gdmd.cli.plan import plan_command
 from gdmd.cli.rewards import rewards_app
 from gdmd.cli.study import study_app
@@ -24,35 +24,35 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings=SETTINGS,
 )
-app.command("train")(train.train_command)
-app.command("plan")(plan_command)
-app.command("latents")(latents.latents_command)
-app.command("demo")(train.demo_command)
-app.command("sweep")(sweep.sweep_command)
-app.add_typer(eval_app, name="eval")
-app.command("sample")(evaluate.sample_command)
-app.command("report")(evaluate.report_command)
-app.command("export")(export.export_command)
-app.command("recipes")(info.recipes_command)
-app.command("profile")(profile.profile_command)
-app.command("doctor")(info.doctor_command)
-app.command("pretrain")(info.pretrain_command)
-app.add_typer(rewards_app, name="rewards")
+app.command("demo", short_help="Distill two Shapes students and compare them (8 minutes).")(train.demo_command)
+app.command("train", short_help="Train a recipe.")(train.train_command)
+app.command("recipes", short_help="List the recipes, or print one.")(info.recipes_command)
+app.command("plan", short_help="Estimate memory and speed before loading a model.")(plan_command)
+app.command("profile", short_help="Measure the speed of a recipe on this machine.")(profile.profile_command)
+app.command("latents", short_help="Encode the real images of a recipe once, for DMD2.")(latents.latents_command)
+app.command("sample", short_help="Generate images from prompts.")(evaluate.sample_command)
+app.command("report", short_help="Write report.html of a run.")(evaluate.report_command)
+app.command("export", short_help="Export a student for diffusers and ComfyUI.")(export.export_command)
+app.add_typer(evaluate.eval_app, name="eval", short_help="ShapesEval, reward scores, comparisons, GenEval.")
+app.command("sweep", short_help="Compare training methods over seeds and budgets.")(sweep.sweep_command)
 app.add_typer(study_app, name="study")
+app.add_typer(rewards_app, name="rewards")
+app.command("pretrain", short_help="Train the networks of the Shapes world again.")(info.pretrain_command)
+app.command("doctor", short_help="Check the installation.")(info.doctor_command)
 
 BAD_INPUT, NOT_FINITE, RANK_LOST, INTERRUPTED = 2, 3, 4, 130
 _PIPELINES = (
     *("stable_diffusion.pipeline_stable_diffusion", "stable_diffusion_xl.pipeline_stable_diffusion_xl"),
     *("stable_diffusion_3.pipeline_stable_diffusion_3", "flux.pipeline_flux"),
 )
-QUIETER = (
+FILTERED_LOGGERS = (
     *("transformers.utils.import_utils", "diffusers.loaders.peft", "diffusers.loaders.lora_base"),
     "diffusers.pipelines.pipeline_utils",
     *("transformers.tokenization_utils_base", *(f"diffusers.pipelines.{name}" for name in _PIPELINES)),
 )
-"""Loggers of libraries that are asked for the warnings worth saying only."""
+"""Library loggers whose expected warnings are dropped (``_should_log``)."""
 
 
 def _version(asked: bool) -> None:
@@ -65,35 +65,37 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    """Few-step text-to-image students by distribution matching and gradient-based rewards (arXiv 2604.19009).
+    """Distill text-to-image models to a few steps with reward-guided distribution matching (arXiv 2604.19009).
 
     \b
     Examples:
       gdmd demo                            distill two 4-step students of Shapes
-      gdmd train shapes method.gamma=0.5   train a recipe, one field overridden
+      gdmd train shapes method.gamma=0.5   train a recipe with one field changed
       gdmd sample runs/shapes-seed0 --prompt "a red circle and a blue ring"
 
     \b
     Exit codes: 0 done, 2 bad input, 3 a loss or gradient was not finite,
-    4 one of several ranks hung or was lost, 130 Ctrl-C, 143 SIGTERM.
+    4 a rank hung or was lost, 130 Ctrl-C, 143 SIGTERM.
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit; what the user can mend is one clear message on stderr, without a traceback."""
-    for name in QUIETER:
-        logging.getLogger(name).addFilter(_worth_saying)
+    """Run the program and exit. Mistakes of the user are one message on stderr, without a traceback."""
+    for name in FILTERED_LOGGERS:
+        logging.getLogger(name).addFilter(_should_log)
     ours = logging.getLogger("gdmd")
-    if not any(isinstance(handler, Notes) for handler in ours.handlers):
-        ours.addHandler(Notes())
+    if not any(isinstance(handler, NoteHandler) for handler in ours.handlers):
+        ours.addHandler(NoteHandler())
     try:
-        words = [_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-        code = app(args=words, prog_name="gdmd", standalone_mode=False)
+        given = [_expand_home(one) for one in (sys.argv[1:] if arguments is None else arguments)]
+        code = app(args=given, prog_name="gdmd", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except typer.TyperException as error:
-        sys.exit(_misused(error))
+        sys.exit(_show_usage_error(error))
     except ValueError as error:
         report(error)
         sys.exit(exit_code(error))
@@ -102,65 +104,64 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
 
 
-def _home(word: str) -> str:
-    """~/FOLDER and --option=~/FOLDER below the home folder: shells leave the second, and notebooks both, as they are."""
-    found = re.fullmatch(r"(--[\w-]+=)?(~/.*)", word, re.DOTALL)
-    return (found[1] or "") + os.path.expanduser(found[2]) if found else word
+def _expand_home(argument: str) -> str:
+    """Expand ~/FOLDER and --option=~/FOLDER: shells do not expand the second, notebooks neither."""
+    found = re.fullmatch(r"(--[\w-]+=)?(~/.*)", argument, re.DOTALL)
+    return (found[1] or "") + os.path.expanduser(found[2]) if found else argument
 
 
-class Notes(logging.Handler):
-    """Warnings of the package on stderr, one line each; among several ranks only rank 0 speaks."""
+class NoteHandler(logging.Handler):
+    """Warnings of the package on stderr, one line each, from rank 0 only."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if _first():
+        if _is_main():
             print(f"note: {record.getMessage()}", file=sys.stderr)
 
 
-def _misused(error: Any) -> int:
-    """Print what is wrong with the arguments, or the help if there were none; return the exit code."""
+def _show_usage_error(error: Any) -> int:
+    """Print what is wrong with the arguments, or the help if there are none; return the exit code."""
     error.message = error.message.replace("Value error, ", "")  # typer repeats pydantic's label of a ValueError
     error.show()
     return int(error.exit_code)
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
-    """Not what is so by design.
+def _should_log(record: logging.LogRecord) -> bool:
+    """False for warnings about expected conditions.
 
-    That image processors want torchvision: diffusers loads them with a pipeline, and nothing here uses them. That a
-    LoRA of the denoiser holds nothing for the text encoders (one that changes no layer is refused elsewhere). That a
-    prompt is cut off: gdmd counts these prompts, once. That a merged pipeline is saved without a component that the run
-    left out, such as T5.
+    These are: image processors that want torchvision (loaded with a pipeline, but not used); a LoRA without layers for
+    the text encoders (one that changes no layer at all is an error elsewhere); truncated prompts (gdmd reports them once);
+    a merged pipeline saved without a component that the run left out, such as T5.
     """
-    said = record.getMessage()
-    absent = said.startswith("self.") and said.endswith("=None of type <class 'NoneType'> cannot be saved.")
-    beginnings = ("No LoRA keys associated to", "Token indices sequence length", "The following part of your input was")
-    return not ("requires torchvision" in said or said.startswith(beginnings) or absent)
+    text = record.getMessage()
+    absent = text.startswith("self.") and text.endswith("=None of type <class 'NoneType'> cannot be saved.")
+    expected = ("No LoRA keys associated to", "Token indices sequence length", "The following part of your input was")
+    return not ("requires torchvision" in text or text.startswith(expected) or absent)
 
 
 def report(error: ValueError) -> None:
-    """Print it on stderr. What all ranks know is said by rank 0 alone."""
+    """Print an error on stderr; one that every rank has is printed by rank 0 only."""
     known = _is(error, "gdmd.training.role_state", "NonFiniteError")
-    if _is(error, "gdmd.training.distributed", "OtherRankError") or (known and not _first()):
+    if _is(error, "gdmd.training.distributed", "OtherRankError") or (known and not _is_main()):
         return
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
 
 
 def exit_code(error: ValueError) -> int:
-    """What the program exits with after this error."""
+    """The exit code for an error."""
     if _is(error, "gdmd.training.role_state", "NonFiniteError"):
         return NOT_FINITE
     return RANK_LOST if _is(error, "gdmd.training.distributed", "RanksError") else BAD_INPUT
 
 
-def _first() -> bool:
+def _is_main() -> bool:
     try:
         return rank_info().is_main
-    except ValueError:  # the seat itself is what is wrong
+    except ValueError:  # the rank's environment variables are what is wrong
         return True
 
 
 def _is(error: ValueError, module: str, name: str) -> bool:
-    """Whether it is of a class that is known only with torch. If it is, the module is there and is not imported."""
+    """isinstance without importing the class's module, which needs torch: an instance implies that it is loaded."""
     found = sys.modules.get(module)
     return found is not None and isinstance(error, getattr(found, name))

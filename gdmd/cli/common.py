@@ -1,8 +1,9 @@
-"""What the commands share: option types, the console for people (stderr), and JSON for machines (stdout)."""
+"""What the commands share: option types, messages for people (stderr) and JSON for machines (stdout)."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,21 +15,43 @@ from gdmd.training.rank import rank_info
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gdmd.config.run import RunConfig
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+"""Of typer, for the program and every group of commands."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout; messages go to stderr.")]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="The run folder; default: below ./runs.")]
-
-Which = Annotated[
+Arguments = Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Recipe and overrides.")]
+Checkpoint = Annotated[
     str, typer.Option("--checkpoint", metavar="best|last|STEP", help="Which checkpoint of a run; default: its newest.")
 ]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="[NAME=]WHERE[,key=value ...]: see gdmd sample.")]
+ImagesPerPrompt = Annotated[int, typer.Option("--images", "-n", min=1, max=4096, help="Images per prompt.")]
+NoiseSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")]
 
 
 def messages() -> Console:
-    """Where people read: stderr, so that stdout is free for results. Among several ranks only rank 0 speaks."""
+    """The console for people: stderr, so that stdout is free for results. Only rank 0 prints."""
     from rich.console import Console
 
     return Console(stderr=True, quiet=not rank_info().is_main)
 
 
+def log(text: str) -> None:
+    """Print a message to ``messages``, as it is."""
+    messages().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
-    """One JSON object on stdout; what was not measured (NaN) is null, so that every reader can parse it."""
+    """Print one JSON object to stdout; NaN (not measured) becomes null, so that every parser can read it."""
     print(json.dumps(finite_or_none(value), indent=2, allow_nan=False))
+
+
+def recipe_of(arguments: Sequence[str]) -> RunConfig:
+    """The recipe that comes first, with the KEY=VALUE overrides that follow."""
+    from gdmd.recipes.read import read_recipe
+
+    if "=" in arguments[0]:
+        raise ValueError(f"name a recipe before {arguments[0]!r}; `gdmd recipes` lists them")
+    return read_recipe(arguments[0], arguments[1:])

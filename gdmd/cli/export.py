@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import Json, Which, messages, print_json
+from gdmd.cli.common import Checkpoint, Json, log, print_json
 
 
 class Dtype(StrEnum):
-    """Precisions of a merged pipeline."""
+    """Precision of a merged pipeline."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -23,19 +23,15 @@ def export_command(
     folder: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write; default: RUN/export or RUN/export-merged.")
     ] = None,
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Write the whole pipeline with the student merged in.")
-    ] = False,
-    averaged: Annotated[
-        bool, typer.Option("--ema/--no-ema", help="The EMA of the student, or its last weights.")
-    ] = True,
-    which: Which = "last",
+    merged: Annotated[bool, typer.Option("--merged", help="The whole pipeline with the student merged in.")] = False,
+    averaged: Annotated[bool, typer.Option("--ema/--no-ema", help="The EMA student, or its last weights.")] = True,
+    which: Checkpoint = "last",
     base: Annotated[
         str | None, typer.Option("--base", help="The base model, if it has moved: folder or hub id.")
     ] = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option("--dtype", help="Precision of a merged pipeline; bf16 may round away the changes of a short run."),
+        typer.Option("--dtype", help="Precision of a merged pipeline; bf16 may round away a short run's changes."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -46,7 +42,7 @@ def export_command(
       gdmd export runs/sdxl-seed0
       gdmd export runs/sdxl-seed0 --merged --dtype fp32 -o my-four-step-sdxl
       gdmd export runs/sdxl-seed0 --base /elsewhere/sdxl-base
-      gdmd export runs/sdxl-seed0 --checkpoint best           by loop.best_metric, or a step
+      gdmd export runs/sdxl-seed0 --checkpoint best
     """
     from gdmd.recipes.run_folders import config_of
 
@@ -59,4 +55,4 @@ def export_command(
         print_json({"files": [str(file) for file in files]})
         return
     for file in files:
-        messages().print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+        log(f"wrote {file}")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import Json, messages, print_json
+from gdmd.cli.common import Json, log, messages, print_json
 
 
 class Network(StrEnum):
@@ -22,7 +22,7 @@ class Network(StrEnum):
 
 
 def recipes_command(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A recipe, or a .yaml file.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A recipe or a .yaml file.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
     json: Json = False,
 ) -> None:
@@ -32,7 +32,7 @@ def recipes_command(
     Examples:
       gdmd recipes
       gdmd recipes shapes
-      gdmd recipes sdxl_gdmd > mine.yaml      a copy to edit; train it with gdmd train mine.yaml
+      gdmd recipes sdxl_gdmd > mine.yaml      a copy to edit and train
     """
     from gdmd.recipes.read import read_recipe, recipe_names
 
@@ -74,7 +74,9 @@ def _entries(texts: Mapping[str, str]) -> Iterator[str]:
 
 
 def doctor_command(json: Json = False) -> None:
-    """Check the installation: versions, device, shipped networks, one training step. Exit code 2 if a check fails.
+    """Check the installation: versions, device, shipped networks, one training step.
+
+    The exit code is 2 if a check fails.
 
     \b
     Examples:
@@ -95,19 +97,18 @@ def doctor_command(json: Json = False) -> None:
 
 
 def pretrain_command(
-    network: Annotated[Network, typer.Argument(help="The network to train.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default: as the shipped one.")] = None,
+    network: Annotated[Network, typer.Argument(help="What to train.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default: as the shipped network.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of weights and data; default: as the shipped one.")
+        int | None, typer.Option(min=0, help="Seed of weights and data; default: as the shipped network.")
     ] = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the .safetensors files.")] = Path("pretrained"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
-    kind: Annotated[list[str] | None, typer.Option(help="scorers: train only this one; repeat for several.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="scorers: train only this one; may be repeated.")] = None,
 ) -> None:
-    """Train the networks of the Shapes world from scratch: the VAE, the teacher (needs the VAE), the three scorers.
+    """Train the networks of the Shapes world again: the VAE, the teacher or the three scorers.
 
-    The teacher uses FOLDER/shapes_vae.safetensors if there is one, else the shipped VAE. To continue an interrupted
-    training, repeat the command with --resume. To use the result:
+    The teacher uses FOLDER/shapes_vae.safetensors if it exists, else the shipped VAE. Use the result with, for example,
     `gdmd train shapes model.teacher=pretrained/shapes_teacher.safetensors`.
 
     \b
@@ -121,6 +122,5 @@ def pretrain_command(
         raise ValueError(f"--kind selects a scorer, but the network to train is {network.value}; leave it out")
     from gdmd.programs.pretrain import pretrain
 
-    console = messages()
-    for path in pretrain(network.value, steps, seed, folder, resume, kind or [], console):
-        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    for path in pretrain(network.value, steps, seed, folder, resume, kind or [], messages()):
+        log(f"wrote {path}")

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import Json, print_json
+from gdmd.cli.common import Arguments, Json, print_json, recipe_of
 
 
 def plan_command(
-    arguments: Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Recipe and overrides.")],
+    arguments: Arguments,
     gpu: Annotated[str, typer.Option("--gpu", help="A GPU of the table: h100, a100-80, rtx4090, ...")] = "h100",
     gpus: Annotated[
         str | None,
@@ -23,25 +23,21 @@ def plan_command(
     ] = 0.4,
     json: Json = False,
 ) -> None:
-    """Estimate memory by role, forward passes, FLOP and speed of a recipe, and whether it fits, before anything is loaded.
+    """Estimate the memory, forward passes, FLOP and speed of a recipe without loading any weights.
 
-    Weights and activations are counted on the real architecture, with fake tensors. A folder's own configs are used;
-    for a hub id, the known config of that model. Speed and several GPUs are estimates.
+    Memory is counted by role on the real architecture, with fake tensors: from the configs of a local model folder, or
+    the known config of a hub id. Speed and several GPUs are estimates.
 
     \b
     Examples:
       gdmd plan sdxl_gdmd --gpu rtx4090
-      gdmd plan sdxl_gdmd model.height=512 model.width=512 loop.batch_size=4 --gpu rtx4090
+      gdmd plan sdxl_gdmd model.height=512 model.width=512 --gpu rtx4090
       gdmd plan sd3_gdmd model.path=/models/sd3 --gpus table
       gdmd plan shapes --json
     """
     from gdmd.plan.cost_model import gpu_of
-    from gdmd.recipes.read import read_recipe
 
-    if "=" in arguments[0]:
-        raise ValueError(f"name a recipe before {arguments[0]!r}; `gdmd recipes` lists them")
-    card = gpu_of(gpu)
-    cfg = read_recipe(arguments[0], arguments[1:])
+    card, cfg = gpu_of(gpu), recipe_of(arguments)
     from gdmd.plan.estimate import counts_of, plan
 
     counts = counts_of(gpus)

@@ -6,20 +6,19 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import Json, print_json
+from gdmd.cli.common import Arguments, Json, print_json, recipe_of
 
 
 def profile_command(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, or a .yaml file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
+    arguments: Arguments,
     iterations: Annotated[int, typer.Option(min=1, help="Measured outer iterations, after one to warm up.")] = 8,
     json: Json = False,
 ) -> None:
-    """Measure a recipe on this machine: forward passes, FLOP, where the time goes, images/s, memory. Writes nothing.
+    """Measure the speed of a recipe on this machine: forward passes, FLOP, time, images/s, memory.
 
-    Passes are denoiser forwards in units of the batch (F); a backward counts two, or one through a frozen base model.
-    Overhead is the time of an iteration without its optimizer over that of its network calls, backward passes and
-    scoring. Host syncs need a GPU. Set loop.threads=1 on a shared machine.
+    Passes are denoiser forward passes of one batch; a backward pass counts as two, or as one through a frozen base model.
+    Overhead is the time of an iteration without its optimizer, relative to its network calls, backward passes and scoring.
+    Host syncs need a GPU. Use loop.threads=1 on a shared machine. Nothing is written.
 
     \b
     Examples:
@@ -27,9 +26,7 @@ def profile_command(
       gdmd profile shapes_smoke loop.threads=1 --iterations 3
       gdmd profile dmd2 loop.batch_size=32 --json > dmd2.json
     """
-    from gdmd.recipes.read import read_recipe
-
-    cfg = read_recipe(recipe, overrides or [])
+    cfg = recipe_of(arguments)
     from gdmd.profiling.profiler import Profiler, describe, measure
 
     measured = measure(Profiler(cfg), iterations)

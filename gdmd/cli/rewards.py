@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import Json, messages, print_json
+from gdmd.cli.common import SETTINGS, Json, log, print_json
 
 rewards_app = typer.Typer(
     no_args_is_help=True,
     help="Reward models: list, fetch, convert, serve.",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings=SETTINGS,
 )
 Kind = Annotated[
     str, typer.Argument(metavar="KIND", help="clip, hps, hps_v2, pickscore, imagereward, aesthetic or ocr.")
@@ -44,7 +44,7 @@ def list_command(json: Json = False) -> None:
         print(f"{'':12} range {row['range']}; {row['weights']}; {ready}")
 
 
-@rewards_app.command("fetch")
+@rewards_app.command("fetch", short_help="Download published weights.")
 def fetch_command(
     kind: Kind,
     folder: Annotated[
@@ -60,11 +60,11 @@ def fetch_command(
     """
     from gdmd.programs.reward_tools import fetch
 
-    path = fetch(kind, folder, _say)
-    _say(f"ready: {path}; use it as {{kind: {kind}{f', path: {folder}' if folder else ''}}}")
+    path = fetch(kind, folder, log)
+    log(f"ready: {path}; use it as {{kind: {kind}{f', path: {folder}' if folder else ''}}}")
 
 
-@rewards_app.command("convert")
+@rewards_app.command("convert", short_help="Convert a third-party .pt file to safetensors.")
 def convert_command(
     kind: Kind,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The authors' .pt file.")],
@@ -78,17 +78,17 @@ def convert_command(
     \b
     Examples:
       gdmd rewards convert hps HPS_v2.1_compressed.pt
-      gdmd rewards convert imagereward ImageReward.pt --tokenizer models/bert-base-uncased -o models/imagereward
+      gdmd rewards convert imagereward ImageReward.pt -o models/imagereward
     """
     from gdmd.rewards.weights import pretrained_weights
 
     pretrained_weights(kind)
     from gdmd.rewards.convert import convert
 
-    _say(f"converted to {convert(kind, file, folder, tokenizer)}")
+    log(f"converted to {convert(kind, file, folder, tokenizer)}")
 
 
-@rewards_app.command("serve")
+@rewards_app.command("serve", short_help="Serve rewards over HTTP.")
 def serve_command(
     rewards: Annotated[list[str], typer.Argument(metavar="KIND...", help="clip, hps, ..., or module:function.")],
     host: Annotated[str, typer.Option(help="Address; any but a loopback address needs a token.")] = "127.0.0.1",
@@ -100,16 +100,14 @@ def serve_command(
 ) -> None:
     """Serve rewards over HTTP to training runs on other machines, which name them with kind: remote.
 
-    \b
     The bearer token is read from GDMD_REWARD_TOKEN; without one, only loopback addresses are allowed.
+
+    \b
     Examples:
       gdmd rewards serve clip pickscore --device cuda
-      GDMD_REWARD_TOKEN=$(openssl rand -hex 16) gdmd rewards serve hps --host 0.0.0.0
+      export GDMD_REWARD_TOKEN=$(openssl rand -hex 16)
+      gdmd rewards serve hps --host 0.0.0.0
     """
     from gdmd.programs.reward_server import Limits, serve
 
-    serve(rewards, host, port, device, os.environ.get(TOKEN_VARIABLE), Limits(batch, megabytes * 1_000_000, rate), _say)
-
-
-def _say(text: str) -> None:
-    messages().print(text, markup=False, highlight=False, soft_wrap=True)
+    serve(rewards, host, port, device, os.environ.get(TOKEN_VARIABLE), Limits(batch, megabytes * 1_000_000, rate), log)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gdmd.cli.common import Json, messages, print_json
+from gdmd.cli.common import Json, log, messages, print_json
 
 if TYPE_CHECKING:
-    from gdmd.sweep.pool import Outcome, Say, Show
+    from gdmd.sweep.pool import Log, Outcome, Show
     from gdmd.sweep.spec import Sweep
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sweep config: a shipped one's name, or a .yaml file.")]
@@ -41,14 +41,15 @@ def sweep_command(
 
     \b
     Examples:
-      gdmd sweep smoke                                  every table and figure from tiny budgets
+      gdmd sweep smoke                        every table and figure, tiny budgets
       gdmd sweep headline --out runs/headline
       gdmd sweep headline --out runs/headline --only gdmd --only 'dmd*/0'
       gdmd sweep mine.yaml --jobs 4 --json > summary.json
       gdmd sweep headline --out docs/results --pages-only
 
     \b
-    Exit codes: 0 done, 1 a run failed (the others are done), 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+    Exit codes: 0 done, 1 a run failed (the others are done), 2 bad input,
+    130 Ctrl-C, 143 SIGTERM.
     """
     from gdmd.sweep.spec import read_sweep
 
@@ -60,8 +61,8 @@ def sweep_command(
     selected(plan(sweep), only or [])  # report a wrong pattern before anything is written
     outcome = Outcome(where)
     if not pages_only:
-        with _progress() as (say, show):
-            outcome = run_sweep(sweep, config, where, jobs or _cores(), only or [], say, show)
+        with _progress() as (write, show):
+            outcome = run_sweep(sweep, config, where, jobs or _cores(), only or [], write, show)
     _report(sweep, config, outcome, pages_only=pages_only, json=json)
     raise typer.Exit(outcome.exit_code)
 
@@ -72,15 +73,15 @@ def _report(sweep: Sweep, source: str, outcome: Outcome, *, pages_only: bool, js
 
     outcome.page = write_pages(sweep, source, outcome.folder, only_pages=pages_only)
     if outcome.page:
-        _say(f"page: {outcome.page}")
+        log(f"page: {outcome.page}")
     if json:
         print_json(summary(sweep, outcome, only_pages=pages_only))
     for name, reason in outcome.failed.items():
-        _say(f"failed: {name}: {reason}")
+        log(f"failed: {name}: {reason}")
 
 
 @contextmanager
-def _progress() -> Iterator[tuple[Say, Show]]:
+def _progress() -> Iterator[tuple[Log, Show]]:
     """A bar below the messages on a terminal (runs done, time left, what is running); messages only elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -97,10 +98,6 @@ def _progress() -> Iterator[tuple[Say, Show]]:
             bar.update(task, completed=status.done, total=status.total, description=text)
 
         yield lambda text: bar.console.print(text, markup=False, highlight=False, soft_wrap=True), show
-
-
-def _say(text: str) -> None:
-    messages().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _cores() -> int:

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gdmd.cli.common import Json, RunFolder, messages, print_json
+from gdmd.cli.common import Json, RunFolder, log, messages, print_json
 from gdmd.io import typed
 from gdmd.reporting.progress_bar import phase
 from gdmd.training.rank import RankInfo, rank_info, restart_count
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from gdmd.config.run import RunConfig
     from gdmd.programs.train import Trained
 
@@ -58,7 +56,7 @@ def train_command(
       gdmd train shapes_smoke                         twelve iterations, a minute
       gdmd train shapes loop.seed=1 method.gamma=0    any field by its path
       gdmd train my_recipe.yaml --run runs/mine --no-eval
-      gdmd train --resume runs/shapes-seed0           or more steps: loop.steps=2000
+      gdmd train --resume runs/shapes-seed0           longer: loop.steps=2000
       gdmd train shapes --gpus 4 --restarts 3         restarts after a failure
       gdmd train shapes_smoke --json > finished.json
 
@@ -121,7 +119,7 @@ def _run(options: TrainOptions, processes: int, restarts: int) -> int:
 def _launch(options: TrainOptions, processes: int, restarts: int) -> int:
     """Check all arguments once, here; torchrun's launcher does the rest. Returns the exit code."""
     if rank_info().size > 1:
-        raise ValueError("--gpus inside torchrun would start processes of processes: use one of the two")
+        raise ValueError("--gpus inside torchrun would start processes within processes: use one of the two")
     cfg = options.config()
     from gdmd.recipes.run_folders import new_folder
     from gdmd.training.distributed import DistributedContext, launch
@@ -131,7 +129,7 @@ def _launch(options: TrainOptions, processes: int, restarts: int) -> int:
     code = launch(options.arguments(folder), processes, restarts, cfg.loop.rank_timeout)
     if code not in (0, 2, 130, 143) and folder.exists():  # after a signal rank 0 has printed it
         hint = f"resume with: gdmd train --resume {typed(folder)} --gpus {processes}"
-        messages().print(hint, markup=False, soft_wrap=True)
+        log(hint)
     return code
 
 
@@ -155,7 +153,7 @@ def _train(options: TrainOptions) -> int:
             trained = run_training(cfg, run, components, console, evaluation=evaluation, context=context)
         if options.json and context.is_main:
             print_json(trained.json())
-        _print_end(trained, console)
+        _print_end(trained)
         if trained.end.signal is not None:
             context.barrier()  # a launcher ends the others when the first one has exited
     return trained.end.exit_code
@@ -170,25 +168,22 @@ def _split_arguments(arguments: list[str], *, needed: bool) -> tuple[str | None,
     return None, arguments
 
 
-def _print_end(trained: Trained, console: Console) -> None:
-    """The last lines: what was done and what to type next."""
+def _print_end(trained: Trained) -> None:
+    """The last lines: what was done, and the next command."""
     from gdmd.config.describe import counted
 
     if trained.end.signal is not None:
-        console.print(
+        log(
             f"stopped at step {trained.end.step} of {trained.steps}; checkpoint {trained.end.checkpoint} is saved. "
-            f"Resume with: gdmd train --resume {typed(trained.run)}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"Resume with: gdmd train --resume {typed(trained.run)}"
         )
         return
     message = f"finished {counted(trained.steps, 'step')} in {trained.seconds:.0f} s"
     overall = trained.evaluation["shapeseval"]["overall"] if trained.evaluation else None
     message += f"; ShapesEval {overall:.3f} (EMA student)" if overall is not None else ""
-    console.print(message, markup=False, highlight=False)
+    log(message)
     if trained.report:
-        console.print(f"report: {trained.report}", markup=False, highlight=False, soft_wrap=True)
+        log(f"report: {trained.report}")
 
 
 def demo_command(
@@ -198,19 +193,20 @@ def demo_command(
         str, typer.Option(help="Recipe of the GDMD row; the DMD row is the same with gamma 0.")
     ] = "shapes_demo",
     override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe; may be repeated."),
     ] = None,
 ) -> None:
     """Distill two 4-step students on the Shapes world, DMD and GDMD, and compare them with their teacher.
 
-    Trains and measures every row of the table in this run: at most 8 minutes on two cores. The same command with
-    the same --run continues an interrupted demo.
+    Every row of the table is trained and measured: at most 8 minutes on two cores. The same command with the same --run
+    continues an interrupted demo.
 
     \b
     Examples:
       gdmd demo
       gdmd demo --run runs/demo --json > demo.json
-      gdmd demo --set loop.steps=20 --set eval.per_task=10   a quicker, rougher one
+      gdmd demo --set loop.steps=20 --set eval.per_task=10     faster and rougher
     """
     from gdmd.recipes.read import read_recipe
 
@@ -218,8 +214,7 @@ def demo_command(
     from gdmd.programs.demo import run_demo
     from gdmd.recipes.run_folders import demo_folder
 
-    console = messages()
-    demo = run_demo(cfg, run or demo_folder(cfg), console)
+    demo = run_demo(cfg, run or demo_folder(cfg), messages())
     if demo.signal is not None:
         raise typer.Exit(128 + demo.signal)
     if json:
@@ -228,5 +223,4 @@ def demo_command(
         from gdmd.evaluation.table import print_table
 
         print_table(demo.rows, demo.trained)
-    message = f"finished in {demo.seconds:.0f} s; report: {demo.report}"
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    log(f"finished in {demo.seconds:.0f} s; report: {demo.report}")

@@ -173,7 +173,7 @@ def _override_value(left: str, right: str, text: bool) -> Any:
         return parse_yaml(right)
     except ValueError as error:
         cut = right.count("[") > right.count("]") or right.count("{") > right.count("}")
-        hint = f"; the shell cuts words at spaces: put the whole word into quotes, like '{left}=[...]'" if cut else ""
+        hint = f"; the shell splits at spaces: put the whole argument in quotes, like '{left}=[...]'" if cut else ""
         raise ValueError(f"{error}{hint}") from error
 
 

@@ -1,6 +1,6 @@
-"""What ``gdmd eval preference`` and ``gdmd eval compare`` do: sources, one after the other, on the same prompts and noise.
+"""What ``gdmd eval preference`` and ``gdmd eval compare`` do: any sources on the same prompts and noise.
 
-One source at a time is in memory; the scorers' weights are loaded once, when the images of all are there.
+One source at a time is in memory; the scorers are loaded once.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from gdmd.evaluation.measures import (
 from gdmd.evaluation.model_page import Gallery, write_page
 from gdmd.evaluation.preference import (
     GeneratedImages,
+    Log,
     PromptSet,
-    Say,
     generate_images,
     read_prompt_set,
     score,
@@ -40,9 +40,11 @@ from gdmd.evaluation.preference import (
 from gdmd.evaluation.scorers import Features, feature_maker, judges_shapes, load_scorers, read_scorers, shapes_scorers
 from gdmd.io import finite_or_none, write_atomic
 from gdmd.recipes.run_folders import TEACHERS, config_of
+from gdmd.reporting.progress_bar import phase
 from gdmd.reporting.statistics import Scores, paired_difference
 from gdmd.shapes.grammar import catalog, fixed_rows
 from gdmd.shapes.scorer_networks import IMAGE_SIZE
+from gdmd.sources.base import Source
 from gdmd.sources.folders import FolderSource, image_file, read_image
 from gdmd.sources.open import kind_of, open_source
 
@@ -52,11 +54,11 @@ SHAPESEVAL = "ShapesEval"
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is measured: the options of both commands.
+    """The options of both commands.
 
-    prompts: None = the fixed captions of the Shapes world; column: where a table has them. scorers, features: as written
-    on the command line; none = those of the Shapes world, or the rewards of the run. shard: (k, n), this process makes
-    every n-th prompt from k.
+    prompts: None = the Shapes evaluation set; column: of the prompts in a table. scorers, features: as written on the
+    command line; none = those of the Shapes world, or the rewards of the run. shard: (k, n), this process generates the
+    images of prompts k, k + n, ... only. gallery: prompts on the page.
     """
 
     prompts: str | None = None
@@ -73,17 +75,17 @@ class EvalOptions:
     column: str | None = None
 
 
-def preference(cfg: SourceConfig, options: EvalOptions, folder: Path, say: Say) -> dict[str, Any]:
-    """One source: images, scores, summary in ``folder``."""
-    _, (row,) = _measured([cfg], options, [folder], say)
+def preference(cfg: SourceConfig, options: EvalOptions, folder: Path, log: Log) -> dict[str, Any]:
+    """Evaluate one source: images, scores and summary in ``folder``."""
+    _, (row,) = _measured([cfg], options, [folder], log)
     write_summary(folder, row)
     return row
 
 
-def compare(sources: Sequence[SourceConfig], options: EvalOptions, folder: Path, say: Say) -> dict[str, Any]:
-    """Several: each in DIR/NAME, then DIR/compare.json and the page DIR/compare.html."""
+def compare(sources: Sequence[SourceConfig], options: EvalOptions, folder: Path, log: Log) -> dict[str, Any]:
+    """Evaluate several sources in DIR/NAME; write DIR/compare.json and the page DIR/compare.html."""
     folders = [folder / source.slug for source in sources]
-    prompt_set, rows = _measured(sources, options, folders, say)
+    prompt_set, rows = _measured(sources, options, folders, log)
     for own, row in zip(folders, rows, strict=True):
         write_summary(own, row)
     shown = {row["source"]["name"]: row for row in rows}
@@ -94,99 +96,101 @@ def compare(sources: Sequence[SourceConfig], options: EvalOptions, folder: Path,
     shapes = any("shapeseval" in row for row in rows)
     galleries = [_gallery(own, cfg, prompt_set, numbers, shapes) for own, cfg in zip(folders, sources, strict=True)]
     write_page(folder / PAGE, shown, galleries, [prompt_set.texts[number] for number in numbers])
-    say(f"page: {folder / PAGE}")
+    log(f"page: {folder / PAGE}")
     return content
 
 
-def make_only(cfg: SourceConfig, options: EvalOptions, folder: Path, say: Say) -> int:
-    """This process's share of the images, without scores; the number of its prompts."""
-    prompt_set = _asked(options)
-    generate_images(open_source(_placed(cfg, options)), prompt_set, folder, say, options.shard)
+def generate_shard(cfg: SourceConfig, options: EvalOptions, folder: Path) -> int:
+    """Generate this process's shard of the images, without scores; return the number of its prompts."""
+    prompt_set = _prompt_set(options)
+    generate_images(_opened(cfg, options), prompt_set, folder, options.shard)
     return len(range(options.shard[0], len(prompt_set.texts), options.shard[1]))
 
 
 def _measured(
-    sources: Sequence[SourceConfig], options: EvalOptions, folders: Sequence[Path], say: Say
+    sources: Sequence[SourceConfig], options: EvalOptions, folders: Sequence[Path], log: Log
 ) -> tuple[PromptSet, list[dict[str, Any]]]:
-    """The prompts and a summary per source. Everything that can be wrong is found before the first image is made."""
+    """The prompts and a summary per source. All inputs are checked before the first image is generated."""
     shapes = any(_shapes(source) for source in sources)
     if options.prompts is None and not shapes:
-        raise ValueError("--prompts is missing: only sources of the Shapes world have a prompt set of their own")
+        raise ValueError("--prompts is missing: only Shapes sources have a built-in prompt set")
     name = options.features or ("shapes" if shapes else None)
     if options.reference is not None and name is None:
-        raise ValueError("--reference changes nothing without --features: name the features to compare, such as clip")
+        raise ValueError("--reference has no effect without --features: name the features to compare, such as clip")
     specs = _specs(options, sources, shapes)
-    prompt_set = _asked(options)
+    prompt_set = _prompt_set(options)
     if prompt_set.note:
-        say(prompt_set.note)
+        log(prompt_set.note)
     if shapes:
         rows_of(prompt_set)
     real = reference_files(options.reference) if options.reference is not None else ()
-    _check_sources(sources, prompt_set, real, _shapes_readers(specs, name, shapes))
+    _check_sources(sources, prompt_set, real, _shapes_only(specs, name, shapes))
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rewards = load_scorers(specs, device)
-    make = feature_maker(name, device) if name else None
-    made = [
-        generate_images(open_source(_placed(source, options)), prompt_set, own, say)
-        for source, own in zip(sources, folders, strict=True)
+    with phase(f"loading {', '.join(spec.label for spec in specs)}"):
+        rewards = load_scorers(specs, device)
+        make = feature_maker(name, device) if name else None
+    generated = [
+        generate_images(_opened(source, options), prompt_set, own) for source, own in zip(sources, folders, strict=True)
     ]
-    scores = [score(one, prompt_set, own, specs, rewards, say) for one, own in zip(made, folders, strict=True)]
-    extra = _by_task(made, folders, prompt_set, shapes, say)
-    if make and name:
-        reference = _reference(make, prompt_set, real, shapes)
-        extra = [
-            row | feature_measures(one, prompt_set, make, name, reference) for one, row in zip(made, extra, strict=True)
-        ]
+    scores = [score(one, prompt_set, own, specs, rewards, log) for one, own in zip(generated, folders, strict=True)]
+    with phase("measuring the images", plain=False):
+        extra = _by_task(generated, folders, prompt_set, shapes, log)
+        if make and name:
+            reference = _reference(make, prompt_set, real, shapes)
+            extra = [
+                row | feature_measures(one, prompt_set, make, name, reference)
+                for one, row in zip(generated, extra, strict=True)
+            ]
     rows = []
-    for one, own, more in zip(made, scores, extra, strict=True):
+    for one, own, more in zip(generated, scores, extra, strict=True):
         row = summary(one, prompt_set, own) | more
-        row["against_first"] = _against(own, scores[0]) if one is not made[0] else {}
+        row["against_first"] = _against(own, scores[0]) if one is not generated[0] else {}
         rows.append(finite_or_none(row))
     return prompt_set, rows
 
 
-def _shapes_readers(specs: Sequence[RewardConfig], features: str | None, shapes: bool) -> list[str]:
-    """What judges images of the Shapes world only. shapes: ShapesEval is measured."""
+def _shapes_only(specs: Sequence[RewardConfig], features: str | None, shapes: bool) -> list[str]:
+    """The measures that apply to Shapes images only. shapes: ShapesEval is measured."""
     scorers = [f"scorer {spec.label}" for spec in specs if judges_shapes(spec)]
     return [*([SHAPESEVAL] if shapes else []), *scorers, *(["features shapes"] if features == "shapes" else [])]
 
 
 def _check_sources(
-    sources: Sequence[SourceConfig], prompt_set: PromptSet, real: Sequence[Path], readers: Sequence[str]
+    sources: Sequence[SourceConfig], prompt_set: PromptSet, real: Sequence[Path], shapes_only: Sequence[str]
 ) -> None:
-    """ValueError for a folder without the images that are asked for, and for images that ``readers`` cannot judge.
+    """ValueError for a folder without the needed images, and for images that the ``shapes_only`` measures cannot judge.
 
-    real: images to compare with.
+    real: the reference images.
     """
-    advice = "evaluate the two worlds in separate calls" if SHAPESEVAL in readers else "name others"
-    limits = f"{', '.join(readers)}: for {IMAGE_SIZE} x {IMAGE_SIZE} images of the Shapes world only; {advice}"
+    advice = "evaluate the two worlds in separate calls" if SHAPESEVAL in shapes_only else "name others"
+    limits = f"{', '.join(shapes_only)}: for {IMAGE_SIZE} x {IMAGE_SIZE} images of the Shapes world only; {advice}"
     files = list(real)
     for source in sources:
         if kind_of(source) == "images":
             folder = FolderSource(source)
             files += [folder.file(slot) for slot in prompt_set.slots]
-        elif readers and not _shapes(source):
-            raise ValueError(f"{source.where} draws images of a real model. {limits}")
-    for file in files if readers else ():
+        elif shapes_only and not _shapes(source):
+            raise ValueError(f"{source.where} generates images of a real model. {limits}")
+    for file in files if shapes_only else ():
         if (size := read_image(file).size) != (IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f"{file} is {size[0]} x {size[1]}. {limits}")
 
 
 def _by_task(
-    made: Sequence[GeneratedImages], folders: Sequence[Path], prompt_set: PromptSet, shapes: bool, say: Say
+    generated: Sequence[GeneratedImages], folders: Sequence[Path], prompt_set: PromptSet, shapes: bool, log: Log
 ) -> list[dict[str, Any]]:
-    """ShapesEval, or the GenEval scores that lie beside the images."""
+    """ShapesEval, or the GenEval scores stored next to the images."""
     if shapes:
-        return [shapes_measures(one, prompt_set) for one in made]
+        return [shapes_measures(one, prompt_set) for one in generated]
     homes = [
         Path(one.info.where) if one.info.kind == "images" else own / "images"
-        for one, own in zip(made, folders, strict=True)
+        for one, own in zip(generated, folders, strict=True)
     ]
-    return [{"geneval": geneval_scores(home, say)} for home in homes]
+    return [{"geneval": geneval_scores(home, log)} for home in homes]
 
 
 def _reference(make: Features, prompt_set: PromptSet, real: Sequence[Path], shapes: bool) -> Tensor | None:
-    """The features to compare with: of the given images, or of true renders of the same captions."""
+    """Features of the reference images, or of true renders of the same captions."""
     if real:
         return features_of(make, real)
     return render_features(make, prompt_set) if shapes else None
@@ -196,11 +200,10 @@ def _against(own: Mapping[str, Scores], first: Mapping[str, Scores]) -> dict[str
     return {label: asdict(paired_difference(own[label], first[label])) for label in own}
 
 
-def _asked(options: EvalOptions) -> PromptSet:
+def _prompt_set(options: EvalOptions) -> PromptSet:
     if options.prompts is not None:
         return read_prompt_set(options.prompts, options.images, options.seed, options.limit, options.column)
-    texts = tuple(catalog().captions[row].text for row in fixed_rows("eval", options.per_task).tolist())
-    texts = texts[: options.limit]
+    texts = catalog().texts(fixed_rows("eval", options.per_task))[: options.limit]
     return PromptSet(
         "the Shapes evaluation set", texts, tuple({"prompt": t} for t in texts), options.images, options.seed
     )
@@ -223,14 +226,15 @@ def _shapes(source: SourceConfig) -> bool:
     return source.where in TEACHERS
 
 
-def _placed(cfg: SourceConfig, options: EvalOptions) -> SourceConfig:
-    """The command's device, where the source has none of its own."""
+def _opened(cfg: SourceConfig, options: EvalOptions) -> Source:
+    """The source, on the command's device unless it names one."""
     movable = kind_of(cfg) in ("pipeline", "export") and cfg.device is None and options.device is not None
-    return cfg.changed({"device": options.device}) if movable else cfg
+    with phase(f"loading {cfg.name}"):
+        return open_source(cfg.changed({"device": options.device}) if movable else cfg)
 
 
 def _gallery(folder: Path, cfg: SourceConfig, prompt_set: PromptSet, numbers: Sequence[int], shapes: bool) -> Gallery:
-    """The file of the first image of these prompts; of Shapes, whether it is right."""
+    """The first image of each of these prompts and, for Shapes, whether it is correct."""
     if kind_of(cfg) != "images":
         files = [image_file(folder / "images", number, 0) for number in numbers]
     else:

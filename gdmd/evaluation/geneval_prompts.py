@@ -1,7 +1,7 @@
-"""Prompts of GenEval's six kinds, drawn from a seed: for training and for measuring on other prompts than the official 553.
+"""Random prompts of GenEval's six tasks, for training and for testing on other prompts than the official 553.
 
-The same grammar and metadata format (arXiv 2310.11513, table 1), other draws. Plurals are English ("three sheep"), no
-person is given a color, two objects of a prompt differ, and so do their colors. No prompt comes twice.
+The same grammar and metadata format (arXiv 2310.11513, table 1). Plurals are English ("three sheep"), persons get no
+color, and the two objects of a prompt and their colors differ. Prompts are unique.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _PLURALS = {
 
 
 def draw_tasks(per_task: int, seed: int, without: Collection[str] = ()) -> tuple[Task, ...]:
-    """``per_task`` different prompts of every kind (all 80 single objects at most), none of which is in ``without``.
+    """``per_task`` different prompts of every task (at most the 80 single objects) that are not in ``without``.
 
-    ValueError when a kind has not that many prompts.
+    ValueError if a task has fewer prompts.
     """
     taken, drawn = set(without), []
     for tag in TASKS:
@@ -37,7 +37,7 @@ def draw_tasks(per_task: int, seed: int, without: Collection[str] = ()) -> tuple
         drawn += kind
         taken |= {task.prompt for task in kind}
         if len(kind) < per_task and tag != "single_object":
-            raise ValueError(f"there are not {per_task} different prompts of kind {tag}; ask for fewer")
+            raise ValueError(f"there are not {per_task} different prompts of task {tag}; ask for fewer")
     return tuple(drawn)
 
 

@@ -3,10 +3,10 @@
     DIR/00000/metadata.jsonl       one line of evaluation_metadata.jsonl
     DIR/00000/samples/0000.png     its images
 
-Score of a task = mean over its images; overall = unweighted mean of the tasks' scores. The 95 % intervals resample whole
-prompts within each task (images of one prompt are not independent). A recorded detection file holds, per image, every
-object above 0.3 with its confidence and, if the prompt asks for one, its color, so that the rules can be applied again
-without the detector.
+The score of a task is the mean over its images; overall is the unweighted mean of the tasks. The 95 % intervals resample
+whole prompts within each task, since images of one prompt are not independent. A detections.jsonl holds, per image, every
+object above 0.3 with its confidence and, if the prompt needs it, its color, so that the rules can be applied again without
+the detector.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from gdmd.sources.folders import images_in
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One image: the number of its prompt, whether it is correct, why not, and its partial credit."""
+class ImageResult:
+    """The judgement of one image: whether it is correct, why not, and its partial credit. prompt: its number."""
 
     prompt: int
     image: int
@@ -46,7 +46,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Score:
-    """A share of images and its 95 % interval over prompts."""
+    """A share of correct images with its 95 % interval over prompts."""
 
     value: float
     low: float
@@ -56,7 +56,7 @@ class Score:
 
 
 def read_metadata(path: Path) -> tuple[Task, ...]:
-    """The lines of an evaluation_metadata.jsonl. ValueError with file and line for a line that is not GenEval's."""
+    """The lines of an evaluation_metadata.jsonl. ValueError names the line that is not GenEval's."""
     rows = numbered_jsonl(path)
     if not rows:
         raise ValueError(f"{path}: the file is empty; it needs at least one line")
@@ -88,22 +88,22 @@ def image_files(folder: Path) -> Iterator[tuple[int, Task, int, Path]]:
             yield int(one.name), found[0], int(path.stem), path
 
 
-def judged(
+def judge_image(
     prompt: int, image: int, task: Task, found: Mapping[str, Sequence[DetectedObject]], color_of: ColorOf
-) -> Judged:
+) -> ImageResult:
     """Metric and partial credit of one image."""
     verdict = judge(task, found, color_of)
-    return Judged(prompt, image, task, verdict.correct, verdict.reasons, partial_credit(task, found, color_of))
+    return ImageResult(prompt, image, task, verdict.correct, verdict.reasons, partial_credit(task, found, color_of))
 
 
-def recording(
+def detections_row(
     prompt: int,
     image: int,
     task: Task,
     found: Mapping[str, Sequence[DetectedObject]],
     colors: Mapping[tuple[str, int], str],
 ) -> dict[str, Any]:
-    """A line of detections.jsonl; colors by (class, key)."""
+    """A row of detections.jsonl; colors by (class, key)."""
     objects = {
         name: [
             {"box": list(one.box), "confidence": one.confidence, "color": colors.get((name, one.key))}
@@ -114,8 +114,8 @@ def recording(
     return {"prompt_number": prompt, "image": image, "tag": task.tag, "prompt": task.prompt, "objects": objects}
 
 
-def judge_recorded(path: Path, tasks: Mapping[int, Task]) -> list[Judged]:
-    """Apply the rules to a detections.jsonl. tasks: by prompt number. ValueError with file and line for a bad line."""
+def judge_detections(path: Path, tasks: Mapping[int, Task]) -> list[ImageResult]:
+    """Apply the rules to a detections.jsonl. tasks: by prompt number. ValueError names the bad line."""
     rows = []
     for number, row in numbered_jsonl(path, torn_tail=True):
         where = f"{path}, line {number}"
@@ -128,12 +128,12 @@ def judge_recorded(path: Path, tasks: Mapping[int, Task]) -> list[Judged]:
             ) from error
         if prompt not in tasks:
             raise ValueError(f"{where}: prompt {prompt} is not among the {len(tasks)} prompts; give its metadata")
-        rows.append(judged(prompt, image, tasks[prompt], found, recorded_colors(colors, where)))
+        rows.append(judge_image(prompt, image, tasks[prompt], found, recorded_colors(colors, where)))
     return rows
 
 
 def recorded_colors(colors: Mapping[tuple[str, int], str | None], where: str) -> ColorOf:
-    """A classifier that looks up recorded colors. ValueError if a color that is needed was not recorded."""
+    """A classifier that looks up recorded colors. ValueError for a color that was not recorded."""
 
     def color_of(name: str, objects: Sequence[DetectedObject]) -> list[str]:
         known = [colors.get((name, one.key)) for one in objects]
@@ -144,7 +144,7 @@ def recorded_colors(colors: Mapping[tuple[str, int], str | None], where: str) ->
     return color_of
 
 
-def summarize(rows: Sequence[Judged], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Score]:
+def summarize(rows: Sequence[ImageResult], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Score]:
     """Scores by task and "overall". ValueError without rows, or if an image was judged twice."""
     if not rows:
         raise ValueError("there are no judged images; score at least one")

@@ -25,15 +25,15 @@ from gdmd.shapes.render import draw_scenes, render
 from gdmd.sources.folders import images_in, read_image
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 _BATCH = 64
 GENEVAL = "geneval.json"
-"""What ``gdmd eval geneval score`` leaves in an image folder."""
+"""Written into an image folder by ``gdmd eval geneval score``."""
 
 
 def shapes_measures(generated: GeneratedImages, prompt_set: PromptSet) -> dict[str, Any]:
-    """ShapesEval by task with the interval of overall and which images are right, fidelity and coverage; 8-bit images."""
+    """ShapesEval by task with an interval and the correctness of every image, fidelity and coverage; on 8-bit images."""
     rows = rows_of(prompt_set)
     images = from_pil([read_image(generated.files[p.prompt, p.image]) for p in prompt_set.slots])
     found = detect(images)
@@ -55,28 +55,23 @@ def shapes_measures(generated: GeneratedImages, prompt_set: PromptSet) -> dict[s
 
 
 def right_images(files: Sequence[Path], captions: Sequence[str]) -> list[bool]:
-    """Whether the checker finds in each image what its caption asks for."""
+    """Whether each image shows what its caption asks for, by the checker."""
     rows = torch.tensor([catalog().row(text) for text in captions])
     found: list[bool] = shapeseval(from_pil([read_image(file) for file in files]), rows).tolist()
     return found
 
 
-def shapes_renders(prompt_set: PromptSet) -> list[Image]:
-    """True pictures of the same captions, one per image: the reference of the Fréchet distance in the Shapes world."""
-    return to_pil(render(draw_scenes(rows_of(prompt_set), torch.Generator().manual_seed(prompt_set.seed))))
-
-
 def rows_of(prompt_set: PromptSet) -> Tensor:
-    """The catalog row of every image. ValueError for a prompt that is no caption."""
+    """The catalog row of every image. ValueError for a prompt that is not a Shapes caption."""
     return torch.tensor([catalog().row(slot.text) for slot in prompt_set.slots])
 
 
 def feature_measures(
     generated: GeneratedImages, prompt_set: PromptSet, make: Features, name: str, reference: Tensor | None
 ) -> dict[str, Any]:
-    """Diversity and spread within prompts, and distances to the reference's features where there are any.
+    """Diversity and spread within prompts, and distances to the reference's features if there are any.
 
-    null: not measurable, for example diversity of one image per prompt.
+    None: not measurable, for example the diversity of one image per prompt.
     """
     own = features_of(make, [generated.files[p.prompt, p.image] for p in prompt_set.slots])
     prompt = torch.tensor([slot.prompt for slot in prompt_set.slots])
@@ -106,13 +101,13 @@ def reference_files(folder: Path) -> list[Path]:
 
 
 def render_features(make: Features, prompt_set: PromptSet) -> Tensor:
-    """Of the true pictures of a Shapes evaluation."""
-    images = shapes_renders(prompt_set)
+    """Features of true renders of the same captions, one per image: the reference in the Shapes world."""
+    images = to_pil(render(draw_scenes(rows_of(prompt_set), torch.Generator().manual_seed(prompt_set.seed))))
     return torch.cat([make(images[k : k + _BATCH]) for k in range(0, len(images), _BATCH)])
 
 
-def geneval_scores(folder: Path, say: Callable[[str], None]) -> Mapping[str, Any] | None:
-    """The GenEval scores that lie beside the images, if they were scored; scores of other images are left out."""
+def geneval_scores(folder: Path, log: Callable[[str], None]) -> Mapping[str, Any] | None:
+    """The GenEval scores stored next to the images, if any; scores of other images are ignored."""
     file = folder / GENEVAL
     if not file.is_file():
         return None
@@ -122,6 +117,6 @@ def geneval_scores(folder: Path, say: Callable[[str], None]) -> Mapping[str, Any
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}); score the folder again with gdmd eval geneval score") from error
     if found.get("images") != images_key(folder):
-        say(f"{file} holds scores of other images, left out; score the folder again with gdmd eval geneval score")
+        log(f"{file} holds scores of other images, so they are ignored; run gdmd eval geneval score again")
         return None
     return scores

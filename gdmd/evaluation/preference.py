@@ -1,12 +1,12 @@
 """What ``gdmd eval preference`` does: prompts -> images -> every scorer -> means with intervals. Resumable.
 
     DIR/images/00000/metadata.jsonl, samples/0000.png   the images, in GenEval's layout
-    DIR/settings.json                                   what they were made with
+    DIR/settings.json                                   what they were generated with
     DIR/scores.jsonl                                    {scorer, prompt, image, key, score}; null = not scored
-    DIR/timing.jsonl                                    {images, seconds, first, batch, device}: batches
+    DIR/timing.jsonl                                    {images, seconds, first, batch, device}, a line per batch
     DIR/preference.json                                 the summary
 
-A kill loses at most the batch in work. A folder of images that exists already is scored where it lies.
+A kill loses at most the current batch. An existing folder of images is scored in place.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from gdmd.sources.base import ImageSlot, Source, SourceInfo, image_slots, record
 from gdmd.sources.folders import FolderSource, image_file, read_image, write_image, write_metadata
 from gdmd.types import Reward
 
-SCORED = 32
-"""Images per call of a scorer: what a kill loses of its work."""
+SCORER_BATCH = 32
+"""Images per call of a scorer; a kill loses at most these scores."""
 SCORES, TIMING, SUMMARY = "scores.jsonl", "timing.jsonl", "preference.json"
 _MISSING = object()
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of an evaluation and how many images of each, from which noise."""
+    """The prompts of an evaluation, the number of images of each, and the seed of their noise."""
 
     file: str
     texts: tuple[str, ...]
@@ -56,7 +56,7 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """The images of a source: its facts, where they lie, and seconds per image (None = not measured)."""
+    """The images of a source: its description, their files, and seconds per image (None = not measured)."""
 
     info: SourceInfo
     files: Mapping[tuple[int, int], Path]
@@ -66,16 +66,16 @@ class GeneratedImages:
 def read_prompt_set(
     given: str | Path, images: int, seed: int, limit: int | None = None, column: str | None = None
 ) -> PromptSet:
-    """The first ``limit`` prompts of a file or a shipped set, each with its row."""
+    """The first ``limit`` prompts of a file or a shipped set, each with its metadata."""
     found = read_prompts(given, column)
     meta = found.meta or tuple({"prompt": text} for text in found.texts)
     return PromptSet(found.path.name, found.texts[:limit], meta[:limit], images, seed, found.note())
 
 
 def generate_images(
-    source: Source, prompt_set: PromptSet, folder: Path, say: Say, shard: tuple[int, int] = (0, 1)
+    source: Source, prompt_set: PromptSet, folder: Path, shard: tuple[int, int] = (0, 1)
 ) -> GeneratedImages:
-    """Make the images that are missing. shard (k, n): only prompts k, k + n, ...; the images do not depend on it."""
+    """Generate the missing images. shard (k, n): only prompts k, k + n, ...; the images do not depend on it."""
     source.check(prompt_set.texts)
     if isinstance(source, FolderSource):
         files = {(p.prompt, p.image): source.file(p) for p in prompt_set.slots}
@@ -88,16 +88,15 @@ def generate_images(
         write_metadata(home, prompt, prompt_set.meta[prompt])
     missing = [slot for slot in own if not image_file(home, slot.prompt, slot.image).exists()]
     batch, device = source.info.batch, source.info.device
-    for start in range(0, len(missing), batch):
-        part = missing[start : start + batch]
+    what = f"{source.info.name}: generating {len(missing):,} images"
+    for part in counted(_parts(missing, batch), what, len(missing)):
         began = time.perf_counter()
-        made = source.generate(part, prompt_set.seed)
-        seconds = time.perf_counter() - began
-        for slot, image in zip(part, made, strict=True):
+        images = source.generate(part, prompt_set.seed)
+        seconds, first = time.perf_counter() - began, int(part[0] is missing[0])
+        for slot, image in zip(part, images, strict=True):
             write_image(image_file(home, slot.prompt, slot.image), image)
-        timed = {"images": len(part), "seconds": seconds, "first": int(start == 0), "batch": batch, "device": device}
-        append_jsonl(folder / TIMING, [timed], "the times", option="--out")
-        say(f"{source.info.name}: {start + len(part)} of {len(missing)} images made")
+        row = {"images": len(part), "seconds": seconds, "first": first, "batch": batch, "device": device}
+        append_jsonl(folder / TIMING, [row], "the times", option="--out")
     files = {(p.prompt, p.image): image_file(home, p.prompt, p.image) for p in prompt_set.slots}
     return GeneratedImages(source.info, files, speed(_rows(folder / TIMING, _TIMING_KEYS)))
 
@@ -108,12 +107,11 @@ def score(
     folder: Path,
     specs: Sequence[RewardConfig],
     rewards: Mapping[str, Reward],
-    say: Say,
+    log: Log,
 ) -> dict[str, Scores]:
-    """Ask every scorer about the images it has not seen yet. Scores by label and place.
+    """Score the images that a scorer has not scored yet. Scores by label and (prompt, image).
 
-    A score belongs to the content of the image, the prompt (with its metadata where the scorer reads it) and the
-    scorer's identity.
+    A stored score is reused for the same image content, prompt (with its metadata if the scorer reads it) and scorer.
     """
     known = _known_scores(folder / SCORES)
     images = {slot: file_hash(generated.files[slot.prompt, slot.image]) for slot in prompt_set.slots}
@@ -124,11 +122,11 @@ def score(
             slot: _score_key(scorer, images[slot], slot.text, prompt_set.meta[slot.prompt] if reads else None)
             for slot in prompt_set.slots
         }
-        again = may_fail(spec)
-        todo = [p for p in prompt_set.slots if keys[p] not in known or (again and math.isnan(known[keys[p]]))]
+        retry = may_fail(spec)
+        todo = [p for p in prompt_set.slots if keys[p] not in known or (retry and math.isnan(known[keys[p]]))]
         if todo:
             warn_long_prompts_of_rewards([reward], prompt_set.texts)
-        for part in counted(_parts(todo), f"{generated.info.name}: scoring with {label}", len(todo)):
+        for part in counted(_parts(todo, SCORER_BATCH), f"{generated.info.name}: scoring with {label}", len(todo)):
             pixels = [read_image(generated.files[slot.prompt, slot.image]) for slot in part]
             meta = [prompt_set.meta[slot.prompt] for slot in part]
             values = scores_of(reward, pixels, [slot.text for slot in part], meta)
@@ -140,15 +138,15 @@ def score(
         if todo:
             scored_now = sum(not math.isnan(known[keys[slot]]) for slot in todo)
             of = "" if scored_now == len(todo) else f" of {len(todo)}"
-            say(f"{generated.info.name}: {label} scored {scored_now}{of} images")
+            log(f"{generated.info.name}: {label} scored {scored_now}{of} images")
         found[label] = {(slot.prompt, slot.image): known[keys[slot]] for slot in prompt_set.slots}
         if all(math.isnan(value) for value in found[label].values()):
-            say(f"warning: {label} left every image of {generated.info.name} without a score, so it has no mean")
+            log(f"warning: {label} scored no image of {generated.info.name}, so it has no mean")
     return found
 
 
 def summary(generated: GeneratedImages, prompt_set: PromptSet, scores: Mapping[str, Scores]) -> dict[str, Any]:
-    """The public form: the source and, per scorer, mean, interval and whether it was trained on (null = not known)."""
+    """Plain data: the source and, per scorer, mean, interval and whether it was trained on (null = unknown)."""
     trained = generated.info.trained
     return {
         "source": generated.info.json(),
@@ -166,7 +164,7 @@ def summary(generated: GeneratedImages, prompt_set: PromptSet, scores: Mapping[s
 
 
 def _trained(label: str, trained: Sequence[str] | None) -> bool | None:
-    """A remote scorer is the reward that it names."""
+    """Whether a scorer was trained on; a remote one counts as the reward that it serves."""
     return None if trained is None else label in trained or label.removeprefix("remote ") in trained
 
 
@@ -176,29 +174,34 @@ def write_summary(folder: Path, content: Mapping[str, Any]) -> Path:
     return folder / SUMMARY
 
 
-def _parts(slots: Sequence[ImageSlot]) -> Iterator[Sequence[ImageSlot]]:
-    for start in range(0, len(slots), SCORED):
-        yield slots[start : start + SCORED]
+def _parts(slots: Sequence[ImageSlot], size: int) -> Iterator[Sequence[ImageSlot]]:
+    return (slots[start : start + size] for start in range(0, len(slots), size))
 
 
 def _score_key(scorer: str, image: str, text: str, meta: Mapping[str, Any] | None) -> str:
-    """What a score depends on. scorer, image: their hashes; meta: what the scorer reads of it."""
+    """What a score depends on. scorer, image: their hashes; meta: the metadata that the scorer reads."""
     return content_hash(scorer, image, text, json.dumps(meta, sort_keys=True))
 
 
 def _known_scores(path: Path) -> dict[str, float]:
-    """Scores by their key, NaN = not scored. Lines of older versions have no key and are left out."""
+    """Scores by key, NaN = not scored."""
     rows = _rows(path, _SCORE_KEYS)
-    return {row["key"]: math.nan if row["score"] is None else float(row["score"]) for row in rows if "key" in row}
+    return {row["key"]: math.nan if row["score"] is None else float(row["score"]) for row in rows}
 
 
 _Number = (int, float)
-_SCORE_KEYS: Mapping[str, Any] = {"scorer": str, "prompt": int, "image": int, "score": (*_Number, type(None))}
+_SCORE_KEYS: Mapping[str, Any] = {
+    "key": str,
+    "scorer": str,
+    "prompt": int,
+    "image": int,
+    "score": (*_Number, type(None)),
+}
 _TIMING_KEYS: Mapping[str, Any] = {"images": int, "seconds": _Number, "first": int}
 
 
 def _rows(path: Path, keys: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows {key: type} of a file that gdmd appends to. RunError that names a damaged line."""
+    """The rows of a file that gdmd appends to. keys: name -> type. RunError for a damaged line."""
     numbered = numbered_jsonl(path, torn_tail=True) if path.exists() else []
     for number, row in numbered:
         if not all(isinstance(row.get(key, _MISSING), kind) for key, kind in keys.items()):

@@ -1,4 +1,4 @@
-"""``gdmd eval`` and ``gdmd report``: a run's EMA student, or the teacher, on a fixed prompt set."""
+"""What ``gdmd eval run`` and ``gdmd report`` do: a run's EMA student, or the teacher, on a fixed prompt set."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from gdmd.shapes.same_noise import PER_CAPTION, SameNoise, write_same_noise
 
 GRID_COLUMNS = 6
 REAL_ROWS = 3
-"""Rows and columns of a real model's grid: its images are large."""
+"""Rows and columns of a real model's grid, whose images are large."""
 Row = Mapping[str, Any]
-"""``Evaluation.json()``, which images are right, and for a student the "step" of its checkpoint."""
+"""``Evaluation.json()``, which images are correct and, for a student, the "step" of its checkpoint."""
 _VERSION = "2"
-"""Of a row: rows of an earlier one are measured again."""
+"""Version of a row; rows of an earlier version are measured again."""
 
 
 def grid_captions(per_task: int = 2) -> tuple[str, ...]:
     """The captions of the sample grids, from every task of the evaluation set."""
-    return tuple(catalog().captions[row].text for row in fixed_rows("eval", per_task).tolist())
+    return catalog().texts(fixed_rows("eval", per_task))
 
 
 def grid_hook(components: Components, cfg: RunConfig) -> Callable[[int, Path | None], None]:
-    """Draws the grid of a step: the same captions from the same noise every time. No path: nothing is written."""
+    """A hook that draws the grid of a step, always from the same captions and noise. Without a path nothing is written."""
     shapes = cfg.model.kind == "shapes"
     captions = grid_captions() if shapes else tuple(components.stream.groups[0][:REAL_ROWS])
     columns = GRID_COLUMNS if shapes else REAL_ROWS
@@ -59,14 +59,14 @@ def grid_hook(components: Components, cfg: RunConfig) -> Callable[[int, Path | N
 
 
 def row_key(cfg: RunConfig, sampler: Sampler, weights: str = "") -> str:
-    """What a row of the report depends on. weights: ``checkpoint_content`` of a student."""
+    """A hash of everything that a row depends on. weights: ``checkpoint_content`` of a student."""
     settings = (sampler.name, cfg.method.student_steps, cfg.method.guidance, cfg.eval.model_dump(mode="json"))
     scorers = [scorer_identity(spec) for spec in scorer_specs(cfg)]
     return content_hash(_VERSION, json.dumps(settings), base_content(cfg.model), weights, *scorers)
 
 
 def measure(cfg: RunConfig, components: Components, sampler: Sampler, split: Split = "eval", step: int = 0) -> Row:
-    """One row of a table: the sampler on the fixed prompt set of the recipe's size."""
+    """One row of a table: the sampler on the fixed prompt set, in the size that the recipe names."""
     size = cfg.eval
     count = len(TASKS) * size.per_task * size.images
     what = f"measuring {sampler.name} on {count:,} images"
@@ -89,31 +89,36 @@ def _counting(sampler: Sampler, advance: Callable[[int], None]) -> Sampler:
 
 
 def measure_named(
-    what: str, split: Split, given: Mapping[str, int | None], which: str = "last"
+    what: str, split: Split, overrides: Mapping[str, int | None], which: str = "last"
 ) -> tuple[str, Row, RunConfig]:
-    """``gdmd eval``: (name of the row, row, configuration) of a run's EMA student or of the teacher.
+    """(name of the row, row, configuration) of a run's EMA student or of the teacher.
 
-    ``given``: fields of EvalConfig that replace the recipe's; None keeps it.
+    overrides: fields of EvalConfig; None keeps the recipe's value.
     """
     if what not in TEACHERS:
         require_shapes(config_of(Path(what)), what)
     cfg, components, sampler, step = open_named(what, which)
-    own = cfg.eval.model_copy(update={key: value for key, value in given.items() if value is not None})
+    own = cfg.eval.model_copy(update={key: value for key, value in overrides.items() if value is not None})
     cfg = cfg.model_copy(update={"eval": own})
     return sampler.name, measure(cfg, components, sampler, split, step), cfg
 
 
 def finish_run(cfg: RunConfig, folder: Path, components: Components, step: int) -> tuple[Row, Path]:
     """After training: measure the EMA student, compare it with the teacher from the same noise, write report.html."""
-    saved = checkpoint.load_chosen(folder / "checkpoints", str(step))
-    assert saved is not None
-    load_ema(components, saved)
+    load_student(components, folder, step)
     student = student_row(cfg, components)
     key = row_key(cfg, student, checkpoint_content(folder, step))
     row = measure(cfg, components, student, step=step)
     save_rows(folder, dict(read_rows(folder)) | {student.name: dict(row) | {"key": key}})
     compare(folder / "grids", cfg, components, (teacher_row(cfg, components, "teacher"), student))
     return row, report_run(folder)
+
+
+def load_student(components: Components, folder: Path, step: int) -> None:
+    """Load the EMA student of this step of a run. RunError if its checkpoint is damaged."""
+    saved = checkpoint.load_chosen(folder / "checkpoints", str(step))
+    assert saved is not None
+    load_ema(components, saved)
 
 
 def compare(folder: Path, cfg: RunConfig, components: Components, samplers: Sequence[Sampler]) -> SameNoise:
@@ -127,14 +132,14 @@ def compare(folder: Path, cfg: RunConfig, components: Components, samplers: Sequ
 
 
 def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
-    """``gdmd report``: measure the teacher's rows and the student where they are missing, then write the page.
+    """Measure the missing rows of teacher and student, then write the page.
 
-    A real model is not loaded: its page shows the files of the folder. ValueError for ``fresh`` there.
+    A real model is not loaded: its page shows the stored results. ValueError for ``fresh`` with a real model.
     """
     if cfg.model.kind != "shapes":
         if fresh:
             raise ValueError(
-                f"--fresh measures ShapesEval again, and {folder} is a run of a real model; leave it out, and score the "
+                f"--fresh measures ShapesEval again, but {folder} is a run of a real model; leave it out, and score the "
                 f"run with: gdmd eval preference {typed(folder)} --prompts FILE"
             )
         return report_run(folder)

@@ -1,10 +1,10 @@
-"""Rewards as judges of finished images: read from the command line, loaded once, asked image by image."""
+"""Rewards as scorers of finished images: parsed from the command line, loaded once, applied to any image size."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,7 @@ from torch import Tensor
 
 from gdmd.config.image_source import settings_of, split_settings
 from gdmd.config.load import validated
-from gdmd.config.rewards import (
-    CompositeConfig,
-    GenEvalConfig,
-    RemoteConfig,
-)
+from gdmd.config.rewards import CompositeConfig, GenEvalConfig, RemoteConfig
 from gdmd.config.run import RewardConfig, ShapesReward
 from gdmd.recipes.build_rewards import build_rewards, require_weights
 from gdmd.recipes.reward_identity import SHAPES_KINDS
@@ -43,7 +39,7 @@ def read_scorer(text: str) -> RewardConfig:
     if wrong:
         raise ValueError(
             f"scorer {text!r}: {wrong[0]!r} is not a key=value; write KIND,key=value, for example clip,path=FOLDER, and "
-            'a name with a comma in quotes: clip,path="a,b"'
+            'quote a name with a comma: clip,path="a,b"'
         )
     given: dict[str, Any] = {
         key: int(value) if re.fullmatch(r"\d+", value) else value for _, key, value in settings if value is not None
@@ -54,52 +50,55 @@ def read_scorer(text: str) -> RewardConfig:
 
 
 def read_scorers(texts: Sequence[str]) -> tuple[RewardConfig, ...]:
-    """Several, each once."""
+    """Several scorers, each once."""
     specs = tuple(read_scorer(text) for text in texts)
     labels = [spec.label for spec in specs]
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
-        raise ValueError(f"scorer {twice[0]} is given twice; each is reported once")
+        raise ValueError(f"scorer {twice[0]} is given twice; give each once")
     return specs
 
 
 def shapes_scorers() -> tuple[RewardConfig, ...]:
-    """The shipped scorers of the Shapes world; the held-out one trains nobody."""
+    """The shipped scorers of the Shapes world; no student is trained on the held-out one."""
     return tuple(ShapesReward(kind=kind) for kind in SHAPES_KINDS)  # type: ignore[arg-type]
 
 
 def load_scorers(specs: Sequence[RewardConfig], device: str) -> dict[str, Reward]:
-    """By label, in the given order. ValueError for weights that cannot be had: nothing is generated before."""
+    """By label, in the given order. ValueError for weights that are not available."""
     require_weights(specs)
     return {spec.label: reward for spec, reward in zip(specs, build_rewards(specs, device), strict=True)}
 
 
 def reads_metadata(spec: RewardConfig) -> bool:
-    """Whether a scorer reads more of a prompt than its text."""
-    if isinstance(spec, CompositeConfig):
-        return any(reads_metadata(part.reward) for part in spec.parts)
-    return isinstance(spec, GenEvalConfig | RemoteConfig)
+    """Whether a scorer reads a prompt's metadata, not only its text."""
+    return any(isinstance(part, GenEvalConfig | RemoteConfig) for part in _parts(spec))
 
 
 def judges_shapes(spec: RewardConfig) -> bool:
-    """Whether a scorer reads images and captions of the Shapes world only."""
-    if isinstance(spec, CompositeConfig):
-        return any(judges_shapes(part.reward) for part in spec.parts)
-    return isinstance(spec, ShapesReward)
+    """Whether a scorer applies to Shapes images only."""
+    return any(isinstance(part, ShapesReward) for part in _parts(spec))
 
 
 def may_fail(spec: RewardConfig) -> bool:
-    """Whether an image may be left without a score by a failure, not by its content: it is worth another try."""
+    """Whether a missing score can be due to a failure rather than the image, so that it is worth another try."""
+    return any(isinstance(part, RemoteConfig) and part.on_failure == "skip" for part in _parts(spec))
+
+
+def _parts(spec: RewardConfig) -> Iterator[RewardConfig]:
+    """The scorer itself, or the parts of a composite."""
     if isinstance(spec, CompositeConfig):
-        return any(may_fail(part.reward) for part in spec.parts)
-    return isinstance(spec, RemoteConfig) and spec.on_failure == "skip"
+        for part in spec.parts:
+            yield from _parts(part.reward)
+    else:
+        yield spec
 
 
 @torch.no_grad()
 def scores_of(
     reward: Reward, images: Sequence[Image], texts: Sequence[str], meta: Sequence[Mapping[str, Any]]
 ) -> list[float]:
-    """One number per image, NaN = not scored. Published models see PIL images as their authors did, others tensors."""
+    """One number per image, NaN = not scored. Published models get PIL images, as in their own code; others tensors."""
     if isinstance(reward, PretrainedReward):
         return [float(score) for score in reward.score_pil(images, texts)]
     scores = [math.nan] * len(images)
@@ -117,7 +116,7 @@ def _scores_of_size(
     meta: Sequence[Mapping[str, Any]],
     own: Sequence[int],
 ) -> list[float]:
-    """The scores of images ``own``, which have one size."""
+    """The scores of the images numbered ``own``, all of one size."""
     device = _device_of(reward)
     index = torch.arange(len(own), device=device)
     prompts = PromptBatch(index, tuple(texts[k] for k in own), index, {}, {}, tuple(meta[k] for k in own))
@@ -126,7 +125,7 @@ def _scores_of_size(
 
 
 def _device_of(reward: Reward) -> torch.device:
-    """Shapes scorers work where their weights are; every other reward takes images from the CPU."""
+    """The device of a Shapes scorer's weights; every other reward takes images on the CPU."""
     return next(reward.net.parameters()).device if isinstance(reward, ShapesScorer) else torch.device("cpu")
 
 
@@ -140,7 +139,7 @@ def feature_maker(text: str, device: str) -> Features:
         return _checked(lambda images: reward.image_features(from_pil(images).to(_device_of(reward))), text)
     if isinstance(reward, ClipScore):
         return _checked(lambda images: _clip_features(reward, images), text)
-    raise ValueError(f"features {text!r}: shapes, clip[,path=FOLDER] or module:function can make features")
+    raise ValueError(f"features {text!r}: use shapes, clip[,path=FOLDER] or module:function")
 
 
 def _clip_features(reward: ClipScore, images: Sequence[Image]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Evaluations side by side on a terminal: a column per sampler, to fit in 80 characters."""
+"""Shapes evaluations side by side on a terminal of 80 columns: a column per sampler."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from gdmd.shapes.grammar import TASKS
 
 TITLES = {"single_object": "single object", "two_object": "two objects", "color_attr": "attribute binding"}
 WIDTH = 11
-"""Of a sampler's column."""
+"""Characters of a sampler's column."""
 
 
 def print_table(
     rows: Mapping[str, Mapping[str, Any]], trained: Collection[str], console: Console | None = None
 ) -> None:
-    """Print evaluations (name -> ``Evaluation.json()``); ``trained`` marks the rewards the students were trained on."""
+    """Print evaluations (name -> ``Evaluation.json()``); ``trained`` rewards are marked with *."""
     console = console or Console()
     sections = [
         [[Cell(one.title), *(Cell(number(one.of(row), one.digits)) for row in rows.values())] for one in section]
         for section in _sections(rows, trained)
     ]
     console.print(Table(["", *rows], sections).rich("Shapes, fixed evaluation set", width=WIDTH))
-    console.print(
-        "* trained on; all other measures are unseen in training. NFE: network calls per image.", markup=False
-    )
+    console.print("* used in training; all other measures are unseen. NFE: network calls per image.", markup=False)
 
 
 def _sections(rows: Mapping[str, Mapping[str, Any]], trained: Collection[str]) -> list[list[Measure]]:
@@ -40,8 +38,8 @@ def _sections(rows: Mapping[str, Mapping[str, Any]], trained: Collection[str]) -
         ],
         [
             *(Measure(name + (" *" if name in trained else ""), ("rewards", name)) for name in ordered),
-            Measure("fidelity", ("fidelity",)),
-            Measure("coverage", ("coverage",)),
+            Measure("render fidelity", ("fidelity",)),
+            Measure("attribute coverage", ("coverage",)),
         ],
         [
             Measure("NFE", ("nfe",), digits=0),

@@ -1,4 +1,4 @@
-"""What a run says of its scoring decoder: how its rewards differ from those through the model's own decoder."""
+"""The scoring decoder of a run: how far its rewards differ from those through the model's own decoder."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ FILE = "scoring_decoder.json"
 
 
 def check_decoder(cfg: RunConfig, components: Components, run: Path, console: Console) -> None:
-    """Measure, print, and write RUN/scoring_decoder.json, where it does not hold these numbers already.
+    """Measure, print and write RUN/scoring_decoder.json, unless it is up to date.
 
-    Nothing for a run without a scoring decoder.
+    Does nothing for a run without a scoring decoder.
     """
     model, file = cfg.model, run / FILE
     if (
@@ -53,7 +53,7 @@ def check_decoder(cfg: RunConfig, components: Components, run: Path, console: Co
         "teacher_steps": steps,
         "rewards": [dataclasses.asdict(g) for g in gaps],
     }
-    write_atomic(file, json.dumps(found, indent=2) + "\n", "what the scoring decoder costs")
+    write_atomic(file, json.dumps(found, indent=2) + "\n", "the check of the scoring decoder")
     console.print(f"rewards through {model.scoring_decoder} instead of the model's decoder:", markup=False)
     for gap in gaps:
         console.print(f"  {gap.line()}", markup=False, highlight=False)
@@ -61,7 +61,7 @@ def check_decoder(cfg: RunConfig, components: Components, run: Path, console: Co
 
 @torch.no_grad()
 def measured_gaps(cfg: RunConfig, components: Components, images: int) -> tuple[DecoderGap, ...]:
-    """On the teacher's guided samples for the first prompts of the run, at most a batch."""
+    """The gaps on the teacher's guided samples for the run's first prompts, at most one batch."""
     assert components.scoring is not None
     prompts = components.stream.at(0, 0, images)
     noise = SampleRng(cfg.eval.seed, 0, prompts.index).normal("eval_noise", components.latent_shape)
@@ -72,7 +72,7 @@ def measured_gaps(cfg: RunConfig, components: Components, images: int) -> tuple[
 
 
 def _key(cfg: RunConfig, model: DiffusersModel, texts: Sequence[str]) -> str:
-    """What the numbers depend on: networks, decoder, rewards, prompts, and how the teacher draws."""
+    """A hash of everything the numbers depend on: networks, decoder, rewards, prompts, sampling."""
     assert model.scoring_decoder is not None
     given = (model.dtype, model.height, model.width, cfg.eval.seed, cfg.eval.teacher_steps, cfg.method.guidance)
     weights = weights_content(model.scoring_decoder, model.scoring_decoder_revision)
@@ -88,7 +88,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def read_gaps(run: Path) -> dict[str, Any] | None:
-    """What ``check_decoder`` wrote; None for a run without it. RunError for a damaged file."""
+    """What ``check_decoder`` wrote; None if the run has no such file. RunError for a damaged file."""
     file = run / FILE
     if not file.is_file():
         return None
@@ -102,11 +102,11 @@ def read_gaps(run: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class DecoderGap:
-    """One reward, in its own units, over the images that both decoders' pictures got a score for.
+    """One reward, in its own units, over the images that were scored through both decoders.
 
     difference: mean of rough - full; error: standard deviation of rough - full; spread: that of the full scores;
-    agreement: share of the pairs of images, unequal by the full decoder, that the rough one puts in the same order.
-    None where there are too few images to say.
+    agreement: share of image pairs, unequal with the full decoder, that the rough one orders the same way. None with too
+    few images.
     """
 
     reward: str
@@ -119,19 +119,19 @@ class DecoderGap:
     agreement: float | None
 
     def line(self) -> str:
-        """For people."""
+        """A line for the terminal and the report."""
         if self.difference is None:
             return f"{self.reward}: no image was scored through both decoders"
-        said = f"{self.reward}: {self.difference:+.4g} on {self.images} images (full decoder {self.full:.4g}"
+        text = f"{self.reward}: {self.difference:+.4g} on {self.images} images (full decoder {self.full:.4g}"
         if self.error is None or self.agreement is None:
-            return f"{said})"
-        return f"{said}, spread {self.spread:.3g}; error {self.error:.3g}; {self.agreement:.0%} of pairs in the same order)"
+            return f"{text})"
+        return f"{text}, spread {self.spread:.3g}; error {self.error:.3g}; {self.agreement:.0%} of pairs in the same order)"
 
 
 def decoder_gaps(
     full: Codec, rough: Codec, rewards: Sequence[Reward], latents: Tensor, prompts: PromptBatch
 ) -> tuple[DecoderGap, ...]:
-    """Every reward on ``latents`` [B, C, H, W] through both decoders."""
+    """The gap of every reward on ``latents`` [B, C, H, W]."""
     through = [Scorer(codec, rewards)(latents, prompts).double().cpu() for codec in (full, rough)]
     return tuple(_gap(reward.name, *pair) for reward, *pair in zip(rewards, *through, strict=True))
 

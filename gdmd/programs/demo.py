@@ -1,4 +1,4 @@
-"""What ``gdmd demo`` does: distill DMD and GDMD from the same teacher and measure all five rows, in one run."""
+"""What ``gdmd demo`` does: distill DMD and GDMD from the same teacher and compare both with it, in one report."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.generate import Sampler
 from gdmd.evaluation.run_report import Provenance, read_rows, save_rows, write_report
-from gdmd.evaluation.runs import Row, compare, measure, row_key
+from gdmd.evaluation.runs import Row, compare, load_student, measure, row_key
 from gdmd.io import typed
 from gdmd.programs.train import run_training
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.contents import checkpoint_content
-from gdmd.recipes.open_run import load_ema, student_row, teacher_row
+from gdmd.recipes.open_run import student_row, teacher_row
 from gdmd.recipes.run_folders import TEACHERS
-from gdmd.runs import checkpoint
+from gdmd.reporting.progress_bar import phase
 from gdmd.runs.run_folder import Run, check_same_config, create, open_run, read_facts, read_metrics
 
 METHODS = ("dmd", "gdmd")
@@ -35,7 +35,7 @@ METHODS = ("dmd", "gdmd")
 
 @dataclass(frozen=True)
 class Demo:
-    """The result: rows as in the table, and where the report lies. ``signal`` stopped it before the end."""
+    """The result: the rows of the table and the report. signal: the one that stopped it early."""
 
     folder: Path
     seconds: float
@@ -56,7 +56,7 @@ class Demo:
 
 
 def control(cfg: RunConfig) -> RunConfig:
-    """The same recipe without its rewards: plain DMD with as many student updates. ValueError where none are read."""
+    """The same recipe without rewards: plain DMD with as many student updates. ValueError if it reads no rewards."""
     if cfg.model.kind != "shapes" or not isinstance(cfg.method, GdmdConfig | GdmdTiltedConfig):
         raise ValueError(
             f"the demo compares GDMD with DMD in the Shapes world, but recipe {cfg.name} has model.kind = "
@@ -71,49 +71,50 @@ def control(cfg: RunConfig) -> RunConfig:
 
 
 def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
-    """Train both students and measure the five rows; what an earlier call finished in ``folder`` is not done again."""
+    """Train both students and measure every row; continues what an earlier call left unfinished in ``folder``."""
     configs = {"dmd": control(cfg), "gdmd": cfg}
     for own in configs.values():
         check_best_metric(own)
     began = time.perf_counter()
-    labs = {name: build(own) for name, own in configs.items()}
+    with phase("loading the networks", console):
+        components = {name: build(own) for name, own in configs.items()}
     runs = {name: _run(folder / name, own) for name, own in configs.items()}
     stages = _Stages(folder, console)
     for what in TEACHERS:
-        stages.row(cfg, labs["gdmd"], teacher_row(cfg, labs["gdmd"], what))
-    samplers = [teacher_row(cfg, labs["gdmd"], what) for what in TEACHERS]
+        stages.row(cfg, components["gdmd"], teacher_row(cfg, components["gdmd"], what))
+    samplers = [teacher_row(cfg, components["gdmd"], what) for what in TEACHERS]
     for name in METHODS:
-        stages.say(f"training {name.upper()}: {cfg.loop.steps} iterations of {cfg.loop.batch_size}, from the teacher")
-        trained = run_training(configs[name], runs[name], labs[name], console, evaluation=False)
+        stages.log(f"training {name.upper()}: {cfg.loop.steps} iterations of {cfg.loop.batch_size}, from the teacher")
+        trained = run_training(configs[name], runs[name], components[name], console, evaluation=False)
         if trained.end.signal is not None:
             again = f"gdmd demo --run {typed(folder)}"
             console.print(f"stopped and saved; continue with: {again}", markup=False, highlight=False, soft_wrap=True)
             return Demo(folder, time.perf_counter() - began, signal=trained.end.signal)
-        _load(labs[name], runs[name], trained.end.step)
-        samplers.append(student_row(cfg, labs[name], name.upper()))
+        load_student(components[name], runs[name].path, trained.end.step)
+        samplers.append(student_row(cfg, components[name], name.upper()))
         weights = checkpoint_content(runs[name].path, trained.end.step)
-        stages.row(cfg, labs[name], samplers[-1], trained.end.step, weights)
+        stages.row(cfg, components[name], samplers[-1], trained.end.step, weights)
     rows = {sampler.name: stages.rows[sampler.name] for sampler in samplers}
-    report = _report(cfg, folder, runs, samplers, rows, labs["gdmd"])
+    report = _report(cfg, folder, runs, samplers, rows, components["gdmd"])
     return Demo(folder, time.perf_counter() - began, rows, trained_rewards(cfg), report)
 
 
 class _Stages:
-    """Tells what is being done and how long it took, and keeps the rows that are finished."""
+    """Logs each stage and its time, and stores the finished rows."""
 
     def __init__(self, folder: Path, console: Console) -> None:
         self.folder, self.console, self._number = folder, console, 0
         self.rows: dict[str, Row] = dict(read_rows(folder))
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         self._number += 1
-        of = len(TEACHERS) + 2 * len(METHODS)  # a measurement each, and a training per method
+        of = len(TEACHERS) + 2 * len(METHODS)  # one measurement each, and one training per method
         self.console.print(f"[{self._number}/{of}] {message}", markup=False, highlight=False)
 
     def row(self, cfg: RunConfig, components: Components, sampler: Sampler, step: int = 0, weights: str = "") -> None:
-        """Measure a sampler, unless this demo has measured the same before. weights: ``checkpoint_content``."""
+        """Measure a sampler, unless its row is stored. weights: ``checkpoint_content``."""
         images = 6 * cfg.eval.per_task * cfg.eval.images
-        self.say(f"{sampler.name} ({sampler.nfe} network calls per image) on {images} images")
+        self.log(f"{sampler.name} ({sampler.nfe} network calls per image) on {images} images")
         began, how = time.perf_counter(), "measured before"
         key = row_key(cfg, sampler, weights)
         if self.rows.get(sampler.name, {}).get("key") != key:
@@ -125,20 +126,13 @@ class _Stages:
 
 
 def _run(folder: Path, cfg: RunConfig) -> Run:
-    """The run folder of one method, new or to be continued; RunError where another configuration lies there."""
+    """The run folder of one method, new or to be resumed. RunError if it has another configuration."""
     config = cfg.model_dump(mode="json")
     if (folder / "config.yaml").exists():
         run = open_run(folder)
         check_same_config(run, config)
         return run
     return create(folder, config, sys.argv)
-
-
-def _load(components: Components, run: Run, step: int) -> None:
-    """The EMA student of exactly this step; RunError where its checkpoint is damaged."""
-    saved = checkpoint.load_chosen(run.checkpoints, str(step))
-    assert saved is not None
-    load_ema(components, saved)
 
 
 def _report(
@@ -149,7 +143,7 @@ def _report(
     rows: Mapping[str, Row],
     components: Components,
 ) -> Path:
-    """report.html of the whole demo, with all samplers side by side from the same noise."""
+    """report.html of the demo, with all samplers side by side from the same noise."""
     facts = read_facts(runs["gdmd"].path)
     return write_report(
         folder,

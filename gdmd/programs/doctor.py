@@ -24,24 +24,24 @@ from gdmd.shapes.scorer_networks import KINDS
 from gdmd.training.loop import train
 
 SUMS = "sha256.json"
-"""Beside the shipped assets: file name -> sha256. A file that is not listed is only loaded."""
+"""Next to the shipped networks: file name -> sha256. A file that is not listed is only loaded."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the examination: what was found, or what is wrong with it and what to do."""
+    """One check: what was found, or what is wrong and what to do."""
 
     name: str
     ok: bool
     found: str
 
     def json(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """As plain data."""
         return {"name": self.name, "ok": self.ok, "found": self.found}
 
 
 def examine() -> list[Check]:
-    """All checks in the order in which they depend on each other; none of them raises."""
+    """All checks, in order of dependence; none of them raises."""
     checks = [Check(f"version {name}", True, found) for name, found in versions().items()]
     checks.append(Check("commit", True, commit() or "not a git checkout"))
     checks.append(Check("device", True, device()))
@@ -58,7 +58,7 @@ def asset_names() -> tuple[str, ...]:
 
 
 def device() -> str:
-    """What the networks can run on."""
+    """The hardware that the networks can use."""
     threads = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
     if not torch.cuda.is_available():
         return f"{threads}, no GPU"
@@ -66,7 +66,7 @@ def device() -> str:
 
 
 def asset(name: str) -> str:
-    """Compare the shipped file with its sum and load it into its network; ValueError says what is wrong."""
+    """Verify the checksum of a shipped network and load it. ValueError says what is wrong."""
     path = asset_path(name)
     tensors = load_asset(path).tensors
     content = path.read_bytes()
@@ -82,7 +82,7 @@ def asset(name: str) -> str:
             load_dit(tensors)
         case _:
             load_scorer(name, tensors)  # type: ignore[arg-type]
-    verified = "verified" if path.name in known else "no sum to compare with"
+    verified = "verified" if path.name in known else "no checksum to compare with"
     return f"{len(content) / 1e6:.2f} MB, sha256 {digest[:12]} ({verified}), loads"
 
 
@@ -95,15 +95,15 @@ def recipes() -> str:
 
 
 def writable() -> str:
-    """Whether runs can be made below the current folder; nothing is written."""
+    """Whether runs can be written below the current folder; nothing is written."""
     folder = Path("runs") if Path("runs").exists() else Path(".")
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder.resolve()} cannot be written: go to another folder, or use --run")
+        raise ValueError(f"{folder.resolve()} is not writable: change to another folder, or use --run")
     return str(folder.resolve())
 
 
 def smoke() -> str:
-    """One iteration of the smoke recipe in a folder that is removed again."""
+    """One iteration of the smoke recipe in a temporary folder."""
     cfg = read_recipe("shapes_smoke", ["loop.steps=1", "loop.batch_size=4", "loop.grid_every=0"])
     components = build(cfg)
     began = time.perf_counter()
@@ -114,7 +114,7 @@ def smoke() -> str:
 
 
 def _checked(name: str, check: Callable[[], str]) -> Check:
-    """Run a check; every error is its finding, for this is the command that is asked what is broken."""
+    """Run a check and turn every error into its finding: this command exists to report what is broken."""
     try:
         return Check(name, True, check())
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What ``gdmd pretrain`` does: make the VAE, the teacher or the scorers of the Shapes lab again."""
+"""What ``gdmd pretrain`` does: train the VAE, the teacher or the scorers of the Shapes world."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gdmd.shapes.scorer_networks import KINDS
 
 LINES = 20
 """Progress lines of a training without a terminal."""
-Shown = Callable[[int, float], None]
+OnStep = Callable[[int, float], None]
 
 
 def pretrain(
@@ -30,9 +30,9 @@ def pretrain(
     kinds: Sequence[str],
     console: Console,
 ) -> Iterator[Path]:
-    """Make the asset(s) of ``network`` in ``folder`` and yield each path when it is written.
+    """Train ``network`` and yield each file in ``folder`` when it is written.
 
-    None takes the steps and the seed of the shipped asset. ``kinds`` picks scorers; empty = all.
+    steps, seed: None = those of the shipped network. kinds: which scorers; empty = all.
     """
     given: dict[str, Any] = {key: value for key, value in (("steps", steps), ("seed", seed)) if value is not None}
     match network:
@@ -41,7 +41,7 @@ def pretrain(
         case "teacher":
             own = folder / "shapes_vae.safetensors"
             source = own if own.is_file() else asset_path("shapes_vae")
-            console.print(f"latents of {source}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"encoding images with {source}", markup=False, highlight=False, soft_wrap=True)
             vae = load_vae(load_asset(source).tensors).eval().requires_grad_(False)
             yield _fitted(teacher_job(vae, **given), folder / "shapes_teacher.safetensors", resume, console)
         case _:
@@ -59,21 +59,21 @@ def _scorers(
             continue
         path = folder / f"{kind}.safetensors"
         steps, seed = (given.get(key, own) for key, own in zip(("steps", "seed"), SHIPPED[kind], strict=True))
-        with _watched(kind, steps, console) as shown:
+        with _progress(kind, steps, console) as shown:
             pretrain_scorer(kind, steps, seed, path, resume=resume, progress=False, on_step=shown)
         yield path
 
 
 def _fitted(job: PretrainJob, path: Path, resume: bool, console: Console) -> Path:
-    with _watched(job.name, job.steps, console) as shown:
+    with _progress(job.name, job.steps, console) as shown:
         for step, loss in fit(job, path, resume=resume, save_every=max(1, min(500, job.steps // 10))):
             shown(step, loss.item())
     return path
 
 
 @contextmanager
-def _watched(name: str, steps: int, console: Console) -> Iterator[Shown]:
-    """A callback (step, loss): a bar on a terminal, else some twenty lines."""
+def _progress(name: str, steps: int, console: Console) -> Iterator[OnStep]:
+    """A callback (step, loss): a bar on a terminal, else about twenty lines."""
     if not console.is_terminal:
         every = max(1, steps // LINES)
 

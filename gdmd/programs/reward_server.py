@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gdmd.config.extras import install
 from gdmd.data.image_files import to_rgb
-from gdmd.rewards.remote import PROTOCOL, is_loopback
+from gdmd.io import is_loopback
+from gdmd.rewards.remote import PROTOCOL
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

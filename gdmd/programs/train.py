@@ -26,6 +26,7 @@ from gdmd.evaluation.runs import finish_run, grid_hook
 from gdmd.io import SHARDS_STAY, typed, writing
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.recipes.build import Components, build, compile_networks
+from gdmd.recipes.build_data import require_prompts
 from gdmd.recipes.build_rewards import reason_unscored, require_weights, reward_stats, try_rewards
 from gdmd.recipes.hub_revisions import record_commits
 from gdmd.recipes.inputs import check_inputs, check_start
@@ -178,7 +179,8 @@ def encode(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) 
 
 
 def check_prompts(cfg: RunConfig, console: Console = QUIET) -> None:
-    """Report what the reader of the prompt file skipped; ValueError with the line of a prompt outside Shapes' grammar."""
+    """Report what the reader of the prompt file skipped. ValueError: no file, or a prompt outside Shapes' grammar."""
+    require_prompts(cfg)
     if cfg.prompts.file is None:
         return
     found = read_prompts(cfg.prompts.file, cfg.prompts.column)

@@ -53,9 +53,15 @@ def training_prompts(
         if real is not None:
             real.check(prompts.texts)
         return list(prompts.texts), prompts.meta
-    if real is None:
-        raise ValueError("prompts.file is not set: a real model needs a file of prompts, for example prompts.txt")
+    require_prompts(cfg)
+    assert real is not None
     return list(real.captions), None
+
+
+def require_prompts(cfg: RunConfig) -> None:
+    """ValueError if a real model has neither a prompt file nor real images with captions."""
+    if cfg.model.kind == "diffusers" and cfg.prompts.file is None and not cfg.needs_real:
+        raise ValueError("prompts.file is not set: a real model needs a file of prompts, for example prompts.txt")
 
 
 def encoder_of(codec: Codec, shape: tuple[int, int, int], device: str) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""Progress of a long wait: a bar or spinner on a terminal, one line elsewhere. Written to stderr."""
+"""Progress of a long wait: a bar or spinner on a terminal; elsewhere a line, and one more every ten seconds. On stderr."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 Part = TypeVar("Part", bound=Sequence)
+SECONDS_PER_LINE = 10.0
 SLOW_SECONDS = 5.0
 """A wait that took longer leaves a line on the terminal."""
 
@@ -29,9 +30,12 @@ def progress_bar(
 ) -> Iterator[Callable[[int], None]]:
     """A function that counts finished parts of ``total``. then: what is done after the last part."""
     console = console or Console(stderr=True)
+    if not total:
+        yield lambda count: None
+        return
     if not console.is_terminal:
         console.print(f"{what} ...", markup=False, highlight=False, soft_wrap=True)
-        yield lambda count: None
+        yield _lines(what, total, console)
         return
     text = TextColumn("{task.description}", markup=False)
     columns = (text, BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn())
@@ -46,10 +50,22 @@ def progress_bar(
         yield advance
 
 
+def _lines(what: str, total: int, console: Console) -> Callable[[int], None]:
+    """``advance`` without a terminal."""
+    done, last = 0, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, last
+        done += count
+        if time.monotonic() - last > SECONDS_PER_LINE:
+            last = time.monotonic()
+            console.print(f"{what}: {done} of {total}", markup=False, highlight=False, soft_wrap=True)
+
+    return advance
+
+
 def counted(parts: Iterable[Part], what: str, total: int) -> Iterator[Part]:
     """The parts of ``total`` items one by one, with the progress shown. Silent without items."""
-    if not total:
-        return
     with progress_bar(what, total) as advance:
         for part in parts:
             yield part
@@ -57,8 +73,9 @@ def counted(parts: Iterable[Part], what: str, total: int) -> Iterator[Part]:
 
 
 @contextmanager
-def phase(what: str, console: Console, *, plain: bool = True) -> Iterator[None]:
+def phase(what: str, console: Console | None = None, *, plain: bool = True) -> Iterator[None]:
     """Show a wait of unknown length: a spinner with the elapsed time on a terminal; elsewhere one line if ``plain``."""
+    console = console or Console(stderr=True)
     if not console.is_terminal:
         if plain:
             console.print(what, markup=False, highlight=False, soft_wrap=True)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import base64
 import http.client
 import io
-import ipaddress
 import json
 import math
 import time
@@ -34,6 +33,7 @@ import torch
 from torch import Tensor
 
 from gdmd.config.rewards import RemoteConfig
+from gdmd.io import is_loopback
 from gdmd.rewards.preprocessing import check_finite_images, check_images, to_pil
 
 if TYPE_CHECKING:
@@ -267,11 +267,3 @@ def _png(image: Image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address. Of all host names, only localhost counts."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -137,6 +137,10 @@ class Catalog:
     def _index(self) -> dict[str, int]:
         return {caption.text: row for row, caption in enumerate(self.captions)}
 
+    def texts(self, rows: Tensor) -> tuple[str, ...]:
+        """The captions of some rows."""
+        return tuple(self.captions[row].text for row in rows.tolist())
+
     def rows(self, split: Split, task: int) -> Tensor:
         """The rows of one task that belong to a split, [n]."""
         mine = (self.split == SPLITS.index(split)) | (self.split == ANY)

@@ -1,4 +1,4 @@
-"""What every image source shares: its description, the numbering of images and their noise, and the settings file."""
+"""What all image sources share: description, numbering of images and their noise, and the settings file."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Kind = Literal["teacher", "run", "export", "pipeline", "images"]
 
 
 EXPORT_FILE = "gdmd_export.json"
-"""In an exported folder: what is needed to make images with it."""
+"""In an exported folder: what is needed to generate images with it."""
 
 
 SETTINGS = "settings.json"
-"""Beside drawn images: what they were made with."""
+"""Next to generated images: what they were generated with."""
 
 
-MOST_IMAGES = 4096
-"""Per prompt; the number of an image is prompt x 4096 + image, so that more images never change the first ones."""
+MAX_IMAGES = 4096
+"""Images per prompt. Noise is keyed by prompt x 4096 + image, so that asking for more images keeps the first ones."""
 
 
 @dataclass(frozen=True)
 class ImageSlot:
-    """One image: the text and number of its prompt, its own number, and which occurrence of the text this is."""
+    """One image: number and text of its prompt, its own number, and which occurrence of this text the prompt is."""
 
     prompt: int
     image: int
@@ -43,17 +43,16 @@ class ImageSlot:
 
     @property
     def key(self) -> int:
-        """What its random draws are keyed by."""
-        return self.prompt * MOST_IMAGES + self.image
+        """The key of its random draws."""
+        return self.prompt * MAX_IMAGES + self.image
 
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What is known of a source.
+    """The description of a source.
 
-    nfe: network calls per image, where known. trained: labels of the rewards it was trained on; None = not known.
-    device: what it runs on. identity: everything its images depend on besides prompt and noise; a folder of images holds
-    those of one identity.
+    nfe: network calls per image, if known. trained: labels of the rewards it was trained on; None = unknown. identity:
+    everything that its images depend on besides prompt and noise; an image folder holds images of one identity.
     """
 
     name: str
@@ -68,30 +67,30 @@ class SourceInfo:
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
-        """Its public part."""
+        """The part that is reported."""
         given = {"name": self.name, "kind": self.kind, "where": self.where, "nfe": self.nfe, "step": self.step}
         return given | {"trained": None if self.trained is None else list(self.trained)}
 
 
 class Source(Protocol):
-    """Something that makes images."""
+    """Something that generates images."""
 
     @property
     def info(self) -> SourceInfo: ...
 
     def check(self, texts: Sequence[str]) -> None:
-        """ValueError for prompts that it cannot show."""
+        """ValueError for prompts that it cannot generate."""
         ...
 
     def generate(self, slots: Sequence[ImageSlot], seed: int) -> list[Image]:
-        """One image per place."""
+        """One image per slot."""
         ...
 
 
 def image_slots(texts: Sequence[str], images: int) -> list[ImageSlot]:
     """Every image of a list of prompts, prompt by prompt."""
-    if not 1 <= images <= MOST_IMAGES:
-        raise ValueError(f"images per prompt = {images}: 1 to {MOST_IMAGES} are possible")
+    if not 1 <= images <= MAX_IMAGES:
+        raise ValueError(f"images per prompt = {images}: 1 to {MAX_IMAGES} are possible")
     seen: Counter[str] = Counter()
     found = []
     for number, text in enumerate(texts):
@@ -101,7 +100,7 @@ def image_slots(texts: Sequence[str], images: int) -> list[ImageSlot]:
 
 
 def record_settings(folder: Path, info: SourceInfo, seed: int, home: Path) -> None:
-    """Note in FOLDER/settings.json what makes the images in ``home``. RunError where they are another source's."""
+    """Record in FOLDER/settings.json what the images in ``home`` are generated with. RunError for another source's."""
     drawn = info.kind != "images"
     wanted = json.loads(json.dumps({"identity": dict(info.identity), **({"seed": seed} if drawn else {})}))
     path = folder / SETTINGS
@@ -123,21 +122,21 @@ def record_settings(folder: Path, info: SourceInfo, seed: int, home: Path) -> No
 
 
 def _differing(there: Any, wanted: Mapping[str, Any]) -> list[str]:
-    """Keys whose values differ; a missing key is as good as one without a value."""
+    """Keys whose values differ; a missing key equals one without a value."""
     known = there if isinstance(there, dict) else {}
     both = [(key, known.get(key), wanted.get(key)) for key in dict.fromkeys((*wanted, *known))]
     return [key for key, before, now in both if before != now and not (before in (None, []) and now in (None, []))]
 
 
 def device_name(device: torch.device) -> str:
-    """For times: those of two devices are not mixed."""
+    """The device's name, which is stored with times: those of two devices are not mixed."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def to_images(pixels: Tensor, name: str) -> list[Image]:
-    """[B, 3, H, W] in [0, 1] -> 8-bit images. ValueError for pixels that are not finite: they would become black."""
+    """[B, 3, H, W] in [0, 1] -> 8-bit images. ValueError for pixels that are not finite, which would turn black."""
     import torch
 
     from gdmd.rewards.preprocessing import to_pil

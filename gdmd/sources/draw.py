@@ -1,4 +1,4 @@
-"""What ``gdmd sample`` does: captions -> one row of images each, in a PNG."""
+"""What ``gdmd sample`` does: prompts -> a PNG with one row of images each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gdmd.config.image_source import SourceConfig
 from gdmd.reporting.grids import write_grid
-from gdmd.reporting.progress_bar import counted
+from gdmd.reporting.progress_bar import counted, phase
 from gdmd.rewards.preprocessing import from_pil
 from gdmd.sources.base import Source, image_slots
 from gdmd.sources.open import open_source
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 
 SMALL, ENLARGED = 64, 4
-"""Factor by which images of at most SMALL pixels a side are enlarged if no scale is given."""
+"""Images of at most SMALL pixels a side are enlarged by this factor if no scale is given."""
 
 
 def draw(cfg: SourceConfig, prompts: Sequence[str], count: int, seed: int, path: Path, scale: int | None) -> float:
-    """Write the images of a run, an export, a pipeline or the teacher, and return the seconds that sampling took.
+    """Write the images of any source and return the seconds that sampling took.
 
-    Image k of a caption depends on (seed, place of the caption, k) only. scale: pixels of the file per pixel of an
-    image; None = ENLARGED for small images, else 1. ValueError for a word outside the language of a Shapes source.
+    Image k of a prompt depends only on (seed, number of the prompt, k). scale: enlargement; None = ENLARGED for small
+    images, else 1. ValueError for a prompt that is not a caption of a Shapes source.
     """
-    source = open_source(cfg)
+    with phase(f"loading {cfg.name}"):
+        source = open_source(cfg)
     source.check(prompts)
     began = time.perf_counter()
     images = images_of_source(source, prompts, count, seed)
@@ -43,5 +44,5 @@ def images_of_source(source: Source, prompts: Sequence[str], count: int, seed: i
     """``count`` images of each prompt, prompt by prompt; those of a folder may differ in size."""
     slots, step = image_slots(prompts, count), source.info.batch
     parts = (slots[k : k + step] for k in range(0, len(slots), step))
-    counted_parts = counted(parts, f"sampling {source.info.name}", len(slots))
-    return [one for part in counted_parts for one in source.generate(part, seed)]
+    shown = counted(parts, f"{source.info.name}: generating {len(slots):,} images", len(slots))
+    return [one for part in shown for one in source.generate(part, seed)]

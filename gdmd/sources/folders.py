@@ -1,9 +1,9 @@
-"""Folders of images made for prompts: GenEval's official layout, or flat files beside a prompts.jsonl.
+"""Folders of images of prompts: GenEval's official layout, or flat files next to a prompts.jsonl.
 
 GenEval: ``<folder>/00000/metadata.jsonl`` ({"tag": task, "prompt": text}) and ``<folder>/00000/samples/0000.png``.
-Flat: ``<folder>/prompts.jsonl``, one {"prompt": text, "task": name, "files": ["a.png", ...]} a line; without
-"files" (or "file"), line k owns the images called 0000k.png, 0000k_*.png or 0000k-*.png (counted from 0).
-Both are read; GenEval's is written, so that GenEval, a study and every other tool can go on with it.
+Flat: ``<folder>/prompts.jsonl``, one {"prompt": text, "task": name, "files": ["a.png", ...]} per line; without
+"files" (or "file"), line k (from 0) has the images 0000k.png, 0000k_*.png and 0000k-*.png.
+Both are read; GenEval's is written, because other tools read it, too.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Key = tuple[str, int]
-"""A prompt's text and which occurrence of that text it is: the same for every model."""
+"""A prompt's text, and which occurrence of that text it is: the same for every model."""
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """A prompt and its task ("" where there is none), with the images that one model made of it, in their order."""
+    """A prompt, its task ("" if there is none), and one model's images of it, in order."""
 
     text: str
     task: str
@@ -61,37 +61,37 @@ def read_images(folder: Path) -> dict[Key, ImageRow]:
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether a folder looks like one of the two layouts."""
+    """Whether a folder has one of the two layouts."""
     return (folder / "prompts.jsonl").is_file() or (folder / "00000" / "metadata.jsonl").is_file()
 
 
 def image_file(folder: Path, prompt: int, image: int) -> Path:
-    """Where image (prompt, image) belongs in GenEval's layout."""
+    """The file of an image in GenEval's layout."""
     return folder / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
 
 
 def write_metadata(folder: Path, prompt: int, row: Mapping[str, Any]) -> None:
-    """metadata.jsonl of a prompt. RunError where the folder holds another prompt in this place."""
+    """Write metadata.jsonl of a prompt. RunError if the folder has another prompt under this number."""
     slot = folder / f"{prompt:05d}"
     path, line = slot / "metadata.jsonl", json.dumps(dict(row)) + "\n"
     with writing("the images", slot):
         (slot / "samples").mkdir(parents=True, exist_ok=True)
         if path.exists() and path.read_text(encoding="utf-8") == line:
             return
-        if path.exists() and path.read_text(encoding="utf-8").endswith("\n"):  # a torn line is written again
+        if path.exists() and path.read_text(encoding="utf-8").endswith("\n"):  # a truncated line is rewritten
             raise RunError(f"{slot} holds another prompt; give an empty folder with --out")
         path.write_text(line, encoding="utf-8")
 
 
 def write_image(path: Path, image: Image) -> None:
-    """PNG, whole or absent: a kill never leaves half an image under its name."""
+    """Write a PNG atomically."""
     content = io.BytesIO()
     image.save(content, "PNG")
     write_atomic(path, content.getvalue(), "the images", option="--out")
 
 
 def read_image(path: Path) -> Image:
-    """The image as ``data.image_files.open_image`` shows it, RGB. ValueError that names a file which is not one."""
+    """The image, RGB, upright (``data.image_files.open_image``). ValueError names a file that is not an image."""
     try:
         return open_image(path)
     except ValueError as error:
@@ -111,7 +111,7 @@ def _flat(folder: Path) -> list[ImageRow]:
     for number, line in enumerate(_json_lines(path)):
         given = line.get("files", [line["file"]] if "file" in line else None)
         if given is not None and not isinstance(given, list):
-            raise RunError(f'{path}, line {number + 1}: "files" is no list of names; write ["a.png", ...]')
+            raise RunError(f'{path}, line {number + 1}: "files" is not a list of names; write ["a.png", ...]')
         if given is None:
             own = [file for file in files if re.fullmatch(rf"{number:05d}([_-].*)?", file.stem)]
         else:
@@ -124,29 +124,29 @@ def _inside(folder: Path, name: str, path: Path, line: int) -> Path:
     file = folder / name
     known = os.path.isfile(file)  # False, where Path.is_file raises: a name too long, a null character
     if not known or not file.resolve().is_relative_to(folder.resolve()):
-        raise RunError(f"{path}, line {line}: there is no file {name!r} in {folder}; mend the line or add the file")
+        raise RunError(f"{path}, line {line}: there is no file {name!r} in {folder}; fix the line or add the file")
     return file
 
 
 def _prompt(line: Mapping[str, Any], path: Path, number: int) -> tuple[str, str]:
     text = line.get("prompt")
     if not isinstance(text, str) or not text.strip():
-        raise RunError(f'{path}, line {number}: no prompt; every line must hold {{"prompt": "a text"}}')
+        raise RunError(f'{path}, line {number}: no prompt; every line needs {{"prompt": "a text"}}')
     task = str(line.get("task", line.get("tag", "")))
     if re.search(r"[\x00\ud800-\udfff]", text + task):
         raise RunError(
-            f"{path}, line {number}: the prompt or task holds half a character or a null; convert it to UTF-8"
+            f"{path}, line {number}: the prompt or task contains a lone surrogate or a null character; convert it to UTF-8"
         )
     return text, task
 
 
 def images_in(files: Iterable[Path]) -> list[Path]:
-    """Those of the files that are images, 2.png before 10.png; hidden ones (._0000.png of a Mac) are left out."""
+    """The images among the files, 2.png before 10.png; without hidden ones (such as ._0000.png on a Mac)."""
     return sorted((file for file in files if is_image(file)), key=_in_order)
 
 
 def _in_order(path: Path) -> tuple[str, list[tuple[int, str]]]:
-    """A sort key: the numbers in a name count as numbers."""
+    """A sort key that compares numbers in names as numbers."""
     parts = re.split(r"(\d+)", path.name)
     return str(path.parent), [(int(part) if k % 2 else 0, part) for k, part in enumerate(parts)]
 
@@ -154,21 +154,23 @@ def _in_order(path: Path) -> tuple[str, list[tuple[int, str]]]:
 def _json_lines(path: Path, only: int | None = None) -> list[dict[str, Any]]:
     rows = read_jsonl(path)
     if not rows or (only is not None and len(rows) != only):
-        raise RunError(f"{path} must hold {only or 'one or more'} JSON object(s), one a line; got {len(rows)} line(s)")
+        raise RunError(
+            f"{path} must have {only or 'one or more'} JSON object(s), one per line; got {len(rows)} line(s)"
+        )
     return rows
 
 
 class FolderSource:
-    """Images that exist already, in one of the layouts of ``evaluation.image_folders``, found by the prompt's text."""
+    """Existing images in one of the two layouts, found by the prompt's text."""
 
     def __init__(self, cfg: SourceConfig) -> None:
         self.rows = read_images(Path(cfg.where))
-        identity = {"kind": "images"}  # nothing is drawn; scores go by the content of the files
+        identity = {"kind": "images"}  # nothing is generated; scores depend on the content of the files
         trained = cfg.trained or None
         self.info = SourceInfo(cfg.name, "images", cfg.where, trained=trained, batch=cfg.batch or 16, identity=identity)
 
     def file(self, slot: ImageSlot) -> Path:
-        """The image's file. ValueError where the prompt, or the image, is not there."""
+        """The image's file. ValueError if the folder does not have the prompt or the image."""
         row = self.rows.get((slot.text, slot.occurrence))
         if row is None:
             raise ValueError(
@@ -188,5 +190,5 @@ class FolderSource:
             self.file(slot)
 
     def generate(self, slots: Sequence[ImageSlot], seed: int) -> list[Image]:
-        """The images as they are; the seed of whoever made them is not known here."""
+        """The images as they are; the seed is ignored."""
         return [read_image(self.file(slot)) for slot in slots]

@@ -1,6 +1,9 @@
-"""LoRAs of others on a diffusers pipeline: found, checked layer by layer, then loaded by diffusers.
+"""Third-party LoRAs on a diffusers pipeline: located, checked layer by layer, then loaded by diffusers.
 
-diffusers silently leaves out what does not fit. Here every layer of a file is looked up in the pipeline first.
+diffusers silently skips layers that do not fit. Here every layer of a file is first looked up in the pipeline.
+
+    add_lora = _locate (file, folder, hub) -> _read -> _check_kind (a plain LoRA?) -> _prepared (keys and alphas of many
+    programs -> diffusers' keys) -> _fit (which layers does the pipeline have?) -> diffusers -> _check_loaded
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from gdmd.models.loading import load_errors
 from gdmd.rewards.weights import weights_content
 
 ADAPTER = "source"
-"""The name under which a LoRA is loaded."""
+"""The name of the loaded adapter."""
 PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 KINDS: Mapping[str, str] = {
     "dora_scale": "DoRA",
@@ -39,38 +42,31 @@ KINDS: Mapping[str, str] = {
     "lora_mid": "LoCon with a Tucker core",
     "lora_embedding_": "LoRA of an embedding",
 }
-"""What the keys of other kinds of adapter hold, and its name."""
+"""Part of a key -> the other kind of adapter to which it belongs."""
 READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "bias"}
-HARMLESS = {
-    *(
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-    ),
-    *("inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "megatron_config"),
-    *("megatron_core", "peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
-}
-"""Fields of adapter_config.json that change nothing once the adapter is trained."""
-PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""init_lora_weights that leave the base model as it is. PiSSA, OLoRA, CorDA and LoftQ change its weights, too."""
+HARMLESS = set(
+    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode "
+    "layers_pattern layers_to_transform loftq_config lora_dropout megatron_config megatron_core peft_version "
+    "qalora_group_size revision target_modules task_type".split()
+)
+"""Fields of adapter_config.json without effect once the adapter is trained."""
+PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""init_lora_weights that keep the base model's weights; PiSSA, OLoRA, CorDA and LoftQ change them."""
 _WEIGHT = re.compile(
     r"(?P<layer>.+?)[._](?:lora_(?:A|B|down|up)(?:\.[a-z]\w*)?|lora\d?\.(?:down|up)|lora_linear_layer\.(?:down|up))"
     r"\.(?:weight|bias)|(?P<scaled>.+)\.alpha"
 )
 _DOWN = re.compile(r"(lora_A(\.\w+)?|[._]down)\.weight$")
 _OWN = re.compile(r"(unet|transformer|text_encoder(_2)?)\..+\.lora_(A\.weight|B\.weight|B\.bias)")
-"""diffusers' own keys."""
+"""Keys as diffusers writes them."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The layers of a LoRA as COMPONENT.LAYER: those that the pipeline has, and the others.
+    """The layers of a LoRA as COMPONENT.LAYER: found and missing in the pipeline.
 
-    lost: layers, as the file names them, that diffusers does not convert.
+    lost: layers, by their names in the file, that diffusers does not convert.
     """
 
     found: tuple[str, ...]
@@ -86,32 +82,31 @@ class Fit:
 
 
 def lora_content(lora: str) -> str:
-    """A hash of what ``add_lora`` reads, or the hub's commit. A PEFT file takes its alpha from the config beside it."""
-    place = Path(lora)
-    beside = place.parent / PEFT_CONFIG
-    if place.is_file() and beside.is_file():
-        return content_hash(weights_content(lora), weights_content(str(beside)))
+    """A hash of what ``add_lora`` reads, or the hub's commit. Includes the PEFT config next to a file: it holds alpha."""
+    config = Path(lora).parent / PEFT_CONFIG
+    if Path(lora).is_file() and config.is_file():
+        return content_hash(weights_content(lora), weights_content(str(config)))
     return weights_content(lora)
 
 
 def add_lora(pipe: Any, lora: str, scale: float, *, partial: bool = False, quiet: bool = False) -> None:
-    """Put a LoRA on a pipeline: a .safetensors file, a folder that holds one, a PEFT folder, or a hub id of these.
+    """Load a LoRA into a pipeline: a .safetensors file, a folder with one, a PEFT folder, or a hub id of these.
 
-    ``partial`` accepts a file of which only a part of the layers is in the pipeline; else, and for another kind of
-    adapter, ValueError. Says how many layers were found unless ``quiet``.
+    partial: accept a file of which the pipeline has only some layers; otherwise, and for another kind of adapter,
+    ValueError. Logs how many layers were found unless ``quiet``.
     """
     file = _locate(lora)
     weights = _read(file, lora)
     _check_kind(weights, lora)
     given = _prepared(weights, file, pipe, lora)
     options: dict[str, Any] = {}
-    if given is None:  # from the file, whose header may hold alphas that diffusers reads
+    if given is None:  # diffusers reads the file itself, whose header may have alphas
         options = {"weight_name": file.name, "local_files_only": True, "use_safetensors": True}
     with _translated(pipe, lora):
         fit = _fit(pipe, weights if given is None else given)
     _check_fit(fit, pipe, lora, partial)
     with _translated(pipe, lora), warnings.catch_warnings():
-        # PEFT warns where another layer's name ends like one of the file's; _check_loaded looks at every layer
+        # PEFT warns if another layer's name has the same ending; _check_loaded checks every layer
         warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")
         ready = str(file.parent) if given is None else _loadable(pipe, given)
         pipe.load_lora_weights(ready, adapter_name=ADAPTER, **options)
@@ -124,12 +119,12 @@ def add_lora(pipe: Any, lora: str, scale: float, *, partial: bool = False, quiet
 
 @contextmanager
 def _translated(pipe: Any, lora: str) -> Iterator[None]:
-    """What diffusers raises for a file that it cannot convert or load, as one ValueError."""
+    """Turn what diffusers raises for a file that it cannot convert or load into a ValueError."""
     try:
         yield
     except (KeyError, IndexError, AssertionError, *load_errors()) as error:
         lacking = "it lacks " if isinstance(error, KeyError) else ""
-        what = lacking + " ".join(str(error).split())[:300] or "its layers are of another size"
+        what = lacking + " ".join(str(error).split())[:300] or "its layers have other sizes"
         raise ValueError(f"lora {lora!r} cannot be loaded into a {type(pipe).__name__}: {what}") from error
 
 
@@ -145,13 +140,13 @@ def _check_fit(fit: Fit, pipe: Any, lora: str, partial: bool) -> None:
     if others and not partial:
         raise ValueError(
             f"lora {lora!r}: only {len(fit.found)} of its {total} layers are in a {kind} ({fit}); missing or of another "
-            f"size: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Give a LoRA of this model, or use the "
-            "part that fits with lora_partial=true"
+            f"size: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Give a LoRA of this model, or set "
+            "lora_partial=true to use the layers that fit"
         )
 
 
 def _check_loaded(pipe: Any, fit: Fit, lora: str) -> None:
-    """ValueError for a layer that diffusers left out after all."""
+    """ValueError for a layer that diffusers skipped after all."""
     for name in fit.found:
         component, _, layer = name.partition(".")
         if ADAPTER not in getattr(getattr(pipe, component).get_submodule(layer), "lora_A", {}):
@@ -163,7 +158,7 @@ def _check_loaded(pipe: Any, fit: Fit, lora: str) -> None:
 def _fit(pipe: Any, weights: Mapping[str, Tensor]) -> Fit:
     """Which layers of a file diffusers finds in the pipeline.
 
-    A conversion may lose some: it is tried on tensors of the same sizes that hold the number of their layer.
+    Its conversion may lose some: it is run on tensors of the same sizes that are filled with the number of their layer.
     """
     layers = {layer: number for number, layer in enumerate(sorted(_layers_of(weights)), start=1)}
     state = _converted(pipe, {key: _numbered(key, value, layers) for key, value in weights.items()})
@@ -183,8 +178,8 @@ def _fit(pipe: Any, weights: Mapping[str, Tensor]) -> Fit:
 def _converted(pipe: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The LoRA in diffusers' keys.
 
-    Its conversions for FLUX.1 forget the component of layers outside of the blocks, which would then be left out, and
-    know Black Forest Labs' names next to kohya's down and up only.
+    Works around two gaps of its FLUX.1 conversion: layers outside the blocks get no component and would be skipped, and
+    Black Forest Labs' layer names are only known with kohya's down and up.
     """
     given = dict(weights)
     if type(pipe).__name__ == "FluxPipeline" and all(key.startswith("diffusion_model.") for key in given):
@@ -198,17 +193,17 @@ def _converted(pipe: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _loadable(pipe: Any, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What ``load_lora_weights`` takes: keys of UNets are converted there, with the alphas that belong to them."""
+    """The argument of ``load_lora_weights``, which converts the keys of UNets, with their alphas, itself."""
     return _converted(pipe, given) if _denoiser(pipe) == "transformer" else dict(given)
 
 
 def _numbered(key: str, value: Tensor, layers: Mapping[str, int]) -> Tensor:
-    """A tensor of the same size that holds the number of its layer everywhere; alphas stay: they are their rank here."""
+    """A tensor of the same size filled with the number of its layer. Alphas are kept: here they equal the rank."""
     return value if key.endswith(".alpha") else torch.tensor(float(layers[_layer_of(key)])).expand(value.shape)
 
 
 def _repeated(layer: str, layers: Container[str]) -> bool:
-    """Whether a fused qkv, or "out", lies beside its own parts: some trainers of Z-Image write both."""
+    """Whether a fused qkv, or "out", comes with its own parts: some Z-Image trainers write both."""
     block, _, name = layer.rpartition(".")
     parts = {"qkv": ("to_q", "to.q"), "out": ("to_out.0",)}.get(name, ())
     return any(f"{block}.{part}" in layers for part in parts)
@@ -235,7 +230,7 @@ def _pairs(own: Mapping[str, Tensor], net: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def _fits(net: nn.Module, layer: str, pair: Mapping[str, Tensor]) -> bool:
-    """Whether the network has this layer, of this size."""
+    """Whether the network has this layer in this size."""
     if not {"A", "B"} <= pair.keys() <= {"A", "B", "B.bias"}:
         return False
     try:
@@ -246,18 +241,18 @@ def _fits(net: nn.Module, layer: str, pair: Mapping[str, Tensor]) -> bool:
 
 
 def _layers_of(weights: Mapping[str, Tensor]) -> set[str]:
-    """The layers of a file by its own names; those with an alpha and nothing else do not count."""
+    """The layers of a file by its own names; one with nothing but an alpha does not count."""
     return {_layer_of(key) for key in weights if not key.endswith(".alpha")}
 
 
 def _layer_of(key: str) -> str:
-    """The layer whose weights or alpha a key holds; any other text as it is."""
+    """The layer of a key of weights or alpha; any other key unchanged."""
     found = _WEIGHT.fullmatch(key)
     return (found["layer"] or found["scaled"]) if found else key
 
 
 def _check_kind(weights: Mapping[str, Tensor], lora: str) -> None:
-    """ValueError for keys of another kind of adapter: diffusers would leave them out, or read them as a LoRA's."""
+    """ValueError for keys of another kind of adapter, which diffusers would skip or misread."""
     kinds = {name: key for key in weights for part, name in KINDS.items() if part in key}
     if kinds:
         name, key = next(iter(kinds.items()))
@@ -270,7 +265,7 @@ def _check_kind(weights: Mapping[str, Tensor], lora: str) -> None:
         )
 
 
-# ---------------------------------------------------------------- where it is
+# ---------------------------------------------------------------- locating the file
 
 
 def _locate(lora: str) -> Path:
@@ -308,7 +303,7 @@ def _one_file(folder: Path | str, names: Sequence[str]) -> str:
 
 
 def _download(repository: str, file: str, lora: str) -> Path:
-    """A file of a hub repository, from the cache where it is, with PEFT's settings where they lie next to it."""
+    """A file of a hub repository, with the PEFT config next to it if there is one; from the cache if possible."""
     import httpx
     from huggingface_hub import hf_hub_download, list_repo_files
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
@@ -330,7 +325,7 @@ def _download(repository: str, file: str, lora: str) -> Path:
         raise ValueError(f"lora {lora!r}: no such file or folder here, and the hub cannot be read: {first}") from error
 
 
-# ---------------------------------------------------------------- what is in it
+# ---------------------------------------------------------------- reading keys and alphas
 
 
 def _read(file: Path, lora: str) -> dict[str, Tensor]:
@@ -344,7 +339,7 @@ def _read(file: Path, lora: str) -> dict[str, Tensor]:
 
 
 def _peft_config(file: Path) -> dict[str, Any]:
-    """adapter_config.json. ValueError for an adapter that is not a plain LoRA, or a field whose effect is not known."""
+    """adapter_config.json. ValueError for an adapter that is not a plain LoRA, or a field with unknown effect."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         kind = config.get("peft_type", "LORA")
@@ -356,18 +351,18 @@ def _peft_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: use_dora is on, and DoRA is not supported; give a plain LoRA")
     wrong = [key for key, value in config.items() if key not in READ | HARMLESS and value]
     wrong += ["bias"] if config.get("bias", "none") != "none" else []
-    wrong += ["init_lora_weights"] if config.get("init_lora_weights") not in PLAIN_STARTS else []
+    wrong += ["init_lora_weights"] if config.get("init_lora_weights") not in PLAIN_INITS else []
     if wrong:
-        said = ", ".join(f"{key} = {config[key]!r}" for key in wrong)
-        raise ValueError(f"{file}: {said}, which is not supported; give a plain LoRA")
+        fields = ", ".join(f"{key} = {config[key]!r}" for key in wrong)
+        raise ValueError(f"{file}: {fields}, which is not supported; give a plain LoRA")
     return dict(config)
 
 
 def _prepared(weights: Mapping[str, Tensor], file: Path, pipe: Any, lora: str) -> dict[str, Tensor] | None:
-    """The LoRA with the scale of every layer multiplied into its B; None for a file that diffusers reads as it is.
+    """The LoRA with every layer's scale multiplied into its B; None for a file that diffusers reads correctly itself.
 
-    Layers that have the names of the denoiser get diffusers' keys here, whatever the keys around the names; all others
-    are left to diffusers' conversions.
+    Layers named as in the denoiser get diffusers' keys here, whatever the prefix and suffix of their keys; all others are
+    left to diffusers' conversions.
     """
     settings, names = file.with_name(PEFT_CONFIG), _own_names(weights, pipe)
     scales = _scales(weights, lora)
@@ -391,7 +386,7 @@ def _denoiser(pipe: Any) -> str:
 
 
 def _own_names(weights: Mapping[str, Tensor], pipe: Any) -> dict[str, str] | None:
-    """layer of the file -> layer of the denoiser, where it has them all; None for other names, and for text encoders."""
+    """layer of the file -> layer of the denoiser; None unless the denoiser has them all."""
     component, layers = _denoiser(pipe), _layers_of(weights)
     names = [name for name, _ in getattr(pipe, component).named_modules() if name]
     for before in (f"{component}.", PEFT_PREFIX, "diffusion_model.", ""):
@@ -412,7 +407,9 @@ def _renamed(
         layer, down = _layer_of(key), bool(_DOWN.search(key))
         new = f"{component}.{names[layer]}.lora_{'A' if down else 'B'}.{key.rpartition('.')[2]}"
         if new in ready:
-            raise ValueError(f"lora {lora!r} holds several adapters ({key} is one more of its layer); keep one of them")
+            raise ValueError(
+                f"lora {lora!r} holds several adapters ({key} is a second one of its layer); keep one of them"
+            )
         ready[new] = value if down else value.float() * scales.get(layer, 1.0)
     return ready
 
@@ -422,7 +419,7 @@ def _ranks(weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _scales(weights: Mapping[str, Tensor], lora: str) -> dict[str, float]:
-    """alpha / rank of the layers that have an alpha in the file."""
+    """alpha / rank of the layers with an alpha in the file."""
     ranks = _ranks(weights)
     alphas = {_layer_of(key): value for key, value in weights.items() if key.endswith(".alpha")}
     wrong = [layer for layer, value in alphas.items() if value.numel() != 1]
@@ -434,7 +431,7 @@ def _scales(weights: Mapping[str, Tensor], lora: str) -> dict[str, float]:
 def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """alpha / rank, or alpha / sqrt(rank) with rsLoRA; ``rank`` is that of the weights.
 
-    A pattern names a layer, its end or a regular expression of it, and the first one that matches holds, as in PEFT.
+    As in PEFT, a pattern matches a layer's name or its ending, as a regular expression, and the first match counts.
     """
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
     own = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
@@ -443,11 +440,12 @@ def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
 
 def _folded(weights: Mapping[str, Tensor], scales: Mapping[str, float], *, kept: bool) -> dict[str, Tensor]:
-    """The same keys with alpha / rank multiplied into B: diffusers applies one alpha of many to all layers of a UNet.
+    """The same keys with alpha / rank multiplied into B: diffusers would apply one layer's alpha to the whole UNet.
 
-    ``kept``: alpha is set to the rank instead of left out, which the conversions for transformers need.
+    kept: set alpha to the rank instead of removing it, as the conversions for transformers need it.
     """
-    ranks, ready = _ranks(weights), {}
+    ranks = _ranks(weights)
+    ready: dict[str, Tensor] = {}
     for key, value in weights.items():
         layer = _layer_of(key)
         if key.endswith(".alpha"):
@@ -458,5 +456,5 @@ def _folded(weights: Mapping[str, Tensor], scales: Mapping[str, float], *, kept:
 
 
 def _unet(pipe: Any) -> dict[str, Any]:
-    """What SDXL's conversion of other programs' block numbers needs."""
+    """What the SDXL conversion of other programs' block numbers needs."""
     return {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") and hasattr(pipe, "text_encoder_2") else {}

@@ -1,15 +1,14 @@
-"""One interface for everything that makes images: gdmd runs, exports, diffusers pipelines with LoRA, image folders.
+"""One interface for everything that generates images: runs, exports, diffusers pipelines with LoRA, image folders.
 
-Image j of prompt i has its own noise, a function of (seed, i, j) alone: neither the batch nor the number of devices nor
-a restart changes it, and two sources given the same seed start from the same noise wherever their latents have one
-shape. Nothing here imports torch before a source is opened.
+The noise of image j of prompt i is a function of (seed, i, j) alone: batch size, number of devices and restarts do not
+change it, and two sources with latents of the same shape start from the same noise. torch is imported only when a source
+is opened.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gdmd.config.image_source import SourceConfig
 from gdmd.io import RunError, near_name
@@ -18,12 +17,9 @@ from gdmd.recipes.run_folders import TEACHERS
 from gdmd.sources.base import EXPORT_FILE, Kind, Source
 from gdmd.sources.folders import FolderSource, holds_images
 
-if TYPE_CHECKING:
-    pass
-
 
 def kind_of(cfg: SourceConfig) -> Kind:
-    """What a source is, from what lies there. ValueError (without torch) for what is none, or has options of another."""
+    """The kind of a source, from the files there. ValueError (before torch is imported) for settings of another kind."""
     kind = _kind(cfg.where)
     every = set(SourceConfig.model_fields) - {"checkpoint"}
     fits = {
@@ -54,16 +50,16 @@ def _kind(where: str) -> Kind:
         return "images"
     if not folder.exists() and not folder.parent.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", where):
         return "pipeline"
-    holds = f"it holds none of their files.{instead_of_pipeline(folder)}"
-    seen = holds if folder.exists() else f"it does not exist.{near_name(where, TEACHERS)}"
+    wrong = f"it has none of their files.{instead_of_pipeline(folder)}"
+    reason = wrong if folder.exists() else f"it does not exist.{near_name(where, TEACHERS)}"
     raise RunError(
         f"{where} is not a run folder, nor an exported folder, a diffusers pipeline, a hub id (ORG/NAME) or a folder of "
-        f"images: {seen}"
+        f"images: {reason}"
     )
 
 
 def open_source(cfg: SourceConfig) -> Source:
-    """Load what makes the images; a local path never touches the network."""
+    """Load a source; a local path never touches the network."""
     match kind_of(cfg):
         case "teacher" | "run":
             from gdmd.sources.runs import RunSource

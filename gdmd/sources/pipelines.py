@@ -1,7 +1,7 @@
-"""Diffusers pipelines and exported students as sources of images, their noise keyed by image.
+"""Diffusers pipelines and exported students as sources of images, with noise keyed by image.
 
-LCM, SDXL-Lightning, Hyper-SD, Turbo, TDM and other published checkpoints enter a comparison this way: pipeline, LoRA,
-scheduler, steps and guidance are all that they need.
+LCM, SDXL-Lightning, Hyper-SD, Turbo, TDM and other published checkpoints are compared this way: they are a pipeline, a
+LoRA, a scheduler, steps and guidance.
 """
 
 from __future__ import annotations
@@ -53,23 +53,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 BINNING = "use_resolution_binning"
-"""Argument of pipelines that replace the size asked for by one of a table, and scale the image back."""
+"""Argument of pipelines that generate at a size of a table and rescale the image to the requested size."""
 _UNKEYED = (
     *(torch.normal, torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.bernoulli),
     *(torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.random_, torch.Tensor.bernoulli_),
 )
-"""Draws that ``KeyedNoise`` cannot give to the images."""
-
-
-_OTHER = "use another scheduler, or generate its images by other means and evaluate the folder"
+"""Draws that ``KeyedNoise`` cannot key by image."""
+_OTHER = "use another scheduler, or generate the images elsewhere and evaluate the folder"
 
 
 class KeyedNoise(TorchFunctionMode):
-    """While it is entered, ``torch.randn`` and ``randn_like`` of a pipeline's batch give the noises of its images.
+    """Makes ``torch.randn`` and ``randn_like`` in a pipeline return the noise of each image of the batch.
 
     Draw n of image k is that of ``SampleRng`` for (seed, key of k): n = 0 the initial latents, n >= 1 the re-noising, as
-    in gdmd's own sampler. Pipelines draw for the batch (generator None) or image by image (each its own generator).
-    ``patched``: what they draw first stands in patches of 2 x 2.
+    in gdmd's own sampler. Pipelines draw for the batch (generator None) or per image (one generator each).
+    patched: the first draw is in 2 x 2 patches.
     """
 
     def __init__(self, rng: SampleRng, generators: Sequence[torch.Generator], *, patched: bool = False) -> None:
@@ -105,7 +103,7 @@ class KeyedNoise(TorchFunctionMode):
         return noise.to(device=given.get("device"), dtype=given.get("dtype"))
 
     def _noise(self, k: int, shape: tuple[int, ...]) -> Tensor:
-        """Draw n of image k, [1, *shape]. A packed shape holds the noise of the first draw's latents, packed."""
+        """The next draw of image k, [1, *shape]. A packed shape gets the packed noise of the first draw's latents."""
         n, self._draws[k] = self._draws[k], self._draws[k] + 1
         own = SampleRng(self.rng.seed, self.rng.step, self.rng.index[k : k + 1])
         purpose = "eval_rollout" if n else "eval_noise"
@@ -128,7 +126,7 @@ class PipelineSource:
     arguments: Mapping[str, Any]
 
     def check(self, texts: Sequence[str]) -> None:
-        """Any text is a prompt; a warning counts those that its encoders cannot read to the end."""
+        """Accept any text; warn about prompts that the text encoders truncate."""
         readers = readers_of(self.pipe, int(self.arguments.get("max_sequence_length") or 0))
         if message := long_prompts(readers, texts, "shorten them"):
             log.warning("%s", message)
@@ -136,12 +134,12 @@ class PipelineSource:
     @torch.no_grad()
     def generate(self, slots: Sequence[ImageSlot], seed: int) -> list[Image]:
         rng = SampleRng(seed, 0, torch.tensor([slot.key for slot in slots]))
-        words = [hashlib.sha256(f"image {seed} {slot.key}".encode()).digest() for slot in slots]
-        generators = [torch.Generator().manual_seed(int.from_bytes(word[:6], "big")) for word in words]
+        digests = [hashlib.sha256(f"image {seed} {slot.key}".encode()).digest() for slot in slots]
+        generators = [torch.Generator().manual_seed(int.from_bytes(digest[:6], "big")) for digest in digests]
         texts, patched = [slot.text for slot in slots], type(self.pipe).__name__.startswith("Flux2")
         with KeyedNoise(rng, generators, patched=patched):
-            made = self.pipe(prompt=texts, generator=generators, output_type="pt", **self.arguments)
-        return to_images(made.images.float(), self.info.name)
+            output = self.pipe(prompt=texts, generator=generators, output_type="pt", **self.arguments)
+        return to_images(output.images.float(), self.info.name)
 
 
 def open_pipeline(cfg: SourceConfig) -> PipelineSource:
@@ -157,10 +155,15 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     asked = {"num_inference_steps": cfg.steps, "height": cfg.height, "width": cfg.width} | guidance
     arguments = {key: value for key, value in asked.items() if value is not None} | step_arguments(pipe, cfg)
     arguments |= {key: False for key in _unprocessed(pipe) if key == BINNING}
-    beside = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "lora_partial", "base"}
-    beside |= {"shift", "timesteps", "eta", "guidance_rescale"} - cfg.model_fields_set  # as before there were these
-    settings = cfg.model_dump(mode="json", exclude=beside)
-    settings["guidance"] = guidance.get("true_cfg_scale", cfg.guidance)  # images of a default are those of its number
+    excluded = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "lora_partial", "base"}
+    excluded |= {
+        "shift",
+        "timesteps",
+        "eta",
+        "guidance_rescale",
+    } - cfg.model_fields_set  # older images have no such key
+    settings = cfg.model_dump(mode="json", exclude=excluded)
+    settings["guidance"] = guidance.get("true_cfg_scale", cfg.guidance)  # same images as the default
     weights = {
         "weights": weights_content(cfg.where, cfg.revision, cfg.variant),
         "lora": cfg.lora and lora_content(cfg.lora),
@@ -178,14 +181,14 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
 
 
 def _unprocessed(pipe: Any) -> dict[str, bool]:
-    """What the stock pipeline would do to images or their size and does not here; part of what images depend on."""
+    """Post-processing of the stock pipeline that is switched off here; part of the identity."""
     checker = {"safety_checker": False} if "requires_safety_checker" in pipe.config else {}
     binning = {BINNING: False} if BINNING in inspect.signature(type(pipe).__call__).parameters else {}
     return checker | binning
 
 
 def _guidance(pipe: Any, cfg: SourceConfig) -> dict[str, Any]:
-    """The arguments of a guidance; Qwen-Image's default is given with its negative prompt, without which it is off.
+    """The guidance arguments. Qwen-Image ignores guidance without a negative prompt, so one is always given.
 
     ValueError for a guidance that the pipeline would ignore.
     """
@@ -210,7 +213,7 @@ def _guidance(pipe: Any, cfg: SourceConfig) -> dict[str, Any]:
 
 
 def _check_size(pipe: Any, cfg: SourceConfig) -> None:
-    """ValueError for a size beyond the network's positions; some pipelines find it only in their first step."""
+    """ValueError for a size beyond the network's positions; some pipelines fail only in their first step."""
     family = family_of_pipeline(pipe)
     if family is not None and "transformer" in pipe.components:
         unit = pipe.vae_scale_factor * family.patch
@@ -218,7 +221,7 @@ def _check_size(pipe: Any, cfg: SourceConfig) -> None:
 
 
 def open_export(cfg: SourceConfig) -> PipelineSource:
-    """An exported folder: its LoRA on the base pipeline, or the merged pipeline, called as its card says."""
+    """An exported folder: its LoRA on the base pipeline, or the merged pipeline, with the arguments of its card."""
     folder = Path(cfg.where)
     info = read_export(folder)
     given = set(cfg.model_fields_set)
@@ -252,7 +255,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
 
 
 def read_export(folder: Path) -> dict[str, Any]:
-    """The facts that ``gdmd export`` wrote. RunError for a damaged file."""
+    """The description that ``gdmd export`` wrote. RunError for a damaged file."""
     path = folder / EXPORT_FILE
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
@@ -269,7 +272,7 @@ def read_export(folder: Path) -> dict[str, Any]:
 
 
 def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
-    """``without``: components that are not to be loaded."""
+    """The pipeline on its device. without: components that are not loaded."""
     require_diffusers()
     import diffusers
     from transformers.utils import logging
@@ -280,8 +283,8 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
         local = is_local(where)
     except ValueError as error:
         raise ValueError(
-            f"source {where!r}: there is no such folder, and it is not a hub id (ORG/NAME); name the pipeline below an "
-            "exported LoRA, where it has moved, with base=FOLDER"
+            f"source {where!r}: there is no such folder, and it is not a hub id (ORG/NAME); if the base model of "
+            "an exported LoRA has moved, give base=FOLDER"
         ) from error
     what = f"source {where!r}"
     index = read_index(where, cfg.revision, what, local=local)
@@ -314,23 +317,23 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
 
 
 def _check_class(index: Mapping[str, Any], what: str) -> None:
-    """ValueError for a pipeline class that diffusers does not have, or that starts from an image."""
+    """ValueError for a pipeline class that diffusers does not have, or that needs an input image."""
     import diffusers
 
     named = index.get("_class_name")
     if not isinstance(named, str) or not hasattr(diffusers, named):
         raise ValueError(
             f"{what}: {INDEX} names the pipeline class {named!r}, which diffusers {diffusers.__version__} does not have. "
-            "If it is a newer class, update diffusers; classes with their own code are not loaded"
+            "If it is a newer class, update diffusers; custom pipeline code is not loaded"
         )
     if advice := from_an_image(named):
         raise ValueError(f"{what} is a {named}: {advice}")
 
 
 def _left_out(index: Mapping[str, Any], without: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that leave components out, and images as the model makes them.
+    """Arguments of ``from_pretrained`` that leave out components, the safety checker and the watermark.
 
-    Components that are not there are passed as None: not every pipeline takes them as optional.
+    Missing components are passed as None: not every pipeline treats them as optional.
     """
     import diffusers
 
@@ -344,7 +347,7 @@ def _left_out(index: Mapping[str, Any], without: Sequence[str], folder: Path) ->
 
 
 def _from_folder(kind: str, folder: Path) -> Any:
-    """The scheduler of an export: one of the two that ``gdmd export`` writes."""
+    """The scheduler of an export: one of the two kinds that ``gdmd export`` writes."""
     import diffusers
 
     if kind not in ("LCMScheduler", "FlowMatchEulerDiscreteScheduler"):

@@ -1,4 +1,4 @@
-"""gdmd runs and the rows of the Shapes teacher as sources of images."""
+"""gdmd runs and the Shapes teacher as sources of images."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ log = logging.getLogger(__name__)
 
 
 class RunSource:
-    """The EMA student of a run (or a row of the teacher) with its own sampler and codec."""
+    """The EMA student of a run, or the teacher, with its sampler and codec."""
 
     def __init__(self, info: SourceInfo, components: Components, sampler: Sampler) -> None:
         self.info, self.components, self.sampler = info, components, sampler
+        self.device = next(iter(components.roles.parameters("student").values())).device
 
     @classmethod
     def open(cls, cfg: SourceConfig) -> RunSource:
@@ -75,7 +76,6 @@ class RunSource:
 
     @torch.no_grad()
     def generate(self, slots: Sequence[ImageSlot], seed: int) -> list[Image]:
-        device = next(iter(self.components.roles.parameters("student").values())).device
-        rng = SampleRng(seed, 0, torch.tensor([slot.key for slot in slots], device=device))
+        rng = SampleRng(seed, 0, torch.tensor([slot.key for slot in slots], device=self.device))
         latents = self.sampler.latents([slot.text for slot in slots], rng)
         return to_images(self.components.codec.decode(latents).float(), self.info.name)

@@ -1,4 +1,4 @@
-"""The sampler of a pipeline as a source of images: scheduler, shift, time steps and noise, as a model's card asks."""
+"""Scheduler, shift, timesteps and eta of a pipeline as a source of images."""
 
 from __future__ import annotations
 
@@ -11,44 +11,38 @@ from gdmd.models.families.flow import FlowFamily
 from gdmd.models.loading import family_of_pipeline
 from gdmd.models.schedulers import KINDS, FlowSettings, check_kind, kind_of, read_flow, shift_key
 
-_SOLVED = ("StableDiffusion3Pipeline", "SanaPipeline")
-"""Pipelines that leave a solver's shift to the solver; the others hand it one of their own."""
-FITTING = {"flow": "flow_euler", "vp": "ddim, euler, euler_ancestral, lcm or tcd"}
+CLASSES = {
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "flow_euler": "FlowMatchEulerDiscreteScheduler",
+}
+"""scheduler= -> class of diffusers."""
+SOLVER_PIPELINES = ("StableDiffusion3Pipeline", "SanaPipeline")
+"""Pipelines that leave the shift to a solver; the others pass one of their own."""
+SCHEDULERS_BY_KIND = {"flow": "flow_euler", "vp": "ddim, euler, euler_ancestral, lcm or tcd"}
 
 
 def set_scheduler(pipe: Any, cfg: SourceConfig) -> None:
-    """Give ``pipe`` the scheduler, spacing and shift of ``cfg``. ValueError for a shift where there is none."""
+    """Give ``pipe`` the scheduler, spacing and shift of ``cfg``. ValueError for a shift that it does not have."""
     import diffusers
 
     own = pipe.scheduler
-    if cfg.scheduler != "flow_dpm":
-        _check_model(own, cfg)
-    match cfg.scheduler:
-        case "lcm":
-            kind: Any = diffusers.LCMScheduler
-        case "tcd":
-            kind = diffusers.TCDScheduler
-        case "ddim":
-            kind = diffusers.DDIMScheduler
-        case "euler":
-            kind = diffusers.EulerDiscreteScheduler
-        case "euler_ancestral":
-            kind = diffusers.EulerAncestralDiscreteScheduler
-        case "flow_euler":
-            kind = diffusers.FlowMatchEulerDiscreteScheduler
-            if not isinstance(own, kind):
-                pipe.scheduler = kind(**_flow(cfg, own).euler())
-                return
-        case "flow_dpm":
-            pipe.scheduler = _flow_solver(pipe, cfg)
-            return
-        case None:
-            kind = type(own)
+    if cfg.scheduler == "flow_dpm":
+        pipe.scheduler = _flow_solver(pipe, cfg)
+        return
+    _check_model(own, cfg)
+    kind: Any = getattr(diffusers, CLASSES[cfg.scheduler]) if cfg.scheduler else type(own)
+    if cfg.scheduler == "flow_euler" and not isinstance(own, kind):
+        pipe.scheduler = kind(**_flow(cfg, own).euler())
+        return
     pipe.scheduler = kind.from_config(own.config, **_changes(cfg, own, kind))
 
 
 def _changes(cfg: SourceConfig, own: Any, kind: Any) -> dict[str, Any]:
-    """Spacing and shift under the names of this class. ValueError where it does not read them."""
+    """Spacing and shift under this class's names. ValueError if it does not read them."""
     reads = inspect.signature(kind.__init__).parameters
     wanted: dict[str, Any] = {}
     if cfg.spacing:
@@ -58,8 +52,8 @@ def _changes(cfg: SourceConfig, own: Any, kind: Any) -> dict[str, Any]:
         key = shift_key(kind) if cfg.scheduler == "flow_euler" or kind_of(own) == "flow" else None
         if key is None:
             raise ValueError(
-                f"source {cfg.where!r}: shift = {cfg.shift} is of flow models, and {kind.__name__} has none; leave it "
-                "out, or take scheduler=flow_euler or flow_dpm"
+                f"source {cfg.where!r}: shift = {cfg.shift} is for flow models, and {kind.__name__} has none; leave it "
+                "out, or use scheduler=flow_euler or flow_dpm"
             )
         fixed = {"use_dynamic_shifting": False, "shift_terminal": None}
         wanted |= {key: cfg.shift} | {name: value for name, value in fixed.items() if name in reads}
@@ -67,24 +61,24 @@ def _changes(cfg: SourceConfig, own: Any, kind: Any) -> dict[str, Any]:
 
 
 def _check_model(own: Any, cfg: SourceConfig) -> None:
-    """ValueError for a scheduler of another kind of model than the pipeline's, whose betas or shift it cannot have."""
+    """ValueError for a scheduler of another kind of model than the pipeline's."""
     if cfg.scheduler is None or (cfg.scheduler.startswith("flow_") and cfg.shift is not None):
         return
     wanted, found = "flow" if cfg.scheduler.startswith("flow_") else "vp", kind_of(own)
     if wanted != found:
         raise ValueError(
             f"source {cfg.where!r}: scheduler={cfg.scheduler} is not for this pipeline, whose {type(own).__name__} is for "
-            f"{KINDS[found]}; leave it out, or take {FITTING.get(found, 'a scheduler of its kind')}"
+            f"{KINDS[found]}; leave it out, or use {SCHEDULERS_BY_KIND.get(found, 'a scheduler of its kind')}"
         )
 
 
 def _flow(cfg: SourceConfig, own: Any) -> FlowSettings:
-    """The times of the pipeline's own scheduler, or a constant shift that was asked for."""
+    """The requested constant shift, or the times of the pipeline's own scheduler."""
     return FlowSettings(shift=cfg.shift) if cfg.shift is not None else read_flow(own, f"source {cfg.where!r}")
 
 
 def check_scheduler(pipe: Any, cfg: SourceConfig) -> None:
-    """ValueError for a pipeline of ours whose scheduler is for another kind of model: it would sample noise."""
+    """ValueError for a known pipeline whose scheduler is for another kind of model: it would generate noise."""
     family, found = family_of_pipeline(pipe), kind_of(pipe.scheduler)
     if family is None or found == "unknown":
         return
@@ -99,12 +93,12 @@ def check_scheduler(pipe: Any, cfg: SourceConfig) -> None:
 
 
 def _flow_solver(pipe: Any, cfg: SourceConfig) -> Any:
-    """DPM-Solver++ of second order on a flow, as Sana's pipeline has it."""
+    """Second-order DPM-Solver++ for flows, as in Sana's pipeline."""
     import diffusers
 
-    if type(pipe).__name__ not in _SOLVED:
+    if type(pipe).__name__ not in SOLVER_PIPELINES:
         raise ValueError(
-            f"source {cfg.where!r}: scheduler flow_dpm works in {' and '.join(_SOLVED)}, this is a "
+            f"source {cfg.where!r}: scheduler flow_dpm works in {' and '.join(SOLVER_PIPELINES)}, this is a "
             f"{type(pipe).__name__}; use flow_euler"
         )
     _check_model(pipe.scheduler, cfg)
@@ -116,7 +110,7 @@ def _flow_solver(pipe: Any, cfg: SourceConfig) -> Any:
 
 
 def step_arguments(pipe: Any, cfg: SourceConfig) -> Mapping[str, Any]:
-    """What the call needs for cfg.timesteps and cfg.eta. ValueError where pipeline or scheduler would not read them."""
+    """The call's arguments for cfg.timesteps and cfg.eta. ValueError if pipeline or scheduler does not read them."""
     call = inspect.signature(pipe.__call__).parameters
     found: dict[str, Any] = {}
     if cfg.timesteps:

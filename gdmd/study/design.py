@@ -1,9 +1,9 @@
 """The blind plan: which rater sees which two images, on which sides, in which order.
 
-Pairs of images are spread evenly: every rater gets the same number of each model pair (to within one), half of them
-with the sides exchanged; every pair of images gets ``votes_per_pair`` votes (to within one); tasks are interleaved.
-The same seed gives the same plan, except for the ids that raters see and their tokens: those are drawn from the
-system's randomness, so that knowing the seed and this file does not tell a rater which image is whose.
+Pairs are spread evenly: every rater gets the same number of each model pair (to within one), half of them with the
+sides swapped; every image pair gets ``votes_per_pair`` votes (to within one); tasks are interleaved. The same seed
+gives the same plan, except for image ids and tokens: those come from the system's randomness, so that a rater who knows
+the seed and this file cannot tell which model made an image.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from gdmd.study.records import Answer, Kind, Plan, Prompt, Rater, Trial, token_h
 Image = tuple[str, int, int]
 """(model, prompt, which of its images)."""
 RUINED = "ruined"
-"""Marks the ruined copy of an image in an attention check."""
+"""Marks the corrupted copy of an image in an attention check."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A plan, the rater's tokens (not in the plan), and which file each random image id stands for."""
+class PlanWithKey:
+    """A plan and what it hides: the raters' tokens, and the image behind each id (``ruined``: of corrupted copies)."""
 
     plan: Plan
     tokens: tuple[str, ...]
@@ -46,20 +46,20 @@ class _Pair:
         return f"{self.prompt}/{self.index}/{self.first}/{self.second}"
 
 
-def draw_plan(cfg: StudyConfig, models: Sequence[str], prompts: Sequence[Prompt]) -> Drawn:
-    """Assign pairs, sides, repeats and checks. ValueError where the wanted numbers are impossible."""
+def draw_plan(cfg: StudyConfig, models: Sequence[str], prompts: Sequence[Prompt]) -> PlanWithKey:
+    """Assign pairs, sides, repeats and checks. ValueError if the requested numbers are impossible."""
     rng = random.Random(f"gdmd study {cfg.seed}")
-    duels = _duels(cfg, models)
-    pairs = {duel: _pairs(cfg, duel, prompts, len(duels), rng) for duel in duels}
+    model_pairs = _model_pairs(cfg, models)
+    pairs = {both: _pairs(cfg, both, prompts, len(model_pairs), rng) for both in model_pairs}
     ids = _Ids()
     raters, tokens = [], []
-    cursors = dict.fromkeys(duels, 0)
+    cursors = dict.fromkeys(model_pairs, 0)
     for rater in range(cfg.raters):
         chosen = []
-        for duel, count in _shares(cfg.pairs_per_rater, duels, rater).items():
-            own = pairs[duel]
-            chosen += [own[(cursors[duel] + k) % len(own)] for k in range(count)]
-            cursors[duel] += count
+        for both, count in _shares(cfg.pairs_per_rater, model_pairs, rater).items():
+            own = pairs[both]
+            chosen += [own[(cursors[both] + k) % len(own)] for k in range(count)]
+            cursors[both] += count
         token = secrets.token_urlsafe(18)
         raters.append(Rater(token_sha256=token_hash(token), trials=_screens(cfg, chosen, ids, rng)))
         tokens.append(token)
@@ -73,27 +73,30 @@ def draw_plan(cfg: StudyConfig, models: Sequence[str], prompts: Sequence[Prompt]
         seed=cfg.seed,
     )
     by_id = {id_: image for (image, ruined), id_ in ids.known.items() if not ruined}
-    return Drawn(plan, tuple(tokens), by_id, {id_: image for (image, ruined), id_ in ids.known.items() if ruined})
+    return PlanWithKey(plan, tuple(tokens), by_id, {id_: image for (image, ruined), id_ in ids.known.items() if ruined})
 
 
 def votes_needed(win_rate: float, power: float = 0.8) -> int:
-    """Votes (ties not counted) with which a two-sided sign test at 5 % finds ``win_rate`` with the given power.
+    """Decided votes (ties do not count) that a two-sided sign test at 5 % needs to detect ``win_rate`` with ``power``.
 
         n = (z_.975 / 2 + z_power sqrt(p (1 - p)))^2 / (p - 1/2)^2
 
-    55 % needs 783, 60 % needs 194. Clustered votes (few prompts, few raters) need more.
+    55 % needs 783, 60 % needs 194. With few prompts or few raters, votes are clustered and more are needed.
     """
     from statistics import NormalDist
 
     if not 0 < win_rate < 1 or win_rate == 0.5 or not 0 < power < 1:
-        raise ValueError(f"no number of votes shows a win rate of {win_rate} with power {power}; give one not 0.5")
+        raise ValueError(
+            f"no number of votes shows a win rate of {win_rate} with power {power}; both must be between 0 and 1, and the "
+            "win rate not 0.5"
+        )
     z = NormalDist().inv_cdf
     spread = z(0.975) / 2 + z(power) * math.sqrt(win_rate * (1 - win_rate))
     return math.ceil((spread / (win_rate - 0.5)) ** 2)
 
 
 class _Ids:
-    """Random ids, one per image; no id says anything about its image."""
+    """Random ids, one per image, that reveal nothing about it."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[Image, bool], str] = {}
@@ -102,37 +105,38 @@ class _Ids:
         return self.known.setdefault((image, ruined), secrets.token_hex(12))
 
 
-def _duels(cfg: StudyConfig, models: Sequence[str]) -> list[tuple[str, str]]:
+def _model_pairs(cfg: StudyConfig, models: Sequence[str]) -> list[tuple[str, str]]:
     if len(models) < 2 or len(set(models)) != len(models):
         raise ValueError(f"a study compares two or more different models, got {', '.join(models) or 'none'}")
     if cfg.against is None:
         return list(combinations(models, 2))
     if cfg.against not in models:
         raise ValueError(f"against names '{cfg.against}', the models are {', '.join(models)}; name one of them")
-    return [duel for duel in combinations(models, 2) if cfg.against in duel]
+    return [both for both in combinations(models, 2) if cfg.against in both]
 
 
 def _pairs(
-    cfg: StudyConfig, duel: tuple[str, str], prompts: Sequence[Prompt], duels: int, rng: random.Random
+    cfg: StudyConfig, models: tuple[str, str], prompts: Sequence[Prompt], model_pairs: int, rng: random.Random
 ) -> list[_Pair]:
-    """As many pairs of images as get ``votes_per_pair`` votes each, tasks interleaved, prompts before second images."""
+    """As many image pairs as can get ``votes_per_pair`` votes each; tasks interleaved, every prompt before second images."""
     ordered = [
-        _Pair(*duel, prompt, index)
+        _Pair(*models, prompt, index)
         for index in range(cfg.images_per_prompt)
         for prompt in _interleaved(prompts, rng)
     ]  # fmt: skip
-    votes = cfg.raters * cfg.pairs_per_rater / duels
-    wanted = max(math.ceil(votes / cfg.votes_per_pair), math.ceil(cfg.pairs_per_rater / duels))
-    if math.ceil(cfg.pairs_per_rater / duels) > len(ordered):
+    votes = cfg.raters * cfg.pairs_per_rater / model_pairs
+    wanted = max(math.ceil(votes / cfg.votes_per_pair), math.ceil(cfg.pairs_per_rater / model_pairs))
+    if math.ceil(cfg.pairs_per_rater / model_pairs) > len(ordered):
         raise ValueError(
-            f"every rater would judge {math.ceil(cfg.pairs_per_rater / duels)} pairs of {duel[0]} and {duel[1]}, but "
-            f"there are {len(ordered)} (prompts x images per prompt); lower --pairs, or add prompts or --images"
+            f"every rater would judge {math.ceil(cfg.pairs_per_rater / model_pairs)} pairs of {models[0]} and "
+            f"{models[1]}, but there are {len(ordered)} (prompts x images per prompt); lower --pairs, or add prompts or "
+            "--images"
         )
     return ordered[:wanted]
 
 
 def _interleaved(prompts: Sequence[Prompt], rng: random.Random) -> list[int]:
-    """A random order of the prompts in which any stretch has the tasks in their overall proportions."""
+    """A random order of the prompts in which every stretch has the tasks in about their overall proportions."""
     by_task: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
         by_task.setdefault(prompt.task, []).append(number)
@@ -143,14 +147,14 @@ def _interleaved(prompts: Sequence[Prompt], rng: random.Random) -> list[int]:
     return [number for _, number in sorted(placed)]
 
 
-def _shares(count: int, duels: Sequence[tuple[str, str]], rater: int) -> dict[tuple[str, str], int]:
-    """``count`` split evenly; what is left over goes round from rater to rater."""
-    base, extra = divmod(count, len(duels))
-    return {duel: base + ((k - rater * extra) % len(duels) < extra) for k, duel in enumerate(duels)}
+def _shares(count: int, model_pairs: Sequence[tuple[str, str]], rater: int) -> dict[tuple[str, str], int]:
+    """``count`` split evenly over the model pairs; the remainder rotates from rater to rater."""
+    base, extra = divmod(count, len(model_pairs))
+    return {both: base + ((k - rater * extra) % len(model_pairs) < extra) for k, both in enumerate(model_pairs)}
 
 
 def _screens(cfg: StudyConfig, chosen: list[_Pair], ids: _Ids, rng: random.Random) -> tuple[Trial, ...]:
-    """Pairs in random order; repeats from the first half come at least a quarter later; checks anywhere but first."""
+    """Pairs in random order; repeats come from the first half, at least a quarter later; checks anywhere but first."""
     flips = _flips(chosen, rng)
     order = list(range(len(chosen)))
     rng.shuffle(order)
@@ -167,7 +171,7 @@ def _screens(cfg: StudyConfig, chosen: list[_Pair], ids: _Ids, rng: random.Rando
 
 
 def _flips(chosen: Sequence[_Pair], rng: random.Random) -> list[bool]:
-    """Half of each model pair with the sides exchanged; of an odd number, the odd one by chance."""
+    """Half of each model pair with the sides swapped; of an odd number, the odd one at random."""
     places: dict[tuple[str, str], list[int]] = {}
     for place, pair in enumerate(chosen):
         places.setdefault((pair.first, pair.second), []).append(place)
@@ -195,7 +199,7 @@ def _trial(kind: Kind, pair: _Pair, flip: bool, ids: _Ids) -> Trial:
 
 
 def _check(pair: _Pair, rng: random.Random, ids: _Ids) -> Trial:
-    """An image beside a ruined copy of itself: whoever looks prefers the first."""
+    """An image next to a corrupted copy of itself: every attentive rater prefers the original."""
     model = rng.choice((pair.first, pair.second))
     image = (model, pair.prompt, pair.index)
     sides = [ids.of(image), ids.of(image, ruined=True)]

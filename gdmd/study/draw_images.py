@@ -1,4 +1,4 @@
-"""Images for ``gdmd study plan`` from what makes them: runs of the Shapes world and the rows of its teacher."""
+"""Images for ``gdmd study plan`` from Shapes runs and the Shapes teacher."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ Prompts = Sequence[tuple[str, str]]
 """(text, task) of each."""
 
 
-def draw_models(named: Mapping[str, Path], per_task: int, count: int, seed: int, place: Path) -> dict[str, Path]:
-    """Folders of images for all of ``named``: those that are folders of images as they are, the others drawn into ``place``.
+def draw_models(named: Mapping[str, Path], per_task: int, count: int, seed: int, temporary: Path) -> dict[str, Path]:
+    """One image folder per model: existing folders as they are, runs and teachers sampled into ``temporary``.
 
-    The prompts are those of the first folder of images, else ``per_task`` of each task of the fixed evaluation set.
-    Image j of prompt i starts from the same noise whoever draws it. ValueError for a run of a real model.
+    The prompts are those of the first existing folder, else ``per_task`` of each task of the fixed evaluation set.
+    Image j of prompt i starts from the same noise for every model. ValueError for a run of a real model.
     """
     models = [name for name, path in named.items() if _draws(path)]
     for name in models:
         if str(named[name]) not in TEACHERS and config_of(named[name]).model.kind != "shapes":
             raise ValueError(
-                f"{name} is a run of a real model, whose images take long: generate them first, with gdmd eval preference "
-                f"{named[name]} --prompts FILE, and give {name}={named[name] / 'preference' / 'images'}"
+                f"{name} is a run of a real model, whose images take long to generate: do that first with gdmd eval "
+                f"preference {named[name]} --prompts FILE, and give {name}={named[name] / 'preference' / 'images'}"
             )
     given = [path for name, path in named.items() if name not in models]
     prompts = [(row.text, row.task) for row in read_images(given[0]).values()] if given else _captions(per_task)
     folders = dict(named)
     for number, name in enumerate(models):
-        folders[name] = place / str(number)
+        folders[name] = temporary / str(number)
         _draw(SourceConfig(name=name, where=str(named[name])), prompts, count, seed, folders[name])
     return folders
 
@@ -42,8 +42,8 @@ def _draws(path: Path) -> bool:
 def _captions(per_task: int) -> Prompts:
     from gdmd.shapes.grammar import TASKS, catalog, fixed_rows
 
-    captions = [catalog().captions[row].text for row in fixed_rows("eval", per_task).tolist()]
-    return [(text, TASKS[place // per_task]) for place, text in enumerate(captions)]
+    captions = catalog().texts(fixed_rows("eval", per_task))
+    return [(text, TASKS[number // per_task]) for number, text in enumerate(captions)]
 
 
 def _draw(cfg: SourceConfig, prompts: Prompts, count: int, seed: int, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Votes as CSV and JSONL: one line per answer, models put back, ready for pandas or R."""
+"""Votes as CSV and JSONL for pandas or R: one line per answer, with its models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLUMNS = tuple(field.name for field in fields(Vote))
 
 
 def csv_text(votes: Sequence[Vote]) -> str:
-    """A header and one row per vote. A cell that a spreadsheet would take for a formula gets a leading apostrophe."""
+    """A header and one row per vote. Cells that a spreadsheet would read as a formula get a leading apostrophe."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()

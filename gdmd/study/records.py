@@ -1,6 +1,6 @@
-"""The nouns of a study: Prompt, Trial, Rater, Plan (the organizer's secret) and Vote (one answer, models put back).
+"""Records of a study: Prompt, Trial, Rater, Plan (for the admin only) and Vote (one answer, with its models).
 
-A study folder holds ``plan.json`` (who is who: for the organizer only), ``raters.csv`` (one link per rater),
+A study folder holds ``plan.json`` (which image is whose: for the admin only), ``raters.csv`` (one link per rater),
 ``images/<random id>.png`` (re-encoded: no metadata) and ``votes.sqlite``.
 """
 
@@ -26,7 +26,7 @@ PLAN, LINKS, IMAGES, VOTES = "plan.json", "raters.csv", "images", "votes.sqlite"
 
 
 class Prompt(Config):
-    """A prompt and its task (GenEval's "tag"; "" where there is none)."""
+    """A prompt and its task (GenEval's "tag"; "" without one)."""
 
     text: str
     task: str = ""
@@ -35,7 +35,7 @@ class Prompt(Config):
 class Trial(Config):
     """One screen of one rater: two images of one prompt. ``left_model`` and ``right_model`` never leave the server.
 
-    ``pair`` names the two images whatever their sides, so that raters (and repeats) can be compared.
+    ``pair`` identifies the two images regardless of side, so that raters and repeats can be compared.
     """
 
     id: str
@@ -50,14 +50,14 @@ class Trial(Config):
 
 
 class Rater(Config):
-    """The screens of one rater in their order; the token itself is in raters.csv, here is its SHA-256."""
+    """The screens of one rater, in order, and the SHA-256 of the token (the token itself is in raters.csv)."""
 
     token_sha256: str
     trials: tuple[Trial, ...]
 
 
 class Plan(Config):
-    """Everything that was decided before the first vote."""
+    """Everything that is decided before the first vote."""
 
     version: Literal[1] = 1
     title: str
@@ -79,7 +79,7 @@ class Plan(Config):
 
 @dataclass(frozen=True)
 class Vote:
-    """One answer to one question with the models put back: ``first`` and ``second`` in the plan's order of models.
+    """One answer to one question about two models, ``first`` and ``second`` in the plan's order.
 
     score: 1 = first preferred, 0 = second preferred, 1/2 = tie.
     """
@@ -100,12 +100,12 @@ class Vote:
 
 
 def token_hash(token: str) -> str:
-    """SHA-256 of a rater's token: what the plan keeps, so that reading plan.json gives nobody a vote."""
+    """SHA-256 of a token. The plan stores only this, so that reading plan.json lets nobody vote."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def read_plan(folder: Path) -> Plan:
-    """The plan of a study folder. RunError where it is missing or not a plan."""
+    """The plan of a study folder. RunError if it is missing or not a plan."""
     path = folder / PLAN
     try:
         return Plan.model_validate_json(path.read_bytes())
@@ -117,18 +117,18 @@ def read_plan(folder: Path) -> Plan:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         reason = first["msg"].removeprefix("Value error, ")
-        raise RunError(f"{path} is not a study plan: {place}: {reason}. Make it with 'gdmd study plan'.") from None
+        raise RunError(f"{path} is not a study plan: {place}: {reason}. Write it with 'gdmd study plan'.") from None
 
 
 def votes_of(plan: Plan, rows: Iterator[tuple[str, str, str, int, str]]) -> list[Vote]:
-    """(trial, question, answer, elapsed_ms, at) of the store -> votes with models. RunError for another plan's rows."""
+    """(trial, question, answer, elapsed_ms, at) of the store -> votes with models. RunError for rows of another plan."""
     places = {trial.id: (rater, trial) for rater, who in enumerate(plan.raters) for trial in who.trials}
     votes = []
     for trial_id, question, answer, elapsed_ms, at in rows:
         if trial_id not in places:
             raise RunError(
-                f"the votes hold the screen {trial_id}, which is not in the plan: votes and plan are of different "
-                "studies. Put the plan back with which the votes were given."
+                f"the votes contain screen {trial_id}, which is not in the plan: votes and plan belong to different "
+                "studies. Restore the plan with which the votes were collected."
             )
         rater, trial = places[trial_id]
         votes.append(vote_of(plan, rater, trial, question, answer, elapsed_ms, at))  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def votes_of(plan: Plan, rows: Iterator[tuple[str, str, str, int, str]]) -> list
 def vote_of(
     plan: Plan, rater: int, trial: Trial, question: Question, answer: Answer, elapsed_ms: int = 0, at: str = ""
 ) -> Vote:
-    """Put the models back: left and right become first and second in the plan's order of models."""
+    """Unblind an answer: left and right become first and second in the plan's order of models."""
     first, second = sorted((trial.left_model, trial.right_model), key=plan.models.index)
     left_score = {"left": 1.0, "right": 0.0, "tie": 0.5}[answer]
     return Vote(

@@ -1,8 +1,8 @@
-"""The study's web server: one page, a handful of JSON routes, images by random id. FastAPI, imported with this file.
+"""The study's web server (FastAPI): one page, a few JSON routes, images by random id.
 
-Rules, each with a test: a rater sees no model, pair name, kind of screen or right answer; votes count only for the screen
-at hand and only once; images go only to the rater whose screens show them; results need the organizer's token; a body
-above 8 KiB is refused unread; without a valid token there is nothing but the page itself.
+Rules, each with a test: a rater never sees a model, pair name, kind of screen or expected answer; votes count only for
+the current screen and only once; images go only to the rater whose screens show them; results need the admin token; a
+body above 8 KiB is rejected unread; without a valid token only the page itself is served.
 """
 
 from __future__ import annotations
@@ -29,48 +29,51 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gdmd.config.base import Config
 from gdmd.config.study import Question
-from gdmd.io import RunError, writing
+from gdmd.io import RunError, is_loopback, writing
 from gdmd.study.export import csv_text, jsonl_text
 from gdmd.study.prepare import link, links_text, write_private
 from gdmd.study.records import IMAGES, LINKS, VOTES, Answer, Plan, Rater, Trial, read_plan, token_hash, votes_of
 from gdmd.study.store import AlreadyVoted, Store
 
 MAX_BODY = 8 * 1024
-SHORTEST_TOKEN = 16
-LONGEST_MS = 24 * 3600 * 1000
-AHEAD = 3  # screens whose images the page may load in advance
+MIN_TOKEN_LENGTH = 16
+MAX_ELAPSED_MS = 24 * 3600 * 1000
+PRELOADED = 3
+"""Screens whose images the page may load in advance."""
 
 
-class Ballot(Config):
+class VoteRequest(Config):
     """What the page sends for one screen."""
 
     trial: Annotated[str, Field(max_length=64)]
     answers: Annotated[dict[Question, Answer], Field(max_length=8)]
-    elapsed_ms: Annotated[int, Field(ge=0, le=LONGEST_MS)]
+    elapsed_ms: Annotated[int, Field(ge=0, le=MAX_ELAPSED_MS)]
 
 
-class Desk:
-    """The study as the routes see it: who a token is, what comes next, what may be shown."""
+class StudySession:
+    """The study behind the routes: whose token this is, which screen is next, what may be shown."""
 
-    def __init__(self, folder: Path, plan: Plan, store: Store, organizer_token: str) -> None:
+    def __init__(self, folder: Path, plan: Plan, store: Store, admin_token: str) -> None:
         self.folder, self.plan, self.store = folder, plan, store
-        self.organizer = token_hash(checked_token(organizer_token))
+        self.admin = token_hash(checked_token(admin_token))
         self.numbers = {rater.token_sha256: number for number, rater in enumerate(plan.raters)}
         self.consent_sha256 = token_hash(plan.consent)
-        if self.organizer in self.numbers:
-            raise ValueError("the organizer's token is a rater's token, who could read the results; choose another")
+        if self.admin in self.numbers:
+            raise ValueError(
+                "the admin token is also a rater's token, so that rater could read the results; choose another"
+            )
 
     def rater(self, request: Request) -> int:
         """The number of the rater whose token the request carries; 401 otherwise."""
         number = self.numbers.get(token_hash(_bearer(request)))
         if number is None:
-            raise HTTPException(401, "This link is not valid. Ask the organizer for yours.")
+            raise HTTPException(401, "This link is not valid. Ask the study's admin for yours.")
         return number
 
-    def require_organizer(self, request: Request) -> None:
-        """401 unless the request carries the organizer's token; compared in constant time."""
-        if not hmac.compare_digest(token_hash(_bearer(request)), self.organizer):
-            raise HTTPException(401, "This needs the organizer's token.")
+    def require_admin(self, request: Request) -> None:
+        """401 unless the request carries the admin token; compared in constant time."""
+        if not hmac.compare_digest(token_hash(_bearer(request)), self.admin):
+            raise HTTPException(401, "This needs the admin token.")
 
     def open_screens(self, number: int) -> list[Trial]:
         """The rater's screens without an answer, in order."""
@@ -78,7 +81,7 @@ class Desk:
         return [trial for trial in self.plan.raters[number].trials if trial.id not in answered]
 
     def state(self, number: int) -> dict[str, Any]:
-        """All that a rater's page may know. Nothing here depends on which model made an image."""
+        """Everything a rater's page may know; nothing here depends on which model made an image."""
         rater: Rater = self.plan.raters[number]
         consented = self.store.consented(number)
         screens = self.open_screens(number)
@@ -89,57 +92,58 @@ class Desk:
             "questions": list(self.plan.questions),
             "done": len(rater.trials) - len(screens),
             "total": len(rater.trials),
-            "screens": [self._shown(trial) for trial in screens[:AHEAD]] if consented else [],
+            "screens": [self._shown(trial) for trial in screens[:PRELOADED]] if consented else [],
         }
 
     def _shown(self, trial: Trial) -> dict[str, str]:
         prompt = self.plan.prompts[trial.prompt].text
         return {"trial": trial.id, "prompt": prompt, "left": trial.left, "right": trial.right}
 
-    def vote(self, number: int, ballot: Ballot) -> None:
-        """Store the answers; returns once they are on disk. 403 before consent, 409 out of turn or a second time."""
+    def vote(self, number: int, request: VoteRequest) -> None:
+        """Store the answers and return once they are on disk. 403 before consent, 409 out of turn or a second time."""
         if not self.store.consented(number):
             raise HTTPException(403, "Please agree to the study first.")
         own = {trial.id for trial in self.plan.raters[number].trials}
-        if ballot.trial not in own:
+        if request.trial not in own:
             raise HTTPException(404, "This screen is not one of yours.")
-        if set(ballot.answers) != set(self.plan.questions):
+        if set(request.answers) != set(self.plan.questions):
             raise HTTPException(422, "Every question needs exactly one answer.")
         screens = self.open_screens(number)
-        if any(trial.id == ballot.trial for trial in screens[1:]):
+        if any(trial.id == request.trial for trial in screens[1:]):
             raise HTTPException(409, "Another screen comes first. Reload the page.")
+        answers = {str(question): str(answer) for question, answer in request.answers.items()}
         try:
-            self.store.vote(number, ballot.trial, {**ballot.answers}, ballot.elapsed_ms)
+            self.store.vote(number, request.trial, answers, request.elapsed_ms)
         except AlreadyVoted:
-            raise HTTPException(409, "This screen was answered before; the first answers stay.") from None
+            raise HTTPException(409, "This screen was answered before; the first answers are kept.") from None
 
     def image(self, number: int, id_: str) -> Path:
-        """The file of an image that one of the rater's screens shows; 404 for any other."""
+        """The file of an image on one of the rater's screens; 404 for any other."""
         trials = self.plan.raters[number].trials
         if not self.store.consented(number) or not any(id_ in (trial.left, trial.right) for trial in trials):
             raise HTTPException(404, "There is no such image.")
         file = self.folder / IMAGES / f"{id_}.png"
         if not file.is_file():
-            raise HTTPException(410, "This image is gone. Tell the organizer.")
+            raise HTTPException(410, "This image is gone. Tell the study's admin.")
         return file
 
     def progress(self) -> dict[str, Any]:
-        """How far every rater is: for the organizer."""
+        """Answered and planned screens of every rater, for the admin."""
         done = [len(rater.trials) - len(self.open_screens(k)) for k, rater in enumerate(self.plan.raters)]
         total = [len(rater.trials) for rater in self.plan.raters]
         listed = [{"rater": k, "done": d, "total": t} for k, (d, t) in enumerate(zip(done, total, strict=True))]
         return {"done": sum(done), "total": sum(total), "raters": listed}
 
 
-def create_app(folder: Path, organizer_token: str) -> FastAPI:
-    """The application of one study folder. ValueError for a weak organizer's token, RunError for a bad folder."""
+def create_app(folder: Path, admin_token: str) -> FastAPI:
+    """The application for one study folder. ValueError for a weak admin token, RunError for a bad folder."""
     plan = read_plan(folder)
-    desk = Desk(folder, plan, Store(folder / VOTES), organizer_token)
-    app = FastAPI(title="study", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_closing(desk.store))
-    _add_rater_routes(app, desk)
-    _add_organizer_routes(app, desk)
+    session = StudySession(folder, plan, Store(folder / VOTES), admin_token)
+    app = FastAPI(title="study", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_closing(session.store))
+    _add_rater_routes(app, session)
+    _add_admin_routes(app, session)
     app.add_exception_handler(RequestValidationError, _brief)
-    app.add_middleware(Guard)
+    app.add_middleware(BodyLimitMiddleware)
     return app
 
 
@@ -152,7 +156,7 @@ def _closing(store: Store) -> Callable[[FastAPI], AbstractAsyncContextManager[No
     return lifespan
 
 
-def _add_rater_routes(app: FastAPI, desk: Desk) -> None:
+def _add_rater_routes(app: FastAPI, session: StudySession) -> None:
     page, policy = page_and_policy()
 
     @app.get("/")
@@ -164,56 +168,58 @@ def _add_rater_routes(app: FastAPI, desk: Desk) -> None:
         return {"status": "ok"}
 
     @app.get("/api/state")
-    def _state(number: int = Depends(desk.rater)) -> dict[str, Any]:
-        return desk.state(number)
+    def _state(number: int = Depends(session.rater)) -> dict[str, Any]:
+        return session.state(number)
 
     @app.post("/api/consent")
-    def _consent(number: int = Depends(desk.rater)) -> dict[str, Any]:
-        desk.store.consent(number, desk.consent_sha256)
-        return desk.state(number)
+    def _consent(number: int = Depends(session.rater)) -> dict[str, Any]:
+        session.store.consent(number, session.consent_sha256)
+        return session.state(number)
 
     @app.post("/api/vote")
-    def _vote(ballot: Annotated[Ballot, Body()], number: int = Depends(desk.rater)) -> dict[str, Any]:
-        desk.vote(number, ballot)
-        return desk.state(number)
+    def _vote(request: Annotated[VoteRequest, Body()], number: int = Depends(session.rater)) -> dict[str, Any]:
+        session.vote(number, request)
+        return session.state(number)
 
     @app.get("/api/image/{id_}")
-    def _image(id_: str, number: int = Depends(desk.rater)) -> Response:
-        return FileResponse(desk.image(number, id_), media_type="image/png")
+    def _image(id_: str, number: int = Depends(session.rater)) -> Response:
+        return FileResponse(session.image(number, id_), media_type="image/png")
 
 
-def _add_organizer_routes(app: FastAPI, desk: Desk) -> None:
-    only = [Depends(desk.require_organizer)]
+def _add_admin_routes(app: FastAPI, session: StudySession) -> None:
+    only = [Depends(session.require_admin)]
 
     @app.get("/api/progress", dependencies=only)
     def _progress() -> dict[str, Any]:
-        return desk.progress()
+        return session.progress()
 
     @app.get("/api/votes.jsonl", dependencies=only)
     def _jsonl() -> Response:
-        return PlainTextResponse(jsonl_text(votes_of(desk.plan, desk.store.rows())), media_type="application/jsonl")
+        return PlainTextResponse(
+            jsonl_text(votes_of(session.plan, session.store.rows())), media_type="application/jsonl"
+        )
 
     @app.get("/api/votes.csv", dependencies=only)
     def _csv() -> Response:
-        return PlainTextResponse(csv_text(votes_of(desk.plan, desk.store.rows())), media_type="text/csv")
+        return PlainTextResponse(csv_text(votes_of(session.plan, session.store.rows())), media_type="text/csv")
 
 
 async def _brief(_: Request, error: Exception) -> Response:
-    """A malformed request is told so without an echo of what it sent."""
+    """422 that names the malformed fields without echoing what was sent."""
     assert isinstance(error, RequestValidationError)
-    known = {"body", *Ballot.model_fields}
+    known = {"body", *VoteRequest.model_fields}
     places = sorted({".".join(part for part in detail["loc"] if part in known) for detail in error.errors()})
     return JSONResponse({"detail": f"The request is malformed: {', '.join(places)}."}, 422)
 
 
-class Guard:
-    """Around every request: a body above MAX_BODY is refused, and answers carry headers that keep them private."""
+class BodyLimitMiddleware:
+    """Rejects bodies above MAX_BODY; adds headers against caching, framing and sniffing to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read the body up to the limit, then hand it on; ASGI."""
+        """Read the body up to the limit, then pass the request on (ASGI)."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -256,7 +262,7 @@ _HEADERS: Sequence[tuple[bytes, bytes]] = (
 
 
 def page_and_policy() -> tuple[str, str]:
-    """The page, and a content security policy that admits its own script and style (by SHA-256) and nothing else."""
+    """The page, and a content security policy that allows only its own script and style (by SHA-256)."""
     page = files("gdmd.study").joinpath("page.html").read_text(encoding="utf-8")
     own = {
         kind: base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
@@ -275,20 +281,20 @@ def _bearer(request: Request) -> str:
 
 
 def checked_token(token: str) -> str:
-    """The token, or ValueError where it could be guessed."""
-    if len(token) < SHORTEST_TOKEN or len(set(token)) < SHORTEST_TOKEN // 2:
+    """The token. ValueError if it could be guessed."""
+    if len(token) < MIN_TOKEN_LENGTH or len(set(token)) < MIN_TOKEN_LENGTH // 2:
         raise ValueError(
-            f"the organizer's token has {len(token)} characters ({len(set(token))} different); take at least "
-            f"{SHORTEST_TOKEN} random ones, for example from: openssl rand -hex 16"
+            f"the admin token has {len(token)} characters ({len(set(token))} different); use at least "
+            f"{MIN_TOKEN_LENGTH} random ones, for example from: openssl rand -hex 16"
         )
     return token
 
 
 def served_links(study: Path, address: str) -> list[str]:
-    """The raters' links, now that the study is served at ``address``.
+    """The raters' links when the study is served at ``address``; empty without a table of links.
 
-    Where the table has links to this machine, those of another port are written anew; an address that was given to
-    ``gdmd study plan`` stays, for it may be a proxy's. Empty without a table.
+    Links to this machine with another port are rewritten. An address given to ``gdmd study plan`` is kept: it may be a
+    proxy's.
     """
     table = study / LINKS
     if not table.is_file():
@@ -310,16 +316,8 @@ def served_links(study: Path, address: str) -> list[str]:
     return [link(address, token) for token in tokens]
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address. A name other than localhost is taken as reachable."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0 takes a free one. RunError if it is not available."""
+    """A listening socket; port 0 picks a free one. RunError if the address is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -330,17 +328,17 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_of(listening: socket.socket) -> str:
-    """http://HOST:PORT as a browser takes it; this machine's name if the server listens on every address."""
+    """http://HOST:PORT for a browser; this machine's name if the server listens on every address."""
     host, port = listening.getsockname()[:2]
     if ipaddress.ip_address(host).is_unspecified:
         host = socket.gethostname()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run_server(folder: Path, listening: socket.socket, organizer_token: str) -> None:
-    """Serve until Ctrl-C. The access log is off: it would tie addresses to answers."""
+def run_server(folder: Path, listening: socket.socket, admin_token: str) -> None:
+    """Serve until Ctrl-C. Without an access log, which would link addresses to answers."""
     import uvicorn
 
-    app = create_app(folder, organizer_token)
+    app = create_app(folder, admin_token)
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])

@@ -1,9 +1,9 @@
-"""Raters with known taste, to see what a plan can find before anybody is asked, and that the analysis finds it.
+"""Simulated raters with known preferences: what can a plan detect, and does the analysis recover the truth?
 
-A careful rater: tie with probability ``tie_rate``, else the first model of the plan wins with probability ``win_rate``
+A careful rater answers tie with probability ``tie_rate``; else the plan's first model wins with probability ``win_rate``
 (two other models: one half), shifted per prompt and per rater on the logit scale by Gaussian noise, so that votes
-cluster as real ones do. Independently, a vote is given to the left image without looking with probability ``left_bias``,
-and a careless rater answers everything, checks too, by chance.
+cluster as real ones do. Independently, a vote goes to the left image unseen with probability ``left_bias``, and a
+careless rater answers everything at random, checks included.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from pydantic import Field, ValidationError
 
 from gdmd.config.base import Config, NonNegative, Probability
 from gdmd.config.study import StudyConfig
+from gdmd.reporting.progress_bar import progress_bar
 from gdmd.study.analyze import analyze
 from gdmd.study.design import draw_plan
 from gdmd.study.records import ANSWERS, Answer, Plan, Prompt, Trial, Vote, vote_of
 
 
-class Taste(Config):
-    """What is true of the simulated raters. win_rate holds for the first model against every other."""
+class RaterModel(Config):
+    """The true preferences of simulated raters. win_rate: of the first model against each other model."""
 
     win_rate: Annotated[float, Field(gt=0, lt=1)] = 0.6
     tie_rate: Probability = 0.15
@@ -34,11 +35,11 @@ class Taste(Config):
     rater_spread: NonNegative = 0.0
 
 
-def taste_of(win_rate: float, tie_rate: float, left_bias: float, careless: float, spread: float) -> Taste:
-    """A taste with the same spread over prompts and raters. ValueError naming the number that is impossible."""
+def rater_model_of(win_rate: float, tie_rate: float, left_bias: float, careless: float, spread: float) -> RaterModel:
+    """A rater model with the same spread over prompts and raters. ValueError for an impossible number."""
     fields = {"win_rate": win_rate, "tie_rate": tie_rate, "left_bias": left_bias, "careless": careless}
     try:
-        return Taste(**fields, prompt_spread=spread, rater_spread=spread)
+        return RaterModel(**fields, prompt_spread=spread, rater_spread=spread)
     except ValidationError as error:
         wrong = [f"{detail['loc'][0]}: {detail['msg']}, got {detail['input']}" for detail in error.errors()]
         raise ValueError("\n".join(wrong)) from None
@@ -46,9 +47,9 @@ def taste_of(win_rate: float, tie_rate: float, left_bias: float, careless: float
 
 @dataclass(frozen=True)
 class Recovery:
-    """What the analysis found over many simulated studies: of the first model against the second, first question.
+    """What the analysis found in many simulated studies, for the first model against the second, first question.
 
-    covered: share of studies whose interval holds the true value; found: share with sign test p < .05 on the true side.
+    covered: share of studies whose interval contains the true value; found: share with sign test p < .05 on the true side.
     """
 
     studies: int
@@ -60,69 +61,71 @@ class Recovery:
     found: float
 
 
-def simulated_votes(plan: Plan, taste: Taste, seed: int) -> list[Vote]:
+def simulated_votes(plan: Plan, rater_model: RaterModel, seed: int) -> list[Vote]:
     """A vote for every question of every screen of the plan. The same seed gives the same votes."""
     rng = random.Random(f"gdmd simulate {seed}")
-    by_prompt = [rng.gauss(0, taste.prompt_spread) for _ in plan.prompts]
+    by_prompt = [rng.gauss(0, rater_model.prompt_spread) for _ in plan.prompts]
     votes = []
     for number, rater in enumerate(plan.raters):
-        careless, shift = rng.random() < taste.careless, rng.gauss(0, taste.rater_spread)
+        careless, shift = rng.random() < rater_model.careless, rng.gauss(0, rater_model.rater_spread)
         for trial in rater.trials:
-            chance = _chance(plan, trial, taste, shift + by_prompt[trial.prompt])
+            chance = _chance(plan, trial, rater_model, shift + by_prompt[trial.prompt])
             for question in plan.questions:
-                answer = rng.choice(ANSWERS) if careless else _careful(trial, chance, taste, rng)
+                answer = rng.choice(ANSWERS) if careless else _careful(trial, chance, rater_model, rng)
                 votes.append(vote_of(plan, number, trial, question, answer, elapsed_ms=rng.randrange(2000, 9000)))
     return votes
 
 
 def synthetic_plan(cfg: StudyConfig, models: Sequence[str], prompts: int) -> Plan:
-    """A plan without images, for choosing numbers of raters, prompts and pairs."""
+    """A plan without images, for choosing the numbers of raters, prompts and pairs."""
     return draw_plan(cfg, models, [Prompt(text=f"prompt {k}") for k in range(prompts)]).plan
 
 
-def recovery(plan: Plan, taste: Taste, studies: int, seed: int = 0, replicates: int = 400) -> Recovery:
+def recovery(plan: Plan, rater_model: RaterModel, studies: int, seed: int = 0, replicates: int = 400) -> Recovery:
     """Simulate and analyze ``studies`` studies of one plan. With spreads, the truth is averaged over the noise."""
-    truth = true_win_rate(taste)
-    score = truth * (1 - taste.tie_rate) + taste.tie_rate / 2
-    score = score * (1 - taste.left_bias) + taste.left_bias / 2
-    seen = (truth * (1 - taste.left_bias) * (1 - taste.tie_rate) + taste.left_bias / 2) / (
-        (1 - taste.left_bias) * (1 - taste.tie_rate) + taste.left_bias
+    truth = true_win_rate(rater_model)
+    score = truth * (1 - rater_model.tie_rate) + rater_model.tie_rate / 2
+    score = score * (1 - rater_model.left_bias) + rater_model.left_bias / 2
+    seen = (truth * (1 - rater_model.left_bias) * (1 - rater_model.tie_rate) + rater_model.left_bias / 2) / (
+        (1 - rater_model.left_bias) * (1 - rater_model.tie_rate) + rater_model.left_bias
     )
     rates, wilson, clustered, found = [], 0, 0, 0
-    for k in range(studies):
-        votes = simulated_votes(plan, taste, seed + k)
-        first = analyze(plan, votes, replicates=replicates, seed=seed + k).pairs[0]
-        rates.append(first.win_rate)
-        wilson += first.wilson[0] <= seen <= first.wilson[1]
-        clustered += first.clustered[0] <= score <= first.clustered[1]
-        found += first.p < 0.05 and (first.win_rate > 0.5) == (truth > 0.5)
+    with progress_bar(f"simulating {studies} studies", studies) as advance:
+        for k in range(studies):
+            votes = simulated_votes(plan, rater_model, seed + k)
+            first = analyze(plan, votes, replicates=replicates, seed=seed + k).pairs[0]
+            rates.append(first.win_rate)
+            wilson += first.wilson[0] <= seen <= first.wilson[1]
+            clustered += first.clustered[0] <= score <= first.clustered[1]
+            found += first.p < 0.05 and (first.win_rate > 0.5) == (truth > 0.5)
+            advance(1)
     mean = math.fsum(rates) / studies
     return Recovery(studies, seen, score, mean, wilson / studies, clustered / studies, found / studies)
 
 
-def true_win_rate(taste: Taste) -> float:
+def true_win_rate(rater_model: RaterModel) -> float:
     """E[sigmoid(logit(p) + s z)], z ~ N(0, 1), s^2 = prompt_spread^2 + rater_spread^2, by the trapezoid rule."""
-    spread = math.hypot(taste.prompt_spread, taste.rater_spread)
+    spread = math.hypot(rater_model.prompt_spread, rater_model.rater_spread)
     grid = [k / 50 for k in range(-400, 401)]
     weights = [math.exp(-z * z / 2) for z in grid]
-    logit = math.log(taste.win_rate / (1 - taste.win_rate))
+    logit = math.log(rater_model.win_rate / (1 - rater_model.win_rate))
     return math.fsum(w / (1 + math.exp(-logit - spread * z)) for w, z in zip(weights, grid, strict=True)) / sum(weights)
 
 
-def _chance(plan: Plan, trial: Trial, taste: Taste, shift: float) -> float:
-    """P(left wins | no tie): the plan's first model against another is better by the given win rate."""
-    logit = math.log(taste.win_rate / (1 - taste.win_rate)) + shift
+def _chance(plan: Plan, trial: Trial, rater_model: RaterModel, shift: float) -> float:
+    """P(left wins | no tie)."""
+    logit = math.log(rater_model.win_rate / (1 - rater_model.win_rate)) + shift
     chance = 1 / (1 + math.exp(-logit))
     if trial.left_model == plan.models[0]:
         return chance
     return 1 - chance if trial.right_model == plan.models[0] else 0.5
 
 
-def _careful(trial: Trial, chance: float, taste: Taste, rng: random.Random) -> Answer:
+def _careful(trial: Trial, chance: float, rater_model: RaterModel, rng: random.Random) -> Answer:
     if trial.expected is not None:
         return trial.expected
-    if rng.random() < taste.left_bias:
+    if rng.random() < rater_model.left_bias:
         return "left"
-    if rng.random() < taste.tie_rate:
+    if rng.random() < rater_model.tie_rate:
         return "tie"
     return "left" if rng.random() < chance else "right"

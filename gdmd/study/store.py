@@ -1,7 +1,7 @@
-"""Votes on disk: SQLite with a write-ahead log, synced before an answer is acknowledged, unique by construction.
+"""Votes on disk: SQLite with a write-ahead log, synced before an answer is acknowledged.
 
-PRIMARY KEY (trial, question) makes a second vote on a screen impossible, whatever the server does; a screen belongs to
-one rater, and the plan shows a pair of images to a rater once (repeats are screens of their own, marked as such).
+PRIMARY KEY (trial, question) makes a second vote on a screen impossible, whatever the server does. A screen belongs to
+one rater, and the plan shows an image pair to a rater once (repeats are separate screens).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ BUSY_S = 30.0
 
 
 class AlreadyVoted(ValueError):
-    """The screen has other answers on record; they stay."""
+    """The screen already has different answers, which are kept."""
 
 
 class Store:
-    """One file of votes. Safe for threads (a lock) and for several processes (SQLite's own locks)."""
+    """One file of votes, safe for threads (a lock) and for several processes (SQLite's locks)."""
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
@@ -51,12 +51,12 @@ class Store:
             raise RunError(f"{path} is on a file system without SQLite's write-ahead log; use a local disk")
 
     def close(self) -> None:
-        """Fold the log into the file and let go of it."""
+        """Merge the log into the file and close it."""
         with self._lock:
             self._file.close()
 
     def consent(self, rater: int, text_sha256: str) -> None:
-        """Record that the rater agreed to this text; once is enough."""
+        """Record that the rater agreed to this text."""
         with self._writing():
             self._file.execute("INSERT OR IGNORE INTO consents VALUES (?, ?, ?)", (rater, text_sha256, _now()))
 
@@ -68,13 +68,13 @@ class Store:
     def vote(self, rater: int, trial: str, answers: Mapping[str, str], elapsed_ms: int) -> bool:
         """Store the answers of one screen, all or none, and return once they are on disk.
 
-        Returns False where exactly these answers were there already (a repeated request); AlreadyVoted for others.
+        False if exactly these answers were stored before (a repeated request); AlreadyVoted if others were.
         """
         with self._writing():
             known = dict(self._file.execute("SELECT question, answer FROM votes WHERE trial = ?", (trial,)).fetchall())
             if known:
                 if known != dict(answers):
-                    raise AlreadyVoted(f"screen {trial} was answered before; the first answers stay")
+                    raise AlreadyVoted(f"screen {trial} was answered before; the first answers are kept")
                 return False
             rows = [(trial, question, answer, rater, elapsed_ms, _now()) for question, answer in answers.items()]
             self._file.executemany("INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?)", rows)
@@ -87,7 +87,7 @@ class Store:
         return {trial for (trial,) in rows}
 
     def rows(self) -> Iterator[tuple[str, str, str, int, str]]:
-        """(trial, question, answer, elapsed_ms, at) in the order of time."""
+        """(trial, question, answer, elapsed_ms, at), oldest first."""
         with self._lock:
             yield from self._file.execute(
                 "SELECT trial, question, answer, elapsed_ms, at FROM votes ORDER BY at, trial, question"
@@ -95,7 +95,7 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """One transaction that no other writer interleaves; undone as a whole where anything fails."""
+        """One exclusive transaction, rolled back on any error."""
         with self._lock:
             self._file.execute("BEGIN IMMEDIATE")
             try:

@@ -37,7 +37,7 @@ from gdmd.sweep.runs import (
 from gdmd.sweep.spec import Sweep
 from gdmd.training.rank import module_arguments
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 POLL, PATIENCE = 0.1, 120.0
 """Seconds between checks of the workers, and how long a stopped one may take to finish its iteration and save."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -83,12 +83,12 @@ def run_sweep(
     folder: Path,
     jobs: int,
     only: Sequence[str],
-    say: Say,
+    log: Log,
     show: Show = lambda status: None,
 ) -> Outcome:
     """Finish every selected run of the sweep in ``folder``; finished runs are not repeated.
 
-    say: gets messages; show: gets the status whenever a run starts or ends.
+    log: gets messages; show: gets the status whenever a run starts or ends.
     """
     wanted = with_first_stages(selected(plan(sweep), only))
     old = outdated(unique(wanted), folder)
@@ -104,12 +104,12 @@ def run_sweep(
         table = Table(folder, source)
         outcome = Outcome(folder, len(wanted))
         todo = _unfinished(wanted, folder, table, outcome)
-        say(f"{len(wanted)} runs, {outcome.cached} already finished, {len(todo)} to do, {jobs} at once, in {folder}")
+        log(f"{len(wanted)} runs, {outcome.cached} already finished, {len(todo)} to do, {jobs} at once, in {folder}")
         with stop_signals() as stopped:
-            _Pool(folder, jobs, table, wanted, outcome, say, show).run(todo, stopped)
+            _Pool(folder, jobs, table, wanted, outcome, log, show).run(todo, stopped)
             outcome.signal = stopped[0] if stopped else None
         if outcome.signal is None and not _images_drawn(sweep, folder):
-            say("drawing the images of the figures")
+            log("drawing the images of the figures")
             if _finish(IMAGES, folder, folder / "images.log") != 0:
                 outcome.failed["images"] = _reason(folder / "images.log")
     return outcome
@@ -145,7 +145,7 @@ class _Pool:
     table: Table
     wanted: Sequence[SweepRun]
     outcome: Outcome
-    say: Say
+    log: Log
     show: Show
     _total: int = 0
     _seconds: list[float] = field(default_factory=list)  # of the runs that ended
@@ -199,16 +199,16 @@ class _Pool:
         status = self.status()
         head = f"[{status.done}/{status.total}] {run.name}"
         if worker.returncode != 0:
-            log = run.folder(self.folder) / "log.txt"
-            reason = _reason(log) or f"exit code {worker.returncode}"
+            file = run.folder(self.folder) / "log.txt"
+            reason = _reason(file) or f"exit code {worker.returncode}"
             self._fail(run, reason)
-            self.say(f"{head} FAILED ({reason}); log: {log}")
+            self.log(f"{head} FAILED ({reason}); log: {file}")
         else:
             self.outcome.trained.append(run.name)
             for same in [each for each in self.wanted if each.hash == run.hash]:
                 line = self.table.add(same)
             left = f", about {duration(status.seconds_left)} left" if status.seconds_left else ""
-            self.say(f"{head}: ShapesEval {line['shapeseval']:.3f} ({duration(self._seconds[-1])}{left})")
+            self.log(f"{head}: ShapesEval {line['shapeseval']:.3f} ({duration(self._seconds[-1])}{left})")
         self.show(status)
 
     def status(self) -> Status:
@@ -219,7 +219,7 @@ class _Pool:
         return Status(done, self._total, [run.name for run, _ in self._running.values()], left)
 
     def _stop(self) -> None:
-        self.say(f"stopping: {len(self._running)} runs save their state; the same command continues")
+        self.log(f"stopping: {len(self._running)} runs save their state; the same command continues")
         for worker in self._running:
             worker.terminate()
         for worker in self._running:

@@ -9,6 +9,7 @@ exits is found by the timeouts of torch's process groups; restarts are torchrun'
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -266,7 +267,8 @@ class DistributedContext:
         try:
             dist.monitored_barrier(self._control, timedelta(seconds=ROLL_CALL_SECONDS), wait_all_ranks=True)
         except RuntimeError as error:
-            return f"; {_first_line(error)}"
+            if "monitoredBarrier" in str(error):  # it names ranks; otherwise the connection itself is lost
+                return f"; {_first_line(error)}"
         return ""
 
 
@@ -401,4 +403,6 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].split(". ")[0][:300]
+    """The first sentence, without the place in torch's source that gloo puts before it."""
+    line = re.sub(r"^\[\S+\.cc:\d+\] ", "", str(error).splitlines()[0])
+    return line.split(". ")[0][:300]

@@ -1,4 +1,4 @@
-"""What the program says to common mistakes, word for word: the sentence that counts first, then what to write."""
+"""Error messages for common mistakes, verbatim."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ from pathlib import Path
 import pytest
 from cli_world import Gdmd
 
-from gdmd.cli.app import main
-
 KINDS = (
     "shapes_clip, shapes_pref, shapes_clip_heldout, shapes_partial_credit, clip, hps, hps_v2, pickscore, imagereward, "
     "aesthetic, geneval, ocr, callable, remote, composite"
 )
-
-
-@pytest.fixture
-def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gdmd:
-    """The program in an empty current folder."""
-    return Gdmd(main, tmp_path / "none", tmp_path, monkeypatch, capsys)
 
 
 def lines(gdmd: Gdmd, *arguments: str) -> list[str]:
@@ -106,7 +98,7 @@ def lines(gdmd: Gdmd, *arguments: str) -> list[str]:
         ("loop.ema_warmup=maybe", "loop.ema_warmup: got 'maybe': should be true or false"),
     ],
 )
-def test_a_wrong_override_says_what_to_write(gdmd: Gdmd, override: str, message: str) -> None:
+def test_bad_overrides(gdmd: Gdmd, override: str, message: str) -> None:
     assert lines(gdmd, "train", "shapes_smoke", override) == [f"shapes_smoke.yaml (override '{override}'): {message}"]
     assert not list(gdmd.folder.iterdir())
 
@@ -123,27 +115,27 @@ def test_a_wrong_override_says_what_to_write(gdmd: Gdmd, override: str, message:
         (
             ["rewards=[{kind:"],
             "override 'rewards=[{kind:': line 1, column 8: expected the node content, but found '<stream end>' (while "
-            "parsing a flow node); the shell cuts words at spaces: put the whole word into quotes, like 'rewards=[...]'",
+            "parsing a flow node); the shell splits at spaces: put the whole argument in quotes, like 'rewards=[...]'",
         ),
     ],
 )
-def test_a_config_is_not_dumped(gdmd: Gdmd, overrides: list[str], message: str) -> None:
+def test_config_is_not_dumped(gdmd: Gdmd, overrides: list[str], message: str) -> None:
     assert lines(gdmd, "train", "shapes_smoke", *overrides) == [message]
 
 
-def test_keys_of_another_kind_name_the_kind_that_has_them(gdmd: Gdmd) -> None:
-    said = lines(gdmd, "train", "shapes_smoke", "method.kind=dmd")
-    assert said == [
+def test_key_of_another_kind(gdmd: Gdmd) -> None:
+    printed = lines(gdmd, "train", "shapes_smoke", "method.kind=dmd")
+    assert printed == [
         "shapes_smoke.yaml: method.group_size: got 2: kind 'dmd' has no such key, only gdmd, gdmd_tilted, "
         "gdmd_ablation, gdmd_tilted_shuffled; "
         "replace the whole section: 'method={kind: dmd, ...}'"
     ]
 
 
-def test_all_mistakes_are_listed_at_once(gdmd: Gdmd) -> None:
-    said = lines(gdmd, "train", "shapes_smoke", "loop.lr=1", "rewards=clip", "model.rank=8", "rubbish", "lora_r=4")
-    assert len(said) == 5
-    assert any("rubbish" in line and "is not KEY=VALUE" in line for line in said)
+def test_all_errors_at_once(gdmd: Gdmd) -> None:
+    printed = lines(gdmd, "train", "shapes_smoke", "loop.lr=1", "rewards=clip", "model.rank=8", "rubbish", "lora_r=4")
+    assert len(printed) == 5
+    assert any("rubbish" in line and "is not KEY=VALUE" in line for line in printed)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +151,10 @@ def test_all_mistakes_are_listed_at_once(gdmd: Gdmd) -> None:
             "unknown recipe 'sdxl'; did you mean 'sdxl_gdmd', 'sdxl_dmd' or 'sdxl_dmd2'? `gdmd recipes` lists them",
         ),
         (["plan", "qqq"], "unknown recipe 'qqq'; `gdmd recipes` lists them"),
+        (
+            ["train", "sdxl_gdmd"],
+            "prompts.file is not set: a real model needs a file of prompts, for example prompts.txt",
+        ),
         (["sweep", "headlin"], "unknown sweep 'headlin'; did you mean 'headline'? Or give a .yaml file"),
         (
             ["eval", "preference", "teacher", "--scorer", "clipp", "-o", "x"],
@@ -180,11 +176,11 @@ def test_all_mistakes_are_listed_at_once(gdmd: Gdmd) -> None:
         ),
     ],
 )
-def test_a_wrong_name_gets_three_suggestions_at_most(gdmd: Gdmd, arguments: list[str], message: str) -> None:
+def test_suggestions(gdmd: Gdmd, arguments: list[str], message: str) -> None:
     assert lines(gdmd, *arguments) == [message]
 
 
-def test_a_recipe_file_or_a_run_that_was_meant_is_named(gdmd: Gdmd) -> None:
+def test_suggested_file_or_run(gdmd: Gdmd) -> None:
     Path("mine.yaml").write_text("name: x\n")
     Path("run").mkdir()
     Path("run/config.yaml").write_text("name: x\n")
@@ -203,6 +199,6 @@ def test_a_recipe_file_or_a_run_that_was_meant_is_named(gdmd: Gdmd) -> None:
         (["doctr"], "No such command 'doctr'. Did you mean 'doctor'?"),
     ],
 )
-def test_a_wrong_argument_is_reported_without_a_library_label(gdmd: Gdmd, arguments: list[str], message: str) -> None:
+def test_usage_errors(gdmd: Gdmd, arguments: list[str], message: str) -> None:
     usage, *_, last = lines(gdmd, *arguments)
     assert usage.startswith("Usage: gdmd") and last == f"Error: {message}"

@@ -183,7 +183,7 @@ def test_mistake_in_a_file(text: str, line: str) -> None:
         ("gamma", ["override 'gamma'", "is not KEY=VALUE"]),
         ("=1", ["is not KEY=VALUE"]),
         ("loop..steps=1", ["is not KEY=VALUE"]),
-        ("name=[a", ["override 'name=[a'", "line 1", "put the whole word into quotes, like 'name=[...]'"]),
+        ("name=[a", ["override 'name=[a'", "line 1", "put the whole argument in quotes, like 'name=[...]'"]),
         ("loop.steps=", ["loop.steps: got nothing (null)"]),
     ],
 )

@@ -57,7 +57,8 @@ def test_a_wrong_network_answer_survives_every_round_trip(schedule: Schedule) ->
     torch.testing.assert_close(renoise(first.x0, T, first.eps, schedule), x_t)
 
 
-def test_the_vp_v_is_the_inverse_of_its_conversion_and_differs_from_velocity() -> None:
+def test_vp_v_round_trip() -> None:
+    """The VP v converts back exactly and differs from the velocity."""
     schedule = VpSchedule()
     x0, eps, x_t = truth(schedule)
     alpha, sigma = expand(schedule.alpha(T), x_t), expand(schedule.sigma(T), x_t)

@@ -95,7 +95,8 @@ def test_one_ode_step_is_the_one_step_prediction() -> None:
     assert torch.equal(x0, teacher(noise, torch.ones(3), {}).x0)
 
 
-def test_ode_and_few_step_sampling_are_called_once_per_step_and_carry_no_gradient() -> None:
+def test_samplers_call_once_per_step_without_gradient() -> None:
+    """The ODE and the few-step sampler."""
     calls: list[float] = []
     weight = torch.tensor(0.5, requires_grad=True)
 
@@ -110,7 +111,7 @@ def test_ode_and_few_step_sampling_are_called_once_per_step_and_carry_no_gradien
     assert not x0.requires_grad and calls[4:] == [1.0, 0.5]
 
 
-def test_predict_and_renoise_with_a_perfect_one_step_student_keeps_the_distribution() -> None:
+def test_perfect_student_keeps_the_distribution() -> None:
     """A student that maps x_t to a sample of the data: one more step changes nothing."""
 
     def perfect(x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
@@ -123,7 +124,7 @@ def test_predict_and_renoise_with_a_perfect_one_step_student_keeps_the_distribut
     assert x0.mean().item() == pytest.approx(2, abs=0.02) and x0.std().item() == pytest.approx(0.5, abs=0.01)
 
 
-def test_guidance_moves_the_mean_of_a_gaussian_linearly_and_keeps_its_std() -> None:
+def test_guidance_moves_the_mean_of_a_gaussian() -> None:
     """Conditional N(1, s^2), unconditional N(0, s^2): guidance w is the exact denoiser of N(w, s^2)."""
 
     def either(x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:

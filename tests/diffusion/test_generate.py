@@ -147,7 +147,8 @@ def test_a_grid_of_another_shape_is_an_error() -> None:
         draw_grid(torch.rand(1, 4, 3, 8, 8), ["a ring"], ["a", "b", "c"])
 
 
-def test_a_caption_of_many_words_is_broken_into_lines_and_never_wider_than_a_short_column() -> None:
+def test_long_captions_are_wrapped() -> None:
+    """A caption is never wider than its column."""
     cells = torch.rand(1, 1, 3, 64, 64)
     short, long, blocks, none = (
         draw_grid(cells, [text], scale=1) for text in ("a ring", "a word or\ntwo " * 100, "\u7ea2" * 500, "")
@@ -169,7 +170,8 @@ def test_the_teacher_is_sampled_at_the_times_of_its_own_shift(components: TinyLa
     assert asked == [3] and not torch.allclose(plain, own, atol=1e-3)
 
 
-def test_a_comparison_puts_the_samplers_side_by_side_from_one_noise(components: TinyLab) -> None:
+def test_comparison_grid(components: TinyLab) -> None:
+    """Samplers side by side, from the same noise."""
     samplers = [teacher_sampler(components, 1, 1.0), student_sampler(components, components.roles.student, (1.0,))]
     cells = same_noise_cells(samplers, components, TEXTS[:3], 4, per_caption=2)
     assert cells.shape == (3, 4, 3, 32, 32)

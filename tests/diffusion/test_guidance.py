@@ -26,7 +26,8 @@ def test_guidance_one_runs_no_unconditional_pass() -> None:
     assert all(torch.equal(call.cond["tokens"], prompts().cond["tokens"]) for call in calls)
 
 
-def test_another_guidance_runs_both_passes_in_one_call_at_the_same_x_t() -> None:
+def test_guidance_runs_both_passes_in_one_call() -> None:
+    """Both at the same x_t."""
     batch = prompts()
     for call in teacher_calls(guidance=5.0):
         assert torch.equal(call.cond["tokens"], torch.cat([batch.cond["tokens"], batch.uncond["tokens"]]))
@@ -43,7 +44,8 @@ def test_student_fake_and_old_policy_are_never_guided() -> None:
     assert all(len(call.t) <= SIZE and (call.cond["tokens"][:, None] == own).all(2).any(1).all() for call in others)
 
 
-def test_a_guided_sampler_at_scale_one_is_the_plain_sampler_at_half_the_cost() -> None:
+def test_guidance_one_is_the_plain_sampler() -> None:
+    """... at half the cost."""
     batch, noise = prompts(), rng().normal("x", (8, 8, 8))
     runs = []
     for guidance in (None, 1.0, 2.0):

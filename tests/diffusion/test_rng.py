@@ -43,7 +43,8 @@ def test_philox_gives_the_known_answers_of_random123() -> None:
     assert found == ["d16cfe09", "94fdcceb", "5001e420", "24126ea1"]
 
 
-def test_a_sample_draws_the_same_alone_in_a_batch_in_any_order_and_after_a_split() -> None:
+def test_draws_belong_to_the_sample() -> None:
+    """The same alone, in a batch, in any order and after a split."""
     whole = draws(at(0, 1, 2, 3, 4, 5))
     shuffled, first, second, alone = draws(at(4, 0, 3)), draws(at(0, 1, 2)), draws(at(3, 4, 5)), draws(at(4))
     for name, value in whole.items():
@@ -124,7 +125,9 @@ def test_low_and_high_scale_the_interval() -> None:
 
 
 @pytest.mark.parametrize("word", [0, 1, 0x7FFFFFFF, 0xFFFFFF00, 0xFFFFFFFF])
-def test_no_word_gives_a_uniform_of_zero_or_one_nor_a_normal_without_bound(word: int) -> None:
+def test_draws_are_bounded(word: int) -> None:
+    """No uniform draw is 0 or 1, no normal draw is infinite."""
+
     class Fixed(SampleRng):
         def _words(self, purpose: str, i: int, count: int) -> tuple[Tensor, ...]:
             return (torch.full((1, -(-count // 4)), word),) * 4

@@ -46,7 +46,8 @@ def naive(k: int, stop: int) -> Tensor:
     return x_t[0]
 
 
-def test_backward_simulation_equals_a_loop_per_sample_and_costs_stop_forwards_each() -> None:
+def test_backward_simulation_equals_a_loop() -> None:
+    """Each sample costs ``stop`` forwards."""
     stop, student = torch.tensor([0, 3, 1, 2, 3, 0, 2]), Student()
     noise = RNG.normal("noise", SHAPE)
     x_tau = backward_simulation(student, noise, STEPS, stop, WHO, noise_at, FlowSchedule())
@@ -56,7 +57,8 @@ def test_backward_simulation_equals_a_loop_per_sample_and_costs_stop_forwards_ea
     assert torch.equal(spent, stop)
 
 
-def test_a_sample_that_stops_at_once_is_its_noise_and_the_noise_is_left_alone() -> None:
+def test_stop_zero_is_the_noise() -> None:
+    """... and the noise is not modified."""
     noise, student = RNG.normal("noise", SHAPE), Student()
     before = noise.clone()
     x_tau = backward_simulation(student, noise, STEPS, torch.zeros(B, dtype=torch.int64), WHO, noise_at, FlowSchedule())

@@ -49,7 +49,8 @@ def test_other_betas_are_their_cumulative_product(betas: str, zero_snr: bool) ->
     np.testing.assert_allclose(schedule.sigma(t).numpy(), np.sqrt(1 - wanted**2), rtol=1e-9)
 
 
-def test_the_last_step_of_zero_terminal_snr_is_noise_and_is_reached_without_a_jump() -> None:
+def test_zero_terminal_snr() -> None:
+    """The last step is pure noise and is reached continuously."""
     schedule, t = VpSchedule(zero_snr=True), torch.linspace(997 / 999, 1, 2001, dtype=torch.float64)
     alpha = schedule.alpha(t)
     assert alpha[-1] == 0 and schedule.sigma(t)[-1] == 1 and alpha.isfinite().all()
@@ -77,7 +78,8 @@ def test_a_conversion_without_an_answer_is_not_hidden() -> None:
     assert not from_eps(2 * x, x, torch.ones(1), FlowSchedule()).x0.isfinite().any()
 
 
-def test_a_shift_of_one_changes_nothing_and_a_larger_one_moves_towards_noise() -> None:
+def test_time_shift() -> None:
+    """A shift of 1 is the identity, a larger one moves towards noise."""
     t = torch.linspace(0, 1, 9)
     assert torch.equal(shift_time(t, 1.0), t)
     assert (shift_time(t, 3.0)[1:-1] > t[1:-1]).all()

@@ -60,14 +60,16 @@ def test_the_log_probability_is_that_of_a_normal_up_to_constants() -> None:
     torch.testing.assert_close(cps_log_prob(x_next, mean) / (2 * std**2), normal - constant)
 
 
-def test_the_gradient_of_the_log_probability_pulls_the_mean_to_what_was_drawn() -> None:
+def test_log_prob_gradient() -> None:
+    """It pulls the mean to what was drawn."""
     mean, x_next = torch.randn(2, 1, 2, 2).requires_grad_(), torch.randn(2, 1, 2, 2).requires_grad_()
     own, other = torch.autograd.grad(cps_log_prob(x_next, mean).sum(), (mean, x_next), allow_unused=True)
     torch.testing.assert_close(own, (2 * (x_next - mean) / 4).detach())
     assert other is None
 
 
-def test_a_rollout_without_noise_is_the_ode_and_with_all_of_it_the_students_own_sampler() -> None:
+def test_rollout_at_noise_zero_and_one() -> None:
+    """0: the ODE; 1: the student's own sampler."""
     noise, steps = torch.randn(5, 2, 3, 3), (1.0, 0.75, 0.5, 0.25)
     fresh = {i: torch.randn(5, 2, 3, 3) for i in range(1, 4)}
     calm = stochastic_rollout(student, noise, steps, {}, fresh.__getitem__, FLOW, 0.0)
@@ -79,7 +81,7 @@ def test_a_rollout_without_noise_is_the_ode_and_with_all_of_it_the_students_own_
     torch.testing.assert_close(loud.x[:, 3] - 0.75 * student(loud.x[:, 2], torch.full((5,), 0.5), {}).x0, fresh[3] / 4)
 
 
-def test_a_rollout_remembers_its_states_and_their_log_probabilities() -> None:
+def test_rollout_keeps_states_and_log_probs() -> None:
     noise, steps, level = torch.randn(4, 2, 3, 3), (1.0, 0.6, 0.2), 0.9
     fresh = {i: torch.randn(4, 2, 3, 3) for i in range(1, 3)}
     made = stochastic_rollout(student, noise, steps, {}, fresh.__getitem__, FLOW, level)

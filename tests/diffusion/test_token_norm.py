@@ -27,7 +27,8 @@ def tokens(v: Tensor, patch: int) -> Tensor:
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_every_token_has_its_own_direction_and_the_length_of_the_conditional_one(patch: int) -> None:
+def test_token_norms(patch: int) -> None:
+    """Each token keeps its direction and has the norm of the conditional one."""
     _, cond, uncond = answers()
     v = tokens(KeepTokenNorm(patch)(cond, uncond, 4.0, T).velocity, patch)
     mixed = tokens(uncond.velocity + 4.0 * (cond.velocity - uncond.velocity), patch)

@@ -1,4 +1,4 @@
-"""``gdmd eval geneval``: prompts, images in the official layout, detections that survive a kill, scores."""
+"""``gdmd eval geneval``: prompts, images, resumable detections, scores."""
 
 from __future__ import annotations
 
@@ -8,20 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from gdmd.cli.app import main
-from gdmd.evaluation.geneval import (
-    generate,
-    generate_from,
-    prompt_seed,
-    score_folder,
-    score_recorded,
-    source_maker,
-)
+from gdmd.evaluation.geneval import generate, prompt_seed, score_folder, score_recorded
 from gdmd.evaluation.geneval_scores import read_metadata
 from gdmd.rewards.geneval.detector import Detections
 from gdmd.rewards.geneval.rules import DetectedObject, Requirement, Task, as_row
@@ -34,18 +26,27 @@ TASKS = (
 )
 
 
-def make(prompt: str, count: int, seed: int) -> list[Image.Image]:
-    """Images whose first pixel tells the prompt's words and whose second the seed."""
-    images = []
-    for k in range(count):
-        levels = np.zeros((4, 4, 3), np.uint8)
-        levels[0, 0] = (len(prompt), k, seed % 251)
-        images.append(Image.fromarray(levels))
-    return images
+class Painter:
+    """A source whose first pixel holds the prompt's length, the number of the image and the seed."""
+
+    def __init__(self, name: str = "one", batch: int = 4) -> None:
+        self.info = SourceInfo(name, "pipeline", name, batch=batch, identity={"kind": "pipeline", "weights": name})
+        self.calls: list[int] = []
+
+    def check(self, texts: Any) -> None:
+        """Anything is a prompt."""
+
+    def generate(self, slots: Any, seed: int) -> list[Image.Image]:
+        self.calls.append(len(slots))
+        return [Image.new("RGB", (4, 4), (len(slot.text), slot.image, seed % 251)) for slot in slots]
+
+
+def painted(folder: Path, tasks: Any = TASKS, images: int = 4, source: Any = None, seed: int = 0) -> int:
+    return generate(source or Painter(), tasks, folder, images, seed)
 
 
 class OneDog:
-    """Finds one dog in even images and two in odd ones; counts how often it was asked."""
+    """Finds one dog in even images and two in odd ones; counts how often it was detected."""
 
     def __init__(self, stop_after: int = 99) -> None:
         self.calls, self.stop_after = 0, stop_after
@@ -66,26 +67,26 @@ class AlwaysRed:
         return ["red"] * len(objects)
 
 
-def test_images_lie_in_the_official_layout_and_a_second_start_makes_only_what_is_missing(tmp_path: Path) -> None:
-    assert generate(make, TASKS, tmp_path, 4, seed=0) == 12
+def test_generate_resumes_in_the_official_layout(tmp_path: Path) -> None:
+    assert painted(tmp_path) == 12
     assert read_metadata(tmp_path / "00001" / "metadata.jsonl") == (TASKS[1],)
     first = (tmp_path / "00002" / "samples" / "0003.png").read_bytes()
-    assert generate(make, TASKS, tmp_path, 4, seed=0) == 0
+    assert painted(tmp_path) == 0
     (tmp_path / "00002" / "samples" / "0003.png").unlink()
-    assert generate(make, TASKS, tmp_path, 4, seed=0) == 4
+    assert painted(tmp_path) == 4
     assert (tmp_path / "00002" / "samples" / "0003.png").read_bytes() == first
     with pytest.raises(ValueError, match="00000 holds another prompt"):
-        generate(make, TASKS[1:], tmp_path, 4, seed=0)
+        painted(tmp_path, TASKS[::-1])
 
 
-def test_a_scoring_that_is_stopped_goes_on_where_it_was_and_gives_the_scores_of_one_go(tmp_path: Path) -> None:
-    generate(make, TASKS, tmp_path, 4, seed=0)
+def test_score_resumes_after_a_kill(tmp_path: Path) -> None:
+    painted(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        score_folder(tmp_path, OneDog(stop_after=5), AlwaysRed())  # type: ignore[arg-type]
+        score_folder(tmp_path, OneDog(stop_after=5), AlwaysRed())
     record = tmp_path / "detections.jsonl"
     record.write_text(record.read_text()[:-20])  # the last line was being written
     rest = OneDog()
-    scores = score_folder(tmp_path, rest, AlwaysRed())  # type: ignore[arg-type]
+    scores = score_folder(tmp_path, rest, AlwaysRed())
     assert rest.calls == 12 - 4
     assert [scores[tag].value for tag in ("single_object", "colors", "counting")] == [1.0, 1.0, 0.5]
     assert scores["overall"].value == pytest.approx(2.5 / 3) and scores["overall"].images == 12
@@ -97,97 +98,71 @@ def test_a_scoring_that_is_stopped_goes_on_where_it_was_and_gives_the_scores_of_
     assert score_recorded(record, metadata) == scores
 
 
-def test_detections_belong_to_image_prompt_and_detector(tmp_path: Path) -> None:
-    generate(make, TASKS, tmp_path, 2, seed=0)
+def test_detections_depend_on_image_prompt_and_detector(tmp_path: Path) -> None:
+    painted(tmp_path, images=2)
 
-    def asked(by: str) -> int:
+    def detected(by: str) -> int:
         detector = OneDog()
-        score_folder(tmp_path, detector, AlwaysRed(), by=by)  # type: ignore[arg-type]
+        score_folder(tmp_path, detector, AlwaysRed(), by=by)
         return detector.calls
 
-    assert [asked("one"), asked("one"), asked("two")] == [6, 0, 6]
+    assert [detected("one"), detected("one"), detected("two")] == [6, 0, 6]
     image = tmp_path / "00001" / "samples" / "0001.png"
     image.write_bytes((tmp_path / "00002" / "samples" / "0000.png").read_bytes())
     metadata = tmp_path / "00000" / "metadata.jsonl"
     metadata.write_text(json.dumps(as_row(TASKS[0]) | {"include": [{"class": "dog", "count": 2}]}) + "\n")
-    assert asked("two") == 1 + 2
+    assert detected("two") == 1 + 2
     lines = [json.loads(line) for line in (tmp_path / "detections.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and len({line["key"] for line in lines}) == 6
     shutil.rmtree(tmp_path / "00002")
-    assert score_folder(tmp_path, OneDog(), AlwaysRed(), by="two")["overall"].images == 4  # type: ignore[arg-type]
+    assert score_folder(tmp_path, OneDog(), AlwaysRed(), by="two")["overall"].images == 4
 
 
-class Plain:
-    """A source of one color."""
-
-    def __init__(self, name: str) -> None:
-        self.info = SourceInfo(name, "pipeline", name, identity={"kind": "pipeline", "weights": name})
-
-    def check(self, texts: Any) -> None:
-        """Anything is a prompt."""
-
-    def generate(self, places: Any, seed: int) -> list[Image.Image]:
-        return [Image.new("RGB", (4, 4), "red") for _ in places]
-
-
-def test_generated_images_of_another_source_or_seed_are_not_mixed(tmp_path: Path) -> None:
-    one, two = Plain("one"), Plain("two")
-    assert generate_from(one, TASKS[:1], tmp_path, 1, 0) == 1  # type: ignore[arg-type]
-    assert generate_from(one, TASKS, tmp_path, 2, 0) == 6  # type: ignore[arg-type]
-    for source, seed, what in ((two, 0, "weights"), (one, 1, "seed")):
+def test_images_of_another_source_or_seed_are_not_mixed(tmp_path: Path) -> None:
+    assert painted(tmp_path, TASKS[:1], 1) == 1 and painted(tmp_path, images=2) == 6
+    for source, seed, what in ((Painter("two"), 0, "weights"), (Painter(), 1, "seed")):
         with pytest.raises(ValueError, match=rf"another source \({what}"):
-            generate_from(source, TASKS, tmp_path, 2, seed)  # type: ignore[arg-type]
+            painted(tmp_path, images=2, source=source, seed=seed)
     with pytest.raises(ValueError, match="images of 2 prompts beyond the 1 of this metadata"):
-        generate_from(one, TASKS[:1], tmp_path, 2, 0)  # type: ignore[arg-type]
+        painted(tmp_path, TASKS[:1], 2)
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ValueError, match="unknown source"):
-        generate_from(one, TASKS, tmp_path, 2, 0)  # type: ignore[arg-type]
+        painted(tmp_path, images=2)
 
 
-def test_an_image_depends_on_its_seed_and_not_on_the_batch() -> None:
-    class Source:
-        def __init__(self, batch: int) -> None:
-            self.info = SourceInfo("x", "pipeline", "x", batch=batch)
-            self.calls: list[int] = []
-
-        def check(self, texts: Any) -> None:
-            """Anything is a prompt."""
-
-        def generate(self, places: Any, seed: int) -> list[Any]:
-            self.calls.append(len(places))
-            return [(place.text, place.key, seed) for place in places]
-
-    one, four = Source(1), Source(4)
-    alone, together = (source_maker(source)("x", 5, 3) for source in (one, four))  # type: ignore[arg-type]
-    assert alone == together and len(set(alone)) == 5 and (one.calls, four.calls) == ([1] * 5, [4, 1])
+def test_images_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    one, four = Painter(batch=1), Painter(batch=4)
+    for source, folder in ((one, tmp_path / "a"), (four, tmp_path / "b")):
+        painted(folder, TASKS[:1], 5, source, seed=3)
+    assert (one.calls, four.calls) == ([1] * 5, [4, 1])
+    for k in range(5):
+        file = f"00000/samples/{k:04d}.png"
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     seeds = {prompt_seed(seed, number) for seed in range(30) for number in range(553)}
     assert len(seeds) == 30 * 553 and max(seeds) < 2**48
 
 
-def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
-    generate(make, TASKS[:1], tmp_path, 1, seed=0)
+def test_unreadable_image(tmp_path: Path) -> None:
+    painted(tmp_path, TASKS[:1], 1)
     (tmp_path / "00000" / "samples" / "0000.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="0000.png cannot be read"):
-        score_folder(tmp_path, OneDog(), AlwaysRed())  # type: ignore[arg-type]
-
-
-# ---------------------------------------------------------------- the program
+        score_folder(tmp_path, OneDog(), AlwaysRed())
 
 
 @pytest.fixture
 def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., tuple[int, str, str]]:
     monkeypatch.chdir(tmp_path)
 
-    def call(*words: str) -> tuple[int, str, str]:
+    def call(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
-            main(list(words))
+            main(list(arguments))
         printed = capsys.readouterr()
         return int(ended.value.code or 0), printed.out, printed.err
 
     return call
 
 
-def test_prompts_are_written_in_the_official_format_and_leave_out_the_given_ones(gdmd: Any) -> None:
+def test_prompts_command(gdmd: Any) -> None:
     assert gdmd("eval", "geneval", "prompts", "-o", "a.jsonl", "--per-task", "5")[0] == 0
     assert gdmd("eval", "geneval", "prompts", "-o", "b.jsonl", "--per-task", "5", "--without", "a.jsonl")[0] == 0
     first, second = (read_metadata(Path(name)) for name in ("a.jsonl", "b.jsonl"))
@@ -195,9 +170,9 @@ def test_prompts_are_written_in_the_official_format_and_leave_out_the_given_ones
     assert not {task.prompt for task in first} & {task.prompt for task in second}
 
 
-def test_recorded_detections_are_scored_from_the_command_line(gdmd: Any, tmp_path: Path) -> None:
-    generate(make, TASKS, tmp_path / "images", 2, seed=0)
-    score_folder(tmp_path / "images", OneDog(), AlwaysRed())  # type: ignore[arg-type]
+def test_score_command(gdmd: Any, tmp_path: Path) -> None:
+    painted(tmp_path / "images", images=2)
+    score_folder(tmp_path / "images", OneDog(), AlwaysRed())
     lines = [(tmp_path / "images" / f"{n:05d}" / "metadata.jsonl").read_text() for n in range(3)]
     Path("m.jsonl").write_text("".join(lines))
     code, printed, _ = gdmd("eval", "geneval", "score", "images/detections.jsonl", "--metadata", "m.jsonl", "--json")
@@ -207,7 +182,7 @@ def test_recorded_detections_are_scored_from_the_command_line(gdmd: Any, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["eval", "nowhere"], "nowhere is not a run folder"),
         (["eval", "--json", "nowhere"], "nowhere is not a run folder"),
@@ -221,10 +196,8 @@ def test_recorded_detections_are_scored_from_the_command_line(gdmd: Any, tmp_pat
         (["eval", "geneval", "generate", "x", "-o", "y", "--metadata", "none.jsonl"], "cannot read none.jsonl"),
     ],
 )
-def test_a_mistake_is_one_clear_message_and_a_run_is_still_the_default(
-    gdmd: Any, words: list[str], message: str
-) -> None:
+def test_errors_of_eval(gdmd: Any, arguments: list[str], message: str) -> None:
     row = {"tag": "colors", "prompt": "a red dog", "include": [{"class": "dog", "count": 1, "color": "red"}]}
     Path("m.jsonl").write_text(json.dumps(row) + "\n")
-    code, _, printed = gdmd(*words)
+    code, _, printed = gdmd(*arguments)
     assert code == 2 and message in printed and "Traceback" not in printed

@@ -1,4 +1,4 @@
-"""gdmd eval preference and compare: exact numbers, restarts, marks, pages that hold nothing from outside."""
+"""gdmd eval preference and compare: exact numbers, restarts, errors, self-contained pages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from cli_world import Gdmd, folder_state, make_assets
+from cli_world import Gdmd, folder_state
 from PIL import Image
 from torch import Tensor
 
-from gdmd.cli.app import main
 from gdmd.config.image_source import read_source
 from gdmd.evaluation.compare import EvalOptions, compare, preference
 from gdmd.evaluation.geneval import images_key
@@ -24,6 +23,7 @@ from gdmd.evaluation.scorers import read_scorer, read_scorers
 from gdmd.recipes.reward_identity import scorer_identity
 from gdmd.reporting.statistics import speed
 from gdmd.runs.assets import asset_path, load_asset, save_asset
+from gdmd.sources.runs import RunSource
 
 SCORERS = ("test_model_evaluation:brightness", "test_model_evaluation:green")
 calls: list[int] = []
@@ -47,13 +47,12 @@ def colors(images: list[Image.Image]) -> Tensor:
 
 
 def quiet(_: str) -> None:
-    """Nobody listens."""
+    """Drop a message."""
 
 
-@pytest.fixture
-def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gdmd:
+@pytest.fixture(autouse=True)
+def _no_calls() -> None:
     calls.clear()
-    return Gdmd(main, make_assets(tmp_path / "assets"), tmp_path, monkeypatch, capsys)
 
 
 def painted(folder: Path, prompts: list[str], shades: list[list[tuple[int, int, int]]]) -> Path:
@@ -80,7 +79,7 @@ def settings(**changes: Any) -> EvalOptions:
     return EvalOptions(**({"prompts": "prompts.txt", "images": 2, "scorers": SCORERS, "device": "cpu"} | changes))
 
 
-def test_means_intervals_and_marks_of_known_images(gdmd: Gdmd) -> None:
+def test_known_means_and_intervals(gdmd: Gdmd) -> None:
     a, _ = world(gdmd)
     row = preference(read_source(f"{a},trained={SCORERS[0]}"), settings(), Path("eval"), quiet)
     first, second = (row["scores"][name] for name in SCORERS)
@@ -94,7 +93,7 @@ def test_means_intervals_and_marks_of_known_images(gdmd: Gdmd) -> None:
     assert unknown["scores"][SCORERS[0]]["trained"] is None and row["seconds_per_image"] is None
 
 
-def test_distances_and_diversity_use_the_given_features(gdmd: Gdmd) -> None:
+def test_known_distances(gdmd: Gdmd) -> None:
     a, b = world(gdmd)
     features = "test_model_evaluation:colors"
     row = preference(read_source(str(b)), settings(features=features, reference=a), Path("eval"), quiet)
@@ -106,52 +105,62 @@ def test_distances_and_diversity_use_the_given_features(gdmd: Gdmd) -> None:
     assert one["diversity"] is None and one["frechet"] is None and row["spread"] > 0
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(gdmd: Gdmd) -> None:
-    gdmd.train("--run", "run")
-    asked = EvalOptions(per_task=1, images=2, scorers=SCORERS[:1], device="cpu")
-    whole = preference(read_source("run,batch=5"), asked, Path("whole"), quiet)
+def stop_after(calls: int, function: Any) -> Any:
+    """``function``, interrupted by Ctrl-C after this many calls."""
+    left = [calls]
+
+    def stopping(*given: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return function(*given)
+
+    return stopping
+
+
+def test_killed_evaluation_resumes(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
+    gdmd.trained()
+    options = EvalOptions(per_task=1, images=2, scorers=SCORERS[:1], device="cpu")
+    whole = preference(read_source("run,batch=5"), options, Path("whole"), quiet)
     count = sum(calls)
 
-    def stop(message: str) -> None:
-        if "5 of" in message:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        preference(read_source("run,batch=5"), asked, Path("half"), stop)
-    made = sorted(Path("half/images").rglob("*.png"))
-    assert len(made) == 5
-    dates = [file.stat().st_mtime_ns for file in made]
-    preference(read_source("run,batch=3"), asked, Path("half"), quiet)
-    assert [file.stat().st_mtime_ns for file in made] == dates
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("gdmd.sources.runs.RunSource.generate", stop_after(1, RunSource.generate))
+        preference(read_source("run,batch=5"), options, Path("half"), quiet)
+    generated = sorted(Path("half/images").rglob("*.png"))
+    assert len(generated) == 5
+    dates = [file.stat().st_mtime_ns for file in generated]
+    preference(read_source("run,batch=3"), options, Path("half"), quiet)
+    assert [file.stat().st_mtime_ns for file in generated] == dates
     scores = Path("half/scores.jsonl")
     scores.write_text(scores.read_text()[:-7])  # the last line was being written
     calls.clear()
-    again = preference(read_source("run"), asked, Path("half"), quiet)
+    again = preference(read_source("run"), options, Path("half"), quiet)
     assert sum(calls) == 1 and count == 12
     assert again["scores"][SCORERS[0]]["mean"] == pytest.approx(whole["scores"][SCORERS[0]]["mean"], abs=1 / 255)
     assert again["shapeseval"].keys() == whole["shapeseval"].keys() and again["seconds_per_image"] > 0
 
 
-def test_shards_make_the_images_of_one_process(gdmd: Gdmd) -> None:
-    gdmd.train("--run", "run")
-    words = ("eval", "preference", "run", "--per-task", "1", "-n", "1", "-o")
-    assert gdmd(*words, "whole").code == 0
+def test_shards_equal_one_process(gdmd: Gdmd) -> None:
+    gdmd.trained()
+    arguments = ("eval", "preference", "run", "--per-task", "1", "-n", "1", "-o")
+    assert gdmd(*arguments, "whole").code == 0
     for k in ("0/2", "1/2"):
-        assert gdmd(*words, "parts", "--shard", k).code == 0
+        assert gdmd(*arguments, "parts", "--shard", k).code == 0
     whole, parts = (folder_state(Path(name) / "images") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and len([name for name in whole if name.endswith(".png")]) == 6
     for name in (name for name in whole if name.endswith(".png")):
-        pictures = [torch.tensor(list(Image.open(Path(f) / "images" / name).tobytes())) for f in ("whole", "parts")]
-        assert (pictures[0] - pictures[1]).abs().max() <= 1
-    assert "write K/N" in gdmd(*words, "x", "--shard", "2/2").err
+        images_ = [torch.tensor(list(Image.open(Path(f) / "images" / name).tobytes())) for f in ("whole", "parts")]
+        assert (images_[0] - images_[1]).abs().max() <= 1
+    assert "write K/N" in gdmd(*arguments, "x", "--shard", "2/2").err
 
 
-def test_a_folder_of_another_source_seed_or_prompt_is_refused(gdmd: Gdmd) -> None:
-    gdmd.train("--run", "run")
-    asked = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
-    preference(read_source("run"), asked, Path("eval"), quiet)
+def test_folder_of_another_source_seed_or_prompt(gdmd: Gdmd) -> None:
+    gdmd.trained()
+    options = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
+    preference(read_source("run"), options, Path("eval"), quiet)
     with pytest.raises(ValueError, match="another source .*sampler"):
-        preference(read_source("teacher-4"), asked, Path("eval"), quiet)
+        preference(read_source("teacher-4"), options, Path("eval"), quiet)
     with pytest.raises(ValueError, match=r"another source \(seed"):
         preference(read_source("run"), EvalOptions(per_task=1, images=1, limit=2, seed=1), Path("eval"), quiet)
     Path("p.txt").write_text("a red ring\ntwo squares\n")
@@ -159,16 +168,16 @@ def test_a_folder_of_another_source_seed_or_prompt_is_refused(gdmd: Gdmd) -> Non
         preference(read_source("run"), EvalOptions(prompts="p.txt", images=1, device="cpu"), Path("eval"), quiet)
     (Path("eval") / "settings.json").unlink()
     with pytest.raises(ValueError, match="images of an unknown source"):
-        preference(read_source("run"), asked, Path("eval"), quiet)
+        preference(read_source("run"), options, Path("eval"), quiet)
 
 
 def mean_of(source: Path, out: str = "eval", **changes: Any) -> float:
-    """The mean of the first scorer, asked into a folder that may hold earlier scores."""
+    """The mean of the first scorer, options into a folder that may hold earlier scores."""
     row = preference(read_source(str(source)), settings(**{"scorers": SCORERS[:1], **changes}), Path(out), quiet)
     return float(next(iter(row["scores"].values()))["mean"] * 255)
 
 
-def test_a_changed_prompt_file_or_image_is_scored_anew(gdmd: Gdmd) -> None:
+def test_changed_prompts_and_images_are_scored_again(gdmd: Gdmd) -> None:
     a, _ = world(gdmd)
     assert mean_of(a) == pytest.approx(612 / 6)
     Path("prompts.txt").write_text("a dog\n")
@@ -185,7 +194,7 @@ def test_a_changed_prompt_file_or_image_is_scored_anew(gdmd: Gdmd) -> None:
     assert mean_of(Path("moved")) == pytest.approx(258 / 4) and sum(calls) == 7, "the same images in another place"
 
 
-def test_the_same_images_under_other_prompts_are_scored_anew(gdmd: Gdmd) -> None:
+def test_changed_prompt_of_an_image_is_scored_again(gdmd: Gdmd) -> None:
     a, _ = world(gdmd)
     scored = {"scorers": SCORERS[1:], "prompts": "prompts.txt"}
     assert mean_of(a, **scored) == pytest.approx(357 / 4)
@@ -196,9 +205,7 @@ def test_the_same_images_under_other_prompts_are_scored_anew(gdmd: Gdmd) -> None
 
 
 @pytest.mark.parametrize(("reads", "again"), [(True, 6), (False, 0)])
-def test_metadata_counts_for_scorers_that_read_it(
-    gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch, reads: bool, again: int
-) -> None:
+def test_changed_metadata(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch, reads: bool, again: int) -> None:
     a, _ = world(gdmd)
     texts = Path("prompts.txt").read_text().splitlines()
     monkeypatch.setattr("gdmd.evaluation.preference.reads_metadata", lambda spec: reads)
@@ -209,31 +216,27 @@ def test_metadata_counts_for_scorers_that_read_it(
     assert sum(calls) == again
 
 
-def test_an_image_that_a_failure_left_without_a_score_is_tried_again(
-    gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_scores_are_retried(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
     a, _ = world(gdmd)
-    for fails, tried in ((False, []), (True, ["a: test_model_evaluation:green scored 0 of 2 images"])):
+    for fails, expected in ((False, []), (True, ["a: test_model_evaluation:green scored 0 of 2 images"])):
         monkeypatch.setattr("gdmd.evaluation.preference.may_fail", lambda spec, fails=fails: fails)
         mean_of(a, scorers=SCORERS[1:])
-        said: list[str] = []
-        preference(read_source(str(a)), settings(scorers=SCORERS[1:]), Path("eval"), said.append)
-        assert said == tried
+        logged: list[str] = []
+        preference(read_source(str(a)), settings(scorers=SCORERS[1:]), Path("eval"), logged.append)
+        assert logged == expected
 
 
-def test_a_scorer_that_scores_nothing_is_named(gdmd: Gdmd) -> None:
+def test_scorer_without_scores(gdmd: Gdmd) -> None:
     painted(gdmd.folder / "a", ["a cat?", "a dog?"], [[(0, 0, 0)], [(0, 0, 0)]])
     Path("prompts.txt").write_text("a cat?\na dog?\n")
-    words = ("eval", "preference", "a", "-o", "eval", "--prompts", "prompts.txt", "-n", "1", "--scorer", SCORERS[1])
-    done = gdmd(*words)
+    arguments = ("eval", "preference", "a", "-o", "eval", "--prompts", "prompts.txt", "-n", "1", "--scorer", SCORERS[1])
+    done = gdmd(*arguments)
     assert f"{SCORERS[1]} scored 0 of 2 images" in done.err and "(2 not scored)" in done.out
-    for again in (done, gdmd(*words)):
-        assert f"warning: {SCORERS[1]} left every image of a without a score, so it has no mean" in again.err
+    for again in (done, gdmd(*arguments)):
+        assert f"warning: {SCORERS[1]} scored no image of a, so it has no mean" in again.err
 
 
-def test_a_scorer_without_weights_is_refused_before_images_are_generated(
-    gdmd: Gdmd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scorer_without_weights(gdmd: Gdmd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world(gdmd)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     command = ("eval", "preference", "teacher-4-plain", "-o", "out", "--per-task", "1", "-n", "1")
@@ -243,17 +246,8 @@ def test_a_scorer_without_weights_is_refused_before_images_are_generated(
     )
 
 
-def test_lines_without_a_key_are_not_used(gdmd: Gdmd) -> None:
-    a, _ = world(gdmd)
-    Path("eval").mkdir()
-    Path("eval/scores.jsonl").write_text(
-        json.dumps({"scorer": SCORERS[0], "prompt": 0, "image": 0, "score": 9.0}) + "\n"
-    )
-    assert mean_of(a) == pytest.approx(612 / 6)
-
-
 @pytest.mark.parametrize("damage", ["deleted", "truncated"])
-def test_an_image_that_is_gone_is_named_and_not_remembered(gdmd: Gdmd, damage: str) -> None:
+def test_missing_or_truncated_image(gdmd: Gdmd, damage: str) -> None:
     a, _ = world(gdmd)
     mean_of(a)
     image = a / "00002" / "samples" / "0001.png"
@@ -262,9 +256,7 @@ def test_an_image_that_is_gone_is_named_and_not_remembered(gdmd: Gdmd, damage: s
         mean_of(a)
 
 
-def test_a_changed_function_or_a_module_that_it_imports_is_another_scorer(
-    gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_scorer_code(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
     a, _ = world(gdmd)
     monkeypatch.syspath_prepend(str(gdmd.folder))
     package = gdmd.folder / "scoring"
@@ -274,7 +266,7 @@ def test_a_changed_function_or_a_module_that_it_imports_is_another_scorer(
         "from scoring.scale import FACTOR\n\ndef red(images, prompts):\n    return images[:, 0].mean((1, 2)) * FACTOR\n"
     )
 
-    def asked(scale: str, first: str = "") -> float:
+    def options(scale: str, first: str = "") -> float:
         (package / "scale.py").write_text(scale)
         (package / "shades.py").write_text(first + (package / "shades.py").read_text())
         for name in ("scoring", "scoring.shades", "scoring.scale"):
@@ -282,13 +274,18 @@ def test_a_changed_function_or_a_module_that_it_imports_is_another_scorer(
         shutil.rmtree(package / "__pycache__", ignore_errors=True)
         return mean_of(a, scorers=("scoring.shades:red",))
 
-    found = [asked("FACTOR = 1\n"), asked("FACTOR = 2\n"), asked("FACTOR = 1\n"), asked("FACTOR = 1\n", "# new\n")]
+    found = [
+        options("FACTOR = 1\n"),
+        options("FACTOR = 2\n"),
+        options("FACTOR = 1\n"),
+        options("FACTOR = 1\n", "# new\n"),
+    ]
     assert found == pytest.approx([102, 204, 102, 102])
     lines = [json.loads(line) for line in Path("eval/scores.jsonl").read_text().splitlines()]
     assert len(lines) == 18, "the third question was answered before, the fourth is another file"
 
 
-def test_a_scorer_is_its_settings_and_the_content_of_its_weights(gdmd: Gdmd, tmp_path: Path) -> None:
+def test_scorer_identity(gdmd: Gdmd, tmp_path: Path) -> None:
     shipped = load_asset(asset_path("shapes_clip"))
     place = save_asset(tmp_path / "scorer.safetensors", shipped.tensors, command="a copy", seed=0)
     spec = read_scorer(f"shapes_clip,asset={place}")
@@ -301,17 +298,15 @@ def test_a_scorer_is_its_settings_and_the_content_of_its_weights(gdmd: Gdmd, tmp
     folder.mkdir()
     for name in ("model.safetensors", "config.json", "vocab.txt"):
         (folder / name).write_text("{}")
-    words = [f"clip,path={folder}", f"clip,path={folder},dtype=bf16", f"pickscore,path={folder}"]
-    known = [scorer_identity(read_scorer(word)) for word in words]
+    arguments = [f"clip,path={folder}", f"clip,path={folder},dtype=bf16", f"pickscore,path={folder}"]
+    known = [scorer_identity(read_scorer(word)) for word in arguments]
     assert len(set(known)) == 3
-    assert scorer_identity(read_scorer(f"{words[0]},device=cuda:1,chunk=2,offload=true")) == known[0]
+    assert scorer_identity(read_scorer(f"{arguments[0]},device=cuda:1,chunk=2,offload=true")) == known[0]
     (folder / "vocab.txt").write_text("[]")
-    assert scorer_identity(read_scorer(words[0])) != known[0]
+    assert scorer_identity(read_scorer(arguments[0])) != known[0]
 
 
-def test_a_hub_branch_is_known_by_its_commit_and_else_equal_to_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scorer_identity_of_a_hub_branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("huggingface_hub")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     spec, pinned = read_scorer("clip,path=org/clip"), read_scorer(f"clip,path=org/clip,revision={'a' * 40}")
@@ -324,19 +319,19 @@ def test_a_hub_branch_is_known_by_its_commit_and_else_equal_to_nothing(
     assert scorer_identity(spec) != scorer_identity(pinned)
 
 
-def test_a_retrained_run_of_the_same_settings_and_step_is_another_source(gdmd: Gdmd) -> None:
-    gdmd.train("--run", "run")
-    gdmd.train("--run", "other", "loop.seed=1")
-    asked = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
-    preference(read_source("run"), asked, Path("eval"), quiet)
-    preference(read_source("run"), asked, Path("eval"), quiet)
+def test_retrained_run_is_another_source(gdmd: Gdmd) -> None:
+    gdmd.trained()
+    gdmd.trained("loop.seed=1", run="other")
+    options = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
+    preference(read_source("run"), options, Path("eval"), quiet)
+    preference(read_source("run"), options, Path("eval"), quiet)
     shutil.rmtree("run/checkpoints")
     shutil.copytree("other/checkpoints", "run/checkpoints")
     with pytest.raises(ValueError, match=r"another source \(weights differ"):
-        preference(read_source("run"), asked, Path("eval"), quiet)
+        preference(read_source("run"), options, Path("eval"), quiet)
 
 
-def test_times_of_two_batch_sizes_or_devices_are_not_mixed() -> None:
+def test_speed_of_one_batch_size_and_device() -> None:
     def row(images: int, seconds: float, batch: int, device: str = "cpu", first: int = 0) -> dict[str, Any]:
         return {"images": images, "seconds": seconds, "first": first, "batch": batch, "device": device}
 
@@ -344,7 +339,7 @@ def test_times_of_two_batch_sizes_or_devices_are_not_mixed() -> None:
     assert speed(rows) == 1.0 and speed(rows[3:]) == 0.1 and speed(rows[:1]) is None
 
 
-def test_a_comparison_pairs_the_images_and_its_page_is_closed(gdmd: Gdmd) -> None:
+def test_compare_pairs_images(gdmd: Gdmd) -> None:
     a, b = world(gdmd)
     content = compare([read_source(f"one={a}"), read_source(f"<b>two={b}")], settings(), Path("eval"), quiet)
     found = content["rows"]["<b>two"]["against_first"]
@@ -359,8 +354,8 @@ def test_a_comparison_pairs_the_images_and_its_page_is_closed(gdmd: Gdmd) -> Non
     assert "+0.200, 100 %" in page and "+0.200 [" not in page
 
 
-def test_shapes_models_are_compared_with_nothing_but_the_shipped_parts(gdmd: Gdmd) -> None:
-    gdmd.train("--run", "run")
+def test_compare_shapes_models(gdmd: Gdmd) -> None:
+    gdmd.trained()
     done = gdmd("eval", "compare", "teacher-4-plain", "run", "-o", "eval", "--per-task", "1", "-n", "2", "--json")
     assert done.code == 0, done.err
     rows = json.loads(done.out)["rows"]
@@ -376,25 +371,25 @@ def test_shapes_models_are_compared_with_nothing_but_the_shipped_parts(gdmd: Gdm
     )
     assert page.count('class="shot right"') + page.count('class="shot wrong"') == page.count("<img ") == 12
     printed = gdmd("eval", "compare", "teacher-4-plain", "run", "-o", "eval", "--per-task", "1", "-n", "2")
-    assert "ShapesEval overall" in printed.out and "made" not in printed.err  # nothing was made again
+    assert "ShapesEval overall" in printed.out and "generating" not in printed.err  # nothing was generated again
 
 
-def test_a_shapes_source_is_compared_with_images_of_its_world_only(gdmd: Gdmd) -> None:
+def test_shapes_measures_need_shapes_images(gdmd: Gdmd) -> None:
     drawn = gdmd("eval", "preference", "teacher-4", "-o", "drawn", "--per-task", "1", "-n", "1")
     assert drawn.code == 0, drawn.err
-    words = ("eval", "compare", "teacher-4", "drawn/images", "--per-task", "1", "-n", "1", "--json")
-    done = gdmd(*words, "-o", "same")
+    arguments = ("eval", "compare", "teacher-4", "drawn/images", "--per-task", "1", "-n", "1", "--json")
+    done = gdmd(*arguments, "-o", "same")
     assert done.code == 0, done.err
     first, second = json.loads(done.out)["rows"].values()
     assert first["shapeseval"] == second["shapeseval"] and first["frechet"] == second["frechet"]
     last = sorted(Path("drawn/images").glob("*/samples/*.png"))[-1]
     Image.open(last).resize((48, 32)).save(last)
-    refused = gdmd(*words, "-o", "other", "--scorer", SCORERS[0])
+    refused = gdmd(*arguments, "-o", "other", "--scorer", SCORERS[0])
     assert refused.code == 2 and f"{last} is 48 x 32. ShapesEval, features shapes: for 32 x 32 images" in refused.err
     assert not Path("other").exists()  # found before the first image is drawn
 
 
-def test_a_folder_of_several_sizes_is_scored_image_by_image(gdmd: Gdmd) -> None:
+def test_images_of_several_sizes(gdmd: Gdmd) -> None:
     a, _ = world(gdmd)
     sizes = {"00000/samples/0001.png": (6, 8), "00002/samples/0000.png": (16, 16)}
     for name, size in sizes.items():
@@ -415,20 +410,20 @@ def test_a_folder_of_several_sizes_is_scored_image_by_image(gdmd: Gdmd) -> None:
         (["--features", "shapes", "--reference", "a"], "0000.png is 8 x 6. ShapesEval, features shapes"),
     ],
 )
-def test_mistakes_are_found_before_the_first_image_is_drawn(gdmd: Gdmd, more: list[str], message: str) -> None:
+def test_errors_before_the_first_image(gdmd: Gdmd, more: list[str], message: str) -> None:
     world(gdmd)
     Path("captions.txt").write_text("a red circle\n")
-    words = ("eval", "compare", "teacher-4", "plain=teacher-4-plain", *more, "-o", "x", "--prompts", "captions.txt")
-    done = gdmd(*words, "-n", "1", "--scorer", SCORERS[0])
+    arguments = ("eval", "compare", "teacher-4", "plain=teacher-4-plain", *more, "-o", "x", "--prompts", "captions.txt")
+    done = gdmd(*arguments, "-n", "1", "--scorer", SCORERS[0])
     assert done.code == 2 and message in done.err and not Path("x").exists(), done.err
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (
             ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--scorer", SCORERS[0], "--reference", "b"],
-            "--reference changes nothing without --features",
+            "--reference has no effect without --features",
         ),
         (
             ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "-n", "1", "--scorer", "shapes_clip"],
@@ -452,13 +447,13 @@ def test_mistakes_are_found_before_the_first_image_is_drawn(gdmd: Gdmd, more: li
         ),
     ],
 )
-def test_a_mistake_is_one_clear_message(gdmd: Gdmd, words: list[str], message: str) -> None:
+def test_bad_arguments(gdmd: Gdmd, arguments: list[str], message: str) -> None:
     world(gdmd)
-    done = gdmd("eval", *words)
+    done = gdmd("eval", *arguments)
     assert done.code == 2 and message in done.err and "Traceback" not in done.err
 
 
-def test_scorers_are_words_with_settings() -> None:
+def test_scorer_arguments() -> None:
     spec: Any = read_scorer("clip,path=models/clip,dtype=bf16,chunk=8")
     assert (spec.kind, spec.path, spec.dtype, spec.chunk) == ("clip", "models/clip", "bf16", 8)
     assert read_scorer("my_rewards:sharpness").label == "my_rewards:sharpness"
@@ -468,7 +463,7 @@ def test_scorers_are_words_with_settings() -> None:
         read_scorer("clip,bf16")
 
 
-def test_pipelines_are_compared_with_their_speed_and_geneval_beside_them(gdmd: Gdmd, tmp_path: Path) -> None:
+def test_compare_pipelines_with_geneval(gdmd: Gdmd, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     import tiny_pipelines as tiny
 
@@ -476,24 +471,24 @@ def test_pipelines_are_compared_with_their_speed_and_geneval_beside_them(gdmd: G
     row = {"tag": "single_object", "prompt": "a photo of a dog", "include": [{"class": "dog", "count": 1}]}
     Path("prompts.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"prompt": "three dogs"}) + "\n")
     sources = [read_source(f"{n}={place},dtype=fp32,steps={n},height=32,width=32,batch=1") for n in ("1", "2")]
-    wanted = settings(prompts="prompts.jsonl", images=1)
-    content = compare(sources, wanted, Path("eval"), quiet)
+    options = settings(prompts="prompts.jsonl", images=1)
+    content = compare(sources, options, Path("eval"), quiet)
     assert json.loads(Path("eval/1/images/00000/metadata.jsonl").read_text()) == row
     found = content["rows"]["2"]
     assert found["seconds_per_image"] > 0 and found["against_first"][SCORERS[0]]["mean"] != 0
     scores = {"scores": {"overall": {"value": 0.5, "low": 0.25, "high": 0.75}}}
     images = Path("eval/2/images")
     (images / "geneval.json").write_text(json.dumps(scores | {"images": images_key(images)}))
-    compare(sources, wanted, Path("eval"), quiet)
+    compare(sources, options, Path("eval"), quiet)
     page = Path("eval/compare.html").read_text()
     assert "GenEval (HF detector) overall" in page and "0.500 [0.250, 0.750]" in page
     (images / "geneval.json").write_text(json.dumps(scores | {"images": "of another time"}))
-    said: list[str] = []
-    assert compare(sources, wanted, Path("eval"), said.append)["rows"]["2"]["geneval"] is None
-    assert any("holds scores of other images" in line for line in said)
+    logged: list[str] = []
+    assert compare(sources, options, Path("eval"), logged.append)["rows"]["2"]["geneval"] is None
+    assert any("holds scores of other images" in line for line in logged)
     other = read_source(f"1={place},dtype=fp32,steps=3,height=32,width=32")
     with pytest.raises(ValueError, match="another source .*steps"):
-        preference(other, wanted, Path("eval/1"), quiet)
+        preference(other, options, Path("eval/1"), quiet)
 
 
 @pytest.mark.parametrize(
@@ -510,7 +505,7 @@ def test_pipelines_are_compared_with_their_speed_and_geneval_beside_them(gdmd: G
         ("settings.json", '{"identity": 3, "seed": 777}', "images of another source"),
     ],
 )
-def test_damaged_files_of_an_evaluation_are_named(gdmd: Gdmd, name: str, content: str, message: str) -> None:
+def test_damaged_files(gdmd: Gdmd, name: str, content: str, message: str) -> None:
     a, _ = world(gdmd)
     Path("eval").mkdir()
     Path("eval", name).write_text(content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,19 @@ pytest.importorskip("peft")
 import diffusers
 import tiny_pipelines as tiny
 from safetensors.torch import load_file
+from stock_pipelines import UNIFORM, stock_images, trainers_images
 from torch import Tensor
 
-from gdmd.cli.app import QUIETER, _worth_saying
+from gdmd.cli.app import FILTERED_LOGGERS, _should_log
 from gdmd.config.image_source import read_source
 from gdmd.config.run import RunConfig
-from gdmd.diffusion.sampling import few_step_sample
 from gdmd.export.card import model_card
 from gdmd.export.lora import DIFFUSERS_FILE, KOHYA_FILE, check_fits, merge, save_lora
 from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
 from gdmd.models.loading import open_family
-from gdmd.models.packing import in_patches, pack
 from gdmd.models.roles import DiffusersRoles
 from gdmd.sources.base import image_slots
 from gdmd.sources.open import open_source
-
-UNIFORM = (1.0, 0.75, 0.5, 0.25)
-CAPTIONS = list(tiny.WORDS[:2])
 
 
 @pytest.fixture(scope="session")
@@ -51,29 +46,6 @@ def student_of(folders: Path, name: str, full: str = "none") -> DiffusersRoles:
         for weights in roles.parameters("student").values():
             weights.add_((0.2 if full == "none" else 0.02) * torch.randn_like(weights))
     return roles
-
-
-def trainers_images(roles: DiffusersRoles, noises: list[Tensor]) -> Tensor:
-    family = roles.family
-    steps, cond = family.student_times(UNIFORM), family.encoder.encode(CAPTIONS)
-    x0 = few_step_sample(roles.student, noises[0], steps, cond, lambda i: noises[i], roles.schedule)
-    return family.codec.decode(x0).clamp(0, 1)
-
-
-def stock_images(pipe: Any, roles: DiffusersRoles, noises: list[Tensor], patch: pytest.MonkeyPatch) -> Tensor:
-    """The stock call with our noise for its re-noising steps."""
-    name = roles.family.name
-    packed = name in ("flux", "flux2", "flux2_klein", "qwen_image")
-    shown = [pack(noise) if packed else noise for noise in noises]
-    drawn: Iterator[Tensor] = iter([*shown[1:], shown[0]])  # some draw once more at the end, for noise 0
-    for module in ("scheduling_lcm", "scheduling_flow_match_euler_discrete"):
-        patch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: next(drawn))
-    pipe.set_progress_bar_config(disable=True)
-    arguments = call_arguments(roles.family, UNIFORM)
-    if name in ("sd3", "flux", "z_image"):
-        arguments["max_sequence_length"] = 256
-    start = in_patches(noises[0]) if name.startswith("flux2") else shown[0]
-    return pipe(prompt=list(CAPTIONS), latents=start, output_type="pt", **arguments).images
 
 
 def noises_of(roles: DiffusersRoles) -> list[Tensor]:
@@ -268,7 +240,7 @@ def test_training_loads_no_safety_checker(tmp_path: Path) -> None:
 )
 def test_expected_warnings_of_libraries_are_filtered(message: str, kept: bool) -> None:
     record = logging.LogRecord("diffusers.pipelines.pipeline_utils", logging.WARNING, "", 0, message, None, None)
-    assert record.name in QUIETER and _worth_saying(record) == kept
+    assert record.name in FILTERED_LOGGERS and _should_log(record) == kept
 
 
 def test_cards_code_loads_the_lora_without_warnings(

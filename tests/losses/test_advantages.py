@@ -13,7 +13,8 @@ from gdmd.losses.gdmd import optimality
 from gdmd.methods.scorer import mean_advantage
 
 
-def test_z_is_the_bias_corrected_ema_of_the_standard_deviation_of_each_reward() -> None:
+def test_z_is_a_bias_corrected_ema_of_std() -> None:
+    """Of each reward separately."""
     scale, batches = RunningScale(2, decay=0.9), [torch.randn(2, 3, 4, 5) * k for k in (1.0, 5.0, 0.3)]
     for n in range(1, 4):
         z = scale.update(batches[n - 1])
@@ -39,7 +40,8 @@ def test_a_constant_reward_has_scale_zero() -> None:
     assert RunningScale(1).update(torch.full((1, 8), 3.0)).item() == 0
 
 
-def test_the_current_batch_counts_and_a_shift_of_the_reward_does_not() -> None:
+def test_z_includes_the_batch_and_ignores_shifts() -> None:
+    """The current batch counts; a shift of the reward does not."""
     scores = torch.randn(1, 4, 8)
     assert RunningScale(1).update(scores).item() == pytest.approx(scores.std().item(), rel=1e-6)
     assert RunningScale(1).update(scores + 1000).item() == pytest.approx(scores.std().item(), rel=1e-3)
@@ -58,7 +60,7 @@ def test_a_restored_scale_continues_bit_for_bit() -> None:
     assert torch.equal(first.mean, second.mean) and torch.equal(first.weight, second.weight)
 
 
-def test_each_reward_is_normalized_before_the_mean_so_none_dominates() -> None:
+def test_rewards_are_normalized_before_the_mean() -> None:
     target, sample = torch.tensor([[[3.0, 1.0]], [[500.0, 300.0]]]), torch.tensor([[2.0, 2.0], [400.0, 400.0]])
     advantage = mean_advantage(target, sample, torch.tensor([2.0, 100.0]))  # [R = 2, E = 1, B = 2]
     torch.testing.assert_close(advantage, torch.tensor([[(0.5 + 1) / 2, (-0.5 - 1) / 2]]))
@@ -78,7 +80,8 @@ def test_one_unscored_reward_leaves_the_sample_unscored() -> None:
     assert mean_advantage(torch.ones(2, 3, 2), unscored_sample, torch.zeros(2))[:, 1].isnan().all()
 
 
-def test_affine_changes_of_the_rewards_change_no_optimality_through_z() -> None:
+def test_optimality_ignores_affine_changes() -> None:
+    """R -> p R + q changes Z alike."""
     targets, samples = torch.randn(5, 2, 4, 8, dtype=torch.float64), torch.randn(5, 2, 8, dtype=torch.float64)
     p, q = torch.tensor([30.0, 0.05]).double(), torch.tensor([-2.0, 6.0]).double()
     plain, moved = RunningScale(2), RunningScale(2)
@@ -98,7 +101,8 @@ def test_softmax_weights_have_mean_one_and_follow_the_advantage() -> None:
     np.testing.assert_allclose(weights.numpy(), 6 * raw / raw.sum(0), rtol=1e-5)
 
 
-def test_softmax_weights_ignore_a_shift_and_survive_large_advantages() -> None:
+def test_softmax_weights_ignore_shifts() -> None:
+    """... and stay finite for large advantages."""
     advantage = torch.randn(4, 3)
     torch.testing.assert_close(softmax_weights(advantage + 7, 1.5), softmax_weights(advantage, 1.5))
     huge = softmax_weights(torch.tensor([[1e4], [0.0]]), 1.0)
@@ -106,7 +110,8 @@ def test_softmax_weights_ignore_a_shift_and_survive_large_advantages() -> None:
     assert torch.equal(softmax_weights(advantage, 0.0), torch.ones(4, 3))
 
 
-def test_an_unscored_target_weighs_one_and_the_others_share_the_rest() -> None:
+def test_unscored_target_weighs_one() -> None:
+    """The others share the rest."""
     advantage = torch.tensor([[math.nan, math.nan], [1.0, math.nan], [0.0, math.nan], [-1.0, math.nan]])
     weights = softmax_weights(advantage, 1.0)
     assert weights[:, 1].tolist() == [1.0] * 4 and weights[0, 0] == 1

@@ -34,7 +34,8 @@ def test_the_student_still_learns_where_the_head_is_sure_of_itself() -> None:
     torch.testing.assert_close(grad, tensor(-1.0, -0.5, 0.0), rtol=0, atol=1e-12)
 
 
-def test_the_regression_is_the_mean_square_to_the_ode_sample_per_sample() -> None:
+def test_regression_loss() -> None:
+    """The mean square to the ODE sample, per sample."""
     x0 = torch.arange(24, dtype=torch.float64).reshape(2, 3, 2, 2).requires_grad_(True)
     x0_ode = torch.zeros_like(x0).requires_grad_(True)
     loss = regression_loss(x0, x0_ode)
@@ -44,19 +45,22 @@ def test_the_regression_is_the_mean_square_to_the_ode_sample_per_sample() -> Non
     torch.testing.assert_close(x0.grad, 2 * x0.detach() / 12)
 
 
-def test_the_tilt_of_one_reward_is_the_exponential_of_its_share_of_the_batch_norm() -> None:
+def test_tilt_of_one_reward() -> None:
+    """exp(r / ||r||) over the batch."""
     weight = reward_tilt(tensor(3.0, -4.0, 0.0)[None])  # ||r|| = 5
     torch.testing.assert_close(weight, tensor(math.exp(0.6), math.exp(-0.8), 1.0), rtol=1e-14, atol=0)
 
 
-def test_the_tilt_of_several_rewards_is_their_mean_and_knows_no_units() -> None:
+def test_tilt_of_several_rewards() -> None:
+    """Their mean, which does not depend on units."""
     first, second = tensor(3.0, -4.0), tensor(0.0, 2.0)
     wanted = tensor((math.exp(0.6) + 1) / 2, (math.exp(-0.8) + math.e) / 2)
     torch.testing.assert_close(reward_tilt(torch.stack([first, second])), wanted, rtol=1e-14, atol=0)
     torch.testing.assert_close(reward_tilt(torch.stack([100 * first, 0.01 * second])), wanted, rtol=1e-12, atol=0)
 
 
-def test_an_unscored_sample_a_reward_of_zero_and_strength_zero_are_not_tilted() -> None:
+def test_no_tilt_without_score_reward_or_strength() -> None:
+    """Unscored samples, zero rewards and strength 0 have weight 1."""
     gone = reward_tilt(torch.stack([tensor(3.0, math.nan, 4.0), tensor(1.0, 1.0, 0.0)]))
     wanted = tensor((math.exp(0.6) + math.exp(math.sqrt(0.5))) / 2, 1.0, (math.exp(0.8) + 1) / 2)
     torch.testing.assert_close(gone, wanted, rtol=1e-14, atol=0)
@@ -84,7 +88,7 @@ DRAWS = (2.0**-24, 1e-5, 0.01, 0.3, 0.77, 0.999, 1 - 2.0**-24)
 
 @pytest.mark.parametrize("a", SHAPES)
 @pytest.mark.parametrize("b", SHAPES)
-def test_quantiles_of_the_beta_are_within_a_millionth_of_those_of_mpmath(a: float, b: float) -> None:
+def test_beta_quantiles_match_mpmath(a: float, b: float) -> None:
     """The distribution function of an independent library lies below u one millionth to the left, above it to the right."""
     mpmath = pytest.importorskip("mpmath")
     for u, t in zip(DRAWS, beta_quantile(tensor(*DRAWS), a, b).tolist(), strict=True):
@@ -100,7 +104,7 @@ def test_quantiles_of_the_beta_that_have_a_formula() -> None:
     torch.testing.assert_close(t**2 * (3 - 2 * t), u, rtol=0, atol=1.5e-6)  # the density is at most 1.5
 
 
-def test_quantiles_of_the_papers_beta_invert_its_distribution_function() -> None:
+def test_beta_quantiles_invert_the_cdf() -> None:
     # Beta(4, 1.5) with t = 1 - s^2: the density becomes (1 - s^2)^3 s^2, a polynomial with this integral from s to 1
     def below(t: Tensor) -> Tensor:
         def primitive(s: Tensor) -> Tensor:
@@ -114,7 +118,8 @@ def test_quantiles_of_the_papers_beta_invert_its_distribution_function() -> None
     assert beta_quantile(tensor(0.5), 4.0, 1.5).item() == pytest.approx(0.7561355609542169, abs=1e-6)
 
 
-def test_a_uniform_beta_returns_the_draw_itself_and_a_pole_is_refused() -> None:
+def test_uniform_beta_and_poles() -> None:
+    """Beta(1, 1) returns the draw itself; a pole is an error."""
     u = torch.rand(50)
     assert torch.equal(beta_quantile(u, 1.0, 1.0), u)
     t = beta_quantile(torch.tensor([2.0**-24, 0.5, 1 - 2.0**-24]), 4.0, 1.5)

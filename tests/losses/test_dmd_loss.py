@@ -22,14 +22,16 @@ def three() -> tuple[Tensor, Tensor, Tensor]:
     return x0, x0 + scale * x0_real, x0 + scale * x0_fake
 
 
-def test_the_gradient_is_the_difference_of_scores_over_the_normalizer_of_each_sample() -> None:
+def test_gradient_is_the_normalized_score_difference() -> None:
+    """(x0_fake - x0_real) / n, per sample."""
     x0, x0_real, x0_fake = three()
     a, b, c = x0.numpy(), x0_real.numpy(), x0_fake.numpy()
     wanted = np.stack([(c[i] - b[i]) / np.sum(np.abs(a[i] - b[i])) * a[i].size for i in range(len(a))])
     np.testing.assert_allclose(dmd_gradient(x0, x0_real, x0_fake).numpy(), wanted, rtol=1e-12)
 
 
-def test_without_the_normalizer_the_gradient_is_the_difference_itself() -> None:
+def test_gradient_without_normalizer() -> None:
+    """x0_fake - x0_real."""
     x0, x0_real, x0_fake = three()
     raw = dmd_gradient(x0, x0_real, x0_fake, normalize=False)
     assert torch.equal(raw, x0_fake - x0_real) and torch.equal(implicit_target(x0, raw), x0 - (x0_fake - x0_real))
@@ -68,7 +70,8 @@ def test_the_gradient_of_the_dmd_loss_is_two_grad_over_the_size() -> None:
     torch.testing.assert_close(x.grad, 2 * grad / x0[0].numel(), rtol=1e-9, atol=1e-12)
 
 
-def test_the_loss_is_a_mean_without_a_half_and_its_target_a_constant() -> None:
+def test_loss_is_a_mean_without_a_half() -> None:
+    """Its target is a constant."""
     x0 = torch.zeros(SHAPE, dtype=torch.float64, requires_grad=True)
     x_tar = torch.full(SHAPE, 3.0, dtype=torch.float64, requires_grad=True)
     loss = dmd_loss(x0, x_tar)
@@ -77,7 +80,8 @@ def test_the_loss_is_a_mean_without_a_half_and_its_target_a_constant() -> None:
     assert x_tar.grad is None and x0.grad is not None
 
 
-def test_no_gradient_leaves_through_dmd_gradient_or_the_implicit_target() -> None:
+def test_target_carries_no_gradient() -> None:
+    """Neither dmd_gradient nor implicit_target has a graph."""
     x0, x0_real, x0_fake = (x.requires_grad_() for x in three())
     grad = dmd_gradient(x0, x0_real, x0_fake)
     assert not grad.requires_grad and not implicit_target(x0, grad).requires_grad
@@ -89,7 +93,8 @@ def test_mean_square_is_the_mean_over_all_but_the_batch() -> None:
 
 
 @pytest.mark.parametrize("kind", ["x0", "eps", "velocity"])
-def test_the_denoising_loss_is_zero_at_the_truth_and_counts_only_its_own_error(kind: str) -> None:
+def test_denoising_loss_kinds(kind: str) -> None:
+    """0 at the truth; each kind counts only its own error."""
     x0, eps = torch.randn(2, *SHAPE, dtype=torch.float64)
     assert not denoising_loss(Prediction(x0, eps), x0, eps, kind).any()
     off = {"x0": (2.0, 0.0), "eps": (0.0, 2.0), "velocity": (1.0, 3.0)}[kind]

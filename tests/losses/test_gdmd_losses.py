@@ -75,7 +75,8 @@ def test_on_policy_the_total_gradient_is_w_times_the_dmd_gradient(dmd_weight: fl
     torch.testing.assert_close(step_weight(R, dmd_weight, gamma, beta), w)
 
 
-def test_a_half_is_zero_on_policy_and_a_pull_to_the_old_policy_off_it() -> None:
+def test_r_half_is_zero_on_policy() -> None:
+    """Zero on-policy, a pull to the old policy off-policy."""
     x0, x_old, x_tar = three()
     half = torch.full((B,), 0.5, dtype=torch.float64)
     assert gradient(x_old, x_old, x_tar, half, 0.0, 1.0, 1.0).abs().max() < 1e-15
@@ -83,7 +84,8 @@ def test_a_half_is_zero_on_policy_and_a_pull_to_the_old_policy_off_it() -> None:
     torch.testing.assert_close(pull, 2 / SIZE * (x0 - x_old))
 
 
-def test_the_cosine_with_the_dmd_gradient_is_the_sign_of_2r_minus_1_per_sample() -> None:
+def test_cosine_is_the_sign_of_2r_minus_1() -> None:
+    """Per sample, with the DMD gradient."""
     _, x_old, x_tar = three()
     keep = R != 0.5
     reinforced = gradient(x_old, x_old, x_tar, R, 0.0, 1.0, 0.4).flatten(1)[keep]
@@ -93,9 +95,7 @@ def test_the_cosine_with_the_dmd_gradient_is_the_sign_of_2r_minus_1_per_sample()
 
 
 @given(dmd_weight=weights, gamma=weights, beta=weights, r=shares)
-def test_the_loss_is_least_at_w_over_lambda_plus_gamma_beta_squared_of_the_way_to_the_target(
-    dmd_weight: float, gamma: float, beta: float, r: float
-) -> None:
+def test_minimizer(dmd_weight: float, gamma: float, beta: float, r: float) -> None:
     """The loss is convex with the Hessian 2 (lambda + gamma beta^2) / N, so that its only stationary point is the least."""
     _, x_old, x_tar = three()
     shared = torch.full((B,), r, dtype=torch.float64)
@@ -104,7 +104,8 @@ def test_the_loss_is_least_at_w_over_lambda_plus_gamma_beta_squared_of_the_way_t
     assert gradient(least, x_old, x_tar, shared, dmd_weight, gamma, beta).abs().max() < 1e-12
 
 
-def test_with_lambda_equal_gamma_and_beta_one_the_loss_is_least_at_r() -> None:
+def test_minimizer_is_r() -> None:
+    """lambda = gamma, beta = 1: W = r."""
     _, x_old, x_tar = three()
     least = x_old + wide(R) * (x_tar - x_old)
     assert gradient(least, x_old, x_tar, R, 0.8, 0.8, 1.0).abs().max() < 1e-12
@@ -123,7 +124,8 @@ def test_gamma_beta_above_lambda_does_point_against_dmd() -> None:
     assert step_weight(R, 1.0, 1.5, 1.0).min() < 0
 
 
-def test_the_rl_gradient_stays_in_the_span_of_the_group_and_identical_targets_leave_one_factor() -> None:
+def test_rl_gradient_is_in_the_span_of_the_group() -> None:
+    """Identical targets leave one common factor."""
     _, x_old, x_tar = three()
     sum_of = sum(gradient(x_old, x_old, x_tar, R.roll(k), 1.0, 1.0, 1.0) for k in range(3))
     factor = sum(step_weight(R.roll(k)) for k in range(3))
@@ -143,7 +145,8 @@ def test_another_unit_of_the_reward_changes_no_score(p: float, q: float) -> None
     torch.testing.assert_close(moved, optimality(target, sample, 0.8), rtol=1e-7, atol=1e-7)
 
 
-def test_a_constant_reward_scores_one_half_and_an_unscored_sample_stays_unscored() -> None:
+def test_constant_reward_scores_half() -> None:
+    """Unscored samples stay unscored."""
     assert optimality(torch.ones(3), torch.ones(3), 0.0).tolist() == [0.5] * 3
     assert optimality(torch.tensor([5.0]), torch.tensor([1.0]), torch.tensor(0.0)).tolist() == [0.5]
     for z in (0.0, 1.0):

@@ -49,7 +49,8 @@ def test_permuting_the_samples_permutes_the_advantages(spread: str) -> None:
 
 @pytest.mark.parametrize("spread", ["global", "group"])
 @pytest.mark.parametrize(("p", "q"), [(30.0, -2.0), (1e-5, 0.7), (1.0, 1e4)])
-def test_a_positive_affine_change_of_the_reward_changes_no_advantage(spread: str, p: float, q: float) -> None:
+def test_advantage_ignores_affine_changes(spread: str, p: float, q: float) -> None:
+    """R -> p R + q, p > 0."""
     plain = group_advantage(double(REWARD), torch.tensor(GROUP), spread)  # type: ignore[arg-type]
     moved = group_advantage(p * double(REWARD) + q, torch.tensor(GROUP), spread)  # type: ignore[arg-type]
     torch.testing.assert_close(moved, plain, rtol=0, atol=1e-9)
@@ -111,7 +112,8 @@ def test_the_normalizer_of_nft_carries_no_gradient() -> None:
     torch.testing.assert_close(gradient(nft_loss(x0, x0_old, target, r, beta), x0), by_hand.detach())
 
 
-def test_on_policy_a_neutral_sample_moves_nothing_and_a_good_one_attracts() -> None:
+def test_nft_on_policy() -> None:
+    """On-policy, a neutral sample has no gradient and a good one attracts."""
     x0_old, target = torch.randn(2, 4, 3, 3, 3).double()
     x0 = x0_old.clone().requires_grad_()
     neutral = gradient(nft_loss(x0, x0_old, target, torch.full((4,), 0.5).double(), 0.7), x0)
@@ -122,7 +124,8 @@ def test_on_policy_a_neutral_sample_moves_nothing_and_a_good_one_attracts() -> N
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.7, 1.0])
-def test_on_policy_beta_is_no_part_of_the_gradient_which_is_the_advantage_over_the_mean_error(beta: float) -> None:
+def test_nft_on_policy_gradient_ignores_beta(beta: float) -> None:
+    """It is the advantage over the mean error."""
     x0_old, target = torch.randn(2, 4, 3, 3, 3).double()
     x0, advantage = x0_old.clone().requires_grad_(), double([2.0, -1.0, 0.5, -3.0])
     error = x0_old - target
@@ -165,7 +168,8 @@ def test_the_policy_loss_has_gradient_only_inside_the_clip() -> None:
     torch.testing.assert_close(slope, -ratio * advantage * double([0, 1, 1, 0, 1, 1]))
 
 
-def test_dpo_at_the_reference_is_log_two_and_prefers_the_better_picture() -> None:
+def test_dpo_at_the_reference() -> None:
+    """log 2, and the gradient prefers the better image."""
     win, lose = double([0.4, 0.1]).requires_grad_(), double([0.6, 0.3]).requires_grad_()
     loss = dpo_loss(win, lose, win.detach(), lose.detach(), 2000.0)
     torch.testing.assert_close(loss, torch.full((2,), math.log(2), dtype=torch.float64))

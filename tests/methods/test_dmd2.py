@@ -36,7 +36,8 @@ def test_five_updates_of_the_fake_precede_one_of_the_student() -> None:
     assert made == [("fake", 0)] * 5 + [("student", 1)]
 
 
-def test_the_head_and_the_trunk_of_the_fake_learn_from_the_gan_and_nobody_else_does() -> None:
+def test_gan_gradient_reaches_head_and_fake_only() -> None:
+    """The head and the fake score's backbone learn from the GAN; nothing else does."""
     roles = tiny_roles(head=True)
     update = next(updates(dmd2(roles, head_weight=1.0), roles))
     frozen = [*roles.teacher.net.parameters(), *roles.parameters("student").values()]
@@ -95,7 +96,8 @@ def test_the_head_tells_real_latents_from_the_students() -> None:
     assert discriminator_loss(torch.tensor(9.0), torch.tensor(-9.0)) < 1e-3
 
 
-def test_real_and_student_latents_are_noised_independently_and_freshly_in_each_update() -> None:
+def test_head_sees_independent_noise() -> None:
+    """Real and student latents get independent, fresh noise in each update."""
     roles = tiny_roles(head=True)
     seen = [update.batch for update in updates(dmd2(roles, gan_low=0.2, gan_high=0.7), roles, role="fake")]
     clocks = torch.stack([t for batch in seen for t in (batch.real.t, batch.student.t, batch.t)])  # [15, B]
@@ -106,7 +108,8 @@ def test_real_and_student_latents_are_noised_independently_and_freshly_in_each_u
     assert 0.8 < eps.std() < 1.2
 
 
-def test_the_head_is_a_part_of_the_fake_and_depends_on_its_seed_only() -> None:
+def test_head_belongs_to_the_fake_and_its_seed() -> None:
+    """Its weights are parameters of the fake score and depend on its seed only."""
     state = torch.random.get_rng_state()
     first, second = tiny_roles(head=True), tiny_roles(head=True)
     assert {name for name in first.parameters("fake") if name.startswith("gan_head.")} == {
@@ -135,7 +138,8 @@ def test_a_gan_without_a_head_or_without_real_latents_is_refused() -> None:
 REGRESSION = {"regression_weight": 0.25, "regression_steps": 3}
 
 
-def test_the_regression_is_added_to_dmd_on_pairs_that_the_teachers_ode_solves() -> None:
+def test_regression_on_ode_pairs() -> None:
+    """It is added to L_DMD, on pairs from the teacher's ODE."""
     roles = tiny_roles()
     method = dmd(roles, guidance=1.0, **REGRESSION)
     update = next(updates(method, roles, role="student"))
@@ -156,7 +160,8 @@ def test_the_pairs_are_those_of_the_guided_teacher() -> None:
     assert torch.equal(one.noise, five.noise) and not torch.allclose(one.x0_ode, five.x0_ode, atol=1e-3)
 
 
-def test_kept_pairs_are_solved_once_and_used_in_turn_fresh_ones_every_time() -> None:
+def test_pairs_are_kept_or_fresh() -> None:
+    """Kept pairs are solved once and used in turn, fresh ones are solved every time."""
     roles = tiny_roles()
     diary = watch(roles)
     kept = dmd(roles, regression_batches=2, **REGRESSION).pairs

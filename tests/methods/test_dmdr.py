@@ -56,7 +56,8 @@ def test_once_the_schedules_have_ended_it_is_dmd_bit_for_bit() -> None:
     assert not same(train(dmdr(third, tilt=0.0, rl_weight=0.0, anneal=9), third, start=7), wanted)
 
 
-def test_five_updates_of_the_fake_precede_one_of_the_student_in_both_stages() -> None:
+def test_update_ratio_in_both_stages() -> None:
+    """Five updates of the fake score precede one of the student."""
     roles = tiny_roles()
     method = dmdr(roles, cold_start=1)
     made = []
@@ -68,7 +69,8 @@ def test_five_updates_of_the_fake_precede_one_of_the_student_in_both_stages() ->
     assert made[5][1] == method.tilted_loss and made[11][1] == method.refl_student_loss
 
 
-def test_a_sample_is_tilted_by_the_reward_of_the_picture_its_own_roll_out_ends_in() -> None:
+def test_tilt_is_of_the_finished_rollout() -> None:
+    """Each sample is tilted by the reward of the image that its rollout ends in."""
     roles, codec = tiny_roles(), ToyCodec()
     update = student_update(dmdr(roles, codec=codec, cold_start=5, anneal=0), roles, 0)
     batch, draws = update.batch, rng()
@@ -91,7 +93,8 @@ def test_a_sample_that_was_not_scored_is_distilled_untilted() -> None:
     assert update.batch.weight[2] == 1 and (update.batch.weight[[0, 1, 3]] > 1.1).all()
 
 
-def test_the_blended_teacher_has_the_share_of_the_fakes_displacement() -> None:
+def test_blended_teacher_weights() -> None:
+    """teacher + share (fake - teacher)."""
     roles = tiny_roles()
     teacher, fake = roles.teacher.net, roles.fake.net
     before = {name: value.clone() for name, value in teacher.named_parameters()}
@@ -107,7 +110,8 @@ def test_the_blended_teacher_has_the_share_of_the_fakes_displacement() -> None:
     assert all(torch.equal(before[name], value) for name, value in teacher.named_parameters())
 
 
-def test_the_real_score_starts_near_the_fake_and_ends_at_the_teacher() -> None:
+def test_blend_is_annealed() -> None:
+    """The real score starts near the fake score and ends at the teacher."""
     roles = tiny_roles()
     shares: list[float] = []
     method = dmdr(roles, anneal=400, overlap=0.25)
@@ -127,7 +131,8 @@ def test_the_overlap_shrinks_the_gap_between_the_two_scores() -> None:
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] == pytest.approx(0, abs=1e-6)
 
 
-def test_times_are_those_of_the_annealed_beta_for_the_gradient_and_for_the_fake() -> None:
+def test_times_follow_the_annealed_beta() -> None:
+    """Both for the gradient and for the fake score's training."""
     many = prompts(("a circle",) * 4000)
     draws, method = rng(0, many), dmdr(tiny_roles(), renoise_low=0.1, renoise_high=0.9)
     for pace, mean in ((1.0, 4 / 5.5), (0.5, 2.5 / 3.75), (0.0, 0.5)):
@@ -141,7 +146,8 @@ def test_times_are_those_of_the_annealed_beta_for_the_gradient_and_for_the_fake(
     assert torch.equal(method.fake_time(draws, 3), beta_quantile(draws.uniform("fake_t", 3), 4.0, 1.5))
 
 
-def test_refl_adds_half_the_mean_hinge_of_the_rewards_of_the_one_step_picture() -> None:
+def test_refl_adds_the_weighted_hinge() -> None:
+    """L_DMD + 0.5 mean_k relu(m - R_k), R of the one-step image."""
     roles = tiny_roles()
     rewards = Toy(), Toy("other", 1, factor=3.0)
     update = student_update(dmdr(roles, *rewards, cold_start=0, margin=0.8), roles, 0)
@@ -170,7 +176,8 @@ def test_refl_refuses_a_black_box_and_the_other_strategies_take_it() -> None:
     dmdr(roles, Toy(differentiable=False), rl_weight=0.0)
 
 
-def test_grpo_follows_the_advantage_times_the_log_probability_of_the_moves() -> None:
+def test_grpo_gradient_is_the_policy_gradient() -> None:
+    """A times the gradient of the mean log-probability of the steps."""
     roles = tiny_roles()
     method = dmdr(roles, strategy="grpo", cold_start=0)
     update = student_update(method, roles, 0, grouped())
@@ -187,7 +194,8 @@ def test_grpo_follows_the_advantage_times_the_log_probability_of_the_moves() -> 
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
 
 
-def test_the_best_and_the_worst_of_each_group_are_found_among_the_scored() -> None:
+def test_extremes_of_each_group() -> None:
+    """The best and the worst of each group, among scored samples."""
     merit = torch.tensor([1.0, 3.0, math.nan, 2.0, 5.0, 5.0, math.nan, 0.0])
     group = torch.tensor([7, 7, 7, 7, 2, 2, 9, 9])
     best, worst, known = extremes(merit, group)
@@ -195,7 +203,7 @@ def test_the_best_and_the_worst_of_each_group_are_found_among_the_scored() -> No
     assert known[4:].tolist() == [False] * 4  # equal merits; one scored picture
 
 
-def test_merit_is_the_mean_over_rewards_of_advantages_without_units() -> None:
+def test_mean_group_advantage_has_no_units() -> None:
     rewards = torch.tensor([[1.0, 3.0, 10.0, 14.0], [0.0, 2.0, 5.0, 5.0]])
     group = torch.tensor([0, 0, 1, 1])
     merit = mean_group_advantage(rewards, group)
@@ -203,7 +211,8 @@ def test_merit_is_the_mean_over_rewards_of_advantages_without_units() -> None:
     torch.testing.assert_close(mean_group_advantage(rewards * torch.tensor([[50.0], [0.1]]) - 3, group), merit)
 
 
-def test_dpo_prefers_the_best_picture_of_a_group_to_the_worst_against_the_reference() -> None:
+def test_dpo_prefers_best_to_worst() -> None:
+    """The best image of a group is preferred to the worst, relative to the reference."""
     roles = tiny_roles()
     method = dmdr(roles, strategy="dpo", cold_start=2, dpo_beta=10.0)
     update = student_update(method, roles, 2, grouped())
@@ -225,7 +234,8 @@ def test_dpo_prefers_the_best_picture_of_a_group_to_the_worst_against_the_refere
     assert errors[1] < errors[0]
 
 
-def test_the_reference_of_dpo_is_the_student_that_ended_the_cold_start() -> None:
+def test_dpo_reference_is_the_cold_started_student() -> None:
+    """The reference is the student at the end of the cold start."""
     roles = tiny_roles()
     method = dmdr(roles, strategy="dpo", cold_start=1)
     snapshots = []
@@ -238,7 +248,8 @@ def test_the_reference_of_dpo_is_the_student_that_ended_the_cold_start() -> None
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_groups_without_a_difference_and_unscored_samples_leave_dmd(strategy: str) -> None:
+def test_no_scores_leave_dmd(strategy: str) -> None:
+    """Groups without a difference and unscored samples have L_DMD only."""
     roles = tiny_roles()
     method = dmdr(roles, Toy(unscored=tuple(range(8))), strategy=strategy, cold_start=0)
     update = student_update(method, roles, 0, grouped())
@@ -246,7 +257,8 @@ def test_groups_without_a_difference_and_unscored_samples_leave_dmd(strategy: st
     assert all(gradient.isfinite().all() for gradient in gradients(update, roles))
 
 
-def test_the_passes_of_the_blended_teacher_and_of_the_gan_head_are_counted_like_others() -> None:
+def test_blended_teacher_and_head_calls_are_counted() -> None:
+    """Hooks see the calls of the blended teacher and of the GAN head."""
     roles = ShapesRoles(tiny_roles().teacher.net, head_seed=0)
     calls: list[str] = []
     for name in ("teacher", "fake"):
@@ -258,7 +270,8 @@ def test_the_passes_of_the_blended_teacher_and_of_the_gan_head_are_counted_like_
     assert calls == ["teacher", "fake"]
 
 
-def test_the_teacher_is_asked_once_per_iteration_or_the_blend_in_its_place() -> None:
+def test_one_teacher_call_per_iteration() -> None:
+    """The teacher is called once per iteration, or the blend in its place."""
     roles = tiny_roles()
     method = dmdr(roles, anneal=3, cold_start=9)
     diary = watch(roles)

@@ -188,7 +188,7 @@ def test_loss_gradient_is_that_of_a_reward_loss() -> None:
     torch.testing.assert_close(grads[0] - grads[1], WEIGHT * gradient.float(), rtol=1e-3, atol=1e-6)
 
 
-def test_no_reward_gradient_for_unscored_samples_and_in_the_first_step() -> None:
+def test_no_reward_gradient_without_scores_or_z() -> None:
     plain, _ = targets(0.0, Toy(unscored=(2,)))
     moved, _ = targets(WEIGHT, Toy(unscored=(2,)))
     still = [torch.equal(moved[i], plain[i]) for i in range(4)]

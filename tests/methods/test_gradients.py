@@ -23,7 +23,8 @@ from gdmd.methods.scorer import Scorer
 from gdmd.types import PromptBatch
 
 
-def test_rewards_are_scored_without_a_graph_on_pictures_in_zero_to_one() -> None:
+def test_rewards_see_clipped_images_without_graph() -> None:
+    """Without a graph, on images in [0, 1]."""
     seen = []
 
     class Spy(Toy):
@@ -49,7 +50,8 @@ def test_a_reward_of_the_wrong_shape_is_named() -> None:
         Scorer(ToyCodec(), [Flat()])(torch.randn(4, 8, 8, 8), prompts())
 
 
-def test_the_draws_of_a_sample_do_not_depend_on_the_rest_of_the_batch() -> None:
+def test_draws_do_not_depend_on_the_batch() -> None:
+    """A sample's draws do not depend on the rest of the batch."""
     batch, half = prompts(), prompts()
     half = PromptBatch(batch.index[2:], batch.text[2:], batch.group[2:], cut(batch.cond, 2, 4), cut(batch.uncond, 2, 4))
     method = dmd(tiny_roles())
@@ -69,7 +71,8 @@ def test_the_step_is_drawn_per_sample_or_once_for_the_batch() -> None:
 
 
 @pytest.mark.parametrize(("fake_loss", "target"), [("native", "velocity"), ("x0", "x0")])
-def test_the_fake_is_trained_on_samples_of_the_student_with_the_chosen_loss(fake_loss: str, target: Any) -> None:
+def test_fake_loss_on_student_samples(fake_loss: str, target: Any) -> None:
+    """The fake score is trained on student samples with the chosen loss."""
     roles = tiny_roles()
     method = dmd(roles, fake_loss=fake_loss)
     r = method.rollout(prompts(), rng())

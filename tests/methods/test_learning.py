@@ -37,7 +37,6 @@ def rewards(components: Components, cfg: RunConfig) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("recipe", "words"), [
-    ("shapes_dmd", ("method.fake_updates=2", "method.student_updates=2")),
     ("gdmd_paper", ("method.group_size=2", "method.normalize=false")),
     ("shapes_gdmd", ("method.continuations=2",)),
 ])  # fmt: skip

@@ -46,7 +46,8 @@ def test_passes_of_gdmd_are_those_of_the_algorithm(group: int, guidance: float, 
     assert method.cost.updates == group and method.cost.seconds > 0
 
 
-def test_passes_of_dmd_are_five_fake_updates_and_one_student_update() -> None:
+def test_passes_of_dmd() -> None:
+    """Five fake score updates and one student update."""
     roles = tiny_roles()
     method = run(counted(dmd(roles, **ONE_STEP), roles), roles, steps=2)
     assert method.cost.passes == 2 * BATCH * (1 + 5 * 3 + 2 + 1 + 3)
@@ -60,7 +61,8 @@ def test_the_roll_out_costs_what_its_depth_is() -> None:
     assert method.cost.passes == depth + BATCH * (1 + 3 + 2 + 1 + 3)
 
 
-def test_counting_changes_nothing_and_counts_only_inside_iterations() -> None:
+def test_counting_changes_nothing() -> None:
+    """... and counts only inside iterations."""
     plain, watched = tiny_roles(), tiny_roles()
     for step in range(2):
         for update in gdmd_iteration(plain, step):
@@ -118,7 +120,8 @@ def test_the_cosine_is_the_sign_of_2r_minus_1(better: float, cosine: float, weig
     assert found.weight == pytest.approx(weight, abs=1e-4) and found.ratio == pytest.approx(1.0, abs=1e-4)
 
 
-def test_measuring_gradients_applies_nothing_and_no_reward_gives_no_direction() -> None:
+def test_measuring_gradients_applies_nothing() -> None:
+    """Without a reward there is no direction: the cosine is NaN."""
     roles = tiny_roles()
     before = weights(roles)
     plain = student_gradient(dmd(roles), roles, 0, prompts(), rng())
@@ -127,7 +130,8 @@ def test_measuring_gradients_applies_nothing_and_no_reward_gives_no_direction() 
     assert divergence(plain, plain).weight == pytest.approx(1.0)
 
 
-def test_the_realized_change_is_per_update_and_in_units_of_the_spread() -> None:
+def test_realized_change() -> None:
+    """Per student update, in units of the spread."""
     roles, codec = tiny_roles(), ToyCodec()
     fixed = fixed_states(roles, prompts(), rng(), (1.0, 0.5), LATENT_SHAPE)
     assert set(fixed.tau.tolist()) <= {1.0, 0.5}

@@ -36,7 +36,8 @@ def test_networks_of_a_bf16_run_compute_in_bf16_and_answer_in_fp32() -> None:
     assert seen == [torch.bfloat16] * 4
 
 
-def test_a_network_never_serves_the_cast_weights_of_before_an_update() -> None:
+def test_no_stale_autocast_weights() -> None:
+    """A network never uses bf16 casts of weights from before an update."""
     roles = ShapesRoles(tiny_roles().teacher.net, bf16=True)
     x_t, t = real_latents(prompts(), rng()), torch.full((4,), 0.5)
     with torch.no_grad():

@@ -85,7 +85,8 @@ def test_samples_are_compared_inside_their_group_by_the_integer_id(kind: str) ->
     assert torch.equal(lonely.advantage, torch.zeros(6))
 
 
-def test_refl_is_the_reward_back_propagated_through_decoder_and_reward() -> None:
+def test_refl_backpropagates_the_reward() -> None:
+    """Through decoder and reward into the student step."""
     roles, codec, rewards = tiny_roles(), ToyCodec(), (Toy(), Toy("other", 2, factor=3.0))
     update = next(run(baseline("dmd_refl", roles, *rewards, codec=codec, rl_weight=0.5, margin=0.9), roles))
 
@@ -132,7 +133,8 @@ def test_nft_learns_at_re_noisings_of_the_samples_that_were_scored() -> None:
     assert not torch.equal(batches[0].x_t, batches[1].x_t)
 
 
-def test_nft_is_neutral_where_all_rewards_of_a_group_are_equal_and_the_student_is_the_old_policy() -> None:
+def test_nft_is_neutral_for_equal_rewards_on_policy() -> None:
+    """r = 1/2 for equal rewards, and the student is the old policy."""
     roles = tiny_roles()
     roles.follow(0.0)
     update = next(run(baseline("dmd_nft", roles, Toy(factor=0.0, offset=2.0)), roles))
@@ -145,7 +147,8 @@ def log_prob_of(method: Any, batch: Any) -> Tensor:
     return step_log_prob(method.roles, batch.x, batch.cond, method.cfg)
 
 
-def test_the_first_grpo_update_is_the_policy_gradient_and_the_second_is_clipped() -> None:
+def test_grpo_first_update_and_clip() -> None:
+    """The first update is the policy gradient, the second is clipped."""
     roles = tiny_roles()
     method = baseline("dmd_grpo", roles, rl_weight=3.0, ratio_clip=1e-6)
     for place, update in enumerate(run(method, roles)):
@@ -160,7 +163,7 @@ def test_the_first_grpo_update_is_the_policy_gradient_and_the_second_is_clipped(
             assert moved > 1e-5 and update.loss(update.batch).stats["policy/clipped"].mean() > 0.5
 
 
-def test_the_gradient_of_grpo_raises_the_likelihood_of_better_samples() -> None:
+def test_grpo_raises_the_likelihood_of_better_samples() -> None:
     roles = tiny_roles()
     method = baseline("dmd_grpo", roles, rl_weight=1e4, student_updates=1)
     update = next(run(method, roles))
@@ -176,7 +179,7 @@ def test_the_gradient_of_grpo_raises_the_likelihood_of_better_samples() -> None:
     assert (gained * update.batch.advantage).sum() > 0
 
 
-def test_the_policy_rolls_out_with_the_students_weights_before_its_update() -> None:
+def test_policy_rollout_uses_weights_before_the_update() -> None:
     roles = tiny_roles()
     diary = watch(roles)
     update = next(run(baseline("dmd_grpo", roles, noise_level=0.8), roles))
@@ -195,7 +198,8 @@ def recipe(**method: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize("kind", BLACK_BOX)
-def test_a_group_size_that_does_not_divide_the_batch_is_a_config_error(kind: str) -> None:
+def test_group_size_must_divide_the_batch(kind: str) -> None:
+    """Otherwise it is a config error."""
     with pytest.raises(ValueError, match=f"group size does not divide: method {kind} compares 8 images per prompt"):
         recipe(kind=kind)
     assert recipe(kind=kind, images_per_prompt=4).method.prompt_group == 4
@@ -204,7 +208,8 @@ def test_a_group_size_that_does_not_divide_the_batch_is_a_config_error(kind: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_recipe_without_rewards_is_an_error_unless_the_weight_is_zero(kind: str) -> None:
+def test_recipe_needs_rewards_unless_weight_is_zero(kind: str) -> None:
+    """A recipe without rewards is an error unless the weight is 0."""
     base = {"name": "x", "rewards": [], "loop": {"batch_size": 16}}
     with pytest.raises(ValueError, match=f"method {kind} reads rewards and needs at least one under `rewards`"):
         RunConfig.model_validate({**base, "method": {"kind": kind}})
@@ -223,7 +228,8 @@ def test_impossible_options_are_refused() -> None:
 
 
 @pytest.mark.parametrize("cfg", [DmdReflConfig(), DmdNftConfig(), DmdGrpoConfig()])
-def test_the_update_ratio_is_that_of_dmd_and_the_method_without_rewards_is_weight_zero(cfg: MethodConfig) -> None:
+def test_default_ratio_and_without_rewards(cfg: MethodConfig) -> None:
+    """The update ratio is DMD's, and without rewards the weight is 0."""
     other = DmdConfig()
     assert (cfg.fake_updates, cfg.student_updates) == (other.fake_updates, other.student_updates)  # type: ignore[union-attr]
     bare = without_rewards(cfg)

@@ -141,13 +141,9 @@ def test_frozen_backbone_and_separate_fp32_adapters(folders: Path) -> None:
     for name, weights in roles.backbone.net.named_parameters():
         assert weights.requires_grad == (id(weights) in trained), name
         assert id(weights) in trained or weights.dtype == torch.bfloat16
-
-
-def test_bf16_backbone_has_finite_fp32_gradients(folders: Path) -> None:
-    roles = roles_of(folders, dtype="bf16")
     found = gradients(roles, "student", states(roles))
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in found)
-    assert any(grad.abs().sum() > 0 for grad in found)
+    assert any(grad.any() for grad in found)
 
 
 def test_full_copies_leave_the_teacher_alone(folders: Path) -> None:

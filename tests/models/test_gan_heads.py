@@ -154,21 +154,6 @@ def test_features_do_not_depend_on_the_batch(folders: Path, name: str) -> None:
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_feature_tokens_give_the_prediction(folders: Path) -> None:
-    roles = roles_of(folders, "z_image", (24, 24))
-    x_t, t, cond = states(roles, 3)
-    seen: dict[str, Any] = {}
-    net: Any = roles.fake.net.ready()
-    layer = net.all_final_layer["2-1"]
-    handle = layer.register_forward_pre_hook(lambda layer, given, named: seen.update(named), with_kwargs=True)
-    with torch.no_grad():
-        velocity = roles.fake(x_t, t, cond).velocity
-        patches = layer(roles.fake.features(x_t, t, cond), seen["c"])  # [B, 36, 2 x 2 x C]
-    handle.remove()
-    image = patches.unflatten(1, (6, 6)).unflatten(3, (2, 2, -1)).permute(0, 5, 1, 3, 2, 4).reshape(x_t.shape)
-    torch.testing.assert_close(-image, velocity, rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize(("name", "full"), [("sdxl", "none"), ("sd3", "both"), ("z_image", "student")])
 def test_each_loss_trains_its_role_only(folders: Path, name: str, full: str) -> None:
     plain, checkpointed = (gradients(roles_of(folders, name, full=full, checkpointing=on)) for on in (False, True))

@@ -171,3 +171,32 @@ def test_calls_of_adapters_are_told_apart(tmp_path: Path, family: str, full: str
     assert calls["teacher", False] == 8 and calls["student", False] == 2
     passes = sum(call.passes for call in profiler.calls[0]) / 2
     assert passes == 1 + 2 * (2 + 2 + 1 + (3 if full == "student" else 2))
+
+
+def test_feature_calls_of_a_gan_head(tmp_path: Path) -> None:
+    """On a UNet they stop after the mid block, and cost a share of a forward pass."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    import tiny_pipelines
+
+    from gdmd.config.methods.dmd2 import Dmd2Config
+    from gdmd.config.training import LoopConfig
+    from gdmd.methods.dmd2 import Dmd2
+    from gdmd.models.loading import open_family
+    from gdmd.models.roles import DiffusersRoles
+
+    model = tiny_pipelines.config(tiny_pipelines.save("sd15", tmp_path / "sd15"), checkpointing=False)
+    cfg = Dmd2Config(fake_updates=2, guidance=3.0, student_steps=(1.0,))
+    family = open_family(model)
+    roles, shape = DiffusersRoles(family, head_seed=0), family.latent_shape
+    method = Dmd2(cfg, roles, shape, family.native, lambda prompts, rng: rng.normal("real", shape), critic=roles.critic)
+    stream = PromptStream([list(tiny_pipelines.WORDS)], family.encoder, 2, 0, 1)
+    run = RunConfig(name="gan", model=model, method=cfg, loop=LoopConfig(batch_size=2, threads=1), rewards=[])
+    profiler = Profiler(run, Components(roles, family.codec, family.encoder, (), method, stream, shape))
+    for step in range(2):
+        profiler.round(step)
+    calls = calls_of(profiler)
+    assert calls["fake, features", True] == calls["gan_head", True] == (5, 10)  # real and student latents, then x0
+    assert calls["fake", True] == (2, 4) and calls["student", True] == (1, 2)
+    found = profiler.summary()
+    assert found["passes_per_update"] == pytest.approx(found["expected_passes_per_update"])

@@ -43,7 +43,7 @@ def gap(by: list[float], unscored: tuple[int, ...] = ()):  # type: ignore[no-unt
     return found
 
 
-def test_a_constant_offset_is_a_difference_without_error_and_keeps_the_order() -> None:
+def test_constant_offset() -> None:
     found = gap([0.1] * 4)
     assert (found.reward, found.images) == ("mean", 4)
     assert found.full == pytest.approx(5) and found.rough == pytest.approx(6)
@@ -53,13 +53,13 @@ def test_a_constant_offset_is_a_difference_without_error_and_keeps_the_order() -
     assert "+1 on 4 images" in found.line() and "100% of pairs" in found.line()
 
 
-def test_an_error_that_swaps_two_neighbors_costs_one_pair_of_six() -> None:
+def test_agreement_of_pairs() -> None:
     found = gap([0.3, 0.0, 0.0, 0.0])
     assert found.agreement == pytest.approx(5 / 6)
     assert found.error == pytest.approx(torch.tensor([3.0, 0, 0, 0]).std().item(), abs=1e-5)
 
 
-def test_images_without_a_score_are_left_out_and_no_number_is_invented() -> None:
+def test_unscored_images() -> None:
     found = gap([0.1, 0.2, 0.1, 0.1], unscored=(1,))
     assert found.images == 3 and found.difference == pytest.approx(1, abs=1e-4)
     one = gap([0.1] * 4, unscored=(0, 1, 2))

@@ -1,4 +1,4 @@
-"""Tokens of the environment (the hub's, a reward server's) are written nowhere: run, export, card, terminal."""
+"""Tokens in environment variables are never written to a run, an export, a card or the terminal."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def brightness(images: Tensor, prompts: PromptBatch) -> Tensor:
     return images.mean((1, 2, 3))
 
 
-def ends_well(*words: str) -> None:
+def ends_well(*arguments: str) -> None:
     """The command ends with 0."""
     with pytest.raises(SystemExit) as ended:
-        main(words)
+        main(arguments)
     assert not ended.value.code
 
 
-def test_tokens_are_in_no_file_of_a_run_or_its_export_and_not_on_the_terminal(
+def test_tokens_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, secret in SECRETS.items():
@@ -57,9 +57,9 @@ def test_tokens_are_in_no_file_of_a_run_or_its_export_and_not_on_the_terminal(
     ends_well("export", str(run))
     ends_well("doctor")
     assert (run / "export" / "README.md").is_file()
-    said = "".join(capfd.readouterr())
-    assert "gdmd" in said
+    printed = "".join(capfd.readouterr())
+    assert "gdmd" in printed
     for secret in SECRETS.values():
-        assert secret not in said
+        assert secret not in printed
         files = [file for file in tmp_path.rglob("*") if file.is_file()]
         assert not [file for file in files if secret.encode() in file.read_bytes()]

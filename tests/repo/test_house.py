@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,16 @@ from importlinter.cli import lint_imports
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "diffusers", "transformers", "matplotlib", "tensorboard", "scipy"}
 MEGABYTE = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def _keep_loggers() -> Iterator[None]:
+    """import-linter configures logging, which disables every logger that exists."""
+    loggers = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    before = {one: one.disabled for one in loggers}
+    yield
+    for one, disabled in before.items():
+        one.disabled = disabled
 
 
 def imported_by(arguments: list[str]) -> tuple[int, str, set[str]]:

@@ -12,11 +12,11 @@ import pytest
 
 from gdmd.evaluation.geneval_prompts import draw_tasks
 from gdmd.evaluation.geneval_scores import (
-    Judged,
+    ImageResult,
+    detections_row,
     image_files,
-    judge_recorded,
+    judge_detections,
     read_metadata,
-    recording,
     summarize,
 )
 from gdmd.rewards.geneval.rules import (
@@ -260,28 +260,28 @@ def test_recorded_detections(tmp_path: Path) -> None:
     for number in range(60):
         tasks[number], (found, colors) = random_task(rng), random_objects(rng)
         want.append(judge(tasks[number], found, asker(colors)).correct)
-        lines.append(json.dumps(recording(number, 0, tasks[number], found, colors)))
+        lines.append(json.dumps(detections_row(number, 0, tasks[number], found, colors)))
     path = tmp_path / "detections.jsonl"
     path.write_text("\n".join(lines))
-    assert [row.correct for row in judge_recorded(path, tasks)] == want
-    colorless = recording(0, 0, Task("colors", "", (Requirement("dog", 1, "red"),)), dogs(0.9), {})
+    assert [row.correct for row in judge_detections(path, tasks)] == want
+    colorless = detections_row(0, 0, Task("colors", "", (Requirement("dog", 1, "red"),)), dogs(0.9), {})
     path.write_text(json.dumps(colorless))
     with pytest.raises(ValueError, match="color of a dog is needed but was not recorded"):
-        judge_recorded(path, {0: Task("colors", "", (Requirement("dog", 1, "red"),))})
+        judge_detections(path, {0: Task("colors", "", (Requirement("dog", 1, "red"),))})
     with pytest.raises(ValueError, match="prompt 0 is not among"):
-        judge_recorded(path, {})
+        judge_detections(path, {})
 
 
 # ---------------------------------------------------------------- scores
 
 
-def rows_of(correct: Mapping[str, Sequence[Sequence[int]]]) -> list[Judged]:
+def rows_of(correct: Mapping[str, Sequence[Sequence[int]]]) -> list[ImageResult]:
     """tag -> prompts -> images, 1 = right."""
     rows, prompt = [], 0
     for tag, prompts in correct.items():
         for images in prompts:
             task = Task(tag, f"prompt {prompt}", (Requirement("dog", 1),))
-            rows += [Judged(prompt, k, task, bool(right), (), float(right)) for k, right in enumerate(images)]
+            rows += [ImageResult(prompt, k, task, bool(right), (), float(right)) for k, right in enumerate(images)]
             prompt += 1
     return rows
 
@@ -329,5 +329,5 @@ def test_drawn_prompts() -> None:
             assert task.exclude[0].count == task.include[0].count + 1
     fresh = draw_tasks(50, seed=7, without={task.prompt for task in tasks})
     assert not {task.prompt for task in tasks} & {task.prompt for task in fresh}
-    with pytest.raises(ValueError, match="not 300 different prompts of kind counting"):
+    with pytest.raises(ValueError, match="not 300 different prompts of task counting"):
         draw_tasks(300, seed=0)

@@ -1,4 +1,4 @@
-"""LoRAs of others: every layer changes by the file's own alpha / rank B A, or the file is refused."""
+"""Third-party LoRAs: every layer changes by alpha / rank B A of the file, or the file is an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gdmd.config.image_source import read_source
 from gdmd.sources.loras import ADAPTER, add_lora
 
 Deltas = dict[str, Tensor]
-Made = tuple[dict[str, Tensor], Deltas]
+Tensors = tuple[dict[str, Tensor], Deltas]
 """A file's tensors, and what each COMPONENT.LAYER should change by."""
 
 
@@ -60,22 +60,22 @@ def changes(pipe: Any) -> Deltas:
     return found
 
 
-def peft_keys(pipe: Any, ends: tuple[str, ...], text: bool = False) -> Made:
+def peft_keys(pipe: Any, ends: tuple[str, ...], text: bool = False) -> Tensors:
     """diffusers' own keys; rank 2 and 3 in turn, no alpha: scale 1."""
-    made: dict[str, Tensor] = {}
-    wanted = {}
+    tensors: dict[str, Tensor] = {}
+    expected = {}
     for number, (name, layer) in enumerate(layers(pipe, *ends).items()):
         down, up = pair(layer, 2 + number % 2)
         if not text and name.startswith("text_encoder"):
             continue
-        made[f"{name}.lora_A.weight"], made[f"{name}.lora_B.weight"] = down, up
-        wanted[name] = up @ down
-    return made, wanted
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = down, up
+        expected[name] = up @ down
+    return tensors, expected
 
 
-def kohya_keys(pipe: Any, ends: tuple[str, ...]) -> Made:
-    """kohya's keys for the UNet and both text encoders, with ranks and alphas of their own per layer."""
-    made, wanted = {}, {}
+def kohya_keys(pipe: Any, ends: tuple[str, ...]) -> Tensors:
+    """kohya's keys for the UNet and both text encoders; rank and alpha differ by layer."""
+    tensors, expected = {}, {}
     prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
     for number, (name, layer) in enumerate(layers(pipe, *ends).items()):
         component, _, rest = name.partition(".")
@@ -85,13 +85,17 @@ def kohya_keys(pipe: Any, ends: tuple[str, ...]) -> Made:
         down, up = pair(layer, rank)
         text = "" if component == "unet" or rest.startswith("text_model.") else "text_model_"
         base = prefixes[component] + text + rest.replace(".", "_")
-        made |= {f"{base}.lora_down.weight": down, f"{base}.lora_up.weight": up, f"{base}.alpha": torch.tensor(alpha)}
-        wanted[name] = alpha / rank * up @ down
-    return made, wanted
+        tensors |= {
+            f"{base}.lora_down.weight": down,
+            f"{base}.lora_up.weight": up,
+            f"{base}.alpha": torch.tensor(alpha),
+        }
+        expected[name] = alpha / rank * up @ down
+    return tensors, expected
 
 
 def peft_folder(pipe: Any, folder: Path, ends: tuple[str, ...], **settings: Any) -> Deltas:
-    """A folder as PEFT's save_pretrained writes it, from PEFT itself; what PEFT changes by."""
+    """Write a folder with PEFT's save_pretrained; return the changes of PEFT itself."""
     from peft import LoraConfig, get_peft_model
 
     net = pipe.components.get("unet") or pipe.transformer
@@ -104,82 +108,82 @@ def peft_folder(pipe: Any, folder: Path, ends: tuple[str, ...], **settings: Any)
                 weights.normal_()
     wrapped.save_pretrained(folder)
     base = wrapped.base_model.model
-    wanted = {
+    expected = {
         f"{component}.{name}": module.get_delta_weight("default").detach().clone()
         for name, module in base.named_modules()
         if "default" in getattr(module, "lora_A", {})
     }
     wrapped.unload()
     assert net.state_dict().keys() == kept.keys()
-    return wanted
+    return expected
 
 
-def same(found: Deltas, wanted: Mapping[str, Tensor]) -> bool:
-    assert found.keys() == wanted.keys(), sorted(found.keys() ^ wanted.keys())[:3]
-    return all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
+def load(pipe: Any, tensors: dict[str, Tensor], folder: Path, scale: float = 1.0, **options: Any) -> None:
+    save_file(tensors, folder / "a.safetensors")
+    add_lora(pipe, str(folder / "a.safetensors"), scale, **options)
+
+
+def same(found: Deltas, expected: Mapping[str, Tensor]) -> bool:
+    assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())[:3]
+    return all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_diffusers_keys_change_every_layer_with_ranks_of_their_own(
+def test_diffusers_keys(
     built: Callable[[str], Any], tmp_path: Path, text: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = built("sdxl")
-    made, wanted = peft_keys(pipe, ("attn1.to_q", "attn1.to_v", "q_proj"), text)
-    save_file(made, tmp_path / "a.safetensors")
-    add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
-    assert same(changes(pipe), wanted)
+    tensors, expected = peft_keys(pipe, ("attn1.to_q", "attn1.to_v", "q_proj"), text)
+    load(pipe, tensors, tmp_path)
+    assert same(changes(pipe), expected)
     assert ("text_encoder_2 2 of 2" in caplog.text) == text and "unet 8 of 8" in caplog.text
 
 
-def test_kohya_keys_change_unet_and_text_encoders_by_their_own_alphas(
-    built: Callable[[str], Any], tmp_path: Path
-) -> None:
+def test_kohya_keys_of_unet_and_text_encoders(built: Callable[[str], Any], tmp_path: Path) -> None:
     pipe = built("sdxl")
-    made, wanted = kohya_keys(pipe, ("to_q", "to_out.0", "q_proj", "out_proj", "fc1"))
-    assert {name.partition(".")[0] for name in wanted} == {"unet", "text_encoder", "text_encoder_2"}
-    save_file(made, tmp_path / "a.safetensors")
-    add_lora(pipe, str(tmp_path / "a.safetensors"), 0.5)
-    assert same(changes(pipe), {name: 0.5 * delta for name, delta in wanted.items()})
+    tensors, expected = kohya_keys(pipe, ("to_q", "to_out.0", "q_proj", "out_proj", "fc1"))
+    assert {name.partition(".")[0] for name in expected} == {"unet", "text_encoder", "text_encoder_2"}
+    load(pipe, tensors, tmp_path, scale=0.5)
+    assert same(changes(pipe), {name: 0.5 * delta for name, delta in expected.items()})
 
 
-def test_kohyas_keys_of_a_transformer_keep_their_alphas(built: Callable[[str], Any], tmp_path: Path) -> None:
+def test_kohya_keys_of_a_transformer(built: Callable[[str], Any], tmp_path: Path) -> None:
     pipe = built("flux")
     block = pipe.transformer.transformer_blocks[0].attn
-    made, wanted = {}, {}
+    tensors, expected = {}, {}
     for side, name, layer, alpha in (
         ("img", "to_out.0", block.to_out[0], 1.0),
         ("txt", "to_add_out", block.to_add_out, 6.0),
     ):
         down, up = pair(layer, 2)
         base = f"lora_unet_double_blocks_0_{side}_attn_proj"
-        made |= {f"{base}.lora_down.weight": down, f"{base}.lora_up.weight": up, f"{base}.alpha": torch.tensor(alpha)}
-        wanted[f"transformer.transformer_blocks.0.attn.{name}"] = alpha / 2 * up @ down
-    save_file(made, tmp_path / "a.safetensors")
-    add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
-    assert same(changes(pipe), wanted)
+        tensors |= {
+            f"{base}.lora_down.weight": down,
+            f"{base}.lora_up.weight": up,
+            f"{base}.alpha": torch.tensor(alpha),
+        }
+        expected[f"transformer.transformer_blocks.0.attn.{name}"] = alpha / 2 * up @ down
+    load(pipe, tensors, tmp_path)
+    assert same(changes(pipe), expected)
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("sd3", {"lora_alpha": 8}),
         ("sd3", {"lora_alpha": 3, "use_rslora": True, "init_lora_weights": "gaussian"}),
         ("sdxl", {"lora_alpha": 8, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"attn1.to_q": 6, "to_q": 1}}),
         ("flux", {"lora_alpha": 16}),
-        ("flux2", {"lora_alpha": 16}),
         ("z_image", {"lora_alpha": 16}),
-        ("qwen_image", {"lora_alpha": 16}),
-        ("sana", {"lora_alpha": 16}),
     ],
 )
-def test_a_peft_folder_changes_what_peft_itself_changes(
+def test_peft_folder_equals_peft(
     built: Callable[[str], Any], tmp_path: Path, name: str, settings: dict[str, Any]
 ) -> None:
-    wanted = peft_folder(built(name), tmp_path / "adapter", ("to_q", "to_k"), **settings)
+    expected = peft_folder(built(name), tmp_path / "adapter", ("to_q", "to_k"), **settings)
     for given in (tmp_path / "adapter", tmp_path / "adapter" / "adapter_model.safetensors"):
         pipe = built(name)
         add_lora(pipe, str(given), 1.0)
-        assert wanted and same(changes(pipe), wanted)
+        assert expected and same(changes(pipe), expected)
 
 
 FORMS: Mapping[str, Callable[[str, str], str]] = {
@@ -193,15 +197,20 @@ FORMS: Mapping[str, Callable[[str, str], str]] = {
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3", "flux", "flux2", "z_image", "qwen_image", "sana"])
-def test_layers_by_their_names_in_diffusers_load_whatever_the_keys_around_them(
-    built: Callable[[str], Any], tmp_path: Path, name: str, form: str
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *(("sdxl", form) for form in FORMS),
+        *(("sd3", form) for form in FORMS),
+        *((name, "kohya") for name in ("sd15", "flux", "flux2", "z_image", "qwen_image", "sana")),
+        *(("flux", form) for form in ("bare", "ComfyUI")),
+    ],
+)
+def test_key_formats_of_the_families(built: Callable[[str], Any], tmp_path: Path, name: str, form: str) -> None:
     """All linear layers and convolutions of a denoiser in fp16, with several ranks, and bf16 alphas if the form has them."""
     pipe = built(name)
     component = "unet" if "unet" in pipe.components else "transformer"
-    alphas, made, wanted = form != "PEFT's state_dict", {}, {}
+    alphas, tensors, expected = form != "PEFT's state_dict", {}, {}
     parts = ("lora_A", "lora_B") if form in ("diffusers", "PEFT's state_dict") else ("lora_down", "lora_up")
     for number, (layer, module) in enumerate(getattr(pipe, component).named_modules()):
         if not (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)):
@@ -211,32 +220,31 @@ def test_layers_by_their_names_in_diffusers_load_whatever_the_keys_around_them(
         shaped = up[..., None, None] if down.ndim == 4 else up
         own = {f"{parts[0]}.weight": down, f"{parts[1]}.weight": shaped}
         own |= {"alpha": torch.tensor(2.0, dtype=torch.bfloat16)} if alphas else {}
-        made |= {FORMS[form](layer, part).format(component=component): value for part, value in own.items()}
+        tensors |= {FORMS[form](layer, part).format(component=component): value for part, value in own.items()}
         delta = (up.float() @ down.float().flatten(1)).reshape(module.weight.shape)
-        wanted[f"{component}.{layer}"] = delta * (2 / rank if alphas else 1)
-    save_file(made, tmp_path / "a.safetensors")
-    add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
-    assert same(changes(pipe), wanted)
+        expected[f"{component}.{layer}"] = delta * (2 / rank if alphas else 1)
+    load(pipe, tensors, tmp_path)
+    assert same(changes(pipe), expected)
 
 
-def test_the_alpha_in_a_files_header_holds(built: Callable[[str], Any], tmp_path: Path) -> None:
+def test_alpha_in_the_header(built: Callable[[str], Any], tmp_path: Path) -> None:
     """As ``save_lora_weights`` of diffusers writes it."""
     pipe = built("sd3")
-    own, wanted = {}, {}
+    own, expected = {}, {}
     for name, layer in layers(pipe, "attn.to_q").items():
         down, up = pair(layer, 2)
         bare = name.removeprefix("transformer.")
         own |= {f"{bare}.lora_A.weight": down, f"{bare}.lora_B.weight": up}
-        wanted[name] = 3 * up @ down
+        expected[name] = 3 * up @ down
     header = {"r": 2, "lora_alpha": 6, "target_modules": ["attn.to_q"]}
     type(pipe).save_lora_weights(tmp_path, own, transformer_lora_adapter_metadata=header)
     add_lora(pipe, str(tmp_path), 1.0)
-    assert same(changes(pipe), wanted)
+    assert same(changes(pipe), expected)
 
 
-def flux_keys(pipe: Any, before: str, parts: tuple[str, str]) -> Made:
-    """Keys of FLUX.1 with Black Forest Labs' names: q, k and v are one layer, and one layer lies outside of the blocks."""
-    made, wanted = {}, {}
+def flux_keys(pipe: Any, before: str, parts: tuple[str, str]) -> Tensors:
+    """Keys of FLUX.1 with Black Forest Labs' names: q, k and v are one layer, and one layer is outside the blocks."""
+    tensors, expected = {}, {}
     width, out = pipe.transformer.proj_out.in_features, pipe.transformer.proj_out.out_features
     heads = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
     for layer, rows in {
@@ -245,12 +253,12 @@ def flux_keys(pipe: Any, before: str, parts: tuple[str, str]) -> Made:
     }.items():
         key = before + (layer.replace(".", "_") if before.endswith("_") else layer)
         down, up = torch.randn(2, width), torch.randn(rows, 2)
-        made |= {f"{key}.{parts[0]}.weight": down, f"{key}.{parts[1]}.weight": up}
+        tensors |= {f"{key}.{parts[0]}.weight": down, f"{key}.{parts[1]}.weight": up}
         split = heads.get(layer.split(".")[-2].removesuffix("_attn"), ())
         for name, part in zip(split, up.chunk(3), strict=bool(split)):
-            wanted[f"transformer.transformer_blocks.0.attn.{name}"] = part @ down
-        wanted |= {} if split else {"transformer.proj_out": up @ down}
-    return made, wanted
+            expected[f"transformer.transformer_blocks.0.attn.{name}"] = part @ down
+        expected |= {} if split else {"transformer.proj_out": up @ down}
+    return tensors, expected
 
 
 @pytest.mark.parametrize(
@@ -261,122 +269,121 @@ def flux_keys(pipe: Any, before: str, parts: tuple[str, str]) -> Made:
         ("diffusion_model.", ("lora_A", "lora_B")),
     ],
 )
-def test_black_forest_labs_names_load_with_the_layers_outside_of_the_blocks(
+def test_black_forest_labs_names(
     built: Callable[[str], Any], tmp_path: Path, before: str, parts: tuple[str, str]
 ) -> None:
     pipe = built("flux")
-    made, wanted = flux_keys(pipe, before, parts)
-    save_file(made, tmp_path / "a.safetensors")
-    add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
-    assert len(wanted) == 7 and same(changes(pipe), wanted)
+    tensors, expected = flux_keys(pipe, before, parts)
+    load(pipe, tensors, tmp_path)
+    assert len(expected) == 7 and same(changes(pipe), expected)
 
 
-def test_fused_layers_do_not_hide_that_another_one_is_lost(built: Callable[[str], Any], tmp_path: Path) -> None:
+def test_lost_layer_next_to_fused_ones(built: Callable[[str], Any], tmp_path: Path) -> None:
     pipe = built("flux")
-    made, _ = flux_keys(pipe, "lora_unet_", ("lora_down", "lora_up"))
+    tensors, _ = flux_keys(pipe, "lora_unet_", ("lora_down", "lora_up"))
     other = "lora_te2_encoder_block_0_layer_0_SelfAttention_q"
-    made |= {f"{other}.lora_down.weight": torch.ones(1, 4), f"{other}.lora_up.weight": torch.ones(4, 1)}
-    save_file(made, tmp_path / "a.safetensors")
+    tensors |= {f"{other}.lora_down.weight": torch.ones(1, 4), f"{other}.lora_up.weight": torch.ones(4, 1)}
     with pytest.raises(ValueError, match=rf"7 of 7, 1 that diffusers does not convert\).*{other}"):
-        add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
+        load(pipe, tensors, tmp_path)
 
 
-def test_a_fused_layer_beside_its_own_parts_is_not_missed(built: Callable[[str], Any], tmp_path: Path) -> None:
+def test_fused_layer_with_its_parts(built: Callable[[str], Any], tmp_path: Path) -> None:
     """As some trainers of Z-Image write both."""
     pipe = built("z_image")
     width = pipe.transformer.layers[0].attention.to_q.in_features
     rows = {"to.q": width, "to.k": width, "to.v": width, "qkv": 3 * width, "to_out.0": width, "out": width}
-    made = {}
+    tensors = {}
     for layer, count in rows.items():
         base = f"diffusion_model.layers.0.attention.{layer}.lora"
-        made |= {f"{base}.down.weight": torch.randn(2, width), f"{base}.up.weight": torch.randn(count, 2)}
-    save_file(made, tmp_path / "a.safetensors")
-    add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
+        tensors |= {f"{base}.down.weight": torch.randn(2, width), f"{base}.up.weight": torch.randn(count, 2)}
+    load(pipe, tensors, tmp_path)
     names = ("to_q", "to_k", "to_v", "to_out.0")
     assert changes(pipe).keys() == {f"transformer.layers.0.attention.{name}" for name in names}
 
 
-def of_a_bigger_model(made: dict[str, Tensor]) -> dict[str, Tensor]:
+def deeper_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """All but one layer renamed as those of a deeper network."""
-    first = next(iter(made)).partition(".lora_")[0]
-    return {k if k.startswith(first) else k.replace(".attn", ".deeper.attn"): v for k, v in made.items()}
+    first = next(iter(tensors)).partition(".lora_")[0]
+    return {k if k.startswith(first) else k.replace(".attn", ".deeper.attn"): v for k, v in tensors.items()}
 
 
-def of_a_wider_model(made: dict[str, Tensor]) -> dict[str, Tensor]:
-    last = [key for key in made if "lora_A" in key][-1]
-    return made | {last: torch.cat([made[last], made[last]], 1)}
+def wider_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    last = [key for key in tensors if "lora_A" in key][-1]
+    return tensors | {last: torch.cat([tensors[last], tensors[last]], 1)}
 
 
-def with_foreign_text_encoder(made: dict[str, Tensor]) -> dict[str, Tensor]:
+def third_text_encoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     own = {
         "layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1, 8),
         "layers.0.self_attn.q_proj.lora_B.weight": torch.ones(8, 1),
     }
-    return made | {f"text_encoder_3.{key}": value for key, value in own.items()}
+    return tensors | {f"text_encoder_3.{key}": value for key, value in own.items()}
 
 
-def other_adapter(made: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.replace(".weight", ".old.weight"): value.clone() for key, value in made.items()}
+def other_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.replace(".weight", ".old.weight"): value.clone() for key, value in tensors.items()}
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (of_a_bigger_model, r"only 1 of its 8 layers are in a StableDiffusionXLPipeline \(unet 1 of 8\)"),
-        (of_a_wider_model, "only 7 of its 8 layers"),
-        (with_foreign_text_encoder, r"only 8 of its 9 layers .*unet 8 of 8, text_encoder_3 0 of 1"),
-        (lambda made: dict(list(made.items())[1:]), "only 7 of its 8 layers"),
+        (deeper_model, r"only 1 of its 8 layers are in a StableDiffusionXLPipeline \(unet 1 of 8\)"),
+        (wider_model, "only 7 of its 8 layers"),
+        (third_text_encoder, r"only 8 of its 9 layers .*unet 8 of 8, text_encoder_3 0 of 1"),
+        (lambda tensors: dict(list(tensors.items())[1:]), "only 7 of its 8 layers"),
         (
-            lambda made: {k.replace("unet.", "transformer."): v for k, v in made.items()},
+            lambda tensors: {k.replace("unet.", "transformer."): v for k, v in tensors.items()},
             "0 of its 8 layers.*transformer",
         ),
-        (lambda made: made | other_adapter(made), "holds several adapters"),
+        (lambda tensors: tensors | other_adapter(tensors), "holds several adapters"),
         (
-            lambda made: made | {f"{next(iter(made)).split('.lora_')[0]}.alpha": torch.ones(2)},
+            lambda tensors: tensors | {f"{next(iter(tensors)).split('.lora_')[0]}.alpha": torch.ones(2)},
             "alpha is not one number",
         ),
-        (lambda made: made | {"unet.x.dora_scale": torch.ones(1)}, r"holds DoRA \(unet.x.dora_scale\)"),
-        (lambda made: made | {"lora_unet_x.hada_w1_a": torch.ones(1)}, "holds LoHa"),
-        (lambda made: made | {"lora_unet_x.lokr_w1": torch.ones(1)}, "holds LoKr"),
-        (lambda made: made | {"lora_unet_x.on_input": torch.ones(1)}, "holds IA3"),
-        (lambda made: made | {"lora_unet_x.lora_mid.weight": torch.ones(1)}, "holds LoCon"),
-        (lambda made: made | {"lora_unet_x.diff_b": torch.ones(1)}, "1 of its 17 keys are not those of a LoRA.*diff_b"),
+        *(
+            (lambda tensors, key=key: tensors | {key: torch.ones(1)}, message)
+            for key, message in (
+                ("unet.x.dora_scale", r"holds DoRA \(unet.x.dora_scale\)"),
+                ("lora_unet_x.hada_w1_a", "holds LoHa"),
+                ("lora_unet_x.lokr_w1", "holds LoKr"),
+                ("lora_unet_x.on_input", "holds IA3"),
+                ("lora_unet_x.lora_mid.weight", "holds LoCon"),
+                ("lora_unet_x.diff_b", "1 of its 17 keys are not those of a LoRA.*diff_b"),
+            )
+        ),
         (
-            lambda made: {f"base_model.model.{k.removeprefix('unet.')}": v for k, v in made.items()},
+            lambda tensors: {f"base_model.model.{k.removeprefix('unet.')}": v for k, v in tensors.items()},
             "adapter_config.json is missing",
         ),
     ],
 )
-def test_a_file_that_does_not_fit_as_a_whole_is_refused(
+def test_bad_files(
     built: Callable[[str], Any], tmp_path: Path, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
 ) -> None:
     pipe = built("sdxl")
-    made, _ = peft_keys(pipe, ("attn1.to_q", "attn1.to_v"))
-    save_file({k: v.contiguous() for k, v in spoil(made).items()}, tmp_path / "a.safetensors")
+    tensors, _ = peft_keys(pipe, ("attn1.to_q", "attn1.to_v"))
     with pytest.raises(ValueError, match=message):
-        add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0)
+        load(pipe, {k: v.contiguous() for k, v in spoil(tensors).items()}, tmp_path)
     assert not changes(pipe)
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
-@pytest.mark.parametrize("spoil", [of_a_bigger_model, with_foreign_text_encoder])
-def test_a_partial_file_is_used_on_request_and_reported(
+@pytest.mark.parametrize("spoil", [deeper_model, third_text_encoder])
+def test_partial_file_on_request(
     built: Callable[[str], Any],
     tmp_path: Path,
     spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     pipe = built("sdxl")
-    made, wanted = peft_keys(pipe, ("attn1.to_q", "attn1.to_v"))
-    spoiled = spoil(made)
-    save_file(spoiled, tmp_path / "a.safetensors")
-    add_lora(pipe, str(tmp_path / "a.safetensors"), 1.0, partial=True)
-    assert same(changes(pipe), {name: delta for name, delta in wanted.items() if f"{name}.lora_A.weight" in spoiled})
+    tensors, expected = peft_keys(pipe, ("attn1.to_q", "attn1.to_v"))
+    spoiled = spoil(tensors)
+    load(pipe, spoiled, tmp_path, partial=True)
+    assert same(changes(pipe), {name: delta for name, delta in expected.items() if f"{name}.lora_A.weight" in spoiled})
     assert f"unet {len(changes(pipe))} of 8" in caplog.text
     with caplog.at_level(logging.INFO), pytest.raises(ValueError, match="changes no layer"):
-        foreign = {k.replace("unet.", "unet.x."): v for k, v in made.items()}
-        save_file(foreign, tmp_path / "b.safetensors")
-        add_lora(built("sdxl"), str(tmp_path / "b.safetensors"), 1.0, partial=True)
+        foreign = {k.replace("unet.", "unet.x."): v for k, v in tensors.items()}
+        load(built("sdxl"), foreign, tmp_path, partial=True)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +397,7 @@ def test_a_partial_file_is_used_on_request_and_reported(
         ({"something_new": {"on": 1}}, "something_new"),
     ],
 )
-def test_a_peft_folder_of_another_kind_is_refused_by_name(
+def test_other_peft_adapters(
     built: Callable[[str], Any], tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
     pipe = built("sd3")
@@ -401,7 +408,7 @@ def test_a_peft_folder_of_another_kind_is_refused_by_name(
         add_lora(pipe, str(tmp_path), 1.0)
 
 
-def test_a_folder_above_the_adapter_names_it(built: Callable[[str], Any], tmp_path: Path) -> None:
+def test_folder_above_the_adapter(built: Callable[[str], Any], tmp_path: Path) -> None:
     pipe = built("sd3")
     peft_folder(pipe, tmp_path / "lora", ("to_q",), lora_alpha=8)
     with pytest.raises(ValueError, match=f"did you mean {tmp_path / 'lora'}"):
@@ -409,7 +416,7 @@ def test_a_folder_above_the_adapter_names_it(built: Callable[[str], Any], tmp_pa
 
 
 @pytest.mark.parametrize("setting", ["lora_scale=0.5", "lora_partial=true"])
-def test_a_setting_of_a_lora_without_one_is_refused(setting: str) -> None:
+def test_lora_settings_without_lora(setting: str) -> None:
     with pytest.raises(ValueError, match="without lora changes nothing"):
         read_source(f"x,{setting}")
     assert read_source("x,lora=y.safetensors,lora_partial=true").lora_partial is True

@@ -1,4 +1,4 @@
-"""Sources of images: one interface, one noise per image, whoever makes it and in whatever batch."""
+"""Image sources: arguments, noise keyed by image, exports, pipelines and their errors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from cli_world import Gdmd, make_assets
+from cli_world import Gdmd
 
-from gdmd.cli.app import main
 from gdmd.config.image_source import read_source, read_sources
 from gdmd.rewards.preprocessing import from_pil
 from gdmd.sources.base import Source, SourceInfo, image_slots, record_settings
 from gdmd.sources.open import kind_of, open_source
+
+
+def brightness(images: torch.Tensor, prompts: object) -> torch.Tensor:
+    """A reward."""
+    return images.mean((1, 2, 3))
+
 
 DAMAGED = (
     '{"base": "x", "dtype": "fp32", "merged": false, "scheduler": "x", "arguments": {"num_inference_steps": 4}, '
@@ -28,8 +33,8 @@ DAMAGED = (
 
 def pixels(source: Source, texts: list[str], images: int = 2, batch: int = 100, seed: int = 5) -> torch.Tensor:
     slots = image_slots(texts, images)
-    made = [one for k in range(0, len(slots), batch) for one in source.generate(slots[k : k + batch], seed)]
-    return from_pil(made)
+    parts = (slots[k : k + batch] for k in range(0, len(slots), batch))
+    return from_pil([one for part in parts for one in source.generate(part, seed)])
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -37,15 +42,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a - b).abs() < 1.01 / 255).all())
 
 
-@pytest.fixture
-def gdmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gdmd:
-    return Gdmd(main, make_assets(tmp_path / "assets"), tmp_path, monkeypatch, capsys)
-
-
-# ---------------------------------------------------------------- what is a source
-
-
-def test_a_source_is_one_word_with_settings() -> None:
+def test_source_with_settings() -> None:
     source = read_source("lcm=models/sdxl,lora=a/b.safetensors,steps=4,guidance=0,scheduler=lcm,trained=hps+clip")
     assert (source.name, source.where, source.steps, source.guidance) == ("lcm", "models/sdxl", 4, 0.0)
     assert source.lora == "a/b.safetensors" and source.trained == ("hps", "clip")
@@ -67,13 +64,13 @@ def test_a_source_is_one_word_with_settings() -> None:
         ("x,lora=a,b.safetensors", "'b.safetensors' is not a key=value.*needs quotes"),
     ],
 )
-def test_a_wrong_word_is_one_clear_message(text: str, message: str) -> None:
+def test_bad_source_arguments(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_source(text)
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("runs/lr=1e-4", {"name": "lr=1e-4", "where": "runs/lr=1e-4"}),  # 1e-4 exists, too: the whole path wins
         ("runs/lr=1e-4/,checkpoint=best", {"name": "lr=1e-4", "where": "runs/lr=1e-4/", "checkpoint": "best"}),
@@ -89,26 +86,24 @@ def test_a_wrong_word_is_one_clear_message(text: str, message: str) -> None:
         ("it's", {"name": "it's", "where": "it's"}),
     ],
 )
-def test_an_existing_path_wins_over_names_and_settings_and_quotes_keep_commas(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, wanted: dict[str, Any]
+def test_paths_with_commas_and_equals_signs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: dict[str, Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("runs/lr=1e-4", "1e-4", "2e-4", "runs/a,b Ünï", "a,steps=4", "it's"):
         Path(folder).mkdir(parents=True)
     Path("p,q=r.safetensors").touch()
-    assert read_source(text).model_dump(exclude_unset=True) == wanted
+    assert read_source(text).model_dump(exclude_unset=True) == expected
 
 
-def test_sources_below_the_home_folder_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "runs/a,b").mkdir(parents=True)
     found = read_source("x=~/runs/a,b,lora=~/runs/a,b,steps=2")
     assert (found.name, found.where, found.lora) == ("x", f"{tmp_path}/runs/a,b", f"{tmp_path}/runs/a,b")
 
 
-def test_names_of_a_study_and_paths_of_scorers_follow_the_same_rule(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_study_names_and_scorer_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gdmd.evaluation.scorers import read_scorer
     from gdmd.study.folders import named_folders
 
@@ -124,23 +119,20 @@ def test_names_of_a_study_and_paths_of_scorers_follow_the_same_rule(
     assert spec.path == "clip,b=1" and read_scorer('clip,path="clip,b=1"') == spec
 
 
-def test_two_sources_of_one_name_are_refused() -> None:
+def test_two_sources_with_one_name() -> None:
     with pytest.raises(ValueError, match="two sources are called"):
         read_sources(["a/x", "b/x"])
 
 
-def test_settings_of_a_pipeline_are_refused_for_a_run(gdmd: Gdmd) -> None:
+def test_pipeline_settings_of_a_run(gdmd: Gdmd) -> None:
     (gdmd.folder / "run").mkdir()
     (gdmd.folder / "run" / "config.yaml").write_text("name: x")
     with pytest.raises(ValueError, match="is a run, for which steps cannot be set"):
         kind_of(read_source("run,steps=4"))
 
 
-# ---------------------------------------------------------------- Shapes
-
-
-def test_an_image_of_a_run_depends_on_prompt_and_number_alone(gdmd: Gdmd) -> None:
-    gdmd.train("--run", "run")
+def test_run_images_do_not_depend_on_the_batch(gdmd: Gdmd) -> None:
+    gdmd.trained()
     source = open_source(read_source("run"))
     texts = ["a red ring", "two squares", "a blue circle"]
     whole = pixels(source, texts, images=2)
@@ -151,37 +143,35 @@ def test_an_image_of_a_run_depends_on_prompt_and_number_alone(gdmd: Gdmd) -> Non
     assert source.info.trained and source.info.nfe == 4 and source.info.step == 2
 
 
-def test_the_teacher_is_a_source_and_knows_its_language(gdmd: Gdmd) -> None:
+def test_teacher_source(gdmd: Gdmd) -> None:
     source = open_source(read_source("teacher-4-plain"))
     assert source.info.trained == () and source.info.nfe == 4
     with pytest.raises(ValueError, match="unknown word 'dog'"):
         source.check(["a dog"])
 
 
-def test_images_that_exist_are_found_by_their_prompt(gdmd: Gdmd) -> None:
+def test_folder_source(gdmd: Gdmd) -> None:
     from PIL import Image
 
-    folder = gdmd.folder / "made"
+    folder = gdmd.folder / "images"
     folder.mkdir()
     (folder / "prompts.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}\n{"prompt": "a cat"}\n')
     for number, shade in enumerate((10, 20, 30)):
         Image.new("RGB", (4, 4), (shade, 0, 0)).save(folder / f"{number:05d}_0.png")
-    source = open_source(read_source("made"))
-    made = source.generate(image_slots(["a dog", "a cat", "a cat"], 1), seed=0)
-    assert [image.getpixel((0, 0))[0] for image in made] == [20, 10, 30]  # type: ignore[index]
+    source = open_source(read_source("images"))
+    images = source.generate(image_slots(["a dog", "a cat", "a cat"], 1), seed=0)
+    assert [image.getpixel((0, 0))[0] for image in images] == [20, 10, 30]  # type: ignore[index]
     with pytest.raises(ValueError, match="no images of the prompt 'a bird'"):
         source.check(["a bird"])
     with pytest.raises(ValueError, match="but image 2 is needed; add images, or ask for at most 1 with -n"):
         source.generate(image_slots(["a dog"], 2), seed=0)
 
 
-# ---------------------------------------------------------------- diffusers
-
 CAPTIONS = ["a photo of two red apples", "a blue ring"]
 
 
 @pytest.mark.parametrize("layout", ["official", "flat"])
-def test_images_of_a_prompt_are_counted_by_number_without_hidden_files(tmp_path: Path, layout: str) -> None:
+def test_image_order_in_a_folder(tmp_path: Path, layout: str) -> None:
     from gdmd.sources.folders import read_images
 
     names = ["2", "10", "1", "._1"]
@@ -211,7 +201,7 @@ def pipeline(folders: Path, name: str) -> Path:
 
 
 def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[Any, Path]:
-    """A student that left its teacher: its lab, and its export without a training run."""
+    """A changed student: its components, and its export without a training run."""
     import tiny_pipelines as tiny
 
     from gdmd.config.run import RunConfig
@@ -240,7 +230,7 @@ def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[An
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"])
-def test_an_export_makes_the_images_of_its_run(folders: Path, tmp_path: Path, name: str) -> None:
+def test_export_round_trip(folders: Path, tmp_path: Path, name: str) -> None:
     from gdmd.recipes.open_run import student_row
     from gdmd.sources.runs import RunSource
 
@@ -248,14 +238,14 @@ def test_an_export_makes_the_images_of_its_run(folders: Path, tmp_path: Path, na
     (cfg, components), folder = exported(folders, name, tmp_path / "export")
     run = RunSource(SourceInfo(name, "run", "run"), components, student_row(cfg, components))
     source = open_source(read_source(str(folder)))
-    wanted = pixels(run, CAPTIONS)
-    assert close(pixels(source, CAPTIONS), wanted)
-    assert close(pixels(source, CAPTIONS, batch=1), wanted) and not torch.equal(wanted[0], wanted[1])
+    expected = pixels(run, CAPTIONS)
+    assert close(pixels(source, CAPTIONS), expected)
+    assert close(pixels(source, CAPTIONS, batch=1), expected) and not torch.equal(expected[0], expected[1])
     assert (source.info.kind, source.info.step, source.info.nfe) == ("export", 7, 4)
     assert source.info.trained == ("builtins:len",)
 
 
-def test_a_student_without_t5_is_exported_and_described_without_it(folders: Path, tmp_path: Path) -> None:
+def test_export_without_t5(folders: Path, tmp_path: Path) -> None:
     from gdmd.export.card import model_card
     from gdmd.recipes.open_run import student_row
     from gdmd.sources.runs import RunSource
@@ -269,7 +259,7 @@ def test_a_student_without_t5_is_exported_and_described_without_it(folders: Path
     assert "dtype=torch.bfloat16, text_encoder_3=None, tokenizer_3=None)" in card
 
 
-def test_a_pipeline_takes_a_lora_a_scheduler_and_a_guidance(folders: Path, tmp_path: Path) -> None:
+def test_pipeline_with_lora_scheduler_and_guidance(folders: Path, tmp_path: Path) -> None:
     slot = pipeline(folders, "sdxl")
     _, folder = exported(folders, "sdxl", tmp_path / "export")
     plain = f"{slot},dtype=fp32,steps=4,guidance=0,height=32,width=32"
@@ -286,7 +276,7 @@ def test_a_pipeline_takes_a_lora_a_scheduler_and_a_guidance(folders: Path, tmp_p
     assert (pixels(half, texts, 2) - alone).abs().mean() < 0.1 * (pixels(with_lora, texts, 2) - alone).abs().mean()
 
 
-def test_timesteps_noise_and_shift_are_those_that_were_asked_for(folders: Path) -> None:
+def test_timesteps_eta_and_shift(folders: Path) -> None:
     unet, flow = pipeline(folders, "sdxl"), pipeline(folders, "sd3")
     small = "dtype=fp32,guidance=1,height=32,width=32"
     texts, seen = CAPTIONS[:1], []
@@ -316,7 +306,7 @@ def test_timesteps_noise_and_shift_are_those_that_were_asked_for(folders: Path) 
         assert len(even) == 4 and shifted[1:3] == pytest.approx([6 * t / (1 + 5 * t) for t in even[1:3]], abs=0.02)
 
 
-def test_a_local_pipeline_never_touches_the_network(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_pipeline_needs_no_network(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slot = pipeline(folders, "sd3")
 
     def refuse(*_: object, **__: object) -> None:
@@ -335,29 +325,27 @@ def test_a_local_pipeline_never_touches_the_network(folders: Path, monkeypatch: 
         (",lora=a/b/weights.bin", "only .safetensors files"),
         (",lora=tests/nowhere.safetensors", "no such file or folder"),
         (",base=x", "base cannot be set"),
-        (",shift=3", "shift = 3.0 is of flow models, and DDIMScheduler has none"),
+        (",shift=3", "shift = 3.0 is for flow models, and DDIMScheduler has none"),
         (",scheduler=flow_dpm", "flow_dpm works in StableDiffusion3Pipeline and SanaPipeline"),
         (",timesteps=999+499,steps=4", "steps = 4, but timesteps has 2"),
         (",eta=0.3,scheduler=lcm", "eta is set, but a LCMScheduler does not read it"),
     ],
 )
-def test_mistakes_with_a_pipeline_are_named(
-    folders: Path, settings: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_pipeline_settings(folders: Path, settings: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     slot = pipeline(folders, "sdxl")
     monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(ValueError, match=message):
         open_source(read_source(f"{slot}{settings}"))
 
 
-def test_a_truncated_lora_is_named(folders: Path, tmp_path: Path) -> None:
+def test_truncated_lora(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(bytes(20))
     with pytest.raises(ValueError, match="cut.safetensors. cannot be read"):
         open_source(read_source(f"{pipeline(folders, 'sdxl')},lora={tmp_path / 'cut.safetensors'}"))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"base": "x"}', '{"arguments": 3}', DAMAGED])
-def test_a_damaged_description_of_an_export_is_named(tmp_path: Path, content: str) -> None:
+def test_damaged_export_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "gdmd_export.json").write_text(content)
     with pytest.raises(ValueError, match="gdmd_export.json (cannot be read|lacks|is damaged)"):
         open_source(read_source(str(tmp_path)))
@@ -367,19 +355,19 @@ def test_a_damaged_description_of_an_export_is_named(tmp_path: Path, content: st
     ("wrong", "meant"),
     [("teachr", "teacher"), ("teacher-4plain", "teacher-4-plain"), ("runs/sdxl-sed0", "runs/sdxl-seed0")],
 )
-def test_a_misspelled_source_gets_a_suggestion(gdmd: Gdmd, wrong: str, meant: str) -> None:
+def test_misspelled_source(gdmd: Gdmd, wrong: str, meant: str) -> None:
     Path("runs/sdxl-seed0").mkdir(parents=True)
     for command in (["sample", wrong, "-p", "a ring"], ["eval", wrong], ["eval", "preference", wrong, "-o", "x"]):
         ended = gdmd(*command)
         assert ended.code == 2 and f"does not exist. Did you mean {meant}?" in ended.err, command
 
 
-def test_a_place_that_holds_nothing_is_named() -> None:
+def test_missing_source() -> None:
     with pytest.raises(ValueError, match="./nowhere is not a run folder.*does not exist"):
         kind_of(read_source("./nowhere"))
 
 
-def test_images_that_are_not_finite_are_an_error(folders: Path) -> None:
+def test_nonfinite_images(folders: Path) -> None:
     source: Any = open_source(read_source(f"{pipeline(folders, 'sd3')},dtype=fp32,steps=1,height=32,width=32"))
     with torch.no_grad():
         next(iter(source.pipe.transformer.parameters())).fill_(float("nan"))
@@ -395,9 +383,7 @@ def scaled(file: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", ["base", "lora"])
-def test_an_export_on_another_base_or_with_another_lora_is_another_source(
-    folders: Path, tmp_path: Path, changed: str
-) -> None:
+def test_export_identity(folders: Path, tmp_path: Path, changed: str) -> None:
     base = Path(shutil.copytree(pipeline(folders, "sd3"), tmp_path / "base"))
     _, folder = exported(folders, "sd3", tmp_path / "export")
 
@@ -425,7 +411,7 @@ def test_an_export_on_another_base_or_with_another_lora_is_another_source(
         ({"guidance": None, "timesteps": []}, {}, []),
     ],
 )
-def test_a_folder_of_drawn_images_knows_every_setting(
+def test_image_folder_records_settings(
     tmp_path: Path, before: dict[str, Any], now: dict[str, Any], keys: list[str]
 ) -> None:
     record_settings(tmp_path, SourceInfo("x", "pipeline", "x", identity=before), 0, tmp_path)
@@ -455,7 +441,7 @@ def drawing(draw: Callable[[torch.Tensor], torch.Tensor]) -> Source:
     return PipelineSource(SourceInfo("x", "pipeline", "x"), Drawing(draw), {})
 
 
-def test_randn_like_is_keyed_by_image_too() -> None:
+def test_randn_like_is_keyed_by_image() -> None:
     source, same = drawing(torch.randn_like), drawing(lambda like: torch.randn(like.shape))
     together = pixels(source, CAPTIONS)
     assert torch.equal(pixels(source, CAPTIONS, batch=1), together) and torch.equal(pixels(same, CAPTIONS), together)
@@ -473,17 +459,12 @@ def test_randn_like_is_keyed_by_image_too() -> None:
         lambda like: torch.randn(like.shape, generator=torch.Generator()),
     ],
 )
-def test_noise_that_cannot_be_keyed_by_image_is_an_error(draw: Any) -> None:
+def test_unkeyed_noise(draw: Any) -> None:
     with pytest.raises(ValueError, match="cannot be keyed by image"):
         pixels(drawing(draw), CAPTIONS)
 
 
-# ---------------------------------------------------------------- a run, its evaluation and its export
-
-
-def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
-    folders: Path, gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_real_run_end_to_end(folders: Path, gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
     import tiny_pipelines as tiny
     import yaml
 
@@ -515,14 +496,14 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
         assert mixed.code == 2 and "no prompts or scorers suit both" in mixed.err
     assert gdmd("export", "run", "-o", "before").code == 0
     assert "Not evaluated" in Path("before/README.md").read_text()
-    words = ("--prompts", "prompts.txt", "-n", "2", "--scorer", "test_model_evaluation:brightness")
-    done = gdmd("eval", "preference", "run", *words)
-    assert done.code == 0 and "test_model_evaluation" in done.out, done.err
+    arguments = ("--prompts", "prompts.txt", "-n", "2", "--scorer", "test_sources:brightness")
+    done = gdmd("eval", "preference", "run", *arguments)
+    assert done.code == 0 and "test_sources" in done.out, done.err
     Path("run/evaluation.json").write_text("{}")  # as an earlier version left it
     assert gdmd("report", "run").code == 0
     page = Path("run/report.html").read_text()
     for seen in (
-        "test_model_evaluation:brightness",
+        "test_sources:brightness",
         "2 prompts of prompts.txt, 2 images per prompt, seed 777; step 2.",
         "Losses",
     ):
@@ -530,7 +511,7 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
     assert "ShapesEval" not in page and page.count("data:image/png") == 2 + len(CAPTIONS)
     assert gdmd("export", "run").code == 0
     card = Path("run/export/README.md").read_text()
-    assert "| test_model_evaluation:brightness |" in card and "| unseen |" in card
+    assert "| test_sources:brightness |" in card and "| unseen |" in card
     assert "2 prompts of prompts.txt, 2 images each" in card and "license: other" in card
     measured = Path("run/preference/preference.json")
     measured.write_text(json.dumps(json.loads(measured.read_text()) | {"weights": "of a run before"}))
@@ -547,7 +528,7 @@ def test_a_real_run_is_evaluated_exported_with_its_metrics_and_sampled(
     assert json.loads(Path("older/gdmd_export.json").read_text())["step"] == 1
 
 
-def test_a_reward_is_known_as_trained_in_a_composite_and_on_a_server() -> None:
+def test_trained_rewards_in_composites_and_servers() -> None:
     from gdmd.config.describe import trained_rewards
     from gdmd.config.run import RunConfig
 
@@ -560,15 +541,15 @@ def test_a_reward_is_known_as_trained_in_a_composite_and_on_a_server() -> None:
     assert trained_rewards(plain) == ()
 
 
-def test_images_of_several_sizes_are_drawn_in_one_grid_with_their_shapes(gdmd: Gdmd) -> None:
+def test_grid_of_several_sizes(gdmd: Gdmd) -> None:
     from PIL import Image
 
     Path("images").mkdir()
     for k, size in enumerate([(80, 48), (30, 60)]):
         Image.new("RGB", size, (250, 0, 0)).save(f"images/00000_{k}.png")
     Path("images/prompts.jsonl").write_text('{"prompt": "a cat"}')
-    words = ("sample", "images", "-p", "a cat", "-n")
-    few = gdmd(*words, "5")
+    arguments = ("sample", "images", "-p", "a cat", "-n")
+    few = gdmd(*arguments, "5")
     assert few.code == 2 and "has 2 images of 'a cat'" in few.err and "ask for at most 2 with -n" in few.err
 
     def boxes(name: str) -> list[tuple[int, int]]:
@@ -578,6 +559,6 @@ def test_images_of_several_sizes_are_drawn_in_one_grid_with_their_shapes(gdmd: G
         edges = (columns.diff().nonzero().flatten() + 1).tolist()
         return [(b - a, int(red[:, a:b].any(1).sum())) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
-    assert gdmd(*words, "2", "-o", "plain.png").code == 0 and boxes("plain.png") == [(80, 48), (30, 60)]
-    assert gdmd(*words, "2", "-o", "twice.png", "--scale", "2").code == 0
+    assert gdmd(*arguments, "2", "-o", "plain.png").code == 0 and boxes("plain.png") == [(80, 48), (30, 60)]
+    assert gdmd(*arguments, "2", "-o", "twice.png", "--scale", "2").code == 0
     assert boxes("twice.png") == [(160, 96), (60, 120)]

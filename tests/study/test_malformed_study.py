@@ -1,4 +1,4 @@
-"""Requests, plans and image folders of the preference study: whatever comes in, an answer below 500 and whole files."""
+"""Malformed requests, plans and image folders: a clear error, status below 500, and no partial files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image
 
 from gdmd.config.study import StudyConfig
 from gdmd.io import RunError
+from gdmd.sources.folders import read_images
 from gdmd.study.analyze import analyze
-from gdmd.study.folders import read_folder
 from gdmd.study.prepare import prepare
 from gdmd.study.records import Plan, Prompt, Rater, Trial, read_plan, token_hash, vote_of
 from gdmd.study.report import html_text
 
-ORGANIZER, TOKEN, OTHER = "organizer-0123456789-token", "rater-0123456789-abcdef", "rater-9876543210-fedcba"
+ADMIN, TOKEN, OTHER = "admin-0123456789-token", "rater-0123456789-abcdef", "rater-9876543210-fedcba"
 NASTY = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 
 
@@ -54,16 +54,16 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("study")
     (folder / "images").mkdir()
     (folder / "plan.json").write_text(small_plan().model_dump_json())
-    with TestClient(create_app(folder, ORGANIZER)) as client:
+    with TestClient(create_app(folder, ADMIN)) as client:
         client.post("/api/consent", headers={"authorization": f"Bearer {TOKEN}"})
         yield client
 
 
 def votes(client: Any) -> str:
-    return client.get("/api/votes.csv", headers={"authorization": f"Bearer {ORGANIZER}"}).text
+    return client.get("/api/votes.csv", headers={"authorization": f"Bearer {ADMIN}"}).text
 
 
-BALLOT = b'{"trial": "00", "answers": {"overall": "left"}, "elapsed_ms": 5}'
+VOTE = b'{"trial": "00", "answers": {"overall": "left"}, "elapsed_ms": 5}'
 BITS = st.sampled_from(
     [b'"\\ud800": 1, ', b"\xff", b"[" * 3000, b"9" * 5000, b"1e999", b"NaN", b"null", b"\0", b'"x": ', b"{", b"}", b"-1"]
 ) | st.binary(max_size=4)  # fmt: skip
@@ -73,14 +73,12 @@ TOKENS = st.sampled_from([b"Bearer " + TOKEN.encode(), b"Bearer " + OTHER.encode
 
 @CASES
 @given(
-    body=mutated([BALLOT], BITS) | st.binary() | st.just(b"x" * 9000),
+    body=mutated([VOTE], BITS) | st.binary() | st.just(b"x" * 9000),
     path=st.sampled_from(PATHS) | st.text("az./%0?#\\~", max_size=12).map(lambda text: f"/api/{text}"),
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"]),
     token=TOKENS | st.binary(max_size=8).filter(lambda value: b"\n" not in value and b"\r" not in value),
 )
-def test_any_request_is_answered_and_stores_a_whole_vote_or_none(
-    body: bytes, path: str, method: str, token: bytes, client: Any
-) -> None:
+def test_any_request(body: bytes, path: str, method: str, token: bytes, client: Any) -> None:
     before = votes(client)
     answer = client.request(method, path, content=body, headers={"authorization": token}, follow_redirects=False)
     assert answer.status_code < 500
@@ -88,32 +86,32 @@ def test_any_request_is_answered_and_stores_a_whole_vote_or_none(
         assert votes(client) == before
     if answer.status_code >= 400 and method != "HEAD":
         assert answer.json()["detail"]
-        assert TOKEN not in answer.text and ORGANIZER not in answer.text
+        assert TOKEN not in answer.text and ADMIN not in answer.text
 
 
 @CASES
-@given(body=mutated([BALLOT], BITS) | st.binary())
-def test_a_malformed_vote_of_a_rater_is_told_so_without_an_echo(body: bytes, client: Any) -> None:
+@given(body=mutated([VOTE], BITS) | st.binary())
+def test_malformed_vote(body: bytes, client: Any) -> None:
     headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
     answer = client.post("/api/vote", content=body, headers=headers)
     assert answer.status_code < 500 and ("detail" in answer.json()) == (answer.status_code != 200)
 
 
-def test_names_of_unknown_fields_are_not_echoed(client: Any) -> None:
+def test_unknown_fields_are_not_echoed(client: Any) -> None:
     for name in (r"\ud800", NASTY.replace('"', "'")):
-        body = BALLOT.replace(b"{", b'{"' + name.encode() + b'": 1, ', 1)
+        body = VOTE.replace(b"{", b'{"' + name.encode() + b'": 1, ', 1)
         answer = client.post("/api/vote", content=body, headers={"authorization": f"Bearer {TOKEN}"})
         assert answer.status_code == 422 and "<" not in answer.text and "ud800" not in answer.text
 
 
-def test_an_image_that_is_gone_from_the_disk_is_no_crash(client: Any) -> None:
+def test_missing_image(client: Any) -> None:
     answer = client.get("/api/image/l0", headers={"authorization": f"Bearer {TOKEN}"})
     assert answer.status_code == 410
 
 
 @CASES
 @given(mutated([small_plan().model_dump_json(indent=1).encode()], BITS))
-def test_a_damaged_plan_is_refused_or_read(content: bytes) -> None:
+def test_damaged_plan(content: bytes) -> None:
     path = Path(_FOLDER[-1])
     (path / "plan.json").write_bytes(content)
     refusal(lambda: read_plan(path))
@@ -122,7 +120,7 @@ def test_a_damaged_plan_is_refused_or_read(content: bytes) -> None:
 @pytest.mark.parametrize(
     "change", [{"prompt": 7}, {"prompt": -1}, {"left": "../../etc/passwd"}, {"right": ""}, {"left_model": "nobody"}]
 )
-def test_a_plan_that_names_what_it_does_not_have_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+def test_plan_with_unknown_names(change: dict[str, Any], tmp_path: Path) -> None:
     plan = small_plan().model_dump(mode="json")
     plan["raters"][0]["trials"][0] |= change
     (tmp_path / "plan.json").write_text(json.dumps(plan))
@@ -139,28 +137,28 @@ LINE = b'{"prompt": "a ring", "task": "one", "files": ["00000.png"]}\n'
         [LINE], BITS | st.sampled_from([b'"files": 5', b'"../../x.png"', b'"a\\u0000b"', b'"' + b"x" * 5000 + b'"'])
     )
 )
-def test_a_damaged_prompt_list_is_refused_or_read(content: bytes) -> None:
+def test_damaged_prompt_list(content: bytes) -> None:
     folder = Path(_FOLDER[-1])
     (folder / "prompts.jsonl").write_bytes(content)
     Image.new("RGB", (8, 8)).save(folder / "00000.png")
-    refusal(lambda: read_folder(folder))
+    refusal(lambda: read_images(folder))
 
 
 @pytest.mark.parametrize(
     "files", ["5", '"a.png"', '["../secret.png"]', '["/etc/passwd"]', '["' + "x" * 5000 + '"]', r'["a\u0000b"]']
 )
-def test_a_prompt_list_reaches_no_file_outside_its_folder(files: str, tmp_path: Path) -> None:
+def test_prompt_list_stays_in_its_folder(files: str, tmp_path: Path) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     (inside / "prompts.jsonl").write_text(f'{{"prompt": "a", "files": {files}}}')
-    with pytest.raises(RunError, match="there is no file|no list of names"):
-        read_folder(inside)
+    with pytest.raises(RunError, match="there is no file|not a list of names"):
+        read_images(inside)
 
 
 @CASES
 @given(st.integers(0, 400), st.integers(0, 255))
-def test_an_unreadable_image_leaves_no_half_written_study(place: int, value: int) -> None:
+def test_unreadable_image_writes_no_study(place: int, value: int) -> None:
     folder = Path(_FOLDER[-1]) / "images"
     for model in ("a", "b"):
         (folder / model).mkdir(parents=True, exist_ok=True)
@@ -178,7 +176,7 @@ def test_an_unreadable_image_leaves_no_half_written_study(place: int, value: int
     assert not list(folder.glob(".*"))
 
 
-def test_a_study_report_escapes_title_models_and_tasks() -> None:
+def test_report_escapes_html() -> None:
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")
     plan = small_plan(NASTY, (NASTY, "<b>b</b>"), NASTY)
@@ -191,7 +189,7 @@ def test_a_study_report_escapes_title_models_and_tasks() -> None:
     assert "<script" not in page and "<img" not in page and "<b>" not in page and "&lt;script" in page
 
 
-def test_the_study_page_puts_text_in_as_text_only() -> None:
+def test_page_inserts_text_only() -> None:
     page = (Path(__file__).parents[2] / "gdmd" / "study" / "page.html").read_text()
     for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
         assert way not in page

@@ -20,7 +20,7 @@ from gdmd.runs.run_folder import create
 from gdmd.shapes.grammar import TASKS as SHAPES_TASKS
 from gdmd.study.analyze import analyze
 from gdmd.study.records import IMAGES, VOTES, Plan, Trial, Vote, read_plan, vote_of
-from gdmd.study.simulate import Taste, recovery, simulated_votes, synthetic_plan
+from gdmd.study.simulate import RaterModel, recovery, simulated_votes, synthetic_plan
 from gdmd.study.store import Store
 
 CFG = StudyConfig(raters=8, pairs_per_rater=24, votes_per_pair=4, repeats=4, checks=2, questions=("overall",))
@@ -43,9 +43,9 @@ def prefers(model: str) -> Any:
 
 def test_unanimous_raters() -> None:
     found = analyze(PLAN, votes_by(PLAN, prefers("ours")), replicates=200)
-    (duel,) = found.pairs
-    assert (duel.wins, duel.ties, duel.losses) == (8 * 24, 0, 0), "repeats and checks are no votes"
-    assert duel.win_rate == duel.score == 1 and duel.p < 1e-50
+    (pair,) = found.pairs
+    assert (pair.wins, pair.ties, pair.losses) == (8 * 24, 0, 0), "repeats and checks are no votes"
+    assert pair.win_rate == pair.score == 1 and pair.p < 1e-50
     assert "no bound" in found.bradley_terry[0].why_not
     assert found.agreement[0].pairwise == 1 and found.agreement[0].self_same == found.agreement[0].self_count == 32
     assert found.bias[0].share == pytest.approx(0.5)
@@ -60,12 +60,12 @@ def test_always_left_is_bias_not_preference() -> None:
 
 
 def test_raters_who_fail_a_check_are_left_out() -> None:
-    def taste(rater: int, trial: Trial) -> str:
+    def answer(rater: int, trial: Trial) -> str:
         if rater == 3:
             return "tie"
         return str(prefers("ours")(rater, trial))
 
-    votes = votes_by(PLAN, taste)
+    votes = votes_by(PLAN, answer)
     found = analyze(PLAN, votes, replicates=200)
     assert [row.rater for row in found.raters if not row.used] == [3]
     assert found.pairs[0].ties == 0 and found.pairs[0].raters == 7
@@ -77,7 +77,7 @@ def test_raters_who_fail_a_check_are_left_out() -> None:
 
 
 def test_clustered_interval_covers_a_known_win_rate() -> None:
-    found = recovery(PLAN, Taste(win_rate=0.65, prompt_spread=0.6, rater_spread=0.6), studies=40, replicates=200)
+    found = recovery(PLAN, RaterModel(win_rate=0.65, prompt_spread=0.6, rater_spread=0.6), studies=40, replicates=200)
     assert found.mean_win_rate == pytest.approx(found.truth, abs=0.025)
     assert found.truth < 0.65, "the spread draws the average to one half"
     assert found.clustered_covered >= 0.88
@@ -85,21 +85,21 @@ def test_clustered_interval_covers_a_known_win_rate() -> None:
 
 
 def test_equal_models_are_rarely_different() -> None:
-    found = recovery(PLAN, Taste(win_rate=0.5, tie_rate=0.3), studies=40, replicates=200)
+    found = recovery(PLAN, RaterModel(win_rate=0.5, tie_rate=0.3), studies=40, replicates=200)
     assert found.found <= 0.05 and 0.88 <= found.wilson_covered
     assert found.mean_win_rate == pytest.approx(0.5, abs=0.02)
 
 
 def test_bradley_terry_scores_of_three_models() -> None:
     plan = synthetic_plan(CFG.model_copy(update={"pairs_per_rater": 30}), ("ours", "b", "c"), 60)
-    found = analyze(plan, simulated_votes(plan, Taste(win_rate=0.8), 1), replicates=400)
+    found = analyze(plan, simulated_votes(plan, RaterModel(win_rate=0.8), 1), replicates=400)
     scores = found.bradley_terry[0].scores
     assert max(scores, key=scores.__getitem__) == "ours"
     assert scores["ours"] - (scores["b"] + scores["c"]) / 2 == pytest.approx(1.39 * 0.83, abs=0.5)
     low, high = found.bradley_terry[0].intervals["ours"]
     assert low < scores["ours"] < high
-    assert all(duel.p_holm >= duel.p for duel in found.pairs)
-    assert [(duel.first, duel.second) for duel in found.pairs] == [("ours", "b"), ("ours", "c"), ("b", "c")]
+    assert all(pair.p_holm >= pair.p for pair in found.pairs)
+    assert [(pair.first, pair.second) for pair in found.pairs] == [("ours", "b"), ("ours", "c"), ("b", "c")]
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_analyze_writes_report_figure_and_exports(voted: tuple[Path, Plan], caps
     assert run("study", "analyze", str(study), "--json", "--replicates", "200") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["pairs"][0]["wins"] == 20 and found["pairs"][0]["ties"] == 4
-    assert {duel["task"] for duel in found["by_task"]} == {"counting", "position"}
+    assert {pair["task"] for pair in found["by_task"]} == {"counting", "position"}
     folder = study / "report"
     page = (folder / "report.html").read_text()
     assert "Overall: raters prefer" in page and MODELS[0] in page and "://" not in page
@@ -174,8 +174,8 @@ def test_plan_draws_shapes_models_from_the_same_noise(tmp_path: Path, capsys: py
     cfg = RunConfig(name="x", loop=LoopConfig(), model=DiffusersModel(path="a/b"), rewards=(ClipConfig(),))
     create(tmp_path / "real", cfg.model_dump(mode="json"), ["gdmd"])
     assert run("study", "plan", f"real={tmp_path / 'real'}", "teacher-4", "-o", str(tmp_path / "two"), *sizes) == 2
-    real, said = tmp_path / "real", capsys.readouterr().err
-    assert f"gdmd eval preference {real} --prompts FILE, and give real={real}/preference/images" in said
+    real, printed = tmp_path / "real", capsys.readouterr().err
+    assert f"gdmd eval preference {real} --prompts FILE, and give real={real}/preference/images" in printed
     assert not (tmp_path / "two").exists()
 
 

@@ -1,4 +1,4 @@
-"""A rater's whole study in a real browser: consent, keyboard, zoom, resume, touch on a phone, a server that dies."""
+"""A rater's study in a real browser: consent, keyboard, zoom, resume, phone, lost server."""
 
 from __future__ import annotations
 
@@ -43,16 +43,14 @@ def at(number: int, total: int) -> str:
 
 
 def begin(browser: Browser, server: Server, token: str) -> None:
-    """Open a rater's link and agree where the page still asks: the tests of this file may run in any order."""
+    """Open a rater's link and agree if the page asks for it."""
     browser.open(f"{server.url}/#token={token}")
     browser.until("return !document.querySelector('#consent').hidden || !document.querySelector('#screen').hidden")
     if not browser.run("return document.querySelector('#consent').hidden"):
         browser.click("#agree")
 
 
-def test_a_rater_answers_with_the_keyboard_stops_comes_back_and_finishes(
-    world: tuple[Path, Plan, list[str], Server], browser: Browser
-) -> None:
+def test_keyboard_and_resume(world: tuple[Path, Plan, list[str], Server], browser: Browser) -> None:
     study, plan, tokens, server = world
     total = len(plan.raters[0].trials)
     browser.open(f"{server.url}/#token={tokens[0]}")
@@ -85,9 +83,7 @@ def test_a_rater_answers_with_the_keyboard_stops_comes_back_and_finishes(
     assert all(vote.elapsed_ms > 0 for vote in votes)
 
 
-def test_zoom_shows_one_image_and_the_other_in_its_place(
-    world: tuple[Path, Plan, list[str], Server], browser: Browser
-) -> None:
+def test_zoom(world: tuple[Path, Plan, list[str], Server], browser: Browser) -> None:
     _, plan, tokens, server = world
     begin(browser, server, tokens[1])
     browser.until(at(1, len(plan.raters[1].trials)))
@@ -100,9 +96,7 @@ def test_zoom_shows_one_image_and_the_other_in_its_place(
     browser.until("return document.querySelector('#zoom').hidden")
 
 
-def test_the_page_loads_later_images_ahead_and_holds_no_name_and_the_console_is_quiet(
-    world: tuple[Path, Plan, list[str], Server], browser: Browser
-) -> None:
+def test_preloading_and_blinding(world: tuple[Path, Plan, list[str], Server], browser: Browser) -> None:
     _, plan, tokens, server = world
     browser.errors()
     begin(browser, server, tokens[1])
@@ -116,9 +110,7 @@ def test_the_page_loads_later_images_ahead_and_holds_no_name_and_the_console_is_
     assert browser.errors() == []
 
 
-def test_a_wrong_link_and_an_incomplete_link_are_told_apart(
-    world: tuple[Path, Plan, list[str], Server], browser: Browser
-) -> None:
+def test_bad_links(world: tuple[Path, Plan, list[str], Server], browser: Browser) -> None:
     server = world[3]
     browser.open(f"{server.url}/#token=nobody")
     browser.until("return document.querySelector('#message p').textContent.includes('not valid')")
@@ -126,9 +118,7 @@ def test_a_wrong_link_and_an_incomplete_link_are_told_apart(
     browser.until("return document.querySelector('#message h1').textContent.includes('incomplete')")
 
 
-def test_a_rater_answers_by_touch_on_a_phone_and_nothing_is_wider_than_the_screen(
-    world: tuple[Path, Plan, list[str], Server], tmp_path: Path
-) -> None:
+def test_phone(world: tuple[Path, Plan, list[str], Server], tmp_path: Path) -> None:
     study, plan, tokens, server = world
     total = len(plan.raters[2].trials)
     phone = Browser(tmp_path / "phone", mobile=True)
@@ -150,7 +140,7 @@ def test_a_rater_answers_by_touch_on_a_phone_and_nothing_is_wider_than_the_scree
     store.close()
 
 
-def test_an_answer_is_sent_again_until_the_server_is_back(tmp_path: Path, browser: Browser) -> None:
+def test_answer_is_resent(tmp_path: Path, browser: Browser) -> None:
     study, plan, tokens = write_study(tmp_path, questions=("overall",))
     server = Server(study)
     port = server.url.rpartition(":")[2]

@@ -1,4 +1,4 @@
-"""kill -9 in the middle of voting: whatever was acknowledged is on disk, and nothing is there by half."""
+"""kill -9 during voting: every acknowledged answer is on disk, and no screen is stored partially."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gdmd.study.store import Store
 
 
 def rate(url: str, plan: Plan, rater: int, token: str, acknowledged: list[str]) -> None:
-    """Vote on screen after screen until the server is gone; note what it acknowledged."""
+    """Vote on screen after screen until the server is gone; record what it acknowledged."""
     with httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, trust_env=False) as client:
         try:
             client.post("/api/consent")
             for trial in plan.raters[rater].trials:
                 answers = dict.fromkeys(plan.questions, "left")
-                ballot = {"trial": trial.id, "answers": answers, "elapsed_ms": 900}
-                if client.post("/api/vote", json=ballot).status_code == 200:
+                request = {"trial": trial.id, "answers": answers, "elapsed_ms": 900}
+                if client.post("/api/vote", json=request).status_code == 200:
                     acknowledged.append(trial.id)
         except httpx.TransportError:
             return
@@ -42,7 +42,7 @@ def stored(study: Path) -> dict[str, set[str]]:
     return asked
 
 
-def test_kill_minus_nine_loses_no_acknowledged_vote_and_leaves_no_half_screen(tmp_path: Path) -> None:
+def test_kill_loses_no_acknowledged_vote(tmp_path: Path) -> None:
     study, plan, tokens = write_study(tmp_path, prompts=40, raters=3, pairs_per_rater=30)
     server = Server(study)
     acknowledged: list[str] = []

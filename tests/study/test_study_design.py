@@ -1,4 +1,4 @@
-"""The blind plan: balance, sides, repeats, checks; and what is read from image folders."""
+"""The blind plan (balance, sides, repeats, checks) and the image folders."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from gdmd.config.study import StudyConfig
+from gdmd.sources.folders import read_images
 from gdmd.study.design import draw_plan
-from gdmd.study.folders import common_rows, named_folders, read_folder
+from gdmd.study.folders import common_rows, named_folders
 from gdmd.study.records import Plan, Prompt
 
 MODELS = ("ours", "dmd2", "sdxl")
@@ -24,7 +25,7 @@ def pairs_of(plan: Plan, rater: int) -> list[tuple[str, str, str]]:
     return [(t.pair, t.left_model, t.right_model) for t in plan.raters[rater].trials if t.kind == "pair"]
 
 
-def test_the_seed_fixes_pairs_sides_and_order_but_never_what_a_rater_sees() -> None:
+def test_seed_fixes_the_plan_but_not_the_ids() -> None:
     one, two, other = (draw_plan(CFG.model_copy(update={"seed": s}), MODELS, PROMPTS).plan for s in (1, 1, 2))
     assert [pairs_of(one, k) for k in range(9)] == [pairs_of(two, k) for k in range(9)]
     assert [pairs_of(one, k) for k in range(9)] != [pairs_of(other, k) for k in range(9)]
@@ -32,11 +33,11 @@ def test_the_seed_fixes_pairs_sides_and_order_but_never_what_a_rater_sees() -> N
     assert not shown[0] & shown[1]
 
 
-def test_every_rater_gets_each_model_pair_equally_often_and_half_of_it_flipped() -> None:
+def test_balance_of_model_pairs_and_sides() -> None:
     plan = draw_plan(CFG, MODELS, PROMPTS).plan
     for rater in range(9):
-        duels = Counter(frozenset(models) for _, *models in pairs_of(plan, rater))
-        assert len(duels) == 3 and max(duels.values()) - min(duels.values()) <= 1
+        model_pairs = Counter(frozenset(models) for _, *models in pairs_of(plan, rater))
+        assert len(model_pairs) == 3 and max(model_pairs.values()) - min(model_pairs.values()) <= 1
         sides = Counter((left, right) for _, left, right in pairs_of(plan, rater))
         for left, right in sides:
             assert abs(sides[left, right] - sides[right, left]) <= 1
@@ -44,7 +45,7 @@ def test_every_rater_gets_each_model_pair_equally_often_and_half_of_it_flipped()
     assert max(total.values()) - min(total.values()) <= 1
 
 
-def test_every_pair_of_images_gets_its_votes_from_different_raters() -> None:
+def test_votes_per_image_pair() -> None:
     plan = draw_plan(CFG, MODELS, PROMPTS).plan
     votes = Counter(pair for rater in range(9) for pair, *_ in pairs_of(plan, rater))
     assert set(votes.values()) == {3}
@@ -57,7 +58,7 @@ def test_tasks_are_spread_evenly() -> None:
     assert max(tasks.values()) - min(tasks.values()) <= 12
 
 
-def test_a_repeat_comes_later_with_the_sides_exchanged() -> None:
+def test_repeats_come_later_with_sides_swapped() -> None:
     for rater in draw_plan(CFG, MODELS, PROMPTS).plan.raters:
         place = {t.pair: (k, t) for k, t in enumerate(rater.trials) if t.kind == "pair"}
         repeats = [(k, t) for k, t in enumerate(rater.trials) if t.kind == "repeat"]
@@ -68,7 +69,7 @@ def test_a_repeat_comes_later_with_the_sides_exchanged() -> None:
             assert (again.left, again.right) == (first.right, first.left)
 
 
-def test_a_check_shows_one_model_beside_its_ruin_and_knows_the_answer() -> None:
+def test_attention_checks() -> None:
     drawn = draw_plan(CFG, MODELS, PROMPTS)
     for rater in drawn.plan.raters:
         checks = [t for t in rater.trials if t.kind == "check"]
@@ -78,15 +79,15 @@ def test_a_check_shows_one_model_beside_its_ruin_and_knows_the_answer() -> None:
             assert intact in drawn.images and ruined in drawn.ruined
 
 
-def test_against_compares_one_model_with_each_other() -> None:
+def test_against() -> None:
     plan = draw_plan(CFG.model_copy(update={"against": "dmd2"}), MODELS, PROMPTS).plan
-    duels = {frozenset(models) for rater in range(9) for _, *models in pairs_of(plan, rater)}
-    assert duels == {frozenset(("ours", "dmd2")), frozenset(("dmd2", "sdxl"))}
+    model_pairs = {frozenset(models) for rater in range(9) for _, *models in pairs_of(plan, rater)}
+    assert model_pairs == {frozenset(("ours", "dmd2")), frozenset(("dmd2", "sdxl"))}
     with pytest.raises(ValueError, match="against names 'gan'"):
         draw_plan(CFG.model_copy(update={"against": "gan"}), MODELS, PROMPTS)
 
 
-def test_impossible_numbers_are_refused_with_what_to_do() -> None:
+def test_impossible_numbers() -> None:
     with pytest.raises(ValueError, match="lower --pairs"):
         draw_plan(StudyConfig(pairs_per_rater=61, raters=3), MODELS[:2], PROMPTS)
     for wrong in ({"repeats": 70}, {"votes_per_pair": 11}, {"questions": ("overall", "overall")}, {"questions": ()}):
@@ -102,35 +103,35 @@ def flat(folder: Path, lines: list[dict[str, object]], files: list[str]) -> Path
     return folder
 
 
-def test_flat_folders_are_read_by_number_or_by_name(tmp_path: Path) -> None:
+def test_flat_folders(tmp_path: Path) -> None:
     lines = [{"prompt": "a", "task": "one"}, {"prompt": "b", "file": "cat.png"}]
-    rows = read_folder(flat(tmp_path / "flat", lines, ["00000_0.png", "00000_1.png", "000001.png", "cat.png"]))
+    rows = read_images(flat(tmp_path / "flat", lines, ["00000_0.png", "00000_1.png", "000001.png", "cat.png"]))
     assert [image.name for image in rows["a", 0].images] == ["00000_0.png", "00000_1.png"]
     assert [image.name for image in rows["b", 0].images] == ["cat.png"]
-    assert rows["a", 0].prompt.task == "one"
+    assert rows["a", 0].task == "one"
 
 
-def test_a_file_outside_the_folder_is_refused(tmp_path: Path) -> None:
+def test_file_outside_the_folder(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
     with pytest.raises(ValueError, match="line 1: there is no file"):
-        read_folder(flat(tmp_path / "flat", [{"prompt": "a", "file": "../other.png"}], []))
+        read_images(flat(tmp_path / "flat", [{"prompt": "a", "file": "../other.png"}], []))
 
 
-def test_models_with_different_prompts_are_refused_unless_the_common_ones_are_wanted(tmp_path: Path) -> None:
+def test_common_prompts(tmp_path: Path) -> None:
     one = flat(tmp_path / "one", [{"prompt": "a"}, {"prompt": "b"}], ["00000.png", "00001.png"])
     two = flat(tmp_path / "two", [{"prompt": "b"}], ["00000.png"])
     with pytest.raises(ValueError, match="one has 1 prompts that another model lacks, among them 'a'"):
         common_rows({"one": one, "two": two}, 1, common=False)
     (row,) = common_rows({"one": one, "two": two}, 1, common=True)
     assert row["one"].images[0].name == "00001.png" and row["two"].images[0].name == "00000.png"
-    with pytest.raises(ValueError, match="1 images of 'b', 2 are wanted"):
+    with pytest.raises(ValueError, match="1 images of 'b', but 2 are needed"):
         common_rows({"one": one, "two": two}, 2, common=True)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [(["a=x"], "at least two models"), (["a=x", "a=y"], "two models are called 'a'"), (["=x", "b=y"], "no name")],
 )
-def test_model_arguments_that_make_no_study_are_refused(arguments: list[str], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_bad_model_arguments(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         named_folders(arguments)

@@ -1,7 +1,8 @@
-"""A small world for tests of the program: untrained networks as assets, an empty current folder, tiny runs."""
+"""Fixtures for tests of the program: untrained networks as assets, an empty current folder, tiny runs."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gdmd.cli.app import main
+from gdmd.io import content_hash
 from gdmd.runs import assets
 from gdmd.runs.assets import save_asset
 from gdmd.shapes.networks import ShapesDit, ShapesVae
@@ -26,12 +29,12 @@ TINY = (
     "eval.images=2",
     "eval.teacher_steps=1",
 )
-"""Overrides of shapes_smoke that make a run a matter of a second."""
+"""Overrides of shapes_smoke that make a run take about a second."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a call of the program left."""
+    """The result of a call."""
 
     code: int
     out: str
@@ -39,7 +42,7 @@ class Finished:
 
 
 class Gdmd:
-    """Calls the program in this process: ``gdmd("eval", "run")``; ``gdmd.train(...)`` is a tiny training run."""
+    """Calls the program in this process: ``gdmd("eval", "run")``; ``gdmd.train(...)`` trains a tiny run."""
 
     def __init__(
         self,
@@ -48,8 +51,9 @@ class Gdmd:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
+        cache: Path | None = None,
     ) -> None:
-        self.main, self.assets, self.capsys = main, folder_of_assets, capsys
+        self.main, self.assets, self.capsys, self.cache = main, folder_of_assets, capsys, cache
         self.folder = tmp_path / "here"
         self.folder.mkdir()
         monkeypatch.chdir(self.folder)
@@ -64,8 +68,36 @@ class Gdmd:
         return Finished(code if isinstance(code, int) else 0, printed.out, printed.err)
 
     def train(self, *arguments: str) -> Finished:
-        """A tiny run without evaluation."""
+        """Train a tiny run without evaluation."""
         return self("train", "shapes_smoke", *TINY, *arguments, "--no-eval")
+
+    def trained(self, *overrides: str, run: str = "run") -> Path:
+        """A copy of a finished tiny run, which is trained once per session."""
+        assert self.cache is not None
+        known = self.cache / content_hash(*overrides)
+        if not known.exists():
+            finished = self.train(*overrides, "--run", str(known))
+            assert finished.code == 0, finished.err
+        return Path(shutil.copytree(known, run))
+
+
+@pytest.fixture(scope="session")
+def shared_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained networks in place of the shipped ones; tests only read them."""
+    return make_assets(tmp_path_factory.mktemp("assets"))
+
+
+@pytest.fixture
+def gdmd(
+    shared_assets: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Gdmd:
+    """The program in an empty current folder, with untrained networks in place of the shipped ones."""
+    cache = tmp_path_factory.getbasetemp() / "trained"
+    return Gdmd(main, shared_assets, tmp_path, monkeypatch, capsys, cache)
 
 
 def make_assets(folder: Path) -> Path:

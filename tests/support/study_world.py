@@ -1,4 +1,4 @@
-"""A small study for tests: two models' images in GenEval's layout (names in the PNG's text, as thieves of blindness)."""
+"""A small study for tests: images of two models in GenEval's layout, with the model's name in the PNG text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gdmd.study.prepare import prepare
 from gdmd.study.records import LINKS, Plan
 
 MODELS = ("Secret-Alpha", "Secret-Beta")
-ORGANIZER = "organizer-0123456789-token"
+ADMIN = "admin-0123456789-token"
 TASKS = ("counting", "position")
 
 
@@ -29,7 +29,7 @@ def write_images(folder: Path, model: str, prompts: int, side: int = 32) -> Path
     for k in range(prompts):
         samples = folder / f"{k:05d}" / "samples"
         samples.mkdir(parents=True)
-        meta = {"tag": TASKS[k % 2], "prompt": f"a picture of thing number {k}"}
+        meta = {"tag": TASKS[k % 2], "prompt": f"an image of thing number {k}"}
         (samples.parent / "metadata.jsonl").write_text(json.dumps(meta))
         info = PngImagePlugin.PngInfo()
         info.add_text("model", model)
@@ -50,7 +50,7 @@ def write_study(folder: Path, prompts: int = 6, **settings: Any) -> tuple[Path, 
 
 
 class Server:
-    """The real server in a process of its own, on a free port; ``kill`` is kill -9."""
+    """The real server in a separate process, on a free port."""
 
     def __init__(self, study: Path, port: int = 0) -> None:
         code = (
@@ -61,7 +61,7 @@ class Server:
         )
         root = str(Path(__file__).resolve().parents[2])
         environment: Mapping[str, str] = {**os.environ, "PYTHONPATH": root}
-        command = [sys.executable, "-c", code, str(study), ORGANIZER, str(port)]
+        command = [sys.executable, "-c", code, str(study), ADMIN, str(port)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         found = re.search(r"port (\d+)", self.process.stdout.readline())
@@ -69,7 +69,7 @@ class Server:
         self.url = f"http://127.0.0.1:{found[1]}"
 
     def kill(self) -> None:
-        """SIGKILL: no goodbye, no last sync."""
+        """Kill the server with SIGKILL."""
         self.process.kill()
         self.process.wait(20)
         if self.process.stdout is not None:

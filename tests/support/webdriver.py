@@ -1,4 +1,4 @@
-"""A small WebDriver client (W3C WebDriver over HTTP, standard library): starts Chromium without a screen and clicks."""
+"""A small WebDriver client (W3C WebDriver over HTTP, standard library): drives headless Chromium."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ FLAGS = (
 
 
 def missing() -> str:
-    """Why no browser test can run here; "" where it can."""
+    """Why browser tests cannot run here; "" if they can."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None or shutil.which("chromedriver") is None:
-        return "no Chromium with chromedriver here (Debian: apt-get install chromium chromium-driver)"
+        return "Chromium with chromedriver is missing (Debian: apt-get install chromium chromium-driver)"
     return ""
 
 
@@ -63,7 +63,7 @@ class Browser:
             raise
 
     def send(self, verb: str, path: str, body: object = None) -> Any:
-        """One command; RuntimeError with the driver's words."""
+        """Send one command. RuntimeError with the driver's message."""
         text = None if verb != "POST" else json.dumps({} if body is None else body).encode()
         request = urllib.request.Request(self.base + path, text, {"content-type": "application/json"}, method=verb)
         try:
@@ -82,12 +82,12 @@ class Browser:
         return self.send("POST", self.session + "/execute/sync", {"script": script, "args": []})
 
     def click(self, selector: str) -> None:
-        """A real click in the middle of the element; fails where something covers it."""
+        """Click the middle of the element; fails if it is covered."""
         found = self.send("POST", self.session + "/element", {"using": "css selector", "value": selector})
         self.send("POST", f"{self.session}/element/{next(iter(found.values()))}/click")
 
     def tap(self, selector: str) -> None:
-        """A finger on the middle of the element."""
+        """Tap the middle of the element."""
         found = self.send("POST", self.session + "/element", {"using": "css selector", "value": selector})
         moves = [
             {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": found},
@@ -103,15 +103,15 @@ class Browser:
         self.send("POST", self.session + "/actions", {"actions": [{"type": "key", "id": "keys", "actions": strokes}]})
 
     def until(self, script: str, seconds: float = 20.0) -> Any:
-        """Wait until the script's value is true; AssertionError with the page's words after that."""
+        """Wait until the script returns true; AssertionError with the page's text after that."""
         return wait_for(lambda: self.run(script), seconds, lambda: str(self.run("return document.body.innerText")))
 
-    def picture(self, path: Path) -> None:
+    def screenshot(self, path: Path) -> None:
         """Write a screenshot."""
         path.write_bytes(base64.b64decode(self.send("GET", self.session + "/screenshot")))
 
     def errors(self) -> list[str]:
-        """What the console complained about since the last call (a blocked script, a failed request)."""
+        """Console errors since the last call."""
         entries = self.send("POST", self.session + "/se/log", {"type": "browser"})
         return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 
@@ -125,10 +125,10 @@ class Browser:
             self.driver.stdout.close()
 
 
-def wait_for(done: Callable[[], Any], seconds: float, told: Callable[[], str] = str) -> Any:
-    """Poll until ``done`` gives something true."""
+def wait_for(done: Callable[[], Any], seconds: float, describe: Callable[[], str] = str) -> Any:
+    """Poll until ``done`` returns something true."""
     end = time.monotonic() + seconds
     while not (found := done()):
-        assert time.monotonic() < end, f"not within {seconds} s: {told()}"
+        assert time.monotonic() < end, f"not within {seconds} s: {describe()}"
         time.sleep(0.05)
     return found

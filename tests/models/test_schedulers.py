@@ -18,7 +18,7 @@ pytest.importorskip("peft")
 
 import diffusers
 import tiny_pipelines as tiny
-from test_export import stock_images, trainers_images
+from stock_pipelines import CAPTIONS, UNIFORM, stock_images, trainers_images
 from torch import Tensor
 
 from gdmd.config.image_source import read_source
@@ -40,8 +40,6 @@ from gdmd.recipes.build import build
 from gdmd.sources.open import open_source
 from gdmd.types import Cond, Prediction
 
-UNIFORM = (1.0, 0.75, 0.5, 0.25)
-CAPTIONS = list(tiny.WORDS[:2])
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 TRAILING = BETAS | {"timestep_spacing": "trailing", "set_alpha_to_one": False}

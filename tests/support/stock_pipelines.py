@@ -1,0 +1,41 @@
+"""Images of a student by the trainer's sampler, and by the stock diffusers pipeline from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny_pipelines as tiny
+from torch import Tensor
+
+from gdmd.diffusion.sampling import few_step_sample
+from gdmd.export.pipeline import call_arguments
+from gdmd.models.packing import in_patches, pack
+from gdmd.models.roles import DiffusersRoles
+
+UNIFORM = (1.0, 0.75, 0.5, 0.25)
+CAPTIONS = list(tiny.WORDS[:2])
+
+
+def trainers_images(roles: DiffusersRoles, noises: list[Tensor]) -> Tensor:
+    family = roles.family
+    steps, cond = family.student_times(UNIFORM), family.encoder.encode(CAPTIONS)
+    x0 = few_step_sample(roles.student, noises[0], steps, cond, lambda i: noises[i], roles.schedule)
+    return family.codec.decode(x0).clamp(0, 1)
+
+
+def stock_images(pipe: Any, roles: DiffusersRoles, noises: list[Tensor], patch: pytest.MonkeyPatch) -> Tensor:
+    """The stock call with our noise for its re-noising steps."""
+    name = roles.family.name
+    packed = name in ("flux", "flux2", "flux2_klein", "qwen_image")
+    shown = [pack(noise) if packed else noise for noise in noises]
+    drawn: Iterator[Tensor] = iter([*shown[1:], shown[0]])  # some draw once more at the end, for noise 0
+    for module in ("scheduling_lcm", "scheduling_flow_match_euler_discrete"):
+        patch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: next(drawn))
+    pipe.set_progress_bar_config(disable=True)
+    arguments = call_arguments(roles.family, UNIFORM)
+    if name in ("sd3", "flux", "z_image"):
+        arguments["max_sequence_length"] = 256
+    start = in_patches(noises[0]) if name.startswith("flux2") else shown[0]
+    return pipe(prompt=list(CAPTIONS), latents=start, output_type="pt", **arguments).images
