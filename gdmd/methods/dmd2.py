@@ -1,4 +1,4 @@
-"""DMD2 (arXiv 2405.14867): DMD without regression, 5 fake updates per student update, a GAN on the fake's features."""
+"""DMD2 (arXiv 2405.14867): 5 fake-score updates per student update, and a GAN head on the fake score's features."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
 Stage 1, ``cold_start`` iterations: RT-DM weighs the DMD gradient of a sample by exp(r / ||r||), r the reward of its
 finished few-step image; DynaDG moves the real score by a share of the fake score's displacement, so that the two
 distributions overlap at the start; DynaRS re-noises at late times first. One cosine anneals both to DMD.
-Stage 2: L_DMD + lambda_rl L_rl, L_rl by ReFL, GRPO or DPO. 5 fake updates per student update throughout.
+Stage 2: L_DMD + lambda_rl L_rl, L_rl by ReFL, GRPO or DPO. 5 fake-score updates per student update throughout.
 
-DynaDG by full copies: the paper has one frozen base model whose LoRA, at scale 2, is the fake, and evaluates the real score
-with the same LoRA at scale .5 c. For copies that is the interpolation of *weights*, teacher + (.5 / 2) c (fake -
+DynaDG by full copies: the paper has one frozen base model whose LoRA, at scale 2, is the fake score; the real score is
+that base model with the same LoRA at scale .5 c. For copies that is the interpolation of *weights*, teacher + (.5 / 2) c (fake -
 teacher), in both of the guidance passes. Interpolating predictions would only be a first-order approximation, and would
 leave out the unconditional pass.
 """
@@ -83,7 +83,7 @@ class Dmdr(Distillation[DmdrConfig]):
             yield Update("student", self.student_loss, batch)
 
     def real_score(self) -> Denoiser:
-        """DynaDG: the teacher moved by overlap c towards the fake; the teacher itself when that is 0."""
+        """DynaDG: the teacher moved by overlap c towards the fake score; the teacher itself when that is 0."""
         share = self.cfg.overlap * self.pace
         return self.blend(share) if share > 0 else self.roles.teacher
 
@@ -95,7 +95,7 @@ class Dmdr(Distillation[DmdrConfig]):
         return low + (high - low) * self._beta(rng.uniform("renoise_t", i))
 
     def fake_time(self, rng: SampleRng, i: int) -> Tensor:
-        """DynaRS also draws the fake's own times (in the authors' code)."""
+        """DynaRS also draws the fake score's own times (in the authors' code)."""
         return self._beta(super().fake_time(rng, i))
 
     def _beta(self, uniform: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from gdmd.config.methods.base import DistillationConfig
 
 
 class Dmd2Config(DistillationConfig):
-    """DMD2 (arXiv 2405.14867): no regression, 5 fake updates per student update, a GAN on the fake's features."""
+    """DMD2 (arXiv 2405.14867): no regression, 5 fake-score updates per student update, a GAN head."""
 
     kind: Literal["dmd2"] = "dmd2"
     fake_updates: Count = Field(
@@ -23,8 +23,8 @@ class Dmd2Config(DistillationConfig):
     )
     head_weight: NonNegative = Field(
         default=1e-2,
-        description="Weight of the head's GAN loss in the fake's update; it also trains the fake (DMD2's SDXL script). "
-        "The head shares the fake's optimizer and learning rate, as in DMD2's code.",
+        description="Weight of the head's GAN loss in the fake score's update, which it also trains (DMD2's SDXL script). "
+        "The head shares the fake score's optimizer and learning rate, as in DMD2's code.",
     )
     gan_low: Probability = Field(
         default=0.0, description="Lowest re-noising t of the head's input (DMD2's script: 0 of 1000)."

@@ -36,8 +36,8 @@ class DmdrConfig(DistillationConfig):
     )
     overlap: Probability = Field(
         default=0.25,
-        description="DynaDG: largest share of the fake's displacement in the real score. DMDR's SD3 script has LoRA "
-        "scale .5 in the real score and 2 in the fake: .25 (SiT: .75 / 2). 0 = the teacher.",
+        description="DynaDG: largest share of the fake score's displacement in the real score. DMDR's SD3 script has LoRA "
+        "scale .5 in the real score and 2 in the fake score: .25 (SiT: .75 / 2). 0 = the teacher.",
     )
     beta_a: BetaShape = Field(default=4.0, description="DynaRS: a of Beta(1 + (a-1) c, 1 + (b-1) c) (DMDR's scripts).")
     beta_b: BetaShape = Field(default=1.5, description="DynaRS: b of the same (DMDR's scripts).")
