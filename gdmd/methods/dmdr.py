@@ -6,9 +6,9 @@ distributions overlap at the start; DynaRS re-noises at late times first. One co
 Stage 2: L_DMD + lambda_rl L_rl, L_rl by ReFL, GRPO or DPO. 5 fake-score updates per student update throughout.
 
 DynaDG by full copies: the paper has one frozen base model whose LoRA, at scale 2, is the fake score; the real score is
-that base model with the same LoRA at scale .5 c. For copies that is the interpolation of *weights*, teacher + (.5 / 2) c (fake -
-teacher), in both of the guidance passes. Interpolating predictions would only be a first-order approximation, and would
-leave out the unconditional pass.
+that base model with the same LoRA at scale .5 c. For copies that is the interpolation of *weights*,
+teacher + (.5 / 2) c (fake - teacher), in both of the guidance passes. Interpolating predictions would only be a
+first-order approximation, and would leave out the unconditional pass.
 """
 
 from __future__ import annotations
