@@ -4,9 +4,10 @@ VENV ?= .venv
 SHELL := /bin/sh
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-# Two test processes with one thread each use two cores; more threads would fight for them.
+# Two test processes with one thread each use two cores; more threads would fight for them. Tests of one file share its
+# expensive fixtures, so a file runs in one process.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-PYTEST := $(BIN)/python -m pytest -q -n 2
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 ifneq ($(words $(VENV)),1)
 $(error VENV="$(VENV)" holds a space, which make cannot read in a name: give a path without one; the folder itself may have one)
