@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=SETTINGS,
 )
-app.command("demo", short_help="Distill two Shapes students and compare them (8 minutes).")(train.demo_command)
+app.command("demo", short_help="Distill two Shapes students and compare them (5 minutes).")(train.demo_command)
 app.command("train", short_help="Train a recipe.")(train.train_command)
 app.command("recipes", short_help="List the recipes, or print one.")(info.recipes_command)
 app.command("plan", short_help="Estimate memory and speed before loading a model.")(plan_command)

@@ -199,7 +199,7 @@ def demo_command(
 ) -> None:
     """Distill two 4-step students on the Shapes world, DMD and GDMD, and compare them with their teacher.
 
-    Every row of the table is trained and measured: at most 8 minutes on two cores. The same command with the same --run
+    Every row of the table is trained and measured: about 5 minutes on two cores. The same command with the same --run
     continues an interrupted demo.
 
     \b
