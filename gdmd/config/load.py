@@ -147,7 +147,7 @@ def _apply(cls: type[BaseModel], tree: dict[Key, Any], override: str) -> tuple[s
 
 
 def _default(cls: type[BaseModel], tree: Any, path: Sequence[Key]) -> Any:
-    """The default of a field as plain YAML values; an empty mapping for None and where there is none."""
+    """The default of a field as plain YAML values; an empty mapping if it is None or missing."""
     field = field_at(cls, tree, path)
     if field is None or field.is_required():
         return {}

@@ -109,7 +109,10 @@ def finish_run(cfg: RunConfig, folder: Path, components: Components, step: int) 
     student = student_row(cfg, components)
     key = row_key(cfg, student, checkpoint_content(folder, step))
     row = measure(cfg, components, student, step=step)
-    save_rows(folder, dict(read_rows(folder)) | {student.name: dict(row) | {"key": key}})
+    teachers = {sampler.name: sampler for sampler in (teacher_row(cfg, components, what) for what in TEACHERS)}
+    known = {name: found for name, found in read_rows(folder).items() if name in teachers}
+    current = {name: found for name, found in known.items() if found.get("key") == row_key(cfg, teachers[name])}
+    save_rows(folder, current | {student.name: dict(row) | {"key": key}})  # rows of other settings are left out
     compare(folder / "grids", cfg, components, (teacher_row(cfg, components, "teacher"), student))
     return row, report_run(folder)
 

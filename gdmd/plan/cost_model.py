@@ -125,7 +125,7 @@ class ProcessCost:
 class RoleTraffic:
     """What determines the traffic of a role between GPUs; all numbers except ``bytes`` per outer iteration."""
 
-    bytes: int  # of its own fp32 weights
+    bytes: int  # of this network's fp32 weights
     updates: float  # optimizer steps
     sharded: bool = False  # whether FSDP shards it: full copies, not adapters
     calls: float = 0.0  # forward calls without gradient

@@ -37,7 +37,7 @@ def mmd(
 
 
 def cluster_spread(features: Tensor, cluster: Tensor) -> float:
-    """Mean distance of a point to the mean of its own cluster (Fig. 3 of arXiv 2604.19009: lower = tighter).
+    """Mean distance of a point to its cluster's mean (Fig. 3 of arXiv 2604.19009: lower = tighter).
 
     features [N, D], cluster [N] int64. Tighter is also less diverse: report ``pairwise_distance`` with it.
     """

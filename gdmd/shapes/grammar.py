@@ -108,7 +108,7 @@ def _divide(captions: Sequence[Caption]) -> dict[tuple[int, tuple[object, ...]],
 
 @dataclass(frozen=True)
 class Catalog:
-    """All captions as tensors, one row each; ANY (and count 0) where there is no second object."""
+    """All captions as tensors, one row each; ANY (and count 0) for a missing second object."""
 
     captions: tuple[Caption, ...]
     task: Tensor  # [P]

@@ -11,7 +11,7 @@ from gdmd.methods.pass_counter import BACKWARD
 from gdmd.recipes.call_counts import count_calls
 
 COUNTED = 48
-"""Iterations of a dry run, spread over the training: a roll-out's length is drawn, and methods have stages."""
+"""Iterations of a dry run, spread over the training: a rollout's length is drawn, and methods have stages."""
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,23 @@ def test_report_measures_missing_rows(gdmd: Gdmd) -> None:
     changed = settings.read_text().replace("per_task: 1", "per_task: 2").replace("teacher_steps: 1", "teacher_steps: 4")
     settings.write_text(changed)
     assert gdmd("report", "run").code == 0  # all are measured again, and two rows of the teacher are now one
-    assert [(row["nfe"], row["images"]) for row in json.loads(file.read_text()).values()] == [(8, 24), (4, 24), (4, 24)]
+    rows = json.loads(file.read_text())
+    assert [(row["nfe"], row["images"]) for row in rows.values()] == [(8, 24), (4, 24), (4, 24)]
+
+
+def test_end_of_training_keeps_current_rows_only(gdmd: Gdmd) -> None:
+    """A resumed run leaves out teacher rows that were measured with other settings or by an older version."""
+    gdmd.trained()
+    file = Path("run/evaluation.json")
+    assert gdmd("report", "run").code == 0
+    rows = json.loads(file.read_text())
+    stale, *current, _ = rows
+    rows[stale]["key"] = "older"
+    file.write_text(json.dumps(rows))
+    finished = gdmd("train", "--resume", "run", "loop.steps=3")
+    assert finished.code == 0, finished.err
+    kept = json.loads(file.read_text())
+    assert stale not in kept and [kept[name] for name in current] == [rows[name] for name in current]
 
 
 def test_demo(

@@ -131,12 +131,12 @@ def test_a_grid_shows_every_cell_enlarged_and_unchanged(tmp_path, sizes) -> None
 
     cells = [[torch.rand(3, *size) for _ in range(4)] for size in sizes]
     path = write_grid(tmp_path / "new" / "grid.png", cells, ["a ring", "two crosses"], ["teacher", "student"])
-    picture = torch.tensor(list(Image.open(path).convert("RGB").tobytes()), dtype=torch.uint8)
+    drawn = torch.tensor(list(Image.open(path).convert("RGB").tobytes()), dtype=torch.uint8)
     width, height = Image.open(path).size
-    picture = picture.view(height, width, 3)
+    drawn = drawn.view(height, width, 3)
     for image in (image for row in cells for image in row):
         wanted = (image * 255).round().byte().repeat_interleave(3, -1).repeat_interleave(3, -2)
-        windows = picture.unfold(0, wanted.shape[1], 1).unfold(1, wanted.shape[2], 1)  # [H', W', 3, h, w]
+        windows = drawn.unfold(0, wanted.shape[1], 1).unfold(1, wanted.shape[2], 1)  # [H', W', 3, h, w]
         assert (windows == wanted).flatten(2).all(-1).sum() == 1
 
 

@@ -1,4 +1,4 @@
-"""The stochastic few-step policy: coefficients-preserving steps, their log-probability and the roll-out."""
+"""The stochastic few-step policy: coefficients-preserving steps, their log-probability and the rollout."""
 
 from __future__ import annotations
 

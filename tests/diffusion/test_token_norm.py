@@ -22,7 +22,7 @@ def answers(seed: int = 0) -> tuple[Tensor, Prediction, Prediction]:
 
 
 def tokens(v: Tensor, patch: int) -> Tensor:
-    """[B, C, H, W] -> [B, tokens, values], by a way of its own."""
+    """[B, C, H, W] -> [B, tokens, values], written independently of the code under test."""
     return torch.nn.functional.unfold(v, patch, stride=patch).transpose(1, 2)
 
 

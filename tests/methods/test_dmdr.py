@@ -200,7 +200,7 @@ def test_extremes_of_each_group() -> None:
     group = torch.tensor([7, 7, 7, 7, 2, 2, 9, 9])
     best, worst, known = extremes(merit, group)
     assert best[:4].tolist() == [1] * 4 and worst[:4].tolist() == [0] * 4 and known[:4].all()
-    assert known[4:].tolist() == [False] * 4  # equal merits; one scored picture
+    assert known[4:].tolist() == [False] * 4  # equal rewards; one scored image
 
 
 def test_mean_group_advantage_has_no_units() -> None:

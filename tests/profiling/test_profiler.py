@@ -67,7 +67,7 @@ METHODS: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_hooks_count_what_the_dry_run_counts(name: str) -> None:
-    """Up to the roll-out's length, which is drawn: 0 or 1 step before the last one."""
+    """Up to the rollout's length, which is drawn: 0 or 1 step before the last one."""
     profiler = tiny(*METHODS[name], "method.student_steps=[1.0,0.5]", "loop.steps=64")
     for step in range(2):
         profiler.round(step)

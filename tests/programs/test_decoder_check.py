@@ -13,7 +13,7 @@ NAN = float("nan")
 
 
 class Offset:
-    """A decoder that moves the picture."""
+    """A decoder that shifts the image."""
 
     def __init__(self, by: list[float]) -> None:
         self.by = torch.tensor(by).reshape(-1, 1, 1, 1)

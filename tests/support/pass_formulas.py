@@ -56,7 +56,7 @@ def _tail(method: DistillationConfig, places: Tensor) -> float:
 
 
 def _dmdr_student(method: DmdrConfig, step: int) -> float:
-    """Stage 1 finishes a picture for its tilt; stage 2 adds what its strategy needs."""
+    """Stage 1 generates a finished image for its tilt; stage 2 adds what its strategy needs."""
     steps = len(method.student_steps)
     if step < method.cold_start:
         return TRAINED + (steps if method.tilt > 0 else 0)
@@ -68,7 +68,7 @@ def _dmdr_student(method: DmdrConfig, step: int) -> float:
 
 
 def _added(method: DmdConfig | DmdReflConfig | DmdNftConfig | DmdGrpoConfig, step: int) -> float:
-    """What comes to DMD's own calls: pairs of the teacher's ODE, or scored roll-outs and their loss."""
+    """What comes to DMD's own calls: pairs of the teacher's ODE, or scored rollouts and their loss."""
     steps, updates = len(method.student_steps), method.student_updates
     match method:
         case DmdConfig() if method.regression_weight > 0:
