@@ -10,12 +10,14 @@ from typing import Any
 
 from gdmd.evaluation.model_page import groups, image_uri, plots, score_lines, verdict
 from gdmd.io import RunError
+from gdmd.recipes.contents import checkpoint_content
 from gdmd.reporting.pages import DotPlot, Group, Number, Verdict
 from gdmd.sources.folders import read_images
 
 PREFERENCE, COMPARISON = "preference.json", "compare.json"
 SHOWN = 8
 """Images of an evaluation in the report, spread evenly over its prompts."""
+OTHER_WEIGHTS = "These scores belong to other weights than this run has now at that step: evaluate it again."
 Rows = Mapping[str, Mapping[str, Any]]
 
 
@@ -71,7 +73,7 @@ def _preference(file: Path, row: Mapping[str, Any], newest: int | None) -> Resul
     return Result(
         f"Scores ({folder.name})",
         _note(row, newest),
-        answer,
+        Verdict(OTHER_WEIGHTS) if _retrained(row, file) else answer,
         Table([name], groups(rows)),
         images=_images(home),
     )
@@ -84,7 +86,7 @@ def _comparison(file: Path, content: Mapping[str, Any], newest: int | None) -> R
     return Result(
         f"Comparison ({file.parent.name})",
         f"{note} Images side by side: {file.parent / 'compare.html'}",
-        verdict(rows),
+        Verdict(OTHER_WEIGHTS) if own and _retrained(own, file) else verdict(rows),
         Table(list(rows), groups(rows)),
         plots(rows),
     )
@@ -93,6 +95,18 @@ def _comparison(file: Path, content: Mapping[str, Any], newest: int | None) -> R
 def _same(where: str, file: Path) -> bool:
     """Whether a source is the run that contains the file."""
     return Path(where).resolve() in file.resolve().parents
+
+
+def _retrained(row: Mapping[str, Any], file: Path) -> bool:
+    """Whether the run that contains the file has another checkpoint now at the step that was scored."""
+    step, weights = row["source"]["step"], row.get("weights")
+    run = Path(row["source"]["where"])
+    if step is None or weights is None or not _same(str(run), file):
+        return False
+    try:
+        return checkpoint_content(run, step) != weights
+    except OSError:  # removed since, as older checkpoints are
+        return False
 
 
 def _note(row: Mapping[str, Any], newest: int | None) -> str:

@@ -514,7 +514,10 @@ def test_real_run_end_to_end(folders: Path, gdmd: Gdmd, monkeypatch: pytest.Monk
     assert "| test_sources:brightness |" in card and "| unseen |" in card
     assert "2 prompts of prompts.txt, 2 images each" in card and "license: other" in card
     measured = Path("run/preference/preference.json")
+    answer = "These scores belong to other weights than this run has now at that step"
+    assert answer not in page
     measured.write_text(json.dumps(json.loads(measured.read_text()) | {"weights": "of a run before"}))
+    assert gdmd("report", "run").code == 0 and answer in Path("run/report.html").read_text()
     assert gdmd("export", "run", "-o", "after").code == 0
     assert "Not evaluated" in Path("after/README.md").read_text()
     assert "| base model |" in card and "SHA-256" in card and "`gdmd train" not in card.split("## Metrics")[1]
