@@ -19,6 +19,7 @@ class Network(StrEnum):
     vae = "vae"
     teacher = "teacher"
     scorers = "scorers"
+    pipeline = "pipeline"
 
 
 def recipes_command(
@@ -98,18 +99,26 @@ def doctor_command(json: Json = False) -> None:
 
 def pretrain_command(
     network: Annotated[Network, typer.Argument(help="What to train.")],
+    family: Annotated[
+        str | None, typer.Argument(metavar="[FAMILY]", help="pipeline: sd3, sdxl or flux2_klein.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default: as the shipped network.")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of weights and data; default: as the shipped network.")
     ] = None,
-    folder: Annotated[Path, typer.Option("--out", help="Folder for the .safetensors files.")] = Path("pretrained"),
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the .safetensors files and pipelines.")] = Path(
+        "pretrained"
+    ),
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     kind: Annotated[list[str] | None, typer.Option(help="scorers: train only this one; may be repeated.")] = None,
 ) -> None:
-    """Train the networks of the Shapes world again: the VAE, the teacher or the three scorers.
+    """Train the networks of the Shapes world again: the VAE, the teacher, the three scorers, or a small pipeline.
 
     The teacher uses FOLDER/shapes_vae.safetensors if it exists, else the shipped VAE. Use the result with, for example,
     `gdmd train shapes model.teacher=pretrained/shapes_teacher.safetensors`.
+
+    A pipeline is a folder in diffusers' format, trained on Shapes captions in about half an hour. Use it as a base model:
+    `gdmd train shapes_sd3 model.path=pretrained/shapes_sd3`.
 
     \b
     Examples:
@@ -117,10 +126,16 @@ def pretrain_command(
       gdmd pretrain teacher --out mine --seed 5
       gdmd pretrain teacher --out mine --seed 5 --resume
       gdmd pretrain scorers --kind shapes_pref
+      gdmd pretrain pipeline sd3
+      gdmd pretrain pipeline sdxl --out mine --steps 20000 --seed 7
     """
     if kind and network is not Network.scorers:
         raise ValueError(f"--kind selects a scorer, but the network to train is {network.value}; leave it out")
+    if family and network is not Network.pipeline:
+        raise ValueError(
+            f"{family!r} is a family of pipelines, but the network to train is {network.value}; leave it out"
+        )
     from gdmd.programs.pretrain import pretrain
 
-    for path in pretrain(network.value, steps, seed, folder, resume, kind or [], messages()):
+    for path in pretrain(network.value, steps, seed, folder, resume, kind or [], family, messages()):
         log(f"wrote {path}")

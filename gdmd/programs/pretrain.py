@@ -1,4 +1,4 @@
-"""What ``gdmd pretrain`` does: train the VAE, the teacher or the scorers of the Shapes world."""
+"""What ``gdmd pretrain`` does: train the VAE, the teacher, the scorers or a pipeline of the Shapes world."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ def pretrain(
     folder: Path,
     resume: bool,
     kinds: Sequence[str],
+    family: str | None,
     console: Console,
 ) -> Iterator[Path]:
-    """Train ``network`` and yield each file in ``folder`` when it is written.
+    """Train ``network`` and yield each file or pipeline in ``folder`` when it is written.
 
-    steps, seed: None = those of the shipped network. kinds: which scorers; empty = all.
+    steps, seed: None = those of the shipped network. kinds: which scorers; empty = all. family: of a pipeline.
     """
     given: dict[str, Any] = {key: value for key, value in (("steps", steps), ("seed", seed)) if value is not None}
     match network:
@@ -44,8 +45,36 @@ def pretrain(
             console.print(f"encoding images with {source}", markup=False, highlight=False, soft_wrap=True)
             vae = load_vae(load_asset(source).tensors).eval().requires_grad_(False)
             yield _fitted(teacher_job(vae, **given), folder / "shapes_teacher.safetensors", resume, console)
+        case "pipeline":
+            yield from _pipeline(family, given, folder, resume, console)
         case _:
             yield from _scorers(kinds, given, folder, resume, console)
+
+
+def _pipeline(
+    family: str | None, given: dict[str, Any], folder: Path, resume: bool, console: Console
+) -> Iterator[Path]:
+    """The VAE that all pipelines share, unless the folder holds it already; then the denoiser and the whole pipeline."""
+    from gdmd.shapes.pretrain.miniatures import MINIATURES, SIZE, build_miniature
+    from gdmd.shapes.pretrain.pipelines import denoiser_job, kl_vae_job, save_miniature, set_vae
+
+    if family not in MINIATURES:
+        got = f"got {family}" if family else "none was given"
+        raise ValueError(f"pretrain pipeline trains a pipeline of {' or '.join(MINIATURES)}, {got}; name one of them")
+    one = MINIATURES[family]
+    steps, seed = given.get("steps", one.steps), given.get("seed", one.seed)
+    vae, denoiser = folder / "shapes_kl_vae.safetensors", folder / f"shapes_{family}.safetensors"
+    if not vae.is_file():
+        yield _fitted(kl_vae_job(), vae, resume, console)
+    console.print(f"encoding images with {vae}", markup=False, highlight=False, soft_wrap=True)
+    pipe = build_miniature(family, seed)
+    set_vae(pipe, load_asset(vae).tensors, seed)
+    yield _fitted(denoiser_job(pipe, steps, seed), denoiser, resume, console)
+    command = f"gdmd pretrain pipeline {family} --steps {steps} --seed {seed}"
+    facts = {"family": family, "command": command, "seed": seed, "steps": steps}
+    facts |= {"height": SIZE, "width": SIZE, "max_tokens": one.max_tokens}
+    save_miniature(pipe, folder / f"shapes_{family}", facts)
+    yield folder / f"shapes_{family}"
 
 
 def _scorers(

@@ -129,7 +129,7 @@ def fit(job: PretrainJob, target: Path, *, resume: bool = False, save_every: int
     part.unlink(missing_ok=True)
 
 
-def _batch(seed: int, step: int, count: int) -> tuple[Tensor, Tensor]:
+def draw_batch(seed: int, step: int, count: int) -> tuple[Tensor, Tensor]:
     """New training images [B, 3, 32, 32] and their catalog rows [B], from (seed, step) alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     rows = draw_rows(count, generator)
@@ -142,7 +142,7 @@ def vae_job(steps: int = 1300, seed: int = 1, batch: int = 128) -> PretrainJob:
     vae = ShapesVae()
 
     def loss(step: int) -> Tensor:
-        images, _ = _batch(seed, step, batch)
+        images, _ = draw_batch(seed, step, batch)
         mean, log_var = vae.posterior(images)
         mean, log_var = mean.float(), log_var.float()
         noise = SampleRng(seed, step, torch.arange(batch)).normal("posterior", tuple(mean.shape[1:]))
@@ -152,7 +152,7 @@ def vae_job(steps: int = 1300, seed: int = 1, batch: int = 128) -> PretrainJob:
 
     def finish() -> None:
         with torch.no_grad():
-            means = torch.cat([vae.posterior(_batch(seed + 1, i, 2 * batch)[0])[0] for i in range(8)])
+            means = torch.cat([vae.posterior(draw_batch(seed + 1, i, 2 * batch)[0])[0] for i in range(8)])
             vae.shift.copy_(means.mean((0, 2, 3)))
             vae.scale.copy_(means.std((0, 2, 3)))
 
@@ -165,7 +165,7 @@ def teacher_job(vae: ShapesVae, steps: int = 12000, seed: int = 2, batch: int = 
     dit, schedule, tokens = ShapesDit(), FlowSchedule(), catalog().tokens
 
     def loss(step: int) -> Tensor:
-        images, rows = _batch(seed, step, batch)
+        images, rows = draw_batch(seed, step, batch)
         rng = SampleRng(seed, step, torch.arange(batch))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             x0 = vae.encode(images).float()
@@ -175,6 +175,10 @@ def teacher_job(vae: ShapesVae, steps: int = 12000, seed: int = 2, batch: int = 
         words = torch.where(keep, tokens[rows], NULL)
         return F.mse_loss(dit(renoise(x0, t, eps, schedule), t, words), eps - x0)
 
-    state = vae.state_dict()
-    reads = content_hash(*(part for name in state for part in (name, state[name].cpu().numpy().tobytes())))
-    return PretrainJob("teacher", dit, loss, lambda: None, steps, seed, reads=reads)
+    return PretrainJob("teacher", dit, loss, lambda: None, steps, seed, reads=state_hash(vae))
+
+
+def state_hash(net: nn.Module) -> str:
+    """SHA-256 of a network's names and weights."""
+    state = net.state_dict()
+    return content_hash(*(part for name in state for part in (name, state[name].cpu().numpy().tobytes())))
