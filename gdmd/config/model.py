@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability
+from gdmd.config.shapes_pipeline import located, read_shapes_pipeline
 
 FamilyName = Literal["sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"]
 Pixels = Annotated[Count, Field(multiple_of=8)]
@@ -17,7 +18,10 @@ class DiffusersModel(Config):
     """A text-to-image pipeline in diffusers' format: a folder, or the id of one on a model hub."""
 
     kind: Literal["diffusers"] = "diffusers"
-    path: str = Field(description="Folder with model_index.json (needs no network), or a hub id ORG/NAME.")
+    path: str = Field(
+        description="Folder with model_index.json (needs no network), a hub id ORG/NAME, or shapes:NAME of a small "
+        "pipeline that ships with the package."
+    )
     family: FamilyName | None = Field(
         default=None, description="The family that the pipeline must be of; default: read from its model_index.json."
     )
@@ -107,3 +111,21 @@ class DiffusersModel(Config):
     decode_tiled: bool = Field(
         default=False, description="Decode in overlapping tiles of 512 pixels: less memory, but faint seams."
     )
+
+    @property
+    def location(self) -> str:
+        """Where the files are: ``path``, but the folder of a shipped pipeline for shapes:NAME."""
+        return located(self.path)
+
+    @model_validator(mode="after")
+    def _as_trained(self) -> DiffusersModel:
+        """A pipeline of the Shapes world knows one size and one length of captions."""
+        trained = read_shapes_pipeline(self.path)
+        names = ("height", "width", "max_tokens") if trained and trained.max_tokens else ("height", "width")
+        wanted = {name: getattr(trained, name) for name in names} if trained else {}
+        wrong = [name for name, value in wanted.items() if getattr(self, name) != value]
+        if wrong:
+            given = ", ".join(f"{name} = {getattr(self, name)}" for name in wrong)
+            cure = " ".join(f"model.{name}={wanted[name]}" for name in wrong)
+            raise ValueError(f"{self.path} was trained on the Shapes world at another size, got {given}; set {cure}")
+        return self

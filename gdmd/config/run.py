@@ -16,6 +16,7 @@ from gdmd.config.methods.gdmd_tilted import GdmdTiltedShuffledConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import RealRewardConfig
+from gdmd.config.shapes_pipeline import MARKER, draws_real_images, is_shapes_pipeline
 from gdmd.config.training import LoopConfig
 
 
@@ -106,6 +107,11 @@ class RunConfig(Config):
     eval: EvalConfig = Field(default=EvalConfig(), description="The evaluation at the end of a run (Shapes world).")
 
     @property
+    def shapes_world(self) -> bool:
+        """Whether the model draws Shapes captions: it is the Shapes teacher, or a pipeline trained on the Shapes world."""
+        return isinstance(self.model, ShapesModel) or is_shapes_pipeline(self.model.path)
+
+    @property
     def needs_real(self) -> str:
         """The setting for which the method needs real images; "" if it needs none."""
         if isinstance(self.method, Dmd2Config) and self.method.adversarial:
@@ -144,8 +150,16 @@ class RunConfig(Config):
         if self.method.rewarded and not self.rewards:
             raise ValueError(f"method {self.method.kind} reads rewards and needs at least one under `rewards`")
         wrong = [r.kind for r in self.rewards if r.kind.startswith("shapes_")]
-        if self.model.kind == "diffusers" and self.method.rewarded and wrong:
-            raise ValueError(f"rewards {wrong} judge captions of the Shapes world; list rewards of real images")
+        if (
+            wrong
+            and self.method.rewarded
+            and isinstance(self.model, DiffusersModel)
+            and draws_real_images(self.model.path)
+        ):
+            raise ValueError(
+                f"rewards {wrong} judge captions of the Shapes world, and model.path {self.model.path!r} is not a folder "
+                f"with {MARKER}; list rewards of real images"
+            )
         if self.loop.batch_size % self.method.prompt_group:
             raise ValueError(
                 f"group size does not divide: method {self.method.kind} compares {self.method.prompt_group} images per "

@@ -39,14 +39,14 @@ from gdmd.evaluation.preference import (
 )
 from gdmd.evaluation.scorers import Features, feature_maker, judges_shapes, load_scorers, read_scorers, shapes_scorers
 from gdmd.io import finite_or_none, write_atomic
-from gdmd.recipes.run_folders import TEACHERS, config_of
+from gdmd.recipes.run_folders import config_of
 from gdmd.reporting.progress_bar import phase
 from gdmd.reporting.statistics import Scores, paired_difference
 from gdmd.shapes.grammar import catalog, fixed_rows
 from gdmd.shapes.scorer_networks import IMAGE_SIZE
 from gdmd.sources.base import Source
 from gdmd.sources.folders import FolderSource, image_file, read_image
-from gdmd.sources.open import kind_of, open_source
+from gdmd.sources.open import draws_shapes, kind_of, open_source
 
 RESULT, PAGE = "compare.json", "compare.html"
 SHAPESEVAL = "ShapesEval"
@@ -111,7 +111,7 @@ def _measured(
     sources: Sequence[SourceConfig], options: EvalOptions, folders: Sequence[Path], log: Log
 ) -> tuple[PromptSet, list[dict[str, Any]]]:
     """The prompts and a summary per source. All inputs are checked before the first image is generated."""
-    shapes = any(_shapes(source) for source in sources)
+    shapes = any(draws_shapes(source) for source in sources)
     if options.prompts is None and not shapes:
         raise ValueError("--prompts is missing: only Shapes sources have a built-in prompt set")
     name = options.features or ("shapes" if shapes else None)
@@ -169,7 +169,7 @@ def _check_sources(
         if kind_of(source) == "images":
             folder = FolderSource(source)
             files += [folder.file(slot) for slot in prompt_set.slots]
-        elif shapes_only and not _shapes(source):
+        elif shapes_only and not draws_shapes(source):
             raise ValueError(f"{source.where} generates images of a real model. {limits}")
     for file in files if shapes_only else ():
         if (size := read_image(file).size) != (IMAGE_SIZE, IMAGE_SIZE):
@@ -218,12 +218,6 @@ def _specs(options: EvalOptions, sources: Sequence[SourceConfig], shapes: bool) 
         if kind_of(source) == "run" and (cfg := config_of(Path(source.where))).method.rewarded:
             return cfg.rewards
     raise ValueError("no scorer was given; name at least one, for example --scorer clip (see gdmd rewards list)")
-
-
-def _shapes(source: SourceConfig) -> bool:
-    if kind_of(source) == "run":
-        return config_of(Path(source.where)).model.kind == "shapes"
-    return source.where in TEACHERS
 
 
 def _opened(cfg: SourceConfig, options: EvalOptions) -> Source:

@@ -127,11 +127,11 @@ def write_report(
 def report_run(folder: Path) -> Path:
     """(Re)write report.html of a run folder from its files; what is missing is left out.
 
-    evaluation.json and the comparison in grids/ belong to Shapes: a real model's page has neither.
+    evaluation.json and the comparison in grids/ belong to the Shapes world: a real model's page has neither.
     """
     run = open_run(folder)
     cfg = load_config(RunConfig, folder / "config.yaml")
-    shapes = cfg.model.kind == "shapes"
+    shapes = cfg.shapes_world
     metrics = read_metrics(folder)
     newest, damaged = newest_intact(run.checkpoints)
     for message in () if shapes else damaged:  # a Shapes run is measured first, which says so

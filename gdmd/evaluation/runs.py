@@ -43,9 +43,14 @@ def grid_captions(per_task: int = 2) -> tuple[str, ...]:
     return catalog().texts(fixed_rows("eval", per_task))
 
 
+def evaluation_captions(cfg: RunConfig) -> tuple[str, ...]:
+    """The captions of the sample grids and of the evaluation of a run on the Shapes world; none for a real model."""
+    return (*grid_captions(), *catalog().texts(fixed_rows("eval", cfg.eval.per_task))) if cfg.shapes_world else ()
+
+
 def grid_hook(components: Components, cfg: RunConfig) -> Callable[[int, Path | None], None]:
     """A hook that draws the grid of a step, always from the same captions and noise. Without a path nothing is written."""
-    shapes = cfg.model.kind == "shapes"
+    shapes = cfg.shapes_world
     captions = grid_captions() if shapes else tuple(components.stream.groups[0][:REAL_ROWS])
     columns = GRID_COLUMNS if shapes else REAL_ROWS
     texts = [text for text in captions for _ in range(columns)]
@@ -139,7 +144,7 @@ def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
 
     A real model is not loaded: its page shows the stored results. ValueError for ``fresh`` with a real model.
     """
-    if cfg.model.kind != "shapes":
+    if not cfg.shapes_world:
         if fresh:
             raise ValueError(
                 f"--fresh measures ShapesEval again, but {folder} is a run of a real model; leave it out, and score the "

@@ -10,6 +10,7 @@ from typing import Any
 
 from gdmd.config.describe import METHODS, student_updates
 from gdmd.config.run import RunConfig
+from gdmd.config.shapes_pipeline import PREFIX, is_shapes_pipeline
 from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.export.pipeline import left_out
 from gdmd.models.families.base import Family
@@ -41,7 +42,7 @@ def model_card(
     )
     sections: tuple[Sequence[str], ...] = (
         head,
-        ("## Use", "```python", *_use(family, given, merged), "```", *_ADVICE, *_safety(family, merged)),
+        ("## Use", "```python", *_use(family, given, merged), "```", *_advice(family), *_safety(family, merged)),
         ("## Training", *_table(cfg, facts, rewards)),
         ("## Metrics", *_metrics(measured)),
         ("## Licenses", *_licenses(cfg, rewards)),
@@ -51,10 +52,11 @@ def model_card(
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-_ADVICE = (
-    "The scheduler re-noises at every step; other schedulers give worse images. In gdmd: "
-    '`gdmd sample THIS_FOLDER --prompt "a red cube"`.',
-)
+def _advice(family: Family) -> Sequence[str]:
+    return (
+        "The scheduler re-noises at every step; other schedulers give worse images. In gdmd: "
+        f'`gdmd sample THIS_FOLDER --prompt "{_example(family)}"`.',
+    )
 
 
 def _safety(family: Family, merged: bool) -> Sequence[str]:
@@ -88,12 +90,17 @@ def _front_matter(cfg: RunConfig) -> Sequence[str]:
 
 def _base(cfg: RunConfig) -> str:
     """A hub id; the hub rejects a card that names a folder."""
-    path = cfg.model.path if cfg.model.kind == "diffusers" else ""
+    path = cfg.model.location if cfg.model.kind == "diffusers" else ""
     return f'""  # fill in: its hub id; here the folder {Path(path).name}' if Path(path).is_dir() else json.dumps(path)
 
 
 def _lora(cfg: RunConfig) -> bool:
     return cfg.model.kind == "diffusers" and cfg.model.full not in ("student", "both")
+
+
+def _example(family: Family) -> str:
+    """A prompt that the model can draw."""
+    return "a red circle and a blue ring" if is_shapes_pipeline(family.cfg.path) else "a red cube on a blue sphere"
 
 
 def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
@@ -103,20 +110,27 @@ def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
         return (
             "import torch, diffusers",
             f'pipe = diffusers.{family.pipeline}.from_pretrained({loaded}).to("cuda")',
-            f'image = pipe(prompt="a red cube on a blue sphere", {given}).images[0]',
+            f'image = pipe(prompt="{_example(family)}", {given}).images[0]',
         )
     pinned = {"revision": family.cfg.revision, "variant": family.cfg.variant}
     options = "".join(f", {key}={value!r}" for key, value in pinned.items() if value is not None)
     options += without
     net = "unet" if "unet" in family.needs else "transformer"
-    base = f'"{family.cfg.path}", dtype=torch.bfloat16{options}'
+    shipped = family.cfg.path.startswith(PREFIX)
+    base = (
+        f'files("gdmd") / "assets/pipelines/{family.cfg.path.removeprefix(PREFIX)}"'
+        if shipped
+        else f'"{family.cfg.path}"'
+    )
+    base += f", dtype=torch.bfloat16{options}"
     return (
+        *(["from importlib.resources import files", ""] if shipped else []),
         "import torch, diffusers",
         f'pipe = diffusers.{family.pipeline}.from_pretrained({base}).to("cuda")',
         f'pipe.scheduler = diffusers.{family.student_scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")',
         # load_lora_weights would warn that the file has no weights for the text encoders
         f'pipe.{net}.load_lora_adapter("THIS_FOLDER", weight_name="{DIFFUSERS_FILE}", prefix="{net}")',
-        f'image = pipe(prompt="a red cube on a blue sphere", {given}).images[0]',
+        f'image = pipe(prompt="{_example(family)}", {given}).images[0]',
     )
 
 
@@ -156,7 +170,8 @@ def _scoring(found: Mapping[str, Any] | None) -> Mapping[str, str]:
 def _data(cfg: RunConfig, facts: Mapping[str, Any]) -> Mapping[str, str]:
     """The rows of training data: prompts, and real images if the method read any."""
     if cfg.real_data is None:
-        return {"prompts": _prompts(cfg.prompts.file, facts)}
+        shapes = cfg.prompts.file is None and cfg.shapes_world
+        return {"prompts": "captions of the Shapes world" if shapes else _prompts(cfg.prompts.file, facts)}
     captions = "the captions of the real images"
     prompts = _prompts(cfg.prompts.file, facts) if cfg.prompts.file else captions
     return {"prompts": prompts, "real images": ", ".join(_names(cfg))}

@@ -69,7 +69,7 @@ def left_out(family: Family) -> list[str]:
     index = local_or_hub_index(family.cfg)
     trained = [name for name in family.optional if family.pipe.components.get(name) is None]
     named = [name for name in EXTRAS if name in components(index)]
-    return trained + absent(index, named, Path(family.cfg.path))
+    return trained + absent(index, named, Path(family.cfg.location))
 
 
 def _cast(pipe: Any, dtype: torch.dtype) -> None:

@@ -65,7 +65,7 @@ def check_guidance(family: Family, guidance: float) -> None:
     A guidance-distilled network predicts what its teacher predicted with guidance; guiding it applies guidance twice.
     """
     cfg = family.cfg
-    why = why_distilled(family.pipe, cfg.path) if cfg.distilled is None else "model.distilled = true"
+    why = why_distilled(family.pipe, cfg.location) if cfg.distilled is None else "model.distilled = true"
     if why is None or cfg.distilled is False:
         if guidance != 1 and cfg.distilled is None:
             _warn_if_maybe_distilled(family, guidance)

@@ -16,6 +16,7 @@ import torch
 
 from gdmd.config.extras import install
 from gdmd.config.model import DiffusersModel
+from gdmd.config.shapes_pipeline import HUB_ID
 from gdmd.hub import hub_file, hub_reason, offline, unreachable
 from gdmd.io import weights_fingerprint
 from gdmd.models.families.base import Family, PipelineText
@@ -59,11 +60,11 @@ def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = Tr
     ValueError for a path or id that does not exist or is gated, an unknown or different family, or a missing component.
     """
     require_diffusers()
-    local, index = is_local(cfg.path), local_or_hub_index(cfg)
+    local, index = is_local(cfg.location), local_or_hub_index(cfg)
     family = family_of(index, cfg)
     what = f"model.path {cfg.path!r}"
     if local:
-        check_pipeline(Path(cfg.path), index, family, cfg)
+        check_pipeline(Path(cfg.location), index, family, cfg)
     else:
         check_needed(index, family.needs, family.pipeline, what)
     _check_tokens(family, cfg)
@@ -103,7 +104,7 @@ class LazyTextEncoder:
             kept = (ENCODER, "tokenizer")
             others = dict.fromkeys(name for name in pipe.components if not name.startswith(kept))
             missing = _left_out(local_or_hub_index(self.family.cfg), type(self.family), self.family.cfg)
-            loaded = _load(type(self.family), self.family.cfg, is_local(self.family.cfg.path), others | missing)
+            loaded = _load(type(self.family), self.family.cfg, is_local(self.family.cfg.location), others | missing)
             _freeze(loaded, str(encoder.device))
             pipe.register_modules(
                 **{name: part for name, part in loaded.components.items() if name.startswith(ENCODER)}
@@ -187,14 +188,14 @@ def encoder_identity(family: Family) -> str:
 
 def content_of(cfg: DiffusersModel, names: Sequence[str]) -> list[object]:
     """What identifies the content of these components: fingerprints in a folder, or a hub id with its commit."""
-    if is_local(cfg.path):
-        return [[name, weights_fingerprint(Path(cfg.path) / name, cfg.variant)] for name in names]
+    if is_local(cfg.location):
+        return [[name, weights_fingerprint(Path(cfg.location) / name, cfg.variant)] for name in names]
     return [cfg.path, snapshot_of(cfg).name, cfg.variant, list(names)]
 
 
 def snapshot_of(cfg: DiffusersModel) -> Path:
-    """The folder at cfg.path; for a hub id its folder in the cache, whose name is the commit."""
-    return snapshot(cfg.path, cfg.revision, f"model.path {cfg.path!r}")
+    """The pipeline's folder; for a hub id its folder in the cache, whose name is the commit."""
+    return snapshot(cfg.location, cfg.revision, f"model.path {cfg.path!r}")
 
 
 def snapshot(path: str, revision: str | None, what: str) -> Path:
@@ -250,7 +251,7 @@ def is_local(path: str, field: str = "model.path", holds: str = INDEX) -> bool:
     if Path(path).is_file():
         instead = instead_of_pipeline(Path(path)) if holds == INDEX else ""
         raise ValueError(f"{field} {path!r} is a file; give the folder that holds {holds}.{instead}")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.is_dir():
+    if re.fullmatch(HUB_ID, path) and not Path(path).parent.is_dir():
         return False
     raise ValueError(
         f"{field} {path!r}: there is no such folder, and it is not a hub id (ORG/NAME). {_suggestion(path, holds)}"
@@ -352,7 +353,7 @@ def _left_out(
 ) -> dict[str, None]:
     """Optional components that are unwanted or missing, to be passed as None."""
     optional = (*family.optional, *(name for name in EXTRAS if name in index))
-    missing = absent(index, optional, Path(cfg.path))
+    missing = absent(index, optional, Path(cfg.location))
     unwanted = () if cfg.t5 else family.optional
     return dict.fromkeys(name for name in optional if name in (*missing, *unwanted, *(() if extras else EXTRAS)))
 
@@ -371,7 +372,8 @@ def checker_off(index: Mapping[str, Any], where: str) -> str | None:
 
 def local_or_hub_index(cfg: DiffusersModel) -> dict[str, Any]:
     """The model_index.json at cfg.path."""
-    return read_index(cfg.path, cfg.revision, f"model.path {cfg.path!r}", local=is_local(cfg.path))
+    where = cfg.location
+    return read_index(where, cfg.revision, f"model.path {cfg.path!r}", local=is_local(where))
 
 
 def read_index(path: str, revision: str | None, what: str, *, local: bool) -> dict[str, Any]:
@@ -429,15 +431,15 @@ def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict
     for library in (diffusers.utils.logging, logging):  # no bar per weight file: the run has its own
         library.disable_progress_bar()
     options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "use_safetensors": True}
-    options["local_files_only"] = local or bool(unreachable(cfg.path, INDEX, cfg.revision))
+    options["local_files_only"] = local or bool(unreachable(cfg.location, INDEX, cfg.revision))
     options |= {"requires_safety_checker": False} if "safety_checker" in left_out else {}
     try:
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
-            cfg.path, **options, **left_out, **({} if local else {"revision": cfg.revision})
+            cfg.location, **options, **left_out, **({} if local else {"revision": cfg.revision})
         )
     except load_errors() as error:
         what = f"model.path {cfg.path!r}"
-        explain(error, cfg.path, cfg.revision, what, local=local)
+        explain(error, cfg.location, cfg.revision, what, local=local)
         raise ValueError(f"{what}: the {family.pipeline} cannot be loaded: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -46,8 +46,8 @@ def meta_family(cfg: DiffusersModel) -> MetaPipeline:
     model.family, and is planned as the standard model of that family.
     """
     require_diffusers()
-    if is_local(cfg.path):
-        return _from_folder(cfg, Path(cfg.path))
+    if is_local(cfg.location):
+        return _from_folder(cfg, Path(cfg.location))
     model = model_of(cfg.path, cfg.family)
     (family,) = [kind for kind in FAMILIES if kind.name == model.family]
     if cfg.family not in (None, model.family):

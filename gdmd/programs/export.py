@@ -102,6 +102,7 @@ def describe(
     base = str(Path(model.path).resolve()) if Path(model.path).is_dir() else model.path
     return {
         "base": base,
+        "shapes": cfg.shapes_world,
         "base_content": base_content(model),
         "revision": model.revision,
         "variant": model.variant,

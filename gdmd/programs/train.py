@@ -22,7 +22,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.prompts import read_prompts
 from gdmd.data.text_cache import CachedText
 from gdmd.evaluation.run_report import report_run
-from gdmd.evaluation.runs import finish_run, grid_hook
+from gdmd.evaluation.runs import evaluation_captions, finish_run, grid_hook
 from gdmd.io import SHARDS_STAY, typed, writing
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.recipes.build import Components, build, compile_networks
@@ -42,11 +42,10 @@ from gdmd.training.progress import progress_for
 from gdmd.training.warm_start import check_model, check_roles, require_start
 
 QUIET = Console(quiet=True)
-NEXT_STEPS = {
-    "score the student": "eval preference {run} --prompts FILE --scorer clip",
-    "export it for diffusers": "export {run}",
-}
-"""The commands after the training of a real model, which has no built-in evaluation."""
+SCORE = "score the student with: gdmd eval preference {run} --prompts FILE --scorer clip"
+"""The next step after the training of a real model, which has no built-in evaluation."""
+EXPORT = "export it for diffusers with: gdmd export {run}"
+"""The next step after the training of any diffusers pipeline."""
 
 
 @dataclass(frozen=True)
@@ -144,10 +143,11 @@ def prepare(cfg: RunConfig, context: DistributedContext = SINGLE_PROCESS, consol
     warn_long_prompts(components, texts, say=context.is_main)
     if isinstance(components.encoder, CachedText):
         encoder = components.encoder
-        context.on_main(lambda: encode(encoder, texts, console))  # the ranks share the cache: one of them writes it
+        known = [*texts, *evaluation_captions(cfg)]
+        context.on_main(lambda: encode(encoder, known, console))  # the ranks share the cache: one of them writes it
         if not context.is_main:
             encoder.refresh()
-            encoder.prepare(texts)
+            encoder.prepare(known)
     return components
 
 
@@ -186,7 +186,7 @@ def check_prompts(cfg: RunConfig, console: Console = QUIET) -> None:
     found = read_prompts(cfg.prompts.file, cfg.prompts.column)
     if note := found.note():
         console.print(note, markup=False, highlight=False, soft_wrap=True)
-    if cfg.model.kind != "shapes":
+    if not cfg.shapes_world:
         return
     table = catalog()
     for prompt in found.prompts:
@@ -220,10 +220,9 @@ def run_training(
     trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began)
     if end.signal is not None or not evaluation or not context.is_main:
         return trained
-    if cfg.model.kind != "shapes":
-        for what, arguments in NEXT_STEPS.items():
-            hint = f"{what} with: gdmd {arguments.format(run=typed(run.path))}"
-            console.print(hint, markup=False, highlight=False, soft_wrap=True)
+    for hint in (*([] if cfg.shapes_world else [SCORE]), *([EXPORT] if cfg.model.kind == "diffusers" else [])):
+        console.print(hint.format(run=typed(run.path)), markup=False, highlight=False, soft_wrap=True)
+    if not cfg.shapes_world:
         with phase("writing the report", console):
             return replace(trained, report=report_run(run.path))
     whole = components if context.size == 1 else build(cfg)  # the other ranks have exited, and with them their shards

@@ -98,8 +98,8 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Components:
 def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components:
     """Times in the recipe are uniform; the method gets them through the family's timestep mapping."""
     real = real_latents_of(cfg, model)
-    prompts, meta = training_prompts(cfg, real)
-    check_prompts(cfg.rewards, prompts)
+    groups, meta = training_prompts(cfg, real)
+    check_prompts(cfg.rewards, (text for group in groups for text in group))
     from gdmd.models.distilled import check_guidance
     from gdmd.models.loading import LazyTextEncoder, encoder_identity, open_family, scoring_codec
     from gdmd.models.roles import DiffusersRoles
@@ -113,7 +113,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components
     own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
     rewards = build_rewards(cfg.rewards, device) if cfg.method.rewarded else ()
     stream = PromptStream(
-        [prompts], encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, [meta] if meta else None
+        groups, encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, [meta] if meta else None
     )
     latents = LatentSpec(family.latent_shape, family.native, family.teacher_times)
     codec = scoring_codec(family, device)

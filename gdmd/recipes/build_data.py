@@ -14,6 +14,7 @@ from gdmd.config.real_data import RealDataConfig
 from gdmd.config.run import RunConfig
 from gdmd.data.latent_cache import LatentStore, StoredLatents
 from gdmd.data.prompts import read_prompts
+from gdmd.shapes.captions import training_captions
 from gdmd.types import Codec
 
 
@@ -46,21 +47,24 @@ def real_latents_of(cfg: RunConfig, model: DiffusersModel) -> StoredLatents | No
 
 def training_prompts(
     cfg: RunConfig, real: StoredLatents | None
-) -> tuple[list[str], tuple[Mapping[str, Any], ...] | None]:
-    """Prompts and metadata of prompts.file (with real images, each must have one), else the captions of the real images."""
+) -> tuple[list[list[str]], tuple[Mapping[str, Any], ...] | None]:
+    """Groups of prompts, and the metadata of a single group.
+
+    From prompts.file (with real images, each must have one), else the captions of the real images, else of the Shapes
+    world, a group per task.
+    """
     if cfg.prompts.file is not None:
         prompts = read_prompts(cfg.prompts.file, cfg.prompts.column)
         if real is not None:
             real.check(prompts.texts)
-        return list(prompts.texts), prompts.meta
+        return [list(prompts.texts)], prompts.meta
     require_prompts(cfg)
-    assert real is not None
-    return list(real.captions), None
+    return training_captions() if real is None else [list(real.captions)], None
 
 
 def require_prompts(cfg: RunConfig) -> None:
     """ValueError if a real model has neither a prompt file nor real images with captions."""
-    if cfg.model.kind == "diffusers" and cfg.prompts.file is None and not cfg.needs_real:
+    if not cfg.shapes_world and cfg.prompts.file is None and not cfg.needs_real:
         raise ValueError("prompts.file is not set: a real model needs a file of prompts, for example prompts.txt")
 
 

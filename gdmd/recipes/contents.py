@@ -16,7 +16,7 @@ def base_content(model: DiffusersModel | ShapesModel) -> str:
     if isinstance(model, ShapesModel):
         given = {"shapes_teacher": model.teacher, "shapes_vae": model.vae}
         return content_hash(*(file_hash(Path(path or asset_path(name))) for name, path in given.items()))
-    return weights_content(model.path, model.revision, model.variant)
+    return weights_content(model.location, model.revision, model.variant)
 
 
 def checkpoint_content(run: Path, step: int) -> str:

@@ -38,7 +38,7 @@ def hub_commits(model: DiffusersModel, cache: Path | None = None) -> dict[str, t
     from huggingface_hub import try_to_load_from_cache
 
     asked = {
-        "model.revision": (model.path, model.revision, "model_index.json"),
+        "model.revision": (model.location, model.revision, "model_index.json"),
         "model.scoring_decoder_revision": (model.scoring_decoder, model.scoring_decoder_revision, "config.json"),
     }
     found = {}

@@ -96,7 +96,7 @@ def on_base(cfg: RunConfig, run: Path, base: str | None, option: str) -> RunConf
     assert isinstance(cfg.model, DiffusersModel)
     model = cfg.model if base is None else cfg.model.model_copy(update={"path": base, "revision": None})
     try:
-        is_local(model.path)
+        is_local(model.location)
     except ValueError as error:
         raise ValueError(
             f"{error} If the base model of {run} has moved, give its new location with {option}."
@@ -142,7 +142,7 @@ def _base(model: DiffusersModel | ShapesModel) -> dict[str, Input]:
 
 def _pipeline(model: DiffusersModel) -> dict[str, Input]:
     commits = {name: commit for name, _, commit in hub_commits(model).values()}
-    found = {"model.path": _weights(model.path, commits.get(model.path), model.variant)}
+    found = {"model.path": _weights(model.path, commits.get(model.path), model.variant, model.location)}
     if decoder := model.scoring_decoder:
         found["model.scoring_decoder"] = _weights(decoder, commits.get(decoder))
     return found
@@ -201,9 +201,9 @@ def _source(target: str) -> Input:
         return Input(target, None)
 
 
-def _weights(given: str, commit: str | None, variant: str | None = None) -> Input:
-    """Fingerprint of a folder or file: its content; of a hub id: its commit, if known."""
-    path = Path(given).expanduser()
+def _weights(given: str, commit: str | None, variant: str | None = None, location: str | None = None) -> Input:
+    """Fingerprint of a folder or file: its content; of a hub id: its commit, if known. location: default ``given``."""
+    path = Path(location or given).expanduser()
     if path.exists():
         cached = re.search(r"/models--[^/]+/snapshots/([0-9a-f]{40})/?$", os.path.abspath(path))
         return replace(_local(given, path, variant), commit=cached[1] if cached else None)

@@ -38,7 +38,7 @@ def _sampling_only(cfg: RunConfig) -> RunConfig:
     full: Literal["none", "student"] = "student" if cfg.model.full in ("student", "both") else "none"
     parts = {
         "model": cfg.model.model_copy(update={"full": full}),
-        "method": DmdConfig(student_steps=cfg.method.student_steps),
+        "method": DmdConfig(student_steps=cfg.method.student_steps, guidance=cfg.method.guidance),
         "prompts": PromptConfig(file=next(iter(SHIPPED))),  # required, but none of them is used
     }
     return cfg.model_copy(update=parts | {"rewards": (), "real_data": None})
@@ -86,4 +86,4 @@ def student_row(cfg: RunConfig, components: Components, name: str = "") -> Sampl
 
 def image_batch(cfg: RunConfig) -> int:
     """Images per sampling call: what fits in training, for real models."""
-    return BATCH if cfg.model.kind == "shapes" else cfg.loop.micro_batch or cfg.loop.batch_size
+    return BATCH if cfg.shapes_world else cfg.loop.micro_batch or cfg.loop.batch_size

@@ -102,7 +102,7 @@ def resumed(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple
 
 
 def check_target(what: str, which: str = "last") -> None:
-    """What ``gdmd eval`` can measure: a row of the teacher, or a run of the Shapes world, which alone has checkpoints.
+    """What ``gdmd eval RUN`` can measure: a row of the teacher, or a run on the Shapes world, which alone has checkpoints.
 
     RunError for another folder, ValueError for a run of a real model.
     """
@@ -116,27 +116,11 @@ def check_target(what: str, which: str = "last") -> None:
 
 def require_shapes(cfg: RunConfig, run: str) -> None:
     """ValueError for the run of a real model, whose images ShapesEval cannot judge."""
-    if isinstance(cfg.model, DiffusersModel):
+    if isinstance(cfg.model, DiffusersModel) and not cfg.shapes_world:
         raise ValueError(
             f"{run} is a run of a real model ({cfg.model.path}), and gdmd eval RUN measures ShapesEval: its detector finds "
             "the colored shapes of the Shapes world only, so every number would be meaningless. Score the run with: "
             f"gdmd eval preference {typed(run)} --prompts FILE --scorer clip"
-        )
-
-
-def require_one_world(kinds: Mapping[str, str]) -> None:
-    """ValueError where sources (place -> ``kind_of``) of the Shapes world and of real models would be compared.
-
-    Folders of images go with both.
-    """
-    real = {"export": True, "pipeline": True, "teacher": False}
-    runs = {where: config_of(Path(where)).model.kind != "shapes" for where, kind in kinds.items() if kind == "run"}
-    worlds = runs | {where: real[kind] for where, kind in kinds.items() if kind in real}
-    if len(set(worlds.values())) > 1:
-        shapes, others = ([where for where in worlds if worlds[where] is one] for one in (False, True))
-        raise ValueError(
-            f"{', '.join(shapes)} generate 32 x 32 images of Shapes captions, {', '.join(others)} images of any prompt: "
-            "no prompts or scorers suit both; compare them in separate calls"
         )
 
 

@@ -8,12 +8,15 @@ is opened.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from gdmd.config.image_source import SourceConfig
-from gdmd.io import RunError, near_name
+from gdmd.config.model import DiffusersModel
+from gdmd.config.shapes_pipeline import HUB_ID, PREFIX, is_shapes_pipeline, located
+from gdmd.io import RunError, near_name, read_json
 from gdmd.models.pipeline_files import instead_of_pipeline
-from gdmd.recipes.run_folders import TEACHERS
+from gdmd.recipes.run_folders import TEACHERS, config_of
 from gdmd.sources.base import EXPORT_FILE, Kind, Source
 from gdmd.sources.folders import FolderSource, holds_images
 
@@ -40,6 +43,8 @@ def _kind(where: str) -> Kind:
     folder = Path(where)
     if where in TEACHERS and not folder.exists():
         return "teacher"
+    if where.startswith(PREFIX):
+        folder = Path(located(where))
     if (folder / "config.yaml").is_file():
         return "run"
     if (folder / EXPORT_FILE).is_file():
@@ -48,7 +53,7 @@ def _kind(where: str) -> Kind:
         return "pipeline"
     if holds_images(folder):
         return "images"
-    if not folder.exists() and not folder.parent.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", where):
+    if not folder.exists() and not folder.parent.is_dir() and re.fullmatch(HUB_ID, where):
         return "pipeline"
     wrong = f"it has none of their files.{instead_of_pipeline(folder)}"
     reason = wrong if folder.exists() else f"it does not exist.{near_name(where, TEACHERS)}"
@@ -56,6 +61,34 @@ def _kind(where: str) -> Kind:
         f"{where} is not a run folder, nor an exported folder, a diffusers pipeline, a hub id (ORG/NAME) or a folder of "
         f"images: {reason}"
     )
+
+
+def draws_shapes(cfg: SourceConfig) -> bool:
+    """Whether a source generates images of Shapes captions; false for a folder of images, which may hold any."""
+    match kind_of(cfg):
+        case "teacher":
+            return True
+        case "run":
+            run = config_of(Path(cfg.where))
+            moved = cfg.base is not None and isinstance(run.model, DiffusersModel)
+            return is_shapes_pipeline(str(cfg.base)) if moved else run.shapes_world
+        case "export":
+            return read_json(Path(cfg.where) / EXPORT_FILE, "Export the run again.").get("shapes") is True
+        case "pipeline":
+            return is_shapes_pipeline(cfg.where)
+        case "images":
+            return False
+
+
+def require_one_world(sources: Sequence[SourceConfig]) -> None:
+    """ValueError where sources of the Shapes world and of real models would be compared; folders of images go with both."""
+    worlds = {source.where: draws_shapes(source) for source in sources if kind_of(source) != "images"}
+    if len(set(worlds.values())) > 1:
+        shapes, others = ([where for where in worlds if worlds[where] is one] for one in (True, False))
+        raise ValueError(
+            f"{', '.join(shapes)} generate 32 x 32 images of Shapes captions, {', '.join(others)} images of any prompt: "
+            "no prompts or scorers suit both; compare them in separate calls"
+        )
 
 
 def open_source(cfg: SourceConfig) -> Source:

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gdmd.config.image_source import SourceConfig
+from gdmd.config.shapes_pipeline import located, read_shapes_pipeline
+from gdmd.diffusion.generate import BATCH
 from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.diffusion.rng import SampleRng
 from gdmd.export.lora import DIFFUSERS_FILE
@@ -44,6 +46,7 @@ from gdmd.models.packing import in_patches, pack
 from gdmd.models.pipeline_files import EXTRAS, INDEX, absent, check_files, check_folders, check_needed
 from gdmd.models.tokens import fit_limits, readers_of
 from gdmd.rewards.weights import weights_content
+from gdmd.shapes.grammar import tokenize
 from gdmd.sources.base import EXPORT_FILE, ImageSlot, SourceInfo, device_name, to_images
 from gdmd.sources.loras import add_lora, lora_content
 from gdmd.sources.schedulers import check_scheduler, set_scheduler, step_arguments
@@ -126,7 +129,9 @@ class PipelineSource:
     arguments: Mapping[str, Any]
 
     def check(self, texts: Sequence[str]) -> None:
-        """Accept any text; warn about prompts that the text encoders truncate."""
+        """Warn about prompts that the text encoders truncate. ValueError for an unknown word of the Shapes language."""
+        for text in texts if self.info.shapes else ():
+            tokenize(text)
         readers = readers_of(self.pipe, int(self.arguments.get("max_sequence_length") or 0))
         if message := long_prompts(readers, texts, "shorten them"):
             log.warning("%s", message)
@@ -143,7 +148,10 @@ class PipelineSource:
 
 
 def open_pipeline(cfg: SourceConfig) -> PipelineSource:
-    """The pipeline with its LoRA and scheduler, on its device."""
+    """The pipeline with its LoRA and scheduler, on its device; a Shapes pipeline at the size that it was trained at."""
+    trained = read_shapes_pipeline(cfg.where)
+    if trained is not None:
+        cfg = cfg.changed({"height": cfg.height or trained.height, "width": cfg.width or trained.width})
     pipe = _load(cfg, cfg.where)
     if cfg.lora:
         add_lora(pipe, cfg.lora, cfg.lora_scale, partial=cfg.lora_partial)
@@ -155,6 +163,7 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     asked = {"num_inference_steps": cfg.steps, "height": cfg.height, "width": cfg.width} | guidance
     arguments = {key: value for key, value in asked.items() if value is not None} | step_arguments(pipe, cfg)
     arguments |= {key: False for key in _unprocessed(pipe) if key == BINNING}
+    length = {"max_sequence_length": trained.max_tokens} if trained is not None and trained.max_tokens else {}
     excluded = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "lora_partial", "base"}
     excluded |= {
         "shift",
@@ -165,19 +174,20 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     settings = cfg.model_dump(mode="json", exclude=excluded)
     settings["guidance"] = guidance.get("true_cfg_scale", cfg.guidance)  # same images as the default
     weights = {
-        "weights": weights_content(cfg.where, cfg.revision, cfg.variant),
+        "weights": weights_content(located(cfg.where), cfg.revision, cfg.variant),
         "lora": cfg.lora and lora_content(cfg.lora),
     }
     info = SourceInfo(
         name=cfg.name,
         kind="pipeline",
         where=cfg.where,
+        shapes=trained is not None,
         trained=cfg.trained or None,
-        batch=cfg.batch or 4,
+        batch=cfg.batch or (4 if trained is None else BATCH),
         device=device_name(pipe.device),
-        identity={"kind": "pipeline", **settings, **weights, **_unprocessed(pipe)},
+        identity={"kind": "pipeline", **settings, **length, **weights, **_unprocessed(pipe)},
     )
-    return PipelineSource(info, pipe, arguments)
+    return PipelineSource(info, pipe, arguments | length)
 
 
 def _unprocessed(pipe: Any) -> dict[str, bool]:
@@ -201,7 +211,7 @@ def _guidance(pipe: Any, cfg: SourceConfig) -> dict[str, Any]:
     if cfg.guidance is not None and ignored:
         raise ValueError(
             f"source {cfg.where!r}: guidance={cfg.guidance:g} does nothing for this {name}, because "
-            f"{why_distilled(pipe, cfg.where) or 'it has no guidance embedding'}; leave it out"
+            f"{why_distilled(pipe, located(cfg.where)) or 'it has no guidance embedding'}; leave it out"
         )
     if cfg.guidance_rescale is not None and "guidance_rescale" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(f"source {cfg.where!r}: guidance_rescale is set, but a {name} does not read it; leave it out")
@@ -233,7 +243,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         revision = {key: info.get(key) for key in ("revision", "variant") if key not in given and not cfg.base}
         below, where = own.model_copy(update=revision), cfg.base or info["base"]
         pipe = _load(below, where, info["without"])
-        base = weights_content(where, below.revision, below.variant)
+        base = weights_content(located(where), below.revision, below.variant)
         trained_on = info.get("base_content", base)
         if base != trained_on and "@" not in base + trained_on:  # a hub id and a folder cannot be compared
             log.warning("the LoRA in %s was trained on another base model: %s has different content", folder, where)
@@ -244,10 +254,11 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         name=cfg.name,
         kind="export",
         where=cfg.where,
+        shapes=info["shapes"],
         nfe=int(info["arguments"]["num_inference_steps"]),
         step=info["step"],
         trained=cfg.trained or tuple(info["rewards"]),
-        batch=cfg.batch or 4,
+        batch=cfg.batch or (BATCH if info["shapes"] else 4),
         device=device_name(pipe.device),
         identity={"kind": "export", **weights, "dtype": own.dtype, "arguments": info["arguments"]},
     )
@@ -264,16 +275,18 @@ def read_export(folder: Path) -> dict[str, Any]:
         raise RunError(f"{path} cannot be read ({error}); export the run again") from error
     if missing or not isinstance(info["arguments"], dict) or "num_inference_steps" not in info["arguments"]:
         raise RunError(f"{path} lacks {', '.join(sorted(missing)) or 'its arguments'}; export the run again")
-    info.setdefault("without", [])
+    info = {"without": [], "shapes": False, **info}
     lists = all(isinstance(info[key], list) for key in ("rewards", "without"))
-    if info["dtype"] not in DTYPES or not isinstance(info["base"], str) or not lists:
+    known = info["dtype"] in DTYPES and isinstance(info["base"], str) and isinstance(info["shapes"], bool)
+    if not known or not lists:
         raise RunError(f"{path} is damaged; export the run again")
-    return dict(info)
+    return info
 
 
 def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
     """The pipeline on its device. without: components that are not loaded."""
     require_diffusers()
+    what, where = f"source {where!r}", located(where)
     import diffusers
     from transformers.utils import logging
 
@@ -283,10 +296,9 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
         local = is_local(where)
     except ValueError as error:
         raise ValueError(
-            f"source {where!r}: there is no such folder, and it is not a hub id (ORG/NAME); if the base model of "
+            f"{what}: there is no such folder, and it is not a hub id (ORG/NAME); if the base model of "
             "an exported LoRA has moved, give base=FOLDER"
         ) from error
-    what = f"source {where!r}"
     index = read_index(where, cfg.revision, what, local=local)
     _check_class(index, what)
     check_libraries(index, what)

@@ -52,7 +52,7 @@ class RunSource:
             name=cfg.name,
             kind="teacher" if teacher else "run",
             where=cfg.where,
-            shapes=recipe.model.kind == "shapes",
+            shapes=recipe.shapes_world,
             nfe=sampler.nfe,
             step=None if teacher else step,
             trained=() if teacher else trained_rewards(recipe),

@@ -21,7 +21,7 @@ def draw_models(named: Mapping[str, Path], per_task: int, count: int, seed: int,
     """
     models = [name for name, path in named.items() if _draws(path)]
     for name in models:
-        if str(named[name]) not in TEACHERS and config_of(named[name]).model.kind != "shapes":
+        if str(named[name]) not in TEACHERS and not config_of(named[name]).shapes_world:
             raise ValueError(
                 f"{name} is a run of a real model, whose images take long to generate: do that first with gdmd eval "
                 f"preference {named[name]} --prompts FILE, and give {name}={named[name] / 'preference' / 'images'}"

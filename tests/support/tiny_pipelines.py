@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,9 +58,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from gdmd.config.model import DiffusersModel
+from gdmd.config.shapes_pipeline import MARKER
 
 SIZE = 32
 """Pixels; the tiny VAEs halve them once; Sana's, which is read without patches, twice."""
+SHAPES_TOKENS = 60
+"""Caption tokens of the Shapes pipeline of sd3, whose tokenizer reads characters."""
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 
@@ -371,6 +375,15 @@ def save(name: str, folder: Path) -> Path:
     pipe = BUILD[name]()
     _fill_zeros(pipe)
     pipe.save_pretrained(folder)
+    return folder
+
+
+def save_shapes(name: str, folder: Path) -> Path:
+    """The same pipeline, marked as one that was trained on the Shapes world."""
+    save(name, folder)
+    marker = {"family": name, "command": "none", "seed": 0, "steps": 0, "height": SIZE, "width": SIZE}
+    tokens = {"max_tokens": SHAPES_TOKENS if name == "sd3" else 0}
+    (folder / MARKER).write_text(json.dumps(marker | tokens))
     return folder
 
 
