@@ -69,9 +69,9 @@ def _pipeline(
     console.print(f"encoding images with {vae}", markup=False, highlight=False, soft_wrap=True)
     pipe = build_miniature(family, seed)
     set_vae(pipe, load_asset(vae).tensors, seed)
-    yield _fitted(denoiser_job(pipe, steps, seed), denoiser, resume, console)
-    command = f"gdmd pretrain pipeline {family} --steps {steps} --seed {seed}"
-    facts = {"family": family, "command": command, "seed": seed, "steps": steps}
+    job = denoiser_job(pipe, steps, seed)
+    yield _fitted(job, denoiser, resume, console)
+    facts = {"family": family, "command": job.command, "seed": seed, "steps": steps}
     facts |= {"height": SIZE, "width": SIZE, "max_tokens": one.max_tokens}
     save_miniature(pipe, folder / f"shapes_{family}", facts)
     yield folder / f"shapes_{family}"
@@ -94,6 +94,10 @@ def _scorers(
 
 
 def _fitted(job: PretrainJob, path: Path, resume: bool, console: Console) -> Path:
+    """Run a job; with ``resume`` one that is finished is read instead."""
+    if resume and path.is_file() and (asset := load_asset(path)).metadata.get("command") == job.command:
+        job.module.load_state_dict(asset.tensors)
+        return path
     with _progress(job.name, job.steps, console) as shown:
         for step, loss in fit(job, path, resume=resume, save_every=max(1, min(500, job.steps // 10))):
             shown(step, loss.item())

@@ -10,12 +10,13 @@ import torch
 from diffusers import DiffusionPipeline
 from rich.console import Console
 
+from gdmd.config.shapes_pipeline import MARKER
 from gdmd.programs.pretrain import pretrain
 from gdmd.runs.assets import load_asset, save_asset
 from gdmd.shapes.grammar import catalog
 from gdmd.shapes.pretrain.miniatures import CLIP_TOKENS, MINIATURES, QWEN_TOKENS, build_miniature
 from gdmd.shapes.pretrain.networks import draw_batch, fit
-from gdmd.shapes.pretrain.pipelines import MARKER, denoiser_job, family_of, kl_vae_job, set_vae
+from gdmd.shapes.pretrain.pipelines import denoiser_job, family_of, kl_vae_job, set_vae
 
 FAMILIES = tuple(MINIATURES)
 CAPTIONS = [caption.text for caption in catalog().captions]

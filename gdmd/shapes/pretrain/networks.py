@@ -47,6 +47,11 @@ class PretrainJob:
     bf16: bool = False
     reads: str | None = None
 
+    @property
+    def command(self) -> str:
+        """The command line that runs this job."""
+        return f"gdmd pretrain {self.name} --steps {self.steps} --seed {self.seed}"
+
 
 def learning_rate(step: int, job: PretrainJob) -> float:
     """Linear warm-up, then a cosine to 2 % of the peak."""
@@ -117,15 +122,14 @@ def fit(job: PretrainJob, target: Path, *, resume: bool = False, save_every: int
         state.load(saved.tensors)
         start = int(saved.metadata["step"])
     began = time.monotonic()
-    command = f"gdmd pretrain {job.name} --steps {job.steps} --seed {job.seed}"
     for step in range(start, job.steps):
         yield step, state.step(step)
         if (step + 1) % save_every == 0 and step + 1 < job.steps:
             facts = {"job": job.name, "steps": job.steps, "step": step + 1, "reads": job.reads}
-            save_asset(part, state.tensors(), command=command, seed=job.seed, metadata=facts)
+            save_asset(part, state.tensors(), command=job.command, seed=job.seed, metadata=facts)
     state.finish()
     facts = {"steps": job.steps, "seconds": round(time.monotonic() - began)}
-    save_asset(target, job.module.state_dict(), command=command, seed=job.seed, metadata=facts)
+    save_asset(target, job.module.state_dict(), command=job.command, seed=job.seed, metadata=facts)
     part.unlink(missing_ok=True)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdmd.config.model import DiffusersModel
+from gdmd.config.shapes_pipeline import MARKER
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import expand, renoise
 from gdmd.io import follow_umask, writing
@@ -28,8 +29,6 @@ from gdmd.shapes.pretrain.miniatures import MINIATURES, SIZE, build_miniature
 from gdmd.shapes.pretrain.networks import CAPTION_DROPOUT, KL_WEIGHT, PretrainJob, draw_batch, state_hash
 from gdmd.types import Cond
 
-MARKER = "shapes_pipeline.json"
-"""In the folder of a pipeline that was trained on Shapes captions."""
 EMBEDDED = 512
 """Captions per call of the text encoders."""
 
