@@ -70,12 +70,26 @@ class TeacherRow(Config):
 
     name: RowName = Field(description="Name of the row.")
     label: str = Field(default="", description="Name on the page and in figures; default: the name.")
+    recipe: str = Field(default="", description="The recipe whose teacher this is; default: that of the headline row.")
     steps: Count = Field(description="ODE steps; 2 NFE each with guidance, 1 without.")
     guidance: NonNegative | None = Field(
         default=None,
-        description="Guidance scale; default: that of the headline row's recipe.",
+        description="Guidance scale; default: that of the recipe.",
     )
     seeds: Seeds | None = Field(default=None, description="Seeds of this row; default: those of the sweep.")
+
+    @property
+    def title(self) -> str:
+        """The name shown to readers."""
+        return self.label or self.name
+
+
+class ExportRow(Config):
+    """The exported LoRA of a student row, called with plain diffusers in another process."""
+
+    name: RowName = Field(description="Name of the row.")
+    label: str = Field(default="", description="Name on the page and in figures; default: the name.")
+    student: str = Field(description="The student row whose runs are exported, one for each of its seeds.")
 
     @property
     def title(self) -> str:
@@ -144,13 +158,19 @@ class SweepConfig(Config):
         ),
         description="Rows of the teacher's sampler.",
     )
+    exports: tuple[ExportRow, ...] = Field(
+        default=(), description="Student rows that are also exported and measured with plain diffusers; LoRA only."
+    )
     evaluation: SweepEvaluation = Field(default=SweepEvaluation(), description="How every run is evaluated.")
     diagnosis: SweepDiagnosis = Field(default=SweepDiagnosis(), description="What is measured during training.")
     images: SweepImages = Field(default=SweepImages(), description="The figures that show images.")
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
-        problems = [*self._name_problems(), *self._start_problems(), *self._override_problems()]
+        problems = [
+            *(*self._name_problems(), *self._start_problems()),
+            *(*self._export_problems(), *self._override_problems()),
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -159,15 +179,18 @@ class SweepConfig(Config):
         names = [*(row.name for row in self.every_row), *(row.name for row in self.past_rows)]
         found = [f"the row name '{name}' is used {names.count(name)} times" for name in _repeated(names)]
         found += [f"seed {seed} is listed twice" for seed in _repeated(self.seeds)]
-        own = [(row.name, seed) for row in self.every_row for seed in _repeated(row.seeds or ())]
+        own = [(row.name, seed) for row in self.sampled for seed in _repeated(row.seeds or ())]
         found += [f"seed {seed} of row '{name}' is listed twice" for name, seed in own]
         found += [f"budget {budget} is listed twice" for budget in _repeated(self.budgets)]
         students = [row.name for row in self.rows]
         for field, name in (("headline", self.headline), ("reference", self.reference or self.headline)):
             if name not in students:
                 found.append(f"{field} '{name}' is not one of the rows {', '.join(students)}")
-        unknown = [name for name in self.images.rows if name not in (row.name for row in self.every_row)]
-        return found + [f"images.rows contains '{name}', which is not a row" for name in unknown]
+        drawn = [row.name for row in self.sampled]
+        unknown = [name for name in self.images.rows if name not in drawn]
+        return found + [
+            f"images.rows contains '{name}', which is not a row of a teacher or student" for name in unknown
+        ]
 
     def _start_problems(self) -> list[str]:
         rows = {row.name: row for row in self.rows}
@@ -183,6 +206,18 @@ class SweepConfig(Config):
                 found.append(f"{where}, which is not trained under the budget updates")
             elif first is not None and (lost := set(self.seeds_of(row)) - set(self.seeds_of(first))):
                 found.append(f"{where}, which does not have seed {', '.join(map(str, sorted(lost)))}")
+        return found
+
+    def _export_problems(self) -> list[str]:
+        students = {row.name: row for row in self.rows}
+        found = []
+        for row in self.exports:
+            student = students.get(row.student)
+            where = f"exported row '{row.name}' has student '{row.student}'"
+            if student is None:
+                found.append(f"{where}, which is not one of the rows {', '.join(students)}")
+            elif "updates" not in self.budgets_of(student):
+                found.append(f"{where}, which is not trained under the budget updates")
         return found
 
     def _override_problems(self) -> list[str]:
@@ -204,14 +239,19 @@ class SweepConfig(Config):
         return self.seeds if row.seeds is None else row.seeds
 
     @property
-    def every_row(self) -> tuple[TeacherRow | StudentRow, ...]:
-        """Teachers, then students."""
+    def every_row(self) -> tuple[TeacherRow | StudentRow | ExportRow, ...]:
+        """Teachers, then students, then exports."""
+        return (*self.teachers, *self.rows, *self.exports)
+
+    @property
+    def sampled(self) -> tuple[TeacherRow | StudentRow, ...]:
+        """Teachers, then students: the rows that gdmd itself samples."""
         return (*self.teachers, *self.rows)
 
     @property
     def every_seed(self) -> tuple[int, ...]:
         """The seeds of the sweep, then those that only some rows have."""
-        own = (seed for row in self.every_row for seed in self.seeds_of(row))
+        own = (seed for row in self.sampled for seed in self.seeds_of(row))
         return tuple(dict.fromkeys((*self.seeds, *own)))
 
     def updates_of(self, row: StudentRow) -> int:
@@ -224,7 +264,7 @@ class SweepConfig(Config):
 
     @property
     def titles(self) -> dict[str, str]:
-        """name -> the name shown to readers, teachers first."""
+        """name -> the name shown to readers, in the order of ``every_row``."""
         return {row.name: row.title for row in self.every_row}
 
 

@@ -73,21 +73,42 @@ def evaluate(
 
     scorers: all are reported; the held-out dual encoder, whose features are used, must be among them.
     """
+    _features(scorers)  # before images are generated in vain
+    texts = image_captions(cfg, split)
+    made = generate(sampler, components, texts, cfg.seed)
+    speed = made.images_per_s, made.images_per_s_decoded
+    return evaluate_images(sampler.name, made.images, components.encoder, cfg, scorers, split, sampler.nfe, speed)
+
+
+def image_captions(cfg: EvalConfig, split: Split = "eval") -> tuple[str, ...]:
+    """The caption of every image of an evaluation: those of the fixed set, each ``cfg.images`` times."""
+    return catalog().texts(fixed_rows(split, cfg.per_task).repeat_interleave(cfg.images))
+
+
+def evaluate_images(
+    name: str,
+    images: Tensor,
+    encoder: TextEncoder,
+    cfg: EvalConfig,
+    scorers: Sequence[Reward],
+    split: Split,
+    nfe: int,
+    speed: tuple[float, float] = (math.nan, math.nan),
+) -> Evaluation:
+    """Measure images [N, 3, S, S] of ``image_captions``, in their order. speed: images per s, without and with VAE."""
     features = _features(scorers)
     rows = fixed_rows(split, cfg.per_task).repeat_interleave(cfg.images)
-    texts = tuple(catalog().captions[row].text for row in rows.tolist())
-    made = generate(sampler, components, texts, cfg.seed)
-    images = made.images
-    _check_finite(images, sampler.name)
+    texts = image_captions(cfg, split)
+    _check_finite(images, name)
     detections = detect(images)
     correct = shapeseval(detections, rows)
     task = catalog().task[rows].to(correct.device)
     reals = render(draw_scenes(rows, torch.Generator().manual_seed(cfg.seed))).to(images.device)
     seen = _in_batches(features, images)
     return Evaluation(
-        name=sampler.name,
+        name=name,
         shapeseval=summarize(correct, task),
-        rewards={scorer.name: mean_score(scorer, images, texts, components.encoder) for scorer in scorers},
+        rewards={scorer.name: mean_score(scorer, images, texts, encoder) for scorer in scorers},
         fidelity=float(fidelity(images, detections).mean()),
         coverage=coverage(detections, rows, correct),
         diversity=pairwise_distance(seen, rows) if len(rows.unique()) < len(rows) else math.nan,  # type: ignore[no-untyped-call]
@@ -96,9 +117,9 @@ def evaluate(
         texts=texts,
         images=images,
         correct=correct,
-        nfe=sampler.nfe,
-        images_per_s=made.images_per_s,
-        images_per_s_decoded=made.images_per_s_decoded,
+        nfe=nfe,
+        images_per_s=speed[0],
+        images_per_s_decoded=speed[1],
     )
 
 

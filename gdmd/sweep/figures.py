@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +90,6 @@ FIGURES: Mapping[str, tuple[str, str]] = {
 
 def draw_all(results: Results, folder: Path, features: Sequence[Mapping[str, Any]]) -> None:
     """Write every figure for which there are numbers; ``features`` are the panels of ``feature_figure``."""
-    from matplotlib import rc_context
-
     drawers: dict[str, Callable[[], Figure | None]] = {
         "overall.png": lambda: overall_figure(results),
         "fig1_measures.png": lambda: measure_figure(results),
@@ -98,6 +97,17 @@ def draw_all(results: Results, folder: Path, features: Sequence[Mapping[str, Any
         "fig4_divergence.png": lambda: divergence_figure(results),
         "fig4_curves.png": lambda: curve_figure(results),
     }
+    _draw(drawers, folder)
+
+
+def draw_pipelines(families: Mapping[str, Results], folder: Path) -> None:
+    """Write FAMILY_overall.png of every family of a sweep over pipelines."""
+    _draw({f"{name}_overall.png": partial(overall_figure, results) for name, results in families.items()}, folder)
+
+
+def _draw(drawers: Mapping[str, Callable[[], Figure | None]], folder: Path) -> None:
+    from matplotlib import rc_context
+
     with writing("the figures", folder):
         folder.mkdir(parents=True, exist_ok=True)
     for name, draw in drawers.items():

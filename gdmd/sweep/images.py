@@ -24,7 +24,7 @@ from gdmd.shapes.grammar import TASKS, catalog, fixed_rows
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.shapes.rewards import ShapesClip, shipped_scorer
 from gdmd.shapes.same_noise import write_same_noise
-from gdmd.sweep.runs import GRIDS, IMAGES, SweepRun, images_key, shown_runs
+from gdmd.sweep.runs import GRIDS, IMAGES, SweepRun, figure_folder, images_key, shown_runs
 from gdmd.sweep.spec import Sweep, read_sweep
 from gdmd.sweep.worker import run_sampler
 
@@ -47,7 +47,7 @@ class Shown:
 
 
 def main(folder: Path) -> int:
-    """Write figures/fig6_grid.png, figures/fig7_grid.png and images.json; returns the exit code."""
+    """Write fig6_grid.png and fig7_grid.png among the figures, and images.json; returns the exit code."""
     torch.set_num_threads(1)
     sweep = read_sweep(str(folder / "sweep.yaml"))
     shown = [_shown(sweep, run, folder) for run in shown_runs(sweep, folder)]
@@ -55,7 +55,7 @@ def main(folder: Path) -> int:
     count = sweep.config.images.captions
     for name, tasks in zip(GRIDS, (TASKS, HARDEST), strict=True):
         samplers = [(replace(each.sampler, name=each.title), each.components) for each in shown]
-        path = folder / "figures" / name
+        path = figure_folder(sweep, folder) / name
         write_same_noise(path, samplers, _captions(tasks, count), seed, scale=2, option="--out")
     panels = feature_panels(shown, sweep.config.images.per_cluster, seed)
     content = {"key": images_key(sweep, folder), "panels": panels}

@@ -23,6 +23,7 @@ from gdmd.runs.process import folder_lock, stop_signals
 from gdmd.sweep.runs import (
     GRIDS,
     SweepRun,
+    figure_folder,
     images_are_current,
     key_of,
     line_of,
@@ -250,7 +251,7 @@ def _unfinished(wanted: Sequence[SweepRun], folder: Path, table: Table, outcome:
 
 def _images_drawn(sweep: Sweep, folder: Path) -> bool:
     """Whether the images of the figures are drawn (or there are none to draw)."""
-    grids = all((folder / "figures" / name).exists() for name in GRIDS)
+    grids = all((figure_folder(sweep, folder) / name).exists() for name in GRIDS)
     return not shown_runs(sweep, folder) or (grids and images_are_current(sweep, folder))
 
 

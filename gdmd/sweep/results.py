@@ -11,6 +11,7 @@ from gdmd.config.sweep import SweepConfig
 from gdmd.io import RunError, read_json, typed
 from gdmd.sweep.figures import draw_all
 from gdmd.sweep.page import About, write_page
+from gdmd.sweep.pipeline_page import table_line, write_pipelines
 from gdmd.sweep.pool import Outcome
 from gdmd.sweep.runs import GRIDS, IMAGES, images_are_current, key_of, plan, read_table
 from gdmd.sweep.spec import Sweep
@@ -36,7 +37,7 @@ def stored_results(sweep: Sweep, folder: Path, *, past: bool = False) -> Stored:
     """
     config = sweep.config
     keys = dict.fromkeys(run.key for run in plan(sweep))
-    table = read_table(_table(folder))
+    table = [table_line(line) for line in read_table(_table(folder, config.name))]
     exact = {key_of(line): line for line in table if key_of(line) in keys}
     old: dict[tuple[str, int, str], Line] = {}
     if past:
@@ -46,13 +47,16 @@ def stored_results(sweep: Sweep, folder: Path, *, past: bool = False) -> Stored:
         old = {(line["method"], line["seed"], line["budget"]): line for line in left}
     rows = [Row(row.name, row.title, "teacher") for row in config.teachers]
     rows += [Row(row.name, row.title, row.kind, tuple(row.tables)) for row in (*config.rows, *config.past_rows)]
+    rows += [Row(row.name, row.title, "exported") for row in config.exports]
     lines = [exact[key] for key in keys if key in exact]
     missing = sum(key not in exact and key[:3] not in old for key in keys)
     return Stored(Results(rows, [*lines, *old.values()], config.headline), missing, len(old))
 
 
 def write_pages(sweep: Sweep, source: str, folder: Path, *, only_pages: bool) -> Path | None:
-    """Write the figures and shapes.md; None (an error with ``only_pages``) if no run is finished.
+    """Write the figures and shapes.md, or NAME.md of a sweep over pipelines.
+
+    None (an error with ``only_pages``) if no run is finished.
 
     only_pages: nothing was trained, so lines of earlier settings are shown too.
     """
@@ -60,14 +64,19 @@ def write_pages(sweep: Sweep, source: str, folder: Path, *, only_pages: bool) ->
     config, results = sweep.config, stored.results
     if not results.lines:
         if only_pages:
-            raise RunError(f"{_table(folder)} has no line of sweep {config.name!r}; run it first, without --pages-only")
+            raise RunError(
+                f"{_table(folder, config.name)} has no line of sweep {config.name!r}; run it first, without --pages-only"
+            )
         return None
+    command = f"gdmd sweep {typed(source)}"  # without --out: readers do not have that folder
+    if sweep.of_pipelines:
+        return write_pipelines(config, results, command, folder, stored.missing)
     stale = (folder / IMAGES).exists() and not images_are_current(sweep, folder)
     draw_all(results, folder / "figures", [] if stale else _features(folder))
     about = About(
         title=f"Sweep on Shapes: {config.name}",
         about=config.about + _past_note(stored),
-        command=f"gdmd sweep {typed(source)}",  # without --out: readers do not have that folder
+        command=command,
         beginning=beginning(config),
         seeds=config.seeds,
         reference=config.titles[config.reference or config.headline] if "passes" in config.budgets else "",
@@ -110,7 +119,7 @@ def beginning(config: SweepConfig) -> str:
 def other_seeds(config: SweepConfig) -> str:
     """The rows whose seeds are not those of the sweep, as a part of a sentence; "" without any."""
     found: dict[tuple[int, ...], list[str]] = {}
-    for row in config.every_row:
+    for row in config.sampled:
         if config.seeds_of(row) != config.seeds:
             found.setdefault(config.seeds_of(row), []).append(f"**{row.title}**")
     return "".join(f", {' and '.join(rows)} over seeds {', '.join(map(str, own))}" for own, rows in found.items())
@@ -119,10 +128,11 @@ def other_seeds(config: SweepConfig) -> str:
 def summary(sweep: Sweep, outcome: Outcome, *, only_pages: bool = False) -> dict[str, Any]:
     """What ``gdmd sweep --json`` prints."""
     stored = stored_results(sweep, outcome.folder, past=only_pages)
-    tests = {each.row.name: each for each in against_headline(stored.results, OVERALL)}
+    families = sweep.of_pipelines  # whose rows are compared on the page, within their family
+    tests = {} if families else {each.row.name: each for each in against_headline(stored.results, OVERALL)}
     return {
         "folder": str(outcome.folder),
-        "table": str(_table(outcome.folder)),
+        "table": str(_table(outcome.folder, sweep.config.name)),
         "page": str(outcome.page) if outcome.page else None,
         "trained": outcome.trained,
         "cached": outcome.cached,
@@ -146,10 +156,10 @@ def _row(results: Results, row: Row, tests: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _table(folder: Path) -> Path:
-    """table.jsonl of a sweep's folder, or the committed shapes.jsonl."""
-    committed = folder / "shapes.jsonl"
-    return committed if committed.exists() and not (folder / TABLE).exists() else folder / TABLE
+def _table(folder: Path, name: str) -> Path:
+    """table.jsonl of a sweep's folder; without one a published NAME.jsonl or shapes.jsonl."""
+    published = [file for file in (folder / f"{name}.jsonl", folder / "shapes.jsonl") if file.exists()]
+    return published[0] if published and not (folder / TABLE).exists() else folder / TABLE
 
 
 def _features(folder: Path) -> Sequence[Mapping[str, Any]]:

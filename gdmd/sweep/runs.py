@@ -2,7 +2,7 @@
 
 OUT/table.jsonl         one line per run, appended when the run is finished
 OUT/runs/HASH/          job.json, log.txt, result.json; run/ is the run folder (``gdmd eval OUT/runs/HASH/run``)
-OUT/figures/, shapes.md the pages
+OUT/figures/, shapes.md the pages; of a sweep over pipelines OUT/NAME/, NAME.md and NAME.jsonl
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig, ShapesModel, ShapesReward
-from gdmd.config.sweep import Budget, StudentRow, TeacherRow
+from gdmd.config.sweep import Budget, ExportRow, StudentRow, SweepConfig, TeacherRow
 from gdmd.io import RunError, content_hash, file_hash, numbered_jsonl, read_json
+from gdmd.recipes.contents import base_content
 from gdmd.runs.assets import asset_path
 from gdmd.runs.run_folder import MISSING, Change, config_hash, differing
 from gdmd.sweep.spec import Sweep
@@ -52,7 +54,7 @@ class SweepRun:
     budget: Budget
     job: Mapping[str, Any]  # with every field of the recipe
     identity: Mapping[str, Any]
-    first_stage: SweepRun | None = None  # the run whose networks this one starts from
+    first_stage: SweepRun | None = None  # the run whose networks this one starts from, or exports
 
     @property
     def hash(self) -> str:
@@ -88,6 +90,8 @@ def plan(sweep: Sweep) -> list[SweepRun]:
         for budget in config.budgets:
             rows = (row for row in config.rows if budget in config.budgets_of(row) and seed in config.seeds_of(row))
             runs += [_student_run(sweep, row, seed, budget, diagnosed) for row in rows]
+        exports = (row for row in config.exports if seed in config.seeds_of(config.row(row.student)))
+        runs += [_exported_run(sweep, row, seed, diagnosed) for row in exports]
     return runs
 
 
@@ -151,6 +155,16 @@ def shown_runs(sweep: Sweep, out: Path) -> list[SweepRun]:
     return [runs[name] for name in names if name in runs and runs[name].result(out).exists()][:MAX_COLUMNS]
 
 
+def figure_folder(sweep: Sweep, out: Path) -> Path:
+    """Where the figures of a sweep are."""
+    return pipeline_figures(sweep.config, out) if sweep.of_pipelines else out / "figures"
+
+
+def pipeline_figures(config: SweepConfig, out: Path) -> Path:
+    """Where the figures of a sweep over pipelines are: the folder named like its page."""
+    return out / config.name
+
+
 def images_key(sweep: Sweep, out: Path) -> str:
     """What the images of the figures depend on: the results and titles of the shown runs, and the settings."""
     config = sweep.config
@@ -192,8 +206,8 @@ def _fits(run: SweepRun, pattern: str) -> bool:
 
 
 def _teacher_run(sweep: Sweep, row: TeacherRow, seed: int) -> SweepRun:
-    guidance = sweep.headline.method.guidance if row.guidance is None else row.guidance
-    cfg = _with_seed(sweep, sweep.headline, seed)
+    cfg = _with_seed(sweep, sweep.teacher(row.name), seed)
+    guidance = cfg.method.guidance if row.guidance is None else row.guidance
     own = {"teacher": {"steps": row.steps, "guidance": guidance}, "split": sweep.config.evaluation.split}
     parts = ("model", "rewards", "eval")
     job = own | {"recipe": _subset(_all_fields(cfg), parts), "contents": contents(cfg)}
@@ -227,14 +241,24 @@ def _student_run(sweep: Sweep, row: StudentRow, seed: int, budget: Budget, diagn
     return SweepRun(row.name, row.kind, seed, budget, job, identity, first)
 
 
+def _exported_run(sweep: Sweep, row: ExportRow, seed: int, diagnosed: bool) -> SweepRun:
+    """The student's run is its first stage; ``recipe`` and ``contents`` are that run's."""
+    student = _student_run(sweep, sweep.config.row(row.student), seed, "updates", diagnosed)
+    own = {"exported": student.hash, "split": sweep.config.evaluation.split}
+    job = own | {"recipe": student.job["recipe"], "contents": student.job["contents"]}
+    return SweepRun(row.name, "exported", seed, "updates", job, own, student)
+
+
 def contents(cfg: RunConfig) -> dict[str, str]:
-    """Hashes of the files that a run reads: networks, scorers, prompts and reward functions."""
+    """Hashes of the files that a run reads: networks or pipeline, scorers, prompts and reward functions."""
     own = {reward.kind: reward.asset for reward in cfg.rewards if isinstance(reward, ShapesReward)}
     files: dict[str, str | None] = {}
     if isinstance(cfg.model, ShapesModel):
         files = {"shapes_teacher": cfg.model.teacher, "shapes_vae": cfg.model.vae}
     files |= {kind: own.get(kind) for kind in ("shapes_clip", "shapes_pref", "shapes_clip_heldout")}
     found = {name: _content(Path(path) if path else asset_path(name)) for name, path in files.items()}
+    if isinstance(cfg.model, DiffusersModel):
+        found["pipeline"] = base_content(cfg.model)
     if cfg.prompts.file:
         from gdmd.data.prompts import prompt_file  # imports torch
 
@@ -273,11 +297,13 @@ def _with_seed(sweep: Sweep, cfg: RunConfig, seed: int) -> RunConfig:
     """The recipe with the run's seed and evaluation; captions are the same for all runs, noise depends on the seed."""
     how = sweep.config.evaluation
     size = {"per_task": how.per_task, "images": how.images, "seed": how.seed + seed}
-    parts = {
+    parts: dict[str, Any] = {
         "about": "",
         "eval": cfg.eval.model_copy(update=size),
         "loop": cfg.loop.model_copy(update={"seed": seed, **LOOP}),
     }
+    if isinstance(cfg.model, DiffusersModel):  # runs at the same time would write the same cache of text embeddings
+        parts["model"] = cfg.model.model_copy(update={"embeddings": None})
     return cfg.model_copy(update=parts)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gdmd.config.load import ConfigError, load_config
@@ -19,15 +19,25 @@ SWEEPS = FOLDER / "sweeps"
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep config and the resolved recipe of each of its student rows."""
+    """A sweep config and the resolved recipe of each of its student and teacher rows."""
 
     config: SweepConfig
     recipes: Mapping[str, RunConfig]  # row name -> recipe; seed and steps are still those of the recipe
+    teachers: Mapping[str, RunConfig] = field(default_factory=dict)  # of the teacher rows that name a recipe
 
     @property
     def headline(self) -> RunConfig:
         """The recipe of the headline row; its guidance is the default of the teacher rows."""
         return self.recipes[self.config.headline]
+
+    @property
+    def of_pipelines(self) -> bool:
+        """Whether its students are diffusers pipelines."""
+        return self.headline.model.kind == "diffusers"
+
+    def teacher(self, name: str) -> RunConfig:
+        """The recipe whose teacher a row measures."""
+        return self.teachers.get(name, self.headline)
 
 
 def sweep_names() -> list[str]:
@@ -39,23 +49,43 @@ def read_sweep(source: str) -> Sweep:
     """The validated sweep with all its recipes; ConfigError lists the mistakes of every row."""
     path = _path_of(source)
     config = load_config(SweepConfig, path, where=path.name)
+    students = {row.name: (row.recipe or config.base, {**config.overrides, **row.overrides}) for row in config.rows}
+    teachers = {row.name: (row.recipe, config.overrides) for row in config.teachers if row.recipe}
     recipes: dict[str, RunConfig] = {}
     errors: list[str] = []
-    for row in config.rows:
-        overrides = _arguments({**config.overrides, **row.overrides})
+    for name, (recipe, overrides) in (students | teachers).items():
         try:
-            recipes[row.name] = read_recipe(row.recipe or config.base, overrides)
+            recipes[name] = read_recipe(recipe, _arguments(overrides))
         except ConfigError as error:
-            errors += [f"{path.name}, row '{row.name}': {line}" for line in error.errors]
-    errors += [
-        f"{path.name}, row '{name}': a sweep measures ShapesEval, but {cfg.name} trains a real model; train it with gdmd "
-        "train and compare the runs with gdmd eval compare"
-        for name, cfg in recipes.items()
-        if cfg.model.kind != "shapes"
-    ]
+            errors += [f"row '{name}': {line}" for line in error.errors]
+    errors += _model_problems(config, recipes)
     if errors:
-        raise ConfigError(errors)
-    return Sweep(config, recipes)
+        raise ConfigError([f"{path.name}, {line}" for line in errors])
+    own = {name: recipes[name] for name in students}
+    return Sweep(config, own, {name: recipes[name] for name in teachers})
+
+
+def _model_problems(config: SweepConfig, recipes: Mapping[str, RunConfig]) -> list[str]:
+    """Rows whose images ShapesEval cannot judge, rows of two kinds of model, and exports of what is not a LoRA."""
+    found = [
+        f"row '{name}': a sweep measures ShapesEval, but {cfg.name} trains a pipeline that does not draw Shapes captions; "
+        "train it with gdmd train and compare the runs with gdmd eval compare"
+        for name, cfg in recipes.items()
+        if not cfg.shapes_world
+    ]
+    kinds = {cfg.model.kind: name for name, cfg in recipes.items()}
+    if len(kinds) > 1:
+        found.append(
+            f"rows '{kinds['shapes']}' and '{kinds['diffusers']}': one distills the Shapes networks, the other a pipeline, "
+            "which do not fit on one page; write two sweeps"
+        )
+    for row in config.exports:
+        student = recipes.get(row.student)
+        if student and (student.model.kind == "shapes" or student.model.full in ("student", "both")):
+            found.append(
+                f"row '{row.name}': {row.student} does not train the LoRA of a pipeline, so there is none to export"
+            )
+    return found
 
 
 def _path_of(source: str) -> Path:

@@ -1,7 +1,8 @@
 """One run of a sweep in a separate process: ``python -m gdmd.sweep.worker OUT/runs/HASH [PID]``.
 
 PID: the sweep that started it; when that process is gone, the run saves its state and exits.
-Reads job.json, trains (or resumes) run/, evaluates, and writes result.json last. Exit codes are those of ``gdmd``:
+Reads job.json, trains (or resumes) run/, evaluates, and writes result.json last. The run of an export trains nothing: it
+exports another run and measures what diffusers draws. Exit codes are those of ``gdmd``:
 0 done, 2 bad input, 3 not finite, 130 and 143 stopped with a checkpoint.
 """
 
@@ -17,18 +18,22 @@ from typing import Any
 
 import torch
 
-from gdmd.config.run import EvalConfig, RunConfig
+from gdmd.config.model import DiffusersModel
+from gdmd.config.run import EvalConfig, ModelConfig, RunConfig
 from gdmd.diffusion.generate import Sampler, teacher_sampler
 from gdmd.io import finite_or_none, read_json, write_atomic
-from gdmd.methods.pass_counter import CountedMethod
+from gdmd.methods.pass_counter import BACKWARD, FROZEN_BACKWARD, CountedMethod
+from gdmd.models.loading import family_of, local_or_hub_index
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.open_run import load_ema, student_row
 from gdmd.runs import checkpoint
 from gdmd.runs.process import folder_lock, stop_with_parent
 from gdmd.runs.run_folder import Run, check_same_config, commit, create, open_run, read_metrics, versions
-from gdmd.shapes.evaluate import evaluate
+from gdmd.shapes.evaluate import Evaluation, evaluate, evaluate_images
+from gdmd.shapes.roles import ShapesRoles, ShapesTextEncoder
 from gdmd.sweep.budgets import iterations
 from gdmd.sweep.diagnosis import all_scorers, diagnose
+from gdmd.sweep.exported import draw_exported
 from gdmd.training.loop import Hooks, TrainEnd, train
 from gdmd.training.progress import PlainProgress
 from gdmd.training.role_state import NonFiniteError
@@ -48,7 +53,7 @@ def main(folder: Path, parent: int | None = None) -> int:
             return 0
         try:
             job = read_json(folder / "job.json", "Start gdmd sweep again to write it.")
-            result = _teacher(job) if "teacher" in job else _student(job, folder)
+            result = _result(job, folder)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return NOT_FINITE if isinstance(error, NonFiniteError) else BAD_INPUT
@@ -56,6 +61,13 @@ def main(folder: Path, parent: int | None = None) -> int:
             return result.exit_code
         write_atomic(folder / "result.json", json.dumps(finite_or_none(result), indent=1), "the run's result")
         return 0
+
+
+def _result(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
+    """Of a teacher's run, of the export of a student, or of a student's."""
+    if "teacher" in job:
+        return _teacher(job)
+    return _exported(job, folder) if "exported" in job else _student(job, folder)
 
 
 def settings(job: Mapping[str, Any], steps: int, runs: Path) -> RunConfig:
@@ -94,7 +106,7 @@ def _teacher(job: Mapping[str, Any]) -> dict[str, Any]:
     sampler = teacher_sampler(components, job["teacher"]["steps"], job["teacher"]["guidance"])
     measured = measures(cfg, components, sampler, job["split"])
     costs = {"student_updates": 0, "steps": 0, "passes": 0, "seconds": 0.0, "peak_memory_mib": memory_mib()}
-    return measured | costs | _facts(cfg, began)
+    return measured | costs | pipeline_facts(cfg, "teacher", job["teacher"]["steps"]) | _facts(cfg, began)
 
 
 def _student(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
@@ -103,8 +115,7 @@ def _student(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
     cfg = settings(job, iterations(job), folder.parent)
     run = _run(folder / "run", cfg)
     components = build(cfg)
-    roles = components.roles
-    method = CountedMethod(components.method, [roles.student.net, roles.fake.net, roles.teacher.net, roles.old.net])
+    method = counted(components)
     progress = PlainProgress(cfg.loop.steps)
     end = train(method, components.roles, components.stream, cfg.loop, run, Hooks(progress))
     if end.signal is not None:
@@ -121,17 +132,64 @@ def _student(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
     points = diagnose(cfg, run, job["diagnosis"], job["split"]) if job["diagnosis"] else []
     for step in checkpoint.steps(run.checkpoints)[:-1]:
         _remove(run.checkpoints / f"step_{step:06d}")
-    return measured | cost | {"statistics": statistics_of(run), "points": points} | _facts(cfg, began)
+    found = measured | cost | {"statistics": statistics_of(run), "points": points}
+    return found | pipeline_facts(cfg, mode_of(cfg.model), len(cfg.method.student_steps)) | _facts(cfg, began)
+
+
+def _exported(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    began, steps = time.perf_counter(), len(job["recipe"]["method"]["student_steps"])
+    run = folder.parent / job["exported"] / "run"
+    cfg = RunConfig.model_validate(open_run(run).config)
+    images = draw_exported(cfg, run, folder, job["split"])
+    encoder = ShapesTextEncoder()  # scorers read the text itself
+    found = evaluate_images("exported LoRA", images, encoder, cfg.eval, all_scorers(cfg), job["split"], steps)
+    costs = {"student_updates": 0, "steps": 0, "passes": 0, "seconds": 0.0, "peak_memory_mib": memory_mib()}
+    return measured_line(found, cfg) | costs | pipeline_facts(cfg, "exported", steps) | _facts(cfg, began)
+
+
+def counted(components: Components) -> CountedMethod:
+    """The method with its passes counted, those of adapters on a frozen base model as such."""
+    roles = components.roles
+    if isinstance(roles, ShapesRoles):
+        return CountedMethod(components.method, [roles.student.net, roles.fake.net, roles.teacher.net, roles.old.net])
+    frozen = roles.backbone.net
+    return CountedMethod(
+        components.method, roles.modules(), backward=lambda net: FROZEN_BACKWARD if net is frozen else BACKWARD
+    )
+
+
+def mode_of(model: ModelConfig) -> str:
+    """How the student is trained."""
+    return "lora" if isinstance(model, DiffusersModel) and model.full in ("none", "fake") else "full"
+
+
+def pipeline_facts(cfg: RunConfig, mode: str, steps: int) -> dict[str, Any]:
+    """What a line of a pipeline's results says about it: family, method, mode, steps of the sampler. Else nothing."""
+    if not isinstance(cfg.model, DiffusersModel):
+        return {}
+    family = family_of(local_or_hub_index(cfg.model), cfg.model).name
+    method: str = cfg.method.kind
+    if mode == "teacher":
+        method = "teacher"
+    elif method.startswith("gdmd"):
+        method = "gdmd" if cfg.method.rewarded else "dmd"
+    return {"pipeline": {"family": family, "method": method, "mode": mode, "steps": steps}}
 
 
 def measures(
     cfg: RunConfig, components: Components, sampler: Sampler, split: Any, size: EvalConfig | None = None
 ) -> dict[str, Any]:
     """The measured part of a table line; ``shapeseval`` is the overall score, ``tasks`` holds the six."""
-    row = evaluate(sampler, components, size or cfg.eval, all_scorers(cfg), split).json()
+    return measured_line(evaluate(sampler, components, size or cfg.eval, all_scorers(cfg), split), cfg)
+
+
+def measured_line(found: Evaluation, cfg: RunConfig) -> dict[str, Any]:
+    """An evaluation as in a table line; ``correct``: 1 or 0 for every image, caption by caption."""
+    row = found.json()
     tasks = dict(row.pop("shapeseval"))
     trained = [reward.kind for reward in cfg.rewards]
-    return {"shapeseval": tasks.pop("overall"), "tasks": tasks, **row, "trained": trained}
+    correct = "".join(str(int(right)) for right in found.correct.tolist())
+    return {"shapeseval": tasks.pop("overall"), "tasks": tasks, **row, "correct": correct, "trained": trained}
 
 
 def statistics_of(run: Run) -> dict[str, float]:

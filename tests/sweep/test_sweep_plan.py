@@ -94,7 +94,7 @@ def test_all_mistakes_are_listed_at_once(tmp_path: Path) -> None:
         (HEAD + "headline: ours\n" + ROWS, "headline 'ours' is not one of the rows"),
         (HEAD + "overrides: {loop.steps: 9}\n" + ROWS, "'loop.steps', which the sweep sets"),
         (HEAD + "overrides: {eval.images: 1}\n" + ROWS, "'eval.images', which the sweep sets"),
-        (HEAD + ROWS + "images: {rows: [nobody]}\n", "'nobody', which is not a row"),
+        (HEAD + ROWS + "images: {rows: [nobody]}\n", "'nobody', which is not a row of"),
         (HEAD + ROWS.replace("recipe: dmd", "recipe: sdxl_gdmd"), "row 'dmd': a sweep measures ShapesEval"),
         (
             HEAD + STAGES.replace("start_from: first, b", "start_from: frist, b"),
