@@ -14,7 +14,7 @@ $(error VENV="$(VENV)" holds a space, which make cannot read in a name: give a p
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs fuzz soak lint clean
+.PHONY: help demo test docs pipelines fuzz soak lint clean
 
 help:  ## show this help
 	@echo "make TARGET   (PYTHON=$(PYTHON) VENV=$(VENV))"
@@ -28,6 +28,12 @@ test: $(VENV)/.installed-dev  ## run all tests
 
 docs: $(VENV)/.installed-docs  ## build the documentation site into build/site, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+pipelines: $(VENV)/.installed-dev  ## train and measure everything in docs/results/pipelines.md (hours, resumable)
+	$(BIN)/gdmd sweep pipelines --out runs/pipelines
+	mkdir -p docs/results/pipelines
+	cp runs/pipelines/pipelines/*.png docs/results/pipelines/
+	cp runs/pipelines/pipelines.md runs/pipelines/pipelines.jsonl docs/results/
 
 fuzz: $(VENV)/.installed-dev  ## thousands of malformed inputs, different ones each time (minutes)
 	$(ONE_THREAD) $(PYTEST) --hypothesis-profile=fuzz $$(grep -rlE "import (.*, )?given" tests)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,16 +153,15 @@ def _over_seeds(found: Estimate, *, signed: bool) -> str:
 
 
 def _scores(results: Results, captions: Captions) -> Table:
-    body, first = [], None
+    body, first = [], results.summary(results.rows[0].name, OVERALL)
     for row in results.rows:
         runs, found = results.runs(row.name), results.summary(row.name, OVERALL)
-        assert found is not None
-        first = first or found.mean
+        assert found is not None and first is not None
         line = next(iter(runs.values()))
         cells = [
             *(str(found.count), str(line["nfe"]), plus_minus(found.mean, found.std)),
             *(interval(*captions.interval(runs)), interval(found.low, found.high)),
-            number(found.mean / first if first else math.nan),
+            number(found.mean / first.mean if first.mean else None),
         ]
         body.append(texts(row.title, *cells))
     return Table(["", "seeds", "NFE", "ShapesEval", "over captions", "over seeds", "share"], [body])

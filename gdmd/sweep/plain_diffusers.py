@@ -21,7 +21,7 @@ def main(export: Path, call_file: Path, images: Path) -> None:
     info = json.loads((export / "gdmd_export.json").read_text())
     call = json.loads(call_file.read_text())
     left_out = dict.fromkeys(info["without"])
-    pipe = DiffusionPipeline.from_pretrained(call["base"], torch_dtype=DTYPES[info["dtype"]], **left_out)  # type: ignore[no-untyped-call]
+    pipe = DiffusionPipeline.from_pretrained(call["base"], dtype=DTYPES[info["dtype"]], **left_out)  # type: ignore[no-untyped-call]
     pipe.load_lora_weights(export, weight_name="pytorch_lora_weights.safetensors")
     pipe.scheduler = SCHEDULERS[info["scheduler"]].from_pretrained(export / "scheduler")
     pipe.set_progress_bar_config(disable=True)
