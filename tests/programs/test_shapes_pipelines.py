@@ -137,6 +137,7 @@ def test_compare_pipeline_run_and_exports(gdmd: Gdmd, miniatures: Path) -> None:
     assert gdmd("train", "tiny.yaml", "--run", "run", "--no-eval").code == 0
     assert gdmd("export", "run").code == 0 and gdmd("export", "run", "--merged").code == 0
     assert json.loads(Path("run/export/gdmd_export.json").read_text())["base"] == "shapes:sd3"
+    assert 'from_pretrained(files("gdmd") / "assets/pipelines/sd3"' in Path("run/export/README.md").read_text()
     sources = ("lora=run/export", "merged=run/export-merged", "run", "base=shapes:sd3,steps=2,guidance=3,dtype=fp32")
     compared = gdmd("eval", "compare", *sources, "-o", "all", *QUICK)
     assert compared.code == 0, compared.err
