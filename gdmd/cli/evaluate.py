@@ -63,7 +63,8 @@ def eval_command(
 ) -> None:
     """Measure a Shapes student or the teacher: ShapesEval by task, rewards, fidelity, coverage, speed.
 
-    For runs of real models use gdmd eval preference RUN --prompts FILE.
+    A run of a diffusers pipeline that was trained on Shapes captions (gdmd pretrain pipeline) is measured, too. For other
+    real models use gdmd eval preference RUN --prompts FILE.
 
     \b
     Examples:
@@ -147,8 +148,8 @@ def report_command(
 ) -> None:
     """Write report.html of a run: results, curves, health checks, sample grids and settings in one file.
 
-    A Shapes run is measured first where results are missing. A real model is not loaded: the page shows the results of
-    gdmd eval preference and compare that are stored in the run folder.
+    A run on Shapes captions is measured first where results are missing. Any other real model is not loaded: the page
+    shows the results of gdmd eval preference and compare that are stored in the run folder.
 
     \b
     Examples:

@@ -127,5 +127,7 @@ class DiffusersModel(Config):
         if wrong:
             given = ", ".join(f"{name} = {getattr(self, name)}" for name in wrong)
             cure = " ".join(f"model.{name}={wanted[name]}" for name in wrong)
-            raise ValueError(f"{self.path} was trained on the Shapes world at another size, got {given}; set {cure}")
+            raise ValueError(
+                f"{self.path} was trained on the Shapes world with other settings, got {given}; set {cure}"
+            )
         return self

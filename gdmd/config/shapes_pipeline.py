@@ -67,7 +67,7 @@ def is_shapes_pipeline(path: str) -> bool:
 
 
 def draws_real_images(path: str) -> bool:
-    """Whether ``path`` is known to be no Shapes pipeline: a hub id, or a folder without the MARKER.
+    """Whether ``path`` is known not to be a Shapes pipeline: it is a hub id, or a folder without the MARKER.
 
     A folder that does not exist may have been one: the base model of a run that has moved.
     """

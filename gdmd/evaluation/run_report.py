@@ -18,7 +18,9 @@ import yaml
 
 from gdmd.config import describe
 from gdmd.config.load import load_config
+from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
+from gdmd.config.shapes_pipeline import draws_real_images
 from gdmd.data.image_files import open_image
 from gdmd.evaluation.health import Panel, health_panels, summary, training_curves
 from gdmd.evaluation.run_measures import Rows, measure_groups, measure_plots
@@ -131,7 +133,8 @@ def report_run(folder: Path) -> Path:
     """
     run = open_run(folder)
     cfg = load_config(RunConfig, folder / "config.yaml")
-    shapes = cfg.shapes_world
+    moved = isinstance(cfg.model, DiffusersModel) and not draws_real_images(cfg.model.path)
+    shapes = cfg.shapes_world or (moved and (folder / EVALUATION).is_file())  # measured where the base model was
     metrics = read_metrics(folder)
     newest, damaged = newest_intact(run.checkpoints)
     for message in () if shapes else damaged:  # a Shapes run is measured first, which says so

@@ -13,6 +13,7 @@ import yaml
 from gdmd.config.load import load_config
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
+from gdmd.config.shapes_pipeline import draws_real_images
 from gdmd.io import RunError, near_name, typed, write_atomic, writing
 from gdmd.recipes.read import read_recipe
 from gdmd.runs.run_folder import Run, check_same_config, open_run
@@ -115,13 +116,19 @@ def check_target(what: str, which: str = "last") -> None:
 
 
 def require_shapes(cfg: RunConfig, run: str) -> None:
-    """ValueError for the run of a real model, whose images ShapesEval cannot judge."""
-    if isinstance(cfg.model, DiffusersModel) and not cfg.shapes_world:
+    """ValueError for the run of a real model, whose images ShapesEval cannot judge, and for a missing base model."""
+    if cfg.shapes_world or not isinstance(cfg.model, DiffusersModel):
+        return
+    if not draws_real_images(cfg.model.path):
         raise ValueError(
-            f"{run} is a run of a real model ({cfg.model.path}), and gdmd eval RUN measures ShapesEval: its detector finds "
-            "the colored shapes of the Shapes world only, so every number would be meaningless. Score the run with: "
-            f"gdmd eval preference {typed(run)} --prompts FILE --scorer clip"
+            f"{run}: there is no folder {cfg.model.path}, its base model; if it has moved, record the new place with: "
+            f"gdmd train --resume {typed(run)} model.path=FOLDER"
         )
+    raise ValueError(
+        f"{run} is a run of a real model ({cfg.model.path}), and gdmd eval RUN measures ShapesEval: its detector finds "
+        "the colored shapes of the Shapes world only, so every number would be meaningless. Score the run with: "
+        f"gdmd eval preference {typed(run)} --prompts FILE --scorer clip"
+    )
 
 
 def check_png(path: Path) -> None:

@@ -177,12 +177,13 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
         "weights": weights_content(located(cfg.where), cfg.revision, cfg.variant),
         "lora": cfg.lora and lora_content(cfg.lora),
     }
+    unrewarded = () if trained is not None and cfg.lora is None else None
     info = SourceInfo(
         name=cfg.name,
         kind="pipeline",
         where=cfg.where,
         shapes=trained is not None,
-        trained=cfg.trained or None,
+        trained=cfg.trained or unrewarded,
         batch=cfg.batch or (4 if trained is None else BATCH),
         device=device_name(pipe.device),
         identity={"kind": "pipeline", **settings, **length, **weights, **_unprocessed(pipe)},

@@ -52,8 +52,8 @@ def test_unknown_name_is_one_of_all_errors(shipped: Path) -> None:
         (("model.width=48",), "set model.width=32 model.max_tokens=7"),
     ],
 )
-def test_size_is_the_trained_one(shipped: Path, overrides: tuple[str, ...], cure: str) -> None:
-    with pytest.raises(ConfigError, match="trained on the Shapes world at another size") as raised:
+def test_settings_are_the_trained_ones(shipped: Path, overrides: tuple[str, ...], cure: str) -> None:
+    with pytest.raises(ConfigError, match="trained on the Shapes world with other settings") as raised:
         read("model.path=shapes:sd3", *overrides)
     assert str(raised.value).endswith(cure)
 

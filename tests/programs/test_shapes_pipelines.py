@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ from cli_world import Gdmd
 from PIL import Image
 
 from gdmd.config import shapes_pipeline
+from gdmd.config.image_source import read_source
 from gdmd.config.run import RunConfig
 from gdmd.recipes.build import build
+from gdmd.recipes.open_run import teacher_row
+from gdmd.sources.base import SourceInfo, image_slots
+from gdmd.sources.open import open_source
+from gdmd.sources.runs import RunSource
 
 TILTED = {"kind": "gdmd_tilted", "group_size": 1, "continuations": 2, "reward_gradient": 1.0, "guidance": 3.0}
 PLAIN = {"kind": "dmd", "fake_updates": 1, "guidance": 3.0}
@@ -93,11 +99,45 @@ def test_run_is_measured_as_a_shapes_run(gdmd: Gdmd, miniatures: Path, name: str
         assert "shapes:sd3" in recorded and str(miniatures) not in recorded
 
 
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_teacher_row_is_the_stock_pipeline(gdmd: Gdmd, name: str) -> None:
+    cfg = write_recipe(f"shapes:{name}", PLAIN, max_tokens=tiny.SHAPES_TOKENS if name == "sd3" else 0)
+    components = build(cfg, "cpu")
+    own = RunSource(SourceInfo("own", "teacher", "teacher"), components, teacher_row(cfg, components, "teacher"))
+    stock = open_source(read_source(f"shapes:{name},steps=2,guidance=3,dtype=fp32"))
+    slots = image_slots(["a red circle", "two blue rings"], 2)
+    pairs = zip(own.generate(slots, 5), stock.generate(slots, 5), strict=True)
+    assert max(abs(np.asarray(one, int) - np.asarray(other, int)).max() for one, other in pairs) <= 1
+    assert stock.info.shapes and stock.info.trained == () and stock.info.batch == 100
+
+
+def test_moved_pipeline(gdmd: Gdmd, miniatures: Path) -> None:
+    write_recipe(str(shutil.copytree(miniatures / "sd3", "before")), TILTED, max_tokens=tiny.SHAPES_TOKENS)
+    assert gdmd("train", "tiny.yaml", "--run", "run").code == 0
+    Path("before").rename("now")
+    missing = gdmd("eval", "run")
+    assert missing.code == 2 and "gdmd train --resume run model.path=FOLDER" in missing.err
+    Path("run/report.html").unlink()
+    assert gdmd("report", "run").code == 0 and "ShapesEval" in Path("run/report.html").read_text()
+    assert gdmd("export", "run", "--base", "now").code == 0
+    drawn = gdmd("sample", "run,base=now", "-p", "a red circle", "-n", "1")
+    assert drawn.code == 0, drawn.err
+
+
+def test_student_of_a_distilled_base(gdmd: Gdmd) -> None:
+    """Guidance 1, as a distilled base needs it, is that of the run when its student is opened again."""
+    write_recipe("shapes:sdxl", PLAIN | {"guidance": 1.0}, distilled=True)
+    assert gdmd("train", "tiny.yaml", "--run", "run", "--no-eval").code == 0
+    drawn = gdmd("sample", "run", "-p", "a red circle", "-n", "1")
+    assert drawn.code == 0, drawn.err
+
+
 def test_compare_pipeline_run_and_exports(gdmd: Gdmd, miniatures: Path) -> None:
     write_recipe("shapes:sd3", PLAIN, max_tokens=tiny.SHAPES_TOKENS)
     assert gdmd("train", "tiny.yaml", "--run", "run", "--no-eval").code == 0
     assert gdmd("export", "run").code == 0 and gdmd("export", "run", "--merged").code == 0
     assert json.loads(Path("run/export/gdmd_export.json").read_text())["base"] == "shapes:sd3"
+    assert 'from_pretrained(files("gdmd") / "assets/pipelines/sd3"' in Path("run/export/README.md").read_text()
     sources = ("lora=run/export", "merged=run/export-merged", "run", "base=shapes:sd3,steps=2,guidance=3,dtype=fp32")
     compared = gdmd("eval", "compare", *sources, "-o", "all", *QUICK)
     assert compared.code == 0, compared.err
