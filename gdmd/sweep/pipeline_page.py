@@ -97,9 +97,10 @@ def _page(
     missing: int,
     drawn: Sequence[str],
 ) -> str:
-    blocks = [f"# {_title(config)}", f"**{'; '.join(family.verdict for family in families)}.**"]
-    blocks += [config.about, *([f"**Unfinished: {missing} runs are not in the table yet.**"] if missing else [])]
-    blocks += ["## Goals", str(_goal_table(families)), _GOALS]
+    answers = [family.verdict for family in families if family.goals]
+    blocks = [f"# {_title(config)}", *([f"**{'; '.join(answers)}.**"] if answers else []), config.about]
+    blocks += [f"**Unfinished: {missing} runs are not in the table yet.**"] if missing else []
+    blocks += ["## Goals", str(_goal_table(families)), _GOALS] if answers else []
     for family in families:
         blocks += [f"## {family.name}", str(_scores(family.results, captions)), _SCORES]
         blocks += _images(config, drawn, f"{family.name}_overall.png", *FIGURES["overall.png"])

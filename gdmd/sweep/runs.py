@@ -258,7 +258,8 @@ def contents(cfg: RunConfig) -> dict[str, str]:
     files |= {kind: own.get(kind) for kind in ("shapes_clip", "shapes_pref", "shapes_clip_heldout")}
     found = {name: _content(Path(path) if path else asset_path(name)) for name, path in files.items()}
     if isinstance(cfg.model, DiffusersModel):
-        found["pipeline"] = base_content(cfg.model)
+        files = sorted(Path(cfg.model.location).rglob("*"))
+        found["pipeline"] = _pipeline_content(cfg.model, tuple((str(file), file.stat().st_mtime_ns) for file in files))
     if cfg.prompts.file:
         from gdmd.data.prompts import prompt_file  # imports torch
 
@@ -291,6 +292,12 @@ def _content(path: Path) -> str:
 def _content_at(path: Path, size: int, changed: int) -> str:
     del size, changed
     return file_hash(path)
+
+
+@cache  # as above
+def _pipeline_content(model: DiffusersModel, files: tuple[tuple[str, int], ...]) -> str:
+    del files
+    return base_content(model)
 
 
 def _with_seed(sweep: Sweep, cfg: RunConfig, seed: int) -> RunConfig:

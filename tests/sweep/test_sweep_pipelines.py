@@ -158,6 +158,20 @@ def test_the_page_is_made_again_from_the_published_table(done: Done, tmp_path: P
     assert found["missing"] == 0 and found["rows"].keys() == done.lines.keys()
 
 
+def test_a_page_without_goals(done: Done, tmp_path: Path) -> None:
+    """One row says nothing about another."""
+    (tmp_path / "miniatures.jsonl").write_text(json.dumps(done.lines["dmd_lora"]) + "\n")
+    page = write_pages(done.sweep, "miniatures", tmp_path, only_pages=True)
+    assert page is not None
+    text = page.read_text()
+    assert (
+        "Unfinished: 5 runs" in text
+        and "goals met" not in text
+        and "## Goals" not in text
+        and "| DMD LoRA | 1 |" in text
+    )
+
+
 def test_the_exported_lora_is_drawn_by_diffusers_alone(done: Done) -> None:
     """The script imports nothing of gdmd, and draws what gdmd's own reader of the export draws from the same seeds."""
     tree = list(ast.walk(ast.parse(Path(plain_diffusers.__file__).read_text())))
