@@ -12,11 +12,14 @@ from statistics import fmean, pstdev
 from typing import Literal
 
 from gdmd.reporting.plots import BINS, Metrics, curves, r_histogram
+from gdmd.runs.student_moves import MOVED, STUCK
 
 Status = Literal["ok", "look", "bad", "unknown"]
 WINDOWS = 5
 FEW = 10
 """Logged rows below which nothing is judged."""
+MOVES = 0.8
+"""Distance from the teacher's samples above which a student has moved."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,14 @@ def _latents(metrics: Metrics) -> tuple[Status, str]:
     return status, text
 
 
+def _moves(metrics: Metrics) -> tuple[Status, str]:
+    end = _end(metrics, MOVED)
+    if math.isnan(end):
+        return "unknown", "The distance was not measured."
+    status: Status = "ok" if end >= MOVES else "look" if end >= STUCK else "bad"
+    return status, f"At the end {end:.2g} spreads."
+
+
 def _gap(metrics: Metrics) -> tuple[Status, str]:
     means = [fmean(window) for window in _windows(metrics, "gap/real") if window]
     if len(means) < WINDOWS or min(means) <= 0:
@@ -183,6 +194,14 @@ _OPTIMALITY = _Watched(
     _optimality,
 )
 _WATCHED: Sequence[_Watched] = (
+    _Watched(
+        "Student moves",
+        {MOVED: "distance from the teacher's samples"},
+        f"ok: at the end samples from the same noise differ from the teacher's by at least {MOVES} times the spread of the "
+        f"teacher's. bad: by less than {STUCK}: the student still is the teacher; raise its learning rate (LoRA needs about "
+        "10 times the rate of full weights) or train longer. look: between.",
+        _moves,
+    ),
     _Watched(
         "Latent mean and std",
         {"latent/mean": "mean", "latent/std": "std", "latent/scored_std": "std of what is scored"},
