@@ -12,14 +12,12 @@ from statistics import fmean, pstdev
 from typing import Literal
 
 from gdmd.reporting.plots import BINS, Metrics, curves, r_histogram
-from gdmd.runs.student_moves import MOVED, STUCK
+from gdmd.training.displacement import HEALTHY, MOVED, STUCK
 
 Status = Literal["ok", "look", "bad", "unknown"]
 WINDOWS = 5
 FEW = 10
 """Logged rows below which nothing is judged."""
-MOVES = 0.8
-"""Distance from the teacher's samples above which a student has moved."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,8 @@ def _moves(metrics: Metrics) -> tuple[Status, str]:
     end = _end(metrics, MOVED)
     if math.isnan(end):
         return "unknown", "The distance was not measured."
-    status: Status = "ok" if end >= MOVES else "look" if end >= STUCK else "bad"
-    return status, f"At the end {end:.2g} spreads."
+    status: Status = "ok" if end >= HEALTHY else "look" if end >= STUCK else "bad"
+    return status, f"At the end {end:.2g} of the spread."
 
 
 def _gap(metrics: Metrics) -> tuple[Status, str]:
@@ -197,9 +195,9 @@ _WATCHED: Sequence[_Watched] = (
     _Watched(
         "Student moves",
         {MOVED: "distance from the teacher's samples"},
-        f"ok: at the end samples from the same noise differ from the teacher's by at least {MOVES} times the spread of the "
-        f"teacher's. bad: by less than {STUCK}: the student still is the teacher; raise its learning rate (LoRA needs about "
-        "10 times the rate of full weights) or train longer. look: between.",
+        f"ok: at the end samples from the same noise differ from the teacher's by at least {HEALTHY} of the spread of the "
+        f"teacher's. bad: by less than {STUCK}: the student is still almost the teacher; raise its learning rate (LoRA needs "
+        "about 10 times the rate of full weights) or train longer. look: between.",
         _moves,
     ),
     _Watched(

@@ -25,7 +25,7 @@ from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import BestCheckpointTracker
 from gdmd.runs.process import stop_signals
 from gdmd.runs.run_folder import Run, read_metrics
-from gdmd.runs.student_moves import hardly_moves
+from gdmd.training.displacement import hardly_moves
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext, OtherRankError
 from gdmd.training.metrics import Means
 from gdmd.training.optimizer import lr_factor

@@ -13,9 +13,8 @@ from toy_training import Toy, toy_config
 
 from gdmd.config.training import LoopConfig
 from gdmd.runs.run_folder import read_metrics
-from gdmd.runs.student_moves import MOVED, STUCK, hardly_moves
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesTextEncoder
-from gdmd.training.displacement import SAMPLES, displacement, displacement_hook
+from gdmd.training.displacement import MOVED, SAMPLES, STUCK, displacement, displacement_hook, hardly_moves
 from gdmd.training.loop import Hooks, NoProgress
 
 STEPS = (1.0, 0.5)
@@ -67,12 +66,12 @@ def test_hook_compares_the_student_with_the_teacher() -> None:
 @pytest.mark.parametrize(
     ("step", "updates", "moved", "warned"),
     [
-        (100, 100, 0.1 * STUCK * 0.99, True),  # at this pace just below at the end
-        (100, 100, 0.1 * STUCK, False),
+        (100, 100, 80 / 980 * STUCK * 0.99, True),  # the warm-up of 40 updates moves it half as far
+        (100, 100, 80 / 980 * STUCK * 1.01, False),
         (500, 500, 0.4 * STUCK, True),
         (500, 500, math.nan, False),
         (99, 99, 0.0, False),  # too early in the run
-        (100, 79, 0.0, False),  # too soon after the warm-up
+        (100, 39, 0.0, False),  # in the warm-up
     ],
 )
 def test_when_a_student_hardly_moves(step: int, updates: int, moved: float, warned: bool) -> None:
@@ -84,6 +83,14 @@ def test_when_a_student_hardly_moves(step: int, updates: int, moved: float, warn
     scored = hardly_moves(step, values | {"scores/clip/unscored": 0.0}, loop)
     assert ("Check the rewards" in scored) == warned
     assert hardly_moves(step, {"updates/student": updates}, loop) == ""  # not measured
+
+
+@pytest.mark.parametrize(("schedule", "share"), [("constant", 0.5), ("linear", 0.75), ("cosine", 0.5 + 1 / math.pi)])
+def test_extrapolation_follows_the_schedule(schedule: str, share: float) -> None:
+    """``share``: of the sum of the learning rates, after half of the steps."""
+    loop = LoopConfig(steps=1000, lr_schedule=schedule)
+    below, above = ({"updates/student": 500, MOVED: factor * share * STUCK} for factor in (0.99, 1.01))
+    assert hardly_moves(500, below, loop) and not hardly_moves(500, above, loop)
 
 
 def trained(folder: Path, lr: float, steps: int = 40) -> tuple[Toy, list[str]]:
