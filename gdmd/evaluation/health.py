@@ -196,8 +196,8 @@ _WATCHED: Sequence[_Watched] = (
         "Student moves",
         {MOVED: "distance from the teacher's samples"},
         f"ok: at the end samples from the same noise differ from the teacher's by at least {HEALTHY} of the spread of the "
-        f"teacher's. bad: by less than {STUCK}: the student is still almost the teacher; raise its learning rate (LoRA needs "
-        "about 10 times the rate of full weights) or train longer. look: between.",
+        f"teacher's. bad: by less than {STUCK}: the student is still almost the teacher; raise its learning rate (LoRA "
+        "needs about 10 times the rate of full weights) or train longer. look: between.",
         _moves,
     ),
     _Watched(
