@@ -45,7 +45,8 @@ def check_best_metric(cfg: RunConfig) -> None:
 def metric_keys(cfg: RunConfig) -> tuple[str, ...]:
     """Every key that a row of metrics.jsonl can hold; some appear only in a second stage."""
     rewards = [key for spec in _rewards(cfg) for key in (*_scored(spec), *_of_reward(spec))]
-    return tuple(dict.fromkeys((*_ALWAYS, *_of_method(cfg), *rewards)))
+    moved = () if cfg.loop.start_from else ("student/moved",)
+    return tuple(dict.fromkeys((*_ALWAYS, *moved, *_of_method(cfg), *rewards)))
 
 
 def _rewards(cfg: RunConfig) -> tuple[RewardConfig, ...]:

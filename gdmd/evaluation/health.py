@@ -12,6 +12,7 @@ from statistics import fmean, pstdev
 from typing import Literal
 
 from gdmd.reporting.plots import BINS, Metrics, curves, r_histogram
+from gdmd.training.displacement import HEALTHY, MOVED, STUCK
 
 Status = Literal["ok", "look", "bad", "unknown"]
 WINDOWS = 5
@@ -126,6 +127,14 @@ def _latents(metrics: Metrics) -> tuple[Status, str]:
     return status, text
 
 
+def _moves(metrics: Metrics) -> tuple[Status, str]:
+    end = _end(metrics, MOVED)
+    if math.isnan(end):
+        return "unknown", "The distance was not measured."
+    status: Status = "ok" if end >= HEALTHY else "look" if end >= STUCK else "bad"
+    return status, f"At the end {end:.2g} of the spread."
+
+
 def _gap(metrics: Metrics) -> tuple[Status, str]:
     means = [fmean(window) for window in _windows(metrics, "gap/real") if window]
     if len(means) < WINDOWS or min(means) <= 0:
@@ -183,6 +192,14 @@ _OPTIMALITY = _Watched(
     _optimality,
 )
 _WATCHED: Sequence[_Watched] = (
+    _Watched(
+        "Student moves",
+        {MOVED: "distance from the teacher's samples"},
+        f"ok: at the end samples from the same noise differ from the teacher's by at least {HEALTHY} of the spread of the "
+        f"teacher's. bad: by less than {STUCK}: the student is still almost the teacher; raise its learning rate (LoRA "
+        "needs about 10 times the rate of full weights) or train longer. look: between.",
+        _moves,
+    ),
     _Watched(
         "Latent mean and std",
         {"latent/mean": "mean", "latent/std": "std", "latent/scored_std": "std of what is scored"},

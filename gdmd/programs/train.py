@@ -36,6 +36,7 @@ from gdmd.reporting.progress_bar import phase
 from gdmd.runs.run_folder import Run, create, open_run
 from gdmd.shapes.grammar import catalog
 from gdmd.training.adamw8bit import require_torchao
+from gdmd.training.displacement import displacement_hook
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.training.loop import Hooks, NoProgress, TrainEnd, train
 from gdmd.training.progress import progress_for
@@ -237,11 +238,14 @@ def _train(cfg: RunConfig, run: Run, components: Components, console: Console, c
     def stats() -> Mapping[str, Any]:
         return {**reward_stats(components.rewards), **(scorer.stats() if scorer else {})}
 
+    texts = [text for group in components.stream.groups for text in group]
+    steps = components.student_steps or cfg.method.student_steps
     with progress_for(cfg.loop.steps, console) as progress:
         hooks = Hooks(
             progress if context.is_main else NoProgress(),
             grid_hook(components, cfg),
             stats,
+            displacement_hook(components, texts, steps, cfg.loop, context.size),
             lambda name: reason_unscored(components.rewards, name),
         )
         return train(components.method, components.roles, components.stream, cfg.loop, run, hooks, context)

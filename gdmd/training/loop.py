@@ -25,6 +25,7 @@ from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import BestCheckpointTracker
 from gdmd.runs.process import stop_signals
 from gdmd.runs.run_folder import Run, read_metrics
+from gdmd.training.displacement import hardly_moves
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext, OtherRankError
 from gdmd.training.metrics import Means
 from gdmd.training.optimizer import lr_factor
@@ -84,12 +85,14 @@ class Hooks:
     writes an image to ``path``, or nothing if it is None.
 
     stats(): statistics from outside the method that are logged after an iteration, such as the parts of a reward.
+    at_log(): values that are measured only when a row is logged, by all ranks.
     reason(name): why the reward ``name`` left images without a score, for an error.
     """
 
     progress: Progress = field(default_factory=NoProgress)
     grid: Callable[[int, Path | None], None] | None = None
     stats: Callable[[], Mapping[str, Tensor]] = dict
+    at_log: Callable[[], Mapping[str, float]] = dict
     reason: Callable[[str], str] = lambda name: ""
 
 
@@ -160,6 +163,7 @@ class _Trainer:
         self.best = BestCheckpointTracker(cfg.best_metric, cfg.best_direction, window)
         self.rewards = RewardMonitor(cfg.batch_size, cfg.steps, hooks.reason)
         self._images, self._clock = 0, time.perf_counter()
+        self._warned_of_student = False
 
     def train(self, start: int, signals: list[int], board: SummaryWriter | None) -> TrainEnd:
         """The iterations after ``start``; ``signals`` receives those of this rank."""
@@ -210,13 +214,14 @@ class _Trainer:
         return signal
 
     def log(self, step: int, board: SummaryWriter | None) -> None:
-        """Write a row of means since the last one to metrics.jsonl and TensorBoard, and check the rewards."""
+        """Write a row of means since the last one to metrics.jsonl and TensorBoard; check the rewards and the student."""
         values = self.means.read(self.context)
         values["speed/images_per_s"] = self._images / (time.perf_counter() - self._clock)
         for role, state in self.states.items():
             values[f"lr/{role}"] = state.optimizer.lr * self._lr_factor(step - 1)
             values[f"updates/{role}"] = state.updates
             values[f"skipped/{role}"] = state.skipped
+        values |= self.hooks.at_log()
         self._images, self._clock = 0, time.perf_counter()
         self.context.on_main(lambda: self._write_row(step, values, board))
         self.progress.row(step, values)
@@ -227,6 +232,9 @@ class _Trainer:
         self.require_rewards(step)
         for message in self.rewards.warnings(step):
             self.progress.note(message)
+        if not self._warned_of_student and (message := hardly_moves(step, values, self.cfg)):
+            self.progress.note(message)
+            self._warned_of_student = True
 
     def draw_grid(self, step: int) -> None:
         """Draw the sample grid of this step with the EMA weights."""

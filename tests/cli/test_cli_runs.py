@@ -114,6 +114,8 @@ def test_resume_is_bit_exact(gdmd: Gdmd) -> None:
     assert whole and parts and whole.tensors.keys() == parts.tensors.keys()
     for part, tensors in whole.tensors.items():
         assert all(torch.equal(value, parts.tensors[part][name]) for name, value in tensors.items()), part
+    moved = [[row["student/moved"] for row in read_metrics(Path(name))] for name in ("whole", "parts")]
+    assert moved[0] == moved[1] and moved[0][-1] > moved[0][0] > 0
 
 
 NAMED = ((("run",), "777"), (("run", "run"), "778"))

@@ -244,6 +244,14 @@ def test_health_status_follows_its_rule(change: dict[str, float], panel: int, st
     assert all(one.rule.startswith("ok: ") and "bad: " in one.rule for one in panels)
 
 
+@pytest.mark.parametrize(("moved", "status"), [(1.3, "ok"), (0.5, "look"), (0.01, "bad")])
+def test_health_of_a_student_that_may_not_move(moved: float, status: str) -> None:
+    rows = [one | {"student/moved": moved * (k >= 16)} for k, one in enumerate(steady())]
+    panel = health_panels(rows)[0]
+    assert (panel.title, panel.status) == ("Student moves", status) and "bad: " in panel.rule
+    assert health_panels(rows[:1] + steady()[1:])[0].status == "unknown"  # logged once
+
+
 def test_short_runs_are_not_judged() -> None:
     assert {panel.status for panel in health_panels(metrics())} == {"unknown"}
 
