@@ -35,7 +35,7 @@ class Miniature:
     """A small pipeline of one family. ``build``: new, with random weights from torch's generator.
 
     max_tokens: model.max_tokens, which is max_sequence_length of the pipeline's call; 0 = the call has none. For SD3 without
-    T5 it is the number of zero rows after the CLIP embeddings. steps, seed: of the shipped pipeline.
+    T5 it is the number of zero rows after the CLIP embeddings. steps, seed, restart: of the shipped pipeline.
     """
 
     family: str
@@ -43,6 +43,7 @@ class Miniature:
     max_tokens: int
     steps: int
     seed: int
+    restart: int = 0
     lr: float = 2e-3
 
 
@@ -266,9 +267,9 @@ def flux2_klein() -> Any:
 MINIATURES: Mapping[str, Miniature] = {
     one.family: one
     for one in (
-        Miniature("sd3", sd3, 1, 12000, 3),
-        Miniature("sdxl", sdxl, 0, 12000, 4),
-        Miniature("flux2_klein", flux2_klein, QWEN_TOKENS, 12000, 5),
+        Miniature("sd3", sd3, 1, 14000, 3, restart=8000),
+        Miniature("sdxl", sdxl, 0, 8000, 4),
+        Miniature("flux2_klein", flux2_klein, QWEN_TOKENS, 8000, 5),
     )
 }
 

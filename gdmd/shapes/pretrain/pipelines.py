@@ -90,9 +90,8 @@ def denoiser_job(pipe: Any, steps: int, seed: int, batch: int = 64) -> PretrainJ
         prediction = family.predict(net, renoise(x0, t, eps, family.schedule), t, cond)
         return denoising_loss(prediction, x0, eps, target).mean()
 
-    return PretrainJob(
-        f"pipeline {family.name}", net, loss, lambda: None, steps, seed, lr=one.lr, reads=state_hash(pipe.vae)
-    )
+    name, reads = f"pipeline {family.name}", state_hash(pipe.vae)
+    return PretrainJob(name, net, loss, lambda: None, steps, seed, lr=one.lr, reads=reads, restart=one.restart)
 
 
 def set_vae(pipe: Any, tensors: Mapping[str, Tensor], seed: int) -> None:
