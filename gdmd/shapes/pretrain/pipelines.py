@@ -110,6 +110,7 @@ def save_miniature(pipe: Any, folder: Path, facts: Mapping[str, Any]) -> None:
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(torch.float16)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with writing("the pipeline", folder, option="--out"), tempfile.TemporaryDirectory(dir=folder.parent) as parent:
         whole = Path(parent) / folder.name
         pipe.save_pretrained(whole)
