@@ -37,13 +37,14 @@ def sweep_command(
     """Train and evaluate methods x seeds x budgets, and write tables and figures that compare them.
 
     The same command continues a sweep that was stopped or killed; finished runs are not repeated. Each finished run adds
-    a line to OUT/table.jsonl; OUT/shapes.md is the page.
+    a line to OUT/table.jsonl; OUT/shapes.md is the page (OUT/NAME.md of a sweep over diffusers pipelines).
 
     \b
     Examples:
       gdmd sweep smoke                        every table and figure, tiny budgets
       gdmd sweep headline --out runs/headline
       gdmd sweep headline --out runs/headline --only gdmd --only 'dmd*/0'
+      gdmd sweep pipelines --only 'sd3_*'
       gdmd sweep mine.yaml --jobs 4 --json > summary.json
       gdmd sweep headline --out docs/results --pages-only
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,17 +72,20 @@ def draw_grid(cells: Cells, captions: Sequence[str], headers: Sequence[str] = ()
     widths = [max(image.width for image in column) for column in zip(*shown, strict=True)]
     texts = [_lines(text, height) for text, height in zip(captions, heights, strict=True)]
     left = MARGIN + max(int(font.getlength(line)) for lines in texts for line in lines) + MARGIN
-    top = MARGIN + (FONT + MARGIN if headers else 0)
     span = len(widths) // len(headers) if headers else len(widths)
+    wide = [sum(widths[k * span : (k + 1) * span]) for k in range(len(headers))]
+    titles = [_wrapped(text, width, font.getlength) for text, width in zip(headers, wide, strict=True)]
+    top = MARGIN + (max(map(len, titles)) * (FONT + GAP) - GAP + MARGIN if headers else 0)
     between = [GAP * k + (MARGIN if headers else 0) * (k // span) for k in range(len(widths))]
     x = [left + sum(widths[:k]) + between[k] for k in range(len(widths))]
     y = [top + sum(heights[:k]) + GAP * k for k in range(len(heights))]
-    wide = [int(font.getlength(text)) - sum(widths[k * span : (k + 1) * span]) for k, text in enumerate(headers)]
-    right = x[-1] + widths[-1] + max([0, *wide]) + MARGIN
+    over = [int(max(map(font.getlength, own))) - width for own, width in zip(titles, wide, strict=True)]
+    right = x[-1] + widths[-1] + max([0, *over]) + MARGIN
     canvas = Image.new("RGB", (right, y[-1] + heights[-1] + GAP + MARGIN), PAPER)
     pen = ImageDraw.Draw(canvas)
-    for k, text in enumerate(headers):
-        pen.text((x[k * span], MARGIN), text, fill=INK, font=font)
+    for k, own in enumerate(titles):
+        for number, line in enumerate(own):
+            pen.text((x[k * span], MARGIN + number * (FONT + GAP)), line, fill=INK, font=font)
     for lines, images, here, height in zip(texts, shown, y, heights, strict=True):
         first = here + (height - len(lines) * (FONT + GAP) + GAP) // 2
         for k, line in enumerate(lines):
@@ -101,6 +104,15 @@ def same_noise_cells(
         images_of(sampler, components, texts, seed).unflatten(0, (len(captions), per_caption)) for sampler in samplers
     ]
     return torch.cat(sides, 1)
+
+
+def _wrapped(text: str, width: float, length: Callable[[str], float]) -> list[str]:
+    """The text in lines of at most this length; a longer word is a line by itself."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if not lines[-1] or length(longer) <= width else [*lines, word]
+    return lines
 
 
 def _checked(cells: Cells, captions: Sequence[str], headers: Sequence[str]) -> list[list[Tensor]]:

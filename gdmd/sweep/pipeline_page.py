@@ -62,15 +62,18 @@ def table_line(line: Line) -> dict[str, Any]:
     return own | {"pipeline": facts, "method": own.pop("row"), "steps": own.pop("iterations")}
 
 
-def write_pipelines(config: SweepConfig, results: Results, command: str, folder: Path, missing: int) -> Path:
-    """Write the table, the figures and the page; returns the page."""
+def write_pipelines(
+    config: SweepConfig, results: Results, command: str, folder: Path, missing: int, *, stale: bool
+) -> Path:
+    """Write the table, the figures and the page; returns the page. stale: the images are those of other runs."""
     lines = [public_line(line) for line in results.lines]
     write_atomic(folder / f"{config.name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines), "the table")
     captions = Captions(config.evaluation.per_task, config.evaluation.split)
     families = [_family(name, results, captions) for name in dict.fromkeys(line["family"] for line in lines)]
     drawn = pipeline_figures(config, folder)
     draw_pipelines({family.name: family.results for family in families}, drawn)
-    text = _page(config, families, captions, command, missing, [path.name for path in sorted(drawn.glob("*.png"))])
+    shown = [path.name for path in drawn.glob("*.png") if not (stale and path.name in GRIDS)]
+    text = _page(config, families, captions, command, missing, shown)
     page = folder / f"{config.name}.md"
     write_atomic(page, text, "the page")
     return page

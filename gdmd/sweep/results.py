@@ -61,21 +61,22 @@ def write_pages(sweep: Sweep, source: str, folder: Path, *, only_pages: bool) ->
     only_pages: nothing was trained, so lines of earlier settings are shown too.
     """
     stored = stored_results(sweep, folder, past=only_pages)
-    config, results = sweep.config, stored.results
+    results = stored.results
+    config = sweep.config.model_copy(update={"about": sweep.config.about + _past_note(stored)})
     if not results.lines:
         if only_pages:
             raise RunError(
                 f"{_table(folder, config.name)} has no line of sweep {config.name!r}; run it first, without --pages-only"
             )
         return None
+    stale = (folder / IMAGES).exists() and not images_are_current(sweep, folder)
     command = f"gdmd sweep {typed(source)}"  # without --out: readers do not have that folder
     if sweep.of_pipelines:
-        return write_pipelines(config, results, command, folder, stored.missing)
-    stale = (folder / IMAGES).exists() and not images_are_current(sweep, folder)
+        return write_pipelines(config, results, command, folder, stored.missing, stale=stale)
     draw_all(results, folder / "figures", [] if stale else _features(folder))
     about = About(
         title=f"Sweep on Shapes: {config.name}",
-        about=config.about + _past_note(stored),
+        about=config.about,
         command=command,
         beginning=beginning(config),
         seeds=config.seeds,

@@ -157,6 +157,14 @@ def test_long_captions_are_wrapped() -> None:
     assert short.height == long.height == blocks.height == none.height
 
 
+def test_long_headers_are_wrapped_above_their_images() -> None:
+    cells = torch.rand(1, 4, 3, 64, 64)
+    short, long = (
+        draw_grid(cells, ["a ring"], [text] * 2, scale=1) for text in ("teacher", "teacher, 28 guided steps")
+    )
+    assert short.width == long.width and short.height < long.height
+
+
 def test_the_teacher_is_sampled_at_the_times_of_its_own_shift(components: TinyLab) -> None:
     asked: list[int] = []
 
