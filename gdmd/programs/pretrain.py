@@ -58,7 +58,7 @@ def _pipeline(
     from gdmd.shapes.pretrain.miniatures import MINIATURES, SIZE, build_miniature
     from gdmd.shapes.pretrain.pipelines import denoiser_job, kl_vae_job, save_miniature, set_vae
 
-    if family not in MINIATURES:
+    if family is None or family not in MINIATURES:
         got = f"got {family}" if family else "none was given"
         raise ValueError(f"pretrain pipeline trains a pipeline of {' or '.join(MINIATURES)}, {got}; name one of them")
     one = MINIATURES[family]

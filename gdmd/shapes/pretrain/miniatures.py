@@ -63,7 +63,7 @@ def _clip_words() -> Any:
     )
     bpe.train_from_iterator(_words(), trainer)
     pieces = json.loads(bpe.to_str())["model"]
-    merges = [tuple(pair) for pair in pieces["merges"]]
+    merges: Any = [tuple(pair) for pair in pieces["merges"]]
     made = ["".join(pair) for pair in merges]
     table = [*letters, *(letter + "</w>" for letter in letters), *made, "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
@@ -84,7 +84,7 @@ def _qwen_words() -> Any:
     trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=letters, show_progress=False)
     bpe.train_from_iterator([*_words(), *(f" {word}" for word in _words())], trainer)
     pieces = json.loads(bpe.to_str())["model"]
-    merges = [tuple(pair) for pair in pieces["merges"]]
+    merges: Any = [tuple(pair) for pair in pieces["merges"]]
     special = ["<|im_start|>", "<|im_end|>"]
     table = [*letters, *("".join(pair) for pair in merges), "<|endoftext|>", *special]
     words = Qwen2Tokenizer(
