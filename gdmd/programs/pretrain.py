@@ -61,7 +61,7 @@ def _pipeline(
 
     if family is None or family not in MINIATURES:
         got = repr(family) if family else "none"
-        raise ValueError(f"pretrain pipeline needs a family, got {got}; name {listed(MINIATURES)}")
+        raise ValueError(f"pretrain pipeline needs a family, got {got}; name {listed(list(MINIATURES), quoted=False)}")
     one = MINIATURES[family]
     steps, seed = given.get("steps", one.steps), given.get("seed", one.seed)
     vae, denoiser = folder / "shapes_kl_vae.safetensors", folder / f"shapes_{family}.safetensors"
