@@ -144,7 +144,7 @@ def test_all_errors_at_once(gdmd: Gdmd) -> None:
         (["train"], "no recipe was named; write, for example, gdmd train shapes_smoke; `gdmd recipes` lists them"),
         (
             ["train", "shape"],
-            "unknown recipe 'shape'; did you mean 'shapes', 'shapes_dmd' or 'shapes_gdmd'? `gdmd recipes` lists them",
+            "unknown recipe 'shape'; did you mean 'shapes', 'shapes_sd3' or 'shapes_dmd'? `gdmd recipes` lists them",
         ),
         (
             ["recipes", "sdxl"],
