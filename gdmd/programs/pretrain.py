@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gdmd.config.names import listed
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.shapes.pretrain.networks import PretrainJob, fit, teacher_job, vae_job
 from gdmd.shapes.pretrain.scorers import SHIPPED, pretrain_scorer
@@ -59,8 +60,8 @@ def _pipeline(
     from gdmd.shapes.pretrain.pipelines import denoiser_job, kl_vae_job, save_miniature, set_vae
 
     if family is None or family not in MINIATURES:
-        got = f"got {family}" if family else "none was given"
-        raise ValueError(f"pretrain pipeline trains a pipeline of {' or '.join(MINIATURES)}, {got}; name one of them")
+        got = repr(family) if family else "none"
+        raise ValueError(f"pretrain pipeline needs a family, got {got}; name {listed(list(MINIATURES), quoted=False)}")
     one = MINIATURES[family]
     steps, seed = given.get("steps", one.steps), given.get("seed", one.seed)
     vae, denoiser = folder / "shapes_kl_vae.safetensors", folder / f"shapes_{family}.safetensors"

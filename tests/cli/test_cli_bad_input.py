@@ -45,6 +45,9 @@ def refused(finished: Finished, *parts: str) -> None:
         (["train", "shapes_smoke", "prompts.file=nothing.txt"], ["nothing.txt", "cannot be read"]),
         (["train", "shapes_smoke", "model.teacher=gone.safetensors"], ["gone.safetensors", "missing"]),
         (["pretrain", "vae", "--kind", "shapes_clip"], ["--kind"]),
+        (["pretrain", "vae", "sd3"], ["'sd3'", "vae"]),
+        (["pretrain", "pipeline"], ["got none", "sdxl"]),
+        (["pretrain", "pipeline", "sd35"], ["'sd35'", "sd3, sdxl or flux2_klein"]),
         (["pretrain", "scorers", "--kind", "clip"], ["unknown scorer", "shapes_clip"]),
     ],
 )

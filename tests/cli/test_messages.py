@@ -144,7 +144,7 @@ def test_all_errors_at_once(gdmd: Gdmd) -> None:
         (["train"], "no recipe was named; write, for example, gdmd train shapes_smoke; `gdmd recipes` lists them"),
         (
             ["train", "shape"],
-            "unknown recipe 'shape'; did you mean 'shapes', 'shapes_dmd' or 'shapes_gdmd'? `gdmd recipes` lists them",
+            "unknown recipe 'shape'; did you mean 'shapes', 'shapes_sd3' or 'shapes_dmd'? `gdmd recipes` lists them",
         ),
         (
             ["recipes", "sdxl"],
@@ -191,7 +191,7 @@ def test_suggested_file_or_run(gdmd: Gdmd) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pretrain", "vea"], "Invalid value for 'network': 'vea' is not one of 'vae', 'teacher', 'scorers'."),
+        (["pretrain", "vea"], "Invalid value for 'network': 'vea' is not one of 'vae', 'teacher', 'scorers', 'pipeline'."),
         (
             ["study", "plan", "a=x", "b=y", "-o", "s", "--question", "foo"],
             "Invalid value for '--question': 'foo' is not one of 'overall', 'quality', 'alignment'.",

@@ -96,6 +96,13 @@ def _qwen_words() -> Any:
     return words
 
 
+def _diffusers() -> Any:
+    """diffusers, imported when it is needed; its classes have no types."""
+    import diffusers
+
+    return diffusers
+
+
 def _words() -> list[str]:
     """Every word of the language, each once."""
     return sorted({word for caption in catalog().captions for word in caption.text.split()})
@@ -147,15 +154,10 @@ def _vae(kind: type, **options: Any) -> Any:
 
 def sd3() -> Any:
     """StableDiffusion3Pipeline without T5: velocity, shift 3, an MMDiT with RMS-normalized queries and keys."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
+    kit = _diffusers()
 
     words = _clip_words()
-    transformer = SD3Transformer2DModel(
+    transformer = kit.SD3Transformer2DModel(
         sample_size=GRID,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
@@ -168,10 +170,10 @@ def sd3() -> Any:
         pos_embed_max_size=GRID // 2,
         qk_norm="rms_norm",
     )
-    return StableDiffusion3Pipeline(
+    return kit.StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(AutoencoderKL, shift_factor=0.0),
+        scheduler=kit.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(kit.AutoencoderKL, shift_factor=0.0),
         text_encoder=_clip(words, projected=True),
         tokenizer=words,
         text_encoder_2=_clip(words, projected=True),
@@ -183,11 +185,11 @@ def sd3() -> Any:
 
 def sdxl() -> Any:
     """StableDiffusionXLPipeline: eps on SDXL's betas, a UNet with micro-conditioning, an empty prompt of zeros."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    kit = _diffusers()
 
     words = _clip_words()
     time = 8  # numbers a micro-condition
-    unet = UNet2DConditionModel(
+    unet = kit.UNet2DConditionModel(
         sample_size=GRID,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
@@ -204,11 +206,11 @@ def sdxl() -> Any:
         addition_time_embed_dim=time,
         projection_class_embeddings_input_dim=6 * time + _WIDTH,
     )
-    scheduler = EulerDiscreteScheduler(
+    scheduler = kit.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing", steps_offset=1
     )
-    return StableDiffusionXLPipeline(
-        vae=_vae(AutoencoderKL),
+    return kit.StableDiffusionXLPipeline(
+        vae=_vae(kit.AutoencoderKL),
         unet=unet,
         scheduler=scheduler,
         text_encoder=_clip(words, projected=False),
@@ -222,12 +224,7 @@ def sdxl() -> Any:
 
 def flux2_klein() -> Any:
     """Flux2KleinPipeline: velocity on packed latents, an encoder of Qwen3 whose layers 9, 18 and 27 are read."""
-    from diffusers import (
-        AutoencoderKLFlux2,
-        FlowMatchEulerDiscreteScheduler,
-        Flux2KleinPipeline,
-        Flux2Transformer2DModel,
-    )
+    kit = _diffusers()
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     words, width = _qwen_words(), 16
@@ -244,7 +241,7 @@ def flux2_klein() -> Any:
         )
     )
     _spread(encoder)
-    transformer = Flux2Transformer2DModel(
+    transformer = kit.Flux2Transformer2DModel(
         in_channels=4 * CHANNELS,
         num_layers=2,
         num_single_layers=3,
@@ -255,10 +252,10 @@ def flux2_klein() -> Any:
         axes_dims_rope=(4, 8, 8, 4),
         guidance_embeds=False,
     )
-    return Flux2KleinPipeline(
+    return kit.Flux2KleinPipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=_vae(AutoencoderKLFlux2),
+        scheduler=kit.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=_vae(kit.AutoencoderKLFlux2),
         text_encoder=encoder,
         tokenizer=words,
     )

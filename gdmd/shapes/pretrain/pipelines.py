@@ -48,7 +48,8 @@ def kl_vae_job(steps: int = 2000, seed: int = 1, batch: int = 64) -> PretrainJob
         noise = SampleRng(seed, step, torch.arange(batch)).normal("posterior", tuple(mean.shape[1:]))
         rebuilt = (vae.decoder(mean + noise * (0.5 * log_var).exp()).float() + 1) / 2
         kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).mean()
-        return F.mse_loss(rebuilt, images) + 0.1 * F.l1_loss(rebuilt, images) + KL_WEIGHT * kl
+        total: Tensor = F.mse_loss(rebuilt, images) + 0.1 * F.l1_loss(rebuilt, images) + KL_WEIGHT * kl
+        return total
 
     def finish() -> None:
         with torch.no_grad():
