@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -32,8 +33,9 @@ SMALL = {
 
 
 def python(text: str) -> str:
+    """The code of a page, whatever its line breaks."""
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    return str(code)
+    return ast.unparse(ast.parse(code))
 
 
 def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,10 +50,10 @@ def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not end.value.code, words
     assert Path("runs/laptop/report.html").is_file() and Path("eval/laptop/compare.html").is_file()
     card = Path("runs/laptop/export/README.md").read_text(encoding="utf-8")
-    assert python(card).replace("THIS_FOLDER", "runs/laptop/export") == python(PAGE)
+    assert python(card.replace("THIS_FOLDER", "runs/laptop/export")) == python(PAGE)
 
     modules = "import sys; print(*[name for name in sys.modules if name.startswith('gdmd.')])"
-    call = [sys.executable, "-c", python(PAGE) + f"image.save('drawn.png')\n{modules}\n"]
+    call = [sys.executable, "-c", f"{python(PAGE)}\nimage.save('drawn.png')\n{modules}\n"]
     done = subprocess.run(call, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "" and Image.open("drawn.png").size == (32, 32)
