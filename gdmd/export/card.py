@@ -104,32 +104,27 @@ def _example(family: Family) -> str:
 
 
 def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
-    without = "".join(f", {name}=None" for name in left_out(family))
-    if merged:
-        loaded = f'"THIS_FOLDER", dtype=torch.bfloat16{without}'
-        return (
-            "import torch, diffusers",
-            f'pipe = diffusers.{family.pipeline}.from_pretrained({loaded}).to("cuda")',
-            f'image = pipe(prompt="{_example(family)}", {given}).images[0]',
-        )
+    """Code that runs as it is printed: on a GPU in bf16, for a small Shapes pipeline on the CPU in fp32."""
+    path = family.cfg.path
+    small, shipped = is_shapes_pipeline(path), path.startswith(PREFIX)
+    # without a dtype, text encoders would be loaded as stored (fp16) and networks in fp32
+    dtype, device = ("float32", "") if small else ("bfloat16", '.to("cuda")')
     pinned = {"revision": family.cfg.revision, "variant": family.cfg.variant}
-    options = "".join(f", {key}={value!r}" for key, value in pinned.items() if value is not None)
-    options += without
+    options = "".join(f", {key}={value!r}" for key, value in pinned.items() if value is not None and not merged)
+    options += "".join(f", {name}=None" for name in left_out(family))
+    base = f'files("gdmd") / "assets/pipelines/{path.removeprefix(PREFIX)}"' if shipped else f'"{path}"'
+    where = '"THIS_FOLDER"' if merged else base
     net = "unet" if "unet" in family.needs else "transformer"
-    shipped = family.cfg.path.startswith(PREFIX)
-    base = (
-        f'files("gdmd") / "assets/pipelines/{family.cfg.path.removeprefix(PREFIX)}"'
-        if shipped
-        else f'"{family.cfg.path}"'
-    )
-    base += f", dtype=torch.bfloat16{options}"
-    return (
-        *(["from importlib.resources import files", ""] if shipped else []),
-        "import torch, diffusers",
-        f'pipe = diffusers.{family.pipeline}.from_pretrained({base}).to("cuda")',
+    lora = (
         f'pipe.scheduler = diffusers.{family.student_scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")',
         # load_lora_weights would warn that the file has no weights for the text encoders
         f'pipe.{net}.load_lora_adapter("THIS_FOLDER", weight_name="{DIFFUSERS_FILE}", prefix="{net}")',
+    )
+    return (
+        *(["from importlib.resources import files", ""] if shipped and not merged else []),
+        "import torch, diffusers",
+        f"pipe = diffusers.{family.pipeline}.from_pretrained({where}, dtype=torch.{dtype}{options}){device}",
+        *(() if merged else lora),
         f'image = pipe(prompt="{_example(family)}", {given}).images[0]',
     )
 

@@ -1,4 +1,4 @@
-"""What ``gdmd doctor`` does: versions, device, the shipped networks, the recipes and one training step."""
+"""What ``gdmd doctor`` does: versions, device, the shipped networks and pipelines, the recipes and one training step."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gdmd.config.model import DiffusersModel
+from gdmd.config.shapes_pipeline import PIPELINES, PREFIX, read_shapes_pipeline, shipped_pipelines
+from gdmd.models.loading import open_family
 from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe, recipe_names
 from gdmd.runs.assets import asset_path, load_asset
@@ -24,7 +28,8 @@ from gdmd.shapes.scorer_networks import KINDS
 from gdmd.training.loop import train
 
 SUMS = "sha256.json"
-"""Next to the shipped networks: file name -> sha256. A file that is not listed is only loaded."""
+"""In the folder of the shipped files: path -> sha256. tools/checksums.py writes it. A file that is not listed is only
+loaded."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ def examine() -> list[Check]:
     checks.append(Check("commit", True, commit() or "not a git checkout"))
     checks.append(Check("device", True, device()))
     checks += [_checked(f"asset {name}", lambda name=name: asset(name)) for name in asset_names()]  # type: ignore[misc]
+    checks += [
+        _checked(f"asset {PREFIX}{name}", lambda name=name: pipeline(name))  # type: ignore[misc]
+        for name in shipped_pipelines()
+    ]
     checks.append(_checked("recipes", recipes))
     checks.append(_checked("writable folder", writable))
     checks.append(_checked("one training step", smoke))
@@ -69,12 +78,7 @@ def asset(name: str) -> str:
     """Verify the checksum of a shipped network and load it. ValueError says what is wrong."""
     path = asset_path(name)
     tensors = load_asset(path).tensors
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    sums = path.with_name(SUMS)
-    known = json.loads(sums.read_text(encoding="utf-8")) if sums.is_file() else {}
-    if known.get(path.name, digest) != digest:
-        raise ValueError(f"{path} has sha256 {digest[:12]}, the shipped one {known[path.name][:12]}. Reinstall gdmd.")
+    verified = _verified([path], path.parent)
     match name:
         case "shapes_vae":
             load_vae(tensors)
@@ -82,8 +86,26 @@ def asset(name: str) -> str:
             load_dit(tensors)
         case _:
             load_scorer(name, tensors)  # type: ignore[arg-type]
-    verified = "verified" if path.name in known else "no checksum to compare with"
-    return f"{len(content) / 1e6:.2f} MB, sha256 {digest[:12]} ({verified}), loads"
+    return f"{verified}, loads"
+
+
+def pipeline(name: str) -> str:
+    """Verify the checksums of a shipped diffusers pipeline and load it. ValueError says what is wrong."""
+    folder, path = PIPELINES / name, f"{PREFIX}{name}"
+    verified = _verified(_files(folder), PIPELINES.parent)
+    trained = read_shapes_pipeline(path)
+    assert trained is not None  # shipped_pipelines lists those with a marker
+    if find_spec("diffusers") is None:
+        return f"{verified}, not loaded: diffusers is not installed"
+    size = {"height": trained.height, "width": trained.width, "max_tokens": trained.max_tokens}
+    open_family(DiffusersModel(path=path, **size))
+    return f"{verified}, loads"
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Path below ``folder`` -> sha256, of all its files but SUMS."""
+    files = [file for file in _files(folder) if file.name != SUMS]
+    return {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
 
 
 def recipes() -> str:
@@ -111,6 +133,29 @@ def smoke() -> str:
         run = create(Path(folder) / "run", cfg.model_dump(mode="json"))
         train(components.method, components.roles, components.stream, cfg.loop, run)
     return f"done in {time.perf_counter() - began:.1f} s"
+
+
+def _verified(files: Sequence[Path], folder: Path) -> str:
+    """The size of files below ``folder`` and whether they are the shipped ones. ValueError for one that is not."""
+    sums = folder / SUMS
+    known = json.loads(sums.read_text(encoding="utf-8")) if sums.is_file() else {}
+    listed = 0
+    for file in files:
+        shipped = known.get(file.relative_to(folder).as_posix())
+        listed += shipped is not None
+        if shipped is not None and shipped != (digest := _sha256(file)):
+            raise ValueError(f"{file} has sha256 {digest[:12]}, the shipped one {shipped[:12]}. Reinstall gdmd.")
+    size = sum(file.stat().st_size for file in files)
+    verified = "sha256 verified" if listed == len(files) else "no sha256 to compare with"
+    return f"{size / 1e6:.2f} MB, {verified}"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _checked(name: str, check: Callable[[], str]) -> Check:

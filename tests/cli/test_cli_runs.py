@@ -21,11 +21,12 @@ from cli_world import TINY, Gdmd
 from typer.main import get_command
 
 from gdmd.cli.app import app
+from gdmd.config import shapes_pipeline
 from gdmd.config.methods.all import without_rewards
 from gdmd.config.methods.gdmd import GdmdConfig
 from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
 from gdmd.config.metric_keys import metric_keys
-from gdmd.programs import pretrain
+from gdmd.programs import doctor, pretrain
 from gdmd.programs.demo import control
 from gdmd.recipes.read import read_recipe, recipe_names
 from gdmd.runs import checkpoint
@@ -338,11 +339,21 @@ def test_pretrain(gdmd: Gdmd, network: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_doctor(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
     healthy = gdmd("doctor", "--json")
     assert healthy.code == 0 and json.loads(healthy.out)["ok"], healthy.out
+    found = {check["name"]: check["found"] for check in json.loads(healthy.out)["checks"]}
+    assert found["asset shapes:sdxl"].endswith("sha256 verified, loads")
     folder = Path(shutil.copytree(gdmd.assets, "assets")).resolve()
     monkeypatch.setattr("gdmd.runs.assets.asset_folder", lambda: folder)
+    shutil.copytree(shapes_pipeline.PIPELINES / "sdxl", folder / "pipelines" / "sdxl")
+    (folder / doctor.SUMS).write_text(json.dumps(doctor.checksums(folder)))
     (folder / "shapes_pref.safetensors").write_bytes(b"garbage")
+    for user in (shapes_pipeline, doctor):
+        monkeypatch.setattr(user, "PIPELINES", folder / "pipelines")
+    with (folder / "pipelines" / "sdxl" / "unet" / "diffusion_pytorch_model.safetensors").open("r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"x")
     finished = gdmd("doctor")
     assert finished.code == 2 and "FAIL asset shapes_pref" in finished.out
+    assert "FAIL asset shapes:sdxl" in finished.out and "the shipped one" in finished.out
     assert "asset shapes_pref" in finished.err and "Traceback" not in finished.err
 
 

@@ -77,7 +77,8 @@ def test_command_parses(page: str, line: str) -> None:
     if len(words) == 2 and words[1] in ("demo", "doctor"):
         return
     name, arguments, given = parsed(words[1:])
-    if name in WITH_RECIPE and not given.get("resume") and not arguments[0].endswith(".yaml"):
+    missing = any(word.startswith("model.path=pretrained/") for word in arguments)  # test_laptop.py trains it first
+    if name in WITH_RECIPE and not given.get("resume") and not arguments[0].endswith(".yaml") and not missing:
         assert isinstance(read_recipe(arguments[0], arguments[1:]), RunConfig)
     if name in ("eval compare", "eval preference", "sample"):
         for source in arguments:

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
+from gdmd.config.shapes_pipeline import PIPELINES, PREFIX, read_shapes_pipeline, shipped_pipelines
 from gdmd.diffusion.generate import images_of, teacher_sampler
+from gdmd.programs.doctor import SUMS, checksums
 from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe
 from gdmd.runs.assets import asset_folder, asset_path, load_asset
@@ -59,12 +61,16 @@ def test_asset_metadata(name: str) -> None:
 
 
 def test_checksums() -> None:
-    import hashlib
+    """python tools/checksums.py writes them."""
+    assert json.loads((asset_folder() / SUMS).read_text(encoding="utf-8")) == checksums(asset_folder())
 
-    sums = json.loads((asset_folder() / "sha256.json").read_text(encoding="utf-8"))
-    assert sorted(sums) == sorted(f"{name}.safetensors" for name in NAMES)
-    for name, digest in sums.items():
-        assert hashlib.sha256((asset_folder() / name).read_bytes()).hexdigest() == digest
+
+@pytest.mark.parametrize("name", shipped_pipelines())
+def test_shipped_pipeline(name: str) -> None:
+    trained = read_shapes_pipeline(f"{PREFIX}{name}")
+    assert trained is not None and trained.family == name
+    assert trained.command == f"gdmd pretrain pipeline {name} --steps {trained.steps} --seed {trained.seed}"
+    assert sum(file.stat().st_size for file in (PIPELINES / name).rglob("*.safetensors")) <= 3e6
 
 
 def test_channels_last_is_exact() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,14 +18,20 @@ UNIFORM = (1.0, 0.75, 0.5, 0.25)
 CAPTIONS = list(tiny.WORDS[:2])
 
 
-def trainers_images(roles: DiffusersRoles, noises: list[Tensor]) -> Tensor:
+def trainers_images(roles: DiffusersRoles, noises: list[Tensor], captions: Sequence[str] = CAPTIONS) -> Tensor:
     family = roles.family
-    steps, cond = family.student_times(UNIFORM), family.encoder.encode(CAPTIONS)
+    steps, cond = family.student_times(UNIFORM), family.encoder.encode(captions)
     x0 = few_step_sample(roles.student, noises[0], steps, cond, lambda i: noises[i], roles.schedule)
     return family.codec.decode(x0).clamp(0, 1)
 
 
-def stock_images(pipe: Any, roles: DiffusersRoles, noises: list[Tensor], patch: pytest.MonkeyPatch) -> Tensor:
+def stock_images(
+    pipe: Any,
+    roles: DiffusersRoles,
+    noises: list[Tensor],
+    patch: pytest.MonkeyPatch,
+    captions: Sequence[str] = CAPTIONS,
+) -> Tensor:
     """The stock call with our noise for its re-noising steps."""
     name = roles.family.name
     packed = name in ("flux", "flux2", "flux2_klein", "qwen_image")
@@ -36,6 +42,6 @@ def stock_images(pipe: Any, roles: DiffusersRoles, noises: list[Tensor], patch: 
     pipe.set_progress_bar_config(disable=True)
     arguments = call_arguments(roles.family, UNIFORM)
     if name in ("sd3", "flux", "z_image"):
-        arguments["max_sequence_length"] = 256
+        arguments.setdefault("max_sequence_length", 256)
     start = in_patches(noises[0]) if name.startswith("flux2") else shown[0]
-    return pipe(prompt=list(CAPTIONS), latents=start, output_type="pt", **arguments).images
+    return pipe(prompt=list(captions), latents=start, output_type="pt", **arguments).images

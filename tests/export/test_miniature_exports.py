@@ -1,0 +1,123 @@
+"""Trained pipelines through every export: plain diffusers draws the trainer's images with each of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import diffusers
+from stock_pipelines import UNIFORM, stock_images, trainers_images
+from torch import Tensor
+
+from gdmd.cli.app import main
+from gdmd.config.shapes_pipeline import located
+from gdmd.export.lora import KOHYA_FILE
+from gdmd.models.roles import DiffusersRoles
+from gdmd.recipes.open_run import open_student
+from gdmd.recipes.run_folders import config_of
+from gdmd.shapes.grammar import catalog, fixed_rows
+
+SETTINGS = {
+    "method": "{kind: dmd, fake_updates: 1, guidance: 3.0}",
+    "model.lora_rank": "8",
+    "model.lora_alpha": "16",
+    "loop.steps": "5",
+    "loop.batch_size": "4",
+    "loop.lr_student": "3.0e-3",
+    "loop.lr_schedule": "constant",
+    "loop.warmup": "0",
+    "loop.ema": "0.5",
+    "loop.grid_every": "0",
+    "loop.threads": "1",
+}
+TOLERANCE = 1e-4
+"""Largest difference of a channel of a pixel, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run with its exports, and images by the trainer's sampler."""
+
+    run: Path
+    roles: DiffusersRoles
+    captions: tuple[str, ...]
+    noises: list[Tensor]
+    wanted: Tensor
+
+    def difference(self, pipe: Any, patch: pytest.MonkeyPatch) -> float:
+        """Of the pipeline's images from the trainer's."""
+        drawn = stock_images(pipe, self.roles, self.noises, patch, self.captions)
+        return float((drawn - self.wanted).abs().max())
+
+    def code(self, export: str) -> str:
+        """The example of the model card."""
+        (code,) = re.findall(r"```python\n(.*?)```", (self.run / export / "README.md").read_text(), re.S)
+        return str(code).replace("THIS_FOLDER", str(self.run / export))
+
+
+def gdmd(*words: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(list(words))
+    assert not end.value.code
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sd3"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    run = tmp_path_factory.mktemp(request.param) / "run"
+    small = (f"{key}={value}" for key, value in SETTINGS.items())
+    gdmd("train", f"shapes_{request.param}", *small, "--run", str(run), "--no-eval")
+    gdmd("export", str(run))
+    gdmd("export", str(run), "--merged")
+    roles: Any = open_student(config_of(run), run)[0].roles
+    captions = catalog().texts(fixed_rows("eval", 1))
+    drawn = torch.Generator().manual_seed(0)
+    noises = [torch.randn(len(captions), *roles.family.latent_shape, generator=drawn) for _ in UNIFORM]
+    return Trained(run, roles, captions, noises, trainers_images(roles, noises, captions))
+
+
+@pytest.mark.parametrize("export", ["export", "export-merged"])
+def test_code_of_the_card(trained: Trained, export: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {}
+    exec(trained.code(export), names)
+    assert names["image"].size == (32, 32)
+    assert trained.difference(names["pipe"], monkeypatch) <= TOLERANCE
+    if export == "export":
+        names["pipe"].unload_lora_weights()
+        assert trained.difference(names["pipe"], monkeypatch) > 0.2, "the base draws the student's images"
+
+
+@pytest.mark.parametrize("trained", ["sdxl"], indirect=True)
+def test_kohya_keys_and_scheduler(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+    pipe.load_lora_weights(trained.run / "export", weight_name=KOHYA_FILE)
+    assert trained.difference(pipe, monkeypatch) > 0.2, "the base's scheduler draws the student's images"
+    pipe.scheduler = diffusers.LCMScheduler.from_pretrained(trained.run / "export", subfolder="scheduler")
+    assert trained.difference(pipe, monkeypatch) <= TOLERANCE
+
+
+@pytest.mark.parametrize("trained", ["sdxl"], indirect=True)
+def test_all_exports_on_one_page(trained: Trained, tmp_path: Path) -> None:
+    run, page = trained.run, tmp_path / "all"
+    info = json.loads((run / "export" / "gdmd_export.json").read_text())
+    steps = "+".join(map(str, info["arguments"]["timesteps"]))
+    foreign = f"kohya=shapes:sdxl,lora={run / 'export' / KOHYA_FILE},scheduler=lcm,timesteps={steps},guidance=0"
+    exports = (f"lora={run / 'export'}", f"merged={run / 'export-merged'}")
+    sources = (f"run={run}", *exports, f"{foreign},dtype=fp32", "base=shapes:sdxl,steps=4,guidance=1,dtype=fp32")
+    gdmd("eval", "compare", *sources, "-o", str(page), "--per-task", "4", "-n", "1")
+    rows = json.loads((page / "compare.json").read_text())["rows"]
+    student = rows["run"]
+    assert student["shapeseval"]["overall"] > 0
+    for name in ("lora", "merged", "kohya"):
+        assert rows[name]["shapeseval"] == student["shapeseval"], name
+        for scorer, found in rows[name]["scores"].items():
+            assert found["mean"] == pytest.approx(student["scores"][scorer]["mean"], abs=2e-3), (name, scorer)
+    assert rows["base"]["scores"] != student["scores"]
