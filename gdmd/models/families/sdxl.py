@@ -25,7 +25,6 @@ class Sdxl(UnetFamily):
     name = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
     needs = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-    targets = ("to_q", "to_k", "to_v", "to_out.0")
     fixed_captions = True
     blocks = ("BasicTransformerBlock",)
     scaling = ("scaling_factor", "latents_mean", "latents_std")
