@@ -152,12 +152,6 @@ def check_targets(net: nn.Module, targets: Sequence[str]) -> None:
         raise ValueError(f"model.lora_targets do not fit {type(net).__name__}: {'. '.join(wrong)}")
 
 
-def present(net: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
-    """The targets that match a layer. A family's networks differ: not every UNet has a conv_shortcut."""
-    names = [f".{name}" for name, _ in net.named_modules()]
-    return tuple(target for target in targets if any(name.endswith(f".{target}") for name in names))
-
-
 def _adaptable(layer: nn.Module) -> bool:
     """Linear layers and ungrouped convolutions: what we add adapters to, merge and export."""
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)

@@ -13,7 +13,7 @@ from gdmd.models.compile import compile_blocks
 from gdmd.models.families.base import Family, network_dtype
 from gdmd.models.full_copy import FullCopy
 from gdmd.models.gan_head import FeatureCritic, GanHead, seeded_head
-from gdmd.models.lora import NO_ADAPTER, ActiveAdapter, SharedBackbone, check_targets, present
+from gdmd.models.lora import NO_ADAPTER, ActiveAdapter, SharedBackbone, check_targets
 from gdmd.types import Cond, Denoiser, Prediction, Role
 
 SEEDS: Mapping[Role, int] = {"student": 1, "fake": 2}
@@ -100,7 +100,7 @@ class DiffusersRoles:
             family.net,
             cfg.lora_rank,
             cfg.lora_alpha,
-            cfg.lora_targets or present(family.net, family.targets),
+            cfg.lora_targets or family.targets,
             checkpointing=cfg.checkpointing,
         )
         for role in both:
