@@ -39,6 +39,13 @@ class CastingLinear(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype))
 
 
+class CastingConv2d(nn.Conv2d):
+    """A convolution that keeps fp32 weights and computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight.to(x.dtype), None)
+
+
 class SharedBackbone:
     """A frozen network, its adapters, and which of them is active.
 
@@ -171,12 +178,17 @@ def _initialize(layer: Any, adapter: str, generator: torch.Generator) -> None:
     start = (2 * torch.rand(down.weight.shape, generator=generator) - 1) * bound
     down.weight.data = start.to(down.weight.device)
     up.weight.data = torch.zeros_like(up.weight, dtype=torch.float32)
-    if isinstance(down, nn.Linear):
-        layer.lora_A[adapter], layer.lora_B[adapter] = _casting(down), _casting(up)
-        layer.cast_input_dtype_enabled = False
+    layer.lora_A[adapter], layer.lora_B[adapter] = _casting(down), _casting(up)
+    layer.cast_input_dtype_enabled = False
 
 
-def _casting(linear: nn.Linear) -> CastingLinear:
-    casting = CastingLinear(linear.in_features, linear.out_features, bias=False, device="meta")
-    casting.weight = linear.weight
+def _casting(layer: Any) -> nn.Module:
+    """The same layer as one that casts its weights."""
+    casting: nn.Module
+    if isinstance(layer, nn.Linear):
+        casting = CastingLinear(layer.in_features, layer.out_features, bias=False, device="meta")
+    else:
+        window = (layer.kernel_size, layer.stride, layer.padding)
+        casting = CastingConv2d(layer.in_channels, layer.out_channels, *window, bias=False, device="meta")
+    casting.weight = layer.weight
     return casting

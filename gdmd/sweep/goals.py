@@ -69,7 +69,7 @@ class Captions:
         right = np.array([int(mark) for mark in line["correct"]], dtype=np.float64)
         if len(right) % len(self.mean):
             raise ValueError(
-                f"a line has {len(right)} images, which is no multiple of the {len(self.mean)} captions of this sweep's "
+                f"a line has {len(right)} images, which is not a multiple of the {len(self.mean)} captions of this sweep's "
                 "evaluation; measure its run again"
             )
         return right.reshape(len(self.mean), -1).mean(1)

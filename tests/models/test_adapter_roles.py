@@ -131,10 +131,12 @@ def test_two_roles_in_one_loss(folders: Path) -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted[0] + wanted[1], strict=True))
 
 
-def test_frozen_backbone_and_separate_fp32_adapters(folders: Path) -> None:
-    roles = roles_of(folders, dtype="bf16")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("name", "layers"), [("sd3", 21), ("sdxl", 79)])
+def test_frozen_backbone_and_separate_fp32_adapters(folders: Path, name: str, layers: int) -> None:
+    roles = roles_of(folders, name, dtype="bf16")
     student, fake = (roles.parameters(role) for role in ROLES)
-    assert student.keys() == fake.keys() and len(student) == 2 * 15  # the last block has no context output
+    assert student.keys() == fake.keys() and len(student) == 2 * layers  # sd3: the last block has no context output
     assert {weights.dtype for weights in (*student.values(), *fake.values())} == {torch.float32}
     assert not {id(weights) for weights in student.values()} & {id(weights) for weights in fake.values()}
     trained = {id(w) for w in (*student.values(), *fake.values())}
@@ -228,6 +230,21 @@ def test_lora_targets_choose_the_layers(folders: Path) -> None:
     names = roles_of(folders, "sdxl", lora_targets=("attn1.to_q", "conv1")).parameters("student")
     assert {name.rpartition(".lora_")[0].split(".")[-1] for name in names} == {"to_q", "conv1"}
     assert not any("attn2" in name for name in names)
+
+
+@pytest.mark.parametrize("name", tiny.BUILD)
+def test_default_lora_targets(folders: Path, name: str) -> None:
+    """All layers of the blocks but modulation, and what cannot take an adapter or would share a name with another layer."""
+    roles = roles_of(folders, name)
+    adapted = {key.rpartition(".lora_")[0] for key in roles.parameters("student")}
+    blocks = re.compile(r"(down_blocks|mid_block|up_blocks|(single_)?transformer_blocks|layers)\.")
+    spared = re.compile(r"norm\d?(_context)?\.linear|(img|txt)_mod|adaLN|conv_depth|single_.*proj_out")
+    layers = {
+        key.removesuffix(".base_layer")
+        for key, module in roles.backbone.net.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and ".lora_" not in key and blocks.match(key)
+    }
+    assert {key for key in layers - adapted if not spared.search(key)} == set()
 
 
 def as_a_run(roles: DiffusersRoles, folder: Path) -> str:

@@ -1,5 +1,6 @@
 """The shipped VAE and teacher can be made again, and an interrupted job equals a straight one."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from gdmd.runs.assets import load_asset
 from gdmd.shapes.networks import ShapesVae
-from gdmd.shapes.pretrain.networks import PretrainJob, fit, teacher_job, vae_job
+from gdmd.shapes.pretrain.networks import PretrainJob, fit, learning_rate, teacher_job, vae_job
 from gdmd.shapes.roles import load_dit, load_vae
 
 
@@ -30,7 +31,25 @@ def test_asset_is_loadable(make, load, tmp_path: Path) -> None:
     assert asset.metadata["seed"] == 3 and "--steps 4 --seed 3" in asset.metadata["command"]
 
 
-@pytest.mark.parametrize("make", [_vae_job, _teacher_job], ids=["vae", "teacher"])
+def _restarted_job() -> PretrainJob:
+    return replace(_vae_job(), restart=2, warmup=1)
+
+
+def test_restart_begins_with_the_average_and_half_the_rate(tmp_path: Path) -> None:
+    job = _restarted_job()
+    rates = [learning_rate(step, job) for step in range(4)]
+    assert rates[0] == pytest.approx(job.lr) and rates[2] == pytest.approx(job.lr / 2)
+    assert rates[3] == pytest.approx(rates[1] / 2)
+    before = replace(_vae_job(), steps=2, warmup=1)
+    list(fit(before, tmp_path / "before.safetensors"))
+    average = {name: value.clone() for name, value in before.module.named_parameters()}
+    at_restart = fit(job, tmp_path / "net.safetensors")
+    list(islice(at_restart, 3))
+    moved = torch.cat([(value - average[name]).abs().flatten() for name, value in job.module.named_parameters()])
+    assert moved.median().item() == pytest.approx(job.lr / 2, rel=0.01)  # a new Adam moves every weight by the rate
+
+
+@pytest.mark.parametrize("make", [_vae_job, _teacher_job, _restarted_job], ids=["vae", "teacher", "restart"])
 def test_resume_is_bit_exact(make, tmp_path: Path) -> None:
     straight, broken = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     list(fit(make(), straight, save_every=1))

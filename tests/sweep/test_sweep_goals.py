@@ -90,5 +90,5 @@ def test_weights_are_those_of_the_mean_of_task_means() -> None:
 
 
 def test_lines_of_another_evaluation_are_refused() -> None:
-    with pytest.raises(ValueError, match="no multiple of the 24 captions"):
+    with pytest.raises(ValueError, match="not a multiple of the 24 captions"):
         CAPTIONS.of({"correct": "1" * 25})

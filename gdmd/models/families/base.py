@@ -32,7 +32,7 @@ class Family(ABC):
     needs: ClassVar[tuple[str, ...]]  # required components
     optional: ClassVar[tuple[str, ...]] = ()
     native: Native  # what the network predicts; the fake score's loss compares it
-    targets: tuple[str, ...]  # the layers that get adapters by default
+    targets: tuple[str, ...]  # the layers that get adapters by default, where the network has them
     patch: ClassVar[int] = 1  # latent positions along the side of a token
     blocks: ClassVar[tuple[str, ...]] = ()  # classes of the repeated blocks
     scaling: ClassVar[tuple[str, ...]] = ("scaling_factor", "shift_factor")  # VAE keys that the pipeline reads

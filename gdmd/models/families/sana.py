@@ -32,7 +32,10 @@ class Sana(FlowFamily):
     name = "sana"
     pipeline = "SanaPipeline"
     needs = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-    targets = tuple(f"attn{k}.{layer}" for k in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0"))
+    targets = (
+        *(f"attn{k}.{layer}" for k in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+        *("ff.conv_inverted", "ff.conv_point"),  # not its depthwise convolution: grouped ones take no adapter
+    )
     blocks = ("SanaTransformerBlock",)
     tiny_decoder = False
     scaling = ("scaling_factor",)

@@ -19,7 +19,6 @@ class Sd15(UnetFamily):
     name = "sd15"
     pipeline = "StableDiffusionPipeline"
     needs = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    targets = ("to_q", "to_k", "to_v", "to_out.0")
     fixed_captions = True
     blocks = ("BasicTransformerBlock",)
     scaling = ("scaling_factor",)

@@ -25,10 +25,6 @@ class Sdxl(UnetFamily):
     name = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
     needs = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-    targets = (
-        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-    )
     fixed_captions = True
     blocks = ("BasicTransformerBlock",)
     scaling = ("scaling_factor", "latents_mean", "latents_std")
