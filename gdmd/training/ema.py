@@ -76,7 +76,10 @@ def load_named(
     if missing or unknown:
         raise ValueError(
             f"the saved tensors do not fit {what}: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}. "
-            + (_other_adapters(into, saved) or "They belong to another network: use the checkpoint of this configuration.")
+            + (
+                _other_adapters(into, saved)
+                or "They belong to another network: use the checkpoint of this configuration."
+            )
         )
     for name, target in into.items():
         full = saved[name]
