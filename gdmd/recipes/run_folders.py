@@ -22,9 +22,11 @@ MAY_CHANGE = (
     *("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every", "loop.grid_every"),
     *("loop.sharding", "loop.rank_timeout", "loop.checkpoint_async"),
     *("loop.best_metric", "loop.best_direction", "loop.on_nonfinite", "loop.skip_limit"),
+    "model.lora_targets",
 )
 """What a resumed run may change: how long it trains, what it writes and on what it runs, and what it does about numbers
-that are not finite, which stopped it; never what it computes from finite ones."""
+that are not finite, which stopped it; never what it computes from finite ones. Other adapters than the checkpoint's are
+refused when it is loaded, so lora_targets can only name the same layers: the defaults of the version that began the run."""
 MOVABLE = (
     *("model.path", "model.teacher", "model.vae", "model.scoring_decoder", "prompts.file"),
     *("real_data.latents", "real_data.source"),

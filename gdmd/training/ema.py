@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
+
+_BLOCK = re.compile(r"^((\w*(blocks|attentions|resnets|layers|refiner)\.\d+|mid_block)\.)+")
+"""The block of a layer, in front of its name inside."""
 
 
 class Ema:
@@ -72,7 +76,10 @@ def load_named(
     if missing or unknown:
         raise ValueError(
             f"the saved tensors do not fit {what}: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}. "
-            "They belong to another network: use the checkpoint of this configuration."
+            + (
+                _other_adapters(into, saved)
+                or "They belong to another network: use the checkpoint of this configuration."
+            )
         )
     for name, target in into.items():
         full = saved[name]
@@ -82,6 +89,18 @@ def load_named(
                 "It belongs to another network: use the checkpoint of this configuration."
             )
         target.copy_(context.distribute_like(full, target))
+
+
+def _other_adapters(into: Container[str], saved: Mapping[str, Tensor]) -> str:
+    """What to do if the same network had its adapters on other layers; "" for another network."""
+    layers = {name.partition(".lora_")[0] for name in saved if ".lora_" in name}
+    if not any(name in into for name in saved) or not layers:
+        return ""
+    ends = sorted({_BLOCK.sub("", layer) for layer in layers})
+    return (
+        f"The run had adapters on other layers. Continue it with them, which writes them to its config.yaml: gdmd train "
+        f"--resume RUN 'model.lora_targets=[{','.join(ends)}]'"
+    )
 
 
 def _at_least_fp32(parameter: Parameter) -> Tensor:

@@ -191,7 +191,10 @@ def test_suggested_file_or_run(gdmd: Gdmd) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pretrain", "vea"], "Invalid value for 'network': 'vea' is not one of 'vae', 'teacher', 'scorers', 'pipeline'."),
+        (
+            ["pretrain", "vea"],
+            "Invalid value for 'network': 'vea' is not one of 'vae', 'teacher', 'scorers', 'pipeline'.",
+        ),
         (
             ["study", "plan", "a=x", "b=y", "-o", "s", "--question", "foo"],
             "Invalid value for '--question': 'foo' is not one of 'overall', 'quality', 'alignment'.",

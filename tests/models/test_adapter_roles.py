@@ -26,6 +26,7 @@ from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
 from gdmd.runs import checkpoint
 from gdmd.training.distributed import SINGLE_PROCESS
+from gdmd.training.ema import load_named
 from gdmd.training.role_state import role_states
 from gdmd.training.warm_start import check_model, check_roles, warm_start
 from gdmd.types import Role
@@ -245,6 +246,23 @@ def test_default_lora_targets(folders: Path, name: str) -> None:
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and ".lora_" not in key and blocks.match(key)
     }
     assert {key for key in layers - adapted if not spared.search(key)} == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("sdxl", ("to_q", "to_k", "to_v", "to_out.0")),
+        ("sdxl", ("ff.net.0.proj", "conv1", "upsamplers.0.conv")),
+        ("sd3", ("attn.to_q", "attn.to_add_out", "ff_context.net.2")),
+    ],
+)
+def test_checkpoint_with_other_adapters(folders: Path, name: str, targets: tuple[str, ...]) -> None:
+    """Older versions had other default targets; the error names those that load the checkpoint."""
+    saved = roles_of(folders, name, lora_targets=targets).parameters("student")
+    with pytest.raises(ValueError, match="had adapters on other layers") as caught:
+        load_named(roles_of(folders, name).parameters("student"), saved, "the student")
+    named = re.findall(r"model.lora_targets=\[(.+)\]", str(caught.value))[0].split(",")
+    load_named(roles_of(folders, name, lora_targets=tuple(named)).parameters("student"), saved, "the student")
 
 
 def as_a_run(roles: DiffusersRoles, folder: Path) -> str:

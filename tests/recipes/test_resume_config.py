@@ -9,7 +9,7 @@ import yaml
 
 from gdmd.io import RunError
 from gdmd.recipes.read import read_recipe
-from gdmd.recipes.run_folders import check_resumable, resumed
+from gdmd.recipes.run_folders import check_resumable, config_of, resumed
 from gdmd.runs.run_folder import create
 
 
@@ -45,6 +45,13 @@ def test_nonfinite_policy_may_change(tmp_path: Path) -> None:
     assert (cfg.loop.on_nonfinite, cfg.loop.skip_limit) == ("skip", 99)
     with pytest.raises(RunError, match="loop.lr_student"):
         check_resumable(run, None, ["loop.lr_student=1e-6"])
+
+
+def test_lora_targets_may_name_the_layers_of_an_older_version(tmp_path: Path) -> None:
+    recipe = read_recipe("sd15_gdmd", ["prompts.file=words.txt"])
+    run = create(tmp_path / "run", recipe.model_dump(mode="json")).path
+    resumed(run, None, ["model.lora_targets=[to_q, to_k]"])
+    assert config_of(run).model.lora_targets == ("to_q", "to_k")  # type: ignore[union-attr]
 
 
 REMOTE = "{kind: remote, url: 'http://127.0.0.1:1', reward: clip}"
