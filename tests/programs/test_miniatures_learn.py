@@ -54,5 +54,8 @@ def gain(name: str, seed: int, run: Path, *more: str) -> float:
 
 @pytest.mark.parametrize("name", ["shapes_sd3", "shapes_sdxl"])
 def test_short_run_learns(name: str, tmp_path: Path) -> None:
-    """Measured with adapters on attention only: SD3 +.110, SDXL +.127 and +.107 (seeds 1 and 2)."""
-    assert gain(name, 1, tmp_path / "run") >= 0.05
+    """Less than half of what was measured: SD3 +.222 and +.205 (seeds 1 and 2), SDXL +.172 (seed 1).
+
+    With adapters on the attention layers only: SD3 +.110, SDXL +.127 and +.107.
+    """
+    assert gain(name, 1, tmp_path / "run") >= 0.08
