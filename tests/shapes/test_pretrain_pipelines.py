@@ -97,7 +97,7 @@ def test_pipeline_folder(family: str, tmp_path: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **without)
     pipe.set_progress_bar_config(disable=True)
     limit = {"max_sequence_length": facts["max_tokens"]} if facts["max_tokens"] else {}
-    image = pipe("a red circle", num_inference_steps=2, height=32, width=32, **limit).images[0]
+    image = pipe(prompt="a red circle", num_inference_steps=2, height=32, width=32, **limit).images[0]
     assert image.size == (32, 32)
 
 
