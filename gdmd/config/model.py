@@ -48,9 +48,9 @@ class DiffusersModel(Config):
     lora_alpha: Positive = Field(default=64.0, description="Adapters are scaled by lora_alpha / lora_rank.")
     lora_targets: tuple[str, ...] = Field(
         default=(),
-        description="Endings of the names of the layers that get adapters, linear ones or convolutions. Default: attention, "
-        "feed-forward layers and a UNet's convolutions, because on the Shapes miniatures students with adapters on the "
-        "attention layers only stayed behind full ones, and these did not.",
+        description="Endings of the names of the layers that get adapters, linear ones or convolutions. Default: attention "
+        "and feed-forward layers, SD3's modulation and a UNet's convolutions, because on the Shapes miniatures students with "
+        "adapters on the attention layers only stayed behind full ones, and these did not.",
     )
     checkpointing: bool = Field(
         default=True,

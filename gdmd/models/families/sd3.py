@@ -29,7 +29,8 @@ class Sd3(FlowFamily):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-        *("norm1.linear", "norm1_context.linear"),
+        *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),  # of SD3.5-Medium
+        *("norm1.linear", "norm1_context.linear"),  # modulation: without it the miniature's LoRA learned less
     )
     patch = 2
     caption_limit = 512
