@@ -133,7 +133,7 @@ def test_two_roles_in_one_loss(folders: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("name", "layers"), [("sd3", 21), ("sdxl", 79)])
+@pytest.mark.parametrize(("name", "layers"), [("sd3", 25), ("sdxl", 79)])
 def test_frozen_backbone_and_separate_fp32_adapters(folders: Path, name: str, layers: int) -> None:
     roles = roles_of(folders, name, dtype="bf16")
     student, fake = (roles.parameters(role) for role in ROLES)
