@@ -43,7 +43,8 @@ class CastingConv2d(nn.Conv2d):
     """A convolution that keeps fp32 weights and computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight.to(x.dtype), None)
+        output: Tensor = self._conv_forward(x, self.weight.to(x.dtype), None)
+        return output
 
 
 class SharedBackbone:
