@@ -49,8 +49,8 @@ class DiffusersModel(Config):
     lora_targets: tuple[str, ...] = Field(
         default=(),
         description="Endings of the names of the layers that get adapters, linear ones or convolutions. Default: attention "
-        "and feed-forward layers, SD3's modulation and a UNet's convolutions, because on the Shapes miniatures students with "
-        "adapters on the attention layers only stayed behind full ones, and these did not.",
+        "and feed-forward layers, SD3's modulation and a UNet's convolutions, because on the Shapes miniatures students "
+        "with adapters on the attention layers only stayed behind full ones, and these did not.",
     )
     checkpointing: bool = Field(
         default=True,
