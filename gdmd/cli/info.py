@@ -117,7 +117,7 @@ def pretrain_command(
     The teacher uses FOLDER/shapes_vae.safetensors if it exists, else the shipped VAE. Use the result with, for example,
     `gdmd train shapes model.teacher=pretrained/shapes_teacher.safetensors`.
 
-    A pipeline is a folder in diffusers' format, trained on Shapes captions in about half an hour. Use it as a base model:
+    A pipeline is a folder in diffusers' format, trained on Shapes captions in less than an hour. Use it as a base model:
     `gdmd train shapes_sd3 model.path=pretrained/shapes_sd3`.
 
     \b
