@@ -95,10 +95,12 @@ def _scorers(
 
 
 def _fitted(job: PretrainJob, path: Path, resume: bool, console: Console) -> Path:
-    """Run a job; with ``resume`` one that is finished is read instead."""
-    if resume and path.is_file() and (asset := load_asset(path)).metadata.get("command") == job.command:
-        job.module.load_state_dict(asset.tensors)
-        return path
+    """Run a job; with ``resume`` one that is finished, with the same command and frozen network, is read instead."""
+    if resume and path.is_file():
+        asset = load_asset(path)
+        if (asset.metadata.get("command"), asset.metadata.get("reads")) == (job.command, job.reads):
+            job.module.load_state_dict(asset.tensors)
+            return path
     with _progress(job.name, job.steps, console) as shown:
         for step, loss in fit(job, path, resume=resume, save_every=max(1, min(500, job.steps // 10))):
             shown(step, loss.item())

@@ -104,3 +104,17 @@ def test_pipeline_folder(family: str, tmp_path: Path) -> None:
 def test_unknown_family(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 'sd35'; name sd3, sdxl or flux2_klein"):
         list(pretrain("pipeline", None, None, tmp_path, False, [], "sd35", Console(quiet=True)))
+
+
+def test_resume_trains_again_for_another_vae(tmp_path: Path) -> None:
+    """A finished denoiser is reused, but not with a VAE that it was not trained with."""
+
+    def denoiser(seed: int) -> dict[str, torch.Tensor]:
+        vae = build_miniature("sdxl", seed).vae.state_dict()
+        save_asset(tmp_path / "shapes_kl_vae.safetensors", vae, command="test", seed=seed)
+        list(pretrain("pipeline", 1, 7, tmp_path, True, [], "sdxl", Console(quiet=True)))
+        return load_asset(tmp_path / "shapes_sdxl.safetensors").tensors
+
+    first, same, other = denoiser(1), denoiser(1), denoiser(2)
+    assert all(torch.equal(value, same[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())

@@ -30,7 +30,7 @@ class Sd3(FlowFamily):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
         *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),  # of SD3.5-Medium
-        *("norm1.linear", "norm1_context.linear"),  # modulation: without it the miniature's LoRA learned less
+        *("norm1.linear", "norm1_context.linear"),  # modulation (docs/LOG.md, entry 34)
     )
     patch = 2
     caption_limit = 512

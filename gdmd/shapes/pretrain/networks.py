@@ -143,7 +143,7 @@ def fit(job: PretrainJob, target: Path, *, resume: bool = False, save_every: int
             facts = {"job": job.name, "steps": job.steps, "step": step + 1, "reads": job.reads}
             save_asset(part, state.tensors(), command=job.command, seed=job.seed, metadata=facts)
     state.finish()
-    facts = {"steps": job.steps, "seconds": round(time.monotonic() - began)}
+    facts = {"steps": job.steps, "reads": job.reads, "seconds": round(time.monotonic() - began)}
     save_asset(target, job.module.state_dict(), command=job.command, seed=job.seed, metadata=facts)
     part.unlink(missing_ok=True)
 
