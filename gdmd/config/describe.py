@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from gdmd.config.methods.all import MethodConfig
-from gdmd.config.methods.dmd import DmdConfig
-from gdmd.config.methods.dmd2 import Dmd2Config
-from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
-from gdmd.config.methods.dmdr import DmdrConfig
-from gdmd.config.methods.gdmd import GdmdConfig
-from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.methods.dmd2 import DMD2Config
+from gdmd.config.methods.dmd_reward import DMDGRPOConfig, DMDNFTConfig, DMDReFLConfig
+from gdmd.config.methods.dmdr import DMDRConfig
+from gdmd.config.methods.gdmd import GDMDConfig
+from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import CompositeConfig, RemoteConfig
 from gdmd.config.run import RewardConfig, RunConfig
@@ -33,11 +33,11 @@ METHODS = {
 def student_updates(method: MethodConfig) -> int:
     """Student updates of one iteration."""
     match method:
-        case GdmdConfig() | GdmdTiltedConfig():
+        case GDMDConfig() | TiltedGDMDConfig():
             return method.group_size
-        case DmdConfig() | DmdReflConfig() | DmdNftConfig() | DmdGrpoConfig():
+        case DMDConfig() | DMDReFLConfig() | DMDNFTConfig() | DMDGRPOConfig():
             return method.student_updates
-        case Dmd2Config() | DmdrConfig():
+        case DMD2Config() | DMDRConfig():
             return 1
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from gdmd.config.methods.dmd import DmdConfig
-from gdmd.config.methods.dmd2 import Dmd2Config
-from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
-from gdmd.config.methods.dmdr import DmdrConfig
-from gdmd.config.methods.gdmd import GdmdConfig
-from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig, GdmdTiltedShuffledConfig
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.methods.dmd2 import DMD2Config
+from gdmd.config.methods.dmd_reward import DMDGRPOConfig, DMDNFTConfig, DMDReFLConfig
+from gdmd.config.methods.dmdr import DMDRConfig
+from gdmd.config.methods.gdmd import GDMDConfig
+from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig, TiltedGDMDConfig
 from gdmd.config.rewards import CompositeConfig, OcrConfig, RemoteConfig
 from gdmd.config.run import RewardConfig, RunConfig
 
@@ -58,29 +58,29 @@ def _of_method(cfg: RunConfig) -> tuple[str, ...]:
         tuple(f"reward/{_name(spec)}/{what}" for spec in _rewards(cfg)) for what in ("sample", "target")
     )
     match cfg.method:
-        case DmdConfig() as method:
+        case DMDConfig() as method:
             return ("loss/regression",) if method.regression_weight > 0 else ()
-        case Dmd2Config() as method:
+        case DMD2Config() as method:
             return ("loss/head", "loss/gan", "gan/real", "gan/student") if method.adversarial else ()
-        case DmdrConfig() as method:
+        case DMDRConfig() as method:
             return ("schedule/c", *_of_dmdr(method, samples))
         case _ if not cfg.method.rewarded:
             return ()
-        case DmdReflConfig():
+        case DMDReFLConfig():
             return ("loss/refl", "reward/sample", "reward/unscored", *samples)
-        case DmdNftConfig():
+        case DMDNFTConfig():
             return ("loss/nft", "weight/r", *_COLLECTED, *samples)
-        case DmdGrpoConfig():
+        case DMDGRPOConfig():
             return ("loss/grpo", "policy/moved", "policy/clipped", *_COLLECTED, *samples)
-        case GdmdConfig():
+        case GDMDConfig():
             return (*_TARGETS, *_OPTIMALITY, *samples, *targets)
-        case GdmdTiltedConfig() as method:
+        case TiltedGDMDConfig() as method:
             gradient = ("gap/pull",) if method.reward_gradient > 0 else ()
-            compared = (*_OPTIMALITY, *samples) if isinstance(method, GdmdTiltedShuffledConfig) else ()
+            compared = (*_OPTIMALITY, *samples) if isinstance(method, ShuffledTiltedGDMDConfig) else ()
             return (*_TARGETS, *compared, "weight/effective", *gradient, *targets)
 
 
-def _of_dmdr(method: DmdrConfig, samples: tuple[str, ...]) -> Iterator[str]:
+def _of_dmdr(method: DMDRConfig, samples: tuple[str, ...]) -> Iterator[str]:
     if method.tilt > 0 and method.cold_start > 0:
         yield from ("weight/tilt", "reward/complete")
     if method.rl_weight > 0:

@@ -8,11 +8,11 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from gdmd.config.base import Config, Count
 from gdmd.config.methods.all import MethodConfig
-from gdmd.config.methods.dmd2 import Dmd2Config
-from gdmd.config.methods.dmd_reward import DmdReflConfig
-from gdmd.config.methods.dmdr import DmdrConfig
-from gdmd.config.methods.gdmd import GdmdConfig
-from gdmd.config.methods.gdmd_tilted import GdmdTiltedShuffledConfig
+from gdmd.config.methods.dmd2 import DMD2Config
+from gdmd.config.methods.dmd_reward import DMDReFLConfig
+from gdmd.config.methods.dmdr import DMDRConfig
+from gdmd.config.methods.gdmd import GDMDConfig
+from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import RealRewardConfig
@@ -94,7 +94,7 @@ class RunConfig(Config):
     name: str = Field(description="Name of the recipe; the run folder is named after it.")
     about: str = Field(default="", description="One sentence about the recipe.")
     model: ModelConfig = Field(default=ShapesModel(), description="The model to distill.")
-    method: MethodConfig = Field(default_factory=GdmdConfig, description="The distillation method and its options.")
+    method: MethodConfig = Field(default_factory=GDMDConfig, description="The distillation method and its options.")
     rewards: tuple[RewardConfig, ...] = Field(
         default=(ShapesReward(kind="shapes_clip"), ShapesReward(kind="shapes_pref")),
         description="Rewards that train the student. Each is divided by its running scale Z, then they are averaged.",
@@ -114,7 +114,7 @@ class RunConfig(Config):
     @property
     def needs_real(self) -> str:
         """The setting for which the method needs real images; "" if it needs none."""
-        if isinstance(self.method, Dmd2Config) and self.method.adversarial:
+        if isinstance(self.method, DMD2Config) and self.method.adversarial:
             return "method.gan_weight > 0"
         return "method.student_input = data" if self.method.student_input == "data" else ""
 
@@ -132,8 +132,8 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _below_the_margin(self) -> RunConfig:
         """ReFL ignores a reward above the margin; one that is always above it would have no effect."""
-        refl = isinstance(self.method, DmdrConfig) and self.method.strategy == "refl"
-        if not (isinstance(self.method, DmdrConfig | DmdReflConfig) and (refl or self.method.kind == "dmd_refl")):
+        refl = isinstance(self.method, DMDRConfig) and self.method.strategy == "refl"
+        if not (isinstance(self.method, DMDRConfig | DMDReFLConfig) and (refl or self.method.kind == "dmd_refl")):
             return self
         margin = self.method.margin
         above = [r.kind for r in self.rewards if r.kind in LOWEST_SCORE and margin <= LOWEST_SCORE[r.kind]]
@@ -166,7 +166,7 @@ class RunConfig(Config):
                 f"prompt, and loop.batch_size is {self.loop.batch_size}; give a multiple of the group size"
             )
         if (
-            isinstance(self.method, GdmdTiltedShuffledConfig)
+            isinstance(self.method, ShuffledTiltedGDMDConfig)
             and self.method.reward_gradient > 0
             and self.loop.batch_size == 1
         ):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.dmd import DMDConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import times
 from gdmd.losses.dmd import regression_loss
@@ -25,7 +25,7 @@ class PairedBatch(StudentBatch):
 
 
 @dataclass
-class Dmd(Distillation[DmdConfig]):
+class Dmd(Distillation[DMDConfig]):
     """fake_updates of the fake score on one student output; the last student_updates of them give a gradient each."""
 
     teacher_times: Callable[[int], Tensor] = times

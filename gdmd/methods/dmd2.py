@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.methods.dmd2 import DMD2Config
 from gdmd.diffusion.gradients import frozen
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import renoise
@@ -43,7 +43,7 @@ class GanStudentBatch(StudentBatch):
 
 
 @dataclass
-class Dmd2(Distillation[Dmd2Config]):
+class Dmd2(Distillation[DMD2Config]):
     """fake_updates of fake score and GAN head on one student output, then one student update.
 
     critic: the GAN head, None without a GAN. ValueError for a GAN without a head or without real latents.

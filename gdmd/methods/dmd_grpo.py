@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gdmd.config.methods.dmd_reward import DmdGrpoConfig
+from gdmd.config.methods.dmd_reward import DMDGRPOConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.grpo import grpo_loss
 from gdmd.methods.base import Distillation
@@ -21,7 +21,7 @@ from gdmd.types import Loss, PromptBatch, Update
 
 
 @dataclass
-class DmdGrpo(Distillation[DmdGrpoConfig]):
+class DmdGrpo(Distillation[DMDGRPOConfig]):
     """DMD's iteration; each student update also follows the advantages of K samples per prompt."""
 
     scorer: Scorer = field(kw_only=True)

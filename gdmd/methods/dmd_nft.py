@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gdmd.config.methods.dmd_reward import DmdNftConfig
+from gdmd.config.methods.dmd_reward import DMDNFTConfig
 from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import renoise
@@ -35,7 +35,7 @@ class ScoredBatch(StudentBatch):
 
 
 @dataclass
-class DmdNft(Distillation[DmdNftConfig]):
+class DmdNft(Distillation[DMDNFTConfig]):
     """DMD's iteration; each student update also learns from K scored samples per prompt."""
 
     scorer: Scorer = field(kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from gdmd.config.methods.dmd_reward import DmdReflConfig
+from gdmd.config.methods.dmd_reward import DMDReFLConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.refl import mean_refl_loss
@@ -27,7 +27,7 @@ class RewardedBatch(StudentBatch):
 
 
 @dataclass
-class DmdRefl(Distillation[DmdReflConfig]):
+class DmdRefl(Distillation[DMDReFLConfig]):
     """DMD's iteration; the student's x0 also climbs the rewards. ValueError for rewards that are not differentiable."""
 
     scorer: Scorer = field(kw_only=True)

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gdmd.config.methods.dmdr import DmdrConfig
+from gdmd.config.methods.dmdr import DMDRConfig
 from gdmd.diffusion.dmdr_schedules import annealed_shape, beta_quantile, cosine_anneal
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import few_step_sample
@@ -55,7 +55,7 @@ class PreferredBatch(StudentBatch):
 
 
 @dataclass
-class Dmdr(Distillation[DmdrConfig]):
+class Dmdr(Distillation[DMDRConfig]):
     """DMD's iteration with the schedules of its step, and the student loss of its stage.
 
     ValueError for strategy refl with rewards that are not differentiable.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.advantages import RunningScale
 from gdmd.losses.dmd import dmd_loss
@@ -40,7 +40,7 @@ class NapoBatch(StudentBatch):
 
 
 @dataclass
-class Gdmd(Distillation[GdmdConfig]):
+class Gdmd(Distillation[GDMDConfig]):
     """eta fake score updates, each followed by a DMD gradient; then eta student updates, one per gradient."""
 
     scorer: Scorer = field(kw_only=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
+from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import continuation
@@ -40,7 +40,7 @@ class Finished:
 
 
 @dataclass
-class GdmdTilted(Distillation[GdmdTiltedConfig]):
+class GdmdTilted(Distillation[TiltedGDMDConfig]):
     """eta fake score updates and targets, then eta student updates towards the mean of the tilted targets."""
 
     scorer: Scorer = field(kw_only=True)

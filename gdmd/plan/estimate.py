@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gdmd.config.methods.gdmd import GdmdConfig
-from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
+from gdmd.config.methods.gdmd import GDMDConfig
+from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import CompositeConfig
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
@@ -268,8 +268,8 @@ def _weights(nets: Networks, rewards: list[_HeldReward]) -> dict[str, int]:
 def _per_sample(cfg: RunConfig, nets: Networks, text: int, *, scored: bool) -> int:
     """Bytes kept per sample of the batch: about 8 latents and two per target, its text three times, its images."""
     method = cfg.method
-    targets = method.group_size if isinstance(method, GdmdConfig | GdmdTiltedConfig) else 1
-    targets *= method.continuations if isinstance(method, GdmdTiltedConfig) and method.rewarded else 1
+    targets = method.group_size if isinstance(method, GDMDConfig | TiltedGDMDConfig) else 1
+    targets *= method.continuations if isinstance(method, TiltedGDMDConfig) and method.rewarded else 1
     channels, height, width = nets.latent_shape
     sides = (cfg.model.height, cfg.model.width) if isinstance(cfg.model, DiffusersModel) else (4 * height, 4 * width)
     images = 3 * 3 * 4 * sides[0] * sides[1] if scored else 0  # decoded, rescaled, clamped; fp32

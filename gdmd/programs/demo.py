@@ -14,8 +14,8 @@ from rich.console import Console
 
 from gdmd.config.describe import trained_rewards
 from gdmd.config.methods.all import without_rewards
-from gdmd.config.methods.gdmd import GdmdConfig
-from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
+from gdmd.config.methods.gdmd import GDMDConfig
+from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.generate import Sampler
@@ -57,7 +57,7 @@ class Demo:
 
 def control(cfg: RunConfig) -> RunConfig:
     """The same recipe without rewards: plain DMD with as many student updates. ValueError if it reads no rewards."""
-    if cfg.model.kind != "shapes" or not isinstance(cfg.method, GdmdConfig | GdmdTiltedConfig):
+    if cfg.model.kind != "shapes" or not isinstance(cfg.method, GDMDConfig | TiltedGDMDConfig):
         raise ValueError(
             f"the demo compares GDMD with DMD in the Shapes world, but recipe {cfg.name} has model.kind = "
             f"{cfg.model.kind} and method.kind = {cfg.method.kind}; train it with gdmd train"

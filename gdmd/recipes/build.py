@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from gdmd.config.methods.all import MethodConfig
-from gdmd.config.methods.dmd import DmdConfig
-from gdmd.config.methods.dmd2 import Dmd2Config
-from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
-from gdmd.config.methods.dmdr import DmdrConfig
-from gdmd.config.methods.gdmd import GdmdAblationConfig, GdmdConfig
-from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig, GdmdTiltedShuffledConfig
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.methods.dmd2 import DMD2Config
+from gdmd.config.methods.dmd_reward import DMDGRPOConfig, DMDNFTConfig, DMDReFLConfig
+from gdmd.config.methods.dmdr import DMDRConfig
+from gdmd.config.methods.gdmd import GDMDAblationConfig, GDMDConfig
+from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig, TiltedGDMDConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig, ShapesModel
 from gdmd.data.prompts import PromptStream, read_prompts
@@ -128,7 +128,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components
 
 def head_seed(cfg: RunConfig) -> int | None:
     """Seed of the GAN head's weights; None without a GAN."""
-    judged = isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial
+    judged = isinstance(cfg.method, DMD2Config) and cfg.method.adversarial
     return cfg.loop.seed if judged else None
 
 
@@ -177,23 +177,23 @@ def method_of(
     parts = (roles, latents.latent_shape, latents.native, real)
     scorer = Scorer(codec, rewards)
     match cfg:
-        case DmdConfig() as own:
+        case DMDConfig() as own:
             return Dmd(own, *parts, teacher_times=latents.teacher_times)
-        case Dmd2Config() as own:
+        case DMD2Config() as own:
             return Dmd2(own, *parts, critic=roles.critic)
-        case DmdrConfig() as own:
+        case DMDRConfig() as own:
             return Dmdr(own, *parts, scorer=scorer, blend=roles.blended_teacher)
-        case DmdReflConfig() as own:
+        case DMDReFLConfig() as own:
             return DmdRefl(own, *parts, scorer=scorer)
-        case DmdNftConfig() as own:
+        case DMDNFTConfig() as own:
             return DmdNft(own, *parts, scorer=scorer)
-        case DmdGrpoConfig() as own:
+        case DMDGRPOConfig() as own:
             return DmdGrpo(own, *parts, scorer=scorer)
-        case GdmdTiltedShuffledConfig() as own:
+        case ShuffledTiltedGDMDConfig() as own:
             return GdmdTiltedShuffled(own, *parts, scorer=scorer)
-        case GdmdTiltedConfig() as own:
+        case TiltedGDMDConfig() as own:
             return GdmdTilted(own, *parts, scorer=scorer)
-        case GdmdAblationConfig() as own:
+        case GDMDAblationConfig() as own:
             return CONTROLS[own.control](own, *parts, scorer=scorer)
-        case GdmdConfig() as own:
+        case GDMDConfig() as own:
             return Gdmd(own, *parts, scorer=scorer)

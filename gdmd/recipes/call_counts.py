@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.methods.dmd2 import DMD2Config
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.rng import SampleRng
@@ -164,7 +164,7 @@ def count_calls(cfg: RunConfig, iterations: int = ITERATIONS) -> CallCounts:
 def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0) -> CallCounts:
     """The mean cost of these iterations, whose tau goes through the student's steps in turn from number ``first`` on."""
     log = _Log()
-    roles = _Roles(log, gan=isinstance(cfg.method, Dmd2Config) and cfg.method.adversarial)
+    roles = _Roles(log, gan=isinstance(cfg.method, DMD2Config) and cfg.method.adversarial)
     images, rewards = _Images(log), (_Images(log),) if cfg.method.rewarded else ()
     real = lambda prompts, rng: rng.normal("real", LATENT)  # noqa: E731
     method = method_of(cfg.method, roles, images, rewards, LatentSpec(LATENT), real)

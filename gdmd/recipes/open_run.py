@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.run import PromptConfig, RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import SHIPPED
@@ -38,7 +38,7 @@ def _sampling_only(cfg: RunConfig) -> RunConfig:
     full: Literal["none", "student"] = "student" if cfg.model.full in ("student", "both") else "none"
     parts = {
         "model": cfg.model.model_copy(update={"full": full}),
-        "method": DmdConfig(student_steps=cfg.method.student_steps, guidance=cfg.method.guidance),
+        "method": DMDConfig(student_steps=cfg.method.student_steps, guidance=cfg.method.guidance),
         "prompts": PromptConfig(file=next(iter(SHIPPED))),  # required, but none of them is used
     }
     return cfg.model_copy(update=parts | {"rewards": (), "real_data": None})

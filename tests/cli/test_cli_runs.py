@@ -23,8 +23,8 @@ from typer.main import get_command
 from gdmd.cli.app import app
 from gdmd.config import shapes_pipeline
 from gdmd.config.methods.all import without_rewards
-from gdmd.config.methods.gdmd import GdmdConfig
-from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
+from gdmd.config.methods.gdmd import GDMDConfig
+from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.config.metric_keys import metric_keys
 from gdmd.programs import doctor, pretrain
 from gdmd.programs.demo import control
@@ -248,7 +248,7 @@ BY_METHOD = list({read_recipe(name).method.kind: name for name in SHAPES}.values
 @pytest.mark.parametrize("name", SHAPES)
 def test_demo_control_is_plain_dmd(name: str) -> None:
     cfg = read_recipe(name)
-    if not isinstance(cfg.method, GdmdConfig | GdmdTiltedConfig):
+    if not isinstance(cfg.method, GDMDConfig | TiltedGDMDConfig):
         with pytest.raises(ValueError, match="compares GDMD with DMD"):
             control(cfg)
         return

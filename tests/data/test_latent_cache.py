@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.run import RunConfig
 from gdmd.data import latent_cache
 from gdmd.data.latent_cache import INDEX, LatentStore
@@ -131,11 +131,11 @@ def test_unused_real_data_is_an_error() -> None:
     model = {"kind": "diffusers", "path": "x"}
     loop = {"steps": 1, "batch_size": 2}
     with pytest.raises(ValueError, match="reads no real images"):
-        RunConfig(name="a", model=model, method=DmdConfig(), real_data=given_data, loop=loop, rewards=[])
+        RunConfig(name="a", model=model, method=DMDConfig(), real_data=given_data, loop=loop, rewards=[])
     with pytest.raises(ValueError, match="Shapes world"):
-        RunConfig(name="a", method=DmdConfig(student_input="data"), real_data=given_data, loop=loop)
+        RunConfig(name="a", method=DMDConfig(student_input="data"), real_data=given_data, loop=loop)
     read_it = RunConfig(
-        name="a", model=model, method=DmdConfig(student_input="data"), real_data=given_data, loop=loop, rewards=[]
+        name="a", model=model, method=DMDConfig(student_input="data"), real_data=given_data, loop=loop, rewards=[]
     )
     assert read_it.real_data is not None and read_it.real_data.source == ("images",)
 

@@ -9,7 +9,7 @@ import torch
 from tiny_roles import dmd, make, prompts, real_latents, rng, same, tiny_roles, updates, watch
 from torch import Tensor
 
-from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.methods.dmd2 import DMD2Config
 from gdmd.diffusion.sampling import ode_sample, times
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.gan import discriminator_loss, generator_loss
@@ -130,9 +130,9 @@ def test_a_gan_without_a_head_or_without_real_latents_is_refused() -> None:
         dmd2(roles)
     judged = tiny_roles(head=True)
     with pytest.raises(ValueError, match="no real latents"):
-        Dmd2(Dmd2Config(), judged, LATENT_SHAPE, "velocity", critic=judged.critic)
+        Dmd2(DMD2Config(), judged, LATENT_SHAPE, "velocity", critic=judged.critic)
     with pytest.raises(ValueError, match="a head that is never trained"):
-        Dmd2Config(head_weight=0.0)
+        DMD2Config(head_weight=0.0)
 
 
 REGRESSION = {"regression_weight": 0.25, "regression_steps": 3}

@@ -10,7 +10,7 @@ import torch
 from tiny_roles import Toy, ToyCodec, apply, dmd, grouped, make, prompts, rng, same, tiny_roles, train, watch
 from torch import Tensor
 
-from gdmd.config.methods.dmdr import DmdrConfig
+from gdmd.config.methods.dmdr import DMDRConfig
 from gdmd.diffusion.dmdr_schedules import beta_quantile
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.diffusion.stochastic_sampling import cps_log_prob, cps_mean
@@ -282,11 +282,11 @@ def test_one_teacher_call_per_iteration() -> None:
 
 
 def test_what_a_recipe_must_say_follows_from_the_options() -> None:
-    assert DmdrConfig().rewarded and DmdrConfig(rl_weight=0.0).rewarded and DmdrConfig(cold_start=0).rewarded
-    assert not DmdrConfig(rl_weight=0.0, tilt=0.0).rewarded and not DmdrConfig(rl_weight=0.0, cold_start=0).rewarded
-    assert DmdrConfig().prompt_group == 1 and DmdrConfig(strategy="dpo").prompt_group == 8
-    assert DmdrConfig(strategy="grpo", rl_weight=0.0).prompt_group == 1
+    assert DMDRConfig().rewarded and DMDRConfig(rl_weight=0.0).rewarded and DMDRConfig(cold_start=0).rewarded
+    assert not DMDRConfig(rl_weight=0.0, tilt=0.0).rewarded and not DMDRConfig(rl_weight=0.0, cold_start=0).rewarded
+    assert DMDRConfig().prompt_group == 1 and DMDRConfig(strategy="dpo").prompt_group == 8
+    assert DMDRConfig(strategy="grpo", rl_weight=0.0).prompt_group == 1
     with pytest.raises(ValueError, match="at least 2 steps"):
-        DmdrConfig(strategy="grpo", student_steps=(1.0,))
+        DMDRConfig(strategy="grpo", student_steps=(1.0,))
     with pytest.raises(ValueError, match="greater than or equal to 1"):
-        DmdrConfig(beta_a=0.5)
+        DMDRConfig(beta_a=0.5)

@@ -12,8 +12,8 @@ from tiny_roles import Toy, ToyCodec, apply, dmd, make, rng, same, student_gradi
 from torch import Tensor
 
 from gdmd.config.methods.all import MethodConfig, without_rewards
-from gdmd.config.methods.dmd import DmdConfig
-from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.methods.dmd_reward import DMDGRPOConfig, DMDNFTConfig, DMDReFLConfig
 from gdmd.config.run import RunConfig
 from gdmd.data.prompts import batch_of
 from gdmd.diffusion.schedule import renoise
@@ -218,19 +218,19 @@ def test_recipe_needs_rewards_unless_weight_is_zero(kind: str) -> None:
 
 def test_impossible_options_are_refused() -> None:
     with pytest.raises(ValueError, match="GRPO needs at least two steps"):
-        DmdGrpoConfig(student_steps=(1.0,))
+        DMDGRPOConfig(student_steps=(1.0,))
     with pytest.raises(ValueError, match="nft_steps must lie in"):
-        DmdNftConfig(nft_steps=(0.5, 1.5))
+        DMDNFTConfig(nft_steps=(0.5, 1.5))
     with pytest.raises(ValueError, match="student_updates 3 must not exceed fake_updates 2"):
-        DmdReflConfig(fake_updates=2, student_updates=3)
+        DMDReFLConfig(fake_updates=2, student_updates=3)
     with pytest.raises(ValueError, match="noise_level"):
-        DmdGrpoConfig(noise_level=0.0)
+        DMDGRPOConfig(noise_level=0.0)
 
 
-@pytest.mark.parametrize("cfg", [DmdReflConfig(), DmdNftConfig(), DmdGrpoConfig()])
+@pytest.mark.parametrize("cfg", [DMDReFLConfig(), DMDNFTConfig(), DMDGRPOConfig()])
 def test_default_ratio_and_without_rewards(cfg: MethodConfig) -> None:
     """The update ratio is DMD's, and without rewards the weight is 0."""
-    other = DmdConfig()
+    other = DMDConfig()
     assert (cfg.fake_updates, cfg.student_updates) == (other.fake_updates, other.student_updates)  # type: ignore[union-attr]
     bare = without_rewards(cfg)
     assert bare is not None and bare == cfg.model_copy(update={"rl_weight": 0.0}) and without_rewards(bare) is None

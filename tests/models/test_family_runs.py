@@ -17,8 +17,8 @@ from rich.console import Console
 from torch import Tensor
 
 from gdmd.config.image_source import read_source
-from gdmd.config.methods.dmd import DmdConfig
-from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.diffusion.guidance import Guided
@@ -56,7 +56,7 @@ def recipe(folder: Path, full: str) -> RunConfig:
     return RunConfig(
         name="tiny",
         model=tiny.config(folder, full=full),
-        method=GdmdConfig(group_size=1, guidance=3.0, step_draw="batch"),
+        method=GDMDConfig(group_size=1, guidance=3.0, step_draw="batch"),
         loop=LoopConfig(steps=2, lr_student=1e-2, lr_fake=1e-2, ema=0.5, **loop),
         prompts={"file": str(folder.parent / "prompts.txt")},
         rewards=[{"kind": "callable", "target": "test_family_runs:greenness"}],
@@ -97,7 +97,7 @@ def test_train_resume_export_and_sample(pipeline: Callable[[str], Path], tmp_pat
 @pytest.mark.parametrize("name", ["sd3", "sdxl", "qwen_image"])
 def test_regression_pairs_use_the_teachers_times(pipeline: Callable[[str], Path], name: str) -> None:
     """Shifted times, the training steps of a VP model, and a path stretched to its last time."""
-    method = DmdConfig(regression_weight=0.25, regression_steps=3, fake_updates=1, guidance=3.0)
+    method = DMDConfig(regression_weight=0.25, regression_steps=3, fake_updates=1, guidance=3.0)
     cfg = recipe(pipeline(name), "none").model_copy(update={"method": method, "rewards": ()})
     components = build(cfg, "cpu")
     prompts = components.stream.at(0)

@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 import tiny_pipelines as tiny
 from torch import Tensor
 
-from gdmd.config.methods.dmd2 import Dmd2Config
+from gdmd.config.methods.dmd2 import DMD2Config
 from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.diffusion.rng import SampleRng
@@ -89,7 +89,7 @@ def real_latents(shape: tuple[int, int, int]) -> Callable[[PromptBatch, SampleRn
 
 
 def dmd2(roles: DiffusersRoles, **options: Any) -> Dmd2:
-    cfg = Dmd2Config(**{"fake_updates": 1, "head_weight": 1.0, "gan_weight": 1.0, "guidance": 3.0} | options)
+    cfg = DMD2Config(**{"fake_updates": 1, "head_weight": 1.0, "gan_weight": 1.0, "guidance": 3.0} | options)
     shape = roles.family.latent_shape
     return Dmd2(cfg, roles, shape, roles.family.native, real_latents(shape), critic=roles.critic)
 

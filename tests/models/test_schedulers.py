@@ -22,7 +22,7 @@ from stock_pipelines import CAPTIONS, UNIFORM, stock_images, trainers_images
 from torch import Tensor
 
 from gdmd.config.image_source import read_source
-from gdmd.config.methods.dmd import DmdConfig
+from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.sampling import ode_sample
@@ -403,7 +403,7 @@ def test_fake_loss_is_in_the_networks_prediction(saved: Callable[..., Path], kin
 
 
 def run_config(folder: Path, prompts: Path, guidance: float = 3.0, **model: Any) -> RunConfig:
-    method = DmdConfig(fake_updates=1, guidance=guidance, step_draw="batch")
+    method = DMDConfig(fake_updates=1, guidance=guidance, step_draw="batch")
     return RunConfig(
         name="x", model=tiny.config(folder, **model), method=method, prompts={"file": str(prompts)}, loop={}
     )

@@ -17,11 +17,11 @@ import tiny_pipelines as tiny
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from gdmd.config.methods.dmd import DmdConfig
-from gdmd.config.methods.dmd2 import Dmd2Config
-from gdmd.config.methods.dmd_reward import DmdReflConfig
-from gdmd.config.methods.dmdr import DmdrConfig
-from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.methods.dmd2 import DMD2Config
+from gdmd.config.methods.dmd_reward import DMDReFLConfig
+from gdmd.config.methods.dmdr import DMDRConfig
+from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
@@ -58,7 +58,7 @@ def recipe(folders: Path, name: str, method: Any = None, batch: int = 2, **model
     return RunConfig(
         name="tiny",
         model=tiny.config(saved(folders, name), **model),
-        method=method or DmdConfig(fake_updates=2, guidance=3.0, step_draw="batch"),
+        method=method or DMDConfig(fake_updates=2, guidance=3.0, step_draw="batch"),
         loop=LoopConfig(steps=2, batch_size=batch),
         prompts={"file": str(prompts)},
         rewards=[{"kind": "callable", "target": "math:fsum"}],
@@ -162,7 +162,7 @@ def test_activation_checkpointing_is_reported_with_and_without(folders: Path) ->
 
 
 def test_gan_head_is_planned_only_with_a_gan(folders: Path) -> None:
-    method = Dmd2Config(fake_updates=2, guidance=3.0, step_draw="batch")
+    method = DMD2Config(fake_updates=2, guidance=3.0, step_draw="batch")
     with_gan, without = (
         planned(recipe(folders, "sd3", method.model_copy(update={"gan_weight": weight}))) for weight in (1.0, 0.0)
     )
@@ -187,12 +187,12 @@ def test_feature_cost_of_the_published_unets() -> None:
 
 def test_offloaded_rewards_are_counted_one_at_a_time(folders: Path) -> None:
     """Unless their gradient is needed: then they stay on the device."""
-    plain = recipe(folders, "sd3", GdmdConfig(group_size=2)).model_dump()
+    plain = recipe(folders, "sd3", GDMDConfig(group_size=2)).model_dump()
     away = [{"kind": kind, "offload": True} for kind in ("clip", "hps")]
     clip, hps = 4 * CLIP_L.weights, 4 * CLIP_H.weights
     visiting = plan(RunConfig.model_validate(plain | {"rewards": away}), GPU, 0.4)
     assert visiting.cost.static["rewards"] == 0 and hps < visiting.cost.decoding < hps + clip
-    gradient = plain | {"rewards": away, "method": DmdReflConfig(fake_updates=1).model_dump()}
+    gradient = plain | {"rewards": away, "method": DMDReFLConfig(fake_updates=1).model_dump()}
     assert plan(RunConfig.model_validate(gradient), GPU, 0.4).cost.static["rewards"] == clip + hps
 
 
@@ -214,7 +214,7 @@ def test_passes_are_those_of_the_algorithm() -> None:
 
 def test_methods_are_counted_in_all_of_their_stages() -> None:
     cfg = read_recipe("dmdr", ["loop.batch_size=4"])
-    assert isinstance(cfg.method, DmdrConfig) and cfg.loop.steps == 2 * cfg.method.cold_start
+    assert isinstance(cfg.method, DMDRConfig) and cfg.loop.steps == 2 * cfg.method.cold_start
     counted = count_calls(cfg)
     assert (counted.decoded, counted.decoded_with_grad) == (0.5, 0.5)  # tilted in its first half, ReFL in its second
     assert (
@@ -297,7 +297,7 @@ def test_scaling_table() -> None:
 
 def test_what_does_not_fit_gets_hints(folders: Path) -> None:
     small = Gpu("tiny", 1.0, 1.001, 10.0)
-    estimate = plan(recipe(folders, "sd3", GdmdConfig(group_size=2), batch=16), small, 0.5)
+    estimate = plan(recipe(folders, "sd3", GDMDConfig(group_size=2), batch=16), small, 0.5)
     text = described(estimate, estimate.scaling([2]))
     assert not estimate.fits and "it does NOT fit" in text and "loop.micro_batch=1" in text
     assert "not counted, size unknown: math:fsum" in text and "FSDP GiB" in text

@@ -179,14 +179,14 @@ def test_feature_calls_of_a_gan_head(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     import tiny_pipelines
 
-    from gdmd.config.methods.dmd2 import Dmd2Config
+    from gdmd.config.methods.dmd2 import DMD2Config
     from gdmd.config.training import LoopConfig
     from gdmd.methods.dmd2 import Dmd2
     from gdmd.models.loading import open_family
     from gdmd.models.roles import DiffusersRoles
 
     model = tiny_pipelines.config(tiny_pipelines.save("sd15", tmp_path / "sd15"), checkpointing=False)
-    cfg = Dmd2Config(fake_updates=2, guidance=3.0, student_steps=(1.0,))
+    cfg = DMD2Config(fake_updates=2, guidance=3.0, student_steps=(1.0,))
     family = open_family(model)
     roles, shape = DiffusersRoles(family, head_seed=0), family.latent_shape
     method = Dmd2(cfg, roles, shape, family.native, lambda prompts, rng: rng.normal("real", shape), critic=roles.critic)

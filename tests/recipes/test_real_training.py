@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from gdmd.config.image_source import read_source
-from gdmd.config.methods.dmd import DmdConfig
-from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.io import RunError
@@ -63,7 +63,7 @@ def recipe(folders: Path, name: str, steps: int, method: Any = None, **model: An
     return RunConfig(
         name="tiny",
         model=tiny.config(folder, **model),
-        method=method or DmdConfig(fake_updates=2, guidance=3.0, step_draw="batch"),
+        method=method or DMDConfig(fake_updates=2, guidance=3.0, step_draw="batch"),
         loop=LoopConfig(steps=steps, batch_size=2, lr_student=1e-2, lr_fake=1e-2, **FAST),
         prompts={"file": str(prompts)},
         rewards=[{"kind": "callable", "target": "test_real_training:brightness"}],
@@ -84,7 +84,7 @@ def frozen_part(components: Components) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("name", "kind"), [("sd3", "dmd"), ("sdxl", "gdmd")])
 def test_only_adapters_move(folders: Path, tmp_path: Path, name: str, kind: str) -> None:
     own = {"group_size": 2, "guidance": 3.0, "step_draw": "batch"}
-    cfg = recipe(folders, name, 2, GdmdConfig(**own) if kind == "gdmd" else None)
+    cfg = recipe(folders, name, 2, GDMDConfig(**own) if kind == "gdmd" else None)
     components, run = build(cfg, "cpu"), create(tmp_path / "run", cfg.model_dump(mode="json"))
     before = frozen_part(components)
     moved = {
@@ -135,7 +135,7 @@ def test_missing_data_is_refused(folders: Path) -> None:
     with pytest.raises(ValueError, match=r"prompts.file is not set"):
         build(cfg.model_copy(update={"prompts": type(cfg.prompts)()}))
     with pytest.raises(ValueError, match="student_input = data needs real images"):
-        build(recipe(folders, "sd3", 1, DmdConfig(student_input="data")))
+        build(recipe(folders, "sd3", 1, DMDConfig(student_input="data")))
 
 
 @pytest.mark.parametrize(("name", "guidance"), [("flux2", 3.5)])
@@ -232,7 +232,7 @@ def test_scoring_decoder(folders: Path, tmp_path: Path) -> None:
     shape = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "latent_channels": 4}
     blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     AutoencoderTiny(**shape, **blocks).save_pretrained(tmp_path / "taesd")
-    components = build(recipe(folders, "sd3", 1, GdmdConfig(), scoring_decoder=str(tmp_path / "taesd")), "cpu")
+    components = build(recipe(folders, "sd3", 1, GDMDConfig(), scoring_decoder=str(tmp_path / "taesd")), "cpu")
     codec = components.method.scorer.codec  # type: ignore[attr-defined]
     assert type(codec.vae) is AutoencoderTiny and type(components.codec.vae) is AutoencoderKL  # type: ignore[attr-defined]
     assert codec.decode(torch.randn(2, *components.latent_shape)).shape == (2, 3, tiny.SIZE, tiny.SIZE)
@@ -249,7 +249,7 @@ def test_scoring_decoder_check(folders: Path, tmp_path: Path) -> None:
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     ).save_pretrained(tmp_path / "taesd")
-    own = GdmdConfig(group_size=2, guidance=3.0, step_draw="batch")
+    own = GDMDConfig(group_size=2, guidance=3.0, step_draw="batch")
     cfg = recipe(folders, "sd3", 1, own, scoring_decoder=str(tmp_path / "taesd"), scoring_check=2)
     cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"teacher_steps": 2})})
     said, run = io.StringIO(), tmp_path / "run"
@@ -355,7 +355,7 @@ def test_file_modes_follow_umask(folders: Path, tmp_path: Path, umask: int) -> N
 
 
 def test_shapes_rewards_are_refused(folders: Path) -> None:
-    cfg = recipe(folders, "sd3", 1, GdmdConfig()).model_dump(mode="json")
+    cfg = recipe(folders, "sd3", 1, GDMDConfig()).model_dump(mode="json")
     with pytest.raises(ValueError, match="judge captions of the Shapes world"):
         RunConfig.model_validate(cfg | {"rewards": [{"kind": "shapes_clip"}]})
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from gdmd.config.load import ConfigError
-from gdmd.config.methods.gdmd import GdmdConfig
+from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.recipes.read import FOLDER, family_names, method_names, read_recipe, recipe_names, shapes_names
 
@@ -58,7 +58,7 @@ def test_students_train_on_the_two_seen_scorers_only() -> None:
 
 def test_gdmd_paper_is_algorithm_1() -> None:
     method = read_recipe("gdmd_paper").method
-    assert isinstance(method, GdmdConfig)
+    assert isinstance(method, GDMDConfig)
     assert (method.group_size, method.collection, method.old_policy) == (4, "all", "snapshot")
     assert method.dmd_weight == method.gamma == method.beta == 1.0
     assert (method.score_target, method.normalize) == ("normalized", True)

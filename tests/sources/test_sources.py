@@ -468,7 +468,7 @@ def test_real_run_end_to_end(folders: Path, gdmd: Gdmd, monkeypatch: pytest.Monk
     import tiny_pipelines as tiny
     import yaml
 
-    from gdmd.config.methods.dmd import DmdConfig
+    from gdmd.config.methods.dmd import DMDConfig
     from gdmd.config.run import RunConfig
     from gdmd.config.training import LoopConfig
 
@@ -476,7 +476,7 @@ def test_real_run_end_to_end(folders: Path, gdmd: Gdmd, monkeypatch: pytest.Monk
     cfg = RunConfig(
         name="tiny",
         model=tiny.config(pipeline(folders, "sd3")),
-        method=DmdConfig(fake_updates=1, guidance=3.0, step_draw="batch"),
+        method=DMDConfig(fake_updates=1, guidance=3.0, step_draw="batch"),
         loop=LoopConfig(steps=2, batch_size=2, threads=1, grid_every=2, checkpoint_every=1, lr_student=1e-2),
         prompts={"file": "prompts.txt"},
     )

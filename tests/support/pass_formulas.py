@@ -12,12 +12,12 @@ from torch import Tensor
 
 from gdmd.config.methods.all import MethodConfig
 from gdmd.config.methods.base import DistillationConfig
-from gdmd.config.methods.dmd import DmdConfig
-from gdmd.config.methods.dmd2 import Dmd2Config
-from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
-from gdmd.config.methods.dmdr import DmdrConfig
-from gdmd.config.methods.gdmd import GdmdConfig
-from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.methods.dmd2 import DMD2Config
+from gdmd.config.methods.dmd_reward import DMDGRPOConfig, DMDNFTConfig, DMDReFLConfig
+from gdmd.config.methods.dmdr import DMDRConfig
+from gdmd.config.methods.gdmd import GDMDConfig
+from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.methods.pass_counter import BACKWARD
 
 TRAINED = 1 + BACKWARD
@@ -34,18 +34,18 @@ def iteration_passes(method: MethodConfig, step: int, places: Tensor) -> float:
     depth = 0.0 if method.student_input == "data" else float(places.float().mean())
     rollout, score = depth + 1, (1 if method.guidance == 1 else 2) + 1  # teacher, then fake
     match method:
-        case GdmdConfig():
+        case GDMDConfig():
             old = 1 if method.old_policy == "ema" else 0
             return rollout + old + method.group_size * (TRAINED + score + TRAINED)
-        case GdmdTiltedConfig():
+        case TiltedGDMDConfig():
             rollout += method.continuations * _tail(method, places) if method.rewarded else 0
             return rollout + method.group_size * (TRAINED + score + TRAINED)
-        case Dmd2Config():
+        case DMD2Config():
             judged = TRAINED if method.adversarial else 0  # a head's trunk is the fake: real and student latents
             return rollout + method.fake_updates * (TRAINED + 2 * judged) + score + TRAINED + judged
-        case DmdrConfig():
+        case DMDRConfig():
             return rollout + method.fake_updates * TRAINED + score + _dmdr_student(method, step)
-        case DmdConfig() | DmdReflConfig() | DmdNftConfig() | DmdGrpoConfig():
+        case DMDConfig() | DMDReFLConfig() | DMDNFTConfig() | DMDGRPOConfig():
             updates = method.student_updates * (score + TRAINED)
             return rollout + method.fake_updates * TRAINED + updates + _added(method, step)
 
@@ -55,7 +55,7 @@ def _tail(method: DistillationConfig, places: Tensor) -> float:
     return float((len(method.student_steps) - 1 - places).clamp_min(1).float().mean())
 
 
-def _dmdr_student(method: DmdrConfig, step: int) -> float:
+def _dmdr_student(method: DMDRConfig, step: int) -> float:
     """Stage 1 generates a finished image for its tilt; stage 2 adds what its strategy needs."""
     steps = len(method.student_steps)
     if step < method.cold_start:
@@ -67,17 +67,17 @@ def _dmdr_student(method: DmdrConfig, step: int) -> float:
     return TRAINED + steps + 2 + 2 * TRAINED  # dpo: the reference and the student on winner and loser
 
 
-def _added(method: DmdConfig | DmdReflConfig | DmdNftConfig | DmdGrpoConfig, step: int) -> float:
+def _added(method: DMDConfig | DMDReFLConfig | DMDNFTConfig | DMDGRPOConfig, step: int) -> float:
     """What comes to DMD's own calls: pairs of the teacher's ODE, or scored rollouts and their loss."""
     steps, updates = len(method.student_steps), method.student_updates
     match method:
-        case DmdConfig() if method.regression_weight > 0:
+        case DMDConfig() if method.regression_weight > 0:
             solved = not method.regression_batches or step < method.regression_batches
             guided = 1 if method.guidance == 1 else 2
             return solved * method.regression_steps * guided + updates * TRAINED
-        case DmdNftConfig() if method.rl_weight > 0:
+        case DMDNFTConfig() if method.rl_weight > 0:
             return steps + updates * (1 + TRAINED)  # the old policy, then the student at the scored sample
-        case DmdGrpoConfig() if method.rl_weight > 0:
+        case DMDGRPOConfig() if method.rl_weight > 0:
             return steps + updates * TRAINED * (steps - 1)
         case _:
             return 0.0

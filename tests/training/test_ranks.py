@@ -18,12 +18,12 @@ from ranks import apart, linear_steps, run_ranks
 from tiny_roles import Toy, ToyCodec, real_latents, tiny_roles
 from torch import Tensor
 
-from gdmd.config.methods.dmd import DmdConfig
-from gdmd.config.methods.dmd2 import Dmd2Config
-from gdmd.config.methods.dmd_reward import DmdNftConfig
-from gdmd.config.methods.dmdr import DmdrConfig
-from gdmd.config.methods.gdmd import GdmdAblationConfig
-from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig, GdmdTiltedShuffledConfig
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.methods.dmd2 import DMD2Config
+from gdmd.config.methods.dmd_reward import DMDNFTConfig
+from gdmd.config.methods.dmdr import DMDRConfig
+from gdmd.config.methods.gdmd import GDMDAblationConfig
+from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig, TiltedGDMDConfig
 from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.recipes.build import SHAPES, method_of
@@ -43,13 +43,13 @@ and Z; counters are equal. fp32 rounds a weight to 6e-8 of it, about 1e-5 of its
 at a third of its weight is a tenth of the gradient."""
 TILTED: dict[str, Any] = {"group_size": 1, "continuations": 2, "gamma": 1.0, "reward_gradient": 0.1}
 CONFIGS: dict[str, Any] = {
-    "gdmd": GdmdAblationConfig(group_size=2, old_policy="ema", control="shuffled"),
-    "tilted": GdmdTiltedConfig(**TILTED),
-    "shuffled": GdmdTiltedShuffledConfig(**TILTED),
-    "nft": DmdNftConfig(fake_updates=2, images_per_prompt=8, rl_weight=1.0),  # one prompt's group lies on both ranks
-    "dmdr_dpo": DmdrConfig(fake_updates=1, cold_start=1, strategy="dpo", images_per_prompt=8),
-    "dmd2_gan": Dmd2Config(fake_updates=1),
-    "dmd_pairs": DmdConfig(fake_updates=1, regression_weight=0.25, regression_steps=2, regression_batches=2),
+    "gdmd": GDMDAblationConfig(group_size=2, old_policy="ema", control="shuffled"),
+    "tilted": TiltedGDMDConfig(**TILTED),
+    "shuffled": ShuffledTiltedGDMDConfig(**TILTED),
+    "nft": DMDNFTConfig(fake_updates=2, images_per_prompt=8, rl_weight=1.0),  # one prompt's group lies on both ranks
+    "dmdr_dpo": DMDRConfig(fake_updates=1, cold_start=1, strategy="dpo", images_per_prompt=8),
+    "dmd2_gan": DMD2Config(fake_updates=1),
+    "dmd_pairs": DMDConfig(fake_updates=1, regression_weight=0.25, regression_steps=2, regression_batches=2),
 }
 SHARDED = {
     "gdmd_full": ("gdmd", "full"),
@@ -120,7 +120,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def roles_of(cfg: Any) -> ShapesRoles:
-    return ShapesRoles(tiny_roles().teacher.net, head_seed=3) if isinstance(cfg, Dmd2Config) else tiny_roles()
+    return ShapesRoles(tiny_roles().teacher.net, head_seed=3) if isinstance(cfg, DMD2Config) else tiny_roles()
 
 
 def start_of(part: str, cfg: Any) -> dict[str, Tensor] | None:

@@ -22,9 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gdmd.config.methods.dmd import DmdConfig
-from gdmd.config.methods.dmd2 import Dmd2Config
-from gdmd.config.methods.dmd_reward import DmdNftConfig
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.methods.dmd2 import DMD2Config
+from gdmd.config.methods.dmd_reward import DMDNFTConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import PromptStream
@@ -80,7 +80,7 @@ def nft_recipe(root: Path, kind: str, place: str) -> RunConfig:
     return RunConfig(
         name="tiny",
         model=tiny.config(root / "sd3", embeddings=str(root / f"embeddings_{place}"), **NFT[kind]),
-        method=DmdNftConfig(fake_updates=1, images_per_prompt=4, guidance=3.0),
+        method=DMDNFTConfig(fake_updates=1, images_per_prompt=4, guidance=3.0),
         loop=LoopConfig(**loop, threads=1, ema=0.9, rank_timeout=60, sharding="full" if kind == "full" else "none"),
         prompts={"file": str(root / "prompts.txt")},
         rewards=[{"kind": "callable", "target": "test_ranks_families:brightness"}],
@@ -98,7 +98,7 @@ def distill_gan(root: Path, kind: str, place: str, context: DistributedContext =
     context.on_main(lambda: create(folder, {}).path.name)
     roles = gan_roles(root, kind)
     stream = PromptStream([list(tiny.WORDS)], roles.family.encoder, 2, 0, 1)
-    cfg = Dmd2Config(fake_updates=1, head_weight=1.0, gan_weight=1.0, guidance=3.0)
+    cfg = DMD2Config(fake_updates=1, head_weight=1.0, gan_weight=1.0, guidance=3.0)
     shape = roles.family.latent_shape
     real = lambda prompts, rng: 2 + rng.normal("real", shape)  # noqa: E731
     method = Dmd2(cfg, roles, shape, roles.family.native, real, critic=roles.critic)
@@ -112,7 +112,7 @@ def compiled_recipe(root: Path, kind: str) -> RunConfig:
     return RunConfig(
         name="tiny",
         model=tiny.config(root / "qwen_image", embeddings=str(root / "embeddings_compiled"), **COMPILED[kind]),
-        method=DmdConfig(),
+        method=DMDConfig(),
         loop=LoopConfig(steps=1, batch_size=2, lr_student=0.3, sharding="full", threads=1),
         prompts={"file": str(root / "prompts.txt")},
     )

@@ -6,24 +6,24 @@ from typing import Annotated
 
 from pydantic import Field
 
-from gdmd.config.methods.dmd import DmdConfig
-from gdmd.config.methods.dmd2 import Dmd2Config
-from gdmd.config.methods.dmd_reward import DmdGrpoConfig, DmdNftConfig, DmdReflConfig
-from gdmd.config.methods.dmdr import DmdrConfig
-from gdmd.config.methods.gdmd import GdmdAblationConfig, GdmdConfig
-from gdmd.config.methods.gdmd_tilted import GdmdTiltedConfig, GdmdTiltedShuffledConfig
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.methods.dmd2 import DMD2Config
+from gdmd.config.methods.dmd_reward import DMDGRPOConfig, DMDNFTConfig, DMDReFLConfig
+from gdmd.config.methods.dmdr import DMDRConfig
+from gdmd.config.methods.gdmd import GDMDAblationConfig, GDMDConfig
+from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig, TiltedGDMDConfig
 
 MethodConfig = Annotated[
-    DmdConfig
-    | Dmd2Config
-    | DmdrConfig
-    | DmdReflConfig
-    | DmdNftConfig
-    | DmdGrpoConfig
-    | GdmdConfig
-    | GdmdTiltedConfig
-    | GdmdAblationConfig
-    | GdmdTiltedShuffledConfig,
+    DMDConfig
+    | DMD2Config
+    | DMDRConfig
+    | DMDReFLConfig
+    | DMDNFTConfig
+    | DMDGRPOConfig
+    | GDMDConfig
+    | TiltedGDMDConfig
+    | GDMDAblationConfig
+    | ShuffledTiltedGDMDConfig,
     Field(discriminator="kind"),
 ]
 
@@ -37,13 +37,13 @@ def without_rewards(cfg: MethodConfig) -> MethodConfig | None:
         return None
     plain: MethodConfig
     match cfg:
-        case GdmdAblationConfig():
-            plain = GdmdConfig.model_validate(cfg.model_dump(exclude={"kind", "control"}) | {"gamma": 0.0})
-        case GdmdTiltedShuffledConfig():
-            plain = GdmdTiltedConfig.model_validate(cfg.model_dump(exclude={"kind"}) | {"gamma": 0.0})
-        case GdmdConfig() | GdmdTiltedConfig():
+        case GDMDAblationConfig():
+            plain = GDMDConfig.model_validate(cfg.model_dump(exclude={"kind", "control"}) | {"gamma": 0.0})
+        case ShuffledTiltedGDMDConfig():
+            plain = TiltedGDMDConfig.model_validate(cfg.model_dump(exclude={"kind"}) | {"gamma": 0.0})
+        case GDMDConfig() | TiltedGDMDConfig():
             plain = cfg.model_copy(update={"gamma": 0.0})
-        case DmdrConfig():
+        case DMDRConfig():
             plain = cfg.model_copy(update={"rl_weight": 0.0, "tilt": 0.0})
         case _:
             plain = cfg.model_copy(update={"rl_weight": 0.0})

@@ -10,7 +10,7 @@ from gdmd.config.base import Count, NonNegative, NonNegativeCount
 from gdmd.config.methods.base import DistillationConfig
 
 
-class DmdConfig(DistillationConfig):
+class DMDConfig(DistillationConfig):
     """Distribution matching distillation (arXiv 2311.18828) with DMD2's normalizer and update ratio."""
 
     kind: Literal["dmd"] = "dmd"
@@ -34,7 +34,7 @@ class DmdConfig(DistillationConfig):
     )
 
     @model_validator(mode="after")
-    def _enough_fakes(self) -> DmdConfig:
+    def _enough_fakes(self) -> DMDConfig:
         if self.student_updates > self.fake_updates:
             raise ValueError(
                 f"student_updates {self.student_updates} must not exceed fake_updates {self.fake_updates}: "

@@ -10,7 +10,7 @@ from gdmd.config.base import Count, NonNegative, Probability
 from gdmd.config.methods.base import DistillationConfig
 
 
-class Dmd2Config(DistillationConfig):
+class DMD2Config(DistillationConfig):
     """DMD2 (arXiv 2405.14867): no regression, 5 fake-score updates per student update, a GAN head."""
 
     kind: Literal["dmd2"] = "dmd2"
@@ -34,7 +34,7 @@ class Dmd2Config(DistillationConfig):
     )
 
     @model_validator(mode="after")
-    def _trained_head(self) -> Dmd2Config:
+    def _trained_head(self) -> DMD2Config:
         if self.gan_low >= self.gan_high:
             raise ValueError(f"gan_low {self.gan_low} must be below gan_high {self.gan_high}")
         if self.gan_weight > 0 and self.head_weight == 0:

@@ -36,7 +36,7 @@ class RewardedDmdConfig(DistillationConfig):
         return self.rl_weight > 0
 
 
-class DmdReflConfig(RewardedDmdConfig):
+class DMDReFLConfig(RewardedDmdConfig):
     """DMD + ReFL: the reward back-propagated through the decoder into the one student step (arXiv 2604.19009's DMDR)."""
 
     kind: Literal["dmd_refl"] = "dmd_refl"
@@ -74,7 +74,7 @@ class GroupedDmdConfig(RewardedDmdConfig):
         return self.images_per_prompt
 
 
-class DmdNftConfig(GroupedDmdConfig):
+class DMDNFTConfig(GroupedDmdConfig):
     """DMD + NFT on samples (arXiv 2509.16117): scored samples, re-noised, against an EMA old policy."""
 
     kind: Literal["dmd_nft"] = "dmd_nft"
@@ -104,7 +104,7 @@ class DmdNftConfig(GroupedDmdConfig):
     )
 
     @model_validator(mode="after")
-    def _inside(self) -> DmdNftConfig:
+    def _inside(self) -> DMDNFTConfig:
         if any(t > 1 for t in self.nft_steps):
             raise ValueError(f"nft_steps must lie in (0, 1], got {list(self.nft_steps)}")
         return self
@@ -115,7 +115,7 @@ class DmdNftConfig(GroupedDmdConfig):
         return self.nft_steps or self.student_steps
 
 
-class DmdGrpoConfig(GroupedDmdConfig):
+class DMDGRPOConfig(GroupedDmdConfig):
     """DMD + GRPO: policy gradients on the steps of the stochastic few-step student (Flow-GRPO, arXiv 2505.05470)."""
 
     kind: Literal["dmd_grpo"] = "dmd_grpo"
@@ -135,7 +135,7 @@ class DmdGrpoConfig(GroupedDmdConfig):
     )
 
     @model_validator(mode="after")
-    def _stochastic(self) -> DmdGrpoConfig:
+    def _stochastic(self) -> DMDGRPOConfig:
         if len(self.student_steps) < 2:
             raise ValueError(
                 f"student_steps {list(self.student_steps)}: GRPO needs at least two steps; the move to the last state "

@@ -13,7 +13,7 @@ BetaShape = Annotated[Positive, Field(ge=1)]
 """A shape parameter of a Beta distribution with a bounded density."""
 
 
-class DmdrConfig(DistillationConfig):
+class DMDRConfig(DistillationConfig):
     """DMDR (arXiv 2511.13649v4): reward-tilted DMD with annealed schedules, then DMD with a reward loss."""
 
     kind: Literal["dmdr"] = "dmdr"
@@ -75,7 +75,7 @@ class DmdrConfig(DistillationConfig):
     )
 
     @model_validator(mode="after")
-    def _enough_steps(self) -> DmdrConfig:
+    def _enough_steps(self) -> DMDRConfig:
         if self.strategy == "grpo" and self.rl_weight > 0 and len(self.student_steps) < 2:
             raise ValueError(f"strategy 'grpo' needs a student of at least 2 steps, got {list(self.student_steps)}")
         return self

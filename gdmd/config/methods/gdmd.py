@@ -11,7 +11,7 @@ from gdmd.config.methods.base import DistillationConfig
 from gdmd.config.methods.removed import refuse_removed
 
 
-class GdmdConfig(DistillationConfig):
+class GDMDConfig(DistillationConfig):
     """GDMD, Algorithm 1 of arXiv 2604.19009; gamma = 0 is plain DMD at eta : eta."""
 
     kind: Literal["gdmd"] = "gdmd"
@@ -50,7 +50,7 @@ class GdmdConfig(DistillationConfig):
         return self.score_target == "real" and self.collection == "fake"
 
 
-class GdmdAblationConfig(GdmdConfig):
+class GDMDAblationConfig(GDMDConfig):
     """GDMD with r replaced, to see what its rewards contribute."""
 
     kind: Literal["gdmd_ablation"] = "gdmd_ablation"  # type: ignore[assignment]
@@ -61,7 +61,7 @@ class GdmdAblationConfig(GdmdConfig):
     )
 
     @model_validator(mode="after")
-    def _weighted(self) -> GdmdAblationConfig:
+    def _weighted(self) -> GDMDAblationConfig:
         if self.gamma == 0:
             raise ValueError(
                 f"control {self.control!r} changes r, which gamma = 0 does not use; set gamma > 0, or use kind: gdmd"

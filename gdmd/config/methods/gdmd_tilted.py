@@ -11,7 +11,7 @@ from gdmd.config.methods.base import DistillationConfig, GroupSize
 from gdmd.config.methods.removed import refuse_removed
 
 
-class GdmdTiltedConfig(DistillationConfig):
+class TiltedGDMDConfig(DistillationConfig):
     """Tilted GDMD: rewards score finished rollouts and tilt the DMD target; gamma = 0 is plain DMD at eta : eta."""
 
     kind: Literal["gdmd_tilted"] = "gdmd_tilted"
@@ -45,7 +45,7 @@ class GdmdTiltedConfig(DistillationConfig):
         return refuse_removed(given, cls.model_fields)
 
     @model_validator(mode="after")
-    def _continues(self) -> GdmdTiltedConfig:
+    def _continues(self) -> TiltedGDMDConfig:
         if len(self.student_steps) < 2:
             raise ValueError(
                 "continuations follow the first of at least 2 student_steps, got "
@@ -59,13 +59,13 @@ class GdmdTiltedConfig(DistillationConfig):
         return self.gamma > 0
 
 
-class GdmdTiltedShuffledConfig(GdmdTiltedConfig):
+class ShuffledTiltedGDMDConfig(TiltedGDMDConfig):
     """The control of tilted GDMD: scores permuted over the batch, and each sample gets the reward gradient of another."""
 
     kind: Literal["gdmd_tilted_shuffled"] = "gdmd_tilted_shuffled"  # type: ignore[assignment]
 
     @model_validator(mode="after")
-    def _weighted(self) -> GdmdTiltedShuffledConfig:
+    def _weighted(self) -> ShuffledTiltedGDMDConfig:
         if self.gamma == 0:
             raise ValueError("kind gdmd_tilted_shuffled permutes scores, which gamma = 0 does not use; set gamma > 0")
         return self
