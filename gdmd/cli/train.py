@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gdmd.cli.common import Json, RunFolder, log, messages, print_json
+from gdmd.cli.common import Device, Json, RunFolder, log, messages, print_json
 from gdmd.io import typed
 from gdmd.reporting.progress_bar import phase
 from gdmd.training.rank import RankInfo, rank_info, restart_count
@@ -45,6 +45,7 @@ def train_command(
             help="Resume even if the prompt file, base model or a reward changed; the run records it.",
         ),
     ] = False,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Train a recipe: checkpoints, metrics.jsonl, TensorBoard, sample grids and a report in one run folder.
@@ -65,7 +66,12 @@ def train_command(
     recipe, overrides = _split_arguments(arguments or [], needed=resume is None)
     if resume is not None and run is not None:
         raise ValueError("--run and --resume were both given: --resume already names the folder of the run")
-    options = TrainOptions(recipe, tuple(overrides), run, resume, evaluation, json, accept)
+    if device is not None and (gpus or rank_info().size > 1):
+        raise ValueError(
+            f"--device {device} is for a single process: with --gpus or torchrun each rank uses the GPU of its local rank; "
+            "leave --device out"
+        )
+    options = TrainOptions(recipe, tuple(overrides), run, resume, evaluation, json, accept, device)
     raise typer.Exit(_run(options, gpus or 1, restarts))
 
 
@@ -80,6 +86,7 @@ class TrainOptions:
     evaluation: bool
     json: bool
     accept: bool = False
+    device: str | None = None
 
     def config(self) -> RunConfig:
         """The configuration, checked."""
@@ -188,6 +195,7 @@ def _print_end(trained: Trained) -> None:
 
 def demo_command(
     run: RunFolder = None,
+    device: Device = None,
     json: Json = False,
     recipe: Annotated[
         str, typer.Option(help="Recipe of the GDMD row; the DMD row is the same with gamma 0.")
@@ -214,7 +222,7 @@ def demo_command(
     from gdmd.programs.demo import run_demo
     from gdmd.recipes.run_folders import demo_folder
 
-    demo = run_demo(cfg, run or demo_folder(cfg), messages())
+    demo = run_demo(cfg, run or demo_folder(cfg), messages(), device)
     if demo.signal is not None:
         raise typer.Exit(128 + demo.signal)
     if json:

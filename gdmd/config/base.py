@@ -45,14 +45,14 @@ Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST_COUNT)]
 NonNegativeCount = Annotated[int, Field(strict=True, ge=0, le=LARGEST_COUNT)]
 """A number of things, 0 included (a seed, warm-up steps)."""
 
-Finite = Annotated[float, BeforeValidator(_not_a_bool), Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_not_a_bool)]
 """Any finite number; also "1e-5", which YAML reads as a string."""
 
-Positive = Annotated[float, BeforeValidator(_not_a_bool), Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
 """A finite number above 0."""
 
-NonNegative = Annotated[float, BeforeValidator(_not_a_bool), Field(ge=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
 """A finite number, at least 0."""
 
-Probability = Annotated[float, BeforeValidator(_not_a_bool), Field(ge=0, le=1, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
 """A number in [0, 1]."""

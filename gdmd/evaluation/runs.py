@@ -94,7 +94,7 @@ def _counting(sampler: Sampler, advance: Callable[[int], None]) -> Sampler:
 
 
 def measure_named(
-    what: str, split: Split, overrides: Mapping[str, int | None], which: str = "last"
+    what: str, split: Split, overrides: Mapping[str, int | None], which: str = "last", device: str | None = None
 ) -> tuple[str, Row, RunConfig]:
     """(name of the row, row, configuration) of a run's EMA student or of the teacher.
 
@@ -102,7 +102,7 @@ def measure_named(
     """
     if what not in TEACHERS:
         require_shapes(config_of(Path(what)), what)
-    cfg, components, sampler, step = open_named(what, which)
+    cfg, components, sampler, step = open_named(what, which, device=device)
     own = cfg.eval.model_copy(update={key: value for key, value in overrides.items() if value is not None})
     cfg = cfg.model_copy(update={"eval": own})
     return sampler.name, measure(cfg, components, sampler, split, step), cfg
@@ -139,7 +139,7 @@ def compare(folder: Path, cfg: RunConfig, components: Components, samplers: Sequ
         return write_same_noise(folder / "comparison.png", counting, captions, cfg.eval.seed)
 
 
-def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
+def report_of(cfg: RunConfig, folder: Path, *, fresh: bool, device: str | None = None) -> Path:
     """Measure the missing rows of teacher and student, then write the page.
 
     A real model is not loaded: its page shows the stored results. ValueError for ``fresh`` with a real model.
@@ -151,7 +151,7 @@ def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
                 f"run with: gdmd eval preference {typed(folder)} --prompts FILE"
             )
         return report_run(folder)
-    components, step = open_student(cfg, folder)
+    components, step = open_student(cfg, folder, device=device)
     rows = {} if fresh else dict(read_rows(folder))
     student = student_row(cfg, components)
     rows_in_order = (*(teacher_row(cfg, components, what) for what in TEACHERS), student)

@@ -70,14 +70,14 @@ def control(cfg: RunConfig) -> RunConfig:
     )
 
 
-def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
+def run_demo(cfg: RunConfig, folder: Path, console: Console, device: str | None = None) -> Demo:
     """Train both students and measure every row; continues what an earlier call left unfinished in ``folder``."""
     configs = {"dmd": control(cfg), "gdmd": cfg}
     for own in configs.values():
         check_best_metric(own)
     began = time.perf_counter()
     with phase("loading the networks", console):
-        components = {name: build(own) for name, own in configs.items()}
+        components = {name: build(own, device) for name, own in configs.items()}
     runs = {name: _run(folder / name, own) for name, own in configs.items()}
     stages = _Stages(folder, console)
     for what in TEACHERS:

@@ -239,7 +239,7 @@ def serve(
     names: Sequence[str],
     host: str,
     port: int,
-    device: str,
+    device: str | None,
     token: str | None,
     limits: Limits,
     say: Callable[[str], None],
@@ -256,10 +256,11 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise ValueError(f"serving needs fastapi and uvicorn; do: {install('serve')}") from error
+    from gdmd.diffusion.device import pick_device
     from gdmd.recipes.build_rewards import image_reward
     from gdmd.recipes.reward_identity import scorer_identity
 
-    specs = read_names(names)
+    specs, device = read_names(names), pick_device(device)
     rewards = {name: image_reward(spec, device) for name, spec in specs.items()}
     app = make_app(rewards, token, limits, {name: scorer_identity(spec) for name, spec in specs.items()})
     say(f"http://{host}:{port} serves {', '.join(names)}{'' if token else ' without a token'}")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 
 from gdmd.config.methods.all import MethodConfig
@@ -21,6 +20,7 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig, ShapesModel
 from gdmd.data.prompts import PromptStream, read_prompts
 from gdmd.data.text_cache import CachedText
+from gdmd.diffusion.device import pick_device
 from gdmd.diffusion.sampling import times
 from gdmd.methods.base import RealLatents
 from gdmd.methods.dmd import Dmd
@@ -68,8 +68,8 @@ class Components:
 
 
 def build(cfg: RunConfig, device: str | None = None) -> Components:
-    """Load the networks, wrap them, and build the method of the recipe; on a GPU if there is one."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Load the networks, wrap them, and build the method of the recipe; without ``device`` on a GPU if there is one."""
+    device = pick_device(device)
     match cfg.model:
         case ShapesModel() as model:
             return _shapes(cfg, model, device)

@@ -21,12 +21,14 @@ FEW_STEPS = 4
 """Steps of the teacher's plain few-step row."""
 
 
-def open_student(cfg: RunConfig, folder: Path, which: str = "last") -> tuple[Components, int]:
+def open_student(
+    cfg: RunConfig, folder: Path, which: str = "last", device: str | None = None
+) -> tuple[Components, int]:
     """The components of a run with the EMA weights of a checkpoint (best, last or a step) in its student, and its step."""
     saved = checkpoint.load_chosen(folder / "checkpoints", which)
     if saved is None:
         raise RunError(f"{folder} has no checkpoint yet. Train it first: gdmd train --resume {typed(folder)}.")
-    components = build(_sampling_only(cfg))
+    components = build(_sampling_only(cfg), device)
     load_ema(components, saved)
     return components, saved.step
 
@@ -49,14 +51,16 @@ def load_ema(components: Components, saved: checkpoint.Checkpoint) -> None:
     load_named(components.roles.parameters("student"), saved.part("ema") or saved.part("student"), "the student")
 
 
-def open_named(what: str, which: str = "last", base: str | None = None) -> tuple[RunConfig, Components, Sampler, int]:
+def open_named(
+    what: str, which: str = "last", base: str | None = None, device: str | None = None
+) -> tuple[RunConfig, Components, Sampler, int]:
     """A run folder or one of TEACHERS as a sampler; and the step of the student (else 0).
 
     ``base``: the base model of a run, if it has moved.
     """
     if what in TEACHERS:
         cfg = RunConfig(name="teacher", loop=LoopConfig())
-        components = build(cfg)
+        components = build(cfg, device)
         return cfg, components, teacher_row(cfg, components, what), 0
     cfg = config_of(Path(what))
     if cfg.model.kind == "diffusers":
@@ -65,7 +69,7 @@ def open_named(what: str, which: str = "last", base: str | None = None) -> tuple
         raise ValueError(
             f"{what},base={base}: a run of the Shapes world has its base model in the package; leave it out"
         )
-    components, step = open_student(cfg, Path(what), which)
+    components, step = open_student(cfg, Path(what), which, device)
     return cfg, components, student_row(cfg, components), step
 
 

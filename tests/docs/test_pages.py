@@ -21,7 +21,7 @@ from gdmd.recipes.read import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-GENERATED = re.compile(r"reference/(cli|configuration|api/[\w.-]+)\.md|contributing\.md")
+GENERATED = re.compile(r"reference/(cli|configuration|option-names|api/[\w.-]+)\.md|contributing\.md")
 """Pages that tools/docs/hooks.py makes; ``make docs`` checks the links to them."""
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 WITH_RECIPE = ("train", "plan", "latents", "profile")
