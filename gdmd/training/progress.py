@@ -23,7 +23,7 @@ SHOWN = {
     "reward/target": ("R(target)", "reward of the targets"),
     "weight/mean": ("w", "weight of the step to the targets"),
     "weight/effective": ("targets", "effective number of targets"),
-    "weight/share_below_half": ("r<1/2", "share of targets with r < 1/2"),
+    "weight/share_below_half": ("r<1/2", "share of targets with a normalized reward below 1/2"),
     "speed/images_per_s": ("images/s", "samples trained per second"),
 }
 """The statistics that are shown if a method has them: short name and meaning. Other loss/... keys follow loss/rl."""
@@ -38,7 +38,7 @@ def summary(values: Mapping[str, float]) -> list[str]:
 
 def legend(values: Mapping[str, float]) -> str:
     """What the short names of ``summary`` mean, in one line."""
-    return "; ".join(f"{SHOWN[key][0]}: {SHOWN[key][1]}" for key in _shown(values) if key in SHOWN)
+    return "; ".join(f"{SHOWN[key][0]} = {SHOWN[key][1]}" for key in _shown(values) if key in SHOWN)
 
 
 class Pace:

@@ -250,7 +250,8 @@ def test_summary_and_legend() -> None:
     values = {"reward/target": math.nan, "loss/fake": 0.25, "loss/gan": 2.0, "loss/student": 0.5, "lr/fake": 1.0}
     assert summary(values) == ["student 0.5", "fake 0.25", "gan 2", "R(target) -"]
     assert (
-        legend(values) == "student: loss of the student; fake: loss of the fake score; R(target): reward of the targets"
+        legend(values)
+        == "student = loss of the student; fake = loss of the fake score; R(target) = reward of the targets"
     )
 
 
@@ -262,7 +263,7 @@ def test_plain_progress() -> None:
         progress.advance(step)
         progress.row(step, {"loss/student": 1.0, "weight/share_below_half": 0.25})
     lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("metrics: student: ") and len(lines) == 3
+    assert lines[0].startswith("metrics: student = ") and len(lines) == 3
     assert lines[1] == "step 1/10  student 1  r<1/2 0.25"
     assert lines[2].startswith("step 2/10  student 1  r<1/2 0.25  ETA 0:")
 
