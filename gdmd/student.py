@@ -56,7 +56,7 @@ def _of_run(run: Path, base: str | None, dtype: str | None, device: str | None) 
     from gdmd.models.loading import open_family
     from gdmd.programs.export import read_student, real_model
 
-    cfg, _, weights = read_student(run, "last", base, "base=")
+    cfg, _, weights = read_student(run, "last", base, "base=FOLDER")
     model: DiffusersModel = real_model(cfg, run)
     family = open_family(
         model.model_copy(update={"dtype": dtype or model.dtype}),
@@ -76,8 +76,8 @@ def _of_export(folder: Path, base: str | None, dtype: str | None, device: str | 
     cfg: SourceConfig = validated(SourceConfig, {"name": "student", "where": str(folder), **given}, "load_student")
     with _without_warnings("diffusers.loaders.lora_base"):  # of a LoRA that has no layers of the text encoders
         source = open_export(cfg)
+    source.pipe.set_progress_bar_config(disable=False)
     pipe: DiffusionPipeline = with_call(source.pipe, source.arguments)
-    pipe.set_progress_bar_config(disable=False)
     return pipe
 
 

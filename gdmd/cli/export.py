@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,8 +66,18 @@ def export_command(
         check_hub_target(push)
     from gdmd.programs.export import export_run
 
-    kind, options = dtype.value if dtype else None, {"license": license, "repo_id": push}
-    files = export_run(run, folder, merged=merged, averaged=averaged, which=which, base=base, dtype=kind, **options)
+    kind: Any = dtype.value if dtype else None
+    files = export_run(
+        run,
+        folder,
+        merged=merged,
+        averaged=averaged,
+        which=which,
+        base=base,
+        dtype=kind,
+        license=license,
+        repo_id=push,
+    )
     for file in () if json else files:
         log(f"wrote {file}")
     url = None

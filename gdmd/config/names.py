@@ -56,9 +56,10 @@ FROM_OTHER_LIBRARIES: dict[str, tuple[str, ...]] = {
 OPTIONS = {
     **dict.fromkeys(("output_dir", "output", "run", "run_dir", "logging_dir"), "--run FOLDER"),
     **dict.fromkeys(("resume", "resume_from", "resume_from_checkpoint"), "--resume FOLDER"),
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_repo_id"), "--push-to-hub ORG/NAME"),
     **dict.fromkeys(("num_processes", "num_gpus", "gpus", "nproc_per_node"), "--gpus N"),
 }
-"""Option of another library -> the command-line option of ``gdmd train``."""
+"""Option of another library -> the command-line option of ``gdmd train`` (``--push-to-hub``: also of ``gdmd export``)."""
 
 
 def near(got: str, known: Sequence[str], most: int = 1, cutoff: float = 0.6) -> list[str]:

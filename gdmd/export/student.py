@@ -78,10 +78,9 @@ def without_adapters(net: nn.Module, *, merged: bool = False) -> Any:
 
     shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     plain: Any = copy.deepcopy(net, shared)
-    for name, layer in list(plain.named_modules()):
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        base: Any = layer.get_base_layer()
+    layers: list[tuple[str, Any]] = [(n, one) for n, one in plain.named_modules() if isinstance(one, BaseTunerLayer)]
+    for name, layer in layers:
+        base = layer.get_base_layer()
         if merged:
             change = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
             base.weight = nn.Parameter((base.weight.float() + change).to(base.weight.dtype), requires_grad=False)

@@ -54,6 +54,25 @@ def push_to_hub(
     return url if revision is None else f"{url}/tree/{revision}"
 
 
+def push_checkpoint(checkpoint: Path, repo_id: str, token: str | None = None) -> None:
+    """Upload RUN/checkpoints/step_STEP, in place of the checkpoint that is there, and what resuming needs.
+
+    A new repository is private. ``hf download ORG/NAME --local-dir RUN`` and ``gdmd train --resume RUN`` continue from
+    it on another machine. The Hub's history keeps the checkpoints that were replaced.
+    """
+    run, api = checkpoint.parents[1], _client(repo_id, token)
+    facts = ["config.yaml", "run.json", "metrics.jsonl"]
+    with _explained(repo_id, str(api.token)):
+        api.create_repo(repo_id, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=run,
+            allow_patterns=[*facts, f"checkpoints/{checkpoint.name}/*"],
+            delete_patterns=["checkpoints/*"],
+            commit_message=f"Upload {checkpoint.name}",
+        )
+
+
 def check_hub_target(repo_id: str, token: str | None = None) -> None:
     """Check, before anything is trained or exported, that ``push_to_hub`` can upload to ``repo_id``.
 
@@ -78,7 +97,7 @@ def check_hub_target(repo_id: str, token: str | None = None) -> None:
 def check_repo_id(repo_id: str) -> None:
     """ValueError unless ``repo_id`` is ORG/NAME as the Hub allows it."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     if found := re.match(r"https?://[^/]+/([\w.-]+/[\w.-]+)/?$", repo_id):
         raise ValueError(f"hub id {repo_id!r} is an address; give {found[1]}")

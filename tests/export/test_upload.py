@@ -12,23 +12,16 @@ import pytest
 pytest.importorskip("huggingface_hub")
 
 from huggingface_hub import constants
-from huggingface_hub.utils import close_session
-from upload_hub import LARGE, TOKEN, UploadHub, account, upload_hub
+from upload_hub import LARGE, TOKEN, UploadHub, account, logged_in
 
-from gdmd.export.upload import check_hub_target, check_repo_id, push_to_hub
+from gdmd.export.upload import check_hub_target, check_repo_id, push_checkpoint, push_to_hub
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[UploadHub]]:
     """A hub in tmp_path/hub, to which this process is logged in."""
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with upload_hub(tmp_path / "hub") as (address, state):
-        for name, value in {"ENDPOINT": address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
-            monkeypatch.setattr(constants, name, value)
-        close_session()  # that of an offline process refuses every request
+    with logged_in(tmp_path / "hub", monkeypatch) as state:
         yield state
-    monkeypatch.undo()
-    close_session()
 
 
 @pytest.fixture
@@ -77,7 +70,22 @@ def test_existing_repository_keeps_its_other_files(hub: type[UploadHub], folder:
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Another text\n")
     push_to_hub(folder, "team/student")
     assert content(there)["theirs.txt"] == b"kept" and b"Another text" in content(there)["README.md"]
-    assert before == 1 == sum(line.startswith("PUT") for line in hub.asked), "large files that are there are not sent again"
+    assert before == 1 == sum(line.startswith("PUT") for line in hub.asked), (
+        "large files that are there are not sent again"
+    )
+
+
+def test_only_the_newest_checkpoint_is_on_the_hub(hub: type[UploadHub], tmp_path: Path) -> None:
+    run, there = tmp_path / "run", tmp_path / "hub" / "me" / "run"
+    for step in (1, 2):
+        (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
+        (run / "checkpoints" / f"step_{step}" / "student.safetensors").write_bytes(bytes([step]) * 2 * LARGE)
+    (run / "config.yaml").write_text("name: x\n")
+    (run / "notes.txt").write_text("not needed to resume")
+    for step in (1, 2):
+        push_checkpoint(run / "checkpoints" / f"step_{step}", "me/run")
+    files = {"config.yaml", "checkpoints/step_2/student.safetensors"}
+    assert content(there) == {name: (run / name).read_bytes() for name in files}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +122,9 @@ def test_check_before_training(hub: type[UploadHub], folder: Path, monkeypatch: 
     assert not any("create" in line for line in hub.asked)
 
 
-@pytest.mark.parametrize("wrong", ["student", "me/a/b", "me/with space", "me/" + "x" * 97, "", "https://hf.co/me/student"])
+@pytest.mark.parametrize(
+    "wrong", ["student", "me/a/b", "me/with space", "me/" + "x" * 97, "", "https://hf.co/me/student"]
+)
 def test_wrong_ids(wrong: str) -> None:
     with pytest.raises(ValueError, match="is not a hub id|is an address; give me/student"):
         check_repo_id(wrong)

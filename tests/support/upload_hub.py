@@ -12,7 +12,12 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 from local_hub import _Hub
+
+from gdmd.hub import offline, unreachable
 
 TOKEN = "hf_SecretOfTheTest0123456789"  # noqa: S105
 LARGE = 10_000
@@ -53,7 +58,9 @@ class UploadHub(_Hub):
             rows = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
             self._json(200, {"files": rows})
         elif parts[-1] == "batch":
-            self._json(200, {"transfer": "basic", "objects": [self._place(one) for one in json.loads(content)["objects"]]})
+            self._json(
+                200, {"transfer": "basic", "objects": [self._place(one) for one in json.loads(content)["objects"]]}
+            )
         elif "commit" in parts:
             self._commit(self.folder / "/".join(parts[2:4]), content)
         else:
@@ -95,8 +102,8 @@ class UploadHub(_Hub):
     def _commit(self, folder: Path, content: bytes) -> None:
         for line in map(json.loads, content.splitlines()):
             value = line["value"]
-            if line["key"] == "deletedFolder":
-                raise AssertionError("an upload deletes nothing")
+            if line["key"] == "deletedFile":
+                (folder / value["path"]).unlink()
             if line["key"] not in ("file", "lfsFile"):
                 continue
             target = folder / value["path"]
@@ -120,6 +127,28 @@ def account(role: str = "write", org_role: str = "write") -> dict[str, Any]:
     """What the Hub says about the user "me" of the organization "team"."""
     token = {"accessToken": {"role": role, "displayName": "test"}}
     return {"type": "user", "name": "me", "auth": token, "orgs": [{"name": "team", "roleInOrg": org_role}]}
+
+
+@contextmanager
+def logged_in(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[type[UploadHub]]:
+    """This process is logged in to a hub in ``folder``, with an empty cache."""
+    patch.setenv("HF_TOKEN", TOKEN)
+    with upload_hub(folder) as (address, state):
+        own = {"HF_HUB_CACHE": str(folder.with_name("cache")), "HF_HUB_DISABLE_XET": True}
+        own |= {"HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}"}
+        for name, value in {"ENDPOINT": address, "HF_HUB_OFFLINE": False, **own}.items():
+            patch.setattr(constants, name, value)
+        _forget()
+        yield state
+    patch.undo()
+    _forget()
+
+
+def _forget() -> None:
+    """The session of a process that was offline refuses every request; whether the hub answers is asked once."""
+    close_session()
+    for question in (offline, unreachable):
+        question.cache_clear()
 
 
 @contextmanager
