@@ -93,7 +93,7 @@ OPTION_NAMES = (
     OptionName("resume resume_from resume_from_checkpoint", "gdmd train --resume FOLDER"),
     OptionName("num_processes num_gpus gpus nproc_per_node", "gdmd train --gpus N", "or torchrun"),
     OptionName("report_to log_with", "", "TensorBoard files and metrics.jsonl are always written"),
-    OptionName("push_to_hub hub_model_id", "", "gdmd export writes a folder with a model card"),
+    OptionName("push_to_hub hub_model_id hub_repo_id", "gdmd export --push-to-hub ORG/NAME", "also of gdmd train"),
 )
 """Every option with another name, meaning or unit here. One row a line where it fits."""
 

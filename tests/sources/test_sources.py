@@ -512,7 +512,7 @@ def test_real_run_end_to_end(folders: Path, gdmd: Gdmd, monkeypatch: pytest.Monk
     assert gdmd("export", "run").code == 0
     card = Path("run/export/README.md").read_text()
     assert "| test_sources:brightness |" in card and "| unseen |" in card
-    assert "2 prompts of prompts.txt, 2 images each" in card and "license: other" in card
+    assert "2 prompts of prompts.txt, 2 images each" in card and "`license`: that of" in card
     measured = Path("run/preference/preference.json")
     answer = "These scores belong to other weights than this run has now at that step"
     assert answer not in page
