@@ -14,15 +14,15 @@ from rich.console import Console
 
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
-from gdmd.config.rewards import CompositeConfig
+from gdmd.config.rewards import CompositeConfig, FunctionConfig
 from gdmd.config.run import RewardConfig, RunConfig, ShapesModel
 from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.io import RunError, typed, weights_fingerprint
 from gdmd.recipes.build_data import store_of
 from gdmd.recipes.hub_revisions import KEY as COMMITS
 from gdmd.recipes.hub_revisions import hub_commits
-from gdmd.recipes.run_folders import SOURCES, WEIGHTS
-from gdmd.rewards.callable import source_hash
+from gdmd.recipes.run_folders import TARGETS, WEIGHTS
+from gdmd.rewards.user_code import source_hash
 from gdmd.rewards.weights import converted_folder, pretrained_weights
 from gdmd.runs import checkpoint
 from gdmd.runs.assets import asset_path
@@ -174,13 +174,15 @@ def _rewards(rewards: tuple[RewardConfig, ...]) -> Iterator[tuple[str, Any]]:
 
 def _reward(reward: Any) -> dict[str, Input]:
     """Local weights by content, hub ids by name and revision, functions by the file that defines them."""
+    if isinstance(reward, FunctionConfig):
+        return {"source": Input(reward.name, f"sha256:{reward.source}" if reward.source else None)}
     given = {field: getattr(reward, field, None) for field in WEIGHTS}
     found = {field: _weights(value, getattr(reward, "revision", None)) for field, value in given.items() if value}
     if not given["path"] and _converted(reward.kind):
         found["path"] = _local("converted", converted_folder(reward.kind, None))
     if not given["asset"] and reward.kind.startswith("shapes_") and asset_path(reward.kind).is_file():
         found["asset"] = _local("shipped", asset_path(reward.kind))
-    for field in SOURCES:
+    for field in TARGETS:
         if target := getattr(reward, field, None):
             found[field] = _source(target)
     return found

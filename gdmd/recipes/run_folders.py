@@ -34,7 +34,7 @@ MOVABLE = (
 """Places that may change where the content is the same: ``programs.inputs`` checks it (of real images by their latents)."""
 WEIGHTS = ("path", "clip", "tokenizer", "detector", "asset")
 """Places of a reward's weights: likewise."""
-SOURCES = ("target", "reader")
+TARGETS = ("target", "reader")
 """Functions of a reward, as module or file and name: likewise, by their code."""
 SERVER = ("url", "token_variable", "timeout_s", "retries", "batch", "on_failure", "max_unscored")
 """Fields of a remote reward that may change, too: where its server is, and how long it is waited for."""
@@ -90,7 +90,7 @@ def _without_place(part: Any) -> Any:
         return [_without_place(one) for one in part]
     if not isinstance(part, dict):
         return part
-    hidden = SERVER if part.get("kind") == "remote" else (*WEIGHTS, *SOURCES)
+    hidden = SERVER if part.get("kind") == "remote" else (*WEIGHTS, *TARGETS, "source")
     return {key: _without_place(value) for key, value in part.items() if key not in hidden}
 
 

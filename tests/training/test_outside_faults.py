@@ -23,7 +23,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.io import RunError
 from gdmd.recipes.build import SHAPES, method_of
-from gdmd.rewards.remote import RemoteError, RemoteScorer
+from gdmd.rewards.remote import RemoteError, RemoteReward
 from gdmd.runs import checkpoint
 from gdmd.runs import run_folder as rundir
 from gdmd.shapes.captions import training_captions
@@ -152,7 +152,8 @@ def rewarded_training(folder: Path, url: str) -> int:
     roles, codec = ShapesRoles(ShapesDit(width=16, depth=1, heads=2)), ShapesCodec(ShapesVae(16))
     remote = RemoteConfig(url=url, reward="length", timeout_s=10, retries=1)
     cfg = cfg.model_copy(update={"rewards": (remote,)})
-    rewards = (RemoteScorer(remote, os.environ.get(remote.token_variable), pause=lambda seconds: None),)
+    rewards = (RemoteReward(**remote.model_dump()),)
+    rewards[0]._pause = lambda seconds: None
     stream = PromptStream(training_captions(), ShapesTextEncoder(), 4, cfg.loop.seed)
     exists = (folder / "config.yaml").exists()
     run = rundir.open_run(folder) if exists else rundir.create(folder, cfg.model_dump(mode="json"))
