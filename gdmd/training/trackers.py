@@ -60,7 +60,8 @@ class Tracker(TrainerCallback):
     def start(self, state: TrainerState) -> None:
         """``open``; ValueError if the library refuses."""
         try:
-            self.open(state)
+            with redirect_stdout(sys.stderr):  # the libraries print, and standard output belongs to --json
+                self.open(state)
         except (Exception, SystemExit) as error:
             raise ValueError(
                 f"loop.report_to: {self.name} did not start: {_reason(error)}. {self.advice}, or take {self.name} out of "
@@ -82,7 +83,8 @@ class Tracker(TrainerCallback):
 
     def close(self, *, failed: bool = True) -> None:
         """End the tracker's run if it has not ended: as ``failed`` after an error of the training."""
-        self._guarded(lambda: self.finish(failed=failed))
+        with redirect_stdout(sys.stderr):
+            self._guarded(lambda: self.finish(failed=failed))
         self._active = False
 
     def _guarded(self, action: Callable[[], None]) -> None:
@@ -139,8 +141,7 @@ class _TrackerWithId(Tracker):
         known = self._memory().get(self.name, {}) if state.step else {}  # a run that starts over is another run
         self._sent = known.get("step", -1)
         self.library = importlib.import_module(self.name)
-        with redirect_stdout(sys.stderr):  # standard output belongs to --json
-            run_id = self.begin(known.get("id", ""))
+        run_id = self.begin(known.get("id", ""))
         self._remember(id=run_id, step=self._sent)
         self._before = self._sent  # images and scalars of one step are sent separately
 
@@ -213,8 +214,7 @@ class Trackio(_TrackerWithId):
             return []
 
     def finish(self, *, failed: bool) -> None:
-        with redirect_stdout(sys.stderr):
-            self.library.finish()  # not the run's own: that one would be finished again, and reported, at exit
+        self.library.finish()  # not the run's own: that one would be finished again, and reported, at exit
 
 
 class Swanlab(_TrackerWithId):
@@ -236,7 +236,10 @@ class Swanlab(_TrackerWithId):
         return run_id
 
     def finish(self, *, failed: bool) -> None:
-        self.handle.finish(state="crashed" if failed else "success")
+        if failed:
+            self.handle.finish(state="crashed", error="the training ended with an error")
+        else:
+            self.handle.finish()
 
 
 TRACKERS: Mapping[str, type[Tracker]] = {one.name: one for one in (TensorBoard, Wandb, Trackio, Swanlab)}

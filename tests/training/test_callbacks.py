@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import pytest
 import torch
 from toy_training import Toy, toy_config
 
+from gdmd.cli.train import _print_end
+from gdmd.programs.train import Trained
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import read_metrics
 from gdmd.training.callbacks import TrainerCallback, TrainerState
@@ -135,6 +136,17 @@ def test_callbacks_do_not_change_what_is_computed(tmp_path: Path) -> None:
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
 
 
+def test_the_callback_of_the_guide_stops_the_run() -> None:
+    page = Path(__file__).parents[2] / "docs" / "guides" / "track.md"
+    names: dict[str, Any] = {}
+    exec(page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0], names)
+    state = TrainerState(1, 2, Path(), is_main=True)
+    stop = names["StopWhenGood"](0.9)
+    for reward, stopped in ((0.8, False), (0.95, True)):
+        stop.on_log(state, {"reward/target": reward})
+        assert state.should_stop is stopped
+
+
 def test_logs_cannot_be_changed(tmp_path: Path) -> None:
     class Changes(TrainerCallback):
         def on_log(self, state: TrainerState, logs: Any) -> None:
@@ -144,6 +156,9 @@ def test_logs_cannot_be_changed(tmp_path: Path) -> None:
         train(tmp_path / "run", Changes())
 
 
-def test_the_end_says_that_a_callback_stopped_it() -> None:
-    end = TrainEnd(4, Path("step_000004"), stopped=True)
-    assert end.exit_code == 0 and replace(end, signal=2).exit_code == 130
+def test_the_command_says_that_a_callback_stopped_it(capsys: pytest.CaptureFixture[str]) -> None:
+    trained = Trained(Path("runs/mine"), TrainEnd(4, Path("step_000004"), stopped=True), steps=8, seconds=1.0)
+    _print_end(trained)
+    said = capsys.readouterr().err
+    assert said == "a callback stopped the run at step 4 of 8; resume with: gdmd train --resume runs/mine\n"
+    assert trained.json()["finished"] is False and trained.end.exit_code == 0

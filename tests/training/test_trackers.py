@@ -20,6 +20,7 @@ from PIL import Image
 from toy_training import Toy, toy_config
 
 from gdmd.config.load import ConfigError
+from gdmd.programs import train as programs
 from gdmd.recipes.read import read_recipe
 from gdmd.runs.run_folder import Run, read_metrics
 from gdmd.training import trackers
@@ -282,6 +283,13 @@ def test_a_missing_library_is_named_with_its_install_command(monkeypatch: pytest
         ValueError, match=r"loop.report_to = wandb needs the package wandb.*pip install -e '.\[wandb\]'"
     ):
         trackers.require_trackers(["wandb"])
+
+
+def test_a_missing_library_is_reported_before_the_networks_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(programs, "build", lambda cfg: pytest.fail("the networks were loaded"))
+    with pytest.raises(ValueError, match="loop.report_to = swanlab"):
+        programs.prepare(read_recipe("shapes_smoke", ["loop.report_to=swanlab"]))
 
 
 def test_scores_that_are_missing_are_not_sent(tmp_path: Path, swanlab: list[dict[str, Any]]) -> None:
