@@ -48,7 +48,7 @@ def train_command(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Train a recipe: checkpoints, metrics.jsonl, TensorBoard, sample grids and a report in one run folder.
+    """Train a recipe: checkpoints, metrics.jsonl, trackers, sample grids and a report in one run folder.
 
     Ctrl-C saves a checkpoint and exits with code 130; `gdmd train --resume FOLDER` continues from it.
 
@@ -185,7 +185,12 @@ def _print_end(trained: Trained) -> None:
             f"Resume with: gdmd train --resume {typed(trained.run)}"
         )
         return
-    message = f"finished {counted(trained.steps, 'step')} in {trained.seconds:.0f} s"
+    message = f"finished {counted(trained.end.step, 'step')} in {trained.seconds:.0f} s"
+    if trained.end.stopped:
+        message = (
+            f"a callback stopped the run at step {trained.end.step} of {trained.steps}; resume with: "
+            f"gdmd train --resume {typed(trained.run)}"
+        )
     overall = trained.evaluation["shapeseval"]["overall"] if trained.evaluation else None
     message += f"; ShapesEval {overall:.3f} (EMA student)" if overall is not None else ""
     log(message)

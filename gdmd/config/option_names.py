@@ -92,7 +92,7 @@ OPTION_NAMES = (
     OptionName("output_dir output run run_dir logging_dir", "gdmd train --run FOLDER"),
     OptionName("resume resume_from resume_from_checkpoint", "gdmd train --resume FOLDER"),
     OptionName("num_processes num_gpus gpus nproc_per_node", "gdmd train --gpus N", "or torchrun"),
-    OptionName("report_to log_with", "", "TensorBoard files and metrics.jsonl are always written"),
+    OptionName("report_to log_with logger loggers tracker trackers use_wandb", "loop.report_to", "a list: [tensorboard, wandb]"),
     OptionName("push_to_hub hub_model_id hub_repo_id", "gdmd export --push-to-hub ORG/NAME", "also of gdmd train"),
 )
 """Every option with another name, meaning or unit here. One row a line where it fits."""

@@ -5,9 +5,9 @@ One step is one outer iteration of the method. Learning-rate warm-up and the EMA
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability
 
@@ -101,6 +101,11 @@ class LoopConfig(Config):
     grid_every: NonNegativeCount = Field(
         100, description="Steps between grids of validation images (EMA weights); 0 = none."
     )
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "swanlab"], ...] = Field(
+        ("tensorboard",),
+        description="Experiment trackers that get the rows of metrics.jsonl and the validation images; all but TensorBoard "
+        "need pip install -e '.[NAME]'. [] = none.",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",
         description="bf16: student, fake score, teacher and old policy run under bf16 autocast; weights, losses, x0 "
@@ -127,6 +132,11 @@ class LoopConfig(Config):
     skip_limit: Count = Field(
         10, description="With on_nonfinite = skip: number of skipped updates in one run after which it stops."
     )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _equal_micro_batches(self) -> Self:

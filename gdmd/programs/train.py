@@ -40,6 +40,7 @@ from gdmd.training.displacement import displacement_hook
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.training.loop import Hooks, NoProgress, TrainEnd, train
 from gdmd.training.progress import progress_for
+from gdmd.training.trackers import require_trackers
 from gdmd.training.warm_start import check_model, check_roles, require_start
 
 QUIET = Console(quiet=True)
@@ -66,7 +67,7 @@ class Trained:
             "run": str(self.run),
             "step": self.end.step,
             "steps": self.steps,
-            "finished": self.end.signal is None,
+            "finished": self.end.signal is None and not self.end.stopped,
             "checkpoint": str(self.end.checkpoint),
             "train_seconds": round(self.seconds, 2),
             "report": str(self.report) if self.report else None,
@@ -134,6 +135,7 @@ def prepare(cfg: RunConfig, context: DistributedContext = SINGLE_PROCESS, consol
         require_weights(cfg.rewards)
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
+    require_trackers(cfg.loop.report_to)
     with phase("loading the networks", console):
         components = build(cfg)
     if cfg.method.rewarded:

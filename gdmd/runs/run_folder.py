@@ -4,6 +4,7 @@ config.yaml      the resolved configuration
 run.json         versions, git commit, command, hash of the configuration, when started and resumed
 metrics.jsonl    one JSON object per logged step; "step" counts finished outer iterations; null = not scored
 tb/              the same numbers for TensorBoard
+trackers.json    with wandb, trackio or swanlab: the id and the last step of the tracker's run
 grids/           step_000040.png: images from fixed noise
 checkpoints/     step_000040/: see ``runs.checkpoint``
 """

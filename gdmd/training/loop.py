@@ -8,11 +8,12 @@ every batch; only rank 0 writes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import BestCheckpointTracker
 from gdmd.runs.process import stop_signals
 from gdmd.runs.run_folder import Run, read_metrics
+from gdmd.training.callbacks import CallbackError, TrainerCallback, TrainerState, call
 from gdmd.training.displacement import hardly_moves
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext, OtherRankError
 from gdmd.training.metrics import Means
@@ -32,11 +34,9 @@ from gdmd.training.optimizer import lr_factor
 from gdmd.training.reward_monitor import RewardMonitor
 from gdmd.training.role_state import NonFiniteError, RoleState, ema_weights, role_states
 from gdmd.training.saver import Saver
+from gdmd.training.trackers import trackers
 from gdmd.training.warm_start import newest, warm_start
 from gdmd.types import Method, PromptBatch, Role, Roles
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 class Stream(Protocol):
@@ -87,6 +87,7 @@ class Hooks:
     stats(): statistics from outside the method that are logged after an iteration, such as the parts of a reward.
     at_log(): values that are measured only when a row is logged, by all ranks.
     reason(name): why the reward ``name`` left images without a score, for an error.
+    callbacks: the user's, the same on all ranks.
     """
 
     progress: Progress = field(default_factory=NoProgress)
@@ -94,6 +95,7 @@ class Hooks:
     stats: Callable[[], Mapping[str, Tensor]] = dict
     at_log: Callable[[], Mapping[str, float]] = dict
     reason: Callable[[str], str] = lambda name: ""
+    callbacks: Sequence[TrainerCallback] = ()
 
 
 NO_HOOKS = Hooks()
@@ -101,11 +103,15 @@ NO_HOOKS = Hooks()
 
 @dataclass(frozen=True)
 class TrainEnd:
-    """How a run ended: finished iterations, the newest checkpoint, the signal that stopped it (None = completed)."""
+    """How a run ended: finished iterations, the newest checkpoint, and what stopped it before its last step.
+
+    signal: the signal that did; stopped: a callback did (``TrainerState.should_stop``).
+    """
 
     step: int
     checkpoint: Path
     signal: int | None = None
+    stopped: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -136,9 +142,8 @@ def train(
     trainer = _Trainer(method, roles, stream, cfg, run, hooks, context)
     saver = trainer.saver
     with context.training(cfg.rank_timeout, saver.last_checkpoint_at_exit), stop_signals(context.size) as signals:
-        start = trainer.resume()
-        with _tensorboard(run, start) if context.is_main else nullcontext() as board, closing(saver):
-            return trainer.train(start, signals, board)
+        with closing(trainer), closing(saver):
+            return trainer.train(trainer.resume(), signals)
 
 
 class _Trainer:
@@ -158,34 +163,43 @@ class _Trainer:
         self.context, self.progress = context, hooks.progress
         self.states: dict[Role, RoleState] = role_states(roles, cfg, context)
         self.means = Means()
-        self.saver = Saver(run.checkpoints, cfg, context, self.progress.note)
+        self.state = TrainerState(0, cfg.steps, run.path, context.is_main)
+        self.trackers = trackers(cfg.report_to, run, self.progress.note) if context.is_main else []
+        self.saver = Saver(run.checkpoints, cfg, context, self.progress.note, lambda path: self.call("on_save", path))
         window = max(cfg.checkpoint_every, cfg.log_every)
         self.best = BestCheckpointTracker(cfg.best_metric, cfg.best_direction, window)
         self.rewards = RewardMonitor(cfg.batch_size, cfg.steps, hooks.reason)
         self._images, self._clock = 0, time.perf_counter()
         self._warned_of_student = False
 
-    def train(self, start: int, signals: list[int], board: SummaryWriter | None) -> TrainEnd:
+    def train(self, start: int, signals: list[int]) -> TrainEnd:
         """The iterations after ``start``; ``signals`` receives those of this rank."""
         cfg, signal, step = self.cfg, 0, start
+        self.state.step = start
+        self.context.on_main(self.start_trackers)
+        self.call("on_train_begin")
         if start == 0:
             self.draw_grid(0)
         for step in range(start + 1, cfg.steps + 1):  # step counts finished iterations from here on
             self.train_step(step - 1)
+            self.state.step = step
+            self.call("on_step_end")
             signal = self.synchronize(signals[0] if signals else 0)
-            last = step == cfg.steps or signal > 0
+            last = step == cfg.steps or signal > 0 or self.state.should_stop
             self.progress.advance(step)
             if last or step % cfg.log_every == 0:
-                self.log(step, board)
+                self.log(step)
             if cfg.grid_every and (step % cfg.grid_every == 0 or step == cfg.steps):
                 self.draw_grid(step)
+            last = last or self.should_stop()
             if last or step % cfg.checkpoint_every == 0:
                 self.save(step)
             if last:
                 break
         newest = self.finish_saving(step)
         self.require_rewards(step, ended=True)
-        return TrainEnd(step, newest, signal or None)
+        self.call("on_train_end")
+        return TrainEnd(step, newest, signal or None, stopped=not signal and step < cfg.steps)
 
     def train_step(self, step: int) -> None:
         """One outer iteration: apply every update the method asks for, in its order."""
@@ -200,21 +214,28 @@ class _Trainer:
         except ValueError as error:
             if type(error) is not ValueError:  # errors of the disk and of the ranks say what to do
                 raise
-            cure = f"{self.saver.last_checkpoint_at_exit()} Continue with: gdmd train --resume {self.run.path}"
-            raise ValueError(f"step {step + 1}: {error}. {cure}") from error
+            raise ValueError(f"step {step + 1}: {error}. {self._cure()}") from error
         self._check_skipped(step)
         self.means.add({**self.hooks.stats(), **self.method.stats()})
         self._images += len(prompts) * self.context.size
 
     def synchronize(self, signal: int) -> int:
         """The signal that any rank received, 0 = none. Ends a save that is complete, or that failed on some rank."""
-        signal, failed, writing_still = self.context.all_reduce_max([signal, self.saver.failed, self.saver.writing])
+        mine = [signal, self.saver.failed, self.saver.writing, self.state.should_stop]
+        signal, failed, writing_still, stop = self.context.all_reduce_max(mine)
+        self.state.should_stop = bool(stop)
         if failed or not writing_still:
             self.saver.wait()
         return signal
 
-    def log(self, step: int, board: SummaryWriter | None) -> None:
-        """Write a row of means since the last one to metrics.jsonl and TensorBoard; check the rewards and the student."""
+    def should_stop(self) -> bool:
+        """Whether a callback of any rank asked to stop, also in ``on_log`` and ``on_images``."""
+        if self.hooks.callbacks:
+            self.state.should_stop = bool(self.context.all_reduce_max([self.state.should_stop])[0])
+        return self.state.should_stop
+
+    def log(self, step: int) -> None:
+        """Write a row of means since the last one to metrics.jsonl and the trackers; check the rewards and the student."""
         values = self.means.read(self.context)
         values["speed/images_per_s"] = self._images / (time.perf_counter() - self._clock)
         for role, state in self.states.items():
@@ -223,7 +244,8 @@ class _Trainer:
             values[f"skipped/{role}"] = state.skipped
         values |= self.hooks.at_log()
         self._images, self._clock = 0, time.perf_counter()
-        self.context.on_main(lambda: self._write_row(step, values, board))
+        self.context.on_main(lambda: self._write_row(step, values))
+        self.call("on_log", MappingProxyType(values))
         self.progress.row(step, values)
         self.rewards.add(step, values)
         if self.rewards.failure(step):
@@ -245,6 +267,7 @@ class _Trainer:
         with writing("the sample grid", path), torch.no_grad(), ema_weights(self.states["student"]):
             path.parent.mkdir(exist_ok=True)
             self.hooks.grid(step, path if self.context.is_main else None)
+        self.call("on_images", {"validation/images": path})
         self.progress.status("")
 
     def save(self, step: int) -> None:
@@ -276,6 +299,28 @@ class _Trainer:
         if failure := self.rewards.failure(step, ended=ended):
             message = f"step {step}: {failure} {self.saver.last_checkpoint()} {self.rewards.cure(step)}"
             raise (ValueError if self.context.is_main else OtherRankError)(message)
+
+    # ---------------------------------------------------------------- callbacks
+
+    def start_trackers(self) -> None:
+        """ValueError if one does not start. On rank 0."""
+        for tracker in self.trackers:
+            tracker.start(self.state)
+
+    def call(self, event: str, *arguments: Any) -> None:
+        """An event of ``TrainerCallback``: to the trackers and the user's callbacks."""
+        for tracker in self.trackers:
+            getattr(tracker, event)(self.state, *arguments)
+        try:
+            for callback in self.hooks.callbacks:
+                call(callback, event, self.state, *arguments)
+        except CallbackError as error:
+            raise ValueError(f"step {self.state.step}: {error}. {self._cure()}") from error
+
+    def close(self) -> None:
+        """End the trackers' runs if the training failed."""
+        for tracker in self.trackers:
+            tracker.close()
 
     # ---------------------------------------------------------------- resuming
 
@@ -329,14 +374,12 @@ class _Trainer:
         updates = self.states["student"].updates
         return lr_factor(self.cfg.lr_schedule, step / self.cfg.steps, updates, self.cfg.warmup)
 
-    def _write_row(self, step: int, values: Mapping[str, float], board: SummaryWriter | None) -> None:
-        assert board is not None
+    def _write_row(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(step, values)
         self.best.add(step, values)
-        with writing("the TensorBoard log", self.run.tensorboard):
-            for key, value in values.items():
-                board.add_scalar(key, value, step)
-            board.flush()
+
+    def _cure(self) -> str:
+        return f"{self.saver.last_checkpoint_at_exit()} Continue with: gdmd train --resume {self.run.path}"
 
     def _check_skipped(self, step: int) -> None:
         skipped = sum(state.skipped for state in self.states.values())
@@ -360,17 +403,3 @@ class _Trainer:
             "loop.lr_fake, or in fp32."
         )
         return NonFiniteError(message, error.role, error.positions)
-
-
-@contextmanager
-def _tensorboard(run: Run, start: int) -> Iterator[SummaryWriter]:
-    """A TensorBoard writer that hides what was logged beyond the resumed step."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with writing("the TensorBoard log", run.tensorboard):
-        board = SummaryWriter(str(run.tensorboard), purge_step=start + 1 if start else None)
-    try:
-        yield board
-    finally:
-        with writing("the TensorBoard log", run.tensorboard):
-            board.close()
