@@ -86,7 +86,7 @@ FILTERED_LOGGERS = (
 
 def _version(asked: bool) -> None:
     if asked:
-        from gdmd import __version__
+        from gdmd._version import __version__
 
         print(f"gdmd {__version__}")
         raise typer.Exit

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gdmd import __version__
+from gdmd._version import __version__
 from gdmd.cli.common import SETTINGS, Device, ImagesPerPrompt, Json, NoiseSeed, Source, log, print_json
 
 geneval_app = typer.Typer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -145,19 +144,16 @@ def _train(options: TrainOptions) -> int:
     options = options.after_restart()
     cfg, console = options.config(), messages()
     with phase("starting", console, plain=False):  # importing torch
-        from gdmd.programs.train import create_run, prepare, resume_run, run_training
+        from gdmd.programs.train import TrainSettings
+        from gdmd.trainer import DistillationTrainer
         from gdmd.training.distributed import session
 
-    evaluation, accept = options.evaluation, options.accept
     with session() as context:
-        if options.resume is None:
-            trained = create_run(
-                cfg, options.run, console, evaluation=evaluation, command=sys.argv, context=context, accept=accept
-            )
-        else:
-            cfg, run = resume_run(options.resume, options.recipe, options.overrides, context, console, accept=accept)
-            components = prepare(cfg, context, console)
-            trained = run_training(cfg, run, components, console, evaluation=evaluation, context=context)
+        settings = TrainSettings(
+            console, context, device=options.device, evaluation=options.evaluation, accept=options.accept
+        )
+        trainer = DistillationTrainer.from_recipe(cfg, options.resume or options.run, settings=settings)
+        trained = trainer.train(resume_from_checkpoint=options.resume is not None)
         if options.json and context.is_main:
             print_json(trained.json())
         _print_end(trained)

@@ -6,13 +6,26 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from gdmd.config.explain import explain
+from gdmd.config.load import ConfigError
 
 LARGEST_COUNT = 2**63 - 1
 """A count must fit the int64 of a tensor."""
 
 
-class Config(BaseModel):
+class _ExplainedErrors(type(BaseModel)):  # type: ignore[misc]
+    """Mistakes in ``SomeConfig(...)`` are the same ConfigError as those in a file."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        try:
+            return super().__call__(*args, **fields)
+        except ValidationError as error:
+            raise ConfigError(explain(cls, error, cls.__name__, tree=fields)) from None
+
+
+class Config(BaseModel, metaclass=_ExplainedErrors):
     """A frozen pydantic model; unknown keys are errors and defaults are validated, too."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)

@@ -53,7 +53,7 @@ OPTION_NAMES = (
     OptionName(
         "gradient_accumulation_steps grad_accum", "loop.micro_batch", "samples per backward pass, not their number"
     ),
-    OptionName("micro_batch_size", "loop.micro_batch", "samples per backward pass, over all GPUs"),
+    OptionName("micro_batch_size", "loop.micro_batch", "samples per backward pass on one GPU"),
     OptionName("max_grad_norm grad_clip clip_grad_norm gradient_clipping", "loop.clip", "0 turns it off"),
     OptionName("optim use_8bit_adam optimizer_type", "loop.optimizer", "adamw or adamw8bit"),
     OptionName("adam_beta1 adam_beta2 adam_betas", "loop.betas", "a list: [0.9, 0.999]"),
@@ -92,7 +92,9 @@ OPTION_NAMES = (
     OptionName("output_dir output run run_dir logging_dir", "gdmd train --run FOLDER"),
     OptionName("resume resume_from resume_from_checkpoint", "gdmd train --resume FOLDER"),
     OptionName("num_processes num_gpus gpus nproc_per_node", "gdmd train --gpus N", "or torchrun"),
-    OptionName("report_to log_with logger loggers tracker trackers use_wandb", "loop.report_to", "a list: [tensorboard, wandb]"),
+    OptionName(
+        "report_to log_with logger loggers tracker trackers use_wandb", "loop.report_to", "a list"
+    ),
     OptionName("push_to_hub hub_model_id hub_repo_id", "gdmd export --push-to-hub ORG/NAME", "also of gdmd train"),
 )
 """Every option with another name, meaning or unit here. One row a line where it fits."""

@@ -35,7 +35,7 @@ def push_to_hub(
     ``private``: of a new repository; default: the organization's. ``revision``: a branch, created if needed.
     ``token``: default: that of ``hf auth login`` or HF_TOKEN. RunError if the Hub refuses, ValueError for a wrong id.
     """
-    from gdmd import __version__
+    from gdmd._version import __version__
 
     if not Path(folder).is_dir() or not any(Path(folder).iterdir()):
         raise RunError(f"{folder} is not a folder with files; give one that `gdmd export` wrote.")

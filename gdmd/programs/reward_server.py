@@ -106,7 +106,7 @@ def make_app(
         return JSONResponse({"status": "ok"})
 
     async def version(request: Request) -> JSONResponse:
-        from gdmd import __version__
+        from gdmd._version import __version__
 
         admit(request)
         served = {"rewards": sorted(rewards), "identities": dict(identities)}

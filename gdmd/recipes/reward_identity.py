@@ -6,7 +6,7 @@ import json
 import secrets
 from pathlib import Path
 
-from gdmd import __version__
+from gdmd._version import __version__
 from gdmd.config.rewards import (
     AestheticConfig,
     CallableConfig,

@@ -65,13 +65,16 @@ def config_of(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return load_config(RunConfig, Path(folder) / "config.yaml", overrides)
 
 
-def check_resumable(folder: Path, recipe: str | None, overrides: Sequence[str]) -> RunConfig:
+def check_resumable(folder: Path, recipe: str | RunConfig | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration with which a run would be continued; a RunError names the keys that may not differ.
 
     A field that the run's version of gdmd did not have counts as its default.
     """
     before = config_of(folder)
-    cfg = read_recipe(recipe, overrides) if recipe else config_of(folder, overrides)
+    if isinstance(recipe, RunConfig):
+        cfg = recipe
+    else:
+        cfg = read_recipe(recipe, overrides) if recipe else config_of(folder, overrides)
     old, new = (_without_places(one.model_dump(mode="json")) for one in (before, cfg))
     advice = (
         "A resumed run keeps its configuration: leave these keys out. To change them, start another run that begins with "
@@ -95,7 +98,7 @@ def _without_place(part: Any) -> Any:
     return {key: _without_place(value) for key, value in part.items() if key not in hidden}
 
 
-def resumed(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[RunConfig, Run]:
+def resumed(folder: Path, recipe: str | RunConfig | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, Run]:
     """The run to continue and its configuration, which is written down where it has changed."""
     cfg, run = check_resumable(folder, recipe, overrides), open_run(folder)
     config = cfg.model_dump(mode="json")

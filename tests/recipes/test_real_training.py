@@ -33,7 +33,7 @@ from gdmd.io import RunError
 from gdmd.models.roles import DiffusersRoles
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.programs.export import export_run
-from gdmd.programs.train import create_run, prepare
+from gdmd.programs.train import TrainSettings, create_run, prepare
 from gdmd.recipes.build import Components, build
 from gdmd.runs.run_folder import Run, create, read_facts
 from gdmd.sources.base import EXPORT_FILE
@@ -146,7 +146,7 @@ def test_grids_samples_and_exports(
     prompts.write_text("\n".join(tiny.WORDS))
     parts = {"loop": cfg.loop.model_copy(update={"grid_every": 1}), "prompts": type(cfg.prompts)(file=str(prompts))}
     cfg = cfg.model_copy(update=parts)
-    done = create_run(cfg, tmp_path / "run", Console(quiet=True), evaluation=True, command=["gdmd", "train"])
+    done = create_run(cfg, tmp_path / "run", ["gdmd", "train"], TrainSettings(Console(quiet=True), evaluation=True))
     assert done.evaluation is None and done.report == tmp_path / "run" / "report.html"
     assert len(list((tmp_path / "run" / "grids").iterdir())) == 2
     prompts.unlink()
@@ -224,7 +224,7 @@ def test_embedding_messages(folders: Path, tmp_path: Path, monkeypatch: pytest.M
     assert "cannot write the text embeddings" in str(found.value) and "No space left" in str(found.value)
     assert "Free some disk space, or choose another folder with model.embeddings." in str(found.value)
     for told in (True, False):
-        prepare(cfg, console=Console(file=(said := io.StringIO()), width=400))
+        prepare(cfg, TrainSettings(Console(file=(said := io.StringIO()), width=400)))
         assert (f"encoding {len(tiny.WORDS)} prompts once into {tmp_path}" in said.getvalue()) == told
 
 
@@ -253,7 +253,7 @@ def test_scoring_decoder_check(folders: Path, tmp_path: Path) -> None:
     cfg = recipe(folders, "sd3", 1, own, scoring_decoder=str(tmp_path / "taesd"), scoring_check=2)
     cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"teacher_steps": 2})})
     said, run = io.StringIO(), tmp_path / "run"
-    create_run(cfg, run, Console(file=said, width=200), evaluation=False, command=["test"])
+    create_run(cfg, run, ["test"], TrainSettings(Console(file=said, width=200), evaluation=False))
     file = run / "scoring_decoder.json"
     (row,) = json.loads(file.read_text())["rewards"]
     assert row["images"] == 2 and row["difference"] == pytest.approx(row["rough"] - row["full"])
@@ -276,7 +276,7 @@ def test_moved_base_and_precisions(folders: Path, tmp_path: Path, caplog: pytest
     cfg = recipe(folders, "sd3", 1, dtype="bf16")
     shutil.copytree(folders / "sd3", base)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(base)})})
-    create_run(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+    create_run(cfg, run, ["gdmd", "train"], TrainSettings(Console(quiet=True), evaluation=False))
     base.rename(moved)
     with pytest.raises(ValueError, match="there is no such folder.*give its new location with --base"):
         export_run(run)
@@ -311,7 +311,7 @@ def test_another_base_model(folders: Path, tmp_path: Path, caplog: pytest.LogCap
     for place in (base, copy):
         shutil.copytree(folders / "sd3", place)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(base)})})
-    create_run(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+    create_run(cfg, run, ["gdmd", "train"], TrainSettings(Console(quiet=True), evaluation=False))
     export_run(run, base=str(copy))
     source = read_source(f"{run / 'export'},base={copy}")
     assert draw(source, ["a"], 1, 0, tmp_path / "a.png", 1) > 0 and "another" not in caplog.text
@@ -344,7 +344,7 @@ def test_file_modes_follow_umask(folders: Path, tmp_path: Path, umask: int) -> N
     try:
         run = tmp_path / "run"
         cfg = recipe(folders, "sdxl", 1, embeddings=str(tmp_path / "embeddings"))
-        create_run(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+        create_run(cfg, run, ["gdmd", "train"], TrainSettings(Console(quiet=True), evaluation=False))
         export_run(run)
         export_run(run, merged=True)
     finally:

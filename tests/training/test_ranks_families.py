@@ -32,7 +32,7 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.dmd2 import Dmd2
 from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
-from gdmd.programs.train import create_run
+from gdmd.programs.train import TrainSettings, create_run
 from gdmd.recipes.build import build
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import create, open_run
@@ -71,7 +71,7 @@ def distill_nft(root: Path, kind: str, place: str, context: DistributedContext =
     """By the program, with cached text and sample images."""
     console = Console(file=io.StringIO())
     cfg = nft_recipe(root, kind, place)
-    create_run(cfg, root / f"{kind}_{place}", console, evaluation=True, command=["test"], context=context)
+    create_run(cfg, root / f"{kind}_{place}", ["test"], TrainSettings(console, context))
 
 
 def nft_recipe(root: Path, kind: str, place: str) -> RunConfig:
