@@ -189,7 +189,7 @@ class PythonReward(Config):
     @model_validator(mode="after")
     def _pil_has_no_gradient(self) -> Self:
         if self.differentiable and self.image_type == "pil":
-            raise ValueError("PIL images carry no gradient; set image_type to tensor, or differentiable to false")
+            raise ValueError("image_type pil carries no gradient; set image_type to tensor, or differentiable to false")
         return self
 
 

@@ -136,17 +136,13 @@ def prompts_in_rows(source: str, rows: Sequence[Any], column: str | None = None)
 
     source: their name in errors, which also say the index. ValueError as for files.
     """
-    tables = [row for row in rows if isinstance(row, Mapping)]
-    key = column
-    if tables:
-        names = [str(name) for name in tables[0]]
-        key = _column(source, "the columns", names, column)
+    first = next((row for row in rows if isinstance(row, Mapping)), None)
+    key = column if first is None else _column(source, "the first row", [str(name) for name in first], column)
     found = [(f"index {k}", dict(row) if isinstance(row, Mapping) else row) for k, row in enumerate(rows)]
     kept = [(where, row) for where, row in found if not _is_blank(row.get(key) if isinstance(row, dict) else row)]
     if not kept:
         raise ValueError(f"{source}: has no prompts; it needs at least one")
-    texts = len(tables) < len(rows)
-    return _objects(source, kept, None if texts and not tables else key, len(rows) - len(kept), texts=texts)
+    return _objects(source, kept, key, len(rows) - len(kept), texts=True)
 
 
 def _is_blank(value: Any) -> bool:

@@ -205,22 +205,9 @@ def score_images(
     reward: Reward, images: Sequence[Image], prompts: Sequence[str], meta: Sequence[dict[str, Any]]
 ) -> list[float | None]:
     """One score per image, None for NaN (not scored). Images of the same size are scored as one batch."""
-    import torch
+    from gdmd.rewards.base import score_by_size
 
-    from gdmd.rewards.preprocessing import from_pil
-    from gdmd.types import PromptBatch
-
-    scores: list[float | None] = [None] * len(images)
-    for size in dict.fromkeys(image.size for image in images):
-        rows = [k for k, image in enumerate(images) if image.size == size]
-        index = torch.arange(len(rows))
-        batch_meta = tuple(meta[k] for k in rows) if meta else ()
-        batch = PromptBatch(index, tuple(prompts[k] for k in rows), index, {}, {}, batch_meta)
-        with torch.no_grad():
-            batch_scores = reward.score(from_pil([images[k] for k in rows]), batch).tolist()
-        for k, score in zip(rows, batch_scores, strict=True):
-            scores[k] = score if math.isfinite(score) else None
-    return scores
+    return [score if math.isfinite(score) else None for score in score_by_size(reward, images, prompts, meta)]
 
 
 def read_names(names: Sequence[str]) -> dict[str, RealRewardConfig]:

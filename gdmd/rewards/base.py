@@ -86,11 +86,23 @@ def score_images(
     """One number per image, NaN = not scored. Published models get PIL images, as in their own code; others tensors."""
     if isinstance(reward, PretrainedReward):
         return [float(score) for score in reward.score_pil(images, texts)]
+    return score_by_size(reward, images, texts, meta, device)
+
+
+@torch.no_grad()
+def score_by_size(
+    reward: Reward,
+    images: Sequence[Image],
+    texts: Sequence[str],
+    meta: Sequence[Mapping[str, Any]],
+    device: torch.device | str = "cpu",
+) -> list[float]:
+    """One number per image, NaN = not scored: those of a tensor for each size of the images."""
     scores = [math.nan] * len(images)
-    for size in {image.size for image in images}:  # a tensor holds images of one size
+    for size in dict.fromkeys(image.size for image in images):
         own = [k for k, image in enumerate(images) if image.size == size]
         pixels = from_pil([images[k] for k in own]).to(device)
-        prompts = _batch([texts[k] for k in own], [meta[k] for k in own], device)
+        prompts = _batch([texts[k] for k in own], [meta[k] for k in own] if meta else (), device)
         for k, score in zip(own, reward.score(pixels, prompts).tolist(), strict=True):
             scores[k] = score
     return scores

@@ -113,11 +113,11 @@ class RemoteReward(RewardModel):
         return self.submit(images, prompts).result()
 
     def submit(self, images: Tensor, prompts: PromptBatch) -> PendingScores:
-        """Start scoring and return at once."""
+        """Start scoring and return at once. Metadata that JSON cannot hold, such as images, is not sent."""
         check_images(self.name, images, len(prompts))
         check_finite_images(self.name, images)
         saved, step = to_pil(images), self.config.batch
-        meta = [dict(one) for one in prompts.meta] if prompts.meta else []
+        meta = [{key: value for key, value in row.items() if _is_json(value)} for row in prompts.meta]
         requests = [
             self._pool.submit(self._batch, saved[k : k + step], prompts.text[k : k + step], meta[k : k + step])
             for k in range(0, len(saved), step)
@@ -239,6 +239,14 @@ class RemoteReward(RewardModel):
     def _without_token(self, said: str) -> str:
         """Redact the token in a response before an error shows it: some servers echo request headers."""
         return said.replace(self._token, "...") if self._token else said
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _read_until(response: Any, end: float, limit: float) -> bytes:

@@ -74,6 +74,7 @@ def test_texts_files_and_tables(tmp_path: Path) -> None:
         ([{"words": "a"}], 'no column is named prompt, caption or text; .*rename it to "prompt"'),
         ([], "train_dataset: has no prompts"),
         (["", " "], "train_dataset: has no prompts"),
+        (["a", {"prompt": "b"}], 'train_dataset, index 0: expected {"prompt": "..."}, got "a"'),
         (iter(["a"]), "got list_iterator, which has no length.*give list"),
         (IterableDataset(), "got IterableDataset, which has no length.*without streaming"),
         ({"train": Dataset(ROWS)}, "got a dict with the keys 'train'; give one split"),

@@ -96,7 +96,7 @@ def test_pil_images() -> None:
     width.image_type = "pil"  # type: ignore[attr-defined]
     assert score(width).tolist() == [8, 8]
     assert CallableReward(width)([Image.new("RGB", (8, 4)), Image.new("RGB", (6, 4))], "a") == [8, 6]
-    with pytest.raises(ValueError, match="width.*PIL images carry no gradient"):
+    with pytest.raises(ValueError, match="width.*image_type pil carries no gradient"):
         CallableReward(width, differentiable=True)
 
 

@@ -108,7 +108,11 @@ def slow(handler: Any, _: int) -> None:
 def test_scores_in_order_over_several_requests() -> None:
     with server(good) as (url, seen):
         torch.testing.assert_close(client(url).score(images(), prompts()), expected())
-    assert len(seen) == 3  # five images, two per request
+        with_image = prompt_batch(
+            TEXTS[:1], [{"prompt": TEXTS[0], "image": to_pil(images())[0]}]
+        )  # which JSON cannot hold
+        torch.testing.assert_close(client(url).score(images()[:1], with_image), expected(1))
+    assert len(seen) == 3 + 1  # five images, two per request, and one
 
 
 def disconnect(handler: Any) -> None:
