@@ -72,7 +72,7 @@ def test_command_parses(page: str, line: str) -> None:
     if words[0] in ("sbatch", "python"):
         assert (ROOT / words[1]).is_file()
     if words[0] != "gdmd":
-        assert words[0] in ("make", "sbatch", "python", "pip", ".ci/run")
+        assert words[0] in ("make", "sbatch", "python", "pip", "hf", ".ci/run")
         return
     if len(words) == 2 and words[1] in ("demo", "doctor"):
         return

@@ -150,8 +150,8 @@ def test_cards_metadata(folders: Path, full: str) -> None:
     cfg = RunConfig(name="x", model=model, method={"kind": "dmd"}, loop={}, rewards=[])
     terms = {"license": "other", "license_name": "theirs: v1", "license_link": "https://example.org"}
     images = "images/step_000040.png"
-    scores = {"validation": {"clip": (0.25, None)}}
-    card = model_card(cfg, family, {}, scores, merged=full != "none", license=terms, samples=images, where="me/student")
+    facts = {"step": 7, "validation": {"clip": (0.25, None)}}
+    card = model_card(cfg, family, {}, facts, merged=full != "none", license=terms, samples=images, where="me/student")
     read = ModelCard(card)
     assert isinstance(read.data, ModelCardData) and read.data.to_dict() == {
         "base_model": "some-body/some-model",
@@ -165,6 +165,7 @@ def test_cards_metadata(folders: Path, full: str) -> None:
     }
     assert f"![samples]({images})" in card and "Complete before publishing" not in card and "THIS_FOLDER" not in card
     assert "| clip | 0.2500 | - | unseen |" in card
+    assert "| iterations | 7 |\n| student updates | 7 |" in card  # of the checkpoint, not of the recipe
 
 
 @pytest.mark.parametrize(

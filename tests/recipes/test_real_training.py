@@ -38,6 +38,7 @@ from gdmd.recipes.build import Components, build
 from gdmd.runs.run_folder import Run, create, read_facts
 from gdmd.sources.base import EXPORT_FILE
 from gdmd.sources.draw import draw
+from gdmd.student import load_student
 from gdmd.training.loop import train
 from gdmd.types import PromptBatch
 
@@ -153,13 +154,15 @@ def test_grids_samples_and_exports(
     monkeypatch.setattr("gdmd.recipes.build.build_rewards", None)  # who draws needs none of them
     assert draw(read_source(str(tmp_path / "run")), ["two red dogs"], 2, 0, tmp_path / "a.png", 4) > 0
     lora = export_run(tmp_path / "run")
-    assert [file.name for file in lora] == ["pytorch_lora_weights.safetensors", "scheduler", EXPORT_FILE, "README.md"]
+    images = ["step_000001.png"]
+    names = ["pytorch_lora_weights.safetensors", "scheduler", *images, EXPORT_FILE, "README.md"]
+    assert [file.name for file in lora] == names
     card = lora[-1].read_text()
     for part in (
-        "base_model: ",
+        "`base_model`: the hub id of",
         f"guidance_scale={guidance}",
         "sigmas=[1.0, 0.75, 0.5, 0.25]",
-        "license:",
+        "`license`: that of",
         "```sh\ngdmd train\n```",
     ):
         assert part in card
@@ -280,6 +283,8 @@ def test_moved_base_and_precisions(folders: Path, tmp_path: Path, caplog: pytest
     base.rename(moved)
     with pytest.raises(ValueError, match="there is no such folder.*give its new location with --base"):
         export_run(run)
+    with pytest.raises(ValueError, match="there is no such folder.*give its new location with base=FOLDER"):
+        load_student(run)
     with pytest.raises(ValueError, match="there is no such folder.*,base=FOLDER"):
         draw(read_source(str(run)), ["two red dogs"], 1, 0, tmp_path / "a.png", 1)
     files = export_run(run, base=str(moved))
@@ -290,6 +295,8 @@ def test_moved_base_and_precisions(folders: Path, tmp_path: Path, caplog: pytest
     for number, where in enumerate((run, run / "export")):
         source = read_source(f'{where},base="{moved}"')
         assert draw(source, ["two red dogs"], 1, 0, tmp_path / f"{number}.png", 1) > 0
+        pipe = load_student(where, base=str(moved), dtype=torch.float32, device="cpu")
+        assert pipe.dtype == torch.float32 and pipe("two red dogs").images[0].size == (tiny.SIZE, tiny.SIZE)
     for dtype in ("bf16", "fp32"):
         caplog.clear()
         export_run(run, tmp_path / dtype, merged=True, base=str(moved), dtype=dtype)
@@ -314,13 +321,15 @@ def test_another_base_model(folders: Path, tmp_path: Path, caplog: pytest.LogCap
     create_run(cfg, run, ["gdmd", "train"], TrainSettings(Console(quiet=True), evaluation=False))
     export_run(run, base=str(copy))
     source = read_source(f"{run / 'export'},base={copy}")
-    assert draw(source, ["a"], 1, 0, tmp_path / "a.png", 1) > 0 and "another" not in caplog.text
+    assert draw(source, ["a"], 1, 0, tmp_path / "a.png", 1) > 0 and "another base model" not in caplog.text
     weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({key: 0.5 * value for key, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
     with pytest.raises(
         ValueError, match="^--base: the student of .* another base model. model.path: .* different content"
     ):
         export_run(run, base=str(copy))
+    with pytest.raises(ValueError, match="^base=FOLDER: the student of .* another base model"):
+        load_student(run, base=str(copy))
     with pytest.raises(ValueError, match=",base=FOLDER: the student of .* was trained on another base model"):
         draw(read_source(f"{run},base={copy}"), ["a"], 1, 0, tmp_path / "a.png", 1)
     draw(source, ["a"], 1, 0, tmp_path / "a.png", 1)

@@ -62,7 +62,7 @@ def stock_images(
         patch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: next(drawn))
     pipe.set_progress_bar_config(disable=True)
     arguments = {} if bound else call_arguments(roles.family, UNIFORM)
-    if name in ("sd3", "flux", "z_image"):
+    if name in ("sd3", "flux", "z_image") and not bound:
         arguments.setdefault("max_sequence_length", 256)
     start = in_patches(noises[0]) if name.startswith("flux2") else shown[0]
     return pipe(prompt=list(captions), latents=start, output_type="pt", **arguments).images
