@@ -1,12 +1,12 @@
 """Experiment trackers as callbacks of rank 0: scalars, validation images and the resolved configuration.
 
-They use the libraries' own APIs, four calls each (start, log, image, finish). accelerate's trackers would add an
-Accelerator or its private state, do not continue a run by its id, and know neither TensorBoard's purge_step nor our
-image files.
+They use the libraries' own APIs, four calls each (start, log, image, finish). accelerate's trackers wrap the same calls,
+but need its PartialState next to our process group and the diffusers extra, send no images to trackio, and leave
+resuming to the caller: the code here would not be shorter.
 
 A run is named after its folder, in the project of the environment variable WANDB_PROJECT, SWANLAB_PROJ_NAME or, since
-trackio itself reads none, TRACKIO_PROJECT; else "gdmd". RUN/trackers.json keeps its id and its last step: a resumed run continues the same tracker
-run, and the steps that it repeats (with the same numbers) are not sent again.
+trackio itself reads none, TRACKIO_PROJECT; else "gdmd". RUN/trackers.json keeps its id and its last step: a resumed run
+continues the same tracker run, and the steps that it repeats (with the same numbers) are not sent again.
 
 A missing library or a failed start is an error before training. A later failure (network, disk) is noted once, and the
 run trains on without that tracker until it is resumed; metrics.jsonl has every row.
