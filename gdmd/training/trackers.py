@@ -1,12 +1,12 @@
 """Experiment trackers as callbacks of rank 0: scalars, validation images and the resolved configuration.
 
-They use the libraries' own APIs, four calls each (start, log, image, finish). accelerate's trackers would add an
-Accelerator or its private state, do not continue a run by its id, and know neither TensorBoard's purge_step nor our
-image files.
+They use the libraries' own APIs, four calls each (start, log, image, finish). accelerate's trackers wrap the same calls,
+but need its PartialState next to our process group and the diffusers extra, send no images to trackio, and leave
+resuming to the caller: the code here would not be shorter.
 
-A run is named after its folder, in the project of the library's environment variable (WANDB_PROJECT, TRACKIO_PROJECT,
-SWANLAB_PROJ_NAME) or "gdmd". RUN/trackers.json keeps its id and its last step: a resumed run continues the same tracker
-run, and the steps that it repeats (with the same numbers) are not sent again.
+A run is named after its folder, in the project of the environment variable WANDB_PROJECT, SWANLAB_PROJ_NAME or, since
+trackio itself reads none, TRACKIO_PROJECT; else "gdmd". RUN/trackers.json keeps its id and its last step: a resumed run
+continues the same tracker run, and the steps that it repeats (with the same numbers) are not sent again.
 
 A missing library or a failed start is an error before training. A later failure (network, disk) is noted once, and the
 run trains on without that tracker until it is resumed; metrics.jsonl has every row.
@@ -139,11 +139,10 @@ class _TrackerWithId(Tracker):
 
     def open(self, state: TrainerState) -> None:
         known = self._memory().get(self.name, {}) if state.step else {}  # a run that starts over is another run
-        self._sent = known.get("step", -1)
+        self._before: int = known.get("step", -1)  # fixed: images and scalars of one step are sent separately
         self.library = importlib.import_module(self.name)
         run_id = self.begin(known.get("id", ""))
-        self._remember(id=run_id, step=self._sent)
-        self._before = self._sent  # images and scalars of one step are sent separately
+        self._remember(id=run_id, step=self._before)
 
     def begin(self, known: str) -> str:
         """Start a run, or continue the ``known`` one; returns the id by which it can be continued."""
@@ -176,7 +175,7 @@ class Wandb(_TrackerWithId):
 
     def begin(self, known: str) -> str:
         self.handle = self.library.init(
-            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            project=_project("WANDB_PROJECT"),
             name=_run_name(self.run),
             id=known or secrets.token_hex(4),
             resume="allow",
@@ -198,7 +197,7 @@ class Trackio(_TrackerWithId):
 
     def begin(self, known: str) -> str:
         """Trackio continues a run by its name, so a second run in a folder of the same name gets a longer one."""
-        project, name = os.environ.get("TRACKIO_PROJECT") or PROJECT, known or _run_name(self.run)
+        project, name = _project("TRACKIO_PROJECT"), known or _run_name(self.run)
         if not known and name in self._names(project):
             name = f"{name}-{secrets.token_hex(2)}"
         resume = "allow" if known else "never"
@@ -218,7 +217,7 @@ class Trackio(_TrackerWithId):
 
 
 class Swanlab(_TrackerWithId):
-    """SwanLab; local files go to RUN/swanlog unless SWANLAB_LOG_DIR is set."""
+    """SwanLab; local files go to RUN/swanlog unless SWANLAB_LOGDIR is set."""
 
     name = "swanlab"
     advice = "Log in with `swanlab login`, or record offline with SWANLAB_MODE=offline"
@@ -226,12 +225,12 @@ class Swanlab(_TrackerWithId):
     def begin(self, known: str) -> str:
         run_id = known or secrets.token_hex(8)
         self.handle = self.library.init(
-            project=os.environ.get("SWANLAB_PROJ_NAME") or PROJECT,
+            project=_project("SWANLAB_PROJ_NAME", "SWANLAB_PROJECT"),
             name=_run_name(self.run),
             id=run_id,
             resume="allow",
             config=dict(self.run.config),
-            log_dir=os.environ.get("SWANLAB_LOG_DIR") or str(self.run.path / "swanlog"),
+            log_dir=os.environ.get("SWANLAB_LOGDIR") or str(self.run.path / "swanlog"),
         )
         return run_id
 
@@ -260,6 +259,11 @@ def require_trackers(names: Sequence[str]) -> None:
                 f"loop.report_to = {name} needs the package {name}, which is not installed; do: {install(name)}, or take "
                 f"{name} out of loop.report_to"
             )
+
+
+def _project(*variables: str) -> str:
+    """The project that the environment names."""
+    return next(filter(None, map(os.environ.get, variables)), PROJECT)
 
 
 def _run_name(run: Run) -> str:
