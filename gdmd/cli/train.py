@@ -47,7 +47,7 @@ def train_command(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Train a recipe: checkpoints, metrics.jsonl, TensorBoard, sample grids and a report in one run folder.
+    """Train a recipe: checkpoints, metrics.jsonl, TensorBoard, validation images and a report in one run folder.
 
     Ctrl-C saves a checkpoint and exits with code 130; `gdmd train --resume FOLDER` continues from it.
 

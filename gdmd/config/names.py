@@ -28,7 +28,12 @@ FROM_OTHER_LIBRARIES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("save_steps", "checkpointing_steps", "save_every", "save_interval"), ("loop.checkpoint_every",)),
     **dict.fromkeys(("save_total_limit", "checkpoints_total_limit"), ("loop.keep_checkpoints",)),
     **dict.fromkeys(("logging_steps", "log_interval", "log_steps"), ("loop.log_every",)),
-    **dict.fromkeys(("validation_steps", "sample_every", "eval_steps"), ("loop.grid_every",)),
+    **dict.fromkeys(
+        ("validation_steps", "validate_every", "sample_every", "eval_steps", "eval_every"), ("validation.every",)
+    ),
+    **dict.fromkeys(("validation_prompts", "validation_prompt", "eval_prompts"), ("validation.prompts",)),
+    "num_validation_images": ("validation.images",),
+    **dict.fromkeys(("validation_rewards", "eval_rewards", "held_out"), ("validation.scorers",)),
     **dict.fromkeys(("metric_for_best_model",), ("loop.best_metric",)),
     **dict.fromkeys(("lora_r", "r", "rank"), ("model.lora_rank",)),
     "alpha": ("model.lora_alpha",),

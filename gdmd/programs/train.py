@@ -22,7 +22,8 @@ from gdmd.config.run import RunConfig
 from gdmd.data.prompts import read_prompts
 from gdmd.data.text_cache import CachedText
 from gdmd.evaluation.run_report import report_run
-from gdmd.evaluation.runs import evaluation_captions, finish_run, grid_hook
+from gdmd.evaluation.runs import evaluation_captions, finish_run
+from gdmd.evaluation.validation import Validation, validation_prompts
 from gdmd.io import SHARDS_STAY, typed, writing
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.recipes.build import Components, build, compile_networks
@@ -130,17 +131,17 @@ def prepare(cfg: RunConfig, context: DistributedContext = SINGLE_PROCESS, consol
         context.local_slice(cfg.loop.batch_size)
     check_best_metric(cfg)
     check_prompts(cfg, console)
-    if cfg.method.rewarded:
-        require_weights(cfg.rewards)
+    validated, meta = validation_prompts(cfg)
+    require_weights((*(cfg.rewards if cfg.method.rewarded else ()), *cfg.held_out))
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
     with phase("loading the networks", console):
         components = build(cfg)
-    if cfg.method.rewarded:
+    if cfg.method.rewarded or cfg.held_out:
         with phase("trying the rewards on one image", console):
-            context.on_main(lambda: _try_rewards(cfg, components))
+            context.on_main(lambda: _try_rewards(cfg, components, validated[:1], meta[:1]))
     compile_networks(cfg, components)  # in the first iteration
-    texts = [text for group in components.stream.groups for text in group]
+    texts = [*validated, *(text for group in components.stream.groups for text in group)]
     warn_long_prompts(components, texts, say=context.is_main)
     if isinstance(components.encoder, CachedText):
         encoder = components.encoder
@@ -152,7 +153,10 @@ def prepare(cfg: RunConfig, context: DistributedContext = SINGLE_PROCESS, consol
     return components
 
 
-def _try_rewards(cfg: RunConfig, components: Components) -> None:
+def _try_rewards(
+    cfg: RunConfig, components: Components, validated: Sequence[str], validated_meta: Sequence[Mapping[str, Any]]
+) -> None:
+    """The rewards on a training prompt, the held-out scorers on a validation prompt."""
     device = next(iter(components.roles.parameters("student").values())).device
     if isinstance(cfg.model, DiffusersModel):
         size = (cfg.model.height, cfg.model.width)
@@ -160,7 +164,10 @@ def _try_rewards(cfg: RunConfig, components: Components) -> None:
         height, width = components.codec.decode(torch.zeros(1, *components.latent_shape, device=device)).shape[2:]
         size = (height, width)
     meta = components.stream.meta[0][0] if components.stream.meta else None
-    try_rewards(components.rewards, size, components.stream.groups[0][0], meta, str(device))
+    if cfg.method.rewarded:
+        try_rewards(components.rewards, size, components.stream.groups[0][0], meta, str(device))
+    for text in validated:
+        try_rewards(components.scorers, size, text, next(iter(validated_meta), None), str(device))
 
 
 def encode(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) -> None:
@@ -232,7 +239,7 @@ def run_training(
 
 
 def _train(cfg: RunConfig, run: Run, components: Components, console: Console, context: DistributedContext) -> TrainEnd:
-    """The loop, with its progress display and sample images."""
+    """The loop, with its progress display and validation."""
     scorer = getattr(components.method, "scorer", None)  # of the methods that read rewards
 
     def stats() -> Mapping[str, Any]:
@@ -241,11 +248,13 @@ def _train(cfg: RunConfig, run: Run, components: Components, console: Console, c
     texts = [text for group in components.stream.groups for text in group]
     steps = components.student_steps or cfg.method.student_steps
     with progress_for(cfg.loop.steps, console) as progress:
+        shown = progress if context.is_main else NoProgress()
         hooks = Hooks(
-            progress if context.is_main else NoProgress(),
-            grid_hook(components, cfg),
-            stats,
-            displacement_hook(components, texts, steps, cfg.loop, context.size),
-            lambda name: reason_unscored(components.rewards, name),
+            shown,
+            Validation(cfg, components, context, shown) if cfg.validation.every else None,
+            cfg.validation.every,
+            stats=stats,
+            at_log=displacement_hook(components, texts, steps, cfg.loop, context.size),
+            reason=lambda name: reason_unscored(components.rewards, name),
         )
         return train(components.method, components.roles, components.stream, cfg.loop, run, hooks, context)

@@ -92,7 +92,7 @@ def test_printed_recipe_can_be_trained(gdmd: Gdmd) -> None:
 
 
 def test_train_evaluates_and_reports(gdmd: Gdmd) -> None:
-    finished = gdmd("train", "shapes_smoke", *TINY, "loop.grid_every=1", "--run", "run", "--json")
+    finished = gdmd("train", "shapes_smoke", *TINY, "validation.every=1", "--run", "run", "--json")
     assert finished.code == 0, finished.err
     ended = json.loads(finished.out)
     assert ended["step"] == 2 and ended["finished"] and Path(ended["checkpoint"]).is_dir()
