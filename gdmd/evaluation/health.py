@@ -217,7 +217,7 @@ def _optimality(metrics: Metrics) -> tuple[Status, str]:
 
 
 _VALIDATION_RULE = (
-    "bad: possible reward hacking, that is, a trained score rises while a held-out one falls. look: a held-out score falls. "
+    "ok: no held-out score falls. bad: one falls while a trained score rises (reward hacking). look: one falls. "
     "A score rises or falls if the means of the last and the first third of the validations after step 0 differ by more "
     f"than {validation_scores.SPREADS:g} standard deviations within these thirds."
 )

@@ -16,12 +16,15 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.health import health_panels
 from gdmd.evaluation.validation import Validation, grid_captions, validation_prompts
 from gdmd.recipes.build import Components
-from gdmd.recipes.build_rewards import build_rewards
+from gdmd.recipes.build_rewards import build_rewards, reward_stats, without_stats
 from gdmd.recipes.open_run import open_student, student_row, teacher_row
 from gdmd.recipes.read import read_recipe
 from gdmd.recipes.run_folders import config_of
+from gdmd.rewards.composite import Composite, Part
+from gdmd.rewards.ocr import OcrReward
 from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import named_best
+from gdmd.runs.reward_signal import RewardSignal
 from gdmd.runs.run_folder import read_metrics
 from gdmd.runs.validation_scores import reward_hacking, trend
 from gdmd.types import PromptBatch
@@ -222,6 +225,29 @@ def test_reward_hacking_is_reported(trained: list[float], held_out: list[float],
     if status == "bad":
         assert "a 0.31 to 0.51" in panel.finding and "b 0.59 to 0.41" in panel.finding
     assert health_panels(rows, ["a", "b"])[0].status == "unknown"  # nothing is held out
+
+
+def test_validation_rows_do_not_count_as_training() -> None:
+    """The monitor of the rewards sees the same iterations with and without rows between its own."""
+    logged = [{"step": 10 * k, "scores/a/unscored": 0.5, "scores/a/spread": 0.1} for k in (1, 2)]
+    with_rows, without = RewardSignal(8), RewardSignal(8)
+    for row in logged:
+        without.add(row["step"], row)
+    for row in [{"step": 0, "validation/a": 1.0}, logged[0], {"step": 15, "validation/a": 1.0}, logged[1]]:
+        with_rows.add(int(row["step"]), row)
+    assert with_rows == without
+
+
+def test_validation_scores_are_not_part_of_the_statistics_of_training() -> None:
+    """Of prompts without text for OCR, and of the parts of a composite."""
+    ocr = OcrReward(lambda image: "")
+    composite = Composite([Part(ocr)])
+    batch = PromptBatch(torch.arange(1), ("a cat",), torch.arange(1), {}, {})
+    with without_stats([composite]):
+        composite.score(torch.rand(1, 3, 8, 8), batch)
+    assert reward_stats([composite]) == {"reward/ocr/unasked": 0}
+    composite.score(torch.rand(1, 3, 8, 8), batch)
+    assert reward_stats([composite])["reward/ocr/unasked"] == 1 and len(reward_stats([composite])) == 2
 
 
 def test_trend_needs_more_than_the_spread() -> None:
