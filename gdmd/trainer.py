@@ -159,7 +159,7 @@ class DistillationTrainer:
     def _family(self) -> Family:
         """The trained model, with its text encoders."""
         real_model(self.config, self.output_dir)
-        if self._trained is None:
+        if self._trained is None or self._trained.components is None:
             raise RunError(f"{self.output_dir} is not trained yet by this trainer; call train() first.")
         family: Family = self._trained.components.roles.family
         return family

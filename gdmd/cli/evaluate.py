@@ -152,7 +152,7 @@ def report_command(
     fresh: Annotated[bool, typer.Option("--fresh", help="Shapes: evaluate again even if a result is stored.")] = False,
     device: Device = None,
 ) -> None:
-    """Write report.html of a run: results, curves, health checks, sample grids and settings in one file.
+    """Write report.html of a run: results, curves, health checks, validation images and settings in one file.
 
     A run on Shapes captions is measured first where results are missing. Any other real model is not loaded: the page
     shows the results of gdmd eval preference and compare that are stored in the run folder.

@@ -47,7 +47,7 @@ def train_command(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Train a recipe: checkpoints, metrics.jsonl, trackers, sample grids and a report in one run folder.
+    """Train a recipe: checkpoints, metrics.jsonl, trackers, validation images and a report in one run folder.
 
     Ctrl-C saves a checkpoint and exits with code 130; `gdmd train --resume FOLDER` continues from it.
 

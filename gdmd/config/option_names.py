@@ -64,8 +64,10 @@ OPTION_NAMES = (
     OptionName("metric_for_best_model", "loop.best_metric"),
     OptionName("greater_is_better", "loop.best_direction", "max or min"),
     OptionName("logging_steps log_interval log_steps", "loop.log_every"),
-    OptionName("validation_steps eval_steps sample_every", "loop.grid_every"),
-    OptionName("validation_prompts validation_prompt", "gdmd sample --prompt TEXT"),
+    OptionName("validation_steps validate_every eval_steps eval_every sample_every", "validation.every"),
+    OptionName("validation_prompts validation_prompt eval_prompts", "validation.prompts", "a list, or a file"),
+    OptionName("num_validation_images", "validation.images", "per prompt"),
+    OptionName("validation_rewards eval_rewards held_out", "validation.scorers", "a list of {kind: ...}"),
     OptionName("seed", "loop.seed"),
     OptionName("fsdp sharding_strategy", "loop.sharding", "full (FULL_SHARD) or hybrid (HYBRID_SHARD)"),
     OptionName("guidance_scale cfg cfg_scale real_guidance_scale", "method.guidance", "of the teacher, in training"),
@@ -92,9 +94,7 @@ OPTION_NAMES = (
     OptionName("output_dir output run run_dir logging_dir", "gdmd train --run FOLDER"),
     OptionName("resume resume_from resume_from_checkpoint", "gdmd train --resume FOLDER"),
     OptionName("num_processes num_gpus gpus nproc_per_node", "gdmd train --gpus N", "or torchrun"),
-    OptionName(
-        "report_to log_with logger loggers tracker trackers use_wandb", "loop.report_to", "a list"
-    ),
+    OptionName("report_to log_with logger loggers tracker trackers use_wandb", "loop.report_to", "a list"),
     OptionName("push_to_hub hub_model_id hub_repo_id", "gdmd export --push-to-hub ORG/NAME", "also of gdmd train"),
 )
 """Every option with another name, meaning or unit here. One row a line where it fits."""

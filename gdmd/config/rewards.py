@@ -321,3 +321,18 @@ RealRewardConfig = (
 
 TaggedReward = Annotated[RealRewardConfig, Field(discriminator="kind")]
 """RealRewardConfig as a union discriminated by ``kind``, which gives one error for a wrong kind."""
+
+
+class ShapesReward(Config):
+    """A reward of the Shapes world."""
+
+    kind: Literal["shapes_clip", "shapes_pref", "shapes_clip_heldout", "shapes_partial_credit"]
+    asset: str | None = Field(default=None, description="safetensors file of another scorer; default: the shipped one.")
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+
+RewardConfig = Annotated[ShapesReward | RealRewardConfig, Field(discriminator="kind")]
+"""Every reward that can train a student."""

@@ -5,6 +5,7 @@ One step is one outer iteration of the method. Learning-rate warm-up and the EMA
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -92,14 +93,12 @@ class LoopConfig(Config):
     best_metric: str = Field(
         "",
         description="Key of metrics.jsonl, such as reward/target, by which the best checkpoint is also kept; it is "
-        'averaged over the last checkpoint_every steps. Default "": no best checkpoint.',
+        "averaged over the last checkpoint_every steps. validation/LABEL: the score at the step of the checkpoint, so only "
+        'validated checkpoints are compared. Default "": no best checkpoint.',
     )
     best_direction: Literal["max", "min"] = Field("max", description="Whether a high or a low best_metric is better.")
     log_every: Count = Field(
         10, description="Steps per line of metrics.jsonl; a line holds the means over these steps."
-    )
-    grid_every: NonNegativeCount = Field(
-        100, description="Steps between grids of validation images (EMA weights); 0 = none."
     )
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "swanlab"], ...] = Field(
         ("tensorboard",),
@@ -137,6 +136,13 @@ class LoopConfig(Config):
     @classmethod
     def _one_tracker(cls, given: Any) -> Any:
         return [given] if isinstance(given, str) else given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _removed(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "grid_every" in given:
+            raise ValueError("grid_every was removed: set validation.every instead; validation also scores the images")
+        return given
 
     @model_validator(mode="after")
     def _equal_micro_batches(self) -> Self:

@@ -14,7 +14,10 @@ from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.types import PromptBatch, TextEncoder
 
-SHIPPED = {"text_rendering": "images that show a given text, quoted in the prompt: for the OCR reward"}
+SHIPPED = {
+    "text_rendering": "images that show a given text, quoted in the prompt: for the OCR reward",
+    "validation": "eight prompts for validation: counting, color, position, text, people, style",
+}
 """Prompt sets of the package; a recipe can give their names instead of a path."""
 
 

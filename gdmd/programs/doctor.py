@@ -126,7 +126,7 @@ def writable() -> str:
 
 def smoke(chosen: str | None = None) -> str:
     """One iteration of the smoke recipe in a temporary folder."""
-    cfg = read_recipe("shapes_smoke", ["loop.steps=1", "loop.batch_size=4", "loop.grid_every=0"])
+    cfg = read_recipe("shapes_smoke", ["loop.steps=1", "loop.batch_size=4", "validation.every=0"])
     components = build(cfg, chosen)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="gdmd-doctor-") as folder:

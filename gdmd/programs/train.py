@@ -22,7 +22,8 @@ from gdmd.config.run import RunConfig
 from gdmd.data.prompts import read_prompts
 from gdmd.data.text_cache import CachedText
 from gdmd.evaluation.run_report import report_run
-from gdmd.evaluation.runs import evaluation_captions, finish_run, grid_hook
+from gdmd.evaluation.runs import evaluation_captions, finish_run
+from gdmd.evaluation.validation import Validation, validation_prompts
 from gdmd.io import SHARDS_STAY, typed, writing
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.recipes.build import Components, build, compile_networks
@@ -84,9 +85,9 @@ class Trained:
     end: TrainEnd
     steps: int
     seconds: float
-    components: Components = field(repr=False)
     evaluation: Mapping[str, Any] | None = None
     report: Path | None = None
+    components: Components | None = field(default=None, repr=False)
 
     def json(self) -> dict[str, Any]:
         """The output of ``gdmd train --json``."""
@@ -147,18 +148,18 @@ def prepare(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> Components:
         context.local_slice(cfg.loop.batch_size)
     check_best_metric(cfg)
     check_prompts(cfg, settings)
-    if cfg.method.rewarded:
-        require_weights(cfg.rewards)
+    validated, meta = validation_prompts(cfg)
+    require_weights((*(cfg.rewards if cfg.method.rewarded else ()), *cfg.held_out))
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
     require_trackers(cfg.loop.report_to)
     with phase("loading the networks", console):
         components = build(cfg, settings.device, settings.given)
-    if cfg.method.rewarded:
+    if cfg.method.rewarded or cfg.held_out:
         with phase("trying the rewards on one image", console):
-            context.on_main(lambda: _try_rewards(cfg, components))
+            context.on_main(lambda: _try_rewards(cfg, components, validated[:1], meta[:1]))
     compile_networks(cfg, components)  # in the first iteration
-    texts = [text for group in components.stream.groups for text in group]
+    texts = [*validated, *(text for group in components.stream.groups for text in group)]
     warn_long_prompts(components, texts, say=context.is_main)
     if isinstance(components.encoder, CachedText):
         encoder = components.encoder
@@ -170,7 +171,10 @@ def prepare(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> Components:
     return components
 
 
-def _try_rewards(cfg: RunConfig, components: Components) -> None:
+def _try_rewards(
+    cfg: RunConfig, components: Components, validated: Sequence[str], validated_meta: Sequence[Mapping[str, Any]]
+) -> None:
+    """The rewards on a training prompt, the held-out scorers on a validation prompt."""
     device = next(iter(components.roles.parameters("student").values())).device
     if isinstance(cfg.model, DiffusersModel):
         size = (cfg.model.height, cfg.model.width)
@@ -178,7 +182,10 @@ def _try_rewards(cfg: RunConfig, components: Components) -> None:
         height, width = components.codec.decode(torch.zeros(1, *components.latent_shape, device=device)).shape[2:]
         size = (height, width)
     meta = components.stream.meta[0][0] if components.stream.meta else None
-    try_rewards(components.rewards, size, components.stream.groups[0][0], meta, str(device))
+    if cfg.method.rewarded:
+        try_rewards(components.rewards, size, components.stream.groups[0][0], meta, str(device))
+    for text in validated:
+        try_rewards(components.scorers, size, text, next(iter(validated_meta), None), str(device))
 
 
 def encode(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) -> None:
@@ -232,7 +239,7 @@ def run_training(cfg: RunConfig, run: Run, components: Components, settings: Tra
         context.on_main(lambda: check_decoder(cfg, components, run.path, console))
     began = time.perf_counter()
     end = _train(cfg, run, components, settings)
-    trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began, components)
+    trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began, components=components)
     if end.signal is not None or not settings.evaluation or not context.is_main:
         return trained
     for hint in (*([] if cfg.shapes_world else [SCORE]), *([EXPORT] if cfg.model.kind == "diffusers" else [])):
@@ -248,7 +255,7 @@ def run_training(cfg: RunConfig, run: Run, components: Components, settings: Tra
 
 
 def _train(cfg: RunConfig, run: Run, components: Components, settings: TrainSettings) -> TrainEnd:
-    """The loop, with its progress display and sample images."""
+    """The loop, with its progress display and validation."""
     context = settings.context
     scorer = getattr(components.method, "scorer", None)  # of the methods that read rewards
 
@@ -258,12 +265,14 @@ def _train(cfg: RunConfig, run: Run, components: Components, settings: TrainSett
     texts = [text for group in components.stream.groups for text in group]
     steps = components.student_steps or cfg.method.student_steps
     with progress_for(cfg.loop.steps, settings.console) as progress:
+        shown = progress if context.is_main else NoProgress()
         hooks = Hooks(
-            progress if context.is_main else NoProgress(),
-            grid_hook(components, cfg),
-            stats,
-            displacement_hook(components, texts, steps, cfg.loop, context.size),
-            lambda name: reason_unscored(components.rewards, name),
-            tuple(settings.callbacks),
+            shown,
+            Validation(cfg, components, context, shown) if cfg.validation.every else None,
+            cfg.validation.every,
+            stats=stats,
+            at_log=displacement_hook(components, texts, steps, cfg.loop, context.size),
+            reason=lambda name: reason_unscored(components.rewards, name),
+            callbacks=tuple(settings.callbacks),
         )
         return train(components.method, components.roles, components.stream, cfg.loop, run, hooks, context)

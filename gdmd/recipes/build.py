@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -65,6 +65,7 @@ class Components:
     student_steps: tuple[float, ...] = ()  # through the family's timestep mapping; empty: those of the recipe
     teacher_times: Callable[[int], Tensor] = times
     scoring: Codec | None = None  # decoder for rewards, if not ``codec``
+    scorers: tuple[Reward, ...] = ()  # held-out rewards, for validation
 
 
 def build(cfg: RunConfig, device: str | None = None, given: GivenObjects = NOTHING_GIVEN) -> Components:
@@ -72,9 +73,12 @@ def build(cfg: RunConfig, device: str | None = None, given: GivenObjects = NOTHI
     device = pick_device(device)
     match cfg.model:
         case ShapesModel() as model:
-            return _shapes(cfg, model, device, given)
+            components = _shapes(cfg, model, device, given)
         case DiffusersModel() as model:
-            return _diffusers(cfg, model, device, given)
+            components = _diffusers(cfg, model, device, given)
+    if not cfg.held_out:
+        return components
+    return replace(components, scorers=build_rewards(cfg.held_out, device, given.functions))
 
 
 def _shapes(cfg: RunConfig, model: ShapesModel, device: str, given: GivenObjects) -> Components:

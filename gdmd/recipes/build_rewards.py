@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,19 @@ def reward_stats(rewards: Sequence[Reward]) -> Mapping[str, Tensor]:
         elif isinstance(reward, RemoteReward | OCR):
             stats |= reward.stats()
     return stats
+
+
+@contextmanager
+def without_stats(rewards: Sequence[Reward]) -> Iterator[None]:
+    """Scores that are given inside do not count in ``reward_stats``, nor in the failures that a server may have."""
+    every = [part for one in rewards for part in (one, *(p.reward for p in getattr(one, "parts", ())))]
+    counting = [one for one in every if isinstance(one, Composite | RemoteReward | OCR)]
+    before = [{key: copy(own) for key, own in vars(one).items() if isinstance(own, int | dict)} for one in counting]
+    try:
+        yield
+    finally:
+        for one, own in zip(counting, before, strict=True):
+            vars(one).update(own)
 
 
 def check_prompts(specs: Sequence[RewardConfig], prompts: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.run import PromptConfig, RunConfig
 from gdmd.config.training import LoopConfig
+from gdmd.config.validation import ValidationConfig
 from gdmd.data.prompts import SHIPPED
 from gdmd.diffusion.generate import BATCH, Sampler, student_sampler, teacher_sampler
 from gdmd.io import RunError, typed
@@ -34,7 +35,7 @@ def open_student(
 
 
 def _sampling_only(cfg: RunConfig) -> RunConfig:
-    """The part of a real model's run that generates images: no rewards, training prompts, real images or fake score."""
+    """The part of a real model's run that generates images: no rewards, prompts, real images or fake score."""
     if cfg.model.kind == "shapes":
         return cfg
     full: Literal["none", "student"] = "student" if cfg.model.full in ("student", "both") else "none"
@@ -43,7 +44,7 @@ def _sampling_only(cfg: RunConfig) -> RunConfig:
         "method": DMDConfig(student_steps=cfg.method.student_steps, guidance=cfg.method.guidance),
         "prompts": PromptConfig(file=next(iter(SHIPPED))),  # required, but none of them is used
     }
-    return cfg.model_copy(update=parts | {"rewards": (), "real_data": None})
+    return cfg.model_copy(update=parts | {"rewards": (), "real_data": None, "validation": ValidationConfig(every=0)})
 
 
 def load_ema(components: Components, saved: checkpoint.Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: prompts by index, the method's updates, logs, grids and checkpoints. It knows no algorithm.
+"""The training loop: prompts by index, the method's updates, logs, validation and checkpoints. It knows no algorithm.
 
 Everything random is keyed by (seed, step, sample), so a checkpoint needs no generator state, and a resumed run equals
 the uninterrupted one bit for bit (same machine, same number of threads). All ranks run this loop, each on its slice of
@@ -31,6 +31,7 @@ from gdmd.training.displacement import hardly_moves
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext, OtherRankError
 from gdmd.training.metrics import Means
 from gdmd.training.optimizer import lr_factor
+from gdmd.training.progress import validation_line
 from gdmd.training.reward_monitor import RewardMonitor
 from gdmd.training.role_state import NonFiniteError, RoleState, ema_weights, role_states
 from gdmd.training.saver import Saver
@@ -81,8 +82,9 @@ class NoProgress:
 
 @dataclass(frozen=True)
 class Hooks:
-    """grid(step, path): called with the EMA weights swapped in, by all ranks (a sharded network needs them all);
-    writes an image to ``path``, or nothing if it is None.
+    """validate(step, path): called with the EMA weights swapped in every ``validate_every`` steps (0 = never), at step 0
+    and at the last, by all ranks (a sharded network needs them all); rank 0 writes an image to ``path``, and all ranks get
+    the scores, by key of metrics.jsonl.
 
     stats(): statistics from outside the method that are logged after an iteration, such as the parts of a reward.
     at_log(): values that are measured only when a row is logged, by all ranks.
@@ -91,7 +93,8 @@ class Hooks:
     """
 
     progress: Progress = field(default_factory=NoProgress)
-    grid: Callable[[int, Path | None], None] | None = None
+    validate: Callable[[int, Path], Mapping[str, float]] | None = None
+    validate_every: int = 0
     stats: Callable[[], Mapping[str, Tensor]] = dict
     at_log: Callable[[], Mapping[str, float]] = dict
     reason: Callable[[str], str] = lambda name: ""
@@ -179,7 +182,7 @@ class _Trainer:
         self.context.on_main(self.start_trackers)
         self.call("on_train_begin")
         if start == 0:
-            self.draw_grid(0)
+            self.write_row(0, self.validate(0))
         for step in range(start + 1, cfg.steps + 1):  # step counts finished iterations from here on
             self.train_step(step - 1)
             self.state.step = step
@@ -187,10 +190,11 @@ class _Trainer:
             signal = self.synchronize(signals[0] if signals else 0)
             last = step == cfg.steps or signal > 0 or self.state.should_stop
             self.progress.advance(step)
+            scores = self.validate(step)
             if last or step % cfg.log_every == 0:
-                self.log(step)
-            if cfg.grid_every and (step % cfg.grid_every == 0 or step == cfg.steps):
-                self.draw_grid(step)
+                self.log(step, scores)
+            else:
+                self.write_row(step, scores)
             last = last or self.should_stop()
             if last or step % cfg.checkpoint_every == 0:
                 self.save(step)
@@ -234,8 +238,8 @@ class _Trainer:
             self.state.should_stop = bool(self.context.all_reduce_max([self.state.should_stop])[0])
         return self.state.should_stop
 
-    def log(self, step: int) -> None:
-        """Write a row of means since the last one to metrics.jsonl and the trackers; check the rewards and the student."""
+    def log(self, step: int, scores: Mapping[str, float]) -> None:
+        """Write a row of means since the last one, and validation scores; check the rewards and the student."""
         values = self.means.read(self.context)
         values["speed/images_per_s"] = self._images / (time.perf_counter() - self._clock)
         for role, state in self.states.items():
@@ -244,8 +248,7 @@ class _Trainer:
             values[f"skipped/{role}"] = state.skipped
         values |= self.hooks.at_log()
         self._images, self._clock = 0, time.perf_counter()
-        self.context.on_main(lambda: self._write_row(step, values))
-        self.call("on_log", MappingProxyType(values))
+        self.write_row(step, {**values, **scores})
         self.progress.row(step, values)
         self.rewards.add(step, values)
         if self.rewards.failure(step):
@@ -258,17 +261,22 @@ class _Trainer:
             self.progress.note(message)
             self._warned_of_student = True
 
-    def draw_grid(self, step: int) -> None:
-        """Draw the sample grid of this step with the EMA weights."""
-        if self.hooks.grid is None or not self.cfg.grid_every:
-            return
-        path = self.run.grid(step)
-        self.progress.status("drawing sample images")
-        with writing("the sample grid", path), torch.no_grad(), ema_weights(self.states["student"]):
+    def validate(self, step: int) -> Mapping[str, float]:
+        """Draw and score the validation images with the EMA weights, if it is their turn; {} if not."""
+        every = self.hooks.validate_every
+        if self.hooks.validate is None or not every or (step % every and step != self.cfg.steps):
+            return {}
+        path, began = self.run.grid(step), time.perf_counter()
+        self.progress.status("validating")
+        with writing("the validation images", path), torch.no_grad(), ema_weights(self.states["student"]):
             path.parent.mkdir(exist_ok=True)
-            self.hooks.grid(step, path if self.context.is_main else None)
+            scores = self.hooks.validate(step, path)
         self.call("on_images", {"validation/images": path})
         self.progress.status("")
+        if scores:
+            self.progress.note(validation_line(step, scores))
+        self._clock += time.perf_counter() - began  # the logged speed is that of training
+        return scores
 
     def save(self, step: int) -> None:
         """Start a checkpoint of everything that is not a pure function of the configuration and the step."""
@@ -280,8 +288,8 @@ class _Trainer:
         score = None
         if self.best.metric and self.context.is_main:
             score = self.best.score(step)
-            if score is None:
-                self.progress.note(self.best.why_unscored(step))
+            if score is None and (reason := self.best.why_unscored(step)):
+                self.progress.note(reason)
         self.saver.save(step, parts, facts, score)
         self.progress.status("")
 
@@ -357,7 +365,7 @@ class _Trainer:
             self.progress.note(
                 f"{self.run.checkpoints} holds no checkpoint: the run starts over, without its {logged} logged rows"
             )
-        self.run.rewind(saved.step if saved else 0)
+        self.run.rewind(saved.step if saved else -1)
         rows = read_metrics(self.run.path)
         self.best.resume(rows if self.best.metric else ())
         return self.rewards.state_of(rows)
@@ -373,6 +381,12 @@ class _Trainer:
     def _lr_factor(self, step: int) -> float:
         updates = self.states["student"].updates
         return lr_factor(self.cfg.lr_schedule, step / self.cfg.steps, updates, self.cfg.warmup)
+
+    def write_row(self, step: int, values: Mapping[str, float]) -> None:
+        """Rank 0 writes a row to metrics.jsonl, if there are values; the callbacks get it."""
+        if values:
+            self.context.on_main(lambda: self._write_row(step, values))
+            self.call("on_log", MappingProxyType(dict(values)))
 
     def _write_row(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(step, values)

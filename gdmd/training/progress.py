@@ -14,6 +14,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from gdmd.config.validation import PREFIX, TEACHER
+
 SHOWN = {
     "loss/student": ("student", "loss of the student"),
     "loss/fake": ("fake", "loss of the fake score"),
@@ -39,6 +41,16 @@ def summary(values: Mapping[str, float]) -> list[str]:
 def legend(values: Mapping[str, float]) -> str:
     """What the short names of ``summary`` mean, in one line."""
     return "; ".join(f"{SHOWN[key][0]} = {SHOWN[key][1]}" for key in _shown(values) if key in SHOWN)
+
+
+def validation_line(step: int, scores: Mapping[str, float]) -> str:
+    """The validation scores of a step in lines of 80 columns; those of the teacher in parentheses."""
+    shown = {key: "-" if isnan(score) else f"{score:.3g}" for key, score in scores.items()}
+    own = {key.removeprefix(PREFIX): text for key, text in shown.items() if not key.startswith(TEACHER)}
+    known = {label: f" (teacher {shown[TEACHER + label]})" if TEACHER + label in shown else "" for label in own}
+    parts = [f"{label} {text}{known[label]}".replace(" ", "\xa0") for label, text in own.items()]
+    line = f"step {step}, validation: {', '.join(parts)}"
+    return textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False).replace("\xa0", " ")
 
 
 class Pace:

@@ -117,13 +117,13 @@ def test_printed_recipe_can_be_trained(gdmd: Gdmd) -> None:
 
 
 def test_train_evaluates_and_reports(gdmd: Gdmd) -> None:
-    finished = gdmd("train", "shapes_smoke", *TINY, "loop.grid_every=1", "--run", "run", "--json")
+    finished = gdmd("train", "shapes_smoke", *TINY, "validation.every=1", "--run", "run", "--json")
     assert finished.code == 0, finished.err
     ended = json.loads(finished.out)
     assert ended["step"] == 2 and ended["finished"] and Path(ended["checkpoint"]).is_dir()
     assert set(ended["evaluation"]["shapeseval"]) == {"overall", *TASKS}
     assert Path("run/report.html").read_text().count("data:image/png") >= 3
-    assert len(read_metrics(Path("run"))) == 2
+    assert [row["step"] for row in read_metrics(Path("run"))] == [0, 1, 2]
 
 
 def test_second_run_gets_another_folder(gdmd: Gdmd) -> None:
@@ -289,6 +289,7 @@ def test_metric_keys_of_a_recipe(gdmd: Gdmd, name: str) -> None:
     overrides = [one for one in TINY if "group_size" not in one or kind == "gdmd"]
     overrides += ["method.images_per_prompt=2"] if kind in ("dmd_nft", "dmd_grpo") else []
     overrides += ["method.cold_start=1"] if kind == "dmdr" else []
+    overrides += ["validation.every=2", "validation.prompts=[a ring]"]
     cfg = read_recipe(name, overrides)
     finished = gdmd("train", name, *overrides, "--no-eval", "--run", "run")
     assert finished.code == 0, finished.err

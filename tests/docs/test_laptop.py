@@ -24,7 +24,7 @@ from gdmd.runs.assets import save_asset
 from gdmd.shapes.pretrain.miniatures import build_miniature
 
 PAGE = (ROOT / "docs" / "guides" / "laptop.md").read_text(encoding="utf-8")
-TRAIN = ("loop.steps=1", "loop.batch_size=2", "method.continuations=2", "model.lora_rank=2", "loop.grid_every=0")
+TRAIN = ("loop.steps=1", "loop.batch_size=2", "method.continuations=2", "model.lora_rank=2", "validation.every=0")
 SMALL = {
     "train": (*TRAIN, "eval.per_task=1", "eval.images=2", "eval.teacher_steps=2"),
     "pretrain": ("--steps", "1"),

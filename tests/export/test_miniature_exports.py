@@ -39,7 +39,7 @@ SETTINGS = {
     "loop.lr_schedule": "constant",
     "loop.warmup": "0",
     "loop.ema": "0.5",
-    "loop.grid_every": "0",
+    "validation.every": "0",
     "loop.threads": "1",
 }
 TOLERANCE = 1e-4

@@ -50,7 +50,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def recipe(folder: Path, full: str) -> RunConfig:
-    loop: dict[str, Any] = {"batch_size": 2, "checkpoint_every": 1, "grid_every": 0, "log_every": 1, "threads": 1}
+    loop: dict[str, Any] = {"batch_size": 2, "checkpoint_every": 1, "log_every": 1, "threads": 1}
     return RunConfig(
         name="tiny",
         model=tiny.config(folder, full=full),
@@ -58,6 +58,7 @@ def recipe(folder: Path, full: str) -> RunConfig:
         loop=LoopConfig(steps=2, lr_student=1e-2, lr_fake=1e-2, ema=0.5, **loop),
         prompts={"file": str(folder.parent / "prompts.txt")},
         rewards=[{"kind": "callable", "target": "test_family_runs:greenness"}],
+        validation={"every": 0},
     )
 
 

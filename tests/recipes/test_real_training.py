@@ -29,20 +29,21 @@ from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
+from gdmd.config.validation import ValidationConfig
 from gdmd.io import RunError
 from gdmd.models.roles import DiffusersRoles
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.programs.export import export_run
 from gdmd.programs.train import TrainSettings, create_run, prepare
 from gdmd.recipes.build import Components, build
-from gdmd.runs.run_folder import Run, create, read_facts
+from gdmd.runs.run_folder import Run, create, read_facts, read_metrics
 from gdmd.sources.base import EXPORT_FILE
 from gdmd.sources.draw import draw
 from gdmd.student import load_student
 from gdmd.training.loop import train
 from gdmd.types import PromptBatch
 
-FAST: dict[str, Any] = {"log_every": 1, "grid_every": 0, "checkpoint_every": 1, "threads": 1, "ema": 0.9}
+FAST: dict[str, Any] = {"log_every": 1, "checkpoint_every": 1, "threads": 1, "ema": 0.9}
 
 
 def brightness(images: Tensor, prompts: PromptBatch) -> Tensor:
@@ -68,6 +69,8 @@ def recipe(folders: Path, name: str, steps: int, method: Any = None, **model: An
         loop=LoopConfig(steps=steps, batch_size=2, lr_student=1e-2, lr_fake=1e-2, **FAST),
         prompts={"file": str(prompts)},
         rewards=[{"kind": "callable", "target": "test_real_training:brightness"}],
+        validation={"every": 0},
+        eval={"teacher_steps": 2},
     )
 
 
@@ -145,11 +148,15 @@ def test_grids_samples_and_exports(
 ) -> None:
     cfg, prompts = recipe(folders, name, 1), tmp_path / "prompts.txt"
     prompts.write_text("\n".join(tiny.WORDS))
-    parts = {"loop": cfg.loop.model_copy(update={"grid_every": 1}), "prompts": type(cfg.prompts)(file=str(prompts))}
+    scorer = {"kind": "callable", "target": "test_real_training:brightness"}
+    validation = ValidationConfig(every=1, images=2, scorers=(scorer,))  # the prompts: the shipped set
+    parts = {"validation": validation, "prompts": type(cfg.prompts)(file=str(prompts))}
     cfg = cfg.model_copy(update=parts)
     done = create_run(cfg, tmp_path / "run", ["gdmd", "train"], TrainSettings(Console(quiet=True), evaluation=True))
     assert done.evaluation is None and done.report == tmp_path / "run" / "report.html"
-    assert len(list((tmp_path / "run" / "grids").iterdir())) == 2
+    assert len(list((tmp_path / "run" / "grids").iterdir())) == 3
+    rows = read_metrics(tmp_path / "run")
+    assert [0 < row["validation/test_real_training:brightness"] < 1 for row in rows] == [True, True]
     prompts.unlink()
     monkeypatch.setattr("gdmd.recipes.build.build_rewards", None)  # who draws needs none of them
     assert draw(read_source(str(tmp_path / "run")), ["two red dogs"], 2, 0, tmp_path / "a.png", 4) > 0

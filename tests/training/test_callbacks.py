@@ -53,13 +53,15 @@ class StopAt(TrainerCallback):
         setattr(self, event, stop)
 
 
-def train(folder: Path, *callbacks: TrainerCallback, steps: int = 4, **changes: Any) -> TrainEnd:
-    def grid(step: int, path: Path | None) -> None:
-        assert path is not None
+def train(
+    folder: Path, *callbacks: TrainerCallback, steps: int = 4, validate_every: int = 0, **changes: Any
+) -> TrainEnd:
+    def validate(step: int, path: Path) -> dict[str, float]:
         path.write_bytes(b"image")
+        return {}
 
     cfg = toy_config(steps, **{"checkpoint_every": 3, "log_every": 2, "report_to": ()} | changes)
-    return Toy(folder, cfg, hooks=Hooks(grid=grid, callbacks=callbacks)).train()
+    return Toy(folder, cfg, hooks=Hooks(validate=validate, validate_every=validate_every, callbacks=callbacks)).train()
 
 
 def student(folder: Path) -> dict[str, torch.Tensor]:
@@ -70,11 +72,11 @@ def student(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_events_in_order(tmp_path: Path) -> None:
     seen = Recorder()
-    train(tmp_path / "run", seen, grid_every=4)
+    train(tmp_path / "run", seen, validate_every=4)
     logged = {row["step"]: row["loss/student"] for row in read_metrics(tmp_path / "run")}
     assert seen.events == [
         *(("begin", 0), ("images", 0), ("step", 1), ("step", 2), ("log", 2, logged[2]), ("step", 3), ("save", 3)),
-        *(("step", 4), ("log", 4, logged[4]), ("images", 4), ("save", 4), ("end", 4)),
+        *(("step", 4), ("images", 4), ("log", 4, logged[4]), ("save", 4), ("end", 4)),
     ]
     resumed = Recorder()
     train(tmp_path / "run", resumed, steps=5)
@@ -89,7 +91,7 @@ def test_each_checkpoint_written_in_the_background_is_announced_once(tmp_path: P
 
 @pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_images"])
 def test_a_callback_stops_the_run_and_a_resume_completes_it(tmp_path: Path, event: str) -> None:
-    end = train(tmp_path / "run", StopAt(4, event), steps=8, grid_every=4)
+    end = train(tmp_path / "run", StopAt(4, event), steps=8, validate_every=4)
     assert (end.step, end.stopped, end.signal, end.exit_code) == (4, True, None, 0)
     assert end.checkpoint.name == "step_000004"
     end = train(tmp_path / "run", steps=8)

@@ -216,12 +216,26 @@ def test_logged_rows(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "tb").glob("events*"))
 
 
-def test_grids_use_the_ema_weights(tmp_path: Path) -> None:
+def test_validation_uses_the_ema_weights(tmp_path: Path) -> None:
+    """Also a row for each validation: a separate one unless the step is logged anyway."""
     seen: list[tuple[int, str, Tensor]] = []
-    toy = Toy(tmp_path / "run", toy_config(7, grid_every=3, ema=0.9))
+    toy = Toy(tmp_path / "run", toy_config(7, ema=0.9, log_every=2))
     weight = toy.roles.student.layers[0].weight
-    toy.hooks = Hooks(grid=lambda step, path: seen.append((step, path.name, weight.detach().clone())))
+
+    def validate(step: int, path: Path) -> dict[str, float]:
+        seen.append((step, path.name, weight.detach().clone()))
+        return {"validation/size": float(step)}
+
+    toy.hooks = Hooks(validate=validate, validate_every=3)
     toy.train()
+    rows = [
+        (row["step"], row.get("validation/size"), "loss/student" in row)
+        for row in rundir.read_metrics(tmp_path / "run")
+    ]
+    assert rows == [
+        *((0, 0.0, False), (2, None, True), (3, 3.0, False), (4, None, True)),
+        *((6, 6.0, True), (7, 7.0, True)),
+    ]
     assert [(step, name) for step, name, _ in seen] == [(step, f"step_{step:06d}.png") for step in (0, 3, 6, 7)]
     saved = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
     assert saved is not None

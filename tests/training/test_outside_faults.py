@@ -149,7 +149,7 @@ def server() -> Iterator[tuple[str, Callable[[int], None]]]:
 def rewarded_training(folder: Path, url: str) -> int:
     """Three iterations of GDMD on tiny networks with the server's reward, resumed if there is a checkpoint."""
     text = "{name: tiny, method: {kind: gdmd, group_size: 2}, loop: {steps: 3, batch_size: 4, checkpoint_every: 1}}"
-    cfg = load_config(RunConfig, text, ["loop.grid_every=0", "loop.log_every=1", "loop.lr_student=0.01"])
+    cfg = load_config(RunConfig, text, ["validation.every=0", "loop.log_every=1", "loop.lr_student=0.01"])
     torch.manual_seed(0)
     roles, codec = ShapesRoles(ShapesDit(width=16, depth=1, heads=2)), ShapesCodec(ShapesVae(16))
     remote = RemoteConfig(url=url, reward="length", timeout_s=10, retries=1)

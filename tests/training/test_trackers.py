@@ -34,14 +34,16 @@ from PIL import Image
 from toy_training import Toy, toy_config
 from gdmd.training.loop import Hooks
 
-def grid(step, path):
+def validate(step, path):
     Image.new("RGB", (8, 8), (step, 0, 0)).save(path)
+    return {}
 
 def kill(step):
     if step == int(sys.argv[2]):
         raise KeyboardInterrupt
 
-Toy(Path(sys.argv[1]), toy_config(12, report_to=("wandb", "trackio"), grid_every=6), kill, Hooks(grid=grid)).train()
+hooks = Hooks(validate=validate, validate_every=6)
+Toy(Path(sys.argv[1]), toy_config(12, report_to=("wandb", "trackio")), kill, hooks).train()
 """
 
 
@@ -144,18 +146,18 @@ def test_a_second_trackio_run_in_a_folder_of_the_same_name_is_another_run(resume
 def test_tensorboard_gets_scalars_and_images(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def grid(step: int, path: Path | None) -> None:
-        assert path is not None
+    def validate(step: int, path: Path) -> dict[str, float]:
         Image.new("RGB", (8, 8), (step, 0, 0)).save(path)
+        return {}
 
     def kill(step: int) -> None:
         if step == 7:
             raise KeyboardInterrupt
 
-    cfg = toy_config(12, grid_every=6)
+    cfg, hooks = toy_config(12), Hooks(validate=validate, validate_every=6)
     with pytest.raises(KeyboardInterrupt):
-        Toy(tmp_path / "run", cfg, kill, Hooks(grid=grid)).train()
-    Toy(tmp_path / "run", cfg, hooks=Hooks(grid=grid)).train()
+        Toy(tmp_path / "run", cfg, kill, hooks).train()
+    Toy(tmp_path / "run", cfg, hooks=hooks).train()
     board = EventAccumulator(str(tmp_path / "run" / "tb"), {"scalars": 0, "images": 0})
     board.Reload()
     assert [event.step for event in board.Scalars("loss/student")] == [*range(1, 13)]
