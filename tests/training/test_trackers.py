@@ -212,18 +212,18 @@ def swanlab(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_swanlab_run_is_continued(tmp_path: Path, swanlab: list[dict[str, Any]]) -> None:
-    def grid(step: int, path: Path | None) -> None:
-        assert path is not None
+    def validate(step: int, path: Path) -> dict[str, float]:
         path.write_bytes(b"image")
+        return {}
 
     def kill(step: int) -> None:
         if step == 7:
             raise KeyboardInterrupt
 
-    cfg = toy_config(12, report_to="swanlab", grid_every=6)
+    cfg, hooks = toy_config(12, report_to="swanlab"), Hooks(validate=validate, validate_every=6)
     with pytest.raises(KeyboardInterrupt):
-        Toy(tmp_path / "mine", cfg, kill, Hooks(grid=grid)).train()
-    Toy(tmp_path / "mine", cfg, hooks=Hooks(grid=grid)).train()
+        Toy(tmp_path / "mine", cfg, kill, hooks).train()
+    Toy(tmp_path / "mine", cfg, hooks=hooks).train()
     first, second = swanlab
     assert first["id"] == second["id"] and first["resume"] == "allow"
     assert (first["name"], first["project"], first["config"]["steps"]) == ("mine", "gdmd", 12)
