@@ -25,7 +25,7 @@ TINY = {
     "loop.checkpoint_every": 1,
     "loop.threads": 1,
     "loop.lr_schedule": "constant",
-    "loop.grid_every": 0,
+    "validation.every": 0,
     "method.continuations": 2,
     "eval.per_task": 1,
     "eval.images": 1,
@@ -101,7 +101,7 @@ def test_train_resume_and_pipeline(tmp_path: Path) -> None:
     )
     assert one == other
     inputs = read_facts(tmp_path / "parts")["inputs"]
-    assert inputs["prompts"]["given"] == "python:2 prompts" and inputs["rewards.1"]["given"] == "python:red"
+    assert inputs["prompts"]["given"] == "python:2 prompts" and inputs["rewards.1.source"]["given"] == "python:red"
     assert type(again.pipeline).__name__ == "StableDiffusionXLPipeline"
     draw = {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
     image = again.pipeline(CAPTIONS[0], **draw).images[0]
@@ -118,7 +118,7 @@ def test_run_with_python_objects_is_not_resumed_without_them(tmp_path: Path) -> 
 
     DistillationTrainer("shapes", None, red, CAPTIONS, tiny(tmp_path / "run")).train()
     with pytest.raises(
-        RunError, match=r"objects that its folder does not hold: prompts \(2 prompts\), rewards.0 \(red\)"
+        RunError, match=r"objects that its folder does not hold: prompts \(2 prompts\), rewards.0.source \(red\)"
     ):
         resume_run(tmp_path / "run", None, ["loop.steps=3"])
     other = DistillationTrainer("shapes", None, red, [*CAPTIONS, "a blue ring"], tiny(tmp_path / "run", 3))

@@ -12,11 +12,13 @@ from pydantic.fields import FieldInfo
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive
 from gdmd.config.model import DiffusersModel, Pixels
 from gdmd.config.training import Decay, LoopConfig
+from gdmd.config.validation import ValidationConfig
 
 Folder = Annotated[str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)]
 _SECTIONS: Mapping[str, Mapping[str, FieldInfo]] = {
     "loop": LoopConfig.model_fields,
     "model": DiffusersModel.model_fields,
+    "validation": ValidationConfig.model_fields,
 }
 
 
@@ -71,6 +73,9 @@ class TrainingConfig(Config):
     save_total_limit: NonNegativeCount | None = _sets("loop.keep_checkpoints")
     logging_steps: Count | None = _sets("loop.log_every")
     seed: NonNegativeCount | None = _sets("loop.seed")
+    report_to: tuple[str, ...] | str | None = _sets("loop.report_to")
+    validation_prompts: tuple[str, ...] | str | None = _sets("validation.prompts")
+    validation_steps: NonNegativeCount | None = _sets("validation.every")
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="Any other field of the recipe, by its path; they win over the fields above."
     )

@@ -21,7 +21,7 @@ from gdmd.recipes.open_run import open_student, student_row, teacher_row
 from gdmd.recipes.read import read_recipe
 from gdmd.recipes.run_folders import config_of
 from gdmd.rewards.composite import Composite, Part
-from gdmd.rewards.ocr import OcrReward
+from gdmd.rewards.ocr import OCR
 from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import named_best
 from gdmd.runs.reward_signal import RewardSignal
@@ -172,8 +172,8 @@ def test_mistakes_are_refused_before_the_run_folder(gdmd: Gdmd, arguments: tuple
     ("override", "message"),
     [
         ("loop.grid_every=5", "loop: grid_every was removed: set validation.every instead"),
-        ("validation_steps=5", "did you mean validation.every?"),
-        ("validation_prompts=x.txt", "did you mean validation.prompts?"),
+        ("validation_steps=5", "here this is called validation.every"),
+        ("validation_prompts=x.txt", "here this is called validation.prompts"),
         ("validation.prompts=3", "validation.prompts: got 3: should be a file, or a list of prompts"),
         ("validation.scorers=[{kind: shapes_pref}]", "which train the student and score the validation images anyway"),
         ("validation.scorers=[{kind: clip}, {kind: clip}]", "each scorer may be listed once"),
@@ -240,7 +240,7 @@ def test_validation_rows_do_not_count_as_training() -> None:
 
 def test_validation_scores_are_not_part_of_the_statistics_of_training() -> None:
     """Of prompts without text for OCR, and of the parts of a composite."""
-    ocr = OcrReward(lambda image: "")
+    ocr = OCR.from_modules(lambda image: "")
     composite = Composite([Part(ocr)])
     batch = PromptBatch(torch.arange(1), ("a cat",), torch.arange(1), {}, {})
     with without_stats([composite]):
