@@ -1,0 +1,49 @@
+"""A frozen denoiser with quantized linear layers, through diffusers' own configs: torchao (int8, fp8) or bitsandbytes (nf4).
+
+Every linear layer of the denoiser is quantized when it is loaded, one scale per row (nf4: per 64 weights). Convolutions,
+which hold a quarter of SDXL's weights, embeddings and norms keep their dtype. Text encoders are not quantized: the
+exported student is used with the original ones, and ``model.embeddings`` unloads them before training.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from gdmd.config.extras import install
+from gdmd.config.model import DiffusersModel
+
+LIBRARY = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+
+
+def require_quantizer(cfg: DiffusersModel, device: str) -> None:
+    """ValueError if the library of cfg.quantization is not installed, or for nf4 without a GPU."""
+    library = LIBRARY.get(cfg.quantization)
+    if library is None:
+        return
+    what = f"model.quantization = {cfg.quantization}"
+    if find_spec(library) is None:
+        how = install("8bit") if library == "torchao" else "pip install bitsandbytes"
+        raise ValueError(f"{what} needs {library}, which is not installed; do: {how}")
+    if library == "bitsandbytes" and device.startswith("cpu"):
+        raise ValueError(f"{what} needs a GPU, got device {device}; set model.quantization=int8 or none")
+
+
+def quantization_config(cfg: DiffusersModel, component: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments of a pipeline's ``from_pretrained`` that quantize ``component``; none without quantization."""
+    if cfg.quantization == "none":
+        return {}
+    import diffusers
+
+    scheme: Any
+    if cfg.quantization == "nf4":
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        scheme = diffusers.BitsAndBytesConfig(load_in_4bit=True, **options)
+    else:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+        kind: Any = Int8WeightOnlyConfig if cfg.quantization == "int8" else Float8WeightOnlyConfig
+        scheme = diffusers.TorchAoConfig(kind(set_inductor_config=False))  # else it changes torch.compile for everybody
+    return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping={component: scheme})}
