@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import Arguments, Json, print_json, recipe_of
+from gdmd.cli.common import Arguments, Json, log, print_json, recipe_of
 
 
 def plan_command(
@@ -56,7 +56,7 @@ def plan_command(
 
     kept: list[search.Change] = []
     if fit:
-        estimate, kept = search.fit(lambda more: recipe_of([*arguments, *more]), card, efficiency)
+        estimate, kept = search.fit(lambda more: recipe_of([*arguments, *more]), card, efficiency, log)
     else:
         estimate = plan(cfg, card, efficiency)
     from gdmd.plan.text import described, fitted, train_command

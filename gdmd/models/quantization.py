@@ -10,6 +10,7 @@ root mean square).
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -40,13 +41,15 @@ def quantization_config(cfg: DiffusersModel, component: str, dtype: torch.dtype)
         return {}
     import diffusers
 
+    library: Any = diffusers
     scheme: Any
     if cfg.quantization == "nf4":
         options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-        scheme = diffusers.BitsAndBytesConfig(load_in_4bit=True, **options)
+        scheme = library.BitsAndBytesConfig(load_in_4bit=True, **options)
     else:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
-
-        kind: Any = Int8WeightOnlyConfig if cfg.quantization == "int8" else Float8WeightOnlyConfig
-        scheme = diffusers.TorchAoConfig(kind(set_inductor_config=False))  # else it changes torch.compile for everybody
-    return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping={component: scheme})}
+        torchao: Any = import_module("torchao.quantization")
+        kind = torchao.Int8WeightOnlyConfig if cfg.quantization == "int8" else torchao.Float8WeightOnlyConfig
+        scheme = library.TorchAoConfig(
+            kind(set_inductor_config=False)
+        )  # true changes torch.compile for everything else
+    return {"quantization_config": library.PipelineQuantizationConfig(quant_mapping={component: scheme})}

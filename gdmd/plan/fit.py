@@ -19,8 +19,8 @@ MARGIN = 0.05
 """Share of the GPU's memory that a plan leaves free: activations are estimates."""
 SMALLEST = 0.02 * GIB
 """Bytes that a change must save."""
-SAME_CALLS = ("model.embeddings", "rewards.", "loop.optimizer")
-"""Beginnings of the settings that change no call of a network, so that nothing is measured again."""
+SAME_CALLS = ("model.embeddings", "model.forward_chunk", "rewards.", "loop.optimizer")
+"""Beginnings of the settings that change no measured call, so that nothing is measured again."""
 TINY_DECODERS = {"sd15": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux": "taef1", "z_image": "taef1"}
 """Published AutoencoderTiny of a family's latents, by madebyollin."""
 
@@ -34,14 +34,23 @@ class Change:
     saved: float = 0.0
 
 
-def fit(read: Callable[[Sequence[str]], RunConfig], gpu: Gpu, efficiency: float) -> tuple[TrainingPlan, list[Change]]:
-    """The plan with as many changes as it needs to fit, or all that help; ``read``: the recipe with more overrides."""
+def fit(
+    read: Callable[[Sequence[str]], RunConfig],
+    gpu: Gpu,
+    efficiency: float,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[TrainingPlan, list[Change]]:
+    """The plan with as many changes as it needs to fit, or all that help.
+
+    ``read``: the recipe with more overrides. ``say`` gets a message before every change that is tried.
+    """
     estimate, kept, tried = plan(read([]), gpu, efficiency), list[Change](), set[str]()
     while not fits(estimate):
         change = next((one for one in changes(estimate) if one.override not in tried), None)
         if change is None:
             break
         tried.add(change.override)
+        say(f"{estimate.total / GIB:.1f} GiB; trying {change.override}")
         cfg = read([*(one.override for one in kept), change.override])
         costs = estimate.costs if change.override.startswith(SAME_CALLS) else None
         smaller = plan(cfg, gpu, efficiency, costs)
