@@ -40,7 +40,7 @@ def fit(
     efficiency: float,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[TrainingPlan, list[Change]]:
-    """The plan with as many changes as it needs to fit, or all that help.
+    """The plan with the changes it needs to fit, or all that help.
 
     ``read``: the recipe with more overrides. ``say`` gets a message before every change that is tried.
     """
@@ -57,12 +57,22 @@ def fit(
         saved = estimate.total - smaller.total
         if saved >= SMALLEST:
             estimate, kept = smaller, [*kept, Change(change.override, change.price, saved)]
+    for change in reversed(kept[:-1]):  # what a later change made unnecessary
+        rest = [one for one in kept if one is not change]
+        if estimate.total + change.saved <= _limit(gpu):
+            costs = estimate.costs if change.override.startswith(SAME_CALLS) else None
+            larger = plan(read([one.override for one in rest]), gpu, efficiency, costs)
+            estimate, kept = (larger, rest) if fits(larger) else (estimate, kept)
     return estimate, kept
 
 
 def fits(estimate: TrainingPlan) -> bool:
     """Whether the estimate leaves the margin free."""
-    return estimate.total <= (1 - MARGIN) * estimate.gpu.gib * GIB
+    return estimate.total <= _limit(estimate.gpu)
+
+
+def _limit(gpu: Gpu) -> float:
+    return (1 - MARGIN) * gpu.gib * GIB
 
 
 def changes(estimate: TrainingPlan) -> Iterator[Change]:
