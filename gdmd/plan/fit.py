@@ -27,11 +27,16 @@ TINY_DECODERS = {"sd15": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux": "t
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that reduces memory, its price, and the bytes that it saved."""
+    """Settings that reduce memory, separated by spaces, their price, and the bytes that they saved."""
 
-    override: str
+    settings: str
     price: str
     saved: float = 0.0
+
+
+def overrides(kept: Sequence[Change]) -> list[str]:
+    """All settings, as arguments of a command."""
+    return [setting for change in kept for setting in change.settings.split()]
 
 
 def fit(
@@ -46,22 +51,22 @@ def fit(
     """
     estimate, kept, tried = plan(read([]), gpu, efficiency), list[Change](), set[str]()
     while not fits(estimate):
-        change = next((one for one in changes(estimate) if one.override not in tried), None)
+        change = next((one for one in changes(estimate) if one.settings not in tried), None)
         if change is None:
             break
-        tried.add(change.override)
-        say(f"{estimate.total / GIB:.1f} GiB; trying {change.override}")
-        cfg = read([*(one.override for one in kept), change.override])
-        costs = estimate.costs if change.override.startswith(SAME_CALLS) else None
+        tried.add(change.settings)
+        say(f"{estimate.total / GIB:.1f} GiB; trying {change.settings}")
+        cfg = read(overrides([*kept, change]))
+        costs = estimate.costs if change.settings.startswith(SAME_CALLS) else None
         smaller = plan(cfg, gpu, efficiency, costs)
         saved = estimate.total - smaller.total
         if saved >= SMALLEST:
-            estimate, kept = smaller, [*kept, Change(change.override, change.price, saved)]
+            estimate, kept = smaller, [*kept, Change(change.settings, change.price, saved)]
     for change in reversed(kept[:-1]):  # what a later change made unnecessary
         rest = [one for one in kept if one is not change]
         if estimate.total + change.saved <= _limit(gpu):
-            costs = estimate.costs if change.override.startswith(SAME_CALLS) else None
-            larger = plan(read([one.override for one in rest]), gpu, efficiency, costs)
+            costs = estimate.costs if change.settings.startswith(SAME_CALLS) else None
+            larger = plan(read(overrides(rest)), gpu, efficiency, costs)
             estimate, kept = (larger, rest) if fits(larger) else (estimate, kept)
     return estimate, kept
 
@@ -110,16 +115,16 @@ def _slower(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterat
     if worst.startswith("update") and not model.checkpointing:
         yield Change("model.checkpointing=true", "a third more time: activations are computed again")
     if not estimate.counts.decoded_with_grad:
-        for index, spec in _neural(estimate.cfg):
-            if not spec.offload:
-                yield Change(f"rewards.{index}.offload=true", "its weights are copied to the GPU for every call")
+        away = [f"rewards.{index}.offload=true" for index, spec in _neural(estimate.cfg) if not spec.offload]
+        if away:  # together: a single one still visits the GPU in the largest phase
+            yield Change(" ".join(away), "the weights of the rewards are copied to the GPU for every call")
 
 
 def _less_exact(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterator[Change]:
     """Changes that move the rewards a little."""
-    for index, spec in _neural(estimate.cfg):
-        if spec.dtype == "fp32":
-            yield Change(f"rewards.{index}.dtype=bf16", "its scores are rounded")
+    rounded = [f"rewards.{index}.dtype=bf16" for index, spec in _neural(estimate.cfg) if spec.dtype == "fp32"]
+    if rounded:
+        yield Change(" ".join(rounded), "scores are rounded")
     if not worst.startswith("decoding") or model.scoring_decoder is not None:
         return
     if not model.decode_tiled:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from gdmd.config.model import DiffusersModel
 from gdmd.plan.cost_model import GIB, RESERVE, ScalingRow
 from gdmd.plan.estimate import TrainingPlan
-from gdmd.plan.fit import MARGIN, Change, changes, fits
+from gdmd.plan.fit import MARGIN, Change, changes, fits, overrides
 
 SMALL = 1e9
 """FLOP of a forward pass below which the speed estimate does not hold."""
@@ -86,7 +86,7 @@ def _verdict(plan: TrainingPlan) -> Iterable[str]:
     verdict = "it fits" if plan.fits else "it does NOT fit"
     yield f"{verdict}: {plan.total / GIB:.1f} of {plan.gpu.gib:g} GiB of {plan.gpu.name}"
     if not plan.fits:
-        yield from (f"  try {change.override} ({change.price})" for change in changes(plan))
+        yield from (f"  try {change.settings} ({change.price})" for change in changes(plan))
         yield f"  or {OTHER_TASK}; --fit tries these changes in this order"
 
 
@@ -96,7 +96,7 @@ OTHER_TASK = "a smaller loop.batch_size, image or model.lora_rank, model.full=no
 
 def fitted(plan: TrainingPlan, kept: Sequence[Change], arguments: Sequence[str]) -> str:
     """The changes of --fit, and the command that trains with them."""
-    lines = [f"{change.override:40} saves {change.saved / GIB:6.2f} GiB; price: {change.price}" for change in kept]
+    lines = [f"{change.settings:40} saves {change.saved / GIB:6.2f} GiB; price: {change.price}" for change in kept]
     limit = f"{(1 - MARGIN) * plan.gpu.gib:.1f} GiB, {1 - MARGIN:.0%} of {plan.gpu.name}"
     if not fits(plan):
         lines.append(f"nothing more helps: {plan.total / GIB:.1f} GiB do not fit in {limit}. Take {OTHER_TASK}")
@@ -108,7 +108,7 @@ def fitted(plan: TrainingPlan, kept: Sequence[Change], arguments: Sequence[str])
 
 def train_command(arguments: Sequence[str], kept: Sequence[Change]) -> str:
     """``gdmd train`` with the arguments of ``gdmd plan`` and the changes."""
-    return shlex.join(["gdmd", "train", *arguments, *(change.override for change in kept)])
+    return shlex.join(["gdmd", "train", *arguments, *overrides(kept)])
 
 
 def _table(plan: TrainingPlan, rows: Sequence[ScalingRow]) -> Iterable[str]:
