@@ -65,10 +65,12 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
     from gdmd.models.loading import check_tiny, require_tiny
     from gdmd.models.roles import DiffusersRoles
     from gdmd.plan.meta_pipeline import meta_decoder, meta_family
+    from gdmd.plan.quantized_layers import quantize_layers
 
     opened = meta_family(model)
     family = opened.family
     check_guidance(family, cfg.method.guidance)
+    quantize_layers(family.net, model.quantization)
     roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     vae: Any = family.pipe.vae
     nets = [*roles.modules(), *heads_of(roles), vae]

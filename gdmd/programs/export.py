@@ -63,7 +63,8 @@ def export_run(
             "--dtype applies to a merged pipeline only, a LoRA is always fp32; add --merged or omit --dtype"
         )
     target = folder or run / ("export-merged" if whole else "export")
-    family, uniform = open_family(model, extras=whole), cfg.method.student_steps
+    original = model.model_copy(update={"quantization": "none"})  # the student is merged into the base's own weights
+    family, uniform = open_family(original, extras=whole), cfg.method.student_steps
     check_fits(family, weights)
     arguments = call_arguments(family, uniform)
     facts = read_facts(run) | {"step": step, "scoring": read_gaps(run), "validation": validation_at(run, step)}
