@@ -88,7 +88,7 @@ def public_api() -> str:
     parts = [
         "# Public API",
         "Everything here is imported from `gdmd` or `gdmd.rewards`, for example `from gdmd import DistillationTrainer`. "
-        "These names change only with an entry in the release notes. The pure functions of the [losses](losses.md) and "
+        "These names are stable; others may change without notice. The pure functions of the [losses](losses.md) and "
         "of [diffusion](diffusion.md) (schedules, samplers, guidance) are public under their modules. See also "
         "[Train from Python](../../guides/python.md) and the fields of "
         "[TrainingConfig](../configuration.md#trainingconfig).",
