@@ -11,10 +11,10 @@ from typing import Any
 from gdmd.config.describe import METHODS, student_updates
 from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import PREFIX, is_shapes_pipeline
-from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.export.pipeline import left_out
 from gdmd.models.families.base import Family
 from gdmd.models.loading import has_safety_checker, local_or_hub_index
+from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.runs.inputs import INPUTS, change_lines
 
 

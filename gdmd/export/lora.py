@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gdmd.io import follow_umask
 from gdmd.models.families.base import Family
+from gdmd.models.lora_location import DIFFUSERS_FILE
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "comfyui_lora.safetensors"
 
 

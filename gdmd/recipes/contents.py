@@ -7,6 +7,7 @@ from pathlib import Path
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import ShapesModel
 from gdmd.io import content_hash, file_hash
+from gdmd.models.lora_location import PEFT_CONFIG
 from gdmd.rewards.weights import weights_content
 from gdmd.runs.assets import asset_path
 
@@ -22,3 +23,11 @@ def base_content(model: DiffusersModel | ShapesModel) -> str:
 def checkpoint_content(run: Path, step: int) -> str:
     """A hash of a checkpoint: of its state.json, which has the hashes of all its files."""
     return file_hash(run / "checkpoints" / f"step_{step:06d}" / "state.json")
+
+
+def lora_content(lora: str) -> str:
+    """A hash of a LoRA, or the hub's commit. Includes the PEFT config next to a file: it holds alpha."""
+    config = Path(lora).parent / PEFT_CONFIG
+    if Path(lora).is_file() and config.is_file():
+        return content_hash(weights_content(lora), weights_content(str(config)))
+    return weights_content(lora)

@@ -24,7 +24,6 @@ from gdmd.config.shapes_pipeline import located, read_shapes_pipeline
 from gdmd.diffusion.generate import BATCH
 from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.diffusion.rng import SampleRng
-from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.hub import unreachable
 from gdmd.io import RunError
 from gdmd.models.distilled import why_distilled
@@ -38,17 +37,18 @@ from gdmd.models.loading import (
     family_of_pipeline,
     from_an_image,
     is_local,
-    load_errors,
     read_index,
     require_diffusers,
 )
+from gdmd.models.lora_files import add_lora
+from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.models.packing import in_patches, pack
-from gdmd.models.pipeline_files import EXTRAS, INDEX, absent, check_files, check_folders, check_needed
+from gdmd.models.pipeline_files import EXTRAS, INDEX, absent, check_files, check_folders, check_needed, load_errors
 from gdmd.models.tokens import fit_limits, readers_of
+from gdmd.recipes.contents import lora_content
 from gdmd.rewards.weights import weights_content
 from gdmd.shapes.grammar import tokenize
 from gdmd.sources.base import EXPORT_FILE, ImageSlot, SourceInfo, device_name, to_images
-from gdmd.sources.loras import add_lora, lora_content
 from gdmd.sources.schedulers import check_scheduler, set_scheduler, step_arguments
 
 if TYPE_CHECKING:
