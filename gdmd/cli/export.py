@@ -33,6 +33,14 @@ def export_command(
         Dtype | None,
         typer.Option("--dtype", help="Precision of a merged pipeline; bf16 may round away a short run's changes."),
     ] = None,
+    loras: Annotated[
+        bool,
+        typer.Option(
+            "--loras/--no-loras",
+            help="Include the run's own LoRAs (model.teacher_loras, model.student_lora) in the exported LoRA. Without "
+            "them, they must be loaded first.",
+        ),
+    ] = True,
     json: Json = False,
 ) -> None:
     """Write the student of a run for diffusers and ComfyUI: LoRA, scheduler and a model card.
@@ -50,7 +58,7 @@ def export_command(
     from gdmd.programs.export import export_run
 
     kind = dtype.value if dtype else None
-    files = export_run(run, folder, merged=merged, averaged=averaged, which=which, base=base, dtype=kind)
+    files = export_run(run, folder, merged=merged, averaged=averaged, which=which, base=base, dtype=kind, loras=loras)
     if json:
         print_json({"files": [str(file) for file in files]})
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gdmd.config.describe import METHODS, student_updates
+from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import PREFIX, is_shapes_pipeline
 from gdmd.export.pipeline import left_out
@@ -26,10 +27,12 @@ def model_card(
     *,
     merged: bool,
     measured: Mapping[str, Any] | None = None,
+    separate: Sequence[LoraFile] = (),
 ) -> str:
     """README.md: the hub's front matter, example code, training, metrics, licenses, configuration.
 
-    measured: the results of ``gdmd eval preference`` for this checkpoint; None = not evaluated.
+    measured: the results of ``gdmd eval preference`` for this checkpoint; None = not evaluated. separate: LoRAs that the
+    exported one needs and does not contain.
     """
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     rewards = [reward.label for reward in cfg.rewards] if cfg.method.rewarded else []
@@ -42,8 +45,15 @@ def model_card(
     )
     sections: tuple[Sequence[str], ...] = (
         head,
-        ("## Use", "```python", *_use(family, given, merged), "```", *_advice(family), *_safety(family, merged)),
-        ("## Training", *_table(cfg, facts, rewards)),
+        (
+            "## Use",
+            "```python",
+            *_use(family, given, merged, separate),
+            "```",
+            *_advice(family),
+            *_safety(family, merged),
+        ),
+        ("## Training", *_table(cfg, facts, rewards, _start(cfg, family, separate))),
         ("## Metrics", *_metrics(measured)),
         ("## Licenses", *_licenses(cfg, rewards)),
         ("## Configuration", "```json", config, "```"),
@@ -90,7 +100,7 @@ def _front_matter(cfg: RunConfig) -> Sequence[str]:
 
 def _base(cfg: RunConfig) -> str:
     """A hub id; the hub rejects a card that names a folder."""
-    path = cfg.model.location if cfg.model.kind == "diffusers" else ""
+    path = cfg.model.start.location if cfg.model.kind == "diffusers" else ""
     return f'""  # fill in: its hub id; here the folder {Path(path).name}' if Path(path).is_dir() else json.dumps(path)
 
 
@@ -103,7 +113,19 @@ def _example(family: Family) -> str:
     return "a red circle and a blue ring" if is_shapes_pipeline(family.cfg.path) else "a red cube on a blue sphere"
 
 
-def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
+def _start(cfg: RunConfig, family: Family, separate: Sequence[LoraFile]) -> Mapping[str, str]:
+    """Rows: the teacher, if the student started as another model, and the run's LoRAs."""
+    model, loras = cfg.model, [f"{Path(one.path).name} ({one.weight:g})" for one in family.cfg.teacher_loras]
+    rows = {}
+    if isinstance(model, DiffusersModel) and model.start is not model:
+        more = ", ".join(f"{Path(one.path).name} ({one.weight:g})" for one in model.teacher_loras)
+        rows = {"teacher": model.path + (f" with {more}" if more else ""), "student starts as": family.cfg.path}
+        rows["student starts as"] += f" with {', '.join(loras)}" if loras else ""
+    how = "not contained: load them first, as above" if separate else "contained in these weights"
+    return rows | ({"LoRAs": f"{', '.join(loras)}: {how}"} if loras else {})
+
+
+def _use(family: Family, given: str, merged: bool, separate: Sequence[LoraFile]) -> Sequence[str]:
     """Code that runs as it is printed: on a GPU in bf16, for a small Shapes pipeline on the CPU in fp32."""
     path = family.cfg.path
     small, shipped = is_shapes_pipeline(path), path.startswith(PREFIX)
@@ -115,7 +137,17 @@ def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
     base = f'files("gdmd") / "assets/pipelines/{path.removeprefix(PREFIX)}"' if shipped else f'"{path}"'
     where = '"THIS_FOLDER"' if merged else base
     net = "unet" if "unet" in family.needs else "transformer"
+    fused = [
+        line
+        for one in separate
+        for line in (
+            f"pipe.load_lora_weights({one.path!r})",
+            f"pipe.fuse_lora(lora_scale={one.weight:g})",
+            "pipe.unload_lora_weights()",
+        )
+    ]
     lora = (
+        *fused,
         f'pipe.scheduler = diffusers.{family.student_scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")',
         # load_lora_weights would warn that the file has no weights for the text encoders
         f'pipe.{net}.load_lora_adapter("THIS_FOLDER", weight_name="{DIFFUSERS_FILE}", prefix="{net}")',
@@ -129,10 +161,13 @@ def _use(family: Family, given: str, merged: bool) -> Sequence[str]:
     )
 
 
-def _table(cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str]) -> Sequence[str]:
+def _table(
+    cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str], start: Mapping[str, str] | None = None
+) -> Sequence[str]:
     steps = facts.get("step", cfg.loop.steps)
     rows = {
         "method": METHODS[cfg.method.kind],
+        **(start or {}),
         "teacher guidance": cfg.method.guidance,
         "iterations": steps,
         "student updates": steps * student_updates(cfg.method),

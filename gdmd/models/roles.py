@@ -109,7 +109,9 @@ class DiffusersRoles:
         for role in both:
             if role not in self._copies:
                 self._backbone(role).add(role, SEEDS[role])
-        self._backbones = tuple(dict.fromkeys([self.backbone, *(self._backbone(r) for r in both if r not in self._copies)]))
+        self._backbones = tuple(
+            dict.fromkeys([self.backbone, *(self._backbone(r) for r in both if r not in self._copies)])
+        )
         if self._start_backbone not in self._backbones:
             self.start.net.to("cpu")  # only an old policy copies it
         self.teacher = self._denoiser(family, AdapterView(self.backbone, NO_ADAPTER))

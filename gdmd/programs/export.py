@@ -18,7 +18,7 @@ from gdmd.io import RunError, typed, write_atomic, writing
 from gdmd.models.families.base import Family
 from gdmd.models.loading import DTYPES, open_family
 from gdmd.programs.decoder_check import read_gaps
-from gdmd.recipes.contents import base_content, checkpoint_content
+from gdmd.recipes.contents import checkpoint_content, pipeline_content
 from gdmd.recipes.inputs import on_base
 from gdmd.recipes.run_folders import config_of
 from gdmd.runs import checkpoint
@@ -37,19 +37,21 @@ def export_run(
     which: str = "last",
     base: str | None = None,
     dtype: Literal["fp32", "bf16"] | None = None,
+    loras: bool = True,
 ) -> list[Path]:
     """Write the student of ``run`` (its EMA, unless ``averaged`` is false) and return the written files.
 
     ``which``: the checkpoint: best, last or a step; a sharded one is joined. ``base``: the new location of the base
-    model. ``dtype``: of a merged pipeline; default: the run's.
+    model, or with model.student of that. ``dtype``: of a merged pipeline; default: the run's. ``loras``: the exported
+    LoRA contains the run's own (model.teacher_loras, model.student_lora), so that it is for the published pipeline.
 
     Default folder: RUN/export or RUN/export-merged. ``merged`` writes the whole pipeline, which a full student always
     needs; else the LoRA and the scheduler are written. ValueError for a run of the Shapes world and for a base of
     another model, RunError for a run without a checkpoint.
     """
-    _real(config_of(run), run)
-    cfg = on_base(config_of(run), run, base, "--base")
-    model = _real(cfg, run)
+    moved: Literal["path", "student"] = "path" if _real(config_of(run), run).student is None else "student"
+    cfg = on_base(config_of(run), run, base, "--base", moved)
+    model = _real(cfg, run).start  # all that the student needs
     saved = checkpoint.load_chosen(run / "checkpoints", which)
     if saved is None:
         raise RunError(f"{run} has no checkpoint yet. Train it first: gdmd train --resume {typed(run)}.")
@@ -59,12 +61,16 @@ def export_run(
         raise ValueError(
             "--dtype applies to a merged pipeline only, a LoRA is always fp32; add --merged or omit --dtype"
         )
+    if whole and not loras:
+        raise ValueError("--no-loras applies to a LoRA only: a merged pipeline contains the run's LoRAs; leave it out")
+    given, separate = (model.teacher_loras, ()) if loras else ((), model.teacher_loras)
     target = folder or run / ("export-merged" if whole else "export")
     family, uniform = open_family(model, extras=whole), cfg.method.student_steps
     check_fits(family, weights)
     arguments = call_arguments(family, uniform)
     facts = read_facts(run) | {"step": saved.step, "scoring": read_gaps(run)}
     content = describe(cfg, family, arguments, saved.step, merged=whole)
+    content |= {"loras": [one.model_dump() | {"path": _absolute(one.path)} for one in separate]} if separate else {}
     with writing("the export", target, option="--out"):
         target.mkdir(parents=True, exist_ok=True)
         if whole:
@@ -73,12 +79,12 @@ def export_run(
             files = [target]
             _warn_of_rounding(undone, content["dtype"])
         else:
-            files = save_lora(family, weights, target)
+            files = save_lora(family, weights, target, given)
             student_scheduler(family, uniform).save_pretrained(target / "scheduler")
             files.append(target / "scheduler")
         card = target / "README.md"
         measured = measured_at(run, saved.step)
-        text = model_card(cfg, family, arguments, facts, merged=whole, measured=measured)
+        text = model_card(cfg, family, arguments, facts, merged=whole, measured=measured, separate=separate)
         card.write_text(text, encoding="utf-8")
     described = target / EXPORT_FILE
     write_atomic(described, json.dumps(content, indent=2) + "\n", "the export")
@@ -99,11 +105,10 @@ def describe(
 ) -> dict[str, Any]:
     """gdmd_export.json: what gdmd needs to sample from the export."""
     model = family.cfg
-    base = str(Path(model.path).resolve()) if Path(model.path).is_dir() else model.path
     return {
-        "base": base,
+        "base": _absolute(model.path),
         "shapes": cfg.shapes_world,
-        "base_content": base_content(model),
+        "base_content": pipeline_content(model),
         "revision": model.revision,
         "variant": model.variant,
         "without": left_out(family),
@@ -115,6 +120,10 @@ def describe(
         "rewards": list(trained_rewards(cfg)),
         "step": step,
     }
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def measured_at(run: Path, step: int) -> dict[str, Any] | None:

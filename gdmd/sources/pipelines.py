@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gdmd.config.image_source import SourceConfig
+from gdmd.config.model import LoraFile
 from gdmd.config.shapes_pipeline import located, read_shapes_pipeline
 from gdmd.diffusion.generate import BATCH
 from gdmd.diffusion.prompt_length import long_prompts
@@ -40,7 +41,7 @@ from gdmd.models.loading import (
     read_index,
     require_diffusers,
 )
-from gdmd.models.lora_files import add_lora
+from gdmd.models.lora_files import add_lora, fuse_loras
 from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.models.packing import in_patches, pack
 from gdmd.models.pipeline_files import EXTRAS, INDEX, absent, check_files, check_folders, check_needed, load_errors
@@ -238,6 +239,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
     given = set(cfg.model_fields_set)
     own = cfg if "dtype" in given else cfg.model_copy(update={"dtype": info["dtype"]})
     base = None
+    loras = [LoraFile(**one) for one in info.get("loras", ())]
     if info["merged"]:
         pipe = _load(own, cfg.where, info["without"])
     else:
@@ -248,9 +250,11 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         trained_on = info.get("base_content", base)
         if base != trained_on and "@" not in base + trained_on:  # a hub id and a folder cannot be compared
             log.warning("the LoRA in %s was trained on another base model: %s has different content", folder, where)
+        fuse_loras(pipe, loras)
         add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0, quiet=True)
         pipe.scheduler = _from_folder(info["scheduler"], folder / "scheduler")
     weights = {"weights": weights_content(cfg.where), "base": base, **_unprocessed(pipe)}
+    weights |= {"loras": [lora_content(one.path, one.revision) for one in loras]} if loras else {}
     known = SourceInfo(
         name=cfg.name,
         kind="export",
