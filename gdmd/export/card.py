@@ -141,7 +141,7 @@ def _use(family: Family, given: str, merged: bool, separate: Sequence[LoraFile])
         line
         for one in separate
         for line in (
-            f"pipe.load_lora_weights({one.path!r})",
+            f"pipe.load_lora_weights({_named(one)})",
             f"pipe.fuse_lora(lora_scale={one.weight:g})",
             "pipe.unload_lora_weights()",
         )
@@ -159,6 +159,16 @@ def _use(family: Family, given: str, merged: bool, separate: Sequence[LoraFile])
         *(() if merged else lora),
         f'image = pipe(prompt="{_example(family)}", {given}).images[0]',
     )
+
+
+def _named(lora: LoraFile) -> str:
+    """Arguments of ``load_lora_weights``, which wants the file of a hub id apart."""
+    repository, file = lora.path, ""
+    if not Path(lora.path).exists() and lora.path.count("/") > 1:
+        org, name, file = lora.path.split("/", 2)
+        repository = f"{org}/{name}"
+    given = {"weight_name": file, "revision": lora.revision}
+    return ", ".join([repr(repository), *(f"{key}={value!r}" for key, value in given.items() if value)])
 
 
 def _table(
