@@ -161,14 +161,13 @@ def lora_factors(pipe: Any, lora: LoraFile) -> Factors:
 @torch.no_grad()
 def fuse_loras(pipe: Any, loras: Sequence[LoraFile]) -> None:
     """Add LoRAs to the weights of the pipeline's denoiser: W + sum of B A, computed in fp32 and rounded once."""
-    changes: dict[str, Tensor] = {}
-    for lora in loras:
-        for layer, (down, up) in lora_factors(pipe, lora).items():
-            change = up.flatten(1) @ down.flatten(1)
-            changes[layer] = changes[layer] + change if layer in changes else change
-    for layer, change in changes.items():
+    found = [lora_factors(pipe, lora) for lora in loras]
+    for layer in dict.fromkeys(name for factors in found for name in factors):
         weight = getattr(pipe, _denoiser(pipe)).get_submodule(layer).weight
-        weight.data = (weight.float() + change.reshape(weight.shape).to(weight.device)).to(weight.dtype)
+        fused = weight.float()
+        for down, up in (factors[layer] for factors in found if layer in factors):
+            fused = fused + (up.flatten(1) @ down.flatten(1)).reshape(weight.shape).to(weight.device)
+        weight.data = fused.to(weight.dtype)
 
 
 def _header(file: Path, component: str) -> dict[str, Any]:

@@ -6,20 +6,24 @@
     fake      T + B A (fake_from = teacher) or S + B A
     old       S + B A, a copy of the student's adapter
 
-So adapters, their EMA, checkpoints and the old policy are those of any run, and what is exported is a change of S. S is
-opened as a Family of its own: what its network predicts and reads, and the times of its sampler, are its own pipeline's.
+Adapters, their EMA, checkpoints and the old policy are thus those of any run. The exported LoRA is for the published
+pipeline of S: B A with the LoRAs in S, whose factors are concatenated, or B A alone. S is a separate Family: what its
+network predicts and reads, and the shift of its times, are those of its pipeline.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 from gdmd.config.model import DiffusersModel
 from gdmd.hub import hub_file
 from gdmd.models.families.base import Family
 from gdmd.models.loading import family_of, is_local, local_or_hub_index, open_family
+from gdmd.models.schedulers import FEW_STEPS
 
+_log = logging.getLogger(__name__)
 LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """Keys of a VAE's config that set the latents' scale."""
 
@@ -40,6 +44,7 @@ def open_start(family: Family, device: str = "cpu") -> Family:
         )
     start = open_family(cfg, device, shared=family)
     check_alike(family, start)
+    _compare_samplers(start)
     vae = _vae_config(cfg)
     differing = [key for key in LATENTS if vae.get(key) != family.pipe.vae.config.get(key)]
     if differing:
@@ -64,6 +69,17 @@ def check_alike(family: Family, start: Family) -> None:
         f"{start.cfg.what} {wrong} than the teacher {family.cfg.path!r}; give a student that was distilled from that "
         "teacher, or from a model like it"
     )
+
+
+def _compare_samplers(start: Family) -> None:
+    """Warn about a pipeline that is sampled without new noise between its steps."""
+    scheduler, asked = start.pipe.scheduler, start.cfg.field == "model.student"
+    if asked and type(scheduler).__name__ not in FEW_STEPS and not scheduler.config.get("stochastic_sampling"):
+        _log.warning(
+            "%s is sampled with %s, which adds no noise between the steps. A student is sampled with %s, which does, so "
+            "its first images differ from those of that pipeline",
+            *(start.cfg.what, type(scheduler).__name__, start.student_scheduler),
+        )
 
 
 def _vae_config(cfg: DiffusersModel) -> dict[str, object]:

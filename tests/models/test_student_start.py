@@ -19,7 +19,7 @@ from gdmd.models.student_start import open_start
 
 
 @pytest.mark.parametrize("name", list(tiny.BUILD))
-def test_student_starts_as_the_other_pipeline(name: str, tmp_path: Path) -> None:
+def test_student_starts_as_the_other_pipeline(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for folder in ("base", "turbo"):
         tiny.save(name, tmp_path / folder)
     (file,) = [one for part in ("unet", "transformer") for one in (tmp_path / "turbo" / part).glob("*.safetensors")]
@@ -27,6 +27,7 @@ def test_student_starts_as_the_other_pipeline(name: str, tmp_path: Path) -> None
     save_file(moved, file, metadata={"format": "pt"})
     family = open_family(tiny.config(tmp_path / "base", student=str(tmp_path / "turbo")))
     start = open_start(family)
+    assert "adds no noise between the steps" in caplog.text
     assert start.pipe.vae is family.pipe.vae and start.pipe.text_encoder is family.pipe.text_encoder
     roles, alone = DiffusersRoles(family, start=start), open_family(tiny.config(tmp_path / "turbo"))
     x_t = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(5))

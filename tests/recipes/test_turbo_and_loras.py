@@ -153,12 +153,17 @@ def difference(roles: Any, pipe: Any, patch: pytest.MonkeyPatch) -> float:
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 @pytest.mark.parametrize("full", ["none", "both"])
 def test_student_starts_as_the_turbo_model(
-    name: str, full: str, turbo: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    full: str,
+    turbo: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     cfg = recipe(name, f"model.student={turbo(name)}", f"model.full={full}")
     components = build(cfg, "cpu")
     roles: Any = components.roles
     assert difference(roles, pipeline(name, turbo(name)), monkeypatch) <= 1e-5
+    assert "adds no noise" not in caplog.text  # a merged export has the student's scheduler
     if name == "sd3":
         assert components.student_steps == pytest.approx([SHIFT * u / (1 + (SHIFT - 1) * u) for u in UNIFORM])
     noise, t = noises_of(roles)[0], torch.full((len(CAPTIONS),), 0.6)
