@@ -253,6 +253,15 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def _more_weights(cfg: RunConfig) -> Sequence[tuple[str, str]]:
+    """What the student is made of besides the base model."""
+    if not isinstance(cfg.model, DiffusersModel):
+        return ()
+    loras = dict.fromkeys(one.path for one in (*cfg.model.teacher_loras, *cfg.model.start.teacher_loras))
+    start = [("student's start", cfg.model.student)] if cfg.model.student else []
+    return *start, *(("LoRA", Path(path).name) for path in loras)
+
+
 def _licenses(cfg: RunConfig, rewards: Sequence[str]) -> Sequence[str]:
     """A table for the owner to fill in."""
     base = cfg.model.path if cfg.model.kind == "diffusers" else "-"
@@ -260,6 +269,7 @@ def _licenses(cfg: RunConfig, rewards: Sequence[str]) -> Sequence[str]:
         "| what | | license |",
         "|---|---|---|",
         f"| base model | {base} | fill in; its terms bind this student |",
+        *(f"| {what} | {name} | fill in; its terms bind this student |" for what, name in _more_weights(cfg)),
         *(f"| reward model | {reward} | fill in |" for reward in rewards),
         f"| prompts | {Path(cfg.prompts.file).name if cfg.prompts.file else '-'} | fill in source and license |",
         *(f"| real images | {name} | fill in source and license |" for name in _names(cfg)),

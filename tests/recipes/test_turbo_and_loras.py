@@ -253,7 +253,8 @@ def test_exports_with_and_without_the_loras(
     assert difference(roles, open_export(SourceConfig(name="it", where=str(folder))).pipe, monkeypatch) <= 1e-4
     said = "not contained: load them first, as above" if "--no-loras" in options else "contained in these weights"
     row = f"| LoRAs | style.safetensors (0.7), few-step.safetensors (1): {said} |"
-    assert row in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert row in card and "| LoRA | few-step.safetensors | fill in; its terms bind this student |" in card
 
 
 def test_export_on_the_turbo_model(
