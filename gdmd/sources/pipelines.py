@@ -253,7 +253,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         fuse_loras(pipe, loras)
         add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0, quiet=True)
         pipe.scheduler = _from_folder(info["scheduler"], folder / "scheduler")
-    weights = {"weights": weights_content(cfg.where), "base": base, **_unprocessed(pipe)}
+    weights: dict[str, Any] = {"weights": weights_content(cfg.where), "base": base, **_unprocessed(pipe)}
     weights |= {"loras": [lora_content(one.path, one.revision) for one in loras]} if loras else {}
     known = SourceInfo(
         name=cfg.name,

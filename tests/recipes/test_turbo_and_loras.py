@@ -33,6 +33,8 @@ from gdmd.models.loading import open_family
 from gdmd.models.lora_files import fuse_loras
 from gdmd.models.roles import DiffusersRoles
 from gdmd.models.student_start import check_alike, open_start
+from gdmd.plan.cost_model import GPUS
+from gdmd.plan.estimate import plan
 from gdmd.recipes.build import build
 from gdmd.recipes.inputs import check_start
 from gdmd.recipes.open_run import open_student
@@ -83,7 +85,8 @@ def denoiser(pipe: Any) -> nn.Module:
 
 def write_lora(name: str, file: Path, ends: tuple[str, ...], seed: int, *, kohya: bool = False) -> Path:
     """A random LoRA with diffusers' or kohya's keys; rank 2, alpha 1 with the latter."""
-    drawn, tensors = torch.Generator().manual_seed(seed), {}
+    drawn = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
     component = "unet" if name == "sdxl" else "transformer"
     for layer, module in denoiser(pipeline(name)).named_modules():
         if not layer.endswith(ends) or not isinstance(module, nn.Linear | nn.Conv2d):
@@ -213,8 +216,8 @@ def test_fused_as_by_diffusers(name: str, lora: str, loras: Mapping[str, Path]) 
 @pytest.fixture(scope="module")
 def styled(place: Path, loras: Mapping[str, Path]) -> Path:
     """A run of two steps of the SDXL miniature with a style and a few-step LoRA."""
-    run, options = place / "styled", (f"model.teacher_loras=[{{path: {loras['style']}, weight: 0.7}}]",)
-    options += (f"model.student_lora={loras['few-step']}",)
+    run, style = place / "styled", f"model.teacher_loras=[{{path: {loras['style']}, weight: 0.7}}]"
+    options = (style, f"model.student_lora={loras['few-step']}")
     gdmd(
         "train",
         "shapes_sdxl",
@@ -362,3 +365,12 @@ def test_student_of_another_noise_schedule() -> None:
     start.schedule = replace(family.schedule, beta_end=0.02)  # type: ignore[type-var]
     with pytest.raises(ValueError, match="has another noise schedule .betas. than the teacher 'shapes:sdxl'"):
         check_alike(family, start)
+
+
+@pytest.mark.parametrize(("full", "networks"), [("none", 2), ("student", 1)])
+def test_plan_counts_the_second_frozen_network(full: str, networks: int) -> None:
+    plain, started = (
+        plan(recipe("sdxl", f"model.full={full}", *more), GPUS["rtx4090"], 0.4).cost.static["base model"]
+        for more in ((), ("model.student=shapes:sdxl",))
+    )
+    assert started == networks * plain
