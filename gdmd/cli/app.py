@@ -6,19 +6,37 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from gdmd.cli import evaluate, export, info, latents, profile, sweep, train
-from gdmd.cli.common import SETTINGS
+from gdmd.cli.common import SETTINGS, unknown_option
 from gdmd.cli.plan import plan_command
 from gdmd.cli.rewards import rewards_app
 from gdmd.cli.study import study_app
 from gdmd.training.rank import rank_info
 
+START, TRAIN, USE, EVALUATE, MAINTAIN = "Start", "Train", "Use a student", "Evaluate and compare", "Maintain"
+"""Groups of commands in --help, in this order."""
+
+
+class Grouped(TyperGroup):
+    """Lists the commands by the groups that ``rich_help_panel`` names; typer does so only in rich mode."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = max(map(len, self.commands))
+        for title in (START, TRAIN, USE, EVALUATE, MAINTAIN):
+            found = {name: one for name, one in self.commands.items() if one.rich_help_panel == title}
+            with formatter.section(title):
+                limit = formatter.width - 6 - width
+                formatter.write_dl([(name.ljust(width), one.get_short_help_str(limit)) for name, one in found.items()])
+
+
 app = typer.Typer(
+    cls=Grouped,
     name="gdmd",
     no_args_is_help=True,
     add_completion=False,
@@ -26,21 +44,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=SETTINGS,
 )
-app.command("demo", short_help="Distill two Shapes students and compare them (5 minutes).")(train.demo_command)
-app.command("train", short_help="Train a recipe.")(train.train_command)
-app.command("recipes", short_help="List the recipes, or print one.")(info.recipes_command)
-app.command("plan", short_help="Estimate memory and speed before loading a model.")(plan_command)
-app.command("profile", short_help="Measure the speed of a recipe on this machine.")(profile.profile_command)
-app.command("latents", short_help="Encode the real images of a recipe once, for DMD2.")(latents.latents_command)
-app.command("sample", short_help="Generate images from prompts.")(evaluate.sample_command)
-app.command("report", short_help="Write report.html of a run.")(evaluate.report_command)
-app.command("export", short_help="Export a student for diffusers and ComfyUI.")(export.export_command)
-app.add_typer(evaluate.eval_app, name="eval", short_help="ShapesEval, reward scores, comparisons, GenEval.")
-app.command("sweep", short_help="Compare training methods over seeds and budgets.")(sweep.sweep_command)
-app.add_typer(study_app, name="study")
-app.add_typer(rewards_app, name="rewards")
-app.command("pretrain", short_help="Train the networks of the Shapes world again.")(info.pretrain_command)
-app.command("doctor", short_help="Check the installation.")(info.doctor_command)
+
+
+def _add(group: str, name: str, function: Callable[..., None], short_help: str) -> None:
+    app.command(name, short_help=short_help, rich_help_panel=group)(function)
+
+
+_add(START, "demo", train.demo_command, "Distill two Shapes students and compare them (5 minutes).")
+_add(START, "recipes", info.recipes_command, "List the recipes, print one, or explain its fields.")
+_add(START, "plan", plan_command, "Estimate memory and speed before loading a model.")
+_add(START, "doctor", info.doctor_command, "Check the installation.")
+_add(TRAIN, "train", train.train_command, "Train a recipe.")
+_add(TRAIN, "latents", latents.latents_command, "Encode the real images of a recipe once, for DMD2.")
+_add(TRAIN, "profile", profile.profile_command, "Measure the speed of a recipe on this machine.")
+_add(TRAIN, "report", evaluate.report_command, "Write report.html of a run.")
+_add(USE, "sample", evaluate.sample_command, "Generate images from prompts.")
+_add(USE, "export", export.export_command, "Export a student for diffusers and ComfyUI.")
+app.add_typer(
+    evaluate.eval_app,
+    name="eval",
+    short_help="Measure models: ShapesEval, reward scores, GenEval.",
+    rich_help_panel=EVALUATE,
+)
+_add(EVALUATE, "sweep", sweep.sweep_command, "Compare training methods over seeds and budgets.")
+app.add_typer(study_app, name="study", rich_help_panel=EVALUATE)
+app.add_typer(rewards_app, name="rewards", rich_help_panel=MAINTAIN)
+_add(MAINTAIN, "pretrain", info.pretrain_command, "Train the networks of the Shapes world again.")
 
 BAD_INPUT, NOT_FINITE, RANK_LOST, INTERRUPTED = 2, 3, 4, 130
 _PIPELINES = (
@@ -57,7 +86,7 @@ FILTERED_LOGGERS = (
 
 def _version(asked: bool) -> None:
     if asked:
-        from gdmd import __version__
+        from gdmd._version import __version__
 
         print(f"gdmd {__version__}")
         raise typer.Exit
@@ -121,6 +150,10 @@ class NoteHandler(logging.Handler):
 def _show_usage_error(error: Any) -> int:
     """Print what is wrong with the arguments, or the help if there are none; return the exit code."""
     error.message = error.message.replace("Value error, ", "")  # typer repeats pydantic's label of a ValueError
+    if isinstance(option := getattr(error, "option_name", None), str):
+        meant = unknown_option(option, error.ctx)
+        error.message += meant
+        error.possibilities = [] if meant else error.possibilities
     error.show()
     return int(error.exit_code)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +32,20 @@ ImagesPerPrompt = Annotated[int, typer.Option("--images", "-n", min=1, max=4096,
 NoiseSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")]
 
 
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", text):
+        raise typer.BadParameter(f"{text!r} is not a device; write cpu, cuda, cuda:1 or mps")
+    return text
+
+
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", parser=_device, metavar="cpu|cuda|cuda:N|mps", help="Device; default: the GPU if there is one."
+    ),
+]
+
+
 def messages() -> Console:
     """The console for people: stderr, so that stdout is free for results. Only rank 0 prints."""
     from rich.console import Console
@@ -55,3 +70,20 @@ def recipe_of(arguments: Sequence[str]) -> RunConfig:
     if "=" in arguments[0]:
         raise ValueError(f"name a recipe before {arguments[0]!r}; `gdmd recipes` lists them")
     return read_recipe(arguments[0], arguments[1:])
+
+
+def unknown_option(option: str, context: Any) -> str:
+    """What to add to the error about an unknown option of a command that takes a recipe, such as --learning_rate."""
+    names = {parameter.name for parameter in context.command.params} if context else ()
+    if not {"arguments", "overrides", "override"} & set(names):
+        return ""
+    from gdmd.config.fields import all_paths
+    from gdmd.config.names import similar_fields
+    from gdmd.config.run import RunConfig
+
+    path = option.lstrip("-").replace("-", "_")
+    fields = list(all_paths(RunConfig, None))
+    meant = f"; did you mean {path}?" if path in fields else similar_fields(path, (), fields)
+    if not re.search("called|did you mean", meant):
+        return meant
+    return f"{meant.rstrip('?')}; write fields as KEY=VALUE, without dashes"

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from gdmd.cli import geneval, preference
-from gdmd.cli.common import SETTINGS, Checkpoint, Json, log, print_json
+from gdmd.cli.common import SETTINGS, Checkpoint, Device, Json, log, print_json
 
 
 class EvalGroup(TyperGroup):
@@ -60,6 +60,7 @@ def eval_command(
     images: Annotated[int | None, typer.Option(min=1, help="Images per prompt; default: the recipe's.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise; default: the recipe's.")] = None,
     which: Checkpoint = "last",
+    device: Device = None,
 ) -> None:
     """Measure a Shapes student or the teacher: ShapesEval by task, rewards, fidelity, coverage, speed.
 
@@ -81,7 +82,9 @@ def eval_command(
     from gdmd.evaluation.runs import measure_named
 
     log(f"evaluating {what} on the {split.value} prompts")
-    name, row, cfg = measure_named(what, split.value, {"per_task": per_task, "images": images, "seed": seed}, which)
+    name, row, cfg = measure_named(
+        what, split.value, {"per_task": per_task, "images": images, "seed": seed}, which, device
+    )
     if json:
         print_json(row)
         return
@@ -116,6 +119,7 @@ def sample_command(
         ),
     ] = None,
     which: Checkpoint = "last",
+    device: Device = None,
 ) -> None:
     """Generate images from prompts into one PNG, a row per prompt.
 
@@ -133,7 +137,8 @@ def sample_command(
     from gdmd.sources.open import kind_of
 
     source = read_source(what)
-    source = source if which == "last" else source.changed({"checkpoint": which})
+    given = {"checkpoint": None if which == "last" else which, "device": device}
+    source = source.changed({key: value for key, value in given.items() if value is not None})
     kind_of(source)
     check_png(png)
     from gdmd.sources.draw import draw
@@ -145,8 +150,9 @@ def sample_command(
 def report_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     fresh: Annotated[bool, typer.Option("--fresh", help="Shapes: evaluate again even if a result is stored.")] = False,
+    device: Device = None,
 ) -> None:
-    """Write report.html of a run: results, curves, health checks, sample grids and settings in one file.
+    """Write report.html of a run: results, curves, health checks, validation images and settings in one file.
 
     A run on Shapes captions is measured first where results are missing. Any other real model is not loaded: the page
     shows the results of gdmd eval preference and compare that are stored in the run folder.
@@ -162,4 +168,4 @@ def report_command(
     cfg = config_of(run)
     from gdmd.evaluation.runs import report_of
 
-    log(f"report: {report_of(cfg, run, fresh=fresh)}")
+    log(f"report: {report_of(cfg, run, fresh=fresh, device=device)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,6 +41,16 @@ def export_command(
             "them, they must be loaded first.",
         ),
     ] = True,
+    license: Annotated[
+        str | None,
+        typer.Option("--license", metavar="NAME", help="License in the model card; default: the base model's."),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="ORG/NAME", help="Also upload it to the Hugging Face Hub.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: create a private repository.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write the student of a run for diffusers and ComfyUI: LoRA, scheduler and a model card.
@@ -51,16 +61,39 @@ def export_command(
       gdmd export runs/sdxl-seed0 --merged --dtype fp32 -o my-four-step-sdxl
       gdmd export runs/sdxl-seed0 --base /elsewhere/sdxl-base
       gdmd export runs/sdxl-seed0 --checkpoint best
+      gdmd export runs/sdxl-seed0 --push-to-hub me/sdxl-4step --license openrail++
     """
     from gdmd.recipes.run_folders import config_of
 
     config_of(run)
+    if private and push is None:
+        raise ValueError("--private applies to an upload only; add --push-to-hub ORG/NAME or omit --private")
+    if push is not None:
+        from gdmd.export.upload import check_hub_target
+
+        check_hub_target(push)
     from gdmd.programs.export import export_run
 
-    kind = dtype.value if dtype else None
-    files = export_run(run, folder, merged=merged, averaged=averaged, which=which, base=base, dtype=kind, loras=loras)
-    if json:
-        print_json({"files": [str(file) for file in files]})
-        return
-    for file in files:
+    kind: Any = dtype.value if dtype else None
+    files = export_run(
+        run,
+        folder,
+        merged=merged,
+        averaged=averaged,
+        which=which,
+        base=base,
+        dtype=kind,
+        loras=loras,
+        license=license,
+        repo_id=push,
+    )
+    for file in () if json else files:
         log(f"wrote {file}")
+    url = None
+    if push is not None:
+        from gdmd.export.upload import push_to_hub
+
+        url = push_to_hub(files[-1].parent, push, private=private or None)
+        log(f"uploaded to {url}")
+    if json:
+        print_json({"files": [str(file) for file in files], **({"url": url} if url else {})})

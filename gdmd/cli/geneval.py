@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from gdmd import __version__
-from gdmd.cli.common import SETTINGS, ImagesPerPrompt, Json, NoiseSeed, Source, log, print_json
+from gdmd._version import __version__
+from gdmd.cli.common import SETTINGS, Device, ImagesPerPrompt, Json, NoiseSeed, Source, log, print_json
 
 geneval_app = typer.Typer(
     no_args_is_help=True,
@@ -55,7 +55,7 @@ def generate_command(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of a pipeline; default: its own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance of a pipeline; default: its own.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per call.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device of a pipeline; default: the GPU if there is one.")] = None,
+    device: Device = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Precision of a pipeline; default: bf16.")] = None,
 ) -> None:
     """Generate the images of every prompt. The same command continues after an interruption.
@@ -87,7 +87,7 @@ def score_command(
     metadata: Annotated[Path | None, typer.Option(help="The prompts of a detections.jsonl, in order.")] = None,
     detector: Annotated[str | None, typer.Option(help="Folder or hub id of a COCO Mask2Former (instance).")] = None,
     clip: Annotated[str | None, typer.Option(help="Folder or hub id of CLIP ViT-L/14.")] = None,
-    device: Annotated[str, typer.Option(help="Device of detector and classifier.")] = "cpu",
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Score images of any model in the official layout, or recorded detections.
@@ -111,7 +111,9 @@ def score_command(
         print(f"{name:14} {score.value:.4f}  [{score.low:.4f}, {score.high:.4f}]  {score.images} images")
 
 
-def _scores(source: Path, metadata: Path | None, detector: str | None, clip: str | None, device: str) -> dict[str, Any]:
+def _scores(
+    source: Path, metadata: Path | None, detector: str | None, clip: str | None, device: str | None
+) -> dict[str, Any]:
     from gdmd.evaluation.geneval import score_folder, score_recorded
 
     if source.is_file():
@@ -120,12 +122,13 @@ def _scores(source: Path, metadata: Path | None, detector: str | None, clip: str
         return dict(score_recorded(source, metadata))
     if not source.is_dir():
         raise ValueError(f"{source} does not exist; give a folder in GenEval's layout or a detections.jsonl")
+    from gdmd.diffusion.device import pick_device
     from gdmd.recipes.reward_identity import detector_contents
     from gdmd.rewards.base import Placement
     from gdmd.rewards.geneval.colors import ColorClassifier
     from gdmd.rewards.geneval.detector import Detector
 
-    placement = Placement(device)
+    placement = Placement(pick_device(device))
     found = Detector.from_pretrained(detector, placement=placement)
     colors, by = ColorClassifier.from_pretrained(clip, placement=placement), detector_contents(detector, clip)
     return dict(score_folder(source, found, colors, by=" ".join((__version__, *by))))

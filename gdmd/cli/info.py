@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import Json, log, messages, print_json
+from gdmd.cli.common import Device, Json, log, messages, print_json
 
 
 class Network(StrEnum):
@@ -25,6 +25,10 @@ class Network(StrEnum):
 def recipes_command(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A recipe or a .yaml file.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Describe each field, with its type and default; KEY: only these fields."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """List the recipes, or print one with all its fields.
@@ -34,9 +38,18 @@ def recipes_command(
       gdmd recipes
       gdmd recipes shapes
       gdmd recipes sdxl_gdmd > mine.yaml      a copy to edit and train
+      gdmd recipes shapes --explain
+      gdmd recipes shapes --explain method loop.steps
     """
     from gdmd.recipes.read import read_recipe, recipe_names
 
+    if explain:
+        if name is None or json:
+            raise ValueError(
+                "--explain prints a recipe as text; name one, without --json: gdmd recipes shapes --explain"
+            )
+        print("\n".join(_explanation(name, overrides or [])))
+        return
     if name is not None:
         from gdmd.config.load import dump_config
 
@@ -46,6 +59,24 @@ def recipes_command(
         print_json({known: read_recipe(known).about for known in recipe_names()})
     else:
         print("\n".join(_recipe_list()))
+
+
+def _explanation(name: str, arguments: Sequence[str]) -> list[str]:
+    """The fields of a recipe; an argument without an equals sign selects a field or a section."""
+    from gdmd.config.fields import all_paths
+    from gdmd.config.names import similar_fields
+    from gdmd.config.reference import explained
+    from gdmd.recipes.read import read_recipe
+
+    cfg = read_recipe(name, [one for one in arguments if "=" in one])
+    only = [one for one in arguments if "=" not in one]
+    for key in only:
+        if len(list(explained(cfg, [key]))) == 1:
+            meant = similar_fields(key.rpartition(".")[2], (), list(all_paths(type(cfg), cfg.model_dump())))
+            raise ValueError(
+                f"recipe {name} has no field {key!r}{meant or f'; `gdmd recipes {name}` prints all of them'}"
+            )
+    return list(explained(cfg, only))
 
 
 def _recipe_list() -> Iterator[str]:
@@ -74,7 +105,7 @@ def _entries(texts: Mapping[str, str]) -> Iterator[str]:
         yield textwrap.fill(f"  {name:{width - 2}}{text}", 80, subsequent_indent=" " * width)
 
 
-def doctor_command(json: Json = False) -> None:
+def doctor_command(device: Device = None, json: Json = False) -> None:
     """Check the installation: versions, device, shipped networks, one training step.
 
     The exit code is 2 if a check fails.
@@ -86,7 +117,7 @@ def doctor_command(json: Json = False) -> None:
     """
     from gdmd.programs.doctor import examine
 
-    checks = examine()
+    checks = examine(device)
     if json:
         print_json({"ok": all(c.ok for c in checks), "checks": [c.json() for c in checks]})
     else:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from gdmd.cli.common import Arguments, Json, messages, print_json, recipe_of
+from gdmd.cli.common import Arguments, Device, Json, messages, print_json, recipe_of
 
 
-def latents_command(arguments: Arguments, json: Json = False) -> None:
+def latents_command(arguments: Arguments, device: Device = None, json: Json = False) -> None:
     """Encode a recipe's real images (real_data) once, for DMD2's GAN and method.student_input=data.
 
     Images are rotated upright, resized to cover model.height x model.width and center-cropped. Existing latents are
@@ -20,6 +20,6 @@ def latents_command(arguments: Arguments, json: Json = False) -> None:
     cfg = recipe_of(arguments)
     from gdmd.programs.latents import compute_latents
 
-    counts = compute_latents(cfg, messages())
+    counts = compute_latents(cfg, messages(), device)
     if json:
         print_json(counts)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gdmd.cli.common import ImagesPerPrompt, Json, NoiseSeed, Source, log, print_json
+from gdmd.cli.common import Device, ImagesPerPrompt, Json, NoiseSeed, Source, log, print_json
 
 if TYPE_CHECKING:
     from gdmd.config.image_source import SourceConfig
@@ -34,8 +34,6 @@ Features = Annotated[
     typer.Option(help="For diversity, FID and MMD: shapes, clip[,path=...] or module:function (PIL -> [N, D])."),
 ]
 Reference = Annotated[Path | None, typer.Option(help="Folder of real images for FID and MMD.")]
-Device = Annotated[str | None, typer.Option(help="Device of pipelines and scorers; default: the GPU if there is one.")]
-
 OwnFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Images and scores; default: RUN/preference.")]
 Shard = Annotated[
     str | None, typer.Option(metavar="K/N", help="Only generate the images of every N-th prompt, starting at the K-th.")

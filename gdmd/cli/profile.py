@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import Arguments, Json, print_json, recipe_of
+from gdmd.cli.common import Arguments, Device, Json, print_json, recipe_of
 
 
 def profile_command(
     arguments: Arguments,
     iterations: Annotated[int, typer.Option(min=1, help="Measured outer iterations, after one to warm up.")] = 8,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Measure the speed of a recipe on this machine: forward passes, FLOP, time, images/s, memory.
@@ -29,5 +30,5 @@ def profile_command(
     cfg = recipe_of(arguments)
     from gdmd.profiling.profiler import Profiler, describe, measure
 
-    measured = measure(Profiler(cfg), iterations)
+    measured = measure(Profiler(cfg, device=device), iterations)
     print_json(measured) if json else print(describe(measured))

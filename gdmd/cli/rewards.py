@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gdmd.cli.common import SETTINGS, Json, log, print_json
+from gdmd.cli.common import SETTINGS, Device, Json, log, print_json
 
 rewards_app = typer.Typer(
     no_args_is_help=True,
@@ -93,7 +93,7 @@ def serve_command(
     rewards: Annotated[list[str], typer.Argument(metavar="KIND...", help="clip, hps, ..., or module:function.")],
     host: Annotated[str, typer.Option(help="Address; any but a loopback address needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port.")] = 8766,
-    device: Annotated[str, typer.Option(help="Device of the rewards.")] = "cpu",
+    device: Device = None,
     batch: Annotated[int, typer.Option(min=1, help="Maximum images per request.")] = 64,
     megabytes: Annotated[int, typer.Option(min=1, help="Maximum size of a request, in megabytes.")] = 256,
     rate: Annotated[int, typer.Option(min=1, help="Maximum requests per minute and client.")] = 600,

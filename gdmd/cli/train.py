@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gdmd.cli.common import Json, RunFolder, log, messages, print_json
+from gdmd.cli.common import Device, Json, RunFolder, log, messages, print_json
 from gdmd.io import typed
 from gdmd.reporting.progress_bar import phase
 from gdmd.training.rank import RankInfo, rank_info, restart_count
@@ -45,9 +44,10 @@ def train_command(
             help="Resume even if the prompt file, base model or a reward changed; the run records it.",
         ),
     ] = False,
+    device: Device = None,
     json: Json = False,
 ) -> None:
-    """Train a recipe: checkpoints, metrics.jsonl, TensorBoard, sample grids and a report in one run folder.
+    """Train a recipe: checkpoints, metrics.jsonl, trackers, validation images and a report in one run folder.
 
     Ctrl-C saves a checkpoint and exits with code 130; `gdmd train --resume FOLDER` continues from it.
 
@@ -65,7 +65,12 @@ def train_command(
     recipe, overrides = _split_arguments(arguments or [], needed=resume is None)
     if resume is not None and run is not None:
         raise ValueError("--run and --resume were both given: --resume already names the folder of the run")
-    options = TrainOptions(recipe, tuple(overrides), run, resume, evaluation, json, accept)
+    if device is not None and (gpus or rank_info().size > 1):
+        raise ValueError(
+            f"--device {device} is for a single process: with --gpus or torchrun each rank uses the GPU of its local rank; "
+            "leave --device out"
+        )
+    options = TrainOptions(recipe, tuple(overrides), run, resume, evaluation, json, accept, device)
     raise typer.Exit(_run(options, gpus or 1, restarts))
 
 
@@ -80,6 +85,7 @@ class TrainOptions:
     evaluation: bool
     json: bool
     accept: bool = False
+    device: str | None = None
 
     def config(self) -> RunConfig:
         """The configuration, checked."""
@@ -138,19 +144,16 @@ def _train(options: TrainOptions) -> int:
     options = options.after_restart()
     cfg, console = options.config(), messages()
     with phase("starting", console, plain=False):  # importing torch
-        from gdmd.programs.train import create_run, prepare, resume_run, run_training
+        from gdmd.programs.train import TrainSettings
+        from gdmd.trainer import DistillationTrainer
         from gdmd.training.distributed import session
 
-    evaluation, accept = options.evaluation, options.accept
     with session() as context:
-        if options.resume is None:
-            trained = create_run(
-                cfg, options.run, console, evaluation=evaluation, command=sys.argv, context=context, accept=accept
-            )
-        else:
-            cfg, run = resume_run(options.resume, options.recipe, options.overrides, context, console, accept=accept)
-            components = prepare(cfg, context, console)
-            trained = run_training(cfg, run, components, console, evaluation=evaluation, context=context)
+        settings = TrainSettings(
+            console, context, device=options.device, evaluation=options.evaluation, accept=options.accept
+        )
+        trainer = DistillationTrainer.from_recipe(cfg, options.resume or options.run, settings=settings)
+        trained = trainer.train(resume_from_checkpoint=options.resume is not None)
         if options.json and context.is_main:
             print_json(trained.json())
         _print_end(trained)
@@ -178,7 +181,12 @@ def _print_end(trained: Trained) -> None:
             f"Resume with: gdmd train --resume {typed(trained.run)}"
         )
         return
-    message = f"finished {counted(trained.steps, 'step')} in {trained.seconds:.0f} s"
+    message = f"finished {counted(trained.end.step, 'step')} in {trained.seconds:.0f} s"
+    if trained.end.stopped:
+        message = (
+            f"a callback stopped the run at step {trained.end.step} of {trained.steps}; resume with: "
+            f"gdmd train --resume {typed(trained.run)}"
+        )
     overall = trained.evaluation["shapeseval"]["overall"] if trained.evaluation else None
     message += f"; ShapesEval {overall:.3f} (EMA student)" if overall is not None else ""
     log(message)
@@ -188,6 +196,7 @@ def _print_end(trained: Trained) -> None:
 
 def demo_command(
     run: RunFolder = None,
+    device: Device = None,
     json: Json = False,
     recipe: Annotated[
         str, typer.Option(help="Recipe of the GDMD row; the DMD row is the same with gamma 0.")
@@ -214,7 +223,7 @@ def demo_command(
     from gdmd.programs.demo import run_demo
     from gdmd.recipes.run_folders import demo_folder
 
-    demo = run_demo(cfg, run or demo_folder(cfg), messages())
+    demo = run_demo(cfg, run or demo_folder(cfg), messages(), device)
     if demo.signal is not None:
         raise typer.Exit(128 + demo.signal)
     if json:

@@ -6,13 +6,26 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from gdmd.config.explain import explain
+from gdmd.config.load import ConfigError
 
 LARGEST_COUNT = 2**63 - 1
 """A count must fit the int64 of a tensor."""
 
 
-class Config(BaseModel):
+class _ExplainedErrors(type(BaseModel)):  # type: ignore[misc]
+    """Mistakes in ``SomeConfig(...)`` are the same ConfigError as those in a file."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        try:
+            return super().__call__(*args, **fields)
+        except ValidationError as error:
+            raise ConfigError(explain(cls, error, cls.__name__, tree=fields)) from None
+
+
+class Config(BaseModel, metaclass=_ExplainedErrors):
     """A frozen pydantic model; unknown keys are errors and defaults are validated, too."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
@@ -45,14 +58,14 @@ Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST_COUNT)]
 NonNegativeCount = Annotated[int, Field(strict=True, ge=0, le=LARGEST_COUNT)]
 """A number of things, 0 included (a seed, warm-up steps)."""
 
-Finite = Annotated[float, BeforeValidator(_not_a_bool), Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_not_a_bool)]
 """Any finite number; also "1e-5", which YAML reads as a string."""
 
-Positive = Annotated[float, BeforeValidator(_not_a_bool), Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
 """A finite number above 0."""
 
-NonNegative = Annotated[float, BeforeValidator(_not_a_bool), Field(ge=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
 """A finite number, at least 0."""
 
-Probability = Annotated[float, BeforeValidator(_not_a_bool), Field(ge=0, le=1, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
 """A number in [0, 1]."""

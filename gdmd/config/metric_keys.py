@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
 
 from gdmd.config.methods.dmd import DMDConfig
@@ -13,6 +14,7 @@ from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig, TiltedGDMDConfig
 from gdmd.config.rewards import CompositeConfig, OcrConfig, RemoteConfig
 from gdmd.config.run import RewardConfig, RunConfig
+from gdmd.config.validation import PREFIX, TEACHER
 
 _ROLES = ("student", "fake")
 _ALWAYS = (
@@ -31,7 +33,9 @@ _OPTIMALITY = (
 
 def check_best_metric(cfg: RunConfig) -> None:
     """ValueError for a loop.best_metric that training never logs, with the most similar key that it logs."""
-    wanted, known = cfg.loop.best_metric, metric_keys(cfg)
+    wanted, known = cfg.loop.best_metric, [key for key in metric_keys(cfg) if not key.startswith(TEACHER)]
+    if wanted.startswith(PREFIX) and wanted in known:
+        _check_validated(cfg)
     if not wanted or wanted in known:
         return
     near = difflib.get_close_matches(wanted, known, 1)
@@ -42,11 +46,22 @@ def check_best_metric(cfg: RunConfig) -> None:
     raise ValueError(f"loop.best_metric = {wanted} is not logged by this recipe: {advice}")
 
 
+def _check_validated(cfg: RunConfig) -> None:
+    every, saved = cfg.validation.every, cfg.loop.checkpoint_every
+    if math.lcm(every, saved) > cfg.loop.steps:
+        raise ValueError(
+            f"loop.best_metric = {cfg.loop.best_metric} compares checkpoints that are validated, and with validation.every "
+            f"= {every} and loop.checkpoint_every = {saved} only the last one is; set both to the same number"
+        )
+
+
 def metric_keys(cfg: RunConfig) -> tuple[str, ...]:
     """Every key that a row of metrics.jsonl can hold; some appear only in a second stage."""
     rewards = [key for spec in _rewards(cfg) for key in (*_scored(spec), *_of_reward(spec))]
     moved = () if cfg.loop.start_from else ("student/moved",)
-    return tuple(dict.fromkeys((*_ALWAYS, *moved, *_of_method(cfg), *rewards)))
+    validated = [start + _name(spec) for spec in (*_rewards(cfg), *cfg.held_out) for start in (PREFIX, TEACHER)]
+    scores = validated if cfg.validation.every else []
+    return tuple(dict.fromkeys((*_ALWAYS, *moved, *_of_method(cfg), *rewards, *scores)))
 
 
 def _rewards(cfg: RunConfig) -> tuple[RewardConfig, ...]:

@@ -172,21 +172,53 @@ class OcrConfig(DeviceOptions):
         return self
 
 
-class CallableConfig(Config):
-    """A Python function (images, prompts) -> one number per image."""
+class PythonReward(Config):
+    """A reward computed by the user's Python code."""
+
+    differentiable: bool = Field(
+        default=False,
+        description="Whether the function returns a tensor with a correct gradient with respect to the images; also set "
+        "by an attribute of the function, differentiable = True.",
+    )
+    image_type: Literal["tensor", "pil"] | None = Field(
+        default=None,
+        description="What the function gets as images: a tensor [B, 3, H, W] in [0, 1], or a list of PIL images; "
+        "default: the function's attribute image_type, else tensor.",
+    )
+
+    @model_validator(mode="after")
+    def _pil_has_no_gradient(self) -> Self:
+        if self.differentiable and self.image_type == "pil":
+            raise ValueError("image_type pil carries no gradient; set image_type to tensor, or differentiable to false")
+        return self
+
+
+class CallableConfig(PythonReward):
+    """A Python function (images, prompts, **columns) -> one number per image."""
 
     kind: Literal["callable"] = "callable"
     target: FunctionName = Field(
-        description='"module:function" or "path/to/file.py:function". The code runs with all your permissions.'
-    )
-    differentiable: bool = Field(
-        default=False,
-        description="Whether the function returns a tensor with a correct gradient with respect to the images.",
+        description='"module:function" or "path/to/file.py:function", or a class, which is instantiated without '
+        "arguments. The code runs with all your permissions."
     )
 
     @property
     def label(self) -> str:
         return function_label(self.target)
+
+
+class FunctionConfig(PythonReward):
+    """A Python function or other callable that was given to DistillationTrainer as an object."""
+
+    kind: Literal["function"] = "function"
+    name: str = Field(
+        min_length=1, pattern=r"^[^/]+$", description="Its name, under which the trainer was given the object."
+    )
+    source: str | None = Field(default=None, description="Hash of its source code, if Python knows it.")
+
+    @property
+    def label(self) -> str:
+        return self.name
 
 
 class RemoteConfig(Config):
@@ -237,6 +269,7 @@ SingleReward = Annotated[
     | GenEvalConfig
     | OcrConfig
     | CallableConfig
+    | FunctionConfig
     | RemoteConfig,
     Field(discriminator="kind"),
 ]
@@ -280,6 +313,7 @@ RealRewardConfig = (
     | GenEvalConfig
     | OcrConfig
     | CallableConfig
+    | FunctionConfig
     | RemoteConfig
     | CompositeConfig
 )
@@ -287,3 +321,18 @@ RealRewardConfig = (
 
 TaggedReward = Annotated[RealRewardConfig, Field(discriminator="kind")]
 """RealRewardConfig as a union discriminated by ``kind``, which gives one error for a wrong kind."""
+
+
+class ShapesReward(Config):
+    """A reward of the Shapes world."""
+
+    kind: Literal["shapes_clip", "shapes_pref", "shapes_clip_heldout", "shapes_partial_credit"]
+    asset: str | None = Field(default=None, description="safetensors file of another scorer; default: the shipped one.")
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+
+RewardConfig = Annotated[ShapesReward | RealRewardConfig, Field(discriminator="kind")]
+"""Every reward that can train a student."""

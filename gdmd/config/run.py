@@ -15,9 +15,11 @@ from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
-from gdmd.config.rewards import RealRewardConfig
+from gdmd.config.rewards import RewardConfig as RewardConfig
+from gdmd.config.rewards import ShapesReward as ShapesReward
 from gdmd.config.shapes_pipeline import MARKER, draws_real_images, is_shapes_pipeline
 from gdmd.config.training import LoopConfig
+from gdmd.config.validation import ValidationConfig
 
 
 class ShapesModel(Config):
@@ -41,22 +43,8 @@ ModelConfig = Annotated[
 """What is distilled."""
 
 
-class ShapesReward(Config):
-    """A reward of the Shapes world."""
-
-    kind: Literal["shapes_clip", "shapes_pref", "shapes_clip_heldout", "shapes_partial_credit"]
-    asset: str | None = Field(default=None, description="safetensors file of another scorer; default: the shipped one.")
-
-    @property
-    def label(self) -> str:
-        return self.kind
-
-
 LOWEST_SCORE = {"pickscore": 10.0, "aesthetic": 1.0}
 """Lower bounds of the rewards whose scores are far above 1."""
-
-RewardConfig = Annotated[ShapesReward | RealRewardConfig, Field(discriminator="kind")]
-"""Every reward that can train a student."""
 
 
 class PromptConfig(Config):
@@ -104,6 +92,9 @@ class RunConfig(Config):
         default=None, description="Real models: images for a GAN and for method.student_input = data; default: none."
     )
     loop: LoopConfig = Field(description="Steps, batch, optimizer, checkpoints.")
+    validation: ValidationConfig = Field(
+        default=ValidationConfig(), description="Images and scores of fixed prompts during training."
+    )
     eval: EvalConfig = Field(default=EvalConfig(), description="The evaluation at the end of a run (Shapes world).")
 
     @property
@@ -117,6 +108,20 @@ class RunConfig(Config):
         if isinstance(self.method, DMD2Config) and self.method.adversarial:
             return "method.gan_weight > 0"
         return "method.student_input = data" if self.method.student_input == "data" else ""
+
+    @property
+    def held_out(self) -> tuple[RewardConfig, ...]:
+        """The rewards that only score the validation images; () without validation."""
+        if not self.validation.every:
+            return ()
+        if self.validation.scorers is not None:
+            return self.validation.scorers
+        default = ShapesReward(kind="shapes_clip_heldout")
+        return (default,) if self.shapes_world and default.label not in self._trained else ()
+
+    @property
+    def _trained(self) -> set[str]:
+        return {reward.label for reward in self.rewards} if self.method.rewarded else set()
 
     @model_validator(mode="after")
     def _real(self) -> RunConfig:
@@ -177,4 +182,20 @@ class RunConfig(Config):
         names = [r.label for r in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"each reward may be listed once, got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _held_out(self) -> RunConfig:
+        scorers = self.validation.scorers or ()
+        if both := [one.label for one in scorers if one.label in self._trained]:
+            raise ValueError(
+                f"validation.scorers lists {both}, which train the student and score the validation images anyway; leave "
+                "them out"
+            )
+        wrong = [one.kind for one in scorers if one.kind.startswith("shapes_")]
+        if wrong and isinstance(self.model, DiffusersModel) and draws_real_images(self.model.path):
+            raise ValueError(
+                f"validation.scorers {wrong} judge captions of the Shapes world, and model.path {self.model.path!r} is not "
+                f"a folder with {MARKER}; list scorers of real images"
+            )
         return self

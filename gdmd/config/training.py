@@ -5,9 +5,10 @@ One step is one outer iteration of the method. Learning-rate warm-up and the EMA
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability
 
@@ -92,14 +93,17 @@ class LoopConfig(Config):
     best_metric: str = Field(
         "",
         description="Key of metrics.jsonl, such as reward/target, by which the best checkpoint is also kept; it is "
-        'averaged over the last checkpoint_every steps. Default "": no best checkpoint.',
+        "averaged over the last checkpoint_every steps. validation/LABEL: the score at the step of the checkpoint, so only "
+        'validated checkpoints are compared. Default "": no best checkpoint.',
     )
     best_direction: Literal["max", "min"] = Field("max", description="Whether a high or a low best_metric is better.")
     log_every: Count = Field(
         10, description="Steps per line of metrics.jsonl; a line holds the means over these steps."
     )
-    grid_every: NonNegativeCount = Field(
-        100, description="Steps between grids of validation images (EMA weights); 0 = none."
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "swanlab"], ...] = Field(
+        ("tensorboard",),
+        description="Experiment trackers that get the rows of metrics.jsonl and the validation images; all but TensorBoard "
+        "need pip install -e '.[NAME]'. [] = none.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",
@@ -127,6 +131,18 @@ class LoopConfig(Config):
     skip_limit: Count = Field(
         10, description="With on_nonfinite = skip: number of skipped updates in one run after which it stops."
     )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _removed(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "grid_every" in given:
+            raise ValueError("grid_every was removed: set validation.every instead; validation also scores the images")
+        return given
 
     @model_validator(mode="after")
     def _equal_micro_batches(self) -> Self:

@@ -40,6 +40,7 @@ TEXTS = ("txt", "caption", "json")
 COLUMNS = (("prompt", "prompts"), ("caption", "captions", "text", "texts"))
 """Names of prompt columns, in lower case; the first group wins over the second."""
 NAME_IT = "name it with prompts.column=NAME (gdmd eval: --prompt-column NAME)"
+RENAME_IT = 'rename it to "prompt"'
 EXTENSIONS = ".txt (one prompt per line), .csv, .tsv, .jsonl, .ndjson, .json, .parquet or .tar (WebDataset)"
 NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
 """Control characters, surrogates and byte order marks: signs of another encoding, or of a binary file."""
@@ -57,9 +58,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file in order. ``column``: their column in a table; ``blank``: number of skipped lines."""
+    """The prompts of a file or a Python object in order.
 
-    path: Path
+    source: what they were read from, for messages: "prompt file a.txt". column: their column in a table. blank: number of
+    skipped lines.
+    """
+
+    source: str
     prompts: tuple[Prompt, ...]
     column: str = ""
     blank: int = 0
@@ -78,7 +83,7 @@ class PromptFile:
     def fingerprint(self) -> str:
         """A hash of the prompts and their rows in order, independent of format, line endings and blank lines."""
         rows = (prompt.meta or {"prompt": prompt.text} for prompt in self.prompts)
-        return content_hash(*(json.dumps(row, sort_keys=True, default=str) for row in rows))
+        return content_hash(*(json.dumps(row, sort_keys=True, default=_stable) for row in rows))
 
     def note(self) -> str:
         """A note for the user: the chosen column, skipped lines, repeated prompts; "" if there is nothing to report."""
@@ -89,7 +94,7 @@ class PromptFile:
             f"{repeated} repeat{'s' * (repeated == 1)} an earlier prompt" if repeated else "",
         ]
         note = "; ".join(filter(None, facts))
-        return f"prompt file {self.path}: {len(self.prompts)} prompts; {note}" if note else ""
+        return f"{self.source}: {len(self.prompts)} prompts; {note}" if note else ""
 
 
 def prompts_in(path: Path, column: str | None = None) -> PromptFile:
@@ -111,13 +116,46 @@ def prompts_in(path: Path, column: str | None = None) -> PromptFile:
     return found
 
 
+def _stable(value: Any) -> str:
+    """A value that JSON has no type for, as a text that is the same in every process: a hash of images and arrays."""
+    if hasattr(value, "detach"):  # a tensor
+        value = value.detach().cpu().float().numpy()
+    if hasattr(value, "tobytes"):
+        size = getattr(value, "shape", None) or getattr(value, "size", "")
+        return content_hash(type(value).__name__, str(size), value.tobytes())
+    text = str(value)
+    return type(value).__name__ if " at 0x" in text else text  # an address in memory
+
+
+def _label(path: Path) -> str:
+    return f"prompt file {path}"
+
+
+def prompts_in_rows(source: str, rows: Sequence[Any], column: str | None = None) -> PromptFile:
+    """The prompts of Python objects: texts, or mappings with a prompt column as in tables. Blank ones are skipped.
+
+    source: their name in errors, which also say the index. ValueError as for files.
+    """
+    first = next((row for row in rows if isinstance(row, Mapping)), None)
+    key = column if first is None else _column(source, "the first row", [str(name) for name in first], column)
+    found = [(f"index {k}", dict(row) if isinstance(row, Mapping) else row) for k, row in enumerate(rows)]
+    kept = [(where, row) for where, row in found if not _is_blank(row.get(key) if isinstance(row, dict) else row)]
+    if not kept:
+        raise ValueError(f"{source}: has no prompts; it needs at least one")
+    return _objects(source, kept, key, len(rows) - len(kept), texts=True)
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
 def _text(path: Path, column: str | None) -> PromptFile:
     if column is not None:
         raise ValueError(f"prompt file {path}: a .txt file has no column {column!r}; leave the column out")
     lines = _lines(path)
     _check_format(path, next((line.strip() for _, line in lines if line.strip()), ""))
-    found = tuple(Prompt(_checked(path, where, line), where) for where, line in lines if line.strip())
-    return PromptFile(path, found, blank=len(lines) - len(found))
+    found = tuple(Prompt(_checked(_label(path), where, line), where) for where, line in lines if line.strip())
+    return PromptFile(_label(path), found, blank=len(lines) - len(found))
 
 
 def _check_format(path: Path, first: str) -> None:
@@ -145,7 +183,7 @@ def _json_lines(path: Path, column: str | None) -> PromptFile:
     if re.match(r'\s*\[\s*([{"]|$)', next((line for _, line in lines if line.strip()), "")):
         raise ValueError(f"prompt file {path}: contains a JSON array, not one object per line; use the extension .json")
     rows = [(where, _json(path, where, line)) for where, line in lines if line.strip()]
-    return _objects(path, rows, column, len(lines) - len(rows))
+    return _objects(_label(path), rows, column, len(lines) - len(rows))
 
 
 def _json_array(path: Path, column: str | None) -> PromptFile:
@@ -157,7 +195,7 @@ def _json_array(path: Path, column: str | None) -> PromptFile:
             f'prompt file {path}: expected a JSON array of strings or of {{"prompt": "..."}}, got {type(rows).__name__}; '
             f"{advice}"
         )
-    return _objects(path, [(f"entry {number}", row) for number, row in enumerate(rows, 1)], column, texts=True)
+    return _objects(_label(path), [(f"entry {number}", row) for number, row in enumerate(rows, 1)], column, texts=True)
 
 
 def _comma_table(path: Path, column: str | None) -> PromptFile:
@@ -181,8 +219,8 @@ def _table(path: Path, column: str | None, delimiters: str) -> PromptFile:
     if twice := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
         raise ValueError(f"prompt file {path}, {where}: two columns are named {twice[0]!r}; rename one")
     named = [(where, _named(path, where, header, row)) for where, row in rest]
-    chosen = _column(path, where, [name for name in header if name], column)
-    return _objects(path, named, chosen, len(cells) - len(rows))
+    chosen = _column(_label(path), where, [name for name in header if name], column)
+    return _objects(_label(path), named, chosen, len(cells) - len(rows))
 
 
 def _cells(path: Path, text: str, delimiter: str) -> list[tuple[str, list[str]]]:
@@ -231,71 +269,74 @@ def _parquet(path: Path, column: str | None) -> PromptFile:
         rows = parquet.read_table(path, columns=plain).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise ValueError(f"prompt file {path}: not a readable parquet file ({str(error)[:200]})") from error
-    chosen = _column(path, "the columns of text and numbers", plain, column)
-    return _objects(path, [(f"row {number}", row) for number, row in enumerate(rows, 1)], chosen)
+    chosen = _column(_label(path), "the columns of text and numbers", plain, column)
+    return _objects(_label(path), [(f"row {number}", row) for number, row in enumerate(rows, 1)], chosen)
 
 
 def _objects(
-    path: Path, rows: Sequence[tuple[str, Any]], column: str | None, blank: int = 0, *, texts: bool = False
+    source: str, rows: Sequence[tuple[str, Any]], column: str | None, blank: int = 0, *, texts: bool = False
 ) -> PromptFile:
     """Rows with the prompt under one key. ``texts``: a row may also be the prompt itself."""
     found, key = [], ""
     for where, row in rows:
         if isinstance(row, dict):
-            key = key or column or _key(path, where, list(row))
-            found.append(_object(path, where, row, key))
+            key = key or column or _key(source, where, list(row))
+            found.append(_object(source, where, row, key))
         elif texts and isinstance(row, str) and column is None:
-            found.append(Prompt(_checked(path, where, row), where))
+            found.append(Prompt(_checked(source, where, row), where))
         else:
-            shown = json.dumps(row, ensure_ascii=False)[:60]
-            raise ValueError(f'prompt file {path}, {where}: expected {{"prompt": "..."}}, got {shown}')
-    return PromptFile(path, tuple(found), key, blank)
+            shown = json.dumps(row, ensure_ascii=False, default=str)[:60]
+            raise ValueError(f'{source}, {where}: expected {{"prompt": "..."}}, got {shown}')
+    return PromptFile(source, tuple(found), key, blank)
 
 
-def _key(path: Path, where: str, names: Sequence[str]) -> str:
+def _key(source: str, where: str, names: Sequence[str]) -> str:
     """The prompt's key in a JSON object: "prompt" or "prompts" in any case. ValueError that lists the keys."""
     near = [name for name in names if name.lower() in COLUMNS[0]]
     if "prompt" in near or len(near) == 1:
         return "prompt" if "prompt" in near else near[0]
     raise ValueError(
-        f'prompt file {path}, {where}: expected one key "prompt", got {_shown(names)}. If another key has the prompts, '
-        f"{NAME_IT}"
+        f'{source}, {where}: expected one key "prompt", got {_shown(names)}. If another key has the prompts, '
+        f"{_name_it(source)}"
     )
+
+
+def _name_it(source: str) -> str:
+    """What to do about a prompt column with another name, in a file or in a Python object."""
+    return NAME_IT if source.startswith("prompt file") else RENAME_IT
 
 
 def _shown(names: Sequence[str]) -> str:
     return ", ".join(repr(name[:40]) for name in names[:12]) + (", ..." if len(names) > 12 else "") or "none"
 
 
-def _column(path: Path, where: str, names: Sequence[str], given: str | None) -> str:
+def _column(source: str, where: str, names: Sequence[str], given: str | None) -> str:
     """The prompt column of a table. ValueError that lists the columns if none or several could be it."""
     if given is not None:
         if given in names:
             return given
-        raise ValueError(f"prompt file {path}, {where}: has no column {given!r}; its columns are {_shown(names)}")
+        raise ValueError(f"{source}, {where}: has no column {given!r}; its columns are {_shown(names)}")
     for group in COLUMNS:
         near = [name for name in names if name.strip().lower() in group]
         if len(near) > 1:
             raise ValueError(
-                f"prompt file {path}, {where}: {' and '.join(map(repr, near))} could be the prompts; {NAME_IT}"
+                f"{source}, {where}: {' and '.join(map(repr, near))} could be the prompts; {_name_it(source)}"
             )
         if near:
             return near[0]
     raise ValueError(
-        f"prompt file {path}, {where}: no column is named prompt, caption or text; its columns are {_shown(names)}. "
-        f"If one of them has the prompts, {NAME_IT}; if the file has no header, add one"
+        f"{source}, {where}: no column is named prompt, caption or text; its columns are {_shown(names)}. "
+        f"If one of them has the prompts, {_name_it(source)}; if the file has no header, add one"
     )
 
 
-def _object(path: Path, where: str, row: Mapping[str, Any], key: str) -> Prompt:
+def _object(source: str, where: str, row: Mapping[str, Any], key: str) -> Prompt:
     """The prompt of a row, and the row with that prompt under "prompt"."""
     text = row.get(key)
     if not isinstance(text, str):
-        got = json.dumps(text, ensure_ascii=False)[:60] if key in row else f"only {_shown(list(row))}"
-        raise ValueError(
-            f"prompt file {path}, {where}: {key!r} must be a text, got {got}; add a prompt or remove the row"
-        )
-    prompt = _checked(path, where, text)
+        got = json.dumps(text, ensure_ascii=False, default=str)[:60] if key in row else f"only {_shown(list(row))}"
+        raise ValueError(f"{source}, {where}: {key!r} must be a text, got {got}; add a prompt or remove the row")
+    prompt = _checked(source, where, text)
     other = {name: value for name, value in row.items() if name != key or name == "prompt"}
     return Prompt(prompt, where, ({} if "prompt" in other else {"prompt": prompt}) | other | {"prompt": prompt})
 
@@ -320,14 +361,14 @@ def _not_utf8(path: Path, where: str, error: UnicodeDecodeError) -> ValueError:
     return ValueError(f"prompt file {path}, {where}: not UTF-8 at byte {error.start}; convert it to UTF-8")
 
 
-def _checked(path: Path, where: str, line: str) -> str:
+def _checked(source: str, where: str, line: str) -> str:
     if not line.strip():
-        raise ValueError(f"prompt file {path}, {where}: the prompt is empty; remove it or add a prompt")
+        raise ValueError(f"{source}, {where}: the prompt is empty; remove it or add a prompt")
     if len(line) > LONGEST_PROMPT:
-        raise ValueError(f"prompt file {path}, {where}: {len(line)} characters; at most {LONGEST_PROMPT}")
+        raise ValueError(f"{source}, {where}: {len(line)} characters; at most {LONGEST_PROMPT}")
     if found := NO_TEXT.search(line):
         raise ValueError(
-            f"prompt file {path}, {where}: the character U+{ord(found[0]):04X} is not text; "
+            f"{source}, {where}: the character U+{ord(found[0]):04X} is not text; "
             "convert the file to UTF-8 and remove it"
         )
     return line.strip()
@@ -362,15 +403,15 @@ def _archive(path: Path, column: str | None) -> PromptFile:
             raise _not_utf8(path, where, error) from error
     if not entries:
         raise ValueError(f"prompt file {path}: has no member that ends in .txt, .caption or .json")
-    return PromptFile(path, tuple(_entry(path, name, texts, column) for name, texts in entries.items()))
+    return PromptFile(_label(path), tuple(_entry(path, name, texts, column) for name, texts in entries.items()))
 
 
 def _entry(path: Path, name: str, texts: Mapping[str, str], column: str | None) -> Prompt:
     kind = next(kind for kind in TEXTS if kind in texts)
     where = f"member {name}.{kind}"
     if kind == "json":
-        return _objects(path, [(where, _json(path, where, texts[kind]))], column).prompts[0]
-    text = _checked(path, where, texts[kind])
+        return _objects(_label(path), [(where, _json(path, where, texts[kind]))], column).prompts[0]
+    text = _checked(_label(path), where, texts[kind])
     meta = _json(path, f"member {name}.json", texts["json"]) if "json" in texts else None
     return Prompt(text, where, {"prompt": text} | meta | {"prompt": text} if isinstance(meta, dict) else None)
 

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
-from gdmd.data.prompt_files import PromptFile, prompts_in
+from gdmd.data.prompt_files import PromptFile, prompts_in, prompts_in_rows
 from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.types import PromptBatch, TextEncoder
 
-SHIPPED = {"text_rendering": "images that show a given text, quoted in the prompt: for the OCR reward"}
+SHIPPED = {
+    "text_rendering": "images that show a given text, quoted in the prompt: for the OCR reward",
+    "validation": "eight prompts for validation: counting, color, position, text, people, style",
+}
 """Prompt sets of the package; a recipe can give their names instead of a path."""
 
 
@@ -26,6 +29,31 @@ def prompt_file(given: str) -> Path:
 def read_prompts(given: str | Path, column: str | None = None) -> PromptFile:
     """The prompts of a file or a shipped set in order; see ``prompt_files``. ValueError for a malformed file."""
     return prompts_in(prompt_file(str(given)), column)
+
+
+def prompts_from(dataset: Any, column: str | None = None, name: str = "train_dataset") -> PromptFile:
+    """The prompts of a file, a list of texts or of rows, a ``datasets.Dataset`` or a pandas.DataFrame, in order.
+
+    column: of the prompts; default: prompt, else caption or text. Other columns are metadata for the rewards. All rows are
+    read into memory. name: for errors. ValueError for anything else, such as a stream, and for a malformed row.
+    """
+    if isinstance(dataset, str | Path):
+        return read_prompts(dataset, column)
+    if hasattr(dataset, "to_dict") and hasattr(dataset, "columns"):  # a DataFrame
+        dataset = dataset.to_dict("records")
+    kind = type(dataset).__name__
+    if isinstance(dataset, Mapping):
+        known = ", ".join(repr(key) for key in list(dataset)[:8])
+        raise ValueError(
+            f"{name}: got a {kind} with the keys {known}; give one split of a DatasetDict, such as dataset['train'], or a "
+            "list with one row per prompt"
+        )
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__iter__"):
+        raise ValueError(
+            f"{name}: got {kind}, which has no length, and a run draws its prompts by index so that it can be resumed; "
+            "give list(...) of it, or load the dataset without streaming"
+        )
+    return prompts_in_rows(name, list(dataset), column)
 
 
 class PromptStream:

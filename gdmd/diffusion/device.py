@@ -20,6 +20,20 @@ MakeError = Callable[[list[int]], Exception]
 _deferred: ContextVar[list[tuple[Tensor, MakeError]] | None] = ContextVar("deferred checks", default=None)
 
 
+def pick_device(asked: str | None = None) -> str:
+    """The device that is asked for, else the GPU if there is one, else the CPU. ValueError for one that is not there."""
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = asked.partition(":")
+    if kind == "cuda" and int(number or 0) >= (found := torch.cuda.device_count()):
+        raise ValueError(
+            f"device {asked}: torch {torch.__version__} finds {found} CUDA GPUs; name another, or leave it out"
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {asked}: torch {torch.__version__} finds no Apple GPU; name another, or leave it out")
+    return asked
+
+
 def to_device_async(values: Tensor, device: torch.device | str) -> Tensor:
     """Copy a host tensor to the device without blocking (pinned memory); a no-op if it is already there."""
     target = torch.device(device)

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gdmd.config.image_source import SourceConfig
 from gdmd.config.run import RewardConfig
+from gdmd.diffusion.device import pick_device
 from gdmd.evaluation.measures import (
     feature_measures,
     features_of,
@@ -125,7 +125,7 @@ def _measured(
         rows_of(prompt_set)
     real = reference_files(options.reference) if options.reference is not None else ()
     _check_sources(sources, prompt_set, real, _shapes_only(specs, name, shapes))
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(options.device)
     with phase(f"loading {', '.join(spec.label for spec in specs)}"):
         rewards = load_scorers(specs, device)
         make = feature_maker(name, device) if name else None
@@ -222,7 +222,7 @@ def _specs(options: EvalOptions, sources: Sequence[SourceConfig], shapes: bool) 
 
 def _opened(cfg: SourceConfig, options: EvalOptions) -> Source:
     """The source, on the command's device unless it names one."""
-    movable = kind_of(cfg) in ("pipeline", "export") and cfg.device is None and options.device is not None
+    movable = kind_of(cfg) != "images" and cfg.device is None and options.device is not None
     with phase(f"loading {cfg.name}"):
         return open_source(cfg.changed({"device": options.device}) if movable else cfg)
 

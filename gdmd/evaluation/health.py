@@ -6,12 +6,14 @@ Rules compare windows of a fifth of the logged rows: "at the end" is the mean of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Literal
 
-from gdmd.reporting.plots import BINS, Metrics, curves, r_histogram
+from gdmd.config.validation import PREFIX
+from gdmd.reporting.plots import BINS, Chart, Metrics, curves, r_histogram, stacked_curves
+from gdmd.runs import validation_scores
 from gdmd.training.displacement import HEALTHY, MOVED, STUCK
 
 Status = Literal["ok", "look", "bad", "unknown"]
@@ -42,15 +44,46 @@ class _Watched:
     judge: Judge
 
 
-def health_panels(metrics: Metrics) -> list[Panel]:
-    """The panels for which the run has logged values."""
+def health_panels(metrics: Metrics, trained: Collection[str] = ()) -> list[Panel]:
+    """The panels for which the run has logged values. trained: names of the rewards that train the student."""
     drawn = [(watched, curves(metrics, watched.keys, watched.title)) for watched in _WATCHED]
     drawn.append((_OPTIMALITY, r_histogram(metrics)))
-    return [
+    panels = [
         Panel(watched.title, svg, *(_FEW_ROWS if len(metrics) < FEW else watched.judge(metrics)), watched.rule)
         for watched, svg in drawn
         if svg
     ]
+    names = {label.replace("remote ", "remote_") for label in trained}  # as in keys of the metrics
+    return [*_validation(metrics, names), *panels]
+
+
+def _validation(metrics: Metrics, trained: Collection[str]) -> list[Panel]:
+    """Trained scores of the validation images above held-out ones, with the teacher's."""
+    names = sorted(validation_scores.labels(metrics), key=lambda name: name not in trained)
+    charts = [
+        Chart(
+            f"{name} ({'trained' if name in trained else 'held out'})",
+            PREFIX + name,
+            validation_scores.teacher_score(metrics, name),
+        )
+        for name in names
+    ]
+    title = "Validation scores"
+    svg = stacked_curves(metrics, charts, title)
+    return [Panel(title, svg, *_validated(metrics, names, trained), _VALIDATION_RULE)] if svg else []
+
+
+def _validated(metrics: Metrics, names: Sequence[str], trained: Collection[str]) -> tuple[Status, str]:
+    held_out = [name for name in names if name not in trained]
+    if not held_out:
+        return "unknown", "No held-out scorer: reward hacking would not be seen here; set validation.scorers."
+    if hacking := validation_scores.reward_hacking(metrics, trained):
+        return "bad", hacking
+    trends = {name: found for name in held_out if (found := validation_scores.trend(metrics, name))}
+    if not trends:
+        return "unknown", f"Fewer than {validation_scores.FEW} validations after step 0: too few to judge."
+    fallen = [name for name, found in trends.items() if found.sign < 0]
+    return ("look", f"Held-out scores fall: {', '.join(fallen)}.") if fallen else ("ok", "No held-out score falls.")
 
 
 def summary(panels: Sequence[Panel]) -> str:
@@ -183,6 +216,11 @@ def _optimality(metrics: Metrics) -> tuple[Status, str]:
     return status, f"At the end {center:.0%} of r are in 0.4 to 0.6, and {ends:.0%} below 0.1 or above 0.9."
 
 
+_VALIDATION_RULE = (
+    "ok: no held-out score falls. bad: one falls while a trained score rises (reward hacking). look: one falls. "
+    "A score rises or falls if the means of the last and the first third of the validations after step 0 differ by more "
+    f"than {validation_scores.SPREADS:g} standard deviations within these thirds."
+)
 _THIRDS = {"fake_loss/t0": "t below 1/3", "fake_loss/t1": "t in 1/3 to 2/3", "fake_loss/t2": "t above 2/3"}
 _OPTIMALITY = _Watched(
     "Optimality r",

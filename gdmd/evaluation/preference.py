@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gdmd.config.run import RewardConfig
-from gdmd.data.prompts import read_prompts
+from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.evaluation.scorers import may_fail, reads_metadata, scores_of
 from gdmd.io import RunError, append_jsonl, content_hash, file_hash, finite_or_none, numbered_jsonl, write_atomic
 from gdmd.recipes.long_prompts import warn_long_prompts_of_rewards
@@ -69,7 +69,7 @@ def read_prompt_set(
     """The first ``limit`` prompts of a file or a shipped set, each with its metadata."""
     found = read_prompts(given, column)
     meta = found.meta or tuple({"prompt": text} for text in found.texts)
-    return PromptSet(found.path.name, found.texts[:limit], meta[:limit], images, seed, found.note())
+    return PromptSet(prompt_file(str(given)).name, found.texts[:limit], meta[:limit], images, seed, found.note())
 
 
 def generate_images(

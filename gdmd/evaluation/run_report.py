@@ -100,7 +100,7 @@ def write_report(
     """
     target = path if path.suffix == ".html" else path / "report.html"
     trainings = [
-        Training(name, f"health-{k}", training_curves(own), health_panels(own), findings)
+        Training(name, f"health-{k}", training_curves(own), health_panels(own, trained), findings)
         for k, (name, own) in enumerate((metrics or {}).items())
     ]
     page = render(
@@ -231,10 +231,10 @@ def _answer(results: Sequence[Result]) -> Verdict:
 
 
 def _stored_grids(folder: Path) -> dict[str, bytes]:
-    """The first and the last grid of the training."""
+    """The first and the last validation images of the training."""
     numbered = {int(path.stem[5:]): path for path in (folder / "grids").glob("step_*.png") if path.stem[5:].isdigit()}
     shown = sorted({min(numbered), max(numbered)}) if numbered else []
-    return {f"Student (EMA) after {step:,} iterations": _whole(numbered[step]) for step in shown}
+    return {f"Student (EMA) after {step:,} iterations, and the teacher": _whole(numbered[step]) for step in shown}
 
 
 def _whole(path: Path) -> bytes:

@@ -11,56 +11,33 @@ from typing import Any
 from torch import Tensor
 
 from gdmd.config.run import RunConfig
-from gdmd.diffusion.generate import WARM_UP, Sampler, images_of
+from gdmd.diffusion.generate import WARM_UP, Sampler
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.run_report import read_rows, report_run, save_rows
+from gdmd.evaluation.validation import grid_captions
 from gdmd.evaluation.verdict import PER_IMAGE, per_image
 from gdmd.io import content_hash, typed
 from gdmd.recipes.build import Components
 from gdmd.recipes.build_rewards import scorer_specs, scorers_of
 from gdmd.recipes.contents import base_content, checkpoint_content
-from gdmd.recipes.open_run import image_batch, load_ema, open_named, open_student, student_row, teacher_row
+from gdmd.recipes.open_run import load_ema, open_named, open_student, student_row, teacher_row
 from gdmd.recipes.reward_identity import scorer_identity
 from gdmd.recipes.run_folders import TEACHERS, config_of, require_shapes
-from gdmd.reporting.grids import write_grid
 from gdmd.reporting.progress_bar import progress_bar
 from gdmd.runs import checkpoint
 from gdmd.shapes.evaluate import evaluate
 from gdmd.shapes.grammar import TASKS, Split, catalog, fixed_rows
 from gdmd.shapes.same_noise import PER_CAPTION, SameNoise, write_same_noise
 
-GRID_COLUMNS = 6
-REAL_ROWS = 3
-"""Rows and columns of a real model's grid, whose images are large."""
 Row = Mapping[str, Any]
 """``Evaluation.json()``, which images are correct and, for a student, the "step" of its checkpoint."""
 _VERSION = "2"
 """Version of a row; rows of an earlier version are measured again."""
 
 
-def grid_captions(per_task: int = 2) -> tuple[str, ...]:
-    """The captions of the sample grids, from every task of the evaluation set."""
-    return catalog().texts(fixed_rows("eval", per_task))
-
-
 def evaluation_captions(cfg: RunConfig) -> tuple[str, ...]:
-    """The captions of the sample grids and of the evaluation of a run on the Shapes world; none for a real model."""
+    """The captions of the evaluation of a run on the Shapes world, and of its comparison; none for a real model."""
     return (*grid_captions(), *catalog().texts(fixed_rows("eval", cfg.eval.per_task))) if cfg.shapes_world else ()
-
-
-def grid_hook(components: Components, cfg: RunConfig) -> Callable[[int, Path | None], None]:
-    """A hook that draws the grid of a step, always from the same captions and noise. Without a path nothing is written."""
-    shapes = cfg.shapes_world
-    captions = grid_captions() if shapes else tuple(components.stream.groups[0][:REAL_ROWS])
-    columns = GRID_COLUMNS if shapes else REAL_ROWS
-    texts = [text for text in captions for _ in range(columns)]
-
-    def grid(step: int, path: Path | None) -> None:
-        cells = images_of(student_row(cfg, components), components, texts, cfg.eval.seed, image_batch(cfg))
-        if path is not None:
-            write_grid(path, cells.unflatten(0, (len(captions), columns)), captions, scale=3 if shapes else 1)
-
-    return grid
 
 
 def row_key(cfg: RunConfig, sampler: Sampler, weights: str = "") -> str:
@@ -94,7 +71,7 @@ def _counting(sampler: Sampler, advance: Callable[[int], None]) -> Sampler:
 
 
 def measure_named(
-    what: str, split: Split, overrides: Mapping[str, int | None], which: str = "last"
+    what: str, split: Split, overrides: Mapping[str, int | None], which: str = "last", device: str | None = None
 ) -> tuple[str, Row, RunConfig]:
     """(name of the row, row, configuration) of a run's EMA student or of the teacher.
 
@@ -102,7 +79,7 @@ def measure_named(
     """
     if what not in TEACHERS:
         require_shapes(config_of(Path(what)), what)
-    cfg, components, sampler, step = open_named(what, which)
+    cfg, components, sampler, step = open_named(what, which, device=device)
     own = cfg.eval.model_copy(update={key: value for key, value in overrides.items() if value is not None})
     cfg = cfg.model_copy(update={"eval": own})
     return sampler.name, measure(cfg, components, sampler, split, step), cfg
@@ -139,7 +116,7 @@ def compare(folder: Path, cfg: RunConfig, components: Components, samplers: Sequ
         return write_same_noise(folder / "comparison.png", counting, captions, cfg.eval.seed)
 
 
-def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
+def report_of(cfg: RunConfig, folder: Path, *, fresh: bool, device: str | None = None) -> Path:
     """Measure the missing rows of teacher and student, then write the page.
 
     A real model is not loaded: its page shows the stored results. ValueError for ``fresh`` with a real model.
@@ -151,7 +128,7 @@ def report_of(cfg: RunConfig, folder: Path, *, fresh: bool) -> Path:
                 f"run with: gdmd eval preference {typed(folder)} --prompts FILE"
             )
         return report_run(folder)
-    components, step = open_student(cfg, folder)
+    components, step = open_student(cfg, folder, device=device)
     rows = {} if fresh else dict(read_rows(folder))
     student = student_row(cfg, components)
     rows_in_order = (*(teacher_row(cfg, components, what) for what in TEACHERS), student)

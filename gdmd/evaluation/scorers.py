@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,17 +11,17 @@ from torch import Tensor
 
 from gdmd.config.image_source import settings_of, split_settings
 from gdmd.config.load import validated
-from gdmd.config.rewards import CompositeConfig, GenEvalConfig, RemoteConfig
+from gdmd.config.rewards import CompositeConfig, GenEvalConfig, PythonReward, RemoteConfig
 from gdmd.config.run import RewardConfig, ShapesReward
 from gdmd.recipes.build_rewards import build_rewards, require_weights
 from gdmd.recipes.reward_identity import SHAPES_KINDS
-from gdmd.rewards.base import PretrainedReward
-from gdmd.rewards.callable import imported
-from gdmd.rewards.clip import ClipScore, image_embedding
+from gdmd.rewards.base import score_images
+from gdmd.rewards.clip import CLIPScore, image_embedding
 from gdmd.rewards.preprocessing import from_pil
+from gdmd.rewards.user_code import imported
 from gdmd.shapes.evaluate import HELDOUT
 from gdmd.shapes.rewards import ShapesClip, ShapesScorer
-from gdmd.types import PromptBatch, Reward
+from gdmd.types import Reward
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,8 +70,8 @@ def load_scorers(specs: Sequence[RewardConfig], device: str) -> dict[str, Reward
 
 
 def reads_metadata(spec: RewardConfig) -> bool:
-    """Whether a scorer reads a prompt's metadata, not only its text."""
-    return any(isinstance(part, GenEvalConfig | RemoteConfig) for part in _parts(spec))
+    """Whether a scorer may read a prompt's metadata, not only its text."""
+    return any(isinstance(part, GenEvalConfig | PythonReward | RemoteConfig) for part in _parts(spec))
 
 
 def judges_shapes(spec: RewardConfig) -> bool:
@@ -94,34 +93,11 @@ def _parts(spec: RewardConfig) -> Iterator[RewardConfig]:
         yield spec
 
 
-@torch.no_grad()
 def scores_of(
     reward: Reward, images: Sequence[Image], texts: Sequence[str], meta: Sequence[Mapping[str, Any]]
 ) -> list[float]:
-    """One number per image, NaN = not scored. Published models get PIL images, as in their own code; others tensors."""
-    if isinstance(reward, PretrainedReward):
-        return [float(score) for score in reward.score_pil(images, texts)]
-    scores = [math.nan] * len(images)
-    for size in {image.size for image in images}:  # a tensor holds images of one size
-        own = [k for k, image in enumerate(images) if image.size == size]
-        for k, score in zip(own, _scores_of_size(reward, images, texts, meta, own), strict=True):
-            scores[k] = score
-    return scores
-
-
-def _scores_of_size(
-    reward: Reward,
-    images: Sequence[Image],
-    texts: Sequence[str],
-    meta: Sequence[Mapping[str, Any]],
-    own: Sequence[int],
-) -> list[float]:
-    """The scores of the images numbered ``own``, all of one size."""
-    device = _device_of(reward)
-    index = torch.arange(len(own), device=device)
-    prompts = PromptBatch(index, tuple(texts[k] for k in own), index, {}, {}, tuple(meta[k] for k in own))
-    pixels = from_pil([images[k] for k in own]).to(device)
-    return [float(score) for score in reward.score(pixels, prompts).float().cpu()]
+    """One number per image, NaN = not scored."""
+    return score_images(reward, images, texts, meta, _device_of(reward))
 
 
 def _device_of(reward: Reward) -> torch.device:
@@ -137,12 +113,12 @@ def feature_maker(text: str, device: str) -> Features:
     (reward,) = load_scorers([read_scorer(name)], device).values()
     if isinstance(reward, ShapesClip):
         return _checked(lambda images: reward.image_features(from_pil(images).to(_device_of(reward))), text)
-    if isinstance(reward, ClipScore):
+    if isinstance(reward, CLIPScore):
         return _checked(lambda images: _clip_features(reward, images), text)
     raise ValueError(f"features {text!r}: use shapes, clip[,path=FOLDER] or module:function")
 
 
-def _clip_features(reward: ClipScore, images: Sequence[Image]) -> Tensor:
+def _clip_features(reward: CLIPScore, images: Sequence[Image]) -> Tensor:
     pixels = reward.preprocess.pil(images).to(reward.placement.device, reward.placement.dtype)
     return image_embedding(reward.loaded.net.to(reward.placement.device), pixels)
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gdmd.config.describe import METHODS, student_updates
+from gdmd.config.describe import METHODS, student_updates, trained_rewards
 from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import PREFIX, is_shapes_pipeline
+from gdmd.export.front_matter import base_id, front_matter
 from gdmd.export.pipeline import left_out
 from gdmd.models.families.base import Family
 from gdmd.models.loading import has_safety_checker, local_or_hub_index
@@ -27,12 +28,16 @@ def model_card(
     *,
     merged: bool,
     measured: Mapping[str, Any] | None = None,
+    license: Mapping[str, str] | None = None,
+    samples: str | None = None,
+    where: str = "THIS_FOLDER",
     separate: Sequence[LoraFile] = (),
 ) -> str:
-    """README.md: the hub's front matter, example code, training, metrics, licenses, configuration.
+    """README.md: the Hub's metadata, example code, training, metrics, licenses, configuration.
 
-    measured: the results of ``gdmd eval preference`` for this checkpoint; None = not evaluated. separate: LoRAs that the
-    exported one needs and does not contain.
+    measured: the results of ``gdmd eval preference`` for this checkpoint; None = not evaluated. license: the license
+    fields, if known. samples: an image file of the folder. where: the folder or hub id from which the code loads.
+    separate: LoRAs that the exported one needs and does not contain.
     """
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     rewards = [reward.label for reward in cfg.rewards] if cfg.method.rewarded else []
@@ -42,30 +47,42 @@ def model_card(
         "",
         f"Distilled by {METHODS[cfg.method.kind]} with the gdmd library. No classifier-free guidance: one network call "
         "per step.",
+        *_incomplete(cfg, license or {}),
+        *(["", f"![samples]({samples})"] if samples else []),
     )
     sections: tuple[Sequence[str], ...] = (
         head,
         (
             "## Use",
             "```python",
-            *_use(family, given, merged, separate),
+            *_use(family, given, merged, where, separate),
             "```",
-            *_advice(family),
+            *_advice(where),
             *_safety(family, merged),
         ),
         ("## Training", *_table(cfg, facts, rewards, _start(cfg, family, separate))),
-        ("## Metrics", *_metrics(measured)),
-        ("## Licenses", *_licenses(cfg, rewards)),
+        ("## Metrics", *_metrics(measured), *_validation(facts.get("validation") or {}, cfg)),
+        ("## Licenses", *_licenses(cfg, rewards, license or {})),
         ("## Configuration", "```json", config, "```"),
     )
-    lines = [*_front_matter(cfg), *(line for section in sections for line in (*section, ""))]
-    return "\n".join(lines).rstrip("\n") + "\n"
+    text = "\n".join(line for section in sections for line in (*section, ""))
+    return f"---\n{front_matter(cfg, license or {}, samples)}---\n\n" + text.rstrip("\n") + "\n"
 
 
-def _advice(family: Family) -> Sequence[str]:
+def _incomplete(cfg: RunConfig, license: Mapping[str, str]) -> Sequence[str]:
+    """What the Hub needs to know and the card does not say."""
+    assert isinstance(cfg.model, DiffusersModel)
+    base = cfg.model.start
+    name, shipped = Path(base.path).name, base.path.startswith(PREFIX)
+    lacks = [] if base_id(base) or shipped else [f"`base_model`: the hub id of {name}"]
+    lacks += [] if license else [f"`license`: that of {name}, by `gdmd export --license NAME`"]
+    return ("", f"> **Complete before publishing** (metadata of this file): {'; '.join(lacks)}.") if lacks else ()
+
+
+def _advice(where: str) -> Sequence[str]:
     return (
-        "The scheduler re-noises at every step; other schedulers give worse images. In gdmd: "
-        f'`gdmd sample THIS_FOLDER --prompt "{_example(family)}"`.',
+        "The scheduler re-noises at every step; other schedulers give worse images. With gdmd, "
+        f'`gdmd.load_student("{where}")` returns this pipeline, and these arguments are the defaults of its call.',
     )
 
 
@@ -79,33 +96,6 @@ def _safety(family: Family, merged: bool) -> Sequence[str]:
         f"{whose}: diffusers returns a black image for what it flags. To load without it, add `safety_checker=None, "
         "requires_safety_checker=False`. gdmd samples and evaluates without it.",
     )
-
-
-def _front_matter(cfg: RunConfig) -> Sequence[str]:
-    """The license is the base model's, which only the owner can fill in: "other" until then."""
-    return (
-        "---",
-        f"base_model: {_base(cfg)}",
-        f"base_model_relation: {'adapter' if cfg.model.kind == 'diffusers' and _lora(cfg) else 'finetune'}",
-        "library_name: diffusers",
-        "pipeline_tag: text-to-image",
-        "license: other",
-        'license_name: ""  # fill in: the license of the base model',
-        'license_link: ""  # fill in',
-        f"tags: [{', '.join(['text-to-image', 'diffusers', 'distillation', 'few-step', cfg.method.kind])}]",
-        "---",
-        "",
-    )
-
-
-def _base(cfg: RunConfig) -> str:
-    """A hub id; the hub rejects a card that names a folder."""
-    path = cfg.model.start.location if cfg.model.kind == "diffusers" else ""
-    return f'""  # fill in: its hub id; here the folder {Path(path).name}' if Path(path).is_dir() else json.dumps(path)
-
-
-def _lora(cfg: RunConfig) -> bool:
-    return cfg.model.kind == "diffusers" and cfg.model.full not in ("student", "both")
 
 
 def _example(family: Family) -> str:
@@ -125,7 +115,7 @@ def _start(cfg: RunConfig, family: Family, separate: Sequence[LoraFile]) -> Mapp
     return rows | ({"LoRAs": f"{', '.join(loras)}: {how}"} if loras else {})
 
 
-def _use(family: Family, given: str, merged: bool, separate: Sequence[LoraFile]) -> Sequence[str]:
+def _use(family: Family, given: str, merged: bool, folder: str, separate: Sequence[LoraFile]) -> Sequence[str]:
     """Code that runs as it is printed: on a GPU in bf16, for a small Shapes pipeline on the CPU in fp32."""
     path = family.cfg.path
     small, shipped = is_shapes_pipeline(path), path.startswith(PREFIX)
@@ -135,7 +125,7 @@ def _use(family: Family, given: str, merged: bool, separate: Sequence[LoraFile])
     options = "".join(f", {key}={value!r}" for key, value in pinned.items() if value is not None and not merged)
     options += "".join(f", {name}=None" for name in left_out(family))
     base = f'files("gdmd") / "assets/pipelines/{path.removeprefix(PREFIX)}"' if shipped else f'"{path}"'
-    where = '"THIS_FOLDER"' if merged else base
+    where = f'"{folder}"' if merged else base
     net = "unet" if "unet" in family.needs else "transformer"
     fused = [
         line
@@ -148,9 +138,9 @@ def _use(family: Family, given: str, merged: bool, separate: Sequence[LoraFile])
     ]
     lora = (
         *fused,
-        f'pipe.scheduler = diffusers.{family.student_scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")',
+        f'pipe.scheduler = diffusers.{family.student_scheduler}.from_pretrained("{folder}", subfolder="scheduler")',
         # load_lora_weights would warn that the file has no weights for the text encoders
-        f'pipe.{net}.load_lora_adapter("THIS_FOLDER", weight_name="{DIFFUSERS_FILE}", prefix="{net}")',
+        f'pipe.{net}.load_lora_adapter("{folder}", weight_name="{DIFFUSERS_FILE}", prefix="{net}")',
     )
     return (
         *(["from importlib.resources import files", ""] if shipped and not merged else []),
@@ -249,26 +239,39 @@ def _metrics(measured: Mapping[str, Any] | None) -> Sequence[str]:
     )
 
 
+def _validation(scores: Mapping[str, tuple[float, float | None]], cfg: RunConfig) -> Sequence[str]:
+    """A row per scorer of the run's validation prompts: the student, its teacher, and whether it was trained on it."""
+    if not scores:
+        return ()
+    trained = trained_rewards(cfg)
+    rows = (
+        f"| {name} | {_number(student)} | {_number(teacher)} | {'trained on' if name in trained else 'unseen'} |"
+        for name, (student, teacher) in scores.items()
+    )
+    head = ("| scorer | student | teacher | in training |", "|---|---|---|---|")
+    return ("", "Means on the validation prompts of the run:", "", *head, *rows)
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
 def _more_weights(cfg: RunConfig) -> Sequence[tuple[str, str]]:
-    """What the student is made of besides the base model."""
-    if not isinstance(cfg.model, DiffusersModel):
-        return ()
+    """What the student was made with besides its base model."""
+    assert isinstance(cfg.model, DiffusersModel)
     loras = dict.fromkeys(one.path for one in (*cfg.model.teacher_loras, *cfg.model.start.teacher_loras))
-    start = [("student's start", cfg.model.student)] if cfg.model.student else []
-    return *start, *(("LoRA", Path(path).name) for path in loras)
+    teacher = [("teacher", cfg.model.path)] if cfg.model.student else []
+    return *teacher, *(("LoRA", Path(path).name) for path in loras)
 
 
-def _licenses(cfg: RunConfig, rewards: Sequence[str]) -> Sequence[str]:
-    """A table for the owner to fill in."""
-    base = cfg.model.path if cfg.model.kind == "diffusers" else "-"
+def _licenses(cfg: RunConfig, rewards: Sequence[str], license: Mapping[str, str]) -> Sequence[str]:
+    """A table for the owner to complete."""
+    base = cfg.model.start.path if isinstance(cfg.model, DiffusersModel) else "-"
+    named = license.get("license_name") or license.get("license") or "fill in"
     return (
         "| what | | license |",
         "|---|---|---|",
-        f"| base model | {base} | fill in; its terms bind this student |",
+        f"| base model | {base} | {named}; its terms bind this student |",
         *(f"| {what} | {name} | fill in; its terms bind this student |" for what, name in _more_weights(cfg)),
         *(f"| reward model | {reward} | fill in |" for reward in rewards),
         f"| prompts | {Path(cfg.prompts.file).name if cfg.prompts.file else '-'} | fill in source and license |",

@@ -26,22 +26,26 @@ def save_lora(
     The scale alpha / rank is multiplied into B, so that no reader can miss it. UNets also get a file with kohya's keys
     for ComfyUI; for transformers it reads diffusers' keys.
     """
-    scale = family.cfg.lora_alpha / family.cfg.lora_rank
-    folded = {k: (v * scale if "lora_B" in k else v).detach().cpu().contiguous() for k, v in weights.items()}
+    plain = {name: value.cpu().contiguous() for name, value in folded(family, weights).items()}
     for lora in loras:
         for layer, pair in lora_factors(family.pipe, lora).items():
-            for name, value, dim in zip(
-                (f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"), pair, (0, 1), strict=True
-            ):
-                both = [folded[name], value.cpu()] if name in folded else [value.cpu()]
-                folded[name] = torch.cat(both, dim).contiguous()
+            for part, value, dim in zip("AB", pair, (0, 1), strict=True):
+                name = f"{layer}.lora_{part}.weight"
+                both = [plain[name], value.cpu()] if name in plain else [value.cpu()]
+                plain[name] = torch.cat(both, dim).contiguous()
     unet = "unet" in family.needs
     folder.mkdir(parents=True, exist_ok=True)
-    layers = {"unet_lora_layers" if unet else "transformer_lora_layers": folded}
+    layers = {"unet_lora_layers" if unet else "transformer_lora_layers": plain}
     type(family.pipe).save_lora_weights(folder, **layers, weight_name=DIFFUSERS_FILE)
     files = [folder / DIFFUSERS_FILE, *([_save_kohya(folder)] if unet else [])]
     follow_umask(*files)
     return files
+
+
+def folded(family: Family, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter with its scale alpha / rank multiplied into B."""
+    scale = family.cfg.lora_alpha / family.cfg.lora_rank
+    return {name: (value * scale if "lora_B" in name else value).detach() for name, value in weights.items()}
 
 
 def _save_kohya(folder: Path) -> Path:

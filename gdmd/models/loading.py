@@ -19,7 +19,7 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.shapes_pipeline import HUB_ID
 from gdmd.hub import hub_file, hub_reason, offline, unreachable
 from gdmd.io import weights_fingerprint
-from gdmd.models.families.base import Family, PipelineText
+from gdmd.models.families.base import Family, PipelineText, network_dtype
 from gdmd.models.families.flux import Flux
 from gdmd.models.families.flux2 import Flux2, Flux2Klein
 from gdmd.models.families.qwen_image import QwenImage
@@ -94,6 +94,33 @@ def open_family(
     return opened
 
 
+def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
+    """A pipeline that is already open as a Family. Its networks are frozen and moved to ``device``.
+
+    ValueError for a class without a family, a missing component, and a dtype other than cfg.dtype.
+    """
+    require_diffusers()
+    index = {"_class_name": type(pipe).__name__, **{name: ["", part] for name, part in pipe.components.items() if part}}
+    family = family_of(index, cfg)
+    missing = [name for name in family.needs if name not in index]
+    if missing:
+        raise ValueError(
+            f"the {family.pipeline} was given without {', '.join(missing)}; load it with all its components"
+        )
+    _check_tokens(family, cfg)
+    fit_limits(pipe, lambda encoder: None)
+    opened = family(pipe, cfg)
+    if (got := network_dtype(opened.net)) != DTYPES[cfg.dtype]:
+        raise ValueError(
+            f"the weights of the given {family.pipeline} are {str(got).removeprefix('torch.')}, and model.dtype is "
+            f"{cfg.dtype}; load the pipeline in fp32 or bf16, and set dtype to the same"
+        )
+    _freeze(pipe, device)
+    pipe.set_progress_bar_config(disable=True)
+    opened.encoder.device = torch.device(device)
+    return opened
+
+
 class LazyTextEncoder:
     """The text encoders of a family that was opened without them, loaded when a caption is first embedded."""
 
@@ -102,18 +129,19 @@ class LazyTextEncoder:
 
     def encode(self, texts: Sequence[str]) -> Cond:
         """See PipelineText."""
-        return self._load().encode(texts)
+        return self.load().encode(texts)
 
     def null(self, count: int) -> Cond:
         """See PipelineText."""
-        return self._load().null(count)
+        return self.load().null(count)
 
     def unload(self) -> None:
         """Free their memory; a no-op if they were never loaded."""
         if self._loaded:
             self.family.encoder.unload()
 
-    def _load(self) -> PipelineText:
+    def load(self) -> PipelineText:
+        """Put them into the family's pipeline, unless this has done so before."""
         encoder, pipe = self.family.encoder, self.family.pipe
         if not self._loaded:
             kept = (ENCODER, "tokenizer")

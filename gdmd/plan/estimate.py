@@ -189,10 +189,9 @@ class _HeldReward:
 
 def _reward_nets(cfg: RunConfig) -> tuple[list[_HeldReward], tuple[str, ...]]:
     """The reward networks on the student's device, and the names of those of unknown size."""
-    if not cfg.method.rewarded:
-        return [], ()
+    trained = cfg.rewards if cfg.method.rewarded else ()
     found, unknown = [], []
-    for spec in cfg.rewards:
+    for spec in (*trained, *cfg.held_out):  # held-out scorers take memory, but no time in training
         for one in [part.reward for part in spec.parts] if isinstance(spec, CompositeConfig) else [spec]:
             net = _shapes_reward(one) if isinstance(one, ShapesReward) else REWARDS.get(one.kind)
             if net is None:
@@ -201,7 +200,8 @@ def _reward_nets(cfg: RunConfig) -> tuple[list[_HeldReward], tuple[str, ...]]:
             here = isinstance(one, ShapesReward) or getattr(one, "device", None) in (None, "cuda", "cuda:0")
             size = DTYPES[getattr(one, "dtype", "fp32")].itemsize
             offloaded = getattr(one, "offload", False)
-            found.append(_HeldReward(net.weights, net.weights * size * here, net.flop * here, offloaded))
+            flop = net.flop * here * (spec in trained)
+            found.append(_HeldReward(net.weights, net.weights * size * here, flop, offloaded))
     return found, tuple(unknown)
 
 

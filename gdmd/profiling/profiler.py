@@ -90,11 +90,11 @@ class SectionTimer:
 class Profiler:
     """The live objects of one recipe, and what its rounds measured."""
 
-    def __init__(self, cfg: RunConfig, components: Components | None = None) -> None:
+    def __init__(self, cfg: RunConfig, components: Components | None = None, device: str | None = None) -> None:
         began = time.perf_counter()
         if cfg.loop.threads:
             torch.set_num_threads(cfg.loop.threads)
-        self.cfg, self.components = cfg, components or build(cfg)
+        self.cfg, self.components = cfg, components or build(cfg, device)
         compile_networks(cfg, self.components)
         if isinstance(self.components.encoder, CachedText):
             self.components.encoder.prepare([text for group in self.components.stream.groups for text in group])

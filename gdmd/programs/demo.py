@@ -22,7 +22,7 @@ from gdmd.diffusion.generate import Sampler
 from gdmd.evaluation.run_report import Provenance, read_rows, save_rows, write_report
 from gdmd.evaluation.runs import Row, compare, load_student, measure, row_key
 from gdmd.io import typed
-from gdmd.programs.train import run_training
+from gdmd.programs.train import TrainSettings, run_training
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.contents import checkpoint_content
 from gdmd.recipes.open_run import student_row, teacher_row
@@ -70,14 +70,14 @@ def control(cfg: RunConfig) -> RunConfig:
     )
 
 
-def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
+def run_demo(cfg: RunConfig, folder: Path, console: Console, device: str | None = None) -> Demo:
     """Train both students and measure every row; continues what an earlier call left unfinished in ``folder``."""
     configs = {"dmd": control(cfg), "gdmd": cfg}
     for own in configs.values():
         check_best_metric(own)
     began = time.perf_counter()
     with phase("loading the networks", console):
-        components = {name: build(own) for name, own in configs.items()}
+        components = {name: build(own, device) for name, own in configs.items()}
     runs = {name: _run(folder / name, own) for name, own in configs.items()}
     stages = _Stages(folder, console)
     for what in TEACHERS:
@@ -85,7 +85,8 @@ def run_demo(cfg: RunConfig, folder: Path, console: Console) -> Demo:
     samplers = [teacher_row(cfg, components["gdmd"], what) for what in TEACHERS]
     for name in METHODS:
         stages.log(f"training {name.upper()}: {cfg.loop.steps} iterations of {cfg.loop.batch_size}, from the teacher")
-        trained = run_training(configs[name], runs[name], components[name], console, evaluation=False)
+        settings = TrainSettings(console, evaluation=False)
+        trained = run_training(configs[name], runs[name], components[name], settings)
         if trained.end.signal is not None:
             again = f"gdmd demo --run {typed(folder)}"
             console.print(f"stopped and saved; continue with: {again}", markup=False, highlight=False, soft_wrap=True)

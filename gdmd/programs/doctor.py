@@ -45,8 +45,8 @@ class Check:
         return {"name": self.name, "ok": self.ok, "found": self.found}
 
 
-def examine() -> list[Check]:
-    """All checks, in order of dependence; none of them raises."""
+def examine(chosen: str | None = None) -> list[Check]:
+    """All checks, in order of dependence; none of them raises. chosen: the device of the training step."""
     checks = [Check(f"version {name}", True, found) for name, found in versions().items()]
     checks.append(Check("commit", True, commit() or "not a git checkout"))
     checks.append(Check("device", True, device()))
@@ -57,7 +57,7 @@ def examine() -> list[Check]:
     ]
     checks.append(_checked("recipes", recipes))
     checks.append(_checked("writable folder", writable))
-    checks.append(_checked("one training step", smoke))
+    checks.append(_checked("one training step", lambda: smoke(chosen)))
     return checks
 
 
@@ -124,10 +124,10 @@ def writable() -> str:
     return str(folder.resolve())
 
 
-def smoke() -> str:
+def smoke(chosen: str | None = None) -> str:
     """One iteration of the smoke recipe in a temporary folder."""
-    cfg = read_recipe("shapes_smoke", ["loop.steps=1", "loop.batch_size=4", "loop.grid_every=0"])
-    components = build(cfg)
+    cfg = read_recipe("shapes_smoke", ["loop.steps=1", "loop.batch_size=4", "validation.every=0"])
+    components = build(cfg, chosen)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="gdmd-doctor-") as folder:
         run = create(Path(folder) / "run", cfg.model_dump(mode="json"))

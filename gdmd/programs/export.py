@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from gdmd.config.describe import trained_rewards
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.export.card import model_card
+from gdmd.export.front_matter import base_license
 from gdmd.export.lora import check_fits, save_lora
 from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_scheduler
 from gdmd.io import RunError, typed, write_atomic, writing
@@ -22,7 +27,7 @@ from gdmd.recipes.contents import checkpoint_content, pipeline_content
 from gdmd.recipes.inputs import on_base
 from gdmd.recipes.run_folders import config_of
 from gdmd.runs import checkpoint
-from gdmd.runs.run_folder import read_facts
+from gdmd.runs.run_folder import read_facts, read_metrics
 from gdmd.sources.base import EXPORT_FILE
 
 _log = logging.getLogger(__name__)
@@ -38,24 +43,23 @@ def export_run(
     base: str | None = None,
     dtype: Literal["fp32", "bf16"] | None = None,
     loras: bool = True,
+    license: str | None = None,
+    repo_id: str | None = None,
 ) -> list[Path]:
     """Write the student of ``run`` (its EMA, unless ``averaged`` is false) and return the written files.
 
     ``which``: the checkpoint: best, last or a step; a sharded one is joined. ``base``: the new location of the base
     model, or with model.student of that. ``dtype``: of a merged pipeline; default: the run's. ``loras``: the exported
     LoRA contains the run's own (model.teacher_loras, model.student_lora), so that it is for the published pipeline.
+    ``license``: default: that of the base model's card. ``repo_id``: the hub id from which the card's code loads the
+    student.
 
     Default folder: RUN/export or RUN/export-merged. ``merged`` writes the whole pipeline, which a full student always
     needs; else the LoRA and the scheduler are written. ValueError for a run of the Shapes world and for a base of
     another model, RunError for a run without a checkpoint.
     """
-    moved: Literal["path", "student"] = "path" if _real(config_of(run), run).student is None else "student"
-    cfg = on_base(config_of(run), run, base, "--base", moved)
-    model = _real(cfg, run).start  # all that the student needs
-    saved = checkpoint.load_chosen(run / "checkpoints", which)
-    if saved is None:
-        raise RunError(f"{run} has no checkpoint yet. Train it first: gdmd train --resume {typed(run)}.")
-    weights = (saved.part("ema") if averaged else {}) or saved.part("student")
+    cfg, step, weights = read_student(run, which, base, "--base", averaged=averaged)
+    model = real_model(cfg, run).start  # all that the student needs
     whole = merged or model.full in ("student", "both")
     if dtype is not None and not whole:
         raise ValueError(
@@ -68,8 +72,8 @@ def export_run(
     family, uniform = open_family(model, extras=whole), cfg.method.student_steps
     check_fits(family, weights)
     arguments = call_arguments(family, uniform)
-    facts = read_facts(run) | {"step": saved.step, "scoring": read_gaps(run)}
-    content = describe(cfg, family, arguments, saved.step, merged=whole)
+    facts = read_facts(run) | {"step": step, "scoring": read_gaps(run), "validation": validation_at(run, step)}
+    content = describe(cfg, family, arguments, step, merged=whole)
     content |= {"loras": [one.model_dump() | {"path": _absolute(one.path)} for one in separate]} if separate else {}
     with writing("the export", target, option="--out"):
         target.mkdir(parents=True, exist_ok=True)
@@ -82,13 +86,73 @@ def export_run(
             files = save_lora(family, weights, target, given)
             student_scheduler(family, uniform).save_pretrained(target / "scheduler")
             files.append(target / "scheduler")
-        card = target / "README.md"
-        measured = measured_at(run, saved.step)
-        text = model_card(cfg, family, arguments, facts, merged=whole, measured=measured, separate=separate)
+        card, samples = target / "README.md", _copy_samples(run, step, target)
+        files += [target / samples] if samples else []
+        text = model_card(
+            cfg,
+            family,
+            arguments,
+            facts,
+            merged=whole,
+            measured=measured_at(run, step),
+            license=_license(model, license),
+            samples=samples,
+            where=repo_id or "THIS_FOLDER",
+            separate=separate,
+        )
         card.write_text(text, encoding="utf-8")
     described = target / EXPORT_FILE
     write_atomic(described, json.dumps(content, indent=2) + "\n", "the export")
     return [*files, described, card]
+
+
+def read_student(
+    run: Path, which: str, base: str | None, option: str, *, averaged: bool = True
+) -> tuple[RunConfig, int, Mapping[str, Tensor]]:
+    """The configuration of a run of a real model with its base where it is now, and the step and weights of its student.
+
+    ``base``: the new location of the student's base: of model.student, if the run has one, else of model.path.
+    ``option``: how the caller names it, for errors.
+    """
+    moved: Literal["path", "student"] = "path" if real_model(config_of(run), run).student is None else "student"
+    return on_base(config_of(run), run, base, option, moved), *student_weights(run, which, averaged=averaged)
+
+
+def student_weights(run: Path, which: str, *, averaged: bool = True) -> tuple[int, Mapping[str, Tensor]]:
+    """The step of a checkpoint and the weights of its student: their EMA, if ``averaged`` and there is one."""
+    saved = checkpoint.load_chosen(run / "checkpoints", which)
+    if saved is None:
+        raise RunError(f"{run} has no checkpoint yet. Train it first: gdmd train --resume {typed(run)}.")
+    return saved.step, (saved.part("ema") if averaged else {}) or saved.part("student")
+
+
+def _license(model: DiffusersModel, given: str | None) -> dict[str, str]:
+    found = {"license": given} if given else base_license(model)
+    if not found:
+        _log.warning("the license of %s is not known, so the model card has none; set it with --license", model.path)
+    return found
+
+
+def _copy_samples(run: Path, step: int, target: Path) -> str | None:
+    """Copy the run's newest sample images up to this step; returns their path in ``target``."""
+    grids = sorted(file for file in (run / "grids").glob("step_*.png") if file.stem[5:].isdigit())
+    drawn = [file for file in grids if 0 < int(file.stem[5:]) <= step]
+    if not drawn:
+        return None
+    (target / "images").mkdir(exist_ok=True)
+    shutil.copyfile(drawn[-1], target / "images" / drawn[-1].name)
+    return f"images/{drawn[-1].name}"
+
+
+def validation_at(run: Path, step: int) -> dict[str, tuple[float, float | None]]:
+    """Scorer -> means of the student at this step and of the teacher on the run's validation prompts, where logged."""
+    rows, prefix, teacher = read_metrics(run), "validation/", "validation/teacher/"
+    student = {
+        key: value for row in rows if row["step"] == step for key, value in row.items() if key.startswith(prefix)
+    }
+    teachers = {key: value for row in rows for key, value in row.items() if key.startswith(teacher)}
+    scores = {key.removeprefix(prefix): value for key, value in student.items() if not key.startswith(teacher)}
+    return {name: (value, teachers.get(f"{teacher}{name}")) for name, value in scores.items() if math.isfinite(value)}
 
 
 def _warn_of_rounding(undone: float, dtype: str) -> None:
@@ -142,10 +206,11 @@ def measured_at(run: Path, step: int) -> dict[str, Any] | None:
         raise RunError(f"{file} cannot be read ({error}); evaluate again, or delete it") from error
 
 
-def _real(cfg: RunConfig, run: Path) -> DiffusersModel:
+def real_model(cfg: RunConfig, run: Path) -> DiffusersModel:
+    """The model of a run of a diffusers pipeline. ValueError for a run of the Shapes networks."""
     if not isinstance(cfg.model, DiffusersModel):
         raise ValueError(
-            f"{run} is a run of the Shapes world, which diffusers cannot load; its student is in {run / 'checkpoints'} "
-            "as safetensors"
+            f"{run} is a run of the Shapes world, which diffusers cannot load; draw with `gdmd sample {typed(run)}`. Its "
+            f"student is in {run / 'checkpoints'} as safetensors"
         )
     return cfg.model

@@ -14,6 +14,7 @@ from gdmd.config.real_data import RealDataConfig
 from gdmd.config.run import RunConfig
 from gdmd.data.captioned_images import Unusable
 from gdmd.data.latent_cache import Computed, LatentStore
+from gdmd.diffusion.device import pick_device
 from gdmd.io import SHARDS_STAY, writing
 from gdmd.recipes.build_data import encoder_of, store_of
 
@@ -21,7 +22,7 @@ SHOWN = 20
 """Unusable images that are printed; the index and --json have all of them."""
 
 
-def compute_latents(cfg: RunConfig, console: Console) -> dict[str, Any]:
+def compute_latents(cfg: RunConfig, console: Console, device: str | None = None) -> dict[str, Any]:
     """Encode the images whose latents are not stored yet. ValueError for a recipe without real_data."""
     model = cfg.model
     if not isinstance(model, DiffusersModel) or cfg.real_data is None:
@@ -32,7 +33,7 @@ def compute_latents(cfg: RunConfig, console: Console) -> dict[str, Any]:
     real = cfg.real_data
     store = store_of(real, model)
     with writing("the latents", store.folder, SHARDS_STAY, "real_data.latents"):
-        computed = _prepared(store, real, model, console)
+        computed = _prepared(store, real, model, console, device)
     _print_summary(computed, store, console)
     return {
         "folder": str(store.folder),
@@ -43,13 +44,15 @@ def compute_latents(cfg: RunConfig, console: Console) -> dict[str, Any]:
     }
 
 
-def _prepared(store: LatentStore, real: RealDataConfig, model: DiffusersModel, console: Console) -> Computed:
+def _prepared(
+    store: LatentStore, real: RealDataConfig, model: DiffusersModel, console: Console, device: str | None
+) -> Computed:
     def encoder() -> Callable[[torch.Tensor], torch.Tensor]:
         from gdmd.models.loading import open_family
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        family = open_family(model, device, encoders=False)
-        return encoder_of(family.codec, family.latent_shape, device)
+        chosen = pick_device(device)
+        family = open_family(model, chosen, encoders=False)
+        return encoder_of(family.codec, family.latent_shape, chosen)
 
     columns = (SpinnerColumn(), TextColumn("{task.completed:.0f} images"), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

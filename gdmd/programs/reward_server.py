@@ -106,7 +106,7 @@ def make_app(
         return JSONResponse({"status": "ok"})
 
     async def version(request: Request) -> JSONResponse:
-        from gdmd import __version__
+        from gdmd._version import __version__
 
         admit(request)
         served = {"rewards": sorted(rewards), "identities": dict(identities)}
@@ -205,22 +205,9 @@ def score_images(
     reward: Reward, images: Sequence[Image], prompts: Sequence[str], meta: Sequence[dict[str, Any]]
 ) -> list[float | None]:
     """One score per image, None for NaN (not scored). Images of the same size are scored as one batch."""
-    import torch
+    from gdmd.rewards.base import score_by_size
 
-    from gdmd.rewards.preprocessing import from_pil
-    from gdmd.types import PromptBatch
-
-    scores: list[float | None] = [None] * len(images)
-    for size in dict.fromkeys(image.size for image in images):
-        rows = [k for k, image in enumerate(images) if image.size == size]
-        index = torch.arange(len(rows))
-        batch_meta = tuple(meta[k] for k in rows) if meta else ()
-        batch = PromptBatch(index, tuple(prompts[k] for k in rows), index, {}, {}, batch_meta)
-        with torch.no_grad():
-            batch_scores = reward.score(from_pil([images[k] for k in rows]), batch).tolist()
-        for k, score in zip(rows, batch_scores, strict=True):
-            scores[k] = score if math.isfinite(score) else None
-    return scores
+    return [score if math.isfinite(score) else None for score in score_by_size(reward, images, prompts, meta)]
 
 
 def read_names(names: Sequence[str]) -> dict[str, RealRewardConfig]:
@@ -239,7 +226,7 @@ def serve(
     names: Sequence[str],
     host: str,
     port: int,
-    device: str,
+    device: str | None,
     token: str | None,
     limits: Limits,
     say: Callable[[str], None],
@@ -256,10 +243,11 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise ValueError(f"serving needs fastapi and uvicorn; do: {install('serve')}") from error
+    from gdmd.diffusion.device import pick_device
     from gdmd.recipes.build_rewards import image_reward
     from gdmd.recipes.reward_identity import scorer_identity
 
-    specs = read_names(names)
+    specs, device = read_names(names), pick_device(device)
     rewards = {name: image_reward(spec, device) for name, spec in specs.items()}
     app = make_app(rewards, token, limits, {name: scorer_identity(spec) for name, spec in specs.items()})
     say(f"http://{host}:{port} serves {', '.join(names)}{'' if token else ' without a token'}")

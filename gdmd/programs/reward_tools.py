@@ -74,7 +74,7 @@ def _verify(kind: str, ready: Path) -> None:
 
     cfg: Any = TypeAdapter(TaggedReward).validate_python({"kind": kind, "path": str(ready)})
     image = Image.linear_gradient("L").convert("RGB")
-    image_reward(cfg, "cpu").score_pil([image], ["a photo of a red apple on a wooden table"])
+    image_reward(cfg, "cpu")([image], ["a photo of a red apple on a wooden table"])
 
 
 def _file(hub: HubRepo, file: str, folder: Path) -> Path:

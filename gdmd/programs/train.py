@@ -1,13 +1,13 @@
 """What ``gdmd train`` does: build the recipe, train it, evaluate the EMA student, write the report.
 
-With several ranks (``context``) all of them build and train; rank 0 creates the folder, prints, evaluates and reports.
+With several ranks all of them build and train; rank 0 creates the folder, prints, evaluates and reports.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from gdmd.config.run import RunConfig
 from gdmd.data.prompts import read_prompts
 from gdmd.data.text_cache import CachedText
 from gdmd.evaluation.run_report import report_run
-from gdmd.evaluation.runs import evaluation_captions, finish_run, grid_hook
+from gdmd.evaluation.runs import evaluation_captions, finish_run
+from gdmd.evaluation.validation import Validation, validation_prompts
 from gdmd.io import SHARDS_STAY, typed, writing
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.recipes.build import Components, build, compile_networks
@@ -31,15 +32,18 @@ from gdmd.recipes.build_rewards import reason_unscored, require_weights, reward_
 from gdmd.recipes.hub_revisions import record_commits
 from gdmd.recipes.inputs import check_inputs, check_start
 from gdmd.recipes.long_prompts import warn_long_prompts
+from gdmd.recipes.objects import NOTHING_GIVEN, GivenObjects
 from gdmd.recipes.run_folders import check_resumable, new_folder, resumed
 from gdmd.reporting.progress_bar import phase
 from gdmd.runs.run_folder import Run, create, open_run
 from gdmd.shapes.grammar import catalog
 from gdmd.training.adamw8bit import require_torchao
+from gdmd.training.callbacks import TrainerCallback
 from gdmd.training.displacement import displacement_hook
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.training.loop import Hooks, NoProgress, TrainEnd, train
 from gdmd.training.progress import progress_for
+from gdmd.training.trackers import require_trackers
 from gdmd.training.warm_start import check_model, check_roles, require_start
 
 QUIET = Console(quiet=True)
@@ -47,6 +51,30 @@ SCORE = "score the student with: gdmd eval preference {run} --prompts FILE --sco
 """The next step after the training of a real model, which has no built-in evaluation."""
 EXPORT = "export it for diffusers with: gdmd export {run}"
 """The next step after the training of any diffusers pipeline."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a training needs besides its recipe.
+
+    given: Python objects that stand for parts of the recipe. callbacks: called by the loop. device: default a GPU, if there
+    is one. evaluation: measure the student of a Shapes run at its end. accept: train on although an input has changed.
+    """
+
+    console: Console = QUIET
+    context: DistributedContext = SINGLE_PROCESS
+    given: GivenObjects = NOTHING_GIVEN
+    callbacks: Sequence[TrainerCallback] = ()
+    device: str | None = None
+    evaluation: bool = True
+    accept: bool = False
+
+    def say(self, message: str) -> None:
+        """Print a message as it is."""
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+DEFAULTS = TrainSettings()
 
 
 @dataclass(frozen=True)
@@ -59,6 +87,7 @@ class Trained:
     seconds: float
     evaluation: Mapping[str, Any] | None = None
     report: Path | None = None
+    components: Components | None = field(default=None, repr=False)
 
     def json(self) -> dict[str, Any]:
         """The output of ``gdmd train --json``."""
@@ -66,7 +95,7 @@ class Trained:
             "run": str(self.run),
             "step": self.end.step,
             "steps": self.steps,
-            "finished": self.end.signal is None,
+            "finished": self.end.signal is None and not self.end.stopped,
             "checkpoint": str(self.end.checkpoint),
             "train_seconds": round(self.seconds, 2),
             "report": str(self.report) if self.report else None,
@@ -75,72 +104,62 @@ class Trained:
 
 
 def create_run(
-    cfg: RunConfig,
-    folder: Path | None,
-    console: Console,
-    *,
-    evaluation: bool,
-    command: Sequence[str],
-    context: DistributedContext = SINGLE_PROCESS,
-    accept: bool = False,
+    cfg: RunConfig, folder: Path | None, command: Sequence[str], settings: TrainSettings = DEFAULTS
 ) -> Trained:
-    """Train a recipe in a new folder. All errors of the input are found before the folder is created.
-
-    ``accept``: loop.start_from may be a run of another base model.
-    """
+    """Train a recipe in a new folder. All errors of the input are found before the folder is created."""
+    context = settings.context
     require_start(cfg.loop.start_from)
     check_model(cfg.loop.start_from, cfg.model_dump(mode="json"))
-    context.on_main(lambda: check_start(cfg, accept=accept))
-    components = prepare(cfg, context, console)
+    context.on_main(lambda: check_start(cfg, accept=settings.accept))
+    components = prepare(cfg, settings)
     check_roles(cfg.loop.start_from, components.roles)
 
     def new_run() -> str:
         return str(create(folder or new_folder(cfg), cfg.model_dump(mode="json"), command).path)
 
     run = open_run(Path(context.on_main(new_run)))
-    return run_training(cfg, run, components, console, evaluation=evaluation, context=context)
+    return run_training(cfg, run, components, settings)
 
 
 def resume_run(
     folder: Path,
-    recipe: str | None,
-    overrides: Sequence[str],
-    context: DistributedContext,
-    console: Console = QUIET,
-    *,
-    accept: bool = False,
+    recipe: str | RunConfig | None,
+    overrides: Sequence[str] = (),
+    settings: TrainSettings = DEFAULTS,
 ) -> tuple[RunConfig, Run]:
     """The run to continue: rank 0 checks its inputs and writes what changed in its configuration, then all read it.
 
-    RunError for inputs whose content changed, unless ``accept``.
+    RunError for inputs whose content changed, unless they are accepted.
     """
 
     def settle() -> None:
         cfg = check_resumable(folder, recipe, overrides)
-        check_inputs(cfg, open_run(folder), console, accept=accept)
+        check_inputs(cfg, open_run(folder), settings.console, accept=settings.accept, given=settings.given)
         resumed(folder, recipe, overrides)
 
-    context.on_main(settle)
+    settings.context.on_main(settle)
     return resumed(folder, recipe, overrides)
 
 
-def prepare(cfg: RunConfig, context: DistributedContext = SINGLE_PROCESS, console: Console = QUIET) -> Components:
+def prepare(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> Components:
     """The live objects of a recipe: every prompt is checked and, if the recipe names a cache, encoded."""
+    context, console = settings.context, settings.console
     if context.size > 1:
         context.local_slice(cfg.loop.batch_size)
     check_best_metric(cfg)
-    check_prompts(cfg, console)
-    if cfg.method.rewarded:
-        require_weights(cfg.rewards)
+    check_prompts(cfg, settings)
+    validated, meta = validation_prompts(cfg)
+    require_weights((*(cfg.rewards if cfg.method.rewarded else ()), *cfg.held_out))
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
+    require_trackers(cfg.loop.report_to)
     with phase("loading the networks", console):
-        components = build(cfg)
-    if cfg.method.rewarded:
+        components = build(cfg, settings.device, settings.given)
+    if cfg.method.rewarded or cfg.held_out:
         with phase("trying the rewards on one image", console):
-            context.on_main(lambda: _try_rewards(cfg, components))
+            context.on_main(lambda: _try_rewards(cfg, components, validated[:1], meta[:1]))
     compile_networks(cfg, components)  # in the first iteration
-    texts = [text for group in components.stream.groups for text in group]
+    texts = [*validated, *(text for group in components.stream.groups for text in group)]
     warn_long_prompts(components, texts, say=context.is_main)
     if isinstance(components.encoder, CachedText):
         encoder = components.encoder
@@ -152,7 +171,10 @@ def prepare(cfg: RunConfig, context: DistributedContext = SINGLE_PROCESS, consol
     return components
 
 
-def _try_rewards(cfg: RunConfig, components: Components) -> None:
+def _try_rewards(
+    cfg: RunConfig, components: Components, validated: Sequence[str], validated_meta: Sequence[Mapping[str, Any]]
+) -> None:
+    """The rewards on a training prompt, the held-out scorers on a validation prompt."""
     device = next(iter(components.roles.parameters("student").values())).device
     if isinstance(cfg.model, DiffusersModel):
         size = (cfg.model.height, cfg.model.width)
@@ -160,7 +182,10 @@ def _try_rewards(cfg: RunConfig, components: Components) -> None:
         height, width = components.codec.decode(torch.zeros(1, *components.latent_shape, device=device)).shape[2:]
         size = (height, width)
     meta = components.stream.meta[0][0] if components.stream.meta else None
-    try_rewards(components.rewards, size, components.stream.groups[0][0], meta, str(device))
+    if cfg.method.rewarded:
+        try_rewards(components.rewards, size, components.stream.groups[0][0], meta, str(device))
+    for text in validated:
+        try_rewards(components.scorers, size, text, next(iter(validated_meta), None), str(device))
 
 
 def encode(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) -> None:
@@ -179,14 +204,16 @@ def encode(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) 
         encoder.prepare(texts, lambda done: progress.advance(bar, done))
 
 
-def check_prompts(cfg: RunConfig, console: Console = QUIET) -> None:
-    """Report what the reader of the prompt file skipped. ValueError: no file, or a prompt outside Shapes' grammar."""
-    require_prompts(cfg)
-    if cfg.prompts.file is None:
-        return
-    found = read_prompts(cfg.prompts.file, cfg.prompts.column)
+def check_prompts(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> None:
+    """Report what the reader of the prompts skipped. ValueError: no prompts, or one outside Shapes' grammar."""
+    found, where = settings.given.prompts, "train_dataset"
+    if found is None:
+        require_prompts(cfg)
+        if cfg.prompts.file is None:
+            return
+        found, where = read_prompts(cfg.prompts.file, cfg.prompts.column), f"prompt file {cfg.prompts.file}"
     if note := found.note():
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        settings.say(note)
     if not cfg.shapes_world:
         return
     table = catalog()
@@ -194,45 +221,42 @@ def check_prompts(cfg: RunConfig, console: Console = QUIET) -> None:
         try:
             table.row(prompt.text)
         except ValueError as error:
-            raise ValueError(f"prompt file {cfg.prompts.file}, {prompt.where}: {error}") from error
+            raise ValueError(f"{where}, {prompt.where}: {error}") from error
 
 
-def run_training(
-    cfg: RunConfig,
-    run: Run,
-    components: Components,
-    console: Console,
-    *,
-    evaluation: bool,
-    context: DistributedContext = SINGLE_PROCESS,
-) -> Trained:
+def run_training(cfg: RunConfig, run: Run, components: Components, settings: TrainSettings = DEFAULTS) -> Trained:
     """Train ``run`` to its last step, from its newest checkpoint; then evaluate and report unless it was interrupted."""
-    console.print(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name, markup=False, highlight=False)
-    console.print(f"{student(cfg)}; {length(cfg)}", markup=False, highlight=False)
-    console.print(f"run folder {run.path}", markup=False, highlight=False)
+    context, console = settings.context, settings.console
+    settings.say(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name)
+    settings.say(f"{student(cfg)}; {length(cfg)}")
+    settings.say(f"run folder {run.path}")
     with phase("checking the inputs and the decoder", console, plain=False):
-        context.on_main(lambda: check_inputs(cfg, run, console))  # also after a resume: hub ids are resolved by now
+        # also after a resume: hub ids are resolved by now
+        context.on_main(lambda: check_inputs(cfg, run, console, accept=settings.accept, given=settings.given))
         model = cfg.model
-        if isinstance(model, DiffusersModel):
+        if isinstance(model, DiffusersModel) and settings.given.pipeline is None:
             context.on_main(lambda: record_commits(model, run, console))
         context.on_main(lambda: check_decoder(cfg, components, run.path, console))
     began = time.perf_counter()
-    end = _train(cfg, run, components, console, context)
-    trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began)
-    if end.signal is not None or not evaluation or not context.is_main:
+    end = _train(cfg, run, components, settings)
+    trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began, components=components)
+    if end.signal is not None or not settings.evaluation or not context.is_main:
         return trained
     for hint in (*([] if cfg.shapes_world else [SCORE]), *([EXPORT] if cfg.model.kind == "diffusers" else [])):
-        console.print(hint.format(run=typed(run.path)), markup=False, highlight=False, soft_wrap=True)
+        settings.say(hint.format(run=typed(run.path)))
     if not cfg.shapes_world:
         with phase("writing the report", console):
             return replace(trained, report=report_run(run.path))
-    whole = components if context.size == 1 else build(cfg)  # the other ranks have exited, and with them their shards
+    whole = components
+    if context.size > 1:  # the other ranks have exited, and with them their shards
+        whole = build(cfg, settings.device, settings.given)
     row, report = finish_run(cfg, run.path, whole, end.step)  # shows its own progress
     return replace(trained, evaluation=row, report=report)
 
 
-def _train(cfg: RunConfig, run: Run, components: Components, console: Console, context: DistributedContext) -> TrainEnd:
-    """The loop, with its progress display and sample images."""
+def _train(cfg: RunConfig, run: Run, components: Components, settings: TrainSettings) -> TrainEnd:
+    """The loop, with its progress display and validation."""
+    context = settings.context
     scorer = getattr(components.method, "scorer", None)  # of the methods that read rewards
 
     def stats() -> Mapping[str, Any]:
@@ -240,12 +264,15 @@ def _train(cfg: RunConfig, run: Run, components: Components, console: Console, c
 
     texts = [text for group in components.stream.groups for text in group]
     steps = components.student_steps or cfg.method.student_steps
-    with progress_for(cfg.loop.steps, console) as progress:
+    with progress_for(cfg.loop.steps, settings.console) as progress:
+        shown = progress if context.is_main else NoProgress()
         hooks = Hooks(
-            progress if context.is_main else NoProgress(),
-            grid_hook(components, cfg),
-            stats,
-            displacement_hook(components, texts, steps, cfg.loop, context.size),
-            lambda name: reason_unscored(components.rewards, name),
+            shown,
+            Validation(cfg, components, context, shown) if cfg.validation.every else None,
+            cfg.validation.every,
+            stats=stats,
+            at_log=displacement_hook(components, texts, steps, cfg.loop, context.size),
+            reason=lambda name: reason_unscored(components.rewards, name),
+            callbacks=tuple(settings.callbacks),
         )
         return train(components.method, components.roles, components.stream, cfg.loop, run, hooks, context)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 
 from gdmd.config.methods.all import MethodConfig
@@ -19,8 +18,9 @@ from gdmd.config.methods.gdmd import GDMDAblationConfig, GDMDConfig
 from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig, TiltedGDMDConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig, ShapesModel
-from gdmd.data.prompts import PromptStream, read_prompts
+from gdmd.data.prompts import PromptStream
 from gdmd.data.text_cache import CachedText
+from gdmd.diffusion.device import pick_device
 from gdmd.diffusion.sampling import times
 from gdmd.methods.base import RealLatents
 from gdmd.methods.dmd import Dmd
@@ -35,7 +35,7 @@ from gdmd.methods.gdmd_tilted import GdmdTilted
 from gdmd.methods.scorer import Scorer
 from gdmd.recipes.build_data import real_latents_of, training_prompts
 from gdmd.recipes.build_rewards import asset_tensors, build_rewards, check_prompts
-from gdmd.shapes.captions import training_captions
+from gdmd.recipes.objects import NOTHING_GIVEN, GivenObjects
 from gdmd.shapes.latents import RenderedLatents
 from gdmd.shapes.roles import (
     LATENT_SHAPE,
@@ -65,47 +65,54 @@ class Components:
     student_steps: tuple[float, ...] = ()  # through the family's timestep mapping; empty: those of the recipe
     teacher_times: Callable[[int], Tensor] = times
     scoring: Codec | None = None  # decoder for rewards, if not ``codec``
+    scorers: tuple[Reward, ...] = ()  # held-out rewards, for validation
 
 
-def build(cfg: RunConfig, device: str | None = None) -> Components:
-    """Load the networks, wrap them, and build the method of the recipe; on a GPU if there is one."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def build(cfg: RunConfig, device: str | None = None, given: GivenObjects = NOTHING_GIVEN) -> Components:
+    """Load the networks, wrap them, and build the method of the recipe; without ``device`` on a GPU if there is one."""
+    device = pick_device(device)
     match cfg.model:
         case ShapesModel() as model:
-            return _shapes(cfg, model, device)
+            components = _shapes(cfg, model, device, given)
         case DiffusersModel() as model:
-            return _diffusers(cfg, model, device)
+            components = _diffusers(cfg, model, device, given)
+    if not cfg.held_out:
+        return components
+    return replace(components, scorers=build_rewards(cfg.held_out, device, given.functions))
 
 
-def _shapes(cfg: RunConfig, model: ShapesModel, device: str) -> Components:
+def _shapes(cfg: RunConfig, model: ShapesModel, device: str, given: GivenObjects) -> Components:
     bf16 = cfg.loop.precision == "bf16"
     teacher = load_dit(*asset_tensors(model.teacher, "shapes_teacher")).to(device)
     codec = ShapesCodec(load_vae(*asset_tensors(model.vae, "shapes_vae")).to(device))
     roles = ShapesRoles(teacher, bf16=bf16, head_seed=head_seed(cfg))
     encoder = ShapesTextEncoder(device)
-    rewards = build_rewards(cfg.rewards, device)
-    groups = training_captions()
-    if cfg.prompts.file is not None:
-        groups = [list(read_prompts(cfg.prompts.file, cfg.prompts.column).texts)]
+    rewards = build_rewards(cfg.rewards, device, given.functions)
+    groups, meta = training_prompts(cfg, None, given.prompts)
     check_prompts(cfg.rewards, (text for group in groups for text in group))
-    stream = PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed, cfg.method.prompt_group)
+    stream = PromptStream(
+        groups, encoder, cfg.loop.batch_size, cfg.loop.seed, cfg.method.prompt_group, [meta] if meta else None
+    )
     real = RenderedLatents(codec) if cfg.method.student_input == "data" or roles.critic else None
     return Components(
         roles, codec, encoder, rewards, method_of(cfg.method, roles, codec, rewards, SHAPES, real), stream
     )
 
 
-def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components:
+def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenObjects) -> Components:
     """Times in the recipe are uniform; the method gets them through the family's timestep mapping."""
     real = real_latents_of(cfg, model)
-    groups, meta = training_prompts(cfg, real)
+    groups, meta = training_prompts(cfg, real, given.prompts)
     check_prompts(cfg.rewards, (text for group in groups for text in group))
     from gdmd.models.distilled import check_guidance
-    from gdmd.models.loading import LazyTextEncoder, encoder_identity, open_family, scoring_codec
+    from gdmd.models.loading import LazyTextEncoder, adopt, encoder_identity, open_family, scoring_codec
     from gdmd.models.roles import DiffusersRoles
     from gdmd.models.student_start import open_start
 
-    family = open_family(model, device, encoders=model.embeddings is None)
+    if given.pipeline is not None:
+        family = adopt(given.pipeline, model, device)
+    else:
+        family = open_family(model, device, encoders=model.embeddings is None)
     start = open_start(family, device)
     check_guidance(family, cfg.method.guidance)
     encoder: TextEncoder = family.encoder
@@ -113,7 +120,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str) -> Components
         encoder = CachedText(LazyTextEncoder(family), Path(model.embeddings), encoder_identity(family), device)
     roles = DiffusersRoles(family, start=start, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     own = cfg.method.model_copy(update={"student_steps": start.student_times(cfg.method.student_steps)})
-    rewards = build_rewards(cfg.rewards, device) if cfg.method.rewarded else ()
+    rewards = build_rewards(cfg.rewards, device, given.functions) if cfg.method.rewarded else ()
     stream = PromptStream(
         groups, encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, [meta] if meta else None
     )

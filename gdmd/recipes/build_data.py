@@ -13,6 +13,7 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
 from gdmd.config.run import RunConfig
 from gdmd.data.latent_cache import LatentStore, StoredLatents
+from gdmd.data.prompt_files import PromptFile
 from gdmd.data.prompts import read_prompts
 from gdmd.shapes.captions import training_captions
 from gdmd.types import Codec
@@ -46,15 +47,17 @@ def real_latents_of(cfg: RunConfig, model: DiffusersModel) -> StoredLatents | No
 
 
 def training_prompts(
-    cfg: RunConfig, real: StoredLatents | None
+    cfg: RunConfig, real: StoredLatents | None, given: PromptFile | None = None
 ) -> tuple[list[list[str]], tuple[Mapping[str, Any], ...] | None]:
     """Groups of prompts, and the metadata of a single group.
 
-    From prompts.file (with real images, each must have one), else the captions of the real images, else of the Shapes
-    world, a group per task.
+    From the ``given`` prompts or prompts.file (with real images, each must have one), else the captions of the real
+    images, else of the Shapes world, a group per task.
     """
-    if cfg.prompts.file is not None:
+    prompts = given
+    if given is None and cfg.prompts.file is not None:
         prompts = read_prompts(cfg.prompts.file, cfg.prompts.column)
+    if prompts is not None:
         if real is not None:
             real.check(prompts.texts)
         return [list(prompts.texts)], prompts.meta

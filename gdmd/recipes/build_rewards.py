@@ -2,78 +2,117 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gdmd.config.base import Config
+from gdmd.config.load import validated
 from gdmd.config.rewards import (
-    AestheticConfig,
     CallableConfig,
-    ClipConfig,
     CompositeConfig,
     DeviceOptions,
-    GenEvalConfig,
-    HpsConfig,
-    ImageRewardConfig,
-    NetworkReward,
+    FunctionConfig,
     OcrConfig,
-    PickScoreConfig,
     RealRewardConfig,
-    RemoteConfig,
 )
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
-from gdmd.models.loading import DTYPES
 from gdmd.recipes.reward_identity import SHAPES_KINDS, weight_locations
 from gdmd.rewards.aesthetic import Aesthetic
-from gdmd.rewards.base import Placement
-from gdmd.rewards.callable import CallableReward, called, imported
-from gdmd.rewards.clip import ClipScore
+from gdmd.rewards.base import RewardModel
+from gdmd.rewards.callable import CallableReward, as_reward
+from gdmd.rewards.clip import CLIPScore
 from gdmd.rewards.composite import Composite, Part
-from gdmd.rewards.geneval.colors import ColorClassifier
-from gdmd.rewards.geneval.detector import Detector
-from gdmd.rewards.geneval.reward import GenEvalCredit
-from gdmd.rewards.hps import Hps
+from gdmd.rewards.geneval.reward import GenEval
+from gdmd.rewards.hps import HPSv2
 from gdmd.rewards.imagereward import ImageReward
-from gdmd.rewards.ocr import OcrReader, OcrReward, normalized, requested_text
+from gdmd.rewards.ocr import OCR, normalized, requested_text
 from gdmd.rewards.pickscore import PickScore
-from gdmd.rewards.remote import RemoteScorer
+from gdmd.rewards.remote import RemoteReward
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.shapes.rewards import PartialCredit, load_scorer
 from gdmd.types import Explains, PromptBatch, Reward
 
+log = logging.getLogger(__name__)
+Functions = Mapping[str, Callable[..., Any]]
+"""The Python objects that a trainer was given as rewards, by the ``name`` of their ``FunctionConfig``."""
+CLASSES: Mapping[str, Callable[..., RewardModel]] = {
+    "clip": CLIPScore,
+    "hps": HPSv2,
+    "hps_v2": HPSv2,
+    "pickscore": PickScore,
+    "imagereward": ImageReward,
+    "aesthetic": Aesthetic,
+    "geneval": GenEval,
+    "ocr": OCR,
+    "remote": RemoteReward,
+}
+"""The class of each kind; its options are the fields of the kind's config."""
 
-def image_reward(spec: RealRewardConfig, device: str) -> Reward:
+
+def image_reward(spec: RealRewardConfig, device: str, functions: Functions | None = None) -> RewardModel:
     """Build a reward of real images. ValueError for a path without weights, before anything is loaded."""
     match spec:
-        case ClipConfig():
-            return ClipScore.from_pretrained(spec.path, spec.revision, _placement(spec, device))
-        case HpsConfig():
-            return Hps.from_pretrained(spec.path, _placement(spec, device), spec.kind)
-        case PickScoreConfig():
-            return PickScore.from_pretrained(spec.path, spec.revision, _placement(spec, device), spec.tokenizer)
-        case ImageRewardConfig():
-            return ImageReward.from_pretrained(spec.path, _placement(spec, device))
-        case AestheticConfig():
-            return Aesthetic.from_pretrained(spec.path, spec.clip, spec.revision, _placement(spec, device))
-        case GenEvalConfig():
-            placement = _placement(spec, device)
-            colors = ColorClassifier.from_pretrained(spec.clip, placement=placement)
-            return GenEvalCredit(Detector.from_pretrained(spec.detector, placement=placement), colors)
-        case OcrConfig():
-            read = _custom_reader(spec.reader) if spec.reader else _ocr_reader(spec, device)
-            return OcrReward(read, spec.other_text)
-        case CallableConfig():
-            return CallableReward.from_target(spec.target, spec.differentiable)
-        case RemoteConfig():
-            return RemoteScorer(spec, os.environ.get(spec.token_variable))
         case CompositeConfig():
-            return Composite([Part(image_reward(p.reward, device), p.weight, p.mean, p.std) for p in spec.parts])
+            parts = [(image_reward(part.reward, device, functions), part) for part in spec.parts]
+            return Composite([Part(reward, part.weight, part.mean, part.std) for reward, part in parts])
+        case CallableConfig():
+            return CallableReward.from_config(spec).to(device)
+        case FunctionConfig():
+            return CallableReward.from_config(spec, _function(spec.name, functions or {})).to(device)
+        case _:
+            reward = CLASSES[spec.kind](**spec.model_dump())
+            return reward if isinstance(spec, DeviceOptions) and spec.device else reward.to(device)
+
+
+def _function(name: str, functions: Functions) -> Callable[..., Any]:
+    if name in functions:
+        return functions[name]
+    raise ValueError(
+        f"reward {name} is a Python object that was given to DistillationTrainer in another process; continue this run "
+        f"from Python with reward_funcs=[{name}], or put the function into a file and name it in the recipe: "
+        "{kind: callable, target: FILE.py:FUNCTION}"
+    )
+
+
+def reward_specs(rewards: Iterable[Any]) -> tuple[tuple[RewardConfig, ...], dict[str, Callable[..., Any]]]:
+    """The configs of reward objects, functions, kinds ("shapes_clip"), targets ("file.py:function") and configs.
+
+    Also returns the functions among them, and among the parts of composites, by name, for ``build_rewards``.
+    ValueError for anything else, and for two different functions with one name.
+    """
+    specs: list[RewardConfig] = []
+    functions: dict[str, Callable[..., Any]] = {}
+    for given in rewards:
+        if isinstance(given, str):
+            given = {"kind": "callable", "target": given} if ":" in given or given.endswith(".py") else {"kind": given}
+        if isinstance(given, Mapping | Config):
+            plain = given.model_dump() if isinstance(given, Config) else dict(given)
+            specs.append(validated(RewardConfig, plain, "reward"))
+            continue
+        reward = as_reward(given)
+        if not isinstance(reward, RewardModel):
+            raise ValueError(
+                f"a reward of type {type(given).__name__} cannot be used; give a function or a reward class"
+            )
+        specs.append(reward.config)
+        for name, function in _functions_of(reward):
+            if functions.setdefault(name, function) is not function:
+                raise ValueError(f"two rewards are functions named {name}; rename one of them")
+    return tuple(specs), functions
+
+
+def _functions_of(reward: Reward) -> Iterator[tuple[str, Callable[..., Any]]]:
+    if isinstance(reward, CallableReward) and isinstance(reward.config, FunctionConfig):
+        yield reward.name, reward.function
+    for part in reward.parts if isinstance(reward, Composite) else ():
+        yield from _functions_of(part.reward)
 
 
 def require_weights(specs: Iterable[RewardConfig]) -> None:
@@ -88,10 +127,23 @@ def reward_stats(rewards: Sequence[Reward]) -> Mapping[str, Tensor]:
     stats: dict[str, Tensor] = {}
     for reward in rewards:
         if isinstance(reward, Composite):
-            stats |= reward.stats() | reward_stats([part.reward for part in reward.parts])
-        elif isinstance(reward, RemoteScorer | OcrReward):
+            stats |= {**reward.stats(), **reward_stats([part.reward for part in reward.parts])}
+        elif isinstance(reward, RemoteReward | OCR):
             stats |= reward.stats()
     return stats
+
+
+@contextmanager
+def without_stats(rewards: Sequence[Reward]) -> Iterator[None]:
+    """Scores that are given inside do not count in ``reward_stats``, nor in the failures that a server may have."""
+    every = [part for one in rewards for part in (one, *(p.reward for p in getattr(one, "parts", ())))]
+    counting = [one for one in every if isinstance(one, Composite | RemoteReward | OCR)]
+    before = [{key: copy(own) for key, own in vars(one).items() if isinstance(own, int | dict)} for one in counting]
+    try:
+        yield
+    finally:
+        for one, own in zip(counting, before, strict=True):
+            vars(one).update(own)
 
 
 def check_prompts(specs: Sequence[RewardConfig], prompts: Iterable[str]) -> None:
@@ -111,18 +163,49 @@ def try_rewards(
 ) -> None:
     """Score a gray image and a noise image with each reward before training starts; raises the reward's ValueError.
 
-    size: height and width in pixels. NaN is allowed: the reward may not apply to the prompt.
+    size: height and width in pixels. NaN is allowed, since a reward may not apply to the prompt; it is reported, as are
+    scores that differ between two calls.
     """
     noise = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
     images = torch.cat([torch.full_like(noise, 0.5), noise]).to(device)
     index = torch.arange(2, device=device)
     prompts = PromptBatch(index, (prompt, prompt), index, {}, {}, meta=(meta, meta) if meta is not None else ())
+    for reward in _with_parts(rewards):
+        if isinstance(reward, RemoteReward):
+            reward.version()  # a clear error for a server that does not answer
+        if not isinstance(reward, Composite):
+            _try(reward, images, prompts)
+
+
+def _with_parts(rewards: Iterable[Reward]) -> Iterator[Reward]:
+    """The rewards and, after a composite, its parts."""
     for reward in rewards:
-        scores = reward.score(images.clone().requires_grad_(reward.differentiable), prompts)
-        if scores.shape != (2,):
-            raise ValueError(
-                f"reward {reward.name} returned shape {list(scores.shape)} for 2 images; return one number per image"
-            )
+        yield reward
+        if isinstance(reward, Composite):
+            yield from _with_parts(part.reward for part in reward.parts)
+
+
+def _try(reward: Reward, images: Tensor, prompts: PromptBatch) -> None:
+    given = images.clone().requires_grad_(reward.differentiable)
+    scores = reward.score(given, prompts)
+    if scores.shape != (len(images),):
+        raise ValueError(
+            f"reward {reward.name} returned shape {list(scores.shape)} for {len(images)} images; return one number per image"
+        )
+    if not isinstance(reward, CallableReward):
+        return
+    if not torch.equal(given, images):  # through an array that shares their memory
+        raise reward.modified()
+    if reward.differentiable and torch.autograd.grad(scores.sum(), given, allow_unused=True)[0] is None:
+        raise reward.without_gradient()
+    if scores.isnan().all():
+        log.warning("reward %s gave no score (NaN or None) for the prompt %r", reward.name, prompts.text[0])
+    again = reward.score(images.clone(), prompts)
+    if not torch.allclose(scores.detach(), again.detach(), rtol=1e-3, atol=1e-6, equal_nan=True):
+        log.warning(
+            "reward %s gave the same images different scores in two calls: %s, then %s",
+            *(reward.name, [round(one, 4) for one in scores.tolist()], [round(one, 4) for one in again.tolist()]),
+        )
 
 
 def reason_unscored(rewards: Sequence[Reward], name: str) -> str:
@@ -137,21 +220,6 @@ def reason_unscored(rewards: Sequence[Reward], name: str) -> str:
     return ""
 
 
-def _custom_reader(target: str) -> Callable[[Any], Any]:
-    return partial(called, f"text reader {target}", imported(target))
-
-
-def _ocr_reader(spec: OcrConfig, device: str) -> OcrReader:
-    return OcrReader.from_pretrained(spec.path, spec.revision, _placement(spec, device), spec.tokens)
-
-
-def _placement(spec: DeviceOptions, device: str) -> Placement:
-    placement = Placement(spec.device or device, DTYPES[spec.dtype])
-    if isinstance(spec, NetworkReward):
-        return replace(placement, offload=spec.offload, chunk=spec.chunk)
-    return placement
-
-
 def scorers_of(cfg: RunConfig) -> tuple[Reward, ...]:
     """All scorers of the Shapes world, with the options of the recipe for those that it trains on; held-out last."""
     return build_rewards(scorer_specs(cfg))
@@ -159,7 +227,7 @@ def scorers_of(cfg: RunConfig) -> tuple[Reward, ...]:
 
 def scorer_specs(cfg: RunConfig) -> list[RewardConfig]:
     """The configs of ``scorers_of``."""
-    given = {spec.kind: spec for spec in cfg.rewards}
+    given: dict[str, RewardConfig] = {spec.kind: spec for spec in cfg.rewards}
     return [given.get(kind, ShapesReward(kind=kind)) for kind in SHAPES_KINDS]
 
 
@@ -169,16 +237,18 @@ def asset_tensors(given: str | None, name: str) -> tuple[dict[str, torch.Tensor]
     return load_asset(path).tensors, str(path)
 
 
-def build_rewards(specs: Sequence[RewardConfig], device: str = "cpu") -> tuple[Reward, ...]:
-    """The reward models of a recipe, in its order."""
-    return tuple(_reward(spec, device) for spec in specs)
+def build_rewards(
+    specs: Sequence[RewardConfig], device: str = "cpu", functions: Functions | None = None
+) -> tuple[Reward, ...]:
+    """The reward models of a recipe, in its order. functions: see ``reward_specs``."""
+    return tuple(_reward(spec, device, functions) for spec in specs)
 
 
-def _reward(spec: RewardConfig, device: str) -> Reward:
+def _reward(spec: RewardConfig, device: str, functions: Functions | None) -> Reward:
     match spec:
         case ShapesReward(kind="shapes_partial_credit"):
             return PartialCredit()
         case ShapesReward(kind=kind):
             return load_scorer(kind, asset_tensors(spec.asset, kind)[0]).to(device)
         case _:
-            return image_reward(spec, device)
+            return image_reward(spec, device, functions)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.real_data import RealDataConfig
-from gdmd.config.rewards import CompositeConfig
+from gdmd.config.rewards import CompositeConfig, FunctionConfig
 from gdmd.config.run import RewardConfig, RunConfig, ShapesModel
 from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.io import RunError, typed, weights_fingerprint
@@ -22,8 +22,9 @@ from gdmd.recipes.build_data import store_of
 from gdmd.recipes.contents import lora_content
 from gdmd.recipes.hub_revisions import KEY as COMMITS
 from gdmd.recipes.hub_revisions import PINNED, hub_commits
-from gdmd.recipes.run_folders import SOURCES, WEIGHTS
-from gdmd.rewards.callable import source_hash
+from gdmd.recipes.objects import NOTHING_GIVEN, PYTHON, GivenObjects
+from gdmd.recipes.run_folders import TARGETS, WEIGHTS
+from gdmd.rewards.user_code import source_hash
 from gdmd.rewards.weights import converted_folder, pretrained_weights
 from gdmd.runs import checkpoint
 from gdmd.runs.assets import asset_path
@@ -35,12 +36,15 @@ BASE = ("model.path", "model.teacher", "model.teacher_loras", "model.student", "
 _log = logging.getLogger(__name__)
 
 
-def check_inputs(cfg: RunConfig, run: Run, console: Console, *, accept: bool = False) -> None:
+def check_inputs(
+    cfg: RunConfig, run: Run, console: Console, *, accept: bool = False, given: GivenObjects = NOTHING_GIVEN
+) -> None:
     """Record the inputs of a new run; for a resumed run, RunError if any changed, unless ``accept`` (then record that).
 
     Inputs that moved without a change of content are reported, and runs of older versions, which have no fingerprints.
     """
-    inputs, before = inputs_of(cfg), recorded(run.path)
+    inputs, before = inputs_of(cfg, given), recorded(run.path)
+    _require_given(run, before or {}, inputs, given)
     steps = checkpoint.steps(run.checkpoints)
     old = before is None and bool(steps)
     if old:
@@ -121,18 +125,44 @@ def on_base(
     return cfg.model_copy(update={"model": model})
 
 
-def inputs_of(cfg: RunConfig) -> dict[str, Input]:
-    """All files and folders that a run reads, by config field."""
+def inputs_of(cfg: RunConfig, given: GivenObjects = NOTHING_GIVEN) -> dict[str, Input]:
+    """All files, folders and Python objects that a run reads, by config field."""
     found: dict[str, Input] = {}
-    if cfg.prompts.file is not None:
+    if given.prompts is not None:
+        content = f"sha256:{given.prompts.fingerprint()}"
+        found["prompts"] = Input(f"{PYTHON}{len(given.prompts.prompts)} prompts", content)
+    elif cfg.prompts.file is not None:
         found["prompts.file"] = _prompts(cfg.prompts.file, cfg.prompts.column)
-    found |= _base(cfg.model)
+    if given.pipeline is not None:
+        found["model.path"] = Input(f"{PYTHON}{type(given.pipeline).__name__}", given.pipeline_content)
+    else:
+        found |= _base(cfg.model)
     if isinstance(cfg.model, DiffusersModel) and cfg.needs_real and cfg.real_data is not None:
         found |= _latents(cfg.real_data, cfg.model)
     if cfg.method.rewarded:
         for path, reward in _rewards(cfg.rewards):
             found |= {f"{path}.{field}": one for field, one in _reward(reward).items()}
     return found
+
+
+def _require_given(
+    run: Run, before: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Input], given: GivenObjects
+) -> None:
+    """RunError for a run that was started with Python objects and is resumed without them."""
+    started = {field for field, one in before.items() if str(one["given"]).startswith(PYTHON)}
+    missing = sorted(
+        field
+        for field in started
+        if field not in inputs
+        or not inputs[field].given.startswith(PYTHON)
+        or (field.endswith(".source") and inputs[field].given.removeprefix(PYTHON) not in given.functions)
+    )
+    if missing:
+        names = ", ".join(f"{field} ({before[field]['given'].removeprefix(PYTHON)})" for field in missing)
+        raise RunError(
+            f"{run.path} was started from Python with objects that its folder does not hold: {names}. Resume it with the "
+            "same DistillationTrainer(...).train(resume_from_checkpoint=True)"
+        )
 
 
 def _base(model: DiffusersModel | ShapesModel) -> dict[str, Input]:
@@ -193,13 +223,15 @@ def _rewards(rewards: tuple[RewardConfig, ...]) -> Iterator[tuple[str, Any]]:
 
 def _reward(reward: Any) -> dict[str, Input]:
     """Local weights by content, hub ids by name and revision, functions by the file that defines them."""
+    if isinstance(reward, FunctionConfig):
+        return {"source": Input(f"{PYTHON}{reward.name}", f"sha256:{reward.source}" if reward.source else None)}
     given = {field: getattr(reward, field, None) for field in WEIGHTS}
     found = {field: _weights(value, getattr(reward, "revision", None)) for field, value in given.items() if value}
     if not given["path"] and _converted(reward.kind):
         found["path"] = _local("converted", converted_folder(reward.kind, None))
     if not given["asset"] and reward.kind.startswith("shapes_") and asset_path(reward.kind).is_file():
         found["asset"] = _local("shipped", asset_path(reward.kind))
-    for field in SOURCES:
+    for field in TARGETS:
         if target := getattr(reward, field, None):
             found[field] = _source(target)
     return found

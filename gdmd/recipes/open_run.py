@@ -8,6 +8,7 @@ from typing import Literal
 from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.run import PromptConfig, RunConfig
 from gdmd.config.training import LoopConfig
+from gdmd.config.validation import ValidationConfig
 from gdmd.data.prompts import SHIPPED
 from gdmd.diffusion.generate import BATCH, Sampler, student_sampler, teacher_sampler
 from gdmd.io import RunError, typed
@@ -21,18 +22,20 @@ FEW_STEPS = 4
 """Steps of the teacher's plain few-step row."""
 
 
-def open_student(cfg: RunConfig, folder: Path, which: str = "last") -> tuple[Components, int]:
+def open_student(
+    cfg: RunConfig, folder: Path, which: str = "last", device: str | None = None
+) -> tuple[Components, int]:
     """The components of a run with the EMA weights of a checkpoint (best, last or a step) in its student, and its step."""
     saved = checkpoint.load_chosen(folder / "checkpoints", which)
     if saved is None:
         raise RunError(f"{folder} has no checkpoint yet. Train it first: gdmd train --resume {typed(folder)}.")
-    components = build(_sampling_only(cfg))
+    components = build(_sampling_only(cfg), device)
     load_ema(components, saved)
     return components, saved.step
 
 
 def _sampling_only(cfg: RunConfig) -> RunConfig:
-    """The part of a real model's run that generates images: no rewards, training prompts, real images or fake score."""
+    """The part of a real model's run that generates images: no rewards, prompts, real images or fake score."""
     if cfg.model.kind == "shapes":
         return cfg
     full: Literal["none", "student"] = "student" if cfg.model.full in ("student", "both") else "none"
@@ -41,7 +44,7 @@ def _sampling_only(cfg: RunConfig) -> RunConfig:
         "method": DMDConfig(student_steps=cfg.method.student_steps, guidance=cfg.method.guidance),
         "prompts": PromptConfig(file=next(iter(SHIPPED))),  # required, but none of them is used
     }
-    return cfg.model_copy(update=parts | {"rewards": (), "real_data": None})
+    return cfg.model_copy(update=parts | {"rewards": (), "real_data": None, "validation": ValidationConfig(every=0)})
 
 
 def load_ema(components: Components, saved: checkpoint.Checkpoint) -> None:
@@ -49,14 +52,16 @@ def load_ema(components: Components, saved: checkpoint.Checkpoint) -> None:
     load_named(components.roles.parameters("student"), saved.part("ema") or saved.part("student"), "the student")
 
 
-def open_named(what: str, which: str = "last", base: str | None = None) -> tuple[RunConfig, Components, Sampler, int]:
+def open_named(
+    what: str, which: str = "last", base: str | None = None, device: str | None = None
+) -> tuple[RunConfig, Components, Sampler, int]:
     """A run folder or one of TEACHERS as a sampler; and the step of the student (else 0).
 
     ``base``: the base model of a run, if it has moved.
     """
     if what in TEACHERS:
         cfg = RunConfig(name="teacher", loop=LoopConfig())
-        components = build(cfg)
+        components = build(cfg, device)
         return cfg, components, teacher_row(cfg, components, what), 0
     cfg = config_of(Path(what))
     if cfg.model.kind == "diffusers":
@@ -65,7 +70,7 @@ def open_named(what: str, which: str = "last", base: str | None = None) -> tuple
         raise ValueError(
             f"{what},base={base}: a run of the Shapes world has its base model in the package; leave it out"
         )
-    components, step = open_student(cfg, Path(what), which)
+    components, step = open_student(cfg, Path(what), which, device)
     return cfg, components, student_row(cfg, components), step
 
 

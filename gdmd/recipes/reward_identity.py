@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from pathlib import Path
 
-from gdmd import __version__
+from gdmd._version import __version__
 from gdmd.config.rewards import (
     AestheticConfig,
     CallableConfig,
     ClipConfig,
     CompositeConfig,
+    FunctionConfig,
     GenEvalConfig,
     HpsConfig,
     ImageRewardConfig,
@@ -22,9 +22,9 @@ from gdmd.config.rewards import (
 )
 from gdmd.config.run import RewardConfig, ShapesReward
 from gdmd.io import content_hash, file_hash
-from gdmd.rewards.callable import source_hash
 from gdmd.rewards.pickscore import tokenizer_location
-from gdmd.rewards.remote import RemoteScorer
+from gdmd.rewards.remote import RemoteReward
+from gdmd.rewards.user_code import source_hash
 from gdmd.rewards.weights import (
     CLIP_L,
     DETECTOR,
@@ -41,7 +41,17 @@ from gdmd.shapes.evaluate import HELDOUT
 _NOT_HASHED = frozenset(
     ("device", "offload", "chunk", "differentiable")  # do not change scores
     + ("url", "token_variable", "timeout_s", "retries", "batch", "on_failure", "max_unscored")
-    + ("path", "revision", "tokenizer", "clip", "detector", "reader", "asset", "parts")  # hashed by their content
+    + (
+        "path",
+        "revision",
+        "tokenizer",
+        "clip",
+        "detector",
+        "reader",
+        "asset",
+        "parts",
+        "source",
+    )  # hashed by their content
 )
 """Config fields whose values do not enter the identity. New fields do, unless they are added here."""
 
@@ -66,8 +76,10 @@ def _contents(spec: RewardConfig) -> list[str]:
             return [file_hash(Path(spec.asset or asset_path(spec.kind)))] if shipped else []
         case CallableConfig(target=function) | OcrConfig(reader=str(function)):
             return [source_hash(function)]
+        case FunctionConfig():
+            return [spec.source or secrets.token_hex()]
         case RemoteConfig():
-            served = RemoteScorer(spec, os.environ.get(spec.token_variable)).version().get("identities", {})
+            served = RemoteReward(**spec.model_dump()).version().get("identities", {})
             return [str(served.get(spec.reward) or secrets.token_hex())]
         case CompositeConfig():
             return [f"{scorer_identity(p.reward)} {p.weight} {p.mean} {p.std}" for p in spec.parts]

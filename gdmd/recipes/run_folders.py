@@ -19,7 +19,9 @@ from gdmd.recipes.read import read_recipe
 from gdmd.runs.run_folder import Run, check_same_config, open_run
 
 MAY_CHANGE = (
-    *("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every", "loop.grid_every"),
+    *("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every"),
+    *("validation.prompts", "validation.every", "validation.images", "validation.scorers"),
+    "loop.report_to",
     *("loop.sharding", "loop.rank_timeout", "loop.checkpoint_async"),
     *("loop.best_metric", "loop.best_direction", "loop.on_nonfinite", "loop.skip_limit"),
     "model.lora_targets",
@@ -35,7 +37,7 @@ MOVABLE = (
 """Places that may change where the content is the same: ``programs.inputs`` checks it (of real images by their latents)."""
 WEIGHTS = ("path", "clip", "tokenizer", "detector", "asset")
 """Places of a reward's weights: likewise."""
-SOURCES = ("target", "reader")
+TARGETS = ("target", "reader")
 """Functions of a reward, as module or file and name: likewise, by their code."""
 SERVER = ("url", "token_variable", "timeout_s", "retries", "batch", "on_failure", "max_unscored")
 """Fields of a remote reward that may change, too: where its server is, and how long it is waited for."""
@@ -65,13 +67,16 @@ def config_of(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return load_config(RunConfig, Path(folder) / "config.yaml", overrides)
 
 
-def check_resumable(folder: Path, recipe: str | None, overrides: Sequence[str]) -> RunConfig:
+def check_resumable(folder: Path, recipe: str | RunConfig | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration with which a run would be continued; a RunError names the keys that may not differ.
 
     A field that the run's version of gdmd did not have counts as its default.
     """
     before = config_of(folder)
-    cfg = read_recipe(recipe, overrides) if recipe else config_of(folder, overrides)
+    if isinstance(recipe, RunConfig):
+        cfg = recipe
+    else:
+        cfg = read_recipe(recipe, overrides) if recipe else config_of(folder, overrides)
     old, new = (_without_places(one.model_dump(mode="json")) for one in (before, cfg))
     advice = (
         "A resumed run keeps its configuration: leave these keys out. To change them, start another run that begins with "
@@ -93,11 +98,11 @@ def _without_place(part: Any) -> Any:
         return [_without_place(one) for one in part]
     if not isinstance(part, dict):
         return part
-    hidden = SERVER if part.get("kind") == "remote" else (*WEIGHTS, *SOURCES)
+    hidden = SERVER if part.get("kind") == "remote" else (*WEIGHTS, *TARGETS, "source")
     return {key: _without_place(value) for key, value in part.items() if key not in hidden}
 
 
-def resumed(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[RunConfig, Run]:
+def resumed(folder: Path, recipe: str | RunConfig | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, Run]:
     """The run to continue and its configuration, which is written down where it has changed."""
     cfg, run = check_resumable(folder, recipe, overrides), open_run(folder)
     config = cfg.model_dump(mode="json")

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,6 +94,34 @@ def curves(metrics: Metrics, keys: Mapping[str, str], title: str, unit: str = ""
         axes.set(xlabel="outer iteration", ylabel=unit)
         if len(keys) > 1:
             axes.legend()
+        return _svg(figure, title)
+
+
+class Chart(NamedTuple):
+    """One of ``stacked_curves``: its title, its key of the metrics, and the teacher's value."""
+
+    title: str
+    key: str
+    teacher: float | None = None
+
+
+def stacked_curves(metrics: Metrics, charts: Sequence[Chart], title: str) -> str:
+    """A chart per key above each other, over the same outer iterations; a dashed line is the teacher. "" without values."""
+    shown = [one for one in charts if any(math.isfinite(row.get(one.key, math.nan)) for row in metrics)]
+    if not shown:
+        return ""
+    from matplotlib.figure import Figure
+
+    with _styled(title):
+        figure = Figure(figsize=(4.6, 0.6 + 1.5 * len(shown)), layout="constrained")
+        column = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
+        for k, (axes, one) in enumerate(zip(column, shown, strict=True)):
+            _line(axes, metrics, one.key, "student", PALETTE[k % 8])
+            if one.teacher is not None:
+                axes.axhline(one.teacher, color=COLORS["teacher"], linestyle="--", linewidth=1.2, label="teacher")
+                axes.legend()
+            axes.set_title(one.title, loc="left")
+        column[-1].set(xlabel="outer iteration")
         return _svg(figure, title)
 
 

@@ -10,12 +10,12 @@ aesthetic``.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from gdmd.rewards.base import DEFAULT_PLACEMENT, Loaded, Placement, PretrainedReward, from_loaded
+from gdmd.config.rewards import AestheticConfig
+from gdmd.rewards.base import Loaded, PretrainedReward
 from gdmd.rewards.clip import image_embedding
 from gdmd.rewards.weights import CLIP_L, converted_folder, load_clip, locate_weights
 
@@ -32,32 +32,21 @@ def linear_head(width: int) -> nn.Sequential:
 class Aesthetic(PretrainedReward):
     """Output of the head; prompts are ignored."""
 
-    @classmethod
-    def from_modules(cls, clip: Any, head: nn.Module, placement: Placement = DEFAULT_PLACEMENT) -> Aesthetic:
-        """From a ``CLIPModel`` and a head such as ``linear_head`` that are already loaded."""
-        return cls("aesthetic", from_loaded(clip, None, head), placement)
+    config_class = AestheticConfig
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | None = None,
-        clip: str | None = None,
-        revision: str | None = None,
-        placement: Placement = DEFAULT_PLACEMENT,
-    ) -> Aesthetic:
-        """path: converted folder of the head; clip, revision: as in ``ClipScore``, whose network it shares."""
-        folder = converted_folder("aesthetic", path)
-        location = locate_weights(clip, revision, CLIP_L)
+    def _loader(self) -> Callable[[], Loaded]:
+        folder = converted_folder(self.name, self.config.path)
+        location = locate_weights(self.config.clip, self.config.revision, CLIP_L)  # shared with CLIPScore
 
         def load() -> Loaded:
             from safetensors.torch import load_file
 
-            tower = load_clip(location, placement)
+            tower = load_clip(location, self.placement)
             head = linear_head(int(tower.config.projection_dim))
             head.load_state_dict(load_file(folder / "model.safetensors"))
             return Loaded(tower, None, head)
 
-        return cls("aesthetic", load, placement)
+        return load
 
     def _formula(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
         embedding = image_embedding(self.loaded.net, pixels.to(self.placement.dtype))

@@ -1,15 +1,18 @@
-"""Base class of the pretrained rewards. To add a reward:
+"""Base classes of the rewards. To add a pretrained one:
 
-1. Write gdmd/rewards/NAME.py: a subclass of ``PretrainedReward`` with ``from_pretrained`` and ``_formula`` (see clip.py).
-2. Name its weights in gdmd/rewards/weights.py (``PRETRAINED``); a .pt of its authors is converted once by convert.py.
-3. Describe its options in config/rewards.py, build it in recipes/build_rewards.py, list its weights in reward_identity.py.
-4. Add it to ``REWARDS`` in tests/support/tiny_rewards.py: tests/rewards/test_contract.py checks what every reward promises.
-A reward without a pretrained network needs no class: name a Python function (``kind: callable``, see callable.py).
+1. Describe its options in config/rewards.py.
+2. Write gdmd/rewards/NAME.py: a subclass of ``PretrainedReward`` with ``_loader`` and ``_formula`` (see clip.py); export it
+   in gdmd/rewards/__init__.py.
+3. Name its weights in gdmd/rewards/weights.py (``PRETRAINED``); a .pt of its authors is converted once by convert.py.
+4. List it in recipes/build_rewards.py (``CLASSES``) and its weights in reward_identity.py.
+5. Add it to ``REWARDS`` in tests/support/tiny_rewards.py: tests/rewards/test_contract.py checks what every reward promises.
+A reward without a pretrained network needs no class: write a Python function (see callable.py).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,19 +22,95 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from gdmd.config.load import validated
+from gdmd.config.rewards import DeviceOptions, NetworkReward
 from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.prompt_length import long_prompts
-from gdmd.rewards.preprocessing import Preprocess, check_finite, check_images
+from gdmd.rewards.preprocessing import Preprocess, check_finite, check_images, from_pil
 from gdmd.rewards.weights import PaddedTokenizer
+from gdmd.types import PromptBatch, Reward
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from gdmd.types import PromptBatch
-
 log = logging.getLogger(__name__)
 Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Texts -> input_ids [B, L] and attention_mask [B, L] int64, padded to one length whatever the batch is."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class RewardModel(ABC):
+    """A reward that can be called with images and prompts. ``config`` describes it in a recipe."""
+
+    name: str
+    differentiable: bool
+    config: Any
+
+    @abstractmethod
+    def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
+        """images [B, 3, H, W] in [0, 1] -> [B], fp32; NaN = not scored."""
+
+    def to(self, device: str) -> Self:
+        """Move the weights, if there are any, to a device."""
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Tensor | Image | Sequence[Image], prompts: str | Sequence[str], **columns: Any
+    ) -> list[float]:
+        """One score per image; NaN = not scored.
+
+        images: PIL images of any size (or one), or a tensor [B, 3, H, W] in [0, 1]. prompts: one per image, or one for all.
+        columns: metadata of the prompts, each a list with one entry per image. ValueError unless the counts agree.
+        """
+        several = images if isinstance(images, Tensor | Sequence) else [images]
+        texts = [prompts] * len(several) if isinstance(prompts, str) else list(prompts)
+        lengths = {"prompts": len(texts)} | {name: len(values) for name, values in columns.items()}
+        if wrong := [f"{count} {name}" for name, count in lengths.items() if count != len(several)]:
+            raise ValueError(f"{self.name} got {len(several)} images and {', '.join(wrong)}; give one per image")
+        rows = [{"prompt": text} for text in texts]
+        meta = [row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)]
+        if isinstance(several, Tensor):
+            return self.score(several, _batch(texts, meta, several.device)).tolist()
+        return score_images(self, several, texts, meta)
+
+
+@torch.no_grad()
+def score_images(
+    reward: Reward,
+    images: Sequence[Image],
+    texts: Sequence[str],
+    meta: Sequence[Mapping[str, Any]],
+    device: torch.device | str = "cpu",
+) -> list[float]:
+    """One number per image, NaN = not scored. Published models get PIL images, as in their own code; others tensors."""
+    if isinstance(reward, PretrainedReward):
+        return [float(score) for score in reward.score_pil(images, texts)]
+    return score_by_size(reward, images, texts, meta, device)
+
+
+@torch.no_grad()
+def score_by_size(
+    reward: Reward,
+    images: Sequence[Image],
+    texts: Sequence[str],
+    meta: Sequence[Mapping[str, Any]],
+    device: torch.device | str = "cpu",
+) -> list[float]:
+    """One number per image, NaN = not scored: those of a tensor for each size of the images."""
+    scores = [math.nan] * len(images)
+    for size in dict.fromkeys(image.size for image in images):
+        own = [k for k, image in enumerate(images) if image.size == size]
+        pixels = from_pil([images[k] for k in own]).to(device)
+        prompts = _batch([texts[k] for k in own], [meta[k] for k in own] if meta else (), device)
+        for k, score in zip(own, reward.score(pixels, prompts).tolist(), strict=True):
+            scores[k] = score
+    return scores
+
+
+def _batch(texts: Sequence[str], meta: Sequence[Mapping[str, Any]], device: torch.device | str) -> PromptBatch:
+    index = torch.arange(len(texts), device=device)
+    return PromptBatch(index, tuple(texts), index, {}, {}, tuple(meta))
 
 
 @dataclass(frozen=True)
@@ -58,25 +137,54 @@ class Placement:
     offload: bool = False
     chunk: int = 0
 
+    @classmethod
+    def of(cls, config: DeviceOptions) -> Placement:
+        """The options of a reward; without a device, a GPU if there is one."""
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        placement = cls(device, DTYPES[config.dtype])
+        if isinstance(config, NetworkReward):
+            return replace(placement, offload=config.offload, chunk=config.chunk)
+        return placement
+
 
 DEFAULT_PLACEMENT = Placement()
 
 
-class PretrainedReward(ABC):
+class PretrainedReward(RewardModel):
     """A frozen, differentiable image scorer, loaded on first use. A score never depends on the rest of the batch.
 
     ``score`` is the differentiable path, for training; ``score_pil`` preprocesses as the authors did, for reported numbers.
     """
 
+    config_class: ClassVar[type[NetworkReward]]
     fit: ClassVar[Preprocess] = Preprocess()
     """The preprocessing; its size is replaced by that of the network."""
     differentiable = True
 
-    def __init__(self, name: str, load: Callable[[], Loaded], placement: Placement = DEFAULT_PLACEMENT) -> None:
-        self.name, self.placement = name, placement
-        self._load = load
+    def __init__(self, **options: Any) -> None:
+        """options: the fields of ``config_class``. ConfigError lists all mistakes; ValueError for missing weights."""
+        self._configure(options)
+        self._load = self._loader()
+
+    @classmethod
+    def from_modules(
+        cls, net: nn.Module, tokenize: Tokenize | None, head: nn.Module | None = None, **options: Any
+    ) -> Self:
+        """From a network, a tokenizer and a head that are already loaded."""
+        reward = cls.__new__(cls)
+        reward._configure(options)
+        reward._load = lambda: Loaded(net, tokenize, head)
+        return reward
+
+    def _configure(self, options: Mapping[str, Any]) -> None:
+        self.config: Any = validated(self.config_class, dict(options), type(self).__name__)
+        self.name, self.placement = str(self.config.kind), Placement.of(self.config)
         self._loaded: Loaded | None = None
         self._warned = False
+
+    @abstractmethod
+    def _loader(self) -> Callable[[], Loaded]:
+        """Find the weights that ``config`` names, and return what loads them. ValueError if they are missing."""
 
     def to(self, device: str) -> Self:
         """Move to another device. Images may be on any device; scores are returned on the device of the images."""
@@ -177,8 +285,3 @@ class PretrainedReward(ABC):
         if message := self.long_prompts(texts):
             log.warning("%s", message)
         return {key: to_device_async(value, self.placement.device) for key, value in tokenize(texts).items()}
-
-
-def from_loaded(net: nn.Module, tokenize: Tokenize | None, head: nn.Module | None = None) -> Callable[[], Loaded]:
-    """A loader for modules that are already loaded."""
-    return lambda: Loaded(net, tokenize, head)

@@ -1,54 +1,85 @@
-"""Any Python function as a reward: ``module:function`` or ``path/to/file.py:function``.
+"""A Python function as a reward, with TRL's contract:
 
-    def function(images: Tensor[B, 3, H, W] in [0, 1], prompts: Sequence[str]) -> Tensor[B] | Sequence[float]
+    function(images, prompts, **columns) -> one number per image, as a list, an array or a tensor [B]
 
-It runs in this process with all its rights: name only code that you trust. NaN, or None in a list, means "not scored".
+images: a tensor [B, 3, H, W] in [0, 1] or, if the function has the attribute ``image_type = "pil"``, a list of PIL images.
+prompts: a list of texts. columns: the metadata of the prompts (other columns of the file or dataset) that the function
+has a parameter for, each a list with one entry per image. NaN, or None in a list, means "not scored".
+
+An instance with ``__call__`` and an nn.Module work as well; a module is frozen and moved to the device of the images.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib
-import importlib.util
 import inspect
 import math
-import os
-import secrets
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gdmd.config.names import near
-from gdmd.config.rewards import function_label
+from gdmd.config.load import validated
+from gdmd.config.rewards import CallableConfig, FunctionConfig, function_label
 from gdmd.diffusion.device import raise_where, to_device_async
-from gdmd.io import content_hash
-from gdmd.rewards.preprocessing import check_images
+from gdmd.rewards.base import RewardModel
+from gdmd.rewards.preprocessing import check_images, to_pil
+from gdmd.rewards.user_code import called, imported, location_of, object_source, own_function
 
 if TYPE_CHECKING:
-    from gdmd.types import PromptBatch
+    from gdmd.types import PromptBatch, Reward
 
-Scoring = Callable[[Tensor, Sequence[str]], "Tensor | Sequence[float]"]
+FIXED = ("images", "prompts")
+"""What every function gets; a column cannot have these names."""
 
 
-class CallableReward:
-    """A function as a ``Reward``; unless ``differentiable``, it runs without gradient."""
+class CallableReward(RewardModel):
+    """A function as a ``Reward``; unless ``differentiable``, it runs without gradient.
 
-    def __init__(self, function: Scoring, name: str, differentiable: bool = False) -> None:
-        self.function, self.name, self.differentiable = function, name, differentiable
+    differentiable, image_type: default: the attributes of the function with these names, else False and "tensor".
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], name: str = "", differentiable: bool = False, image_type: str | None = None
+    ) -> None:
+        self.function, self.name = function, name or function_name(function)
+        self.differentiable = differentiable or bool(getattr(function, "differentiable", False))
+        self.image_type = image_type or getattr(function, "image_type", "tensor")
+        facts = {"name": self.name, "differentiable": self.differentiable, "image_type": self.image_type}
+        self.config = validated(
+            FunctionConfig, facts | {"source": object_source(function)}, f"reward {self.name}{location_of(function)}"
+        )
+        if inspect.iscoroutinefunction(own_function(function)):
+            raise ValueError(
+                f"reward {self.name}{location_of(function)} is async; write an ordinary function that calls "
+                "asyncio.run on the parts that wait"
+            )
+        if isinstance(function, nn.Module):
+            function.eval().requires_grad_(False)
+        self._parameters = _Parameters.of(function)
 
     @classmethod
-    def from_target(cls, target: str, differentiable: bool = False) -> CallableReward:
-        """From "module:function" or "file.py:function". ValueError if it cannot be imported or is not a function."""
-        return cls(imported(target), function_label(target), differentiable)
+    def from_config(
+        cls, config: CallableConfig | FunctionConfig, function: Callable[..., Any] | None = None
+    ) -> CallableReward:
+        """From "module:function" or "file.py:function", or the given object. ValueError if it cannot be imported."""
+        if isinstance(config, CallableConfig):
+            name, function = function_label(config.target), imported(config.target)
+        else:
+            name = config.name
+        assert function is not None
+        reward = cls(function, name, config.differentiable, config.image_type)
+        reward.config = config
+        return reward
+
+    def to(self, device: str) -> CallableReward:
+        """Move the weights of an nn.Module."""
+        if isinstance(self.function, nn.Module):
+            self.function.to(device)
+        return self
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B], fp32.
@@ -59,68 +90,118 @@ class CallableReward:
         check_images(self.name, images, len(prompts))
         before = images._version
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
-            answer = called(f"reward {self.name}", self.function, images, prompts.text)
+            given = to_pil(images) if self.image_type == "pil" else images
+            positional, named = self._parameters.arguments(self._shown, given, list(prompts.text), columns_of(prompts))
+            answer = called(f"reward {self.name}", self.function, *positional, **named)
         if images._version != before:
-            raise ValueError(
-                f"reward {self.name} modified the images in place, but other rewards also read them; use images.clone()"
-            )
-        scores = _numbers(self.name, answer)
+            raise self.modified()
+        scores = _numbers(self._shown, answer)
         if images.requires_grad and self.differentiable and not scores.requires_grad:
-            raise ValueError(
-                f"reward {self.name} is marked differentiable, but its scores carry no gradient; compute them in torch "
-                "without detach, item or numpy, or set differentiable=false"
-            )
+            raise self.without_gradient()
         if scores.shape != (len(images),):
             raise ValueError(
-                f"reward {self.name} returned shape {list(scores.shape)} for {len(images)} images; "
+                f"{self._shown} returned shape {list(scores.shape)} for {len(images)} images; "
                 "return one number per image"
             )
         raise_where(
             scores.isinf(),
             lambda samples: ValueError(
-                f"reward {self.name} is infinite at samples {samples}; return NaN for an image without a score"
+                f"{self._shown} is infinite at samples {samples}; return NaN for an image without a score"
             ),
         )
         return to_device_async(scores, images.device)
 
+    def modified(self) -> ValueError:
+        """The error for a function that changed its images."""
+        return ValueError(
+            f"{self._shown} modified the images in place, but other rewards also read them; use images.clone()"
+        )
 
-def called(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments). Any exception, also sys.exit, becomes a ValueError that shows the failing line of the user."""
-    try:
-        with _torch_defaults_kept():
-            return function(*arguments)
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)[1:]  # the first frame is the call above
-        raise ValueError(f"{what} failed{_own_line(frames)}: {_named(error)}") from error
+    def without_gradient(self) -> ValueError:
+        """The error for a function that is marked differentiable and is not."""
+        return ValueError(
+            f"{self._shown} is marked differentiable, but its scores carry no gradient; compute them in torch "
+            "without detach, item or numpy, or set differentiable=false"
+        )
 
-
-@contextmanager
-def _torch_defaults_kept() -> Iterator[None]:
-    """Restore grad mode, default dtype and default device, which the user's code may change."""
-    grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
-    try:
-        yield
-    finally:
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:
-            torch.set_default_device(device)
+    @property
+    def _shown(self) -> str:
+        """For errors: the name, and where the function is defined."""
+        return f"reward {self.name}{location_of(self.function)}"
 
 
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+def as_reward(given: Any) -> Reward:
+    """A reward as it is, anything else as a ``CallableReward``."""
+    return given if hasattr(given, "score") else CallableReward(given)
 
 
-def _own_line(frames: Sequence[traceback.FrameSummary]) -> str:
-    """The deepest frame in the folder of the first one: the user's code, not a library's."""
-    if not frames:
-        return " when it was called"
-    folder = str(Path(frames[0].filename).parent)
-    own = [frame for frame in frames if frame.filename.startswith(folder)][-1]
-    return f" at {own.filename}:{own.lineno}, in {own.name}: `{own.line}`"
+def function_name(function: Any) -> str:
+    """The name of a function, or of the class of another callable. ValueError for what cannot be called, and classes."""
+    if inspect.isclass(function):
+        raise ValueError(f"reward {function.__name__} is a class; give an instance: {function.__name__}()")
+    if not callable(function):
+        raise ValueError(
+            f"a reward of type {type(function).__name__} cannot be called; give a function (images, prompts, **columns)"
+        )
+    while isinstance(function, partial):
+        function = function.func
+    name = str(getattr(function, "__name__", type(function).__name__))
+    if name == "<lambda>":
+        raise ValueError(f"a lambda{location_of(function)} has no name for the log; write it as a function with def")
+    return name
 
 
-def _numbers(name: str, answer: Any) -> Tensor:
+def columns_of(prompts: PromptBatch) -> dict[str, list[Any]]:
+    """The metadata of the prompts by column, None where a prompt lacks one; without the prompt itself."""
+    names = dict.fromkeys(name for row in prompts.meta for name in row if name not in (*FIXED, "prompt"))
+    return {name: [row.get(name) for row in prompts.meta] for name in names}
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """What a function accepts.
+
+    by_keyword: images and prompts are passed as keywords; otherwise as the first two positional arguments.
+    columns: names of its other parameters; everything: it has **columns. required: columns without a default.
+    """
+
+    by_keyword: bool = False
+    columns: frozenset[str] = frozenset()
+    required: tuple[str, ...] = ()
+    everything: bool = False
+
+    @classmethod
+    def of(cls, function: Any) -> _Parameters:
+        try:
+            found = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
+        except (TypeError, ValueError):  # some functions that are written in C
+            return cls()
+        kinds = inspect.Parameter
+        named = [one for one in found.values() if one.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
+        anything = any(one.kind is kinds.VAR_KEYWORD for one in found.values())
+        fixed = [one.name for one in named if one.name in FIXED]
+        by_keyword = len(fixed) == 2 or (anything and (bool(fixed) or not named))
+        others = [one for one in named if one.name not in FIXED] if by_keyword else named[2:]
+        required = tuple(one.name for one in others if one.default is kinds.empty)
+        return cls(by_keyword, frozenset(one.name for one in others), required, anything)
+
+    def arguments(
+        self, shown: str, images: Any, prompts: list[str], columns: Mapping[str, list[Any]]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of one call. ValueError for a column that the prompts lack."""
+        if missing := [name for name in self.required if name not in columns]:
+            known = f"only {', '.join(map(repr, columns))}" if columns else "none besides the text"
+            raise ValueError(
+                f"{shown} needs the column {missing[0]!r}, but the prompts have {known}; add it to the prompts, or give "
+                "the parameter a default"
+            )
+        named = {name: values for name, values in columns.items() if self.everything or name in self.columns}
+        if self.by_keyword:
+            return (), {"images": images, "prompts": prompts, **named}
+        return (images, prompts), named
+
+
+def _numbers(shown: str, answer: Any) -> Tensor:
     """The scores that a function returned, as fp32."""
     try:
         if isinstance(answer, (list, tuple)):
@@ -132,141 +213,6 @@ def _numbers(name: str, answer: Any) -> Tensor:
         return torch.as_tensor(answer, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"reward {name} returned {type(answer).__name__} ({str(error)[:100]}); return one number per image, as a tensor "
+            f"{shown} returned {type(answer).__name__} ({str(error)[:100]}); return one number per image, as a tensor "
             "[B] or a list, NaN or None for an image without a score"
         ) from error
-
-
-def imported(target: str) -> Any:
-    """The function "module:function" or "path/to/file.py:function". ValueError if it cannot be loaded.
-
-    Modules are found as usual, and in the current folder last (it is not on the path of the ``gdmd`` program).
-    """
-    module, colon, name = target.rpartition(":")
-    if not (module and colon and name):
-        raise ValueError(f"reward function {target!r}: write it as module:function, for example my_rewards:brightness")
-    try:
-        with _torch_defaults_kept():
-            loaded = _from_file(module) if module.endswith(".py") else _from_module(module)
-    except SyntaxError as error:
-        line = (error.text or "").strip()
-        raise ValueError(
-            f"reward function {target!r}: {error.filename}:{error.lineno}: `{line}`: {error.msg}"
-        ) from error
-    except (Exception, SystemExit) as error:  # the module may do anything when it is imported
-        raise ValueError(f"reward function {target!r}{_not_imported(error)}") from error
-    found = getattr(loaded, name, None)
-    if found is None and getattr(loaded, "__file__", None) is None and hasattr(loaded, "__path__"):
-        raise ValueError(
-            f"reward function {target!r} cannot be imported: {module} is a folder ({next(iter(loaded.__path__))}) without "
-            f"an __init__.py; write {module}/FILE.py:{name}"
-        )
-    if found is None:
-        where = f"{module} ({getattr(loaded, '__file__', None) or 'built into Python'})"
-        meant = near(name, [one for one, own in vars(loaded).items() if callable(own)])
-        advice = f"did you mean '{meant[0]}'?" if meant else "check the name, or write path/to/file.py:function"
-        raise ValueError(f"reward function {target!r}: {where} has no '{name}'; {advice}")
-    if inspect.isclass(found):
-        raise ValueError(f"reward {target!r} is a class; name a function, or an instance that can be called")
-    if not callable(found):
-        raise ValueError(f"reward {target!r} is of type {type(found).__name__}, not a function; name a function")
-    return found
-
-
-def _not_imported(error: BaseException) -> str:
-    """Why the import failed: the module was not found, or one of its lines raised."""
-    own = [one for one in traceback.extract_tb(error.__traceback__) if not _is_import_machinery(one.filename)]
-    if own:
-        exits = '; put code that runs as a program below `if __name__ == "__main__":`'
-        advice = exits if isinstance(error, SystemExit) else ""
-        return f": importing it failed{_own_line(own)}: {_named(error)}{advice}"
-    return (
-        f" cannot be imported ({error}); check the name, and that its folder is on PYTHONPATH, or write "
-        "path/to/file.py:function"
-    )
-
-
-def _is_import_machinery(file: str) -> bool:
-    return file in (__file__, importlib.__file__) or file.startswith("<frozen importlib")
-
-
-def _from_module(module: str) -> Any:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return importlib.import_module(module)
-
-
-def _from_file(file: str) -> Any:
-    """Import a file as a module, once; it can import modules next to it."""
-    path = Path(file).expanduser().resolve()
-    if not path.is_file():
-        raise ImportError(f"there is no file {path}")
-    known = [one for one in list(sys.modules.values()) if getattr(one, "__file__", None) == str(path)]
-    if known:
-        return known[0]
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(f"gdmd_reward_{path.stem}_{abs(hash(str(path)))}", path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[spec.name]
-        raise
-    return module
-
-
-def source_hash(target: str) -> str:
-    """A hash of the code of a function: its module, and the modules of the same folder that it imports.
-
-    Data files and installed packages do not count. A module without a file gets a random hash.
-    """
-    imported(target)
-    path, _, name = target.rpartition(":")
-    module = sys.modules.get(path) or _loaded_from(Path(path).expanduser().resolve())
-    return content_hash(name, _module_hash(module))
-
-
-def _loaded_from(file: Path) -> ModuleType:
-    return next(module for module in list(sys.modules.values()) if getattr(module, "__file__", None) == str(file))
-
-
-@cache  # of the code that was imported, even if the file changes later
-def _module_hash(module: ModuleType) -> str:
-    if not module.__file__:
-        return secrets.token_hex()
-    file = Path(module.__file__)
-    depth = module.__name__.count(".") + (file.stem == "__init__")
-    found: dict[Path, bytes] = {}
-    _collect(file, module.__name__, file.parents[depth], found)
-    return content_hash(*(found[one] for one in sorted(found)))
-
-
-def _collect(file: Path, name: str, root: Path, found: dict[Path, bytes]) -> None:
-    """Read a module and the modules below ``root`` (the folder it is imported from) that it imports."""
-    found[file] = file.read_bytes()
-    package = name if file.stem == "__init__" else name.rpartition(".")[0]
-    for other in _imports(found[file], package):
-        if root.name in ("site-packages", "dist-packages") and other.split(".")[0] != name.split(".")[0]:
-            continue
-        path = root.joinpath(*other.split("."))
-        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-            if candidate.is_file() and candidate not in found:
-                _collect(candidate, other, root, found)
-
-
-def _imports(source: bytes, package: str) -> Iterator[str]:
-    """Absolute names that a module may import; none if it is not Python source."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (one.name for one in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join(filter(None, [*parts, node.module or ""]))
-            yield from filter(None, (base, *(f"{base}.{one.name}".strip(".") for one in node.names)))

@@ -8,13 +8,14 @@ A paper's "CLIP score 0.29" is this cosine, "29" is 100 times it (torchmetrics),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdmd.rewards.base import DEFAULT_PLACEMENT, Loaded, Placement, PretrainedReward, Tokenize, from_loaded
+from gdmd.config.rewards import ClipConfig
+from gdmd.rewards.base import Loaded, PretrainedReward
 from gdmd.rewards.weights import CLIP_L, load_clip, load_tokenizer, locate_weights
 
 
@@ -23,26 +24,19 @@ def tokens_of(model: Any) -> int:
     return int(model.config.text_config.max_position_embeddings)
 
 
-class ClipScore(PretrainedReward):
-    """Cosine of image and text embeddings of a ``transformers.CLIPModel``."""
+class CLIPScore(PretrainedReward):
+    """Cosine of image and text embeddings of a ``transformers.CLIPModel``; default: ViT-L/14 of OpenAI, pinned."""
 
-    @classmethod
-    def from_modules(cls, model: Any, tokenize: Tokenize, placement: Placement = DEFAULT_PLACEMENT) -> ClipScore:
-        """From a ``CLIPModel`` and a tokenizer that are already loaded."""
-        return cls("clip", from_loaded(model, tokenize), placement)
+    config_class = ClipConfig
 
-    @classmethod
-    def from_pretrained(
-        cls, path: str | None = None, revision: str | None = None, placement: Placement = DEFAULT_PLACEMENT
-    ) -> ClipScore:
-        """From a folder in transformers' format (no network) or a hub id; default: ViT-L/14 of OpenAI, pinned."""
-        location = locate_weights(path, revision, CLIP_L)
+    def _loader(self) -> Callable[[], Loaded]:
+        location = locate_weights(self.config.path, self.config.revision, CLIP_L)
 
         def load() -> Loaded:
-            net = load_clip(location, placement)
+            net = load_clip(location, self.placement)
             return Loaded(net, load_tokenizer(location, tokens_of(net)))
 
-        return cls("clip", load, placement)
+        return load
 
     def _formula(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
         return cosine(self.loaded.net, pixels.to(self.placement.dtype), self._tokens(texts))

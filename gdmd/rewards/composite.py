@@ -1,5 +1,7 @@
 """Several rewards as one number: a weighted mean of scores standardized by fixed constants.
 
+    Composite([Part(CLIPScore(), mean=0.26, std=0.03), Part(my_reward, weight=0.5, std=0.2)])
+
     R = sum_k w_k (R_k - mean_k) / std_k / sum_k w_k
 
 mean_k and std_k are constants of the recipe (measure them once on images of the teacher), never batch statistics: the
@@ -9,30 +11,32 @@ near 0.3. An image that any part does not score (NaN) is not scored. Each part i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gdmd.types import score_all
+from gdmd.config.rewards import CompositeConfig
+from gdmd.rewards.base import RewardModel
+from gdmd.rewards.callable import as_reward
+from gdmd.types import Reward, score_all
 
 if TYPE_CHECKING:
-    from gdmd.types import PromptBatch, Reward
+    from gdmd.types import PromptBatch
 
 
-@dataclass(frozen=True)
 class Part:
-    """One reward of a composite; weight and std are positive."""
+    """One reward of a composite, which may also be a function; weight and std are positive."""
 
-    reward: Reward
-    weight: float = 1.0
-    mean: float = 0.0
-    std: float = 1.0
+    def __init__(
+        self, reward: Reward | Callable[..., Any], weight: float = 1.0, mean: float = 0.0, std: float = 1.0
+    ) -> None:
+        self.reward: Reward = as_reward(reward)
+        self.weight, self.mean, self.std = weight, mean, std
 
 
-class Composite:
+class Composite(RewardModel):
     """The weighted mean of standardized rewards; differentiable if all of them are."""
 
     def __init__(self, parts: Sequence[Part], name: str = "composite") -> None:
@@ -46,6 +50,21 @@ class Composite:
         self.name, self.parts = name, tuple(parts)
         self.differentiable = all(part.reward.differentiable for part in parts)
         self._last: dict[str, Tensor] = {}
+
+    @property
+    def config(self) -> CompositeConfig:
+        """The parts with the configs of their rewards."""
+        scales = [{"weight": part.weight, "mean": part.mean, "std": part.std} for part in self.parts]
+        rewards = [part.reward.config for part in self.parts]  # type: ignore[attr-defined]
+        parts = [{"reward": one.model_dump(), **scale} for one, scale in zip(rewards, scales, strict=True)]
+        return CompositeConfig.model_validate({"parts": parts})
+
+    def to(self, device: str) -> Composite:
+        """Move the weights of all parts to a device."""
+        for part in self.parts:
+            if isinstance(part.reward, RewardModel):
+                part.reward.to(device)
+        return self
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B], fp32; ``stats`` has the raw scores of the parts."""

@@ -10,45 +10,33 @@ open_clip .pt files: ``gdmd rewards fetch hps``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from gdmd.rewards.base import DEFAULT_PLACEMENT, Loaded, Placement, PretrainedReward, Tokenize, from_loaded
+from gdmd.config.rewards import HpsConfig
+from gdmd.rewards.base import Loaded, PretrainedReward
 from gdmd.rewards.clean import open_clip_clean
 from gdmd.rewards.clip import cosine, tokens_of
 from gdmd.rewards.preprocessing import Preprocess
 from gdmd.rewards.weights import CLIP_H, converted_folder, load_clip, load_tokenizer, locate_weights
 
-Version = Literal["hps", "hps_v2"]
 
+class HPSv2(PretrainedReward):
+    """Cosine of HPSv2's embeddings on padded images; the weights of v2.1, or those of v2 with kind="hps_v2"."""
 
-class Hps(PretrainedReward):
-    """Cosine of HPSv2's embeddings on padded images."""
-
+    config_class = HpsConfig
     fit = Preprocess(fit="pad")
 
-    @classmethod
-    def from_modules(
-        cls, model: Any, tokenize: Tokenize, placement: Placement = DEFAULT_PLACEMENT, version: Version = "hps"
-    ) -> Hps:
-        """From a ``CLIPModel`` and a tokenizer that are already loaded."""
-        return cls(version, from_loaded(model, tokenize), placement)
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | None = None, placement: Placement = DEFAULT_PLACEMENT, version: Version = "hps"
-    ) -> Hps:
-        """From a converted folder (default: the one ``gdmd rewards convert`` writes). "hps" is v2.1, "hps_v2" is v2."""
-        folder = converted_folder(version, path)
+    def _loader(self) -> Callable[[], Loaded]:
+        folder = converted_folder(self.name, self.config.path)
         location = locate_weights(str(folder), None, CLIP_H)
 
         def load() -> Loaded:
-            net = load_clip(location, placement)
+            net = load_clip(location, self.placement)
             return Loaded(net, load_tokenizer(location, tokens_of(net), open_clip_clean))
 
-        return cls(version, load, placement)
+        return load
 
     def _formula(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
         return cosine(self.loaded.net, pixels.to(self.placement.dtype), self._tokens(texts))

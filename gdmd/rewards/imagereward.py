@@ -10,14 +10,15 @@ directions. The authors publish a .pt file: ``gdmd rewards fetch imagereward``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gdmd.config.rewards import ImageRewardConfig
 from gdmd.rewards.aesthetic import linear_head
-from gdmd.rewards.base import DEFAULT_PLACEMENT, Loaded, Placement, PretrainedReward, Tokenize, from_loaded
+from gdmd.rewards.base import Loaded, PretrainedReward
 from gdmd.rewards.weights import BERT, converted_folder, load_tokenizer, locate_weights
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -62,17 +63,10 @@ class ImageRewardTowers(nn.Module):
 class ImageReward(PretrainedReward):
     """The standardized score."""
 
-    @classmethod
-    def from_modules(
-        cls, towers: ImageRewardTowers, head: nn.Module, tokenize: Tokenize, placement: Placement = DEFAULT_PLACEMENT
-    ) -> ImageReward:
-        """From towers, a head such as ``linear_head`` and a tokenizer of 35 columns that are already loaded."""
-        return cls("imagereward", from_loaded(towers, tokenize, head), placement)
+    config_class = ImageRewardConfig
 
-    @classmethod
-    def from_pretrained(cls, path: str | None = None, placement: Placement = DEFAULT_PLACEMENT) -> ImageReward:
-        """From a converted folder (default: the one ``gdmd rewards convert imagereward`` writes)."""
-        folder = converted_folder("imagereward", path)
+    def _loader(self) -> Callable[[], Loaded]:
+        folder = converted_folder(self.name, self.config.path)
         location = locate_weights(str(folder), None, BERT)
 
         def load() -> Loaded:
@@ -86,7 +80,7 @@ class ImageReward(PretrainedReward):
             towers.load_state_dict(tensors)
             return Loaded(towers, load_tokenizer(location, TOKENS), head)
 
-        return cls("imagereward", load, placement)
+        return load
 
     @staticmethod
     def _image_size(net: Any) -> int:

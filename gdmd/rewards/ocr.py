@@ -18,14 +18,20 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from gdmd.rewards.base import DEFAULT_PLACEMENT, Placement
+from gdmd.config.load import validated
+from gdmd.config.rewards import OcrConfig
+from gdmd.rewards.base import DEFAULT_PLACEMENT, Placement, RewardModel
 from gdmd.rewards.preprocessing import check_finite_images, check_images, to_pil
-from gdmd.rewards.weights import OCR, OcrModel, load_ocr_model, locate_weights
+from gdmd.rewards.user_code import called, imported
+from gdmd.rewards.weights import OCR as PUBLISHED
+from gdmd.rewards.weights import OcrModel, load_ocr_model, locate_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,15 +74,37 @@ def ocr_score(prompt: str, read: str, other_text: OtherText = "error") -> float:
     return max(0.0, 1 - edit_distance(requested, normalized(read), other_text == "free") / len(requested))
 
 
-class OcrReward:
-    """An OCR function as a ``Reward``. Images whose prompt quotes no text are not read."""
+class OCR(RewardModel):
+    """The OCR score, not differentiable. Images whose prompt quotes no text are not read.
+
+    options: the fields of ``OcrConfig``.
+    """
 
     name = "ocr"
     differentiable = False
 
-    def __init__(self, read: Read, other_text: OtherText = "error") -> None:
-        self.read, self.other_text = read, other_text
+    def __init__(self, **options: Any) -> None:
+        self.config: OcrConfig = validated(OcrConfig, options, "OCR")
         self._total = self._without_text = 0
+        self.read = self._reader(Placement.of(self.config))
+
+    @classmethod
+    def from_modules(cls, read: Read, **options: Any) -> OCR:
+        """From a reader that is already loaded."""
+        reward = cls(**options)
+        reward.read = read
+        return reward
+
+    def to(self, device: str) -> OCR:
+        """Load the model on another device at its next use."""
+        if isinstance(self.read, OcrReader):
+            self.read = self._reader(replace(Placement.of(self.config), device=device))
+        return self
+
+    def _reader(self, placement: Placement) -> Read:
+        if target := self.config.reader:
+            return partial(called, f"text reader {target}", imported(target))
+        return OcrReader.from_pretrained(self.config.path, self.config.revision, placement, self.config.tokens)
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B] in [0, 1]; NaN if the prompt quotes no text."""
@@ -89,7 +117,7 @@ class OcrReward:
         quotes = [bool(normalized(requested_text(text))) for text in texts]
         self._total, self._without_text = self._total + len(quotes), self._without_text + quotes.count(False)
         scores = [
-            ocr_score(text, self._read(image), self.other_text) if quoted else math.nan
+            ocr_score(text, self._read(image), self.config.other_text) if quoted else math.nan
             for image, text, quoted in zip(images, texts, quotes, strict=True)
         ]
         return torch.tensor(scores, dtype=torch.float32)
@@ -138,7 +166,7 @@ class OcrReader:
         tokens: int = 128,
     ) -> OcrReader:
         """From a folder (no network) or a hub id; default: GOT-OCR 2.0 at a pinned commit."""
-        location = locate_weights(path, revision, OCR)
+        location = locate_weights(path, revision, PUBLISHED)
         return cls(lambda: load_ocr_model(location, placement), placement, tokens)
 
     @property

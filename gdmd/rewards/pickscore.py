@@ -8,13 +8,14 @@ Some code divides by 26 to bring it near [0, 1]; here it is never divided. A pap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from gdmd.rewards.base import DEFAULT_PLACEMENT, Loaded, Placement, PretrainedReward, Tokenize, from_loaded
+from gdmd.config.rewards import PickScoreConfig
+from gdmd.rewards.base import Loaded, PretrainedReward
 from gdmd.rewards.clip import cosine, tokens_of
 from gdmd.rewards.preprocessing import Preprocess
 from gdmd.rewards.weights import CLIP_H, PICKSCORE, WeightsLocation, load_clip, load_tokenizer, locate_weights
@@ -23,33 +24,18 @@ from gdmd.rewards.weights import CLIP_H, PICKSCORE, WeightsLocation, load_clip, 
 class PickScore(PretrainedReward):
     """exp(logit_scale) times the cosine."""
 
+    config_class = PickScoreConfig
     fit = Preprocess(corner="floor")
 
-    @classmethod
-    def from_modules(cls, model: Any, tokenize: Tokenize, placement: Placement = DEFAULT_PLACEMENT) -> PickScore:
-        """From a ``CLIPModel`` and a tokenizer that are already loaded."""
-        return cls("pickscore", from_loaded(model, tokenize), placement)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | None = None,
-        revision: str | None = None,
-        placement: Placement = DEFAULT_PLACEMENT,
-        tokenizer: str | None = None,
-    ) -> PickScore:
-        """From a folder (no network) or a hub id; default: the published weights, pinned.
-
-        tokenizer: folder or hub id; default: the folder itself if it has a tokenizer, else CLIP-H's, pinned.
-        """
-        location = locate_weights(path, revision, PICKSCORE)
-        words = tokenizer_location(location, tokenizer)
+    def _loader(self) -> Callable[[], Loaded]:
+        location = locate_weights(self.config.path, self.config.revision, PICKSCORE)
+        words = tokenizer_location(location, self.config.tokenizer)
 
         def load() -> Loaded:
-            net = load_clip(location, placement)
+            net = load_clip(location, self.placement)
             return Loaded(net, load_tokenizer(words, tokens_of(net)))
 
-        return cls("pickscore", load, placement)
+        return load
 
     def _formula(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
         model: Any = self.loaded.net

@@ -21,6 +21,7 @@ import http.client
 import io
 import json
 import math
+import os
 import time
 import urllib.error
 import urllib.request
@@ -32,8 +33,10 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from gdmd.config.load import validated
 from gdmd.config.rewards import RemoteConfig
 from gdmd.io import is_loopback
+from gdmd.rewards.base import RewardModel
 from gdmd.rewards.preprocessing import check_finite_images, check_images, to_pil
 
 if TYPE_CHECKING:
@@ -82,22 +85,25 @@ class PendingScores:
             request.cancel()
 
 
-class RemoteScorer:
-    """A remote reward as a ``Reward``. Not differentiable."""
+class RemoteReward(RewardModel):
+    """A reward of a server. Not differentiable.
+
+    token: default: the one in the environment variable that ``token_variable`` names. options: the fields of
+    ``RemoteConfig``; url and reward are required.
+    """
 
     differentiable = False
 
-    def __init__(
-        self, cfg: RemoteConfig, token: str | None = None, pause: Callable[[float], None] = time.sleep
-    ) -> None:
-        self.cfg, self.name = cfg, f"remote_{cfg.reward}"
-        self._token, self._pause = token, pause
+    def __init__(self, *, token: str | None = None, **options: Any) -> None:
+        cfg: RemoteConfig = validated(RemoteConfig, options, "RemoteReward")
+        self.config, self.name = cfg, f"remote_{cfg.reward}"
+        self._token, self._pause = token or os.environ.get(cfg.token_variable), time.sleep
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="remote-reward")
         self._sent = self._failed = self._retried = self._null = 0
         host = urlsplit(cfg.url).hostname or ""
         direct = [urllib.request.ProxyHandler({})] if is_loopback(host) else []  # never through a proxy
         self._opener = urllib.request.build_opener(*direct)
-        if token and urlsplit(cfg.url).scheme == "http" and not is_loopback(host):
+        if self._token and urlsplit(cfg.url).scheme == "http" and not is_loopback(host):
             raise ValueError(
                 f"{cfg.url} would send the token unencrypted; use https, or a tunnel to a loopback address"
             )
@@ -107,11 +113,11 @@ class RemoteScorer:
         return self.submit(images, prompts).result()
 
     def submit(self, images: Tensor, prompts: PromptBatch) -> PendingScores:
-        """Start scoring and return at once."""
+        """Start scoring and return at once. Metadata that JSON cannot hold, such as images, is not sent."""
         check_images(self.name, images, len(prompts))
         check_finite_images(self.name, images)
-        saved, step = to_pil(images), self.cfg.batch
-        meta = [dict(one) for one in prompts.meta] if prompts.meta else []
+        saved, step = to_pil(images), self.config.batch
+        meta = [{key: value for key, value in row.items() if _is_json(value)} for row in prompts.meta]
         requests = [
             self._pool.submit(self._batch, saved[k : k + step], prompts.text[k : k + step], meta[k : k + step])
             for k in range(0, len(saved), step)
@@ -133,17 +139,22 @@ class RemoteScorer:
 
     def version(self) -> dict[str, Any]:
         """The server's /version. RemoteError if it does not answer or does not serve the reward."""
-        facts: dict[str, Any] = self._with_retries(lambda: self._request("/version", None))
-        if facts.get("protocol") != PROTOCOL or self.cfg.reward not in facts.get("rewards", ()):
+        try:
+            facts: dict[str, Any] = self._with_retries(lambda: self._request("/version", None))
+        except RetriesExhausted as error:
             raise RemoteError(
-                f"{self.cfg.url} speaks protocol {facts.get('protocol')!r} and serves {facts.get('rewards')!r}, expected "
-                f"{PROTOCOL} and {self.cfg.reward!r}; start it with that reward, or name one that it serves"
+                f"{error}; start the server there with: gdmd rewards serve {self.config.reward}, or correct url"
+            ) from error
+        if facts.get("protocol") != PROTOCOL or self.config.reward not in facts.get("rewards", ()):
+            raise RemoteError(
+                f"{self.config.url} speaks protocol {facts.get('protocol')!r} and serves {facts.get('rewards')!r}, expected "
+                f"{PROTOCOL} and {self.config.reward!r}; start it with that reward, or name one that it serves"
             )
         return facts
 
     def _batch(self, images: Sequence[Image], texts: Sequence[str], meta: Sequence[Any]) -> list[float]:
         body = {
-            "protocol": PROTOCOL, "reward": self.cfg.reward, "prompts": list(texts), "meta": list(meta),
+            "protocol": PROTOCOL, "reward": self.config.reward, "prompts": list(texts), "meta": list(meta),
             "images": [_png(image) for image in images],
         }  # fmt: skip
         self._sent += len(images)
@@ -152,29 +163,29 @@ class RemoteScorer:
             self._null += sum(map(math.isnan, scores))
             return scores
         except RetriesExhausted as error:
-            if self.cfg.on_failure == "stop":
+            if self.config.on_failure == "stop":
                 raise RemoteError(
                     f"{error}. Nothing of this step was applied; start the server again and resume the run (you may change "
                     "url, timeout_s, retries and on_failure)"
                 ) from error
             self._failed += len(images)
-            if self._failed > self.cfg.max_unscored * self._sent:
+            if self._failed > self.config.max_unscored * self._sent:
                 raise RemoteError(
                     f"{error}. {self._failed} of {self._sent} images have no score, more than max_unscored = "
-                    f"{self.cfg.max_unscored}; start the server again and resume the run"
+                    f"{self.config.max_unscored}; start the server again and resume the run"
                 ) from error
             return [math.nan] * len(images)
 
     def _with_retries(self, request: Callable[[], T]) -> T:
         """Repeat the request after transient errors, with exponential backoff. RetriesExhausted after the last one."""
         pause = FIRST_PAUSE_S
-        for attempt in range(self.cfg.retries + 1):
+        for attempt in range(self.config.retries + 1):
             try:
                 return request()
             except TransientError as error:
-                if attempt == self.cfg.retries:
+                if attempt == self.config.retries:
                     raise RetriesExhausted(
-                        f"remote reward {self.cfg.url}: {error}, after {attempt + 1} tries"
+                        f"remote reward {self.config.url}: {error}, after {attempt + 1} tries"
                     ) from error
                 self._retried += 1
                 self._pause(pause)
@@ -184,19 +195,21 @@ class RemoteScorer:
     def _request(self, path: str, body: Any) -> Any:
         """One request; ``timeout_s`` limits its total time, even if the response arrives byte by byte."""
         content = None if body is None else json.dumps(body, allow_nan=False).encode()
-        request = urllib.request.Request(self.cfg.url.rstrip("/") + path, content, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.config.url.rstrip("/") + path, content, {"Content-Type": "application/json"}
+        )
         if self._token:
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
-        end = time.monotonic() + self.cfg.timeout_s
+        end = time.monotonic() + self.config.timeout_s
         try:
-            with self._opener.open(request, timeout=self.cfg.timeout_s) as response:
-                text = _read_until(response, end, self.cfg.timeout_s)
+            with self._opener.open(request, timeout=self.config.timeout_s) as response:
+                text = _read_until(response, end, self.config.timeout_s)
         except urllib.error.HTTPError as error:
             said = self._without_token(_first_bytes(error))[:300]
             if error.code in _RETRIED:
                 raise TransientError(f"answered {error.code} ({said})") from error
             raise RemoteError(
-                f"remote reward {self.cfg.url}{path} refused: {error.code} {said}{_advice(error.code)}"
+                f"remote reward {self.config.url}{path} refused: {error.code} {said}{_advice(error.code)}"
             ) from error
         except (OSError, http.client.HTTPException) as error:
             raise TransientError(
@@ -208,24 +221,32 @@ class RemoteScorer:
             return content
         except (ValueError, RecursionError) as error:
             raise RemoteError(
-                f"remote reward {self.cfg.url}{path} did not answer in JSON: {self._without_token(repr(text))[:80]}; "
+                f"remote reward {self.config.url}{path} did not answer in JSON: {self._without_token(repr(text))[:80]}; "
                 "is it the right port?"
             ) from error
 
     def _read_scores(self, content: Any, count: int) -> list[float]:
         scores = content.get("scores") if isinstance(content, dict) else None
         valid = isinstance(scores, list) and len(scores) == count and content.get("protocol") == PROTOCOL
-        if not valid or content.get("reward") != self.cfg.reward or not all(map(_is_score, scores or ())):
+        if not valid or content.get("reward") != self.config.reward or not all(map(_is_score, scores or ())):
             raise RemoteError(
-                f"remote reward {self.cfg.url} sent a malformed response: {self._without_token(json.dumps(content))[:120]}; "
-                f"expected {count} numbers of {self.cfg.reward} in protocol {PROTOCOL}. Run the same version of gdmd on "
-                "both machines"
+                f"remote reward {self.config.url} sent a malformed response: "
+                f"{self._without_token(json.dumps(content))[:120]}; expected {count} numbers of {self.config.reward} in "
+                f"protocol {PROTOCOL}. Run the same version of gdmd on both machines"
             )
         return [math.nan if score is None else float(score) for score in scores or ()]
 
     def _without_token(self, said: str) -> str:
         """Redact the token in a response before an error shows it: some servers echo request headers."""
         return said.replace(self._token, "...") if self._token else said
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _read_until(response: Any, end: float, limit: float) -> bytes:

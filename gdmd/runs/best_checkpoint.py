@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from gdmd.config.validation import PREFIX
 from gdmd.io import RunError, write_atomic
 
 Direction = Literal["max", "min"]
@@ -34,10 +35,15 @@ class Best:
 
 
 class BestCheckpointTracker:
-    """Scores checkpoints by the mean of one metric over the last ``window`` steps, so one lucky batch does not decide."""
+    """Scores checkpoints by the mean of one metric over the last ``window`` steps, so one lucky batch does not decide.
+
+    A validation score is of fixed prompts and noise: that of the checkpoint's own step counts, and checkpoints that are
+    not validated have none.
+    """
 
     def __init__(self, metric: str, direction: Direction, window: int) -> None:
-        self.metric, self.direction, self.window = metric, direction, window
+        self.metric, self.direction = metric, direction
+        self.window = 1 if metric.startswith(PREFIX) else window
         self._rows: deque[tuple[int, float]] = deque()
         self._keys: tuple[str, ...] = ()
 
@@ -60,7 +66,9 @@ class BestCheckpointTracker:
         return Best(step, self.metric, self.direction, sum(values) / len(values)) if values else None
 
     def why_unscored(self, step: int) -> str:
-        """The message for the user if ``score`` is None."""
+        """The message for the user if ``score`` is None; "" for a checkpoint that is not validated."""
+        if self.metric.startswith(PREFIX) and not any(key.startswith(PREFIX) for key in self._keys):
+            return ""
         near = difflib.get_close_matches(self.metric, self._keys, 1)
         advice = f"did you mean {near[0]}?" if near else f"the last row has {', '.join(self._keys) or 'nothing'}"
         last = f"steps {max(step - self.window, 0) + 1} ... {step}"

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gdmd.runs.validation_scores import only_validation
+
 WINDOW = 20
 """Iterations."""
 IMAGES = 256
@@ -72,6 +74,8 @@ class RewardSignal:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """A row of metrics.jsonl."""
+        if only_validation(values):
+            return
         iterations, self.step = step - self.step, step
         for name in names(values):
             own = self.counts.setdefault(name, RewardCounts())

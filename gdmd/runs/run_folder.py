@@ -4,7 +4,8 @@ config.yaml      the resolved configuration
 run.json         versions, git commit, command, hash of the configuration, when started and resumed
 metrics.jsonl    one JSON object per logged step; "step" counts finished outer iterations; null = not scored
 tb/              the same numbers for TensorBoard
-grids/           step_000040.png: images from fixed noise
+trackers.json    with wandb, trackio or swanlab: the id and the last step of the tracker's run
+grids/           step_000040.png: validation images; teacher.safetensors: the teacher's
 checkpoints/     step_000040/: see ``runs.checkpoint``
 """
 
@@ -51,7 +52,7 @@ class Run:
         return self.path / "metrics.jsonl"
 
     def grid(self, step: int) -> Path:
-        """The file of the sample grid of a step."""
+        """The file of the validation images of a step."""
         return self.path / "grids" / f"step_{step:06d}.png"
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -62,7 +63,7 @@ class Run:
         """Remove rows and grids after ``step`` (and a torn last line): the run continues from there."""
         for grid in (self.path / "grids").glob("step_*.png"):
             if grid.stem[5:].isdigit() and int(grid.stem[5:]) > step:
-                with writing("the sample grids", grid):
+                with writing("the validation images", grid):
                     grid.unlink()
         if not self.metrics.exists():
             return

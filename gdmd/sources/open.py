@@ -28,7 +28,8 @@ def kind_of(cfg: SourceConfig) -> Kind:
     fits = {
         "export": {"base", "dtype", "device", "revision", "variant"},
         "pipeline": every,
-        "run": {"checkpoint", "base"},
+        "run": {"checkpoint", "base", "device"},
+        "teacher": {"device"},
     }
     allowed = fits.get(kind, set()) | {"name", "where", "batch", "trained"}
     extra = sorted(key for key in cfg.model_fields_set if key not in allowed)

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from gdmd.config.image_source import SourceConfig
 from gdmd.config.model import LoraFile
 from gdmd.config.shapes_pipeline import located, read_shapes_pipeline
+from gdmd.diffusion.device import pick_device
 from gdmd.diffusion.generate import BATCH
 from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.diffusion.rng import SampleRng
@@ -330,7 +331,7 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
         raise ValueError(f"{what}: the pipeline cannot be loaded: {first}") from error
     pipe.set_progress_bar_config(disable=True)
     fit_limits(pipe, lambda encoder: None)
-    return pipe.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipe.to(pick_device(cfg.device))
 
 
 def _check_class(index: Mapping[str, Any], what: str) -> None:

@@ -40,7 +40,7 @@ class RunSource:
     @classmethod
     def open(cls, cfg: SourceConfig) -> RunSource:
         """Checkpoint ``cfg.checkpoint`` of the run in ``cfg.where``."""
-        recipe, components, sampler, step = open_named(cfg.where, cfg.checkpoint, cfg.base)
+        recipe, components, sampler, step = open_named(cfg.where, cfg.checkpoint, cfg.base, cfg.device)
         teacher = cfg.where in TEACHERS
         if isinstance(recipe.model, DiffusersModel):
             from gdmd.models.loading import checker_off, local_or_hub_index

@@ -18,6 +18,7 @@ from typing import Any
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig, ShapesModel, ShapesReward
 from gdmd.config.sweep import Budget, ExportRow, StudentRow, SweepConfig, TeacherRow
+from gdmd.config.validation import ValidationConfig
 from gdmd.io import RunError, content_hash, file_hash, numbered_jsonl, read_json
 from gdmd.recipes.contents import base_content
 from gdmd.runs.assets import asset_path
@@ -36,8 +37,10 @@ MAX_COLUMNS = 8
 """Methods side by side in a grid: more would not fit a page."""
 SECOND_STAGE = 1000
 """Added to the seed of a second stage, so that it draws other captions and noise than its first stage."""
-LOOP = {"grid_every": 0, "threads": 1}
-"""Loop settings of every run; grids are drawn at the end, for all methods together."""
+LOOP = {"threads": 1}
+"""Loop settings of every run."""
+NO_VALIDATION = ValidationConfig(every=0)
+"""Images are drawn at the end, for all methods together."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +311,7 @@ def _with_seed(sweep: Sweep, cfg: RunConfig, seed: int) -> RunConfig:
         "about": "",
         "eval": cfg.eval.model_copy(update=size),
         "loop": cfg.loop.model_copy(update={"seed": seed, **LOOP}),
+        "validation": NO_VALIDATION,
     }
     if isinstance(cfg.model, DiffusersModel):  # runs at the same time would write the same cache of text embeddings
         parts["model"] = cfg.model.model_copy(update={"embeddings": None})
@@ -321,8 +325,10 @@ def _all_fields(cfg: RunConfig) -> dict[str, Any]:
 
 def _changed_fields(cfg: RunConfig) -> dict[str, Any]:
     """The fields that differ from their defaults, and the kinds of model and method whose defaults these are."""
-    hidden = {"name": True, "about": True, "loop": SET_BY_BUDGET}
+    hidden = {"name": True, "about": True, "loop": SET_BY_BUDGET, "validation": True}
     tree = cfg.model_dump(mode="json", exclude_defaults=True, exclude=hidden)
+    if cfg.validation.every != ValidationConfig().every:  # as the results so far were hashed; it changes none
+        tree["loop"] = {**tree.get("loop", {}), "grid_every": cfg.validation.every}
     for part, kind in (("method", cfg.method.kind), ("model", cfg.model.kind)):
         tree[part] = {"kind": kind, **tree.get(part, {})}
     return tree

@@ -1,4 +1,4 @@
-"""The training loop: prompts by index, the method's updates, logs, grids and checkpoints. It knows no algorithm.
+"""The training loop: prompts by index, the method's updates, logs, validation and checkpoints. It knows no algorithm.
 
 Everything random is keyed by (seed, step, sample), so a checkpoint needs no generator state, and a resumed run equals
 the uninterrupted one bit for bit (same machine, same number of threads). All ranks run this loop, each on its slice of
@@ -8,11 +8,12 @@ every batch; only rank 0 writes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,18 +26,18 @@ from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import BestCheckpointTracker
 from gdmd.runs.process import stop_signals
 from gdmd.runs.run_folder import Run, read_metrics
+from gdmd.training.callbacks import CallbackError, TrainerCallback, TrainerState, call
 from gdmd.training.displacement import hardly_moves
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext, OtherRankError
 from gdmd.training.metrics import Means
 from gdmd.training.optimizer import lr_factor
+from gdmd.training.progress import validation_line
 from gdmd.training.reward_monitor import RewardMonitor
 from gdmd.training.role_state import NonFiniteError, RoleState, ema_weights, role_states
 from gdmd.training.saver import Saver
+from gdmd.training.trackers import trackers
 from gdmd.training.warm_start import newest, warm_start
 from gdmd.types import Method, PromptBatch, Role, Roles
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 class Stream(Protocol):
@@ -81,19 +82,23 @@ class NoProgress:
 
 @dataclass(frozen=True)
 class Hooks:
-    """grid(step, path): called with the EMA weights swapped in, by all ranks (a sharded network needs them all);
-    writes an image to ``path``, or nothing if it is None.
+    """validate(step, path): called with the EMA weights swapped in every ``validate_every`` steps (0 = never), at step 0
+    and at the last, by all ranks (a sharded network needs them all); rank 0 writes an image to ``path``, and all ranks get
+    the scores, by key of metrics.jsonl.
 
     stats(): statistics from outside the method that are logged after an iteration, such as the parts of a reward.
     at_log(): values that are measured only when a row is logged, by all ranks.
     reason(name): why the reward ``name`` left images without a score, for an error.
+    callbacks: the user's, the same on all ranks.
     """
 
     progress: Progress = field(default_factory=NoProgress)
-    grid: Callable[[int, Path | None], None] | None = None
+    validate: Callable[[int, Path], Mapping[str, float]] | None = None
+    validate_every: int = 0
     stats: Callable[[], Mapping[str, Tensor]] = dict
     at_log: Callable[[], Mapping[str, float]] = dict
     reason: Callable[[str], str] = lambda name: ""
+    callbacks: Sequence[TrainerCallback] = ()
 
 
 NO_HOOKS = Hooks()
@@ -101,11 +106,15 @@ NO_HOOKS = Hooks()
 
 @dataclass(frozen=True)
 class TrainEnd:
-    """How a run ended: finished iterations, the newest checkpoint, the signal that stopped it (None = completed)."""
+    """How a run ended: finished iterations, the newest checkpoint, and what stopped it before its last step.
+
+    signal: the signal that did; stopped: a callback did (``TrainerState.should_stop``).
+    """
 
     step: int
     checkpoint: Path
     signal: int | None = None
+    stopped: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -136,9 +145,8 @@ def train(
     trainer = _Trainer(method, roles, stream, cfg, run, hooks, context)
     saver = trainer.saver
     with context.training(cfg.rank_timeout, saver.last_checkpoint_at_exit), stop_signals(context.size) as signals:
-        start = trainer.resume()
-        with _tensorboard(run, start) if context.is_main else nullcontext() as board, closing(saver):
-            return trainer.train(start, signals, board)
+        with closing(trainer), closing(saver):
+            return trainer.train(trainer.resume(), signals)
 
 
 class _Trainer:
@@ -158,34 +166,44 @@ class _Trainer:
         self.context, self.progress = context, hooks.progress
         self.states: dict[Role, RoleState] = role_states(roles, cfg, context)
         self.means = Means()
-        self.saver = Saver(run.checkpoints, cfg, context, self.progress.note)
+        self.state = TrainerState(0, cfg.steps, run.path, context.is_main)
+        self.trackers = trackers(cfg.report_to, run, self.progress.note) if context.is_main else []
+        self.saver = Saver(run.checkpoints, cfg, context, self.progress.note, lambda path: self.call("on_save", path))
         window = max(cfg.checkpoint_every, cfg.log_every)
         self.best = BestCheckpointTracker(cfg.best_metric, cfg.best_direction, window)
         self.rewards = RewardMonitor(cfg.batch_size, cfg.steps, hooks.reason)
         self._images, self._clock = 0, time.perf_counter()
         self._warned_of_student = False
 
-    def train(self, start: int, signals: list[int], board: SummaryWriter | None) -> TrainEnd:
+    def train(self, start: int, signals: list[int]) -> TrainEnd:
         """The iterations after ``start``; ``signals`` receives those of this rank."""
         cfg, signal, step = self.cfg, 0, start
+        self.state.step = start
+        self.context.on_main(self.start_trackers)
+        self.call("on_train_begin")
         if start == 0:
-            self.draw_grid(0)
+            self.write_row(0, self.validate(0))
         for step in range(start + 1, cfg.steps + 1):  # step counts finished iterations from here on
             self.train_step(step - 1)
+            self.state.step = step
+            self.call("on_step_end")
             signal = self.synchronize(signals[0] if signals else 0)
-            last = step == cfg.steps or signal > 0
+            last = step == cfg.steps or signal > 0 or self.state.should_stop
             self.progress.advance(step)
+            scores = self.validate(step)
             if last or step % cfg.log_every == 0:
-                self.log(step, board)
-            if cfg.grid_every and (step % cfg.grid_every == 0 or step == cfg.steps):
-                self.draw_grid(step)
+                self.log(step, scores)
+            else:
+                self.write_row(step, scores)
+            last = last or self.should_stop()
             if last or step % cfg.checkpoint_every == 0:
                 self.save(step)
             if last:
                 break
         newest = self.finish_saving(step)
         self.require_rewards(step, ended=True)
-        return TrainEnd(step, newest, signal or None)
+        self.call("on_train_end")
+        return TrainEnd(step, newest, signal or None, stopped=not signal and step < cfg.steps)
 
     def train_step(self, step: int) -> None:
         """One outer iteration: apply every update the method asks for, in its order."""
@@ -200,21 +218,28 @@ class _Trainer:
         except ValueError as error:
             if type(error) is not ValueError:  # errors of the disk and of the ranks say what to do
                 raise
-            cure = f"{self.saver.last_checkpoint_at_exit()} Continue with: gdmd train --resume {self.run.path}"
-            raise ValueError(f"step {step + 1}: {error}. {cure}") from error
+            raise ValueError(f"step {step + 1}: {error}. {self._cure()}") from error
         self._check_skipped(step)
         self.means.add({**self.hooks.stats(), **self.method.stats()})
         self._images += len(prompts) * self.context.size
 
     def synchronize(self, signal: int) -> int:
         """The signal that any rank received, 0 = none. Ends a save that is complete, or that failed on some rank."""
-        signal, failed, writing_still = self.context.all_reduce_max([signal, self.saver.failed, self.saver.writing])
+        mine = [signal, self.saver.failed, self.saver.writing, self.state.should_stop]
+        signal, failed, writing_still, stop = self.context.all_reduce_max(mine)
+        self.state.should_stop = bool(stop)
         if failed or not writing_still:
             self.saver.wait()
         return signal
 
-    def log(self, step: int, board: SummaryWriter | None) -> None:
-        """Write a row of means since the last one to metrics.jsonl and TensorBoard; check the rewards and the student."""
+    def should_stop(self) -> bool:
+        """Whether a callback of any rank asked to stop, also in ``on_log`` and ``on_images``."""
+        if self.hooks.callbacks:
+            self.state.should_stop = bool(self.context.all_reduce_max([self.state.should_stop])[0])
+        return self.state.should_stop
+
+    def log(self, step: int, scores: Mapping[str, float]) -> None:
+        """Write a row of means since the last one, and validation scores; check the rewards and the student."""
         values = self.means.read(self.context)
         values["speed/images_per_s"] = self._images / (time.perf_counter() - self._clock)
         for role, state in self.states.items():
@@ -223,7 +248,7 @@ class _Trainer:
             values[f"skipped/{role}"] = state.skipped
         values |= self.hooks.at_log()
         self._images, self._clock = 0, time.perf_counter()
-        self.context.on_main(lambda: self._write_row(step, values, board))
+        self.write_row(step, {**values, **scores})
         self.progress.row(step, values)
         self.rewards.add(step, values)
         if self.rewards.failure(step):
@@ -236,16 +261,22 @@ class _Trainer:
             self.progress.note(message)
             self._warned_of_student = True
 
-    def draw_grid(self, step: int) -> None:
-        """Draw the sample grid of this step with the EMA weights."""
-        if self.hooks.grid is None or not self.cfg.grid_every:
-            return
-        path = self.run.grid(step)
-        self.progress.status("drawing sample images")
-        with writing("the sample grid", path), torch.no_grad(), ema_weights(self.states["student"]):
+    def validate(self, step: int) -> Mapping[str, float]:
+        """Draw and score the validation images with the EMA weights, if it is their turn; {} if not."""
+        every = self.hooks.validate_every
+        if self.hooks.validate is None or not every or (step % every and step != self.cfg.steps):
+            return {}
+        path, began = self.run.grid(step), time.perf_counter()
+        self.progress.status("validating")
+        with writing("the validation images", path), torch.no_grad(), ema_weights(self.states["student"]):
             path.parent.mkdir(exist_ok=True)
-            self.hooks.grid(step, path if self.context.is_main else None)
+            scores = self.hooks.validate(step, path)
+        self.call("on_images", {"validation/images": path})
         self.progress.status("")
+        if scores:
+            self.progress.note(validation_line(step, scores))
+        self._clock += time.perf_counter() - began  # the logged speed is that of training
+        return scores
 
     def save(self, step: int) -> None:
         """Start a checkpoint of everything that is not a pure function of the configuration and the step."""
@@ -257,8 +288,8 @@ class _Trainer:
         score = None
         if self.best.metric and self.context.is_main:
             score = self.best.score(step)
-            if score is None:
-                self.progress.note(self.best.why_unscored(step))
+            if score is None and (reason := self.best.why_unscored(step)):
+                self.progress.note(reason)
         self.saver.save(step, parts, facts, score)
         self.progress.status("")
 
@@ -276,6 +307,28 @@ class _Trainer:
         if failure := self.rewards.failure(step, ended=ended):
             message = f"step {step}: {failure} {self.saver.last_checkpoint()} {self.rewards.cure(step)}"
             raise (ValueError if self.context.is_main else OtherRankError)(message)
+
+    # ---------------------------------------------------------------- callbacks
+
+    def start_trackers(self) -> None:
+        """ValueError if one does not start. On rank 0."""
+        for tracker in self.trackers:
+            tracker.start(self.state)
+
+    def call(self, event: str, *arguments: Any) -> None:
+        """An event of ``TrainerCallback``: to the trackers and the user's callbacks."""
+        for tracker in self.trackers:
+            getattr(tracker, event)(self.state, *arguments)
+        try:
+            for callback in self.hooks.callbacks:
+                call(callback, event, self.state, *arguments)
+        except CallbackError as error:
+            raise ValueError(f"step {self.state.step}: {error}. {self._cure()}") from error
+
+    def close(self) -> None:
+        """End the trackers' runs if the training failed."""
+        for tracker in self.trackers:
+            tracker.close()
 
     # ---------------------------------------------------------------- resuming
 
@@ -312,7 +365,7 @@ class _Trainer:
             self.progress.note(
                 f"{self.run.checkpoints} holds no checkpoint: the run starts over, without its {logged} logged rows"
             )
-        self.run.rewind(saved.step if saved else 0)
+        self.run.rewind(saved.step if saved else -1)
         rows = read_metrics(self.run.path)
         self.best.resume(rows if self.best.metric else ())
         return self.rewards.state_of(rows)
@@ -329,14 +382,18 @@ class _Trainer:
         updates = self.states["student"].updates
         return lr_factor(self.cfg.lr_schedule, step / self.cfg.steps, updates, self.cfg.warmup)
 
-    def _write_row(self, step: int, values: Mapping[str, float], board: SummaryWriter | None) -> None:
-        assert board is not None
+    def write_row(self, step: int, values: Mapping[str, float]) -> None:
+        """Rank 0 writes a row to metrics.jsonl, if there are values; the callbacks get it."""
+        if values:
+            self.context.on_main(lambda: self._write_row(step, values))
+            self.call("on_log", MappingProxyType(dict(values)))
+
+    def _write_row(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(step, values)
         self.best.add(step, values)
-        with writing("the TensorBoard log", self.run.tensorboard):
-            for key, value in values.items():
-                board.add_scalar(key, value, step)
-            board.flush()
+
+    def _cure(self) -> str:
+        return f"{self.saver.last_checkpoint_at_exit()} Continue with: gdmd train --resume {self.run.path}"
 
     def _check_skipped(self, step: int) -> None:
         skipped = sum(state.skipped for state in self.states.values())
@@ -360,17 +417,3 @@ class _Trainer:
             "loop.lr_fake, or in fp32."
         )
         return NonFiniteError(message, error.role, error.positions)
-
-
-@contextmanager
-def _tensorboard(run: Run, start: int) -> Iterator[SummaryWriter]:
-    """A TensorBoard writer that hides what was logged beyond the resumed step."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with writing("the TensorBoard log", run.tensorboard):
-        board = SummaryWriter(str(run.tensorboard), purge_step=start + 1 if start else None)
-    try:
-        yield board
-    finally:
-        with writing("the TensorBoard log", run.tensorboard):
-            board.close()

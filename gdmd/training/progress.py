@@ -14,6 +14,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from gdmd.config.validation import PREFIX, TEACHER
+
 SHOWN = {
     "loss/student": ("student", "loss of the student"),
     "loss/fake": ("fake", "loss of the fake score"),
@@ -23,7 +25,7 @@ SHOWN = {
     "reward/target": ("R(target)", "reward of the targets"),
     "weight/mean": ("w", "weight of the step to the targets"),
     "weight/effective": ("targets", "effective number of targets"),
-    "weight/share_below_half": ("r<1/2", "share of targets with r < 1/2"),
+    "weight/share_below_half": ("r<1/2", "share of targets with a normalized reward below 1/2"),
     "speed/images_per_s": ("images/s", "samples trained per second"),
 }
 """The statistics that are shown if a method has them: short name and meaning. Other loss/... keys follow loss/rl."""
@@ -38,7 +40,17 @@ def summary(values: Mapping[str, float]) -> list[str]:
 
 def legend(values: Mapping[str, float]) -> str:
     """What the short names of ``summary`` mean, in one line."""
-    return "; ".join(f"{SHOWN[key][0]}: {SHOWN[key][1]}" for key in _shown(values) if key in SHOWN)
+    return "; ".join(f"{SHOWN[key][0]} = {SHOWN[key][1]}" for key in _shown(values) if key in SHOWN)
+
+
+def validation_line(step: int, scores: Mapping[str, float]) -> str:
+    """The validation scores of a step in lines of 80 columns; those of the teacher in parentheses."""
+    shown = {key: "-" if isnan(score) else f"{score:.3g}" for key, score in scores.items()}
+    own = {key.removeprefix(PREFIX): text for key, text in shown.items() if not key.startswith(TEACHER)}
+    known = {label: f" (teacher {shown[TEACHER + label]})" if TEACHER + label in shown else "" for label in own}
+    parts = [f"{label} {text}{known[label]}".replace(" ", "\xa0") for label, text in own.items()]
+    line = f"step {step}, validation: {', '.join(parts)}"
+    return textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False).replace("\xa0", " ")
 
 
 class Pace:

@@ -58,7 +58,7 @@ class _Writer(threading.Thread):
 
 
 class Saver:
-    """Saves the checkpoints of one run. ``newest``: the last complete one."""
+    """Saves the checkpoints of one run. ``newest``: the last complete one; all ranks call ``completed`` with each."""
 
     def __init__(
         self,
@@ -66,8 +66,9 @@ class Saver:
         cfg: LoopConfig,
         context: DistributedContext,
         note: Callable[[str], None] = lambda message: None,
+        completed: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        self.folder, self.cfg, self.context, self._note = folder, cfg, context, note
+        self.folder, self.cfg, self.context, self._note, self._completed = folder, cfg, context, note, completed
         self.newest: Path | None = None
         self._pending = False  # on all ranks; rank 0 has the writer
         self._writer: _Writer | None = None
@@ -107,6 +108,7 @@ class Saver:
             return
         writer, self._writer, self._pending = self._writer, None, False
         self.newest = Path(self.context.on_main(lambda: writer.finish() if writer else ""))
+        self._completed(self.newest)
 
     def last_checkpoint(self) -> str:
         """Which checkpoint is intact, for an error."""

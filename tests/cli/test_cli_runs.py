@@ -64,8 +64,23 @@ def test_help_has_examples(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch, command:
 def test_short_help_fits(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     for group in ((), ("eval",), ("eval", "geneval"), ("rewards",), ("study",)):
-        listed = gdmd(*group, "--help").out.split("Commands:")[1]
+        listed = gdmd(*group, "--help").out.split("Commands:" if group else "Start:")[1]
         assert "..." not in listed, listed
+
+
+def test_every_command_is_in_a_group(gdmd: Gdmd) -> None:
+    shown = re.findall(r"^  ([a-z]+)  ", gdmd("--help").out.split("Start:")[1], re.M)
+    assert sorted(shown) == sorted(get_command(app).commands)
+
+
+def test_device(gdmd: Gdmd) -> None:
+    """One process takes any device that exists, ranks take their own."""
+    several = gdmd.train("--device", "cpu", "--gpus", "2")
+    assert several.code == 2 and "each rank uses the GPU of its local rank" in several.err
+    command = ("sample", "teacher-4", "-p", "a ring", "-n", "1")
+    missing = gdmd(*command, "--device", "cuda:99")
+    assert missing.code == 2 and re.search(r"device cuda:99: torch \S+ finds \d+ CUDA GPUs", missing.err)
+    assert gdmd(*command, "--device", "cpu").code == 0
 
 
 def test_version(gdmd: Gdmd) -> None:
@@ -83,6 +98,16 @@ def test_list_of_recipes(gdmd: Gdmd) -> None:
     assert all(len(line) <= 80 for line in lines) and listed["shapes_smoke"] in " ".join(" ".join(lines).split())
 
 
+def test_explained_recipe(gdmd: Gdmd) -> None:
+    """Only the asked fields, also of an overridden recipe; an unknown one gets a suggestion."""
+    shown = gdmd("recipes", "shapes", "--explain", "loop.steps", "prompts", "loop.steps=7").out
+    keys = re.findall(r"^([* ]) (\S+)=", shown, re.M)
+    assert keys == [(" ", "prompts.file"), (" ", "prompts.column"), ("*", "loop.steps")]
+    assert "* loop.steps=7\n    int >= 1; default 200\n    Total number of outer iterations" in shown
+    refused = gdmd("recipes", "shapes", "--explain", "loop.learning_rate")
+    assert refused.code == 2 and "loop.lr_student and loop.lr_fake" in refused.err
+
+
 def test_printed_recipe_can_be_trained(gdmd: Gdmd) -> None:
     Path("mine.yaml").write_text(gdmd("recipes", "shapes_smoke", "method.gamma=0.5", *TINY).out)
     finished = gdmd("train", "mine.yaml", "--no-eval", "--json")
@@ -92,13 +117,13 @@ def test_printed_recipe_can_be_trained(gdmd: Gdmd) -> None:
 
 
 def test_train_evaluates_and_reports(gdmd: Gdmd) -> None:
-    finished = gdmd("train", "shapes_smoke", *TINY, "loop.grid_every=1", "--run", "run", "--json")
+    finished = gdmd("train", "shapes_smoke", *TINY, "validation.every=1", "--run", "run", "--json")
     assert finished.code == 0, finished.err
     ended = json.loads(finished.out)
     assert ended["step"] == 2 and ended["finished"] and Path(ended["checkpoint"]).is_dir()
     assert set(ended["evaluation"]["shapeseval"]) == {"overall", *TASKS}
     assert Path("run/report.html").read_text().count("data:image/png") >= 3
-    assert len(read_metrics(Path("run"))) == 2
+    assert [row["step"] for row in read_metrics(Path("run"))] == [0, 1, 2]
 
 
 def test_second_run_gets_another_folder(gdmd: Gdmd) -> None:
@@ -264,6 +289,7 @@ def test_metric_keys_of_a_recipe(gdmd: Gdmd, name: str) -> None:
     overrides = [one for one in TINY if "group_size" not in one or kind == "gdmd"]
     overrides += ["method.images_per_prompt=2"] if kind in ("dmd_nft", "dmd_grpo") else []
     overrides += ["method.cold_start=1"] if kind == "dmdr" else []
+    overrides += ["validation.every=2", "validation.prompts=[a ring]"]
     cfg = read_recipe(name, overrides)
     finished = gdmd("train", name, *overrides, "--no-eval", "--run", "run")
     assert finished.code == 0, finished.err

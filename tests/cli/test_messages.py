@@ -9,7 +9,7 @@ from cli_world import Gdmd
 
 KINDS = (
     "shapes_clip, shapes_pref, shapes_clip_heldout, shapes_partial_credit, clip, hps, hps_v2, pickscore, imagereward, "
-    "aesthetic, geneval, ocr, callable, remote, composite"
+    "aesthetic, geneval, ocr, callable, function, remote, composite"
 )
 
 
@@ -78,19 +78,40 @@ def lines(gdmd: Gdmd, *arguments: str) -> list[str]:
             "rewards=[{kind: remote, url: 'host:8766', reward: hps}]",
             "rewards.0.url: got 'host:8766': is not an address; write http://HOST:PORT, like http://host:8766",
         ),
-        ("loop.lr=1e-4", "loop.lr: got '1e-4': unknown key; did you mean loop.lr_student or loop.lr_fake?"),
-        ("learning_rate=0.1", "learning_rate: got 0.1: unknown key; did you mean loop.lr_student or loop.lr_fake?"),
-        ("max_train_steps=9", "max_train_steps: got 9: unknown key; did you mean loop.steps?"),
+        (
+            "loop.lr=1e-4",
+            "loop.lr: got '1e-4': unknown key; here this is called loop.lr_student and loop.lr_fake (two networks are "
+            "trained)",
+        ),
         (
             "loop.gradient_accumulation_steps=2",
-            "loop.gradient_accumulation_steps: got 2: unknown key; did you mean loop.micro_batch?",
+            "loop.gradient_accumulation_steps: got 2: unknown key; here this is called loop.micro_batch (samples per "
+            "backward pass, not their number)",
         ),
-        ("mixed_precision=bf16", "mixed_precision: got 'bf16': unknown key; did you mean loop.precision?"),
+        (
+            "method.num_generations=4",
+            "method.num_generations: got 4: unknown key; here this is called method.group_size (images_per_prompt: methods "
+            "with group advantages; group_size: student updates per rollout of GDMD)",
+        ),
+        (
+            "model.lora_r=8",
+            "model.lora_r: got 8: unknown key; here this is called model.lora_rank, which the model of this recipe does "
+            "not have",
+        ),
+        (
+            "loop.beta=0.04",
+            "loop.beta: got 0.04: unknown key; gdmd has no such setting: the DMD loss takes the place of a KL penalty; "
+            "method.beta scales the positive and negative policies",
+        ),
         ("batch_size=8", "batch_size: got 8: unknown key; did you mean loop.batch_size?"),
         ("gamma=1", "gamma: got 1: unknown key; did you mean method.gamma?"),
         ("loop.gamma=1", "loop.gamma: got 1: unknown key; did you mean method.gamma?"),
-        ("method.guidance_scale=3", "method.guidance_scale: got 3: unknown key; did you mean method.guidance?"),
-        ("output_dir=x", "output_dir: got 'x': unknown key; it is the option --run FOLDER"),
+        (
+            "method.guidance_scale=3",
+            "method.guidance_scale: got 3: unknown key; here this is called method.guidance"
+            " (of the teacher, in training)",
+        ),
+        ("output_dir=x", "output_dir: got 'x': unknown key; here this is `gdmd train --run FOLDER`"),
         ("loop.qqq=1", "loop.qqq: got 1: unknown key; `gdmd recipes RECIPE` prints every key of a recipe"),
         ("prompts=p.txt", "prompts: got 'p.txt': should be a mapping; write 'prompts.file=p.txt'"),
         ("loop.betas=0.9", "loop.betas: got 0.9: should be a list; write 'loop.betas=[0.9]'"),
@@ -200,6 +221,22 @@ def test_suggested_file_or_run(gdmd: Gdmd) -> None:
             "Invalid value for '--question': 'foo' is not one of 'overall', 'quality', 'alignment'.",
         ),
         (["doctr"], "No such command 'doctr'. Did you mean 'doctor'?"),
+        (
+            ["train", "shapes_smoke", "--learning_rate", "1e-4"],
+            "No such option: --learning_rate; here this is called loop.lr_student and loop.lr_fake (two networks are "
+            "trained); write fields as KEY=VALUE, without dashes",
+        ),
+        (
+            ["train", "shapes_smoke", "--steps=5"],
+            "No such option: --steps; did you mean loop.steps; write fields as KEY=VALUE, without dashes",
+        ),
+        (["plan", "shapes", "--output-dir=x"], "No such option: --output-dir; here this is `gdmd train --run FOLDER`"),
+        (["train", "--rnu", "x"], "No such option: --rnu (Possible options: --resume, --run)"),
+        (["sample", "--lr", "x"], "No such option: --lr (Possible options: --help)"),
+        (
+            ["doctor", "--device", "gpu"],
+            "Invalid value for '--device': 'gpu' is not a device; write cpu, cuda, cuda:1 or mps",
+        ),
     ],
 )
 def test_usage_errors(gdmd: Gdmd, arguments: list[str], message: str) -> None:

@@ -45,9 +45,10 @@ def recipe(pipeline: Path, folder: Path, method: dict[str, object]) -> RunConfig
         name="tiny",
         model=tiny.config(pipeline),
         method=method,
-        loop={"steps": 2, "batch_size": 2, "log_every": 1, "grid_every": 0, "checkpoint_every": 1, "threads": 1},
+        loop={"steps": 2, "batch_size": 2, "log_every": 1, "checkpoint_every": 1, "threads": 1},
         real_data={"source": str(images), "latents": str(folder / "latents")},
         rewards=[],
+        validation={"every": 0},
     )
 
 

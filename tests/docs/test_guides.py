@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,23 @@ def test_reward_example_prefers_warm_images() -> None:
     prompts = PromptBatch(torch.arange(2), ("", ""), torch.arange(2), {}, {})
     scores = CallableReward(own["warm"], "warm").score(torch.cat([warm, warm.flip(1)]), prompts)
     assert scores.tolist() == [1, -1]
+    columns = replace(prompts, meta=({"style": "photo"}, {"style": "sketch"}))
+    sharp = CallableReward(own["sharp"]).score(torch.cat([warm, warm.flip(1)]), columns)
+    assert float(sharp[0]) == 0 and sharp[1].isnan()
+
+
+def test_notebook_example_scores_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from tiny_rewards import random_images, tiny_clip, tokenize
+
+    from gdmd.rewards.base import Loaded
+    from gdmd.rewards.clip import CLIPScore
+
+    monkeypatch.setattr(CLIPScore, "_loader", lambda self: lambda: Loaded(tiny_clip(), tokenize))
+    own: dict[str, Any] = {"images": random_images(2)}
+    exec(code("rewards.md", "def warm"), own)
+    exec(code("rewards.md", "clip = CLIPScore"), own)
+    assert len(own["scores"]) == 2 and len(own["reward"](own["images"], "a red cube")) == 2
 
 
 class Net(nn.Module):

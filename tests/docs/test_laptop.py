@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from gdmd.runs.assets import save_asset
 from gdmd.shapes.pretrain.miniatures import build_miniature
 
 PAGE = (ROOT / "docs" / "guides" / "laptop.md").read_text(encoding="utf-8")
-TRAIN = ("loop.steps=1", "loop.batch_size=2", "method.continuations=2", "model.lora_rank=2", "loop.grid_every=0")
+TRAIN = ("loop.steps=1", "loop.batch_size=2", "method.continuations=2", "model.lora_rank=2", "validation.every=0")
 SMALL = {
     "train": (*TRAIN, "eval.per_task=1", "eval.images=2", "eval.teacher_steps=2"),
     "pretrain": ("--steps", "1"),
@@ -32,9 +33,9 @@ SMALL = {
 """What is added to a command to make it short."""
 
 
-def python(text: str) -> str:
-    """The code of a page, whatever its line breaks."""
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+def python(text: str, number: int = 0) -> str:
+    """A block of code of a page, whatever its line breaks."""
+    code = re.findall(r"```python\n(.*?)```", text, re.S)[number]
     return ast.unparse(ast.parse(code))
 
 
@@ -51,6 +52,10 @@ def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("runs/laptop/report.html").is_file() and Path("eval/laptop/compare.html").is_file()
     card = Path("runs/laptop/export/README.md").read_text(encoding="utf-8")
     assert python(card.replace("THIS_FOLDER", "runs/laptop/export")) == python(PAGE)
+
+    one_line: dict[str, Any] = {}
+    exec(python(PAGE, 1), one_line)
+    assert one_line["image"].size == (32, 32)
 
     modules = "import sys; print(*[name for name in sys.modules if name.startswith('gdmd.')])"
     call = [sys.executable, "-c", f"{python(PAGE)}\nimage.save('drawn.png')\n{modules}\n"]

@@ -21,7 +21,7 @@ from gdmd.recipes.read import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-GENERATED = re.compile(r"reference/(cli|configuration|api/[\w.-]+)\.md|contributing\.md")
+GENERATED = re.compile(r"reference/(cli|configuration|option-names|api/[\w.-]+)\.md|contributing\.md")
 """Pages that tools/docs/hooks.py makes; ``make docs`` checks the links to them."""
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 WITH_RECIPE = ("train", "plan", "latents", "profile")
@@ -72,7 +72,7 @@ def test_command_parses(page: str, line: str) -> None:
     if words[0] in ("sbatch", "python"):
         assert (ROOT / words[1]).is_file()
     if words[0] != "gdmd":
-        assert words[0] in ("make", "sbatch", "python", "pip", ".ci/run")
+        assert words[0] in ("make", "sbatch", "python", "pip", "hf", ".ci/run")
         return
     if len(words) == 2 and words[1] in ("demo", "doctor"):
         return

@@ -289,8 +289,8 @@ def test_real_run_has_no_shapes_rows(tmp_path: Path) -> None:
     for fact in ("org/model", "4-step LoRA of rank 8 at 80 x 48", "20 iterations of 2 samples, 20 student updates"):
         assert fact in page.text
     assert [a["alt"] for tag, a in page.tags if tag == "img"] == [
-        "Student (EMA) after 10 iterations",
-        "Student (EMA) after 1,000,000 iterations",
+        "Student (EMA) after 10 iterations, and the teacher",
+        "Student (EMA) after 1,000,000 iterations, and the teacher",
     ]
 
 
@@ -365,7 +365,7 @@ def test_report_of_a_run_folder(tmp_path: Path) -> None:
     assert [a["alt"] for tag, a in page.tags if tag == "img"] == [
         "a ring, teacher: right",
         "a ring, mine: wrong",
-        "Student (EMA) after 10 iterations",
+        "Student (EMA) after 10 iterations, and the teacher",
     ]
     assert text.count('class="shot right tiny"') == text.count('class="shot wrong tiny"') == 1
 

@@ -15,14 +15,15 @@ pytest.importorskip("peft")
 
 import diffusers
 import tiny_pipelines as tiny
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file
-from stock_pipelines import UNIFORM, stock_images, trainers_images
-from torch import Tensor
+from stock_pipelines import UNIFORM, noises_of, stock_images, student_of, trainers_images
 
 from gdmd.cli.app import FILTERED_LOGGERS, _should_log
 from gdmd.config.image_source import read_source
 from gdmd.config.run import RunConfig
 from gdmd.export.card import model_card
+from gdmd.export.front_matter import base_id, base_license
 from gdmd.export.lora import KOHYA_FILE, check_fits, merge, save_lora
 from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
 from gdmd.models.loading import open_family
@@ -35,22 +36,6 @@ from gdmd.sources.open import open_source
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pipelines")
-
-
-def student_of(folders: Path, name: str, full: str = "none") -> DiffusersRoles:
-    """A student that differs from its teacher."""
-    folder = folders / name
-    if not folder.exists():
-        tiny.save(name, folder)
-    roles = DiffusersRoles(open_family(tiny.config(folder, full=full)))
-    with torch.no_grad():
-        for weights in roles.parameters("student").values():
-            weights.add_((0.2 if full == "none" else 0.02) * torch.randn_like(weights))
-    return roles
-
-
-def noises_of(roles: DiffusersRoles) -> list[Tensor]:
-    return [torch.randn(2, *roles.family.latent_shape) for _ in UNIFORM]
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2", "z_image", "sana"])
@@ -153,9 +138,59 @@ def test_cards_command_and_base_model(folders: Path) -> None:
     facts = {"command": ["/some/where/gdmd/__main__.py", "train", "sd15_gdmd", "rewards=[{kind: clip}]"]}
     card = model_card(cfg, family, {}, facts, merged=False)
     assert "```sh\ngdmd train sd15_gdmd 'rewards=[{kind: clip}]'\n```" in card and "some/where" not in card
-    assert 'base_model: ""  # fill in: its hub id; here the folder sd15\n' in card
-    hub = cfg.model_copy(update={"model": family.cfg.model_copy(update={"path": "some-body/some-model"})})
-    assert 'base_model: "some-body/some-model"\n' in model_card(hub, family, {}, {}, merged=False)
+    assert (
+        "base_model" not in ModelCard(card).data.to_dict()
+        and "`base_model`: the hub id of sd15; `license`: that of sd15" in card
+    )
+
+
+@pytest.mark.parametrize("full", ["none", "student"])
+def test_cards_metadata(folders: Path, full: str) -> None:
+    family = student_of(folders, "sd15").family
+    model = family.cfg.model_copy(update={"path": "some-body/some-model", "full": full})
+    cfg = RunConfig(name="x", model=model, method={"kind": "dmd"}, loop={}, rewards=[])
+    terms = {"license": "other", "license_name": "theirs: v1", "license_link": "https://example.org"}
+    images = "images/step_000040.png"
+    facts = {"step": 7, "validation": {"clip": (0.25, None)}}
+    card = model_card(cfg, family, {}, facts, merged=full != "none", license=terms, samples=images, where="me/student")
+    read = ModelCard(card)
+    assert isinstance(read.data, ModelCardData) and read.data.to_dict() == {
+        "base_model": "some-body/some-model",
+        "base_model_relation": "adapter" if full == "none" else "finetune",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers", *(["lora", "template:sd-lora"] if full == "none" else [])]
+        + ["few-step", "distillation", "gdmd", "dmd"],
+        **terms,
+        "widget": [{"text": "samples after 40 iterations", "output": {"url": images}}],
+    }
+    assert f"![samples]({images})" in card and "Complete before publishing" not in card and "THIS_FOLDER" not in card
+    assert "| clip | 0.2500 | - | unseen |" in card
+    assert "| iterations | 7 |\n| student updates | 7 |" in card  # of the checkpoint, not of the recipe
+
+
+@pytest.mark.parametrize(
+    ("card", "wanted"),
+    [
+        ("---\nlicense: mit\ntags: [x]\n---\n# Base", {"license": "mit"}),
+        (
+            "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE.md\n---\n",
+            {"license": "other", "license_name": "own"}
+            | {"license_link": "https://huggingface.co/org/base/blob/main/LICENSE.md"},
+        ),
+        ("---\ntags: [x]\n---\n", {}),
+        ("# no metadata", {}),
+        ("---\nlicense: [\n---\n", {}),
+        (None, {}),
+    ],
+)
+def test_license_of_the_base_model(tmp_path: Path, card: str | None, wanted: dict[str, str]) -> None:
+    base = tmp_path / "models--org--base" / "snapshots" / "0123"
+    base.mkdir(parents=True)
+    if card:
+        (base / "README.md").write_text(card)
+    model = tiny.config(base)
+    assert base_license(model) == wanted and base_id(model) == "org/base"
 
 
 def run_card(card: str, folder: Path) -> Any:

@@ -15,8 +15,10 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import diffusers
+from huggingface_hub import constants
 from stock_pipelines import UNIFORM, stock_images, trainers_images
 from torch import Tensor
+from upload_hub import TOKEN, account, logged_in
 
 from gdmd.cli.app import main
 from gdmd.config.shapes_pipeline import located
@@ -25,6 +27,7 @@ from gdmd.models.roles import DiffusersRoles
 from gdmd.recipes.open_run import open_student
 from gdmd.recipes.run_folders import config_of
 from gdmd.shapes.grammar import catalog, fixed_rows
+from gdmd.student import load_student
 
 SETTINGS = {
     "method": "{kind: dmd, fake_updates: 1, guidance: 3.0}",
@@ -36,7 +39,7 @@ SETTINGS = {
     "loop.lr_schedule": "constant",
     "loop.warmup": "0",
     "loop.ema": "0.5",
-    "loop.grid_every": "0",
+    "validation.every": "0",
     "loop.threads": "1",
 }
 TOLERANCE = 1e-4
@@ -53,9 +56,9 @@ class Trained:
     noises: list[Tensor]
     wanted: Tensor
 
-    def difference(self, pipe: Any, patch: pytest.MonkeyPatch) -> float:
+    def difference(self, pipe: Any, patch: pytest.MonkeyPatch, *, bound: bool = False) -> float:
         """Of the pipeline's images from the trainer's."""
-        drawn = stock_images(pipe, self.roles, self.noises, patch, self.captions)
+        drawn = stock_images(pipe, self.roles, self.noises, patch, self.captions, bound=bound)
         return float((drawn - self.wanted).abs().max())
 
     def code(self, export: str) -> str:
@@ -93,6 +96,38 @@ def test_code_of_the_card(trained: Trained, export: str, monkeypatch: pytest.Mon
     if export == "export":
         names["pipe"].unload_lora_weights()
         assert trained.difference(names["pipe"], monkeypatch) > 0.2, "the base draws the student's images"
+
+
+@pytest.mark.parametrize("where", ["", "export", "export-merged"])
+def test_load_student(trained: Trained, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe: Any = load_student(trained.run / where)
+    assert trained.difference(pipe, monkeypatch, bound=True) <= TOLERANCE
+
+
+@pytest.mark.parametrize("trained", ["sdxl"], indirect=True)
+def test_student_on_the_hub(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with logged_in(tmp_path / "hub", monkeypatch) as hub:
+        gdmd("export", str(trained.run), "-o", str(tmp_path / "out"), "--push-to-hub", "me/student", "--private")
+        printed = capfd.readouterr()
+        assert f"uploaded to {constants.ENDPOINT}/me/student" in printed.err
+        (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "hub/me/student/README.md").read_text(), re.S)
+        names: dict[str, Any] = {}
+        exec(code, names)  # the card's code loads from the hub
+        pipe: Any = load_student("me/student")
+        texts = [
+            file.read_text(errors="ignore")
+            for file in (*trained.run.rglob("*"), *tmp_path.rglob("*"))
+            if file.is_file()
+        ]
+        assert not any(TOKEN in text for text in (*texts, printed.out, printed.err))
+        hub.account = account(role="read")
+        with pytest.raises(SystemExit):
+            main(["export", str(trained.run), "-o", str(tmp_path / "refused"), "--push-to-hub", "me/student"])
+        assert "the token may only read" in capfd.readouterr().err and not (tmp_path / "refused").exists()
+    assert trained.difference(pipe, monkeypatch, bound=True) <= TOLERANCE
+    assert trained.difference(names["pipe"], monkeypatch) <= TOLERANCE
 
 
 @pytest.mark.parametrize("trained", ["sdxl"], indirect=True)

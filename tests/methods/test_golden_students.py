@@ -40,7 +40,7 @@ STORED = Path(__file__).with_name("golden_students.json")
 DIRECTIONS = 8
 
 SHORT = (
-    "loop.steps=2", "loop.batch_size=8", "loop.threads=1", "loop.log_every=1", "loop.grid_every=0", "loop.warmup=0",
+    "loop.steps=2", "loop.batch_size=8", "loop.threads=1", "loop.log_every=1", "validation.every=0", "loop.warmup=0",
 )  # fmt: skip
 """Overrides of every case, before its own."""
 PAIR = ("method.group_size=2",)

@@ -20,7 +20,7 @@ SHORT = (
     "loop.batch_size=24",
     "loop.warmup=0",
     "loop.log_every=12",
-    "loop.grid_every=0",
+    "validation.every=0",
     "loop.threads=1",
 )
 

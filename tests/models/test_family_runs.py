@@ -13,7 +13,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
-from rich.console import Console
 from torch import Tensor
 
 from gdmd.config.image_source import read_source
@@ -26,15 +25,14 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import ode_sample, times
 from gdmd.methods.dmd import Dmd
 from gdmd.programs.export import export_run
-from gdmd.programs.train import create_run, prepare, resume_run, run_training
+from gdmd.programs.train import TrainSettings, create_run, prepare, resume_run, run_training
 from gdmd.recipes.build import build
 from gdmd.rewards.preprocessing import from_pil
 from gdmd.sources.base import Source, image_slots
 from gdmd.sources.open import open_source
-from gdmd.training.distributed import SINGLE_PROCESS
 from gdmd.types import PromptBatch
 
-QUIET = Console(quiet=True)
+NO_EVALUATION = TrainSettings(evaluation=False)
 CAPTIONS = list(tiny.WORDS[:2])
 
 
@@ -52,7 +50,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def recipe(folder: Path, full: str) -> RunConfig:
-    loop: dict[str, Any] = {"batch_size": 2, "checkpoint_every": 1, "grid_every": 0, "log_every": 1, "threads": 1}
+    loop: dict[str, Any] = {"batch_size": 2, "checkpoint_every": 1, "log_every": 1, "threads": 1}
     return RunConfig(
         name="tiny",
         model=tiny.config(folder, full=full),
@@ -60,6 +58,7 @@ def recipe(folder: Path, full: str) -> RunConfig:
         loop=LoopConfig(steps=2, lr_student=1e-2, lr_fake=1e-2, ema=0.5, **loop),
         prompts={"file": str(folder.parent / "prompts.txt")},
         rewards=[{"kind": "callable", "target": "test_family_runs:greenness"}],
+        validation={"every": 0},
     )
 
 
@@ -81,9 +80,9 @@ def answers(run: Any, role: str) -> Tensor:
 @pytest.mark.parametrize(("name", "full"), [*((name, "none") for name in tiny.BUILD), ("sd3", "both")])
 def test_train_resume_export_and_sample(pipeline: Callable[[str], Path], tmp_path: Path, name: str, full: str) -> None:
     folder, run = pipeline(name), tmp_path / "run"
-    create_run(recipe(folder, full), run, QUIET, evaluation=False, command=["gdmd", "train"])
-    cfg, opened = resume_run(run, None, ["loop.steps=3"], SINGLE_PROCESS)
-    done = run_training(cfg, opened, prepare(cfg), QUIET, evaluation=False)
+    create_run(recipe(folder, full), run, ["gdmd", "train"], NO_EVALUATION)
+    cfg, opened = resume_run(run, None, ["loop.steps=3"])
+    done = run_training(cfg, opened, prepare(cfg), NO_EVALUATION)
     assert (done.end.step, done.end.signal) == (3, None)
     files = [file.name for file in export_run(run)]
     assert ("pytorch_lora_weights.safetensors" in files) == (full == "none")

@@ -231,7 +231,7 @@ def distilled(folders: Path, name: str, run: Path, steps: int, **changes: Any) -
     """Train to ``steps``, going on where the folder's run stopped."""
     roles = roles_of(folders, name, checkpointing=True, **changes)
     stream = PromptStream([list(tiny.WORDS)], roles.family.encoder, 2, 0, 1)
-    loop = LoopConfig(steps=steps, grid_every=0, checkpoint_every=1, log_every=1, **LOOP)
+    loop = LoopConfig(steps=steps, checkpoint_every=1, log_every=1, **LOOP)
     folder = open_run(run) if run.exists() else create(run, {})
     train(dmd2(roles), roles, stream, loop, folder)
     return roles

@@ -30,7 +30,7 @@ SETTINGS = (
     "loop.warmup=5",
     "loop.lr_schedule=cosine",
     "loop.ema=0.0",
-    "loop.grid_every=0",
+    "validation.every=0",
     "loop.threads=1",
 )
 PER_TASK, IMAGES = 50, 2  # captions of each of six tasks, and images of each: 600

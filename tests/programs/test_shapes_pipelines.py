@@ -52,7 +52,8 @@ def write_recipe(path: str, method: dict[str, Any], **model: Any) -> RunConfig:
         name="tiny",
         model={"kind": "diffusers", "path": path, "height": 32, "width": 32, "dtype": "fp32", "lora_rank": 2, **model},
         method=method,
-        loop={"steps": 2, "batch_size": 2, "threads": 1, "grid_every": 2, "checkpoint_every": 1, "lr_student": 1e-2},
+        loop={"steps": 2, "batch_size": 2, "threads": 1, "checkpoint_every": 1, "lr_student": 1e-2},
+        validation={"every": 2},
         eval={"per_task": 1, "images": 2, "teacher_steps": 2},
     )
     Path("tiny.yaml").write_text(yaml.safe_dump(cfg.model_dump(mode="json")))

@@ -48,7 +48,9 @@ def test_tokens_are_not_written(
         "name": "tiny",
         "model": tiny.config(pipeline).model_dump(mode="json"),
         "method": {"kind": "gdmd", "group_size": 1, "guidance": 3.0},
-        "loop": {"steps": 2, "batch_size": 2, "checkpoint_every": 1, "grid_every": 1, "log_every": 1, "threads": 1},
+        "loop": {"steps": 2, "batch_size": 2, "checkpoint_every": 1, "log_every": 1, "threads": 1},
+        "validation": {"every": 1},
+        "eval": {"teacher_steps": 2},
         "prompts": {"file": str(tmp_path / "prompts.txt")},
         "rewards": [{"kind": "callable", "target": "test_tokens:brightness"}],
     }

@@ -13,7 +13,7 @@ from gdmd.recipes.read import read_recipe
 from gdmd.runs.run_folder import create, read_metrics
 from gdmd.training.loop import train
 
-SMALL = ["loop.steps=6", "loop.batch_size=4", "loop.grid_every=0", "loop.log_every=1", "loop.threads=1"]
+SMALL = ["loop.steps=6", "loop.batch_size=4", "validation.every=0", "loop.log_every=1", "loop.threads=1"]
 TWO_STAGES = ["method.cold_start=3", "method.anneal=3", "method.fake_updates=2", "method.images_per_prompt=2"]
 RUNS = {
     "dmd2": ("dmd2", ["method.fake_updates=2"], {"loss/head", "loss/gan", "gan/real", "gan/student"}),

@@ -29,19 +29,21 @@ from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
+from gdmd.config.validation import ValidationConfig
 from gdmd.io import RunError
 from gdmd.models.roles import DiffusersRoles
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.programs.export import export_run
-from gdmd.programs.train import create_run, prepare
+from gdmd.programs.train import TrainSettings, create_run, prepare
 from gdmd.recipes.build import Components, build
-from gdmd.runs.run_folder import Run, create, read_facts
+from gdmd.runs.run_folder import Run, create, read_facts, read_metrics
 from gdmd.sources.base import EXPORT_FILE
 from gdmd.sources.draw import draw
+from gdmd.student import load_student
 from gdmd.training.loop import train
 from gdmd.types import PromptBatch
 
-FAST: dict[str, Any] = {"log_every": 1, "grid_every": 0, "checkpoint_every": 1, "threads": 1, "ema": 0.9}
+FAST: dict[str, Any] = {"log_every": 1, "checkpoint_every": 1, "threads": 1, "ema": 0.9}
 
 
 def brightness(images: Tensor, prompts: PromptBatch) -> Tensor:
@@ -67,6 +69,8 @@ def recipe(folders: Path, name: str, steps: int, method: Any = None, **model: An
         loop=LoopConfig(steps=steps, batch_size=2, lr_student=1e-2, lr_fake=1e-2, **FAST),
         prompts={"file": str(prompts)},
         rewards=[{"kind": "callable", "target": "test_real_training:brightness"}],
+        validation={"every": 0},
+        eval={"teacher_steps": 2},
     )
 
 
@@ -144,22 +148,28 @@ def test_grids_samples_and_exports(
 ) -> None:
     cfg, prompts = recipe(folders, name, 1), tmp_path / "prompts.txt"
     prompts.write_text("\n".join(tiny.WORDS))
-    parts = {"loop": cfg.loop.model_copy(update={"grid_every": 1}), "prompts": type(cfg.prompts)(file=str(prompts))}
+    scorer = {"kind": "callable", "target": "test_real_training:brightness"}
+    validation = ValidationConfig(every=1, images=2, scorers=(scorer,))  # the prompts: the shipped set
+    parts = {"validation": validation, "prompts": type(cfg.prompts)(file=str(prompts))}
     cfg = cfg.model_copy(update=parts)
-    done = create_run(cfg, tmp_path / "run", Console(quiet=True), evaluation=True, command=["gdmd", "train"])
+    done = create_run(cfg, tmp_path / "run", ["gdmd", "train"], TrainSettings(Console(quiet=True), evaluation=True))
     assert done.evaluation is None and done.report == tmp_path / "run" / "report.html"
-    assert len(list((tmp_path / "run" / "grids").iterdir())) == 2
+    assert len(list((tmp_path / "run" / "grids").iterdir())) == 3
+    rows = read_metrics(tmp_path / "run")
+    assert [0 < row["validation/test_real_training:brightness"] < 1 for row in rows] == [True, True]
     prompts.unlink()
     monkeypatch.setattr("gdmd.recipes.build.build_rewards", None)  # who draws needs none of them
     assert draw(read_source(str(tmp_path / "run")), ["two red dogs"], 2, 0, tmp_path / "a.png", 4) > 0
     lora = export_run(tmp_path / "run")
-    assert [file.name for file in lora] == ["pytorch_lora_weights.safetensors", "scheduler", EXPORT_FILE, "README.md"]
+    images = ["step_000001.png"]
+    names = ["pytorch_lora_weights.safetensors", "scheduler", *images, EXPORT_FILE, "README.md"]
+    assert [file.name for file in lora] == names
     card = lora[-1].read_text()
     for part in (
-        "base_model: ",
+        "`base_model`: the hub id of",
         f"guidance_scale={guidance}",
         "sigmas=[1.0, 0.75, 0.5, 0.25]",
-        "license:",
+        "`license`: that of",
         "```sh\ngdmd train\n```",
     ):
         assert part in card
@@ -224,7 +234,7 @@ def test_embedding_messages(folders: Path, tmp_path: Path, monkeypatch: pytest.M
     assert "cannot write the text embeddings" in str(found.value) and "No space left" in str(found.value)
     assert "Free some disk space, or choose another folder with model.embeddings." in str(found.value)
     for told in (True, False):
-        prepare(cfg, console=Console(file=(said := io.StringIO()), width=400))
+        prepare(cfg, TrainSettings(Console(file=(said := io.StringIO()), width=400)))
         assert (f"encoding {len(tiny.WORDS)} prompts once into {tmp_path}" in said.getvalue()) == told
 
 
@@ -253,7 +263,7 @@ def test_scoring_decoder_check(folders: Path, tmp_path: Path) -> None:
     cfg = recipe(folders, "sd3", 1, own, scoring_decoder=str(tmp_path / "taesd"), scoring_check=2)
     cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"teacher_steps": 2})})
     said, run = io.StringIO(), tmp_path / "run"
-    create_run(cfg, run, Console(file=said, width=200), evaluation=False, command=["test"])
+    create_run(cfg, run, ["test"], TrainSettings(Console(file=said, width=200), evaluation=False))
     file = run / "scoring_decoder.json"
     (row,) = json.loads(file.read_text())["rewards"]
     assert row["images"] == 2 and row["difference"] == pytest.approx(row["rough"] - row["full"])
@@ -276,10 +286,12 @@ def test_moved_base_and_precisions(folders: Path, tmp_path: Path, caplog: pytest
     cfg = recipe(folders, "sd3", 1, dtype="bf16")
     shutil.copytree(folders / "sd3", base)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(base)})})
-    create_run(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+    create_run(cfg, run, ["gdmd", "train"], TrainSettings(Console(quiet=True), evaluation=False))
     base.rename(moved)
     with pytest.raises(ValueError, match="there is no such folder.*give its new location with --base"):
         export_run(run)
+    with pytest.raises(ValueError, match="there is no such folder.*give its new location with base=FOLDER"):
+        load_student(run)
     with pytest.raises(ValueError, match="there is no such folder.*,base=FOLDER"):
         draw(read_source(str(run)), ["two red dogs"], 1, 0, tmp_path / "a.png", 1)
     files = export_run(run, base=str(moved))
@@ -290,6 +302,8 @@ def test_moved_base_and_precisions(folders: Path, tmp_path: Path, caplog: pytest
     for number, where in enumerate((run, run / "export")):
         source = read_source(f'{where},base="{moved}"')
         assert draw(source, ["two red dogs"], 1, 0, tmp_path / f"{number}.png", 1) > 0
+        pipe = load_student(where, base=str(moved), dtype=torch.float32, device="cpu")
+        assert pipe.dtype == torch.float32 and pipe("two red dogs").images[0].size == (tiny.SIZE, tiny.SIZE)
     for dtype in ("bf16", "fp32"):
         caplog.clear()
         export_run(run, tmp_path / dtype, merged=True, base=str(moved), dtype=dtype)
@@ -311,16 +325,18 @@ def test_another_base_model(folders: Path, tmp_path: Path, caplog: pytest.LogCap
     for place in (base, copy):
         shutil.copytree(folders / "sd3", place)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(base)})})
-    create_run(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+    create_run(cfg, run, ["gdmd", "train"], TrainSettings(Console(quiet=True), evaluation=False))
     export_run(run, base=str(copy))
     source = read_source(f"{run / 'export'},base={copy}")
-    assert draw(source, ["a"], 1, 0, tmp_path / "a.png", 1) > 0 and "another" not in caplog.text
+    assert draw(source, ["a"], 1, 0, tmp_path / "a.png", 1) > 0 and "another base model" not in caplog.text
     weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({key: 0.5 * value for key, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
     with pytest.raises(
         ValueError, match="^--base: the student of .* another base model. model.path: .* different content"
     ):
         export_run(run, base=str(copy))
+    with pytest.raises(ValueError, match="^base=FOLDER: the student of .* another base model"):
+        load_student(run, base=str(copy))
     with pytest.raises(ValueError, match=",base=FOLDER: the student of .* was trained on another base model"):
         draw(read_source(f"{run},base={copy}"), ["a"], 1, 0, tmp_path / "a.png", 1)
     draw(source, ["a"], 1, 0, tmp_path / "a.png", 1)
@@ -344,7 +360,7 @@ def test_file_modes_follow_umask(folders: Path, tmp_path: Path, umask: int) -> N
     try:
         run = tmp_path / "run"
         cfg = recipe(folders, "sdxl", 1, embeddings=str(tmp_path / "embeddings"))
-        create_run(cfg, run, Console(quiet=True), evaluation=False, command=["gdmd", "train"])
+        create_run(cfg, run, ["gdmd", "train"], TrainSettings(Console(quiet=True), evaluation=False))
         export_run(run)
         export_run(run, merged=True)
     finally:

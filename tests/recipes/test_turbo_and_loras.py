@@ -22,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from stock_pipelines import UNIFORM, stock_images, trainers_images
 from torch import Tensor, nn
 
+from gdmd import DistillationTrainer, DMDConfig, TrainingConfig, load_student
 from gdmd.cli.app import main
 from gdmd.config.image_source import SourceConfig
 from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import located
+from gdmd.export.front_matter import front_matter
 from gdmd.export.pipeline import student_scheduler
 from gdmd.io import RunError
 from gdmd.models.loading import open_family
@@ -53,7 +55,7 @@ SETTINGS = (
     "loop.lr_schedule=constant",
     "loop.warmup=0",
     "loop.ema=0.5",
-    "loop.grid_every=0",
+    "validation.every=0",
     "loop.threads=1",
 )
 CAPTIONS = catalog().texts(fixed_rows("eval", 1))[:3]
@@ -146,10 +148,10 @@ def noises_of(roles: DiffusersRoles) -> list[Tensor]:
     return [torch.randn(len(CAPTIONS), *roles.family.latent_shape, generator=drawn) for _ in UNIFORM]
 
 
-def difference(roles: Any, pipe: Any, patch: pytest.MonkeyPatch) -> float:
+def difference(roles: Any, pipe: Any, patch: pytest.MonkeyPatch, *, bound: bool = False) -> float:
     """Largest difference of the student's images from those of a stock pipeline, in [0, 1]."""
     noises = noises_of(roles)
-    drawn = stock_images(pipe, roles, noises, patch, CAPTIONS)
+    drawn = stock_images(pipe, roles, noises, patch, CAPTIONS, bound=bound)
     return float((drawn - trainers_images(roles, noises, CAPTIONS)).abs().max())
 
 
@@ -272,7 +274,38 @@ def test_export_on_the_turbo_model(
     pipe.unload_lora_weights()
     assert difference(opened(run), pipe, monkeypatch) > 1e-2
     card = (run / "export" / "README.md").read_text()
-    assert "| teacher | shapes:sd3 |" in card and "sd3-checkpoint" in card.split("---")[1]
+    assert "| teacher | shapes:sd3 |" in card and "`base_model`: the hub id of sd3-checkpoint" in card
+    assert "base_model: org/turbo\n" in front_matter(recipe("sd3", "model.student=org/turbo"), {}, None)
+
+
+@pytest.mark.parametrize(("start", "full"), [("student_lora", "none"), ("student", "student")])
+def test_student_as_a_pipeline(
+    start: str,
+    full: str,
+    turbo: Callable[[str], Path],
+    loras: Mapping[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pipelines of the trainer, its run and its export; training with stored text embeddings."""
+    started = {"student_lora": str(loras["few-step"])} if start == "student_lora" else {"student": str(turbo("sdxl"))}
+    given = {**started, "teacher_loras": [{"path": str(loras["style"]), "weight": 0.7}]}
+    overrides: dict[str, Any] = {f"model.{key}": value for key, value in given.items()}
+    overrides |= {"model.full": full, "model.embeddings": str(tmp_path / "embeddings")}
+    run, export = tmp_path / "run", tmp_path / "export"
+    overrides |= {"loop.batch_size": 4, "loop.threads": 1, "loop.warmup": 0, "loop.ema": 0.5, "validation.every": 0}
+    args = TrainingConfig(
+        output_dir=run, max_steps=2, learning_rate=3e-3, lr_scheduler_type="constant", overrides=overrides
+    )
+    trainer = DistillationTrainer("shapes:sdxl", DMDConfig(fake_updates=1), args=args)
+    trainer.train()
+    trainer.save_lora(export)
+    roles = opened(run)
+    roles.family.encoder = build(recipe("sdxl"), "cpu").encoder
+    roles.start.encoder = roles.family.encoder
+    for pipe in (trainer.pipeline, load_student(run), load_student(export)):
+        assert difference(roles, pipe, monkeypatch, bound=True) <= 1e-4
+    assert difference(roles, pipeline("sdxl"), monkeypatch) > 1e-2
 
 
 def test_resume_is_bit_exact_with_a_moved_lora(

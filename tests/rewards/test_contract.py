@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 
 from tiny_rewards import PRETRAINED, REWARDS, TASK, prompt_batch, random_images, tiny_clip, tokenize
 
-from gdmd.rewards.base import Placement, PretrainedReward, from_loaded
-from gdmd.rewards.clip import ClipScore
+from gdmd.rewards.base import Loaded
+from gdmd.rewards.clip import CLIPScore
 from gdmd.rewards.composite import Composite, Part
 from gdmd.rewards.preprocessing import from_pil, to_pil
 from gdmd.types import PromptBatch, Reward
@@ -92,13 +92,13 @@ def test_wrong_shapes_and_counts(reward: Reward, images: Tensor, count: int, mes
 @pytest.mark.parametrize("kind", PRETRAINED)
 def test_dtype_chunks_autocast_and_pil(kind: str) -> None:
     images = random_images()
-    reward = PRETRAINED[kind](Placement())
+    reward = PRETRAINED[kind]()
     full = reward.score(images, prompts())
     assert not any(p.requires_grad for p in reward.loaded.net.parameters())
-    torch.testing.assert_close(PRETRAINED[kind](Placement(chunk=3)).score(images, prompts()), full, **CLOSE)
+    torch.testing.assert_close(PRETRAINED[kind](chunk=3).score(images, prompts()), full, **CLOSE)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(reward.score(images, prompts()), full)
-    bf16 = PRETRAINED[kind](Placement(dtype=torch.bfloat16)).score(images, prompts())
+    bf16 = PRETRAINED[kind](dtype="bf16").score(images, prompts())
     torch.testing.assert_close(bf16, full, rtol=0.03, atol=0.03 * max(1.0, float(full.abs().max())))
     saved = to_pil(images)
     torch.testing.assert_close(
@@ -123,7 +123,7 @@ class RecordingNet(nn.Module):
         return super().to(*args, **kwargs)  # type: ignore[arg-type]
 
 
-class LinearReward(PretrainedReward):
+class LinearReward(CLIPScore):
     @staticmethod
     def _image_size(net: object) -> int:
         return 8
@@ -134,14 +134,16 @@ class LinearReward(PretrainedReward):
 
 def linear(name: str, moves: list[str], *, offload: bool = True, chunk: int = 0) -> LinearReward:
     torch.manual_seed(0)
-    return LinearReward(
-        name, from_loaded(RecordingNet(name, moves), None), Placement(DEVICE, offload=offload, chunk=chunk)
-    )
+    options = {"device": DEVICE, "offload": offload, "chunk": chunk}
+    reward = LinearReward.from_modules(RecordingNet(name, moves), None, **options)
+    reward.name = name
+    return reward
 
 
 def test_weights_are_loaded_on_first_use() -> None:
     loads: list[int] = []
-    reward = ClipScore("clip", lambda: loads.append(1) or from_loaded(tiny_clip(), tokenize)())
+    reward = CLIPScore()
+    reward._load = lambda: loads.append(1) or Loaded(tiny_clip(), tokenize)
     assert not loads
     for _ in range(2):
         reward.score(random_images(), prompts())

@@ -218,7 +218,7 @@ def test_aesthetic(tmp_path: Path) -> None:
     head = linear_head(16)
     source = save_pt(tmp_path / "head.pth", {f"layers.{k}": v for k, v in head.state_dict().items()})
     folder = convert("aesthetic", source, tmp_path / "made")
-    reward = Aesthetic.from_pretrained(str(folder), str(tmp_path / "clip"))
+    reward = Aesthetic(path=str(folder), clip=str(tmp_path / "clip"))
     assert all(torch.equal(v, head.state_dict()[k]) for k, v in reward.loaded.head.state_dict().items())  # type: ignore[union-attr]
     facts = json.loads((folder / "converted.json").read_text())
     assert facts["reward"] == "aesthetic" and len(facts["sha256"]) == 64
@@ -229,7 +229,7 @@ def test_aesthetic(tmp_path: Path) -> None:
 
 
 def test_hps_folder_is_complete(tmp_path: Path) -> None:
-    from gdmd.rewards.hps import Hps
+    from gdmd.rewards.hps import HPSv2
 
     (tmp_path / "words").mkdir()
     words_of_clip(tmp_path / "words")
@@ -238,7 +238,7 @@ def test_hps_folder_is_complete(tmp_path: Path) -> None:
     folder = convert(
         "hps", save_pt(tmp_path / "h.pt", {"state_dict": tensors}), tmp_path / "hps", str(tmp_path / "words")
     )
-    reward = Hps.from_pretrained(str(folder))
+    reward = HPSv2(path=str(folder))
     assert reward.preprocess.size == 64 and reward.preprocess.fit == "pad"
     scores = reward.score(torch.rand(2, 3, 40, 50), prompt_batch(("abc", "ked")))
     assert scores.shape == (2,) and scores.abs().max() <= 1

@@ -13,7 +13,9 @@ from cli_world import Finished, Gdmd, make_assets
 from tiny_rewards import prompt_batch, random_images
 
 from gdmd.cli.app import main
+from gdmd.config.rewards import CallableConfig
 from gdmd.rewards.callable import CallableReward
+from gdmd.rewards.user_code import imported
 from gdmd.runs.run_folder import read_metrics
 
 MINE = """import torch
@@ -40,7 +42,9 @@ def infinite(images, prompts):
 def numbers(images, prompts):
     return images.mean((1, 2, 3)).tolist()
 def unscored(images, prompts):
-    return images.mean((1, 2, 3)) * float("nan")
+    return [None] * len(images)
+def mostly_unscored(images, prompts):
+    return [None if k % 5 < 3 else float(image.mean()) for k, image in enumerate(images)]
 def constant(images, prompts):
     return [0.5] * len(images)
 def exits(images, prompts):
@@ -53,7 +57,7 @@ def rounding(images, prompts):
     return 20 + 1e-6 * torch.arange(len(images))
 def later(images, prompts, calls=[]):
     calls.append(1)
-    return {}[prompts[0]] if len(calls) > 4 else images.mean((1, 2, 3))
+    return {}[prompts[0]] if len(calls) > 5 else images.mean((1, 2, 3))
 class Odd:
     '''Rare NaN and None, discrete values, an object array that is read-only; and changed torch defaults.'''
     def __init__(self):
@@ -113,7 +117,7 @@ def train(gdmd: Gdmd, function: str, *words: str, more: str = "") -> Finished:
     ],
 )
 def test_errors_of_functions(module: Path, function: str, message: str) -> None:
-    reward = CallableReward.from_target(f"mine:{function}", differentiable=function == "numbers")
+    reward = CallableReward.from_config(CallableConfig(target=f"mine:{function}", differentiable=function == "numbers"))
     with pytest.raises(ValueError) as error:
         reward.score(random_images(2, 8, 8).requires_grad_(), prompt_batch("ab"))
     assert str(error.value).startswith(f"reward mine:{function} ") and message in str(error.value)
@@ -139,14 +143,14 @@ def test_an_error_before_the_run_is_created(gdmd: Gdmd) -> None:
             'SystemExit: 0; put code that runs as a program below `if __name__ == "__main__":`',
         ),
         ("def ff(images, prompts):\n    return images\n", "mine ({here}/mine.py) has no 'f'; did you mean 'ff'?"),
-        ("class f:\n    pass\n", "is a class; name a function, or an instance that can be called"),
-        ("f = 3\n", "is of type int, not a function"),
+        ("class f:\n    pass\n", "is of type f, which cannot be called; name a function, or a class with __call__"),
+        ("f = 3\n", "is of type int, which cannot be called"),
     ],
 )
 def test_modules_that_cannot_be_imported(module: Path, content: str, message: str) -> None:
     module.write_text(content)
     with pytest.raises(ValueError) as error:
-        CallableReward.from_target("mine:f")
+        imported("mine:f")
     assert message.replace("{here}", str(module.parent)) in str(error.value)
 
 
@@ -161,6 +165,12 @@ def test_a_reward_without_any_score_stops_the_run(gdmd: Gdmd) -> None:
     assert "Reward mine:unscored scored no image" in Path("run/report.html").read_text()
     finished = gdmd("train", "--resume", "run", "--no-eval")
     assert finished.code == 2 and "error: step 3: reward mine:unscored scored no image" in finished.err
+
+
+def test_a_reward_that_scores_less_than_half_of_the_images_is_a_warning(gdmd: Gdmd) -> None:
+    finished = train(gdmd, "mostly_unscored", "loop.batch_size=10")
+    assert finished.code == 0
+    assert "warning: reward mine:mostly_unscored left 60% of the images without a score" in finished.err
 
 
 TILTED = "method={kind: gdmd_tilted, continuations: 2, normalize: false, group_size: 1}"

@@ -56,7 +56,7 @@ def test_fetched_weights_are_found_offline(published: Path, tmp_path: Path, monk
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-    scores = PickScore.from_pretrained().score(random_images(1), prompt_batch(["a bad"]))
+    scores = PickScore().score(random_images(1), prompt_batch(["a bad"]))
     assert scores.isfinite().all()
 
 

@@ -17,7 +17,6 @@ pytest.importorskip("transformers")
 from tiny_rewards import END, PRETRAINED, prompt_batch, random_images, tiny_clip, tokenize
 
 from gdmd.recipes.build_rewards import reward_stats
-from gdmd.rewards.base import Placement
 from gdmd.rewards.callable import CallableReward
 from gdmd.rewards.composite import Composite, Part
 from gdmd.rewards.preprocessing import CLIP_MEAN, CLIP_STD, Preprocess, from_pil, to_pil
@@ -98,7 +97,7 @@ def affine(head: Any, x: Tensor) -> Tensor:
 @torch.no_grad()
 def test_cosine_rewards(kind: str, scale: float) -> None:
     """exp(2.6592) = 1 / 0.07 is CLIP's initial logit scale."""
-    reward, images, model = PRETRAINED[kind](Placement()), random_images(), tiny_clip().double()
+    reward, images, model = PRETRAINED[kind](), random_images(), tiny_clip().double()
     scores = reward.score(images, prompt_batch(TEXTS))
     embeddings = image_embeddings(model, reward.preprocess.tensor(images))
     expected = scale * (embeddings * text_embeddings(model, tokenize(TEXTS))).sum(-1)
@@ -107,7 +106,7 @@ def test_cosine_rewards(kind: str, scale: float) -> None:
 
 @torch.no_grad()
 def test_aesthetic() -> None:
-    reward, images = PRETRAINED["aesthetic"](Placement()), random_images()
+    reward, images = PRETRAINED["aesthetic"](), random_images()
     scores = reward.score(images, prompt_batch(TEXTS))
     expected = affine(reward.loaded.head, image_embeddings(tiny_clip().double(), reward.preprocess.tensor(images)))
     torch.testing.assert_close(scores.double(), expected, rtol=0, atol=1e-6)
@@ -116,7 +115,7 @@ def test_aesthetic() -> None:
 
 @torch.no_grad()
 def test_imagereward() -> None:
-    reward, images = PRETRAINED["imagereward"](Placement()), random_images()
+    reward, images = PRETRAINED["imagereward"](), random_images()
     scores = reward.score(images, prompt_batch(TEXTS))
     towers = reward.loaded.net.double()
     patches = towers.vision(reward.preprocess.tensor(images).double()).last_hidden_state

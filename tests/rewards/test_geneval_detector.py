@@ -15,7 +15,7 @@ from torch import Tensor
 from gdmd.rewards.geneval import detector as geneval_detector
 from gdmd.rewards.geneval.colors import ColorClassifier, cut_out
 from gdmd.rewards.geneval.detector import CLASSES, Detector, prepared, read_instances
-from gdmd.rewards.geneval.reward import GenEvalCredit
+from gdmd.rewards.geneval.reward import GenEval
 from gdmd.rewards.geneval.rules import COLORS, DetectedObject
 from gdmd.types import PromptBatch
 
@@ -202,7 +202,7 @@ def test_text_embeddings_of_the_colors() -> None:
 
 
 def test_reward_reads_the_metadata() -> None:
-    reward = GenEvalCredit(RedPixelDetector(), ColorClassifier.from_modules(ColorSpace(), words))
+    reward = GenEval.from_modules(RedPixelDetector(), ColorClassifier.from_modules(ColorSpace(), words))
     images = torch.zeros(3, 3, 32, 32)
     images[:2, 0, 4:20, 6:20] = 1.0
     task = {"tag": "colors", "prompt": "a red dog", "include": [{"class": "dog", "count": 1, "color": "red"}]}

@@ -23,7 +23,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.recipes.build_rewards import build_rewards, check_prompts, reward_stats
 from gdmd.rewards.composite import Composite, Part
-from gdmd.rewards.ocr import OcrReader, OcrReward, edit_distance, normalized, ocr_score, requested_text
+from gdmd.rewards.ocr import OCR, OcrReader, edit_distance, normalized, ocr_score, requested_text
 from gdmd.rewards.preprocessing import from_pil
 
 RECIPE = "name: x\nloop: {}\nrewards:\n"
@@ -45,7 +45,7 @@ def lookup_reader(image: Image.Image) -> str:
 
 def scored(prompts: Sequence[str], images: Sequence[str], **settings: Any) -> list[float]:
     pixels = from_pil([written(words) for words in images])
-    return OcrReward(lookup_reader, **settings).score(pixels, prompt_batch(prompts)).tolist()
+    return OCR.from_modules(lookup_reader, **settings).score(pixels, prompt_batch(prompts)).tolist()
 
 
 # ---------------------------------------------------------------- the formula
@@ -116,7 +116,7 @@ def test_scores() -> None:
 
 def test_prompts_without_quotes_are_not_scored() -> None:
     seen: list[Image.Image] = []
-    reward = OcrReward(lambda image: seen.append(image) or lookup_reader(image))  # type: ignore[func-returns-value]
+    reward = OCR.from_modules(lambda image: seen.append(image) or lookup_reader(image))  # type: ignore[func-returns-value]
     pixels = from_pil([written("OPEN")] * 4)
     scores = reward.score(pixels, prompt_batch(("a dog", 'says "OPEN"', "a dog's sign", '"  "')))
     assert scores.isnan().tolist() == [True, False, True, True] and len(seen) == 1
@@ -126,7 +126,7 @@ def test_prompts_without_quotes_are_not_scored() -> None:
 
 def test_reader_must_return_a_string() -> None:
     with pytest.raises(ValueError, match="returned a list for an image; it must return a string"):
-        OcrReward(lambda image: [image]).score(from_pil([written("OPEN")]), prompt_batch(('"a"',)))  # type: ignore[arg-type, return-value]
+        OCR.from_modules(lambda image: [image]).score(from_pil([written("OPEN")]), prompt_batch(('"a"',)))  # type: ignore[arg-type, return-value]
 
 
 # ---------------------------------------------------------------- recipes and prompts
@@ -143,9 +143,9 @@ def test_recipe_with_a_custom_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "own_reader", sys.modules[__name__])
     text = RECIPE + "  - {kind: ocr, reader: 'own_reader:lookup_reader', other_text: free}\n"
     (reward,) = build_rewards(load_config(RunConfig, text).rewards)
-    assert isinstance(reward, OcrReward) and reward.read.args[1] is lookup_reader and reward.other_text == "free"
+    assert isinstance(reward, OCR) and reward.read.args[1] is lookup_reader and reward.config.other_text == "free"
     (lazy,) = build_rewards(load_config(RunConfig, RECIPE + "  - {kind: ocr}\n").rewards)  # nothing is downloaded
-    assert isinstance(lazy, OcrReward) and isinstance(lazy.read, OcrReader)
+    assert isinstance(lazy, OCR) and isinstance(lazy.read, OcrReader)
     for line, message in (
         ("{kind: ocr, reader: 'a:b', path: models/ocr}", "give reader, or path and revision"),
         ("{kind: ocr, offload: true}", "offload"),
@@ -203,7 +203,7 @@ def test_model_of_transformers(tmp_path: Path) -> None:
     """Loaded once, frozen, and independent of the rest of the batch."""
     spec = f"  - {{kind: ocr, path: '{tiny_got(tmp_path / 'model')}', tokens: 6}}\n"
     (reward,) = build_rewards(load_config(RunConfig, RECIPE + spec).rewards)
-    assert isinstance(reward, OcrReward) and isinstance(reward.read, OcrReader)
+    assert isinstance(reward, OCR) and isinstance(reward.read, OcrReader)
     pixels = from_pil([written(words) for words in WORDS[:3]])
     prompts = prompt_batch(('"OPEN"', "a dog", '"SOUP"'))
     scores = reward.score(pixels, prompts)
@@ -215,7 +215,7 @@ def test_model_of_transformers(tmp_path: Path) -> None:
     assert not net.training and not any(one.requires_grad for one in net.parameters())
     assert len(reward.read(written("OPEN"))) <= 6 * 4
     (again,) = build_rewards(load_config(RunConfig, RECIPE + spec).rewards)
-    assert isinstance(again, OcrReward) and isinstance(again.read, OcrReader) and again.read.parts is reward.read.parts
+    assert isinstance(again, OCR) and isinstance(again.read, OcrReader) and again.read.parts is reward.read.parts
 
 
 class FixedModel(torch.nn.Module):

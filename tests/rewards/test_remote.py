@@ -21,14 +21,13 @@ pytest.importorskip("transformers")
 
 from tiny_rewards import prompt_batch, random_images
 
-from gdmd.config.rewards import RemoteConfig
 from gdmd.programs.reward_server import Limits, make_app, read_png
 from gdmd.recipes.build_rewards import reward_stats
 from gdmd.recipes.reward_identity import scorer_identity
 from gdmd.rewards.callable import CallableReward
 from gdmd.rewards.composite import Composite, Part
 from gdmd.rewards.preprocessing import from_pil, to_pil
-from gdmd.rewards.remote import RemoteError, RemoteScorer
+from gdmd.rewards.remote import RemoteError, RemoteReward
 from gdmd.types import PromptBatch, score_all
 
 TEXTS = ("a", "bb", "ccc", "dddd", "eeeee")
@@ -49,9 +48,11 @@ def expected(count: int = 5) -> Tensor:
     return scored_brightness(from_pil(to_pil(images()[:count])), TEXTS[:count])
 
 
-def client(url: str, token: str | None = None, pauses: list[float] | None = None, **settings: Any) -> RemoteScorer:
-    cfg = RemoteConfig(**{"url": url, "reward": "bright", "timeout_s": 0.5, "retries": 2, "batch": 2} | settings)
-    return RemoteScorer(cfg, token, ([] if pauses is None else pauses).append)
+def client(url: str, token: str | None = None, pauses: list[float] | None = None, **settings: Any) -> RemoteReward:
+    options = {"url": url, "reward": "bright", "timeout_s": 0.5, "retries": 2, "batch": 2} | settings
+    reward = RemoteReward(token=token, **options)
+    reward._pause = ([] if pauses is None else pauses).append
+    return reward
 
 
 @contextmanager
@@ -107,7 +108,11 @@ def slow(handler: Any, _: int) -> None:
 def test_scores_in_order_over_several_requests() -> None:
     with server(good) as (url, seen):
         torch.testing.assert_close(client(url).score(images(), prompts()), expected())
-    assert len(seen) == 3  # five images, two per request
+        with_image = prompt_batch(
+            TEXTS[:1], [{"prompt": TEXTS[0], "image": to_pil(images())[0]}]
+        )  # which JSON cannot hold
+        torch.testing.assert_close(client(url).score(images()[:1], with_image), expected(1))
+    assert len(seen) == 3 + 1  # five images, two per request, and one
 
 
 def disconnect(handler: Any) -> None:
@@ -295,13 +300,13 @@ def test_client_and_server(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reward.version()["rewards"] == ["bright"]
         torch.testing.assert_close(reward.score(images(), prompts()), expected())
         assert math.isnan(float(reward.score(torch.ones(1, 3, 4, 4), prompts(1))))
-        monkeypatch.setenv(reward.cfg.token_variable, TOKEN)
-        first = scorer_identity(reward.cfg)
-        assert scorer_identity(reward.cfg) == first
+        monkeypatch.setenv(reward.config.token_variable, TOKEN)
+        first = scorer_identity(reward.config)
+        assert scorer_identity(reward.config) == first
         identities["bright"] = "two"  # as if the server had other weights
-        assert scorer_identity(reward.cfg) != first
+        assert scorer_identity(reward.config) != first
         del identities["bright"]  # an older server does not send it
-        assert scorer_identity(reward.cfg) != scorer_identity(reward.cfg)
+        assert scorer_identity(reward.config) != scorer_identity(reward.config)
         with pytest.raises(RemoteError, match="401.*token variable"):
             client(url, "another-token-altogether", timeout_s=10).score(images(), prompts())
         with pytest.raises(RemoteError, match="serves .*bright.*expected 1 and 'dark'"):

@@ -20,7 +20,8 @@ from gdmd.config.rewards import CallableConfig
 from gdmd.config.run import RunConfig
 from gdmd.recipes.build_rewards import build_rewards, image_reward, require_weights
 from gdmd.recipes.read import read_recipe, recipe_names
-from gdmd.rewards.callable import CallableReward, imported
+from gdmd.rewards.callable import CallableReward
+from gdmd.rewards.user_code import imported
 from gdmd.rewards.weights import pretrained_weights
 
 RECIPE = "name: x\nloop: {}\nrewards:\n"
@@ -134,7 +135,7 @@ def test_a_function_gets_images_and_texts_without_gradient() -> None:
     seen: list[Any] = []
     reward = CallableReward(lambda images, prompts: seen.append(prompts) or images.mean((1, 2, 3)), "f")
     assert not reward.score(random_images().requires_grad_(), PROMPTS).requires_grad
-    assert seen == [("a", "b", "c", "d")]
+    assert seen == [["a", "b", "c", "d"]]
 
 
 def test_functions_in_files_and_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,13 +164,13 @@ def test_functions_in_files_and_in_the_current_folder(tmp_path: Path, monkeypatc
         ("statistics:meen", r"has no 'meen'; did you mean 'mean'"),
         ("statistics:zzzz", "has no 'zzzz'; check the name"),
         ("no_such_module:f", "cannot be imported"),
-        ("math:pi", "is of type float, not a function"),
+        ("math:pi", "is of type float, which cannot be called"),
         ("gone.py:warm", r"'gone.py:warm' cannot be imported \(there is no file .*gone.py\)"),
     ],
 )
 def test_wrong_functions(target: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CallableReward.from_target(target)
+        imported(target)
 
 
 # ---------------------------------------------------------------- commands

@@ -16,8 +16,8 @@ import tiny_rewards
 from tiny_rewards import prompt_batch, random_images, words_of_clip
 
 from gdmd.rewards.clean import open_clip_clean
-from gdmd.rewards.clip import ClipScore
-from gdmd.rewards.hps import Hps
+from gdmd.rewards.clip import CLIPScore
+from gdmd.rewards.hps import HPSv2
 from gdmd.rewards.pickscore import PickScore
 from gdmd.rewards.weights import CLIP_L, HubRepo, PaddedTokenizer, locate_weights
 
@@ -40,9 +40,9 @@ def test_local_folder_without_network(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     folder = saved_clip(tmp_path)
     first, second, picked = (
-        ClipScore.from_pretrained(folder),
-        ClipScore.from_pretrained(folder),
-        PickScore.from_pretrained(folder),
+        CLIPScore(path=folder),
+        CLIPScore(path=folder),
+        PickScore(path=folder),
     )
     scores = first.score(random_images(3), prompt_batch(TEXTS))
     assert torch.equal(second.score(random_images(3), prompt_batch(TEXTS)), scores)
@@ -50,7 +50,7 @@ def test_local_folder_without_network(tmp_path: Path, monkeypatch: pytest.Monkey
     scale = first.loaded.net.logit_scale.exp()
     torch.testing.assert_close(picked.score(random_images(3), prompt_batch(TEXTS)), scale * scores)
     with pytest.raises(ValueError, match="not a folder with weights"):
-        ClipScore.from_pretrained(str(tmp_path / "missing"))
+        CLIPScore(path=str(tmp_path / "missing"))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_revisions(given: str | None, revision: str | None, default: HubRepo, ex
 def test_unconverted_weights_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GDMD_REWARDS", str(tmp_path))
     with pytest.raises(ValueError, match="gdmd rewards fetch hps.*gdmd rewards convert hps FILE"):
-        Hps.from_pretrained()
+        HPSv2()
 
 
 MERGES = {
@@ -117,20 +117,20 @@ def test_hps_tokenizes_as_open_clip(text: str) -> None:
     assert ids == [49406, *OPEN_CLIP[text], 49407]
 
 
-@pytest.mark.parametrize("reward", [ClipScore, PickScore])
+@pytest.mark.parametrize("reward", [CLIPScore, PickScore])
 def test_clip_and_pickscore_do_not_clean_texts(tmp_path: Path, reward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    tokenize = reward.from_pretrained(saved_clip(tmp_path)).loaded.tokenize
+    tokenize = reward(path=saved_clip(tmp_path)).loaded.tokenize
     assert token_ids(tokenize, "b&amp;b") != token_ids(tokenize, "b&b")
     with pytest.raises(ValueError, match="pip install ftfy"):
-        Hps.from_pretrained(str(tmp_path)).loaded.tokenize(["a"])  # type: ignore[misc]
+        HPSv2(path=str(tmp_path)).loaded.tokenize(["a"])  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("kind", "positions"), [(ClipScore, 77), (PickScore, 40), (Hps, 77)])
+@pytest.mark.parametrize(("kind", "positions"), [(CLIPScore, 77), (PickScore, 40), (HPSv2, 77)])
 def test_long_prompts_are_reported_once(
     tmp_path: Path, kind: Any, positions: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reward = kind.from_pretrained(saved_clip(tmp_path, positions))
+    reward = kind(path=saved_clip(tmp_path, positions))
     room = positions - 2
     texts = ["k" * room, "m" * room + "a", "m" * room + "b"]
     for _ in range(2):

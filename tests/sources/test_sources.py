@@ -477,8 +477,10 @@ def test_real_run_end_to_end(folders: Path, gdmd: Gdmd, monkeypatch: pytest.Monk
         name="tiny",
         model=tiny.config(pipeline(folders, "sd3")),
         method=DMDConfig(fake_updates=1, guidance=3.0, step_draw="batch"),
-        loop=LoopConfig(steps=2, batch_size=2, threads=1, grid_every=2, checkpoint_every=1, lr_student=1e-2),
+        loop=LoopConfig(steps=2, batch_size=2, threads=1, checkpoint_every=1, lr_student=1e-2),
         prompts={"file": "prompts.txt"},
+        validation={"every": 2},
+        eval={"teacher_steps": 2},
     )
     Path("tiny.yaml").write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
     trained = gdmd("train", "tiny.yaml", "--run", "run", "--json")
@@ -512,7 +514,7 @@ def test_real_run_end_to_end(folders: Path, gdmd: Gdmd, monkeypatch: pytest.Monk
     assert gdmd("export", "run").code == 0
     card = Path("run/export/README.md").read_text()
     assert "| test_sources:brightness |" in card and "| unseen |" in card
-    assert "2 prompts of prompts.txt, 2 images each" in card and "license: other" in card
+    assert "2 prompts of prompts.txt, 2 images each" in card and "`license`: that of" in card
     measured = Path("run/preference/preference.json")
     answer = "These scores belong to other weights than this run has now at that step"
     assert answer not in page

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_pipelines as tiny
+import torch
 from torch import Tensor
 
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.export.pipeline import call_arguments
+from gdmd.models.loading import open_family
 from gdmd.models.packing import in_patches, pack
 from gdmd.models.roles import DiffusersRoles
 
 UNIFORM = (1.0, 0.75, 0.5, 0.25)
 CAPTIONS = list(tiny.WORDS[:2])
+
+
+def student_of(folders: Path, name: str, full: str = "none") -> DiffusersRoles:
+    """A student that differs from its teacher."""
+    folder = folders / name
+    if not folder.exists():
+        tiny.save(name, folder)
+    roles = DiffusersRoles(open_family(tiny.config(folder, full=full)))
+    with torch.no_grad():
+        for weights in roles.parameters("student").values():
+            weights.add_((0.2 if full == "none" else 0.02) * torch.randn_like(weights))
+    return roles
+
+
+def noises_of(roles: DiffusersRoles) -> list[Tensor]:
+    return [torch.randn(2, *roles.family.latent_shape) for _ in UNIFORM]
 
 
 def trainers_images(roles: DiffusersRoles, noises: list[Tensor], captions: Sequence[str] = CAPTIONS) -> Tensor:
@@ -31,8 +50,10 @@ def stock_images(
     noises: list[Tensor],
     patch: pytest.MonkeyPatch,
     captions: Sequence[str] = CAPTIONS,
+    *,
+    bound: bool = False,
 ) -> Tensor:
-    """The stock call with our noise for its re-noising steps."""
+    """The stock call with our noise for its re-noising steps; ``bound``: the pipeline's call has the arguments."""
     name = roles.family.name
     packed = name in ("flux", "flux2", "flux2_klein", "qwen_image")
     shown = [pack(noise) if packed else noise for noise in noises]
@@ -40,8 +61,8 @@ def stock_images(
     for module in ("scheduling_lcm", "scheduling_flow_match_euler_discrete"):
         patch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: next(drawn))
     pipe.set_progress_bar_config(disable=True)
-    arguments = call_arguments(roles.start, UNIFORM)
-    if name in ("sd3", "flux", "z_image"):
+    arguments = {} if bound else call_arguments(roles.start, UNIFORM)
+    if name in ("sd3", "flux", "z_image") and not bound:
         arguments.setdefault("max_sequence_length", 256)
     start = in_patches(noises[0]) if name.startswith("flux2") else shown[0]
     return pipe(prompt=list(captions), latents=start, output_type="pt", **arguments).images

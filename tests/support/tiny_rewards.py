@@ -13,17 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdmd.rewards.aesthetic import Aesthetic, linear_head
-from gdmd.rewards.base import Placement
 from gdmd.rewards.callable import CallableReward
-from gdmd.rewards.clip import ClipScore
+from gdmd.rewards.clip import CLIPScore
 from gdmd.rewards.composite import Composite, Part
 from gdmd.rewards.geneval.colors import ColorClassifier
 from gdmd.rewards.geneval.detector import Detections, Detector
-from gdmd.rewards.geneval.reward import GenEvalCredit
+from gdmd.rewards.geneval.reward import GenEval
 from gdmd.rewards.geneval.rules import DetectedObject
-from gdmd.rewards.hps import Hps
+from gdmd.rewards.hps import HPSv2
 from gdmd.rewards.imagereward import TEXT, VISION, ImageReward, ImageRewardTowers
-from gdmd.rewards.ocr import OcrReward
+from gdmd.rewards.ocr import OCR
 from gdmd.rewards.pickscore import PickScore
 from gdmd.types import PromptBatch, Reward
 
@@ -62,22 +61,22 @@ def tiny_clip(seed: int = 0) -> Any:
     ).eval()
 
 
-def _imagereward(placement: Placement) -> Reward:
+def _imagereward(**options: Any) -> Reward:
     torch.manual_seed(3)
     text = TEXT | SMALL | {"vocab_size": 64, "encoder_hidden_size": 32}
     towers = ImageRewardTowers(VISION | SMALL | {"patch_size": 56}, text)
-    return ImageReward.from_modules(towers, linear_head(32), tokenize, placement)
+    return ImageReward.from_modules(towers, tokenize, linear_head(32), **options)
 
 
-def _aesthetic(placement: Placement) -> Reward:
+def _aesthetic(**options: Any) -> Reward:
     torch.manual_seed(4)
-    return Aesthetic.from_modules(tiny_clip(), linear_head(16), placement)
+    return Aesthetic.from_modules(tiny_clip(), None, linear_head(16), **options)
 
 
-PRETRAINED: dict[str, Callable[[Placement], Any]] = {
-    "clip": lambda placement: ClipScore.from_modules(tiny_clip(), tokenize, placement),
-    "hps": lambda placement: Hps.from_modules(tiny_clip(), tokenize, placement),
-    "pickscore": lambda placement: PickScore.from_modules(tiny_clip(), tokenize, placement),
+PRETRAINED: dict[str, Callable[..., Any]] = {
+    "clip": lambda **options: CLIPScore.from_modules(tiny_clip(), tokenize, **options),
+    "hps": lambda **options: HPSv2.from_modules(tiny_clip(), tokenize, **options),
+    "pickscore": lambda **options: PickScore.from_modules(tiny_clip(), tokenize, **options),
     "imagereward": _imagereward,
     "aesthetic": _aesthetic,
 }
@@ -106,13 +105,13 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 REWARDS: dict[str, Callable[[], Reward]] = {
-    **{kind: lambda make=make: make(Placement()) for kind, make in PRETRAINED.items()},
+    **PRETRAINED,
     "callable": lambda: CallableReward(brightness, "brightness", differentiable=True),
     "composite": lambda: Composite(
-        [Part(PRETRAINED["clip"](Placement()), 2.0, 0.1, 0.5), Part(CallableReward(brightness, "brightness", True))]
+        [Part(PRETRAINED["clip"](), 2.0, 0.1, 0.5), Part(CallableReward(brightness, "brightness", True))]
     ),
-    "ocr": lambda: OcrReward(lambda image: "OPEN" if image.getpixel((0, 0))[0] > 127 else "closed"),
-    "geneval": lambda: GenEvalCredit(RedPixelDetector(), ColorClassifier.from_modules(None, tokenize)),
+    "ocr": lambda: OCR.from_modules(lambda image: "OPEN" if image.getpixel((0, 0))[0] > 127 else "closed"),
+    "geneval": lambda: GenEval.from_modules(RedPixelDetector(), ColorClassifier.from_modules(None, tokenize)),
 }
 """Every kind of reward with tiny weights: the cases of tests/rewards/test_contract.py."""
 

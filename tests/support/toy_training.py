@@ -140,7 +140,7 @@ class ToyStream:
 
 def toy_config(steps: int = 40, **changes: Any) -> LoopConfig:
     fixed = {"batch_size": 8, "lr_student": 1e-2, "lr_fake": 2e-2, "lr_schedule": "cosine", "warmup": 6, "seed": 3}
-    pace = {"checkpoint_every": 5, "log_every": 1, "grid_every": 0, "threads": 1}
+    pace = {"checkpoint_every": 5, "log_every": 1, "threads": 1}
     return LoopConfig(**({"steps": steps} | fixed | pace | changes))
 
 

@@ -113,7 +113,7 @@ def test_quantized_parameters() -> None:
 def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr("gdmd.training.adamw8bit.find_spec", lambda name: None if name == "torchao" else find(name))
-    monkeypatch.setattr("gdmd.programs.train.build", lambda cfg: pytest.fail("something was loaded"))
+    monkeypatch.setattr("gdmd.programs.train.build", lambda *given: pytest.fail("something was loaded"))
     cfg = RunConfig(name="shapes", loop=LoopConfig(optimizer="adamw8bit"))
     with pytest.raises(ValueError, match=r"needs torchao.*pip install -e '\.\[8bit\]'.*loop.optimizer = adamw"):
         prepare(cfg)

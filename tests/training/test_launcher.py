@@ -28,7 +28,8 @@ RECIPE = """
 name: tiny
 model: {kind: shapes}
 method: {kind: gdmd, group_size: 1}
-loop: {steps: 10000, batch_size: 4, checkpoint_every: 10000, log_every: 1, grid_every: 0, threads: 1}
+loop: {steps: 10000, batch_size: 4, checkpoint_every: 10000, log_every: 1, threads: 1}
+validation: {every: 0}
 rewards: [{kind: callable, target: 'test_launcher:deadly'}]
 """
 

@@ -216,12 +216,26 @@ def test_logged_rows(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "tb").glob("events*"))
 
 
-def test_grids_use_the_ema_weights(tmp_path: Path) -> None:
+def test_validation_uses_the_ema_weights(tmp_path: Path) -> None:
+    """Also a row for each validation: a separate one unless the step is logged anyway."""
     seen: list[tuple[int, str, Tensor]] = []
-    toy = Toy(tmp_path / "run", toy_config(7, grid_every=3, ema=0.9))
+    toy = Toy(tmp_path / "run", toy_config(7, ema=0.9, log_every=2))
     weight = toy.roles.student.layers[0].weight
-    toy.hooks = Hooks(grid=lambda step, path: seen.append((step, path.name, weight.detach().clone())))
+
+    def validate(step: int, path: Path) -> dict[str, float]:
+        seen.append((step, path.name, weight.detach().clone()))
+        return {"validation/size": float(step)}
+
+    toy.hooks = Hooks(validate=validate, validate_every=3)
     toy.train()
+    rows = [
+        (row["step"], row.get("validation/size"), "loss/student" in row)
+        for row in rundir.read_metrics(tmp_path / "run")
+    ]
+    assert rows == [
+        *((0, 0.0, False), (2, None, True), (3, 3.0, False), (4, None, True)),
+        *((6, 6.0, True), (7, 7.0, True)),
+    ]
     assert [(step, name) for step, name, _ in seen] == [(step, f"step_{step:06d}.png") for step in (0, 3, 6, 7)]
     saved = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
     assert saved is not None
@@ -250,7 +264,8 @@ def test_summary_and_legend() -> None:
     values = {"reward/target": math.nan, "loss/fake": 0.25, "loss/gan": 2.0, "loss/student": 0.5, "lr/fake": 1.0}
     assert summary(values) == ["student 0.5", "fake 0.25", "gan 2", "R(target) -"]
     assert (
-        legend(values) == "student: loss of the student; fake: loss of the fake score; R(target): reward of the targets"
+        legend(values)
+        == "student = loss of the student; fake = loss of the fake score; R(target) = reward of the targets"
     )
 
 
@@ -262,7 +277,7 @@ def test_plain_progress() -> None:
         progress.advance(step)
         progress.row(step, {"loss/student": 1.0, "weight/share_below_half": 0.25})
     lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("metrics: student: ") and len(lines) == 3
+    assert lines[0].startswith("metrics: student = ") and len(lines) == 3
     assert lines[1] == "step 1/10  student 1  r<1/2 0.25"
     assert lines[2].startswith("step 2/10  student 1  r<1/2 0.25  ETA 0:")
 

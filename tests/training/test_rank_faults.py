@@ -18,8 +18,10 @@ from toy_training import Toy, ToyMethod, ToyRoles, ToyStream, toy_config
 
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import create, open_run, read_metrics
+from gdmd.training.callbacks import TrainerCallback, TrainerState
 from gdmd.training.distributed import DistributedContext
-from gdmd.training.loop import train
+from gdmd.training.loop import Hooks, train
+from gdmd.training.trackers import TensorBoard
 
 AT = 6
 """The step at which it happens; a checkpoint is saved every five steps."""
@@ -35,9 +37,10 @@ def two(
     folder: Path,
     at_step: Callable[[int, int], None] = lambda rank, step: None,
     poison: Callable[[int, str, Tensor], Tensor] | None = None,
+    callbacks: Callable[[int], list[TrainerCallback]] = lambda rank: [],
     **changes: Any,
 ) -> list[Ended]:
-    """A toy run of 20 steps by two ranks; ``poison`` is for rank 1."""
+    """A toy run of 20 steps by two ranks; ``poison`` is for rank 1; ``callbacks(rank)``."""
     run = folder / "run"
 
     def work(context: DistributedContext) -> int:
@@ -46,7 +49,8 @@ def two(
         roles = ToyRoles()
         method = ToyMethod(roles, poison=poison if context.rank == 1 else None)
         stream = ToyStream(8, lambda step: at_step(context.rank, step))
-        return train(method, roles, stream, cfg, open_run(run), context=context).exit_code
+        hooks = Hooks(callbacks=callbacks(context.rank))
+        return train(method, roles, stream, cfg, open_run(run), hooks, context).exit_code
 
     return run_ranks(work, folder, seconds=120)
 
@@ -71,6 +75,32 @@ def test_signal_to_one_rank_stops_all(tmp_path: Path) -> None:
     assert steps(tmp_path) == [5, AT + 1]
     assert codes(two(tmp_path)) == [0, 0]
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_log"])
+def test_a_callback_on_one_rank_stops_all(tmp_path: Path, event: str) -> None:
+    def callbacks(rank: int) -> list[TrainerCallback]:
+        def stop(state: TrainerState, *_: Any) -> None:
+            assert state.is_main == (rank == 0)
+            state.should_stop = state.should_stop or (rank, state.step) == (1, AT)
+
+        one = TrainerCallback()
+        setattr(one, event, stop)
+        return [one]
+
+    assert codes(two(tmp_path, callbacks=callbacks)) == [0, 0]
+    assert steps(tmp_path) == [5, AT]
+    assert codes(two(tmp_path)) == [0, 0] and steps(tmp_path) == [15, 20]
+
+
+def test_a_tracker_that_does_not_start_ends_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError("not logged in")
+
+    monkeypatch.setattr(TensorBoard, "open", refuse)
+    ended = two(tmp_path)
+    assert codes(ended) == [2, 2]
+    assert "tensorboard did not start: PermissionError: not logged in" in ended[0].said and ended[1].said == ""
 
 
 def test_nonfinite_loss_on_one_rank(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def run(
     """Train the tiny networks by CONFIGS[name] to ``steps``, going on where the folder's run stopped."""
     cfg = CONFIGS[name]
     loop = LoopConfig(
-        **{"steps": steps, "batch_size": 8, "lr_student": LR, "lr_fake": LR, "log_every": 1, "grid_every": 0}
+        **{"steps": steps, "batch_size": 8, "lr_student": LR, "lr_fake": LR, "log_every": 1}
         | {"threads": 1, "seed": 1, "ema": 0.9, "rank_timeout": 120}
         | changes
     )

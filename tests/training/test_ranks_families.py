@@ -32,10 +32,10 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.dmd2 import Dmd2
 from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
-from gdmd.programs.train import create_run
+from gdmd.programs.train import TrainSettings, create_run
 from gdmd.recipes.build import build
 from gdmd.runs import checkpoint
-from gdmd.runs.run_folder import create, open_run
+from gdmd.runs.run_folder import create, open_run, read_metrics
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.training.loop import train
 from gdmd.training.role_state import role_states
@@ -67,16 +67,23 @@ def brightness(images: Tensor, prompts: PromptBatch) -> Tensor:
     return images[:, 0].mean((1, 2))
 
 
+def greenness(images: Tensor, prompts: PromptBatch) -> Tensor:
+    return images[:, 1].mean((1, 2))
+
+
+GREENNESS = {"kind": "callable", "target": "test_ranks_families:greenness"}
+
+
 def distill_nft(root: Path, kind: str, place: str, context: DistributedContext = SINGLE_PROCESS) -> None:
     """By the program, with cached text and sample images."""
     console = Console(file=io.StringIO())
     cfg = nft_recipe(root, kind, place)
-    create_run(cfg, root / f"{kind}_{place}", console, evaluation=True, command=["test"], context=context)
+    create_run(cfg, root / f"{kind}_{place}", ["test"], TrainSettings(console, context))
 
 
 def nft_recipe(root: Path, kind: str, place: str) -> RunConfig:
     """NFT has an old policy: a separate adapter, or a third copy that must be sharded too."""
-    loop = {"steps": 2, "batch_size": 4, "lr_student": 0.3, "lr_fake": 0.3, "log_every": 1, "grid_every": 2}
+    loop = {"steps": 2, "batch_size": 4, "lr_student": 0.3, "lr_fake": 0.3, "log_every": 1}
     return RunConfig(
         name="tiny",
         model=tiny.config(root / "sd3", embeddings=str(root / f"embeddings_{place}"), **NFT[kind]),
@@ -84,6 +91,8 @@ def nft_recipe(root: Path, kind: str, place: str) -> RunConfig:
         loop=LoopConfig(**loop, threads=1, ema=0.9, rank_timeout=60, sharding="full" if kind == "full" else "none"),
         prompts={"file": str(root / "prompts.txt")},
         rewards=[{"kind": "callable", "target": "test_ranks_families:brightness"}],
+        validation={"every": 2, "prompts": tiny.WORDS[:2], "images": 2, "scorers": [GREENNESS]},
+        eval={"teacher_steps": 2},
     )
 
 
@@ -102,7 +111,7 @@ def distill_gan(root: Path, kind: str, place: str, context: DistributedContext =
     shape = roles.family.latent_shape
     real = lambda prompts, rng: 2 + rng.normal("real", shape)  # noqa: E731
     method = Dmd2(cfg, roles, shape, roles.family.native, real, critic=roles.critic)
-    loop = {"steps": 2, "batch_size": 2, "lr_student": 0.1, "lr_fake": 0.1, "log_every": 1, "grid_every": 0}
+    loop = {"steps": 2, "batch_size": 2, "lr_student": 0.1, "lr_fake": 0.1, "log_every": 1}
     sharding = "full" if "full" in changes else "none"
     loop_cfg = LoopConfig(**loop, threads=1, rank_timeout=60, sharding=sharding)  # type: ignore[arg-type]
     train(method, roles, stream, loop_cfg, open_run(folder), context=context)
@@ -176,7 +185,7 @@ def saved(root: Path, kind: str) -> list[checkpoint.Checkpoint]:
 
 @pytest.mark.parametrize("kind", NFT)
 def test_nft_of_two_ranks_equals_one(root: Path, kind: str) -> None:
-    """Weights, EMA and old policy; one grid is drawn by all ranks; text is encoded once for all of them."""
+    """Weights, EMA and old policy; validation scores; text is encoded once for all of them."""
     alone, ranks = saved(root, kind)
     begun = build(nft_recipe(root, kind, "alone")).roles
     for part in ("student", "fake", "ema", "old"):
@@ -184,7 +193,13 @@ def test_nft_of_two_ranks_equals_one(root: Path, kind: str) -> None:
         found = apart(alone.part(part), ranks.part(part), {name: weights.detach() for name, weights in start.items()})
         assert found < 1e-3, (part, found)
     grids = [path.name for path in sorted((root / f"{kind}_ranks" / "grids").iterdir())]
-    assert grids == ["step_000000.png", "step_000002.png"]
+    assert grids == ["step_000000.png", "step_000002.png", "teacher.safetensors"]
+    alone_rows, rows = (read_metrics(root / f"{kind}_{place}") for place in ("alone", "ranks"))
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row, other in zip(rows, alone_rows, strict=True):
+        scores = {key: value for key, value in row.items() if key.startswith("validation/")}
+        assert scores == pytest.approx({key: other[key] for key in scores}, abs=2e-3)
+        assert len(scores) == {0: 4, 1: 0, 2: 2}[row["step"]]
     count = [len(list((root / f"embeddings_{place}").rglob("shard_*"))) for place in ("alone", "ranks")]
     assert count[0] == count[1] > 0
 

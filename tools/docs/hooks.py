@@ -1,20 +1,25 @@
 """MkDocs hooks: the pages that are generated at build time.
 
 ``reference/configuration.md`` from the field descriptions of the configs, ``reference/cli.md`` from the commands,
-``reference/api/*.md`` from the docstrings of the package, ``contributing.md`` from CONTRIBUTING.md. Nothing here
-imports torch.
+``reference/option-names.md`` from the table of names, ``reference/api/*.md`` from the docstrings of the package,
+``contributing.md`` from CONTRIBUTING.md. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from pydantic import BaseModel
+
+from gdmd.config.option_names import option_table
+from gdmd.config.reference import NESTED, REQUIRED, sections
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gdmd"
@@ -46,10 +51,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
+    from mkdocs.structure.files import File
+
     pages = {
         "contributing.md": contributing(),
         "reference/configuration.md": configuration(),
         "reference/cli.md": cli(),
+        "reference/option-names.md": option_table(),
         "reference/api/types.md": "# Types\n\n::: gdmd.types\n",
     }
     for name in _packages():
@@ -87,25 +95,26 @@ def configuration() -> str:
         "# Configuration",
         "",
         "Every field of a recipe, from the descriptions in `gdmd/config`. Override a field with `KEY=VALUE`, for example "
-        "`loop.steps=500`. `gdmd recipes NAME` prints the values of one recipe.",
+        "`loop.steps=500`. `gdmd recipes NAME` prints the values of one recipe, `gdmd recipes NAME --explain` also their "
+        "descriptions.",
         "",
         "[I] marks a value that the GDMD paper does not give and that is our inference.",
         "",
         "## Top level",
         "",
-        *_described(RunConfig.model_json_schema()),
+        *_described(RunConfig),
         "",
         "## Sweep configs",
         "",
         "The YAML file of [`gdmd sweep`](../guides/compare-methods.md).",
         "",
-        *_described(_with_fields(sweep, "rows", "seeds", "base").model_json_schema(), "sweep"),
+        *_described(_with_fields(sweep, "rows", "seeds", "base"), "sweep"),
         "",
         "## Sources",
         "",
         "The settings of a [source](../guides/evaluate.md#sources), written as `,key=value`.",
         "",
-        *_described(_with_fields(image_source, "where").model_json_schema(), "source"),
+        *_described(_with_fields(image_source, "where"), "source"),
     ]
     return "\n".join(parts) + "\n"
 
@@ -116,84 +125,19 @@ def _with_fields(module: Any, *names: str) -> Any:
     return classes[0]
 
 
-def _described(schema: Mapping[str, Any], name: str = "") -> list[str]:
+def _described(cls: type[BaseModel], name: str = "") -> list[str]:
     """The table of a config, then a section for each config in it."""
-    lines = _table(schema)
-    for path, definition in _sections(schema):
-        kind = definition["properties"].get("kind", {})
-        values = kind.get("enum") or ([kind["const"]] if "const" in kind else [])
-        place = f"{name}: {path}" if name else path
-        title = f"`{place}`" + (f", `kind: {' | '.join(values)}`" if values else "")
-        lines += ["", f"### {title}", "", _text(definition.get("description", "")), "", *_table(definition)]
+    lines: list[str] = []
+    for section in sections(cls):
+        if section.path:
+            place = f"{name}: {section.path}" if name else section.path
+            title = f"`{place}`" + (f", `kind: {' | '.join(section.kinds)}`" if section.kinds else "")
+            lines += ["", f"### {title}", "", _text(section.description), ""]
+        lines += ["| field | type | default | |", "|---|---|---|---|"]
+        for row in section.rows:
+            default = row.default if row.default in ("", REQUIRED, NESTED) else f"`{row.default}`"
+            lines.append(f"| `{row.name}` | {_cell(row.type)} | {default} | {_text(row.description)} |")
     return lines
-
-
-def _sections(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Dotted path and definition of every section, in the order of the recipe, each definition once."""
-    seen: set[str] = set()
-    queue = [("", schema)]
-    while queue:
-        path, definition = queue.pop(0)
-        if path:
-            yield path, definition
-        for name, field in definition.get("properties", {}).items():
-            below = f"{path}.{name}" if path else name
-            for reference in _references(field):
-                if reference not in seen:
-                    seen.add(reference)
-                    queue.append((below + ("[]" if "items" in field else ""), schema["$defs"][reference]))
-
-
-def _references(field: Any) -> Iterator[str]:
-    if isinstance(field, Mapping):
-        if "$ref" in field:
-            yield field["$ref"].rpartition("/")[2]
-        for key, value in field.items():
-            if key not in ("discriminator", "default"):
-                yield from _references(value)
-    elif isinstance(field, list):
-        for value in field:
-            yield from _references(value)
-
-
-def _table(definition: Mapping[str, Any]) -> list[str]:
-    required = set(definition.get("required", ()))
-    lines = ["| field | type | default | |", "|---|---|---|---|"]
-    for name, field in definition["properties"].items():
-        default = "required" if name in required else _default(field)
-        lines.append(f"| `{name}` | {_cell(_type(field))} | {default} | {_text(field.get('description', ''))} |")
-    return lines
-
-
-def _type(field: Mapping[str, Any]) -> str:
-    if "enum" in field:
-        return ", ".join(map(str, field["enum"]))
-    if "const" in field:
-        return str(field["const"])
-    if options := field.get("anyOf") or field.get("oneOf"):
-        return " or ".join(dict.fromkeys(_type(option) for option in options))
-    if "$ref" in field:
-        return "section"
-    if field.get("type") == "array":
-        inner = field.get("items") or {"anyOf": field.get("prefixItems", [])}
-        return f"list of {_type(inner)}"
-    low = [f">= {field['minimum']}"] if "minimum" in field else []
-    low += [f"> {field['exclusiveMinimum']}"] if "exclusiveMinimum" in field else []
-    high = [f"<= {field['maximum']}"] if field.get("maximum", 2**63) < 2**62 else []
-    high += [f"< {field['exclusiveMaximum']}"] if "exclusiveMaximum" in field else []
-    names = {"integer": "int", "number": "float", "string": "text", "boolean": "true or false", "object": "mapping"}
-    return " ".join([names.get(field.get("type", ""), field.get("type", "any")), *low, *high])
-
-
-def _default(field: Mapping[str, Any]) -> str:
-    """A default as YAML; "see below" for a section."""
-    if "default" not in field:
-        return ""
-    value = field["default"]
-    nested = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if isinstance(value, dict) and value or any(isinstance(one, dict) for one in nested):
-        return "see below"
-    return f"`{json.dumps(value)}`" if not isinstance(value, str) or not value else f"`{value}`"
 
 
 def _cell(text: str) -> str:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from gdmd.config.base import Config, Count, NonNegative, Positive, Probability
 
 GroupSize = Annotated[Count, Field(ge=2)]
 """Samples that are compared with each other: a group of one has no advantage."""
+
+
+def _uniform_steps(given: Any) -> Any:
+    """N -> (1, (N-1)/N, ..., 1/N)."""
+    if isinstance(given, int) and not isinstance(given, bool) and 1 <= given <= 1000:
+        return tuple((given - k) / given for k in range(given))
+    return given
 
 
 class DistillationConfig(Config):
@@ -20,9 +27,10 @@ class DistillationConfig(Config):
         description="Teacher's classifier-free guidance inside DMD; 1 makes no unconditional pass. "
         "Shapes 5 (best of the teacher's own sweep); SD3-M 7, SDXL 8 (arXiv 2605.26108, 2405.14867).",
     )
-    student_steps: tuple[Positive, ...] = Field(
+    student_steps: Annotated[tuple[Positive, ...], BeforeValidator(_uniform_steps)] = Field(
         default=(1.0, 0.75, 0.5, 0.25),
-        description="[I] Times of the student's steps, from noise: uniform before the family's shift.",
+        description="[I] Times of the student's steps, from noise: uniform before the family's shift. A number N stands "
+        "for N uniform steps: 4 is [1, 0.75, 0.5, 0.25].",
     )
     step_draw: Literal["sample", "batch"] = Field(
         default="sample",

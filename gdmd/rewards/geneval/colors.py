@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdmd.rewards.base import DEFAULT_PLACEMENT, Loaded, Placement, Tokenize, from_loaded
+from gdmd.rewards.base import DEFAULT_PLACEMENT, Loaded, Placement, Tokenize
 from gdmd.rewards.clip import image_embedding, text_embedding, tokens_of
 from gdmd.rewards.geneval.rules import COLORS, ColorOf, DetectedObject
 from gdmd.rewards.preprocessing import Preprocess
@@ -39,13 +39,13 @@ class ColorClassifier:
     @classmethod
     def from_modules(cls, model: Any, tokenize: Tokenize, placement: Placement = DEFAULT_PLACEMENT) -> ColorClassifier:
         """From a ``CLIPModel`` and a tokenizer."""
-        return cls(from_loaded(model, tokenize), placement)
+        return cls(lambda: Loaded(model, tokenize), placement)
 
     @classmethod
     def from_pretrained(
         cls, path: str | None = None, revision: str | None = None, placement: Placement = DEFAULT_PLACEMENT
     ) -> ColorClassifier:
-        """As ``ClipScore.from_pretrained``, whose network it shares."""
+        """From a folder (no network) or a hub id; default: ViT-L/14 of OpenAI, the network of ``CLIPScore``."""
         location = locate_weights(path, revision, CLIP_L)
 
         def load() -> Loaded:

@@ -6,11 +6,15 @@ detector's errors, so report GenEval of such a student with care.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gdmd.config.load import validated
+from gdmd.config.rewards import GenEvalConfig
+from gdmd.rewards.base import Placement, RewardModel
 from gdmd.rewards.geneval.colors import ColorClassifier
 from gdmd.rewards.geneval.detector import Detector
 from gdmd.rewards.geneval.rules import partial_credit, read_task
@@ -20,14 +24,34 @@ if TYPE_CHECKING:
     from gdmd.types import PromptBatch
 
 
-class GenEvalCredit:
-    """Partial credit in [0, 1], not differentiable. Each prompt's ``meta`` is a line of GenEval's metadata."""
+class GenEval(RewardModel):
+    """Partial credit in [0, 1], not differentiable. Each prompt's ``meta`` is a line of GenEval's metadata.
+
+    options: the fields of ``GenEvalConfig``.
+    """
 
     name = "geneval"
     differentiable = False
 
-    def __init__(self, detector: Detector, colors: ColorClassifier) -> None:
-        self.detector, self.colors = detector, colors
+    def __init__(self, **options: Any) -> None:
+        self.config: GenEvalConfig = validated(GenEvalConfig, options, "GenEval")
+        self._place(Placement.of(self.config))
+
+    @classmethod
+    def from_modules(cls, detector: Detector, colors: ColorClassifier) -> GenEval:
+        """From a detector and a classifier that are already loaded."""
+        reward = cls()
+        reward.detector, reward.colors = detector, colors
+        return reward
+
+    def to(self, device: str) -> GenEval:
+        """Load the networks on another device at their next use."""
+        self._place(replace(Placement.of(self.config), device=device))
+        return self
+
+    def _place(self, placement: Placement) -> None:
+        self.detector = Detector.from_pretrained(self.config.detector, placement=placement)
+        self.colors = ColorClassifier.from_pretrained(self.config.clip, placement=placement)
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:

@@ -1,0 +1,54 @@
+"""Validation during training: fixed prompts that the student draws every N steps, and scorers that train nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from gdmd.config.base import Config, Count, NonNegativeCount
+from gdmd.config.rewards import RewardConfig
+
+PREFIX = "validation/"
+"""Of the keys of metrics.jsonl: validation/LABEL of the student, validation/teacher/LABEL of the teacher, logged once."""
+TEACHER = f"{PREFIX}teacher/"
+
+
+class ValidationConfig(Config):
+    """The ``validation`` section of a recipe."""
+
+    prompts: tuple[str, ...] | str | None = Field(
+        default=None,
+        description="List of prompts, or a file or shipped set as in prompts.file. Default: captions of all tasks (Shapes "
+        "world), or the shipped set validation of eight prompts.",
+    )
+    every: NonNegativeCount = Field(
+        default=100,
+        description="Steps between validations of the EMA student, also at step 0 and at the last; 0 = none. The first "
+        "one also draws the teacher's images, in eval.teacher_steps guided steps each; other ranks wait for it (see "
+        "loop.rank_timeout).",
+    )
+    images: Count = Field(default=1, description="Images per prompt.")
+    scorers: tuple[RewardConfig, ...] | None = Field(
+        default=None,
+        description="Held-out rewards: they score the validation images and train nothing. Default: shapes_clip_heldout "
+        "in the Shapes world, none for other models.",
+    )
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _texts_or_file(cls, given: Any) -> Any:
+        listed = (
+            isinstance(given, list | tuple) and given and all(isinstance(one, str) and one.strip() for one in given)
+        )
+        if given is None or isinstance(given, str) or listed:
+            return given
+        raise ValueError("should be a file, or a list of prompts like ['a red cube', 'two cats']")
+
+    @field_validator("scorers")
+    @classmethod
+    def _different(cls, given: tuple[RewardConfig, ...] | None) -> tuple[RewardConfig, ...] | None:
+        labels = [scorer.label for scorer in given or ()]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"each scorer may be listed once, got {labels}")
+        return given

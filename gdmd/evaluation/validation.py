@@ -1,0 +1,163 @@
+"""Validation during training: the EMA student draws fixed prompts from fixed noise, and rewards score the images.
+
+The teacher draws the same prompts from the same noise once. Its images are stored in the run folder, so that every grid
+shows them and a resumed run need not draw them again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from gdmd.config.run import RunConfig
+from gdmd.config.validation import PREFIX, TEACHER
+from gdmd.data.prompts import read_prompts
+from gdmd.diffusion.generate import Sampler, images_of
+from gdmd.io import content_hash, write_atomic
+from gdmd.recipes.build import Components
+from gdmd.recipes.build_rewards import without_stats
+from gdmd.recipes.open_run import image_batch, student_row, teacher_row
+from gdmd.reporting.grids import write_grid
+from gdmd.shapes.grammar import catalog, fixed_rows
+from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
+from gdmd.training.loop import NoProgress, Progress
+from gdmd.types import PromptBatch, Reward
+
+TEACHER_FILE = "teacher.safetensors"
+"""In RUN/grids: the teacher's images as 8-bit numbers [N, 3, H, W], and what they depend on."""
+Meta = tuple[Mapping[str, Any], ...]
+
+
+def grid_captions(per_task: int = 2) -> tuple[str, ...]:
+    """Shapes captions of every task of the evaluation set."""
+    return catalog().texts(fixed_rows("eval", per_task))
+
+
+def validation_prompts(cfg: RunConfig) -> tuple[tuple[str, ...], Meta]:
+    """The prompts and, if they come from a file that has it, their metadata; none without validation.
+
+    ValueError for a malformed file, and in the Shapes world for a prompt outside its grammar.
+    """
+    given = cfg.validation.prompts
+    if not cfg.validation.every:
+        return (), ()
+    if given is None and cfg.shapes_world:
+        return grid_captions(), ()
+    if isinstance(given, tuple):
+        texts: tuple[str, ...] = given
+        meta: Meta = ()
+    else:
+        found = read_prompts(given or "validation")
+        texts, meta = found.texts, found.meta or ()
+    if cfg.shapes_world:
+        for text in texts:
+            try:
+                catalog().row(text)
+            except ValueError as error:
+                raise ValueError(f"validation.prompts: {error}") from error
+    return texts, meta
+
+
+class Validation:
+    """Draws and scores the validation images of a step: ``Hooks.validate``.
+
+    It draws nothing from the training's random numbers, and its scores are not part of the training's statistics.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        components: Components,
+        context: DistributedContext = SINGLE_PROCESS,
+        progress: Progress | None = None,
+    ) -> None:
+        self.cfg, self.components, self.context, self.progress = cfg, components, context, progress or NoProgress()
+        self.prompts, meta = validation_prompts(cfg)
+        self.texts = tuple(text for text in self.prompts for _ in range(cfg.validation.images))
+        self.meta = tuple(one for one in meta for _ in range(cfg.validation.images))
+        self.rewards = (*(components.rewards if cfg.method.rewarded else ()), *components.scorers)
+        self._failed: set[str] = set()
+
+    def __call__(self, step: int, path: Path) -> Mapping[str, float]:
+        """Write the grid to ``path``; the mean score of each reward (NaN if it scored no image), on all ranks.
+
+        The teacher's scores are among them at step 0, and whenever its images had to be drawn again.
+        """
+        sharded = self.cfg.loop.sharding != "none"  # then every rank is needed to draw
+        student = self._draw(student_row(self.cfg, self.components)) if sharded or self.context.is_main else None
+        scores: Mapping[str, float] = self.context.on_main(lambda: self._finish(step, path, student))
+        return scores
+
+    def _finish(self, step: int, path: Path, student: Tensor | None) -> dict[str, float]:
+        assert student is not None  # on rank 0
+        teacher = self._stored_teacher(path.parent / TEACHER_FILE) if step else None
+        scores = self._scores(student, PREFIX)
+        if teacher is None:
+            teacher = self._draw_teacher(path.parent / TEACHER_FILE)
+            scores |= self._scores(teacher, TEACHER)
+        side = (len(self.prompts), self.cfg.validation.images, *student.shape[1:])
+        cells = torch.cat([student.reshape(side), teacher.reshape(side)], 1)
+        headers = (student_row(self.cfg, self.components).name, self._teacher().name)
+        write_grid(path, cells, self.prompts, headers, scale=3 if self.cfg.shapes_world else 1)
+        return scores
+
+    def _draw(self, sampler: Sampler) -> Tensor:
+        """[N, 3, H, W] in [0, 1], on the CPU; image i starts from the same noise at every step and in every sampler."""
+        return images_of(sampler, self.components, self.texts, self.cfg.eval.seed, image_batch(self.cfg))
+
+    def _teacher(self) -> Sampler:
+        return teacher_row(self.cfg, self.components, "teacher")
+
+    def _key(self) -> str:
+        """A hash of everything that the teacher's images depend on and that a resumed run may change."""
+        return content_hash(json.dumps([self.texts, self.cfg.eval.model_dump(mode="json"), self.cfg.method.guidance]))
+
+    def _stored_teacher(self, file: Path) -> Tensor | None:
+        """The stored images; None if there are none of these settings."""
+        try:
+            with safe_open(file, "pt") as stored:
+                if (stored.metadata() or {}).get("key") == self._key():
+                    pixels: Tensor = stored.get_tensor("images")
+                    return pixels.float() / 255
+        except (OSError, SafetensorError):
+            pass
+        return None
+
+    def _draw_teacher(self, file: Path) -> Tensor:
+        self.progress.status("drawing the teacher's validation images, once")
+        images = self._draw(self._teacher())
+        pixels = (images * 255).round().byte()
+        write_atomic(file, save({"images": pixels}, {"key": self._key()}), "the teacher's images")
+        return images
+
+    def _scores(self, images: Tensor, prefix: str) -> dict[str, float]:
+        """The mean over the scored images by key; NaN if there are none."""
+        with without_stats(self.rewards):
+            found = {prefix + reward.name: self._score(reward, images) for reward in self.rewards}
+        return {key: float(scores[~scores.isnan()].double().mean()) for key, scores in found.items()}
+
+    def _score(self, reward: Reward, images: Tensor) -> Tensor:
+        """[N]. A reward that fails, such as GenEval on prompts without its metadata, scores nothing: training goes on."""
+        try:
+            return torch.cat([reward.score(own, prompts).float().cpu() for own, prompts in self._batches(images)])
+        except ValueError as error:
+            if reward.name not in self._failed:
+                self.progress.note(f"warning: validation without {reward.name}: {error}")
+            self._failed.add(reward.name)
+            return torch.full((len(images),), torch.nan)
+
+    def _batches(self, images: Tensor) -> Iterator[tuple[Tensor, PromptBatch]]:
+        device = next(iter(self.components.roles.parameters("student").values())).device
+        size = image_batch(self.cfg)
+        for start in range(0, len(images), size):
+            own = images[start : start + size].to(device)
+            index = torch.arange(len(own), device=device)
+            stop = start + len(own)
+            yield own, PromptBatch(index, self.texts[start:stop], index, {}, {}, meta=self.meta[start:stop])

@@ -1,0 +1,118 @@
+"""From the arguments of a ``DistillationTrainer`` to a recipe: a shipped one with what the caller set on top."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gdmd.config.load import ConfigError, load_config
+from gdmd.config.methods.all import MethodConfig
+from gdmd.config.methods.base import DistillationConfig
+from gdmd.config.model import DiffusersModel
+from gdmd.config.run import RunConfig
+from gdmd.config.shapes_pipeline import is_shapes_pipeline
+from gdmd.config.training_config import TrainingConfig
+from gdmd.data.prompt_files import PromptFile
+from gdmd.data.prompts import prompts_from
+from gdmd.models.loading import DTYPES, family_of, family_of_pipeline, local_or_hub_index
+from gdmd.recipes.build_rewards import reward_specs
+from gdmd.recipes.objects import PYTHON, GivenObjects
+from gdmd.recipes.read import method_names, read_recipe
+
+SHAPES = "shapes"
+"""The model that ships with the package: the Shapes teacher."""
+_SHAPES_RECIPES = {"gdmd": "gdmd_paper", "gdmd_tilted": "shapes_demo"}
+"""Recipes of the Shapes teacher by method.kind; those of other methods have its name."""
+_FAMILY_PRESETS = {"gdmd_tilted": "gdmd"}
+"""Method presets of real models by method.kind; other methods have a preset of their name, or start from this one's."""
+
+
+def recipe_from(
+    model: Any,
+    method: MethodConfig | str | None,
+    reward_funcs: Sequence[Any] | Any | None,
+    train_dataset: Any,
+    args: TrainingConfig,
+    world_size: int = 1,
+) -> tuple[RunConfig, GivenObjects]:
+    """The recipe and the Python objects that stand for parts of it. ConfigError lists all mistakes at once.
+
+    model: "shapes", shapes:NAME, a folder, a hub id or an open pipeline. method: a config, or the name of a preset.
+    reward_funcs: one or several rewards, functions or configs; None = those of the recipe. train_dataset: None = that of the
+    recipe.
+    """
+    kind = method if isinstance(method, str) else getattr(method, "kind", None)
+    base = read_recipe(args.recipe or _recipe_name(model, kind))
+    tree = base.model_dump(mode="json")
+    tree["method"] = _method_section(tree["method"], method)
+    tree["model"] = _model_section(tree["model"], model)
+    listed = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    specs, functions = reward_specs(listed) if reward_funcs is not None else ((), {})
+    if reward_funcs is not None:
+        tree["rewards"] = [spec.model_dump(mode="json") for spec in specs]
+    prompts: PromptFile | None = None
+    if isinstance(train_dataset, str | Path):
+        tree["prompts"] = {"file": str(train_dataset)}
+    elif train_dataset is not None:
+        tree["prompts"], prompts = {}, prompts_from(train_dataset)
+    values = args.recipe_values(world_size)
+    cfg = load_config(RunConfig, tree, [f"{k}={json.dumps(v)}" for k, v in values.items()], where="DistillationTrainer")
+    if reward_funcs is not None and specs and not cfg.method.rewarded:
+        raise ConfigError([f"reward_funcs: method {cfg.method.kind} as set here reads no rewards; leave them out"])
+    pipeline = None if isinstance(model, str | Path) else model
+    if pipeline is not None and isinstance(cfg.model, DiffusersModel):
+        set_ = [name for name in ("student", "student_lora", "teacher_loras") if getattr(cfg.model, name)]
+        if set_:
+            raise ConfigError(
+                [f"model.{set_[0]}: cannot be used with an open pipeline; give the teacher as a folder or hub id"]
+            )
+    return cfg, GivenObjects(pipeline, functions, prompts)
+
+
+def _recipe_name(model: Any, kind: str | None) -> str:
+    """The shipped recipe for this model and method."""
+    if model == SHAPES:
+        return _SHAPES_RECIPES.get(kind or "gdmd_tilted", kind or "")
+    path = _path(model)
+    if isinstance(model, str | Path):
+        cfg = DiffusersModel.model_construct(path=path)
+        family = family_of(local_or_hub_index(cfg), cfg).name
+    else:
+        found = family_of_pipeline(model)
+        if found is None:
+            raise ValueError(
+                f"model is a {type(model).__name__}; give a hub id, a folder, or an open text-to-image pipeline of diffusers"
+            )
+        family = found.name
+    if is_shapes_pipeline(path):
+        return f"shapes_{family}"
+    preset = _FAMILY_PRESETS.get(kind or "gdmd_tilted", kind or "")
+    return f"{family}_{preset if preset in method_names() else 'gdmd'}"
+
+
+def _path(model: Any) -> str:
+    """model.path: for an open pipeline what it was loaded from, which may not be what it is now."""
+    if isinstance(model, str | Path):
+        return str(model)
+    return str(getattr(model, "config", {}).get("_name_or_path") or f"{PYTHON}{type(model).__name__}")
+
+
+def _model_section(section: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    if model == SHAPES:
+        return dict(section)
+    changed: dict[str, Any] = {"path": _path(model)}
+    if not isinstance(model, str | Path):
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        changed |= {"embeddings": None, "revision": None, "dtype": names.get(model.dtype, str(model.dtype))}
+    return {**section, **changed}
+
+
+def _method_section(section: Mapping[str, Any], method: MethodConfig | str | None) -> dict[str, Any]:
+    """The recipe's method with the fields that the caller set; of another method it keeps what all methods share."""
+    if method is None or isinstance(method, str):
+        return dict(section)
+    given = method.model_dump(mode="json", include=method.model_fields_set)
+    shared = section if section["kind"] == method.kind else {k: section[k] for k in DistillationConfig.model_fields}
+    return {**shared, **given, "kind": method.kind}

@@ -1,0 +1,47 @@
+"""What a run is given as Python objects, instead of the paths and names that a recipe holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from gdmd.data.prompt_files import PromptFile
+
+PYTHON = "python:"
+"""Prefix of the names of such objects in config.yaml and run.json."""
+
+
+@dataclass(frozen=True)
+class GivenObjects:
+    """Objects that were given to a ``DistillationTrainer``. A run can only be resumed with the same ones.
+
+    pipeline: the base model, an open diffusers pipeline. functions: rewards of kind "function", by name.
+    prompts: the training prompts.
+    """
+
+    pipeline: Any = None
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    prompts: PromptFile | None = None
+
+    @cached_property
+    def pipeline_content(self) -> str:
+        """A hash of the pipeline's weights in memory, which may differ from those on disk (a fused LoRA).
+
+        Adapters that training has added do not count.
+        """
+        digest = hashlib.sha256()
+        for name, part in sorted(self.pipeline.components.items()):
+            weights: Mapping[str, Any] = part.state_dict() if isinstance(part, torch.nn.Module) else {}
+            for key, tensor in weights.items():
+                if ".lora_" not in key:
+                    digest.update(f"{name}.{key.replace('.base_layer.', '.')} {tuple(tensor.shape)}".encode())
+                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return f"weights:{digest.hexdigest()}"
+
+
+NOTHING_GIVEN = GivenObjects()

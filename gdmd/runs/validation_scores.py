@@ -1,0 +1,75 @@
+"""What the validation scores of a run say, from its logged rows. No torch here.
+
+A score rises if its mean over the last third of the validations is above that of the first third by more than SPREADS
+times the standard deviation within these thirds (pooled); it falls if it is below by more. Step 0 does not count, because
+every score rises from the untrained student. Trained scores that rise while a held-out one falls are a sign of reward
+hacking: the student exploits a weakness of its rewards instead of making better images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from statistics import fmean, pvariance
+from typing import NamedTuple
+
+from gdmd.config.validation import PREFIX, TEACHER
+
+FEW = 6
+"""Validations after step 0 below which nothing is judged: two per third."""
+SPREADS = 2.0
+
+
+class Trend(NamedTuple):
+    """Means of the first and the last third, and whether the score rises (1), falls (-1) or does neither (0)."""
+
+    first: float
+    last: float
+    sign: int
+
+
+def only_validation(row: Mapping[str, float]) -> bool:
+    """Whether a row holds no training statistics."""
+    return all(key == "step" or key.startswith(PREFIX) for key in row)
+
+
+def labels(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """The rewards and scorers that scored validation images of the student."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [key.removeprefix(PREFIX) for key in keys if key.startswith(PREFIX) and not key.startswith(TEACHER)]
+
+
+def teacher_score(rows: Sequence[Mapping[str, float]], label: str) -> float | None:
+    """The newest score of the teacher; None without one."""
+    found = [row[TEACHER + label] for row in rows if math.isfinite(row.get(TEACHER + label, math.nan))]
+    return found[-1] if found else None
+
+
+def trend(rows: Sequence[Mapping[str, float]], label: str) -> Trend | None:
+    """The trend of the student's score; None with fewer than FEW values."""
+    key = PREFIX + label
+    values = [row[key] for row in rows if row["step"] > 0 and math.isfinite(row.get(key, math.nan))]
+    if len(values) < FEW:
+        return None
+    third = len(values) // 3
+    first, last = values[:third], values[-third:]
+    change = fmean(last) - fmean(first)
+    spread = math.sqrt((pvariance(first) + pvariance(last)) / 2)
+    return Trend(fmean(first), fmean(last), 0 if abs(change) <= SPREADS * spread else int(math.copysign(1, change)))
+
+
+def reward_hacking(rows: Sequence[Mapping[str, float]], trained: Collection[str]) -> str:
+    """A sentence that names trained scores that rise and held-out scores that fall; "" unless there are both."""
+    trends = {label: found for label in labels(rows) if (found := trend(rows, label))}
+    risen = [_shown(label, one) for label, one in trends.items() if label in trained and one.sign > 0]
+    fallen = [_shown(label, one) for label, one in trends.items() if label not in trained and one.sign < 0]
+    if not (risen and fallen):
+        return ""
+    return (
+        f"Possible reward hacking: trained scores rise ({', '.join(risen)}) while held-out ones fall "
+        f"({', '.join(fallen)}), from the first to the last third of the run."
+    )
+
+
+def _shown(label: str, found: Trend) -> str:
+    return f"{label} {found.first:.3g} to {found.last:.3g}"

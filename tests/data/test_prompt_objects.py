@@ -1,0 +1,99 @@
+"""Prompts from Python objects: lists, rows, datasets, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gdmd.data.prompts import prompts_from, read_prompts
+
+
+class Dataset:
+    """What is used of ``datasets.Dataset``."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows, self.column_names = rows, list(rows[0])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
+class IterableDataset:
+    column_names = ("prompt",)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter([{"prompt": "a"}])
+
+
+class DataFrame:
+    """What is used of ``pandas.DataFrame``."""
+
+    columns = ("prompt", "n")
+
+    def to_dict(self, orient: str) -> list[dict[str, Any]]:
+        assert orient == "records"
+        return [{"prompt": "a ring", "n": 1}, {"prompt": "a cross", "n": 2}]
+
+
+ROWS = [{"caption": "a ring", "n": 1}, {"caption": " ", "n": 2}, {"caption": "a cross ", "n": 3}]
+
+
+@pytest.mark.parametrize("given", [ROWS, tuple(ROWS), Dataset(ROWS)])
+def test_rows(given: Any) -> None:
+    found = prompts_from(given)
+    assert found.texts == ("a ring", "a cross") and found.blank == 1 and found.column == "caption"
+    assert found.meta == ({"prompt": "a ring", "n": 1}, {"prompt": "a cross", "n": 3})
+    assert found.note() == "train_dataset: 2 prompts; read from 'caption'; 1 blank line skipped"
+
+
+def test_texts_files_and_tables(tmp_path: Path) -> None:
+    texts = prompts_from(["a ring", "", "a cross"])
+    assert texts.texts == ("a ring", "a cross") and texts.meta is None and texts.blank == 1
+    (tmp_path / "p.txt").write_text("a ring\na cross\n")
+    file = read_prompts(tmp_path / "p.txt")
+    assert prompts_from(tmp_path / "p.txt") == file and texts.fingerprint() == file.fingerprint()
+    assert prompts_from(DataFrame()).meta == ({"prompt": "a ring", "n": 1}, {"prompt": "a cross", "n": 2})
+    assert prompts_from(Dataset([{"a": "x", "b": "y"}]), "b").meta == ({"prompt": "y", "a": "x"},)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["a", 3], "train_dataset, index 1: .*got 3"),
+        (["a", "b\0"], r"train_dataset, index 1: the character U\+0000"),
+        ([{"prompt": "a"}, {"prompt": None}], "train_dataset, index 1: 'prompt' must be a text, got null"),
+        ([{"words": "a"}], 'no column is named prompt, caption or text; .*rename it to "prompt"'),
+        ([], "train_dataset: has no prompts"),
+        (["", " "], "train_dataset: has no prompts"),
+        (["a", {"prompt": "b"}], 'train_dataset, index 0: expected {"prompt": "..."}, got "a"'),
+        (iter(["a"]), "got list_iterator, which has no length.*give list"),
+        (IterableDataset(), "got IterableDataset, which has no length.*without streaming"),
+        ({"train": Dataset(ROWS)}, "got a dict with the keys 'train'; give one split"),
+        ("gone.txt", "prompt file gone.txt: cannot be read"),
+        (3, "got int, which has no length"),
+    ],
+)
+def test_errors(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prompts_from(given)
+
+
+def test_fingerprints_of_images_and_arrays() -> None:
+    """By content; an object without content counts by its type."""
+
+    def rows(shade: int, thing: object) -> Any:
+        image = Image.new("RGB", (2, 2), (shade, 0, 0))
+        return [{"prompt": "a", "image": image, "array": np.full(3, shade), "tensor": torch.ones(2), "thing": thing}]
+
+    one, same, other = (prompts_from(rows(shade, object())) for shade in (1, 1, 2))
+    assert one.fingerprint() == same.fingerprint() != other.fingerprint()
+    assert isinstance((one.meta or ({},))[0]["image"], Image.Image)

@@ -1,0 +1,259 @@
+"""Validation during training: its images, its scores, a resumed run, held-out scorers, and what the report makes of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from cli_world import Gdmd
+from torch import Tensor
+
+from gdmd.config.load import ConfigError
+from gdmd.diffusion.rng import SampleRng
+from gdmd.evaluation.health import health_panels
+from gdmd.evaluation.validation import Validation, grid_captions, validation_prompts
+from gdmd.recipes.build import Components
+from gdmd.recipes.build_rewards import build_rewards, reward_stats, without_stats
+from gdmd.recipes.open_run import open_student, student_row, teacher_row
+from gdmd.recipes.read import read_recipe
+from gdmd.recipes.run_folders import config_of
+from gdmd.rewards.composite import Composite, Part
+from gdmd.rewards.ocr import OCR
+from gdmd.runs import checkpoint
+from gdmd.runs.best_checkpoint import named_best
+from gdmd.runs.reward_signal import RewardSignal
+from gdmd.runs.run_folder import read_metrics
+from gdmd.runs.validation_scores import reward_hacking, trend
+from gdmd.types import PromptBatch
+
+PROMPTS = "validation.prompts=['a red circle', 'two rings']"
+EVERY = ("validation.every=2", PROMPTS, "validation.images=2")
+TRAINED = ("shapes_clip", "shapes_pref")
+LABELS = (*TRAINED, "shapes_clip_heldout")
+
+
+def scores(folder: str, step: int, prefix: str = "validation/") -> dict[str, float]:
+    (row,) = [row for row in read_metrics(Path(folder)) if row["step"] == step]
+    return {key: value for key, value in row.items() if key.startswith(prefix)}
+
+
+def rows_without_speed(folder: str) -> list[dict[str, float | None]]:
+    rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "speed/images_per_s"} for row in rows]
+
+
+def expected(components: Components, teacher: bool) -> dict[str, float]:
+    """Each image drawn and scored alone, from its own noise."""
+    cfg = config_of(Path("run"))
+    sampler = teacher_row(cfg, components, "teacher") if teacher else student_row(cfg, components)
+    texts = ["a red circle", "a red circle", "two rings", "two rings"]
+    found = []
+    for k, text in enumerate(texts):
+        with torch.no_grad():
+            latents = sampler.latents([text], SampleRng(cfg.eval.seed, 0, torch.tensor([k])))
+            image = components.codec.decode(latents).clamp(0, 1)
+            batch = PromptBatch(torch.arange(1), (text,), torch.arange(1), {}, {})
+            specs = [{"kind": label} for label in LABELS]
+            rewards = build_rewards([type(cfg.rewards[0])(**spec) for spec in specs])
+            found.append([float(reward.score(image, batch)) for reward in rewards])
+    return {label: sum(own) / len(own) for label, own in zip(LABELS, zip(*found, strict=True), strict=True)}
+
+
+def test_scores_are_those_of_the_ema_student_and_of_the_teacher(gdmd: Gdmd) -> None:
+    """Computed again from the checkpoint, image by image."""
+    gdmd.trained(*EVERY)
+    components, step = open_student(config_of(Path("run")), Path("run"))
+    assert step == 2
+    for teacher, at, prefix in ((False, 2, "validation/"), (True, 0, "validation/teacher/")):
+        own = {prefix + label: value for label, value in expected(components, teacher).items()}
+        assert scores("run", at, prefix if teacher else "validation/") == pytest.approx(own, abs=1e-5)
+    assert len(scores("run", 0)) == 6 and not scores("run", 1)
+    assert {path.name for path in Path("run/grids").iterdir()} == {
+        *("step_000000.png", "step_000002.png", "teacher.safetensors")
+    }
+
+
+def test_validation_does_not_change_the_training(gdmd: Gdmd) -> None:
+    gdmd.trained(*EVERY, run="with")
+    gdmd.trained(run="without")
+    ends = [checkpoint.load_newest(Path(name) / "checkpoints") for name in ("with", "without")]
+    assert ends[0] and ends[1]
+    for part, tensors in ends[1].tensors.items():
+        assert all(torch.equal(value, ends[0].tensors[part][name]) for name, value in tensors.items()), part
+    with_scores = [{k: v for k, v in row.items() if "validation/" not in k} for row in rows_without_speed("with")]
+    assert [row for row in with_scores if len(row) > 1] == rows_without_speed("without")
+
+
+def test_two_validations_of_the_same_weights_are_equal(gdmd: Gdmd) -> None:
+    gdmd.trained(*EVERY)
+    cfg = config_of(Path("run"))
+    components, _ = open_student(cfg, Path("run"))
+    validate = Validation(cfg, components)
+    Path("grids").mkdir()
+    found = [validate(step, Path(f"grids/step_{step}.png")) for step in (1, 5)]
+    assert {key: value for key, value in found[0].items() if "/teacher/" not in key} == found[1]
+    images = [Path(f"grids/step_{step}.png").read_bytes() for step in (1, 5)]  # the second with the stored teacher
+    assert images[0] == images[1]
+
+
+def test_resumed_run_has_the_rows_and_images_of_the_whole_one(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = (*EVERY, "validation.every=1")
+    gdmd.trained(*every, "loop.steps=3", run="whole")
+    gdmd.trained(*every, run="parts")
+    monkeypatch.setattr(Validation, "_draw_teacher", None)  # its images are stored
+    finished = gdmd("train", "--resume", "parts", "loop.steps=3", "--no-eval")
+    assert finished.code == 0, finished.err
+    assert "step 3, validation: shapes_clip " in finished.err
+    steps = [row["step"] for row in read_metrics(Path("parts"))]
+    assert steps == [0, 1, 2, 3] and all(scores("parts", step) == scores("whole", step) for step in steps)
+    assert Path("parts/grids/step_000003.png").read_bytes() == Path("whole/grids/step_000003.png").read_bytes()
+
+
+def test_other_prompts_draw_the_teacher_again(gdmd: Gdmd) -> None:
+    gdmd.trained(*EVERY)
+    finished = gdmd("train", "--resume", "run", "loop.steps=3", "validation.prompts=['a ring']", "--no-eval")
+    assert finished.code == 0, finished.err
+    assert set(scores("run", 3, "validation/teacher/")) == {f"validation/teacher/{label}" for label in LABELS}
+
+
+def dark(images: Tensor, prompts: PromptBatch) -> Tensor:
+    """Scores the first image only."""
+    scores = 1 - images.mean((1, 2, 3))
+    scores[1:] = math.nan
+    return scores
+
+
+def failing(images: Tensor, prompts: PromptBatch) -> Tensor:
+    if len(images) != 2:  # the trial before the training has two
+        raise ValueError("no column 'answer'")
+    return images.mean((1, 2, 3))
+
+
+def test_images_without_a_score_are_left_out(gdmd: Gdmd) -> None:
+    """A scorer that fails leaves null, with a warning; training goes on."""
+    scorers = ", ".join(f"{{kind: callable, target: 'test_validation:{name}'}}" for name in ("dark", "failing"))
+    gdmd.trained(*EVERY, f"validation.scorers=[{scorers}]")
+    row = scores("run", 2)
+    assert 0 < row["validation/test_validation:dark"] < 1
+    assert math.isnan(row["validation/test_validation:failing"])
+    stored = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert stored[-1]["validation/test_validation:failing"] is None
+    assert "validation/shapes_clip_heldout" not in row
+
+
+def test_best_checkpoint_by_a_validation_score(gdmd: Gdmd) -> None:
+    """Of the validated checkpoints, the one with the best score of its own step."""
+    metric = "validation/shapes_clip_heldout"
+    gdmd.trained(*EVERY, f"loop.best_metric={metric}", "loop.steps=4")
+    found = {step: scores("run", step)[metric] for step in (2, 4)}
+    best = named_best(Path("run/checkpoints"))
+    assert best is not None and best.step == max(found, key=found.__getitem__) and best.value == found[best.step]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("loop.best_metric=validation/shapes_clp",), "did you mean validation/shapes_clip?"),
+        (("loop.best_metric=validation/teacher/shapes_clip",), "is not logged by this recipe"),
+        (("loop.best_metric=validation/shapes_clip", "loop.checkpoint_every=3"), "set both to the same number"),
+        (("validation.prompts=['a red dog']",), "validation.prompts: "),
+        (("validation.prompts=missing.txt",), "prompt file missing.txt: cannot be read"),
+    ],
+)
+def test_mistakes_are_refused_before_the_run_folder(gdmd: Gdmd, arguments: tuple[str, ...], message: str) -> None:
+    refused = gdmd.train(*EVERY, *arguments)
+    assert refused.code == 2 and message in refused.err and not Path("runs").exists(), refused.err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loop.grid_every=5", "loop: grid_every was removed: set validation.every instead"),
+        ("validation_steps=5", "here this is called validation.every"),
+        ("validation_prompts=x.txt", "here this is called validation.prompts"),
+        ("validation.prompts=3", "validation.prompts: got 3: should be a file, or a list of prompts"),
+        ("validation.scorers=[{kind: shapes_pref}]", "which train the student and score the validation images anyway"),
+        ("validation.scorers=[{kind: clip}, {kind: clip}]", "each scorer may be listed once"),
+        ("validation.scorers=clip", "should be a list of {kind: ...}"),
+    ],
+)
+def test_mistakes_in_the_recipe(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_recipe("shapes", [override])
+    assert message in str(refused.value)
+
+
+def test_default_prompts_and_scorers() -> None:
+    """Shapes: captions of every task and the held-out scorer. Other models: the shipped prompts, and no scorer."""
+    shapes, real = read_recipe("shapes"), read_recipe("sdxl_gdmd", ["model.path=org/sdxl", "prompts.file=mine.txt"])
+    assert validation_prompts(shapes) == (grid_captions(), ()) and [one.label for one in shapes.held_out] == [LABELS[2]]
+    assert len(validation_prompts(real)[0]) == 8 and real.held_out == ()
+    trained_on_it = read_recipe("shapes", ["rewards=[{kind: shapes_clip_heldout}]"])
+    assert trained_on_it.held_out == () == read_recipe("shapes", ["validation.every=0"]).held_out
+
+
+def validated(trained: list[float], held_out: list[float]) -> list[dict[str, float]]:
+    pairs = zip(trained, held_out, strict=True)
+    rows = [{"step": 10 * k, "validation/a": a, "validation/b": b} for k, (a, b) in enumerate(pairs)]
+    return [{**rows[0], "validation/teacher/a": 0.5, "validation/teacher/b": 0.7}, *rows[1:]]
+
+
+RISING, NOISE = [0.0, 0.3, 0.32, 0.4, 0.44, 0.5, 0.52], [0.0, 0.3, 0.36, 0.31, 0.33, 0.35, 0.32]
+FALLING = [0.0, 0.6, 0.58, 0.5, 0.45, 0.42, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out", "status"),
+    [
+        (RISING, FALLING, "bad"),
+        (RISING, RISING, "ok"),
+        (RISING, NOISE, "ok"),
+        (NOISE, FALLING, "look"),
+        (RISING[:6], FALLING[:6], "unknown"),
+    ],
+)
+def test_reward_hacking_is_reported(trained: list[float], held_out: list[float], status: str) -> None:
+    """The trained score rises and the held-out one falls, by more than the spread; step 0 does not count."""
+    rows = validated(trained, held_out)
+    (panel,) = health_panels(rows, ["a"])
+    assert (panel.title, panel.status) == ("Validation scores", status)
+    assert "a (trained)" in panel.svg and "b (held out)" in panel.svg and panel.svg.count("teacher") >= 2
+    assert (panel.finding == reward_hacking(rows, {"a"})) == (status == "bad")
+    if status == "bad":
+        assert "a 0.31 to 0.51" in panel.finding and "b 0.59 to 0.41" in panel.finding
+    assert health_panels(rows, ["a", "b"])[0].status == "unknown"  # nothing is held out
+
+
+def test_validation_rows_do_not_count_as_training() -> None:
+    """The monitor of the rewards sees the same iterations with and without rows between its own."""
+    logged = [{"step": 10 * k, "scores/a/unscored": 0.5, "scores/a/spread": 0.1} for k in (1, 2)]
+    with_rows, without = RewardSignal(8), RewardSignal(8)
+    for row in logged:
+        without.add(row["step"], row)
+    for row in [{"step": 0, "validation/a": 1.0}, logged[0], {"step": 15, "validation/a": 1.0}, logged[1]]:
+        with_rows.add(int(row["step"]), row)
+    assert with_rows == without
+
+
+def test_validation_scores_are_not_part_of_the_statistics_of_training() -> None:
+    """Of prompts without text for OCR, and of the parts of a composite."""
+    ocr = OCR.from_modules(lambda image: "")
+    composite = Composite([Part(ocr)])
+    batch = PromptBatch(torch.arange(1), ("a cat",), torch.arange(1), {}, {})
+    with without_stats([composite]):
+        composite.score(torch.rand(1, 3, 8, 8), batch)
+    assert reward_stats([composite]) == {"reward/ocr/unasked": 0}
+    composite.score(torch.rand(1, 3, 8, 8), batch)
+    assert reward_stats([composite])["reward/ocr/unasked"] == 1 and len(reward_stats([composite])) == 2
+
+
+def test_trend_needs_more_than_the_spread() -> None:
+    """Two spreads: thirds of means 0.3 and 0.5 and a standard deviation of 0.1 within them are at the limit."""
+    at_limit = [0.0, 0.2, 0.4, 0.4, 0.4, 0.4, 0.6]
+    found = trend(validated(at_limit, at_limit), "a")
+    assert found is not None and found[:2] == pytest.approx((0.3, 0.5))
+    above = [*at_limit[:5], 0.41, 0.61]
+    assert trend(validated(above, above), "a")[2] == 1  # type: ignore[index]

@@ -1,0 +1,267 @@
+"""Functions as rewards: what they get, what they may return, and the errors, which show the user's own line."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_rewards import prompt_batch, random_images
+from torch import Tensor, nn
+
+from gdmd.config.rewards import FunctionConfig
+from gdmd.recipes.build_rewards import build_rewards, reward_specs, try_rewards
+from gdmd.recipes.inputs import inputs_of
+from gdmd.recipes.read import read_recipe
+from gdmd.recipes.reward_identity import scorer_identity
+from gdmd.rewards.callable import CallableReward
+from gdmd.rewards.clip import CLIPScore
+from gdmd.rewards.composite import Composite, Part
+from gdmd.rewards.user_code import imported
+
+META = ({"prompt": "a", "label": 1, "tag": "x"}, {"prompt": "b", "label": 2})
+PROMPTS = prompt_batch("ab", META)
+IMAGES = random_images(2, 8, 8)
+HERE = Path(__file__).name
+
+
+def score(function: Any, **options: Any) -> Tensor:
+    return CallableReward(function, **options).score(IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [1, 2.0],
+        (1.0, 2.0),
+        np.array([1, 2]),
+        np.array([1, 2], dtype=object),
+        torch.tensor([1, 2]),
+        torch.tensor([1.0, 2.0], dtype=torch.float64),
+        [torch.tensor(1.0), np.float32(2)],
+    ],
+    ids=str,
+)
+def test_one_number_per_image_in_any_form(given: Any) -> None:
+    def function(images: Any, prompts: Any) -> Any:
+        return given
+
+    scores = score(function)
+    assert scores.tolist() == [1, 2] and scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_an_image_without_a_score(missing: Any) -> None:
+    def function(images: Any, prompts: Any) -> Any:
+        return [missing, 2]
+
+    assert score(function).isnan().tolist() == [True, False]
+
+
+def test_columns_that_the_function_has_a_parameter_for() -> None:
+    seen: dict[str, Any] = {}
+
+    def everything(images: Any, prompts: Any, **columns: Any) -> list[float]:
+        seen.update(columns, prompts=prompts)
+        return [0, 0]
+
+    def one(prompts: Any, images: Any, label: Any) -> list[float]:
+        return [float(n) for n in label]
+
+    def renamed(pixels: Any, texts: Any, tag: str = "-") -> list[float]:
+        return [len(pixels), len(tag)]
+
+    def needs(images: Any, prompts: Any, size: Any) -> list[float]:
+        return [0, 0]
+
+    assert score(one).tolist() == [1, 2] and score(renamed).tolist() == [2, 2]
+    score(everything)
+    assert seen == {"prompts": ["a", "b"], "label": [1, 2], "tag": ["x", None]}
+    with pytest.raises(ValueError, match=f"{HERE}:.*needs the column 'size', but the prompts have only 'label', 'tag'"):
+        score(needs)
+
+
+def test_pil_images() -> None:
+    def width(images: Any, prompts: Any) -> list[float]:
+        assert all(isinstance(image, Image.Image) for image in images)
+        return [image.width for image in images]
+
+    assert score(width, image_type="pil").tolist() == [8, 8]
+    width.image_type = "pil"  # type: ignore[attr-defined]
+    assert score(width).tolist() == [8, 8]
+    assert CallableReward(width)([Image.new("RGB", (8, 4)), Image.new("RGB", (6, 4))], "a") == [8, 6]
+    with pytest.raises(ValueError, match="width.*image_type pil carries no gradient"):
+        CallableReward(width, differentiable=True)
+
+
+class Counting:
+    """A reward with state."""
+
+    differentiable = True
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+        self.calls += 1
+        return images.mean((1, 2, 3))
+
+
+CLASSES = """class Warm:
+    def __call__(self, images, prompts):
+        return [1, 2]
+class Odd:
+    def __init__(self, scale):
+        self.scale = scale
+"""
+
+
+class Net(nn.Module):
+    differentiable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = nn.Linear(3, 1), nn.Dropout(0.5)
+
+    def forward(self, images: Tensor, prompts: Any, label: Any = None) -> Tensor:
+        return self.drop(self.layer(images.mean((2, 3))))[:, 0]
+
+
+def test_objects_with_state_and_modules(tmp_path: Path) -> None:
+    counting, net = CallableReward(Counting()), CallableReward(Net())
+    assert (counting.name, net.name) == ("Counting", "Net")
+    for reward in (counting, net):
+        images = IMAGES.clone().requires_grad_()
+        assert torch.autograd.grad(reward.score(images, PROMPTS).sum(), images)[0].any()
+    assert counting.function.calls == 1
+    assert not net.function.training and not any(one.requires_grad for one in net.function.parameters())
+    broken = Net()
+    broken.layer = nn.Linear(4, 1)
+    with pytest.raises(ValueError, match=rf"Net failed at .*{HERE}:\d+, in forward: `return self.drop\("):
+        score(broken)
+    (tmp_path / "classes.py").write_text(CLASSES)
+    assert score(imported(f"{tmp_path}/classes.py:Warm")).tolist() == [1, 2]
+    with pytest.raises(ValueError, match="creating the class without arguments failed.*missing 1 required"):
+        imported(f"{tmp_path}/classes.py:Odd")
+
+
+async def later(images: Any, prompts: Any) -> list[float]:
+    return [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (later, f"reward later .*{HERE}:.*is async; write an ordinary function"),
+        (Counting, r"Counting is a class; give an instance: Counting\(\)"),
+        (lambda images, prompts: [0, 0], f"lambda .*{HERE}.* has no name for the log"),
+        (3, "type int cannot be called; give a function"),
+    ],
+)
+def test_what_is_not_a_reward(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CallableReward(given)
+
+
+# ---------------------------------------------------------------- the trial before training
+
+
+def tried(function: Any, **options: Any) -> None:
+    try_rewards([CallableReward(function, **options)], (8, 8), "a", {"label": 1}, "cpu")
+
+
+def through_an_array(images: Any, prompts: Any) -> list[float]:
+    images.detach().numpy()[:] = 0
+    return [0, 0]
+
+
+def without_images(images: Any, prompts: Any) -> Tensor:
+    return torch.zeros(2, requires_grad=True) * 2
+
+
+def test_the_trial_finds_silent_mistakes() -> None:
+    with pytest.raises(ValueError, match=f"{HERE}:.*modified the images in place"):
+        tried(through_an_array)
+    with pytest.raises(ValueError, match=f"{HERE}:.*carry no gradient"):
+        tried(without_images, differentiable=True)
+
+
+def test_the_trial_reports_missing_and_random_scores(caplog: pytest.LogCaptureFixture) -> None:
+    def nothing(images: Any, prompts: Any) -> list[Any]:
+        return [None, None]
+
+    def random(images: Any, prompts: Any) -> Tensor:
+        return torch.rand(2)
+
+    with caplog.at_level(logging.WARNING):
+        tried(nothing)
+        tried(random)
+        tried(Counting())
+    first, second = [record.getMessage() for record in caplog.records]
+    assert first == "reward nothing gave no score (NaN or None) for the prompt 'a'"
+    assert second.startswith("reward random gave the same images different scores in two calls: [")
+
+
+def test_a_server_that_is_down() -> None:
+    spec = {"kind": "remote", "url": "http://127.0.0.1:9", "reward": "clip", "retries": 0}
+    for given in (spec, {"kind": "composite", "parts": [{"reward": spec}]}):
+        rewards = build_rewards(reward_specs([given])[0])
+        with pytest.raises(ValueError, match="no answer.*start the server there with: gdmd rewards serve clip"):
+            try_rewards(rewards, (8, 8), "a", None, "cpu")
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def warm(images: Tensor, prompts: Any) -> Tensor:
+    return images[:, 0].mean((1, 2))
+
+
+def test_objects_in_a_recipe() -> None:
+    """Specs of objects, kinds and targets; building them again gives the same scores."""
+    counting = Counting()
+    given = [CLIPScore(dtype="bf16"), Composite([Part(warm, 2.0)]), counting, "shapes_clip", "statistics:mean"]
+    specs, functions = reward_specs(given)
+    assert [spec.label for spec in specs] == ["clip", "composite", "Counting", "shapes_clip", "statistics:mean"]
+    assert functions == {"warm": warm, "Counting": counting}
+    cfg = read_recipe("shapes_gdmd", [])
+    assert (
+        type(cfg).model_validate(cfg.model_dump() | {"rewards": [spec.model_dump() for spec in specs]}).rewards == specs
+    )
+    built = build_rewards(specs, "cpu", functions)
+    torch.testing.assert_close(built[1].score(IMAGES, PROMPTS), warm(IMAGES, ()))
+    assert built[2].differentiable and built[2].function is counting  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"Counting is a Python object.*in another process.*reward_funcs=\[Counting\]"):
+        build_rewards(specs[2:3])
+    with pytest.raises(ValueError, match="two rewards are functions named Counting"):
+        reward_specs([Counting(), Counting()])
+
+
+def test_the_identity_of_a_function_is_its_source() -> None:
+    (spec,), _ = reward_specs([warm])
+    (other,), _ = reward_specs([Counting()])
+    (unknown,), _ = reward_specs([len])
+    assert isinstance(spec, FunctionConfig) and isinstance(unknown, FunctionConfig) and unknown.source is None
+    assert scorer_identity(spec) == scorer_identity(spec) != scorer_identity(other)
+    assert scorer_identity(unknown) != scorer_identity(unknown)
+    cfg = read_recipe("shapes_gdmd", []).model_copy(update={"rewards": (spec, unknown)})
+    inputs = inputs_of(cfg)
+    assert inputs["rewards.0.source"].fingerprint == f"sha256:{spec.source}"
+    assert inputs["rewards.1.source"].fingerprint is None
+
+
+def test_the_program_finds_a_function_next_to_the_working_directory(tmp_path: Path) -> None:
+    """By the installed script, whose own folder is on the path instead."""
+    (tmp_path / "mine.py").write_text("def warm(images, prompts):\n    return [0] * len(imagess)\n")
+    script = Path(sys.executable).with_name("gdmd")
+    for target in ("mine.py:warm", "mine:warm"):
+        words = [script, "train", "shapes_gdmd", f"rewards=[{{kind: callable, target: '{target}'}}]", "--run", "run"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2 and "mine.py:2, in warm: `return [0] * len(imagess)`: NameError" in done.stderr
+        assert not (tmp_path / "run").exists()

@@ -1,0 +1,24 @@
+"""What ``load_student`` says about folders that hold no student for diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli_world import Gdmd
+
+from gdmd.student import load_student
+
+
+def test_run_of_the_shapes_networks(gdmd: Gdmd) -> None:
+    with pytest.raises(ValueError, match="a run of the Shapes world, .*; draw with `gdmd sample .*run`"):
+        load_student(gdmd.trained())
+
+
+def test_folders_and_ids_without_a_student(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it holds neither config.yaml nor gdmd_export.json"):
+        load_student(tmp_path)
+    with pytest.raises(ValueError, match="is not a run, .* nor a hub id .*: it does not exist"):
+        load_student(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="org/student: no such folder, and it is not in the cache"):
+        load_student("org/student")

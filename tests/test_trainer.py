@@ -1,0 +1,177 @@
+"""The Python API: what a trainer makes of its arguments, and a run with them from start to the stock pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from diffusers import StableDiffusionXLPipeline
+
+from gdmd import ConfigError, DistillationTrainer, DMD2Config, DMDConfig, GDMDConfig, RunError, TrainerCallback
+from gdmd import TrainingConfig as Args
+from gdmd.config.shapes_pipeline import located
+from gdmd.runs.run_folder import read_facts
+
+TINY = {
+    "loop.batch_size": 4,
+    "loop.log_every": 1,
+    "loop.checkpoint_every": 1,
+    "loop.threads": 1,
+    "loop.lr_schedule": "constant",
+    "validation.every": 0,
+    "method.continuations": 2,
+    "eval.per_task": 1,
+    "eval.images": 1,
+    "eval.teacher_steps": 2,
+}
+CAPTIONS = ["a red circle and a blue ring", "a blue square"]
+
+
+def red(images: Any, prompts: list[str], **columns: Any) -> Any:
+    """Mean of the red channel."""
+    return images[:, 0].mean((1, 2))
+
+
+def tiny(folder: Path, steps: int = 2, **more: Any) -> Args:
+    overrides = TINY | more.pop("overrides", {})
+    return Args(output_dir=folder, max_steps=steps, overrides=overrides, **more)
+
+
+def test_recipe_from_family_method_and_arguments(tmp_path: Path) -> None:
+    """A method's own fields win, then the arguments, then the recipe of the family."""
+    args = Args(output_dir=tmp_path / "run", max_steps=7, learning_rate=1e-4, lora_rank=8, overrides={"loop.clip": 0.5})
+    cfg = DistillationTrainer("shapes:sdxl", GDMDConfig(group_size=3), args=args).config
+    assert (cfg.model.path, cfg.model.height) == ("shapes:sdxl", 32)
+    assert (cfg.method.kind, cfg.method.group_size) == ("gdmd", 3)
+    assert cfg.method.normalize is False  # of the recipe, for all methods
+    assert (cfg.loop.steps, cfg.loop.lr_student, cfg.loop.clip, cfg.model.lora_rank) == (7, 1e-4, 0.5, 8)
+    assert cfg.loop.lr_fake == 3e-3  # of the recipe
+
+
+def test_method_of_the_family_preset(tmp_path: Path) -> None:
+    """A hub model takes the preset of its family; the file list is in a folder, as a download would leave it."""
+    cfg = DistillationTrainer("shapes", DMDConfig(fake_updates=2)).config
+    assert (cfg.name, cfg.method.kind, cfg.method.fake_updates) == ("dmd", "dmd", 2)
+    assert DistillationTrainer("shapes").config.name == "shapes_demo"
+    assert DistillationTrainer("shapes", DMD2Config()).config.name == "dmd2"
+
+
+def test_all_mistakes_are_listed_with_the_command_lines_words(tmp_path: Path) -> None:
+    args = Args(overrides={"loop.stepz": 3, "method.gamma": -1})
+    with pytest.raises(ConfigError) as error:
+        DistillationTrainer("shapes", args=args)
+    assert "loop.stepz" in str(error.value) and "did you mean 'steps'" in str(error.value)
+    assert "method.gamma" in str(error.value)
+    with pytest.raises(ConfigError, match=r"max_step: got 3: unknown key; did you mean 'max_steps'"):
+        Args(max_step=3)
+    with pytest.raises(ConfigError, match="reads no rewards"):
+        DistillationTrainer("shapes", DMDConfig(), reward_funcs=red)
+    with pytest.raises(ConfigError, match="listed once, got \\[.red., .red.\\]"):
+        DistillationTrainer("shapes", reward_funcs=[red, red])
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline|open text-to-image pipeline"):
+        DistillationTrainer(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    opened = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+    with pytest.raises(
+        ConfigError, match=r"model.student_lora: cannot be used with an open pipeline; give the teacher"
+    ):
+        DistillationTrainer(opened, args=Args(overrides={"model.student_lora": "org/lora"}))
+
+
+def test_batch_of_devices_and_accumulation() -> None:
+    args = Args(per_device_batch_size=4, gradient_accumulation_steps=3)
+    assert args.recipe_values(world_size=2) == {"loop.micro_batch": 4, "loop.batch_size": 24}
+    assert Args(per_device_batch_size=4).recipe_values() == {"loop.micro_batch": 4}
+    with pytest.raises(ConfigError, match="counts passes of per_device_batch_size"):
+        Args(gradient_accumulation_steps=3)
+
+
+def test_train_resume_and_pipeline(tmp_path: Path) -> None:
+    """Two steps, then two more in a new trainer, equal four at once; the student is a stock pipeline with four steps."""
+    whole = DistillationTrainer("shapes:sdxl", None, ["shapes_clip", red], CAPTIONS, tiny(tmp_path / "whole", 4))
+    whole.train()
+    DistillationTrainer("shapes:sdxl", None, ["shapes_clip", red], CAPTIONS, tiny(tmp_path / "parts", 2)).train()
+    again = DistillationTrainer("shapes:sdxl", None, ["shapes_clip", red], CAPTIONS, tiny(tmp_path / "parts", 4))
+    trained = again.train(resume_from_checkpoint=True)
+    assert trained.end.step == 4
+    one, other = (
+        (tmp_path / name / "checkpoints" / "step_000004" / "student.safetensors").read_bytes()
+        for name in ("whole", "parts")
+    )
+    assert one == other
+    inputs = read_facts(tmp_path / "parts")["inputs"]
+    assert inputs["prompts"]["given"] == "python:2 prompts" and inputs["rewards.1.source"]["given"] == "python:red"
+    assert type(again.pipeline).__name__ == "StableDiffusionXLPipeline"
+    draw = {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+    image = again.pipeline(CAPTIONS[0], **draw).images[0]
+    assert image.shape == (3, 32, 32)
+    files = again.save_lora(tmp_path / "lora")
+    assert (tmp_path / "lora" / "README.md") in files
+    config = yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text())
+    assert config["rewards"][1]["kind"] == "function" and config["rewards"][1]["name"] == "red"
+
+
+def test_run_with_python_objects_is_not_resumed_without_them(tmp_path: Path) -> None:
+    """The command line has neither the function nor the prompts, and says so."""
+    from gdmd.programs.train import resume_run
+
+    DistillationTrainer("shapes", None, red, CAPTIONS, tiny(tmp_path / "run")).train()
+    with pytest.raises(
+        RunError, match=r"objects that its folder does not hold: prompts \(2 prompts\), rewards.0.source \(red\)"
+    ):
+        resume_run(tmp_path / "run", None, ["loop.steps=3"])
+    other = DistillationTrainer("shapes", None, red, [*CAPTIONS, "a blue ring"], tiny(tmp_path / "run", 3))
+    with pytest.raises(RunError, match="prompts: python:3 prompts"):
+        other.train(resume_from_checkpoint=True)
+    with pytest.raises(RunError, match="--resume|resume"):
+        DistillationTrainer("shapes", None, red, CAPTIONS, tiny(tmp_path / "run", 3)).train()
+
+
+def test_open_pipeline(tmp_path: Path) -> None:
+    """An open pipeline, whose weights differ from those on disk, is what is trained, resumed and exported."""
+
+    def opened() -> Any:
+        pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+        with torch.no_grad():
+            pipe.unet.conv_in.weight.mul_(1.01)  # as a fused LoRA would
+        return pipe
+
+    def trainer(pipe: Any, steps: int) -> DistillationTrainer:
+        return DistillationTrainer(pipe, None, ["shapes_clip"], CAPTIONS, tiny(tmp_path / "run", steps))
+
+    first = trainer(opened(), 1)
+    first.train()
+    with pytest.raises(RunError, match="load the pipeline again"):
+        first.train(resume_from_checkpoint=True)
+    second = trainer(opened(), 2)
+    assert second.train(resume_from_checkpoint=True).end.step == 2
+    unchanged = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+    with pytest.raises(RunError, match="model.path"):
+        trainer(unchanged, 3).train(resume_from_checkpoint=True)
+    second.save_pretrained(tmp_path / "merged")
+    merged = StableDiffusionXLPipeline.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    kept = (
+        second.pipeline.unet.conv_out.get_base_layer().weight
+        if hasattr(second.pipeline.unet.conv_out, "get_base_layer")
+        else None
+    )
+    assert torch.allclose(merged.unet.time_embedding.linear_1.bias, opened().unet.time_embedding.linear_1.bias)
+    assert kept is None or torch.isfinite(kept).all()
+
+
+class Stop(TrainerCallback):
+    """Stops after the first step."""
+
+    def on_step_end(self, state: Any) -> None:
+        state.should_stop = True
+
+
+def test_callback_stops_the_run(tmp_path: Path) -> None:
+    args = tiny(tmp_path / "run", 5)
+    assert DistillationTrainer("shapes", None, red, CAPTIONS, args, callbacks=[Stop()]).train().end.step == 1
