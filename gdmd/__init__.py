@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from gdmd.training.callbacks import TrainerCallback as TrainerCallback
     from gdmd.training.callbacks import TrainerState as TrainerState
 
-_MODULES = {
+MODULES = {
     "DistillationTrainer": "trainer",
     "TrainingConfig": "config.training_config",
     "TrainerCallback": "training.callbacks",
@@ -60,13 +60,14 @@ _MODULES = {
     "ConfigError": "config.load",
     "RunError": "io",
 }
-__all__ = ["__version__", *_MODULES]
+"""Each public name and the module that defines it."""
+__all__ = ["__version__", *MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

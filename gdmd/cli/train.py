@@ -44,6 +44,10 @@ def train_command(
             help="Resume even if the prompt file, base model or a reward changed; the run records it.",
         ),
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="ORG/NAME", help="At the end, export the student and upload it."),
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -70,7 +74,7 @@ def train_command(
             f"--device {device} is for a single process: with --gpus or torchrun each rank uses the GPU of its local rank; "
             "leave --device out"
         )
-    options = TrainOptions(recipe, tuple(overrides), run, resume, evaluation, json, accept, device)
+    options = TrainOptions(recipe, tuple(overrides), run, resume, evaluation, json, accept, device, push)
     raise typer.Exit(_run(options, gpus or 1, restarts))
 
 
@@ -86,6 +90,7 @@ class TrainOptions:
     json: bool
     accept: bool = False
     device: str | None = None
+    push: str | None = None
 
     def config(self) -> RunConfig:
         """The configuration, checked."""
@@ -113,6 +118,7 @@ class TrainOptions:
         chosen = ["--run", str(folder)] if self.resume is None else ["--resume", str(self.resume)]
         flags = ["--eval" if self.evaluation else "--no-eval", *(["--json"] if self.json else [])]
         flags += ["--accept-changes"] if self.accept else []
+        flags += ["--push-to-hub", self.push] if self.push else []
         return ["train", *([self.recipe] if self.recipe else []), *self.overrides, *chosen, *flags]
 
 
@@ -148,14 +154,22 @@ def _train(options: TrainOptions) -> int:
         from gdmd.trainer import DistillationTrainer
         from gdmd.training.distributed import session
 
+    if options.push is not None:
+        from gdmd.export.upload import check_hub_target
+
+        check_hub_target(options.push)
     with session() as context:
         settings = TrainSettings(
             console, context, device=options.device, evaluation=options.evaluation, accept=options.accept
         )
         trainer = DistillationTrainer.from_recipe(cfg, options.resume or options.run, settings=settings)
         trained = trainer.train(resume_from_checkpoint=options.resume is not None)
+        url = None
+        if options.push is not None and context.is_main and trained.end.step == trained.steps:
+            url = trainer.push_to_hub(options.push)
+            log(f"uploaded to {url}")
         if options.json and context.is_main:
-            print_json(trained.json())
+            print_json({**trained.json(), **({"url": url} if url else {})})
         _print_end(trained)
         if trained.end.signal is not None:
             context.barrier()  # a launcher ends the others when the first one has exited

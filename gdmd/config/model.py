@@ -10,6 +10,7 @@ from gdmd.config.base import Config, Count, Finite, NonNegative, NonNegativeCoun
 from gdmd.config.shapes_pipeline import located, read_shapes_pipeline
 
 FamilyName = Literal["sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"]
+Quantization = Literal["none", "int8", "nf4", "fp8"]
 Pixels = Annotated[Count, Field(multiple_of=8)]
 """Side of an image; the families' latents are at least eight times smaller."""
 
@@ -77,6 +78,12 @@ class DiffusersModel(Config):
     dtype: Literal["fp32", "bf16"] = Field(
         default="bf16",
         description="Precision of the frozen weights and of the computation; trained weights are always fp32.",
+    )
+    quantization: Quantization = Field(
+        default="none",
+        description="Storage of the linear layers of the frozen denoiser: int8 or fp8 (half of bf16; fp8 has several times "
+        "the error of int8; torchao) or nf4 (0.28 of bf16; bitsandbytes, needs a GPU). Convolutions, text encoders and "
+        "VAE keep their dtype, adapters are fp32, and an export is for the original weights. Needs full = none.",
     )
     height: Pixels = Field(default=1024, description="Image height in pixels.")
     width: Pixels = Field(default=1024, description="Image width in pixels.")
@@ -191,6 +198,23 @@ class DiffusersModel(Config):
     def location(self) -> str:
         """Where the files are: ``path``, but the folder of a shipped pipeline for shapes:NAME."""
         return located(self.path)
+
+    @model_validator(mode="after")
+    def _frozen_if_quantized(self) -> DiffusersModel:
+        """A full copy starts from the base model's own weights, which a quantized network no longer has."""
+        if self.quantization != "none" and self.full != "none":
+            raise ValueError(
+                f"quantization = {self.quantization} needs full = none, got full = {self.full}: a role that trains all "
+                "weights is a copy of the original ones; set model.full=none or model.quantization=none"
+            )
+        loras = "teacher_loras" if self.teacher_loras else "student_lora" if self.student_lora else ""
+        if self.quantization != "none" and loras:
+            raise ValueError(
+                f"quantization = {self.quantization} cannot be used with {loras}, because a LoRA is fused into the original "
+                "weights; fuse it in diffusers, save the pipeline, and give its folder instead, or set "
+                "model.quantization=none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _as_trained(self) -> DiffusersModel:

@@ -105,6 +105,12 @@ class LoopConfig(Config):
         description="Experiment trackers that get the rows of metrics.jsonl and the validation images; all but TensorBoard "
         "need pip install -e '.[NAME]'. [] = none.",
     )
+    push_checkpoints: str = Field(
+        "",
+        description="Hub repository ORG/NAME that gets each new checkpoint in place of the last one, uploaded in the "
+        "background; a new repository is private. A failed upload is a message and is tried again with the next "
+        'checkpoint. Default "": checkpoints stay on this machine.',
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",
         description="bf16: student, fake score, teacher and old policy run under bf16 autocast; weights, losses, x0 "

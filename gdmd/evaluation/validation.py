@@ -133,7 +133,7 @@ class Validation:
     def _draw_teacher(self, file: Path) -> Tensor:
         self.progress.status("drawing the teacher's validation images, once")
         images = self._draw(self._teacher())
-        pixels = (images * 255).round().byte()
+        pixels = (images * 255).round().byte().contiguous()
         write_atomic(file, save({"images": pixels}, {"key": self._key()}), "the teacher's images")
         return images
 

@@ -42,6 +42,7 @@ from gdmd.models.pipeline_files import (
     local_index,
     refuse_quantized,
 )
+from gdmd.models.quantization import quantization_config, require_quantizer
 from gdmd.models.tokens import ENCODER, fit_limits
 from gdmd.models.vae import VaeCodec
 from gdmd.types import Codec, Cond
@@ -71,6 +72,7 @@ def open_family(
     ValueError for a path or id that does not exist or is gated, an unknown or different family, or a missing component.
     """
     require_diffusers()
+    require_quantizer(cfg, device)
     local, index = is_local(cfg.location, cfg.field), local_or_hub_index(cfg)
     family = family_of(index, cfg)
     what = cfg.what
@@ -466,6 +468,8 @@ def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: Mapp
     options = {"dtype": DTYPES[cfg.dtype], "variant": cfg.variant, "use_safetensors": True}
     options["local_files_only"] = local or bool(unreachable(cfg.location, INDEX, cfg.revision))
     options |= {"requires_safety_checker": False} if "safety_checker" in left_out else {}
+    denoiser = "unet" if "unet" in family.needs else "transformer"
+    options |= {} if denoiser in left_out else quantization_config(cfg, denoiser, DTYPES[cfg.dtype])
     try:
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
             cfg.location, **options, **left_out, **({} if local else {"revision": cfg.revision})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ REWARD_ROW = 16 * 2**20
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak in TFLOP/s (dense bf16), memory in GiB, link in GB/s."""
+    """Peak in TFLOP/s (dense bf16; 0 = unknown), memory in GiB, link in GB/s."""
 
     name: str
     tflops: float
@@ -44,7 +45,12 @@ GPUS = {
         Gpu("rtx6000ada", 364.2, 48.0, 32.0),
         Gpu("rtx5090", 209.5, 31.8, 64.0),
         Gpu("rtx4090", 165.2, 24.0, 32.0),
+        Gpu("rtx5080", 112.6, 15.9, 64.0),
+        Gpu("rtx5070", 61.7, 11.9, 64.0),
+        Gpu("rtx4080", 97.5, 16.0, 32.0),
+        Gpu("rtx4070", 58.3, 12.0, 32.0),
         Gpu("rtx3090", 71.0, 24.0, 32.0),
+        Gpu("rtx3060", 25.5, 12.0, 32.0),
         Gpu("l4", 121.0, 22.5, 32.0),
         Gpu("a10g", 70.0, 22.5, 32.0),
     )
@@ -52,12 +58,14 @@ GPUS = {
 
 
 def gpu_of(name: str) -> Gpu:
-    """A GPU of the table; ValueError suggests the nearest name."""
+    """A GPU of the table, or one of that many GiB and unknown speed; ValueError suggests the nearest name."""
     if name in GPUS:
         return GPUS[name]
+    if re.fullmatch(r"\d{1,4}(\.\d+)?", name) and float(name):
+        return Gpu(f"a GPU of {name} GiB", 0.0, float(name), 32.0)
     near = difflib.get_close_matches(name.lower(), GPUS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"--gpu {name!r} is unknown: {hint}known are {', '.join(GPUS)}")
+    raise ValueError(f"--gpu {name!r} is unknown: {hint}known are {', '.join(GPUS)}, or a number of GiB")
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,9 @@ class ProcessCost:
         return kept + batch * self.per_sample + max(self.peaks(batch).values()) + RESERVE * GIB
 
     def seconds(self, batch: int, gpu: Gpu, efficiency: float) -> float:
-        """One outer iteration on one GPU."""
+        """One outer iteration on one GPU; NaN if its speed is not known."""
+        if not gpu.tflops:
+            return math.nan
         return sum(self.flop.values()) * batch / (gpu.tflops * 1e12 * efficiency)
 
 

@@ -43,6 +43,7 @@ from gdmd.plan.cost_model import (
 )
 from gdmd.plan.fake_tensors import measure
 from gdmd.plan.networks import Costs, Networks, costs_of, heads_of, networks_of
+from gdmd.plan.quantized_layers import numbers
 from gdmd.recipes.call_counts import CallCounts, count_calls, forward_passes
 from gdmd.training.adamw8bit import moment_bytes
 from gdmd.training.distributed import blocks_of
@@ -130,12 +131,13 @@ class TrainingPlan:
         }
 
 
-def plan(cfg: RunConfig, gpu: Gpu, efficiency: float) -> TrainingPlan:
-    """Estimate a recipe. ValueError for a hub model whose config is not known here."""
+def plan(cfg: RunConfig, gpu: Gpu, efficiency: float, costs: Costs | None = None) -> TrainingPlan:
+    """Estimate a recipe. ``costs``: of its calls, if they are known. ValueError for a hub model of unknown config."""
     nets = networks_of(cfg)
     counted = count_calls(cfg)
-    rows = max(round(min(counted.max_batch * cfg.loop.batch_size, _chunk(cfg))), 1)
-    costs = costs_of(cfg, nets, rows, reward_gradient=counted.decoded_with_grad > 0)
+    if costs is None:
+        rows = max(round(min(counted.max_batch * cfg.loop.batch_size, _chunk(cfg))), 1)
+        costs = costs_of(cfg, nets, rows, reward_gradient=counted.decoded_with_grad > 0)
     rewards, uncounted = _reward_nets(cfg)
     stay = [
         r for r in rewards if not r.offloaded or counted.decoded_with_grad > 0
@@ -259,7 +261,7 @@ def _weights(nets: Networks, rewards: list[_HeldReward]) -> dict[str, int]:
     decoder = sum(p.numel() for codec in _unique(nets.codec, nets.scoring) for p in codec.vae.parameters())
     held = sum(reward.weights for reward in rewards)
     return {
-        "base model": sum(p.numel() for p in base),
+        "base model": sum(numbers(p) for p in base),
         **trained,
         "decoder": decoder,
         "rewards": held,

@@ -66,10 +66,12 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
     from gdmd.models.loading import check_tiny, require_tiny
     from gdmd.models.roles import DiffusersRoles
     from gdmd.plan.meta_pipeline import meta_decoder, meta_family
+    from gdmd.plan.quantized_layers import quantize_layers
 
     opened = meta_family(model)
     family = opened.family
     check_guidance(family, cfg.method.guidance)
+    quantize_layers(family.net, model.quantization)
     start = None
     if model.start is not model and (model.full in ("none", "fake") or model.fake_from == "student"):
         start = copy.copy(family)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 
 from gdmd.config.model import DiffusersModel
 from gdmd.plan.cost_model import GIB, RESERVE, ScalingRow
 from gdmd.plan.estimate import TrainingPlan
+from gdmd.plan.fit import MARGIN, Change, changes, fits, overrides
 
 SMALL = 1e9
 """FLOP of a forward pass below which the speed estimate does not hold."""
@@ -69,6 +71,8 @@ def _work(plan: TrainingPlan) -> Iterable[str]:
     yield f"  forward passes per sample {plan.passes:.2f} F (a backward counts 2, or 1 through frozen weights)"
     yield f"  F = {plan.costs.forward['teacher'] / 1e12:.4g} TFLOP"
     yield f"  {sum(flop.values()):,.4g} TFLOP: " + ", ".join(f"{k} {v:,.4g}" for k, v in flop.items())
+    if not plan.gpu.tflops:
+        return  # a number of GB
     each = plan.seconds / updates["student"]
     yield f"  on {plan.gpu.name} (estimate: {plan.efficiency:.0%} of {plan.gpu.tflops:g} TFLOP/s dense bf16): " + (
         f"{each:.3g} s, {plan.batch / plan.seconds:.3g} images/s, all {plan.cfg.loop.steps} iterations "
@@ -82,35 +86,29 @@ def _verdict(plan: TrainingPlan) -> Iterable[str]:
     verdict = "it fits" if plan.fits else "it does NOT fit"
     yield f"{verdict}: {plan.total / GIB:.1f} of {plan.gpu.gib:g} GiB of {plan.gpu.name}"
     if not plan.fits:
-        yield from (f"  try {hint}" for hint in hints(plan))
+        yield from (f"  try {change.settings} ({change.price})" for change in changes(plan))
+        yield f"  or {OTHER_TASK}; --fit tries these changes in this order"
 
 
-def hints(plan: TrainingPlan) -> list[str]:
-    """Options that reduce memory, for the largest phase and the largest roles."""
-    model = plan.cfg.model
-    if not isinstance(model, DiffusersModel):
-        return ["loop.batch_size smaller"]
-    peaks = plan.cost.peaks(plan.batch)
-    worst = max(peaks, key=lambda name: peaks[name])
-    found = []
-    if plan.embedding > plan.gpu.gib * GIB:
-        found.append("model.t5=false, or embed the prompts on a larger GPU and copy the folder model.embeddings")
-    if worst.startswith("sampling") and model.forward_chunk != 1:
-        found.append("a smaller model.forward_chunk: rows per call of rollouts and scores")
-    if plan.batch > plan.cfg.method.prompt_group:
-        found.append("a smaller loop.batch_size")
-    if worst.startswith("update"):
-        found.append("loop.micro_batch=1" if plan.costs.micro > 1 else "a smaller model.height and model.width")
-        found += [] if model.checkpointing else ["model.checkpointing=true"]
-    if worst.startswith("decoding"):
-        found.append("model.decode_tiled=true, or a model.scoring_decoder")
-    if model.full != "none":
-        found.append("model.full=none: adapters on one shared base model")
-    if plan.cost.static["rewards"] > GIB:
-        found.append("rewards in bf16, with offload: true, or on another device (rewards.0.dtype=bf16)")
-    if plan.cost.static["text encoders"]:
-        found.append("model.embeddings=FOLDER: the text encoders are then unloaded")
-    return found or ["a GPU with more memory: the frozen base model is most of it"]
+OTHER_TASK = "a smaller loop.batch_size, image or model.lora_rank, model.full=none, or a GPU with more memory"
+"""What is left when no other setting helps: it changes what is learned."""
+
+
+def fitted(plan: TrainingPlan, kept: Sequence[Change], arguments: Sequence[str]) -> str:
+    """The changes of --fit, and the command that trains with them."""
+    lines = [f"{change.settings:40} saves {change.saved / GIB:6.2f} GiB; price: {change.price}" for change in kept]
+    limit = f"{(1 - MARGIN) * plan.gpu.gib:.1f} GiB, {1 - MARGIN:.0%} of {plan.gpu.name}"
+    if not fits(plan):
+        lines.append(f"nothing more helps: {plan.total / GIB:.1f} GiB do not fit in {limit}. Take {OTHER_TASK}")
+    else:
+        lines.append(f"fits in {limit}:" if kept else f"fits in {limit} as it is:")
+        lines.append("  " + train_command(arguments, kept))
+    return "\n".join(lines)
+
+
+def train_command(arguments: Sequence[str], kept: Sequence[Change]) -> str:
+    """``gdmd train`` with the arguments of ``gdmd plan`` and the changes."""
+    return shlex.join(["gdmd", "train", *arguments, *overrides(kept)])
 
 
 def _table(plan: TrainingPlan, rows: Sequence[ScalingRow]) -> Iterable[str]:

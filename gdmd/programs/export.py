@@ -69,7 +69,8 @@ def export_run(
         raise ValueError("--no-loras applies to a LoRA only: a merged pipeline contains the run's LoRAs; leave it out")
     given, separate = (model.teacher_loras, ()) if loras else ((), model.teacher_loras)
     target = folder or run / ("export-merged" if whole else "export")
-    family, uniform = open_family(model, extras=whole), cfg.method.student_steps
+    original = model.model_copy(update={"quantization": "none"})  # the student is merged into the base's own weights
+    family, uniform = open_family(original, extras=whole), cfg.method.student_steps
     check_fits(family, weights)
     arguments = call_arguments(family, uniform)
     facts = read_facts(run) | {"step": step, "scoring": read_gaps(run), "validation": validation_at(run, step)}

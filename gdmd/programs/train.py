@@ -24,6 +24,7 @@ from gdmd.data.text_cache import CachedText
 from gdmd.evaluation.run_report import report_run
 from gdmd.evaluation.runs import evaluation_captions, finish_run
 from gdmd.evaluation.validation import Validation, validation_prompts
+from gdmd.export.upload import check_hub_target, push_checkpoint
 from gdmd.io import SHARDS_STAY, typed, writing
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.recipes.build import Components, build, compile_networks
@@ -41,6 +42,7 @@ from gdmd.training.adamw8bit import require_torchao
 from gdmd.training.callbacks import TrainerCallback
 from gdmd.training.displacement import displacement_hook
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
+from gdmd.training.hub_checkpoints import HubCheckpoints
 from gdmd.training.loop import Hooks, NoProgress, TrainEnd, train
 from gdmd.training.progress import progress_for
 from gdmd.training.trackers import require_trackers
@@ -153,6 +155,8 @@ def prepare(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> Components:
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
     require_trackers(cfg.loop.report_to)
+    if cfg.loop.push_checkpoints:
+        context.on_main(lambda: check_hub_target(cfg.loop.push_checkpoints))
     with phase("loading the networks", console):
         components = build(cfg, settings.device, settings.given)
     if cfg.method.rewarded or cfg.held_out:
@@ -264,8 +268,11 @@ def _train(cfg: RunConfig, run: Run, components: Components, settings: TrainSett
 
     texts = [text for group in components.stream.groups for text in group]
     steps = components.student_steps or cfg.method.student_steps
+    callbacks = tuple(settings.callbacks)
     with progress_for(cfg.loop.steps, settings.console) as progress:
         shown = progress if context.is_main else NoProgress()
+        if repo := cfg.loop.push_checkpoints:
+            callbacks += (HubCheckpoints(lambda saved: push_checkpoint(saved, repo), shown.note),)
         hooks = Hooks(
             shown,
             Validation(cfg, components, context, shown) if cfg.validation.every else None,
@@ -273,6 +280,6 @@ def _train(cfg: RunConfig, run: Run, components: Components, settings: TrainSett
             stats=stats,
             at_log=displacement_hook(components, texts, steps, cfg.loop, context.size),
             reason=lambda name: reason_unscored(components.rewards, name),
-            callbacks=tuple(settings.callbacks),
+            callbacks=callbacks,
         )
         return train(components.method, components.roles, components.stream, cfg.loop, run, hooks, context)

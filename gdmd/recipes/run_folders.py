@@ -21,7 +21,7 @@ from gdmd.runs.run_folder import Run, check_same_config, open_run
 MAY_CHANGE = (
     *("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every"),
     *("validation.prompts", "validation.every", "validation.images", "validation.scorers"),
-    "loop.report_to",
+    *("loop.report_to", "loop.push_checkpoints"),
     *("loop.sharding", "loop.rank_timeout", "loop.checkpoint_async"),
     *("loop.best_metric", "loop.best_direction", "loop.on_nonfinite", "loop.skip_limit"),
     "model.lora_targets",

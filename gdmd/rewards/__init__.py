@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gdmd.rewards.pickscore import PickScore as PickScore
     from gdmd.rewards.remote import RemoteReward as RemoteReward
 
-_MODULES = {
+MODULES = {
     "Aesthetic": "aesthetic",
     "CLIPScore": "clip",
     "Composite": "composite",
@@ -34,13 +34,14 @@ _MODULES = {
     "PickScore": "pickscore",
     "RemoteReward": "remote",
 }
-__all__ = list(_MODULES)
+"""Each public name and the module that defines it."""
+__all__ = list(MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock, Thread
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from gdmd.training.callbacks import TrainerState
+from gdmd.training.callbacks import TrainerCallback, TrainerState
 
 
-class HubCheckpoints:
+class HubCheckpoints(TrainerCallback):
     """A callback that gives each new checkpoint to ``push``, one at a time; while one is uploaded, the newest waits.
 
     Training never waits for an upload and never stops because of one: a failure is a note, and the next checkpoint is

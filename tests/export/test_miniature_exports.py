@@ -73,7 +73,7 @@ def gdmd(*words: str) -> None:
     assert not end.value.code
 
 
-@pytest.fixture(scope="module", params=["sdxl", "sd3"])
+@pytest.fixture(scope="module", params=["sdxl", "sd3", "flux2_klein"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     run = tmp_path_factory.mktemp(request.param) / "run"
     small = (f"{key}={value}" for key, value in SETTINGS.items())

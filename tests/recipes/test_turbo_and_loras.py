@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from stock_pipelines import UNIFORM, stock_images, trainers_images
 from torch import Tensor, nn
 
-from gdmd import DistillationTrainer, DMDConfig, TrainingConfig, load_student
+from gdmd import ConfigError, DistillationTrainer, DMDConfig, TrainingConfig, load_student
 from gdmd.cli.app import main
 from gdmd.config.image_source import SourceConfig
 from gdmd.config.model import DiffusersModel, LoraFile
@@ -400,10 +400,21 @@ def test_student_of_another_noise_schedule() -> None:
         check_alike(family, start)
 
 
-@pytest.mark.parametrize(("full", "networks"), [("none", 2), ("student", 1)])
-def test_plan_counts_the_second_frozen_network(full: str, networks: int) -> None:
+def test_loras_and_a_quantized_base(loras: Mapping[str, Path]) -> None:
+    with pytest.raises(
+        ConfigError, match="quantization = int8 cannot be used with student_lora, because a LoRA is fused"
+    ):
+        recipe("sdxl", "model.quantization=int8", f"model.student_lora={loras['style']}")
+
+
+@pytest.mark.parametrize(
+    ("full", "quantization", "networks"), [("none", "none", 2), ("none", "int8", 2), ("student", "none", 1)]
+)
+def test_plan_counts_the_second_frozen_network(full: str, quantization: str, networks: int) -> None:
     plain, started = (
-        plan(recipe("sdxl", f"model.full={full}", *more), GPUS["rtx4090"], 0.4).cost.static["base model"]
+        plan(
+            recipe("sdxl", f"model.full={full}", f"model.quantization={quantization}", *more), GPUS["rtx4090"], 0.4
+        ).cost.static["base model"]
         for more in ((), ("model.student=shapes:sdxl",))
     )
     assert started == networks * plain

@@ -40,7 +40,7 @@ API = {
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fill the empty navigation entry "API" with the pages of the packages that exist."""
-    pages: list[Any] = [{"types": "reference/api/types.md"}]
+    pages: list[Any] = [{"gdmd": "reference/api/gdmd.md"}, {"types": "reference/api/types.md"}]
     pages += [{name.replace("/", "."): f"reference/api/{_page(name)}.md"} for name in _packages()]
     for section in config.nav or []:
         for entry in section.get("Reference", []) if isinstance(section, dict) else []:
@@ -58,6 +58,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/configuration.md": configuration(),
         "reference/cli.md": cli(),
         "reference/option-names.md": option_table(),
+        "reference/api/gdmd.md": public_api(),
         "reference/api/types.md": "# Types\n\n::: gdmd.types\n",
     }
     for name in _packages():
@@ -77,6 +78,25 @@ def _page(name: str) -> str:
     return name.replace("/", "-")
 
 
+def public_api() -> str:
+    """The names that `import gdmd` and `gdmd.rewards` offer, each with its docstring."""
+    import gdmd
+    from gdmd import rewards
+
+    names = [f"gdmd.{module}.{name}" for name, module in gdmd.MODULES.items()]
+    scorers = [f"gdmd.rewards.{module}.{name}" for name, module in rewards.MODULES.items()]
+    parts = [
+        "# Public API",
+        "Everything here is imported from `gdmd` or `gdmd.rewards`, for example `from gdmd import DistillationTrainer`. "
+        "These names change only with an entry in the release notes. The pure functions of the [losses](losses.md) and "
+        "of [diffusion](diffusion.md) (schedules, samplers, guidance) are public under their modules. See also "
+        "[Train from Python](../../guides/python.md) and the fields of "
+        "[TrainingConfig](../configuration.md#trainingconfig).",
+        *(f"::: {name}" for name in [*names, *scorers]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def contributing() -> str:
     """CONTRIBUTING.md with its links relative to docs/."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -90,6 +110,7 @@ def configuration() -> str:
     """Every field of a recipe, a sweep config and a source, with types, defaults and descriptions."""
     from gdmd.config import image_source, sweep
     from gdmd.config.run import RunConfig
+    from gdmd.config.training_config import TrainingConfig
 
     parts = [
         "# Configuration",
@@ -103,6 +124,12 @@ def configuration() -> str:
         "## Top level",
         "",
         *_described(RunConfig),
+        "",
+        "## TrainingConfig",
+        "",
+        "The arguments of [`gdmd.TrainingConfig`](../guides/python.md), for Python.",
+        "",
+        *_described(TrainingConfig),
         "",
         "## Sweep configs",
         "",

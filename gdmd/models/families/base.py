@@ -202,5 +202,6 @@ class PipelineText(ABC):
 
 
 def network_dtype(net: nn.Module) -> torch.dtype:
-    """The dtype of a network's weights (of its first parameter)."""
-    return next(net.parameters()).dtype
+    """The dtype of a network's weights: of the first that is not a packed 4-bit one or an adapter's, which is fp32."""
+    named = net.named_parameters()
+    return next(p.dtype for name, p in named if p.is_floating_point() and ".lora_" not in name)

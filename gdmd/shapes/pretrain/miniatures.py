@@ -266,7 +266,7 @@ MINIATURES: Mapping[str, Miniature] = {
     for one in (
         Miniature("sd3", sd3, 1, 14000, 3, restart=8000),
         Miniature("sdxl", sdxl, 0, 8000, 4),
-        Miniature("flux2_klein", flux2_klein, QWEN_TOKENS, 8000, 5),
+        Miniature("flux2_klein", flux2_klein, QWEN_TOKENS, 14000, 5, restart=8000),
     )
 }
 
