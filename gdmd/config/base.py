@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gdmd.config.explain import explain
 from gdmd.config.load import ConfigError
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # pydantic has no public name for it
+
 LARGEST_COUNT = 2**63 - 1
 """A count must fit the int64 of a tensor."""
 
 
-class _ExplainedErrors(type(BaseModel)):  # type: ignore[misc]
+class _ExplainedErrors(ModelMetaclass):
     """Mistakes in ``SomeConfig(...)`` are the same ConfigError as those in a file."""
 
     def __call__(cls, *args: Any, **fields: Any) -> Any:
