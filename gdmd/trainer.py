@@ -122,7 +122,9 @@ class DistillationTrainer:
         from gdmd.export.student import student_pipeline
 
         family = self._family()
-        return student_pipeline(family, student_weights(self.output_dir, "last")[1], self.config.method.student_steps)
+        _, weights = student_weights(self.output_dir, "last")
+        pipe: DiffusionPipeline = student_pipeline(family, weights, self.config.method.student_steps)
+        return pipe
 
     def save_lora(self, folder: str | Path) -> list[Path]:
         """Write the student as a LoRA for diffusers and ComfyUI, with its scheduler and model card; returns the files.
