@@ -57,9 +57,9 @@ def _of_run(run: Path, base: str | None, dtype: str | None, device: str | None) 
     from gdmd.programs.export import read_student, real_model
 
     cfg, _, weights = read_student(run, "last", base, "base=FOLDER")
-    model: DiffusersModel = real_model(cfg, run)
+    model: DiffusersModel = real_model(cfg, run).start
     family = open_family(
-        model.model_copy(update={"dtype": dtype or model.dtype}),
+        model.model_copy(update={"dtype": dtype or model.dtype, "quantization": "none"}),
         device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     check_fits(family, weights)

@@ -15,7 +15,7 @@ from gdmd.config.methods.all import MethodConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.training_config import TrainingConfig
 from gdmd.io import RunError
-from gdmd.programs.export import export_run, read_student, real_model
+from gdmd.programs.export import export_run, real_model, student_weights
 from gdmd.programs.train import Trained, TrainSettings, create_run, prepare, resume_run, run_training
 from gdmd.recipes.from_objects import recipe_from
 from gdmd.recipes.objects import PYTHON
@@ -121,8 +121,10 @@ class DistillationTrainer:
         """
         from gdmd.export.student import student_pipeline
 
-        cfg, _, weights = read_student(self.output_dir, "last", None, "model=")
-        return student_pipeline(self._family(), weights, cfg.method.student_steps)
+        family = self._family()
+        _, weights = student_weights(self.output_dir, "last")
+        pipe: DiffusionPipeline = student_pipeline(family, weights, self.config.method.student_steps)
+        return pipe
 
     def save_lora(self, folder: str | Path) -> list[Path]:
         """Write the student as a LoRA for diffusers and ComfyUI, with its scheduler and model card; returns the files.
@@ -157,9 +159,17 @@ class DistillationTrainer:
         return export_run(self.output_dir, folder, repo_id=repo_id)
 
     def _family(self) -> Family:
-        """The trained model, with its text encoders."""
-        real_model(self.config, self.output_dir)
+        """What the student started as, with the text encoders."""
+        from gdmd.models.loading import LazyTextEncoder
+        from gdmd.models.tokens import ENCODER
+
+        model = real_model(self.config, self.output_dir)
         if self._trained is None or self._trained.components is None:
             raise RunError(f"{self.output_dir} is not trained yet by this trainer; call train() first.")
-        family: Family = self._trained.components.roles.family
+        roles: Any = self._trained.components.roles
+        if model.embeddings is not None:  # the training used them instead of the text encoders
+            LazyTextEncoder(roles.family).load()
+            own = {name: part for name, part in roles.family.pipe.components.items() if name.startswith(ENCODER)}
+            roles.start.pipe.register_modules(**own)
+        family: Family = roles.start
         return family

@@ -77,6 +77,11 @@ def test_all_mistakes_are_listed_with_the_command_lines_words(tmp_path: Path) ->
         DistillationTrainer("shapes", reward_funcs=[red, red])
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline|open text-to-image pipeline"):
         DistillationTrainer(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    opened = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+    with pytest.raises(
+        ConfigError, match=r"model.student_lora: cannot be used with an open pipeline; give the teacher"
+    ):
+        DistillationTrainer(opened, args=Args(overrides={"model.student_lora": "org/lora"}))
 
 
 def test_batch_of_devices_and_accumulation() -> None:

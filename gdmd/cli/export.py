@@ -33,6 +33,14 @@ def export_command(
         Dtype | None,
         typer.Option("--dtype", help="Precision of a merged pipeline; bf16 may round away a short run's changes."),
     ] = None,
+    loras: Annotated[
+        bool,
+        typer.Option(
+            "--loras/--no-loras",
+            help="Include the run's own LoRAs (model.teacher_loras, model.student_lora) in the exported LoRA. Without "
+            "them, they must be loaded first.",
+        ),
+    ] = True,
     license: Annotated[
         str | None,
         typer.Option("--license", metavar="NAME", help="License in the model card; default: the base model's."),
@@ -75,6 +83,7 @@ def export_command(
         which=which,
         base=base,
         dtype=kind,
+        loras=loras,
         license=license,
         repo_id=push,
     )

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability
+from gdmd.config.base import Config, Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.shapes_pipeline import located, read_shapes_pipeline
 
 FamilyName = Literal["sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"]
 Quantization = Literal["none", "int8", "nf4", "fp8"]
 Pixels = Annotated[Count, Field(multiple_of=8)]
 """Side of an image; the families' latents are at least eight times smaller."""
+
+
+class LoraFile(Config):
+    """A LoRA of the denoiser, with the keys of diffusers, PEFT, kohya or ComfyUI."""
+
+    path: str = Field(
+        description="A .safetensors file, a folder with one, or a hub id: ORG/NAME or ORG/NAME/FILE.safetensors."
+    )
+    weight: Finite = Field(default=1.0, description="Factor of its change of the weights, besides alpha / rank.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the hub id.")
+
+
+def _by_path(given: Any) -> Any:
+    return {"path": given} if isinstance(given, str) else given
+
+
+Lora = Annotated[LoraFile, BeforeValidator(_by_path)]
+"""A LoRA, or only its path."""
 
 
 class DiffusersModel(Config):
@@ -31,6 +49,31 @@ class DiffusersModel(Config):
     )
     variant: str | None = Field(
         default=None, description='Variant of the weight files, for example "fp16"; default: none.'
+    )
+    teacher_loras: tuple[Lora, ...] = Field(
+        default=(),
+        description="Your LoRAs, fused into the frozen base model: the teacher of the distillation is base model + LoRAs. "
+        "A list of paths or of {path, weight, revision}.",
+    )
+    student: str | None = Field(
+        default=None,
+        description="Folder or hub id of a pipeline of the same family, such as a turbo model, whose denoiser and scheduler "
+        "the student starts from; default: it starts as the teacher.",
+    )
+    student_revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the hub id in student; a commit makes the run repeatable."
+    )
+    student_variant: str | None = Field(
+        default=None, description="Variant of the weight files of student; default: none."
+    )
+    student_lora: Lora | None = Field(
+        default=None,
+        description="A few-step LoRA (DMD2, Lightning, Hyper, LCM) that the student starts with, on top of the teacher or "
+        "of student: a path or {path, weight, revision}.",
+    )
+    fake_from: Literal["teacher", "student"] = Field(
+        default="teacher",
+        description="What the fake score starts as (RTDMD, arXiv 2605.26108: the teacher).",
     )
     dtype: Literal["fp32", "bf16"] = Field(
         default="bf16",
@@ -121,6 +164,36 @@ class DiffusersModel(Config):
         default=False, description="Decode in overlapping tiles of 512 pixels: less memory, but faint seams."
     )
 
+    _field: str = PrivateAttr(default="model.path")
+
+    @property
+    def field(self) -> str:
+        """The field that gave ``path``."""
+        return self._field
+
+    @property
+    def what(self) -> str:
+        """That field and its value, for messages."""
+        return f"{self._field} {self.path!r}"
+
+    @property
+    def start(self) -> DiffusersModel:
+        """The model that the student starts as, which its adapters modify; ``self`` if that is the teacher.
+
+        Its teacher_loras are all LoRAs fused into it: those of the teacher, unless ``student`` is given, and student_lora.
+        """
+        if self.student is None and self.student_lora is None:
+            return self
+        loras = self.teacher_loras if self.student is None else ()
+        changes: dict[str, Any] = {"student": None, "student_lora": None, "distilled": None}
+        changes["teacher_loras"] = loras if self.student_lora is None else (*loras, self.student_lora)
+        if self.student is None:
+            return self.model_copy(update=changes)
+        changes |= {"path": self.student, "revision": self.student_revision, "variant": self.student_variant}
+        own = self.model_copy(update=changes)
+        own._field = "model.student"
+        return own
+
     @property
     def location(self) -> str:
         """Where the files are: ``path``, but the folder of a shipped pipeline for shapes:NAME."""
@@ -133,6 +206,13 @@ class DiffusersModel(Config):
             raise ValueError(
                 f"quantization = {self.quantization} needs full = none, got full = {self.full}: a role that trains all "
                 "weights is a copy of the original ones; set model.full=none or model.quantization=none"
+            )
+        loras = "teacher_loras" if self.teacher_loras else "student_lora" if self.student_lora else ""
+        if self.quantization != "none" and loras:
+            raise ValueError(
+                f"quantization = {self.quantization} cannot be used with {loras}, because a LoRA is fused into the original "
+                "weights; fuse it in diffusers, save the pipeline, and give its folder instead, or set "
+                "model.quantization=none"
             )
         return self
 

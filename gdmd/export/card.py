@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from gdmd.config.describe import METHODS, student_updates, trained_rewards
-from gdmd.config.model import DiffusersModel
+from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import PREFIX, is_shapes_pipeline
 from gdmd.export.front_matter import base_id, front_matter
-from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.export.pipeline import left_out
 from gdmd.models.families.base import Family
 from gdmd.models.loading import has_safety_checker, local_or_hub_index
+from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.runs.inputs import INPUTS, change_lines
 
 
@@ -31,11 +31,13 @@ def model_card(
     license: Mapping[str, str] | None = None,
     samples: str | None = None,
     where: str = "THIS_FOLDER",
+    separate: Sequence[LoraFile] = (),
 ) -> str:
     """README.md: the Hub's metadata, example code, training, metrics, licenses, configuration.
 
     measured: the results of ``gdmd eval preference`` for this checkpoint; None = not evaluated. license: the license
     fields, if known. samples: an image file of the folder. where: the folder or hub id from which the code loads.
+    separate: LoRAs that the exported one needs and does not contain.
     """
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     rewards = [reward.label for reward in cfg.rewards] if cfg.method.rewarded else []
@@ -50,8 +52,15 @@ def model_card(
     )
     sections: tuple[Sequence[str], ...] = (
         head,
-        ("## Use", "```python", *_use(family, given, merged, where), "```", *_advice(where), *_safety(family, merged)),
-        ("## Training", *_table(cfg, facts, rewards)),
+        (
+            "## Use",
+            "```python",
+            *_use(family, given, merged, where, separate),
+            "```",
+            *_advice(where),
+            *_safety(family, merged),
+        ),
+        ("## Training", *_table(cfg, facts, rewards, _start(cfg, family, separate))),
         ("## Metrics", *_metrics(measured), *_validation(facts.get("validation") or {}, cfg)),
         ("## Licenses", *_licenses(cfg, rewards, license or {})),
         ("## Configuration", "```json", config, "```"),
@@ -63,8 +72,9 @@ def model_card(
 def _incomplete(cfg: RunConfig, license: Mapping[str, str]) -> Sequence[str]:
     """What the Hub needs to know and the card does not say."""
     assert isinstance(cfg.model, DiffusersModel)
-    name, shipped = Path(cfg.model.path).name, cfg.model.path.startswith(PREFIX)
-    lacks = [] if base_id(cfg.model) or shipped else [f"`base_model`: the hub id of {name}"]
+    base = cfg.model.start
+    name, shipped = Path(base.path).name, base.path.startswith(PREFIX)
+    lacks = [] if base_id(base) or shipped else [f"`base_model`: the hub id of {name}"]
     lacks += [] if license else [f"`license`: that of {name}, by `gdmd export --license NAME`"]
     return ("", f"> **Complete before publishing** (metadata of this file): {'; '.join(lacks)}.") if lacks else ()
 
@@ -93,7 +103,19 @@ def _example(family: Family) -> str:
     return "a red circle and a blue ring" if is_shapes_pipeline(family.cfg.path) else "a red cube on a blue sphere"
 
 
-def _use(family: Family, given: str, merged: bool, folder: str) -> Sequence[str]:
+def _start(cfg: RunConfig, family: Family, separate: Sequence[LoraFile]) -> Mapping[str, str]:
+    """Rows: the teacher, if the student started as another model, and the run's LoRAs."""
+    model, loras = cfg.model, [f"{Path(one.path).name} ({one.weight:g})" for one in family.cfg.teacher_loras]
+    rows = {}
+    if isinstance(model, DiffusersModel) and model.start is not model:
+        more = ", ".join(f"{Path(one.path).name} ({one.weight:g})" for one in model.teacher_loras)
+        rows = {"teacher": model.path + (f" with {more}" if more else ""), "student starts as": family.cfg.path}
+        rows["student starts as"] += f" with {', '.join(loras)}" if loras else ""
+    how = "not contained: load them first, as above" if separate else "contained in these weights"
+    return rows | ({"LoRAs": f"{', '.join(loras)}: {how}"} if loras else {})
+
+
+def _use(family: Family, given: str, merged: bool, folder: str, separate: Sequence[LoraFile]) -> Sequence[str]:
     """Code that runs as it is printed: on a GPU in bf16, for a small Shapes pipeline on the CPU in fp32."""
     path = family.cfg.path
     small, shipped = is_shapes_pipeline(path), path.startswith(PREFIX)
@@ -105,7 +127,17 @@ def _use(family: Family, given: str, merged: bool, folder: str) -> Sequence[str]
     base = f'files("gdmd") / "assets/pipelines/{path.removeprefix(PREFIX)}"' if shipped else f'"{path}"'
     where = f'"{folder}"' if merged else base
     net = "unet" if "unet" in family.needs else "transformer"
+    fused = [
+        line
+        for one in separate
+        for line in (
+            f"pipe.load_lora_weights({_named(one)})",
+            f"pipe.fuse_lora(lora_scale={one.weight:g})",
+            "pipe.unload_lora_weights()",
+        )
+    ]
     lora = (
+        *fused,
         f'pipe.scheduler = diffusers.{family.student_scheduler}.from_pretrained("{folder}", subfolder="scheduler")',
         # load_lora_weights would warn that the file has no weights for the text encoders
         f'pipe.{net}.load_lora_adapter("{folder}", weight_name="{DIFFUSERS_FILE}", prefix="{net}")',
@@ -119,10 +151,23 @@ def _use(family: Family, given: str, merged: bool, folder: str) -> Sequence[str]
     )
 
 
-def _table(cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str]) -> Sequence[str]:
+def _named(lora: LoraFile) -> str:
+    """Arguments of ``load_lora_weights``, which wants the file of a hub id apart."""
+    repository, file = lora.path, ""
+    if not Path(lora.path).exists() and lora.path.count("/") > 1:
+        org, name, file = lora.path.split("/", 2)
+        repository = f"{org}/{name}"
+    given = {"weight_name": file, "revision": lora.revision}
+    return ", ".join([repr(repository), *(f"{key}={value!r}" for key, value in given.items() if value)])
+
+
+def _table(
+    cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str], start: Mapping[str, str] | None = None
+) -> Sequence[str]:
     steps = facts.get("step", cfg.loop.steps)
     rows = {
         "method": METHODS[cfg.method.kind],
+        **(start or {}),
         "teacher guidance": cfg.method.guidance,
         "iterations": steps,
         "student updates": steps * student_updates(cfg.method),
@@ -211,14 +256,23 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def _more_weights(cfg: RunConfig) -> Sequence[tuple[str, str]]:
+    """What the student was made with besides its base model."""
+    assert isinstance(cfg.model, DiffusersModel)
+    loras = dict.fromkeys(one.path for one in (*cfg.model.teacher_loras, *cfg.model.start.teacher_loras))
+    teacher = [("teacher", cfg.model.path)] if cfg.model.student else []
+    return *teacher, *(("LoRA", Path(path).name) for path in loras)
+
+
 def _licenses(cfg: RunConfig, rewards: Sequence[str], license: Mapping[str, str]) -> Sequence[str]:
     """A table for the owner to complete."""
-    base = cfg.model.path if cfg.model.kind == "diffusers" else "-"
+    base = cfg.model.start.path if isinstance(cfg.model, DiffusersModel) else "-"
     named = license.get("license_name") or license.get("license") or "fill in"
     return (
         "| what | | license |",
         "|---|---|---|",
         f"| base model | {base} | {named}; its terms bind this student |",
+        *(f"| {what} | {name} | fill in; its terms bind this student |" for what, name in _more_weights(cfg)),
         *(f"| reward model | {reward} | fill in |" for reward in rewards),
         f"| prompts | {Path(cfg.prompts.file).name if cfg.prompts.file else '-'} | fill in source and license |",
         *(f"| real images | {name} | fill in source and license |" for name in _names(cfg)),

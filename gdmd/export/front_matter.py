@@ -23,7 +23,7 @@ def front_matter(cfg: RunConfig, license: Mapping[str, str], samples: str | None
     model = cfg.model
     assert isinstance(model, DiffusersModel)
     lora = model.full not in ("student", "both")
-    base = base_id(model)
+    base = base_id(model.start)
     tags = ["text-to-image", "diffusers", *(["lora", "template:sd-lora"] if lora else [])]
     tags += ["few-step", "distillation", "gdmd", *([cfg.method.kind] if cfg.method.kind != "gdmd" else [])]
     fields: dict[str, Any] = {

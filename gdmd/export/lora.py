@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from gdmd.config.model import LoraFile
 from gdmd.io import follow_umask
 from gdmd.models.families.base import Family
+from gdmd.models.lora_files import lora_factors
+from gdmd.models.lora_location import DIFFUSERS_FILE
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "comfyui_lora.safetensors"
 
 
-def save_lora(family: Family, weights: Mapping[str, Tensor], folder: Path) -> list[Path]:
+def save_lora(
+    family: Family, weights: Mapping[str, Tensor], folder: Path, loras: Sequence[LoraFile] = ()
+) -> list[Path]:
     """Write the adapter ``weights`` (BLOCK.lora_A.weight, ...) in the formats of the family; returns the files.
 
+    loras: LoRAs that become part of it: B A + B' A' = [B B'] [A; A'], of the sum of the ranks.
     The scale alpha / rank is multiplied into B, so that no reader can miss it. UNets also get a file with kohya's keys
     for ComfyUI; for transformers it reads diffusers' keys.
     """
     plain = {name: value.cpu().contiguous() for name, value in folded(family, weights).items()}
+    for lora in loras:
+        for layer, pair in lora_factors(family.pipe, lora).items():
+            for part, value, dim in zip("AB", pair, (0, 1), strict=True):
+                name = f"{layer}.lora_{part}.weight"
+                both = [plain[name], value.cpu()] if name in plain else [value.cpu()]
+                plain[name] = torch.cat(both, dim).contiguous()
     unet = "unet" in family.needs
     folder.mkdir(parents=True, exist_ok=True)
     layers = {"unet_lora_layers" if unet else "transformer_lora_layers": plain}

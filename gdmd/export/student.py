@@ -22,8 +22,8 @@ STEPS = ("num_inference_steps", "timesteps", "sigmas")
 def student_pipeline(family: Family, weights: Mapping[str, Tensor], uniform: Sequence[float]) -> Any:
     """The family's pipeline with the student ``weights`` (adapters, or all weights), its scheduler and its call.
 
-    ``family`` may be in training: its frozen weights are shared, everything else is copied, so that neither disturbs the
-    other. Its text encoders must be loaded.
+    ``family``: what the student starts as, with its text encoders. It may be in training: its frozen weights are shared,
+    everything else is copied, so that neither disturbs the other.
     """
     component = denoiser_of(family.pipe)
     net = without_adapters(family.net)
@@ -31,8 +31,10 @@ def student_pipeline(family: Family, weights: Mapping[str, Tensor], uniform: Seq
         layers = {f"{component}.{name}": value for name, value in folded(family, weights).items()}
         net.load_lora_adapter(layers, prefix=component)
     else:
-        dtype = network_dtype(net)
-        net.load_state_dict({k: v.detach().to(dtype, copy=True) for k, v in weights.items()}, strict=False, assign=True)
+        place, dtype = family.encoder.device, network_dtype(net)
+        own = {name: value.detach().to(place, dtype, copy=True) for name, value in weights.items()}
+        net.load_state_dict(own, strict=False, assign=True)
+        net.to(place)
     pipe = copy.copy(family.pipe)
     pipe.register_modules(**{component: net.requires_grad_(False).eval()}, scheduler=student_scheduler(family, uniform))
     return with_call(pipe, call_arguments(family, uniform))

@@ -28,6 +28,7 @@ from gdmd.models.families.sd3 import Sd3
 from gdmd.models.families.sd15 import Sd15
 from gdmd.models.families.sdxl import Sdxl
 from gdmd.models.families.z_image import ZImage
+from gdmd.models.lora_files import fuse_loras
 from gdmd.models.pipeline_files import (
     EXTRAS,
     INDEX,
@@ -37,6 +38,7 @@ from gdmd.models.pipeline_files import (
     check_needed,
     components,
     instead_of_pipeline,
+    load_errors,
     local_index,
     refuse_quantized,
 )
@@ -53,27 +55,40 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtypes of configs."""
 
 
-def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = True, extras: bool = False) -> Family:
+def open_family(
+    cfg: DiffusersModel,
+    device: str = "cpu",
+    *,
+    encoders: bool = True,
+    extras: bool = False,
+    shared: Family | None = None,
+) -> Family:
     """Open the pipeline at cfg.path as a Family, its weights frozen, in cfg.dtype, on ``device``.
 
+    cfg.teacher_loras are fused into its denoiser; cfg.student and cfg.student_lora are opened by ``open_start``.
     Without ``encoders`` the text encoders are not loaded; ``LazyTextEncoder`` loads them on first use. ``extras``: also
-    load its safety checker and the like, for an export of the whole pipeline.
+    load its safety checker and the like, for an export of the whole pipeline. ``shared``: a family whose VAE, text
+    encoders and tokenizers are used instead of loading them again.
     ValueError for a path or id that does not exist or is gated, an unknown or different family, or a missing component.
     """
     require_diffusers()
     require_quantizer(cfg, device)
-    local, index = is_local(cfg.location), local_or_hub_index(cfg)
+    local, index = is_local(cfg.location, cfg.field), local_or_hub_index(cfg)
     family = family_of(index, cfg)
-    what = f"model.path {cfg.path!r}"
+    what = cfg.what
     if local:
         check_pipeline(Path(cfg.location), index, family, cfg)
     else:
         check_needed(index, family.needs, family.pipeline, what)
     _check_tokens(family, cfg)
     check_libraries(index, what)
-    left_out = _left_out(index, family, cfg, extras=extras)
+    left_out: dict[str, Any] = {**_left_out(index, family, cfg, extras=extras)}
+    if shared is not None:
+        own = ("unet", "transformer", "scheduler")
+        left_out |= {k: part for k, part in shared.pipe.components.items() if k in index and k not in own}
     left_out |= {} if encoders else dict.fromkeys(name for name in index if name.startswith(ENCODER))
     pipe = _load(family, cfg, local, left_out)
+    fuse_loras(pipe, cfg.teacher_loras)
     fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
     _freeze(pipe, device)
     opened = family(pipe, cfg)
@@ -116,18 +131,19 @@ class LazyTextEncoder:
 
     def encode(self, texts: Sequence[str]) -> Cond:
         """See PipelineText."""
-        return self._load().encode(texts)
+        return self.load().encode(texts)
 
     def null(self, count: int) -> Cond:
         """See PipelineText."""
-        return self._load().null(count)
+        return self.load().null(count)
 
     def unload(self) -> None:
         """Free their memory; a no-op if they were never loaded."""
         if self._loaded:
             self.family.encoder.unload()
 
-    def _load(self) -> PipelineText:
+    def load(self) -> PipelineText:
+        """Put them into the family's pipeline, unless this has done so before."""
         encoder, pipe = self.family.encoder, self.family.pipe
         if not self._loaded:
             kept = (ENCODER, "tokenizer")
@@ -224,7 +240,7 @@ def content_of(cfg: DiffusersModel, names: Sequence[str]) -> list[object]:
 
 def snapshot_of(cfg: DiffusersModel) -> Path:
     """The pipeline's folder; for a hub id its folder in the cache, whose name is the commit."""
-    return snapshot(cfg.location, cfg.revision, f"model.path {cfg.path!r}")
+    return snapshot(cfg.location, cfg.revision, cfg.what)
 
 
 def snapshot(path: str, revision: str | None, what: str) -> Path:
@@ -304,12 +320,12 @@ def family_of(index: dict[str, Any], cfg: DiffusersModel) -> type[Family]:
             return family
         if named == family.pipeline:
             raise ValueError(
-                f"model.path {cfg.path!r} is a {named} (family {family.name}), but model.family = {cfg.family}; "
+                f"{cfg.what} is a {named} (family {family.name}), but model.family = {cfg.family}; "
                 "give another path, or drop model.family"
             )
     known = ", ".join(f"{family.pipeline} ({family.name})" for family in FAMILIES)
     raise ValueError(
-        f"model.path {cfg.path!r}: {INDEX} names {named!r}, which has no adapter here; "
+        f"{cfg.what}: {INDEX} names {named!r}, which has no adapter here; "
         + (from_an_image(named) or f"supported: {known}")
     )
 
@@ -341,7 +357,7 @@ def check_pipeline(folder: Path, index: Mapping[str, Any], family: type[Family],
 
     Folders with configs but no weights, which can be planned, are only checked for their components.
     """
-    what = f"model.path {cfg.path!r}"
+    what = cfg.what
     left_out = _left_out(index, family, cfg)
     check_needed(index, family.needs, family.pipeline, what)
     check_folders(folder, index, left_out, what)
@@ -402,7 +418,7 @@ def checker_off(index: Mapping[str, Any], where: str) -> str | None:
 def local_or_hub_index(cfg: DiffusersModel) -> dict[str, Any]:
     """The model_index.json at cfg.path."""
     where = cfg.location
-    return read_index(where, cfg.revision, f"model.path {cfg.path!r}", local=is_local(where))
+    return read_index(where, cfg.revision, cfg.what, local=is_local(where, cfg.field))
 
 
 def read_index(path: str, revision: str | None, what: str, *, local: bool) -> dict[str, Any]:
@@ -432,16 +448,6 @@ def _freeze(pipe: Any, device: str) -> None:
             part.requires_grad_(False).eval().to(device)
 
 
-def load_errors() -> tuple[type[Exception], ...]:
-    """What ``from_pretrained`` raises for files that are missing, damaged, of another shape or of an unknown class.
-
-    diffusers turns a truncated weight file into an OSError; transformers, which loads the text encoders, does not.
-    """
-    from safetensors import SafetensorError
-
-    return OSError, ValueError, ImportError, AttributeError, TypeError, LookupError, RuntimeError, SafetensorError
-
-
 def explain(error: Exception, path: str, revision: str | None, what: str, *, local: bool) -> None:
     """Raise a clearer ValueError for what is known only after the download of a hub id: quantized, or another variant."""
     if local:
@@ -453,7 +459,7 @@ def explain(error: Exception, path: str, revision: str | None, what: str, *, loc
         raise ValueError(f"{what}: {error} If its files are named *.fp16.safetensors, set variant=fp16.") from error
 
 
-def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict[str, None]) -> Any:
+def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: Mapping[str, Any]) -> Any:
     import diffusers
     from transformers.utils import logging
 
@@ -469,7 +475,7 @@ def _load(family: type[Family], cfg: DiffusersModel, local: bool, left_out: dict
             cfg.location, **options, **left_out, **({} if local else {"revision": cfg.revision})
         )
     except load_errors() as error:
-        what = f"model.path {cfg.path!r}"
+        what = cfg.what
         explain(error, cfg.location, cfg.revision, what, local=local)
         raise ValueError(f"{what}: the {family.pipeline} cannot be loaded: {error}") from error
     pipe.set_progress_bar_config(disable=True)

@@ -184,3 +184,13 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     chosen = [file for file in files if weight_variant(file.name) == variant]
     return chosen or [file for file in files if weight_variant(file.name) is None]
+
+
+def load_errors() -> tuple[type[Exception], ...]:
+    """What ``from_pretrained`` raises for files that are missing, damaged, of another shape or of an unknown class.
+
+    diffusers turns a truncated weight file into an OSError; transformers, which loads the text encoders, does not.
+    """
+    from safetensors import SafetensorError
+
+    return OSError, ValueError, ImportError, AttributeError, TypeError, LookupError, RuntimeError, SafetensorError

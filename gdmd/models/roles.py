@@ -1,4 +1,4 @@
-"""The roles of one distillation of a real model: adapters on one shared backbone, full copies, or one of each."""
+"""The roles of one distillation of a real model: adapters on shared backbones, full copies, or one of each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RoleNetwork(Protocol):
 
 
 class AdapterView:
-    """The shared backbone in one role."""
+    """A shared backbone in one role."""
 
     def __init__(self, backbone: SharedBackbone, adapter: ActiveAdapter) -> None:
         self.backbone, self.adapter = backbone, adapter
@@ -77,16 +77,23 @@ class RoleDenoiser:
 
 
 class DiffusersRoles:
-    """Teacher, student, fake score and old policy of a family; before the first step all of them equal the teacher.
+    """Teacher, student, fake score and old policy of a family.
 
-    cfg.full says which trained roles are full fp32 copies; the others are fp32 adapters on the frozen backbone.
+    ``start``: what the student starts as (``student_start``); by default all roles equal the teacher before the first
+    step. cfg.full says which trained roles are full fp32 copies; the others are fp32 adapters on the frozen backbone of
+    the teacher, or on that of the start.
     ``head_seed`` adds a GAN head on the fake score's features (``critic``), initialized from that seed; it is trained
     with the fake score, as "gan_head.*" of its parameters. None = no head, neither in memory nor in checkpoints.
     """
 
-    def __init__(self, family: Family, *, half: bool = False, head_seed: int | None = None) -> None:
+    def __init__(
+        self, family: Family, *, start: Family | None = None, half: bool = False, head_seed: int | None = None
+    ) -> None:
         cfg = family.cfg
         self.family, self.schedule, self.guide = family, family.schedule, family.guide
+        self.start = start or family
+        fake = self.start if cfg.fake_from == "student" else family
+        self._origins: Mapping[Role, Family] = {"student": self.start, "fake": fake}
         check_targets(family.net, cfg.lora_targets)
         self._half = half or cfg.dtype == "bf16"
         self._copies: dict[Role, FullCopy] = {}
@@ -95,27 +102,30 @@ class DiffusersRoles:
         both: tuple[Role, Role] = ("student", "fake")
         for role in both:
             if cfg.full in (role, "both"):
-                self._copies[role] = FullCopy(family.net, checkpointing=cfg.checkpointing)
-        self.backbone = SharedBackbone(
-            family.net,
-            cfg.lora_rank,
-            cfg.lora_alpha,
-            cfg.lora_targets or family.targets,
-            checkpointing=cfg.checkpointing,
-        )
+                self._copies[role] = FullCopy(self._origins[role].net, checkpointing=cfg.checkpointing)
+        self.backbone = self._start_backbone = _backbone_of(family)
+        if self.start is not family:
+            self._start_backbone = _backbone_of(self.start)
         for role in both:
             if role not in self._copies:
-                self.backbone.add(role, SEEDS[role])
-        self.teacher = self._denoiser(AdapterView(self.backbone, NO_ADAPTER))
-        self.student, self.fake = (self._denoiser(self._net(role)) for role in both)
-        self.old = self._denoiser(AdapterView(self.backbone, NO_ADAPTER))
+                self._backbone(role).add(role, SEEDS[role])
+        self._backbones = tuple(
+            dict.fromkeys([self.backbone, *(self._backbone(r) for r in both if r not in self._copies)])
+        )
+        if self._start_backbone not in self._backbones:
+            self.start.net.to("cpu")  # only an old policy copies it
+        self.teacher = self._denoiser(family, AdapterView(self.backbone, NO_ADAPTER))
+        self.student, self.fake = (self._denoiser(self._origins[role], self._net(role)) for role in both)
+        self.old = self._denoiser(self.start, AdapterView(self._start_backbone, NO_ADAPTER))
         self.critic = None if head_seed is None else FeatureCritic(self.fake, _head_of(family, head_seed))
         self._old: Mapping[str, Tensor] = {}
 
     def compile(self, backend: str = "inductor") -> None:
         """torch.compile the repeated blocks of all networks, including those of a later old policy; before ``shard``."""
         assert self._shard is None, "compile before shard: FSDP's hooks belong outside of the graphs"
-        self._backend, self.backbone.compiled = backend, True
+        self._backend = backend
+        for backbone in self._backbones:
+            backbone.compiled = True
         for net in self.modules():
             compile_blocks(net, self.family.blocks, backend)
 
@@ -132,18 +142,27 @@ class DiffusersRoles:
 
     def parameters(self, role: Role) -> Mapping[str, Parameter]:
         copy = self._copies.get(role)
-        weights = copy.weights() if copy else self.backbone.weights(role)
+        weights = copy.weights() if copy else self._backbone(role).weights(role)
         if role == "fake" and self.critic is not None:
             weights |= {f"gan_head.{name}": value for name, value in self.critic.head.named_parameters()}
         return weights
 
     def modules(self) -> tuple[Any, ...]:
-        """Every network that holds weights of a role: the backbone, then the copies."""
-        return self.backbone.net, *(copy.net for copy in self._copies.values())
+        """Every network that holds weights of a role: the backbones, then the copies."""
+        return *self.backbone_nets(), *(copy.net for copy in self._copies.values())
+
+    def backbone_nets(self) -> tuple[Any, ...]:
+        """The networks whose own weights are frozen: the teacher's, and the start's if adapters are on it."""
+        return tuple(backbone.net for backbone in self._backbones)
+
+    def role_of_call(self, net: Any) -> str:
+        """The adapter that is active on a backbone, or "teacher"."""
+        (active,) = (backbone.active for backbone in self._backbones if backbone.net is net)
+        return active.name or "teacher"
 
     def set_checkpointing(self, *, on: bool) -> None:
         """Switch activation checkpointing of all networks."""
-        networks: list[SharedBackbone | FullCopy] = [self.backbone, *self._copies.values()]
+        networks: list[SharedBackbone | FullCopy] = [*self._backbones, *self._copies.values()]
         for net in networks:
             net.set_checkpointing(on=on)
 
@@ -153,14 +172,19 @@ class DiffusersRoles:
         An adapter is activated at this scale; a full copy is mixed: teacher + share (fake - teacher).
         """
         copy = self._copies.get("fake")
+        if copy is None and self._backbone("fake") is not self.backbone:
+            raise ValueError(
+                "model.fake_from = student, and a fake score on the student's model cannot be mixed with the teacher "
+                "(method dmdr, overlap > 0); set model.fake_from = teacher"
+            )
         if copy is None:
-            return self._denoiser(AdapterView(self.backbone, ActiveAdapter("fake", share)))
+            return self._denoiser(self.family, AdapterView(self.backbone, ActiveAdapter("fake", share)))
         if self._shard is not None:
             raise ValueError(
                 "loop.sharding is on, and a sharded fake score cannot be mixed with the teacher (method dmdr, overlap > 0); "
                 "set method.overlap = 0 or loop.sharding = none"
             )
-        return self._denoiser(copy.blended(self.backbone.set_adapter(NO_ADAPTER), share))
+        return self._denoiser(self.family, copy.blended(self.backbone.set_adapter(NO_ADAPTER), share))
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
@@ -191,23 +215,34 @@ class DiffusersRoles:
         if self._old:
             return
         if "student" in self._copies:
-            copy = FullCopy(self.backbone.set_adapter(NO_ADAPTER), checkpointing=False)
+            copy = FullCopy(self._start_backbone.set_adapter(NO_ADAPTER), checkpointing=False)
+            copy.net.to(next(iter(self.parameters("student").values())).device)
             if self._backend is not None:
                 compile_blocks(copy.net, self.family.blocks, self._backend)
             if self._shard is not None:
                 self._shard(copy.net)
             self.old.net, self._old = copy, copy.weights()
         else:
-            self.backbone.add("old", SEEDS["student"])
-            self.old.net, self._old = AdapterView(self.backbone, ActiveAdapter("old")), self.backbone.weights("old")
+            own = self._start_backbone
+            own.add("old", SEEDS["student"])
+            self.old.net, self._old = AdapterView(own, ActiveAdapter("old")), own.weights("old")
         for weights in self._old.values():
             weights.requires_grad_(False)
 
-    def _net(self, role: Role) -> RoleNetwork:
-        return self._copies.get(role) or AdapterView(self.backbone, ActiveAdapter(role))
+    def _backbone(self, role: Role) -> SharedBackbone:
+        return self.backbone if self._origins[role] is self.family else self._start_backbone
 
-    def _denoiser(self, net: RoleNetwork) -> RoleDenoiser:
-        return RoleDenoiser(self.family, net, half=self._half)
+    def _net(self, role: Role) -> RoleNetwork:
+        return self._copies.get(role) or AdapterView(self._backbone(role), ActiveAdapter(role))
+
+    def _denoiser(self, family: Family, net: RoleNetwork) -> RoleDenoiser:
+        return RoleDenoiser(family, net, half=self._half)
+
+
+def _backbone_of(family: Family) -> SharedBackbone:
+    cfg = family.cfg
+    targets = cfg.lora_targets or family.targets
+    return SharedBackbone(family.net, cfg.lora_rank, cfg.lora_alpha, targets, checkpointing=cfg.checkpointing)
 
 
 def _head_of(family: Family, seed: int) -> GanHead:

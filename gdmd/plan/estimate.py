@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
@@ -27,6 +27,7 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import CompositeConfig
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
 from gdmd.models.loading import DTYPES
+from gdmd.models.roles import DiffusersRoles
 from gdmd.plan.cost_model import (
     GIB,
     MAX_GPUS,
@@ -245,14 +246,15 @@ def _static(cfg: RunConfig, nets: Networks, counted: CallCounts) -> dict[str, in
 
 
 def _base(nets: Networks) -> list[Tensor]:
-    """The frozen network without adapters."""
-    named = [*nets.base.named_parameters(), *nets.base.named_buffers()]
+    """The frozen networks without adapters: the teacher, and what the student starts as."""
+    backbones = nets.roles.backbone_nets() if isinstance(nets.roles, DiffusersRoles) else (nets.base,)
+    named = [pair for net in backbones for pair in (*net.named_parameters(), *net.named_buffers())]
     return [weights for name, weights in named if ".lora_" not in name]
 
 
 def _weights(nets: Networks, rewards: list[_HeldReward]) -> dict[str, int]:
     """Numbers of weights."""
-    base = [p for name, p in nets.base.named_parameters() if ".lora_" not in name]
+    base = [weights for weights in _base(nets) if isinstance(weights, nn.Parameter)]
     trained = {role: sum(p.numel() for p in nets.roles.parameters(role).values()) for role in ("student", "fake")}
     head = sum(p.numel() for net in heads_of(nets.roles) for p in net.parameters())
     trained |= {"fake": trained["fake"] - head, "GAN head": head} if head else {}

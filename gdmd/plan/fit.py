@@ -97,7 +97,7 @@ def changes(estimate: TrainingPlan) -> Iterator[Change]:
         yield Change("loop.optimizer=adamw8bit", f"8-bit moments of the optimizer; {install('8bit')}")
     if real is not None and training:
         yield from _less_exact(estimate, real, worst)
-    if real is not None and real.full == "none":
+    if real is not None and real.full == "none" and not real.teacher_loras and not real.student_lora:
         if real.quantization == "none":
             yield Change("model.quantization=int8", "errors of about 1 % in x0 on the Shapes miniatures; needs torchao")
         if real.quantization != "nf4":

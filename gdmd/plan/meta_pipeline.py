@@ -23,10 +23,9 @@ from gdmd.models.loading import (
     check_pipeline,
     family_of,
     is_local,
-    load_errors,
     require_diffusers,
 )
-from gdmd.models.pipeline_files import absent, local_index, weight_files
+from gdmd.models.pipeline_files import absent, load_errors, local_index, weight_files
 from gdmd.plan.model_configs import MODELS, KnownModel, model_of
 
 
@@ -51,9 +50,7 @@ def meta_family(cfg: DiffusersModel) -> MetaPipeline:
     model = model_of(cfg.path, cfg.family)
     (family,) = [kind for kind in FAMILIES if kind.name == model.family]
     if cfg.family not in (None, model.family):
-        raise ValueError(
-            f"model.path {cfg.path!r} is of family {model.family}, but model.family = {cfg.family}; drop model.family"
-        )
+        raise ValueError(f"{cfg.what} is of family {model.family}, but model.family = {cfg.family}; drop model.family")
     net, vae = model.net, model.vae
     pipe = _pipe(cfg, family, _build(net.kind, net.options), _build(vae.kind, vae.options), model.scheduler)
     same = "" if cfg.path in MODELS else f", the standard model of family {model.family}"
@@ -98,7 +95,7 @@ def _pipe(
     try:
         built = getattr(diffusers, kind).from_config(dict(options))
     except load_errors() as error:  # an unknown class, a library that it needs, a setting that it refuses
-        raise ValueError(f"model.path {cfg.path!r}: its scheduler ({kind}) cannot be loaded: {error}") from error
+        raise ValueError(f"{cfg.what}: its scheduler ({kind}) cannot be loaded: {error}") from error
     parts = {
         "unet" if "unet" in family.needs else "transformer": _cast(net, cfg),
         "vae": _cast(own, cfg),

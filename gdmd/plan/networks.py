@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class Networks:
     """Roles and decoders that can be called inside ``fake_mode``."""
 
     roles: Any
-    base: nn.Module  # the frozen base model
+    base: nn.Module  # the teacher
     all: tuple[nn.Module, ...]  # every module that holds weights
     codec: Any
     scoring: Any  # the decoder for rewards
@@ -71,7 +72,11 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
     family = opened.family
     check_guidance(family, cfg.method.guidance)
     quantize_layers(family.net, model.quantization)
-    roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
+    start = None
+    if model.start is not model and (model.full in ("none", "fake") or model.fake_from == "student"):
+        start = copy.copy(family)
+        start.net = copy.deepcopy(family.net)  # a second backbone, of the teacher's size
+    roles = DiffusersRoles(family, start=start, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     vae: Any = family.pipe.vae
     nets = [*roles.modules(), *heads_of(roles), vae]
     scoring: Any = family.codec

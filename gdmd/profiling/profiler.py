@@ -228,20 +228,21 @@ def role_networks(roles: Any) -> list[tuple[nn.Module, Callable[[], str]]]:
     if not isinstance(roles, DiffusersRoles):
         return [(net, lambda name=name: name) for net, name in nets] + heads
     copies = [(net.net, lambda name=name: name) for net, name in nets if isinstance(net, FullCopy)]
-    return [(roles.backbone.net, lambda: roles.backbone.active.name or "teacher"), *copies, *heads]
+    backbones = [(net, lambda net=net: roles.role_of_call(net)) for net in roles.backbone_nets()]
+    return [*backbones, *copies, *heads]
 
 
 def _recording_hook(
     roles: Any, who: Callable[[], str], timer: SectionTimer, calls: list[NetworkCall]
 ) -> Callable[[nn.Module, Any, Any], None]:
-    frozen_base = roles.backbone.net if isinstance(roles, DiffusersRoles) else None
+    frozen = roles.backbone_nets() if isinstance(roles, DiffusersRoles) else ()
 
     def hook(net: nn.Module, inputs: Any, output: Any) -> None:
         timer.stop()
         tensors, samples = output_samples(output)
         with_grad, name = tensors[0].requires_grad, who()
         features = isinstance(roles, DiffusersRoles) and roles.fake.in_feature_mode and name != GAN_HEAD
-        cost = (1 + (FROZEN_BACKWARD if net is frozen_base else BACKWARD) * with_grad) * (name != GAN_HEAD)
+        cost = (1 + (FROZEN_BACKWARD if net in frozen else BACKWARD) * with_grad) * (name != GAN_HEAD)
         cost *= _feature_cost(roles) if features else 1.0
         calls.append(NetworkCall(f"{name}, features" if features else name, with_grad, samples, samples * cost))
 

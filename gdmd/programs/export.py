@@ -23,7 +23,7 @@ from gdmd.io import RunError, typed, write_atomic, writing
 from gdmd.models.families.base import Family
 from gdmd.models.loading import DTYPES, open_family
 from gdmd.programs.decoder_check import read_gaps
-from gdmd.recipes.contents import base_content, checkpoint_content
+from gdmd.recipes.contents import checkpoint_content, pipeline_content
 from gdmd.recipes.inputs import on_base
 from gdmd.recipes.run_folders import config_of
 from gdmd.runs import checkpoint
@@ -42,26 +42,32 @@ def export_run(
     which: str = "last",
     base: str | None = None,
     dtype: Literal["fp32", "bf16"] | None = None,
+    loras: bool = True,
     license: str | None = None,
     repo_id: str | None = None,
 ) -> list[Path]:
     """Write the student of ``run`` (its EMA, unless ``averaged`` is false) and return the written files.
 
     ``which``: the checkpoint: best, last or a step; a sharded one is joined. ``base``: the new location of the base
-    model. ``dtype``: of a merged pipeline; default: the run's. ``license``: default: that of the base model's card.
-    ``repo_id``: the hub id from which the card's code loads the student.
+    model, or with model.student of that. ``dtype``: of a merged pipeline; default: the run's. ``loras``: the exported
+    LoRA contains the run's own (model.teacher_loras, model.student_lora), so that it is for the published pipeline.
+    ``license``: default: that of the base model's card. ``repo_id``: the hub id from which the card's code loads the
+    student.
 
     Default folder: RUN/export or RUN/export-merged. ``merged`` writes the whole pipeline, which a full student always
     needs; else the LoRA and the scheduler are written. ValueError for a run of the Shapes world and for a base of
     another model, RunError for a run without a checkpoint.
     """
     cfg, step, weights = read_student(run, which, base, "--base", averaged=averaged)
-    model = real_model(cfg, run)
+    model = real_model(cfg, run).start  # all that the student needs
     whole = merged or model.full in ("student", "both")
     if dtype is not None and not whole:
         raise ValueError(
             "--dtype applies to a merged pipeline only, a LoRA is always fp32; add --merged or omit --dtype"
         )
+    if whole and not loras:
+        raise ValueError("--no-loras applies to a LoRA only: a merged pipeline contains the run's LoRAs; leave it out")
+    given, separate = (model.teacher_loras, ()) if loras else ((), model.teacher_loras)
     target = folder or run / ("export-merged" if whole else "export")
     original = model.model_copy(update={"quantization": "none"})  # the student is merged into the base's own weights
     family, uniform = open_family(original, extras=whole), cfg.method.student_steps
@@ -69,6 +75,7 @@ def export_run(
     arguments = call_arguments(family, uniform)
     facts = read_facts(run) | {"step": step, "scoring": read_gaps(run), "validation": validation_at(run, step)}
     content = describe(cfg, family, arguments, step, merged=whole)
+    content |= {"loras": [one.model_dump() | {"path": _absolute(one.path)} for one in separate]} if separate else {}
     with writing("the export", target, option="--out"):
         target.mkdir(parents=True, exist_ok=True)
         if whole:
@@ -77,7 +84,7 @@ def export_run(
             files = [target]
             _warn_of_rounding(undone, content["dtype"])
         else:
-            files = save_lora(family, weights, target)
+            files = save_lora(family, weights, target, given)
             student_scheduler(family, uniform).save_pretrained(target / "scheduler")
             files.append(target / "scheduler")
         card, samples = target / "README.md", _copy_samples(run, step, target)
@@ -92,6 +99,7 @@ def export_run(
             license=_license(model, license),
             samples=samples,
             where=repo_id or "THIS_FOLDER",
+            separate=separate,
         )
         card.write_text(text, encoding="utf-8")
     described = target / EXPORT_FILE
@@ -104,14 +112,19 @@ def read_student(
 ) -> tuple[RunConfig, int, Mapping[str, Tensor]]:
     """The configuration of a run of a real model with its base where it is now, and the step and weights of its student.
 
-    ``option``: how the caller names ``base``, for errors.
+    ``base``: the new location of the student's base: of model.student, if the run has one, else of model.path.
+    ``option``: how the caller names it, for errors.
     """
-    real_model(config_of(run), run)
-    cfg = on_base(config_of(run), run, base, option)
+    moved: Literal["path", "student"] = "path" if real_model(config_of(run), run).student is None else "student"
+    return on_base(config_of(run), run, base, option, moved), *student_weights(run, which, averaged=averaged)
+
+
+def student_weights(run: Path, which: str, *, averaged: bool = True) -> tuple[int, Mapping[str, Tensor]]:
+    """The step of a checkpoint and the weights of its student: their EMA, if ``averaged`` and there is one."""
     saved = checkpoint.load_chosen(run / "checkpoints", which)
     if saved is None:
         raise RunError(f"{run} has no checkpoint yet. Train it first: gdmd train --resume {typed(run)}.")
-    return cfg, saved.step, (saved.part("ema") if averaged else {}) or saved.part("student")
+    return saved.step, (saved.part("ema") if averaged else {}) or saved.part("student")
 
 
 def _license(model: DiffusersModel, given: str | None) -> dict[str, str]:
@@ -157,11 +170,10 @@ def describe(
 ) -> dict[str, Any]:
     """gdmd_export.json: what gdmd needs to sample from the export."""
     model = family.cfg
-    base = str(Path(model.path).resolve()) if Path(model.path).is_dir() else model.path
     return {
-        "base": base,
+        "base": _absolute(model.path),
         "shapes": cfg.shapes_world,
-        "base_content": base_content(model),
+        "base_content": pipeline_content(model),
         "revision": model.revision,
         "variant": model.variant,
         "without": left_out(family),
@@ -173,6 +185,10 @@ def describe(
         "rewards": list(trained_rewards(cfg)),
         "step": step,
     }
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def measured_at(run: Path, step: int) -> dict[str, Any] | None:

@@ -107,17 +107,19 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenO
     from gdmd.models.distilled import check_guidance
     from gdmd.models.loading import LazyTextEncoder, adopt, encoder_identity, open_family, scoring_codec
     from gdmd.models.roles import DiffusersRoles
+    from gdmd.models.student_start import open_start
 
     if given.pipeline is not None:
         family = adopt(given.pipeline, model, device)
     else:
         family = open_family(model, device, encoders=model.embeddings is None)
+    start = open_start(family, device)
     check_guidance(family, cfg.method.guidance)
     encoder: TextEncoder = family.encoder
     if model.embeddings is not None:
         encoder = CachedText(LazyTextEncoder(family), Path(model.embeddings), encoder_identity(family), device)
-    roles = DiffusersRoles(family, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
-    own = cfg.method.model_copy(update={"student_steps": family.student_times(cfg.method.student_steps)})
+    roles = DiffusersRoles(family, start=start, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
+    own = cfg.method.model_copy(update={"student_steps": start.student_times(cfg.method.student_steps)})
     rewards = build_rewards(cfg.rewards, device, given.functions) if cfg.method.rewarded else ()
     stream = PromptStream(
         groups, encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, [meta] if meta else None

@@ -62,6 +62,12 @@ def recipe_from(
     if reward_funcs is not None and specs and not cfg.method.rewarded:
         raise ConfigError([f"reward_funcs: method {cfg.method.kind} as set here reads no rewards; leave them out"])
     pipeline = None if isinstance(model, str | Path) else model
+    if pipeline is not None and isinstance(cfg.model, DiffusersModel):
+        set_ = [name for name in ("student", "student_lora", "teacher_loras") if getattr(cfg.model, name)]
+        if set_:
+            raise ConfigError(
+                [f"model.{set_[0]}: cannot be used with an open pipeline; give the teacher as a folder or hub id"]
+            )
     return cfg, GivenObjects(pipeline, functions, prompts)
 
 

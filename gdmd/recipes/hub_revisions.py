@@ -39,6 +39,7 @@ def hub_commits(model: DiffusersModel, cache: Path | None = None) -> dict[str, t
 
     asked = {
         "model.revision": (model.location, model.revision, "model_index.json"),
+        "model.student_revision": (model.student and model.start.location, model.student_revision, "model_index.json"),
         "model.scoring_decoder_revision": (model.scoring_decoder, model.scoring_decoder_revision, "config.json"),
     }
     found = {}

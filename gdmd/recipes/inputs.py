@@ -8,19 +8,20 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
-from gdmd.config.model import DiffusersModel
+from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import CompositeConfig, FunctionConfig
 from gdmd.config.run import RewardConfig, RunConfig, ShapesModel
 from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.io import RunError, typed, weights_fingerprint
 from gdmd.recipes.build_data import store_of
+from gdmd.recipes.contents import lora_content
 from gdmd.recipes.hub_revisions import KEY as COMMITS
-from gdmd.recipes.hub_revisions import hub_commits
+from gdmd.recipes.hub_revisions import PINNED, hub_commits
 from gdmd.recipes.objects import NOTHING_GIVEN, PYTHON, GivenObjects
 from gdmd.recipes.run_folders import TARGETS, WEIGHTS
 from gdmd.rewards.user_code import source_hash
@@ -30,8 +31,8 @@ from gdmd.runs.assets import asset_path
 from gdmd.runs.inputs import Change, Input, changes_of, record, recorded
 from gdmd.runs.run_folder import Run, read_facts
 
-BASE = ("model.path", "model.teacher")
-"""The frozen teacher, whose weights the student's adapters modify."""
+BASE = ("model.path", "model.teacher", "model.teacher_loras", "model.student", "model.student_lora")
+"""The frozen networks whose weights the adapters modify: these fields, and what is in them."""
 _log = logging.getLogger(__name__)
 
 
@@ -80,7 +81,7 @@ def check_start(cfg: RunConfig, *, accept: bool = False) -> None:
     theirs = recorded(run) if (run / "run.json").is_file() else None  # a copy may lack it
     if not theirs:
         return
-    own = {field: one for field, one in _base(cfg.model).items() if field in BASE and field in theirs}
+    own = {k: one for k, one in _base(cfg.model).items() if k in theirs and ".".join(k.split(".")[:2]) in BASE}
     for change in changes_of(theirs, own):
         if change.known:
             raise RunError(
@@ -89,28 +90,33 @@ def check_start(cfg: RunConfig, *, accept: bool = False) -> None:
             )
 
 
-def on_base(cfg: RunConfig, run: Path, base: str | None, option: str) -> RunConfig:
+def on_base(
+    cfg: RunConfig, run: Path, base: str | None, option: str, field: Literal["path", "student"] = "path"
+) -> RunConfig:
     """The configuration of a run with its base model at ``base``, if that has moved (None: where the run recorded it).
 
+    field: "student" for the model that the student starts as.
     ValueError that suggests ``option`` for a missing base model, and for a ``base`` whose content differs from what the
     run recorded. Warns if the recorded base model has changed since, and if the content cannot be compared.
     """
     from gdmd.models.loading import is_local
 
     assert isinstance(cfg.model, DiffusersModel)
-    model = cfg.model if base is None else cfg.model.model_copy(update={"path": base, "revision": None})
+    changes = {field: base, "revision" if field == "path" else "student_revision": None}
+    model = cfg.model if base is None else cfg.model.model_copy(update=changes)
     try:
-        is_local(model.location)
+        is_local((model if field == "path" else model.start).location, f"model.{field}")
     except ValueError as error:
         raise ValueError(
             f"{error} If the base model of {run} has moved, give its new location with {option}."
         ) from error
     known = recorded(run) if (run / "run.json").is_file() else None  # a copy may lack it
-    was = (known or {}).get("model.path")
+    key = f"model.{field}"
+    was = (known or {}).get(key)
     if was is None and base is not None:
         _log.warning("%s recorded no fingerprint of its base model, so it cannot be compared with %s", run, base)
-    own = {"model.path": _pipeline(model)["model.path"]} if was else {}
-    for change in changes_of({"model.path": was or {}}, own):
+    own = {key: _pipeline(model)[key]} if was else {}
+    for change in changes_of({key: was or {}}, own):
         if base is not None and change.known:
             raise ValueError(
                 f"{option}: the student of {run} was trained on another base model. {change}. Use a copy of that model"
@@ -173,9 +179,22 @@ def _base(model: DiffusersModel | ShapesModel) -> dict[str, Input]:
 def _pipeline(model: DiffusersModel) -> dict[str, Input]:
     commits = {name: commit for name, _, commit in hub_commits(model).values()}
     found = {"model.path": _weights(model.path, commits.get(model.path), model.variant, model.location)}
+    if student := model.student:
+        own = _weights(student, commits.get(student), model.student_variant, model.start.location)
+        found["model.student"] = own
+    loras = {f"model.teacher_loras.{number}.path": lora for number, lora in enumerate(model.teacher_loras)}
+    loras |= {"model.student_lora.path": model.student_lora} if model.student_lora else {}
+    found |= {field: _lora(lora) for field, lora in loras.items()}
     if decoder := model.scoring_decoder:
         found["model.scoring_decoder"] = _weights(decoder, commits.get(decoder))
     return found
+
+
+def _lora(lora: LoraFile) -> Input:
+    if Path(lora.path).exists():
+        return Input(lora.path, f"sha256:{lora_content(lora.path)}")
+    pinned = lora.revision and PINNED.fullmatch(lora.revision)
+    return Input(lora.path, f"commit:{lora.revision}" if pinned else None)
 
 
 def _prompts(given: str, column: str | None) -> Input:

@@ -31,6 +31,7 @@ that are not finite, which stopped it; never what it computes from finite ones. 
 refused when it is loaded, so lora_targets can only name the same layers: the defaults of the version that began the run."""
 MOVABLE = (
     *("model.path", "model.teacher", "model.vae", "model.scoring_decoder", "prompts.file"),
+    *("model.student", "model.student_lora.path"),
     *("real_data.latents", "real_data.source"),
 )
 """Places that may change where the content is the same: ``programs.inputs`` checks it (of real images by their latents)."""
@@ -86,8 +87,10 @@ def check_resumable(folder: Path, recipe: str | RunConfig | None, overrides: Seq
 
 
 def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as plain data whose rewards (also those of a composite) do not say where they are."""
-    return {**config, "rewards": [_without_place(one) for one in config["rewards"]]}
+    """A configuration as plain data whose rewards (also those of a composite) and LoRAs do not say where they are."""
+    model = {**config["model"]}
+    model |= {"teacher_loras": _without_place(model["teacher_loras"])} if "teacher_loras" in model else {}
+    return {**config, "model": model, "rewards": _without_place(config["rewards"])}
 
 
 def _without_place(part: Any) -> Any:

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gdmd.config.image_source import SourceConfig
+from gdmd.config.model import LoraFile
 from gdmd.config.shapes_pipeline import located, read_shapes_pipeline
 from gdmd.diffusion.device import pick_device
 from gdmd.diffusion.generate import BATCH
 from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.diffusion.rng import SampleRng
-from gdmd.export.lora import DIFFUSERS_FILE
 from gdmd.hub import unreachable
 from gdmd.io import RunError
 from gdmd.models.distilled import why_distilled
@@ -39,17 +39,18 @@ from gdmd.models.loading import (
     family_of_pipeline,
     from_an_image,
     is_local,
-    load_errors,
     read_index,
     require_diffusers,
 )
+from gdmd.models.lora_files import add_lora, fuse_loras
+from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.models.packing import in_patches, pack
-from gdmd.models.pipeline_files import EXTRAS, INDEX, absent, check_files, check_folders, check_needed
+from gdmd.models.pipeline_files import EXTRAS, INDEX, absent, check_files, check_folders, check_needed, load_errors
 from gdmd.models.tokens import fit_limits, readers_of
+from gdmd.recipes.contents import lora_content
 from gdmd.rewards.weights import weights_content
 from gdmd.shapes.grammar import tokenize
 from gdmd.sources.base import EXPORT_FILE, ImageSlot, SourceInfo, device_name, to_images
-from gdmd.sources.loras import add_lora, lora_content
 from gdmd.sources.schedulers import check_scheduler, set_scheduler, step_arguments
 
 if TYPE_CHECKING:
@@ -239,6 +240,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
     given = set(cfg.model_fields_set)
     own = cfg if "dtype" in given else cfg.model_copy(update={"dtype": info["dtype"]})
     base = None
+    loras = [LoraFile(**one) for one in info.get("loras", ())]
     if info["merged"]:
         pipe = _load(own, cfg.where, info["without"])
     else:
@@ -249,9 +251,11 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         trained_on = info.get("base_content", base)
         if base != trained_on and "@" not in base + trained_on:  # a hub id and a folder cannot be compared
             log.warning("the LoRA in %s was trained on another base model: %s has different content", folder, where)
+        fuse_loras(pipe, loras)
         add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0, quiet=True)
         pipe.scheduler = _from_folder(info["scheduler"], folder / "scheduler")
-    weights = {"weights": weights_content(cfg.where), "base": base, **_unprocessed(pipe)}
+    weights: dict[str, Any] = {"weights": weights_content(cfg.where), "base": base, **_unprocessed(pipe)}
+    weights |= {"loras": [lora_content(one.path, one.revision) for one in loras]} if loras else {}
     known = SourceInfo(
         name=cfg.name,
         kind="export",

@@ -152,9 +152,9 @@ def counted(components: Components) -> CountedMethod:
     roles = components.roles
     if isinstance(roles, ShapesRoles):
         return CountedMethod(components.method, [roles.student.net, roles.fake.net, roles.teacher.net, roles.old.net])
-    frozen = roles.backbone.net
+    frozen = roles.backbone_nets()
     return CountedMethod(
-        components.method, roles.modules(), backward=lambda net: FROZEN_BACKWARD if net is frozen else BACKWARD
+        components.method, roles.modules(), backward=lambda net: FROZEN_BACKWARD if net in frozen else BACKWARD
     )
 
 

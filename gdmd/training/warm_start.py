@@ -51,12 +51,24 @@ def check_model(run: str, config: Mapping[str, Any]) -> None:
     other = theirs.get("kind") != own["kind"]
     keys = ("kind",) if other else ("full",) if own.get("full") == "both" else ("full", "lora_rank")
     pairs = {key: (theirs.get(key, own.get(key)), own.get(key)) for key in keys}
+    pairs |= {key: (_start(theirs)[key], new) for key, new in _start(own).items() if own.get("full") != "both"}
     wrong = [f"model.{key} is {old!r} there and {new!r} here" for key, (old, new) in pairs.items() if old != new]
     if wrong:
         raise ValueError(
             f"loop.start_from: the networks of {run} do not fit this run: {', '.join(wrong)}. Use the values of that run, "
             "or start from another one"
         )
+
+
+def _start(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What adapters modify, without the places, which may differ."""
+    lora = model.get("student_lora")
+    return {
+        "student": "a pipeline" if model.get("student") else None,
+        "student_lora": lora and f"a LoRA of weight {lora['weight']}",
+        "teacher_loras": [f"a LoRA of weight {one['weight']}" for one in model.get("teacher_loras") or ()],
+        "fake_from": model.get("fake_from", "teacher"),
+    }
 
 
 def check_roles(run: str, roles: Roles) -> None:

@@ -24,9 +24,10 @@ from gdmd.config.image_source import read_source
 from gdmd.config.run import RunConfig
 from gdmd.export.card import model_card
 from gdmd.export.front_matter import base_id, base_license
-from gdmd.export.lora import DIFFUSERS_FILE, KOHYA_FILE, check_fits, merge, save_lora
+from gdmd.export.lora import KOHYA_FILE, check_fits, merge, save_lora
 from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
 from gdmd.models.loading import open_family
+from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.models.roles import DiffusersRoles
 from gdmd.sources.base import image_slots
 from gdmd.sources.open import open_source

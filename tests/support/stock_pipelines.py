@@ -38,7 +38,7 @@ def noises_of(roles: DiffusersRoles) -> list[Tensor]:
 
 
 def trainers_images(roles: DiffusersRoles, noises: list[Tensor], captions: Sequence[str] = CAPTIONS) -> Tensor:
-    family = roles.family
+    family = roles.start
     steps, cond = family.student_times(UNIFORM), family.encoder.encode(captions)
     x0 = few_step_sample(roles.student, noises[0], steps, cond, lambda i: noises[i], roles.schedule)
     return family.codec.decode(x0).clamp(0, 1)
@@ -61,7 +61,7 @@ def stock_images(
     for module in ("scheduling_lcm", "scheduling_flow_match_euler_discrete"):
         patch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: next(drawn))
     pipe.set_progress_bar_config(disable=True)
-    arguments = {} if bound else call_arguments(roles.family, UNIFORM)
+    arguments = {} if bound else call_arguments(roles.start, UNIFORM)
     if name in ("sd3", "flux", "z_image") and not bound:
         arguments.setdefault("max_sequence_length", 256)
     start = in_patches(noises[0]) if name.startswith("flux2") else shown[0]

@@ -49,7 +49,7 @@ class Family(ABC):
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         self.pipe, self.cfg = pipe, cfg
-        check_scaling(pipe.vae, self.scaling, f"model.path {cfg.path!r}", self.pipeline)
+        check_scaling(pipe.vae, self.scaling, cfg.what, self.pipeline)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

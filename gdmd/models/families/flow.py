@@ -32,7 +32,7 @@ class FlowFamily(Family):
                 "with a beta schedule do; leave it out"
             )
         self.schedule = FlowSchedule()
-        self.settings = read_flow(pipe.scheduler, f"model.path {cfg.path!r}", self.max_shift)
+        self.settings = read_flow(pipe.scheduler, cfg.what, self.max_shift)
 
     @property
     def student_scheduler(self) -> str:

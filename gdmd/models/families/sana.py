@@ -47,7 +47,7 @@ class Sana(FlowFamily):
         self.encoder = SanaText(pipe, cfg)
         if self.settings.dynamic:
             raise ValueError(
-                f"model.path {cfg.path!r}: its scheduler has use_dynamic_shifting, which SanaPipeline does not support; "
+                f"{cfg.what}: its scheduler has use_dynamic_shifting, which SanaPipeline does not support; "
                 "save it with a constant shift"
             )
         self.timesteps = self.settings.timesteps(self.tokens)

@@ -36,7 +36,7 @@ class UnetFamily(Family):
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
         self.net: nn.Module = pipe.unet
-        self.settings = read_vp(pipe.scheduler, f"model.path {cfg.path!r}")
+        self.settings = read_vp(pipe.scheduler, cfg.what)
         self.schedule, self.native, self.timesteps = (
             self.settings.schedule,
             self.settings.predicts,
@@ -48,7 +48,7 @@ class UnetFamily(Family):
         channels = (pipe.unet.config.in_channels, pipe.unet.config.out_channels)
         if channels != (self.latent_channels,) * 2:
             raise ValueError(
-                f"model.path {cfg.path!r}: its UNet has {channels[0]} input and {channels[1]} output channels, but latents "
+                f"{cfg.what}: its UNet has {channels[0]} input and {channels[1]} output channels, but latents "
                 f"have {self.latent_channels}; inpainting, editing and variance-predicting models are not supported"
             )
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gdmd.config.image_source import read_source
-from gdmd.sources.loras import ADAPTER, add_lora
+from gdmd.models.lora_files import ADAPTER, add_lora
 
 Deltas = dict[str, Tensor]
 Tensors = tuple[dict[str, Tensor], Deltas]

@@ -1,9 +1,10 @@
-"""Third-party LoRAs on a diffusers pipeline: located, checked layer by layer, then loaded by diffusers.
+"""Third-party LoRAs on a diffusers pipeline: located, checked layer by layer, then loaded by diffusers or fused.
 
 diffusers silently skips layers that do not fit. Here every layer of a file is first looked up in the pipeline.
 
-    add_lora = _locate (file, folder, hub) -> _read -> _check_kind (a plain LoRA?) -> _prepared (keys and alphas of many
-    programs -> diffusers' keys) -> _fit (which layers does the pipeline have?) -> diffusers -> _check_loaded
+    _open = locate (file, folder, hub) -> _read -> _check_kind (a plain LoRA?) -> _prepared (keys and alphas of many
+    programs -> diffusers' keys) -> _fit (which layers does the pipeline have?)
+    add_lora = _open -> diffusers -> _check_loaded;    fuse_loras = _open -> the factors B A of each layer -> W + B A
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdmd.export.lora import DIFFUSERS_FILE
-from gdmd.io import content_hash
-from gdmd.models.loading import load_errors
-from gdmd.rewards.weights import weights_content
+from gdmd.config.model import LoraFile
+from gdmd.models.lora_location import PEFT_CONFIG, locate
+from gdmd.models.pipeline_files import load_errors
 
 ADAPTER = "source"
 """The name of the loaded adapter."""
-PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+PEFT_PREFIX = "base_model.model."
 KINDS: Mapping[str, str] = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -81,12 +81,23 @@ class Fit:
         return ", ".join([*counts, *([f"{len(self.lost)} that diffusers does not convert"] if self.lost else [])])
 
 
-def lora_content(lora: str) -> str:
-    """A hash of what ``add_lora`` reads, or the hub's commit. Includes the PEFT config next to a file: it holds alpha."""
-    config = Path(lora).parent / PEFT_CONFIG
-    if Path(lora).is_file() and config.is_file():
-        return content_hash(weights_content(lora), weights_content(str(config)))
-    return weights_content(lora)
+@dataclass(frozen=True)
+class _Opened:
+    """A checked file. ``given``: its tensors with diffusers' keys; None if diffusers reads the file correctly itself."""
+
+    file: Path
+    weights: Mapping[str, Tensor]
+    given: Mapping[str, Tensor] | None
+    fit: Fit
+
+
+def _open(pipe: Any, lora: str, revision: str | None = None) -> _Opened:
+    file = locate(lora, revision)
+    weights = _read(file, lora)
+    _check_kind(weights, lora)
+    given = _prepared(weights, file, pipe, lora)
+    with _translated(pipe, lora):
+        return _Opened(file, weights, given, _fit(pipe, weights if given is None else given))
 
 
 def add_lora(pipe: Any, lora: str, scale: float, *, partial: bool = False, quiet: bool = False) -> None:
@@ -95,26 +106,78 @@ def add_lora(pipe: Any, lora: str, scale: float, *, partial: bool = False, quiet
     partial: accept a file of which the pipeline has only some layers; otherwise, and for another kind of adapter,
     ValueError. Logs how many layers were found unless ``quiet``.
     """
-    file = _locate(lora)
-    weights = _read(file, lora)
-    _check_kind(weights, lora)
-    given = _prepared(weights, file, pipe, lora)
+    opened = _open(pipe, lora)
     options: dict[str, Any] = {}
-    if given is None:  # diffusers reads the file itself, whose header may have alphas
-        options = {"weight_name": file.name, "local_files_only": True, "use_safetensors": True}
-    with _translated(pipe, lora):
-        fit = _fit(pipe, weights if given is None else given)
-    _check_fit(fit, pipe, lora, partial)
+    if opened.given is None:  # diffusers reads the file itself, whose header may have alphas
+        options = {"weight_name": opened.file.name, "local_files_only": True, "use_safetensors": True}
+    if not (partial and opened.fit.found):
+        _check_fit(opened.fit, pipe, lora, ", or set lora_partial=true to use the layers that fit")
     with _translated(pipe, lora), warnings.catch_warnings():
         # PEFT warns if another layer's name has the same ending; _check_loaded checks every layer
         warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")
-        ready = str(file.parent) if given is None else _loadable(pipe, given)
+        ready = str(opened.file.parent) if opened.given is None else _loadable(pipe, opened.given)
         pipe.load_lora_weights(ready, adapter_name=ADAPTER, **options)
-    _check_loaded(pipe, fit, lora)
+    _check_loaded(pipe, opened.fit, lora)
     if not quiet:
-        _log.warning("lora %s: layers found in the pipeline: %s", lora, fit)
+        _log.warning("lora %s: layers found in the pipeline: %s", lora, opened.fit)
     if scale != 1.0:
         pipe.set_adapters(ADAPTER, scale)
+
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""layer -> (A [r, in, ...], B [out, r, ...]) of the change B A of its weight; alpha / rank and the LoRA's weight are
+multiplied into B. fp32"""
+
+
+def lora_factors(pipe: Any, lora: LoraFile) -> Factors:
+    """What a LoRA adds to each layer of the pipeline's denoiser, which is not changed.
+
+    ValueError for layers that the denoiser does not have, and for a LoRA that also changes the text encoders.
+    """
+    opened, component = _open(pipe, lora.path, lora.revision), _denoiser(pipe)
+    texts = [name for name in (*opened.fit.found, *opened.fit.missing) if name.startswith("text_encoder")]
+    if texts:
+        raise ValueError(
+            f"lora {lora.path!r} also changes the text encoders ({len(texts)} layers, the first is {texts[0]}), but "
+            f"training can fuse only LoRAs of the {component}. Give one that was trained without the text encoders, or "
+            "remove these layers from the file"
+        )
+    _check_fit(opened.fit, pipe, lora.path)
+    net = getattr(pipe, component)
+    with _translated(pipe, lora.path):
+        state = _converted(pipe, opened.weights if opened.given is None else opened.given)
+        pairs = _pairs({key.removeprefix(f"{component}."): value for key, value in state.items()}, net)
+    header = _header(opened.file, component) if opened.given is None else {}
+    found = {}
+    for layer, pair in pairs.items():
+        down, up = pair["A"].float(), pair["B"].float()
+        if "B.bias" in pair or down.shape[2:] != net.get_submodule(layer).weight.shape[2:]:
+            raise ValueError(f"lora {lora.path!r}: its layer {layer} has a bias or another kernel; give a plain LoRA")
+        scale = _scale(header, layer, len(down)) if header else 1.0
+        found[layer] = (down, up * (scale * lora.weight))
+    return found
+
+
+@torch.no_grad()
+def fuse_loras(pipe: Any, loras: Sequence[LoraFile]) -> None:
+    """Add LoRAs to the weights of the pipeline's denoiser: W + sum of B A, computed in fp32 and rounded once."""
+    found = [lora_factors(pipe, lora) for lora in loras]
+    for layer in dict.fromkeys(name for factors in found for name in factors):
+        weight = getattr(pipe, _denoiser(pipe)).get_submodule(layer).weight
+        fused = weight.float()
+        for down, up in (factors[layer] for factors in found if layer in factors):
+            fused = fused + (up.flatten(1) @ down.flatten(1)).reshape(weight.shape).to(weight.device)
+        weight.data = fused.to(weight.dtype)
+
+
+def _header(file: Path, component: str) -> dict[str, Any]:
+    """The settings that diffusers writes into a file's header: rank, alpha and patterns; empty for most files."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        text = (opened.metadata() or {}).get("lora_adapter_metadata")
+    prefix, settings = f"{component}.", json.loads(text) if text else {}
+    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
 
 
 @contextmanager
@@ -128,7 +191,8 @@ def _translated(pipe: Any, lora: str) -> Iterator[None]:
         raise ValueError(f"lora {lora!r} cannot be loaded into a {type(pipe).__name__}: {what}") from error
 
 
-def _check_fit(fit: Fit, pipe: Any, lora: str, partial: bool) -> None:
+def _check_fit(fit: Fit, pipe: Any, lora: str, otherwise: str = "") -> None:
+    """ValueError unless all layers fit. ``otherwise``: what else to do about some that do not."""
     others, kind = (*fit.missing, *fit.lost), type(pipe).__name__
     total = len(fit.found) + len(others)
     if not fit.found:
@@ -137,11 +201,10 @@ def _check_fit(fit: Fit, pipe: Any, lora: str, partial: bool) -> None:
             + (f" (it has {others[0]})" if others else "")
             + ". Give a LoRA of this model"
         )
-    if others and not partial:
+    if others:
         raise ValueError(
             f"lora {lora!r}: only {len(fit.found)} of its {total} layers are in a {kind} ({fit}); missing or of another "
-            f"size: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Give a LoRA of this model, or set "
-            "lora_partial=true to use the layers that fit"
+            f"size: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Give a LoRA of this model{otherwise}"
         )
 
 
@@ -263,69 +326,6 @@ def _check_kind(weights: Mapping[str, Tensor], lora: str) -> None:
             f"lora {lora!r}: {len(others)} of its {len(weights)} keys are not those of a LoRA, among them {others[0]}; "
             "give a plain LoRA"
         )
-
-
-# ---------------------------------------------------------------- locating the file
-
-
-def _locate(lora: str) -> Path:
-    place = Path(lora)
-    if place.is_file():
-        return _safetensors(place, lora)
-    if place.is_dir():
-        return place / _one_file(place, sorted(file.name for file in place.iterdir() if file.is_file()))
-    org, slash, rest = lora.partition("/")
-    if slash and not lora.startswith((".", "/", "~")) and not Path(org).exists() and re.fullmatch(r"[\w./-]+", lora):
-        name, _, file = rest.partition("/")
-        return _download(f"{org}/{name}", file, lora)
-    raise ValueError(
-        f"lora {lora!r}: no such file or folder, and not a hub id; give ORG/NAME, or ORG/NAME/FILE.safetensors"
-    )
-
-
-def _safetensors(file: Path, lora: str) -> Path:
-    if file.suffix != ".safetensors":
-        raise ValueError(f"lora {lora!r}: only .safetensors files are read; convert it first")
-    return file
-
-
-def _one_file(folder: Path | str, names: Sequence[str]) -> str:
-    """The LoRA among the files of a folder: PEFT's, diffusers', or the only one."""
-    found = [name for name in names if name.endswith(".safetensors")]
-    for wanted in ([PEFT_FILE] if PEFT_CONFIG in names else []) + [DIFFUSERS_FILE]:
-        if wanted in found:
-            return wanted
-    if len(found) == 1:
-        return found[0]
-    below = Path(folder) / "lora" / PEFT_CONFIG
-    advice = f"did you mean {below.parent}?" if below.is_file() else "name one of them"
-    raise ValueError(f"lora {folder}: it holds {len(found)} .safetensors files; {advice}")
-
-
-def _download(repository: str, file: str, lora: str) -> Path:
-    """A file of a hub repository, with the PEFT config next to it if there is one; from the cache if possible."""
-    import httpx
-    from huggingface_hub import hf_hub_download, list_repo_files
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-
-    def optional(name: str) -> Path | None:
-        try:
-            return Path(hf_hub_download(repository, name))
-        except EntryNotFoundError:
-            return None
-
-    try:
-        settings = optional(str(Path(file).with_name(PEFT_CONFIG) if file else PEFT_CONFIG))
-        if file:
-            return Path(hf_hub_download(repository, str(_safetensors(Path(file), lora))))
-        found = (optional(PEFT_FILE) if settings else None) or optional(DIFFUSERS_FILE)
-        return found or Path(hf_hub_download(repository, _one_file(repository, list_repo_files(repository))))
-    except (HfHubHTTPError, EntryNotFoundError, OSError, httpx.HTTPError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"lora {lora!r}: no such file or folder here, and the hub cannot be read: {first}") from error
-
-
-# ---------------------------------------------------------------- reading keys and alphas
 
 
 def _read(file: Path, lora: str) -> dict[str, Tensor]:

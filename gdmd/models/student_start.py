@@ -1,0 +1,89 @@
+"""What the student starts as, if that is not the teacher: another pipeline of the family, or the teacher with a LoRA.
+
+    teacher   T = base model + teacher_loras              frozen
+    start     S = T, or T + student_lora, or student (+ student_lora): frozen too, a second network
+    student   S + B A, or a full copy of S that is trained;  at step 0 it equals S
+    fake      T + B A (fake_from = teacher) or S + B A
+    old       S + B A, a copy of the student's adapter
+
+Adapters, their EMA, checkpoints and the old policy are thus those of any run. The exported LoRA is for the published
+pipeline of S: B A with the LoRAs in S, whose factors are concatenated, or B A alone. S is a separate Family: what its
+network predicts and reads, and the shift of its times, are those of its pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from gdmd.config.model import DiffusersModel
+from gdmd.hub import hub_file
+from gdmd.models.families.base import Family
+from gdmd.models.loading import family_of, is_local, local_or_hub_index, open_family
+from gdmd.models.schedulers import FEW_STEPS
+
+_log = logging.getLogger(__name__)
+LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""Keys of a VAE's config that set the latents' scale."""
+
+
+def open_start(family: Family, device: str = "cpu") -> Family:
+    """What the student starts as, with the teacher's VAE and text encoders; ``family`` if it starts as the teacher.
+
+    ValueError for a student of another family, noise schedule, latent space or text encoder.
+    """
+    cfg = family.cfg.start
+    if cfg is family.cfg:
+        return family
+    kind = family_of(local_or_hub_index(cfg), cfg)
+    if kind is not type(family):
+        raise ValueError(
+            f"{cfg.what} is a {kind.pipeline} ({kind.name}), but the teacher {family.cfg.path!r} is a {family.pipeline} "
+            f"({family.name}); give a student of the teacher's family"
+        )
+    start = open_family(cfg, device, shared=family)
+    check_alike(family, start)
+    _compare_samplers(start)
+    vae = _vae_config(cfg)
+    differing = [key for key in LATENTS if vae.get(key) != family.pipe.vae.config.get(key)]
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"{cfg.what} has other latents than the teacher {family.cfg.path!r}: the {key} of its VAE is {vae.get(key)}, "
+            f"not {family.pipe.vae.config.get(key)}; give a student that was distilled from a model with the same VAE"
+        )
+    return start
+
+
+def check_alike(family: Family, start: Family) -> None:
+    """ValueError unless the start reads the teacher's noise levels and captions."""
+    shapes = [{k: v.shape for k, v in one.blank_text(1).items()} for one in (family, start)]
+    if start.schedule != family.schedule:
+        wrong = "has another noise schedule (betas)"
+    elif shapes[0] != shapes[1]:
+        wrong = "reads other text embeddings"
+    else:
+        return
+    raise ValueError(
+        f"{start.cfg.what} {wrong} than the teacher {family.cfg.path!r}; give a student that was distilled from that "
+        "teacher, or from a model like it"
+    )
+
+
+def _compare_samplers(start: Family) -> None:
+    """Warn about a pipeline that is sampled without new noise between its steps."""
+    scheduler, asked = start.pipe.scheduler, start.cfg.field == "model.student"
+    if asked and type(scheduler).__name__ not in FEW_STEPS and not scheduler.config.get("stochastic_sampling"):
+        _log.warning(
+            "%s is sampled with %s, which adds no noise between the steps. A student is sampled with %s, which does, so "
+            "its first images differ from those of that pipeline",
+            *(start.cfg.what, type(scheduler).__name__, start.student_scheduler),
+        )
+
+
+def _vae_config(cfg: DiffusersModel) -> dict[str, object]:
+    """The config of the VAE that belongs to the student's pipeline."""
+    file = "vae/config.json"
+    place = Path(cfg.location) / file if is_local(cfg.location) else Path(hub_file(cfg.path, file, cfg.revision))
+    return dict(json.loads(place.read_text(encoding="utf-8")))
