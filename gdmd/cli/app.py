@@ -78,7 +78,12 @@ _PIPELINES = (
 )
 FILTERED_LOGGERS = (
     *("transformers.utils.import_utils", "diffusers.loaders.peft", "diffusers.loaders.lora_base"),
-    "diffusers.pipelines.pipeline_utils",
+    *(
+        "diffusers.pipelines.pipeline_utils",
+        "torchao",
+        "torch.utils._pytree",
+        "diffusers.quantizers.torchao.torchao_quantizer",
+    ),
     *("transformers.tokenization_utils_base", *(f"diffusers.pipelines.{name}" for name in _PIPELINES)),
 )
 """Library loggers whose expected warnings are dropped (``_should_log``)."""
@@ -163,12 +168,15 @@ def _should_log(record: logging.LogRecord) -> bool:
 
     These are: image processors that want torchvision (loaded with a pipeline, but not used); a LoRA without layers for
     the text encoders (one that changes no layer at all is an error elsewhere); truncated prompts (gdmd reports them once);
-    a merged pipeline saved without a component that the run left out, such as T5.
+    a merged pipeline saved without a component that the run left out, such as T5; what torchao says about kernels of other
+    GPUs, about torch's next release, and about fp32.
     """
     text = record.getMessage()
     absent = text.startswith("self.") and text.endswith("=None of type <class 'NoneType'> cannot be saved.")
     expected = ("No LoRA keys associated to", "Token indices sequence length", "The following part of your input was")
-    return not ("requires torchvision" in text or text.startswith(expected) or absent)
+    torchao = text.startswith(("Failed to load", "Unable to import `torchao`", "You are trying to set torch_dtype"))
+    torchao |= "register_constant() on Enum" in text
+    return not (torchao or "requires torchvision" in text or text.startswith(expected) or absent)
 
 
 def report(error: ValueError) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from typer.main import get_command
 
 from gdmd.cli.app import app
 from gdmd.config.fields import all_paths
+from gdmd.config.load import ConfigError
 from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.option_names import OPTION_NAMES, OptionName, option_named
 from gdmd.config.reference import explained, sections
@@ -85,5 +86,5 @@ def test_student_steps_as_a_number(given: Any, steps: tuple[float, ...]) -> None
 
 @pytest.mark.parametrize("given", [0, -1, True, 2.0, 10**9])
 def test_wrong_number_of_student_steps(given: Any) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError):
         GDMDConfig(student_steps=given)

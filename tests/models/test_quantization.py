@@ -12,7 +12,6 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from rich.console import Console
 from torch import Tensor, nn
 
 from gdmd.config.image_source import read_source
@@ -21,16 +20,14 @@ from gdmd.models.families.base import Family
 from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
 from gdmd.programs.export import export_run
-from gdmd.programs.train import create_run, prepare, resume_run, run_training
+from gdmd.programs.train import TrainSettings, create_run, prepare, resume_run, run_training
 from gdmd.recipes.read import read_recipe
 from gdmd.rewards.preprocessing import from_pil
 from gdmd.runs import checkpoint
 from gdmd.sources.base import image_slots
 from gdmd.sources.open import open_source
-from gdmd.training.distributed import SINGLE_PROCESS
 from gdmd.types import Role
 
-QUIET = Console(quiet=True)
 with_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs gdmd[8bit]")
 MINIATURES = ("shapes_sd3", "shapes_sdxl")
 ROLES: tuple[Role, Role] = ("student", "fake")
@@ -125,12 +122,12 @@ def gradients(roles: DiffusersRoles) -> list[Tensor]:
 @pytest.mark.parametrize("name", MINIATURES)
 def test_run_resumes_exactly_and_exports_to_the_original_base(name: str, tmp_path: Path) -> None:
     settings = ["model.quantization=int8", "model.checkpointing=true", "loop.batch_size=2", "loop.checkpoint_every=1"]
-    settings += ["method.continuations=2", "loop.grid_every=0", "loop.threads=1", "loop.lr_schedule=constant"]
+    settings += ["method.continuations=2", "validation.every=0", "loop.threads=1", "loop.lr_schedule=constant"]
     two, one = (read_recipe(name, [*settings, f"loop.steps={steps}"]) for steps in (2, 1))
     for cfg, run in ((two, "whole"), (one, "parts")):
-        create_run(cfg, tmp_path / run, QUIET, evaluation=False, command=["gdmd", "train"])
-    cfg, opened = resume_run(tmp_path / "parts", None, ["loop.steps=2"], SINGLE_PROCESS)
-    run_training(cfg, opened, prepare(cfg), QUIET, evaluation=False)
+        create_run(cfg, tmp_path / run, ["gdmd", "train"], TrainSettings(evaluation=False))
+    cfg, opened = resume_run(tmp_path / "parts", None, ["loop.steps=2"])
+    run_training(cfg, opened, prepare(cfg), TrainSettings(evaluation=False))
     whole, parts = (checkpoint.load_newest(tmp_path / run / "checkpoints") for run in ("whole", "parts"))
     assert whole is not None and parts is not None
     for role in ROLES:
