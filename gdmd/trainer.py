@@ -16,7 +16,7 @@ from gdmd.config.run import RunConfig
 from gdmd.config.training_config import TrainingConfig
 from gdmd.io import RunError
 from gdmd.programs.export import export_run, real_model, student_weights
-from gdmd.programs.train import Trained, TrainSettings, create_run, prepare, resume_run, run_training
+from gdmd.programs.train import TrainOutput, TrainSettings, create_run, prepare, resume_run, run_training
 from gdmd.recipes.from_objects import recipe_from
 from gdmd.recipes.objects import PYTHON
 from gdmd.recipes.run_folders import new_folder
@@ -89,10 +89,10 @@ class DistillationTrainer:
     def _set(self, cfg: RunConfig, folder: Path | None, settings: TrainSettings) -> None:
         self.config, self.output_dir = cfg, folder or new_folder(cfg)
         self._settings = settings
-        self._trained: Trained | None = None
+        self._trained: TrainOutput | None = None
 
-    def train(self, resume_from_checkpoint: bool = False) -> Trained:
-        """Train to the last step; Ctrl-C saves a checkpoint and returns.
+    def train(self, resume_from_checkpoint: bool = False) -> TrainOutput:
+        """Train to the last step, or until Ctrl-C, which saves a checkpoint; returns the folder, the last step and the report.
 
         With ``resume_from_checkpoint`` the run in ``output_dir``, if there is one, continues from its newest checkpoint,
         bit for bit. RunError if ``output_dir`` holds another run, or one that is not to be continued.

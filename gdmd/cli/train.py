@@ -15,7 +15,7 @@ from gdmd.training.rank import RankInfo, rank_info, restart_count
 
 if TYPE_CHECKING:
     from gdmd.config.run import RunConfig
-    from gdmd.programs.train import Trained
+    from gdmd.programs.train import TrainOutput
 
 
 def train_command(
@@ -185,7 +185,7 @@ def _split_arguments(arguments: list[str], *, needed: bool) -> tuple[str | None,
     return None, arguments
 
 
-def _print_end(trained: Trained) -> None:
+def _print_end(trained: TrainOutput) -> None:
     """The last lines: what was done, and the next command."""
     from gdmd.config.describe import counted
 

@@ -80,8 +80,12 @@ DEFAULTS = TrainSettings()
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The outcome of a finished or interrupted training run."""
+class TrainOutput:
+    """The outcome of a finished or interrupted training run.
+
+    run: its folder. end: the last step, its checkpoint, and whether a signal or a callback stopped it. steps: those asked
+    for. evaluation: ShapesEval and scores of a run of the Shapes world. report: report.html. components: the networks.
+    """
 
     run: Path
     end: TrainEnd
@@ -107,7 +111,7 @@ class Trained:
 
 def create_run(
     cfg: RunConfig, folder: Path | None, command: Sequence[str], settings: TrainSettings = DEFAULTS
-) -> Trained:
+) -> TrainOutput:
     """Train a recipe in a new folder. All errors of the input are found before the folder is created."""
     context = settings.context
     require_start(cfg.loop.start_from)
@@ -228,7 +232,7 @@ def check_prompts(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> None:
             raise ValueError(f"{where}, {prompt.where}: {error}") from error
 
 
-def run_training(cfg: RunConfig, run: Run, components: Components, settings: TrainSettings = DEFAULTS) -> Trained:
+def run_training(cfg: RunConfig, run: Run, components: Components, settings: TrainSettings = DEFAULTS) -> TrainOutput:
     """Train ``run`` to its last step, from its newest checkpoint; then evaluate and report unless it was interrupted."""
     context, console = settings.context, settings.console
     settings.say(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name)
@@ -243,7 +247,7 @@ def run_training(cfg: RunConfig, run: Run, components: Components, settings: Tra
         context.on_main(lambda: check_decoder(cfg, components, run.path, console))
     began = time.perf_counter()
     end = _train(cfg, run, components, settings)
-    trained = Trained(run.path, end, cfg.loop.steps, time.perf_counter() - began, components=components)
+    trained = TrainOutput(run.path, end, cfg.loop.steps, time.perf_counter() - began, components=components)
     if end.signal is not None or not settings.evaluation or not context.is_main:
         return trained
     for hint in (*([] if cfg.shapes_world else [SCORE]), *([EXPORT] if cfg.model.kind == "diffusers" else [])):

@@ -11,7 +11,7 @@ import torch
 from toy_training import Toy, toy_config
 
 from gdmd.cli.train import _print_end
-from gdmd.programs.train import Trained
+from gdmd.programs.train import TrainOutput
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import read_metrics
 from gdmd.training.callbacks import TrainerCallback, TrainerState
@@ -159,7 +159,7 @@ def test_logs_cannot_be_changed(tmp_path: Path) -> None:
 
 
 def test_the_command_says_that_a_callback_stopped_it(capsys: pytest.CaptureFixture[str]) -> None:
-    trained = Trained(Path("runs/mine"), TrainEnd(4, Path("step_000004"), stopped=True), steps=8, seconds=1.0)
+    trained = TrainOutput(Path("runs/mine"), TrainEnd(4, Path("step_000004"), stopped=True), steps=8, seconds=1.0)
     _print_end(trained)
     said = capsys.readouterr().err
     assert said == "a callback stopped the run at step 4 of 8; resume with: gdmd train --resume runs/mine\n"
