@@ -92,7 +92,7 @@ class DistillationTrainer:
         self._trained: TrainOutput | None = None
 
     def train(self, resume_from_checkpoint: bool = False) -> TrainOutput:
-        """Train to the last step, or until Ctrl-C, which saves a checkpoint; returns the folder, the last step and the report.
+        """Train to the last step, or until Ctrl-C, which saves a checkpoint first.
 
         With ``resume_from_checkpoint`` the run in ``output_dir``, if there is one, continues from its newest checkpoint,
         bit for bit. RunError if ``output_dir`` holds another run, or one that is not to be continued.
