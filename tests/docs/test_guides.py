@@ -99,3 +99,16 @@ def test_family_example_takes_adapters_and_samples() -> None:
     slow = ode_sample(roles.teacher, noise, family.teacher_times(4), cond, roles.schedule)
     assert family.codec.decode(drawn).shape == (2, 3, tiny.SIZE, tiny.SIZE)
     assert drawn.isfinite().all() and slow.isfinite().all() and not torch.equal(drawn[0], drawn[1])
+
+
+def test_python_guide_builds_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a miniature of the same family, up to the training; the lines after it are in tests/test_trainer.py."""
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    lines = code("python.md", "short_prompt_bonus").partition("trainer.train(")[0]
+    own: dict[str, Any] = {}
+    exec(lines.replace("black-forest-labs/FLUX.2-klein-base-4B", "shapes:flux2_klein"), own)
+    cfg = own["trainer"].config
+    assert [reward.label for reward in cfg.rewards] == ["pickscore", "clip", "short_prompt_bonus"]
+    assert (cfg.loop.steps, cfg.model.lora_rank, cfg.loop.report_to) == (750, 64, ("wandb",))
+    assert own["short_prompt_bonus"](images=None, prompts=["a cat", "x" * 90]) == [1.0, None]
