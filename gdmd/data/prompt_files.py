@@ -40,7 +40,7 @@ TEXTS = ("txt", "caption", "json")
 COLUMNS = (("prompt", "prompts"), ("caption", "captions", "text", "texts"))
 """Names of prompt columns, in lower case; the first group wins over the second."""
 TEACHER_PROMPT = "teacher_prompt"
-"""The column with what the teacher reads in place of the prompt; where it is missing or empty, the teacher reads the prompt."""
+"""The column with what the teacher reads in place of the prompt; where it is missing or empty, it reads the prompt."""
 NAME_IT = "name it with prompts.column=NAME (gdmd eval: --prompt-column NAME)"
 RENAME_IT = 'rename it to "prompt"'
 EXTENSIONS = ".txt (one prompt per line), .csv, .tsv, .jsonl, .ndjson, .json, .parquet or .tar (WebDataset)"

@@ -71,13 +71,17 @@ class Missing:
 def test_teacher_prompts() -> None:
     """Not metadata of the rewards, but a part of the fingerprint; missing cells are empty ones."""
     rows = [{"prompt": "a ring", "n": 1, "teacher_prompt": "a red ring"}]
-    rows += [{"prompt": "a cross", "n": 2, "teacher_prompt": none} for none in (None, float("nan"), np.nan, Missing(), " ")]
+    rows += [
+        {"prompt": "a cross", "n": 2, "teacher_prompt": none} for none in (None, float("nan"), np.nan, Missing(), " ")
+    ]
     found = prompts_from(rows)
     assert found.meta is not None and found.rows is not None
     assert found.meta[0] == {"prompt": "a ring", "n": 1} and found.rows[0]["teacher_prompt"] == "a red ring"
     assert found.note() == "train_dataset: 6 prompts; 4 repeat an earlier prompt; 1 has a teacher prompt"
     assert prompts_from(rows[:1]).fingerprint() != prompts_from([{"prompt": "a ring", "n": 1}]).fingerprint()
-    unused = prompts_from([{"prompt": "a ring", "teacher_prompt": "a ring"}, {"prompt": "a cross", "teacher_prompt": ""}])
+    unused = prompts_from(
+        [{"prompt": "a ring", "teacher_prompt": "a ring"}, {"prompt": "a cross", "teacher_prompt": ""}]
+    )
     assert unused.note() == (
         "train_dataset: 2 prompts; no teacher_prompt differs from its prompt, so the teacher reads the prompts"
     )
