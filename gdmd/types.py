@@ -226,6 +226,7 @@ class PromptBatch:
     host: ``index`` on the CPU, if known, so that Python reads draws without a synchronization.
     group: integer id, equal for samples of one prompt group (never derived from text).
     ranks: the processes that share the global batch, of which this is the part of one rank.
+    teacher_cond: what the real score reads in place of ``cond``; None without teacher prompts.
     """
 
     index: Tensor  # [B] int64
@@ -236,6 +237,12 @@ class PromptBatch:
     meta: tuple[Mapping[str, Any], ...] = ()
     ranks: Ranks = SINGLE_PROCESS
     host: Tensor | None = None
+    teacher_cond: Cond | None = None
+
+    @property
+    def real_cond(self) -> Cond:
+        """The conditioning of the real score: of the teacher prompts, else of the prompts."""
+        return self.cond if self.teacher_cond is None else self.teacher_cond
 
     def __len__(self) -> int:
         return len(self.text)

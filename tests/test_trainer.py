@@ -32,10 +32,12 @@ TINY = {
     "eval.teacher_steps": 2,
 }
 CAPTIONS = ["a red circle and a blue ring", "a blue square"]
+ROWS = [{"prompt": CAPTIONS[0], "place": 1}, {"prompt": CAPTIONS[1], "teacher_prompt": "a red square", "place": 2}]
 
 
 def red(images: Any, prompts: list[str], **columns: Any) -> Any:
     """Mean of the red channel."""
+    assert set(prompts) <= set(CAPTIONS) and set(columns) <= {"place"}
     return images[:, 0].mean((1, 2))
 
 
@@ -94,10 +96,10 @@ def test_batch_of_devices_and_accumulation() -> None:
 
 def test_train_resume_and_pipeline(tmp_path: Path) -> None:
     """Two steps, then two more in a new trainer, equal four at once; the student is a stock pipeline with four steps."""
-    whole = DistillationTrainer("shapes:sdxl", None, ["shapes_clip", red], CAPTIONS, tiny(tmp_path / "whole", 4))
+    whole = DistillationTrainer("shapes:sdxl", None, ["shapes_clip", red], ROWS, tiny(tmp_path / "whole", 4))
     whole.train()
-    DistillationTrainer("shapes:sdxl", None, ["shapes_clip", red], CAPTIONS, tiny(tmp_path / "parts", 2)).train()
-    again = DistillationTrainer("shapes:sdxl", None, ["shapes_clip", red], CAPTIONS, tiny(tmp_path / "parts", 4))
+    DistillationTrainer("shapes:sdxl", None, ["shapes_clip", red], ROWS, tiny(tmp_path / "parts", 2)).train()
+    again = DistillationTrainer("shapes:sdxl", None, ["shapes_clip", red], ROWS, tiny(tmp_path / "parts", 4))
     trained = again.train(resume_from_checkpoint=True)
     assert trained.end.step == 4
     one, other = (

@@ -39,6 +39,8 @@ TEXTS = ("txt", "caption", "json")
 """Members of a tar that contain the prompt; the first that exists counts."""
 COLUMNS = (("prompt", "prompts"), ("caption", "captions", "text", "texts"))
 """Names of prompt columns, in lower case; the first group wins over the second."""
+TEACHER_PROMPT = "teacher_prompt"
+"""The column with what the teacher reads in place of the prompt; where it is missing or empty, it reads the prompt."""
 NAME_IT = "name it with prompts.column=NAME (gdmd eval: --prompt-column NAME)"
 RENAME_IT = 'rename it to "prompt"'
 EXTENSIONS = ".txt (one prompt per line), .csv, .tsv, .jsonl, .ndjson, .json, .parquet or .tar (WebDataset)"
@@ -56,9 +58,20 @@ class Prompt:
     meta: Mapping[str, Any] | None = None
 
 
+def teacher_prompt(row: Mapping[str, Any], prompt: str) -> str:
+    """What the teacher reads for a prompt."""
+    given = row.get(TEACHER_PROMPT)
+    return given.strip() if isinstance(given, str) and given.strip() else prompt
+
+
+def without_teacher(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row as the rewards get it."""
+    return {name: value for name, value in row.items() if name != TEACHER_PROMPT} if TEACHER_PROMPT in row else row
+
+
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file or a Python object in order.
+    """The prompts of a file or a Python object in order. ValueError for a teacher prompt that is not a text.
 
     source: what they were read from, for messages: "prompt file a.txt". column: their column in a table. blank: number of
     skipped lines.
@@ -69,16 +82,26 @@ class PromptFile:
     column: str = ""
     blank: int = 0
 
+    def __post_init__(self) -> None:
+        for prompt in self.prompts:
+            _check_teacher(self.source, prompt)
+
     @property
     def texts(self) -> tuple[str, ...]:
         return tuple(prompt.text for prompt in self.prompts)
 
     @property
-    def meta(self) -> tuple[Mapping[str, Any], ...] | None:
-        """The row of each prompt, for rewards that need more than the text; None if the file has only texts."""
+    def rows(self) -> tuple[Mapping[str, Any], ...] | None:
+        """The row of each prompt, with its teacher prompt; None if the file has only texts."""
         if all(prompt.meta is None for prompt in self.prompts):
             return None
         return tuple(prompt.meta or {"prompt": prompt.text} for prompt in self.prompts)
+
+    @property
+    def meta(self) -> tuple[Mapping[str, Any], ...] | None:
+        """``rows`` without teacher prompts, for rewards that need more than the text."""
+        rows = self.rows
+        return tuple(without_teacher(row) for row in rows) if rows else None
 
     def fingerprint(self) -> str:
         """A hash of the prompts and their rows in order, independent of format, line endings and blank lines."""
@@ -86,12 +109,16 @@ class PromptFile:
         return content_hash(*(json.dumps(row, sort_keys=True, default=_stable) for row in rows))
 
     def note(self) -> str:
-        """A note for the user: the chosen column, skipped lines, repeated prompts; "" if there is nothing to report."""
+        """For the user: the chosen column, skipped lines, repeated prompts, teacher prompts; "" if there are none."""
         repeated = len(self.prompts) - len(set(self.texts))
+        taught = sum(teacher_prompt(prompt.meta or {}, prompt.text) != prompt.text for prompt in self.prompts)
+        unused = not taught and any(TEACHER_PROMPT in (prompt.meta or {}) for prompt in self.prompts)
         facts = [
             f"read from {self.column!r}" if self.column not in ("", "prompt") else "",
             f"{self.blank} blank line{'s' * (self.blank > 1)} skipped" if self.blank else "",
             f"{repeated} repeat{'s' * (repeated == 1)} an earlier prompt" if repeated else "",
+            f"{taught} {'has' if taught == 1 else 'have'} a teacher prompt" if taught else "",
+            f"no {TEACHER_PROMPT} differs from its prompt, so the teacher reads the prompts" if unused else "",
         ]
         note = "; ".join(filter(None, facts))
         return f"{self.source}: {len(self.prompts)} prompts; {note}" if note else ""
@@ -339,6 +366,20 @@ def _object(source: str, where: str, row: Mapping[str, Any], key: str) -> Prompt
     prompt = _checked(source, where, text)
     other = {name: value for name, value in row.items() if name != key or name == "prompt"}
     return Prompt(prompt, where, ({} if "prompt" in other else {"prompt": prompt}) | other | {"prompt": prompt})
+
+
+def _check_teacher(source: str, prompt: Prompt) -> None:
+    """A missing cell is None, in a DataFrame NaN or NA; an empty one is a blank text."""
+    given = (prompt.meta or {}).get(TEACHER_PROMPT)
+    if str(given) in ("None", "nan", "<NA>") or _is_blank(given):
+        return
+    if not isinstance(given, str):
+        shown = json.dumps(given, ensure_ascii=False, default=str)[:60]
+        raise ValueError(
+            f"{source}, {prompt.where}: {TEACHER_PROMPT!r} must be a text, got {shown}; leave it empty where the teacher "
+            "reads the prompt"
+        )
+    _checked(source, f"{prompt.where}, {TEACHER_PROMPT}", given)
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:

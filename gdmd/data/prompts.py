@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gdmd.data.prompt_files import PromptFile, prompts_in, prompts_in_rows
+from gdmd.data.prompt_files import PromptFile, prompts_in, prompts_in_rows, teacher_prompt, without_teacher
 from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.types import PromptBatch, TextEncoder
@@ -34,8 +34,9 @@ def read_prompts(given: str | Path, column: str | None = None) -> PromptFile:
 def prompts_from(dataset: Any, column: str | None = None, name: str = "train_dataset") -> PromptFile:
     """The prompts of a file, a list of texts or of rows, a ``datasets.Dataset`` or a pandas.DataFrame, in order.
 
-    column: of the prompts; default: prompt, else caption or text. Other columns are metadata for the rewards. All rows are
-    read into memory. name: for errors. ValueError for anything else, such as a stream, and for a malformed row.
+    column: of the prompts; default: prompt, else caption or text. Other columns but teacher_prompt are metadata for the
+    rewards. All rows are read into memory. name: for errors. ValueError for anything else, such as a stream, and for a
+    malformed row.
     """
     if isinstance(dataset, str | Path):
         return read_prompts(dataset, column)
@@ -60,7 +61,8 @@ class PromptStream:
     """Batches of prompts drawn from a list, uniformly over its groups (tasks), then over the members of a group.
 
     ``group``: samples per prompt. Sample i has prompt i // group, which is also its group id; the prompts are the first
-    ones of a batch with one sample each. ``meta``: metadata of each prompt, laid out as ``groups``.
+    ones of a batch with one sample each. ``rows``: the row of each prompt, laid out as ``groups``: metadata for the rewards,
+    and a teacher_prompt, which only the real score reads.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class PromptStream:
         batch_size: int,
         seed: int,
         group: int = 1,
-        meta: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+        rows: Sequence[Sequence[Mapping[str, Any]]] | None = None,
     ) -> None:
         if not groups or not all(groups):
             raise ValueError("a prompt stream needs at least one prompt in every group")
@@ -80,7 +82,17 @@ class PromptStream:
                 "give a batch size that is a multiple of the group size"
             )
         self.groups, self.encoder, self.batch_size, self.seed, self.group = groups, encoder, batch_size, seed, group
-        self.meta = meta
+        self.meta = [[without_teacher(row) for row in own] for own in rows] if rows else None
+        self.teacher = [
+            [teacher_prompt(row, text) for row, text in zip(own, texts, strict=True)]
+            for own, texts in zip(rows or (), groups, strict=bool(rows))
+        ]
+
+    @property
+    def teacher_prompts(self) -> list[str]:
+        """The texts that only the teacher reads."""
+        prompts = {text for group in self.groups for text in group}
+        return [text for text in dict.fromkeys(text for own in self.teacher for text in own) if text not in prompts]
 
     def at(self, step: int, start: int = 0, stop: int | None = None) -> PromptBatch:
         """Samples start ... stop - 1 of the step's batch; only their prompts are encoded."""
@@ -89,10 +101,14 @@ class PromptStream:
         which = rng.integer("prompt_group", len(self.groups)).tolist()
         position = rng.uniform("prompt").tolist()
         drawn = [(g, int(p * len(self.groups[g]))) for g, p in zip(which, position, strict=True)]
-        rows = [row for row in drawn for _ in range(self.group)][start:stop]
-        texts = tuple(self.groups[g][k] for g, k in rows)
+        own = [one for one in drawn for _ in range(self.group)][start:stop]
+        texts = tuple(self.groups[g][k] for g, k in own)
         batch = batch_of(texts, self.encoder, index[start:stop], (index // self.group)[start:stop])
-        return replace(batch, meta=tuple(self.meta[g][k] for g, k in rows)) if self.meta else batch
+        if self.meta is None:
+            return batch
+        teacher = tuple(self.teacher[g][k] for g, k in own)
+        cond = None if teacher == texts else self.encoder.encode(teacher)
+        return replace(batch, meta=tuple(self.meta[g][k] for g, k in own), teacher_cond=cond)
 
 
 def batch_of(

@@ -39,6 +39,7 @@ class Rollout:
     x0: Tensor  # [B, C, H, W], the student's prediction from x_tau: x_old of the snapshot policy
     cond: Cond
     uncond: Cond
+    real_cond: Cond  # of the real score: ``cond`` unless there are teacher prompts
     stop: Tensor  # [B] int64, tau = student_steps[stop]; on the CPU: Python branches on it
 
 
@@ -106,7 +107,7 @@ class Distillation(Generic[AnyConfig]):
             )
         x0 = self.roles.student(x_tau, tau, prompts.cond).x0
         self._stats = {"latent/mean": x0.mean(), "latent/std": x0.std()}
-        return Rollout(x_tau, tau, x0, prompts.cond, prompts.uncond, stop)
+        return Rollout(x_tau, tau, x0, prompts.cond, prompts.uncond, prompts.real_cond, stop)
 
     def _draw_steps(self, rng: SampleRng, steps: int) -> Tensor:
         """[B] int64. Per sample, or for all the draw of sample number 0, which every rank can make."""
@@ -153,7 +154,7 @@ class Distillation(Generic[AnyConfig]):
         t = self.renoise_time(rng, i)
         x_t = renoise(r.x0, t, rng.normal("renoise_eps", self.latent_shape, i), self.roles.schedule)
         real_score = Guided(self.real_score(), self.cfg.guidance, r.uncond, self.roles.guide)
-        return DmdScores(real_score(x_t, t, r.cond).x0, self.roles.fake(x_t, t, r.cond).x0)
+        return DmdScores(real_score(x_t, t, r.real_cond).x0, self.roles.fake(x_t, t, r.cond).x0)
 
     def fake_time(self, rng: SampleRng, i: int) -> Tensor:
         """t of the fake score's training, draw i, U(0, 1). [B]"""

@@ -64,7 +64,7 @@ class TeacherPairs:
         noise = rng.normal("pair_noise", self.latent_shape)
         teacher = Guided(self.roles.teacher, self.guidance, prompts.uncond, self.roles.guide)
         t = to_device_async(self.teacher_times(self.steps), noise.device)
-        return OdePairs(noise, ode_sample(teacher, noise, t, prompts.cond, self.roles.schedule), prompts.cond)
+        return OdePairs(noise, ode_sample(teacher, noise, t, prompts.real_cond, self.roles.schedule), prompts.cond)
 
     def state(self) -> dict[str, Tensor]:
         """Kept pairs as "SLOT.noise", "SLOT.x0_ode" and "SLOT.cond.NAME"."""

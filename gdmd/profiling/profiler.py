@@ -97,7 +97,9 @@ class Profiler:
         self.cfg, self.components = cfg, components or build(cfg, device)
         compile_networks(cfg, self.components)
         if isinstance(self.components.encoder, CachedText):
-            self.components.encoder.prepare([text for group in self.components.stream.groups for text in group])
+            stream = self.components.stream
+            prompts = [text for group in stream.groups for text in group]
+            self.components.encoder.prepare([*prompts, *stream.teacher_prompts])
         self.states: dict[Role, RoleState] = role_states(self.components.roles, cfg.loop)
         self.device = next(iter(self.states["student"].parameters.values())).device
         self.iteration_s: list[float] = []

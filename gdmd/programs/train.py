@@ -19,6 +19,7 @@ from gdmd.config.describe import counted, length, student
 from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
+from gdmd.data.prompt_files import teacher_prompt
 from gdmd.data.prompts import read_prompts
 from gdmd.data.text_cache import CachedText
 from gdmd.evaluation.run_report import report_run
@@ -168,10 +169,11 @@ def prepare(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> Components:
             context.on_main(lambda: _try_rewards(cfg, components, validated[:1], meta[:1]))
     compile_networks(cfg, components)  # in the first iteration
     texts = [*validated, *(text for group in components.stream.groups for text in group)]
-    warn_long_prompts(components, texts, say=context.is_main)
+    teacher = components.stream.teacher_prompts
+    warn_long_prompts(components, texts, teacher, say=context.is_main)
     if isinstance(components.encoder, CachedText):
         encoder = components.encoder
-        known = [*texts, *evaluation_captions(cfg)]
+        known = [*texts, *teacher, *evaluation_captions(cfg)]
         context.on_main(lambda: encode(encoder, known, console))  # the ranks share the cache: one of them writes it
         if not context.is_main:
             encoder.refresh()
@@ -226,10 +228,11 @@ def check_prompts(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> None:
         return
     table = catalog()
     for prompt in found.prompts:
-        try:
-            table.row(prompt.text)
-        except ValueError as error:
-            raise ValueError(f"{where}, {prompt.where}: {error}") from error
+        for text in dict.fromkeys((prompt.text, teacher_prompt(prompt.meta or {}, prompt.text))):
+            try:
+                table.row(text)
+            except ValueError as error:
+                raise ValueError(f"{where}, {prompt.where}: {error}") from error
 
 
 def run_training(cfg: RunConfig, run: Run, components: Components, settings: TrainSettings = DEFAULTS) -> TrainOutput:

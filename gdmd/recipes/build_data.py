@@ -49,7 +49,7 @@ def real_latents_of(cfg: RunConfig, model: DiffusersModel) -> StoredLatents | No
 def training_prompts(
     cfg: RunConfig, real: StoredLatents | None, given: PromptFile | None = None
 ) -> tuple[list[list[str]], tuple[Mapping[str, Any], ...] | None]:
-    """Groups of prompts, and the metadata of a single group.
+    """Groups of prompts, and the rows of a single group.
 
     From the ``given`` prompts or prompts.file (with real images, each must have one), else the captions of the real
     images, else of the Shapes world, a group per task.
@@ -60,7 +60,7 @@ def training_prompts(
     if prompts is not None:
         if real is not None:
             real.check(prompts.texts)
-        return [list(prompts.texts)], prompts.meta
+        return [list(prompts.texts)], prompts.rows
     require_prompts(cfg)
     return training_captions() if real is None else [list(real.captions)], None
 

@@ -14,10 +14,12 @@ from gdmd.types import Reward
 log = logging.getLogger(__name__)
 
 
-def warn_long_prompts(components: Components, texts: Sequence[str], *, say: bool = True) -> None:
-    """Check the text encoders of a real model and all rewards. ``say``: only rank 0 logs."""
+def warn_long_prompts(
+    components: Components, texts: Sequence[str], teacher: Sequence[str] = (), *, say: bool = True
+) -> None:
+    """Check the text encoders of a real model, and all rewards except for ``teacher`` prompts. ``say``: only rank 0 logs."""
     family: Any = getattr(components.roles, "family", None)
-    found = [family.encoder.long_prompts(texts)] if family is not None else []
+    found = [family.encoder.long_prompts([*texts, *teacher])] if family is not None else []
     found += [reward.long_prompts(texts) for reward in _pretrained(components.rewards)]
     for message in found:
         if say and message:

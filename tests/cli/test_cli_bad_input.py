@@ -67,6 +67,7 @@ def test_bad_arguments(gdmd: Gdmd, arguments: list[str], parts: list[str]) -> No
         ("broken.jsonl", b'{"prompt": "a ring"}\n{"prompt": \n', ["line 2", "not JSON"]),
         ("keys.jsonl", b'{"text": "a ring"}\n', ["line 1", '"prompt"']),
         ("dog.txt", b"a ring\na red dog\n", ["line 2", "a red dog"]),
+        ("dog.csv", b"prompt,teacher_prompt\na ring,a red dog\n", ["line 2", "a red dog"]),
     ],
 )
 def test_malformed_prompt_files(gdmd: Gdmd, name: str, content: bytes, parts: list[str]) -> None:

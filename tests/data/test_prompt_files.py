@@ -183,6 +183,23 @@ def test_columns_and_metadata(tmp_path: Path) -> None:
         read_prompts(tmp_path / "p.txt", "text")
 
 
+def test_teacher_prompts(tmp_path: Path) -> None:
+    """In every format with columns; the prompts may themselves be read from that column."""
+    rows = [{"prompt": "a ring", "teacher_prompt": "a red ring"}, {"prompt": "a cross", "teacher_prompt": ""}]
+    table = "\n".join(",".join(row.values()) for row in [dict(zip(rows[0], rows[0], strict=True)), *rows])
+    members = [("0.txt", b"a ring"), ("0.json", b'{"teacher_prompt": "a red ring"}')]
+    members += [("1.json", b'{"prompt": "a cross", "teacher_prompt": ""}')]
+    contents = {"p.csv": table.encode(), "p.tsv": table.replace(",", "\t").encode(), "p.tar": tar(members)}
+    contents["p.json"] = json.dumps(rows).encode()
+    contents["p.jsonl"] = "\n".join(map(json.dumps, rows)).encode()
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        found = read_prompts(tmp_path / name)
+        assert found.rows == tuple(rows) and found.meta == ({"prompt": "a ring"}, {"prompt": "a cross"})
+    (tmp_path / "one.jsonl").write_text(json.dumps(rows[0]))
+    assert read_prompts(tmp_path / "one.jsonl", "teacher_prompt").rows == ({"prompt": "a red ring"},)
+
+
 def test_note(tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     path.write_text("Prompts,id\na dog,1\n,\n\na cat,2\na dog,3\n")

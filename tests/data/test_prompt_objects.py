@@ -55,6 +55,48 @@ def test_rows(given: Any) -> None:
     assert found.note() == "train_dataset: 2 prompts; read from 'caption'; 1 blank line skipped"
 
 
+class Missing:
+    """pandas.NA: neither equal to anything nor true or false."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+    def __repr__(self) -> str:
+        return "<NA>"
+
+
+def test_teacher_prompts() -> None:
+    """Not metadata of the rewards, but a part of the fingerprint; missing cells are empty ones."""
+    rows = [{"prompt": "a ring", "n": 1, "teacher_prompt": "a red ring"}]
+    rows += [
+        {"prompt": "a cross", "n": 2, "teacher_prompt": none} for none in (None, float("nan"), np.nan, Missing(), " ")
+    ]
+    found = prompts_from(rows)
+    assert found.meta is not None and found.rows is not None
+    assert found.meta[0] == {"prompt": "a ring", "n": 1} and found.rows[0]["teacher_prompt"] == "a red ring"
+    assert found.note() == "train_dataset: 6 prompts; 4 repeat an earlier prompt; 1 has a teacher prompt"
+    assert prompts_from(rows[:1]).fingerprint() != prompts_from([{"prompt": "a ring", "n": 1}]).fingerprint()
+    unused = prompts_from(
+        [{"prompt": "a ring", "teacher_prompt": "a ring"}, {"prompt": "a cross", "teacher_prompt": ""}]
+    )
+    assert unused.note() == (
+        "train_dataset: 2 prompts; no teacher_prompt differs from its prompt, so the teacher reads the prompts"
+    )
+
+
+def test_teacher_prompt_that_is_not_a_text() -> None:
+    for wrong, message in (
+        (3, "train_dataset, index 1: 'teacher_prompt' must be a text, got 3; leave it empty where the teacher"),
+        (["a ring"], "index 1: 'teacher_prompt' must be a text, got .\"a ring\"."),
+        ("a" * 4001, "index 1, teacher_prompt: 4001 characters; at most 4000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prompts_from([{"prompt": "a ring"}, {"prompt": "a cross", "teacher_prompt": wrong}])
+
+
 def test_texts_files_and_tables(tmp_path: Path) -> None:
     texts = prompts_from(["a ring", "", "a cross"])
     assert texts.texts == ("a ring", "a cross") and texts.meta is None and texts.blank == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from gdmd.shapes.captions import training_captions
 from gdmd.shapes.grammar import NULL, TASKS, catalog, tokenize
 from gdmd.shapes.latents import RenderedLatents
 from gdmd.shapes.roles import ShapesTextEncoder
+from gdmd.types import Cond
 
 
 def stream(seed: int = 0, batch: int = 16) -> PromptStream:
@@ -97,12 +101,51 @@ def test_rendered_latents_depend_on_sample_and_step() -> None:
     assert not torch.equal(images, latents(batch, SampleRng(0, 5, batch.index)))
 
 
+class Counting(ShapesTextEncoder):
+    """Remembers what it encodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[tuple[str, ...]] = []
+
+    def encode(self, texts: Sequence[str]) -> Cond:
+        self.read.append(tuple(texts))
+        return super().encode(texts)
+
+
+def test_teacher_prompts() -> None:
+    """They follow the rows, change nothing else in a batch, and are not metadata. A missing one is the prompt."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a ring", "teacher_prompt": " a red ring ", "id": 1},
+        {"prompt": "a cross", "teacher_prompt": "", "id": 2},
+        {"prompt": "a ring", "teacher_prompt": "a blue ring", "id": 3},
+        {"prompt": "a circle", "id": 4},
+    ]
+    teacher = {1: "a red ring", 2: "a cross", 3: "a blue ring", 4: "a circle"}
+    texts = [row["prompt"] for row in rows]
+    stream = PromptStream([texts], ShapesTextEncoder(), 24, seed=0, group=2, rows=[rows])
+    assert stream.teacher_prompts == ["a red ring", "a blue ring"]
+    batch, part = stream.at(0), stream.at(0, 4, 12)
+    assert {row["id"] for row in batch.meta} == {1, 2, 3, 4} and all(set(row) == {"prompt", "id"} for row in batch.meta)
+    assert batch.real_cond["tokens"].tolist() == [tokenize(teacher[row["id"]]) for row in batch.meta]
+    assert torch.equal(part.real_cond["tokens"], batch.real_cond["tokens"][4:12])
+    alone = PromptStream([texts], ShapesTextEncoder(), 24, seed=0, group=2).at(0)
+    assert alone.text == batch.text and torch.equal(alone.cond["tokens"], batch.cond["tokens"])
+
+
+def test_rows_without_teacher_prompts_are_encoded_once() -> None:
+    encoder = Counting()
+    rows = [{"prompt": "a ring", "teacher_prompt": None}, {"prompt": "a cross", "teacher_prompt": "a cross"}]
+    batch = PromptStream([["a ring", "a cross"]], encoder, 8, seed=0, rows=[rows]).at(0)
+    assert encoder.read == [batch.text] and batch.real_cond is batch.cond
+
+
 def test_metadata_follows_the_prompts() -> None:
     """Rows with the same prompt keep their own metadata."""
     rows = [{"prompt": "a ring", "id": 1}, {"prompt": "a cross", "id": 2}, {"prompt": "a ring", "id": 3}]
     texts = [str(row["prompt"]) for row in rows]
-    batch = PromptStream([texts], ShapesTextEncoder(), 24, seed=0, group=2, meta=[rows]).at(0)
+    batch = PromptStream([texts], ShapesTextEncoder(), 24, seed=0, group=2, rows=[rows]).at(0)
     assert [row["prompt"] for row in batch.meta] == list(batch.text)
     assert {row["id"] for row in batch.meta} == {1, 2, 3}
-    part = PromptStream([texts], ShapesTextEncoder(), 24, seed=0, group=2, meta=[rows]).at(0, 4, 12)
+    part = PromptStream([texts], ShapesTextEncoder(), 24, seed=0, group=2, rows=[rows]).at(0, 4, 12)
     assert part.meta == batch.meta[4:12]

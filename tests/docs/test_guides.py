@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gdmd.data.prompts import read_prompts
 from gdmd.rewards.callable import CallableReward
 from gdmd.types import Cond, PromptBatch
 
@@ -36,6 +37,13 @@ def test_reward_example_prefers_warm_images() -> None:
     columns = replace(prompts, meta=({"style": "photo"}, {"style": "sketch"}))
     sharp = CallableReward(own["sharp"]).score(torch.cat([warm, warm.flip(1)]), columns)
     assert float(sharp[0]) == 0 and sharp[1].isnan()
+
+
+def test_teacher_prompt_example(tmp_path: Path) -> None:
+    text = (GUIDES / "data.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.S)
+    (tmp_path / "prompts.jsonl").write_text(example)
+    assert read_prompts(tmp_path / "prompts.jsonl").note().endswith("2 prompts; 1 has a teacher prompt")
 
 
 def test_notebook_example_scores_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,11 +228,13 @@ def test_arithmetic_ignores_autocast(name: str) -> None:
 
 
 def run(name: str, folder: Path, steps: int) -> None:
-    """Train to ``steps`` iterations, resuming the folder's run if there is one."""
+    """Train to ``steps`` iterations with teacher prompts, resuming the folder's run if there is one."""
     method, roles = world(name)
     cfg = LoopConfig(steps=steps, batch_size=8, lr_student=1e-3, lr_fake=1e-3, log_every=1, threads=1, seed=1)
     opened = open_run(folder) if folder.exists() else create(folder, {"loop": cfg.model_dump(mode="json")})
-    loop(method, roles, PromptStream([list(TEXTS)], ShapesTextEncoder(), 8, 1, method.cfg.prompt_group), cfg, opened)
+    rows = [{"prompt": text, "teacher_prompt": other} for text, other in zip(TEXTS, TEXTS[::-1], strict=True)]
+    stream = PromptStream([list(TEXTS)], ShapesTextEncoder(), 8, 1, method.cfg.prompt_group, [rows])
+    loop(method, roles, stream, cfg, opened)
 
 
 def ended(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:

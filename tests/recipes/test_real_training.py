@@ -197,6 +197,24 @@ def test_cached_embeddings_train_the_same_student(folders: Path, tmp_path: Path,
     assert apart(*weights) < 1e-3
 
 
+def test_teacher_prompts_are_embedded_before_training(
+    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are cached and checked for their length, and then the encoders are unloaded."""
+    better = "very " * 100 + "good"
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a blue ring", "teacher_prompt": better}))
+    cfg = recipe(folders, "sd3", 1, embeddings=str(tmp_path / "embeddings"))
+    cfg = cfg.model_copy(update={"prompts": cfg.prompts.model_copy(update={"file": str(tmp_path / "p.jsonl")})})
+    components = prepare(cfg)
+    assert better in components.encoder and components.encoder.encoder is None  # type: ignore[operator, attr-defined]
+    assert "1 of 2 prompts are longer" in caplog.text
+    run = create(tmp_path / "run", cfg.model_dump(mode="json"))
+    train(components.method, components.roles, components.stream, cfg.loop, run)
+    batch = components.stream.at(0)
+    pairs = [(batch.cond[name], batch.real_cond[name]) for name in batch.cond]
+    assert all(own.shape == other.shape for own, other in pairs) and not all(torch.equal(*pair) for pair in pairs)
+
+
 def test_cached_embeddings_load_no_encoder(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a text encoder was loaded")

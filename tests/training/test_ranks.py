@@ -36,6 +36,8 @@ from gdmd.training.rank import RankInfo, rank_info
 from gdmd.types import PromptBatch
 
 TEXTS = ["a circle", "a red square", "two rings", "a circle and a square"]
+TEACHER_TEXTS = ["a blue circle", "", "two rings", "a red circle and a blue square"]
+ROWS = [{"prompt": text, "teacher_prompt": other} for text, other in zip(TEXTS, TEACHER_TEXTS, strict=True)]
 LR, STEPS = 0.05, 3
 APART = 1e-4
 """The largest distance of two runs, relative to the distance that their weights moved, or to the norm of optimizer state
@@ -83,7 +85,7 @@ def run(
     )
     context.on_main(lambda: None if folder.exists() else create(folder, {}).path.name)
     roles = roles_of(cfg)
-    stream = PromptStream([TEXTS], ShapesTextEncoder(), 8, 1, cfg.prompt_group)
+    stream = PromptStream([TEXTS], ShapesTextEncoder(), 8, 1, cfg.prompt_group, [ROWS])
     method = method_of(cfg, roles, ToyCodec(), (Toy(unscored=(6,)), Toy("green", 1)), SHAPES, real_latents)
     train(method, roles, stream, loop, open_run(folder), context=context)
 
