@@ -30,6 +30,7 @@ NO_GUIDANCE: Mapping[str, Mapping[str, float | bool]] = {
     "z_image": {"guidance_scale": 0.0},
     "qwen_image": {"true_cfg_scale": 1.0},
     "sana": {"guidance_scale": 1.0, "use_resolution_binning": False},
+    "krea2": {"guidance_scale": 0.0},
 }
 """Arguments that switch off classifier-free guidance; FLUX.1 and FLUX.2-dev have embedded guidance only.
 

@@ -22,6 +22,7 @@ from gdmd.io import weights_fingerprint
 from gdmd.models.families.base import Family, PipelineText, network_dtype
 from gdmd.models.families.flux import Flux
 from gdmd.models.families.flux2 import Flux2, Flux2Klein
+from gdmd.models.families.krea2 import Krea2
 from gdmd.models.families.qwen_image import QwenImage
 from gdmd.models.families.sana import Sana
 from gdmd.models.families.sd3 import Sd3
@@ -46,7 +47,7 @@ from gdmd.models.vae import VaeCodec
 from gdmd.types import Codec, Cond
 
 log = logging.getLogger(__name__)
-FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage, Sana)
+FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage, Sana, Krea2)
 EXTRA_LIBRARIES = {"PixtralProcessor": "torchvision"}
 """Classes of transformers that need another library (FLUX.2-dev's tokenizer)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,7 +73,7 @@ def open_family(cfg: DiffusersModel, device: str = "cpu", *, encoders: bool = Tr
     _check_tokens(family, cfg)
     check_libraries(index, what)
     left_out = _left_out(index, family, cfg, extras=extras)
-    left_out |= {} if encoders else dict.fromkeys(name for name in index if name.startswith(ENCODER))
+    left_out |= {} if encoders else dict.fromkeys(name for name in components(index) if name.startswith(ENCODER))
     pipe = _load(family, cfg, local, left_out)
     fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
     _freeze(pipe, device)
@@ -208,11 +209,11 @@ def encoder_identity(family: Family) -> str:
     """
     cfg, index = family.cfg, local_or_hub_index(family.cfg)
     left_out = _left_out(index, type(family), cfg)
-    names = [name for name, given in index.items() if isinstance(given, list) and given[1] and name not in left_out]
-    names = sorted(name for name in names if name.startswith((ENCODER, "tokenizer")))
+    names = sorted(name for name in components(index, left_out) if name.startswith((ENCODER, "tokenizer")))
     empty = family.pipe.config.get("force_zeros_for_empty_prompt")
     facts = [family.name, cfg.dtype, cfg.max_tokens, empty, *versions(), *content_of(cfg, names)]
-    return json.dumps(facts)
+    layers = family.pipe.config.get("text_encoder_select_layers")
+    return json.dumps([*facts, layers] if layers else facts)
 
 
 def content_of(cfg: DiffusersModel, names: Sequence[str]) -> list[object]:

@@ -44,7 +44,7 @@ from gdmd.models.loading import (
     require_diffusers,
 )
 from gdmd.models.packing import in_patches, pack
-from gdmd.models.pipeline_files import EXTRAS, INDEX, absent, check_files, check_folders, check_needed
+from gdmd.models.pipeline_files import EXTRAS, INDEX, absent, check_files, check_folders, check_needed, components
 from gdmd.models.tokens import fit_limits, readers_of
 from gdmd.rewards.weights import weights_content
 from gdmd.shapes.grammar import tokenize
@@ -351,7 +351,7 @@ def _left_out(index: Mapping[str, Any], without: Sequence[str], folder: Path) ->
     """
     import diffusers
 
-    known = [name for name, given in index.items() if isinstance(given, list)]
+    known = [name for name, given in index.items() if given == [None, None] or name in components(index)]
     optional = [name for family in FAMILIES if family.pipeline == index.get("_class_name") for name in family.optional]
     missing = [*absent(index, known), *absent(index, [name for name in optional if name in known], folder)]
     arguments: dict[str, Any] = dict.fromkeys(name for name in known if name in (*without, *missing, *EXTRAS))

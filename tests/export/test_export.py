@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pipelines")
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2", "z_image", "sana"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2", "z_image", "sana", "krea2"])
 def test_stock_pipeline_with_the_lora(
     folders: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

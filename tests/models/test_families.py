@@ -35,6 +35,7 @@ STOCK: dict[str, dict[str, Any]] = {  # what the stock call needs for classifier
     "flux2_klein": {"guidance_scale": 3.0, "max_sequence_length": 256},
     "z_image": {"guidance_scale": 2.0, "max_sequence_length": 256},  # it counts from 0: cond + w (cond - uncond)
     "sana": {"guidance_scale": 3.0, "max_sequence_length": 256, "use_resolution_binning": False},
+    "krea2": {"guidance_scale": 2.0, "max_sequence_length": 256},  # counts from 0, too
     "qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": ["", ""], "max_sequence_length": 256},
 }
 
@@ -69,7 +70,7 @@ def teacher(family: Family) -> Any:
 
 def stock(family: Family, noise: Tensor, kind: str) -> Tensor:
     size = {"height": tiny.SIZE, "width": tiny.SIZE, "num_inference_steps": STEPS, "output_type": kind}
-    enter = {"flux": pack, "qwen_image": pack, "flux2": in_patches, "flux2_klein": in_patches}.get(family.name)
+    enter = {"flux": pack, "qwen_image": pack, "krea2": pack, "flux2": in_patches, "flux2_klein": in_patches}.get(family.name)
     latents = enter(noise) if enter else noise
     made = family.pipe(prompt=list(CAPTIONS), latents=latents, **size, **STOCK[family.name]).images
     if kind == "latent" and family.name == "flux2_klein":

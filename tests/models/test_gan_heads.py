@@ -40,6 +40,7 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "z_image": lambda net: net.layers[-1],
     "qwen_image": lambda net: net.transformer_blocks[-1],
     "sana": lambda net: net.transformer_blocks[-1],
+    "krea2": lambda net: net.transformer_blocks[-1],
 }
 """The module after which a family is read, independent of the families' own code."""
 EACH = [(name, "none") for name in LAST]
@@ -128,7 +129,7 @@ def from_block(roles: DiffusersRoles, net: Any, at: tuple[Tensor, Tensor, Any]) 
         return torch.stack([hidden[:, :, i, j] for i in range(hidden.shape[2]) for j in range(hidden.shape[3])], 1)
     _, height, width = roles.family.latent_shape
     count = height * width // roles.family.patch**2
-    return hidden[:, -count:] if roles.family.name.startswith("flux2") else hidden[:, :count]
+    return hidden[:, -count:] if roles.family.name.startswith(("flux2", "krea2")) else hidden[:, :count]
 
 
 @pytest.mark.parametrize(("name", "full"), [*EACH, ("sd3", "both")])

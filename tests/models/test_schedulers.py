@@ -458,6 +458,7 @@ LCM = diffusers.LCMScheduler(**{key: BETAS[key] for key in list(BETAS)[:3]})
             "its transformer has no guidance embedding .*FLUX.1-schnell",
         ),
         ("sdxl", {"scheduler": LCM}, "its scheduler is a LCMScheduler"),
+        ("krea2", {"parts": {"index": {"is_distilled": True}}}, "model_index.json says is_distilled"),
         ("sdxl", {"called": "sdxl-turbo"}, "its name says turbo"),
         ("z_image", {"called": "Z-Image-Turbo"}, "its name says turbo"),
         (

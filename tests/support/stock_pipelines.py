@@ -55,7 +55,7 @@ def stock_images(
 ) -> Tensor:
     """The stock call with our noise for its re-noising steps; ``bound``: the pipeline's call has the arguments."""
     name = roles.family.name
-    packed = name in ("flux", "flux2", "flux2_klein", "qwen_image")
+    packed = name in ("flux", "flux2", "flux2_klein", "qwen_image", "krea2")
     shown = [pack(noise) if packed else noise for noise in noises]
     drawn: Iterator[Tensor] = iter([*shown[1:], shown[0]])  # some draw once more at the end, for noise 0
     for module in ("scheduling_lcm", "scheduling_flow_match_euler_discrete"):
