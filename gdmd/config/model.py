@@ -10,7 +10,7 @@ from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Posit
 from gdmd.config.shapes_pipeline import located, read_shapes_pipeline
 
 FamilyName = Literal[
-    "sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana", "krea2"
+    "sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "qwen_image21", "sana", "krea2"
 ]
 Quantization = Literal["none", "int8", "nf4", "fp8"]
 Pixels = Annotated[Count, Field(multiple_of=8)]

@@ -24,6 +24,7 @@ from gdmd.models.families.flux import Flux
 from gdmd.models.families.flux2 import Flux2, Flux2Klein
 from gdmd.models.families.krea2 import Krea2
 from gdmd.models.families.qwen_image import QwenImage
+from gdmd.models.families.qwen_image21 import QwenImage21
 from gdmd.models.families.sana import Sana
 from gdmd.models.families.sd3 import Sd3
 from gdmd.models.families.sd15 import Sd15
@@ -42,14 +43,16 @@ from gdmd.models.pipeline_files import (
     refuse_quantized,
 )
 from gdmd.models.quantization import quantization_config, require_quantizer
-from gdmd.models.tokens import ENCODER, fit_limits
+from gdmd.models.tokens import ENCODER, TOKENIZERS, fit_limits
 from gdmd.models.vae import VaeCodec
 from gdmd.types import Codec, Cond
 
 log = logging.getLogger(__name__)
-FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage, Sana, Krea2)
-EXTRA_LIBRARIES = {"PixtralProcessor": "torchvision"}
-"""Classes of transformers that need another library (FLUX.2-dev's tokenizer)."""
+FAMILIES: tuple[type[Family], ...] = (
+    *(Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage, QwenImage21, Sana, Krea2),
+)
+EXTRA_LIBRARIES = {"PixtralProcessor": "torchvision", "Qwen3VLProcessor": "torchvision"}
+"""Classes of transformers that need another library (the tokenizers of FLUX.2-dev and Qwen-Image-2.1)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtypes of configs."""
 
@@ -131,7 +134,7 @@ class LazyTextEncoder:
     def _load(self) -> PipelineText:
         encoder, pipe = self.family.encoder, self.family.pipe
         if not self._loaded:
-            kept = (ENCODER, "tokenizer")
+            kept = (ENCODER, *TOKENIZERS)
             others = dict.fromkeys(name for name in pipe.components if not name.startswith(kept))
             missing = _left_out(local_or_hub_index(self.family.cfg), type(self.family), self.family.cfg)
             loaded = _load(type(self.family), self.family.cfg, is_local(self.family.cfg.location), others | missing)
@@ -209,7 +212,7 @@ def encoder_identity(family: Family) -> str:
     """
     cfg, index = family.cfg, local_or_hub_index(family.cfg)
     left_out = _left_out(index, type(family), cfg)
-    names = sorted(name for name in components(index, left_out) if name.startswith((ENCODER, "tokenizer")))
+    names = sorted(name for name in components(index, left_out) if name.startswith((ENCODER, *TOKENIZERS)))
     empty = family.pipe.config.get("force_zeros_for_empty_prompt")
     facts = [family.name, cfg.dtype, cfg.max_tokens, empty, *versions(), *content_of(cfg, names)]
     layers = family.pipe.config.get("text_encoder_select_layers")

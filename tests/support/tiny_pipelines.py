@@ -17,6 +17,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -26,6 +27,8 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -45,9 +48,11 @@ from tiny_tokenizers import clip, clip_words, qwen_words, t5, t5_words
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPTextModel,
     Gemma2Config,
     Gemma2Model,
+    LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -57,6 +62,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
 )
 from transformers.utils import logging as transformers_logging
@@ -392,6 +398,43 @@ def krea2() -> Krea2Pipeline:
     )
 
 
+def qwen_image21() -> QwenImage21Pipeline:
+    """Its own processor needs torchvision; Llava's does the same for texts."""
+    words = qwen_words("<|image_pad|>")
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'][0]['text'] }}<|im_end|>\n{% endfor %}"
+    )
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(4, 2, 2),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    deep = AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=4,
+        dim_mult=[1] * 5,
+        num_res_blocks=1,
+        temperal_downsample=[False] * 4,
+        latents_mean=[0.1, 0.0, -0.1, 0.2],
+        latents_std=[1.0, 2.0, 0.5, 1.5],
+    )
+    return QwenImage21Pipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=deep,
+        text_encoder=Qwen3VLForConditionalGeneration(qwen3_vl(words)),
+        processor=LlavaProcessor(CLIPImageProcessorPil(), words, chat_template=template),
+    )
+
+
 def qwen3_vl(words: Qwen2Tokenizer) -> Qwen3VLConfig:
     """16 numbers a token, after each of two layers."""
     rope = {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True}
@@ -411,6 +454,7 @@ BUILD: Mapping[str, Callable[[], Any]] = {
     "flux2_klein": flux2_klein,
     "z_image": z_image,
     "qwen_image": qwen_image,
+    "qwen_image21": qwen_image21,
     "sana": sana,
     "krea2": krea2,
 }

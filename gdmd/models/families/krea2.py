@@ -46,9 +46,7 @@ class Krea2(FlowFamily):
         self.net: nn.Module = pipe.transformer
         self.codec = FrameCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = Krea2Text(pipe, cfg)
-        self.timesteps = self.settings.timesteps(
-            self.tokens, DISTILLED_MU if pipe.config.get("is_distilled") else None
-        )
+        self.timesteps = self.settings.timesteps(self.tokens, DISTILLED_MU if pipe.config.get("is_distilled") else None)
 
     @property
     def latent_channels(self) -> int:
