@@ -9,7 +9,9 @@ from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from gdmd.config.base import Config, Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.shapes_pipeline import located, read_shapes_pipeline
 
-FamilyName = Literal["sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"]
+FamilyName = Literal[
+    "sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "qwen_image21", "sana", "krea2"
+]
 Quantization = Literal["none", "int8", "nf4", "fp8"]
 Pixels = Annotated[Count, Field(multiple_of=8)]
 """Side of an image; the families' latents are at least eight times smaller."""

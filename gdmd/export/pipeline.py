@@ -6,6 +6,7 @@ stochastic_sampling for flow models.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ NO_GUIDANCE: Mapping[str, Mapping[str, float | bool]] = {
     "flux2_klein": {"guidance_scale": 1.0},
     "z_image": {"guidance_scale": 0.0},
     "qwen_image": {"true_cfg_scale": 1.0},
+    "qwen_image21": {"true_cfg_scale": 1.0},
     "sana": {"guidance_scale": 1.0, "use_resolution_binning": False},
+    "krea2": {"guidance_scale": 0.0},
 }
 """Arguments that switch off classifier-free guidance; FLUX.1 and FLUX.2-dev have embedded guidance only.
 
@@ -52,7 +55,7 @@ def call_arguments(family: Family, uniform: Sequence[float]) -> dict[str, Any]:
         )
     else:
         arguments["sigmas"] = list(uniform)
-    if family.cfg.max_tokens and not family.fixed_captions:
+    if family.cfg.max_tokens and "max_sequence_length" in inspect.signature(type(family.pipe).__call__).parameters:
         arguments["max_sequence_length"] = family.cfg.max_tokens
     arguments |= NO_GUIDANCE[family.name]
     if family.guidance_is_embedded:

@@ -27,6 +27,8 @@ def why_distilled(pipe: Any, path: str) -> str | None:
     scheduler, words = pipe.components["scheduler"], _words(path)
     if pipe.config.get("is_distilled"):
         return "model_index.json says is_distilled"
+    if pipe.config.get("sample_sigmas"):
+        return "model_index.json has sample_sigmas, the times of a few-step model"
     if config.get("time_cond_proj_dim") is not None:
         return "its UNet reads the guidance as an input (time_cond_proj_dim), as an LCM's does"
     if type(net).__name__ == "FluxTransformer2DModel" and not config.get("guidance_embeds"):

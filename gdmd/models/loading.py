@@ -22,7 +22,9 @@ from gdmd.io import weights_fingerprint
 from gdmd.models.families.base import Family, PipelineText, network_dtype
 from gdmd.models.families.flux import Flux
 from gdmd.models.families.flux2 import Flux2, Flux2Klein
+from gdmd.models.families.krea2 import Krea2
 from gdmd.models.families.qwen_image import QwenImage
+from gdmd.models.families.qwen_image21 import QwenImage21
 from gdmd.models.families.sana import Sana
 from gdmd.models.families.sd3 import Sd3
 from gdmd.models.families.sd15 import Sd15
@@ -43,14 +45,16 @@ from gdmd.models.pipeline_files import (
     refuse_quantized,
 )
 from gdmd.models.quantization import quantization_config, require_quantizer
-from gdmd.models.tokens import ENCODER, fit_limits
+from gdmd.models.tokens import ENCODER, TOKENIZERS, fit_limits
 from gdmd.models.vae import VaeCodec
 from gdmd.types import Codec, Cond
 
 log = logging.getLogger(__name__)
-FAMILIES: tuple[type[Family], ...] = (Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage, Sana)
-EXTRA_LIBRARIES = {"PixtralProcessor": "torchvision"}
-"""Classes of transformers that need another library (FLUX.2-dev's tokenizer)."""
+FAMILIES: tuple[type[Family], ...] = (
+    *(Sd15, Sdxl, Sd3, Flux, Flux2, Flux2Klein, ZImage, QwenImage, QwenImage21, Sana, Krea2),
+)
+EXTRA_LIBRARIES = {"PixtralProcessor": "torchvision", "Qwen3VLProcessor": "torchvision"}
+"""Classes of transformers that need another library (the tokenizers of FLUX.2-dev and Qwen-Image-2.1)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtypes of configs."""
 
@@ -86,7 +90,7 @@ def open_family(
     if shared is not None:
         own = ("unet", "transformer", "scheduler")
         left_out |= {k: part for k, part in shared.pipe.components.items() if k in index and k not in own}
-    left_out |= {} if encoders else dict.fromkeys(name for name in index if name.startswith(ENCODER))
+    left_out |= {} if encoders else dict.fromkeys(name for name in components(index) if name.startswith(ENCODER))
     pipe = _load(family, cfg, local, left_out)
     fuse_loras(pipe, cfg.teacher_loras)
     fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
@@ -146,7 +150,7 @@ class LazyTextEncoder:
         """Put them into the family's pipeline, unless this has done so before."""
         encoder, pipe = self.family.encoder, self.family.pipe
         if not self._loaded:
-            kept = (ENCODER, "tokenizer")
+            kept = (ENCODER, *TOKENIZERS)
             others = dict.fromkeys(name for name in pipe.components if not name.startswith(kept))
             missing = _left_out(local_or_hub_index(self.family.cfg), type(self.family), self.family.cfg)
             loaded = _load(type(self.family), self.family.cfg, is_local(self.family.cfg.location), others | missing)
@@ -224,11 +228,11 @@ def encoder_identity(family: Family) -> str:
     """
     cfg, index = family.cfg, local_or_hub_index(family.cfg)
     left_out = _left_out(index, type(family), cfg)
-    names = [name for name, given in index.items() if isinstance(given, list) and given[1] and name not in left_out]
-    names = sorted(name for name in names if name.startswith((ENCODER, "tokenizer")))
+    names = sorted(name for name in components(index, left_out) if name.startswith((ENCODER, *TOKENIZERS)))
     empty = family.pipe.config.get("force_zeros_for_empty_prompt")
     facts = [family.name, cfg.dtype, cfg.max_tokens, empty, *versions(), *content_of(cfg, names)]
-    return json.dumps(facts)
+    layers = family.pipe.config.get("text_encoder_select_layers")
+    return json.dumps([*facts, layers] if layers else facts)
 
 
 def content_of(cfg: DiffusersModel, names: Sequence[str]) -> list[object]:

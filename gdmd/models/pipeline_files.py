@@ -84,7 +84,8 @@ def _single_file(path: Path) -> str:
 def components(index: Mapping[str, Any], without: Container[str] = ()) -> dict[str, str]:
     """The components named in an index, with their classes."""
     given = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
-    return {name: str(value[1]) for name, value in given.items() if value[1] and name not in without}
+    classes = {name: value[1] for name, value in given.items() if isinstance(value[1], str)}  # others are settings
+    return {name: kind for name, kind in classes.items() if kind and name not in without}
 
 
 def absent(index: Mapping[str, Any], names: Sequence[str], folder: Path | None = None) -> list[str]:

@@ -11,6 +11,8 @@ from gdmd.diffusion.prompt_length import Reader
 
 ENCODER = "text_encoder"
 """Prefix of the names of all text encoders."""
+TOKENIZERS = ("tokenizer", "processor")
+"""Prefixes of the names of all tokenizers; a processor holds one."""
 TEMPLATES: dict[str, Callable[[Any, str, int], Reader]] = {}
 """Readers (pipe, encoder's name, max_sequence_length) of pipelines that wrap captions in a template, by pipeline class.
 
@@ -26,8 +28,9 @@ def readers_of(pipe: Any, max_tokens: int = 0) -> tuple[Reader, ...]:
     longest = max_tokens or (call["max_sequence_length"].default if "max_sequence_length" in call else None)
     found = []
     for name, tokenizer in pipe.components.items():
-        if name.startswith("tokenizer") and tokenizer is not None:
-            found.append(_reader(pipe, name.replace("tokenizer", ENCODER), tokenizer, longest))
+        if name.startswith(TOKENIZERS) and tokenizer is not None:
+            encoder = name.replace("tokenizer", ENCODER).replace("processor", ENCODER)
+            found.append(_reader(pipe, encoder, tokenizer, longest))
     return tuple(reader for reader in found if reader is not None)
 
 

@@ -89,6 +89,14 @@ class VaeCodec:
         return mean
 
 
+def on_white(images: Tensor) -> Tensor:
+    """Images in [0, 1], transparent ones blended with white. [B, 3 or 4, H, W] -> [B, 3, H, W]"""
+    if images.shape[1] == 3:
+        return images
+    alpha = images[:, 3:]
+    return images[:, :3] * alpha + 1 - alpha
+
+
 def _set_tile_size(vae: Any) -> None:
     """Tiles of TILE pixels for VAEs whose tile is their native size; video and deep VAEs already have smaller tiles."""
     if not hasattr(vae, "tile_latent_min_size"):

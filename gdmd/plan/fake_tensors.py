@@ -26,7 +26,21 @@ class Measured:
 
 def fake_mode() -> AbstractContextManager[Any]:
     """Inside, tensors have a shape but no memory and no values."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return _FakeMode(allow_non_fake_inputs=True)
+
+
+class _FakeMode(FakeTensorMode):
+    """Keeps the values of integers and masks made from lists: Qwen-Image-2.1's network computes shapes from them."""
+
+    def may_turn_const(self, t: Tensor) -> bool:
+        whole = t.dtype in (torch.int64, torch.bool) and not self.is_our_fake(t) and t.device.type != "meta"
+        return whole or super().may_turn_const(t)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.scalar_tensor.default and type(args[0]) is int:  # of where(mask, 4, 1)
+            with self:
+                return torch.tensor(args[0], dtype=(kwargs or {}).get("dtype"))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def fake_weights(module: nn.Module) -> None:

@@ -25,7 +25,7 @@ from gdmd.models.loading import (
     is_local,
     require_diffusers,
 )
-from gdmd.models.pipeline_files import absent, load_errors, local_index, weight_files
+from gdmd.models.pipeline_files import absent, components, load_errors, local_index, weight_files
 from gdmd.plan.model_configs import MODELS, KnownModel, model_of
 
 
@@ -73,7 +73,9 @@ def _from_folder(cfg: DiffusersModel, folder: Path) -> MetaPipeline:
     net, vae = (_build(index[part][1], _read(folder / part / "config.json")) for part in (name, "vae"))
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
     pipe = _pipe(cfg, family, net, vae, (index["scheduler"][1], scheduler), index)
-    names = [name for name in index if name.startswith("text_encoder") and (cfg.t5 or name != "text_encoder_3")]
+    names = [
+        name for name in components(index) if name.startswith("text_encoder") and (cfg.t5 or name != "text_encoder_3")
+    ]
     parts = [folder / name for name in names if name not in absent(index, names, folder)]
     encoders = sum(weights_in(file) for part in parts for file in weight_files(part, cfg.variant))
     return MetaPipeline(family(pipe, cfg), encoders, f"configs in {folder}")

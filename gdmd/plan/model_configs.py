@@ -2,7 +2,7 @@
 
 Each is the config.json of the named repository (unet or transformer, vae, scheduler) without diffusers' defaults. Text
 encoders are given by their number of weights: CLIP-L 123 M, OpenCLIP bigG 695 M, T5-XXL's encoder 4.76 B, Qwen3-4B and 8B,
-Qwen2.5-VL-7B, Mistral Small 3 24B, Gemma 2 2B.
+Qwen2.5-VL-7B, Qwen3-VL-4B and 8B, Mistral Small 3 24B, Gemma 2 2B.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from gdmd.config.model import FamilyName
 
 CLIP_L, CLIP_L_PROJECTED, CLIP_BIG_G = 123_060_480, 123_650_304, 694_659_840
 T5_XXL, QWEN3_4B, QWEN25_VL_7B = 4_762_310_656, 4_022_468_096, 8_292_166_656
+QWEN3_VL_4B, QWEN3_VL_8B = 4_437_815_808, 8_767_123_696
 QWEN3_8B, MISTRAL_SMALL_3, GEMMA2_2B = 8_190_735_360, 24_011_361_280, 2_614_341_888
 
 
@@ -134,6 +135,17 @@ def _qwen_image(name: str) -> KnownModel:
     return KnownModel(name, "qwen_image", net, NetworkConfig("AutoencoderKLQwenImage"), _DYNAMIC, QWEN25_VL_7B)
 
 
+def _qwen_image21(name: str) -> KnownModel:
+    kinds = (NetworkConfig("QwenImage21Transformer2DModel"), NetworkConfig("AutoencoderKLQwenImage21"))
+    return KnownModel(name, "qwen_image21", *kinds, _DYNAMIC, QWEN3_VL_8B)
+
+
+def _krea2(name: str) -> KnownModel:
+    scheduler = {"use_dynamic_shifting": True, "max_image_seq_len": 6400}
+    kinds = (NetworkConfig("Krea2Transformer2DModel"), NetworkConfig("AutoencoderKLQwenImage"))
+    return KnownModel(name, "krea2", *kinds, ("FlowMatchEulerDiscreteScheduler", scheduler), QWEN3_VL_4B)
+
+
 def _sana(name: str, **options: Any) -> KnownModel:
     kinds = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
     vae = {
@@ -172,6 +184,8 @@ _KNOWN = (
     _z_image("Tongyi-MAI/Z-Image"),
     _qwen_image("Qwen/Qwen-Image"),
     _sana("Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", qk_norm="rms_norm_across_heads"),
+    _qwen_image21("Qwen/Qwen-Image-2.1"),
+    _krea2("krea/Krea-2-Raw"),
 )
 MODELS: Mapping[str, KnownModel] = {model.name: model for model in _KNOWN}
 """By hub id; the first model of a family is its standard model."""

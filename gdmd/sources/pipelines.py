@@ -45,8 +45,18 @@ from gdmd.models.loading import (
 from gdmd.models.lora_files import add_lora, fuse_loras
 from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.models.packing import in_patches, pack
-from gdmd.models.pipeline_files import EXTRAS, INDEX, absent, check_files, check_folders, check_needed, load_errors
+from gdmd.models.pipeline_files import (
+    EXTRAS,
+    INDEX,
+    absent,
+    check_files,
+    check_folders,
+    check_needed,
+    components,
+    load_errors,
+)
 from gdmd.models.tokens import fit_limits, readers_of
+from gdmd.models.vae import on_white
 from gdmd.recipes.contents import lora_content
 from gdmd.rewards.weights import weights_content
 from gdmd.shapes.grammar import tokenize
@@ -59,6 +69,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 BINNING = "use_resolution_binning"
 """Argument of pipelines that generate at a size of a table and rescale the image to the requested size."""
+ONE_BY_ONE = ("QwenImage21Pipeline",)
+"""Pipelines whose images depend on the other captions of a batch: their padding moves the image's position."""
 _UNKEYED = (
     *(torch.normal, torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.bernoulli),
     *(torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.random_, torch.Tensor.bernoulli_),
@@ -117,9 +129,10 @@ class KeyedNoise(TorchFunctionMode):
             c, h, w = self._first
             noise = own.normal(purpose, (c // 4, 2 * h, 2 * w), n)
             return pack(noise) if len(shape) == 2 else in_patches(noise)
-        packed = len(shape) == 2 and len(self._first) > 2
-        noise = own.normal(purpose, self._first if packed else shape, n)
-        return pack(noise.reshape(1, *self._first[-3:])) if packed else noise
+        if len(shape) != 2 or len(self._first) == 2:
+            return own.normal(purpose, shape, n)
+        noise = own.normal(purpose, self._first, n).reshape(1, *self._first[-3:])
+        return noise.flatten(2).mT if shape[-1] == self._first[-3] else pack(noise)
 
 
 @dataclass(frozen=True)
@@ -140,13 +153,15 @@ class PipelineSource:
 
     @torch.no_grad()
     def generate(self, slots: Sequence[ImageSlot], seed: int) -> list[Image]:
+        if type(self.pipe).__name__ in ONE_BY_ONE and len(slots) > 1:
+            return [image for slot in slots for image in self.generate([slot], seed)]
         rng = SampleRng(seed, 0, torch.tensor([slot.key for slot in slots]))
         digests = [hashlib.sha256(f"image {seed} {slot.key}".encode()).digest() for slot in slots]
         generators = [torch.Generator().manual_seed(int.from_bytes(digest[:6], "big")) for digest in digests]
         texts, patched = [slot.text for slot in slots], type(self.pipe).__name__.startswith("Flux2")
         with KeyedNoise(rng, generators, patched=patched):
             output = self.pipe(prompt=texts, generator=generators, output_type="pt", **self.arguments)
-        return to_images(output.images.float(), self.info.name)
+        return to_images(on_white(output.images.float()), self.info.name)
 
 
 def open_pipeline(cfg: SourceConfig) -> PipelineSource:
@@ -218,7 +233,7 @@ def _guidance(pipe: Any, cfg: SourceConfig) -> dict[str, Any]:
         )
     if cfg.guidance_rescale is not None and "guidance_rescale" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(f"source {cfg.where!r}: guidance_rescale is set, but a {name} does not read it; leave it out")
-    if name != "QwenImagePipeline":
+    if name not in ("QwenImagePipeline", "QwenImage21Pipeline"):
         return {"guidance_scale": cfg.guidance, "guidance_rescale": cfg.guidance_rescale}
     own = inspect.signature(pipe.__call__).parameters["true_cfg_scale"].default
     guidance = own if cfg.guidance is None else cfg.guidance
@@ -355,7 +370,7 @@ def _left_out(index: Mapping[str, Any], without: Sequence[str], folder: Path) ->
     """
     import diffusers
 
-    known = [name for name, given in index.items() if isinstance(given, list)]
+    known = [name for name, given in index.items() if given == [None, None] or name in components(index)]
     optional = [name for family in FAMILIES if family.pipeline == index.get("_class_name") for name in family.optional]
     missing = [*absent(index, known), *absent(index, [name for name in optional if name in known], folder)]
     arguments: dict[str, Any] = dict.fromkeys(name for name in known if name in (*without, *missing, *EXTRAS))

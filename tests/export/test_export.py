@@ -38,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pipelines")
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2", "z_image", "sana"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2", "z_image", "sana", "krea2", "qwen_image21"])
 def test_stock_pipeline_with_the_lora(
     folders: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +59,13 @@ def test_stock_pipeline_with_the_lora(
 
 @pytest.mark.parametrize(
     ("name", "full"),
-    [("sdxl", "none"), ("qwen_image", "none"), ("sana", "none"), ("flux2_klein", "student")],
+    [
+        ("sdxl", "none"),
+        ("qwen_image", "none"),
+        ("qwen_image21", "student"),
+        ("sana", "none"),
+        ("flux2_klein", "student"),
+    ],
 )
 def test_merged_pipeline(folders: Path, tmp_path: Path, name: str, full: str, monkeypatch: pytest.MonkeyPatch) -> None:
     roles = student_of(folders, name, full)

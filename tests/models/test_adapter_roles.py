@@ -81,7 +81,7 @@ def test_every_role_starts_as_the_teacher(folders: Path, name: str, full: str) -
         assert torch.allclose(found[role], found["teacher"], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux2", "z_image"])
+@pytest.mark.parametrize("name", ["sdxl", "flux2", "z_image", "qwen_image21", "krea2"])
 def test_roles_are_independent(folders: Path, name: str) -> None:
     roles = roles_of(folders, name)
     at = states(roles)
@@ -105,7 +105,7 @@ def gradients(roles: DiffusersRoles, role: Role, at: Any, between: Callable[[], 
     return list(torch.autograd.grad(loss, own, allow_unused=True, materialize_grads=True))
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "qwen_image21"])
 def test_checkpointed_blocks_keep_their_role(folders: Path, name: str) -> None:
     plain, checkpointed = (roles_of(folders, name, checkpointing=on) for on in (False, True))
     for roles in (plain, checkpointed):

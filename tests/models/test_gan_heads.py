@@ -40,6 +40,8 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "z_image": lambda net: net.layers[-1],
     "qwen_image": lambda net: net.transformer_blocks[-1],
     "sana": lambda net: net.transformer_blocks[-1],
+    "qwen_image21": lambda net: net.transformer_blocks[-1],
+    "krea2": lambda net: net.transformer_blocks[-1],
 }
 """The module after which a family is read, independent of the families' own code."""
 EACH = [(name, "none") for name in LAST]
@@ -122,23 +124,31 @@ def from_block(roles: DiffusersRoles, net: Any, at: tuple[Tensor, Tensor, Any]) 
     with torch.no_grad():
         roles.fake(*at)
     handle.remove()
-    (hidden,) = seen
+    hidden = (
+        seen[0] if len(seen) == 1 else torch.cat([one[:, -_tokens(roles) :] for one in seen])
+    )  # or a call per sample
     hidden = hidden[-1] if isinstance(hidden, tuple) else hidden  # of two streams the image's is the second
     if hidden.ndim == 4:
         return torch.stack([hidden[:, :, i, j] for i in range(hidden.shape[2]) for j in range(hidden.shape[3])], 1)
+    count = _tokens(roles)
+    return hidden[:, -count:] if roles.family.name.startswith(("flux2", "krea2", "qwen_image21")) else hidden[:, :count]
+
+
+def _tokens(roles: DiffusersRoles) -> int:
     _, height, width = roles.family.latent_shape
-    count = height * width // roles.family.patch**2
-    return hidden[:, -count:] if roles.family.name.startswith("flux2") else hidden[:, :count]
+    return height * width // roles.family.patch**2
 
 
 @pytest.mark.parametrize(("name", "full"), [*EACH, ("sd3", "both")])
 def test_features_are_the_last_blocks_output(folders: Path, name: str, full: str) -> None:
-    roles = roles_of(folders, name, (32, 48), full=full)
+    size, token = ((32, 64), 16) if name == "qwen_image21" else ((32, 48), 4)
+    roles = roles_of(folders, name, size, full=full)
     at = states(roles)
     net = roles.fake.net.ready()
     found = roles.fake.features(*at)
     width, rows, columns = roles.family.feature_shape
-    assert found.shape == (2, rows * columns, width) and (rows, columns) == (8, 12) and found.dtype == torch.float32
+    assert (rows, columns) == (size[0] // token, size[1] // token)
+    assert found.shape == (2, rows * columns, width) and found.dtype == torch.float32
     torch.testing.assert_close(found.detach(), from_block(roles, net, at))
 
 

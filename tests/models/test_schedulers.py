@@ -170,6 +170,30 @@ def test_dynamic_shifting(saved: Callable[..., Path], size: dict[str, int], shap
     assert stock.sigmas[:-1].tolist() == pytest.approx(family.student_times(UNIFORM))
 
 
+@pytest.mark.parametrize(
+    ("name", "index", "scheduler", "given"),
+    [
+        ("krea2", {"is_distilled": True}, None, {"guidance_scale": 0.0}),
+        (
+            "qwen_image21",
+            {"sample_sigmas": [1.0, 0.95, 0.7, 0.4]},
+            diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
+            {},
+        ),
+    ],
+)
+def test_distilled_checkpoints_have_separate_times(
+    saved: Callable[..., Path], name: str, index: dict[str, Any], scheduler: Any, given: dict[str, float]
+) -> None:
+    base = open_family(tiny.config(saved(name, called="undistilled")))
+    opened, meta = both(saved(name, scheduler, {"index": index}))
+    size = {"height": tiny.SIZE, "width": tiny.SIZE, "num_inference_steps": 4, "output_type": "latent"}
+    opened.pipe(prompt=["a"], **size, **given)
+    torch.testing.assert_close(opened.teacher_times(4), opened.pipe.scheduler.sigmas)
+    assert torch.equal(meta.teacher_times(4), opened.teacher_times(4))
+    assert not torch.allclose(base.teacher_times(4), opened.teacher_times(4), atol=1e-2)
+
+
 @pytest.mark.parametrize("name", ["z_image", "sana"])
 def test_other_number_of_training_steps(saved: Callable[..., Path], name: str) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, num_train_timesteps=500)
@@ -458,6 +482,8 @@ LCM = diffusers.LCMScheduler(**{key: BETAS[key] for key in list(BETAS)[:3]})
             "its transformer has no guidance embedding .*FLUX.1-schnell",
         ),
         ("sdxl", {"scheduler": LCM}, "its scheduler is a LCMScheduler"),
+        ("krea2", {"parts": {"index": {"is_distilled": True}}}, "model_index.json says is_distilled"),
+        ("qwen_image21", {"parts": {"index": {"sample_sigmas": [1.0, 0.5]}}}, "model_index.json has sample_sigmas"),
         ("sdxl", {"called": "sdxl-turbo"}, "its name says turbo"),
         ("z_image", {"called": "Z-Image-Turbo"}, "its name says turbo"),
         (
@@ -489,6 +515,8 @@ def test_guidance_on_a_distilled_base(
     [
         ("stabilityai/sdxl-turbo", "turbo"),
         ("Z-Image-Turbo", "turbo"),
+        ("krea/Krea-2-Turbo", "turbo"),
+        ("Qwen/Qwen-Image-2.1-Turbo", "turbo"),
         ("stable-diffusion-3.5-large-turbo", "turbo"),
         ("DreamShaperXL_Turbo_v2", "turbo"),
         ("RealVisXL_V4.0_Lightning", "lightning"),

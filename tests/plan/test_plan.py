@@ -248,6 +248,8 @@ def test_the_real_method_makes_the_counted_calls() -> None:
         ("black-forest-labs/FLUX.2-dev", 32_223_281_152),
         ("black-forest-labs/FLUX.2-klein-base-4B", 3_875_544_576),
         ("Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", 1_604_641_952),
+        ("Qwen/Qwen-Image-2.1", 7_115_124_736),
+        ("krea/Krea-2-Raw", 12_820_073_036),
     ],
 )
 def test_known_models_have_their_published_sizes(name: str, weights: int) -> None:

@@ -23,7 +23,7 @@ from gdmd.rewards.preprocessing import to_pil
 from gdmd.types import PromptBatch
 
 RECIPES = ("sd15_gdmd", "sdxl_dmd2", "sd3_gdmd", "flux_dmdr", "flux2_dmd")
-RECIPES += ("flux2_klein_gdmd", "z_image_dmd2", "qwen_image_dmdr", "sana_dmd")
+RECIPES += ("flux2_klein_gdmd", "z_image_dmd2", "qwen_image_dmdr", "qwen_image21_dmd", "sana_dmd", "krea2_gdmd")
 SMALL = {"height": tiny.SIZE, "width": tiny.SIZE, "dtype": "fp32", "lora_rank": 2, "lora_alpha": 2}
 SMALL |= {"max_tokens": 256, "embeddings": "null", "checkpointing": "false"}
 

@@ -229,7 +229,9 @@ def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[An
     return (cfg, components), target
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sana"])
+@pytest.mark.parametrize(
+    "name", ["sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "qwen_image21", "sana", "krea2"]
+)
 def test_export_round_trip(folders: Path, tmp_path: Path, name: str) -> None:
     from gdmd.recipes.open_run import student_row
     from gdmd.sources.runs import RunSource

@@ -16,6 +16,7 @@ from gdmd.export.pipeline import call_arguments
 from gdmd.models.loading import open_family
 from gdmd.models.packing import in_patches, pack
 from gdmd.models.roles import DiffusersRoles
+from gdmd.models.vae import on_white
 
 UNIFORM = (1.0, 0.75, 0.5, 0.25)
 CAPTIONS = list(tiny.WORDS[:2])
@@ -55,8 +56,14 @@ def stock_images(
 ) -> Tensor:
     """The stock call with our noise for its re-noising steps; ``bound``: the pipeline's call has the arguments."""
     name = roles.family.name
-    packed = name in ("flux", "flux2", "flux2_klein", "qwen_image")
+    if name == "qwen_image21" and len(captions) > 1:  # its images depend on the padding of a batch
+        parts = ([noise[k : k + 1] for noise in noises] for k in range(len(captions)))
+        alone = zip(parts, captions, strict=True)
+        return torch.cat([stock_images(pipe, roles, part, patch, [text], bound=bound) for part, text in alone])
+    packed = name in ("flux", "flux2", "flux2_klein", "qwen_image", "krea2")
     shown = [pack(noise) if packed else noise for noise in noises]
+    if name == "qwen_image21":
+        shown = [noise.flatten(2).mT for noise in noises]
     drawn: Iterator[Tensor] = iter([*shown[1:], shown[0]])  # some draw once more at the end, for noise 0
     for module in ("scheduling_lcm", "scheduling_flow_match_euler_discrete"):
         patch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: next(drawn))
@@ -65,4 +72,4 @@ def stock_images(
     if name in ("sd3", "flux", "z_image") and not bound:
         arguments.setdefault("max_sequence_length", 256)
     start = in_patches(noises[0]) if name.startswith("flux2") else shown[0]
-    return pipe(prompt=list(captions), latents=start, output_type="pt", **arguments).images
+    return on_white(pipe(prompt=list(captions), latents=start, output_type="pt", **arguments).images)

@@ -17,6 +17,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -24,6 +25,10 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -43,9 +48,11 @@ from tiny_tokenizers import clip, clip_words, qwen_words, t5, t5_words
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPTextModel,
     Gemma2Config,
     Gemma2Model,
+    LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -54,6 +61,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -276,6 +286,18 @@ def z_image() -> ZImagePipeline:
     )
 
 
+def video_vae() -> AutoencoderKLQwenImage:
+    return AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, 0.0, -0.1, 0.2],
+        latents_std=[1.0, 2.0, 0.5, 1.5],
+    )
+
+
 def qwen_image() -> QwenImagePipeline:
     words = qwen_words()
     rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6}
@@ -297,17 +319,8 @@ def qwen_image() -> QwenImagePipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
-    video = AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1, 0.0, -0.1, 0.2],
-        latents_std=[1.0, 2.0, 0.5, 1.5],
-    )
     return QwenImagePipeline(
-        transformer=transformer, scheduler=scheduler, vae=video, text_encoder=encoder, tokenizer=words
+        transformer=transformer, scheduler=scheduler, vae=video_vae(), text_encoder=encoder, tokenizer=words
     )
 
 
@@ -356,6 +369,82 @@ def sana() -> SanaPipeline:
     return SanaPipeline(transformer=transformer, scheduler=scheduler, vae=deep, text_encoder=encoder, tokenizer=words)
 
 
+def krea2() -> Krea2Pipeline:
+    words = qwen_words("assistant")  # the end of its template must have 5 tokens
+    transformer = Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+        timestep_embed_dim=8,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 2, 2),
+    )
+    return Krea2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        vae=video_vae(),
+        text_encoder=Qwen3VLModel(qwen3_vl(words)),
+        tokenizer=words,
+        text_encoder_select_layers=(1, 2),
+    )
+
+
+def qwen_image21() -> QwenImage21Pipeline:
+    """Its own processor needs torchvision; Llava's does the same for texts."""
+    words = qwen_words("<|image_pad|>")
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'][0]['text'] }}<|im_end|>\n{% endfor %}"
+    )
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(4, 2, 2),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    deep = AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=4,
+        dim_mult=[1] * 5,
+        num_res_blocks=1,
+        temperal_downsample=[False] * 4,
+        latents_mean=[0.1, 0.0, -0.1, 0.2],
+        latents_std=[1.0, 2.0, 0.5, 1.5],
+    )
+    return QwenImage21Pipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=deep,
+        text_encoder=Qwen3VLForConditionalGeneration(qwen3_vl(words)),
+        processor=LlavaProcessor(CLIPImageProcessorPil(), words, chat_template=template),
+    )
+
+
+def qwen3_vl(words: Qwen2Tokenizer) -> Qwen3VLConfig:
+    """16 numbers a token, after each of two layers."""
+    rope = {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True}
+    shared = {"hidden_size": 16, "intermediate_size": 16}
+    text = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    text |= {"rope_parameters": rope, "vocab_size": len(words)}
+    vision = {"depth": 1, "num_heads": 2, "out_hidden_size": 16, "deepstack_visual_indexes": [0]}
+    return Qwen3VLConfig(text_config=shared | text, vision_config=shared | vision)
+
+
 BUILD: Mapping[str, Callable[[], Any]] = {
     "sd15": sd15,
     "sdxl": sdxl,
@@ -365,7 +454,9 @@ BUILD: Mapping[str, Callable[[], Any]] = {
     "flux2_klein": flux2_klein,
     "z_image": z_image,
     "qwen_image": qwen_image,
+    "qwen_image21": qwen_image21,
     "sana": sana,
+    "krea2": krea2,
 }
 
 

@@ -40,8 +40,9 @@ def t5_words() -> T5Tokenizer:
     return T5Tokenizer(vocab=[(piece, score) for piece, score in pieces], extra_ids=0, model_max_length=77)
 
 
-def qwen_words() -> Qwen2Tokenizer:
-    special = ["<|im_start|>", "<|im_end|>"]
+def qwen_words(*more: str) -> Qwen2Tokenizer:
+    """Characters only, and ``more`` as single tokens."""
+    special = ["<|im_start|>", "<|im_end|>", *more]
     table = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", *special]
     words = Qwen2Tokenizer(
         vocab={piece: i for i, piece in enumerate(table)}, merges=[], additional_special_tokens=special

@@ -162,6 +162,8 @@ class Family(ABC):
 class PipelineText(ABC):
     """Captions -> conditioning through the pipeline's own encoders; all captions get the same number of tokens."""
 
+    longest: ClassVar[int] = 0  # caption tokens by default, if the pipeline's call has no max_sequence_length
+
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         self.pipe, self.cfg = pipe, cfg
         self.device: torch.device = torch.device("cpu")
@@ -189,9 +191,9 @@ class PipelineText(ABC):
     def long_prompts(self, texts: Sequence[str]) -> str | None:
         """A message about captions longer than the encoders read; needs only the tokenizers."""
         given = f" (now {self.cfg.max_tokens})" if self.cfg.max_tokens else ""
-        longer = "max_sequence_length" in inspect.signature(type(self.pipe).__call__).parameters
+        longer = self.longest or "max_sequence_length" in inspect.signature(type(self.pipe).__call__).parameters
         remedy = f"shorten them, or raise model.max_tokens{given}" if longer else "shorten them"
-        return long_prompts(readers_of(self.pipe, self.cfg.max_tokens), texts, remedy)
+        return long_prompts(readers_of(self.pipe, self.cfg.max_tokens or self.longest), texts, remedy)
 
     def unload(self) -> None:
         """Drop the encoders (their memory is freed with the last reference); ``null`` is kept."""
