@@ -185,7 +185,7 @@ def _translated(pipe: Any, lora: str) -> Iterator[None]:
     """Turn what diffusers raises for a file that it cannot convert or load into a ValueError."""
     try:
         yield
-    except (KeyError, IndexError, AssertionError, *load_errors()) as error:
+    except (KeyError, IndexError, AssertionError, *load_errors()) as error:  # type: ignore[misc]
         lacking = "it lacks " if isinstance(error, KeyError) else ""
         what = lacking + " ".join(str(error).split())[:300] or "its layers have other sizes"
         raise ValueError(f"lora {lora!r} cannot be loaded into a {type(pipe).__name__}: {what}") from error
@@ -274,8 +274,9 @@ def _repeated(layer: str, layers: Container[str]) -> bool:
 
 def _pairs(own: Mapping[str, Tensor], net: Any) -> dict[str, dict[str, Tensor]]:
     """layer -> {"A": ..., "B": ...} of one component, converted as diffusers' loaders do."""
-    from diffusers.utils import state_dict_utils as convert
+    from diffusers.utils import state_dict_utils
 
+    convert: Any = state_dict_utils
     state: Any = dict(own)
     if isinstance(net, nn.Module) and hasattr(net, "load_lora_adapter"):
         if state and "lora_A" not in next(iter(state)):

@@ -99,6 +99,7 @@ def test_training_warns_once_about_long_prompts(
             loop=loop,
             prompts={"file": str(file)},
             rewards=[],
+            validation={"every": 0},
         )
         caplog.clear()
         prepare(cfg)
