@@ -148,14 +148,16 @@ def unique(runs: Iterable[SweepRun]) -> list[SweepRun]:
 def shown_runs(sweep: Sweep, out: Path) -> list[SweepRun]:
     """Finished runs of the first seed whose images are shown.
 
-    Default: the first teacher, the headline, the baselines, and other GDMD rows while there is room.
+    Default: the first teacher, the headline, the baselines, and other GDMD rows, at most MAX_COLUMNS.
     """
     config = sweep.config
     students = [row for row in config.rows if row.kind != "control"]
     students.sort(key=lambda row: (row.name != config.headline, row.kind != "baseline"))
-    names = list(config.images.rows) or [row.name for row in (*config.teachers[:1], *students)]
+    chosen = list(config.images.rows)
+    names = chosen or [row.name for row in (*config.teachers[:1], *students)]
     runs = {run.method: run for run in plan(sweep) if run.seed == config.seeds[0] and run.budget == "updates"}
-    return [runs[name] for name in names if name in runs and runs[name].result(out).exists()][:MAX_COLUMNS]
+    found = [runs[name] for name in names if name in runs and runs[name].result(out).exists()]
+    return found if chosen else found[:MAX_COLUMNS]
 
 
 def figure_folder(sweep: Sweep, out: Path) -> Path:
