@@ -44,7 +44,7 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.utils import logging as diffusers_logging
 from tiny_tokenizers import WORDS as WORDS
-from tiny_tokenizers import clip, clip_words, qwen_words, t5, t5_words
+from tiny_tokenizers import clip, clip_words, qwen3_vl, qwen_words, t5, t5_words
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -61,7 +61,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
-    Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
 )
@@ -286,6 +285,11 @@ def z_image() -> ZImagePipeline:
     )
 
 
+def qwen_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    own = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **own)
+
+
 def video_vae() -> AutoencoderKLQwenImage:
     return AutoencoderKLQwenImage(
         base_dim=4,
@@ -316,11 +320,8 @@ def qwen_image() -> QwenImagePipeline:
         joint_attention_dim=16,
         axes_dims_rope=(4, 2, 2),
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-    )
     return QwenImagePipeline(
-        transformer=transformer, scheduler=scheduler, vae=video_vae(), text_encoder=encoder, tokenizer=words
+        transformer=transformer, scheduler=qwen_scheduler(), vae=video_vae(), text_encoder=encoder, tokenizer=words
     )
 
 
@@ -413,36 +414,16 @@ def qwen_image21() -> QwenImage21Pipeline:
         context_in_dim=16,
         axes_dims_rope=(4, 2, 2),
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-    )
-    deep = AutoencoderKLQwenImage21(
-        base_dim=8,
-        decoder_base_dim=8,
-        z_dim=4,
-        dim_mult=[1] * 5,
-        num_res_blocks=1,
-        temperal_downsample=[False] * 4,
-        latents_mean=[0.1, 0.0, -0.1, 0.2],
-        latents_std=[1.0, 2.0, 0.5, 1.5],
-    )
+    same = {"base_dim": 8, "decoder_base_dim": 8, "dim_mult": [1] * 5, "temperal_downsample": [False] * 4}
+    scaling = {"latents_mean": [0.1, 0.0, -0.1, 0.2], "latents_std": [1.0, 2.0, 0.5, 1.5]}
+    deep = AutoencoderKLQwenImage21(z_dim=4, num_res_blocks=1, **same, **scaling)
     return QwenImage21Pipeline(
         transformer=transformer,
-        scheduler=scheduler,
+        scheduler=qwen_scheduler(),
         vae=deep,
         text_encoder=Qwen3VLForConditionalGeneration(qwen3_vl(words)),
         processor=LlavaProcessor(CLIPImageProcessorPil(), words, chat_template=template),
     )
-
-
-def qwen3_vl(words: Qwen2Tokenizer) -> Qwen3VLConfig:
-    """16 numbers a token, after each of two layers."""
-    rope = {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True}
-    shared = {"hidden_size": 16, "intermediate_size": 16}
-    text = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    text |= {"rope_parameters": rope, "vocab_size": len(words)}
-    vision = {"depth": 1, "num_heads": 2, "out_hidden_size": 16, "deepstack_visual_indexes": [0]}
-    return Qwen3VLConfig(text_config=shared | text, vision_config=shared | vision)
 
 
 BUILD: Mapping[str, Callable[[], Any]] = {

@@ -11,6 +11,7 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     Qwen2Tokenizer,
+    Qwen3VLConfig,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -49,6 +50,15 @@ def qwen_words(*more: str) -> Qwen2Tokenizer:
     )
     words.chat_template = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
     return words
+
+
+def qwen3_vl(words: Qwen2Tokenizer) -> Qwen3VLConfig:
+    """16 numbers a token, after each of two layers."""
+    rope = {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True}
+    shared = {"hidden_size": 16, "intermediate_size": 16}
+    text = {**shared, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    vision = {**shared, "depth": 1, "num_heads": 2, "out_hidden_size": 16, "deepstack_visual_indexes": [0]}
+    return Qwen3VLConfig(text_config={**text, "rope_parameters": rope, "vocab_size": len(words)}, vision_config=vision)
 
 
 def clip(words: CLIPTokenizer, kind: type = CLIPTextModelWithProjection, width: int = 16) -> Any:
