@@ -75,7 +75,8 @@ def test_distill_your_own_model(tmp_path: Path) -> None:
     call = [sys.executable, "-c", code, json.dumps(commands)]
     done = subprocess.run(call, env=os.environ | own, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    row = json.loads((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()[0])
+    validated, row = map(json.loads, (tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()[:2])
+    assert "validation/teacher/pickscore" in validated
     assert {"reward/my_rewards:warm/target", "reward/pickscore/target"} <= row.keys()
     (exported,) = (tmp_path / "runs" / "mine").rglob("pytorch_lora_weights.safetensors")
     assert (exported.parent / "README.md").is_file()
