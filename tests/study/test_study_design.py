@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from pydantic import ValidationError
 
+from gdmd.config.load import ConfigError
 from gdmd.config.study import StudyConfig
 from gdmd.sources.folders import read_images
 from gdmd.study.design import draw_plan
@@ -91,7 +91,7 @@ def test_impossible_numbers() -> None:
     with pytest.raises(ValueError, match="lower --pairs"):
         draw_plan(StudyConfig(pairs_per_rater=61, raters=3), MODELS[:2], PROMPTS)
     for wrong in ({"repeats": 70}, {"votes_per_pair": 11}, {"questions": ("overall", "overall")}, {"questions": ()}):
-        with pytest.raises(ValidationError):
+        with pytest.raises(ConfigError):
             StudyConfig(**wrong)
 
 
