@@ -218,8 +218,8 @@ def _optimality(metrics: Metrics) -> tuple[Status, str]:
 
 _VALIDATION_RULE = (
     "ok: no held-out score falls. bad: one falls while a trained score rises (reward hacking). look: one falls. "
-    "A score rises or falls if the means of the last and the first third of the validations after step 0 differ by more "
-    f"than {validation_scores.SPREADS:g} standard deviations within these thirds."
+    "A score rises or falls if a t-test finds the means of the first and the last third of the validations after step 0 "
+    f"different (p < {validation_scores.LEVEL:g})."
 )
 _THIRDS = {"fake_loss/t0": "t below 1/3", "fake_loss/t1": "t in 1/3 to 2/3", "fake_loss/t2": "t above 2/3"}
 _OPTIMALITY = _Watched(

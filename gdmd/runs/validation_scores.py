@@ -1,7 +1,7 @@
 """What the validation scores of a run say, from its logged rows. No torch here.
 
-A score rises if its mean over the last third of the validations is above that of the first third by more than SPREADS
-times the standard deviation within these thirds (pooled); it falls if it is below by more. Step 0 does not count, because
+A score rises or falls if a t-test finds the means of the first and the last third of the validations different (two-sided
+p below LEVEL). Consecutive validations are not independent, so this is a rule of thumb. Step 0 does not count, because
 every score rises from the untrained student. Trained scores that rise while a held-out one falls are a sign of reward
 hacking: the student exploits a weakness of its rewards instead of making better images.
 """
@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from statistics import fmean, pvariance
+from statistics import fmean
 from typing import NamedTuple
+
+from scipy.stats import ttest_ind
 
 from gdmd.config.validation import PREFIX, TEACHER
 
-FEW = 6
-"""Validations after step 0 below which nothing is judged: two per third."""
-SPREADS = 2.0
+FEW = 9
+"""Validations after step 0 below which nothing is judged: three per third."""
+LEVEL = 0.01
 
 
 class Trend(NamedTuple):
@@ -54,8 +56,9 @@ def trend(rows: Sequence[Mapping[str, float]], label: str) -> Trend | None:
     third = len(values) // 3
     first, last = values[:third], values[-third:]
     change = fmean(last) - fmean(first)
-    spread = math.sqrt((pvariance(first) + pvariance(last)) / 2)
-    return Trend(fmean(first), fmean(last), 0 if abs(change) <= SPREADS * spread else int(math.copysign(1, change)))
+    constant = len(set(first)) == len(set(last)) == 1  # then the test has no variance to compare with
+    differ = change != 0 if constant else bool(ttest_ind(first, last).pvalue < LEVEL)
+    return Trend(fmean(first), fmean(last), int(math.copysign(1, change)) if differ else 0)
 
 
 def reward_hacking(rows: Sequence[Mapping[str, float]], trained: Collection[str]) -> str:

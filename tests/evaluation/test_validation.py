@@ -26,7 +26,7 @@ from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import named_best
 from gdmd.runs.reward_signal import RewardSignal
 from gdmd.runs.run_folder import read_metrics
-from gdmd.runs.validation_scores import reward_hacking, trend
+from gdmd.runs.validation_scores import FEW, reward_hacking, trend
 from gdmd.types import PromptBatch
 
 PROMPTS = "validation.prompts=['a red circle', 'two rings']"
@@ -201,8 +201,9 @@ def validated(trained: list[float], held_out: list[float]) -> list[dict[str, flo
     return [{**rows[0], "validation/teacher/a": 0.5, "validation/teacher/b": 0.7}, *rows[1:]]
 
 
-RISING, NOISE = [0.0, 0.3, 0.32, 0.4, 0.44, 0.5, 0.52], [0.0, 0.3, 0.36, 0.31, 0.33, 0.35, 0.32]
-FALLING = [0.0, 0.6, 0.58, 0.5, 0.45, 0.42, 0.4]
+RISING = [0.0, 0.3, 0.32, 0.31, 0.4, 0.42, 0.44, 0.5, 0.52, 0.51]
+NOISE = [0.0, 0.3, 0.36, 0.31, 0.33, 0.35, 0.32, 0.34, 0.3, 0.35]
+FALLING = [0.0, 0.6, 0.58, 0.59, 0.5, 0.48, 0.45, 0.42, 0.4, 0.41]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ FALLING = [0.0, 0.6, 0.58, 0.5, 0.45, 0.42, 0.4]
         (RISING, RISING, "ok"),
         (RISING, NOISE, "ok"),
         (NOISE, FALLING, "look"),
-        (RISING[:6], FALLING[:6], "unknown"),
+        (RISING[:9], FALLING[:9], "unknown"),
     ],
 )
 def test_reward_hacking_is_reported(trained: list[float], held_out: list[float], status: str) -> None:
@@ -225,6 +226,13 @@ def test_reward_hacking_is_reported(trained: list[float], held_out: list[float],
     if status == "bad":
         assert "a 0.31 to 0.51" in panel.finding and "b 0.59 to 0.41" in panel.finding
     assert health_panels(rows, ["a", "b"])[0].status == "unknown"  # nothing is held out
+
+
+def test_trend_of_noise_is_rarely_called_one() -> None:
+    """Less than 2 % of 2,000 constant scores with noise rise or fall; the level is 1 %."""
+    noise = torch.randn(2000, FEW, generator=torch.Generator().manual_seed(0)).tolist()
+    found = [trend([{"step": k + 1, "validation/a": value} for k, value in enumerate(one)], "a") for one in noise]
+    assert sum(one is not None and one.sign != 0 for one in found) < 40
 
 
 def test_validation_rows_do_not_count_as_training() -> None:
