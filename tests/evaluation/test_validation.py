@@ -258,10 +258,10 @@ def test_validation_scores_are_not_part_of_the_statistics_of_training() -> None:
     assert reward_stats([composite])["reward/ocr/unasked"] == 1 and len(reward_stats([composite])) == 2
 
 
-def test_trend_needs_more_than_the_spread() -> None:
-    """Two spreads: thirds of means 0.3 and 0.5 and a standard deviation of 0.1 within them are at the limit."""
-    at_limit = [0.0, 0.2, 0.4, 0.4, 0.4, 0.4, 0.6]
-    found = trend(validated(at_limit, at_limit), "a")
-    assert found is not None and found[:2] == pytest.approx((0.3, 0.5))
-    above = [*at_limit[:5], 0.41, 0.61]
-    assert trend(validated(above, above), "a")[2] == 1  # type: ignore[index]
+def test_trend_needs_a_clear_change() -> None:
+    """Equal means do not differ; a change of constant scores does, since nothing else moves them."""
+    same = [0.0, 0.2, 0.4, 0.3, 0.4, 0.4, 0.4, 0.4, 0.2, 0.3]
+    found = trend(validated(same, same), "a")
+    assert found is not None and found[:2] == pytest.approx((0.3, 0.3)) and found.sign == 0
+    step = [0.0, *([0.3] * 6), 0.2, 0.2, 0.2]
+    assert trend(validated(step, step), "a")[2] == -1  # type: ignore[index]
