@@ -40,14 +40,16 @@ class LoopConfig(Config):
     )
     lr_student: Positive = Field(
         3e-5,
-        description="Learning rate of the student. LoRA of rank 32-64: 3e-5 (arXiv 2605.26108); all SDXL weights: "
-        "5e-7. Small networks need more: on the Shapes miniatures a LoRA does not move in 200 updates at 1e-5 and learns at "
-        "1e-3, full weights at 3e-4. Too low a rate shows as the warning that the student hardly moves.",
+        description="Learning rate of the student. LoRA of rank 32-64: 3e-5 for SD3, and 1e-6 for a FLUX.2 student that "
+        "starts as the distilled model (arXiv 2605.26108); all SDXL weights: 5e-7. Small networks need more: on the Shapes "
+        "miniatures a LoRA does not move in 200 updates at 1e-5 and learns at 1e-3, full weights at 3e-4. Too low a rate "
+        "shows as the warning that the student hardly moves.",
     )
     lr_fake: Positive = Field(
         3e-5,
-        description="Learning rate of the fake score; the papers use the student's (arXiv 2405.14867, 2605.26108). "
-        "LoRA students of the Shapes miniatures use three times the student's: raise or lower both together.",
+        description="Learning rate of the fake score: the student's (arXiv 2405.14867), or a third of it (the code of arXiv "
+        "2605.26108). LoRA students of the Shapes miniatures use three times the student's; from once to three times made "
+        "no clear difference; a third was lower on SD3, ten times on SDXL (docs/LOG.md, entry 36).",
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw",
