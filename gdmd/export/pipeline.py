@@ -99,6 +99,8 @@ def save_merged(
     if dtype is not None:
         _cast(family.pipe, dtype)
     family.pipe.scheduler = student_scheduler(family, uniform)
+    if family.name == "flux2_klein":  # as in the published distilled one: its pipeline makes no unconditional pass
+        family.pipe.register_to_config(is_distilled=True)
     family.pipe.save_pretrained(folder)
     follow_umask(*folder.rglob("*.safetensors"))
     return undone

@@ -93,6 +93,8 @@ def test_code_of_the_card(trained: Trained, export: str, monkeypatch: pytest.Mon
     exec(trained.code(export), names)
     assert names["image"].size == (32, 32)
     assert trained.difference(names["pipe"], monkeypatch) <= TOLERANCE
+    if names["pipe"].config.get("is_distilled") is not None:  # a distilled klein is marked, its base is not
+        assert names["pipe"].config["is_distilled"] == (export == "export-merged")
     if export == "export":
         names["pipe"].unload_lora_weights()
         assert trained.difference(names["pipe"], monkeypatch) > 0.2, "the base draws the student's images"
