@@ -157,6 +157,11 @@ def _train(options: TrainOptions) -> int:
     if options.push is not None:
         from gdmd.export.upload import check_hub_target
 
+        if cfg.model.kind != "diffusers":
+            raise ValueError(
+                "--push-to-hub uploads a diffusers LoRA, and a run of the Shapes networks has none; leave it out"
+            )
+
         check_hub_target(options.push)
     with session() as context:
         settings = TrainSettings(

@@ -132,6 +132,26 @@ def test_student_on_the_hub(
     assert trained.difference(names["pipe"], monkeypatch) <= TOLERANCE
 
 
+def test_training_uploads_its_checkpoints_and_its_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The newest checkpoint replaces the one before, and a resume from the downloaded folder continues it."""
+    small = [f"{key}={value}" for key, value in SETTINGS.items()]
+    command = ["train", "shapes_sdxl", *small, "loop.steps=2", "loop.checkpoint_every=1", "--no-eval"]
+    with logged_in(tmp_path / "hub", monkeypatch):
+        gdmd(*command, "loop.push_checkpoints=me/run", "--push-to-hub", "me/student", "--run", str(tmp_path / "run"))
+        assert "uploaded to" in capfd.readouterr().err
+        with pytest.raises(SystemExit) as refused:
+            main([*command, "--push-to-hub", "someone/else", "--run", str(tmp_path / "other")])
+        assert refused.value.code == 2 and "does not belong to someone" in capfd.readouterr().err
+        assert not (tmp_path / "other").exists(), "refused before training"
+    there = tmp_path / "hub" / "me"
+    assert (there / "student" / "pytorch_lora_weights.safetensors").is_file()
+    assert [one.name for one in (there / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    gdmd("train", "--resume", str(there / "run"), "loop.steps=3", "loop.push_checkpoints=''", "--no-eval")
+    assert (there / "run" / "checkpoints" / "step_000003").is_dir()
+
+
 @pytest.mark.parametrize("trained", ["sdxl"], indirect=True)
 def test_kohya_keys_and_scheduler(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)

@@ -103,7 +103,10 @@ class UploadHub(_Hub):
         for line in map(json.loads, content.splitlines()):
             value = line["value"]
             if line["key"] == "deletedFile":
-                (folder / value["path"]).unlink()
+                gone = folder / value["path"]
+                gone.unlink()
+                if not any(gone.parent.iterdir()):  # a repository has no empty folders
+                    gone.parent.rmdir()
             if line["key"] not in ("file", "lfsFile"):
                 continue
             target = folder / value["path"]
