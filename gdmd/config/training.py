@@ -74,7 +74,9 @@ class LoopConfig(Config):
         "constant", description="Schedule of both learning rates over the steps; cosine and linear end at 0."
     )
     ema: Decay = Field(
-        0.99, description="Decay of the student's EMA per student update (0.99: arXiv 2605.26108); 0 = no EMA."
+        0.99,
+        description="Decay of the student's EMA per student update (0.99: arXiv 2605.26108); 0 = no EMA, which cost 0.07 of "
+        "ShapesEval on the miniatures of SD3 and SDXL (docs/LOG.md, entry 36).",
     )
     ema_warmup: bool = Field(
         False,
