@@ -48,7 +48,7 @@ class DistillationTrainer:
         model: A hub id, a folder, or an open ``DiffusionPipeline``, to which the trainer adds adapters. "shapes" is the
             model of the Shapes world; shapes:sdxl, shapes:sd3 and shapes:flux2_klein are small pipelines of it.
         method: A config such as ``GDMDConfig(group_size=4)``: fields that are not set keep the values of the recipe for the
-            model's family. Or the name of a method preset such as "dmd2". Default: tilted GDMD.
+            model's family. Default: tilted GDMD.
         reward_funcs: Rewards of ``gdmd.rewards``, and functions (images, prompts, **columns) -> one number, or None, per
             image. Default: the rewards of the recipe.
         train_dataset: The prompts: a file, a list of texts or dicts, or a ``datasets.Dataset`` with a "prompt" column. Its
@@ -64,7 +64,7 @@ class DistillationTrainer:
     def __init__(
         self,
         model: str | Path | DiffusionPipeline,
-        method: MethodConfig | str | None = None,
+        method: MethodConfig | None = None,
         reward_funcs: Sequence[Any] | Any | None = None,
         train_dataset: Any = None,
         args: TrainingConfig | None = None,

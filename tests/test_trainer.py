@@ -77,6 +77,8 @@ def test_all_mistakes_are_listed_with_the_command_lines_words(tmp_path: Path) ->
         DistillationTrainer("shapes", DMDConfig(), reward_funcs=red)
     with pytest.raises(ConfigError, match="listed once, got \\[.red., .red.\\]"):
         DistillationTrainer("shapes", reward_funcs=[red, red])
+    with pytest.raises(ConfigError, match="recipe sdxl_gdmd is for a model of kind diffusers, and model is 'shapes'"):
+        DistillationTrainer("shapes", args=Args(recipe="sdxl_gdmd", overrides={"prompts.file": "p.txt"}))
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline|open text-to-image pipeline"):
         DistillationTrainer(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     opened = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)

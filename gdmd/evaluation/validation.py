@@ -25,13 +25,12 @@ from gdmd.recipes.build import Components
 from gdmd.recipes.build_rewards import without_stats
 from gdmd.recipes.open_run import image_batch, student_row, teacher_row
 from gdmd.reporting.grids import write_grid
+from gdmd.runs.run_folder import TEACHER_FILE
 from gdmd.shapes.grammar import catalog, fixed_rows
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.training.loop import NoProgress, Progress
 from gdmd.types import PromptBatch, Reward
 
-TEACHER_FILE = "teacher.safetensors"
-"""In RUN/grids: the teacher's images as 8-bit numbers [N, 3, H, W], and what they depend on."""
 Meta = tuple[Mapping[str, Any], ...]
 
 
@@ -100,6 +99,11 @@ class Validation:
         teacher = self._stored_teacher(path.parent / TEACHER_FILE) if step else None
         scores = self._scores(student, PREFIX)
         if teacher is None:
+            if step:
+                self.progress.note(
+                    f"step {step}: the teacher's validation images are drawn again, because prompts, settings or base model "
+                    "changed; earlier validation scores are not comparable"
+                )
             teacher = self._draw_teacher(path.parent / TEACHER_FILE)
             scores |= self._scores(teacher, TEACHER)
         side = (len(self.prompts), self.cfg.validation.images, *student.shape[1:])
@@ -144,7 +148,7 @@ class Validation:
         return {key: float(scores[~scores.isnan()].double().mean()) for key, scores in found.items()}
 
     def _score(self, reward: Reward, images: Tensor) -> Tensor:
-        """[N]. A reward that fails, such as GenEval on prompts without its metadata, scores nothing: training goes on."""
+        """[N]. A reward that fails, such as GenEval on prompts without its metadata, scores nothing: training continues."""
         try:
             return torch.cat([reward.score(own, prompts).float().cpu() for own, prompts in self._batches(images)])
         except ValueError as error:

@@ -31,7 +31,7 @@ _FAMILY_PRESETS = {"gdmd_tilted": "gdmd"}
 
 def recipe_from(
     model: Any,
-    method: MethodConfig | str | None,
+    method: MethodConfig | None,
     reward_funcs: Sequence[Any] | Any | None,
     train_dataset: Any,
     args: TrainingConfig,
@@ -39,12 +39,13 @@ def recipe_from(
 ) -> tuple[RunConfig, GivenObjects]:
     """The recipe and the Python objects that stand for parts of it. ConfigError lists all mistakes at once.
 
-    model: "shapes", shapes:NAME, a folder, a hub id or an open pipeline. method: a config, or the name of a preset.
+    model: "shapes", shapes:NAME, a folder, a hub id or an open pipeline. method: None = that of the recipe.
     reward_funcs: one or several rewards, functions or configs; None = those of the recipe. train_dataset: None = that of the
     recipe.
     """
-    kind = method if isinstance(method, str) else getattr(method, "kind", None)
-    base = read_recipe(args.recipe or _recipe_name(model, kind))
+    base = read_recipe(args.recipe or _recipe_name(model, method.kind if method else "gdmd_tilted"))
+    if (model == SHAPES) != (base.model.kind == "shapes"):
+        raise ConfigError([f"recipe {base.name} is for a model of kind {base.model.kind}, and model is {model!r:.80}"])
     tree = base.model_dump(mode="json")
     tree["method"] = _method_section(tree["method"], method)
     tree["model"] = _model_section(tree["model"], model)
@@ -71,10 +72,10 @@ def recipe_from(
     return cfg, GivenObjects(pipeline, functions, prompts)
 
 
-def _recipe_name(model: Any, kind: str | None) -> str:
+def _recipe_name(model: Any, kind: str) -> str:
     """The shipped recipe for this model and method."""
     if model == SHAPES:
-        return _SHAPES_RECIPES.get(kind or "gdmd_tilted", kind or "")
+        return _SHAPES_RECIPES.get(kind, kind)
     path = _path(model)
     if isinstance(model, str | Path):
         cfg = DiffusersModel.model_construct(path=path)
@@ -88,7 +89,7 @@ def _recipe_name(model: Any, kind: str | None) -> str:
         family = found.name
     if is_shapes_pipeline(path):
         return f"shapes_{family}"
-    preset = _FAMILY_PRESETS.get(kind or "gdmd_tilted", kind or "")
+    preset = _FAMILY_PRESETS.get(kind, kind)
     return f"{family}_{preset if preset in method_names() else 'gdmd'}"
 
 
@@ -109,9 +110,9 @@ def _model_section(section: Mapping[str, Any], model: Any) -> dict[str, Any]:
     return {**section, **changed}
 
 
-def _method_section(section: Mapping[str, Any], method: MethodConfig | str | None) -> dict[str, Any]:
+def _method_section(section: Mapping[str, Any], method: MethodConfig | None) -> dict[str, Any]:
     """The recipe's method with the fields that the caller set; of another method it keeps what all methods share."""
-    if method is None or isinstance(method, str):
+    if method is None:
         return dict(section)
     given = method.model_dump(mode="json", include=method.model_fields_set)
     shared = section if section["kind"] == method.kind else {k: section[k] for k in DistillationConfig.model_fields}

@@ -70,6 +70,8 @@ def check_inputs(
             )
     for change in changes:
         _say(console, f"warning: accepted: {change}")
+    if changes:  # they may be those of another base model
+        run.teacher_images.unlink(missing_ok=True)
     record(run, inputs, changes, max(steps, default=0))
 
 

@@ -29,6 +29,8 @@ import yaml
 
 from gdmd.io import RunError, append_jsonl, near_name, numbered_jsonl, read_json, typed, write_atomic, writing
 
+TEACHER_FILE = "teacher.safetensors"
+"""In RUN/grids: the teacher's validation images, 8-bit [N, 3, H, W], and what they depend on."""
 PACKAGES = ("gdmd", "torch", "numpy", "pydantic", "safetensors")
 
 
@@ -54,6 +56,11 @@ class Run:
     def grid(self, step: int) -> Path:
         """The file of the validation images of a step."""
         return self.path / "grids" / f"step_{step:06d}.png"
+
+    @property
+    def teacher_images(self) -> Path:
+        """TEACHER_FILE of the run."""
+        return self.path / "grids" / TEACHER_FILE
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl; it survives kill -9 from the moment this returns."""

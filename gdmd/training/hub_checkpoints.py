@@ -42,7 +42,7 @@ class HubCheckpoints(TrainerCallback):
         while checkpoint := self._next():
             try:
                 self.push(checkpoint)
-            except Exception as error:  # whatever it is, training goes on
+            except Exception as error:  # whatever it is, training continues
                 self.note(f"{checkpoint.name} was not uploaded: {error} The next checkpoint is the next try.")
 
     def _next(self) -> Path | None:

@@ -21,6 +21,7 @@ import os
 import re
 import secrets
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -131,7 +132,7 @@ class TensorBoard(Tracker):
         self.writer.close()
 
 
-class _TrackerWithId(Tracker):
+class _TrackerWithId(Tracker, ABC):
     """A tracker whose run is continued by its id; its last step is known, so that no step is sent twice."""
 
     library: Any
@@ -144,9 +145,9 @@ class _TrackerWithId(Tracker):
         run_id = self.begin(known.get("id", ""))
         self._remember(id=run_id, step=self._before)
 
+    @abstractmethod
     def begin(self, known: str) -> str:
         """Start a run, or continue the ``known`` one; returns the id by which it can be continued."""
-        raise NotImplementedError
 
     def send(self, values: Mapping[str, Any], step: int) -> None:
         if step <= self._before:

@@ -116,6 +116,7 @@ def test_other_prompts_draw_the_teacher_again(gdmd: Gdmd) -> None:
     gdmd.trained(*EVERY)
     finished = gdmd("train", "--resume", "run", "loop.steps=3", "validation.prompts=['a ring']", "--no-eval")
     assert finished.code == 0, finished.err
+    assert "earlier validation scores are not comparable" in " ".join(finished.err.split())
     assert set(scores("run", 3, "validation/teacher/")) == {f"validation/teacher/{label}" for label in LABELS}
 
 
@@ -133,7 +134,7 @@ def failing(images: Tensor, prompts: PromptBatch) -> Tensor:
 
 
 def test_images_without_a_score_are_left_out(gdmd: Gdmd) -> None:
-    """A scorer that fails leaves null, with a warning; training goes on."""
+    """A scorer that fails leaves null, with a warning; training continues."""
     scorers = ", ".join(f"{{kind: callable, target: 'test_validation:{name}'}}" for name in ("dark", "failing"))
     gdmd.trained(*EVERY, f"validation.scorers=[{scorers}]")
     row = scores("run", 2)

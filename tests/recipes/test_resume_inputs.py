@@ -85,10 +85,14 @@ def test_fingerprints_are_recorded(gdmd: Gdmd) -> None:
 def test_changed_input(gdmd: Gdmd, field: str, name: str) -> None:
     before = read_facts(Path("run"))
     edit(name)
+    teacher = Path("run/grids/teacher.safetensors")
+    teacher.write_bytes(b"validation images of the teacher before the change")
     said = resume(gdmd)
     assert f"error: {field}: " in said and "has different content" in said and "--accept-changes" in said
     assert said.endswith("exit code 2") and read_facts(Path("run")) == before
+    assert teacher.is_file()
     assert resume(gdmd, "--accept-changes").endswith("exit code 0")
+    assert not teacher.is_file()
     facts = read_facts(Path("run"))
     (change,) = facts["changes"]
     assert (change["input"], change["step"]) == (field, 1)
