@@ -19,7 +19,7 @@ NAMES = """
     __version__ ConfigError DistillationTrainer DMD2Config DMDConfig DMDGRPOConfig DMDNFTConfig DMDRConfig DMDReFLConfig
     GDMDConfig RunConfig RunError TiltedGDMDConfig TrainerCallback TrainerState TrainingConfig load_student read_recipe
 """
-REWARDS = "Aesthetic CLIPScore Composite GenEval HPSv2 ImageReward OCR Part PickScore RemoteReward"
+REWARDS = "Aesthetic CLIPScore Composite GenEval GenEval2 HPSv2 HPSv3 ImageReward OCR Part PickScore RemoteReward"
 FUNCTIONS = """
     losses.advantages: group_advantage mean_group_advantage softmax_weights
     losses.denoising: denoising_loss mean_square

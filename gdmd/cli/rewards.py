@@ -16,7 +16,10 @@ rewards_app = typer.Typer(
     context_settings=SETTINGS,
 )
 Kind = Annotated[
-    str, typer.Argument(metavar="KIND", help="clip, hps, hps_v2, pickscore, imagereward, aesthetic or ocr.")
+    str,
+    typer.Argument(
+        metavar="KIND", help="clip, hps, hps_v2, pickscore, imagereward, aesthetic, hpsv3, geneval2 or ocr."
+    ),
 ]
 TOKEN_VARIABLE = "GDMD_REWARD_TOKEN"
 
@@ -51,7 +54,7 @@ def fetch_command(
         Path | None, typer.Option("--out", "-o", help="Output folder; default: where recipes look.")
     ] = None,
 ) -> None:
-    """Download published weights at their pinned revision; a .pt file is converted to safetensors and verified.
+    """Download published weights at their pinned revision; a file in another format is converted and verified.
 
     \b
     Examples:
@@ -64,16 +67,16 @@ def fetch_command(
     log(f"ready: {path}; use it as {{kind: {kind}{f', path: {folder}' if folder else ''}}}")
 
 
-@rewards_app.command("convert", short_help="Convert a third-party .pt file to safetensors.")
+@rewards_app.command("convert", short_help="Convert a third-party file to safetensors for transformers.")
 def convert_command(
     kind: Kind,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The authors' .pt file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The authors' file, .pt or .safetensors.")],
     folder: Annotated[
         Path | None, typer.Option("--out", "-o", help="Output folder; default: where recipes look.")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; default: the published one, pinned.")] = None,
 ) -> None:
-    """Convert a third-party .pt file to safetensors; nothing but tensors is read from it.
+    """Convert a third-party file to safetensors for transformers; nothing but tensors is read from it.
 
     \b
     Examples:

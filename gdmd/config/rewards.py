@@ -127,6 +127,49 @@ class AestheticConfig(NetworkReward):
         return self.kind
 
 
+class Hpsv3Config(NetworkReward):
+    """HPSv3: the mean preference of a tuned Qwen2-VL-7B, about -5 to 15. 16 GB of weights in bf16."""
+
+    kind: Literal["hpsv3"] = "hpsv3"
+    path: str | None = Field(
+        default=None, description="Folder of converted weights; default: the output of `gdmd rewards convert`."
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="bf16",
+        description="Precision of the backbone, bf16 as published; preprocessing and head are always fp32.",
+    )
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+
+class GenEval2Config(NetworkReward):
+    """GenEval 2 (Soft-TIFA): probabilities of right answers, in [0, 1]. Prompts need questions. 18 GB of weights in bf16."""
+
+    kind: Literal["geneval2"] = "geneval2"
+    path: str | None = Field(
+        default=None, description="Folder or hub id of a Qwen3-VL; default: Qwen3-VL-8B-Instruct at a pinned commit."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the hub id.")
+    mean: Literal["geometric", "arithmetic"] = Field(
+        default="geometric",
+        description="Mean over the questions of a prompt: geometric (all parts must be right, the paper's prompt-level "
+        "score) or arithmetic (share of right parts, its atom-level score).",
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="bf16",
+        description="Precision of the model, bf16 as published; preprocessing and softmax are always fp32.",
+    )
+    chunk: NonNegativeCount = Field(
+        default=1, description="Images per forward pass, with all their questions; 0 = the whole batch."
+    )
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+
 class GenEvalConfig(DeviceOptions):
     """GenEval partial credit, in [0, 1]; not the GenEval metric. Prompts need GenEval metadata."""
 
@@ -266,6 +309,8 @@ SingleReward = Annotated[
     | PickScoreConfig
     | ImageRewardConfig
     | AestheticConfig
+    | Hpsv3Config
+    | GenEval2Config
     | GenEvalConfig
     | OcrConfig
     | CallableConfig
@@ -310,6 +355,8 @@ RealRewardConfig = (
     | PickScoreConfig
     | ImageRewardConfig
     | AestheticConfig
+    | Hpsv3Config
+    | GenEval2Config
     | GenEvalConfig
     | OcrConfig
     | CallableConfig

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gdmd.config.image_source import settings_of, split_settings
 from gdmd.config.load import validated
-from gdmd.config.rewards import CompositeConfig, GenEvalConfig, PythonReward, RemoteConfig
+from gdmd.config.rewards import CompositeConfig, GenEval2Config, GenEvalConfig, PythonReward, RemoteConfig
 from gdmd.config.run import RewardConfig, ShapesReward
 from gdmd.recipes.build_rewards import build_rewards, require_weights
 from gdmd.recipes.reward_identity import SHAPES_KINDS
@@ -71,7 +71,7 @@ def load_scorers(specs: Sequence[RewardConfig], device: str) -> dict[str, Reward
 
 def reads_metadata(spec: RewardConfig) -> bool:
     """Whether a scorer may read a prompt's metadata, not only its text."""
-    return any(isinstance(part, GenEvalConfig | PythonReward | RemoteConfig) for part in _parts(spec))
+    return any(isinstance(part, GenEval2Config | GenEvalConfig | PythonReward | RemoteConfig) for part in _parts(spec))
 
 
 def judges_shapes(spec: RewardConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from gdmd.config.extras import install
 from gdmd.hub import hub_reason, transport_errors, unreachable
 from gdmd.rewards.weights import CLIP_L, CONFIG, PRETRAINED, HubRepo, cache_dir, pretrained_weights
 
-PATTERNS = ("*.json", "*.txt", "model.safetensors")
+PATTERNS = ("*.json", "*.txt", "model.safetensors", "model-*.safetensors")
 """Files that a reward reads from a hub repository in transformers' format."""
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 """The files of a tokenizer."""
@@ -35,7 +36,7 @@ def listing() -> list[dict[str, Any]]:
 def fetch(kind: str, folder: Path | None = None, say: Callable[[str], None] = print) -> Path:
     """Download the published weights of a reward at their pinned revision; returns their folder.
 
-    A .pt file is converted to safetensors, which must then score an image. Other weights go to the hub's cache, where
+    A file in another format is converted, and must then score an image. Other weights go to the hub's cache, where
     recipes find them, or to ``folder``. ValueError, after one attempt, if the download fails.
     """
     known = pretrained_weights(kind)
@@ -92,11 +93,20 @@ def _repository(hub: HubRepo, patterns: Sequence[str], folder: Path | None) -> P
 
         wanted = {"revision": hub.revision, "allow_patterns": list(patterns), "local_dir": folder}
         found = snapshot_download(hub.name, **wanted, local_files_only=cached_only)
-        if "model.safetensors" in patterns and not (Path(found) / "model.safetensors").is_file():
-            raise ValueError(f"{found} has no model.safetensors")  # an interrupted earlier download
+        if "model.safetensors" in patterns and (missing := _missing_weights(Path(found))):
+            raise ValueError(f"{found} has no {missing}")  # an interrupted earlier download
         return found
 
     return _fetched(hub, CONFIG, download)
+
+
+def _missing_weights(folder: Path) -> str:
+    """A weight file that the folder lacks, "" if it is complete; large models have several, which an index names."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return next((name for name in names if not (folder / name).is_file()), "")
 
 
 def _fetched(hub: HubRepo, file: str, download: Callable[[bool], str]) -> Path:

@@ -30,7 +30,9 @@ from gdmd.rewards.callable import CallableReward, as_reward
 from gdmd.rewards.clip import CLIPScore
 from gdmd.rewards.composite import Composite, Part
 from gdmd.rewards.geneval.reward import GenEval
+from gdmd.rewards.geneval2 import GenEval2
 from gdmd.rewards.hps import HPSv2
+from gdmd.rewards.hpsv3 import HPSv3
 from gdmd.rewards.imagereward import ImageReward
 from gdmd.rewards.ocr import OCR, normalized, requested_text
 from gdmd.rewards.pickscore import PickScore
@@ -49,6 +51,8 @@ CLASSES: Mapping[str, Callable[..., RewardModel]] = {
     "pickscore": PickScore,
     "imagereward": ImageReward,
     "aesthetic": Aesthetic,
+    "hpsv3": HPSv3,
+    "geneval2": GenEval2,
     "geneval": GenEval,
     "ocr": OCR,
     "remote": RemoteReward,

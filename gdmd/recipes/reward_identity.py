@@ -13,8 +13,10 @@ from gdmd.config.rewards import (
     ClipConfig,
     CompositeConfig,
     FunctionConfig,
+    GenEval2Config,
     GenEvalConfig,
     HpsConfig,
+    Hpsv3Config,
     ImageRewardConfig,
     OcrConfig,
     PickScoreConfig,
@@ -30,6 +32,7 @@ from gdmd.rewards.weights import (
     DETECTOR,
     OCR,
     PICKSCORE,
+    QWEN3_VL,
     WeightsLocation,
     converted_folder,
     locate_weights,
@@ -83,7 +86,7 @@ def _contents(spec: RewardConfig) -> list[str]:
             return [str(served.get(spec.reward) or secrets.token_hex())]
         case CompositeConfig():
             return [f"{scorer_identity(p.reward)} {p.weight} {p.mean} {p.std}" for p in spec.parts]
-        case HpsConfig() | ImageRewardConfig() | AestheticConfig():
+        case HpsConfig() | ImageRewardConfig() | AestheticConfig() | Hpsv3Config():
             converted = [weights_content(str(converted_folder(spec.kind, spec.path)))]
         case _:
             converted = []
@@ -100,6 +103,8 @@ def weight_locations(spec: RewardConfig) -> list[WeightsLocation]:
             return [weights, tokenizer_location(weights, spec.tokenizer)]
         case AestheticConfig():
             return [locate_weights(spec.clip, spec.revision, CLIP_L)]
+        case GenEval2Config():
+            return [locate_weights(spec.path, spec.revision, QWEN3_VL)]
         case GenEvalConfig():
             return [locate_weights(spec.detector, None, DETECTOR), locate_weights(spec.clip, None, CLIP_L)]
         case OcrConfig(reader=None):

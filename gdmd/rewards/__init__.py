@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from gdmd.rewards.composite import Composite as Composite
     from gdmd.rewards.composite import Part as Part
     from gdmd.rewards.geneval.reward import GenEval as GenEval
+    from gdmd.rewards.geneval2 import GenEval2 as GenEval2
     from gdmd.rewards.hps import HPSv2 as HPSv2
+    from gdmd.rewards.hpsv3 import HPSv3 as HPSv3
     from gdmd.rewards.imagereward import ImageReward as ImageReward
     from gdmd.rewards.ocr import OCR as OCR
     from gdmd.rewards.pickscore import PickScore as PickScore
@@ -27,7 +29,9 @@ MODULES = {
     "CLIPScore": "clip",
     "Composite": "composite",
     "GenEval": "geneval.reward",
+    "GenEval2": "geneval2",
     "HPSv2": "hps",
+    "HPSv3": "hpsv3",
     "ImageReward": "imagereward",
     "OCR": "ocr",
     "Part": "composite",

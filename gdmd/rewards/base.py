@@ -26,7 +26,7 @@ from gdmd.config.load import validated
 from gdmd.config.rewards import DeviceOptions, NetworkReward
 from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.prompt_length import long_prompts
-from gdmd.rewards.preprocessing import Preprocess, check_finite, check_images, from_pil
+from gdmd.rewards.preprocessing import ImageInput, Preprocess, check_finite, check_images, from_pil
 from gdmd.rewards.weights import PaddedTokenizer
 from gdmd.types import PromptBatch, Reward
 
@@ -85,7 +85,7 @@ def score_images(
 ) -> list[float]:
     """One number per image, NaN = not scored. Published models get PIL images, as in their own code; others tensors."""
     if isinstance(reward, PretrainedReward):
-        return [float(score) for score in reward.score_pil(images, texts)]
+        return [float(score) for score in reward.score_pil(images, texts, meta)]
     return score_by_size(reward, images, texts, meta, device)
 
 
@@ -203,7 +203,7 @@ class PretrainedReward(RewardModel):
         return self._loaded
 
     @property
-    def preprocess(self) -> Preprocess:
+    def preprocess(self) -> ImageInput:
         """The preprocessing at the input size of this network."""
         return replace(self.fit, size=self._image_size(self.loaded.net))
 
@@ -213,18 +213,35 @@ class PretrainedReward(RewardModel):
         ValueError for other shapes, and for a score that is not finite; the error names the sample.
         """
         check_images(self.name, images, len(prompts))
-        preprocess = self.preprocess
-        return self._scored(images, prompts.text, lambda part: preprocess.tensor(part.to(self.placement.device)))
+        asked, preprocess = self._asked(prompts.text, prompts.meta), self.preprocess
+        return self._scored(images, prompts.text, asked, lambda part: preprocess.tensor(part.to(self.placement.device)))
 
     @torch.no_grad()
-    def score_pil(self, images: Sequence[Image], texts: Sequence[str]) -> Tensor:
-        """PIL images -> [N], fp32, on the CPU, preprocessed as the model's authors did (for reported numbers)."""
+    def score_pil(
+        self, images: Sequence[Image], texts: Sequence[str], meta: Sequence[Mapping[str, Any]] = ()
+    ) -> Tensor:
+        """PIL images -> [N], fp32, on the CPU, preprocessed as the model's authors did (for reported numbers).
+
+        meta: the metadata of the prompts, for a reward that reads it. Images of one size after preprocessing are scored
+        together.
+        """
         if len(images) != len(texts):
             raise ValueError(
                 f"{self.name} got {len(images)} images for {len(texts)} prompts; give one prompt per image"
             )
-        pixels = self.preprocess.pil(images)
-        return self._scored(pixels, texts, lambda part: part.to(self.placement.device))
+        asked = self._asked(texts, meta)
+        pixels = [self.preprocess.pil([image]) for image in images]
+        scores = torch.zeros(len(images))
+        for shape in dict.fromkeys(one.shape for one in pixels):
+            own = [k for k, one in enumerate(pixels) if one.shape == shape]
+            together = torch.cat([pixels[k] for k in own])
+            read = ([texts[k] for k in own], [asked[k] for k in own])
+            scores[own] = self._scored(together, *read, lambda part: part.to(self.placement.device))
+        return scores
+
+    def _asked(self, texts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
+        """What the formula reads next to each image: its prompt."""
+        return texts
 
     @staticmethod
     def _image_size(net: Any) -> int:
@@ -232,17 +249,19 @@ class PretrainedReward(RewardModel):
         return int(net.config.vision_config.image_size)
 
     @abstractmethod
-    def _formula(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
-        """Normalized pixels [b, 3, S, S] fp32 -> scores [b], fp32."""
+    def _formula(self, pixels: Tensor, texts: Sequence[Any]) -> Tensor:
+        """Normalized pixels [b, 3, H, W] fp32, and what ``_asked`` gave for them -> scores [b], fp32."""
 
-    def _scored(self, images: Tensor, texts: Sequence[str], prepare: Callable[[Tensor], Tensor]) -> Tensor:
+    def _scored(
+        self, images: Tensor, texts: Sequence[str], asked: Sequence[Any], prepare: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         if not len(images):
             return images.new_zeros(0, dtype=torch.float32)
         step = self.placement.chunk or len(images)
         kind = torch.device(self.placement.device).type
         with self._on_device(), torch.autocast(kind, enabled=False):
             parts = [
-                self._formula(prepare(images[start : start + step]), texts[start : start + step])
+                self._formula(prepare(images[start : start + step]), asked[start : start + step])
                 for start in range(0, len(images), step)
             ]
             scores = torch.cat(parts).float().to(images.device)

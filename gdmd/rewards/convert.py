@@ -1,11 +1,12 @@
-"""Convert third-party .pt files of reward models to safetensors with transformers' names, once.
+"""Convert third-party files of reward models to safetensors with transformers' names, once.
 
-Files are read with ``weights_only=True``, so nothing in them can run code. A missing or unexpected key is an error, and
+A .pt file is read with ``weights_only=True``, so nothing in it can run code. A missing or unexpected key is an error, and
 tests compare the converted networks with independent implementations of the originals.
 
   hps, hps_v2   open_clip ViT-H/14 {"state_dict": ...}       -> a folder of ``transformers.CLIPModel``
   imagereward   {"blip.visual_encoder...", "blip.text_encoder...", "mlp.layers..."} -> towers.json + model.safetensors
   aesthetic     {"layers.0.weight", ...}                     -> model.safetensors
+  hpsv3         {"visual...", "model...", "rm_head..."}      -> a folder of ``transformers.Qwen2VLModel`` + head.safetensors
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from gdmd.io import file_hash, follow_umask
 from gdmd.rewards.aesthetic import linear_head
+from gdmd.rewards.hpsv3 import CONFIG, preference_head
 from gdmd.rewards.weights import (
     CONVERTED,
     WeightsLocation,
@@ -64,10 +66,22 @@ _UNUSED = re.compile(r"(blip\.(vision_proj|text_proj)\.|.*position_ids$|attn_mas
 """Buffers and projections that do not affect the score."""
 
 
-def read_pt(path: Path) -> Tensors:
-    """The tensors of a .pt file, on the CPU. ValueError for a file with anything but tensors in dictionaries."""
+def read_published(path: Path) -> Tensors:
+    """The tensors of a .safetensors or .pt file, on the CPU. ValueError for a file with anything but tensors."""
     if not path.is_file():
         raise ValueError(f"weights {path}: no such file; get it with gdmd rewards fetch")
+    if path.suffix != ".safetensors":
+        return _read_pt(path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"weights {path} cannot be read: {str(error)[:200]}; fetch them again") from error
+
+
+def _read_pt(path: Path) -> Tensors:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
@@ -165,6 +179,45 @@ def aesthetic_from_layers(tensors: Mapping[str, Tensor]) -> Tensors:
     return named
 
 
+_QWEN2_VL = {
+    "model.visual.": "visual.",
+    "model.language_model.": "language_model.",
+    "visual.": "visual.",
+    "model.": "language_model.",
+    "rm_head.": "rm_head.",
+}
+"""Prefixes of HPSv3's tensors, under the names of transformers from 4.52 on and before, and those of ``Qwen2VLModel``."""
+
+
+def hpsv3_from_qwen(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensors:
+    """HPSv3.safetensors -> ``transformers.Qwen2VLModel`` with this config, and rm_head.* (``preference_head``).
+
+    The head that predicts tokens (lm_head) is left out: no score depends on it.
+    """
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+
+    remaining = _Remaining(tensors)
+    remaining.take("lm_head.weight")
+    named: Tensors = {}
+    for theirs, ours in _QWEN2_VL.items():
+        for key in remaining.under(theirs):
+            named[ours + key.removeprefix(theirs)] = remaining.take(key)
+    remaining.finish("HPSv3")
+    with torch.device("meta"):
+        wanted = Qwen2VLModel(Qwen2VLConfig(**config)).state_dict()
+        head = preference_head(config["text_config"]["hidden_size"]).state_dict()
+    wanted |= {f"rm_head.{key}": value for key, value in head.items()}
+    wrong = named.keys() ^ wanted.keys() | {
+        key for key in named if key in wanted and named[key].shape != wanted[key].shape
+    }
+    if wrong:
+        raise ValueError(
+            f"these weights are not HPSv3: {len(wrong)} tensors are missing, unknown or of another shape, such as "
+            f"{sorted(wrong)[:4]}; give the file that the authors publish"
+        )
+    return named
+
+
 class _Remaining:
     """The tensors that are not converted yet."""
 
@@ -200,7 +253,7 @@ def _dotted(*parts: str) -> str:
 
 
 def convert(kind: str, source: Path, folder: Path | None = None, tokenizer: str | None = None) -> Path:
-    """Convert a published .pt file; returns the folder, ready for ``from_pretrained``.
+    """Convert a published file; returns the folder, ready for ``from_pretrained``.
 
     tokenizer: folder or hub id of the tokenizer that is copied into it; default: the published one, pinned.
     ValueError for a reward that needs no conversion, an unsafe or unknown file, and a folder that is not empty.
@@ -211,7 +264,7 @@ def convert(kind: str, source: Path, folder: Path | None = None, tokenizer: str 
     folder = folder or cache_dir() / kind
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give another folder with --out, or remove it")
-    tensors = read_pt(source)
+    tensors = read_published(source)
     files: dict[str, Any] = {}
     if kind == "imagereward":
         from gdmd.rewards.imagereward import TEXT, VISION
@@ -219,6 +272,9 @@ def convert(kind: str, source: Path, folder: Path | None = None, tokenizer: str 
         tensors, files = imagereward_from_blip(tensors), {"towers.json": {"vision": VISION, "text": TEXT}}
     elif kind == "aesthetic":
         tensors = aesthetic_from_layers(tensors)
+    elif kind == "hpsv3":
+        tensors = hpsv3_from_qwen(tensors, CONFIG)
+        files = {"config.json": CONFIG}
     else:
         tensors = clip_from_open_clip(tensors)
         files = {"config.json": clip_config(tensors) | {"model_type": "clip", "architectures": ["CLIPModel"]}}
@@ -234,7 +290,10 @@ def convert(kind: str, source: Path, folder: Path | None = None, tokenizer: str 
 
 
 def _write(whole: Path, tensors: Tensors, files: Mapping[str, Any], tokenizer: WeightsLocation | None) -> None:
-    """Write the tokenizer first (its download may fail); the folder appears once it is complete."""
+    """Write the tokenizer first (its download may fail); the folder appears once it is complete.
+
+    A head on a backbone that ``from_pretrained`` loads (rm_head) gets a file of its own.
+    """
     from safetensors.torch import save_file
 
     folder = whole.absolute().with_name(f".{whole.name}.partial")
@@ -244,7 +303,15 @@ def _write(whole: Path, tensors: Tensors, files: Mapping[str, Any], tokenizer: W
         raw_tokenizer(tokenizer).save_pretrained(str(folder))
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    plain = {key: value.contiguous().clone() for key, value in tensors.items()}
-    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
-    follow_umask(folder / "model.safetensors")
+    head = {key.removeprefix("rm_head."): tensors.pop(key) for key in list(tensors) if key.startswith("rm_head.")}
+    for name, own in (("model.safetensors", tensors), ("head.safetensors", head)):
+        if own:
+            save_file({key: _alone(value) for key, value in own.items()}, folder / name, metadata={"format": "pt"})
+            follow_umask(folder / name)
     folder.replace(whole)  # an empty folder may be there
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor without others in its storage; copied only if necessary, since HPSv3 has 16 GB."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.contiguous().clone()

@@ -5,15 +5,18 @@
 
 fit "crop": resize the shortest side to ``size`` (bicubic, antialias), then center crop; CLIP, PickScore, ImageReward.
 fit "pad":  resize the longest side to ``size``, then pad with zeros to a square, before normalization; HPSv2.
-For "crop" on 8-bit images the two differ only by the rounding of PIL's two 8-bit passes (mean below 0.35/255, at most
-1.5/255 per value, before the division by std); for "pad" they are the same function.
+``AreaPreprocess`` keeps the aspect ratio and bounds the area: vision-language models of the Qwen family.
+For "crop" and ``AreaPreprocess`` on 8-bit images the two differ only by the rounding of PIL's two 8-bit passes (mean below
+0.35/255, at most 1.5/255 per value, before the division by std), and not at all where no resize is needed; for "pad" they
+are the same function.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +30,16 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Per-channel mean and standard deviation of CLIP's training images (arXiv 2103.00020, the released code)."""
+
+
+class ImageInput(Protocol):
+    """Images to the normalized input of a vision tower, [B, 3, height, width] in fp32."""
+
+    def tensor(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [0, 1], with gradient to the images."""
+
+    def pil(self, images: Sequence[Image]) -> Tensor:
+        """PIL images that have one size after preprocessing."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +64,7 @@ class Preprocess:
         height, width = self._resized(images.shape[-2], images.shape[-1])
         if self.fit == "pad":
             return self._normalized(_padded(_bicubic(images.float(), (height, width)), self.size))
-        # PIL resizes rows, then columns, and clips after each: bicubic overshoots at edges, 8-bit values cannot
-        narrow = _bicubic(images.float(), (images.shape[-2], width)).clamp(0, 1)
-        small = _bicubic(narrow, (height, width)).clamp(0, 1)
+        small = _resized_as_pil(images.float(), (height, width))
         top, left = self._corner(height), self._corner(width)
         return self._normalized(small[..., top : top + self.size, left : left + self.size])
 
@@ -64,10 +75,8 @@ class Preprocess:
         return self._normalized(torch.cat([from_pil([self._cropped(image)]) for image in images]))
 
     def _cropped(self, image: Image) -> Image:
-        from PIL.Image import Resampling
-
         height, width = self._resized(image.height, image.width)
-        small = image.convert("RGB").resize((width, height), Resampling.BICUBIC)
+        small = _resized_by_pil(image, (height, width))
         top, left = self._corner(height), self._corner(width)
         return small.crop((left, top, left + self.size, top + self.size))
 
@@ -85,8 +94,65 @@ class Preprocess:
         return round(spare / 2) if self.corner == "round" else spare // 2
 
     def _normalized(self, images: Tensor) -> Tensor:
-        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        return (images - mean) / std
+        return _normalized(images, self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class AreaPreprocess:
+    """Images to [B, 3, height, width] with nearly their aspect ratio (Qwen2-VL, arXiv 2409.12191, sec. 2.1).
+
+    multiple: both sides are multiples of it: the sides of a vision token in pixels. smallest, largest: of the area, pixels.
+    """
+
+    multiple: int
+    smallest: int
+    largest: int
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) after the resize. Each side is rounded to a multiple.
+
+        If the area is then too large or too small, both sides are scaled to the limit and rounded down or up instead.
+        """
+        if max(height, width) > 200 * min(height, width):
+            raise ValueError(f"an image of {width} x {height} pixels is too narrow for a vision-language model")
+        rounded = tuple(round(side / self.multiple) for side in (height, width))
+        area = rounded[0] * rounded[1] * self.multiple**2
+        if area > self.largest:
+            scale = math.sqrt(height * width / self.largest)
+            rounded = tuple(max(1, math.floor(side / scale / self.multiple)) for side in (height, width))
+        elif area < self.smallest:
+            scale = math.sqrt(self.smallest / (height * width))
+            rounded = tuple(math.ceil(side * scale / self.multiple) for side in (height, width))
+        return rounded[0] * self.multiple, rounded[1] * self.multiple
+
+    def tensor(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [0, 1] -> [B, 3, height, width], fp32, with gradient to the images."""
+        size = self.resized(images.shape[-2], images.shape[-1])
+        return _normalized(_resized_as_pil(images.float(), size), self.mean, self.std)
+
+    def pil(self, images: Sequence[Image]) -> Tensor:
+        """PIL images of one size, in any mode -> [B, 3, height, width], fp32."""
+        small = [_resized_by_pil(image, self.resized(image.height, image.width)) for image in images]
+        return _normalized(from_pil(small), self.mean, self.std)
+
+
+def _normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    center, scale = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (images - center) / scale
+
+
+def _resized_as_pil(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """PIL resizes rows, then columns, and clips after each: bicubic overshoots at edges, 8-bit values cannot."""
+    narrow = _bicubic(images, (images.shape[-2], size[1])).clamp(0, 1)
+    return _bicubic(narrow, size).clamp(0, 1)
+
+
+def _resized_by_pil(image: Image, size: tuple[int, int]) -> Image:
+    from PIL.Image import Resampling
+
+    return image.convert("RGB").resize(size[::-1], Resampling.BICUBIC)
 
 
 def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:

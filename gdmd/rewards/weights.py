@@ -50,13 +50,13 @@ class PretrainedWeights:
     about: str
     range: str
     weights: HubRepo
-    file: str = ""  # a third-party .pt to convert; "": safetensors, loaded directly
+    file: str = ""  # a third-party file to convert; "": loaded directly
     tokenizer: HubRepo | None = None
-    reads: Literal["image and text", "image"] = "image and text"
+    reads: Literal["image and text", "image", "image and questions"] = "image and text"
 
     @property
     def converted(self) -> bool:
-        """Whether the published file is a .pt that must be converted first."""
+        """Whether the published file must be converted first."""
         return bool(self.file)
 
 
@@ -68,6 +68,9 @@ _IMAGEREWARD = HubRepo("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570
 BERT = HubRepo("google-bert/bert-base-uncased")
 DETECTOR = HubRepo("facebook/mask2former-swin-small-coco-instance")
 OCR = HubRepo("stepfun-ai/GOT-OCR-2.0-hf", "d3017ef2c2c1395888c8d635c5e0508bcb0ac78d")
+_HPSV3 = HubRepo("MizzenAI/HPSv3", "4f81e3e09edd82fe3c5f636444c721b592a735ca")
+QWEN2_VL = HubRepo("Qwen/Qwen2-VL-7B-Instruct", "eed13092ef92e448dd6875b2a00151bd3f7db0ac")
+QWEN3_VL = HubRepo("Qwen/Qwen3-VL-8B-Instruct", "0c351dd01ed87e9c1b53cbc748cba10e6187ff3b")
 
 PRETRAINED = (
     PretrainedWeights(
@@ -108,6 +111,21 @@ PRETRAINED = (
         reads="image",
     ),
     PretrainedWeights(
+        "hpsv3",
+        "HPSv3: mean preference of a tuned Qwen2-VL-7B (arXiv 2508.03789)",
+        "about -5 to 15",
+        _HPSV3,
+        "HPSv3.safetensors",
+        QWEN2_VL,
+    ),
+    PretrainedWeights(
+        "geneval2",
+        "GenEval 2: Soft-TIFA, probabilities of right answers of Qwen3-VL-8B (arXiv 2512.16853)",
+        "[0, 1]",
+        QWEN3_VL,
+        reads="image and questions",
+    ),
+    PretrainedWeights(
         "ocr",
         "OCR: max(0, 1 - edit distance / length) of the text quoted in the prompt (arXiv 2505.05470)",
         "[0, 1]",
@@ -138,9 +156,9 @@ def converted_folder(kind: str, given: str | None) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder
     raise ValueError(
-        f"reward {kind}: no converted weights in {folder} (model.safetensors is missing). Its authors publish a .pt file: "
-        f"run `gdmd rewards fetch {kind}`, which downloads and converts it (`gdmd rewards convert {kind} FILE` for a file "
-        "that you already have), or give the folder as path"
+        f"reward {kind}: no converted weights in {folder} (model.safetensors is missing). Its authors publish another "
+        f"format: run `gdmd rewards fetch {kind}`, which downloads and converts it (`gdmd rewards convert {kind} FILE` for "
+        "a file that you already have), or give the folder as path"
     )
 
 
@@ -262,6 +280,33 @@ def load_ocr_model(location: WeightsLocation, key: object) -> OcrModel:
         return OcrModel(net, processors.from_pretrained(location.name_or_path, **location.arguments()))
 
     return shared(("ocr", location, key), lambda: _reading(location, build))
+
+
+def load_backbone(location: WeightsLocation) -> Any:
+    """``transformers.Qwen2VLModel`` without the head for tokens. ValueError for weights that cannot be read."""
+
+    def build() -> Any:
+        from transformers import Qwen2VLModel
+
+        return Qwen2VLModel.from_pretrained(location.name_or_path, use_safetensors=True, **location.arguments())
+
+    return _reading(location, build)
+
+
+def load_question_model(location: WeightsLocation) -> Any:
+    """``transformers.Qwen3VLForConditionalGeneration`` of any size. ValueError for another model."""
+
+    def build() -> Any:
+        from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+
+        kind = AutoConfig.from_pretrained(location.name_or_path, **location.arguments()).model_type
+        if kind != "qwen3_vl":
+            raise ValueError(f"it is a {kind}; geneval2 needs a Qwen3-VL, such as {QWEN3_VL.name}")
+        return Qwen3VLForConditionalGeneration.from_pretrained(
+            location.name_or_path, use_safetensors=True, **location.arguments()
+        )
+
+    return _reading(location, build)
 
 
 def raw_tokenizer(location: WeightsLocation) -> Any:

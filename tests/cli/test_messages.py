@@ -9,7 +9,7 @@ from cli_world import Gdmd
 
 KINDS = (
     "shapes_clip, shapes_pref, shapes_clip_heldout, shapes_partial_credit, clip, hps, hps_v2, pickscore, imagereward, "
-    "aesthetic, geneval, ocr, callable, function, remote, composite"
+    "aesthetic, hpsv3, geneval2, geneval, ocr, callable, function, remote, composite"
 )
 
 

@@ -102,7 +102,7 @@ def test_dtype_chunks_autocast_and_pil(kind: str) -> None:
     torch.testing.assert_close(bf16, full, rtol=0.03, atol=0.03 * max(1.0, float(full.abs().max())))
     saved = to_pil(images)
     torch.testing.assert_close(
-        reward.score_pil(saved, TEXTS), reward.score(from_pil(saved), prompts()), rtol=2e-3, atol=2e-3
+        reward.score_pil(saved, TEXTS, [TASK] * 4), reward.score(from_pil(saved), prompts()), rtol=2e-3, atol=2e-3
     )
 
 

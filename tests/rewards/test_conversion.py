@@ -18,7 +18,7 @@ from gdmd.rewards.convert import (
     clip_from_open_clip,
     convert,
     imagereward_from_blip,
-    read_pt,
+    read_published,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -199,16 +199,16 @@ def test_missing_and_unexpected_keys() -> None:
 
 def test_only_tensors_are_read(tmp_path: Path) -> None:
     good = save_pt(tmp_path / "good.pt", {"state_dict": {"module.a": torch.ones(2)}})
-    assert torch.equal(read_pt(good)["a"], torch.ones(2))
+    assert torch.equal(read_published(good)["a"], torch.ones(2))
     with pytest.raises(ValueError, match="could run code; refused"):
-        read_pt(save_pt(tmp_path / "bad.pt", {"a": Path("x")}))
+        read_published(save_pt(tmp_path / "bad.pt", {"a": Path("x")}))
     with pytest.raises(ValueError, match="not a dictionary of tensors"):
-        read_pt(save_pt(tmp_path / "odd.pt", {"a": 1}))
+        read_published(save_pt(tmp_path / "odd.pt", {"a": 1}))
     (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:100])
     with pytest.raises(ValueError, match="cut.pt"):
-        read_pt(tmp_path / "cut.pt")
+        read_published(tmp_path / "cut.pt")
     with pytest.raises(ValueError, match="no such file"):
-        read_pt(tmp_path / "none.pt")
+        read_published(tmp_path / "none.pt")
 
 
 def test_aesthetic(tmp_path: Path) -> None:

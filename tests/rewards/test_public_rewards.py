@@ -26,7 +26,7 @@ TEXTS = ['a sign "OPEN"', 'two "cats"']
 
 
 def test_public_names_import_no_torch() -> None:
-    names = "Aesthetic CLIPScore Composite GenEval HPSv2 ImageReward OCR Part PickScore RemoteReward"
+    names = "Aesthetic CLIPScore Composite GenEval GenEval2 HPSv2 HPSv3 ImageReward OCR Part PickScore RemoteReward"
     assert sorted(gdmd.rewards.__all__) == names.split()
     assert all(isinstance(getattr(gdmd.rewards, name), type) for name in gdmd.rewards.__all__)
     assert {one.__name__ for one in CLASSES.values()} | {"Composite", "Part"} == set(gdmd.rewards.__all__)
@@ -51,7 +51,7 @@ def test_calls_with_pil_images_and_tensors(kind: str) -> None:
     """One number per image; where PIL images are not preprocessed differently, the same ones."""
     reward: Any = REWARDS[kind]()
     images = to_pil(random_images(2))
-    columns = {key: [TASK[key]] * 2 for key in ("tag", "include")}
+    columns = {key: [TASK[key]] * 2 for key in ("tag", "include", "vqa_list")}
     from_images = reward(images, TEXTS, **columns)
     assert len(from_images) == 2 and all(isinstance(score, float) for score in from_images)
     exact = reward.score(from_pil(images), prompt_batch(TEXTS, [TASK, TASK])).tolist()

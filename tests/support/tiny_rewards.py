@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+from tiny_vlms import tiny_geneval2, tiny_hpsv3
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,7 +31,12 @@ WORDS = 50
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LENGTH, START, END = 9, 62, 63
 """Of ``tokenize``: tokens per text, start and end token."""
-TASK = {"tag": "single_object", "prompt": "a dog", "include": [{"class": "dog", "count": 1}]}
+TASK = {
+    "tag": "single_object",
+    "prompt": "a dog",
+    "include": [{"class": "dog", "count": 1}],
+    "vqa_list": [["How many dogs are in the image?", "one"], ["Are there any dogs in the image?", "Yes"]],
+}
 
 
 def prompt_batch(texts: Sequence[str], meta: Sequence[Mapping[str, Any]] = ()) -> PromptBatch:
@@ -79,6 +85,8 @@ PRETRAINED: dict[str, Callable[..., Any]] = {
     "pickscore": lambda **options: PickScore.from_modules(tiny_clip(), tokenize, **options),
     "imagereward": _imagereward,
     "aesthetic": _aesthetic,
+    "hpsv3": tiny_hpsv3,
+    "geneval2": tiny_geneval2,
 }
 
 
