@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from gdmd.cli import geneval, preference
+from gdmd.cli import geneval, preference, table
 from gdmd.cli.common import SETTINGS, Checkpoint, Device, Json, log, print_json
 
 
@@ -33,6 +33,7 @@ Examples:
   gdmd eval teacher-4 --per-task 10
   gdmd eval preference runs/sdxl-seed0 --prompts parti.txt --scorer clip
   gdmd eval compare teacher dmd=runs/dmd gdmd=runs/shapes-seed0 -o eval/shapes
+  gdmd eval table runs/sd3-seed0 --prompts drawbench.txt -o eval/table
   gdmd eval geneval score images/ours --device cuda
 """,
     context_settings=SETTINGS,
@@ -96,6 +97,7 @@ def eval_command(
 
 eval_app.command("preference", short_help="Score the images of one model.")(preference.preference_command)
 eval_app.command("compare", short_help="Compare models on the same prompts and noise.")(preference.compare_command)
+eval_app.command("table", short_help="Make the field's table of eight scores.")(table.table_command)
 eval_app.add_typer(geneval.geneval_app, name="geneval")
 
 

@@ -257,7 +257,7 @@ def _score(row: Row, label: str) -> Mapping[str, Any] | None:
 
 def _mean(row: Row, label: str) -> str:
     cell = _score(row, label)
-    return MISSING if cell is None else _number(cell, _digits([cell]))
+    return MISSING if cell is None else _number(cell, shared_digits([cell]))
 
 
 def _number(cell: Mapping[str, Any], digits: int) -> str:
@@ -272,16 +272,18 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _digits(cells: Sequence[Mapping[str, Any] | None]) -> int:
+def shared_digits(cells: Sequence[Mapping[str, Any] | None]) -> int:
+    """Decimals of the scores that stand next to each other."""
     return digits_for([(c["high"] - c["low"]) / 2 for c in cells if c and c.get("low") is not None])
 
 
 def _line(title: str, cells: Sequence[Mapping[str, Any] | None], key: str) -> TableRow:
-    texts = [_cell(cell, key, _digits(cells)) for cell in cells]
+    texts = [cell_text(cell, key, shared_digits(cells)) for cell in cells]
     return _table_row(title, texts, [cell[key] if cell else None for cell in cells], 1)
 
 
-def _cell(cell: Mapping[str, Any] | None, key: str, digits: int) -> str:
+def cell_text(cell: Mapping[str, Any] | None, key: str, digits: int) -> str:
+    """A score with its interval, whether the model was trained on it (†, ? unknown), and how many images have none."""
     if cell is None:
         return MISSING
     mark = {True: " †", False: "", None: " ?"}[cell.get("trained", False)]

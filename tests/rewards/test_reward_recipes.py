@@ -68,7 +68,7 @@ def test_build_without_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("GDMD_REWARDS", str(tmp_path))
     built = build_rewards(specs("{kind: callable, target: 'statistics:mean'}", "{kind: clip}", "{kind: pickscore}"))
     assert [reward.name for reward in built] == ["statistics:mean", "clip", "pickscore"]
-    for kind in ("hps", "hps_v2", "imagereward", "aesthetic"):
+    for kind in ("hps", "hps_v2", "imagereward", "aesthetic", "hpsv3"):
         with pytest.raises(ValueError, match=f"reward {kind}: no converted weights in"):
             build_rewards(specs(f"{{kind: {kind}}}"))
     with pytest.raises(ValueError, match="not a folder with weights"):
@@ -83,6 +83,7 @@ def test_build_without_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("{kind: composite, parts: [{reward: {kind: clip, path: org/clip}}]}", "org/clip"),
         ("{kind: aesthetic, path: ., clip: org/clip}", "org/clip"),
         ("{kind: ocr, path: org/ocr}", "org/ocr"),
+        ("{kind: geneval2, path: org/vlm}", "org/vlm"),
     ],
 )
 def test_missing_weights_are_reported_before_training(reward: str, name: str) -> None:
@@ -187,7 +188,17 @@ def test_list(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("GDMD_REWARDS", str(tmp_path))
     code, printed, _ = run(capsys, "list", "--json")
     rows = {row["kind"]: row for row in json.loads(printed)}
-    assert code == 0 and set(rows) == {"clip", "hps", "hps_v2", "pickscore", "imagereward", "aesthetic", "ocr"}
+    assert code == 0 and set(rows) == {
+        "clip",
+        "hps",
+        "hps_v2",
+        "pickscore",
+        "imagereward",
+        "aesthetic",
+        "hpsv3",
+        "geneval2",
+        "ocr",
+    }
     assert rows["hps"]["converted"] == "" and rows["clip"]["converted"] is None
     assert "HPS_v2.1_compressed.pt" in rows["hps"]["weights"] and "@" in rows["pickscore"]["weights"]
 

@@ -140,8 +140,8 @@ def test_hpsv3_equals_the_published_forward_pass() -> None:
 
 def test_hpsv3_reads_the_instruction_the_prompt_and_its_own_token() -> None:
     text = hpsv3.message("a {red} dog")
-    end = "Textual prompt - a {red} dog\n\n\n\nPlease provide the overall ratings of this image: <|Reward|>\n\nEND\n<|im_end|>"
-    assert end in text
+    end = "Please provide the overall ratings of this image: <|Reward|>\n\nEND\n<|im_end|>"
+    assert f"Textual prompt - a {{red}} dog\n\n\n\n{end}" in text
     assert len(hpsv3._INSTRUCTION) == 2507 and text.count("<|image_pad|>") == 1
     reward, image = tiny_hpsv3(), random_images(1)
     plain, named = (reward.score(image, prompt_batch([text])) for text in ("a", "a <|Reward|> b"))
