@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from gdmd.config.rewards import GenEval2Config
+from gdmd.diffusion.device import to_device_async
 from gdmd.rewards.base import Loaded
 from gdmd.rewards.vlm import SEEN, ChatTokenizer, VisionLanguageReward
 from gdmd.rewards.weights import QWEN3_VL, load_question_model, locate_weights, raw_tokenizer
@@ -55,14 +56,15 @@ class GenEval2(VisionLanguageReward):
 
     def _formula(self, pixels: Tensor, texts: Sequence[Questions]) -> Tensor:
         net: Any = self.loaded.net
-        counts = [len(own) for own in texts]
         pairs = [pair for own in texts for pair in own]
-        seen = pixels.repeat_interleave(torch.tensor(counts, device=pixels.device), 0)
+        image_of = torch.tensor([k for k, own in enumerate(texts) for _ in own])
+        seen = pixels[to_device_async(image_of, pixels.device)]
         states, tokens = self._states(net.model, seen, [message(question) for question, _ in pairs])
         last = tokens["attention_mask"].sum(1) - 1
         replies = net.lm_head(states[torch.arange(len(last), device=last.device), last]).float().log_softmax(-1)
         right = [self._first_tokens(answer) for _, answer in pairs]
-        logs = torch.stack([reply[ids].logsumexp(0) for reply, ids in zip(replies, right, strict=True)]).split(counts)
+        answers = torch.stack([reply[ids].logsumexp(0) for reply, ids in zip(replies, right, strict=True)])
+        logs = torch.split(answers, [len(own) for own in texts])
         if self.config.mean == "geometric":
             return torch.stack([own.mean() for own in logs]).exp()
         return torch.stack([own.exp().mean() for own in logs])

@@ -53,10 +53,9 @@ class VisionLanguageReward(PretrainedReward):
     @property
     def preprocess(self) -> AreaPreprocess:
         """Sides that are multiples of the pixels of a vision token."""
-        vision = self.loaded.net.config.vision_config  # type: ignore[union-attr]
-        return AreaPreprocess(
-            int(vision.patch_size * vision.spatial_merge_size), self.smallest, self.largest, self.mean, self.std
-        )
+        net: Any = self.loaded.net
+        multiple = net.config.vision_config.patch_size * net.config.vision_config.spatial_merge_size
+        return AreaPreprocess(int(multiple), self.smallest, self.largest, self.mean, self.std)
 
     def _states(
         self, model: Any, pixels: Tensor, messages: Sequence[str], *, flat: bool = False
@@ -92,10 +91,13 @@ def patches(pixels: Tensor, vision: Any) -> Tensor:
 
     vision: the ``vision_config`` of the model.
     """
-    size, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    blocks = pixels.unflatten(3, (-1, merge, size)).unflatten(2, (-1, merge, size))  # [B, C, Y, m, P, X, m, P]
-    blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)  # [B, Y, X, m, m, C, 1, P, P]
-    return blocks.expand(*(-1,) * 6, frames, -1, -1).flatten(5).flatten(1, 4)
+    size, merge = vision.patch_size, vision.spatial_merge_size
+    count, channels, height, width = pixels.shape
+    rows, columns = height // (size * merge), width // (size * merge)
+    blocks = pixels.reshape(count, channels, rows, merge, size, columns, merge, size)
+    blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [B, rows, columns, merge, merge, C, P, P]
+    frames = blocks.unsqueeze(6).expand(*(-1,) * 6, vision.temporal_patch_size, -1, -1)
+    return frames.reshape(count, rows * columns * merge**2, -1)
 
 
 def image_positions(image: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -15,10 +15,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("huggingface_hub")
 
 from test_conversion import WIDTH, OpenClip, save_pt, wild
-from tiny_rewards import clip, prompt_batch, random_images, words_of_clip
+from tiny_rewards import TASK, clip, prompt_batch, random_images, words_of_clip
+from tiny_vlms import geneval2_parts, tiny_geneval2
 
 from gdmd.programs import reward_tools
 from gdmd.rewards import convert
+from gdmd.rewards.geneval2 import GenEval2
 from gdmd.rewards.pickscore import PickScore
 
 
@@ -69,6 +71,24 @@ def test_fetch_into_a_folder(published: Path, tmp_path: Path) -> None:
     }
     config = json.loads((tmp_path / "mine" / "config.json").read_text())
     assert config["projection_dim"] == 16  # of the model, not of the tokenizer
+
+
+def test_fetch_of_a_model_in_several_files(tmp_path: Path) -> None:
+    """All files that the index names; one that is missing afterwards is an error."""
+    place = tmp_path / "hub" / "Qwen" / "Qwen3-VL-8B-Instruct"
+    net, words = geneval2_parts()
+    net.save_pretrained(place, max_shard_size="40KB")
+    words.save_pretrained(place)
+    (first, *more) = sorted(place.glob("model-*.safetensors"))
+    assert more
+    with hub(tmp_path / "hub") as (address, _):
+        done = gdmd(tmp_path, address, "rewards", "fetch", "geneval2", "-o", "mine")
+        assert done.returncode == 0 and "{kind: geneval2, path: mine}" in done.stderr, done.stderr
+        first.unlink()
+        broken = gdmd(tmp_path, address, "rewards", "fetch", "geneval2", "-o", "other")
+    scores = GenEval2(path=str(tmp_path / "mine"), dtype="fp32").score(random_images(1), prompt_batch(["a"], [TASK]))
+    torch.testing.assert_close(scores, tiny_geneval2().score(random_images(1), prompt_batch(["a"], [TASK])))
+    assert broken.returncode == 2 and f"has no {first.name}" in broken.stderr, broken.stderr
 
 
 def test_unreachable_hub(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,6 @@ def chat_words(*texts: str) -> transformers.Qwen2Tokenizer:
     pieces = sorted(trained.get_vocab().items(), key=lambda pair: pair[1])
     vocab = {piece: number for number, (piece, _) in enumerate(pieces)}
     vocab |= {piece: len(vocab) + number for number, piece in enumerate(SPECIAL)}
-    import json
-
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     words = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
     words.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
