@@ -31,7 +31,6 @@ from gdmd.evaluation.scorers import load_scorers, read_scorer, read_scorers
 from gdmd.io import write_atomic
 from gdmd.recipes.build_rewards import check_prompts
 from gdmd.reporting.tables import MISSING
-from gdmd.rewards.geneval2 import read_questions
 
 RESULT, MARKDOWN = "table.json", "table.md"
 
@@ -82,8 +81,9 @@ def table(sources: Sequence[SourceConfig], options: TableOptions, folder: Path, 
     sets: dict[str, list[str]] = {}
     for column in columns:
         sets.setdefault(column.prompts, []).append(scorers[column.kind])
-    for name in sets:
-        _check_prompts(name, options)
+    for name, texts in sets.items():
+        prompt_set = read_prompt_set(options.prompts[name], options.images, options.seed, options.limit)
+        check_prompts(read_scorers(texts), prompt_set.texts, prompt_set.meta)
     found = {name: _measured(sources, options, name, texts, folder / name, log) for name, texts in sets.items()}
     content = _content(columns, found, options)
     write_atomic(folder / RESULT, json.dumps(content, indent=2) + "\n", "the table")
@@ -117,16 +117,6 @@ def _scorers(columns: Sequence[Column], given: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--scorer {text}: the table has no column {kind!r}; it has {', '.join(scorers)}")
         scorers[kind] = text
     return scorers
-
-
-def _check_prompts(name: str, options: TableOptions) -> None:
-    """ValueError for a prompt file whose prompts the columns of its set cannot score."""
-    prompt_set = read_prompt_set(options.prompts[name], options.images, options.seed, options.limit)
-    if name == "geneval2":
-        for text, row in zip(prompt_set.texts, prompt_set.meta, strict=True):
-            read_questions(text, row)
-    if name == "ocr":
-        check_prompts([read_scorer("ocr")], prompt_set.texts)
 
 
 def _measured(

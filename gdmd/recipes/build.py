@@ -89,7 +89,7 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str, given: GivenObjects
     encoder = ShapesTextEncoder(device)
     rewards = build_rewards(cfg.rewards, device, given.functions)
     groups, meta = training_prompts(cfg, None, given.prompts)
-    check_prompts(cfg.rewards, (text for group in groups for text in group))
+    check_prompts(cfg.rewards, (text for group in groups for text in group), meta)
     stream = PromptStream(
         groups, encoder, cfg.loop.batch_size, cfg.loop.seed, cfg.method.prompt_group, [meta] if meta else None
     )
@@ -103,7 +103,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenO
     """Times in the recipe are uniform; the method gets them through the family's timestep mapping."""
     real = real_latents_of(cfg, model)
     groups, meta = training_prompts(cfg, real, given.prompts)
-    check_prompts(cfg.rewards, (text for group in groups for text in group))
+    check_prompts(cfg.rewards, (text for group in groups for text in group), meta)
     from gdmd.models.distilled import check_guidance
     from gdmd.models.loading import LazyTextEncoder, adopt, encoder_identity, open_family, scoring_codec
     from gdmd.models.roles import DiffusersRoles

@@ -19,6 +19,7 @@ from gdmd.config.rewards import (
     CompositeConfig,
     DeviceOptions,
     FunctionConfig,
+    GenEval2Config,
     OcrConfig,
     RealRewardConfig,
 )
@@ -30,7 +31,7 @@ from gdmd.rewards.callable import CallableReward, as_reward
 from gdmd.rewards.clip import CLIPScore
 from gdmd.rewards.composite import Composite, Part
 from gdmd.rewards.geneval.reward import GenEval
-from gdmd.rewards.geneval2 import GenEval2
+from gdmd.rewards.geneval2 import GenEval2, read_questions
 from gdmd.rewards.hps import HPSv2
 from gdmd.rewards.hpsv3 import HPSv3
 from gdmd.rewards.imagereward import ImageReward
@@ -150,12 +151,19 @@ def without_stats(rewards: Sequence[Reward]) -> Iterator[None]:
             vars(one).update(own)
 
 
-def check_prompts(specs: Sequence[RewardConfig], prompts: Iterable[str]) -> None:
-    """ValueError if a reward cannot score any of the prompts: OCR without a single quoted text."""
+def check_prompts(
+    specs: Sequence[RewardConfig], prompts: Iterable[str], rows: Sequence[Mapping[str, Any]] | None = None
+) -> None:
+    """ValueError if OCR can score none of the prompts (no quoted text), or GenEval 2 not all (no questions).
+
+    rows: the metadata of the prompts.
+    """
     parts = [part.reward for spec in specs if isinstance(spec, CompositeConfig) for part in spec.parts]
-    if not any(isinstance(one, OcrConfig) for one in [*specs, *parts]):
-        return
-    if not any(normalized(requested_text(text)) for text in prompts):
+    kinds, texts = {type(one) for one in [*specs, *parts]}, list(prompts)
+    if GenEval2Config in kinds:
+        for text, row in zip(texts, rows or [{}] * len(texts), strict=True):
+            read_questions(text, row)
+    if OcrConfig in kinds and not any(normalized(requested_text(text)) for text in texts):
         raise ValueError(
             "reward ocr needs prompts that quote a text, and no prompt quotes any; write prompts like "
             "'a sign that says \"OPEN\"', or use the shipped ones: prompts.file=text_rendering"

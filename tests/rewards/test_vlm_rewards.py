@@ -21,7 +21,9 @@ from tiny_rewards import TASK, clip, prompt_batch, random_images
 from tiny_vlms import geneval2_parts, hpsv3_config, hpsv3_parts, hpsv3_words, tiny_geneval2, tiny_hpsv3
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from gdmd.config.rewards import CompositeConfig, GenEval2Config
 from gdmd.plan.cost_model import REWARDS
+from gdmd.recipes.build_rewards import check_prompts
 from gdmd.rewards import convert as convert_module
 from gdmd.rewards import hpsv3
 from gdmd.rewards.convert import convert, hpsv3_from_qwen
@@ -262,6 +264,16 @@ def test_spellings() -> None:
 def test_prompts_without_questions(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_geneval2().score(random_images(1), prompt_batch(["a red dog"], [row]))
+
+
+def test_training_prompts_without_questions_are_an_error() -> None:
+    """Before training, not when such a prompt is drawn."""
+    spec = GenEval2Config()
+    for specs in ([spec], [CompositeConfig.model_validate({"parts": [{"reward": spec.model_dump()}]})]):
+        check_prompts(specs, ["a dog", "two cats"], [TASK, TASK])
+        for rows in ([TASK, {}], None):
+            with pytest.raises(ValueError, match="has no list 'vqa_list'"):
+                check_prompts(specs, ["a dog", "two cats"], rows)
 
 
 def test_geneval2_from_a_folder(tmp_path: Path) -> None:
