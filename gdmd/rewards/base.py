@@ -150,6 +150,25 @@ class Placement:
 DEFAULT_PLACEMENT = Placement()
 
 
+def set_dtype(net: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the weights. Buffers that are no weights keep their precision, as in ``from_pretrained(dtype=...)``.
+
+    The frequencies of rotary embeddings are such buffers: in bf16, the angle at position 800 would be off by a radian.
+    """
+    kept = list(computed_buffers(net))
+    net.to(dtype)
+    for module, name, value in kept:
+        setattr(module, name, value)
+
+
+def computed_buffers(net: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """(module, name, value) of every buffer that is not stored with the weights."""
+    for module in net.modules():
+        for name, value in module.named_buffers(recurse=False):
+            if name not in module.state_dict():
+                yield module, name, value
+
+
 class PretrainedReward(RewardModel):
     """A frozen, differentiable image scorer, loaded on first use. A score never depends on the rest of the batch.
 
@@ -196,7 +215,8 @@ class PretrainedReward(RewardModel):
         """The network, loaded and frozen on first use."""
         if self._loaded is None:
             loaded = self._load()
-            loaded.net.to(self.placement.dtype).eval().requires_grad_(False)
+            set_dtype(loaded.net, self.placement.dtype)
+            loaded.net.eval().requires_grad_(False)
             if loaded.head is not None:
                 loaded.head.float().eval().requires_grad_(False).to(self.placement.device)
             self._loaded = loaded

@@ -8,8 +8,9 @@
 Trained on the ranking probability of two images, so only differences of mu have a meaning; images of good models have about
 5 to 15. Images are resized to nearly 256 vision tokens of 28 x 28 pixels (448 x 448 for a square) with bicubic resampling
 and normalized as CLIP's. As in the released code, positions count all tokens one by one: its forward pass gives the text
-model embeddings only, so that the two-dimensional positions of Qwen2-VL are never computed. The whole backbone was tuned,
-and is in bf16; the head is in fp32. The authors publish one file under older names: ``gdmd rewards fetch hpsv3``.
+model embeddings only, so that the two-dimensional positions of Qwen2-VL are never computed. The whole backbone was tuned in
+bf16, into which the released code also rounds the frequencies of the positions; the head is in fp32. The authors publish one
+file under older names: ``gdmd rewards fetch hpsv3``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.config.rewards import Hpsv3Config
-from gdmd.rewards.base import Loaded
+from gdmd.rewards.base import Loaded, computed_buffers
 from gdmd.rewards.vlm import SEEN, ChatTokenizer, VisionLanguageReward
 from gdmd.rewards.weights import QWEN2_VL, converted_folder, load_backbone, locate_weights, raw_tokenizer
 
@@ -113,6 +114,8 @@ class HPSv3(VisionLanguageReward):
             from safetensors.torch import load_file
 
             net = load_backbone(location)
+            for _, _, frequencies in computed_buffers(net):
+                frequencies.copy_(frequencies.bfloat16())  # in every dtype: the weights were tuned with them
             head = preference_head(net.config.text_config.hidden_size)
             head.load_state_dict(load_file(folder / "head.safetensors"))
             return Loaded(net, with_reward_token(raw_tokenizer(location), net.config.text_config.vocab_size), head)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gdmd.config.load import validated
 from gdmd.config.rewards import OcrConfig
-from gdmd.rewards.base import DEFAULT_PLACEMENT, Placement, RewardModel
+from gdmd.rewards.base import DEFAULT_PLACEMENT, Placement, RewardModel, set_dtype
 from gdmd.rewards.preprocessing import check_finite_images, check_images, to_pil
 from gdmd.rewards.user_code import called, imported
 from gdmd.rewards.weights import OCR as PUBLISHED
@@ -174,7 +174,8 @@ class OcrReader:
         """Network and processor, loaded and frozen on first use."""
         if self._parts is None:
             model = self._load()
-            model.net.to(self.placement.device, self.placement.dtype).eval().requires_grad_(False)
+            set_dtype(model.net, self.placement.dtype)
+            model.net.to(self.placement.device).eval().requires_grad_(False)
             self._parts = model
         return self._parts
 

@@ -26,6 +26,7 @@ from gdmd.plan.cost_model import REWARDS
 from gdmd.recipes.build_rewards import check_prompts
 from gdmd.rewards import convert as convert_module
 from gdmd.rewards import hpsv3
+from gdmd.rewards.base import computed_buffers
 from gdmd.rewards.convert import convert, hpsv3_from_qwen
 from gdmd.rewards.geneval2 import GenEval2, spellings
 from gdmd.rewards.hpsv3 import AREA, HPSv3
@@ -171,9 +172,12 @@ def test_converted_hpsv3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_na
     save_file(published_file(net, head, old_names), tmp_path / "HPSv3.safetensors")
     folder = convert("hpsv3", tmp_path / "HPSv3.safetensors", tmp_path / "made", str(tmp_path / "words"))
     assert json.loads((folder / "converted.json").read_text())["file"] == "HPSv3.safetensors"
-    reward, images = HPSv3(path=str(folder), dtype="fp32"), random_images(2)
-    expected = tiny_hpsv3().score(images, prompt_batch(TEXTS))
+    reward, images, rounded = HPSv3(path=str(folder), dtype="fp32"), random_images(2), tiny_hpsv3()
+    for _, _, frequencies in computed_buffers(rounded.loaded.net):
+        frequencies.copy_(frequencies.bfloat16())
+    expected = rounded.score(images, prompt_batch(TEXTS))
     assert torch.equal(reward.score(images, prompt_batch(TEXTS)), expected)
+    assert not torch.equal(tiny_hpsv3().score(images, prompt_batch(TEXTS)), expected)
     other = hpsv3_words()
     other.add_tokens(["<|more|>"])
     other.save_pretrained(folder)
@@ -245,6 +249,16 @@ def test_geneval2_equals_the_published_evaluation(mean: Any) -> None:
     geometric = [math.prod(own) ** (1 / len(own)) for own in parts]
     expected = geometric if mean == "geometric" else [sum(own) / len(own) for own in parts]
     assert scores.tolist() == pytest.approx(expected, rel=1e-4) and min(expected) > 0
+
+
+@pytest.mark.parametrize("make", [tiny_geneval2, tiny_hpsv3])
+def test_frequencies_of_positions_stay_exact(make: Any) -> None:
+    """As in from_pretrained; ``Module.to`` would round them to bf16."""
+    exact = [value.clone() for _, _, value in computed_buffers(make().loaded.net)]
+    rounded = make(dtype="bf16").loaded.net
+    assert len(exact) == 4 and any(not torch.equal(one, one.bfloat16().float()) for one in exact)
+    assert all(torch.equal(a, b) for a, (_, _, b) in zip(exact, computed_buffers(rounded), strict=True))
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
 
 
 def test_spellings() -> None:
