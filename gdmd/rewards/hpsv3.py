@@ -1,6 +1,6 @@
 """HPSv3: a Qwen2-VL-7B tuned on human preferences, with a head that gives a mean and a spread (arXiv 2508.03789).
 
-    score = mu,  (mu, log sigma) = W3 relu(W2 relu(W1 h + b1) + b2) + b3
+    score = mu,  (mu, spread) = W3 relu(W2 relu(W1 h + b1) + b2) + b3
 
   h  last hidden state of the token <|Reward|>, which stands behind the image, the instruction and the prompt
   W  D-1024-16-2
