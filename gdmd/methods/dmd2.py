@@ -68,12 +68,11 @@ class Dmd2(Baseline[DMD2Config]):
             return
         x0_data = self.real_latents(prompts, rng)
         for i in range(self.cfg.fake_updates):
-            if self.reads_student_batch(i):
-                batch = self.gan_fake_batch(r, x0_data, rng, i)
-            else:
-                own = self.draws(prompts, rng, i)
-                batch = self.gan_fake_batch(self.rollout_again(*own), self.real_latents(*own), rng, i)
-            yield Update("fake", self.gan_fake_loss, batch)
+            own, own_data = r, x0_data
+            if not self.reads_student_batch(i):
+                drawn = self.draws(prompts, rng, i)
+                own, own_data = self.rollout_again(*drawn), self.real_latents(*drawn)
+            yield Update("fake", self.gan_fake_loss, self.gan_fake_batch(own, own_data, rng, i))
         x_tar = self.target(r, self.scores(r, rng, self.cfg.fake_updates - 1))
         t, eps = self._head_time(rng, "gan_t", 0), rng.normal("gan_eps", self.latent_shape)
         yield Update("student", self.gan_student_loss, GanStudentBatch(r.x_tau, r.tau, r.cond, x_tar, t, eps))

@@ -1,8 +1,9 @@
 """DMDR (arXiv 2511.13649v4): reward-tilted DMD with two annealed schedules, then DMD and a reward loss together.
 
 Stage 1, ``cold_start`` iterations: RT-DM weighs the DMD gradient of a sample by exp(r / ||r||), r the reward of its
-finished few-step image (``losses.reward_tilt`` says how it is normalized); DynaDG moves the real score by a share of the fake score's displacement, so that the two
-distributions overlap at the start; DynaRS re-noises at late times first. One cosine anneals both to DMD.
+finished few-step image (``losses.reward_tilt`` says how it is normalized); DynaDG moves the real score by a share of
+the fake score's displacement, so that the two distributions overlap at the start; DynaRS re-noises at late times first.
+One cosine anneals both to DMD.
 Stage 2: L_DMD + lambda_rl L_rl, L_rl by ReFL, GRPO or DPO. 5 fake-score updates per student update throughout.
 In its code the student is not trained at the states x_tau of its rollout: the x0 that the rollout predicts at tau is
 re-noised to tau, x_tau' = alpha x0 + sigma n, and the student predicts from there; the fake score learns from that x0.

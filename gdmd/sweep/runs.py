@@ -335,7 +335,9 @@ def _changed_fields(cfg: RunConfig) -> dict[str, Any]:
         tree["loop"] = {**tree.get("loop", {}), "grid_every": cfg.validation.every}
     for part, kind in (("method", cfg.method.kind), ("model", cfg.model.kind)):
         tree[part] = {"kind": kind, **tree.get(part, {})}
-    if isinstance(cfg.method, BaselineConfig):  # always: the default was not the behavior of the results without this field
+    if isinstance(
+        cfg.method, BaselineConfig
+    ):  # always: the default was not the behavior of the results without this field
         tree["method"]["fake_samples"] = cfg.method.fake_samples
     return tree
 

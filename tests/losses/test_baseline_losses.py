@@ -86,7 +86,9 @@ def test_no_tilt_without_score_reward_or_strength(unit: Literal["std", "norm"]) 
         torch.testing.assert_close(gone[0].item(), (math.exp(0.6) + math.exp(math.sqrt(0.5))) / 2)
     else:
         torch.testing.assert_close(kept.tolist(), [(math.exp(-1) + math.e) / 2] * 2)
-        torch.testing.assert_close(gone[2].item(), (math.e + math.exp(-math.sqrt(2))) / 2)  # second: (1, 1, 0), std sqrt(2) / 3
+        torch.testing.assert_close(
+            gone[2].item(), (math.e + math.exp(-math.sqrt(2))) / 2
+        )  # second: (1, 1, 0), std sqrt(2) / 3
     assert gone[1] == 1
     assert reward_tilt(torch.zeros(2, 3), unit=unit).tolist() == [1, 1, 1]
     assert reward_tilt(torch.full((1, 3), math.nan), unit=unit).tolist() == [1, 1, 1]

@@ -37,12 +37,14 @@ def softplus(x: np.ndarray) -> np.ndarray:
 
 
 def test_dmd2_weights_are_those_of_its_sdxl_script() -> None:
-    """Student: 0.5 mse + 5e-3 softplus(-D), here doubled. Fake score: mse + 1e-2 (softplus(D(fake)) + softplus(-D(real)))."""
+    """Student: 0.5 mse + 5e-3 softplus(-D), here doubled. Fake: mse + 1e-2 (softplus(D(fake)) + softplus(-D(real)))."""
     roles = tiny_roles(head=True)
     assert roles.critic is not None
     made = updates(make("dmd2", roles), roles)
     first = next(made)
-    real, student = (array(roles.critic(one.x_t, one.t, first.batch.cond)) for one in (first.batch.real, first.batch.student))
+    real, student = (
+        array(roles.critic(one.x_t, one.t, first.batch.cond)) for one in (first.batch.real, first.batch.student)
+    )
     v = array(roles.fake(first.batch.x_t, first.batch.t, first.batch.cond).velocity)
     denoise = ((v - array(first.batch.eps - first.batch.x0)) ** 2).mean((1, 2, 3))
     wanted = denoise + 1e-2 * (softplus(student) + softplus(-real))

@@ -14,13 +14,14 @@ class BaselineConfig(DistillationConfig):
     """Several updates of the fake score before the student's."""
 
     fake_updates: Count = Field(
-        default=5, description="Fake updates per outer iteration (arXiv 2405.14867, section 4.2; DMDR's scripts: 5 : 1)."
+        default=5,
+        description="Fake updates per outer iteration (arXiv 2405.14867, section 4.2; DMDR's scripts: 5 : 1).",
     )
     fake_samples: Literal["fresh", "shared"] = Field(
         default="fresh",
-        description="What the fake score learns from: fresh = new prompts, noise and rollout for every update but the first, "
-        "which has the student's batch (the code of DMD2, DMDR, FastGen and arXiv 2605.26108); shared = the student's batch "
-        "in all of them, as in GDMD, for fewer passes (the rows of docs/results.md).",
+        description="What the fake score learns from: fresh = new prompts, noise and rollout for every update but the "
+        "first, which has the student's batch (the code of DMD2, DMDR, FastGen and arXiv 2605.26108); shared = the "
+        "student's batch in all of them, as in GDMD, for fewer passes (the rows of docs/results.md).",
     )
 
 

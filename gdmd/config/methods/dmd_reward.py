@@ -28,8 +28,8 @@ class DMDReFLConfig(RewardedDmdConfig):
     kind: Literal["dmd_refl"] = "dmd_refl"
     rl_weight: NonNegative = Field(
         default=1.2,
-        description="Weight of L_ReFL next to L_DMD; 0 is DMD. DMDR's code has .3 for each of two rewards next to a DMD loss "
-        "with a factor 1/2, .6 next to ours; here the mean over rewards has one weight, so 1.2 for two and .6 K for K.",
+        description="Weight of L_ReFL next to L_DMD; 0 is DMD. DMDR's code has .3 for each of two rewards next to a DMD "
+        "loss with a factor 1/2, .6 next to ours; here the mean over rewards has one weight, so 1.2 for two and .6 K for K.",
     )
     margin: Finite = Field(
         default=0.7,

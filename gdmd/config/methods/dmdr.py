@@ -35,8 +35,8 @@ class DMDRConfig(BaselineConfig):
     tilt_unit: Literal["std", "norm"] = Field(
         default="std",
         description="z of RT-DM: std [I] = (r - mean) / std over the batch; norm = r / ||r||_2 over the batch, the paper's "
-        "formula taken literally: exp(z) is then 1.19 +- 2 % at a batch of 32, as rewards are positive and alike, and stage 1 "
-        "hardly uses them. Its published code has no RT-DM to compare with.",
+        "formula taken literally: exp(z) is then 1.19 +- 2 % at a batch of 32, as rewards are positive and alike, and stage "
+        "1 hardly uses them. Its published code has no RT-DM to compare with.",
     )
     anneal: NonNegativeCount = Field(
         default=2000,
