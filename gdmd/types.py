@@ -8,7 +8,7 @@ Nothing here imports torch at run time: ``--help`` must stay fast.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -227,6 +227,7 @@ class PromptBatch:
     group: integer id, equal for samples of one prompt group (never derived from text).
     ranks: the processes that share the global batch, of which this is the part of one rank.
     teacher_cond: what the real score reads in place of ``cond``; None without teacher prompts.
+    others: i >= 1 -> other prompts for the same samples, drawn as these are; None for prompts that no stream drew.
     """
 
     index: Tensor  # [B] int64
@@ -238,6 +239,11 @@ class PromptBatch:
     ranks: Ranks = SINGLE_PROCESS
     host: Tensor | None = None
     teacher_cond: Cond | None = None
+    others: Callable[[int], PromptBatch] | None = None
+
+    def another(self, i: int) -> PromptBatch:
+        """Other prompts of the same step, number i >= 1; these again if no stream drew them."""
+        return self if self.others is None else replace(self.others(i), ranks=self.ranks)
 
     @property
     def real_cond(self) -> Cond:

@@ -21,7 +21,7 @@ NAMES = """
 """
 REWARDS = "Aesthetic CLIPScore Composite GenEval GenEval2 HPSv2 HPSv3 ImageReward OCR Part PickScore RemoteReward"
 FUNCTIONS = """
-    losses.advantages: group_advantage mean_group_advantage softmax_weights
+    losses.advantages: group_advantage softmax_weights
     losses.denoising: denoising_loss mean_square
     losses.dmd: dmd_gradient dmd_loss normalizer regression_loss
     losses.dpo: dpo_loss

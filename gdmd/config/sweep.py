@@ -147,8 +147,8 @@ class SweepConfig(Config):
     rows: Annotated[tuple[StudentRow, ...], Field(min_length=1)] = Field(description="The students to train.")
     past_rows: tuple[NamedRow, ...] = Field(
         default=(),
-        description="Rows that can no longer be trained, because options of their method were removed; shown if the "
-        "table has them.",
+        description="Rows that can no longer be trained, because options or the behavior of their method were removed; "
+        "shown if the table has them.",
     )
     teachers: tuple[TeacherRow, ...] = Field(
         default=(

@@ -47,8 +47,9 @@ class LoopConfig(Config):
     )
     lr_fake: Positive = Field(
         3e-5,
-        description="Learning rate of the fake score: the student's (arXiv 2405.14867), or a third of it (the code of arXiv "
-        "2605.26108). LoRA students of the Shapes miniatures use three times the student's; from once to three times made "
+        description="Learning rate of the fake score: the student's (arXiv 2405.14867), .4 or .5 of it (DMDR's SD3 "
+        "scripts), a third (the code of arXiv 2605.26108), a fifth (LightX2V). LoRA students of the Shapes miniatures use "
+        "three times the student's; from once to three times made "
         "no clear difference; a third was lower on SD3, ten times on SDXL (docs/LOG.md, entry 36).",
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(

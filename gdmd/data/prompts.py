@@ -94,16 +94,20 @@ class PromptStream:
         prompts = {text for group in self.groups for text in group}
         return [text for text in dict.fromkeys(text for own in self.teacher for text in own) if text not in prompts]
 
-    def at(self, step: int, start: int = 0, stop: int | None = None) -> PromptBatch:
-        """Samples start ... stop - 1 of the step's batch; only their prompts are encoded."""
+    def at(self, step: int, start: int = 0, stop: int | None = None, draw: int = 0) -> PromptBatch:
+        """Samples start ... stop - 1 of the step's batch; only their prompts are encoded.
+
+        draw: a number for each batch of one step; ``PromptBatch.another`` asks for 1, 2, ...
+        """
         index = torch.arange(self.batch_size)
         rng = SampleRng(self.seed, step, index[:: self.group] // self.group)  # on the CPU: read by Python
-        which = rng.integer("prompt_group", len(self.groups)).tolist()
-        position = rng.uniform("prompt").tolist()
+        which = rng.integer("prompt_group", len(self.groups), draw).tolist()
+        position = rng.uniform("prompt", draw).tolist()
         drawn = [(g, int(p * len(self.groups[g]))) for g, p in zip(which, position, strict=True)]
         own = [one for one in drawn for _ in range(self.group)][start:stop]
         texts = tuple(self.groups[g][k] for g, k in own)
         batch = batch_of(texts, self.encoder, index[start:stop], (index // self.group)[start:stop])
+        batch = replace(batch, others=lambda i: self.at(step, start, stop, i))
         if self.meta is None:
             return batch
         teacher = tuple(self.teacher[g][k] for g, k in own)

@@ -46,17 +46,19 @@ class SampleRng:
 
     ``purpose`` names what a draw is for ("noise", "renoise_t", ...); ``i`` is its number in a group or a rollout.
     host: ``index`` on the CPU, if ``index`` is on an accelerator.
+    scope: a prefix of every purpose, so that the same code draws other numbers.
     """
 
     seed: int
     step: int
     index: Tensor  # [B] int64
     host: Tensor | None = None  # [B] int64
+    scope: str = ""
 
     def _words(self, purpose: str, i: int, count: int) -> tuple[Tensor, ...]:
         block = torch.arange(-(-count // 4), device=self.index.device)  # [N/4]
         place = torch.full_like(block, self.step & _MASK)
-        salt = torch.full_like(block, (zlib.crc32(purpose.encode()) + 0x9E3779B1 * i) & _MASK)
+        salt = torch.full_like(block, (zlib.crc32((self.scope + purpose).encode()) + 0x9E3779B1 * i) & _MASK)
         who = self.index[:, None]
         return philox((block[None], who & _MASK, place[None], salt[None]), (self.seed & _MASK, self.seed >> 32))
 
@@ -87,6 +89,10 @@ class SampleRng:
         """The same samples at another step."""
         return replace(self, step=step)
 
+    def scoped(self, name: str) -> SampleRng:
+        """Independent draws for the same samples and purposes."""
+        return replace(self, scope=f"{self.scope}{name}/")
+
     def on_host(self) -> SampleRng:
         """The same draws on the CPU, for those that Python reads; no synchronization if ``host`` is given."""
-        return SampleRng(self.seed, self.step, self.index.cpu() if self.host is None else self.host)
+        return replace(self, index=self.index.cpu() if self.host is None else self.host, host=None)

@@ -66,11 +66,12 @@ def softmax_weights(advantage: Tensor, sharpness: float) -> Tensor:
 def group_advantage(reward: Tensor, group: Tensor, spread: Literal["global", "group"] = "global") -> Tensor:
     """A = (R - mean_group) / std, the advantage of a sample over the others of its prompt. [B], [B] int64 -> [B]
 
-    The mean is over the scored samples of the group. std: "global" over the scored samples of the whole batch
-    (DiffusionNFT, arXiv 2509.16117, and Flow-GRPO's code), "group" over those of the group (GRPO, arXiv 2402.03300,
-    section 4.1.2). Both are population values, as in those codes; the 1e-4 that they add to std is left out, so that
-    R -> p R + q with p > 0 changes nothing, and std = 0 gives A = 0. NaN reward ("not scored"): A = NaN, and left
-    out of all statistics. Computed in float64, returned in the reward's dtype. No gradient.
+    Several rewards are added before they come here, R = sum_k R_k, as in both codes named below. The mean is over the
+    scored samples of the group. std: "global" over the scored samples of the whole batch (DiffusionNFT, arXiv
+    2509.16117, and Flow-GRPO's code), "group" over those of the group (GRPO, arXiv 2402.03300, section 4.1.2). Both are
+    population values, as in those codes; the 1e-4 that they add to std is left out, so that R -> p R + q with p > 0
+    changes nothing, and std = 0 gives A = 0. NaN reward ("not scored"): A = NaN, and left out of all statistics.
+    Computed in float64, returned in the reward's dtype. No gradient.
     """
     if spread not in ("global", "group"):
         raise ValueError(f"spread must be 'global' or 'group', got {spread!r}")
@@ -84,14 +85,6 @@ def group_advantage(reward: Tensor, group: Tensor, spread: Literal["global", "gr
     seen = std > 1e-12 * center.abs()  # below: the rounding of a constant reward
     advantage = (reward.double() - mean) / torch.where(seen, std, 1)
     return torch.where(scored, torch.where(seen, advantage, 0), torch.nan).to(reward.dtype)
-
-
-def mean_group_advantage(rewards: Tensor, group: Tensor, spread: Literal["global", "group"] = "global") -> Tensor:
-    """mean over rewards k of group_advantage(R_k): every reward in units of its own spread. [R, B], [B] -> [B]
-
-    A sample that any reward left unscored is unscored (NaN).
-    """
-    return torch.stack([group_advantage(own, group, spread) for own in rewards]).mean(0)
 
 
 def _mean(values: Tensor, members: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -18,7 +18,7 @@ from gdmd.diffusion.schedule import renoise, to_native
 from gdmd.losses.denoising import denoising_loss, mean_square
 from gdmd.losses.dmd import dmd_gradient, dmd_loss
 from gdmd.losses.gdmd import implicit_target
-from gdmd.types import SINGLE_PROCESS, Cond, Denoiser, Loss, Native, Prediction, PromptBatch, Roles, Update
+from gdmd.types import SINGLE_PROCESS, Cond, Denoiser, Loss, Native, Prediction, PromptBatch, Roles
 
 
 class RealLatents(Protocol):
@@ -114,18 +114,6 @@ class Distillation(Generic[AnyConfig]):
         if self.cfg.step_draw == "sample":
             return rng.integer("tau", steps)
         return replace(rng, index=torch.zeros_like(rng.index)).integer("tau", steps)
-
-    def fake_updates(
-        self, r: Rollout, rng: SampleRng, fakes: int, students: int = 1
-    ) -> Generator[Update, None, list[StudentBatch]]:
-        """``fakes`` updates of the fake score on one rollout; each of the last ``students`` is followed by a DMD gradient,
-        which is returned as a student batch."""
-        batches = []
-        for i in range(fakes):
-            yield Update("fake", self.fake_loss, self.fake_batch(r, rng, i))
-            if i >= fakes - students:
-                batches.append(StudentBatch(r.x_tau, r.tau, r.cond, self.target(r, self.scores(r, rng, i))))
-        return batches
 
     @torch.no_grad()
     def fake_batch(self, r: Rollout, rng: SampleRng, i: int) -> FakeBatch:

@@ -12,7 +12,8 @@ from gdmd.config.methods.dmd import DMDConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import times
 from gdmd.losses.dmd import regression_loss
-from gdmd.methods.base import Distillation, StudentBatch
+from gdmd.methods.base import StudentBatch
+from gdmd.methods.baseline import Baseline
 from gdmd.methods.ode_pairs import OdePairs, TeacherPairs
 from gdmd.types import Loss, PromptBatch, Update
 
@@ -25,8 +26,8 @@ class PairedBatch(StudentBatch):
 
 
 @dataclass
-class Dmd(Distillation[DMDConfig]):
-    """fake_updates of the fake score on one student output; the last student_updates of them give a gradient each."""
+class Dmd(Baseline[DMDConfig]):
+    """fake_updates of the fake score; the last student_updates of them give a gradient on the student's batch each."""
 
     teacher_times: Callable[[int], Tensor] = times
     pairs: TeacherPairs = field(init=False)
@@ -41,7 +42,7 @@ class Dmd(Distillation[DMDConfig]):
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
         """One outer iteration: fake updates, then one student update per collected gradient."""
         r = self.rollout(prompts, rng)
-        batches = yield from self.fake_updates(r, rng, self.cfg.fake_updates, self.cfg.student_updates)
+        batches = yield from self.fake_updates(r, prompts, rng, self.cfg.student_updates)
         if self.cfg.regression_weight == 0:
             for batch in batches:
                 yield Update("student", self.student_loss, batch)

@@ -14,7 +14,8 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import renoise
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.gan import discriminator_loss, generator_loss
-from gdmd.methods.base import Distillation, FakeBatch, Rollout, StudentBatch
+from gdmd.methods.base import FakeBatch, Rollout, StudentBatch
+from gdmd.methods.baseline import Baseline
 from gdmd.types import Critic, Loss, PromptBatch, Update
 
 
@@ -43,8 +44,8 @@ class GanStudentBatch(StudentBatch):
 
 
 @dataclass
-class Dmd2(Distillation[DMD2Config]):
-    """fake_updates of fake score and GAN head on one student output, then one student update.
+class Dmd2(Baseline[DMD2Config]):
+    """fake_updates of fake score and GAN head, then one student update.
 
     critic: the GAN head, None without a GAN. ValueError for a GAN without a head or without real latents.
     """
@@ -62,12 +63,16 @@ class Dmd2(Distillation[DMD2Config]):
         """One outer iteration of section 4.5: fake score and head learn, the last fake score gives the gradient."""
         r = self.rollout(prompts, rng)
         if not self.cfg.adversarial or self.real_latents is None:
-            (batch,) = yield from self.fake_updates(r, rng, self.cfg.fake_updates)
+            (batch,) = yield from self.fake_updates(r, prompts, rng)
             yield Update("student", self.student_loss, batch)
             return
         x0_data = self.real_latents(prompts, rng)
         for i in range(self.cfg.fake_updates):
-            yield Update("fake", self.gan_fake_loss, self.gan_fake_batch(r, x0_data, rng, i))
+            own, own_data = r, x0_data
+            if not self.reads_student_batch(i):
+                drawn = self.draws(prompts, rng, i)
+                own, own_data = self.rollout_again(*drawn), self.real_latents(*drawn)
+            yield Update("fake", self.gan_fake_loss, self.gan_fake_batch(own, own_data, rng, i))
         x_tar = self.target(r, self.scores(r, rng, self.cfg.fake_updates - 1))
         t, eps = self._head_time(rng, "gan_t", 0), rng.normal("gan_eps", self.latent_shape)
         yield Update("student", self.gan_student_loss, GanStudentBatch(r.x_tau, r.tau, r.cond, x_tar, t, eps))

@@ -14,14 +14,14 @@ import torch
 from gdmd.config.methods.dmd_reward import DMDGRPOConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.grpo import grpo_loss
-from gdmd.methods.base import Distillation
+from gdmd.methods.baseline import Baseline
 from gdmd.methods.rollouts import PolicyBatch, collect, collection_stats, policy_batch, step_log_prob
 from gdmd.methods.scorer import Scorer
 from gdmd.types import Loss, PromptBatch, Update
 
 
 @dataclass
-class DmdGrpo(Distillation[DMDGRPOConfig]):
+class DmdGrpo(Baseline[DMDGRPOConfig]):
     """DMD's iteration; each student update also follows the advantages of K samples per prompt."""
 
     scorer: Scorer = field(kw_only=True)
@@ -29,12 +29,13 @@ class DmdGrpo(Distillation[DMDGRPOConfig]):
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
         """One outer iteration: fake updates, scored rollouts, then one student update per collected gradient."""
         r = self.rollout(prompts, rng)
-        batches = yield from self.fake_updates(r, rng, self.cfg.fake_updates, self.cfg.student_updates)
+        batches = yield from self.fake_updates(r, prompts, rng, self.cfg.student_updates)
         if not self.cfg.rewarded:
             for batch in batches:
                 yield Update("student", self.student_loss, batch)
             return
-        collected = collect(self.roles, self.scorer, self.cfg, prompts, rng, self.latent_shape)
+        policy = (self.roles.student, self.roles.schedule)
+        collected = collect(*policy, self.scorer, self.cfg, prompts, rng, self.latent_shape)
         self._stats |= collection_stats(collected, self.scorer.rewards)
         for batch in batches:
             yield Update("student", self.policy_loss, policy_batch(batch, collected))

@@ -1,4 +1,4 @@
-"""DMD + NFT on samples: L_DMD and DiffusionNFT's loss (arXiv 2509.16117) on scored rollouts of the student.
+"""DMD + NFT on samples: L_DMD and DiffusionNFT's loss (arXiv 2509.16117) on scored rollouts of the old policy.
 
 The baseline "DMD + NFT" of arXiv 2604.19009: the reward sees the finished few-step sample x_s, not the implicit target.
 """
@@ -16,7 +16,8 @@ from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import renoise
 from gdmd.losses.nft import nft_loss, nft_optimality
-from gdmd.methods.base import Distillation, StudentBatch
+from gdmd.methods.base import StudentBatch
+from gdmd.methods.baseline import Baseline
 from gdmd.methods.old_policy import EmaPolicy
 from gdmd.methods.rollouts import Collected, collect, collection_stats
 from gdmd.methods.scorer import Scorer
@@ -35,8 +36,8 @@ class ScoredBatch(StudentBatch):
 
 
 @dataclass
-class DmdNft(Distillation[DMDNFTConfig]):
-    """DMD's iteration; each student update also learns from K scored samples per prompt."""
+class DmdNft(Baseline[DMDNFTConfig]):
+    """DMD's iteration; each student update also learns from K scored samples of the old policy per prompt."""
 
     scorer: Scorer = field(kw_only=True)
     old: EmaPolicy = field(init=False)
@@ -47,13 +48,14 @@ class DmdNft(Distillation[DMDNFTConfig]):
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
         """One outer iteration: fake updates, scored rollouts, then one student update per collected gradient."""
         r = self.rollout(prompts, rng)
-        batches = yield from self.fake_updates(r, rng, self.cfg.fake_updates, self.cfg.student_updates)
+        batches = yield from self.fake_updates(r, prompts, rng, self.cfg.student_updates)
         if not self.cfg.rewarded:
             for batch in batches:
                 yield Update("student", self.student_loss, batch)
             return
         self.old.start()
-        collected = collect(self.roles, self.scorer, self.cfg, prompts, rng, self.latent_shape)
+        policy = (self.roles.old, self.roles.schedule)
+        collected = collect(*policy, self.scorer, self.cfg, prompts, rng, self.latent_shape)
         self._stats |= collection_stats(collected, self.scorer.rewards)
         for i, batch in enumerate(batches):
             yield Update("student", self.scored_loss, self.scored_batch(batch, collected, rng, i))

@@ -13,7 +13,8 @@ from gdmd.config.methods.dmd_reward import DMDReFLConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.refl import mean_refl_loss
-from gdmd.methods.base import Distillation, StudentBatch
+from gdmd.methods.base import StudentBatch
+from gdmd.methods.baseline import Baseline
 from gdmd.methods.score_stats import sample_stats
 from gdmd.methods.scorer import Scorer
 from gdmd.types import Loss, PromptBatch, Update
@@ -27,7 +28,7 @@ class RewardedBatch(StudentBatch):
 
 
 @dataclass
-class DmdRefl(Distillation[DMDReFLConfig]):
+class DmdRefl(Baseline[DMDReFLConfig]):
     """DMD's iteration; the student's x0 also climbs the rewards. ValueError for rewards that are not differentiable."""
 
     scorer: Scorer = field(kw_only=True)
@@ -39,7 +40,7 @@ class DmdRefl(Distillation[DMDReFLConfig]):
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
         """One outer iteration: fake updates, then one student update per collected gradient."""
         r = self.rollout(prompts, rng)
-        batches = yield from self.fake_updates(r, rng, self.cfg.fake_updates, self.cfg.student_updates)
+        batches = yield from self.fake_updates(r, prompts, rng, self.cfg.student_updates)
         for batch in batches:
             if self.cfg.rewarded:
                 yield Update("student", self.rewarded_loss, RewardedBatch(**vars(batch), prompts=prompts))

@@ -1,9 +1,12 @@
 """DMDR (arXiv 2511.13649v4): reward-tilted DMD with two annealed schedules, then DMD and a reward loss together.
 
 Stage 1, ``cold_start`` iterations: RT-DM weighs the DMD gradient of a sample by exp(r / ||r||), r the reward of its
-finished few-step image; DynaDG moves the real score by a share of the fake score's displacement, so that the two
-distributions overlap at the start; DynaRS re-noises at late times first. One cosine anneals both to DMD.
+finished few-step image (``losses.reward_tilt`` says how it is normalized); DynaDG moves the real score by a share of
+the fake score's displacement, so that the two distributions overlap at the start; DynaRS re-noises at late times first.
+One cosine anneals both to DMD.
 Stage 2: L_DMD + lambda_rl L_rl, L_rl by ReFL, GRPO or DPO. 5 fake-score updates per student update throughout.
+In its code the student is not trained at the states x_tau of its rollout: the x0 that the rollout predicts at tau is
+re-noised to tau, x_tau' = alpha x0 + sigma n, and the student predicts from there; the fake score learns from that x0.
 
 DynaDG by full copies: the paper has one frozen base model whose LoRA, at scale 2, is the fake score; the real score is
 that base model with the same LoRA at scale .5 c. For copies that is the interpolation of *weights*,
@@ -14,7 +17,7 @@ first-order approximation, and would leave out the unconditional pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -24,12 +27,14 @@ from gdmd.config.methods.dmdr import DMDRConfig
 from gdmd.diffusion.dmdr_schedules import annealed_shape, beta_quantile, cosine_anneal
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import few_step_sample
-from gdmd.losses.advantages import mean_group_advantage
+from gdmd.diffusion.schedule import renoise
+from gdmd.losses.advantages import group_advantage
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.grpo import grpo_loss
 from gdmd.losses.refl import mean_refl_loss
 from gdmd.losses.reward_tilt import reward_tilt
-from gdmd.methods.base import Distillation, StudentBatch
+from gdmd.methods.base import Rollout, StudentBatch
+from gdmd.methods.baseline import Baseline
 from gdmd.methods.dmd_refl import RewardedBatch
 from gdmd.methods.preference_pairs import PreferencePairs, preference_loss, preference_pairs
 from gdmd.methods.rollouts import PolicyBatch, collect, collection_stats, policy_batch, step_log_prob
@@ -55,7 +60,7 @@ class PreferredBatch(StudentBatch):
 
 
 @dataclass
-class Dmdr(Distillation[DMDRConfig]):
+class Dmdr(Baseline[DMDRConfig]):
     """DMD's iteration with the schedules of its step, and the student loss of its stage.
 
     ValueError for strategy refl with rewards that are not differentiable.
@@ -73,7 +78,8 @@ class Dmdr(Distillation[DMDRConfig]):
         """One outer iteration; ``step`` is also the number of student updates made."""
         self.pace = cosine_anneal(step, self.cfg.anneal)
         r = self.rollout(prompts, rng)
-        (batch,) = yield from self.fake_updates(r, rng, self.cfg.fake_updates)
+        trained = self.renoised(r, rng) if self.cfg.renoise_x0 else r
+        (batch,) = yield from self.fake_updates(r, prompts, rng, trained=trained)
         self._stats["schedule/c"] = torch.tensor(self.pace)
         if step < self.cfg.cold_start:
             yield self._tilted(batch, prompts, rng)
@@ -81,6 +87,12 @@ class Dmdr(Distillation[DMDRConfig]):
             yield self._rewarded(step, batch, prompts, rng)
         else:
             yield Update("student", self.student_loss, batch)
+
+    @torch.no_grad()
+    def renoised(self, r: Rollout, rng: SampleRng) -> Rollout:
+        """The student at its own x0 of step tau, re-noised to tau with fresh noise."""
+        x_tau = renoise(r.x0, r.tau, rng.normal("own_x0", self.latent_shape), self.roles.schedule)
+        return replace(r, x_tau=x_tau, x0=self.roles.student(x_tau, r.tau, r.cond).x0)
 
     def real_score(self) -> Denoiser:
         """DynaDG: the teacher moved by overlap c towards the fake score; the teacher itself when that is 0."""
@@ -106,7 +118,8 @@ class Dmdr(Distillation[DMDRConfig]):
         if self.cfg.tilt == 0:
             return Update("student", self.student_loss, batch)
         reward = self.scorer(self._complete(prompts, rng), prompts)
-        weight = prompts.ranks.local_shard(reward_tilt(prompts.ranks.all_gather(reward, 1), self.cfg.tilt))
+        everyone = prompts.ranks.all_gather(reward, 1)
+        weight = prompts.ranks.local_shard(reward_tilt(everyone, self.cfg.tilt, self.cfg.tilt_unit))
         self._stats |= {"weight/tilt": weight, "reward/complete": reward.mean(0)}
         return Update("student", self.tilted_loss, TiltedBatch(**vars(batch), weight=weight))
 
@@ -124,7 +137,8 @@ class Dmdr(Distillation[DMDRConfig]):
             case "refl":
                 return Update("student", self.refl_student_loss, RewardedBatch(**vars(batch), prompts=prompts))
             case "grpo":
-                collected = collect(self.roles, self.scorer, self.cfg, prompts, rng, self.latent_shape)
+                policy = (self.roles.student, self.roles.schedule)
+                collected = collect(*policy, self.scorer, self.cfg, prompts, rng, self.latent_shape)
                 self._stats |= collection_stats(collected, self.scorer.rewards)
                 return Update("student", self.grpo_student_loss, policy_batch(batch, collected))
             case "dpo":
@@ -133,13 +147,13 @@ class Dmdr(Distillation[DMDRConfig]):
                 x0 = self._complete(prompts, rng)
                 rewards = self.scorer(x0, prompts)
                 whole = prompts.ranks.all_gather
-                advantage = mean_group_advantage(whole(rewards, 1), whole(prompts.group))
+                advantage = group_advantage(whole(rewards, 1).sum(0), whole(prompts.group))
                 pairs = preference_pairs(x0, advantage, prompts, rng, self.cfg.student_steps, self.roles)
                 self._stats |= {"reward/complete": rewards.mean(0), "reward/paired": pairs.known.float()}
                 return Update("student", self.dpo_student_loss, PreferredBatch(**vars(batch), pairs=pairs))
 
     def tilted_loss(self, batch: TiltedBatch) -> Loss:
-        """exp(r / ||r||) L_DMD."""
+        """weight L_DMD, the weight of RT-DM."""
         loss = batch.weight * self.student_loss(batch).per_sample
         return Loss(loss, {"loss/student": loss.detach()})
 

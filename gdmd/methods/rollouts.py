@@ -11,11 +11,11 @@ from torch import Tensor
 
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.stochastic_sampling import Trajectory, cps_log_prob, cps_mean, stochastic_rollout
-from gdmd.losses.advantages import mean_group_advantage
+from gdmd.losses.advantages import group_advantage
 from gdmd.methods.base import StudentBatch
 from gdmd.methods.score_stats import sample_stats
 from gdmd.methods.scorer import Scorer
-from gdmd.types import Cond, PromptBatch, Reward, Roles
+from gdmd.types import Cond, Denoiser, PromptBatch, Reward, Roles, Schedule
 
 
 class PolicyOptions(Protocol):
@@ -60,21 +60,28 @@ def policy_batch(batch: StudentBatch, collected: Collected) -> PolicyBatch:
 
 @torch.no_grad()
 def collect(
-    roles: Roles, scorer: Scorer, cfg: PolicyOptions, prompts: PromptBatch, rng: SampleRng, shape: tuple[int, ...]
+    policy: Denoiser,
+    schedule: Schedule,
+    scorer: Scorer,
+    cfg: PolicyOptions,
+    prompts: PromptBatch,
+    rng: SampleRng,
+    shape: tuple[int, ...],
 ) -> Collected:
-    """Sample the student with CPS noise, score the finished images, compare each with its group."""
+    """Sample ``policy`` with CPS noise, score the finished images, compare each with its group by the sum of its rewards."""
     trajectory = stochastic_rollout(
-        roles.student,
+        policy,
         rng.normal("policy_noise", shape),
         cfg.student_steps,
         prompts.cond,
         lambda i: rng.normal("policy_rollout", shape, i),
-        roles.schedule,
+        schedule,
         cfg.noise_level,
     )
     rewards = scorer(trajectory.x0, prompts)
     ranks = prompts.ranks
-    everyone = mean_group_advantage(ranks.all_gather(rewards, 1), ranks.all_gather(prompts.group), cfg.spread)
+    reward = ranks.all_gather(rewards, 1).sum(0)  # [B], NaN = not scored by some reward
+    everyone = group_advantage(reward, ranks.all_gather(prompts.group), cfg.spread)
     advantage = ranks.local_shard(everyone)
     return Collected(trajectory, rewards, advantage.clamp(-cfg.advantage_clip, cfg.advantage_clip))
 

@@ -181,7 +181,8 @@ def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0) -> CallCounts:
 
 def _prompts(index: Tensor, group: int) -> PromptBatch:
     cond = {"text": torch.zeros(len(index), 1)}
-    return PromptBatch(index, ("",) * len(index), index // group, cond, cond)
+    others = lambda i: _prompts(index, group)  # noqa: E731
+    return PromptBatch(index, ("",) * len(index), index // group, cond, cond, others=others)
 
 
 def _means(log: _Log, iterations: int, batch: int) -> CallCounts:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gdmd.config.methods.baseline import BaselineConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig, ShapesModel, ShapesReward
 from gdmd.config.sweep import Budget, ExportRow, StudentRow, SweepConfig, TeacherRow
@@ -48,7 +49,8 @@ class SweepRun:
     """One line of the table. Runs of equal ``identity`` share their folder and are trained once.
 
     identity: what determines the result, without the fields that have their default value, so that a new option whose
-    default is the old behavior keeps all results valid. ``outdated`` finds defaults that were changed.
+    default is the old behavior keeps all results valid; one whose default is another behavior is always a part of it.
+    ``outdated`` finds defaults that were changed.
     """
 
     method: str
@@ -333,6 +335,10 @@ def _changed_fields(cfg: RunConfig) -> dict[str, Any]:
         tree["loop"] = {**tree.get("loop", {}), "grid_every": cfg.validation.every}
     for part, kind in (("method", cfg.method.kind), ("model", cfg.model.kind)):
         tree[part] = {"kind": kind, **tree.get(part, {})}
+    if isinstance(
+        cfg.method, BaselineConfig
+    ):  # always: the default was not the behavior of the results without this field
+        tree["method"]["fake_samples"] = cfg.method.fake_samples
     return tree
 
 

@@ -38,6 +38,18 @@ def test_stream_is_a_function_of_seed_and_step() -> None:
     assert forward[0].text != forward[1].text and stream(1).at(0).text != forward[0].text
 
 
+def test_a_step_has_other_prompts() -> None:
+    """Functions of (seed, step, number), the same for every slice; prompts without a stream have no others."""
+    first = stream().at(3)
+    others = [first.another(i) for i in (1, 2)]
+    assert len({first.text, *(one.text for one in others), stream().at(4).text}) == 4
+    assert others[0].text == stream().at(3, draw=1).text == others[1].another(1).text
+    assert stream().at(3, 4, 10).another(2).text == others[1].text[4:10]
+    assert torch.equal(others[0].index, first.index)
+    alone = batch_of(("a circle",), ShapesTextEncoder())
+    assert alone.another(1) is alone
+
+
 def test_larger_batches_start_with_smaller_ones() -> None:
     assert stream(batch=32).at(3).text[:16] == stream(batch=16).at(3).text
 

@@ -83,6 +83,14 @@ def test_another_step_is_reached_with_at() -> None:
     assert torch.equal(at(1, 2).at(40).uniform("t"), at(1, 2, step=40).uniform("t"))
 
 
+def test_a_scope_gives_independent_draws() -> None:
+    """... on the CPU too, and scopes nest."""
+    base, other = draws(at(3)), draws(at(3).scoped("fake_samples/1"))
+    assert all(not torch.equal(value, base[name]) for name, value in other.items())
+    assert torch.equal(at(3).scoped("a").on_host().uniform("t"), at(3).scoped("a").uniform("t"))
+    assert torch.equal(at(3).scoped("a").scoped("b").uniform("t"), at(3).uniform("a/b/t"))
+
+
 def test_no_two_purposes_of_the_package_share_a_stream() -> None:
     """The stream number is crc32(purpose) + 0x9E3779B1 i; ``i`` stays below 256 everywhere."""
     folder = Path(gdmd.__file__).parent

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -46,27 +48,51 @@ def test_regression_loss() -> None:
 
 
 def test_tilt_of_one_reward() -> None:
-    """exp(r / ||r||) over the batch."""
-    weight = reward_tilt(tensor(3.0, -4.0, 0.0)[None])  # ||r|| = 5
-    torch.testing.assert_close(weight, tensor(math.exp(0.6), math.exp(-0.8), 1.0), rtol=1e-14, atol=0)
+    """exp((r - mean) / std), or exp(r / ||r||), over the batch."""
+    r = tensor(1.0, 3.0, 5.0, 7.0)  # mean 4, population std sqrt(5), ||r|| = sqrt(84)
+    wanted = tensor(*(math.exp((x - 4) / math.sqrt(5)) for x in r.tolist()))
+    torch.testing.assert_close(reward_tilt(r[None]), wanted, rtol=1e-12, atol=0)
+    literal = tensor(*(math.exp(x / math.sqrt(84)) for x in r.tolist()))
+    torch.testing.assert_close(reward_tilt(r[None], unit="norm"), literal, rtol=1e-14, atol=0)
+    half = reward_tilt(r[None], 0.5)
+    torch.testing.assert_close(half, wanted.sqrt(), rtol=1e-12, atol=0)
+
+
+def test_the_literal_tilt_hardly_uses_rewards_and_the_standardized_one_does() -> None:
+    """Scores of PickScore's size (.22 +- .01 as cosines) at a batch of 32."""
+    r = 0.22 + 0.01 * np.random.default_rng(0).standard_normal(32)
+    literal, used = (reward_tilt(torch.tensor(r)[None], unit=unit).numpy() for unit in ("norm", "std"))
+    assert literal.mean() == pytest.approx(1.19, abs=0.01) and literal.std() / literal.mean() < 0.02
+    assert np.log(used).std() == pytest.approx(1, abs=1e-9) and np.log(used).mean() == pytest.approx(0, abs=1e-9)
 
 
 def test_tilt_of_several_rewards() -> None:
-    """Their mean, which does not depend on units."""
+    """Their mean, which does not depend on units; nor on a shift when it is standardized."""
     first, second = tensor(3.0, -4.0), tensor(0.0, 2.0)
-    wanted = tensor((math.exp(0.6) + 1) / 2, (math.exp(-0.8) + math.e) / 2)
+    wanted = tensor((math.e + math.exp(-1)) / 2, (math.exp(-1) + math.e) / 2)
     torch.testing.assert_close(reward_tilt(torch.stack([first, second])), wanted, rtol=1e-14, atol=0)
-    torch.testing.assert_close(reward_tilt(torch.stack([100 * first, 0.01 * second])), wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(reward_tilt(torch.stack([100 * first + 7, second - 9])), wanted, rtol=1e-12, atol=0)
+    literal = tensor((math.exp(0.6) + 1) / 2, (math.exp(-0.8) + math.e) / 2)
+    torch.testing.assert_close(reward_tilt(torch.stack([first, second]), unit="norm"), literal, rtol=1e-14, atol=0)
 
 
-def test_no_tilt_without_score_reward_or_strength() -> None:
+@pytest.mark.parametrize("unit", ["std", "norm"])
+def test_no_tilt_without_score_reward_or_strength(unit: Literal["std", "norm"]) -> None:
     """Unscored samples, zero rewards and strength 0 have weight 1."""
-    gone = reward_tilt(torch.stack([tensor(3.0, math.nan, 4.0), tensor(1.0, 1.0, 0.0)]))
-    wanted = tensor((math.exp(0.6) + math.exp(math.sqrt(0.5))) / 2, 1.0, (math.exp(0.8) + 1) / 2)
-    torch.testing.assert_close(gone, wanted, rtol=1e-14, atol=0)
-    assert reward_tilt(torch.zeros(2, 3)).tolist() == [1, 1, 1]
-    assert reward_tilt(torch.full((1, 3), math.nan)).tolist() == [1, 1, 1]
-    assert reward_tilt(tensor(3.0, -4.0)[None], 0.0).tolist() == [1, 1]
+    gone = reward_tilt(torch.stack([tensor(3.0, math.nan, 4.0), tensor(1.0, 1.0, 0.0)]), unit=unit)
+    kept = reward_tilt(torch.stack([tensor(3.0, 4.0), tensor(1.0, 0.0)]), unit=unit)
+    if unit == "norm":
+        torch.testing.assert_close(gone[2].item(), (math.exp(0.8) + 1) / 2)
+        torch.testing.assert_close(gone[0].item(), (math.exp(0.6) + math.exp(math.sqrt(0.5))) / 2)
+    else:
+        torch.testing.assert_close(kept.tolist(), [(math.exp(-1) + math.e) / 2] * 2)
+        torch.testing.assert_close(
+            gone[2].item(), (math.e + math.exp(-math.sqrt(2))) / 2
+        )  # second: (1, 1, 0), std sqrt(2) / 3
+    assert gone[1] == 1
+    assert reward_tilt(torch.zeros(2, 3), unit=unit).tolist() == [1, 1, 1]
+    assert reward_tilt(torch.full((1, 3), math.nan), unit=unit).tolist() == [1, 1, 1]
+    assert reward_tilt(tensor(3.0, -4.0)[None], 0.0, unit).tolist() == [1, 1]
 
 
 def test_the_cosine_falls_from_one_to_zero_and_stays_there() -> None:

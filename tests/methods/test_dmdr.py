@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny_roles import Toy, ToyCodec, apply, dmd, grouped, make, prompts, rng, same, tiny_roles, train, watch
+from tiny_roles import Toy, ToyCodec, apply, dmd, grouped, make, prompts, rng, same, tiny_roles, train, updates, watch
 from torch import Tensor
 
 from gdmd.config.methods.dmdr import DMDRConfig
 from gdmd.diffusion.dmdr_schedules import beta_quantile
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.diffusion.stochastic_sampling import cps_log_prob, cps_mean
-from gdmd.losses.advantages import mean_group_advantage
 from gdmd.losses.dmd import dmd_loss
 from gdmd.methods.dmdr import Dmdr
 from gdmd.methods.preference_pairs import extremes
@@ -50,10 +50,32 @@ def plain(roles: ShapesRoles, batch: Any) -> Tensor:
 def test_once_the_schedules_have_ended_it_is_dmd_bit_for_bit() -> None:
     first, second = tiny_roles(), tiny_roles()
     wanted = train(dmd(first), first, start=7)
-    method = dmdr(second, tilt=0.0, rl_weight=0.0, anneal=7)
+    off: dict[str, Any] = {"tilt": 0.0, "rl_weight": 0.0, "renoise_x0": False}
+    method = dmdr(second, anneal=7, **off)
     assert same(train(method, second, start=7), wanted)
     third = tiny_roles()
-    assert not same(train(dmdr(third, tilt=0.0, rl_weight=0.0, anneal=9), third, start=7), wanted)
+    assert not same(train(dmdr(third, anneal=9, **off), third, start=7), wanted)
+
+
+def test_student_is_trained_at_its_own_x0_renoised() -> None:
+    """x_tau' = (1 - tau) x0 + tau n with the x0 that the rollout predicts at tau, from which the fake score learns."""
+    roles = tiny_roles()
+    method = dmdr(roles, tilt=0.0, rl_weight=0.0, anneal=0)
+    rollout = method.rollout(prompts(), rng())
+    made = list(updates(method, roles))
+    assert torch.equal(made[0].batch.x0, rollout.x0)
+    batch, noise = made[-1].batch, rng().normal("own_x0", LATENT_SHAPE)
+    tau = rollout.tau[:, None, None, None]
+    torch.testing.assert_close(batch.x_tau, (1 - tau) * rollout.x0 + tau * noise)
+    with pytest.raises(ValueError, match="renoise_x0 trains the student at its own x0"):
+        DMDRConfig(student_input="data")
+
+
+def test_a_first_step_is_trained_at_pure_noise() -> None:
+    roles = tiny_roles()
+    options: dict[str, Any] = {"tilt": 0.0, "rl_weight": 0.0, "student_steps": (1.0,)}
+    (batch,) = (update.batch for update in updates(dmdr(roles, **options), roles, role="student"))
+    assert torch.equal(batch.x_tau, rng().normal("own_x0", LATENT_SHAPE))
 
 
 def test_update_ratio_in_both_stages() -> None:
@@ -72,7 +94,8 @@ def test_update_ratio_in_both_stages() -> None:
 def test_tilt_is_of_the_finished_rollout() -> None:
     """Each sample is tilted by the reward of the image that its rollout ends in."""
     roles, codec = tiny_roles(), ToyCodec()
-    update = student_update(dmdr(roles, codec=codec, cold_start=5, anneal=0), roles, 0)
+    options: dict[str, Any] = {"cold_start": 5, "anneal": 0, "renoise_x0": False}
+    update = student_update(dmdr(roles, codec=codec, **options), roles, 0)
     batch, draws = update.batch, rng()
     again = lambda i: draws.normal("rollout", LATENT_SHAPE, i)  # noqa: E731
     noise, steps = draws.normal("noise", LATENT_SHAPE), (1.0, 0.75, 0.5, 0.25)
@@ -81,16 +104,20 @@ def test_tilt_is_of_the_finished_rollout() -> None:
     last = batch.tau == 0.25
     x0 = roles.student(batch.x_tau, batch.tau, batch.cond).x0
     torch.testing.assert_close(finished[last], x0[last], rtol=1e-4, atol=1e-5)
-    reward = torch.sigmoid(finished[:, 0]).mean((1, 2)).double()
-    wanted = torch.exp(reward / reward.square().sum().sqrt())
-    torch.testing.assert_close(batch.weight.double(), wanted, rtol=1e-5, atol=1e-6)
+    reward = torch.sigmoid(finished[:, 0]).mean((1, 2)).double().numpy()
+    wanted = np.exp((reward - reward.mean()) / reward.std())
+    np.testing.assert_allclose(batch.weight.numpy(), wanted, rtol=1e-4)
+    literal = student_update(dmdr(roles, tilt_unit="norm", **options), roles, 0).batch.weight
+    np.testing.assert_allclose(literal.numpy(), np.exp(reward / np.sqrt((reward**2).sum())), rtol=1e-5)
     torch.testing.assert_close(update.loss(batch).per_sample, batch.weight * plain(roles, batch))
 
 
 def test_a_sample_that_was_not_scored_is_distilled_untilted() -> None:
     roles = tiny_roles()
     update = student_update(dmdr(roles, Toy(unscored=(2,)), cold_start=5), roles, 0)
-    assert update.batch.weight[2] == 1 and (update.batch.weight[[0, 1, 3]] > 1.1).all()
+    others = update.batch.weight[[0, 1, 3]].double()
+    assert update.batch.weight[2] == 1 and (others != 1).all()
+    assert others.log().sum().item() == pytest.approx(0, abs=1e-5)  # standardized over the scored ones
 
 
 def test_blended_teacher_weights() -> None:
@@ -147,14 +174,14 @@ def test_times_follow_the_annealed_beta() -> None:
 
 
 def test_refl_adds_the_weighted_hinge() -> None:
-    """L_DMD + 0.5 mean_k relu(m - R_k), R of the one-step image."""
+    """L_DMD + 1.2 mean_k relu(m - R_k), R of the one-step image."""
     roles = tiny_roles()
     rewards = Toy(), Toy("other", 1, factor=3.0)
     update = student_update(dmdr(roles, *rewards, cold_start=0, margin=0.8), roles, 0)
     x0 = roles.student(update.batch.x_tau, update.batch.tau, update.batch.cond).x0
     shown = torch.sigmoid(x0[:, :2]).mean((2, 3))
     hinge = ((0.8 - shown[:, 0]).relu() + (0.8 - 3 * shown[:, 1]).relu()) / 2
-    wanted = plain(roles, update.batch) + 0.5 * hinge
+    wanted = plain(roles, update.batch) + 1.2 * hinge
     torch.testing.assert_close(update.loss(update.batch).per_sample, wanted)
     for own, other in zip(gradients(update, roles), gradients(update, roles, wanted), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
@@ -189,7 +216,7 @@ def test_grpo_gradient_is_the_policy_gradient() -> None:
         mean = cps_mean(prediction, torch.full((8,), steps[i + 1]), 0.9, roles.schedule)
         log_prob.append(cps_log_prob(batch.x[:, i + 1], mean))
     torch.testing.assert_close(torch.stack(log_prob, 1), batch.log_prob_old, rtol=1e-4, atol=1e-5)
-    wanted = plain(roles, batch) - 0.5 * batch.advantage * torch.stack(log_prob).mean(0)
+    wanted = plain(roles, batch) - 1.2 * batch.advantage * torch.stack(log_prob).mean(0)
     for own, other in zip(gradients(update, roles), gradients(update, roles, wanted), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
 
@@ -201,14 +228,6 @@ def test_extremes_of_each_group() -> None:
     best, worst, known = extremes(merit, group)
     assert best[:4].tolist() == [1] * 4 and worst[:4].tolist() == [0] * 4 and known[:4].all()
     assert known[4:].tolist() == [False] * 4  # equal rewards; one scored image
-
-
-def test_mean_group_advantage_has_no_units() -> None:
-    rewards = torch.tensor([[1.0, 3.0, 10.0, 14.0], [0.0, 2.0, 5.0, 5.0]])
-    group = torch.tensor([0, 0, 1, 1])
-    merit = mean_group_advantage(rewards, group)
-    assert merit[0] == -merit[1] < 0 and merit[2] == -merit[3] < 0
-    torch.testing.assert_close(mean_group_advantage(rewards * torch.tensor([[50.0], [0.1]]) - 3, group), merit)
 
 
 def test_dpo_prefers_best_to_worst() -> None:

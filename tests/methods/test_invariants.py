@@ -63,6 +63,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 REWARDED = [name for name, (kind, _) in METHODS.items() if kind not in ("dmd", "dmd2")]
 UNITLESS = [name for name in REWARDED if name not in ("refl", "dmdr refl", "dmdr dpo", "dmdr grpo")]
 """Methods without a margin or a tilt in the units of the reward."""
+ADDED = ("nft", "grpo")
+"""Methods that add the rewards first."""
 OFF: dict[str, dict[str, Any]] = {
     "gdmd": {"gamma": 0.0, "group_size": 3},
     "gdmd_tilted": {"gamma": 0.0, "group_size": 3, "reward_gradient": 0.1},
@@ -70,7 +72,7 @@ OFF: dict[str, dict[str, Any]] = {
     "dmd_nft": {"rl_weight": 0.0, "fake_updates": 3, "student_updates": 3},
     "dmd_grpo": {"rl_weight": 0.0, "fake_updates": 3, "student_updates": 3},
     "dmd2": {"gan_weight": 0.0, "fake_updates": 3},
-    "dmdr": {"tilt": 0.0, "anneal": 0, "rl_weight": 0.0, "fake_updates": 3},
+    "dmdr": {"tilt": 0.0, "anneal": 0, "rl_weight": 0.0, "renoise_x0": False, "fake_updates": 3},
 }
 
 
@@ -79,6 +81,15 @@ def world(name: str, *rewards: Reward, codec: ToyCodec | None = None, **options:
     kind, own = METHODS[name]
     roles = tiny_roles(head=kind == "dmd2")
     return make(kind, roles, *rewards, codec=codec, **own | options), roles
+
+
+def plain_dmd(kind: str, **own: Any) -> tuple[Any, ShapesRoles]:
+    """DMD with the same update ratio and fake-score batches, on fresh networks."""
+    ratio = own.get("group_size") or own.get("student_updates", 1)
+    samples = "shared" if kind.startswith("gdmd") else "fresh"
+    roles = tiny_roles()
+    counts = {"fake_updates": own.get("fake_updates", ratio), "student_updates": ratio}
+    return dmd(roles, fake_samples=samples, **counts), roles
 
 
 def steps(name: str) -> range:
@@ -95,9 +106,7 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weight_zero_is_dmd_bit_for_bit(kind: str) -> None:
     """... at the same update ratio, and nothing is decoded or scored."""
     options, codec = OFF[kind], ToyCodec()
-    first, second = tiny_roles(), tiny_roles()
-    ratio = options.get("group_size") or options.get("student_updates", 1)
-    plain = train(dmd(first, fake_updates=3, student_updates=ratio), first)
+    second, plain = tiny_roles(), train(*plain_dmd(kind, **options))
     assert same(train(make(kind, second, codec=codec, **options), second), plain)
     assert not codec.shown
     assert distance(plain, weights(tiny_roles())) > 1e-4  # something was learned
@@ -105,13 +114,10 @@ def test_weight_zero_is_dmd_bit_for_bit(kind: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, (kind, _) in METHODS.items() if kind != "dmd"])
 def test_default_weight_is_not_dmd(name: str) -> None:
-    _, own = METHODS[name]
-    method, roles = world(name)
-    found = train(method, roles, 2, batch=grouped())
-    ratio = own.get("group_size") or own.get("student_updates", 1)
-    plain = tiny_roles()
-    train(dmd(plain, fake_updates=own.get("fake_updates", ratio), student_updates=ratio), plain, 2, batch=grouped())
-    assert distance({key: found[key] for key in weights(plain)}, weights(plain)) > 1e-6
+    kind, own = METHODS[name]
+    found = train(*world(name), 2, batch=grouped())
+    plain = train(*plain_dmd(kind, **own), 2, batch=grouped())
+    assert distance({key: found[key] for key in plain}, plain) > 1e-6
 
 
 @pytest.mark.parametrize("name", [name for name in REWARDED if name != "shuffled"])
@@ -135,17 +141,17 @@ def test_unscored_sample_takes_plain_dmd_steps(name: str) -> None:
 )
 def test_no_scored_sample_is_dmd(name: str) -> None:
     method, roles = world(name, Toy(unscored=tuple(range(8))))
-    _, own = METHODS[name]
-    plain, ratio = tiny_roles(), own.get("group_size") or own.get("student_updates", 1)
-    train(dmd(plain, fake_updates=own.get("fake_updates", ratio), student_updates=ratio), plain, 2, batch=grouped())
-    assert same(train(method, roles, 2, batch=grouped()), weights(plain))
+    kind, own = METHODS[name]
+    plain = train(*plain_dmd(kind, **own), 2, batch=grouped())
+    assert same(train(method, roles, 2, batch=grouped()), plain)
 
 
 @pytest.mark.parametrize("name", UNITLESS)
 def test_rewards_in_other_units_change_nothing(name: str) -> None:
-    """R -> p R + q with p > 0."""
+    """R -> p R + q with p > 0; one p for all rewards where these are added before they are normalized."""
     method, roles = world(name, Toy(), Toy("b", 1))
-    other, others = world(name, Toy(factor=40.0, offset=-3.0), Toy("b", 1, factor=0.2, offset=0.5))
+    factor = 40.0 if name in ADDED else 0.2
+    other, others = world(name, Toy(factor=40.0, offset=-3.0), Toy("b", 1, factor=factor, offset=0.5))
     plain = train(method, roles, batch=grouped())
     assert distance(train(other, others, batch=grouped()), plain) < 5e-5
 

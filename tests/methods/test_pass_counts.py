@@ -47,11 +47,12 @@ def test_passes_of_gdmd_are_those_of_the_algorithm(group: int, guidance: float, 
 
 
 def test_passes_of_dmd() -> None:
-    """Five fake score updates and one student update."""
-    roles = tiny_roles()
-    method = run(counted(dmd(roles, **ONE_STEP), roles), roles, steps=2)
-    assert method.cost.passes == 2 * BATCH * (1 + 5 * 3 + 2 + 1 + 3)
-    assert method.cost.updates == 2
+    """Five fake score updates, each on a rollout of its own, and one student update."""
+    for samples, rollouts in (("fresh", 5), ("shared", 1)):
+        roles = tiny_roles()
+        method = run(counted(dmd(roles, fake_samples=samples, **ONE_STEP), roles), roles, steps=2)
+        assert method.cost.passes == 2 * BATCH * (rollouts + 5 * 3 + 2 + 1 + 3)
+        assert method.cost.updates == 2
 
 
 def test_the_roll_out_costs_what_its_depth_is() -> None:
@@ -162,11 +163,13 @@ COSTS: dict[str, dict[str, Any]] = {
     "gdmd on data": {"kind": "gdmd", "student_input": "data"},
     "gdmd_tilted": {"kind": "gdmd_tilted", "continuations": 3, "reward_gradient": 0.1},
     "dmd": {"kind": "dmd"},
+    "dmd, shared samples": {"kind": "dmd", "fake_samples": "shared"},
     "dmd, regression": {"kind": "dmd", "regression_weight": 0.2, "regression_steps": 3},
     "dmd2": {"kind": "dmd2"},
     "dmd2, no GAN": {"kind": "dmd2", "gan_weight": 0.0},
     "dmdr, stage 1": {"kind": "dmdr"},
     "dmdr, refl": {"kind": "dmdr", "cold_start": 0},
+    "dmdr, states of its rollout": {"kind": "dmdr", "renoise_x0": False},
     "dmdr, grpo": {"kind": "dmdr", "cold_start": 0, "strategy": "grpo", **GROUPS},
     "dmdr, dpo": {"kind": "dmdr", "cold_start": 0, "strategy": "dpo", **GROUPS},
     "dmd_refl": {"kind": "dmd_refl", "student_updates": 2},
@@ -185,13 +188,15 @@ def test_dry_run_is_the_closed_form(name: str) -> None:
 
 
 def test_costs_of_the_papers_schedules() -> None:
-    """Per student update: x0 and its depth, then fake score 3, teacher 2 or 1, fake score 1, student 3."""
+    """Per student update: x0 and its depth, once per batch; fake score 3, teacher 2 or 1, fake score 1, student 3."""
     for recipe, words, cost in (
         ("gdmd_paper", [], 2.5 / 4 + 9),
         ("gdmd_paper", ["method.guidance=1"], 2.5 / 4 + 8),
-        ("dmd", [], 2.5 + 15 + 3 + 3),
-        ("dmd2", ["method.gan_weight=0"], 2.5 + 15 + 3 + 3),
-        ("dmd2", [], 2.5 + 5 * 9 + 3 + 3 + 3),
+        ("dmd", [], 5 * 2.5 + 15 + 3 + 3),
+        ("dmd", ["method.fake_samples=shared"], 2.5 + 15 + 3 + 3),
+        ("dmd2", ["method.gan_weight=0"], 5 * 2.5 + 15 + 3 + 3),
+        ("dmd2", [], 5 * 2.5 + 5 * 9 + 3 + 3 + 3),
+        ("shapes_dmd", [], 2.5 / 4 + 3 + 3 + 3),
     ):
         counts = count_calls(read_recipe(recipe, ["loop.batch_size=4", *words]))
         assert forward_passes(counts) == pytest.approx(cost)

@@ -21,7 +21,7 @@ from gdmd.losses.advantages import group_advantage
 from gdmd.losses.dmd import dmd_loss
 from gdmd.methods.rollouts import collect, step_log_prob
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles, ShapesTextEncoder
-from gdmd.types import Method, PromptBatch, Reward, Update
+from gdmd.types import Denoiser, Method, PromptBatch, Reward, Schedule, Update
 
 KINDS = ["dmd_refl", "dmd_nft", "dmd_grpo"]
 BLACK_BOX = ["dmd_nft", "dmd_grpo"]
@@ -54,6 +54,11 @@ def train(method: Method, roles: ShapesRoles, steps: int = 2, start: int = 0) ->
     return weights(roles)
 
 
+def policy(roles: ShapesRoles) -> tuple[Denoiser, Schedule]:
+    """The student as the policy that samples."""
+    return roles.student, roles.schedule
+
+
 def plain(roles: ShapesRoles, batch: Any) -> Tensor:
     """L_DMD of a student batch. [B]"""
     return dmd_loss(roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar)
@@ -66,7 +71,8 @@ def test_permuting_the_samples_permutes_their_advantages(kind: str) -> None:
     texts = tuple(TEXTS[k] for k in order)
     mixed = batch_of(texts, ShapesTextEncoder(), order, GROUP[order])
     one, two = (
-        collect(roles, method.scorer, method.cfg, own, rng(0, own), LATENT_SHAPE).advantage for own in (batch, mixed)
+        collect(*policy(roles), method.scorer, method.cfg, own, rng(0, own), LATENT_SHAPE).advantage
+        for own in (batch, mixed)
     )
     torch.testing.assert_close(two, one[order], rtol=1e-3, atol=1e-4)
     assert one.std() > 0.1
@@ -76,12 +82,12 @@ def test_permuting_the_samples_permutes_their_advantages(kind: str) -> None:
 def test_samples_are_compared_inside_their_group_by_the_integer_id(kind: str) -> None:
     roles, batch, codec = tiny_roles(), grouped(), ToyCodec()
     method = baseline(kind, roles, Toy(), codec=codec)
-    collected = collect(roles, method.scorer, method.cfg, batch, rng(0, batch), LATENT_SHAPE)
+    collected = collect(*policy(roles), method.scorer, method.cfg, batch, rng(0, batch), LATENT_SHAPE)
     assert torch.equal(codec.shown[-1], collected.trajectory.x0)
     reward = Toy().score(codec.decode(codec.shown[-1]), batch).detach()
     torch.testing.assert_close(collected.advantage, group_advantage(reward, GROUP))
     alone = batch_of(TEXTS, ShapesTextEncoder())  # same texts, other groups
-    lonely = collect(roles, method.scorer, method.cfg, alone, rng(0, alone), LATENT_SHAPE)
+    lonely = collect(*policy(roles), method.scorer, method.cfg, alone, rng(0, alone), LATENT_SHAPE)
     assert torch.equal(lonely.advantage, torch.zeros(6))
 
 

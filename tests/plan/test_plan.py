@@ -208,7 +208,7 @@ def test_adamw8bit_state_is_counted(folders: Path) -> None:
 
 
 def test_passes_are_those_of_the_algorithm() -> None:
-    for name, expected in (("gdmd_paper", 2.5 / 4 + 3 + 2 + 1 + 3), ("dmd", 2.5 + 15 + 2 + 1 + 3)):
+    for name, expected in (("gdmd_paper", 2.5 / 4 + 3 + 2 + 1 + 3), ("dmd", 5 * 2.5 + 15 + 2 + 1 + 3)):
         assert planned(read_recipe(name)).passes == pytest.approx(expected, rel=0.02)
 
 

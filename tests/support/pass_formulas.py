@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gdmd.config.methods.all import MethodConfig
 from gdmd.config.methods.base import DistillationConfig
+from gdmd.config.methods.baseline import BaselineConfig
 from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.methods.dmd2 import DMD2Config
 from gdmd.config.methods.dmd_reward import DMDGRPOConfig, DMDNFTConfig, DMDReFLConfig
@@ -42,12 +43,19 @@ def iteration_passes(method: MethodConfig, step: int, places: Tensor) -> float:
             return rollout + method.group_size * (TRAINED + score + TRAINED)
         case DMD2Config():
             judged = TRAINED if method.adversarial else 0  # a head's trunk is the fake: real and student latents
-            return rollout + method.fake_updates * (TRAINED + 2 * judged) + score + TRAINED + judged
+            rollouts = rollout * _rollouts(method)
+            return rollouts + method.fake_updates * (TRAINED + 2 * judged) + score + TRAINED + judged
         case DMDRConfig():
-            return rollout + method.fake_updates * TRAINED + score + _dmdr_student(method, step)
+            rollouts = rollout * _rollouts(method) + (1 if method.renoise_x0 else 0)
+            return rollouts + method.fake_updates * TRAINED + score + _dmdr_student(method, step)
         case DMDConfig() | DMDReFLConfig() | DMDNFTConfig() | DMDGRPOConfig():
             updates = method.student_updates * (score + TRAINED)
-            return rollout + method.fake_updates * TRAINED + updates + _added(method, step)
+            return rollout * _rollouts(method) + method.fake_updates * TRAINED + updates + _added(method, step)
+
+
+def _rollouts(method: BaselineConfig) -> int:
+    """The student's batch, and one for every other fake update unless they share it."""
+    return method.fake_updates if method.fake_samples == "fresh" else 1
 
 
 def _tail(method: DistillationConfig, places: Tensor) -> float:

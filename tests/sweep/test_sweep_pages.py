@@ -157,11 +157,11 @@ def test_stale_images_are_not_shown(headline: Sweep, tmp_path: Path) -> None:
             "teacher_100",
             "gdmd",
             "dmd",
-            "dmd_nft",
             "dmd_refl",
-            "dmd_grpo",
             "dmdr",
             "dmd2",
+            "dmd_5_to_1",
+            "gdmd_shared",
         )  # baselines before other GDMD
     ]
     finished = images_key(headline, tmp_path)

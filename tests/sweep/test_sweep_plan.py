@@ -248,11 +248,11 @@ def test_pace_turns_budgets_into_iterations() -> None:
 
 
 def test_equal_passes_from_a_dry_run(tmp_path: Path) -> None:
-    """DMD: a rollout of 1 to 4 calls, then 5 x 3 for the fake score, 2 + 1 for the target, 3 for the student."""
+    """DMD: 5 rollouts of 1 to 4 calls, 5 x 3 for the fake score, 2 + 1 for the target, 3 for the student: 33.5."""
     job = by_name(tmp_path)["dmd/0/passes"].job
     own = pace(job["recipe"], 40)
     batch = job["recipe"]["loop"]["batch_size"]
-    assert own.updates == 1 and batch * 22 < own.passes < batch * 25
+    assert own.updates == 1 and batch * 32 < own.passes < batch * 35
     reference = pace(job["passes_of"], 4)
     steps = iterations(job | {"student_updates": 400})
     assert steps * own.passes == pytest.approx(400 / reference.updates * reference.passes, rel=0.02)
@@ -283,7 +283,7 @@ def test_one_stage_shares_the_runs_of_stages() -> None:
     """DMD and what follows it have equal hashes in both sweeps, so that one training serves both tables."""
     stages = {(r.method, r.seed): r.hash for r in plan(read_sweep("stages")) if r.budget == "updates"}
     same = {"dmd": "dmd_first", "then_dmd2": "dmd2", "then_dmdr": "dmdr", "then_gdmd": "gdmd", "then_dmd": "dmd"}
-    same |= {f"then_{name}": f"dmd_{name}" for name in ("refl", "grpo", "nft")}
+    same["then_refl"] = "dmd_refl"
     shared = [run for run in plan(read_sweep("one_stage")) if run.method in same]
     assert len({run.method for run in shared}) == len(same)
     assert [run.name for run in shared if run.hash != stages[same[run.method], run.seed]] == []

@@ -50,7 +50,7 @@ CONFIGS: dict[str, Any] = {
     "shuffled": ShuffledTiltedGDMDConfig(**TILTED),
     "nft": DMDNFTConfig(fake_updates=2, images_per_prompt=8, rl_weight=1.0),  # one prompt's group lies on both ranks
     "dmdr_dpo": DMDRConfig(fake_updates=1, cold_start=1, strategy="dpo", images_per_prompt=8),
-    "dmd2_gan": DMD2Config(fake_updates=1),
+    "dmd2_gan": DMD2Config(fake_updates=2),
     "dmd_pairs": DMDConfig(fake_updates=1, regression_weight=0.25, regression_steps=2, regression_batches=2),
 }
 SHARDED = {

@@ -40,7 +40,11 @@ class DistillationConfig(Config):
         default="simulation",
         description="x_tau from the student's own rollout (backward simulation, arXiv 2405.14867) or real latents.",
     )
-    renoise_low: Probability = Field(default=0.02, description="Lowest t of the DMD gradient (DMD2 clamps to .02).")
+    renoise_low: Probability = Field(
+        default=0.02,
+        description="Lowest t of the DMD gradient (DMD2 clamps to .02); t is uniform above it. In flow models t is sigma, "
+        "without the family's shift (as FastGen; the code of arXiv 2605.26108 shifts it: mean sigma .68 instead of .5).",
+    )
     renoise_high: Probability = Field(default=0.98, description="Highest t of the DMD gradient.")
     fake_loss: Literal["native", "x0"] = Field(
         default="native",

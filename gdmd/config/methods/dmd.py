@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from gdmd.config.base import Count, NonNegative, NonNegativeCount
-from gdmd.config.methods.base import DistillationConfig
+from gdmd.config.methods.baseline import UpdateRatioConfig
 
 
-class DMDConfig(DistillationConfig):
+class DMDConfig(UpdateRatioConfig):
     """Distribution matching distillation (arXiv 2311.18828) with DMD2's normalizer and update ratio."""
 
     kind: Literal["dmd"] = "dmd"
-    fake_updates: Count = Field(default=5, description="Fake updates per outer iteration (DMD2: 5 : 1).")
-    student_updates: Count = Field(
-        default=1, description="Student updates per iteration; the last so many fakes give one gradient each."
-    )
-
     regression_weight: NonNegative = Field(
         default=0.0,
         description="Weight of DMD1's regression on teacher ODE pairs; 0 = none, as DMD2 (arXiv 2311.18828: .25, "
@@ -32,12 +27,3 @@ class DMDConfig(DistillationConfig):
         description="[I] Batches of pairs that are solved once, kept and used in turn (arXiv 2311.18828 keeps all of "
         "its pairs on disk); 0 = new pairs in every iteration.",
     )
-
-    @model_validator(mode="after")
-    def _enough_fakes(self) -> DMDConfig:
-        if self.student_updates > self.fake_updates:
-            raise ValueError(
-                f"student_updates {self.student_updates} must not exceed fake_updates {self.fake_updates}: "
-                "each student update follows the gradient of one updated fake"
-            )
-        return self

@@ -6,25 +6,24 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from gdmd.config.base import Count, NonNegative, Probability
-from gdmd.config.methods.base import DistillationConfig
+from gdmd.config.base import NonNegative, Probability
+from gdmd.config.methods.baseline import BaselineConfig
 
 
-class DMD2Config(DistillationConfig):
+class DMD2Config(BaselineConfig):
     """DMD2 (arXiv 2405.14867): no regression, 5 fake-score updates per student update, a GAN head."""
 
     kind: Literal["dmd2"] = "dmd2"
-    fake_updates: Count = Field(
-        default=5, description="Fake (and head) updates per student update (arXiv 2405.14867, section 4.2: 5 : 1)."
-    )
     gan_weight: NonNegative = Field(
-        default=5e-3,
-        description="Weight of the student's GAN loss (DMD2's SDXL script, whose DMD loss has a 1/2 that ours has not).",
+        default=1e-2,
+        description="Weight of the student's GAN loss: twice the 5e-3 of DMD2's SDXL script, whose DMD loss has a factor "
+        "1/2 that ours has not.",
     )
     head_weight: NonNegative = Field(
         default=1e-2,
-        description="Weight of the head's GAN loss in the fake score's update, which it also trains (DMD2's SDXL script). "
-        "The head shares the fake score's optimizer and learning rate, as in DMD2's code.",
+        description="Weight of the head's GAN loss in the fake score's update, which it also trains (DMD2's SDXL script; "
+        "its denoising loss has no factor 1/2, as ours). The head shares the fake score's optimizer and learning rate, as "
+        "in DMD2's code.",
     )
     gan_low: Probability = Field(
         default=0.0, description="Lowest re-noising t of the head's input (DMD2's script: 0 of 1000)."

@@ -6,29 +6,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from gdmd.config.base import Count, Finite, NonNegative, Positive, Probability
-from gdmd.config.methods.base import DistillationConfig, GroupSize
+from gdmd.config.base import Finite, NonNegative, Positive, Probability
+from gdmd.config.methods.base import GroupSize
+from gdmd.config.methods.baseline import UpdateRatioConfig
 
 
-class RewardedDmdConfig(DistillationConfig):
-    """What the three share: DMD's update ratio, and the weight of a reward loss added to L_DMD."""
+class RewardedDmdConfig(UpdateRatioConfig):
+    """What the three share: the weight of a reward loss added to L_DMD."""
 
-    fake_updates: Count = Field(
-        default=5, description="Fake updates per outer iteration, as DMD (DMD2, DMDR: 5 : 1; arXiv 2405.14867)."
-    )
-    student_updates: Count = Field(
-        default=1, description="Student updates per iteration; the last so many fakes give one gradient each."
-    )
     rl_weight: NonNegative = Field(default=1.0, description="[I] Weight of the reward loss next to L_DMD; 0 is DMD.")
-
-    @model_validator(mode="after")
-    def _enough_fakes(self) -> RewardedDmdConfig:
-        if self.student_updates > self.fake_updates:
-            raise ValueError(
-                f"student_updates {self.student_updates} must not exceed fake_updates {self.fake_updates}: "
-                "each student update follows the gradient of one updated fake"
-            )
-        return self
 
     @property
     def rewarded(self) -> bool:
@@ -41,7 +27,9 @@ class DMDReFLConfig(RewardedDmdConfig):
 
     kind: Literal["dmd_refl"] = "dmd_refl"
     rl_weight: NonNegative = Field(
-        default=0.5, description="Weight of L_ReFL next to L_DMD (DMDR, arXiv 2511.13649v4: lambda_rl .5); 0 is DMD."
+        default=1.2,
+        description="Weight of L_ReFL next to L_DMD; 0 is DMD. DMDR's code has .3 for each of two rewards next to a DMD "
+        "loss with a factor 1/2, .6 next to ours; here the mean over rewards has one weight, so 1.2 for two and .6 K for K.",
     )
     margin: Finite = Field(
         default=0.7,
@@ -60,7 +48,9 @@ class GroupedDmdConfig(RewardedDmdConfig):
     )
     spread: Literal["global", "group"] = Field(
         default="global",
-        description="std under the advantage: of the whole batch (DiffusionNFT's and Flow-GRPO's code) or of the group.",
+        description="std under the advantage: of the whole batch (DiffusionNFT's and Flow-GRPO's code) or of the group. "
+        "Several rewards are added before, as in both codes, so each counts by its own spread: bring them to one unit with "
+        "kind composite.",
     )
     advantage_clip: Positive = Field(default=5.0, description="Largest |A| (DiffusionNFT's and Flow-GRPO's code: 5).")
     noise_level: Probability = Field(

@@ -6,19 +6,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gdmd.config.base import Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
-from gdmd.config.methods.base import DistillationConfig, GroupSize
+from gdmd.config.base import Finite, NonNegative, NonNegativeCount, Positive, Probability
+from gdmd.config.methods.base import GroupSize
+from gdmd.config.methods.baseline import BaselineConfig
 
 BetaShape = Annotated[Positive, Field(ge=1)]
 """A shape parameter of a Beta distribution with a bounded density."""
 
 
-class DMDRConfig(DistillationConfig):
+class DMDRConfig(BaselineConfig):
     """DMDR (arXiv 2511.13649v4): reward-tilted DMD with annealed schedules, then DMD with a reward loss."""
 
     kind: Literal["dmdr"] = "dmdr"
-    fake_updates: Count = Field(
-        default=5, description="Fake updates per student update (DMDR's scripts, ratio-update 5)."
+    renoise_x0: bool = Field(
+        default=True,
+        description="Train the student at its own x0 of step tau, re-noised to tau (DMDR's sampler), for one more forward; "
+        "false = at x_tau of the rollout, as DMD2.",
     )
     cold_start: NonNegativeCount = Field(
         default=2000,
@@ -26,8 +29,14 @@ class DMDRConfig(DistillationConfig):
     )
     tilt: NonNegative = Field(
         default=1.0,
-        description="RT-DM in stage 1: DMD's weight is exp(tilt r / ||r||) (arXiv 2511.13649v4: 1; the norm is the "
-        "batch's [I]); 0 = plain DMD.",
+        description="RT-DM in stage 1: DMD's weight is exp(tilt z), z the normalized reward of the finished image (arXiv "
+        "2511.13649v4: 1), mean over rewards; 0 = plain DMD.",
+    )
+    tilt_unit: Literal["std", "norm"] = Field(
+        default="std",
+        description="z of RT-DM: std [I] = (r - mean) / std over the batch; norm = r / ||r||_2 over the batch, the paper's "
+        "formula taken literally: exp(z) is then 1.19 +- 2 % at a batch of 32, as rewards are positive and alike, and stage "
+        "1 hardly uses them. Its published code has no RT-DM to compare with.",
     )
     anneal: NonNegativeCount = Field(
         default=2000,
@@ -42,7 +51,10 @@ class DMDRConfig(DistillationConfig):
     beta_a: BetaShape = Field(default=4.0, description="DynaRS: a of Beta(1 + (a-1) c, 1 + (b-1) c) (DMDR's scripts).")
     beta_b: BetaShape = Field(default=1.5, description="DynaRS: b of the same (DMDR's scripts).")
     rl_weight: NonNegative = Field(
-        default=0.5, description="lambda_rl, the weight of the reward loss in stage 2 (arXiv 2511.13649v4); 0 = DMD."
+        default=1.2,
+        description="lambda_rl, the weight of the reward loss in stage 2; 0 = DMD. ReFL: DMDR's code has .3 for each of two "
+        "rewards next to a DMD loss with a factor 1/2, .6 next to ours; here the rewards' mean has one weight, so 1.2 for "
+        "two, and .6 K for K rewards. Its paper has .5, which would be 1.0. GRPO, DPO: [I].",
     )
     strategy: Literal["refl", "grpo", "dpo"] = Field(
         default="refl", description="Reward loss of stage 2: ReFL (DMDR's published trainer), GRPO or Diffusion-DPO."
@@ -73,6 +85,15 @@ class DMDRConfig(DistillationConfig):
         description="[I] beta of Diffusion-DPO on mean errors. Its authors' 2000 to 5000 (arXiv 2311.12908) is for DPO "
         "alone: next to L_DMD that gradient, beta / 4 times a regression's, would leave nothing of DMD after clipping.",
     )
+
+    @model_validator(mode="after")
+    def _own_samples(self) -> DMDRConfig:
+        if self.renoise_x0 and self.student_input == "data":
+            raise ValueError(
+                "renoise_x0 trains the student at its own x0, and student_input 'data' at noised real images; "
+                "set renoise_x0 = false or student_input = simulation"
+            )
+        return self
 
     @model_validator(mode="after")
     def _enough_steps(self) -> DMDRConfig:

@@ -1,0 +1,43 @@
+"""What DMD and the baselines around it have options for."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from gdmd.config.base import Count
+from gdmd.config.methods.base import DistillationConfig
+
+
+class BaselineConfig(DistillationConfig):
+    """Several updates of the fake score before the student's."""
+
+    fake_updates: Count = Field(
+        default=5,
+        description="Fake updates per outer iteration (arXiv 2405.14867, section 4.2; DMDR's scripts: 5 : 1).",
+    )
+    fake_samples: Literal["fresh", "shared"] = Field(
+        default="fresh",
+        description="What the fake score learns from: fresh = new prompts, noise and rollout for every update but the "
+        "first, which has the student's batch (the code of DMD2, DMDR, FastGen and arXiv 2605.26108); shared = the "
+        "student's batch in all of them, as in GDMD, for fewer passes (the rows of docs/results.md).",
+    )
+
+
+class UpdateRatioConfig(BaselineConfig):
+    """Also several student updates per iteration."""
+
+    student_updates: Count = Field(
+        default=1,
+        description="Student updates per iteration, all on one rollout; the last so many fakes give one gradient each.",
+    )
+
+    @model_validator(mode="after")
+    def _enough_fakes(self) -> UpdateRatioConfig:
+        if self.student_updates > self.fake_updates:
+            raise ValueError(
+                f"student_updates {self.student_updates} must not exceed fake_updates {self.fake_updates}: "
+                "each student update follows the gradient of one updated fake"
+            )
+        return self
