@@ -21,7 +21,9 @@ def first_order_gain(reward_gradient: Tensor, step: Tensor) -> Tensor:
     reward_gradient [R, B, C, H, W], of R rewards at x0; step [E, B, C, H, W], for DMD -grad -> [R, E, B]. NaN gradient
     ("not scored") stays NaN. No gradient.
     """
-    return torch.stack([(reward_gradient * one).flatten(2).sum(-1) for one in step], 1)  # no matmul: autocast keeps fp32
+    return torch.stack(
+        [(reward_gradient * one).flatten(2).sum(-1) for one in step], 1
+    )  # no matmul: autocast keeps fp32
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class Gdmd(Distillation[GDMDConfig]):
     def __post_init__(self) -> None:
         if self.cfg.rewarded and self.cfg.scored_step == 0:
             self.scorer.require_differentiable("gdmd with scored_step 0")
-        self.scale = RunningScale(len(self.scorer.rewards), about_zero=self.cfg.z_source == "difference")
+        self.scale = RunningScale(len(self.scorer.rewards), about_zero=True)
         self.old = EmaPolicy(self.roles, OLD_DECAY)
 
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
@@ -105,18 +105,18 @@ class Gdmd(Distillation[GDMDConfig]):
     def weigh(self, group: Group, rollout: Rollout, prompts: PromptBatch, rng: SampleRng) -> Tensor:
         """IGS: r = 1/2 + 1/2 clip(mean_k gain_k / Z_k, -1, 1). [eta, b], NaN = not scored
 
-        Z and the statistics are those of the global batch B; the result is this rank's part b. ``rng``: for controls.
+        Z: running root mean square of the gains, so that r depends on s only by the curvature of the reward. Z and the
+        statistics are those of the global batch B; the result is this rank's part b. ``rng``: for controls.
         """
         eta, ranks = self.cfg.group_size, prompts.ranks
         if self.cfg.gamma == 0:
             return torch.full((eta, len(prompts)), 0.5, device=rollout.x0.device)
         own_sample, own_gain = self.gains(group, rollout, prompts)
         sample, gain = ranks.all_gather(own_sample, 1), ranks.all_gather(own_gain, 2)  # [R, B], [R, eta, B]
-        target = gain + sample[:, None]
-        z = self.scale.update(gain if self.cfg.z_source == "difference" else target)
-        advantage = mean_advantage(gain, torch.zeros_like(sample), z)  # [eta, B]
+        advantage = mean_advantage(gain, torch.zeros_like(sample), self.scale.update(gain))  # [eta, B]
         r = optimality(advantage, torch.zeros_like(advantage), 1.0)
         w = step_weight(r, self.cfg.dmd_weight, self.cfg.gamma, self.cfg.beta)
+        target = gain + sample[:, None]  # at s = 0 the rewards of x_tar to first order
         self._stats |= optimality_stats(self.scorer.rewards, target, sample, r, w)
         return ranks.local_shard(r, 1)
 

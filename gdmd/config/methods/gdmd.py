@@ -28,10 +28,6 @@ class GDMDConfig(DistillationConfig):
         "step; 0 is the limit, the derivative of the reward along -grad, by one backward pass at x0 for the whole group "
         "(differentiable rewards only).",
     )
-    z_source: Literal["difference", "scores"] = Field(
-        default="difference",
-        description="[I] Z: root mean square of the gains R(x0 - s grad) - R(x0), or standard deviation of the scores.",
-    )
     dmd_weight: NonNegative = Field(default=1.0, description="lambda, the weight of L_DMD [I].")
     gamma: NonNegative = Field(default=1.0, description="gamma, the weight of L_RL [I]; 0 is DMD.")
     beta: Positive = Field(default=1.0, description="beta of the positive and negative policies x+ and x- [I].")
