@@ -12,11 +12,14 @@ from torch import Tensor
 class RunningScale:
     """Z_k: bias-corrected EMA of the standard deviation of each reward, current batch included.
 
+    about_zero: of its root mean square instead, for numbers that are differences already.
     State: ``mean`` [R] the raw EMA and ``weight`` 0-d the mass it has seen (1 - decay^n); both are saved.
     """
 
-    def __init__(self, rewards: int, decay: float = 0.99, device: torch.device | str = "cpu") -> None:
-        self.decay = decay
+    def __init__(
+        self, rewards: int, decay: float = 0.99, device: torch.device | str = "cpu", *, about_zero: bool = False
+    ) -> None:
+        self.decay, self.about_zero = decay, about_zero
         self.mean = torch.zeros(rewards, dtype=torch.float64, device=device)
         self.weight = torch.zeros(rewards, dtype=torch.float64, device=device)
 
@@ -24,16 +27,17 @@ class RunningScale:
     def update(self, scores: Tensor) -> Tensor:
         """scores [R, ...] of the global batch and group, NaN = not scored. Returns Z [R], fp32.
 
-        A reward with fewer than two scored values leaves its Z as it was (0 if it never had one).
+        A reward with fewer than two scored values (none about zero) leaves its Z as it was (0 if it never had one).
         """
         flat = scores.double().flatten(1)
         self.mean = self.mean.to(flat.device, non_blocking=True)  # on the device of the scores: no synchronization
         self.weight = self.weight.to(flat.device, non_blocking=True)
         seen = ~flat.isnan()
         count = seen.sum(1)
-        mean = torch.where(seen, flat, 0).sum(1) / count.clamp_min(1)
-        square = torch.where(seen, (flat - mean[:, None]) ** 2, 0).sum(1) / (count - 1).clamp_min(1)
-        enough = count >= 2
+        free = count if self.about_zero else count - 1  # degrees of freedom
+        mean = torch.where(seen, flat, 0).sum(1) / count.clamp_min(1) * (not self.about_zero)
+        square = torch.where(seen, (flat - mean[:, None]) ** 2, 0).sum(1) / free.clamp_min(1)
+        enough = free >= 1
         self.mean = torch.where(enough, self.decay * self.mean + (1 - self.decay) * square.sqrt(), self.mean)
         self.weight = torch.where(enough, self.decay * self.weight + (1 - self.decay), self.weight)
         return self.value()

@@ -1,4 +1,4 @@
-"""The pure functions of GDMD (arXiv 2604.19009): implicit target, optimality score, NaPO loss."""
+"""The pure functions of GDMD (arXiv 2604.19009): implicit target, gain, optimality score, NaPO loss."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from gdmd.losses.denoising import mean_square
 def implicit_target(x0: Tensor, grad: Tensor) -> Tensor:
     """x_tar = sg(x0 - grad): the DMD gradient as a regression target. [B, C, H, W] -> [B, C, H, W], no gradient."""
     return x0 - grad
+
+
+@torch.no_grad()
+def first_order_gain(reward_gradient: Tensor, step: Tensor) -> Tensor:
+    """<grad R, step> per sample: the limit of (R(x0 + s step) - R(x0)) / s as s -> 0, without evaluating R again.
+
+    reward_gradient [R, B, C, H, W], of R rewards at x0; step [E, B, C, H, W], for DMD -grad -> [R, E, B]. NaN gradient
+    ("not scored") stays NaN. No gradient.
+    """
+    return torch.stack(
+        [(reward_gradient * one).flatten(2).sum(-1) for one in step], 1
+    )  # no matmul: autocast keeps fp32
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.advantages import RunningScale
 from gdmd.losses.dmd import dmd_loss
-from gdmd.losses.gdmd import napo_loss, optimality, step_weight
+from gdmd.losses.gdmd import first_order_gain, napo_loss, optimality, step_weight
 from gdmd.methods.base import Distillation, Rollout, StudentBatch
 from gdmd.methods.old_policy import EmaPolicy
 from gdmd.methods.score_stats import optimality_stats
@@ -28,7 +28,7 @@ class Group:
     """What DaGC has collected."""
 
     x_tar: list[Tensor] = field(default_factory=list)  # eta x [B, C, H, W]
-    scores: list[Tensor] = field(default_factory=list)  # eta x [R, B], raw rewards; one for all if they are the same
+    scores: list[Tensor] = field(default_factory=list)  # eta x [R, B], raw rewards; none at scored_step 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Gdmd(Distillation[GDMDConfig]):
     old: EmaPolicy = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scale = RunningScale(len(self.scorer.rewards))
+        if self.cfg.rewarded and self.cfg.scored_step == 0:
+            self.scorer.require_differentiable("gdmd with scored_step 0")
+        self.scale = RunningScale(len(self.scorer.rewards), about_zero=True)
         self.old = EmaPolicy(self.roles, OLD_DECAY)
 
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
@@ -78,35 +80,43 @@ class Gdmd(Distillation[GDMDConfig]):
 
     @torch.no_grad()
     def collect(self, group: Group, rollout: Rollout, prompts: PromptBatch, rng: SampleRng, i: int) -> None:
-        """DaGC: x_tar = x0 - grad at draw i of (t, eps); IGS: the raw rewards of what is scored in its place."""
-        at = self.scores(rollout, rng, i)
-        group.x_tar.append(self.target(rollout, at))
-        if self.cfg.gamma == 0 or (group.scores and self.cfg.shares_scores):
-            return
-        match self.cfg.score_target:
-            case "raw":
-                scored = rollout.x0 - (at.x0_fake - at.x0_real)
-            case "normalized":
-                scored = group.x_tar[-1]
-            case "real":
-                scored = at.x0_real
-        self._stats["latent/scored_std"] = scored.std()
-        group.scores.append(self.scorer(scored, prompts))
+        """DaGC: x_tar = x0 - grad at draw i of (t, eps); IGS: the raw rewards of x0 - s grad."""
+        x_tar = self.target(rollout, self.scores(rollout, rng, i))
+        group.x_tar.append(x_tar)
+        if self.cfg.gamma > 0 and self.cfg.scored_step > 0:
+            scored = torch.lerp(rollout.x0, x_tar, self.cfg.scored_step)
+            self._stats["latent/scored_std"] = scored.std()
+            group.scores.append(self.scorer(scored, prompts))
+
+    @torch.no_grad()
+    def gains(self, group: Group, rollout: Rollout, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Raw rewards of x0 [R, b], and what the scored steps add to them, R(D(x0 - s grad)) - R(D(x0)) [R, eta, b].
+
+        At s = 0 the derivative along -grad: the limit of the difference, divided by s.
+        """
+        if self.cfg.scored_step > 0:
+            sample = self.scorer(rollout.x0, prompts)
+            return sample, torch.stack(group.scores, 1) - sample[:, None]
+        self._stats["latent/scored_std"] = rollout.x0.std()
+        sample, reward_gradient = self.scorer.gradients(rollout.x0, prompts)
+        return sample, first_order_gain(reward_gradient, torch.stack(group.x_tar) - rollout.x0)
 
     @torch.no_grad()
     def weigh(self, group: Group, rollout: Rollout, prompts: PromptBatch, rng: SampleRng) -> Tensor:
-        """IGS: r = 1/2 + 1/2 clip(mean_k (R_k(D(x_tar)) - R_k(D(x0))) / Z_k, -1, 1). [eta, b], NaN = not scored
+        """IGS: r = 1/2 + 1/2 clip(mean_k gain_k / Z_k, -1, 1). [eta, b], NaN = not scored
 
-        Z and the statistics are those of the global batch B; the result is this rank's part b. ``rng``: for controls.
+        Z: running root mean square of the gains, so that r depends on s only by the curvature of the reward. Z and the
+        statistics are those of the global batch B; the result is this rank's part b. ``rng``: for controls.
         """
         eta, ranks = self.cfg.group_size, prompts.ranks
         if self.cfg.gamma == 0:
             return torch.full((eta, len(prompts)), 0.5, device=rollout.x0.device)
-        target = ranks.all_gather(torch.stack(group.scores, 1), 2)  # [R, eta, B]
-        sample = ranks.all_gather(self.scorer(rollout.x0, prompts), 1)  # [R, B]
-        advantage = mean_advantage(target, sample, self.scale.update(target)).expand(eta, -1)  # [eta, B]
+        own_sample, own_gain = self.gains(group, rollout, prompts)
+        sample, gain = ranks.all_gather(own_sample, 1), ranks.all_gather(own_gain, 2)  # [R, B], [R, eta, B]
+        advantage = mean_advantage(gain, torch.zeros_like(sample), self.scale.update(gain))  # [eta, B]
         r = optimality(advantage, torch.zeros_like(advantage), 1.0)
         w = step_weight(r, self.cfg.dmd_weight, self.cfg.gamma, self.cfg.beta)
+        target = gain + sample[:, None]  # at s = 0 the rewards of x_tar to first order
         self._stats |= optimality_stats(self.scorer.rewards, target, sample, r, w)
         return ranks.local_shard(r, 1)
 

@@ -93,6 +93,18 @@ class Scorer:
             (gradient,) = torch.autograd.grad(value.sum(), own)
         return value.detach(), torch.where(expand(scores.isnan().any(0), gradient), 0, gradient), scores.detach()
 
+    def gradients(self, latents: Tensor, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Raw scores [R, B], and d score / d latents of each reward [R, B, C, H, W], NaN for an unscored sample.
+
+        One decoding; one backward pass per reward. The rewards must be differentiable: see ``require_differentiable``.
+        """
+        with torch.enable_grad():
+            own = latents.detach().requires_grad_()
+            scores = self._raw(self.codec.decode(own).float().clamp(0, 1), prompts)
+            found = [torch.autograd.grad(score.nansum(), own, retain_graph=True)[0] for score in scores]
+        scores, gradients = scores.detach(), torch.stack(found)
+        return scores, torch.where(expand(scores.isnan(), gradients), torch.nan, gradients)
+
     def require_differentiable(self, method: str) -> None:
         """ValueError when ``method`` cannot back-propagate one of the rewards."""
         black_boxes = [reward.name for reward in self.rewards if not reward.differentiable]

@@ -40,6 +40,14 @@ def test_a_constant_reward_has_scale_zero() -> None:
     assert RunningScale(1).update(torch.full((1, 8), 3.0)).item() == 0
 
 
+def test_z_about_zero_is_the_root_mean_square() -> None:
+    """Of one number, too; unscored values are left out."""
+    scale = RunningScale(2, about_zero=True)
+    z = scale.update(torch.tensor([[3.0, math.nan, 4.0], [-2.0, math.nan, math.nan]]))
+    torch.testing.assert_close(z, torch.tensor([math.sqrt(12.5), 2.0]))
+    assert torch.equal(scale.update(torch.full((2, 3), math.nan)), z)
+
+
 def test_z_includes_the_batch_and_ignores_shifts() -> None:
     """The current batch counts; a shift of the reward does not."""
     scores = torch.randn(1, 4, 8)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gdmd.losses.dmd import dmd_loss
-from gdmd.losses.gdmd import implicit_target, napo_loss, optimality, step_weight
+from gdmd.losses.gdmd import first_order_gain, implicit_target, napo_loss, optimality, step_weight
 
 B, SHAPE = 5, (5, 2, 3, 3)
 SIZE = 18
@@ -130,6 +130,24 @@ def test_rl_gradient_is_in_the_span_of_the_group() -> None:
     sum_of = sum(gradient(x_old, x_old, x_tar, R.roll(k), 1.0, 1.0, 1.0) for k in range(3))
     factor = sum(step_weight(R.roll(k)) for k in range(3))
     torch.testing.assert_close(sum_of, wide(factor) * gradient(x_old, x_old, x_tar, R, 1.0, 0.0, 1.0))
+
+
+def test_first_order_gain_is_the_limit_of_small_steps() -> None:
+    """Of the difference quotient, in float64: its error falls with s."""
+    x0, step = torch.randn(SHAPE, dtype=torch.float64), torch.randn(3, *SHAPE, dtype=torch.float64)
+    rewards = (lambda x: x.sigmoid().flatten(1).mean(1), lambda x: (x[:, 0] * x[:, 1]).sin().flatten(1).sum(1))
+    own = x0.clone().requires_grad_()
+    gradients = torch.stack([torch.autograd.grad(reward(own).sum(), own)[0] for reward in rewards])
+    found = first_order_gain(gradients, step)
+    assert found.shape == (2, 3, B)
+    errors = []
+    for s in (1e-3, 1e-6):
+        quotient = [[(reward(x0 + s * one) - reward(x0)) / s for one in step] for reward in rewards]
+        errors.append(float((torch.stack([torch.stack(row) for row in quotient]) - found).abs().max()))
+    assert errors[0] < 0.05 and errors[1] < 1e-2 * errors[0]
+    unscored = gradients.clone()
+    unscored[0, 2] = math.nan
+    assert first_order_gain(unscored, step).isnan().any((0, 1)).tolist() == [False, False, True, False, False]
 
 
 def test_the_optimality_score_is_the_clipped_gain_in_units_of_z() -> None:

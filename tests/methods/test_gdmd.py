@@ -98,33 +98,57 @@ def test_permuting_the_group_permutes_r() -> None:
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", ["raw", "normalized", "real"])
+@pytest.mark.parametrize("step", [0.25, 1.0])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_score_target_is_what_the_reward_sees(target: str, normalize: bool) -> None:
-    """The loss regresses to x0 - grad in any case."""
+def test_the_reward_sees_the_scored_step(step: float, normalize: bool) -> None:
+    """x0 - s grad, then x0; the loss regresses to x0 - grad in any case."""
     roles, codec, size = tiny_roles(), ToyCodec(), len(prompts())
     diary = watch(roles)
-    options = {"score_target": target, "guidance": 3.0, "group_size": 1, "normalize": normalize}
+    options = {"scored_step": step, "guidance": 3.0, "group_size": 1, "normalize": normalize}
     update = first_student(gdmd(roles, codec=codec, **options), roles)
     place = next(k for k, call in enumerate(diary) if call.name == "teacher")
     cond, uncond = diary[place].x0.split(size)
     x0_real, x0_fake, x0 = uncond + 3 * (cond - uncond), diary[place + 1].x0, update.batch.x_old
-    x_tar = x0 - (x0_fake - x0_real) / (normalizer(x0, x0_real) if normalize else 1)
-    shown = {"raw": x0 - x0_fake + x0_real, "normalized": x_tar, "real": x0_real}[target]
-    torch.testing.assert_close(codec.shown[0], shown)
+    grad = (x0_fake - x0_real) / (normalizer(x0, x0_real) if normalize else 1)
+    torch.testing.assert_close(update.batch.x_tar, x0 - grad)
+    torch.testing.assert_close(codec.shown[0], x0 - step * grad)
     assert len(codec.shown) == 2 and torch.equal(codec.shown[1], x0)
-    torch.testing.assert_close(update.batch.x_tar, x_tar)
 
 
-def test_frozen_teacher_at_one_draw_is_scored_once() -> None:
-    """score_target real in mode fake: the draws differ by their fake scores, which this score does not see."""
-    roles, codec = tiny_roles(), ToyCodec()
-    method = gdmd(roles, codec=codec, score_target="real", collection="fake")
-    r = scored(method, roles)
-    assert len(codec.shown) == 2  # the teacher's answer and x0
-    assert torch.equal(r, r[:1].expand(ETA, -1)) and r.std() > 0.01
-    teacher, _ = (torch.sigmoid(shown[:, 0]).mean((1, 2)) for shown in codec.shown)
-    torch.testing.assert_close(method.scale.value(), teacher.detach().double().std().float()[None], rtol=1e-5, atol=0)
+def test_scored_step_0_is_the_limit_of_small_steps() -> None:
+    """... for gains per step length and for r, with two rewards and one decoding, that of x0."""
+    rewards = Toy(), Toy("other", 1, factor=5.0)
+    found = {}
+    for step in (0.0, 0.01):
+        roles, codec = tiny_roles(), ToyCodec()
+        method = gdmd(roles, *rewards, codec=codec, scored_step=step)
+        r = scored(method, roles)
+        found[step] = r, method.stats()["reward/gain"] / (step or 1), len(codec.shown)
+    assert found[0.0][2] == 1 and found[0.01][2] == ETA + 1
+    torch.testing.assert_close(found[0.0][1], found[0.01][1], rtol=0.02, atol=0)
+    torch.testing.assert_close(found[0.0][0], found[0.01][0], rtol=0, atol=0.01)
+    assert found[0.0][0].std() > 0.05
+
+
+def test_z_is_the_root_mean_square_of_the_gains() -> None:
+    """Two rewards in other units, which the same step improves and worsens."""
+    roles, batch = tiny_roles(), prompts()
+    method = gdmd(roles, Toy(), Toy("other", 1), group_size=2)
+    gain = torch.tensor([[3.0, 1.0], [-0.1, 0.2]])[:, :, None].expand(2, 2, 4)  # [R, eta, B]
+    method.gains = lambda *_: (torch.full((2, 4), 7.0), gain)  # type: ignore[method-assign]
+    r = method.weigh(Group(), method.rollout(batch, rng()), batch, rng())
+    z = gain.square().mean((1, 2)).sqrt()
+    torch.testing.assert_close(method.scale.value(), z)
+    torch.testing.assert_close(r, 0.5 + 0.5 * (gain / z[:, None, None]).mean(0).clamp(-1, 1))
+    torch.testing.assert_close(method.stats()["reward/gain"], gain.mean())
+
+
+def test_black_boxes_need_a_scored_step() -> None:
+    box = Toy("checker", differentiable=False)
+    with pytest.raises(ValueError, match="gdmd with scored_step 0 back-propagates its rewards, and checker is not"):
+        gdmd(tiny_roles(), box, scored_step=0.0)
+    gdmd(tiny_roles(), box)
+    gdmd(tiny_roles(), box, scored_step=0.0, gamma=0.0)  # no reward is used at all
 
 
 def test_student_updates_keep_targets_and_recompute_x0() -> None:

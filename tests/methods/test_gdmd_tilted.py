@@ -237,6 +237,7 @@ def test_rollouts_need_steps_and_company(options: dict[str, Any], message: str) 
     ("gdmd", {"score_target": "continuation", "control": "shuffled"}, "control is kind: gdmd_tilted_shuffled"),
     ("gdmd", {"control": "constant"}, "use kind: gdmd_ablation with control constant"),
     ("gdmd", {"z_decay": 0.9, "scored_guidances": [1.0]}, "scored_guidances was removed: .*; z_decay was removed: "),
+    ("gdmd", {"score_target": "raw", "z_source": "scores"}, "raw is scored_step: 1 .*; z_source was removed: kind gdmd"),
     ("gdmd_ablation", {"weighting": "napo"}, "weighting was removed"),
     ("gdmd_tilted", {"student_target": "mean"}, "kind gdmd_tilted one mean target"),
 ])  # fmt: skip

@@ -37,7 +37,7 @@ def rewards(components: Components, cfg: RunConfig) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("recipe", "words"), [
-    ("gdmd_paper", ("method.group_size=2", "method.normalize=false")),
+    ("gdmd_paper", ("method.group_size=2",)),
     ("shapes_gdmd", ("method.continuations=2",)),
 ])  # fmt: skip
 def test_short_run_learns(recipe: str, words: tuple[str, ...], tmp_path: Path) -> None:

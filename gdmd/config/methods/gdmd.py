@@ -22,10 +22,11 @@ class GDMDConfig(DistillationConfig):
         default="all",
         description="DaGC: what varies in the group: t (one fake score), the fake score (one t, eps), or both (the best).",
     )
-    score_target: Literal["raw", "normalized", "real"] = Field(
-        default="raw",
-        description="[I] What the reward sees: raw = x0 + x0_real - x0_fake, normalized = x0 - grad (can leave "
-        "the data manifold), real = x0_real.",
+    scored_step: NonNegative = Field(
+        default=0.3,
+        description="[I] s: the reward sees x0 - s grad. 1 is the implicit target itself, which often lies beyond the best "
+        "step; 0 is the limit, the derivative of the reward along -grad, by one backward pass at x0 for the whole group "
+        "(differentiable rewards only).",
     )
     dmd_weight: NonNegative = Field(default=1.0, description="lambda, the weight of L_DMD [I].")
     gamma: NonNegative = Field(default=1.0, description="gamma, the weight of L_RL [I]; 0 is DMD.")
@@ -43,11 +44,6 @@ class GDMDConfig(DistillationConfig):
     def rewarded(self) -> bool:
         """Whether targets are scored."""
         return self.gamma > 0
-
-    @property
-    def shares_scores(self) -> bool:
-        """Whether all draws score the same latents: the frozen teacher's prediction at one (t, eps)."""
-        return self.score_target == "real" and self.collection == "fake"
 
 
 class GDMDAblationConfig(GDMDConfig):

@@ -12,7 +12,9 @@ REMOVED = {
     "control": "use kind: gdmd_ablation with control constant, shuffled or indicator, or kind: gdmd_tilted_shuffled",
     "scored_guidances": "it did not improve GDMD; leave it out",
     "score_baseline": "it did not improve GDMD; leave it out",
-    "z_source": "Z is always the standard deviation of the scores; leave it out",
+    "score_target": "kind gdmd scores x0 - scored_step x grad; normalized is scored_step: 1, raw is scored_step: 1 "
+    "with normalize: false, and real is not the target of the paper",
+    "z_source": "kind gdmd takes Z from the gains of its steps, kind gdmd_tilted from the scores; leave it out",
     "z_decay": "the decay of Z is always 0.99; leave it out",
     "old_decay": "the EMA decay of kind gdmd is min(1e-3 step, 0.5); leave it out",
 }
