@@ -63,7 +63,7 @@ def _of_run(run: Path, base: str | None, dtype: str | None, device: str | None) 
         device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     check_fits(family, weights)
-    pipe: DiffusionPipeline = student_pipeline(family, weights, cfg.method.student_steps)
+    pipe: DiffusionPipeline = student_pipeline(family, weights, cfg.method.student_steps, cfg.method.student_sampler)
     return pipe
 
 

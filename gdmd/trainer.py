@@ -124,7 +124,8 @@ class DistillationTrainer:
 
         family = self._family()
         _, weights = student_weights(self.output_dir, "last")
-        pipe: DiffusionPipeline = student_pipeline(family, weights, self.config.method.student_steps)
+        method = self.config.method
+        pipe: DiffusionPipeline = student_pipeline(family, weights, method.student_steps, method.student_sampler)
         return pipe
 
     def save_lora(self, folder: str | Path) -> list[Path]:

@@ -23,6 +23,9 @@ Role = Literal["student", "fake"]
 Native = Literal["eps", "velocity", "v", "x0"]
 """What a network predicts: velocity = eps - x0, v = alpha eps - sigma x0 (VP, arXiv 2202.00512)."""
 
+StudentSampler = Literal["renoise", "ode"]
+"""How a few-step student goes to its next step: x0 with fresh noise, or x0 with its own predicted noise (Euler, DDIM)."""
+
 Cond = Mapping[str, "Tensor"]
 """What a denoiser is conditioned on: named tensors, each with the batch as first dimension."""
 

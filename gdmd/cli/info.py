@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -91,11 +91,17 @@ def _recipe_list() -> Iterator[str]:
     by_family = {family: read_recipe(f"{family}_{methods[0]}").model for family in families}
     yield "\nReal models: gdmd train FAMILY_METHOD, such as sdxl_gdmd; every pair exists"
     yield "\nFAMILY"
-    yield from _entries({name: f"{m.path}, {m.width} x {m.height}" for name, m in by_family.items()})
+    yield from _entries({name: f"{m.path}{_start(m)}, {m.width} x {m.height}" for name, m in by_family.items()})
     by_method = {method: read_recipe(f"{families[0]}_{method}") for method in methods}
     students = dict.fromkeys(student(cfg).partition(" at ")[0] for cfg in by_method.values())
     yield f"\nMETHOD ({' or '.join(students)})"
     yield from _entries({name: f"{method_about(name)} {length(cfg)}." for name, cfg in by_method.items()})
+
+
+def _start(model: Any) -> str:
+    """What the student of a family's recipes starts as, if that is not the teacher."""
+    start = model.student or (model.student_lora and model.student_lora.path)
+    return f", student from {start}" if start else ""
 
 
 def _entries(texts: Mapping[str, str]) -> Iterator[str]:

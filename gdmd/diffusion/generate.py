@@ -17,7 +17,7 @@ from torch import Tensor
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import few_step_sample, ode_sample
-from gdmd.types import Codec, Denoiser, Roles, TextEncoder
+from gdmd.types import Codec, Denoiser, Roles, StudentSampler, TextEncoder
 
 BATCH = 100
 """Images per call, for every sampler: speeds are only comparable at one batch size."""
@@ -69,15 +69,19 @@ class Generation:
 
 
 def student_sampler(
-    components: Components, denoiser: Denoiser, steps: Sequence[float], name: str = "student"
+    components: Components,
+    denoiser: Denoiser,
+    steps: Sequence[float],
+    name: str = "student",
+    sampler: StudentSampler = "renoise",
 ) -> Sampler:
-    """Predict x0, re-noise to the next of ``steps`` (times from 1 down): len(steps) NFE."""
+    """Few steps at the times ``steps`` (from 1 down): len(steps) NFE."""
 
     def latents(texts: Sequence[str], rng: SampleRng) -> Tensor:
         noise = rng.normal("eval_noise", components.latent_shape)
         again = lambda i: rng.normal("eval_rollout", components.latent_shape, i)  # noqa: E731
         return few_step_sample(
-            denoiser, noise, steps, components.encoder.encode(texts), again, components.roles.schedule
+            denoiser, noise, steps, components.encoder.encode(texts), again, components.roles.schedule, sampler
         )
 
     return Sampler(name, len(steps), latents)

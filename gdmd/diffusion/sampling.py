@@ -1,4 +1,10 @@
-"""Samplers: the teacher's ODE and the student's predict-and-re-noise. Neither depends on the network."""
+"""Samplers: the teacher's ODE and the student's few steps. They do not depend on the network.
+
+The student predicts x0 and noise eps at each step and goes to the next step s, x_s = alpha(s) x0 + sigma(s) n, with
+
+    renoise   n = fresh noise         consistency models, DMD2 (arXiv 2405.14867)
+    ode       n = eps                 deterministic: Euler's method for flows, DDIM (arXiv 2010.02502) for VP
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,7 @@ from torch import Tensor
 
 from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.schedule import expand, renoise, shift_time, widen
-from gdmd.types import Cond, Denoiser, Schedule
+from gdmd.types import Cond, Denoiser, Schedule, StudentSampler
 
 NoiseAt = Callable[[int], Tensor]
 """Fresh noise [B, C, H, W] for the i-th re-noising of a rollout (i >= 1)."""
@@ -37,16 +43,21 @@ def ode_sample(denoiser: Denoiser, noise: Tensor, t: Tensor, cond: Cond, schedul
 
 @torch.no_grad()
 def few_step_sample(
-    student: Denoiser, noise: Tensor, steps: Sequence[float], cond: Cond, noise_at: NoiseAt, schedule: Schedule
+    student: Denoiser,
+    noise: Tensor,
+    steps: Sequence[float],
+    cond: Cond,
+    noise_at: NoiseAt,
+    schedule: Schedule,
+    sampler: StudentSampler = "renoise",
 ) -> Tensor:
-    """The student's sampler: predict x0, re-noise to the next step with fresh noise. noise [B, C, H, W] -> x0."""
-    x_t, x0 = noise, noise
-    for i, t in enumerate(steps):
-        when = torch.full((len(noise),), t, device=noise.device)
-        if i:
-            x_t = renoise(x0, when, noise_at(i), schedule)
-        x0 = student(x_t, when, cond).x0
-    return x0
+    """The student's sampler from noise [B, C, H, W] to x0; ``noise_at`` is used by ``renoise`` only."""
+    at = [torch.full((len(noise),), t, device=noise.device) for t in steps]
+    found = student(noise, at[0], cond)
+    for i in range(1, len(steps)):
+        n = found.eps if sampler == "ode" else noise_at(i)
+        found = student(renoise(found.x0, at[i], n, schedule), at[i], cond)
+    return found.x0
 
 
 @torch.no_grad()
@@ -59,6 +70,7 @@ def backward_simulation(
     noise_at: NoiseAt,
     schedule: Schedule,
     last: int | None = None,
+    sampler: StudentSampler = "renoise",
 ) -> Tensor:
     """The same rollout stopped before step ``stop`` [B] (int64, on the CPU): x_tau at tau = steps[stop]. [B, C, H, W]
 
@@ -76,9 +88,10 @@ def backward_simulation(
         called = active if len(left) else to_device_async(torch.zeros_like(stop[:1]), noise.device)
         own = {name: value[called] for name, value in cond.items()}
         before = torch.full((len(called),), steps[i - 1], device=noise.device)
-        x0 = student(x_tau[called], before, own).x0[: len(active)]
+        found = student(x_tau[called], before, own)
         after = torch.full((len(active),), steps[i], device=noise.device)
-        x_tau[active] = renoise(x0, after, noise_at(i)[active], schedule)
+        n = found.eps[: len(active)] if sampler == "ode" else noise_at(i)[active]
+        x_tau[active] = renoise(found.x0[: len(active)], after, n, schedule)
     return x_tau
 
 
@@ -93,10 +106,12 @@ def continuation(
     schedule: Schedule,
     *,
     together: bool = False,
+    sampler: StudentSampler = "renoise",
 ) -> Tensor:
     """The rest of the sampler for x0 predicted at step ``stop`` [B] (int64, CPU): re-noise, predict, ...
 
     The last step has no next one: its x0 is re-noised to the last step again. x0 [B, C, H, W] -> [B, C, H, W].
+    With ``ode`` only the first of these steps has fresh noise, so that K continuations of one x0 differ.
     Sample i costs max(1, N - 1 - stop[i]) forwards. ``together`` calls the student exactly N - 1 times, on one sample
     when none is due, as ranks that share a sharded network must.
     """
@@ -104,7 +119,7 @@ def continuation(
         raise ValueError(
             f"a sampler of {len(steps)} step(s) has no step after the first; continuations need two or more"
         )
-    y = x0.clone()
+    y, n = x0.clone(), torch.zeros_like(x0)
     entry = (stop + 1).clamp_max(len(steps) - 1)
     for i in range(1, len(steps)):
         ready = torch.nonzero(entry <= i)[:, 0]
@@ -113,7 +128,9 @@ def continuation(
         due = to_device_async(ready, x0.device)
         called = due if len(ready) else to_device_async(torch.zeros_like(stop[:1]), x0.device)
         when = torch.full((len(called),), steps[i], device=x0.device)
-        x_t = renoise(y[called], when, noise_at(i)[called], schedule)
+        entering = (entry == i) | (sampler == "renoise")
+        n = torch.where(expand(to_device_async(entering, x0.device), x0), noise_at(i), n)
         own = {name: value[called] for name, value in cond.items()}
-        y[due] = student(x_t, when, own).x0[: len(due)]
+        found = student(renoise(y[called], when, n[called], schedule), when, own)
+        y[due], n[due] = found.x0[: len(due)], found.eps[: len(due)]
     return y

@@ -20,7 +20,7 @@ from gdmd.io import content_hash, typed
 from gdmd.recipes.build import Components
 from gdmd.recipes.build_rewards import scorer_specs, scorers_of
 from gdmd.recipes.contents import base_content, checkpoint_content
-from gdmd.recipes.open_run import load_ema, open_named, open_student, student_row, teacher_row
+from gdmd.recipes.open_run import SAMPLING, load_ema, open_named, open_student, student_row, teacher_row
 from gdmd.recipes.reward_identity import scorer_identity
 from gdmd.recipes.run_folders import TEACHERS, config_of, require_shapes
 from gdmd.reporting.progress_bar import progress_bar
@@ -42,7 +42,7 @@ def evaluation_captions(cfg: RunConfig) -> tuple[str, ...]:
 
 def row_key(cfg: RunConfig, sampler: Sampler, weights: str = "") -> str:
     """A hash of everything that a row depends on. weights: ``checkpoint_content`` of a student."""
-    settings = (sampler.name, cfg.method.student_steps, cfg.method.guidance, cfg.eval.model_dump(mode="json"))
+    settings = (sampler.name, *(getattr(cfg.method, name) for name in SAMPLING), cfg.eval.model_dump(mode="json"))
     scorers = [scorer_identity(spec) for spec in scorer_specs(cfg)]
     return content_hash(_VERSION, json.dumps(settings), base_content(cfg.model), weights, *scorers)
 

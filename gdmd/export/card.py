@@ -18,6 +18,7 @@ from gdmd.models.families.base import Family
 from gdmd.models.loading import has_safety_checker, local_or_hub_index
 from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.runs.inputs import INPUTS, change_lines
+from gdmd.types import StudentSampler
 
 
 def model_card(
@@ -55,9 +56,9 @@ def model_card(
         (
             "## Use",
             "```python",
-            *_use(family, given, merged, where, separate),
+            *_use(family, given, merged, where, separate, family.student_scheduler(cfg.method.student_sampler)),
             "```",
-            *_advice(where),
+            *_advice(where, cfg.method.student_sampler),
             *_safety(family, merged),
         ),
         ("## Training", *_table(cfg, facts, rewards, _start(cfg, family, separate))),
@@ -79,9 +80,10 @@ def _incomplete(cfg: RunConfig, license: Mapping[str, str]) -> Sequence[str]:
     return ("", f"> **Complete before publishing** (metadata of this file): {'; '.join(lacks)}.") if lacks else ()
 
 
-def _advice(where: str) -> Sequence[str]:
+def _advice(where: str, sampler: StudentSampler) -> Sequence[str]:
+    steps = "re-noises at every step" if sampler == "renoise" else "is deterministic (Euler, DDIM)"
     return (
-        "The scheduler re-noises at every step; other schedulers give worse images. With gdmd, "
+        f"The scheduler {steps}; other schedulers give worse images. With gdmd, "
         f'`gdmd.load_student("{where}")` returns this pipeline, and these arguments are the defaults of its call.',
     )
 
@@ -115,7 +117,9 @@ def _start(cfg: RunConfig, family: Family, separate: Sequence[LoraFile]) -> Mapp
     return rows | ({"LoRAs": f"{', '.join(loras)}: {how}"} if loras else {})
 
 
-def _use(family: Family, given: str, merged: bool, folder: str, separate: Sequence[LoraFile]) -> Sequence[str]:
+def _use(
+    family: Family, given: str, merged: bool, folder: str, separate: Sequence[LoraFile], scheduler: str
+) -> Sequence[str]:
     """Code that runs as it is printed: on a GPU in bf16, for a small Shapes pipeline on the CPU in fp32."""
     path = family.cfg.path
     small, shipped = is_shapes_pipeline(path), path.startswith(PREFIX)
@@ -138,7 +142,7 @@ def _use(family: Family, given: str, merged: bool, folder: str, separate: Sequen
     ]
     lora = (
         *fused,
-        f'pipe.scheduler = diffusers.{family.student_scheduler}.from_pretrained("{folder}", subfolder="scheduler")',
+        f'pipe.scheduler = diffusers.{scheduler}.from_pretrained("{folder}", subfolder="scheduler")',
         # load_lora_weights would warn that the file has no weights for the text encoders
         f'pipe.{net}.load_lora_adapter("{folder}", weight_name="{DIFFUSERS_FILE}", prefix="{net}")',
     )

@@ -1,7 +1,7 @@
 """The student's sampler as a stock diffusers scheduler, and the arguments of the stock pipeline call.
 
-The student predicts x0, then re-noises it: LCMScheduler for VP models, FlowMatchEulerDiscreteScheduler with
-stochastic_sampling for flow models.
+A student that re-noises: LCMScheduler for VP models, FlowMatchEulerDiscreteScheduler with stochastic_sampling for flow
+models. A deterministic one: DPM-Solver++ of order 1 (DDIM), and FlowMatchEulerDiscreteScheduler without it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gdmd.models.families.base import Family
 from gdmd.models.families.unet import UnetFamily
 from gdmd.models.loading import local_or_hub_index
 from gdmd.models.pipeline_files import EXTRAS, absent, components
+from gdmd.types import StudentSampler
 
 NO_GUIDANCE: Mapping[str, Mapping[str, float | bool]] = {
     "sd15": {"guidance_scale": 0.0},
@@ -39,11 +40,11 @@ NO_GUIDANCE: Mapping[str, Mapping[str, float | bool]] = {
 Sana's pipeline would also replace sizes that are not in its table."""
 
 
-def student_scheduler(family: Family, uniform: Sequence[float]) -> Any:
-    """A scheduler with which the stock pipeline re-noises as in training, with the pipeline's betas or shift."""
+def student_scheduler(family: Family, uniform: Sequence[float], sampler: StudentSampler = "renoise") -> Any:
+    """A scheduler with which the stock pipeline samples as in training, with the pipeline's betas or shift."""
     import diffusers
 
-    return getattr(diffusers, family.student_scheduler)(**family.student_settings(len(uniform)))
+    return getattr(diffusers, family.student_scheduler(sampler))(**family.student_settings(len(uniform), sampler))
 
 
 def call_arguments(family: Family, uniform: Sequence[float]) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def save_merged(
     uniform: Sequence[float],
     folder: Path,
     dtype: torch.dtype | None = None,
+    sampler: StudentSampler = "renoise",
 ) -> float:
     """Write the whole pipeline with the student and its scheduler, loadable with ``from_pretrained``.
 
@@ -98,7 +100,7 @@ def save_merged(
     undone = merge(family, weights, dtype)
     if dtype is not None:
         _cast(family.pipe, dtype)
-    family.pipe.scheduler = student_scheduler(family, uniform)
+    family.pipe.scheduler = student_scheduler(family, uniform, sampler)
     if family.name == "flux2_klein":  # as in the published distilled one: its pipeline makes no unconditional pass
         family.pipe.register_to_config(is_distilled=True)
     family.pipe.save_pretrained(folder)

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from gdmd.export.lora import folded
 from gdmd.export.pipeline import call_arguments, student_scheduler
 from gdmd.models.families.base import Family, network_dtype
+from gdmd.types import StudentSampler
 
 STEPS = ("num_inference_steps", "timesteps", "sigmas")
 """Arguments of a call that say at which times the network is called: a caller who gives one replaces all."""
 
 
-def student_pipeline(family: Family, weights: Mapping[str, Tensor], uniform: Sequence[float]) -> Any:
+def student_pipeline(
+    family: Family, weights: Mapping[str, Tensor], uniform: Sequence[float], sampler: StudentSampler = "renoise"
+) -> Any:
     """The family's pipeline with the student ``weights`` (adapters, or all weights), its scheduler and its call.
 
     ``family``: what the student starts as, with its text encoders. It may be in training: its frozen weights are shared,
@@ -36,7 +39,8 @@ def student_pipeline(family: Family, weights: Mapping[str, Tensor], uniform: Seq
         net.load_state_dict(own, strict=False, assign=True)
         net.to(place)
     pipe = copy.copy(family.pipe)
-    pipe.register_modules(**{component: net.requires_grad_(False).eval()}, scheduler=student_scheduler(family, uniform))
+    scheduler = student_scheduler(family, uniform, sampler)
+    pipe.register_modules(**{component: net.requires_grad_(False).eval()}, scheduler=scheduler)
     return with_call(pipe, call_arguments(family, uniform))
 
 

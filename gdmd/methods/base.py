@@ -103,7 +103,8 @@ class Distillation(Generic[AnyConfig]):
             again = lambda i: rng.normal("rollout", self.latent_shape, i)  # noqa: E731
             schedule, last = self.roles.schedule, last_stop(prompts, stop)
             x_tau = backward_simulation(
-                self.roles.student, noise, self.cfg.student_steps, stop, prompts.cond, again, schedule, last
+                *(self.roles.student, noise, self.cfg.student_steps, stop, prompts.cond, again, schedule, last),
+                sampler=self.cfg.student_sampler,
             )
         x0 = self.roles.student(x_tau, tau, prompts.cond).x0
         self._stats = {"latent/mean": x0.mean(), "latent/std": x0.std()}

@@ -129,7 +129,8 @@ class Dmdr(Baseline[DMDRConfig]):
         noise = rng.normal("noise", self.latent_shape)
         again = lambda i: rng.normal("rollout", self.latent_shape, i)  # noqa: E731
         steps, schedule = self.cfg.student_steps, self.roles.schedule
-        return few_step_sample(self.roles.student, noise, steps, prompts.cond, again, schedule)
+        sampler = self.cfg.student_sampler
+        return few_step_sample(self.roles.student, noise, steps, prompts.cond, again, schedule, sampler)
 
     def _rewarded(self, step: int, batch: StudentBatch, prompts: PromptBatch, rng: SampleRng) -> Update:
         """Stage 2 by the chosen strategy."""

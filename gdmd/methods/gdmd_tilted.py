@@ -2,7 +2,8 @@
 
     x_tar = x0 - (x0_fake - x0_real - kappa sum_k w_k (y_k - mean y) - v) / n,    w = softmax(gamma R(y) / Z)
 
-y_k: the student's own sampler, continued K times from x0 with fresh noise to a finished sample. v: the rewards' own
+y_k: the student's own sampler, continued K times from x0 with fresh noise to a finished sample (a deterministic sampler
+gets it at the first step only). v: the rewards' own
 gradient at two of them. n: DMD2's normalizer, or 1.
 """
 
@@ -73,8 +74,11 @@ class GdmdTilted(Distillation[TiltedGDMDConfig]):
         for k in range(self.cfg.continuations):
             again = lambda i, k=k: rng.normal(f"continuation/{k}", self.latent_shape, i)  # noqa: E731
             student, steps, schedule = self.roles.student, self.cfg.student_steps, self.roles.schedule
-            together = prompts.ranks is not SINGLE_PROCESS
-            y = continuation(student, rollout.x0, rollout.stop, steps, rollout.cond, again, schedule, together=together)
+            y = continuation(
+                *(student, rollout.x0, rollout.stop, steps, rollout.cond, again, schedule),
+                together=prompts.ranks is not SINGLE_PROCESS,
+                sampler=self.cfg.student_sampler,
+            )
             if self.cfg.reward_gradient > 0 and k < GRADIENT_ROLLOUTS:
                 _, gradient, score = self.scorer.gradient(y, prompts, self.normalized_reward)
                 gradients.append(gradient)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from gdmd.diffusion.schedule import VpSchedule
 from gdmd.models.timesteps import FlowTimesteps, Spacing, VpTimesteps
-from gdmd.types import Native
+from gdmd.types import Native, StudentSampler
 
 Kind = Literal["flow", "vp", "edm", "unknown"]
 
@@ -167,9 +167,9 @@ class FlowSettings:
             "shift_terminal": self.terminal,
         }
 
-    def stochastic(self) -> dict[str, Any]:
+    def few_steps(self, sampler: StudentSampler) -> dict[str, Any]:
         """The config of one that samples a student; without terminal, which would stretch its few steps too."""
-        return self.euler() | {"shift_terminal": None, "stochastic_sampling": True}
+        return self.euler() | {"shift_terminal": None, "stochastic_sampling": sampler == "renoise"}
 
 
 def read_flow(scheduler: Any, model: str, max_shift: float = 1.15) -> FlowSettings:
@@ -230,9 +230,17 @@ class VpSettings:
     predicts: Native
     timesteps: VpTimesteps
 
-    def few_steps(self, steps: int) -> dict[str, Any]:
-        """The config of an LCMScheduler that samples a student of ``steps`` steps."""
+    def few_steps(self, steps: int, sampler: StudentSampler) -> dict[str, Any]:
+        """The config of a scheduler that samples a student of ``steps`` steps.
+
+        An LCMScheduler for ``renoise``. For ``ode`` a DPM-Solver++ of order 1, which is DDIM (arXiv 2211.01095, section 4)
+        and, unlike diffusers' DDIMScheduler, takes any timesteps.
+        """
         schedule, named = self.schedule, {value: key for key, value in _PREDICTS.items()}
+        solver: dict[str, Any] = {
+            "renoise": {"original_inference_steps": steps, "timestep_scaling": 10.0, "clip_sample": False},
+            "ode": {"solver_order": 1, "timestep_spacing": "trailing"},
+        }
         return {
             "num_train_timesteps": schedule.train_steps,
             "beta_start": schedule.beta_start,
@@ -241,9 +249,7 @@ class VpSettings:
             "trained_betas": list(schedule.trained_betas) or None,
             "rescale_betas_zero_snr": schedule.zero_snr,
             "prediction_type": named[self.predicts],
-            "original_inference_steps": steps,
-            "timestep_scaling": 10.0,
-            "clip_sample": False,
+            **solver[sampler],
         }
 
 

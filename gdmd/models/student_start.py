@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from gdmd.config.model import DiffusersModel
@@ -22,10 +23,13 @@ from gdmd.hub import hub_file
 from gdmd.models.families.base import Family
 from gdmd.models.loading import family_of, is_local, local_or_hub_index, open_family
 from gdmd.models.schedulers import FEW_STEPS
+from gdmd.types import StudentSampler
 
 _log = logging.getLogger(__name__)
 LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """Keys of a VAE's config that set the latents' scale."""
+SAME_TIME = 1e-3
+"""Largest difference of two times that are the same: a training step of 1000."""
 
 
 def open_start(family: Family, device: str = "cpu") -> Family:
@@ -44,7 +48,6 @@ def open_start(family: Family, device: str = "cpu") -> Family:
         )
     start = open_family(cfg, device, shared=family)
     check_alike(family, start)
-    _compare_samplers(start)
     vae = _vae_config(cfg)
     differing = [key for key in LATENTS if vae.get(key) != family.pipe.vae.config.get(key)]
     if differing:
@@ -71,15 +74,35 @@ def check_alike(family: Family, start: Family) -> None:
     )
 
 
-def _compare_samplers(start: Family) -> None:
-    """Warn about a pipeline that is sampled without new noise between its steps."""
-    scheduler, asked = start.pipe.scheduler, start.cfg.field == "model.student"
-    if asked and type(scheduler).__name__ not in FEW_STEPS and not scheduler.config.get("stochastic_sampling"):
+def compare_samplers(start: Family, uniform: Sequence[float], sampler: StudentSampler) -> None:
+    """Warn if the student's first images will not be those of the pipeline in model.student: another sampler or times.
+
+    uniform: method.student_steps. A pipeline that re-noises was sampled at times that its scheduler does not tell.
+    """
+    if start.cfg.field != "model.student":
+        return
+    scheduler, few = start.pipe.scheduler, len(uniform)
+    noisy = type(scheduler).__name__ in FEW_STEPS or bool(scheduler.config.get("stochastic_sampling"))
+    own: StudentSampler = "renoise" if noisy else "ode"
+    if own != sampler:
         _log.warning(
-            "%s is sampled with %s, which adds no noise between the steps. A student is sampled with %s, which does, so "
-            "its first images differ from those of that pipeline",
-            *(start.cfg.what, type(scheduler).__name__, start.student_scheduler),
+            "%s is sampled with %s, which adds %s noise between the steps, unlike method.student_sampler = %s: the first "
+            "images differ from those of that pipeline. method.student_sampler=%s keeps them",
+            *(start.cfg.what, type(scheduler).__name__, "new" if noisy else "no", sampler, own),
         )
+        return
+    wanted = start.teacher_times(few)[:-1].tolist()
+    if own == "ode" and max(abs(a - b) for a, b in zip(wanted, start.student_times(uniform), strict=True)) > SAME_TIME:
+        _log.warning(
+            "a call of %s with %d steps is at the times %s, but method.student_steps are at %s: the first images differ "
+            "from those of that call. method.student_steps=[%s] are its times",
+            *(start.cfg.what, few, _shown(wanted), _shown(start.student_times(uniform))),
+            ",".join(f"{u:.6g}" for u in start.uniform_times(wanted)),
+        )
+
+
+def _shown(times: Sequence[float]) -> str:
+    return ", ".join(f"{t:.3g}" for t in times)
 
 
 def _vae_config(cfg: DiffusersModel) -> dict[str, object]:

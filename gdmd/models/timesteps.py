@@ -30,6 +30,10 @@ class FlowTimesteps:
         """Uniform times, descending from at most 1 -> the student's times; a few steps are not stretched."""
         return tuple(shift_time(u, self.shift) for u in uniform)
 
+    def uniform(self, times: Sequence[float]) -> tuple[float, ...]:
+        """The inverse: u = t / (s - (s - 1) t), which is a shift by 1 / s."""
+        return tuple(shift_time(t, 1 / self.shift) for t in times)
+
     def teacher(self, uniform: Sequence[float]) -> Tensor:
         """The teacher's times, 1 - t scaled so that the last is ``terminal``; then 0. [N + 1], fp32"""
         t = torch.tensor(self.student(uniform), dtype=torch.float64)
@@ -62,6 +66,10 @@ class VpTimesteps:
     def student(self, uniform: Sequence[float]) -> tuple[float, ...]:
         """u -> step round(T u) - 1: of 1000 steps 1, .75, .5, .25 are 999, 749, 499, 249 ("trailing" spacing)."""
         return tuple(max(round(self.train_steps * u) - 1, 0) / (self.train_steps - 1) for u in uniform)
+
+    def uniform(self, times: Sequence[float]) -> tuple[float, ...]:
+        """The inverse for times of training steps: u = (step + 1) / T."""
+        return tuple((round(t * (self.train_steps - 1)) + 1) / self.train_steps for t in times)
 
     def teacher(self, steps: int) -> Tensor:
         """The teacher's times: DDIM's with the pipeline's spacing, then clean data or the first step. [N + 1], fp32"""

@@ -70,7 +70,8 @@ def export_run(
     given, separate = (model.teacher_loras, ()) if loras else ((), model.teacher_loras)
     target = folder or run / ("export-merged" if whole else "export")
     original = model.model_copy(update={"quantization": "none"})  # the student is merged into the base's own weights
-    family, uniform = open_family(original, extras=whole), cfg.method.student_steps
+    family = open_family(original, extras=whole)
+    uniform, sampler = cfg.method.student_steps, cfg.method.student_sampler
     check_fits(family, weights)
     arguments = call_arguments(family, uniform)
     facts = read_facts(run) | {"step": step, "scoring": read_gaps(run), "validation": validation_at(run, step)}
@@ -79,13 +80,13 @@ def export_run(
     with writing("the export", target, option="--out"):
         target.mkdir(parents=True, exist_ok=True)
         if whole:
-            undone = save_merged(family, weights, uniform, target, DTYPES[dtype] if dtype else None)
+            undone = save_merged(family, weights, uniform, target, DTYPES[dtype] if dtype else None, sampler)
             content |= {"dtype": dtype or model.dtype, "undone_by_rounding": undone}
             files = [target]
             _warn_of_rounding(undone, content["dtype"])
         else:
             files = save_lora(family, weights, target, given)
-            student_scheduler(family, uniform).save_pretrained(target / "scheduler")
+            student_scheduler(family, uniform, sampler).save_pretrained(target / "scheduler")
             files.append(target / "scheduler")
         card, samples = target / "README.md", _copy_samples(run, step, target)
         files += [target / samples] if samples else []
@@ -180,7 +181,7 @@ def describe(
         "dtype": model.dtype,
         "merged": merged,
         "pipeline": family.pipeline,
-        "scheduler": family.student_scheduler,
+        "scheduler": family.student_scheduler(cfg.method.student_sampler),
         "arguments": dict(arguments),
         "rewards": list(trained_rewards(cfg)),
         "step": step,

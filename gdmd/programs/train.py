@@ -285,7 +285,7 @@ def _train(cfg: RunConfig, run: Run, components: Components, settings: TrainSett
             Validation(cfg, components, context, shown) if cfg.validation.every else None,
             cfg.validation.every,
             stats=stats,
-            at_log=displacement_hook(components, texts, steps, cfg.loop, context.size),
+            at_log=displacement_hook(components, texts, steps, cfg.loop, context.size, cfg.method.student_sampler),
             reason=lambda name: reason_unscored(components.rewards, name),
             callbacks=callbacks,
         )

@@ -107,13 +107,14 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenO
     from gdmd.models.distilled import check_guidance
     from gdmd.models.loading import LazyTextEncoder, adopt, encoder_identity, open_family, scoring_codec
     from gdmd.models.roles import DiffusersRoles
-    from gdmd.models.student_start import open_start
+    from gdmd.models.student_start import compare_samplers, open_start
 
     if given.pipeline is not None:
         family = adopt(given.pipeline, model, device)
     else:
         family = open_family(model, device, encoders=model.embeddings is None)
     start = open_start(family, device)
+    compare_samplers(start, cfg.method.student_steps, cfg.method.student_sampler)
     check_guidance(family, cfg.method.guidance)
     encoder: TextEncoder = family.encoder
     if model.embeddings is not None:

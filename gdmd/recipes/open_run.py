@@ -20,6 +20,8 @@ from gdmd.training.ema import load_named
 
 FEW_STEPS = 4
 """Steps of the teacher's plain few-step row."""
+SAMPLING = ("student_steps", "student_sampler", "guidance")
+"""Fields of a method that say how images are generated."""
 
 
 def open_student(
@@ -41,7 +43,7 @@ def _sampling_only(cfg: RunConfig) -> RunConfig:
     full: Literal["none", "student"] = "student" if cfg.model.full in ("student", "both") else "none"
     parts = {
         "model": cfg.model.model_copy(update={"full": full}),
-        "method": DMDConfig(student_steps=cfg.method.student_steps, guidance=cfg.method.guidance),
+        "method": DMDConfig(**{name: getattr(cfg.method, name) for name in SAMPLING}),
         "prompts": PromptConfig(file=next(iter(SHIPPED))),  # required, but none of them is used
     }
     return cfg.model_copy(update=parts | {"rewards": (), "real_data": None, "validation": ValidationConfig(every=0)})
@@ -86,7 +88,8 @@ def student_row(cfg: RunConfig, components: Components, name: str = "") -> Sampl
     """The few-step student as it is now."""
     steps = components.student_steps or cfg.method.student_steps
     label = name or cfg.method.kind.upper().replace("_", " ")
-    return student_sampler(components, components.roles.student, steps, f"{label}, {len(steps)} steps")
+    name = f"{label}, {len(steps)} steps"
+    return student_sampler(components, components.roles.student, steps, name, cfg.method.student_sampler)
 
 
 def image_batch(cfg: RunConfig) -> int:

@@ -1,7 +1,8 @@
 """Read a recipe by name or path, without importing torch.
 
 A Shapes recipe is one file, NAME.yaml. A recipe for a real model is FAMILY_METHOD, such as sdxl_gdmd: the preset
-methods/METHOD.yaml (``about`` and ``needs`` are for people) with the values of families/FAMILY.yaml on top.
+methods/METHOD.yaml (``about`` and ``needs`` are for people) with the values of families/FAMILY.yaml on top. A family
+preset may extend another one: a model of the same family, or a turbo model with its teacher.
 """
 
 from __future__ import annotations
@@ -70,10 +71,20 @@ def _presets() -> dict[str, tuple[str, str]]:
 def _merged(name: str, family: str, method: str) -> dict[Any, Any]:
     """The config of FAMILY_METHOD: the method's preset, then the family's values, then those for this method only."""
     tree = read_yaml(FOLDER / "methods" / f"{method}.yaml")
-    values = read_yaml(FOLDER / "families" / f"{family}.yaml")
+    values = _family(family)
     about = f"{values.pop('title')} distilled with {tree.pop('about')}; needs {tree.pop('needs')}."
     special = values.pop("for_method", {}).get(method, {})
     return {"name": name, "about": about, **_updated(_updated(tree, values), special)}
+
+
+def _family(name: str) -> dict[Any, Any]:
+    """The values of families/NAME.yaml, on top of those of the preset that it extends, but for its ``for_method``."""
+    values = read_yaml(FOLDER / "families" / f"{name}.yaml")
+    if "extends" not in values:
+        return values
+    base = _family(values.pop("extends"))
+    base.pop("for_method", None)
+    return _updated(base, values)
 
 
 def _updated(tree: dict[Any, Any], values: dict[Any, Any]) -> dict[Any, Any]:

@@ -380,9 +380,9 @@ def _left_out(index: Mapping[str, Any], without: Sequence[str], folder: Path) ->
 
 
 def _from_folder(kind: str, folder: Path) -> Any:
-    """The scheduler of an export: one of the two kinds that ``gdmd export`` writes."""
+    """The scheduler of an export, of a kind that ``gdmd export`` writes."""
     import diffusers
 
-    if kind not in ("LCMScheduler", "FlowMatchEulerDiscreteScheduler"):
+    if kind not in ("LCMScheduler", "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"):
         raise RunError(f"{folder.parent / EXPORT_FILE} names the scheduler {kind!r}; export the run again")
     return getattr(diffusers, kind).from_pretrained(folder)

@@ -87,7 +87,8 @@ def _change(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -> d
     else:
         begin(components, cfg)
     prompts, rng = draws(components, cfg, step)
-    fixed = fixed_states(components.roles, prompts, rng, cfg.method.student_steps, components.latent_shape)
+    steps, sampler = cfg.method.student_steps, cfg.method.student_sampler
+    fixed = fixed_states(components.roles, prompts, rng, steps, components.latent_shape, sampler)
     progress = min(step, cfg.loop.steps - 1) / cfg.loop.steps
     factor = lr_factor(cfg.loop.lr_schedule, progress, states["student"].updates, cfg.loop.warmup)
     appliers = {role: _applier(state, factor) for role, state in states.items()}

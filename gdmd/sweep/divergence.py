@@ -21,7 +21,7 @@ from torch import Tensor
 from gdmd.diffusion.device import to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import backward_simulation
-from gdmd.types import Cond, Method, PromptBatch, Role, Roles, Update
+from gdmd.types import Cond, Method, PromptBatch, Role, Roles, StudentSampler, Update
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,20 @@ def divergence(full: Tensor, plain: Tensor) -> Divergence:
 
 @torch.no_grad()
 def fixed_states(
-    roles: Roles, prompts: PromptBatch, rng: SampleRng, steps: Sequence[float], shape: tuple[int, int, int]
+    roles: Roles,
+    prompts: PromptBatch,
+    rng: SampleRng,
+    steps: Sequence[float],
+    shape: tuple[int, int, int],
+    sampler: StudentSampler = "renoise",
 ) -> Fixed:
     """x_tau from the student's rollout to one of its steps, drawn uniformly."""
     stop = rng.on_host().integer("diagnosis_tau", len(steps))
     noise = rng.normal("diagnosis_noise", shape)
     renoise = lambda i: rng.normal("diagnosis_rollout", shape, i)  # noqa: E731
-    x_tau = backward_simulation(roles.student, noise, steps, stop, prompts.cond, renoise, roles.schedule)
+    x_tau = backward_simulation(
+        roles.student, noise, steps, stop, prompts.cond, renoise, roles.schedule, sampler=sampler
+    )
     return Fixed(x_tau, to_device_async(torch.tensor(steps)[stop], x_tau.device), prompts.cond)
 
 

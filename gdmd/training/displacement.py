@@ -19,7 +19,7 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.denoising import mean_square
 from gdmd.runs import reward_signal
 from gdmd.training.optimizer import lr_factor
-from gdmd.types import Denoiser
+from gdmd.types import Denoiser, StudentSampler
 
 MOVED = "student/moved"
 """Key of metrics.jsonl."""
@@ -46,9 +46,14 @@ def displacement(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def displacement_hook(
-    components: Components, prompts: Sequence[str], steps: Sequence[float], loop: LoopConfig, ranks: int
+    components: Components,
+    prompts: Sequence[str],
+    steps: Sequence[float],
+    loop: LoopConfig,
+    ranks: int,
+    sampler: StudentSampler = "renoise",
 ) -> Callable[[], Mapping[str, float]]:
-    """A hook that measures the displacement of the student as it is now (not its EMA), with the student's ``steps``.
+    """A hook that measures the displacement of the student as it is now (not its EMA), with its ``steps`` and sampler.
 
     All ranks draw the same samples, so that it works with sharding; the noise is the same at every call. Nothing is
     measured with loop.start_from: that student does not start as the teacher.
@@ -61,7 +66,7 @@ def displacement_hook(
     def sample(denoiser: Denoiser) -> Tensor:
         device = next(iter(components.roles.parameters("student").values())).device
         rng = SampleRng(loop.seed, 0, torch.arange(count, device=device))
-        return student_sampler(components, denoiser, steps).latents(texts, rng)
+        return student_sampler(components, denoiser, steps, sampler=sampler).latents(texts, rng)
 
     teacher = cache(lambda: sample(components.roles.teacher))
     return lambda: {MOVED: float(displacement(sample(components.roles.student), teacher()))}

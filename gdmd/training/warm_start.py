@@ -140,7 +140,8 @@ def _scale(config: Mapping[str, Any]) -> float:
 
 def _notes(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Differences that are allowed, although they change the student or its images."""
-    keys = (("model", "lora_alpha"), ("model", "path"), ("model", "dtype"), ("method", "student_steps"))
+    method = (("method", "student_steps"), ("method", "student_sampler"))
+    keys = (("model", "lora_alpha"), ("model", "path"), ("model", "dtype"), *method)
     notes = []
     for section, key in keys:
         if key == "lora_alpha" and config.get("model", {}).get("full") == "both":  # no adapters

@@ -9,8 +9,9 @@ from torch import Tensor
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import backward_simulation, continuation, few_step_sample, ode_sample, times
 from gdmd.diffusion.schedule import FlowSchedule, VpSchedule, from_x0, renoise
-from gdmd.types import Cond, Prediction
+from gdmd.types import Cond, Prediction, Schedule, StudentSampler
 
+SAMPLERS: tuple[StudentSampler, ...] = ("renoise", "ode")
 STEPS = (1.0, 0.75, 0.5, 0.25)
 SHAPE = (2, 3, 3)
 B = 7
@@ -36,23 +37,28 @@ def noise_at(i: int) -> Tensor:
     return RNG.normal("rollout", SHAPE, i)
 
 
-def naive(k: int, stop: int) -> Tensor:
+def naive(k: int, stop: int, sampler: StudentSampler = "renoise") -> Tensor:
     """x_tau of one sample, step by step."""
     own, student = SampleRng(3, 5, torch.tensor([k])), Student()
     x_t = own.normal("noise", SHAPE)
     for i in range(stop):
-        x0 = student(x_t, torch.tensor([STEPS[i]]), {"who": torch.tensor([float(k)])}).x0
-        x_t = renoise(x0, torch.tensor([STEPS[i + 1]]), own.normal("rollout", SHAPE, i + 1), FlowSchedule())
+        here, there = torch.tensor([STEPS[i]]), torch.tensor([STEPS[i + 1]])
+        found = student(x_t, here, {"who": torch.tensor([float(k)])})
+        if sampler == "ode":  # Euler's method: the velocity is eps - x0
+            x_t = x_t + (there - here) * found.velocity
+        else:
+            x_t = renoise(found.x0, there, own.normal("rollout", SHAPE, i + 1), FlowSchedule())
     return x_t[0]
 
 
-def test_backward_simulation_equals_a_loop() -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_backward_simulation_equals_a_loop(sampler: StudentSampler) -> None:
     """Each sample costs ``stop`` forwards."""
     stop, student = torch.tensor([0, 3, 1, 2, 3, 0, 2]), Student()
     noise = RNG.normal("noise", SHAPE)
-    x_tau = backward_simulation(student, noise, STEPS, stop, WHO, noise_at, FlowSchedule())
+    x_tau = backward_simulation(student, noise, STEPS, stop, WHO, noise_at, FlowSchedule(), sampler=sampler)
     for k in range(B):
-        torch.testing.assert_close(x_tau[k], naive(k, int(stop[k])))
+        torch.testing.assert_close(x_tau[k], naive(k, int(stop[k]), sampler), rtol=1e-5, atol=1e-5)
     spent = torch.bincount(torch.cat(student.forwards).long(), minlength=B)
     assert torch.equal(spent, stop)
 
@@ -67,12 +73,34 @@ def test_stop_zero_is_the_noise() -> None:
     assert torch.equal(noise, before)
 
 
-def test_the_roll_out_and_the_sampler_are_one_sampler() -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_roll_out_and_the_sampler_are_one_sampler(sampler: StudentSampler) -> None:
     noise, student = RNG.normal("noise", SHAPE), Student()
     last = torch.full((B,), len(STEPS) - 1)
-    x_tau = backward_simulation(student, noise, STEPS, last, WHO, noise_at, FlowSchedule())
+    x_tau = backward_simulation(student, noise, STEPS, last, WHO, noise_at, FlowSchedule(), sampler=sampler)
     x0 = student(x_tau, torch.full((B,), STEPS[-1]), WHO).x0
-    torch.testing.assert_close(few_step_sample(Student(), noise, STEPS, WHO, noise_at, FlowSchedule()), x0)
+    torch.testing.assert_close(few_step_sample(Student(), noise, STEPS, WHO, noise_at, FlowSchedule(), sampler), x0)
+
+
+def never(i: int) -> Tensor:
+    raise AssertionError(i)
+
+
+@pytest.mark.parametrize("schedule", [FlowSchedule(), VpSchedule(zero_snr=True)])
+def test_deterministic_student_samples_as_the_ode(schedule: Schedule) -> None:
+    """... in float64 and without a draw, down to t = 0, where x is x0 (up to VP's first training step)."""
+
+    def net(x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        return from_x0(torch.tanh(x_t * (1 + t[:, None, None, None])), x_t, t, schedule)
+
+    noise = RNG.normal("noise", SHAPE).double()
+    path = torch.tensor([*STEPS, 0.0], dtype=torch.float64)
+    wanted = ode_sample(net, noise, path[:-1], {}, schedule)  # x at the last step
+    wanted = net(wanted, path[-2].expand(B), {}).x0
+    found = few_step_sample(net, noise, STEPS, {}, never, schedule, "ode")
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    if isinstance(schedule, FlowSchedule):
+        torch.testing.assert_close(found, ode_sample(net, noise, path, {}, schedule), rtol=1e-6, atol=1e-6)
 
 
 def test_few_steps_are_predictions_with_fresh_noise_between() -> None:
@@ -90,9 +118,6 @@ def test_few_steps_are_predictions_with_fresh_noise_between() -> None:
 
 
 def test_one_step_needs_no_second_noise() -> None:
-    def never(i: int) -> Tensor:
-        raise AssertionError(i)
-
     noise = RNG.normal("noise", SHAPE)
     x0 = few_step_sample(Student(), noise, (1.0,), WHO, never, FlowSchedule())
     assert torch.equal(x0, Student()(noise, torch.ones(B), WHO).x0)
@@ -135,14 +160,15 @@ def test_an_ode_step_of_vp_is_ddim() -> None:
 
 
 class Affine:
-    """A student whose x0 depends on every argument, and that counts what it is asked."""
+    """A student whose x0 and eps depend on every argument, and that counts what it is asked."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         self.calls.append(len(x_t))
-        return Prediction(x0=(0.3 + t[:, None, None, None]) * x_t + cond["shift"][:, None, None, None], eps=x_t)
+        shift = cond["shift"][:, None, None, None]
+        return Prediction(x0=(0.3 + t[:, None, None, None]) * x_t + shift, eps=0.5 * x_t - shift)
 
 
 def draw(purpose: str, i: int = 0) -> Tensor:
@@ -172,13 +198,31 @@ def test_the_last_step_is_made_again_from_fresh_draw() -> None:
     assert student.calls == [4]
 
 
-def test_together_only_changes_the_calls() -> None:
+def test_deterministic_continuation_has_one_fresh_draw() -> None:
+    """... at the step after the one where the rollout stopped; two draws give two ends, equal from there on."""
+    stop, cond = torch.tensor([0, 1, 2, 3]), {"shift": torch.tensor([0.1, 0.2, -0.3, 0.4], dtype=torch.float64)}
+    student, again = Affine(), lambda i: draw("again", i)  # noqa: E731
+    end = continuation(student, draw("x0"), stop, STEPS, cond, again, FlowSchedule(), sampler="ode")
+    for k, entry in enumerate((1, 2, 3, 3)):
+        own, t = {"shift": cond["shift"][k : k + 1]}, torch.tensor(STEPS[entry:], dtype=torch.float64)
+        x_t = (1 - t[0]) * draw("x0")[k : k + 1] + t[0] * again(entry)[k : k + 1]
+        for here, there in zip(t[:-1], t[1:], strict=True):
+            found = student(x_t, here[None], own)
+            x_t = (1 - there) * found.x0 + there * found.eps
+        torch.testing.assert_close(end[k : k + 1], student(x_t, t[-1:], own).x0, rtol=1e-6, atol=1e-6)
+    other = continuation(student, draw("x0"), stop, STEPS, cond, lambda i: draw("b", i), FlowSchedule(), sampler="ode")
+    assert (end - other).abs().flatten(1).amax(1).min() > 0.01
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_together_only_changes_the_calls(sampler: StudentSampler) -> None:
     stop, cond = torch.tensor([3, 2, 3, 2]), {"shift": torch.ones(4, dtype=torch.float64)}
     ends, calls = [], []
     for together in (False, True):
         student = Affine()
         again = lambda i: draw("again", i)  # noqa: E731
-        ends.append(continuation(student, draw("x0"), stop, STEPS, cond, again, FlowSchedule(), together=together))
+        given = (draw("x0"), stop, STEPS, cond, again, FlowSchedule())
+        ends.append(continuation(student, *given, together=together, sampler=sampler))
         calls.append(student.calls)
     assert torch.equal(*ends) and calls == [[4], [1, 1, 4]]
 

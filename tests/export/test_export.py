@@ -31,6 +31,7 @@ from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.models.roles import DiffusersRoles
 from gdmd.sources.base import image_slots
 from gdmd.sources.open import open_source
+from gdmd.types import StudentSampler
 
 
 @pytest.fixture(scope="session")
@@ -38,19 +39,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pipelines")
 
 
+@pytest.mark.parametrize("sampler", ["renoise", "ode"])
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2", "z_image", "sana", "krea2", "qwen_image21"])
 def test_stock_pipeline_with_the_lora(
-    folders: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    folders: Path, tmp_path: Path, name: str, sampler: StudentSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roles = student_of(folders, name)
     noises = noises_of(roles)
-    wanted = trainers_images(roles, noises)
+    wanted = trainers_images(roles, noises, sampler=sampler)
     files = save_lora(roles.family, roles.parameters("student"), tmp_path)
     assert [file.name for file in files] == [DIFFUSERS_FILE, *([KOHYA_FILE] if name in ("sd15", "sdxl") else [])]
-    student_scheduler(roles.family, UNIFORM).save_pretrained(tmp_path / "scheduler")
+    student_scheduler(roles.family, UNIFORM, sampler).save_pretrained(tmp_path / "scheduler")
     pipe = type(roles.family.pipe).from_pretrained(folders / name)
     plain = stock_images(pipe, roles, noises, monkeypatch) if name == "sd3" else None
-    kind = diffusers.LCMScheduler if roles.family.native == "eps" else diffusers.FlowMatchEulerDiscreteScheduler
+    kind = getattr(diffusers, roles.family.student_scheduler(sampler))
     pipe.scheduler = kind.from_pretrained(tmp_path, subfolder="scheduler")
     pipe.load_lora_weights(tmp_path, weight_name=DIFFUSERS_FILE)
     assert torch.allclose(stock_images(pipe, roles, noises, monkeypatch), wanted, atol=1e-4)

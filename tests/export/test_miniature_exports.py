@@ -28,6 +28,7 @@ from gdmd.recipes.open_run import open_student
 from gdmd.recipes.run_folders import config_of
 from gdmd.shapes.grammar import catalog, fixed_rows
 from gdmd.student import load_student
+from gdmd.types import StudentSampler
 
 SETTINGS = {
     "method": "{kind: dmd, fake_updates: 1, guidance: 3.0}",
@@ -73,18 +74,22 @@ def gdmd(*words: str) -> None:
     assert not end.value.code
 
 
-@pytest.fixture(scope="module", params=["sdxl", "sd3", "flux2_klein"])
+@pytest.fixture(
+    scope="module", params=[f"{name}{how}" for name in ("sdxl", "sd3", "flux2_klein") for how in ("", " ode")]
+)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    run = tmp_path_factory.mktemp(request.param) / "run"
-    small = (f"{key}={value}" for key, value in SETTINGS.items())
-    gdmd("train", f"shapes_{request.param}", *small, "--run", str(run), "--no-eval")
+    name, _, ode = request.param.partition(" ")
+    sampler: StudentSampler = "ode" if ode else "renoise"
+    run = tmp_path_factory.mktemp(name) / "run"
+    small = (f"{key}={value}" for key, value in (SETTINGS | {"method.student_sampler": sampler}).items())
+    gdmd("train", f"shapes_{name}", *small, "--run", str(run), "--no-eval")
     gdmd("export", str(run))
     gdmd("export", str(run), "--merged")
     roles: Any = open_student(config_of(run), run)[0].roles
     captions = catalog().texts(fixed_rows("eval", 1))
     drawn = torch.Generator().manual_seed(0)
     noises = [torch.randn(len(captions), *roles.family.latent_shape, generator=drawn) for _ in UNIFORM]
-    return Trained(run, roles, captions, noises, trainers_images(roles, noises, captions))
+    return Trained(run, roles, captions, noises, trainers_images(roles, noises, captions, sampler))
 
 
 @pytest.mark.parametrize("export", ["export", "export-merged"])

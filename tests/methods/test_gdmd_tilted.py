@@ -27,6 +27,7 @@ from tiny_roles import (
 from torch import Tensor
 
 from gdmd.config.load import ConfigError
+from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.advantages import softmax_weights
 from gdmd.methods.gdmd_tilted import Finished, GdmdTilted, weighted_mean
 from gdmd.recipes.call_counts import count_calls
@@ -203,6 +204,24 @@ def test_two_rollouts_are_differentiated() -> None:
     assert [latents.requires_grad for latents in codec.shown] == [True, True, False]
     counted = count_calls(read_recipe("shapes_gdmd", ["method.reward_gradient=0.1"]))
     assert (counted.decoded_with_grad, counted.decoded) == (2, 6)
+
+
+class OnlyFirstNoise(SampleRng):
+    """Fails when a rollout asks for fresh noise."""
+
+    def normal(self, purpose: str, shape: tuple[int, ...], i: int = 0) -> Tensor:
+        assert purpose != "rollout"
+        return super().normal(purpose, shape, i)
+
+
+def test_deterministic_student_draws_noise_once_per_continuation() -> None:
+    """Its rollout depends on the first noise only; its K finished rollouts differ by the draw of the next step."""
+    method = tilted(tiny_roles(), student_sampler="ode")
+    draws = OnlyFirstNoise(11, 0, prompts().index)
+    y = method.finish(method.rollout(prompts(), draws), prompts(), draws).y  # [B, K, C, H, W]
+    assert (y[:, 0] - y[:, 1]).abs().flatten(1).amax(1).min() > 0.01
+    with pytest.raises(AssertionError):
+        tilted(tiny_roles()).rollout(prompts(), draws)
 
 
 def test_reward_gradient_zero_is_off() -> None:

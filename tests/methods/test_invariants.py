@@ -59,6 +59,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "indicator": ("gdmd_ablation", {"group_size": 2, "control": "indicator"}),
     "tilted": ("gdmd_tilted", {"group_size": 2, "continuations": 2}),
     "tilted gradient": ("gdmd_tilted", {"group_size": 2, "continuations": 2, "reward_gradient": 0.2}),
+    "tilted ode": ("gdmd_tilted", {"group_size": 2, "continuations": 2, "student_sampler": "ode"}),
     "tilted shuffled": ("gdmd_tilted_shuffled", {"group_size": 2, "continuations": 2, "reward_gradient": 0.2}),
 }
 REWARDED = [name for name, (kind, _) in METHODS.items() if kind not in ("dmd", "dmd2")]

@@ -38,7 +38,7 @@ from gdmd.plan.meta_pipeline import meta_family
 from gdmd.plan.networks import networks_of
 from gdmd.recipes.build import build
 from gdmd.sources.open import open_source
-from gdmd.types import Cond, Prediction
+from gdmd.types import Cond, Prediction, StudentSampler
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -371,16 +371,24 @@ def test_rescaled_guidance_needs_a_unet(saved: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["v, zero SNR", "x0", "500 steps, linear betas", "trained betas"])
-def test_exported_unet(saved: Callable[..., Path], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("sampler", "uniform"), [("renoise", UNIFORM), ("ode", UNIFORM), ("ode", (1.0, 0.9, 0.334))])
+def test_exported_unet(
+    saved: Callable[..., Path],
+    kind: str,
+    sampler: StudentSampler,
+    uniform: tuple[float, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     roles = DiffusersRoles(open_family(tiny.config(saved("sdxl", diffusers.DDIMScheduler(**UNETS[kind])))))
     with torch.no_grad():
         for weights in roles.parameters("student").values():
             weights.add_(0.2 * torch.randn_like(weights))
-    noises = [torch.randn(2, *roles.family.latent_shape) for _ in UNIFORM]
-    wanted, pipe = trainers_images(roles, noises), roles.family.pipe
+    noises = [torch.randn(2, *roles.family.latent_shape) for _ in uniform]
+    wanted, pipe = trainers_images(roles, noises, sampler=sampler, uniform=uniform), roles.family.pipe
     roles.backbone.set_adapter(roles.student.net.adapter)  # type: ignore[union-attr]
-    pipe.scheduler = student_scheduler(roles.family, UNIFORM)
-    torch.testing.assert_close(stock_images(pipe, roles, noises, monkeypatch), wanted, rtol=0, atol=1e-5)
+    pipe.scheduler = student_scheduler(roles.family, uniform, sampler)
+    found = stock_images(pipe, roles, noises, monkeypatch, uniform=uniform)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 if sampler == "ode" else 1e-5)
 
 
 @pytest.mark.parametrize(

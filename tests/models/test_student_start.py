@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,12 @@ pytest.importorskip("peft")
 import tiny_pipelines as tiny
 from safetensors.torch import load_file, save_file
 
+from gdmd.config.methods.base import DistillationConfig
 from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
-from gdmd.models.student_start import open_start
+from gdmd.models.student_start import compare_samplers, open_start
+
+UNIFORM = (1.0, 0.75, 0.5, 0.25)
 
 
 @pytest.mark.parametrize("name", list(tiny.BUILD))
@@ -27,7 +32,8 @@ def test_student_starts_as_the_other_pipeline(name: str, tmp_path: Path, caplog:
     save_file(moved, file, metadata={"format": "pt"})
     family = open_family(tiny.config(tmp_path / "base", student=str(tmp_path / "turbo")))
     start = open_start(family)
-    assert "adds no noise between the steps" in caplog.text
+    compare_samplers(start, UNIFORM, "renoise")
+    assert "adds no noise between the steps" in caplog.text and "method.student_sampler=ode keeps" in caplog.text
     assert start.pipe.vae is family.pipe.vae and start.pipe.text_encoder is family.pipe.text_encoder
     roles, alone = DiffusersRoles(family, start=start), open_family(tiny.config(tmp_path / "turbo"))
     x_t = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(5))
@@ -36,3 +42,38 @@ def test_student_starts_as_the_other_pipeline(name: str, tmp_path: Path, caplog:
         student, teacher, wanted = roles.student(*at).x0, roles.teacher(*at).x0, alone.predict(alone.net, *at).x0
     assert torch.allclose(student, wanted, atol=1e-5)
     assert not torch.allclose(student, teacher, atol=1e-3)
+
+
+def changed(folder: Path, **settings: object) -> None:
+    """Change the scheduler of a pipeline."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux2_klein"])
+def test_times_of_the_pipelines_call(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """SD3's call of N steps is not at the shifted uniform times, SDXL's is not with "leading" spacing; the note has them."""
+    tiny.save(name, tmp_path)
+    changed(tmp_path, **{"timestep_spacing": "leading"} if name == "sdxl" else {})
+    start = open_family(tiny.config(tmp_path, student=str(tmp_path)).start)
+    compare_samplers(start, UNIFORM, "ode")
+    if name == "flux2_klein":
+        assert not caplog.text
+        return
+    assert "the first images differ from those of that call" in caplog.text
+    (steps,) = re.findall(r"method.student_steps=(\[.*?\]) are its times", caplog.text)
+    found = DistillationConfig(student_steps=json.loads(steps)).student_steps
+    assert start.student_times(found) == pytest.approx(start.teacher_times(4)[:-1].tolist(), abs=1e-4)
+    caplog.clear()
+    compare_samplers(start, found, "ode")
+    assert not caplog.text
+
+
+def test_pipeline_that_renoises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.save("flux2_klein", tmp_path)
+    changed(tmp_path, stochastic_sampling=True)
+    start = open_family(tiny.config(tmp_path, student=str(tmp_path)).start)
+    compare_samplers(start, UNIFORM, "renoise")
+    assert not caplog.text
+    compare_samplers(start, UNIFORM, "ode")
+    assert "adds new noise" in caplog.text and "method.student_sampler=renoise keeps" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,7 @@ from gdmd.types import PromptBatch
 
 RECIPES = ("sd15_gdmd", "sdxl_dmd2", "sd3_gdmd", "flux_dmdr", "flux2_dmd")
 RECIPES += ("flux2_klein_gdmd", "z_image_dmd2", "qwen_image_dmdr", "qwen_image21_dmd", "sana_dmd", "krea2_gdmd")
+RECIPES += ("sd35_medium_gdmd", "flux2_klein_turbo_gdmd", "z_image_turbo_gdmd", "sdxl_lightning_gdmd")
 SMALL = {"height": tiny.SIZE, "width": tiny.SIZE, "dtype": "fp32", "lora_rank": 2, "lora_alpha": 2}
 SMALL |= {"max_tokens": 256, "embeddings": "null", "checkpointing": "false"}
 
@@ -65,6 +67,9 @@ def test_recipe_trains_a_tiny_pipeline(folders: Path, name: str) -> None:
         tiny.save(family, folder)
     changed = [f"model.{key}={value}" for key, value in SMALL.items()]
     changed += [f"model.path={folder}", "loop.batch_size=2"]
+    model: Any = read_recipe(name).model
+    changed += [f"model.student={folder}"] if model.student else []
+    changed += ["model.student_lora=null", f"model.student={folder}"] if model.student_lora else []
     changed += ["method.group_size=1"] if name.endswith("_gdmd") else ["method.fake_updates=1"]
     if name.endswith("_dmd2"):
         changed = with_images(folders, name, changed)

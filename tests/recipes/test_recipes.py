@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import yaml
 
@@ -19,11 +21,12 @@ def test_every_recipe_loads() -> None:
 
 @pytest.mark.parametrize("family", family_names())
 def test_family_recipes(family: str) -> None:
-    """Every method makes 3,000 student updates with a 4-step student; both sides can be set to 512 pixels."""
+    """Every method makes 3,000 student updates with a student of 4 or 8 steps; both sides can be set to 512 pixels."""
     for method in method_names():
         cfg = read_recipe(f"{family}_{method}", ["model.height=512", "model.width=512"])
-        assert isinstance(cfg.model, DiffusersModel) and cfg.model.family == family
-        assert cfg.method.kind.startswith(method) and len(cfg.method.student_steps) == 4
+        assert isinstance(cfg.model, DiffusersModel) and family.startswith(str(cfg.model.family))
+        assert cfg.method.kind.startswith(method)
+        assert len(cfg.method.student_steps) == (8 if family == "z_image_turbo" else 4)
         assert cfg.loop.steps * (cfg.method.group_size if method == "gdmd" else 1) == 3000
 
 
@@ -36,6 +39,18 @@ def test_family_values_win_over_the_method_preset() -> None:
     assert special.loop.lr_student == family["for_method"]["dmd2"]["loop"]["lr_student"] != plain.loop.lr_student
     assert special.loop.steps == method["loop"]["steps"] and special.model.lora_rank == method["model"]["lora_rank"]
     assert special.about == f"SDXL distilled with {method['about']}; needs {method['needs']}."
+
+
+def test_a_turbo_pair_differs_from_its_base_in_the_student() -> None:
+    """families/sdxl_lightning.yaml extends sdxl: same teacher and guidance, but not sdxl's rate for DMD2."""
+    pair, base = (read_recipe(f"{name}_dmd2").model_dump() for name in ("sdxl_lightning", "sdxl"))
+    changed = {f"{part}.{key}" for part in base for key in _keys(base[part]) if pair[part][key] != base[part][key]}
+    assert changed == {"model.student_lora", "method.student_sampler", "loop.lr_student", "loop.lr_fake"}
+    assert pair["loop"]["lr_student"] == 3e-6
+
+
+def _keys(section: Any) -> Any:
+    return section if isinstance(section, dict) else ()
 
 
 def test_errors_in_overrides_name_the_recipe() -> None:

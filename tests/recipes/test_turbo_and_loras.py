@@ -28,18 +28,21 @@ from gdmd.config.image_source import SourceConfig
 from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import located
+from gdmd.diffusion.rng import SampleRng
+from gdmd.diffusion.sampling import few_step_sample
 from gdmd.export.front_matter import front_matter
 from gdmd.export.pipeline import student_scheduler
 from gdmd.io import RunError
 from gdmd.models.loading import open_family
 from gdmd.models.lora_files import fuse_loras
+from gdmd.models.packing import in_patches
 from gdmd.models.roles import DiffusersRoles
 from gdmd.models.student_start import check_alike, open_start
 from gdmd.plan.cost_model import GPUS
 from gdmd.plan.estimate import plan
 from gdmd.recipes.build import build
 from gdmd.recipes.inputs import check_start
-from gdmd.recipes.open_run import open_student
+from gdmd.recipes.open_run import open_named, open_student
 from gdmd.recipes.read import read_recipe
 from gdmd.recipes.run_folders import config_of
 from gdmd.shapes.grammar import catalog, fixed_rows
@@ -180,6 +183,80 @@ def test_student_starts_as_the_turbo_model(
     base = build(recipe(name), "cpu").roles.teacher(noise, t, cond).x0
     assert torch.equal(teacher, base) and torch.allclose(fake, teacher, atol=1e-6)
     assert torch.allclose(old, student, atol=1e-6) and not torch.allclose(student, teacher, atol=0.05)
+
+
+@pytest.fixture(scope="module")
+def euler(place: Path, turbo: Callable[[str], Path]) -> Callable[[str], Path]:
+    """The same pipelines with the deterministic schedulers of published ones."""
+
+    def made(name: str) -> Path:
+        folder = place / f"{name}-euler"
+        if not folder.exists():
+            shutil.copytree(turbo(name), folder)
+            pipe = pipeline(name, folder)
+            kind = diffusers.DDIMScheduler if name == "sdxl" else diffusers.FlowMatchEulerDiscreteScheduler
+            own = {"timestep_spacing": "trailing", "set_alpha_to_one": True} if name == "sdxl" else {}
+            pipe.scheduler = kind.from_config(pipe.scheduler.config, **own, stochastic_sampling=False)
+            pipe.save_pretrained(folder)
+        return folder
+
+    return made
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2_klein"])
+def test_first_images_are_those_of_the_turbo_pipelines_own_call(
+    name: str, euler: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """... with its scheduler and 4 steps; SD3's call has other times than ours, which the note names."""
+    words = [f"model.student={euler(name)}", "method.student_sampler=ode"]
+    if name == "sd3":
+        build(recipe(name, *words), "cpu")
+        (steps,) = re.findall(r"(method.student_steps=\[.*?\]) are its times", caplog.text)
+        words.append(steps)
+        caplog.clear()
+    components = build(recipe(name, *words), "cpu")
+    assert "the first images differ" not in caplog.text
+    roles: Any = components.roles
+    noises, pipe = noises_of(roles), pipeline(name, euler(name))
+    pipe.set_progress_bar_config(disable=True)
+    given = {"sdxl": {"guidance_scale": 0.0}, "sd3": {"guidance_scale": 0.0}, "flux2_klein": {"guidance_scale": 1.0}}
+    own = {"max_sequence_length": roles.family.cfg.max_tokens} if name != "sdxl" else {}
+    start = in_patches(noises[0]) if name == "flux2_klein" else noises[0]
+    size = {"height": 32, "width": 32, "num_inference_steps": 4, "output_type": "pt"}
+    drawn = pipe(prompt=list(CAPTIONS), latents=start, **size, **given[name], **own).images
+    cond = roles.family.encoder.encode(CAPTIONS)
+    x0 = few_step_sample(roles.student, noises[0], components.student_steps, cond, never, roles.schedule, "ode")
+    assert float((roles.family.codec.decode(x0).clamp(0, 1) - drawn).abs().max()) <= 1e-4
+
+
+def never(i: int) -> Tensor:
+    raise AssertionError(f"a deterministic sampler drew noise for step {i}")
+
+
+def test_deterministic_student_from_training_to_its_exports(
+    euler: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LoRA on an Euler-sampled turbo model; ``gdmd sample``'s source, the pipelines and the exports draw its images."""
+    run, options = tmp_path / "run", (f"model.student={euler('sdxl')}", "method.student_sampler=ode")
+    gdmd("train", "shapes_sdxl", *SETTINGS, *options, "loop.steps=2", "--run", run, "--no-eval")
+    gdmd("export", run)
+    roles = opened(run)
+    noises = noises_of(roles)
+    wanted = trainers_images(roles, noises, CAPTIONS, "ode")
+    card = (run / "export" / "README.md").read_text()
+    assert "The scheduler is deterministic (Euler, DDIM)" in card and "DPMSolverMultistepScheduler" in card
+    source = open_export(SourceConfig(name="it", where=str(run / "export"))).pipe
+    for pipe in (by_the_card(run / "export"), source, load_student(run), load_student(run / "export")):
+        drawn = stock_images(pipe, roles, noises, monkeypatch, CAPTIONS)
+        assert float((drawn - wanted).abs().max()) <= 1e-4
+    _, components, sampler, _ = open_named(str(run))
+    rng = SampleRng(0, 0, torch.arange(len(CAPTIONS)))
+    noise = rng.normal("eval_noise", components.latent_shape)
+    own: Any = components.roles
+    x0 = few_step_sample(
+        own.student, noise, components.student_steps, own.family.encoder.encode(CAPTIONS), never, own.schedule, "ode"
+    )
+    assert torch.equal(sampler.latents(CAPTIONS, rng), x0)
 
 
 @pytest.mark.parametrize("full", ["none", "student"])

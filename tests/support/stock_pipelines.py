@@ -17,6 +17,7 @@ from gdmd.models.loading import open_family
 from gdmd.models.packing import in_patches, pack
 from gdmd.models.roles import DiffusersRoles
 from gdmd.models.vae import on_white
+from gdmd.types import StudentSampler
 
 UNIFORM = (1.0, 0.75, 0.5, 0.25)
 CAPTIONS = list(tiny.WORDS[:2])
@@ -38,10 +39,16 @@ def noises_of(roles: DiffusersRoles) -> list[Tensor]:
     return [torch.randn(2, *roles.family.latent_shape) for _ in UNIFORM]
 
 
-def trainers_images(roles: DiffusersRoles, noises: list[Tensor], captions: Sequence[str] = CAPTIONS) -> Tensor:
+def trainers_images(
+    roles: DiffusersRoles,
+    noises: list[Tensor],
+    captions: Sequence[str] = CAPTIONS,
+    sampler: StudentSampler = "renoise",
+    uniform: Sequence[float] = UNIFORM,
+) -> Tensor:
     family = roles.start
-    steps, cond = family.student_times(UNIFORM), family.encoder.encode(captions)
-    x0 = few_step_sample(roles.student, noises[0], steps, cond, lambda i: noises[i], roles.schedule)
+    steps, cond = family.student_times(uniform), family.encoder.encode(captions)
+    x0 = few_step_sample(roles.student, noises[0], steps, cond, lambda i: noises[i], roles.schedule, sampler)
     return family.codec.decode(x0).clamp(0, 1)
 
 
@@ -53,13 +60,15 @@ def stock_images(
     captions: Sequence[str] = CAPTIONS,
     *,
     bound: bool = False,
+    uniform: Sequence[float] = UNIFORM,
 ) -> Tensor:
     """The stock call with our noise for its re-noising steps; ``bound``: the pipeline's call has the arguments."""
     name = roles.family.name
     if name == "qwen_image21" and len(captions) > 1:  # its images depend on the padding of a batch
         parts = ([noise[k : k + 1] for noise in noises] for k in range(len(captions)))
         alone = zip(parts, captions, strict=True)
-        return torch.cat([stock_images(pipe, roles, part, patch, [text], bound=bound) for part, text in alone])
+        given: dict[str, Any] = {"bound": bound, "uniform": uniform}
+        return torch.cat([stock_images(pipe, roles, part, patch, [text], **given) for part, text in alone])
     packed = name in ("flux", "flux2", "flux2_klein", "qwen_image", "krea2")
     shown = [pack(noise) if packed else noise for noise in noises]
     if name == "qwen_image21":
@@ -68,7 +77,7 @@ def stock_images(
     for module in ("scheduling_lcm", "scheduling_flow_match_euler_discrete"):
         patch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: next(drawn))
     pipe.set_progress_bar_config(disable=True)
-    arguments = {} if bound else call_arguments(roles.start, UNIFORM)
+    arguments = {} if bound else call_arguments(roles.start, uniform)
     if name in ("sd3", "flux", "z_image") and not bound:
         arguments.setdefault("max_sequence_length", 256)
     start = in_patches(noises[0]) if name.startswith("flux2") else shown[0]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from gdmd.config.base import Config, Count, NonNegative, Positive, Probability
+from gdmd.types import StudentSampler
 
 GroupSize = Annotated[Count, Field(ge=2)]
 """Samples that are compared with each other: a group of one has no advantage."""
@@ -31,6 +32,12 @@ class DistillationConfig(Config):
         default=(1.0, 0.75, 0.5, 0.25),
         description="[I] Times of the student's steps, from noise: uniform before the family's shift. A number N stands "
         "for N uniform steps: 4 is [1, 0.75, 0.5, 0.25].",
+    )
+    student_sampler: StudentSampler = Field(
+        default="renoise",
+        description="From step to step: renoise = x0 with fresh noise (DMD2, LCM), ode = x0 with the predicted noise "
+        "(Euler, DDIM), as klein, Lightning, Z-Image-Turbo and SD3.5-Turbo are sampled. Training, validation and exports "
+        "use it; rollouts of GRPO and NFT have noise_level instead.",
     )
     step_draw: Literal["sample", "batch"] = Field(
         default="sample",

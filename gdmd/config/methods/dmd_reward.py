@@ -55,7 +55,7 @@ class GroupedDmdConfig(RewardedDmdConfig):
     advantage_clip: Positive = Field(default=5.0, description="Largest |A| (DiffusionNFT's and Flow-GRPO's code: 5).")
     noise_level: Probability = Field(
         default=0.9,
-        description="CPS noise of the rollouts: th = noise_level pi / 2; 0 is the ODE, 1 the student's own sampler.",
+        description="CPS noise of the rollouts: th = noise_level pi / 2; 0 is student_sampler = ode, 1 is renoise.",
     )
 
     @property
@@ -76,7 +76,7 @@ class DMDNFTConfig(GroupedDmdConfig):
     noise_level: Probability = Field(
         default=1.0,
         description="CPS noise of the rollouts, th = noise_level pi / 2 (arXiv 2604.19009 samples by an SDE); [I] 1 "
-        "is the student's own sampler, in whose steps all noise is fresh; 0 is the ODE.",
+        "is student_sampler = renoise, in whose steps all noise is fresh; 0 is ode, whatever student_sampler says.",
     )
     beta: Positive = Field(
         default=0.1,

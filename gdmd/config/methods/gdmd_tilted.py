@@ -21,7 +21,9 @@ class TiltedGDMDConfig(DistillationConfig):
         "the mean target.",
     )
     continuations: GroupSize = Field(
-        default=8, description="K: how often the sampler continues from x0 with fresh noise to a finished sample y_k."
+        default=8,
+        description="K: how often the sampler continues from x0 with fresh noise to a finished sample y_k; with "
+        "student_sampler = ode only the first of these steps has fresh noise.",
     )
     continuation_weight: NonNegative = Field(
         default=6.0,

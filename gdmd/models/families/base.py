@@ -21,7 +21,7 @@ from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.models.features import capture_features
 from gdmd.models.tokens import readers_of
 from gdmd.models.vae import check_scaling
-from gdmd.types import Codec, Cond, Guide, Native, Prediction, Schedule
+from gdmd.types import Codec, Cond, Guide, Native, Prediction, Schedule, StudentSampler
 
 
 class Family(ABC):
@@ -99,13 +99,12 @@ class Family(ABC):
         config: Any = self.net.config
         return bool(config.get("guidance_embeds")) or config.get("time_cond_proj_dim") is not None
 
-    @property
     @abstractmethod
-    def student_scheduler(self) -> str:
+    def student_scheduler(self, sampler: StudentSampler) -> str:
         """The diffusers scheduler with which the stock pipeline samples a student as in training."""
 
     @abstractmethod
-    def student_settings(self, steps: int) -> dict[str, Any]:
+    def student_settings(self, steps: int, sampler: StudentSampler) -> dict[str, Any]:
         """The config of that scheduler for a student of ``steps`` steps."""
 
     @property
@@ -153,6 +152,10 @@ class Family(ABC):
     @abstractmethod
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
         """Uniform times in (0, 1], descending -> the family's times (its shift, or its discrete training steps)."""
+
+    @abstractmethod
+    def uniform_times(self, times: Sequence[float]) -> tuple[float, ...]:
+        """The inverse of ``student_times``: method.student_steps of these times."""
 
     @abstractmethod
     def teacher_times(self, steps: int) -> Tensor:

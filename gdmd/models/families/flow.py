@@ -12,6 +12,7 @@ from gdmd.diffusion.schedule import FlowSchedule
 from gdmd.models.families.base import Family
 from gdmd.models.schedulers import read_flow
 from gdmd.models.timesteps import FlowTimesteps, uniform_times
+from gdmd.types import StudentSampler
 
 
 class FlowFamily(Family):
@@ -34,12 +35,11 @@ class FlowFamily(Family):
         self.schedule = FlowSchedule()
         self.settings = read_flow(pipe.scheduler, cfg.what, self.max_shift)
 
-    @property
-    def student_scheduler(self) -> str:
+    def student_scheduler(self, sampler: StudentSampler) -> str:
         return "FlowMatchEulerDiscreteScheduler"
 
-    def student_settings(self, steps: int) -> dict[str, Any]:
-        return self.settings.stochastic()
+    def student_settings(self, steps: int, sampler: StudentSampler) -> dict[str, Any]:
+        return self.settings.few_steps(sampler)
 
     @property
     def tokens(self) -> int:
@@ -58,6 +58,9 @@ class FlowFamily(Family):
 
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
         return self.timesteps_for(len(uniform)).student(uniform)
+
+    def uniform_times(self, times: Sequence[float]) -> tuple[float, ...]:
+        return self.timesteps_for(len(times)).uniform(times)
 
     def teacher_times(self, steps: int) -> Tensor:
         return self.timesteps_for(steps).teacher(uniform_times(steps))

@@ -17,7 +17,7 @@ from gdmd.models.families.base import Family
 from gdmd.models.features import stop_after_mid_block
 from gdmd.models.schedulers import read_vp
 from gdmd.models.vae import VaeCodec
-from gdmd.types import Prediction
+from gdmd.types import Prediction, StudentSampler
 
 
 class UnetFamily(Family):
@@ -66,15 +66,17 @@ class UnetFamily(Family):
         row = nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))
         return row.expand(len(t), -1)
 
-    @property
-    def student_scheduler(self) -> str:
-        return "LCMScheduler"
+    def student_scheduler(self, sampler: StudentSampler) -> str:
+        return "LCMScheduler" if sampler == "renoise" else "DPMSolverMultistepScheduler"
 
-    def student_settings(self, steps: int) -> dict[str, Any]:
-        return self.settings.few_steps(steps)
+    def student_settings(self, steps: int, sampler: StudentSampler) -> dict[str, Any]:
+        return self.settings.few_steps(steps, sampler)
 
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
         return self.timesteps.student(uniform)
+
+    def uniform_times(self, times: Sequence[float]) -> tuple[float, ...]:
+        return self.timesteps.uniform(times)
 
     def teacher_times(self, steps: int) -> Tensor:
         """DDIM's times with the pipeline's spacing."""
