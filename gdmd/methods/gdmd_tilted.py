@@ -41,7 +41,10 @@ class Finished:
 
 @dataclass
 class GdmdTilted(Distillation[TiltedGDMDConfig]):
-    """eta fake score updates and targets, then eta student updates towards the mean of the tilted targets."""
+    """eta fake score updates and targets, then eta student updates towards the mean of the tilted targets.
+
+    In the cold start each student update follows a DMD target of its own.
+    """
 
     scorer: Scorer = field(kw_only=True)
     scale: RunningScale = field(init=False)  # Z
@@ -52,9 +55,9 @@ class GdmdTilted(Distillation[TiltedGDMDConfig]):
         self.scale = RunningScale(len(self.scorer.rewards))
 
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
-        """One outer iteration; gamma = 0 finishes no rollout and follows each draw's own target, as DMD does."""
-        rollout, eta = self.rollout(prompts, rng), self.cfg.group_size
-        finished = self.finish(rollout, prompts, rng) if self.cfg.gamma > 0 else None
+        """One outer iteration; without rewards no rollout is finished, and each draw's own target followed, as DMD does."""
+        rollout, eta = self.rollout(prompts, rng), self.cfg.updates_at(step)
+        finished = self.finish(rollout, prompts, rng) if self.cfg.rewarded_at(step) else None
         targets = []  # eta x [B, C, H, W], or eta x [B, K, C, H, W] with rollouts
         for i in range(eta):
             yield Update("fake", self.fake_loss, self.fake_batch(rollout, rng, i))
@@ -113,8 +116,10 @@ class GdmdTilted(Distillation[TiltedGDMDConfig]):
         scores = prompts.ranks.all_gather(finished.scores, 2)  # [R, K, B]
         z = self.scale.update(scores)  # every score counts once
         advantage = mean_advantage(scores, scores.nanmean(1), z)  # [K, B]; a softmax does not see what is subtracted
+        weights = self.softmax(advantage.expand(self.cfg.group_size, -1, -1))
         self._stats |= target_stats(self.scorer.rewards, scores, advantage.isnan())
-        return prompts.ranks.local_shard(self.softmax(advantage.expand(self.cfg.group_size, -1, -1)), 2)
+        self._stats["reward/construction_gain"] = construction_gain(scores, weights[0])
+        return prompts.ranks.local_shard(weights, 2)
 
     def softmax(self, advantage: Tensor) -> Tensor:
         """Weights over eta K targets of each sample, mean 1; 1 for an unscored one. [eta, K, B] -> [eta, K, B]"""
@@ -134,6 +139,14 @@ class GdmdTilted(Distillation[TiltedGDMDConfig]):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.scale.load(state)
+
+
+def construction_gain(scores: Tensor, weights: Tensor) -> Tensor:
+    """sum_k w_k R(y_k) / K - mean_k R(y_k), the mean over rewards and samples: what the tilt adds to the score, 0-d.
+
+    scores [R, K, B] raw, NaN = not scored; weights [K, B] of mean 1. A sample with an unscored rollout is left out.
+    """
+    return (scores * (weights - 1)).mean(1).nanmean()
 
 
 def weighted_mean(targets: list[Tensor], weights: Tensor) -> Tensor:

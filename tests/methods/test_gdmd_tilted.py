@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from tiny_roles import (
     Toy,
     ToyCodec,
+    dmd,
     first_student,
     gdmd,
     make,
@@ -121,6 +122,39 @@ def test_weights_are_logged() -> None:
         first_student(method, roles)
         assert method.stats()["weight/mean"].item() == pytest.approx(1)
         assert low <= method.stats()["weight/effective"].item() <= high
+
+
+def test_cold_start_is_dmd_bit_for_bit() -> None:
+    """... nothing is decoded, and the iteration after it is the one of a method without a cold start."""
+    (first, second), codec = (tiny_roles(), tiny_roles()), ToyCodec()
+    method = tilted(first, codec=codec, group_size=1, cold_start=2, cold_start_updates=3)
+    plain = train(dmd(second, fake_updates=3, student_updates=3), second)
+    assert same(train(method, first), plain)
+    assert not codec.shown and "reward/target" not in method.stats()
+    then = train(tilted(second, group_size=1), second, steps=1, start=2)
+    assert same(train(method, first, steps=1, start=2), then)
+    assert codec.shown and "reward/target" in method.stats()
+
+
+def test_cold_start_leaves_iterations_for_the_rewards() -> None:
+    message = r"cold_start = 5 outer iterations leave none of loop\.steps = 5 for the rewards; lower cold_start"
+    with pytest.raises(ConfigError, match=message):
+        read_recipe("shapes_gdmd", ["method.cold_start=5", "loop.steps=5"])
+    read_recipe("shapes_gdmd", ["method.cold_start=5", "loop.steps=6"])
+    read_recipe("shapes_gdmd", ["method.cold_start=5", "loop.steps=5", "method.gamma=0"])
+
+
+def test_construction_gain_is_that_of_float64() -> None:
+    """The weighted mean score of the rollouts minus the plain one; a sample with an unscored rollout is left out."""
+    roles = tiny_roles()
+    method = tilted(roles, Toy(), Toy("b", 1, factor=3.0, unscored=(2,)), gamma=2.0, group_size=1)
+    own, r = finished(method), method.rollout(prompts(), rng())
+    weights = method.weigh(own, r, prompts(), rng())[0].double()  # [K, B]
+    scores = own.scores.double()  # [R, K, B]
+    gains = (scores * weights / 3).sum(1) - scores.mean(1)  # [R, B]
+    wanted = torch.cat([gains[0], gains[1, [0, 1, 3]]]).mean()
+    assert method.stats()["reward/construction_gain"].item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert wanted > 1e-4
 
 
 def test_weighted_mean_is_that_of_float64() -> None:
