@@ -58,7 +58,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "indicator": ("gdmd_ablation", {"group_size": 2, "control": "indicator"}),
     "tilted": ("gdmd_tilted", {"group_size": 2, "continuations": 2}),
     "tilted gradient": ("gdmd_tilted", {"group_size": 2, "continuations": 2, "reward_gradient": 0.2}),
-    "tilted cold start": ("gdmd_tilted", {"group_size": 1, "continuations": 2, "cold_start": 1, "cold_start_updates": 2}),
+    "tilted cold start": (
+        "gdmd_tilted",
+        {"group_size": 1, "continuations": 2, "cold_start": 1, "cold_start_updates": 2},
+    ),
     "tilted shuffled": ("gdmd_tilted_shuffled", {"group_size": 2, "continuations": 2, "reward_gradient": 0.2}),
 }
 REWARDED = [name for name, (kind, _) in METHODS.items() if kind not in ("dmd", "dmd2")]
