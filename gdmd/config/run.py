@@ -12,7 +12,7 @@ from gdmd.config.methods.dmd2 import DMD2Config
 from gdmd.config.methods.dmd_reward import DMDReFLConfig
 from gdmd.config.methods.dmdr import DMDRConfig
 from gdmd.config.methods.gdmd import GDMDConfig
-from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig, TiltedGDMDConfig
+from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.real_data import RealDataConfig
 from gdmd.config.rewards import RewardConfig as RewardConfig
@@ -182,16 +182,6 @@ class RunConfig(Config):
         names = [r.label for r in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"each reward may be listed once, got {names}")
-        return self
-
-    @model_validator(mode="after")
-    def _after_the_cold_start(self) -> RunConfig:
-        method, steps = self.method, self.loop.steps
-        if isinstance(method, TiltedGDMDConfig) and method.rewarded and 0 < steps <= method.cold_start:
-            raise ValueError(
-                f"method.cold_start = {method.cold_start} outer iterations leave none of loop.steps = {steps} for the "
-                "rewards; lower cold_start, or raise loop.steps"
-            )
         return self
 
     @model_validator(mode="after")

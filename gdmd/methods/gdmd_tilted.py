@@ -41,10 +41,7 @@ class Finished:
 
 @dataclass
 class GdmdTilted(Distillation[TiltedGDMDConfig]):
-    """eta fake score updates and targets, then eta student updates towards the mean of the tilted targets.
-
-    In the cold start each student update follows a DMD target of its own.
-    """
+    """eta fake score updates and targets, then eta student updates towards the mean of the tilted targets."""
 
     scorer: Scorer = field(kw_only=True)
     scale: RunningScale = field(init=False)  # Z
@@ -55,9 +52,9 @@ class GdmdTilted(Distillation[TiltedGDMDConfig]):
         self.scale = RunningScale(len(self.scorer.rewards))
 
     def iteration(self, step: int, prompts: PromptBatch, rng: SampleRng) -> Iterator[Update]:
-        """One outer iteration; without rewards no rollout is finished, and each draw's own target followed, as DMD does."""
-        rollout, eta = self.rollout(prompts, rng), self.cfg.updates_at(step)
-        finished = self.finish(rollout, prompts, rng) if self.cfg.rewarded_at(step) else None
+        """One outer iteration; gamma = 0 finishes no rollout and follows each draw's own target, as DMD does."""
+        rollout, eta = self.rollout(prompts, rng), self.cfg.group_size
+        finished = self.finish(rollout, prompts, rng) if self.cfg.gamma > 0 else None
         targets = []  # eta x [B, C, H, W], or eta x [B, K, C, H, W] with rollouts
         for i in range(eta):
             yield Update("fake", self.fake_loss, self.fake_batch(rollout, rng, i))

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from tiny_roles import (
     Toy,
     ToyCodec,
-    dmd,
     first_student,
     gdmd,
     make,
@@ -122,26 +121,6 @@ def test_weights_are_logged() -> None:
         first_student(method, roles)
         assert method.stats()["weight/mean"].item() == pytest.approx(1)
         assert low <= method.stats()["weight/effective"].item() <= high
-
-
-def test_cold_start_is_dmd_bit_for_bit() -> None:
-    """... nothing is decoded, and the iteration after it is the one of a method without a cold start."""
-    (first, second), codec = (tiny_roles(), tiny_roles()), ToyCodec()
-    method = tilted(first, codec=codec, group_size=1, cold_start=2, cold_start_updates=3)
-    plain = train(dmd(second, fake_updates=3, student_updates=3), second)
-    assert same(train(method, first), plain)
-    assert not codec.shown and "reward/target" not in method.stats()
-    then = train(tilted(second, group_size=1), second, steps=1, start=2)
-    assert same(train(method, first, steps=1, start=2), then)
-    assert codec.shown and "reward/target" in method.stats()
-
-
-def test_cold_start_leaves_iterations_for_the_rewards() -> None:
-    message = r"cold_start = 5 outer iterations leave none of loop\.steps = 5 for the rewards; lower cold_start"
-    with pytest.raises(ConfigError, match=message):
-        read_recipe("shapes_gdmd", ["method.cold_start=5", "loop.steps=5"])
-    read_recipe("shapes_gdmd", ["method.cold_start=5", "loop.steps=6"])
-    read_recipe("shapes_gdmd", ["method.cold_start=5", "loop.steps=5", "method.gamma=0"])
 
 
 def test_construction_gain_is_that_of_float64() -> None:

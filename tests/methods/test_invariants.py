@@ -58,10 +58,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "indicator": ("gdmd_ablation", {"group_size": 2, "control": "indicator"}),
     "tilted": ("gdmd_tilted", {"group_size": 2, "continuations": 2}),
     "tilted gradient": ("gdmd_tilted", {"group_size": 2, "continuations": 2, "reward_gradient": 0.2}),
-    "tilted cold start": (
-        "gdmd_tilted",
-        {"group_size": 1, "continuations": 2, "cold_start": 1, "cold_start_updates": 2},
-    ),
     "tilted shuffled": ("gdmd_tilted_shuffled", {"group_size": 2, "continuations": 2, "reward_gradient": 0.2}),
 }
 REWARDED = [name for name, (kind, _) in METHODS.items() if kind not in ("dmd", "dmd2")]
@@ -87,7 +83,7 @@ def world(name: str, *rewards: Reward, codec: ToyCodec | None = None, **options:
 
 def steps(name: str) -> range:
     """Iterations that show every stage."""
-    return range(2) if name.startswith("dmdr") or "cold start" in name else range(1)
+    return range(2) if name.startswith("dmdr") else range(1)
 
 
 @pytest.fixture

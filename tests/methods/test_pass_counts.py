@@ -161,7 +161,6 @@ COSTS: dict[str, dict[str, Any]] = {
     "gdmd, one step for all": {"kind": "gdmd", "step_draw": "batch"},
     "gdmd on data": {"kind": "gdmd", "student_input": "data"},
     "gdmd_tilted": {"kind": "gdmd_tilted", "continuations": 3, "reward_gradient": 0.1},
-    "gdmd_tilted, cold start": {"kind": "gdmd_tilted", "continuations": 3, "cold_start": 1, "group_size": 2},
     "dmd": {"kind": "dmd"},
     "dmd, regression": {"kind": "dmd", "regression_weight": 0.2, "regression_steps": 3},
     "dmd2": {"kind": "dmd2"},

@@ -38,8 +38,8 @@ def iteration_passes(method: MethodConfig, step: int, places: Tensor) -> float:
             old = 1 if method.old_policy == "ema" else 0
             return rollout + old + method.group_size * (TRAINED + score + TRAINED)
         case TiltedGDMDConfig():
-            rollout += method.continuations * _tail(method, places) if method.rewarded_at(step) else 0
-            return rollout + method.updates_at(step) * (TRAINED + score + TRAINED)
+            rollout += method.continuations * _tail(method, places) if method.rewarded else 0
+            return rollout + method.group_size * (TRAINED + score + TRAINED)
         case DMD2Config():
             judged = TRAINED if method.adversarial else 0  # a head's trunk is the fake: real and student latents
             return rollout + method.fake_updates * (TRAINED + 2 * judged) + score + TRAINED + judged

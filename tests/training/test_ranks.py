@@ -46,7 +46,7 @@ at a third of its weight is a tenth of the gradient."""
 TILTED: dict[str, Any] = {"group_size": 1, "continuations": 2, "gamma": 1.0, "reward_gradient": 0.1}
 CONFIGS: dict[str, Any] = {
     "gdmd": GDMDAblationConfig(group_size=2, old_policy="ema", control="shuffled"),
-    "tilted": TiltedGDMDConfig(**TILTED, cold_start=1, cold_start_updates=2),
+    "tilted": TiltedGDMDConfig(**TILTED),
     "shuffled": ShuffledTiltedGDMDConfig(**TILTED),
     "nft": DMDNFTConfig(fake_updates=2, images_per_prompt=8, rl_weight=1.0),  # one prompt's group lies on both ranks
     "dmdr_dpo": DMDRConfig(fake_updates=1, cold_start=1, strategy="dpo", images_per_prompt=8),

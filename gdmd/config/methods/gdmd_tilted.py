@@ -6,16 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from gdmd.config.base import Count, NonNegative, NonNegativeCount
+from gdmd.config.base import Count, NonNegative
 from gdmd.config.methods.base import DistillationConfig, GroupSize
 from gdmd.config.methods.removed import refuse_removed
 
 
 class TiltedGDMDConfig(DistillationConfig):
-    """Tilted GDMD: rewards score finished rollouts and tilt the DMD target; gamma = 0 is plain DMD at eta : eta.
-
-    The rewards may begin after a cold start of plain DMD.
-    """
+    """Tilted GDMD: rewards score finished rollouts and tilt the DMD target; gamma = 0 is plain DMD at eta : eta."""
 
     kind: Literal["gdmd_tilted"] = "gdmd_tilted"
     group_size: Count = Field(
@@ -40,16 +37,6 @@ class TiltedGDMDConfig(DistillationConfig):
         "rewards stay black boxes. In units of mean R / Z against the mean square of L_DMD; needs differentiable "
         "rewards. Unused at gamma 0.",
     )
-    cold_start: NonNegativeCount = Field(
-        default=0,
-        description="Outer iterations of plain DMD before the rewards begin; 0 = none. It is cheaper than rewards from the "
-        "start, and on Shapes its students are more diverse (docs/LOG.md).",
-    )
-    cold_start_updates: Count = Field(
-        default=4,
-        description="eta of the cold start: fake score and student updates per outer iteration. On Shapes DMD at 4 : 4 "
-        "and at 1 : 1 are equal at equal updates, and 4 : 4 makes fewer rollouts.",
-    )
     dmd_weight: NonNegative = Field(default=1.0, description="Weight of the loss.")
 
     @model_validator(mode="before")
@@ -70,14 +57,6 @@ class TiltedGDMDConfig(DistillationConfig):
     def rewarded(self) -> bool:
         """Whether rollouts are finished and scored."""
         return self.gamma > 0
-
-    def rewarded_at(self, step: int) -> bool:
-        """Whether outer iteration ``step`` (from 0) scores rollouts: after the cold start."""
-        return self.rewarded and step >= self.cold_start
-
-    def updates_at(self, step: int) -> int:
-        """Student updates of outer iteration ``step`` (from 0)."""
-        return self.cold_start_updates if step < self.cold_start else self.group_size
 
 
 class ShuffledTiltedGDMDConfig(TiltedGDMDConfig):
