@@ -91,7 +91,8 @@ def _of_method(cfg: RunConfig) -> tuple[str, ...]:
             return (*_TARGETS, *_OPTIMALITY, *samples, *targets)
         case TiltedGDMDConfig() as method:
             gradient = ("gap/pull",) if method.reward_gradient > 0 else ()
-            compared = (*_OPTIMALITY, *samples) if isinstance(method, ShuffledTiltedGDMDConfig) else ()
+            shuffled = isinstance(method, ShuffledTiltedGDMDConfig)
+            compared = (*_OPTIMALITY, *samples) if shuffled else ("reward/construction_gain",)
             return (*_TARGETS, *compared, "weight/effective", *gradient, *targets)
 
 

@@ -47,6 +47,7 @@ PAIR = ("method.group_size=2",)
 FEW = ("method.fake_updates=2",)
 ENDS = ("method.continuations=3", "loop.warmup=2")
 K = ("method.images_per_prompt=4",)
+GRADIENT = (*PAIR, *ENDS, "method.guidance=5", "loop.lr_student=3.0e-4", "loop.ema=0.998")
 
 # name, recipe, overrides. Names are keys of the stored file: keep them when a recipe or an option is renamed.
 CASES: list[tuple[str, str, tuple[str, ...]]] = [
@@ -59,7 +60,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("gdmd_paper", "gdmd_paper", ("loop.steps=3",)),
     ("shapes", "shapes", (*PAIR, *ENDS)),
     ("shapes_gdmd", "shapes_gdmd", (*ENDS, "loop.steps=3")),
-    ("shapes_gradient", "shapes_gradient", (*PAIR, *ENDS)),
+    ("shapes_gradient", "shapes_gradient", GRADIENT),
     ("shapes_dmd", "shapes_dmd", ("loop.warmup=2",)),
     ("shapes_demo", "shapes_demo", (*ENDS, "loop.steps=3")),
     ("gdmd_paper collection t", "gdmd_paper", (*PAIR, "method.collection=t")),
@@ -76,8 +77,8 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("gdmd_paper micro batches", "gdmd_paper", (*PAIR, "loop.micro_batch=4")),
     ("shapes control shuffled", "shapes", (*PAIR, *ENDS, "method.kind=gdmd_tilted_shuffled")),
     ("shapes bf16", "shapes", (*PAIR, *ENDS, "loop.precision=bf16")),
-    ("shapes_gradient control shuffled", "shapes_gradient", (*PAIR, *ENDS, "method.kind=gdmd_tilted_shuffled")),
-    ("shapes_gradient micro batches", "shapes_gradient", (*PAIR, *ENDS, "loop.micro_batch=4")),
+    ("shapes_gradient control shuffled", "shapes_gradient", (*GRADIENT, "method.kind=gdmd_tilted_shuffled")),
+    ("shapes_gradient micro batches", "shapes_gradient", (*GRADIENT, "loop.micro_batch=4")),
     ("dmd regression", "dmd", (*FEW, "method.regression_weight=0.25", "method.regression_steps=4")),
     ("dmd real latents", "dmd", (*FEW, "method.student_input=data", "method.fake_loss=x0", "method.step_draw=batch")),
     ("dmdr grpo", "dmdr", (*FEW, *K, "loop.steps=3", "method.cold_start=1", "method.strategy=grpo")),
