@@ -34,6 +34,7 @@ OPTION_NAMES = (
     OptionName("torch_dtype weight_dtype", "model.dtype", "of frozen weights; trained weights are always fp32"),
     OptionName("mixed_precision bf16 fp16", "loop.precision", "fp32 or bf16"),
     OptionName("resolution image_size size", "model.height model.width", "set both"),
+    OptionName("resolutions buckets aspect_ratio_buckets multi_resolution", "model.sizes", "a list of [height, width]"),
     OptionName("max_sequence_length max_length", "model.max_tokens", "0 is the family's default"),
     OptionName("rank lora_r r", "model.lora_rank"),
     OptionName("lora_alpha alpha", "model.lora_alpha", "the scale is lora_alpha / lora_rank"),

@@ -96,6 +96,7 @@ def open_family(
     fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
     _freeze(pipe, device)
     opened = family(pipe, cfg)
+    opened.check_sizes()
     opened.encoder.device = torch.device(device)
     return opened
 
@@ -116,6 +117,7 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     _check_tokens(family, cfg)
     fit_limits(pipe, lambda encoder: None)
     opened = family(pipe, cfg)
+    opened.check_sizes()
     if (got := network_dtype(opened.net)) != DTYPES[cfg.dtype]:
         raise ValueError(
             f"the weights of the given {family.pipeline} are {str(got).removeprefix('torch.')}, and model.dtype is "

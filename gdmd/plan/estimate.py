@@ -132,7 +132,11 @@ class TrainingPlan:
 
 
 def plan(cfg: RunConfig, gpu: Gpu, efficiency: float, costs: Costs | None = None) -> TrainingPlan:
-    """Estimate a recipe. ``costs``: of its calls, if they are known. ValueError for a hub model of unknown config."""
+    """Estimate a recipe at the largest of its image sizes. ``costs``: of its calls, if they are known.
+
+    ValueError for a hub model of unknown config.
+    """
+    whole, cfg = cfg, cfg.at_largest_size
     nets = networks_of(cfg)
     counted = count_calls(cfg)
     if costs is None:
@@ -162,7 +166,7 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float, costs: Costs | None = None
     )
     loading = sum(static[name] for name in ("base model", "student", "fake", "decoder")) + nets.encoders * nets.itemsize
     return TrainingPlan(
-        *(cfg, nets.source, _weights(nets, rewards), counted, costs, cost),
+        *(whole, nets.source, _weights(nets, rewards), counted, costs, cost),
         roles=_roles(cfg, trained, counted),
         sharded=_sharded(cfg, nets, static, trained),
         text_bytes=text if isinstance(cfg.model, DiffusersModel) else 0,

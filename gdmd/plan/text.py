@@ -32,7 +32,9 @@ def _head(plan: TrainingPlan) -> Iterable[str]:
 
 def _batch(plan: TrainingPlan) -> str:
     loop, model = plan.cfg.loop, plan.cfg.model
-    size = f"{model.height} x {model.width}, " if isinstance(model, DiffusersModel) else ""
+    size = f"{model.largest.height} x {model.largest.width}, " if isinstance(model, DiffusersModel) else ""
+    if isinstance(model, DiffusersModel) and model.sizes:
+        size = f"the largest of {len(model.sizes)} sizes, {size}"
     return f"{size}batch {loop.batch_size} in micro-batches of {loop.micro_batch or loop.batch_size}"
 
 

@@ -5,12 +5,13 @@ The quirks of a model (packing, micro-conditioning, shifts, its time scale) live
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,21 @@ class Family(ABC):
                 )
         self.check_positions(self.net, unit, self.cfg.height, self.cfg.width, "model.")
         return self.latent_channels, self.cfg.height // factor, self.cfg.width // factor
+
+    def at_size(self, height: int, width: int) -> Self:
+        """The same networks for images of height x width pixels: latents of another shape, times of another shift."""
+        other = copy.copy(self)
+        other.cfg = self.cfg.at_size(height, width)
+        return other
+
+    def check_sizes(self) -> None:
+        """ValueError for an image size of cfg that does not fit."""
+        _ = self.latent_shape
+        for height, width in self.cfg.sizes:
+            try:
+                _ = self.at_size(height, width).latent_shape
+            except ValueError as error:
+                raise ValueError(f"model.sizes has {height} x {width}, and {error}") from error
 
     @classmethod
     def most_tokens(cls, net: Any) -> tuple[int, int] | None:
@@ -130,25 +146,29 @@ class Family(ABC):
         """Convert the network's raw output at x_t and t to x0 and eps."""
 
     def features(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Hidden states of the image tokens, for a GAN head. [B, N, D], N = rows * columns of feature_shape"""
+        """Hidden states of the image tokens, for a GAN head. [B, N, D], N = rows * columns of feature_grid"""
         with self.feature_mode(net):
             hidden = self.call(net, x_t, t, cond)
-        return self.image_tokens(hidden)
+        return self.image_tokens(hidden, x_t)
 
     def feature_mode(self, net: Any) -> AbstractContextManager[None]:
         """Inside, ``net`` returns hidden states: for transformers, those after the last block."""
         return capture_features(net, net.norm_out)
 
-    def image_tokens(self, hidden: Tensor) -> Tensor:
-        """The image tokens of these hidden states. [B, N, D]"""
+    def image_tokens(self, hidden: Tensor, x_t: Tensor) -> Tensor:
+        """The image tokens of these hidden states at latents x_t [B, C, H, W]. [B, N, D]"""
+        del x_t
         return hidden
 
     @property
-    def feature_shape(self) -> tuple[int, int, int]:
-        """(D, rows, columns) of the features."""
+    def feature_width(self) -> int:
+        """D of the features."""
         net: Any = self.net
-        _, height, width = self.latent_shape
-        return int(net.inner_dim), height // self.patch, width // self.patch
+        return int(net.inner_dim)
+
+    def feature_grid(self, x_t: Tensor) -> tuple[int, int]:
+        """Rows and columns of the features at latents x_t [B, C, H, W]."""
+        return x_t.shape[-2] // self.patch, x_t.shape[-1] // self.patch
 
     @abstractmethod
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
