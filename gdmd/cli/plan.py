@@ -37,7 +37,8 @@ def plan_command(
     is counted.
 
     --fit tries, in this order: cached text embeddings, smaller micro-batches and calls, activation checkpointing,
-    offloaded rewards, 8-bit optimizer state, rewards in bf16, tiled or tiny decoding, a base model in int8, then nf4.
+    offloaded rewards, decoder and base model, 8-bit optimizer state, rewards in bf16, tiled or tiny decoding, a base model
+    in int8, then nf4.
     It never changes the batch, the image size or what is trained, and prints the command of the run.
 
     \b

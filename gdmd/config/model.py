@@ -87,6 +87,12 @@ class DiffusersModel(Config):
         "the error of int8; torchao) or nf4 (0.28 of bf16; bitsandbytes, needs a GPU). Convolutions, text encoders and "
         "VAE keep their dtype, adapters are fp32, and an export is for the original weights. Needs full = none.",
     )
+    offload: Literal["none", "idle", "base"] = Field(
+        default="none",
+        description="What is in the CPU's memory and copied to the GPU while it is used. idle: text encoders and decoder. "
+        "base: also the blocks of the frozen denoiser, one by one in every call; needs full = none, and much more time "
+        "(gdmd plan says how much). Results are the same. Rewards have an offload of their own.",
+    )
     height: Pixels = Field(default=1024, description="Image height in pixels.")
     width: Pixels = Field(default=1024, description="Image width in pixels.")
     sizes: tuple[tuple[Pixels, Pixels], ...] = Field(
@@ -256,6 +262,24 @@ class DiffusersModel(Config):
                 f"quantization = {self.quantization} cannot be used with {loras}, because a LoRA is fused into the original "
                 "weights; fuse it in diffusers, save the pipeline, and give its folder instead, or set "
                 "model.quantization=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offloaded(self) -> DiffusersModel:
+        """What cannot be copied block by block: full copies, weights packed on the GPU, compiled blocks."""
+        if self.offload != "base":
+            return self
+        reasons = {
+            f"full = {self.full}": "the weights of a full copy are trained, on the GPU" if self.full != "none" else "",
+            "quantization = nf4": "its weights are packed on the GPU" if self.quantization == "nf4" else "",
+            "compile": "compiled blocks keep their weights" if self.compile else "",
+        }
+        wrong = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
+        if wrong:
+            raise ValueError(
+                f"offload = base cannot be used with {', '.join(wrong)}; set model.full=none, model.compile=false and "
+                "model.quantization=int8 or none, or model.offload=idle"
             )
         return self
 

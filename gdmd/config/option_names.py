@@ -39,6 +39,7 @@ OPTION_NAMES = (
     OptionName("rank lora_r r", "model.lora_rank"),
     OptionName("lora_alpha alpha", "model.lora_alpha", "the scale is lora_alpha / lora_rank"),
     OptionName("target_modules lora_target_modules lora_layers", "model.lora_targets", "ends of layer names"),
+    OptionName("cpu_offload enable_model_cpu_offload offload group_offload", "model.offload", "none, idle or base"),
     OptionName("gradient_checkpointing enable_gradient_checkpointing", "model.checkpointing", "on by default"),
     OptionName("torch_compile", "model.compile"),
     OptionName("learning_rate lr", "loop.lr_student loop.lr_fake", "two networks are trained"),

@@ -246,8 +246,10 @@ class DiffusersRoles:
 def _backbone_of(family: Family) -> SharedBackbone:
     cfg = family.cfg
     targets = cfg.lora_targets or family.targets
-    return SharedBackbone(family.net, cfg.lora_rank, cfg.lora_alpha, targets, checkpointing=cfg.checkpointing)
+    return SharedBackbone(
+        *(family.net, cfg.lora_rank, cfg.lora_alpha, targets, family.adapter_device), checkpointing=cfg.checkpointing
+    )
 
 
 def _head_of(family: Family, seed: int) -> GanHead:
-    return seeded_head(family.feature_width, seed, next(family.net.parameters()).device)
+    return seeded_head(family.feature_width, seed, family.adapter_device or next(family.net.parameters()).device)

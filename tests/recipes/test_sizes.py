@@ -142,7 +142,7 @@ def test_resume_is_bit_exact(folders: Path, tmp_path: Path) -> None:
     trained(half, run)
     halves = trained(cfg, run)
     for role in ("student", "fake"):
-        wanted, found = (own.roles.parameters(role) for own in (whole, halves))  # type: ignore[arg-type]
+        wanted, found = (own.roles.parameters(role) for own in (whole, halves))
         assert all(torch.equal(wanted[key], found[key]) for key in wanted)
     kept = {tuple(value.shape[-2:]) for key, value in whole.method.state().items() if key.endswith("noise")}
     assert len(kept) == 2 == len({drawn_size(SEED, step, 3) for step in range(2)})
