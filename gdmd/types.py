@@ -67,6 +67,10 @@ class FeatureDenoiser(Denoiser, Protocol):
         """Hidden states of the image tokens, [B, N, D]: of a transformer after its last block, of a UNet its middle."""
         ...
 
+    def feature_grid(self, x_t: Tensor) -> tuple[int, int]:
+        """Rows and columns of these tokens, N = rows * columns."""
+        ...
+
 
 class Critic(Protocol):
     """A GAN head on the fake score's features: x_t [B,C,H,W], t [B] in [0,1] -> logits [B], high = real."""

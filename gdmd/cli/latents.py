@@ -8,8 +8,9 @@ from gdmd.cli.common import Arguments, Device, Json, messages, print_json, recip
 def latents_command(arguments: Arguments, device: Device = None, json: Json = False) -> None:
     """Encode a recipe's real images (real_data) once, for DMD2's GAN and method.student_input=data.
 
-    Images are rotated upright, resized to cover model.height x model.width and center-cropped. Existing latents are
-    kept; an interruption loses at most 64 images. Unreadable images are listed and counted.
+    Images are rotated upright, resized to cover model.height x model.width (each of model.sizes, if there are several)
+    and center-cropped. Existing latents are kept; an interruption loses at most 64 images. Unreadable images are listed
+    and counted.
 
     \b
     Examples:

@@ -48,7 +48,8 @@ def student(cfg: RunConfig) -> str:
         return f"{count}-step student"
     whole = model.full in ("student", "both")
     kind = "student, all weights" if whole else f"LoRA of rank {model.lora_rank}"
-    return f"{count}-step {kind} at {model.width} x {model.height}"
+    sizes = ", ".join(f"{width} x {height}" for height, width in model.sizes)
+    return f"{count}-step {kind} at {sizes or f'{model.width} x {model.height}'}"
 
 
 def length(cfg: RunConfig) -> str:

@@ -18,7 +18,10 @@ SchedulerName = Literal["lcm", "tcd", "ddim", "euler", "euler_ancestral", "flow_
 
 
 class SourceConfig(Config):
-    """One source of images. Fields other than name, where, batch, trained and checkpoint are for diffusers pipelines."""
+    """One source of images. Fields other than name, where, batch, trained and checkpoint are for diffusers pipelines.
+
+    A run takes also base, device, and the height and width of one of its sizes.
+    """
 
     name: str = Field(description="Name in tables and of the folder of its images.")
     where: str = Field(
@@ -52,8 +55,11 @@ class SourceConfig(Config):
         default=(), description="Timesteps at which the network is called, joined by +; replaces steps."
     )
     eta: NonNegative | None = Field(default=None, description="Stochasticity of tcd or ddim; default: 0.")
-    height: Pixels | None = Field(default=None, description="Image height in pixels; default: that of the pipeline.")
-    width: Pixels | None = Field(default=None, description="Image width in pixels; default: that of the pipeline.")
+    height: Pixels | None = Field(
+        default=None,
+        description="Image height in pixels; default: that of the pipeline or run. A run has the sizes of its training.",
+    )
+    width: Pixels | None = Field(default=None, description="Image width in pixels; see height.")
     base: str | None = Field(
         default=None,
         description="New location of the base model of a run or an exported LoRA, if it has moved.",

@@ -87,8 +87,20 @@ class DiffusersModel(Config):
         "the error of int8; torchao) or nf4 (0.28 of bf16; bitsandbytes, needs a GPU). Convolutions, text encoders and "
         "VAE keep their dtype, adapters are fp32, and an export is for the original weights. Needs full = none.",
     )
+    offload: Literal["none", "idle", "base"] = Field(
+        default="none",
+        description="What is in the CPU's memory and copied to the GPU while it is used. idle: text encoders and decoder. "
+        "base: also the blocks of the frozen denoiser, one by one in every call; needs full = none, and much more time "
+        "(gdmd plan says how much). Results are the same. Rewards have an offload of their own.",
+    )
     height: Pixels = Field(default=1024, description="Image height in pixels.")
     width: Pixels = Field(default=1024, description="Image width in pixels.")
+    sizes: tuple[tuple[Pixels, Pixels], ...] = Field(
+        default=(),
+        description="Several image sizes, [height, width] each, of which every outer iteration draws one: for example "
+        "[[1024, 1024], [768, 1344], [1344, 768]]. One of them is height x width, the default of exports and samples. "
+        "Default: height x width only.",
+    )
     full: Literal["none", "student", "fake", "both"] = Field(
         default="none",
         description="Roles whose weights are all trained, each as a separate copy; the others are LoRA adapters on one "
@@ -205,6 +217,37 @@ class DiffusersModel(Config):
         """Where the files are: ``path``, but the folder of a shipped pipeline for shapes:NAME."""
         return located(self.path)
 
+    def at_size(self, height: int, width: int) -> DiffusersModel:
+        """The same model with this image size only."""
+        return self.model_copy(update={"height": height, "width": width, "sizes": ()})
+
+    @property
+    def each_size(self) -> tuple[DiffusersModel, ...]:
+        """This model with each of its image sizes."""
+        return tuple(self.at_size(*size) for size in self.sizes) or (self,)
+
+    @property
+    def largest(self) -> DiffusersModel:
+        """This model with the largest of its image sizes, by area."""
+        return max(self.each_size, key=lambda model: model.height * model.width)
+
+    @model_validator(mode="after")
+    def _different_sizes(self) -> DiffusersModel:
+        """Several sizes, or none: a single one is height and width."""
+        given = [f"{height} x {width}" for height, width in self.sizes]
+        if len(given) == 1:
+            raise ValueError(
+                f"sizes is for several image sizes, got only {given[0]}; set height and width, and leave sizes out"
+            )
+        if len(set(given)) < len(given):
+            raise ValueError(f"sizes may list each size once, got {', '.join(given)}")
+        if given and (self.height, self.width) not in self.sizes:
+            raise ValueError(
+                f"sizes ({', '.join(given)}) must contain height x width = {self.height} x {self.width}, the default of "
+                f"exports and samples; set height={self.sizes[0][0]} and width={self.sizes[0][1]}, or add this size"
+            )
+        return self
+
     @model_validator(mode="after")
     def _frozen_if_quantized(self) -> DiffusersModel:
         """A full copy starts from the base model's own weights, which a quantized network no longer has."""
@@ -223,11 +266,31 @@ class DiffusersModel(Config):
         return self
 
     @model_validator(mode="after")
+    def _offloaded(self) -> DiffusersModel:
+        """What cannot be copied block by block: full copies, weights packed on the GPU, compiled blocks."""
+        if self.offload != "base":
+            return self
+        reasons = {
+            f"full = {self.full}": "the weights of a full copy are trained, on the GPU" if self.full != "none" else "",
+            "quantization = nf4": "its weights are packed on the GPU" if self.quantization == "nf4" else "",
+            "compile": "compiled blocks keep their weights" if self.compile else "",
+        }
+        wrong = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
+        if wrong:
+            raise ValueError(
+                f"offload = base cannot be used with {', '.join(wrong)}; set model.full=none, model.compile=false and "
+                "model.quantization=int8 or none, or model.offload=idle"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _as_trained(self) -> DiffusersModel:
         """A pipeline of the Shapes world knows one size and one length of captions."""
         trained = read_shapes_pipeline(self.path)
         names = ("height", "width", "max_tokens") if trained and trained.max_tokens else ("height", "width")
         wanted = {name: getattr(trained, name) for name in names} if trained else {}
+        if trained and self.sizes:
+            raise ValueError(f"{self.path} was trained on images of one size, got sizes; leave sizes out")
         wrong = [name for name, value in wanted.items() if getattr(self, name) != value]
         if wrong:
             given = ", ".join(f"{name} = {getattr(self, name)}" for name in wrong)

@@ -103,6 +103,13 @@ class RunConfig(Config):
         return isinstance(self.model, ShapesModel) or is_shapes_pipeline(self.model.path)
 
     @property
+    def at_largest_size(self) -> RunConfig:
+        """The same recipe with the largest of its image sizes only: what is planned and profiled."""
+        if not isinstance(self.model, DiffusersModel):
+            return self
+        return self.model_copy(update={"model": self.model.largest})
+
+    @property
     def needs_real(self) -> str:
         """The setting for which the method needs real images; "" if it needs none."""
         if isinstance(self.method, DMD2Config) and self.method.adversarial:

@@ -66,6 +66,7 @@ class TrainingConfig(Config):
     gradient_checkpointing: bool | None = _sets("model.checkpointing")
     height: Pixels | None = _sets("model.height")
     width: Pixels | None = _sets("model.width")
+    sizes: tuple[tuple[Pixels, Pixels], ...] | None = _sets("model.sizes")
     lora_rank: Count | None = _sets("model.lora_rank")
     lora_alpha: Positive | None = _sets("model.lora_alpha")
     lora_target_modules: tuple[str, ...] | None = _sets("model.lora_targets")

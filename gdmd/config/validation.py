@@ -28,7 +28,7 @@ class ValidationConfig(Config):
         "one also draws the teacher's images, in eval.teacher_steps guided steps each; other ranks wait for it (see "
         "loop.rank_timeout).",
     )
-    images: Count = Field(default=1, description="Images per prompt.")
+    images: Count = Field(default=1, description="Images per prompt, of each size in model.sizes.")
     scorers: tuple[RewardConfig, ...] | None = Field(
         default=None,
         description="Held-out rewards: they score the validation images and train nothing. Default: shapes_clip_heldout "

@@ -120,7 +120,8 @@ def feature_maker(text: str, device: str) -> Features:
 
 def _clip_features(reward: CLIPScore, images: Sequence[Image]) -> Tensor:
     pixels = reward.preprocess.pil(images).to(reward.placement.device, reward.placement.dtype)
-    return image_embedding(reward.loaded.net.to(reward.placement.device), pixels)
+    with reward.on_device:
+        return image_embedding(reward.loaded.net, pixels)
 
 
 def _checked(make: Any, name: str) -> Features:

@@ -7,7 +7,7 @@ shows them and a resumed run need not draw them again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,11 @@ class Validation:
         The teacher's scores are among them at step 0, and whenever its images had to be drawn again.
         """
         sharded = self.cfg.loop.sharding != "none"  # then every rank is needed to draw
-        student = self._draw(student_row(self.cfg, self.components)) if sharded or self.context.is_main else None
+        student = self._draw(self._student) if sharded or self.context.is_main else None
         scores: Mapping[str, float] = self.context.on_main(lambda: self._finish(step, path, student))
         return scores
 
-    def _finish(self, step: int, path: Path, student: Tensor | None) -> dict[str, float]:
+    def _finish(self, step: int, path: Path, student: list[Tensor] | None) -> dict[str, float]:
         assert student is not None  # on rank 0
         teacher = self._stored_teacher(path.parent / TEACHER_FILE) if step else None
         scores = self._scores(student, PREFIX)
@@ -106,45 +106,61 @@ class Validation:
                 )
             teacher = self._draw_teacher(path.parent / TEACHER_FILE)
             scores |= self._scores(teacher, TEACHER)
-        side = (len(self.prompts), self.cfg.validation.images, *student.shape[1:])
-        cells = torch.cat([student.reshape(side), teacher.reshape(side)], 1)
-        headers = (student_row(self.cfg, self.components).name, self._teacher().name)
-        write_grid(path, cells, self.prompts, headers, scale=3 if self.cfg.shapes_world else 1)
+        count = self.cfg.validation.images
+        shape = (len(self.prompts), count)
+        pairs = [
+            torch.stack(both).reshape(2, *shape, *both[0].shape[1:]) for both in zip(student, teacher, strict=True)
+        ]
+        cells = [list(pair[:, k].flatten(0, 1)) for k in range(len(self.prompts)) for pair in pairs]
+        captions = [text for text in self.prompts for _ in pairs]
+        headers = (self._student(self.components).name, self._teacher(self.components).name)
+        write_grid(path, cells, captions, headers, scale=3 if self.cfg.shapes_world else 1)
         return scores
 
-    def _draw(self, sampler: Sampler) -> Tensor:
-        """[N, 3, H, W] in [0, 1], on the CPU; image i starts from the same noise at every step and in every sampler."""
-        return images_of(sampler, self.components, self.texts, self.cfg.eval.seed, image_batch(self.cfg))
+    def _draw(self, sampler: Callable[[Components], Sampler]) -> list[Tensor]:
+        """[N, 3, H, W] in [0, 1] for each image size, on the CPU.
 
-    def _teacher(self) -> Sampler:
-        return teacher_row(self.cfg, self.components, "teacher")
+        Image i of a size starts from the same noise at every step and in every sampler.
+        """
+        seed, batch = self.cfg.eval.seed, image_batch(self.cfg)
+        return [images_of(sampler(own), own, self.texts, seed, batch) for own in self.components.at_sizes()]
+
+    def _student(self, components: Components) -> Sampler:
+        return student_row(self.cfg, components)
+
+    def _teacher(self, components: Components) -> Sampler:
+        return teacher_row(self.cfg, components, "teacher")
 
     def _key(self) -> str:
         """A hash of everything that the teacher's images depend on and that a resumed run may change."""
         return content_hash(json.dumps([self.texts, self.cfg.eval.model_dump(mode="json"), self.cfg.method.guidance]))
 
-    def _stored_teacher(self, file: Path) -> Tensor | None:
+    def _stored_teacher(self, file: Path) -> list[Tensor] | None:
         """The stored images; None if there are none of these settings."""
         try:
             with safe_open(file, "pt") as stored:
                 if (stored.metadata() or {}).get("key") == self._key():
-                    pixels: Tensor = stored.get_tensor("images")
-                    return pixels.float() / 255
+                    return [stored.get_tensor(name).float() / 255 for name in self._names()]
         except (OSError, SafetensorError):
             pass
         return None
 
-    def _draw_teacher(self, file: Path) -> Tensor:
+    def _names(self) -> list[str]:
+        """Of the tensors in the teacher's file: its images of each size."""
+        return [f"images.{size.height}x{size.width}" for size in self.components.sizes] or ["images"]
+
+    def _draw_teacher(self, file: Path) -> list[Tensor]:
         self.progress.status("drawing the teacher's validation images, once")
-        images = self._draw(self._teacher())
-        pixels = (images * 255).round().byte().contiguous()
-        write_atomic(file, save({"images": pixels}, {"key": self._key()}), "the teacher's images")
+        images = self._draw(self._teacher)
+        pixels = [(own * 255).round().byte().contiguous() for own in images]
+        named = dict(zip(self._names(), pixels, strict=True))
+        write_atomic(file, save(named, {"key": self._key()}), "the teacher's images")
         return images
 
-    def _scores(self, images: Tensor, prefix: str) -> dict[str, float]:
-        """The mean over the scored images by key; NaN if there are none."""
+    def _scores(self, images: list[Tensor], prefix: str) -> dict[str, float]:
+        """The mean over the scored images of all sizes by key; NaN if there are none."""
         with without_stats(self.rewards):
-            found = {prefix + reward.name: self._score(reward, images) for reward in self.rewards}
+            found = {prefix + r.name: torch.cat([self._score(r, own) for own in images]) for r in self.rewards}
         return {key: float(scores[~scores.isnan()].double().mean()) for key, scores in found.items()}
 
     def _score(self, reward: Reward, images: Tensor) -> Tensor:

@@ -176,6 +176,7 @@ def _table(
         "iterations": steps,
         "student updates": steps * student_updates(cfg.method),
         "batch": cfg.loop.batch_size,
+        **_sizes(cfg),
         "rewards": ", ".join(rewards) or "none",
         **_scoring(facts.get("scoring")),
         **_data(cfg, facts),
@@ -185,6 +186,14 @@ def _table(
     }
     table = (f"| {key} | {value} |" for key, value in rows.items())
     return ("| | |", "|---|---|", *table, "", *_command(facts.get("command") or ()))
+
+
+def _sizes(cfg: RunConfig) -> Mapping[str, str]:
+    """The row of a run with several image sizes."""
+    given = cfg.model.sizes if isinstance(cfg.model, DiffusersModel) else ()
+    return (
+        {"image sizes (height x width)": ", ".join(f"{height} x {width}" for height, width in given)} if given else {}
+    )
 
 
 def _command(words: Sequence[str]) -> Sequence[str]:

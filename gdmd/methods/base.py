@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -25,6 +25,18 @@ class RealLatents(Protocol):
     """Real latents [B, C, H, W] for the prompts of a step."""
 
     def __call__(self, prompts: PromptBatch, rng: SampleRng) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """An image size in pixels, and what follows it."""
+
+    height: int
+    width: int
+    latent_shape: tuple[int, int, int]
+    student_steps: tuple[float, ...]  # through the shift of this size
+    teacher_times: Callable[[int], Tensor]  # number of ODE steps -> their times
+    real_latents: RealLatents | None = None
 
 
 AnyConfig = TypeVar("AnyConfig", bound=DistillationConfig)
@@ -109,6 +121,11 @@ class Distillation(Generic[AnyConfig]):
         x0 = self.roles.student(x_tau, tau, prompts.cond).x0
         self._stats = {"latent/mean": x0.mean(), "latent/std": x0.std()}
         return Rollout(x_tau, tau, x0, prompts.cond, prompts.uncond, prompts.real_cond, stop)
+
+    def resize(self, size: ImageSize) -> None:
+        """The next iterations have images of this size; see ``methods.sizes``."""
+        self.latent_shape, self.real_latents = size.latent_shape, size.real_latents
+        self.cfg = self.cfg.model_copy(update={"student_steps": size.student_steps})
 
     def _draw_steps(self, rng: SampleRng, steps: int) -> Tensor:
         """[B] int64. Per sample, or for all the draw of sample number 0, which every rank can make."""

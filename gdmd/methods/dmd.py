@@ -12,7 +12,7 @@ from gdmd.config.methods.dmd import DMDConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import times
 from gdmd.losses.dmd import regression_loss
-from gdmd.methods.base import StudentBatch
+from gdmd.methods.base import ImageSize, StudentBatch
 from gdmd.methods.baseline import Baseline
 from gdmd.methods.ode_pairs import OdePairs, TeacherPairs
 from gdmd.types import Loss, PromptBatch, Update
@@ -50,6 +50,11 @@ class Dmd(Baseline[DMDConfig]):
         pairs = self.pairs.at(step, prompts, rng)
         for batch in batches:
             yield Update("student", self.paired_loss, PairedBatch(**vars(batch), pairs=pairs))
+
+    def resize(self, size: ImageSize) -> None:
+        """New pairs have this size; those that are kept stay as they are."""
+        super().resize(size)
+        self.pairs.latent_shape, self.pairs.teacher_times = size.latent_shape, size.teacher_times
 
     def paired_loss(self, batch: PairedBatch) -> Loss:
         """L_DMD + regression_weight || G(z, c) - y ||^2, with the student's first step from the noise of a pair."""

@@ -87,16 +87,17 @@ def open_family(
     _check_tokens(family, cfg)
     check_libraries(index, what)
     left_out: dict[str, Any] = {**_left_out(index, family, cfg, extras=extras)}
+    own = {"unet", "transformer", "scheduler"}
     if shared is not None:
-        own = ("unet", "transformer", "scheduler")
         left_out |= {k: part for k, part in shared.pipe.components.items() if k in index and k not in own}
     left_out |= {} if encoders else dict.fromkeys(name for name in components(index) if name.startswith(ENCODER))
     pipe = _load(family, cfg, local, left_out)
     fuse_loras(pipe, cfg.teacher_loras)
     fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
-    _freeze(pipe, device)
+    _freeze(pipe)
     opened = family(pipe, cfg)
-    opened.encoder.device = torch.device(device)
+    opened.check_sizes()
+    opened.place(device, () if shared is None else shared.pipe.components.keys() - own)
     return opened
 
 
@@ -116,14 +117,15 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     _check_tokens(family, cfg)
     fit_limits(pipe, lambda encoder: None)
     opened = family(pipe, cfg)
+    opened.check_sizes()
     if (got := network_dtype(opened.net)) != DTYPES[cfg.dtype]:
         raise ValueError(
             f"the weights of the given {family.pipeline} are {str(got).removeprefix('torch.')}, and model.dtype is "
             f"{cfg.dtype}; load the pipeline in fp32 or bf16, and set dtype to the same"
         )
-    _freeze(pipe, device)
+    _freeze(pipe)
     pipe.set_progress_bar_config(disable=True)
-    opened.encoder.device = torch.device(device)
+    opened.place(device)
     return opened
 
 
@@ -154,10 +156,9 @@ class LazyTextEncoder:
             others = dict.fromkeys(name for name in pipe.components if not name.startswith(kept))
             missing = _left_out(local_or_hub_index(self.family.cfg), type(self.family), self.family.cfg)
             loaded = _load(type(self.family), self.family.cfg, is_local(self.family.cfg.location), others | missing)
-            _freeze(loaded, str(encoder.device))
-            pipe.register_modules(
-                **{name: part for name, part in loaded.components.items() if name.startswith(ENCODER)}
-            )
+            _freeze(loaded)
+            encoders = {name: part for name, part in loaded.components.items() if name.startswith(ENCODER)}
+            pipe.register_modules(**{name: part.to(encoder.device) for name, part in encoders.items() if part})
             fit_limits(pipe, lambda encoder: None)
             self._loaded = True
         return encoder
@@ -445,11 +446,11 @@ def _hub_index(path: str, revision: str | None, what: str) -> Path:
         raise ValueError(f"{what}: no such folder, and {hub_reason(error, INDEX, revision, away)}") from error
 
 
-def _freeze(pipe: Any, device: str) -> None:
-    """All networks of a pipeline: no gradients, eval mode, on ``device``."""
+def _freeze(pipe: Any) -> None:
+    """All networks of a pipeline: no gradients, eval mode."""
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval().to(device)
+            part.requires_grad_(False).eval()
 
 
 def explain(error: Exception, path: str, revision: str | None, what: str, *, local: bool) -> None:

@@ -54,9 +54,19 @@ class SharedBackbone:
     adapter that was active in its forward pass.
     """
 
-    def __init__(self, net: Any, rank: int, alpha: float, targets: Sequence[str], *, checkpointing: bool) -> None:
+    def __init__(
+        self,
+        net: Any,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+        device: torch.device | None,
+        *,
+        checkpointing: bool,
+    ) -> None:
+        """device: of the adapters; None = with their layers."""
         self.net = net.requires_grad_(False).eval()
-        self.rank, self.alpha, self.targets = rank, alpha, tuple(targets)
+        self.rank, self.alpha, self.targets, self.device = rank, alpha, tuple(targets), device
         self.active = NO_ADAPTER
         self.compiled = False
         self._layers: list[Any] = []
@@ -76,7 +86,7 @@ class SharedBackbone:
         self._layers = [module for module in self.net.modules() if isinstance(module, LoraLayer)]
         generator = torch.Generator().manual_seed(seed)
         for layer in self._layers:
-            _initialize(layer, adapter, generator)
+            _initialize(layer, adapter, generator, self.device)
         self.net.requires_grad_(False)
         for name, weights in self.net.named_parameters():
             weights.requires_grad_(_trained(name))
@@ -173,12 +183,12 @@ def _trained(name: str) -> bool:
 
 
 @torch.no_grad()
-def _initialize(layer: Any, adapter: str, generator: torch.Generator) -> None:
+def _initialize(layer: Any, adapter: str, generator: torch.Generator, device: torch.device | None) -> None:
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     bound = 1 / math.sqrt(down.weight[0].numel())
     start = (2 * torch.rand(down.weight.shape, generator=generator) - 1) * bound
-    down.weight.data = start.to(down.weight.device)
-    up.weight.data = torch.zeros_like(up.weight, dtype=torch.float32)
+    down.weight.data = start.to(device or down.weight.device)
+    up.weight.data = torch.zeros_like(up.weight, dtype=torch.float32, device=device or up.weight.device)
     layer.lora_A[adapter], layer.lora_B[adapter] = _casting(down), _casting(up)
     layer.cast_input_dtype_enabled = False
 

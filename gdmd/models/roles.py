@@ -71,6 +71,10 @@ class RoleDenoiser:
         finally:
             self.in_feature_mode = False
 
+    def feature_grid(self, x_t: Tensor) -> tuple[int, int]:
+        """Rows and columns of ``features``."""
+        return self.family.feature_grid(x_t)
+
     def _precision(self, net: Any, x_t: Tensor) -> torch.autocast:
         narrow = self.half and network_dtype(net) == torch.float32
         return torch.autocast(x_t.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False)
@@ -242,9 +246,10 @@ class DiffusersRoles:
 def _backbone_of(family: Family) -> SharedBackbone:
     cfg = family.cfg
     targets = cfg.lora_targets or family.targets
-    return SharedBackbone(family.net, cfg.lora_rank, cfg.lora_alpha, targets, checkpointing=cfg.checkpointing)
+    return SharedBackbone(
+        *(family.net, cfg.lora_rank, cfg.lora_alpha, targets, family.adapter_device), checkpointing=cfg.checkpointing
+    )
 
 
 def _head_of(family: Family, seed: int) -> GanHead:
-    width, rows, columns = family.feature_shape
-    return seeded_head(width, (rows, columns), seed, next(family.net.parameters()).device)
+    return seeded_head(family.feature_width, seed, family.adapter_device or next(family.net.parameters()).device)

@@ -1,7 +1,8 @@
 """Arithmetic of ``gdmd plan``: memory, time and traffic on a GPU, or on several in one node. An estimate, not a measurement.
 
 GPU data are from data sheets: dense bf16 peak with fp32 accumulation, memory as the driver reports it, and the bandwidth
-between GPUs of a node in one direction (NVLink, or PCIe without it).
+in one direction between GPUs of a node (NVLink, or PCIe without it) and from the host: PCIe x16, 32 GB/s in generation 4, 64
+in generation 5.
 """
 
 from __future__ import annotations
@@ -18,41 +19,42 @@ RESERVE = 1.0
 MAX_GPUS = 8
 """GPUs of one node."""
 LINK_EFFICIENCY = 0.8
-"""Share of the link bandwidth that a collective reaches."""
+"""Share of the link bandwidth that a collective reaches, or a copy from pinned memory."""
 REWARD_ROW = 16 * 2**20
 """Bytes of activations of a reward's ViT per image."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak in TFLOP/s (dense bf16; 0 = unknown), memory in GiB, link in GB/s."""
+    """Peak in TFLOP/s (dense bf16; 0 = unknown), memory in GiB, link to other GPUs and to the host in GB/s."""
 
     name: str
     tflops: float
     gib: float
     link: float
+    host: float
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("b200", 2250.0, 179.0, 900.0),
-        Gpu("h200", 989.4, 140.4, 450.0),
-        Gpu("h100", 989.4, 79.6, 450.0),
-        Gpu("a100-80", 312.0, 80.0, 300.0),
-        Gpu("a100-40", 312.0, 40.0, 300.0),
-        Gpu("l40s", 362.0, 45.0, 32.0),
-        Gpu("rtx6000ada", 364.2, 48.0, 32.0),
-        Gpu("rtx5090", 209.5, 31.8, 64.0),
-        Gpu("rtx4090", 165.2, 24.0, 32.0),
-        Gpu("rtx5080", 112.6, 15.9, 64.0),
-        Gpu("rtx5070", 61.7, 11.9, 64.0),
-        Gpu("rtx4080", 97.5, 16.0, 32.0),
-        Gpu("rtx4070", 58.3, 12.0, 32.0),
-        Gpu("rtx3090", 71.0, 24.0, 32.0),
-        Gpu("rtx3060", 25.5, 12.0, 32.0),
-        Gpu("l4", 121.0, 22.5, 32.0),
-        Gpu("a10g", 70.0, 22.5, 32.0),
+        Gpu("b200", 2250.0, 179.0, 900.0, 64.0),
+        Gpu("h200", 989.4, 140.4, 450.0, 64.0),
+        Gpu("h100", 989.4, 79.6, 450.0, 64.0),
+        Gpu("a100-80", 312.0, 80.0, 300.0, 32.0),
+        Gpu("a100-40", 312.0, 40.0, 300.0, 32.0),
+        Gpu("l40s", 362.0, 45.0, 32.0, 32.0),
+        Gpu("rtx6000ada", 364.2, 48.0, 32.0, 32.0),
+        Gpu("rtx5090", 209.5, 31.8, 64.0, 64.0),
+        Gpu("rtx4090", 165.2, 24.0, 32.0, 32.0),
+        Gpu("rtx5080", 112.6, 15.9, 64.0, 64.0),
+        Gpu("rtx5070", 61.7, 11.9, 64.0, 64.0),
+        Gpu("rtx4080", 97.5, 16.0, 32.0, 32.0),
+        Gpu("rtx4070", 58.3, 12.0, 32.0, 32.0),
+        Gpu("rtx3090", 71.0, 24.0, 32.0, 32.0),
+        Gpu("rtx3060", 25.5, 12.0, 32.0, 32.0),
+        Gpu("l4", 121.0, 22.5, 32.0, 32.0),
+        Gpu("a10g", 70.0, 22.5, 32.0, 32.0),
     )
 }
 
@@ -62,7 +64,7 @@ def gpu_of(name: str) -> Gpu:
     if name in GPUS:
         return GPUS[name]
     if re.fullmatch(r"\d{1,4}(\.\d+)?", name) and float(name):
-        return Gpu(f"a GPU of {name} GiB", 0.0, float(name), 32.0)
+        return Gpu(f"a GPU of {name} GiB", 0.0, float(name), 32.0, 32.0)
     near = difflib.get_close_matches(name.lower(), GPUS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"--gpu {name!r} is unknown: {hint}known are {', '.join(GPUS)}, or a number of GiB")
@@ -93,6 +95,35 @@ about 800 tokens. Of GenEval 2: for images of 1024 x 1024 and the mean of its pr
 
 
 @dataclass(frozen=True)
+class Transfers:
+    """Offloaded weights in bytes, and how often an outer iteration copies them to the GPU."""
+
+    blocks: int = 0  # of the base model: in every call of it
+    encoders: int = 0  # once
+    decoder: int = 0  # in every call of it, of ``decode_chunk`` images
+    rewards: int = 0  # of all of them, whenever they score
+    calls: Sequence[tuple[float, float]] = ()  # calls without gradient, and their rows per sample of the batch, by role
+    calls_with_grad: float = 0.0  # per micro-batch; a checkpointed one counts twice
+    decoded: float = 0.0  # images per sample of the batch
+    scorings: float = 0.0  # calls of the rewards without gradient
+    scorings_with_grad: float = 0.0  # per micro-batch
+    chunk: float = math.inf  # rows of a call without gradient at most
+    micro: int = 0  # samples per micro-batch; 0 = all
+    decode_chunk: int = 1
+
+    def bytes(self, batch: int) -> float:
+        """Bytes of one outer iteration of this many samples."""
+        parts = micro_batches(batch, self.micro)
+        calls = sum(max(calls, rows * batch / self.chunk) for calls, rows in self.calls) + self.calls_with_grad * parts
+        scorings = self.scorings + self.scorings_with_grad * parts
+        decodings = self.decoded * batch / self.decode_chunk
+        return calls * self.blocks + self.encoders + decodings * self.decoder + scorings * self.rewards
+
+
+NO_TRANSFERS = Transfers()
+
+
+@dataclass(frozen=True)
 class ProcessCost:
     """What one process holds and computes in an outer iteration, on a batch of any size."""
 
@@ -107,6 +138,7 @@ class ProcessCost:
     per_sample: int  # bytes that every sample of the batch keeps during the iteration
     scoring: int  # bytes of the rewards' activations per image
     flop: Mapping[str, float]  # per sample of the batch, by kind of work
+    transfers: Transfers = NO_TRANSFERS
 
     def peaks(self, batch: int) -> dict[str, float]:
         """Peak activation bytes of every phase at this many samples per process."""
@@ -114,6 +146,8 @@ class ProcessCost:
         phases["update (one micro-batch)"] = float(self.update)
         if self.decoding:
             phases["decoding and rewards"] = float(self.decoding + batch * self.scoring)
+        if self.transfers.encoders:
+            phases["embedding the prompts"] = float(self.transfers.encoders)
         return phases
 
     def forward(self, rows: float) -> float:
@@ -131,7 +165,11 @@ class ProcessCost:
         """One outer iteration on one GPU; NaN if its speed is not known."""
         if not gpu.tflops:
             return math.nan
-        return sum(self.flop.values()) * batch / (gpu.tflops * 1e12 * efficiency)
+        return sum(self.flop.values()) * batch / (gpu.tflops * 1e12 * efficiency) + self.copying(batch, gpu)
+
+    def copying(self, batch: int, gpu: Gpu) -> float:
+        """Seconds of one outer iteration for copies of offloaded weights; nothing is computed meanwhile."""
+        return self.transfers.bytes(batch) / (gpu.host * 1e9 * LINK_EFFICIENCY)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 4. FLOP of the same calls: torch's formulas for matrix products, convolutions and attention.
 5. Calls per iteration: the recipe's method itself, run on one-weight networks (``recipes.call_counts``).
 6. Memory = 2. + gradients + tensors of the batch + the largest phase of 3. + a reserve of 1 GiB.
-7. Seconds = 4. x 5. / (GPU peak x --efficiency).
+7. Seconds = 4. x 5. / (GPU peak x --efficiency), and the copies of offloaded weights over PCIe (``cost_model.Transfers``).
 8. --gpus N: the batch is divided; DDP and FSDP traffic over the link between the GPUs of one node (``cost_model``).
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from gdmd.models.roles import DiffusersRoles
 from gdmd.plan.cost_model import (
     GIB,
     MAX_GPUS,
+    NO_TRANSFERS,
     REWARD_ROW,
     REWARDS,
     Gpu,
@@ -39,6 +40,7 @@ from gdmd.plan.cost_model import (
     RoleTraffic,
     ScalingRow,
     Sharded,
+    Transfers,
     scaling_row,
 )
 from gdmd.plan.fake_tensors import measure
@@ -123,6 +125,8 @@ class TrainingPlan:
             "gpu": dataclasses.asdict(self.gpu),
             "efficiency": self.efficiency,
             "seconds_per_iteration": self.seconds,
+            "copied_bytes_per_iteration": self.cost.transfers.bytes(self.batch),
+            "copying_seconds_per_iteration": self.cost.copying(self.batch, self.gpu),
             "images_per_s": self.batch / self.seconds,
             "hours": self.seconds * self.cfg.loop.steps / 3600,
             "fits": self.fits,
@@ -132,18 +136,23 @@ class TrainingPlan:
 
 
 def plan(cfg: RunConfig, gpu: Gpu, efficiency: float, costs: Costs | None = None) -> TrainingPlan:
-    """Estimate a recipe. ``costs``: of its calls, if they are known. ValueError for a hub model of unknown config."""
+    """Estimate a recipe at the largest of its image sizes. ``costs``: of its calls, if they are known.
+
+    ValueError for a hub model of unknown config.
+    """
+    whole, cfg = cfg, cfg.at_largest_size
     nets = networks_of(cfg)
     counted = count_calls(cfg)
     if costs is None:
         rows = max(round(min(counted.max_batch * cfg.loop.batch_size, _chunk(cfg))), 1)
         costs = costs_of(cfg, nets, rows, reward_gradient=counted.decoded_with_grad > 0)
     rewards, uncounted = _reward_nets(cfg)
-    stay = [
-        r for r in rewards if not r.offloaded or counted.decoded_with_grad > 0
-    ]  # with gradient it stays on the device
-    static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in stay)}
-    visiting = max((r.bytes for r in rewards if r not in stay), default=0)  # one after the other
+    static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in rewards if not r.offloaded)}
+    transfers = _transfers(cfg, nets, counted, rewards)
+    away = [r.bytes for r in rewards if r.offloaded]
+    visiting = (
+        sum(away) if counted.decoded_with_grad else max(away, default=0)
+    )  # one after the other, or till the backward
     trained = {role: _bytes(nets.roles.parameters(role).values()) for role in ("student", "fake")}
     row = nets.text(1)
     text = sum(value.numel() * value.element_size() for value in row.values())
@@ -155,14 +164,15 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float, costs: Costs | None = None
         chunk=_chunk(cfg),
         output=2 * 4 * math.prod(nets.latent_shape),  # fp32
         update=max(measured.bytes for measured in costs.update.values()),
-        decoding=_decoding(counted, costs) + visiting,
+        decoding=_decoding(counted, costs) + transfers.decoder + visiting,
         per_sample=_per_sample(cfg, nets, text, scored=counted.decoded > 0),
         scoring=REWARD_ROW if rewards and isinstance(cfg.model, DiffusersModel) else 0,
         flop=_flop(counted, costs, sum(r.flop for r in rewards)),
+        transfers=transfers,
     )
     loading = sum(static[name] for name in ("base model", "student", "fake", "decoder")) + nets.encoders * nets.itemsize
     return TrainingPlan(
-        *(cfg, nets.source, _weights(nets, rewards), counted, costs, cost),
+        *(whole, nets.source, _weights(nets, rewards), counted, costs, cost),
         roles=_roles(cfg, trained, counted),
         sharded=_sharded(cfg, nets, static, trained),
         text_bytes=text if isinstance(cfg.model, DiffusersModel) else 0,
@@ -229,10 +239,13 @@ def _static(cfg: RunConfig, nets: Networks, counted: CallCounts) -> dict[str, in
     student, fake = (nets.roles.parameters(role) for role in ("student", "fake"))
     numbers = [p.numel() for weights in (student, fake) for p in weights.values()]
     moments = sum(moment_bytes(n) for n in numbers) if cfg.loop.optimizer == "adamw8bit" else ADAM * sum(numbers)
-    live = isinstance(cfg.model, DiffusersModel) and cfg.model.embeddings is None
-    decoders = _unique(nets.codec, nets.scoring)
+    kept = isinstance(cfg.model, DiffusersModel) and cfg.model.embeddings is None and cfg.model.offload == "none"
+    decoders = [
+        codec for codec in _unique(nets.codec, nets.scoring) if codec is not nets.codec or _offload(cfg) == "none"
+    ]
+    blocks = _offloaded_blocks(cfg, nets)
     return {
-        "base model": _bytes(_base(nets)),
+        "base model": _bytes(_base(nets)) - sum(sorted(blocks)[:-2]),  # one computes, the next comes
         "student": _bytes(student.values()),
         "fake": _bytes(fake.values()),
         "old policy": _bytes(student.values())
@@ -240,15 +253,56 @@ def _static(cfg: RunConfig, nets: Networks, counted: CallCounts) -> dict[str, in
         else 0,
         "optimizer": moments,
         "EMA": _bytes(student.values()) if cfg.loop.ema else 0,
-        "text encoders": nets.encoders * nets.itemsize if live else 0,
+        "text encoders": nets.encoders * nets.itemsize if kept else 0,
         "decoder": sum(_bytes(codec.vae.parameters()) for codec in decoders),
     }
 
 
+def _offload(cfg: RunConfig) -> str:
+    return cfg.model.offload if isinstance(cfg.model, DiffusersModel) else "none"
+
+
+def _offloaded_blocks(cfg: RunConfig, nets: Networks) -> list[int]:
+    """Bytes of the frozen weights of each block that is on the CPU between its calls."""
+    if _offload(cfg) != "base":
+        return []
+    found = (module for net in nets.roles.backbone_nets() for module in net.modules())
+    blocks = [block for block in found if type(block).__name__ in nets.roles.family.blocks]
+    weights = ([(n, w) for named in (b.named_parameters(), b.named_buffers()) for n, w in named] for b in blocks)
+    return [_bytes(w for name, w in own if ".lora_" not in name) for own in weights]
+
+
+def _transfers(cfg: RunConfig, nets: Networks, counted: CallCounts, rewards: Sequence[_HeldReward]) -> Transfers:
+    """What is copied to the GPU in an outer iteration."""
+    model = cfg.model
+    if not isinstance(model, DiffusersModel):
+        return NO_TRANSFERS
+    idle = model.offload != "none"
+    decodes = idle and nets.scoring is nets.codec
+    return Transfers(
+        blocks=sum(_offloaded_blocks(cfg, nets)) // len(_base_networks(nets)),
+        encoders=nets.encoders * nets.itemsize if idle and model.embeddings is None else 0,
+        decoder=_bytes(nets.codec.vae.decoder.parameters()) if decodes else 0,
+        rewards=sum(r.bytes for r in rewards if r.offloaded and r.flop),  # not those of validation
+        calls=[(counted.calls[who], counted.passes[who]) for who in counted.calls],
+        calls_with_grad=sum(counted.calls_with_grad.values()) * (2 if model.checkpointing else 1),
+        decoded=counted.decoded + counted.decoded_with_grad,
+        scorings=counted.scorings,
+        scorings_with_grad=counted.scorings_with_grad,
+        chunk=_chunk(cfg),
+        micro=cfg.loop.micro_batch,
+        decode_chunk=model.decode_chunk,
+    )
+
+
+def _base_networks(nets: Networks) -> Sequence[nn.Module]:
+    """The frozen networks: the teacher's, and that of what the student starts as."""
+    return nets.roles.backbone_nets() if isinstance(nets.roles, DiffusersRoles) else (nets.base,)
+
+
 def _base(nets: Networks) -> list[Tensor]:
     """The frozen networks without adapters: the teacher, and what the student starts as."""
-    backbones = nets.roles.backbone_nets() if isinstance(nets.roles, DiffusersRoles) else (nets.base,)
-    named = [pair for net in backbones for pair in (*net.named_parameters(), *net.named_buffers())]
+    named = [pair for net in _base_networks(nets) for pair in (*net.named_parameters(), *net.named_buffers())]
     return [weights for name, weights in named if ".lora_" not in name]
 
 

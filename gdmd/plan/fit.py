@@ -19,7 +19,7 @@ MARGIN = 0.05
 """Share of the GPU's memory that a plan leaves free: activations are estimates."""
 SMALLEST = 0.02 * GIB
 """Bytes that a change must save."""
-SAME_CALLS = ("model.embeddings", "model.forward_chunk", "rewards.", "loop.optimizer")
+SAME_CALLS = ("model.embeddings", "model.forward_chunk", "model.offload", "rewards.", "loop.optimizer")
 """Beginnings of the settings that change no measured call, so that nothing is measured again."""
 TINY_DECODERS = {"sd15": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux": "taef1", "z_image": "taef1"}
 """Published AutoencoderTiny of a family's latents, by madebyollin."""
@@ -32,6 +32,11 @@ class Change:
     settings: str
     price: str
     saved: float = 0.0
+
+    @property
+    def fields(self) -> list[str]:
+        """The names of the settings."""
+        return [setting.partition("=")[0] for setting in self.settings.split()]
 
 
 def overrides(kept: Sequence[Change]) -> list[str]:
@@ -61,7 +66,10 @@ def fit(
         smaller = plan(cfg, gpu, efficiency, costs)
         saved = estimate.total - smaller.total
         if saved >= SMALLEST:
-            estimate, kept = smaller, [*kept, Change(change.settings, change.price, saved)]
+            replaced = [one for one in kept if one.fields == change.fields]
+            saved += sum(one.saved for one in replaced)
+            kept = [*(one for one in kept if one not in replaced), Change(change.settings, change.price, saved)]
+            estimate = smaller
     for change in reversed(kept[:-1]):  # what a later change made unnecessary
         rest = [one for one in kept if one is not change]
         if estimate.total + change.saved <= _limit(gpu):
@@ -100,7 +108,8 @@ def changes(estimate: TrainingPlan) -> Iterator[Change]:
     if real is not None and real.full == "none" and not real.teacher_loras and not real.student_lora:
         if real.quantization == "none":
             yield Change("model.quantization=int8", "errors of about 1 % in x0 on the Shapes miniatures; needs torchao")
-        if real.quantization != "nf4":
+    if real is not None and real.full == "none" and not real.teacher_loras and not real.student_lora:
+        if real.quantization != "nf4" and real.offload != "base":
             yield Change("model.quantization=nf4", "over ten times the error of int8; needs bitsandbytes")
 
 
@@ -114,10 +123,13 @@ def _slower(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterat
         yield Change("model.decode_chunk=1", "one image per call of the VAE")
     if worst.startswith("update") and not model.checkpointing:
         yield Change("model.checkpointing=true", "a third more time: activations are computed again")
-    if not estimate.counts.decoded_with_grad:
-        away = [f"rewards.{index}.offload=true" for index, spec in _neural(estimate.cfg) if not spec.offload]
-        if away:  # together: a single one still visits the GPU in the largest phase
-            yield Change(" ".join(away), "the weights of the rewards are copied to the GPU for every call")
+    away = [f"rewards.{index}.offload=true" for index, spec in _neural(estimate.cfg) if not spec.offload]
+    if away:  # together: a single one still visits the GPU in the largest phase
+        yield Change(" ".join(away), "the weights of the rewards are copied to the GPU for every call")
+    if model.offload == "none":
+        yield Change("model.offload=idle", "text encoders and decoder are copied to the GPU for every use")
+    if model.offload != "base" and model.full == "none" and model.quantization != "nf4" and not model.compile:
+        yield Change("model.offload=base", "also the blocks of the base model, in every call of it")
 
 
 def _less_exact(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterator[Change]:

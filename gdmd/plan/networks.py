@@ -68,7 +68,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
     from gdmd.plan.meta_pipeline import meta_decoder, meta_family
     from gdmd.plan.quantized_layers import quantize_layers
 
-    opened = meta_family(model)
+    opened = meta_family(model.model_copy(update={"offload": "none"}))  # placement is arithmetic: ``plan.estimate``
     family = opened.family
     check_guidance(family, cfg.method.guidance)
     quantize_layers(family.net, model.quantization)

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 
 from gdmd.config.model import DiffusersModel
-from gdmd.plan.cost_model import GIB, RESERVE, ScalingRow
+from gdmd.plan.cost_model import GIB, LINK_EFFICIENCY, RESERVE, ScalingRow
 from gdmd.plan.estimate import TrainingPlan
 from gdmd.plan.fit import MARGIN, Change, changes, fits, overrides
 
@@ -32,7 +32,9 @@ def _head(plan: TrainingPlan) -> Iterable[str]:
 
 def _batch(plan: TrainingPlan) -> str:
     loop, model = plan.cfg.loop, plan.cfg.model
-    size = f"{model.height} x {model.width}, " if isinstance(model, DiffusersModel) else ""
+    size = f"{model.largest.height} x {model.largest.width}, " if isinstance(model, DiffusersModel) else ""
+    if isinstance(model, DiffusersModel) and model.sizes:
+        size = f"the largest of {len(model.sizes)} sizes, {size}"
     return f"{size}batch {loop.batch_size} in micro-batches of {loop.micro_batch or loop.batch_size}"
 
 
@@ -78,6 +80,12 @@ def _work(plan: TrainingPlan) -> Iterable[str]:
         f"{each:.3g} s, {plan.batch / plan.seconds:.3g} images/s, all {plan.cfg.loop.steps} iterations "
         f"{plan.seconds * plan.cfg.loop.steps / 3600:.3g} h"
     )
+    if sent := plan.cost.transfers.bytes(plan.batch):
+        yield (
+            f"  of these {plan.cost.copying(plan.batch, plan.gpu) / updates['student']:.3g} s to copy "
+            f"{sent / updates['student'] / 1e9:,.3g} GB of offloaded weights ({LINK_EFFICIENCY:.0%} of {plan.gpu.host:g} "
+            "GB/s, PCIe x16)"
+        )
     if plan.costs.forward["teacher"] < SMALL:
         yield "  networks this small are bound by kernel launches: expect it to be many times slower"
 

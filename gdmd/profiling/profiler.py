@@ -91,7 +91,7 @@ class Profiler:
     """The live objects of one recipe, and what its rounds measured."""
 
     def __init__(self, cfg: RunConfig, components: Components | None = None, device: str | None = None) -> None:
-        began = time.perf_counter()
+        began, cfg = time.perf_counter(), cfg.at_largest_size
         if cfg.loop.threads:
             torch.set_num_threads(cfg.loop.threads)
         self.cfg, self.components = cfg, components or build(cfg, device)

@@ -23,19 +23,29 @@ SHOWN = 20
 
 
 def compute_latents(cfg: RunConfig, console: Console, device: str | None = None) -> dict[str, Any]:
-    """Encode the images whose latents are not stored yet. ValueError for a recipe without real_data."""
+    """Encode the images whose latents are not stored yet, for each image size. ValueError for a recipe without real_data.
+
+    Returns the counts of the one size, or {"sizes": [...]} of several.
+    """
     model = cfg.model
     if not isinstance(model, DiffusersModel) or cfg.real_data is None:
         raise ValueError(
             f"recipe {cfg.name} has no real_data: set real_data.source and real_data.latents (real models only), and a "
             "method that reads real images (method.student_input=data, or dmd2 with gan_weight > 0)"
         )
-    real = cfg.real_data
+    rows = [_of_size(one, cfg.real_data, console, device) for one in model.each_size]
+    return {"sizes": rows} if model.sizes else rows[0]
+
+
+def _of_size(model: DiffusersModel, real: RealDataConfig, console: Console, device: str | None) -> dict[str, Any]:
+    """The latents of one image size."""
     store = store_of(real, model)
     with writing("the latents", store.folder, SHARDS_STAY, "real_data.latents"):
         computed = _prepared(store, real, model, console, device)
     _print_summary(computed, store, console)
     return {
+        "height": model.height,
+        "width": model.width,
         "folder": str(store.folder),
         "images": computed.images,
         "encoded": computed.encoded,

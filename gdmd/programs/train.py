@@ -187,15 +187,16 @@ def _try_rewards(
     """The rewards on a training prompt, the held-out scorers on a validation prompt."""
     device = next(iter(components.roles.parameters("student").values())).device
     if isinstance(cfg.model, DiffusersModel):
-        size = (cfg.model.height, cfg.model.width)
+        sizes = [(model.height, model.width) for model in cfg.model.each_size]
     else:
         height, width = components.codec.decode(torch.zeros(1, *components.latent_shape, device=device)).shape[2:]
-        size = (height, width)
+        sizes = [(height, width)]
     meta = components.stream.meta[0][0] if components.stream.meta else None
-    if cfg.method.rewarded:
-        try_rewards(components.rewards, size, components.stream.groups[0][0], meta, str(device))
-    for text in validated:
-        try_rewards(components.scorers, size, text, next(iter(validated_meta), None), str(device))
+    for size in sizes:
+        if cfg.method.rewarded:
+            try_rewards(components.rewards, size, components.stream.groups[0][0], meta, str(device))
+        for text in validated:
+            try_rewards(components.scorers, size, text, next(iter(validated_meta), None), str(device))
 
 
 def encode(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) -> None:

@@ -22,7 +22,7 @@ from gdmd.data.prompts import PromptStream
 from gdmd.data.text_cache import CachedText
 from gdmd.diffusion.device import pick_device
 from gdmd.diffusion.sampling import times
-from gdmd.methods.base import RealLatents
+from gdmd.methods.base import ImageSize, RealLatents
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.dmd2 import Dmd2
 from gdmd.methods.dmd_grpo import DmdGrpo
@@ -33,6 +33,7 @@ from gdmd.methods.gdmd import Gdmd
 from gdmd.methods.gdmd_ablations import CONTROLS, GdmdTiltedShuffled
 from gdmd.methods.gdmd_tilted import GdmdTilted
 from gdmd.methods.scorer import Scorer
+from gdmd.methods.sizes import ResizableMethod, SeveralSizes
 from gdmd.recipes.build_data import real_latents_of, training_prompts
 from gdmd.recipes.build_rewards import asset_tensors, build_rewards, check_prompts
 from gdmd.recipes.objects import NOTHING_GIVEN, GivenObjects
@@ -48,6 +49,7 @@ from gdmd.shapes.roles import (
 from gdmd.types import Codec, Critic, Denoiser, Method, Native, Reward, Roles, TextEncoder
 
 if TYPE_CHECKING:
+    from gdmd.models.families.base import Family
     from gdmd.models.roles import DiffusersRoles
 
 
@@ -66,6 +68,13 @@ class Components:
     teacher_times: Callable[[int], Tensor] = times
     scoring: Codec | None = None  # decoder for rewards, if not ``codec``
     scorers: tuple[Reward, ...] = ()  # held-out rewards, for validation
+    sizes: tuple[ImageSize, ...] = ()  # of a run with several
+
+    def at_sizes(self) -> tuple[Components, ...]:
+        """These components as samplers of images of each size; ``self`` for a run with one size."""
+        names = ("latent_shape", "student_steps", "teacher_times")
+        each = ({name: getattr(size, name) for name in names} for size in self.sizes)
+        return tuple(replace(self, **own) for own in each) or (self,)
 
 
 def build(cfg: RunConfig, device: str | None = None, given: GivenObjects = NOTHING_GIVEN) -> Components:
@@ -102,7 +111,11 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str, given: GivenObjects
 def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenObjects) -> Components:
     """Times in the recipe are uniform; the method gets them through the family's timestep mapping."""
     real = real_latents_of(cfg, model)
+    stores = {size: real_latents_of(cfg, model.at_size(*size)) for size in model.sizes}
     groups, meta = training_prompts(cfg, real, given.prompts)
+    for store in stores.values():
+        if store is not None:
+            store.check([text for group in groups for text in group])
     check_prompts(cfg.rewards, (text for group in groups for text in group), meta)
     from gdmd.models.distilled import check_guidance
     from gdmd.models.loading import LazyTextEncoder, adopt, encoder_identity, open_family, scoring_codec
@@ -128,12 +141,21 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenO
     latents = LatentSpec(family.latent_shape, family.native, family.teacher_times)
     codec = scoring_codec(family, device)
     method = method_of(own, roles, codec, rewards, latents, real)
+    sizes = tuple(_size(cfg, family.at_size(*size), start.at_size(*size), found) for size, found in stores.items())
     return Components(
-        *(roles, family.codec, encoder, rewards, method, stream, family.latent_shape),
+        *(roles, family.codec, encoder, rewards, SeveralSizes(method, sizes) if sizes else method, stream),
+        latent_shape=family.latent_shape,
         student_steps=own.student_steps,
         teacher_times=family.teacher_times,
         scoring=codec if model.scoring_decoder is not None else None,
+        sizes=sizes,
     )
+
+
+def _size(cfg: RunConfig, teacher: Family, start: Family, real: RealLatents | None) -> ImageSize:
+    """What follows the image size of these families."""
+    sides, steps = (teacher.cfg.height, teacher.cfg.width), start.student_times(cfg.method.student_steps)
+    return ImageSize(*sides, teacher.latent_shape, steps, teacher.teacher_times, real)
 
 
 def head_seed(cfg: RunConfig) -> int | None:
@@ -182,7 +204,7 @@ def method_of(
     rewards: tuple[Reward, ...],
     latents: LatentSpec,
     real: RealLatents | None,
-) -> Method:
+) -> ResizableMethod:
     """The method of this configuration on these objects."""
     parts = (roles, latents.latent_shape, latents.native, real)
     scorer = Scorer(codec, rewards)

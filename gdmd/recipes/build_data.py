@@ -34,7 +34,7 @@ def vae_identity(model: DiffusersModel) -> str:
 
 
 def real_latents_of(cfg: RunConfig, model: DiffusersModel) -> StoredLatents | None:
-    """The stored latents, if the method reads real images. ValueError if they are missing."""
+    """The stored latents of this model's size, if the method reads real images. ValueError if they are missing."""
     if not cfg.needs_real:
         return None
     if cfg.real_data is None:

@@ -38,6 +38,8 @@ class CallCounts:
     with_grad: Mapping[str, float]  # passes with a backward pass, by role
     decoded: float  # latents decoded and scored
     decoded_with_grad: float  # the same with a backward pass through reward and decoder
+    scorings: float  # calls of the rewards without gradient
+    scorings_with_grad: float
     calls: Mapping[str, float]  # network calls without gradient, by role
     calls_with_grad: Mapping[str, float]
     losses: Mapping[str, float]  # losses that have calls with gradient, by role
@@ -195,6 +197,8 @@ def _means(log: _Log, iterations: int, batch: int) -> CallCounts:
         with_grad={who: share(who, True) for who in MODEL_ROLES},
         decoded=share("decoder", False),
         decoded_with_grad=share("decoder", True),
+        scorings=log.calls["decoder", False] / iterations,
+        scorings_with_grad=log.calls["decoder", True] / iterations,
         calls={who: log.calls[who, False] / iterations for who in MODEL_ROLES},
         calls_with_grad={who: log.calls[who, True] / iterations for who in MODEL_ROLES},
         losses={who: log.losses[who] / iterations for who in MODEL_ROLES},

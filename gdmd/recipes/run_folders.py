@@ -22,7 +22,7 @@ MAY_CHANGE = (
     *("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every"),
     *("validation.prompts", "validation.every", "validation.images", "validation.scorers"),
     *("loop.report_to", "loop.push_checkpoints"),
-    *("loop.sharding", "loop.rank_timeout", "loop.checkpoint_async"),
+    *("loop.sharding", "loop.rank_timeout", "loop.checkpoint_async", "model.offload"),
     *("loop.best_metric", "loop.best_direction", "loop.on_nonfinite", "loop.skip_limit"),
     "model.lora_targets",
 )

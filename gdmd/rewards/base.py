@@ -14,8 +14,8 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from gdmd.config.load import validated
 from gdmd.config.rewards import DeviceOptions, NetworkReward
 from gdmd.diffusion.device import to_device_async
+from gdmd.diffusion.offload import Offloaded
 from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.rewards.preprocessing import ImageInput, Preprocess, check_finite, check_images, from_pil
 from gdmd.rewards.weights import PaddedTokenizer
@@ -127,8 +128,8 @@ class Placement:
     """Where and how a reward runs.
 
     dtype: of the weights and the towers; preprocessing, cosine and head are always fp32.
-    offload: keep the weights on the CPU between calls. After a call with gradient they stay on the device, for the
-        backward pass, until the next call without gradient.
+    offload: keep the weights on the CPU between calls. After a call with gradient the copies on the device stay until
+        its backward pass is done.
     chunk: images per forward pass; 0 = the whole batch.
     """
 
@@ -199,6 +200,7 @@ class PretrainedReward(RewardModel):
         self.config: Any = validated(self.config_class, dict(options), type(self).__name__)
         self.name, self.placement = str(self.config.kind), Placement.of(self.config)
         self._loaded: Loaded | None = None
+        self._weights: AbstractContextManager[None] = nullcontext()  # of a network that is offloaded
         self._warned = False
 
     @abstractmethod
@@ -208,6 +210,8 @@ class PretrainedReward(RewardModel):
     def to(self, device: str) -> Self:
         """Move to another device. Images may be on any device; scores are returned on the device of the images."""
         self.placement = replace(self.placement, device=device)
+        if self._loaded is not None:
+            self._place(self._loaded)
         return self
 
     @property
@@ -218,9 +222,19 @@ class PretrainedReward(RewardModel):
             set_dtype(loaded.net, self.placement.dtype)
             loaded.net.eval().requires_grad_(False)
             if loaded.head is not None:
-                loaded.head.float().eval().requires_grad_(False).to(self.placement.device)
+                loaded.head.float().eval().requires_grad_(False)
+            self._place(loaded)
             self._loaded = loaded
         return self._loaded
+
+    def _place(self, loaded: Loaded) -> None:
+        device = self.placement.device
+        if loaded.head is not None:
+            loaded.head.to(device)
+        if self.placement.offload:
+            self._weights = Offloaded(loaded.net, device)
+        else:
+            loaded.net.to(device)
 
     @property
     def preprocess(self) -> ImageInput:
@@ -279,7 +293,7 @@ class PretrainedReward(RewardModel):
             return images.new_zeros(0, dtype=torch.float32)
         step = self.placement.chunk or len(images)
         kind = torch.device(self.placement.device).type
-        with self._on_device(), torch.autocast(kind, enabled=False):
+        with self.on_device, torch.autocast(kind, enabled=False):
             parts = [
                 self._formula(prepare(images[start : start + step]), asked[start : start + step])
                 for start in range(0, len(images), step)
@@ -288,20 +302,11 @@ class PretrainedReward(RewardModel):
             check_finite(self.name, scores, texts)
         return scores
 
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Keep the network on its device inside the block; offload it afterwards unless a backward pass needs it.
-
-        After an error no backward pass follows, so it is offloaded.
-        """
-        needed = False
-        try:
-            self.loaded.net.to(self.placement.device)
-            yield
-            needed = torch.is_grad_enabled()
-        finally:
-            if self.placement.offload and not needed:
-                self.loaded.net.to("cpu")
+    @property
+    def on_device(self) -> AbstractContextManager[None]:
+        """Inside, the weights are on the device. After a call with gradient its graph keeps them there."""
+        _ = self.loaded  # which sets them
+        return self._weights
 
     def _head(self, x: Tensor) -> Tensor:
         head = self.loaded.head

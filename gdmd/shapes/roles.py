@@ -44,6 +44,10 @@ class DitDenoiser:
             hidden: Tensor = self.net(x_t, t, cond["tokens"], hidden=True)
         return hidden.float()
 
+    def feature_grid(self, x_t: Tensor) -> tuple[int, int]:
+        """Rows and columns of ``features``: patches of 2 x 2."""
+        return x_t.shape[-2] // 2, x_t.shape[-1] // 2
+
 
 class BlendedDit:
     """A ShapesDit called with substituted weights (``functional_call``); hooks of the network see the calls."""
@@ -77,8 +81,7 @@ class ShapesRoles:
         self.old = DitDenoiser(self._old, bf16=bf16)
         self.critic: FeatureCritic | None = None
         if head_seed is not None:
-            grid = (teacher.grid // 2, teacher.grid // 2)
-            own = seeded_head(teacher.place.shape[1], grid, head_seed, teacher.place.device)
+            own = seeded_head(teacher.place.shape[1], head_seed, teacher.place.device)
             self.critic = FeatureCritic(self.fake, own)
 
     def parameters(self, role: Role) -> Mapping[str, Parameter]:

@@ -28,7 +28,7 @@ def kind_of(cfg: SourceConfig) -> Kind:
     fits = {
         "export": {"base", "dtype", "device", "revision", "variant"},
         "pipeline": every,
-        "run": {"checkpoint", "base", "device"},
+        "run": {"checkpoint", "base", "device", "height", "width"},
         "teacher": {"device"},
     }
     allowed = fits.get(kind, set()) | {"name", "where", "batch", "trained"}

@@ -12,12 +12,13 @@ import torch
 from gdmd.config.describe import trained_rewards
 from gdmd.config.image_source import SourceConfig
 from gdmd.config.model import DiffusersModel
+from gdmd.config.run import RunConfig
 from gdmd.diffusion.generate import Sampler
 from gdmd.diffusion.rng import SampleRng
 from gdmd.recipes.build import Components
 from gdmd.recipes.contents import base_content, checkpoint_content
 from gdmd.recipes.long_prompts import warn_long_prompts
-from gdmd.recipes.open_run import image_batch, open_named
+from gdmd.recipes.open_run import image_batch, open_named, student_row
 from gdmd.recipes.run_folders import TEACHERS
 from gdmd.runs.run_folder import config_hash
 from gdmd.shapes.grammar import tokenize
@@ -42,6 +43,9 @@ class RunSource:
         """Checkpoint ``cfg.checkpoint`` of the run in ``cfg.where``."""
         recipe, components, sampler, step = open_named(cfg.where, cfg.checkpoint, cfg.base, cfg.device)
         teacher = cfg.where in TEACHERS
+        if cfg.height or cfg.width:
+            components = _at_size(cfg, recipe, components)
+            sampler = student_row(recipe, components)
         if isinstance(recipe.model, DiffusersModel):
             from gdmd.models.loading import checker_off, local_or_hub_index
 
@@ -64,6 +68,7 @@ class RunSource:
                 "sampler": sampler.name,
                 "step": step,
                 "base": base_content(recipe.model),
+                "size": [cfg.height, cfg.width] if cfg.height or cfg.width else None,
                 "weights": None if teacher else checkpoint_content(Path(cfg.where), step),
             },
         )
@@ -79,3 +84,17 @@ class RunSource:
         rng = SampleRng(seed, 0, torch.tensor([slot.key for slot in slots], device=self.device))
         latents = self.sampler.latents([slot.text for slot in slots], rng)
         return to_images(self.components.codec.decode(latents).float(), self.info.name)
+
+
+def _at_size(cfg: SourceConfig, recipe: RunConfig, components: Components) -> Components:
+    """The components for another of the run's image sizes. ValueError for a size that it was not trained at."""
+    known = {(size.height, size.width): own for size, own in zip(components.sizes, components.at_sizes(), strict=False)}
+    model = recipe.model
+    wanted = (cfg.height or model.height, cfg.width or model.width) if isinstance(model, DiffusersModel) else (0, 0)
+    if wanted not in known:
+        sizes = ", ".join(f"height={height},width={width}" for height, width in known) or "the one of model.height"
+        raise ValueError(
+            f"source {cfg.where!r}: height = {cfg.height}, width = {cfg.width}, but the run was trained at {sizes}; give "
+            "one of them, or leave both out"
+        )
+    return known[wanted]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.sampling import ode_sample
+from gdmd.export.pipeline import call_arguments, student_scheduler
 from gdmd.models import vae
 from gdmd.models.families.base import Family
 from gdmd.models.loading import LazyTextEncoder, open_family
@@ -25,6 +26,7 @@ from gdmd.models.packing import in_patches, pack, unpack
 from gdmd.types import Cond, Prediction
 
 STEPS = 4
+UNIFORM = (1.0, 0.75, 0.5, 0.25)
 CAPTIONS = list(tiny.WORDS[:2])
 STOCK: dict[str, dict[str, Any]] = {  # what the stock call needs for classifier-free guidance 3
     "sd15": {"guidance_scale": 3.0},
@@ -70,7 +72,8 @@ def teacher(family: Family) -> Any:
 
 
 def stock(family: Family, noise: Tensor, kind: str) -> Tensor:
-    size = {"height": tiny.SIZE, "width": tiny.SIZE, "num_inference_steps": STEPS, "output_type": kind}
+    height, width = (side * family.pixels_per_latent for side in noise.shape[-2:])
+    size = {"height": height, "width": width, "num_inference_steps": STEPS, "output_type": kind}
     enter = {"flux": pack, "qwen_image": pack, "krea2": pack, "flux2": in_patches, "flux2_klein": in_patches}.get(
         family.name
     )
@@ -87,17 +90,33 @@ def stock(family: Family, noise: Tensor, kind: str) -> Tensor:
 
 
 @pytest.mark.parametrize("name", tiny.BUILD)
-def test_teacher_sampling_equals_the_pipeline(folders: Path, name: str) -> None:
+@pytest.mark.parametrize("size", [(32, 32), (32, 64), (64, 32)])
+def test_teacher_sampling_equals_the_pipeline(folders: Path, name: str, size: tuple[int, int]) -> None:
+    """At every image size: the network is that of the family as it was opened, at 32 x 32."""
     family = shared(saved(folders, name))
-    noise = torch.randn(2, *family.latent_shape)
+    at_size = family.at_size(*size)
+    noise = torch.randn(2, *at_size.latent_shape)
     guidance = 1.0 if name == "flux2" else 3.0
     guided = Guided(teacher(family), guidance, family.encoder.null(2), family.guide)
-    path = family.teacher_times(STEPS)
+    path = at_size.teacher_times(STEPS)
     ours = ode_sample(guided, noise, path, family.encoder.encode(CAPTIONS), family.schedule)
-    assert torch.allclose(ours, stock(family, noise, "latent"), atol=1e-4)
+    torch.testing.assert_close(ours, stock(family, noise, "latent"), atol=1e-5, rtol=1e-5)
     images = family.codec.decode(ours).clamp(0, 1)
-    assert torch.allclose(images, stock(family, noise, "pt"), atol=1e-4)
+    torch.testing.assert_close(images, stock(family, noise, "pt"), atol=1e-5, rtol=1e-5)
     assert images.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2_klein", "krea2", "qwen_image", "z_image"])
+def test_student_times_follow_the_size(folders: Path, name: str) -> None:
+    """As the exported scheduler shifts them in the stock pipeline, which reads the size of its call."""
+    family, found = opened(folders, name), []
+    family.pipe.scheduler = student_scheduler(family, UNIFORM)
+    for height, width in ((32, 32), (64, 32)):
+        given = call_arguments(family, UNIFORM) | {"height": height, "width": width, "output_type": "latent"}
+        family.pipe(prompt=CAPTIONS[0], **given)
+        found.append(family.at_size(height, width).student_times(UNIFORM))
+        assert found[-1] == pytest.approx(family.pipe.scheduler.sigmas[:-1].tolist(), abs=1e-6)
+    assert (found[0] == found[1]) == (not family.settings.dynamic)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image"])
@@ -169,9 +188,8 @@ def test_packing_has_an_inverse() -> None:
 
 
 def test_student_times(folders: Path) -> None:
-    uniform = (1.0, 0.75, 0.5, 0.25)
-    assert shared(saved(folders, "sd3")).student_times(uniform) == pytest.approx((1, 0.9, 0.75, 0.5))
-    discrete = [999 * t for t in shared(saved(folders, "sdxl")).student_times(uniform)]
+    assert shared(saved(folders, "sd3")).student_times(UNIFORM) == pytest.approx((1, 0.9, 0.75, 0.5))
+    discrete = [999 * t for t in shared(saved(folders, "sdxl")).student_times(UNIFORM)]
     assert discrete == pytest.approx([999, 749, 499, 249])
 
 

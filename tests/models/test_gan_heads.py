@@ -146,9 +146,9 @@ def test_features_are_the_last_blocks_output(folders: Path, name: str, full: str
     at = states(roles)
     net = roles.fake.net.ready()
     found = roles.fake.features(*at)
-    width, rows, columns = roles.family.feature_shape
+    rows, columns = roles.fake.feature_grid(at[0])
     assert (rows, columns) == (size[0] // token, size[1] // token)
-    assert found.shape == (2, rows * columns, width) and found.dtype == torch.float32
+    assert found.shape == (2, rows * columns, roles.family.feature_width) and found.dtype == torch.float32
     torch.testing.assert_close(found.detach(), from_block(roles, net, at))
 
 

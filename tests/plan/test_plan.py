@@ -186,14 +186,15 @@ def test_feature_cost_of_the_published_unets() -> None:
 
 
 def test_offloaded_rewards_are_counted_one_at_a_time(folders: Path) -> None:
-    """Unless their gradient is needed: then they stay on the device."""
+    """With gradient they stay on the device until the backward pass through all of them."""
     plain = recipe(folders, "sd3", GDMDConfig(group_size=2)).model_dump()
     away = [{"kind": kind, "offload": True} for kind in ("clip", "hps")]
     clip, hps = 4 * CLIP_L.weights, 4 * CLIP_H.weights
     visiting = plan(RunConfig.model_validate(plain | {"rewards": away}), GPU, 0.4)
     assert visiting.cost.static["rewards"] == 0 and hps < visiting.cost.decoding < hps + clip
     gradient = plain | {"rewards": away, "method": DMDReFLConfig(fake_updates=1).model_dump()}
-    assert plan(RunConfig.model_validate(gradient), GPU, 0.4).cost.static["rewards"] == clip + hps
+    together = plan(RunConfig.model_validate(gradient), GPU, 0.4).cost
+    assert together.static["rewards"] == 0 and clip + hps < together.decoding < clip + 2 * hps
 
 
 def test_adamw8bit_state_is_counted(folders: Path) -> None:
@@ -298,7 +299,7 @@ def test_scaling_table() -> None:
 
 
 def test_what_does_not_fit_gets_hints(folders: Path) -> None:
-    small = Gpu("tiny", 1.0, 1.001, 10.0)
+    small = Gpu("tiny", 1.0, 1.001, 10.0, 10.0)
     estimate = plan(recipe(folders, "sd3", GDMDConfig(group_size=2), batch=16), small, 0.5)
     text = described(estimate, estimate.scaling([2]))
     assert not estimate.fits and "it does NOT fit" in text and "loop.micro_batch=1" in text

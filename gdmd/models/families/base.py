@@ -5,23 +5,28 @@ The quirks of a model (packing, micro-conditioning, shifts, its time scale) live
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from gdmd.config.model import DiffusersModel, FamilyName
 from gdmd.diffusion.guidance import plain
+from gdmd.diffusion.offload import Offloaded, called_children, offload_parts
 from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.models.features import capture_features
 from gdmd.models.tokens import readers_of
 from gdmd.models.vae import check_scaling
 from gdmd.types import Codec, Cond, Guide, Native, Prediction, Schedule, StudentSampler
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Names of a pipeline's text encoders."""
 
 
 class Family(ABC):
@@ -64,6 +69,42 @@ class Family(ABC):
                 )
         self.check_positions(self.net, unit, self.cfg.height, self.cfg.width, "model.")
         return self.latent_channels, self.cfg.height // factor, self.cfg.width // factor
+
+    def at_size(self, height: int, width: int) -> Self:
+        """The same networks for images of height x width pixels: latents of another shape, times of another shift."""
+        other = copy.copy(self)
+        other.cfg = self.cfg.at_size(height, width)
+        return other
+
+    def check_sizes(self) -> None:
+        """ValueError for an image size of cfg that does not fit."""
+        _ = self.latent_shape
+        for height, width in self.cfg.sizes:
+            try:
+                _ = self.at_size(height, width).latent_shape
+            except ValueError as error:
+                raise ValueError(f"model.sizes has {height} x {width}, and {error}") from error
+
+    def place(self, device: str, shared: Collection[str] = ()) -> None:
+        """The networks on ``device``, or where cfg.offload says; components in ``shared`` are placed already."""
+        self.encoder.device, offload = torch.device(device), self.cfg.offload
+        networks = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        for name in networks.keys() - set(shared):
+            part: Any = networks[name]
+            if part is self.net and offload == "base":
+                blocks = [block for block in part.modules() if type(block).__name__ in self.blocks]
+                offload_parts(part, blocks, device)
+            elif name == "vae" and offload != "none":
+                offload_parts(part, [*called_children(part.decoder), *called_children(part.encoder)], device)
+            elif not (name in ENCODERS and offload != "none"):
+                part.to(device)
+        if offload != "none" and "text_encoder" not in shared:
+            self.encoder.offload()
+
+    @property
+    def adapter_device(self) -> torch.device | None:
+        """Where adapters are while the layers that they modify are on the CPU; None = with their layers."""
+        return self.encoder.device if self.cfg.offload == "base" else None
 
     @classmethod
     def most_tokens(cls, net: Any) -> tuple[int, int] | None:
@@ -129,25 +170,29 @@ class Family(ABC):
         """Convert the network's raw output at x_t and t to x0 and eps."""
 
     def features(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Hidden states of the image tokens, for a GAN head. [B, N, D], N = rows * columns of feature_shape"""
+        """Hidden states of the image tokens, for a GAN head. [B, N, D], N = rows * columns of feature_grid"""
         with self.feature_mode(net):
             hidden = self.call(net, x_t, t, cond)
-        return self.image_tokens(hidden)
+        return self.image_tokens(hidden, x_t)
 
     def feature_mode(self, net: Any) -> AbstractContextManager[None]:
         """Inside, ``net`` returns hidden states: for transformers, those after the last block."""
         return capture_features(net, net.norm_out)
 
-    def image_tokens(self, hidden: Tensor) -> Tensor:
-        """The image tokens of these hidden states. [B, N, D]"""
+    def image_tokens(self, hidden: Tensor, x_t: Tensor) -> Tensor:
+        """The image tokens of these hidden states at latents x_t [B, C, H, W]. [B, N, D]"""
+        del x_t
         return hidden
 
     @property
-    def feature_shape(self) -> tuple[int, int, int]:
-        """(D, rows, columns) of the features."""
+    def feature_width(self) -> int:
+        """D of the features."""
         net: Any = self.net
-        _, height, width = self.latent_shape
-        return int(net.inner_dim), height // self.patch, width // self.patch
+        return int(net.inner_dim)
+
+    def feature_grid(self, x_t: Tensor) -> tuple[int, int]:
+        """Rows and columns of the features at latents x_t [B, C, H, W]."""
+        return x_t.shape[-2] // self.patch, x_t.shape[-1] // self.patch
 
     @abstractmethod
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
@@ -171,20 +216,35 @@ class PipelineText(ABC):
         self.pipe, self.cfg = pipe, cfg
         self.device: torch.device = torch.device("cpu")
         self._null: Cond | None = None
+        self._offloaded: tuple[Offloaded, ...] = ()
 
     @abstractmethod
     def embed(self, texts: Sequence[str]) -> Cond:
         """Named tensors [B, ...] of these captions."""
 
+    def offload(self) -> None:
+        """Keep the encoders on the CPU, and on the device while they embed captions."""
+        names = (name for name in ENCODERS if self.pipe.components.get(name) is not None)
+        self._offloaded = tuple(Offloaded(self.pipe.components[name], self.device) for name in names)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for encoder in self._offloaded:
+                stack.enter_context(encoder)
+            yield
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Cond:
-        return self.embed(texts)
+        with self._on_device():
+            return self.embed(texts)
 
     @torch.no_grad()
     def null(self, count: int) -> Cond:
         """The unconditional input, embedded once and expanded."""
         if self._null is None:
-            self._null = self.embed_null()
+            with self._on_device():
+                self._null = self.embed_null()
         return {name: value.expand(count, *value.shape[1:]) for name, value in self._null.items()}
 
     def embed_null(self) -> Cond:
@@ -201,7 +261,8 @@ class PipelineText(ABC):
     def unload(self) -> None:
         """Drop the encoders (their memory is freed with the last reference); ``null`` is kept."""
         self.null(1)
-        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        self._offloaded = ()
+        for name in ENCODERS:
             if name in self.pipe.components:
                 self.pipe.register_modules(**{name: None})
 

@@ -23,7 +23,6 @@ class FlowFamily(Family):
 
     native = "velocity"
     max_shift: ClassVar[float] = 1.15
-    timesteps: FlowTimesteps
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
@@ -51,10 +50,14 @@ class FlowFamily(Family):
         """The pipeline's timestep / 1000: t itself for num_train_timesteps = 1000."""
         return t * (self.settings.train_steps / 1000)
 
-    def timesteps_for(self, steps: int) -> FlowTimesteps:
-        """The timestep mapping for ``steps`` steps."""
+    def mu(self, steps: int) -> float | None:
+        """mu of dynamic shifting for ``steps`` steps; None = linear in the image tokens, between the scheduler's shifts."""
         del steps
-        return self.timesteps
+        return None
+
+    def timesteps_for(self, steps: int) -> FlowTimesteps:
+        """The timestep mapping for ``steps`` steps at this size."""
+        return self.settings.timesteps(self.tokens, self.mu(steps))
 
     def student_times(self, uniform: Sequence[float]) -> tuple[float, ...]:
         return self.timesteps_for(len(uniform)).student(uniform)

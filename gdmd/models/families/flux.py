@@ -43,7 +43,6 @@ class Flux(FlowFamily):
         self.net: nn.Module = pipe.transformer
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = FluxText(pipe, cfg)
-        self.timesteps = self.settings.timesteps(self.tokens)
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)

@@ -18,7 +18,6 @@ from gdmd.diffusion.schedule import from_velocity
 from gdmd.models.families.base import PipelineText, network_dtype
 from gdmd.models.families.flow import FlowFamily
 from gdmd.models.packing import pack, unpack
-from gdmd.models.timesteps import FlowTimesteps
 from gdmd.models.tokens import TEMPLATES, chat_reader
 from gdmd.models.vae import VaeCodec
 from gdmd.types import Cond, Prediction
@@ -51,7 +50,6 @@ class Flux2(FlowFamily):
         self.net: nn.Module = pipe.transformer
         self.codec = PatchCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = Flux2Text(pipe, cfg)
-        self.timesteps_for(1)  # raises for a size that does not fit
         singles = range(pipe.transformer.config.num_single_layers)
         # "attn.to_out" alone would also name the double blocks' lists of layers
         self.targets = (*self.targets, *(f"single_transformer_blocks.{i}.attn.to_out" for i in singles))
@@ -78,9 +76,8 @@ class Flux2(FlowFamily):
         width = self.pipe.transformer.config.joint_attention_dim
         return {"embeds": self._blank(count, self.cfg.max_tokens or LONGEST, width)}
 
-    def timesteps_for(self, steps: int) -> FlowTimesteps:
-        """Its shift also depends on the number of steps."""
-        return self.settings.timesteps(self.tokens, empirical_mu(self.tokens, steps))
+    def mu(self, steps: int) -> float:
+        return empirical_mu(self.tokens, steps)
 
 
 class Flux2Klein(Flux2):

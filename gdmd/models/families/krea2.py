@@ -46,7 +46,10 @@ class Krea2(FlowFamily):
         self.net: nn.Module = pipe.transformer
         self.codec = FrameCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = Krea2Text(pipe, cfg)
-        self.timesteps = self.settings.timesteps(self.tokens, DISTILLED_MU if pipe.config.get("is_distilled") else None)
+
+    def mu(self, steps: int) -> float | None:
+        del steps
+        return DISTILLED_MU if self.pipe.config.get("is_distilled") else None
 
     @property
     def latent_channels(self) -> int:
@@ -72,10 +75,9 @@ class Krea2(FlowFamily):
         return capture_features(net, net.final_layer)
 
     @property
-    def feature_shape(self) -> tuple[int, int, int]:
+    def feature_width(self) -> int:
         net: Any = self.net
-        _, height, width = self.latent_shape
-        return int(net.hidden_size), height // self.patch, width // self.patch
+        return int(net.hidden_size)
 
     def blank_text(self, count: int) -> Cond:
         longest, config = self.cfg.max_tokens or LONGEST, self.pipe.transformer.config

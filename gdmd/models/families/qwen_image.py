@@ -46,7 +46,6 @@ class QwenImage(FlowFamily):
         self.net: nn.Module = pipe.transformer
         self.codec = FrameCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = QwenText(pipe, cfg)
-        self.timesteps = self.settings.timesteps(self.tokens)
 
     @property
     def latent_channels(self) -> int:

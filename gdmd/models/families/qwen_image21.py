@@ -50,7 +50,6 @@ class QwenImage21(FlowFamily):
         self.net: nn.Module = pipe.transformer
         self.codec = RgbaCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = QwenImage21Text(pipe, cfg)
-        self.timesteps = self.settings.timesteps(self.tokens)
 
     @property
     def latent_channels(self) -> int:
@@ -93,7 +92,7 @@ class QwenImage21(FlowFamily):
     def teacher_times(self, steps: int) -> Tensor:
         """The pipeline's own times, if it has some for this number of steps (Turbo)."""
         own = self.pipe.config.get("sample_sigmas") or ()
-        return self.timesteps.teacher(own) if len(own) == steps else super().teacher_times(steps)
+        return self.timesteps_for(steps).teacher(own) if len(own) == steps else super().teacher_times(steps)
 
     @classmethod
     def most_tokens(cls, net: Any) -> tuple[int, int]:

@@ -50,7 +50,6 @@ class Sana(FlowFamily):
                 f"{cfg.what}: its scheduler has use_dynamic_shifting, which SanaPipeline does not support; "
                 "save it with a constant shift"
             )
-        self.timesteps = self.settings.timesteps(self.tokens)
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
@@ -66,9 +65,9 @@ class Sana(FlowFamily):
         return from_velocity(output[:, : x_t.shape[1]], x_t, t, self.schedule)  # some networks add a variance
 
     @property
-    def feature_shape(self) -> tuple[int, int, int]:
-        config, (_, height, width) = self.pipe.transformer.config, self.latent_shape
-        return int(config.num_attention_heads * config.attention_head_dim), height, width
+    def feature_width(self) -> int:
+        config = self.pipe.transformer.config
+        return int(config.num_attention_heads * config.attention_head_dim)
 
     def blank_text(self, count: int) -> Cond:
         longest = self.cfg.max_tokens or LONGEST

@@ -36,7 +36,8 @@ class Sdxl(UnetFamily):
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
-        size = torch.tensor([self.cfg.height, self.cfg.width, 0, 0, self.cfg.height, self.cfg.width])
+        height, width = (side * self.pixels_per_latent for side in x_t.shape[-2:])
+        size = torch.tensor([height, width, 0, 0, height, width])
         time_ids = to_device_async(size, x_t.device).to(dtype).expand(len(x_t), 6)
         return net(
             x_t.to(dtype),

@@ -85,13 +85,17 @@ class UnetFamily(Family):
     def feature_mode(self, net: Any) -> AbstractContextManager[None]:
         return stop_after_mid_block(net)
 
-    def image_tokens(self, hidden: Tensor) -> Tensor:
+    def image_tokens(self, hidden: Tensor, x_t: Tensor) -> Tensor:
+        del x_t
         return hidden.flatten(2).transpose(1, 2)  # [B, C, h, w] -> [B, h w, C]
 
     @property
-    def feature_shape(self) -> tuple[int, int, int]:
+    def feature_width(self) -> int:
+        net: Any = self.net
+        return int(net.config.block_out_channels[-1])
+
+    def feature_grid(self, x_t: Tensor) -> tuple[int, int]:
         """Every level of the UNet except the last halves the latent, rounding up."""
         net: Any = self.net
-        widths, (_, height, width) = net.config.block_out_channels, self.latent_shape
-        unit = 2 ** (len(widths) - 1)
-        return widths[-1], -(-height // unit), -(-width // unit)
+        unit = 2 ** (len(net.config.block_out_channels) - 1)
+        return -(-x_t.shape[-2] // unit), -(-x_t.shape[-1] // unit)

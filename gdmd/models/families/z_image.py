@@ -41,7 +41,6 @@ class ZImage(FlowFamily):
         self.net: nn.Module = pipe.transformer
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = ZImageText(pipe, cfg)
-        self.timesteps = self.settings.timesteps(self.tokens)
         longest, places = cfg.max_tokens or LONGEST, int(pipe.transformer.config.axes_lens[0])
         if -(-longest // 32) * 32 + 2 > places:
             raise ValueError(
@@ -61,15 +60,14 @@ class ZImage(FlowFamily):
     def feature_mode(self, net: Any) -> AbstractContextManager[None]:
         return capture_features(net, net.all_final_layer["2-1"])
 
-    def image_tokens(self, hidden: Tensor) -> Tensor:
+    def image_tokens(self, hidden: Tensor, x_t: Tensor) -> Tensor:
         """The tokens are [image, padding to a multiple of 32, caption, padding of the batch]."""
-        _, rows, columns = self.feature_shape
+        rows, columns = self.feature_grid(x_t)
         return hidden[:, : rows * columns]
 
     @property
-    def feature_shape(self) -> tuple[int, int, int]:
-        _, height, width = self.latent_shape
-        return int(self.pipe.transformer.config.dim), height // self.patch, width // self.patch
+    def feature_width(self) -> int:
+        return int(self.pipe.transformer.config.dim)
 
     @classmethod
     def most_tokens(cls, net: Any) -> tuple[int, int]:
