@@ -21,7 +21,7 @@ from gdmd.diffusion.sampling import continuation
 from gdmd.losses.advantages import RunningScale, softmax_weights
 from gdmd.losses.denoising import mean_square
 from gdmd.losses.dmd import normalizer
-from gdmd.methods.base import Distillation, Rollout, StudentBatch
+from gdmd.methods.base import Constructed, Distillation, Rollout, StudentBatch
 from gdmd.methods.score_stats import target_stats
 from gdmd.methods.scorer import Scorer, mean_advantage
 from gdmd.types import SINGLE_PROCESS, Loss, PromptBatch, Update
@@ -62,6 +62,7 @@ class GdmdTilted(Distillation[TiltedGDMDConfig]):
         if finished is not None:
             weights = self.weigh(finished, rollout, prompts, rng)  # [eta, K, B]
             targets = [weighted_mean(targets, weights)] * eta
+            self.constructed = Constructed(rollout, targets[0], prompts)
         for x_tar in targets:
             batch = StudentBatch(rollout.x_tau, rollout.tau, rollout.cond, x_tar)
             yield Update("student", self.weighted_student_loss, batch)

@@ -149,6 +149,7 @@ def _report(
         rows,
         same_noise=compare(folder, cfg, shown[0].components, [one.sampler for one in shown]),
         metrics={name.upper(): read_metrics(runs[name].path) for name in METHODS},
+        configs={"DMD": control(cfg), "GDMD": cfg},
         trained=trained_rewards(cfg),
         provenance=Provenance(
             command=" ".join(facts["command"]),
