@@ -20,6 +20,7 @@ class Network(StrEnum):
     teacher = "teacher"
     scorers = "scorers"
     pipeline = "pipeline"
+    student = "student"
 
 
 def recipes_command(
@@ -148,14 +149,18 @@ def pretrain_command(
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     kind: Annotated[list[str] | None, typer.Option(help="scorers: train only this one; may be repeated.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="student: a finished run of gdmd train shapes_dmd.")] = None,
 ) -> None:
-    """Train the networks of the Shapes world again: the VAE, the teacher, the three scorers, or a small pipeline.
+    """Train the networks of the Shapes world again: the VAE, the teacher, the three scorers, a small pipeline, or a student.
 
     The teacher uses FOLDER/shapes_vae.safetensors if it exists, else the shipped VAE. Use the result with, for example,
     `gdmd train shapes model.teacher=pretrained/shapes_teacher.safetensors`.
 
     A pipeline is a folder in diffusers' format, trained on Shapes captions in less than an hour. Use it as a base model:
     `gdmd train shapes_sd3 model.path=pretrained/shapes_sd3`.
+
+    A student is the EMA student and the fake score of a run in one small file, as the shipped shapes:dmd. Start from it with
+    loop.start_from=pretrained/shapes_dmd.safetensors.
 
     \b
     Examples:
@@ -165,6 +170,7 @@ def pretrain_command(
       gdmd pretrain scorers --kind shapes_pref
       gdmd pretrain pipeline sd3
       gdmd pretrain pipeline sdxl --out mine --steps 20000 --seed 7
+      gdmd pretrain student --run runs/dmd       after gdmd train shapes_dmd
     """
     if kind and network is not Network.scorers:
         raise ValueError(f"--kind selects a scorer, but the network to train is {network.value}; leave it out")
@@ -172,6 +178,19 @@ def pretrain_command(
         raise ValueError(
             f"{family!r} is a family of pipelines, but the network to train is {network.value}; leave it out"
         )
+    if (run is not None) != (network is Network.student):
+        raise ValueError(
+            "pretrain student needs --run RUN, a run of gdmd train shapes_dmd"
+            if run is None
+            else f"--run names the run of a student, but the network to train is {network.value}; leave it out"
+        )
+    if run is not None:
+        if steps is not None or seed is not None or resume:
+            raise ValueError("pretrain student trains nothing: leave --steps, --seed and --resume out")
+        from gdmd.runs.student_file import pack_student
+
+        log(f"wrote {pack_student(run, folder)}")
+        return
     from gdmd.programs.pretrain import pretrain
 
     for path in pretrain(network.value, steps, seed, folder, resume, kind or [], family, messages()):

@@ -28,6 +28,9 @@ METHODS = {
     "dmd_grpo": "DMD with Flow-GRPO (arXiv 2505.05470)",
 }
 """Names and papers by method.kind."""
+REWARD_WEIGHTS = ("reward_gradient", "rl_weight", "tilt", "continuation_weight", "gamma")
+"""Fields of the methods that set how strongly rewards act. The reward gradient comes first: with it long runs on Shapes
+exploited their rewards and lost most diversity (docs/results.md)."""
 
 
 def student_updates(method: MethodConfig) -> int:
@@ -81,6 +84,20 @@ def facts(cfg: RunConfig) -> dict[str, str]:
 def trained_rewards(cfg: RunConfig) -> tuple[str, ...]:
     """Labels of the rewards that train a run, including the parts of composites; () for a method without rewards."""
     return tuple(label for spec in cfg.rewards for label in labels_of(spec)) if cfg.method.rewarded else ()
+
+
+def against_hacking(cfg: RunConfig) -> str:
+    """What to do when a run exploits its rewards, in the order in which to try it; "" for a run without rewards."""
+    if not cfg.method.rewarded:
+        return ""
+    held_out = next((spec.label for spec in cfg.held_out), "LABEL")
+    values = {name: getattr(cfg.method, name, 0) for name in REWARD_WEIGHTS}
+    weights = ", then ".join(f"method.{name} (now {value:g})" for name, value in values.items() if value > 0)
+    return (
+        f"What to do, in this order: take an earlier checkpoint, chosen by a held-out score (loop.best_metric=validation/"
+        f"{held_out}, with loop.checkpoint_every = validation.every); lower {weights}; train for fewer loop.steps; add a "
+        "reward of another kind to rewards."
+    )
 
 
 def labels_of(spec: RewardConfig) -> tuple[str, ...]:

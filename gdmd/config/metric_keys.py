@@ -14,7 +14,7 @@ from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig, TiltedGDMDConfig
 from gdmd.config.rewards import CompositeConfig, OcrConfig, RemoteConfig
 from gdmd.config.run import RewardConfig, RunConfig
-from gdmd.config.validation import PREFIX, TEACHER
+from gdmd.config.validation import DIVERSITY, PREFIX, TEACHER
 
 _ROLES = ("student", "fake")
 _ALWAYS = (
@@ -23,7 +23,10 @@ _ALWAYS = (
     *(f"fake_loss/t{k}" for k in range(3)),
 )
 _COLLECTED = ("reward/sample", "reward/unscored", "advantage/size", "advantage/share_zero")
-_TARGETS = ("reward/target", "reward/unscored", "latent/scored_std", "weight/mean")
+_TARGETS = (
+    *("reward/target", "reward/unscored", "latent/scored_std", "weight/mean"),
+    *("gain/construction", "gain/realized"),
+)
 _OPTIMALITY = (
     *("reward/sample", "reward/gain"),
     *(f"weight/{name}" for name in ("r_mean", "r_std", "share_below_half", "share_clipped")),
@@ -59,7 +62,8 @@ def metric_keys(cfg: RunConfig) -> tuple[str, ...]:
     """Every key that a row of metrics.jsonl can hold; some appear only in a second stage."""
     rewards = [key for spec in _rewards(cfg) for key in (*_scored(spec), *_of_reward(spec))]
     moved = () if cfg.loop.start_from else ("student/moved",)
-    validated = [start + _name(spec) for spec in (*_rewards(cfg), *cfg.held_out) for start in (PREFIX, TEACHER)]
+    names = [_name(spec) for spec in (*_rewards(cfg), *cfg.held_out)] + ([DIVERSITY] if cfg.feature_scorer else [])
+    validated = [start + name for name in names for start in (PREFIX, TEACHER)]
     scores = validated if cfg.validation.every else []
     return tuple(dict.fromkeys((*_ALWAYS, *moved, *_of_method(cfg), *rewards, *scores)))
 
@@ -69,9 +73,10 @@ def _rewards(cfg: RunConfig) -> tuple[RewardConfig, ...]:
 
 
 def _of_method(cfg: RunConfig) -> tuple[str, ...]:
-    samples, targets = (
-        tuple(f"reward/{_name(spec)}/{what}" for spec in _rewards(cfg)) for what in ("sample", "target")
+    samples, targets, spreads = (
+        tuple(f"reward/{_name(spec)}/{what}" for spec in _rewards(cfg)) for what in ("sample", "target", "group_std")
     )
+    spreads = ("reward/group_share", *spreads)
     match cfg.method:
         case DMDConfig() as method:
             return ("loss/regression",) if method.regression_weight > 0 else ()
@@ -87,13 +92,13 @@ def _of_method(cfg: RunConfig) -> tuple[str, ...]:
             return ("loss/nft", "weight/r", *_COLLECTED, *samples)
         case DMDGRPOConfig():
             return ("loss/grpo", "policy/moved", "policy/clipped", *_COLLECTED, *samples)
-        case GDMDConfig():
-            return (*_TARGETS, *_OPTIMALITY, *samples, *targets)
+        case GDMDConfig() as method:
+            grouped = spreads if method.group_size > 1 else ()
+            return (*_TARGETS, *_OPTIMALITY, *samples, *targets, *grouped)
         case TiltedGDMDConfig() as method:
             gradient = ("gap/pull",) if method.reward_gradient > 0 else ()
-            shuffled = isinstance(method, ShuffledTiltedGDMDConfig)
-            compared = (*_OPTIMALITY, *samples) if shuffled else ("reward/construction_gain",)
-            return (*_TARGETS, *compared, "weight/effective", *gradient, *targets)
+            compared = (*_OPTIMALITY, *samples) if isinstance(method, ShuffledTiltedGDMDConfig) else ()
+            return (*_TARGETS, *compared, "weight/effective", *gradient, *targets, *spreads)
 
 
 def _of_dmdr(method: DMDRConfig, samples: tuple[str, ...]) -> Iterator[str]:

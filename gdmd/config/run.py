@@ -19,7 +19,7 @@ from gdmd.config.rewards import RewardConfig as RewardConfig
 from gdmd.config.rewards import ShapesReward as ShapesReward
 from gdmd.config.shapes_pipeline import MARKER, draws_real_images, is_shapes_pipeline
 from gdmd.config.training import LoopConfig
-from gdmd.config.validation import ValidationConfig
+from gdmd.config.validation import FEATURES, ValidationConfig
 
 
 class ShapesModel(Config):
@@ -125,6 +125,15 @@ class RunConfig(Config):
             return self.validation.scorers
         default = ShapesReward(kind="shapes_clip_heldout")
         return (default,) if self.shapes_world and default.label not in self._trained else ()
+
+    @property
+    def feature_scorer(self) -> RewardConfig | None:
+        """The held-out scorer or reward whose image features measure the diversity of the validation images, if any."""
+        if not self.validation.every or self.validation.images < 2:
+            return None
+        every = (*self.held_out, *(self.rewards if self.method.rewarded else ()))
+        found = [spec for kind in FEATURES for spec in every if spec.kind == kind]
+        return found[0] if found else None
 
     @property
     def _trained(self) -> set[str]:

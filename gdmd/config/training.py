@@ -24,8 +24,9 @@ class LoopConfig(Config):
     )
     start_from: str = Field(
         "",
-        description="Folder of a finished run to start from: its EMA student and its fake score. Optimizers, schedule "
-        'and EMA start fresh; use a different seed than that run. Default "": start from the teacher.',
+        description="Folder of a finished run to start from: its EMA student and its fake score; or shapes:dmd, the shipped "
+        "DMD student of the Shapes teacher; or a file of `gdmd pretrain student`. Optimizers, schedule and EMA start fresh; "
+        'use a different seed than that run. Default "": start from the teacher.',
     )
     batch_size: Count = Field(
         32, description="Samples, each a prompt and a noise, per outer iteration, over all ranks."

@@ -12,6 +12,10 @@ from gdmd.config.rewards import RewardConfig
 PREFIX = "validation/"
 """Of the keys of metrics.jsonl: validation/LABEL of the student, validation/teacher/LABEL of the teacher, logged once."""
 TEACHER = f"{PREFIX}teacher/"
+DIVERSITY = "images/diversity"
+"""In place of LABEL: mean 1 - cosine of the image features of two images of one prompt, mean over prompts."""
+FEATURES = ("shapes_clip_heldout", "clip", "shapes_clip")
+"""Kinds of rewards with image features, in the order in which diversity uses them."""
 
 
 class ValidationConfig(Config):
@@ -28,7 +32,11 @@ class ValidationConfig(Config):
         "one also draws the teacher's images, in eval.teacher_steps guided steps each; other ranks wait for it (see "
         "loop.rank_timeout).",
     )
-    images: Count = Field(default=1, description="Images per prompt, of each size in model.sizes.")
+    images: Count = Field(
+        default=1,
+        description="Images per prompt, of each size in model.sizes. From 2 on their diversity is logged, too, if a reward "
+        "or scorer has image features (clip, and the dual encoders of the Shapes world).",
+    )
     scorers: tuple[RewardConfig, ...] | None = Field(
         default=None,
         description="Held-out rewards: they score the validation images and train nothing. Default: shapes_clip_heldout "

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, stdev
 from typing import Literal
 
-from gdmd.config.validation import PREFIX
+from gdmd.config.validation import DIVERSITY, PREFIX
 from gdmd.reporting.plots import BINS, Chart, Metrics, curves, r_histogram, stacked_curves
 from gdmd.runs import validation_scores
 from gdmd.training.displacement import HEALTHY, MOVED, STUCK
@@ -44,9 +44,14 @@ class _Watched:
     judge: Judge
 
 
-def health_panels(metrics: Metrics, trained: Collection[str] = ()) -> list[Panel]:
-    """The panels for which the run has logged values. trained: names of the rewards that train the student."""
+def health_panels(metrics: Metrics, trained: Collection[str] = (), advice: str = "") -> list[Panel]:
+    """The panels for which the run has logged values. trained: names of the rewards that train the student.
+
+    advice: what to do against reward hacking.
+    """
     drawn = [(watched, curves(metrics, watched.keys, watched.title)) for watched in _WATCHED]
+    gains = [Chart("construction: R(target) - R(sample)", CONSTRUCTED), Chart("realized: after the updates", REALIZED)]
+    drawn.append((_GAINS, stacked_curves(metrics, gains, _GAINS.title)))
     drawn.append((_OPTIMALITY, r_histogram(metrics)))
     panels = [
         Panel(watched.title, svg, *(_FEW_ROWS if len(metrics) < FEW else watched.judge(metrics)), watched.rule)
@@ -54,11 +59,11 @@ def health_panels(metrics: Metrics, trained: Collection[str] = ()) -> list[Panel
         if svg
     ]
     names = {label.replace("remote ", "remote_") for label in trained}  # as in keys of the metrics
-    return [*_validation(metrics, names), *panels]
+    return [*_validation(metrics, names, advice), *panels]
 
 
-def _validation(metrics: Metrics, trained: Collection[str]) -> list[Panel]:
-    """Trained scores of the validation images above held-out ones, with the teacher's."""
+def _validation(metrics: Metrics, trained: Collection[str], advice: str) -> list[Panel]:
+    """Trained scores of the validation images above held-out ones and the images' diversity, with the teacher's."""
     names = sorted(validation_scores.labels(metrics), key=lambda name: name not in trained)
     charts = [
         Chart(
@@ -68,9 +73,13 @@ def _validation(metrics: Metrics, trained: Collection[str]) -> list[Panel]:
         )
         for name in names
     ]
+    teacher = validation_scores.teacher_score(metrics, DIVERSITY)
+    charts.append(Chart("diversity of a prompt's images (1 - cosine)", PREFIX + DIVERSITY, teacher))
     title = "Validation scores"
     svg = stacked_curves(metrics, charts, title)
-    return [Panel(title, svg, *_validated(metrics, names, trained), _VALIDATION_RULE)] if svg else []
+    status, finding = _validated(metrics, names, trained)
+    finding = f"{finding} {advice}".rstrip() if status == "bad" else finding
+    return [Panel(title, svg, status, finding, _VALIDATION_RULE)] if svg else []
 
 
 def _validated(metrics: Metrics, names: Sequence[str], trained: Collection[str]) -> tuple[Status, str]:
@@ -79,11 +88,16 @@ def _validated(metrics: Metrics, names: Sequence[str], trained: Collection[str])
         return "unknown", "No held-out scorer: reward hacking would not be seen here; set validation.scorers."
     if hacking := validation_scores.reward_hacking(metrics, trained):
         return "bad", hacking
+    share = validation_scores.diversity_share(metrics)
+    spread = "" if share is None else f" The diversity of a prompt's images is {share:.2f} times the teacher's."
     trends = {name: found for name in held_out if (found := validation_scores.trend(metrics, name))}
     if not trends:
-        return "unknown", f"Fewer than {validation_scores.FEW} validations after step 0: too few to judge."
+        few = f"Fewer than {validation_scores.FEW} validations after step 0: too few to judge."
+        return "unknown", few + spread
     fallen = [name for name, found in trends.items() if found.sign < 0]
-    return ("look", f"Held-out scores fall: {', '.join(fallen)}.") if fallen else ("ok", "No held-out score falls.")
+    text = f"Held-out scores fall: {', '.join(fallen)}." if fallen else "No held-out score falls."
+    status: Status = "look" if fallen or (share is not None and share < validation_scores.LITTLE) else "ok"
+    return status, text + spread
 
 
 def summary(panels: Sequence[Panel]) -> str:
@@ -207,6 +221,24 @@ def _gain(metrics: Metrics) -> tuple[Status, str]:
     ), f"At the end {fmean(windows[-1]):+.3g}; before {fmean(middle):+.3g} +- {spread:.2g}."
 
 
+def _two_gains(metrics: Metrics) -> tuple[Status, str]:
+    values = [row[REALIZED] for row in metrics if math.isfinite(row.get(REALIZED, math.nan))]
+    if len(values) < FEW:
+        return "unknown", _FEW_ROWS[1]
+    mean, error = fmean(values), stdev(values) / math.sqrt(len(values))
+    status: Status = "bad" if mean < -4 * error else "look" if mean < -2 * error else "ok"
+    text = f"Realized {mean:+.2g} +- {error:.1g} Z per iteration (mean, standard error)."
+    constructed = [row[CONSTRUCTED] for row in metrics if math.isfinite(row.get(CONSTRUCTED, math.nan))]
+    return status, f"{text} The targets promise {fmean(constructed):+.2g} Z." if constructed else text
+
+
+def _group_spread(metrics: Metrics) -> tuple[Status, str]:
+    end = _end(metrics, SPREAD)
+    if math.isnan(end):
+        return "unknown", "The spread was not logged."
+    return ("ok" if end >= 0.1 else "look" if end >= 0.02 else "bad"), f"At the end {end:.2f} of the whole spread."
+
+
 def _optimality(metrics: Metrics) -> tuple[Status, str]:
     shares = [_end(metrics, f"histogram/r_{k}") for k in range(BINS)]
     if any(map(math.isnan, shares)) or not (total := sum(shares)):
@@ -217,10 +249,15 @@ def _optimality(metrics: Metrics) -> tuple[Status, str]:
 
 
 _VALIDATION_RULE = (
-    "ok: no held-out score falls. bad: one falls while a trained score rises (reward hacking). look: one falls. "
+    "ok: no held-out score falls, and the diversity of a prompt's images is at least "
+    f"{validation_scores.LITTLE:g} times the teacher's. "
+    "bad: a trained score rises while a held-out one falls, or while the diversity falls to less than "
+    f"{validation_scores.KEPT:g} times that of the first third (reward hacking). look: a held-out score falls, or the "
+    "diversity is lower than that. "
     "A score rises or falls if a t-test finds the means of the first and the last third of the validations after step 0 "
     f"different (p < {validation_scores.LEVEL:g})."
 )
+CONSTRUCTED, REALIZED, SPREAD = "gain/construction", "gain/realized", "reward/group_share"
 _THIRDS = {"fake_loss/t0": "t below 1/3", "fake_loss/t1": "t in 1/3 to 2/3", "fake_loss/t2": "t above 2/3"}
 _OPTIMALITY = _Watched(
     "Optimality r",
@@ -228,6 +265,15 @@ _OPTIMALITY = _Watched(
     "ok: at most 90 % of r in 0.4 to 0.6 and at most half of them in the outer tenths. bad: above 99 % (the rewards cannot "
     "tell the targets from the sample) or above 90 % (Z is too small). look: between.",
     _optimality,
+)
+_GAINS = _Watched(
+    "Construction gain and realized gain",
+    {},
+    "ok: the mean realized gain of the run is not below 0 by more than two standard errors. bad: by more than four: the "
+    "updates lower the rewards that train the student; lower its learning rate, or look at the fake score. look: between. "
+    "The construction gain is not judged: a whole one-step target overshoots, so that it is often negative where the "
+    "updates, which go a small part of the way, gain. Z is the running std of a reward.",
+    _two_gains,
 )
 _WATCHED: Sequence[_Watched] = (
     _Watched(
@@ -273,5 +319,13 @@ _WATCHED: Sequence[_Watched] = (
         "distillation and rewards pull apart. look: between. A negative mean is normal: targets from late t are blurrier "
         "than the student's own image.",
         _gain,
+    ),
+    _Watched(
+        "Reward spread within a group, of the whole spread",
+        {SPREAD: "std within a group / std of all"},
+        "ok: at the end the rewards of a group differ by at least 0.1 of what they differ over the batch. bad: by less than "
+        "0.02: the rewards tell prompts apart, and not the images of one prompt; take another reward, or more noise "
+        "between the images. look: between.",
+        _group_spread,
     ),
 )

@@ -23,6 +23,7 @@ from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import draws_real_images
 from gdmd.data.image_files import open_image
 from gdmd.evaluation.health import Panel, health_panels, summary, training_curves
+from gdmd.evaluation.reference_curves import compared_panels
 from gdmd.evaluation.run_measures import Rows, measure_groups, measure_plots
 from gdmd.evaluation.run_results import Result, run_results
 from gdmd.evaluation.verdict import scores_of, shapes_verdict
@@ -67,6 +68,7 @@ class Training:
     figures: Sequence[tuple[str, str]]
     panels: Sequence[Panel]
     findings: Sequence[str] = ()
+    compared: Sequence[tuple[str, str, str]] = ()  # title, SVG and meaning, next to those of healthy runs
 
     @property
     def summary(self) -> str:
@@ -83,6 +85,7 @@ def write_report(
     same_noise: SameNoise | None = None,
     grids: Mapping[str, bytes] | None = None,
     metrics: Mapping[str, Metrics] | None = None,
+    configs: Mapping[str, RunConfig] | None = None,
     trained: Collection[str] = (),
     provenance: Provenance | None = None,
     about: str = "",
@@ -94,13 +97,22 @@ def write_report(
     """Write the page to ``path`` (a file, or a folder that gets report.html) and return its path.
 
     rows: row name -> ``Evaluation.json()``, the teacher first, the student last. same_noise: images to show. grids:
-    caption -> PNG. metrics: run name -> rows of metrics.jsonl. trained: names of the rewards the student was trained on;
-    all other measures are unseen. facts: settings of the run. results: other evaluations of it. shapes: whether ``rows``
-    are expected. findings: what is wrong with the rewards, in sentences.
+    caption -> PNG. metrics: run name -> rows of metrics.jsonl; configs: run name -> its configuration, for advice and
+    reference curves. trained: names of the rewards the student was trained on; all other measures are unseen. facts:
+    settings of the run. results: other evaluations of it. shapes: whether ``rows`` are expected. findings: what is wrong
+    with the rewards, in sentences.
     """
     target = path if path.suffix == ".html" else path / "report.html"
+    known = configs or {}
     trainings = [
-        Training(name, f"health-{k}", training_curves(own), health_panels(own, trained), findings)
+        Training(
+            name,
+            f"health-{k}",
+            training_curves(own),
+            health_panels(own, trained, describe.against_hacking(known[name]) if name in known else ""),
+            findings,
+            compared_panels(own, known[name]) if name in known else (),
+        )
         for k, (name, own) in enumerate((metrics or {}).items())
     ]
     page = render(
@@ -146,6 +158,7 @@ def report_run(folder: Path) -> Path:
         same_noise=read_same_noise(folder / "grids" / "comparison.png") if shapes else None,
         grids=_stored_grids(folder),
         metrics={cfg.name: metrics},
+        configs={cfg.name: cfg},
         trained=describe.trained_rewards(cfg),
         provenance=_provenance(run),
         about=cfg.about,

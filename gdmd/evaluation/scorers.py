@@ -111,11 +111,18 @@ def feature_maker(text: str, device: str) -> Features:
         return _checked(imported(text), text)
     name = HELDOUT if text == "shapes" else text
     (reward,) = load_scorers([read_scorer(name)], device).values()
-    if isinstance(reward, ShapesClip):
-        return _checked(lambda images: reward.image_features(from_pil(images).to(_device_of(reward))), text)
-    if isinstance(reward, CLIPScore):
-        return _checked(lambda images: _clip_features(reward, images), text)
+    if features := features_by(reward):
+        return _checked(features, text)
     raise ValueError(f"features {text!r}: use shapes, clip[,path=FOLDER] or module:function")
+
+
+def features_by(reward: Reward) -> Features | None:
+    """The image features [N, D] of a scorer; None if it has none."""
+    if isinstance(reward, ShapesClip):
+        return lambda images: reward.image_features(from_pil(images).to(_device_of(reward)))
+    if isinstance(reward, CLIPScore):
+        return lambda images: _clip_features(reward, images)
+    return None
 
 
 def _clip_features(reward: CLIPScore, images: Sequence[Image]) -> Tensor:

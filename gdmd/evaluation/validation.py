@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,14 +18,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gdmd.config.run import RunConfig
-from gdmd.config.validation import PREFIX, TEACHER
+from gdmd.config.validation import DIVERSITY, PREFIX, TEACHER
 from gdmd.data.prompts import read_prompts
 from gdmd.diffusion.generate import Sampler, images_of
+from gdmd.evaluation.scorers import features_by
 from gdmd.io import content_hash, write_atomic
 from gdmd.recipes.build import Components
 from gdmd.recipes.build_rewards import without_stats
 from gdmd.recipes.open_run import image_batch, student_row, teacher_row
+from gdmd.reporting.distances import pairwise_distance
 from gdmd.reporting.grids import write_grid
+from gdmd.rewards.preprocessing import to_pil
 from gdmd.runs.run_folder import TEACHER_FILE
 from gdmd.shapes.grammar import catalog, fixed_rows
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
@@ -82,6 +86,9 @@ class Validation:
         self.texts = tuple(text for text in self.prompts for _ in range(cfg.validation.images))
         self.meta = tuple(one for one in meta for _ in range(cfg.validation.images))
         self.rewards = (*(components.rewards if cfg.method.rewarded else ()), *components.scorers)
+        spec = cfg.feature_scorer
+        named = [reward for reward in self.rewards if spec is not None and reward.name == spec.label]
+        self.features = features_by(named[0]) if named else None
         self._failed: set[str] = set()
 
     def __call__(self, step: int, path: Path) -> Mapping[str, float]:
@@ -161,7 +168,19 @@ class Validation:
         """The mean over the scored images of all sizes by key; NaN if there are none."""
         with without_stats(self.rewards):
             found = {prefix + r.name: torch.cat([self._score(r, own) for own in images]) for r in self.rewards}
-        return {key: float(scores[~scores.isnan()].double().mean()) for key, scores in found.items()}
+        means = {key: float(scores[~scores.isnan()].double().mean()) for key, scores in found.items()}
+        return means | ({prefix + DIVERSITY: fmean(map(self._diversity, images))} if self.features else {})
+
+    @torch.no_grad()
+    def _diversity(self, images: Tensor) -> float:
+        """Mean 1 - cosine of the features of two images of one prompt and size, mean over prompts."""
+        assert self.features is not None
+        size = image_batch(self.cfg)
+        parts = [self.features(to_pil(images[start : start + size])) for start in range(0, len(images), size)]
+        features = torch.cat([part.float().cpu() for part in parts])
+        return pairwise_distance(
+            features, torch.arange(len(self.prompts)).repeat_interleave(self.cfg.validation.images)
+        )
 
     def _score(self, reward: Reward, images: Tensor) -> Tensor:
         """[N]. A reward that fails, such as GenEval on prompts without its metadata, scores nothing: training continues."""

@@ -57,3 +57,16 @@ def napo_loss(x0: Tensor, x0_old: Tensor, x_tar: Tensor, r: Tensor, beta: float 
 def step_weight(r: Tensor, dmd_weight: float = 1.0, gamma: float = 1.0, beta: float = 1.0) -> Tensor:
     """w = lambda + gamma beta (2r - 1): the factor of the DMD gradient in the on-policy gradient of L. [B] -> [B]"""
     return dmd_weight + gamma * beta * (2 * r - 1)
+
+
+@torch.no_grad()
+def napo_minimizer(
+    x0_old: Tensor, x_tar: Tensor, r: Tensor, dmd_weight: float = 1.0, gamma: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    """x_old + W (x_tar - x_old), W = (lambda + gamma beta (2r - 1)) / (lambda + gamma beta^2): where L is least.
+
+    L = lambda L_DMD + gamma L_RL is convex in x0; lambda = gamma, beta = 1: W = r. An unscored sample (NaN) has L_DMD alone:
+    x_tar. All [B, C, H, W], r [B].
+    """
+    w = step_weight(r, dmd_weight, gamma, beta) / (dmd_weight + gamma * beta**2)
+    return x0_old + torch.where(w.isnan(), 1.0, w)[:, None, None, None] * (x_tar - x0_old)

@@ -84,6 +84,15 @@ class DmdScores:
     x0_fake: Tensor  # [B, C, H, W]
 
 
+@dataclass(frozen=True)
+class Constructed:
+    """What the student updates of an iteration aim at: x_tar, where their loss is least, in place of the rollout's x0."""
+
+    rollout: Rollout
+    x_tar: Tensor  # [B, C, H, W]
+    prompts: PromptBatch
+
+
 def last_stop(prompts: PromptBatch, stop: Tensor) -> int | None:
     """Largest of ``stop`` [b] in the global batch: all ranks call the student equally often. None for a single process."""
     if prompts.ranks is SINGLE_PROCESS:
@@ -100,6 +109,8 @@ class Distillation(Generic[AnyConfig]):
     latent_shape: tuple[int, int, int]
     native: Native
     real_latents: RealLatents | None = None
+    constructed: Constructed | None = field(default=None, init=False)
+    """Of the last iteration, for ``methods.gains``; None for methods that do not keep it."""
     _stats: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()

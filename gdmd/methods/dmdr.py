@@ -78,7 +78,7 @@ class Dmdr(Baseline[DMDRConfig]):
         """One outer iteration; ``step`` is also the number of student updates made."""
         self.pace = cosine_anneal(step, self.cfg.anneal)
         r = self.rollout(prompts, rng)
-        trained = self.renoised(r, rng) if self.cfg.renoise_x0 else r
+        trained = self.renoised(r, rng) if self.cfg.trains_renoised else r
         (batch,) = yield from self.fake_updates(r, prompts, rng, trained=trained)
         self._stats["schedule/c"] = torch.tensor(self.pace)
         if step < self.cfg.cold_start:

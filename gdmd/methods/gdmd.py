@@ -12,8 +12,8 @@ from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.advantages import RunningScale
 from gdmd.losses.dmd import dmd_loss
-from gdmd.losses.gdmd import first_order_gain, napo_loss, optimality, step_weight
-from gdmd.methods.base import Distillation, Rollout, StudentBatch
+from gdmd.losses.gdmd import first_order_gain, napo_loss, napo_minimizer, optimality, step_weight
+from gdmd.methods.base import Constructed, Distillation, Rollout, StudentBatch
 from gdmd.methods.old_policy import EmaPolicy
 from gdmd.methods.score_stats import optimality_stats
 from gdmd.methods.scorer import Scorer, mean_advantage
@@ -64,7 +64,9 @@ class Gdmd(Distillation[GDMDConfig]):
         if self.cfg.collection == "t":  # the last fake score at eta times
             for i in range(eta):
                 self.collect(group, rollout, prompts, rng, i)
-        for x_tar, r in zip(group.x_tar, self.weigh(group, rollout, prompts, rng), strict=True):
+        weights = self.weigh(group, rollout, prompts, rng)
+        self.constructed = Constructed(rollout, self.least(x_old, group, weights), prompts)
+        for x_tar, r in zip(group.x_tar, weights, strict=True):
             batch = NapoBatch(rollout.x_tau, rollout.tau, rollout.cond, x_tar, x_old, r)
             yield Update("student", self.napo_student_loss, batch)
             if self.cfg.old_policy == "ema":
@@ -119,6 +121,12 @@ class Gdmd(Distillation[GDMDConfig]):
         target = gain + sample[:, None]  # at s = 0 the rewards of x_tar to first order
         self._stats |= optimality_stats(self.scorer.rewards, target, sample, r, w)
         return ranks.local_shard(r, 1)
+
+    def least(self, x_old: Tensor, group: Group, weights: Tensor) -> Tensor:
+        """Where the sum of the eta losses is least: the mean of their minimizers. r [eta, B] -> [B, C, H, W]"""
+        own = (self.cfg.dmd_weight, self.cfg.gamma, self.cfg.beta)
+        each = [napo_minimizer(x_old, x_tar, r, *own) for x_tar, r in zip(group.x_tar, weights, strict=True)]
+        return torch.stack(each).mean(0)
 
     def napo_student_loss(self, batch: NapoBatch) -> Loss:
         """NaPO: L = lambda L_DMD + gamma L_RL, x0 by the current student; an unscored sample has lambda L_DMD only."""

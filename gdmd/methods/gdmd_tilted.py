@@ -22,7 +22,7 @@ from gdmd.diffusion.sampling import continuation
 from gdmd.losses.advantages import RunningScale, softmax_weights
 from gdmd.losses.denoising import mean_square
 from gdmd.losses.dmd import normalizer
-from gdmd.methods.base import Distillation, Rollout, StudentBatch
+from gdmd.methods.base import Constructed, Distillation, Rollout, StudentBatch
 from gdmd.methods.score_stats import target_stats
 from gdmd.methods.scorer import Scorer, mean_advantage
 from gdmd.types import SINGLE_PROCESS, Loss, PromptBatch, Update
@@ -63,6 +63,7 @@ class GdmdTilted(Distillation[TiltedGDMDConfig]):
         if finished is not None:
             weights = self.weigh(finished, rollout, prompts, rng)  # [eta, K, B]
             targets = [weighted_mean(targets, weights)] * eta
+            self.constructed = Constructed(rollout, targets[0], prompts)
         for x_tar in targets:
             batch = StudentBatch(rollout.x_tau, rollout.tau, rollout.cond, x_tar)
             yield Update("student", self.weighted_student_loss, batch)
@@ -117,10 +118,8 @@ class GdmdTilted(Distillation[TiltedGDMDConfig]):
         scores = prompts.ranks.all_gather(finished.scores, 2)  # [R, K, B]
         z = self.scale.update(scores)  # every score counts once
         advantage = mean_advantage(scores, scores.nanmean(1), z)  # [K, B]; a softmax does not see what is subtracted
-        weights = self.softmax(advantage.expand(self.cfg.group_size, -1, -1))
         self._stats |= target_stats(self.scorer.rewards, scores, advantage.isnan())
-        self._stats["reward/construction_gain"] = construction_gain(scores, weights[0])
-        return prompts.ranks.local_shard(weights, 2)
+        return prompts.ranks.local_shard(self.softmax(advantage.expand(self.cfg.group_size, -1, -1)), 2)
 
     def softmax(self, advantage: Tensor) -> Tensor:
         """Weights over eta K targets of each sample, mean 1; 1 for an unscored one. [eta, K, B] -> [eta, K, B]"""
@@ -140,14 +139,6 @@ class GdmdTilted(Distillation[TiltedGDMDConfig]):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.scale.load(state)
-
-
-def construction_gain(scores: Tensor, weights: Tensor) -> Tensor:
-    """sum_k w_k R(y_k) / K - mean_k R(y_k), the mean over rewards and samples: what the tilt adds to the score, 0-d.
-
-    scores [R, K, B] raw, NaN = not scored; weights [K, B] of mean 1. A sample with an unscored rollout is left out.
-    """
-    return (scores * (weights - 1)).mean(1).nanmean()
 
 
 def weighted_mean(targets: list[Tensor], weights: Tensor) -> Tensor:

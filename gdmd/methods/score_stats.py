@@ -17,9 +17,28 @@ def sample_stats(rewards: Sequence[Reward], scores: Tensor) -> dict[str, Tensor]
 
 
 def target_stats(rewards: Sequence[Reward], scores: Tensor, unscored: Tensor) -> dict[str, Tensor]:
-    """Raw scores [R, ...] of targets or finished rollouts; ``unscored``: bool, which of them have no advantage."""
+    """Raw scores [R, K, B] of targets or finished rollouts; ``unscored``: bool, which of them have no advantage."""
     own = {f"reward/{reward.name}/target": scores[k].nanmean() for k, reward in enumerate(rewards)}
-    return {"reward/target": scores.nanmean(), "reward/unscored": unscored.float().mean(), **own}
+    stats = {"reward/target": scores.nanmean(), "reward/unscored": unscored.float().mean(), **own}
+    return stats | (group_spread(rewards, scores) if scores.shape[1] > 1 else {})
+
+
+def group_spread(rewards: Sequence[Reward], scores: Tensor) -> dict[str, Tensor]:
+    """Std of the raw scores [R, K, B] inside a group of K, mean over groups: per reward in its own units, and as a share.
+
+    The share is relative to the std of all scores of the reward, mean over rewards: about 1 if groups differ as little as
+    samples of one group do, 0 if the reward cannot tell the members of a group apart.
+    """
+    inside, whole = nanstd(scores, 1).nanmean(1), nanstd(scores.flatten(1), 1)  # [R]
+    own = {f"reward/{reward.name}/group_std": inside[k] for k, reward in enumerate(rewards)}
+    return {"reward/group_share": (inside / torch.where(whole > 0, whole, torch.nan)).nanmean(), **own}
+
+
+def nanstd(values: Tensor, dim: int) -> Tensor:
+    """Standard deviation (n - 1) of the values that are not NaN; NaN with fewer than two."""
+    square = (values - values.nanmean(dim, keepdim=True)).square()
+    count = (~square.isnan()).sum(dim)
+    return torch.where(count > 1, square.nansum(dim) / (count - 1).clamp_min(1), torch.nan).sqrt()
 
 
 def optimality_stats(

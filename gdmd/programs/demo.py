@@ -1,41 +1,55 @@
-"""What ``gdmd demo`` does: distill DMD and GDMD from the same teacher and compare both with it, in one report."""
+"""What ``gdmd demo`` does: train DMD and GDMD from the same start and compare both with their teacher, in one report.
+
+The start is the shipped DMD student (the first stage of two), or with loop.start_from = "" the teacher.
+"""
 
 from __future__ import annotations
 
-import sys
+import textwrap
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 
-from gdmd.config.describe import trained_rewards
+from gdmd.config.describe import counted, trained_rewards
 from gdmd.config.methods.all import without_rewards
 from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.run import RunConfig
-from gdmd.diffusion.generate import Sampler
 from gdmd.evaluation.run_report import Provenance, read_rows, save_rows, write_report
-from gdmd.evaluation.runs import Row, compare, load_student, measure, row_key
+from gdmd.evaluation.runs import Row, compare
+from gdmd.evaluation.verdict import Estimate, is_teacher, paired
 from gdmd.io import typed
-from gdmd.programs.train import TrainSettings, run_training
-from gdmd.recipes.build import Components, build
-from gdmd.recipes.contents import checkpoint_content
-from gdmd.recipes.open_run import student_row, teacher_row
-from gdmd.recipes.run_folders import TEACHERS
+from gdmd.programs.demo_work import (
+    METHODS,
+    Measured,
+    Share,
+    in_two_processes,
+    open_or_create,
+    references_of,
+    start,
+    student_of,
+    two_processes,
+    updates,
+    work,
+)
 from gdmd.reporting.progress_bar import phase
-from gdmd.runs.run_folder import Run, check_same_config, create, open_run, read_facts, read_metrics
-
-METHODS = ("dmd", "gdmd")
+from gdmd.reporting.tables import difference
+from gdmd.runs.run_folder import Run, read_facts, read_metrics
+from gdmd.runs.student_file import read_student_file, student_file
 
 
 @dataclass(frozen=True)
 class Demo:
-    """The result: the rows of the table and the report. signal: the one that stopped it early."""
+    """The result: the rows of the table, GDMD minus teacher and minus DMD, and the report.
+
+    signal: the one that stopped it early.
+    """
 
     folder: Path
     seconds: float
@@ -43,6 +57,14 @@ class Demo:
     trained: tuple[str, ...] = ()
     report: Path | None = None
     signal: int | None = None
+
+    @property
+    def differences(self) -> dict[str, Estimate]:
+        """ShapesEval of GDMD minus that of the teacher with most calls, and of DMD; paired by caption and noise."""
+        names = list(self.rows)
+        teacher = max(filter(is_teacher, names), key=lambda name: self.rows[name]["nfe"])
+        found = {name: paired(self.rows[names[-1]], self.rows[name]) for name in (teacher, names[-2])}
+        return {name: one for name, one in found.items() if one is not None}
 
     def json(self) -> dict[str, Any]:
         """What ``gdmd demo --json`` prints."""
@@ -52,7 +74,24 @@ class Demo:
             "seconds": round(self.seconds, 1),
             "trained_on": list(self.trained),
             "rows": dict(self.rows),
+            "gdmd_minus": {name: asdict(one) for name, one in self.differences.items()},
         }
+
+    def conclusion(self) -> list[str]:
+        """Both differences with their intervals, and in words what they show; lines of at most 80 columns."""
+        lines, shown = [], []
+        for name, one in self.differences.items():
+            who = f"{name.split(',')[0]} with {self.rows[name]['nfe']} calls"
+            lines.append(f"GDMD minus {who + ':':<24} {difference(one.mean, one.low, one.high)}")
+            shown.append(
+                f"above {who}"
+                if one.sign > 0
+                else f"below {who}"
+                if one.sign < 0
+                else f"not shown to be above {who}, because the interval includes 0"
+            )
+        own = f"GDMD with {list(self.rows.values())[-1]['nfe']} calls is {', and '.join(shown)}."
+        return [*lines, *textwrap.wrap(own, 80)]
 
 
 def control(cfg: RunConfig) -> RunConfig:
@@ -76,73 +115,31 @@ def run_demo(cfg: RunConfig, folder: Path, console: Console, device: str | None 
     for own in configs.values():
         check_best_metric(own)
     began = time.perf_counter()
+    runs = {name: open_or_create(folder / name, own) for name, own in configs.items()}
+    if two_processes(cfg, device):
+        signal = in_two_processes(configs, folder, console)
+    else:
+        signal = work(configs, folder, Share(METHODS, folder, references=True), console, device)
+    if signal is not None:
+        again = f"gdmd demo --run {typed(folder)}"
+        console.print(f"stopped and saved; continue with: {again}", markup=False, highlight=False, soft_wrap=True)
+        return Demo(folder, time.perf_counter() - began, signal=signal)
     with phase("loading the networks", console):
-        components = {name: build(own, device) for name, own in configs.items()}
-    runs = {name: _run(folder / name, own) for name, own in configs.items()}
-    stages = _Stages(folder, console)
-    for what in TEACHERS:
-        stages.row(cfg, components["gdmd"], teacher_row(cfg, components["gdmd"], what))
-    samplers = [teacher_row(cfg, components["gdmd"], what) for what in TEACHERS]
-    for name in METHODS:
-        stages.log(f"training {name.upper()}: {cfg.loop.steps} iterations of {cfg.loop.batch_size}, from the teacher")
-        settings = TrainSettings(console, evaluation=False)
-        trained = run_training(configs[name], runs[name], components[name], settings)
-        if trained.end.signal is not None:
-            again = f"gdmd demo --run {typed(folder)}"
-            console.print(f"stopped and saved; continue with: {again}", markup=False, highlight=False, soft_wrap=True)
-            return Demo(folder, time.perf_counter() - began, signal=trained.end.signal)
-        load_student(components[name], runs[name].path, trained.end.step)
-        samplers.append(student_row(cfg, components[name], name.upper()))
-        weights = checkpoint_content(runs[name].path, trained.end.step)
-        stages.row(cfg, components[name], samplers[-1], trained.end.step, weights)
-    rows = {sampler.name: stages.rows[sampler.name] for sampler in samplers}
-    report = _report(cfg, folder, runs, samplers, rows, components["gdmd"])
+        shown = [*references_of(cfg, device), *(student_of(configs[name], folder, name, device) for name in METHODS)]
+    stored = read_rows(folder / "dmd") | read_rows(folder)
+    rows = {one.sampler.name: stored[one.sampler.name] for one in shown}
+    save_rows(folder, rows)
+    with phase("drawing images and writing the report", console):
+        report = _report(cfg, folder, runs, shown, rows)
     return Demo(folder, time.perf_counter() - began, rows, trained_rewards(cfg), report)
-
-
-class _Stages:
-    """Logs each stage and its time, and stores the finished rows."""
-
-    def __init__(self, folder: Path, console: Console) -> None:
-        self.folder, self.console, self._number = folder, console, 0
-        self.rows: dict[str, Row] = dict(read_rows(folder))
-
-    def log(self, message: str) -> None:
-        self._number += 1
-        of = len(TEACHERS) + 2 * len(METHODS)  # one measurement each, and one training per method
-        self.console.print(f"[{self._number}/{of}] {message}", markup=False, highlight=False)
-
-    def row(self, cfg: RunConfig, components: Components, sampler: Sampler, step: int = 0, weights: str = "") -> None:
-        """Measure a sampler, unless its row is stored. weights: ``checkpoint_content``."""
-        images = 6 * cfg.eval.per_task * cfg.eval.images
-        self.log(f"{sampler.name} ({sampler.nfe} network calls per image) on {images} images")
-        began, how = time.perf_counter(), "measured before"
-        key = row_key(cfg, sampler, weights)
-        if self.rows.get(sampler.name, {}).get("key") != key:
-            self.rows[sampler.name] = dict(measure(cfg, components, sampler, step=step)) | {"key": key}
-            save_rows(self.folder, self.rows)
-            how = f"{time.perf_counter() - began:.0f} s"
-        overall = self.rows[sampler.name]["shapeseval"]["overall"]
-        self.console.print(f"      ShapesEval {overall:.3f} ({how})", markup=False, highlight=False)
-
-
-def _run(folder: Path, cfg: RunConfig) -> Run:
-    """The run folder of one method, new or to be resumed. RunError if it has another configuration."""
-    config = cfg.model_dump(mode="json")
-    if (folder / "config.yaml").exists():
-        run = open_run(folder)
-        check_same_config(run, config)
-        return run
-    return create(folder, config, sys.argv)
 
 
 def _report(
     cfg: RunConfig,
     folder: Path,
     runs: Mapping[str, Run],
-    samplers: list[Sampler],
+    shown: Sequence[Measured],
     rows: Mapping[str, Row],
-    components: Components,
 ) -> Path:
     """report.html of the demo, with all samplers side by side from the same noise."""
     facts = read_facts(runs["gdmd"].path)
@@ -150,8 +147,9 @@ def _report(
         folder,
         "gdmd demo: four steps instead of a hundred calls",
         rows,
-        same_noise=compare(folder, cfg, components, samplers),
+        same_noise=compare(folder, cfg, shown[0].components, [one.sampler for one in shown]),
         metrics={name.upper(): read_metrics(runs[name].path) for name in METHODS},
+        configs={"DMD": control(cfg), "GDMD": cfg},
         trained=trained_rewards(cfg),
         provenance=Provenance(
             command=" ".join(facts["command"]),
@@ -162,5 +160,17 @@ def _report(
             started=facts["started"],
             config=yaml.safe_dump(dict(runs["gdmd"].config), sort_keys=False),
         ),
-        about=cfg.about,
+        about=_about(cfg),
+    )
+
+
+def _about(cfg: RunConfig) -> str:
+    """The stages in a few sentences."""
+    trained = f"{counted(updates(cfg), 'update')} of DMD, and as many of GDMD, each from {start(cfg)}"
+    if not (file := student_file(cfg.loop.start_from)):
+        return f"One stage: {trained}."
+    facts = read_student_file(file).metadata
+    return (
+        f"First stage, made earlier and part of the package: {facts['updates']:,} updates of DMD ({facts['command']}). "
+        f"Second stage, here: {trained}."
     )

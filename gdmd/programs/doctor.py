@@ -22,6 +22,7 @@ from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe, recipe_names
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.runs.run_folder import commit, create, versions
+from gdmd.runs.student_file import ROLES, SHIPPED, part, read_student_file
 from gdmd.shapes.rewards import load_scorer
 from gdmd.shapes.roles import load_dit, load_vae
 from gdmd.shapes.scorer_networks import KINDS
@@ -63,7 +64,7 @@ def examine(chosen: str | None = None) -> list[Check]:
 
 def asset_names() -> tuple[str, ...]:
     """The networks that ship with the package."""
-    return ("shapes_vae", "shapes_teacher", *KINDS)
+    return ("shapes_vae", "shapes_teacher", *KINDS, *SHIPPED.values())
 
 
 def device() -> str:
@@ -84,6 +85,10 @@ def asset(name: str) -> str:
             load_vae(tensors)
         case "shapes_teacher":
             load_dit(tensors)
+        case name if name in SHIPPED.values():
+            student = read_student_file(path)
+            for role in ROLES:
+                load_dit(part(student, role), f"the {role} of {path}")
         case _:
             load_scorer(name, tensors)  # type: ignore[arg-type]
     return f"{verified}, loads"

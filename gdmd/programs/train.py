@@ -27,10 +27,11 @@ from gdmd.evaluation.runs import evaluation_captions, finish_run
 from gdmd.evaluation.validation import Validation, validation_prompts
 from gdmd.export.upload import check_hub_target, push_checkpoint
 from gdmd.io import SHARDS_STAY, typed, writing
+from gdmd.methods.gains import gains_hook
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.recipes.build import Components, build, compile_networks
 from gdmd.recipes.build_data import require_prompts
-from gdmd.recipes.build_rewards import reason_unscored, require_weights, reward_stats, try_rewards
+from gdmd.recipes.build_rewards import reason_unscored, require_weights, reward_stats, try_rewards, without_stats
 from gdmd.recipes.hub_revisions import record_commits
 from gdmd.recipes.inputs import check_inputs, check_start
 from gdmd.recipes.long_prompts import warn_long_prompts
@@ -276,6 +277,13 @@ def _train(cfg: RunConfig, run: Run, components: Components, settings: TrainSett
 
     texts = [text for group in components.stream.groups for text in group]
     steps = components.student_steps or cfg.method.student_steps
+    moved = displacement_hook(components, texts, steps, cfg.loop, context.size, cfg.method.student_sampler)
+    gains = gains_hook(components.method)
+
+    def at_log() -> Mapping[str, float]:
+        with without_stats(components.rewards):
+            return {**moved(), **gains()}
+
     callbacks = tuple(settings.callbacks)
     with progress_for(cfg.loop.steps, settings.console) as progress:
         shown = progress if context.is_main else NoProgress()
@@ -286,7 +294,7 @@ def _train(cfg: RunConfig, run: Run, components: Components, settings: TrainSett
             Validation(cfg, components, context, shown) if cfg.validation.every else None,
             cfg.validation.every,
             stats=stats,
-            at_log=displacement_hook(components, texts, steps, cfg.loop, context.size, cfg.method.student_sampler),
+            at_log=at_log,
             reason=lambda name: reason_unscored(components.rewards, name),
             callbacks=callbacks,
         )

@@ -30,6 +30,7 @@ from gdmd.runs import checkpoint
 from gdmd.runs.assets import asset_path
 from gdmd.runs.inputs import Change, Input, changes_of, record, recorded
 from gdmd.runs.run_folder import Run, read_facts
+from gdmd.runs.student_file import read_student_file, student_file
 
 BASE = ("model.path", "model.teacher", "model.teacher_loras", "model.student", "model.student_lora")
 """The frozen networks whose weights the adapters modify: these fields, and what is in them."""
@@ -79,8 +80,9 @@ def check_start(cfg: RunConfig, *, accept: bool = False) -> None:
     """RunError if loop.start_from names a run of another base model, which its adapters would not fit."""
     if not cfg.loop.start_from or accept:
         return
-    run = Path(cfg.loop.start_from)
+    run, file = Path(cfg.loop.start_from), student_file(cfg.loop.start_from)
     theirs = recorded(run) if (run / "run.json").is_file() else None  # a copy may lack it
+    theirs = read_student_file(file).metadata["inputs"] if file else theirs
     if not theirs:
         return
     own = {k: one for k, one in _base(cfg.model).items() if k in theirs and ".".join(k.split(".")[:2]) in BASE}

@@ -45,6 +45,24 @@ TEACHERS = ("teacher", "teacher-4", "teacher-4-plain")
 """What can be evaluated and sampled besides a run folder."""
 
 
+SECOND_STAGE = (
+    *("loop.start_from=shapes:dmd", "loop.steps=140", "loop.checkpoint_every=20"),
+    *("validation.every=14", "eval.per_task=150", "eval.images=2"),
+)
+"""What ``gdmd demo`` changes in the recipe shapes_gdmd, to end in five minutes on two cores."""
+
+
+def demo_recipe(recipe: str | None, overrides: Sequence[str] = (), *, from_scratch: bool = False) -> RunConfig:
+    """The recipe of the demo's GDMD row: by default shapes_gdmd from the shipped DMD student. ValueError for both."""
+    if recipe and from_scratch:
+        raise ValueError(
+            f"--from-scratch is the recipe shapes_demo, and --recipe {recipe} was given too; leave one out"
+        )
+    if recipe or from_scratch:
+        return read_recipe(recipe or "shapes_demo", overrides)
+    return read_recipe("shapes_gdmd", (*SECOND_STAGE, *overrides))
+
+
 def new_folder(cfg: RunConfig, root: Path = Path("runs")) -> Path:
     """runs/RECIPE-seedN, or with the time of day in its name where that one is taken."""
     first = root / f"{cfg.name}-seed{cfg.loop.seed}"

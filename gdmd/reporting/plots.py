@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Metrics = Sequence[Mapping[str, float]]
 """Rows of metrics.jsonl: "step" and statistics by place/name; NaN = nothing scored."""
+Points = Sequence[tuple[float, float]]
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7a5195", "#8c564b")
 """Distinct for color-blind readers (after Okabe and Ito), and visible on white and on near black."""
@@ -97,6 +98,19 @@ def curves(metrics: Metrics, keys: Mapping[str, str], title: str, unit: str = ""
         return _svg(figure, title)
 
 
+def compared_curves(own: Points, others: Mapping[str, Points], title: str) -> str:
+    """A run's curve over the share of the run that is done, and in gray those of other runs behind it."""
+    with _styled(title):
+        figure, axes = _figure(MARGINS)
+        for k, (name, points) in enumerate(others.items()):
+            style = ("-", "--", ":", "-.")[k % 4]
+            axes.plot(*zip(*points, strict=True), label=name, color=COLORS["teacher"], linestyle=style, linewidth=1.4)
+        axes.plot(*zip(*own, strict=True), label="this run", color=PALETTE[1], linewidth=2, marker=_marker(own))
+        axes.set(xlabel="share of the run", xlim=(0, 1))
+        axes.legend()
+        return _svg(figure, title)
+
+
 class Chart(NamedTuple):
     """One of ``stacked_curves``: its title, its key of the metrics, and the teacher's value."""
 
@@ -160,7 +174,7 @@ def _line(axes: Axes, metrics: Metrics, key: str, name: str, color: str) -> bool
     return bool(points)
 
 
-def _marker(points: Sequence[tuple[float, float]]) -> str:
+def _marker(points: Points) -> str:
     """Single points would be invisible as a line."""
     return "o" if len(points) < 3 else ""
 

@@ -2,8 +2,9 @@
 
 A score rises or falls if a t-test finds the means of the first and the last third of the validations different (two-sided
 p below LEVEL). Consecutive validations are not independent, so this is a rule of thumb. Step 0 does not count, because
-every score rises from the untrained student. Trained scores that rise while a held-out one falls are a sign of reward
-hacking: the student exploits a weakness of its rewards instead of making better images.
+every score rises from the untrained student. Trained scores that rise while a held-out one or the diversity of a prompt's
+images falls are a sign of reward hacking: the student exploits a weakness of its rewards instead of making better images.
+Every distilled student loses some diversity, so that only a fall by more than a quarter counts.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from typing import NamedTuple
 
 from scipy.stats import ttest_ind
 
-from gdmd.config.validation import PREFIX, TEACHER
+from gdmd.config.validation import DIVERSITY, PREFIX, TEACHER
 
 FEW = 9
 """Validations after step 0 below which nothing is judged: three per third."""
 LEVEL = 0.01
+KEPT = 0.75
+"""Share of the diversity of the first third below which that of the last third counts as lost."""
+LITTLE = 0.5
+"""Share of the teacher's diversity below which a student has little. The shipped DMD student has 0.66 of it."""
 
 
 class Trend(NamedTuple):
@@ -38,7 +43,8 @@ def only_validation(row: Mapping[str, float]) -> bool:
 def labels(rows: Sequence[Mapping[str, float]]) -> list[str]:
     """The rewards and scorers that scored validation images of the student."""
     keys = dict.fromkeys(key for row in rows for key in row)
-    return [key.removeprefix(PREFIX) for key in keys if key.startswith(PREFIX) and not key.startswith(TEACHER)]
+    own = [key.removeprefix(PREFIX) for key in keys if key.startswith(PREFIX) and not key.startswith(TEACHER)]
+    return [label for label in own if label != DIVERSITY]
 
 
 def teacher_score(rows: Sequence[Mapping[str, float]], label: str) -> float | None:
@@ -61,18 +67,27 @@ def trend(rows: Sequence[Mapping[str, float]], label: str) -> Trend | None:
     return Trend(fmean(first), fmean(last), int(math.copysign(1, change)) if differ else 0)
 
 
+def diversity_share(rows: Sequence[Mapping[str, float]]) -> float | None:
+    """The student's last diversity relative to the teacher's; None if either was not measured."""
+    values = [row[PREFIX + DIVERSITY] for row in rows if math.isfinite(row.get(PREFIX + DIVERSITY, math.nan))]
+    teacher = teacher_score(rows, DIVERSITY)
+    return values[-1] / teacher if values and teacher else None
+
+
 def reward_hacking(rows: Sequence[Mapping[str, float]], trained: Collection[str]) -> str:
-    """A sentence that names trained scores that rise and held-out scores that fall; "" unless there are both."""
-    trends = {label: found for label in labels(rows) if (found := trend(rows, label))}
+    """A sentence that names trained scores that rise, and held-out scores or a diversity that fall; "" unless both."""
+    trends = {label: found for label in (*labels(rows), DIVERSITY) if (found := trend(rows, label))}
+    if DIVERSITY in trends and trends[DIVERSITY].last >= KEPT * trends[DIVERSITY].first:
+        del trends[DIVERSITY]
     risen = [_shown(label, one) for label, one in trends.items() if label in trained and one.sign > 0]
     fallen = [_shown(label, one) for label, one in trends.items() if label not in trained and one.sign < 0]
     if not (risen and fallen):
         return ""
     return (
-        f"Possible reward hacking: trained scores rise ({', '.join(risen)}) while held-out ones fall "
-        f"({', '.join(fallen)}), from the first to the last third of the run."
+        f"Possible reward hacking: trained scores rise ({', '.join(risen)}) while {', '.join(fallen)} fall"
+        f"{'s' * (len(fallen) == 1)}, from the first to the last third of the run."
     )
 
 
 def _shown(label: str, found: Trend) -> str:
-    return f"{label} {found.first:.3g} to {found.last:.3g}"
+    return f"{label.removeprefix('images/')} {found.first:.3g} to {found.last:.3g}"

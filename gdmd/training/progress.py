@@ -48,7 +48,9 @@ def validation_line(step: int, scores: Mapping[str, float]) -> str:
     shown = {key: "-" if isnan(score) else f"{score:.3g}" for key, score in scores.items()}
     own = {key.removeprefix(PREFIX): text for key, text in shown.items() if not key.startswith(TEACHER)}
     known = {label: f" (teacher {shown[TEACHER + label]})" if TEACHER + label in shown else "" for label in own}
-    parts = [f"{label} {text}{known[label]}".replace(" ", "\xa0") for label, text in own.items()]
+    parts = [
+        f"{label.removeprefix('images/')} {text}{known[label]}".replace(" ", "\xa0") for label, text in own.items()
+    ]
     line = f"step {step}, validation: {', '.join(parts)}"
     return textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False).replace("\xa0", " ")
 

@@ -1,8 +1,9 @@
-"""Start a run from the student and fake score of another one (loop.start_from), or find its own newest checkpoint."""
+"""Start from the student and fake score of another run or of a file (loop.start_from); find a run's newest checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from gdmd.io import near_name
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import open_run
+from gdmd.runs.student_file import part, read_student_file, student_file, told
 from gdmd.training.distributed import DistributedContext
 from gdmd.training.ema import load_named
 from gdmd.training.role_state import RoleState
@@ -34,7 +36,10 @@ def newest(checkpoints: Path, context: DistributedContext) -> checkpoint.Checkpo
 
 
 def require_start(run: str) -> None:
-    """ValueError unless loop.start_from names a run with a checkpoint."""
+    """ValueError unless loop.start_from names a run with a checkpoint or a student file."""
+    if file := student_file(run):
+        read_student_file(file)
+        return
     if not run or checkpoint.steps(Path(run) / "checkpoints"):
         return
     what = "has no checkpoint" if Path(run).is_dir() else "does not exist"
@@ -47,7 +52,8 @@ def check_model(run: str, config: Mapping[str, Any]) -> None:
     """ValueError if the configuration of loop.start_from stores its roles differently; reads no weights."""
     if not run:
         return
-    theirs, own = open_run(Path(run)).config.get("model", {}), config["model"]
+    there = _config_of(run) if student_file(run) else open_run(Path(run)).config
+    theirs, own = there.get("model", {}), config["model"]
     other = theirs.get("kind") != own["kind"]
     keys = ("kind",) if other else ("full",) if own.get("full") == "both" else ("full", "lora_rank")
     pairs = {key: (theirs.get(key, own.get(key)), own.get(key)) for key in keys}
@@ -72,19 +78,23 @@ def _start(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_roles(run: str, roles: Roles) -> None:
-    """ValueError unless student and fake score of that run have the tensors of ``roles``; reads file headers only."""
+    """ValueError unless student and fake score of that run have the tensors of ``roles``; of a run reads headers only."""
+    if file := student_file(run):
+        asset = read_student_file(file)
+        return _compare(run, lambda role: {name: tuple(one.shape) for name, one in part(asset, role).items()}, roles)
     for step in reversed(checkpoint.steps(Path(run) / "checkpoints") if run else []):
         try:
-            return _compare(run, Path(run) / "checkpoints" / f"step_{step:06d}", roles)
+            folder = Path(run) / "checkpoints" / f"step_{step:06d}"
+            return _compare(run, partial(checkpoint.shapes, folder), roles)
         except checkpoint.DamagedCheckpoint:  # reported where it is loaded
             continue
 
 
-def _compare(run: str, folder: Path, roles: Roles) -> None:
+def _compare(run: str, shapes: Callable[[str], Mapping[str, tuple[int, ...]]], roles: Roles) -> None:
     both: tuple[Role, Role] = ("student", "fake")
     for role in both:
         own = {name: tuple(w.shape) for name, w in roles.parameters(role).items() if not name.startswith(HEAD)}
-        theirs = {k: shape for k, shape in checkpoint.shapes(folder, role).items() if not k.startswith(HEAD)}
+        theirs = {k: shape for k, shape in shapes(role).items() if not k.startswith(HEAD)}
         wrong = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
         if wrong:
             raise ValueError(
@@ -97,22 +107,16 @@ def _compare(run: str, folder: Path, roles: Roles) -> None:
 def warm_start(
     run: str, states: Mapping[Role, RoleState], context: DistributedContext, config: Mapping[str, Any]
 ) -> str:
-    """Load student (its EMA if there is one) and fake score of another run; returns the message for the user.
+    """Load student (its EMA if there is one) and fake score of another run or file; returns the message for the user.
 
     ``config``: of the new run. If its adapters have another lora_alpha, B is scaled so that they change the base model
     equally. Optimizers, counters and schedule start fresh, and the EMA starts at these weights. ValueError if the
     networks differ.
     """
     require_start(run)
-    saved = newest(Path(run) / "checkpoints", context)
-    assert saved is not None
     before = _config_of(run)
     factor = _scale(before) / _scale(config)
-    averaged = saved.part("ema")
-    tensors: dict[Role, Mapping[str, Tensor]] = {
-        "student": averaged or saved.part("student"),
-        "fake": saved.part("fake"),
-    }
+    tensors, messages = _networks(run, context)
     for role, state in states.items():
         own = {name: weights for name, weights in state.parameters.items() if not name.startswith(HEAD)}
         theirs = {
@@ -123,12 +127,27 @@ def warm_start(
         load_named(own, theirs, f"the {role} of loop.start_from = {run}", context)
         if state.ema is not None:
             _copy(state.ema.shadow, own)
+    return "\n".join([*messages, *_notes(before, config)])
+
+
+def _networks(run: str, context: DistributedContext) -> tuple[Mapping[Role, Mapping[str, Tensor]], list[str]]:
+    """The tensors of student and fake score, and what to tell the user about them."""
+    if file := student_file(run):
+        asset = read_student_file(file)
+        message = f"student (EMA) and fake start from {run}, {told(asset)}"
+        return {"student": part(asset, "student"), "fake": part(asset, "fake")}, [message]
+    saved = newest(Path(run) / "checkpoints", context)
+    assert saved is not None
+    averaged = saved.part("ema")
     message = f"student{' (EMA)' if averaged else ''} and fake start from step {saved.step} of {run}"
-    return "\n".join([*saved.messages, message, *_notes(before, config)])
+    return {"student": averaged or saved.part("student"), "fake": saved.part("fake")}, [*saved.messages, message]
 
 
 def _config_of(run: str) -> Mapping[str, Any]:
-    """The configuration of a run; empty for a folder that holds only checkpoints."""
+    """The configuration of a run or student file; empty for a folder that holds only checkpoints."""
+    if file := student_file(run):
+        config: Mapping[str, Any] = read_student_file(file).metadata["config"]
+        return config
     return open_run(Path(run)).config if (Path(run) / "config.yaml").is_file() else {}
 
 
@@ -150,6 +169,9 @@ def _notes(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
         if before and old is not None and old != new:
             more = ", so B is scaled to keep the student" if key == "lora_alpha" else ""
             notes.append(f"{section}.{key} was {old} there and is {new} here{more}")
+    seed = before.get("loop", {}).get("seed")
+    if seed is not None and seed == config.get("loop", {}).get("seed"):
+        notes.append(f"loop.seed is {seed} there, too: this run repeats its prompts and noise; give another one")
     return notes
 
 

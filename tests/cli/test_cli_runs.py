@@ -22,12 +22,8 @@ from typer.main import get_command
 
 from gdmd.cli.app import app
 from gdmd.config import shapes_pipeline
-from gdmd.config.methods.all import without_rewards
-from gdmd.config.methods.gdmd import GDMDConfig
-from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.config.metric_keys import metric_keys
 from gdmd.programs import doctor, pretrain
-from gdmd.programs.demo import control
 from gdmd.recipes.read import read_recipe, recipe_names
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import read_metrics
@@ -45,11 +41,6 @@ def commands(group: Any = None, path: tuple[str, ...] = ()) -> list[tuple[str, .
 
 EVALUATION = ("shapeseval", "rewards", "fidelity", "coverage", "nfe", "images_per_s")
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def sets(*overrides: str) -> list[str]:
-    """The overrides as --set options of the demo."""
-    return [one for override in overrides for one in ("--set", override)]
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -239,47 +230,8 @@ def test_end_of_training_keeps_current_rows_only(gdmd: Gdmd) -> None:
     assert stale not in kept and [kept[name] for name in current] == [rows[name] for name in current]
 
 
-def test_demo(
-    gdmd: Gdmd,
-) -> None:
-    arguments = ["demo", "--recipe", "shapes_smoke", *sets(*TINY), "--run", "demo"]
-    finished = gdmd(*arguments, "--json")
-    assert finished.code == 0, finished.err
-    ended = json.loads(finished.out)
-    assert [row["nfe"] for row in ended["rows"].values()] == [2, 8, 4, 4, 4]
-    assert ended["trained_on"] == ["shapes_clip", "shapes_pref"]
-    assert "data:image/png" in Path("demo/report.html").read_text()
-    states = [checkpoint.load_newest(Path("demo") / name / "checkpoints") for name in ("dmd", "gdmd")]
-    updates = [state.state["roles"]["student"]["updates"] for state in states if state]
-    assert len(updates) == 2 and updates[0] == updates[1] > 0, "the control has the same student updates"
-    stored = Path("demo/evaluation.json").read_text()
-    assert json.loads(stored) == ended["rows"]
-    again = gdmd(*arguments)
-    assert again.code == 0, again.err
-    assert Path("demo/evaluation.json").read_text() == stored, "a finished demo measures nothing again"
-    assert again.err.count("(measured before)") == 5
-    for score in ("shapes_clip *", "shapes_pref *", "shapes_clip_heldout ", "fidelity", "coverage", "NFE", "images/s"):
-        assert score in again.out
-    assert "shapes_clip_heldout *" not in again.out
-    assert "report.html" in again.err
-    refused = gdmd("demo", "--recipe", "sdxl_gdmd")
-    assert refused.code == 2 and "in the Shapes world" in refused.err and "model.kind = diffusers" in refused.err
-
-
 SHAPES = [name for name in recipe_names() if read_recipe(name).model.kind == "shapes"]
 BY_METHOD = list({read_recipe(name).method.kind: name for name in SHAPES}.values())
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_demo_control_is_plain_dmd(name: str) -> None:
-    cfg = read_recipe(name)
-    if not isinstance(cfg.method, GDMDConfig | TiltedGDMDConfig):
-        with pytest.raises(ValueError, match="compares GDMD with DMD"):
-            control(cfg)
-        return
-    plain = control(cfg)
-    assert plain.method == without_rewards(cfg.method) and not plain.method.rewarded
-    assert (plain.loop, plain.eval, plain.rewards) == (cfg.loop, cfg.eval, cfg.rewards)
 
 
 @pytest.mark.parametrize("name", BY_METHOD)

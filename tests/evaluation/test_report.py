@@ -252,6 +252,24 @@ def test_health_of_a_student_that_may_not_move(moved: float, status: str) -> Non
     assert health_panels(rows[:1] + steady()[1:])[0].status == "unknown"  # logged once
 
 
+@pytest.mark.parametrize(
+    ("realized", "spread", "statuses"),
+    [
+        (0.002, 0.2, ["ok", "ok"]),
+        (-0.001, 0.05, ["ok", "look"]),  # within two standard errors of 0
+        (-0.006, 0.2, ["look", "ok"]),
+        (-0.02, 0.0, ["bad", "bad"]),
+    ],
+)
+def test_health_of_the_gains_and_of_the_spread_in_a_group(realized: float, spread: float, statuses: list[str]) -> None:
+    """The realized gain has a standard error of 0.0023; the construction gain is not judged."""
+    found = {"gain/construction": -0.3, "reward/group_share": spread}
+    rows = [row | found | {"gain/realized": realized + 0.01 * (-1) ** k} for k, row in enumerate(steady())]
+    panels = {panel.title.split()[0]: panel for panel in health_panels(rows)}
+    assert [panels["Construction"].status, panels["Reward"].status] == statuses
+    assert "The targets promise -0.3 Z" in panels["Construction"].finding
+
+
 def test_short_runs_are_not_judged() -> None:
     assert {panel.status for panel in health_panels(metrics())} == {"unknown"}
 

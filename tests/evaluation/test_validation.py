@@ -11,7 +11,10 @@ import torch
 from cli_world import Gdmd
 from torch import Tensor
 
+from gdmd.config.describe import against_hacking
 from gdmd.config.load import ConfigError
+from gdmd.config.metric_keys import metric_keys
+from gdmd.config.validation import DIVERSITY
 from gdmd.diffusion.rng import SampleRng
 from gdmd.evaluation.health import health_panels
 from gdmd.evaluation.validation import Validation, grid_captions, validation_prompts
@@ -46,11 +49,11 @@ def rows_without_speed(folder: str) -> list[dict[str, float | None]]:
 
 
 def expected(components: Components, teacher: bool) -> dict[str, float]:
-    """Each image drawn and scored alone, from its own noise."""
+    """Each image drawn and scored alone, from its own noise; the diversity of the two images of a prompt."""
     cfg = config_of(Path("run"))
     sampler = teacher_row(cfg, components, "teacher") if teacher else student_row(cfg, components)
     texts = ["a red circle", "a red circle", "two rings", "two rings"]
-    found = []
+    found, features = [], []
     for k, text in enumerate(texts):
         with torch.no_grad():
             latents = sampler.latents([text], SampleRng(cfg.eval.seed, 0, torch.tensor([k])))
@@ -59,7 +62,10 @@ def expected(components: Components, teacher: bool) -> dict[str, float]:
             specs = [{"kind": label} for label in LABELS]
             rewards = build_rewards([type(cfg.rewards[0])(**spec) for spec in specs])
             found.append([float(reward.score(image, batch)) for reward in rewards])
-    return {label: sum(own) / len(own) for label, own in zip(LABELS, zip(*found, strict=True), strict=True)}
+            features.append(rewards[2].image_features((image * 255).round() / 255)[0].double())
+    angles = [1 - torch.dot(features[k], features[k + 1]).item() for k in (0, 2)]  # of the two images of a prompt
+    means = {label: sum(own) / len(own) for label, own in zip(LABELS, zip(*found, strict=True), strict=True)}
+    return means | {DIVERSITY: sum(angles) / 2}
 
 
 def test_scores_are_those_of_the_ema_student_and_of_the_teacher(gdmd: Gdmd) -> None:
@@ -70,7 +76,7 @@ def test_scores_are_those_of_the_ema_student_and_of_the_teacher(gdmd: Gdmd) -> N
     for teacher, at, prefix in ((False, 2, "validation/"), (True, 0, "validation/teacher/")):
         own = {prefix + label: value for label, value in expected(components, teacher).items()}
         assert scores("run", at, prefix if teacher else "validation/") == pytest.approx(own, abs=1e-5)
-    assert len(scores("run", 0)) == 6 and not scores("run", 1)
+    assert len(scores("run", 0)) == 8 and not scores("run", 1)
     assert {path.name for path in Path("run/grids").iterdir()} == {
         *("step_000000.png", "step_000002.png", "teacher.safetensors")
     }
@@ -117,7 +123,8 @@ def test_other_prompts_draw_the_teacher_again(gdmd: Gdmd) -> None:
     finished = gdmd("train", "--resume", "run", "loop.steps=3", "validation.prompts=['a ring']", "--no-eval")
     assert finished.code == 0, finished.err
     assert "earlier validation scores are not comparable" in " ".join(finished.err.split())
-    assert set(scores("run", 3, "validation/teacher/")) == {f"validation/teacher/{label}" for label in LABELS}
+    labels = (*LABELS, DIVERSITY)
+    assert set(scores("run", 3, "validation/teacher/")) == {f"validation/teacher/{label}" for label in labels}
 
 
 def dark(images: Tensor, prompts: PromptBatch) -> Tensor:
@@ -227,6 +234,49 @@ def test_reward_hacking_is_reported(trained: list[float], held_out: list[float],
     if status == "bad":
         assert "a 0.31 to 0.51" in panel.finding and "b 0.59 to 0.41" in panel.finding
     assert health_panels(rows, ["a", "b"])[0].status == "unknown"  # nothing is held out
+
+
+@pytest.mark.parametrize(
+    ("diversity", "status"),
+    [
+        ([0.4, *(0.4 - 0.03 * k for k in range(9))], "bad"),  # the last third has half of the first
+        ([0.4, *(0.39 - 0.008 * k for k in range(9))], "ok"),  # falls by less than a quarter
+        ([0.2, 0.19, 0.2, 0.19, 0.2, 0.18, 0.2, 0.19, 0.2, 0.19], "look"),  # less than half of the teacher's
+    ],
+)
+def test_lost_diversity_is_reported(diversity: list[float], status: str) -> None:
+    """With rising trained scores; the panel also says what to do, and shows the curve."""
+    rows = validated(RISING, RISING)
+    rows = [row | {f"validation/{DIVERSITY}": value} for row, value in zip(rows, diversity, strict=True)]
+    rows[0][f"validation/teacher/{DIVERSITY}"] = 0.4
+    (panel,) = health_panels(rows, ["a"], "What to do: less.")
+    assert panel.status == status and ("What to do" in panel.finding) == (status == "bad")
+    assert status == "bad" or f"{diversity[-1] / 0.4:.2f} times the teacher's" in panel.finding
+    assert "diversity of a prompt" in panel.svg
+    assert ("diversity 0.37 to 0.19" in panel.finding) == (status == "bad")
+
+
+def test_advice_names_the_options_of_the_method() -> None:
+    """The reward gradient first, as far as it is on; nothing for a method without rewards."""
+    tilted = against_hacking(read_recipe("shapes_gradient"))
+    assert "validation/shapes_clip_heldout" in tilted and tilted.index("reward_gradient") < tilted.index("method.gamma")
+    assert "reward_gradient" not in against_hacking(read_recipe("shapes"))
+    assert "method.rl_weight" in against_hacking(read_recipe("dmd_nft")) and against_hacking(read_recipe("dmd")) == ""
+
+
+def test_diversity_needs_two_images_and_features() -> None:
+    for overrides in (
+        ["validation.images=1"],
+        ["validation.every=0"],
+        ["validation.scorers=[]", "rewards=[{kind: shapes_pref}]"],
+    ):
+        cfg = read_recipe("shapes", ["validation.images=2", *overrides])
+        assert cfg.feature_scorer is None and not any(DIVERSITY in key for key in metric_keys(cfg))
+    shapes = read_recipe("shapes", ["validation.images=2"])
+    assert shapes.feature_scorer is not None and shapes.feature_scorer.kind == "shapes_clip_heldout"
+    assert f"validation/{DIVERSITY}" in metric_keys(shapes)
+    real = read_recipe("sdxl_gdmd", ["validation.images=2"])
+    assert real.feature_scorer is not None and real.feature_scorer.kind == "clip"
 
 
 def test_trend_of_noise_is_rarely_called_one() -> None:

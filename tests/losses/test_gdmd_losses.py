@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gdmd.losses.dmd import dmd_loss
-from gdmd.losses.gdmd import first_order_gain, implicit_target, napo_loss, optimality, step_weight
+from gdmd.losses.gdmd import first_order_gain, implicit_target, napo_loss, napo_minimizer, optimality, step_weight
 
 B, SHAPE = 5, (5, 2, 3, 3)
 SIZE = 18
@@ -99,8 +99,7 @@ def test_minimizer(dmd_weight: float, gamma: float, beta: float, r: float) -> No
     """The loss is convex with the Hessian 2 (lambda + gamma beta^2) / N, so that its only stationary point is the least."""
     _, x_old, x_tar = three()
     shared = torch.full((B,), r, dtype=torch.float64)
-    weight = step_weight(shared, dmd_weight, gamma, beta) / (dmd_weight + gamma * beta**2)
-    least = x_old + wide(weight) * (x_tar - x_old)
+    least = napo_minimizer(x_old, x_tar, shared, dmd_weight, gamma, beta)
     assert gradient(least, x_old, x_tar, shared, dmd_weight, gamma, beta).abs().max() < 1e-12
 
 
@@ -109,6 +108,14 @@ def test_minimizer_is_r() -> None:
     _, x_old, x_tar = three()
     least = x_old + wide(R) * (x_tar - x_old)
     assert gradient(least, x_old, x_tar, R, 0.8, 0.8, 1.0).abs().max() < 1e-12
+    torch.testing.assert_close(napo_minimizer(x_old, x_tar, R, 0.8, 0.8, 1.0), least)
+
+
+def test_minimizer_of_an_unscored_sample() -> None:
+    """L_DMD alone: the target."""
+    _, x_old, x_tar = three()
+    least = napo_minimizer(x_old, x_tar, torch.full_like(R, torch.nan), 0.5, 2.0, 1.0)
+    torch.testing.assert_close(least, x_tar)
 
 
 @given(dmd_weight=weights, share=st.floats(0.0, 1.0), beta=weights)

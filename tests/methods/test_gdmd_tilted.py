@@ -124,19 +124,6 @@ def test_weights_are_logged() -> None:
         assert low <= method.stats()["weight/effective"].item() <= high
 
 
-def test_construction_gain_is_that_of_float64() -> None:
-    """The weighted mean score of the rollouts minus the plain one; a sample with an unscored rollout is left out."""
-    roles = tiny_roles()
-    method = tilted(roles, Toy(), Toy("b", 1, factor=3.0, unscored=(2,)), gamma=2.0, group_size=1)
-    own, r = finished(method), method.rollout(prompts(), rng())
-    weights = method.weigh(own, r, prompts(), rng())[0].double()  # [K, B]
-    scores = own.scores.double()  # [R, K, B]
-    gains = (scores * weights / 3).sum(1) - scores.mean(1)  # [R, B]
-    wanted = torch.cat([gains[0], gains[1, [0, 1, 3]]]).mean()
-    assert method.stats()["reward/construction_gain"].item() == pytest.approx(wanted.item(), rel=1e-4)
-    assert wanted > 1e-4
-
-
 def test_weighted_mean_is_that_of_float64() -> None:
     targets, weights = torch.randn(3, 4, 5, 2, 8, 8), torch.rand(3, 5, 4)  # [eta, B, K, C, H, W], [eta, K, B]
     wanted = torch.einsum("ebkchw,ekb->bchw", targets.double(), weights.double())

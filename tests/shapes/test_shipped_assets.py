@@ -7,15 +7,17 @@ import torch
 
 from gdmd.config.shapes_pipeline import PIPELINES, PREFIX, read_shapes_pipeline, shipped_pipelines
 from gdmd.diffusion.generate import images_of, teacher_sampler
+from gdmd.io import weights_fingerprint
 from gdmd.programs.doctor import SUMS, checksums
 from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe
 from gdmd.runs.assets import asset_folder, asset_path, load_asset
+from gdmd.runs.student_file import ROLES, SHIPPED, part, read_student_file
 from gdmd.shapes.check import shapeseval, summarize
 from gdmd.shapes.grammar import catalog, draw_rows, fixed_rows
 from gdmd.shapes.pretrain.scorer_data import draw_negatives, may_be_true
 from gdmd.shapes.render import draw_scenes, render
-from gdmd.shapes.roles import ShapesCodec, load_vae
+from gdmd.shapes.roles import ShapesCodec, load_dit, load_vae
 
 NAMES = ("shapes_vae", "shapes_teacher", "shapes_clip", "shapes_clip_heldout", "shapes_pref")
 
@@ -58,6 +60,21 @@ def test_asset_metadata(name: str) -> None:
     metadata = load_asset(asset_path(name)).metadata
     assert metadata["command"].startswith("gdmd pretrain")
     assert isinstance(metadata["seed"], int)
+
+
+def test_shipped_student() -> None:
+    """shapes:dmd: its history, and networks that fit the teacher of the package."""
+    asset = read_student_file(asset_path(SHIPPED["dmd"]))
+    facts = asset.metadata
+    assert facts["command"].startswith("gdmd train shapes_dmd loop.seed=1") and (facts["seed"], facts["updates"]) == (
+        1,
+        4000,
+    )
+    assert len(facts["commit"]) == 40 and facts["config"]["method"]["kind"] == "dmd"
+    own = facts["inputs"]["model.teacher"]["fingerprint"]
+    assert own == f"sha256:{weights_fingerprint(asset_path('shapes_teacher'))}"
+    for role in ROLES:
+        load_dit(part(asset, role), role)
 
 
 def test_checksums() -> None:

@@ -12,8 +12,10 @@ import torch
 
 from gdmd.cli.app import main
 from gdmd.io import content_hash
+from gdmd.recipes.read import read_recipe
 from gdmd.runs import assets
 from gdmd.runs.assets import save_asset
+from gdmd.runs.student_file import ROLES
 from gdmd.shapes.networks import ShapesDit, ShapesVae
 from gdmd.shapes.scorer_networks import KINDS, build_net
 
@@ -106,6 +108,9 @@ def make_assets(folder: Path) -> Path:
     nets = {"shapes_teacher": ShapesDit(), "shapes_vae": ShapesVae(), **{kind: build_net(kind) for kind in KINDS}}
     for name, net in nets.items():
         save_asset(folder / f"{name}.safetensors", net.state_dict(), command="none", seed=0)
+    both = {f"{role}.{name}": own for role in ROLES for name, own in nets["shapes_teacher"].state_dict().items()}
+    facts = {"step": 1, "updates": 4, "inputs": {}, "config": read_recipe("shapes_dmd").model_dump(mode="json")}
+    save_asset(folder / "shapes_dmd.safetensors", both, command="none", seed=0, metadata=facts)
     return folder
 
 

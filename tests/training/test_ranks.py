@@ -26,12 +26,13 @@ from gdmd.config.methods.gdmd import GDMDAblationConfig
 from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig, TiltedGDMDConfig
 from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import PromptStream
+from gdmd.methods.gains import gains_hook
 from gdmd.recipes.build import SHAPES, method_of
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import create, open_run, read_facts, read_metrics
 from gdmd.shapes.roles import ShapesRoles, ShapesTextEncoder
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
-from gdmd.training.loop import train
+from gdmd.training.loop import Hooks, train
 from gdmd.training.rank import RankInfo, rank_info
 from gdmd.types import PromptBatch
 
@@ -87,7 +88,7 @@ def run(
     roles = roles_of(cfg)
     stream = PromptStream([TEXTS], ShapesTextEncoder(), 8, 1, cfg.prompt_group, [ROWS])
     method = method_of(cfg, roles, ToyCodec(), (Toy(unscored=(6,)), Toy("green", 1)), SHAPES, real_latents)
-    train(method, roles, stream, loop, open_run(folder), context=context)
+    train(method, roles, stream, loop, open_run(folder), Hooks(at_log=gains_hook(method)), context)
 
 
 @pytest.fixture(scope="module")
@@ -200,11 +201,11 @@ def test_resume_with_fewer_ranks_after_a_kill(runs: Path, tmp_path: Path) -> Non
     assert_equal(runs / "gdmd", tmp_path / "lost")
 
 
-@pytest.mark.parametrize("name", ["gdmd", "nft"])
+@pytest.mark.parametrize("name", ["gdmd", "tilted", "nft"])
 def test_logged_statistics_of_the_global_batch(runs: Path, name: str) -> None:
     local = {"speed/images_per_s", "latent/std", "latent/scored_std"}  # a std per rank, averaged
     for alone, ranks in zip(read_metrics(runs / name), read_metrics(runs / f"{name}_2"), strict=True):
-        assert alone.keys() == ranks.keys()
+        assert alone.keys() == ranks.keys() and ("gain/realized" in alone) == (name != "nft")
         for key in alone.keys() - local:
             assert ranks[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6, nan_ok=True), key
 

@@ -21,7 +21,7 @@ class DMDRConfig(BaselineConfig):
     renoise_x0: bool = Field(
         default=True,
         description="Train the student at its own x0 of step tau, re-noised to tau (DMDR's sampler), for one more forward; "
-        "false = at x_tau of the rollout, as DMD2.",
+        "false = at x_tau of the rollout, as DMD2. Without effect on student_sampler = ode, whose noise gives x_tau again.",
     )
     cold_start: NonNegativeCount = Field(
         default=2000,
@@ -100,6 +100,11 @@ class DMDRConfig(BaselineConfig):
         if self.strategy == "grpo" and self.rl_weight > 0 and len(self.student_steps) < 2:
             raise ValueError(f"strategy 'grpo' needs a student of at least 2 steps, got {list(self.student_steps)}")
         return self
+
+    @property
+    def trains_renoised(self) -> bool:
+        """Whether the student is trained at its own re-noised x0."""
+        return self.renoise_x0 and self.student_sampler == "renoise"
 
     @property
     def rewarded(self) -> bool:
