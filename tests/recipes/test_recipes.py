@@ -76,7 +76,7 @@ def test_gdmd_paper_is_algorithm_1() -> None:
     assert isinstance(method, GDMDConfig)
     assert (method.group_size, method.collection, method.old_policy) == (4, "all", "snapshot")
     assert method.dmd_weight == method.gamma == method.beta == 1.0
-    assert not method.normalize
+    assert (method.scored_step, method.normalize) == (0.3, False)
     assert method.student_input == "simulation"
 
 
