@@ -169,7 +169,8 @@ def test_all_errors_at_once(gdmd: Gdmd) -> None:
         ),
         (
             ["recipes", "sdxl"],
-            "unknown recipe 'sdxl'; did you mean 'sdxl_gdmd', 'sdxl_dmd' or 'sdxl_dmd2'? `gdmd recipes` lists them",
+            "unknown recipe 'sdxl'; did you mean 'sdxl_gdmd', 'sdxl_lightning_gdmd' or 'sdxl_dmd'? `gdmd recipes` lists "
+            "them",
         ),
         (["plan", "qqq"], "unknown recipe 'qqq'; `gdmd recipes` lists them"),
         (
