@@ -16,9 +16,7 @@ from gdmd.runs.student_file import command_of
 
 def of(name: str, run: Path) -> dict[str, object]:
     """The curves of a run folder."""
-    facts = read_facts(run)
-    own = {"command": command_of(facts), "commit": facts["commit"]}
-    return stored(name, read_metrics(run), config_of(run), own)
+    return stored(name, command_of(read_facts(run)), read_metrics(run), config_of(run))
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def _two_gains(metrics: Metrics) -> tuple[Status, str]:
         return "unknown", _FEW_ROWS[1]
     mean, error = fmean(values), stdev(values) / math.sqrt(len(values))
     status: Status = "bad" if mean < -4 * error else "look" if mean < -2 * error else "ok"
-    text = f"Realized {mean:+.2g} +- {error:.1g} Z per iteration (mean, standard error)."
+    text = f"Realized {mean:+.2g} +- {error:.2g} Z per iteration (mean, standard error)."
     constructed = [row[CONSTRUCTED] for row in metrics if math.isfinite(row.get(CONSTRUCTED, math.nan))]
     return status, f"{text} The targets promise {fmean(constructed):+.2g} Z." if constructed else text
 

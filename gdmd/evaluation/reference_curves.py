@@ -68,11 +68,10 @@ RATIOS = (
 
 
 class Reference(NamedTuple):
-    """A healthy run: its name, its command and commit, and its curves by title."""
+    """A healthy run: its name, its command, and its curves by title."""
 
     name: str
     command: str
-    commit: str
     curves: Mapping[str, Curve]
 
 
@@ -115,9 +114,9 @@ def references() -> tuple[Reference, ...]:
     return tuple(Reference(**one) for one in stored["runs"])
 
 
-def stored(name: str, metrics: Metrics, cfg: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+def stored(name: str, command: str, metrics: Metrics, cfg: RunConfig) -> dict[str, Any]:
     """What ``FILE`` holds of a run; numbers with four digits."""
     curves = {
         title: [(round(x, 4), float(f"{y:.4g}")) for x, y in curve] for title, curve in curves_of(metrics, cfg).items()
     }
-    return {"name": name, "command": facts["command"], "commit": facts["commit"], "curves": curves}
+    return {"name": name, "command": command, "curves": curves}

@@ -196,6 +196,7 @@ def in_two_processes(configs: Configs, folder: Path, console: Console) -> int | 
         raise RunError(
             f"the second process of the demo failed: {lines[-1] if lines else 'no message'}. Its log: {log}."
         )
+    console.print("the second process has done:")
     for line in lines:
         if line.startswith("[") or line.lstrip().startswith("ShapesEval"):
             console.print(line, markup=False, highlight=False)

@@ -48,11 +48,11 @@ def test_ratios_read_keys_that_are_logged() -> None:
 
 
 def test_shipped_curves() -> None:
-    """Small, from runs of a known commit. No healthy run of Algorithm 1 or with a reward gradient is among them."""
+    """Small. No healthy run of Algorithm 1 or with a reward gradient is among them."""
     assert FILE.stat().st_size < 16_000 and len(references()) >= 2
     covered = set()
     for one in references():
-        assert one.command.startswith("gdmd train ") and len(one.commit) >= 40 and "/work" not in one.command
+        assert one.command.startswith("gdmd ") and "/" not in one.command
         assert all(0 < share < 1 and math.isfinite(value) for curve in one.curves.values() for share, value in curve)
         covered |= set(one.curves)
     assert covered == {ratio.title for k, ratio in enumerate(RATIOS) if k not in (3, 6)}
