@@ -240,7 +240,7 @@ def demo_command(
       gdmd demo --run runs/demo --json > demo.json
       gdmd demo --set loop.seed=1                           other draws
       gdmd demo --set loop.steps=20 --set eval.per_task=10  faster and rougher
-      gdmd demo --from-scratch                              150 updates from the teacher
+      gdmd demo --from-scratch                              no shipped student
     """
     from gdmd.recipes.run_folders import demo_folder, demo_recipe
 
