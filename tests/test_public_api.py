@@ -26,7 +26,7 @@ FUNCTIONS = """
     losses.dmd: dmd_gradient dmd_loss normalizer regression_loss
     losses.dpo: dpo_loss
     losses.gan: discriminator_loss generator_loss
-    losses.gdmd: implicit_target napo_loss optimality step_weight
+    losses.gdmd: first_order_gain implicit_target napo_loss napo_minimizer optimality step_weight
     losses.grpo: grpo_loss
     losses.nft: nft_loss nft_optimality
     losses.refl: mean_refl_loss refl_loss

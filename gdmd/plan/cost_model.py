@@ -99,11 +99,12 @@ class Transfers:
     """Offloaded weights in bytes, and how often an outer iteration copies them to the GPU."""
 
     blocks: int = 0  # of the base model: in every call of it
-    encoders: int = 0  # once
+    encoders: int = 0  # for every batch of prompts
     decoder: int = 0  # in every call of it, of ``decode_chunk`` images
     rewards: int = 0  # of all of them, whenever they score
     calls: Sequence[tuple[float, float]] = ()  # calls without gradient, and their rows per sample of the batch, by role
     calls_with_grad: float = 0.0  # per micro-batch; a checkpointed one counts twice
+    prompt_batches: float = 1.0
     decoded: float = 0.0  # images per sample of the batch
     scorings: float = 0.0  # calls of the rewards without gradient
     scorings_with_grad: float = 0.0  # per micro-batch
@@ -117,7 +118,8 @@ class Transfers:
         calls = sum(max(calls, rows * batch / self.chunk) for calls, rows in self.calls) + self.calls_with_grad * parts
         scorings = self.scorings + self.scorings_with_grad * parts
         decodings = self.decoded * batch / self.decode_chunk
-        return calls * self.blocks + self.encoders + decodings * self.decoder + scorings * self.rewards
+        encodings = self.prompt_batches * self.encoders
+        return calls * self.blocks + encodings + decodings * self.decoder + scorings * self.rewards
 
 
 NO_TRANSFERS = Transfers()

@@ -286,6 +286,7 @@ def _transfers(cfg: RunConfig, nets: Networks, counted: CallCounts, rewards: Seq
         rewards=sum(r.bytes for r in rewards if r.offloaded and r.flop),  # not those of validation
         calls=[(counted.calls[who], counted.passes[who]) for who in counted.calls],
         calls_with_grad=sum(counted.calls_with_grad.values()) * (2 if model.checkpointing else 1),
+        prompt_batches=counted.prompt_batches,
         decoded=counted.decoded + counted.decoded_with_grad,
         scorings=counted.scorings,
         scorings_with_grad=counted.scorings_with_grad,

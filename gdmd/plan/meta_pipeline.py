@@ -54,7 +54,7 @@ def meta_family(cfg: DiffusersModel) -> MetaPipeline:
     net, vae = model.net, model.vae
     pipe = _pipe(cfg, family, _build(net.kind, net.options), _build(vae.kind, vae.options), model.scheduler)
     same = "" if cfg.path in MODELS else f", the standard model of family {model.family}"
-    return MetaPipeline(family(pipe, cfg), _encoders(model, cfg), f"published config of {model.name}{same}")
+    return MetaPipeline(_checked(family(pipe, cfg)), _encoders(model, cfg), f"published config of {model.name}{same}")
 
 
 def meta_decoder(cfg: DiffusersModel, channels: int) -> nn.Module:
@@ -63,6 +63,12 @@ def meta_decoder(cfg: DiffusersModel, channels: int) -> nn.Module:
     if is_local(given, "model.scoring_decoder", "config.json"):
         return _cast(_build("AutoencoderTiny", _read(Path(given) / "config.json")), cfg)
     return _cast(_build("AutoencoderTiny", {"latent_channels": channels}), cfg)
+
+
+def _checked(family: Family) -> Family:
+    """The family, whose network fits the image sizes of its config. ValueError if it does not."""
+    family.check_sizes()
+    return family
 
 
 def _from_folder(cfg: DiffusersModel, folder: Path) -> MetaPipeline:
@@ -78,7 +84,7 @@ def _from_folder(cfg: DiffusersModel, folder: Path) -> MetaPipeline:
     ]
     parts = [folder / name for name in names if name not in absent(index, names, folder)]
     encoders = sum(weights_in(file) for part in parts for file in weight_files(part, cfg.variant))
-    return MetaPipeline(family(pipe, cfg), encoders, f"configs in {folder}")
+    return MetaPipeline(_checked(family(pipe, cfg)), encoders, f"configs in {folder}")
 
 
 def _pipe(

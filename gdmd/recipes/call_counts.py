@@ -44,6 +44,7 @@ class CallCounts:
     calls_with_grad: Mapping[str, float]
     losses: Mapping[str, float]  # losses that have calls with gradient, by role
     feature_passes: float  # of the fake score with gradient, from whose features a GAN head reads
+    prompt_batches: float  # batches of prompts drawn and encoded
     max_batch: float  # samples of the largest call without gradient, in batches (2: guidance in one call)
     old_policy: bool
 
@@ -54,6 +55,7 @@ class _Log:
     calls: Counter[tuple[str, bool]] = field(default_factory=Counter)
     updates: Counter[str] = field(default_factory=Counter)
     losses: Counter[str] = field(default_factory=Counter)
+    prompts: int = 0
     max_batch: int = 0
     followed: bool = False
 
@@ -173,7 +175,7 @@ def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0) -> CallCounts:
     index = torch.arange(cfg.loop.batch_size)
     for turn, step in enumerate(steps, first):
         rng = _EveryStep(0, step, index, turn=turn)
-        for update in method.iteration(step, _prompts(index, cfg.method.prompt_group), rng):
+        for update in method.iteration(step, _prompts(index, cfg.method.prompt_group, log), rng):
             log.updates[update.role] += 1
             before = log.calls.copy()
             update.loss(update.batch)
@@ -181,9 +183,10 @@ def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0) -> CallCounts:
     return _means(log, len(steps), cfg.loop.batch_size)
 
 
-def _prompts(index: Tensor, group: int) -> PromptBatch:
+def _prompts(index: Tensor, group: int, log: _Log) -> PromptBatch:
+    log.prompts += 1
     cond = {"text": torch.zeros(len(index), 1)}
-    others = lambda i: _prompts(index, group)  # noqa: E731
+    others = lambda i: _prompts(index, group, log)  # noqa: E731
     return PromptBatch(index, ("",) * len(index), index // group, cond, cond, others=others)
 
 
@@ -203,6 +206,7 @@ def _means(log: _Log, iterations: int, batch: int) -> CallCounts:
         calls_with_grad={who: log.calls[who, True] / iterations for who in MODEL_ROLES},
         losses={who: log.losses[who] / iterations for who in MODEL_ROLES},
         feature_passes=share("critic", True),
+        prompt_batches=log.prompts / iterations,
         max_batch=log.max_batch / batch,
         old_policy=log.followed,
     )

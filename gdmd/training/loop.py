@@ -8,8 +8,8 @@ every batch; only rank 0 writes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -210,18 +210,24 @@ class _Trainer:
         prompts = self._prompts(step)
         rng = SampleRng(self.cfg.seed, step, prompts.index, prompts.host)
         try:
-            with deferred_checks():
+            with self.naming_step(step + 1), deferred_checks():
                 for update in self.method.iteration(step, prompts, rng):
                     self.means.add(self.states[update.role].apply(update, self._lr_factor(step)))
         except NonFiniteError as error:
             raise self._explained(error, step, prompts) from error
-        except ValueError as error:
-            if type(error) is not ValueError:  # errors of the disk and of the ranks say what to do
-                raise
-            raise ValueError(f"step {step + 1}: {error}. {self._cure()}") from error
         self._check_skipped(step)
         self.means.add({**self.hooks.stats(), **self.method.stats()})
         self._images += len(prompts) * self.context.size
+
+    @contextmanager
+    def naming_step(self, step: int) -> Iterator[None]:
+        """A ValueError of the method or of a reward says in which step it happened and how to continue."""
+        try:
+            yield
+        except ValueError as error:
+            if type(error) is not ValueError:  # errors of the disk, of numbers and of the ranks say what to do
+                raise
+            raise ValueError(f"step {step}: {error}. {self._cure()}") from error
 
     def synchronize(self, signal: int) -> int:
         """The signal that any rank received, 0 = none. Ends a save that is complete, or that failed on some rank."""
@@ -246,7 +252,8 @@ class _Trainer:
             values[f"lr/{role}"] = state.optimizer.lr * self._lr_factor(step - 1)
             values[f"updates/{role}"] = state.updates
             values[f"skipped/{role}"] = state.skipped
-        values |= self.hooks.at_log()
+        with self.naming_step(step):
+            values |= self.hooks.at_log()
         self._images, self._clock = 0, time.perf_counter()
         self.write_row(step, {**values, **scores})
         self.progress.row(step, values)

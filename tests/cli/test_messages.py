@@ -215,7 +215,7 @@ def test_suggested_file_or_run(gdmd: Gdmd) -> None:
     [
         (
             ["pretrain", "vea"],
-            "Invalid value for 'network': 'vea' is not one of 'vae', 'teacher', 'scorers', 'pipeline'.",
+            "Invalid value for 'network': 'vea' is not one of 'vae', 'teacher', 'scorers', 'pipeline', 'student'.",
         ),
         (
             ["study", "plan", "a=x", "b=y", "-o", "s", "--question", "foo"],

@@ -52,7 +52,7 @@ def test_gains_in_units_of_z(monkeypatch: pytest.MonkeyPatch, make_method: type)
 def test_target_of_algorithm_1_is_where_its_losses_are_least() -> None:
     """The mean gradient of the eta student losses with respect to x0 is 0 there, also with an EMA old policy."""
     roles = tiny_roles()
-    method = gdmd(roles, gamma=0.7, beta=0.8, dmd_weight=0.9, old_policy="ema", score_target="raw")
+    method = gdmd(roles, gamma=0.7, beta=0.8, dmd_weight=0.9, old_policy="ema", scored_step=1.0)
     batches = [update for update in updates(method, roles) if update.role == "student"]
     x0 = method.constructed.x_tar.clone().requires_grad_()
     losses = []

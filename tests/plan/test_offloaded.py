@@ -64,11 +64,12 @@ def test_planned_copies_are_those_of_an_iteration(
     train(components.method, components.roles, components.stream, cfg.loop, create(tmp_path / "run", {}))
     (kind,) = components.roles.family.blocks  # type: ignore[union-attr]
     blocks = [block for block in components.roles.backbone.net.modules() if type(block).__name__ == kind]  # type: ignore[union-attr]
-    calls = (found.bytes(cfg.loop.batch_size) - found.encoders) / found.blocks
+    calls = (found.bytes(cfg.loop.batch_size) - 2 * found.encoders) / found.blocks
     assert copied.count(kind) == calls * len(blocks) > 0
     weights = sum(w.numel() * w.element_size() for b in blocks for n, w in b.named_parameters() if ".lora_" not in n)
     assert found.blocks == weights
-    assert copied.count("T5EncoderModel") == 2, "the prompts, and once the empty caption"
+    assert found.prompt_batches == 2
+    assert copied.count("T5EncoderModel") == 3, "the prompts of two fake updates, and once the empty caption"
 
 
 def test_memory_that_is_left(folders: Path) -> None:

@@ -57,7 +57,7 @@ def rounding(images, prompts):
     return 20 + 1e-6 * torch.arange(len(images))
 def later(images, prompts, calls=[]):
     calls.append(1)
-    return {}[prompts[0]] if len(calls) > 5 else images.mean((1, 2, 3))
+    return {}[prompts[0]] if len(calls) > 8 else images.mean((1, 2, 3))
 class Odd:
     '''Rare NaN and None, discrete values, an object array that is read-only; and changed torch defaults.'''
     def __init__(self):
