@@ -58,6 +58,9 @@ _NOT_HASHED = frozenset(
 )
 """Config fields whose values do not enter the identity. New fields do, unless they are added here."""
 
+_NUMBERS = 2
+"""Raise it when a reward's code gives other scores than before. 2: rotary frequencies stay fp32 in bf16 models."""
+
 SHAPES_KINDS = ("shapes_clip", "shapes_pref", HELDOUT)
 
 
@@ -68,7 +71,7 @@ def scorer_identity(spec: RewardConfig) -> str:
     RemoteError for a server that does not answer.
     """
     settings = spec.model_dump(mode="json", exclude=set(_NOT_HASHED))
-    return content_hash(__version__, json.dumps(settings, sort_keys=True), *_contents(spec))
+    return content_hash(__version__, str(_NUMBERS), json.dumps(settings, sort_keys=True), *_contents(spec))
 
 
 def _contents(spec: RewardConfig) -> list[str]:
