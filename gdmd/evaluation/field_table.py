@@ -4,7 +4,7 @@
     GenEval2                                                  on prompts with questions, such as geneval2_data.jsonl
     OCR                                                       on prompts that quote a text
 
-Each prompt file is an evaluation of ``gdmd eval compare`` of its own:
+``gdmd eval compare`` evaluates each prompt file separately:
 
     DIR/prompts, DIR/geneval2, DIR/ocr    compare.json, compare.html, and images and scores of each source
     DIR/table.json, DIR/table.md          the table

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from gdmd.config.load import load_config
+from gdmd.config.methods.baseline import BaselineConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import draws_real_images
@@ -88,9 +89,16 @@ def config_of(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def check_resumable(folder: Path, recipe: str | RunConfig | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration with which a run would be continued; a RunError names the keys that may not differ.
 
-    A field that the run's version of gdmd did not have counts as its default.
+    A field that the run's version of gdmd did not have counts as its default. A RunError, too, for a baseline that was begun
+    before ``method.fake_samples``: it would continue as another algorithm.
     """
     before = config_of(folder)
+    if isinstance(before.method, BaselineConfig) and "fake_samples" not in open_run(folder).config["method"]:
+        raise RunError(
+            f"{folder} was begun by an earlier version of gdmd, which trained {before.method.kind} in another way "
+            "(docs/LOG.md, entry 41), so it cannot be resumed. Start another run that begins with its student: "
+            f"gdmd train RECIPE {typed(f'loop.start_from={folder}')}"
+        )
     if isinstance(recipe, RunConfig):
         cfg = recipe
     else:

@@ -292,7 +292,7 @@ def convert(kind: str, source: Path, folder: Path | None = None, tokenizer: str 
 def _write(whole: Path, tensors: Tensors, files: Mapping[str, Any], tokenizer: WeightsLocation | None) -> None:
     """Write the tokenizer first (its download may fail); the folder appears once it is complete.
 
-    A head on a backbone that ``from_pretrained`` loads (rm_head) gets a file of its own.
+    A head on a backbone that ``from_pretrained`` loads (rm_head) is written to a separate file.
     """
     from safetensors.torch import save_file
 

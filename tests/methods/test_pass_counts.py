@@ -47,7 +47,7 @@ def test_passes_of_gdmd_are_those_of_the_algorithm(group: int, guidance: float, 
 
 
 def test_passes_of_dmd() -> None:
-    """Five fake score updates, each on a rollout of its own, and one student update."""
+    """Five fake score updates, each on a separate rollout, and one student update."""
     for samples, rollouts in (("fresh", 5), ("shared", 1)):
         roles = tiny_roles()
         method = run(counted(dmd(roles, fake_samples=samples, **ONE_STEP), roles), roles, steps=2)

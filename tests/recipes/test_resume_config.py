@@ -68,3 +68,15 @@ def test_reward_server_may_move(tmp_path: Path, where: str) -> None:
     for change in (f"{own}.reward=pickscore", "rewards.1.parts.0.weight=2.0"):
         with pytest.raises(RunError, match="differs in rewards"):
             check_resumable(run, None, [change])
+
+
+@pytest.mark.parametrize("recipe", ["dmd", "dmd_nft", "dmdr"])
+def test_baseline_of_an_older_version(tmp_path: Path, recipe: str) -> None:
+    """Its fake score learned from other samples: it would continue as another algorithm."""
+    config = read_recipe(recipe, []).model_dump(mode="json")
+    assert check_resumable(create(tmp_path / "new", config).path, None).name == recipe
+    del config["method"]["fake_samples"]
+    older = create(tmp_path / "old", config).path
+    assert config_of(older).method.kind == recipe, "it can still be sampled and exported"
+    with pytest.raises(RunError, match=f"earlier version of gdmd, which trained {recipe} in another way"):
+        check_resumable(older, None)
