@@ -42,7 +42,7 @@ class Finished:
 
 @dataclass
 class GdmdTilted(Distillation[TiltedGDMDConfig]):
-    """eta fake score updates and targets, then eta student updates towards the mean of the tilted targets."""
+    """The extra fake score updates, eta more with a target each, then eta student updates towards the targets' mean."""
 
     scorer: Scorer = field(kw_only=True)
     scale: RunningScale = field(init=False)  # Z
@@ -56,6 +56,8 @@ class GdmdTilted(Distillation[TiltedGDMDConfig]):
         """One outer iteration; gamma = 0 finishes no rollout and follows each draw's own target, as DMD does."""
         rollout, eta = self.rollout(prompts, rng), self.cfg.group_size
         finished = self.finish(rollout, prompts, rng) if self.cfg.gamma > 0 else None
+        for i in range(eta, eta + self.cfg.extra_fake_updates):
+            yield Update("fake", self.fake_loss, self.fake_batch(rollout, rng, i))
         targets = []  # eta x [B, C, H, W], or eta x [B, K, C, H, W] with rollouts
         for i in range(eta):
             yield Update("fake", self.fake_loss, self.fake_batch(rollout, rng, i))

@@ -89,6 +89,20 @@ def test_rollouts_are_finished_once_for_all_draws() -> None:
     assert count_calls(read_recipe("shapes_gdmd", ["method.kind=gdmd_tilted_shuffled"])).decoded == 9
 
 
+def test_extra_fake_updates_come_before_the_targets() -> None:
+    """Each with its own noise on the same rollout; the scores of the target are those of a fake score that has made them."""
+    roles = tiny_roles()
+    method = tilted(roles, group_size=1, extra_fake_updates=2)
+    found = list(updates(method, roles))
+    assert [update.role for update in found] == ["fake", "fake", "fake", "student"]
+    fake = [update.batch for update in found[:3]]
+    assert all(batch.x0 is fake[0].x0 for batch in fake)
+    assert len({float(batch.eps.sum()) for batch in fake}) == len({tuple(batch.t.tolist()) for batch in fake}) == 3
+    other = tiny_roles()
+    plain = first_student(tilted(other, group_size=1), other).batch.x_tar
+    assert (found[3].batch.x_tar - plain).abs().max() > 1e-4
+
+
 def test_weights_are_those_of_scores_measured_from_the_sample() -> None:
     """A softmax over the targets of one sample does not see what they are measured from."""
     roles = tiny_roles()

@@ -162,6 +162,7 @@ COSTS: dict[str, dict[str, Any]] = {
     "gdmd, one step for all": {"kind": "gdmd", "step_draw": "batch"},
     "gdmd on data": {"kind": "gdmd", "student_input": "data"},
     "gdmd_tilted": {"kind": "gdmd_tilted", "continuations": 3, "reward_gradient": 0.1},
+    "gdmd_tilted, extra fake updates": {"kind": "gdmd_tilted", "group_size": 1, "extra_fake_updates": 2},
     "dmd": {"kind": "dmd"},
     "dmd, shared samples": {"kind": "dmd", "fake_samples": "shared"},
     "dmd, regression": {"kind": "dmd", "regression_weight": 0.2, "regression_steps": 3},

@@ -40,7 +40,8 @@ def iteration_passes(method: MethodConfig, step: int, places: Tensor) -> float:
             return rollout + old + method.group_size * (TRAINED + score + TRAINED)
         case TiltedGDMDConfig():
             rollout += method.continuations * _tail(method, places) if method.rewarded else 0
-            return rollout + method.group_size * (TRAINED + score + TRAINED)
+            more = method.extra_fake_updates * TRAINED
+            return rollout + more + method.group_size * (TRAINED + score + TRAINED)
         case DMD2Config():
             judged = TRAINED if method.adversarial else 0  # a head's trunk is the fake: real and student latents
             rollouts = rollout * _rollouts(method)

@@ -20,6 +20,12 @@ class TiltedGDMDConfig(DistillationConfig):
         description="eta: fake score updates, gradients and student updates per iteration. All student updates follow "
         "the mean target.",
     )
+    extra_fake_updates: int = Field(
+        default=0,
+        ge=0,
+        description="Updates of the fake score on each rollout before the eta ones. The target pulls the student back to the "
+        "teacher by as much as the fake score knows of the student: with 2 more, rewards are exploited less.",
+    )
     continuations: GroupSize = Field(
         default=8,
         description="K: how often the sampler continues from x0 with fresh noise to a finished sample y_k; with "
