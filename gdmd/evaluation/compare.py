@@ -43,7 +43,7 @@ from gdmd.recipes.run_folders import config_of
 from gdmd.reporting.progress_bar import phase
 from gdmd.reporting.statistics import Scores, paired_difference
 from gdmd.shapes.grammar import catalog, fixed_rows
-from gdmd.shapes.scorer_networks import IMAGE_SIZE
+from gdmd.shapes.render import IMAGE_SIZE
 from gdmd.sources.base import Source
 from gdmd.sources.folders import FolderSource, image_file, read_image
 from gdmd.sources.open import draws_shapes, kind_of, open_source

@@ -254,10 +254,10 @@ def _train_step(cfg: ScorerConfig, net: Net, optimizer: torch.optim.Optimizer, s
 
 
 @torch.no_grad()
-def calibrate(net: Preference, seed: int, count: int = 1024) -> None:
+def calibrate(net: Preference, seed: int) -> None:
     """Set ``origin`` to the mean of r on true renders of train captions and ``unit`` to LABEL_SHARPNESS."""
     generator = step_generator(seed, (1 << 32) - 1)
-    rows = draw_rows(count, generator)
+    rows = draw_rows(1024, generator)
     r = net.raw(render(draw_scenes(rows, generator)), net.text_features(catalog().tokens[rows]))
     net.get_buffer("origin").copy_(r.mean())
     net.get_buffer("unit").fill_(LABEL_SHARPNESS)
