@@ -38,9 +38,9 @@ from gdmd.types import PromptBatch, Reward
 Meta = tuple[Mapping[str, Any], ...]
 
 
-def grid_captions(per_task: int = 2) -> tuple[str, ...]:
-    """Shapes captions of every task of the evaluation set."""
-    return catalog().texts(fixed_rows("eval", per_task))
+def grid_captions() -> tuple[str, ...]:
+    """Two Shapes captions of every task of the evaluation set."""
+    return catalog().texts(fixed_rows("eval", 2))
 
 
 def validation_prompts(cfg: RunConfig) -> tuple[tuple[str, ...], Meta]:

@@ -70,12 +70,12 @@ def paired(a: Row, b: Row) -> Estimate | None:
     return task_mean({task: found - other[task] for task, found in own.items()})
 
 
-def task_mean(scores: Scores, seed: int = 0) -> Estimate:
+def task_mean(scores: Scores) -> Estimate:
     """Mean of task means, and its interval when captions are drawn again within their task."""
     mean = float(np.mean([found.mean() for found in scores.values()]))
     if min(map(len, scores.values())) < FEW:
         return Estimate(mean)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = [bootstrap_means(found, range(len(found)), REPLICATES, rng) for found in scores.values()]
     return Estimate(mean, *percentile_interval(np.mean(drawn, axis=0)))
 

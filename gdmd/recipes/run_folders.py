@@ -35,7 +35,7 @@ MOVABLE = (
     *("model.student", "model.student_lora.path"),
     *("real_data.latents", "real_data.source"),
 )
-"""Places that may change where the content is the same: ``programs.inputs`` checks it (of real images by their latents)."""
+"""Places that may change where the content is the same: ``recipes.inputs`` checks it (of real images by their latents)."""
 WEIGHTS = ("path", "clip", "tokenizer", "detector", "asset")
 """Places of a reward's weights: likewise."""
 TARGETS = ("target", "reader")
@@ -64,19 +64,19 @@ def demo_recipe(recipe: str | None, overrides: Sequence[str] = (), *, from_scrat
     return read_recipe("shapes_gdmd", (*SECOND_STAGE, *overrides))
 
 
-def new_folder(cfg: RunConfig, root: Path = Path("runs")) -> Path:
+def new_folder(cfg: RunConfig) -> Path:
     """runs/RECIPE-seedN, or with the time of day in its name where that one is taken."""
-    first = root / f"{cfg.name}-seed{cfg.loop.seed}"
-    return first if not first.exists() else root / f"{first.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    first = Path("runs") / f"{cfg.name}-seed{cfg.loop.seed}"
+    return first if not first.exists() else first.with_name(f"{first.name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def demo_folder(cfg: RunConfig, root: Path = Path("runs")) -> Path:
+def demo_folder(cfg: RunConfig) -> Path:
     """runs/demo while that one is new or unfinished; a finished demo, or one of other settings, is left alone."""
-    first = root / "demo"
+    first = Path("runs") / "demo"
     settings = first / "gdmd" / "config.yaml"
     other = settings.exists() and open_run(settings.parent).config != cfg.model_dump(mode="json")
     if other or (first / "report.html").exists():
-        return root / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+        return first.with_name(f"demo-{time.strftime('%Y%m%d-%H%M%S')}")
     return first
 
 

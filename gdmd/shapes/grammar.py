@@ -201,7 +201,7 @@ def draw_rows(count: int, generator: torch.Generator) -> Tensor:
     return rows
 
 
-def fixed_rows(split: Split, per_task: int = 50) -> Tensor:
+def fixed_rows(split: Split, per_task: int) -> Tensor:
     """The fixed prompt set of a split: ``per_task`` rows of each task, tasks in order. [6 * per_task]
 
     Each task's captions are shuffled once and then taken in turn, so every caption occurs equally often (+-1); tasks
