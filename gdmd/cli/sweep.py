@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from gdmd.sweep.spec import Sweep
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sweep config: a shipped one's name, or a .yaml file.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of runs, table and pages; default: runs/sweep-CONFIG.")]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at a time, one CPU thread each; default: the cores.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder for runs, table and pages; default: runs/sweep-CONFIG.")
+]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Parallel runs, one CPU thread each; default: one per core.")]
 Only = Annotated[
     list[str] | None,
     typer.Option(metavar="METHOD[/SEED[/BUDGET]]", help="Only these runs; * matches any. May be repeated."),

@@ -162,7 +162,7 @@ def _check_sources(
 
     real: the reference images.
     """
-    advice = "evaluate the two worlds in separate calls" if SHAPESEVAL in shapes_only else "name others"
+    advice = "evaluate Shapes and other images in separate calls" if SHAPESEVAL in shapes_only else "name others"
     limits = f"{', '.join(shapes_only)}: for {IMAGE_SIZE} x {IMAGE_SIZE} images of the Shapes world only; {advice}"
     files = list(real)
     for source in sources:

@@ -241,9 +241,9 @@ def _answer(results: Sequence[Result]) -> Verdict:
         return (compared or results)[-1].verdict
     how = "gdmd eval preference RUN --prompts FILE --scorer clip"
     return Verdict(
-        "Not scored yet: the page shows how the training went, and not how good the student is.",
+        "Not scored yet: the page shows how the training went, but not how good the student is.",
         notes=[
-            f"{how} draws images and scores them below the run folder; gdmd report RUN then shows the results here."
+            f"{how} generates images and scores them in the run folder; gdmd report RUN then shows the results here."
         ],
     )
 

@@ -119,9 +119,9 @@ def _note(found: Estimate, row: Row) -> str:
         why = (
             f"there are fewer than {FEW} captions per task"
             if PER_IMAGE in row
-            else "the images of the rows do not pair"
+            else "the images of the two rows cannot be paired"
         )
-        return f"No interval of the difference is known, because {why}; so nothing is claimed."
+        return f"The difference has no interval, because {why}; so nothing is claimed."
     return (
         f"ShapesEval: share of {row['images']:,} images in which the checker finds everything the caption asks for, mean "
         "of six tasks. Brackets: 95\u00a0% interval over captions. It does not cover another training seed; gdmd "

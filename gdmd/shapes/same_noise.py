@@ -85,5 +85,5 @@ def read_same_noise(path: Path) -> SameNoise | None:
                 for text in own:
                     base64.b64decode(text, validate=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"cannot read {path}: {error}. Delete it to draw the images again.") from error
+        raise RunError(f"cannot read {path}: {error}. Delete it to generate the images again.") from error
     return SameNoise(found["captions"], columns)

@@ -25,7 +25,7 @@ def test_source_with_settings() -> None:
         ("x,steps=4,steps=5", "given twice"),
         ("x,guidance=-1", "guidance: got '-1'"),
         ("x,scheduler=magic", "scheduler: got 'magic'"),
-        ("=x", "names no place"),
+        ("=x", "has no location"),
         ("x,timesteps=999+half", r"timesteps.0: got '999'|timesteps.1: got 'half'"),
         ("x,shift=0", "shift: got '0'"),
         ("x,steps", "is not a key=value"),
