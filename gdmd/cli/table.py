@@ -48,11 +48,9 @@ def table_command(
         --columns clip,hpsv3 --scorer hpsv3,offload=true
     """
     from gdmd.config.image_source import read_sources
-    from gdmd.sources.open import kind_of, require_one_world
+    from gdmd.sources.open import require_one_world
 
     sources = read_sources(what)
-    for source in sources:
-        kind_of(source)
     require_one_world(sources)
     from gdmd.evaluation.field_table import TableOptions, markdown, table
 

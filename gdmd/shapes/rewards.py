@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gdmd.diffusion.device import raise_where, to_device_async
+from gdmd.runs.assets import asset_path
 from gdmd.shapes.check import partial_credit
 from gdmd.shapes.grammar import catalog, tokenize
 from gdmd.shapes.render import IMAGE_SIZE
@@ -157,7 +158,7 @@ def from_asset(path: str | Path) -> ShapesClip | ShapesPref:
 
 def shipped_scorer(kind: Kind) -> ShapesClip | ShapesPref:
     """The scorer that ships with the package."""
-    return from_asset(Path(__file__).parents[1] / "assets" / f"{kind}.safetensors")
+    return from_asset(asset_path(kind))
 
 
 class PartialCredit:
