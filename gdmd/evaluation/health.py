@@ -301,7 +301,7 @@ _WATCHED: Sequence[_Watched] = (
         },
         "ok: at the end at most 1.15 times its lowest fifth. bad: above 1.5 times: the student leaves the teacher (reward "
         "hacking, or a fake score that lags behind). look: between. A reward gradient is ok up to 0.5 and bad above 1 times "
-        "the distillation gradient. The gap does not reach 0, because guidance keeps pulling.",
+        "the distillation gradient. The gap does not reach 0, because the teacher is guided.",
         _gap,
     ),
     _Watched(
