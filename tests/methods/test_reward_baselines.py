@@ -116,7 +116,7 @@ def test_refl_backpropagates_the_reward() -> None:
     assert (gradient - student_gradient(update, roles, lambda batch: plain_dmd(roles, batch))).abs().max() > 1e-4
 
 
-def test_refl_leaves_pictures_above_the_margin_to_dmd() -> None:
+def test_refl_leaves_images_above_the_margin_to_dmd() -> None:
     first, second = tiny_roles(), tiny_roles()
     wanted = train(dmd(first, **UPDATES), first)
     assert same(train(baseline("dmd_refl", second, Toy(offset=5.0), margin=0.7), second), wanted)
