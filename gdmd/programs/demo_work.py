@@ -1,6 +1,6 @@
 """The work of ``gdmd demo``: rows to measure and students to train, in one process or in two with half of the cores each.
 
-The networks of the Shapes world are small: two processes of one thread do in the same time half as much again as one of two.
+The networks of the Shapes world are small: two processes with one thread each do 1.5 times the work of one with two threads.
 """
 
 from __future__ import annotations
