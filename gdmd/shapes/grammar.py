@@ -188,6 +188,12 @@ def catalog() -> Catalog:
     )
 
 
+def training_captions() -> list[list[str]]:
+    """Captions of the train split, one list per task."""
+    table = catalog()
+    return [list(table.texts(table.rows("train", task))) for task in range(len(TASKS))]
+
+
 def draw_rows(count: int, generator: torch.Generator) -> Tensor:
     """``count`` random catalog rows of the train split: the task uniform, then the caption uniform within it. [count]"""
     table = catalog()

@@ -26,7 +26,7 @@ from gdmd.recipes.build import SHAPES, method_of
 from gdmd.rewards.remote import RemoteError, RemoteReward
 from gdmd.runs import checkpoint
 from gdmd.runs import run_folder as rundir
-from gdmd.shapes.captions import training_captions
+from gdmd.shapes.grammar import training_captions
 from gdmd.shapes.networks import ShapesDit, ShapesVae
 from gdmd.shapes.roles import ShapesCodec, ShapesRoles, ShapesTextEncoder
 from gdmd.training.loop import train
