@@ -60,6 +60,15 @@ def writing(what: str, path: Path, consequence: str = "", option: str = "--run")
         raise RunError(" ".join(filter(None, sentences))) from error
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError met while reading ``path`` into a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}. Check that it exists and is readable.") from error
+
+
 def number_in(message: str) -> int:
     """The errno in a safetensors message such as "I/O error: No space left on device (os error 28)"."""
     tail = message.partition("os error ")[2]
@@ -158,10 +167,8 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], what: str, optio
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
     """(number, content, ends in a newline) of each line that is not blank."""
-    try:
+    with reading(path):
         content = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}. Check that it exists and is readable.") from error
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -211,11 +218,8 @@ def near_name(path: str | Path, also: Iterable[str] = ()) -> str:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal. RunError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}. Check that it exists and is readable.") from error
+    with reading(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_fingerprint(path: Path, variant: str | None = None) -> str:
@@ -275,10 +279,8 @@ def weight_variant(name: str) -> str | None:
 
 def _remembered_hash(path: Path) -> str:
     """``file_hash``, remembered between programs for large files."""
-    try:
+    with reading(path):
         before = path.stat()
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}. Check that it exists and is readable.") from error
     if before.st_size < REMEMBERED:
         return file_hash(path)
     try:

@@ -29,7 +29,7 @@ def load_student(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> DiffusionPipeline:
-    """A diffusers pipeline whose call draws with the student: ``load_student(FOLDER)("a red cube").images[0]``.
+    """A diffusers pipeline whose call samples the student: ``load_student(FOLDER)("a red cube").images[0]``.
 
     From a run (the EMA student of its newest checkpoint), a folder written by ``gdmd export``, or the hub id of one.
     Steps, image size and guidance of the training are the defaults of the call. ``base``: the base model, if it has

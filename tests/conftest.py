@@ -4,8 +4,13 @@ None reaches for a model hub.
 """
 
 import gc
+import json
 import os
 import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,3 +40,35 @@ def _same_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for tiny pipelines; each is saved on first use (``tiny_pipelines.saved``)."""
+    return tmp_path_factory.mktemp("pipelines")
+
+
+@pytest.fixture
+def saved(folders: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A tiny pipeline saved with another scheduler, and other keys of the configs of its parts."""
+
+    import tiny_pipelines as tiny
+
+    def save(
+        name: str, scheduler: Any = None, parts: dict[str, dict[str, Any]] | None = None, called: str = ""
+    ) -> Path:
+        folder = tmp_path / (called or "base")
+        shutil.copytree(tiny.saved(folders, name), folder)
+        index = json.loads((folder / "model_index.json").read_text())
+        if scheduler is not None:
+            scheduler.save_pretrained(folder / "scheduler")
+            index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        index |= (parts or {}).get("index", {})
+        (folder / "model_index.json").write_text(json.dumps(index))
+        for part in ("transformer", "unet", "vae"):
+            if part in (parts or {}):
+                config = folder / part / "config.json"
+                config.write_text(json.dumps(json.loads(config.read_text()) | (parts or {})[part]))
+        return folder
+
+    return save

@@ -1,4 +1,4 @@
-"""Draws the README's picture from a finished ``gdmd demo``: ``python docs/figures/demo.py RUN``.
+"""Draws the README's image from a finished ``gdmd demo``: ``python docs/figures/demo.py RUN``.
 
 RUN is the folder of the demo. The prompts are the first of each task of the fixed evaluation set and the images the
 first three of each prompt, from the same noise for every model; nothing is selected by hand.

@@ -20,7 +20,7 @@ SEED = 7
 
 
 def main() -> None:
-    """Renders, what the checker reads from their VAE reconstructions, and pictures by the teacher."""
+    """Renders, what the checker reads from their VAE reconstructions, and images by the teacher."""
     torch.set_num_threads(2)
     generator = torch.Generator().manual_seed(SEED)
     rows = fixed_rows("eval", 1)

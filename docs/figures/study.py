@@ -102,17 +102,17 @@ def main() -> None:
         window.until(READY, 60)
         window.press("left", "down")
         time.sleep(2)  # the page fades in
-        window.picture(FOLDER / "study_page.png")
+        window.screenshot(FOLDER / "study_page.png")
         window.send("POST", window.session + "/window/rect", {"width": 1180, "height": 1290})
         window.open(page.resolve().as_uri())
         window.until("return document.readyState === 'complete'", 60)
-        window.picture(FOLDER / "study_report.png")
+        window.screenshot(FOLDER / "study_report.png")
     finally:
         window.close()
         server.kill()
     for name in ("study_page", "study_report"):
-        picture = Image.open(FOLDER / f"{name}.png").convert("RGB").quantize(128, dither=Image.Dither.NONE)
-        picture.save(FOLDER / f"{name}.png", optimize=True)
+        image = Image.open(FOLDER / f"{name}.png").convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        image.save(FOLDER / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

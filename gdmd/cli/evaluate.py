@@ -97,7 +97,7 @@ def eval_command(
 
 eval_app.command("preference", short_help="Score the images of one model.")(preference.preference_command)
 eval_app.command("compare", short_help="Compare models on the same prompts and noise.")(preference.compare_command)
-eval_app.command("table", short_help="Make the field's table of eight scores.")(table.table_command)
+eval_app.command("table", short_help="Measure the eight scores of few-step papers.")(table.table_command)
 eval_app.add_typer(geneval.geneval_app, name="geneval")
 
 

@@ -33,8 +33,8 @@ def plan_command(
     """Estimate the memory, forward passes, FLOP and speed of a recipe without loading any weights.
 
     Memory is counted by role on the real architecture, with fake tensors: from the configs of a local model folder, or
-    the known config of a hub id. Speed and several GPUs are estimates. Of several image sizes (model.sizes) the largest
-    is counted.
+    the known config of a hub id. Speed and multi-GPU numbers are estimates. With several image sizes (model.sizes), the
+    largest is counted.
 
     --fit tries, in this order: cached text embeddings, smaller micro-batches and calls, activation checkpointing,
     offloaded rewards, decoder and base model, 8-bit optimizer state, rewards in bf16, tiled or tiny decoding, a base model

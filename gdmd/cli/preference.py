@@ -131,13 +131,11 @@ def _one(what: str, folder: Path | None) -> tuple[SourceConfig, Path]:
 
 def _several(what: Sequence[str]) -> tuple[SourceConfig, ...]:
     from gdmd.config.image_source import read_sources
-    from gdmd.sources.open import kind_of, require_one_world
+    from gdmd.sources.open import require_one_world
 
     sources = read_sources(what)
     if len(sources) < 2:
         raise ValueError(f"a comparison needs two sources or more, got {len(sources)}; gdmd eval preference takes one")
-    for source in sources:
-        kind_of(source)
     require_one_world(sources)
     return sources
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gdmd.cli.common import Json, log, messages, print_json
+from gdmd.runs.process import cores
 
 if TYPE_CHECKING:
     from gdmd.sweep.pool import Log, Outcome, Show
     from gdmd.sweep.spec import Sweep
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A sweep config: a shipped one's name, or a .yaml file.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of runs, table and pages; default: runs/sweep-CONFIG.")]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at a time, one CPU thread each; default: the cores.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder for runs, table and pages; default: runs/sweep-CONFIG.")
+]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Parallel runs, one CPU thread each; default: one per core.")]
 Only = Annotated[
     list[str] | None,
     typer.Option(metavar="METHOD[/SEED[/BUDGET]]", help="Only these runs; * matches any. May be repeated."),
@@ -63,7 +65,7 @@ def sweep_command(
     outcome = Outcome(where)
     if not pages_only:
         with _progress() as (write, show):
-            outcome = run_sweep(sweep, config, where, jobs or _cores(), only or [], write, show)
+            outcome = run_sweep(sweep, config, where, jobs or cores(), only or [], write, show)
     _report(sweep, config, outcome, pages_only=pages_only, json=json)
     raise typer.Exit(outcome.exit_code)
 
@@ -99,8 +101,3 @@ def _progress() -> Iterator[tuple[Log, Show]]:
             bar.update(task, completed=status.done, total=status.total, description=text)
 
         yield lambda text: bar.console.print(text, markup=False, highlight=False, soft_wrap=True), show
-
-
-def _cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

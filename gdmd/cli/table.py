@@ -1,4 +1,4 @@
-"""``gdmd eval table``: the field's table of eight scores."""
+"""``gdmd eval table``: the eight scores that papers on few-step models report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def table_command(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Make the field's table: ImageReward, CLIP, Aesthetic, PickScore, HPSv2.1, HPSv3, GenEval2 and OCR.
+    """Measure the scores of few-step papers: ImageReward, CLIP, Aesthetic, PickScore, HPSv2.1, HPSv3, GenEval2, OCR.
 
     All models start from the same noise. Scores that a model was trained on are marked; the others are held out.
 
@@ -48,11 +48,9 @@ def table_command(
         --columns clip,hpsv3 --scorer hpsv3,offload=true
     """
     from gdmd.config.image_source import read_sources
-    from gdmd.sources.open import kind_of, require_one_world
+    from gdmd.sources.open import require_one_world
 
     sources = read_sources(what)
-    for source in sources:
-        kind_of(source)
     require_one_world(sources)
     from gdmd.evaluation.field_table import TableOptions, markdown, table
 

@@ -35,7 +35,7 @@ def train_command(
     ] = None,
     restarts: Annotated[
         int,
-        typer.Option("--restarts", min=0, help="With --gpus: restart after a failure, at most this often."),
+        typer.Option("--restarts", min=0, help="With --gpus: restart after a failure, at most this many times."),
     ] = 0,
     accept: Annotated[
         bool,

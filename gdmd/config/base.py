@@ -53,7 +53,7 @@ def expand_home(value: Any) -> Any:
 def _not_a_bool(value: Any) -> Any:
     """YAML reads ``yes`` and ``on`` as true, which would pass as the number 1."""
     if isinstance(value, bool):
-        raise ValueError("should be a number, not a truth value")
+        raise ValueError("should be a number, not a boolean")
     return value
 
 

@@ -105,7 +105,7 @@ def read_source(text: str) -> SourceConfig:
     pieces = split_settings(text)
     name, where, used = _named(pieces)
     if not where.strip() or not name.strip():
-        raise ValueError(f"source {text!r} names no place; write [NAME=]WHERE[,key=value ...]")
+        raise ValueError(f"source {text!r} has no location; write [NAME=]WHERE[,key=value ...]")
     return _validated({"name": name, "where": where, **_pairs(text, pieces[used:])}, f"source {text!r}")
 
 

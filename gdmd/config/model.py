@@ -32,7 +32,7 @@ def _by_path(given: Any) -> Any:
 
 
 Lora = Annotated[LoraFile, BeforeValidator(_by_path)]
-"""A LoRA, or only its path."""
+"""A LoRA, or just its path."""
 
 
 class DiffusersModel(Config):
@@ -89,9 +89,9 @@ class DiffusersModel(Config):
     )
     offload: Literal["none", "idle", "base"] = Field(
         default="none",
-        description="What is in the CPU's memory and copied to the GPU while it is used. idle: text encoders and decoder. "
+        description="What stays in CPU memory and is copied to the GPU while in use. idle: text encoders and decoder. "
         "base: also the blocks of the frozen denoiser, one by one in every call; needs full = none, and much more time "
-        "(gdmd plan says how much). Results are the same. Rewards have an offload of their own.",
+        "(gdmd plan says how much). Results are the same. Rewards have their own offload field.",
     )
     height: Pixels = Field(default=1024, description="Image height in pixels.")
     width: Pixels = Field(default=1024, description="Image width in pixels.")
@@ -118,7 +118,7 @@ class DiffusersModel(Config):
         default=(),
         description="Endings of the names of the layers that get adapters, linear ones or convolutions. Default: attention "
         "and feed-forward layers, SD3's modulation and a UNet's convolutions, because on the Shapes miniatures students "
-        "with adapters on the attention layers only stayed behind full ones, and these did not.",
+        "with adapters on attention layers only scored below fully trained ones, and students with all of these did not.",
     )
     checkpointing: bool = Field(
         default=True,

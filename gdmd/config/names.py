@@ -14,10 +14,10 @@ def near(got: str, known: Sequence[str], most: int = 1, cutoff: float = 0.6) -> 
     return [plain[one] for one in difflib.get_close_matches(got[:100].lower(), list(plain), n=most, cutoff=cutoff)]
 
 
-def listed(names: Sequence[str], quoted: bool = True) -> str:
+def listed(names: Sequence[str], quoted: bool = True, last: str = "or") -> str:
     """'a', 'b' or 'c'."""
-    shown = [f"'{name}'" if quoted else name for name in names]
-    return " or ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+    *most, final = (f"'{name}'" if quoted else name for name in names)
+    return f"{', '.join(most)} {last} {final}" if most else final
 
 
 def similar_fields(got: str, siblings: Sequence[str], fields: Sequence[str]) -> str:

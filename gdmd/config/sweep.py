@@ -28,18 +28,23 @@ SET_BY_THE_SWEEP = (
 """Fields of a recipe that follow from seeds, budget, first stage and diagnosis; so does everything under ``eval``."""
 
 
-class NamedRow(Config):
-    """A row of tables and figures; under ``past_rows`` one that can no longer be trained."""
+class Row(Config):
+    """What all rows of tables and figures have."""
 
     name: RowName = Field(description="`method` in the table: `gdmd` for the shipped default, `gdmd_paper`, `dmd`, ...")
-    kind: Kind
     label: str = Field(default="", description="Name on the page and in figures; default: the name.")
-    tables: Tables = ()
 
     @property
     def title(self) -> str:
         """The name shown to readers."""
         return self.label or self.name
+
+
+class NamedRow(Row):
+    """A student's row; under ``past_rows`` one that can no longer be trained."""
+
+    kind: Kind
+    tables: Tables = ()
 
 
 class StudentRow(NamedRow):
@@ -65,11 +70,9 @@ class StudentRow(NamedRow):
     )
 
 
-class TeacherRow(Config):
+class TeacherRow(Row):
     """The teacher's deterministic sampler as a row of the tables."""
 
-    name: RowName = Field(description="Name of the row.")
-    label: str = Field(default="", description="Name on the page and in figures; default: the name.")
     recipe: str = Field(default="", description="The recipe whose teacher this is; default: that of the headline row.")
     steps: Count = Field(description="ODE steps; 2 NFE each with guidance, 1 without.")
     guidance: NonNegative | None = Field(
@@ -78,23 +81,11 @@ class TeacherRow(Config):
     )
     seeds: Seeds | None = Field(default=None, description="Seeds of this row; default: those of the sweep.")
 
-    @property
-    def title(self) -> str:
-        """The name shown to readers."""
-        return self.label or self.name
 
-
-class ExportRow(Config):
+class ExportRow(Row):
     """The exported LoRA of a student row, called with plain diffusers in another process."""
 
-    name: RowName = Field(description="Name of the row.")
-    label: str = Field(default="", description="Name on the page and in figures; default: the name.")
     student: str = Field(description="The student row whose runs are exported, one for each of its seeds.")
-
-    @property
-    def title(self) -> str:
-        """The name shown to readers."""
-        return self.label or self.name
 
 
 class SweepEvaluation(Config):

@@ -1,4 +1,4 @@
-"""Validation during training: fixed prompts that the student draws every N steps, and scorers that train nothing."""
+"""Validation during training: images of fixed prompts every N steps, and scorers that train nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ValidationConfig(Config):
     every: NonNegativeCount = Field(
         default=100,
         description="Steps between validations of the EMA student, also at step 0 and at the last; 0 = none. The first "
-        "one also draws the teacher's images, in eval.teacher_steps guided steps each; other ranks wait for it (see "
+        "one also generates the teacher's images, in eval.teacher_steps guided steps each; other ranks wait for it (see "
         "loop.rank_timeout).",
     )
     images: Count = Field(

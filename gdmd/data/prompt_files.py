@@ -25,6 +25,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,14 +224,6 @@ def _json_array(path: Path, column: str | None) -> PromptFile:
             f"{advice}"
         )
     return _objects(_label(path), [(f"entry {number}", row) for number, row in enumerate(rows, 1)], column, texts=True)
-
-
-def _comma_table(path: Path, column: str | None) -> PromptFile:
-    return _table(path, column, ",;\t")
-
-
-def _tab_table(path: Path, column: str | None) -> PromptFile:
-    return _table(path, column, "\t,;")
 
 
 def _table(path: Path, column: str | None, delimiters: str) -> PromptFile:
@@ -459,8 +452,8 @@ def _entry(path: Path, name: str, texts: Mapping[str, str], column: str | None) 
 
 _READERS: Mapping[str, Callable[[Path, str | None], PromptFile]] = {
     ".txt": _text,
-    ".csv": _comma_table,
-    ".tsv": _tab_table,
+    ".csv": partial(_table, delimiters=",;\t"),
+    ".tsv": partial(_table, delimiters="\t,;"),
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_array,

@@ -21,9 +21,9 @@ NoiseAt = Callable[[int], Tensor]
 """Fresh noise [B, C, H, W] for the i-th re-noising of a rollout (i >= 1)."""
 
 
-def times(steps: int, shift: float = 1.0, device: torch.device | str = "cpu") -> Tensor:
+def times(steps: int, shift: float = 1.0) -> Tensor:
     """steps + 1 times from 1 (noise) to 0 (data), uniform before the shift. [steps + 1]"""
-    return shift_time(torch.linspace(1, 0, steps + 1, device=device), shift)
+    return shift_time(torch.linspace(1, 0, steps + 1), shift)
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ from gdmd.recipes.run_folders import config_of
 from gdmd.reporting.progress_bar import phase
 from gdmd.reporting.statistics import Scores, paired_difference
 from gdmd.shapes.grammar import catalog, fixed_rows
-from gdmd.shapes.scorer_networks import IMAGE_SIZE
+from gdmd.shapes.render import IMAGE_SIZE
 from gdmd.sources.base import Source
 from gdmd.sources.folders import FolderSource, image_file, read_image
 from gdmd.sources.open import draws_shapes, kind_of, open_source
@@ -162,7 +162,7 @@ def _check_sources(
 
     real: the reference images.
     """
-    advice = "evaluate the two worlds in separate calls" if SHAPESEVAL in shapes_only else "name others"
+    advice = "evaluate Shapes and other images in separate calls" if SHAPESEVAL in shapes_only else "name others"
     limits = f"{', '.join(shapes_only)}: for {IMAGE_SIZE} x {IMAGE_SIZE} images of the Shapes world only; {advice}"
     files = list(real)
     for source in sources:

@@ -129,14 +129,13 @@ def detect(
     return detections_row(prompt, number, task, found.objects, known)
 
 
-def score_recorded(detections: Path, metadata: Path, folder: Path | None = None) -> dict[str, Score]:
+def score_recorded(detections: Path, metadata: Path) -> dict[str, Score]:
     """Score recorded detections, without detector, classifier or images."""
     tasks = dict(enumerate(read_metadata(metadata)))
-    results = judge_detections(detections, tasks)
-    return write_scores(folder, results) if folder else summarize(results)
+    return summarize(judge_detections(detections, tasks))
 
 
-def write_scores(folder: Path, results: Sequence[ImageResult], images: str | None = None) -> dict[str, Score]:
+def write_scores(folder: Path, results: Sequence[ImageResult], images: str) -> dict[str, Score]:
     """results.jsonl, one line per image, and geneval.json, the scores with intervals. images: ``images_key``."""
     scores = summarize(results)
     folder.mkdir(parents=True, exist_ok=True)

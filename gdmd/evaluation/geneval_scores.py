@@ -144,7 +144,7 @@ def recorded_colors(colors: Mapping[tuple[str, int], str | None], where: str) ->
     return color_of
 
 
-def summarize(rows: Sequence[ImageResult], replicates: int = REPLICATES, seed: int = 0) -> dict[str, Score]:
+def summarize(rows: Sequence[ImageResult]) -> dict[str, Score]:
     """Scores by task and "overall". ValueError without rows, or if an image was judged twice."""
     if not rows:
         raise ValueError("there are no judged images; score at least one")
@@ -152,7 +152,7 @@ def summarize(rows: Sequence[ImageResult], replicates: int = REPLICATES, seed: i
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)
         raise ValueError(f"image {twice[1]} of prompt {twice[0]} was judged twice; each image counts once")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     scores: dict[str, Score] = {}
     drawn: list[Floats] = []
     for tag in TASKS:
@@ -160,7 +160,7 @@ def summarize(rows: Sequence[ImageResult], replicates: int = REPLICATES, seed: i
         if not own:
             continue
         right, prompts = [float(row.correct) for row in own], [row.prompt for row in own]
-        drawn.append(bootstrap_means(right, prompts, replicates, rng))
+        drawn.append(bootstrap_means(right, prompts, REPLICATES, rng))
         scores[tag] = _score(sum(right) / len(right), drawn[-1], len(own), len(set(prompts)))
     mean = sum(score.value for score in scores.values()) / len(scores)
     count = sum(score.prompts for score in scores.values())

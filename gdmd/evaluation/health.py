@@ -301,7 +301,7 @@ _WATCHED: Sequence[_Watched] = (
         },
         "ok: at the end at most 1.15 times its lowest fifth. bad: above 1.5 times: the student leaves the teacher (reward "
         "hacking, or a fake score that lags behind). look: between. A reward gradient is ok up to 0.5 and bad above 1 times "
-        "the distillation gradient. The gap does not reach 0, because guidance keeps pulling.",
+        "the distillation gradient. The gap does not reach 0, because the teacher is guided.",
         _gap,
     ),
     _Watched(
@@ -316,7 +316,7 @@ _WATCHED: Sequence[_Watched] = (
         "Gain of the target, R(target) - R(sample)",
         {"reward/gain": "gain"},
         "ok: the last fifth is at most two standard deviations below the middle of the run. bad: more than four: "
-        "distillation and rewards pull apart. look: between. A negative mean is normal: targets from late t are blurrier "
+        "distillation and rewards disagree. look: between. A negative mean is normal: targets from late t are blurrier "
         "than the student's own image.",
         _gain,
     ),
@@ -324,7 +324,7 @@ _WATCHED: Sequence[_Watched] = (
         "Reward spread within a group, of the whole spread",
         {SPREAD: "std within a group / std of all"},
         "ok: at the end the rewards of a group differ by at least 0.1 of what they differ over the batch. bad: by less than "
-        "0.02: the rewards tell prompts apart, and not the images of one prompt; take another reward, or more noise "
+        "0.02: the rewards tell prompts apart, but not the images of one prompt; take another reward, or more noise "
         "between the images. look: between.",
         _group_spread,
     ),

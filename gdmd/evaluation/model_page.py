@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gdmd.config.names import listed
 from gdmd.evaluation.table import TITLES
 from gdmd.evaluation.verdict import FEW, PER_IMAGE, Estimate, paired
 from gdmd.io import write_atomic
@@ -75,7 +76,10 @@ def verdict(rows: Rows) -> Verdict:
     answers: dict[str, list[str]] = {}
     for name, each in own.items():
         answers.setdefault(_words(each), []).append(name)
-    parts = [f"{_listed(names)} {'are' if len(names) > 1 else 'is'} {words}" for words, names in answers.items()]
+    parts = [
+        f"{listed(names, quoted=False, last='and')} {'are' if len(names) > 1 else 'is'} {words}"
+        for words, names in answers.items()
+    ]
     notes = ["Differences are paired: the same prompts, image by image. Brackets: 95\u00a0% interval over prompts."]
     if any(_trained(row, one) for row in rows.values() for one in row["scores"]):
         notes.append("† trained on this score: a gain proves little.")
@@ -217,7 +221,7 @@ def _on_the_rest(label: str, name: str, rows: Rows, found: Mapping[str, Estimate
     for one, own in found.items():
         if one != label:
             words.setdefault(_words(own), []).append(one + " †" * _trained(rows[name], one))
-    parts = [f"{text} on {_listed(labels)}" for text, labels in words.items()]
+    parts = [f"{text} on {listed(labels, quoted=False, last='and')}" for text, labels in words.items()]
     return f"{name} on the other scores: {'; '.join(parts)}." if parts else ""
 
 
@@ -230,11 +234,6 @@ def _words(found: Estimate) -> str:
 def _marked(rows: Rows, label: str) -> str:
     """A score with a dagger where a model was trained on it."""
     return label + " †" * any(_trained(row, label) for row in rows.values())
-
-
-def _listed(words: Sequence[str]) -> str:
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _headline(rows: Rows, found: Mapping[str, Estimate]) -> str:

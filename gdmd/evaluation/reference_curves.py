@@ -55,7 +55,7 @@ RATIOS = (
         "Reward spread within a group, of all",
         "reward/group_share",
         "",
-        "Toward 0: the rewards tell prompts apart, and not the images of one prompt.",
+        "Toward 0: the rewards tell prompts apart, but not the images of one prompt.",
     ),
     Ratio(
         "DMD gradient / gap to the teacher",

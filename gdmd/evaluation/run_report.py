@@ -103,18 +103,7 @@ def write_report(
     with the rewards, in sentences.
     """
     target = path if path.suffix == ".html" else path / "report.html"
-    known = configs or {}
-    trainings = [
-        Training(
-            name,
-            f"health-{k}",
-            training_curves(own),
-            health_panels(own, trained, describe.against_hacking(known[name]) if name in known else ""),
-            findings,
-            compared_panels(own, known[name]) if name in known else (),
-        )
-        for k, (name, own) in enumerate((metrics or {}).items())
-    ]
+    trainings = _trainings(metrics or {}, configs or {}, trained, findings)
     page = render(
         "evaluation/report.html.jinja",
         title=title,
@@ -136,6 +125,22 @@ def write_report(
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, page, "the report")
     return target
+
+
+def _trainings(
+    metrics: Mapping[str, Metrics], configs: Mapping[str, RunConfig], trained: Collection[str], findings: Sequence[str]
+) -> list[Training]:
+    return [
+        Training(
+            name,
+            f"health-{k}",
+            training_curves(own),
+            health_panels(own, trained, describe.against_hacking(configs[name]) if name in configs else ""),
+            findings,
+            compared_panels(own, configs[name]) if name in configs else (),
+        )
+        for k, (name, own) in enumerate(metrics.items())
+    ]
 
 
 def report_run(folder: Path) -> Path:
@@ -236,9 +241,9 @@ def _answer(results: Sequence[Result]) -> Verdict:
         return (compared or results)[-1].verdict
     how = "gdmd eval preference RUN --prompts FILE --scorer clip"
     return Verdict(
-        "Not scored yet: the page shows how the training went, and not how good the student is.",
+        "Not scored yet: the page shows how the training went, but not how good the student is.",
         notes=[
-            f"{how} draws images and scores them below the run folder; gdmd report RUN then shows the results here."
+            f"{how} generates images and scores them in the run folder; gdmd report RUN then shows the results here."
         ],
     )
 

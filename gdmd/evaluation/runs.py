@@ -110,7 +110,7 @@ def compare(folder: Path, cfg: RunConfig, components: Components, samplers: Sequ
     """comparison.png and comparison.json in ``folder``: the samplers next to each other from the same noise."""
     captions = grid_captions()
     with progress_bar(
-        "drawing the same noise through each sampler", len(samplers) * PER_CAPTION * len(captions)
+        "sampling every model from the same noise", len(samplers) * PER_CAPTION * len(captions)
     ) as advance:
         counting = [(_counting(sampler, advance), components) for sampler in samplers]
         return write_same_noise(folder / "comparison.png", counting, captions, cfg.eval.seed)

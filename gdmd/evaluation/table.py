@@ -15,11 +15,9 @@ WIDTH = 11
 """Characters of a sampler's column."""
 
 
-def print_table(
-    rows: Mapping[str, Mapping[str, Any]], trained: Collection[str], console: Console | None = None
-) -> None:
+def print_table(rows: Mapping[str, Mapping[str, Any]], trained: Collection[str]) -> None:
     """Print evaluations (name -> ``Evaluation.json()``); ``trained`` rewards are marked with *."""
-    console = console or Console()
+    console = Console()
     sections = [
         [[Cell(one.title), *(Cell(number(one.of(row), one.digits)) for row in rows.values())] for one in section]
         for section in _sections(rows, trained)

@@ -1,7 +1,7 @@
-"""Validation during training: the EMA student draws fixed prompts from fixed noise, and rewards score the images.
+"""Validation during training: the EMA student generates images of fixed prompts, and rewards score them.
 
-The teacher draws the same prompts from the same noise once. Its images are stored in the run folder, so that every grid
-shows them and a resumed run need not draw them again.
+The teacher generates the same prompts from the same noise once. Its images are stored in the run folder, so that every grid
+shows them and a resumed run need not generate them again.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from gdmd.types import PromptBatch, Reward
 Meta = tuple[Mapping[str, Any], ...]
 
 
-def grid_captions(per_task: int = 2) -> tuple[str, ...]:
-    """Shapes captions of every task of the evaluation set."""
-    return catalog().texts(fixed_rows("eval", per_task))
+def grid_captions() -> tuple[str, ...]:
+    """Two Shapes captions of every task of the evaluation set."""
+    return catalog().texts(fixed_rows("eval", 2))
 
 
 def validation_prompts(cfg: RunConfig) -> tuple[tuple[str, ...], Meta]:
@@ -108,8 +108,8 @@ class Validation:
         if teacher is None:
             if step:
                 self.progress.note(
-                    f"step {step}: the teacher's validation images are drawn again, because prompts, settings or base model "
-                    "changed; earlier validation scores are not comparable"
+                    f"step {step}: the teacher's validation images are generated again, because prompts, settings or base "
+                    "model changed; earlier validation scores are not comparable"
                 )
             teacher = self._draw_teacher(path.parent / TEACHER_FILE)
             scores |= self._scores(teacher, TEACHER)
@@ -157,7 +157,7 @@ class Validation:
         return [f"images.{size.height}x{size.width}" for size in self.components.sizes] or ["images"]
 
     def _draw_teacher(self, file: Path) -> list[Tensor]:
-        self.progress.status("drawing the teacher's validation images, once")
+        self.progress.status("generating the teacher's validation images, once")
         images = self._draw(self._teacher)
         pixels = [(own * 255).round().byte().contiguous() for own in images]
         named = dict(zip(self._names(), pixels, strict=True))

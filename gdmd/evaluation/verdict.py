@@ -70,12 +70,12 @@ def paired(a: Row, b: Row) -> Estimate | None:
     return task_mean({task: found - other[task] for task, found in own.items()})
 
 
-def task_mean(scores: Scores, seed: int = 0) -> Estimate:
+def task_mean(scores: Scores) -> Estimate:
     """Mean of task means, and its interval when captions are drawn again within their task."""
     mean = float(np.mean([found.mean() for found in scores.values()]))
     if min(map(len, scores.values())) < FEW:
         return Estimate(mean)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = [bootstrap_means(found, range(len(found)), REPLICATES, rng) for found in scores.values()]
     return Estimate(mean, *percentile_interval(np.mean(drawn, axis=0)))
 
@@ -119,9 +119,9 @@ def _note(found: Estimate, row: Row) -> str:
         why = (
             f"there are fewer than {FEW} captions per task"
             if PER_IMAGE in row
-            else "the images of the rows do not pair"
+            else "the images of the two rows cannot be paired"
         )
-        return f"No interval of the difference is known, because {why}; so nothing is claimed."
+        return f"The difference has no interval, because {why}; so nothing is claimed."
     return (
         f"ShapesEval: share of {row['images']:,} images in which the checker finds everything the caption asks for, mean "
         "of six tasks. Brackets: 95\u00a0% interval over captions. It does not cover another training seed; gdmd "

@@ -16,12 +16,10 @@ class RunningScale:
     State: ``mean`` [R] the raw EMA and ``weight`` 0-d the mass it has seen (1 - decay^n); both are saved.
     """
 
-    def __init__(
-        self, rewards: int, decay: float = 0.99, device: torch.device | str = "cpu", *, about_zero: bool = False
-    ) -> None:
+    def __init__(self, rewards: int, decay: float = 0.99, *, about_zero: bool = False) -> None:
         self.decay, self.about_zero = decay, about_zero
-        self.mean = torch.zeros(rewards, dtype=torch.float64, device=device)
-        self.weight = torch.zeros(rewards, dtype=torch.float64, device=device)
+        self.mean = torch.zeros(rewards, dtype=torch.float64)
+        self.weight = torch.zeros(rewards, dtype=torch.float64)
 
     @torch.no_grad()
     def update(self, scores: Tensor) -> Tensor:

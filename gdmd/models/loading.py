@@ -349,7 +349,7 @@ def from_an_image(named: Any) -> str | None:
             "save its model as a text-to-image pipeline once, in diffusers: "
             f"{max(plain, key=len)}.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
         )
-    return f"it starts from an image, but gdmd gives only prompts: {remedy}"
+    return f"it starts from an image, but gdmd passes only prompts: {remedy}"
 
 
 def family_of_pipeline(pipe: Any) -> type[Family] | None:

@@ -260,48 +260,42 @@ def read_vp(scheduler: Any, model: str) -> VpSettings:
     """
     check_kind(scheduler, "vp", model)
     name, config = type(scheduler).__name__, scheduler.config
+    what = f"the pipeline's scheduler ({name}) has"
     _check_keys(scheduler, _OF_VP | _SAMPLER | _SPACED | {"variance_type"})
     if str(config.get("variance_type")).startswith("learned"):
-        raise ValueError(f"the pipeline's {name} has variance_type = {config.variance_type!r}, which is not supported")
+        raise ValueError(f"{what} variance_type = {config.variance_type!r}, which is not supported")
     predicts = _PREDICTS.get(config.prediction_type)
     if predicts is None:
-        raise ValueError(
-            f"the pipeline's scheduler ({name}) has prediction_type = {config.prediction_type!r}; supported are "
-            f"{', '.join(_PREDICTS)}"
-        )
-    zero = bool(_read(scheduler, "rescale_betas_zero_snr"))
+        raise ValueError(f"{what} prediction_type = {config.prediction_type!r}; supported are {', '.join(_PREDICTS)}")
+    schedule = _read_betas(scheduler, predicts, what)
+    spacing: Spacing = _read(scheduler, "timestep_spacing") or "linspace"
+    if spacing not in get_args(Spacing):
+        raise ValueError(f"{what} timestep_spacing = {spacing!r}; supported are {', '.join(get_args(Spacing))}")
+    first = _read(scheduler, "set_alpha_to_one") is False or _read(scheduler, "final_sigmas_type") == "sigma_min"
+    offset = int(_read(scheduler, "steps_offset") or 0)
+    return VpSettings(schedule, predicts, VpTimesteps(schedule.train_steps, spacing, offset, first))
+
+
+def _read_betas(scheduler: Any, predicts: Native, what: str) -> VpSchedule:
+    config, zero = scheduler.config, bool(_read(scheduler, "rescale_betas_zero_snr"))
     if zero and predicts == "eps":
         raise ValueError(
-            f"the pipeline's scheduler ({name}) has rescale_betas_zero_snr with prediction_type = 'epsilon': the last "
-            "step is pure noise, and no image can be computed from a prediction of it. Models with zero terminal SNR "
-            "predict v: set prediction_type = 'v_prediction' if this one does, else rescale_betas_zero_snr = false"
+            f"{what} rescale_betas_zero_snr with prediction_type = 'epsilon': the last step is pure noise, and no image "
+            "can be computed from a prediction of it. Models with zero terminal SNR predict v: set prediction_type = "
+            "'v_prediction' if this one does, else rescale_betas_zero_snr = false"
         )
     betas = config.beta_schedule
     if config.trained_betas is None and betas not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
-        raise ValueError(
-            f"the pipeline's scheduler ({name}) has beta_schedule = {betas!r}; supported are linear, scaled_linear and "
-            "squaredcos_cap_v2"
-        )
+        raise ValueError(f"{what} beta_schedule = {betas!r}; supported are linear, scaled_linear and squaredcos_cap_v2")
     trained = tuple(float(beta) for beta in config.trained_betas) if config.trained_betas is not None else ()
     steps = int(config.num_train_timesteps)
     if steps < 2 or (trained and len(trained) != steps):
         raise ValueError(
-            f"the pipeline's scheduler ({name}) has num_train_timesteps = {steps}, and {len(trained)} trained_betas; give "
-            "2 steps or more, and one beta for each"
+            f"{what} num_train_timesteps = {steps}, and {len(trained)} trained_betas; give 2 steps or more, and one beta "
+            "for each"
         )
     schedule = VpSchedule(float(config.beta_start), float(config.beta_end), steps, betas, trained, zero)
     table = schedule.betas()
     if not bool(((table > 0) & (table < 1)).all()):
-        raise ValueError(
-            f"the scheduler ({name}) has betas from {table.min():g} to {table.max():g}; they must be between 0 and 1"
-        )
-    first = _read(scheduler, "set_alpha_to_one") is False or _read(scheduler, "final_sigmas_type") == "sigma_min"
-    spacing: Spacing = _read(scheduler, "timestep_spacing") or "linspace"
-    if spacing not in get_args(Spacing):
-        raise ValueError(
-            f"the pipeline's scheduler ({name}) has timestep_spacing = {spacing!r}; supported are "
-            f"{', '.join(get_args(Spacing))}"
-        )
-    return VpSettings(
-        schedule, predicts, VpTimesteps(steps, spacing, int(_read(scheduler, "steps_offset") or 0), first)
-    )
+        raise ValueError(f"{what} betas from {table.min():g} to {table.max():g}; they must be between 0 and 1")
+    return schedule

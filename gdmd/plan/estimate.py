@@ -222,7 +222,8 @@ def _shapes_reward(spec: RewardConfig) -> RewardNet:
     import torch
 
     from gdmd.shapes.grammar import CAPTION_TOKENS
-    from gdmd.shapes.scorer_networks import IMAGE_SIZE, build_net
+    from gdmd.shapes.render import IMAGE_SIZE
+    from gdmd.shapes.scorer_networks import build_net
 
     if spec.kind == "shapes_partial_credit":
         return RewardNet(0, 0)

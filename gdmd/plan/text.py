@@ -87,7 +87,7 @@ def _work(plan: TrainingPlan) -> Iterable[str]:
             "GB/s, PCIe x16)"
         )
     if plan.costs.forward["teacher"] < SMALL:
-        yield "  networks this small are bound by kernel launches: expect it to be many times slower"
+        yield "  networks this small are bound by kernel launches: expect the training to be many times slower"
 
 
 def _verdict(plan: TrainingPlan) -> Iterable[str]:

@@ -129,7 +129,7 @@ def run_demo(cfg: RunConfig, folder: Path, console: Console, device: str | None 
     stored = read_rows(folder / "dmd") | read_rows(folder)
     rows = {one.sampler.name: stored[one.sampler.name] for one in shown}
     save_rows(folder, rows)
-    with phase("drawing images and writing the report", console):
+    with phase("generating images and writing the report", console):
         report = _report(cfg, folder, runs, shown, rows)
     return Demo(folder, time.perf_counter() - began, rows, trained_rewards(cfg), report)
 
@@ -166,11 +166,11 @@ def _report(
 
 def _about(cfg: RunConfig) -> str:
     """The stages in a few sentences."""
-    trained = f"{counted(updates(cfg), 'update')} of DMD, and as many of GDMD, each from {start(cfg)}"
+    trained = f"{counted(updates(cfg), 'update')} each of DMD and of GDMD, both from {start(cfg)}"
     if not (file := student_file(cfg.loop.start_from)):
         return f"One stage: {trained}."
     facts = read_student_file(file).metadata
     return (
-        f"First stage, made earlier and part of the package: {facts['updates']:,} updates of DMD ({facts['command']}). "
+        f"First stage, run earlier and shipped with the package: {facts['updates']:,} updates of DMD ({facts['command']}). "
         f"Second stage, here: {trained}."
     )

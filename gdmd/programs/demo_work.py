@@ -1,11 +1,10 @@
 """The work of ``gdmd demo``: rows to measure and students to train, in one process or in two with half of the cores each.
 
-The networks of the Shapes world are small: two processes of one thread do in the same time half as much again as one of two.
+The networks of the Shapes world are small: two processes with one thread each do 1.5 times the work of one with two threads.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -31,6 +30,7 @@ from gdmd.recipes.contents import checkpoint_content
 from gdmd.recipes.open_run import student_row, teacher_row
 from gdmd.recipes.run_folders import TEACHERS
 from gdmd.reporting.progress_bar import phase
+from gdmd.runs.process import cores
 from gdmd.runs.run_folder import Run, check_same_config, create, open_run
 from gdmd.sweep.diagnosis import begin
 
@@ -148,11 +148,6 @@ class _Stages:
 
 
 # ------------------------------------------------------------ two processes
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def two_processes(cfg: RunConfig, device: str | None) -> bool:

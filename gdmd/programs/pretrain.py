@@ -90,7 +90,7 @@ def _scorers(
         path = folder / f"{kind}.safetensors"
         steps, seed = (given.get(key, own) for key, own in zip(("steps", "seed"), SHIPPED[kind], strict=True))
         with _progress(kind, steps, console) as shown:
-            pretrain_scorer(kind, steps, seed, path, resume=resume, progress=False, on_step=shown)
+            pretrain_scorer(kind, steps, seed, path, resume=resume, on_step=shown)
         yield path
 
 

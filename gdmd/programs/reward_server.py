@@ -62,13 +62,13 @@ class HTTPError(Exception):
 class RateLimiter:
     """Limits the requests per minute of each client."""
 
-    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._clock = limit, clock
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._times: dict[str, deque[float]] = {}
 
     def check(self, client: str) -> None:
         """Count a request. HTTPError (429) above the limit."""
-        now = self._clock()
+        now = time.monotonic()
         for name in [name for name, times in self._times.items() if not times or times[-1] < now - 60]:
             del self._times[name]
         times = self._times.setdefault(client, deque())

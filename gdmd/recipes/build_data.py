@@ -15,7 +15,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.latent_cache import LatentStore, StoredLatents
 from gdmd.data.prompt_files import PromptFile
 from gdmd.data.prompts import read_prompts
-from gdmd.shapes.captions import training_captions
+from gdmd.shapes.grammar import training_captions
 from gdmd.types import Codec
 
 

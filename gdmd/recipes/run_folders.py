@@ -35,7 +35,7 @@ MOVABLE = (
     *("model.student", "model.student_lora.path"),
     *("real_data.latents", "real_data.source"),
 )
-"""Places that may change where the content is the same: ``programs.inputs`` checks it (of real images by their latents)."""
+"""Places that may change where the content is the same: ``recipes.inputs`` checks it (of real images by their latents)."""
 WEIGHTS = ("path", "clip", "tokenizer", "detector", "asset")
 """Places of a reward's weights: likewise."""
 TARGETS = ("target", "reader")
@@ -64,19 +64,19 @@ def demo_recipe(recipe: str | None, overrides: Sequence[str] = (), *, from_scrat
     return read_recipe("shapes_gdmd", (*SECOND_STAGE, *overrides))
 
 
-def new_folder(cfg: RunConfig, root: Path = Path("runs")) -> Path:
+def new_folder(cfg: RunConfig) -> Path:
     """runs/RECIPE-seedN, or with the time of day in its name where that one is taken."""
-    first = root / f"{cfg.name}-seed{cfg.loop.seed}"
-    return first if not first.exists() else root / f"{first.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    first = Path("runs") / f"{cfg.name}-seed{cfg.loop.seed}"
+    return first if not first.exists() else first.with_name(f"{first.name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def demo_folder(cfg: RunConfig, root: Path = Path("runs")) -> Path:
+def demo_folder(cfg: RunConfig) -> Path:
     """runs/demo while that one is new or unfinished; a finished demo, or one of other settings, is left alone."""
-    first = root / "demo"
+    first = Path("runs") / "demo"
     settings = first / "gdmd" / "config.yaml"
     other = settings.exists() and open_run(settings.parent).config != cfg.model_dump(mode="json")
     if other or (first / "report.html").exists():
-        return root / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+        return first.with_name(f"demo-{time.strftime('%Y%m%d-%H%M%S')}")
     return first
 
 
@@ -89,14 +89,14 @@ def config_of(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def check_resumable(folder: Path, recipe: str | RunConfig | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration with which a run would be continued; a RunError names the keys that may not differ.
 
-    A field that the run's version of gdmd did not have counts as its default. A RunError, too, for a baseline that was begun
-    before ``method.fake_samples``: it would continue as another algorithm.
+    A field that the run's version of gdmd did not have counts as its default. A RunError, too, for a baseline started before
+    ``method.fake_samples``: it would continue as another algorithm.
     """
     before = config_of(folder)
     if isinstance(before.method, BaselineConfig) and "fake_samples" not in open_run(folder).config["method"]:
         raise RunError(
-            f"{folder} was begun by an earlier version of gdmd, which trained {before.method.kind} in another way "
-            "(docs/LOG.md, entry 41), so it cannot be resumed. Start another run that begins with its student: "
+            f"{folder} was started with an earlier version of gdmd, which trained {before.method.kind} differently "
+            "(docs/LOG.md, entry 41), so it cannot be resumed. Start a new run from its student: "
             f"gdmd train RECIPE {typed(f'loop.start_from={folder}')}"
         )
     if isinstance(recipe, RunConfig):
@@ -105,7 +105,7 @@ def check_resumable(folder: Path, recipe: str | RunConfig | None, overrides: Seq
         cfg = read_recipe(recipe, overrides) if recipe else config_of(folder, overrides)
     old, new = (_without_places(one.model_dump(mode="json")) for one in (before, cfg))
     advice = (
-        "A resumed run keeps its configuration: leave these keys out. To change them, start another run that begins with "
+        "A resumed run keeps its configuration: leave these keys out. To change them, start a new run from "
         f"this one's student: gdmd train RECIPE KEY=VALUE {typed(f'loop.start_from={folder}')}"
     )
     check_same_config(Run(Path(folder), old), new, (*MAY_CHANGE, *MOVABLE), advice)

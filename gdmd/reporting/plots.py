@@ -82,7 +82,7 @@ def colors_of(names: Sequence[str]) -> list[str]:
     return [COLORS[m] if m else free[others.index(k) % len(free)] for k, m in enumerate(own)]
 
 
-def curves(metrics: Metrics, keys: Mapping[str, str], title: str, unit: str = "") -> str:
+def curves(metrics: Metrics, keys: Mapping[str, str], title: str) -> str:
     """Lines over outer iterations; ``keys`` maps a key of the metrics to its name in the legend. "" without values.
 
     The title names the figure to a screen reader and is not drawn.
@@ -92,7 +92,7 @@ def curves(metrics: Metrics, keys: Mapping[str, str], title: str, unit: str = ""
         drawn = [_line(axes, metrics, key, name, PALETTE[k % 8]) for k, (key, name) in enumerate(keys.items())]
         if not any(drawn):
             return ""
-        axes.set(xlabel="outer iteration", ylabel=unit)
+        axes.set(xlabel="outer iteration")
         if len(keys) > 1:
             axes.legend()
         return _svg(figure, title)
@@ -139,12 +139,13 @@ def stacked_curves(metrics: Metrics, charts: Sequence[Chart], title: str) -> str
         return _svg(figure, title)
 
 
-def r_histogram(metrics: Metrics, title: str = "Optimality r over training") -> str:
+def r_histogram(metrics: Metrics) -> str:
     """Share of targets in each tenth of r (upwards) over outer iterations (to the right); "" without values."""
     keys = [f"histogram/r_{k}" for k in range(BINS)]
     rows = [row for row in metrics if all(math.isfinite(row.get(key, math.nan)) for key in keys)]
     if not rows:
         return ""
+    title = "Optimality r over training"
     with _styled(title):
         figure, axes = _figure()
         shares = [[row[key] for row in rows] for key in keys]

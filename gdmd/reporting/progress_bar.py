@@ -25,11 +25,9 @@ SLOW_SECONDS = 5.0
 
 
 @contextmanager
-def progress_bar(
-    what: str, total: int, console: Console | None = None, then: str = ""
-) -> Iterator[Callable[[int], None]]:
+def progress_bar(what: str, total: int, then: str = "") -> Iterator[Callable[[int], None]]:
     """A function that counts finished parts of ``total``. then: what is done after the last part."""
-    console = console or Console(stderr=True)
+    console = Console(stderr=True)
     if not total:
         yield lambda count: None
         return

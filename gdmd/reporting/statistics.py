@@ -156,7 +156,7 @@ def percentile_interval(replicates: Floats) -> Interval:
     return float(low), float(high)
 
 
-def clustered_mean(scores: Scores, seed: int = 0, replicates: int = REPLICATES) -> Estimate:
+def clustered_mean(scores: Scores) -> Estimate:
     """sum_p sum_k s_pk / number of images, with prompts p drawn with replacement for the interval."""
     kept = {place: score for place, score in scores.items() if not math.isnan(score)}
     missing = len(scores) - len(kept)
@@ -166,15 +166,15 @@ def clustered_mean(scores: Scores, seed: int = 0, replicates: int = REPLICATES) 
     count = len(set(prompts))
     low, high = math.nan, math.nan
     if count > 1:
-        rng = np.random.default_rng(seed)
-        low, high = percentile_interval(bootstrap_means(list(kept.values()), prompts, replicates, rng))
+        rng = np.random.default_rng(0)
+        low, high = percentile_interval(bootstrap_means(list(kept.values()), prompts, REPLICATES, rng))
     return Estimate(math.fsum(kept.values()) / len(kept), low, high, len(kept), count, missing)
 
 
-def paired_difference(a: Scores, b: Scores, seed: int = 0) -> Difference:
+def paired_difference(a: Scores, b: Scores) -> Difference:
     """Over the images that both sides have scored; with the same noise on both sides, pairs are alike."""
     both = [place for place in a if place in b and not math.isnan(a[place]) and not math.isnan(b[place])]
-    found = clustered_mean({place: a[place] - b[place] for place in both}, seed)
+    found = clustered_mean({place: a[place] - b[place] for place in both})
     wins = sum((a[place] > b[place]) + 0.5 * (a[place] == b[place]) for place in both)
     return Difference(found.mean, found.low, found.high, wins / len(both) if both else math.nan, len(both))
 

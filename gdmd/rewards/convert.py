@@ -119,8 +119,8 @@ def clip_from_open_clip(tensors: Mapping[str, Tensor]) -> Tensors:
     return named
 
 
-def clip_config(tensors: Mapping[str, Tensor], heads: int = 16) -> dict[str, Any]:
-    """The ``CLIPConfig`` that fits the shapes of converted tensors; exact GELU and ``heads`` heads as in ViT-H/14."""
+def clip_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The ``CLIPConfig`` that fits the shapes of converted tensors; exact GELU and 16 heads, as in ViT-H/14."""
     patch = tensors["vision_model.embeddings.patch_embedding.weight"]
     words = tensors["text_model.embeddings.token_embedding.weight"]
     positions = tensors["vision_model.embeddings.position_embedding.weight"]
@@ -131,7 +131,7 @@ def clip_config(tensors: Mapping[str, Tensor], heads: int = 16) -> dict[str, Any
         inner = len(tensors[f"{name}.encoder.layers.0.mlp.fc1.weight"])
         return {
             "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": len(layers),
-            "num_attention_heads": heads, "hidden_act": "gelu",
+            "num_attention_heads": 16, "hidden_act": "gelu",
         }  # fmt: skip
 
     text = tower("text_model", words.shape[1]) | {

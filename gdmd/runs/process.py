@@ -1,4 +1,4 @@
-"""For processes that write a folder: an exclusive lock on it, and signals that stop the work at a safe point."""
+"""For processes that write a folder: a lock on it, signals that stop the work at a safe point, and their CPU cores."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ from gdmd.io import RunError
 
 STUCK_SECONDS = 60
 """After a stop signal to one of several ranks: when it prints where it is, if it has not ended by then."""
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def part(asset: Asset, role: str) -> Mapping[str, Tensor]:
     return {name.removeprefix(f"{role}."): one for name, one in asset.tensors.items() if name.startswith(f"{role}.")}
 
 
-def told(asset: Asset) -> str:
+def origin_of(asset: Asset) -> str:
     """Where the student is from: "step 1000 of `gdmd train shapes_dmd loop.seed=1`"."""
     return f"step {asset.metadata['step']} of `{asset.metadata['command']}`"
 

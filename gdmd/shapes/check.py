@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from gdmd.shapes.detect import Detections, detect
-from gdmd.shapes.grammar import ANY, TASKS
-from gdmd.shapes.render import WORLD32, World
+from gdmd.shapes.grammar import ANY, TASKS, catalog
 
 COUNT_KEEP = 0.6
 """Minimum confidence of a counted object (GenEval: 0.9, on another scale); see docs/concepts/shapes.md."""
@@ -21,14 +20,14 @@ SLACK, DIRECTION = 0.1, 0.5
 """GenEval's position rule: share of the boxes' sizes subtracted from the offset, and the minimum direction cosine."""
 
 
-def shapeseval(images: Tensor | Detections, rows: Tensor, world: World = WORLD32) -> Tensor:
+def shapeseval(images: Tensor | Detections, rows: Tensor) -> Tensor:
     """Strict correctness, images [B, 3, S, S] (or what ``detect`` found in them), catalog rows [B] -> [B] bool."""
-    found = _found(images, rows, world)
-    table = world.captions
+    found = _found(images, rows)
+    table = catalog()
     rows = rows.to(found.shape.device)
     task = table.task.to(rows.device)[rows]
-    first, second = (_requested(found, rows, side, world) for side in (0, 1))
-    present = _right(found, first, rows, 0, world) & _right(found, second, rows, 1, world)
+    first, second = (_requested(found, rows, side) for side in (0, 1))
+    present = _right(found, first, rows, 0) & _right(found, second, rows, 1)
     counting = task == TASKS.index("counting")
     shape, count = (c.to(rows.device)[rows, 0] for c in (table.shape, table.count))
     number = ((found.shape == shape[:, None]) & (found.confidence > COUNT_KEEP)).sum(1)
@@ -39,15 +38,15 @@ def shapeseval(images: Tensor | Detections, rows: Tensor, world: World = WORLD32
     return torch.where(counting, number == count, present & related)
 
 
-def partial_credit(images: Tensor | Detections, rows: Tensor, world: World = WORLD32) -> Tensor:
+def partial_credit(images: Tensor | Detections, rows: Tensor) -> Tensor:
     """Mean degree to which the caption's requirements are met, smooth in confidences and positions. [B] in [0, 1]
 
     Presence: confidence of the best object of the shape, or half the best fit of that shape to another object.
     Color: the same times the object's color fit. Number: 1 - |sum of confidences - count| / count. Relation:
     (cosine + 1) / 1.5, at most 1, for the chosen pair; 0 if one is missing.
     """
-    found = _found(images, rows, world)
-    table = world.captions
+    found = _found(images, rows)
+    table = catalog()
     device = found.shape.device
     rows = rows.to(device)
     degrees, weights = [], []
@@ -62,7 +61,7 @@ def partial_credit(images: Tensor | Detections, rows: Tensor, world: World = WOR
         degrees += [torch.where(count > 1, enough, degree), degree * fit * torch.where(right, 1.0, 0.5)]
         weights += [count > 0, color != ANY]
     relation = table.relation.to(device)[rows]
-    degrees.append(_relation_degree(found, rows, relation, world))
+    degrees.append(_relation_degree(found, rows, relation))
     weights.append(relation != ANY)
     weight = torch.stack(weights).float()
     return (torch.stack(degrees) * weight).sum(0) / weight.sum(0)
@@ -79,28 +78,28 @@ def summarize(correct: Tensor, task: Tensor) -> dict[str, float]:
     return {"overall": sum(scores.values()) / len(scores), **scores}
 
 
-def matched(found: Detections, rows: Tensor, world: World = WORLD32) -> Tensor:
+def matched(found: Detections, rows: Tensor) -> Tensor:
     """The objects that the captions ask for: the most confident ``count`` of each requested shape. [B, M] bool"""
-    return _requested(found, rows, 0, world) | _requested(found, rows, 1, world)
+    return _requested(found, rows, 0) | _requested(found, rows, 1)
 
 
-def _found(images: Tensor | Detections, rows: Tensor, world: World) -> Detections:
+def _found(images: Tensor | Detections, rows: Tensor) -> Detections:
     if len(images) != len(rows):
         raise ValueError(f"got {len(images)} images and {len(rows)} rows; pass the catalog row of every image")
-    return images if isinstance(images, Detections) else detect(images, world)
+    return images if isinstance(images, Detections) else detect(images)
 
 
-def _requested(found: Detections, rows: Tensor, side: int, world: World) -> Tensor:
+def _requested(found: Detections, rows: Tensor, side: int) -> Tensor:
     """The top ``count`` objects of the caption's first (side 0) or second shape, by confidence. [B, M] bool"""
-    table = world.captions
+    table = catalog()
     shape, count = (c.to(rows.device)[rows, side].to(found.shape.device) for c in (table.shape, table.count))
     same = (found.shape == shape[:, None]) & found.present  # detections are sorted by confidence
     return same & (same.cumsum(1) <= count[:, None])
 
 
-def _right(found: Detections, asked: Tensor, rows: Tensor, side: int, world: World) -> Tensor:
+def _right(found: Detections, asked: Tensor, rows: Tensor, side: int) -> Tensor:
     """Whether there are enough objects of a shape, all in the right color. [B] bool"""
-    table = world.captions
+    table = catalog()
     color, count = (c.to(rows.device)[rows, side] for c in (table.color, table.count))
     painted = (color[:, None] == ANY) | (found.color == color[:, None]) | ~asked
     return (asked.sum(1) >= count) & painted.all(1)
@@ -127,8 +126,8 @@ def _presence(found: Detections, shape: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(best > 1, best - 1, best), chosen
 
 
-def _relation_degree(found: Detections, rows: Tensor, relation: Tensor, world: World) -> Tensor:
-    first, second = (_requested(found, rows, side, world) for side in (0, 1))
+def _relation_degree(found: Detections, rows: Tensor, relation: Tensor) -> Tensor:
+    first, second = (_requested(found, rows, side) for side in (0, 1))
     both = first.any(1) & second.any(1)
     i, j = first.int().argmax(1), second.int().argmax(1)
     along = _along(found, relation)[torch.arange(len(rows), device=rows.device), i, j]

@@ -23,20 +23,20 @@ from gdmd.shapes.render import (
     ARM,
     BACKGROUND,
     DIAMOND,
+    IMAGE_SIZE,
+    RADIUS,
     RGB,
     RING_HALF,
     RING_MIDDLE,
     SQUARE,
     TRIANGLE_BASE,
     TRIANGLE_TOP,
-    WORLD32,
     Scenes,
-    World,
     coverage_maps,
 )
 
 SLOTS = 8
-"""Maximum number of objects per image; data has at most 6."""
+"""Maximum number of objects per image; captions ask for at most 4."""
 INSIDE = 0.4
 """A pixel above this alpha belongs to an object's core; below 1/2, so that thin rings stay connected under blur."""
 SPECK = 0.3
@@ -119,22 +119,19 @@ def from_scenes(scenes: Scenes) -> Detections:
 
 
 @torch.no_grad()
-def detect(images: Tensor, world: World = WORLD32, keep: float = KEEP) -> Detections:
-    """The objects in images, images [B, 3, S, S] in [0, 1] (values outside are taken as they are), S = world.size.
+def detect(images: Tensor) -> Detections:
+    """The objects in images [B, 3, 32, 32] in [0, 1] (values outside are taken as they are).
 
     ValueError for another shape or for values that are not finite.
     """
-    if images.ndim != 4 or tuple(images.shape[1:]) != (3, world.size, world.size):
-        want = f"[B, 3, {world.size}, {world.size}]"
-        raise ValueError(f"detect needs images {want}, got {list(images.shape)}; pass their world")
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(f"detect needs images [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], got {list(images.shape)}")
     if not torch.isfinite(images).all():
         raise ValueError("detect got images with NaN or infinite values: the network that generated them has diverged")
     if not len(images):
-        return _by_confidence(
-            _detect_block(images.new_zeros(1, 3, world.size, world.size).float(), world, keep), slice(0)
-        )
+        return _by_confidence(_detect_block(images.new_zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE).float()), slice(0))
     block = 256 if images.device.type == "cpu" else 4096  # fits into the cache, or the device's memory
-    parts = [_detect_block(part, world, keep) for part in torch.split(images.float(), block)]
+    parts = [_detect_block(part) for part in torch.split(images.float(), block)]
     return Detections(*(torch.cat([getattr(p, name) for p in parts]) for name in Detections.__dataclass_fields__))
 
 
@@ -148,15 +145,15 @@ def _by_confidence(found: Detections, rows: slice = slice(None)) -> Detections:
     return Detections(*columns)
 
 
-def _detect_block(images: Tensor, world: World, keep: float) -> Detections:
-    size = world.size
+def _detect_block(images: Tensor) -> Detections:
+    size = IMAGE_SIZE
     paint = _paint(images)
     contrast = images.flatten(2) - images.new_tensor(BACKGROUND)[:, None]  # [b, 3, P], P = S * S
     alpha, color = _unmix(contrast, paint)
     label = _label(alpha.view(-1, size, size), color.view(-1, size, size))
-    slot, found = _compact(label, alpha, world)
-    parts = _cut(contrast, slot, alpha, found, world)
-    return _fill(found, _fit(parts, paint, size), keep)
+    slot, found = _compact(label, alpha)
+    parts = _cut(contrast, slot, alpha, found)
+    return _fill(found, _fit(parts, paint, size))
 
 
 def _paint(like: Tensor) -> Tensor:
@@ -202,16 +199,16 @@ def _label(alpha: Tensor, color: Tensor) -> Tensor:
             return label.view(count, -1).long()
 
 
-def _compact(label: Tensor, alpha: Tensor, world: World) -> tuple[Tensor, Tensor]:
+def _compact(label: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """Components by mass in SLOTS slots: slot of each pixel, from 1, 0 outside [b, P] (grown); slots in use [b, M]."""
     count, pixels = label.shape
     mass = alpha.new_zeros(count, pixels + 1).scatter_add_(1, label, alpha)
     mass[:, 0] = 0
     heaviest = mass.topk(SLOTS, 1)
-    found = heaviest.values > SPECK * min(AREA) * (world.radius[0] * world.size) ** 2
+    found = heaviest.values > SPECK * min(AREA) * (RADIUS[0] * IMAGE_SIZE) ** 2
     numbers = torch.arange(1, SLOTS + 1, device=label.device) * found
     table = torch.zeros_like(mass).scatter_(1, heaviest.indices, numbers.to(mass.dtype))
-    slot = table.gather(1, label).view(count, 1, world.size, world.size)
+    slot = table.gather(1, label).view(count, 1, IMAGE_SIZE, IMAGE_SIZE)
     for _ in range(GROWTH):
         slot = torch.where(slot > 0, slot, F.max_pool2d(slot, 3, 1, 1))
     return slot.view(count, pixels).long(), found
@@ -230,10 +227,10 @@ class _Parts:
     width: int
 
 
-def _cut(contrast: Tensor, slot: Tensor, alpha: Tensor, found: Tensor, world: World) -> _Parts:
+def _cut(contrast: Tensor, slot: Tensor, alpha: Tensor, found: Tensor) -> _Parts:
     """Windows around the components' centroids, large enough for the largest object and its fringe."""
-    size = world.size
-    half = math.ceil(max(BOTTOM) * 1.1 * world.radius[1] * size) + GROWTH
+    size = IMAGE_SIZE
+    half = math.ceil(max(BOTTOM) * 1.1 * RADIUS[1] * size) + GROWTH
     width = 2 * half + 1
     place = torch.arange(size, device=slot.device, dtype=alpha.dtype)
     row, column = place.repeat_interleave(size), place.repeat(size)
@@ -363,9 +360,9 @@ def _refine(target: _Target, shape: Tensor, pose: Tensor, residual: Tensor) -> t
     return pose, residual
 
 
-def _fill(found: Tensor, objects: _Objects, keep: float) -> Detections:
-    """Write objects with a confidence above ``keep`` into the slots of their images."""
-    kept = objects.confidence > keep
+def _fill(found: Tensor, objects: _Objects) -> Detections:
+    """Write objects with a confidence above KEEP into the slots of their images."""
+    kept = objects.confidence > KEEP
     image, slot = (index[kept] for index in torch.nonzero(found, as_tuple=True))
 
     def column(values: Tensor, empty: float) -> Tensor:

@@ -133,9 +133,7 @@ def mean_score(scorer: Reward, images: Tensor, texts: Sequence[str], encoder: Te
     return float(torch.cat(parts).nanmean())
 
 
-def bootstrap_interval(
-    correct: Tensor, task: Tensor, texts: Sequence[str], seed: int = 0, replicates: int = REPLICATES
-) -> tuple[float, float]:
+def bootstrap_interval(correct: Tensor, task: Tensor, texts: Sequence[str], seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of task means. correct [N] bool, task [N].
 
     Images of one caption are correlated, so whole captions are resampled, within their task.
@@ -144,7 +142,7 @@ def bootstrap_interval(
     drawn = []
     for index in task.unique().tolist():  # type: ignore[no-untyped-call]
         own = (task == index).cpu().numpy()
-        drawn.append(bootstrap_means(correct.cpu().numpy()[own], captions[own], replicates, rng))
+        drawn.append(bootstrap_means(correct.cpu().numpy()[own], captions[own], REPLICATES, rng))
     return percentile_interval(np.mean(drawn, 0))
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import permutations, product
 from typing import Literal
 
@@ -30,6 +30,9 @@ RELATIONS = ("left of", "right of", "above", "below")
 INVERSE = (1, 0, 3, 2)
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+
+MAX_COUNT = 4
+"""Of the counting task. The vocabulary has larger numbers, which no caption uses."""
 
 PAD, NULL = 0, 1
 WORDS = (
@@ -76,14 +79,14 @@ class Caption:
         return tuple(sorted(zip(self.shape, self.color, self.count, strict=True)))
 
 
-def _all_captions(max_count: int) -> list[Caption]:
+def _all_captions() -> list[Caption]:
     """Every caption of the language, by task, in a fixed order."""
     found: list[Caption] = []
     shapes, colors = range(len(SHAPES)), range(len(COLORS))
     found += [Caption(f"a {SHAPES[s]}", 0, (s,), (ANY,), (1,)) for s in shapes]
     for a, b in permutations(shapes, 2):
         found.append(Caption(f"a {SHAPES[a]} and a {SHAPES[b]}", 1, (a, b), (ANY, ANY), (1, 1)))
-    for n, s in product(range(2, max_count + 1), shapes):
+    for n, s in product(range(2, MAX_COUNT + 1), shapes):
         found.append(Caption(f"{NUMBERS[n]} {PLURALS[s]}", 2, (s,), (ANY,), (n,)))
     found += [Caption(f"a {COLORS[c]} {SHAPES[s]}", 3, (s,), (c,), (1,)) for c, s in product(colors, shapes)]
     for (a, b), r in product(permutations(shapes, 2), range(len(RELATIONS))):
@@ -168,10 +171,10 @@ def tokenize(text: str) -> list[int]:
     return ids + [PAD] * (CAPTION_TOKENS - len(ids))
 
 
-@lru_cache(maxsize=4)
-def catalog(max_count: int = 4) -> Catalog:
-    """The captions of a world whose counting task goes up to ``max_count`` (4 at 32 x 32, up to 6 at 64 x 64)."""
-    captions = _all_captions(max_count)
+@cache
+def catalog() -> Catalog:
+    """Every caption of the language."""
+    captions = _all_captions()
     split = _divide(captions)
     return Catalog(
         captions=tuple(captions),
@@ -185,26 +188,32 @@ def catalog(max_count: int = 4) -> Catalog:
     )
 
 
-def draw_rows(count: int, generator: torch.Generator, split: Split = "train", max_count: int = 4) -> Tensor:
-    """``count`` random catalog rows: the task uniform, then the caption uniform within it. [count]"""
-    table = catalog(max_count)
+def training_captions() -> list[list[str]]:
+    """Captions of the train split, one list per task."""
+    table = catalog()
+    return [list(table.texts(table.rows("train", task))) for task in range(len(TASKS))]
+
+
+def draw_rows(count: int, generator: torch.Generator) -> Tensor:
+    """``count`` random catalog rows of the train split: the task uniform, then the caption uniform within it. [count]"""
+    table = catalog()
     task = torch.randint(len(TASKS), (count,), generator=generator)
     unit = torch.rand(count, generator=generator)
     rows = torch.empty(count, dtype=torch.int64)
     for index in range(len(TASKS)):
-        own = table.rows(split, index)
+        own = table.rows("train", index)
         mine = task == index
         rows[mine] = own[(unit[mine] * len(own)).long()]
     return rows
 
 
-def fixed_rows(split: Split, per_task: int = 50, max_count: int = 4) -> Tensor:
+def fixed_rows(split: Split, per_task: int) -> Tensor:
     """The fixed prompt set of a split: ``per_task`` rows of each task, tasks in order. [6 * per_task]
 
     Each task's captions are shuffled once and then taken in turn, so every caption occurs equally often (+-1); tasks
     with fewer captions than ``per_task`` (single_object has 6) repeat them, each time with other noise.
     """
-    table = catalog(max_count)
+    table = catalog()
     chosen = []
     for task in range(len(TASKS)):
         own = table.rows(split, task).tolist()

@@ -9,32 +9,32 @@ from torch import Tensor
 
 from gdmd.shapes.check import matched
 from gdmd.shapes.detect import Detections, from_scenes
-from gdmd.shapes.grammar import ANY, COLORS
-from gdmd.shapes.render import BACKGROUND, WORLD32, World, draw_scenes, render
+from gdmd.shapes.grammar import ANY, COLORS, catalog
+from gdmd.shapes.render import BACKGROUND, RADIUS, draw_scenes, render
 
 PLACES, SIZES, REPEATS, DATA_SEED = 4, 6, 16, 20260438
 """Bins per axis of the position, bins of the size, data scenes drawn per row, and their seed."""
 
 
-def fidelity(images: Tensor, found: Detections, world: World = WORLD32) -> Tensor:
+def fidelity(images: Tensor, found: Detections) -> Tensor:
     """Render fidelity 1 - |I - R|^2 / (|I - bg|^2 + |R - bg|^2), R the re-render of the detected scene. [B] in [0, 1]
 
     0 if nothing was detected, or if image and re-render are anti-correlated.
     """
     background = images.new_tensor(BACKGROUND)[:, None, None]
-    again = render(found.scenes, world)
+    again = render(found.scenes)
     energy = ((images - background).square() + (again - background).square()).sum((1, 2, 3))
     score = 1 - (images - again).square().sum((1, 2, 3)) / energy.clamp_min(1e-12)
     return torch.where(found.present.any(1), score.clamp_min(0), 0.0)
 
 
-def coverage(found: Detections, rows: Tensor, correct: Tensor, world: World = WORLD32) -> float:
+def coverage(found: Detections, rows: Tensor, correct: Tensor) -> float:
     """Attribute coverage: the mean of ``coverage_by_attribute``; 0 if no image is correct."""
-    scores = coverage_by_attribute(found, rows, correct, world)
+    scores = coverage_by_attribute(found, rows, correct)
     return sum(scores.values()) / len(scores) if scores else 0.0
 
 
-def coverage_by_attribute(found: Detections, rows: Tensor, correct: Tensor, world: World = WORLD32) -> dict[str, float]:
+def coverage_by_attribute(found: Detections, rows: Tensor, correct: Tensor) -> dict[str, float]:
     """1 - JSD (base 2) between the colors, places and sizes of the objects that captions ask for and those of the data.
 
     rows, correct [B]. Only correct images count; data scenes are drawn for the same rows. Colors count if the caption
@@ -43,10 +43,10 @@ def coverage_by_attribute(found: Detections, rows: Tensor, correct: Tensor, worl
     own = rows[correct.to(rows.device)].cpu()
     if not len(own):
         return {}
-    mine = _histograms(_select(found, correct), own, world)
+    mine = _histograms(_select(found, correct), own)
     generator = torch.Generator().manual_seed(DATA_SEED)
     many = own.repeat(REPEATS)
-    theirs = _histograms(from_scenes(draw_scenes(many, generator, world)), many, world)
+    theirs = _histograms(from_scenes(draw_scenes(many, generator)), many)
     return {name: 1 - _jsd(mine[name], theirs[name]) for name in mine if mine[name].sum() > 0}
 
 
@@ -55,11 +55,11 @@ def _select(found: Detections, mine: Tensor) -> Detections:
     return Detections(*(getattr(found, name)[mine] for name in Detections.__dataclass_fields__))
 
 
-def _histograms(found: Detections, rows: Tensor, world: World) -> dict[str, Tensor]:
+def _histograms(found: Detections, rows: Tensor) -> dict[str, Tensor]:
     """Counts of color [8], place [16] and size [6] of the requested objects; other sizes go to the end bins."""
-    asked = matched(found, rows.to(found.shape.device), world)
-    free = asked & (world.captions.color[rows, 0] == ANY)[:, None].to(asked.device)
-    low, high = world.radius
+    asked = matched(found, rows.to(found.shape.device))
+    free = asked & (catalog().color[rows, 0] == ANY)[:, None].to(asked.device)
+    low, high = RADIUS
     column, line = ((p[asked] * PLACES).floor().clamp(0, PLACES - 1).long() for p in (found.x, found.y))
     size = ((found.radius[asked] - low) / (high - low) * SIZES).floor().clamp(0, SIZES - 1).long()
     bins = {

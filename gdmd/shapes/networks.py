@@ -13,6 +13,8 @@ from gdmd.shapes.grammar import CAPTION_TOKENS, WORDS
 LATENT_CHANNELS = 8
 LOCAL = 32
 """Channels at full latent resolution around the transformer."""
+SIDE = 4
+"""Patches along a side of a latent."""
 
 
 class ResBlock(nn.Module):
@@ -114,13 +116,11 @@ class ShapesDit(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, width: int = 96, depth: int = 4, heads: int = 4, grid: int = 8) -> None:
+    def __init__(self, width: int = 96, depth: int = 4, heads: int = 4) -> None:
         super().__init__()
-        self.grid = grid
-        tokens = (grid // 2) ** 2
         self.stem = nn.Sequential(_conv(LATENT_CHANNELS, LOCAL), nn.SiLU(), _conv(LOCAL, LOCAL))
         self.patch = nn.Linear(4 * LOCAL, width)
-        self.place = nn.Parameter(0.02 * torch.randn(tokens + CAPTION_TOKENS, width))
+        self.place = nn.Parameter(0.02 * torch.randn(SIDE**2 + CAPTION_TOKENS, width))
         self.words = nn.Embedding(len(WORDS), width)
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(1000.0), 32)), persistent=False)
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
@@ -150,8 +150,7 @@ class ShapesDit(nn.Module):
             return x
         shift, scale = self.modulation(time)[:, None].chunk(2, -1)
         patches = self.head(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
-        side = self.grid // 2
-        world = F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), 2)  # [B, LOCAL, h, w]
+        world = F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (SIDE, SIDE)), 2)  # [B, LOCAL, h, w]
         velocity: Tensor = self.join(torch.cat([local, world], 1))
         return velocity
 

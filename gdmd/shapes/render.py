@@ -12,8 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdmd.shapes.grammar import ANY, COLORS, SHAPES, Catalog, catalog
+from gdmd.shapes.grammar import ANY, COLORS, MAX_COUNT, SHAPES, catalog
 
+IMAGE_SIZE = 32
+"""Pixels along a side."""
+RADIUS = (0.13, 0.19)
+CROWD = 0.0175
+"""The largest radius falls by this for every object beyond the second: four large ones would not fit."""
+GAP = 0.05
+"""Minimum free space between two objects; half of it at the border."""
+AXIS = 0.75
+"""Minimum direction cosine of a relation in the data; the checker requires 0.5 (GenEval's rule)."""
 BACKGROUND = (0.10, 0.11, 0.14)
 RGB = (
     (0.90, 0.16, 0.18),  # red
@@ -27,28 +36,6 @@ RGB = (
 )
 SQUARE, DIAMOND, ARM, RING_MIDDLE, RING_HALF = 0.88, 1.15, 0.36, 0.75, 0.27
 TRIANGLE_TOP, TRIANGLE_BASE = -1.05, 0.80
-
-
-@dataclass(frozen=True)
-class World:
-    """Settings of the world; everything is measured on the default, 32 x 32 pixels."""
-
-    size: int = 32
-    max_count: int = 4
-    radius: tuple[float, float] = (0.13, 0.19)
-    crowd: float = 0.0175
-    """The largest radius falls by this for every object beyond the second: four large ones would not fit."""
-    gap: float = 0.05
-    """Minimum free space between two objects; half of it at the border."""
-    axis: float = 0.75
-    """Minimum direction cosine of a relation in the data; the checker requires 0.5 (GenEval's rule)."""
-
-    @property
-    def captions(self) -> Catalog:
-        return catalog(self.max_count)
-
-
-WORLD32 = World()
 
 
 @dataclass(frozen=True)
@@ -76,11 +63,11 @@ class Scenes:
         return Scenes(self.shape[rows], self.color[rows], self.x[rows], self.y[rows], self.radius[rows])
 
 
-def draw_scenes(rows: Tensor, generator: torch.Generator, world: World = WORLD32) -> Scenes:
+def draw_scenes(rows: Tensor, generator: torch.Generator) -> Scenes:
     """Random scenes that satisfy the captions ``rows`` ([B] of the catalog); free attributes are uniform."""
-    table = world.captions
+    table = catalog()
     count = table.count[rows]  # [B, 2]
-    slots = torch.arange(max(world.max_count, 2))[None]  # [1, K]
+    slots = torch.arange(MAX_COUNT)[None]  # [1, K]
     first = slots < count[:, :1]
     second = (slots >= count[:, :1]) & (slots < count.sum(1, keepdim=True))
     which = second.long()
@@ -89,26 +76,24 @@ def draw_scenes(rows: Tensor, generator: torch.Generator, world: World = WORLD32
     asked = table.color[rows].gather(1, which)
     free = torch.randint(len(COLORS), shape.shape, generator=generator)
     color = torch.where(asked == ANY, free, asked)
-    low, high = world.radius
-    top = high - world.crowd * (count.sum(1, keepdim=True) - 2).clamp_min(0)  # [B, 1]
+    low, high = RADIUS
+    top = high - CROWD * (count.sum(1, keepdim=True) - 2).clamp_min(0)  # [B, 1]
     radius = low + (top - low) * torch.rand(shape.shape, generator=generator)
-    x, y = _place(radius, present, table.relation[rows], generator, world)
+    x, y = _place(radius, present, table.relation[rows], generator)
     return Scenes(shape, color, x, y, radius)
 
 
-def _place(
-    radius: Tensor, present: Tensor, relation: Tensor, generator: torch.Generator, world: World
-) -> tuple[Tensor, Tensor]:
+def _place(radius: Tensor, present: Tensor, relation: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Rejection sampling: draw all centers of a scene until no two objects touch and the relation holds."""
     x, y = torch.zeros_like(radius), torch.zeros_like(radius)
     todo = torch.arange(len(radius))
     while len(todo):
         tries = min(512, max(8, 4096 // len(todo)))  # more tries at once for the last few scenes
         r = radius[todo, None]  # [n, 1, K]
-        edge = 1.15 * r + world.gap / 2
+        edge = 1.15 * r + GAP / 2
         unit = torch.rand(2, len(todo), tries, r.shape[-1], generator=generator)
         xs, ys = edge + unit * (1 - 2 * edge)  # [n, tries, K] each
-        good = _apart(xs, ys, r, present[todo], world) & _related(xs, ys, relation[todo], world)  # [n, tries]
+        good = _apart(xs, ys, r, present[todo]) & _related(xs, ys, relation[todo])  # [n, tries]
         hit, choice = good.max(1)
         done, pick = todo[hit], choice[hit]
         kept = torch.arange(len(todo))[hit]
@@ -117,22 +102,22 @@ def _place(
     return x, y
 
 
-def _apart(xs: Tensor, ys: Tensor, r: Tensor, present: Tensor, world: World) -> Tensor:
+def _apart(xs: Tensor, ys: Tensor, r: Tensor, present: Tensor) -> Tensor:
     good = torch.ones(xs.shape[:2], dtype=torch.bool)
     for i in range(xs.shape[-1]):
         for j in range(i):
             distance = torch.hypot(xs[..., i] - xs[..., j], ys[..., i] - ys[..., j])
             both = (present[:, i] & present[:, j])[:, None]
-            good &= ~both | (distance >= 1.1 * (r[..., i] + r[..., j]) + world.gap)
+            good &= ~both | (distance >= 1.1 * (r[..., i] + r[..., j]) + GAP)
     return good
 
 
-def _related(xs: Tensor, ys: Tensor, relation: Tensor, world: World) -> Tensor:
+def _related(xs: Tensor, ys: Tensor, relation: Tensor) -> Tensor:
     dx, dy = xs[..., 0] - xs[..., 1], ys[..., 0] - ys[..., 1]
     distance = torch.hypot(dx, dy).clamp_min(1e-6)
     along = torch.stack([-dx, dx, -dy, dy], -1) / distance[..., None]  # in the order of RELATIONS
     wanted = relation.clamp_min(0)[:, None, None].expand(*dx.shape, 1)
-    return (relation == ANY)[:, None] | (along.gather(-1, wanted)[..., 0] >= world.axis)
+    return (relation == ANY)[:, None] | (along.gather(-1, wanted)[..., 0] >= AXIS)
 
 
 def signed_distance(shape: int, ux: Tensor, uy: Tensor) -> Tensor:
@@ -174,14 +159,14 @@ def coverage_maps(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor, size: int
     return torch.cat(pieces)[torch.argsort(order)]
 
 
-def render(scenes: Scenes, world: World = WORLD32) -> Tensor:
-    """Images of the scenes, [B, 3, size, size] in [0, 1]: background plus coverage times (color - background)."""
+def render(scenes: Scenes) -> Tensor:
+    """Images of the scenes, [B, 3, 32, 32] in [0, 1]: background plus coverage times (color - background)."""
     device = scenes.x.device
     background = torch.tensor(BACKGROUND, device=device)
     scene, slot = torch.nonzero(scenes.present, as_tuple=True)
     picked = [t[scene, slot] for t in (scenes.shape, scenes.x, scenes.y, scenes.radius)]
-    cover = coverage_maps(picked[0], picked[1], picked[2], picked[3], world.size)  # [N, H, W]
+    cover = coverage_maps(picked[0], picked[1], picked[2], picked[3], IMAGE_SIZE)  # [N, H, W]
     paint = torch.tensor(RGB, device=device)[scenes.color[scene, slot]] - background  # [N, 3]
-    images = background[None, :, None, None].repeat(len(scenes), 1, world.size, world.size)
+    images = background[None, :, None, None].repeat(len(scenes), 1, IMAGE_SIZE, IMAGE_SIZE)
     images.index_add_(0, scene, cover[:, None] * paint[:, :, None, None])
     return images

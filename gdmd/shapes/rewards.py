@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gdmd.diffusion.device import raise_where, to_device_async
+from gdmd.runs.assets import asset_path
 from gdmd.shapes.check import partial_credit
 from gdmd.shapes.grammar import catalog, tokenize
-from gdmd.shapes.scorer_networks import IMAGE_SIZE, KINDS, DualEncoder, Kind, Preference, build_net
+from gdmd.shapes.render import IMAGE_SIZE
+from gdmd.shapes.scorer_networks import KINDS, DualEncoder, Kind, Preference, build_net
 from gdmd.types import PromptBatch
 
 
@@ -156,24 +158,7 @@ def from_asset(path: str | Path) -> ShapesClip | ShapesPref:
 
 def shipped_scorer(kind: Kind) -> ShapesClip | ShapesPref:
     """The scorer that ships with the package."""
-    return from_asset(Path(__file__).parents[1] / "assets" / f"{kind}.safetensors")
-
-
-def image_features(images: Tensor, scorer: ShapesClip | None = None) -> Tensor:
-    """images [B, 3, 32, 32] in [0, 1] -> unit vectors [B, 128] of ``scorer``, by default the shipped held-out one."""
-    scorer = scorer or _heldout()
-    return scorer.image_features(images)
-
-
-_shipped: dict[str, ShapesClip] = {}
-
-
-def _heldout() -> ShapesClip:
-    if "heldout" not in _shipped:
-        scorer = shipped_scorer("shapes_clip_heldout")
-        assert isinstance(scorer, ShapesClip)
-        _shipped["heldout"] = scorer
-    return _shipped["heldout"]
+    return from_asset(asset_path(kind))
 
 
 class PartialCredit:

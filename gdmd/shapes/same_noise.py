@@ -49,16 +49,15 @@ def write_same_noise(
     samplers: Sequence[tuple[Sampler, Components]],
     captions: Sequence[str],
     seed: int,
-    per_caption: int = PER_CAPTION,
     *,
     scale: int = 3,
     option: str = "--run",
 ) -> SameNoise:
     """Draw the images; write one grid to ``path`` (.png), and next to it each image with its mark (.json)."""
-    rows = torch.tensor([catalog().row(text) for text in captions]).repeat_interleave(per_caption)
+    rows = torch.tensor([catalog().row(text) for text in captions]).repeat_interleave(PER_CAPTION)
     columns, sides = [], []
     for sampler, components in samplers:
-        images = same_noise_cells([sampler], components, captions, seed, per_caption)  # [R, per_caption, 3, S, S]
+        images = same_noise_cells([sampler], components, captions, seed, PER_CAPTION)  # [R, PER_CAPTION, 3, S, S]
         right = shapeseval(images.flatten(0, 1), rows).unflatten(0, images.shape[:2]).tolist()  # type: ignore[no-untyped-call]
         files = [[base64.b64encode(png_bytes(to_image(one))).decode() for one in own] for own in images]
         columns.append(Column(sampler.name, sampler.nfe, files, right))
@@ -86,5 +85,5 @@ def read_same_noise(path: Path) -> SameNoise | None:
                 for text in own:
                     base64.b64decode(text, validate=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"cannot read {path}: {error}. Delete it to draw the images again.") from error
+        raise RunError(f"cannot read {path}: {error}. Delete it to generate the images again.") from error
     return SameNoise(found["captions"], columns)

@@ -18,8 +18,8 @@ from gdmd.shapes.render import BACKGROUND
 
 Kind = Literal["shapes_clip", "shapes_clip_heldout", "shapes_pref"]
 KINDS: tuple[Kind, ...] = ("shapes_clip", "shapes_clip_heldout", "shapes_pref")
-IMAGE_SIZE = 32
 GRID = 4  # cells per side of the image towers' feature grid: one cell is about one object
+FEATURES = 128
 FIRST_SCALE = 10.0  # initial inverse temperature of the contrastive loss (learned)
 
 
@@ -88,29 +88,31 @@ class Words(nn.Module):
 class PatchTower(nn.Module):
     """Convolutional stem, transformer over the 4 x 4 grid, all cells read out by one linear layer."""
 
-    def __init__(self, width: int = 96, depth: int = 2, features: int = 128) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        width = 96
         self.stem = Stem(width)
-        self.blocks = nn.Sequential(*(Block(width, 4) for _ in range(depth)), nn.LayerNorm(width))
-        self.read = nn.Linear(GRID * GRID * width, features)
+        self.blocks = nn.Sequential(Block(width, 4), Block(width, 4), nn.LayerNorm(width))
+        self.read = nn.Linear(GRID * GRID * width, FEATURES)
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.read(self.blocks(self.stem(images)).flatten(1))
-        return features  # [B, features]
+        return features  # [B, FEATURES]
 
 
 class SentenceTower(nn.Module):
     """Transformer over the words, all positions read out by one linear layer."""
 
-    def __init__(self, width: int = 64, depth: int = 2, features: int = 128) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        width = 64
         self.words = Words(width)
-        self.blocks = nn.Sequential(*(Block(width, 4) for _ in range(depth)), nn.LayerNorm(width))
-        self.read = nn.Linear(CAPTION_TOKENS * width, features)
+        self.blocks = nn.Sequential(Block(width, 4), Block(width, 4), nn.LayerNorm(width))
+        self.read = nn.Linear(CAPTION_TOKENS * width, FEATURES)
 
     def forward(self, tokens: Tensor) -> Tensor:
         features: Tensor = self.read(self.blocks(self.words(tokens)).flatten(1))
-        return features  # [B, features]
+        return features  # [B, FEATURES]
 
 
 class Residual(nn.Module):
@@ -129,7 +131,7 @@ class Residual(nn.Module):
 class ConvTower(nn.Module):
     """A small residual network whose last 4 x 4 grid is flattened, which keeps positions; no attention."""
 
-    def __init__(self, features: int = 128) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(3, 24, 5, 2, 2),
@@ -140,18 +142,18 @@ class ConvTower(nn.Module):
             nn.Conv2d(48, 80, 3, 2, 1),
             Residual(80),
         )
-        self.read = nn.Sequential(nn.Linear(80 * GRID * GRID, 192), nn.SiLU(), nn.Linear(192, features))
+        self.read = nn.Sequential(nn.Linear(80 * GRID * GRID, 192), nn.SiLU(), nn.Linear(192, FEATURES))
 
     def forward(self, images: Tensor) -> Tensor:
         grid = self.body(centered(images))
         features: Tensor = self.read(grid.flatten(1))
-        return features  # [B, features]
+        return features  # [B, FEATURES]
 
 
 class BagTower(nn.Module):
     """Word embeddings with positions, concatenated and read by an MLP; no attention."""
 
-    def __init__(self, features: int = 128) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.words = Words(24)
         hidden = 256
@@ -160,12 +162,12 @@ class BagTower(nn.Module):
             nn.SiLU(),
             nn.Linear(hidden, hidden),
             nn.SiLU(),
-            nn.Linear(hidden, features),
+            nn.Linear(hidden, FEATURES),
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
         features: Tensor = self.read(self.words(tokens).flatten(1))
-        return features  # [B, features]
+        return features  # [B, FEATURES]
 
 
 class DualEncoder(nn.Module):
@@ -197,10 +199,10 @@ class Preference(nn.Module):
     severity of one wrong attribute. ``forward`` gives 1 + (r - origin) / unit.
     """
 
-    def __init__(self, features: int = 128) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.match = DualEncoder(PatchTower(features=features), SentenceTower(features=features))
-        self.quality = nn.Sequential(nn.Linear(features, 64), nn.SiLU(), nn.Linear(64, 1))
+        self.match = DualEncoder(PatchTower(), SentenceTower())
+        self.quality = nn.Sequential(nn.Linear(FEATURES, 64), nn.SiLU(), nn.Linear(64, 1))
         self.register_buffer("origin", torch.zeros(()))
         self.register_buffer("unit", torch.ones(()))
 

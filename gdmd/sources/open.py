@@ -82,7 +82,10 @@ def draws_shapes(cfg: SourceConfig) -> bool:
 
 
 def require_one_world(sources: Sequence[SourceConfig]) -> None:
-    """ValueError where sources of the Shapes world and of real models would be compared; folders of images go with both."""
+    """Check the kind of every source. ValueError where sources of the Shapes world and of real models would be compared.
+
+    Folders of images go with both.
+    """
     worlds = {source.where: draws_shapes(source) for source in sources if kind_of(source) != "images"}
     if len(set(worlds.values())) > 1:
         shapes, others = ([where for where in worlds if worlds[where] is one] for one in (True, False))

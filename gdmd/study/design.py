@@ -76,22 +76,19 @@ def draw_plan(cfg: StudyConfig, models: Sequence[str], prompts: Sequence[Prompt]
     return PlanWithKey(plan, tuple(tokens), by_id, {id_: image for (image, ruined), id_ in ids.known.items() if ruined})
 
 
-def votes_needed(win_rate: float, power: float = 0.8) -> int:
-    """Decided votes (ties do not count) that a two-sided sign test at 5 % needs to detect ``win_rate`` with ``power``.
+def votes_needed(win_rate: float) -> int:
+    """Decided votes (ties do not count) that a two-sided sign test at 5 % needs to detect ``win_rate`` with 80 % power.
 
-        n = (z_.975 / 2 + z_power sqrt(p (1 - p)))^2 / (p - 1/2)^2
+        n = (z_.975 / 2 + z_.8 sqrt(p (1 - p)))^2 / (p - 1/2)^2
 
     55 % needs 783, 60 % needs 194. With few prompts or few raters, votes are clustered and more are needed.
     """
     from statistics import NormalDist
 
-    if not 0 < win_rate < 1 or win_rate == 0.5 or not 0 < power < 1:
-        raise ValueError(
-            f"no number of votes shows a win rate of {win_rate} with power {power}; both must be between 0 and 1, and the "
-            "win rate not 0.5"
-        )
+    if not 0 < win_rate < 1 or win_rate == 0.5:
+        raise ValueError(f"no number of votes shows a win rate of {win_rate}; it must be between 0 and 1, and not 0.5")
     z = NormalDist().inv_cdf
-    spread = z(0.975) / 2 + z(power) * math.sqrt(win_rate * (1 - win_rate))
+    spread = z(0.975) / 2 + z(0.8) * math.sqrt(win_rate * (1 - win_rate))
     return math.ceil((spread / (win_rate - 0.5)) ** 2)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gdmd.config.names import listed
 from gdmd.io import write_atomic
 from gdmd.reporting.pages import Dot, DotPlot, Number, Verdict, data_uri, dot_plot, render
 from gdmd.reporting.tables import MISSING, Table, difference, number, plus_minus
@@ -74,7 +75,7 @@ def verdict(results: Results) -> Verdict:
         return Verdict(f"{name} cannot be compared yet: paired tests need two seeds of it and of another row.")
     words = {1: "is better than", -1: "is worse than", 0: "is not distinguishable from"}
     found = {text: [_quoted(e.row.title) for e in tests if _sign(e) == sign] for sign, text in words.items()}
-    parts = [f"{text} {_listed(rows)}" for text, rows in found.items() if rows]
+    parts = [f"{text} {listed(rows, quoted=False, last='and')}" for text, rows in found.items() if rows]
     first = tests[0]
     other = results.summary(first.row.name, OVERALL)
     numbers = [
@@ -95,11 +96,6 @@ def verdict(results: Results) -> Verdict:
 def _quoted(title: str) -> str:
     """A title as an item of a list."""
     return f'"{title}"' if "," in title else title
-
-
-def _listed(words: Sequence[str]) -> str:
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _sign(each: AgainstHeadline) -> int:

@@ -110,7 +110,7 @@ def run_sweep(
             _Pool(folder, jobs, table, wanted, outcome, log, show).run(todo, stopped)
             outcome.signal = stopped[0] if stopped else None
         if outcome.signal is None and not _images_drawn(sweep, folder):
-            log("drawing the images of the figures")
+            log("generating the images of the figures")
             if _finish(IMAGES, folder, folder / "images.log") != 0:
                 outcome.failed["images"] = _reason(folder / "images.log")
     return outcome

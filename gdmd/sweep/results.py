@@ -167,5 +167,5 @@ def _features(folder: Path) -> Sequence[Mapping[str, Any]]:
     path = folder / IMAGES
     if not path.exists():
         return []
-    panels: Sequence[Mapping[str, Any]] = read_json(path, "Delete it to draw the images again.").get("panels", [])
+    panels: Sequence[Mapping[str, Any]] = read_json(path, "Delete it to generate the images again.").get("panels", [])
     return panels

@@ -20,7 +20,7 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig, ShapesModel, ShapesReward
 from gdmd.config.sweep import Budget, ExportRow, StudentRow, SweepConfig, TeacherRow
 from gdmd.config.validation import ValidationConfig
-from gdmd.io import RunError, content_hash, file_hash, numbered_jsonl, read_json
+from gdmd.io import RunError, content_hash, file_hash, numbered_jsonl, read_json, reading
 from gdmd.recipes.contents import base_content
 from gdmd.runs.assets import asset_path
 from gdmd.runs.run_folder import MISSING, Change, config_hash, differing
@@ -288,10 +288,8 @@ def _own_contents(cfg: RunConfig) -> dict[str, Any]:
 
 
 def _content(path: Path) -> str:
-    try:
+    with reading(path):
         stat = path.stat()
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}. Check that it exists and is readable.") from error
     return _content_at(path, stat.st_size, stat.st_mtime_ns)
 
 

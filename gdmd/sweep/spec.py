@@ -68,7 +68,7 @@ def read_sweep(source: str) -> Sweep:
 def _model_problems(config: SweepConfig, recipes: Mapping[str, RunConfig]) -> list[str]:
     """Rows whose images ShapesEval cannot judge, rows of two kinds of model, and exports of what is not a LoRA."""
     found = [
-        f"row '{name}': a sweep measures ShapesEval, but {cfg.name} trains a pipeline that does not draw Shapes captions; "
+        f"row '{name}': a sweep measures ShapesEval, but {cfg.name} distills a pipeline outside the Shapes world; "
         "train it with gdmd train and compare the runs with gdmd eval compare"
         for name, cfg in recipes.items()
         if not cfg.shapes_world

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from gdmd.config.model import DiffusersModel
-from gdmd.config.run import EvalConfig, ModelConfig, RunConfig
+from gdmd.config.run import ModelConfig, RunConfig
 from gdmd.diffusion.generate import Sampler, teacher_sampler
 from gdmd.io import finite_or_none, read_json, write_atomic
 from gdmd.methods.pass_counter import BACKWARD, FROZEN_BACKWARD, CountedMethod
@@ -176,11 +176,9 @@ def pipeline_facts(cfg: RunConfig, mode: str, steps: int) -> dict[str, Any]:
     return {"pipeline": {"family": family, "method": method, "mode": mode, "steps": steps}}
 
 
-def measures(
-    cfg: RunConfig, components: Components, sampler: Sampler, split: Any, size: EvalConfig | None = None
-) -> dict[str, Any]:
+def measures(cfg: RunConfig, components: Components, sampler: Sampler, split: Any) -> dict[str, Any]:
     """The measured part of a table line; ``shapeseval`` is the overall score, ``tasks`` holds the six."""
-    return measured_line(evaluate(sampler, components, size or cfg.eval, all_scorers(cfg), split), cfg)
+    return measured_line(evaluate(sampler, components, cfg.eval, all_scorers(cfg), split), cfg)
 
 
 def measured_line(found: Evaluation, cfg: RunConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     student/moved    their distance, relative to the spread of the teacher's: 0 = the teacher, sqrt(2) = unrelated samples
 
-Weights would not do: how far they must move depends on the model, and on adapters or full weights.
+Weights say less: how far they must move depends on the model, and on adapters or full weights.
 """
 
 from __future__ import annotations

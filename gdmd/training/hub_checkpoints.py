@@ -12,8 +12,8 @@ from gdmd.training.callbacks import TrainerCallback, TrainerState
 class HubCheckpoints(TrainerCallback):
     """A callback that gives each new checkpoint to ``push``, one at a time; while one is uploaded, the newest waits.
 
-    Training never waits for an upload and never stops because of one: a failure is a note, and the next checkpoint is
-    the next try. Only the end of the training waits for the upload of the last one.
+    Training never waits for an upload and never stops because of one: a failure is a note, and the upload is
+    tried again with the next checkpoint. Only the end of the training waits for the upload of the last one.
     """
 
     def __init__(self, push: Callable[[Path], object], note: Callable[[str], None]) -> None:
@@ -43,7 +43,7 @@ class HubCheckpoints(TrainerCallback):
             try:
                 self.push(checkpoint)
             except Exception as error:  # whatever it is, training continues
-                self.note(f"{checkpoint.name} was not uploaded: {error} The next checkpoint is the next try.")
+                self.note(f"{checkpoint.name} was not uploaded: {error} It is tried again with the next checkpoint.")
 
     def _next(self) -> Path | None:
         with self._lock:

@@ -96,7 +96,7 @@ class Tracker(TrainerCallback):
         except Exception as error:
             self._active = False
             self.note(
-                f"{self.name} failed and gets no more data of this run: {_reason(error)}. Training continues; "
+                f"{self.name} failed and gets no more data from this run: {_reason(error)}. Training continues; "
                 f"{self.run.metrics} has every row."
             )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gdmd.io import near_name
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import open_run
-from gdmd.runs.student_file import part, read_student_file, student_file, told
+from gdmd.runs.student_file import origin_of, part, read_student_file, student_file
 from gdmd.training.distributed import DistributedContext
 from gdmd.training.ema import load_named
 from gdmd.training.role_state import RoleState
@@ -134,7 +134,7 @@ def _networks(run: str, context: DistributedContext) -> tuple[Mapping[Role, Mapp
     """The tensors of student and fake score, and what to tell the user about them."""
     if file := student_file(run):
         asset = read_student_file(file)
-        message = f"student (EMA) and fake start from {run}, {told(asset)}"
+        message = f"student (EMA) and fake start from {run}, {origin_of(asset)}"
         return {"student": part(asset, "student"), "fake": part(asset, "fake")}, [message]
     saved = newest(Path(run) / "checkpoints", context)
     assert saved is not None

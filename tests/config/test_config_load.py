@@ -152,7 +152,7 @@ def test_all_errors_at_once() -> None:
         ("name: x", "loop: is missing; this key is required"),
         ("loop: {steps: true}", "loop.steps: got True: input should be a valid integer"),
         ("loop: {steps: 1.0}", "loop.steps: got 1.0: input should be a valid integer"),
-        ("loop: {steps: 1, lr: yes}", "loop.lr: got True: should be a number, not a truth value"),
+        ("loop: {steps: 1, lr: yes}", "loop.lr: got True: should be a number, not a boolean"),
         ("loop: {steps: 1, lr: .inf}", "loop.lr: got inf: input should be a finite number"),
         ("loop: {steps: 1, betas: [1]}", "loop.betas.1: is missing; this key is required"),
         (

@@ -10,8 +10,7 @@ import torch
 
 from gdmd.data.prompts import PromptStream, batch_of
 from gdmd.diffusion.rng import SampleRng
-from gdmd.shapes.captions import training_captions
-from gdmd.shapes.grammar import NULL, TASKS, catalog, tokenize
+from gdmd.shapes.grammar import NULL, TASKS, catalog, tokenize, training_captions
 from gdmd.shapes.latents import RenderedLatents
 from gdmd.shapes.roles import ShapesTextEncoder
 from gdmd.types import Cond

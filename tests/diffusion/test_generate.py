@@ -89,7 +89,7 @@ def test_the_two_passes_of_guidance_are_counted(components: TinyLab) -> None:
     assert student_sampler(components, components.roles.student, STEPS).nfe == 4
 
 
-def test_images_are_pictures(components: TinyLab) -> None:
+def test_images_are_in_range(components: TinyLab) -> None:
     images = student_images(components, TEXTS, 1, STEPS)
     assert images.shape == (5, 3, 32, 32)
     assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1

@@ -38,7 +38,7 @@ def test_token_norms(patch: int) -> None:
     assert (v - mixed).abs().mean() > 0.1
 
 
-def test_both_parts_of_the_answer_still_make_the_noisy_picture() -> None:
+def test_both_parts_of_the_answer_still_make_the_noisy_latent() -> None:
     x_t, cond, uncond = answers()
     guided = KeepTokenNorm(2)(cond, uncond, 4.0, T)
     t = T.view(-1, 1, 1, 1)

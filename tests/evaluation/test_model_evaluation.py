@@ -19,10 +19,6 @@ from torch import Tensor
 from gdmd.config.image_source import read_source
 from gdmd.evaluation.compare import EvalOptions, compare, preference
 from gdmd.evaluation.geneval import images_key
-from gdmd.evaluation.scorers import read_scorer, read_scorers
-from gdmd.recipes.reward_identity import scorer_identity
-from gdmd.reporting.statistics import speed
-from gdmd.runs.assets import asset_path, load_asset, save_asset
 from gdmd.sources.runs import RunSource
 
 SCORERS = ("test_model_evaluation:brightness", "test_model_evaluation:green")
@@ -285,40 +281,6 @@ def test_changed_scorer_code(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(lines) == 18, "the third question was answered before, the fourth is another file"
 
 
-def test_scorer_identity(gdmd: Gdmd, tmp_path: Path) -> None:
-    shipped = load_asset(asset_path("shapes_clip"))
-    place = save_asset(tmp_path / "scorer.safetensors", shipped.tensors, command="a copy", seed=0)
-    spec = read_scorer(f"shapes_clip,asset={place}")
-    first = scorer_identity(spec)
-    moved = shutil.copy(place, tmp_path / "moved.safetensors")
-    assert scorer_identity(read_scorer(f"shapes_clip,asset={moved}")) == first
-    save_asset(place, {key: value * 0.5 for key, value in shipped.tensors.items()}, command="a copy", seed=0)
-    assert scorer_identity(spec) != first
-    folder = tmp_path / "clip"
-    folder.mkdir()
-    for name in ("model.safetensors", "config.json", "vocab.txt"):
-        (folder / name).write_text("{}")
-    arguments = [f"clip,path={folder}", f"clip,path={folder},dtype=bf16", f"pickscore,path={folder}"]
-    known = [scorer_identity(read_scorer(word)) for word in arguments]
-    assert len(set(known)) == 3
-    assert scorer_identity(read_scorer(f"{arguments[0]},device=cuda:1,chunk=2,offload=true")) == known[0]
-    (folder / "vocab.txt").write_text("[]")
-    assert scorer_identity(read_scorer(arguments[0])) != known[0]
-
-
-def test_scorer_identity_of_a_hub_branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    spec, pinned = read_scorer("clip,path=org/clip"), read_scorer(f"clip,path=org/clip,revision={'a' * 40}")
-    assert scorer_identity(spec) != scorer_identity(spec) and scorer_identity(pinned) == scorer_identity(pinned)
-    branch = tmp_path / "models--org--clip" / "refs" / "main"
-    branch.parent.mkdir(parents=True)
-    branch.write_text("a" * 40)
-    assert scorer_identity(spec) == scorer_identity(pinned)
-    branch.write_text("b" * 40)
-    assert scorer_identity(spec) != scorer_identity(pinned)
-
-
 def test_retrained_run_is_another_source(gdmd: Gdmd) -> None:
     gdmd.trained()
     gdmd.trained("loop.seed=1", run="other")
@@ -329,14 +291,6 @@ def test_retrained_run_is_another_source(gdmd: Gdmd) -> None:
     shutil.copytree("other/checkpoints", "run/checkpoints")
     with pytest.raises(ValueError, match=r"another source \(weights differ"):
         preference(read_source("run"), options, Path("eval"), quiet)
-
-
-def test_speed_of_one_batch_size_and_device() -> None:
-    def row(images: int, seconds: float, batch: int, device: str = "cpu", first: int = 0) -> dict[str, Any]:
-        return {"images": images, "seconds": seconds, "first": first, "batch": batch, "device": device}
-
-    rows = [row(8, 80.0, 8, first=1), row(8, 8.0, 8), row(6, 6.0, 8), row(2, 8.0, 2), row(10, 1.0, 8, "a GPU")]
-    assert speed(rows) == 1.0 and speed(rows[3:]) == 0.1 and speed(rows[:1]) is None
 
 
 def test_compare_pairs_images(gdmd: Gdmd) -> None:
@@ -451,16 +405,6 @@ def test_bad_arguments(gdmd: Gdmd, arguments: list[str], message: str) -> None:
     world(gdmd)
     done = gdmd("eval", *arguments)
     assert done.code == 2 and message in done.err and "Traceback" not in done.err
-
-
-def test_scorer_arguments() -> None:
-    spec: Any = read_scorer("clip,path=models/clip,dtype=bf16,chunk=8")
-    assert (spec.kind, spec.path, spec.dtype, spec.chunk) == ("clip", "models/clip", "bf16", 8)
-    assert read_scorer("my_rewards:sharpness").label == "my_rewards:sharpness"
-    with pytest.raises(ValueError, match="given twice"):
-        read_scorers(["clip", "clip,dtype=bf16"])
-    with pytest.raises(ValueError, match="is not a key=value"):
-        read_scorer("clip,bf16")
 
 
 def test_compare_pipelines_with_geneval(gdmd: Gdmd, tmp_path: Path) -> None:

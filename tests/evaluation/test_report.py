@@ -403,7 +403,7 @@ def test_damaged_comparison_is_one_error(tmp_path: Path) -> None:
     wrong = good | {"columns": [good["columns"][0] | {"images": [["<script>"]]}]}
     for content in ("{", "[]", json.dumps(good | {"captions": ["a", "b"]}), json.dumps(wrong)):
         (tmp_path / "comparison.json").write_text(content)
-        with pytest.raises(RunError, match="Delete it to draw the images again"):
+        with pytest.raises(RunError, match="Delete it to generate the images again"):
             read_same_noise(path)
 
 

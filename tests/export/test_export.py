@@ -34,11 +34,6 @@ from gdmd.sources.open import open_source
 from gdmd.types import StudentSampler
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipelines")
-
-
 @pytest.mark.parametrize("sampler", ["renoise", "ode"])
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2", "z_image", "sana", "krea2", "qwen_image21"])
 def test_stock_pipeline_with_the_lora(
@@ -227,9 +222,7 @@ def exported(folders: Path, target: Path, name: str, *, merged: bool, **changes:
 @pytest.mark.parametrize(("lacks", "merged"), [("setting", False), ("folder", True), ("index", False)])
 def test_card_of_sd3_without_t5_runs(folders: Path, tmp_path: Path, lacks: str, merged: bool) -> None:
     """T5 is left out by model.t5, its folders were deleted, or the base was saved without it."""
-    if not (folders / "sd3").exists():
-        tiny.save("sd3", folders / "sd3")
-    shutil.copytree(folders / "sd3", tmp_path / "base")
+    shutil.copytree(tiny.saved(folders, "sd3"), tmp_path / "base")
     for part in ("text_encoder_3", "tokenizer_3"):
         if lacks == "folder":
             shutil.rmtree(tmp_path / "base" / part)

@@ -8,14 +8,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_roles import Toy, ToyCodec, apply, dmd, grouped, make, prompts, rng, same, tiny_roles, train, updates, watch
+from tiny_roles import (
+    Toy,
+    ToyCodec,
+    apply,
+    dmd,
+    grouped,
+    make,
+    plain_dmd,
+    prompts,
+    rng,
+    same,
+    tiny_roles,
+    train,
+    updates,
+    watch,
+)
 from torch import Tensor
 
 from gdmd.config.methods.dmdr import DMDRConfig
 from gdmd.diffusion.dmdr_schedules import beta_quantile
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.diffusion.stochastic_sampling import cps_log_prob, cps_mean
-from gdmd.losses.dmd import dmd_loss
 from gdmd.methods.dmdr import Dmdr
 from gdmd.methods.preference_pairs import extremes
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles
@@ -41,10 +55,6 @@ def student_update(method: Dmdr, roles: ShapesRoles, step: int, batch: PromptBat
 def gradients(update: Update, roles: ShapesRoles, value: Tensor | None = None) -> list[Tensor]:
     loss = update.loss(update.batch).per_sample if value is None else value
     return list(torch.autograd.grad(loss.mean(), list(roles.parameters("student").values())))
-
-
-def plain(roles: ShapesRoles, batch: Any) -> Tensor:
-    return dmd_loss(roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar)
 
 
 def test_once_the_schedules_have_ended_it_is_dmd_bit_for_bit() -> None:
@@ -109,7 +119,7 @@ def test_tilt_is_of_the_finished_rollout() -> None:
     np.testing.assert_allclose(batch.weight.numpy(), wanted, rtol=1e-4)
     literal = student_update(dmdr(roles, tilt_unit="norm", **options), roles, 0).batch.weight
     np.testing.assert_allclose(literal.numpy(), np.exp(reward / np.sqrt((reward**2).sum())), rtol=1e-5)
-    torch.testing.assert_close(update.loss(batch).per_sample, batch.weight * plain(roles, batch))
+    torch.testing.assert_close(update.loss(batch).per_sample, batch.weight * plain_dmd(roles, batch))
 
 
 def test_a_sample_that_was_not_scored_is_distilled_untilted() -> None:
@@ -181,7 +191,7 @@ def test_refl_adds_the_weighted_hinge() -> None:
     x0 = roles.student(update.batch.x_tau, update.batch.tau, update.batch.cond).x0
     shown = torch.sigmoid(x0[:, :2]).mean((2, 3))
     hinge = ((0.8 - shown[:, 0]).relu() + (0.8 - 3 * shown[:, 1]).relu()) / 2
-    wanted = plain(roles, update.batch) + 1.2 * hinge
+    wanted = plain_dmd(roles, update.batch) + 1.2 * hinge
     torch.testing.assert_close(update.loss(update.batch).per_sample, wanted)
     for own, other in zip(gradients(update, roles), gradients(update, roles, wanted), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
@@ -191,7 +201,7 @@ def test_refl_adds_the_weighted_hinge() -> None:
 def test_a_reward_beyond_its_margin_leaves_dmd(options: dict[str, Any]) -> None:
     roles = tiny_roles()
     update = student_update(dmdr(roles, cold_start=0, **options), roles, 0)
-    assert torch.equal(update.loss(update.batch).per_sample, plain(roles, update.batch))
+    assert torch.equal(update.loss(update.batch).per_sample, plain_dmd(roles, update.batch))
 
 
 def test_refl_refuses_a_black_box_and_the_other_strategies_take_it() -> None:
@@ -216,7 +226,7 @@ def test_grpo_gradient_is_the_policy_gradient() -> None:
         mean = cps_mean(prediction, torch.full((8,), steps[i + 1]), 0.9, roles.schedule)
         log_prob.append(cps_log_prob(batch.x[:, i + 1], mean))
     torch.testing.assert_close(torch.stack(log_prob, 1), batch.log_prob_old, rtol=1e-4, atol=1e-5)
-    wanted = plain(roles, batch) - 1.2 * batch.advantage * torch.stack(log_prob).mean(0)
+    wanted = plain_dmd(roles, batch) - 1.2 * batch.advantage * torch.stack(log_prob).mean(0)
     for own, other in zip(gradients(update, roles), gradients(update, roles, wanted), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
 
@@ -247,7 +257,7 @@ def test_dpo_prefers_best_to_worst() -> None:
         x0 = roles.student(pairs.win_t, pairs.t, update.batch.cond).x0.detach()
         other = roles.student(pairs.lose_t, pairs.t, update.batch.cond).x0.detach()
         errors.append(((x0 - pairs.x0_win).square() - (other - pairs.x0_lose).square()).mean())
-        steer = update.loss(update.batch).per_sample - plain(roles, update.batch)
+        steer = update.loss(update.batch).per_sample - plain_dmd(roles, update.batch)
         for parameter, grad in zip(roles.parameters("student").values(), gradients(update, roles, steer), strict=True):
             parameter.data.sub_(1e-3 * grad)  # one step of the preference alone
     assert errors[1] < errors[0]
@@ -272,7 +282,7 @@ def test_no_scores_leave_dmd(strategy: str) -> None:
     roles = tiny_roles()
     method = dmdr(roles, Toy(unscored=tuple(range(8))), strategy=strategy, cold_start=0)
     update = student_update(method, roles, 0, grouped())
-    assert torch.equal(update.loss(update.batch).per_sample, plain(roles, update.batch))
+    assert torch.equal(update.loss(update.batch).per_sample, plain_dmd(roles, update.batch))
     assert all(gradient.isfinite().all() for gradient in gradients(update, roles))
 
 

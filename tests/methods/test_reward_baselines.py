@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_roles import Toy, ToyCodec, apply, dmd, make, rng, same, student_gradient, tiny_roles, watch, weights
+from tiny_roles import (
+    Toy,
+    ToyCodec,
+    apply,
+    dmd,
+    make,
+    plain_dmd,
+    rng,
+    same,
+    student_gradient,
+    tiny_roles,
+    watch,
+    weights,
+)
 from torch import Tensor
 
 from gdmd.config.methods.all import MethodConfig, without_rewards
@@ -59,11 +72,6 @@ def policy(roles: ShapesRoles) -> tuple[Denoiser, Schedule]:
     return roles.student, roles.schedule
 
 
-def plain(roles: ShapesRoles, batch: Any) -> Tensor:
-    """L_DMD of a student batch. [B]"""
-    return dmd_loss(roles.student(batch.x_tau, batch.tau, batch.cond).x0, batch.x_tar)
-
-
 @pytest.mark.parametrize("kind", BLACK_BOX)
 def test_permuting_the_samples_permutes_their_advantages(kind: str) -> None:
     roles, batch, order = tiny_roles(), grouped(), torch.tensor([5, 0, 3, 2, 4, 1])
@@ -105,10 +113,10 @@ def test_refl_backpropagates_the_reward() -> None:
     torch.testing.assert_close(update.loss(update.batch).per_sample, wanted(update.batch))
     gradient = student_gradient(update, roles)
     torch.testing.assert_close(gradient, student_gradient(update, roles, wanted), rtol=1e-4, atol=1e-6)
-    assert (gradient - student_gradient(update, roles, lambda batch: plain(roles, batch))).abs().max() > 1e-4
+    assert (gradient - student_gradient(update, roles, lambda batch: plain_dmd(roles, batch))).abs().max() > 1e-4
 
 
-def test_refl_leaves_pictures_above_the_margin_to_dmd() -> None:
+def test_refl_leaves_images_above_the_margin_to_dmd() -> None:
     first, second = tiny_roles(), tiny_roles()
     wanted = train(dmd(first, **UPDATES), first)
     assert same(train(baseline("dmd_refl", second, Toy(offset=5.0), margin=0.7), second), wanted)
@@ -145,7 +153,7 @@ def test_nft_is_neutral_for_equal_rewards_on_policy() -> None:
     roles.follow(0.0)
     update = next(run(baseline("dmd_nft", roles, Toy(factor=0.0, offset=2.0)), roles))
     assert torch.equal(update.batch.r, torch.full((6,), 0.5))
-    wanted = student_gradient(update, roles, lambda batch: plain(roles, batch))
+    wanted = student_gradient(update, roles, lambda batch: plain_dmd(roles, batch))
     torch.testing.assert_close(student_gradient(update, roles), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -162,7 +170,7 @@ def test_grpo_first_update_and_clip() -> None:
         moved = (log_prob - update.batch.log_prob_old).abs().max()
         if place == 0:
             assert moved < 1e-6
-            gain = lambda b: plain(roles, b) - 3 * b.advantage * log_prob_of(method, b).mean(1)  # noqa: E731
+            gain = lambda b: plain_dmd(roles, b) - 3 * b.advantage * log_prob_of(method, b).mean(1)  # noqa: E731
             wanted = student_gradient(update, roles, gain)
             torch.testing.assert_close(student_gradient(update, roles), wanted, rtol=1e-3, atol=1e-5)
         else:

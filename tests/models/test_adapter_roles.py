@@ -34,16 +34,9 @@ from gdmd.types import Role
 ROLES: tuple[Role, Role] = ("student", "fake")
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipelines")
-
-
 @cache
 def opened(folder: Path, dtype: str) -> Family:
-    if not folder.exists():
-        tiny.save(folder.name, folder)
-    return open_family(tiny.config(folder, dtype=dtype))
+    return open_family(tiny.config(tiny.saved(folder.parent, folder.name), dtype=dtype))
 
 
 def roles_of(folders: Path, name: str = "sd3", dtype: str = "fp32", **changes: Any) -> DiffusersRoles:

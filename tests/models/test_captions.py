@@ -30,16 +30,6 @@ from gdmd.sources.open import open_source
 from gdmd.types import Cond
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipelines")
-
-
-def saved(folders: Path, name: str) -> Path:
-    folder = folders / name
-    return folder if folder.exists() else tiny.save(name, folder)
-
-
 @cache
 def shared(folder: Path) -> Family:
     """For tests that change nothing."""
@@ -55,7 +45,7 @@ def equal(one: Cond, other: Cond) -> bool:
 
 @pytest.mark.parametrize("name", tiny.BUILD)
 def test_prompts_are_reported_as_equal_exactly_if_their_embeddings_are(folders: Path, name: str) -> None:
-    encoder = shared(saved(folders, name)).encoder
+    encoder = shared(tiny.saved(folders, name)).encoder
     readers = readers_of(encoder.pipe, encoder.cfg.max_tokens)
     last = max(readers, key=lambda reader: reader.room)
     spare = len(last.tokens(["x"])[0]) - last.head - last.tail - 1  # a mark before the first word
@@ -73,16 +63,16 @@ def test_prompts_are_reported_as_equal_exactly_if_their_embeddings_are(folders: 
 
 @pytest.mark.parametrize("name", tiny.BUILD)
 def test_prompts_that_fit_are_not_reported(folders: Path, name: str) -> None:
-    encoder = shared(saved(folders, name)).encoder
+    encoder = shared(tiny.saved(folders, name)).encoder
     room = min(reader.room for reader in readers_of(encoder.pipe, encoder.cfg.max_tokens))
     assert encoder.long_prompts(["", "a dog", "é" * (room // 4), "x" * (room - 2)]) is None
 
 
 def test_default_length(folders: Path) -> None:
-    pipe = shared(saved(folders, "sana")).pipe
+    pipe = shared(tiny.saved(folders, "sana")).pipe
     (reader,) = readers_of(pipe)
     assert reader.room == 298  # of 300 two are the instruction's last token and the first of all
-    assert readers_of(shared(saved(folders, "flux")).pipe)[1].limit == 512
+    assert readers_of(shared(tiny.saved(folders, "flux")).pipe)[1].limit == 512
 
 
 def test_training_warns_once_about_long_prompts(
@@ -94,7 +84,7 @@ def test_training_warns_once_about_long_prompts(
     for _ in range(2):  # the second run finds all captions on disk, and has no text encoder
         cfg = RunConfig(
             name="tiny",
-            model=tiny.config(saved(folders, "z_image"), embeddings=str(tmp_path / "text")),
+            model=tiny.config(tiny.saved(folders, "z_image"), embeddings=str(tmp_path / "text")),
             method={"kind": "dmd", "fake_updates": 1},
             loop=loop,
             prompts={"file": str(file)},
@@ -108,14 +98,14 @@ def test_training_warns_once_about_long_prompts(
 
 
 def test_sampling_warns_about_long_prompts(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = open_source(read_source(f"{saved(folders, 'sdxl')},dtype=fp32,device=cpu"))
+    source = open_source(read_source(f"{tiny.saved(folders, 'sdxl')},dtype=fp32,device=cpu"))
     source.check(["a dog", "x" * 80])
     assert "1 of 2 prompts are longer" in caplog.text and "text_encoder_2 reads 75 tokens: 1 longer" in caplog.text
 
 
 def test_max_tokens_without_effect(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("sdxl", "sd3"):
-        open_family(tiny.config(saved(folders, name), max_tokens=64))
+        open_family(tiny.config(tiny.saved(folders, name), max_tokens=64))
     said = [one for one in caplog.messages if "max_tokens" in one]
     assert (
         len(said) == 1 and "model.max_tokens = 64 has no effect: the encoders of a StableDiffusionXLPipeline" in said[0]
@@ -125,7 +115,7 @@ def test_max_tokens_without_effect(folders: Path, caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize(("name", "most"), [("sd3", 512), ("flux", 512), ("qwen_image", 1024)])
 def test_max_tokens_above_the_pipelines_limit(folders: Path, name: str, most: int) -> None:
     with pytest.raises(ValueError, match=f"model.max_tokens = {most + 1}.*at most {most}"):
-        open_family(tiny.config(saved(folders, name), max_tokens=most + 1))
+        open_family(tiny.config(tiny.saved(folders, name), max_tokens=most + 1))
 
 
 # ---------------------------------------------------------------- limits
@@ -133,8 +123,8 @@ def test_max_tokens_above_the_pipelines_limit(folders: Path, name: str, most: in
 
 @pytest.mark.parametrize(("name", "given"), [("sd15", 512), ("sdxl", None), ("sd3", 512)])
 def test_tokenizer_gets_its_encoders_length(folders: Path, tmp_path: Path, name: str, given: int | None) -> None:
-    wanted = shared(saved(folders, name))
-    folder = Path(shutil.copytree(saved(folders, name), tmp_path / name))
+    wanted = shared(tiny.saved(folders, name))
+    folder = Path(shutil.copytree(tiny.saved(folders, name), tmp_path / name))
     for file in folder.glob("tokenizer*/tokenizer_config.json"):
         config = json.loads(file.read_text())
         config.pop("model_max_length")
@@ -179,8 +169,8 @@ def test_cache_key_depends_on_content(folders: Path, tmp_path: Path, file: str, 
         cfg = tiny.config(folder)
         return encoder_identity(open_family(cfg, encoders=False)), vae_identity(cfg)
 
-    before = identities(saved(folders, "sd3"))
-    folder = Path(shutil.copytree(saved(folders, "sd3"), tmp_path / "elsewhere"))
+    before = identities(tiny.saved(folders, "sd3"))
+    folder = Path(shutil.copytree(tiny.saved(folders, "sd3"), tmp_path / "elsewhere"))
     assert identities(folder) == before
     rewrite(
         folder / file, lambda content: content.replace(b": 77", b": 76") if b": 77" in content else last_byte(content)
@@ -190,7 +180,7 @@ def test_cache_key_depends_on_content(folders: Path, tmp_path: Path, file: str, 
 
 
 def test_cache_key_depends_on_settings(folders: Path, tmp_path: Path) -> None:
-    folder = saved(folders, "sd3")
+    folder = tiny.saved(folders, "sd3")
     changes: list[dict[str, Any]] = [{}, {"max_tokens": 128}, {"dtype": "bf16"}, {"t5": False}]
     texts = [encoder_identity(open_family(tiny.config(folder, **one), encoders=False)) for one in changes]
     assert len(set(texts)) == len(changes)
@@ -199,7 +189,7 @@ def test_cache_key_depends_on_settings(folders: Path, tmp_path: Path) -> None:
 
 
 def test_cache_key_depends_on_the_empty_prompt_rule(folders: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(saved(folders, "sdxl"), tmp_path / "sdxl"))
+    folder = Path(shutil.copytree(tiny.saved(folders, "sdxl"), tmp_path / "sdxl"))
     before = encoder_identity(open_family(tiny.config(folder), encoders=False))
     index = json.loads((folder / "model_index.json").read_text())
     index["force_zeros_for_empty_prompt"] = not index["force_zeros_for_empty_prompt"]
@@ -213,8 +203,8 @@ def test_image_identity_depends_on_content(folders: Path, tmp_path: Path, part: 
         info = open_source(read_source(f"{folder},dtype=fp32,device=cpu")).info
         return {key: value for key, value in info.identity.items() if key != "where"}
 
-    before = identity(saved(folders, "sd15"))
-    folder = Path(shutil.copytree(saved(folders, "sd15"), tmp_path / "sd15"))
+    before = identity(tiny.saved(folders, "sd15"))
+    folder = Path(shutil.copytree(tiny.saved(folders, "sd15"), tmp_path / "sd15"))
     assert identity(folder) == before
     file = next(
         file for file in sorted((folder / part).iterdir()) if file.suffix == ".safetensors" or part == "tokenizer"
@@ -225,6 +215,6 @@ def test_image_identity_depends_on_content(folders: Path, tmp_path: Path, part: 
 
 def test_sana_source_uses_the_requested_size(folders: Path) -> None:
     """Sana's call would draw the nearest size of its table, and scale the image."""
-    source: Any = open_source(read_source(f"{saved(folders, 'sana')},dtype=fp32,device=cpu,height=32,width=64"))
+    source: Any = open_source(read_source(f"{tiny.saved(folders, 'sana')},dtype=fp32,device=cpu,height=32,width=64"))
     assert source.arguments["use_resolution_binning"] is False
     assert source.info.identity["use_resolution_binning"] is False

@@ -43,17 +43,6 @@ STOCK: dict[str, dict[str, Any]] = {  # what the stock call needs for classifier
 }
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for saved pipelines; each is created on first use."""
-    return tmp_path_factory.mktemp("pipelines")
-
-
-def saved(folders: Path, name: str) -> Path:
-    folder = folders / name
-    return folder if folder.exists() else tiny.save(name, folder)
-
-
 @cache
 def shared(folder: Path) -> Family:
     """For tests that change nothing."""
@@ -61,7 +50,7 @@ def shared(folder: Path) -> Family:
 
 
 def opened(folders: Path, name: str, **changes: Any) -> Family:
-    return open_family(tiny.config(saved(folders, name), **changes))
+    return open_family(tiny.config(tiny.saved(folders, name), **changes))
 
 
 def teacher(family: Family) -> Any:
@@ -93,7 +82,7 @@ def stock(family: Family, noise: Tensor, kind: str) -> Tensor:
 @pytest.mark.parametrize("size", [(32, 32), (32, 64), (64, 32)])
 def test_teacher_sampling_equals_the_pipeline(folders: Path, name: str, size: tuple[int, int]) -> None:
     """At every image size: the network is that of the family as it was opened, at 32 x 32."""
-    family = shared(saved(folders, name))
+    family = shared(tiny.saved(folders, name))
     at_size = family.at_size(*size)
     noise = torch.randn(2, *at_size.latent_shape)
     guidance = 1.0 if name == "flux2" else 3.0
@@ -133,7 +122,7 @@ def test_prediction_is_fp32_and_depends_on_caption_and_time(folders: Path, name:
 
 @pytest.mark.parametrize("name", tiny.BUILD)
 def test_conditioning_shapes_do_not_depend_on_the_caption(folders: Path, name: str) -> None:
-    encoder = shared(saved(folders, name)).encoder
+    encoder = shared(tiny.saved(folders, name)).encoder
     short, long = encoder.encode(["a"]), encoder.encode(["a long caption of many words " * 2])
     null = encoder.null(3)
     assert all(short[key].shape == long[key].shape for key in short)
@@ -142,7 +131,7 @@ def test_conditioning_shapes_do_not_depend_on_the_caption(folders: Path, name: s
 
 @pytest.mark.parametrize("name", ["sd3", "qwen_image", "qwen_image21"])
 def test_decoding_in_chunks(folders: Path, name: str) -> None:
-    family = shared(saved(folders, name))
+    family = shared(tiny.saved(folders, name))
     latents = torch.randn(3, *family.latent_shape, requires_grad=True)
     one_by_one = family.codec.decode(latents)
     whole = type(family.codec)(family.pipe.vae, chunk=3)  # type: ignore[call-arg]
@@ -173,7 +162,7 @@ def test_tiled_decoding_is_checkpointed(folders: Path, name: str, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["sd3", "qwen_image", "qwen_image21", "flux2", "sana"])
 def test_encoding_inverts_the_scaling(folders: Path, name: str) -> None:
-    codec = shared(saved(folders, name)).codec
+    codec = shared(tiny.saved(folders, name)).codec
     images = torch.rand(1, 3, tiny.SIZE, tiny.SIZE)
     latents = codec.encode(images)
     z = codec.to_vae(latents)  # type: ignore[attr-defined]
@@ -188,14 +177,14 @@ def test_packing_has_an_inverse() -> None:
 
 
 def test_student_times(folders: Path) -> None:
-    assert shared(saved(folders, "sd3")).student_times(UNIFORM) == pytest.approx((1, 0.9, 0.75, 0.5))
-    discrete = [999 * t for t in shared(saved(folders, "sdxl")).student_times(UNIFORM)]
+    assert shared(tiny.saved(folders, "sd3")).student_times(UNIFORM) == pytest.approx((1, 0.9, 0.75, 0.5))
+    discrete = [999 * t for t in shared(tiny.saved(folders, "sdxl")).student_times(UNIFORM)]
     assert discrete == pytest.approx([999, 749, 499, 249])
 
 
 def test_sd3_without_t5(folders: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sd3"
-    shutil.copytree(saved(folders, "sd3"), folder)
+    shutil.copytree(tiny.saved(folders, "sd3"), folder)
     shutil.rmtree(folder / "text_encoder_3")
     for family in (opened(folders, "sd3", t5=False), open_family(tiny.config(folder))):
         assert family.pipe.text_encoder_3 is None
@@ -229,7 +218,7 @@ def test_lazy_text_encoder(folders: Path, name: str) -> None:
 
 
 def test_wrong_size_suggests_a_valid_one(folders: Path) -> None:
-    folder = saved(folders, "flux")
+    folder = tiny.saved(folders, "flux")
     config = tiny.config(folder, height=40)  # 40 / 2 = 20 latents: even; the real VAE's factor 8 would refuse
     assert open_family(config).latent_shape == (4, 20, 16)
     family = opened(folders, "flux")

@@ -46,7 +46,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A family's tiny pipeline, created on first use."""
     place = tmp_path_factory.mktemp("pipelines")
     (place / "prompts.txt").write_text("\n".join(tiny.WORDS))
-    return lambda name: place / name if (place / name).exists() else tiny.save(name, place / name)
+    return lambda name: tiny.saved(place, name)
 
 
 def recipe(folder: Path, full: str) -> RunConfig:

@@ -47,16 +47,9 @@ LAST: dict[str, Callable[[Any], Any]] = {
 EACH = [(name, "none") for name in LAST]
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipelines")
-
-
 @cache
 def opened(folder: Path, size: tuple[int, int]) -> Family:
-    if not folder.exists():
-        tiny.save(folder.name, folder)
-    return open_family(tiny.config(folder, height=size[0], width=size[1]))
+    return open_family(tiny.config(tiny.saved(folder.parent, folder.name), height=size[0], width=size[1]))
 
 
 def roles_of(

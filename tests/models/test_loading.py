@@ -35,19 +35,12 @@ from gdmd.sources.open import open_source
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipelines")
-
-
 @pytest.fixture
 def copied(folders: Path, tmp_path: Path) -> Callable[[str], Path]:
     """A copy of a family's pipeline that a test may break."""
 
     def copy(name: str) -> Path:
-        if not (folders / name).exists():
-            tiny.save(name, folders / name)
-        return Path(shutil.copytree(folders / name, tmp_path / name))
+        return Path(shutil.copytree(tiny.saved(folders, name), tmp_path / name))
 
     return copy
 

@@ -22,15 +22,8 @@ from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipelines")
-
-
 def roles_of(folders: Path, name: str, head: int | None = None, **model: Any) -> DiffusersRoles:
-    if not (folders / name).exists():
-        tiny.save(name, folders / name)
-    roles = DiffusersRoles(open_family(tiny.config(folders / name, **model)), head_seed=head)
+    roles = DiffusersRoles(open_family(tiny.config(tiny.saved(folders, name), **model)), head_seed=head)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for role in ("student", "fake"):

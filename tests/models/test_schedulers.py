@@ -1,13 +1,10 @@
-"""A base model's scheduler settings are used or rejected: in training, plan, sampling and export."""
+"""A base model's scheduler, guidance and VAE settings are used or rejected: in training, plan and export."""
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,18 +15,15 @@ pytest.importorskip("peft")
 
 import diffusers
 import tiny_pipelines as tiny
-from stock_pipelines import CAPTIONS, UNIFORM, stock_images, trainers_images
+from stock_pipelines import CAPTIONS, UNIFORM, dmd_recipe, stock_images, trainers_images
 from torch import Tensor
 
 from gdmd.config.image_source import read_source
-from gdmd.config.methods.dmd import DMDConfig
-from gdmd.config.run import RunConfig
 from gdmd.diffusion.guidance import Guided
 from gdmd.diffusion.sampling import ode_sample
 from gdmd.diffusion.schedule import VpSchedule
 from gdmd.export.pipeline import call_arguments, student_scheduler
 from gdmd.methods.base import FakeBatch
-from gdmd.models.distilled import why_distilled
 from gdmd.models.families.base import Family
 from gdmd.models.loading import check_tiny, open_family
 from gdmd.models.roles import DiffusersRoles
@@ -45,37 +39,6 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 TRAILING = BETAS | {"timestep_spacing": "trailing", "set_alpha_to_one": False}
 V = TRAILING | {"prediction_type": "v_prediction"}
 SOLVERS = ("DPMSolverMultistepScheduler", "SASolverScheduler")
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipelines")
-
-
-@pytest.fixture
-def saved(folders: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A tiny pipeline saved with another scheduler, and other keys of the configs of its parts."""
-
-    def save(
-        name: str, scheduler: Any = None, parts: dict[str, dict[str, Any]] | None = None, called: str = ""
-    ) -> Path:
-        if not (folders / name).exists():
-            tiny.save(name, folders / name)
-        folder = tmp_path / (called or "base")
-        shutil.copytree(folders / name, folder)
-        index = json.loads((folder / "model_index.json").read_text())
-        if scheduler is not None:
-            scheduler.save_pretrained(folder / "scheduler")
-            index["scheduler"] = ["diffusers", type(scheduler).__name__]
-        index |= (parts or {}).get("index", {})
-        (folder / "model_index.json").write_text(json.dumps(index))
-        for part in ("transformer", "unet", "vae"):
-            if part in (parts or {}):
-                config = folder / part / "config.json"
-                config.write_text(json.dumps(json.loads(config.read_text()) | (parts or {})[part]))
-        return folder
-
-    return save
 
 
 def both(folder: Path, **changes: Any) -> list[Family]:
@@ -423,7 +386,7 @@ def test_fake_loss_is_in_the_networks_prediction(saved: Callable[..., Path], kin
     folder = saved("sdxl", diffusers.DDIMScheduler(**UNETS[kind]))
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(CAPTIONS))
-    components = build(run_config(folder, prompts), "cpu")
+    components = build(dmd_recipe(folder, prompts), "cpu")
     x0, eps = torch.randn(2, 2, *components.latent_shape)
     t, cond, schedule = torch.tensor([0.3, 1.0]), components.encoder.encode(CAPTIONS), components.roles.schedule
     alpha, sigma = (value[:, None, None, None] for value in (schedule.alpha(t), schedule.sigma(t)))
@@ -432,13 +395,6 @@ def test_fake_loss_is_in_the_networks_prediction(saved: Callable[..., Path], kin
     wanted = (answer - (x0 if kind == "x0" else alpha * eps - sigma * x0)).square().flatten(1).mean(1)
     method: Any = components.method
     torch.testing.assert_close(method.fake_loss(batch).per_sample, wanted, rtol=1e-4, atol=1e-6)
-
-
-def run_config(folder: Path, prompts: Path, guidance: float = 3.0, **model: Any) -> RunConfig:
-    method = DMDConfig(fake_updates=1, guidance=guidance, step_draw="batch")
-    return RunConfig(
-        name="x", model=tiny.config(folder, **model), method=method, prompts={"file": str(prompts)}, loop={}
-    )
 
 
 # ---------------------------------------------------------------- the VAE's own scale, and sizes
@@ -475,96 +431,7 @@ def test_more_caption_tokens_than_positions(saved: Callable[..., Path]) -> None:
     refused(saved("z_image"), "max_tokens = 1010: the transformer has positions for 992", max_tokens=1010)
 
 
-# ---------------------------------------------------------------- distilled bases
-
-LCM = diffusers.LCMScheduler(**{key: BETAS[key] for key in list(BETAS)[:3]})
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "why"),
-    [
-        ("flux2_klein", {"parts": {"index": {"is_distilled": True}}}, "model_index.json says is_distilled"),
-        (
-            "flux",
-            {"parts": {"transformer": {"guidance_embeds": False}}},
-            "its transformer has no guidance embedding .*FLUX.1-schnell",
-        ),
-        ("sdxl", {"scheduler": LCM}, "its scheduler is a LCMScheduler"),
-        ("krea2", {"parts": {"index": {"is_distilled": True}}}, "model_index.json says is_distilled"),
-        ("qwen_image21", {"parts": {"index": {"sample_sigmas": [1.0, 0.5]}}}, "model_index.json has sample_sigmas"),
-        ("sdxl", {"called": "sdxl-turbo"}, "its name says turbo"),
-        ("z_image", {"called": "Z-Image-Turbo"}, "its name says turbo"),
-        (
-            "sd3",
-            {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)},
-            "its scheduler has stochastic_sampling",
-        ),
-    ],
-)
-def test_guidance_on_a_distilled_base(
-    saved: Callable[..., Path], name: str, changes: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = saved(name, **changes)
-    (prompts := folder / "prompts.txt").write_text("a red cube")
-    for made in (build, networks_of) if name == "flux2_klein" else (networks_of,):
-        with pytest.raises(
-            ValueError, match=rf"method.guidance = 3, but .* is a distilled model \({why}.*method.guidance=1"
-        ):
-            made(run_config(folder, prompts))
-        made(run_config(folder, prompts, distilled=False))
-        assert "is a distilled model" not in caplog.text
-        made(run_config(folder, prompts, guidance=1.0))
-        assert "is a distilled model" in caplog.text and "embedded_guidance does nothing" in caplog.text
-        caplog.clear()
-
-
-@pytest.mark.parametrize(
-    ("name", "word"),
-    [
-        ("stabilityai/sdxl-turbo", "turbo"),
-        ("Z-Image-Turbo", "turbo"),
-        ("krea/Krea-2-Turbo", "turbo"),
-        ("Qwen/Qwen-Image-2.1-Turbo", "turbo"),
-        ("stable-diffusion-3.5-large-turbo", "turbo"),
-        ("DreamShaperXL_Turbo_v2", "turbo"),
-        ("RealVisXL_V4.0_Lightning", "lightning"),
-        ("sdxl_lightning_4step_unet", "lightning"),
-        ("LCM_Dreamshaper_v7", "lcm"),
-        ("FLUX.1-schnell", "schnell"),
-        ("hub/models--stabilityai--sdxl-turbo/snapshots/1a2b", "turbo"),
-        ("my-turbo-dog", None),
-        ("lightning-style", None),
-        ("porsche-911-turbo-sdxl", None),
-        ("stable-diffusion-xl-base-1.0", None),
-    ],
-)
-def test_names_of_few_step_models(name: str, word: str | None) -> None:
-    parts = {"unet": SimpleNamespace(config={}), "scheduler": diffusers.DDIMScheduler()}
-    why = why_distilled(SimpleNamespace(components=parts, config={}), name)
-    assert why == (word and f"its name says {word}")
-
-
-@pytest.mark.parametrize(
-    ("name", "called", "note"),
-    [
-        ("sdxl", "my-turbo-dog", "contains 'turbo', but nothing else indicates a few-step model"),
-        ("flux", "base", "method.guidance = 3 is applied on top of model.embedded_guidance = 3.5"),
-    ],
-)
-def test_guidance_on_a_maybe_distilled_base_warns(
-    saved: Callable[..., Path], name: str, called: str, note: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = saved(name, called=called)
-    for changes in ({"distilled": False}, {"guidance": 1.0}):
-        networks_of(run_config(folder, Path("prompts.txt"), **changes))
-        assert note not in caplog.text
-    networks_of(run_config(folder, Path("prompts.txt")))
-    assert caplog.text.count(note) == 1
-
-
-def test_base_declared_as_distilled(saved: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match="model.distilled = true"):
-        networks_of(run_config(saved("sdxl"), Path("prompts.txt"), distilled=True))
+# ---------------------------------------------------------------- other UNets
 
 
 def test_lcm_unet_reads_the_embedded_guidance(folders: Path, tmp_path: Path) -> None:
@@ -583,7 +450,7 @@ def test_lcm_unet_reads_the_embedded_guidance(folders: Path, tmp_path: Path) -> 
         assert call_arguments(family, UNIFORM)["guidance_scale"] == embedded
     assert not torch.allclose(found[2.0], found[7.5], atol=1e-3)
     with pytest.raises(ValueError, match=r"time_cond_proj_dim.*model.embedded_guidance = 3.5"):
-        networks_of(run_config(tmp_path / "lcm-like", prompts))
+        networks_of(dmd_recipe(tmp_path / "lcm-like", prompts))
 
 
 def test_inpainting_unet(folders: Path, tmp_path: Path) -> None:
@@ -591,65 +458,3 @@ def test_inpainting_unet(folders: Path, tmp_path: Path) -> None:
     pipe.register_modules(unet=tiny.unet(16, in_channels=9))
     pipe.save_pretrained(tmp_path / "inpainting")
     refused(tmp_path / "inpainting", "its UNet has 9 input and 4 output channels, but latents have 4; inpainting")
-
-
-# ---------------------------------------------------------------- sources
-
-
-def test_qwen_sources_default_guidance(saved: Callable[..., Path]) -> None:
-    word = f"{saved('qwen_image')},dtype=fp32,device=cpu,steps=2,height=32,width=32"
-    calls: dict[str, list[int]] = {}
-    for more in ("", ",guidance=1", ",guidance=4"):
-        source: Any = open_source(read_source(word + more))
-        calls[more] = []
-        source.pipe.transformer.register_forward_hook(lambda *_, seen=calls[more]: seen.append(1))
-        source.pipe(prompt=["a"], max_sequence_length=64, **source.arguments)
-        calls[more].append(source.info.identity["guidance"])
-    assert calls == {"": [1, 1, 1, 1, 4.0], ",guidance=1": [1, 1, 1.0], ",guidance=4": [1, 1, 1, 1, 4.0]}
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "settings", "message"),
-    [
-        ("sd3", {"scheduler": diffusers.EulerDiscreteScheduler()}, "", "flow model.*models with a beta schedule"),
-        ("sdxl", {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "", "cannot use its FlowMatchEuler"),
-        ("sd3", {}, ",scheduler=euler", "scheduler=euler is not for this pipeline.*flow models.*flow_euler"),
-        (
-            "sdxl",
-            {},
-            ",scheduler=flow_euler",
-            "scheduler=flow_euler is not for this pipeline.*models with a beta schedule",
-        ),
-        (
-            "sdxl",
-            {"scheduler": diffusers.EDMEulerScheduler()},
-            ",scheduler=ddim",
-            "EDMEulerScheduler is for EDM models",
-        ),
-        ("sd3", {}, ",spacing=trailing", "spacing is set, but a FlowMatchEulerDiscreteScheduler does not read it"),
-        ("flux2_klein", {"parts": {"index": {"is_distilled": True}}}, ",guidance=4", "guidance=4 does nothing"),
-        ("flux", {"parts": {"transformer": {"guidance_embeds": False}}}, ",guidance=3", "guidance=3 does nothing"),
-    ],
-)
-def test_source_of_another_kind(
-    saved: Callable[..., Path], name: str, changes: dict[str, Any], settings: str, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        open_source(read_source(f"{saved(name, **changes)},dtype=fp32,device=cpu{settings}"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "key", "shift"),
-    [
-        (",scheduler=flow_euler", "shift", 3.0),
-        (",scheduler=flow_dpm", "flow_shift", 3.0),
-        (",shift=2", "flow_shift", 2.0),
-        (",scheduler=flow_euler,shift=2", "shift", 2.0),
-    ],
-)
-def test_sources_shift_with_another_scheduler(
-    saved: Callable[..., Path], settings: str, key: str, shift: float
-) -> None:
-    folder = saved("sd3", diffusers.UniPCMultistepScheduler(**FLOW))
-    source: Any = open_source(read_source(f"{folder},dtype=fp32,device=cpu{settings}"))
-    assert source.pipe.scheduler.config[key] == shift

@@ -43,21 +43,12 @@ GPU = gpu_of("h100")
 _PLANS: dict[str, TrainingPlan] = {}
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipelines")
-
-
-def saved(folders: Path, name: str) -> Path:
-    return folders / name if (folders / name).exists() else tiny.save(name, folders / name)
-
-
 def recipe(folders: Path, name: str, method: Any = None, batch: int = 2, **model: Any) -> RunConfig:
     prompts = folders / "prompts.txt"
     prompts.write_text("\n".join(tiny.WORDS))
     return RunConfig(
         name="tiny",
-        model=tiny.config(saved(folders, name), **model),
+        model=tiny.config(tiny.saved(folders, name), **model),
         method=method or DMDConfig(fake_updates=2, guidance=3.0, step_draw="batch"),
         loop=LoopConfig(steps=2, batch_size=batch),
         prompts={"file": str(prompts)},
@@ -142,7 +133,7 @@ def test_plan_equals_the_real_run(folders: Path) -> None:
 @pytest.mark.parametrize("name", tiny.BUILD)
 def test_meta_pipeline_equals_the_loaded_one(folders: Path, name: str) -> None:
     """Weights, conditioning shapes and FLOP of a forward pass of every family."""
-    cfg = tiny.config(saved(folders, name))
+    cfg = tiny.config(tiny.saved(folders, name))
     loaded, meta = open_family(cfg), meta_family(cfg).family
     assert numel(meta.net.parameters()) == numel(loaded.net.parameters())
     blank, real = meta.blank_text(1), loaded.encoder.encode([tiny.WORDS[0]])

@@ -17,7 +17,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.profiling.profiler import SECTIONS, Profiler, call_table, describe, measure, role_networks, sync_warnings
 from gdmd.recipes.build import SHAPES, Components, method_of
-from gdmd.shapes.captions import training_captions
+from gdmd.shapes.grammar import training_captions
 from gdmd.shapes.latents import RenderedLatents
 from gdmd.shapes.networks import ShapesDit, ShapesVae
 from gdmd.shapes.rewards import ShapesPref

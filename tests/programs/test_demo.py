@@ -71,7 +71,7 @@ def test_demo_continues_the_shipped_student(gdmd: Gdmd) -> None:
     assert "GDMD minus DMD with 4 calls:" in finished.out and "is not shown to be above" in finished.out
     assert max(map(len, finished.out.splitlines())) <= 80
     page = Path("demo/report.html").read_text()
-    assert "First stage, made earlier and part of the package: 4 updates of DMD (none)" in page
+    assert "First stage, run earlier and shipped with the package: 4 updates of DMD (none)" in page
 
 
 def test_demo_from_scratch_is_the_recipe_shapes_demo() -> None:

@@ -62,9 +62,7 @@ def test_every_family_is_covered() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_trains_a_tiny_pipeline(folders: Path, name: str) -> None:
     family = str(read_recipe(name).model.family)  # type: ignore[union-attr]
-    folder = folders / family
-    if not folder.exists():
-        tiny.save(family, folder)
+    folder = tiny.saved(folders, family)
     changed = [f"model.{key}={value}" for key, value in SMALL.items()]
     changed += [f"model.path={folder}", "loop.batch_size=2"]
     model: Any = read_recipe(name).model

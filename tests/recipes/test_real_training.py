@@ -51,20 +51,12 @@ def brightness(images: Tensor, prompts: PromptBatch) -> Tensor:
     return images[:, 0].mean((1, 2))
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipelines")
-
-
 def recipe(folders: Path, name: str, steps: int, method: Any = None, **model: Any) -> RunConfig:
-    folder = folders / name
-    if not folder.exists():
-        tiny.save(name, folder)
     prompts = folders / "prompts.txt"
     prompts.write_text("\n".join(tiny.WORDS))
     return RunConfig(
         name="tiny",
-        model=tiny.config(folder, **model),
+        model=tiny.config(tiny.saved(folders, name), **model),
         method=method or DMDConfig(fake_updates=2, guidance=3.0, step_draw="batch"),
         loop=LoopConfig(steps=steps, batch_size=2, lr_student=1e-2, lr_fake=1e-2, **FAST),
         prompts={"file": str(prompts)},

@@ -78,5 +78,5 @@ def test_baseline_of_an_older_version(tmp_path: Path, recipe: str) -> None:
     del config["method"]["fake_samples"]
     older = create(tmp_path / "old", config).path
     assert config_of(older).method.kind == recipe, "it can still be sampled and exported"
-    with pytest.raises(RunError, match=f"earlier version of gdmd, which trained {recipe} in another way"):
+    with pytest.raises(RunError, match=f"earlier version of gdmd, which trained {recipe} differently"):
         check_resumable(older, None)

@@ -61,11 +61,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(folders: Path, name: str, steps: int, method: Any = None, **model: Any) -> RunConfig:
-    if not (folders / name).exists():
-        tiny.save(name, folders / name)
     return RunConfig(
         name="tiny",
-        model=tiny.config(folders / name, **({"sizes": SIZES} | model)),
+        model=tiny.config(tiny.saved(folders, name), **({"sizes": SIZES} | model)),
         method=method or DMDConfig(fake_updates=1, guidance=3.0, step_draw="batch"),
         loop=LoopConfig(
             steps=steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,3 +104,11 @@ def test_paired_difference_cancels_what_both_share() -> None:
 def test_speed_leaves_the_warm_up_out() -> None:
     rows = [{"images": 4, "seconds": 100.0, "first": 1}, {"images": 4, "seconds": 2.0, "first": 0}]
     assert speed(rows) == 0.5 and speed(rows[:1]) is None
+
+
+def test_speed_of_one_batch_size_and_device() -> None:
+    def row(images: int, seconds: float, batch: int, device: str = "cpu", first: int = 0) -> dict[str, Any]:
+        return {"images": images, "seconds": seconds, "first": first, "batch": batch, "device": device}
+
+    rows = [row(8, 80.0, 8, first=1), row(8, 8.0, 8), row(6, 6.0, 8), row(2, 8.0, 2), row(10, 1.0, 8, "a GPU")]
+    assert speed(rows) == 1.0 and speed(rows[3:]) == 0.1 and speed(rows[:1]) is None

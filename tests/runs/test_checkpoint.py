@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from toy_training import full_disk
 
 from gdmd.io import RunError
 from gdmd.runs import assets, checkpoint
@@ -130,12 +129,9 @@ def test_later_format_is_an_error(tmp_path: Path, monkeypatch) -> None:
 def test_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     save_steps(tmp_path, 5)
 
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     target = {"first file": "_sha256", "state.json": "_digest", "rename": "_fsync"}[moment]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, target, full)
+        patch.setattr(checkpoint, target, full_disk)
         with pytest.raises(RunError, match=r"step_000010: No space left on device.*1 older.*Free some disk space"):
             save_steps(tmp_path, 10)
     assert [entry.name for entry in tmp_path.iterdir()] == ["step_000005"]

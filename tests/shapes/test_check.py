@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from gdmd.shapes import detect as detector
 from gdmd.shapes.check import partial_credit, shapeseval, summarize
 from gdmd.shapes.detect import detect, from_scenes
-from gdmd.shapes.grammar import SHAPES, TASKS, draw_rows
+from gdmd.shapes.grammar import SHAPES, TASKS, catalog, draw_rows
 from gdmd.shapes.measures import coverage, coverage_by_attribute, fidelity
 from gdmd.shapes.pretrain.scorer_data import draw_negatives, may_be_true
-from gdmd.shapes.render import WORLD32, Scenes, World, coverage_maps, draw_scenes, render
+from gdmd.shapes.render import Scenes, coverage_maps, draw_scenes, render
 
 torch.set_num_threads(1)
 
 
-def drawn(count, world=WORLD32, seed=1):
+def drawn(count, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    rows = draw_rows(count, generator, "train", world.max_count)
-    scenes = draw_scenes(rows, generator, world)
-    return rows, scenes, render(scenes, world), generator
+    rows = draw_rows(count, generator)
+    scenes = draw_scenes(rows, generator)
+    return rows, scenes, render(scenes), generator
 
 
 def blurred(images, width=0.6):
@@ -36,7 +36,7 @@ def scene(*objects):
 
 
 def verdict(text, *objects):
-    return shapeseval(from_scenes(scene(*objects)), torch.tensor([WORLD32.captions.row(text)])).item()
+    return shapeseval(from_scenes(scene(*objects)), torch.tensor([catalog().row(text)])).item()
 
 
 CIRCLE, SQUARE, TRIANGLE = (SHAPES.index(n) for n in ("circle", "square", "triangle"))
@@ -77,7 +77,7 @@ def test_detections_equal_the_scenes(true_renders):
 
 def test_true_renders_pass(true_renders):
     rows, _, _, found, _ = true_renders
-    scores = summarize(shapeseval(found, rows), WORLD32.captions.task[rows])
+    scores = summarize(shapeseval(found, rows), catalog().task[rows])
     assert set(scores) == {"overall", *TASKS} and min(scores.values()) >= 0.99
 
 
@@ -91,7 +91,7 @@ def test_hard_negatives_fail(true_renders):
     assert (rows != other).all() and wrong.float().mean() > 0.8
     negatives = detect(render(scenes))
     assert shapeseval(negatives, other).float().mean() >= 0.99
-    scores = summarize(shapeseval(negatives, rows)[wrong], WORLD32.captions.task[rows][wrong])
+    scores = summarize(shapeseval(negatives, rows)[wrong], catalog().task[rows][wrong])
     assert max(scores.values()) <= 0.01
     less = partial_credit(negatives, rows) < partial_credit(found, rows)
     assert less[wrong].float().mean() >= 0.99
@@ -106,14 +106,6 @@ def test_blur_and_noise_keep_verdicts():
     noise = 0.03 * torch.randn(images.shape, generator=generator)
     for name, proxy in {"noise": images + noise, "blur": blurred(images), "both": blurred(images) + noise}.items():
         assert shapeseval(proxy, rows).float().mean() >= 0.97, name
-
-
-def test_large_world():
-    large = World(size=64, max_count=6, radius=(0.070, 0.140), crowd=0.010, gap=0.035)
-    rows, _, images, _ = drawn(100, large)
-    right = shapeseval(images, rows, large)
-    other = shapeseval(images.roll(1, 0), rows, large)
-    assert right.float().mean() >= 0.99 and other.float().mean() <= 0.1  # some captions hold of two images
 
 
 def test_geneval_logic_by_hand():
@@ -140,7 +132,7 @@ def test_position_rule_slack():
 
 def test_empty_image():
     images = torch.tensor([0.10, 0.11, 0.14])[None, :, None, None].expand(6, 3, 32, 32)
-    rows = torch.stack([WORLD32.captions.rows("train", task)[0] for task in range(6)])
+    rows = torch.stack([catalog().rows("train", task)[0] for task in range(6)])
     found = detect(images)
     assert not found.present.any() and not shapeseval(found, rows).any()
     assert (fidelity(images, found) == 0).all() and (partial_credit(found, rows) == 0).all()
@@ -177,6 +169,6 @@ def test_coverage_detects_collapse(true_renders):
 
 
 def test_named_colors_are_not_free():
-    rows = WORLD32.captions.rows("train", TASKS.index("colors"))
+    rows = catalog().rows("train", TASKS.index("colors"))
     found = from_scenes(draw_scenes(rows, torch.Generator().manual_seed(0)))
     assert set(coverage_by_attribute(found, rows, torch.ones(len(rows), dtype=torch.bool))) == {"place", "size"}

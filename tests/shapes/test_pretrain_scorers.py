@@ -13,7 +13,7 @@ from gdmd.shapes.pretrain.scorers import checkpoint_path, pretrain_scorer
 from gdmd.shapes.rewards import from_asset
 from gdmd.shapes.scorer_networks import KINDS, Kind
 
-SMALL = {"batch": 4, "checkpoint_every": 2, "progress": False, "per_task": 4}
+SMALL = {"batch": 4, "checkpoint_every": 2, "per_task": 4}
 
 
 class Stop(Exception):
@@ -54,7 +54,7 @@ def test_loss_falls_on_one_batch(kind: Kind, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pretrain_scorers, "batch_at", lambda cfg, step: first)
     monkeypatch.setattr(pretrain_scorers, "step_generator", lambda seed, step: torch.Generator().manual_seed(seed))
     losses: list[float] = []
-    pretrain_scorer(kind, 20, 0, batch=8, progress=False, on_step=lambda step, loss: losses.append(loss))
+    pretrain_scorer(kind, 20, 0, batch=8, on_step=lambda step, loss: losses.append(loss))
     assert losses[-1] < losses[0] - 0.02
 
 

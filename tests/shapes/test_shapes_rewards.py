@@ -19,7 +19,7 @@ from gdmd.shapes.pretrain.scorer_data import (
     may_be_true,
 )
 from gdmd.shapes.render import Scenes, draw_scenes, render
-from gdmd.shapes.rewards import ShapesClip, from_asset, image_features, load_scorer
+from gdmd.shapes.rewards import ShapesClip, from_asset, load_scorer
 from gdmd.shapes.scorer_networks import KINDS, Kind, Preference, build_net
 from gdmd.types import PromptBatch
 
@@ -205,9 +205,3 @@ def test_preference_falls_with_corruption():
         blur = Corruption(torch.full((64,), CORRUPTIONS.index("blur")), torch.full((64,), level))
         means.append(float(scorer.score(corrupt(scenes, others, blur, generator), prompts).mean()))
     assert abs(means[0] - 1) < 0.3 and means[0] > means[1] + 0.1 > means[2] + 0.2
-
-
-def test_image_features_default():
-    own = from_asset(ASSETS / "shapes_clip_heldout.safetensors")
-    assert isinstance(own, ShapesClip)
-    assert torch.equal(image_features(renders()), own.image_features(renders()))

@@ -1,4 +1,4 @@
-"""Image sources: arguments, noise keyed by image, exports, pipelines and their errors."""
+"""Image sources: noise keyed by image, exports, pipelines and their errors."""
 
 from __future__ import annotations
 
@@ -14,16 +14,10 @@ import pytest
 import torch
 from cli_world import Gdmd
 
-from gdmd.config.image_source import read_source, read_sources
+from gdmd.config.image_source import read_source
 from gdmd.rewards.preprocessing import from_pil
 from gdmd.sources.base import Source, SourceInfo, image_slots, record_settings
 from gdmd.sources.open import kind_of, open_source
-
-
-def brightness(images: torch.Tensor, prompts: object) -> torch.Tensor:
-    """A reward."""
-    return images.mean((1, 2, 3))
-
 
 DAMAGED = (
     '{"base": "x", "dtype": "fp32", "merged": false, "scheduler": "x", "arguments": {"num_inference_steps": 4}, '
@@ -40,88 +34,6 @@ def pixels(source: Source, texts: list[str], images: int = 2, batch: int = 100, 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal up to one of the 256 levels: another batch, or another order of sums."""
     return bool(((a - b).abs() < 1.01 / 255).all())
-
-
-def test_source_with_settings() -> None:
-    source = read_source("lcm=models/sdxl,lora=a/b.safetensors,steps=4,guidance=0,scheduler=lcm,trained=hps+clip")
-    assert (source.name, source.where, source.steps, source.guidance) == ("lcm", "models/sdxl", 4, 0.0)
-    assert source.lora == "a/b.safetensors" and source.trained == ("hps", "clip")
-    assert read_source("runs/mine/").name == "mine" and read_source("my run=x").slug == "my-run"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("x,step=4", "did you mean steps"),
-        ("x,steps=four", "steps: got 'four'"),
-        ("x,steps=4,steps=5", "given twice"),
-        ("x,guidance=-1", "guidance: got '-1'"),
-        ("x,scheduler=magic", "scheduler: got 'magic'"),
-        ("=x", "names no place"),
-        ("x,timesteps=999+half", r"timesteps.0: got '999'|timesteps.1: got 'half'"),
-        ("x,shift=0", "shift: got '0'"),
-        ("x,steps", "is not a key=value"),
-        ("x,lora=a,b.safetensors", "'b.safetensors' is not a key=value.*needs quotes"),
-    ],
-)
-def test_bad_source_arguments(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_source(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("runs/lr=1e-4", {"name": "lr=1e-4", "where": "runs/lr=1e-4"}),  # 1e-4 exists, too: the whole path wins
-        ("runs/lr=1e-4/,checkpoint=best", {"name": "lr=1e-4", "where": "runs/lr=1e-4/", "checkpoint": "best"}),
-        ("x=runs/lr=1e-4", {"name": "x", "where": "runs/lr=1e-4"}),
-        ("lr=1e-4", {"name": "lr", "where": "1e-4"}),
-        ("runs/lr=2e-4", {"name": "lr=2e-4", "where": "runs/lr=2e-4"}),  # not the name runs/lr and the place 2e-4
-        ("runs/a,b Ünï", {"name": "a,b Ünï", "where": "runs/a,b Ünï"}),
-        ("y=runs/a,b Ünï,checkpoint=3", {"name": "y", "where": "runs/a,b Ünï", "checkpoint": "3"}),
-        ("a,steps=4", {"name": "a,steps=4", "where": "a,steps=4"}),
-        ("a,steps=5", {"name": "a", "where": "a", "steps": 5}),
-        ("m,lora=p,q=r.safetensors,steps=2", {"name": "m", "where": "m", "lora": "p,q=r.safetensors", "steps": 2}),
-        ("x=\"not,there=1\",base='c,d',steps=3", {"name": "x", "where": "not,there=1", "base": "c,d", "steps": 3}),
-        ("it's", {"name": "it's", "where": "it's"}),
-    ],
-)
-def test_paths_with_commas_and_equals_signs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: dict[str, Any]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for folder in ("runs/lr=1e-4", "1e-4", "2e-4", "runs/a,b Ünï", "a,steps=4", "it's"):
-        Path(folder).mkdir(parents=True)
-    Path("p,q=r.safetensors").touch()
-    assert read_source(text).model_dump(exclude_unset=True) == expected
-
-
-def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "runs/a,b").mkdir(parents=True)
-    found = read_source("x=~/runs/a,b,lora=~/runs/a,b,steps=2")
-    assert (found.name, found.where, found.lora) == ("x", f"{tmp_path}/runs/a,b", f"{tmp_path}/runs/a,b")
-
-
-def test_study_names_and_scorer_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gdmd.evaluation.scorers import read_scorer
-    from gdmd.study.folders import named_folders
-
-    monkeypatch.chdir(tmp_path)
-    Path("runs/lr=1e-4").mkdir(parents=True)
-    Path("clip,b=1").mkdir()
-    assert named_folders(["runs/lr=1e-4", "x=runs/lr=1e-4", "y=other"]) == {
-        "lr=1e-4": Path("runs/lr=1e-4"),
-        "x": Path("runs/lr=1e-4"),
-        "y": Path("other"),
-    }
-    spec: Any = read_scorer("clip,path=clip,b=1")
-    assert spec.path == "clip,b=1" and read_scorer('clip,path="clip,b=1"') == spec
-
-
-def test_two_sources_with_one_name() -> None:
-    with pytest.raises(ValueError, match="two sources are called"):
-        read_sources(["a/x", "b/x"])
 
 
 def test_pipeline_settings_of_a_run(gdmd: Gdmd) -> None:
@@ -188,16 +100,11 @@ def test_image_order_in_a_folder(tmp_path: Path, layout: str) -> None:
     assert [image.stem.rpartition("_")[2] for image in row.images] == ["1", "2", "10"]
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipelines")
-
-
 def pipeline(folders: Path, name: str) -> Path:
     pytest.importorskip("diffusers")
     import tiny_pipelines as tiny
 
-    return folders / name if (folders / name).exists() else tiny.save(name, folders / name)
+    return tiny.saved(folders, name)
 
 
 def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[Any, Path]:
@@ -464,75 +371,6 @@ def test_randn_like_is_keyed_by_image() -> None:
 def test_unkeyed_noise(draw: Any) -> None:
     with pytest.raises(ValueError, match="cannot be keyed by image"):
         pixels(drawing(draw), CAPTIONS)
-
-
-def test_real_run_end_to_end(folders: Path, gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tiny_pipelines as tiny
-    import yaml
-
-    from gdmd.config.methods.dmd import DMDConfig
-    from gdmd.config.run import RunConfig
-    from gdmd.config.training import LoopConfig
-
-    Path("prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
-    cfg = RunConfig(
-        name="tiny",
-        model=tiny.config(pipeline(folders, "sd3")),
-        method=DMDConfig(fake_updates=1, guidance=3.0, step_draw="batch"),
-        loop=LoopConfig(steps=2, batch_size=2, threads=1, checkpoint_every=1, lr_student=1e-2),
-        prompts={"file": "prompts.txt"},
-        validation={"every": 2},
-        eval={"teacher_steps": 2},
-    )
-    Path("tiny.yaml").write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
-    trained = gdmd("train", "tiny.yaml", "--run", "run", "--json")
-    assert trained.code == 0, trained.err
-    ended = json.loads(trained.out)
-    assert ended["evaluation"] is None and ended["report"] == "run/report.html"
-    assert "gdmd eval preference run --prompts FILE" in trained.err and "gdmd export run" in trained.err
-    assert "Not scored yet" in Path("run/report.html").read_text()
-    with monkeypatch.context() as patch:
-        patch.setattr("gdmd.recipes.open_run.build", None)  # nothing is loaded for these
-        refused = gdmd("eval", "run")
-        assert refused.code == 2 and "gdmd eval preference run --prompts FILE" in refused.err
-        assert "ShapesEval" in refused.err and gdmd("report", "run", "--fresh").code == 2
-        mixed = gdmd("eval", "compare", "teacher", "run", "-o", "both", "--prompts", "prompts.txt")
-        assert mixed.code == 2 and "no prompts or scorers suit both" in mixed.err
-    assert gdmd("export", "run", "-o", "before").code == 0
-    assert "Not evaluated" in Path("before/README.md").read_text()
-    arguments = ("--prompts", "prompts.txt", "-n", "2", "--scorer", "test_sources:brightness")
-    done = gdmd("eval", "preference", "run", *arguments)
-    assert done.code == 0 and "test_sources" in done.out, done.err
-    Path("run/evaluation.json").write_text("{}")  # as an earlier version left it
-    assert gdmd("report", "run").code == 0
-    page = Path("run/report.html").read_text()
-    for seen in (
-        "test_sources:brightness",
-        "2 prompts of prompts.txt, 2 images per prompt, seed 777; step 2.",
-        "Losses",
-    ):
-        assert seen in page
-    assert "ShapesEval" not in page and page.count("data:image/png") == 2 + len(CAPTIONS)
-    assert gdmd("export", "run").code == 0
-    card = Path("run/export/README.md").read_text()
-    assert "| test_sources:brightness |" in card and "| unseen |" in card
-    assert "2 prompts of prompts.txt, 2 images each" in card and "`license`: that of" in card
-    measured = Path("run/preference/preference.json")
-    answer = "These scores belong to other weights than this run has now at that step"
-    assert answer not in page
-    measured.write_text(json.dumps(json.loads(measured.read_text()) | {"weights": "of a run before"}))
-    assert gdmd("report", "run").code == 0 and answer in Path("run/report.html").read_text()
-    assert gdmd("export", "run", "-o", "after").code == 0
-    assert "Not evaluated" in Path("after/README.md").read_text()
-    assert "| base model |" in card and "SHA-256" in card and "`gdmd train" not in card.split("## Metrics")[1]
-    assert "Distilled by DMD (arXiv 2311.18828) with the gdmd library" in card and "| student updates | 2 |" in card
-    for what, name in (("run", "a.png"), ("run/export", "b.png")):
-        drawn = gdmd("sample", what, "-p", CAPTIONS[0], "-n", "2", "-o", name)
-        assert drawn.code == 0 and Path(name).is_file(), drawn.err
-    Path("run/checkpoints/step_000002/ema.safetensors").write_bytes(b"")
-    exported = gdmd("export", "run", "-o", "older")
-    assert exported.code == 0 and "step 2 was skipped; step 1 is used" in exported.err
-    assert json.loads(Path("older/gdmd_export.json").read_text())["step"] == 1
 
 
 def test_trained_rewards_in_composites_and_servers() -> None:

@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toy_training import Toy, toy_config
+from toy_training import Toy, toy_config, untimed_metrics
 
 from gdmd.config.training import LoopConfig
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import read_metrics
 
-TIMED = "speed/images_per_s"
 LONGEST_S = 300
 """An attempt that neither ends nor is killed by then hangs."""
 THREAD_ENDS_S = 10.0
@@ -151,15 +150,11 @@ def differences(whole: Path, other: Path) -> list[str]:
     found = sorted(first.keys() ^ second.keys())
     found += [name for name in first.keys() & second.keys() if not torch.equal(first[name], second[name])]
     found += ["counters"] if (a.step, a.state) != (b.step, b.state) else []
-    return found + (["metrics.jsonl"] if _untimed(whole) != _untimed(other) else [])
+    return found + (["metrics.jsonl"] if untimed_metrics(whole) != untimed_metrics(other) else [])
 
 
 def _named(saved: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
     return {f"{part}/{name}": value for part, named in saved.tensors.items() for name, value in named.items()}
-
-
-def _untimed(run: Path) -> list[dict[str, float]]:
-    return [{key: value for key, value in row.items() if key != TIMED} for row in read_metrics(run)]
 
 
 def leftovers(run: Path) -> list[str]:

@@ -11,6 +11,8 @@ import tiny_pipelines as tiny
 import torch
 from torch import Tensor
 
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.run import RunConfig
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.export.pipeline import call_arguments
 from gdmd.models.loading import open_family
@@ -25,14 +27,18 @@ CAPTIONS = list(tiny.WORDS[:2])
 
 def student_of(folders: Path, name: str, full: str = "none") -> DiffusersRoles:
     """A student that differs from its teacher."""
-    folder = folders / name
-    if not folder.exists():
-        tiny.save(name, folder)
-    roles = DiffusersRoles(open_family(tiny.config(folder, full=full)))
+    roles = DiffusersRoles(open_family(tiny.config(tiny.saved(folders, name), full=full)))
     with torch.no_grad():
         for weights in roles.parameters("student").values():
             weights.add_((0.2 if full == "none" else 0.02) * torch.randn_like(weights))
     return roles
+
+
+def dmd_recipe(folder: Path, prompts: Path, guidance: float = 3.0, **model: Any) -> RunConfig:
+    method = DMDConfig(fake_updates=1, guidance=guidance, step_draw="batch")
+    return RunConfig(
+        name="x", model=tiny.config(folder, **model), method=method, prompts={"file": str(prompts)}, loop={}
+    )
 
 
 def noises_of(roles: DiffusersRoles) -> list[Tensor]:

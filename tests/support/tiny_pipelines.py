@@ -450,6 +450,11 @@ def save(name: str, folder: Path) -> Path:
     return folder
 
 
+def saved(folders: Path, name: str) -> Path:
+    """The same pipeline in the subfolder of its name, saved on first use."""
+    return folders / name if (folders / name).exists() else save(name, folders / name)
+
+
 def save_shapes(name: str, folder: Path) -> Path:
     """The same pipeline, marked as one that was trained on the Shapes world."""
     save(name, folder)
@@ -473,10 +478,8 @@ def save_with_checker(folder: Path) -> Path:
     checker.special_care_embeds_weights.data.fill_(5)
     torch.manual_seed(0)
     pipe = sd15()
-    size = {"height": 32, "width": 32}
-    pipe.register_modules(
-        safety_checker=checker, feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
-    )
+    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    pipe.register_modules(safety_checker=checker, feature_extractor=extractor)
     pipe.register_to_config(requires_safety_checker=True)
     pipe.save_pretrained(folder)
     return folder

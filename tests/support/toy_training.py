@@ -5,6 +5,9 @@ python toy_training.py RUN_FOLDER STEPS SECONDS_PER_STEP
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +22,32 @@ from gdmd.config.training import LoopConfig
 from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import FlowSchedule
-from gdmd.runs.run_folder import create, open_run
+from gdmd.runs.run_folder import create, open_run, read_metrics
 from gdmd.training.loop import Hooks, TrainEnd, train
 from gdmd.types import Loss, Prediction, PromptBatch, Role, Update
 
 SIZE = 6
+TIMED = "speed/images_per_s"
+
+
+def untimed_metrics(run: Path) -> list[dict[str, float]]:
+    """The rows of a run without their speed: equal for runs that trained equally."""
+    return [{key: value for key, value in row.items() if key != TIMED} for row in read_metrics(run)]
+
+
+def full_disk(*_: object, **__: object) -> None:
+    """In place of a function that writes."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def read_only_disk(*_: object, **__: object) -> None:
+    """In place of a function that writes."""
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def signal_at(step: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
+    """A function of the step that sends this process a signal in iteration ``step``."""
+    return lambda now: os.kill(os.getpid(), number) if now == step else None
 
 
 class ToyDenoiser(nn.Module):

@@ -48,4 +48,4 @@ def test_failure_is_a_note() -> None:
     for step in (1, 2):
         callback.on_save(State(), Path(f"step_{step}"))
         callback.on_train_end(State())
-    assert notes == ["step_1 was not uploaded: no network. The next checkpoint is the next try."]
+    assert notes == ["step_1 was not uploaded: no network. It is tried again with the next checkpoint."]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import math
 import os
@@ -18,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
-from toy_training import Toy, toy_config
+from toy_training import Toy, full_disk, read_only_disk, signal_at, toy_config
 
 from gdmd.io import RunError
 from gdmd.runs import checkpoint
@@ -88,12 +87,8 @@ def test_skip_nonfinite(tmp_path: Path) -> None:
 
 
 def test_first_signal_saves(tmp_path: Path) -> None:
-    def terminate(step: int) -> None:
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    end = Toy(tmp_path / "run", toy_config(20), terminate).train()
+    end = Toy(tmp_path / "run", toy_config(20), signal_at(6)).train()
     assert (end.step, end.exit_code, end.checkpoint.name) == (7, 143, "step_000007")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
@@ -120,10 +115,7 @@ def test_second_ctrl_c(tmp_path: Path) -> None:
 def test_disk_full_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(step: int) -> None:
         if step == 7:
-            monkeypatch.setattr(checkpoint, "_fsync", full)
-
-    def full(path: Path) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            monkeypatch.setattr(checkpoint, "_fsync", full_disk)
 
     with pytest.raises(RunError, match=r"step_000010: No space left.*1 older checkpoint.*Free some disk space"):
         Toy(tmp_path / "run", toy_config(20), fill).train()
@@ -135,14 +127,11 @@ def test_disk_full_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_background_writer_error_ends_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_only(path: Path) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
     def wait(step: int) -> None:
         while step == 6 and any(thread.name == "gdmd-checkpoint" for thread in threading.enumerate()):
             time.sleep(0.001)
 
-    monkeypatch.setattr(checkpoint, "_fsync", read_only)
+    monkeypatch.setattr(checkpoint, "_fsync", read_only_disk)
     watcher = Watcher()
     with pytest.raises(RunError, match=r"step_000005.*read-only"):
         Toy(tmp_path / "run", toy_config(20, checkpoint_async=True), wait, hooks=Hooks(watcher)).train()
@@ -168,11 +157,7 @@ def test_best_checkpoint_after_a_resume(tmp_path: Path) -> None:
     changes = {"best_metric": "loss/student", "best_direction": "min", "keep_checkpoints": 1}
     Toy(tmp_path / "whole", toy_config(40, **changes)).train()
 
-    def terminate(step: int) -> None:
-        if step == 19:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    Toy(tmp_path / "parts", toy_config(40, **changes), terminate).train()
+    Toy(tmp_path / "parts", toy_config(40, **changes), signal_at(19)).train()
     Toy(tmp_path / "parts", toy_config(40, **changes)).train()
     best = named_best(tmp_path / "whole" / "checkpoints")
     assert best is not None and named_best(tmp_path / "parts" / "checkpoints") == best

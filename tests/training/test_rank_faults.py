@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import time
@@ -14,7 +13,7 @@ import pytest
 import torch
 from ranks import Ended, run_ranks
 from torch import Tensor
-from toy_training import Toy, ToyMethod, ToyRoles, ToyStream, toy_config
+from toy_training import Toy, ToyMethod, ToyRoles, ToyStream, full_disk, toy_config
 
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import create, open_run, read_metrics
@@ -171,9 +170,6 @@ def test_killed_ranks_resume_bit_for_bit(tmp_path: Path, sharding: str) -> None:
 def test_error_on_one_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is printed once: by rank 0 for its full disk, by rank 1 for its reward server."""
 
-    def full(path: Path) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     def at(rank: int, step: int) -> None:
         if (rank, step) == (1, AT):
             raise ValueError("the reward server of this machine is gone")
@@ -181,7 +177,7 @@ def test_error_on_one_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("disk", "server"):
         (tmp_path / name).mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_fsync", full)
+        patch.setattr(checkpoint, "_fsync", full_disk)
         ended = two(tmp_path / "disk")
     assert codes(ended) == [2, 2] and steps(tmp_path / "disk") == []
     assert "step_000005: No space left" in ended[0].said and ended[1].said == ""

@@ -16,13 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from toy_training import Toy, toy_config
+from toy_training import Toy, signal_at, toy_config, untimed_metrics
 
 from gdmd.runs import checkpoint
-from gdmd.runs.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMED = "speed/images_per_s"
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +33,6 @@ def final_tensors(folder: Path) -> dict[str, Tensor]:
     saved = checkpoint.load_newest(folder / "checkpoints")
     assert saved is not None
     return {f"{part}/{name}": tensor for part, named in saved.tensors.items() for name, tensor in named.items()}
-
-
-def untimed_metrics(folder: Path) -> list[dict[str, float]]:
-    return [{key: value for key, value in row.items() if key != TIMED} for row in read_metrics(folder)]
 
 
 def assert_same_run(first: Path, second: Path) -> None:
@@ -121,11 +115,7 @@ def test_sigkill_while_writing(uninterrupted: Path, tmp_path: Path, moment: str,
 def test_resume_after_damage_is_bit_exact(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
 
-    def terminate(step: int) -> None:
-        if step == 16:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    assert Toy(folder, toy_config(40), terminate).train().exit_code == 143
+    assert Toy(folder, toy_config(40), signal_at(16)).train().exit_code == 143
     weights = folder / "checkpoints" / "step_000017" / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\1\2\3")
     Toy(folder, toy_config(40)).train()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_training import full_disk, read_only_disk
 
 from gdmd.config.training import LoopConfig
 from gdmd.io import RunError
@@ -80,12 +80,9 @@ def test_next_save_waits_and_reports_it(tmp_path: Path, gate: threading.Event, m
 
 @pytest.mark.parametrize("background", [True, False])
 def test_writer_error_is_raised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool) -> None:
-    def full(path: Path) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     own = saver(tmp_path, checkpoint_async=background)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_fsync", full)
+        patch.setattr(checkpoint, "_fsync", full_disk)
         with pytest.raises(RunError, match=r"step_000001: No space left.*0 older checkpoint.*Free some disk space"):
             own.save(1, {"student": {"w": torch.zeros(3)}}, {})
             while own.writing:
@@ -99,10 +96,7 @@ def test_writer_error_is_raised_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_close_reports_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_only(path: Path) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(checkpoint, "_fsync", read_only)
+    monkeypatch.setattr(checkpoint, "_fsync", read_only_disk)
     notes: list[str] = []
     own = saver(tmp_path, notes.append)
     own.save(1, {"student": {"w": torch.zeros(3)}}, {})

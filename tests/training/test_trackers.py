@@ -259,7 +259,7 @@ def test_a_tracker_that_fails_later_is_noted_once_and_training_goes_on(
     assert len(read_metrics(tmp_path / "run")) == 6
     (message,) = notes.notes
     assert message == (
-        "swanlab failed and gets no more data of this run: ConnectionError: no route to https://host/?key=*** with ***. "
+        "swanlab failed and gets no more data from this run: ConnectionError: no route to https://host/?key=*** with ***. "
         f"Training continues; {tmp_path / 'run' / 'metrics.jsonl'} has every row."
     )
 

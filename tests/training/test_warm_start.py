@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_roles import gdmd, prompts, rng, tiny_roles
-from torch import Tensor
+from tiny_roles import gdmd, prompts, rng, same, tiny_roles
 from toy_training import Toy, toy_config
 
 from gdmd.runs import checkpoint
@@ -33,20 +32,16 @@ def last(folder: Path) -> checkpoint.Checkpoint:
     return saved
 
 
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_student_starts_from_the_ema(finished: Path, tmp_path: Path) -> None:
     toy, saved = Toy(tmp_path / "run", toy_config()), last(finished)
     states = role_states(toy.roles, toy.cfg)
     notes = warm_start(str(finished), states, SINGLE_PROCESS, {})
     assert "step 10" in notes and "EMA" in notes
-    assert not equal(dict(saved.part("ema")), dict(saved.part("student")))
-    assert equal(dict(states["student"].parameters), dict(saved.part("ema")))
-    assert equal(dict(states["fake"].parameters), dict(saved.part("fake")))
+    assert not same(dict(saved.part("ema")), dict(saved.part("student")))
+    assert same(dict(states["student"].parameters), dict(saved.part("ema")))
+    assert same(dict(states["fake"].parameters), dict(saved.part("fake")))
     ema = states["student"].ema
-    assert ema is not None and ema.updates == 0 and equal(ema.shadow, dict(saved.part("ema")))
+    assert ema is not None and ema.updates == 0 and same(ema.shadow, dict(saved.part("ema")))
     assert states["student"].updates == 0
 
 
@@ -54,7 +49,7 @@ def test_student_without_ema(tmp_path: Path) -> None:
     Toy(tmp_path / "first", toy_config(5, ema=0.0)).train()
     states = role_states((toy := Toy(tmp_path / "run", toy_config())).roles, toy.cfg)
     assert "EMA" not in warm_start(str(tmp_path / "first"), states, SINGLE_PROCESS, {})
-    assert equal(dict(states["student"].parameters), dict(last(tmp_path / "first").part("student")))
+    assert same(dict(states["student"].parameters), dict(last(tmp_path / "first").part("student")))
 
 
 def test_resume_without_the_first_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,9 +70,9 @@ def test_resume_without_the_first_run(finished: Path, tmp_path: Path, monkeypatc
     shutil.rmtree(first)
     run("parts", 12)
     whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
-    assert all(equal(dict(whole.part(name)), dict(parts.part(name))) for name in ("student", "fake", "ema"))
+    assert all(same(dict(whole.part(name)), dict(parts.part(name))) for name in ("student", "fake", "ema"))
     Toy(tmp_path / "teacher", toy_config(12, lr_schedule="constant", seed=4)).train()
-    assert not equal(dict(whole.part("student")), dict(last(tmp_path / "teacher").part("student")))
+    assert not same(dict(whole.part("student")), dict(last(tmp_path / "teacher").part("student")))
 
 
 def test_old_policy_starts_as_the_student() -> None:
@@ -97,7 +92,7 @@ def test_gan_head_starts_fresh(tmp_path: Path) -> None:
     before = {k: v.detach().clone() for k, v in states["fake"].parameters.items() if k.startswith("gan_head.")}
     assert before
     warm_start(str(tmp_path / "run"), states, SINGLE_PROCESS, {})
-    assert equal(before, {k: v for k, v in states["fake"].parameters.items() if k in before})
+    assert same(before, {k: v for k, v in states["fake"].parameters.items() if k in before})
 
 
 @pytest.mark.parametrize(("exists", "message"), [(False, "does not exist"), (True, "has no checkpoint")])

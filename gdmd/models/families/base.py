@@ -39,6 +39,7 @@ class Family(ABC):
     native: Native  # what the network predicts; the fake score's loss compares it
     targets: tuple[str, ...]  # the layers that get adapters by default, where the network has them
     patch: ClassVar[int] = 1  # latent positions along the side of a token
+    multiple: ClassVar[int] = 1  # the sides of a latent are multiples of it (and of patch)
     blocks: ClassVar[tuple[str, ...]] = ()  # classes of the repeated blocks
     scaling: ClassVar[tuple[str, ...]] = ("scaling_factor", "shift_factor")  # VAE keys that the pipeline reads
     feature_cost: ClassVar[float] = 1.0  # of a call for features, in whole calls
@@ -60,14 +61,14 @@ class Family(ABC):
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent of cfg.height x cfg.width pixels. ValueError when the size does not fit."""
         factor = self.pixels_per_latent
-        unit = factor * self.patch
+        unit = factor * max(self.patch, self.multiple)
         for side, pixels in (("height", self.cfg.height), ("width", self.cfg.width)):
             if pixels % unit:
                 raise ValueError(
                     f"model.{side} = {pixels}: {self.name} works on multiples of {unit} pixels; use "
                     f"{max(unit, round(pixels / unit) * unit)}"
                 )
-        self.check_positions(self.net, unit, self.cfg.height, self.cfg.width, "model.")
+        self.check_positions(self.net, factor * self.patch, self.cfg.height, self.cfg.width, "model.")
         return self.latent_channels, self.cfg.height // factor, self.cfg.width // factor
 
     def at_size(self, height: int, width: int) -> Self:
@@ -155,7 +156,8 @@ class Family(ABC):
 
     @property
     def latent_channels(self) -> int:
-        return int(self.pipe.vae.config.latent_channels)
+        config = self.pipe.vae.config
+        return int(config.z_dim if "z_dim" in config else config.latent_channels)  # video VAEs call it z_dim
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """One call of ``net`` (the backbone or a copy of it). x_t [B, C, H, W], t [B] in [0, 1]; returns fp32."""

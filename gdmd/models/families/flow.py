@@ -31,6 +31,7 @@ class FlowFamily(Family):
                 f"model.guidance_rescale = {cfg.guidance_rescale:g}: a {self.pipeline} does not use it; only UNets "
                 "with a beta schedule do; leave it out"
             )
+        self.net = pipe.transformer
         self.schedule = FlowSchedule()
         self.settings = read_flow(pipe.scheduler, cfg.what, self.max_shift)
 

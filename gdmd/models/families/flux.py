@@ -40,7 +40,6 @@ class Flux(FlowFamily):
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
-        self.net: nn.Module = pipe.transformer
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = FluxText(pipe, cfg)
 

@@ -47,7 +47,6 @@ class Flux2(FlowFamily):
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
-        self.net: nn.Module = pipe.transformer
         self.codec = PatchCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = Flux2Text(pipe, cfg)
         singles = range(pipe.transformer.config.num_single_layers)

@@ -43,17 +43,12 @@ class Krea2(FlowFamily):
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
-        self.net: nn.Module = pipe.transformer
         self.codec = FrameCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = Krea2Text(pipe, cfg)
 
     def mu(self, steps: int) -> float | None:
         del steps
         return DISTILLED_MU if self.pipe.config.get("is_distilled") else None
-
-    @property
-    def latent_channels(self) -> int:
-        return int(self.pipe.vae.config.z_dim)
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)

@@ -41,31 +41,15 @@ class QwenImage21(FlowFamily):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out"),
     )
+    multiple = 2  # an image slot of the network holds 2 x 2 latents
     scaling = ("latents_mean", "latents_std")
     tiny_decoder = False
     blocks = ("QwenImage21TransformerBlock",)
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
-        self.net: nn.Module = pipe.transformer
         self.codec = RgbaCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = QwenImage21Text(pipe, cfg)
-
-    @property
-    def latent_channels(self) -> int:
-        return int(self.pipe.vae.config.z_dim)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W); H and W must be even, because an image slot of the network holds 2 x 2 latents."""
-        shape, unit = super().latent_shape, 2 * self.pixels_per_latent
-        for side, pixels in (("height", self.cfg.height), ("width", self.cfg.width)):
-            if pixels % unit:
-                raise ValueError(
-                    f"model.{side} = {pixels}: {self.name} works on multiples of {unit} pixels; use "
-                    f"{max(unit, round(pixels / unit) * unit)}"
-                )
-        return shape
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)

@@ -42,7 +42,6 @@ class Sana(FlowFamily):
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
-        self.net: nn.Module = pipe.transformer
         self.codec = DeepCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = SanaText(pipe, cfg)
         if self.settings.dynamic:

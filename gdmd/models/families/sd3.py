@@ -39,7 +39,6 @@ class Sd3(FlowFamily):
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
-        self.net: nn.Module = pipe.transformer
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = Sd3Text(pipe, cfg)
 

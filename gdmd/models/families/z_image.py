@@ -38,7 +38,6 @@ class ZImage(FlowFamily):
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
-        self.net: nn.Module = pipe.transformer
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = ZImageText(pipe, cfg)
         longest, places = cfg.max_tokens or LONGEST, int(pipe.transformer.config.axes_lens[0])

@@ -65,9 +65,9 @@ def kl_vae_job(steps: int = 2000, seed: int = 1, batch: int = 64) -> PretrainJob
 
 
 @torch.no_grad()
-def _latents(vae: Any, seed: int, batches: int = 8) -> Tensor:
-    """Latents of new images, [256 batches, C, h, w]."""
-    parts: list[Tensor] = [vae.encode(2 * draw_batch(seed, i, 256)[0] - 1).latent_dist.mean for i in range(batches)]
+def _latents(vae: Any, seed: int) -> Tensor:
+    """Latents of new images, [2048, C, h, w]."""
+    parts: list[Tensor] = [vae.encode(2 * draw_batch(seed, i, 256)[0] - 1).latent_dist.mean for i in range(8)]
     return torch.cat(parts)
 
 

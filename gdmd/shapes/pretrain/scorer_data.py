@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdmd.shapes.grammar import ANY, COLORS, INVERSE, SHAPES, SPLITS, TASKS, Caption, Split, catalog, draw_rows
-from gdmd.shapes.render import BACKGROUND, WORLD32, Scenes, draw_scenes, render
+from gdmd.shapes.render import BACKGROUND, RADIUS, Scenes, draw_scenes, render
 
 COUNTING, POSITION = TASKS.index("counting"), TASKS.index("position")
 AXIS = 0.45  # a relation may hold above this direction cosine (the checker's rule: 0.5); below it, it does not
@@ -221,7 +221,7 @@ def _overlapped(scenes: Scenes, corruption: Corruption) -> Scenes:
 def _with_extra(scenes: Scenes, generator: torch.Generator) -> Scenes:
     """The scenes with one more object of an existing shape at a random place (it may overlap), [B, K + 1]."""
     unit = torch.rand(4, len(scenes), 1, generator=generator)
-    low, high = WORLD32.radius
+    low, high = RADIUS
     color = torch.where(unit[0] < 0.5, scenes.color[:, :1], (unit[1] * len(COLORS)).long())
     x, y, radius = 0.15 + 0.7 * unit[2], 0.15 + 0.7 * unit[3], low + (high - low) * unit[1]
     added = (scenes.shape[:, :1], color, x, y, radius)

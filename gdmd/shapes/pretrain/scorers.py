@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,38 +185,32 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 def pretrain_scorer(
     kind: Kind,
-    steps: int | None = None,
-    seed: int | None = None,
+    steps: int,
+    seed: int,
     target: str | Path | None = None,
     *,
     resume: bool = False,
     batch: int = 64,
     checkpoint_every: int = 200,
-    progress: bool = True,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
     per_task: int = 500,
 ) -> Net:
-    """Train one scorer, measure it, save it; return it in eval mode, frozen. steps, seed: by default the shipped ones.
+    """Train one scorer, measure it, save it; return it in eval mode, frozen.
 
     target: the asset to write, None for none; the state of an unfinished run is next to it, with suffix .part.
     resume: continue from that state. ValueError when it belongs to another configuration.
     on_step: called after each step with (step, loss). per_task: captions per task of the measurement.
     """
-    own_steps, own_seed = SHIPPED[kind]
-    steps, seed = own_steps if steps is None else steps, own_seed if seed is None else seed
     cfg = ScorerConfig(kind, steps, seed, batch, checkpoint_every=checkpoint_every)
     net = _untrained(cfg)
     optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98))
     path = None if target is None else Path(target)
     first = load_checkpoint(checkpoint_path(path), cfg, net, optimizer) if resume and path else 0
-    with _progress_bar(cfg, first, progress) as advance:
-        for step in range(first, cfg.steps):
-            loss = _train_step(cfg, net, optimizer, step)
-            advance(loss)
-            if path and (step + 1) % cfg.checkpoint_every == 0 and step + 1 < cfg.steps:
-                save_checkpoint(checkpoint_path(path), cfg, net, optimizer, step + 1)
-            if on_step is not None:
-                on_step(step, loss)
+    for step in range(first, cfg.steps):
+        loss = _train_step(cfg, net, optimizer, step)
+        if path and (step + 1) % cfg.checkpoint_every == 0 and step + 1 < cfg.steps:
+            save_checkpoint(checkpoint_path(path), cfg, net, optimizer, step + 1)
+        on_step(step, loss)
     net.requires_grad_(False).eval()
     if isinstance(net, Preference):
         calibrate(net, cfg.seed)
@@ -254,29 +247,13 @@ def _train_step(cfg: ScorerConfig, net: Net, optimizer: torch.optim.Optimizer, s
 
 
 @torch.no_grad()
-def calibrate(net: Preference, seed: int, count: int = 1024) -> None:
+def calibrate(net: Preference, seed: int) -> None:
     """Set ``origin`` to the mean of r on true renders of train captions and ``unit`` to LABEL_SHARPNESS."""
     generator = step_generator(seed, (1 << 32) - 1)
-    rows = draw_rows(count, generator)
+    rows = draw_rows(1024, generator)
     r = net.raw(render(draw_scenes(rows, generator)), net.text_features(catalog().tokens[rows]))
     net.get_buffer("origin").copy_(r.mean())
     net.get_buffer("unit").fill_(LABEL_SHARPNESS)
-
-
-def _progress_bar(cfg: ScorerConfig, first: int, shown: bool) -> Any:
-    """A context that yields ``advance(loss)`` of a rich progress bar, hidden unless ``shown``."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def running() -> Any:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), disable=not shown) as bar:
-            task = bar.add_task(cfg.kind, total=cfg.steps, completed=first, loss=float("nan"))
-            yield lambda loss: bar.update(task, advance=1, loss=loss)
-
-    return running()
 
 
 def checkpoint_path(asset: Path) -> Path:
