@@ -12,6 +12,7 @@ from gdmd.config.describe import METHODS, student_updates, trained_rewards
 from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import PREFIX, is_shapes_pipeline
+from gdmd.config.validation import split_size
 from gdmd.export.front_matter import base_id, front_matter
 from gdmd.export.pipeline import left_out
 from gdmd.models.families.base import Family
@@ -275,8 +276,9 @@ def _validation(scores: Mapping[str, tuple[float, float | None]], cfg: RunConfig
         return ()
     trained = trained_rewards(cfg)
     rows = (
-        f"| {name} | {_number(student)} | {_number(teacher)} | {'trained on' if name in trained else 'unseen'} |"
+        f"| {name} | {_number(student)} | {_number(teacher)} | {'trained on' if own in trained else 'unseen'} |"
         for name, (student, teacher) in scores.items()
+        for own, _ in [split_size(name)]
     )
     head = ("| scorer | student | teacher | in training |", "|---|---|---|---|")
     return ("", "Means on the validation prompts of the run:", "", *head, *rows)

@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gdmd.config.model import DiffusersModel, LoraFile
+from gdmd.export.lora import save_lora
 from gdmd.models.families.base import Family
 from gdmd.models.loading import LazyTextEncoder, encoder_identity, open_family
 from gdmd.models.lora_files import fuse_loras, lora_factors
+from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.models.student_start import open_start
 
 CAPTIONS = list(tiny.WORDS[:2])
@@ -51,25 +53,22 @@ def weights(pipe: Any) -> dict[str, Tensor]:
     return {f"{part}.{key}": value.clone() for part, net in parts.items() for key, value in net.state_dict().items()}
 
 
-def layers(pipe: Any, *, text_only: bool = False) -> dict[str, nn.Linear]:
+def layers(pipe: Any) -> dict[str, nn.Linear]:
     """COMPONENT.LAYER, the latter with text_model as in published files, -> its module."""
     return {
         f"{part}.{'text_model.' if name.startswith('encoder.') else ''}{name}": module
         for part, net in networks(pipe).items()
         for name, module in net.named_modules()
-        if isinstance(module, nn.Linear) and name.endswith(ENDS) and not (text_only and part not in TEXTS)
+        if isinstance(module, nn.Linear) and name.endswith(ENDS)
     }
 
 
-TEXTS = ("text_encoder", "text_encoder_2")
-
-
 def drawn(
-    pipe: Any, key: Callable[[str, str], str], alpha: Callable[[int], float | None], *, text_only: bool = False
+    pipe: Any, key: Callable[[str, str], str], alpha: Callable[[int], float | None]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A random LoRA whose keys are key(LAYER, "down" | "up"), and the change alpha / rank B A of each layer."""
-    tensors, changes = {}, {}
-    for number, (name, layer) in enumerate(layers(pipe, text_only=text_only).items()):
+    tensors, changes = dict[str, Tensor](), dict[str, Tensor]()
+    for number, (name, layer) in enumerate(layers(pipe).items()):
         rank, scale = 1 + number % 3, alpha(number)
         down = torch.randn(rank, layer.in_features) * layer.in_features**-0.5
         up = torch.randn(layer.out_features, rank) * 0.3
@@ -177,10 +176,10 @@ def test_alpha_in_the_header(folders: Callable[[str], Path], tmp_path: Path) -> 
         assert torch.allclose(found[key] - before[key], 0.7 * alphas[part] * change, atol=1e-5), layer
 
 
-def lora(folders: Callable[[str], Path], file: Path, name: str = "sdxl", seed: int = 0, **options: Any) -> Path:
+def lora(folders: Callable[[str], Path], file: Path, name: str = "sdxl", seed: int = 0) -> Path:
     torch.manual_seed(seed)
     pipe = open_family(tiny.config(folders(name))).pipe
-    save_file(drawn(pipe, peft, lambda number: None, **options)[0], file)
+    save_file(drawn(pipe, peft, lambda number: None)[0], file)
     return file
 
 
@@ -214,15 +213,36 @@ def test_embeddings_are_keyed_by_the_loras(folders: Callable[[str], Path], tmp_p
     one, other = (lora(folders, tmp_path / f"{seed}.safetensors", seed=seed) for seed in (1, 2))
     moved = Path(shutil.copy(one, tmp_path / "moved.safetensors"))
     tensors = load_file(one)
-    unet = tmp_path / "unet.safetensors"
-    save_file({key: value for key, value in tensors.items() if key.startswith("unet.")}, unet)
+    unet, text = (tmp_path / f"{part}.safetensors" for part in ("unet", "text_encoder"))
+    for file in (unet, text):
+        save_file({key: value for key, value in tensors.items() if key.startswith(file.stem)}, file)
 
     def key(*loras: tuple[Path, float]) -> str:
         return encoder_identity(open_family(config(folders("sdxl"), *loras), encoders=False))
 
     keys = [key(), key((one, 0.7)), key((one, 1.0)), key((other, 0.7)), key((one, 0.7), (other, 0.7))]
     assert len(set(keys)) == len(keys)
-    assert key((moved, 0.7)) == key((one, 0.7)) and key((unet, 0.7)) == key()
+    assert key((moved, 0.7)) == key((one, 0.7)) and key((unet, 0.7)) == key() and key((text, 0.7)) == keys[1]
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+def test_exported_lora_has_the_text_encoders(name: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """diffusers adds it to the base pipeline and gets the fused pipeline with the student's adapter."""
+    styles = [(lora(folders, tmp_path / f"{seed}.safetensors", name, seed), 0.7) for seed in (1, 2)]
+    family, base = open_family(config(folders(name), *styles)), open_family(tiny.config(folders(name))).pipe
+    net = next(iter(networks(base)))
+    layer = next(key for key in layers(base) if key.startswith(net)).removeprefix(f"{net}.")
+    linear: Any = family.net.get_submodule(layer)
+    down, up = torch.randn(4, linear.in_features), 0.1 * torch.randn(linear.out_features, 4)
+    student = {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    save_lora(family, student, tmp_path / "export", family.cfg.teacher_loras)
+    base.load_lora_weights(str(tmp_path / "export"), weight_name=DIFFUSERS_FILE)
+    base.fuse_lora(base._lora_loadable_modules)
+    base.unload_lora_weights()
+    wanted, found = weights(family.pipe), weights(base)
+    wanted[f"{net}.{layer}.weight"] += family.cfg.lora_alpha / family.cfg.lora_rank * up @ down
+    assert all(torch.allclose(found[key], value, atol=1e-5) for key, value in wanted.items())
 
 
 def test_layer_that_does_not_fit(folders: Callable[[str], Path], tmp_path: Path) -> None:
