@@ -12,9 +12,10 @@ from gdmd.config.methods.dmd_reward import DMDGRPOConfig, DMDNFTConfig, DMDReFLC
 from gdmd.config.methods.dmdr import DMDRConfig
 from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig, TiltedGDMDConfig
+from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import CompositeConfig, OcrConfig, RemoteConfig
 from gdmd.config.run import RewardConfig, RunConfig
-from gdmd.config.validation import DIVERSITY, PREFIX, TEACHER
+from gdmd.config.validation import DIVERSITY, PREFIX, TEACHER, at_size
 
 _ROLES = ("student", "fake")
 _ALWAYS = (
@@ -63,6 +64,8 @@ def metric_keys(cfg: RunConfig) -> tuple[str, ...]:
     rewards = [key for spec in _rewards(cfg) for key in (*_scored(spec), *_of_reward(spec))]
     moved = () if cfg.loop.start_from else ("student/moved",)
     names = [_name(spec) for spec in (*_rewards(cfg), *cfg.held_out)] + ([DIVERSITY] if cfg.feature_scorer else [])
+    sizes = cfg.model.sizes if isinstance(cfg.model, DiffusersModel) else ()
+    names += [at_size(name, *size) for size in sizes for name in names]
     validated = [start + name for name in names for start in (PREFIX, TEACHER)]
     scores = validated if cfg.validation.every else []
     return tuple(dict.fromkeys((*_ALWAYS, *moved, *_of_method(cfg), *rewards, *scores)))

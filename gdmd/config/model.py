@@ -18,7 +18,7 @@ Pixels = Annotated[Count, Field(multiple_of=8)]
 
 
 class LoraFile(Config):
-    """A LoRA of the denoiser, with the keys of diffusers, PEFT, kohya or ComfyUI."""
+    """A LoRA, with the keys of diffusers, PEFT, kohya or ComfyUI."""
 
     path: str = Field(
         description="A .safetensors file, a folder with one, or a hub id: ORG/NAME or ORG/NAME/FILE.safetensors."
@@ -55,7 +55,8 @@ class DiffusersModel(Config):
     teacher_loras: tuple[Lora, ...] = Field(
         default=(),
         description="Your LoRAs, fused into the frozen base model: the teacher of the distillation is base model + LoRAs. "
-        "A list of paths or of {path, weight, revision}.",
+        "A list of paths or of {path, weight, revision}. They may change the text encoders, too, where diffusers loads "
+        "such LoRAs (SD 1.5, SDXL, SD3, FLUX.1) and student is not set: all roles read the same embeddings.",
     )
     student: str | None = Field(
         default=None,
@@ -70,8 +71,8 @@ class DiffusersModel(Config):
     )
     student_lora: Lora | None = Field(
         default=None,
-        description="A few-step LoRA (DMD2, Lightning, Hyper, LCM) that the student starts with, on top of the teacher or "
-        "of student: a path or {path, weight, revision}.",
+        description="A few-step LoRA (DMD2, Lightning, Hyper, LCM) of the denoiser that the student starts with, on top of "
+        "the teacher or of student: a path or {path, weight, revision}.",
     )
     fake_from: Literal["teacher", "student"] = Field(
         default="teacher",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -10,12 +11,25 @@ from gdmd.config.base import Config, Count, NonNegativeCount
 from gdmd.config.rewards import RewardConfig
 
 PREFIX = "validation/"
-"""Of the keys of metrics.jsonl: validation/LABEL of the student, validation/teacher/LABEL of the teacher, logged once."""
+"""Of the keys of metrics.jsonl: validation/LABEL of the student, validation/teacher/LABEL of the teacher, logged once.
+
+With model.sizes there is also a key of each size, whose LABEL is ``at_size``."""
 TEACHER = f"{PREFIX}teacher/"
 DIVERSITY = "images/diversity"
 """In place of LABEL: mean 1 - cosine of the image features of two images of one prompt, mean over prompts."""
 FEATURES = ("shapes_clip_heldout", "clip", "shapes_clip")
 """Kinds of rewards with image features, in the order in which diversity uses them."""
+
+
+def at_size(label: str, height: int, width: int) -> str:
+    """The label of a score of the images of one size, for example clip/768x1344."""
+    return f"{label}/{height}x{width}"
+
+
+def split_size(label: str) -> tuple[str, str]:
+    """The label without its size, and the size as HEIGHTxWIDTH; "" for a mean over all images."""
+    found = re.fullmatch(r"(.+)/(\d+x\d+)", label)
+    return (found[1], found[2]) if found else (label, "")
 
 
 class ValidationConfig(Config):

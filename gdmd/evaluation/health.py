@@ -65,16 +65,14 @@ def health_panels(metrics: Metrics, trained: Collection[str] = (), advice: str =
 def _validation(metrics: Metrics, trained: Collection[str], advice: str) -> list[Panel]:
     """Trained scores of the validation images above held-out ones and the images' diversity, with the teacher's."""
     names = sorted(validation_scores.labels(metrics), key=lambda name: name not in trained)
+    titles = {name: f"{name} ({'trained' if name in trained else 'held out'})" for name in names}
+    titles[DIVERSITY] = "diversity of a prompt's images (1 - cosine)"
     charts = [
-        Chart(
-            f"{name} ({'trained' if name in trained else 'held out'})",
-            PREFIX + name,
-            validation_scores.teacher_score(metrics, name),
-        )
-        for name in names
+        Chart(f"{title}{f', {size}' if size else ''}", PREFIX + label, validation_scores.teacher_score(metrics, label))
+        for name, title in titles.items()
+        for size in ("", *validation_scores.sizes_of(metrics, name))
+        for label in [f"{name}/{size}" if size else name]
     ]
-    teacher = validation_scores.teacher_score(metrics, DIVERSITY)
-    charts.append(Chart("diversity of a prompt's images (1 - cosine)", PREFIX + DIVERSITY, teacher))
     title = "Validation scores"
     svg = stacked_curves(metrics, charts, title)
     status, finding = _validated(metrics, names, trained)

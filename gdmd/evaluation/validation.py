@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gdmd.config.run import RunConfig
-from gdmd.config.validation import DIVERSITY, PREFIX, TEACHER
+from gdmd.config.validation import DIVERSITY, PREFIX, TEACHER, at_size
 from gdmd.data.prompts import read_prompts
 from gdmd.diffusion.generate import Sampler, images_of
 from gdmd.evaluation.scorers import features_by
@@ -66,6 +66,11 @@ def validation_prompts(cfg: RunConfig) -> tuple[tuple[str, ...], Meta]:
             except ValueError as error:
                 raise ValueError(f"validation.prompts: {error}") from error
     return texts, meta
+
+
+def _mean(scores: Tensor) -> float:
+    """Of the images that were scored. [N]"""
+    return float(scores[~scores.isnan()].double().mean())
 
 
 class Validation:
@@ -165,11 +170,17 @@ class Validation:
         return images
 
     def _scores(self, images: list[Tensor], prefix: str) -> dict[str, float]:
-        """The mean over the scored images of all sizes by key; NaN if there are none."""
+        """The mean over the scored images by key, of all sizes and of each one of several; NaN if there are none."""
         with without_stats(self.rewards):
-            found = {prefix + r.name: torch.cat([self._score(r, own) for own in images]) for r in self.rewards}
-        means = {key: float(scores[~scores.isnan()].double().mean()) for key, scores in found.items()}
-        return means | ({prefix + DIVERSITY: fmean(map(self._diversity, images))} if self.features else {})
+            found = {r.name: [self._score(r, own) for own in images] for r in self.rewards}
+        means = {label: _mean(torch.cat(scores)) for label, scores in found.items()}
+        each = {label: [_mean(own) for own in scores] for label, scores in found.items()}
+        if self.features:
+            each[DIVERSITY] = [self._diversity(own) for own in images]
+            means[DIVERSITY] = fmean(each[DIVERSITY])
+        for number, size in enumerate(self.components.sizes):
+            means |= {at_size(label, size.height, size.width): own[number] for label, own in each.items()}
+        return {prefix + label: mean for label, mean in means.items()}
 
     @torch.no_grad()
     def _diversity(self, images: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from gdmd.config.describe import METHODS, student_updates, trained_rewards
 from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import PREFIX, is_shapes_pipeline
+from gdmd.config.validation import split_size
 from gdmd.export.front_matter import base_id, front_matter
 from gdmd.export.pipeline import left_out
 from gdmd.models.families.base import Family
@@ -114,7 +115,13 @@ def _start(cfg: RunConfig, family: Family, separate: Sequence[LoraFile]) -> Mapp
         rows = {"teacher": model.path + (f" with {more}" if more else ""), "student starts as": family.cfg.path}
         rows["student starts as"] += f" with {', '.join(loras)}" if loras else ""
     how = "not contained: load them first, as above" if separate else "contained in these weights"
+    how += ", also in the text encoders" if _changes_text(family, separate) else ""
     return rows | ({"LoRAs": f"{', '.join(loras)}: {how}"} if loras else {})
+
+
+def _changes_text(family: Family, separate: Sequence[LoraFile]) -> bool:
+    """Whether the exported weights change the text encoders, as LoRAs in them do."""
+    return any(family.encoder.loras) and not separate
 
 
 def _use(
@@ -133,18 +140,23 @@ def _use(
     net = "unet" if "unet" in family.needs else "transformer"
     fused = [
         line
-        for one in separate
+        for one, texts in zip(separate, family.encoder.loras, strict=False)  # none are separate, or all
         for line in (
             f"pipe.load_lora_weights({_named(one)})",
-            f"pipe.fuse_lora(lora_scale={one.weight:g})",
+            f"pipe.fuse_lora({_fused_parts(net, texts)}lora_scale={one.weight:g})",
             "pipe.unload_lora_weights()",
         )
     ]
+    # without layers of the text encoders, load_lora_weights would warn that the file has none
+    load, only = (
+        ("load_lora_weights", "")
+        if _changes_text(family, separate)
+        else (f"{net}.load_lora_adapter", f', prefix="{net}"')
+    )
     lora = (
         *fused,
         f'pipe.scheduler = diffusers.{scheduler}.from_pretrained("{folder}", subfolder="scheduler")',
-        # load_lora_weights would warn that the file has no weights for the text encoders
-        f'pipe.{net}.load_lora_adapter("{folder}", weight_name="{DIFFUSERS_FILE}", prefix="{net}")',
+        f'pipe.{load}("{folder}", weight_name="{DIFFUSERS_FILE}"{only})',
     )
     return (
         *(["from importlib.resources import files", ""] if shipped and not merged else []),
@@ -153,6 +165,12 @@ def _use(
         *(() if merged else lora),
         f'image = pipe(prompt="{_example(family)}", {given}).images[0]',
     )
+
+
+def _fused_parts(net: str, texts: Iterable[str]) -> str:
+    """The argument of ``fuse_lora`` for a LoRA with these layers of text encoders: FLUX's leaves them out by default."""
+    parts = [net, *dict.fromkeys(name.partition(".")[0] for name in texts)]
+    return f"components={parts}, " if len(parts) > 1 else ""
 
 
 def _named(lora: LoraFile) -> str:
@@ -258,8 +276,9 @@ def _validation(scores: Mapping[str, tuple[float, float | None]], cfg: RunConfig
         return ()
     trained = trained_rewards(cfg)
     rows = (
-        f"| {name} | {_number(student)} | {_number(teacher)} | {'trained on' if name in trained else 'unseen'} |"
+        f"| {name} | {_number(student)} | {_number(teacher)} | {'trained on' if own in trained else 'unseen'} |"
         for name, (student, teacher) in scores.items()
+        for own, _ in [split_size(name)]
     )
     head = ("| scorer | student | teacher | in training |", "|---|---|---|---|")
     return ("", "Means on the validation prompts of the run:", "", *head, *rows)

@@ -22,21 +22,26 @@ def save_lora(
 ) -> list[Path]:
     """Write the adapter ``weights`` (BLOCK.lora_A.weight, ...) in the formats of the family; returns the files.
 
-    loras: LoRAs that become part of it: B A + B' A' = [B B'] [A; A'], of the sum of the ranks.
+    loras: LoRAs that become part of it: B A + B' A' = [B B'] [A; A'], of the sum of the ranks; also in the text encoders.
     The scale alpha / rank is multiplied into B, so that no reader can miss it. UNets also get a file with kohya's keys
     for ComfyUI; for transformers it reads diffusers' keys.
     """
-    plain = {name: value.cpu().contiguous() for name, value in folded(family, weights).items()}
+    unet = "unet" in family.needs
+    net = "unet" if unet else "transformer"
+    layers: dict[str, dict[str, Tensor]] = {
+        net: {name: value.cpu().contiguous() for name, value in folded(family, weights).items()}
+    }
     for lora in loras:
-        for layer, pair in lora_factors(family.pipe, lora).items():
+        for key, pair in lora_factors(family.pipe, lora).items():
+            component, _, layer = key.partition(".")
+            own = layers.setdefault(component, {})
             for part, value, dim in zip("AB", pair, (0, 1), strict=True):
                 name = f"{layer}.lora_{part}.weight"
-                both = [plain[name], value.cpu()] if name in plain else [value.cpu()]
-                plain[name] = torch.cat(both, dim).contiguous()
-    unet = "unet" in family.needs
+                both = [own[name], value.cpu()] if name in own else [value.cpu()]
+                own[name] = torch.cat(both, dim).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    layers = {"unet_lora_layers" if unet else "transformer_lora_layers": plain}
-    type(family.pipe).save_lora_weights(folder, **layers, weight_name=DIFFUSERS_FILE)
+    given = {f"{component}_lora_layers": own for component, own in layers.items()}
+    type(family.pipe).save_lora_weights(folder, **given, weight_name=DIFFUSERS_FILE)
     files = [folder / DIFFUSERS_FILE, *([_save_kohya(folder)] if unet else [])]
     follow_umask(*files)
     return files

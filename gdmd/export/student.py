@@ -62,8 +62,8 @@ def with_call(pipe: Any, arguments: Mapping[str, Any]) -> Any:
     def save_pretrained(self: Any, *args: Any, **given: Any) -> Any:
         plain = copy.copy(self)
         plain.__class__ = kind
-        component = denoiser_of(self)
-        plain.register_modules(**{component: without_adapters(getattr(self, component), merged=True)})
+        adapted = [name for name, part in self.components.items() if hasattr(part, "peft_config")]
+        plain.register_modules(**{name: without_adapters(getattr(self, name), merged=True) for name in adapted})
         return plain.save_pretrained(*args, **given)
 
     names = ("__module__", "__qualname__", "__doc__")
@@ -93,6 +93,6 @@ def without_adapters(net: nn.Module, *, merged: bool = False) -> Any:
         plain.set_submodule(name, base)
     for name in ("peft_config", "_hf_peft_config_loaded"):
         plain.__dict__.pop(name, None)
-    if getattr(plain, "is_gradient_checkpointing", False):
+    if hasattr(plain, "disable_gradient_checkpointing") and plain.is_gradient_checkpointing:  # a network of diffusers
         plain.disable_gradient_checkpointing()
     return plain

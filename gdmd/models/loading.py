@@ -30,7 +30,7 @@ from gdmd.models.families.sd3 import Sd3
 from gdmd.models.families.sd15 import Sd15
 from gdmd.models.families.sdxl import Sdxl
 from gdmd.models.families.z_image import ZImage
-from gdmd.models.lora_files import fuse_loras
+from gdmd.models.lora_files import factors_content, fuse_loras, lora_factors, of_text
 from gdmd.models.pipeline_files import (
     EXTRAS,
     INDEX,
@@ -69,10 +69,11 @@ def open_family(
 ) -> Family:
     """Open the pipeline at cfg.path as a Family, its weights frozen, in cfg.dtype, on ``device``.
 
-    cfg.teacher_loras are fused into its denoiser; cfg.student and cfg.student_lora are opened by ``open_start``.
+    cfg.teacher_loras are fused into its denoiser and text encoders; cfg.student and cfg.student_lora are opened by
+    ``open_start``.
     Without ``encoders`` the text encoders are not loaded; ``LazyTextEncoder`` loads them on first use. ``extras``: also
     load its safety checker and the like, for an export of the whole pipeline. ``shared``: a family whose VAE, text
-    encoders and tokenizers are used instead of loading them again.
+    encoders and tokenizers are used as they are instead of loading them again.
     ValueError for a path or id that does not exist or is gated, an unknown or different family, or a missing component.
     """
     require_diffusers()
@@ -92,10 +93,13 @@ def open_family(
         left_out |= {k: part for k, part in shared.pipe.components.items() if k in index and k not in own}
     left_out |= {} if encoders else dict.fromkeys(name for name in components(index) if name.startswith(ENCODER))
     pipe = _load(family, cfg, local, left_out)
-    fuse_loras(pipe, cfg.teacher_loras)
+    later = not encoders or shared is not None
+    loras = [lora_factors(pipe, one, unloaded=later) for one in cfg.teacher_loras]
+    fuse_loras(pipe, loras, own if later else None)
     fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
     _freeze(pipe)
     opened = family(pipe, cfg)
+    opened.encoder.loras = tuple(map(of_text, loras))
     opened.check_sizes()
     opened.place(device, () if shared is None else shared.pipe.components.keys() - own)
     return opened
@@ -158,6 +162,7 @@ class LazyTextEncoder:
             loaded = _load(type(self.family), self.family.cfg, is_local(self.family.cfg.location), others | missing)
             _freeze(loaded)
             encoders = {name: part for name, part in loaded.components.items() if name.startswith(ENCODER)}
+            fuse_loras(loaded, encoder.loras)
             pipe.register_modules(**{name: part.to(encoder.device) for name, part in encoders.items() if part})
             fit_limits(pipe, lambda encoder: None)
             self._loaded = True
@@ -222,7 +227,7 @@ def check_tiny(family: Family, tiny: Any) -> None:
 
 
 def encoder_identity(family: Family) -> str:
-    """What the text embeddings of a pipeline depend on: content of encoders and tokenizers, precision, length, libraries.
+    """What text embeddings depend on: content of encoders, their LoRAs and tokenizers, precision, length, libraries.
 
     The location of a folder does not matter: a moved copy shares the embeddings, a different model at the same path does
     not.
@@ -233,7 +238,8 @@ def encoder_identity(family: Family) -> str:
     empty = family.pipe.config.get("force_zeros_for_empty_prompt")
     facts = [family.name, cfg.dtype, cfg.max_tokens, empty, *versions(), *content_of(cfg, names)]
     layers = family.pipe.config.get("text_encoder_select_layers")
-    return json.dumps([*facts, layers] if layers else facts)
+    loras = [factors_content(one) for one in family.encoder.loras if one]
+    return json.dumps([*facts, *([layers] if layers else []), *([loras] if loras else [])])
 
 
 def content_of(cfg: DiffusersModel, names: Sequence[str]) -> list[object]:

@@ -4,17 +4,19 @@ diffusers silently skips layers that do not fit. Here every layer of a file is f
 
     _open = locate (file, folder, hub) -> _read -> _check_kind (a plain LoRA?) -> _prepared (keys and alphas of many
     programs -> diffusers' keys) -> _fit (which layers does the pipeline have?)
-    add_lora = _open -> diffusers -> _check_loaded;    fuse_loras = _open -> the factors B A of each layer -> W + B A
+    add_lora = _open -> diffusers -> _check_loaded;    lora_factors = _open -> the factors B A of each layer
+    fuse_loras = W + B A, in the denoiser and the text encoders
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import re
 import warnings
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.config.model import LoraFile
+from gdmd.io import content_hash
 from gdmd.models.lora_location import PEFT_CONFIG, locate
 from gdmd.models.pipeline_files import load_errors
+from gdmd.models.tokens import ENCODER
 
 ADAPTER = "source"
 """The name of the loaded adapter."""
@@ -59,6 +63,8 @@ _WEIGHT = re.compile(
 _DOWN = re.compile(r"(lora_A(\.\w+)?|[._]down)\.weight$")
 _OWN = re.compile(r"(unet|transformer|text_encoder(_2)?)\..+\.lora_(A\.weight|B\.weight|B\.bias)")
 """Keys as diffusers writes them."""
+_OF_TEXT = re.compile(r"lora_te\d?_|text_encoder")
+"""Layers of text encoders, with kohya's, diffusers' and ComfyUI's names."""
 _log = logging.getLogger(__name__)
 
 
@@ -91,13 +97,13 @@ class _Opened:
     fit: Fit
 
 
-def _open(pipe: Any, lora: str, revision: str | None = None) -> _Opened:
+def _open(pipe: Any, lora: str, revision: str | None = None, *, unloaded: bool = False) -> _Opened:
     file = locate(lora, revision)
     weights = _read(file, lora)
     _check_kind(weights, lora)
     given = _prepared(weights, file, pipe, lora)
     with _translated(pipe, lora):
-        return _Opened(file, weights, given, _fit(pipe, weights if given is None else given))
+        return _Opened(file, weights, given, _fit(pipe, weights if given is None else given, unloaded))
 
 
 def add_lora(pipe: Any, lora: str, scale: float, *, partial: bool = False, quiet: bool = False) -> None:
@@ -125,49 +131,80 @@ def add_lora(pipe: Any, lora: str, scale: float, *, partial: bool = False, quiet
 
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
-"""layer -> (A [r, in, ...], B [out, r, ...]) of the change B A of its weight; alpha / rank and the LoRA's weight are
-multiplied into B. fp32"""
+"""COMPONENT.LAYER -> (A [r, in, ...], B [out, r, ...]) of the change B A of its weight; alpha / rank and the LoRA's weight
+are multiplied into B. The layers of a text encoder have the names of published files: text_model.encoder... fp32"""
 
 
-def lora_factors(pipe: Any, lora: LoraFile) -> Factors:
-    """What a LoRA adds to each layer of the pipeline's denoiser, which is not changed.
+def lora_factors(pipe: Any, lora: LoraFile, *, unloaded: bool = False) -> Factors:
+    """What a LoRA adds to each layer of the pipeline's denoiser and text encoders, which are not changed.
 
-    ValueError for layers that the denoiser does not have, and for a LoRA that also changes the text encoders.
+    unloaded: the text encoders are not there yet; ``fuse_loras`` checks their layers. ValueError for layers that the
+    pipeline does not have, and for layers of text encoders that diffusers does not load.
     """
-    opened, component = _open(pipe, lora.path, lora.revision), _denoiser(pipe)
-    texts = [name for name in (*opened.fit.found, *opened.fit.missing) if name.startswith("text_encoder")]
-    if texts:
-        raise ValueError(
-            f"lora {lora.path!r} also changes the text encoders ({len(texts)} layers, the first is {texts[0]}), but "
-            f"training can fuse only LoRAs of the {component}. Give one that was trained without the text encoders, or "
-            "remove these layers from the file"
-        )
+    opened = _open(pipe, lora.path, lora.revision, unloaded=unloaded)
+    _check_text(opened.fit, pipe, lora.path)
     _check_fit(opened.fit, pipe, lora.path)
-    net = getattr(pipe, component)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     with _translated(pipe, lora.path):
         state = _converted(pipe, opened.weights if opened.given is None else opened.given)
-        pairs = _pairs({key.removeprefix(f"{component}."): value for key, value in state.items()}, net)
-    header = _header(opened.file, component) if opened.given is None else {}
-    found = {}
-    for layer, pair in pairs.items():
-        down, up = pair["A"].float(), pair["B"].float()
-        if "B.bias" in pair or down.shape[2:] != net.get_submodule(layer).weight.shape[2:]:
-            raise ValueError(f"lora {lora.path!r}: its layer {layer} has a bias or another kernel; give a plain LoRA")
-        scale = _scale(header, layer, len(down)) if header else 1.0
-        found[layer] = (down, up * (scale * lora.weight))
+    for component in pipe._lora_loadable_modules:
+        net, header = getattr(pipe, component, None), _header(opened.file, component) if opened.given is None else {}
+        for layer, pair in _pairs(_of_component(state, component), net).items():
+            down, up = pair["A"].float(), pair["B"].float()
+            if "B.bias" in pair or (net is not None and down.shape[2:] != _layer(net, layer).weight.shape[2:]):
+                raise ValueError(
+                    f"lora {lora.path!r}: its layer {layer} has a bias or another kernel; give a plain LoRA"
+                )
+            scale = _scale(header, layer, len(down)) if header else 1.0
+            name = f"text_model.{layer}" if layer.startswith("encoder.") and component != _denoiser(pipe) else layer
+            found[f"{component}.{name}"] = (down, up * (scale * lora.weight))
     return found
 
 
+def of_text(factors: Factors) -> Factors:
+    """The layers of the text encoders."""
+    return {name: pair for name, pair in factors.items() if name.startswith(ENCODER)}
+
+
+def factors_content(factors: Factors) -> str:
+    """A hash of what a LoRA changes: layers, factors and weight, wherever its file is."""
+    parts = ((name.encode(), *(part.cpu().numpy().tobytes() for part in factors[name])) for name in sorted(factors))
+    return content_hash(*itertools.chain.from_iterable(parts))
+
+
 @torch.no_grad()
-def fuse_loras(pipe: Any, loras: Sequence[LoraFile]) -> None:
-    """Add LoRAs to the weights of the pipeline's denoiser: W + sum of B A, computed in fp32 and rounded once."""
-    found = [lora_factors(pipe, lora) for lora in loras]
-    for layer in dict.fromkeys(name for factors in found for name in factors):
-        weight = getattr(pipe, _denoiser(pipe)).get_submodule(layer).weight
+def fuse_loras(pipe: Any, loras: Sequence[Factors], components: Collection[str] | None = None) -> None:
+    """Add LoRAs to the weights of these components of the pipeline, by default of all.
+
+    W + sum of B A, computed in fp32 and rounded once. ValueError for a layer of a text encoder that does not fit.
+    """
+    for name in dict.fromkeys(name for factors in loras for name in factors):
+        component, _, layer = name.partition(".")
+        if components is not None and component not in components:
+            continue
+        net, pairs = getattr(pipe, component), [factors[name] for factors in loras if name in factors]
+        if not all(_fits(net, layer, {"A": down, "B": up}) for down, up in pairs):
+            raise ValueError(
+                f"a LoRA changes {name}, which this {type(pipe).__name__} does not have or has in another size; give "
+                "a LoRA of this model in model.teacher_loras"
+            )
+        weight = _layer(net, layer).weight
         fused = weight.float()
-        for down, up in (factors[layer] for factors in found if layer in factors):
+        for down, up in pairs:
             fused = fused + (up.flatten(1) @ down.flatten(1)).reshape(weight.shape).to(weight.device)
         weight.data = fused.to(weight.dtype)
+
+
+def _check_text(fit: Fit, pipe: Any, lora: str) -> None:
+    """ValueError for layers of text encoders that diffusers does not load: an export could not contain them either."""
+    texts = [name for name in (*fit.missing, *fit.lost) if _OF_TEXT.match(name)]
+    others = [name for name in texts if name.partition(".")[0] not in pipe._lora_loadable_modules]
+    if others:
+        raise ValueError(
+            f"lora {lora!r} also changes text encoders ({len(others)} layers, the first is {others[0]}), but diffusers does "
+            f"not load these layers into a {type(pipe).__name__}, so that an exported student could not have them. Give one "
+            "that was trained without the text encoders, or remove these layers from the file"
+        )
 
 
 def _header(file: Path, component: str) -> dict[str, Any]:
@@ -218,8 +255,8 @@ def _check_loaded(pipe: Any, fit: Fit, lora: str) -> None:
             )
 
 
-def _fit(pipe: Any, weights: Mapping[str, Tensor]) -> Fit:
-    """Which layers of a file diffusers finds in the pipeline.
+def _fit(pipe: Any, weights: Mapping[str, Tensor], unloaded: bool = False) -> Fit:
+    """Which layers of a file diffusers finds in the pipeline; ``unloaded``: all of a component that is not loaded.
 
     Its conversion may lose some: it is run on tensors of the same sizes that are filled with the number of their layer.
     """
@@ -229,10 +266,9 @@ def _fit(pipe: Any, weights: Mapping[str, Tensor]) -> Fit:
     found: list[str] = []
     missing = [key for key in state if key.partition(".")[0] not in pipe._lora_loadable_modules]
     for component in pipe._lora_loadable_modules:
-        own = {k.removeprefix(f"{component}."): v for k, v in state.items() if k.startswith(f"{component}.")}
         net = getattr(pipe, component, None)
-        for layer, pair in _pairs(own, net).items():
-            fits = net is not None and _fits(net, layer, pair)
+        for layer, pair in _pairs(_of_component(state, component), net).items():
+            fits = unloaded and {"A", "B"} <= pair.keys() if net is None else _fits(net, layer, pair)
             (found if fits else missing).append(f"{component}.{layer}")
     lost = [layer for layer, number in layers.items() if number not in arrived and not _repeated(layer, layers)]
     return Fit(tuple(found), tuple(dict.fromkeys(map(_layer_of, missing))), tuple(lost))
@@ -272,6 +308,16 @@ def _repeated(layer: str, layers: Container[str]) -> bool:
     return any(f"{block}.{part}" in layers for part in parts)
 
 
+def _of_component(state: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
+    prefix = f"{component}."
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _layer(net: nn.Module, name: str) -> Any:
+    """The layer of this name, in a text encoder of any version of transformers: since 5 some have no text_model."""
+    return net.get_submodule(name if hasattr(net, "text_model") else name.removeprefix("text_model."))
+
+
 def _pairs(own: Mapping[str, Tensor], net: Any) -> dict[str, dict[str, Tensor]]:
     """layer -> {"A": ..., "B": ...} of one component, converted as diffusers' loaders do."""
     from diffusers.utils import state_dict_utils
@@ -298,7 +344,7 @@ def _fits(net: nn.Module, layer: str, pair: Mapping[str, Tensor]) -> bool:
     if not {"A", "B"} <= pair.keys() <= {"A", "B", "B.bias"}:
         return False
     try:
-        weight = net.get_submodule(layer).weight
+        weight = _layer(net, layer).weight
     except AttributeError:
         return False
     return isinstance(weight, Tensor) and (pair["B"].shape[0], pair["A"].shape[1]) == tuple(weight.shape[:2])

@@ -1,6 +1,6 @@
 """What the student starts as, if that is not the teacher: another pipeline of the family, or the teacher with a LoRA.
 
-    teacher   T = base model + teacher_loras              frozen
+    teacher   T = base model + teacher_loras              frozen; they may change the text encoders, which all roles share
     start     S = T, or T + student_lora, or student (+ student_lora): frozen too, a second network
     student   S + B A, or a full copy of S that is trained;  at step 0 it equals S
     fake      T + B A (fake_from = teacher) or S + B A
@@ -35,11 +35,21 @@ SAME_TIME = 1e-3
 def open_start(family: Family, device: str = "cpu") -> Family:
     """What the student starts as, with the teacher's VAE and text encoders; ``family`` if it starts as the teacher.
 
-    ValueError for a student of another family, noise schedule, latent space or text encoder.
+    ValueError for a student of another family, noise schedule, latent space or text encoder, and for LoRAs that would change
+    the text encoders of only one of the two.
     """
     cfg = family.cfg.start
     if cfg is family.cfg:
         return family
+    texts = next(
+        (lora.path for lora, one in zip(family.cfg.teacher_loras, family.encoder.loras, strict=True) if one), None
+    )
+    if family.cfg.student and texts:
+        raise ValueError(
+            f"model.teacher_loras: {texts!r} also changes the text encoders, but teacher and student read the same "
+            f"embeddings, and {cfg.what} was made for those without it. Fuse the LoRA into both pipelines in diffusers "
+            "(load_lora_weights, fuse_lora, save_pretrained) and give their folders, or leave model.student out"
+        )
     kind = family_of(local_or_hub_index(cfg), cfg)
     if kind is not type(family):
         raise ValueError(
@@ -47,6 +57,12 @@ def open_start(family: Family, device: str = "cpu") -> Family:
             f"({family.name}); give a student of the teacher's family"
         )
     start = open_family(cfg, device, shared=family)
+    if (lora := family.cfg.student_lora) and start.encoder.loras[-1]:
+        raise ValueError(
+            f"model.student_lora {lora.path!r} also changes the text encoders ({len(start.encoder.loras[-1])} layers), but "
+            "student, teacher and fake score read the same embeddings, and the teacher's are without it. Give a LoRA that "
+            "was trained without the text encoders, or remove these layers from the file"
+        )
     check_alike(family, start)
     vae = _vae_config(cfg)
     differing = [key for key in LATENTS if vae.get(key) != family.pipe.vae.config.get(key)]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from scipy.stats import ttest_ind
 
-from gdmd.config.validation import DIVERSITY, PREFIX, TEACHER
+from gdmd.config.validation import DIVERSITY, PREFIX, TEACHER, split_size
 
 FEW = 9
 """Validations after step 0 below which nothing is judged: three per third."""
@@ -42,9 +42,17 @@ def only_validation(row: Mapping[str, float]) -> bool:
 
 def labels(rows: Sequence[Mapping[str, float]]) -> list[str]:
     """The rewards and scorers that scored validation images of the student."""
+    return [label for label in _all_labels(rows) if label != DIVERSITY and not split_size(label)[1]]
+
+
+def sizes_of(rows: Sequence[Mapping[str, float]], label: str) -> list[str]:
+    """The image sizes, HEIGHTxWIDTH, of which this score was logged alone."""
+    return [size for name, size in map(split_size, _all_labels(rows)) if size and name == label]
+
+
+def _all_labels(rows: Sequence[Mapping[str, float]]) -> list[str]:
     keys = dict.fromkeys(key for row in rows for key in row)
-    own = [key.removeprefix(PREFIX) for key in keys if key.startswith(PREFIX) and not key.startswith(TEACHER)]
-    return [label for label in own if label != DIVERSITY]
+    return [key.removeprefix(PREFIX) for key in keys if key.startswith(PREFIX) and not key.startswith(TEACHER)]
 
 
 def teacher_score(rows: Sequence[Mapping[str, float]], label: str) -> float | None:

@@ -42,7 +42,7 @@ from gdmd.models.loading import (
     read_index,
     require_diffusers,
 )
-from gdmd.models.lora_files import add_lora, fuse_loras
+from gdmd.models.lora_files import add_lora, fuse_loras, lora_factors
 from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.models.packing import in_patches, pack
 from gdmd.models.pipeline_files import (
@@ -266,7 +266,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         trained_on = info.get("base_content", base)
         if base != trained_on and "@" not in base + trained_on:  # a hub id and a folder cannot be compared
             log.warning("the LoRA in %s was trained on another base model: %s has different content", folder, where)
-        fuse_loras(pipe, loras)
+        fuse_loras(pipe, [lora_factors(pipe, one) for one in loras])
         add_lora(pipe, str(folder / DIFFUSERS_FILE), 1.0, quiet=True)
         pipe.scheduler = _from_folder(info["scheduler"], folder / "scheduler")
     weights: dict[str, Any] = {"weights": weights_content(cfg.where), "base": base, **_unprocessed(pipe)}

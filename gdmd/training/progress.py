@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from gdmd.config.validation import PREFIX, TEACHER
+from gdmd.config.validation import PREFIX, TEACHER, split_size
 
 SHOWN = {
     "loss/student": ("student", "loss of the student"),
@@ -44,9 +44,13 @@ def legend(values: Mapping[str, float]) -> str:
 
 
 def validation_line(step: int, scores: Mapping[str, float]) -> str:
-    """The validation scores of a step in lines of 80 columns; those of the teacher in parentheses."""
+    """The validation scores of a step over all sizes in lines of 80 columns; those of the teacher in parentheses."""
     shown = {key: "-" if isnan(score) else f"{score:.3g}" for key, score in scores.items()}
-    own = {key.removeprefix(PREFIX): text for key, text in shown.items() if not key.startswith(TEACHER)}
+    own = {
+        key.removeprefix(PREFIX): text
+        for key, text in shown.items()
+        if not key.startswith(TEACHER) and not split_size(key)[1]
+    }
     known = {label: f" (teacher {shown[TEACHER + label]})" if TEACHER + label in shown else "" for label in own}
     parts = [
         f"{label.removeprefix('images/')} {text}{known[label]}".replace(" ", "\xa0") for label, text in own.items()

@@ -23,9 +23,12 @@ from gdmd.config.image_source import read_source
 from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.methods.dmd2 import DMD2Config
 from gdmd.config.methods.gdmd import GDMDConfig
+from gdmd.config.metric_keys import metric_keys
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.diffusion.rng import SampleRng
+from gdmd.evaluation.health import health_panels
+from gdmd.evaluation.validation import Validation
 from gdmd.methods.sizes import drawn_size
 from gdmd.models.loading import open_family
 from gdmd.plan.cost_model import gpu_of
@@ -37,9 +40,11 @@ from gdmd.programs.train import TrainSettings, create_run
 from gdmd.recipes.build import Components, build
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import Run, create, open_run, read_metrics
+from gdmd.runs.validation_scores import labels, sizes_of
 from gdmd.sources.draw import draw
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.training.loop import train
+from gdmd.training.progress import validation_line
 from gdmd.types import PromptBatch
 
 SIZES = ((32, 32), (32, 64), (64, 32))
@@ -189,15 +194,52 @@ def test_validation_samples_and_card_have_every_size(folders: Path, tmp_path: Pa
     cfg = RunConfig.model_validate(cfg.model_dump(mode="json") | {"validation": checks})
     create_run(cfg, run, ["gdmd", "train"], TrainSettings(QUIET, evaluation=False))
     assert [0 < row["validation/test_sizes:brightness"] < 1 for row in read_metrics(run)] == [True, True]
+    check_scores_of_each_size(folders, read_metrics(run), checks, tmp_path)
     grid = Image.open(run / "grids" / "step_000001.png")
     assert grid.height > 2 * (32 + 32 + 64) and grid.width > 4 * 64  # a row per prompt and size: two and two images
     card = export_run(run)[-1].read_text()
+    assert all(f"| test_sizes:brightness{size} | 0." in card for size in ("", "/32x32", "/32x64", "/64x32"))
+    assert card.count("| trained on |") == 4
     assert "| image sizes (height x width) | 32 x 32, 32 x 64, 64 x 32 |" in card and "height=32, width=32" in card
     for given, size in (("", (32, 32)), (",height=64", (32, 64)), (",width=64", (64, 32))):
         draw(read_source(f"{run}{given}"), ["two red dogs"], 1, 0, tmp_path / "a.png", 1)
         assert all(whole > side for whole, side in zip(Image.open(tmp_path / "a.png").size, size, strict=True))
     with pytest.raises(ValueError, match="trained at height=32,width=32, height=32,width=64, .*; give one of them"):
         draw(read_source(f"{run},height=64,width=64"), ["two red dogs"], 1, 0, tmp_path / "a.png", 1)
+
+
+def check_scores_of_each_size(folders: Path, rows: list[Any], checks: dict[str, Any], place: Path) -> None:
+    """Those of student and teacher before the first update, as a run of this size alone has them; and their means."""
+    label, own = "validation/test_sizes:brightness", {}
+    for height, width in SIZES:
+        cfg = recipe(
+            folders, "flux2_klein", 1, GDMDConfig(group_size=1, guidance=3.0), sizes=(), height=height, width=width
+        )
+        cfg = RunConfig.model_validate(cfg.model_dump(mode="json") | {"validation": checks})
+        alone = Validation(cfg, build(cfg, "cpu"))(0, place / "step_000000.png")
+        for key, value in alone.items():
+            own[f"{key}/{height}x{width}"] = value
+    assert len(own) == 6 and len(set(own.values())) == 6
+    assert {key: rows[0][key] for key in own} == pytest.approx(own, abs=1e-6)
+    for row in rows:
+        each = [row[f"{label}/{height}x{width}"] for height, width in SIZES]
+        assert row[label] == pytest.approx(sum(each) / 3, abs=1e-6)
+    assert labels(rows) == ["test_sizes:brightness"] and sizes_of(rows, "test_sizes:brightness") == [
+        "32x32",
+        "32x64",
+        "64x32",
+    ]
+    panel = health_panels(rows, ["test_sizes:brightness"])[0]
+    assert all(f"test_sizes:brightness (trained){size}<" in panel.svg for size in ("", ", 32x32", ", 32x64", ", 64x32"))
+    assert "brightness 0." in validation_line(1, rows[1]) and "32x64" not in validation_line(1, rows[1])
+
+
+def test_best_metric_of_one_size(folders: Path) -> None:
+    known = metric_keys(recipe(folders, "flux2_klein", 1, GDMDConfig(group_size=1), sizes=SIZES))
+    assert not any(key.startswith("validation/") for key in known)  # validation.every = 0
+    tree = recipe(folders, "flux2_klein", 1, GDMDConfig(group_size=1)).model_dump(mode="json")
+    known = metric_keys(RunConfig.model_validate(tree | {"validation": {"every": 1}}))
+    assert {"validation/test_sizes:brightness", "validation/test_sizes:brightness/64x32"} < set(known)
 
 
 def test_plan_counts_the_largest_size(folders: Path) -> None:

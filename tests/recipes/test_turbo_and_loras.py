@@ -34,7 +34,7 @@ from gdmd.export.front_matter import front_matter
 from gdmd.export.pipeline import student_scheduler
 from gdmd.io import RunError
 from gdmd.models.loading import open_family
-from gdmd.models.lora_files import fuse_loras
+from gdmd.models.lora_files import fuse_loras, lora_factors
 from gdmd.models.packing import in_patches
 from gdmd.models.roles import DiffusersRoles
 from gdmd.models.student_start import check_alike, open_start
@@ -283,7 +283,7 @@ def test_student_starts_with_a_lora(full: str, loras: Mapping[str, Path], monkey
 def test_fused_as_by_diffusers(name: str, lora: str, loras: Mapping[str, Path]) -> None:
     ours, theirs = pipeline(name), pipeline(name)
     before = {key: value.clone() for key, value in denoiser(ours).state_dict().items()}
-    fuse_loras(ours, [LoraFile(path=str(loras[lora]), weight=0.7)])
+    fuse_loras(ours, [lora_factors(ours, LoraFile(path=str(loras[lora]), weight=0.7))])
     theirs.load_lora_weights(str(loras[lora]))
     theirs.fuse_lora(lora_scale=0.7)
     theirs.unload_lora_weights()
@@ -444,7 +444,10 @@ def broken(file: Path, to: Path, change: Callable[[dict[str, Tensor]], dict[str,
         ({"student": "nowhere/at/all"}, r"model.student 'nowhere/at/all': there is no such folder"),
         ({"student_lora": "SD3"}, r"sd3.safetensors' changes no layer of a StableDiffusionXLPipeline"),
         ({"teacher_loras": ("PARTIAL",)}, r"only 2\d of its 2\d layers are in a .*Give a LoRA of this model$"),
-        ({"teacher_loras": ("TEXT",)}, r"also changes the text encoders .1 layers, the first is text_encoder"),
+        (
+            {"student_lora": "TEXT"},
+            r"model.student_lora .*also changes the text encoders .1 layers., but student, teacher",
+        ),
     ],
 )
 def test_what_does_not_fit(changes: dict[str, Any], message: str, loras: Mapping[str, Path], tmp_path: Path) -> None:
@@ -454,7 +457,7 @@ def test_what_does_not_fit(changes: dict[str, Any], message: str, loras: Mapping
     files = {
         "SD3": lambda: loras["sd3"],
         "PARTIAL": lambda: broken(few, tmp_path / "partial.safetensors", lambda t: t | _layer(other, extra)),
-        "TEXT": lambda: broken(few, tmp_path / "text.safetensors", lambda t: t | _layer(text, torch.ones(2, 2))),
+        "TEXT": lambda: broken(few, tmp_path / "text.safetensors", lambda t: t | _layer(text, torch.ones(32, 32))),
     }
     given = json.loads(json.dumps(changes))
     for name, file in files.items():

@@ -21,6 +21,7 @@ from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.offload import Offloaded, called_children, offload_parts
 from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.models.features import capture_features
+from gdmd.models.lora_files import Factors
 from gdmd.models.tokens import readers_of
 from gdmd.models.vae import check_scaling
 from gdmd.types import Codec, Cond, Guide, Native, Prediction, Schedule, StudentSampler
@@ -213,6 +214,7 @@ class PipelineText(ABC):
     """Captions -> conditioning through the pipeline's own encoders; all captions get the same number of tokens."""
 
     longest: ClassVar[int] = 0  # caption tokens by default, if the pipeline's call has no max_sequence_length
+    loras: tuple[Factors, ...] = ()  # what each of model.teacher_loras changes in the encoders
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         self.pipe, self.cfg = pipe, cfg
