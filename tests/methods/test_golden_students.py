@@ -49,7 +49,7 @@ ENDS = ("method.continuations=3", "loop.warmup=2")
 K = ("method.images_per_prompt=4",)
 GRADIENT = (
     *(*PAIR, *ENDS, "method.guidance=5", "method.reward_gradient=0.1"),
-    *("loop.lr_student=3.0e-4", "loop.ema=0.998"),
+    *("method.extra_fake_updates=0", "loop.lr_student=3.0e-4", "loop.ema=0.998"),
 )
 
 # name, recipe, overrides. Names are keys of the stored file: keep them when a recipe or an option is renamed.
