@@ -23,8 +23,8 @@ class TiltedGDMDConfig(DistillationConfig):
     extra_fake_updates: int = Field(
         default=0,
         ge=0,
-        description="Updates of the fake score on each rollout before the eta ones. The target pulls the student back to the "
-        "teacher by as much as the fake score knows of the student: with 2 more, rewards are exploited less.",
+        description="Updates of the fake score on each rollout before the eta ones. A fake score that knows the student "
+        "better keeps it nearer to the teacher: on Shapes 2 more exploit the rewards less.",
     )
     continuations: GroupSize = Field(
         default=8,
