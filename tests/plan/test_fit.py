@@ -14,8 +14,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
-from test_plan import folders as folders
-from test_plan import numel, peak_of, recipe, saved
+from test_plan import numel, peak_of, recipe
 from torch import nn
 
 from gdmd.cli.app import app
@@ -49,14 +48,14 @@ def size_of(net: nn.Module) -> int:
 @pytest.mark.parametrize("how", ["int8", "fp8"])
 @pytest.mark.parametrize("name", ["sd3", "sdxl", "sana"])
 def test_quantized_bytes_are_those_of_the_loaded_network(folders: Path, name: str, how: str, dtype: str) -> None:
-    cfg = tiny.config(saved(folders, name), quantization=how, dtype=dtype)
+    cfg = tiny.config(tiny.saved(folders, name), quantization=how, dtype=dtype)
     planned = meta_family(cfg).family.net
     quantize_layers(planned, cfg.quantization)
     assert size_of(planned) == size_of(open_family(cfg).net) < size_of(meta_family(cfg).family.net)
 
 
 def test_nf4_is_half_a_byte_and_a_scale_per_64_weights(folders: Path) -> None:
-    plain, planned = (meta_family(tiny.config(saved(folders, "sd3"))).family.net for _ in range(2))
+    plain, planned = (meta_family(tiny.config(tiny.saved(folders, "sd3"))).family.net for _ in range(2))
     linear = sum(layer.weight.numel() for layer in plain.modules() if type(layer) is nn.Linear)
     quantize_layers(planned, "nf4")
     blocks = sum(-(-layer.weight.numel() // 64) for layer in plain.modules() if type(layer) is nn.Linear)
