@@ -24,7 +24,7 @@ class TiltedGDMDConfig(DistillationConfig):
         default=0,
         ge=0,
         description="Updates of the fake score on each rollout before the eta ones. A fake score that knows the student "
-        "better keeps it nearer to the teacher: on Shapes 2 more exploit the rewards less.",
+        "better keeps it closer to the teacher: on Shapes, 2 extra updates reduced reward hacking.",
     )
     continuations: GroupSize = Field(
         default=8,
