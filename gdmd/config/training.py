@@ -138,7 +138,8 @@ class LoopConfig(Config):
     rank_timeout: Positive = Field(
         600.0,
         description="Seconds that ranks wait for each other before the run ends (the timeout of torch's process "
-        "groups); longer than one iteration and than saving a checkpoint.",
+        "groups); longer than one iteration, than saving a checkpoint, and than drawing and scoring the validation images, "
+        "at step 0 also the teacher's, which rank 0 does alone.",
     )
     skip_limit: Count = Field(
         10, description="With on_nonfinite = skip: number of skipped updates in one run after which it stops."

@@ -35,11 +35,14 @@ def pick_device(asked: str | None = None) -> str:
 
 
 def to_device_async(values: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a host tensor to the device without blocking (pinned memory); a no-op if it is already there."""
+    """Copy a tensor to the device without blocking (pinned memory); a no-op if it is already there.
+
+    A copy to the host blocks: its values could otherwise be read before they have arrived.
+    """
     target = torch.device(device)
     if target.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()  # a copy from pageable memory blocks
-    return values.to(target, non_blocking=True)
+    return values.to(target, non_blocking=target.type != "cpu")
 
 
 @contextmanager
@@ -76,7 +79,7 @@ def _read(notes: list[tuple[Tensor, MakeError]], others: list[Tensor]) -> list[b
     asked = [bad.any() for bad, _ in taken] + others
     if not asked:
         return []
-    answers: list[bool] = torch.stack([one.to(asked[-1].device, non_blocking=True) for one in asked]).tolist()
+    answers: list[bool] = torch.stack([to_device_async(one, asked[-1].device) for one in asked]).tolist()
     for failed, (bad, error) in zip(answers, taken, strict=False):
         if failed:
             raise error(torch.nonzero(bad)[:, 0].tolist())

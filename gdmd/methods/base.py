@@ -107,7 +107,7 @@ class Distillation(Generic[AnyConfig]):
     cfg: AnyConfig
     roles: Roles
     latent_shape: tuple[int, int, int]
-    native: Native
+    native: Native  # what the fake score's network predicts
     real_latents: RealLatents | None = None
     constructed: Constructed | None = field(default=None, init=False)
     """Of the last iteration, for ``methods.gains``; None for methods that do not keep it."""

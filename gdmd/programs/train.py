@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from gdmd.config.describe import counted, length, student
+from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
@@ -153,7 +154,8 @@ def prepare(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> Components:
     """The live objects of a recipe: every prompt is checked and, if the recipe names a cache, encoded."""
     context, console = settings.context, settings.console
     if context.size > 1:
-        context.local_slice(cfg.loop.batch_size)
+        start, stop = context.local_slice(cfg.loop.batch_size)
+        check_equal_calls(cfg, stop - start)
     check_best_metric(cfg)
     check_prompts(cfg, settings)
     validated, meta = validation_prompts(cfg)
@@ -180,6 +182,24 @@ def prepare(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> Components:
             encoder.refresh()
             encoder.prepare(known)
     return components
+
+
+def check_equal_calls(cfg: RunConfig, samples: int) -> None:
+    """ValueError if ranks of so many samples would call a sharded student unequally often: FSDP would wait forever.
+
+    With a step tau per sample a call of the rollout has another number of samples on every rank, and forward_chunk splits
+    it into another number of calls.
+    """
+    model, method = cfg.model, cfg.method
+    if not isinstance(model, DiffusersModel) or model.full not in ("student", "both") or cfg.loop.sharding == "none":
+        return
+    continued = method.student_input == "simulation" or isinstance(method, TiltedGDMDConfig)
+    if continued and method.step_draw == "sample" and 0 < model.forward_chunk < samples:
+        raise ValueError(
+            f"loop.sharding = {cfg.loop.sharding} with method.step_draw = sample and model.forward_chunk = "
+            f"{model.forward_chunk}: the ranks, with {samples} samples each, would call the sharded student unequally often "
+            f"and wait for each other forever; set method.step_draw=batch, or model.forward_chunk={samples} or 0"
+        )
 
 
 def _try_rewards(

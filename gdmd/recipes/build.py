@@ -138,7 +138,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenO
     stream = PromptStream(
         groups, encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, [meta] if meta else None
     )
-    latents = LatentSpec(family.latent_shape, family.native, family.teacher_times)
+    latents = LatentSpec(family.latent_shape, roles.fake.family.native, family.teacher_times)
     codec = scoring_codec(family, device)
     method = method_of(own, roles, codec, rewards, latents, real)
     sizes = tuple(_size(cfg, family.at_size(*size), start.at_size(*size), found) for size, found in stores.items())
@@ -187,7 +187,7 @@ class MethodRoles(Roles, Protocol):
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """The latents of a model: their shape, what its networks predict, and its own sampling times."""
+    """The latents of a model: their shape, what the fake score's network predicts, and the teacher's sampling times."""
 
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
     native: Native = "velocity"

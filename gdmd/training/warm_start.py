@@ -109,13 +109,14 @@ def warm_start(
 ) -> str:
     """Load student (its EMA if there is one) and fake score of another run or file; returns the message for the user.
 
-    ``config``: of the new run. If its adapters have another lora_alpha, B is scaled so that they change the base model
-    equally. Optimizers, counters and schedule start fresh, and the EMA starts at these weights. ValueError if the
-    networks differ.
+    ``config``: of the new run. If its adapters have another lora_alpha than the other run's, B is scaled so that they
+    change the base model equally; a folder with nothing but checkpoints does not say its lora_alpha, which is then taken as
+    equal. Optimizers, counters and schedule start fresh, and the EMA starts at these weights. ValueError if the networks
+    differ.
     """
     require_start(run)
     before = _config_of(run)
-    factor = _scale(before) / _scale(config)
+    factor = _scale(before) / _scale(config) if before else 1.0  # unknown: taken as equal
     tensors, messages = _networks(run, context)
     for role, state in states.items():
         own = {name: weights for name, weights in state.parameters.items() if not name.startswith(HEAD)}

@@ -19,11 +19,15 @@ pytest.importorskip("peft")
 import tiny_pipelines as tiny
 from torch import Tensor
 
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.run import PromptConfig, RunConfig
 from gdmd.config.training import LoopConfig
+from gdmd.diffusion.sampling import backward_simulation
 from gdmd.models.compile import compile_blocks, require_compiler
 from gdmd.models.families.base import Family
 from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
+from gdmd.programs.train import check_equal_calls
 from gdmd.runs import checkpoint
 from gdmd.training.distributed import SINGLE_PROCESS
 from gdmd.training.ema import load_named
@@ -391,3 +395,22 @@ def test_forward_chunk(folders: Path) -> None:
     torch.testing.assert_close(other.eps, one.eps, rtol=1e-4, atol=1e-5)
     parts.student(x_t, t, cond)
     assert len(calls) == 4  # with gradient the micro-batch is the limit
+
+
+def test_chunks_of_rollouts_on_ranks(folders: Path) -> None:
+    """Two ranks that draw other steps per sample make another number of calls: refused for a sharded student."""
+    roles, calls, found = roles_of(folders, forward_chunk=2), [], []
+    roles.backbone.net.register_forward_pre_hook(lambda net, given, named: calls.append(1), with_kwargs=True)
+    x_t, _, cond = states(roles, 3)
+    for stop in ([1, 1, 1], [1, 0, 0]):
+        steps, again = (1.0, 0.5), lambda i: x_t  # noqa: E731
+        backward_simulation(roles.student, x_t, steps, torch.tensor(stop), cond, again, roles.schedule, last=1)
+        found.append(len(calls))
+        calls.clear()
+    assert found == [2, 1]
+    model, loop = tiny.config(folders / "sd3", full="both", forward_chunk=2), LoopConfig(sharding="full")
+    drawn = RunConfig(name="tiny", model=model, method=DMDConfig(), loop=loop, prompts=PromptConfig(file="p.txt"))
+    with pytest.raises(ValueError, match=r"forward_chunk = 2.*3 samples each.*set method.step_draw=batch"):
+        check_equal_calls(drawn, 3)
+    check_equal_calls(drawn, 2)
+    check_equal_calls(drawn.model_copy(update={"method": DMDConfig(step_draw="batch")}), 3)

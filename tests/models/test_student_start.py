@@ -16,9 +16,15 @@ import tiny_pipelines as tiny
 from safetensors.torch import load_file, save_file
 
 from gdmd.config.methods.base import DistillationConfig
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.run import PromptConfig, RunConfig
+from gdmd.config.training import LoopConfig
+from gdmd.diffusion.rng import SampleRng
+from gdmd.methods.dmd import Dmd
 from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
 from gdmd.models.student_start import compare_samplers, open_start
+from gdmd.recipes.build import build
 
 UNIFORM = (1.0, 0.75, 0.5, 0.25)
 
@@ -77,3 +83,24 @@ def test_pipeline_that_renoises(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert not caplog.text
     compare_samplers(start, UNIFORM, "ode")
     assert "adds new noise" in caplog.text and "method.student_sampler=renoise keeps" in caplog.text
+
+
+def test_fake_score_of_a_student_with_another_output(tmp_path: Path) -> None:
+    """Its native loss is that of its own network: here v, where the teacher predicts eps."""
+    for folder in ("base", "student"):
+        tiny.save("sdxl", tmp_path / folder)
+    changed(tmp_path / "student", prediction_type="v_prediction")
+    (tmp_path / "prompts.txt").write_text("\n".join(tiny.WORDS))
+    model = tiny.config(tmp_path / "base", student=str(tmp_path / "student"), fake_from="student")
+    loop, prompts = LoopConfig(batch_size=2), PromptConfig(file=str(tmp_path / "prompts.txt"))
+    built = build(RunConfig(name="v", model=model, method=DMDConfig(guidance=3.0), loop=loop, prompts=prompts), "cpu")
+    method, drawn = built.method, built.stream.at(0)
+    assert isinstance(method, Dmd)
+    rng = SampleRng(0, 0, drawn.index)
+    batch = method.fake_batch(method.rollout(drawn, rng), rng, 0)
+    schedule = built.roles.schedule
+    alpha, sigma = (level(batch.t)[:, None, None, None] for level in (schedule.alpha, schedule.sigma))
+    fake = built.roles.fake(batch.x_t, batch.t, batch.cond)
+    error = alpha * (fake.eps - batch.eps) - sigma * (fake.x0 - batch.x0)
+    wanted = error.square().mean((1, 2, 3))
+    torch.testing.assert_close(method.fake_loss(batch).per_sample, wanted, rtol=1e-3, atol=1e-6)

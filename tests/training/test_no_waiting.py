@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from gdmd.diffusion import device
-from gdmd.diffusion.device import confirmed, deferred_checks, raise_where
+from gdmd.diffusion.device import confirmed, deferred_checks, raise_where, to_device_async
 from gdmd.diffusion.rng import SampleRng
 from gdmd.recipes.build import build
 from gdmd.recipes.read import read_recipe
@@ -63,6 +64,7 @@ def test_deferred_checks_stop_before_the_step() -> None:
     scores = torch.tensor([0.0, torch.nan], device="cuda")
     endings: list[Callable[[], Any]] = [
         lambda: confirmed(torch.ones((), dtype=torch.bool, device="cuda")),
+        lambda: confirmed(torch.ones((), dtype=torch.bool)),  # a student on the host, a reward on the GPU
         lambda: None,
     ]
     for ending in endings:
@@ -71,6 +73,16 @@ def test_deferred_checks_stop_before_the_step() -> None:
             ending()
     with pytest.raises(ValueError, match="aesthetic"):
         check_finite("aesthetic", scores, ("a", "b"))
+
+
+def test_a_copy_to_the_host_blocks() -> None:
+    """A reward function on a GPU scores images on the host: its scores are read as soon as they are there."""
+    scores = Mock(device=torch.device("cuda"))
+    to_device_async(scores, "cpu")
+    scores.to.assert_called_once_with(torch.device("cpu"), non_blocking=False)
+    images = Mock(device=torch.device("cpu"))
+    to_device_async(images, "cuda")
+    images.pin_memory().to.assert_called_once_with(torch.device("cuda"), non_blocking=True)
 
 
 def test_checks_on_the_host_are_immediate() -> None:

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_roles import gdmd, prompts, rng, same, tiny_roles
+from torch.nn import Parameter
 from toy_training import Toy, toy_config
 
 from gdmd.runs import checkpoint
 from gdmd.shapes.networks import ShapesDit
 from gdmd.shapes.roles import ShapesRoles
 from gdmd.training.distributed import SINGLE_PROCESS
-from gdmd.training.role_state import role_states
+from gdmd.training.optimizer import RoleOptimizer
+from gdmd.training.role_state import RoleState, role_states
 from gdmd.training.warm_start import check_roles, require_start, warm_start
+from gdmd.types import Role
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,17 @@ def test_gan_head_starts_fresh(tmp_path: Path) -> None:
     assert before
     warm_start(str(tmp_path / "run"), states, SINGLE_PROCESS, {})
     assert same(before, {k: v for k, v in states["fake"].parameters.items() if k in before})
+
+
+def test_adapters_of_an_unknown_run_are_not_scaled(tmp_path: Path) -> None:
+    """A folder with nothing but checkpoints does not say its lora_alpha."""
+    name, saved = "block.to_q.lora_B.weight", torch.tensor([[2.0], [3.0]])
+    roles: tuple[Role, ...] = ("student", "fake")
+    checkpoint.save(tmp_path / "run" / "checkpoints", 1, {role: {name: saved} for role in roles}, {})
+    own = {role: {name: Parameter(torch.zeros(2, 1))} for role in roles}
+    states = {role: RoleState(role, own[role], RoleOptimizer(own[role], 1e-3)) for role in roles}
+    warm_start(str(tmp_path / "run"), states, SINGLE_PROCESS, {"model": {"lora_rank": 4, "lora_alpha": 8.0}})
+    assert all(torch.equal(weights[name], saved) for weights in own.values())
 
 
 @pytest.mark.parametrize(("exists", "message"), [(False, "does not exist"), (True, "has no checkpoint")])

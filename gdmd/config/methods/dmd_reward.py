@@ -90,7 +90,8 @@ class DMDNFTConfig(GroupedDmdConfig):
     )
     nft_steps: tuple[Positive, ...] = Field(
         default=(),
-        description="[I] Times to which a scored sample is re-noised, one drawn per sample; empty = student_steps.",
+        description="[I] Times t to which a scored sample is re-noised, one drawn per sample: as renoise_low, without the "
+        "family's shift. Empty = the student's own, which are student_steps through that shift.",
     )
 
     @model_validator(mode="after")
