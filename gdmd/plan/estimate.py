@@ -148,28 +148,9 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float, costs: Costs | None = None
         costs = costs_of(cfg, nets, rows, reward_gradient=counted.decoded_with_grad > 0)
     rewards, uncounted = _reward_nets(cfg)
     static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in rewards if not r.offloaded)}
-    transfers = _transfers(cfg, nets, counted, rewards)
-    away = [r.bytes for r in rewards if r.offloaded]
-    visiting = (
-        sum(away) if counted.decoded_with_grad else max(away, default=0)
-    )  # one after the other, or till the backward
     trained = {role: _bytes(nets.roles.parameters(role).values()) for role in ("student", "fake")}
-    row = nets.text(1)
-    text = sum(value.numel() * value.element_size() for value in row.values())
-    cost = ProcessCost(
-        static=static,
-        gradients=max(trained.values()),
-        call=costs.call,
-        rows=counted.max_batch,
-        chunk=_chunk(cfg),
-        output=2 * 4 * math.prod(nets.latent_shape),  # fp32
-        update=max(measured.bytes for measured in costs.update.values()),
-        decoding=_decoding(counted, costs) + transfers.decoder + visiting,
-        per_sample=_per_sample(cfg, nets, text, scored=counted.decoded > 0),
-        scoring=REWARD_ROW if rewards and isinstance(cfg.model, DiffusersModel) else 0,
-        flop=_flop(counted, costs, sum(r.flop for r in rewards)),
-        transfers=transfers,
-    )
+    text = _bytes(nets.text(1).values())
+    cost = _process_cost(cfg, nets, counted, costs, rewards, static, max(trained.values()), text)
     loading = sum(static[name] for name in ("base model", "student", "fake", "decoder")) + nets.encoders * nets.itemsize
     return TrainingPlan(
         *(whole, nets.source, _weights(nets, rewards), counted, costs, cost),
@@ -180,6 +161,36 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float, costs: Costs | None = None
         uncounted=uncounted,
         gpu=gpu,
         efficiency=efficiency,
+    )
+
+
+def _process_cost(
+    cfg: RunConfig,
+    nets: Networks,
+    counted: CallCounts,
+    costs: Costs,
+    rewards: Sequence[_HeldReward],
+    static: Mapping[str, int],
+    gradients: int,
+    text: int,
+) -> ProcessCost:
+    """text: bytes of the embedding of a prompt."""
+    transfers = _transfers(cfg, nets, counted, rewards)
+    away = [r.bytes for r in rewards if r.offloaded]  # one after the other, or with gradient until the backward pass
+    visiting = sum(away) if counted.decoded_with_grad else max(away, default=0)
+    return ProcessCost(
+        static=static,
+        gradients=gradients,
+        call=costs.call,
+        rows=counted.max_batch,
+        chunk=_chunk(cfg),
+        output=2 * 4 * math.prod(nets.latent_shape),  # fp32
+        update=max(measured.bytes for measured in costs.update.values()),
+        decoding=_decoding(counted, costs) + transfers.decoder + visiting,
+        per_sample=_per_sample(cfg, nets, text, scored=counted.decoded > 0),
+        scoring=REWARD_ROW if rewards and isinstance(cfg.model, DiffusersModel) else 0,
+        flop=_flop(counted, costs, sum(r.flop for r in rewards)),
+        transfers=transfers,
     )
 
 
