@@ -15,13 +15,14 @@ from torch import Tensor
 from gdmd.config.describe import trained_rewards
 from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
+from gdmd.diffusion.device import DTYPES
 from gdmd.export.card import model_card
 from gdmd.export.front_matter import base_license
 from gdmd.export.lora import check_fits, save_lora
 from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_scheduler
 from gdmd.io import RunError, typed, write_atomic, writing
 from gdmd.models.families.base import Family
-from gdmd.models.loading import DTYPES, open_family
+from gdmd.models.loading import open_family
 from gdmd.programs.decoder_check import read_gaps
 from gdmd.recipes.contents import checkpoint_content, pipeline_content
 from gdmd.recipes.inputs import on_base

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from gdmd.config.image_source import SourceConfig
 from gdmd.config.model import LoraFile
 from gdmd.config.shapes_pipeline import located, read_shapes_pipeline
-from gdmd.diffusion.device import pick_device
+from gdmd.diffusion.device import DTYPES, pick_device
 from gdmd.diffusion.generate import BATCH
 from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.diffusion.rng import SampleRng
@@ -30,7 +30,6 @@ from gdmd.hub import unreachable
 from gdmd.io import RunError
 from gdmd.models.distilled import why_distilled
 from gdmd.models.loading import (
-    DTYPES,
     FAMILIES,
     check_libraries,
     check_t5,
