@@ -80,7 +80,11 @@ def export_run(
         else:
             files = _write_lora(cfg, family, weights, target, given)
         samples, card = _copy_samples(run, step, target), target / "README.md"
-        found = {"measured": measured_at(run, step), "license": _license(model, license), "samples": samples}
+        found: dict[str, Any] = {
+            "measured": measured_at(run, step),
+            "license": _license(model, license),
+            "samples": samples,
+        }
         where = repo_id or "THIS_FOLDER"
         text = model_card(cfg, family, arguments, facts, merged=whole, where=where, separate=separate, **found)
         card.write_text(text, encoding="utf-8")

@@ -152,7 +152,7 @@ class _Images:
         if not latents.requires_grad:
             return latents
         images = latents.clone()
-        images.register_hook(self.log.note_backward)
+        images.register_hook(self.log.note_backward)  # type: ignore[no-untyped-call]
         return images
 
     def encode(self, images: Tensor) -> Tensor:

@@ -337,7 +337,7 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
     return pipe.to(pick_device(cfg.device))
 
 
-def _check_index(index: Mapping[str, Any], where: str, what: str, without: Sequence[str]) -> None:
+def _check_index(index: dict[str, Any], where: str, what: str, without: Sequence[str]) -> None:
     """ValueError for a pipeline that cannot be loaded with these libraries, or that lacks a component."""
     _check_class(index, what)
     check_libraries(index, what)
