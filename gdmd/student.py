@@ -114,7 +114,7 @@ def _name(dtype: str | torch.dtype | None) -> str | None:
     """The name of a dtype in configs. ValueError for another one."""
     if dtype is None:
         return None
-    from gdmd.models.loading import DTYPES
+    from gdmd.diffusion.device import DTYPES
 
     names = {name: name for name in DTYPES} | {str(value): name for name, value in DTYPES.items()}
     if str(dtype) not in names:

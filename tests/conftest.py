@@ -42,6 +42,12 @@ def _same_seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For processes that survive, so that nothing depends on fsync; on a slow disk it takes most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for tiny pipelines; each is saved on first use (``tiny_pipelines.saved``)."""

@@ -66,34 +66,33 @@ def export_command(
     from gdmd.recipes.run_folders import config_of
 
     config_of(run)
+    _check_upload(push, private=private)
+    from gdmd.programs.export import export_run
+
+    kind: Any = dtype.value if dtype else None
+    weights: dict[str, Any] = {"averaged": averaged, "which": which, "base": base, "dtype": kind, "loras": loras}
+    files = export_run(run, folder, merged=merged, license=license, repo_id=push, **weights)
+    for file in () if json else files:
+        log(f"wrote {file}")
+    url = _upload(files[-1].parent, push, private=private) if push is not None else None
+    if json:
+        print_json({"files": [str(file) for file in files], **({"url": url} if url else {})})
+
+
+def _check_upload(push: str | None, *, private: bool) -> None:
+    """ValueError for --private without an upload, and for a repository that cannot be written."""
     if private and push is None:
         raise ValueError("--private applies to an upload only; add --push-to-hub ORG/NAME or omit --private")
     if push is not None:
         from gdmd.export.upload import check_hub_target
 
         check_hub_target(push)
-    from gdmd.programs.export import export_run
 
-    kind: Any = dtype.value if dtype else None
-    files = export_run(
-        run,
-        folder,
-        merged=merged,
-        averaged=averaged,
-        which=which,
-        base=base,
-        dtype=kind,
-        loras=loras,
-        license=license,
-        repo_id=push,
-    )
-    for file in () if json else files:
-        log(f"wrote {file}")
-    url = None
-    if push is not None:
-        from gdmd.export.upload import push_to_hub
 
-        url = push_to_hub(files[-1].parent, push, private=private or None)
-        log(f"uploaded to {url}")
-    if json:
-        print_json({"files": [str(file) for file in files], **({"url": url} if url else {})})
+def _upload(folder: Path, push: str, *, private: bool) -> str:
+    """Upload the export; returns its address."""
+    from gdmd.export.upload import push_to_hub
+
+    url = push_to_hub(folder, push, private=private or None)
+    log(f"uploaded to {url}")
+    return url

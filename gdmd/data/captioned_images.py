@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 
 from gdmd.data.image_files import ENDINGS, is_image, open_image
-from gdmd.data.prompt_files import LONGEST_PROMPT, MAX_MEMBER_BYTES, NO_TEXT
+from gdmd.data.prompt_files import LONGEST_PROMPT, MAX_MEMBER_BYTES, NO_TEXT, TEXTS
 from gdmd.data.webdataset import members
 from gdmd.io import numbered_jsonl
 
 MAX_IMAGE_BYTES = 1 << 28
 METADATA = ("metadata.jsonl", "metadata.csv")
-_CAPTIONS = ("txt", "caption", "json")
 _FIELDS = ("caption", "text", "prompt")
 _COLUMNS = ("text", "caption", "prompt")
 
@@ -137,7 +136,7 @@ def _with_caption_files(folder: Path) -> Iterator[Captioned | Unusable]:
     for file in files_below(folder):
         if is_image(file):
             name = str(file.relative_to(folder))
-            candidates = [file.with_suffix(f".{kind}") for kind in _CAPTIONS]
+            candidates = [file.with_suffix(f".{kind}") for kind in TEXTS]
             text = next((path for path in candidates if path.is_file()), None)
             yield _read(name, file, text) if text else Unusable(name, f"has no caption {candidates[0].name}")
 
@@ -187,7 +186,7 @@ def _row(folder: Path, where: str, row: dict[str, Any]) -> Captioned | Unusable:
 
 def _archive(path: Path) -> Iterator[Captioned | Unusable]:
     """Entries whose members follow each other, as WebDataset writes them, so that one is in memory at a time."""
-    limits = dict.fromkeys(ENDINGS, MAX_IMAGE_BYTES) | dict.fromkeys(_CAPTIONS, MAX_MEMBER_BYTES)
+    limits = dict.fromkeys(ENDINGS, MAX_IMAGE_BYTES) | dict.fromkeys(TEXTS, MAX_MEMBER_BYTES)
     name, parts = "", dict[str, bytes]()
     for member in members(path, "real_data.source", limits):
         if member.entry != name:
@@ -205,7 +204,7 @@ def _entry(path: Path, key: str, parts: Mapping[str, bytes]) -> Iterator[Caption
     if ending is None:
         return
     name = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", f"{path.name}/{key[:200]}.{ending}")
-    caption = next((kind for kind in _CAPTIONS if kind in parts), None)
+    caption = next((kind for kind in TEXTS if kind in parts), None)
     if caption is None:
         yield Unusable(name, "has no caption (.txt, .caption or .json)")
     elif len(parts[ending]) > MAX_IMAGE_BYTES or len(parts[caption]) > MAX_MEMBER_BYTES:

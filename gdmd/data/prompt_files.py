@@ -37,7 +37,7 @@ LONGEST_PROMPT = 4000
 MAX_MEMBER_BYTES = 1 << 20
 """Of a text member of a tar, which is one prompt with its metadata."""
 TEXTS = ("txt", "caption", "json")
-"""Members of a tar that contain the prompt; the first that exists counts."""
+"""Members of a tar, or files next to an image, that contain the prompt; the first that exists counts."""
 COLUMNS = (("prompt", "prompts"), ("caption", "captions", "text", "texts"))
 """Names of prompt columns, in lower case; the first group wins over the second."""
 TEACHER_PROMPT = "teacher_prompt"
@@ -159,13 +159,13 @@ def _label(path: Path) -> str:
     return f"prompt file {path}"
 
 
-def prompts_in_rows(source: str, rows: Sequence[Any], column: str | None = None) -> PromptFile:
+def prompts_in_rows(source: str, rows: Sequence[Any]) -> PromptFile:
     """The prompts of Python objects: texts, or mappings with a prompt column as in tables. Blank ones are skipped.
 
     source: their name in errors, which also say the index. ValueError as for files.
     """
     first = next((row for row in rows if isinstance(row, Mapping)), None)
-    key = column if first is None else _column(source, "the first row", [str(name) for name in first], column)
+    key = None if first is None else _column(source, "the first row", [str(name) for name in first], None)
     found = [(f"index {k}", dict(row) if isinstance(row, Mapping) else row) for k, row in enumerate(rows)]
     kept = [(where, row) for where, row in found if not _is_blank(row.get(key) if isinstance(row, dict) else row)]
     if not kept:

@@ -31,30 +31,29 @@ def read_prompts(given: str | Path, column: str | None = None) -> PromptFile:
     return prompts_in(prompt_file(str(given)), column)
 
 
-def prompts_from(dataset: Any, column: str | None = None, name: str = "train_dataset") -> PromptFile:
+def prompts_from(dataset: Any) -> PromptFile:
     """The prompts of a file, a list of texts or of rows, a ``datasets.Dataset`` or a pandas.DataFrame, in order.
 
-    column: of the prompts; default: prompt, else caption or text. Other columns but teacher_prompt are metadata for the
-    rewards. All rows are read into memory. name: for errors. ValueError for anything else, such as a stream, and for a
-    malformed row.
+    Of rows the column prompt is read, else caption or text; other columns but teacher_prompt are metadata for the
+    rewards. All rows are read into memory. ValueError for anything else, such as a stream, and for a malformed row.
     """
     if isinstance(dataset, str | Path):
-        return read_prompts(dataset, column)
+        return read_prompts(dataset)
     if hasattr(dataset, "to_dict") and hasattr(dataset, "columns"):  # a DataFrame
         dataset = dataset.to_dict("records")
     kind = type(dataset).__name__
     if isinstance(dataset, Mapping):
         known = ", ".join(repr(key) for key in list(dataset)[:8])
         raise ValueError(
-            f"{name}: got a {kind} with the keys {known}; give one split of a DatasetDict, such as dataset['train'], or a "
-            "list with one row per prompt"
+            f"train_dataset: got a {kind} with the keys {known}; give one split of a DatasetDict, such as "
+            "dataset['train'], or a list with one row per prompt"
         )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__iter__"):
         raise ValueError(
-            f"{name}: got {kind}, which has no length, and a run draws its prompts by index so that it can be resumed; "
+            f"train_dataset: got {kind}, which has no length, and a run draws its prompts by index to be resumable; "
             "give list(...) of it, or load the dataset without streaming"
         )
-    return prompts_in_rows(name, list(dataset), column)
+    return prompts_in_rows("train_dataset", list(dataset))
 
 
 class PromptStream:

@@ -25,15 +25,13 @@ def push_to_hub(
     repo_id: str,
     *,
     private: bool | None = None,
-    revision: str | None = None,
     token: str | None = None,
-    commit_message: str | None = None,
 ) -> str:
     """Upload a folder to the model repository ``repo_id`` (ORG/NAME), which is created if needed; returns its URL.
 
     Files of the same name are replaced, others stay. After an interruption, the same call sends only what is missing.
-    ``private``: of a new repository; default: the organization's. ``revision``: a branch, created if needed.
-    ``token``: default: that of ``hf auth login`` or HF_TOKEN. RunError if the Hub refuses, ValueError for a wrong id.
+    ``private``: of a new repository; default: the organization's. ``token``: default: that of ``hf auth login`` or HF_TOKEN.
+    RunError if the Hub refuses, ValueError for a wrong id.
     """
     from gdmd._version import __version__
 
@@ -42,25 +40,22 @@ def push_to_hub(
     api = _client(repo_id, token)
     with _explained(repo_id, str(api.token)):
         url = str(api.create_repo(repo_id, private=private, exist_ok=True))
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            revision=revision,
-            commit_message=commit_message or f"Upload a student with gdmd {__version__}",
+            commit_message=f"Upload a student with gdmd {__version__}",
             ignore_patterns=["*.partial"],
         )
-    return url if revision is None else f"{url}/tree/{revision}"
+    return url
 
 
-def push_checkpoint(checkpoint: Path, repo_id: str, token: str | None = None) -> None:
+def push_checkpoint(checkpoint: Path, repo_id: str) -> None:
     """Upload RUN/checkpoints/step_STEP, in place of the checkpoint that is there, and what resuming needs.
 
     A new repository is private. ``hf download ORG/NAME --local-dir RUN`` and ``gdmd train --resume RUN`` continue from
     it on another machine. The Hub's history keeps the checkpoints that were replaced.
     """
-    run, api = checkpoint.parents[1], _client(repo_id, token)
+    run, api = checkpoint.parents[1], _client(repo_id, None)
     facts = ["config.yaml", "run.json", "metrics.jsonl"]
     with _explained(repo_id, str(api.token)):
         api.create_repo(repo_id, private=True, exist_ok=True)

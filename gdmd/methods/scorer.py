@@ -101,7 +101,8 @@ class Scorer:
         with torch.enable_grad():
             own = latents.detach().requires_grad_()
             scores = self._raw(self.codec.decode(own).float().clamp(0, 1), prompts)
-            found = [torch.autograd.grad(score.nansum(), own, retain_graph=True)[0] for score in scores]
+            last = len(scores) - 1
+            found = [torch.autograd.grad(s.nansum(), own, retain_graph=k < last)[0] for k, s in enumerate(scores)]
         scores, gradients = scores.detach(), torch.stack(found)
         return scores, torch.where(expand(scores.isnan(), gradients), torch.nan, gradients)
 

@@ -17,6 +17,7 @@ import torch
 from gdmd.config.extras import install
 from gdmd.config.model import DiffusersModel
 from gdmd.config.shapes_pipeline import HUB_ID
+from gdmd.diffusion.device import DTYPES
 from gdmd.hub import hub_file, hub_reason, offline, unreachable
 from gdmd.io import weights_fingerprint
 from gdmd.models.families.base import Family, PipelineText, network_dtype
@@ -55,7 +56,6 @@ FAMILIES: tuple[type[Family], ...] = (
 )
 EXTRA_LIBRARIES = {"PixtralProcessor": "torchvision", "Qwen3VLProcessor": "torchvision"}
 """Classes of transformers that need another library (the tokenizers of FLUX.2-dev and Qwen-Image-2.1)."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtypes of configs."""
 
 

@@ -2,8 +2,8 @@
 
 diffusers silently skips layers that do not fit. Here every layer of a file is first looked up in the pipeline.
 
-    _open = locate (file, folder, hub) -> _read -> _check_kind (a plain LoRA?) -> _prepared (keys and alphas of many
-    programs -> diffusers' keys) -> _fit (which layers does the pipeline have?)
+    _open = locate (file, folder, hub) -> read_lora -> check_kind (a plain LoRA?) -> with_diffusers_keys (from the keys
+    and alphas of many programs, lora_keys.py) -> _fit (which layers does the pipeline have?)
     add_lora = _open -> diffusers -> _check_loaded;    lora_factors = _open -> the factors B A of each layer
     fuse_loras = W + B A, in the denoiser and the text encoders
 """
@@ -11,9 +11,7 @@ diffusers silently skips layers that do not fit. Here every layer of a file is f
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import math
 import re
 import warnings
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
@@ -27,42 +25,22 @@ from torch import Tensor, nn
 
 from gdmd.config.model import LoraFile
 from gdmd.io import content_hash
-from gdmd.models.lora_location import PEFT_CONFIG, locate
+from gdmd.models.lora_keys import (
+    check_kind,
+    denoiser_name,
+    header_settings,
+    layer_of,
+    layers_of,
+    read_lora,
+    scale_of,
+    with_diffusers_keys,
+)
+from gdmd.models.lora_location import locate
 from gdmd.models.pipeline_files import load_errors
 from gdmd.models.tokens import ENCODER
 
 ADAPTER = "source"
 """The name of the loaded adapter."""
-PEFT_PREFIX = "base_model.model."
-KINDS: Mapping[str, str] = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "ia3_": "IA3",
-    "on_input": "IA3",
-    "oft_": "OFT",
-    "vera_": "VeRA",
-    "lora_mid": "LoCon with a Tucker core",
-    "lora_embedding_": "LoRA of an embedding",
-}
-"""Part of a key -> the other kind of adapter to which it belongs."""
-READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "bias"}
-HARMLESS = set(
-    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode "
-    "layers_pattern layers_to_transform loftq_config lora_dropout megatron_config megatron_core peft_version "
-    "qalora_group_size revision target_modules task_type".split()
-)
-"""Fields of adapter_config.json without effect once the adapter is trained."""
-PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""init_lora_weights that keep the base model's weights; PiSSA, OLoRA, CorDA and LoftQ change them."""
-_WEIGHT = re.compile(
-    r"(?P<layer>.+?)[._](?:lora_(?:A|B|down|up)(?:\.[a-z]\w*)?|lora\d?\.(?:down|up)|lora_linear_layer\.(?:down|up))"
-    r"\.(?:weight|bias)|(?P<scaled>.+)\.alpha"
-)
-_DOWN = re.compile(r"(lora_A(\.\w+)?|[._]down)\.weight$")
-_OWN = re.compile(r"(unet|transformer|text_encoder(_2)?)\..+\.lora_(A\.weight|B\.weight|B\.bias)")
-"""Keys as diffusers writes them."""
 _OF_TEXT = re.compile(r"lora_te\d?_|text_encoder")
 """Layers of text encoders, with kohya's, diffusers' and ComfyUI's names."""
 _log = logging.getLogger(__name__)
@@ -99,9 +77,9 @@ class _Opened:
 
 def _open(pipe: Any, lora: str, revision: str | None = None, *, unloaded: bool = False) -> _Opened:
     file = locate(lora, revision)
-    weights = _read(file, lora)
-    _check_kind(weights, lora)
-    given = _prepared(weights, file, pipe, lora)
+    weights = read_lora(file, lora)
+    check_kind(weights, lora)
+    given = with_diffusers_keys(weights, file, pipe, lora)
     with _translated(pipe, lora):
         return _Opened(file, weights, given, _fit(pipe, weights if given is None else given, unloaded))
 
@@ -148,15 +126,16 @@ def lora_factors(pipe: Any, lora: LoraFile, *, unloaded: bool = False) -> Factor
     with _translated(pipe, lora.path):
         state = _converted(pipe, opened.weights if opened.given is None else opened.given)
     for component in pipe._lora_loadable_modules:
-        net, header = getattr(pipe, component, None), _header(opened.file, component) if opened.given is None else {}
+        net = getattr(pipe, component, None)
+        header = header_settings(opened.file, component) if opened.given is None else {}
         for layer, pair in _pairs(_of_component(state, component), net).items():
             down, up = pair["A"].float(), pair["B"].float()
             if "B.bias" in pair or (net is not None and down.shape[2:] != _layer(net, layer).weight.shape[2:]):
                 raise ValueError(
                     f"lora {lora.path!r}: its layer {layer} has a bias or another kernel; give a plain LoRA"
                 )
-            scale = _scale(header, layer, len(down)) if header else 1.0
-            name = f"text_model.{layer}" if layer.startswith("encoder.") and component != _denoiser(pipe) else layer
+            scale = scale_of(header, layer, len(down)) if header else 1.0
+            name = f"text_model.{layer}" if layer.startswith("encoder.") and component != denoiser_name(pipe) else layer
             found[f"{component}.{name}"] = (down, up * (scale * lora.weight))
     return found
 
@@ -207,16 +186,6 @@ def _check_text(fit: Fit, pipe: Any, lora: str) -> None:
         )
 
 
-def _header(file: Path, component: str) -> dict[str, Any]:
-    """The settings that diffusers writes into a file's header: rank, alpha and patterns; empty for most files."""
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        text = (opened.metadata() or {}).get("lora_adapter_metadata")
-    prefix, settings = f"{component}.", json.loads(text) if text else {}
-    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-
-
 @contextmanager
 def _translated(pipe: Any, lora: str) -> Iterator[None]:
     """Turn what diffusers raises for a file that it cannot convert or load into a ValueError."""
@@ -260,7 +229,7 @@ def _fit(pipe: Any, weights: Mapping[str, Tensor], unloaded: bool = False) -> Fi
 
     Its conversion may lose some: it is run on tensors of the same sizes that are filled with the number of their layer.
     """
-    layers = {layer: number for number, layer in enumerate(sorted(_layers_of(weights)), start=1)}
+    layers = {layer: number for number, layer in enumerate(sorted(layers_of(weights)), start=1)}
     state = _converted(pipe, {key: _numbered(key, value, layers) for key, value in weights.items()})
     arrived = {int(value.flatten()[0]) for value in state.values() if value.numel()}
     found: list[str] = []
@@ -271,7 +240,7 @@ def _fit(pipe: Any, weights: Mapping[str, Tensor], unloaded: bool = False) -> Fi
             fits = unloaded and {"A", "B"} <= pair.keys() if net is None else _fits(net, layer, pair)
             (found if fits else missing).append(f"{component}.{layer}")
     lost = [layer for layer, number in layers.items() if number not in arrived and not _repeated(layer, layers)]
-    return Fit(tuple(found), tuple(dict.fromkeys(map(_layer_of, missing))), tuple(lost))
+    return Fit(tuple(found), tuple(dict.fromkeys(map(layer_of, missing))), tuple(lost))
 
 
 def _converted(pipe: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -286,19 +255,19 @@ def _converted(pipe: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = {re.sub(r"\.lora_[AB]\.", lambda found: parts[found[0]], key): value for key, value in given.items()}
     converted = pipe.lora_state_dict(given, **_unet(pipe))
     state = converted[0] if isinstance(converted, tuple) else converted
-    component = _denoiser(pipe)
+    component = denoiser_name(pipe)
     names = {name for name, _ in getattr(pipe, component).named_modules()}
-    return {f"{component}.{key}" if _layer_of(key) in names else key: value for key, value in state.items()}
+    return {f"{component}.{key}" if layer_of(key) in names else key: value for key, value in state.items()}
 
 
 def _loadable(pipe: Any, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The argument of ``load_lora_weights``, which converts the keys of UNets, with their alphas, itself."""
-    return _converted(pipe, given) if _denoiser(pipe) == "transformer" else dict(given)
+    return _converted(pipe, given) if denoiser_name(pipe) == "transformer" else dict(given)
 
 
 def _numbered(key: str, value: Tensor, layers: Mapping[str, int]) -> Tensor:
     """A tensor of the same size filled with the number of its layer. Alphas are kept: here they equal the rank."""
-    return value if key.endswith(".alpha") else torch.tensor(float(layers[_layer_of(key)])).expand(value.shape)
+    return value if key.endswith(".alpha") else torch.tensor(float(layers[layer_of(key)])).expand(value.shape)
 
 
 def _repeated(layer: str, layers: Container[str]) -> bool:
@@ -348,158 +317,6 @@ def _fits(net: nn.Module, layer: str, pair: Mapping[str, Tensor]) -> bool:
     except AttributeError:
         return False
     return isinstance(weight, Tensor) and (pair["B"].shape[0], pair["A"].shape[1]) == tuple(weight.shape[:2])
-
-
-def _layers_of(weights: Mapping[str, Tensor]) -> set[str]:
-    """The layers of a file by its own names; one with nothing but an alpha does not count."""
-    return {_layer_of(key) for key in weights if not key.endswith(".alpha")}
-
-
-def _layer_of(key: str) -> str:
-    """The layer of a key of weights or alpha; any other key unchanged."""
-    found = _WEIGHT.fullmatch(key)
-    return (found["layer"] or found["scaled"]) if found else key
-
-
-def _check_kind(weights: Mapping[str, Tensor], lora: str) -> None:
-    """ValueError for keys of another kind of adapter, which diffusers would skip or misread."""
-    kinds = {name: key for key in weights for part, name in KINDS.items() if part in key}
-    if kinds:
-        name, key = next(iter(kinds.items()))
-        raise ValueError(f"lora {lora!r} holds {name} ({key}), which is not supported; give a plain LoRA")
-    others = [key for key in weights if not _WEIGHT.fullmatch(key)]
-    if others:
-        raise ValueError(
-            f"lora {lora!r}: {len(others)} of its {len(weights)} keys are not those of a LoRA, among them {others[0]}; "
-            "give a plain LoRA"
-        )
-
-
-def _read(file: Path, lora: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"lora {lora!r} cannot be read: {error}. Copy it again") from error
-
-
-def _peft_config(file: Path) -> dict[str, Any]:
-    """adapter_config.json. ValueError for an adapter that is not a plain LoRA, or a field with unknown effect."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind = config.get("peft_type", "LORA")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); copy the adapter again") from error
-    if kind != "LORA":
-        raise ValueError(f"{file}: peft_type is {kind}, which is not supported; give a plain LoRA")
-    if config.get("use_dora"):
-        raise ValueError(f"{file}: use_dora is on, and DoRA is not supported; give a plain LoRA")
-    wrong = [key for key, value in config.items() if key not in READ | HARMLESS and value]
-    wrong += ["bias"] if config.get("bias", "none") != "none" else []
-    wrong += ["init_lora_weights"] if config.get("init_lora_weights") not in PLAIN_INITS else []
-    if wrong:
-        fields = ", ".join(f"{key} = {config[key]!r}" for key in wrong)
-        raise ValueError(f"{file}: {fields}, which is not supported; give a plain LoRA")
-    return dict(config)
-
-
-def _prepared(weights: Mapping[str, Tensor], file: Path, pipe: Any, lora: str) -> dict[str, Tensor] | None:
-    """The LoRA with every layer's scale multiplied into its B; None for a file that diffusers reads correctly itself.
-
-    Layers named as in the denoiser get diffusers' keys here, whatever the prefix and suffix of their keys; all others are
-    left to diffusers' conversions.
-    """
-    settings, names = file.with_name(PEFT_CONFIG), _own_names(weights, pipe)
-    scales = _scales(weights, lora)
-    if all(key.startswith(PEFT_PREFIX) for key in weights) and (names or settings.is_file()):
-        if not settings.is_file():
-            raise ValueError(
-                f"lora {lora!r}: its keys are PEFT's, but {settings} is missing, which holds alpha; add it"
-            )
-        names = names or {layer: layer.removeprefix(PEFT_PREFIX) for layer in _layers_of(weights)}
-        config, ranks = _peft_config(settings), _ranks(weights)
-        scales = {layer: _scale(config, names[layer], rank) for layer, rank in ranks.items()}
-    elif all(_OWN.fullmatch(key) for key in weights):
-        return None
-    elif names is None:
-        return _folded(weights, scales, kept=_denoiser(pipe) == "transformer")
-    return _renamed(weights, names, scales, _denoiser(pipe), lora)
-
-
-def _denoiser(pipe: Any) -> str:
-    return "unet" if "unet" in pipe._lora_loadable_modules else "transformer"
-
-
-def _own_names(weights: Mapping[str, Tensor], pipe: Any) -> dict[str, str] | None:
-    """layer of the file -> layer of the denoiser; None unless the denoiser has them all."""
-    component, layers = _denoiser(pipe), _layers_of(weights)
-    names = [name for name, _ in getattr(pipe, component).named_modules() if name]
-    for before in (f"{component}.", PEFT_PREFIX, "diffusion_model.", ""):
-        known = {f"{before}{name}": name for name in names}
-        if layers <= known.keys():
-            return {layer: known[layer] for layer in layers}
-    known = {f"lora_unet_{name.replace('.', '_')}": name for name in names}
-    return {layer: known[layer] for layer in layers} if layers <= known.keys() else None
-
-
-def _renamed(
-    weights: Mapping[str, Tensor], names: Mapping[str, str], scales: Mapping[str, float], component: str, lora: str
-) -> dict[str, Tensor]:
-    ready: dict[str, Tensor] = {}
-    for key, value in weights.items():
-        if key.endswith(".alpha"):
-            continue
-        layer, down = _layer_of(key), bool(_DOWN.search(key))
-        new = f"{component}.{names[layer]}.lora_{'A' if down else 'B'}.{key.rpartition('.')[2]}"
-        if new in ready:
-            raise ValueError(
-                f"lora {lora!r} holds several adapters ({key} is a second one of its layer); keep one of them"
-            )
-        ready[new] = value if down else value.float() * scales.get(layer, 1.0)
-    return ready
-
-
-def _ranks(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    return {_layer_of(key): value.shape[0] for key, value in weights.items() if _DOWN.search(key)}
-
-
-def _scales(weights: Mapping[str, Tensor], lora: str) -> dict[str, float]:
-    """alpha / rank of the layers with an alpha in the file."""
-    ranks = _ranks(weights)
-    alphas = {_layer_of(key): value for key, value in weights.items() if key.endswith(".alpha")}
-    wrong = [layer for layer, value in alphas.items() if value.numel() != 1]
-    if wrong:
-        raise ValueError(f"lora {lora!r}: {wrong[0]}.alpha is not one number; copy or convert the LoRA again")
-    return {layer: float(value) / ranks[layer] for layer, value in alphas.items() if ranks.get(layer)}
-
-
-def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """alpha / rank, or alpha / sqrt(rank) with rsLoRA; ``rank`` is that of the weights.
-
-    As in PEFT, a pattern matches a layer's name or its ending, as a regular expression, and the first match counts.
-    """
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    own = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
-    alpha = float(next(own, config.get("lora_alpha", 8)))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _folded(weights: Mapping[str, Tensor], scales: Mapping[str, float], *, kept: bool) -> dict[str, Tensor]:
-    """The same keys with alpha / rank multiplied into B: diffusers would apply one layer's alpha to the whole UNet.
-
-    kept: set alpha to the rank instead of removing it, as the conversions for transformers need it.
-    """
-    ranks = _ranks(weights)
-    ready: dict[str, Tensor] = {}
-    for key, value in weights.items():
-        layer = _layer_of(key)
-        if key.endswith(".alpha"):
-            ready |= {key: torch.tensor(float(ranks[layer]))} if kept and ranks.get(layer) else {}
-        else:
-            ready[key] = value if _DOWN.search(key) else value.float() * scales.get(layer, 1.0)
-    return ready
 
 
 def _unet(pipe: Any) -> dict[str, Any]:

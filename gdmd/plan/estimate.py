@@ -26,7 +26,7 @@ from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import CompositeConfig
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
-from gdmd.models.loading import DTYPES
+from gdmd.diffusion.device import DTYPES
 from gdmd.models.roles import DiffusersRoles
 from gdmd.plan.cost_model import (
     GIB,
@@ -145,31 +145,13 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float, costs: Costs | None = None
     counted = count_calls(cfg)
     if costs is None:
         rows = max(round(min(counted.max_batch * cfg.loop.batch_size, _chunk(cfg))), 1)
-        costs = costs_of(cfg, nets, rows, reward_gradient=counted.decoded_with_grad > 0)
+        kept = counted.decoder_backwards > counted.decoded_with_grad
+        costs = costs_of(cfg, nets, rows, _decoded_with_grad(cfg, counted), kept=kept)
     rewards, uncounted = _reward_nets(cfg)
     static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in rewards if not r.offloaded)}
-    transfers = _transfers(cfg, nets, counted, rewards)
-    away = [r.bytes for r in rewards if r.offloaded]
-    visiting = (
-        sum(away) if counted.decoded_with_grad else max(away, default=0)
-    )  # one after the other, or till the backward
     trained = {role: _bytes(nets.roles.parameters(role).values()) for role in ("student", "fake")}
-    row = nets.text(1)
-    text = sum(value.numel() * value.element_size() for value in row.values())
-    cost = ProcessCost(
-        static=static,
-        gradients=max(trained.values()),
-        call=costs.call,
-        rows=counted.max_batch,
-        chunk=_chunk(cfg),
-        output=2 * 4 * math.prod(nets.latent_shape),  # fp32
-        update=max(measured.bytes for measured in costs.update.values()),
-        decoding=_decoding(counted, costs) + transfers.decoder + visiting,
-        per_sample=_per_sample(cfg, nets, text, scored=counted.decoded > 0),
-        scoring=REWARD_ROW if rewards and isinstance(cfg.model, DiffusersModel) else 0,
-        flop=_flop(counted, costs, sum(r.flop for r in rewards)),
-        transfers=transfers,
-    )
+    text = _bytes(nets.text(1).values())
+    cost = _process_cost(cfg, nets, counted, costs, rewards, static, max(trained.values()), text)
     loading = sum(static[name] for name in ("base model", "student", "fake", "decoder")) + nets.encoders * nets.itemsize
     return TrainingPlan(
         *(whole, nets.source, _weights(nets, rewards), counted, costs, cost),
@@ -180,6 +162,37 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float, costs: Costs | None = None
         uncounted=uncounted,
         gpu=gpu,
         efficiency=efficiency,
+    )
+
+
+def _process_cost(
+    cfg: RunConfig,
+    nets: Networks,
+    counted: CallCounts,
+    costs: Costs,
+    rewards: Sequence[_HeldReward],
+    static: Mapping[str, int],
+    gradients: int,
+    text: int,
+) -> ProcessCost:
+    """text: bytes of the embedding of a prompt."""
+    transfers = _transfers(cfg, nets, counted, rewards)
+    away = [r.bytes for r in rewards if r.offloaded]  # one after the other, or with gradient until the backward pass
+    visiting = sum(away) if counted.decoded_with_grad else max(away, default=0)
+    return ProcessCost(
+        static=static,
+        gradients=gradients,
+        call=costs.call,
+        rows=counted.max_batch,
+        chunk=_chunk(cfg),
+        output=2 * 4 * math.prod(nets.latent_shape),  # fp32
+        update=max(measured.bytes for measured in costs.update.values()),
+        decoding=_decoding(counted, costs) + transfers.decoder + visiting,
+        decoding_per_sample=_decoding_per_sample(counted, costs),
+        per_sample=_per_sample(cfg, nets, text, scored=counted.decoded > 0),
+        scoring=REWARD_ROW if rewards and isinstance(cfg.model, DiffusersModel) else 0,
+        flop=_flop(counted, costs, sum(r.flop for r in rewards)),
+        transfers=transfers,
     )
 
 
@@ -290,7 +303,7 @@ def _transfers(cfg: RunConfig, nets: Networks, counted: CallCounts, rewards: Seq
         prompt_batches=counted.prompt_batches,
         decoded=counted.decoded + counted.decoded_with_grad,
         scorings=counted.scorings,
-        scorings_with_grad=counted.scorings_with_grad,
+        scorings_in_losses=counted.scorings_in_losses,
         chunk=_chunk(cfg),
         micro=cfg.loop.micro_batch,
         decode_chunk=model.decode_chunk,
@@ -336,11 +349,24 @@ def _per_sample(cfg: RunConfig, nets: Networks, text: int, *, scored: bool) -> i
     return 4 * channels * height * width * (8 + 2 * targets) + 3 * text + images
 
 
+def _decoded_with_grad(cfg: RunConfig, counted: CallCounts) -> int:
+    """Images of a decoding with gradient: the batch, or a micro-batch of a loss. 0 without one."""
+    if counted.max_decoded_with_grad:
+        return round(counted.max_decoded_with_grad * cfg.loop.batch_size)
+    return (cfg.loop.micro_batch or cfg.loop.batch_size) if counted.decoded_with_grad else 0
+
+
 def _decoding(counted: CallCounts, costs: Costs) -> int:
-    """Bytes of decoding."""
-    if counted.decoded + counted.decoded_with_grad == 0:
+    """Bytes of decoding a chunk without gradient, or a micro-batch with gradient."""
+    if counted.decoded + counted.decoded_with_grad == 0 or counted.max_decoded_with_grad:
         return 0
     return max(costs.decode.bytes, costs.decode_with_grad.bytes if costs.decode_with_grad else 0)
+
+
+def _decoding_per_sample(counted: CallCounts, costs: Costs) -> float:
+    """Bytes of decoding with gradient, per sample of a batch that is decoded as a whole."""
+    found = costs.decode_with_grad
+    return counted.max_decoded_with_grad * found.bytes / costs.decoded if found else 0.0
 
 
 def _flop(counted: CallCounts, costs: Costs, rewards: int) -> dict[str, float]:
@@ -351,12 +377,13 @@ def _flop(counted: CallCounts, costs: Costs, rewards: int) -> dict[str, float]:
         **counted.with_grad,
         "fake": counted.with_grad["fake"] - counted.feature_passes,
     }  # a GAN head's calls are part of the update
-    with_grad = costs.decode_with_grad.flop / costs.micro if costs.decode_with_grad else 0
-    scored = counted.decoded * (costs.decode.flop / costs.chunk + rewards)
+    decode = costs.decode.flop / costs.chunk
+    backward = costs.decode_with_grad.flop / costs.decoded - decode if costs.decode_with_grad else 0
+    decoding = (counted.decoded + counted.decoded_with_grad) * decode + counted.decoder_backwards * backward
     return {
         "passes without gradient": without,
         "passes with gradient": sum(calls[role] * flop for role, flop in update.items()),
-        "decoding and rewards": scored + counted.decoded_with_grad * (with_grad + 3 * rewards),
+        "decoding and rewards": decoding + (counted.decoded + 3 * counted.decoded_with_grad) * rewards,
     }
 
 

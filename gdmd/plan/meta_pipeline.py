@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.device import DTYPES
 from gdmd.models.families.base import Family
 from gdmd.models.loading import (
-    DTYPES,
     FAMILIES,
     check_pipeline,
     family_of,

@@ -107,12 +107,16 @@ class Costs:
     without: int
     decode: Measured  # of ``chunk`` images
     chunk: int
-    decode_with_grad: Measured | None  # of one micro-batch
+    decode_with_grad: Measured | None  # of ``decoded`` images
+    decoded: int
     feature_cost: float = 1.0  # forward passes of a call for features
 
 
-def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, reward_gradient: bool) -> Costs:
-    """Measure one call of every network with each kind of gradient, on fake tensors."""
+def costs_of(cfg: RunConfig, nets: Networks, rows: int, decoded: int, *, kept: bool) -> Costs:
+    """Measure one call of every network with each kind of gradient, on fake tensors.
+
+    decoded: images of a decoding with gradient, 0 without one; kept: its graph is kept for another backward pass.
+    """
     micro = cfg.loop.micro_batch or cfg.loop.batch_size
     model = cfg.model if isinstance(cfg.model, DiffusersModel) else None
     chunk = model.decode_chunk if model else cfg.loop.batch_size
@@ -127,7 +131,7 @@ def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, reward_gradient: bool
         alike = nets.roles.critic is None and (model is None or model.full in ("none", "both"))
         update["fake"] = update["student"] if alike else _update(nets, "fake", texts[micro], micro)
         decode = measure(lambda: _decode(nets, chunk), nets.held())
-        with_grad = measure(lambda: _decode_with_grad(nets, micro), nets.held()) if reward_gradient else None
+        with_grad = measure(lambda: _decode_with_grad(nets, decoded, kept=kept), nets.held()) if decoded else None
         heavy = max(update, key=lambda role: update[role].bytes)
         largest = update[heavy].bytes
         other = None if model is None else _other(nets, heavy, not model.checkpointing, texts[micro])
@@ -136,7 +140,7 @@ def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, reward_gradient: bool
     memory = (chosen, largest if rest is None else rest)
     features = 1.0 if model is None else nets.roles.family.feature_cost
     call = (calls[1].bytes - per_row, per_row)
-    return Costs(flop, call, update, micro, *memory, decode, chunk, with_grad, features)
+    return Costs(flop, call, update, micro, *memory, decode, chunk, with_grad, decoded, features)
 
 
 def _latents(nets: Networks, count: int) -> Tensor:
@@ -195,5 +199,6 @@ def _decode(nets: Networks, count: int) -> None:
     nets.scoring.decode(_latents(nets, count))
 
 
-def _decode_with_grad(nets: Networks, count: int) -> None:
-    torch.autograd.backward(nets.scoring.decode(_latents(nets, count).requires_grad_()).sum())
+def _decode_with_grad(nets: Networks, count: int, *, kept: bool) -> None:
+    latents = _latents(nets, count).requires_grad_()
+    torch.autograd.grad(nets.scoring.decode(latents).clamp(0, 1).sum(), latents, retain_graph=kept)

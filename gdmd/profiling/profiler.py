@@ -35,11 +35,10 @@ from gdmd.methods.pass_counter import BACKWARD, FROZEN_BACKWARD, output_samples
 from gdmd.models.full_copy import FullCopy
 from gdmd.models.roles import DiffusersRoles
 from gdmd.recipes.build import Components, build, compile_networks
-from gdmd.recipes.call_counts import count_calls, forward_passes
+from gdmd.recipes.call_counts import MODEL_ROLES, count_calls, forward_passes
 from gdmd.training.role_state import RoleState, role_states
 from gdmd.types import PromptBatch, Role, Update
 
-DENOISERS = ("student", "fake", "teacher", "old")
 GAN_HEAD = "gan_head"
 BARE_CALLS = ("network calls", "backward passes", "decoder and rewards")
 SECTIONS = (*BARE_CALLS, "method", "optimizer")
@@ -226,7 +225,7 @@ def timed_calls(components: Components, timer: SectionTimer, calls: list[Network
 def role_networks(roles: Any) -> list[tuple[nn.Module, Callable[[], str]]]:
     """The networks behind the roles, each with a function that names the role of the current call."""
     heads = [] if roles.critic is None else [(roles.critic.head, lambda: GAN_HEAD)]
-    nets = [(getattr(roles, name).net, name) for name in DENOISERS]
+    nets = [(getattr(roles, name).net, name) for name in MODEL_ROLES]
     if not isinstance(roles, DiffusersRoles):
         return [(net, lambda name=name: name) for net, name in nets] + heads
     copies = [(net.net, lambda name=name: name) for net, name in nets if isinstance(net, FullCopy)]

@@ -6,22 +6,23 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from gdmd.config.describe import trained_rewards
-from gdmd.config.model import DiffusersModel
+from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
+from gdmd.diffusion.device import DTYPES
 from gdmd.export.card import model_card
 from gdmd.export.front_matter import base_license
 from gdmd.export.lora import check_fits, save_lora
 from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_scheduler
 from gdmd.io import RunError, typed, write_atomic, writing
 from gdmd.models.families.base import Family
-from gdmd.models.loading import DTYPES, open_family
+from gdmd.models.loading import open_family
 from gdmd.programs.decoder_check import read_gaps
 from gdmd.recipes.contents import checkpoint_content, pipeline_content
 from gdmd.recipes.inputs import on_base
@@ -61,51 +62,72 @@ def export_run(
     cfg, step, weights = read_student(run, which, base, "--base", averaged=averaged)
     model = real_model(cfg, run).start  # all that the student needs
     whole = merged or model.full in ("student", "both")
-    if dtype is not None and not whole:
-        raise ValueError(
-            "--dtype applies to a merged pipeline only, a LoRA is always fp32; add --merged or omit --dtype"
-        )
-    if whole and not loras:
-        raise ValueError("--no-loras applies to a LoRA only: a merged pipeline contains the run's LoRAs; leave it out")
+    _check_options(dtype, loras=loras, whole=whole)
     given, separate = (model.teacher_loras, ()) if loras else ((), model.teacher_loras)
     target = folder or run / ("export-merged" if whole else "export")
     original = model.model_copy(update={"quantization": "none"})  # the student is merged into the base's own weights
     family = open_family(original, extras=whole)
-    uniform, sampler = cfg.method.student_steps, cfg.method.student_sampler
     check_fits(family, weights)
-    arguments = call_arguments(family, uniform)
+    arguments = call_arguments(family, cfg.method.student_steps)
     facts = read_facts(run) | {"step": step, "scoring": read_gaps(run), "validation": validation_at(run, step)}
     content = describe(cfg, family, arguments, step, merged=whole)
     content |= {"loras": [one.model_dump() | {"path": _absolute(one.path)} for one in separate]} if separate else {}
     with writing("the export", target, option="--out"):
         target.mkdir(parents=True, exist_ok=True)
         if whole:
-            undone = save_merged(family, weights, uniform, target, DTYPES[dtype] if dtype else None, sampler)
-            content |= {"dtype": dtype or model.dtype, "undone_by_rounding": undone}
-            files = [target]
-            _warn_of_rounding(undone, content["dtype"])
+            files, rounding = _write_pipeline(cfg, family, weights, target, dtype)
+            content |= rounding
         else:
-            files = save_lora(family, weights, target, given)
-            student_scheduler(family, uniform, sampler).save_pretrained(target / "scheduler")
-            files.append(target / "scheduler")
-        card, samples = target / "README.md", _copy_samples(run, step, target)
-        files += [target / samples] if samples else []
-        text = model_card(
-            cfg,
-            family,
-            arguments,
-            facts,
-            merged=whole,
-            measured=measured_at(run, step),
-            license=_license(model, license),
-            samples=samples,
-            where=repo_id or "THIS_FOLDER",
-            separate=separate,
-        )
+            files = _write_lora(cfg, family, weights, target, given)
+        samples, card = _copy_samples(run, step, target), target / "README.md"
+        found: dict[str, Any] = {
+            "measured": measured_at(run, step),
+            "license": _license(model, license),
+            "samples": samples,
+        }
+        where = repo_id or "THIS_FOLDER"
+        text = model_card(cfg, family, arguments, facts, merged=whole, where=where, separate=separate, **found)
         card.write_text(text, encoding="utf-8")
     described = target / EXPORT_FILE
     write_atomic(described, json.dumps(content, indent=2) + "\n", "the export")
-    return [*files, described, card]
+    return [*files, *([target / samples] if samples else []), described, card]
+
+
+def _check_options(dtype: str | None, *, loras: bool, whole: bool) -> None:
+    """ValueError for an option without effect on a LoRA, or on a ``whole`` pipeline."""
+    if dtype is not None and not whole:
+        raise ValueError(
+            "--dtype applies to a merged pipeline only, a LoRA is always fp32; add --merged or omit --dtype"
+        )
+    if whole and not loras:
+        raise ValueError("--no-loras applies to a LoRA only: a merged pipeline contains the run's LoRAs; leave it out")
+
+
+def _write_pipeline(
+    cfg: RunConfig, family: Family, weights: Mapping[str, Tensor], target: Path, dtype: str | None
+) -> tuple[list[Path], dict[str, Any]]:
+    """Write the merged pipeline: its folder, and its precision with the share of changes that rounding undid."""
+    method = cfg.method
+    rounded = DTYPES[dtype] if dtype else None
+    undone = save_merged(family, weights, method.student_steps, target, rounded, method.student_sampler)
+    dtype = dtype or family.cfg.dtype
+    if undone:
+        _log.warning(
+            "rounding to %s loses the change of %.1f %% of the weights that the student changed; the LoRA and a merged "
+            "pipeline in fp32 (--dtype fp32) keep it",
+            *(dtype, 100 * undone),
+        )
+    return [target], {"dtype": dtype, "undone_by_rounding": undone}
+
+
+def _write_lora(
+    cfg: RunConfig, family: Family, weights: Mapping[str, Tensor], target: Path, contained: Sequence[LoraFile]
+) -> list[Path]:
+    """Write the LoRA, with the run's LoRAs that it shall contain, and the scheduler."""
+    scheduler = student_scheduler(family, cfg.method.student_steps, cfg.method.student_sampler)
+    files = save_lora(family, weights, target, contained)
+    scheduler.save_pretrained(target / "scheduler")
+    return [*files, target / "scheduler"]
 
 
 def read_student(
@@ -155,15 +177,6 @@ def validation_at(run: Path, step: int) -> dict[str, tuple[float, float | None]]
     teachers = {key: value for row in rows for key, value in row.items() if key.startswith(teacher)}
     scores = {key.removeprefix(prefix): value for key, value in student.items() if not key.startswith(teacher)}
     return {name: (value, teachers.get(f"{teacher}{name}")) for name, value in scores.items() if math.isfinite(value)}
-
-
-def _warn_of_rounding(undone: float, dtype: str) -> None:
-    if undone:
-        _log.warning(
-            "rounding to %s loses the change of %.1f %% of the weights that the student changed; the LoRA and a merged "
-            "pipeline in fp32 (--dtype fp32) keep it",
-            *(dtype, 100 * undone),
-        )
 
 
 def describe(

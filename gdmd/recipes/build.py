@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from gdmd.config.methods.gdmd import GDMDAblationConfig, GDMDConfig
 from gdmd.config.methods.gdmd_tilted import ShuffledTiltedGDMDConfig, TiltedGDMDConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig, ShapesModel
+from gdmd.data.latent_cache import StoredLatents
 from gdmd.data.prompts import PromptStream
 from gdmd.data.text_cache import CachedText
 from gdmd.diffusion.device import pick_device
@@ -51,6 +52,8 @@ from gdmd.types import Codec, Critic, Denoiser, Method, Native, Reward, Roles, T
 if TYPE_CHECKING:
     from gdmd.models.families.base import Family
     from gdmd.models.roles import DiffusersRoles
+
+PromptRows = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,8 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str, given: GivenObjects
     roles = ShapesRoles(teacher, bf16=bf16, head_seed=head_seed(cfg))
     encoder = ShapesTextEncoder(device)
     rewards = build_rewards(cfg.rewards, device, given.functions)
-    groups, meta = training_prompts(cfg, None, given.prompts)
-    check_prompts(cfg.rewards, (text for group in groups for text in group), meta)
-    stream = PromptStream(
-        groups, encoder, cfg.loop.batch_size, cfg.loop.seed, cfg.method.prompt_group, [meta] if meta else None
-    )
+    groups, meta = _checked_prompts(cfg, None, (), given)
+    stream = _stream(cfg, groups, meta, encoder)
     real = RenderedLatents(codec) if cfg.method.student_input == "data" or roles.critic else None
     return Components(
         roles, codec, encoder, rewards, method_of(cfg.method, roles, codec, rewards, SHAPES, real), stream
@@ -112,11 +112,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenO
     """Times in the recipe are uniform; the method gets them through the family's timestep mapping."""
     real = real_latents_of(cfg, model)
     stores = {size: real_latents_of(cfg, model.at_size(*size)) for size in model.sizes}
-    groups, meta = training_prompts(cfg, real, given.prompts)
-    for store in stores.values():
-        if store is not None:
-            store.check([text for group in groups for text in group])
-    check_prompts(cfg.rewards, (text for group in groups for text in group), meta)
+    groups, meta = _checked_prompts(cfg, real, [store for store in stores.values() if store is not None], given)
     from gdmd.models.distilled import check_guidance
     from gdmd.models.loading import LazyTextEncoder, adopt, encoder_identity, open_family, scoring_codec
     from gdmd.models.roles import DiffusersRoles
@@ -135,9 +131,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenO
     roles = DiffusersRoles(family, start=start, half=cfg.loop.precision == "bf16", head_seed=head_seed(cfg))
     own = cfg.method.model_copy(update={"student_steps": start.student_times(cfg.method.student_steps)})
     rewards = build_rewards(cfg.rewards, device, given.functions) if cfg.method.rewarded else ()
-    stream = PromptStream(
-        groups, encoder, cfg.loop.batch_size, cfg.loop.seed, own.prompt_group, [meta] if meta else None
-    )
+    stream = _stream(cfg, groups, meta, encoder)
     latents = LatentSpec(family.latent_shape, roles.fake.family.native, family.teacher_times)
     codec = scoring_codec(family, device)
     method = method_of(own, roles, codec, rewards, latents, real)
@@ -150,6 +144,23 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenO
         scoring=codec if model.scoring_decoder is not None else None,
         sizes=sizes,
     )
+
+
+def _checked_prompts(
+    cfg: RunConfig, real: StoredLatents | None, stores: Sequence[StoredLatents], given: GivenObjects
+) -> tuple[list[list[str]], PromptRows | None]:
+    """Groups of prompts and the rows of a single group, checked: the rewards and the ``stores`` of each size know them."""
+    groups, meta = training_prompts(cfg, real, given.prompts)
+    texts = [text for group in groups for text in group]
+    for store in stores:
+        store.check(texts)
+    check_prompts(cfg.rewards, texts, meta)
+    return groups, meta
+
+
+def _stream(cfg: RunConfig, groups: list[list[str]], rows: PromptRows | None, encoder: TextEncoder) -> PromptStream:
+    per_prompt = cfg.method.prompt_group
+    return PromptStream(groups, encoder, cfg.loop.batch_size, cfg.loop.seed, per_prompt, [rows] if rows else None)
 
 
 def _size(cfg: RunConfig, teacher: Family, start: Family, real: RealLatents | None) -> ImageSize:

@@ -37,9 +37,11 @@ class CallCounts:
     passes: Mapping[str, float]  # without gradient, by role
     with_grad: Mapping[str, float]  # passes with a backward pass, by role
     decoded: float  # latents decoded and scored
-    decoded_with_grad: float  # the same with a backward pass through reward and decoder
-    scorings: float  # calls of the rewards without gradient
-    scorings_with_grad: float
+    decoded_with_grad: float  # the same for a backward pass through rewards and decoder
+    decoder_backwards: float  # backward passes through the decoder: several for a decoding if each reward has its own
+    max_decoded_with_grad: float  # samples of the largest decoding with gradient outside a loss, in batches
+    scorings: float  # calls of the rewards on the whole batch
+    scorings_in_losses: float  # with gradient, on a micro-batch
     calls: Mapping[str, float]  # network calls without gradient, by role
     calls_with_grad: Mapping[str, float]
     losses: Mapping[str, float]  # losses that have calls with gradient, by role
@@ -55,8 +57,12 @@ class _Log:
     calls: Counter[tuple[str, bool]] = field(default_factory=Counter)
     updates: Counter[str] = field(default_factory=Counter)
     losses: Counter[str] = field(default_factory=Counter)
+    scorings: Counter[bool] = field(default_factory=Counter)  # in a loss?
+    decoder_backwards: int = 0
     prompts: int = 0
     max_batch: int = 0
+    max_decoded_with_grad: int = 0
+    in_loss: bool = False
     followed: bool = False
 
     def note(self, who: str, answer: Tensor) -> None:
@@ -65,6 +71,17 @@ class _Log:
         self.calls[who, answer.requires_grad] += 1
         if who in MODEL_ROLES and not answer.requires_grad:
             self.max_batch = max(self.max_batch, len(answer))
+
+    def note_decoding(self, latents: Tensor) -> None:
+        """A decoding of these latents, [B, ...], for the rewards."""
+        self.note("decoder", latents)
+        self.scorings[self.in_loss] += 1
+        if latents.requires_grad and not self.in_loss:
+            self.max_decoded_with_grad = max(self.max_decoded_with_grad, len(latents))
+
+    def note_backward(self, gradient: Tensor) -> None:
+        """A backward pass that reached decoded images with this gradient, [B, ...]."""
+        self.decoder_backwards += len(gradient)
 
 
 class _Net:
@@ -131,8 +148,12 @@ class _Images:
         self.log = log
 
     def decode(self, latents: Tensor) -> Tensor:
-        self.log.note("decoder", latents)
-        return latents
+        self.log.note_decoding(latents)
+        if not latents.requires_grad:
+            return latents
+        images = latents.clone()
+        images.register_hook(self.log.note_backward)  # type: ignore[no-untyped-call]
+        return images
 
     def encode(self, images: Tensor) -> Tensor:
         return images
@@ -169,7 +190,7 @@ def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0) -> CallCounts:
     """The mean cost of these iterations, whose tau goes through the student's steps in turn from number ``first`` on."""
     log = _Log()
     roles = _Roles(log, gan=isinstance(cfg.method, DMD2Config) and cfg.method.adversarial)
-    images, rewards = _Images(log), (_Images(log),) if cfg.method.rewarded else ()
+    images, rewards = _Images(log), tuple(_Images(log) for _ in cfg.rewards) if cfg.method.rewarded else ()
     real = lambda prompts, rng: rng.normal("real", LATENT)  # noqa: E731
     method = method_of(cfg.method, roles, images, rewards, LatentSpec(LATENT), real)
     index = torch.arange(cfg.loop.batch_size)
@@ -177,8 +198,9 @@ def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0) -> CallCounts:
         rng = _EveryStep(0, step, index, turn=turn)
         for update in method.iteration(step, _prompts(index, cfg.method.prompt_group, log), rng):
             log.updates[update.role] += 1
-            before = log.calls.copy()
+            before, log.in_loss = log.calls.copy(), True
             update.loss(update.batch)
+            log.in_loss = False
             log.losses.update(who for who in MODEL_ROLES if log.calls[who, True] > before[who, True])
     return _means(log, len(steps), cfg.loop.batch_size)
 
@@ -200,8 +222,10 @@ def _means(log: _Log, iterations: int, batch: int) -> CallCounts:
         with_grad={who: share(who, True) for who in MODEL_ROLES},
         decoded=share("decoder", False),
         decoded_with_grad=share("decoder", True),
-        scorings=log.calls["decoder", False] / iterations,
-        scorings_with_grad=log.calls["decoder", True] / iterations,
+        decoder_backwards=log.decoder_backwards / iterations / batch,
+        max_decoded_with_grad=log.max_decoded_with_grad / batch,
+        scorings=log.scorings[False] / iterations,
+        scorings_in_losses=log.scorings[True] / iterations,
         calls={who: log.calls[who, False] / iterations for who in MODEL_ROLES},
         calls_with_grad={who: log.calls[who, True] / iterations for who in MODEL_ROLES},
         losses={who: log.losses[who] / iterations for who in MODEL_ROLES},

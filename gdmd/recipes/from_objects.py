@@ -16,7 +16,8 @@ from gdmd.config.shapes_pipeline import is_shapes_pipeline
 from gdmd.config.training_config import TrainingConfig
 from gdmd.data.prompt_files import PromptFile
 from gdmd.data.prompts import prompts_from
-from gdmd.models.loading import DTYPES, family_of, family_of_pipeline, local_or_hub_index
+from gdmd.diffusion.device import DTYPES
+from gdmd.models.loading import family_of, family_of_pipeline, local_or_hub_index
 from gdmd.recipes.build_rewards import reward_specs
 from gdmd.recipes.objects import PYTHON, GivenObjects
 from gdmd.recipes.read import method_names, read_recipe

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gdmd.config.load import validated
 from gdmd.config.rewards import DeviceOptions, NetworkReward
-from gdmd.diffusion.device import to_device_async
+from gdmd.diffusion.device import DTYPES, to_device_async
 from gdmd.diffusion.offload import Offloaded
 from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.rewards.preprocessing import ImageInput, Preprocess, check_finite, check_images, from_pil
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Texts -> input_ids [B, L] and attention_mask [B, L] int64, padded to one length whatever the batch is."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class RewardModel(ABC):

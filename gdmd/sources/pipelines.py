@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from gdmd.config.image_source import SourceConfig
 from gdmd.config.model import LoraFile
 from gdmd.config.shapes_pipeline import located, read_shapes_pipeline
-from gdmd.diffusion.device import pick_device
+from gdmd.diffusion.device import DTYPES, pick_device
 from gdmd.diffusion.generate import BATCH
 from gdmd.diffusion.prompt_length import long_prompts
 from gdmd.diffusion.rng import SampleRng
@@ -30,7 +30,6 @@ from gdmd.hub import unreachable
 from gdmd.io import RunError
 from gdmd.models.distilled import why_distilled
 from gdmd.models.loading import (
-    DTYPES,
     FAMILIES,
     check_libraries,
     check_t5,
@@ -181,19 +180,6 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     arguments = {key: value for key, value in asked.items() if value is not None} | step_arguments(pipe, cfg)
     arguments |= {key: False for key in _unprocessed(pipe) if key == BINNING}
     length = {"max_sequence_length": trained.max_tokens} if trained is not None and trained.max_tokens else {}
-    excluded = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "lora_partial", "base"}
-    excluded |= {
-        "shift",
-        "timesteps",
-        "eta",
-        "guidance_rescale",
-    } - cfg.model_fields_set  # older images have no such key
-    settings = cfg.model_dump(mode="json", exclude=excluded)
-    settings["guidance"] = guidance.get("true_cfg_scale", cfg.guidance)  # same images as the default
-    weights = {
-        "weights": weights_content(located(cfg.where), cfg.revision, cfg.variant),
-        "lora": cfg.lora and lora_content(cfg.lora),
-    }
     unrewarded = () if trained is not None and cfg.lora is None else None
     info = SourceInfo(
         name=cfg.name,
@@ -203,9 +189,19 @@ def open_pipeline(cfg: SourceConfig) -> PipelineSource:
         trained=cfg.trained or unrewarded,
         batch=cfg.batch or (4 if trained is None else BATCH),
         device=device_name(pipe.device),
-        identity={"kind": "pipeline", **settings, **length, **weights, **_unprocessed(pipe)},
+        identity=_identity(cfg, guidance) | length | _unprocessed(pipe),
     )
     return PipelineSource(info, pipe, arguments | length)
+
+
+def _identity(cfg: SourceConfig, guidance: Mapping[str, Any]) -> dict[str, Any]:
+    """What the images depend on: the settings, and the content of the weights."""
+    excluded = {"name", "where", "checkpoint", "batch", "device", "trained", "lora", "lora_partial", "base"}
+    newer = {"shift", "timesteps", "eta", "guidance_rescale"}  # older images have no such key
+    settings = cfg.model_dump(mode="json", exclude=excluded | (newer - cfg.model_fields_set))
+    settings["guidance"] = guidance.get("true_cfg_scale", cfg.guidance)  # same images as the default
+    weights = weights_content(located(cfg.where), cfg.revision, cfg.variant)
+    return {"kind": "pipeline", **settings, "weights": weights, "lora": cfg.lora and lora_content(cfg.lora)}
 
 
 def _unprocessed(pipe: Any) -> dict[str, bool]:
@@ -321,16 +317,8 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
             "an exported LoRA has moved, give base=FOLDER"
         ) from error
     index = read_index(where, cfg.revision, what, local=local)
-    _check_class(index, what)
-    check_libraries(index, what)
-    if message := checker_off(index, where):
-        log.warning("%s", message)
+    _check_index(index, where, what, without)
     left_out = _left_out(index, without, Path(where))
-    for family in FAMILIES:
-        if family.pipeline == index["_class_name"]:
-            check_needed(index, family.needs, family.pipeline, what)
-            if local and not set(family.optional) & set(without):
-                check_t5(Path(where), index, family, what, "")
     if local:
         check_folders(Path(where), index, left_out, what)
         check_files(Path(where), index, left_out, cfg.variant, what, "variant")
@@ -347,6 +335,19 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
     pipe.set_progress_bar_config(disable=True)
     fit_limits(pipe, lambda encoder: None)
     return pipe.to(pick_device(cfg.device))
+
+
+def _check_index(index: dict[str, Any], where: str, what: str, without: Sequence[str]) -> None:
+    """ValueError for a pipeline that cannot be loaded with these libraries, or that lacks a component."""
+    _check_class(index, what)
+    check_libraries(index, what)
+    if message := checker_off(index, where):
+        log.warning("%s", message)
+    for family in FAMILIES:
+        if family.pipeline == index["_class_name"]:
+            check_needed(index, family.needs, family.pipeline, what)
+            if is_local(where) and not set(family.optional) & set(without):
+                check_t5(Path(where), index, family, what, "")
 
 
 def _check_class(index: Mapping[str, Any], what: str) -> None:

@@ -10,15 +10,9 @@ import pytest
 from fuzzing import CASES, mutated, refusal
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from tiny_images import png
 
 from gdmd.data.captioned_images import Captioned, Unusable, captioned_images, pixels
-
-
-def png(red: int, size: tuple[int, int] = (8, 8)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, (red, 20, 30)).save(file, "PNG")
-    return file.getvalue()
 
 
 def tar(members: list[tuple[str, bytes]]) -> bytes:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_images import png
 
 from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.run import RunConfig
@@ -22,12 +23,6 @@ from gdmd.data.latent_cache import INDEX, LatentStore
 from gdmd.data.shards import SHARD
 from gdmd.diffusion.rng import SampleRng
 from gdmd.types import PromptBatch
-
-
-def png(red: int, size: tuple[int, int] = (8, 8)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, (red, 20, 30)).save(file, "PNG")
-    return file.getvalue()
 
 
 def sixteen_bits() -> bytes:

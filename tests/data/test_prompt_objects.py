@@ -104,7 +104,6 @@ def test_texts_files_and_tables(tmp_path: Path) -> None:
     file = read_prompts(tmp_path / "p.txt")
     assert prompts_from(tmp_path / "p.txt") == file and texts.fingerprint() == file.fingerprint()
     assert prompts_from(DataFrame()).meta == ({"prompt": "a ring", "n": 1}, {"prompt": "a cross", "n": 2})
-    assert prompts_from(Dataset([{"a": "x", "b": "y"}]), "b").meta == ({"prompt": "y", "a": "x"},)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from tiny_roles import same
 from torch import Tensor
 
 from gdmd.data.shards import Shards
@@ -23,10 +24,6 @@ def rows(keys: Sequence[str]) -> dict[str, Tensor]:
 
 def opened(folder: Path) -> Shards:
     return Shards(folder, "keys", "rows", "delete the file")
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 @pytest.fixture

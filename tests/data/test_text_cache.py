@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_roles import same
 
 from gdmd.data.shards import SHARD
 from gdmd.data.text_cache import BATCH, CachedText
@@ -34,10 +35,6 @@ class Letters:
 
     def unload(self) -> None:
         self.loaded = False
-
-
-def same(a: Cond, b: Cond) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 def test_cached_equals_live(tmp_path: Path) -> None:

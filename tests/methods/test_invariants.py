@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,11 +96,6 @@ def plain_dmd(kind: str, **own: Any) -> tuple[Any, ShapesRoles]:
 def steps(name: str) -> range:
     """Iterations that show every stage."""
     return range(2) if name.startswith("dmdr") else range(1)
-
-
-@pytest.fixture
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.mark.parametrize("kind", OFF)
@@ -252,7 +246,7 @@ def ended(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     return tensors, [{k: v for k, v in row.items() if k != "speed/images_per_s"} for row in read_metrics(folder)]
 
 
-@pytest.mark.usefixtures("_no_waiting_for_the_disk")
+@pytest.mark.usefixtures("no_fsync")
 @pytest.mark.parametrize("name", METHODS)
 def test_resume_is_bit_exact(name: str, tmp_path: Path) -> None:
     """Weights, optimizer, EMA, old policy, method state and log equal those of the uninterrupted run."""

@@ -17,6 +17,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
+from stock_pipelines import states
 from torch import Tensor
 
 from gdmd.config.methods.dmd import DMDConfig
@@ -49,12 +50,6 @@ def roles_of(folders: Path, name: str = "sd3", dtype: str = "fp32", **changes: A
     family.net = copy.deepcopy(family.net)
     family.cfg = tiny.config(folders / name, dtype=dtype, **changes)
     return DiffusersRoles(family)
-
-
-def states(roles: DiffusersRoles, count: int = 2) -> tuple[Tensor, Tensor, Any]:
-    generator = torch.Generator().manual_seed(5)
-    x_t = torch.randn(count, *roles.family.latent_shape, generator=generator)
-    return x_t, torch.linspace(0.9, 0.3, count), roles.family.encoder.encode(tiny.WORDS[:count])
 
 
 def wake(roles: DiffusersRoles, role: Role, seed: int, size: float = 0.3) -> None:

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,16 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
+from stock_pipelines import shared
 
 from gdmd.config.image_source import read_source
 from gdmd.config.run import RunConfig
-from gdmd.models.families.base import Family
 from gdmd.models.loading import encoder_identity, open_family
 from gdmd.models.tokens import readers_of
 from gdmd.programs.train import prepare
 from gdmd.recipes.build_data import vae_identity
 from gdmd.sources.open import open_source
 from gdmd.types import Cond
-
-
-@cache
-def shared(folder: Path) -> Family:
-    """For tests that change nothing."""
-    return open_family(tiny.config(folder))
 
 
 def equal(one: Cond, other: Cond) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
+from stock_pipelines import shared
 from torch import Tensor
 
 from gdmd.diffusion.guidance import Guided
@@ -41,12 +41,6 @@ STOCK: dict[str, dict[str, Any]] = {  # what the stock call needs for classifier
     "qwen_image21": {"true_cfg_scale": 3.0, "negative_prompt": ""},
     "qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": ["", ""], "max_sequence_length": 256},
 }
-
-
-@cache
-def shared(folder: Path) -> Family:
-    """For tests that change nothing."""
-    return open_family(tiny.config(folder))
 
 
 def opened(folders: Path, name: str, **changes: Any) -> Family:

@@ -15,6 +15,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
+from stock_pipelines import states
 from torch import Tensor
 
 from gdmd.config.methods.dmd2 import DMD2Config
@@ -71,12 +72,6 @@ def wake(roles: DiffusersRoles, role: Role, seed: int) -> None:
         for key, weights in roles.parameters(role).items():
             if not key.startswith("gan_head."):
                 weights.add_(0.1 * torch.randn(weights.shape, generator=generator))
-
-
-def states(roles: DiffusersRoles, count: int = 2) -> tuple[Tensor, Tensor, Any]:
-    generator = torch.Generator().manual_seed(5)
-    x_t = torch.randn(count, *roles.family.latent_shape, generator=generator)
-    return x_t, torch.linspace(0.9, 0.3, count), roles.family.encoder.encode(tiny.WORDS[:count])
 
 
 def real_latents(shape: tuple[int, int, int]) -> Callable[[PromptBatch, SampleRng], Tensor]:

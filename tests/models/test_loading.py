@@ -20,6 +20,7 @@ import httpx
 import huggingface_hub as hub
 import tiny_pipelines as tiny
 import torch
+from fuzzing import Trap
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
@@ -179,16 +180,6 @@ def test_variant_is_loaded_by_its_option(copied: Callable[[str], Path]) -> None:
 
 
 # ---------------------------------------------------------------- pickles, and suggestions that must work
-
-
-class Trap:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.mark,))
 
 
 def test_pickles_are_not_read(copied: Callable[[str], Path], tmp_path: Path) -> None:

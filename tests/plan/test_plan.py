@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
+from tiny_rewards import prompt_batch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +27,7 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.diffusion.rng import SampleRng
+from gdmd.methods.scorer import Scorer
 from gdmd.models.loading import FAMILIES, open_family
 from gdmd.models.roles import DiffusersRoles
 from gdmd.plan.cost_model import CLIP_H, CLIP_L, GIB, Gpu, ProcessCost, RoleTraffic, Sharded, gpu_of, scaling_row
@@ -37,6 +39,7 @@ from gdmd.plan.text import described
 from gdmd.recipes.build import build
 from gdmd.recipes.call_counts import count_calls
 from gdmd.recipes.read import read_recipe
+from gdmd.rewards.callable import CallableReward
 from gdmd.training.adamw8bit import moment_bytes
 
 GPU = gpu_of("h100")
@@ -226,6 +229,53 @@ def test_the_real_method_makes_the_counted_calls() -> None:
     counted = count_calls(cfg)
     for who in ("fake", "teacher"):
         assert sum(rows for name, rows in calls if name == who) / 8 == counted.passes[who] + counted.with_grad[who]
+
+
+@pytest.mark.parametrize(
+    ("words", "decoded", "with_grad", "backwards"),
+    [
+        (["method.scored_step=0.3"], 3, 0, 0),  # x0 and the targets of a group of 2
+        (["method.scored_step=0"], 0, 1, 2),  # x0 once, and one backward pass per reward
+        (["method={kind: gdmd_tilted, continuations: 3, reward_gradient: 0.1}"], 1, 2, 2),
+        (["method={kind: dmd_refl, fake_updates: 1, margin: 1.5}"], 0, 1, 1),  # of the mean of the rewards
+    ],
+)
+def test_the_real_method_makes_the_counted_decoder_passes(
+    words: list[str], decoded: int, with_grad: int, backwards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = read_recipe("shapes_smoke", ["loop.batch_size=4", "validation.every=0", *words])
+    components, seen, reached = build(cfg, "cpu"), {True: 0, False: 0}, list[int]()
+    decode = components.codec.decode
+
+    def watched(latents: torch.Tensor) -> torch.Tensor:
+        images = decode(latents)
+        seen[images.requires_grad] += len(images)
+        if images.requires_grad:
+            images.register_hook(lambda gradient: reached.append(len(gradient)))
+        return images
+
+    monkeypatch.setattr(components.codec, "decode", watched)
+    prompts = components.stream.at(0)
+    for update in components.method.iteration(0, prompts, SampleRng(0, 0, prompts.index)):
+        update.loss(update.batch)
+    counted = count_calls(cfg)
+    assert (counted.decoded, counted.decoded_with_grad) == (decoded, with_grad) == (seen[False] / 4, seen[True] / 4)
+    assert counted.decoder_backwards == backwards == sum(reached) / 4
+
+
+@pytest.mark.parametrize("rewards", [1, 2])
+def test_at_scored_step_0_the_whole_batch_is_decoded_with_gradient(folders: Path, rewards: int) -> None:
+    """... whatever the size of a micro-batch, and the graph is kept until the last reward's backward pass."""
+    batch = 8
+    cfg = recipe(folders, "sd3", GDMDConfig(group_size=2, scored_step=0.0), batch=batch)
+    loop = cfg.loop.model_copy(update={"micro_batch": 2})
+    estimate = plan(cfg.model_copy(update={"loop": loop, "rewards": cfg.rewards * rewards}), GPU, 0.4)
+    brightness = CallableReward(lambda images, prompts: images.mean((1, 2, 3)), "brightness", differentiable=True)
+    family = open_family(cfg.model)  # type: ignore[arg-type]
+    scorer, prompts = Scorer(family.codec, [brightness] * rewards), prompt_batch(["a dog"] * batch)
+    work = partial(scorer.gradients, torch.randn(batch, *family.latent_shape), prompts)
+    assert estimate.cost.flop["decoding and rewards"] * batch == pytest.approx(flop_of(work), rel=0.01)
+    assert estimate.cost.peaks(batch)["decoding and rewards"] == pytest.approx(peak_of(work), rel=0.15)
 
 
 # ---------------------------------------------------------------- hub models

@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+from cli_world import run_gdmd
+
 from benchmarks import denoising
-from gdmd.cli.app import main
 from gdmd.diffusion.rng import SampleRng
 from gdmd.losses.denoising import mean_square
 from gdmd.recipes.build import build
@@ -32,12 +33,6 @@ SMALL = (
     "loop.threads=1",
 )
 SMALL += ("validation.every=0", "loop.lr_schedule=constant", "eval.per_task=4", "eval.teacher_steps=4")
-
-
-def gdmd(*words: object) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([str(word) for word in words])
-    assert not end.value.code
 
 
 @pytest.mark.parametrize("name", ["flux2_klein", "sdxl"])
@@ -83,14 +78,14 @@ def test_fine_tuned_turbo_model_and_a_style(tmp_path: Path, capsys: pytest.Captu
     saved: Any = checkpoint.load_newest(control / "checkpoints")
     assert any(bool(w.any()) for name, w in saved.part("student").items() if "lora_B" in name)
     assert not any(bool(w.any()) for name, w in saved.part("fake").items() if "lora_B" in name)
-    gdmd("eval", "run", control, "--images", 1, "--json")
+    run_gdmd("eval", "run", control, "--images", 1, "--json")
     assert json.loads(capsys.readouterr().out)["images"] == 24
 
     words = ["shapes_sdxl", *SMALL, "loop.steps=40", "loop.lr_student=3.0e-3", "loop.batch_size=16"]
     assert denoising.main(["train", *words, "--monochrome", "--run", str(lora)]) == 0
-    gdmd("export", lora)
+    run_gdmd("export", lora)
     options = (f"model.teacher_loras=[{lora / 'export'}]", "method.gamma=0", "loop.steps=1")
-    gdmd("train", "shapes_sdxl", *SMALL, *options, "--run", styled, "--no-eval")
+    run_gdmd("train", "shapes_sdxl", *SMALL, *options, "--run", styled, "--no-eval")
     capsys.readouterr()
     assert denoising.main(["style", str(styled)]) == 0
     found = json.loads(capsys.readouterr().out)

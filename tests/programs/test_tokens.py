@@ -12,9 +12,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
+from cli_world import run_gdmd
 from huggingface_hub import get_token
 
-from gdmd.cli.app import main
 from gdmd.types import PromptBatch
 
 SECRETS = {
@@ -27,13 +27,6 @@ SECRETS = {
 def brightness(images: Tensor, prompts: PromptBatch) -> Tensor:
     """A reward."""
     return images.mean((1, 2, 3))
-
-
-def ends_well(*arguments: str) -> None:
-    """The command ends with 0."""
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert not ended.value.code
 
 
 def test_tokens_are_not_written(
@@ -55,9 +48,9 @@ def test_tokens_are_not_written(
         "rewards": [{"kind": "callable", "target": "test_tokens:brightness"}],
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    ends_well("train", str(tmp_path / "recipe.yaml"), "--run", str(run), "--no-eval")
-    ends_well("export", str(run))
-    ends_well("doctor")
+    run_gdmd("train", str(tmp_path / "recipe.yaml"), "--run", str(run), "--no-eval")
+    run_gdmd("export", str(run))
+    run_gdmd("doctor")
     assert (run / "export" / "README.md").is_file()
     printed = "".join(capfd.readouterr())
     assert "gdmd" in printed

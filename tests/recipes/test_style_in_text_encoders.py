@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import diffusers
+from cli_world import run_gdmd
+from random_loras import KOHYA, pipeline, write_lora
 from safetensors.torch import load_file, save_file
 from stock_pipelines import UNIFORM, stock_images, trainers_images
-from torch import Tensor, nn
+from torch import Tensor
 
 from gdmd import load_student
 from gdmd.cli.app import main
-from gdmd.config.shapes_pipeline import located
 from gdmd.export.lora import KOHYA_FILE
 from gdmd.export.pipeline import student_scheduler
 from gdmd.models.lora_files import add_lora
@@ -45,56 +45,28 @@ SETTINGS = (
     "loop.threads=1",
 )
 CAPTIONS = catalog().texts(fixed_rows("eval", 1))[:3]
-KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_"}
 ENDS = ("to_q", "self_attn.q_proj", "self_attn.out_proj", "mlp.fc2")
 
 
-def gdmd(*words: object) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([str(word) for word in words])
-    assert not end.value.code
-
-
-def pipeline() -> Any:
-    return diffusers.DiffusionPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
-
-
-def write_lora(file: Path, seed: int, parts: Mapping[str, str] = KOHYA) -> Path:
-    """A random LoRA with kohya's keys, of rank 2 and alpha 1."""
-    drawn, tensors, pipe = torch.Generator().manual_seed(seed), dict[str, Tensor](), pipeline()
-    for part, prefix in parts.items():
-        for layer, module in getattr(pipe, part).named_modules():
-            if isinstance(module, nn.Linear) and layer.endswith(ENDS):
-                name = f"{prefix}{layer.replace('.', '_')}"
-                down = torch.randn(2, module.in_features, generator=drawn) * module.in_features**-0.5
-                up = torch.randn(module.out_features, 2, generator=drawn) * 0.2
-                tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-                tensors[f"{name}.alpha"] = torch.tensor(1.0)
-    save_file(tensors, file)
-    return file
+@pytest.fixture(scope="module")
+def loras(folders: Path) -> dict[str, Path]:
+    few = write_lora(folders / "few-step.safetensors", "sdxl", 2, ENDS, kohya=True)
+    return {
+        "style": write_lora(folders / "style.safetensors", "sdxl", 1, ENDS, tuple(KOHYA), kohya=True),
+        "few-step": few,
+    }
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("styled")
-
-
-@pytest.fixture(scope="module")
-def loras(place: Path) -> dict[str, Path]:
-    few = write_lora(place / "few-step.safetensors", 2, {"unet": "lora_unet_"})
-    return {"style": write_lora(place / "style.safetensors", 1), "few-step": few}
-
-
-@pytest.fixture(scope="module")
-def styled(place: Path, loras: dict[str, Path]) -> Path:
+def styled(folders: Path, loras: dict[str, Path]) -> Path:
     """A run of two steps with the style in UNet and text encoders, and a few-step LoRA of the UNet; embeddings on disk."""
-    run = place / "run"
+    run = folders / "run"
     options = (
         f"model.teacher_loras=[{{path: {loras['style']}, weight: 0.7}}]",
         f"model.student_lora={loras['few-step']}",
-        f"model.embeddings={place / 'embeddings'}",
+        f"model.embeddings={folders / 'embeddings'}",
     )
-    gdmd("train", "shapes_sdxl", *SETTINGS, *options, "loop.steps=2", "--run", run, "--no-eval")
+    run_gdmd("train", "shapes_sdxl", *SETTINGS, *options, "loop.steps=2", "--run", run, "--no-eval")
     return run
 
 
@@ -122,15 +94,15 @@ def by_the_card(export: Path) -> Any:
     return names["pipe"]
 
 
-def test_training_reads_the_changed_embeddings(styled: Path, place: Path) -> None:
+def test_training_reads_the_changed_embeddings(styled: Path, folders: Path) -> None:
     """What is on disk are the embeddings of the encoders with the LoRA, not those of the base model."""
     roles = opened(styled)
-    (folder,) = (place / "embeddings").iterdir()
+    (folder,) = (folders / "embeddings").iterdir()
     stored = build(config_of(styled), "cpu").encoder
     assert stored.folder == folder  # type: ignore[attr-defined]
     captions = CAPTIONS[:2]
     found, wanted = stored.encode(captions), roles.family.encoder.encode(captions)
-    plain, *_ = pipeline().encode_prompt(captions, do_classifier_free_guidance=False)
+    plain, *_ = pipeline("sdxl").encode_prompt(captions, do_classifier_free_guidance=False)
     assert all(torch.allclose(found[key], wanted[key], atol=1e-5) for key in wanted)
     assert not torch.allclose(found["embeds"], plain, atol=0.05)
 
@@ -138,7 +110,7 @@ def test_training_reads_the_changed_embeddings(styled: Path, place: Path) -> Non
 @pytest.mark.parametrize("options", [(), ("--no-loras",), ("--merged",)])
 def test_exports(options: tuple[str, ...], styled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export = tmp_path / "export"
-    gdmd("export", styled, *options, "-o", export)
+    run_gdmd("export", styled, *options, "-o", export)
     roles = opened(styled)
     for pipe in (by_the_card(export), load_student(export, device="cpu")):
         assert difference(roles, pipe, monkeypatch) <= 1e-4
@@ -153,13 +125,13 @@ def test_exports(options: tuple[str, ...], styled: Path, tmp_path: Path, monkeyp
 
 def test_pipelines_from_the_run_and_its_lora(styled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     roles, export = opened(styled), tmp_path / "export"
-    gdmd("export", styled, "-o", export)
+    run_gdmd("export", styled, "-o", export)
     assert difference(roles, load_student(styled, device="cpu"), monkeypatch) <= 1e-4
     student = load_student(export, device="cpu")
     student.save_pretrained(tmp_path / "saved")  # a plain pipeline: the LoRA is merged, in the text encoders, too
     assert difference(roles, diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved"), monkeypatch) <= 1e-4
     for file in (DIFFUSERS_FILE, KOHYA_FILE):
-        pipe = pipeline()
+        pipe = pipeline("sdxl")
         add_lora(pipe, str(export / file), 1.0)
         pipe.scheduler = student_scheduler(roles.start, UNIFORM)
         assert difference(roles, pipe, monkeypatch) <= 1e-4
@@ -177,7 +149,7 @@ def test_resume_is_bit_exact(
     shutil.rmtree(halves / "checkpoints" / "step_000002")
     shutil.copy(loras["style"], moved)
     options = (f"model.teacher_loras=[{{path: {moved}, weight: 0.7}}]",)
-    gdmd("train", "--resume", halves, *options, "--no-eval")
+    run_gdmd("train", "--resume", halves, *options, "--no-eval")
     for part in ("student", "fake", "ema"):
         wanted, found = (
             load_file(run / "checkpoints" / "step_000002" / f"{part}.safetensors") for run in (styled, halves)
@@ -191,9 +163,9 @@ def test_resume_is_bit_exact(
     assert end.value.code and "model.teacher_loras.0.path" in "".join(capsys.readouterr())
 
 
-def test_another_weight_has_other_embeddings(styled: Path, place: Path, tmp_path: Path) -> None:
+def test_another_weight_has_other_embeddings(styled: Path, folders: Path, tmp_path: Path) -> None:
     """In the same folder: no run reads the embeddings of another LoRA or weight."""
-    settings = json.dumps([{"path": str(place / "style.safetensors"), "weight": 0.2}])
+    settings = json.dumps([{"path": str(folders / "style.safetensors"), "weight": 0.2}])
     first = build(config_of(styled), "cpu").encoder
     other = build(config_of(styled, [f"model.teacher_loras={settings}"]), "cpu").encoder
     assert first.missing(CAPTIONS) == [] and other.missing(CAPTIONS) == list(CAPTIONS)  # type: ignore[attr-defined]

@@ -18,6 +18,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import diffusers
+from cli_world import run_gdmd
+from random_loras import pipeline, write_lora
 from safetensors.torch import load_file, save_file
 from stock_pipelines import UNIFORM, stock_images, trainers_images
 from torch import Tensor, nn
@@ -27,7 +29,6 @@ from gdmd.cli.app import main
 from gdmd.config.image_source import SourceConfig
 from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
-from gdmd.config.shapes_pipeline import located
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.export.front_matter import front_matter
@@ -66,21 +67,8 @@ SHIFT = 2.0
 """Of the turbo SD3's scheduler; the base's is 3."""
 
 
-def gdmd(*words: object) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([str(word) for word in words])
-    assert not end.value.code
-
-
 def recipe(name: str, *more: str) -> RunConfig:
     return read_recipe(f"shapes_{name}", [*SETTINGS, *more])
-
-
-def pipeline(name: str, where: str | Path = "") -> Any:
-    without = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3" else {}
-    return diffusers.DiffusionPipeline.from_pretrained(
-        where or located(f"shapes:{name}"), dtype=torch.float32, **without
-    )
 
 
 def denoiser(pipe: Any) -> nn.Module:
@@ -88,45 +76,16 @@ def denoiser(pipe: Any) -> nn.Module:
     return net
 
 
-def write_lora(name: str, file: Path, ends: tuple[str, ...], seed: int, *, kohya: bool = False) -> Path:
-    """A random LoRA with diffusers' or kohya's keys; rank 2, alpha 1 with the latter."""
-    drawn = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    component = "unet" if name == "sdxl" else "transformer"
-    for layer, module in denoiser(pipeline(name)).named_modules():
-        if not layer.endswith(ends) or not isinstance(module, nn.Linear | nn.Conv2d):
-            continue
-        out, into, *kernel = module.weight.shape
-        down = torch.randn(2, into, *kernel, generator=drawn) * module.weight[0].numel() ** -0.5
-        up = torch.randn(out, 2, *(1 for _ in kernel), generator=drawn) * 0.2
-        if kohya:
-            base = f"lora_unet_{layer.replace('.', '_')}"
-            tensors |= {
-                f"{base}.lora_down.weight": down,
-                f"{base}.lora_up.weight": up,
-                f"{base}.alpha": torch.tensor(1.0),
-            }
-        else:
-            tensors |= {f"{component}.{layer}.lora_A.weight": down, f"{component}.{layer}.lora_B.weight": up}
-    save_file(tensors, file)
-    return file
-
-
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("turbo")
-
-
-@pytest.fixture(scope="module")
-def turbo(place: Path) -> Callable[[str], Path]:
+def turbo(folders: Path) -> Callable[[str], Path]:
     """A few-step pipeline of a miniature: a short run's merged export, as somebody else's checkpoint."""
 
     def made(name: str) -> Path:
-        folder = place / f"{name}-checkpoint"
+        folder = folders / f"{name}-checkpoint"
         if not folder.exists():
-            run = place / f"{name}-run"
-            gdmd("train", f"shapes_{name}", *SETTINGS, "loop.steps=3", "--run", run, "--no-eval")
-            gdmd("export", run, "--merged", "-o", folder)
+            run = folders / f"{name}-run"
+            run_gdmd("train", f"shapes_{name}", *SETTINGS, "loop.steps=3", "--run", run, "--no-eval")
+            run_gdmd("export", run, "--merged", "-o", folder)
             (folder / "gdmd_export.json").unlink()
             file = folder / "scheduler" / "scheduler_config.json"
             config = json.loads(file.read_text())
@@ -137,12 +96,12 @@ def turbo(place: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def loras(place: Path) -> Mapping[str, Path]:
+def loras(folders: Path) -> Mapping[str, Path]:
     """A style and a few-step LoRA of the SDXL miniature, one with kohya's keys on convolutions, too; and one of SD3."""
     return {
-        "style": write_lora("sdxl", place / "style.safetensors", ("to_q", "to_k", "conv1"), 1, kohya=True),
-        "few-step": write_lora("sdxl", place / "few-step.safetensors", ("to_k", "to_v", "ff.net.2"), 2),
-        "sd3": write_lora("sd3", place / "sd3.safetensors", ("attn.to_q", "ff.net.2"), 3),
+        "style": write_lora(folders / "style.safetensors", "sdxl", 1, ("to_q", "to_k", "conv1"), kohya=True),
+        "few-step": write_lora(folders / "few-step.safetensors", "sdxl", 2, ("to_k", "to_v", "ff.net.2")),
+        "sd3": write_lora(folders / "sd3.safetensors", "sd3", 3, ("attn.to_q", "ff.net.2"), ("transformer",)),
     }
 
 
@@ -186,11 +145,11 @@ def test_student_starts_as_the_turbo_model(
 
 
 @pytest.fixture(scope="module")
-def euler(place: Path, turbo: Callable[[str], Path]) -> Callable[[str], Path]:
+def euler(folders: Path, turbo: Callable[[str], Path]) -> Callable[[str], Path]:
     """The same pipelines with the deterministic schedulers of published ones."""
 
     def made(name: str) -> Path:
-        folder = place / f"{name}-euler"
+        folder = folders / f"{name}-euler"
         if not folder.exists():
             shutil.copytree(turbo(name), folder)
             pipe = pipeline(name, folder)
@@ -238,8 +197,8 @@ def test_deterministic_student_from_training_to_its_exports(
 ) -> None:
     """A LoRA on an Euler-sampled turbo model; ``gdmd sample``'s source, the pipelines and the exports draw its images."""
     run, options = tmp_path / "run", (f"model.student={euler('sdxl')}", "method.student_sampler=ode")
-    gdmd("train", "shapes_sdxl", *SETTINGS, *options, "loop.steps=2", "--run", run, "--no-eval")
-    gdmd("export", run)
+    run_gdmd("train", "shapes_sdxl", *SETTINGS, *options, "loop.steps=2", "--run", run, "--no-eval")
+    run_gdmd("export", run)
     roles = opened(run)
     noises = noises_of(roles)
     wanted = trainers_images(roles, noises, CAPTIONS, "ode")
@@ -293,11 +252,11 @@ def test_fused_as_by_diffusers(name: str, lora: str, loras: Mapping[str, Path]) 
 
 
 @pytest.fixture(scope="module")
-def styled(place: Path, loras: Mapping[str, Path]) -> Path:
+def styled(folders: Path, loras: Mapping[str, Path]) -> Path:
     """A run of two steps of the SDXL miniature with a style and a few-step LoRA."""
-    run, style = place / "styled", f"model.teacher_loras=[{{path: {loras['style']}, weight: 0.7}}]"
+    run, style = folders / "styled", f"model.teacher_loras=[{{path: {loras['style']}, weight: 0.7}}]"
     options = (style, f"model.student_lora={loras['few-step']}")
-    gdmd(
+    run_gdmd(
         "train",
         "shapes_sdxl",
         *SETTINGS,
@@ -329,7 +288,7 @@ def test_exports_with_and_without_the_loras(
     options: tuple[str, ...], styled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "export"
-    gdmd("export", styled, *options, "-o", folder)
+    run_gdmd("export", styled, *options, "-o", folder)
     roles = opened(styled)
     assert difference(roles, by_the_card(folder), monkeypatch) <= 1e-4
     assert difference(roles, open_export(SourceConfig(name="it", where=str(folder))).pipe, monkeypatch) <= 1e-4
@@ -343,8 +302,8 @@ def test_export_on_the_turbo_model(
     turbo: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, options = tmp_path / "run", (f"model.student={turbo('sd3')}", "loop.steps=2")
-    gdmd("train", "shapes_sd3", *SETTINGS, *options, "--run", run, "--no-eval")
-    gdmd("export", run)
+    run_gdmd("train", "shapes_sd3", *SETTINGS, *options, "--run", run, "--no-eval")
+    run_gdmd("export", run)
     pipe = by_the_card(run / "export")
     assert pipe.scheduler.config.shift == SHIFT
     assert difference(opened(run), pipe, monkeypatch) <= 1e-4
@@ -393,7 +352,7 @@ def test_resume_is_bit_exact_with_a_moved_lora(
     shutil.rmtree(halves / "checkpoints" / "step_000002")
     shutil.copy(loras["style"], moved)
     options = (f"model.teacher_loras=[{{path: {moved}, weight: 0.7}}]",)
-    gdmd("train", "--resume", halves, *options, "--no-eval")
+    run_gdmd("train", "--resume", halves, *options, "--no-eval")
     assert "model.teacher_loras.0.path moved" in capsys.readouterr().err
     for part in ("student", "fake", "ema"):
         wanted, found = (

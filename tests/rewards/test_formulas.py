@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from tiny_images import noise
 from tiny_rewards import END, PRETRAINED, prompt_batch, random_images, tiny_clip, tokenize
 
 from gdmd.recipes.build_rewards import reward_stats
@@ -23,10 +23,6 @@ from gdmd.rewards.preprocessing import CLIP_MEAN, CLIP_STD, Preprocess, from_pil
 
 TEXTS = ("a red dog", "two cats", "a photo of a bench", "a blue car left of a tree")
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-
-
-def noise(height: int, width: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 # ---------------------------------------------------------------- preprocessing

@@ -21,6 +21,7 @@ from gdmd.types import PromptBatch
 
 transformers = pytest.importorskip("transformers")
 
+from tiny_images import noise
 from tiny_rewards import RedPixelDetector
 
 
@@ -100,17 +101,13 @@ def tiny_detector(labels: int = 80) -> Any:
     return transformers.Mask2FormerForUniversalSegmentation(config).eval()
 
 
-def noise(height: int = 40, width: int = 52) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 def test_detections_of_a_tiny_network(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(geneval_detector, "SHORT", 96)  # a ninth of the pixels
     net = tiny_detector()
     torch.nn.init.normal_(net.class_predictor.weight, std=2.0)  # confident, so that something is found
-    found = Detector.from_modules(net)(noise())
+    found = Detector.from_modules(net)(noise(40, 52))
     assert found.objects and set(found.objects) <= set(CLASSES)
     everything = [one for ones in found.objects.values() for one in ones]
     assert found.masks.shape == (len(everything), 40, 52) and found.masks.dtype == torch.bool
@@ -130,7 +127,7 @@ def test_weights_load_from_a_folder(tmp_path: Path) -> None:
 
 def test_other_classes_are_an_error() -> None:
     with pytest.raises(ValueError, match="has 5 classes, GenEval needs COCO's 80"):
-        Detector.from_modules(tiny_detector(5))(noise())
+        Detector.from_modules(tiny_detector(5))(noise(40, 52))
 
 
 # ---------------------------------------------------------------- colors

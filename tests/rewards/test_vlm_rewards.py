@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 import tiny_vlms
 from safetensors.torch import save_file
+from tiny_images import noise
 from tiny_rewards import TASK, clip, prompt_batch, random_images
 from tiny_vlms import geneval2_parts, hpsv3_config, hpsv3_parts, hpsv3_words, tiny_geneval2, tiny_hpsv3
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -38,10 +39,6 @@ QUESTIONS = [[["How many dogs?", "two"], ["Is it red?", "Yes"]], [["Are there ca
 HPS3 = AreaPreprocess(28, AREA, AREA)
 QWEN3 = AreaPreprocess(32, 256 * 256, 4096 * 4096, (0.5,) * 3, (0.5,) * 3)
 SIZES = [(448, 448), (512, 512), (1024, 768), (300, 411), (61, 83), (90, 700), (1344, 28), (455, 441)]
-
-
-def noise(height: int, width: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def processor(preprocess: AreaPreprocess) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -14,10 +13,7 @@ from gdmd.io import RunError
 from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import Best, BestCheckpointTracker, named_best
 
-
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def save(folder: Path, *values: tuple[int, float | None], direction: str = "max", metric: str = "reward") -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzing import CASES, mutated, refusal
+from fuzzing import CASES, Trap, mutated, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -143,16 +143,6 @@ def test_names_that_count_as_checkpoints(name: str, work: Path) -> None:
 def checkpoint_number(name: str) -> int:
     digits = name.removeprefix("step_")
     return int(digits) if digits.isascii() and digits.isdigit() else -1
-
-
-class Trap:
-    """Unpickled, it leaves a mark."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.mark,))
 
 
 def test_pickles_are_not_loaded(work: Path, tmp_path: Path) -> None:

@@ -34,6 +34,13 @@ TINY = (
 """Overrides of shapes_smoke that make a run take about a second."""
 
 
+def run_gdmd(*arguments: object) -> None:
+    """Call the program in this process; it ends with 0."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(one) for one in arguments])
+    assert not ended.value.code
+
+
 @dataclass(frozen=True)
 class Finished:
     """The result of a call."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from hypothesis import settings
@@ -22,6 +23,16 @@ CASES = settings(max_examples=25 if _MOST == 100 else _MOST)
 
 class Hang(BaseException):
     """Not an Exception, so that no handler catches it as a malformed input."""
+
+
+class Trap:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.mark,))
 
 
 def refusal(action: Callable[[], Any]) -> str:

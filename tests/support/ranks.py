@@ -40,6 +40,14 @@ def linear_steps() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def cheap_linear_steps() -> Iterator[None]:
+    """``linear_steps`` without fsync, for all ranks of a module's tests."""
+    with linear_steps(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 def apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None) -> float:
     """|one - other| / |one - start|, all tensors in one vector; start: 0 by default."""
     assert one.keys() == other.keys() and one

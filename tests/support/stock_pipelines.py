@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.export.pipeline import call_arguments
+from gdmd.models.families.base import Family
 from gdmd.models.loading import open_family
 from gdmd.models.packing import in_patches, pack
 from gdmd.models.roles import DiffusersRoles
@@ -23,6 +25,19 @@ from gdmd.types import StudentSampler
 
 UNIFORM = (1.0, 0.75, 0.5, 0.25)
 CAPTIONS = list(tiny.WORDS[:2])
+
+
+@cache
+def shared(folder: Path) -> Family:
+    """For tests that change nothing."""
+    return open_family(tiny.config(folder))
+
+
+def states(roles: DiffusersRoles, count: int = 2) -> tuple[Tensor, Tensor, Any]:
+    """x_t, t and the conditioning of some captions, the same in every call."""
+    generator = torch.Generator().manual_seed(5)
+    x_t = torch.randn(count, *roles.family.latent_shape, generator=generator)
+    return x_t, torch.linspace(0.9, 0.3, count), roles.family.encoder.encode(tiny.WORDS[:count])
 
 
 def student_of(folders: Path, name: str, full: str = "none") -> DiffusersRoles:

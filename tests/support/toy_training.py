@@ -22,6 +22,7 @@ from gdmd.config.training import LoopConfig
 from gdmd.diffusion.guidance import plain
 from gdmd.diffusion.rng import SampleRng
 from gdmd.diffusion.schedule import FlowSchedule
+from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import create, open_run, read_metrics
 from gdmd.training.loop import Hooks, TrainEnd, train
 from gdmd.types import Loss, Prediction, PromptBatch, Role, Update
@@ -33,6 +34,13 @@ TIMED = "speed/images_per_s"
 def untimed_metrics(run: Path) -> list[dict[str, float]]:
     """The rows of a run without their speed: equal for runs that trained equally."""
     return [{key: value for key, value in row.items() if key != TIMED} for row in read_metrics(run)]
+
+
+def student_weights(run: Path) -> dict[str, Tensor]:
+    """Those of the newest checkpoint."""
+    saved = checkpoint.load_newest(run / "checkpoints")
+    assert saved is not None
+    return dict(saved.part("student"))
 
 
 def full_disk(*_: object, **__: object) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from toy_training import Toy, toy_config
+from toy_training import Toy, student_weights, toy_config
 
 from gdmd.cli.train import _print_end
 from gdmd.programs.train import TrainOutput
-from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import read_metrics
 from gdmd.training.callbacks import TrainerCallback, TrainerState
 from gdmd.training.loop import Hooks, TrainEnd
@@ -64,12 +63,6 @@ def train(
     return Toy(folder, cfg, hooks=Hooks(validate=validate, validate_every=validate_every, callbacks=callbacks)).train()
 
 
-def student(folder: Path) -> dict[str, torch.Tensor]:
-    saved = checkpoint.load_newest(folder / "checkpoints")
-    assert saved is not None
-    return dict(saved.part("student"))
-
-
 def test_events_in_order(tmp_path: Path) -> None:
     seen = Recorder()
     train(tmp_path / "run", seen, validate_every=4)
@@ -97,7 +90,7 @@ def test_a_callback_stops_the_run_and_a_resume_completes_it(tmp_path: Path, even
     end = train(tmp_path / "run", steps=8)
     assert (end.step, end.stopped) == (8, False)
     train(tmp_path / "whole", steps=8)
-    resumed, whole = student(tmp_path / "run"), student(tmp_path / "whole")
+    resumed, whole = student_weights(tmp_path / "run"), student_weights(tmp_path / "whole")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
@@ -134,7 +127,7 @@ def test_a_callback_cannot_exit_the_program(tmp_path: Path) -> None:
 def test_callbacks_do_not_change_what_is_computed(tmp_path: Path) -> None:
     train(tmp_path / "plain", steps=6)
     train(tmp_path / "watched", Recorder(), steps=6, report_to=("tensorboard",))
-    plain, watched = student(tmp_path / "plain"), student(tmp_path / "watched")
+    plain, watched = student_weights(tmp_path / "plain"), student_weights(tmp_path / "watched")
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
 
 

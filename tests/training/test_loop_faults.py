@@ -27,11 +27,7 @@ from gdmd.training.loop import Hooks
 from gdmd.training.progress import SHOWN, PlainProgress, legend, progress_for, summary
 from gdmd.training.role_state import NonFiniteError
 
-
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These processes survive, so nothing depends on fsync; on a slow disk it takes most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @dataclass

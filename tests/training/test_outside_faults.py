@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_training import TIMED, Toy, full_disk, toy_config, untimed_metrics
+from toy_training import TIMED, Toy, full_disk, student_weights, toy_config, untimed_metrics
 
 from gdmd.config.load import load_config
 from gdmd.config.rewards import RemoteConfig
@@ -31,24 +31,14 @@ from gdmd.shapes.networks import ShapesDit, ShapesVae
 from gdmd.shapes.roles import ShapesCodec, ShapesRoles, ShapesTextEncoder
 from gdmd.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 HEARD: list[str | None] = []
 """The Authorization of each request to the server."""
 
 
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These processes survive, so nothing depends on fsync; on a slow disk it takes most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-def student(run: Path) -> dict[str, torch.Tensor]:
-    saved = checkpoint.load_newest(run / "checkpoints")
-    assert saved is not None
-    return dict(saved.part("student"))
-
-
 def same_run(first: Path, second: Path) -> bool:
-    a, b = student(first), student(second)
+    a, b = student_weights(first), student_weights(second)
     return all(torch.equal(a[name], b[name]) for name in a) and untimed_metrics(first) == untimed_metrics(second)
 
 

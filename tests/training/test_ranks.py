@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import apart, linear_steps, run_ranks
+from ranks import apart, cheap_linear_steps, run_ranks  # noqa: F401
 from tiny_roles import Toy, ToyCodec, real_latents, tiny_roles
 from torch import Tensor
 
@@ -35,6 +34,8 @@ from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.training.loop import Hooks, train
 from gdmd.training.rank import RankInfo, rank_info
 from gdmd.types import PromptBatch
+
+pytestmark = pytest.mark.usefixtures("cheap_linear_steps")
 
 TEXTS = ["a circle", "a red square", "two rings", "a circle and a square"]
 TEACHER_TEXTS = ["a blue circle", "", "two rings", "a red circle and a blue square"]
@@ -63,15 +64,6 @@ SHARDED = {
 
 MICRO = {"gdmd_micro_2": "none", "gdmd_micro_full_2": "full"}
 """Two ranks that split their own four samples into micro-batches of one, by loop.sharding."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _linear_and_without_fsync() -> Iterator[None]:
-    before = os.fsync
-    os.fsync = lambda handle: None
-    with linear_steps():
-        yield
-    os.fsync = before
 
 
 def run(

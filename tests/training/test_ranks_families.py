@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
-from ranks import apart, linear_steps, run_ranks
+from ranks import apart, cheap_linear_steps, run_ranks  # noqa: F401
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -41,6 +40,8 @@ from gdmd.training.loop import train
 from gdmd.training.role_state import role_states
 from gdmd.types import Loss, PromptBatch, Update
 
+pytestmark = pytest.mark.usefixtures("cheap_linear_steps")
+
 NFT: dict[str, dict[str, Any]] = {"adapters": {}, "full": {"full": "both", "checkpointing": True}}
 GAN: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl full": ("sdxl", {"full": "both"}),
@@ -52,15 +53,6 @@ COMPILED: dict[str, dict[str, Any]] = {
 }
 BACKEND = os.environ.get("GDMD_TEST_BACKEND", "aot_eager")
 """aot_eager traces the forward and the backward pass, as inductor does, but writes no code (a minute and a compiler)."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _linear_and_without_fsync() -> Iterator[None]:
-    before = os.fsync
-    os.fsync = lambda handle: None
-    with linear_steps():
-        yield
-    os.fsync = before
 
 
 def brightness(images: Tensor, prompts: PromptBatch) -> Tensor:

@@ -20,13 +20,9 @@ from toy_training import Toy, signal_at, toy_config, untimed_metrics
 
 from gdmd.runs import checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These processes survive, so nothing depends on fsync; on a slow disk it takes most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def final_tensors(folder: Path) -> dict[str, Tensor]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gdmd.config.base import Count
+from gdmd.config.base import Count, Finite
 from gdmd.config.methods.base import DistillationConfig
+
+ReflMargin = Annotated[
+    Finite,
+    Field(
+        description="m of ReFL's hinge relu(m - R), for each reward in its own units (DMDR's code: .7; CLIP and HPS stay "
+        "below it, so that it acts at all times there); the mean over rewards is taken after the hinge [I]."
+    ),
+]
 
 
 class BaselineConfig(DistillationConfig):

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from gdmd.config.base import Finite, NonNegative, Positive, Probability
+from gdmd.config.base import NonNegative, Positive, Probability
 from gdmd.config.methods.base import GroupSize
-from gdmd.config.methods.baseline import UpdateRatioConfig
+from gdmd.config.methods.baseline import ReflMargin, UpdateRatioConfig
 
 
 class RewardedDmdConfig(UpdateRatioConfig):
@@ -31,11 +31,7 @@ class DMDReFLConfig(RewardedDmdConfig):
         description="Weight of L_ReFL next to L_DMD; 0 is DMD. DMDR's code has .3 for each of two rewards next to a DMD "
         "loss with a factor 1/2, .6 next to ours; here the mean over rewards has one weight, so 1.2 for two and .6 K for K.",
     )
-    margin: Finite = Field(
-        default=0.7,
-        description="m of the hinge relu(m - R), for each reward in its own units (DMDR's code: .7); the mean over "
-        "rewards is taken after the hinge [I].",
-    )
+    margin: ReflMargin = 0.7
 
 
 class GroupedDmdConfig(RewardedDmdConfig):

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gdmd.config.base import Finite, NonNegative, NonNegativeCount, Positive, Probability
+from gdmd.config.base import NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.methods.base import GroupSize
-from gdmd.config.methods.baseline import BaselineConfig
+from gdmd.config.methods.baseline import BaselineConfig, ReflMargin
 
 BetaShape = Annotated[Positive, Field(ge=1)]
 """A shape parameter of a Beta distribution with a bounded density."""
@@ -59,11 +59,7 @@ class DMDRConfig(BaselineConfig):
     strategy: Literal["refl", "grpo", "dpo"] = Field(
         default="refl", description="Reward loss of stage 2: ReFL (DMDR's published trainer), GRPO or Diffusion-DPO."
     )
-    margin: Finite = Field(
-        default=0.7,
-        description="m of ReFL's hinge relu(m - R), for each reward in its own units (DMDR's code; CLIP and HPS stay "
-        "below it, so that it acts at all times there).",
-    )
+    margin: ReflMargin = 0.7
     images_per_prompt: GroupSize = Field(
         default=8,
         description="GRPO, DPO: samples of one prompt in a batch, whose size it must divide (Shapes 8; Flow-GRPO 24, "

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from gdmd.config.model import DiffusersModel
-from gdmd.diffusion.schedule import FlowSchedule
+from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.models.families.base import Family
+from gdmd.models.packing import unpack
 from gdmd.models.schedulers import read_flow
 from gdmd.models.timesteps import FlowTimesteps, uniform_times
-from gdmd.types import StudentSampler
+from gdmd.types import Prediction, StudentSampler
 
 
 class FlowFamily(Family):
@@ -34,6 +35,10 @@ class FlowFamily(Family):
         self.net = pipe.transformer
         self.schedule = FlowSchedule()
         self.settings = read_flow(pipe.scheduler, cfg.what, self.max_shift)
+
+    def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
+        """From a velocity in 2 x 2 patches, which most of these networks return; the others have their own."""
+        return from_velocity(unpack(output, *x_t.shape[-2:]), x_t, t, self.schedule)
 
     def student_scheduler(self, sampler: StudentSampler) -> str:
         return "FlowMatchEulerDiscreteScheduler"

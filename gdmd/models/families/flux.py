@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from gdmd.config.model import DiffusersModel
-from gdmd.diffusion.schedule import from_velocity
 from gdmd.models.families.base import PipelineText, network_dtype
 from gdmd.models.families.flow import FlowFamily
-from gdmd.models.packing import pack, unpack
+from gdmd.models.packing import pack
 from gdmd.models.vae import VaeCodec
-from gdmd.types import Cond, Prediction
+from gdmd.types import Cond
 
 LONGEST = 512
 """Caption tokens, unless model.max_tokens says otherwise."""
@@ -58,9 +57,6 @@ class Flux(FlowFamily):
             img_ids=_positions(height // 2, width // 2, x_t.device).to(dtype),
             return_dict=False,
         )[0]
-
-    def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        return from_velocity(unpack(output, *x_t.shape[-2:]), x_t, t, self.schedule)
 
     def blank_text(self, count: int) -> Cond:
         config = self.pipe.transformer.config

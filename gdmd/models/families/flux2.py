@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from gdmd.config.model import DiffusersModel, FamilyName
 from gdmd.diffusion.prompt_length import Reader
-from gdmd.diffusion.schedule import from_velocity
 from gdmd.models.families.base import PipelineText, network_dtype
 from gdmd.models.families.flow import FlowFamily
-from gdmd.models.packing import pack, unpack
+from gdmd.models.packing import pack
 from gdmd.models.tokens import TEMPLATES, chat_reader
 from gdmd.models.vae import VaeCodec
-from gdmd.types import Cond, Prediction
+from gdmd.types import Cond
 
 LONGEST = 512
 """Caption tokens, unless model.max_tokens says otherwise; every caption is padded to them."""
@@ -67,9 +66,6 @@ class Flux2(FlowFamily):
             img_ids=_positions(height // 2, width // 2, 1, x_t.device),
             return_dict=False,
         )[0]
-
-    def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        return from_velocity(unpack(output, *x_t.shape[-2:]), x_t, t, self.schedule)
 
     def blank_text(self, count: int) -> Cond:
         width = self.pipe.transformer.config.joint_attention_dim

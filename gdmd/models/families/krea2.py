@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.prompt_length import Reader
-from gdmd.diffusion.schedule import from_velocity
 from gdmd.models.families.base import PipelineText, network_dtype
 from gdmd.models.families.flow import FlowFamily
 from gdmd.models.families.qwen_image import FrameCodec
 from gdmd.models.features import capture_features
-from gdmd.models.packing import pack, unpack
+from gdmd.models.packing import pack
 from gdmd.models.tokens import TEMPLATES, token_ids
-from gdmd.types import Cond, Prediction
+from gdmd.types import Cond
 
 LONGEST = 512
 """Caption tokens, unless model.max_tokens says otherwise; every caption is padded to them."""
@@ -62,9 +61,6 @@ class Krea2(FlowFamily):
             encoder_attention_mask=cond["mask"],
             return_dict=False,
         )[0]
-
-    def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        return from_velocity(unpack(output, *x_t.shape[-2:]), x_t, t, self.schedule)
 
     def feature_mode(self, net: Any) -> AbstractContextManager[None]:
         return capture_features(net, net.final_layer)

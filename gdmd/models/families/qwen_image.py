@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.guidance import KeepTokenNorm
 from gdmd.diffusion.prompt_length import Reader
-from gdmd.diffusion.schedule import from_velocity
 from gdmd.models.families.base import PipelineText, network_dtype
 from gdmd.models.families.flow import FlowFamily
-from gdmd.models.packing import pack, unpack
+from gdmd.models.packing import pack
 from gdmd.models.tokens import TEMPLATES, token_ids
 from gdmd.models.vae import VaeCodec
-from gdmd.types import Cond, Prediction
+from gdmd.types import Cond
 
 LONGEST = 512
 """Caption tokens, unless model.max_tokens says otherwise."""
@@ -59,9 +58,6 @@ class QwenImage(FlowFamily):
             img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
             return_dict=False,
         )[0]
-
-    def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        return from_velocity(unpack(output, *x_t.shape[-2:]), x_t, t, self.schedule)
 
     @classmethod
     def most_tokens(cls, net: Any) -> tuple[int, int]:
