@@ -180,7 +180,7 @@ def check_prompts(
             read_questions(text, row)
     if OcrConfig in kinds and not any(normalized(requested_text(text)) for text in texts):
         raise ValueError(
-            "reward ocr needs prompts that quote a text, and no prompt quotes any; write prompts like "
+            "reward ocr needs prompts that quote a text, and none of the prompts does; write prompts like "
             "'a sign that says \"OPEN\"', or use the shipped ones: prompts.file=text_rendering"
         )
 
