@@ -25,7 +25,7 @@ class EvalGroup(TyperGroup):
 
 eval_app = typer.Typer(
     cls=EvalGroup,
-    help="""Measure one run on ShapesEval (gdmd eval RUN), or any models by reward scores or GenEval.
+    help="""Measure a run with ShapesEval (gdmd eval RUN), or any models with reward scores or GenEval.
 
 \b
 Examples:
@@ -65,7 +65,7 @@ def eval_command(
 ) -> None:
     """Measure a Shapes student or the teacher: ShapesEval by task, rewards, fidelity, coverage, speed.
 
-    A run of a diffusers pipeline that was trained on Shapes captions (gdmd pretrain pipeline) is measured, too. For other
+    Runs of diffusers pipelines that were trained on Shapes captions (gdmd pretrain pipeline) work, too. For other
     real models use gdmd eval preference RUN --prompts FILE.
 
     \b
@@ -156,7 +156,7 @@ def report_command(
 ) -> None:
     """Write report.html of a run: results, curves, health checks, validation images and settings in one file.
 
-    A run on Shapes captions is measured first where results are missing. Any other real model is not loaded: the page
+    If results of a run on Shapes captions are missing, it is evaluated first. Other real models are not loaded: the page
     shows the results of gdmd eval preference and compare that are stored in the run folder.
 
     \b

@@ -248,7 +248,7 @@ def test_objects_in_a_recipe() -> None:
 def test_the_identity_of_a_function_is_its_source() -> None:
     (spec,), _ = reward_specs([warm])
     (other,), _ = reward_specs([Counting()])
-    (unknown,), _ = reward_specs([len])
+    (unknown,), _ = reward_specs([max])
     assert isinstance(spec, FunctionConfig) and isinstance(unknown, FunctionConfig) and unknown.source is None
     assert scorer_identity(spec) == scorer_identity(spec) != scorer_identity(other)
     assert scorer_identity(unknown) != scorer_identity(unknown)
