@@ -146,7 +146,7 @@ def sample_command(
     from gdmd.sources.draw import draw
 
     seconds = draw(source, prompt, count, seed, png, scale)
-    log(f"{len(prompt) * count} images generated in {seconds:.2f} s -> {png}")
+    log(f"{counted(len(prompt) * count, "image")} generated in {seconds:.2f} s -> {png}")
 
 
 def report_command(

@@ -177,6 +177,10 @@ def test_all_errors_at_once(gdmd: Gdmd) -> None:
             ["train", "sdxl_gdmd"],
             "prompts.file is not set: a real model needs a file of prompts, for example prompts.txt",
         ),
+        (
+            ["study", "simulate", "--win-rate", "1.5"],
+            "simulated raters: win_rate: got 1.5: input should be less than 1",
+        ),
         (["sweep", "headlin"], "unknown sweep 'headlin'; did you mean 'headline'? Or give a .yaml file"),
         (
             ["eval", "preference", "teacher", "--scorer", "clipp", "-o", "x"],
@@ -260,3 +264,8 @@ def test_mistakes_outside_the_recipe_are_one_message_before_anything_is_loaded(g
         gdmd, "train", "sdxl_gdmd", "prompts.file=photos/a.txt", "model.path=./sd", "model.student=./me"
     )
     assert base.startswith("model.path './sd': there is no such folder") and student.startswith("model.student './me'")
+
+
+def test_names_in_the_list_of_recipes_are_not_broken(gdmd: Gdmd) -> None:
+    listed = gdmd("recipes").out
+    assert "student from black-forest-labs/FLUX.2-klein-4B" in " ".join(listed.split())

@@ -215,8 +215,8 @@ def test_a_constant_reward_next_to_another_is_a_warning(gdmd: Gdmd) -> None:
 def test_a_reward_that_fails_later_names_the_step(gdmd: Gdmd) -> None:
     finished = train(gdmd, "later", "loop.checkpoint_every=1")
     assert finished.code == 2 and "error: step 2: reward mine:later failed at " in finished.err
-    resume = "The last good checkpoint is run/checkpoints/step_000001. Continue with: gdmd train --resume run"
-    assert resume in finished.err
+    resume = "Fix the cause, then continue with: gdmd train --resume run (add --accept-changes if you change a reward"
+    assert f"The last good checkpoint is run/checkpoints/step_000001. {resume}" in finished.err
 
 
 def test_odd_but_valid_scores_raise_no_alarm(gdmd: Gdmd) -> None:
