@@ -143,10 +143,11 @@ def sample_command(
     source = source.changed({key: value for key, value in given.items() if value is not None})
     kind_of(source)
     check_png(png)
+    from gdmd.config.describe import counted
     from gdmd.sources.draw import draw
 
     seconds = draw(source, prompt, count, seed, png, scale)
-    log(f"{counted(len(prompt) * count, "image")} generated in {seconds:.2f} s -> {png}")
+    log(f"{counted(len(prompt) * count, 'image')} generated in {seconds:.2f} s -> {png}")
 
 
 def report_command(
