@@ -76,7 +76,7 @@ def test_reward_server_may_move(tmp_path: Path, where: str) -> None:
     again, _ = resumed(run, None, [f"{own}.url=https://scores.example", f"{own}.retries=9", f"{own}.on_failure=skip"])
     assert "https://scores.example" in (run / "config.yaml").read_text() and again != cfg
     for change in (f"{own}.reward=pickscore", "rewards.1.parts.0.weight=2.0"):
-        with pytest.raises(RunError, match="differs in rewards"):
+        with pytest.raises(RunError, match="Its value -> yours: rewards"):
             check_resumable(run, None, [change])
 
 
