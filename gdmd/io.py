@@ -13,7 +13,7 @@ import shlex
 import socket
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +29,20 @@ REMEMBERED = 4 * 2**20
 
 class RunError(ValueError):
     """A run folder, checkpoint or asset that cannot be read or written; the message says what to do."""
+
+
+def all_errors(*checks: Callable[[], object]) -> None:
+    """Run every check, then raise their ValueErrors as one with all messages; a single one is raised as it is."""
+    found: list[ValueError] = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            found.append(error)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise ValueError("\n".join(map(str, found)))
 
 
 _ADVICE = {
@@ -212,7 +226,7 @@ def near_name(path: str | Path, also: Iterable[str] = ()) -> str:
         there = {str(path.parent / entry.name) for entry in path.parent.iterdir() if not entry.name.startswith(".")}
     except OSError:
         there = set()
-    near = difflib.get_close_matches(str(path)[:200], sorted(there | set(also)), 1, 0.75)
+    near = difflib.get_close_matches(str(path)[:200], sorted((there | set(also)) - {str(path)}), 1, 0.75)
     return f" Did you mean {near[0]}?" if near else ""
 
 

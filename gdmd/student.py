@@ -101,7 +101,8 @@ def _from_hub(name: str) -> Path:
     if Path(name).exists() or not hub_id:
         seen = f"it holds neither config.yaml nor {EXPORT_FILE}." if Path(name).exists() else "it does not exist."
         raise RunError(
-            f"{name} is not a run, nor a folder written by gdmd export, nor a hub id (ORG/NAME): {seen}{near_name(name)}"
+            f"{name}: {seen}{near_name(name)} Give a run folder, a folder written by gdmd export, or the hub id (ORG/NAME) "
+            "of one."
         )
     try:
         hub_file(name, EXPORT_FILE)

@@ -16,9 +16,9 @@ def test_run_of_the_shapes_networks(gdmd: Gdmd) -> None:
 
 
 def test_folders_and_ids_without_a_student(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="it holds neither config.yaml nor gdmd_export.json"):
+    with pytest.raises(ValueError, match=r"it holds neither config.yaml nor gdmd_export.json\. Give"):
         load_student(tmp_path)
-    with pytest.raises(ValueError, match="is not a run, .* nor a hub id .*: it does not exist"):
+    with pytest.raises(ValueError, match=r"it does not exist\. .*Give a run folder, .* or the hub id"):
         load_student(tmp_path / "nothing")
     with pytest.raises(ValueError, match="org/student: no such folder, and it is not in the cache"):
         load_student("org/student")

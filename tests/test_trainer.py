@@ -17,6 +17,7 @@ from diffusers import StableDiffusionXLPipeline
 from gdmd import ConfigError, DistillationTrainer, DMD2Config, DMDConfig, GDMDConfig, RunError, TrainerCallback
 from gdmd import TrainingConfig as Args
 from gdmd.config.shapes_pipeline import located
+from gdmd.rewards import CLIPScore
 from gdmd.runs.run_folder import read_facts
 
 TINY = {
@@ -75,6 +76,10 @@ def test_all_mistakes_are_listed_with_the_command_lines_words(tmp_path: Path) ->
         Args(max_step=3)
     with pytest.raises(ConfigError, match="reads no rewards"):
         DistillationTrainer("shapes", DMDConfig(), reward_funcs=red)
+    with pytest.raises(ConfigError, match=r"method: got 'gdmd': give a config object.*\nargs: got \{'max_steps': 3\}"):
+        DistillationTrainer("shapes", "gdmd", args={"max_steps": 3})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"CLIPScore cannot be used as a reward; give an instance, CLIPScore\(\)"):
+        DistillationTrainer("shapes", reward_funcs=CLIPScore)
     with pytest.raises(ConfigError, match="listed once, got \\[.red., .red.\\]"):
         DistillationTrainer("shapes", reward_funcs=[red, red])
     with pytest.raises(ConfigError, match="recipe sdxl_gdmd is for a model of kind diffusers, and model is 'shapes'"):

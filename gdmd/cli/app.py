@@ -66,7 +66,7 @@ app.add_typer(
     short_help="Measure models: ShapesEval, reward scores, GenEval.",
     rich_help_panel=EVALUATE,
 )
-_add(EVALUATE, "sweep", sweep.sweep_command, "Compare training methods over seeds and budgets.")
+_add(EVALUATE, "sweep", sweep.sweep_command, "Compare training methods across seeds and budgets.")
 app.add_typer(study_app, name="study", rich_help_panel=EVALUATE)
 app.add_typer(rewards_app, name="rewards", rich_help_panel=MAINTAIN)
 _add(MAINTAIN, "pretrain", info.pretrain_command, "Train the networks of the Shapes world again.")

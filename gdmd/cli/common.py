@@ -22,12 +22,12 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 """Of typer, for the program and every group of commands."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout; messages go to stderr.")]
-RunFolder = Annotated[Path | None, typer.Option("--run", help="The run folder; default: below ./runs.")]
+RunFolder = Annotated[Path | None, typer.Option("--run", help="The run folder; default: a new one in ./runs.")]
 Arguments = Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Recipe and overrides.")]
 Checkpoint = Annotated[
-    str, typer.Option("--checkpoint", metavar="best|last|STEP", help="Which checkpoint of a run; default: its newest.")
+    str, typer.Option("--checkpoint", metavar="best|last|STEP", help="Which checkpoint of a run; last is the newest.")
 ]
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help="[NAME=]WHERE[,key=value ...]: see gdmd sample.")]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="[NAME=]WHERE[,key=value ...], as in gdmd sample.")]
 ImagesPerPrompt = Annotated[int, typer.Option("--images", "-n", min=1, max=4096, help="Images per prompt.")]
 NoiseSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")]
 

@@ -25,7 +25,7 @@ class EvalGroup(TyperGroup):
 
 eval_app = typer.Typer(
     cls=EvalGroup,
-    help="""Measure one run on ShapesEval (gdmd eval RUN), or any models by reward scores or GenEval.
+    help="""Measure a run with ShapesEval (gdmd eval RUN), or any models with reward scores or GenEval.
 
 \b
 Examples:
@@ -65,7 +65,7 @@ def eval_command(
 ) -> None:
     """Measure a Shapes student or the teacher: ShapesEval by task, rewards, fidelity, coverage, speed.
 
-    A run of a diffusers pipeline that was trained on Shapes captions (gdmd pretrain pipeline) is measured, too. For other
+    Runs of diffusers pipelines that were trained on Shapes captions (gdmd pretrain pipeline) work, too. For other
     real models use gdmd eval preference RUN --prompts FILE.
 
     \b
@@ -143,10 +143,11 @@ def sample_command(
     source = source.changed({key: value for key, value in given.items() if value is not None})
     kind_of(source)
     check_png(png)
+    from gdmd.config.describe import counted
     from gdmd.sources.draw import draw
 
     seconds = draw(source, prompt, count, seed, png, scale)
-    log(f"{len(prompt) * count} images generated in {seconds:.2f} s -> {png}")
+    log(f"{counted(len(prompt) * count, 'image')} generated in {seconds:.2f} s -> {png}")
 
 
 def report_command(
@@ -156,7 +157,7 @@ def report_command(
 ) -> None:
     """Write report.html of a run: results, curves, health checks, validation images and settings in one file.
 
-    A run on Shapes captions is measured first where results are missing. Any other real model is not loaded: the page
+    If results of a run on Shapes captions are missing, it is evaluated first. Other real models are not loaded: the page
     shows the results of gdmd eval preference and compare that are stored in the run folder.
 
     \b

@@ -23,7 +23,9 @@ def export_command(
     folder: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write; default: RUN/export or RUN/export-merged.")
     ] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="The whole pipeline with the student merged in.")] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Write the whole pipeline with the student merged in.")
+    ] = False,
     averaged: Annotated[bool, typer.Option("--ema/--no-ema", help="The EMA student, or its last weights.")] = True,
     which: Checkpoint = "last",
     base: Annotated[
@@ -53,7 +55,7 @@ def export_command(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Write the student of a run for diffusers and ComfyUI: LoRA, scheduler and a model card.
+    """Export the student of a run for diffusers and ComfyUI: a LoRA, its scheduler and a model card.
 
     \b
     Examples:

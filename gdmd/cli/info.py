@@ -109,7 +109,7 @@ def _entries(texts: Mapping[str, str]) -> Iterator[str]:
     """Names in a column, each with its text wrapped next to it."""
     width = max(map(len, texts)) + 4
     for name, text in texts.items():
-        yield textwrap.fill(f"  {name:{width - 2}}{text}", 80, subsequent_indent=" " * width)
+        yield textwrap.fill(f"  {name:{width - 2}}{text}", 80, subsequent_indent=" " * width, break_on_hyphens=False)
 
 
 def doctor_command(device: Device = None, json: Json = False) -> None:

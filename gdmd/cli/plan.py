@@ -13,7 +13,7 @@ from gdmd.cli.common import Arguments, Json, log, print_json, recipe_of
 def plan_command(
     arguments: Arguments,
     gpu: Annotated[
-        str, typer.Option("--gpu", help="A GPU of the table: h100, a100-80, rtx4090, ...; or its memory in GiB.")
+        str, typer.Option("--gpu", help="A GPU by name (h100, a100-80, rtx4090, ...) or by its memory in GiB.")
     ] = "h100",
     fit: Annotated[
         bool,
@@ -22,7 +22,7 @@ def plan_command(
     gpus: Annotated[
         str | None,
         typer.Option(
-            "--gpus", metavar="N|table", help="Also DDP and FSDP on N GPUs of one node, or a table of 1 to 8."
+            "--gpus", metavar="N|table", help="Also estimate DDP and FSDP on N GPUs of one node; table: on 1 to 8."
         ),
     ] = None,
     efficiency: Annotated[

@@ -20,7 +20,7 @@ def profile_command(
     Passes are denoiser forward passes of one batch; a backward pass counts as two, or as one through a frozen base model.
     Overhead is the time of an iteration without its optimizer, relative to its network calls, backward passes and scoring.
     With several image sizes (model.sizes), the largest is measured.
-    Host syncs need a GPU. Use loop.threads=1 on a shared machine. Nothing is written.
+    Host syncs are counted on a GPU only. Use loop.threads=1 on a shared machine. No files are written.
 
     \b
     Examples:

@@ -174,7 +174,7 @@ def simulate_command(
     json: Json = False,
     win_rate: Annotated[float, typer.Option(help="True win rate of the first model.")] = 0.6,
     tie_rate: Annotated[float, typer.Option(help="True share of ties.")] = 0.15,
-    left_bias: Annotated[float, typer.Option(help="Share of votes cast for the left image without a look.")] = 0.0,
+    left_bias: Annotated[float, typer.Option(help="Share of votes for the left image, cast without looking.")] = 0.0,
     careless: Annotated[float, typer.Option(help="Share of raters who answer at random.")] = 0.0,
     spread: Annotated[float, typer.Option(help="Standard deviation over prompts and raters, in logits.")] = 0.0,
     raters: Raters = 10,

@@ -46,7 +46,11 @@ def train_command(
     ] = False,
     push: Annotated[
         str | None,
-        typer.Option("--push-to-hub", metavar="ORG/NAME", help="At the end, export the student and upload it."),
+        typer.Option(
+            "--push-to-hub",
+            metavar="ORG/NAME",
+            help="At the end, export the student and upload it to the Hugging Face Hub.",
+        ),
     ] = None,
     device: Device = None,
     json: Json = False,
@@ -60,7 +64,7 @@ def train_command(
       gdmd train shapes_smoke                         twelve iterations, a minute
       gdmd train shapes loop.seed=1 method.gamma=0    any field by its path
       gdmd train my_recipe.yaml --run runs/mine --no-eval
-      gdmd train --resume runs/shapes-seed0           longer: loop.steps=2000
+      gdmd train --resume runs/shapes-seed0           to train longer, add loop.steps=2000
       gdmd train shapes --gpus 4 --restarts 3         restarts after a failure
       gdmd train shapes_smoke --json > finished.json
 
@@ -218,10 +222,10 @@ def demo_command(
     device: Device = None,
     json: Json = False,
     scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Train both from the teacher: no shipped first stage.")
+        bool, typer.Option("--from-scratch", help="Start both from the teacher, not from the shipped DMD student.")
     ] = False,
     recipe: Annotated[
-        str | None, typer.Option(help="Another recipe for the GDMD row; the DMD row is the same with gamma 0.")
+        str | None, typer.Option(help="Recipe of the GDMD row; the DMD row uses the same with gamma 0.")
     ] = None,
     override: Annotated[
         list[str] | None,
@@ -238,8 +242,8 @@ def demo_command(
     Examples:
       gdmd demo
       gdmd demo --run runs/demo --json > demo.json
-      gdmd demo --set loop.seed=1                           other draws
-      gdmd demo --set loop.steps=20 --set eval.per_task=10  faster and rougher
+      gdmd demo --set loop.seed=1                           another seed
+      gdmd demo --set loop.steps=20 --set eval.per_task=10  faster, less precise
       gdmd demo --from-scratch                              no shipped student
     """
     from gdmd.recipes.run_folders import demo_folder, demo_recipe

@@ -154,10 +154,10 @@ def _pairs(text: str, parts: Sequence[str]) -> dict[str, Any]:
     for part, key, value in settings_of(parts):
         if value is None or key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            advice = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}."
             raise ValueError(
-                f"source {text!r}: {part!r} is not a key=value of a source; {advice}. A name with a comma needs quotes: "
-                'x="a,b",lora="c,d.safetensors"'
+                f"source {text!r}: {part!r} is not a key=value of a source; {advice} A name with a comma needs "
+                'quotes: x="a,b",lora="c,d.safetensors"'
             )
         if key in given:
             raise ValueError(f"source {text!r}: {key} is given twice; give it once")

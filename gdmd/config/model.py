@@ -23,7 +23,7 @@ class LoraFile(Config):
     path: str = Field(
         description="A .safetensors file, a folder with one, or a hub id: ORG/NAME or ORG/NAME/FILE.safetensors."
     )
-    weight: Finite = Field(default=1.0, description="Factor of its change of the weights, besides alpha / rank.")
+    weight: Finite = Field(default=1.0, description="Factor of its weight change, in addition to alpha / rank.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of the hub id.")
 
 
@@ -76,7 +76,7 @@ class DiffusersModel(Config):
     )
     fake_from: Literal["teacher", "student"] = Field(
         default="teacher",
-        description="What the fake score starts as (RTDMD, arXiv 2605.26108: the teacher, which measured no worse here).",
+        description="What the fake score starts as (the teacher in RTDMD, arXiv 2605.26108, which was no worse here).",
     )
     dtype: Literal["fp32", "bf16"] = Field(
         default="bf16",
@@ -119,7 +119,7 @@ class DiffusersModel(Config):
         default=(),
         description="Endings of the names of the layers that get adapters, linear ones or convolutions. Default: attention "
         "and feed-forward layers, SD3's modulation and a UNet's convolutions, because on the Shapes miniatures students "
-        "with adapters on attention layers only scored below fully trained ones, and students with all of these did not.",
+        "with adapters on attention layers alone scored below fully trained ones, and students with all of these did not.",
     )
     checkpointing: bool = Field(
         default=True,

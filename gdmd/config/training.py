@@ -48,10 +48,10 @@ class LoopConfig(Config):
     )
     lr_fake: Positive = Field(
         3e-5,
-        description="Learning rate of the fake score: the student's (arXiv 2405.14867), .4 or .5 of it (DMDR's SD3 "
+        description="Learning rate of the fake score: the student's (arXiv 2405.14867), 0.4 or 0.5 of it (DMDR's SD3 "
         "scripts), a third (the code of arXiv 2605.26108), a fifth (LightX2V). LoRA students of the Shapes miniatures use "
-        "three times the student's; from once to three times made "
-        "no clear difference; a third was lower on SD3, ten times on SDXL (docs/LOG.md, entry 36).",
+        "three times the student's; one to three times made no clear "
+        "difference; a third scored lower on SD3, ten times on SDXL (docs/LOG.md, entry 36).",
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw",
@@ -77,7 +77,7 @@ class LoopConfig(Config):
     )
     ema: Decay = Field(
         0.99,
-        description="Decay of the student's EMA per student update (0.99: arXiv 2605.26108); 0 = no EMA, which cost 0.07 of "
+        description="Decay of the student's EMA per student update (0.99: arXiv 2605.26108); 0 = no EMA, which cost 0.07 "
         "ShapesEval on the miniatures of SD3 and SDXL (docs/LOG.md, entry 36).",
     )
     ema_warmup: bool = Field(

@@ -88,7 +88,7 @@ def generate_images(
         write_metadata(home, prompt, prompt_set.meta[prompt])
     missing = [slot for slot in own if not image_file(home, slot.prompt, slot.image).exists()]
     batch, device = source.info.batch, source.info.device
-    what = f"{source.info.name}: generating {len(missing):,} images"
+    what = f"{source.info.name}: generating {len(missing):,} image{'s' * (len(missing) != 1)}"
     for part in counted(_parts(missing, batch), what, len(missing)):
         began = time.perf_counter()
         images = source.generate(part, prompt_set.seed)

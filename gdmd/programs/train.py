@@ -6,7 +6,7 @@ With several ranks all of them build and train; rank 0 creates the folder, print
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,19 +27,26 @@ from gdmd.evaluation.run_report import report_run
 from gdmd.evaluation.runs import evaluation_captions, finish_run
 from gdmd.evaluation.validation import Validation, validation_prompts
 from gdmd.export.upload import check_hub_target, push_checkpoint
-from gdmd.io import SHARDS_STAY, typed, writing
+from gdmd.io import SHARDS_STAY, all_errors, typed, writing
 from gdmd.methods.gains import gains_hook
 from gdmd.programs.decoder_check import check_decoder
 from gdmd.recipes.build import Components, build, compile_networks
 from gdmd.recipes.build_data import require_prompts
-from gdmd.recipes.build_rewards import reason_unscored, require_weights, reward_stats, try_rewards, without_stats
+from gdmd.recipes.build_rewards import (
+    check_functions,
+    reason_unscored,
+    require_weights,
+    reward_stats,
+    try_rewards,
+    without_stats,
+)
 from gdmd.recipes.hub_revisions import record_commits
 from gdmd.recipes.inputs import check_inputs, check_start
 from gdmd.recipes.long_prompts import warn_long_prompts
 from gdmd.recipes.objects import NOTHING_GIVEN, GivenObjects
 from gdmd.recipes.run_folders import check_resumable, new_folder, resumed
 from gdmd.reporting.progress_bar import phase
-from gdmd.runs.run_folder import Run, create, open_run
+from gdmd.runs.run_folder import Run, check_new, create, open_run
 from gdmd.shapes.grammar import catalog
 from gdmd.training.adamw8bit import require_torchao
 from gdmd.training.callbacks import TrainerCallback
@@ -120,11 +127,12 @@ def create_run(
     require_start(cfg.loop.start_from)
     check_model(cfg.loop.start_from, cfg.model_dump(mode="json"))
     context.on_main(lambda: check_start(cfg, accept=settings.accept))
-    components = prepare(cfg, settings)
+    config = cfg.model_dump(mode="json")
+    components = prepare(cfg, settings, (lambda: check_new(folder, config)) if folder else None)
     check_roles(cfg.loop.start_from, components.roles)
 
     def new_run() -> str:
-        return str(create(folder or new_folder(cfg), cfg.model_dump(mode="json"), command).path)
+        return str(create(folder or new_folder(cfg), config, command).path)
 
     run = open_run(Path(context.on_main(new_run)))
     return run_training(cfg, run, components, settings)
@@ -150,25 +158,37 @@ def resume_run(
     return resumed(folder, recipe, overrides)
 
 
-def prepare(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> Components:
-    """The live objects of a recipe: every prompt is checked and, if the recipe names a cache, encoded."""
+def prepare(
+    cfg: RunConfig, settings: TrainSettings = DEFAULTS, check: Callable[[], object] | None = None
+) -> Components:
+    """The live objects of a recipe: every prompt is checked and, if the recipe names a cache, encoded.
+
+    What can be checked without loading or downloading anything, and ``check``, is reported in one error.
+    """
     context, console = settings.context, settings.console
-    if context.size > 1:
-        start, stop = context.local_slice(cfg.loop.batch_size)
-        check_equal_calls(cfg, stop - start)
-    check_best_metric(cfg)
-    check_prompts(cfg, settings)
+    start, stop = context.local_slice(cfg.loop.batch_size)
+    rewards = (*(cfg.rewards if cfg.method.rewarded else ()), *cfg.held_out)
+    checks = (
+        *((check,) if check else ()),
+        lambda: context.size == 1 or check_equal_calls(cfg, stop - start),
+        lambda: check_best_metric(cfg),
+        lambda: check_prompts(cfg, settings),
+        lambda: validation_prompts(cfg),
+        lambda: check_places(cfg, settings),
+        lambda: check_functions(rewards),
+        lambda: require_trackers(cfg.loop.report_to),
+    )
+    context.on_main(lambda: all_errors(*checks))
     validated, meta = validation_prompts(cfg)
-    require_weights((*(cfg.rewards if cfg.method.rewarded else ()), *cfg.held_out))
+    require_weights(rewards)
     if cfg.loop.optimizer == "adamw8bit":
         require_torchao()
-    require_trackers(cfg.loop.report_to)
     if cfg.loop.push_checkpoints:
         context.on_main(lambda: check_hub_target(cfg.loop.push_checkpoints))
     with phase("loading the networks", console):
         components = build(cfg, settings.device, settings.given)
     if cfg.method.rewarded or cfg.held_out:
-        with phase("trying the rewards on one image", console):
+        with phase("trying the rewards on two images", console):
             context.on_main(lambda: _try_rewards(cfg, components, validated[:1], meta[:1]))
     compile_networks(cfg, components)  # in the first iteration
     texts = [*validated, *(text for group in components.stream.groups for text in group)]
@@ -234,6 +254,17 @@ def encode(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) 
     ):
         bar = progress.add_task("prompts", total=missing)
         encoder.prepare(texts, lambda done: progress.advance(bar, done))
+
+
+def check_places(cfg: RunConfig, settings: TrainSettings) -> None:
+    """ValueError for a base model or student that is neither a folder nor a hub id."""
+    if not isinstance(cfg.model, DiffusersModel) or settings.given.pipeline is not None:
+        return
+    from gdmd.models.loading import is_local
+
+    model = cfg.model
+    starts = (lambda: is_local(model.start.location, model.start.field),) if model.student else ()
+    all_errors(lambda: is_local(model.location, model.field), *starts)
 
 
 def check_prompts(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> None:

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
+from inspect import isclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from gdmd.config.rewards import (
     RealRewardConfig,
 )
 from gdmd.config.run import RewardConfig, RunConfig, ShapesReward
+from gdmd.io import all_errors
 from gdmd.recipes.reward_identity import SHAPES_KINDS, weight_locations
 from gdmd.rewards.aesthetic import Aesthetic
 from gdmd.rewards.base import RewardModel
@@ -38,6 +41,7 @@ from gdmd.rewards.imagereward import ImageReward
 from gdmd.rewards.ocr import OCR, normalized, requested_text
 from gdmd.rewards.pickscore import PickScore
 from gdmd.rewards.remote import RemoteReward
+from gdmd.rewards.user_code import named
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.shapes.rewards import PartialCredit, load_scorer
 from gdmd.types import Explains, PromptBatch, Reward
@@ -103,9 +107,9 @@ def reward_specs(rewards: Iterable[Any]) -> tuple[tuple[RewardConfig, ...], dict
             continue
         reward = as_reward(given)
         if not isinstance(reward, RewardModel):
-            raise ValueError(
-                f"a reward of type {type(given).__name__} cannot be used; give a function or a reward class"
-            )
+            name = given.__name__ if isclass(given) else type(given).__name__
+            instead = f"give an instance, {name}()" if isclass(given) else "give a function or a reward of gdmd.rewards"
+            raise ValueError(f"{name} cannot be used as a reward; {instead}")
         specs.append(reward.config)
         for name, function in _functions_of(reward):
             if functions.setdefault(name, function) is not function:
@@ -125,6 +129,17 @@ def require_weights(specs: Iterable[RewardConfig]) -> None:
     for spec in specs:
         for location in weight_locations(spec):
             location.require()
+
+
+def check_functions(specs: Sequence[RewardConfig]) -> None:
+    """One ValueError for all functions that a recipe names and that cannot be used; creates no object of a class."""
+
+    def check(spec: CallableConfig) -> None:
+        if not isclass(named(spec.target)):
+            CallableReward.from_config(spec)
+
+    parts = [part.reward for spec in specs if isinstance(spec, CompositeConfig) for part in spec.parts]
+    all_errors(*(partial(check, one) for one in (*specs, *parts) if isinstance(one, CallableConfig)))
 
 
 def reward_stats(rewards: Sequence[Reward]) -> Mapping[str, Tensor]:
@@ -165,7 +180,7 @@ def check_prompts(
             read_questions(text, row)
     if OcrConfig in kinds and not any(normalized(requested_text(text)) for text in texts):
         raise ValueError(
-            "reward ocr needs prompts that quote a text, and no prompt quotes any; write prompts like "
+            "reward ocr needs prompts that quote a text, and none of the prompts does; write prompts like "
             "'a sign that says \"OPEN\"', or use the shipped ones: prompts.file=text_rendering"
         )
 

@@ -44,6 +44,7 @@ def recipe_from(
     reward_funcs: one or several rewards, functions or configs; None = those of the recipe. train_dataset: None = that of the
     recipe.
     """
+    _check_types(method, args)
     base = read_recipe(args.recipe or _recipe_name(model, method.kind if method else "gdmd_tilted"))
     if (model == SHAPES) != (base.model.kind == "shapes"):
         raise ConfigError([f"recipe {base.name} is for a model of kind {base.model.kind}, and model is {model!r:.80}"])
@@ -71,6 +72,21 @@ def recipe_from(
                 [f"model.{set_[0]}: cannot be used with an open pipeline; give the teacher as a folder or hub id"]
             )
     return cfg, GivenObjects(pipeline, functions, prompts)
+
+
+def _check_types(method: Any, args: Any) -> None:
+    """ConfigError for a method or args of another type than a config."""
+    expected = (
+        (method, DistillationConfig, "method", "GDMDConfig()"),
+        (args, TrainingConfig, "args", "TrainingConfig()"),
+    )
+    wrong = [
+        f"{name}: got {given!r:.80}: give a config object, such as {example}"
+        for given, kind, name, example in expected
+        if given is not None and not isinstance(given, kind)
+    ]
+    if wrong:
+        raise ConfigError(wrong)
 
 
 def _recipe_name(model: Any, kind: str) -> str:

@@ -104,12 +104,26 @@ def check_resumable(folder: Path, recipe: str | RunConfig | None, overrides: Seq
     else:
         cfg = read_recipe(recipe, overrides) if recipe else config_of(folder, overrides)
     old, new = (_without_places(one.model_dump(mode="json")) for one in (before, cfg))
+    extra = f"leave out the recipe {recipe} and these keys" if isinstance(recipe, str) else "leave these keys out"
     advice = (
-        "A resumed run keeps its configuration: leave these keys out. To change them, start a new run from "
+        f"A resumed run keeps its configuration: {extra}. To change it, start a new run from "
         f"this one's student: gdmd train RECIPE KEY=VALUE {typed(f'loop.start_from={folder}')}"
     )
     check_same_config(Run(Path(folder), old), new, (*MAY_CHANGE, *MOVABLE), advice)
+    _check_length(Path(folder), before.loop.steps, cfg.loop.steps)
     return cfg
+
+
+def _check_length(folder: Path, before: int, now: int) -> None:
+    """RunError for fewer steps than the run's newest checkpoint has."""
+    done = max(
+        (int(one.name[5:]) for one in (folder / "checkpoints").glob("step_*") if one.name[5:].isdigit()), default=0
+    )
+    if now < min(before, done):
+        raise RunError(
+            f"loop.steps={now}: {folder} has already trained for {done} steps. Give more steps to train longer, or leave "
+            "loop.steps out."
+        )
 
 
 def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:

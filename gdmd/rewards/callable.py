@@ -60,6 +60,11 @@ class CallableReward(RewardModel):
         if isinstance(function, nn.Module):
             function.eval().requires_grad_(False)
         self._parameters = _Parameters.of(function)
+        if problem := self._parameters.problem:
+            raise ValueError(
+                f"reward {self.name}{location_of(function)} cannot be called with (images, prompts): {problem}; give it "
+                "these two parameters"
+            )
 
     @classmethod
     def from_config(
@@ -163,27 +168,30 @@ class _Parameters:
 
     by_keyword: images and prompts are passed as keywords; otherwise as the first two positional arguments.
     columns: names of its other parameters; everything: it has **columns. required: columns without a default.
+    problem: why it cannot be called with images and prompts.
     """
 
     by_keyword: bool = False
     columns: frozenset[str] = frozenset()
     required: tuple[str, ...] = ()
     everything: bool = False
+    problem: str = ""
 
     @classmethod
     def of(cls, function: Any) -> _Parameters:
         try:
-            found = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
+            signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
         except (TypeError, ValueError):  # some functions that are written in C
             return cls()
-        kinds = inspect.Parameter
+        found, kinds = signature.parameters, inspect.Parameter
         named = [one for one in found.values() if one.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
         anything = any(one.kind is kinds.VAR_KEYWORD for one in found.values())
         fixed = [one.name for one in named if one.name in FIXED]
         by_keyword = len(fixed) == 2 or (anything and (bool(fixed) or not named))
         others = [one for one in named if one.name not in FIXED] if by_keyword else named[2:]
         required = tuple(one.name for one in others if one.default is kinds.empty)
-        return cls(by_keyword, frozenset(one.name for one in others), required, anything)
+        problem = "" if by_keyword else _problem(signature)
+        return cls(by_keyword, frozenset(one.name for one in others), required, anything, problem)
 
     def arguments(
         self, shown: str, images: Any, prompts: list[str], columns: Mapping[str, list[Any]]
@@ -201,6 +209,15 @@ class _Parameters:
         return (images, prompts), named
 
 
+def _problem(signature: inspect.Signature) -> str:
+    """Why two positional arguments do not fit; "" if they do."""
+    try:
+        signature.bind_partial(None, None)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
 def _numbers(shown: str, answer: Any) -> Tensor:
     """The scores that a function returned, as fp32."""
     try:
@@ -208,8 +225,8 @@ def _numbers(shown: str, answer: Any) -> Tensor:
             answer = [math.nan if one is None else one for one in answer]
         elif isinstance(answer, np.ndarray) and answer.dtype.kind not in "USc":
             answer = answer.astype(np.float32)  # a copy: the array may be read-only; None becomes NaN
-        if isinstance(answer, Tensor) and answer.is_complex():
-            raise TypeError("complex numbers")
+        if isinstance(answer, Tensor) and (answer.is_complex() or answer.is_meta):
+            raise TypeError("complex numbers" if answer.is_complex() else "on the meta device, without values")
         return torch.as_tensor(answer, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(

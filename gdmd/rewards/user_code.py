@@ -104,15 +104,41 @@ def imported(target: str) -> Any:
     ValueError if it cannot be loaded. Modules are found as usual, and in the current folder last (it is not on the path of
     the ``gdmd`` program).
     """
-    found = _found(target)
+    found = named(target)
     if inspect.isclass(found):
         found = called(f"reward {target}: creating the class without arguments", found)
+        _require_callable(target, found)
+    return found
+
+
+def named(target: str) -> Any:
+    """The function that a target names, or the class, not yet instantiated. ValueError if it cannot be loaded or used."""
+    found = _found(target)
+    if inspect.isclass(found):
+        _require_no_arguments(target, found)
+    _require_callable(target, found)
+    return found
+
+
+def _require_callable(target: str, found: Any) -> None:
     if not callable(found):
         raise ValueError(
             f"reward {target!r} is of type {type(found).__name__}, which cannot be called; name a function, or a class "
             "with __call__"
         )
-    return found
+
+
+def _require_no_arguments(target: str, found: type) -> None:
+    """ValueError for a class that cannot be instantiated without arguments."""
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"reward {target!r} is a class, which is instantiated without arguments ({error}); give the parameters of its "
+            "__init__ defaults, or name a function or an instance"
+        ) from error
+    except ValueError:  # some classes that are written in C have no signature
+        return
 
 
 def _found(target: str) -> Any:

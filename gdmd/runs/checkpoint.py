@@ -204,7 +204,10 @@ def load_chosen(folder: Path, which: str = "last") -> Checkpoint | None:
 def _best_step(folder: Path) -> int:
     best = named_best(folder)
     if best is None:
-        raise RunError(f"{folder} has no best checkpoint: it is kept where loop.best_metric names a metric.")
+        raise RunError(
+            f"{folder} has no best checkpoint: a run keeps one only if loop.best_metric is set. Choose another "
+            f"checkpoint: last, or a step ({_listed(folder)})."
+        )
     if best.step not in steps(folder):
         raise RunError(
             f"{folder / BEST_FILE} names step {best.step} ({best.metric} = {best.value:g}), which is not in {folder} "

@@ -90,11 +90,9 @@ def create(path: Path, config: Mapping[str, Any], command: Sequence[str] | None 
     RunError for a folder with other files, a run of another configuration (its keys are named), or with checkpoints.
     """
     path = Path(path)
+    check_new(path, config)
     with writing("the run folder", path):
-        if path.exists() and not path.is_dir():
-            raise RunError(f"{path} is a file, not a folder. Choose another folder with --run.")
         path.mkdir(parents=True, exist_ok=True)
-        _refuse_foreign(path, config)
         for name in ("tb", "grids", "checkpoints"):
             (path / name).mkdir(exist_ok=True)
     facts = {
@@ -139,8 +137,8 @@ def check_same_config(
     changes = [change for change in differing(run.config, _plain(config)) if change.key not in allowed]
     if changes:
         raise RunError(
-            f"{run.path} holds a run of another configuration; it differs in {'; '.join(map(str, changes))} "
-            f"(there -> here). {advice}"
+            f"{run.path} holds a run with another configuration. Its value -> yours: {'; '.join(map(str, changes))}. "
+            f"{advice}"
         )
 
 
@@ -224,7 +222,12 @@ def commit() -> str | None:
         return None  # git is missing or refuses: a run without a known commit is still a run
 
 
-def _refuse_foreign(path: Path, config: Mapping[str, Any]) -> None:
+def check_new(path: Path, config: Mapping[str, Any]) -> None:
+    """RunError unless ``create`` can use this folder: see there."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunError(f"{path} is a file, not a folder. Choose another folder with --run.")
     if (path / "config.yaml").exists():
         run = open_run(path)
         check_same_config(run, config)
@@ -235,9 +238,9 @@ def _refuse_foreign(path: Path, config: Mapping[str, Any]) -> None:
             )
         return
     ours = {"tb", "grids", "checkpoints", "run.json"}  # a run that was killed while its folder was being created
-    others = sorted(
-        entry.name for entry in path.iterdir() if entry.name not in ours and not entry.name.endswith(".partial")
-    )
+    with writing("the run folder", path):
+        names = sorted(entry.name for entry in path.iterdir())
+    others = [name for name in names if name not in ours and not name.endswith(".partial")]
     if others:
         raise RunError(
             f"{path} is not empty and is not a run folder (it holds {', '.join(others[:3])}). "

@@ -44,5 +44,5 @@ def images_of_source(source: Source, prompts: Sequence[str], count: int, seed: i
     """``count`` images of each prompt, prompt by prompt; those of a folder may differ in size."""
     slots, step = image_slots(prompts, count), source.info.batch
     parts = (slots[k : k + step] for k in range(0, len(slots), step))
-    shown = counted(parts, f"{source.info.name}: generating {len(slots):,} images", len(slots))
+    shown = counted(parts, f"{source.info.name}: generating {len(slots):,} image{'s' * (len(slots) > 1)}", len(slots))
     return [one for part in shown for one in source.generate(part, seed)]

@@ -56,11 +56,11 @@ def _kind(where: str) -> Kind:
         return "images"
     if not folder.exists() and not folder.parent.is_dir() and re.fullmatch(HUB_ID, where):
         return "pipeline"
-    wrong = f"it has none of their files.{instead_of_pipeline(folder)}"
+    wrong = f"it has none of the expected files.{instead_of_pipeline(folder)}"
     reason = wrong if folder.exists() else f"it does not exist.{near_name(where, TEACHERS)}"
     raise RunError(
-        f"{where} is not a run folder, nor an exported folder, a diffusers pipeline, a hub id (ORG/NAME) or a folder of "
-        f"images: {reason}"
+        f"source {where}: {reason} Give a run folder, an exported folder, a diffusers pipeline (folder or hub id ORG/NAME), "
+        "a folder of images, or teacher."
     )
 
 

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from gdmd.config.base import Config, NonNegative, Probability
+from gdmd.config.load import validated
 from gdmd.config.study import StudyConfig
 from gdmd.reporting.progress_bar import progress_bar
 from gdmd.study.analyze import analyze
@@ -38,11 +39,9 @@ class RaterModel(Config):
 def rater_model_of(win_rate: float, tie_rate: float, left_bias: float, careless: float, spread: float) -> RaterModel:
     """A rater model with the same spread over prompts and raters. ValueError for an impossible number."""
     fields = {"win_rate": win_rate, "tie_rate": tie_rate, "left_bias": left_bias, "careless": careless}
-    try:
-        return RaterModel(**fields, prompt_spread=spread, rater_spread=spread)
-    except ValidationError as error:
-        wrong = [f"{detail['loc'][0]}: {detail['msg']}, got {detail['input']}" for detail in error.errors()]
-        raise ValueError("\n".join(wrong)) from None
+    fields |= {"prompt_spread": spread, "rater_spread": spread}
+    model: RaterModel = validated(RaterModel, fields, "simulated raters")
+    return model
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from gdmd.config.training import LoopConfig
 from gdmd.diffusion.device import deferred_checks
 from gdmd.diffusion.rng import SampleRng
-from gdmd.io import writing
+from gdmd.io import typed, writing
 from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import BestCheckpointTracker
 from gdmd.runs.process import stop_signals
@@ -400,7 +400,10 @@ class _Trainer:
         self.best.add(step, values)
 
     def _cure(self) -> str:
-        return f"{self.saver.last_checkpoint_at_exit()} Continue with: gdmd train --resume {self.run.path}"
+        return (
+            f"{self.saver.last_checkpoint_at_exit()} Fix the cause, then continue with: gdmd train --resume "
+            f"{typed(self.run.path)} (add --accept-changes if you change a reward function)"
+        )
 
     def _check_skipped(self, step: int) -> None:
         skipped = sum(state.skipped for state in self.states.values())

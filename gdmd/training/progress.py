@@ -23,7 +23,7 @@ SHOWN = {
     "loss/rl": ("rl", "reward part of the student's loss"),
     "reward/sample": ("R(x0)", "reward of the student's images"),
     "reward/target": ("R(target)", "reward of the targets"),
-    "weight/mean": ("w", "weight of the step to the targets"),
+    "weight/mean": ("w", "weight of the step toward the targets"),
     "weight/effective": ("targets", "effective number of targets"),
     "weight/share_below_half": ("r<1/2", "share of targets with a normalized reward below 1/2"),
     "speed/images_per_s": ("images/s", "samples trained per second"),

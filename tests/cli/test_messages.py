@@ -177,6 +177,10 @@ def test_all_errors_at_once(gdmd: Gdmd) -> None:
             ["train", "sdxl_gdmd"],
             "prompts.file is not set: a real model needs a file of prompts, for example prompts.txt",
         ),
+        (
+            ["study", "simulate", "--win-rate", "1.5"],
+            "simulated raters: win_rate: got 1.5: input should be less than 1",
+        ),
         (["sweep", "headlin"], "unknown sweep 'headlin'; did you mean 'headline'? Or give a .yaml file"),
         (
             ["eval", "preference", "teacher", "--scorer", "clipp", "-o", "x"],
@@ -243,3 +247,25 @@ def test_suggested_file_or_run(gdmd: Gdmd) -> None:
 def test_usage_errors(gdmd: Gdmd, arguments: list[str], message: str) -> None:
     usage, *_, last = lines(gdmd, *arguments)
     assert usage.startswith("Usage: gdmd") and last == f"Error: {message}"
+
+
+def test_mistakes_outside_the_recipe_are_one_message_before_anything_is_loaded(gdmd: Gdmd) -> None:
+    Path("photos").mkdir()
+    Path("photos/a.txt").write_text("a circle")
+    Path("own.py").write_text("def one(images):\n    return [1.0]\n")
+    rewards = "rewards=[{kind: callable, target: 'own.py:two'}, {kind: callable, target: 'own.py:one'}]"
+    folder, prompts, *functions = lines(
+        gdmd, "train", "shapes_smoke", "prompts.file=no.txt", rewards, "--run", "photos"
+    )
+    assert folder.startswith("photos is not empty and is not a run folder (it holds a.txt).")
+    assert prompts == "prompt file no.txt: cannot be read (no such file); check the path"
+    assert "has no 'two'" in functions[0] and "cannot be called with (images, prompts)" in functions[1]
+    base, student = lines(
+        gdmd, "train", "sdxl_gdmd", "prompts.file=photos/a.txt", "model.path=./sd", "model.student=./me"
+    )
+    assert base.startswith("model.path './sd': there is no such folder") and student.startswith("model.student './me'")
+
+
+def test_names_in_the_list_of_recipes_are_not_broken(gdmd: Gdmd) -> None:
+    listed = gdmd("recipes").out
+    assert "student from black-forest-labs/FLUX.2-klein-4B" in " ".join(listed.split())

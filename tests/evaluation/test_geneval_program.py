@@ -191,7 +191,7 @@ def test_score_command(gdmd: Any, tmp_path: Path) -> None:
         (["eval", "geneval", "score", "m.jsonl"], "give its prompts with --metadata"),
         (
             ["eval", "geneval", "generate", "./x", "-o", "y", "--metadata", "m.jsonl"],
-            "x is not a run folder, nor",
+            "source ./x: it does not exist. Give a run folder, an exported folder",
         ),
         (["eval", "geneval", "generate", "x", "-o", "y", "--metadata", "none.jsonl"], "cannot read none.jsonl"),
     ],

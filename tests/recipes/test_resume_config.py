@@ -35,8 +35,18 @@ def test_new_field_with_another_value(tmp_path: Path) -> None:
 def test_recipe_given_again(tmp_path: Path) -> None:
     run = older_run(tmp_path)
     assert check_resumable(run, "shapes_smoke", ["loop.steps=9"]).loop.steps == 9
-    with pytest.raises(RunError, match="method.gamma"):
+    with pytest.raises(
+        RunError, match=r"method.gamma: 1.0 -> 0.25\..*leave out the recipe shapes_smoke and these keys"
+    ):
         check_resumable(run, "shapes_smoke", ["method.gamma=0.25"])
+
+
+def test_fewer_steps_than_the_run_has_made(tmp_path: Path) -> None:
+    run = older_run(tmp_path)
+    (run / "checkpoints" / "step_000008").mkdir(parents=True)
+    assert check_resumable(run, None, ["loop.steps=8"]).loop.steps == 8
+    with pytest.raises(RunError, match=r"loop.steps=7: .* has already trained for 8 steps\. Give more steps"):
+        check_resumable(run, None, ["loop.steps=7"])
 
 
 def test_nonfinite_policy_may_change(tmp_path: Path) -> None:
@@ -66,7 +76,7 @@ def test_reward_server_may_move(tmp_path: Path, where: str) -> None:
     again, _ = resumed(run, None, [f"{own}.url=https://scores.example", f"{own}.retries=9", f"{own}.on_failure=skip"])
     assert "https://scores.example" in (run / "config.yaml").read_text() and again != cfg
     for change in (f"{own}.reward=pickscore", "rewards.1.parts.0.weight=2.0"):
-        with pytest.raises(RunError, match="differs in rewards"):
+        with pytest.raises(RunError, match="Its value -> yours: rewards"):
             check_resumable(run, None, [change])
 
 

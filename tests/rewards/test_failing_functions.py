@@ -51,6 +51,8 @@ def exits(images, prompts):
     raise SystemExit(0)
 def imaginary(images, prompts):
     return images.mean((1, 2, 3)).to(torch.complex64)
+def elsewhere(images, prompts):
+    return torch.zeros(len(images), device="meta")
 def by_prompt(images, prompts):
     return [len(prompt) for prompt in prompts]
 def rounding(images, prompts):
@@ -104,7 +106,6 @@ def train(gdmd: Gdmd, function: str, *words: str, more: str = "") -> Finished:
     [
         ("broken", "mine.py:3, in helper: `return {}[prompt]`: KeyError: "),
         ("torch_error", "mine.py:7, in torch_error: `return images @ torch.zeros(7, 7)`: RuntimeError: "),
-        ("one_argument", "failed when it was called: TypeError: one_argument() takes 1 positional argument"),
         ("scalar", "returned shape [] for 2 images; return one number per image"),
         ("matrix", "returned shape [2, 2] for 2 images; return one number per image"),
         ("nothing", "returned NoneType"),
@@ -113,6 +114,7 @@ def train(gdmd: Gdmd, function: str, *words: str, more: str = "") -> Finished:
         ("infinite", "is infinite at samples [0, 1]"),
         ("exits", "in exits: `raise SystemExit(0)`: SystemExit: 0"),
         ("imaginary", "returned Tensor (complex numbers)"),
+        ("elsewhere", "returned Tensor (on the meta device, without values)"),
         ("numbers", "marked differentiable, but its scores carry no gradient"),
     ],
 )
@@ -121,6 +123,13 @@ def test_errors_of_functions(module: Path, function: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
         reward.score(random_images(2, 8, 8).requires_grad_(), prompt_batch("ab"))
     assert str(error.value).startswith(f"reward mine:{function} ") and message in str(error.value)
+
+
+def test_function_without_the_two_parameters(module: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"mine:one_argument \(.*mine.py:8\) cannot be called with \(images, prompts\): too"
+    ):
+        CallableReward.from_config(CallableConfig(target="mine:one_argument"))
 
 
 def test_an_error_before_the_run_is_created(gdmd: Gdmd) -> None:
@@ -206,8 +215,8 @@ def test_a_constant_reward_next_to_another_is_a_warning(gdmd: Gdmd) -> None:
 def test_a_reward_that_fails_later_names_the_step(gdmd: Gdmd) -> None:
     finished = train(gdmd, "later", "loop.checkpoint_every=1")
     assert finished.code == 2 and "error: step 2: reward mine:later failed at " in finished.err
-    resume = "The last good checkpoint is run/checkpoints/step_000001. Continue with: gdmd train --resume run"
-    assert resume in finished.err
+    resume = "Fix the cause, then continue with: gdmd train --resume run (add --accept-changes if you change a reward"
+    assert f"The last good checkpoint is run/checkpoints/step_000001. {resume}" in finished.err
 
 
 def test_odd_but_valid_scores_raise_no_alarm(gdmd: Gdmd) -> None:

@@ -69,7 +69,10 @@ def test_best_was_set_aside(tmp_path: Path) -> None:
 
 def test_unknown_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.load_chosen(tmp_path, "last") is None
-    with pytest.raises(RunError, match=r"no best checkpoint.*loop\.best_metric"):
+    with pytest.raises(
+        RunError,
+        match=r"no best checkpoint.*loop\.best_metric is set\. Choose another checkpoint: last, or a step \(there are: ",
+    ):
         checkpoint.load_chosen(tmp_path, "best")
     save(tmp_path, (5, None), (10, None))
     for which in ("7", "newest", "-1", "../5"):

@@ -35,27 +35,28 @@ class DistillationConfig(Config):
     )
     student_sampler: StudentSampler = Field(
         default="renoise",
-        description="From step to step: renoise = x0 with fresh noise (DMD2, LCM), ode = x0 with the predicted noise "
-        "(Euler, DDIM), as klein, Lightning, Z-Image-Turbo and SD3.5-Turbo are sampled. Training, validation and exports "
-        "use it; rollouts of GRPO and NFT have noise_level instead.",
+        description="How the student gets from step to step: renoise = x0 with fresh noise (DMD2, LCM); ode = x0 with the "
+        "predicted noise (Euler, DDIM), as klein, Lightning, Z-Image-Turbo and SD3.5-Turbo are sampled. Used by training, "
+        "validation and exports; rollouts of GRPO and NFT have noise_level instead.",
     )
     step_draw: Literal["sample", "batch"] = Field(
         default="sample",
-        description="[I] tau is drawn per sample (cheap rollouts) or once for the whole batch (large models).",
+        description="[I] Draw the student's step tau per sample (cheap rollouts) or once for the batch (large models).",
     )
     student_input: Literal["simulation", "data"] = Field(
         default="simulation",
-        description="x_tau from the student's own rollout (backward simulation, arXiv 2405.14867) or real latents.",
+        description="Where x_tau comes from: the student's own rollout (backward simulation, arXiv 2405.14867) or noised "
+        "real latents.",
     )
     renoise_low: Probability = Field(
         default=0.02,
-        description="Lowest t of the DMD gradient (DMD2 clamps to .02); t is uniform above it. In flow models t is sigma, "
-        "without the family's shift (as FastGen; the code of arXiv 2605.26108 shifts it: mean sigma .68 instead of .5).",
+        description="Lowest t of the DMD gradient (DMD2 clamps to 0.02); t is uniform above it. In flow models t is sigma, "
+        "without the family's shift, as in FastGen (the code of arXiv 2605.26108 shifts it: mean sigma 0.68, not 0.5).",
     )
     renoise_high: Probability = Field(default=0.98, description="Highest t of the DMD gradient.")
     fake_loss: Literal["native", "x0"] = Field(
         default="native",
-        description="native = eps- or velocity-MSE (DMD2, DMDR); x0 = the paper's eq. 2, whose weight sits at late t.",
+        description="native = MSE of eps or velocity (DMD2, DMDR); x0 = the paper's eq. 2, which weights noisy t most.",
     )
     normalize: bool = Field(
         default=True,

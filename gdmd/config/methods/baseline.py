@@ -23,13 +23,13 @@ class BaselineConfig(DistillationConfig):
 
     fake_updates: Count = Field(
         default=5,
-        description="Fake updates per outer iteration (arXiv 2405.14867, section 4.2; DMDR's scripts: 5 : 1).",
+        description="Fake-score updates per outer iteration (arXiv 2405.14867, section 4.2; DMDR's scripts: 5 : 1).",
     )
     fake_samples: Literal["fresh", "shared"] = Field(
         default="fresh",
         description="What the fake score learns from: fresh = new prompts, noise and rollout for every update but the "
         "first, which has the student's batch (the code of DMD2, DMDR, FastGen and arXiv 2605.26108); shared = the "
-        "student's batch in all of them, as in GDMD, for fewer passes (the rows of docs/results.md).",
+        "student's batch in all of them, as in GDMD, which needs fewer passes (used for docs/results.md).",
     )
 
 
@@ -38,7 +38,8 @@ class UpdateRatioConfig(BaselineConfig):
 
     student_updates: Count = Field(
         default=1,
-        description="Student updates per iteration, all on one rollout; the last so many fakes give one gradient each.",
+        description="Student updates per iteration, all on one rollout; each uses the gradient after one of the last "
+        "fake-score updates.",
     )
 
     @model_validator(mode="after")
@@ -46,6 +47,6 @@ class UpdateRatioConfig(BaselineConfig):
         if self.student_updates > self.fake_updates:
             raise ValueError(
                 f"student_updates {self.student_updates} must not exceed fake_updates {self.fake_updates}: "
-                "each student update follows the gradient of one updated fake"
+                "each student update follows the gradient of one updated fake score"
             )
         return self

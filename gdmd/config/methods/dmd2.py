@@ -17,13 +17,13 @@ class DMD2Config(BaselineConfig):
     gan_weight: NonNegative = Field(
         default=1e-2,
         description="Weight of the student's GAN loss: twice the 5e-3 of DMD2's SDXL script, whose DMD loss has a factor "
-        "1/2 that ours has not.",
+        "1/2 that ours does not have.",
     )
     head_weight: NonNegative = Field(
         default=1e-2,
         description="Weight of the head's GAN loss in the fake score's update, which it also trains (DMD2's SDXL script; "
-        "its denoising loss has no factor 1/2, as ours). The head shares the fake score's optimizer and learning rate, as "
-        "in DMD2's code.",
+        "its denoising loss, like ours, has no factor 1/2). The head shares the fake score's optimizer and learning rate, "
+        "as in DMD2's code.",
     )
     gan_low: Probability = Field(
         default=0.0, description="Lowest re-noising t of the head's input (DMD2's script: 0 of 1000)."

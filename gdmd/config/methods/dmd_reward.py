@@ -28,8 +28,8 @@ class DMDReFLConfig(RewardedDmdConfig):
     kind: Literal["dmd_refl"] = "dmd_refl"
     rl_weight: NonNegative = Field(
         default=1.2,
-        description="Weight of L_ReFL next to L_DMD; 0 is DMD. DMDR's code has .3 for each of two rewards next to a DMD "
-        "loss with a factor 1/2, .6 next to ours; here the mean over rewards has one weight, so 1.2 for two and .6 K for K.",
+        description="Weight of L_ReFL next to L_DMD; 0 is DMD. DMDR's code has 0.3 for each of two rewards and a DMD loss "
+        "with a factor 1/2, so 0.6 next to ours. Here the mean over rewards has one weight: 1.2 for two, 0.6 K for K.",
     )
     margin: ReflMargin = 0.7
 
@@ -44,9 +44,9 @@ class GroupedDmdConfig(RewardedDmdConfig):
     )
     spread: Literal["global", "group"] = Field(
         default="global",
-        description="std under the advantage: of the whole batch (DiffusionNFT's and Flow-GRPO's code) or of the group. "
-        "Several rewards are added before, as in both codes, so each counts by its own spread: bring them to one unit with "
-        "kind composite.",
+        description="Standard deviation that divides the advantage: of the batch (DiffusionNFT's and Flow-GRPO's code) or "
+        "of the group. Several rewards are summed first, as in their code, so one with a larger spread counts more: bring "
+        "them to one scale with kind: composite.",
     )
     advantage_clip: Positive = Field(default=5.0, description="Largest |A| (DiffusionNFT's and Flow-GRPO's code: 5).")
     noise_level: Probability = Field(
@@ -66,8 +66,9 @@ class DMDNFTConfig(GroupedDmdConfig):
     kind: Literal["dmd_nft"] = "dmd_nft"
     rl_weight: NonNegative = Field(
         default=1.0,
-        description="[I] Weight of L_NFT next to L_DMD; 0 is DMD. On Shapes, normalize = false, its gradient at 1 is .2 "
-        "to 2.6 times as long as L_DMD's, and training diverges; .02 to .5 equals 1 / 3 to 3 of the plain r, 1 - r loss.",
+        description="[I] Weight of L_NFT next to L_DMD; 0 is DMD. On Shapes with normalize = false, the norm of its "
+        "gradient at weight 1 is 0.2 to 2.6 times that of L_DMD, and training diverges; 0.02 to 0.5 corresponds to 1/3 "
+        "to 3 times the plain r, 1 - r loss.",
     )
     noise_level: Probability = Field(
         default=1.0,
@@ -76,13 +77,13 @@ class DMDNFTConfig(GroupedDmdConfig):
     )
     beta: Positive = Field(
         default=0.1,
-        description="beta of v+ and v- (DiffusionNFT's code: .1 for several rewards, as on Shapes; 1 for a single one).",
+        description="beta of v+ and v- (DiffusionNFT's code: 0.1 for several rewards, as on Shapes; 1 for a single one).",
     )
     self_normalize: bool = Field(
         default=True, description="Divide each branch by its detached mean |x - target| (DiffusionNFT's code)."
     )
     old_decay: Probability = Field(
-        default=0.5, description="Largest decay of the EMA old policy: min(1e-3 step, this) (DiffusionNFT's code: .5)."
+        default=0.5, description="Largest decay of the EMA old policy: min(1e-3 step, this) (DiffusionNFT's code: 0.5)."
     )
     nft_steps: tuple[Positive, ...] = Field(
         default=(),
@@ -113,7 +114,7 @@ class DMDGRPOConfig(GroupedDmdConfig):
     noise_level: Probability = Field(
         default=0.9,
         gt=0,
-        description="CPS noise of the policy, th = noise_level pi / 2 (Flow-GRPO and arXiv 2605.26108: .8 to .9).",
+        description="CPS noise of the policy, th = noise_level pi / 2 (Flow-GRPO and arXiv 2605.26108: 0.8 to 0.9).",
     )
     ratio_clip: Positive = Field(
         default=1e-4,

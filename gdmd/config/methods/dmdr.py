@@ -20,8 +20,9 @@ class DMDRConfig(BaselineConfig):
     kind: Literal["dmdr"] = "dmdr"
     renoise_x0: bool = Field(
         default=True,
-        description="Train the student at its own x0 of step tau, re-noised to tau (DMDR's sampler), for one more forward; "
-        "false = at x_tau of the rollout, as DMD2. Without effect on student_sampler = ode, whose noise gives x_tau again.",
+        description="Train the student at its own x0 of step tau, re-noised to tau (DMDR's sampler), which costs one more "
+        "forward pass; false = at x_tau of the rollout, as in DMD2. No effect with student_sampler = ode, whose predicted "
+        "noise leads back to x_tau.",
     )
     cold_start: NonNegativeCount = Field(
         default=2000,
@@ -35,8 +36,8 @@ class DMDRConfig(BaselineConfig):
     tilt_unit: Literal["std", "norm"] = Field(
         default="std",
         description="z of RT-DM: std [I] = (r - mean) / std over the batch; norm = r / ||r||_2 over the batch, the paper's "
-        "formula taken literally: exp(z) is then 1.19 +- 2 % at a batch of 32, as rewards are positive and alike, and stage "
-        "1 hardly uses them. Its published code has no RT-DM to compare with.",
+        "formula taken literally: exp(z) is then 1.19 +- 2 % at a batch of 32, because rewards are positive and similar, so "
+        "stage 1 hardly uses them. Its published code has no RT-DM to compare with.",
     )
     anneal: NonNegativeCount = Field(
         default=2000,
@@ -46,15 +47,15 @@ class DMDRConfig(BaselineConfig):
     overlap: Probability = Field(
         default=0.25,
         description="DynaDG: largest share of the fake score's displacement in the real score. DMDR's SD3 script has LoRA "
-        "scale .5 in the real score and 2 in the fake score: .25 (SiT: .75 / 2). 0 = the teacher.",
+        "scale 0.5 in the real score and 2 in the fake score: 0.25 (SiT: 0.75 / 2). 0 = the teacher.",
     )
     beta_a: BetaShape = Field(default=4.0, description="DynaRS: a of Beta(1 + (a-1) c, 1 + (b-1) c) (DMDR's scripts).")
     beta_b: BetaShape = Field(default=1.5, description="DynaRS: b of the same (DMDR's scripts).")
     rl_weight: NonNegative = Field(
         default=1.2,
-        description="lambda_rl, the weight of the reward loss in stage 2; 0 = DMD. ReFL: DMDR's code has .3 for each of two "
-        "rewards next to a DMD loss with a factor 1/2, .6 next to ours; here the rewards' mean has one weight, so 1.2 for "
-        "two, and .6 K for K rewards. Its paper has .5, which would be 1.0. GRPO, DPO: [I].",
+        description="lambda_rl, the weight of the reward loss in stage 2; 0 = DMD. ReFL: DMDR's code has 0.3 for each of "
+        "two rewards and a DMD loss with a factor 1/2, so 0.6 next to ours. Here the mean over rewards has one weight: 1.2 "
+        "for two, 0.6 K for K. Its paper has 0.5, which would be 1.0. GRPO, DPO: [I].",
     )
     strategy: Literal["refl", "grpo", "dpo"] = Field(
         default="refl", description="Reward loss of stage 2: ReFL (DMDR's published trainer), GRPO or Diffusion-DPO."
@@ -66,20 +67,21 @@ class DMDRConfig(BaselineConfig):
         "arXiv 2505.05470). ReFL has one per prompt.",
     )
     spread: Literal["global", "group"] = Field(
-        default="global", description="GRPO: std under the advantage, of the batch (Flow-GRPO's code) or of the group."
+        default="global",
+        description="GRPO: standard deviation that divides the advantage: of the batch (Flow-GRPO's code) or group.",
     )
     advantage_clip: Positive = Field(default=5.0, description="GRPO: largest |A| (Flow-GRPO's code: 5).")
     noise_level: Annotated[Probability, Field(gt=0)] = Field(
         default=0.9,
-        description="GRPO: CPS noise of the policy, th = noise_level pi / 2 (Flow-GRPO and arXiv 2605.26108: .8 to .9).",
+        description="GRPO: CPS noise of the policy, th = noise_level pi / 2 (Flow-GRPO and arXiv 2605.26108: 0.8 to 0.9).",
     )
     ratio_clip: Positive = Field(
         default=1e-4, description="GRPO: PPO's clip of the ratio of mean log-probabilities (Flow-GRPO: 1e-5 to 1e-4)."
     )
     dpo_beta: Positive = Field(
         default=10.0,
-        description="[I] beta of Diffusion-DPO on mean errors. Its authors' 2000 to 5000 (arXiv 2311.12908) is for DPO "
-        "alone: next to L_DMD that gradient, beta / 4 times a regression's, would leave nothing of DMD after clipping.",
+        description="[I] beta of Diffusion-DPO on mean errors. Its authors use 2000 to 5000 (arXiv 2311.12908) for DPO "
+        "alone; next to L_DMD such a gradient, beta / 4 times a regression's, would leave nothing of DMD after clipping.",
     )
 
     @model_validator(mode="after")

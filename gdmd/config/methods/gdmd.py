@@ -20,7 +20,8 @@ class GDMDConfig(DistillationConfig):
     )
     collection: Literal["all", "t", "fake"] = Field(
         default="all",
-        description="DaGC: what varies in the group: t (one fake score), the fake score (one t, eps), or both (the best).",
+        description="DaGC: what varies within the group: t (one fake score), fake (one t and eps), or all = both (the "
+        "best).",
     )
     scored_step: NonNegative = Field(
         default=0.3,
@@ -52,8 +53,8 @@ class GDMDAblationConfig(GDMDConfig):
     kind: Literal["gdmd_ablation"] = "gdmd_ablation"  # type: ignore[assignment]
     control: Literal["constant", "shuffled", "indicator"] = Field(
         default="shuffled",
-        description="constant: r = its running mean; shuffled: r permuted over the batch; indicator: weight "
-        "1[r > 1/2] of L_DMD, without the pull to x_old.",
+        description="constant: r = its running mean; shuffled: r permuted over the batch; indicator: L_DMD "
+        "weighted by 1[r > 1/2], without the pull toward x_old.",
     )
 
     @model_validator(mode="after")

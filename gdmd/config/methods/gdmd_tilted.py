@@ -17,7 +17,7 @@ class TiltedGDMDConfig(DistillationConfig):
     kind: Literal["gdmd_tilted"] = "gdmd_tilted"
     group_size: Count = Field(
         default=4,
-        description="eta: fake score updates, gradients and student updates per iteration. All student updates follow "
+        description="eta: fake-score updates, gradients and student updates per iteration. All student updates follow "
         "the mean target.",
     )
     extra_fake_updates: int = Field(
@@ -28,13 +28,13 @@ class TiltedGDMDConfig(DistillationConfig):
     )
     continuations: GroupSize = Field(
         default=8,
-        description="K: how often the sampler continues from x0 with fresh noise to a finished sample y_k; with "
-        "student_sampler = ode only the first of these steps has fresh noise.",
+        description="K: number of rollouts from x0 to a finished sample y_k, each with fresh noise; with "
+        "student_sampler = ode only their first step has fresh noise.",
     )
     continuation_weight: NonNegative = Field(
         default=6.0,
         description="kappa: weight of sum_k w_k (y_k - mean y) in the target. On Shapes 6 with one student update per "
-        "rollout, 3 with four, which follow the same samples four times (8 drowns the teacher there).",
+        "rollout, 3 with four, which follow the same samples four times (with 8 the reward outweighs the teacher there).",
     )
     gamma: NonNegative = Field(
         default=2.0, description="Sharpness of w = softmax(gamma R(y_k) / Z) over the K samples; 0 is DMD."
@@ -42,8 +42,8 @@ class TiltedGDMDConfig(DistillationConfig):
     reward_gradient: NonNegative = Field(
         default=0.0,
         description="Weight of the rewards' own gradient at the first two finished samples, as if x0 moved with them; 0 = "
-        "rewards stay black boxes. In units of mean R / Z against the mean square of L_DMD; needs differentiable "
-        "rewards. Unused at gamma 0.",
+        "rewards are black boxes. It weights mean R / Z relative to the mean square of L_DMD; needs differentiable rewards. "
+        "Unused at gamma 0.",
     )
     dmd_weight: NonNegative = Field(default=1.0, description="Weight of the loss.")
 
