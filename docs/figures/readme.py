@@ -2,82 +2,66 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
+
+from gdmd.reporting.statistics import paired_t, summarize
+from gdmd.reporting.tables import difference, number, plus_minus
+from gdmd.sweep.results import stored_results
+from gdmd.sweep.spec import read_sweep
+from gdmd.sweep.tables import OVERALL, Place, Results
 
 ROOT = Path(__file__).parents[2]
-TABLE = ROOT / "docs" / "results" / "one_stage" / "shapes.jsonl"
 OUT = ROOT / "docs" / "img" / "readme_results.png"
 
 ROWS = {
     "teacher_100": ("teacher", "100", "-"),
     "dmd": ("DMD", "4", "4,000"),
     "dmdr": ("DMDR", "4", "4,000"),
-    "then_gdmd": ("DMD, then tilted GDMD", "4", "4,000 + 300"),
-    "gdmd_gradient": ("tilted GDMD with reward gradient", "4", "4,000"),
+    "then_gdmd": ("tilted GDMD, black-box rewards", "4", "4,000 + 300"),
+    "gdmd_second": ("tilted GDMD, reward gradient", "4", "3,200 + 800"),
 }
-"""Row of the table -> name, NFE per image, student updates."""
+"""Row of the sweep one_stage -> name, NFE per image, student updates."""
 COLORS = ("#222222", "#b58900", "#7a5195", "#56b4e9", "#d55e00")
-T_975 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
-"""Student's t at 97.5 % by degrees of freedom."""
-
-Values = dict[int, float]  # seed -> value
+DIVERSITY: Place = ("diversity",)
+HELDOUT: Place = ("rewards", "shapes_clip_heldout")
 
 
-def read(table: Path = TABLE) -> dict[str, dict[str, Values]]:
-    """Row -> measure -> seed -> value; a seed is 1,200 images of captions never trained on."""
-    found: dict[str, dict[str, Values]] = {row: {} for row in ROWS}
-    for line in table.read_text(encoding="utf-8").splitlines():
-        cell = json.loads(line)
-        if cell["method"] not in ROWS or cell["budget"] != "updates":
-            continue
-        values = {
-            "ShapesEval": cell["shapeseval"],
-            "held-out scorer": cell["rewards"]["shapes_clip_heldout"],
-            "diversity": cell["diversity"],
-        }
-        for name, value in values.items():
-            found[cell["method"]].setdefault(name, {})[cell["seed"]] = value
-    return found
+def read() -> Results:
+    """The stored lines; a line is one seed: 1,200 images of captions never trained on."""
+    return stored_results(read_sweep("one_stage"), ROOT / "docs" / "results" / "one_stage", past=True).results
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % t interval."""
-    return mean(values), T_975[len(values) - 1] * stdev(values) / math.sqrt(len(values))
-
-
-def markdown(results: Mapping[str, Mapping[str, Values]]) -> list[str]:
+def markdown(results: Results) -> list[str]:
     """The rows of the README's table: mean +- standard deviation over seeds; differences are paired by seed."""
     lines = []
     for row, (name, calls, updates) in ROWS.items():
-        measures = results[row]
-        overall, teacher = measures["ShapesEval"], results["teacher_100"]["ShapesEval"]
-        difference = "-"
+        values = results.values(row, OVERALL)
+        own, minus = summarize(list(values.values())), "-"
         if row != "teacher_100":
-            middle, half = interval([overall[seed] - teacher[seed] for seed in sorted(overall)])
-            difference = f"{middle:+.3f} [{middle - half:+.3f}, {middle + half:+.3f}]"
-        spread = f"{mean(overall.values()):.3f} +- {stdev(overall.values()):.3f}"
-        other = [f"{mean(measures[key].values()):.3f}" for key in ("held-out scorer", "diversity")]
-        lines.append(f"| {' | '.join([name, calls, updates, str(len(overall)), spread, difference, *other])} |")
+            test = paired_t(values, results.values("teacher_100", OVERALL))
+            minus = difference(test.difference, test.low, test.high)
+        other = [number(mean(results.values(row, place).values())) for place in (HELDOUT, DIVERSITY)]
+        cells = [name, calls, updates, str(own.count), plus_minus(own.mean, own.std), minus, *other]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def draw(results: Mapping[str, Mapping[str, Values]], out: Path = OUT) -> None:
+def draw(results: Results, out: Path = OUT) -> None:
     """A dot per seed, the mean and its 95 % interval per row, and the teacher's mean as a dashed line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.2, 2.7), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, measure in zip(panels, ("ShapesEval", "diversity"), strict=True):
+    for axes, measure in zip(panels, (OVERALL, DIVERSITY), strict=True):
         for k, row in enumerate(ROWS):
-            values, place = list(results[row][measure].values()), len(ROWS) - 1 - k
-            middle, half = interval(values)
+            values, place = list(results.values(row, measure).values()), len(ROWS) - 1 - k
+            own = summarize(values)
             axes.plot(values, [place] * len(values), "o", color=COLORS[k], alpha=0.4, markersize=4)
-            axes.errorbar(middle, place, xerr=half, fmt="D", color=COLORS[k], capsize=3, markersize=5)
-        axes.axvline(mean(results["teacher_100"][measure].values()), color="#777777", linestyle="--", linewidth=1)
+            axes.errorbar(own.mean, place, xerr=own.high - own.mean, fmt="D", color=COLORS[k], capsize=3, markersize=5)
+        axes.axvline(
+            mean(results.values("teacher_100", measure).values()), color="#777777", linestyle="--", linewidth=1
+        )
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(ROWS)), [f"{name} ({calls} NFE)" for name, calls, _ in reversed(ROWS.values())])
@@ -87,6 +71,6 @@ def draw(results: Mapping[str, Mapping[str, Values]], out: Path = OUT) -> None:
 
 
 if __name__ == "__main__":
-    results = read()
-    draw(results)
-    print("\n".join(markdown(results)))
+    stored = read()
+    draw(stored)
+    print("\n".join(markdown(stored)))

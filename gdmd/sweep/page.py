@@ -74,7 +74,7 @@ def verdict(results: Results) -> Verdict:
     if own is None or not tests:
         return Verdict(f"{name} cannot be compared yet: paired tests need two seeds of it and of another row.")
     words = {1: "is better than", -1: "is worse than", 0: "is not distinguishable from"}
-    found = {text: [_quoted(e.row.title) for e in tests if _sign(e) == sign] for sign, text in words.items()}
+    found = {text: [quoted(e.row.title) for e in tests if _sign(e) == sign] for sign, text in words.items()}
     parts = [f"{text} {listed(rows, quoted=False, last='and')}" for text, rows in found.items() if rows]
     first = tests[0]
     other = results.summary(first.row.name, OVERALL)
@@ -93,7 +93,7 @@ def verdict(results: Results) -> Verdict:
     return Verdict(f"On ShapesEval over {own.count} seeds, {name} {'; it '.join(parts)}.", numbers, [note])
 
 
-def _quoted(title: str) -> str:
+def quoted(title: str) -> str:
     """A title as an item of a list."""
     return f'"{title}"' if "," in title else title
 

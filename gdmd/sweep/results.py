@@ -10,7 +10,7 @@ from typing import Any
 from gdmd.config.sweep import SweepConfig
 from gdmd.io import RunError, read_json, typed
 from gdmd.sweep.figures import draw_all
-from gdmd.sweep.page import About, write_page
+from gdmd.sweep.page import About, quoted, write_page
 from gdmd.sweep.pipeline_page import table_line, write_pipelines
 from gdmd.sweep.pool import Outcome
 from gdmd.sweep.runs import GRIDS, IMAGES, images_are_current, key_of, plan, read_table
@@ -107,14 +107,15 @@ def beginning(config: SweepConfig) -> str:
     who = "Students take" if firsts else "Every student starts from the same teacher, without a cold start, and takes"
     text = f"{who} {config.student_updates:,} updates."
     for first in firsts:
-        text += f" {first.title} starts from the teacher; from its student of the same seed start"
         later = [row for row in config.rows if row.start_from == first.name]
+        groups = []
         for updates in dict.fromkeys(map(config.updates_of, later)):
-            titles = ", ".join(row.title for row in later if config.updates_of(row) == updates)
-            text += f", for {updates:,} updates: {titles};"
-        text = text[:-1] + "."
+            titles = ", ".join(quoted(row.title) for row in later if config.updates_of(row) == updates)
+            groups.append(f"{titles} ({updates:,} updates)")
+        text += f" Rows that start from {quoted(first.title)} of the same seed: {', '.join(groups)}."
     others = [row for row in config.rows if row.student_updates is not None and not row.start_from]
-    return text + "".join(f" {row.title} takes {row.student_updates:,} updates." for row in others)
+    own = ", ".join(f"{quoted(row.title)} ({row.student_updates:,})" for row in others)
+    return text + (f" Rows with another number of updates: {own}." if others else "")
 
 
 def other_seeds(config: SweepConfig) -> str:
