@@ -64,7 +64,7 @@ def train_command(
       gdmd train shapes_smoke                         twelve iterations, a minute
       gdmd train shapes loop.seed=1 method.gamma=0    any field by its path
       gdmd train my_recipe.yaml --run runs/mine --no-eval
-      gdmd train --resume runs/shapes-seed0           to train longer, add loop.steps=2000
+      gdmd train --resume runs/shapes-seed0           longer: add loop.steps=2000
       gdmd train shapes --gpus 4 --restarts 3         restarts after a failure
       gdmd train shapes_smoke --json > finished.json
 

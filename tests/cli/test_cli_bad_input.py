@@ -39,7 +39,7 @@ def refused(finished: Finished, *parts: str) -> None:
         (["train", "--resume", "nowhere"], ["nowhere", "not a run folder"]),
         (["eval", "nowhere"], ["nowhere", "not a run folder"]),
         (["report", "nowhere"], ["nowhere", "not a run folder"]),
-        (["sample", "nowhere", "-p", "a ring"], ["nowhere", "not a run folder"]),
+        (["sample", "nowhere", "-p", "a ring"], ["source nowhere: it does not exist", "Give a run folder"]),
         (["sample", "teacher", "-p", "a ring", "-o", "images.jpg"], ["images.jpg", ".png"]),
         (["sample", "teacher", "-p", "a dog"], ["unknown word 'dog'"]),
         (["train", "shapes_smoke", "prompts.file=nothing.txt"], ["nothing.txt", "cannot be read"]),

@@ -388,7 +388,7 @@ def test_errors_before_the_first_image(gdmd: Gdmd, more: list[str], message: str
         (["preference", "a", "-o", "x", "--prompts", "prompts.txt"], "no scorer was given"),
         (["preference", "a", "-o", "x", "--prompts", "none.txt", "--scorer", "clip"], "none.txt: cannot be read"),
         (["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--scorer", "magic"], "scorer 'magic'"),
-        (["preference", "nowhere", "-o", "x"], "nowhere is not a run folder"),
+        (["preference", "nowhere", "-o", "x"], "source nowhere: it does not exist"),
         (["compare", "a", "-o", "x"], "needs two sources"),
         (["compare", "a", "a", "-o", "x"], "two sources are called"),
         (

@@ -162,7 +162,7 @@ def test_prompts_that_never_quote_a_text_are_an_error() -> None:
     alone = load_config(RunConfig, RECIPE + "  - {kind: ocr}\n").rewards
     part = load_config(RunConfig, RECIPE + "  - {kind: composite, parts: [{reward: {kind: ocr}}]}\n").rewards
     for specs in (alone, part):
-        with pytest.raises(ValueError, match="no prompt quotes any"):
+        with pytest.raises(ValueError, match="none of the prompts does"):
             check_prompts(specs, plain)
         check_prompts(specs, (*plain, 'a sign "OPEN"'))
     check_prompts(load_config(RunConfig, RECIPE + "  - {kind: clip}\n").rewards, plain)

@@ -272,7 +272,7 @@ def test_misspelled_source(gdmd: Gdmd, wrong: str, meant: str) -> None:
 
 
 def test_missing_source() -> None:
-    with pytest.raises(ValueError, match="./nowhere is not a run folder.*does not exist"):
+    with pytest.raises(ValueError, match="source ./nowhere: it does not exist. Give a run folder"):
         kind_of(read_source("./nowhere"))
 
 
