@@ -12,7 +12,7 @@ from gdmd.config.methods.base import DistillationConfig
 ReflMargin = Annotated[
     Finite,
     Field(
-        description="m of ReFL's hinge relu(m - R), for each reward in its own units (DMDR's code: .7; CLIP and HPS stay "
+        description="m of ReFL's hinge relu(m - R), for each reward in its own units (DMDR's code: 0.7; CLIP and HPS stay "
         "below it, so that it acts at all times there); the mean over rewards is taken after the hinge [I]."
     ),
 ]
