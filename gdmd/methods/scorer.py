@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from gdmd.diffusion.batches import split
 from gdmd.diffusion.schedule import expand
 from gdmd.types import Codec, PromptBatch, Reward, score_all
 
@@ -47,10 +48,11 @@ class ScoreStats:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Latents -> a score per reward. A call passes no gradient through decoder or reward, only ``with_gradient`` does."""
+    """Latents -> a score per reward. A call makes no gradient, the other methods do, ``micro_batch`` samples at a time."""
 
     codec: Codec
     rewards: Sequence[Reward]
+    micro_batch: int = 0  # samples per backward pass through rewards and decoder; 0 = all of them
     seen: ScoreStats = field(default_factory=ScoreStats, repr=False, compare=False)
 
     def stats(self) -> Mapping[str, Tensor]:
@@ -63,7 +65,9 @@ class Scorer:
 
         The decoded image is clipped to [0, 1], as when it is saved.
         """
-        return self._raw(self.codec.decode(latents).float().clamp(0, 1), prompts)
+        scores = self._raw(latents, prompts)
+        self.seen.add(scores)
+        return scores
 
     def with_gradient(self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """loss(raw scores [R, B]) [B] with gradient to the latents, and to nothing else: the reward back-propagated.
@@ -85,26 +89,36 @@ class Scorer:
         self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """loss [B], d loss / d latents [B, C, H, W] (0 for an unscored sample) and raw scores [R, B], without gradient."""
-        with torch.enable_grad():
-            own = latents.detach().requires_grad_()
-            images = self.codec.decode(own).float().clamp(0, 1)
-            scores = self._raw(images, prompts)
-            value = loss(scores)
-            (gradient,) = torch.autograd.grad(value.sum(), own)
-        return value.detach(), torch.where(expand(scores.isnan().any(0), gradient), 0, gradient), scores.detach()
+        values, gradients, scores = [], [], []
+        for part, its_prompts in self._parts(latents, prompts):
+            with torch.enable_grad():
+                raw = self._raw(part, its_prompts)
+                value = loss(raw)
+                (gradient,) = torch.autograd.grad(value.sum(), part)
+            values.append(value.detach())
+            gradients.append(torch.where(expand(raw.isnan().any(0), gradient), 0, gradient))
+            scores.append(raw.detach())
+        seen = torch.cat(scores, 1)
+        self.seen.add(seen)
+        return torch.cat(values), torch.cat(gradients), seen
 
     def gradients(self, latents: Tensor, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
         """Raw scores [R, B], and d score / d latents of each reward [R, B, C, H, W], NaN for an unscored sample.
 
         One decoding; one backward pass per reward. The rewards must be differentiable: see ``require_differentiable``.
         """
-        with torch.enable_grad():
-            own = latents.detach().requires_grad_()
-            scores = self._raw(self.codec.decode(own).float().clamp(0, 1), prompts)
-            last = len(scores) - 1
-            found = [torch.autograd.grad(s.nansum(), own, retain_graph=k < last)[0] for k, s in enumerate(scores)]
-        scores, gradients = scores.detach(), torch.stack(found)
-        return scores, torch.where(expand(scores.isnan(), gradients), torch.nan, gradients)
+        gradients, scores = [], []
+        for part, its_prompts in self._parts(latents, prompts):
+            with torch.enable_grad():
+                raw = self._raw(part, its_prompts)
+                last = len(raw) - 1
+                found = [torch.autograd.grad(s.nansum(), part, retain_graph=k < last)[0] for k, s in enumerate(raw)]
+            gradient = torch.stack(found)
+            gradients.append(torch.where(expand(raw.isnan(), gradient), torch.nan, gradient))
+            scores.append(raw.detach())
+        seen = torch.cat(scores, 1)
+        self.seen.add(seen)
+        return seen, torch.cat(gradients, 1)
 
     def require_differentiable(self, method: str) -> None:
         """ValueError when ``method`` cannot back-propagate one of the rewards."""
@@ -115,8 +129,14 @@ class Scorer:
                 "give differentiable rewards, or use a method that only reads the score (gdmd, dmd_nft, dmd_grpo)"
             )
 
-    def _raw(self, images: Tensor, prompts: PromptBatch) -> Tensor:
+    def _parts(self, latents: Tensor, prompts: PromptBatch) -> Iterator[tuple[Tensor, PromptBatch]]:
+        """Micro-batches of latents, as leaves of a graph of their own, and of prompts."""
+        for part, its_prompts in split((latents, prompts), self.micro_batch or len(latents)):
+            yield part.detach().requires_grad_(), its_prompts
+
+    def _raw(self, latents: Tensor, prompts: PromptBatch) -> Tensor:
         """[R, B], fp32. Remote rewards run in parallel."""
+        images = self.codec.decode(latents).float().clamp(0, 1)
         scores = score_all(self.rewards, images, prompts)
         for reward, one in zip(self.rewards, scores, strict=True):
             if one.shape != (len(images),):
@@ -124,9 +144,7 @@ class Scorer:
                     f"reward {reward.name!r} returned shape {list(one.shape)} for {len(images)} images; "
                     "a reward returns one number per image"
                 )
-        raw = torch.stack([one.float() for one in scores])
-        self.seen.add(raw.detach())
-        return raw
+        return torch.stack([one.float() for one in scores])
 
 
 def mean_advantage(reward_target: Tensor, reward_sample: Tensor, scale: Tensor) -> Tensor:

@@ -12,15 +12,19 @@ PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 def locate(lora: str, revision: str | None = None) -> Path:
     """The .safetensors file of a LoRA; that of a hub id is downloaded. ValueError if there is none, or several."""
+    return local_file(lora) or _download(lora, revision)
+
+
+def local_file(lora: str) -> Path | None:
+    """The .safetensors file of a LoRA on this machine, None for a hub id. ValueError if there is none, or several."""
     place = Path(lora)
     if place.is_file():
         return _safetensors(place, lora)
     if place.is_dir():
         return place / _one_file(place, sorted(file.name for file in place.iterdir() if file.is_file()))
-    org, slash, rest = lora.partition("/")
+    org, slash, _ = lora.partition("/")
     if slash and not lora.startswith((".", "/", "~")) and not Path(org).exists() and re.fullmatch(r"[\w./-]+", lora):
-        name, _, file = rest.partition("/")
-        return _download(f"{org}/{name}", file, lora, revision)
+        return None
     raise ValueError(
         f"lora {lora!r}: no such file or folder, and not a hub id; give ORG/NAME, or ORG/NAME/FILE.safetensors"
     )
@@ -45,11 +49,14 @@ def _one_file(folder: Path | str, names: Sequence[str]) -> str:
     raise ValueError(f"lora {folder}: it holds {len(found)} .safetensors files; {advice}")
 
 
-def _download(repository: str, file: str, lora: str, revision: str | None) -> Path:
-    """A file of a hub repository, with the PEFT config next to it if there is one; from the cache if possible."""
+def _download(lora: str, revision: str | None) -> Path:
+    """The file of ORG/NAME or ORG/NAME/FILE, with the PEFT config next to it if there is one; from the cache if possible."""
     import httpx
     from huggingface_hub import hf_hub_download, list_repo_files
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    org, name, *below = lora.split("/", 2)
+    repository, file = f"{org}/{name}", "".join(below)
 
     def optional(name: str) -> Path | None:
         try:

@@ -107,7 +107,7 @@ class Transfers:
     prompt_batches: float = 1.0
     decoded: float = 0.0  # images per sample of the batch
     scorings: float = 0.0  # calls of the rewards on the whole batch
-    scorings_in_losses: float = 0.0  # per micro-batch
+    scorings_with_grad: float = 0.0  # per micro-batch
     chunk: float = math.inf  # rows of a call without gradient at most
     micro: int = 0  # samples per micro-batch; 0 = all
     decode_chunk: int = 1
@@ -116,7 +116,7 @@ class Transfers:
         """Bytes of one outer iteration of this many samples."""
         parts = micro_batches(batch, self.micro)
         calls = sum(max(calls, rows * batch / self.chunk) for calls, rows in self.calls) + self.calls_with_grad * parts
-        scorings = self.scorings + self.scorings_in_losses * parts
+        scorings = self.scorings + self.scorings_with_grad * parts
         decodings = self.decoded * batch / self.decode_chunk
         encodings = self.prompt_batches * self.encoders
         return calls * self.blocks + encodings + decodings * self.decoder + scorings * self.rewards
@@ -136,19 +136,22 @@ class ProcessCost:
     chunk: float  # rows of such a call at most
     output: int  # bytes of x0 and eps of one row
     update: int  # bytes of forward and backward of one micro-batch
-    decoding: int  # bytes of decoding one chunk, or with gradient one micro-batch of a loss; 0 without rewards
+    decoding: int  # bytes of decoding one chunk without gradient; 0 without rewards
     per_sample: int  # bytes that every sample of the batch keeps during the iteration
     scoring: int  # bytes of the rewards' activations per image
     flop: Mapping[str, float]  # per sample of the batch, by kind of work
     transfers: Transfers = NO_TRANSFERS
-    decoding_per_sample: float = 0.0  # bytes of decoding with gradient outside a loss, where the whole batch is decoded
+    decoding_with_grad: float = 0.0  # bytes per sample of a micro-batch; 0 without reward gradients
+    micro: int = 0  # samples per micro-batch; 0 = all
+    visiting: int = 0  # bytes of offloaded weights of decoder and rewards, which are copied here to score
 
     def peaks(self, batch: int) -> dict[str, float]:
         """Peak activation bytes of every phase at this many samples per process."""
         phases = {"sampling and scores": self.forward(self.rows * batch)}
         phases["update (one micro-batch)"] = float(self.update)
-        if self.decoding or self.decoding_per_sample:
-            phases["decoding and rewards"] = self.decoding + batch * (self.decoding_per_sample + self.scoring)
+        if self.decoding or self.decoding_with_grad:
+            decoding = max(self.decoding, self.decoding_with_grad * min(self.micro or batch, batch))
+            phases["decoding and rewards"] = decoding + batch * self.scoring + self.visiting
         if self.transfers.encoders:
             phases["embedding the prompts"] = float(self.transfers.encoders)
         return phases

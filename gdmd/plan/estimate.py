@@ -146,7 +146,7 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float, costs: Costs | None = None
     if costs is None:
         rows = max(round(min(counted.max_batch * cfg.loop.batch_size, _chunk(cfg))), 1)
         kept = counted.decoder_backwards > counted.decoded_with_grad
-        costs = costs_of(cfg, nets, rows, _decoded_with_grad(cfg, counted), kept=kept)
+        costs = costs_of(cfg, nets, rows, reward_gradient=counted.decoded_with_grad > 0, kept=kept)
     rewards, uncounted = _reward_nets(cfg)
     static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in rewards if not r.offloaded)}
     trained = {role: _bytes(nets.roles.parameters(role).values()) for role in ("student", "fake")}
@@ -187,8 +187,10 @@ def _process_cost(
         chunk=_chunk(cfg),
         output=2 * 4 * math.prod(nets.latent_shape),  # fp32
         update=max(measured.bytes for measured in costs.update.values()),
-        decoding=_decoding(counted, costs) + transfers.decoder + visiting,
-        decoding_per_sample=_decoding_per_sample(counted, costs),
+        decoding=costs.decode.bytes if counted.decoded else 0,
+        decoding_with_grad=costs.decode_with_grad.bytes / costs.micro if costs.decode_with_grad else 0.0,
+        micro=cfg.loop.micro_batch,
+        visiting=transfers.decoder + visiting,
         per_sample=_per_sample(cfg, nets, text, scored=counted.decoded > 0),
         scoring=REWARD_ROW if rewards and isinstance(cfg.model, DiffusersModel) else 0,
         flop=_flop(counted, costs, sum(r.flop for r in rewards)),
@@ -303,7 +305,7 @@ def _transfers(cfg: RunConfig, nets: Networks, counted: CallCounts, rewards: Seq
         prompt_batches=counted.prompt_batches,
         decoded=counted.decoded + counted.decoded_with_grad,
         scorings=counted.scorings,
-        scorings_in_losses=counted.scorings_in_losses,
+        scorings_with_grad=counted.scorings_with_grad,
         chunk=_chunk(cfg),
         micro=cfg.loop.micro_batch,
         decode_chunk=model.decode_chunk,
@@ -349,26 +351,6 @@ def _per_sample(cfg: RunConfig, nets: Networks, text: int, *, scored: bool) -> i
     return 4 * channels * height * width * (8 + 2 * targets) + 3 * text + images
 
 
-def _decoded_with_grad(cfg: RunConfig, counted: CallCounts) -> int:
-    """Images of a decoding with gradient: the batch, or a micro-batch of a loss. 0 without one."""
-    if counted.max_decoded_with_grad:
-        return round(counted.max_decoded_with_grad * cfg.loop.batch_size)
-    return (cfg.loop.micro_batch or cfg.loop.batch_size) if counted.decoded_with_grad else 0
-
-
-def _decoding(counted: CallCounts, costs: Costs) -> int:
-    """Bytes of decoding a chunk without gradient, or a micro-batch with gradient."""
-    if counted.decoded + counted.decoded_with_grad == 0 or counted.max_decoded_with_grad:
-        return 0
-    return max(costs.decode.bytes, costs.decode_with_grad.bytes if costs.decode_with_grad else 0)
-
-
-def _decoding_per_sample(counted: CallCounts, costs: Costs) -> float:
-    """Bytes of decoding with gradient, per sample of a batch that is decoded as a whole."""
-    found = costs.decode_with_grad
-    return counted.max_decoded_with_grad * found.bytes / costs.decoded if found else 0.0
-
-
 def _flop(counted: CallCounts, costs: Costs, rewards: int) -> dict[str, float]:
     """FLOP of one outer iteration per sample of the batch, by kind of work."""
     without = sum(share * costs.forward[who] for who, share in counted.passes.items())
@@ -378,7 +360,7 @@ def _flop(counted: CallCounts, costs: Costs, rewards: int) -> dict[str, float]:
         "fake": counted.with_grad["fake"] - counted.feature_passes,
     }  # a GAN head's calls are part of the update
     decode = costs.decode.flop / costs.chunk
-    backward = costs.decode_with_grad.flop / costs.decoded - decode if costs.decode_with_grad else 0
+    backward = costs.decode_with_grad.flop / costs.micro - decode if costs.decode_with_grad else 0
     decoding = (counted.decoded + counted.decoded_with_grad) * decode + counted.decoder_backwards * backward
     return {
         "passes without gradient": without,

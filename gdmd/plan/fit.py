@@ -97,7 +97,8 @@ def changes(estimate: TrainingPlan) -> Iterator[Change]:
     real = model if isinstance(model, DiffusersModel) else None
     if real is not None and estimate.cost.static["text encoders"]:
         yield Change("model.embeddings=embeddings", "none: the prompts are embedded once, before training")
-    if training and worst.startswith("update") and estimate.costs.micro > 1:
+    in_parts = worst.startswith("update") or (worst.startswith("decoding") and estimate.cost.decoding_with_grad > 0)
+    if training and in_parts and estimate.costs.micro > 1:
         yield Change("loop.micro_batch=1", "smaller calls, slower on a large GPU")
     if real is not None and training:
         yield from _slower(estimate, real, worst)

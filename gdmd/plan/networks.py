@@ -107,15 +107,14 @@ class Costs:
     without: int
     decode: Measured  # of ``chunk`` images
     chunk: int
-    decode_with_grad: Measured | None  # of ``decoded`` images
-    decoded: int
+    decode_with_grad: Measured | None  # of a micro-batch
     feature_cost: float = 1.0  # forward passes of a call for features
 
 
-def costs_of(cfg: RunConfig, nets: Networks, rows: int, decoded: int, *, kept: bool) -> Costs:
+def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, reward_gradient: bool, kept: bool) -> Costs:
     """Measure one call of every network with each kind of gradient, on fake tensors.
 
-    decoded: images of a decoding with gradient, 0 without one; kept: its graph is kept for another backward pass.
+    reward_gradient: measure a decoding with gradient, too; kept: its graph is kept for another backward pass.
     """
     micro = cfg.loop.micro_batch or cfg.loop.batch_size
     model = cfg.model if isinstance(cfg.model, DiffusersModel) else None
@@ -131,7 +130,8 @@ def costs_of(cfg: RunConfig, nets: Networks, rows: int, decoded: int, *, kept: b
         alike = nets.roles.critic is None and (model is None or model.full in ("none", "both"))
         update["fake"] = update["student"] if alike else _update(nets, "fake", texts[micro], micro)
         decode = measure(lambda: _decode(nets, chunk), nets.held())
-        with_grad = measure(lambda: _decode_with_grad(nets, decoded, kept=kept), nets.held()) if decoded else None
+        backward = lambda: _decode_with_grad(nets, micro, kept=kept)  # noqa: E731
+        with_grad = measure(backward, nets.held()) if reward_gradient else None
         heavy = max(update, key=lambda role: update[role].bytes)
         largest = update[heavy].bytes
         other = None if model is None else _other(nets, heavy, not model.checkpointing, texts[micro])
@@ -140,7 +140,7 @@ def costs_of(cfg: RunConfig, nets: Networks, rows: int, decoded: int, *, kept: b
     memory = (chosen, largest if rest is None else rest)
     features = 1.0 if model is None else nets.roles.family.feature_cost
     call = (calls[1].bytes - per_row, per_row)
-    return Costs(flop, call, update, micro, *memory, decode, chunk, with_grad, decoded, features)
+    return Costs(flop, call, update, micro, *memory, decode, chunk, with_grad, features)
 
 
 def _latents(nets: Networks, count: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,14 +258,17 @@ def encode(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) 
 
 
 def check_places(cfg: RunConfig, settings: TrainSettings) -> None:
-    """ValueError for a base model or student that is neither a folder nor a hub id."""
+    """ValueError for a base model, student or LoRA that is neither on this machine nor a hub id."""
     if not isinstance(cfg.model, DiffusersModel) or settings.given.pipeline is not None:
         return
     from gdmd.models.loading import is_local
+    from gdmd.models.lora_location import local_file
 
     model = cfg.model
     starts = (lambda: is_local(model.start.location, model.start.field),) if model.student else ()
-    all_errors(lambda: is_local(model.location, model.field), *starts)
+    loras = (*model.teacher_loras, *((model.student_lora,) if model.student_lora else ()))
+    files = (partial(local_file, lora.path) for lora in loras)
+    all_errors(lambda: is_local(model.location, model.field), *starts, *files)
 
 
 def check_prompts(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> None:

@@ -103,9 +103,8 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str, given: GivenObjects
     groups, meta = _checked_prompts(cfg, None, (), given)
     stream = _stream(cfg, groups, meta, encoder)
     real = RenderedLatents(codec) if cfg.method.student_input == "data" or roles.critic else None
-    return Components(
-        roles, codec, encoder, rewards, method_of(cfg.method, roles, codec, rewards, SHAPES, real), stream
-    )
+    method = method_of(cfg.method, roles, codec, rewards, SHAPES, real, cfg.loop.micro_batch)
+    return Components(roles, codec, encoder, rewards, method, stream)
 
 
 def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenObjects) -> Components:
@@ -134,7 +133,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenO
     stream = _stream(cfg, groups, meta, encoder)
     latents = LatentSpec(family.latent_shape, roles.fake.family.native, family.teacher_times)
     codec = scoring_codec(family, device)
-    method = method_of(own, roles, codec, rewards, latents, real)
+    method = method_of(own, roles, codec, rewards, latents, real, cfg.loop.micro_batch)
     sizes = tuple(_size(cfg, family.at_size(*size), start.at_size(*size), found) for size, found in stores.items())
     return Components(
         *(roles, family.codec, encoder, rewards, SeveralSizes(method, sizes) if sizes else method, stream),
@@ -215,10 +214,11 @@ def method_of(
     rewards: tuple[Reward, ...],
     latents: LatentSpec,
     real: RealLatents | None,
+    micro_batch: int = 0,
 ) -> ResizableMethod:
-    """The method of this configuration on these objects."""
+    """The method of this configuration on these objects. micro_batch: samples per backward pass through the decoder."""
     parts = (roles, latents.latent_shape, latents.native, real)
-    scorer = Scorer(codec, rewards)
+    scorer = Scorer(codec, rewards, micro_batch)
     match cfg:
         case DMDConfig() as own:
             return Dmd(own, *parts, teacher_times=latents.teacher_times)

@@ -39,9 +39,8 @@ class CallCounts:
     decoded: float  # latents decoded and scored
     decoded_with_grad: float  # the same for a backward pass through rewards and decoder
     decoder_backwards: float  # backward passes through the decoder: several for a decoding if each reward has its own
-    max_decoded_with_grad: float  # samples of the largest decoding with gradient outside a loss, in batches
     scorings: float  # calls of the rewards on the whole batch
-    scorings_in_losses: float  # with gradient, on a micro-batch
+    scorings_with_grad: float  # on a micro-batch
     calls: Mapping[str, float]  # network calls without gradient, by role
     calls_with_grad: Mapping[str, float]
     losses: Mapping[str, float]  # losses that have calls with gradient, by role
@@ -57,12 +56,10 @@ class _Log:
     calls: Counter[tuple[str, bool]] = field(default_factory=Counter)
     updates: Counter[str] = field(default_factory=Counter)
     losses: Counter[str] = field(default_factory=Counter)
-    scorings: Counter[bool] = field(default_factory=Counter)  # in a loss?
+    scorings: Counter[bool] = field(default_factory=Counter)  # with gradient?
     decoder_backwards: int = 0
     prompts: int = 0
     max_batch: int = 0
-    max_decoded_with_grad: int = 0
-    in_loss: bool = False
     followed: bool = False
 
     def note(self, who: str, answer: Tensor) -> None:
@@ -75,9 +72,7 @@ class _Log:
     def note_decoding(self, latents: Tensor) -> None:
         """A decoding of these latents, [B, ...], for the rewards."""
         self.note("decoder", latents)
-        self.scorings[self.in_loss] += 1
-        if latents.requires_grad and not self.in_loss:
-            self.max_decoded_with_grad = max(self.max_decoded_with_grad, len(latents))
+        self.scorings[latents.requires_grad] += 1
 
     def note_backward(self, gradient: Tensor) -> None:
         """A backward pass that reached decoded images with this gradient, [B, ...]."""
@@ -198,9 +193,8 @@ def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0) -> CallCounts:
         rng = _EveryStep(0, step, index, turn=turn)
         for update in method.iteration(step, _prompts(index, cfg.method.prompt_group, log), rng):
             log.updates[update.role] += 1
-            before, log.in_loss = log.calls.copy(), True
+            before = log.calls.copy()
             update.loss(update.batch)
-            log.in_loss = False
             log.losses.update(who for who in MODEL_ROLES if log.calls[who, True] > before[who, True])
     return _means(log, len(steps), cfg.loop.batch_size)
 
@@ -223,9 +217,8 @@ def _means(log: _Log, iterations: int, batch: int) -> CallCounts:
         decoded=share("decoder", False),
         decoded_with_grad=share("decoder", True),
         decoder_backwards=log.decoder_backwards / iterations / batch,
-        max_decoded_with_grad=log.max_decoded_with_grad / batch,
         scorings=log.scorings[False] / iterations,
-        scorings_in_losses=log.scorings[True] / iterations,
+        scorings_with_grad=log.scorings[True] / iterations,
         calls={who: log.calls[who, False] / iterations for who in MODEL_ROLES},
         calls_with_grad={who: log.calls[who, True] / iterations for who in MODEL_ROLES},
         losses={who: log.losses[who] / iterations for who in MODEL_ROLES},

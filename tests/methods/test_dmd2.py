@@ -10,6 +10,7 @@ from tiny_roles import dmd, make, prompts, real_latents, rng, same, tiny_roles, 
 from torch import Tensor
 
 from gdmd.config.methods.dmd2 import DMD2Config
+from gdmd.diffusion.batches import cut
 from gdmd.diffusion.sampling import ode_sample, times
 from gdmd.losses.dmd import dmd_loss
 from gdmd.losses.gan import discriminator_loss, generator_loss
@@ -17,7 +18,6 @@ from gdmd.methods.dmd import PairedBatch
 from gdmd.methods.dmd2 import Dmd2
 from gdmd.shapes.networks import ShapesDit
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles
-from gdmd.training.role_state import cut
 
 
 def dmd2(roles: ShapesRoles, **options: Any) -> Dmd2:

@@ -50,6 +50,21 @@ def test_a_reward_of_the_wrong_shape_is_named() -> None:
         Scorer(ToyCodec(), [Flat()])(torch.randn(4, 8, 8, 8), prompts())
 
 
+@pytest.mark.parametrize("micro_batch", [1, 3, 4])
+def test_reward_gradients_of_micro_batches_are_those_of_the_whole_batch(micro_batch: int) -> None:
+    """With two rewards, one of which leaves a sample unscored; no more than a micro-batch is decoded at once."""
+    rewards = [Toy(unscored=(2,)), Toy("green", 1)]
+    whole, parts = (Scorer(ToyCodec(), rewards, size) for size in (0, micro_batch))
+    latents, batch = torch.randn(4, 8, 8, 8, dtype=torch.float64), prompts()
+    loss = lambda scores: scores.square().nansum(0)  # noqa: E731
+    for own, other in zip(whole.gradient(latents, batch, loss), parts.gradient(latents, batch, loss), strict=True):
+        torch.testing.assert_close(own, other, equal_nan=True)
+    for own, other in zip(whole.gradients(latents, batch), parts.gradients(latents, batch), strict=True):
+        torch.testing.assert_close(own, other, equal_nan=True)
+    assert max(len(shown) for shown in parts.codec.shown) == micro_batch < 5
+    torch.testing.assert_close(whole.stats(), parts.stats())
+
+
 def test_draws_do_not_depend_on_the_batch() -> None:
     """A sample's draws do not depend on the rest of the batch."""
     batch, half = prompts(), prompts()

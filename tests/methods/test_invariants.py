@@ -29,12 +29,12 @@ from torch import Tensor
 
 from gdmd.config.training import LoopConfig
 from gdmd.data.prompts import PromptStream
+from gdmd.diffusion.batches import cut
 from gdmd.losses.dmd import dmd_loss
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import create, open_run, read_metrics
 from gdmd.shapes.roles import ShapesRoles, ShapesTextEncoder
 from gdmd.training.loop import train as loop
-from gdmd.training.role_state import cut
 from gdmd.types import PromptBatch, Reward, Update
 
 FEW = {"fake_updates": 2}

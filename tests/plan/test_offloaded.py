@@ -98,6 +98,6 @@ def test_seconds_of_the_copies(folders: Path) -> None:
 def test_transfers_by_hand() -> None:
     """5 + 8 / 2 calls without gradient, 3 in each of 4 micro-batches; 6 images, two a call; 1 + 4 scorings."""
     calls = {"calls": [(5.0, 1.0), (1.0, 1.0)], "calls_with_grad": 3.0, "chunk": 2, "micro": 2}
-    scored = {"decoded": 0.75, "decode_chunk": 2, "scorings": 1.0, "scorings_in_losses": 1.0}
+    scored = {"decoded": 0.75, "decode_chunk": 2, "scorings": 1.0, "scorings_with_grad": 1.0}
     found = Transfers(blocks=1000, encoders=7, decoder=100, rewards=10, **calls, **scored)  # type: ignore[arg-type]
     assert found.bytes(8) == 1000 * (5 + 4 + 12) + 7 + 100 * 3 + 10 * 5

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from toy_training import ToyRoles, toy_config
 
+from gdmd.diffusion.batches import batch_size, split
 from gdmd.training.optimizer import RoleOptimizer
-from gdmd.training.role_state import NonFiniteError, RoleState, batch_size, ema_weights, role_states, split
+from gdmd.training.role_state import NonFiniteError, RoleState, ema_weights, role_states
 from gdmd.types import Loss, PromptBatch, Update
 
 
