@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -58,6 +58,9 @@ from gdmd.training.loop import Hooks, NoProgress, TrainEnd, train
 from gdmd.training.progress import progress_for
 from gdmd.training.trackers import require_trackers
 from gdmd.training.warm_start import check_model, check_roles, require_start
+
+if TYPE_CHECKING:
+    from gdmd.models.roles import DiffusersRoles
 
 QUIET = Console(quiet=True)
 SCORE = "score the student with: gdmd eval preference {run} --prompts FILE --scorer clip"
@@ -188,6 +191,10 @@ def prepare(
         context.on_main(lambda: check_hub_target(cfg.loop.push_checkpoints))
     with phase("loading the networks", console):
         components = build(cfg, settings.device, settings.given)
+    if context.size > 1 and isinstance(cfg.model, DiffusersModel):
+        check_equal_calls(
+            cfg, stop - start, row_by_row=cast("DiffusersRoles", components.roles).student.family.row_by_row
+        )
     if cfg.method.rewarded or cfg.held_out:
         with phase("trying the rewards on two images", console):
             context.on_main(lambda: _try_rewards(cfg, components, validated[:1], meta[:1]))
@@ -205,22 +212,26 @@ def prepare(
     return components
 
 
-def check_equal_calls(cfg: RunConfig, samples: int) -> None:
+def check_equal_calls(cfg: RunConfig, samples: int, *, row_by_row: bool = False) -> None:
     """ValueError if ranks of so many samples would call a sharded student unequally often: FSDP would wait forever.
 
-    With a step tau per sample a call of the rollout has another number of samples on every rank, and forward_chunk splits
-    it into another number of calls.
+    With a step tau per sample a call of the rollout has another number of samples on every rank, and forward_chunk, or a
+    network that is called for each row, splits it into another number of calls.
     """
     model, method = cfg.model, cfg.method
     if not isinstance(model, DiffusersModel) or model.full not in ("student", "both") or cfg.loop.sharding == "none":
         return
     continued = method.student_input == "simulation" or isinstance(method, TiltedGDMDConfig)
-    if continued and method.step_draw == "sample" and 0 < model.forward_chunk < samples:
-        raise ValueError(
-            f"loop.sharding = {cfg.loop.sharding} with method.step_draw = sample and model.forward_chunk = "
-            f"{model.forward_chunk}: the ranks, with {samples} samples each, would call the sharded student unequally often "
-            f"and wait for each other forever; set method.step_draw=batch, or model.forward_chunk={samples} or 0"
-        )
+    rows = 1 if row_by_row else model.forward_chunk
+    if not (continued and method.step_draw == "sample" and 0 < rows < samples):
+        return
+    why = "a network that is called for each sample" if row_by_row else f"model.forward_chunk = {rows}"
+    cure = "" if row_by_row else f", or model.forward_chunk={samples} or 0"
+    raise ValueError(
+        f"loop.sharding = {cfg.loop.sharding} with method.step_draw = sample and {why}: the ranks, with {samples} samples "
+        "each, would call the sharded student unequally often and wait for each other forever; set "
+        f"method.step_draw=batch{cure}"
+    )
 
 
 def _try_rewards(

@@ -408,4 +408,6 @@ def test_chunks_of_rollouts_on_ranks(folders: Path) -> None:
     with pytest.raises(ValueError, match=r"forward_chunk = 2.*3 samples each.*set method.step_draw=batch"):
         check_equal_calls(drawn, 3)
     check_equal_calls(drawn, 2)
+    with pytest.raises(ValueError, match="is called for each sample: .* set method.step_draw=batch$"):
+        check_equal_calls(drawn, 2, row_by_row=True)
     check_equal_calls(drawn.model_copy(update={"method": DMDConfig(step_draw="batch")}), 3)

@@ -115,6 +115,15 @@ def test_prediction_is_fp32_and_depends_on_caption_and_time(folders: Path, name:
 
 
 @pytest.mark.parametrize("name", tiny.BUILD)
+def test_a_prediction_is_one_call_of_the_network_unless_it_is_row_by_row(folders: Path, name: str) -> None:
+    family, calls = shared(tiny.saved(folders, name)), []
+    hook = family.net.register_forward_pre_hook(lambda net, given: calls.append(given))
+    teacher(family)(torch.randn(3, *family.latent_shape), torch.rand(3), family.encoder.null(3))
+    hook.remove()
+    assert len(calls) == (3 if family.row_by_row else 1)
+
+
+@pytest.mark.parametrize("name", tiny.BUILD)
 def test_conditioning_shapes_do_not_depend_on_the_caption(folders: Path, name: str) -> None:
     encoder = shared(tiny.saved(folders, name)).encoder
     short, long = encoder.encode(["a"]), encoder.encode(["a long caption of many words " * 2])

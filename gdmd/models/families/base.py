@@ -44,6 +44,7 @@ class Family(ABC):
     blocks: ClassVar[tuple[str, ...]] = ()  # classes of the repeated blocks
     scaling: ClassVar[tuple[str, ...]] = ("scaling_factor", "shift_factor")  # VAE keys that the pipeline reads
     feature_cost: ClassVar[float] = 1.0  # of a call for features, in whole calls
+    row_by_row: ClassVar[bool] = False  # whether a prediction calls the network once per sample
     tiny_decoder: ClassVar[bool] = True  # whether an AutoencoderTiny decodes its latents as they are
     caption_limit: ClassVar[int | None] = None  # largest max_sequence_length that the pipeline accepts
     fixed_captions: ClassVar[bool] = False  # its CLIP encoders always read all of their positions

@@ -43,6 +43,7 @@ class QwenImage21(FlowFamily):
     )
     multiple = 2  # an image slot of the network holds 2 x 2 latents
     scaling = ("latents_mean", "latents_std")
+    row_by_row = True
     tiny_decoder = False
     blocks = ("QwenImage21TransformerBlock",)
 
