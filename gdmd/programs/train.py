@@ -20,7 +20,7 @@ from gdmd.config.describe import counted, length, student
 from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.model import DiffusersModel
-from gdmd.config.run import RunConfig
+from gdmd.config.run import RewardConfig, RunConfig
 from gdmd.data.prompt_files import teacher_prompt
 from gdmd.data.prompts import read_prompts
 from gdmd.data.text_cache import CachedText
@@ -170,19 +170,8 @@ def prepare(
     What can be checked without loading or downloading anything, and ``check``, is reported in one error.
     """
     context, console = settings.context, settings.console
-    start, stop = context.local_slice(cfg.loop.batch_size)
     rewards = (*(cfg.rewards if cfg.method.rewarded else ()), *cfg.held_out)
-    checks = (
-        *((check,) if check else ()),
-        lambda: context.size == 1 or check_equal_calls(cfg, stop - start),
-        lambda: check_best_metric(cfg),
-        lambda: check_prompts(cfg, settings),
-        lambda: validation_prompts(cfg),
-        lambda: check_places(cfg, settings),
-        lambda: check_functions(rewards),
-        lambda: require_trackers(cfg.loop.report_to),
-    )
-    context.on_main(lambda: all_errors(*checks))
+    context.on_main(lambda: _check_without_loading(cfg, settings, rewards, check))
     validated, meta = validation_prompts(cfg)
     require_weights(rewards)
     if cfg.loop.optimizer == "adamw8bit":
@@ -192,9 +181,8 @@ def prepare(
     with phase("loading the networks", console):
         components = build(cfg, settings.device, settings.given)
     if context.size > 1 and isinstance(cfg.model, DiffusersModel):
-        check_equal_calls(
-            cfg, stop - start, row_by_row=cast("DiffusersRoles", components.roles).student.family.row_by_row
-        )
+        family = cast("DiffusersRoles", components.roles).student.family
+        check_equal_calls(cfg, cfg.loop.batch_size // context.size, row_by_row=family.row_by_row)
     if cfg.method.rewarded or cfg.held_out:
         with phase("trying the rewards on two images", console):
             context.on_main(lambda: _try_rewards(cfg, components, validated[:1], meta[:1]))
@@ -210,6 +198,26 @@ def prepare(
             encoder.refresh()
             encoder.prepare(known)
     return components
+
+
+def _check_without_loading(
+    cfg: RunConfig,
+    settings: TrainSettings,
+    rewards: Sequence[RewardConfig],
+    check: Callable[[], object] | None,
+) -> None:
+    """One ValueError for all mistakes that can be seen without loading or downloading anything, and in ``check``."""
+    start, stop = settings.context.local_slice(cfg.loop.batch_size)
+    all_errors(
+        *((check,) if check else ()),
+        lambda: settings.context.size == 1 or check_equal_calls(cfg, stop - start),
+        lambda: check_best_metric(cfg),
+        lambda: check_prompts(cfg, settings),
+        lambda: validation_prompts(cfg),
+        lambda: check_places(cfg, settings),
+        lambda: check_functions(rewards),
+        lambda: require_trackers(cfg.loop.report_to),
+    )
 
 
 def check_equal_calls(cfg: RunConfig, samples: int, *, row_by_row: bool = False) -> None:
