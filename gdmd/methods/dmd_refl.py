@@ -51,7 +51,7 @@ class DmdRefl(Baseline[DMDReFLConfig]):
         """L_DMD + rl_weight mean_k relu(m - R_k(D(x0))); a sample that is not scored by all rewards has L_DMD only."""
         x0 = self.roles.student(batch.x_tau, batch.tau, batch.cond).x0
         hinge = partial(mean_refl_loss, margin=self.cfg.margin)
-        refl, scores = self.scorer.scored_with_gradient(x0, batch.prompts, hinge)
+        refl, scores = self.scorer.with_gradient(x0, batch.prompts, hinge)
         loss = dmd_loss(x0, batch.x_tar) + self.cfg.rl_weight * refl
         seen = {"loss/student": loss, "loss/refl": refl, **sample_stats(self.scorer.rewards, scores)}
         return Loss(loss, {name: value.detach() for name, value in seen.items()})

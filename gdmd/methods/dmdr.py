@@ -161,7 +161,7 @@ class Dmdr(Baseline[DMDRConfig]):
     def refl_student_loss(self, batch: RewardedBatch) -> Loss:
         """L_DMD + lambda_rl mean_k relu(m - R_k(D(x0))): through reward and decoder into the one student step."""
         x0 = self.roles.student(batch.x_tau, batch.tau, batch.cond).x0
-        refl = self.scorer.with_gradient(x0, batch.prompts, partial(mean_refl_loss, margin=self.cfg.margin))
+        refl, _ = self.scorer.with_gradient(x0, batch.prompts, partial(mean_refl_loss, margin=self.cfg.margin))
         return self._joined(dmd_loss(x0, batch.x_tar), refl)
 
     def grpo_student_loss(self, batch: PolicyBatch) -> Loss:

@@ -69,19 +69,15 @@ class Scorer:
         self.seen.add(scores)
         return scores
 
-    def with_gradient(self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        """loss(raw scores [R, B]) [B] with gradient to the latents, and to nothing else: the reward back-propagated.
-
-        ``loss`` must treat each sample separately and give a number for an unscored one, whose gradient is 0. The gradient
-        is computed here, by one backward pass through rewards and decoder to the latents. The rewards must be
-        differentiable: see ``require_differentiable``.
-        """
-        return self.scored_with_gradient(latents, prompts, loss)[0]
-
-    def scored_with_gradient(
+    def with_gradient(
         self, latents: Tensor, prompts: PromptBatch, loss: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """``with_gradient``, and the raw scores [R, B] without gradient."""
+        """loss(raw scores [R, B]) [B] with gradient to the latents, and to nothing else; and the scores, without gradient.
+
+        ``loss`` must treat each sample separately and give a number for an unscored one, whose gradient is 0. The gradient
+        is computed here, by a backward pass through rewards and decoder to the latents. The rewards must be
+        differentiable: see ``require_differentiable``.
+        """
         value, gradient, scores = self.gradient(latents, prompts, loss)
         return value + (gradient * (latents - latents.detach())).flatten(1).sum(1), scores
 
