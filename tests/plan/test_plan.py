@@ -239,6 +239,7 @@ def test_the_real_method_makes_the_counted_calls() -> None:
         (["method.scored_step=0.3"], 3, 0, 0),  # x0 and the targets of a group of 2
         (["method.scored_step=0"], 0, 1, 2),  # x0 once, and one backward pass per reward
         (["method={kind: gdmd_tilted, continuations: 3, reward_gradient: 0.1}"], 1, 2, 2),
+        (["method={kind: gdmd_tilted, continuations: 3, reward_gradient: 0.1}", "loop.micro_batch=2"], 1, 2, 2),
         (["method={kind: dmd_refl, fake_updates: 1, margin: 1.5}"], 0, 1, 1),  # of the mean of the rewards
     ],
 )
@@ -263,6 +264,7 @@ def test_the_real_method_makes_the_counted_decoder_passes(
     counted = count_calls(cfg)
     assert (counted.decoded, counted.decoded_with_grad) == (decoded, with_grad) == (seen[False] / 4, seen[True] / 4)
     assert counted.decoder_backwards == backwards == sum(reached) / 4
+    assert max(reached, default=0) == (cfg.loop.micro_batch or 4) * (with_grad > 0)
 
 
 @pytest.mark.parametrize("micro_batch", [0, 2])
