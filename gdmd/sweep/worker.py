@@ -153,9 +153,9 @@ def counted(components: Components) -> CountedMethod:
     if isinstance(roles, ShapesRoles):
         return CountedMethod(components.method, [roles.student.net, roles.fake.net, roles.teacher.net, roles.old.net])
     frozen = roles.backbone_nets()
-    return CountedMethod(
-        components.method, roles.modules(), backward=lambda net: FROZEN_BACKWARD if net in frozen else BACKWARD
-    )
+    method = CountedMethod(components.method, backward=lambda net: FROZEN_BACKWARD if net in frozen else BACKWARD)
+    roles.watch(method.watch)
+    return method
 
 
 def mode_of(model: ModelConfig) -> str:
