@@ -148,12 +148,16 @@ def _exported(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def counted(components: Components) -> CountedMethod:
-    """The method with its passes counted, those of adapters on a frozen base model as such."""
+    """The method with its passes counted: those of adapters on a frozen base model, and calls for features, as such."""
     roles = components.roles
     if isinstance(roles, ShapesRoles):
         return CountedMethod(components.method, [roles.student.net, roles.fake.net, roles.teacher.net, roles.old.net])
     frozen = roles.backbone_nets()
-    method = CountedMethod(components.method, backward=lambda net: FROZEN_BACKWARD if net in frozen else BACKWARD)
+    method = CountedMethod(
+        components.method,
+        share=lambda: roles.family.feature_cost if roles.fake.in_feature_mode else 1,
+        backward=lambda net: FROZEN_BACKWARD if net in frozen else BACKWARD,
+    )
     roles.watch(method.watch)
     return method
 

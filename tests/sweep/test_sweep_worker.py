@@ -13,9 +13,15 @@ pytest.importorskip("peft")
 import tiny_pipelines as tiny
 from torch import Tensor
 
+from gdmd.config.methods.dmd2 import DMD2Config
 from gdmd.config.run import RunConfig
+from gdmd.config.training import LoopConfig
+from gdmd.data.prompts import PromptStream
 from gdmd.diffusion.rng import SampleRng
-from gdmd.recipes.build import build
+from gdmd.methods.dmd2 import Dmd2
+from gdmd.models.loading import open_family
+from gdmd.models.roles import DiffusersRoles
+from gdmd.recipes.build import Components, build
 from gdmd.recipes.call_counts import count_calls, forward_passes
 from gdmd.sweep.worker import counted
 from gdmd.training.role_state import role_states
@@ -41,14 +47,18 @@ def passes(folder: Path, method: dict[str, Any], full: str, iterations: int = 2)
             "loop": {"batch_size": BATCH, "threads": 1, "steps": iterations},
         }
     )
-    components = build(cfg)
-    method_of, states = counted(components), role_states(components.roles, cfg.loop)
-    for step in range(iterations):
+    return iterate(build(cfg), cfg), cfg
+
+
+def iterate(components: Components, cfg: RunConfig) -> float:
+    """The counted passes of the config's iterations, per sample of the batch."""
+    method, states = counted(components), role_states(components.roles, cfg.loop)
+    for step in range(cfg.loop.steps):
         prompts = components.stream.at(step)
         rng = SampleRng(0, step, prompts.index, prompts.host)
-        for update in method_of.iteration(step, prompts, rng):
+        for update in method.iteration(step, prompts, rng):
             states[update.role].apply(update)
-    return method_of.cost.passes / BATCH, cfg
+    return method.cost.passes / BATCH
 
 
 @pytest.mark.parametrize("full", ["none", "both"])
@@ -64,3 +74,19 @@ def test_every_network_is_counted(tmp_path: Path, method: dict[str, Any], full: 
     found, cfg = passes(tmp_path, method, full)
     calls = count_calls(cfg)
     assert found / 2 / calls.updates["student"] == pytest.approx(forward_passes(calls, full))
+
+
+def test_a_call_for_features_counts_as_its_share_of_a_pass(tmp_path: Path) -> None:
+    """DMD2's GAN reads a UNet's features, whose calls stop after the mid block."""
+    model = tiny.config(tiny.save("sd15", tmp_path / "sd15"), checkpointing=False)
+    own = DMD2Config(fake_updates=2, guidance=3.0, student_steps=(1.0,))
+    family = open_family(model)
+    roles, shape = DiffusersRoles(family, head_seed=0), family.latent_shape
+    method = Dmd2(own, roles, shape, family.native, lambda prompts, rng: rng.normal("real", shape), critic=roles.critic)
+    stream = PromptStream([list(tiny.WORDS)], family.encoder, BATCH, 0, 1)
+    cfg = RunConfig(
+        name="gan", model=model, method=own, loop=LoopConfig(batch_size=BATCH, threads=1, steps=2), rewards=[]
+    )
+    found = iterate(Components(roles, family.codec, family.encoder, (), method, stream, shape), cfg) / 2
+    assert family.feature_cost < 1
+    assert found == pytest.approx(forward_passes(count_calls(cfg), "none", family.feature_cost))
