@@ -63,7 +63,7 @@ def model_card(
             *_safety(family, merged),
         ),
         ("## Training", *_table(cfg, facts, rewards, _start(cfg, family, separate))),
-        ("## Metrics", *_metrics(measured), *_validation(facts.get("validation") or {}, cfg)),
+        ("## Metrics", *_metrics(measured, facts), *_validation(facts.get("validation") or {}, cfg)),
         ("## Licenses", *_licenses(cfg, rewards, license or {})),
         ("## Configuration", "```json", config, "```"),
     )
@@ -251,8 +251,13 @@ def _prompts(file: str | None, facts: Mapping[str, Any]) -> str:
     return Path(file).name + (f", SHA-256 {fingerprint.removeprefix('sha256:')}" if fingerprint else "")
 
 
-def _metrics(measured: Mapping[str, Any] | None) -> Sequence[str]:
+def _metrics(measured: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> Sequence[str]:
     """A row per scorer: mean, 95 % interval over prompts, and whether the student was trained on it."""
+    if facts.get("last_weights"):
+        return (
+            "Not evaluated: these are the last weights of the run, and its scores are those of their average (EMA). "
+            "`gdmd eval preference THIS_FOLDER --prompts FILE` measures these.",
+        )
     if not measured:
         return ("Not evaluated. `gdmd eval preference RUN --prompts FILE`, then export again.",)
     head = f"{measured['prompts']} prompts of {measured['prompt_file']}, {measured['images_per_prompt']} images each, "

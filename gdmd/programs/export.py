@@ -69,7 +69,9 @@ def export_run(
     family = open_family(original, extras=whole)
     check_fits(family, weights)
     arguments = call_arguments(family, cfg.method.student_steps)
-    facts = read_facts(run) | {"step": step, "scoring": read_gaps(run), "validation": validation_at(run, step)}
+    measured = averaged or not cfg.loop.ema  # samples and scores of a run are those of its EMA weights
+    facts = read_facts(run) | {"step": step, "scoring": read_gaps(run)}
+    facts |= {"validation": validation_at(run, step) if measured else {}, "last_weights": not measured}
     content = describe(cfg, family, arguments, step, merged=whole)
     content |= {"loras": [one.model_dump() | {"path": _absolute(one.path)} for one in separate]} if separate else {}
     with writing("the export", target, option="--out"):
@@ -79,9 +81,9 @@ def export_run(
             content |= rounding
         else:
             files = _write_lora(cfg, family, weights, target, given)
-        samples, card = _copy_samples(run, step, target), target / "README.md"
+        samples, card = _copy_samples(run, step, target) if measured else None, target / "README.md"
         found: dict[str, Any] = {
-            "measured": measured_at(run, step),
+            "measured": measured_at(run, step) if measured else None,
             "license": _license(model, license),
             "samples": samples,
         }
