@@ -38,6 +38,7 @@ from gdmd.evaluation.preference import (
     write_summary,
 )
 from gdmd.evaluation.scorers import Features, feature_maker, judges_shapes, load_scorers, read_scorers, shapes_scorers
+from gdmd.evaluation.verdict import SHAPES_SET
 from gdmd.io import finite_or_none, write_atomic
 from gdmd.recipes.run_folders import config_of
 from gdmd.reporting.progress_bar import phase
@@ -204,9 +205,7 @@ def _prompt_set(options: EvalOptions) -> PromptSet:
     if options.prompts is not None:
         return read_prompt_set(options.prompts, options.images, options.seed, options.limit, options.column)
     texts = catalog().texts(fixed_rows("eval", options.per_task))[: options.limit]
-    return PromptSet(
-        "the Shapes evaluation set", texts, tuple({"prompt": t} for t in texts), options.images, options.seed
-    )
+    return PromptSet(SHAPES_SET, texts, tuple({"prompt": t} for t in texts), options.images, options.seed)
 
 
 def _specs(options: EvalOptions, sources: Sequence[SourceConfig], shapes: bool) -> tuple[RewardConfig, ...]:
