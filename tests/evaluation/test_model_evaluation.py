@@ -89,6 +89,16 @@ def test_known_means_and_intervals(gdmd: Gdmd) -> None:
     assert unknown["scores"][SCORERS[0]]["trained"] is None and row["seconds_per_image"] is None
 
 
+def test_repeated_prompts_are_one_prompt_of_an_interval(gdmd: Gdmd) -> None:
+    """Twenty prompts of two texts, each of one brightness: only the two texts are drawn again."""
+    prompts, shades = ["a cat", "a dog"] * 10, [[(0, 0, 0)], [(51, 0, 0)]] * 10
+    folder = painted(gdmd.folder / "a", prompts, shades)
+    Path("prompts.txt").write_text("\n".join(prompts) + "\n")
+    found = preference(read_source(str(folder)), settings(images=1), Path("eval"), quiet)["scores"][SCORERS[0]]
+    assert (found["images"], found["prompts"]) == (20, 2) and found["mean"] == pytest.approx(0.1)
+    assert (found["low"], found["high"]) == pytest.approx((0.0, 0.2))
+
+
 def test_known_distances(gdmd: Gdmd) -> None:
     a, b = world(gdmd)
     features = "test_model_evaluation:colors"
