@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from torch import Tensor
 from gdmd.config.image_source import read_source
 from gdmd.evaluation.compare import EvalOptions, compare, preference
 from gdmd.evaluation.geneval import images_key
+from gdmd.evaluation.model_page import differences
 from gdmd.sources.runs import RunSource
 
 SCORERS = ("test_model_evaluation:brightness", "test_model_evaluation:green")
@@ -316,6 +318,18 @@ def test_compare_pairs_images(gdmd: Gdmd) -> None:
     assert not re.search(r"url\((?!['\"]?#)", page)
     assert f"On {SCORERS[0]}, compared with one: &lt;b&gt;two is not judged (fewer than 5 prompts)." in page
     assert "+0.200, 100 %" in page and "+0.200 [" not in page
+
+
+def test_few_scored_prompts_are_not_judged(gdmd: Gdmd) -> None:
+    """Ten prompts, of which a scorer scores two: the interval of two says nothing."""
+    prompts = [f"prompt {k}{'?' * (k > 1)}" for k in range(10)]
+    Path("prompts.txt").write_text("\n".join(prompts) + "\n")
+    models = [painted(gdmd.folder / name, prompts, [[(g, g, 0)]] * 10) for name, g in (("a", 0), ("b", 51))]
+    options = settings(images=1)
+    rows = compare([read_source(str(path)) for path in models], options, Path("eval"), quiet)["rows"]
+    both, few = (differences(rows, "b")[name] for name in SCORERS)
+    assert rows["b"]["against_first"][SCORERS[1]]["prompts"] == 2
+    assert both.low == both.mean == few.mean == pytest.approx(0.2) and math.isnan(few.low)
 
 
 def test_compare_shapes_models(gdmd: Gdmd) -> None:
