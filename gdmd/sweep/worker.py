@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from gdmd.config.describe import labels_of
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import ModelConfig, RunConfig
 from gdmd.diffusion.generate import Sampler, teacher_sampler
@@ -186,10 +187,13 @@ def measures(cfg: RunConfig, components: Components, sampler: Sampler, split: An
 
 
 def measured_line(found: Evaluation, cfg: RunConfig) -> dict[str, Any]:
-    """An evaluation as in a table line; ``correct``: 1 or 0 for every image, caption by caption."""
+    """An evaluation as in a table line.
+
+    correct: 1 or 0 for every image, caption by caption. trained: labels of the recipe's rewards and of their parts.
+    """
     row = found.json()
     tasks = dict(row.pop("shapeseval"))
-    trained = [reward.kind for reward in cfg.rewards]
+    trained = [label for reward in cfg.rewards for label in labels_of(reward)]
     correct = "".join(str(int(right)) for right in found.correct.tolist())
     return {"shapeseval": tasks.pop("overall"), "tasks": tasks, **row, "correct": correct, "trained": trained}
 

@@ -10,13 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gdmd.io import RunError
 from gdmd.reporting.plots import COLORS
 from gdmd.shapes.same_noise import Column, SameNoise
 from gdmd.sweep import results as sweep_results
-from gdmd.sweep.figures import _look, row_colors
+from gdmd.sweep.figures import _look, curve_figure, row_colors
 from gdmd.sweep.page import verdict
 from gdmd.sweep.pool import Outcome
 from gdmd.sweep.results import beginning, stored_results, summary, write_pages
@@ -189,6 +190,15 @@ def made_up(trained: dict[str, list[str]] | None = None, **values: list[float]) 
         for seed, value in enumerate(own)
     ]
     return Results(rows, lines, "gdmd")
+
+
+def test_curves_of_a_reward_that_is_not_measured() -> None:
+    """A sweep measures the scorers of the Shapes world, whatever the students are trained on."""
+    results = made_up({"gdmd": ["my_reward"]}, gdmd=[0.6])
+    point = {"updates": 0, "shapeseval": 0.5, "rewards": {"shapes_clip": 0.4}}
+    diagnosed = Results(results.rows, [{**results.lines[0], "points": [point, point]}], "gdmd")
+    figure = curve_figure(diagnosed)
+    assert figure is not None and all(np.isnan(figure.axes[0].lines[0].get_ydata()))
 
 
 def test_tests_are_paired_over_seeds_and_corrected_over_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
+import torch
 from torch import Tensor
 
 from gdmd.config.methods.dmd2 import DMD2Config
@@ -23,7 +25,7 @@ from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.call_counts import count_calls, forward_passes
-from gdmd.sweep.worker import counted
+from gdmd.sweep.worker import counted, measured_line
 from gdmd.training.role_state import role_states
 
 BATCH = 2
@@ -90,3 +92,11 @@ def test_a_call_for_features_counts_as_its_share_of_a_pass(tmp_path: Path) -> No
     found = iterate(Components(roles, family.codec, family.encoder, (), method, stream, shape), cfg) / 2
     assert family.feature_cost < 1
     assert found == pytest.approx(forward_passes(count_calls(cfg), "none", family.feature_cost))
+
+
+def test_a_line_names_the_reward_behind_a_server() -> None:
+    """So that the page marks the scorer of this name as trained on, and not as unseen."""
+    found: Any = SimpleNamespace(correct=torch.tensor([True]), json=lambda: {"shapeseval": {"overall": 1.0}})
+    rewards = [{"kind": "remote", "url": "http://127.0.0.1:1", "reward": "shapes_pref"}, {"kind": "shapes_clip"}]
+    cfg = RunConfig.model_validate({"name": "x", "rewards": rewards, "loop": {}})
+    assert measured_line(found, cfg)["trained"] == ["remote shapes_pref", "shapes_pref", "shapes_clip"]
