@@ -204,6 +204,7 @@ def test_the_exported_lora_is_drawn_by_diffusers_alone(done: Done) -> None:
         ("student: gdmd_lora}", "student: gdmd}", "which is not one of the rows"),
         ("label: GDMD LoRA}", "label: GDMD LoRA, recipe: shapes_demo}", "which do not fit on one page"),
         ("rows: [teacher,", "rows: [exported,", "not a row of a teacher or student"),
+        ("seeds: [3]", "seeds: [3]\nbudgets: [updates, passes]", "'gdmd_full': .* does not show the budget passes"),
     ],
 )
 def test_what_a_sweep_cannot_do_is_an_error(done: Done, before: str, after: str, reason: str) -> None:
