@@ -68,7 +68,7 @@ def model_card(
         ("## Configuration", "```json", config, "```"),
     )
     text = "\n".join(line for section in sections for line in (*section, ""))
-    return f"---\n{front_matter(cfg, license or {}, samples)}---\n\n" + text.rstrip("\n") + "\n"
+    return f"---\n{front_matter(cfg, license or {}, samples, lora=not merged)}---\n\n" + text.rstrip("\n") + "\n"
 
 
 def _incomplete(cfg: RunConfig, license: Mapping[str, str]) -> Sequence[str]:

@@ -147,22 +147,23 @@ def test_cards_command_and_base_model(folders: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("full", ["none", "student"])
-def test_cards_metadata(folders: Path, full: str) -> None:
+@pytest.mark.parametrize(("full", "merged"), [("none", False), ("none", True), ("student", True)])
+def test_cards_metadata(folders: Path, full: str, merged: bool) -> None:
+    """A pipeline with the LoRA merged in is no adapter: the Hub would offer code that loads a LoRA which is not there."""
     family = student_of(folders, "sd15").family
     model = family.cfg.model_copy(update={"path": "some-body/some-model", "full": full})
     cfg = RunConfig(name="x", model=model, method={"kind": "dmd"}, loop={}, rewards=[])
     terms = {"license": "other", "license_name": "theirs: v1", "license_link": "https://example.org"}
     images = "images/step_000040.png"
     facts = {"step": 7, "validation": {"clip": (0.25, None)}}
-    card = model_card(cfg, family, {}, facts, merged=full != "none", license=terms, samples=images, where="me/student")
+    card = model_card(cfg, family, {}, facts, merged=merged, license=terms, samples=images, where="me/student")
     read = ModelCard(card)
     assert isinstance(read.data, ModelCardData) and read.data.to_dict() == {
         "base_model": "some-body/some-model",
-        "base_model_relation": "adapter" if full == "none" else "finetune",
+        "base_model_relation": "finetune" if merged else "adapter",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "diffusers", *(["lora", "template:sd-lora"] if full == "none" else [])]
+        "tags": ["text-to-image", "diffusers", *([] if merged else ["lora", "template:sd-lora"])]
         + ["few-step", "distillation", "gdmd", "dmd"],
         **terms,
         "widget": [{"text": "samples after 40 iterations", "output": {"url": images}}],
