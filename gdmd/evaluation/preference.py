@@ -149,11 +149,15 @@ def score(
 
 
 def summary(generated: GeneratedImages, prompt_set: PromptSet, scores: Mapping[str, Scores]) -> dict[str, Any]:
-    """Plain data: the source and, per scorer, mean, interval and whether it was trained on (null = unknown)."""
+    """Plain data: the source and, per scorer, mean, interval and whether it was trained on (null = unknown).
+
+    size: the chosen one of a run with several image sizes; null = the default.
+    """
     trained = generated.info.trained
     return {
         "source": generated.info.json(),
         "weights": generated.info.identity.get("weights"),
+        "size": generated.info.identity.get("size"),
         "prompt_file": prompt_set.file,
         "prompts": len(prompt_set.texts),
         "images_per_prompt": prompt_set.images,

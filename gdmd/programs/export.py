@@ -208,7 +208,7 @@ def _absolute(path: str) -> str:
 
 
 def measured_at(run: Path, step: int) -> dict[str, Any] | None:
-    """RUN/preference/preference.json if it was measured with this step's weights, else None."""
+    """RUN/preference/preference.json if it was measured with this step's weights at the export's size, else None."""
     file = run / "preference" / "preference.json"
     if not file.is_file():
         return None
@@ -218,7 +218,8 @@ def measured_at(run: Path, step: int) -> dict[str, Any] | None:
         rows = [{key: row[key] for key in ("mean", "low", "high", "trained")} for row in found["scores"].values()]
         measured = {key: found[key] for key in kept} | {"scores": dict(zip(found["scores"], rows, strict=True))}
         mine = found["source"]["step"] == step and found.get("weights") == checkpoint_content(run, step)
-        return measured if mine else None
+        model = real_model(config_of(run), run)
+        return measured if mine and found.get("size") in (None, [model.height, model.width]) else None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{file} cannot be read ({error}); evaluate again, or delete it") from error
 
