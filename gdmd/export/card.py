@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gdmd.config.describe import METHODS, student_updates, trained_rewards
+from gdmd.config.describe import METHODS, is_trained, student_updates, trained_rewards
 from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import PREFIX, is_shapes_pipeline
@@ -281,7 +281,7 @@ def _validation(scores: Mapping[str, tuple[float, float | None]], cfg: RunConfig
         return ()
     trained = trained_rewards(cfg)
     rows = (
-        f"| {name} | {_number(student)} | {_number(teacher)} | {'trained on' if own in trained else 'unseen'} |"
+        f"| {name} | {_number(student)} | {_number(teacher)} | {'trained on' if is_trained(own, trained) else 'unseen'} |"
         for name, (student, teacher) in scores.items()
         for own, _ in [split_size(name)]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,17 @@ def test_cards_metadata(folders: Path, full: str, merged: bool) -> None:
     assert f"![samples]({images})" in card and "Complete before publishing" not in card and "THIS_FOLDER" not in card
     assert "| clip | 0.2500 | - | unseen |" in card
     assert "| iterations | 7 |\n| student updates | 7 |" in card  # of the checkpoint, not of the recipe
+
+
+def test_a_remote_reward_is_not_unseen_on_the_card(folders: Path) -> None:
+    """In the log it is called remote_clip."""
+    family = student_of(folders, "sd15").family
+    rewards = [{"kind": "remote", "url": "http://127.0.0.1:1", "reward": "clip"}]
+    cfg = RunConfig(name="x", model=family.cfg, method={"kind": "gdmd"}, loop={}, rewards=rewards)
+    facts = {"validation": {"remote_clip": (0.25, 0.2), "clip": (0.3, 0.2), "hps": (0.4, 0.3)}}
+    card = model_card(cfg, family, {}, facts, merged=False)
+    for name, seen in (("remote_clip", "trained on"), ("clip", "trained on"), ("hps", "unseen")):
+        assert re.search(rf"\| {name} \| 0.*\| {seen} \|", card), name
 
 
 @pytest.mark.parametrize(
