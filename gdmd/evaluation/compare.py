@@ -57,9 +57,9 @@ SHAPESEVAL = "ShapesEval"
 class EvalOptions:
     """The options of both commands.
 
-    prompts: None = the Shapes evaluation set; column: of the prompts in a table. scorers, features: as written on the
-    command line; none = those of the Shapes world, or the rewards of the run. shard: (k, n), this process generates the
-    images of prompts k, k + n, ... only. gallery: prompts on the page.
+    prompts: None = the Shapes evaluation set; limit: prompts of a file; column: of the prompts in a table. scorers,
+    features: as written on the command line; none = those of the Shapes world, or the rewards of the run. shard: (k, n),
+    this process generates the images of prompts k, k + n, ... only. gallery: prompts on the page.
     """
 
     prompts: str | None = None
@@ -204,7 +204,12 @@ def _against(own: Mapping[str, Scores], first: Mapping[str, Scores]) -> dict[str
 def _prompt_set(options: EvalOptions) -> PromptSet:
     if options.prompts is not None:
         return read_prompt_set(options.prompts, options.images, options.seed, options.limit, options.column)
-    texts = catalog().texts(fixed_rows("eval", options.per_task))[: options.limit]
+    if options.limit is not None:
+        raise ValueError(
+            "--limit is for a file of prompts: the first captions of the Shapes evaluation set are those of its first "
+            "tasks, and ShapesEval is the mean of all six; give fewer of each with --per-task"
+        )
+    texts = catalog().texts(fixed_rows("eval", options.per_task))
     return PromptSet(SHAPES_SET, texts, tuple({"prompt": t} for t in texts), options.images, options.seed)
 
 

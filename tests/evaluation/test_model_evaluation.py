@@ -165,12 +165,12 @@ def test_shards_equal_one_process(gdmd: Gdmd) -> None:
 
 def test_folder_of_another_source_seed_or_prompt(gdmd: Gdmd) -> None:
     gdmd.trained()
-    options = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
+    options = EvalOptions(per_task=1, images=1, device="cpu")
     preference(read_source("run"), options, Path("eval"), quiet)
     with pytest.raises(ValueError, match="another source .*sampler"):
         preference(read_source("teacher-4"), options, Path("eval"), quiet)
     with pytest.raises(ValueError, match=r"another source \(seed"):
-        preference(read_source("run"), EvalOptions(per_task=1, images=1, limit=2, seed=1), Path("eval"), quiet)
+        preference(read_source("run"), EvalOptions(per_task=1, images=1, seed=1), Path("eval"), quiet)
     Path("p.txt").write_text("a red ring\ntwo squares\n")
     with pytest.raises(ValueError, match="00000 holds another prompt"):
         preference(read_source("run"), EvalOptions(prompts="p.txt", images=1, device="cpu"), Path("eval"), quiet)
@@ -296,7 +296,7 @@ def test_changed_scorer_code(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_retrained_run_is_another_source(gdmd: Gdmd) -> None:
     gdmd.trained()
     gdmd.trained("loop.seed=1", run="other")
-    options = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
+    options = EvalOptions(per_task=1, images=1, device="cpu")
     preference(read_source("run"), options, Path("eval"), quiet)
     preference(read_source("run"), options, Path("eval"), quiet)
     shutil.rmtree("run/checkpoints")
@@ -409,6 +409,7 @@ def test_errors_before_the_first_image(gdmd: Gdmd, more: list[str], message: str
         ),
         (["preference", "a", "--prompts", "prompts.txt"], "--out is missing"),
         (["preference", "a", "-o", "x"], "--prompts is missing"),
+        (["preference", "teacher-4-plain", "-o", "x", "--limit", "2"], "ShapesEval is the mean of all six; give fewer"),
         (["preference", "a", "-o", "x", "--prompts", "prompts.txt"], "no scorer was given"),
         (["preference", "a", "-o", "x", "--prompts", "none.txt", "--scorer", "clip"], "none.txt: cannot be read"),
         (["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--scorer", "magic"], "scorer 'magic'"),
