@@ -103,6 +103,7 @@ def compare(sources: Sequence[SourceConfig], options: EvalOptions, folder: Path,
 
 def generate_shard(cfg: SourceConfig, options: EvalOptions, folder: Path) -> int:
     """Generate this process's shard of the images, without scores; return the number of its prompts."""
+    _require_prompts(options, shapes=draws_shapes(cfg))
     prompt_set = _prompt_set(options)
     generate_images(_opened(cfg, options), prompt_set, folder, options.shard)
     return len(range(options.shard[0], len(prompt_set.texts), options.shard[1]))
@@ -113,8 +114,7 @@ def _measured(
 ) -> tuple[PromptSet, list[dict[str, Any]]]:
     """The prompts and a summary per source. All inputs are checked before the first image is generated."""
     shapes = any(draws_shapes(source) for source in sources)
-    if options.prompts is None and not shapes:
-        raise ValueError("--prompts is missing: only Shapes sources have a built-in prompt set")
+    _require_prompts(options, shapes=shapes)
     name = options.features or ("shapes" if shapes else None)
     if options.reference is not None and name is None:
         raise ValueError("--reference has no effect without --features: name the features to compare, such as clip")
@@ -148,6 +148,12 @@ def _measured(
         row["against_first"] = _against(own, scores[0]) if one is not generated[0] else {}
         rows.append(finite_or_none(row))
     return prompt_set, rows
+
+
+def _require_prompts(options: EvalOptions, *, shapes: bool) -> None:
+    """ValueError if there are no prompts. shapes: a source generates images of the Shapes world."""
+    if options.prompts is None and not shapes:
+        raise ValueError("--prompts is missing: only Shapes sources have a built-in prompt set")
 
 
 def _shapes_only(specs: Sequence[RewardConfig], features: str | None, shapes: bool) -> list[str]:
