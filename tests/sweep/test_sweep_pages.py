@@ -229,6 +229,8 @@ def test_verdict_claims_only_what_is_left_after_holms_correction() -> None:
     )
     assert [number.value for number in found.numbers][0] == "0.620 +- 0.020"
     assert "cannot be compared yet" in verdict(made_up(gdmd=[0.6], dmd=[0.5])).sentence
+    more = made_up(gdmd=[0.60, 0.62, 0.64, 0.66], dmd=[0.50, 0.52, 0.54], dmdr=[0.60, 0.61])
+    assert verdict(more).sentence.startswith("On ShapesEval over 2 to 3 common seeds, GDMD ")
 
 
 def test_rows_have_the_colors_of_their_methods() -> None:
