@@ -176,8 +176,10 @@ def pipeline_facts(cfg: RunConfig, mode: str, steps: int) -> dict[str, Any]:
     method: str = cfg.method.kind
     if mode == "teacher":
         method = "teacher"
-    elif method.startswith("gdmd"):
-        method = "gdmd" if cfg.method.rewarded else "dmd"
+    elif method.startswith("gdmd") and not cfg.method.rewarded:
+        method = "dmd"
+    elif method == "gdmd_tilted":  # a control, such as gdmd_tilted_shuffled, keeps its name: no goal is about it
+        method = "gdmd"
     return {"pipeline": {"family": family, "method": method, "mode": mode, "steps": steps}}
 
 

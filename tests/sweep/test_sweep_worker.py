@@ -25,7 +25,7 @@ from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.call_counts import count_calls, forward_passes
-from gdmd.sweep.worker import counted, measured_line
+from gdmd.sweep.worker import counted, measured_line, pipeline_facts
 from gdmd.training.role_state import role_states
 
 BATCH = 2
@@ -100,3 +100,18 @@ def test_a_line_names_the_reward_behind_a_server() -> None:
     rewards = [{"kind": "remote", "url": "http://127.0.0.1:1", "reward": "shapes_pref"}, {"kind": "shapes_clip"}]
     cfg = RunConfig.model_validate({"name": "x", "rewards": rewards, "loop": {}})
     assert measured_line(found, cfg)["trained"] == ["remote shapes_pref", "shapes_pref", "shapes_clip"]
+
+
+def test_a_control_is_not_gdmd_in_the_goals(tmp_path: Path) -> None:
+    """Nor in a page that is written before GDMD's own row is finished."""
+    model = tiny.config(tiny.save("sd3", tmp_path / "sd3"))
+    shared = {"name": "x", "model": model, "prompts": {"file": "validation"}, "loop": {}, "rewards": [{"kind": "clip"}]}
+    methods: dict[str, dict[str, Any]] = {
+        "gdmd": {"kind": "gdmd"},
+        "tilted": {"kind": "gdmd_tilted"},
+        "shuffled": {"kind": "gdmd_tilted_shuffled"},
+        "no reward": {"kind": "gdmd_tilted", "gamma": 0.0},
+    }
+    configs = {name: RunConfig.model_validate(shared | {"method": method}) for name, method in methods.items()}
+    named = {name: pipeline_facts(cfg, "lora", 4)["pipeline"]["method"] for name, cfg in configs.items()}
+    assert named == {"gdmd": "gdmd", "tilted": "gdmd", "shuffled": "gdmd_tilted_shuffled", "no reward": "dmd"}
