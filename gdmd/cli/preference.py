@@ -21,7 +21,7 @@ Prompts = Annotated[
 Column = Annotated[
     str | None, typer.Option("--prompt-column", help="Column with the prompts; default: prompt, else caption or text.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first prompts of the file.")]
 PerTask = Annotated[int, typer.Option(min=1, help="Prompts per task of the Shapes evaluation set.")]
 Scorer = Annotated[
     list[str] | None,

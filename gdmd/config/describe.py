@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from gdmd.config.methods.all import MethodConfig
@@ -84,6 +85,11 @@ def facts(cfg: RunConfig) -> dict[str, str]:
 def trained_rewards(cfg: RunConfig) -> tuple[str, ...]:
     """Labels of the rewards that train a run, including the parts of composites; () for a method without rewards."""
     return tuple(label for spec in cfg.rewards for label in labels_of(spec)) if cfg.method.rewarded else ()
+
+
+def is_trained(name: str, trained: Collection[str]) -> bool:
+    """Whether a reward of this name in the log is one of ``trained_rewards``; a remote one counts as what it serves."""
+    return name in trained or name.removeprefix("remote_") in trained
 
 
 def against_hacking(cfg: RunConfig) -> str:

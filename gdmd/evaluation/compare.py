@@ -38,6 +38,7 @@ from gdmd.evaluation.preference import (
     write_summary,
 )
 from gdmd.evaluation.scorers import Features, feature_maker, judges_shapes, load_scorers, read_scorers, shapes_scorers
+from gdmd.evaluation.verdict import SHAPES_SET
 from gdmd.io import finite_or_none, write_atomic
 from gdmd.recipes.run_folders import config_of
 from gdmd.reporting.progress_bar import phase
@@ -56,9 +57,9 @@ SHAPESEVAL = "ShapesEval"
 class EvalOptions:
     """The options of both commands.
 
-    prompts: None = the Shapes evaluation set; column: of the prompts in a table. scorers, features: as written on the
-    command line; none = those of the Shapes world, or the rewards of the run. shard: (k, n), this process generates the
-    images of prompts k, k + n, ... only. gallery: prompts on the page.
+    prompts: None = the Shapes evaluation set; limit: prompts of a file; column: of the prompts in a table. scorers,
+    features: as written on the command line; none = those of the Shapes world, or the rewards of the run. shard: (k, n),
+    this process generates the images of prompts k, k + n, ... only. gallery: prompts on the page.
     """
 
     prompts: str | None = None
@@ -102,6 +103,7 @@ def compare(sources: Sequence[SourceConfig], options: EvalOptions, folder: Path,
 
 def generate_shard(cfg: SourceConfig, options: EvalOptions, folder: Path) -> int:
     """Generate this process's shard of the images, without scores; return the number of its prompts."""
+    _require_prompts(options, shapes=draws_shapes(cfg))
     prompt_set = _prompt_set(options)
     generate_images(_opened(cfg, options), prompt_set, folder, options.shard)
     return len(range(options.shard[0], len(prompt_set.texts), options.shard[1]))
@@ -112,8 +114,7 @@ def _measured(
 ) -> tuple[PromptSet, list[dict[str, Any]]]:
     """The prompts and a summary per source. All inputs are checked before the first image is generated."""
     shapes = any(draws_shapes(source) for source in sources)
-    if options.prompts is None and not shapes:
-        raise ValueError("--prompts is missing: only Shapes sources have a built-in prompt set")
+    _require_prompts(options, shapes=shapes)
     name = options.features or ("shapes" if shapes else None)
     if options.reference is not None and name is None:
         raise ValueError("--reference has no effect without --features: name the features to compare, such as clip")
@@ -147,6 +148,12 @@ def _measured(
         row["against_first"] = _against(own, scores[0]) if one is not generated[0] else {}
         rows.append(finite_or_none(row))
     return prompt_set, rows
+
+
+def _require_prompts(options: EvalOptions, *, shapes: bool) -> None:
+    """ValueError if there are no prompts. shapes: a source generates images of the Shapes world."""
+    if options.prompts is None and not shapes:
+        raise ValueError("--prompts is missing: only Shapes sources have a built-in prompt set")
 
 
 def _shapes_only(specs: Sequence[RewardConfig], features: str | None, shapes: bool) -> list[str]:
@@ -203,10 +210,13 @@ def _against(own: Mapping[str, Scores], first: Mapping[str, Scores]) -> dict[str
 def _prompt_set(options: EvalOptions) -> PromptSet:
     if options.prompts is not None:
         return read_prompt_set(options.prompts, options.images, options.seed, options.limit, options.column)
-    texts = catalog().texts(fixed_rows("eval", options.per_task))[: options.limit]
-    return PromptSet(
-        "the Shapes evaluation set", texts, tuple({"prompt": t} for t in texts), options.images, options.seed
-    )
+    if options.limit is not None:
+        raise ValueError(
+            "--limit is for a file of prompts: the first captions of the Shapes evaluation set are those of its first "
+            "tasks, and ShapesEval is the mean of all six; give fewer of each with --per-task"
+        )
+    texts = catalog().texts(fixed_rows("eval", options.per_task))
+    return PromptSet(SHAPES_SET, texts, tuple({"prompt": t} for t in texts), options.images, options.seed)
 
 
 def _specs(options: EvalOptions, sources: Sequence[SourceConfig], shapes: bool) -> tuple[RewardConfig, ...]:

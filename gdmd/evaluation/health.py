@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev, stdev
 from typing import Literal
 
+from gdmd.config.describe import is_trained
 from gdmd.config.validation import DIVERSITY, PREFIX
 from gdmd.reporting.plots import BINS, Chart, Metrics, curves, r_histogram, stacked_curves
 from gdmd.runs import validation_scores
@@ -58,8 +59,8 @@ def health_panels(metrics: Metrics, trained: Collection[str] = (), advice: str =
         for watched, svg in drawn
         if svg
     ]
-    names = {label.replace("remote ", "remote_") for label in trained}  # as in keys of the metrics
-    return [*_validation(metrics, names, advice), *panels]
+    own = {name for name in validation_scores.labels(metrics) if is_trained(name, trained)}
+    return [*_validation(metrics, own, advice), *panels]
 
 
 def _validation(metrics: Metrics, trained: Collection[str], advice: str) -> list[Panel]:

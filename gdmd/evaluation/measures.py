@@ -45,6 +45,7 @@ def shapes_measures(generated: GeneratedImages, prompt_set: PromptSet) -> dict[s
         PER_IMAGE: per_image(
             correct.tolist(),
             [TASKS[k] for k in task[:: prompt_set.images].tolist()],
+            prompt_set.texts,
             prompt_set.images,
             prompt_set.file,
             prompt_set.seed,

@@ -93,14 +93,18 @@ def verdict(rows: Rows) -> Verdict:
 
 
 def differences(rows: Rows, name: str) -> dict[str, Estimate]:
-    """A model minus the first one by score, ShapesEval first if the images were checked. No interval below FEW prompts."""
+    """A model minus the first one by score, ShapesEval first if the images were checked.
+
+    No interval below FEW prompts with a score: OCR, for example, leaves out those that quote no text.
+    """
     first = next(iter(rows.values()))
     found = {}
     if PER_IMAGE in first and PER_IMAGE in rows[name] and (own := paired(rows[name], first)) is not None:
         found[SHAPESEVAL] = own
     for label, one in rows[name]["against_first"].items():
         if one["mean"] is not None:
-            ends = (one["low"], one["high"]) if rows[name]["prompts"] >= FEW else (None, None)
+            prompts = one.get("prompts", rows[name]["prompts"])  # earlier versions did not store it
+            ends = (one["low"], one["high"]) if prompts >= FEW else (None, None)
             found[label] = Estimate(one["mean"], *(_or_nan(end) for end in ends))
     return found
 

@@ -111,10 +111,13 @@ def score(
 ) -> dict[str, Scores]:
     """Score the images that a scorer has not scored yet. Scores by label and (prompt, image).
 
-    A stored score is reused for the same image content, prompt (with its metadata if the scorer reads it) and scorer.
+    Prompts of the same text are one prompt with more images, because intervals draw whole prompts again. A stored score
+    is reused for the same image content, prompt (with its metadata if the scorer reads it) and scorer.
     """
     known = _known_scores(folder / SCORES)
     images = {slot: file_hash(generated.files[slot.prompt, slot.image]) for slot in prompt_set.slots}
+    first = {text: k for k, text in reversed(list(enumerate(prompt_set.texts)))}
+    places = {slot: (first[slot.text], slot.occurrence * prompt_set.images + slot.image) for slot in prompt_set.slots}
     found: dict[str, Scores] = {}
     for spec, (label, reward) in zip(specs, rewards.items(), strict=True):
         scorer, reads = scorer_identity(spec), reads_metadata(spec)
@@ -139,18 +142,22 @@ def score(
             scored_now = sum(not math.isnan(known[keys[slot]]) for slot in todo)
             of = "" if scored_now == len(todo) else f" of {len(todo)}"
             log(f"{generated.info.name}: {label} scored {scored_now}{of} images")
-        found[label] = {(slot.prompt, slot.image): known[keys[slot]] for slot in prompt_set.slots}
+        found[label] = {place: known[keys[slot]] for slot, place in places.items()}
         if all(math.isnan(value) for value in found[label].values()):
             log(f"warning: {label} scored no image of {generated.info.name}, so it has no mean")
     return found
 
 
 def summary(generated: GeneratedImages, prompt_set: PromptSet, scores: Mapping[str, Scores]) -> dict[str, Any]:
-    """Plain data: the source and, per scorer, mean, interval and whether it was trained on (null = unknown)."""
+    """Plain data: the source and, per scorer, mean, interval and whether it was trained on (null = unknown).
+
+    size: the chosen one of a run with several image sizes; null = the default.
+    """
     trained = generated.info.trained
     return {
         "source": generated.info.json(),
         "weights": generated.info.identity.get("weights"),
+        "size": generated.info.identity.get("size"),
         "prompt_file": prompt_set.file,
         "prompts": len(prompt_set.texts),
         "images_per_prompt": prompt_set.images,

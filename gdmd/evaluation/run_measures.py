@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from gdmd.evaluation.table import TITLES
-from gdmd.evaluation.verdict import is_teacher, paired, scores_of, task_mean
+from gdmd.evaluation.verdict import captions_of, is_teacher, paired, scores_of, task_mean
 from gdmd.reporting.pages import Dot, DotPlot, Group, TableRow, dot_plot
 from gdmd.reporting.plots import colors_of
 from gdmd.reporting.tables import Cell, Measure, best_of, difference, estimate, number, value_at
@@ -61,7 +61,7 @@ def _ends(row: Mapping[str, Any], path: tuple[str, ...]) -> tuple[float | None, 
         low, high = row.get("interval") or (None, None)
         return low, high
     if path[0] == "shapeseval" and path[1] in (scores := scores_of(row)):
-        found = task_mean({path[1]: scores[path[1]]})
+        found = task_mean({path[1]: scores[path[1]]}, captions_of(row))
         return (None, None) if found.low == found.high else (found.low, found.high)  # all right or all wrong: unknown
     return None, None
 

@@ -54,8 +54,9 @@ def measure(cfg: RunConfig, components: Components, sampler: Sampler, split: Spl
     what = f"measuring {sampler.name} on {count:,} images"
     with progress_bar(what, count + min(WARM_UP, count), then="scoring") as advance:
         found = evaluate(_counting(sampler, advance), components, size, scorers_of(cfg), split)
-    tasks = [TASKS[int(catalog().task[row])] for row in fixed_rows(split, size.per_task)]
-    row = found.json() | {PER_IMAGE: per_image(found.correct.tolist(), tasks, size.images, split, size.seed)}
+    rows = fixed_rows(split, size.per_task)
+    tasks, captions = [TASKS[int(catalog().task[row])] for row in rows], catalog().texts(rows)
+    row = found.json() | {PER_IMAGE: per_image(found.correct.tolist(), tasks, captions, size.images, split, size.seed)}
     return row | ({"step": step} if step else {})
 
 

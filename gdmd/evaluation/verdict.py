@@ -2,10 +2,12 @@
 
 A row of evaluation.json holds, under "per_image", which images the checker found right:
 
-    {"split": "eval", "seed": 777, "images": 2, "right": {"colors": ["11", "01", ...], ...}}   one text per caption
+    {"split": "eval", "seed": 777, "images": 2, "right": {"colors": ["11", "01", ...], ...},   one text per caption
+     "captions": {"colors": ["a red ring", ...], ...}}
 
 Two rows of the same split, seed and sizes show the same captions from the same noise, so that their difference is
-measured image by image. Its interval resamples whole captions within their task, as that of ShapesEval does.
+measured image by image. Its interval resamples whole captions within their task, as that of ShapesEval does: a task with
+few captions repeats them, and the images of one caption succeed or fail together wherever they stand.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,13 +23,19 @@ from gdmd.reporting.pages import Number, Verdict
 from gdmd.reporting.plots import method_in
 from gdmd.reporting.statistics import REPLICATES, bootstrap_means, percentile_interval
 from gdmd.reporting.tables import difference, estimate
+from gdmd.shapes.grammar import TASKS, Split, catalog, fixed_rows
 
 PER_IMAGE = "per_image"
 FEW = 5
-"""Captions per task below which no interval is given: so few say nothing about their spread."""
+"""Different captions per task below which no interval is given: so few say nothing about their spread."""
+SHAPES_SET = "the Shapes evaluation set"
+"""The prompt set of an evaluation of Shapes sources without a prompt file."""
+_FIXED: Mapping[str, Split] = {"dev": "dev", "eval": "eval", SHAPES_SET: "eval"}
 Row = Mapping[str, Any]
 Scores = Mapping[str, np.ndarray]
 """Task -> the share of right images of each caption (or a difference of shares)."""
+Captions = Mapping[str, Sequence[Any]]
+"""Task -> the caption of each of these shares."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,17 @@ class Estimate:
         return (self.low > 0) - (self.high < 0)
 
 
-def per_image(correct: Sequence[bool], tasks: Sequence[str], images: int, split: str, seed: int) -> dict[str, Any]:
+def per_image(
+    correct: Sequence[bool], tasks: Sequence[str], captions: Sequence[str], images: int, split: str, seed: int
+) -> dict[str, Any]:
     """What ``PER_IMAGE`` holds. correct [N]: image by image, ``images`` of each caption; tasks: one per caption."""
     right: dict[str, list[str]] = {}
-    for k, task in enumerate(tasks):
+    names: dict[str, list[str]] = {}
+    for k, (task, caption) in enumerate(zip(tasks, captions, strict=True)):
         own = correct[k * images : (k + 1) * images]
         right.setdefault(task, []).append("".join("1" if one else "0" for one in own))
-    return {"split": split, "seed": seed, "images": images, "right": right}
+        names.setdefault(task, []).append(caption)
+    return {"split": split, "seed": seed, "images": images, "right": right, "captions": names}
 
 
 def scores_of(row: Row) -> Scores:
@@ -59,24 +71,36 @@ def scores_of(row: Row) -> Scores:
     return {task: np.array([own.count("1") / len(own) for own in captions]) for task, captions in right.items()}
 
 
+def captions_of(row: Row) -> Captions:
+    """The caption of every share of ``scores_of``. Rows of earlier versions hold none: those of a fixed set are known."""
+    own = row[PER_IMAGE]
+    if "captions" in own:
+        return cast(Captions, own["captions"])
+    right, split = own["right"], _FIXED.get(own["split"])
+    if split is None:
+        return {task: range(len(found)) for task, found in right.items()}
+    rows = fixed_rows(split, max(map(len, right.values()))).reshape(len(TASKS), -1)
+    return {task: list(catalog().texts(rows[TASKS.index(task), : len(found)])) for task, found in right.items()}
+
+
 def paired(a: Row, b: Row) -> Estimate | None:
     """ShapesEval of a minus that of b; None where their images do not pair (another seed, other captions)."""
     same = ("split", "seed", "images")
     if not all(PER_IMAGE in row for row in (a, b)) or any(a[PER_IMAGE][k] != b[PER_IMAGE][k] for k in same):
         return None
-    own, other = scores_of(a), scores_of(b)
-    if {task: len(found) for task, found in own.items()} != {task: len(found) for task, found in other.items()}:
+    own, other, captions = scores_of(a), scores_of(b), captions_of(a)
+    if captions != captions_of(b):
         return None
-    return task_mean({task: found - other[task] for task, found in own.items()})
+    return task_mean({task: found - other[task] for task, found in own.items()}, captions)
 
 
-def task_mean(scores: Scores) -> Estimate:
-    """Mean of task means, and its interval when captions are drawn again within their task."""
+def task_mean(scores: Scores, captions: Captions) -> Estimate:
+    """Mean of task means, and its interval when whole captions are drawn again within their task."""
     mean = float(np.mean([found.mean() for found in scores.values()]))
-    if min(map(len, scores.values())) < FEW:
+    if min(len(set(captions[task])) for task in scores) < FEW:
         return Estimate(mean)
     rng = np.random.default_rng(0)
-    drawn = [bootstrap_means(found, range(len(found)), REPLICATES, rng) for found in scores.values()]
+    drawn = [bootstrap_means(found, captions[task], REPLICATES, rng) for task, found in scores.items()]
     return Estimate(mean, *percentile_interval(np.mean(drawn, axis=0)))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gdmd.config.describe import METHODS, student_updates, trained_rewards
+from gdmd.config.describe import METHODS, is_trained, student_updates, trained_rewards
 from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import PREFIX, is_shapes_pipeline
@@ -63,12 +63,12 @@ def model_card(
             *_safety(family, merged),
         ),
         ("## Training", *_table(cfg, facts, rewards, _start(cfg, family, separate))),
-        ("## Metrics", *_metrics(measured), *_validation(facts.get("validation") or {}, cfg)),
+        ("## Metrics", *_metrics(measured, facts), *_validation(facts.get("validation") or {}, cfg)),
         ("## Licenses", *_licenses(cfg, rewards, license or {})),
         ("## Configuration", "```json", config, "```"),
     )
     text = "\n".join(line for section in sections for line in (*section, ""))
-    return f"---\n{front_matter(cfg, license or {}, samples)}---\n\n" + text.rstrip("\n") + "\n"
+    return f"---\n{front_matter(cfg, license or {}, samples, lora=not merged)}---\n\n" + text.rstrip("\n") + "\n"
 
 
 def _incomplete(cfg: RunConfig, license: Mapping[str, str]) -> Sequence[str]:
@@ -251,8 +251,13 @@ def _prompts(file: str | None, facts: Mapping[str, Any]) -> str:
     return Path(file).name + (f", SHA-256 {fingerprint.removeprefix('sha256:')}" if fingerprint else "")
 
 
-def _metrics(measured: Mapping[str, Any] | None) -> Sequence[str]:
+def _metrics(measured: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> Sequence[str]:
     """A row per scorer: mean, 95 % interval over prompts, and whether the student was trained on it."""
+    if facts.get("last_weights"):
+        return (
+            "Not evaluated: these are the last weights of the run, and its scores are those of their average (EMA). "
+            "`gdmd eval preference THIS_FOLDER --prompts FILE` measures these.",
+        )
     if not measured:
         return ("Not evaluated. `gdmd eval preference RUN --prompts FILE`, then export again.",)
     head = f"{measured['prompts']} prompts of {measured['prompt_file']}, {measured['images_per_prompt']} images each, "
@@ -276,7 +281,7 @@ def _validation(scores: Mapping[str, tuple[float, float | None]], cfg: RunConfig
         return ()
     trained = trained_rewards(cfg)
     rows = (
-        f"| {name} | {_number(student)} | {_number(teacher)} | {'trained on' if own in trained else 'unseen'} |"
+        f"| {name} | {_number(student)} | {_number(teacher)} | {'trained on' if is_trained(own, trained) else 'unseen'} |"
         for name, (student, teacher) in scores.items()
         for own, _ in [split_size(name)]
     )

@@ -18,11 +18,13 @@ LICENSE = ("license", "license_name", "license_link")
 """Fields of a card."""
 
 
-def front_matter(cfg: RunConfig, license: Mapping[str, str], samples: str | None) -> str:
-    """The YAML between the lines of dashes. ``samples``: images/step_STEP.png in the folder, for the Hub's gallery."""
+def front_matter(cfg: RunConfig, license: Mapping[str, str], samples: str | None, *, lora: bool) -> str:
+    """The YAML between the lines of dashes. ``samples``: images/step_STEP.png in the folder, for the Hub's gallery.
+
+    lora: the folder holds a LoRA for the base model, not a whole pipeline.
+    """
     model = cfg.model
     assert isinstance(model, DiffusersModel)
-    lora = model.full not in ("student", "both")
     base = base_id(model.start)
     tags = ["text-to-image", "diffusers", *(["lora", "template:sd-lora"] if lora else [])]
     tags += ["few-step", "distillation", "gdmd", *([cfg.method.kind] if cfg.method.kind != "gdmd" else [])]

@@ -44,7 +44,7 @@ class CountedMethod:
     """
 
     method: Method
-    networks: Iterable[nn.Module]
+    networks: Iterable[nn.Module] = ()
     share: Callable[[], float] = lambda: 1
     backward: Callable[[nn.Module], float] = lambda net: BACKWARD
     cost: Cost = field(default_factory=Cost)
@@ -52,7 +52,11 @@ class CountedMethod:
 
     def __post_init__(self) -> None:
         for net in {id(net): net for net in self.networks}.values():
-            net.register_forward_hook(self._on_forward)
+            self.watch(net)
+
+    def watch(self, net: nn.Module) -> None:
+        """Count the calls of one more network."""
+        net.register_forward_hook(self._on_forward)
 
     def _on_forward(self, net: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if self._counting:

@@ -102,6 +102,7 @@ class DiffusersRoles:
         self._half = half or cfg.dtype == "bf16"
         self._copies: dict[Role, FullCopy] = {}
         self._shard: Callable[[Any], None] | None = None
+        self._watch: Callable[[Any], object] | None = None
         self._backend: str | None = None
         both: tuple[Role, Role] = ("student", "fake")
         for role in both:
@@ -155,6 +156,12 @@ class DiffusersRoles:
         """Every network that holds weights of a role: the backbones, then the copies."""
         return *self.backbone_nets(), *(copy.net for copy in self._copies.values())
 
+    def watch(self, watch: Callable[[Any], object]) -> None:
+        """Call ``watch`` with every network of a role, also with those created later: an old policy's, a mixture."""
+        self._watch = watch
+        for net in self.modules():
+            watch(net)
+
     def backbone_nets(self) -> tuple[Any, ...]:
         """The networks whose own weights are frozen: the teacher's, and the start's if adapters are on it."""
         return tuple(backbone.net for backbone in self._backbones)
@@ -188,7 +195,10 @@ class DiffusersRoles:
                 "loop.sharding is on, and a sharded fake score cannot be mixed with the teacher (method dmdr, overlap > 0); "
                 "set method.overlap = 0 or loop.sharding = none"
             )
-        return self._denoiser(self.family, copy.blended(self.backbone.set_adapter(NO_ADAPTER), share))
+        mixture = copy.blended(self.backbone.set_adapter(NO_ADAPTER), share)
+        if self._watch is not None:
+            self._watch(mixture.net)
+        return self._denoiser(self.family, mixture)
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
@@ -225,6 +235,8 @@ class DiffusersRoles:
                 compile_blocks(copy.net, self.family.blocks, self._backend)
             if self._shard is not None:
                 self._shard(copy.net)
+            if self._watch is not None:
+                self._watch(copy.net)
             self.old.net, self._old = copy, copy.weights()
         else:
             own = self._start_backbone

@@ -69,7 +69,9 @@ def export_run(
     family = open_family(original, extras=whole)
     check_fits(family, weights)
     arguments = call_arguments(family, cfg.method.student_steps)
-    facts = read_facts(run) | {"step": step, "scoring": read_gaps(run), "validation": validation_at(run, step)}
+    measured = averaged or not cfg.loop.ema  # samples and scores of a run are those of its EMA weights
+    facts = read_facts(run) | {"step": step, "scoring": read_gaps(run)}
+    facts |= {"validation": validation_at(run, step) if measured else {}, "last_weights": not measured}
     content = describe(cfg, family, arguments, step, merged=whole)
     content |= {"loras": [one.model_dump() | {"path": _absolute(one.path)} for one in separate]} if separate else {}
     with writing("the export", target, option="--out"):
@@ -79,9 +81,9 @@ def export_run(
             content |= rounding
         else:
             files = _write_lora(cfg, family, weights, target, given)
-        samples, card = _copy_samples(run, step, target), target / "README.md"
+        samples, card = _copy_samples(run, step, target) if measured else None, target / "README.md"
         found: dict[str, Any] = {
-            "measured": measured_at(run, step),
+            "measured": measured_at(run, step) if measured else None,
             "license": _license(model, license),
             "samples": samples,
         }
@@ -206,7 +208,7 @@ def _absolute(path: str) -> str:
 
 
 def measured_at(run: Path, step: int) -> dict[str, Any] | None:
-    """RUN/preference/preference.json if it was measured with this step's weights, else None."""
+    """RUN/preference/preference.json if it was measured with this step's weights at the export's size, else None."""
     file = run / "preference" / "preference.json"
     if not file.is_file():
         return None
@@ -216,7 +218,8 @@ def measured_at(run: Path, step: int) -> dict[str, Any] | None:
         rows = [{key: row[key] for key in ("mean", "low", "high", "trained")} for row in found["scores"].values()]
         measured = {key: found[key] for key in kept} | {"scores": dict(zip(found["scores"], rows, strict=True))}
         mine = found["source"]["step"] == step and found.get("weights") == checkpoint_content(run, step)
-        return measured if mine else None
+        model = real_model(config_of(run), run)
+        return measured if mine and found.get("size") in (None, [model.height, model.width]) else None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{file} cannot be read ({error}); evaluate again, or delete it") from error
 

@@ -72,6 +72,7 @@ class Difference:
     """mean(a - b) over the images that both have, its interval, and the share of images on which a is higher.
 
     A tie counts half. The interval says whether the models differ on prompts like these, not whether people would agree.
+    prompts: those with such an image.
     """
 
     mean: float
@@ -79,6 +80,7 @@ class Difference:
     high: float
     wins: float
     images: int
+    prompts: int
 
 
 def summarize(values: Sequence[float]) -> Summary:
@@ -176,7 +178,8 @@ def paired_difference(a: Scores, b: Scores) -> Difference:
     both = [place for place in a if place in b and not math.isnan(a[place]) and not math.isnan(b[place])]
     found = clustered_mean({place: a[place] - b[place] for place in both})
     wins = sum((a[place] > b[place]) + 0.5 * (a[place] == b[place]) for place in both)
-    return Difference(found.mean, found.low, found.high, wins / len(both) if both else math.nan, len(both))
+    share = wins / len(both) if both else math.nan
+    return Difference(found.mean, found.low, found.high, share, len(both), found.prompts)
 
 
 def speed(rows: Sequence[Mapping[str, Any]]) -> float | None:

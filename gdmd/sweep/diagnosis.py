@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gdmd.config.describe import labels_of
 from gdmd.config.methods.all import MethodConfig, without_rewards
 from gdmd.config.run import RunConfig, ShapesReward
 from gdmd.diffusion.rng import SampleRng
@@ -94,7 +95,7 @@ def _change(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -> d
     appliers = {role: _applier(state, factor) for role, state in states.items()}
     iterate = partial(apply_iteration, components.method, appliers, step, prompts, rng)
     change = realized_change(iterate, components.roles, fixed, partial(_scores, cfg, components, prompts))
-    trained = {reward.kind for reward in cfg.rewards}
+    trained = {label for reward in cfg.rewards for label in labels_of(reward)}
     seen = [value for name, value in change.items() if name in trained]
     return {"change": sum(seen) / len(seen) if seen else None, "change_heldout": change[HELDOUT]}
 

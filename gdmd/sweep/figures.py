@@ -248,8 +248,9 @@ def curve_figure(results: Results) -> Figure | None:
 
 
 def _gain(points: Sequence[Mapping[str, Any]], k: int, trained: Sequence[str]) -> float:
-    """Mean over the trained rewards of their change since the first point."""
-    changes = [points[k]["rewards"][name] - points[0]["rewards"][name] for name in trained]
+    """Mean over the trained rewards that were measured of their change since the first point."""
+    known = [name for name in trained if name in points[0]["rewards"]]
+    changes = [points[k]["rewards"][name] - points[0]["rewards"][name] for name in known]
     return sum(changes) / len(changes) if changes else math.nan
 
 

@@ -90,7 +90,9 @@ def verdict(results: Results) -> Verdict:
         "+-: standard deviation over seeds. Brackets: 95 % t interval. Better or worse: p below 0.05 in a paired t test, "
         "after Holm's correction over all rows of the table."
     )
-    return Verdict(f"On ShapesEval over {own.count} seeds, {name} {'; it '.join(parts)}.", numbers, [note])
+    few, most = (pick(each.test.count for each in tests) for pick in (min, max))  # the seeds that both rows have
+    seeds = f"{most} seeds" if few == most else f"{few} to {most} common seeds"
+    return Verdict(f"On ShapesEval over {seeds}, {name} {'; it '.join(parts)}.", numbers, [note])
 
 
 def quoted(title: str) -> str:

@@ -257,7 +257,7 @@ def _exported_run(sweep: Sweep, row: ExportRow, seed: int, diagnosed: bool) -> S
 
 
 def contents(cfg: RunConfig) -> dict[str, str]:
-    """Hashes of the files that a run reads: networks or pipeline, scorers, prompts and reward functions."""
+    """Hashes of the files that a run reads: networks or pipeline, scorers, prompts, real images and reward functions."""
     own = {reward.kind: reward.asset for reward in cfg.rewards if isinstance(reward, ShapesReward)}
     files: dict[str, str | None] = {}
     if isinstance(cfg.model, ShapesModel):
@@ -267,6 +267,7 @@ def contents(cfg: RunConfig) -> dict[str, str]:
     if isinstance(cfg.model, DiffusersModel):
         files = sorted(Path(cfg.model.location).rglob("*"))
         found["pipeline"] = _pipeline_content(cfg.model, tuple((str(file), file.stat().st_mtime_ns) for file in files))
+        found |= _more_contents(cfg, cfg.model)
     if cfg.prompts.file:
         from gdmd.data.prompts import prompt_file  # imports torch
 
@@ -276,6 +277,20 @@ def contents(cfg: RunConfig) -> dict[str, str]:
         from gdmd.recipes.reward_identity import scorer_identity
 
         found |= {reward.label: scorer_identity(reward) for reward in others}
+    return found
+
+
+def _more_contents(cfg: RunConfig, model: DiffusersModel) -> dict[str, str]:
+    """Of the decoder for the rewards and of the real images, where a run has them."""
+    found: dict[str, str] = {}
+    if model.scoring_decoder:
+        from gdmd.rewards.weights import weights_content
+
+        found["scoring_decoder"] = weights_content(model.scoring_decoder, model.scoring_decoder_revision)
+    if cfg.needs_real and cfg.real_data is not None:
+        from gdmd.recipes.build_data import store_of  # imports torch
+
+        found["real_data"] = store_of(cfg.real_data, model).fingerprint() or "not computed yet"
     return found
 
 

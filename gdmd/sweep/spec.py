@@ -66,7 +66,7 @@ def read_sweep(source: str) -> Sweep:
 
 
 def _model_problems(config: SweepConfig, recipes: Mapping[str, RunConfig]) -> list[str]:
-    """Rows whose images ShapesEval cannot judge, rows of two kinds of model, and exports of what is not a LoRA."""
+    """Rows whose images ShapesEval cannot judge, of two kinds of model, or of a budget not shown; exports without a LoRA."""
     found = [
         f"row '{name}': a sweep measures ShapesEval, but {cfg.name} distills a pipeline outside the Shapes world; "
         "train it with gdmd train and compare the runs with gdmd eval compare"
@@ -79,6 +79,12 @@ def _model_problems(config: SweepConfig, recipes: Mapping[str, RunConfig]) -> li
             f"rows '{kinds['shapes']}' and '{kinds['diffusers']}': one distills the Shapes networks, the other a pipeline, "
             "which do not fit on one page; write two sweeps"
         )
+    found += [
+        f"row '{row.name}': the page of a sweep over pipelines compares equal student updates and does not show the budget "
+        "passes; leave it out of budgets"
+        for row in config.rows
+        if row.name in recipes and recipes[row.name].model.kind == "diffusers" and "passes" in config.budgets_of(row)
+    ]
     for row in config.exports:
         student = recipes.get(row.student)
         if student and (student.model.kind == "shapes" or student.model.full in ("student", "both")):

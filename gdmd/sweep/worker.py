@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from gdmd.config.describe import labels_of
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import ModelConfig, RunConfig
 from gdmd.diffusion.generate import Sampler, teacher_sampler
@@ -148,14 +149,18 @@ def _exported(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def counted(components: Components) -> CountedMethod:
-    """The method with its passes counted, those of adapters on a frozen base model as such."""
+    """The method with its passes counted: those of adapters on a frozen base model, and calls for features, as such."""
     roles = components.roles
     if isinstance(roles, ShapesRoles):
         return CountedMethod(components.method, [roles.student.net, roles.fake.net, roles.teacher.net, roles.old.net])
     frozen = roles.backbone_nets()
-    return CountedMethod(
-        components.method, roles.modules(), backward=lambda net: FROZEN_BACKWARD if net in frozen else BACKWARD
+    method = CountedMethod(
+        components.method,
+        share=lambda: roles.family.feature_cost if roles.fake.in_feature_mode else 1,
+        backward=lambda net: FROZEN_BACKWARD if net in frozen else BACKWARD,
     )
+    roles.watch(method.watch)
+    return method
 
 
 def mode_of(model: ModelConfig) -> str:
@@ -171,8 +176,10 @@ def pipeline_facts(cfg: RunConfig, mode: str, steps: int) -> dict[str, Any]:
     method: str = cfg.method.kind
     if mode == "teacher":
         method = "teacher"
-    elif method.startswith("gdmd"):
-        method = "gdmd" if cfg.method.rewarded else "dmd"
+    elif method.startswith("gdmd") and not cfg.method.rewarded:
+        method = "dmd"
+    elif method == "gdmd_tilted":  # a control, such as gdmd_tilted_shuffled, keeps its name: no goal is about it
+        method = "gdmd"
     return {"pipeline": {"family": family, "method": method, "mode": mode, "steps": steps}}
 
 
@@ -182,10 +189,13 @@ def measures(cfg: RunConfig, components: Components, sampler: Sampler, split: An
 
 
 def measured_line(found: Evaluation, cfg: RunConfig) -> dict[str, Any]:
-    """An evaluation as in a table line; ``correct``: 1 or 0 for every image, caption by caption."""
+    """An evaluation as in a table line.
+
+    correct: 1 or 0 for every image, caption by caption. trained: labels of the recipe's rewards and of their parts.
+    """
     row = found.json()
     tasks = dict(row.pop("shapeseval"))
-    trained = [reward.kind for reward in cfg.rewards]
+    trained = [label for reward in cfg.rewards for label in labels_of(reward)]
     correct = "".join(str(int(right)) for right in found.correct.tolist())
     return {"shapeseval": tasks.pop("overall"), "tasks": tasks, **row, "correct": correct, "trained": trained}
 

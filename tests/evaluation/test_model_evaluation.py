@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from torch import Tensor
 from gdmd.config.image_source import read_source
 from gdmd.evaluation.compare import EvalOptions, compare, preference
 from gdmd.evaluation.geneval import images_key
+from gdmd.evaluation.model_page import differences
 from gdmd.sources.runs import RunSource
 
 SCORERS = ("test_model_evaluation:brightness", "test_model_evaluation:green")
@@ -89,6 +91,16 @@ def test_known_means_and_intervals(gdmd: Gdmd) -> None:
     assert unknown["scores"][SCORERS[0]]["trained"] is None and row["seconds_per_image"] is None
 
 
+def test_repeated_prompts_are_one_prompt_of_an_interval(gdmd: Gdmd) -> None:
+    """Twenty prompts of two texts, each of one brightness: only the two texts are drawn again."""
+    prompts, shades = ["a cat", "a dog"] * 10, [[(0, 0, 0)], [(51, 0, 0)]] * 10
+    folder = painted(gdmd.folder / "a", prompts, shades)
+    Path("prompts.txt").write_text("\n".join(prompts) + "\n")
+    found = preference(read_source(str(folder)), settings(images=1), Path("eval"), quiet)["scores"][SCORERS[0]]
+    assert (found["images"], found["prompts"]) == (20, 2) and found["mean"] == pytest.approx(0.1)
+    assert (found["low"], found["high"]) == pytest.approx((0.0, 0.2))
+
+
 def test_known_distances(gdmd: Gdmd) -> None:
     a, b = world(gdmd)
     features = "test_model_evaluation:colors"
@@ -153,12 +165,12 @@ def test_shards_equal_one_process(gdmd: Gdmd) -> None:
 
 def test_folder_of_another_source_seed_or_prompt(gdmd: Gdmd) -> None:
     gdmd.trained()
-    options = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
+    options = EvalOptions(per_task=1, images=1, device="cpu")
     preference(read_source("run"), options, Path("eval"), quiet)
     with pytest.raises(ValueError, match="another source .*sampler"):
         preference(read_source("teacher-4"), options, Path("eval"), quiet)
     with pytest.raises(ValueError, match=r"another source \(seed"):
-        preference(read_source("run"), EvalOptions(per_task=1, images=1, limit=2, seed=1), Path("eval"), quiet)
+        preference(read_source("run"), EvalOptions(per_task=1, images=1, seed=1), Path("eval"), quiet)
     Path("p.txt").write_text("a red ring\ntwo squares\n")
     with pytest.raises(ValueError, match="00000 holds another prompt"):
         preference(read_source("run"), EvalOptions(prompts="p.txt", images=1, device="cpu"), Path("eval"), quiet)
@@ -284,7 +296,7 @@ def test_changed_scorer_code(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_retrained_run_is_another_source(gdmd: Gdmd) -> None:
     gdmd.trained()
     gdmd.trained("loop.seed=1", run="other")
-    options = EvalOptions(per_task=1, images=1, limit=2, device="cpu")
+    options = EvalOptions(per_task=1, images=1, device="cpu")
     preference(read_source("run"), options, Path("eval"), quiet)
     preference(read_source("run"), options, Path("eval"), quiet)
     shutil.rmtree("run/checkpoints")
@@ -306,6 +318,18 @@ def test_compare_pairs_images(gdmd: Gdmd) -> None:
     assert not re.search(r"url\((?!['\"]?#)", page)
     assert f"On {SCORERS[0]}, compared with one: &lt;b&gt;two is not judged (fewer than 5 prompts)." in page
     assert "+0.200, 100 %" in page and "+0.200 [" not in page
+
+
+def test_few_scored_prompts_are_not_judged(gdmd: Gdmd) -> None:
+    """Ten prompts, of which a scorer scores two: the interval of two says nothing."""
+    prompts = [f"prompt {k}{'?' * (k > 1)}" for k in range(10)]
+    Path("prompts.txt").write_text("\n".join(prompts) + "\n")
+    models = [painted(gdmd.folder / name, prompts, [[(g, g, 0)]] * 10) for name, g in (("a", 0), ("b", 51))]
+    options = settings(images=1)
+    rows = compare([read_source(str(path)) for path in models], options, Path("eval"), quiet)["rows"]
+    both, few = (differences(rows, "b")[name] for name in SCORERS)
+    assert rows["b"]["against_first"][SCORERS[1]]["prompts"] == 2
+    assert both.low == both.mean == few.mean == pytest.approx(0.2) and math.isnan(few.low)
 
 
 def test_compare_shapes_models(gdmd: Gdmd) -> None:
@@ -385,6 +409,8 @@ def test_errors_before_the_first_image(gdmd: Gdmd, more: list[str], message: str
         ),
         (["preference", "a", "--prompts", "prompts.txt"], "--out is missing"),
         (["preference", "a", "-o", "x"], "--prompts is missing"),
+        (["preference", "a", "-o", "x", "--shard", "0/2"], "--prompts is missing"),
+        (["preference", "teacher-4-plain", "-o", "x", "--limit", "2"], "ShapesEval is the mean of all six; give fewer"),
         (["preference", "a", "-o", "x", "--prompts", "prompts.txt"], "no scorer was given"),
         (["preference", "a", "-o", "x", "--prompts", "none.txt", "--scorer", "clip"], "none.txt: cannot be read"),
         (["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--scorer", "magic"], "scorer 'magic'"),

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import zlib
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,13 +18,22 @@ from PIL import Image
 
 from gdmd.evaluation.health import health_panels
 from gdmd.evaluation.run_report import Provenance, read_rows, report_run, save_rows, write_report
-from gdmd.evaluation.verdict import PER_IMAGE, paired, per_image, shapes_verdict
+from gdmd.evaluation.verdict import (
+    PER_IMAGE,
+    captions_of,
+    paired,
+    per_image,
+    scores_of,
+    shapes_verdict,
+    task_mean,
+)
 from gdmd.io import RunError
 from gdmd.reporting.grids import draw_grid, png_bytes
 from gdmd.reporting.plots import COLORS, colors_of, curves, method_in, r_histogram
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import Run, create
-from gdmd.shapes.grammar import TASKS
+from gdmd.shapes.evaluate import bootstrap_interval
+from gdmd.shapes.grammar import TASKS, catalog, fixed_rows
 from gdmd.shapes.same_noise import Column, SameNoise, read_same_noise
 
 NASTY = '<script>alert("x")</script>&"\''
@@ -88,7 +98,8 @@ class Page(HTMLParser):
 def right(shares: list[float], seed: int = 7, captions: int = 20, images: int = 2) -> dict:
     """What ``PER_IMAGE`` holds where the first images of each task are right, as many as the task's share says."""
     correct = [k < share * captions * images for share in shares for k in range(captions * images)]
-    return per_image(correct, [task for task in TASKS for _ in range(captions)], images, "eval", seed)
+    tasks, texts = [task for task in TASKS for _ in range(captions)], [f"caption {k}" for k in range(6 * captions)]
+    return per_image(correct, tasks, texts, images, "eval", seed)
 
 
 def same_noise(name: str = "student", caption: str = "a ring") -> SameNoise:
@@ -206,6 +217,26 @@ def test_difference_is_paired_by_caption() -> None:
     assert paired(a, {PER_IMAGE: right([0.5] * 6, captions=10)}) is None
     few = paired({PER_IMAGE: right([1.0] * 6, captions=2)}, {PER_IMAGE: right([0.0] * 6, captions=2)})
     assert few and few.mean == 1 and math.isnan(few.low) and few.sign == 0  # too few captions for a claim
+
+
+def test_interval_draws_repeated_captions_together() -> None:
+    """As ShapesEval's own interval does: of 50 captions per task, single_object has six. Also in rows without captions."""
+    rows = fixed_rows("eval", 50)
+    texts, images = catalog().texts(rows), 2
+    correct = [zlib.crc32(text.encode()) % 2 == 0 for text in texts for _ in range(images)]
+    tasks = catalog().task[rows]
+    marks = per_image(correct, [TASKS[k] for k in tasks.tolist()], texts, images, "eval", 7)
+    older = {key: value for key, value in marks.items() if key != "captions"}
+    wanted = bootstrap_interval(
+        torch.tensor(correct), tasks.repeat_interleave(images), [text for text in texts for _ in range(images)]
+    )
+    for own in ({PER_IMAGE: marks}, {PER_IMAGE: older}):
+        found = task_mean(scores_of(own), captions_of(own))
+        assert (found.low, found.high) == pytest.approx(wanted, abs=0.01)
+        assert wanted[1] - wanted[0] > 0.1
+    assert paired({PER_IMAGE: marks}, {PER_IMAGE: older}) is not None
+    swapped = {**marks, "captions": {**marks["captions"], "colors": marks["captions"]["colors"][::-1]}}
+    assert paired({PER_IMAGE: marks}, {PER_IMAGE: swapped}) is None
 
 
 def steady(**values: float) -> list[dict[str, float]]:

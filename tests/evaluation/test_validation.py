@@ -236,6 +236,13 @@ def test_reward_hacking_is_reported(trained: list[float], held_out: list[float],
     assert health_panels(rows, ["a", "b"])[0].status == "unknown"  # nothing is held out
 
 
+@pytest.mark.parametrize("trained", [["a"], ["remote a", "a"]])
+def test_a_remote_scorer_is_not_held_out_from_training_on_what_it_serves(trained: list[str]) -> None:
+    rows = [{key.replace("/a", "/remote_a"): value for key, value in row.items()} for row in validated(RISING, FALLING)]
+    (panel,) = health_panels(rows, trained)
+    assert "remote_a (trained)" in panel.svg and "b (held out)" in panel.svg and panel.status == "bad"
+
+
 @pytest.mark.parametrize(
     ("diversity", "status"),
     [

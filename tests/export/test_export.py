@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -147,22 +148,23 @@ def test_cards_command_and_base_model(folders: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("full", ["none", "student"])
-def test_cards_metadata(folders: Path, full: str) -> None:
+@pytest.mark.parametrize(("full", "merged"), [("none", False), ("none", True), ("student", True)])
+def test_cards_metadata(folders: Path, full: str, merged: bool) -> None:
+    """A pipeline with the LoRA merged in is no adapter: the Hub would offer code that loads a LoRA which is not there."""
     family = student_of(folders, "sd15").family
     model = family.cfg.model_copy(update={"path": "some-body/some-model", "full": full})
     cfg = RunConfig(name="x", model=model, method={"kind": "dmd"}, loop={}, rewards=[])
     terms = {"license": "other", "license_name": "theirs: v1", "license_link": "https://example.org"}
     images = "images/step_000040.png"
     facts = {"step": 7, "validation": {"clip": (0.25, None)}}
-    card = model_card(cfg, family, {}, facts, merged=full != "none", license=terms, samples=images, where="me/student")
+    card = model_card(cfg, family, {}, facts, merged=merged, license=terms, samples=images, where="me/student")
     read = ModelCard(card)
     assert isinstance(read.data, ModelCardData) and read.data.to_dict() == {
         "base_model": "some-body/some-model",
-        "base_model_relation": "adapter" if full == "none" else "finetune",
+        "base_model_relation": "finetune" if merged else "adapter",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "diffusers", *(["lora", "template:sd-lora"] if full == "none" else [])]
+        "tags": ["text-to-image", "diffusers", *([] if merged else ["lora", "template:sd-lora"])]
         + ["few-step", "distillation", "gdmd", "dmd"],
         **terms,
         "widget": [{"text": "samples after 40 iterations", "output": {"url": images}}],
@@ -170,6 +172,17 @@ def test_cards_metadata(folders: Path, full: str) -> None:
     assert f"![samples]({images})" in card and "Complete before publishing" not in card and "THIS_FOLDER" not in card
     assert "| clip | 0.2500 | - | unseen |" in card
     assert "| iterations | 7 |\n| student updates | 7 |" in card  # of the checkpoint, not of the recipe
+
+
+def test_a_remote_reward_is_not_unseen_on_the_card(folders: Path) -> None:
+    """In the log it is called remote_clip."""
+    family = student_of(folders, "sd15").family
+    rewards = [{"kind": "remote", "url": "http://127.0.0.1:1", "reward": "clip"}]
+    cfg = RunConfig(name="x", model=family.cfg, method={"kind": "gdmd"}, loop={}, rewards=rewards)
+    facts = {"validation": {"remote_clip": (0.25, 0.2), "clip": (0.3, 0.2), "hps": (0.4, 0.3)}}
+    card = model_card(cfg, family, {}, facts, merged=False)
+    for name, seen in (("remote_clip", "trained on"), ("clip", "trained on"), ("hps", "unseen")):
+        assert re.search(rf"\| {name} \| 0.*\| {seen} \|", card), name
 
 
 @pytest.mark.parametrize(

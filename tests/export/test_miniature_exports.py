@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ pytest.importorskip("peft")
 
 import diffusers
 from huggingface_hub import constants
+from PIL import Image
 from stock_pipelines import UNIFORM, stock_images, trainers_images
 from torch import Tensor
 from upload_hub import TOKEN, account, logged_in
@@ -24,6 +26,7 @@ from gdmd.cli.app import main
 from gdmd.config.shapes_pipeline import located
 from gdmd.export.lora import KOHYA_FILE
 from gdmd.models.roles import DiffusersRoles
+from gdmd.recipes.contents import checkpoint_content
 from gdmd.recipes.open_run import open_student
 from gdmd.recipes.run_folders import config_of
 from gdmd.shapes.grammar import catalog, fixed_rows
@@ -183,3 +186,32 @@ def test_all_exports_on_one_page(trained: Trained, tmp_path: Path) -> None:
         for scorer, found in rows[name]["scores"].items():
             assert found["mean"] == pytest.approx(student["scores"][scorer]["mean"], abs=2e-3), (name, scorer)
     assert rows["base"]["scores"] != student["scores"]
+
+
+@pytest.mark.parametrize("trained", ["sdxl"], indirect=True)
+def test_scores_of_the_ema_are_not_on_the_card_of_the_last_weights(trained: Trained, tmp_path: Path) -> None:
+    """Nor are its sample images."""
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    step = config_of(run).loop.steps
+    (run / "grids").mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(run / "grids" / f"step_{step:06d}.png")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "validation/shapes_clip": 0.4321}) + "\n")
+    score = {"mean": 0.1234, "low": 0.1, "high": 0.2, "trained": True}
+    measured = {
+        "prompts": 6,
+        "prompt_file": "a.txt",
+        "images_per_prompt": 1,
+        "seed": 0,
+        "scores": {"shapes_pref": score},
+    }
+    measured |= {"source": {"step": step}, "weights": checkpoint_content(run, step)}
+    (run / "preference").mkdir()
+    (run / "preference" / "preference.json").write_text(json.dumps(measured))
+    for option, shown in (("--ema", True), ("--no-ema", False)):
+        out = tmp_path / option
+        gdmd("export", str(run), option, "-o", str(out))
+        card = (out / "README.md").read_text()
+        assert [text in card for text in ("0.1234", "0.4321", "![samples]")] == [shown] * 3, option
+        assert ("these are the last weights of the run" in card) is not shown

@@ -88,7 +88,8 @@ def demo_of(*shares: float) -> Demo:
     rows = {}
     for name, share in zip(names, shares, strict=True):
         correct = [k % 10 < 10 * share for _ in TASKS for k in range(200)]
-        marks = per_image(correct, [task for task in TASKS for _ in range(20)], 10, "eval", 7)
+        texts = [f"caption {k}" for k in range(6 * 20)]
+        marks = per_image(correct, [task for task in TASKS for _ in range(20)], texts, 10, "eval", 7)
         rows[name] = {"nfe": 100 if name.startswith("teacher") else 4, PER_IMAGE: marks}
     return Demo(Path("demo"), 1.0, rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from gdmd.config.metric_keys import metric_keys
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.diffusion.rng import SampleRng
+from gdmd.evaluation.compare import EvalOptions, preference
 from gdmd.evaluation.health import health_panels
 from gdmd.evaluation.validation import Validation
 from gdmd.methods.sizes import drawn_size
@@ -201,6 +203,11 @@ def test_validation_samples_and_card_have_every_size(folders: Path, tmp_path: Pa
     assert all(f"| test_sizes:brightness{size} | 0." in card for size in ("", "/32x32", "/32x64", "/64x32"))
     assert card.count("| trained on |") == 4
     assert "| image sizes (height x width) | 32 x 32, 32 x 64, 64 x 32 |" in card and "height=32, width=32" in card
+    options = EvalOptions(str(folders / "prompts.txt"), images=1, scorers=("test_sizes:brightness",), device="cpu")
+    for given, shown in ((",height=64", False), ("", True)):  # the card says height=32
+        shutil.rmtree(run / "preference", ignore_errors=True)
+        preference(read_source(f"{run}{given}"), options, run / "preference", print)
+        assert ("1 images each" in export_run(run)[-1].read_text()) is shown
     for given, size in (("", (32, 32)), (",height=64", (32, 64)), (",width=64", (64, 32))):
         draw(read_source(f"{run}{given}"), ["two red dogs"], 1, 0, tmp_path / "a.png", 1)
         assert all(whole > side for whole, side in zip(Image.open(tmp_path / "a.png").size, size, strict=True))

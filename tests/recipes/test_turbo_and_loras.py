@@ -311,7 +311,7 @@ def test_export_on_the_turbo_model(
     assert difference(opened(run), pipe, monkeypatch) > 1e-2
     card = (run / "export" / "README.md").read_text()
     assert "| teacher | shapes:sd3 |" in card and "`base_model`: the hub id of sd3-checkpoint" in card
-    assert "base_model: org/turbo\n" in front_matter(recipe("sd3", "model.student=org/turbo"), {}, None)
+    assert "base_model: org/turbo\n" in front_matter(recipe("sd3", "model.student=org/turbo"), {}, None, lora=True)
 
 
 @pytest.mark.parametrize(("start", "full"), [("student_lora", "none"), ("student", "student")])

@@ -10,13 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gdmd.io import RunError
 from gdmd.reporting.plots import COLORS
 from gdmd.shapes.same_noise import Column, SameNoise
 from gdmd.sweep import results as sweep_results
-from gdmd.sweep.figures import _look, row_colors
+from gdmd.sweep.figures import _look, curve_figure, row_colors
 from gdmd.sweep.page import verdict
 from gdmd.sweep.pool import Outcome
 from gdmd.sweep.results import beginning, stored_results, summary, write_pages
@@ -191,6 +192,15 @@ def made_up(trained: dict[str, list[str]] | None = None, **values: list[float]) 
     return Results(rows, lines, "gdmd")
 
 
+def test_curves_of_a_reward_that_is_not_measured() -> None:
+    """A sweep measures the scorers of the Shapes world, whatever the students are trained on."""
+    results = made_up({"gdmd": ["my_reward"]}, gdmd=[0.6])
+    point = {"updates": 0, "shapeseval": 0.5, "rewards": {"shapes_clip": 0.4}}
+    diagnosed = Results(results.rows, [{**results.lines[0], "points": [point, point]}], "gdmd")
+    figure = curve_figure(diagnosed)
+    assert figure is not None and all(np.isnan(figure.axes[0].lines[0].get_ydata()))
+
+
 def test_tests_are_paired_over_seeds_and_corrected_over_rows() -> None:
     results = made_up(gdmd=[0.60, 0.62, 0.64], dmd=[0.55, 0.58, 0.59], dmdr=[0.60, 0.61, 0.65], lonely=[0.1])
     found = {each.row.name: each for each in against_headline(results, OVERALL)}
@@ -219,6 +229,8 @@ def test_verdict_claims_only_what_is_left_after_holms_correction() -> None:
     )
     assert [number.value for number in found.numbers][0] == "0.620 +- 0.020"
     assert "cannot be compared yet" in verdict(made_up(gdmd=[0.6], dmd=[0.5])).sentence
+    more = made_up(gdmd=[0.60, 0.62, 0.64, 0.66], dmd=[0.50, 0.52, 0.54], dmdr=[0.60, 0.61])
+    assert verdict(more).sentence.startswith("On ShapesEval over 2 to 3 common seeds, GDMD ")
 
 
 def test_rows_have_the_colors_of_their_methods() -> None:

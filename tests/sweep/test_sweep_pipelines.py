@@ -21,6 +21,8 @@ from PIL import Image
 
 from gdmd.config.image_source import read_source
 from gdmd.config.load import ConfigError
+from gdmd.config.model import DiffusersModel
+from gdmd.recipes.build_data import store_of
 from gdmd.sources.open import open_source
 from gdmd.sweep import images, plain_diffusers, pool, worker
 from gdmd.sweep.pool import Outcome, run_sweep
@@ -202,6 +204,7 @@ def test_the_exported_lora_is_drawn_by_diffusers_alone(done: Done) -> None:
         ("student: gdmd_lora}", "student: gdmd}", "which is not one of the rows"),
         ("label: GDMD LoRA}", "label: GDMD LoRA, recipe: shapes_demo}", "which do not fit on one page"),
         ("rows: [teacher,", "rows: [exported,", "not a row of a teacher or student"),
+        ("seeds: [3]", "seeds: [3]\nbudgets: [updates, passes]", "'gdmd_full': .* does not show the budget passes"),
     ],
 )
 def test_what_a_sweep_cannot_do_is_an_error(done: Done, before: str, after: str, reason: str) -> None:
@@ -215,3 +218,24 @@ def test_a_changed_pipeline_is_another_run(tmp_path: Path) -> None:
     torch.manual_seed(1)
     tiny.sd3().transformer.save_pretrained(tmp_path / "sd3" / "transformer")
     assert first.isdisjoint(run.hash for run in plan(read_sweep(str(tmp_path / "miniatures.yaml"))))
+
+
+def test_another_scoring_decoder_or_other_real_images_are_other_runs(tmp_path: Path) -> None:
+    """The folders keep their names, so only their content tells."""
+    decoder = tmp_path / "decoder"
+    decoder.mkdir()
+    own = f"overrides: {{model.scoring_decoder: {decoder}, method.student_input: data, real_data.source: {tmp_path}, "
+    source = write_sweep(tmp_path, f"{CONFIG}{own}real_data.latents: {tmp_path / 'latents'}}}\n")
+    cfg = read_sweep(source).headline
+    assert cfg.real_data is not None and isinstance(cfg.model, DiffusersModel)
+    index = store_of(cfg.real_data, cfg.model).folder / "index.json"
+    index.parent.mkdir(parents=True)
+    found = []
+    for weights, caption in ((b"one", "a ring"), (b"two", "a ring"), (b"one", "a disk"), (b"one", "a ring")):
+        (decoder / "model.safetensors").write_bytes(weights)
+        images = [{"image": "0", "caption": caption}]
+        index.write_text(json.dumps({"source": [str(tmp_path)], "state": [""], "images": images}))
+        found.append({run.name: run.hash for run in plan(read_sweep(source)) if "exported" not in run.name})
+    students = [name for name in found[0] if "lora" in name or "full" in name]
+    assert found[0] == found[3] and len(students) == 3
+    assert all(len({own[name] for own in found}) == 3 for name in students)
