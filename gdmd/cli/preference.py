@@ -22,7 +22,7 @@ Column = Annotated[
     str | None, typer.Option("--prompt-column", help="Column with the prompts; default: prompt, else caption or text.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first prompts of the file.")]
-PerTask = Annotated[int, typer.Option(min=1, help="Prompts per task of the Shapes evaluation set.")]
+PerTask = Annotated[int | None, typer.Option(min=1, help="Prompts per task of the Shapes evaluation set; default: 50.")]
 Scorer = Annotated[
     list[str] | None,
     typer.Option(
@@ -47,7 +47,7 @@ def preference_command(
     images: ImagesPerPrompt = 4,
     seed: NoiseSeed = 777,
     limit: Limit = None,
-    per_task: PerTask = 50,
+    per_task: PerTask = None,
     scorer: Scorer = None,
     features: Features = None,
     reference: Reference = None,
@@ -90,7 +90,7 @@ def compare_command(
     images: ImagesPerPrompt = 4,
     seed: NoiseSeed = 777,
     limit: Limit = None,
-    per_task: PerTask = 50,
+    per_task: PerTask = None,
     scorer: Scorer = None,
     features: Features = None,
     reference: Reference = None,

@@ -51,20 +51,23 @@ from gdmd.sources.open import draws_shapes, kind_of, open_source
 
 RESULT, PAGE = "compare.json", "compare.html"
 SHAPESEVAL = "ShapesEval"
+PER_TASK = 50
+"""Captions per task of the Shapes evaluation set: 300."""
 
 
 @dataclass(frozen=True)
 class EvalOptions:
     """The options of both commands.
 
-    prompts: None = the Shapes evaluation set; limit: prompts of a file; column: of the prompts in a table. scorers,
-    features: as written on the command line; none = those of the Shapes world, or the rewards of the run. shard: (k, n),
-    this process generates the images of prompts k, k + n, ... only. gallery: prompts on the page.
+    prompts: None = the Shapes evaluation set, ``per_task`` captions of each task (None = PER_TASK); limit: prompts of a
+    file; column: of the prompts in a table. scorers, features: as written on the command line; none = those of the Shapes
+    world, or the rewards of the run. shard: (k, n), this process generates the images of prompts k, k + n, ... only.
+    gallery: prompts on the page.
     """
 
     prompts: str | None = None
     limit: int | None = None
-    per_task: int = 50
+    per_task: int | None = None
     images: int = 4
     seed: int = 777
     scorers: tuple[str, ...] = ()
@@ -209,13 +212,18 @@ def _against(own: Mapping[str, Scores], first: Mapping[str, Scores]) -> dict[str
 
 def _prompt_set(options: EvalOptions) -> PromptSet:
     if options.prompts is not None:
+        if options.per_task is not None:
+            raise ValueError(
+                "--per-task is for the Shapes evaluation set, and --prompts gives other prompts; leave one of them out, or "
+                "use the first prompts with --limit"
+            )
         return read_prompt_set(options.prompts, options.images, options.seed, options.limit, options.column)
     if options.limit is not None:
         raise ValueError(
             "--limit is for a file of prompts: the first captions of the Shapes evaluation set are those of its first "
             "tasks, and ShapesEval is the mean of all six; give fewer of each with --per-task"
         )
-    texts = catalog().texts(fixed_rows("eval", options.per_task))
+    texts = catalog().texts(fixed_rows("eval", options.per_task or PER_TASK))
     return PromptSet(SHAPES_SET, texts, tuple({"prompt": t} for t in texts), options.images, options.seed)
 
 

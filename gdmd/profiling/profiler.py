@@ -210,11 +210,20 @@ def timed_calls(components: Components, timer: SectionTimer, calls: list[Network
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.autograd, "backward", timed_backward))
-        for net, who in role_networks(roles):
+        known = role_networks(roles)
+
+        def watch(net: nn.Module, who: Callable[[], str] = lambda: "teacher") -> None:
             before = net.register_forward_pre_hook(lambda net, inputs: timer.start("network calls"))
             after = net.register_forward_hook(_recording_hook(roles, who, timer, calls))
             stack.callback(before.remove)
             stack.callback(after.remove)
+
+        for net, who in known:
+            watch(net, who)
+        if isinstance(roles, DiffusersRoles):  # later ones: the mixtures of teacher and fake score
+            ids = {id(net) for net, _ in known}
+            roles.watch(lambda net: None if id(net) in ids else watch(net))
+            stack.callback(roles.watch, lambda net: None)
         for name in ("scorer", "real_latents"):
             if getattr(method, name, None) is not None:
                 timed = _Timed(getattr(method, name), timer, "decoder and rewards")

@@ -24,6 +24,7 @@ from gdmd.evaluation.model_page import differences
 from gdmd.sources.runs import RunSource
 
 SCORERS = ("test_model_evaluation:brightness", "test_model_evaluation:green")
+SCORED = ("--scorer", SCORERS[0])
 calls: list[int] = []
 
 
@@ -410,6 +411,10 @@ def test_errors_before_the_first_image(gdmd: Gdmd, more: list[str], message: str
         (["preference", "a", "--prompts", "prompts.txt"], "--out is missing"),
         (["preference", "a", "-o", "x"], "--prompts is missing"),
         (["preference", "a", "-o", "x", "--shard", "0/2"], "--prompts is missing"),
+        (
+            ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--per-task", "2", *SCORED],
+            "leave one of them out",
+        ),
         (["preference", "teacher-4-plain", "-o", "x", "--limit", "2"], "ShapesEval is the mean of all six; give fewer"),
         (["preference", "a", "-o", "x", "--prompts", "prompts.txt"], "no scorer was given"),
         (["preference", "a", "-o", "x", "--prompts", "none.txt", "--scorer", "clip"], "none.txt: cannot be read"),

@@ -154,7 +154,7 @@ def of_pipeline(folder: Path, family: str, method: dict[str, Any], **model: Any)
         "model": tiny_pipelines.config(pipeline, **model).model_dump(),
         "method": {"kind": "gdmd", **method},
         "prompts": {"file": str(folder / "prompts.txt")},
-        "rewards": [{"kind": "callable", "target": "test_profiler:brightness"}],
+        "rewards": [{"kind": "callable", "target": "test_profiler:brightness", "differentiable": True}],
         "loop": {"batch_size": 2, "threads": 1},
     }
     return Profiler(RunConfig.model_validate(cfg))
@@ -171,6 +171,18 @@ def test_calls_of_adapters_are_told_apart(tmp_path: Path, family: str, full: str
     assert calls["teacher", False] == 8 and calls["student", False] == 2
     passes = sum(call.passes for call in profiler.calls[0]) / 2
     assert passes == 1 + 2 * (2 + 2 + 1 + (3 if full == "student" else 2))
+
+
+@pytest.mark.parametrize("full", ["none", "both"])
+def test_calls_of_a_blended_teacher(tmp_path: Path, full: str) -> None:
+    """DMDR's real score; of full copies it is a network that is created in every iteration."""
+    method = {"kind": "dmdr", "cold_start": 10**6, "fake_updates": 2, "student_steps": [1.0], "guidance": 3.0}
+    profiler = of_pipeline(tmp_path, "sd15", method, full=full)
+    for step in range(2):
+        profiler.round(step)
+    found = profiler.summary()
+    assert found["passes_per_update"] == pytest.approx(found["expected_passes_per_update"])
+    assert ("teacher", False) in calls_of(profiler) or full == "none"  # an adapter's calls are those of the fake score
 
 
 def test_feature_calls_of_a_gan_head(tmp_path: Path) -> None:
