@@ -196,7 +196,7 @@ def _by_task(
         Path(one.info.where) if one.info.kind == "images" else own / "images"
         for one, own in zip(generated, folders, strict=True)
     ]
-    return [{"geneval": geneval_scores(home, log)} for home in homes]
+    return [{"geneval": scores} for scores in geneval_scores(homes, log)]
 
 
 def _reference(make: Features, prompt_set: PromptSet, real: Sequence[Path], shapes: bool) -> Tensor | None:

@@ -99,7 +99,7 @@ def score_folder(folder: Path, detector: Detector, colors: ColorClassifier, by: 
             append_jsonl(path, [row | {"key": key}], "the detections")
             advance(1)
     results = judge_detections(path, {prompt: task for prompt, task, _, _ in files})
-    return write_scores(folder, results, images_key(folder))
+    return write_scores(folder, results, images_key(folder), by)
 
 
 def images_key(folder: Path) -> str:
@@ -135,12 +135,20 @@ def score_recorded(detections: Path, metadata: Path) -> dict[str, Score]:
     return summarize(judge_detections(detections, tasks))
 
 
-def write_scores(folder: Path, results: Sequence[ImageResult], images: str) -> dict[str, Score]:
-    """results.jsonl, one line per image, and geneval.json, the scores with intervals. images: ``images_key``."""
+def write_scores(folder: Path, results: Sequence[ImageResult], images: str, by: str) -> dict[str, Score]:
+    """results.jsonl, one line per image, and geneval.json, the scores with intervals and what they are from.
+
+    images: ``images_key``; by: identity of detector and classifier.
+    """
     scores = summarize(results)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / RESULTS, "".join(json.dumps(row.json()) + "\n" for row in results), "the results")
-    summary = {"label": LABEL, "images": images, "scores": {name: asdict(score) for name, score in scores.items()}}
+    summary = {
+        "label": LABEL,
+        "images": images,
+        "by": by,
+        "scores": {name: asdict(score) for name, score in scores.items()},
+    }
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=2) + "\n", "the scores")
     return scores
 

@@ -107,17 +107,36 @@ def render_features(make: Features, prompt_set: PromptSet) -> Tensor:
     return torch.cat([make(images[k : k + _BATCH]) for k in range(0, len(images), _BATCH)])
 
 
-def geneval_scores(folder: Path, log: Callable[[str], None]) -> Mapping[str, Any] | None:
-    """The GenEval scores stored next to the images, if any; scores of other images are ignored."""
-    file = folder / GENEVAL
-    if not file.is_file():
-        return None
+def geneval_scores(folders: Sequence[Path], log: Callable[[str], None]) -> list[Mapping[str, Any] | None]:
+    """The GenEval scores stored next to the images of each folder, if any.
+
+    Scores of other images, or by another detector than those before, are ignored, as ``log`` says.
+    """
+    found: list[Mapping[str, Any] | None] = []
+    first: tuple[Path, Any] | None = None
+    for folder in folders:
+        file = folder / GENEVAL
+        stored = _stored_geneval(file) if file.is_file() else None
+        if stored is not None and stored["images"] != images_key(folder):
+            log(f"{file} holds scores of other images, so they are ignored; run gdmd eval geneval score again")
+            stored = None
+        if stored is not None and first is not None and stored["by"] != first[1]:
+            log(
+                f"{file} was scored by another detector, classifier or version of gdmd than {first[0]}, so it is ignored; "
+                "run gdmd eval geneval score again"
+            )
+            stored = None
+        if stored is not None and first is None:
+            first = file, stored["by"]
+        found.append(stored["scores"] if stored else None)
+    return found
+
+
+def _stored_geneval(file: Path) -> dict[str, Any]:
+    """scores, and what they are from: images, by. ValueError for a damaged file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         scores = {k: {key: float(one[key]) for key in ("value", "low", "high")} for k, one in found["scores"].items()}
+        return {"scores": scores, "images": found.get("images"), "by": found.get("by")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}); score the folder again with gdmd eval geneval score") from error
-    if found.get("images") != images_key(folder):
-        log(f"{file} holds scores of other images, so they are ignored; run gdmd eval geneval score again")
-        return None
-    return scores

@@ -15,6 +15,7 @@ from PIL import Image
 from gdmd.cli.app import main
 from gdmd.evaluation.geneval import generate, prompt_seed, score_folder, score_recorded
 from gdmd.evaluation.geneval_scores import read_metadata
+from gdmd.evaluation.measures import geneval_scores
 from gdmd.rewards.geneval.detector import Detections
 from gdmd.rewards.geneval.rules import DetectedObject, Requirement, Task, as_row
 from gdmd.sources.base import SourceInfo
@@ -116,6 +117,20 @@ def test_detections_depend_on_image_prompt_and_detector(tmp_path: Path) -> None:
     assert len(lines) == 6 and len({line["key"] for line in lines}) == 6
     shutil.rmtree(tmp_path / "00002")
     assert score_folder(tmp_path, OneDog(), AlwaysRed(), by="two")["overall"].images == 4
+
+
+def test_scores_by_two_detectors_are_not_compared(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "none", "two")]
+    for folder, by in zip(folders, ("one", "", "two"), strict=True):
+        painted(folder, images=2)
+        if by:
+            score_folder(folder, OneDog(), AlwaysRed(), by=by)
+    logged: list[str] = []
+    first, none, second = geneval_scores(folders, logged.append)
+    assert first is not None and none is second is None
+    assert len(logged) == 1 and "another detector, classifier or version of gdmd than" in logged[0]
+    score_folder(folders[2], OneDog(), AlwaysRed(), by="one")
+    assert geneval_scores(folders, logged.append) == [first, None, first] and len(logged) == 1
 
 
 def test_images_of_another_source_or_seed_are_not_mixed(tmp_path: Path) -> None:
