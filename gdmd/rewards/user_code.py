@@ -88,14 +88,25 @@ def location_of(given: Any) -> str:
 
 
 def object_source(given: Any) -> str | None:
-    """A hash of the source code of a function, or of the class of another callable; None if Python does not know it."""
+    """A hash of the source code of a function, or of the class of another callable; None if Python does not know it.
+
+    With the arguments that ``functools.partial`` binds: numbers and strings by value, other objects by their class.
+    """
+    bound: list[str] = []
     while isinstance(given, partial):
+        bound += [_value(one) for one in given.args]
+        bound += [f"{name}={_value(one)}" for name, one in sorted(given.keywords.items())]
         given = given.func
     try:
         source = inspect.getsource(given if hasattr(given, "__name__") else type(given))
     except (OSError, TypeError):
         return None
-    return content_hash(textwrap.dedent(source))
+    return content_hash(textwrap.dedent(source), *bound)
+
+
+def _value(bound: Any) -> str:
+    plain = bound is None or isinstance(bound, str | int | float)
+    return repr(bound) if plain else type(bound).__qualname__
 
 
 def imported(target: str) -> Any:

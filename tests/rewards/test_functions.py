@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,20 @@ def test_the_identity_of_a_function_is_its_source() -> None:
     inputs = inputs_of(cfg)
     assert inputs["rewards.0.source"].fingerprint == f"sha256:{spec.source}"
     assert inputs["rewards.1.source"].fingerprint is None
+
+
+def scaled(images: Tensor, prompts: Any, factor: Any = 1.0) -> Tensor:
+    return factor * images.mean((1, 2, 3))
+
+
+def test_bound_arguments_are_part_of_the_identity() -> None:
+    """Objects count by their class, as their text may hold an address."""
+
+    def source(factor: Any) -> str | None:
+        return CallableReward(partial(scaled, factor=factor), "scaled").config.source  # type: ignore[union-attr]
+
+    assert source(1.0) == source(1.0) != source(2.0) != CallableReward(scaled).config.source  # type: ignore[union-attr]
+    assert source(torch.ones(())) == source(torch.zeros(()))
 
 
 def test_the_program_finds_a_function_next_to_the_working_directory(tmp_path: Path) -> None:
