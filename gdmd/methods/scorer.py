@@ -48,7 +48,7 @@ class ScoreStats:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Latents -> a score per reward. A call makes no gradient, the other methods do, ``micro_batch`` samples at a time."""
+    """Latents -> a score per reward. A call computes no gradient; the others do, ``micro_batch`` samples at a time."""
 
     codec: Codec
     rewards: Sequence[Reward]
