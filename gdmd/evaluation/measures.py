@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ from gdmd.shapes.grammar import TASKS, catalog
 from gdmd.shapes.measures import coverage, fidelity
 from gdmd.shapes.render import draw_scenes, render
 from gdmd.sources.folders import images_in, read_image
-
-if TYPE_CHECKING:
-    pass
 
 _BATCH = 64
 GENEVAL = "geneval.json"
@@ -120,7 +117,7 @@ def geneval_scores(folders: Sequence[Path], log: Callable[[str], None]) -> list[
         if stored is not None and stored["images"] != images_key(folder):
             log(f"{file} holds scores of other images, so they are ignored; run gdmd eval geneval score again")
             stored = None
-        if stored is not None and first is not None and stored["by"] != first[1]:
+        if stored is not None and first is not None and (stored["by"] is None or stored["by"] != first[1]):
             log(
                 f"{file} was scored by another detector, classifier or version of gdmd than {first[0]}, so it is ignored; "
                 "run gdmd eval geneval score again"

@@ -150,7 +150,7 @@ def test_cards_command_and_base_model(folders: Path) -> None:
 
 @pytest.mark.parametrize(("full", "merged"), [("none", False), ("none", True), ("student", True)])
 def test_cards_metadata(folders: Path, full: str, merged: bool) -> None:
-    """A pipeline with the LoRA merged in is no adapter: the Hub would offer code that loads a LoRA which is not there."""
+    """A merged pipeline is not an adapter: the Hub would show code that loads a missing LoRA."""
     family = student_of(folders, "sd15").family
     model = family.cfg.model_copy(update={"path": "some-body/some-model", "full": full})
     cfg = RunConfig(name="x", model=model, method={"kind": "dmd"}, loop={}, rewards=[])
