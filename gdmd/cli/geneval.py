@@ -104,11 +104,16 @@ def score_command(
     if json:
         print_json({name: asdict(score) for name, score in scores.items()})
         return
+    from gdmd.config.describe import counted
     from gdmd.evaluation.geneval import LABEL
 
     print(LABEL)
     for name, score in scores.items():
-        print(f"{name:14} {score.value:.4f}  [{score.low:.4f}, {score.high:.4f}]  {score.images} images")
+        shown = f"{counted(score.images, 'image')} of {counted(score.prompts, 'prompt')}"
+        print(f"{name:14} {score.value:.4f}  [{score.low:.4f}, {score.high:.4f}]  {shown}")
+    overall = scores["overall"]
+    if overall.images % overall.prompts:
+        log("note: some prompts have fewer images than others and count less; if images are missing, generate them first")
 
 
 def _scores(

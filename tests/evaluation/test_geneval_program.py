@@ -194,6 +194,18 @@ def test_score_command(gdmd: Any, tmp_path: Path) -> None:
     assert code == 0 and json.loads(printed)["counting"]["value"] == 0.5
     code, printed, _ = gdmd("eval", "geneval", "score", "images/detections.jsonl", "--metadata", "m.jsonl")
     assert printed.splitlines()[0] == "GenEval (HF detector)" and "overall" in printed.splitlines()[1]
+    assert printed.splitlines()[1].endswith("6 images of 3 prompts")
+
+
+def test_a_folder_whose_generation_was_interrupted_is_named(gdmd: Any, tmp_path: Path) -> None:
+    painted(tmp_path / "images", images=2)
+    (tmp_path / "images" / "00002" / "samples" / "0001.png").unlink()
+    score_folder(tmp_path / "images", OneDog(), AlwaysRed())
+    lines = [(tmp_path / "images" / f"{n:05d}" / "metadata.jsonl").read_text() for n in range(3)]
+    Path("m.jsonl").write_text("".join(lines))
+    code, printed, notes = gdmd("eval", "geneval", "score", "images/detections.jsonl", "--metadata", "m.jsonl")
+    assert code == 0 and printed.splitlines()[1].endswith("5 images of 3 prompts")
+    assert "some prompts have fewer images than others" in notes
 
 
 @pytest.mark.parametrize(
