@@ -113,7 +113,9 @@ def score_command(
         print(f"{name:14} {score.value:.4f}  [{score.low:.4f}, {score.high:.4f}]  {shown}")
     overall = scores["overall"]
     if overall.images % overall.prompts:
-        log("note: some prompts have fewer images than others and count less; if images are missing, generate them first")
+        log(
+            "note: some prompts have fewer images than others and count less; if images are missing, generate them first"
+        )
 
 
 def _scores(
