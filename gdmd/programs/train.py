@@ -56,7 +56,7 @@ from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.training.hub_checkpoints import HubCheckpoints
 from gdmd.training.loop import Hooks, NoProgress, TrainEnd, train
 from gdmd.training.progress import progress_for
-from gdmd.training.trackers import require_trackers
+from gdmd.training.trackers import check_trackers
 from gdmd.training.warm_start import check_model, check_roles, require_start
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _check_without_loading(
         lambda: validation_prompts(cfg),
         lambda: check_places(cfg, settings),
         lambda: check_functions(rewards),
-        lambda: require_trackers(cfg.loop.report_to),
+        lambda: check_trackers(cfg.loop.report_to),
     )
 
 
