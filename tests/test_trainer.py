@@ -16,8 +16,9 @@ from diffusers import StableDiffusionXLPipeline
 
 from gdmd import ConfigError, DistillationTrainer, DMD2Config, DMDConfig, GDMDConfig, RunError, TrainerCallback
 from gdmd import TrainingConfig as Args
+from gdmd.config.run import ShapesReward
 from gdmd.config.shapes_pipeline import located
-from gdmd.rewards import CLIPScore
+from gdmd.rewards import OCR, CLIPScore, Composite, Part
 from gdmd.runs.run_folder import read_facts
 
 TINY = {
@@ -72,6 +73,17 @@ def test_all_mistakes_are_listed_with_the_command_lines_words(tmp_path: Path) ->
         DistillationTrainer("shapes", args=args)
     assert "loop.stepz" in str(error.value) and "did you mean 'steps'" in str(error.value)
     assert "method.gamma" in str(error.value)
+    args = Args(overrides={"loop.stepz": 3, "loop.clip": object()})
+    with pytest.raises(ConfigError) as error:
+        DistillationTrainer("shapes", reward_funcs=[3, CLIPScore, "nothing"], train_dataset=[{"text": 1}], args=args)
+    said = (
+        "type int cannot be called",
+        "give an instance, CLIPScore()",
+        "unknown kind",
+        "train_dataset, ",
+        "loop.stepz",
+    )
+    assert all(part in str(error.value) for part in (*said, "overrides: loop.clip: got <object object at"))
     with pytest.raises(ConfigError, match=r"max_step: got 3: unknown key; did you mean 'max_steps'"):
         Args(max_step=3)
     with pytest.raises(ConfigError, match="reads no rewards"):
@@ -91,6 +103,28 @@ def test_all_mistakes_are_listed_with_the_command_lines_words(tmp_path: Path) ->
         ConfigError, match=r"model.student_lora: cannot be used with an open pipeline; give the teacher"
     ):
         DistillationTrainer(opened, args=Args(overrides={"model.student_lora": "org/lora"}))
+
+
+def test_arguments_reach_the_recipe_as_they_are(tmp_path: Path) -> None:
+    """Texts with emoji and quotes, paths, and configs of rewards and methods."""
+    texts = ("a \U0001f600 face", 'it\'s "a: b" # c')
+    overrides = {
+        "real_data": None,
+        "name": "\U0001f600",
+        "method": GDMDConfig(group_size=2),
+        "rewards": [ShapesReward(kind="shapes_pref")],
+    }
+    args = Args(validation_prompts=texts, overrides={**overrides, "prompts.file": tmp_path / "p.txt"})
+    cfg = DistillationTrainer("shapes", args=args).config
+    assert cfg.validation.prompts == texts and cfg.name == "\U0001f600" and cfg.method == GDMDConfig(group_size=2)
+    assert cfg.prompts.file == str(tmp_path / "p.txt") and [one.kind for one in cfg.rewards] == ["shapes_pref"]
+
+
+def test_networks_in_memory_are_not_replaced_by_published_ones() -> None:
+    given = CLIPScore.from_modules(torch.nn.Linear(1, 1), None)
+    for reward in (given, Composite([Part(given)]), OCR.from_modules(str)):
+        with pytest.raises(ConfigError, match="was built from modules in memory.*give their folder as path"):
+            DistillationTrainer("shapes:sdxl", reward_funcs=[reward])
 
 
 def test_batch_of_devices_and_accumulation() -> None:
