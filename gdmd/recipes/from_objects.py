@@ -88,7 +88,7 @@ def _tried(make: Callable[[], T], errors: list[str]) -> T | None:
         return None
 
 
-def _checked(tree: Mapping[str, Any], values: Mapping[str, Any], errors: Sequence[str]) -> RunConfig:
+def _checked(tree: dict[Any, Any], values: Mapping[str, Any], errors: Sequence[str]) -> RunConfig:
     """The recipe with these values by their path. ConfigError with ``errors`` and all mistakes in it."""
     mistakes, overrides = [*errors], []
     for path, value in values.items():

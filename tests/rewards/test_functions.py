@@ -154,6 +154,20 @@ def test_objects_with_state_and_modules(tmp_path: Path) -> None:
         imported(f"{tmp_path}/classes.py:Odd")
 
 
+def test_images_on_the_device_of_the_reward() -> None:
+    """A server and an evaluation have the images on the CPU, and the function on a GPU; scores return to the images."""
+    seen: list[str] = []
+
+    def where(images: Any, prompts: Any) -> list[float]:
+        seen.append(str(images.device))
+        return [0.0] * len(images)
+
+    reward = CallableReward(where)
+    for device in ("cpu", "meta"):  # the only other device of every machine
+        assert reward.to(device).score(IMAGES, PROMPTS).device == IMAGES.device
+    assert seen == ["cpu", "meta"]
+
+
 async def later(images: Any, prompts: Any) -> list[float]:
     return [0, 0]
 
