@@ -287,6 +287,23 @@ def test_bound_arguments_are_part_of_the_identity() -> None:
     assert source(torch.ones(())) == source(torch.zeros(()))
 
 
+def test_variables_of_an_enclosing_function_are_part_of_the_identity() -> None:
+    """But not a counter of the function itself, with which a run in the same process could not be resumed."""
+
+    def made(factor: float, calls: int) -> Any:
+        def reward(images: Tensor, prompts: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return factor * images.mean((1, 2, 3))
+
+        return reward
+
+    def source(*given: Any) -> str | None:
+        return CallableReward(made(*given)).config.source  # type: ignore[union-attr]
+
+    assert source(1.0, 0) == source(1.0, 0) == source(1.0, 7) != source(2.0, 0)
+
+
 def test_the_program_finds_a_function_next_to_the_working_directory(tmp_path: Path) -> None:
     """By the installed script, whose own folder is on the path instead."""
     (tmp_path / "mine.py").write_text("def warm(images, prompts):\n    return [0] * len(imagess)\n")
