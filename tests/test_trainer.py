@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from gdmd import ConfigError, DistillationTrainer, DMD2Config, DMDConfig, GDMDCo
 from gdmd import TrainingConfig as Args
 from gdmd.config.run import ShapesReward
 from gdmd.config.shapes_pipeline import located
+from gdmd.programs.train import TrainSettings
+from gdmd.recipes.read import read_recipe
 from gdmd.rewards import OCR, CLIPScore, Composite, Part
-from gdmd.runs.run_folder import read_facts
+from gdmd.runs.run_folder import read_facts, read_metrics
 
 TINY = {
     "loop.batch_size": 4,
@@ -213,6 +217,32 @@ class Stop(TrainerCallback):
 
     def on_step_end(self, state: Any) -> None:
         state.should_stop = True
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    """A second one would mix its rows with those of the first, also before the first checkpoint."""
+    run, command = tmp_path / "run", [sys.executable, "-m", "gdmd", "train"]
+    fast = [f"{key}={value}" for key, value in TINY.items() if not key.startswith("method")]
+
+    class SecondProcess(TrainerCallback):
+        said: list[str] = []
+
+        def on_step_end(self, state: Any) -> None:
+            again = (
+                ["--resume", str(run)]
+                if state.step == 2
+                else ["shapes_smoke", "--run", str(run), *fast, "loop.steps=2"]
+            )
+            done = subprocess.run([*command, *again], capture_output=True, text=True)
+            self.said.append(f"{done.returncode} {done.stderr}")
+
+    cfg = read_recipe("shapes_smoke", [*fast, "loop.steps=2"])
+    trainer = DistillationTrainer.from_recipe(cfg, run, TrainSettings(callbacks=(SecondProcess(),), evaluation=False))
+    trainer.train()
+    assert len(read_metrics(run)) == 2
+    held = f"error: {run} is being trained by another process"
+    assert len(SecondProcess.said) == 2 and all(one.startswith("2 ") and held in one for one in SecondProcess.said)
+    assert trainer.train(resume_from_checkpoint=True).end.step == 2  # the lock is released
 
 
 def test_callback_stops_the_run(tmp_path: Path) -> None:
