@@ -405,3 +405,12 @@ def test_override_of_an_anchor_keeps_its_alias() -> None:
     cfg = load_config(RunConfig, text, ["model.student_lora.weight=0.5"])
     assert isinstance(cfg.model, DiffusersModel) and cfg.model.student_lora is not None
     assert (cfg.model.student_lora.weight, cfg.model.teacher_loras[0].weight) == (0.5, 1.0)
+
+
+def test_a_revision_without_its_model_is_refused() -> None:
+    given = {"path": "a/b", "student_revision": "v2", "scoring_decoder_revision": "v1"}
+    with pytest.raises(
+        ConfigError, match=r"student_revision is set, but student is not.*scoring_decoder is not: set it"
+    ):
+        DiffusersModel(**given)
+    assert DiffusersModel(**given, student="c/d", scoring_decoder="e/f").student_revision == "v2"
