@@ -16,7 +16,7 @@ from gdmd.config.run import RunConfig
 from gdmd.config.training_config import TrainingConfig
 from gdmd.io import RunError
 from gdmd.programs.export import export_run, real_model, student_weights
-from gdmd.programs.train import TrainOutput, TrainSettings, create_run, prepare, resume_run, run_training
+from gdmd.programs.train import TrainOutput, TrainSettings, create_run, resume_training
 from gdmd.recipes.from_objects import recipe_from
 from gdmd.recipes.objects import PYTHON
 from gdmd.recipes.run_folders import new_folder
@@ -107,8 +107,7 @@ class DistillationTrainer:
         with session() if given.size == 1 else nullcontext(given) as context:
             settings = replace(self._settings, context=context)
             if resume_from_checkpoint and (self.output_dir / "config.yaml").is_file():
-                cfg, run = resume_run(self.output_dir, self.config, settings=settings)
-                self._trained = run_training(cfg, run, prepare(cfg, settings), settings)
+                self._trained = resume_training(self.output_dir, self.config, settings)
             else:
                 self._trained = create_run(self.config, self.output_dir, sys.argv, settings)
         self.output_dir = self._trained.run  # of rank 0, where the ranks have each thought of a new one

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from diffusers import StableDiffusionXLPipeline
 
 from gdmd import ConfigError, DistillationTrainer, DMD2Config, DMDConfig, GDMDConfig, RunError, TrainerCallback
 from gdmd import TrainingConfig as Args
+from gdmd.config.run import ShapesReward
 from gdmd.config.shapes_pipeline import located
-from gdmd.rewards import CLIPScore
-from gdmd.runs.run_folder import read_facts
+from gdmd.programs.train import TrainSettings
+from gdmd.recipes.read import read_recipe
+from gdmd.rewards import OCR, CLIPScore, Composite, Part
+from gdmd.runs.run_folder import read_facts, read_metrics
 
 TINY = {
     "loop.batch_size": 4,
@@ -72,6 +77,17 @@ def test_all_mistakes_are_listed_with_the_command_lines_words(tmp_path: Path) ->
         DistillationTrainer("shapes", args=args)
     assert "loop.stepz" in str(error.value) and "did you mean 'steps'" in str(error.value)
     assert "method.gamma" in str(error.value)
+    args = Args(overrides={"loop.stepz": 3, "loop.clip": object()})
+    with pytest.raises(ConfigError) as error:
+        DistillationTrainer("shapes", reward_funcs=[3, CLIPScore, "nothing"], train_dataset=[{"text": 1}], args=args)
+    said = (
+        "type int cannot be called",
+        "give an instance, CLIPScore()",
+        "unknown kind",
+        "train_dataset, ",
+        "loop.stepz",
+    )
+    assert all(part in str(error.value) for part in (*said, "overrides: loop.clip: got <object object at"))
     with pytest.raises(ConfigError, match=r"max_step: got 3: unknown key; did you mean 'max_steps'"):
         Args(max_step=3)
     with pytest.raises(ConfigError, match="reads no rewards"):
@@ -91,6 +107,28 @@ def test_all_mistakes_are_listed_with_the_command_lines_words(tmp_path: Path) ->
         ConfigError, match=r"model.student_lora: cannot be used with an open pipeline; give the teacher"
     ):
         DistillationTrainer(opened, args=Args(overrides={"model.student_lora": "org/lora"}))
+
+
+def test_arguments_reach_the_recipe_as_they_are(tmp_path: Path) -> None:
+    """Texts with emoji and quotes, paths, and configs of rewards and methods."""
+    texts = ("a \U0001f600 face", 'it\'s "a: b" # c')
+    overrides = {
+        "real_data": None,
+        "name": "\U0001f600",
+        "method": GDMDConfig(group_size=2),
+        "rewards": [ShapesReward(kind="shapes_pref")],
+    }
+    args = Args(validation_prompts=texts, overrides={**overrides, "prompts.file": tmp_path / "p.txt"})
+    cfg = DistillationTrainer("shapes", args=args).config
+    assert cfg.validation.prompts == texts and cfg.name == "\U0001f600" and cfg.method == GDMDConfig(group_size=2)
+    assert cfg.prompts.file == str(tmp_path / "p.txt") and [one.kind for one in cfg.rewards] == ["shapes_pref"]
+
+
+def test_networks_in_memory_are_not_replaced_by_published_ones() -> None:
+    given = CLIPScore.from_modules(torch.nn.Linear(1, 1), None)
+    for reward in (given, Composite([Part(given)]), OCR.from_modules(str)):
+        with pytest.raises(ConfigError, match="was built from modules in memory.*give their folder as path"):
+            DistillationTrainer("shapes:sdxl", reward_funcs=[reward])
 
 
 def test_batch_of_devices_and_accumulation() -> None:
@@ -179,6 +217,32 @@ class Stop(TrainerCallback):
 
     def on_step_end(self, state: Any) -> None:
         state.should_stop = True
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    """A second one would mix its rows with those of the first, also before the first checkpoint."""
+    run, command = tmp_path / "run", [sys.executable, "-m", "gdmd", "train"]
+    fast = [f"{key}={value}" for key, value in TINY.items() if not key.startswith("method")]
+
+    class SecondProcess(TrainerCallback):
+        said: list[str] = []
+
+        def on_step_end(self, state: Any) -> None:
+            again = (
+                ["--resume", str(run)]
+                if state.step == 2
+                else ["shapes_smoke", "--run", str(run), *fast, "loop.steps=2"]
+            )
+            done = subprocess.run([*command, *again], capture_output=True, text=True)
+            self.said.append(f"{done.returncode} {done.stderr}")
+
+    cfg = read_recipe("shapes_smoke", [*fast, "loop.steps=2"])
+    trainer = DistillationTrainer.from_recipe(cfg, run, TrainSettings(callbacks=(SecondProcess(),), evaluation=False))
+    trainer.train()
+    assert len(read_metrics(run)) == 2
+    held = f"error: {run} is being trained by another process"
+    assert len(SecondProcess.said) == 2 and all(one.startswith("2 ") and held in one for one in SecondProcess.said)
+    assert trainer.train(resume_from_checkpoint=True).end.step == 2  # the lock is released
 
 
 def test_callback_stops_the_run(tmp_path: Path) -> None:

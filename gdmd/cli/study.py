@@ -34,6 +34,9 @@ Votes = Annotated[int, typer.Option(min=1, help="Raters per image pair; their ag
 Seed = Annotated[int, typer.Option(min=0, help="Seed.")]
 
 
+_HYPOTHETICAL = "of a hypothetical study; default"
+
+
 class QuestionName(StrEnum):
     """A question about each pair."""
 
@@ -60,7 +63,9 @@ def plan_command(
     against: Annotated[
         str | None, typer.Option(metavar="NAME", help="Compare only this model with each other one.")
     ] = None,
-    per_task: Annotated[int, typer.Option(min=1, help="Prompts per task if only Shapes models are given.")] = 10,
+    per_task: Annotated[
+        int | None, typer.Option(min=1, help="Prompts per task if only Shapes models are given; default: 10.")
+    ] = None,
     common: Annotated[bool, typer.Option("--common", help="Use only the prompts that all models have.")] = False,
     consent: Annotated[Path | None, typer.Option(help="A text file that raters agree to.")] = None,
     address: Annotated[
@@ -177,10 +182,10 @@ def simulate_command(
     left_bias: Annotated[float, typer.Option(help="Share of votes for the left image, cast without looking.")] = 0.0,
     careless: Annotated[float, typer.Option(help="Share of raters who answer at random.")] = 0.0,
     spread: Annotated[float, typer.Option(help="Standard deviation over prompts and raters, in logits.")] = 0.0,
-    raters: Raters = 10,
-    pairs: Pairs = 60,
-    votes: Votes = 3,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of a hypothetical study.")] = 200,
+    raters: Annotated[int | None, typer.Option(min=1, help=f"Raters {_HYPOTHETICAL}: 10.")] = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help=f"Pairs of images per rater {_HYPOTHETICAL}: 60.")] = None,
+    votes: Annotated[int | None, typer.Option(min=1, help=f"Raters per image pair {_HYPOTHETICAL}: 3.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help=f"Prompts {_HYPOTHETICAL}: 200.")] = None,
     studies: Annotated[int, typer.Option(min=1, max=10_000, help="Number of simulated studies.")] = 100,
     seed: Seed = 0,
 ) -> None:
@@ -198,9 +203,14 @@ def simulate_command(
     from gdmd.study.simulate import rater_model_of, recovery, synthetic_plan
 
     rater_model = rater_model_of(win_rate, tie_rate, left_bias, careless, spread)
+    numbers = {"raters": raters, "pairs_per_rater": pairs, "votes_per_pair": votes, "prompts": prompts}
+    given = {name: number for name, number in numbers.items() if number is not None}
     if study is None:
-        cfg = _config(raters=raters, pairs_per_rater=pairs, votes_per_pair=votes, seed=seed, questions=("overall",))
-        plan = synthetic_plan(cfg, ("first", "second"), prompts)
+        prompts = given.pop("prompts", 200)
+        plan = synthetic_plan(_config(**given, seed=seed, questions=("overall",)), ("first", "second"), prompts)
+    elif given:
+        names = ", ".join(f"--{name.partition('_')[0]}" for name in given)
+        raise ValueError(f"{names}: {study} has its own numbers; leave these out, or the study for a hypothetical one")
     else:
         plan = read_plan(study)
     found = recovery(plan, rater_model, studies, seed)
@@ -238,7 +248,9 @@ def _checked_address(address: str) -> str:
     return address
 
 
-def _write_study(cfg: StudyConfig, models: list[str], study: Path, common: bool, per_task: int, address: str) -> None:
+def _write_study(
+    cfg: StudyConfig, models: list[str], study: Path, common: bool, per_task: int | None, address: str
+) -> None:
     from gdmd.study.design import votes_needed
     from gdmd.study.draw_images import draw_models
     from gdmd.study.folders import named_folders

@@ -140,6 +140,7 @@ def _apply(cls: type[BaseModel], tree: dict[Key, Any], override: str) -> tuple[s
         walked.append(key)
         if isinstance(parent, dict) and parent.get(key) is None:
             parent[key] = _default(cls, tree, walked)
+        parent[key] = copy.copy(parent[key])  # a YAML alias is the same object as its anchor
         parent = parent[key]
     key = _key(parent, path[-1], walked)
     parent[key] = _override_value(left, right, _takes_text(cls, tree, [*walked, key]))

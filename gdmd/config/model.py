@@ -250,6 +250,20 @@ class DiffusersModel(Config):
         return self
 
     @model_validator(mode="after")
+    def _revisions_of_given_models(self) -> DiffusersModel:
+        """A revision or variant without its model would have no effect."""
+        needed = {"student_revision": "student", "student_variant": "student"}
+        needed["scoring_decoder_revision"] = "scoring_decoder"
+        wrong = [name for name, of in needed.items() if getattr(self, name) is not None and getattr(self, of) is None]
+        if wrong:
+            raise ValueError(
+                "; ".join(
+                    f"{name} is set, but {needed[name]} is not: set it too, or leave {name} out" for name in wrong
+                )
+            )
+        return self
+
+    @model_validator(mode="after")
     def _frozen_if_quantized(self) -> DiffusersModel:
         """A full copy starts from the base model's own weights, which a quantized network no longer has."""
         if self.quantization != "none" and self.full != "none":

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from gdmd.config.base import Config, Count
+from gdmd.config.base import Config, Count, NonNegativeCount
 from gdmd.config.methods.all import MethodConfig
 from gdmd.config.methods.dmd2 import DMD2Config
 from gdmd.config.methods.dmd_reward import DMDReFLConfig
@@ -72,7 +72,7 @@ class EvalConfig(Config):
 
     per_task: Count = Field(default=50, description="Prompts per task of the fixed evaluation set.")
     images: Count = Field(default=4, description="Images per prompt.")
-    seed: Annotated[int, Field(ge=0)] = Field(default=777, description="Seed of the evaluation noise.")
+    seed: NonNegativeCount = Field(default=777, description="Seed of the evaluation noise.")
     teacher_steps: Count = Field(default=50, description="ODE steps of the teacher.")
 
 

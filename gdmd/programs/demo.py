@@ -24,7 +24,7 @@ from gdmd.config.run import RunConfig
 from gdmd.evaluation.run_report import Provenance, read_rows, save_rows, write_report
 from gdmd.evaluation.runs import Row, compare
 from gdmd.evaluation.verdict import Estimate, is_teacher, paired
-from gdmd.io import typed
+from gdmd.io import typed, writing
 from gdmd.programs.demo_work import (
     METHODS,
     Measured,
@@ -40,6 +40,7 @@ from gdmd.programs.demo_work import (
 )
 from gdmd.reporting.progress_bar import phase
 from gdmd.reporting.tables import difference
+from gdmd.runs.process import run_lock
 from gdmd.runs.run_folder import Run, read_facts, read_metrics
 from gdmd.runs.student_file import read_student_file, student_file
 
@@ -110,19 +111,29 @@ def control(cfg: RunConfig) -> RunConfig:
 
 
 def run_demo(cfg: RunConfig, folder: Path, console: Console, device: str | None = None) -> Demo:
-    """Train both students and measure every row; continues what an earlier call left unfinished in ``folder``."""
+    """Train both students and measure every row; continues what an earlier call left unfinished in ``folder``.
+
+    RunError if another process works there.
+    """
     configs = {"dmd": control(cfg), "gdmd": cfg}
     for own in configs.values():
         check_best_metric(own)
-    began = time.perf_counter()
+    with writing("the demo", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with run_lock(folder):
+        return _run(configs, folder, console, device)
+
+
+def _run(configs: Mapping[str, RunConfig], folder: Path, console: Console, device: str | None) -> Demo:
+    began, cfg = time.perf_counter(), configs["gdmd"]
     runs = {name: open_or_create(folder / name, own) for name, own in configs.items()}
     if two_processes(cfg, device):
         signal = in_two_processes(configs, folder, console)
     else:
         signal = work(configs, folder, Share(METHODS, folder, references=True), console, device)
     if signal is not None:
-        again = f"gdmd demo --run {typed(folder)}"
-        console.print(f"stopped and saved; continue with: {again}", markup=False, highlight=False, soft_wrap=True)
+        again = f"continue with the same command and --run {typed(folder)}"
+        console.print(f"stopped and saved; {again}", markup=False, highlight=False, soft_wrap=True)
         return Demo(folder, time.perf_counter() - began, signal=signal)
     with phase("loading the networks", console):
         shown = [*references_of(cfg, device), *(student_of(configs[name], folder, name, device) for name in METHODS)]

@@ -52,11 +52,11 @@ class Limits:
 
 
 class HTTPError(Exception):
-    """An error response: HTTP status and reason."""
+    """An error response: HTTP status, reason and headers."""
 
-    def __init__(self, status: int, reason: str) -> None:
+    def __init__(self, status: int, reason: str, headers: Mapping[str, str] = MappingProxyType({})) -> None:
         super().__init__(reason)
-        self.status = status
+        self.status, self.headers = status, headers
 
 
 class RateLimiter:
@@ -75,7 +75,8 @@ class RateLimiter:
         while times and times[0] < now - 60:
             times.popleft()
         if len(times) >= self._limit:
-            raise HTTPError(429, f"more than {self._limit} requests in a minute; slow down")
+            wait = {"Retry-After": str(math.ceil(times[0] + 60 - now))}  # until the oldest one no longer counts
+            raise HTTPError(429, f"more than {self._limit} requests in a minute; slow down", wait)
         times.append(now)
 
 
@@ -96,7 +97,7 @@ def make_app(
     @app.exception_handler(HTTPError)
     async def http_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPError)
-        return JSONResponse({"error": str(error)}, error.status)
+        return JSONResponse({"error": str(error)}, error.status, dict(error.headers))
 
     def admit(request: Request) -> None:
         rates.check(request.client.host if request.client else "unknown")

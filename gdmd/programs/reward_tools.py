@@ -10,7 +10,8 @@ from typing import Any
 
 from gdmd.config.extras import install
 from gdmd.hub import hub_reason, transport_errors, unreachable
-from gdmd.rewards.weights import CLIP_L, CONFIG, PRETRAINED, HubRepo, cache_dir, pretrained_weights
+from gdmd.io import read_json
+from gdmd.rewards.weights import CLIP_L, CONFIG, CONVERTED, PRETRAINED, HubRepo, cache_dir, pretrained_weights
 
 PATTERNS = ("*.json", "*.txt", "model.safetensors", "model-*.safetensors")
 """Files that a reward reads from a hub repository in transformers' format."""
@@ -47,6 +48,7 @@ def fetch(kind: str, folder: Path | None = None, say: Callable[[str], None] = pr
         return where
     ready = folder or cache_dir() / kind
     if (ready / "model.safetensors").is_file():
+        _require_pinned(known.weights, ready)
         say(f"{kind} is already converted")
         return ready
     file = _file(known.weights, known.file, cache_dir() / "fetched" / kind)
@@ -55,7 +57,7 @@ def fetch(kind: str, folder: Path | None = None, say: Callable[[str], None] = pr
         _repository(CLIP_L, PATTERNS, None)  # the network that computes its input
     from gdmd.rewards.convert import convert
 
-    ready = convert(kind, file, folder)
+    ready = convert(kind, file, folder, revision=known.weights.revision)
     try:
         _verify(kind, ready)
     except ValueError:
@@ -63,6 +65,17 @@ def fetch(kind: str, folder: Path | None = None, say: Callable[[str], None] = pr
         raise
     say(f"converted and verified; {file} is no longer needed")
     return ready
+
+
+def _require_pinned(hub: HubRepo, ready: Path) -> None:
+    """ValueError for a conversion of another revision; nothing tells that of a user's own file."""
+    facts = read_json(file, "Remove the folder and fetch again.") if (file := ready / CONVERTED).is_file() else {}
+    before = facts.get("revision")
+    if before and hub.revision and before != hub.revision:
+        raise ValueError(
+            f"{ready} was converted from {hub.name} at {before[:12]}, and the pinned revision is {hub.revision[:12]}: "
+            "remove the folder and fetch again, or keep it for its scores and give it as path"
+        )
 
 
 def _verify(kind: str, ready: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ from gdmd.recipes.long_prompts import warn_long_prompts
 from gdmd.recipes.objects import NOTHING_GIVEN, GivenObjects
 from gdmd.recipes.run_folders import check_resumable, new_folder, resumed
 from gdmd.reporting.progress_bar import phase
+from gdmd.runs.process import run_lock
 from gdmd.runs.run_folder import Run, check_new, create, open_run
 from gdmd.shapes.grammar import catalog
 from gdmd.training.adamw8bit import require_torchao
@@ -56,7 +58,7 @@ from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 from gdmd.training.hub_checkpoints import HubCheckpoints
 from gdmd.training.loop import Hooks, NoProgress, TrainEnd, train
 from gdmd.training.progress import progress_for
-from gdmd.training.trackers import require_trackers
+from gdmd.training.trackers import check_trackers
 from gdmd.training.warm_start import check_model, check_roles, require_start
 
 if TYPE_CHECKING:
@@ -126,7 +128,10 @@ class TrainOutput:
 def create_run(
     cfg: RunConfig, folder: Path | None, command: Sequence[str], settings: TrainSettings = DEFAULTS
 ) -> TrainOutput:
-    """Train a recipe in a new folder. All errors of the input are found before the folder is created."""
+    """Train a recipe in a new folder. All errors of the input are found before the folder is created.
+
+    RunError for a folder in which another process trains.
+    """
     context = settings.context
     require_start(cfg.loop.start_from)
     check_model(cfg.loop.start_from, cfg.model_dump(mode="json"))
@@ -135,11 +140,18 @@ def create_run(
     components = prepare(cfg, settings, (lambda: check_new(folder, config)) if folder else None)
     check_roles(cfg.loop.start_from, components.roles)
 
-    def new_run() -> str:
-        return str(create(folder or new_folder(cfg), config, command).path)
+    with ExitStack() as held:
 
-    run = open_run(Path(context.on_main(new_run)))
-    return run_training(cfg, run, components, settings)
+        def new_run() -> str:
+            path = folder or new_folder(cfg)
+            check_new(path, config)
+            with writing("the run folder", path):
+                path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(run_lock(path))
+            return str(create(path, config, command).path)
+
+        run = open_run(Path(context.on_main(new_run)))
+        return run_training(cfg, run, components, settings)
 
 
 def resume_run(
@@ -160,6 +172,19 @@ def resume_run(
 
     settings.context.on_main(settle)
     return resumed(folder, recipe, overrides)
+
+
+def resume_training(folder: Path, recipe: RunConfig, settings: TrainSettings = DEFAULTS) -> TrainOutput:
+    """Continue the run in ``folder``. RunError if another process trains it."""
+    with ExitStack() as held:
+
+        def hold() -> None:
+            open_run(folder)
+            held.enter_context(run_lock(folder))
+
+        settings.context.on_main(hold)
+        cfg, run = resume_run(folder, recipe, settings=settings)
+        return run_training(cfg, run, prepare(cfg, settings), settings)
 
 
 def prepare(
@@ -216,7 +241,7 @@ def _check_without_loading(
         lambda: validation_prompts(cfg),
         lambda: check_places(cfg, settings),
         lambda: check_functions(rewards),
-        lambda: require_trackers(cfg.loop.report_to),
+        lambda: check_trackers(cfg.loop.report_to),
     )
 
 

@@ -94,27 +94,41 @@ def reward_specs(rewards: Iterable[Any]) -> tuple[tuple[RewardConfig, ...], dict
     """The configs of reward objects, functions, kinds ("shapes_clip"), targets ("file.py:function") and configs.
 
     Also returns the functions among them, and among the parts of composites, by name, for ``build_rewards``.
-    ValueError for anything else, and for two different functions with one name.
+    One ValueError for all that are something else, and for two different functions with one name.
     """
     specs: list[RewardConfig] = []
     functions: dict[str, Callable[..., Any]] = {}
-    for given in rewards:
+
+    def read(given: Any) -> None:
         if isinstance(given, str):
             given = {"kind": "callable", "target": given} if ":" in given or given.endswith(".py") else {"kind": given}
         if isinstance(given, Mapping | Config):
             plain = given.model_dump() if isinstance(given, Config) else dict(given)
             specs.append(validated(RewardConfig, plain, "reward"))
-            continue
+            return
         reward = as_reward(given)
         if not isinstance(reward, RewardModel):
             name = given.__name__ if isclass(given) else type(given).__name__
             instead = f"give an instance, {name}()" if isclass(given) else "give a function or a reward of gdmd.rewards"
             raise ValueError(f"{name} cannot be used as a reward; {instead}")
+        _check_rebuildable(reward)
         specs.append(reward.config)
         for name, function in _functions_of(reward):
             if functions.setdefault(name, function) is not function:
                 raise ValueError(f"two rewards are functions named {name}; rename one of them")
+
+    all_errors(*(partial(read, one) for one in rewards))
     return tuple(specs), functions
+
+
+def _check_rebuildable(reward: Reward) -> None:
+    """ValueError for networks in memory: a run loads the weights that a config names, which may be others."""
+    for one in _with_parts([reward]):
+        if isinstance(one, RewardModel) and one.in_memory:
+            raise ValueError(
+                f"reward {one.name} was built from modules in memory, and a run loads the weights that its config names; "
+                "save them and give their folder as path, or give a function that calls this reward"
+            )
 
 
 def _functions_of(reward: Reward) -> Iterator[tuple[str, Callable[..., Any]]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import yaml
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from gdmd.config.load import ConfigError, load_config
 from gdmd.config.methods.all import MethodConfig
@@ -22,6 +25,7 @@ from gdmd.recipes.build_rewards import reward_specs
 from gdmd.recipes.objects import PYTHON, GivenObjects
 from gdmd.recipes.read import method_names, read_recipe
 
+T = TypeVar("T")
 SHAPES = "shapes"
 """The model that ships with the package: the Shapes teacher."""
 _SHAPES_RECIPES = {"gdmd": "gdmd_paper", "gdmd_tilted": "shapes_demo"}
@@ -51,18 +55,19 @@ def recipe_from(
     tree = base.model_dump(mode="json")
     tree["method"] = _method_section(tree["method"], method)
     tree["model"] = _model_section(tree["model"], model)
-    listed = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    specs, functions = reward_specs(listed) if reward_funcs is not None else ((), {})
+    errors: list[str] = []
+    functions: Mapping[str, Callable[..., Any]] = {}
     if reward_funcs is not None:
-        tree["rewards"] = [spec.model_dump(mode="json") for spec in specs]
+        listed = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        if found := _tried(lambda: reward_specs(listed), errors):
+            tree["rewards"], functions = [spec.model_dump(mode="json") for spec in found[0]], found[1]
     prompts: PromptFile | None = None
     if isinstance(train_dataset, str | Path):
         tree["prompts"] = {"file": str(train_dataset)}
     elif train_dataset is not None:
-        tree["prompts"], prompts = {}, prompts_from(train_dataset)
-    values = args.recipe_values(world_size)
-    cfg = load_config(RunConfig, tree, [f"{k}={json.dumps(v)}" for k, v in values.items()], where="DistillationTrainer")
-    if reward_funcs is not None and specs and not cfg.method.rewarded:
+        tree["prompts"], prompts = {}, _tried(lambda: prompts_from(train_dataset), errors)
+    cfg = _checked(tree, args.recipe_values(world_size), errors)
+    if reward_funcs is not None and cfg.rewards and not cfg.method.rewarded:
         raise ConfigError([f"reward_funcs: method {cfg.method.kind} as set here reads no rewards; leave them out"])
     pipeline = None if isinstance(model, str | Path) else model
     if pipeline is not None and isinstance(cfg.model, DiffusersModel):
@@ -72,6 +77,32 @@ def recipe_from(
                 [f"model.{set_[0]}: cannot be used with an open pipeline; give the teacher as a folder or hub id"]
             )
     return cfg, GivenObjects(pipeline, functions, prompts)
+
+
+def _tried(make: Callable[[], T], errors: list[str]) -> T | None:
+    """What ``make`` returns; the lines of its ValueError go to ``errors``."""
+    try:
+        return make()
+    except ValueError as error:
+        errors += str(error).splitlines()
+        return None
+
+
+def _checked(tree: dict[Any, Any], values: Mapping[str, Any], errors: Sequence[str]) -> RunConfig:
+    """The recipe with these values by their path. ConfigError with ``errors`` and all mistakes in it."""
+    mistakes, overrides = [*errors], []
+    for path, value in values.items():
+        try:
+            plain = to_jsonable_python(value)
+        except PydanticSerializationError:
+            mistakes.append(f"overrides: {path}: got {value!r:.80}: give numbers, texts, lists, mappings or configs")
+            continue
+        text = yaml.safe_dump(plain, default_flow_style=True, width=math.inf, sort_keys=False).removesuffix("...\n")
+        overrides.append(f"{path}={text.strip()}")
+    cfg = _tried(lambda: load_config(RunConfig, tree, overrides, where="DistillationTrainer"), mistakes)
+    if mistakes or cfg is None:
+        raise ConfigError(mistakes)
+    return cfg
 
 
 def _check_types(method: Any, args: Any) -> None:

@@ -45,6 +45,8 @@ class RewardModel(ABC):
     name: str
     differentiable: bool
     config: Any
+    in_memory: bool = False
+    """Whether it was built ``from_modules``, which ``config`` does not name."""
 
     @abstractmethod
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
@@ -192,7 +194,7 @@ class PretrainedReward(RewardModel):
         """From a network, a tokenizer and a head that are already loaded."""
         reward = cls.__new__(cls)
         reward._configure(options)
-        reward._load = lambda: Loaded(net, tokenize, head)
+        reward._load, reward.in_memory = lambda: Loaded(net, tokenize, head), True
         return reward
 
     def _configure(self, options: Mapping[str, Any]) -> None:

@@ -46,6 +46,7 @@ class CallableReward(RewardModel):
         self, function: Callable[..., Any], name: str = "", differentiable: bool = False, image_type: str | None = None
     ) -> None:
         self.function, self.name = function, name or function_name(function)
+        self._device: str | None = None  # None: that of the images
         self.differentiable = differentiable or bool(getattr(function, "differentiable", False))
         self.image_type = image_type or getattr(function, "image_type", "tensor")
         facts = {"name": self.name, "differentiable": self.differentiable, "image_type": self.image_type}
@@ -81,7 +82,8 @@ class CallableReward(RewardModel):
         return reward
 
     def to(self, device: str) -> CallableReward:
-        """Move the weights of an nn.Module."""
+        """Move the weights of an nn.Module; any function then gets its images on this device."""
+        self._device = device
         if isinstance(self.function, nn.Module):
             self.function.to(device)
         return self
@@ -95,7 +97,7 @@ class CallableReward(RewardModel):
         check_images(self.name, images, len(prompts))
         before = images._version
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
-            given = to_pil(images) if self.image_type == "pil" else images
+            given = to_pil(images) if self.image_type == "pil" else images.to(self._device or images.device)
             positional, named = self._parameters.arguments(self._shown, given, list(prompts.text), columns_of(prompts))
             answer = called(f"reward {self.name}", self.function, *positional, **named)
         if images._version != before:

@@ -252,10 +252,13 @@ def _dotted(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def convert(kind: str, source: Path, folder: Path | None = None, tokenizer: str | None = None) -> Path:
+def convert(
+    kind: str, source: Path, folder: Path | None = None, tokenizer: str | None = None, revision: str | None = None
+) -> Path:
     """Convert a published file; returns the folder, ready for ``from_pretrained``.
 
-    tokenizer: folder or hub id of the tokenizer that is copied into it; default: the published one, pinned.
+    tokenizer: folder or hub id of the tokenizer that is copied into it; default: the published one, pinned. revision: the
+    commit that the file was downloaded from, if that is known; it is recorded.
     ValueError for a reward that needs no conversion, an unsafe or unknown file, and a folder that is not empty.
     """
     known = pretrained_weights(kind)
@@ -283,6 +286,7 @@ def convert(kind: str, source: Path, folder: Path | None = None, tokenizer: str 
         "file": source.name,
         "sha256": file_hash(source),
         "published": known.weights.name,
+        "revision": revision,
     }
     location = locate_weights(tokenizer, None, known.tokenizer) if known.tokenizer else None
     _write(folder, tensors, files, location)

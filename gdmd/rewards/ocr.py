@@ -92,7 +92,7 @@ class OCR(RewardModel):
     def from_modules(cls, read: Read, **options: Any) -> OCR:
         """From a reader that is already loaded."""
         reward = cls(**options)
-        reward.read = read
+        reward.read, reward.in_memory = read, True
         return reward
 
     def to(self, device: str) -> OCR:

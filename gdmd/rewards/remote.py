@@ -5,8 +5,9 @@
     POST /score            {"protocol": 1, "reward": "clip", "prompts": [...], "meta": [...], "images": [base64 PNG, ...]}
                            -> {"protocol": 1, "reward": "clip", "scores": [number or null, ...]}; null = not scored
 
-A request is retried after a connection error, a timeout, 429 or 5xx, ``retries`` times with exponential backoff; anything
-else (a wrong token, an unknown reward, a malformed response) is an error at once. Images are sent as 8-bit PNG: the score
+A request is retried after a connection error, a timeout, 429 or 5xx, ``retries`` times with exponential backoff, or after
+the seconds in the header Retry-After; anything else (a wrong token, an unknown reward, a malformed response) is an error at
+once. Images are sent as 8-bit PNG: the score
 is that of the saved image, without gradient. ``submit`` returns at once, so that several remote rewards and the local
 ones run in parallel (``types.score_all``); ``score`` waits.
 
@@ -48,7 +49,7 @@ T = TypeVar("T")
 PROTOCOL = 1
 MAX_RESPONSE_BYTES = 1_000_000
 """One number per image needs far less."""
-FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
+FIRST_PAUSE_S, MAX_PAUSE_S, MAX_WAIT_S = 0.5, 30.0, 60.0
 _RETRIED = {429, 500, 502, 503, 504}
 
 
@@ -57,7 +58,11 @@ class RemoteError(ValueError):
 
 
 class TransientError(Exception):
-    """A failure after which a retry may succeed."""
+    """A failure after which a retry may succeed; wait: the seconds that the server asks for, at most ``MAX_WAIT_S``."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
 
 
 class RetriesExhausted(Exception):
@@ -188,7 +193,7 @@ class RemoteReward(RewardModel):
                         f"remote reward {self.config.url}: {error}, after {attempt + 1} tries"
                     ) from error
                 self._retried += 1
-                self._pause(pause)
+                self._pause(max(pause, error.wait))
                 pause = min(2 * pause, MAX_PAUSE_S)
         raise AssertionError("unreachable")
 
@@ -207,7 +212,7 @@ class RemoteReward(RewardModel):
         except urllib.error.HTTPError as error:
             said = self._without_token(_first_bytes(error))[:300]
             if error.code in _RETRIED:
-                raise TransientError(f"answered {error.code} ({said})") from error
+                raise TransientError(f"answered {error.code} ({said})", _wait(error)) from error
             raise RemoteError(
                 f"remote reward {self.config.url}{path} refused: {error.code} {said}{_advice(error.code)}"
             ) from error
@@ -273,6 +278,12 @@ def _first_bytes(error: urllib.error.HTTPError) -> str:
         return body.decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
         return ""
+
+
+def _wait(error: urllib.error.HTTPError) -> float:
+    """The seconds of Retry-After (RFC 9110, section 10.2.3); 0 without them, also for a date."""
+    given = (error.headers.get("Retry-After") or "").strip()
+    return min(float(given), MAX_WAIT_S) if given.isascii() and given.isdigit() else 0.0
 
 
 def _is_score(score: Any) -> bool:

@@ -6,6 +6,7 @@ It runs in this process with all its permissions: name only code that you trust.
 from __future__ import annotations
 
 import ast
+import dis
 import importlib
 import importlib.util
 import inspect
@@ -16,7 +17,7 @@ import sysconfig
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -90,18 +91,32 @@ def location_of(given: Any) -> str:
 def object_source(given: Any) -> str | None:
     """A hash of the source code of a function, or of the class of another callable; None if Python does not know it.
 
-    With the arguments that ``functools.partial`` binds: numbers and strings by value, other objects by their class.
+    With the arguments that ``functools.partial`` binds and the variables of an enclosing function: numbers and strings by
+    value, other objects by their class.
     """
     bound: list[str] = []
     while isinstance(given, partial):
         bound += [_value(one) for one in given.args]
         bound += [f"{name}={_value(one)}" for name, one in sorted(given.keywords.items())]
         given = given.func
+    bound += _enclosed(given)
     try:
         source = inspect.getsource(given if hasattr(given, "__name__") else type(given))
     except (OSError, TypeError):
         return None
     return content_hash(textwrap.dedent(source), *bound)
+
+
+def _enclosed(function: Any) -> Iterator[str]:
+    """The variables of an enclosing function that a function reads, but not those that it sets, such as a counter."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or cells is None:
+        return
+    own = {one.argval for one in dis.get_instructions(code) if one.opname == "STORE_DEREF"}
+    for name, cell in zip(code.co_freevars, cells, strict=True):
+        with suppress(ValueError):  # a variable without a value yet
+            if name not in own:
+                yield f"{name}={_value(cell.cell_contents)}"
 
 
 def _value(bound: Any) -> str:

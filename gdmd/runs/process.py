@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from gdmd.io import RunError
+from gdmd.io import RunError, writing
 
 STUCK_SECONDS = 60
 """After a stop signal to one of several ranks: when it prints where it is, if it has not ended by then."""
@@ -22,6 +22,35 @@ STUCK_SECONDS = 60
 def cores() -> int:
     """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+RUN_LOCK = ".lock"
+"""In a run folder: locked by the process that trains the run."""
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold an existing run folder: a second process would mix its rows and checkpoints with those of the first.
+
+    RunError if another process holds it. Nothing is checked on Windows, and on a file system without locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with writing("the run folder", folder):
+        handle = (folder / RUN_LOCK).open("w")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"{folder} is being trained by another process. Wait until it ends, or choose another folder with --run."
+            ) from error
+        except OSError:  # such as Lustre mounted without flock
+            pass
+        yield
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from gdmd.io import RunError, append_jsonl, near_name, numbered_jsonl, read_json, typed, write_atomic, writing
+from gdmd.runs.process import RUN_LOCK
 
 TEACHER_FILE = "teacher.safetensors"
 """In RUN/grids: the teacher's validation images, 8-bit [N, 3, H, W], and what they depend on."""
@@ -237,7 +238,13 @@ def check_new(path: Path, config: Mapping[str, Any]) -> None:
                 "or choose another folder with --run."
             )
         return
-    ours = {"tb", "grids", "checkpoints", "run.json"}  # a run that was killed while its folder was being created
+    ours = {
+        "tb",
+        "grids",
+        "checkpoints",
+        "run.json",
+        RUN_LOCK,
+    }  # a run that was killed while its folder was being created
     with writing("the run folder", path):
         names = sorted(entry.name for entry in path.iterdir())
     others = [name for name in names if name not in ours and not name.endswith(".partial")]

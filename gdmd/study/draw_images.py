@@ -13,11 +13,18 @@ Prompts = Sequence[tuple[str, str]]
 """(text, task) of each."""
 
 
-def draw_models(named: Mapping[str, Path], per_task: int, count: int, seed: int, temporary: Path) -> dict[str, Path]:
+PER_TASK = 10
+"""Default of ``per_task``."""
+
+
+def draw_models(
+    named: Mapping[str, Path], per_task: int | None, count: int, seed: int, temporary: Path
+) -> dict[str, Path]:
     """One image folder per model: existing folders as they are, runs and teachers sampled into ``temporary``.
 
     The prompts are those of the first existing folder, else ``per_task`` of each task of the fixed evaluation set.
-    Image j of prompt i starts from the same noise for every model. ValueError for a run of a real model.
+    Image j of prompt i starts from the same noise for every model. ValueError for a run of a real model, and for
+    ``per_task`` with an existing folder.
     """
     models = [name for name, path in named.items() if _draws(path)]
     for name in models:
@@ -27,7 +34,11 @@ def draw_models(named: Mapping[str, Path], per_task: int, count: int, seed: int,
                 f"preference {named[name]} --prompts FILE, and give {name}={named[name] / 'preference' / 'images'}"
             )
     given = [path for name, path in named.items() if name not in models]
-    prompts = [(row.text, row.task) for row in read_images(given[0]).values()] if given else _captions(per_task)
+    if given and per_task is not None:
+        raise ValueError(f"--per-task {per_task} has no effect: the prompts are those of {given[0]}; leave it out")
+    prompts = (
+        [(row.text, row.task) for row in read_images(given[0]).values()] if given else _captions(per_task or PER_TASK)
+    )
     folders = dict(named)
     for number, name in enumerate(models):
         folders[name] = temporary / str(number)

@@ -51,6 +51,9 @@ class Stream(Protocol):
 class Progress(Protocol):
     """What the user sees: ``training.progress`` shows a bar or plain lines, tests collect rows."""
 
+    def begin(self, step: int) -> None:
+        """The iterations begin after ``step`` finished ones: 0, or those of the checkpoint."""
+
     def advance(self, step: int) -> None:
         """``step`` outer iterations are finished."""
 
@@ -66,6 +69,9 @@ class Progress(Protocol):
 
 class NoProgress:
     """Shows nothing."""
+
+    def begin(self, step: int) -> None:
+        return
 
     def advance(self, step: int) -> None:
         return
@@ -183,6 +189,7 @@ class _Trainer:
         self.call("on_train_begin")
         if start == 0:
             self.write_row(0, self.validate(0))
+        self.progress.begin(start)
         for step in range(start + 1, cfg.steps + 1):  # step counts finished iterations from here on
             self.train_step(step - 1)
             self.state.step = step

@@ -91,6 +91,10 @@ class PlainProgress:
         self._pace, self._stream = Pace(steps), stream or sys.stderr
         self._explained = False
 
+    def begin(self, step: int) -> None:
+        if step < self._pace.steps:
+            self.note(FIRST)
+
     def advance(self, step: int) -> None:
         self._pace.advance(step)
 
@@ -125,9 +129,13 @@ class BarProgress:
     """A bar with step, pace and ETA; the newest row, or what the program is doing, below it."""
 
     def __init__(self, steps: int, progress: _TwoLines) -> None:
-        self._progress, self._pace, self._row, self._explained = progress, Pace(steps), FIRST, False
+        self._progress, self._pace, self._row, self._explained = progress, Pace(steps), "", False
         self._task = progress.add_task("train", total=steps, pace="", eta="-:--")
-        self._show(FIRST)
+
+    def begin(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+        self._row = FIRST if step < self._pace.steps else ""
+        self._show(self._row)
 
     def advance(self, step: int) -> None:
         self._pace.advance(step)
@@ -158,7 +166,6 @@ def progress_for(steps: int, console: Console | None = None) -> Iterator[PlainPr
     """A bar if the console is a terminal, plain lines otherwise; the console is stderr by default."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
-        console.print(FIRST)
         yield PlainProgress(steps, console.file)
         return
     columns = (

@@ -24,11 +24,12 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gdmd.config.extras import install
-from gdmd.io import read_json, write_atomic, writing
+from gdmd.io import all_errors, read_json, write_atomic, writing
 from gdmd.runs.run_folder import Run
 from gdmd.training.callbacks import TrainerCallback, TrainerState
 
@@ -58,17 +59,30 @@ class Tracker(TrainerCallback):
     def finish(self, *, failed: bool) -> None:
         """End the tracker's run."""
 
+    @classmethod
+    def require_login(cls) -> None:
+        """Raises the library's own error if its account is not known; nothing where that shows only at the start."""
+
+    @classmethod
+    def check(cls) -> None:
+        """``require_login``; ValueError if the library refuses."""
+        cls._started(cls.require_login)
+
     def start(self, state: TrainerState) -> None:
         """``open``; ValueError if the library refuses."""
+        self._started(lambda: self.open(state))
+        self._active = True
+
+    @classmethod
+    def _started(cls, action: Callable[[], None]) -> None:
         try:
             with redirect_stdout(sys.stderr):  # the libraries print, and standard output belongs to --json
-                self.open(state)
+                action()
         except (Exception, SystemExit) as error:
             raise ValueError(
-                f"loop.report_to: {self.name} did not start: {_reason(error)}. {self.advice}, or take {self.name} out of "
+                f"loop.report_to: {cls.name} did not start: {_reason(error)}. {cls.advice}, or take {cls.name} out of "
                 "loop.report_to."
             ) from error
-        self._active = True
 
     def on_log(self, state: TrainerState, logs: Mapping[str, float]) -> None:
         """Record a row of metrics."""
@@ -174,6 +188,13 @@ class Wandb(_TrackerWithId):
     name = "wandb"
     advice = "Log in with `wandb login`, or record offline with WANDB_MODE=offline"
 
+    @classmethod
+    def require_login(cls) -> None:
+        """Without a key in the environment, wandb looks for one in its files, and on a terminal it asks."""
+        known = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+        if not known and os.environ.get("WANDB_MODE", "online") in ("online", "shared"):
+            importlib.import_module("wandb").login(verify=False)
+
     def begin(self, known: str) -> str:
         self.handle = self.library.init(
             project=_project("WANDB_PROJECT"),
@@ -253,13 +274,22 @@ def trackers(names: Sequence[str], run: Run, note: Callable[[str], None]) -> lis
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """ValueError with the command that installs the first library of ``loop.report_to`` that is missing."""
-    for name in names:
+    """ValueError with the commands that install the libraries of ``loop.report_to`` that are missing."""
+
+    def require(name: str) -> None:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
                 f"loop.report_to = {name} needs the package {name}, which is not installed; do: {install(name)}, or take "
                 f"{name} out of loop.report_to"
             )
+
+    all_errors(*(partial(require, name) for name in names))
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """``require_trackers``, and a ValueError for a library that knows no account; before anything is loaded."""
+    require_trackers(names)
+    all_errors(*(TRACKERS[name].check for name in dict.fromkeys(names)))
 
 
 def _project(*variables: str) -> str:

@@ -21,7 +21,9 @@ from gdmd.cli.app import main
 from gdmd.config import extras
 from gdmd.config.base import Config, Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.load import MAX_YAML_CHARS, ConfigError, dump_config, load_config
+from gdmd.config.model import DiffusersModel
 from gdmd.config.rewards import CompositeConfig, RemoteConfig
+from gdmd.config.run import RunConfig
 from gdmd.config.sweep import SweepConfig
 
 
@@ -390,3 +392,25 @@ def test_every_field_is_described() -> None:
             if isinstance(cls, type) and issubclass(cls, Config):
                 missing = [key for key, field in cls.model_fields.items() if not field.description and key != "kind"]
                 assert not missing, (name, missing)
+
+
+def test_override_of_an_anchor_keeps_its_alias() -> None:
+    text = """
+    name: x
+    loop: {}
+    prompts: {file: p.txt}
+    model: {kind: diffusers, path: a/b, student_lora: &lora {path: c/d}, teacher_loras: [*lora]}
+    rewards: [{kind: clip}]
+    """
+    cfg = load_config(RunConfig, text, ["model.student_lora.weight=0.5"])
+    assert isinstance(cfg.model, DiffusersModel) and cfg.model.student_lora is not None
+    assert (cfg.model.student_lora.weight, cfg.model.teacher_loras[0].weight) == (0.5, 1.0)
+
+
+def test_a_revision_without_its_model_is_refused() -> None:
+    given = {"path": "a/b", "student_revision": "v2", "scoring_decoder_revision": "v1"}
+    with pytest.raises(
+        ConfigError, match=r"student_revision is set, but student is not.*scoring_decoder is not: set it"
+    ):
+        DiffusersModel(**given)
+    assert DiffusersModel(**given, student="c/d", scoring_decoder="e/f").student_revision == "v2"

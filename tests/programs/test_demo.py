@@ -147,7 +147,7 @@ def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     monkeypatch.setattr(demo_work, "work", lambda *_: 15)
     stopped = run_demo(cfg, folder, Console(file=said, width=80), "cpu")
-    assert stopped.signal == 15 and "continue with: gdmd demo --run" in said.getvalue()
+    assert stopped.signal == 15 and f"continue with the same command and --run {tmp_path / 'demo'}" in said.getvalue()
     assert time.monotonic() - began < 60 and not multiprocessing.active_children()
 
 

@@ -49,6 +49,11 @@ def test_fetch_converts_and_verifies_once(published: Path, tmp_path: Path) -> No
     assert json.loads((ready / "converted.json").read_text())["file"] == "HPS_v2.1_compressed.pt"
     again = gdmd(tmp_path, None, "rewards", "fetch", "hps")
     assert again.returncode == 0 and "is already converted" in again.stderr
+    facts = json.loads((ready / "converted.json").read_text())
+    assert facts["revision"] == "697403c78157020a1ae59d23f111aa58ced35b0a"
+    (ready / "converted.json").write_text(json.dumps(facts | {"revision": "b" * 40}))  # of an earlier version of gdmd
+    older = gdmd(tmp_path, None, "rewards", "fetch", "hps")
+    assert older.returncode == 2 and "at bbbbbbbbbbbb, and the pinned revision is 697403c78157" in older.stderr
 
 
 def test_fetched_weights_are_found_offline(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

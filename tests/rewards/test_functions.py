@@ -154,6 +154,20 @@ def test_objects_with_state_and_modules(tmp_path: Path) -> None:
         imported(f"{tmp_path}/classes.py:Odd")
 
 
+def test_images_on_the_device_of_the_reward() -> None:
+    """A server and an evaluation have the images on the CPU, and the function on a GPU; scores return to the images."""
+    seen: list[str] = []
+
+    def where(images: Any, prompts: Any) -> list[float]:
+        seen.append(str(images.device))
+        return [0.0] * len(images)
+
+    reward = CallableReward(where)
+    for device in ("cpu", "meta"):  # the only other device of every machine
+        assert reward.to(device).score(IMAGES, PROMPTS).device == IMAGES.device
+    assert seen == ["cpu", "meta"]
+
+
 async def later(images: Any, prompts: Any) -> list[float]:
     return [0, 0]
 
@@ -271,6 +285,23 @@ def test_bound_arguments_are_part_of_the_identity() -> None:
 
     assert source(1.0) == source(1.0) != source(2.0) != CallableReward(scaled).config.source  # type: ignore[union-attr]
     assert source(torch.ones(())) == source(torch.zeros(()))
+
+
+def test_variables_of_an_enclosing_function_are_part_of_the_identity() -> None:
+    """But not a counter of the function itself, with which a run in the same process could not be resumed."""
+
+    def made(factor: float, calls: int) -> Any:
+        def reward(images: Tensor, prompts: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return factor * images.mean((1, 2, 3))
+
+        return reward
+
+    def source(*given: Any) -> str | None:
+        return CallableReward(made(*given)).config.source  # type: ignore[union-attr]
+
+    assert source(1.0, 0) == source(1.0, 0) == source(1.0, 7) != source(2.0, 0)
 
 
 def test_the_program_finds_a_function_next_to_the_working_directory(tmp_path: Path) -> None:

@@ -137,6 +137,24 @@ def test_a_killed_server_is_asked_again(fail: Callable[[Any], None]) -> None:
     assert pauses == [0.5, 1.0] and reward.stats()["reward/remote_bright/retries"] == 2
 
 
+@pytest.mark.parametrize(("asked", "pause"), [("7", 7.0), ("600", 60.0), ("0", 0.5), ("soon", 0.5)])
+def test_a_server_that_is_asked_too_often_says_how_long_to_wait(asked: str, pause: float) -> None:
+    """The limit is per minute: the pauses of the other failures end after 3.5 s, and with them a run of several ranks."""
+
+    def busy(handler: Any, n: int) -> None:
+        if n:
+            return good(handler)
+        handler.send_response(429)
+        handler.send_header("Retry-After", asked)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    pauses: list[float] = []
+    with server(busy) as (url, _):
+        torch.testing.assert_close(client(url, pauses=pauses).score(images(), prompts()), expected())
+    assert pauses == [pause]
+
+
 def test_a_dead_server_is_an_error_after_all_retries() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

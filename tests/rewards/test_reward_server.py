@@ -116,8 +116,9 @@ def test_wrong_tokens(web: Any, header: str) -> None:
 
 def test_rate_limit() -> None:
     web = make_client(rate=4)
-    codes = [web.get("/version", headers=AUTHORIZED).status_code for _ in range(6)]
-    assert codes == [200] * 4 + [429] * 2
+    answers = [web.get("/version", headers=AUTHORIZED) for _ in range(6)]
+    assert [answer.status_code for answer in answers] == [200] * 4 + [429] * 2
+    assert 50 < int(answers[-1].headers["Retry-After"]) <= 60 and "Retry-After" not in answers[0].headers
 
 
 def test_pixels_of_a_request_are_limited_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,8 @@ def test_plan_draws_shapes_models_from_the_same_noise(tmp_path: Path, capsys: py
 
     folder = write_images(tmp_path / "own", MODELS[0], 2)
     assert run("study", "plan", f"own={folder}", "teacher-4", "-o", str(tmp_path / "two"), *sizes) == 2
+    assert f"--per-task 1 has no effect: the prompts are those of {folder}" in capsys.readouterr().err
+    assert run("study", "plan", f"own={folder}", "teacher-4", "-o", str(tmp_path / "two"), *sizes[:-2]) == 2
     assert "thing" in capsys.readouterr().err  # the folder's prompts are not in the language of the Shapes world
     cfg = RunConfig(name="x", loop=LoopConfig(), model=DiffusersModel(path="a/b"), rewards=(ClipConfig(),))
     create(tmp_path / "real", cfg.model_dump(mode="json"), ["gdmd"])
@@ -200,3 +202,9 @@ def test_simulate_prints_what_the_numbers_can_find(capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out)["mean_win_rate"] == pytest.approx(0.7, abs=0.1)
     assert run("study", "simulate", "--win-rate", "1.5") == 2
     assert "win_rate" in capsys.readouterr().err
+
+
+def test_simulate_refuses_numbers_that_a_planned_study_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, _, _ = write_study(tmp_path)
+    assert run("study", "simulate", str(study), "--studies", "2", "--raters", "40", "--pairs", "9") == 2
+    assert f"--raters, --pairs: {study} has its own numbers" in capsys.readouterr().err

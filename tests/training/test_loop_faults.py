@@ -36,6 +36,9 @@ class Watcher:
     rows: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def begin(self, step: int) -> None:
+        return
+
     def advance(self, step: int) -> None:
         self.steps.append(step)
 
@@ -261,6 +264,18 @@ def test_plain_progress() -> None:
     assert lines[0].startswith("metrics: student = ") and len(lines) == 3
     assert lines[1] == "step 1/10  student 1  r<1/2 0.25"
     assert lines[2].startswith("step 2/10  student 1  r<1/2 0.25  ETA 0:")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("done", [2, 4])
+def test_slow_first_iteration_is_announced_if_there_is_one(terminal: bool, done: int) -> None:
+    """A finished run that is resumed has no iteration left; the bar shows the steps that are done."""
+    stream = io.StringIO()
+    with progress_for(4, Console(file=stream, force_terminal=terminal, width=80)) as progress:
+        progress.begin(done)
+    text = stream.getvalue()
+    assert ("first iteration" in text) == (done < 4)
+    assert not terminal or f"step {done}/4" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -285,6 +285,8 @@ def test_a_missing_library_is_named_with_its_install_command(monkeypatch: pytest
         ValueError, match=r"loop.report_to = wandb needs the package wandb.*pip install -e '.\[wandb\]'"
     ):
         trackers.require_trackers(["wandb"])
+    with pytest.raises(ValueError, match=r"(?s)package wandb.*package trackio"):
+        trackers.require_trackers(["wandb", "trackio"])
 
 
 def test_a_missing_library_is_reported_before_the_networks_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,6 +294,21 @@ def test_a_missing_library_is_reported_before_the_networks_are_loaded(monkeypatc
     monkeypatch.setattr(programs, "build", lambda cfg: pytest.fail("the networks were loaded"))
     with pytest.raises(ValueError, match="loop.report_to = swanlab"):
         programs.prepare(read_recipe("shapes_smoke", ["loop.report_to=swanlab"]))
+
+
+def test_a_missing_login_is_reported_before_the_networks_are_loaded(tmp_path: Path) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "NETRC"))}
+    command = [sys.executable, "-m", "gdmd", "train", "shapes_smoke", "--run", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, "loop.report_to=wandb", "loop.best_metric=x"],
+        env=kept | {"HOME": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "loading the networks" not in done.stderr
+    assert "loop.report_to: wandb did not start: UsageError" in done.stderr and "`wandb login`" in done.stderr
+    assert "loop.best_metric = x is not logged" in done.stderr  # with all other mistakes
 
 
 def test_scores_that_are_missing_are_not_sent(tmp_path: Path, swanlab: list[dict[str, Any]]) -> None:

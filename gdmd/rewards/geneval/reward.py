@@ -41,12 +41,13 @@ class GenEval(RewardModel):
     def from_modules(cls, detector: Detector, colors: ColorClassifier) -> GenEval:
         """From a detector and a classifier that are already loaded."""
         reward = cls()
-        reward.detector, reward.colors = detector, colors
+        reward.detector, reward.colors, reward.in_memory = detector, colors, True
         return reward
 
     def to(self, device: str) -> GenEval:
-        """Load the networks on another device at their next use."""
-        self._place(replace(Placement.of(self.config), device=device))
+        """Load the networks on another device at their next use; given modules stay where they are."""
+        if not self.in_memory:
+            self._place(replace(Placement.of(self.config), device=device))
         return self
 
     def _place(self, placement: Placement) -> None:
