@@ -91,6 +91,10 @@ def test_all_mistakes_are_listed_with_the_command_lines_words(tmp_path: Path) ->
         ConfigError, match=r"model.student_lora: cannot be used with an open pipeline; give the teacher"
     ):
         DistillationTrainer(opened, args=Args(overrides={"model.student_lora": "org/lora"}))
+    of_files = {"model.embeddings": "texts", "model.quantization": "int8", "model.t5": False, "model.variant": "fp16"}
+    with pytest.raises(ConfigError) as error:  # they would have no effect, or be read from its folder instead
+        DistillationTrainer(opened, args=Args(overrides=of_files))
+    assert [line.partition(":")[0] for line in str(error.value).splitlines()] == list(of_files)
 
 
 def test_batch_of_devices_and_accumulation() -> None:
