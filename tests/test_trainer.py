@@ -165,8 +165,12 @@ def test_open_pipeline(tmp_path: Path) -> None:
     second = trainer(opened(), 2)
     assert second.train(resume_from_checkpoint=True).end.step == 2
     unchanged = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
-    with pytest.raises(RunError, match="model.path"):
+    with pytest.raises(RunError, match="model.path: "):
         trainer(unchanged, 3).train(resume_from_checkpoint=True)
+    other = opened()
+    other.scheduler = type(other.scheduler).from_config(other.scheduler.config, beta_end=0.02)
+    with pytest.raises(RunError, match=r"model.path.settings: EulerDiscreteScheduler has different content"):
+        trainer(other, 3).train(resume_from_checkpoint=True)
     second.save_pretrained(tmp_path / "merged")
     merged = StableDiffusionXLPipeline.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     kept = (
