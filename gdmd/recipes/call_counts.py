@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.methods.dmd2 import DMD2Config
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.guidance import plain
@@ -178,18 +179,33 @@ def count_calls(cfg: RunConfig, iterations: int = ITERATIONS) -> CallCounts:
     From ``iterations`` or a few more of them, spread evenly over the run.
     """
     rounds = -(-iterations // len(cfg.method.student_steps)) * len(cfg.method.student_steps)
-    return dry_run(cfg, [int((turn + 0.5) * cfg.loop.steps / rounds) for turn in range(rounds)])
+    spread = [int((turn + 0.5) * cfg.loop.steps / rounds) for turn in range(rounds)]
+    method, length = cfg.method, cfg.loop.steps
+    if not (isinstance(method, DMDConfig) and method.regression_weight > 0 and method.regression_batches):
+        return dry_run(cfg, spread)
+    # the first iterations solve the pairs that all others use
+    always = cfg.model_copy(update={"method": method.model_copy(update={"regression_batches": 0})})
+    solving, settled = dry_run(always, spread), dry_run(cfg, spread, before=range(method.regression_batches))
+    share = min(method.regression_batches, length) / length
+    passes = {who: share * solving.passes[who] + (1 - share) * settled.passes[who] for who in MODEL_ROLES}
+    calls = {who: share * solving.calls[who] + (1 - share) * settled.calls[who] for who in MODEL_ROLES}
+    return replace(settled, passes=passes, calls=calls, max_batch=max(solving.max_batch, settled.max_batch))
 
 
-def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0) -> CallCounts:
-    """The mean cost of these iterations, whose tau goes through the student's steps in turn from number ``first`` on."""
+def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0, before: Sequence[int] = ()) -> CallCounts:
+    """The mean cost of these iterations, whose tau goes through the student's steps in turn from number ``first`` on.
+
+    ``before``: iterations that are made first and do not count.
+    """
     log = _Log()
     roles = _Roles(log, gan=isinstance(cfg.method, DMD2Config) and cfg.method.adversarial)
     images, rewards = _Images(log), tuple(_Images(log) for _ in cfg.rewards) if cfg.method.rewarded else ()
     real = lambda prompts, rng: rng.normal("real", LATENT)  # noqa: E731
     method = method_of(cfg.method, roles, images, rewards, LatentSpec(LATENT), real)
     index = torch.arange(cfg.loop.batch_size)
-    for turn, step in enumerate(steps, first):
+    for turn, step in enumerate([*before, *steps], first - len(before)):
+        if turn == first:
+            vars(log).update(vars(_Log()))
         rng = _EveryStep(0, step, index, turn=turn)
         for update in method.iteration(step, _prompts(index, cfg.method.prompt_group, log), rng):
             log.updates[update.role] += 1
