@@ -27,6 +27,7 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.diffusion.rng import SampleRng
+from gdmd.methods.dmd import Dmd
 from gdmd.methods.scorer import Scorer
 from gdmd.models.loading import FAMILIES, open_family
 from gdmd.models.roles import DiffusersRoles
@@ -199,6 +200,37 @@ def test_adamw8bit_state_is_counted(folders: Path) -> None:
     roles = DiffusersRoles(meta_family(cfg.model).family)  # type: ignore[arg-type]
     numbers = [p.numel() for role in ("student", "fake") for p in roles.parameters(role).values()]  # type: ignore[arg-type]
     assert planned(cfg).cost.static["optimizer"] == sum(map(moment_bytes, numbers)) < 8 * sum(numbers)
+
+
+def test_pairs_that_dmd_keeps(folders: Path) -> None:
+    """As many bytes as the method holds after the iterations that solve them."""
+    method = DMDConfig(
+        fake_updates=1, step_draw="batch", regression_weight=0.2, regression_steps=1, regression_batches=2
+    )
+    cfg = recipe(folders, "sd3", method, batch=4)
+    components = build(cfg, "cpu")
+    assert isinstance(components.method, Dmd)
+    for step in range(2):
+        prompts = components.stream.at(step)
+        components.method.pairs.at(step, prompts, SampleRng(0, step, prompts.index))
+    held = sum(one.numel() * one.element_size() for one in components.method.pairs.state().values())
+    assert planned(cfg).cost.static["kept pairs"] == held > 0
+    longer = cfg.model_copy(update={"loop": cfg.loop.model_copy(update={"steps": 1})})
+    assert planned(longer).cost.static["kept pairs"] == held // 2
+    assert planned(recipe(folders, "sd3")).cost.static["kept pairs"] == 0
+
+
+def test_mixture_of_dmdr_is_a_third_copy(folders: Path) -> None:
+    method = DMDRConfig(cold_start=1, anneal=2, step_draw="batch", overlap=0.25)
+    plain = method.model_copy(update={"overlap": 0.0})
+    full, without = (planned(recipe(folders, "sd3", own, full="fake")) for own in (method, plain))
+    more = full.cost.peaks(2)["sampling and scores"] - without.cost.peaks(2)["sampling and scores"]
+    roles = DiffusersRoles(open_family(full.cfg.model))  # type: ignore[arg-type]
+    assert more == 4 * numel(roles.parameters("fake").values())
+    tables = 2 * 4 * numel(roles.backbone.net.buffers())  # of positions, which no plan counts, and while it is computed
+    assert peak_of(lambda: roles.blended_teacher(0.1)) == pytest.approx(more + tables, rel=0.02)
+    adapters = planned(recipe(folders, "sd3", method))
+    assert adapters.cost.mixture == 0
 
 
 # ---------------------------------------------------------------- calls per iteration
