@@ -148,7 +148,8 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float, costs: Costs | None = None
     if costs is None:
         rows = max(round(min(counted.max_batch * cfg.loop.batch_size, _chunk(cfg))), 1)
         kept = counted.decoder_backwards > counted.decoded_with_grad
-        costs = costs_of(cfg, nets, rows, reward_gradient=counted.decoded_with_grad > 0, kept=kept)
+        options = {"reward_gradient": counted.decoded_with_grad > 0, "in_update": counted.scored_in_updates}
+        costs = costs_of(cfg, nets, rows, kept=kept, **options)
     rewards, uncounted = _reward_nets(cfg)
     text = _bytes(nets.text(1).values())
     static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in rewards if not r.offloaded)}
@@ -192,6 +193,7 @@ def _process_cost(
         update=max(measured.bytes for measured in costs.update.values()),
         decoding=costs.decode.bytes if counted.decoded else 0,
         decoding_with_grad=costs.decode_with_grad.bytes / costs.micro if costs.decode_with_grad else 0.0,
+        graph=costs.graph,
         micro=cfg.loop.micro_batch,
         visiting=transfers.decoder + visiting,
         mixture=_mixture(cfg, nets),

@@ -42,6 +42,7 @@ class CallCounts:
     decoder_backwards: float  # backward passes through the decoder: several for a decoding if each reward has its own
     scorings: float  # calls of the rewards on the whole batch
     scorings_with_grad: float  # on a micro-batch
+    scored_in_updates: bool  # whether these are inside a loss, whose graph waits meanwhile
     calls: Mapping[str, float]  # network calls without gradient, by role
     calls_with_grad: Mapping[str, float]
     losses: Mapping[str, float]  # losses that have calls with gradient, by role
@@ -62,6 +63,7 @@ class _Log:
     prompts: int = 0
     max_batch: int = 0
     followed: bool = False
+    scored_in_updates: bool = False
 
     def note(self, who: str, answer: Tensor) -> None:
         """A call of ``who`` that gave this answer, [B, ...]."""
@@ -209,9 +211,10 @@ def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0, before: Sequen
         rng = _EveryStep(0, step, index, turn=turn)
         for update in method.iteration(step, _prompts(index, cfg.method.prompt_group, log), rng):
             log.updates[update.role] += 1
-            before = log.calls.copy()
+            calls, scorings = log.calls.copy(), log.scorings[True]
             update.loss(update.batch)
-            log.losses.update(who for who in MODEL_ROLES if log.calls[who, True] > before[who, True])
+            log.losses.update(who for who in MODEL_ROLES if log.calls[who, True] > calls[who, True])
+            log.scored_in_updates |= log.scorings[True] > scorings
     return _means(log, len(steps), cfg.loop.batch_size)
 
 
@@ -235,6 +238,7 @@ def _means(log: _Log, iterations: int, batch: int) -> CallCounts:
         decoder_backwards=log.decoder_backwards / iterations / batch,
         scorings=log.scorings[False] / iterations,
         scorings_with_grad=log.scorings[True] / iterations,
+        scored_in_updates=log.scored_in_updates,
         calls={who: log.calls[who, False] / iterations for who in MODEL_ROLES},
         calls_with_grad={who: log.calls[who, True] / iterations for who in MODEL_ROLES},
         losses={who: log.losses[who] / iterations for who in MODEL_ROLES},

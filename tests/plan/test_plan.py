@@ -28,6 +28,7 @@ from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.dmd import Dmd
+from gdmd.methods.dmd_refl import DmdRefl, RewardedBatch
 from gdmd.methods.scorer import Scorer
 from gdmd.models.loading import FAMILIES, open_family
 from gdmd.models.roles import DiffusersRoles
@@ -192,6 +193,29 @@ def test_offloaded_rewards_are_counted_one_at_a_time(folders: Path) -> None:
     gradient = plain | {"rewards": away, "method": DMDReFLConfig(fake_updates=1).model_dump()}
     together = plan(RunConfig.model_validate(gradient), GPU, 0.4).cost
     assert together.static["rewards"] == 0 and clip + hps < together.peaks(4)[phase] < clip + 2 * hps
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_reward_inside_the_students_update(folders: Path, checkpointing: bool) -> None:
+    """ReFL: the graph of the student's forward pass waits while decoder and reward are back-propagated."""
+    batch = 8
+    cfg = recipe(folders, "sd3", DMDReFLConfig(fake_updates=1), batch=batch, checkpointing=checkpointing)
+    roles = DiffusersRoles(open_family(cfg.model))  # type: ignore[arg-type]
+    brightness = CallableReward(lambda images, prompts: images.mean((1, 2, 3)), "brightness", differentiable=True)
+    scorer, shape = Scorer(roles.family.codec, [brightness]), roles.family.latent_shape
+    refl = DmdRefl(cfg.method, roles, shape, "velocity", scorer=scorer)  # type: ignore[arg-type]
+    x, cond = torch.randn(2, batch, *shape), roles.family.blank_text(batch)
+    given = RewardedBatch(x[0], torch.full((batch,), 0.5), cond, x[1], prompt_batch(["a dog"] * batch))
+
+    def update() -> None:
+        refl.rewarded_loss(given).per_sample.mean().backward()
+        for weights in roles.parameters("student").values():
+            weights.grad = None
+
+    update()
+    peaks = planned(cfg).cost.peaks(batch)
+    assert peaks["decoding and rewards"] - batch * planned(cfg).cost.scoring == pytest.approx(peak_of(update), rel=0.15)
+    assert 0 < planned(cfg).cost.graph < planned(cfg).cost.update
 
 
 def test_adamw8bit_state_is_counted(folders: Path) -> None:
