@@ -107,6 +107,10 @@ def test_all_mistakes_are_listed_with_the_command_lines_words(tmp_path: Path) ->
         ConfigError, match=r"model.student_lora: cannot be used with an open pipeline; give the teacher"
     ):
         DistillationTrainer(opened, args=Args(overrides={"model.student_lora": "org/lora"}))
+    of_files = {"model.embeddings": "texts", "model.quantization": "int8", "model.t5": False, "model.variant": "fp16"}
+    with pytest.raises(ConfigError) as error:  # they would have no effect, or be read from its folder instead
+        DistillationTrainer(opened, args=Args(overrides=of_files))
+    assert [line.partition(":")[0] for line in str(error.value).splitlines()] == list(of_files)
 
 
 def test_arguments_reach_the_recipe_as_they_are(tmp_path: Path) -> None:
@@ -199,8 +203,12 @@ def test_open_pipeline(tmp_path: Path) -> None:
     second = trainer(opened(), 2)
     assert second.train(resume_from_checkpoint=True).end.step == 2
     unchanged = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
-    with pytest.raises(RunError, match="model.path"):
+    with pytest.raises(RunError, match="model.path: "):
         trainer(unchanged, 3).train(resume_from_checkpoint=True)
+    other = opened()
+    other.scheduler = type(other.scheduler).from_config(other.scheduler.config, beta_end=0.02)
+    with pytest.raises(RunError, match=r"model.path.settings: EulerDiscreteScheduler has different content"):
+        trainer(other, 3).train(resume_from_checkpoint=True)
     second.save_pretrained(tmp_path / "merged")
     merged = StableDiffusionXLPipeline.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     kept = (

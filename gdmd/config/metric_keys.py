@@ -62,7 +62,7 @@ def _check_validated(cfg: RunConfig) -> None:
 def metric_keys(cfg: RunConfig) -> tuple[str, ...]:
     """Every key that a row of metrics.jsonl can hold; some appear only in a second stage."""
     rewards = [key for spec in _rewards(cfg) for key in (*_scored(spec), *_of_reward(spec))]
-    moved = () if cfg.loop.start_from else ("student/moved",)
+    moved = ("student/moved",) if cfg.starts_as_teacher else ()
     names = [_name(spec) for spec in (*_rewards(cfg), *cfg.held_out)] + ([DIVERSITY] if cfg.feature_scorer else [])
     sizes = cfg.model.sizes if isinstance(cfg.model, DiffusersModel) else ()
     names += [at_size(name, *size) for size in sizes for name in names]

@@ -103,6 +103,12 @@ class RunConfig(Config):
         return isinstance(self.model, ShapesModel) or is_shapes_pipeline(self.model.path)
 
     @property
+    def starts_as_teacher(self) -> bool:
+        """Whether the student equals the teacher before the first step."""
+        same = isinstance(self.model, ShapesModel) or self.model.start is self.model
+        return same and not self.loop.start_from
+
+    @property
     def at_largest_size(self) -> RunConfig:
         """The same recipe with the largest of its image sizes only: what is planned and profiled."""
         if not isinstance(self.model, DiffusersModel):

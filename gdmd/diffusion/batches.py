@@ -30,8 +30,8 @@ def split(batch: Any, size: int) -> Iterator[Any]:
 def cut(part: Any, start: int, stop: int, count: int) -> Any:
     """Samples start ... stop - 1 of a batch of ``count``: dataclasses, mappings and sequences are followed.
 
-    A sequence without tensors (captions) must have one entry per sample and is sliced. 0-d tensors, numbers, strings,
-    functions and empty sequences belong to all samples and are kept.
+    A sequence without tensors (captions), or of rows (metadata), must have one entry per sample and is sliced. 0-d tensors,
+    numbers, strings, functions and empty sequences belong to all samples and are kept.
     """
     if isinstance(part, Tensor):
         assert part.ndim == 0 or part.shape[0] == count, f"a tensor {tuple(part.shape)} in a batch of {count} samples"
@@ -43,10 +43,15 @@ def cut(part: Any, start: int, stop: int, count: int) -> Any:
         return {key: cut(value, start, stop, count) for key, value in part.items()}
     if not isinstance(part, (tuple, list)) or not part:
         return part
-    if next(_tensors(part), None) is not None:
+    if next(_tensors(part), None) is not None and not _is_row(part[0]):
         return type(part)(cut(value, start, stop, count) for value in part)
     assert len(part) == count, f"a sequence of {len(part)} entries in a batch of {count} samples"
     return part[start:stop]
+
+
+def _is_row(entry: Any) -> bool:
+    """Whether a mapping is the metadata of a sample, which has its prompt, and not a batch of named tensors."""
+    return isinstance(entry, Mapping) and not all(isinstance(value, Tensor) for value in entry.values())
 
 
 def _tensors(part: Any) -> Iterator[Tensor]:

@@ -142,15 +142,17 @@ class ProcessCost:
     flop: Mapping[str, float]  # per sample of the batch, by kind of work
     transfers: Transfers = NO_TRANSFERS
     decoding_with_grad: float = 0.0  # bytes per sample of a micro-batch; 0 without reward gradients
+    graph: int = 0  # bytes of the student's graph, which waits while rewards inside its loss are back-propagated
     micro: int = 0  # samples per micro-batch; 0 = all
     visiting: int = 0  # bytes of offloaded weights of decoder and rewards, which are copied here to score
+    mixture: int = 0  # bytes of a network that exists only while it gives a score
 
     def peaks(self, batch: int) -> dict[str, float]:
         """Peak activation bytes of every phase at this many samples per process."""
-        phases = {"sampling and scores": self.forward(self.rows * batch)}
+        phases = {"sampling and scores": self.forward(self.rows * batch) + self.mixture}
         phases["update (one micro-batch)"] = float(self.update)
         if self.decoding or self.decoding_with_grad:
-            decoding = max(self.decoding, self.decoding_with_grad * min(self.micro or batch, batch))
+            decoding = max(self.decoding, self.graph + self.decoding_with_grad * min(self.micro or batch, batch))
             phases["decoding and rewards"] = decoding + batch * self.scoring + self.visiting
         if self.transfers.encoders:
             phases["embedding the prompts"] = float(self.transfers.encoders)

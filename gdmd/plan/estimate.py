@@ -21,6 +21,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gdmd.config.methods.dmd import DMDConfig
+from gdmd.config.methods.dmdr import DMDRConfig
 from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.config.model import DiffusersModel
@@ -146,11 +148,13 @@ def plan(cfg: RunConfig, gpu: Gpu, efficiency: float, costs: Costs | None = None
     if costs is None:
         rows = max(round(min(counted.max_batch * cfg.loop.batch_size, _chunk(cfg))), 1)
         kept = counted.decoder_backwards > counted.decoded_with_grad
-        costs = costs_of(cfg, nets, rows, reward_gradient=counted.decoded_with_grad > 0, kept=kept)
+        options = {"reward_gradient": counted.decoded_with_grad > 0, "in_update": counted.scored_in_updates}
+        costs = costs_of(cfg, nets, rows, kept=kept, **options)
     rewards, uncounted = _reward_nets(cfg)
-    static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in rewards if not r.offloaded)}
-    trained = {role: _bytes(nets.roles.parameters(role).values()) for role in ("student", "fake")}
     text = _bytes(nets.text(1).values())
+    static = _static(cfg, nets, counted) | {"rewards": sum(r.bytes for r in rewards if not r.offloaded)}
+    static |= {"kept pairs": _kept_pairs(cfg, nets, text)}
+    trained = {role: _bytes(nets.roles.parameters(role).values()) for role in ("student", "fake")}
     cost = _process_cost(cfg, nets, counted, costs, rewards, static, max(trained.values()), text)
     loading = sum(static[name] for name in ("base model", "student", "fake", "decoder")) + nets.encoders * nets.itemsize
     return TrainingPlan(
@@ -189,8 +193,10 @@ def _process_cost(
         update=max(measured.bytes for measured in costs.update.values()),
         decoding=costs.decode.bytes if counted.decoded else 0,
         decoding_with_grad=costs.decode_with_grad.bytes / costs.micro if costs.decode_with_grad else 0.0,
+        graph=costs.graph,
         micro=cfg.loop.micro_batch,
         visiting=transfers.decoder + visiting,
+        mixture=_mixture(cfg, nets),
         per_sample=_per_sample(cfg, nets, text, scored=counted.decoded > 0),
         scoring=REWARD_ROW if rewards and isinstance(cfg.model, DiffusersModel) else 0,
         flop=_flop(counted, costs, sum(r.flop for r in rewards)),
@@ -349,6 +355,22 @@ def _per_sample(cfg: RunConfig, nets: Networks, text: int, *, scored: bool) -> i
     sides = (cfg.model.height, cfg.model.width) if isinstance(cfg.model, DiffusersModel) else (4 * height, 4 * width)
     images = 3 * 3 * 4 * sides[0] * sides[1] if scored else 0  # decoded, rescaled, clamped; fp32
     return 4 * channels * height * width * (8 + 2 * targets) + 3 * text + images
+
+
+def _kept_pairs(cfg: RunConfig, nets: Networks, text: int) -> int:
+    """Bytes of the pairs of DMD's regression, which every process keeps of the global batch: two latents and a text each."""
+    method = cfg.method
+    if not isinstance(method, DMDConfig) or method.regression_weight == 0:
+        return 0
+    pairs = min(method.regression_batches, cfg.loop.steps) * cfg.loop.batch_size
+    return pairs * (2 * 4 * math.prod(nets.latent_shape) + text)
+
+
+def _mixture(cfg: RunConfig, nets: Networks) -> int:
+    """Bytes of DMDR's real score where the fake score is a full copy: a third network, of mixed weights."""
+    method = cfg.method
+    mixed = isinstance(method, DMDRConfig) and method.overlap > 0 and method.anneal > 0 and "fake" in _copied(cfg)
+    return 4 * _numbers(nets.base) if mixed else 0
 
 
 def _flop(counted: CallCounts, costs: Costs, rewards: int) -> dict[str, float]:

@@ -22,6 +22,7 @@ class Measured:
 
     flop: int  # of matrix products, convolutions and attention; a multiply-add counts 2
     bytes: int  # largest sum of storages alive at once, without those from before
+    kept: int = 0  # the same at its end, while its result is held
 
 
 def fake_mode() -> AbstractContextManager[Any]:
@@ -82,8 +83,10 @@ def measure(work: Callable[[], object], held: Iterable[Tensor] = ()) -> Measured
     """Run ``work`` and measure it. ``held``: weights and inputs, allocated before."""
     live = _Live(held)
     with live:
-        work()
-    return Measured(live.flop, live.peak)
+        result = work()
+    kept = live.now
+    del result
+    return Measured(live.flop, live.peak, kept)
 
 
 class _Live(TorchDispatchMode):

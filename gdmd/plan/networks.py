@@ -109,12 +109,16 @@ class Costs:
     chunk: int
     decode_with_grad: Measured | None  # of a micro-batch
     feature_cost: float = 1.0  # forward passes of a call for features
+    graph: int = 0  # bytes that the student's forward pass of a micro-batch keeps while rewards are back-propagated
 
 
-def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, reward_gradient: bool, kept: bool) -> Costs:
+def costs_of(
+    cfg: RunConfig, nets: Networks, rows: int, *, reward_gradient: bool, kept: bool, in_update: bool = False
+) -> Costs:
     """Measure one call of every network with each kind of gradient, on fake tensors.
 
-    reward_gradient: measure a decoding with gradient, too; kept: its graph is kept for another backward pass.
+    reward_gradient: measure a decoding with gradient, too; kept: its graph is kept for another backward pass; in_update: it
+    happens inside the student's loss.
     """
     micro = cfg.loop.micro_batch or cfg.loop.batch_size
     model = cfg.model if isinstance(cfg.model, DiffusersModel) else None
@@ -132,6 +136,7 @@ def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, reward_gradient: bool
         decode = measure(lambda: _decode(nets, chunk), nets.held())
         backward = lambda: _decode_with_grad(nets, micro, kept=kept)  # noqa: E731
         with_grad = measure(backward, nets.held()) if reward_gradient else None
+        graph = _update(nets, "student", texts[micro], micro, backward=False).kept if in_update else 0
         heavy = max(update, key=lambda role: update[role].bytes)
         largest = update[heavy].bytes
         other = None if model is None else _other(nets, heavy, not model.checkpointing, texts[micro])
@@ -140,7 +145,7 @@ def costs_of(cfg: RunConfig, nets: Networks, rows: int, *, reward_gradient: bool
     memory = (chosen, largest if rest is None else rest)
     features = 1.0 if model is None else nets.roles.family.feature_cost
     call = (calls[1].bytes - per_row, per_row)
-    return Costs(flop, call, update, micro, *memory, decode, chunk, with_grad, features)
+    return Costs(flop, call, update, micro, *memory, decode, chunk, with_grad, features, graph)
 
 
 def _latents(nets: Networks, count: int) -> Tensor:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.methods.dmd2 import DMD2Config
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.guidance import plain
@@ -41,6 +42,7 @@ class CallCounts:
     decoder_backwards: float  # backward passes through the decoder: several for a decoding if each reward has its own
     scorings: float  # calls of the rewards on the whole batch
     scorings_with_grad: float  # on a micro-batch
+    scored_in_updates: bool  # whether these are inside a loss, whose graph waits meanwhile
     calls: Mapping[str, float]  # network calls without gradient, by role
     calls_with_grad: Mapping[str, float]
     losses: Mapping[str, float]  # losses that have calls with gradient, by role
@@ -61,6 +63,7 @@ class _Log:
     prompts: int = 0
     max_batch: int = 0
     followed: bool = False
+    scored_in_updates: bool = False
 
     def note(self, who: str, answer: Tensor) -> None:
         """A call of ``who`` that gave this answer, [B, ...]."""
@@ -178,24 +181,40 @@ def count_calls(cfg: RunConfig, iterations: int = ITERATIONS) -> CallCounts:
     From ``iterations`` or a few more of them, spread evenly over the run.
     """
     rounds = -(-iterations // len(cfg.method.student_steps)) * len(cfg.method.student_steps)
-    return dry_run(cfg, [int((turn + 0.5) * cfg.loop.steps / rounds) for turn in range(rounds)])
+    spread = [int((turn + 0.5) * cfg.loop.steps / rounds) for turn in range(rounds)]
+    method, length = cfg.method, cfg.loop.steps
+    if not (isinstance(method, DMDConfig) and method.regression_weight > 0 and method.regression_batches):
+        return dry_run(cfg, spread)
+    # the first iterations solve the pairs that all others use
+    always = cfg.model_copy(update={"method": method.model_copy(update={"regression_batches": 0})})
+    solving, settled = dry_run(always, spread), dry_run(cfg, spread, before=range(method.regression_batches))
+    share = min(method.regression_batches, length) / length
+    passes = {who: share * solving.passes[who] + (1 - share) * settled.passes[who] for who in MODEL_ROLES}
+    calls = {who: share * solving.calls[who] + (1 - share) * settled.calls[who] for who in MODEL_ROLES}
+    return replace(settled, passes=passes, calls=calls, max_batch=max(solving.max_batch, settled.max_batch))
 
 
-def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0) -> CallCounts:
-    """The mean cost of these iterations, whose tau goes through the student's steps in turn from number ``first`` on."""
+def dry_run(cfg: RunConfig, steps: Sequence[int], first: int = 0, before: Sequence[int] = ()) -> CallCounts:
+    """The mean cost of these iterations, whose tau goes through the student's steps in turn from number ``first`` on.
+
+    ``before``: iterations that are made first and do not count.
+    """
     log = _Log()
     roles = _Roles(log, gan=isinstance(cfg.method, DMD2Config) and cfg.method.adversarial)
     images, rewards = _Images(log), tuple(_Images(log) for _ in cfg.rewards) if cfg.method.rewarded else ()
     real = lambda prompts, rng: rng.normal("real", LATENT)  # noqa: E731
     method = method_of(cfg.method, roles, images, rewards, LatentSpec(LATENT), real)
     index = torch.arange(cfg.loop.batch_size)
-    for turn, step in enumerate(steps, first):
+    for turn, step in enumerate([*before, *steps], first - len(before)):
+        if turn == first:
+            vars(log).update(vars(_Log()))
         rng = _EveryStep(0, step, index, turn=turn)
         for update in method.iteration(step, _prompts(index, cfg.method.prompt_group, log), rng):
             log.updates[update.role] += 1
-            before = log.calls.copy()
+            calls, scorings = log.calls.copy(), log.scorings[True]
             update.loss(update.batch)
-            log.losses.update(who for who in MODEL_ROLES if log.calls[who, True] > before[who, True])
+            log.losses.update(who for who in MODEL_ROLES if log.calls[who, True] > calls[who, True])
+            log.scored_in_updates |= log.scorings[True] > scorings
     return _means(log, len(steps), cfg.loop.batch_size)
 
 
@@ -219,6 +238,7 @@ def _means(log: _Log, iterations: int, batch: int) -> CallCounts:
         decoder_backwards=log.decoder_backwards / iterations / batch,
         scorings=log.scorings[False] / iterations,
         scorings_with_grad=log.scorings[True] / iterations,
+        scored_in_updates=log.scored_in_updates,
         calls={who: log.calls[who, False] / iterations for who in MODEL_ROLES},
         calls_with_grad={who: log.calls[who, True] / iterations for who in MODEL_ROLES},
         losses={who: log.losses[who] / iterations for who in MODEL_ROLES},

@@ -33,6 +33,12 @@ _SHAPES_RECIPES = {"gdmd": "gdmd_paper", "gdmd_tilted": "shapes_demo"}
 _FAMILY_PRESETS = {"gdmd_tilted": "gdmd"}
 """Method presets of real models by method.kind; other methods have a preset of their name, or start from this one's."""
 
+_OF_FILES = (
+    *("student", "student_lora", "teacher_loras", "embeddings", "quantization", "t5", "variant", "revision"),
+    *("student_revision", "student_variant"),
+)
+"""Fields of a model that say what is read from its files, and how: an open pipeline is used as it is."""
+
 
 def recipe_from(
     model: Any,
@@ -71,11 +77,10 @@ def recipe_from(
         raise ConfigError([f"reward_funcs: method {cfg.method.kind} as set here reads no rewards; leave them out"])
     pipeline = None if isinstance(model, str | Path) else model
     if pipeline is not None and isinstance(cfg.model, DiffusersModel):
-        set_ = [name for name in ("student", "student_lora", "teacher_loras") if getattr(cfg.model, name)]
+        set_ = [name for name in _OF_FILES if getattr(cfg.model, name) != DiffusersModel.model_fields[name].default]
         if set_:
-            raise ConfigError(
-                [f"model.{set_[0]}: cannot be used with an open pipeline; give the teacher as a folder or hub id"]
-            )
+            advice = "cannot be used with an open pipeline; give the teacher as a folder or hub id"
+            raise ConfigError([f"model.{one}: {advice}" for one in set_])
     return cfg, GivenObjects(pipeline, functions, prompts)
 
 
@@ -154,7 +159,8 @@ def _model_section(section: Mapping[str, Any], model: Any) -> dict[str, Any]:
     changed: dict[str, Any] = {"path": _path(model)}
     if not isinstance(model, str | Path):
         names = {dtype: name for name, dtype in DTYPES.items()}
-        changed |= {"embeddings": None, "revision": None, "dtype": names.get(model.dtype, str(model.dtype))}
+        changed |= dict.fromkeys(("embeddings", "revision", "variant"))
+        changed |= {"dtype": names.get(model.dtype, str(model.dtype))}
     return {**section, **changed}
 
 

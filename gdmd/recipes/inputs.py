@@ -139,6 +139,7 @@ def inputs_of(cfg: RunConfig, given: GivenObjects = NOTHING_GIVEN) -> dict[str, 
         found["prompts.file"] = _prompts(cfg.prompts.file, cfg.prompts.column)
     if given.pipeline is not None:
         found["model.path"] = Input(f"{PYTHON}{type(given.pipeline).__name__}", given.pipeline_content)
+        found["model.path.settings"] = Input(type(given.pipeline.scheduler).__name__, given.pipeline_settings)
     else:
         found |= _base(cfg.model)
     if isinstance(cfg.model, DiffusersModel) and cfg.needs_real and cfg.real_data is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from gdmd.data.prompt_files import PromptFile
+from gdmd.io import content_hash
 
 PYTHON = "python:"
 """Prefix of the names of such objects in config.yaml and run.json."""
@@ -42,6 +44,17 @@ class GivenObjects:
                     digest.update(f"{name}.{key.replace('.base_layer.', '.')} {tuple(tensor.shape)}".encode())
                     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return f"weights:{digest.hexdigest()}"
+
+    @cached_property
+    def pipeline_settings(self) -> str:
+        """A hash of the pipeline's settings and of those of its parts: the scheduler's shift and betas, the VAE's scaling.
+
+        What they were loaded from, and versions of libraries, do not count.
+        """
+        parts = {name: getattr(part, "config", None) for name, part in self.pipeline.components.items()}
+        configs = {"pipeline": self.pipeline.config} | {k: one for k, one in parts.items() if isinstance(one, Mapping)}
+        found = {name: {k: v for k, v in one.items() if not k.startswith("_")} for name, one in configs.items()}
+        return f"sha256:{content_hash(json.dumps(found, sort_keys=True, default=str))}"
 
 
 NOTHING_GIVEN = GivenObjects()

@@ -55,11 +55,9 @@ def displacement_hook(
 ) -> Callable[[], Mapping[str, float]]:
     """A hook that measures the displacement of the student as it is now (not its EMA), with its ``steps`` and sampler.
 
-    All ranks draw the same samples, so that it works with sharding; the noise is the same at every call. Nothing is
-    measured with loop.start_from: that student does not start as the teacher.
+    All ranks draw the same samples, so that it works with sharding; the noise is the same at every call. For a student that
+    starts as the teacher: how far another one has moved, this does not say.
     """
-    if loop.start_from:
-        return dict
     count = min(SAMPLES, loop.batch_size // ranks)
     texts = [prompts[k * len(prompts) // count] for k in range(count)]
 

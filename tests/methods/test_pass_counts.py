@@ -188,6 +188,19 @@ def test_dry_run_is_the_closed_form(name: str) -> None:
     assert sum(counted) / len(counted) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("batches", "steps", "solved"), [(2, 8, 2 / 8), (8, 3000, 8 / 3000), (8, 4, 1.0), (0, 8, 1.0)])
+def test_kept_pairs_are_solved_once(batches: int, steps: int, solved: float) -> None:
+    """The mean over a whole run: its first iterations solve the pairs, 2 x 3 calls of the teacher each."""
+    method = {"kind": "dmd", "regression_weight": 0.2, "regression_steps": 3, "regression_batches": batches}
+    cfg = RunConfig.model_validate({"name": "x", "method": method, "loop": {"batch_size": 4, "steps": steps}})
+    counts = count_calls(cfg)
+    assert counts.passes["teacher"] == pytest.approx(2 + 6 * solved)
+    assert counts.calls["teacher"] == pytest.approx(1 + 3 * solved)
+    solving, settled = (iteration_passes(cfg.method, step, every_place(cfg.method)) for step in (0, max(batches, 1)))
+    mean = solved * solving + (1 - solved) * settled
+    assert forward_passes(counts) * counts.updates["student"] == pytest.approx(mean)
+
+
 def test_costs_of_the_papers_schedules() -> None:
     """Per student update: x0 and its depth, once per batch; fake score 3, teacher 2 or 1, fake score 1, student 3."""
     for recipe, words, cost in (

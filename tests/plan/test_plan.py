@@ -27,6 +27,8 @@ from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.diffusion.rng import SampleRng
+from gdmd.methods.dmd import Dmd
+from gdmd.methods.dmd_refl import DmdRefl, RewardedBatch
 from gdmd.methods.scorer import Scorer
 from gdmd.models.loading import FAMILIES, open_family
 from gdmd.models.roles import DiffusersRoles
@@ -193,12 +195,66 @@ def test_offloaded_rewards_are_counted_one_at_a_time(folders: Path) -> None:
     assert together.static["rewards"] == 0 and clip + hps < together.peaks(4)[phase] < clip + 2 * hps
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_reward_inside_the_students_update(folders: Path, checkpointing: bool) -> None:
+    """ReFL: the graph of the student's forward pass waits while decoder and reward are back-propagated."""
+    batch = 8
+    cfg = recipe(folders, "sd3", DMDReFLConfig(fake_updates=1), batch=batch, checkpointing=checkpointing)
+    roles = DiffusersRoles(open_family(cfg.model))  # type: ignore[arg-type]
+    brightness = CallableReward(lambda images, prompts: images.mean((1, 2, 3)), "brightness", differentiable=True)
+    scorer, shape = Scorer(roles.family.codec, [brightness]), roles.family.latent_shape
+    refl = DmdRefl(cfg.method, roles, shape, "velocity", scorer=scorer)  # type: ignore[arg-type]
+    x, cond = torch.randn(2, batch, *shape), roles.family.blank_text(batch)
+    given = RewardedBatch(x[0], torch.full((batch,), 0.5), cond, x[1], prompt_batch(["a dog"] * batch))
+
+    def update() -> None:
+        refl.rewarded_loss(given).per_sample.mean().backward()
+        for weights in roles.parameters("student").values():
+            weights.grad = None
+
+    update()
+    peaks = planned(cfg).cost.peaks(batch)
+    assert peaks["decoding and rewards"] - batch * planned(cfg).cost.scoring == pytest.approx(peak_of(update), rel=0.15)
+    assert 0 < planned(cfg).cost.graph < planned(cfg).cost.update
+
+
 def test_adamw8bit_state_is_counted(folders: Path) -> None:
     cfg = recipe(folders, "sd3", full="student")
     cfg = cfg.model_copy(update={"loop": cfg.loop.model_copy(update={"optimizer": "adamw8bit"})})
     roles = DiffusersRoles(meta_family(cfg.model).family)  # type: ignore[arg-type]
     numbers = [p.numel() for role in ("student", "fake") for p in roles.parameters(role).values()]  # type: ignore[arg-type]
     assert planned(cfg).cost.static["optimizer"] == sum(map(moment_bytes, numbers)) < 8 * sum(numbers)
+
+
+def test_pairs_that_dmd_keeps(folders: Path) -> None:
+    """As many bytes as the method holds after the iterations that solve them."""
+    method = DMDConfig(
+        fake_updates=1, step_draw="batch", regression_weight=0.2, regression_steps=1, regression_batches=2
+    )
+    cfg = recipe(folders, "sd3", method, batch=4)
+    components = build(cfg, "cpu")
+    assert isinstance(components.method, Dmd)
+    for step in range(2):
+        prompts = components.stream.at(step)
+        components.method.pairs.at(step, prompts, SampleRng(0, step, prompts.index))
+    held = sum(one.numel() * one.element_size() for one in components.method.pairs.state().values())
+    assert planned(cfg).cost.static["kept pairs"] == held > 0
+    longer = cfg.model_copy(update={"loop": cfg.loop.model_copy(update={"steps": 1})})
+    assert planned(longer).cost.static["kept pairs"] == held // 2
+    assert planned(recipe(folders, "sd3")).cost.static["kept pairs"] == 0
+
+
+def test_mixture_of_dmdr_is_a_third_copy(folders: Path) -> None:
+    method = DMDRConfig(cold_start=1, anneal=2, step_draw="batch", overlap=0.25)
+    plain = method.model_copy(update={"overlap": 0.0})
+    full, without = (planned(recipe(folders, "sd3", own, full="fake")) for own in (method, plain))
+    more = full.cost.peaks(2)["sampling and scores"] - without.cost.peaks(2)["sampling and scores"]
+    roles = DiffusersRoles(open_family(full.cfg.model))  # type: ignore[arg-type]
+    assert more == 4 * numel(roles.parameters("fake").values())
+    tables = 2 * 4 * numel(roles.backbone.net.buffers())  # of positions, which no plan counts, and while it is computed
+    assert peak_of(lambda: roles.blended_teacher(0.1)) == pytest.approx(more + tables, rel=0.02)
+    adapters = planned(recipe(folders, "sd3", method))
+    assert adapters.cost.mixture == 0
 
 
 # ---------------------------------------------------------------- calls per iteration

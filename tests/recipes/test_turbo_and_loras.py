@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from gdmd import ConfigError, DistillationTrainer, DMDConfig, TrainingConfig, load_student
 from gdmd.cli.app import main
 from gdmd.config.image_source import SourceConfig
+from gdmd.config.metric_keys import metric_keys
 from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.diffusion.rng import SampleRng
@@ -46,6 +47,7 @@ from gdmd.recipes.inputs import check_start
 from gdmd.recipes.open_run import open_named, open_student
 from gdmd.recipes.read import read_recipe
 from gdmd.recipes.run_folders import config_of
+from gdmd.runs.run_folder import read_metrics
 from gdmd.shapes.grammar import catalog, fixed_rows
 from gdmd.sources.pipelines import open_export
 from gdmd.training.warm_start import check_model
@@ -198,6 +200,18 @@ def test_deterministic_student_from_training_to_its_exports(
     """A LoRA on an Euler-sampled turbo model; ``gdmd sample``'s source, the pipelines and the exports draw its images."""
     run, options = tmp_path / "run", (f"model.student={euler('sdxl')}", "method.student_sampler=ode")
     run_gdmd("train", "shapes_sdxl", *SETTINGS, *options, "loop.steps=2", "--run", run, "--no-eval")
+    cfg, key = (
+        config_of(run),
+        "student/moved",
+    )  # from the teacher, which says nothing about a student that starts elsewhere
+    assert not any(key in row for row in read_metrics(run)) and key not in metric_keys(cfg)
+    starts = {"student": None}, {"student": None, "student_lora": LoraFile(path="a")}
+    models = [cfg.model.model_copy(update=changes) for changes in starts]
+    assert [cfg.model_copy(update={"model": one}).starts_as_teacher for one in (cfg.model, *models)] == [
+        False,
+        True,
+        False,
+    ]
     run_gdmd("export", run)
     roles = opened(run)
     noises = noises_of(roles)

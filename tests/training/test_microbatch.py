@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -75,6 +75,15 @@ def test_micro_batches_equal_the_whole_batch(micro_batch: int) -> None:
         assert value.shape == parts_stats[key].shape
         assert torch.allclose(value, parts_stats[key], rtol=0, atol=1e-10)
     assert parts_stats["place/index"].tolist() == list(range(8))
+
+
+def test_metadata_with_tensors_is_cut_by_sample() -> None:
+    """As a dataset in torch's format has them: each row belongs to its own sample, whatever it holds."""
+    rows = tuple({"prompt": f"prompt {i}", "label": torch.tensor(i), "box": torch.arange(i + 1)} for i in range(5))
+    prompts = replace(make_batch(5).prompts, meta=rows)
+    parts = [part for _, part in split((torch.zeros(5, 3), prompts), 2)]
+    assert [[int(row["label"]) for row in part.meta] for part in parts] == [[0, 1], [2, 3], [4]]
+    assert parts[1].meta[1] is rows[3]
 
 
 def test_gradient_of_the_mean() -> None:
