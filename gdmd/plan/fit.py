@@ -122,9 +122,8 @@ def _slower(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterat
                 yield Change(f"model.forward_chunk={rows}", "smaller calls, slower on a large GPU")
     if worst.startswith("decoding") and model.decode_chunk > 1:
         yield Change("model.decode_chunk=1", "one image per call of the VAE")
-    if (
-        worst.startswith("update") or (worst.startswith("decoding") and estimate.cost.graph)
-    ) and not model.checkpointing:
+    holds_graph = worst.startswith("update") or (worst.startswith("decoding") and estimate.cost.graph > 0)
+    if holds_graph and not model.checkpointing:
         yield Change("model.checkpointing=true", "a third more time: activations are computed again")
     away = [f"rewards.{index}.offload=true" for index, spec in _neural(estimate.cfg) if not spec.offload]
     if away:  # together: a single one still visits the GPU in the largest phase

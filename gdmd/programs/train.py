@@ -376,9 +376,7 @@ def _train(cfg: RunConfig, run: Run, components: Components, settings: TrainSett
 
     texts = [text for group in components.stream.groups for text in group]
     steps = components.student_steps or cfg.method.student_steps
-    moved: Callable[[], Mapping[str, float]] = (
-        dict  # nothing is measured for a student that is not the teacher at first
-    )
+    moved: Callable[[], Mapping[str, float]] = dict  # measures nothing
     if cfg.starts_as_teacher:
         moved = displacement_hook(components, texts, steps, cfg.loop, context.size, cfg.method.student_sampler)
     gains = gains_hook(components.method)

@@ -238,13 +238,8 @@ def check_new(path: Path, config: Mapping[str, Any]) -> None:
                 "or choose another folder with --run."
             )
         return
-    ours = {
-        "tb",
-        "grids",
-        "checkpoints",
-        "run.json",
-        RUN_LOCK,
-    }  # a run that was killed while its folder was being created
+    # these are left if a run was killed while its folder was being created
+    ours = {"tb", "grids", "checkpoints", "run.json", RUN_LOCK}
     with writing("the run folder", path):
         names = sorted(entry.name for entry in path.iterdir())
     others = [name for name in names if name not in ours and not name.endswith(".partial")]

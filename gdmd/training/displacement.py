@@ -55,8 +55,8 @@ def displacement_hook(
 ) -> Callable[[], Mapping[str, float]]:
     """A hook that measures the displacement of the student as it is now (not its EMA), with its ``steps`` and sampler.
 
-    All ranks draw the same samples, so that it works with sharding; the noise is the same at every call. For a student that
-    starts as the teacher: how far another one has moved, this does not say.
+    All ranks draw the same samples, so that it works with sharding; the noise is the same at every call. Only for
+    a student that starts as the teacher: the distance from it does not say how far another one has moved.
     """
     count = min(SAMPLES, loop.batch_size // ranks)
     texts = [prompts[k * len(prompts) // count] for k in range(count)]
