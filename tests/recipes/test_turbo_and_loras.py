@@ -200,18 +200,13 @@ def test_deterministic_student_from_training_to_its_exports(
     """A LoRA on an Euler-sampled turbo model; ``gdmd sample``'s source, the pipelines and the exports draw its images."""
     run, options = tmp_path / "run", (f"model.student={euler('sdxl')}", "method.student_sampler=ode")
     run_gdmd("train", "shapes_sdxl", *SETTINGS, *options, "loop.steps=2", "--run", run, "--no-eval")
-    cfg, key = (
-        config_of(run),
-        "student/moved",
-    )  # from the teacher, which says nothing about a student that starts elsewhere
+    cfg = config_of(run)
+    key = "student/moved"  # from the teacher, which says nothing about a student that starts elsewhere
     assert not any(key in row for row in read_metrics(run)) and key not in metric_keys(cfg)
     starts = {"student": None}, {"student": None, "student_lora": LoraFile(path="a")}
     models = [cfg.model.model_copy(update=changes) for changes in starts]
-    assert [cfg.model_copy(update={"model": one}).starts_as_teacher for one in (cfg.model, *models)] == [
-        False,
-        True,
-        False,
-    ]
+    as_teacher = [cfg.model_copy(update={"model": one}).starts_as_teacher for one in (cfg.model, *models)]
+    assert as_teacher == [False, True, False]
     run_gdmd("export", run)
     roles = opened(run)
     noises = noises_of(roles)
