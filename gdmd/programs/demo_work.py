@@ -35,7 +35,7 @@ from gdmd.runs.run_folder import Run, check_same_config, create, open_run
 from gdmd.sweep.diagnosis import begin
 
 METHODS = ("dmd", "gdmd")
-FIRST = "first stage"
+FIRST = "stage 1"
 """Row of the student that both trainings start from."""
 LOG = "dmd.log"
 """In the folder of the demo: what the second process prints."""

@@ -49,7 +49,7 @@ class Composite(RewardModel):
             )
         self.name, self.parts = name, tuple(parts)
         self.differentiable = all(part.reward.differentiable for part in parts)
-        self._last: dict[str, Tensor] = {}
+        self._totals: dict[str, Tensor] = {}  # sum and number of the scores since the last stats()
 
     @property
     def config(self) -> CompositeConfig:
@@ -71,10 +71,13 @@ class Composite(RewardModel):
         total = images.new_zeros(len(images), dtype=torch.float32)
         scores = score_all([part.reward for part in self.parts], images, prompts)
         for part, raw in zip(self.parts, (one.float() for one in scores), strict=True):
-            self._last[f"reward/{self.name}/{part.reward.name}"] = raw.detach().nanmean()
+            key, own = f"reward/{self.name}/{part.reward.name}", raw.detach()
+            self._totals[key] = self._totals.get(key, 0) + torch.stack([own.nansum(), (~own.isnan()).sum()])
             total = total + part.weight * (raw - part.mean) / part.std
         return total / sum(part.weight for part in self.parts)
 
     def stats(self) -> Mapping[str, Tensor]:
-        """Mean raw score of each part in the last call, under reward/COMPOSITE/PART."""
-        return dict(self._last)
+        """Mean raw score of each part since the last reading, under reward/COMPOSITE/PART; NaN if none was scored."""
+        means = {key: total / count for key, (total, count) in self._totals.items()}
+        self._totals = {}
+        return means

@@ -58,13 +58,13 @@ def test_demo(gdmd: Gdmd) -> None:
 
 
 def test_demo_continues_the_shipped_student(gdmd: Gdmd) -> None:
-    """The table has a row of the first stage, both trainings start from it, and nothing is claimed without an interval."""
+    """The table has a row of stage 1, both trainings start from it, and nothing is claimed without an interval."""
     finished = gdmd("demo", *sets(*TINY), "--run", "demo")
     assert finished.code == 0, finished.err
     rows = json.loads(Path("demo/evaluation.json").read_text())
     assert list(rows) == [
         *("teacher, 1 steps", "teacher, 4 plain steps"),
-        *("first stage, 4 steps", "DMD, 4 steps", "GDMD, 4 steps"),
+        *("stage 1, 4 steps", "DMD, 4 steps", "GDMD, 4 steps"),
     ]
     assert finished.err.count("fake start from shapes:dmd, step 1 of `none`") == 2
     assert "[4/7] training DMD: 2 updates from the student of shapes:dmd" in finished.err

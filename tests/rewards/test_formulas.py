@@ -140,6 +140,10 @@ def test_composite() -> None:
     logged = reward_stats([reward])
     assert float(logged["reward/composite/red"]) == pytest.approx(float(r.mean()))
     assert float(logged["reward/composite/wide"]) == pytest.approx(float(w.mean()))
+    assert not reward.stats(), "the log reads each score once"
+    for part in (slice(1), slice(1, 4)):  # micro-batches of different sizes
+        reward.score(images[part], prompt_batch(TEXTS[part]))
+    assert float(reward_stats([reward])["reward/composite/wide"]) == pytest.approx(float(w.mean()))
     (gradient,) = torch.autograd.grad(scores.sum(), images)
     assert (gradient[:, :2] != 0).all() and (gradient[:, 2] == 0).all()
 
