@@ -149,7 +149,8 @@ def _unknown_key(at: _Location, fields: Sequence[str], overrides: Mapping[tuple[
         shell = any(given[: len(section)] == tuple(map(str, section)) for given in overrides)
         whole = _assignment(section, f"{{kind: {at.label}, ...}}", shell)
         having = ", ".join(kinds(others))
-        return f"kind '{at.label}' has no such key, only {having}; replace the whole section: {whole}"
+        cure = f"; replace the whole section: {whole}" if section else ""
+        return f"kind '{at.label}' has no such key, only {having}{cure}"
     if key == "weight" and "kind" in known and at.path[0] == "rewards":
         parts = "{kind: composite, parts: [{reward: {kind: ...}, weight: ...}]}"
         return f"unknown key; weights belong to the parts of a composite: {parts}"

@@ -41,7 +41,7 @@ def read_scorer(text: str) -> RewardConfig:
             'quote a name with a comma: clip,path="a,b"'
         )
     given: dict[str, Any] = {
-        key: int(value) if re.fullmatch(r"\d+", value) else value for _, key, value in settings if value is not None
+        key: int(value) if re.fullmatch(r"-?\d+", value) else value for _, key, value in settings if value is not None
     }
     head = {"kind": "callable", "target": kind} if ":" in kind or kind.endswith(".py") else {"kind": kind}
     config: RewardConfig = validated(RewardConfig, head | given, f"scorer {text!r}")

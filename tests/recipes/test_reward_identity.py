@@ -21,6 +21,10 @@ def test_scorer_arguments() -> None:
         read_scorers(["clip", "clip,dtype=bf16"])
     with pytest.raises(ValueError, match="is not a key=value"):
         read_scorer("clip,bf16")
+    with pytest.raises(ValueError, match="chunk: got -1: .* greater than or equal to 0"):
+        read_scorer("hps,chunk=-1")
+    with pytest.raises(ValueError, match="batch: got 4: kind 'clip' has no such key, only remote$"):
+        read_scorer("clip,batch=4")
 
 
 def test_scorer_identity(tmp_path: Path) -> None:
