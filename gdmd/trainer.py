@@ -92,12 +92,21 @@ class DistillationTrainer:
         self._settings = settings
         self._trained: TrainOutput | None = None
 
-    def train(self, resume_from_checkpoint: bool = False) -> TrainOutput:
+    def train(self, resume_from_checkpoint: bool = False, *, accept_changes: bool = False) -> TrainOutput:
         """Train to the last step, or until Ctrl-C, which saves a checkpoint first.
 
         With ``resume_from_checkpoint`` the run in ``output_dir``, if there is one, continues from its newest checkpoint,
-        bit for bit. RunError if ``output_dir`` holds another run, or one that is not to be continued.
+        bit for bit. RunError if ``output_dir`` holds another run, or one that is not to be continued, and if the content
+        of an input (prompts, a reward function, the base model) has changed; with ``accept_changes`` the run continues
+        with the new content, and run.json, the report and the model card show it. ValueError for a path: there is one
+        newest checkpoint, and it is in ``output_dir``.
         """
+        if not isinstance(resume_from_checkpoint, bool):
+            raise ValueError(
+                f"resume_from_checkpoint: got {str(resume_from_checkpoint)!r:.80}, but a run continues from the newest "
+                "checkpoint in its output_dir: give True, and the run's folder as output_dir. To start a new run from its "
+                'student, give overrides={"loop.start_from": FOLDER}'
+            )
         if self._trained is not None and self._settings.given.pipeline is not None:
             raise RunError(
                 "this trainer has trained its pipeline already; load the pipeline again for another training"
@@ -105,7 +114,8 @@ class DistillationTrainer:
         self._trained = None  # frees its networks
         given = self._settings.context
         with session() if given.size == 1 else nullcontext(given) as context:
-            settings = replace(self._settings, context=context)
+            accept = accept_changes or self._settings.accept
+            settings = replace(self._settings, context=context, accept=accept)
             if resume_from_checkpoint and (self.output_dir / "config.yaml").is_file():
                 self._trained = resume_training(self.output_dir, self.config, settings)
             else:

@@ -184,6 +184,49 @@ def test_run_with_python_objects_is_not_resumed_without_them(tmp_path: Path) -> 
         DistillationTrainer("shapes", None, red, CAPTIONS, tiny(tmp_path / "run", 3)).train()
 
 
+CALLS: list[int] = []
+
+
+def failing(images: Any, prompts: list[str]) -> Any:
+    """Fails in the third iteration of a run whose second one has a checkpoint."""
+    CALLS.append(len(images))
+    if len(CALLS) > 8:
+        raise RuntimeError("no connection")
+    return images[:, 0].mean((1, 2))
+
+
+def repaired(images: Any, prompts: list[str]) -> Any:
+    """The same, repaired."""
+    return images[:, 0].mean((1, 2))
+
+
+def test_a_repaired_reward_function_is_accepted_from_python(tmp_path: Path) -> None:
+    """The command line cannot continue a run with a Python object, so the errors name what the trainer takes."""
+    with pytest.raises(
+        ValueError, match=r"train\(resume_from_checkpoint=True\) \(add accept_changes=True if you change"
+    ):
+        DistillationTrainer("shapes", None, failing, CAPTIONS, tiny(tmp_path / "run", 4)).train()
+    repaired.__name__ = "failing"
+    again = DistillationTrainer("shapes", None, repaired, CAPTIONS, tiny(tmp_path / "run", 4))
+    with pytest.raises(
+        RunError, match="To continue with the new content, give train\\(accept_changes=True\\)"
+    ) as refused:
+        again.train(resume_from_checkpoint=True)
+    assert "gdmd train" not in str(refused.value)
+    assert again.train(resume_from_checkpoint=True, accept_changes=True).end.step == 4
+    assert [one["input"] for one in read_facts(tmp_path / "run")["changes"]] == ["rewards.0.source"]
+
+
+def test_resume_from_a_path_is_refused(tmp_path: Path) -> None:
+    """transformers takes a checkpoint's path there; it was taken for True."""
+    trainer = DistillationTrainer("shapes", None, red, CAPTIONS, tiny(tmp_path / "run", 1))
+    with pytest.raises(
+        ValueError, match="resume_from_checkpoint: got 'run/checkpoints/step_000001', but a run continues"
+    ):
+        trainer.train("run/checkpoints/step_000001")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
 def test_open_pipeline(tmp_path: Path) -> None:
     """An open pipeline, whose weights differ from those on disk, is what is trained, resumed and exported."""
 

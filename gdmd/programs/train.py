@@ -397,6 +397,7 @@ def _train(cfg: RunConfig, run: Run, components: Components, settings: TrainSett
             stats=stats,
             at_log=at_log,
             reason=lambda name: reason_unscored(components.rewards, name),
+            resume_advice=settings.given.resume_advice,
             callbacks=callbacks,
         )
         return train(components.method, components.roles, components.stream, cfg.loop, run, hooks, context)
