@@ -20,7 +20,7 @@ from gdmd.programs.train import TrainOutput, TrainSettings, create_run, resume_t
 from gdmd.recipes.from_objects import recipe_from
 from gdmd.recipes.objects import PYTHON
 from gdmd.recipes.run_folders import new_folder
-from gdmd.training.callbacks import TrainerCallback
+from gdmd.training.callbacks import TrainerCallback, check_callbacks
 from gdmd.training.distributed import session
 from gdmd.training.rank import rank_info
 
@@ -74,7 +74,7 @@ class DistillationTrainer:
         args = args or TrainingConfig()
         cfg, given = recipe_from(model, method, reward_funcs, train_dataset, args, rank_info().size)
         console = Console(stderr=True, quiet=not rank_info().is_main)
-        settings = TrainSettings(console, given=given, callbacks=tuple(callbacks), device=args.device)
+        settings = TrainSettings(console, given=given, callbacks=callbacks, device=args.device)
         self._set(cfg, Path(args.output_dir) if args.output_dir else None, settings)
 
     @classmethod
@@ -88,6 +88,7 @@ class DistillationTrainer:
         return trainer
 
     def _set(self, cfg: RunConfig, folder: Path | None, settings: TrainSettings) -> None:
+        check_callbacks(settings.callbacks)
         self.config, self.output_dir = cfg, folder or new_folder(cfg)
         self._settings = settings
         self._trained: TrainOutput | None = None

@@ -296,6 +296,20 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
     assert trainer.train(resume_from_checkpoint=True).end.step == 2  # the lock is released
 
 
+@pytest.mark.parametrize("given", [Stop(), [Stop], [print], None])
+def test_callbacks_are_a_list_of_objects(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"callbacks: got .*: give a list of TrainerCallback objects"):
+        DistillationTrainer("shapes", None, red, CAPTIONS, tiny(tmp_path / "run"), callbacks=given)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "CPU", ""])
+def test_a_device_that_does_not_exist_is_reported_with_the_other_mistakes(tmp_path: Path, device: str) -> None:
+    args = tiny(tmp_path / "run", device=device, overrides={"loop.best_metric": "reward/tagret"})
+    with pytest.raises(ValueError, match=rf"device '?{device}.*give cpu|device {device}.*CUDA GPUs") as error:
+        DistillationTrainer("shapes", None, red, CAPTIONS, args).train()
+    assert "loop.best_metric" in str(error.value) and not (tmp_path / "run").exists()
+
+
 def test_callback_stops_the_run(tmp_path: Path) -> None:
     args = tiny(tmp_path / "run", 5)
     assert DistillationTrainer("shapes", None, red, CAPTIONS, args, callbacks=[Stop()]).train().end.step == 1
