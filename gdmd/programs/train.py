@@ -25,6 +25,7 @@ from gdmd.config.run import RewardConfig, RunConfig
 from gdmd.data.prompt_files import teacher_prompt
 from gdmd.data.prompts import read_prompts
 from gdmd.data.text_cache import CachedText
+from gdmd.diffusion.device import pick_device
 from gdmd.evaluation.run_report import report_run
 from gdmd.evaluation.runs import evaluation_captions, finish_run
 from gdmd.evaluation.validation import Validation, validation_prompts
@@ -236,6 +237,7 @@ def _check_without_loading(
     all_errors(
         *((check,) if check else ()),
         lambda: settings.context.size == 1 or check_equal_calls(cfg, stop - start),
+        lambda: pick_device(settings.device),
         lambda: check_best_metric(cfg),
         lambda: check_prompts(cfg, settings),
         lambda: validation_prompts(cfg),
