@@ -48,6 +48,11 @@ def prompts_from(dataset: Any) -> PromptFile:
             f"train_dataset: got a {kind} with the keys {known}; give one split of a DatasetDict, such as "
             "dataset['train'], or a list with one row per prompt"
         )
+    if isinstance(dataset, set | frozenset):
+        raise ValueError(
+            f"train_dataset: got a {kind}, whose order changes between processes, and a run draws its prompts by index to "
+            "be resumable; give sorted(...) of it"
+        )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__iter__"):
         raise ValueError(
             f"train_dataset: got {kind}, which has no length, and a run draws its prompts by index to be resumable; "
