@@ -128,6 +128,14 @@ def test_arguments_reach_the_recipe_as_they_are(tmp_path: Path) -> None:
     assert cfg.prompts.file == str(tmp_path / "p.txt") and [one.kind for one in cfg.rewards] == ["shapes_pref"]
 
 
+def test_a_section_as_a_dict_is_refused() -> None:
+    """It reset the recipe's batch, learning rates and other fields of the section, and max_steps."""
+    args = Args(max_steps=7, overrides={"loop": {"clip": 0.5}})
+    message = r"overrides: loop: got .'clip': 0.5.: this would reset .*give each field by its path, such as .loop.clip"
+    with pytest.raises(ConfigError, match=message):
+        DistillationTrainer("shapes", args=args)
+
+
 def test_networks_in_memory_are_not_replaced_by_published_ones() -> None:
     given = CLIPScore.from_modules(torch.nn.Linear(1, 1), None)
     for reward in (given, Composite([Part(given)]), OCR.from_modules(str)):
