@@ -15,6 +15,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from diffusers import StableDiffusionXLPipeline
+from peft import LoraConfig
 
 from gdmd import ConfigError, DistillationTrainer, DMD2Config, DMDConfig, GDMDConfig, RunError, TrainerCallback
 from gdmd import TrainingConfig as Args
@@ -269,6 +270,31 @@ def test_open_pipeline(tmp_path: Path) -> None:
     )
     assert torch.allclose(merged.unet.time_embedding.linear_1.bias, opened().unet.time_embedding.linear_1.bias)
     assert kept is None or torch.isfinite(kept).all()
+
+
+def test_open_pipeline_with_a_lora_that_is_not_fused_is_refused(tmp_path: Path) -> None:
+    """Only one adapter is active at a time, so that the run had another teacher than the pipeline that was given."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+    pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]), "style")
+    trainer = DistillationTrainer(pipe, None, ["shapes_clip"], CAPTIONS, tiny(tmp_path / "run", 1))
+    with pytest.raises(
+        ValueError, match=r"has a LoRA in unet as separate adapters.*fuse_lora\(\) and then unload_lora"
+    ):
+        trainer.train()
+    assert not (tmp_path / "run").exists()
+    pipe.fuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    trainer.train()
+
+
+def test_open_pipeline_of_another_training(tmp_path: Path) -> None:
+    """Its adapters are taken out: an interrupted run is tried again in one process, also with given layers."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+    for run in ("first", "second"):
+        args = tiny(tmp_path / run, 1, lora_target_modules=("to_q", "to_v"))
+        DistillationTrainer(pipe, None, ["shapes_clip"], CAPTIONS, args).train()
+    one, other = (tmp_path / run / "checkpoints/step_000001/student.safetensors" for run in ("first", "second"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 class Stop(TrainerCallback):
