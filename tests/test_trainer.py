@@ -287,6 +287,15 @@ def test_open_pipeline_with_a_lora_that_is_not_fused_is_refused(tmp_path: Path) 
     trainer.train()
 
 
+def test_open_pipeline_with_a_compiled_network_is_refused(tmp_path: Path) -> None:
+    pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+    pipe.unet = torch.compile(pipe.unet)
+    with pytest.raises(
+        ValueError, match="unet of the given StableDiffusionXLPipeline is compiled.*set model.compile=true"
+    ):
+        DistillationTrainer(pipe, None, ["shapes_clip"], CAPTIONS, tiny(tmp_path / "run", 1)).train()
+
+
 def test_open_pipeline_of_another_training(tmp_path: Path) -> None:
     """Its adapters are taken out: an interrupted run is tried again in one process, also with given layers."""
     pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)

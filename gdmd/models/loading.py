@@ -119,7 +119,13 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
             "leave out; call fuse_lora() and then unload_lora_weights() on it, or give a folder or hub id as model and the "
             "LoRA as model.teacher_loras"
         )
-    index = {"_class_name": type(pipe).__name__, **{name: ["", part] for name, part in pipe.components.items() if part}}
+    given = {name: part for name, part in pipe.components.items() if part is not None}
+    if compiled := [name for name, part in given.items() if hasattr(part, "_orig_mod")]:
+        raise ValueError(
+            f"{', '.join(compiled)} of the given {type(pipe).__name__} is compiled, and training adds adapters to the network "
+            "itself: load the pipeline without torch.compile, and set model.compile=true"
+        )
+    index = {"_class_name": type(pipe).__name__, **{name: ["", part] for name, part in given.items()}}
     family = family_of(index, cfg)
     missing = [name for name in family.needs if name not in index]
     if missing:
