@@ -122,8 +122,8 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     given = {name: part for name, part in pipe.components.items() if part is not None}
     if compiled := [name for name, part in given.items() if hasattr(part, "_orig_mod")]:
         raise ValueError(
-            f"{', '.join(compiled)} of the given {type(pipe).__name__} is compiled, and training adds adapters to the network "
-            "itself: load the pipeline without torch.compile, and set model.compile=true"
+            f"{', '.join(compiled)} of the given {type(pipe).__name__} is compiled, and training adds adapters to the "
+            "network itself: load the pipeline without torch.compile, and set model.compile=true"
         )
     index = {"_class_name": type(pipe).__name__, **{name: ["", part] for name, part in given.items()}}
     family = family_of(index, cfg)
