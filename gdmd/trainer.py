@@ -141,21 +141,28 @@ class DistillationTrainer:
     def save_lora(self, folder: str | Path) -> list[Path]:
         """Write the student as a LoRA for diffusers and ComfyUI, with its scheduler and model card; returns the files.
 
-        ValueError for a pipeline that was not loaded from a folder or hub id: a LoRA has to name its base model.
+        Of several ranks rank 0 writes, and the others return no files. ValueError for a pipeline that was not loaded from a folder or hub id: a LoRA has to name its base model.
         """
-        return self._export(Path(folder))
+        return self._export(Path(folder)) if rank_info().is_main else []
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole pipeline with the student merged in, for ``DiffusionPipeline.from_pretrained``."""
+        """Write the whole pipeline with the student merged in, for ``DiffusionPipeline.from_pretrained``; on rank 0."""
+        if not rank_info().is_main:
+            return
         if self._settings.given.pipeline is not None:
             self.pipeline.save_pretrained(folder)
         else:
             export_run(self.output_dir, Path(folder), merged=True)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Export the student (a LoRA, or the whole pipeline of a full student), upload it, and return its URL."""
+        """Export the student (a LoRA, or the whole pipeline of a full student), upload it, and return its URL.
+
+        Of several ranks rank 0 does so, and the others return "".
+        """
         from gdmd.export.upload import check_hub_target, push_to_hub
 
+        if not rank_info().is_main:
+            return ""
         check_hub_target(repo_id, token)
         folder = self.output_dir / "export"
         self._export(folder, repo_id)

@@ -209,6 +209,20 @@ def repaired(images: Any, prompts: list[str]) -> Any:
     return images[:, 0].mean((1, 2))
 
 
+def test_only_rank_0_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script under torchrun calls these on every rank, which wrote the same files at the same time."""
+    trainer = DistillationTrainer("shapes:sdxl", None, ["shapes_clip"], CAPTIONS, tiny(tmp_path / "run", 1))
+    trainer.train()
+    ranks = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    trainer.save_pretrained(tmp_path / "merged")
+    assert trainer.save_lora(tmp_path / "lora") == [] and trainer.push_to_hub("me/lora") == ""
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "lora").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert trainer.save_lora(tmp_path / "lora")
+
+
 def test_a_repaired_reward_function_is_accepted_from_python(tmp_path: Path) -> None:
     """The command line cannot continue a run with a Python object, so the errors name what the trainer takes."""
     with pytest.raises(
