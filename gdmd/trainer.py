@@ -141,7 +141,8 @@ class DistillationTrainer:
     def save_lora(self, folder: str | Path) -> list[Path]:
         """Write the student as a LoRA for diffusers and ComfyUI, with its scheduler and model card; returns the files.
 
-        Of several ranks rank 0 writes, and the others return no files. ValueError for a pipeline that was not loaded from a folder or hub id: a LoRA has to name its base model.
+        Of several ranks rank 0 writes, and the others return no files. ValueError for a pipeline that was not loaded from a
+        folder or hub id: a LoRA has to name its base model.
         """
         return self._export(Path(folder)) if rank_info().is_main else []
 
