@@ -168,7 +168,8 @@ def prompts_in_rows(source: str, rows: Sequence[Any]) -> PromptFile:
     """
     first = next((row for row in rows if isinstance(row, Mapping)), None)
     key = None if first is None else _column(source, "the first row", [str(name) for name in first], None)
-    found = [(f"index {k}", _named_columns(row) if isinstance(row, Mapping) else row) for k, row in enumerate(rows)]
+    plain: list[Any] = [_named_columns(row) if isinstance(row, Mapping) else row for row in rows]
+    found = [(f"index {k}", row) for k, row in enumerate(plain)]
     kept = [(where, row) for where, row in found if not _is_blank(row.get(key) if isinstance(row, dict) else row)]
     if not kept:
         raise ValueError(f"{source}: has no prompts; it needs at least one")
