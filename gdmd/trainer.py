@@ -108,10 +108,6 @@ class DistillationTrainer:
                 "checkpoint in its output_dir: give True, and the run's folder as output_dir. To start a new run from its "
                 'student, give overrides={"loop.start_from": FOLDER}'
             )
-        if self._trained is not None and self._settings.given.pipeline is not None:
-            raise RunError(
-                "this trainer has trained its pipeline already; load the pipeline again for another training"
-            )
         self._trained = None  # frees its networks
         given = self._settings.context
         with session() if given.size == 1 else nullcontext(given) as context:

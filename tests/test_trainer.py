@@ -264,8 +264,7 @@ def test_open_pipeline(tmp_path: Path) -> None:
 
     first = trainer(opened(), 1)
     first.train()
-    with pytest.raises(RunError, match="load the pipeline again"):
-        first.train(resume_from_checkpoint=True)
+    assert first.train(resume_from_checkpoint=True).end.step == 1  # as after Ctrl-C in a notebook
     second = trainer(opened(), 2)
     assert second.train(resume_from_checkpoint=True).end.step == 2
     unchanged = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
