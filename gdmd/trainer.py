@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 
+from gdmd.config.load import ConfigError
 from gdmd.config.methods.all import MethodConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.training_config import TrainingConfig
@@ -90,6 +91,7 @@ class DistillationTrainer:
     def _set(self, cfg: RunConfig, folder: Path | None, settings: TrainSettings) -> None:
         check_callbacks(settings.callbacks)
         self.config, self.output_dir = cfg, folder or new_folder(cfg)
+        self._new_folder = folder is None
         self._settings = settings
         self._trained: TrainOutput | None = None
 
@@ -99,8 +101,8 @@ class DistillationTrainer:
         With ``resume_from_checkpoint`` the run in ``output_dir``, if there is one, continues from its newest checkpoint,
         bit for bit. RunError if ``output_dir`` holds another run, or one that is not to be continued, and if the content
         of an input (prompts, a reward function, the base model) has changed; with ``accept_changes`` the run continues
-        with the new content, and run.json, the report and the model card show it. ValueError for a path: there is one
-        newest checkpoint, and it is in ``output_dir``.
+        with the new content, and run.json, the report and the model card show it. ValueError for a path, since there is one
+        newest checkpoint, and without an ``output_dir``.
         """
         if not isinstance(resume_from_checkpoint, bool):
             raise ValueError(
@@ -108,12 +110,20 @@ class DistillationTrainer:
                 "checkpoint in its output_dir: give True, and the run's folder as output_dir. To start a new run from its "
                 'student, give overrides={"loop.start_from": FOLDER}'
             )
+        there = (self.output_dir / "config.yaml").is_file()
+        if resume_from_checkpoint and self._new_folder and not there:
+            raise ConfigError(
+                [
+                    "resume_from_checkpoint: got True without args.output_dir, and each run then gets a new folder, so that "
+                    "none is ever continued: set output_dir"
+                ]
+            )
         self._trained = None  # frees its networks
         given = self._settings.context
         with session() if given.size == 1 else nullcontext(given) as context:
             accept = accept_changes or self._settings.accept
             settings = replace(self._settings, context=context, accept=accept)
-            if resume_from_checkpoint and (self.output_dir / "config.yaml").is_file():
+            if resume_from_checkpoint and there:
                 self._trained = resume_training(self.output_dir, self.config, settings)
             else:
                 self._trained = create_run(self.config, self.output_dir, sys.argv, settings)

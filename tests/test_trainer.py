@@ -209,6 +209,17 @@ def repaired(images: Any, prompts: list[str]) -> Any:
     return images[:, 0].mean((1, 2))
 
 
+def test_resume_without_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It started a new run each time. The run of the same trainer is known."""
+    monkeypatch.chdir(tmp_path)
+    trainer = DistillationTrainer("shapes", None, red, CAPTIONS, Args(max_steps=1, overrides=TINY))
+    with pytest.raises(ConfigError, match="got True without args.output_dir.*set output_dir"):
+        trainer.train(resume_from_checkpoint=True)
+    assert not list(tmp_path.iterdir())
+    trainer.train()
+    assert trainer.train(resume_from_checkpoint=True).end.step == 1 and len(list(Path("runs").iterdir())) == 1
+
+
 def test_only_rank_0_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A script under torchrun calls these on every rank, which wrote the same files at the same time."""
     trainer = DistillationTrainer("shapes:sdxl", None, ["shapes_clip"], CAPTIONS, tiny(tmp_path / "run", 1))
