@@ -282,7 +282,8 @@ def _try_rewards(
     meta = components.stream.meta[0][0] if components.stream.meta else None
     for size in sizes:
         if cfg.method.rewarded:
-            try_rewards(components.rewards, size, components.stream.groups[0][0], meta, str(device))
+            first, columns = components.stream.groups[0][0], components.stream.columns
+            try_rewards(components.rewards, size, first, meta, str(device), columns)
         for text in validated:
             try_rewards(components.scorers, size, text, next(iter(validated_meta), None), str(device))
 
