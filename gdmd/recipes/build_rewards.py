@@ -209,8 +209,8 @@ def try_rewards(
 ) -> None:
     """Score a gray image and a noise image with each reward before training starts; raises the reward's ValueError.
 
-    size: height and width in pixels. columns: of all prompts, which ``meta`` may lack. NaN is allowed, since a reward may not
-    apply to the prompt; it is reported, as are scores that differ between two calls.
+    size: height and width in pixels. columns: of all prompts, which ``meta`` may lack. NaN is allowed, since a reward may
+    not apply to the prompt; it is reported, as are scores that differ between two calls.
     """
     noise = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
     images = torch.cat([torch.full_like(noise, 0.5), noise]).to(device)
