@@ -34,12 +34,14 @@ def load_student(
     From a run (the EMA student of its newest checkpoint), a folder written by ``gdmd export``, or the hub id of one.
     Steps, image size and guidance of the training are the defaults of the call. ``base``: the base model, if it has
     moved. ``dtype``: fp32, bf16 or fp16, or a torch dtype; default: that of the training. ``device``: default: a GPU if
-    there is one. ValueError for a run of the Shapes world and a missing or different base; RunError for other folders.
+    there is one. ValueError for a run of the Shapes world, a missing or different base, and a device that torch lacks here;
+    RunError for other folders.
     """
+    from gdmd.diffusion.device import pick_device
     from gdmd.programs.export import real_model
     from gdmd.recipes.run_folders import config_of
 
-    folder, place = Path(run_or_export), None if device is None else str(device)
+    folder, place = Path(run_or_export), pick_device(None if device is None else str(device))
     if (folder / "config.yaml").is_file():
         real_model(config_of(folder), folder)  # before anything is loaded
         return _of_run(folder, base, _name(dtype), place)
@@ -48,9 +50,7 @@ def load_student(
     return _of_export(folder, base, _name(dtype), place)
 
 
-def _of_run(run: Path, base: str | None, dtype: str | None, device: str | None) -> DiffusionPipeline:
-    import torch
-
+def _of_run(run: Path, base: str | None, dtype: str | None, device: str) -> DiffusionPipeline:
     from gdmd.export.lora import check_fits
     from gdmd.export.student import student_pipeline
     from gdmd.models.loading import open_family
@@ -58,16 +58,14 @@ def _of_run(run: Path, base: str | None, dtype: str | None, device: str | None) 
 
     cfg, _, weights = read_student(run, "last", base, "base=FOLDER")
     model: DiffusersModel = real_model(cfg, run).start
-    family = open_family(
-        model.model_copy(update={"dtype": dtype or model.dtype, "quantization": "none"}),
-        device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )
+    own = model.model_copy(update={"dtype": dtype or model.dtype, "quantization": "none"})
+    family = open_family(own, device)
     check_fits(family, weights)
     pipe: DiffusionPipeline = student_pipeline(family, weights, cfg.method.student_steps, cfg.method.student_sampler)
     return pipe
 
 
-def _of_export(folder: Path, base: str | None, dtype: str | None, device: str | None) -> DiffusionPipeline:
+def _of_export(folder: Path, base: str | None, dtype: str | None, device: str) -> DiffusionPipeline:
     from gdmd.export.student import with_call
     from gdmd.sources.pipelines import open_export
 
@@ -99,10 +97,12 @@ def _from_hub(name: str) -> Path:
 
     hub_id = re.fullmatch(HUB_ID, name) and not Path(name).parent.is_dir()
     if Path(name).exists() or not hub_id:
-        seen = f"it holds neither config.yaml nor {EXPORT_FILE}." if Path(name).exists() else "it does not exist."
+        above = next((one for one in list(Path(name).parents)[:2] if (one / "config.yaml").is_file()), None)
+        near = f" Did you mean {above}?" if above else ""
+        seen = f"it holds neither config.yaml nor {EXPORT_FILE}.{near}"
+        seen = seen if Path(name).exists() else f"it does not exist.{near_name(name)}"
         raise RunError(
-            f"{name}: {seen}{near_name(name)} Give a run folder, a folder written by gdmd export, or the hub id (ORG/NAME) "
-            "of one."
+            f"{name}: {seen} Give a run folder, a folder written by gdmd export, or the hub id (ORG/NAME) of one."
         )
     try:
         hub_file(name, EXPORT_FILE)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 
+from gdmd.config.load import ConfigError
 from gdmd.config.methods.all import MethodConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.training_config import TrainingConfig
@@ -20,7 +21,7 @@ from gdmd.programs.train import TrainOutput, TrainSettings, create_run, resume_t
 from gdmd.recipes.from_objects import recipe_from
 from gdmd.recipes.objects import PYTHON
 from gdmd.recipes.run_folders import new_folder
-from gdmd.training.callbacks import TrainerCallback
+from gdmd.training.callbacks import TrainerCallback, check_callbacks
 from gdmd.training.distributed import session
 from gdmd.training.rank import rank_info
 
@@ -74,7 +75,7 @@ class DistillationTrainer:
         args = args or TrainingConfig()
         cfg, given = recipe_from(model, method, reward_funcs, train_dataset, args, rank_info().size)
         console = Console(stderr=True, quiet=not rank_info().is_main)
-        settings = TrainSettings(console, given=given, callbacks=tuple(callbacks), device=args.device)
+        settings = TrainSettings(console, given=given, callbacks=callbacks, device=args.device)
         self._set(cfg, Path(args.output_dir) if args.output_dir else None, settings)
 
     @classmethod
@@ -88,25 +89,41 @@ class DistillationTrainer:
         return trainer
 
     def _set(self, cfg: RunConfig, folder: Path | None, settings: TrainSettings) -> None:
+        check_callbacks(settings.callbacks)
         self.config, self.output_dir = cfg, folder or new_folder(cfg)
+        self._new_folder = folder is None
         self._settings = settings
         self._trained: TrainOutput | None = None
 
-    def train(self, resume_from_checkpoint: bool = False) -> TrainOutput:
+    def train(self, resume_from_checkpoint: bool = False, *, accept_changes: bool = False) -> TrainOutput:
         """Train to the last step, or until Ctrl-C, which saves a checkpoint first.
 
         With ``resume_from_checkpoint`` the run in ``output_dir``, if there is one, continues from its newest checkpoint,
-        bit for bit. RunError if ``output_dir`` holds another run, or one that is not to be continued.
+        bit for bit. RunError if ``output_dir`` holds another run, or one that is not to be continued, and if the content
+        of an input (prompts, a reward function, the base model) has changed; with ``accept_changes`` the run continues
+        with the new content, and run.json, the report and the model card show it. ValueError for a path, since there is one
+        newest checkpoint, and without an ``output_dir``.
         """
-        if self._trained is not None and self._settings.given.pipeline is not None:
-            raise RunError(
-                "this trainer has trained its pipeline already; load the pipeline again for another training"
+        if not isinstance(resume_from_checkpoint, bool):
+            raise ValueError(
+                f"resume_from_checkpoint: got {str(resume_from_checkpoint)!r:.80}, but a run continues from the newest "
+                "checkpoint in its output_dir: give True, and the run's folder as output_dir. To start a new run from its "
+                'student, give overrides={"loop.start_from": FOLDER}'
+            )
+        there = (self.output_dir / "config.yaml").is_file()
+        if resume_from_checkpoint and self._new_folder and not there:
+            raise ConfigError(
+                [
+                    "resume_from_checkpoint: got True without args.output_dir, and each run then gets a new folder, so that "
+                    "none is ever continued: set output_dir"
+                ]
             )
         self._trained = None  # frees its networks
         given = self._settings.context
         with session() if given.size == 1 else nullcontext(given) as context:
-            settings = replace(self._settings, context=context)
-            if resume_from_checkpoint and (self.output_dir / "config.yaml").is_file():
+            accept = accept_changes or self._settings.accept
+            settings = replace(self._settings, context=context, accept=accept)
+            if resume_from_checkpoint and there:
                 self._trained = resume_training(self.output_dir, self.config, settings)
             else:
                 self._trained = create_run(self.config, self.output_dir, sys.argv, settings)
@@ -130,21 +147,29 @@ class DistillationTrainer:
     def save_lora(self, folder: str | Path) -> list[Path]:
         """Write the student as a LoRA for diffusers and ComfyUI, with its scheduler and model card; returns the files.
 
-        ValueError for a pipeline that was not loaded from a folder or hub id: a LoRA has to name its base model.
+        Of several ranks rank 0 writes, and the others return no files. ValueError for a pipeline that was not loaded from a
+        folder or hub id: a LoRA has to name its base model.
         """
-        return self._export(Path(folder))
+        return self._export(Path(folder)) if rank_info().is_main else []
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole pipeline with the student merged in, for ``DiffusionPipeline.from_pretrained``."""
+        """Write the whole pipeline with the student merged in, for ``DiffusionPipeline.from_pretrained``; on rank 0."""
+        if not rank_info().is_main:
+            return
         if self._settings.given.pipeline is not None:
             self.pipeline.save_pretrained(folder)
         else:
             export_run(self.output_dir, Path(folder), merged=True)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Export the student (a LoRA, or the whole pipeline of a full student), upload it, and return its URL."""
+        """Export the student (a LoRA, or the whole pipeline of a full student), upload it, and return its URL.
+
+        Of several ranks rank 0 does so, and the others return "".
+        """
         from gdmd.export.upload import check_hub_target, push_to_hub
 
+        if not rank_info().is_main:
+            return ""
         check_hub_target(repo_id, token)
         folder = self.output_dir / "export"
         self._export(folder, repo_id)

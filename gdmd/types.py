@@ -233,6 +233,7 @@ class PromptBatch:
     host: ``index`` on the CPU, if known, so that Python reads draws without a synchronization.
     group: integer id, equal for samples of one prompt group (never derived from text).
     ranks: the processes that share the global batch, of which this is the part of one rank.
+    columns: names of the metadata of all prompts of the run, of which the rows of a batch may lack some.
     teacher_cond: what the real score reads in place of ``cond``; None without teacher prompts.
     others: i >= 1 -> other prompts for the same samples, drawn as these are; None for prompts that no stream drew.
     """
@@ -247,6 +248,7 @@ class PromptBatch:
     host: Tensor | None = None
     teacher_cond: Cond | None = None
     others: Callable[[int], PromptBatch] | None = None
+    columns: frozenset[str] = frozenset()
 
     def another(self, i: int) -> PromptBatch:
         """Other prompts of the same step, number i >= 1; these again if no stream drew them."""

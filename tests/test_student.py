@@ -18,7 +18,17 @@ def test_run_of_the_shapes_networks(gdmd: Gdmd) -> None:
 def test_folders_and_ids_without_a_student(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it holds neither config.yaml nor gdmd_export.json\..* Give"):
         load_student(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "checkpoints" / "step_000001").mkdir(parents=True)
+    for inside in ("checkpoints", "checkpoints/step_000001"):
+        with pytest.raises(ValueError, match=rf"nor gdmd_export.json\. Did you mean {tmp_path}\? Give"):
+            load_student(tmp_path / inside)
     with pytest.raises(ValueError, match=r"it does not exist\. .*Give a run folder, .* or the hub id"):
         load_student(tmp_path / "nothing")
     with pytest.raises(ValueError, match="org/student: no such folder, and it is not in the cache"):
         load_student("org/student")
+
+
+def test_a_device_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used; give cpu"):
+        load_student(tmp_path, device="gpu")

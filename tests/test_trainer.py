@@ -15,6 +15,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from diffusers import StableDiffusionXLPipeline
+from peft import LoraConfig
 
 from gdmd import ConfigError, DistillationTrainer, DMD2Config, DMDConfig, GDMDConfig, RunError, TrainerCallback
 from gdmd import TrainingConfig as Args
@@ -128,6 +129,14 @@ def test_arguments_reach_the_recipe_as_they_are(tmp_path: Path) -> None:
     assert cfg.prompts.file == str(tmp_path / "p.txt") and [one.kind for one in cfg.rewards] == ["shapes_pref"]
 
 
+def test_a_section_as_a_dict_is_refused() -> None:
+    """It reset the recipe's batch, learning rates and other fields of the section, and max_steps."""
+    args = Args(max_steps=7, overrides={"loop": {"clip": 0.5}})
+    message = r"overrides: loop: got .'clip': 0.5.: this would reset .*give each field by its path, such as .loop.clip"
+    with pytest.raises(ConfigError, match=message):
+        DistillationTrainer("shapes", args=args)
+
+
 def test_networks_in_memory_are_not_replaced_by_published_ones() -> None:
     given = CLIPScore.from_modules(torch.nn.Linear(1, 1), None)
     for reward in (given, Composite([Part(given)]), OCR.from_modules(str)):
@@ -184,6 +193,74 @@ def test_run_with_python_objects_is_not_resumed_without_them(tmp_path: Path) -> 
         DistillationTrainer("shapes", None, red, CAPTIONS, tiny(tmp_path / "run", 3)).train()
 
 
+CALLS: list[int] = []
+
+
+def failing(images: Any, prompts: list[str]) -> Any:
+    """Fails in the third iteration of a run whose second one has a checkpoint."""
+    CALLS.append(len(images))
+    if len(CALLS) > 8:
+        raise RuntimeError("no connection")
+    return images[:, 0].mean((1, 2))
+
+
+def repaired(images: Any, prompts: list[str]) -> Any:
+    """The same, repaired."""
+    return images[:, 0].mean((1, 2))
+
+
+def test_resume_without_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It started a new run each time. The run of the same trainer is known."""
+    monkeypatch.chdir(tmp_path)
+    trainer = DistillationTrainer("shapes", None, red, CAPTIONS, Args(max_steps=1, overrides=TINY))
+    with pytest.raises(ConfigError, match="got True without args.output_dir.*set output_dir"):
+        trainer.train(resume_from_checkpoint=True)
+    assert not list(tmp_path.iterdir())
+    trainer.train()
+    assert trainer.train(resume_from_checkpoint=True).end.step == 1 and len(list(Path("runs").iterdir())) == 1
+
+
+def test_only_rank_0_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script under torchrun calls these on every rank, which wrote the same files at the same time."""
+    trainer = DistillationTrainer("shapes:sdxl", None, ["shapes_clip"], CAPTIONS, tiny(tmp_path / "run", 1))
+    trainer.train()
+    ranks = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    trainer.save_pretrained(tmp_path / "merged")
+    assert trainer.save_lora(tmp_path / "lora") == [] and trainer.push_to_hub("me/lora") == ""
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "lora").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert trainer.save_lora(tmp_path / "lora")
+
+
+def test_a_repaired_reward_function_is_accepted_from_python(tmp_path: Path) -> None:
+    """The command line cannot continue a run with a Python object, so the errors name what the trainer takes."""
+    with pytest.raises(
+        ValueError, match=r"train\(resume_from_checkpoint=True\) \(add accept_changes=True if you change"
+    ):
+        DistillationTrainer("shapes", None, failing, CAPTIONS, tiny(tmp_path / "run", 4)).train()
+    repaired.__name__ = "failing"
+    again = DistillationTrainer("shapes", None, repaired, CAPTIONS, tiny(tmp_path / "run", 4))
+    with pytest.raises(
+        RunError, match="To continue with the new content, give train\\(accept_changes=True\\)"
+    ) as refused:
+        again.train(resume_from_checkpoint=True)
+    assert "gdmd train" not in str(refused.value)
+    assert again.train(resume_from_checkpoint=True, accept_changes=True).end.step == 4
+    assert [one["input"] for one in read_facts(tmp_path / "run")["changes"]] == ["rewards.0.source"]
+
+
+def test_resume_from_a_path_is_refused(tmp_path: Path) -> None:
+    """transformers takes a checkpoint's path there; it was taken for True."""
+    trainer = DistillationTrainer("shapes", None, red, CAPTIONS, tiny(tmp_path / "run", 1))
+    with pytest.raises(
+        ValueError, match="resume_from_checkpoint: got 'run/checkpoints/step_000001', but a run continues"
+    ):
+        trainer.train("run/checkpoints/step_000001")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
 def test_open_pipeline(tmp_path: Path) -> None:
     """An open pipeline, whose weights differ from those on disk, is what is trained, resumed and exported."""
 
@@ -198,8 +275,7 @@ def test_open_pipeline(tmp_path: Path) -> None:
 
     first = trainer(opened(), 1)
     first.train()
-    with pytest.raises(RunError, match="load the pipeline again"):
-        first.train(resume_from_checkpoint=True)
+    assert first.train(resume_from_checkpoint=True).end.step == 1  # as after Ctrl-C in a notebook
     second = trainer(opened(), 2)
     assert second.train(resume_from_checkpoint=True).end.step == 2
     unchanged = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
@@ -218,6 +294,40 @@ def test_open_pipeline(tmp_path: Path) -> None:
     )
     assert torch.allclose(merged.unet.time_embedding.linear_1.bias, opened().unet.time_embedding.linear_1.bias)
     assert kept is None or torch.isfinite(kept).all()
+
+
+def test_open_pipeline_with_a_lora_that_is_not_fused_is_refused(tmp_path: Path) -> None:
+    """Only one adapter is active at a time, so that the run had another teacher than the pipeline that was given."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+    pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]), "style")
+    trainer = DistillationTrainer(pipe, None, ["shapes_clip"], CAPTIONS, tiny(tmp_path / "run", 1))
+    with pytest.raises(
+        ValueError, match=r"has a LoRA in unet as separate adapters.*fuse_lora\(\) and then unload_lora"
+    ):
+        trainer.train()
+    assert not (tmp_path / "run").exists()
+    pipe.fuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    trainer.train()
+
+
+def test_open_pipeline_with_a_compiled_network_is_refused(tmp_path: Path) -> None:
+    pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+    pipe.unet = torch.compile(pipe.unet)
+    with pytest.raises(
+        ValueError, match="unet of the given StableDiffusionXLPipeline is compiled.*set model.compile=true"
+    ):
+        DistillationTrainer(pipe, None, ["shapes_clip"], CAPTIONS, tiny(tmp_path / "run", 1)).train()
+
+
+def test_open_pipeline_of_another_training(tmp_path: Path) -> None:
+    """Its adapters are taken out: an interrupted run is tried again in one process, also with given layers."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+    for run in ("first", "second"):
+        args = tiny(tmp_path / run, 1, lora_target_modules=("to_q", "to_v"))
+        DistillationTrainer(pipe, None, ["shapes_clip"], CAPTIONS, args).train()
+    one, other = (tmp_path / run / "checkpoints/step_000001/student.safetensors" for run in ("first", "second"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 class Stop(TrainerCallback):
@@ -251,6 +361,20 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
     held = f"error: {run} is being trained by another process"
     assert len(SecondProcess.said) == 2 and all(one.startswith("2 ") and held in one for one in SecondProcess.said)
     assert trainer.train(resume_from_checkpoint=True).end.step == 2  # the lock is released
+
+
+@pytest.mark.parametrize("given", [Stop(), [Stop], [print], None])
+def test_callbacks_are_a_list_of_objects(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"callbacks: got .*: give a list of TrainerCallback objects"):
+        DistillationTrainer("shapes", None, red, CAPTIONS, tiny(tmp_path / "run"), callbacks=given)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "CPU", ""])
+def test_a_device_that_does_not_exist_is_reported_with_the_other_mistakes(tmp_path: Path, device: str) -> None:
+    args = tiny(tmp_path / "run", device=device, overrides={"loop.best_metric": "reward/tagret"})
+    with pytest.raises(ValueError, match=rf"device '?{device}.*give cpu|device {device}.*CUDA GPUs") as error:
+        DistillationTrainer("shapes", None, red, CAPTIONS, args).train()
+    assert "loop.best_metric" in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_callback_stops_the_run(tmp_path: Path) -> None:

@@ -151,6 +151,8 @@ def _stable(value: Any) -> str:
     if hasattr(value, "tobytes"):
         size = getattr(value, "shape", None) or getattr(value, "size", "")
         return content_hash(type(value).__name__, str(size), value.tobytes())
+    if isinstance(value, set | frozenset):
+        return json.dumps(sorted(map(str, value)))
     text = str(value)
     return type(value).__name__ if " at 0x" in text else text  # an address in memory
 
@@ -166,11 +168,17 @@ def prompts_in_rows(source: str, rows: Sequence[Any]) -> PromptFile:
     """
     first = next((row for row in rows if isinstance(row, Mapping)), None)
     key = None if first is None else _column(source, "the first row", [str(name) for name in first], None)
-    found = [(f"index {k}", dict(row) if isinstance(row, Mapping) else row) for k, row in enumerate(rows)]
+    plain: list[Any] = [_named_columns(row) if isinstance(row, Mapping) else row for row in rows]
+    found = [(f"index {k}", row) for k, row in enumerate(plain)]
     kept = [(where, row) for where, row in found if not _is_blank(row.get(key) if isinstance(row, dict) else row)]
     if not kept:
         raise ValueError(f"{source}: has no prompts; it needs at least one")
     return _objects(source, kept, key, len(rows) - len(kept), texts=True)
+
+
+def _named_columns(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """A row whose columns have texts as names: a table may number them, and rewards get them as keyword arguments."""
+    return {str(name): value for name, value in row.items()}
 
 
 def _is_blank(value: Any) -> bool:

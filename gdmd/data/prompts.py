@@ -48,6 +48,11 @@ def prompts_from(dataset: Any) -> PromptFile:
             f"train_dataset: got a {kind} with the keys {known}; give one split of a DatasetDict, such as "
             "dataset['train'], or a list with one row per prompt"
         )
+    if isinstance(dataset, set | frozenset):
+        raise ValueError(
+            f"train_dataset: got a {kind}, whose order changes between processes, and a run draws its prompts by index to "
+            "be resumable; give sorted(...) of it"
+        )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__iter__"):
         raise ValueError(
             f"train_dataset: got {kind}, which has no length, and a run draws its prompts by index to be resumable; "
@@ -82,6 +87,7 @@ class PromptStream:
             )
         self.groups, self.encoder, self.batch_size, self.seed, self.group = groups, encoder, batch_size, seed, group
         self.meta = [[without_teacher(row) for row in own] for own in rows] if rows else None
+        self.columns = frozenset(name for own in self.meta or () for row in own for name in row)
         self.teacher = [
             [teacher_prompt(row, text) for row, text in zip(own, texts, strict=True)]
             for own, texts in zip(rows or (), groups, strict=bool(rows))
@@ -111,7 +117,8 @@ class PromptStream:
             return batch
         teacher = tuple(self.teacher[g][k] for g, k in own)
         cond = None if teacher == texts else self.encoder.encode(teacher)
-        return replace(batch, meta=tuple(self.meta[g][k] for g, k in own), teacher_cond=cond)
+        meta = tuple(self.meta[g][k] for g, k in own)
+        return replace(batch, meta=meta, columns=self.columns, teacher_cond=cond)
 
 
 def batch_of(

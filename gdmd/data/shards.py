@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gdmd.io import follow_umask
+from gdmd.io import follow_umask, replaced
 
 SHARD = 64
 """Rows per shard: the work that an interruption loses at most."""
@@ -106,10 +104,9 @@ def save_rows(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, st
     count = len(next(iter(rows.values())))
     checksums = [_checksum({name: part[n : n + 1] for name, part in rows.items()}) for n in range(count)]
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{socket.gethostname()}-{os.getpid()}.partial")
-    save_file(rows, partial, {**header, CHECKSUMS: json.dumps(checksums)})
-    follow_umask(partial)
-    os.replace(partial, file)
+    with replaced(file) as partial:
+        save_file(rows, partial, {**header, CHECKSUMS: json.dumps(checksums)})
+        follow_umask(partial)
 
 
 def _checksum(row: Mapping[str, Tensor]) -> int:

@@ -23,16 +23,21 @@ _deferred: ContextVar[list[tuple[Tensor, MakeError]] | None] = ContextVar("defer
 
 
 def pick_device(asked: str | None = None) -> str:
-    """The device that is asked for, else the GPU if there is one, else the CPU. ValueError for one that is not there."""
+    """The device that is asked for, else the GPU if there is one, else the CPU. ValueError for one that torch lacks here."""
     if asked is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = asked.partition(":")
-    if kind == "cuda" and int(number or 0) >= (found := torch.cuda.device_count()):
+    wanted = int(number) if number.isdecimal() else 0
+    if kind == "cuda" and wanted >= (found := torch.cuda.device_count()):
         raise ValueError(
             f"device {asked}: torch {torch.__version__} finds {found} CUDA GPUs; name another, or leave it out"
         )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device {asked}: torch {torch.__version__} finds no Apple GPU; name another, or leave it out")
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {asked!r} cannot be used; give cpu, cuda, cuda:N or mps, or leave it out") from error
     return asked
 
 

@@ -65,11 +65,11 @@ class GdmdConstant(Gdmd):
 
 
 class GdmdIndicator(Gdmd):
-    """Weight 1[r > 1/2] of L_DMD, without the pull to x_old."""
+    """Weight lambda 1[r > 1/2] of L_DMD, without the pull to x_old."""
 
     def napo_student_loss(self, batch: NapoBatch) -> Loss:
-        """1[r > 1/2] L_DMD; an unscored sample has L_DMD."""
-        weight = torch.where(batch.r.isnan(), 1.0, (batch.r > 0.5).float())
+        """lambda 1[r > 1/2] L_DMD; an unscored sample has lambda L_DMD."""
+        weight = self.cfg.dmd_weight * torch.where(batch.r.isnan(), 1.0, (batch.r > 0.5).float())
         loss = weight * self.student_loss(batch).per_sample
         return Loss(loss, {"loss/student": loss.detach()})
 

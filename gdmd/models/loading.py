@@ -31,6 +31,7 @@ from gdmd.models.families.sd3 import Sd3
 from gdmd.models.families.sd15 import Sd15
 from gdmd.models.families.sdxl import Sdxl
 from gdmd.models.families.z_image import ZImage
+from gdmd.models.lora import remove_adapters
 from gdmd.models.lora_files import factors_content, fuse_loras, lora_factors, of_text
 from gdmd.models.pipeline_files import (
     EXTRAS,
@@ -108,10 +109,23 @@ def open_family(
 def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     """A pipeline that is already open as a Family. Its networks are frozen and moved to ``device``.
 
-    ValueError for a class without a family, a missing component, and a dtype other than cfg.dtype.
+    ValueError for a class without a family, a missing component, a LoRA that is not fused, and a dtype other than cfg.dtype.
     """
     require_diffusers()
-    index = {"_class_name": type(pipe).__name__, **{name: ["", part] for name, part in pipe.components.items() if part}}
+    adapted = [name for name, part in pipe.components.items() if getattr(part, "_hf_peft_config_loaded", False)]
+    if adapted:  # only one adapter is active at a time, and training has its own
+        raise ValueError(
+            f"the given {type(pipe).__name__} has a LoRA in {', '.join(adapted)} as separate adapters, which training would "
+            "leave out; call fuse_lora() and then unload_lora_weights() on it, or give a folder or hub id as model and the "
+            "LoRA as model.teacher_loras"
+        )
+    given = {name: part for name, part in pipe.components.items() if part is not None}
+    if compiled := [name for name, part in given.items() if hasattr(part, "_orig_mod")]:
+        raise ValueError(
+            f"{', '.join(compiled)} of the given {type(pipe).__name__} is compiled, and training adds adapters to the "
+            "network itself: load the pipeline without torch.compile, and set model.compile=true"
+        )
+    index = {"_class_name": type(pipe).__name__, **{name: ["", part] for name, part in given.items()}}
     family = family_of(index, cfg)
     missing = [name for name in family.needs if name not in index]
     if missing:
@@ -121,6 +135,7 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     _check_tokens(family, cfg)
     fit_limits(pipe, lambda encoder: None)
     opened = family(pipe, cfg)
+    remove_adapters(opened.net)
     opened.check_sizes()
     if (got := network_dtype(opened.net)) != DTYPES[cfg.dtype]:
         raise ValueError(

@@ -70,8 +70,8 @@ class SharedBackbone:
         self.active = NO_ADAPTER
         self.compiled = False
         self._layers: list[Any] = []
-        if checkpointing:
-            self.set_checkpointing(on=True)
+        if checkpointing or getattr(net, "is_gradient_checkpointing", False):  # its own would not restore the adapter
+            self.set_checkpointing(on=checkpointing)
 
     def add(self, adapter: str, seed: int) -> None:
         """Add an adapter with B = 0 and A uniform in +-1/sqrt(inputs), drawn from ``seed`` alone."""
@@ -183,6 +183,16 @@ def _trained(name: str) -> bool:
 
 
 @torch.no_grad()
+def remove_adapters(net: Any) -> None:
+    """Take the adapters of an earlier training out of a network; its own weights stay."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for name, layer in adapted:
+        net.set_submodule(name, layer.get_base_layer())
+    net.__dict__.pop("peft_config", None)
+
+
 def _initialize(layer: Any, adapter: str, generator: torch.Generator, device: torch.device | None) -> None:
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     bound = 1 / math.sqrt(down.weight[0].numel())

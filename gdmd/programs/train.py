@@ -25,6 +25,7 @@ from gdmd.config.run import RewardConfig, RunConfig
 from gdmd.data.prompt_files import teacher_prompt
 from gdmd.data.prompts import read_prompts
 from gdmd.data.text_cache import CachedText
+from gdmd.diffusion.device import pick_device
 from gdmd.evaluation.run_report import report_run
 from gdmd.evaluation.runs import evaluation_captions, finish_run
 from gdmd.evaluation.validation import Validation, validation_prompts
@@ -236,6 +237,7 @@ def _check_without_loading(
     all_errors(
         *((check,) if check else ()),
         lambda: settings.context.size == 1 or check_equal_calls(cfg, stop - start),
+        lambda: pick_device(settings.device),
         lambda: check_best_metric(cfg),
         lambda: check_prompts(cfg, settings),
         lambda: validation_prompts(cfg),
@@ -280,7 +282,8 @@ def _try_rewards(
     meta = components.stream.meta[0][0] if components.stream.meta else None
     for size in sizes:
         if cfg.method.rewarded:
-            try_rewards(components.rewards, size, components.stream.groups[0][0], meta, str(device))
+            first, columns = components.stream.groups[0][0], components.stream.columns
+            try_rewards(components.rewards, size, first, meta, str(device), columns)
         for text in validated:
             try_rewards(components.scorers, size, text, next(iter(validated_meta), None), str(device))
 
@@ -397,6 +400,7 @@ def _train(cfg: RunConfig, run: Run, components: Components, settings: TrainSett
             stats=stats,
             at_log=at_log,
             reason=lambda name: reason_unscored(components.rewards, name),
+            resume_advice=settings.given.resume_advice,
             callbacks=callbacks,
         )
         return train(components.method, components.roles, components.stream, cfg.loop, run, hooks, context)

@@ -200,17 +200,23 @@ def check_prompts(
 
 
 def try_rewards(
-    rewards: Sequence[Reward], size: tuple[int, int], prompt: str, meta: Mapping[str, Any] | None, device: str
+    rewards: Sequence[Reward],
+    size: tuple[int, int],
+    prompt: str,
+    meta: Mapping[str, Any] | None,
+    device: str,
+    columns: frozenset[str] = frozenset(),
 ) -> None:
     """Score a gray image and a noise image with each reward before training starts; raises the reward's ValueError.
 
-    size: height and width in pixels. NaN is allowed, since a reward may not apply to the prompt; it is reported, as are
-    scores that differ between two calls.
+    size: height and width in pixels. columns: of all prompts, which ``meta`` may lack. NaN is allowed, since a reward may
+    not apply to the prompt; it is reported, as are scores that differ between two calls.
     """
     noise = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
     images = torch.cat([torch.full_like(noise, 0.5), noise]).to(device)
     index = torch.arange(2, device=device)
-    prompts = PromptBatch(index, (prompt, prompt), index, {}, {}, meta=(meta, meta) if meta is not None else ())
+    rows = (meta, meta) if meta is not None else ()
+    prompts = PromptBatch(index, (prompt, prompt), index, {}, {}, meta=rows, columns=columns)
     for reward in _with_parts(rewards):
         if isinstance(reward, RemoteReward):
             reward.version()  # a clear error for a server that does not answer

@@ -32,7 +32,8 @@ _SHAPES_RECIPES = {"gdmd": "gdmd_paper", "gdmd_tilted": "shapes_demo"}
 """Recipes of the Shapes teacher by method.kind; those of other methods have its name."""
 _FAMILY_PRESETS = {"gdmd_tilted": "gdmd"}
 """Method presets of real models by method.kind; other methods have a preset of their name, or start from this one's."""
-
+_SECTIONS = ("loop", "validation", "eval")
+"""Sections without a kind, all of whose fields have a default: half of one is a mistake that nothing would show."""
 _OF_FILES = (
     *("student", "student_lora", "teacher_loras", "embeddings", "quantization", "t5", "variant", "revision"),
     *("student_revision", "student_variant"),
@@ -97,6 +98,12 @@ def _checked(tree: dict[Any, Any], values: Mapping[str, Any], errors: Sequence[s
     """The recipe with these values by their path. ConfigError with ``errors`` and all mistakes in it."""
     mistakes, overrides = [*errors], []
     for path, value in values.items():
+        if path in _SECTIONS and isinstance(value, Mapping):
+            mistakes.append(
+                f"overrides: {path}: got {value!r:.80}: this would reset the other fields of the section to their defaults; "
+                f'give each field by its path, such as "{path}.{next(iter(value), "steps")}"'
+            )
+            continue
         try:
             plain = to_jsonable_python(value)
         except PydanticSerializationError:

@@ -90,7 +90,7 @@ def check_start(cfg: RunConfig, *, accept: bool = False) -> None:
         if change.known:
             raise RunError(
                 f"loop.start_from={cfg.loop.start_from} was trained on another base model. {change}. Use the base model "
-                "of that run, or accept the difference with --accept-changes"
+                "of that run, or accept the difference with --accept-changes (in Python train(accept_changes=True))"
             )
 
 
@@ -296,12 +296,20 @@ def _refusal(run: Run, changes: list[Change], gone: list[Change]) -> str:
     lines = [f"{run.path} cannot be resumed as the same run: {reason}.", *map(str, changes)]
     if not sure:
         return "\n".join(
-            [*lines, "Use the previous path or, if you know that the content is the same, add --accept-changes."]
+            [
+                *lines,
+                "Use the previous path or, if you know that the content is the same, add --accept-changes (in Python "
+                "train(accept_changes=True)).",
+            ]
         )
+    shown = "run.json, the report and the model card show it."
+    if any(one.now.given.startswith(PYTHON) for one in changes):
+        accept = f" To continue with the new content, give train(accept_changes=True); {shown}"
+        return "\n".join([*lines, "Restore what changed." + ("" if gone else accept)])
     overrides = " ".join(f"{one.field}=PATH" for one in changes)
     command = f"gdmd train --resume {typed(run.path)} {overrides}"
     advice = f"Restore what changed, or give the new path of the same content: {command}."
-    accept = " To continue with the new content, add --accept-changes; run.json, the report and the model card show it."
+    accept = f" To continue with the new content, add --accept-changes (in Python train(accept_changes=True)); {shown}"
     return "\n".join([*lines, advice + ("" if gone else accept)])
 
 

@@ -30,6 +30,13 @@ class GivenObjects:
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     prompts: PromptFile | None = None
 
+    @property
+    def resume_advice(self) -> str:
+        """How to continue their run after a change of a reward function; "" without objects: by the command line."""
+        given = self.pipeline is not None or self.functions or self.prompts is not None
+        call = "the same DistillationTrainer(...).train(resume_from_checkpoint=True)"
+        return f"{call} (add accept_changes=True if you change a reward function)" if given else ""
+
     @cached_property
     def pipeline_content(self) -> str:
         """A hash of the pipeline's weights in memory, which may differ from those on disk (a fused LoRA).

@@ -160,7 +160,8 @@ def function_name(function: Any) -> str:
 
 def columns_of(prompts: PromptBatch) -> dict[str, list[Any]]:
     """The metadata of the prompts by column, None where a prompt lacks one; without the prompt itself."""
-    names = dict.fromkeys(name for row in prompts.meta for name in row if name not in (*FIXED, "prompt"))
+    found = (*(name for row in prompts.meta for name in row), *sorted(prompts.columns))
+    names = dict.fromkeys(name for name in found if name not in (*FIXED, "prompt"))
     return {name: [row.get(name) for row in prompts.meta] for name in names}
 
 

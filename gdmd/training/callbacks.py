@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gdmd.config.load import ConfigError
+
 
 @dataclass
 class TrainerState:
@@ -47,6 +49,17 @@ class TrainerCallback:
 
     def on_train_end(self, state: TrainerState) -> None:
         """When the run has ended, also early, and its last checkpoint is complete. Not called after an error."""
+
+
+def check_callbacks(given: Any) -> None:
+    """ConfigError unless it is a list of ``TrainerCallback`` objects; a class or a function would fail in the run."""
+    listed = given if isinstance(given, list | tuple) else [given]
+    wrong = [one for one in listed if not isinstance(one, TrainerCallback)]
+    if wrong or listed is not given:
+        got = (wrong or listed)[0]
+        raise ConfigError(
+            [f"callbacks: got {got!r:.80}: give a list of TrainerCallback objects, such as [MyCallback()]"]
+        )
 
 
 class CallbackError(ValueError):

@@ -95,6 +95,7 @@ class Hooks:
     stats(): statistics from outside the method that are logged after an iteration, such as the parts of a reward.
     at_log(): values that are measured only when a row is logged, by all ranks.
     reason(name): why the reward ``name`` left images without a score, for an error.
+    resume_advice: how to continue the run after an error; "": by the command line.
     callbacks: the user's, the same on all ranks.
     """
 
@@ -104,6 +105,7 @@ class Hooks:
     stats: Callable[[], Mapping[str, Tensor]] = dict
     at_log: Callable[[], Mapping[str, float]] = dict
     reason: Callable[[str], str] = lambda name: ""
+    resume_advice: str = ""
     callbacks: Sequence[TrainerCallback] = ()
 
 
@@ -407,10 +409,9 @@ class _Trainer:
         self.best.add(step, values)
 
     def _cure(self) -> str:
-        return (
-            f"{self.saver.last_checkpoint_at_exit()} Fix the cause, then continue with: gdmd train --resume "
-            f"{typed(self.run.path)} (add --accept-changes if you change a reward function)"
-        )
+        command = f"gdmd train --resume {typed(self.run.path)} (add --accept-changes if you change a reward function)"
+        advice = self.hooks.resume_advice or command
+        return f"{self.saver.last_checkpoint_at_exit()} Fix the cause, then continue with: {advice}"
 
     def _check_skipped(self, step: int) -> None:
         skipped = sum(state.skipped for state in self.states.values())

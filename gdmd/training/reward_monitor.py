@@ -50,7 +50,10 @@ class RewardMonitor:
         """What to do about a ``failure``."""
         if step == self._steps:
             return "Fix the reward and train again, or train without rewards (a dmd recipe)."
-        return "Fix the reward and resume (a changed one needs --accept-changes), or train without it."
+        return (
+            "Fix the reward and resume (a changed one needs --accept-changes, in Python accept_changes=True), or train "
+            "without it."
+        )
 
     def warnings(self, step: int) -> list[str]:
         """New warnings; each is given once."""

@@ -121,6 +121,7 @@ def test_texts_files_and_tables(tmp_path: Path) -> None:
         ({"train": Dataset(ROWS)}, "got a dict with the keys 'train'; give one split"),
         ("gone.txt", "prompt file gone.txt: cannot be read"),
         (3, "got int, which has no length"),
+        ({"a", "b"}, r"got a set, whose order changes between processes.*give sorted\(...\)"),
     ],
 )
 def test_errors(given: Any, message: str) -> None:
@@ -138,3 +139,12 @@ def test_fingerprints_of_images_and_arrays() -> None:
     one, same, other = (prompts_from(rows(shade, object())) for shade in (1, 1, 2))
     assert one.fingerprint() == same.fingerprint() != other.fingerprint()
     assert isinstance((one.meta or ({},))[0]["image"], Image.Image)
+
+
+def test_fingerprints_of_sets_and_numbered_columns() -> None:
+    """The order of a set of texts changes between processes; the columns of a table may be numbers."""
+    values = [f"tag {k}" for k in range(50)]
+    one, same = (prompts_from([{"prompt": "a", "tags": set(order), 0: 1}]) for order in (values, values[::-1]))
+    listed = prompts_from([{"prompt": "a", "tags": frozenset(values), "0": 1}])
+    assert one.fingerprint() == same.fingerprint() == listed.fingerprint()
+    assert one.meta == ({"prompt": "a", "tags": set(values), "0": 1},)

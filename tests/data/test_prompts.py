@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from gdmd.data.prompts import PromptStream, batch_of
+from gdmd.diffusion.batches import split
 from gdmd.diffusion.rng import SampleRng
+from gdmd.rewards.callable import columns_of
 from gdmd.shapes.grammar import NULL, TASKS, catalog, tokenize, training_captions
 from gdmd.shapes.latents import RenderedLatents
 from gdmd.shapes.roles import ShapesTextEncoder
@@ -160,3 +162,12 @@ def test_metadata_follows_the_prompts() -> None:
     assert {row["id"] for row in batch.meta} == {1, 2, 3}
     part = PromptStream([texts], ShapesTextEncoder(), 24, seed=0, group=2, rows=[rows]).at(0, 4, 12)
     assert part.meta == batch.meta[4:12]
+
+
+def test_a_column_that_some_rows_lack_is_in_every_batch() -> None:
+    """A reward function that needs it failed in the first batch, or micro-batch, none of whose rows had it."""
+    rows = [{"prompt": "a ring", "n": 1}, {"prompt": "a cross"}]
+    batch = PromptStream([["a ring", "a cross"]], ShapesTextEncoder(), 8, seed=0, rows=[rows]).at(0)
+    assert set(batch.text) == {"a ring", "a cross"}
+    for part in split(batch, 1):
+        assert columns_of(part) == {"n": [1 if part.text == ("a ring",) else None]}

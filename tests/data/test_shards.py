@@ -41,6 +41,19 @@ def test_rows_in_any_order(shard: Path) -> None:
     assert same(shards.read(wanted), rows(wanted)) and same(opened(shard.parent).read(wanted), rows(wanted))
 
 
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a shard would fill a full disk for good: its name is that of the process."""
+
+    def full(tensors: object, path: Path, header: object) -> None:
+        path.write_bytes(b"a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        opened(tmp_path).write(KEYS, rows(KEYS))
+    assert not list(tmp_path.iterdir())
+
+
 def test_flipped_bit(shard: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1  # in the mask of the last row

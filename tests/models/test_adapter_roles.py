@@ -112,6 +112,21 @@ def test_checkpointed_blocks_keep_their_role(folders: Path, name: str) -> None:
     assert torch.equal(checkpointed.teacher(*at).x0, plain.teacher(*at).x0)  # after a backward pass, too
 
 
+def test_checkpointing_that_a_given_network_has_on_is_switched_off(folders: Path) -> None:
+    """Its recomputation does not know adapters: it would run with the one that was active last."""
+    plain, family = roles_of(folders, "sdxl", checkpointing=False), copy.copy(opened(folders / "sdxl", "fp32"))
+    family.net = copy.deepcopy(family.net)
+    family.net.enable_gradient_checkpointing()
+    family.cfg = tiny.config(folders / "sdxl", checkpointing=False)
+    given = DiffusersRoles(family)
+    for roles in (plain, given):
+        wake(roles, "fake", 1)
+        wake(roles, "student", 2)
+    at = states(plain)
+    found = gradients(given, "student", at, partial(given.fake, *at))
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(plain, "student", at), strict=True))
+
+
 def test_two_roles_in_one_loss(folders: Path) -> None:
     roles = roles_of(folders, checkpointing=True)
     for seed, role in enumerate(ROLES):

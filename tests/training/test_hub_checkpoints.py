@@ -37,15 +37,25 @@ def test_newest_checkpoint_follows_the_one_in_progress() -> None:
     assert pushed == ["step_1", "step_3"]
 
 
-def test_failure_is_a_note() -> None:
+def test_failure_is_a_note_and_the_last_checkpoint_is_tried_again() -> None:
     notes: list[str] = []
+    failures = {"step_1": 2, "step_2": 1}  # that are left
+    pushed: list[str] = []
 
     def push(checkpoint: Path) -> None:
-        if checkpoint.name == "step_1":
+        failures[checkpoint.name] -= 1
+        if failures[checkpoint.name] >= 0:
             raise ValueError("no network.")
+        pushed.append(checkpoint.name)
 
     callback: Any = HubCheckpoints(push, notes.append)
     for step in (1, 2):
-        callback.on_save(State(), Path(f"step_{step}"))
+        callback.on_save(State(), Path(f"run/checkpoints/step_{step}"))
         callback.on_train_end(State())
-    assert notes == ["step_1 was not uploaded: no network. It is tried again with the next checkpoint."]
+    instead = "The next checkpoint is uploaded instead, or this one at the end."
+    assert notes == [
+        f"step_1 was not uploaded: no network. {instead}",
+        "step_1 was not uploaded: no network. It is in run/checkpoints only.",
+        f"step_2 was not uploaded: no network. {instead}",
+    ]
+    assert pushed == ["step_2"]
