@@ -182,7 +182,6 @@ def _trained(name: str) -> bool:
     return ".lora_" in name and (".student." in name or ".fake." in name)
 
 
-@torch.no_grad()
 def remove_adapters(net: Any) -> None:
     """Take the adapters of an earlier training out of a network; its own weights stay."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -193,6 +192,7 @@ def remove_adapters(net: Any) -> None:
     net.__dict__.pop("peft_config", None)
 
 
+@torch.no_grad()
 def _initialize(layer: Any, adapter: str, generator: torch.Generator, device: torch.device | None) -> None:
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     bound = 1 / math.sqrt(down.weight[0].numel())
