@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from gdmd.config.explain import explain
+from gdmd.config.explain import Mistakes, explain
 from gdmd.config.load import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +40,16 @@ class Config(BaseModel, metaclass=_ExplainedErrors):
     def _expand_home(cls, given: Any) -> Any:
         """Expand ~/models to the home folder, as a shell does, if that path exists."""
         return {key: expand_home(value) for key, value in given.items()} if isinstance(given, Mapping) else given
+
+    def _mistakes(self) -> Iterator[str]:
+        """What is wrong with valid fields together, a message each. A subclass adds its own to those of its parent."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        if found := tuple(self._mistakes()):
+            raise Mistakes(found)
+        return self
 
 
 def expand_home(value: Any) -> Any:

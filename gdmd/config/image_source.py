@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability, expand_home
 from gdmd.config.load import validated
@@ -75,12 +75,10 @@ class SourceConfig(Config):
         description="Rewards that a foreign model was trained on, joined by +; runs and exports record theirs.",
     )
 
-    @model_validator(mode="after")
-    def _lora_is_given(self) -> SourceConfig:
+    def _mistakes(self) -> Iterator[str]:
         unread = sorted({"lora_scale", "lora_partial"} & self.model_fields_set)
         if unread and self.lora is None:
-            raise ValueError(f"{' and '.join(unread)} without lora changes nothing; name the LoRA with lora=")
-        return self
+            yield f"{' and '.join(unread)} without lora changes nothing; name the LoRA with lora="
 
     @property
     def slug(self) -> str:

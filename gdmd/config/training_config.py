@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive
@@ -81,14 +81,12 @@ class TrainingConfig(Config):
         default_factory=dict, description="Any other field of the recipe, by its path; they win over the fields above."
     )
 
-    @model_validator(mode="after")
-    def _accumulates(self) -> TrainingConfig:
+    def _mistakes(self) -> Iterator[str]:
         if self.gradient_accumulation_steps is not None and self.per_device_batch_size is None:
-            raise ValueError(
+            yield (
                 "gradient_accumulation_steps counts passes of per_device_batch_size samples, which is not set; set both, "
                 'or overrides={"loop.batch_size": N} for the samples of one update'
             )
-        return self
 
     def recipe_values(self, world_size: int = 1) -> dict[str, Any]:
         """The fields that are set, as recipe path -> value; ``world_size`` processes share the batch."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from gdmd.config.base import Config, Count, NonNegative, Positive, Probability
 from gdmd.types import StudentSampler
@@ -64,14 +65,13 @@ class DistillationConfig(Config):
         "was better on Shapes and on the SD3 miniature, and made no difference on the SDXL one (docs/LOG.md, entry 34).",
     )
 
-    @model_validator(mode="after")
-    def _ordered(self) -> DistillationConfig:
+    def _mistakes(self) -> Iterator[str]:
+        yield from super()._mistakes()
         steps = self.student_steps
         if not steps or steps[0] > 1 or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
-            raise ValueError(f"student_steps must fall strictly from at most 1, got {list(steps)}")
+            yield f"student_steps must fall strictly from at most 1, got {list(steps)}"
         if self.renoise_low >= self.renoise_high:
-            raise ValueError(f"renoise_low {self.renoise_low} must be below renoise_high {self.renoise_high}")
-        return self
+            yield f"renoise_low {self.renoise_low} must be below renoise_high {self.renoise_high}"
 
     @property
     def rewarded(self) -> bool:
