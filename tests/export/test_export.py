@@ -27,6 +27,7 @@ from gdmd.export.card import model_card
 from gdmd.export.front_matter import base_id, base_license
 from gdmd.export.lora import KOHYA_FILE, check_fits, merge, save_lora
 from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
+from gdmd.export.student import student_pipeline
 from gdmd.models.loading import open_family
 from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.models.roles import DiffusersRoles
@@ -73,6 +74,20 @@ def test_merged_pipeline(folders: Path, tmp_path: Path, name: str, full: str, mo
     save_merged(fresh, roles.parameters("student"), UNIFORM, tmp_path / "merged")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
     assert torch.allclose(stock_images(pipe, roles, noises, monkeypatch), wanted, atol=1e-4)
+
+
+def test_norms_of_krea2_stay_in_fp32(folders: Path, tmp_path: Path) -> None:
+    """As diffusers keeps them in any pipeline: it adds 1 to these weights, which bf16 would round."""
+    folder, roles = tiny.saved(folders, "krea2"), student_of(folders, "krea2", "student")
+    weights = {name: value.detach() for name, value in roles.parameters("student").items()}
+    family = open_family(tiny.config(folder, dtype="bf16", full="student"))
+    pipe = student_pipeline(family, weights, UNIFORM)
+    save_merged(open_family(family.cfg), weights, UNIFORM, tmp_path / "merged", torch.bfloat16)
+    merged = type(pipe).from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    for net in (pipe.transformer, merged.transformer):
+        found = dict(net.named_parameters())
+        assert torch.equal(found["transformer_blocks.0.norm1.weight"], weights["transformer_blocks.0.norm1.weight"])
+        assert found["transformer_blocks.0.attn.to_q.weight"].dtype == torch.bfloat16
 
 
 def test_share_undone_by_rounding(folders: Path) -> None:

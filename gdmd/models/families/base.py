@@ -272,6 +272,12 @@ class PipelineText(ABC):
                 self.pipe.register_modules(**{name: None})
 
 
+def stored_dtype(net: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a weight of a denoiser that is loaded in ``dtype``: diffusers keeps some in fp32 (Krea 2's norms)."""
+    kept = any(part in (net._keep_in_fp32_modules or ()) for part in name.split("."))
+    return torch.float32 if kept else dtype
+
+
 def network_dtype(net: nn.Module) -> torch.dtype:
     """The dtype of a network's weights: of the first that is not a packed 4-bit one or an adapter's, which is fp32."""
     named = net.named_parameters()
