@@ -139,7 +139,9 @@ class DiffusersModel(Config):
         "loop.batch_size.",
     )
     t5: bool = Field(
-        default=True, description="SD3: load the T5 encoder; false saves 9 GB, but rendered text gets worse."
+        default=True,
+        description="SD3: load the T5 encoder; false saves 9 GB, but rendered text gets worse. Other families need all "
+        "their encoders.",
     )
     max_tokens: NonNegativeCount = Field(
         default=0, description="Maximum number of prompt tokens of the long text encoder; 0 = the family's default."

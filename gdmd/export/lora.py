@@ -85,8 +85,8 @@ def check_fits(family: Family, weights: Mapping[str, Tensor]) -> None:
 def merge(family: Family, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> float:
     """Merge the student into ``family.net``: W + alpha / rank B A, or all weights of a full student.
 
-    ``dtype``: of the merged weights, except those that diffusers keeps in fp32; default: their own. Returns the share of changed weights whose change is lost by
-    rounding to it.
+    ``dtype``: of the merged weights, except those that diffusers keeps in fp32; default: their own. Returns the share of
+    changed weights whose change is lost by rounding to it.
     """
     changed = lost = 0
     for name, value in _students(family, weights):

@@ -98,7 +98,8 @@ def save_merged(
     """Write the whole pipeline with the student and its scheduler, loadable with ``from_pretrained``.
 
     ``family`` must be opened without adapters; its network is overwritten by the student. ``dtype``: of all weights
-    except those that diffusers keeps in fp32; default: as loaded. Returns the share of changed weights whose change is lost by rounding.
+    except those that diffusers keeps in fp32; default: as loaded. Returns the share of changed weights whose change is lost
+    by rounding.
     """
     undone = merge(family, weights, dtype)
     if dtype is not None:

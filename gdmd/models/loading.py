@@ -43,6 +43,7 @@ from gdmd.models.pipeline_files import (
     instead_of_pipeline,
     load_errors,
     local_index,
+    note_revision,
     refuse_quantized,
 )
 from gdmd.models.quantization import quantization_config, require_quantizer
@@ -86,6 +87,10 @@ def open_family(
     else:
         check_needed(index, family.needs, family.pipeline, what)
     _check_tokens(family, cfg)
+    if local:
+        note_revision(what, cfg.revision)
+    if shared is None:
+        _note_t5(family, cfg)
     check_libraries(index, what)
     left_out: dict[str, Any] = {**_left_out(index, family, cfg, extras=extras)}
     own = {"unet", "transformer", "scheduler"}
@@ -181,6 +186,8 @@ def scoring_codec(family: Family, device: str = "cpu") -> Codec:
     kind: Any = diffusers.AutoencoderTiny
     options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "use_safetensors": True}
     revision = cfg.scoring_decoder_revision
+    if local:
+        note_revision(f"model.scoring_decoder {cfg.scoring_decoder!r}", revision)
     options |= {} if local else {"revision": revision}
     try:
         cached_only = local or bool(unreachable(cfg.scoring_decoder, "config.json", revision))
@@ -239,7 +246,9 @@ def encoder_identity(family: Family) -> str:
     facts = [family.name, cfg.dtype, cfg.max_tokens, empty, *versions(), *content_of(cfg, names)]
     layers = family.pipe.config.get("text_encoder_select_layers")
     loras = [factors_content(one) for one in family.encoder.loras if one]
-    return json.dumps([*facts, *([layers] if layers else []), *([loras] if loras else [])])
+    blank = family.encoder.no_caption
+    more = [*([layers] if layers else []), *([loras] if loras else []), *([{"no_caption": blank}] if blank else [])]
+    return json.dumps([*facts, *more])
 
 
 def content_of(cfg: DiffusersModel, names: Sequence[str]) -> list[object]:
@@ -288,6 +297,16 @@ def _check_tokens(family: type[Family], cfg: DiffusersModel) -> None:
         raise ValueError(
             f"model.max_tokens = {cfg.max_tokens}: a {family.pipeline} reads at most {most} caption tokens; set {most} or "
             "less"
+        )
+
+
+def _note_t5(family: type[Family], cfg: DiffusersModel) -> None:
+    """Warn about model.t5 = false for a family that needs all its text encoders."""
+    if not cfg.t5 and not family.optional:
+        log.warning(
+            "model.t5 = false has no effect: a %s is used with all its text encoders; leave it out. model.embeddings "
+            "unloads them before training",
+            family.pipeline,
         )
 
 

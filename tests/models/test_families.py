@@ -39,7 +39,7 @@ STOCK: dict[str, dict[str, Any]] = {  # what the stock call needs for classifier
     "sana": {"guidance_scale": 3.0, "max_sequence_length": 256, "use_resolution_binning": False},
     "krea2": {"guidance_scale": 2.0, "max_sequence_length": 256},  # counts from 0, too
     "qwen_image21": {"true_cfg_scale": 3.0, "negative_prompt": ""},
-    "qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": ["", ""], "max_sequence_length": 256},
+    "qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": [" ", " "], "max_sequence_length": 256},
 }
 
 

@@ -25,10 +25,11 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
 from gdmd.config.image_source import read_source
-from gdmd.config.model import DiffusersModel
+from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.models import loading
 from gdmd.models.loading import open_family, scoring_codec
+from gdmd.models.lora_files import lora_factors
 from gdmd.plan.meta_pipeline import meta_family
 from gdmd.plan.networks import networks_of
 from gdmd.sources.open import open_source
@@ -347,6 +348,23 @@ def test_local_folder_needs_no_network(copied: Callable[[str], Path], monkeypatc
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     open_family(tiny.config(folder))
+
+
+def test_a_revision_of_a_folder_is_not_ignored_silently(
+    copied: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied("sd15")
+    family = open_family(tiny.config(folder, revision="v1"))
+    assert (
+        f"model.path '{folder}' is not a hub id but on this machine, so its revision 'v1' has no effect" in caplog.text
+    )
+    source = read_source(f"{folder},revision=v1,device=cpu")
+    with pytest.raises(ValueError, match=rf"revision=v1 is for a hub id, but {folder} is a folder; leave it out"):
+        open_source(source)
+    save_file({f"unet.x.lora_{part}.weight": torch.ones(1, 1) for part in "AB"}, folder / "lora.safetensors")
+    with pytest.raises(ValueError, match="0 of its 1 layers"):
+        lora_factors(family.pipe, LoraFile(path=str(folder / "lora.safetensors"), revision="v2"))
+    assert "so its revision 'v2' has no effect" in caplog.text
 
 
 def test_loading_is_pinned(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
