@@ -115,6 +115,11 @@ def step_arguments(pipe: Any, cfg: SourceConfig) -> Mapping[str, Any]:
     """The call's arguments for cfg.timesteps and cfg.eta. ValueError if pipeline or scheduler does not read them."""
     call = inspect.signature(pipe.__call__).parameters
     found: dict[str, Any] = {}
+    if (own := pipe.config.get("sample_sigmas")) and cfg.steps not in (None, len(own)):
+        raise ValueError(
+            f"source {cfg.where!r}: steps={cfg.steps} does nothing for this {type(pipe).__name__}, which is always sampled "
+            f"at its own times of {len(own)} steps; leave it out"
+        )
     if cfg.timesteps:
         if cfg.steps not in (None, len(cfg.timesteps)):
             raise ValueError(f"source {cfg.where!r}: steps = {cfg.steps}, but timesteps has {len(cfg.timesteps)}")
