@@ -137,7 +137,7 @@ def create_run(
     check_model(cfg.loop.start_from, cfg.model_dump(mode="json"))
     context.on_main(lambda: check_start(cfg, accept=settings.accept))
     config = cfg.model_dump(mode="json")
-    components = prepare(cfg, settings, (lambda: check_new(folder, config)) if folder else None)
+    components = prepare(cfg, settings, lambda: check_new(folder or new_folder(cfg), config))
     check_roles(cfg.loop.start_from, components.roles)
 
     with ExitStack() as held:
@@ -302,7 +302,7 @@ def encode(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) 
 
 
 def check_places(cfg: RunConfig, settings: TrainSettings) -> None:
-    """ValueError for a base model, student or LoRA that is neither on this machine nor a hub id."""
+    """ValueError for a base model, student, tiny decoder or LoRA that is neither on this machine nor a hub id."""
     if not isinstance(cfg.model, DiffusersModel) or settings.given.pipeline is not None:
         return
     from gdmd.models.loading import is_local
@@ -311,7 +311,9 @@ def check_places(cfg: RunConfig, settings: TrainSettings) -> None:
     model = cfg.model
     starts = (lambda: is_local(model.start.location, model.start.field),) if model.student else ()
     loras = (*model.teacher_loras, *((model.student_lora,) if model.student_lora else ()))
-    files = (partial(local_file, lora.path) for lora in loras)
+    files = [partial(local_file, lora.path) for lora in loras]
+    if model.scoring_decoder is not None:
+        files.append(partial(is_local, model.scoring_decoder, "model.scoring_decoder", "config.json"))
     all_errors(lambda: is_local(model.location, model.field), *starts, *files)
 
 

@@ -261,9 +261,11 @@ def test_mistakes_outside_the_recipe_are_one_message_before_anything_is_loaded(g
     assert prompts == "prompt file no.txt: cannot be read (no such file); check the path"
     assert "has no 'two'" in functions[0] and "cannot be called with (images, prompts)" in functions[1]
     places = ["model.path=./sd", "model.student=./me", "model.teacher_loras=[{path: ./style.safetensors}]"]
-    base, student, style = lines(gdmd, "train", "sdxl_gdmd", "prompts.file=photos/a.txt", *places)
+    places += ["model.scoring_decoder=./tiny"]
+    base, student, style, tiny = lines(gdmd, "train", "sdxl_gdmd", "prompts.file=photos/a.txt", *places)
     assert base.startswith("model.path './sd': there is no such folder") and student.startswith("model.student './me'")
     assert style.startswith("lora './style.safetensors': no such file or folder, and not a hub id")
+    assert tiny.startswith("model.scoring_decoder './tiny': there is no such folder")
 
 
 def test_names_in_the_list_of_recipes_are_not_broken(gdmd: Gdmd) -> None:
