@@ -350,8 +350,8 @@ def family_of(index: dict[str, Any], cfg: DiffusersModel) -> type[Family]:
             return family
         if named == family.pipeline:
             raise ValueError(
-                f"{cfg.what} is a {named} (family {family.name}), but model.family = {cfg.family}; "
-                "give another path, or drop model.family"
+                f"{cfg.what} is a {named} (family {family.name}), but model.family = {cfg.family}; give another path, use a "
+                f"recipe of {family.name}, or set model.family=null"
             )
     known = ", ".join(f"{family.pipeline} ({family.name})" for family in FAMILIES)
     raise ValueError(

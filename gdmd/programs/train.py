@@ -301,7 +301,7 @@ def encode(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) 
         encoder.prepare(texts, lambda done: progress.advance(bar, done))
 
 
-def check_places(cfg: RunConfig, settings: TrainSettings) -> None:
+def check_places(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> None:
     """ValueError for a base model, student, tiny decoder or LoRA that is neither on this machine nor a hub id."""
     if not isinstance(cfg.model, DiffusersModel) or settings.given.pipeline is not None:
         return

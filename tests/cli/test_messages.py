@@ -268,6 +268,18 @@ def test_mistakes_outside_the_recipe_are_one_message_before_anything_is_loaded(g
     assert tiny.startswith("model.scoring_decoder './tiny': there is no such folder")
 
 
+def test_profile_reports_missing_prompts_and_base_model_together(gdmd: Gdmd) -> None:
+    prompts, base = lines(gdmd, "profile", "sdxl_dmd", "model.path=./sd")
+    assert prompts.startswith("prompts.file is not set") and base.startswith(
+        "model.path './sd': there is no such folder"
+    )
+
+
+def test_explained_field_with_a_wrong_name(gdmd: Gdmd) -> None:
+    (said,) = lines(gdmd, "recipes", "sdxl_dmd", "--explain", "loop.batch")
+    assert said == "recipe sdxl_dmd has no field 'loop.batch'; did you mean 'batch_size'?"
+
+
 def test_names_in_the_list_of_recipes_are_not_broken(gdmd: Gdmd) -> None:
     listed = gdmd("recipes").out
     assert "student from black-forest-labs/FLUX.2-klein-4B" in " ".join(listed.split())
