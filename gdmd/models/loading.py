@@ -349,9 +349,10 @@ def family_of(index: dict[str, Any], cfg: DiffusersModel) -> type[Family]:
         if named == family.pipeline and cfg.family in (None, family.name):
             return family
         if named == family.pipeline:
+            own = cfg.field == "model.path"
+            remedy = f", use a recipe of {family.name}, or set model.family=null" if own else f" of {cfg.family}"
             raise ValueError(
-                f"{cfg.what} is a {named} (family {family.name}), but model.family = {cfg.family}; give another path, use a "
-                f"recipe of {family.name}, or set model.family=null"
+                f"{cfg.what} is a {named} (family {family.name}), but model.family = {cfg.family}; give another path{remedy}"
             )
     known = ", ".join(f"{family.pipeline} ({family.name})" for family in FAMILIES)
     raise ValueError(
