@@ -41,6 +41,14 @@ def lines(gdmd: Gdmd, *arguments: str) -> list[str]:
             "rewards: got 'my_rewards.py': should be a list of {kind: ...}; "
             "write 'rewards=[{kind: callable, target: my_rewards.py:FUNCTION}]'",
         ),
+        (
+            "method.student_steps=0",
+            "method.student_steps: got 0: should be a number of steps from 1 to 1000, or a list of times like [1, 0.5]",
+        ),
+        (
+            "method.student_steps=[0.5, 1]",
+            "method.student_steps: got [0.5, 1]: should fall strictly from at most 1, like [1, 0.75, 0.5, 0.25]",
+        ),
         ("rewards={kind: clip}", "rewards: should be a list of {kind: ...}; write 'rewards=[{kind: clip}]'"),
         ("rewards=[clip]", "rewards.0: got 'clip': should be {kind: ...}; write {kind: clip}"),
         ("rewards.0=hps", "rewards.0: got 'hps': should be {kind: ...}; write {kind: hps}"),
