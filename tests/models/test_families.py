@@ -89,6 +89,16 @@ def test_teacher_sampling_equals_the_pipeline(folders: Path, name: str, size: tu
     assert images.std() > 0.01
 
 
+def test_krea2_reads_the_time_in_its_dtype(folders: Path) -> None:
+    """As its pipeline rounds it, which moves a time in bf16 by up to two of 1000 training steps."""
+    family = opened(folders, "krea2", dtype="bf16").at_size(32, 64)
+    noise, null = torch.randn(2, *family.latent_shape), family.encoder.null(2)
+    path, cond = family.teacher_times(STEPS), family.encoder.encode(CAPTIONS)
+    ours = ode_sample(Guided(teacher(family), 3.0, null, family.guide), noise, path, cond, family.schedule)
+    stocks = stock(family, noise.bfloat16(), "latent").float()
+    assert (ours - stocks).norm() < 0.01 * stocks.norm()
+
+
 @pytest.mark.parametrize("name", ["flux", "flux2_klein", "krea2", "qwen_image", "z_image"])
 def test_student_times_follow_the_size(folders: Path, name: str) -> None:
     """As the exported scheduler shifts them in the stock pipeline, which reads the size of its call."""
