@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gdmd.config.explain import Mistakes, explain
 from gdmd.config.load import ConfigError
@@ -66,6 +67,15 @@ def _not_a_bool(value: Any) -> Any:
         raise ValueError("should be a number, not a boolean")
     return value
 
+
+def _device(given: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", given):
+        raise ValueError("is not a device; write cpu, cuda, cuda:1 or mps")
+    return given
+
+
+DeviceName = Annotated[str, AfterValidator(_device)]
+"""A device in torch's words."""
 
 Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST_COUNT)]
 """A number of things, at least 1; not a float, string or bool."""

@@ -10,7 +10,16 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability, expand_home
+from gdmd.config.base import (
+    Config,
+    Count,
+    DeviceName,
+    NonNegative,
+    NonNegativeCount,
+    Positive,
+    Probability,
+    expand_home,
+)
 from gdmd.config.load import validated
 from gdmd.config.model import Pixels
 
@@ -67,7 +76,7 @@ class SourceConfig(Config):
     revision: str | None = Field(default=None, description="Branch, tag or commit of the hub id.")
     variant: str | None = Field(default=None, description='Variant of the weight files, for example "fp16".')
     dtype: Literal["fp32", "bf16", "fp16"] = Field(default="bf16", description="Precision of a pipeline.")
-    device: str | None = Field(default=None, description="Device; default: the GPU if there is one.")
+    device: DeviceName | None = Field(default=None, description="Device; default: the GPU if there is one.")
     checkpoint: str = Field(default="last", description="Checkpoint of a run: best, last or a step.")
     batch: Count | None = Field(default=None, description="Images per call; default: 100 for Shapes, else 4.")
     trained: tuple[str, ...] = Field(

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator
 
-from gdmd.config.base import Config, Count, Finite, NonNegativeCount, Positive, Probability
+from gdmd.config.base import Config, Count, DeviceName, Finite, NonNegativeCount, Positive, Probability
 
 
 def _function(given: str) -> str:
@@ -41,7 +41,9 @@ class DeviceOptions(Config):
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Precision of weights and encoders; preprocessing, cosine and head are always fp32."
     )
-    device: str | None = Field(default=None, description='Device, such as "cuda:1" or "cpu"; default: the student\'s.')
+    device: DeviceName | None = Field(
+        default=None, description='Device, such as "cuda:1" or "cpu"; default: the student\'s.'
+    )
 
 
 class NetworkReward(DeviceOptions):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
-from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive
+from gdmd.config.base import Config, Count, DeviceName, NonNegative, NonNegativeCount, Positive
 from gdmd.config.model import DiffusersModel, Pixels
 from gdmd.config.training import Decay, LoopConfig
 from gdmd.config.validation import ValidationConfig
@@ -42,7 +42,9 @@ class TrainingConfig(Config):
     recipe: Folder | None = Field(
         default=None, description="Name or .yaml file of the recipe to start from; default: by family and method."
     )
-    device: str | None = Field(default=None, description='Such as "cuda:1" or "cpu"; default: a GPU, if there is one.')
+    device: DeviceName | None = Field(
+        default=None, description='Such as "cuda:1" or "cpu"; default: a GPU, if there is one.'
+    )
     max_steps: Count | None = _sets("loop.steps")
     learning_rate: Positive | None = _sets("loop.lr_student")
     fake_learning_rate: Positive | None = _sets("loop.lr_fake")

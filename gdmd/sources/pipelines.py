@@ -314,7 +314,7 @@ def read_export(folder: Path) -> dict[str, Any]:
 def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
     """The pipeline on its device. without: components that are not loaded."""
     require_diffusers()
-    what, where = f"source {where!r}", located(where)
+    what, where, device = f"source {where!r}", located(where), pick_device(cfg.device)
     import diffusers
     from transformers.utils import logging
 
@@ -345,7 +345,7 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
         raise ValueError(f"{what}: the pipeline cannot be loaded: {first}") from error
     pipe.set_progress_bar_config(disable=True)
     fit_limits(pipe, lambda encoder: None)
-    return pipe.to(pick_device(cfg.device))
+    return pipe.to(device)
 
 
 def _check_index(index: dict[str, Any], where: str, what: str, without: Sequence[str]) -> None:
