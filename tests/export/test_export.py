@@ -22,6 +22,7 @@ from stock_pipelines import UNIFORM, noises_of, stock_images, student_of, traine
 
 from gdmd.cli.app import FILTERED_LOGGERS, _should_log
 from gdmd.config.image_source import read_source
+from gdmd.config.model import LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.export.card import model_card
 from gdmd.export.front_matter import base_id, base_license
@@ -161,6 +162,19 @@ def test_cards_command_and_base_model(folders: Path) -> None:
         "base_model" not in ModelCard(card).data.to_dict()
         and "`base_model`: the hub id of sd15; `license`: that of sd15" in card
     )
+
+
+def test_card_of_a_lora_with_others_in_it_names_the_version_that_reads_it(folders: Path) -> None:
+    """Before 0.42, diffusers took the rank of one layer as the alpha of all: a layer of another rank got another scale."""
+    family = student_of(folders, "sd15").family
+    cfg = RunConfig(name="x", model=family.cfg, loop={}, rewards=[{"kind": "clip"}])
+    style = LoraFile(path="style.safetensors")
+    family.cfg = family.cfg.model_copy(update={"teacher_loras": (style,)})
+    family.encoder.loras = ({},)
+    said = "may have several ranks, which needs diffusers 0.42 or later"
+    assert said in model_card(cfg, family, {}, {}, merged=False)
+    assert said not in model_card(cfg, family, {}, {}, merged=True)
+    assert said not in model_card(cfg, family, {}, {}, merged=False, separate=(style,))
 
 
 @pytest.mark.parametrize(("full", "merged"), [("none", False), ("none", True), ("student", True)])
