@@ -37,7 +37,11 @@ class SourceConfig(Config):
         description="A run, an exported folder, a pipeline (folder or hub id), images, or a teacher row."
     )
     steps: Count | None = Field(default=None, description="Sampling steps; default: those of the pipeline.")
-    guidance: NonNegative | None = Field(default=None, description="Guidance scale; default: that of the pipeline.")
+    guidance: NonNegative | None = Field(
+        default=None,
+        description="Guidance scale as the pipeline counts it, for Z-Image and Krea 2 from 0: one less than "
+        "method.guidance; default: that of the pipeline.",
+    )
     guidance_rescale: Probability | None = Field(
         default=None, description="Guidance rescale of Stable Diffusion 1, 2 and XL; default: off."
     )
