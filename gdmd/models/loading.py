@@ -113,7 +113,7 @@ def open_family(
 def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     """A pipeline that is already open as a Family. Its networks are frozen and moved to ``device``.
 
-    ValueError for a class without a family, a missing component, and a dtype other than cfg.dtype.
+    ValueError for a class without a family, a missing component, a LoRA, and a dtype other than cfg.dtype.
     """
     require_diffusers()
     index = {"_class_name": type(pipe).__name__, **{name: ["", part] for name, part in pipe.components.items() if part}}
@@ -122,6 +122,13 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     if missing:
         raise ValueError(
             f"the {family.pipeline} was given without {', '.join(missing)}; load it with all its components"
+        )
+    ours = {"student", "fake", "old"}  # of an earlier training on the same pipeline: replaced by new ones
+    adapted = [name for name, part in pipe.components.items() if set(getattr(part, "peft_config", None) or ()) - ours]
+    if adapted:
+        raise ValueError(
+            f"the given {family.pipeline} has a LoRA on its {', '.join(adapted)}, which would be switched off; make it part "
+            "of the weights first: pipe.fuse_lora(), then pipe.unload_lora_weights()"
         )
     _check_tokens(family, cfg)
     fit_limits(pipe, lambda encoder: None)
