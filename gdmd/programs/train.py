@@ -311,10 +311,10 @@ def check_places(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> None:
     model = cfg.model
     starts = (lambda: is_local(model.start.location, model.start.field),) if model.student else ()
     loras = (*model.teacher_loras, *((model.student_lora,) if model.student_lora else ()))
-    files = [partial(local_file, lora.path) for lora in loras]
-    if model.scoring_decoder is not None:
-        files.append(partial(is_local, model.scoring_decoder, "model.scoring_decoder", "config.json"))
-    all_errors(lambda: is_local(model.location, model.field), *starts, *files)
+    files = (partial(local_file, lora.path) for lora in loras)
+    tiny = model.scoring_decoder
+    decoders = (lambda: is_local(tiny, "model.scoring_decoder", "config.json"),) if tiny is not None else ()
+    all_errors(lambda: is_local(model.location, model.field), *starts, *files, *decoders)
 
 
 def check_prompts(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> None:
