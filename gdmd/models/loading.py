@@ -104,6 +104,8 @@ def open_family(
     fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
     _freeze(pipe)
     opened = family(pipe, cfg)
+    if shared is None:
+        _note_guidance(opened)
     opened.encoder.loras = tuple(map(of_text, loras))
     opened.check_sizes()
     opened.place(device, () if shared is None else shared.pipe.components.keys() - own)
@@ -314,6 +316,17 @@ def _note_t5(family: type[Family], cfg: DiffusersModel) -> None:
             "model.t5 = false has no effect: a %s is used with all its text encoders; leave it out. model.embeddings "
             "unloads them before training",
             family.pipeline,
+        )
+
+
+def _note_guidance(family: Family) -> None:
+    """Warn about a model.embedded_guidance that was set for a network that does not read it."""
+    given, default = family.cfg.embedded_guidance, type(family.cfg).model_fields["embedded_guidance"].default
+    if given != default and not family.guidance_is_embedded:
+        log.warning(
+            "model.embedded_guidance = %g has no effect: this %s has no guidance embedding; leave it out. The guidance of "
+            "the teacher is method.guidance",
+            *(given, family.pipeline),
         )
 
 

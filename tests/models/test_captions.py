@@ -105,6 +105,13 @@ def test_max_tokens_without_effect(folders: Path, caplog: pytest.LogCaptureFixtu
     )
 
 
+def test_embedded_guidance_without_effect(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("sdxl", "flux"):
+        open_family(tiny.config(tiny.saved(folders, name), embedded_guidance=7.0))
+    (said,) = [one for one in caplog.messages if "embedded_guidance" in one]
+    assert "model.embedded_guidance = 7 has no effect: this StableDiffusionXLPipeline has no guidance embedding" in said
+
+
 def test_t5_without_effect(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("flux", "sd3"):
         open_family(tiny.config(tiny.saved(folders, name), t5=False))
