@@ -73,7 +73,10 @@ def _explanation(name: str, arguments: Sequence[str]) -> list[str]:
     only = [one for one in arguments if "=" not in one]
     for key in only:
         if len(list(explained(cfg, [key]))) == 1:
-            meant = similar_fields(key.rpartition(".")[2], (), list(all_paths(type(cfg), cfg.model_dump())))
+            section, _, own = key.rpartition(".")
+            fields = list(all_paths(type(cfg), cfg.model_dump()))
+            siblings = [field.rpartition(".")[2] for field in fields if field.rpartition(".")[0] == section]
+            meant = similar_fields(own, siblings, fields)
             raise ValueError(
                 f"recipe {name} has no field {key!r}{meant or f'; `gdmd recipes {name}` prints all of them'}"
             )

@@ -29,6 +29,10 @@ def profile_command(
       gdmd profile dmd2 loop.batch_size=32 --json > dmd2.json
     """
     cfg = recipe_of(arguments)
+    from gdmd.io import all_errors
+    from gdmd.programs.train import check_places, check_prompts
+
+    all_errors(lambda: check_prompts(cfg), lambda: check_places(cfg))
     from gdmd.profiling.profiler import Profiler, describe, measure
 
     measured = measure(Profiler(cfg, device=device), iterations)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from gdmd.config.explain import explain
+from gdmd.config.explain import Mistakes, explain
 from gdmd.config.load import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,16 @@ class Config(BaseModel, metaclass=_ExplainedErrors):
         """Expand ~/models to the home folder, as a shell does, if that path exists."""
         return {key: expand_home(value) for key, value in given.items()} if isinstance(given, Mapping) else given
 
+    def _mistakes(self) -> Iterator[str]:
+        """What is wrong with valid fields together, a message each. A subclass adds its own to those of its parent."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        if found := tuple(self._mistakes()):
+            raise Mistakes(found)
+        return self
+
 
 def expand_home(value: Any) -> Any:
     """Expand a text that starts with ~/ if that path exists; any other value is returned unchanged."""
@@ -56,6 +67,15 @@ def _not_a_bool(value: Any) -> Any:
         raise ValueError("should be a number, not a boolean")
     return value
 
+
+def _device(given: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", given):
+        raise ValueError("is not a device; write cpu, cuda, cuda:1 or mps")
+    return given
+
+
+DeviceName = Annotated[str, AfterValidator(_device)]
+"""A device in torch's words."""
 
 Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST_COUNT)]
 """A number of things, at least 1; not a float, string or bool."""

@@ -48,6 +48,14 @@ def show(value: Any) -> str:
     return "nothing (null)" if value is None else _SHORTEN.repr(value)
 
 
+class Mistakes(ValueError):
+    """Several mistakes of one config; pydantic keeps only the first error of a validator."""
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        self.messages = tuple(messages)
+        super().__init__("; ".join(self.messages))
+
+
 class _Location(NamedTuple):
     """Where an error is: its path without pydantic's labels for union members, and the config classes around it."""
 
@@ -76,7 +84,15 @@ def explain(
     """
     details = error.errors(include_url=False)
     shown = [one for one in details if one["type"] != "too_short" or not _has_bad_element(one, details)]
-    return [redacted(_line(annotation, one, name, overrides or {}, tree)) for one in shown]
+    single = (one for detail in shown for one in _separate(detail))
+    return [redacted(_line(annotation, one, name, overrides or {}, tree)) for one in single]
+
+
+def _separate(detail: ErrorDetails) -> list[ErrorDetails]:
+    """One error for each of several ``Mistakes``."""
+    error = detail.get("ctx", {}).get("error")
+    messages = error.messages if isinstance(error, Mistakes) else (detail["msg"],)
+    return [{**detail, "msg": message} for message in messages]
 
 
 def _has_bad_element(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:

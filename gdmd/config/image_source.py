@@ -8,9 +8,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive, Probability, expand_home
+from gdmd.config.base import (
+    Config,
+    Count,
+    DeviceName,
+    NonNegative,
+    NonNegativeCount,
+    Positive,
+    Probability,
+    expand_home,
+)
 from gdmd.config.load import validated
 from gdmd.config.model import Pixels
 
@@ -28,7 +37,11 @@ class SourceConfig(Config):
         description="A run, an exported folder, a pipeline (folder or hub id), images, or a teacher row."
     )
     steps: Count | None = Field(default=None, description="Sampling steps; default: those of the pipeline.")
-    guidance: NonNegative | None = Field(default=None, description="Guidance scale; default: that of the pipeline.")
+    guidance: NonNegative | None = Field(
+        default=None,
+        description="Guidance scale as the pipeline counts it, for Z-Image and Krea 2 from 0: one less than "
+        "method.guidance; default: that of the pipeline.",
+    )
     guidance_rescale: Probability | None = Field(
         default=None, description="Guidance rescale of Stable Diffusion 1, 2 and XL; default: off."
     )
@@ -67,7 +80,7 @@ class SourceConfig(Config):
     revision: str | None = Field(default=None, description="Branch, tag or commit of the hub id.")
     variant: str | None = Field(default=None, description='Variant of the weight files, for example "fp16".')
     dtype: Literal["fp32", "bf16", "fp16"] = Field(default="bf16", description="Precision of a pipeline.")
-    device: str | None = Field(default=None, description="Device; default: the GPU if there is one.")
+    device: DeviceName | None = Field(default=None, description="Device; default: the GPU if there is one.")
     checkpoint: str = Field(default="last", description="Checkpoint of a run: best, last or a step.")
     batch: Count | None = Field(default=None, description="Images per call; default: 100 for Shapes, else 4.")
     trained: tuple[str, ...] = Field(
@@ -75,12 +88,10 @@ class SourceConfig(Config):
         description="Rewards that a foreign model was trained on, joined by +; runs and exports record theirs.",
     )
 
-    @model_validator(mode="after")
-    def _lora_is_given(self) -> SourceConfig:
+    def _mistakes(self) -> Iterator[str]:
         unread = sorted({"lora_scale", "lora_partial"} & self.model_fields_set)
         if unread and self.lora is None:
-            raise ValueError(f"{' and '.join(unread)} without lora changes nothing; name the LoRA with lora=")
-        return self
+            yield f"{' and '.join(unread)} without lora changes nothing; name the LoRA with lora="
 
     @property
     def slug(self) -> str:

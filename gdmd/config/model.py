@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr
 
 from gdmd.config.base import Config, Count, Finite, NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.shapes_pipeline import located, read_shapes_pipeline
@@ -138,7 +139,9 @@ class DiffusersModel(Config):
         "loop.batch_size.",
     )
     t5: bool = Field(
-        default=True, description="SD3: load the T5 encoder; false saves 9 GB, but rendered text gets worse."
+        default=True,
+        description="SD3: load the T5 encoder; false saves 9 GB, but rendered text gets worse. Other families need all "
+        "their encoders.",
     )
     max_tokens: NonNegativeCount = Field(
         default=0, description="Maximum number of prompt tokens of the long text encoder; 0 = the family's default."
@@ -232,59 +235,54 @@ class DiffusersModel(Config):
         """This model with the largest of its image sizes, by area."""
         return max(self.each_size, key=lambda model: model.height * model.width)
 
-    @model_validator(mode="after")
-    def _different_sizes(self) -> DiffusersModel:
+    def _mistakes(self) -> Iterator[str]:
+        yield from self._size_mistakes()
+        yield from self._revision_mistakes()
+        yield from self._quantization_mistakes()
+        yield from self._offload_mistakes()
+        yield from self._shapes_mistakes()
+
+    def _size_mistakes(self) -> Iterator[str]:
         """Several sizes, or none: a single one is height and width."""
         given = [f"{height} x {width}" for height, width in self.sizes]
         if len(given) == 1:
-            raise ValueError(
-                f"sizes is for several image sizes, got only {given[0]}; set height and width, and leave sizes out"
-            )
+            yield f"sizes is for several image sizes, got only {given[0]}; set height and width, and leave sizes out"
+            return
         if len(set(given)) < len(given):
-            raise ValueError(f"sizes may list each size once, got {', '.join(given)}")
+            yield f"sizes may list each size once, got {', '.join(given)}"
         if given and (self.height, self.width) not in self.sizes:
-            raise ValueError(
+            yield (
                 f"sizes ({', '.join(given)}) must contain height x width = {self.height} x {self.width}, the default of "
                 f"exports and samples; set height={self.sizes[0][0]} and width={self.sizes[0][1]}, or add this size"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _revisions_of_given_models(self) -> DiffusersModel:
+    def _revision_mistakes(self) -> Iterator[str]:
         """A revision or variant without its model would have no effect."""
         needed = {"student_revision": "student", "student_variant": "student"}
         needed["scoring_decoder_revision"] = "scoring_decoder"
-        wrong = [name for name, of in needed.items() if getattr(self, name) is not None and getattr(self, of) is None]
-        if wrong:
-            raise ValueError(
-                "; ".join(
-                    f"{name} is set, but {needed[name]} is not: set it too, or leave {name} out" for name in wrong
-                )
-            )
-        return self
+        for name, of in needed.items():
+            if getattr(self, name) is not None and getattr(self, of) is None:
+                yield f"{name} is set, but {of} is not: set it too, or leave {name} out"
 
-    @model_validator(mode="after")
-    def _frozen_if_quantized(self) -> DiffusersModel:
+    def _quantization_mistakes(self) -> Iterator[str]:
         """A full copy starts from the base model's own weights, which a quantized network no longer has."""
         if self.quantization != "none" and self.full != "none":
-            raise ValueError(
+            yield (
                 f"quantization = {self.quantization} needs full = none, got full = {self.full}: a role that trains all "
                 "weights is a copy of the original ones; set model.full=none or model.quantization=none"
             )
         loras = "teacher_loras" if self.teacher_loras else "student_lora" if self.student_lora else ""
         if self.quantization != "none" and loras:
-            raise ValueError(
+            yield (
                 f"quantization = {self.quantization} cannot be used with {loras}, because a LoRA is fused into the original "
                 "weights; fuse it in diffusers, save the pipeline, and give its folder instead, or set "
                 "model.quantization=none"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _offloaded(self) -> DiffusersModel:
+    def _offload_mistakes(self) -> Iterator[str]:
         """What cannot be copied block by block: full copies, weights packed on the GPU, compiled blocks."""
         if self.offload != "base":
-            return self
+            return
         reasons = {
             f"full = {self.full}": "the weights of a full copy are trained, on the GPU" if self.full != "none" else "",
             "quantization = nf4": "its weights are packed on the GPU" if self.quantization == "nf4" else "",
@@ -292,25 +290,20 @@ class DiffusersModel(Config):
         }
         wrong = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
         if wrong:
-            raise ValueError(
+            yield (
                 f"offload = base cannot be used with {', '.join(wrong)}; set model.full=none, model.compile=false and "
                 "model.quantization=int8 or none, or model.offload=idle"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _as_trained(self) -> DiffusersModel:
+    def _shapes_mistakes(self) -> Iterator[str]:
         """A pipeline of the Shapes world knows one size and one length of captions."""
         trained = read_shapes_pipeline(self.path)
         names = ("height", "width", "max_tokens") if trained and trained.max_tokens else ("height", "width")
         wanted = {name: getattr(trained, name) for name in names} if trained else {}
         if trained and self.sizes:
-            raise ValueError(f"{self.path} was trained on images of one size, got sizes; leave sizes out")
+            yield f"{self.path} was trained on images of one size, got sizes; leave sizes out"
         wrong = [name for name, value in wanted.items() if getattr(self, name) != value]
         if wrong:
             given = ", ".join(f"{name} = {getattr(self, name)}" for name in wrong)
             cure = " ".join(f"model.{name}={wanted[name]}" for name in wrong)
-            raise ValueError(
-                f"{self.path} was trained on the Shapes world with other settings, got {given}; set {cure}"
-            )
-        return self
+            yield f"{self.path} was trained on the Shapes world with other settings, got {given}; set {cure}"

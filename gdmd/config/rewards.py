@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import PurePath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator
 
-from gdmd.config.base import Config, Count, Finite, NonNegativeCount, Positive, Probability
+from gdmd.config.base import Config, Count, DeviceName, Finite, NonNegativeCount, Positive, Probability
 
 
 def _function(given: str) -> str:
@@ -40,7 +41,9 @@ class DeviceOptions(Config):
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Precision of weights and encoders; preprocessing, cosine and head are always fp32."
     )
-    device: str | None = Field(default=None, description='Device, such as "cuda:1" or "cpu"; default: the student\'s.')
+    device: DeviceName | None = Field(
+        default=None, description='Device, such as "cuda:1" or "cpu"; default: the student\'s.'
+    )
 
 
 class NetworkReward(DeviceOptions):
@@ -208,11 +211,9 @@ class OcrConfig(DeviceOptions):
     def label(self) -> str:
         return self.kind
 
-    @model_validator(mode="after")
-    def _one_reader(self) -> Self:
+    def _mistakes(self) -> Iterator[str]:
         if self.reader is not None and (self.path is not None or self.revision is not None):
-            raise ValueError(f"reader {self.reader} and a model were given; give reader, or path and revision")
-        return self
+            yield f"reader {self.reader} and a model were given; give reader, or path and revision"
 
 
 class PythonReward(Config):
@@ -229,11 +230,9 @@ class PythonReward(Config):
         "default: the function's attribute image_type, else tensor.",
     )
 
-    @model_validator(mode="after")
-    def _pil_has_no_gradient(self) -> Self:
+    def _mistakes(self) -> Iterator[str]:
         if self.differentiable and self.image_type == "pil":
-            raise ValueError("image_type pil carries no gradient; set image_type to tensor, or differentiable to false")
-        return self
+            yield "image_type pil carries no gradient; set image_type to tensor, or differentiable to false"
 
 
 class CallableConfig(PythonReward):
@@ -341,12 +340,10 @@ class CompositeConfig(Config):
     def label(self) -> str:
         return self.kind
 
-    @model_validator(mode="after")
-    def _different(self) -> Self:
+    def _mistakes(self) -> Iterator[str]:
         labels = [part.reward.label for part in self.parts]
         if len(set(labels)) < len(labels):
-            raise ValueError(f"each reward may be a part once, got {labels}")
-        return self
+            yield f"each reward may be a part once, got {labels}"
 
 
 RealRewardConfig = (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
 from gdmd.config.base import Config, Count, NonNegativeCount
 from gdmd.config.methods.all import MethodConfig
@@ -60,11 +61,9 @@ class PromptConfig(Config):
         default=None, description="Column or key of the prompts; default: prompt, else caption or text."
     )
 
-    @model_validator(mode="after")
-    def _column_of_a_file(self) -> PromptConfig:
+    def _mistakes(self) -> Iterator[str]:
         if self.column is not None and self.file is None:
-            raise ValueError("column names a column of prompts.file, which is not set; set prompts.file too")
-        return self
+            yield "column names a column of prompts.file, which is not set; set prompts.file too"
 
 
 class EvalConfig(Config):
@@ -145,37 +144,38 @@ class RunConfig(Config):
     def _trained(self) -> set[str]:
         return {reward.label for reward in self.rewards} if self.method.rewarded else set()
 
-    @model_validator(mode="after")
-    def _real(self) -> RunConfig:
+    def _mistakes(self) -> Iterator[str]:
+        yield from self._real_data_mistakes()
+        yield from self._margin_mistakes()
+        yield from self._reward_mistakes()
+        yield from self._scorer_mistakes()
+
+    def _real_data_mistakes(self) -> Iterator[str]:
         if self.real_data is not None and self.model.kind == "shapes":
-            raise ValueError("real_data is given, but the Shapes world renders its own real images; leave it out")
-        if self.real_data is not None and not self.needs_real:
-            raise ValueError(
+            yield "real_data is given, but the Shapes world renders its own real images; leave it out"
+        elif self.real_data is not None and not self.needs_real:
+            yield (
                 f"real_data is given, but method {self.method.kind} as set here reads no real images; leave it out, or "
                 "set method.student_input = data (or method.kind = dmd2 with gan_weight > 0)"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _below_the_margin(self) -> RunConfig:
+    def _margin_mistakes(self) -> Iterator[str]:
         """ReFL ignores a reward above the margin; one that is always above it would have no effect."""
         refl = isinstance(self.method, DMDRConfig) and self.method.strategy == "refl"
         if not (isinstance(self.method, DMDRConfig | DMDReFLConfig) and (refl or self.method.kind == "dmd_refl")):
-            return self
+            return
         margin = self.method.margin
         above = [r.kind for r in self.rewards if r.kind in LOWEST_SCORE and margin <= LOWEST_SCORE[r.kind]]
         if above and self.method.rl_weight > 0:
-            raise ValueError(
+            yield (
                 f"method.margin {margin} is below every score of {', '.join(above)}, which would have no effect; raise the "
                 "margin, or scale the reward like the others, for example {kind: composite, parts: [{reward: {kind: "
                 "pickscore}, std: 100}]}"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _rewarded(self) -> RunConfig:
+    def _reward_mistakes(self) -> Iterator[str]:
         if self.method.rewarded and not self.rewards:
-            raise ValueError(f"method {self.method.kind} reads rewards and needs at least one under `rewards`")
+            yield f"method {self.method.kind} reads rewards and needs at least one under `rewards`"
         wrong = [r.kind for r in self.rewards if r.kind.startswith("shapes_")]
         if (
             wrong
@@ -183,12 +183,12 @@ class RunConfig(Config):
             and isinstance(self.model, DiffusersModel)
             and draws_real_images(self.model.path)
         ):
-            raise ValueError(
+            yield (
                 f"rewards {wrong} judge captions of the Shapes world, and model.path {self.model.path!r} is not a folder "
                 f"with {MARKER}; list rewards of real images"
             )
         if self.loop.batch_size % self.method.prompt_group:
-            raise ValueError(
+            yield (
                 f"group size does not divide: method {self.method.kind} compares {self.method.prompt_group} images per "
                 f"prompt, and loop.batch_size is {self.loop.batch_size}; give a multiple of the group size"
             )
@@ -197,27 +197,24 @@ class RunConfig(Config):
             and self.method.reward_gradient > 0
             and self.loop.batch_size == 1
         ):
-            raise ValueError(
+            yield (
                 "method gdmd_tilted_shuffled gives each sample the reward gradient of another, and loop.batch_size is 1; "
                 "give 2 or more"
             )
         names = [r.label for r in self.rewards]
         if len(set(names)) < len(names):
-            raise ValueError(f"each reward may be listed once, got {names}")
-        return self
+            yield f"each reward may be listed once, got {names}"
 
-    @model_validator(mode="after")
-    def _held_out(self) -> RunConfig:
+    def _scorer_mistakes(self) -> Iterator[str]:
         scorers = self.validation.scorers or ()
         if both := [one.label for one in scorers if one.label in self._trained]:
-            raise ValueError(
+            yield (
                 f"validation.scorers lists {both}, which train the student and score the validation images anyway; leave "
                 "them out"
             )
         wrong = [one.kind for one in scorers if one.kind.startswith("shapes_")]
         if wrong and isinstance(self.model, DiffusersModel) and draws_real_images(self.model.path):
-            raise ValueError(
+            yield (
                 f"validation.scorers {wrong} judge captions of the Shapes world, and model.path {self.model.path!r} is not "
                 f"a folder with {MARKER}; list scorers of real images"
             )
-        return self

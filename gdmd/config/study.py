@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from gdmd.config.base import Config, Count, NonNegativeCount
 
@@ -55,18 +56,16 @@ class StudyConfig(Config):
     title: Words = Field(default="Which image do you prefer?", description="Title of the page.")
     consent: Words = Field(default=CONSENT, description="Text that a rater agrees to before the first pair.")
 
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _mistakes(self) -> Iterator[str]:
         if len(set(self.questions)) != len(self.questions):
-            raise ValueError(f"questions names one twice: {', '.join(self.questions)}; give each once")
+            yield f"questions names one twice: {', '.join(self.questions)}; give each once"
         if self.repeats > self.pairs_per_rater:
-            raise ValueError(
+            yield (
                 f"repeats is {self.repeats}, above pairs_per_rater = {self.pairs_per_rater}: "
                 "only pairs that were shown can be shown again; lower repeats"
             )
         if self.votes_per_pair > self.raters:
-            raise ValueError(
+            yield (
                 f"votes_per_pair is {self.votes_per_pair}, above raters = {self.raters}: "
                 "nobody judges the same pair twice; lower votes_per_pair or invite more raters"
             )
-        return self

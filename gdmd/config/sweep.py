@@ -5,9 +5,10 @@ Every row is a recipe with overrides, so a sweep can compare whatever ``gdmd tra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints
 
 from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount
 
@@ -156,15 +157,9 @@ class SweepConfig(Config):
     diagnosis: SweepDiagnosis = Field(default=SweepDiagnosis(), description="What is measured during training.")
     images: SweepImages = Field(default=SweepImages(), description="The figures that show images.")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> SweepConfig:
-        problems = [
-            *(*self._name_problems(), *self._start_problems()),
-            *(*self._export_problems(), *self._override_problems()),
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+    def _mistakes(self) -> Iterator[str]:
+        yield from (*self._name_problems(), *self._start_problems())
+        yield from (*self._export_problems(), *self._override_problems())
 
     def _name_problems(self) -> list[str]:
         names = [*(row.name for row in self.every_row), *(row.name for row in self.past_rows)]

@@ -5,8 +5,8 @@ One step is one outer iteration of the method. Learning-rate warm-up and the EMA
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -157,20 +157,14 @@ class LoopConfig(Config):
             raise ValueError("grid_every was removed: set validation.every instead; validation also scores the images")
         return given
 
-    @model_validator(mode="after")
-    def _equal_micro_batches(self) -> Self:
+    def _mistakes(self) -> Iterator[str]:
         if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(
+            yield (
                 f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}: the parts would be "
                 f"unequal and the mean over samples wrong. Use 0 (whole batch) or a divisor of {self.batch_size}."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _unsharded_8bit_state(self) -> Self:
         if self.optimizer == "adamw8bit" and self.sharding != "none":
-            raise ValueError(
+            yield (
                 f"optimizer = adamw8bit and sharding = {self.sharding}: 8-bit optimizer state cannot "
                 "be sharded. Use sharding = none, or optimizer = adamw (its state is sharded)."
             )
-        return self

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
-from gdmd.config.base import Config, Count, NonNegative, NonNegativeCount, Positive
+from gdmd.config.base import Config, Count, DeviceName, NonNegative, NonNegativeCount, Positive
 from gdmd.config.model import DiffusersModel, Pixels
 from gdmd.config.training import Decay, LoopConfig
 from gdmd.config.validation import ValidationConfig
@@ -42,7 +42,9 @@ class TrainingConfig(Config):
     recipe: Folder | None = Field(
         default=None, description="Name or .yaml file of the recipe to start from; default: by family and method."
     )
-    device: str | None = Field(default=None, description='Such as "cuda:1" or "cpu"; default: a GPU, if there is one.')
+    device: DeviceName | None = Field(
+        default=None, description='Such as "cuda:1" or "cpu"; default: a GPU, if there is one.'
+    )
     max_steps: Count | None = _sets("loop.steps")
     learning_rate: Positive | None = _sets("loop.lr_student")
     fake_learning_rate: Positive | None = _sets("loop.lr_fake")
@@ -81,14 +83,12 @@ class TrainingConfig(Config):
         default_factory=dict, description="Any other field of the recipe, by its path; they win over the fields above."
     )
 
-    @model_validator(mode="after")
-    def _accumulates(self) -> TrainingConfig:
+    def _mistakes(self) -> Iterator[str]:
         if self.gradient_accumulation_steps is not None and self.per_device_batch_size is None:
-            raise ValueError(
+            yield (
                 "gradient_accumulation_steps counts passes of per_device_batch_size samples, which is not set; set both, "
                 'or overrides={"loop.batch_size": N} for the samples of one update'
             )
-        return self
 
     def recipe_values(self, world_size: int = 1) -> dict[str, Any]:
         """The fields that are set, as recipe path -> value; ``world_size`` processes share the batch."""

@@ -60,6 +60,7 @@ def model_card(
             *_use(family, given, merged, where, separate, family.student_scheduler(cfg.method.student_sampler)),
             "```",
             *_advice(where, cfg.method.student_sampler),
+            *_several_ranks(family, merged, separate),
             *_safety(family, merged),
         ),
         ("## Training", *_table(cfg, facts, rewards, _start(cfg, family, separate))),
@@ -86,6 +87,16 @@ def _advice(where: str, sampler: StudentSampler) -> Sequence[str]:
     return (
         f"The scheduler {steps}; other schedulers give worse images. With gdmd, "
         f'`gdmd.load_student("{where}")` returns this pipeline, and these arguments are the defaults of its call.',
+    )
+
+
+def _several_ranks(family: Family, merged: bool, separate: Sequence[LoraFile]) -> Sequence[str]:
+    """What a LoRA that contains other ones needs: earlier versions of diffusers scale layers by the rank of another one."""
+    if merged or separate or not family.cfg.teacher_loras:
+        return ()
+    return (
+        "",
+        "Its layers may have several ranks, which needs diffusers 0.42 or later: some earlier ones scale them wrongly.",
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gdmd.config.model import LoraFile
 from gdmd.io import follow_umask
-from gdmd.models.families.base import Family
+from gdmd.models.families.base import Family, stored_dtype
 from gdmd.models.lora_files import lora_factors
 from gdmd.models.lora_location import DIFFUSERS_FILE
 
@@ -85,13 +85,14 @@ def check_fits(family: Family, weights: Mapping[str, Tensor]) -> None:
 def merge(family: Family, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> float:
     """Merge the student into ``family.net``: W + alpha / rank B A, or all weights of a full student.
 
-    ``dtype``: of the merged weights; default: their own. Returns the share of changed weights whose change is lost by
-    rounding to it.
+    ``dtype``: of the merged weights, except those that diffusers keeps in fp32; default: their own. Returns the share of
+    changed weights whose change is lost by rounding to it.
     """
     changed = lost = 0
     for name, value in _students(family, weights):
         target = family.net.get_parameter(name)
-        base, wanted = target.float(), dtype or target.dtype
+        base = target.float()
+        wanted = target.dtype if dtype is None else stored_dtype(family.net, name, dtype)
         moved = value != base
         changed += int(moved.sum())
         lost += int((moved & (value.to(wanted) == base.to(wanted))).sum())

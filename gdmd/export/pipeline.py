@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gdmd.export.lora import merge
 from gdmd.io import follow_umask
-from gdmd.models.families.base import Family
+from gdmd.models.families.base import Family, stored_dtype
 from gdmd.models.families.unet import UnetFamily
 from gdmd.models.loading import local_or_hub_index
 from gdmd.models.pipeline_files import EXTRAS, absent, components
@@ -76,12 +76,15 @@ def left_out(family: Family) -> list[str]:
     return trained + absent(index, named, Path(family.cfg.location))
 
 
-def _cast(pipe: Any, dtype: torch.dtype) -> None:
-    """Cast all floating-point weights of a pipeline. Its own ``to`` warns about fp32 modules even if there are none."""
-    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    for weights in (one for net in networks for one in (*net.parameters(), *net.buffers())):
-        if weights.is_floating_point():
-            weights.data = weights.data.to(dtype)
+def _cast(family: Family, dtype: torch.dtype) -> None:
+    """Cast all floating-point weights of a pipeline, except those that diffusers keeps in fp32.
+
+    The pipeline's own ``to`` warns about such weights even if there are none.
+    """
+    for net in (part for part in family.pipe.components.values() if isinstance(part, torch.nn.Module)):
+        for name, weights in (*net.named_parameters(), *net.named_buffers()):
+            if weights.is_floating_point():
+                weights.data = weights.data.to(stored_dtype(net, name, dtype) if net is family.net else dtype)
 
 
 def save_merged(
@@ -94,12 +97,13 @@ def save_merged(
 ) -> float:
     """Write the whole pipeline with the student and its scheduler, loadable with ``from_pretrained``.
 
-    ``family`` must be opened without adapters; its network is overwritten by the student. ``dtype``: of all weights;
-    default: as loaded. Returns the share of changed weights whose change is lost by rounding.
+    ``family`` must be opened without adapters; its network is overwritten by the student. ``dtype``: of all weights
+    except those that diffusers keeps in fp32; default: as loaded. Returns the share of changed weights whose change is lost
+    by rounding.
     """
     undone = merge(family, weights, dtype)
     if dtype is not None:
-        _cast(family.pipe, dtype)
+        _cast(family, dtype)
     family.pipe.scheduler = student_scheduler(family, uniform, sampler)
     if family.name == "flux2_klein":  # as in the published distilled one: its pipeline makes no unconditional pass
         family.pipe.register_to_config(is_distilled=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gdmd.export.lora import folded
 from gdmd.export.pipeline import call_arguments, student_scheduler
-from gdmd.models.families.base import Family, network_dtype
+from gdmd.models.families.base import Family
 from gdmd.types import StudentSampler
 
 STEPS = ("num_inference_steps", "timesteps", "sigmas")
@@ -34,8 +34,8 @@ def student_pipeline(
         layers = {f"{component}.{name}": value for name, value in folded(family, weights).items()}
         net.load_lora_adapter(layers, prefix=component)
     else:
-        place, dtype = family.encoder.device, network_dtype(net)
-        own = {name: value.detach().to(place, dtype, copy=True) for name, value in weights.items()}
+        place, dtypes = family.encoder.device, {name: one.dtype for name, one in net.named_parameters()}
+        own = {name: value.detach().to(place, dtypes[name], copy=True) for name, value in weights.items()}
         net.load_state_dict(own, strict=False, assign=True)
         net.to(place)
     pipe = copy.copy(family.pipe)

@@ -44,6 +44,7 @@ from gdmd.models.pipeline_files import (
     instead_of_pipeline,
     load_errors,
     local_index,
+    note_revision,
     refuse_quantized,
 )
 from gdmd.models.quantization import quantization_config, require_quantizer
@@ -87,6 +88,10 @@ def open_family(
     else:
         check_needed(index, family.needs, family.pipeline, what)
     _check_tokens(family, cfg)
+    if local:
+        note_revision(what, cfg.revision)
+    if shared is None:
+        _note_t5(family, cfg)
     check_libraries(index, what)
     left_out: dict[str, Any] = {**_left_out(index, family, cfg, extras=extras)}
     own = {"unet", "transformer", "scheduler"}
@@ -100,6 +105,8 @@ def open_family(
     fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
     _freeze(pipe)
     opened = family(pipe, cfg)
+    if shared is None:
+        _note_guidance(opened)
     opened.encoder.loras = tuple(map(of_text, loras))
     opened.check_sizes()
     opened.place(device, () if shared is None else shared.pipe.components.keys() - own)
@@ -112,7 +119,8 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     ValueError for a class without a family, a missing component, a LoRA that is not fused, and a dtype other than cfg.dtype.
     """
     require_diffusers()
-    adapted = [name for name, part in pipe.components.items() if getattr(part, "_hf_peft_config_loaded", False)]
+    ours = {"student", "fake", "old"}  # of an earlier training on the same pipeline: replaced by new ones
+    adapted = [name for name, part in pipe.components.items() if set(getattr(part, "peft_config", None) or ()) - ours]
     if adapted:  # only one adapter is active at a time, and training has its own
         raise ValueError(
             f"the given {type(pipe).__name__} has a LoRA in {', '.join(adapted)} as separate adapters, which training would "
@@ -196,6 +204,8 @@ def scoring_codec(family: Family, device: str = "cpu") -> Codec:
     kind: Any = diffusers.AutoencoderTiny
     options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "use_safetensors": True}
     revision = cfg.scoring_decoder_revision
+    if local:
+        note_revision(f"model.scoring_decoder {cfg.scoring_decoder!r}", revision)
     options |= {} if local else {"revision": revision}
     try:
         cached_only = local or bool(unreachable(cfg.scoring_decoder, "config.json", revision))
@@ -254,7 +264,9 @@ def encoder_identity(family: Family) -> str:
     facts = [family.name, cfg.dtype, cfg.max_tokens, empty, *versions(), *content_of(cfg, names)]
     layers = family.pipe.config.get("text_encoder_select_layers")
     loras = [factors_content(one) for one in family.encoder.loras if one]
-    return json.dumps([*facts, *([layers] if layers else []), *([loras] if loras else [])])
+    blank = family.encoder.no_caption
+    more = [*([layers] if layers else []), *([loras] if loras else []), *([{"no_caption": blank}] if blank else [])]
+    return json.dumps([*facts, *more])
 
 
 def content_of(cfg: DiffusersModel, names: Sequence[str]) -> list[object]:
@@ -306,6 +318,27 @@ def _check_tokens(family: type[Family], cfg: DiffusersModel) -> None:
         )
 
 
+def _note_t5(family: type[Family], cfg: DiffusersModel) -> None:
+    """Warn about model.t5 = false for a family that needs all its text encoders."""
+    if not cfg.t5 and not family.optional:
+        log.warning(
+            "model.t5 = false has no effect: a %s is used with all its text encoders; leave it out. model.embeddings "
+            "unloads them before training",
+            family.pipeline,
+        )
+
+
+def _note_guidance(family: Family) -> None:
+    """Warn about a model.embedded_guidance that was set for a network that does not read it."""
+    given, default = family.cfg.embedded_guidance, type(family.cfg).model_fields["embedded_guidance"].default
+    if given != default and not family.guidance_is_embedded:
+        log.warning(
+            "model.embedded_guidance = %g has no effect: this %s has no guidance embedding; leave it out. The guidance of "
+            "the teacher is method.guidance",
+            *(given, family.pipeline),
+        )
+
+
 def require_diffusers() -> None:
     """ValueError with the install command if the optional libraries are missing."""
     from importlib.util import find_spec
@@ -345,9 +378,10 @@ def family_of(index: dict[str, Any], cfg: DiffusersModel) -> type[Family]:
         if named == family.pipeline and cfg.family in (None, family.name):
             return family
         if named == family.pipeline:
+            own = cfg.field == "model.path"
+            remedy = f", use a recipe of {family.name}, or set model.family=null" if own else f" of {cfg.family}"
             raise ValueError(
-                f"{cfg.what} is a {named} (family {family.name}), but model.family = {cfg.family}; "
-                "give another path, or drop model.family"
+                f"{cfg.what} is a {named} (family {family.name}), but model.family = {cfg.family}; give another path{remedy}"
             )
     known = ", ".join(f"{family.pipeline} ({family.name})" for family in FAMILIES)
     raise ValueError(

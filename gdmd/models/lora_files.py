@@ -36,7 +36,7 @@ from gdmd.models.lora_keys import (
     with_diffusers_keys,
 )
 from gdmd.models.lora_location import locate
-from gdmd.models.pipeline_files import load_errors
+from gdmd.models.pipeline_files import load_errors, note_revision
 from gdmd.models.tokens import ENCODER
 
 ADAPTER = "source"
@@ -77,6 +77,8 @@ class _Opened:
 
 def _open(pipe: Any, lora: str, revision: str | None = None, *, unloaded: bool = False) -> _Opened:
     file = locate(lora, revision)
+    if Path(lora).exists():
+        note_revision(f"lora {lora!r}", revision)
     weights = read_lora(file, lora)
     check_kind(weights, lora)
     given = with_diffusers_keys(weights, file, pipe, lora)

@@ -180,6 +180,14 @@ def refuse_quantized(folder: Path, name: str, what: str) -> None:
     )
 
 
+def note_revision(what: str, revision: str | None) -> None:
+    """Warn about a revision of files on this machine, where there is only one."""
+    if revision is not None:
+        log.warning(
+            "%s is not a hub id but on this machine, so its revision %r has no effect; leave it out", what, revision
+        )
+
+
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The safetensors of a component that are loaded: those of the variant, else those without one."""
     files = sorted(folder.glob("*.safetensors"))

@@ -172,8 +172,8 @@ class FlowSettings:
         return self.euler() | {"shift_terminal": None, "stochastic_sampling": sampler == "renoise"}
 
 
-def read_flow(scheduler: Any, model: str, max_shift: float = 1.15) -> FlowSettings:
-    """The times of a flow pipeline's scheduler. ``max_shift``: the pipeline's default if the config has none.
+def read_flow(scheduler: Any, model: str, max_shift: float = 1.15, max_tokens: int = 4096) -> FlowSettings:
+    """The times of a flow pipeline's scheduler. ``max_shift``, ``max_tokens``: the pipeline's if the config has none.
 
     ValueError for a scheduler of another kind of model, and for unsupported settings.
     """
@@ -192,7 +192,7 @@ def read_flow(scheduler: Any, model: str, max_shift: float = 1.15) -> FlowSettin
         base_shift=config.get("base_shift", 0.5),
         max_shift=config.get("max_shift", max_shift),
         base_tokens=config.get("base_image_seq_len", 256),
-        max_tokens=config.get("max_image_seq_len", 4096),
+        max_tokens=config.get("max_image_seq_len", max_tokens),
         kind=_read(scheduler, "time_shift_type") or "exponential",
         terminal=_read(scheduler, "shift_terminal") or None,
     )

@@ -61,10 +61,11 @@ GPUS = {
 
 def gpu_of(name: str) -> Gpu:
     """A GPU of the table, or one of that many GiB and unknown speed; ValueError suggests the nearest name."""
-    if name in GPUS:
-        return GPUS[name]
-    if re.fullmatch(r"\d{1,4}(\.\d+)?", name) and float(name):
-        return Gpu(f"a GPU of {name} GiB", 0.0, float(name), 32.0, 32.0)
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    size = re.fullmatch(r"(\d{1,4}(\.\d+)?) ?(gi?b?)?", name.lower())  # what is sold as 24 GB has 24 GiB
+    if size and float(size[1]):
+        return Gpu(f"a GPU of {size[1]} GiB", 0.0, float(size[1]), 32.0, 32.0)
     near = difflib.get_close_matches(name.lower(), GPUS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"--gpu {name!r} is unknown: {hint}known are {', '.join(GPUS)}, or a number of GiB")

@@ -50,7 +50,10 @@ def meta_family(cfg: DiffusersModel) -> MetaPipeline:
     model = model_of(cfg.path, cfg.family)
     (family,) = [kind for kind in FAMILIES if kind.name == model.family]
     if cfg.family not in (None, model.family):
-        raise ValueError(f"{cfg.what} is of family {model.family}, but model.family = {cfg.family}; drop model.family")
+        raise ValueError(
+            f"{cfg.what} is of family {model.family}, but model.family = {cfg.family}; use a recipe of {model.family}, or "
+            "set model.family=null"
+        )
     net, vae = model.net, model.vae
     pipe = _pipe(cfg, family, _build(net.kind, net.options), _build(vae.kind, vae.options), model.scheduler)
     same = "" if cfg.path in MODELS else f", the standard model of family {model.family}"

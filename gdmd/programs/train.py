@@ -138,7 +138,7 @@ def create_run(
     check_model(cfg.loop.start_from, cfg.model_dump(mode="json"))
     context.on_main(lambda: check_start(cfg, accept=settings.accept))
     config = cfg.model_dump(mode="json")
-    components = prepare(cfg, settings, (lambda: check_new(folder, config)) if folder else None)
+    components = prepare(cfg, settings, lambda: check_new(folder or new_folder(cfg), config))
     check_roles(cfg.loop.start_from, components.roles)
 
     with ExitStack() as held:
@@ -304,8 +304,8 @@ def encode(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) 
         encoder.prepare(texts, lambda done: progress.advance(bar, done))
 
 
-def check_places(cfg: RunConfig, settings: TrainSettings) -> None:
-    """ValueError for a base model, student or LoRA that is neither on this machine nor a hub id."""
+def check_places(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> None:
+    """ValueError for a base model, student, tiny decoder or LoRA that is neither on this machine nor a hub id."""
     if not isinstance(cfg.model, DiffusersModel) or settings.given.pipeline is not None:
         return
     from gdmd.models.loading import is_local
@@ -315,7 +315,9 @@ def check_places(cfg: RunConfig, settings: TrainSettings) -> None:
     starts = (lambda: is_local(model.start.location, model.start.field),) if model.student else ()
     loras = (*model.teacher_loras, *((model.student_lora,) if model.student_lora else ()))
     files = (partial(local_file, lora.path) for lora in loras)
-    all_errors(lambda: is_local(model.location, model.field), *starts, *files)
+    tiny = model.scoring_decoder
+    decoders = (lambda: is_local(tiny, "model.scoring_decoder", "config.json"),) if tiny is not None else ()
+    all_errors(lambda: is_local(model.location, model.field), *starts, *files, *decoders)
 
 
 def check_prompts(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> None:

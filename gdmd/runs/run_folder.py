@@ -11,6 +11,7 @@ checkpoints/     step_000040/: see ``runs.checkpoint``
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -225,10 +226,16 @@ def commit() -> str | None:
 
 def check_new(path: Path, config: Mapping[str, Any]) -> None:
     """RunError unless ``create`` can use this folder: see there."""
+    if path.is_file():
+        raise RunError(f"{path} is a file, not a folder. Choose another folder with --run.")
+    with writing("the run folder", path):
+        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"no permission to write in {there}")
     if not path.exists():
         return
-    if not path.is_dir():
-        raise RunError(f"{path} is a file, not a folder. Choose another folder with --run.")
     if (path / "config.yaml").exists():
         run = open_run(path)
         check_same_config(run, config)

@@ -34,8 +34,11 @@ def kind_of(cfg: SourceConfig) -> Kind:
     allowed = fits.get(kind, set()) | {"name", "where", "batch", "trained"}
     extra = sorted(key for key in cfg.model_fields_set if key not in allowed)
     if extra or (kind == "pipeline" and cfg.base):
+        what = {"export": "an export", "images": "a folder of images", "teacher": "a teacher row"}.get(
+            kind, f"a {kind}"
+        )
         raise ValueError(
-            f"source {cfg.where} is a {kind}, for which {', '.join(extra) or 'base'} cannot be set; leave that out"
+            f"source {cfg.where} is {what}, for which {', '.join(extra) or 'base'} cannot be set; leave that out"
         )
     return kind
 

@@ -29,6 +29,7 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.hub import unreachable
 from gdmd.io import RunError
 from gdmd.models.distilled import why_distilled
+from gdmd.models.families.qwen_image import QwenText
 from gdmd.models.loading import (
     FAMILIES,
     check_libraries,
@@ -166,6 +167,7 @@ class PipelineSource:
 def open_pipeline(cfg: SourceConfig) -> PipelineSource:
     """The pipeline with its LoRA and scheduler, on its device; a Shapes pipeline at the size that it was trained at."""
     trained = read_shapes_pipeline(cfg.where)
+    _check_revision(cfg, cfg.where)
     if trained is not None:
         cfg = cfg.changed({"height": cfg.height or trained.height, "width": cfg.width or trained.width})
     pipe = _load(cfg, cfg.where)
@@ -212,7 +214,7 @@ def _unprocessed(pipe: Any) -> dict[str, bool]:
 
 
 def _guidance(pipe: Any, cfg: SourceConfig) -> dict[str, Any]:
-    """The guidance arguments. Qwen-Image ignores guidance without a negative prompt, so one is always given.
+    """The guidance arguments. Qwen-Image ignores guidance without a negative prompt, so the one of training is given.
 
     ValueError for a guidance that the pipeline would ignore.
     """
@@ -233,7 +235,15 @@ def _guidance(pipe: Any, cfg: SourceConfig) -> dict[str, Any]:
         return {"guidance_scale": cfg.guidance, "guidance_rescale": cfg.guidance_rescale}
     own = inspect.signature(pipe.__call__).parameters["true_cfg_scale"].default
     guidance = own if cfg.guidance is None else cfg.guidance
-    return {"true_cfg_scale": guidance} | ({"negative_prompt": " "} if guidance > 1 else {})
+    return {"true_cfg_scale": guidance} | ({"negative_prompt": QwenText.no_caption} if guidance > 1 else {})
+
+
+def _check_revision(cfg: SourceConfig, where: str) -> None:
+    """ValueError for a revision of a folder, which has only one."""
+    if cfg.revision is not None and Path(located(where)).is_dir():
+        raise ValueError(
+            f"source {cfg.where!r}: revision={cfg.revision} is for a hub id, but {where} is a folder; leave it out"
+        )
 
 
 def _check_size(pipe: Any, cfg: SourceConfig) -> None:
@@ -252,6 +262,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
     own = cfg if "dtype" in given else cfg.model_copy(update={"dtype": info["dtype"]})
     base = None
     loras = [LoraFile(**one) for one in info.get("loras", ())]
+    _check_revision(cfg, cfg.where if info["merged"] else cfg.base or info["base"])
     if info["merged"]:
         pipe = _load(own, cfg.where, info["without"])
     else:
@@ -303,7 +314,7 @@ def read_export(folder: Path) -> dict[str, Any]:
 def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
     """The pipeline on its device. without: components that are not loaded."""
     require_diffusers()
-    what, where = f"source {where!r}", located(where)
+    what, where, device = f"source {where!r}", located(where), pick_device(cfg.device)
     import diffusers
     from transformers.utils import logging
 
@@ -334,7 +345,7 @@ def _load(cfg: SourceConfig, where: str, without: Sequence[str] = ()) -> Any:
         raise ValueError(f"{what}: the pipeline cannot be loaded: {first}") from error
     pipe.set_progress_bar_config(disable=True)
     fit_limits(pipe, lambda encoder: None)
-    return pipe.to(pick_device(cfg.device))
+    return pipe.to(device)
 
 
 def _check_index(index: dict[str, Any], where: str, what: str, without: Sequence[str]) -> None:

@@ -88,13 +88,16 @@ class RunSource:
 
 def _at_size(cfg: SourceConfig, recipe: RunConfig, components: Components) -> Components:
     """The components for another of the run's image sizes. ValueError for a size that it was not trained at."""
-    known = {(size.height, size.width): own for size, own in zip(components.sizes, components.at_sizes(), strict=False)}
     model = recipe.model
-    wanted = (cfg.height or model.height, cfg.width or model.width) if isinstance(model, DiffusersModel) else (0, 0)
+    if not isinstance(model, DiffusersModel):
+        raise ValueError(f"source {cfg.where!r}: the Shapes networks have one image size; leave height and width out")
+    known = {(size.height, size.width): own for size, own in zip(components.sizes, components.at_sizes(), strict=False)}
+    known = known or {(model.height, model.width): components}
+    wanted = (cfg.height or model.height, cfg.width or model.width)
     if wanted not in known:
-        sizes = ", ".join(f"height={height},width={width}" for height, width in known) or "the one of model.height"
+        sizes = ", ".join(f"height={height},width={width}" for height, width in known)
         raise ValueError(
-            f"source {cfg.where!r}: height = {cfg.height}, width = {cfg.width}, but the run was trained at {sizes}; give "
-            "one of them, or leave both out"
+            f"source {cfg.where!r}: height = {wanted[0]}, width = {wanted[1]}, but the run was trained at {sizes}; give "
+            f"{'one of them' if len(known) > 1 else 'these'}, or leave both out"
         )
     return known[wanted]

@@ -36,7 +36,7 @@ def set_scheduler(pipe: Any, cfg: SourceConfig) -> None:
     _check_model(own, cfg)
     kind: Any = getattr(diffusers, CLASSES[cfg.scheduler]) if cfg.scheduler else type(own)
     if cfg.scheduler == "flow_euler" and not isinstance(own, kind):
-        pipe.scheduler = kind(**_flow(cfg, own).euler())
+        pipe.scheduler = kind(**_flow(cfg, pipe).euler())
         return
     pipe.scheduler = kind.from_config(own.config, **_changes(cfg, own, kind))
 
@@ -72,9 +72,11 @@ def _check_model(own: Any, cfg: SourceConfig) -> None:
         )
 
 
-def _flow(cfg: SourceConfig, own: Any) -> FlowSettings:
-    """The requested constant shift, or the times of the pipeline's own scheduler."""
-    return FlowSettings(shift=cfg.shift) if cfg.shift is not None else read_flow(own, f"source {cfg.where!r}")
+def _flow(cfg: SourceConfig, pipe: Any) -> FlowSettings:
+    """The requested constant shift, or the times of the pipeline with its own scheduler."""
+    family = family_of_pipeline(pipe)
+    read = family.read_settings if family is not None and issubclass(family, FlowFamily) else read_flow
+    return FlowSettings(shift=cfg.shift) if cfg.shift is not None else read(pipe.scheduler, f"source {cfg.where!r}")
 
 
 def check_scheduler(pipe: Any, cfg: SourceConfig) -> None:
@@ -102,7 +104,7 @@ def _flow_solver(pipe: Any, cfg: SourceConfig) -> Any:
             f"{type(pipe).__name__}; use flow_euler"
         )
     _check_model(pipe.scheduler, cfg)
-    times = _flow(cfg, pipe.scheduler)
+    times = _flow(cfg, pipe)
     if times.dynamic:
         raise ValueError(f"source {cfg.where!r}: flow_dpm has no dynamic shift, which this pipeline has; give shift=")
     kind: Any = diffusers.DPMSolverMultistepScheduler
@@ -113,6 +115,11 @@ def step_arguments(pipe: Any, cfg: SourceConfig) -> Mapping[str, Any]:
     """The call's arguments for cfg.timesteps and cfg.eta. ValueError if pipeline or scheduler does not read them."""
     call = inspect.signature(pipe.__call__).parameters
     found: dict[str, Any] = {}
+    if (own := pipe.config.get("sample_sigmas")) and cfg.steps not in (None, len(own)):
+        raise ValueError(
+            f"source {cfg.where!r}: steps={cfg.steps} does nothing for this {type(pipe).__name__}, which is always sampled "
+            f"at its own times of {len(own)} steps; leave it out"
+        )
     if cfg.timesteps:
         if cfg.steps not in (None, len(cfg.timesteps)):
             raise ValueError(f"source {cfg.where!r}: steps = {cfg.steps}, but timesteps has {len(cfg.timesteps)}")

@@ -41,6 +41,14 @@ def lines(gdmd: Gdmd, *arguments: str) -> list[str]:
             "rewards: got 'my_rewards.py': should be a list of {kind: ...}; "
             "write 'rewards=[{kind: callable, target: my_rewards.py:FUNCTION}]'",
         ),
+        (
+            "method.student_steps=0",
+            "method.student_steps: got 0: should be a number of steps from 1 to 1000, or a list of times like [1, 0.5]",
+        ),
+        (
+            "method.student_steps=[0.5, 1]",
+            "method.student_steps: got [0.5, 1]: should fall strictly from at most 1, like [1, 0.75, 0.5, 0.25]",
+        ),
         ("rewards={kind: clip}", "rewards: should be a list of {kind: ...}; write 'rewards=[{kind: clip}]'"),
         ("rewards=[clip]", "rewards.0: got 'clip': should be {kind: ...}; write {kind: clip}"),
         ("rewards.0=hps", "rewards.0: got 'hps': should be {kind: ...}; write {kind: hps}"),
@@ -261,9 +269,23 @@ def test_mistakes_outside_the_recipe_are_one_message_before_anything_is_loaded(g
     assert prompts == "prompt file no.txt: cannot be read (no such file); check the path"
     assert "has no 'two'" in functions[0] and "cannot be called with (images, prompts)" in functions[1]
     places = ["model.path=./sd", "model.student=./me", "model.teacher_loras=[{path: ./style.safetensors}]"]
-    base, student, style = lines(gdmd, "train", "sdxl_gdmd", "prompts.file=photos/a.txt", *places)
+    places += ["model.scoring_decoder=./tiny"]
+    base, student, style, tiny = lines(gdmd, "train", "sdxl_gdmd", "prompts.file=photos/a.txt", *places)
     assert base.startswith("model.path './sd': there is no such folder") and student.startswith("model.student './me'")
     assert style.startswith("lora './style.safetensors': no such file or folder, and not a hub id")
+    assert tiny.startswith("model.scoring_decoder './tiny': there is no such folder")
+
+
+def test_profile_reports_missing_prompts_and_base_model_together(gdmd: Gdmd) -> None:
+    prompts, base = lines(gdmd, "profile", "sdxl_dmd", "model.path=./sd")
+    assert prompts.startswith("prompts.file is not set") and base.startswith(
+        "model.path './sd': there is no such folder"
+    )
+
+
+def test_explained_field_with_a_wrong_name(gdmd: Gdmd) -> None:
+    (said,) = lines(gdmd, "recipes", "sdxl_dmd", "--explain", "loop.batch")
+    assert said == "recipe sdxl_dmd has no field 'loop.batch'; did you mean 'batch_size'?"
 
 
 def test_names_in_the_list_of_recipes_are_not_broken(gdmd: Gdmd) -> None:

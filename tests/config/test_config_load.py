@@ -127,6 +127,31 @@ def test_all_errors_at_once() -> None:
     assert len(lines) == 8
 
 
+def test_all_mistakes_between_the_fields_of_a_section_at_once() -> None:
+    """Also between sections, and those of a method that it shares with others."""
+    sections = {
+        "model": {
+            "kind": "diffusers",
+            "path": "a/b",
+            "full": "student",
+            "quantization": "nf4",
+            "student_revision": "v1",
+        },
+        "method": {"kind": "dmdr", "student_input": "data", "renoise_low": 0.9, "renoise_high": 0.1},
+        "loop": {"batch_size": 6, "micro_batch": 4, "optimizer": "adamw8bit", "sharding": "full"},
+    }
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, {"name": "x", **sections})
+    starts = {"model: student_revision", "model: quantization", "method: renoise_low", "method: renoise_x0"}
+    starts |= {"loop: micro_batch", "loop: optimizer"}
+    found = [next((one for one in starts if line.startswith(f"config: {one}")), line) for line in caught.value.errors]
+    assert len(found) == 6 and set(found) == starts
+    rewards = [{"kind": "pickscore"}, {"kind": "pickscore"}]
+    between = {"method": {"kind": "dmd_grpo"}, "loop": {"batch_size": 3}, "rewards": rewards, "real_data": None}
+    with pytest.raises(ConfigError, match=r"^config: group size(.*)\nconfig: each reward(.*)$"):
+        load_config(RunConfig, {"name": "x", **between})
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -410,7 +435,7 @@ def test_override_of_an_anchor_keeps_its_alias() -> None:
 def test_a_revision_without_its_model_is_refused() -> None:
     given = {"path": "a/b", "student_revision": "v2", "scoring_decoder_revision": "v1"}
     with pytest.raises(
-        ConfigError, match=r"student_revision is set, but student is not.*scoring_decoder is not: set it"
+        ConfigError, match=r"student_revision is set, but student is not(.*)\n(.*)scoring_decoder is not: set it"
     ):
         DiffusersModel(**given)
     assert DiffusersModel(**given, student="c/d", scoring_decoder="e/f").student_revision == "v2"

@@ -22,11 +22,13 @@ from stock_pipelines import UNIFORM, noises_of, stock_images, student_of, traine
 
 from gdmd.cli.app import FILTERED_LOGGERS, _should_log
 from gdmd.config.image_source import read_source
+from gdmd.config.model import LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.export.card import model_card
 from gdmd.export.front_matter import base_id, base_license
 from gdmd.export.lora import KOHYA_FILE, check_fits, merge, save_lora
 from gdmd.export.pipeline import call_arguments, save_merged, student_scheduler
+from gdmd.export.student import student_pipeline
 from gdmd.models.loading import open_family
 from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.models.roles import DiffusersRoles
@@ -73,6 +75,20 @@ def test_merged_pipeline(folders: Path, tmp_path: Path, name: str, full: str, mo
     save_merged(fresh, roles.parameters("student"), UNIFORM, tmp_path / "merged")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
     assert torch.allclose(stock_images(pipe, roles, noises, monkeypatch), wanted, atol=1e-4)
+
+
+def test_norms_of_krea2_stay_in_fp32(folders: Path, tmp_path: Path) -> None:
+    """As diffusers keeps them in any pipeline: it adds 1 to these weights, which bf16 would round."""
+    folder, roles = tiny.saved(folders, "krea2"), student_of(folders, "krea2", "student")
+    weights = {name: value.detach() for name, value in roles.parameters("student").items()}
+    family = open_family(tiny.config(folder, dtype="bf16", full="student"))
+    pipe = student_pipeline(family, weights, UNIFORM)
+    save_merged(open_family(family.cfg), weights, UNIFORM, tmp_path / "merged", torch.bfloat16)
+    merged = type(pipe).from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    for net in (pipe.transformer, merged.transformer):
+        found = dict(net.named_parameters())
+        assert torch.equal(found["transformer_blocks.0.norm1.weight"], weights["transformer_blocks.0.norm1.weight"])
+        assert found["transformer_blocks.0.attn.to_q.weight"].dtype == torch.bfloat16
 
 
 def test_share_undone_by_rounding(folders: Path) -> None:
@@ -146,6 +162,19 @@ def test_cards_command_and_base_model(folders: Path) -> None:
         "base_model" not in ModelCard(card).data.to_dict()
         and "`base_model`: the hub id of sd15; `license`: that of sd15" in card
     )
+
+
+def test_card_of_a_lora_with_others_in_it_names_the_version_that_reads_it(folders: Path) -> None:
+    """Before 0.42, diffusers took the rank of one layer as the alpha of all: a layer of another rank got another scale."""
+    family = student_of(folders, "sd15").family
+    cfg = RunConfig(name="x", model=family.cfg, loop={}, rewards=[{"kind": "clip"}])
+    style = LoraFile(path="style.safetensors")
+    family.cfg = family.cfg.model_copy(update={"teacher_loras": (style,)})
+    family.encoder.loras = ({},)
+    said = "may have several ranks, which needs diffusers 0.42 or later"
+    assert said in model_card(cfg, family, {}, {}, merged=False)
+    assert said not in model_card(cfg, family, {}, {}, merged=True)
+    assert said not in model_card(cfg, family, {}, {}, merged=False, separate=(style,))
 
 
 @pytest.mark.parametrize(("full", "merged"), [("none", False), ("none", True), ("student", True)])

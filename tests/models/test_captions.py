@@ -105,6 +105,20 @@ def test_max_tokens_without_effect(folders: Path, caplog: pytest.LogCaptureFixtu
     )
 
 
+def test_embedded_guidance_without_effect(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("sdxl", "flux"):
+        open_family(tiny.config(tiny.saved(folders, name), embedded_guidance=7.0))
+    (said,) = [one for one in caplog.messages if "embedded_guidance" in one]
+    assert "model.embedded_guidance = 7 has no effect: this StableDiffusionXLPipeline has no guidance embedding" in said
+
+
+def test_t5_without_effect(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("flux", "sd3"):
+        open_family(tiny.config(tiny.saved(folders, name), t5=False))
+    (said,) = [one for one in caplog.messages if "model.t5" in one]
+    assert "model.t5 = false has no effect: a FluxPipeline is used with all its text encoders" in said
+
+
 @pytest.mark.parametrize(("name", "most"), [("sd3", 512), ("flux", 512), ("qwen_image", 1024)])
 def test_max_tokens_above_the_pipelines_limit(folders: Path, name: str, most: int) -> None:
     with pytest.raises(ValueError, match=f"model.max_tokens = {most + 1}.*at most {most}"):
@@ -188,6 +202,13 @@ def test_cache_key_depends_on_the_empty_prompt_rule(folders: Path, tmp_path: Pat
     index["force_zeros_for_empty_prompt"] = not index["force_zeros_for_empty_prompt"]
     (folder / "model_index.json").write_text(json.dumps(index))
     assert encoder_identity(open_family(tiny.config(folder), encoders=False)) != before
+
+
+def test_cache_key_depends_on_the_unconditional_caption(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = open_family(tiny.config(tiny.saved(folders, "qwen_image")), encoders=False)
+    before = encoder_identity(family)
+    monkeypatch.setattr(type(family.encoder), "no_caption", "")
+    assert encoder_identity(family) != before
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae", "tokenizer"])

@@ -25,10 +25,12 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
 from gdmd.config.image_source import read_source
-from gdmd.config.model import DiffusersModel
+from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.models import loading
-from gdmd.models.loading import open_family, scoring_codec
+from gdmd.models.loading import adopt, open_family, scoring_codec
+from gdmd.models.lora_files import lora_factors
+from gdmd.models.roles import DiffusersRoles
 from gdmd.plan.meta_pipeline import meta_family
 from gdmd.plan.networks import networks_of
 from gdmd.sources.open import open_source
@@ -347,6 +349,43 @@ def test_local_folder_needs_no_network(copied: Callable[[str], Path], monkeypatc
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     open_family(tiny.config(folder))
+
+
+def test_a_revision_of_a_folder_is_not_ignored_silently(
+    copied: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied("sd15")
+    family = open_family(tiny.config(folder, revision="v1"))
+    assert (
+        f"model.path '{folder}' is not a hub id but on this machine, so its revision 'v1' has no effect" in caplog.text
+    )
+    source = read_source(f"{folder},revision=v1,device=cpu")
+    with pytest.raises(ValueError, match=rf"revision=v1 is for a hub id, but {folder} is a folder; leave it out"):
+        open_source(source)
+    save_file({f"unet.x.lora_{part}.weight": torch.ones(1, 1) for part in "AB"}, folder / "lora.safetensors")
+    with pytest.raises(ValueError, match="0 of its 1 layers"):
+        lora_factors(family.pipe, LoraFile(path=str(folder / "lora.safetensors"), revision="v2"))
+    assert "so its revision 'v2' has no effect" in caplog.text
+
+
+def test_open_pipeline_with_a_lora_is_refused_until_it_is_fused(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    """The roles' adapters take the place of any other: the teacher would be the model without its LoRA."""
+    folder, file = copied("sd15"), tmp_path / "pytorch_lora_weights.safetensors"
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    out, into = pipe.unet.get_submodule(layer).weight.shape
+    pair = {"A": torch.ones(1, into), "B": torch.ones(out, 1)}
+    save_file({f"unet.{layer}.lora_{part}.weight": value for part, value in pair.items()}, file)
+    pipe.load_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match="has a LoRA in unet as separate adapters"):
+        adopt(pipe, tiny.config(folder))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    fused = adopt(pipe, tiny.config(folder)).net.get_submodule(layer).weight
+    plain = open_family(tiny.config(folder)).net.get_submodule(layer).weight
+    assert torch.allclose(fused - plain, torch.ones(out, into), atol=1e-5)
+    DiffusersRoles(adopt(pipe, tiny.config(folder)))
+    assert adopt(pipe, tiny.config(folder)).name == "sd15", "a second training on the same pipeline"
 
 
 def test_loading_is_pinned(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,3 +130,4 @@ def test_fit_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed["fits"] and printed["seconds_per_iteration"] is None
     with pytest.raises(ValueError, match="or a number of GiB"):
         gpu_of("0")
+    assert gpu_of("24GB") == gpu_of("24 GiB") == gpu_of("24") and gpu_of("H100") == gpu_of("h100")

@@ -94,6 +94,18 @@ def test_path_is_a_file(tmp_path: Path) -> None:
         rundir.create(tmp_path / "file" / "run", CONFIG)
 
 
+def test_unwritable_place_is_found_before_the_networks_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the check that ``gdmd train`` makes first; the folder itself is created last."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot write the run folder .*file/run: .*file is a file. A part of the path"):
+        rundir.check_new(tmp_path / "file" / "run", CONFIG)
+    monkeypatch.setattr(rundir.os, "access", lambda place, mode: Path(place) != tmp_path)
+    with pytest.raises(RunError, match=r"no permission to write in .*Check the folder's permissions.*--run"):
+        rundir.check_new(tmp_path / "a" / "b", CONFIG)
+
+
 @pytest.mark.parametrize(
     ("number", "advice"),
     [(errno.ENOSPC, "Free some disk space"), (errno.EACCES, "permissions"), (errno.EROFS, "read-only")],

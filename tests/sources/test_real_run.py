@@ -79,9 +79,15 @@ def test_real_run_end_to_end(folders: Path, gdmd: Gdmd, monkeypatch: pytest.Monk
     assert "Not evaluated" in Path("after/README.md").read_text()
     assert "| base model |" in card and "SHA-256" in card and "`gdmd train" not in card.split("## Metrics")[1]
     assert "Distilled by DMD (arXiv 2311.18828) with the gdmd library" in card and "| student updates | 2 |" in card
-    for what, name in (("run", "a.png"), ("run/export", "b.png")):
+    for what, name in (("run", "a.png"), ("run/export", "b.png"), ("run,height=32,width=32", "c.png")):
         drawn = gdmd("sample", what, "-p", CAPTIONS[0], "-n", "2", "-o", name)
         assert drawn.code == 0 and Path(name).is_file(), drawn.err
+    assert Path("a.png").read_bytes() == Path("c.png").read_bytes(), "the size of the run may be given"
+    other = gdmd("sample", "run,height=64", "-p", CAPTIONS[0])
+    assert (
+        "height = 64, width = 32, but the run was trained at height=32,width=32; give these, or leave both out"
+        in other.err
+    )
     Path("run/checkpoints/step_000002/ema.safetensors").write_bytes(b"")
     exported = gdmd("export", "run", "-o", "older")
     assert exported.code == 0 and "step 2 was skipped; step 1 is used" in exported.err

@@ -28,6 +28,7 @@ def test_source_with_settings() -> None:
         ("=x", "has no location"),
         ("x,timesteps=999+half", r"timesteps.0: got '999'|timesteps.1: got 'half'"),
         ("x,shift=0", "shift: got '0'"),
+        ("x,device=gpu", "device: got 'gpu': is not a device; write cpu, cuda, cuda:1 or mps"),
         ("x,steps", "is not a key=value"),
         ("x,lora=a,b.safetensors", "'b.safetensors' is not a key=value.*needs quotes"),
     ],

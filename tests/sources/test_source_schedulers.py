@@ -49,6 +49,7 @@ def test_qwen_sources_default_guidance(saved: Callable[..., Path]) -> None:
         ("sd3", {}, ",spacing=trailing", "spacing is set, but a FlowMatchEulerDiscreteScheduler does not read it"),
         ("flux2_klein", {"parts": {"index": {"is_distilled": True}}}, ",guidance=4", "guidance=4 does nothing"),
         ("flux", {"parts": {"transformer": {"guidance_embeds": False}}}, ",guidance=3", "guidance=3 does nothing"),
+        ("qwen_image21", {"parts": {"index": {"sample_sigmas": [1.0, 0.5]}}}, ",steps=4", "steps=4 does nothing.*of 2"),
     ],
 )
 def test_source_of_another_kind(

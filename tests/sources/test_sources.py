@@ -41,6 +41,9 @@ def test_pipeline_settings_of_a_run(gdmd: Gdmd) -> None:
     (gdmd.folder / "run" / "config.yaml").write_text("name: x")
     with pytest.raises(ValueError, match="is a run, for which steps cannot be set"):
         kind_of(read_source("run,steps=4"))
+    (gdmd.folder / "run" / "config.yaml").rename(gdmd.folder / "run" / "gdmd_export.json")
+    with pytest.raises(ValueError, match="is an export, for which guidance, steps cannot be set"):
+        kind_of(read_source("run,steps=4,guidance=2"))
 
 
 def test_run_images_do_not_depend_on_the_batch(gdmd: Gdmd) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from gdmd.config.base import Config, Count, NonNegative, Positive, Probability
 from gdmd.types import StudentSampler
@@ -15,9 +16,17 @@ GroupSize = Annotated[Count, Field(ge=2)]
 
 def _uniform_steps(given: Any) -> Any:
     """N -> (1, (N-1)/N, ..., 1/N)."""
-    if isinstance(given, int) and not isinstance(given, bool) and 1 <= given <= 1000:
-        return tuple((given - k) / given for k in range(given))
-    return given
+    if not isinstance(given, int) or isinstance(given, bool):
+        return given
+    if not 1 <= given <= 1000:
+        raise ValueError("should be a number of steps from 1 to 1000, or a list of times like [1, 0.5]")
+    return tuple((given - k) / given for k in range(given))
+
+
+def _falling(steps: tuple[float, ...]) -> tuple[float, ...]:
+    if not steps or steps[0] > 1 or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+        raise ValueError("should fall strictly from at most 1, like [1, 0.75, 0.5, 0.25]")
+    return steps
 
 
 class DistillationConfig(Config):
@@ -28,7 +37,7 @@ class DistillationConfig(Config):
         description="Teacher's classifier-free guidance inside DMD; 1 makes no unconditional pass. "
         "Shapes 5 (best of the teacher's own sweep); SD3-M 7, SDXL 8 (arXiv 2605.26108, 2405.14867).",
     )
-    student_steps: Annotated[tuple[Positive, ...], BeforeValidator(_uniform_steps)] = Field(
+    student_steps: Annotated[tuple[Positive, ...], BeforeValidator(_uniform_steps), AfterValidator(_falling)] = Field(
         default=(1.0, 0.75, 0.5, 0.25),
         description="[I] Times of the student's steps, from noise: uniform before the family's shift. A number N stands "
         "for N uniform steps: 4 is [1, 0.75, 0.5, 0.25].",
@@ -64,14 +73,10 @@ class DistillationConfig(Config):
         "was better on Shapes and on the SD3 miniature, and made no difference on the SDXL one (docs/LOG.md, entry 34).",
     )
 
-    @model_validator(mode="after")
-    def _ordered(self) -> DistillationConfig:
-        steps = self.student_steps
-        if not steps or steps[0] > 1 or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
-            raise ValueError(f"student_steps must fall strictly from at most 1, got {list(steps)}")
+    def _mistakes(self) -> Iterator[str]:
+        yield from super()._mistakes()
         if self.renoise_low >= self.renoise_high:
-            raise ValueError(f"renoise_low {self.renoise_low} must be below renoise_high {self.renoise_high}")
-        return self
+            yield f"renoise_low {self.renoise_low} must be below renoise_high {self.renoise_high}"
 
     @property
     def rewarded(self) -> bool:

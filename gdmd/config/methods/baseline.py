@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from gdmd.config.base import Count, Finite
 from gdmd.config.methods.base import DistillationConfig
@@ -42,11 +43,10 @@ class UpdateRatioConfig(BaselineConfig):
         "fake-score updates.",
     )
 
-    @model_validator(mode="after")
-    def _enough_fakes(self) -> UpdateRatioConfig:
+    def _mistakes(self) -> Iterator[str]:
+        yield from super()._mistakes()
         if self.student_updates > self.fake_updates:
-            raise ValueError(
+            yield (
                 f"student_updates {self.student_updates} must not exceed fake_updates {self.fake_updates}: "
                 "each student update follows the gradient of one updated fake score"
             )
-        return self

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from gdmd.config.base import NonNegative, Probability
 from gdmd.config.methods.baseline import BaselineConfig
@@ -32,16 +33,15 @@ class DMD2Config(BaselineConfig):
         default=1.0, description="Highest re-noising t of the head's input (DMD2's script: 1000 of 1000)."
     )
 
-    @model_validator(mode="after")
-    def _trained_head(self) -> DMD2Config:
+    def _mistakes(self) -> Iterator[str]:
+        yield from super()._mistakes()
         if self.gan_low >= self.gan_high:
-            raise ValueError(f"gan_low {self.gan_low} must be below gan_high {self.gan_high}")
+            yield f"gan_low {self.gan_low} must be below gan_high {self.gan_high}"
         if self.gan_weight > 0 and self.head_weight == 0:
-            raise ValueError(
+            yield (
                 f"gan_weight {self.gan_weight} with head_weight 0 follows a head that is never trained; "
                 "set head_weight > 0, or gan_weight = 0 for no GAN"
             )
-        return self
 
     @property
     def adversarial(self) -> bool:

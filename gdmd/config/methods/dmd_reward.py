@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from gdmd.config.base import NonNegative, Positive, Probability
 from gdmd.config.methods.base import GroupSize
@@ -91,11 +92,10 @@ class DMDNFTConfig(GroupedDmdConfig):
         "family's shift. Empty = the student's own, which are student_steps through that shift.",
     )
 
-    @model_validator(mode="after")
-    def _inside(self) -> DMDNFTConfig:
+    def _mistakes(self) -> Iterator[str]:
+        yield from super()._mistakes()
         if any(t > 1 for t in self.nft_steps):
-            raise ValueError(f"nft_steps must lie in (0, 1], got {list(self.nft_steps)}")
-        return self
+            yield f"nft_steps must lie in (0, 1], got {list(self.nft_steps)}"
 
     @property
     def renoised_to(self) -> tuple[float, ...]:
@@ -122,11 +122,10 @@ class DMDGRPOConfig(GroupedDmdConfig):
         "from the second student update of an iteration on.",
     )
 
-    @model_validator(mode="after")
-    def _stochastic(self) -> DMDGRPOConfig:
+    def _mistakes(self) -> Iterator[str]:
+        yield from super()._mistakes()
         if len(self.student_steps) < 2:
-            raise ValueError(
+            yield (
                 f"student_steps {list(self.student_steps)}: GRPO needs at least two steps; the move to the last state "
                 "is the only random one, and a single step has none"
             )
-        return self

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from gdmd.config.base import NonNegative, NonNegativeCount, Positive, Probability
 from gdmd.config.methods.base import GroupSize
@@ -84,20 +85,15 @@ class DMDRConfig(BaselineConfig):
         "alone; next to L_DMD such a gradient, beta / 4 times a regression's, would leave nothing of DMD after clipping.",
     )
 
-    @model_validator(mode="after")
-    def _own_samples(self) -> DMDRConfig:
+    def _mistakes(self) -> Iterator[str]:
+        yield from super()._mistakes()
         if self.renoise_x0 and self.student_input == "data":
-            raise ValueError(
+            yield (
                 "renoise_x0 trains the student at its own x0, and student_input 'data' at noised real images; "
                 "set renoise_x0 = false or student_input = simulation"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _enough_steps(self) -> DMDRConfig:
         if self.strategy == "grpo" and self.rl_weight > 0 and len(self.student_steps) < 2:
-            raise ValueError(f"strategy 'grpo' needs a student of at least 2 steps, got {list(self.student_steps)}")
-        return self
+            yield f"strategy 'grpo' needs a student of at least 2 steps, got {list(self.student_steps)}"
 
     @property
     def trains_renoised(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -57,10 +58,9 @@ class GDMDAblationConfig(GDMDConfig):
         "weighted by 1[r > 1/2], without the pull toward x_old.",
     )
 
-    @model_validator(mode="after")
-    def _weighted(self) -> GDMDAblationConfig:
+    def _mistakes(self) -> Iterator[str]:
+        yield from super()._mistakes()
         if self.gamma == 0:
-            raise ValueError(
+            yield (
                 f"control {self.control!r} changes r, which gamma = 0 does not use; set gamma > 0, or use kind: gdmd"
             )
-        return self

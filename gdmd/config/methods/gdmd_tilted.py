@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -52,14 +53,13 @@ class TiltedGDMDConfig(DistillationConfig):
     def _removed(cls, given: Any) -> Any:
         return refuse_removed(given, cls.model_fields)
 
-    @model_validator(mode="after")
-    def _continues(self) -> TiltedGDMDConfig:
+    def _mistakes(self) -> Iterator[str]:
+        yield from super()._mistakes()
         if len(self.student_steps) < 2:
-            raise ValueError(
+            yield (
                 "continuations follow the first of at least 2 student_steps, got "
                 f"{list(self.student_steps)}; add a step, or use kind: gdmd"
             )
-        return self
 
     @property
     def rewarded(self) -> bool:
@@ -72,8 +72,7 @@ class ShuffledTiltedGDMDConfig(TiltedGDMDConfig):
 
     kind: Literal["gdmd_tilted_shuffled"] = "gdmd_tilted_shuffled"  # type: ignore[assignment]
 
-    @model_validator(mode="after")
-    def _weighted(self) -> ShuffledTiltedGDMDConfig:
+    def _mistakes(self) -> Iterator[str]:
+        yield from super()._mistakes()
         if self.gamma == 0:
-            raise ValueError("kind gdmd_tilted_shuffled permutes scores, which gamma = 0 does not use; set gamma > 0")
-        return self
+            yield "kind gdmd_tilted_shuffled permutes scores, which gamma = 0 does not use; set gamma > 0"

@@ -215,6 +215,7 @@ class PipelineText(ABC):
     """Captions -> conditioning through the pipeline's own encoders; all captions get the same number of tokens."""
 
     longest: ClassVar[int] = 0  # caption tokens by default, if the pipeline's call has no max_sequence_length
+    no_caption: ClassVar[str] = ""  # the caption of the unconditional input
     loras: tuple[Factors, ...] = ()  # what each of model.teacher_loras changes in the encoders
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
@@ -253,8 +254,8 @@ class PipelineText(ABC):
         return {name: value.expand(count, *value.shape[1:]) for name, value in self._null.items()}
 
     def embed_null(self) -> Cond:
-        """One row: the empty caption, unless a family overrides it. [1, ...]"""
-        return self.embed([""])
+        """One row: ``no_caption``, unless a family overrides it. [1, ...]"""
+        return self.embed([self.no_caption])
 
     def long_prompts(self, texts: Sequence[str]) -> str | None:
         """A message about captions longer than the encoders read; needs only the tokenizers."""
@@ -270,6 +271,12 @@ class PipelineText(ABC):
         for name in ENCODERS:
             if name in self.pipe.components:
                 self.pipe.register_modules(**{name: None})
+
+
+def stored_dtype(net: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a weight of a denoiser that is loaded in ``dtype``: diffusers keeps some in fp32 (Krea 2's norms)."""
+    kept = any(part in (net._keep_in_fp32_modules or ()) for part in name.split("."))
+    return torch.float32 if kept else dtype
 
 
 def network_dtype(net: nn.Module) -> torch.dtype:

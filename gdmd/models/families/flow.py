@@ -11,7 +11,7 @@ from gdmd.config.model import DiffusersModel
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.models.families.base import Family
 from gdmd.models.packing import unpack
-from gdmd.models.schedulers import read_flow
+from gdmd.models.schedulers import FlowSettings, read_flow
 from gdmd.models.timesteps import FlowTimesteps, uniform_times
 from gdmd.types import Prediction, StudentSampler
 
@@ -19,11 +19,12 @@ from gdmd.types import Prediction, StudentSampler
 class FlowFamily(Family):
     """x_t = (1 - t) x0 + t eps. Teacher and student use Euler's method, whatever solver the pipeline was saved with.
 
-    ``max_shift``: the pipeline's default for dynamic shifting if its scheduler config has none.
+    ``max_shift`` and ``max_image_tokens``: the pipeline's defaults for dynamic shifting if its scheduler config has none.
     """
 
     native = "velocity"
     max_shift: ClassVar[float] = 1.15
+    max_image_tokens: ClassVar[int] = 4096
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
@@ -34,7 +35,12 @@ class FlowFamily(Family):
             )
         self.net = pipe.transformer
         self.schedule = FlowSchedule()
-        self.settings = read_flow(pipe.scheduler, cfg.what, self.max_shift)
+        self.settings = self.read_settings(pipe.scheduler, cfg.what)
+
+    @classmethod
+    def read_settings(cls, scheduler: Any, model: str) -> FlowSettings:
+        """The times of the family's pipeline with this scheduler; ``model`` starts the message of a ValueError."""
+        return read_flow(scheduler, model, cls.max_shift, cls.max_image_tokens)
 
     def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
         """From a velocity in 2 x 2 patches, which most of these networks return; the others have their own."""

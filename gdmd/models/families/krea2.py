@@ -38,12 +38,16 @@ class Krea2(FlowFamily):
     patch = 2
     scaling = ("latents_mean", "latents_std")
     tiny_decoder = False
+    max_image_tokens = 6400
     blocks = ("Krea2TransformerBlock",)
 
     def __init__(self, pipe: Any, cfg: DiffusersModel) -> None:
         super().__init__(pipe, cfg)
         self.codec = FrameCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = Krea2Text(pipe, cfg)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return t  # its pipeline divides by num_train_timesteps, whatever it is
 
     def mu(self, steps: int) -> float | None:
         del steps
@@ -56,7 +60,7 @@ class Krea2(FlowFamily):
         return net(
             hidden_states=pack(x_t).to(dtype),
             encoder_hidden_states=embeds,
-            timestep=self.network_time(t),
+            timestep=self.network_time(t).to(dtype),  # the network does not round it, its pipeline does
             position_ids=_positions(embeds.shape[1], height // 2, width // 2, x_t.device),
             encoder_attention_mask=cond["mask"],
             return_dict=False,

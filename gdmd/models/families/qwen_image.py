@@ -84,6 +84,8 @@ class FrameCodec(VaeCodec):
 class QwenText(PipelineText):
     """embeds [B, T, D], zeros after the caption; mask [B, T], true for the caption."""
 
+    no_caption = " "  # the negative prompt of the authors' examples (github.com/QwenLM/Qwen-Image), also of diffusers'
+
     def embed(self, texts: Sequence[str]) -> Cond:
         longest = self.cfg.max_tokens or LONGEST
         embeds, mask = self.pipe.encode_prompt(list(texts), device=self.device, max_sequence_length=longest)
