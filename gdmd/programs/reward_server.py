@@ -146,7 +146,7 @@ def _scored(body: bytes, rewards: Mapping[str, Reward], limits: Limits, scoring:
     request, images = read_request(body, rewards, limits)
     try:
         with scoring:
-            scores = score_images(rewards[request.reward], images, request.prompts, request.meta)
+            scores = score_images(rewards[request.reward], images, request.prompts, request.meta, request.columns)
     except ValueError as error:
         raise HTTPError(422, str(error)[:300]) from error
     return {"protocol": PROTOCOL, "reward": request.reward, "scores": scores}
@@ -162,6 +162,7 @@ class ScoreRequest(BaseModel):
     prompts: list[Annotated[str, Field(max_length=MAX_PROMPT_LENGTH)]]
     images: list[str]
     meta: list[dict[str, Any]] = []
+    columns: list[str] = []
 
 
 def read_request(body: bytes, rewards: Mapping[str, Reward], limits: Limits) -> tuple[ScoreRequest, list[Image]]:
@@ -203,12 +204,20 @@ def read_png(text: str, max_pixels: int = MAX_PIXELS) -> Image:
 
 
 def score_images(
-    reward: Reward, images: Sequence[Image], prompts: Sequence[str], meta: Sequence[dict[str, Any]]
+    reward: Reward,
+    images: Sequence[Image],
+    prompts: Sequence[str],
+    meta: Sequence[dict[str, Any]],
+    columns: Sequence[str] = (),
 ) -> list[float | None]:
-    """One score per image, None for NaN (not scored). Images of the same size are scored as one batch."""
+    """One score per image, None for NaN (not scored). Images of the same size are scored as one batch.
+
+    columns: names of the metadata of all prompts, which some prompts may lack.
+    """
     from gdmd.rewards.base import score_by_size
 
-    return [score if math.isfinite(score) else None for score in score_by_size(reward, images, prompts, meta)]
+    scores = score_by_size(reward, images, prompts, meta, columns=frozenset(columns))
+    return [score if math.isfinite(score) else None for score in scores]
 
 
 def read_names(names: Sequence[str]) -> dict[str, RealRewardConfig]:
