@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gdmd.config.extras import install
 from gdmd.data.image_files import to_rgb
-from gdmd.io import is_loopback
+from gdmd.io import address_of, is_loopback, listen
 from gdmd.rewards.remote import PROTOCOL
 
 if TYPE_CHECKING:
@@ -241,7 +241,10 @@ def serve(
     limits: Limits,
     say: Callable[[str], None],
 ) -> None:
-    """Serve until Ctrl-C. ValueError for a public address without a token, and for a short token."""
+    """Serve until Ctrl-C.
+
+    ValueError for a public address without a token, a short token, and an address or port that is not available.
+    """
     if token is None and not is_loopback(host):
         raise ValueError(
             f"{host} can be reached from other machines, so a token is needed: set GDMD_REWARD_TOKEN to "
@@ -260,5 +263,7 @@ def serve(
     specs, device = read_names(names), pick_device(device)
     rewards = {name: image_reward(spec, device) for name, spec in specs.items()}
     app = make_app(rewards, token, limits, {name: scorer_identity(spec) for name, spec in specs.items()})
-    say(f"http://{host}:{port} serves {', '.join(names)}{'' if token else ' without a token'}")
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=30)
+    listening = listen(host, port)
+    say(f"{address_of(listening)} serves {', '.join(names)}{'' if token else ' without a token'}")
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30)
+    uvicorn.Server(config).run(sockets=[listening])
