@@ -198,6 +198,7 @@ def test_all_errors_at_once(gdmd: Gdmd) -> None:
             ["eval", "preference", "teacher", "--scorer", "clip,dtpe=bf16", "-o", "x"],
             "scorer 'clip,dtpe=bf16': dtpe: got 'bf16': unknown key; did you mean 'dtype'?",
         ),
+        (["rewards", "convert", "hps", "x.pt", "-o", __file__], f"{__file__} is a file; give a folder with --out"),
         (["rewards", "serve", "clipp"], "reward 'clipp': kind: got 'clipp': unknown kind; did you mean 'clip'?"),
         (
             ["rewards", "serve", "own.py"],
