@@ -220,6 +220,10 @@ def test_a_folder_whose_generation_was_interrupted_is_named(
         (["eval", "--json", "nowhere"], "nowhere is not a run folder"),
         (["eval", "run"], "run is not a run folder"),
         (["eval", "geneval", "score", "nowhere"], "nowhere does not exist"),
+        (
+            ["eval", "geneval", "prompts", "-o", "m.jsonl/a.jsonl", "--per-task", "1"],
+            "choose another folder with --out",
+        ),
         (["eval", "geneval", "score", "m.jsonl"], "give its prompts with --metadata"),
         (
             ["eval", "geneval", "generate", "./x", "-o", "y", "--metadata", "m.jsonl"],
