@@ -189,6 +189,11 @@ def test_all_errors_at_once(gdmd: Gdmd) -> None:
             ["study", "simulate", "--win-rate", "1.5"],
             "simulated raters: win_rate: got 1.5: input should be less than 1",
         ),
+        (
+            ["sweep", "smoke", "--pages-only", "--only", "gdmd"],
+            "--only is about training, and --pages-only trains nothing and shows all lines of the table; leave one "
+            "of them out",
+        ),
         (["sweep", "headlin"], "unknown sweep 'headlin'; did you mean 'headline'? Or give a .yaml file"),
         (
             ["eval", "preference", "teacher", "--scorer", "clipp", "-o", "x"],
