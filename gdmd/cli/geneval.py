@@ -112,7 +112,7 @@ def score_command(
         shown = f"{counted(score.images, 'image')} of {counted(score.prompts, 'prompt')}"
         print(f"{name:14} {score.value:.4f}  [{score.low:.4f}, {score.high:.4f}]  {shown}")
     overall = scores["overall"]
-    if overall.images % overall.prompts:
+    if overall.images != overall.fewest * overall.prompts:
         log(
             "note: some prompts have fewer images than others and count less; if images are missing, generate them first"
         )

@@ -15,7 +15,7 @@ import typer
 from gdmd.cli.common import SETTINGS, Json, log, messages, print_json
 from gdmd.config.extras import install
 from gdmd.config.study import ADDRESS, CONSENT, PORT, StudyConfig
-from gdmd.io import is_loopback, typed
+from gdmd.io import address_of, is_loopback, listen, typed
 from gdmd.reporting.progress_bar import phase
 
 study_app = typer.Typer(
@@ -128,8 +128,8 @@ def serve_command(
         token = secrets.token_urlsafe(18)
         log(f"admin token: {token}")
     serve.checked_token(token)
-    listening = serve.listen(host, port)
-    address = serve.address_of(listening)
+    listening = listen(host, port)
+    address = address_of(listening)
     log(f"serving {address}  (progress: {address}/api/progress with the admin token as bearer token)")
     _log_links(study, address)
     serve.run_server(study, listening, token)

@@ -57,6 +57,11 @@ def sweep_command(
     from gdmd.sweep.spec import read_sweep
 
     sweep = read_sweep(config)
+    if pages_only and (only or jobs):
+        raise ValueError(
+            f"{'--only' if only else '--jobs'} is about training, and --pages-only trains nothing and shows all lines "
+            "of the table; leave one of them out"
+        )
     from gdmd.sweep.pool import Outcome, run_sweep
     from gdmd.sweep.runs import plan, selected
 

@@ -105,8 +105,13 @@ def compare(sources: Sequence[SourceConfig], options: EvalOptions, folder: Path,
 
 
 def generate_shard(cfg: SourceConfig, options: EvalOptions, folder: Path) -> int:
-    """Generate this process's shard of the images, without scores; return the number of its prompts."""
+    """Generate this process's shard of the images, without scores; return the number of its prompts.
+
+    ValueError for a folder of images, of which there is nothing to generate.
+    """
     _require_prompts(options, shapes=draws_shapes(cfg))
+    if kind_of(cfg) == "images":
+        raise ValueError(f"--shard divides the generation of images, and {cfg.where} already holds them; leave it out")
     prompt_set = _prompt_set(options)
     generate_images(_opened(cfg, options), prompt_set, folder, options.shard)
     return len(range(options.shard[0], len(prompt_set.texts), options.shard[1]))

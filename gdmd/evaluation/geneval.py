@@ -21,7 +21,7 @@ from gdmd.evaluation.geneval_scores import (
     read_metadata,
     summarize,
 )
-from gdmd.io import RunError, append_jsonl, content_hash, file_hash, read_jsonl, write_atomic
+from gdmd.io import RunError, append_jsonl, content_hash, file_hash, read_jsonl, write_atomic, writing
 from gdmd.reporting.progress_bar import progress_bar
 from gdmd.rewards.geneval.rules import DetectedObject, Task, as_row
 from gdmd.sources.base import Source, image_slots, record_settings
@@ -40,8 +40,9 @@ def write_prompts(path: Path, per_task: int, seed: int, without: Path | None = N
     """Draw prompts and write them in the official format; return their number. without: metadata of excluded prompts."""
     taken = {task.prompt for task in read_metadata(without)} if without else set()
     tasks = draw_tasks(per_task, seed, taken)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(json.dumps(as_row(task)) + "\n" for task in tasks), "the prompts")
+    with writing("the prompts", path, option="--out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(json.dumps(as_row(task)) + "\n" for task in tasks), "the prompts", option="--out")
     return len(tasks)
 
 

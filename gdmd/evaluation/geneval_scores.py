@@ -12,6 +12,7 @@ the detector.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,13 +47,14 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class Score:
-    """A share of correct images with its 95 % interval over prompts."""
+    """A share of correct images with its 95 % interval over prompts. fewest: images of the prompt with the fewest."""
 
     value: float
     low: float
     high: float
     images: int
     prompts: int
+    fewest: int
 
 
 def read_metadata(path: Path) -> tuple[Task, ...]:
@@ -161,14 +163,14 @@ def summarize(rows: Sequence[ImageResult]) -> dict[str, Score]:
             continue
         right, prompts = [float(row.correct) for row in own], [row.prompt for row in own]
         drawn.append(bootstrap_means(right, prompts, REPLICATES, rng))
-        scores[tag] = _score(sum(right) / len(right), drawn[-1], len(own), len(set(prompts)))
+        scores[tag] = _score(sum(right) / len(right), drawn[-1], own)
     mean = sum(score.value for score in scores.values()) / len(scores)
-    count = sum(score.prompts for score in scores.values())
-    return {"overall": _score(mean, np.mean(drawn, 0), len(rows), count), **scores}
+    return {"overall": _score(mean, np.mean(drawn, 0), rows), **scores}
 
 
-def _score(value: float, replicates: Floats, images: int, prompts: int) -> Score:
-    return Score(value, *percentile_interval(replicates), images, prompts)
+def _score(value: float, replicates: Floats, rows: Sequence[ImageResult]) -> Score:
+    images = Counter(row.prompt for row in rows)
+    return Score(value, *percentile_interval(replicates), len(rows), len(images), min(images.values()))
 
 
 def _objects(rows: Any) -> tuple[dict[str, list[DetectedObject]], dict[tuple[str, int], str | None]]:

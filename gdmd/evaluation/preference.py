@@ -40,7 +40,10 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of an evaluation, the number of images of each, and the seed of their noise."""
+    """The prompts of an evaluation, the number of images of each, and the seed of their noise.
+
+    columns: names of the metadata of the whole file, which some prompts may lack.
+    """
 
     file: str
     texts: tuple[str, ...]
@@ -48,6 +51,7 @@ class PromptSet:
     images: int
     seed: int
     note: str = ""
+    columns: frozenset[str] = frozenset()
 
     @property
     def slots(self) -> list[ImageSlot]:
@@ -69,7 +73,9 @@ def read_prompt_set(
     """The first ``limit`` prompts of a file or a shipped set, each with its metadata."""
     found = read_prompts(given, column)
     meta = found.meta or tuple({"prompt": text} for text in found.texts)
-    return PromptSet(prompt_file(str(given)).name, found.texts[:limit], meta[:limit], images, seed, found.note())
+    columns = frozenset(name for row in meta for name in row)
+    name = prompt_file(str(given)).name
+    return PromptSet(name, found.texts[:limit], meta[:limit], images, seed, found.note(), columns)
 
 
 def generate_images(
@@ -118,11 +124,12 @@ def score(
     images = {slot: file_hash(generated.files[slot.prompt, slot.image]) for slot in prompt_set.slots}
     first = {text: k for k, text in reversed(list(enumerate(prompt_set.texts)))}
     places = {slot: (first[slot.text], slot.occurrence * prompt_set.images + slot.image) for slot in prompt_set.slots}
+    read = [dict.fromkeys(prompt_set.columns) | dict(row) for row in prompt_set.meta]  # None where a prompt lacks one
     found: dict[str, Scores] = {}
     for spec, (label, reward) in zip(specs, rewards.items(), strict=True):
         scorer, reads = scorer_identity(spec), reads_metadata(spec)
         keys = {
-            slot: _score_key(scorer, images[slot], slot.text, prompt_set.meta[slot.prompt] if reads else None)
+            slot: _score_key(scorer, images[slot], slot.text, read[slot.prompt] if reads else None)
             for slot in prompt_set.slots
         }
         retry = may_fail(spec)
@@ -132,7 +139,7 @@ def score(
         for part in counted(_parts(todo, SCORER_BATCH), f"{generated.info.name}: scoring with {label}", len(todo)):
             pixels = [read_image(generated.files[slot.prompt, slot.image]) for slot in part]
             meta = [prompt_set.meta[slot.prompt] for slot in part]
-            values = scores_of(reward, pixels, [slot.text for slot in part], meta)
+            values = scores_of(reward, pixels, [slot.text for slot in part], meta, prompt_set.columns)
             own = {keys[slot]: value for slot, value in zip(part, values, strict=True)}
             rows = [{"scorer": label, "prompt": p.prompt, "image": p.image, "key": keys[p]} for p in part]
             scored = [row | {"score": own[row["key"]]} for row in rows]

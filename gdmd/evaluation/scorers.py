@@ -94,10 +94,14 @@ def _parts(spec: RewardConfig) -> Iterator[RewardConfig]:
 
 
 def scores_of(
-    reward: Reward, images: Sequence[Image], texts: Sequence[str], meta: Sequence[Mapping[str, Any]]
+    reward: Reward,
+    images: Sequence[Image],
+    texts: Sequence[str],
+    meta: Sequence[Mapping[str, Any]],
+    columns: frozenset[str] = frozenset(),
 ) -> list[float]:
-    """One number per image, NaN = not scored."""
-    return score_images(reward, images, texts, meta, _device_of(reward))
+    """One number per image, NaN = not scored. columns: names of the metadata of all prompts."""
+    return score_images(reward, images, texts, meta, _device_of(reward), columns)
 
 
 def _device_of(reward: Reward) -> torch.device:

@@ -90,6 +90,7 @@ class Validation:
         self.prompts, meta = validation_prompts(cfg)
         self.texts = tuple(text for text in self.prompts for _ in range(cfg.validation.images))
         self.meta = tuple(one for one in meta for _ in range(cfg.validation.images))
+        self.columns = frozenset(name for row in meta for name in row)
         self.rewards = (*(components.rewards if cfg.method.rewarded else ()), *components.scorers)
         spec = cfg.feature_scorer
         named = [reward for reward in self.rewards if spec is not None and reward.name == spec.label]
@@ -210,4 +211,5 @@ class Validation:
             own = images[start : start + size].to(device)
             index = torch.arange(len(own), device=device)
             stop = start + len(own)
-            yield own, PromptBatch(index, self.texts[start:stop], index, {}, {}, meta=self.meta[start:stop])
+            meta = self.meta[start:stop]
+            yield own, PromptBatch(index, self.texts[start:stop], index, {}, {}, meta=meta, columns=self.columns)

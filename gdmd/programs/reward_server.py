@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gdmd.config.extras import install
 from gdmd.data.image_files import to_rgb
-from gdmd.io import is_loopback
+from gdmd.io import address_of, is_loopback, listen
 from gdmd.rewards.remote import PROTOCOL
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _scored(body: bytes, rewards: Mapping[str, Reward], limits: Limits, scoring:
     request, images = read_request(body, rewards, limits)
     try:
         with scoring:
-            scores = score_images(rewards[request.reward], images, request.prompts, request.meta)
+            scores = score_images(rewards[request.reward], images, request.prompts, request.meta, request.columns)
     except ValueError as error:
         raise HTTPError(422, str(error)[:300]) from error
     return {"protocol": PROTOCOL, "reward": request.reward, "scores": scores}
@@ -162,6 +162,7 @@ class ScoreRequest(BaseModel):
     prompts: list[Annotated[str, Field(max_length=MAX_PROMPT_LENGTH)]]
     images: list[str]
     meta: list[dict[str, Any]] = []
+    columns: list[str] = []
 
 
 def read_request(body: bytes, rewards: Mapping[str, Reward], limits: Limits) -> tuple[ScoreRequest, list[Image]]:
@@ -203,12 +204,20 @@ def read_png(text: str, max_pixels: int = MAX_PIXELS) -> Image:
 
 
 def score_images(
-    reward: Reward, images: Sequence[Image], prompts: Sequence[str], meta: Sequence[dict[str, Any]]
+    reward: Reward,
+    images: Sequence[Image],
+    prompts: Sequence[str],
+    meta: Sequence[dict[str, Any]],
+    columns: Sequence[str] = (),
 ) -> list[float | None]:
-    """One score per image, None for NaN (not scored). Images of the same size are scored as one batch."""
+    """One score per image, None for NaN (not scored). Images of the same size are scored as one batch.
+
+    columns: names of the metadata of all prompts, which some prompts may lack.
+    """
     from gdmd.rewards.base import score_by_size
 
-    return [score if math.isfinite(score) else None for score in score_by_size(reward, images, prompts, meta)]
+    scores = score_by_size(reward, images, prompts, meta, columns=frozenset(columns))
+    return [score if math.isfinite(score) else None for score in scores]
 
 
 def read_names(names: Sequence[str]) -> dict[str, RealRewardConfig]:
@@ -232,7 +241,10 @@ def serve(
     limits: Limits,
     say: Callable[[str], None],
 ) -> None:
-    """Serve until Ctrl-C. ValueError for a public address without a token, and for a short token."""
+    """Serve until Ctrl-C.
+
+    ValueError for a public address without a token, a short token, and an address or port that is not available.
+    """
     if token is None and not is_loopback(host):
         raise ValueError(
             f"{host} can be reached from other machines, so a token is needed: set GDMD_REWARD_TOKEN to "
@@ -251,5 +263,7 @@ def serve(
     specs, device = read_names(names), pick_device(device)
     rewards = {name: image_reward(spec, device) for name, spec in specs.items()}
     app = make_app(rewards, token, limits, {name: scorer_identity(spec) for name, spec in specs.items()})
-    say(f"http://{host}:{port} serves {', '.join(names)}{'' if token else ' without a token'}")
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=30)
+    listening = listen(host, port)
+    say(f"{address_of(listening)} serves {', '.join(names)}{'' if token else ' without a token'}")
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30)
+    uvicorn.Server(config).run(sockets=[listening])

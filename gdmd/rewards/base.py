@@ -84,11 +84,15 @@ def score_images(
     texts: Sequence[str],
     meta: Sequence[Mapping[str, Any]],
     device: torch.device | str = "cpu",
+    columns: frozenset[str] = frozenset(),
 ) -> list[float]:
-    """One number per image, NaN = not scored. Published models get PIL images, as in their own code; others tensors."""
+    """One number per image, NaN = not scored. Published models get PIL images, as in their own code; others tensors.
+
+    columns: names of the metadata of all prompts, which some prompts may lack.
+    """
     if isinstance(reward, PretrainedReward):
         return [float(score) for score in reward.score_pil(images, texts, meta)]
-    return score_by_size(reward, images, texts, meta, device)
+    return score_by_size(reward, images, texts, meta, device, columns)
 
 
 @torch.no_grad()
@@ -98,21 +102,27 @@ def score_by_size(
     texts: Sequence[str],
     meta: Sequence[Mapping[str, Any]],
     device: torch.device | str = "cpu",
+    columns: frozenset[str] = frozenset(),
 ) -> list[float]:
-    """One number per image, NaN = not scored: those of a tensor for each size of the images."""
+    """One number per image, NaN = not scored: those of a tensor for each size of the images. columns: see score_images."""
     scores = [math.nan] * len(images)
     for size in dict.fromkeys(image.size for image in images):
         own = [k for k, image in enumerate(images) if image.size == size]
         pixels = from_pil([images[k] for k in own]).to(device)
-        prompts = _batch([texts[k] for k in own], [meta[k] for k in own] if meta else (), device)
+        prompts = _batch([texts[k] for k in own], [meta[k] for k in own] if meta else (), device, columns)
         for k, score in zip(own, reward.score(pixels, prompts).tolist(), strict=True):
             scores[k] = score
     return scores
 
 
-def _batch(texts: Sequence[str], meta: Sequence[Mapping[str, Any]], device: torch.device | str) -> PromptBatch:
+def _batch(
+    texts: Sequence[str],
+    meta: Sequence[Mapping[str, Any]],
+    device: torch.device | str,
+    columns: frozenset[str] = frozenset(),
+) -> PromptBatch:
     index = torch.arange(len(texts), device=device)
-    return PromptBatch(index, tuple(texts), index, {}, {}, tuple(meta))
+    return PromptBatch(index, tuple(texts), index, {}, {}, tuple(meta), columns=columns)
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,8 @@ def convert(
     if not known.converted:
         raise ValueError(f"reward {kind} is published as safetensors and needs no conversion; use it by its id")
     folder = folder or cache_dir() / kind
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder with --out")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give another folder with --out, or remove it")
     tensors = read_published(source)

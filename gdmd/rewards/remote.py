@@ -2,7 +2,8 @@
 
     GET  /health           {"status": "ok"}
     GET  /version          {"protocol": 1, "gdmd": "...", "rewards": ["clip", ...], "identities": {"clip": hash, ...}}
-    POST /score            {"protocol": 1, "reward": "clip", "prompts": [...], "meta": [...], "images": [base64 PNG, ...]}
+    POST /score            {"protocol": 1, "reward": "clip", "prompts": [...], "meta": [...], "columns": [...],
+                            "images": [base64 PNG, ...]}; columns: names of the metadata of all prompts
                            -> {"protocol": 1, "reward": "clip", "scores": [number or null, ...]}; null = not scored
 
 A request is retried after a connection error, a timeout, 429 or 5xx, ``retries`` times with exponential backoff, or after
@@ -123,8 +124,11 @@ class RemoteReward(RewardModel):
         check_finite_images(self.name, images)
         saved, step = to_pil(images), self.config.batch
         meta = [{key: value for key, value in row.items() if _is_json(value)} for row in prompts.meta]
+        dropped = {key for row, sent in zip(prompts.meta, meta, strict=True) for key in row.keys() - sent.keys()}
+        own = {key for row in meta for key in row}  # also of this batch, whose requests get parts of it
+        columns = sorted((prompts.columns | own) - dropped)
         requests = [
-            self._pool.submit(self._batch, saved[k : k + step], prompts.text[k : k + step], meta[k : k + step])
+            self._pool.submit(self._batch, saved[k : k + step], prompts.text[k : k + step], meta[k : k + step], columns)
             for k in range(0, len(saved), step)
         ]
         return PendingScores(requests, images.device)
@@ -157,10 +161,12 @@ class RemoteReward(RewardModel):
             )
         return facts
 
-    def _batch(self, images: Sequence[Image], texts: Sequence[str], meta: Sequence[Any]) -> list[float]:
+    def _batch(
+        self, images: Sequence[Image], texts: Sequence[str], meta: Sequence[Any], columns: Sequence[str]
+    ) -> list[float]:
         body = {
             "protocol": PROTOCOL, "reward": self.config.reward, "prompts": list(texts), "meta": list(meta),
-            "images": [_png(image) for image in images],
+            "columns": list(columns), "images": [_png(image) for image in images],
         }  # fmt: skip
         self._sent += len(images)
         try:

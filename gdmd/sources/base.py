@@ -104,7 +104,7 @@ def record_settings(folder: Path, info: SourceInfo, seed: int, home: Path) -> No
     drawn = info.kind != "images"
     wanted = json.loads(json.dumps({"identity": dict(info.identity), **({"seed": seed} if drawn else {})}))
     path = folder / SETTINGS
-    with writing("the images", folder):
+    with writing("the images", folder, option="--out"):
         folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         there = read_json(path, "Give an empty folder with --out.")

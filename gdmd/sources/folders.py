@@ -74,7 +74,7 @@ def write_metadata(folder: Path, prompt: int, row: Mapping[str, Any]) -> None:
     """Write metadata.jsonl of a prompt. RunError if the folder has another prompt under this number."""
     slot = folder / f"{prompt:05d}"
     path, line = slot / "metadata.jsonl", json.dumps(dict(row)) + "\n"
-    with writing("the images", slot):
+    with writing("the images", slot, option="--out"):
         (slot / "samples").mkdir(parents=True, exist_ok=True)
         if path.exists() and path.read_text(encoding="utf-8") == line:
             return

@@ -11,7 +11,6 @@ import base64
 import csv
 import hashlib
 import hmac
-import ipaddress
 import re
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -314,25 +313,6 @@ def served_links(study: Path, address: str) -> list[str]:
             write_private(partial, links_text(tokens, address))
             partial.replace(table)
     return [link(address, token) for token in tokens]
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 picks a free one. RunError if the address is not available."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise RunError(
-            f"cannot listen on {host}, port {port}: {error}; choose others with --host and --port"
-        ) from error
-
-
-def address_of(listening: socket.socket) -> str:
-    """http://HOST:PORT for a browser; this machine's name if the server listens on every address."""
-    host, port = listening.getsockname()[:2]
-    if ipaddress.ip_address(host).is_unspecified:
-        host = socket.gethostname()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def run_server(folder: Path, listening: socket.socket, admin_token: str) -> None:

@@ -56,10 +56,10 @@ class Goal:
 
 
 class Captions:
-    """The captions of an evaluation, and bootstrap weights over them."""
+    """The captions of an evaluation with ``images`` of each, and bootstrap weights over them."""
 
-    def __init__(self, per_task: int, split: Split = "eval", replicates: int = REPLICATES) -> None:
-        rows = fixed_rows(split, per_task)
+    def __init__(self, per_task: int, images: int, split: Split = "eval", replicates: int = REPLICATES) -> None:
+        rows, self.images = fixed_rows(split, per_task), images
         tasks = catalog().task[rows].numpy()
         self.mean = _weights(rows.numpy(), tasks, None)[0]  # [C]
         self.drawn = _weights(rows.numpy(), tasks, replicates)  # [R, C]
@@ -67,10 +67,11 @@ class Captions:
     def of(self, line: Line) -> Floats:
         """[C]: the share of right images of each caption. ValueError for a line of another evaluation."""
         right = np.array([int(mark) for mark in line["correct"]], dtype=np.float64)
-        if len(right) % len(self.mean):
+        if len(right) != len(self.mean) * self.images:
             raise ValueError(
-                f"a line has {len(right)} images, which is not a multiple of the {len(self.mean)} captions of this sweep's "
-                "evaluation; measure its run again"
+                f"the line of {line['method']}, seed {line['seed']}, has {len(right)} images, but this sweep's evaluation "
+                f"has {len(self.mean)} captions with {self.images} images each; restore its evaluation, or measure the run "
+                "again without --pages-only"
             )
         return right.reshape(len(self.mean), -1).mean(1)
 

@@ -68,7 +68,8 @@ def write_pipelines(
     """Write the table, the figures and the page; returns the page. stale: the images are those of other runs."""
     lines = [public_line(line) for line in results.lines]
     write_atomic(folder / f"{config.name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines), "the table")
-    captions = Captions(config.evaluation.per_task, config.evaluation.split)
+    how = config.evaluation
+    captions = Captions(how.per_task, how.images, how.split)
     families = [_family(name, results, captions) for name in dict.fromkeys(line["family"] for line in lines)]
     drawn = pipeline_figures(config, folder)
     draw_pipelines({family.name: family.results for family in families}, drawn)

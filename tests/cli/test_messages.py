@@ -189,6 +189,11 @@ def test_all_errors_at_once(gdmd: Gdmd) -> None:
             ["study", "simulate", "--win-rate", "1.5"],
             "simulated raters: win_rate: got 1.5: input should be less than 1",
         ),
+        (
+            ["sweep", "smoke", "--pages-only", "--only", "gdmd"],
+            "--only is about training, and --pages-only trains nothing and shows all lines of the table; leave one "
+            "of them out",
+        ),
         (["sweep", "headlin"], "unknown sweep 'headlin'; did you mean 'headline'? Or give a .yaml file"),
         (
             ["eval", "preference", "teacher", "--scorer", "clipp", "-o", "x"],
@@ -198,6 +203,7 @@ def test_all_errors_at_once(gdmd: Gdmd) -> None:
             ["eval", "preference", "teacher", "--scorer", "clip,dtpe=bf16", "-o", "x"],
             "scorer 'clip,dtpe=bf16': dtpe: got 'bf16': unknown key; did you mean 'dtype'?",
         ),
+        (["rewards", "convert", "hps", "x.pt", "-o", __file__], f"{__file__} is a file; give a folder with --out"),
         (["rewards", "serve", "clipp"], "reward 'clipp': kind: got 'clipp': unknown kind; did you mean 'clip'?"),
         (
             ["rewards", "serve", "own.py"],

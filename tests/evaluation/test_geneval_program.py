@@ -197,14 +197,19 @@ def test_score_command(gdmd: Any, tmp_path: Path) -> None:
     assert printed.splitlines()[1].endswith("6 images of 3 prompts")
 
 
-def test_a_folder_whose_generation_was_interrupted_is_named(gdmd: Any, tmp_path: Path) -> None:
-    painted(tmp_path / "images", images=2)
-    (tmp_path / "images" / "00002" / "samples" / "0001.png").unlink()
+@pytest.mark.parametrize(("images", "missing"), [(2, 1), (4, 3)])
+def test_a_folder_whose_generation_was_interrupted_is_named(
+    gdmd: Any, tmp_path: Path, images: int, missing: int
+) -> None:
+    """Also where the images that are left would be equally many for every prompt on average."""
+    painted(tmp_path / "images", images=images)
+    for k in range(missing):
+        (tmp_path / "images" / "00002" / "samples" / f"{k:04d}.png").unlink()
     score_folder(tmp_path / "images", OneDog(), AlwaysRed())
     lines = [(tmp_path / "images" / f"{n:05d}" / "metadata.jsonl").read_text() for n in range(3)]
     Path("m.jsonl").write_text("".join(lines))
     code, printed, notes = gdmd("eval", "geneval", "score", "images/detections.jsonl", "--metadata", "m.jsonl")
-    assert code == 0 and printed.splitlines()[1].endswith("5 images of 3 prompts")
+    assert code == 0 and printed.splitlines()[1].endswith(f"{3 * images - missing} images of 3 prompts")
     assert "some prompts have fewer images than others" in notes
 
 
@@ -215,6 +220,10 @@ def test_a_folder_whose_generation_was_interrupted_is_named(gdmd: Any, tmp_path:
         (["eval", "--json", "nowhere"], "nowhere is not a run folder"),
         (["eval", "run"], "run is not a run folder"),
         (["eval", "geneval", "score", "nowhere"], "nowhere does not exist"),
+        (
+            ["eval", "geneval", "prompts", "-o", "m.jsonl/a.jsonl", "--per-task", "1"],
+            "choose another folder with --out",
+        ),
         (["eval", "geneval", "score", "m.jsonl"], "give its prompts with --metadata"),
         (
             ["eval", "geneval", "generate", "./x", "-o", "y", "--metadata", "m.jsonl"],

@@ -411,6 +411,8 @@ def test_errors_before_the_first_image(gdmd: Gdmd, more: list[str], message: str
         (["preference", "a", "--prompts", "prompts.txt"], "--out is missing"),
         (["preference", "a", "-o", "x"], "--prompts is missing"),
         (["preference", "a", "-o", "x", "--shard", "0/2"], "--prompts is missing"),
+        (["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--shard", "0/2"], "and a already holds them"),
+        (["preference", "a", "-n", "1", "-o", "prompts.txt", "--prompts", "prompts.txt", *SCORED], "with --out"),
         (
             ["preference", "a", "-o", "x", "--prompts", "prompts.txt", "--per-task", "2", *SCORED],
             "leave one of them out",

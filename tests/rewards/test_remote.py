@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -285,6 +286,23 @@ def test_parts_of_a_composite_run_in_parallel() -> None:
             Composite([Part(reward) for reward in rewards]).score(images(), prompts()), expected()
         )
         assert 0.4 <= time.monotonic() - start < 0.75  # one after the other they take 0.8 s
+
+
+def test_metadata_that_some_prompts_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server passes None for it, also in a request without a prompt that has it, as in the same process."""
+    testclient = pytest.importorskip("fastapi.testclient")
+
+    def weight(images: Tensor, prompts: Any, weight: Any = None) -> list[float]:
+        return [100.0] * len(prompts) if weight is None else [0.0 if one is None else one for one in weight]
+
+    web = testclient.TestClient(make_app({"bright": CallableReward(weight, "bright")}, None))
+    reward = client("http://127.0.0.1:1")
+    monkeypatch.setattr(reward, "_request", lambda path, body: web.post(path, json=body).json())
+    whole = replace(prompts(), meta=({"weight": 3, "style": object()}, {}, {}, {}, {}))
+    part = replace(whole, meta=({},) * 5, columns=frozenset(("weight",)))
+    for batch, scores in ((whole, [3, 0, 0, 0, 0]), (part, [0] * 5)):
+        assert reward.score(images(), batch).tolist() == scores
+        assert CallableReward(weight).score(images(), batch).tolist() == scores
 
 
 def test_an_error_cancels_pending_requests() -> None:

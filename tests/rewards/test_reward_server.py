@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import socket
 from typing import Any
 
 import pytest
@@ -137,3 +138,22 @@ def test_public_address_needs_a_long_token() -> None:
         serve(["math:sqrt"], "0.0.0.0", 0, "cpu", None, Limits(), print)
     with pytest.raises(ValueError, match="at least 16"):
         serve(["math:sqrt"], "0.0.0.0", 0, "cpu", "short", Limits(), print)
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1, port {port}: .*choose others with --host"):
+            serve(["test_reward_server:scored_brightness"], "127.0.0.1", port, "cpu", None, Limits(), print)
+
+
+def test_a_free_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    uvicorn, said = pytest.importorskip("uvicorn"), []
+    ports: list[int] = []
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda self, sockets: ports.extend(one.getsockname()[1] for one in sockets)
+    )
+    serve(["test_reward_server:scored_brightness"], "127.0.0.1", 0, "cpu", None, Limits(), said.append)
+    assert ports[0] > 0 and said == [
+        f"http://127.0.0.1:{ports[0]} serves test_reward_server:scored_brightness without a token"
+    ]

@@ -22,9 +22,10 @@ from PIL import Image
 from study_world import ADMIN, MODELS, write_images, write_study
 
 from gdmd.config.study import StudyConfig
+from gdmd.io import address_of, is_loopback, listen
 from gdmd.study.prepare import prepare
 from gdmd.study.records import IMAGES, LINKS, VOTES, token_hash
-from gdmd.study.serve import MAX_BODY, address_of, create_app, is_loopback, listen, served_links
+from gdmd.study.serve import MAX_BODY, create_app, served_links
 from gdmd.study.store import AlreadyVoted, Store
 
 

@@ -13,7 +13,7 @@ from gdmd.sweep.goals import LAB_STUDENT, LAB_TEACHER, Captions, goals
 
 PER_TASK, IMAGES = 4, 2
 COUNT = 6 * PER_TASK * IMAGES
-CAPTIONS = Captions(PER_TASK, replicates=200)
+CAPTIONS = Captions(PER_TASK, IMAGES, replicates=200)
 
 
 def line(row: str, right: int, seed: int = 0, *, steps: int = 4, guided: bool = False) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def test_a_share_of_nothing_is_not_met() -> None:
 
 def test_weights_are_those_of_the_mean_of_task_means() -> None:
     """And repeated captions, of which a task with few captions has some, are drawn together."""
-    captions = Captions(per_task=12, replicates=50)
+    captions = Captions(per_task=12, images=1, replicates=50)
     rows = fixed_rows("eval", 12)
     tasks = catalog().task[rows].numpy()
     assert np.allclose(captions.mean, 1 / 72)
@@ -89,6 +89,8 @@ def test_weights_are_those_of_the_mean_of_task_means() -> None:
     assert all(np.ptp(captions.drawn[:, own], 1).max() == 0 for own in same)
 
 
-def test_lines_of_another_evaluation_are_refused() -> None:
-    with pytest.raises(ValueError, match="not a multiple of the 24 captions"):
-        CAPTIONS.of({"correct": "1" * 25})
+@pytest.mark.parametrize("count", [25, COUNT // 2, 2 * COUNT])
+def test_lines_of_another_evaluation_are_refused(count: int) -> None:
+    """Also of twice as many captions, whose images would count for other captions."""
+    with pytest.raises(ValueError, match=f"seed 0, has {count} images, but .* 24 captions with 2 images each"):
+        CAPTIONS.of(line("gdmd_lora", 5) | {"correct": "1" * count})
