@@ -102,7 +102,7 @@ def changes(estimate: TrainingPlan) -> Iterator[Change]:
         yield Change("loop.micro_batch=1", "smaller calls, slower on a large GPU")
     if real is not None and training:
         yield from _slower(estimate, real, worst)
-    if training and loop.optimizer == "adamw":
+    if training and loop.optimizer == "adamw" and loop.sharding == "none":  # 8-bit state cannot be sharded
         yield Change("loop.optimizer=adamw8bit", f"8-bit moments of the optimizer; {install('8bit')}")
     if real is not None and training:
         yield from _less_exact(estimate, real, worst)
