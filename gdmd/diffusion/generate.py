@@ -103,7 +103,7 @@ def teacher_sampler(components: Components, ode_steps: int, guidance: float, nam
 def images_of(sampler: Sampler, components: Components, texts: Sequence[str], seed: int, batch: int = BATCH) -> Tensor:
     """Image i of [N, 3, S, S] shows texts[i], from noise (seed, i); no timing."""
     parts = [sampler.latents(own, rng) for own, rng in _batches(texts, seed, batch, _device(components))]
-    return torch.cat([_decode(components, part) for part in parts]).cpu()
+    return torch.cat([_decode(components, part).cpu() for part in parts])  # one batch at a time on the device
 
 
 @torch.no_grad()

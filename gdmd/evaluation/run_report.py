@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import math
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,7 +162,7 @@ def report_run(folder: Path) -> Path:
         f"gdmd run: {cfg.name}",
         read_rows(folder) if shapes else {},
         same_noise=read_same_noise(folder / "grids" / "comparison.png") if shapes else None,
-        grids=_stored_grids(folder),
+        grids=_stored_grids(folder, averaged=cfg.loop.ema > 0),
         metrics={cfg.name: metrics},
         configs={cfg.name: cfg},
         trained=describe.trained_rewards(cfg),
@@ -177,7 +178,7 @@ def report_run(folder: Path) -> Path:
 def _provenance(run: Run) -> Provenance:
     found = read_facts(run.path)
     return Provenance(
-        command=" ".join(str(word) for word in found.get("command", ())),
+        command=shlex.join(str(word) for word in found.get("command", ())),
         commit=found.get("commit"),
         seed=run.config.get("loop", {}).get("seed"),
         versions=found.get("versions", {}),
@@ -248,11 +249,12 @@ def _answer(results: Sequence[Result]) -> Verdict:
     )
 
 
-def _stored_grids(folder: Path) -> dict[str, bytes]:
-    """The first and the last validation images of the training."""
+def _stored_grids(folder: Path, *, averaged: bool) -> dict[str, bytes]:
+    """The first and the last validation images of the training; ``averaged``: drawn with the EMA weights."""
     numbered = {int(path.stem[5:]): path for path in (folder / "grids").glob("step_*.png") if path.stem[5:].isdigit()}
     shown = sorted({min(numbered), max(numbered)}) if numbered else []
-    return {f"Student (EMA) after {step:,} iterations, and the teacher": _whole(numbered[step]) for step in shown}
+    student = "Student (EMA)" if averaged else "Student"
+    return {f"{student} after {step:,} iterations, and the teacher": _whole(numbered[step]) for step in shown}
 
 
 def _whole(path: Path) -> bytes:

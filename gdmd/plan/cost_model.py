@@ -147,6 +147,7 @@ class ProcessCost:
     micro: int = 0  # samples per micro-batch; 0 = all
     visiting: int = 0  # bytes of offloaded weights of decoder and rewards, which are copied here to score
     mixture: int = 0  # bytes of a network that exists only while it gives a score
+    validation: tuple[int, int] = (0, 0)  # bytes of decoding a chunk of its images, and of the largest offloaded scorer
 
     def peaks(self, batch: int) -> dict[str, float]:
         """Peak activation bytes of every phase at this many samples per process."""
@@ -155,6 +156,9 @@ class ProcessCost:
         if self.decoding or self.decoding_with_grad:
             decoding = max(self.decoding, self.graph + self.decoding_with_grad * min(self.micro or batch, batch))
             phases["decoding and rewards"] = decoding + batch * self.scoring + self.visiting
+        if any(self.validation):
+            decoding, scorer = self.validation
+            phases["validation images"] = max(decoding, scorer + self.scoring * min(self.micro or batch, batch))
         if self.transfers.encoders:
             phases["embedding the prompts"] = float(self.transfers.encoders)
         return phases

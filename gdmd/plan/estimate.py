@@ -197,6 +197,7 @@ def _process_cost(
         micro=cfg.loop.micro_batch,
         visiting=transfers.decoder + visiting,
         mixture=_mixture(cfg, nets),
+        validation=(_validation(cfg, nets, costs), max(away, default=0)),
         per_sample=_per_sample(cfg, nets, text, scored=counted.decoded > 0),
         scoring=REWARD_ROW if rewards and isinstance(cfg.model, DiffusersModel) else 0,
         flop=_flop(counted, costs, sum(r.flop for r in rewards)),
@@ -371,6 +372,19 @@ def _mixture(cfg: RunConfig, nets: Networks) -> int:
     method = cfg.method
     mixed = isinstance(method, DMDRConfig) and method.overlap > 0 and method.anneal > 0 and "fake" in _copied(cfg)
     return 4 * _numbers(nets.base) if mixed else 0
+
+
+def _validation(cfg: RunConfig, nets: Networks, costs: Costs) -> int:
+    """Bytes of decoding a chunk of validation images, or of the samples that check a scoring decoder; 0 without both.
+
+    Both use the model's own decoder, also in a run whose rewards see no images or those of a tiny decoder.
+    """
+    if not isinstance(cfg.model, DiffusersModel):
+        return 0  # the decoder of the Shapes world is small
+    checked = cfg.model.scoring_decoder is not None and cfg.model.scoring_check > 0 and cfg.method.rewarded
+    if not cfg.validation.every and not checked:
+        return 0
+    return costs.own_decode.bytes + (_bytes(nets.codec.vae.decoder.parameters()) if _offload(cfg) != "none" else 0)
 
 
 def _flop(counted: CallCounts, costs: Costs, rewards: int) -> dict[str, float]:

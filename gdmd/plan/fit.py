@@ -102,7 +102,7 @@ def changes(estimate: TrainingPlan) -> Iterator[Change]:
         yield Change("loop.micro_batch=1", "smaller calls, slower on a large GPU")
     if real is not None and training:
         yield from _slower(estimate, real, worst)
-    if training and loop.optimizer == "adamw":
+    if training and loop.optimizer == "adamw" and loop.sharding == "none":  # 8-bit state cannot be sharded
         yield Change("loop.optimizer=adamw8bit", f"8-bit moments of the optimizer; {install('8bit')}")
     if real is not None and training:
         yield from _less_exact(estimate, real, worst)
@@ -120,7 +120,7 @@ def _slower(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterat
         for rows in (2, 1):
             if not 0 < model.forward_chunk <= rows:
                 yield Change(f"model.forward_chunk={rows}", "smaller calls, slower on a large GPU")
-    if worst.startswith("decoding") and model.decode_chunk > 1:
+    if worst.startswith(("decoding", "validation")) and model.decode_chunk > 1:
         yield Change("model.decode_chunk=1", "one image per call of the VAE")
     holds_graph = worst.startswith("update") or (worst.startswith("decoding") and estimate.cost.graph > 0)
     if holds_graph and not model.checkpointing:
@@ -139,11 +139,10 @@ def _less_exact(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> It
     rounded = [f"rewards.{index}.dtype=bf16" for index, spec in _neural(estimate.cfg) if spec.dtype == "fp32"]
     if rounded:
         yield Change(" ".join(rounded), "scores are rounded")
-    if not worst.startswith("decoding") or model.scoring_decoder is not None:
-        return
-    if not model.decode_tiled:
-        yield Change("model.decode_tiled=true", "faint seams in the images that rewards see")
-    if model.family in TINY_DECODERS:
+    rewarded = worst.startswith("decoding") and model.scoring_decoder is None
+    if (rewarded or worst.startswith("validation")) and not model.decode_tiled:
+        yield Change("model.decode_tiled=true", "faint seams in decoded images")
+    if rewarded and model.family in TINY_DECODERS:
         price = "rewards see the images of a tiny decoder; the run reports the difference"
         yield Change(f"model.scoring_decoder=madebyollin/{TINY_DECODERS[model.family]}", price)
 

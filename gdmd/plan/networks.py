@@ -105,7 +105,8 @@ class Costs:
     micro: int
     with_checkpointing: int | None  # bytes of an update of the heavier role with activation checkpointing
     without: int
-    decode: Measured  # of ``chunk`` images
+    decode: Measured  # of ``chunk`` images, by the decoder for rewards
+    own_decode: Measured  # the same by the model's own decoder
     chunk: int
     decode_with_grad: Measured | None  # of a micro-batch
     feature_cost: float = 1.0  # forward passes of a call for features
@@ -133,7 +134,9 @@ def costs_of(
         update: dict[Role, Measured] = {"student": _update(nets, "student", texts[micro], micro)}
         alike = nets.roles.critic is None and (model is None or model.full in ("none", "both"))
         update["fake"] = update["student"] if alike else _update(nets, "fake", texts[micro], micro)
-        decode = measure(lambda: _decode(nets, chunk), nets.held())
+        decode = measure(lambda: _decode(nets, nets.scoring, chunk), nets.held())
+        shared = nets.scoring is nets.codec
+        own_decode = decode if shared else measure(lambda: _decode(nets, nets.codec, chunk), nets.held())
         backward = lambda: _decode_with_grad(nets, micro, kept=kept)  # noqa: E731
         with_grad = measure(backward, nets.held()) if reward_gradient else None
         graph = _update(nets, "student", texts[micro], micro, backward=False).kept if in_update else 0
@@ -145,7 +148,7 @@ def costs_of(
     memory = (chosen, largest if rest is None else rest)
     features = 1.0 if model is None else nets.roles.family.feature_cost
     call = (calls[1].bytes - per_row, per_row)
-    return Costs(flop, call, update, micro, *memory, decode, chunk, with_grad, features, graph)
+    return Costs(flop, call, update, micro, *memory, decode, own_decode, chunk, with_grad, features, graph)
 
 
 def _latents(nets: Networks, count: int) -> Tensor:
@@ -200,8 +203,8 @@ def _other(nets: Networks, role: Role, on: bool, text: Cond) -> int:
 
 
 @torch.no_grad()
-def _decode(nets: Networks, count: int) -> None:
-    nets.scoring.decode(_latents(nets, count))
+def _decode(nets: Networks, codec: Any, count: int) -> None:
+    codec.decode(_latents(nets, count))
 
 
 def _decode_with_grad(nets: Networks, count: int, *, kept: bool) -> None:

@@ -5,6 +5,7 @@ The start is the shipped DMD student (the first stage of two), or with loop.star
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
@@ -163,7 +164,7 @@ def _report(
         configs={"DMD": control(cfg), "GDMD": cfg},
         trained=trained_rewards(cfg),
         provenance=Provenance(
-            command=" ".join(facts["command"]),
+            command=shlex.join(facts["command"]),
             commit=facts["commit"],
             seed=cfg.loop.seed,
             versions=facts["versions"],

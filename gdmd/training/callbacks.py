@@ -30,7 +30,11 @@ class TrainerState:
 
 
 class TrainerCallback:
-    """The events of a training run, as methods that do nothing: override those that you need."""
+    """The events of a training run, as methods that do nothing: override those that you need.
+
+    An exception in one ends the run with an error: a single process saves a checkpoint of this iteration first, several
+    ranks end at once.
+    """
 
     def on_train_begin(self, state: TrainerState) -> None:
         """Before the first iteration of a new or resumed run; ``state.step`` is 0 or the step it resumes from."""

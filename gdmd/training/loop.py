@@ -182,11 +182,12 @@ class _Trainer:
         self.rewards = RewardMonitor(cfg.batch_size, cfg.steps, hooks.reason)
         self._images, self._clock = 0, time.perf_counter()
         self._warned_of_student = False
+        self.failure: CallbackError | None = None
 
     def train(self, start: int, signals: list[int]) -> TrainEnd:
         """The iterations after ``start``; ``signals`` receives those of this rank."""
         cfg, signal, step = self.cfg, 0, start
-        self.state.step = start
+        self.state.step = self.start = start
         self.context.on_main(self.start_trackers)
         self.call("on_train_begin")
         if start == 0:
@@ -207,9 +208,10 @@ class _Trainer:
             last = last or self.should_stop()
             if last or step % cfg.checkpoint_every == 0:
                 self.save(step)
-            if last:
+            if last or self.failure:  # also in ``on_save``
                 break
         newest = self.finish_saving(step)
+        self.raise_failure()
         self.require_rewards(step, ended=True)
         self.call("on_train_end")
         return TrainEnd(step, newest, signal or None, stopped=not signal and step < cfg.steps)
@@ -332,14 +334,28 @@ class _Trainer:
             tracker.start(self.state)
 
     def call(self, event: str, *arguments: Any) -> None:
-        """An event of ``TrainerCallback``: to the trackers and the user's callbacks."""
+        """An event of ``TrainerCallback``: to the trackers and the user's callbacks.
+
+        An error in a callback loses no iteration: a single process first ends the current one, with a checkpoint. Other
+        ranks may wait for the callback, so several ranks end at once.
+        """
         for tracker in self.trackers:
             getattr(tracker, event)(self.state, *arguments)
+        if self.failure:
+            return
         try:
             for callback in self.hooks.callbacks:
                 call(callback, event, self.state, *arguments)
         except CallbackError as error:
-            raise ValueError(f"step {self.state.step}: {error}. {self._cure()}") from error
+            self.failure = error
+            self.state.should_stop = True
+            if self.context.size > 1 or self.state.step == self.start or event == "on_train_end":
+                self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """ValueError if a callback failed."""
+        if self.failure:
+            raise ValueError(f"step {self.state.step}: {self.failure}. {self._cure()}") from self.failure
 
     def close(self) -> None:
         """End the trackers' runs if the training failed."""

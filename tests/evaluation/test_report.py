@@ -318,11 +318,11 @@ def test_every_method_has_one_color() -> None:
     assert len(set(found)) == 5
 
 
-def real_run(folder: Path) -> Run:
+def real_run(folder: Path, **loop_changes: float) -> Run:
     model = {"kind": "diffusers", "path": "org/model", "height": 48, "width": 80, "lora_rank": 8}
-    loop = {"steps": 20, "batch_size": 2, "seed": 3}
+    loop = {"steps": 20, "batch_size": 2, "seed": 3} | loop_changes
     config = {"name": "mine", "model": model, "method": {"kind": "dmd"}, "loop": loop, "prompts": {"file": "p.txt"}}
-    run = create(folder, config, ["gdmd", "train", "mine"])
+    run = create(folder, config, ["gdmd", "train", "mine", "prompts.file=my prompts.txt"])
     for line in metrics():
         run.log(int(line["step"]), line)
     return run
@@ -341,6 +341,15 @@ def test_real_run_has_no_shapes_rows(tmp_path: Path) -> None:
         "Student (EMA) after 10 iterations, and the teacher",
         "Student (EMA) after 1,000,000 iterations, and the teacher",
     ]
+
+
+def test_command_and_captions_are_those_of_the_run(tmp_path: Path) -> None:
+    """The command can be pasted into a shell, and the images of a run without EMA are not said to be of EMA weights."""
+    run = real_run(tmp_path / "run", ema=0.0)
+    (run.path / "grids" / "step_000010.png").write_bytes(png())
+    page = Page(report_run(run.path).read_text())
+    assert "gdmd train mine 'prompts.file=my prompts.txt'" in page.text
+    assert [a["alt"] for tag, a in page.tags if tag == "img"] == ["Student after 10 iterations, and the teacher"]
 
 
 def test_stored_scores_are_shown_with_their_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -117,6 +117,16 @@ def test_every_change_can_be_read(folders: Path) -> None:
     assert "rewards.1.offload=true" in found and "rewards.1.dtype=bf16" in found
 
 
+def test_every_change_of_a_sharded_recipe_can_be_read(folders: Path) -> None:
+    """Full copies, whose 8-bit optimizer state cannot be sharded."""
+    given = recipe(folders, "sd3", full="both").model_dump(mode="json")
+    given["loop"]["sharding"] = "full"
+    found = list(search.changes(plan(load_config(RunConfig, given), gpu_of("12"), 0.4)))
+    for change in found:
+        load_config(RunConfig, given, change.settings.split())
+    assert found
+
+
 def test_fit_command(capsys: pytest.CaptureFixture[str]) -> None:
     """Less memory than the reserve: nothing helps, and the exit code is 1."""
     arguments = ["plan", "shapes_smoke", "loop.batch_size=4", "--gpu", "0.5", "--fit"]

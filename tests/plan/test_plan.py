@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
+from diffusers import AutoencoderTiny
 from tiny_rewards import prompt_batch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,6 +27,7 @@ from gdmd.config.methods.gdmd import GDMDConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
+from gdmd.config.validation import ValidationConfig
 from gdmd.diffusion.rng import SampleRng
 from gdmd.methods.dmd import Dmd
 from gdmd.methods.dmd_refl import DmdRefl, RewardedBatch
@@ -216,6 +218,29 @@ def test_reward_inside_the_students_update(folders: Path, checkpointing: bool) -
     peaks = planned(cfg).cost.peaks(batch)
     assert peaks["decoding and rewards"] - batch * planned(cfg).cost.scoring == pytest.approx(peak_of(update), rel=0.15)
     assert 0 < planned(cfg).cost.graph < planned(cfg).cost.update
+
+
+def test_validation_decodes_with_the_models_own_decoder(folders: Path) -> None:
+    """Also in a run without rewards, and in one whose rewards see the images of a tiny decoder."""
+    phase, cfg = "validation images", recipe(folders, "sd3")
+    rewarded = planned(recipe(folders, "sd3", GDMDConfig(group_size=2)))
+    assert planned(cfg).cost.peaks(2)[phase] == rewarded.cost.decoding > 0 == planned(cfg).cost.decoding
+    unseen = cfg.model_copy(update={"validation": ValidationConfig(every=0)})
+    assert phase not in planned(unseen).cost.peaks(2)
+
+    blocks = dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), (1, 1))
+    blocks |= dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (4, 4))
+    AutoencoderTiny(latent_channels=4, **blocks).save_pretrained(folders / "taesd")
+    tiny_decoder = {"scoring_decoder": str(folders / "taesd")}
+    rough = recipe(folders, "sd3", GDMDConfig(group_size=2), **tiny_decoder)
+    assert planned(rough).cost.peaks(2)[phase] == planned(cfg).cost.peaks(2)[phase] > planned(rough).cost.decoding > 0
+    checked = rough.model_copy(update={"validation": ValidationConfig(every=0)})
+    assert planned(checked).cost.peaks(2)[phase] == planned(cfg).cost.peaks(2)[phase]
+
+    away = ValidationConfig(scorers=({"kind": "clip", "offload": True},))
+    scored = planned(cfg.model_copy(update={"validation": away})).cost
+    assert scored.static["rewards"] == 0
+    assert scored.peaks(2)[phase] == 4 * CLIP_L.weights + 2 * scored.scoring > planned(cfg).cost.peaks(2)[phase]
 
 
 def test_adamw8bit_state_is_counted(folders: Path) -> None:

@@ -110,8 +110,44 @@ def test_an_exception_in_a_callback_names_the_users_line_and_the_checkpoint(tmp_
     message = str(caught.value)
     assert message.startswith("step 4: callback Broken.on_log failed at ")
     assert "test_callbacks.py" in message and "`print(logs[\"reward/none\"])`: KeyError: 'reward/none'. " in message
-    assert "step_000003" in message and f"continue with: gdmd train --resume {tmp_path / 'run'} (" in message
+    assert "step_000004" in message and f"continue with: gdmd train --resume {tmp_path / 'run'} (" in message
     assert train(tmp_path / "run", steps=8).step == 8
+
+
+class FailsAt(TrainerCallback):
+    """Raises in the given event of a step, once."""
+
+    def __init__(self, step: int, event: str) -> None:
+        def fail(state: TrainerState, *_: Any) -> None:
+            if state.step == step:
+                raise RuntimeError("broken")
+
+        setattr(self, event, fail)
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_images", "on_save", "on_train_end"])
+@pytest.mark.parametrize("in_background", [False, True])
+def test_an_exception_in_a_callback_loses_no_step(tmp_path: Path, event: str, in_background: bool) -> None:
+    """The failed step has its row and its checkpoint, and the resumed run equals the uninterrupted one."""
+    at = {"on_save": 6, "on_train_end": 8}.get(event, 4)
+    options: dict[str, Any] = {"steps": 8, "checkpoint_async": in_background, "validate_every": 4}
+    seen = Recorder()
+    with pytest.raises(ValueError, match=f"step [4-8]: callback FailsAt.{event} failed .*RuntimeError: broken"):
+        train(tmp_path / "run", seen, FailsAt(at, event), **options)
+    assert ("end", at) not in seen.events or event == "on_train_end"
+    saved = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-1]
+    assert int(saved.name[5:]) >= at
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(2, at + 1, 2))
+    train(tmp_path / "run", **options)
+    train(tmp_path / "whole", **options)
+    resumed, whole = student_weights(tmp_path / "run"), student_weights(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_an_exception_before_the_first_step_ends_the_run_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="step 0: callback FailsAt.on_train_begin failed .*no checkpoint yet"):
+        train(tmp_path / "run", FailsAt(0, "on_train_begin"))
+    assert not read_metrics(tmp_path / "run")
 
 
 class Exits(TrainerCallback):
