@@ -369,10 +369,9 @@ def test_callbacks_are_a_list_of_objects(tmp_path: Path, given: Any) -> None:
         DistillationTrainer("shapes", None, red, CAPTIONS, tiny(tmp_path / "run"), callbacks=given)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "CPU", ""])
-def test_a_device_that_does_not_exist_is_reported_with_the_other_mistakes(tmp_path: Path, device: str) -> None:
-    args = tiny(tmp_path / "run", device=device, overrides={"loop.best_metric": "reward/tagret"})
-    with pytest.raises(ValueError, match=rf"device '?{device}.*give cpu|device {device}.*CUDA GPUs") as error:
+def test_a_gpu_that_does_not_exist_is_reported_with_the_other_mistakes(tmp_path: Path) -> None:
+    args = tiny(tmp_path / "run", device="cuda:99", overrides={"loop.best_metric": "reward/tagret"})
+    with pytest.raises(ValueError, match="device cuda:99.*CUDA GPUs") as error:
         DistillationTrainer("shapes", None, red, CAPTIONS, args).train()
     assert "loop.best_metric" in str(error.value) and not (tmp_path / "run").exists()
 

@@ -115,11 +115,11 @@ def test_an_exception_in_a_callback_names_the_users_line_and_the_checkpoint(tmp_
 
 
 class FailsAt(TrainerCallback):
-    """Raises in the given event of a step, once."""
+    """Raises in the first event of this name at a step or after it: a save in the background ends some steps later."""
 
     def __init__(self, step: int, event: str) -> None:
         def fail(state: TrainerState, *_: Any) -> None:
-            if state.step == step:
+            if state.step >= step:
                 raise RuntimeError("broken")
 
         setattr(self, event, fail)
@@ -137,7 +137,7 @@ def test_an_exception_in_a_callback_loses_no_step(tmp_path: Path, event: str, in
     assert ("end", at) not in seen.events or event == "on_train_end"
     saved = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-1]
     assert int(saved.name[5:]) >= at
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(2, at + 1, 2))
+    assert [row["step"] for row in read_metrics(tmp_path / "run")][: at // 2] == list(range(2, at + 1, 2))
     train(tmp_path / "run", **options)
     train(tmp_path / "whole", **options)
     resumed, whole = student_weights(tmp_path / "run"), student_weights(tmp_path / "whole")
