@@ -211,7 +211,7 @@ def prepare(
         check_equal_calls(cfg, cfg.loop.batch_size // context.size, row_by_row=family.row_by_row)
     if cfg.method.rewarded or cfg.held_out:
         with phase("trying the rewards on two images", console):
-            context.on_main(lambda: _try_rewards(cfg, components, validated[:1], meta[:1]))
+            context.on_main(lambda: _try_rewards(cfg, components, validated[:1], meta))
     compile_networks(cfg, components)  # in the first iteration
     texts = [*validated, *(text for group in components.stream.groups for text in group)]
     teacher = components.stream.teacher_prompts
@@ -272,7 +272,7 @@ def check_equal_calls(cfg: RunConfig, samples: int, *, row_by_row: bool = False)
 def _try_rewards(
     cfg: RunConfig, components: Components, validated: Sequence[str], validated_meta: Sequence[Mapping[str, Any]]
 ) -> None:
-    """The rewards on a training prompt, the held-out scorers on a validation prompt."""
+    """The rewards on a training prompt, the held-out scorers on a validation prompt; ``validated_meta``: of all of these."""
     device = next(iter(components.roles.parameters("student").values())).device
     if isinstance(cfg.model, DiffusersModel):
         sizes = [(model.height, model.width) for model in cfg.model.each_size]
@@ -280,12 +280,14 @@ def _try_rewards(
         height, width = components.codec.decode(torch.zeros(1, *components.latent_shape, device=device)).shape[2:]
         sizes = [(height, width)]
     meta = components.stream.meta[0][0] if components.stream.meta else None
+    validated_columns = frozenset(name for row in validated_meta for name in row)
     for size in sizes:
         if cfg.method.rewarded:
             first, columns = components.stream.groups[0][0], components.stream.columns
             try_rewards(components.rewards, size, first, meta, str(device), columns)
         for text in validated:
-            try_rewards(components.scorers, size, text, next(iter(validated_meta), None), str(device))
+            row = next(iter(validated_meta), None)
+            try_rewards(components.scorers, size, text, row, str(device), validated_columns)
 
 
 def encode(encoder: CachedText, texts: Sequence[str], console: Console = QUIET) -> None:

@@ -61,8 +61,10 @@ def test_evaluation(gdmd: Gdmd, limit: int | None) -> None:
 
 
 def test_validation(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image is a batch; the first prompt, on which the scorers are tried, lacks the column."""
     monkeypatch.setattr("gdmd.evaluation.validation.image_batch", lambda cfg: 1)
     write_prompts(list(grid_captions()[:3]), 1)
+    Path("p.jsonl").write_text("".join(reversed(Path("p.jsonl").read_text().splitlines(keepends=True))))
     scorers = ", ".join(f"{{kind: callable, target: '{name}'}}" for name in SCORERS)
     gdmd.trained(
         "validation.every=2", "validation.prompts=p.jsonl", "validation.images=1", f"validation.scorers=[{scorers}]"
