@@ -36,8 +36,11 @@ def pick_device(asked: str | None = None) -> str:
         raise ValueError(f"device {asked}: torch {torch.__version__} finds no Apple GPU; name another, or leave it out")
     try:
         torch.empty(0, device=asked)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {asked!r} cannot be used; give cpu, cuda, cuda:N or mps, or leave it out") from error
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a kind of device
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"device {asked!r} cannot be used ({reason}); give cpu, cuda, cuda:N or mps, or leave it out"
+        ) from error
     return asked
 
 

@@ -63,8 +63,8 @@ def heads_of(roles: Any) -> list[nn.Module]:
 
 def _diffusers(cfg: RunConfig, model: DiffusersModel) -> Networks:
     from gdmd.models.distilled import check_guidance
-    from gdmd.models.loading import check_tiny, require_tiny
     from gdmd.models.roles import DiffusersRoles
+    from gdmd.models.scoring_decoder import check_tiny, require_tiny
     from gdmd.plan.meta_pipeline import meta_decoder, meta_family
     from gdmd.plan.quantized_layers import quantize_layers
 

@@ -113,8 +113,9 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenO
     stores = {size: real_latents_of(cfg, model.at_size(*size)) for size in model.sizes}
     groups, meta = _checked_prompts(cfg, real, [store for store in stores.values() if store is not None], given)
     from gdmd.models.distilled import check_guidance
-    from gdmd.models.loading import LazyTextEncoder, adopt, encoder_identity, open_family, scoring_codec
+    from gdmd.models.loading import LazyTextEncoder, adopt, encoder_identity, open_family
     from gdmd.models.roles import DiffusersRoles
+    from gdmd.models.scoring_decoder import scoring_codec
     from gdmd.models.student_start import compare_samplers, open_start
 
     if given.pipeline is not None:

@@ -28,9 +28,10 @@ from gdmd.config.image_source import read_source
 from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.models import loading
-from gdmd.models.loading import adopt, open_family, scoring_codec
+from gdmd.models.loading import adopt, open_family
 from gdmd.models.lora_files import lora_factors
 from gdmd.models.roles import DiffusersRoles
+from gdmd.models.scoring_decoder import scoring_codec
 from gdmd.plan.meta_pipeline import meta_family
 from gdmd.plan.networks import networks_of
 from gdmd.sources.open import open_source
@@ -399,6 +400,7 @@ def test_loading_is_pinned(copied: Callable[[str], Path], monkeypatch: pytest.Mo
     family = open_family(tiny.config(folder, scoring_decoder="org/taesd", scoring_decoder_revision="c0ffee"))
     monkeypatch.setattr(loading, "_hub_index", lambda *_: folder / loading.INDEX)
     monkeypatch.setattr(loading, "unreachable", lambda *_: "")
+    monkeypatch.setattr("gdmd.models.scoring_decoder.unreachable", lambda *_: "")
     for kind in (diffusers.StableDiffusionPipeline, diffusers.AutoencoderTiny):
         monkeypatch.setattr(kind, "from_pretrained", fail)
     for path in ("org/sd15", str(folder)):

@@ -25,10 +25,11 @@ from gdmd.diffusion.schedule import VpSchedule
 from gdmd.export.pipeline import call_arguments, student_scheduler
 from gdmd.methods.base import FakeBatch
 from gdmd.models.families.base import Family
-from gdmd.models.loading import check_tiny, open_family
+from gdmd.models.loading import open_family
 from gdmd.models.packing import pack, unpack
 from gdmd.models.roles import DiffusersRoles
 from gdmd.models.schedulers import read_flow, read_vp
+from gdmd.models.scoring_decoder import check_tiny
 from gdmd.plan.meta_pipeline import meta_family
 from gdmd.plan.networks import networks_of
 from gdmd.recipes.build import build
