@@ -38,7 +38,7 @@ from gdmd.types import StudentSampler
 
 
 @pytest.mark.parametrize("sampler", ["renoise", "ode"])
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2", "z_image", "sana", "krea2", "qwen_image21"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "flux2", "z_image", "sana", "krea2", "qwen_image21"])
 def test_stock_pipeline_with_the_lora(
     folders: Path, tmp_path: Path, name: str, sampler: StudentSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,11 +242,11 @@ def test_lora_targets_choose_the_layers(folders: Path) -> None:
 
 @pytest.mark.parametrize("name", tiny.BUILD)
 def test_default_lora_targets(folders: Path, name: str) -> None:
-    """All layers of the blocks but modulation, and what cannot take an adapter or would share a name with another layer."""
+    """All layers of the blocks but modulation and what cannot take an adapter."""
     roles = roles_of(folders, name)
     adapted = {key.rpartition(".lora_")[0] for key in roles.parameters("student")}
     blocks = re.compile(r"(down_blocks|mid_block|up_blocks|(single_)?transformer_blocks|layers)\.")
-    spared = re.compile(r"norm\d?(_context)?\.linear|(img|txt)_mod|adaLN|conv_depth|single_.*proj_out")
+    spared = re.compile(r"norm\d?(_context)?\.linear|(img|txt)_mod|adaLN|conv_depth")
     layers = {
         key.removesuffix(".base_layer")
         for key, module in roles.backbone.net.named_modules()
@@ -261,6 +261,7 @@ def test_default_lora_targets(folders: Path, name: str) -> None:
         ("sdxl", ("to_q", "to_k", "to_v", "to_out.0")),
         ("sdxl", ("ff.net.0.proj", "conv1", "upsamplers.0.conv")),
         ("sd3", ("attn.to_q", "attn.to_add_out", "ff_context.net.2")),
+        ("flux", ("attn.to_q", "proj_mlp")),
     ],
 )
 def test_checkpoint_with_other_adapters(folders: Path, name: str, targets: tuple[str, ...]) -> None:

@@ -28,7 +28,7 @@ class Flux(FlowFamily):
     name = "flux"
     pipeline = "FluxPipeline"
     needs = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-    targets = (
+    targets: tuple[str, ...] = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
@@ -41,6 +41,9 @@ class Flux(FlowFamily):
         super().__init__(pipe, cfg)
         self.codec = VaeCodec(pipe.vae, cfg.decode_chunk, tiled=cfg.decode_tiled)
         self.encoder = FluxText(pipe, cfg)
+        singles = range(pipe.transformer.config.num_single_layers)
+        # "proj_out" alone would also name the network's last layer
+        self.targets = (*self.targets, *(f"single_transformer_blocks.{i}.proj_out" for i in singles))
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
