@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -21,7 +24,31 @@ if TYPE_CHECKING:
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 """Of typer, for the program and every group of commands."""
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout; messages go to stderr.")]
+_RESULTS: ContextVar[TextIO | None] = ContextVar("results", default=None)
+"""Where ``print_json`` writes; None = sys.stdout."""
+
+
+@contextmanager
+def _results_only() -> Iterator[None]:
+    """Send what libraries and the user's own code print to stderr; ``print_json`` still writes to stdout."""
+    token = _RESULTS.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _RESULTS.reset(token)
+
+
+def _json_given(context: typer.Context, json: bool) -> bool:
+    if json:
+        context.with_resource(_results_only())
+    return json
+
+
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object to stdout; messages go to stderr.", callback=_json_given),
+]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="The run folder; default: a new one in ./runs.")]
 Arguments = Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Recipe and overrides.")]
 Checkpoint = Annotated[
@@ -60,7 +87,7 @@ def log(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print one JSON object to stdout; NaN (not measured) becomes null, so that every parser can read it."""
-    print(json.dumps(finite_or_none(value), indent=2, allow_nan=False))
+    print(json.dumps(finite_or_none(value), indent=2, allow_nan=False), file=_RESULTS.get())
 
 
 def recipe_of(arguments: Sequence[str]) -> RunConfig:

@@ -117,6 +117,16 @@ def test_train_evaluates_and_reports(gdmd: Gdmd) -> None:
     assert [row["step"] for row in read_metrics(Path("run"))] == [0, 1, 2]
 
 
+def test_what_a_reward_prints_is_not_in_the_json(gdmd: Gdmd) -> None:
+    Path("mine.py").write_text(
+        "print('loading')\ndef red(images, prompts):\n    print('scoring')\n    return images[:, 0].mean((1, 2))\n"
+    )
+    reward = 'rewards=[{kind: callable, target: "mine.py:red"}]'
+    finished, plain = (gdmd.train(reward, "--run", run, *flag) for run, flag in (("a", ["--json"]), ("b", [])))
+    assert json.loads(finished.out)["run"] == "a", finished.out
+    assert "loading" in finished.err and "scoring" in finished.err and "scoring" in plain.out
+
+
 def test_second_run_gets_another_folder(gdmd: Gdmd) -> None:
     folders = {json.loads(gdmd.train("--json").out)["run"] for _ in range(2)}
     assert len(folders) == 2
