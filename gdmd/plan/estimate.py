@@ -231,12 +231,17 @@ def _reward_nets(cfg: RunConfig) -> tuple[list[_HeldReward], tuple[str, ...]]:
             if net is None:
                 unknown.append(one.label)
                 continue
-            here = isinstance(one, ShapesReward) or getattr(one, "device", None) in (None, "cuda", "cuda:0")
+            here = on_student_device(one)
             size = DTYPES[getattr(one, "dtype", "fp32")].itemsize
             offloaded = getattr(one, "offload", False)
             flop = net.flop * here * (spec in trained)
             found.append(_HeldReward(net.weights, net.weights * size * here, flop, offloaded))
     return found, tuple(unknown)
+
+
+def on_student_device(spec: RewardConfig) -> bool:
+    """Whether a reward's network shares the first GPU with the student."""
+    return isinstance(spec, ShapesReward) or getattr(spec, "device", None) in (None, "cuda", "cuda:0")
 
 
 def _shapes_reward(spec: RewardConfig) -> RewardNet:

@@ -11,9 +11,10 @@ from typing import Any
 
 from gdmd.config.extras import install
 from gdmd.config.model import DiffusersModel
+from gdmd.config.rewards import CompositeConfig
 from gdmd.config.run import RunConfig
 from gdmd.plan.cost_model import GIB, Gpu
-from gdmd.plan.estimate import TrainingPlan, plan
+from gdmd.plan.estimate import TrainingPlan, on_student_device, plan
 
 MARGIN = 0.05
 """Share of the GPU's memory that a plan leaves free: activations are estimates."""
@@ -125,7 +126,7 @@ def _slower(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterat
     holds_graph = worst.startswith("update") or (worst.startswith("decoding") and estimate.cost.graph > 0)
     if holds_graph and not model.checkpointing:
         yield Change("model.checkpointing=true", "a third more time: activations are computed again")
-    away = [f"rewards.{index}.offload=true" for index, spec in _neural(estimate.cfg) if not spec.offload]
+    away = [f"{path}.offload=true" for path, spec in _neural(estimate.cfg) if not spec.offload]
     if away:  # together: a single one still visits the GPU in the largest phase
         yield Change(" ".join(away), "the weights of the rewards are copied to the GPU for every call")
     if model.offload == "none":
@@ -136,7 +137,7 @@ def _slower(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterat
 
 def _less_exact(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterator[Change]:
     """Changes that move the rewards a little."""
-    rounded = [f"rewards.{index}.dtype=bf16" for index, spec in _neural(estimate.cfg) if spec.dtype == "fp32"]
+    rounded = [f"{path}.dtype=bf16" for path, spec in _neural(estimate.cfg) if spec.dtype == "fp32"]
     if rounded:
         yield Change(" ".join(rounded), "scores are rounded")
     rewarded = worst.startswith("decoding") and model.scoring_decoder is None
@@ -147,6 +148,11 @@ def _less_exact(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> It
         yield Change(f"model.scoring_decoder=madebyollin/{TINY_DECODERS[model.family]}", price)
 
 
-def _neural(cfg: RunConfig) -> list[tuple[int, Any]]:
-    """The rewards with a network on this GPU, with their index in the recipe."""
-    return [(i, spec) for i, spec in enumerate(cfg.rewards) if cfg.method.rewarded and hasattr(spec, "offload")]
+def _neural(cfg: RunConfig) -> Iterator[tuple[str, Any]]:
+    """The trained rewards with a network on the student's GPU, with their path in the recipe."""
+    for index, spec in enumerate(cfg.rewards if cfg.method.rewarded else ()):
+        parts = enumerate(spec.parts) if isinstance(spec, CompositeConfig) else ()
+        inside = [(f"rewards.{index}.parts.{place}.reward", part.reward) for place, part in parts]
+        for path, one in inside or [(f"rewards.{index}", spec)]:
+            if hasattr(one, "offload") and on_student_device(one):
+                yield path, one

@@ -105,8 +105,9 @@ def test_fit_takes_the_cheapest_changes(
 
 
 def test_every_change_can_be_read(folders: Path) -> None:
-    """Of a recipe for which all of them apply."""
-    rewards = [{"kind": "clip"}, {"kind": "pickscore"}]
+    """Of a recipe for which all of them apply; a reward on the CPU takes no memory of the GPU."""
+    parts = [{"reward": {"kind": "hps", "device": "cpu"}}, {"reward": {"kind": "pickscore"}}]
+    rewards = [{"kind": "clip"}, {"kind": "imagereward", "device": "cpu"}, {"kind": "composite", "parts": parts}]
     cfg = recipe(folders, "sd3", batch=8, checkpointing=False, family="sd3", decode_chunk=8)
     given = cfg.model_dump(mode="json") | {"rewards": rewards, "method": {"kind": "gdmd", "group_size": 2}}
     estimate = plan(load_config(RunConfig, given), gpu_of("12"), 0.4)
@@ -114,7 +115,9 @@ def test_every_change_can_be_read(folders: Path) -> None:
     for change in search.changes(estimate):
         load_config(RunConfig, given, change.settings.split())
     assert found[0] == "model.embeddings=embeddings" and found[-1] == "model.quantization=nf4"
-    assert "rewards.1.offload=true" in found and "rewards.1.dtype=bf16" in found
+    scorers = [setting.partition("=")[0] for setting in found if setting.startswith("rewards")]
+    wanted = ("rewards.0", "rewards.2.parts.1.reward")
+    assert scorers == [f"{path}.{field}" for field in ("offload", "dtype") for path in wanted]
 
 
 def test_every_change_of_a_sharded_recipe_can_be_read(folders: Path) -> None:
