@@ -9,7 +9,7 @@ import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ClassVar, Self
 
@@ -62,16 +62,20 @@ class Family(ABC):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent of cfg.height x cfg.width pixels. ValueError when the size does not fit."""
+        _raise(self._size_mistakes())
         factor = self.pixels_per_latent
-        unit = factor * max(self.patch, self.multiple)
+        return self.latent_channels, self.cfg.height // factor, self.cfg.width // factor
+
+    def _size_mistakes(self) -> Iterator[str]:
+        unit = self.pixels_per_latent * max(self.patch, self.multiple)
         for side, pixels in (("height", self.cfg.height), ("width", self.cfg.width)):
             if pixels % unit:
-                raise ValueError(
+                yield (
                     f"model.{side} = {pixels}: {self.name} works on multiples of {unit} pixels; use "
                     f"{max(unit, round(pixels / unit) * unit)}"
                 )
-        self.check_positions(self.net, factor * self.patch, self.cfg.height, self.cfg.width, "model.")
-        return self.latent_channels, self.cfg.height // factor, self.cfg.width // factor
+        token = self.pixels_per_latent * self.patch
+        yield from self._position_mistakes(self.net, token, self.cfg.height, self.cfg.width, "model.")
 
     def at_size(self, height: int, width: int) -> Self:
         """The same networks for images of height x width pixels: latents of another shape, times of another shift."""
@@ -80,13 +84,12 @@ class Family(ABC):
         return other
 
     def check_sizes(self) -> None:
-        """ValueError for an image size of cfg that does not fit."""
-        _ = self.latent_shape
-        for height, width in self.cfg.sizes:
-            try:
-                _ = self.at_size(height, width).latent_shape
-            except ValueError as error:
-                raise ValueError(f"model.sizes has {height} x {width}, and {error}") from error
+        """ValueError for image sizes of cfg that do not fit, a line each."""
+        wrong = list(self._size_mistakes())
+        for height, width in sorted(set(self.cfg.sizes) - {(self.cfg.height, self.cfg.width)}):
+            found = self.at_size(height, width)._size_mistakes()
+            wrong += [f"model.sizes has {height} x {width}, and {mistake}" for mistake in found]
+        _raise(wrong)
 
     def place(self, device: str, shared: Collection[str] = ()) -> None:
         """The networks on ``device``, or where cfg.offload says; components in ``shared`` are placed already."""
@@ -121,10 +124,16 @@ class Family(ABC):
 
         ``where``: prefix of height and width in the error. None is the network's native size.
         """
+        _raise(cls._position_mistakes(net, unit, height, width, where))
+
+    @classmethod
+    def _position_mistakes(
+        cls, net: Any, unit: int, height: int | None, width: int | None, where: str
+    ) -> Iterator[str]:
         most = cls.most_tokens(net) or (math.inf, math.inf)
         for side, pixels, limit in (("height", height, most[0]), ("width", width, most[1])):
             if pixels is not None and pixels > limit * unit:
-                raise ValueError(
+                yield (
                     f"{where}{side} = {pixels}: the network has positions for {limit * unit} pixels only; use a smaller "
                     "size"
                 )
@@ -209,6 +218,12 @@ class Family(ABC):
     @abstractmethod
     def teacher_times(self, steps: int) -> Tensor:
         """The times of the pipeline's own sampler, from 1 to 0. [steps + 1], fp32"""
+
+
+def _raise(mistakes: Iterable[str]) -> None:
+    """ValueError with a line for each mistake, if there is one."""
+    if found := "\n".join(mistakes):
+        raise ValueError(found)
 
 
 class PipelineText(ABC):
