@@ -22,8 +22,8 @@ Line = Mapping[str, Any]
 Statistic = Callable[[Any, Any], Any]
 """Of the scores of both sides; elementwise on the replicates."""
 
-OF_TEACHER = 0.90
-"""Share of the guided many-step teacher's ShapesEval that a LoRA should have in four steps."""
+OF_TEACHER, LONGER_OF_TEACHER = 0.90, 1.0
+"""Share of the guided many-step teacher's ShapesEval that a LoRA should have in four steps; the same after more updates."""
 OVER_FEW_STEPS, OVER_DMD = 0.10, 0.02
 """Gain over the teacher's guided sampler with as many steps, and over DMD."""
 LAB_STUDENT, LAB_TEACHER = 0.553, 0.590
@@ -111,14 +111,33 @@ def goals(lines: Sequence[Line], captions: Captions) -> list[Goal]:
         (f"GDMD full / teacher with {most} NFE", _share, full, teacher, lab),
         ("exported LoRA in diffusers - the same LoRA in gdmd", np.subtract, exported, student, None),
     ]
+    others = _rows(lines, "dmd", "lora")[1:]
+    for longer in _rows(lines, "gdmd", "lora")[1:]:
+        updates = _updates(longer)
+        control = next((row for row in others if _updates(row) == updates), {})
+        name = f"LoRA, {updates} updates"
+        wanted.append((f"GDMD {name} / teacher with {most} NFE", _share, longer, teacher, LONGER_OF_TEACHER))
+        wanted.append((f"GDMD {name} - DMD {name}", np.subtract, longer, control, OVER_DMD))
     found = [(text, captions.compare(how, a, b), target, how) for text, how, a, b, target in wanted]
     return [Goal(text, one, target, how is _share) for text, one, target, how in found if one]
 
 
-def _runs(lines: Sequence[Line], method: str, mode: str) -> dict[int, Line]:
-    """seed -> line, of the first row with this method and mode."""
-    own = [line for line in lines if (line["pipeline"]["method"], line["pipeline"]["mode"]) == (method, mode)]
-    return {line["seed"]: line for line in own if line["method"] == own[0]["method"]}
+def _rows(lines: Sequence[Line], method: str, mode: str) -> list[dict[int, Line]]:
+    """seed -> line, of each row with this method and mode."""
+    rows: dict[str, dict[int, Line]] = {}
+    for line in lines:
+        if (line["pipeline"]["method"], line["pipeline"]["mode"]) == (method, mode):
+            rows.setdefault(line["method"], {})[line["seed"]] = line
+    return list(rows.values())
+
+
+def _runs(lines: Sequence[Line], method: str, mode: str) -> Mapping[int, Line]:
+    """The first of ``_rows``; empty if there is none."""
+    return next(iter(_rows(lines, method, mode)), {})
+
+
+def _updates(row: Mapping[int, Line]) -> int:
+    return int(next(iter(row.values()))["student_updates"])
 
 
 def _share(a: Any, b: Any) -> Any:

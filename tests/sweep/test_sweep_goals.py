@@ -51,6 +51,22 @@ def test_each_goal_compares_its_rows() -> None:
     assert found["GDMD full / teacher with 56 NFE"].target == LAB_STUDENT / LAB_TEACHER
 
 
+def test_a_longer_training_should_reach_its_teacher() -> None:
+    """And is compared with DMD of the same length."""
+
+    def trained(row: str, right: int, updates: int) -> dict[str, Any]:
+        return line(row, right) | {"method": f"{row}_{updates}", "student_updates": updates}
+
+    students = [trained("gdmd_lora", 5, 250), trained("dmd_lora", 4, 250), trained("gdmd_lora", 7, 600)]
+    found = every_goal(line("teacher_teacher", 6, steps=28, guided=True), *students, trained("dmd_lora", 5, 600))
+    assert {text: (round(goal.found.value, 4), goal.met) for text, goal in found.items()} == {
+        "GDMD LoRA / teacher with 56 NFE": (round(5 / 6, 4), False),
+        "GDMD LoRA - DMD LoRA": (0.125, True),
+        "GDMD LoRA, 600 updates / teacher with 56 NFE": (round(7 / 6, 4), True),
+        "GDMD LoRA, 600 updates - DMD LoRA, 600 updates": (0.25, True),
+    }
+
+
 def test_only_common_seeds_are_compared() -> None:
     lines = [line("gdmd_lora", 8, 0), line("gdmd_lora", 4, 1), line("gdmd_lora", 6, 2)]
     lines += [line("dmd_lora", 2, 1), line("dmd_lora", 2, 2), line("dmd_lora", 8, 3)]
