@@ -226,6 +226,18 @@ def test_a_folder_whose_generation_was_interrupted_is_named(
         ),
         (["eval", "geneval", "score", "m.jsonl"], "give its prompts with --metadata"),
         (
+            ["eval", "geneval", "score", "m.jsonl", "--metadata", "m.jsonl", "--clip", "x", "--device", "cpu"],
+            "--clip, --device: without effect, because m.jsonl holds what was detected",
+        ),
+        (
+            ["eval", "geneval", "score", "m.jsonl", "--metadata", "m.jsonl", "--detector", "x"],
+            "--detector: without effect",
+        ),
+        (
+            ["eval", "geneval", "score", ".", "--metadata", "m.jsonl"],
+            "--metadata: without effect, because . holds the metadata of its prompts",
+        ),
+        (
             ["eval", "geneval", "generate", "./x", "-o", "y", "--metadata", "m.jsonl"],
             "source ./x: it does not exist. Give a run folder, an exported folder",
         ),
