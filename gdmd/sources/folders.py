@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from gdmd.config.image_source import SourceConfig
 from gdmd.data.image_files import is_image, open_image
-from gdmd.io import RunError, read_jsonl, write_atomic, writing
+from gdmd.io import RunError, content_hash, file_hash, read_jsonl, write_atomic, writing
 from gdmd.sources.base import ImageSlot, SourceInfo, image_slots
 
 if TYPE_CHECKING:
@@ -184,6 +184,11 @@ class FolderSource:
                 f"{slot.image + 1} is needed; add images{fewer}"
             )
         return row.images[slot.image]
+
+    def content(self) -> str:
+        """A hash of all its prompts and images."""
+        rows = [(row.text, *map(file_hash, row.images)) for row in self.rows.values()]
+        return content_hash(json.dumps(rows))
 
     def check(self, texts: Sequence[str]) -> None:
         for slot in image_slots(texts, 1):
