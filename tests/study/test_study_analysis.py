@@ -90,6 +90,15 @@ def test_equal_models_are_rarely_different() -> None:
     assert found.mean_win_rate == pytest.approx(0.5, abs=0.02)
 
 
+def test_a_study_in_which_nobody_passes_the_checks_finds_nothing() -> None:
+    """Two careless raters pass both checks with probability 1/9 each."""
+    plan = synthetic_plan(CFG.model_copy(update={"raters": 2, "votes_per_pair": 2}), ("ours", "b"), 60)
+    found = recovery(plan, RaterModel(careless=1.0), studies=20, replicates=200)
+    assert 10 <= found.lost < 20 and 0.3 < found.mean_win_rate < 0.7 and 0 < found.wilson_covered <= 1
+    with pytest.raises(ValueError, match="none of 1 simulated studies has a decided vote"):
+        recovery(plan, RaterModel(tie_rate=0.9999), studies=1, replicates=200)
+
+
 def test_bradley_terry_scores_of_three_models() -> None:
     plan = synthetic_plan(CFG.model_copy(update={"pairs_per_rater": 30}), ("ours", "b", "c"), 60)
     found = analyze(plan, simulated_votes(plan, RaterModel(win_rate=0.8), 1), replicates=400)
