@@ -250,6 +250,27 @@ def test_bad_pipeline_settings(folders: Path, settings: str, message: str, monke
         open_source(read_source(f"{slot}{settings}"))
 
 
+def test_size_between_two_patches(tmp_path: Path) -> None:
+    """FLUX works on multiples of 16 pixels; diffusers makes an image of 16 x 32 pixels where 24 x 32 are asked for."""
+    import tiny_pipelines
+    from diffusers import AutoencoderKL
+
+    pipe = tiny_pipelines.flux()
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+        shift_factor=0.0,
+    )
+    type(pipe)(**{**pipe.components, "vae": vae}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="height = 24: flux works on multiples of 16 pixels; use 32"):
+        open_source(read_source(f"{tmp_path},height=24,width=32"))
+    source = open_source(read_source(f"{tmp_path},steps=1,height=32,width=48,dtype=fp32,device=cpu"))
+    assert source.generate(image_slots(CAPTIONS[:1], 1), 0)[0].size == (48, 32)
+
+
 def test_truncated_lora(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(bytes(20))
     with pytest.raises(ValueError, match="cut.safetensors. cannot be read"):
