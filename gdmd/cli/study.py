@@ -24,6 +24,8 @@ study_app = typer.Typer(
     context_settings=SETTINGS,
 )
 
+WIDTH = 12
+"""Characters of a column of the results."""
 MAX_LINKS = 20
 """Links that ``serve`` prints."""
 TOKEN_VARIABLE = "GDMD_STUDY_TOKEN"
@@ -306,6 +308,9 @@ def _web() -> Any:
 def _print_pairs(found: Any) -> None:
     from rich.console import Console
 
-    from gdmd.study.report import result_table
+    from gdmd.study.report import pair_tables
 
-    Console().print(result_table(found.pairs).rich())
+    console = Console()
+    for models, table in pair_tables(found.pairs).items():
+        console.print(models, markup=False, highlight=False)
+        console.print(table.rich(width=WIDTH))

@@ -148,6 +148,16 @@ def test_analyze_writes_report_figure_and_exports(voted: tuple[Path, Plan], caps
     assert {row["kind"] for row in rows} == {"pair", "repeat", "check"}
 
 
+def test_results_fit_on_a_terminal_of_80_columns(
+    voted: tuple[Path, Plan], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("study", "analyze", str(voted[0]), "--replicates", "200") == 0
+    printed = capsys.readouterr().out
+    assert "Secret-Alpha against Secret-Beta" in printed and "20 / 4 / 0" in printed and "91.7 %" in printed
+    assert "Prompt alignment" in printed and "…" not in printed
+
+
 def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_study(tmp_path)
     named = [f"{name}={tmp_path / 'images' / name}" for name in MODELS]
