@@ -106,14 +106,16 @@ def _official(slot: Path) -> ImageRow:
 
 def _flat(folder: Path) -> list[ImageRow]:
     path = folder / "prompts.jsonl"
-    files = images_in(folder.glob("*"))
+    numbered: dict[str, list[Path]] = {}
+    for file in images_in(folder.glob("*")):
+        numbered.setdefault(re.split("[_-]", file.stem)[0], []).append(file)
     rows = []
     for number, line in enumerate(_json_lines(path)):
         given = line.get("files", [line["file"]] if "file" in line else None)
         if given is not None and not isinstance(given, list):
             raise RunError(f'{path}, line {number + 1}: "files" is not a list of names; write ["a.png", ...]')
         if given is None:
-            own = [file for file in files if re.fullmatch(rf"{number:05d}([_-].*)?", file.stem)]
+            own = numbered.get(f"{number:05d}", [])
         else:
             own = [_inside(folder, str(name), path, number + 1) for name in given]
         rows.append(ImageRow(*_prompt(line, path, number + 1), tuple(own)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from cli_world import Gdmd
 from gdmd.config.image_source import read_source
 from gdmd.rewards.preprocessing import from_pil
 from gdmd.sources.base import Source, SourceInfo, image_slots, record_settings
+from gdmd.sources.folders import read_images
 from gdmd.sources.open import kind_of, open_source
 
 DAMAGED = (
@@ -248,6 +250,16 @@ def test_bad_pipeline_settings(folders: Path, settings: str, message: str, monke
     monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(ValueError, match=message):
         open_source(read_source(f"{slot}{settings}"))
+
+
+def test_a_folder_of_thousands_of_images_is_read_in_seconds(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{k}"}}\n' for k in range(2000)))
+    for k in range(2000):
+        (tmp_path / f"{k:05d}.png").touch()
+    began = time.process_time()
+    rows = read_images(tmp_path)
+    assert time.process_time() - began < 3
+    assert [row.images[0].stem for row in rows.values()] == [f"{k:05d}" for k in range(2000)]
 
 
 def test_size_between_two_patches(tmp_path: Path) -> None:
