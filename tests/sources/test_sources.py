@@ -252,6 +252,12 @@ def test_bad_pipeline_settings(folders: Path, settings: str, message: str, monke
         open_source(read_source(f"{slot}{settings}"))
 
 
+def test_a_malformed_line_is_named_by_its_own_number(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one"}\n\n{"text": "two"}\n')
+    with pytest.raises(ValueError, match="line 3: no prompt"):
+        read_images(tmp_path)
+
+
 def test_a_folder_of_thousands_of_images_is_read_in_seconds(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{k}"}}\n' for k in range(2000)))
     for k in range(2000):
