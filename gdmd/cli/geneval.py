@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -124,11 +125,13 @@ def _scores(
     from gdmd.evaluation.geneval import score_folder, score_recorded
 
     if source.is_file():
+        _refuse({"--detector": detector, "--clip": clip, "--device": device}, f"{source} holds what was detected")
         if metadata is None:
             raise ValueError(f"{source} is a file of detections; give its prompts with --metadata")
         return dict(score_recorded(source, metadata))
     if not source.is_dir():
         raise ValueError(f"{source} does not exist; give a folder in GenEval's layout or a detections.jsonl")
+    _refuse({"--metadata": metadata}, f"{source} holds the metadata of its prompts")
     from gdmd.diffusion.device import pick_device
     from gdmd.recipes.reward_identity import detector_contents
     from gdmd.rewards.base import Placement
@@ -139,3 +142,9 @@ def _scores(
     found = Detector.from_pretrained(detector, placement=placement)
     colors, by = ColorClassifier.from_pretrained(clip, placement=placement), detector_contents(detector, clip)
     return dict(score_folder(source, found, colors, by=" ".join((__version__, *by))))
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """ValueError for options that are given although they change nothing."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)}: without effect, because {why}; leave that out")

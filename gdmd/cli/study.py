@@ -24,6 +24,8 @@ study_app = typer.Typer(
     context_settings=SETTINGS,
 )
 
+WIDTH = 12
+"""Characters of a column of the results."""
 MAX_LINKS = 20
 """Links that ``serve`` prints."""
 TOKEN_VARIABLE = "GDMD_STUDY_TOKEN"
@@ -223,11 +225,11 @@ def simulate_command(
 def _recovered(found: Any) -> dict[str, str]:
     return {
         "true win rate among decided votes": f"{found.truth:.3f}",
-        f"mean of {found.studies} simulated studies": f"{found.mean_win_rate:.3f}",
+        f"mean of {found.studies - found.lost} simulated studies": f"{found.mean_win_rate:.3f}",
         "Wilson interval contains it": f"{found.wilson_covered:.0%}",
         "clustered interval contains the score": f"{found.clustered_covered:.0%}",
         "sign test p < .05, correct side": f"{found.found:.0%}",
-    }
+    } | ({"no decided vote, or no rater who passed the checks": f"{found.lost} studies"} if found.lost else {})
 
 
 def _log_links(study: Path, address: str) -> None:
@@ -306,6 +308,9 @@ def _web() -> Any:
 def _print_pairs(found: Any) -> None:
     from rich.console import Console
 
-    from gdmd.study.report import result_table
+    from gdmd.study.report import pair_tables
 
-    Console().print(result_table(found.pairs).rich())
+    console = Console()
+    for models, table in pair_tables(found.pairs).items():
+        console.print(models, markup=False, highlight=False)
+        console.print(table.rich(width=WIDTH))

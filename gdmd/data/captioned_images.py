@@ -160,7 +160,12 @@ def _listed(folder: Path, meta: Path) -> Iterator[Captioned | Unusable]:
 def _table(meta: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         rows = csv.DictReader(io.StringIO(meta.read_text(encoding="utf-8-sig"), newline=""), strict=True)
-        yield from ((rows.line_num, row) for row in rows)
+        for row in rows:
+            if any(cell.strip() for cell in row.get(None) or ()):  # where DictReader puts further cells
+                raise ValueError(
+                    f"{meta}, line {rows.line_num}: more cells than columns; quote a caption that contains a comma"
+                )
+            yield rows.line_num, row
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{meta}: not a CSV file in UTF-8 ({error}); fix it") from error
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 MAX_MEMBERS = 10_000_000
 """A tar with more is damaged or malicious."""
-_BLOCK = 512
+_BLOCK, _CHUNK = 512, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,17 @@ def _read(archive: tarfile.TarFile, info: tarfile.TarInfo, most: int) -> bytes:
 
 
 def _check_end(path: Path, offset: int) -> None:
-    """ReadError without the block of zeros that ends a tar: tarfile stops silently at a damaged header and at the end."""
+    """ReadError without the block of zeros that ends a tar, and for anything but zeros after it.
+
+    tarfile stops silently at a damaged header, at the end, and at the end of the first of several tars in one file.
+    """
     with path.open("rb") as file:
         file.seek(offset)
         block = file.read(_BLOCK)
+        more = any(part.strip(b"\0") for part in iter(lambda: file.read(_CHUNK), b""))
     if len(block) < _BLOCK:
         raise tarfile.ReadError(f"no end mark after byte {offset}")
     if block.strip(b"\0"):
         raise tarfile.ReadError(f"damaged header at byte {offset}")
+    if more:
+        raise tarfile.ReadError(f"data after the end mark at byte {offset}; give tars that were joined one by one")

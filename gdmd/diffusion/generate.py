@@ -117,13 +117,15 @@ def generate(
     latents, decoded, speeds = [], [], []
     for own, rng in _batches(texts, seed, batch, device):
         start = _now(device)
-        latents.append(sampler.latents(own, rng))
+        part = sampler.latents(own, rng)
         middle = _now(device)
-        decoded.append(_decode(components, latents[-1]))
+        shown = _decode(components, part)
         speeds.append((len(own), middle - start, _now(device) - start))
+        latents.append(part.cpu())  # one batch at a time on the device
+        decoded.append(shown.cpu())
     full = [entry for entry in speeds if entry[0] == speeds[0][0]]
     alone, both = (torch.tensor([entry[k] / entry[0] for entry in full]).median().item() for k in (1, 2))
-    return Generation(torch.cat(latents).cpu(), torch.cat(decoded).cpu(), 1 / alone, 1 / both)
+    return Generation(torch.cat(latents), torch.cat(decoded), 1 / alone, 1 / both)
 
 
 def _batches(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence, Set
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from gdmd.io import RunError, append_jsonl, content_hash, file_hash, read_jsonl,
 from gdmd.reporting.progress_bar import progress_bar
 from gdmd.rewards.geneval.rules import DetectedObject, Task, as_row
 from gdmd.sources.base import Source, image_slots, record_settings
-from gdmd.sources.folders import image_file, read_image, write_image, write_metadata
+from gdmd.sources.folders import FolderSource, image_file, read_image, write_image, write_metadata
 
 if TYPE_CHECKING:
     from gdmd.rewards.geneval.colors import ColorClassifier
@@ -50,11 +50,14 @@ def generate(source: Source, tasks: Sequence[Task], folder: Path, images: int, s
     """Generate the images of every prompt in the official layout; return how many were missing.
 
     The seed of a prompt is a hash of (seed, its number), so that images depend neither on the batch nor on a restart.
-    ValueError for prompts that the source cannot show; RunError if the folder holds other prompts, or images of another
-    source or seed.
+    Those of a folder are copied. ValueError for prompts that the source cannot show; RunError if the folder holds other
+    prompts, or images of another source or seed.
     """
     source.check([task.prompt for task in tasks])
-    record_settings(folder, source.info, seed, folder)
+    info = source.info
+    if isinstance(source, FolderSource):
+        info = replace(info, identity={**info.identity, "content": source.content()})
+    record_settings(folder, info, seed, folder)
     later = [slot for slot in folder.glob("*") if slot.name.isdecimal() and int(slot.name) >= len(tasks)]
     if later:
         raise RunError(
@@ -64,13 +67,14 @@ def generate(source: Source, tasks: Sequence[Task], folder: Path, images: int, s
     for number, task in enumerate(tasks):
         write_metadata(folder, number, as_row(task))
     files = [[image_file(folder, number, k) for k in range(images)] for number in range(len(tasks))]
-    step = source.info.batch
+    step, every = source.info.batch, image_slots([task.prompt for task in tasks], images)
     missing = [number for number, own in enumerate(files) if not all(file.exists() for file in own)]
     with progress_bar(
         f"{source.info.name}: generating images of {counted(len(missing), 'prompt')}", len(missing)
     ) as advance:
         for number in missing:
-            slots, own_seed = image_slots([tasks[number].prompt], images), prompt_seed(seed, number)
+            own_seed = prompt_seed(seed, number)
+            slots = [replace(slot, prompt=0) for slot in every[number * images : (number + 1) * images]]
             found = [one for k in range(0, images, step) for one in source.generate(slots[k : k + step], own_seed)]
             for file, image in zip(files[number], found, strict=True):
                 write_image(file, image)

@@ -117,7 +117,10 @@ def detections_row(
 
 
 def judge_detections(path: Path, tasks: Mapping[int, Task]) -> list[ImageResult]:
-    """Apply the rules to a detections.jsonl. tasks: by prompt number. ValueError names the bad line."""
+    """Apply the rules to a detections.jsonl. tasks: by prompt number.
+
+    ValueError names a bad line, and one that was recorded for another prompt.
+    """
     rows = []
     for number, row in numbered_jsonl(path, torn_tail=True):
         where = f"{path}, line {number}"
@@ -130,6 +133,11 @@ def judge_detections(path: Path, tasks: Mapping[int, Task]) -> list[ImageResult]
             ) from error
         if prompt not in tasks:
             raise ValueError(f"{where}: prompt {prompt} is not among the {len(tasks)} prompts; give its metadata")
+        if row.get("prompt", tasks[prompt].prompt) != tasks[prompt].prompt:
+            raise ValueError(
+                f"{where}: recorded for {str(row['prompt'])[:60]!r}, but prompt {prompt} of the metadata is "
+                f"{tasks[prompt].prompt[:60]!r}; give the metadata that the images were generated from"
+            )
         rows.append(judge_image(prompt, image, tasks[prompt], found, recorded_colors(colors, where)))
     return rows
 

@@ -59,7 +59,8 @@ class NetworkCall:
 class SectionTimer:
     """Seconds by section. A section that starts inside another one stops the outer clock until it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.seconds: dict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._since = 0.0
@@ -80,7 +81,7 @@ class SectionTimer:
         self._open.pop()
 
     def _account(self) -> None:
-        now = _now()
+        now = _now(self.device)
         if self._open:
             self.seconds[self._open[-1]] += now - self._since
         self._since = now
@@ -110,11 +111,11 @@ class Profiler:
         """Train iteration ``step`` twice: timed as a whole, and with a timer around its parts."""
         prompts = self.components.stream.at(step)
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        began = _now()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        began = _now(self.device)
         self.train(step, prompts)
-        self.iteration_s.append(_now() - began)
-        timer, calls = SectionTimer(), list[NetworkCall]()
+        self.iteration_s.append(_now(self.device) - began)
+        timer, calls = SectionTimer(self.device), list[NetworkCall]()
         with timed_calls(self.components, timer, calls), timer.section("method"):
             self.train(step, prompts, timer)
         self.sections.append(timer.seconds)
@@ -142,7 +143,7 @@ class Profiler:
         if self.device.type != "cuda":
             return None
         prompts = self.components.stream.at(step)
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -153,7 +154,7 @@ class Profiler:
     def peak(self) -> tuple[float, str]:
         """(MiB, of what): the GPU's memory in an iteration, or the whole process on a CPU."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20, "tensors on the GPU, one iteration"
+            return torch.cuda.max_memory_allocated(self.device) / 2**20, "tensors on the GPU, one iteration"
         unit = 2**20 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "resident memory of the process"
 
@@ -288,10 +289,10 @@ def _timed_loss(update: Update, timer: SectionTimer) -> Update:
     return dataclasses.replace(update, loss=loss)
 
 
-def _now() -> float:
-    """Seconds, after the accelerator's queue is empty."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _now(device: torch.device) -> float:
+    """Seconds, after the device's queue is empty."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gdmd.config.names import listed
 from gdmd.runs.assets import asset_path, load_asset
 from gdmd.shapes.pretrain.networks import PretrainJob, fit, teacher_job, vae_job
-from gdmd.shapes.pretrain.scorers import SHIPPED, pretrain_scorer
+from gdmd.shapes.pretrain.scorers import SHIPPED, ScorerConfig, pretrain_scorer
 from gdmd.shapes.roles import load_vae
 from gdmd.shapes.scorer_networks import KINDS
 
@@ -81,6 +81,7 @@ def _pipeline(
 def _scorers(
     kinds: Sequence[str], given: dict[str, Any], folder: Path, resume: bool, console: Console
 ) -> Iterator[Path]:
+    """Train these scorers; with ``resume`` one that is finished, with the same command, is left as it is."""
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise ValueError(f"--kind {unknown[0]}: unknown scorer; the scorers are {', '.join(KINDS)}")
@@ -89,8 +90,10 @@ def _scorers(
             continue
         path = folder / f"{kind}.safetensors"
         steps, seed = (given.get(key, own) for key, own in zip(("steps", "seed"), SHIPPED[kind], strict=True))
-        with _progress(kind, steps, console) as shown:
-            pretrain_scorer(kind, steps, seed, path, resume=resume, on_step=shown)
+        command = ScorerConfig(kind, steps, seed).command
+        if not (resume and path.is_file() and load_asset(path).metadata.get("command") == command):
+            with _progress(kind, steps, console) as shown:
+                pretrain_scorer(kind, steps, seed, path, resume=resume, on_step=shown)
         yield path
 
 

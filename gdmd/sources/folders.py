@@ -2,7 +2,7 @@
 
 GenEval: ``<folder>/00000/metadata.jsonl`` ({"tag": task, "prompt": text}) and ``<folder>/00000/samples/0000.png``.
 Flat: ``<folder>/prompts.jsonl``, one {"prompt": text, "task": name, "files": ["a.png", ...]} per line; without
-"files" (or "file"), line k (from 0) has the images 0000k.png, 0000k_*.png and 0000k-*.png.
+"files" (or "file"), prompt k (from 0) has the images 0000k.png, 0000k_*.png and 0000k-*.png.
 Both are read; GenEval's is written, because other tools read it, too.
 """
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from gdmd.config.image_source import SourceConfig
 from gdmd.data.image_files import is_image, open_image
-from gdmd.io import RunError, read_jsonl, write_atomic, writing
+from gdmd.io import RunError, content_hash, file_hash, numbered_jsonl, write_atomic, writing
 from gdmd.sources.base import ImageSlot, SourceInfo, image_slots
 
 if TYPE_CHECKING:
@@ -100,23 +100,25 @@ def read_image(path: Path) -> Image:
 
 def _official(slot: Path) -> ImageRow:
     meta = slot / "metadata.jsonl"
-    (line,) = _json_lines(meta, only=1)
-    return ImageRow(*_prompt(line, meta, 1), tuple(images_in((slot / "samples").glob("*"))))
+    ((number, line),) = _json_lines(meta, only=1)
+    return ImageRow(*_prompt(line, meta, number), tuple(images_in((slot / "samples").glob("*"))))
 
 
 def _flat(folder: Path) -> list[ImageRow]:
     path = folder / "prompts.jsonl"
-    files = images_in(folder.glob("*"))
+    numbered: dict[str, list[Path]] = {}
+    for file in images_in(folder.glob("*")):
+        numbered.setdefault(re.split("[_-]", file.stem)[0], []).append(file)
     rows = []
-    for number, line in enumerate(_json_lines(path)):
+    for prompt, (number, line) in enumerate(_json_lines(path)):
         given = line.get("files", [line["file"]] if "file" in line else None)
         if given is not None and not isinstance(given, list):
-            raise RunError(f'{path}, line {number + 1}: "files" is not a list of names; write ["a.png", ...]')
+            raise RunError(f'{path}, line {number}: "files" is not a list of names; write ["a.png", ...]')
         if given is None:
-            own = [file for file in files if re.fullmatch(rf"{number:05d}([_-].*)?", file.stem)]
+            own = numbered.get(f"{prompt:05d}", [])
         else:
-            own = [_inside(folder, str(name), path, number + 1) for name in given]
-        rows.append(ImageRow(*_prompt(line, path, number + 1), tuple(own)))
+            own = [_inside(folder, str(name), path, number) for name in given]
+        rows.append(ImageRow(*_prompt(line, path, number), tuple(own)))
     return rows
 
 
@@ -151,8 +153,8 @@ def _in_order(path: Path) -> tuple[str, list[tuple[int, str]]]:
     return str(path.parent), [(int(part) if k % 2 else 0, part) for k, part in enumerate(parts)]
 
 
-def _json_lines(path: Path, only: int | None = None) -> list[dict[str, Any]]:
-    rows = read_jsonl(path)
+def _json_lines(path: Path, only: int | None = None) -> list[tuple[int, dict[str, Any]]]:
+    rows = numbered_jsonl(path)
     if not rows or (only is not None and len(rows) != only):
         raise RunError(
             f"{path} must have {only or 'one or more'} JSON object(s), one per line; got {len(rows)} line(s)"
@@ -184,6 +186,11 @@ class FolderSource:
                 f"{slot.image + 1} is needed; add images{fewer}"
             )
         return row.images[slot.image]
+
+    def content(self) -> str:
+        """A hash of all its prompts and images."""
+        rows = [(row.text, *map(file_hash, row.images)) for row in self.rows.values()]
+        return content_hash(json.dumps(rows))
 
     def check(self, texts: Sequence[str]) -> None:
         for slot in image_slots(texts, 1):

@@ -247,9 +247,21 @@ def _check_revision(cfg: SourceConfig, where: str) -> None:
 
 
 def _check_size(pipe: Any, cfg: SourceConfig) -> None:
-    """ValueError for a size beyond the network's positions; some pipelines fail only in their first step."""
+    """ValueError for a size beyond the network's positions, or between its patches.
+
+    Some pipelines fail only in their first step, and some make an image of another size.
+    """
     family = family_of_pipeline(pipe)
-    if family is not None and "transformer" in pipe.components:
+    if family is None:
+        return
+    unit = pipe.vae_scale_factor * max(family.patch, family.multiple)
+    for side, pixels in (("height", cfg.height), ("width", cfg.width)):
+        if pixels is not None and pixels % unit:
+            raise ValueError(
+                f"source {cfg.where!r}: {side} = {pixels}: {family.name} works on multiples of {unit} pixels; use "
+                f"{max(unit, round(pixels / unit) * unit)}"
+            )
+    if "transformer" in pipe.components:
         unit = pipe.vae_scale_factor * family.patch
         family.check_positions(pipe.transformer, unit, cfg.height, cfg.width, f"source {cfg.where!r}: ")
 

@@ -26,27 +26,31 @@ SCHEDULERS_BY_KIND = {"flow": "flow_euler", "vp": "ddim, euler, euler_ancestral,
 
 
 def set_scheduler(pipe: Any, cfg: SourceConfig) -> None:
-    """Give ``pipe`` the scheduler, spacing and shift of ``cfg``. ValueError for a shift that it does not have."""
+    """Give ``pipe`` the scheduler, spacing and shift of ``cfg``. ValueError for what the scheduler does not read."""
+    pipe.scheduler = _scheduler(pipe, cfg)
+    if cfg.spacing:
+        config = pipe.scheduler.config
+        _check(cfg, "spacing", _named(pipe.scheduler), "timestep_spacing" in config and not _at_flow_sigmas(config))
+
+
+def _scheduler(pipe: Any, cfg: SourceConfig) -> Any:
     import diffusers
 
     own = pipe.scheduler
     if cfg.scheduler == "flow_dpm":
-        pipe.scheduler = _flow_solver(pipe, cfg)
-        return
+        return _flow_solver(pipe, cfg)
     _check_model(own, cfg)
     kind: Any = getattr(diffusers, CLASSES[cfg.scheduler]) if cfg.scheduler else type(own)
     if cfg.scheduler == "flow_euler" and not isinstance(own, kind):
-        pipe.scheduler = kind(**_flow(cfg, pipe).euler())
-        return
-    pipe.scheduler = kind.from_config(own.config, **_changes(cfg, own, kind))
+        return kind(**_flow(cfg, pipe).euler())
+    return kind.from_config(own.config, **_changes(cfg, own, kind))
 
 
 def _changes(cfg: SourceConfig, own: Any, kind: Any) -> dict[str, Any]:
-    """Spacing and shift under this class's names. ValueError if it does not read them."""
+    """Spacing and shift under this class's names. ValueError for a shift that it does not read."""
     reads = inspect.signature(kind.__init__).parameters
     wanted: dict[str, Any] = {}
-    if cfg.spacing:
-        _check(cfg, "spacing", kind.__name__, "timestep_spacing" in reads)
+    if cfg.spacing and "timestep_spacing" in reads:
         wanted["timestep_spacing"] = cfg.spacing
     if cfg.shift is not None:
         key = shift_key(kind) if cfg.scheduler == "flow_euler" or kind_of(own) == "flow" else None
@@ -124,13 +128,23 @@ def step_arguments(pipe: Any, cfg: SourceConfig) -> Mapping[str, Any]:
         if cfg.steps not in (None, len(cfg.timesteps)):
             raise ValueError(f"source {cfg.where!r}: steps = {cfg.steps}, but timesteps has {len(cfg.timesteps)}")
         _check(cfg, "timesteps", type(pipe).__name__, "timesteps" in call)
-        _check(cfg, "timesteps", type(pipe.scheduler).__name__, _reads(pipe.scheduler.set_timesteps, "timesteps"))
+        reads = _reads(pipe.scheduler.set_timesteps, "timesteps") and not _at_flow_sigmas(pipe.scheduler.config)
+        _check(cfg, "timesteps", _named(pipe.scheduler), reads)
         found |= {"timesteps": list(cfg.timesteps), "num_inference_steps": len(cfg.timesteps)}
     if cfg.eta is not None:
         _check(cfg, "eta", type(pipe).__name__, "eta" in call)
         _check(cfg, "eta", type(pipe.scheduler).__name__, _reads(pipe.scheduler.step, "eta"))
         found["eta"] = cfg.eta
     return found
+
+
+def _at_flow_sigmas(config: Mapping[str, Any]) -> bool:
+    """Whether a solver takes its times from the number of steps and the shift alone."""
+    return bool(config.get("use_flow_sigmas"))
+
+
+def _named(scheduler: Any) -> str:
+    return f"{type(scheduler).__name__}{' with use_flow_sigmas' if _at_flow_sigmas(scheduler.config) else ''}"
 
 
 def _reads(method: Any, name: str) -> bool:

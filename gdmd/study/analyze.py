@@ -124,10 +124,14 @@ class Analysis:
         return found
 
 
+class NobodyPassedError(ValueError):
+    """No rater passed the attention checks."""
+
+
 def analyze(
     plan: Plan, votes: Sequence[Vote], max_failed_checks: int = 0, replicates: int = 2000, seed: int = 0
 ) -> Analysis:
-    """All statistics of a study. ValueError without votes, or if no rater passed the attention checks."""
+    """All statistics of a study. ValueError without votes, NobodyPassedError if no rater passed the attention checks."""
     if not votes:
         raise ValueError("there are no votes yet; analyze the study after raters have voted")
     raters = _raters(plan, votes, max_failed_checks)
@@ -135,7 +139,7 @@ def analyze(
     kept = [vote for vote in votes if vote.rater in used]
     pairs = [vote for vote in kept if vote.kind == "pair"]
     if not pairs:
-        raise ValueError(
+        raise NobodyPassedError(
             f"no votes are left: all {len(raters)} raters failed more than {max_failed_checks} attention checks; "
             "allow more with --max-failed, and interpret the result with care"
         )

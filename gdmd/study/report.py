@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 WINS, TIES, LOSSES = "#0072b2", "#8a8f98", "#d55e00"
 """Distinct for color-blind readers (after Okabe and Ito)."""
 FIGURE_INK = "#1d1f24"
+COLUMNS = ("wins / ties / losses", "score [clustered]", "win rate [Wilson]", "p", "p (Holm)")
 LABELS = {"overall": "Overall", "quality": "Visual quality", "alignment": "Prompt alignment"}
 
 
@@ -133,6 +134,14 @@ def result_table(results: Sequence[PairResult]) -> Table:
     return Table(columns, [[_result_row(result) for result in results]])
 
 
+def pair_tables(results: Sequence[PairResult]) -> dict[str, Table]:
+    """The same for a terminal of 80 columns: for each pair of models a table with a row per question and task."""
+    return {
+        group.title: Table(("", *COLUMNS), [[[Cell(row.title), *row.cells] for row in group.rows]])
+        for group in _groups(results)
+    }
+
+
 def _result_row(result: PairResult) -> list[Cell]:
     counts = (str(result.wins), str(result.ties), str(result.losses))
     shares = (_share(result.win_rate, result.wilson), _share(result.score, result.clustered))
@@ -186,7 +195,7 @@ def html_text(analysis: Analysis) -> str:
         bars=[(name, [_answers(result) for result in results]) for name, results in bars_of(analysis)],
         legend=(("first preferred", WINS), ("tie", TIES), ("second preferred", LOSSES)),
         plots=_plots(analysis),
-        columns=("wins / ties / losses", "score [clustered]", "win rate [Wilson]", "p", "p (Holm)"),
+        columns=COLUMNS,
         tables=[(name, _groups(results)) for name, results in tables if results],
         sentences=sentences(analysis),
     )

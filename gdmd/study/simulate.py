@@ -20,7 +20,7 @@ from gdmd.config.base import Config, NonNegative, Probability
 from gdmd.config.load import validated
 from gdmd.config.study import StudyConfig
 from gdmd.reporting.progress_bar import progress_bar
-from gdmd.study.analyze import analyze
+from gdmd.study.analyze import NobodyPassedError, PairResult, analyze
 from gdmd.study.design import draw_plan
 from gdmd.study.records import ANSWERS, Answer, Plan, Prompt, Trial, Vote, vote_of
 
@@ -29,7 +29,7 @@ class RaterModel(Config):
     """The true preferences of simulated raters. win_rate: of the first model against each other model."""
 
     win_rate: Annotated[float, Field(gt=0, lt=1)] = 0.6
-    tie_rate: Probability = 0.15
+    tie_rate: Annotated[float, Field(ge=0, lt=1)] = 0.15
     left_bias: Probability = 0.0
     careless: Probability = 0.0
     prompt_spread: NonNegative = 0.0
@@ -49,6 +49,7 @@ class Recovery:
     """What the analysis found in many simulated studies, for the first model against the second, first question.
 
     covered: share of studies whose interval contains the true value; found: share with sign test p < .05 on the true side.
+    lost: studies without a decided vote of a rater who passed the checks; they are in no mean, and find nothing.
     """
 
     studies: int
@@ -58,6 +59,7 @@ class Recovery:
     wilson_covered: float
     clustered_covered: float
     found: float
+    lost: int
 
 
 def simulated_votes(plan: Plan, rater_model: RaterModel, seed: int) -> list[Vote]:
@@ -91,15 +93,30 @@ def recovery(plan: Plan, rater_model: RaterModel, studies: int, seed: int = 0, r
     rates, wilson, clustered, found = [], 0, 0, 0
     with progress_bar(f"simulating {studies} studies", studies) as advance:
         for k in range(studies):
-            votes = simulated_votes(plan, rater_model, seed + k)
-            first = analyze(plan, votes, replicates=replicates, seed=seed + k).pairs[0]
+            first = _first_pair(plan, simulated_votes(plan, rater_model, seed + k), replicates, seed + k)
+            advance(1)
+            if first is None:
+                continue
             rates.append(first.win_rate)
             wilson += first.wilson[0] <= seen <= first.wilson[1]
             clustered += first.clustered[0] <= score <= first.clustered[1]
             found += first.p < 0.05 and (first.win_rate > 0.5) == (truth > 0.5)
-            advance(1)
-    mean = math.fsum(rates) / studies
-    return Recovery(studies, seen, score, mean, wilson / studies, clustered / studies, found / studies)
+    if not (count := len(rates)):
+        raise ValueError(
+            f"none of {studies} simulated studies has a decided vote of a rater who passed the attention checks; simulate "
+            "fewer ties or careless raters, or more raters"
+        )
+    mean = math.fsum(rates) / count
+    return Recovery(studies, seen, score, mean, wilson / count, clustered / count, found / studies, studies - count)
+
+
+def _first_pair(plan: Plan, votes: Sequence[Vote], replicates: int, seed: int) -> PairResult | None:
+    """The analysis of the first two models; None without a decided vote of a rater who passed the checks."""
+    try:
+        first = analyze(plan, votes, replicates=replicates, seed=seed).pairs[0]
+    except NobodyPassedError:
+        return None
+    return first if first.wins + first.losses else None
 
 
 def true_win_rate(rater_model: RaterModel) -> float:

@@ -13,11 +13,14 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMSch
 SCHEDULERS = {"FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler, "LCMScheduler": LCMScheduler}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SEEDS = 1_000_000
-"""More than the images of an evaluation, so that evaluations with other seeds have other noise."""
+"""More than the images and captions of an evaluation, so that evaluations with other seeds have other noise."""
 
 
 def main(export: Path, call_file: Path, images: Path) -> None:
-    """Write IMAGES/00000.png, ...: for each caption of the call its images, one seed each."""
+    """Write IMAGES/00000.png, ...: for each caption of the call its images, one seed each.
+
+    FlowMatchEulerDiscreteScheduler re-noises without ``generator``: from a seed for each caption, after those of the images.
+    """
     info = json.loads((export / "gdmd_export.json").read_text())
     call = json.loads(call_file.read_text())
     left_out = dict.fromkeys(info["without"])
@@ -27,13 +30,11 @@ def main(export: Path, call_file: Path, images: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     images.mkdir(parents=True, exist_ok=True)
-    count = call["images"]
+    count, first = call["images"], call["seed"] * SEEDS
     for number, caption in enumerate(call["captions"]):
         places = range(number * count, (number + 1) * count)
-        noise = [torch.Generator().manual_seed(call["seed"] * SEEDS + place) for place in places]
-        torch.manual_seed(
-            call["seed"] * SEEDS + number
-        )  # FlowMatchEulerDiscreteScheduler re-noises without ``generator``
+        noise = [torch.Generator().manual_seed(first + place) for place in places]
+        torch.manual_seed(first + len(call["captions"]) * count + number)
         drawn = pipe(prompt=caption, num_images_per_prompt=count, generator=noise, **info["arguments"]).images
         for place, image in zip(places, drawn, strict=True):
             image.save(images / f"{place:05d}.png")

@@ -322,6 +322,8 @@ def test_pretrain(gdmd: Gdmd, network: str, monkeypatch: pytest.MonkeyPatch) -> 
     name = "shapes_clip" if network == "scorers" else f"shapes_{network}"
     assert f"nets/{name}.safetensors" in finished.err and "2/2" in finished.err
     assert [path.name for path in Path("nets").iterdir()] == [f"{name}.safetensors"]
+    again = gdmd("pretrain", network, "--steps", "2", "--out", "nets", "--resume", *extra)
+    assert again.code == 0 and f"nets/{name}.safetensors" in again.err and "2/2" not in again.err
 
 
 def test_doctor(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:

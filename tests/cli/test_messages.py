@@ -186,6 +186,10 @@ def test_all_errors_at_once(gdmd: Gdmd) -> None:
             "prompts.file is not set: a real model needs a file of prompts, for example prompts.txt",
         ),
         (
+            ["study", "simulate", "--tie-rate", "1"],
+            "simulated raters: tie_rate: got 1.0: input should be less than 1",
+        ),
+        (
             ["study", "simulate", "--win-rate", "1.5"],
             "simulated raters: win_rate: got 1.5: input should be less than 1",
         ),

@@ -79,6 +79,13 @@ def test_tars_are_not_extracted_and_truncated_ones_are_errors(tmp_path: Path) ->
         found(inner / "t.tar")
 
 
+def test_several_tars_in_one_file_are_an_error(tmp_path: Path) -> None:
+    """Readers of tars stop at the end of the first one."""
+    (tmp_path / "t.tar").write_bytes(GOOD + GOOD)
+    with pytest.raises(ValueError, match="data after the end mark at byte 4096"):
+        found(tmp_path / "t.tar")
+
+
 def test_folders_in_practice(tmp_path: Path) -> None:
     """Other caption files, linked folders (one to its parent), hidden files of macOS and notebooks."""
     images = tmp_path / "images"
@@ -98,7 +105,7 @@ def test_folders_in_practice(tmp_path: Path) -> None:
     ("name", "content"),
     [
         ("metadata.csv", 'file_name,text,note\na.png,"one, red",x\n'),
-        ("metadata.csv", '\ufefffile_name,text\na.png,"one, red"\n'),
+        ("metadata.csv", '\ufefffile_name,text\na.png,"one, red",\n'),
         ("metadata.jsonl", '{"file_name": "a.png", "caption": "one, red"}\n'),
         ("metadata.jsonl", '\ufeff{"file_name": "a.png", "text": "one, red"}\n\n'),
     ],
@@ -115,6 +122,7 @@ def test_tables_in_practice(tmp_path: Path, name: str, content: str) -> None:
         ("metadata.jsonl", "{", "line 1: "),
         ("metadata.jsonl", '{"text": "one"}', 'line 1: expected "file_name" and "text"'),
         ("metadata.csv", 'file_name,text\n"a', "not a CSV file in UTF-8"),
+        ("metadata.csv", "file_name,text\na.png,one, red\n", "line 2: more cells than columns"),
     ],
 )
 def test_malformed_tables(tmp_path: Path, name: str, content: str, message: str) -> None:

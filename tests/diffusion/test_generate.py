@@ -120,6 +120,28 @@ def test_timed_images_are_the_untimed_ones(components: TinyLab) -> None:
     assert torch.equal(generate(sampler, components, TEXTS, 1).images, images_of(sampler, components, TEXTS, 1))
 
 
+def test_every_batch_leaves_the_device_before_the_next_one_is_sampled(
+    components: TinyLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images of a long list of prompts do not fit into the memory of a GPU."""
+    events: list[str] = []
+
+    class OnDevice(Tensor):
+        def cpu(self) -> Tensor:  # type: ignore[override]
+            events.append("copied")
+            return self.as_subclass(Tensor)
+
+    def latents(texts: tuple[str, ...], rng: object) -> Tensor:
+        events.append("sampled")
+        return torch.zeros(len(texts), *LATENT_SHAPE)
+
+    monkeypatch.setattr(
+        ShapesCodec, "decode", lambda codec, given: torch.zeros(len(given), 3, 32, 32).as_subclass(OnDevice)
+    )
+    generate(Sampler("plain", 1, latents), components, TEXTS, 0, batch=2)
+    assert events[1:] == ["sampled", "copied"] * 3
+
+
 def test_no_captions_is_an_error(components: TinyLab) -> None:
     with pytest.raises(ValueError, match="no captions"):
         images_of(student_sampler(components, components.roles.student, STEPS), components, (), 1)

@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 from gdmd.cli.app import main
+from gdmd.config.image_source import SourceConfig
 from gdmd.evaluation.geneval import generate, prompt_seed, score_folder, score_recorded
 from gdmd.evaluation.geneval_scores import read_metadata
 from gdmd.evaluation.measures import geneval_scores
 from gdmd.rewards.geneval.detector import Detections
 from gdmd.rewards.geneval.rules import DetectedObject, Requirement, Task, as_row
 from gdmd.sources.base import SourceInfo
+from gdmd.sources.folders import FolderSource
 
 TASKS = (
     Task("single_object", "a photo of a dog", (Requirement("dog", 1),)),
@@ -97,6 +99,9 @@ def test_score_resumes_after_a_kill(tmp_path: Path) -> None:
     metadata = tmp_path / "all.jsonl"
     metadata.write_text("".join((tmp_path / f"{n:05d}" / "metadata.jsonl").read_text() for n in range(3)))
     assert score_recorded(record, metadata) == scores
+    metadata.write_text("".join((tmp_path / f"{n:05d}" / "metadata.jsonl").read_text() for n in (2, 1, 0)))
+    with pytest.raises(ValueError, match="line 1: recorded for 'a photo of a dog', but prompt 0 of the metadata is"):
+        score_recorded(record, metadata)
 
 
 def test_detections_depend_on_image_prompt_and_detector(tmp_path: Path) -> None:
@@ -155,6 +160,22 @@ def test_images_do_not_depend_on_the_batch(tmp_path: Path) -> None:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     seeds = {prompt_seed(seed, number) for seed in range(30) for number in range(553)}
     assert len(seeds) == 30 * 553 and max(seeds) < 2**48
+
+
+def test_images_of_a_folder_are_copied_to_their_own_prompts(tmp_path: Path) -> None:
+    """Also where two prompts have the same text; and images of another folder are not taken for copied ones."""
+    twice = (TASKS[0], TASKS[0])
+    for name, levels in (("one", (10, 20)), ("two", (30, 40))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prompts.jsonl").write_text(2 * f'{{"prompt": "{TASKS[0].prompt}"}}\n')
+        for k, level in enumerate(levels):
+            Image.new("L", (4, 4), level).save(tmp_path / name / f"0000{k}.png")
+    one, two = (FolderSource(SourceConfig(name=name, where=str(tmp_path / name))) for name in ("one", "two"))
+    assert painted(tmp_path / "out", twice, 1, one) == 2 and painted(tmp_path / "out", twice, 1, one) == 0
+    files = [tmp_path / "out" / f"0000{k}" / "samples" / "0000.png" for k in range(2)]
+    assert [Image.open(file).getpixel((0, 0)) for file in files] == [(10,) * 3, (20,) * 3]
+    with pytest.raises(ValueError, match=r"another source \(content differs"):
+        painted(tmp_path / "out", twice, 1, two)
 
 
 def test_unreadable_image(tmp_path: Path) -> None:
@@ -225,6 +246,18 @@ def test_a_folder_whose_generation_was_interrupted_is_named(
             "choose another folder with --out",
         ),
         (["eval", "geneval", "score", "m.jsonl"], "give its prompts with --metadata"),
+        (
+            ["eval", "geneval", "score", "m.jsonl", "--metadata", "m.jsonl", "--clip", "x", "--device", "cpu"],
+            "--clip, --device: without effect, because m.jsonl holds what was detected",
+        ),
+        (
+            ["eval", "geneval", "score", "m.jsonl", "--metadata", "m.jsonl", "--detector", "x"],
+            "--detector: without effect",
+        ),
+        (
+            ["eval", "geneval", "score", ".", "--metadata", "m.jsonl"],
+            "--metadata: without effect, because . holds the metadata of its prompts",
+        ),
         (
             ["eval", "geneval", "generate", "./x", "-o", "y", "--metadata", "m.jsonl"],
             "source ./x: it does not exist. Give a run folder, an exported folder",

@@ -121,6 +121,16 @@ def test_host_syncs_are_counted_by_line() -> None:
     assert number == 3 and line.split("/")[-1].startswith("test_profiler.py:")
 
 
+def test_time_and_memory_are_those_of_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's functions speak of the current device, which is the first GPU, unless they are told another."""
+    profiler, asked = tiny(), list[Any]()
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: asked.append(device) or 2**20)
+    profiler.device = torch.device("cuda", 1)
+    profiler.round(0)
+    assert profiler.peak()[0] == 1.0 and len(asked) > 8 and set(asked) == {(torch.device("cuda", 1),)}
+
+
 def test_profile_command(capsys: pytest.CaptureFixture[str]) -> None:
     def run(*words: str) -> tuple[Any, str]:
         with pytest.raises(SystemExit) as stopped:

@@ -15,6 +15,8 @@ import diffusers
 from gdmd.config.image_source import read_source
 from gdmd.sources.open import open_source
 
+SOLVER = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
 
 def test_qwen_sources_default_guidance(saved: Callable[..., Path]) -> None:
     word = f"{saved('qwen_image')},dtype=fp32,device=cpu,steps=2,height=32,width=32"
@@ -47,6 +49,18 @@ def test_qwen_sources_default_guidance(saved: Callable[..., Path]) -> None:
             "EDMEulerScheduler is for EDM models",
         ),
         ("sd3", {}, ",spacing=trailing", "spacing is set, but a FlowMatchEulerDiscreteScheduler does not read it"),
+        (
+            "sd3",
+            {},
+            ",scheduler=flow_dpm,spacing=trailing",
+            "spacing is set, but a DPM.* with use_flow_sigmas does not",
+        ),
+        (
+            "sana",
+            {"scheduler": SOLVER},
+            ",timesteps=999+500",
+            "timesteps is set, but a DPM.* with use_flow_sigmas does not",
+        ),
         ("flux2_klein", {"parts": {"index": {"is_distilled": True}}}, ",guidance=4", "guidance=4 does nothing"),
         ("flux", {"parts": {"transformer": {"guidance_embeds": False}}}, ",guidance=3", "guidance=3 does nothing"),
         ("qwen_image21", {"parts": {"index": {"sample_sigmas": [1.0, 0.5]}}}, ",steps=4", "steps=4 does nothing.*of 2"),

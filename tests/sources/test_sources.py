@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from cli_world import Gdmd
 from gdmd.config.image_source import read_source
 from gdmd.rewards.preprocessing import from_pil
 from gdmd.sources.base import Source, SourceInfo, image_slots, record_settings
+from gdmd.sources.folders import read_images
 from gdmd.sources.open import kind_of, open_source
 
 DAMAGED = (
@@ -248,6 +250,43 @@ def test_bad_pipeline_settings(folders: Path, settings: str, message: str, monke
     monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(ValueError, match=message):
         open_source(read_source(f"{slot}{settings}"))
+
+
+def test_a_malformed_line_is_named_by_its_own_number(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one"}\n\n{"text": "two"}\n')
+    with pytest.raises(ValueError, match="line 3: no prompt"):
+        read_images(tmp_path)
+
+
+def test_a_folder_of_thousands_of_images_is_read_in_seconds(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{k}"}}\n' for k in range(2000)))
+    for k in range(2000):
+        (tmp_path / f"{k:05d}.png").touch()
+    began = time.process_time()
+    rows = read_images(tmp_path)
+    assert time.process_time() - began < 3
+    assert [row.images[0].stem for row in rows.values()] == [f"{k:05d}" for k in range(2000)]
+
+
+def test_size_between_two_patches(tmp_path: Path) -> None:
+    """FLUX works on multiples of 16 pixels; diffusers makes an image of 16 x 32 pixels where 24 x 32 are asked for."""
+    import tiny_pipelines
+    from diffusers import AutoencoderKL
+
+    pipe = tiny_pipelines.flux()
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+        shift_factor=0.0,
+    )
+    type(pipe)(**{**pipe.components, "vae": vae}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="height = 24: flux works on multiples of 16 pixels; use 32"):
+        open_source(read_source(f"{tmp_path},height=24,width=32"))
+    source = open_source(read_source(f"{tmp_path},steps=1,height=32,width=48,dtype=fp32,device=cpu"))
+    assert source.generate(image_slots(CAPTIONS[:1], 1), 0)[0].size == (48, 32)
 
 
 def test_truncated_lora(folders: Path, tmp_path: Path) -> None:

@@ -90,6 +90,15 @@ def test_equal_models_are_rarely_different() -> None:
     assert found.mean_win_rate == pytest.approx(0.5, abs=0.02)
 
 
+def test_a_study_in_which_nobody_passes_the_checks_finds_nothing() -> None:
+    """Two careless raters pass both checks with probability 1/9 each."""
+    plan = synthetic_plan(CFG.model_copy(update={"raters": 2, "votes_per_pair": 2}), ("ours", "b"), 60)
+    found = recovery(plan, RaterModel(careless=1.0), studies=20, replicates=200)
+    assert 10 <= found.lost < 20 and 0.3 < found.mean_win_rate < 0.7 and 0 < found.wilson_covered <= 1
+    with pytest.raises(ValueError, match="none of 1 simulated studies has a decided vote"):
+        recovery(plan, RaterModel(tie_rate=0.9999), studies=1, replicates=200)
+
+
 def test_bradley_terry_scores_of_three_models() -> None:
     plan = synthetic_plan(CFG.model_copy(update={"pairs_per_rater": 30}), ("ours", "b", "c"), 60)
     found = analyze(plan, simulated_votes(plan, RaterModel(win_rate=0.8), 1), replicates=400)
@@ -137,6 +146,16 @@ def test_analyze_writes_report_figure_and_exports(voted: tuple[Path, Plan], caps
     lines = [json.loads(line) for line in (folder / "votes.jsonl").read_text().splitlines()]
     assert len(rows) == len(lines) == 3 * sum(len(who.trials) for who in plan.raters)
     assert {row["kind"] for row in rows} == {"pair", "repeat", "check"}
+
+
+def test_results_fit_on_a_terminal_of_80_columns(
+    voted: tuple[Path, Plan], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("study", "analyze", str(voted[0]), "--replicates", "200") == 0
+    printed = capsys.readouterr().out
+    assert "Secret-Alpha against Secret-Beta" in printed and "20 / 4 / 0" in printed and "91.7 %" in printed
+    assert "Prompt alignment" in printed and "…" not in printed
 
 
 def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import shutil
@@ -186,7 +187,7 @@ def test_the_exported_lora_is_drawn_by_diffusers_alone(done: Done) -> None:
 
     def second_caption() -> list[Any]:
         first = call["seed"] * plain_diffusers.SEEDS
-        torch.manual_seed(first + 1)
+        torch.manual_seed(first + 2 * len(call["captions"]) + 1)
         generators = [torch.Generator().manual_seed(first + place) for place in (2, 3)]
         made = source.pipe(call["captions"][1], num_images_per_prompt=2, generator=generators, **source.arguments)
         return [np.asarray(image, int) for image in made.images]
@@ -195,6 +196,35 @@ def test_the_exported_lora_is_drawn_by_diffusers_alone(done: Done) -> None:
     assert max(abs(own - other).max() for own, other in zip(second_caption(), drawn, strict=True)) <= 1
     source.pipe.transformer.disable_lora()
     assert max(abs(own - other).max() for own, other in zip(second_caption(), drawn, strict=True)) > 1
+
+
+def test_initial_noise_and_re_noising_of_exported_images_have_different_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one seed for both, an image would be re-noised with the very noise that it started from."""
+    seeds: list[int] = []
+
+    class Pipeline:
+        @classmethod
+        def from_pretrained(cls, *given: Any, **options: Any) -> Pipeline:
+            return cls()
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *given, **options: None
+
+        def __call__(self, prompt: str, num_images_per_prompt: int, generator: list[torch.Generator]) -> Any:
+            seeds.extend([torch.initial_seed(), *(one.initial_seed() for one in generator)])
+            return argparse.Namespace(images=[Image.new("RGB", (1, 1))] * num_images_per_prompt)
+
+    monkeypatch.setattr(plain_diffusers, "DiffusionPipeline", Pipeline)
+    monkeypatch.setitem(plain_diffusers.SCHEDULERS, "LCMScheduler", Pipeline)
+    info = {"without": [], "dtype": "fp32", "scheduler": "LCMScheduler", "arguments": {}}
+    (tmp_path / "gdmd_export.json").write_text(json.dumps(info))
+    for seed in (3, 4):
+        call = {"base": "x", "captions": ["a ring", "a cross", "a ring"], "images": 2, "seed": seed}
+        (tmp_path / "call.json").write_text(json.dumps(call))
+        plain_diffusers.main(tmp_path, tmp_path / "call.json", tmp_path / "images")
+    assert len(seeds) == 2 * 3 * (1 + 2) == len(set(seeds))
 
 
 @pytest.mark.parametrize(
