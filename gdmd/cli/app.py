@@ -72,8 +72,8 @@ app.add_typer(rewards_app, name="rewards", rich_help_panel=MAINTAIN)
 _add(MAINTAIN, "pretrain", info.pretrain_command, "Train the networks of the Shapes world again.")
 
 OUT_OF_MEMORY = (
-    "For a training, `gdmd plan RECIPE [KEY=VALUE]... --gpu GIB --fit` finds settings that fit into GIB of memory; for other "
-    "commands, generate or score fewer images at a time. Finished checkpoints and images are kept."
+    "For a training, `gdmd plan RECIPE [KEY=VALUE]... --gpu GIB --fit` finds settings that fit into GIB of memory; for "
+    "other commands, generate or score fewer images at a time. Finished checkpoints and images are kept."
 )
 BAD_INPUT, NOT_FINITE, RANK_LOST, INTERRUPTED = 2, 3, 4, 130
 _PIPELINES = (

@@ -50,7 +50,8 @@ class LoopConfig(Config):
         3e-5,
         description="Learning rate of the fake score: the student's (arXiv 2405.14867), 0.4 or 0.5 of it (DMDR's SD3 "
         "scripts), a third (the code of arXiv 2605.26108), a fifth (LightX2V). LoRA students of the small Shapes "
-        "pipelines use three times the student's; one to three times made no clear difference; a third scored lower on SD3, ten times on SDXL (docs/LOG.md, entry 36).",
+        "pipelines use three times the student's; one to three times made no clear difference; a third scored "
+        "lower on SD3, ten times on SDXL (docs/LOG.md, entry 36).",
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw",

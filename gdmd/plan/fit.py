@@ -108,7 +108,9 @@ def changes(estimate: TrainingPlan) -> Iterator[Change]:
         yield from _less_exact(estimate, real, worst)
     if real is not None and real.full == "none" and not real.teacher_loras and not real.student_lora:
         if real.quantization == "none":
-            yield Change("model.quantization=int8", "errors of about 1 % in x0 on the small Shapes pipelines; needs torchao")
+            yield Change(
+                "model.quantization=int8", "errors of about 1 % in x0 on the small Shapes pipelines; needs torchao"
+            )
     if real is not None and real.full == "none" and not real.teacher_loras and not real.student_lora:
         if real.quantization != "nf4" and real.offload != "base":
             yield Change("model.quantization=nf4", "over ten times the error of int8; needs bitsandbytes")
@@ -131,7 +133,10 @@ def _slower(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterat
     if model.offload == "none":
         yield Change("model.offload=idle", "text encoders and decoder are copied to the GPU for every use")
     if model.offload != "base" and model.full == "none" and model.quantization != "nf4" and not model.compile:
-        yield Change("model.offload=base", "text encoders, decoder and the base model's blocks are copied to the GPU for every call")
+        yield Change(
+            "model.offload=base",
+            "text encoders, decoder and the base model's blocks are copied to the GPU for every call",
+        )
 
 
 def _less_exact(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterator[Change]:

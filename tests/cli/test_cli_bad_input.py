@@ -155,7 +155,9 @@ def test_full_disk(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_out_of_memory(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of 8 GiB.")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of 8 GiB."
+        )
 
     monkeypatch.setattr("gdmd.programs.train.train", fail)
     refused(gdmd.train("--run", "run"), "Tried to allocate 9 GiB", "gdmd plan", "--fit")
