@@ -51,6 +51,7 @@ def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not end.value.code, words
     assert Path("runs/laptop/report.html").is_file() and Path("eval/laptop/compare.html").is_file()
     card = Path("runs/laptop/export/README.md").read_text(encoding="utf-8")
+    assert "fill in" not in card, "all parts ship with gdmd"
     assert python(card.replace("THIS_FOLDER", "runs/laptop/export")) == python(PAGE)
 
     one_line: dict[str, Any] = {}
