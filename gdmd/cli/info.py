@@ -93,7 +93,7 @@ def _recipe_list() -> Iterator[str]:
     yield from _entries({name: f"{cfg.about} {length(cfg)}." for name, cfg in shapes.items()})
     families, methods = family_names(), method_names()
     by_family = {family: read_recipe(f"{family}_{methods[0]}").model for family in families}
-    yield "\nDiffusers pipelines: gdmd train FAMILY_METHOD, such as sdxl_gdmd; every pair exists"
+    yield "\nDiffusers pipelines: gdmd train FAMILY_METHOD, such as sdxl_gdmd (any pair)"
     yield "\nFAMILY"
     yield from _entries({name: f"{m.path}{_start(m)}, {m.width} x {m.height}" for name, m in by_family.items()})
     by_method = {method: read_recipe(f"{families[0]}_{method}") for method in methods}
