@@ -54,7 +54,7 @@ class DistillationTrainer:
             image. Default: the rewards of the recipe.
         train_dataset: The prompts: a file, a list of texts or dicts, or a ``datasets.Dataset`` with a "prompt" column. Its
             other columns are given to reward functions, except "teacher_prompt", which only the teacher reads. Default: the
-            Shapes captions; a real model needs prompts.
+            Shapes captions; any other model needs prompts.
         args: Length, learning rate, batch, output folder, and any other field of the recipe.
         callbacks: ``TrainerCallback`` objects.
 

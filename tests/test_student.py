@@ -11,7 +11,7 @@ from gdmd.student import load_student
 
 
 def test_run_of_the_shapes_networks(gdmd: Gdmd) -> None:
-    with pytest.raises(ValueError, match="a run of the Shapes world, .*; draw with `gdmd sample .*run`"):
+    with pytest.raises(ValueError, match="a run of the Shapes world, .*; generate images with `gdmd sample .*run`"):
         load_student(gdmd.trained())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,13 @@ def test_all_mistakes_are_listed_with_the_command_lines_words(tmp_path: Path) ->
     assert all(part in str(error.value) for part in (*said, "overrides: loop.clip: got <object object at"))
     with pytest.raises(ConfigError, match=r"max_step: got 3: unknown key; did you mean 'max_steps'"):
         Args(max_step=3)
+    for name, meant in (
+        ("num_train_epochs", "here this is max_steps (outer iterations"),
+        ("per_device_train_batch_size", "did you mean 'per_device_batch_size'"),
+        ("bf16", 'here this is overrides={"loop.precision": ...} (fp32 or bf16)'),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(meant)):
+            Args(**{name: 1})
     with pytest.raises(ConfigError, match="reads no rewards"):
         DistillationTrainer("shapes", DMDConfig(), reward_funcs=red)
     with pytest.raises(ConfigError, match=r"method: got 'gdmd': give a config object.*\nargs: got \{'max_steps': 3\}"):

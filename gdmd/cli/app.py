@@ -71,6 +71,10 @@ app.add_typer(study_app, name="study", rich_help_panel=EVALUATE)
 app.add_typer(rewards_app, name="rewards", rich_help_panel=MAINTAIN)
 _add(MAINTAIN, "pretrain", info.pretrain_command, "Train the networks of the Shapes world again.")
 
+OUT_OF_MEMORY = (
+    "For a training, `gdmd plan RECIPE [KEY=VALUE]... --gpu GIB --fit` finds settings that fit into GIB of memory; for "
+    "other commands, generate or score fewer images at a time. Finished checkpoints and images are kept."
+)
 BAD_INPUT, NOT_FINITE, RANK_LOST, INTERRUPTED = 2, 3, 4, 130
 _PIPELINES = (
     *("stable_diffusion.pipeline_stable_diffusion", "stable_diffusion_xl.pipeline_stable_diffusion_xl"),
@@ -133,6 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         report(error)
         sys.exit(exit_code(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: torch may not be loaded
+            raise
+        print(f"error: {str(error).splitlines()[0]} {OUT_OF_MEMORY}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

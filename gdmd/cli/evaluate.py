@@ -66,7 +66,7 @@ def eval_command(
     """Measure a Shapes student or the teacher: ShapesEval by task, rewards, fidelity, coverage, speed.
 
     Runs of diffusers pipelines that were trained on Shapes captions (gdmd pretrain pipeline) work, too. For other
-    real models use gdmd eval preference RUN --prompts FILE.
+    pipelines use gdmd eval preference RUN --prompts FILE.
 
     \b
     Examples:
@@ -157,8 +157,8 @@ def report_command(
 ) -> None:
     """Write report.html of a run: results, curves, health checks, validation images and settings in one file.
 
-    If results of a run on Shapes captions are missing, it is evaluated first. Other real models are not loaded: the page
-    shows the results of gdmd eval preference and compare that are stored in the run folder.
+    A run on Shapes captions and its teacher are measured first, if results are missing. Other models are not loaded: the
+    page shows the results of gdmd eval preference and compare that are stored in the run folder.
 
     \b
     Examples:

@@ -19,7 +19,7 @@ class Dtype(StrEnum):
 
 
 def export_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder of a real model.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder of a diffusers pipeline.")],
     folder: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write; default: RUN/export or RUN/export-merged.")
     ] = None,

@@ -84,16 +84,16 @@ def _explanation(name: str, arguments: Sequence[str]) -> list[str]:
 
 
 def _recipe_list() -> Iterator[str]:
-    """Shapes recipes one by one; recipes for real models as a list of families and a list of methods. 80 columns."""
+    """Shapes recipes one by one; recipes for diffusers pipelines as a list of families and a list of methods. 80 columns."""
     from gdmd.config.describe import length, student
     from gdmd.recipes.read import family_names, method_about, method_names, read_recipe, shapes_names
 
     shapes = {name: read_recipe(name) for name in shapes_names()}
-    yield "The Shapes world (embedded, trains on a laptop): gdmd train NAME"
+    yield "The Shapes world (ships with gdmd, trains on a laptop): gdmd train NAME"
     yield from _entries({name: f"{cfg.about} {length(cfg)}." for name, cfg in shapes.items()})
     families, methods = family_names(), method_names()
     by_family = {family: read_recipe(f"{family}_{methods[0]}").model for family in families}
-    yield "\nReal models: gdmd train FAMILY_METHOD, such as sdxl_gdmd; every pair exists"
+    yield "\nDiffusers pipelines: gdmd train FAMILY_METHOD, such as sdxl_gdmd (any pair)"
     yield "\nFAMILY"
     yield from _entries({name: f"{m.path}{_start(m)}, {m.width} x {m.height}" for name, m in by_family.items()})
     by_method = {method: read_recipe(f"{families[0]}_{method}") for method in methods}

@@ -225,7 +225,7 @@ def demo_command(
         bool, typer.Option("--from-scratch", help="Start both from the teacher, not from the shipped DMD student.")
     ] = False,
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe of the GDMD row; the DMD row uses the same with gamma 0.")
+        str | None, typer.Option(help="Recipe of the GDMD student; the DMD student uses the same with gamma 0.")
     ] = None,
     override: Annotated[
         list[str] | None,

@@ -29,6 +29,19 @@ METHODS = {
     "dmd_grpo": "DMD with Flow-GRPO (arXiv 2505.05470)",
 }
 """Names and papers by method.kind."""
+SHORT_NAMES = {
+    "gdmd": "GDMD",
+    "gdmd_tilted": "tilted GDMD",
+    "gdmd_ablation": "GDMD control",
+    "gdmd_tilted_shuffled": "tilted GDMD control",
+    "dmd": "DMD",
+    "dmd2": "DMD2",
+    "dmdr": "DMDR",
+    "dmd_refl": "DMD + ReFL",
+    "dmd_nft": "DMD + NFT",
+    "dmd_grpo": "DMD + GRPO",
+}
+"""Names in tables and figures, by method.kind."""
 REWARD_WEIGHTS = ("reward_gradient", "rl_weight", "tilt", "continuation_weight", "gamma")
 """Fields of the methods that set how strongly rewards act. The reward gradient comes first: with it long runs on Shapes
 exploited their rewards and lost most diversity (docs/results.md)."""

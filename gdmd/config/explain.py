@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from gdmd.config.fields import Key, Models, all_paths, children, kinds, models_in
-from gdmd.config.names import near, similar_fields
+from gdmd.config.names import argument_named, near, similar_fields
 
 MOST_KEYS = 16
 """Known keys listed in an error; a longer list would hide the error itself."""
@@ -170,11 +170,19 @@ def _unknown_key(at: _Location, fields: Sequence[str], overrides: Mapping[tuple[
     if key == "weight" and "kind" in known and at.path[0] == "rewards":
         parts = "{kind: composite, parts: [{reward: {kind: ...}, weight: ...}]}"
         return f"unknown key; weights belong to the parts of a composite: {parts}"
-    if meant := similar_fields(key, known, fields):
+    setters = {extra["sets"]: name for model in at.owners for name, extra in _extras(model) if "sets" in extra}
+    if meant := (argument_named(key, setters, known) if setters else "") or similar_fields(key, known, fields):
         return f"unknown key{meant}"
     if len(known) <= MOST_KEYS:
         return f"unknown key; known are: {', '.join(known)}"
     return "unknown key; `gdmd recipes RECIPE` prints every key of a recipe"
+
+
+def _extras(model: type[BaseModel]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The fields of a model with their json_schema_extra."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.json_schema_extra, Mapping):
+            yield name, field.json_schema_extra
 
 
 def _other_value(got: str, known: Sequence[str]) -> str:

@@ -114,13 +114,14 @@ class DiffusersModel(Config):
     lora_alpha: Positive = Field(
         default=64.0,
         description="Adapters are scaled by lora_alpha / lora_rank: 1 here, 2 in the code of arXiv 2605.26108. The "
-        "Shapes miniatures learn the same with both.",
+        "small Shapes pipelines learn equally well with both.",
     )
     lora_targets: tuple[str, ...] = Field(
         default=(),
         description="Endings of the names of the layers that get adapters, linear ones or convolutions. Default: attention "
-        "and feed-forward layers, SD3's modulation and a UNet's convolutions, because on the Shapes miniatures students "
-        "with adapters on attention layers alone scored below fully trained ones, and students with all of these did not.",
+        "and feed-forward layers, SD3's modulation and a UNet's convolutions, because on the small Shapes pipelines "
+        "students with adapters on attention layers alone scored below fully trained ones, and students with all of these "
+        "did not.",
     )
     checkpointing: bool = Field(
         default=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gdmd.config.option_names import described, option_named
 
@@ -35,6 +35,21 @@ def similar_fields(got: str, siblings: Sequence[str], fields: Sequence[str]) -> 
     same = [path for path, own in last.items() if own == name][:3]
     spelled = near(name, list(last.values()), cutoff=0.85)
     return _ask(same or [path for path, own in last.items() if own in spelled][:3])
+
+
+def argument_named(got: str, setters: Mapping[str, str], known: Sequence[str]) -> str:
+    """Suggestion for an unknown argument of ``TrainingConfig`` by its name in another library, or "".
+
+    setters: recipe path -> the argument that sets it; known: all arguments.
+    """
+    row = option_named(got)
+    if row is None or not row.fields:
+        return ""
+    named = [setters[path] for path in row.fields if path in setters]
+    if not named and near(got, known):
+        return ""  # a near miss is the better guess
+    here = named or [f'overrides={{"{path}": ...}}' for path in row.fields]
+    return f"; here this is {' and '.join(here)}{f' ({row.note})' if row.note else ''}"
 
 
 def _ask(paths: Sequence[str]) -> str:

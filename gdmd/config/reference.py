@@ -117,7 +117,7 @@ def explained(cfg: BaseModel, only: Sequence[str] = ()) -> Iterator[str]:
     A star marks a value that is not the default. only: paths; what is neither one of them nor inside one is left out.
     """
     known = {section.title: section for section in sections(type(cfg))}
-    yield "* marks a value that differs from the default."
+    yield "* marks a value that differs from the default, [I] one that no paper states."
     yield from _explained(cfg, known, "", only)
 
 

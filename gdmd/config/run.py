@@ -88,7 +88,8 @@ class RunConfig(Config):
     )
     prompts: PromptConfig = Field(default=PromptConfig(), description="The training prompts.")
     real_data: RealDataConfig | None = Field(
-        default=None, description="Real models: images for a GAN and for method.student_input = data; default: none."
+        default=None,
+        description="Diffusers pipelines: real images for a GAN and for method.student_input = data; default: none.",
     )
     loop: LoopConfig = Field(description="Steps, batch, optimizer, checkpoints.")
     validation: ValidationConfig = Field(

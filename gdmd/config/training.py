@@ -42,16 +42,16 @@ class LoopConfig(Config):
     lr_student: Positive = Field(
         3e-5,
         description="Learning rate of the student. LoRA of rank 32-64: 3e-5 for SD3, and 1e-6 for a FLUX.2 student that "
-        "starts as the distilled model (arXiv 2605.26108); all SDXL weights: 5e-7. Small networks need more: on the Shapes "
-        "miniatures a LoRA does not move in 200 updates at 1e-5 and learns at 1e-3, full weights at 3e-4. Too low a rate "
-        "shows as the warning that the student hardly moves.",
+        "starts as the distilled model (arXiv 2605.26108); all SDXL weights: 5e-7. Small networks need more: on the small "
+        "Shapes pipelines a LoRA does not move in 200 updates at 1e-5 and learns at 1e-3, full weights at 3e-4. If the rate "
+        "is too low, training warns that the student hardly moves.",
     )
     lr_fake: Positive = Field(
         3e-5,
         description="Learning rate of the fake score: the student's (arXiv 2405.14867), 0.4 or 0.5 of it (DMDR's SD3 "
-        "scripts), a third (the code of arXiv 2605.26108), a fifth (LightX2V). LoRA students of the Shapes miniatures use "
-        "three times the student's; one to three times made no clear "
-        "difference; a third scored lower on SD3, ten times on SDXL (docs/LOG.md, entry 36).",
+        "scripts), a third (the code of arXiv 2605.26108), a fifth (LightX2V). LoRA students of the small Shapes "
+        "pipelines use three times the student's; one to three times made no clear difference; a third scored "
+        "lower on SD3, ten times on SDXL (docs/LOG.md, entry 36).",
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw",
@@ -78,7 +78,7 @@ class LoopConfig(Config):
     ema: Decay = Field(
         0.99,
         description="Decay of the student's EMA per student update (0.99: arXiv 2605.26108); 0 = no EMA, which cost 0.07 "
-        "ShapesEval on the miniatures of SD3 and SDXL (docs/LOG.md, entry 36).",
+        "ShapesEval on the small SD3 and SDXL pipelines (docs/LOG.md, entry 36).",
     )
     ema_warmup: bool = Field(
         False,

@@ -185,7 +185,7 @@ def _check_sources(
             folder = FolderSource(source)
             files += [folder.file(slot) for slot in prompt_set.slots]
         elif shapes_only and not draws_shapes(source):
-            raise ValueError(f"{source.where} generates images of a real model. {limits}")
+            raise ValueError(f"{source.where} does not generate Shapes images. {limits}")
     for file in files if shapes_only else ():
         if (size := read_image(file).size) != (IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f"{file} is {size[0]} x {size[1]}. {limits}")

@@ -125,8 +125,8 @@ def report_of(cfg: RunConfig, folder: Path, *, fresh: bool, device: str | None =
     if not cfg.shapes_world:
         if fresh:
             raise ValueError(
-                f"--fresh measures ShapesEval again, but {folder} is a run of a real model; leave it out, and score the "
-                f"run with: gdmd eval preference {typed(folder)} --prompts FILE"
+                f"--fresh measures ShapesEval again, but {folder} was not trained on Shapes captions; leave it out, and "
+                f"score the run with: gdmd eval preference {typed(folder)} --prompts FILE"
             )
         return report_run(folder)
     components, step = open_student(cfg, folder, device=device)

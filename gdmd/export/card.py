@@ -21,6 +21,9 @@ from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.runs.inputs import INPUTS, change_lines
 from gdmd.types import StudentSampler
 
+OWN = "apache-2.0, ships with gdmd"
+"""License of the Shapes captions and rewards."""
+
 
 def model_card(
     cfg: RunConfig,
@@ -64,7 +67,7 @@ def model_card(
             *_safety(family, merged),
         ),
         ("## Training", *_table(cfg, facts, rewards, _start(cfg, family, separate))),
-        ("## Metrics", *_metrics(measured, facts), *_validation(facts.get("validation") or {}, cfg)),
+        ("## Metrics", *_metrics(measured, facts, cfg), *_validation(facts.get("validation") or {}, cfg)),
         ("## Licenses", *_licenses(cfg, rewards, license or {})),
         ("## Configuration", "```json", config, "```"),
     )
@@ -262,7 +265,7 @@ def _prompts(file: str | None, facts: Mapping[str, Any]) -> str:
     return Path(file).name + (f", SHA-256 {fingerprint.removeprefix('sha256:')}" if fingerprint else "")
 
 
-def _metrics(measured: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> Sequence[str]:
+def _metrics(measured: Mapping[str, Any] | None, facts: Mapping[str, Any], cfg: RunConfig) -> Sequence[str]:
     """A row per scorer: mean, 95 % interval over prompts, and whether the student was trained on it."""
     if facts.get("last_weights"):
         return (
@@ -270,7 +273,8 @@ def _metrics(measured: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> Se
             "`gdmd eval preference THIS_FOLDER --prompts FILE` measures these.",
         )
     if not measured:
-        return ("Not evaluated. `gdmd eval preference RUN --prompts FILE`, then export again.",)
+        prompts = "" if cfg.shapes_world else " --prompts FILE"
+        return (f"Not evaluated. Run `gdmd eval preference RUN{prompts}`, then export again.",)
     head = f"{measured['prompts']} prompts of {measured['prompt_file']}, {measured['images_per_prompt']} images each, "
     rows = [
         f"| {name} | {_number(one['mean'])} | [{_number(one['low'])}, {_number(one['high'])}] | "
@@ -316,12 +320,15 @@ def _licenses(cfg: RunConfig, rewards: Sequence[str], license: Mapping[str, str]
     """A table for the owner to complete."""
     base = cfg.model.start.path if isinstance(cfg.model, DiffusersModel) else "-"
     named = license.get("license_name") or license.get("license") or "fill in"
+    prompts = f"{Path(cfg.prompts.file).name if cfg.prompts.file else '-'} | fill in source and license"
+    if cfg.shapes_world and cfg.prompts.file is None:
+        prompts = f"captions of the Shapes world | {OWN}"
     return (
         "| what | | license |",
         "|---|---|---|",
         f"| base model | {base} | {named}; its terms bind this student |",
         *(f"| {what} | {name} | fill in; its terms bind this student |" for what, name in _more_weights(cfg)),
-        *(f"| reward model | {reward} | fill in |" for reward in rewards),
-        f"| prompts | {Path(cfg.prompts.file).name if cfg.prompts.file else '-'} | fill in source and license |",
+        *(f"| reward model | {reward} | {OWN if reward.startswith('shapes_') else 'fill in'} |" for reward in rewards),
+        f"| prompts | {prompts} |",
         *(f"| real images | {name} | fill in source and license |" for name in _names(cfg)),
     )

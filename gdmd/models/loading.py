@@ -284,7 +284,7 @@ def require_diffusers() -> None:
 
     missing = [name for name in ("diffusers", "transformers", "peft", "accelerate") if find_spec(name) is None]
     if missing:
-        raise ValueError(f"real models need {', '.join(missing)}; do: {install('diffusers')}")
+        raise ValueError(f"diffusers pipelines need {', '.join(missing)}; do: {install('diffusers')}")
 
 
 def is_local(path: str, field: str = "model.path", holds: str = INDEX) -> bool:

@@ -28,10 +28,10 @@ TINY_DECODERS = {"sd15": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux": "t
 
 @dataclass(frozen=True)
 class Change:
-    """Settings that reduce memory, separated by spaces, their price, and the bytes that they saved."""
+    """Settings that reduce memory, separated by spaces, their cost, and the bytes that they saved."""
 
     settings: str
-    price: str
+    cost: str
     saved: float = 0.0
 
     @property
@@ -69,7 +69,7 @@ def fit(
         if saved >= SMALLEST:
             replaced = [one for one in kept if one.fields == change.fields]
             saved += sum(one.saved for one in replaced)
-            kept = [*(one for one in kept if one not in replaced), Change(change.settings, change.price, saved)]
+            kept = [*(one for one in kept if one not in replaced), Change(change.settings, change.cost, saved)]
             estimate = smaller
     for change in reversed(kept[:-1]):  # what a later change made unnecessary
         rest = [one for one in kept if one is not change]
@@ -90,7 +90,7 @@ def _limit(gpu: Gpu) -> float:
 
 
 def changes(estimate: TrainingPlan) -> Iterator[Change]:
-    """What can reduce the peak, in the order of its price: nothing, time, then exactness."""
+    """What can reduce the peak, in the order of its cost: nothing, time, then exactness."""
     model, loop = estimate.cfg.model, estimate.cfg.loop
     peaks = estimate.cost.peaks(estimate.batch)
     worst = max(peaks, key=lambda name: peaks[name])
@@ -104,12 +104,14 @@ def changes(estimate: TrainingPlan) -> Iterator[Change]:
     if real is not None and training:
         yield from _slower(estimate, real, worst)
     if training and loop.optimizer == "adamw" and loop.sharding == "none":  # 8-bit state cannot be sharded
-        yield Change("loop.optimizer=adamw8bit", f"8-bit moments of the optimizer; {install('8bit')}")
+        yield Change("loop.optimizer=adamw8bit", f"8-bit optimizer state; {install('8bit')}")
     if real is not None and training:
         yield from _less_exact(estimate, real, worst)
     if real is not None and real.full == "none" and not real.teacher_loras and not real.student_lora:
         if real.quantization == "none":
-            yield Change("model.quantization=int8", "errors of about 1 % in x0 on the Shapes miniatures; needs torchao")
+            yield Change(
+                "model.quantization=int8", "errors of about 1 % in x0 on the small Shapes pipelines; needs torchao"
+            )
     if real is not None and real.full == "none" and not real.teacher_loras and not real.student_lora:
         if real.quantization != "nf4" and real.offload != "base":
             yield Change("model.quantization=nf4", "over ten times the error of int8; needs bitsandbytes")
@@ -125,14 +127,17 @@ def _slower(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterat
         yield Change("model.decode_chunk=1", "one image per call of the VAE")
     holds_graph = worst.startswith("update") or (worst.startswith("decoding") and estimate.cost.graph > 0)
     if holds_graph and not model.checkpointing:
-        yield Change("model.checkpointing=true", "a third more time: activations are computed again")
+        yield Change("model.checkpointing=true", "a third more time: activations are recomputed")
     away = [f"{path}.offload=true" for path, spec in _neural(estimate.cfg) if not spec.offload]
     if away:  # together: a single one still visits the GPU in the largest phase
         yield Change(" ".join(away), "the weights of the rewards are copied to the GPU for every call")
     if model.offload == "none":
         yield Change("model.offload=idle", "text encoders and decoder are copied to the GPU for every use")
     if model.offload != "base" and model.full == "none" and model.quantization != "nf4" and not model.compile:
-        yield Change("model.offload=base", "also the blocks of the base model, in every call of it")
+        yield Change(
+            "model.offload=base",
+            "text encoders, decoder and the base model's blocks are copied to the GPU for every call",
+        )
 
 
 def _less_exact(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterator[Change]:
@@ -144,8 +149,8 @@ def _less_exact(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> It
     if (rewarded or worst.startswith("validation")) and not model.decode_tiled:
         yield Change("model.decode_tiled=true", "faint seams in decoded images")
     if rewarded and model.family in TINY_DECODERS:
-        price = "rewards see the images of a tiny decoder; the run reports the difference"
-        yield Change(f"model.scoring_decoder=madebyollin/{TINY_DECODERS[model.family]}", price)
+        cost = "rewards see the images of a tiny decoder; the run reports the difference"
+        yield Change(f"model.scoring_decoder=madebyollin/{TINY_DECODERS[model.family]}", cost)
 
 
 def _neural(cfg: RunConfig) -> Iterator[tuple[str, Any]]:

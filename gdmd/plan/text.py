@@ -94,7 +94,7 @@ def _verdict(plan: TrainingPlan) -> Iterable[str]:
     verdict = "it fits" if plan.fits else "it does NOT fit"
     yield f"{verdict}: {plan.total / GIB:.1f} of {plan.gpu.gib:g} GiB of {plan.gpu.name}"
     if not plan.fits:
-        yield from (f"  try {change.settings} ({change.price})" for change in changes(plan))
+        yield from (f"  try {change.settings} ({change.cost})" for change in changes(plan))
         yield f"  or {OTHER_TASK}; --fit tries these changes in this order"
 
 
@@ -104,7 +104,7 @@ OTHER_TASK = "a smaller loop.batch_size, image or model.lora_rank, model.full=no
 
 def fitted(plan: TrainingPlan, kept: Sequence[Change], arguments: Sequence[str]) -> str:
     """The changes of --fit, and the command that trains with them."""
-    lines = [f"{change.settings:40} saves {change.saved / GIB:6.2f} GiB; price: {change.price}" for change in kept]
+    lines = [f"{change.settings:40} saves {change.saved / GIB:6.2f} GiB; cost: {change.cost}" for change in kept]
     limit = f"{(1 - MARGIN) * plan.gpu.gib:.1f} GiB, {1 - MARGIN:.0%} of {plan.gpu.name}"
     if not fits(plan):
         lines.append(f"nothing more helps: {plan.total / GIB:.1f} GiB do not fit in {limit}. Take {OTHER_TASK}")

@@ -228,7 +228,7 @@ def real_model(cfg: RunConfig, run: Path) -> DiffusersModel:
     """The model of a run of a diffusers pipeline. ValueError for a run of the Shapes networks."""
     if not isinstance(cfg.model, DiffusersModel):
         raise ValueError(
-            f"{run} is a run of the Shapes world, which diffusers cannot load; draw with `gdmd sample {typed(run)}`. Its "
-            f"student is in {run / 'checkpoints'} as safetensors"
+            f"{run} is a run of the Shapes world, which diffusers cannot load; generate images with "
+            f"`gdmd sample {typed(run)}`. Its student is in {run / 'checkpoints'} as safetensors"
         )
     return cfg.model

@@ -30,8 +30,8 @@ def compute_latents(cfg: RunConfig, console: Console, device: str | None = None)
     model = cfg.model
     if not isinstance(model, DiffusersModel) or cfg.real_data is None:
         raise ValueError(
-            f"recipe {cfg.name} has no real_data: set real_data.source and real_data.latents (real models only), and a "
-            "method that reads real images (method.student_input=data, or dmd2 with gan_weight > 0)"
+            f"recipe {cfg.name} has no real_data: set real_data.source and real_data.latents (diffusers pipelines only), "
+            "and a method that reads real images (method.student_input=data, or dmd2 with gan_weight > 0)"
         )
     rows = [_of_size(one, cfg.real_data, console, device) for one in model.each_size]
     return {"sizes": rows} if model.sizes else rows[0]

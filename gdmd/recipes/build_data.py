@@ -68,7 +68,9 @@ def training_prompts(
 def require_prompts(cfg: RunConfig) -> None:
     """ValueError if a real model has neither a prompt file nor real images with captions."""
     if not cfg.shapes_world and cfg.prompts.file is None and not cfg.needs_real:
-        raise ValueError("prompts.file is not set: a real model needs a file of prompts, for example prompts.txt")
+        raise ValueError(
+            "prompts.file is not set: a diffusers pipeline needs a file of prompts, for example prompts.txt"
+        )
 
 
 def encoder_of(codec: Codec, shape: tuple[int, int, int], device: str) -> Callable[[Tensor], Tensor]:

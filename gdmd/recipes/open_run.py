@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from gdmd.config.describe import SHORT_NAMES
 from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.run import PromptConfig, RunConfig
 from gdmd.config.training import LoopConfig
@@ -87,7 +88,7 @@ def teacher_row(cfg: RunConfig, components: Components, what: str) -> Sampler:
 def student_row(cfg: RunConfig, components: Components, name: str = "") -> Sampler:
     """The few-step student as it is now."""
     steps = components.student_steps or cfg.method.student_steps
-    label = name or cfg.method.kind.upper().replace("_", " ")
+    label = name or SHORT_NAMES[cfg.method.kind]
     name = f"{label}, {len(steps)} steps"
     return student_sampler(components, components.roles.student, steps, name, cfg.method.student_sampler)
 

@@ -175,8 +175,8 @@ def require_shapes(cfg: RunConfig, run: str) -> None:
             f"gdmd train --resume {typed(run)} model.path=FOLDER"
         )
     raise ValueError(
-        f"{run} is a run of a real model ({cfg.model.path}), and gdmd eval RUN measures ShapesEval: its detector finds "
-        "the colored shapes of the Shapes world only, so every number would be meaningless. Score the run with: "
+        f"{run} was not trained on Shapes captions (its model is {cfg.model.path}), but gdmd eval RUN measures ShapesEval, "
+        "which finds the colored shapes of the Shapes world only. Score the run with: "
         f"gdmd eval preference {typed(run)} --prompts FILE --scorer clip"
     )
 

@@ -62,8 +62,8 @@ MARGINS = {"left": 0.15, "right": 0.97, "bottom": 0.18, "top": 0.96}
 
 
 def method_in(name: str) -> str | None:
-    """The method that the name of a model or sampler mentions: "GDMD, 4 steps" -> gdmd; None without one."""
-    words = f"_{re.sub('[^a-z0-9]+', '_', name.lower())}_"
+    """The method that the name of a model or sampler mentions: "tilted GDMD, 4 steps" -> gdmd_tilted; None without one."""
+    words = f"_{re.sub('[^a-z0-9]+', '_', name.lower())}_".replace("_tilted_gdmd_", "_gdmd_tilted_")
     found = [kind for kind in COLORS if f"_{kind}_" in words]
     return max(found, key=len, default=None)
 

@@ -29,7 +29,7 @@ SHOWN = {
     "speed/images_per_s": ("images/s", "samples trained per second"),
 }
 """The statistics that are shown if a method has them: short name and meaning. Other loss/... keys follow loss/rl."""
-FIRST = "first iteration: slower, kernels are compiled and caches filled"
+FIRST = "the first iteration is slower: it compiles kernels and fills caches"
 
 
 def summary(values: Mapping[str, float]) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from cli_world import Finished, Gdmd, folder_state
 
 from gdmd.cli.app import main
@@ -150,6 +151,16 @@ def test_unwritable_folder(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_full_disk(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "open", _failing(errno.ENOSPC, Path.open, "metrics.jsonl"))
     refused(gdmd.train("--run", "run"), "metrics.jsonl", "No space left on device", "--run")
+
+
+def test_out_of_memory(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of 8 GiB."
+        )
+
+    monkeypatch.setattr("gdmd.programs.train.train", fail)
+    refused(gdmd.train("--run", "run"), "Tried to allocate 9 GiB", "gdmd plan", "--fit")
 
 
 def _failing(number: int, original: Callable[..., object], name: str) -> Callable[..., object]:

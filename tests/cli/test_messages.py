@@ -183,7 +183,7 @@ def test_all_errors_at_once(gdmd: Gdmd) -> None:
         (["plan", "qqq"], "unknown recipe 'qqq'; `gdmd recipes` lists them"),
         (
             ["train", "sdxl_gdmd"],
-            "prompts.file is not set: a real model needs a file of prompts, for example prompts.txt",
+            "prompts.file is not set: a diffusers pipeline needs a file of prompts, for example prompts.txt",
         ),
         (
             ["study", "simulate", "--tie-rate", "1"],

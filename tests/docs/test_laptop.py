@@ -44,13 +44,14 @@ def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vae = build_miniature("sdxl", 1).vae.state_dict()
     save_asset("pretrained/shapes_kl_vae.safetensors", vae, command="none", seed=1)
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^gdmd (.*)$", PAGE, re.M)]
-    assert [words[0] for words in commands] == ["train", "export", "eval", "pretrain", "train"]
+    assert [words[0] for words in commands] == ["train", "export", "report", "eval", "pretrain", "train"]
     for words in commands:
         with pytest.raises(SystemExit) as end:
             main([*words, *SMALL.get(words[0], ())])
         assert not end.value.code, words
     assert Path("runs/laptop/report.html").is_file() and Path("eval/laptop/compare.html").is_file()
     card = Path("runs/laptop/export/README.md").read_text(encoding="utf-8")
+    assert "fill in" not in card, "all parts ship with gdmd"
     assert python(card.replace("THIS_FOLDER", "runs/laptop/export")) == python(PAGE)
 
     one_line: dict[str, Any] = {}

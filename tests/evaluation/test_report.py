@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gdmd.config.describe import METHODS, SHORT_NAMES
 from gdmd.evaluation.health import health_panels
 from gdmd.evaluation.run_report import Provenance, read_rows, report_run, save_rows, write_report
 from gdmd.evaluation.verdict import (
@@ -204,7 +205,7 @@ def test_verdict_compares_students_and_names_missing_rows() -> None:
     }
     assert "It is not distinguishable from DMD with 4 calls: +0.000" in shapes_verdict(rows).sentence
     del rows["teacher, 50 steps"], rows["DMD, 4 steps"]
-    assert "its teacher is not measured yet" in shapes_verdict(rows).sentence
+    assert "has not been measured yet" in shapes_verdict(rows).sentence
 
 
 def test_difference_is_paired_by_caption() -> None:
@@ -307,12 +308,11 @@ def test_short_runs_are_not_judged() -> None:
 
 def test_every_method_has_one_color() -> None:
     assert len(set(COLORS.values())) == len(COLORS)
-    assert [method_in(n) for n in ("DMD, 4 steps", "GDMD_TILTED, 4 steps", "DMD + ReFL", "runs/x")] == [
-        "dmd",
-        "gdmd_tilted",
-        "dmd_refl",
-        None,
-    ]
+    assert SHORT_NAMES.keys() == METHODS.keys()
+    assert {kind: method_in(f"{SHORT_NAMES[kind]}, 4 steps") for kind in COLORS if kind != "teacher"} == {
+        kind: kind for kind in COLORS if kind != "teacher"
+    }
+    assert method_in("runs/x") is None and method_in("GDMD_TILTED, 4 steps") == "gdmd_tilted"
     found = colors_of(["teacher, 50 steps", "mine", "teacher, 4 steps", "gdmd", "gdmd again", "other"])
     assert found[0] == found[2] == COLORS["teacher"] and found[3] == COLORS["gdmd"]
     assert len(set(found)) == 5

@@ -70,7 +70,7 @@ class DistillationConfig(Config):
     normalize: bool = Field(
         default=True,
         description="Divide the regressed gradient by DMD2's per-sample normalizer n; false keeps x0_fake - x0_real, which "
-        "was better on Shapes and on the SD3 miniature, and made no difference on the SDXL one (docs/LOG.md, entry 34).",
+        "was better on Shapes and on its SD3 pipeline, and made no difference on its SDXL pipeline (docs/LOG.md, entry 34).",
     )
 
     def _mistakes(self) -> Iterator[str]:
