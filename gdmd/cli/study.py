@@ -314,3 +314,4 @@ def _print_pairs(found: Any) -> None:
     for models, table in pair_tables(found.pairs).items():
         console.print(models, markup=False, highlight=False)
         console.print(table.rich(width=WIDTH))
+    console.print("[low, high]: 95 % over prompts and raters; of the win rate Wilson's interval.", markup=False)

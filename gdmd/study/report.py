@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 WINS, TIES, LOSSES = "#0072b2", "#8a8f98", "#d55e00"
 """Distinct for color-blind readers (after Okabe and Ito)."""
 FIGURE_INK = "#1d1f24"
-COLUMNS = ("wins / ties / losses", "score [clustered]", "win rate [Wilson]", "p", "p (Holm)")
 LABELS = {"overall": "Overall", "quality": "Visual quality", "alignment": "Prompt alignment"}
 
 
@@ -136,8 +135,9 @@ def result_table(results: Sequence[PairResult]) -> Table:
 
 def pair_tables(results: Sequence[PairResult]) -> dict[str, Table]:
     """The same for a terminal of 80 columns: for each pair of models a table with a row per question and task."""
+    columns = ("", "wins / ties / losses", "score", "win rate", "p", "p (Holm)")
     return {
-        group.title: Table(("", *COLUMNS), [[[Cell(row.title), *row.cells] for row in group.rows]])
+        group.title: Table(columns, [[[Cell(row.title), *row.cells] for row in group.rows]])
         for group in _groups(results)
     }
 
@@ -195,7 +195,7 @@ def html_text(analysis: Analysis) -> str:
         bars=[(name, [_answers(result) for result in results]) for name, results in bars_of(analysis)],
         legend=(("first preferred", WINS), ("tie", TIES), ("second preferred", LOSSES)),
         plots=_plots(analysis),
-        columns=COLUMNS,
+        columns=("wins / ties / losses", "score [clustered]", "win rate [Wilson]", "p", "p (Holm)"),
         tables=[(name, _groups(results)) for name, results in tables if results],
         sentences=sentences(analysis),
     )
