@@ -38,8 +38,7 @@ LABEL = "GenEval (HF detector)"
 
 def write_prompts(path: Path, per_task: int, seed: int, without: Path | None = None) -> int:
     """Draw prompts and write them in the official format; return their number. without: metadata of excluded prompts."""
-    taken = {task.prompt for task in read_metadata(without)} if without else set()
-    tasks = draw_tasks(per_task, seed, taken)
+    tasks = draw_tasks(per_task, seed, read_metadata(without) if without else ())
     with writing("the prompts", path, option="--out"):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(json.dumps(as_row(task)) + "\n" for task in tasks), "the prompts", option="--out")

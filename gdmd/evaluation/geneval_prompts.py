@@ -1,18 +1,20 @@
 """Random prompts of GenEval's six tasks, for training and for testing on other prompts than the official 553.
 
 The same grammar and metadata format (arXiv 2310.11513, table 1). Plurals are English ("three sheep"), persons get no
-color, and the two objects of a prompt and their colors differ. Prompts are unique.
+color, and the two objects of a prompt and their colors differ. No two prompts ask for the same image: "a dog and a cat"
+is "a cat and a dog", and "a dog left of a cat" is "a cat right of a dog".
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 
 from gdmd.rewards.geneval.detector import CLASSES
 from gdmd.rewards.geneval.rules import COLORS, RELATIONS, TASKS, Requirement, Task
 
 NUMBERS = ("two", "three", "four")
+_OPPOSITE = {"right of": "left of", "below": "above"}
 _COLORED = CLASSES[1:]  # without "person"
 _PLURALS = {
     "person": "people", "sheep": "sheep", "skis": "pairs of skis", "scissors": "pairs of scissors", "knife": "knives",
@@ -21,35 +23,47 @@ _PLURALS = {
 }  # fmt: skip
 
 
-def draw_tasks(per_task: int, seed: int, without: Collection[str] = ()) -> tuple[Task, ...]:
-    """``per_task`` different prompts of every task (at most the 80 single objects) that are not in ``without``.
+def draw_tasks(per_task: int, seed: int, without: Collection[Task] = ()) -> tuple[Task, ...]:
+    """``per_task`` prompts of every task (at most the 80 single objects) that ask for nothing that ``without`` asks for.
 
     ValueError if a task has fewer prompts.
     """
-    taken, drawn = set(without), []
+    taken, drawn = set(map(_asked, without)), list[Task]()
     for tag in TASKS:
         rng = random.Random(f"{seed} {tag}")
         if tag == "single_object":
             single = map(_single, rng.sample(CLASSES, len(CLASSES)))
-            kind = [task for task in single if task.prompt not in taken][:per_task]
+            kind = [task for task in single if _asked(task) not in taken][:per_task]
         else:
             kind = _fresh(_DRAW[tag], rng, per_task, taken)
         drawn += kind
-        taken |= {task.prompt for task in kind}
         if len(kind) < per_task and tag != "single_object":
             raise ValueError(f"there are not {per_task} different prompts of task {tag}; ask for fewer")
     return tuple(drawn)
 
 
-def _fresh(draw: Callable[[random.Random], Task], rng: random.Random, count: int, taken: Collection[str]) -> list[Task]:
-    found: dict[str, Task] = {}
+def _fresh(
+    draw: Callable[[random.Random], Task], rng: random.Random, count: int, taken: Collection[Hashable]
+) -> list[Task]:
+    found: dict[Hashable, Task] = {}
     for _ in range(20 * count):
         if len(found) == count:
             break
         task = draw(rng)
-        if task.prompt not in taken:
-            found.setdefault(task.prompt, task)
+        if (asked := _asked(task)) not in taken:
+            found.setdefault(asked, task)
     return list(found.values())
+
+
+def _asked(task: Task) -> Hashable:
+    """The objects and relations that a prompt asks for, whatever their order."""
+    asked: set[Hashable] = {(one.name, one.count, one.color) for one in task.include}
+    for one in task.include:
+        if one.relation is not None:
+            names = (one.name, task.include[one.target].name)
+            opposite = _OPPOSITE.get(one.relation)
+            asked.add((*names, one.relation) if opposite is None else (*names[::-1], opposite))
+    return frozenset(asked)
 
 
 def _single(name: str) -> Task:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -327,7 +328,24 @@ def test_drawn_prompts() -> None:
         assert len({need.name for need in task.include}) == len(task.include)
         if task.tag == "counting":
             assert task.exclude[0].count == task.include[0].count + 1
-    fresh = draw_tasks(50, seed=7, without={task.prompt for task in tasks})
+    fresh = draw_tasks(50, seed=7, without=tasks)
     assert not {task.prompt for task in tasks} & {task.prompt for task in fresh}
     with pytest.raises(ValueError, match="not 300 different prompts of task counting"):
         draw_tasks(300, seed=0)
+
+
+def test_excluded_prompts_are_excluded_in_other_words_too() -> None:
+    """Or "a cat and a dog" would be trained on and "a dog and a cat" be tested."""
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+    def other_words(task: Task) -> Task:
+        a, b = task.include if task.tag == "position" else reversed(task.include)
+        if b.relation is None:
+            return replace(task, prompt="", include=(a, b))
+        swapped = replace(a, relation=opposite[b.relation], target=0)
+        return replace(task, prompt="", include=(replace(b, relation=None), swapped))
+
+    drawn = [task for task in draw_tasks(20, seed=5) if len(task.include) == 2]
+    again = [task for task in draw_tasks(20, 5, without=list(map(other_words, drawn))) if len(task.include) == 2]
+    assert len(drawn) == len(again) == 60
+    assert not {task.prompt for task in drawn} & {task.prompt for task in again}
