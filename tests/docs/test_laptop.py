@@ -44,7 +44,7 @@ def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vae = build_miniature("sdxl", 1).vae.state_dict()
     save_asset("pretrained/shapes_kl_vae.safetensors", vae, command="none", seed=1)
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^gdmd (.*)$", PAGE, re.M)]
-    assert [words[0] for words in commands] == ["train", "export", "report", "eval", "pretrain", "train"]
+    assert [words[0] for words in commands] == ["train", "export", "report", "eval", "train", "pretrain", "train"]
     for words in commands:
         with pytest.raises(SystemExit) as end:
             main([*words, *SMALL.get(words[0], ())])
