@@ -23,15 +23,15 @@ def draw_models(
     """One image folder per model: existing folders as they are, runs and teachers sampled into ``temporary``.
 
     The prompts are those of the first existing folder, else ``per_task`` of each task of the fixed evaluation set.
-    Image j of prompt i starts from the same noise for every model. ValueError for a run of a real model, and for
-    ``per_task`` with an existing folder.
+    Image j of prompt i starts from the same noise for every model. ValueError for a run on other prompts than Shapes
+    captions, and for ``per_task`` with an existing folder.
     """
     models = [name for name, path in named.items() if _draws(path)]
     for name in models:
         if str(named[name]) not in TEACHERS and not config_of(named[name]).shapes_world:
             raise ValueError(
-                f"{name} is a run of a real model, whose images take long to generate: do that first with gdmd eval "
-                f"preference {named[name]} --prompts FILE, and give {name}={named[name] / 'preference' / 'images'}"
+                f"{name} was not trained on Shapes captions, and its images take long to generate: do that first with "
+                f"gdmd eval preference {named[name]} --prompts FILE, and give {name}={named[name] / 'preference' / 'images'}"
             )
     given = [path for name, path in named.items() if name not in models]
     if given and per_task is not None:
