@@ -78,4 +78,4 @@ def _check_end(path: Path, offset: int) -> None:
     if block.strip(b"\0"):
         raise tarfile.ReadError(f"damaged header at byte {offset}")
     if more:
-        raise tarfile.ReadError(f"data after the end mark at byte {offset}; give tars that were joined one by one")
+        raise tarfile.ReadError(f"data after the end mark at byte {offset}; give the joined tars as separate files")
