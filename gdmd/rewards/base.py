@@ -76,6 +76,17 @@ class RewardModel(ABC):
             return self.score(several, _batch(texts, meta, several.device)).tolist()
         return score_images(self, several, texts, meta)
 
+    def pil_scores(
+        self,
+        images: Sequence[Image],
+        texts: Sequence[str],
+        meta: Sequence[Mapping[str, Any]],
+        device: torch.device | str,
+        columns: frozenset[str],
+    ) -> list[float]:
+        """One number per PIL image, without gradient; see ``score_images``."""
+        return score_by_size(self, images, texts, meta, device, columns)
+
 
 @torch.no_grad()
 def score_images(
@@ -90,8 +101,8 @@ def score_images(
 
     columns: names of the metadata of all prompts, which some prompts may lack.
     """
-    if isinstance(reward, PretrainedReward):
-        return [float(score) for score in reward.score_pil(images, texts, meta)]
+    if isinstance(reward, RewardModel):
+        return reward.pil_scores(images, texts, meta, device, columns)
     return score_by_size(reward, images, texts, meta, device, columns)
 
 
@@ -283,6 +294,17 @@ class PretrainedReward(RewardModel):
             read = ([texts[k] for k in own], [asked[k] for k in own])
             scores[own] = self._scored(together, *read, lambda part: part.to(self.placement.device))
         return scores
+
+    def pil_scores(
+        self,
+        images: Sequence[Image],
+        texts: Sequence[str],
+        meta: Sequence[Mapping[str, Any]],
+        device: torch.device | str,
+        columns: frozenset[str],
+    ) -> list[float]:
+        """``score_pil``, on the reward's own device whatever ``device`` is."""
+        return [float(score) for score in self.score_pil(images, texts, meta)]
 
     def _asked(self, texts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
         """What the formula reads next to each image: its prompt."""

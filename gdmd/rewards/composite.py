@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from gdmd.config.rewards import CompositeConfig
-from gdmd.rewards.base import RewardModel
+from gdmd.rewards.base import RewardModel, score_images
 from gdmd.rewards.callable import as_reward
 from gdmd.types import Reward, score_all
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from gdmd.types import PromptBatch
 
 
@@ -68,11 +70,28 @@ class Composite(RewardModel):
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B], fp32; ``stats`` has the raw scores of the parts."""
-        total = images.new_zeros(len(images), dtype=torch.float32)
-        scores = score_all([part.reward for part in self.parts], images, prompts)
-        for part, raw in zip(self.parts, (one.float() for one in scores), strict=True):
+        scores = [one.float() for one in score_all([part.reward for part in self.parts], images, prompts)]
+        for part, raw in zip(self.parts, scores, strict=True):
             key, own = f"reward/{self.name}/{part.reward.name}", raw.detach()
             self._totals[key] = self._totals.get(key, 0) + torch.stack([own.nansum(), (~own.isnan()).sum()])
+        return self._mean(scores)
+
+    def pil_scores(
+        self,
+        images: Sequence[Image],
+        texts: Sequence[str],
+        meta: Sequence[Mapping[str, Any]],
+        device: torch.device | str,
+        columns: frozenset[str],
+    ) -> list[float]:
+        """One number per PIL image, which each part preprocesses as it does alone."""
+        scores = [score_images(part.reward, images, texts, meta, device, columns) for part in self.parts]
+        return self._mean([torch.tensor(one) for one in scores]).tolist()
+
+    def _mean(self, scores: Sequence[Tensor]) -> Tensor:
+        """Raw scores [B] of the parts -> [B], the weighted mean of the standardized scores."""
+        total = torch.zeros_like(scores[0])
+        for part, raw in zip(self.parts, scores, strict=True):
             total = total + part.weight * (raw - part.mean) / part.std
         return total / sum(part.weight for part in self.parts)
 

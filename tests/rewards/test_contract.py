@@ -9,7 +9,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 from hidden_weights import hide
-from tiny_rewards import PRETRAINED, REWARDS, TASK, prompt_batch, random_images, tiny_clip, tokenize
+from tiny_rewards import PRETRAINED, REWARDS, TASK, brightness, prompt_batch, random_images, tiny_clip, tokenize
 
 from gdmd.rewards.base import Loaded
 from gdmd.rewards.clip import CLIPScore
@@ -105,6 +105,15 @@ def test_dtype_chunks_autocast_and_pil(kind: str) -> None:
     torch.testing.assert_close(
         reward.score_pil(saved, TEXTS, [TASK] * 4), reward.score(from_pil(saved), prompts()), rtol=2e-3, atol=2e-3
     )
+
+
+def test_a_composite_preprocesses_pil_images_as_its_parts_do() -> None:
+    alone, saved = PRETRAINED["clip"](), to_pil(random_images())
+    composite = Composite([Part(alone, weight=2.0, mean=0.2, std=0.1), Part(brightness, std=0.5)])
+    raw = torch.stack([torch.tensor(alone(saved, TEXTS)), brightness(from_pil(saved), TEXTS)])
+    expected = (2 * (raw[0] - 0.2) / 0.1 + raw[1] / 0.5) / 3
+    torch.testing.assert_close(torch.tensor(composite(saved, TEXTS)), expected, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(composite.score(from_pil(saved), prompts()), expected)  # the path of training
 
 
 class LinearReward(CLIPScore):
