@@ -88,7 +88,8 @@ def _contents(spec: RewardConfig) -> list[str]:
             served = RemoteReward(**spec.model_dump()).version().get("identities", {})
             return [str(served.get(spec.reward) or secrets.token_hex())]
         case CompositeConfig():
-            return [f"{scorer_identity(p.reward)} {p.weight} {p.mean} {p.std}" for p in spec.parts]
+            scales = [f"{scorer_identity(p.reward)} {p.weight} {p.mean} {p.std}" for p in spec.parts]
+            return ["parts preprocess PIL images", *scales]  # earlier scores, of tensors, differ a little
         case HpsConfig() | ImageRewardConfig() | AestheticConfig() | Hpsv3Config():
             converted = [weights_content(str(converted_folder(spec.kind, spec.path)))]
         case _:

@@ -91,15 +91,15 @@ def location_of(given: Any) -> str:
 def object_source(given: Any) -> str | None:
     """A hash of the source code of a function, or of the class of another callable; None if Python does not know it.
 
-    With the arguments that ``functools.partial`` binds and the variables of an enclosing function: numbers and strings by
-    value, other objects by their class.
+    With the arguments that ``functools.partial`` binds, the variables of an enclosing function, and the arguments of
+    ``__init__`` that an instance keeps under their names: numbers and strings by value, other objects by their class.
     """
     bound: list[str] = []
     while isinstance(given, partial):
         bound += [_value(one) for one in given.args]
         bound += [f"{name}={_value(one)}" for name, one in sorted(given.keywords.items())]
         given = given.func
-    bound += _enclosed(given)
+    bound += [*_enclosed(given), *_kept(given)]
     try:
         source = inspect.getsource(given if hasattr(given, "__name__") else type(given))
     except (OSError, TypeError):
@@ -117,6 +117,25 @@ def _enclosed(function: Any) -> Iterator[str]:
         with suppress(ValueError):  # a variable without a value yet
             if name not in own:
                 yield f"{name}={_value(cell.cell_contents)}"
+
+
+def _kept(given: Any) -> Iterator[str]:
+    """The arguments of ``__init__`` that an instance, also that of a bound method, keeps as NAME or _NAME.
+
+    Other attributes may change during the training, such as a counter.
+    """
+    instance = getattr(given, "__self__", given)
+    if inspect.isroutine(instance) or inspect.ismodule(instance):
+        return
+    try:
+        names = inspect.signature(type(instance).__init__).parameters
+    except (TypeError, ValueError):  # some classes that are written in C
+        return
+    attributes = getattr(instance, "__dict__", {})
+    for name in names:
+        for attribute in (name, f"_{name}"):
+            if attribute in attributes:
+                yield f"{attribute}={_value(attributes[attribute])}"
 
 
 def _value(bound: Any) -> str:

@@ -304,6 +304,29 @@ def test_variables_of_an_enclosing_function_are_part_of_the_identity() -> None:
     assert source(1.0, 0) == source(1.0, 0) == source(1.0, 7) != source(2.0, 0)
 
 
+class Bounded:
+    """A reward with settings and a counter."""
+
+    def __init__(self, low: float, high: float = 1.0) -> None:
+        self.low, self._high, self.calls = low, high, 0
+
+    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+        self.calls += 1
+        return images.mean((1, 2, 3)).clamp(self.low, self._high)
+
+
+def test_settings_of_an_instance_are_part_of_the_identity() -> None:
+    """Also of an instance whose method is the reward; its counter is not."""
+
+    def source(reward: Any) -> str | None:
+        return CallableReward(reward, "bounded").config.source  # type: ignore[union-attr]
+
+    used = Bounded(0.0)
+    used(torch.rand(2, 3, 4, 4), ["a", "b"])
+    assert source(used) == source(Bounded(0.0)) != source(Bounded(0.1)) != source(Bounded(0.1, 0.5))
+    assert source(Bounded(0.0).__call__) != source(Bounded(0.1).__call__)
+
+
 def test_the_program_finds_a_function_next_to_the_working_directory(tmp_path: Path) -> None:
     """By the installed script, whose own folder is on the path instead."""
     (tmp_path / "mine.py").write_text("def warm(images, prompts):\n    return [0] * len(imagess)\n")
