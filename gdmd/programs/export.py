@@ -65,6 +65,7 @@ def export_run(
     _check_options(dtype, loras=loras, whole=whole)
     given, separate = (model.teacher_loras, ()) if loras else ((), model.teacher_loras)
     target = folder or run / ("export-merged" if whole else "export")
+    _check_kind(target, whole=whole)
     original = model.model_copy(update={"quantization": "none"})  # the student is merged into the base's own weights
     family = open_family(original, extras=whole)
     check_fits(family, weights)
@@ -81,7 +82,7 @@ def export_run(
             content |= rounding
         else:
             files = _write_lora(cfg, family, weights, target, given)
-        samples, card = _copy_samples(run, step, target) if measured else None, target / "README.md"
+        samples, card = _copy_samples(run, step if measured else 0, target), target / "README.md"
         found: dict[str, Any] = {
             "measured": measured_at(run, step) if measured else None,
             "license": _license(model, license),
@@ -103,6 +104,19 @@ def _check_options(dtype: str | None, *, loras: bool, whole: bool) -> None:
         )
     if whole and not loras:
         raise ValueError("--no-loras applies to a LoRA only: a merged pipeline contains the run's LoRAs; leave it out")
+
+
+def _check_kind(target: Path, *, whole: bool) -> None:
+    """ValueError for a folder with an export of the other kind, whose files would stay next to the new ones."""
+    if not (target / EXPORT_FILE).is_file():
+        return
+    merged = json.loads((target / EXPORT_FILE).read_text(encoding="utf-8")).get("merged", whole)
+    if merged != whole:
+        kinds = ("a LoRA", "a merged pipeline")
+        raise ValueError(
+            f"{target} holds {kinds[merged]}, and this export is {kinds[whole]}; choose another folder with --out, or "
+            "delete that one"
+        )
 
 
 def _write_pipeline(
@@ -160,7 +174,9 @@ def _license(model: DiffusersModel, given: str | None) -> dict[str, str]:
 
 
 def _copy_samples(run: Path, step: int, target: Path) -> str | None:
-    """Copy the run's newest sample images up to this step; returns their path in ``target``."""
+    """Copy the run's newest sample images up to this step, instead of an earlier export's; their path in ``target``."""
+    for old in (target / "images").glob("step_*.png"):
+        old.unlink()
     grids = sorted(file for file in (run / "grids").glob("step_*.png") if file.stem[5:].isdigit())
     drawn = [file for file in grids if 0 < int(file.stem[5:]) <= step]
     if not drawn:

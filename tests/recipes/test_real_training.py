@@ -165,8 +165,13 @@ def test_grids_samples_and_exports(
         "```sh\ngdmd train\n```",
     ):
         assert part in card
+    (tmp_path / "run" / "export" / "images" / "step_000009.png").touch()  # as if a later step was exported before
+    export_run(tmp_path / "run")
+    assert [file.name for file in (tmp_path / "run" / "export" / "images").iterdir()] == images
     merged = export_run(tmp_path / "run", tmp_path / "whole", merged=True)
     assert (merged[0] / "model_index.json").is_file()
+    with pytest.raises(ValueError, match="whole holds a merged pipeline, and this export is a LoRA; choose"):
+        export_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["sdxl"])
