@@ -35,7 +35,7 @@ from gdmd.runs import reward_signal
 from gdmd.runs.best_checkpoint import named_best
 from gdmd.runs.checkpoint import newest_intact, steps
 from gdmd.runs.inputs import change_lines, input_lines
-from gdmd.runs.run_folder import Run, open_run, read_facts, read_metrics
+from gdmd.runs.run_folder import Run, config_change_lines, open_run, read_facts, read_metrics
 from gdmd.shapes.same_noise import SameNoise, read_same_noise
 
 _log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class Provenance:
     config: str = ""  # YAML
     inputs: Sequence[str] = ()  # what was read, by content
     changes: Sequence[str] = ()  # inputs that changed while the run was stopped, accepted by the user
+    resumed_with: Sequence[str] = ()  # changes of the configuration
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def _provenance(run: Run) -> Provenance:
         config=yaml.safe_dump(dict(run.config), sort_keys=False),
         inputs=input_lines(found),
         changes=change_lines(found),
+        resumed_with=config_change_lines(found),
     )
 
 

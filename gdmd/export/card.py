@@ -19,6 +19,7 @@ from gdmd.models.families.base import Family
 from gdmd.models.loading import has_safety_checker, local_or_hub_index
 from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.runs.inputs import INPUTS, change_lines
+from gdmd.runs.run_folder import config_change_lines
 from gdmd.types import StudentSampler
 
 OWN = "apache-2.0, ships with gdmd"
@@ -213,6 +214,7 @@ def _table(
         **_scoring(facts.get("scoring")),
         **_data(cfg, facts),
         **({"inputs changed": "; ".join(changed)} if (changed := change_lines(facts)) else {}),
+        **({"changed on resume": "; ".join(changed)} if (changed := config_change_lines(facts)) else {}),
         "seed": cfg.loop.seed,
         "code": facts.get("commit") or "not recorded",
     }

@@ -17,7 +17,7 @@ from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import draws_real_images
 from gdmd.io import RunError, near_name, typed, write_atomic, writing
 from gdmd.recipes.read import read_recipe
-from gdmd.runs.run_folder import Run, check_same_config, open_run
+from gdmd.runs.run_folder import Run, check_same_config, differing, open_run
 
 MAY_CHANGE = (
     *("loop.steps", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every"),
@@ -116,14 +116,18 @@ def check_resumable(folder: Path, recipe: str | RunConfig | None, overrides: Seq
 
 def _check_length(folder: Path, before: int, now: int) -> None:
     """RunError for fewer steps than the run's newest checkpoint has."""
-    done = max(
-        (int(one.name[5:]) for one in (folder / "checkpoints").glob("step_*") if one.name[5:].isdigit()), default=0
-    )
+    done = _steps_done(folder)
     if now < min(before, done):
         raise RunError(
             f"loop.steps={now}: {folder} has already trained for {done} steps. Give more steps to train longer, or leave "
             "loop.steps out."
         )
+
+
+def _steps_done(folder: Path) -> int:
+    """The step of the newest checkpoint of a run; 0 without one."""
+    names = (one.name[5:] for one in (folder / "checkpoints").glob("step_*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,6 +151,7 @@ def resumed(folder: Path, recipe: str | RunConfig | None, overrides: Sequence[st
     cfg, run = check_resumable(folder, recipe, overrides), open_run(folder)
     config = cfg.model_dump(mode="json")
     if config != run.config:
+        run.note_changes(_steps_done(folder), differing(run.config, config))
         text = yaml.safe_dump(config, sort_keys=False)
         write_atomic(run.path / "config.yaml", text, "the configuration")
     return cfg, Run(run.path, config)

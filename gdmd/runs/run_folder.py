@@ -33,6 +33,8 @@ from gdmd.runs.process import RUN_LOCK
 
 TEACHER_FILE = "teacher.safetensors"
 """In RUN/grids: the teacher's validation images, 8-bit [N, 3, H, W], and what they depend on."""
+CONFIG_CHANGES = "config_changes"
+"""In run.json: what was changed in the configuration when the run was resumed."""
 PACKAGES = ("gdmd", "torch", "numpy", "pydantic", "safetensors")
 
 
@@ -84,6 +86,14 @@ class Run:
         facts = read_facts(self.path)
         resumed = [*facts.get("resumed", []), {"at": now(), "step": step, "versions": versions()}]
         write_facts(self.path, facts | {"resumed": resumed})
+
+    def note_changes(self, step: int, changes: Sequence[Change]) -> None:
+        """Record in run.json what is changed in the configuration when the run is resumed from ``step``."""
+        facts = read_facts(self.path)
+        known = [one for one in changes if MISSING not in (one.before, one.after)]  # else of another version of gdmd
+        rows = [{"at": now(), "step": step, "key": one.key, "was": one.before, "now": one.after} for one in known]
+        if rows:
+            write_facts(self.path, facts | {CONFIG_CHANGES: [*facts.get(CONFIG_CHANGES, []), *rows]})
 
 
 def create(path: Path, config: Mapping[str, Any], command: Sequence[str] | None = None) -> Run:
@@ -160,6 +170,18 @@ def read_facts(path: Path) -> dict[str, Any]:
 def write_facts(path: Path, facts: Mapping[str, Any]) -> None:
     """Replace run.json."""
     write_atomic(Path(path) / "run.json", json.dumps(facts, indent=2), "the run's facts")
+
+
+def config_change_lines(facts: Mapping[str, Any]) -> list[str]:
+    """What was changed in the training loop when the run was resumed, for a report or card, in order.
+
+    Other sections can only change in where things are, which a published card does not tell.
+    """
+    return [
+        f"{one['key']}: {one['was']} -> {one['now']}, from step {one['step']} on"
+        for one in facts.get(CONFIG_CHANGES, ())
+        if one["key"].startswith("loop.")
+    ]
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

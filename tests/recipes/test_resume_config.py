@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gdmd.evaluation.run_report import report_run
 from gdmd.io import RunError
 from gdmd.recipes.read import read_recipe
 from gdmd.recipes.run_folders import check_resumable, config_of, resumed
-from gdmd.runs.run_folder import create
+from gdmd.runs.run_folder import config_change_lines, create, read_facts
 
 
 def older_run(tmp_path: Path) -> Path:
@@ -55,6 +56,22 @@ def test_nonfinite_policy_may_change(tmp_path: Path) -> None:
     assert (cfg.loop.on_nonfinite, cfg.loop.skip_limit) == ("skip", 99)
     with pytest.raises(RunError, match="loop.lr_student"):
         check_resumable(run, None, ["loop.lr_student=1e-6"])
+
+
+def test_run_json_and_report_name_what_was_changed_on_resume(tmp_path: Path) -> None:
+    """The report shows the first command, which alone would give another student."""
+    run = older_run(tmp_path)
+    resumed(run, None, [])
+    assert "config_changes" not in read_facts(run), "a field of a newer version is not a change"
+    (run / "checkpoints" / "step_000008").mkdir(parents=True)
+    resumed(run, None, ["loop.steps=20", "validation.images=1"])
+    resumed(run, None, ["loop.steps=20", "validation.images=1"])
+    found = read_facts(run)["config_changes"]
+    assert [(one["key"], one["was"], one["now"], one["step"]) for one in found if one["key"] == "loop.steps"] == [
+        ("loop.steps", 12, 20, 8)
+    ]
+    assert config_change_lines(read_facts(run)) == ["loop.steps: 12 -> 20, from step 8 on"]
+    assert "<dt>changed on resume</dt><dd>loop.steps: 12 -&gt; 20, from step 8 on" in report_run(run).read_text()
 
 
 def test_lora_targets_may_name_the_layers_of_an_older_version(tmp_path: Path) -> None:

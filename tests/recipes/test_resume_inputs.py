@@ -103,6 +103,7 @@ def test_changed_input(gdmd: Gdmd, field: str, name: str) -> None:
         assert f"{field} changed at step 1" in Path("run/report.html").read_text()
     card = "\n".join(_table(config_of(Path("run")), facts, []))
     assert f"| inputs changed | {field} changed at step 1" in card
+    assert "| changed on resume | loop.steps: 1 -> 2, from step 1 on |" in card
 
 
 def test_all_changes_at_once(gdmd: Gdmd) -> None:
