@@ -57,7 +57,7 @@ def _lines(what: str, total: int, console: Console) -> Callable[[int], None]:
         done += count
         if time.monotonic() - last > SECONDS_PER_LINE:
             last = time.monotonic()
-            console.print(f"{what}: {done} of {total}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{what}: {done:,} of {total:,}", markup=False, highlight=False, soft_wrap=True)
 
     return advance
 
