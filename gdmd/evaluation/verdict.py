@@ -119,7 +119,7 @@ def shapes_verdict(rows: Mapping[str, Row]) -> Verdict:
     own = rows[name]
     numbers = [Number(f"ShapesEval of {name}", _overall(own))]
     if teacher is None:
-        sentence = f"The teacher of {_short(name)} has not been measured yet: `gdmd report RUN` measures it."
+        sentence = f"The teacher of {_short(name)} has not been measured yet; gdmd report RUN measures it."
         return Verdict(sentence, numbers)
     found = _difference(own, rows[teacher])
     sentence = (
