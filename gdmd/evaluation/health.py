@@ -107,11 +107,13 @@ def summary(panels: Sequence[Panel]) -> str:
 
 
 def training_curves(metrics: Metrics) -> list[tuple[str, str]]:
-    """(title, SVG) of losses, rewards of sample and target (in all and by model), mean weight, share of r below one half."""
+    """(title, SVG) of losses, rewards of sample and target (by model and, of several, in all), weights and speed."""
+    names = reward_names(metrics)
+    together = {"reward/sample": "sample", "reward/target": "implicit target"}
     drawn = [
         ("Losses", {"loss/student": "student", "loss/fake": "fake score"}),
-        ("Reward, all models", {"reward/sample": "sample", "reward/target": "implicit target"}),
-        *((f"Reward {name}", _pair(name)) for name in reward_names(metrics)),
+        *([("Reward, all models", together)] if len(names) != 1 else []),
+        *((f"Reward {name}", _pair(name)) for name in names),
         ("Weight of the DMD step", {"weight/mean": "mean weight w", "weight/r_mean": "mean r"}),
         ("Effective number of targets", {"weight/effective": "(sum w)^2 / sum w^2"}),
         ("Shares of r", {"weight/share_below_half": "r < 1/2", "weight/share_clipped": "r = 0 or 1"}),

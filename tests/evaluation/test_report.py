@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from gdmd.config.describe import METHODS, SHORT_NAMES
-from gdmd.evaluation.health import health_panels
+from gdmd.evaluation.health import health_panels, training_curves
 from gdmd.evaluation.run_report import Provenance, read_rows, report_run, save_rows, write_report
 from gdmd.evaluation.verdict import (
     PER_IMAGE,
@@ -398,7 +398,7 @@ def test_large_grid_is_embedded_smaller(tmp_path: Path) -> None:
 
 def test_page_holds_curves_health_and_provenance(whole: str) -> None:
     page = Page(whole)
-    assert sum(tag == "svg" for tag, _ in page.tags) >= 11
+    assert sum(tag == "svg" for tag, _ in page.tags) >= 10
     assert page.text.count("Rule.") == 5 and "5 not judged" in page.text
     for word in ("abc123", "gdmd demo student", "torch 2.13", "name: student"):
         assert word in page.text
@@ -468,3 +468,12 @@ def test_figures_use_the_page_color_and_are_deterministic() -> None:
     figure = curves(metrics(), {"loss/student": "student $x$ <b>"}, "Losses $y$")
     assert "currentColor" in figure and "#123456" not in figure and "<b>" not in figure
     assert figure == curves(metrics(), {"loss/student": "student $x$ <b>"}, "Losses $y$")
+
+
+def test_the_curve_of_all_rewards_is_drawn_for_several() -> None:
+    def rewards(rows: list[dict[str, float]]) -> list[str]:
+        return [title for title, _ in training_curves(rows) if title.startswith("Reward")]
+
+    assert rewards(metrics()) == ["Reward shapes_clip"]
+    both = [row | {"reward/mine/sample": 1.0} for row in metrics()]
+    assert rewards(both) == ["Reward, all models", "Reward shapes_clip", "Reward mine"]
