@@ -25,7 +25,9 @@ Statistic = Callable[[Any, Any], Any]
 OF_TEACHER, LONGER_OF_TEACHER = 0.90, 1.0
 """Share of the guided many-step teacher's ShapesEval that a LoRA should have in four steps; the same after more updates."""
 OVER_FEW_STEPS, OVER_DMD = 0.10, 0.02
-"""Gain over the teacher's guided sampler with as many steps, and over DMD."""
+"""Gain over the teacher's guided sampler with as many steps, and over DMD and other methods with as many updates."""
+_BASELINES = {"dmd": "DMD", "algorithm_1": "Algorithm 1", "dmd_refl": "DMD + ReFL"}
+"""Methods with which GDMD LoRAs are compared after as many updates; the names are those of ``pipeline_facts``."""
 LAB_STUDENT, LAB_TEACHER = 0.553, 0.590
 """ShapesEval of GDMD after 200 updates and of its teacher (docs/results/shapes.jsonl, means over five seeds)."""
 
@@ -111,13 +113,13 @@ def goals(lines: Sequence[Line], captions: Captions) -> list[Goal]:
         (f"GDMD full / teacher with {most} NFE", _share, full, teacher, lab),
         ("exported LoRA in diffusers - the same LoRA in gdmd", np.subtract, exported, student, None),
     ]
-    others = _rows(lines, "dmd", "lora")[1:]
     for longer in _rows(lines, "gdmd", "lora")[1:]:
         updates = _updates(longer)
-        control = next((row for row in others if _updates(row) == updates), {})
         name = f"LoRA, {updates} updates"
         wanted.append((f"GDMD {name} / teacher with {most} NFE", _share, longer, teacher, LONGER_OF_TEACHER))
-        wanted.append((f"GDMD {name} - DMD {name}", np.subtract, longer, control, OVER_DMD))
+        for method, title in _BASELINES.items():
+            same = [row for row in _rows(lines, method, "lora") if _updates(row) == updates]
+            wanted += [(f"GDMD {name} - {title} {name}", np.subtract, longer, row, OVER_DMD) for row in same]
     found = [(text, captions.compare(how, a, b), target, how) for text, how, a, b, target in wanted]
     return [Goal(text, one, target, how is _share) for text, one, target, how in found if one]
 

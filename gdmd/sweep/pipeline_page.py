@@ -130,8 +130,8 @@ _SCORES = (
     "ShapesEval."
 )
 _QUALITY = (
-    "+- is the standard deviation over seeds. † marks scorers that GDMD is trained on; DMD and the teacher are trained on "
-    "none, and everything else is unseen by all."
+    "+- is the standard deviation over seeds. † marks scorers that the students are trained on, except for DMD, which is "
+    "trained on none; everything else is unseen by all."
 )
 
 

@@ -169,7 +169,10 @@ def mode_of(model: ModelConfig) -> str:
 
 
 def pipeline_facts(cfg: RunConfig, mode: str, steps: int) -> dict[str, Any]:
-    """What a line of a pipeline's results says about it: family, method, mode, steps of the sampler. Else nothing."""
+    """What a line of a pipeline's results says about it: family, method, mode, steps of the sampler. Else nothing.
+
+    GDMD is the tilted one there, and kind: gdmd is algorithm_1.
+    """
     if not isinstance(cfg.model, DiffusersModel):
         return {}
     family = family_of(local_or_hub_index(cfg.model), cfg.model).name
@@ -178,6 +181,8 @@ def pipeline_facts(cfg: RunConfig, mode: str, steps: int) -> dict[str, Any]:
         method = "teacher"
     elif method.startswith("gdmd") and not cfg.method.rewarded:
         method = "dmd"
+    elif method == "gdmd":
+        method = "algorithm_1"
     elif method == "gdmd_tilted":  # a control, such as gdmd_tilted_shuffled, keeps its name: no goal is about it
         method = "gdmd"
     return {"pipeline": {"family": family, "method": method, "mode": mode, "steps": steps}}

@@ -102,16 +102,16 @@ def test_a_line_names_the_reward_behind_a_server() -> None:
     assert measured_line(found, cfg)["trained"] == ["remote shapes_pref", "shapes_pref", "shapes_clip"]
 
 
-def test_a_control_is_not_gdmd_in_the_goals(tmp_path: Path) -> None:
+def test_controls_and_algorithm_1_are_not_gdmd_in_the_goals(tmp_path: Path) -> None:
     """Nor in a page that is written before GDMD's own row is finished."""
     model = tiny.config(tiny.save("sd3", tmp_path / "sd3"))
     shared = {"name": "x", "model": model, "prompts": {"file": "validation"}, "loop": {}, "rewards": [{"kind": "clip"}]}
     methods: dict[str, dict[str, Any]] = {
-        "gdmd": {"kind": "gdmd"},
+        "paper": {"kind": "gdmd"},
         "tilted": {"kind": "gdmd_tilted"},
         "shuffled": {"kind": "gdmd_tilted_shuffled"},
         "no reward": {"kind": "gdmd_tilted", "gamma": 0.0},
     }
     configs = {name: RunConfig.model_validate(shared | {"method": method}) for name, method in methods.items()}
     named = {name: pipeline_facts(cfg, "lora", 4)["pipeline"]["method"] for name, cfg in configs.items()}
-    assert named == {"gdmd": "gdmd", "tilted": "gdmd", "shuffled": "gdmd_tilted_shuffled", "no reward": "dmd"}
+    assert named == {"paper": "algorithm_1", "tilted": "gdmd", "shuffled": "gdmd_tilted_shuffled", "no reward": "dmd"}
