@@ -227,7 +227,8 @@ def _numbers(shown: str, answer: Any) -> Tensor:
         if isinstance(answer, (list, tuple)):
             answer = [math.nan if one is None else one for one in answer]
         elif isinstance(answer, np.ndarray) and answer.dtype.kind not in "USc":
-            answer = answer.astype(np.float32)  # a copy: the array may be read-only; None becomes NaN
+            # a copy: the array may be read-only; None and masked entries become NaN
+            answer = np.ma.filled(answer.astype(np.float32), np.nan)
         if isinstance(answer, Tensor) and (answer.is_complex() or answer.is_meta):
             raise TypeError("complex numbers" if answer.is_complex() else "on the meta device, without values")
         return torch.as_tensor(answer, dtype=torch.float32)

@@ -57,10 +57,10 @@ def test_one_number_per_image_in_any_form(given: Any) -> None:
     assert scores.tolist() == [1, 2] and scores.dtype == torch.float32
 
 
-@pytest.mark.parametrize("missing", [None, float("nan")])
-def test_an_image_without_a_score(missing: Any) -> None:
+@pytest.mark.parametrize("given", [[None, 2], [float("nan"), 2], np.ma.array([1, 2], mask=[True, False])], ids=str)
+def test_an_image_without_a_score(given: Any) -> None:
     def function(images: Any, prompts: Any) -> Any:
-        return [missing, 2]
+        return given
 
     assert score(function).isnan().tolist() == [True, False]
 
