@@ -103,7 +103,8 @@ class CallableReward(RewardModel):
         if images._version != before:
             raise self.modified()
         scores = _numbers(self._shown, answer)
-        if images.requires_grad and self.differentiable and not scores.requires_grad:
+        wanted = torch.is_grad_enabled() and images.requires_grad  # another reward may have set requires_grad itself
+        if wanted and self.differentiable and not scores.requires_grad:
             raise self.without_gradient()
         if scores.shape != (len(images),):
             raise ValueError(

@@ -114,6 +114,24 @@ class Counting:
         return images.mean((1, 2, 3))
 
 
+def test_a_function_may_compute_a_gradient_of_its_own() -> None:
+    """... of the images it gets, which other rewards score after it."""
+
+    def sharpness(images: Tensor, prompts: Any) -> Tensor:
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(images.requires_grad_().square().sum(), images)
+        return slope.mean((1, 2, 3))
+
+    def brightness(images: Tensor, prompts: Any) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    images = IMAGES.clone()
+    with torch.no_grad():
+        slope = CallableReward(sharpness).score(images, PROMPTS)
+        mean = CallableReward(brightness, differentiable=True).score(images, PROMPTS)
+    torch.testing.assert_close(slope, 2 * mean)
+
+
 CLASSES = """class Warm:
     def __call__(self, images, prompts):
         return [1, 2]
