@@ -114,6 +114,17 @@ class Counting:
         return images.mean((1, 2, 3))
 
 
+def test_a_list_of_tensors_has_their_gradient() -> None:
+    def one_by_one(images: Tensor, prompts: Any) -> list[Any]:
+        return [images[0].double().mean(), None]
+
+    images = IMAGES.clone().requires_grad_()
+    scores = CallableReward(one_by_one, differentiable=True).score(images, PROMPTS)
+    assert scores.isnan().tolist() == [False, True]
+    (slope,) = torch.autograd.grad(scores.nansum(), images)
+    torch.testing.assert_close(slope[0], torch.full_like(slope[0], 1 / slope[0].numel()))
+
+
 def test_a_function_may_compute_a_gradient_of_its_own() -> None:
     """... of the images it gets, which other rewards score after it."""
 
