@@ -94,6 +94,21 @@ def test_one_sample_cannot_exchange_gradients() -> None:
     assert read_recipe("shapes_gdmd", [words[0], words[2]]).loop.batch_size == 1  # scores are shuffled over the group
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("gdmd", {"gamma": 0}, "dmd_weight 0 and gamma 0 leave the student no loss"),
+        ("gdmd_ablation", {"control": "indicator"}, "'indicator' has no loss but L_DMD, whose dmd_weight is 0"),
+        ("gdmd_tilted", {}, "dmd_weight"),
+    ],
+)
+def test_a_student_without_a_loss_is_refused(kind: str, options: dict[str, Any], message: str) -> None:
+    """AdamW would train on with a gradient of 0."""
+    make(kind, tiny_roles(), **options)
+    with pytest.raises(ValidationError, match=message):
+        make(kind, tiny_roles(), dmd_weight=0, **options)
+
+
 @pytest.mark.parametrize(("kind", "message"), [
     ("gdmd_ablation", "control 'shuffled' changes r, which gamma = 0 does not use"),
     ("gdmd_tilted_shuffled", "permutes scores, which gamma = 0 does not use"),
