@@ -22,6 +22,7 @@ from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RewardConfig, RunConfig
+from gdmd.config.too_short import too_short
 from gdmd.data.prompt_files import teacher_prompt
 from gdmd.data.prompts import read_prompts
 from gdmd.data.text_cache import CachedText
@@ -348,6 +349,8 @@ def run_training(cfg: RunConfig, run: Run, components: Components, settings: Tra
     context, console = settings.context, settings.console
     settings.say(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name)
     settings.say(f"{student(cfg)}; {length(cfg)}")
+    for message in too_short(cfg):
+        settings.say(f"warning: {message}")
     settings.say(f"run folder {run.path}")
     with phase("checking the inputs and the decoder", console, plain=False):
         # also after a resume: hub ids are resolved by now
