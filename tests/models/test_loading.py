@@ -389,6 +389,16 @@ def test_open_pipeline_with_a_lora_is_refused_until_it_is_fused(copied: Callable
     assert adopt(pipe, tiny.config(folder)).name == "sd15", "a second training on the same pipeline"
 
 
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_open_pipeline_with_fused_projections_is_refused(name: str, copied: Callable[[str], Path]) -> None:
+    """Its attention no longer calls to_q, to_k and to_v, whose adapters would never be trained."""
+    folder = copied(name)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    (pipe.components.get("unet") or pipe.transformer).fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"has fused projections \(.*to_qkv\), .* without fuse_qkv_projections"):
+        adopt(pipe, tiny.config(folder))
+
+
 def test_loading_is_pinned(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
 
