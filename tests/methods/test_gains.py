@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny_roles import Toy, dmd, gdmd, prompts, same, tilted, tiny_roles, train, updates
+from tiny_roles import Toy, dmd, gdmd, make, prompts, same, tilted, tiny_roles, train, updates
 from torch import Tensor
 
 from gdmd.methods.base import Constructed
@@ -49,10 +49,13 @@ def test_gains_in_units_of_z(monkeypatch: pytest.MonkeyPatch, make_method: type)
     assert found["gain/realized"] == pytest.approx((0.06 / 0.5 + 0.6 / 2.0) / 2, rel=1e-4)
 
 
-def test_target_of_algorithm_1_is_where_its_losses_are_least() -> None:
+@pytest.mark.parametrize("kind", ["gdmd", "constant", "shuffled", "indicator"])
+def test_target_of_algorithm_1_is_where_its_losses_are_least(kind: str) -> None:
     """The mean gradient of the eta student losses with respect to x0 is 0 there, also with an EMA old policy."""
     roles = tiny_roles()
-    method = gdmd(roles, gamma=0.7, beta=0.8, dmd_weight=0.9, old_policy="ema", scored_step=1.0)
+    own = {"kind": "gdmd"} if kind == "gdmd" else {"kind": "gdmd_ablation", "control": kind}
+    options = {"gamma": 0.7, "beta": 0.8, "dmd_weight": 0.9, "old_policy": "ema", "scored_step": 1.0, "group_size": 3}
+    method = make(roles=roles, **own, **options)
     batches = [update for update in updates(method, roles) if update.role == "student"]
     x0 = method.constructed.x_tar.clone().requires_grad_()
     losses = []

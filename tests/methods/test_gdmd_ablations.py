@@ -48,12 +48,14 @@ def test_constant_r_leaves_unscored_samples_out() -> None:
 
 def test_indicator_keeps_improving_targets_only() -> None:
     """Their weight is lambda, that of L_DMD."""
-    roles = tiny_roles()
+    roles, kept = tiny_roles(), []
     method = make("gdmd_ablation", roles, Toy(unscored=(3,)), group_size=3, control="indicator", dmd_weight=2.0)
     for update in updates(method, roles, role="student"):
         batch = update.batch
         keep = torch.where(batch.r.isnan(), True, batch.r > 0.5)
         assert torch.equal(update.loss(batch).per_sample, 2.0 * keep * plain_dmd(roles, batch))
+        kept.append(keep)
+    assert method.stats()["weight/mean"] == 2.0 * torch.stack(kept).float().mean()
 
 
 def test_shuffled_tilt_keeps_the_rollouts() -> None:
