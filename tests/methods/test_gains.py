@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gdmd.methods.base import Constructed
 from gdmd.methods.gains import gains_hook
-from gdmd.methods.score_stats import group_spread
+from gdmd.methods.score_stats import group_spread, optimality_stats
 from gdmd.types import Cond, Prediction
 
 
@@ -113,3 +113,10 @@ def test_one_target_has_no_spread() -> None:
     method = tilted(roles, group_size=1)
     train(method, roles, 1)
     assert "reward/group_share" in method.stats()
+
+
+def test_shares_of_r_are_those_of_scored_targets() -> None:
+    r = torch.tensor([[0.0, 1.0, 0.3, 0.7, torch.nan, torch.nan, torch.nan, torch.nan]])
+    stats = optimality_stats([Toy()], torch.zeros(1, 1, 8), torch.zeros(1, 8), r, r)
+    assert stats["weight/share_below_half"] == stats["weight/share_clipped"] == 0.5
+    assert [stats[f"histogram/r_{k}"].item() for k in range(10)] == [0.25, 0, 0, 0.25, 0, 0, 0, 0.25, 0, 0.25]
