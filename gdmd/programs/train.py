@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from gdmd.config.describe import counted, length, student
+from gdmd.config.methods.dmdr import DMDRConfig
 from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.model import DiffusersModel
@@ -238,6 +239,7 @@ def _check_without_loading(
     all_errors(
         *((check,) if check else ()),
         lambda: settings.context.size == 1 or check_equal_calls(cfg, stop - start),
+        lambda: settings.context.size == 1 or check_mixture(cfg),
         lambda: pick_device(settings.device),
         lambda: check_best_metric(cfg),
         lambda: check_prompts(cfg, settings),
@@ -268,6 +270,16 @@ def check_equal_calls(cfg: RunConfig, samples: int, *, row_by_row: bool = False)
         "each, would call the sharded student unequally often and wait for each other forever; set "
         f"method.step_draw=batch{cure}"
     )
+
+
+def check_mixture(cfg: RunConfig) -> None:
+    """ValueError if the ranks shard a fake score that is mixed with the teacher, weight by weight."""
+    whole = not isinstance(cfg.model, DiffusersModel) or cfg.model.full in ("fake", "both")
+    if isinstance(cfg.method, DMDRConfig) and cfg.method.mixes and whole and cfg.loop.sharding != "none":
+        raise ValueError(
+            f"loop.sharding = {cfg.loop.sharding}, and a sharded fake score cannot be mixed with the teacher "
+            f"(method.overlap = {cfg.method.overlap:g}); set method.overlap=0 or loop.sharding=none"
+        )
 
 
 def _try_rewards(
