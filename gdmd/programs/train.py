@@ -239,7 +239,7 @@ def _check_without_loading(
     all_errors(
         *((check,) if check else ()),
         lambda: settings.context.size == 1 or check_equal_calls(cfg, stop - start),
-        lambda: settings.context.size == 1 or check_mixture(cfg),
+        lambda: check_mixture(cfg, settings.context.size),
         lambda: pick_device(settings.device),
         lambda: check_best_metric(cfg),
         lambda: check_prompts(cfg, settings),
@@ -272,10 +272,11 @@ def check_equal_calls(cfg: RunConfig, samples: int, *, row_by_row: bool = False)
     )
 
 
-def check_mixture(cfg: RunConfig) -> None:
-    """ValueError if the ranks shard a fake score that is mixed with the teacher, weight by weight."""
+def check_mixture(cfg: RunConfig, ranks: int) -> None:
+    """ValueError if several ranks shard a fake score that is mixed with the teacher, weight by weight."""
     whole = not isinstance(cfg.model, DiffusersModel) or cfg.model.full in ("fake", "both")
-    if isinstance(cfg.method, DMDRConfig) and cfg.method.mixes and whole and cfg.loop.sharding != "none":
+    sharded = ranks > 1 and whole and cfg.loop.sharding != "none"
+    if isinstance(cfg.method, DMDRConfig) and cfg.method.mixes and sharded:
         raise ValueError(
             f"loop.sharding = {cfg.loop.sharding}, and a sharded fake score cannot be mixed with the teacher "
             f"(method.overlap = {cfg.method.overlap:g}); set method.overlap=0 or loop.sharding=none"

@@ -331,6 +331,7 @@ def test_a_mixture_that_is_not_possible_is_refused_before_anything_is_loaded() -
     for possible in ("method.overlap=0", "method.anneal=0", "model.full=fake", "model.fake_from=teacher"):
         read_recipe("sdxl_dmdr", (*words, possible))
     with pytest.raises(ValueError, match="loop.sharding = full, and a sharded fake score cannot be mixed"):
-        check_mixture(read_recipe("dmdr", ("loop.sharding=full",)))
-    check_mixture(read_recipe("dmdr", ("loop.sharding=full", "method.overlap=0")))
-    check_mixture(read_recipe("sdxl_dmdr", ("loop.sharding=full", words[0])))  # adapters are never sharded
+        check_mixture(read_recipe("dmdr", ("loop.sharding=full",)), 2)
+    check_mixture(read_recipe("dmdr", ("loop.sharding=full",)), 1)
+    check_mixture(read_recipe("dmdr", ("loop.sharding=full", "method.overlap=0")), 2)
+    check_mixture(read_recipe("sdxl_dmdr", ("loop.sharding=full", words[0])), 2)  # adapters are never sharded
