@@ -116,8 +116,8 @@ def open_family(
 def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     """A pipeline that is already open as a Family. Its networks are frozen and moved to ``device``.
 
-    ValueError for a class without a family, a missing component, a LoRA that is not fused, projections that are, and a
-    dtype other than cfg.dtype.
+    ValueError for a class without a family, a missing component, a LoRA that is not fused, projections that are, FreeU,
+    and a dtype other than cfg.dtype.
     """
     require_diffusers()
     ours = {"student", "fake", "old"}  # of an earlier training on the same pipeline: replaced by new ones
@@ -149,6 +149,11 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
         raise ValueError(
             f"the denoiser of the given {family.pipeline} has fused projections ({', '.join(fused)}), and adapters on to_q, "
             "to_k and to_v would do nothing; load the pipeline again, without fuse_qkv_projections()"
+        )
+    if any(getattr(block, "b1", None) is not None for block in getattr(opened.net, "up_blocks", ())):
+        raise ValueError(
+            f"the given {family.pipeline} has FreeU on, which full copies and exported students would not have; call "
+            "disable_freeu() on it"
         )
     opened.check_sizes()
     if (got := network_dtype(opened.net)) != DTYPES[cfg.dtype]:

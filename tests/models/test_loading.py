@@ -399,6 +399,17 @@ def test_open_pipeline_with_fused_projections_is_refused(name: str, copied: Call
         adopt(pipe, tiny.config(folder))
 
 
+def test_open_pipeline_with_freeu_is_refused(copied: Callable[[str], Path]) -> None:
+    """It is a setting of the module, which neither a full copy nor an exported student has."""
+    folder = copied("sd15")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    with pytest.raises(ValueError, match=r"StableDiffusionPipeline has FreeU on.* call disable_freeu\(\)"):
+        adopt(pipe, tiny.config(folder))
+    pipe.disable_freeu()
+    assert adopt(pipe, tiny.config(folder)).name == "sd15"
+
+
 def test_loading_is_pinned(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
 
